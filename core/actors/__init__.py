@@ -1,0 +1,1 @@
+"""One actor a file: state and `handle`, no I/O, numpy at most."""

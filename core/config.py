@@ -1,0 +1,347 @@
+"""The configuration of a Penstock server, as one frozen struct.
+
+What it is: every option with its type, default, documentation, groups and aliases (vLLM's and SGLang's spellings), and how values are
+layered: command line over environment (`PENSTOCK_*`) over a TOML file over defaults. Unknown names are errors that name the nearest
+known one; options of later capabilities are known and refused with "not supported yet", never ignored.
+What it does not know: click, processes, what an option does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from penstock.core.errors import ConfigError
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+def opt(doc: str, group: str, *aliases: str, **extra: Any) -> msgspec.Meta:
+    """Documentation of an option: `aliases` are other flag spellings (without dashes in front)."""
+    return msgspec.Meta(description=doc, extra={"group": group, "aliases": aliases, **extra})
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    # --- model
+    model: Annotated[
+        str | None, opt("Folder of a Hugging Face checkpoint; without it the demo model Brook is served.", "model", "model-path")
+    ] = None
+    served_model_name: Annotated[list[str], opt("Name(s) that requests may use; the first is reported.", "model")] = []
+    tokenizer: Annotated[str | None, opt("Folder with the tokenizer, if not the model's.", "model", "tokenizer-path")] = None
+    chat_template: Annotated[str | None, opt("Jinja file (or text) that replaces the model's chat template.", "model")] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "half", "float32", "float"], opt("Weights and activations; auto: the checkpoint's.", "model")
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        opt("Longest sequence (prompt and output), in tokens; suffix k allowed.", "model", "context-length", size=True),
+    ] = None
+    load_format: Annotated[Literal["auto", "safetensors", "dummy"], opt("How weights are read; dummy: random.", "model")] = "auto"
+    hf_overrides: Annotated[str | None, opt("JSON merged over config.json.", "model", "json-model-override-args")] = None
+    generation_config: Annotated[
+        str, opt("Sampling defaults: auto (the model's generation_config.json), vllm or openai (none), or a folder.", "model")
+    ] = "auto"
+    seed: Annotated[int, opt("Seed for dummy weights and missing request seeds.", "model")] = 0
+
+    # --- memory and batch
+    block_size: Annotated[int, opt("Tokens per KV block.", "engine", "page-size")] = 16
+    kv_cache_memory_bytes: Annotated[
+        int | None, opt("Bytes of KV cache (suffixes K, M, G); on CPU the default is 1 GiB.", "engine", size=True)
+    ] = None
+    gpu_memory_utilization: Annotated[float, opt("Share of a GPU's memory that the engine may fill.", "engine", "mem-fraction-static")] = (
+        0.9
+    )
+    num_gpu_blocks_override: Annotated[int | None, opt("Exact number of KV blocks (tests).", "engine")] = None
+    max_num_seqs: Annotated[int, opt("Most sequences in one step.", "engine", "max-running-requests", "max-batch-size")] = 64
+    max_num_batched_tokens: Annotated[
+        int, opt("Token budget of one step.", "engine", "chunked-prefill-size", "max-prefill-tokens", size=True)
+    ] = 2048
+    enable_chunked_prefill: Annotated[bool, opt("Split long prompts over steps.", "engine")] = True
+    enable_prefix_caching: Annotated[bool, opt("Reuse the KV of equal prefixes.", "engine", no="disable-radix-cache")] = True
+    scheduling_policy: Annotated[str, opt("fcfs, priority, or a plugin's.", "engine", "schedule-policy")] = "fcfs"
+    priority_ageing_s: Annotated[float, opt("Waiting this long is worth one priority level; 0: no ageing.", "engine")] = 30.0
+    max_num_queued_reqs: Annotated[int, opt("Most requests waiting; more are refused with 429.", "engine", "max-queued-requests")] = 1024
+    max_num_queued_tokens: Annotated[int, opt("Most prompt tokens waiting; more are refused with 429.", "engine", size=True)] = 4 * MiB
+    deterministic: Annotated[
+        bool, opt("Bit-equal results whatever the batch, chunking or cache, on one machine.", "engine", "enable-deterministic-inference")
+    ] = False
+    enforce_eager: Annotated[bool, opt("No captured graphs.", "engine", "disable-cuda-graph")] = False
+
+    # --- plugins
+    device: Annotated[str, opt("Device plugin: auto, cpu, ...", "plugins")] = "auto"
+    attention_backend: Annotated[str | None, opt("Attention plugin; default: the best that fits.", "plugins")] = None
+    skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
+    transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(default_factory=lambda: ["openai"])
+
+    # --- server
+    host: Annotated[str, opt("Address to listen on; loopback unless told otherwise.", "server")] = "127.0.0.1"
+    port: Annotated[int, opt("Port to listen on; 0 picks a free one.", "server")] = 8000
+    uds: Annotated[str | None, opt("Listen on this unix socket instead.", "server")] = None
+    edge_workers: Annotated[int, opt("HTTP processes.", "server")] = 1
+    api_key: Annotated[list[str], opt("Key(s) that requests must bring; every path but health is protected.", "server")] = []
+    shutdown_timeout: Annotated[
+        float, opt("Seconds to finish running requests after SIGTERM.", "server", "graceful-termination-timeout")
+    ] = 30.0
+    queue_full_status: Annotated[Literal[429, 503], opt("Status of a refused admission.", "server")] = 429
+    metrics_compat: Annotated[Literal["vllm", "none"], opt("Also export vllm:* metric names.", "server")] = "vllm"
+
+    # --- limits
+    max_body_bytes: Annotated[int, opt("Largest request body.", "limits", size=True)] = 32 * MiB
+    max_header_bytes: Annotated[int, opt("Largest request header block.", "limits", size=True)] = 64 << 10
+    max_prompts: Annotated[int, opt("Most prompts in one completions request.", "limits")] = 128
+    max_n: Annotated[int, opt("Largest n.", "limits")] = 64
+    max_stop: Annotated[int, opt("Most stop strings.", "limits")] = 16
+    max_logprobs: Annotated[int, opt("Largest logprobs and top_logprobs.", "limits")] = 20
+    max_streams: Annotated[int, opt("Most requests in progress at one edge; more are refused with 429.", "limits")] = 4096
+    stream_park_bytes: Annotated[int, opt("Unsent bytes of a stream at which its sequence is parked.", "limits", size=True)] = 256 << 10
+    stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
+    stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
+    keep_alive_s: Annotated[float, opt("SSE comment after this long without an event.", "limits")] = 10.0
+
+    # --- observability
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], opt("Least level that is logged.", "observability")] = "info"
+    log_format: Annotated[Literal["auto", "console", "json"], opt("auto: console on a terminal, else JSON.", "observability")] = "auto"
+    otlp_traces_endpoint: Annotated[
+        str | None, opt("OTLP/HTTP traces endpoint; the OTEL_* variables win.", "observability", "otlp-endpoint")
+    ] = None
+
+    # --- machinery
+    wiring: Annotated[Literal["cell", "tasks"], opt("tasks: every engine actor in its own task (debugging).", "machinery")] = "cell"
+    threads: Annotated[int | None, opt("Compute threads of the CPU device; default: all cores.", "machinery")] = None
+    engine_restarts: Annotated[int, opt("Restarts of a died process within 60 s before the server gives up.", "machinery")] = 3
+
+    # --- known, not there yet: only the neutral value is accepted
+    tensor_parallel_size: Annotated[int, opt("GPUs per model; only 1 so far.", "later", "tp", "tp-size", neutral=1)] = 1
+    pipeline_parallel_size: Annotated[int, opt("Pipeline stages; only 1 so far.", "later", "pp", "pp-size", neutral=1)] = 1
+    data_parallel_size: Annotated[int, opt("Engine replicas; only 1 so far.", "later", "dp", "dp-size", neutral=1)] = 1
+    enable_expert_parallel: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
+    quantization: Annotated[str | None, opt("Not supported yet.", "later", "quantize", neutral=None)] = None
+    kv_cache_dtype: Annotated[str, opt("Only auto so far.", "later", neutral="auto")] = "auto"
+    speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
+    enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
+    grammar_backend: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
+    tool_call_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
+    enable_auto_tool_choice: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
+    reasoning_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
+    trust_remote_code: Annotated[bool, opt("Not supported: model code is never run.", "later", neutral=False)] = False
+    swap_space: Annotated[float, opt("Not supported yet.", "later", neutral=0.0)] = 0.0
+    ssl_keyfile: Annotated[str | None, opt("Not supported yet: put a TLS proxy in front.", "later", neutral=None)] = None
+    ssl_certfile: Annotated[str | None, opt("Not supported yet: put a TLS proxy in front.", "later", neutral=None)] = None
+
+
+class Option(msgspec.Struct, frozen=True, kw_only=True):
+    """One option of Config, unfolded for whoever builds flags or documentation."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    group: str
+    aliases: tuple[str, ...]
+    extra: dict[str, Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return "PENSTOCK_" + self.name.upper()
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.type) is list
+
+    @property
+    def is_bool(self) -> bool:
+        return self.type is bool
+
+    @property
+    def is_size(self) -> bool:
+        return bool(self.extra.get("size"))
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
+
+
+def _options() -> dict[str, Option]:
+    hints = typing.get_type_hints(Config, include_extras=True)
+    out: dict[str, Option] = {}
+    for field in msgspec.structs.fields(Config):
+        kind, meta = typing.get_args(hints[field.name])[:2]
+        default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+        extra = dict(meta.extra or {})
+        out[field.name] = Option(
+            name=field.name,
+            type=kind,
+            default=default,
+            doc=meta.description or "",
+            group=extra.pop("group"),
+            aliases=extra.pop("aliases"),
+            extra=extra,
+        )
+    return out
+
+
+OPTIONS: dict[str, Option] = _options()
+
+_SUFFIX = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": MiB, "G": GiB, "KiB": 1024, "MiB": MiB, "GiB": GiB}
+
+
+def parse_size(text: str) -> int:
+    """'4096', '32k' (thousands), '32K' (1024s), '1G', '512MiB' -> int. Raises ValueError."""
+    digits = text.rstrip("BbiKkMmGg")
+    suffix = text[len(digits) :].removesuffix("B") if text.endswith("iB") is False else text[len(digits) :]
+    if suffix not in _SUFFIX:
+        raise ValueError(f"unknown suffix {suffix!r}")
+    return round(float(digits) * _SUFFIX[suffix])
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """' Did you mean X?' or ''."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def _one(option: Option) -> Any:
+    """The scalar type of a list or optional option."""
+    kind = option.type
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+
+
+def from_text(option: Option, text: str, *, where: str) -> Any:
+    """A value from the environment or the command line. Raises ConfigError naming `where`."""
+    try:
+        if option.is_list:
+            return [part.strip() for part in text.split(",") if part.strip()]
+        kind = _one(option)
+        if kind is bool:
+            low = text.strip().lower()
+            if low in ("1", "true", "yes", "on"):
+                return True
+            if low in ("0", "false", "no", "off"):
+                return False
+            raise ValueError("not a yes or no")
+        if option.is_size:
+            return parse_size(text.strip())
+        return msgspec.convert(text.strip(), kind, strict=False)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{where}: {text!r} is not a valid value for {option.name} ({error}).", param=where) from None
+
+
+def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """PENSTOCK_* variables as option values; an unknown one is an error. PENSTOCK_TRACE_HOOKS and PENSTOCK_CONFIG are not options."""
+    out: dict[str, Any] = {}
+    for key, text in (os.environ if environ is None else environ).items():
+        if not key.startswith("PENSTOCK_") or key in RESERVED_ENV:
+            continue
+        name = key.removeprefix("PENSTOCK_").lower()
+        if name not in OPTIONS:
+            raise ConfigError(f"Environment variable {key} is not known.{nearest(key, (o.env for o in OPTIONS.values()))}", param=key)
+        out[name] = from_text(OPTIONS[name], text, where=key)
+    return out
+
+
+RESERVED_ENV = frozenset({"PENSTOCK_TRACE_HOOKS", "PENSTOCK_CONFIG", "PENSTOCK_CACHE"})
+
+
+def from_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file: options at the top level or in tables named like the groups; dashes may stand for underscores."""
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.", param="config") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.", param="config") from None
+    groups = {option.group for option in OPTIONS.values()}
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        inner = value if isinstance(value, dict) and key in groups else {key: value}
+        for name, item in inner.items():
+            field = name.replace("-", "_")
+            if field not in OPTIONS:
+                raise ConfigError(f"{path}: {name!r} is not a known option.{nearest(field, OPTIONS)}", param=name)
+            option = OPTIONS[field]
+            if isinstance(item, str) and (option.is_size or option.is_list):
+                item = from_text(option, item, where=name)
+            flat[field] = item
+    return flat
+
+
+def build(*layers: Mapping[str, Any]) -> Config:
+    """Merge layers (later ones win) over the defaults, validate types and ranges, refuse what is not there yet."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(layer)
+    for name in merged:
+        if name not in OPTIONS:
+            raise ConfigError(f"{name!r} is not a known option.{nearest(name, OPTIONS)}", param=name)
+    try:
+        config = msgspec.convert(merged, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"Configuration: {error}.", param=_path_of(error)) from None
+    check(config)
+    return config
+
+
+def _path_of(error: msgspec.ValidationError) -> str | None:
+    text = str(error)
+    return text.rsplit("$.", 1)[1].rstrip("`").split("[")[0] if "$." in text else None
+
+
+def check(config: Config) -> None:
+    """Ranges and "not supported yet". Raises ConfigError naming the flag."""
+    for option in OPTIONS.values():
+        if "neutral" in option.extra and getattr(config, option.name) != option.extra["neutral"]:
+            raise ConfigError(
+                f"{option.flag} {getattr(config, option.name)} is not supported yet. Leave it out"
+                f" (only {option.extra['neutral']!r} is accepted so far).",
+                param=option.name,
+                code="unsupported_feature",
+            )
+    for name in (
+        "block_size",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "edge_workers",
+        "max_num_queued_reqs",
+        "max_num_queued_tokens",
+        "max_body_bytes",
+        "max_header_bytes",
+        "max_prompts",
+        "max_n",
+        "max_streams",
+        "stream_park_bytes",
+        "stream_max_bytes",
+    ):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
+    if config.block_size & (config.block_size - 1):
+        raise ConfigError("--block-size must be a power of two.", param="block_size")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise ConfigError("--gpu-memory-utilization must be above 0 and at most 1.", param="gpu_memory_utilization")
+    if not 0 <= config.port <= 65535:
+        raise ConfigError("--port must be between 0 and 65535.", param="port")
+    if config.max_model_len is not None and config.max_model_len < 1:
+        raise ConfigError("--max-model-len must be at least 1.", param="max_model_len")
+    if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < 1:
+        raise ConfigError("--kv-cache-memory-bytes must be at least 1.", param="kv_cache_memory_bytes")
+    if not config.enable_chunked_prefill and config.max_model_len and config.max_num_batched_tokens < config.max_model_len:
+        raise ConfigError(
+            "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len, or long prompts could never run.",
+            param="max_num_batched_tokens",
+        )
+    if config.stream_park_bytes > config.stream_max_bytes:
+        raise ConfigError("--stream-park-bytes must not exceed --stream-max-bytes.", param="stream_park_bytes")

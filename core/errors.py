@@ -1,0 +1,137 @@
+"""The error families of Penstock.
+
+What it is: every error that may reach a user is a `PenstockError`. It knows the OpenAI error shape (type, code, the name of the
+offending field, HTTP status) and whether trying again can help. What it does not know: HTTP, sockets, or who raised it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+ErrorCode = Literal[
+    "invalid_value",
+    "unknown_field",
+    "context_length_exceeded",
+    "model_not_found",
+    "invalid_api_key",
+    "unsupported_feature",
+    "rate_limit_exceeded",
+    "queue_full",
+    "request_too_large",
+    "too_many_streams",
+    "not_found",
+    "method_not_allowed",
+    "engine_unavailable",
+    "engine_failure",
+    "draining",
+    "slow_client",
+    "internal_error",
+]
+
+
+class PenstockError(Exception):
+    """An error with a place in the OpenAI error body.
+
+    `message` says what is wrong and what to do next; `param` names the request field or flag; `retry_after_s` is seconds.
+    """
+
+    retryable: ClassVar[bool] = False
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+        self.retry_after_s = retry_after_s
+
+
+class FinalError(PenstockError):
+    """Trying the same call again cannot help."""
+
+
+class RetryableError(PenstockError):
+    """The same call may succeed later, here or elsewhere."""
+
+    retryable = True
+    status = 503
+    default_code = "engine_unavailable"
+
+
+class InvalidRequest(FinalError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_value"
+
+
+class UnsupportedFeature(InvalidRequest):
+    default_code = "unsupported_feature"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    default_code = "context_length_exceeded"
+
+
+class ModelNotFound(FinalError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "model_not_found"
+
+
+class NotFound(FinalError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class Unauthorized(FinalError):
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+
+class RequestTooLarge(FinalError):
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class QueueFull(RetryableError):
+    status = 429
+    type = "rate_limit_error"
+    default_code = "queue_full"
+
+
+class Draining(RetryableError):
+    default_code = "draining"
+
+
+class EngineUnavailable(RetryableError):
+    default_code = "engine_unavailable"
+
+
+class EngineFailure(FinalError):
+    status = 500
+    default_code = "engine_failure"
+
+
+class ConfigError(FinalError):
+    """A flag, environment variable or file entry is wrong. `param` is its name as the user wrote it."""
+
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_value"
+
+
+class PluginError(FinalError):
+    """A plugin cannot be loaded or broke its contract; names the package."""
+
+
+class CheckpointError(FinalError):
+    """A model folder cannot be read; names the file and the field."""
+
+
+class ProtocolError(FinalError):
+    """A frame on a link is malformed, or the other side speaks another protocol level."""

@@ -1,0 +1,639 @@
+"""Every struct that may enter a mailbox.
+
+What it is: the closed family of messages, one tagged union per edge of the actor graph, plus `Extension` for plugin actors.
+Columns are numpy arrays of equal length unless a `*_counts` column says otherwise (then the payload is the concatenation of the rows:
+CSR with counts). One message a step per edge of the graph, never one a sequence.
+Evolution rule: append fields with defaults, never reorder, never reuse a tag; `tests/contract` keeps a snapshot.
+What it does not know: who handles a message (that is the wiring's table in `core/kernel.py`), loops, sockets.
+
+Identity: a request is `key` (int64, below 2**56, given by the edge: see `edge_key`); one of its `n` choices is `seq = key << 7 | choice`.
+`incarnation` counts re-admissions of the same sequence (after a preemption it stays, after an engine's death it grows).
+`step` counts from 1 within an `epoch`; an epoch is one life of an engine process.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from penstock.core.columns import EMPTY_F32, EMPTY_I32, EMPTY_I64, EMPTY_U8, Column
+from penstock.core.sampling import SamplingParams
+
+PROTOCOL_LEVEL = 1
+
+CHOICE_BITS = 7
+
+# Reasons in StepTokens.reasons
+RUNNING, STOP, LENGTH, ABORTED, FAILED = 0, 1, 2, 3, 4
+REASON_NAMES: dict[int, str] = {STOP: "stop", LENGTH: "length", ABORTED: "abort", FAILED: "error"}
+
+
+def seq_of(key: int, choice: int) -> int:
+    return key << CHOICE_BITS | choice
+
+
+def key_of(seq: int) -> int:
+    return seq >> CHOICE_BITS
+
+
+def choice_of(seq: int) -> int:
+    return seq & ((1 << CHOICE_BITS) - 1)
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, tag_field="@", kw_only=True, omit_defaults=True):
+    """Base of all messages. Frozen; arrays inside are read-only by convention until the step that names them is done."""
+
+
+# ------------------------------------------------------------------ links (any process to any process)
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First frame on every link, both ways. Levels must be equal, and so must the schema fingerprints of one build."""
+
+    role: Literal["root", "edge", "text", "engine"]
+    id: int
+    epoch: int
+    protocol_level: int
+    schema_fingerprint: str
+
+
+class Extension(Message, frozen=True, kw_only=True):
+    """A plugin actor's own message: `kind` is namespaced by its package."""
+
+    kind: str
+    data: bytes
+
+
+# ------------------------------------------------------------------ edge -> text
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """One prompt of one request. Exactly one of `messages`, `prompt`, `prompt_ids` is given.
+
+    `messages`, `tools`, `template_kwargs` are raw JSON (the chat template's input); `rid` is the id that the client sees.
+    """
+
+    key: int
+    edge: int
+    rid: str
+    kind: Literal["chat", "completion"]
+    model: str
+    sampling: SamplingParams
+    messages: bytes = b""
+    tools: bytes = b""
+    template_kwargs: bytes = b""
+    prompt: str | None = None
+    prompt_ids: Column | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    echo: bool = False
+    stream: bool = False
+    explicit: list[str] = []
+    """Sampling fields that the client itself gave; the others take the model's generation_config.json defaults."""
+    want_ids: bool = False
+    """Send prompt_token_ids with the first delta."""
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    traceparent: str = ""
+    tracestate: str = ""
+    received_ns: int = 0
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """The client went away, or the edge gave the stream up. Idempotent. `cause` is a metric label."""
+
+    key: int
+    cause: Literal["disconnect", "slow_client", "timeout", "drain", "client"] = "disconnect"
+
+
+class Park(Message, frozen=True, kw_only=True):
+    """The client reads too slowly: stop producing for this request, keep its state. Travels edge -> text -> engine."""
+
+    key: int
+
+
+class Unpark(Message, frozen=True, kw_only=True):
+    key: int
+
+
+class Query(Message, frozen=True, kw_only=True):
+    """A question of an edge that is answered by one `Answer` with the same `id`.
+
+    what: "models" | "tokenize" | "detokenize" | "tokenizer_info" | "metrics" | "health" | "server_info"; `body` is its JSON argument.
+    """
+
+    id: int
+    edge: int
+    what: str
+    body: bytes = b""
+
+
+class EdgeStats(Message, frozen=True, kw_only=True):
+    """Cumulative counters of one edge, so that text holds one consistent view: flat name{label="value"} -> number."""
+
+    edge: int
+    counters: dict[str, float]
+
+
+# ------------------------------------------------------------------ text -> edge
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One position: the chosen token first, then the top k, most likely first. Texts are the tokens decoded alone, bytes their UTF-8."""
+
+    ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+    texts: list[str]
+    bytes_: list[bytes]
+
+
+class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The rare parts of a delta row: `row` indexes the columns of the TextDelta that carries it."""
+
+    row: int
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_token_ids: Column | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
+    error_code: str | None = None
+
+
+class TextDelta(Message, frozen=True, kw_only=True):
+    """All that one step brought for one edge. Rows of one (key, choice) come in order; `reasons` non-empty ends the choice.
+
+    keys I64, choices I32, texts, counts I32 (tokens in the row), tokens I32 (CSR by counts), prompt_tokens I32, cached_tokens I32,
+    output_tokens I32 (total so far), reasons ("" = goes on, else stop | length | abort | error).
+    """
+
+    keys: Column
+    choices: Column
+    texts: list[str]
+    counts: Column
+    tokens: Column
+    prompt_tokens: Column
+    cached_tokens: Column
+    output_tokens: Column
+    reasons: list[str]
+    extras: list[RowExtra] = []
+
+
+class Finished(Message, frozen=True, kw_only=True):
+    """The request is over: every choice has ended. Nothing follows for this key. Times in ns on CLOCK_MONOTONIC, 0 if never reached."""
+
+    key: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    queue_ns: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+    first_token_ns: int = 0
+    preemptions: int = 0
+
+
+class Rejected(Message, frozen=True, kw_only=True):
+    """The request never started. Fields as in PenstockError."""
+
+    key: int
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class Answer(Message, frozen=True, kw_only=True):
+    """The answer to a Query: JSON (or Prometheus text for "metrics"), or an error as in Rejected when status is not 200."""
+
+    id: int
+    body: bytes
+    status: int = 200
+
+
+class TextReady(Message, frozen=True, kw_only=True):
+    """Sent to each edge on connect and whenever readiness changes: whether requests can be accepted now, and why not."""
+
+    ready: bool
+    reason: str = ""
+    epoch: int = 0
+
+
+# ------------------------------------------------------------------ inside the text process
+
+
+class Encode(Message):
+    """Text -> its tokenizer worker (off the loop): render and tokenise one prompt. Fields as in Submit; `job` comes back."""
+
+    job: int
+    kind: Literal["chat", "completion"]
+    messages: bytes = b""
+    tools: bytes = b""
+    template_kwargs: bytes = b""
+    prompt: str = ""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = True
+    bad_words: list[str] = []
+
+
+class Encoded(Message):
+    """The worker's answer: `ids` I32, or an error as in Rejected. `rendered` is the prompt text."""
+
+    job: int
+    ids: Column = EMPTY_I32
+    rendered: str = ""
+    bad_words_ids: list[list[int]] = []
+    error: str = ""
+    error_param: str | None = None
+    started_ns: int = 0
+    finished_ns: int = 0
+
+
+class Tick(Message):
+    """Time passes (once a second, from the host): retention, rates, watchdogs. ns on CLOCK_MONOTONIC."""
+
+    now_ns: int
+
+
+# ------------------------------------------------------------------ text -> engine
+
+
+class Admit(Message, frozen=True, kw_only=True):
+    """A request enters an engine. `prompt` I32; `hashes` are 16 bytes per full prompt block (see core/hashing.py).
+
+    `choices` I32 are those to run (all of 0..n-1 at first). `outputs` I32 are tokens that text already received for them (CSR by
+    `output_counts`), which are computed again, never sampled again; `sampling.seed` is always set. `eos` I32 are the model's
+    end tokens (unless ignore_eos) ; `root_hash` is the 16-byte hash-chain root of this request's cache key.
+    `max_tokens` is resolved against the context. `prefill_only` and `kv_handle` are for disaggregation, `adapter` for LoRA.
+    """
+
+    key: int
+    incarnation: int
+    prompt: Column
+    hashes: bytes
+    root_hash: bytes
+    choices: Column
+    sampling: SamplingParams
+    max_tokens: int
+    eos: Column
+    outputs: Column = EMPTY_I32
+    output_counts: Column = EMPTY_I32
+    priority: int = 0
+    arrival_ns: int = 0
+    replay: bool = False
+    prefill_only: bool = False
+    kv_handle: bytes = b""
+    adapter: int = 0
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Stop the given sequences (I64) now; their blocks return within two steps. Unknown ones are ignored."""
+
+    seqs: Column
+
+
+# ------------------------------------------------------------------ engine -> text
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges and cumulative counters of one engine, read at a step's end."""
+
+    running: int = 0
+    waiting: int = 0
+    parked: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_total: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_computed: int = 0
+    prompt_cached: int = 0
+    batch_tokens: int = 0
+    quarantined: int = 0
+
+
+class LogprobColumns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sparse log-probabilities. Row i: `rows[i]` (index into the step's token rows; for prompts: index into `slots`/`seqs` given beside),
+    `positions[i]` (0-based position of the predicted token in the sequence), then counts[i] ids and values, the predicted token first.
+    `ranks[i]` is the predicted token's 1-based rank.
+    """
+
+    rows: Column = EMPTY_I32
+    positions: Column = EMPTY_I32
+    counts: Column = EMPTY_I32
+    ranks: Column = EMPTY_I32
+    ids: Column = EMPTY_I32
+    values: Column = EMPTY_F32
+
+
+class StepTokens(Message, frozen=True, kw_only=True):
+    """The tokens of one step. Columns: seqs I64, incarnations I32, offsets I32 (index of the token in the sequence's output),
+    tokens I32, reasons U8. A row with token -1 carries a reason only. Text accepts only offset == its ledger's length.
+
+    started_*: sequences that were first scheduled in this step (cached_tokens from the prefix cache); times in ns.
+    prompt_*: prompt log-probabilities, LogprobColumns.rows indexing `prompt_seqs`.
+    """
+
+    engine: int
+    epoch: int
+    step: int
+    seqs: Column
+    incarnations: Column
+    offsets: Column
+    tokens: Column
+    reasons: Column
+    stats: EngineStats
+    started_ns: int = 0
+    finished_ns: int = 0
+    started_seqs: Column = EMPTY_I64
+    started_cached: Column = EMPTY_I32
+    preempted_seqs: Column = EMPTY_I64
+    logprobs: LogprobColumns | None = None
+    prompt_seqs: Column = EMPTY_I64
+    prompt_logprobs: LogprobColumns | None = None
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine tells when it is ready. Memory in bytes."""
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    attention: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    deterministic: bool
+    fingerprint: str
+    """Changes whenever numerics may change (system_fingerprint)."""
+    kv_layout: str
+    weights_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    slack_bytes: int
+    enable_prefix_caching: bool = True
+
+
+class EngineUp(Message, frozen=True, kw_only=True):
+    """An engine is ready (from root, or from the engine itself when its link to text opens)."""
+
+    engine: int
+    epoch: int
+    facts: EngineFacts
+
+
+class EngineDown(Message, frozen=True, kw_only=True):
+    """An engine is gone: everything of this epoch is void."""
+
+    engine: int
+    epoch: int
+    reason: str = ""
+
+
+# ------------------------------------------------------------------ root <-> every process
+
+
+class ChildUp(Message, frozen=True, kw_only=True):
+    role: str
+    id: int
+    epoch: int
+    pid: int
+    detail: str = ""
+
+
+class ChildDown(Message, frozen=True, kw_only=True):
+    role: str
+    id: int
+    epoch: int
+    status: int
+    detail: str = ""
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Sent every second by each process; `progress` is a count that moves when work is done, `pending` work that should move it."""
+
+    role: str
+    id: int
+    at_ns: int
+    progress: int = 0
+    pending: int = 0
+
+
+class StartupPhase(Message, frozen=True, kw_only=True):
+    """Progress of a start: one line on root's screen, one gauge in the metrics."""
+
+    role: str
+    id: int
+    phase: str
+    seconds: float
+    table: list[list[str]] = []
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """Accept nothing new; finish what runs; then leave. `deadline_s` from now."""
+
+    deadline_s: float = 30.0
+
+
+class Drained(Message, frozen=True, kw_only=True):
+    """Answer to Drain: nothing is left here."""
+
+    role: str
+    id: int
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """Leave now."""
+
+    reason: str = ""
+
+
+# ------------------------------------------------------------------ inside the engine cell
+
+
+class Plan(Message, frozen=True, kw_only=True):
+    """The scheduler's note to itself: every message that was already queued is handled before it plans."""
+
+
+class KvStep(Message, frozen=True, kw_only=True):
+    """Everything the scheduler wants of the KV manager for one step, applied in this order:
+
+    1. release: (seqs, incarnations) give all their blocks back (hashed ones stay cached until evicted).
+    2. commit: sequences' computed lengths grew to `commit_lens`; `commit_tokens` (CSR by `commit_counts`) are the token values of newly
+       generated positions that complete hash blocks (the prompt's hashes came with the look-up).
+    3. lookup: new sequences; `lookup_hashes` are their prompt block hashes (16 bytes each, CSR by `lookup_counts`), `lookup_roots` 16 bytes
+       each. The grant says how many tokens were hit; a hit covers at most `lookup_lens - 1` tokens (0 for seqs with prompt_logprobs: use
+       lookup_max).
+    4. fork: `fork_dst` shares all full blocks of `fork_src`'s first `fork_lens` tokens and gets its own copy of a partial last one.
+    5. reserve: each sequence must hold blocks for `reserve_lens` tokens. Granted row by row in order; a denied row changes nothing.
+    """
+
+    step: int
+    release_seqs: Column = EMPTY_I64
+    release_incarnations: Column = EMPTY_I32
+    commit_seqs: Column = EMPTY_I64
+    commit_lens: Column = EMPTY_I32
+    commit_tokens: Column = EMPTY_I32
+    commit_counts: Column = EMPTY_I32
+    lookup_seqs: Column = EMPTY_I64
+    lookup_incarnations: Column = EMPTY_I32
+    lookup_max: Column = EMPTY_I32
+    lookup_hashes: bytes = b""
+    lookup_counts: Column = EMPTY_I32
+    lookup_roots: bytes = b""
+    fork_src: Column = EMPTY_I64
+    fork_dst: Column = EMPTY_I64
+    fork_lens: Column = EMPTY_I32
+    reserve_seqs: Column = EMPTY_I64
+    reserve_lens: Column = EMPTY_I32
+
+
+class KvGrant(Message, frozen=True, kw_only=True):
+    """The KV manager's answer. `block_*` rows (block_seqs I64, block_index I32, block_ids I32) are every block that a sequence newly
+    holds, shared ones included, in order; copies are (source, destination) blocks for the head of the next Forward."""
+
+    step: int
+    granted: Column = EMPTY_U8
+    forked: Column = EMPTY_U8
+    lookup_cached: Column = EMPTY_I32
+    block_seqs: Column = EMPTY_I64
+    block_index: Column = EMPTY_I32
+    block_ids: Column = EMPTY_I32
+    copy_src: Column = EMPTY_I32
+    copy_dst: Column = EMPTY_I32
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    total_blocks: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    quarantined: int = 0
+
+
+class Forward(Message, frozen=True, kw_only=True):
+    """One step of the model, columnar. Positions, token values and slot mapping live on the device; a *slot* (0..max_num_seqs-1) holds a
+    running sequence's token history and block table.
+
+    Applied in this order: copies (blocks copy_src -> copy_dst); places (slots that a sequence enters: its history becomes the
+    `place_counts[i]` tokens, its block table is emptied; `place_tokens` is CSR); blocks (block_table[block_slots, block_index] = block_ids);
+    rows: for row i compute the tokens at positions [starts[i], starts[i]+counts[i]) of slots[i]. A position at or beyond the known
+    history is the token that an earlier Sample put there. Decode rows (counts == 1 at the end of the history) come first: `num_decode`.
+    """
+
+    engine: int
+    epoch: int
+    step: int
+    slots: Column
+    starts: Column
+    counts: Column
+    num_decode: int
+    copy_src: Column = EMPTY_I32
+    copy_dst: Column = EMPTY_I32
+    place_slots: Column = EMPTY_I32
+    place_counts: Column = EMPTY_I32
+    place_tokens: Column = EMPTY_I32
+    block_slots: Column = EMPTY_I32
+    block_index: Column = EMPTY_I32
+    block_ids: Column = EMPTY_I32
+
+
+class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling state of a sequence that enters a slot. `prompt_len` separates prompt from output in the slot's history (penalties look at
+    both as in vLLM: repetition at prompt and output, frequency and presence at output only)."""
+
+    slot: int
+    choice: int
+    prompt_len: int
+    params: SamplingParams
+    stop_ids: Column = EMPTY_I32
+    """Ids masked out until min_tokens outputs exist (end tokens and stop_token_ids)."""
+
+
+class Sample(Message, frozen=True, kw_only=True):
+    """Draw one token for each row: from the last computed position of Forward row `rows[i]`, into slot `slots[i]` at position
+    `positions[i]` (absolute, so that Philox counters do not depend on batching). Many-to-one for n > 1.
+
+    `prompt_rows`: Forward rows whose prompt log-probabilities are wanted (every position computed in this step that predicts a prompt
+    token), with `prompt_topk` each.
+    """
+
+    engine: int
+    epoch: int
+    step: int
+    rows: Column
+    slots: Column
+    positions: Column
+    places: list[SlotSampling] = []
+    prompt_rows: Column = EMPTY_I32
+    prompt_topk: Column = EMPTY_I32
+
+
+class StepDone(Message, frozen=True, kw_only=True):
+    """Step `step` has left the device. slots and tokens as in Sample; times in ns on CLOCK_MONOTONIC around the device's work."""
+
+    engine: int
+    epoch: int
+    step: int
+    slots: Column
+    tokens: Column
+    started_ns: int = 0
+    finished_ns: int = 0
+    logprobs: LogprobColumns | None = None
+    """rows index slots/tokens."""
+    prompt_logprobs: LogprobColumns | None = None
+    """rows index Sample.prompt_rows."""
+    bad_rows: Column = EMPTY_I32
+    """Rows whose logits held NaN or infinity only: their sequences fail, nobody else's."""
+
+
+class DeviceLost(Message, frozen=True, kw_only=True):
+    """The device cannot go on; the engine leaves with a non-zero status and its sequences are replayed elsewhere or later."""
+
+    engine: int
+    epoch: int
+    step: int
+    error: str
+
+
+class DeviceWork(Message, frozen=True, kw_only=True):
+    """An entry for the ordered device queue: exactly one of forward and sample."""
+
+    forward: Forward | None = None
+    sample: Sample | None = None
+
+
+def message_types() -> list[type[Message]]:
+    """Every concrete message, in definition order."""
+    return [value for value in globals().values() if isinstance(value, type) and issubclass(value, Message) and value is not Message]
+
+
+# The unions that links decode: one per edge of the graph.
+EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Extension
+TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension
+TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension
+EngineToText = Hello | EngineUp | StepTokens | Extension
+RootToChild = Hello | Drain | Stop | EngineUp | EngineDown | Extension
+ChildToRoot = Hello | ChildUp | ChildDown | Heartbeat | StartupPhase | Drained | Extension
+
+
+def union_of(link: Literal["edge>text", "text>edge", "text>engine", "engine>text", "root>child", "child>root"]) -> Any:
+    return {
+        "edge>text": EdgeToText,
+        "text>edge": TextToEdge,
+        "text>engine": TextToEngine,
+        "engine>text": EngineToText,
+        "root>child": RootToChild,
+        "child>root": ChildToRoot,
+    }[link]

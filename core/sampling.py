@@ -1,0 +1,105 @@
+"""What a caller may ask of the sampler.
+
+What it is: `SamplingParams`, validated once at the edge of the system; names and defaults follow OpenAI and vLLM.
+What it does not know: tokenizers, logits, slots. Stop strings are text's business, everything else the engine's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import msgspec
+
+from penstock.core.errors import InvalidRequest
+
+MAX_N = 64
+GREEDY_EPSILON = 1e-5
+"""A temperature below this is greedy (as in vLLM)."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """Sampling settings of one request. Call `.validate()`; it raises InvalidRequest naming the field.
+
+    temperature 0 is greedy; top_k 0 or -1 keeps all; logprobs k returns the chosen token and the k most likely
+    (None: nothing, 0: the chosen token only), from raw logits' log-softmax (before penalties and filters).
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
+    bad_words_token_ids: list[list[int]] = []
+    """Token sequences that must not be completed; text fills them from `bad_words`."""
+    max_tokens: int | None = None
+    """None: as far as the context reaches."""
+    min_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    skip_special_tokens: bool = True
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_EPSILON
+
+    def validate(self, *, vocab_size: int | None = None, max_logprobs: int = 20, max_stop: int = 16) -> SamplingParams:
+        """Return self, or raise InvalidRequest that names the first wrong field."""
+
+        def need(ok: bool, param: str, what: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{param} {what}, but is {getattr(self, param)!r}.", param=param)
+
+        def finite(param: str, low: float, high: float) -> None:
+            value = getattr(self, param)
+            need(math.isfinite(value) and low <= value <= high, param, f"must be between {low:g} and {high:g}")
+
+        need(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}")
+        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "must be 0 or more")
+        need(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
+        need(self.top_k >= -1, "top_k", "must be -1 or 0 (off) or a positive count")
+        finite("min_p", 0, 1)
+        need(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "must be above 0",
+        )
+        finite("frequency_penalty", -2, 2)
+        finite("presence_penalty", -2, 2)
+        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        need(self.min_tokens >= 0, "min_tokens", "must be 0 or more")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).", param="min_tokens")
+        need(len(self.stop) <= max_stop, "stop", f"may hold at most {max_stop} strings")
+        need(all(self.stop), "stop", "must not hold an empty string")
+        need(self.logprobs is None or 0 <= self.logprobs <= max_logprobs, "logprobs", f"must be 0..{max_logprobs}")
+        need(
+            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= max_logprobs,
+            "prompt_logprobs",
+            f"must be 0..{max_logprobs}",
+        )
+        need(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "must not be empty")
+        for token, bias in self.logit_bias.items():
+            if not (math.isfinite(bias) and -100 <= bias <= 100):
+                raise InvalidRequest(f"logit_bias of token {token} must be between -100 and 100.", param="logit_bias")
+        if vocab_size is not None:
+            for param, ids in (
+                ("logit_bias", list(self.logit_bias)),
+                ("allowed_token_ids", self.allowed_token_ids or []),
+                ("stop_token_ids", self.stop_token_ids),
+            ):
+                wrong = [i for i in ids if not 0 <= i < vocab_size]
+                if wrong:
+                    raise InvalidRequest(f"{param} names token {wrong[0]}, but the vocabulary has {vocab_size} tokens.", param=param)
+        return self

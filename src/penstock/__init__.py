@@ -1,0 +1,26 @@
+"""Penstock: an LLM inference server. `from penstock import LLM, SamplingParams`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from penstock.version import __version__
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from penstock.core.llm import LLM
+    from penstock.core.sampling import SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: `penstock --help` and the root process must not pay for what only the Python API needs.
+    if name == "LLM":
+        from penstock.core.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from penstock.core.sampling import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'penstock' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The edge: HTTP, SSE, and the OpenAI schema on uvloop. Never imports torch."""
