@@ -228,7 +228,7 @@ class TextReady(Message, frozen=True, kw_only=True):
 # ------------------------------------------------------------------ inside the text process
 
 
-class Encode(Message):
+class Encode(Message, frozen=True, kw_only=True):
     """Text -> its tokenizer worker (off the loop): render and tokenise one prompt. Fields as in Submit; `job` comes back."""
 
     job: int
@@ -243,7 +243,7 @@ class Encode(Message):
     bad_words: list[str] = []
 
 
-class Encoded(Message):
+class Encoded(Message, frozen=True, kw_only=True):
     """The worker's answer: `ids` I32, or an error as in Rejected. `rendered` is the prompt text."""
 
     job: int
@@ -256,7 +256,7 @@ class Encoded(Message):
     finished_ns: int = 0
 
 
-class Tick(Message):
+class Tick(Message, frozen=True, kw_only=True):
     """Time passes (once a second, from the host): retention, rates, watchdogs. ns on CLOCK_MONOTONIC."""
 
     now_ns: int
