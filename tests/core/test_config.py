@@ -1,0 +1,126 @@
+"""Configuration: layers, errors that name things, sizes, "not supported yet"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from penstock.core import cli
+from penstock.core import config as cfg
+from penstock.core.errors import ConfigError
+
+
+def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text('port = 1\nmax-num-seqs = 3\n[engine]\nmax_num_batched_tokens = "1K"\nkv_cache_memory_bytes = "2M"\n')
+    monkeypatch.setenv("PENSTOCK_PORT", "2")
+    monkeypatch.setenv("PENSTOCK_MAX_NUM_SEQS", "4")
+    config = cli.load_config(str(file), {"port": 3, "host": None})
+    assert (config.port, config.max_num_seqs, config.max_num_batched_tokens, config.kv_cache_memory_bytes) == (3, 4, 1024, 2 << 20)
+    assert config.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("layer", "param", "hint"),
+    [
+        ({"max_model_length": 3}, "max_model_length", "max_model_len"),
+        ({"quantization": "fp8"}, "quantization", "not supported yet"),
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size", "not supported yet"),
+        ({"max_num_seqs": 0}, "max_num_seqs", "at least 1"),
+        ({"max_num_seqs": "x"}, "max_num_seqs", "int"),
+        ({"dtype": "int3"}, "dtype", "int3"),
+        ({"block_size": 24}, "block_size", "power of two"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "at most 1"),
+        ({"port": 70000}, "port", "65535"),
+    ],
+)
+def test_wrong_values_name_the_option(layer: dict[str, object], param: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cfg.build(layer)
+    assert caught.value.param == param
+    assert hint in caught.value.message
+
+
+def test_unknown_names_in_environment_and_file_point_to_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PENSTOCK_PORT"):
+        cfg.from_env({"PENSTOCK_PROT": "1"})
+    file = tmp_path / "p.toml"
+    file.write_text("[server]\nprot = 1\n")
+    with pytest.raises(ConfigError, match="'port'"):
+        cfg.from_toml(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        cfg.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4096", 4096), ("32k", 32000), ("32K", 32768), ("1G", 1 << 30), ("512MiB", 512 << 20), ("1.5M", 3 << 19), ("2GB", 2 << 30)],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert cfg.parse_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "1Q", "k", "1 2"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(ValueError):
+        cfg.parse_size(text)
+
+
+def test_every_option_is_documented_and_parses_its_own_default() -> None:
+    for option in cfg.OPTIONS.values():
+        assert option.doc
+        assert option.group in cli.GROUP_TITLES
+        if isinstance(option.default, (int, float, str)):
+            assert cfg.from_text(option, str(option.default), where="x") == option.default
+
+
+def capture(monkeypatch: pytest.MonkeyPatch) -> list[cfg.Config]:
+    import penstock.core.kernel as kernel
+
+    seen: list[cfg.Config] = []
+
+    def fake(config: cfg.Config) -> int:
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(kernel, "serve", fake)
+    return seen
+
+
+def test_the_usual_vllm_start_line_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = capture(monkeypatch)
+    line = (
+        "serve --model m --tensor-parallel-size 1 --gpu-memory-utilization 0.9 --max-model-len 8192 --max-num-seqs 64"
+        " --enable-prefix-caching --enable-chunked-prefill --port 8000 --served-model-name a b --api-key k1 k2"
+    )
+    result = CliRunner().invoke(cli.cli, line.split())
+    assert result.exit_code == 0, result.output
+    (config,) = seen
+    assert (config.model, config.max_model_len, config.max_num_seqs, config.port) == ("m", 8192, 64, 8000)
+    assert config.served_model_name == ["a", "b"]
+    assert config.api_key == ["k1", "k2"]
+
+
+def test_aliases_and_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = capture(monkeypatch)
+    result = CliRunner().invoke(
+        cli.cli, "serve m --disable-radix-cache --context-length 4k --mem-fraction-static 0.5 --max_running_requests 7".split()
+    )
+    assert result.exit_code == 0, result.output
+    (config,) = seen
+    assert config.enable_prefix_caching is False
+    assert (config.max_model_len, config.gpu_memory_utilization, config.max_num_seqs) == (4000, 0.5, 7)
+
+
+def test_unknown_flag_is_refused_with_a_hint() -> None:
+    result = CliRunner().invoke(cli.cli, ["serve", "--max-model-length", "5"])
+    assert result.exit_code == 2
+    assert "--max-model-len" in result.output
+
+
+def test_config_travels_as_json() -> None:
+    config = cfg.build({"port": 1, "api_key": ["x"]})
+    assert msgspec.json.decode(msgspec.json.encode(config), type=cfg.Config) == config
