@@ -207,3 +207,13 @@ def main() -> None:
     except PenstockError as error:
         click.echo(f"penstock: {error.message}", err=True)
         sys.exit(2)
+
+
+def parse_serve_args(args: Sequence[str]) -> cfg.Config:
+    """The Config that `penstock serve ARGS` would use. Raises ConfigError or click's usage errors."""
+    context = serve.make_context("serve", list(args))
+    given = dict(context.params)
+    folder, file = given.pop("model_folder"), given.pop("config_file")
+    if folder is not None:
+        given["model"] = folder
+    return load_config(file, given)

@@ -1,0 +1,22 @@
+"""Commands that come as root plugins: `penstock chat` and `penstock bench`.
+
+What it is: the hook that adds them. What it does not know: what they import when they run (nothing of it is imported here).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from penstock.core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    import click
+
+
+@hookimpl
+def register_commands(group: click.Group) -> None:
+    from penstock.plugins.commands.bench.command import bench
+    from penstock.plugins.commands.chat import chat
+
+    group.add_command(bench)
+    group.add_command(chat)

@@ -1,0 +1,321 @@
+"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process).
+
+What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from penstock.plugins.commands.bench.client import Client, Record
+    from penstock.plugins.commands.bench.workload import Workload
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@click.group()
+def bench() -> None:
+    """Measure a server or the engine. Lengths come from a fixed seed; figures are printed and, with --json, kept."""
+
+
+def shape_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that every benchmark shares."""
+    options: list[Decorator] = [
+        click.option("--requests", default=64, show_default=True, help="How many requests."),
+        click.option("--input-len", type=int, help="Fixed prompt length; default: ShareGPT-like lengths."),
+        click.option("--output-len", type=int, help="Fixed output length; default: ShareGPT-like lengths."),
+        click.option("--prefix-len", default=0, show_default=True, help="Tokens of a shared prefix before each prompt."),
+        click.option("--prefixes", default=1, show_default=True, help="How many distinct shared prefixes."),
+        click.option("--seed", default=0, show_default=True, help="Seed of lengths, ids and arrivals."),
+        click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def write_json(path: str | None, kind: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    import datetime
+
+    from penstock.version import __version__
+
+    row = {
+        "bench": kind,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "penstock": __version__,
+        "cores": os.cpu_count(),
+        "settings": settings,
+        **result,
+    }
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+async def run_load(client: Client, load: Workload, concurrency: int | None, on_done: Callable[[], None]) -> tuple[list[Record], float]:
+    """Send every request at its time, at most `concurrency` at once. Returns records and wall seconds."""
+    import asyncio
+    import time
+
+    from penstock.plugins.commands.bench.client import Record
+
+    gate = asyncio.Semaphore(concurrency) if concurrency else None
+    start = time.perf_counter()
+
+    async def one(index: int) -> Record:
+        request = load.requests[index]
+        await asyncio.sleep(max(0.0, request.at - (time.perf_counter() - start)))
+        record = Record(scheduled=request.at)
+        if gate is None:
+            await client.complete(record, request.prompt, request.output, start)
+        else:
+            async with gate:
+                await client.complete(record, request.prompt, request.output, start)
+        on_done()
+        return record
+
+    records = await asyncio.gather(*(one(i) for i in range(len(load.requests))))
+    return list(records), time.perf_counter() - start
+
+
+@bench.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Base URL of an OpenAI server.")
+@click.option("--start", is_flag=True, help="Start a Penstock server for this run (words after -- go to `penstock serve`).")
+@click.option(
+    "--naive", is_flag=True, help="Also measure naive serving (one request at a time, no prefix cache) and print the ratio; needs --start."
+)
+@click.option("--model", help="Model name; default: the server's first.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="Key for the server.")
+@click.option("--vocab", type=int, help="Prompt ids are drawn below this; default: what the server's tokenizer says, else 4096.")
+@click.option("--request-rate", default=math.inf, show_default=True, help="Mean arrivals a second (Poisson); inf: all at once.")
+@click.option("--burstiness", default=1.0, show_default=True, help="1: Poisson; larger: more regular arrivals.")
+@click.option("--concurrency", type=int, help="Most requests at once.")
+@click.option("--slo", multiple=True, help="Objective in ms for goodput: ttft:500, itl:50, e2e:3000 (repeatable).")
+@click.option("--warmup", default=2, show_default=True, help="Requests sent first, not counted.")
+@shape_options
+@click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
+def serve(
+    url: str,
+    start: bool,
+    naive: bool,
+    model: str | None,
+    api_key: str | None,
+    vocab: int | None,
+    request_rate: float,
+    burstiness: float,
+    concurrency: int | None,
+    slo: tuple[str, ...],
+    warmup: int,
+    requests: int,
+    input_len: int | None,
+    output_len: int | None,
+    prefix_len: int,
+    prefixes: int,
+    seed: int,
+    json_file: str | None,
+    serve_args: tuple[str, ...],
+) -> None:
+    """Client load over HTTP against any OpenAI server: TTFT, ITL, E2E, goodput."""
+    import asyncio
+
+    from rich.progress import Progress
+
+    from penstock.plugins.commands.bench import report, workload
+    from penstock.plugins.commands.bench.client import Client
+    from penstock.plugins.commands.bench.server import started
+
+    if naive and not start:
+        raise click.UsageError("--naive starts two servers in turn, so it needs --start.")
+    try:
+        objectives = report.parse_slo(slo)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--slo") from None
+
+    async def measure(base: str, limit: int | None) -> dict[str, Any]:
+        client = Client(base, key=api_key)
+        name, context = await client.first_model()
+        client.model = model or name
+        size = vocab or await vocabulary(client)
+        settings: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "prefix_len": prefix_len, "prefixes": prefixes}
+        if warmup:
+            first = workload.make(count=warmup, vocab=size, seed=seed + 1000, max_len=context, **settings)
+            await run_load(client, first, limit, lambda: None)
+        load = workload.make(count=requests, vocab=size, seed=seed, rate=request_rate, burstiness=burstiness, max_len=context, **settings)
+        with Progress(transient=True) as bar:
+            task = bar.add_task("requests", total=requests)
+            records, wall = await run_load(client, load, limit, lambda: bar.advance(task))
+        return report.summarise(records, wall, objectives)
+
+    settings = {
+        "url": None if start else url,
+        "serve_args": list(serve_args),
+        "requests": requests,
+        "request_rate": None if math.isinf(request_rate) else request_rate,
+        "concurrency": concurrency,
+        "input_len": input_len,
+        "output_len": output_len,
+        "prefix_len": prefix_len,
+        "prefixes": prefixes,
+        "seed": seed,
+    }
+    try:
+        if start:
+            with started([*serve_args]) as base:
+                result = asyncio.run(measure(base, concurrency))
+            report.show("tuned" if naive else "penstock", result)
+            write_json(json_file, "serve", settings, result)
+            if naive:
+                with started([*serve_args, "--no-enable-prefix-caching", "--max-num-seqs", "1"]) as base:
+                    plain = asyncio.run(measure(base, 1))
+                report.show("naive: one request at a time, no prefix cache", plain)
+                ratio = result["output_tokens_per_s"] / plain["output_tokens_per_s"]
+                click.echo(f"tuned / naive: {ratio:.2f}x output tokens/s")
+                write_json(json_file, "serve-naive", settings, {**plain, "tuned_over_naive": ratio})
+        else:
+            result = asyncio.run(measure(url, concurrency))
+            report.show(url, result)
+            write_json(json_file, "serve", settings, result)
+    except OSError as error:
+        raise click.ClickException(f"No OpenAI server answers at {url} ({error}). Start one, or use --start.") from None
+    if result["failed"]:
+        raise SystemExit(1)
+
+
+async def vocabulary(client: Client) -> int:
+    """The server's vocabulary size, where it says so."""
+    status, info = await client.get("/tokenizer_info")
+    if status == 200 and isinstance(info, dict) and isinstance(info.get("vocab_size"), int):
+        return int(info["vocab_size"])
+    return 4096
+
+
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)(function)
+    return click.option("--model", help="Model folder; default: the demo model.")(function)
+
+
+def make_llm(model: str | None, serve_args: tuple[str, ...]) -> Any:
+    """An in-process engine from the same flags that `penstock serve` takes."""
+    from penstock.core.cli import parse_serve_args
+    from penstock.core.llm import LLM
+
+    return LLM(config=parse_serve_args([*([model] if model else []), *serve_args]))
+
+
+@bench.command()
+@engine_options
+@shape_options
+def throughput(
+    model: str | None,
+    requests: int,
+    input_len: int | None,
+    output_len: int | None,
+    prefix_len: int,
+    prefixes: int,
+    seed: int,
+    json_file: str | None,
+    serve_args: tuple[str, ...],
+) -> None:
+    """All requests at once through the engine in process: tokens/s."""
+    import time
+
+    from penstock.core.sampling import SamplingParams
+    from penstock.plugins.commands.bench import workload
+
+    with make_llm(model, serve_args) as llm:
+        facts = llm.facts
+        load = workload.make(
+            count=requests,
+            vocab=facts.vocab_size,
+            seed=seed,
+            input_len=input_len,
+            output_len=output_len,
+            prefix_len=prefix_len,
+            prefixes=prefixes,
+            max_len=facts.max_model_len,
+        )
+        params = [SamplingParams(temperature=0, max_tokens=r.output, ignore_eos=True) for r in load.requests]
+        llm.generate(prompt_token_ids=[load.requests[0].prompt[:16]], sampling_params=SamplingParams(temperature=0, max_tokens=4))
+        start = time.perf_counter()
+        outputs = llm.generate(prompt_token_ids=[r.prompt for r in load.requests], sampling_params=params, use_tqdm=True)
+        wall = time.perf_counter() - start
+    made = sum(len(o.outputs[0].token_ids) for o in outputs)
+    result = {
+        "requests": requests,
+        "wall_s": wall,
+        "prompt_tokens": load.input_tokens,
+        "output_tokens": made,
+        "output_tokens_per_s": made / wall,
+        "total_tokens_per_s": (made + load.input_tokens) / wall,
+        "requests_per_s": requests / wall,
+    }
+    click.echo(
+        f"{requests} requests in {wall:.2f} s: {result['requests_per_s']:.2f} requests/s, {result['output_tokens_per_s']:.1f} output tokens/s,"
+        f" {result['total_tokens_per_s']:.1f} tokens/s in all"
+    )
+    write_json(json_file, "throughput", {"model": model, "serve_args": list(serve_args), "seed": seed}, result)
+
+
+@bench.command()
+@click.option("--batch-size", default=1, show_default=True, help="Sequences at once.")
+@click.option("--repeats", default=5, show_default=True, help="Counted repeats, after one warm-up.")
+@engine_options
+@shape_options
+def latency(
+    batch_size: int,
+    repeats: int,
+    model: str | None,
+    requests: int,
+    input_len: int | None,
+    output_len: int | None,
+    prefix_len: int,
+    prefixes: int,
+    seed: int,
+    json_file: str | None,
+    serve_args: tuple[str, ...],
+) -> None:
+    """One batch at a time through the engine in process: seconds a batch, tokens/s a sequence."""
+    import time
+
+    from penstock.core.sampling import SamplingParams
+    from penstock.plugins.commands.bench import report, workload
+
+    walls = []
+    with make_llm(model, serve_args) as llm:
+        facts = llm.facts
+        for repeat in range(repeats + 1):
+            load = workload.make(
+                count=batch_size,
+                vocab=facts.vocab_size,
+                seed=seed + repeat,
+                input_len=input_len or 32,
+                output_len=output_len or 128,
+                prefix_len=prefix_len,
+                max_len=facts.max_model_len,
+            )
+            params = [SamplingParams(temperature=0, max_tokens=r.output, ignore_eos=True) for r in load.requests]
+            start = time.perf_counter()
+            llm.generate(prompt_token_ids=[r.prompt for r in load.requests], sampling_params=params)
+            if repeat:
+                walls.append(time.perf_counter() - start)
+    made = output_len or 128
+    result: dict[str, Any] = {
+        "batch_size": batch_size,
+        "batch_ms": report.spread(walls),
+        "tokens_per_s_each": made / report.percentile(walls, 0.5),
+    }
+    shown = result["batch_ms"]
+    click.echo(
+        f"batch {batch_size}, {input_len or 32} in, {made} out: p50 {shown['p50']:.1f} ms, p95 {shown['p95']:.1f} ms;"
+        f" {result['tokens_per_s_each']:.1f} tokens/s each"
+    )
+    write_json(json_file, "latency", {"model": model, "serve_args": list(serve_args), "seed": seed}, result)

@@ -1,0 +1,113 @@
+"""The benchmark's own arithmetic and its client, against a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+
+import pytest
+
+from penstock.plugins.commands.bench import report, workload
+from penstock.plugins.commands.bench.client import Client, Record
+
+
+def test_percentiles_interpolate() -> None:
+    assert report.percentile([4, 1, 3, 2], 0.5) == 2.5
+    assert report.percentile([1], 0.99) == 1
+    assert math.isnan(report.percentile([], 0.5))
+
+
+def test_lengths_are_seeded_and_clipped() -> None:
+    a = workload.make(count=200, vocab=1000, seed=3, max_len=300)
+    b = workload.make(count=200, vocab=1000, seed=3, max_len=300)
+    assert a == b
+    assert a != workload.make(count=200, vocab=1000, seed=4, max_len=300)
+    assert all(len(r.prompt) + r.output <= 300 and r.output >= 1 for r in a.requests)
+    assert all(16 <= t < 1000 for r in a.requests for t in r.prompt)
+
+
+def test_shared_prefixes_are_shared() -> None:
+    load = workload.make(count=6, vocab=500, seed=1, prefix_len=20, prefixes=2, input_len=5)
+    heads = [tuple(r.prompt[:20]) for r in load.requests]
+    assert heads[0] == heads[2] == heads[4]
+    assert heads[1] == heads[3] != heads[0]
+
+
+def test_arrivals_have_the_asked_rate() -> None:
+    times = workload.arrivals(4000, 50.0, 1.0, random.Random(5))
+    assert times == sorted(times)
+    assert 3999 / times[-1] == pytest.approx(50, rel=0.1)
+    assert set(workload.arrivals(5, math.inf, 1.0, random.Random(0))) == {0.0}
+
+
+def record(tokens: list[float], *, sent: float = 0.0, want: int | None = None) -> Record:
+    return Record(scheduled=0, sent=sent, done=tokens[-1], tokens=tokens, want=want or len(tokens), status=200, prompt_tokens=10)
+
+
+def test_summary_counts_failures_and_goodput() -> None:
+    fine = record([0.1, 0.2, 0.3])
+    slow = record([1.0, 1.5, 2.0])
+    failed = Record(scheduled=0, status=500, error="boom", want=3)
+    result = report.summarise([fine, slow, failed], 2.0, {"ttft": 500, "itl": 200})
+    assert (result["completed"], result["failed"], result["short"]) == (2, 1, 0)
+    assert result["output_tokens_per_s"] == 3
+    assert result["ttft_ms"]["p50"] == pytest.approx(550)
+    assert result["itl_ms"]["std"] == pytest.approx(200)
+    assert result["goodput_share"] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="ttft:MS"):
+        report.parse_slo(["first:3"])
+
+
+def sse(*events: object) -> bytes:
+    return b"".join(b"data: " + (e.encode() if isinstance(e, str) else json.dumps(e).encode()) + b"\n\n" for e in events)
+
+
+async def serve(body: bytes, *, status: int = 200, pieces: int = 7) -> tuple[asyncio.Server, str]:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")).split(b":")[1])
+        await reader.readexactly(length)
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" % status)
+        for i in range(0, len(body), pieces):
+            part = body[i : i + pieces]
+            writer.write(b"%x\r\n%s\r\n" % (len(part), part))
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def run(body: bytes, **kwargs: int) -> Record:
+    async def go() -> Record:
+        server, url = await serve(body, **kwargs)
+        async with server:
+            return await Client(url, model="m").complete(Record(scheduled=0), [1, 2], 3, 0.0)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("pieces", [1, 5, 4096])
+def test_client_counts_tokens_by_ids_or_usage_or_chunks(pieces: int) -> None:
+    by_ids = run(
+        sse({"choices": [{"text": "é", "token_ids": [1, 2]}]}, {"choices": [{"text": "b", "token_ids": [3]}]}, "[DONE]"), pieces=pieces
+    )
+    assert by_ids.ok
+    assert (len(by_ids.tokens), "".join(by_ids.text)) == (3, "éb")
+    usage = {"prompt_tokens": 2, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}}
+    by_usage = run(sse({"choices": [{"text": "abc"}], "usage": usage}, "[DONE]"), pieces=pieces)
+    assert (len(by_usage.tokens), by_usage.cached_tokens) == (3, 1)
+    by_chunk = run(sse({"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, "[DONE]"), pieces=pieces)
+    assert len(by_chunk.tokens) == 2
+
+
+def test_client_reports_failures() -> None:
+    assert "without [DONE]" in str(run(sse({"choices": [{"text": "a"}]})).error)
+    assert "boom" in str(run(sse({"error": {"message": "boom"}})).error)
+    refused = run(b'{"error": {"message": "no"}}', status=429)
+    assert not refused.ok
+    assert "no" in str(refused.error)
