@@ -1,0 +1,131 @@
+"""Writes the pages that are made from code: configuration, hooks, actors and messages.
+
+What it is: `python docs/generate.py` rewrites docs/{configuration,hooks,actors}.md; a test fails when they are stale.
+What it does not know: mkdocs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from penstock.core import config, hookspecs, messages
+from penstock.core.cli import GROUP_TITLES
+
+HERE = Path(__file__).parent
+NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
+
+
+def configuration() -> str:
+    out = [
+        "# Configuration",
+        NOTE,
+        "Every option has one name in four places: the flag (`--max-num-seqs`), the environment (`PENSTOCK_MAX_NUM_SEQS`), a TOML file"
+        " (`max_num_seqs`, at the top or in a table named like its group; `--config FILE` or `PENSTOCK_CONFIG`), and the Python API"
+        " (`LLM(max_num_seqs=...)`). The flag wins over the environment, the environment over the file, the file over the default."
+        " Unknown names are errors that name the nearest known one. Sizes take `k m g` (thousands) and `K M G` (1024s).",
+        "",
+        "The standard `OTEL_*` variables configure tracing. `PENSTOCK_CACHE` is the folder of compiled kernels;"
+        " `PENSTOCK_TRACE_HOOKS=1` prints every hook call.",
+    ]
+    for group, title in GROUP_TITLES.items():
+        rows = [o for o in config.OPTIONS.values() if o.group == group]
+        out += ["", f"## {title}", "", "| flag | other spellings | default | meaning |", "|---|---|---|---|"]
+        for o in rows:
+            aliases = ", ".join(f"`--{a}`" for a in (*o.aliases, *([o.extra["no"]] if o.extra.get("no") else [])))
+            doc = o.doc.replace("|", "\\|")
+            if o.choices:
+                doc += " (" + ", ".join(f"`{c}`" for c in o.choices) + ")"
+            default = "" if o.default in (None, []) else f"`{o.default}`"
+            out.append(f"| `{o.flag}` | {aliases} | {default} | {doc} |")
+    return "\n".join(out) + "\n"
+
+
+def hooks() -> str:
+    out = [
+        "# Hooks",
+        NOTE,
+        "A plugin is a module or an object whose functions carry `@hookimpl` (from `penstock.core.hookspecs`). It is found through an entry"
+        " point in one of the groups `penstock.root`, `penstock.edge`, `penstock.text`, `penstock.engine`: it loads only in the processes"
+        " that it names. Hooks run at start-up and at request boundaries, never in the step loop. What they register carries an `api_level`"
+        " per family; this build accepts the current level and the one before. `penstock plugins` lists what is installed.",
+        "",
+        "```python",
+        "# my_policy.py, with this in pyproject.toml:",
+        '# [project.entry-points."penstock.engine"]',
+        '# my-policy = "my_policy"',
+        "from penstock.core.hookspecs import SchedulePolicySpec, hookimpl",
+        "",
+        "class ShortestFirst:",
+        '    name = "shortest"',
+        "    def order(self, waiting):",
+        "        return waiting.prompt_tokens - waiting.cached_tokens",
+        "    def victims(self, running):",
+        "        return running.arrival_ns",
+        "",
+        "@hookimpl",
+        "def register_schedule_policies():",
+        '    return [SchedulePolicySpec(name="shortest", api_level=1, factory=ShortestFirst)]',
+        "```",
+        "",
+        "`penstock serve --scheduling-policy shortest` uses it.",
+        "",
+        "## Levels",
+        "",
+        "| family | api_level |",
+        "|---|---|",
+        *(f"| {family} | {level} |" for family, level in hookspecs.API_LEVEL.items()),
+        "",
+        "## Hooks",
+    ]
+    source = inspect.getsource(hookspecs)
+    for name in re.findall(r"@hookspec(?:\([^)]*\))?\ndef (\w+)\(", source):
+        function = getattr(hookspecs, name)
+        first = "firstresult=True" in source.split(f"def {name}(")[0].rsplit("@hookspec", 1)[1]
+        out += ["", f"### `{name}{inspect.signature(function)}`".replace("'", ""), "", inspect.cleandoc(function.__doc__ or "")]
+        if first:
+            out.append("The first answer that is not None wins.")
+    out += ["", "## Specs"]
+    for value in vars(hookspecs).values():
+        if isinstance(value, type) and issubclass(value, hookspecs.Spec):
+            fields = ", ".join(f"`{f}`" for f in value.__struct_fields__)
+            out += ["", f"### `{value.__name__}`", "", inspect.cleandoc(value.__doc__ or ""), "", f"Fields: {fields}."]
+    return "\n".join(out) + "\n"
+
+
+def actors() -> str:
+    from penstock.core.kernel import actor_table
+
+    out = [
+        "# Actors and messages",
+        NOTE,
+        "An actor is a pure handler: `handle(message)` yields messages, owns its state, does no I/O and knows no loop. Where it needs an answer it"
+        " writes `reply = yield Ask(question, ReplyType)`. Where it runs is a separate choice: in a *cell* several actors share one FIFO and"
+        " run to completion; with `--wiring tasks` each has its own task and bounded mailbox. The same tests pass in both.",
+        "",
+        "| actor | process | takes | gives |",
+        "|---|---|---|---|",
+    ]
+    for name, process, takes, gives in actor_table():
+        out.append(f"| {name} | {process} | {', '.join(sorted(takes))} | {', '.join(sorted(gives))} |")
+    out += ["", "## Messages", "", "Columns are one-dimensional numpy arrays; on a link they are one msgpack extension value each.", ""]
+    for kind in messages.message_types():
+        fields = ", ".join(f"`{f}`" for f in kind.__struct_fields__)
+        out += [f"### {kind.__name__}", "", inspect.cleandoc(kind.__doc__ or ""), "", f"Fields: {fields or 'none'}.", ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+PAGES = {"configuration.md": configuration, "hooks.md": hooks, "actors.md": actors}
+
+
+def main() -> int:
+    for name, make in PAGES.items():
+        (HERE / name).write_text(make(), encoding="utf-8")
+        print(f"wrote docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
