@@ -1,0 +1,73 @@
+"""The CPU cache's layout: how a key or value element lies inside its block.
+
+What it is: allocation, and slow torch readers and writers for tests, tools and the reference kernels. A cache tensor of one layer is
+declared [num_blocks, Hkv, block_size, D]; block_size and D are multiples of 16. Inside a (block, head) the bytes are in *panel order*,
+the order of the packed weights of `kernels.linear`, so that q @ K^T and p @ V run on the linear layers' micro-kernel: with il = 2
+elements interleaved for bfloat16 (il = 1 for float32) and groups of 16 keys,
+
+    K: [block_size/16][D/il][16 keys][il]                 V: [block_size/16][D/16][16/il keys][16 dims][il keys]
+
+Blocks stay whole: copying, swapping or hashing whole blocks needs no knowledge of the order.
+What it does not know: attention, block tables, who owns a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.checks import require, tensor
+
+KV_LAYOUT = "cpu-panel16-v1"
+"""Name of this layout, part of the KV identity key."""
+GROUP = 16
+
+
+def allocate_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """One layer's K or V cache, not initialised (unwritten slots are never read)."""
+    require(block_size % GROUP == 0 and head_dim % GROUP == 0, "block_size and head_dim must be multiples of 16")
+    return torch.empty(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
+
+
+def check_cache(k_cache: Tensor, v_cache: Tensor, num_kv_heads: int, dtype: torch.dtype) -> None:
+    """Raises ValueError unless both are caches of the same shape and of `dtype`."""
+    tensor("k_cache", k_cache, (None, num_kv_heads, None, None), dtype)
+    tensor("v_cache", v_cache, k_cache.shape, dtype)
+    require(k_cache.shape[2] % GROUP == 0 and k_cache.shape[3] % GROUP == 0, "block_size and head_dim must be multiples of 16")
+
+
+def _k_view(cache: Tensor) -> Tensor:
+    blocks, heads, size, dim = cache.shape
+    il = 4 // cache.element_size() if cache.element_size() <= 4 else 1
+    return cache.view(blocks, heads, size // GROUP, dim // il, GROUP, il).permute(0, 2, 4, 1, 3, 5)  # block, group, key, head, dim/il, il
+
+
+def _v_view(cache: Tensor) -> Tensor:
+    blocks, heads, size, dim = cache.shape
+    il = 4 // cache.element_size() if cache.element_size() <= 4 else 1
+    panels = cache.view(blocks, heads, size // GROUP, dim // GROUP, GROUP // il, GROUP, il)
+    return panels.permute(0, 2, 4, 6, 1, 3, 5)  # block, group, key/il, il, head, dim/16, 16
+
+
+def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """k, v [T, Hkv, D] into slots [T] (below 0: skipped)."""
+    keep = slots >= 0
+    slots, k, v = slots[keep].long(), k[keep], v[keep]
+    size, dim = k_cache.shape[2], k_cache.shape[3]
+    block, group, key = slots // size, slots % size // GROUP, slots % GROUP
+    k_view, v_view = _k_view(k_cache), _v_view(v_cache)
+    il = k_view.shape[-1]
+    k_view[block, group, key] = k.reshape(*k.shape[:2], dim // il, il)
+    v_view[block, group, key // il, key % il] = v.reshape(*v.shape[:2], dim // GROUP, GROUP)
+
+
+def read_kv(cache: Tensor, slots: Tensor, *, values: bool) -> Tensor:
+    """The keys (or, with `values`, the values) at slots [T]: [T, Hkv, D]."""
+    slots = slots.long()
+    size, dim = cache.shape[2], cache.shape[3]
+    block, group, key = slots // size, slots % size // GROUP, slots % GROUP
+    if values:
+        view = _v_view(cache)
+        il = view.shape[3]
+        return view[block, group, key // il, key % il].reshape(len(slots), cache.shape[1], dim)
+    return _k_view(cache)[block, group, key].reshape(len(slots), cache.shape[1], dim)

@@ -1,0 +1,131 @@
+"""Checked entry of the whole-model program: a step of a Llama-like decoder in one call.
+
+    program = DecoderProgram(embedding=[V, H], layers=[DecoderLayer...], final_norm=[H], lm_head=PackedLinear, num_heads=..., num_kv_heads=...,
+                             head_dim=..., eps=..., cos_sin=[P, r] float32, scale=None, k_caches=[...], v_caches=[...])
+    program(tokens[T], positions[T], slots[T], block_tables[R, B], q_start[R + 1], kv_len[R], rows[L],
+            logits=None | [L, V] float32, hidden=None | [L, H], greedy=None | [L] int32) -> None
+
+All index tensors int32, contiguous; meanings as in `rope_and_cache` and `paged_attention` (positions index the rotary table). `rows` names
+the token rows (0..T-1) whose results are wanted; any of the three outputs may be given: `logits`, `hidden` (after the final norm, model
+dtype, the input of lm_head), `greedy` (as `kernels.argmax`: first maximum, -1 for a bad row). Prefill chunks and decode rows mix freely. A row's
+results do not depend on what else is in the step. Results equal the composition in `decoder.reference` bit for bit.
+
+Caches: one pair a layer, as in `attention.layout`; the program keeps references, the caller may zero or copy blocks between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.argmax import argmax
+from penstock.kernels.attention.layout import check_cache
+from penstock.kernels.checks import FLOATS, require, tensor
+from penstock.kernels.decoder import reference
+from penstock.kernels.linear import PackedGated, PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """One layer's weights. qkv: [(Hq + 2 Hkv) * D, H]; window: 0 for full attention."""
+
+    attn_norm: Tensor
+    qkv: PackedLinear
+    o: PackedLinear
+    mlp_norm: Tensor
+    gate_up: PackedGated
+    down: PackedLinear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int = 0
+
+
+class DecoderProgram:
+    """A model bound to its caches; see the module. Not re-entrant: one step at a time."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Tensor,
+        layers: Sequence[DecoderLayer],
+        final_norm: Tensor,
+        lm_head: PackedLinear,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        cos_sin: Tensor,
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+        scale: float | None = None,
+    ) -> None:
+        tensor("embedding", embedding, (None, None), *FLOATS)
+        dtype, hidden = embedding.dtype, embedding.shape[1]
+        require(len(layers) == len(k_caches) == len(v_caches) > 0, "there must be one K and one V cache for each layer")
+        tensor("final_norm", final_norm, (hidden,), dtype)
+        tensor("cos_sin", cos_sin, (None, None), torch.float32)
+        require(cos_sin.shape[1] % 2 == 0 and cos_sin.shape[1] <= head_dim, "cos_sin must have an even number of columns, at most head_dim")
+        require(num_heads % num_kv_heads == 0, "the number of heads must be a multiple of the number of KV heads")
+        for index, (layer, k_cache, v_cache) in enumerate(zip(layers, k_caches, v_caches, strict=True)):
+            check_cache(k_cache, v_cache, num_kv_heads, dtype)
+            require(k_cache.shape == k_caches[0].shape and k_cache.shape[3] == head_dim, f"layer {index}: the cache has another shape")
+            shapes = (
+                (layer.qkv, (num_heads + 2 * num_kv_heads) * head_dim, hidden),
+                (layer.o, hidden, num_heads * head_dim),
+                (layer.gate_up, layer.gate_up.n, hidden),
+                (layer.down, hidden, layer.gate_up.n),
+            )
+            for weight, n, k in shapes:
+                require((weight.n, weight.k, weight.dtype) == (n, k, dtype), f"layer {index}: a weight is not [{n}, {k}] {dtype}")
+            for name, norm, size in (
+                ("attn_norm", layer.attn_norm, hidden),
+                ("mlp_norm", layer.mlp_norm, hidden),
+                ("q_norm", layer.q_norm, head_dim),
+                ("k_norm", layer.k_norm, head_dim),
+            ):
+                if norm is not None:
+                    tensor(f"layer {index}: {name}", norm, (size,), dtype)
+        require((lm_head.k, lm_head.dtype) == (hidden, dtype), "lm_head does not fit the hidden size or dtype")
+        self.embedding = embedding
+        self.layers = list(layers)
+        self.final_norm = final_norm
+        self.lm_head = lm_head
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.eps = eps
+        self.cos_sin = cos_sin
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.k_caches = list(k_caches)
+        self.v_caches = list(v_caches)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_tables: Tensor,
+        q_start: Tensor,
+        kv_len: Tensor,
+        rows: Tensor,
+        *,
+        logits: Tensor | None = None,
+        hidden: Tensor | None = None,
+        greedy: Tensor | None = None,
+    ) -> None:
+        """Run one step; see the module."""
+        states = reference.hidden_states(self, tokens, positions, slots, block_tables, q_start, kv_len, rows)
+        if hidden is not None:
+            tensor("hidden", hidden, states.shape, states.dtype)
+            hidden.copy_(states)
+        if logits is None and greedy is None:
+            return
+        if logits is None:
+            logits = torch.empty(states.shape[0], self.lm_head.n)
+        tensor("logits", logits, (states.shape[0], self.lm_head.n), torch.float32)
+        logits.copy_(reference.logits(self, states))
+        if greedy is not None:
+            argmax(logits, out=greedy)

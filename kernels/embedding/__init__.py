@@ -1,0 +1,5 @@
+"""Embedding look-up."""
+
+from penstock.kernels.embedding.api import embedding
+
+__all__ = ["embedding"]
