@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import Any, Protocol, TypeAlias
 
-from penstock.core.messages import Message
+from penstock.core.control import Message
 
 
 class Ask:

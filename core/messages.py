@@ -18,9 +18,27 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.columns import EMPTY_F32, EMPTY_I32, EMPTY_I64, EMPTY_U8, Column
+from penstock.core.control import PROTOCOL_LEVEL as PROTOCOL_LEVEL
+from penstock.core.control import Boot as Boot
+from penstock.core.control import ChildDown as ChildDown
+from penstock.core.control import ChildUp as ChildUp
+from penstock.core.control import Drain as Drain
+from penstock.core.control import Drained as Drained
+from penstock.core.control import EngineDown as EngineDown
+from penstock.core.control import EngineFacts as EngineFacts
+from penstock.core.control import EngineUp as EngineUp
+from penstock.core.control import Extension as Extension
+from penstock.core.control import Heartbeat as Heartbeat
+from penstock.core.control import Hello as Hello
+from penstock.core.control import Message as Message
+from penstock.core.control import PeerDown as PeerDown
+from penstock.core.control import PeerUp as PeerUp
+from penstock.core.control import StartupPhase as StartupPhase
+from penstock.core.control import Stop as Stop
+from penstock.core.control import Tick as Tick
+from penstock.core.control import Vital as Vital
+from penstock.core.control import Vitals as Vitals
 from penstock.core.sampling import SamplingParams
-
-PROTOCOL_LEVEL = 1
 
 CHOICE_BITS = 7
 
@@ -39,30 +57,6 @@ def key_of(seq: int) -> int:
 
 def choice_of(seq: int) -> int:
     return seq & ((1 << CHOICE_BITS) - 1)
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, tag_field="@", kw_only=True, omit_defaults=True):
-    """Base of all messages. Frozen; arrays inside are read-only by convention until the step that names them is done."""
-
-
-# ------------------------------------------------------------------ links (any process to any process)
-
-
-class Hello(Message, frozen=True, kw_only=True):
-    """First frame on every link, both ways. Levels must be equal, and so must the schema fingerprints of one build."""
-
-    role: Literal["root", "edge", "text", "engine"]
-    id: int
-    epoch: int
-    protocol_level: int
-    schema_fingerprint: str
-
-
-class Extension(Message, frozen=True, kw_only=True):
-    """A plugin actor's own message: `kind` is namespaced by its package."""
-
-    kind: str
-    data: bytes
 
 
 # ------------------------------------------------------------------ edge -> text
@@ -91,7 +85,7 @@ class Submit(Message, frozen=True, kw_only=True):
     truncate_prompt_tokens: int | None = None
     echo: bool = False
     stream: bool = False
-    explicit: list[str] = []
+    explicit: list[str] = msgspec.field(default_factory=list)
     """Sampling fields that the client itself gave; the others take the model's generation_config.json defaults."""
     want_ids: bool = False
     """Send prompt_token_ids with the first delta."""
@@ -180,7 +174,7 @@ class TextDelta(Message, frozen=True, kw_only=True):
     cached_tokens: Column
     output_tokens: Column
     reasons: list[str]
-    extras: list[RowExtra] = []
+    extras: list[RowExtra] = msgspec.field(default_factory=list)
 
 
 class Finished(Message, frozen=True, kw_only=True):
@@ -240,7 +234,7 @@ class Encode(Message, frozen=True, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = True
-    bad_words: list[str] = []
+    bad_words: list[str] = msgspec.field(default_factory=list)
 
 
 class Encoded(Message, frozen=True, kw_only=True):
@@ -249,17 +243,11 @@ class Encoded(Message, frozen=True, kw_only=True):
     job: int
     ids: Column = EMPTY_I32
     rendered: str = ""
-    bad_words_ids: list[list[int]] = []
+    bad_words_ids: list[list[int]] = msgspec.field(default_factory=list)
     error: str = ""
     error_param: str | None = None
     started_ns: int = 0
     finished_ns: int = 0
-
-
-class Tick(Message, frozen=True, kw_only=True):
-    """Time passes (once a second, from the host): retention, rates, watchdogs. ns on CLOCK_MONOTONIC."""
-
-    now_ns: int
 
 
 # ------------------------------------------------------------------ text -> engine
@@ -360,105 +348,8 @@ class StepTokens(Message, frozen=True, kw_only=True):
     logprobs: LogprobColumns | None = None
     prompt_seqs: Column = EMPTY_I64
     prompt_logprobs: LogprobColumns | None = None
-
-
-class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine tells when it is ready. Memory in bytes."""
-
-    model: str
-    architecture: str
-    dtype: str
-    device: str
-    attention: str
-    vocab_size: int
-    max_model_len: int
-    block_size: int
-    num_blocks: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    deterministic: bool
-    fingerprint: str
-    """Changes whenever numerics may change (system_fingerprint)."""
-    kv_layout: str
-    weights_bytes: int
-    workspace_bytes: int
-    kv_bytes: int
-    slack_bytes: int
-    enable_prefix_caching: bool = True
-
-
-class EngineUp(Message, frozen=True, kw_only=True):
-    """An engine is ready (from root, or from the engine itself when its link to text opens)."""
-
-    engine: int
-    epoch: int
-    facts: EngineFacts
-
-
-class EngineDown(Message, frozen=True, kw_only=True):
-    """An engine is gone: everything of this epoch is void."""
-
-    engine: int
-    epoch: int
-    reason: str = ""
-
-
-# ------------------------------------------------------------------ root <-> every process
-
-
-class ChildUp(Message, frozen=True, kw_only=True):
-    role: str
-    id: int
-    epoch: int
-    pid: int
-    detail: str = ""
-
-
-class ChildDown(Message, frozen=True, kw_only=True):
-    role: str
-    id: int
-    epoch: int
-    status: int
-    detail: str = ""
-
-
-class Heartbeat(Message, frozen=True, kw_only=True):
-    """Sent every second by each process; `progress` is a count that moves when work is done, `pending` work that should move it."""
-
-    role: str
-    id: int
-    at_ns: int
-    progress: int = 0
-    pending: int = 0
-
-
-class StartupPhase(Message, frozen=True, kw_only=True):
-    """Progress of a start: one line on root's screen, one gauge in the metrics."""
-
-    role: str
-    id: int
-    phase: str
-    seconds: float
-    table: list[list[str]] = []
-
-
-class Drain(Message, frozen=True, kw_only=True):
-    """Accept nothing new; finish what runs; then leave. `deadline_s` from now."""
-
-    deadline_s: float = 30.0
-
-
-class Drained(Message, frozen=True, kw_only=True):
-    """Answer to Drain: nothing is left here."""
-
-    role: str
-    id: int
-
-
-class Stop(Message, frozen=True, kw_only=True):
-    """Leave now."""
-
-    reason: str = ""
+    errors: list[str] = msgspec.field(default_factory=list)
+    """Why, for each FAILED row in order."""
 
 
 # ------------------------------------------------------------------ inside the engine cell
@@ -471,14 +362,19 @@ class Plan(Message, frozen=True, kw_only=True):
 class KvStep(Message, frozen=True, kw_only=True):
     """Everything the scheduler wants of the KV manager for one step, applied in this order:
 
-    1. release: (seqs, incarnations) give all their blocks back (hashed ones stay cached until evicted).
-    2. commit: sequences' computed lengths grew to `commit_lens`; `commit_tokens` (CSR by `commit_counts`) are the token values of newly
-       generated positions that complete hash blocks (the prompt's hashes came with the look-up).
+    1. release: (seqs, incarnations) give all their blocks back (hashed ones stay cached until evicted; where `release_drop` is 1 the
+       blocks' content is not trusted and nothing stays).
+    2. commit: sequences' computed lengths grew to `commit_lens`; `commit_tokens` (CSR by `commit_counts`) are the token values of all
+       positions of the newly completed blocks whose hashes did not come with the look-up. Prompt blocks are committed as soon as the
+       Forward that writes them was given to the device queue.
     3. lookup: new sequences; `lookup_hashes` are their prompt block hashes (16 bytes each, CSR by `lookup_counts`), `lookup_roots` 16 bytes
-       each. The grant says how many tokens were hit; a hit covers at most `lookup_lens - 1` tokens (0 for seqs with prompt_logprobs: use
-       lookup_max).
+       each. The grant says how many tokens were hit: whole blocks, at most `lookup_max` tokens (length - 1; 0 for seqs with
+       prompt_logprobs). A look-up takes effect together with the sequence's reserve row, and a denied one keeps nothing. -1: the next
+       block is just being computed by another sequence; ask again next step. `lookup_again` is 1 where the request was already counted.
     4. fork: `fork_dst` shares all full blocks of `fork_src`'s first `fork_lens` tokens and gets its own copy of a partial last one.
     5. reserve: each sequence must hold blocks for `reserve_lens` tokens. Granted row by row in order; a denied row changes nothing.
+       Rows of looked-up sequences come last, leave at least `keep_free` blocks, and after the first of them that memory denies the
+       rest are denied too (nobody overtakes).
     """
 
     step: int
@@ -499,6 +395,9 @@ class KvStep(Message, frozen=True, kw_only=True):
     fork_lens: Column = EMPTY_I32
     reserve_seqs: Column = EMPTY_I64
     reserve_lens: Column = EMPTY_I32
+    release_drop: Column = EMPTY_U8
+    lookup_again: Column = EMPTY_U8
+    keep_free: int = 0
 
 
 class KvGrant(Message, frozen=True, kw_only=True):
@@ -575,7 +474,7 @@ class Sample(Message, frozen=True, kw_only=True):
     rows: Column
     slots: Column
     positions: Column
-    places: list[SlotSampling] = []
+    places: list[SlotSampling] = msgspec.field(default_factory=list)
     prompt_rows: Column = EMPTY_I32
     prompt_topk: Column = EMPTY_I32
 
@@ -624,7 +523,7 @@ EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Exten
 TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension
 TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension
 EngineToText = Hello | EngineUp | StepTokens | Extension
-RootToChild = Hello | Drain | Stop | EngineUp | EngineDown | Extension
+RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | Extension
 ChildToRoot = Hello | ChildUp | ChildDown | Heartbeat | StartupPhase | Drained | Extension
 
 
