@@ -156,6 +156,8 @@ class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: str | None = None
     error_code: str | None = None
+    prompt_text: str | None = None
+    """With echo: the prompt as text, in the request's first row."""
 
 
 class TextDelta(Message, frozen=True, kw_only=True):
@@ -235,6 +237,15 @@ class Encode(Message, frozen=True, kw_only=True):
     continue_final_message: bool = False
     add_special_tokens: bool = True
     bad_words: list[str] = msgspec.field(default_factory=list)
+    ids: Column = EMPTY_I32
+    """A prompt that came as tokens (then `prompt` is empty): it is only cut and hashed."""
+    keep: int = 0
+    """Keep only so many of the last tokens; 0 keeps all."""
+    max_chars: int = 0
+    """A rendered prompt longer than this cannot fit the context and is refused before it is tokenised; 0: no such bound."""
+    root_hash: bytes = b""
+    block_size: int = 0
+    """Hash full prompt blocks of this size from `root_hash`; 0: no hashes are wanted."""
 
 
 class Encoded(Message, frozen=True, kw_only=True):
@@ -248,6 +259,9 @@ class Encoded(Message, frozen=True, kw_only=True):
     error_param: str | None = None
     started_ns: int = 0
     finished_ns: int = 0
+    error_code: str = ""
+    hashes: bytes = b""
+    """16 bytes per full prompt block, if asked for."""
 
 
 # ------------------------------------------------------------------ text -> engine
