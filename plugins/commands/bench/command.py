@@ -319,3 +319,39 @@ def latency(
         f" {result['tokens_per_s_each']:.1f} tokens/s each"
     )
     write_json(json_file, "latency", {"model": model, "serve_args": list(serve_args), "seed": seed}, result)
+
+
+@bench.command()
+@click.option("--repeats", default=3, show_default=True, help="Starts that are counted, after one that warms the caches.")
+@click.option("--idle", default=10.0, show_default=True, help="Seconds of idling whose CPU time is measured (last repeat only).")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
+@click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
+def footprint(repeats: int, idle: float, json_file: str | None, serve_args: tuple[str, ...]) -> None:
+    """Start a server (words after -- go to `penstock serve`): seconds to the first token, memory, idle CPU."""
+    from penstock.plugins.commands.bench import report
+    from penstock.plugins.commands.bench.footprint import measure
+
+    runs = []
+    for repeat in range(repeats + 1):
+        try:
+            run = measure([*serve_args], idle_s=idle if repeat == repeats else 0.0)
+        except OSError as error:
+            raise click.ClickException(str(error)) from None
+        kind = "warming" if repeat == 0 else f"start {repeat}"
+        click.echo(f"{kind}: ready {run['ready_s']:.2f} s, first token {run['first_token_s']:.2f} s, {run['pss_bytes'] / 2**20:.0f} MiB")
+        if repeat:
+            runs.append(run)
+    result: dict[str, Any] = {
+        "ready_s": report.percentile([r["ready_s"] for r in runs], 0.5),
+        "first_token_s": report.percentile([r["first_token_s"] for r in runs], 0.5),
+        "pss_mib": report.percentile([r["pss_bytes"] / 2**20 for r in runs], 0.5),
+        "processes": runs[-1]["processes"],
+        "idle_cpu_share": runs[-1]["idle_cpu_share"],
+        "exit_status": runs[-1]["exit_status"],
+        "runs": runs,
+    }
+    click.echo(
+        f"median: ready {result['ready_s']:.2f} s, first token {result['first_token_s']:.2f} s, {result['pss_mib']:.0f} MiB PSS in"
+        f" {result['processes']} processes, idle {result['idle_cpu_share']:.2%} of a core"
+    )
+    write_json(json_file, "footprint", {"serve_args": list(serve_args)}, result)
