@@ -1,0 +1,41 @@
+"""The executor: checks each step's Forward and sends it to the device queue.
+
+What it is: the actor between the scheduler's plan and the device. It refuses a plan that breaks the contract of `Forward` before it can
+reach a device: another epoch, a step that is not the next one, columns of unequal length.
+What it does not know: devices, threads, when a step is done (StepDone goes from the device queue to the scheduler).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from penstock.core.control import Message
+from penstock.core.errors import ProtocolError
+from penstock.core.messages import DeviceWork, Forward
+
+
+class Executor:
+    name = "executor"
+    takes: frozenset[type[Message]] = frozenset({Forward})
+    gives: frozenset[type[Message]] = frozenset({DeviceWork})
+
+    def __init__(self, *, engine: int, epoch: int) -> None:
+        self._engine = engine
+        self._epoch = epoch
+        self._step = 0
+
+    def handle(self, message: Message) -> Iterator[Message]:
+        assert isinstance(message, Forward)
+        if (message.engine, message.epoch) != (self._engine, self._epoch):
+            raise ProtocolError(f"Forward of engine {message.engine} epoch {message.epoch} came to {self._engine} epoch {self._epoch}.")
+        if message.step != self._step + 1:
+            raise ProtocolError(f"Forward of step {message.step} came after step {self._step}.")
+        rows = len(message.slots)
+        if len(message.starts) != rows or len(message.counts) != rows or not 0 <= message.num_decode <= rows:
+            raise ProtocolError(f"Forward of step {message.step}: row columns differ in length.")
+        if len(message.copy_src) != len(message.copy_dst) or len(message.place_slots) != len(message.place_counts):
+            raise ProtocolError(f"Forward of step {message.step}: copy or place columns differ in length.")
+        if not len(message.block_slots) == len(message.block_index) == len(message.block_ids):
+            raise ProtocolError(f"Forward of step {message.step}: block columns differ in length.")
+        self._step = message.step
+        yield DeviceWork(forward=message)
