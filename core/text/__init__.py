@@ -1,0 +1,1 @@
+"""Parts of the text actor: detokenising, stop strings, the ledger, admission, chat messages, the tokenizer worker."""

@@ -1,0 +1,282 @@
+"""Hugging Face chat templates.
+
+What it is: a Jinja renderer in an immutable sandbox, with the environment that chat templates are written for (trim_blocks, lstrip_blocks,
+loop controls, `generation` blocks, tojson that keeps HTML characters, raise_exception, strftime_now, the tokenizer's special tokens as
+globals); plain data only; bounded in output size and, as far as Jinja lets us, in time: the clock is looked at on every call, attribute,
+item and output of the template, and products of strings are bounded.
+What it does not know: tokenizers, requests, which messages are sensible.
+Source of the environment: the "Chat templates" chapter of the Transformers documentation.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from penstock.core.errors import CheckpointError, InvalidRequest
+from penstock.core.text.chat import cut_at_mark, mark_final, prepare
+
+MAX_RENDERED_CHARS = 32 << 20
+RENDER_TIMEOUT_S = 5.0
+MAX_PRODUCT = 1 << 22
+"""Largest string or list that `*` may make in a template."""
+
+
+class TooSlow(jinja2.TemplateError):
+    pass
+
+
+class TooLong(jinja2.TemplateError):
+    pass
+
+
+class GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}` marks training targets; for inference it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012  # Jinja's own interface
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class SafeNamespace(Namespace):
+    """Jinja's namespace without names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        values = dict(*args[1:], **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(args[0], values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a template may not store {name!r} in a namespace")
+
+
+class ChatEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox with a deadline. `deadline` belongs to the rendering thread."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
+        self._local = threading.local()
+        self.filters["tojson"] = tojson
+        self.globals["raise_exception"] = raise_exception
+        self.globals["strftime_now"] = strftime_now
+        self.globals["namespace"] = SafeNamespace
+
+    def start(self, timeout_s: float) -> None:
+        self._local.deadline = time.monotonic() + timeout_s
+
+    def tick(self) -> None:
+        if time.monotonic() > getattr(self._local, "deadline", float("inf")):
+            raise TooSlow("the chat template ran out of time")
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.tick()
+        return super().getitem(obj, argument)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self.tick()
+        return super().getattr(obj, attribute)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # as in Jinja: templates may pass self=
+        __self.tick()
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.tick()
+        if operator == "**" and not (isinstance(left, (int, float)) and isinstance(right, (int, float)) and abs(right) <= 64):
+            raise SecurityError("this power is too large for a chat template")
+        if operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if isinstance(many, (str, list, tuple)) and isinstance(times, int) and len(many) * times > MAX_PRODUCT:
+                    raise SecurityError("this product is too large for a chat template")
+        return super().call_binop(context, operator, left, right)
+
+
+def tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+class JinjaRenderer:
+    """`templates` by name: "default", and "tool_use" for conversations with tools. `special` are the tokenizer's special tokens by name."""
+
+    def __init__(
+        self,
+        templates: dict[str, str],
+        special: dict[str, str],
+        *,
+        max_chars: int = MAX_RENDERED_CHARS,
+        timeout_s: float = RENDER_TIMEOUT_S,
+    ) -> None:
+        self._environment = ChatEnvironment()
+        self._special = special
+        self._max_chars = max_chars
+        self._timeout_s = timeout_s
+        self.templates = templates
+        self._compiled: dict[str, tuple[jinja2.Template, bool]] = {}
+        for name, source in templates.items():
+            try:
+                compiled = self._environment.from_string(source)
+            except jinja2.TemplateSyntaxError as error:
+                raise CheckpointError(f"The chat template {name!r} is not valid Jinja: line {error.lineno}: {error.message}.") from None
+            self._compiled[name] = (compiled, self._takes_parts(compiled))
+
+    @classmethod
+    def load(cls, model_path: str, template: str | None) -> JinjaRenderer:
+        """From a checkpoint folder; `template` (a file, or the text itself) replaces the model's."""
+        folder = Path(model_path)
+        config = _json(folder / "tokenizer_config.json")
+        return cls(
+            {"default": _given(template)} if template else _own(folder, config),
+            special_tokens(config, _json(folder / "special_tokens_map.json")),
+        )
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: dict[str, Any],
+    ) -> str:
+        if not self._compiled:
+            raise InvalidRequest(
+                "This model has no chat template. Use /v1/completions, or start the server with --chat-template.", param="messages"
+            )
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other.", param="continue_final_message")
+        reserved = kwargs.keys() & {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+        if reserved:
+            raise InvalidRequest(f"chat_template_kwargs may not set {sorted(reserved)[0]!r}.", param="chat_template_kwargs")
+        name = "tool_use" if tools and "tool_use" in self._compiled else "default"
+        template, native_parts = self._compiled.get(name) or next(iter(self._compiled.values()))
+        plain = prepare(messages, native_parts=native_parts)
+        if continue_final_message:
+            plain = mark_final(plain)
+        values = {"documents": None, **self._special, **kwargs}
+        rendered = self._run(template, messages=plain, tools=tools, add_generation_prompt=add_generation_prompt, **values)
+        return cut_at_mark(rendered) if continue_final_message else rendered
+
+    def _run(self, template: jinja2.Template, **values: Any) -> str:
+        environment = self._environment
+        environment.start(self._timeout_s)
+        out: list[str] = []
+        size = 0
+        try:
+            for piece in template.generate(**values):
+                environment.tick()
+                size += len(piece)
+                if size > self._max_chars:
+                    raise TooLong(f"the rendered prompt is longer than {self._max_chars} characters")
+                out.append(piece)
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"The chat template refused the conversation: {error}", param="messages") from None
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError) as error:
+            raise InvalidRequest(
+                f"The chat template failed on the conversation: {type(error).__name__}: {error}"[:500], param="messages"
+            ) from None
+        return "".join(out)
+
+    def _takes_parts(self, template: jinja2.Template) -> bool:
+        """Does the template itself iterate over a content's parts? Asked by letting it render some."""
+        probe = "penstock-part-probe"
+        content = [{"type": "text", "text": probe}]
+        for messages in (
+            [{"role": "user", "content": content}],
+            [{"role": "system", "content": content}, {"role": "user", "content": content}],
+        ):
+            try:
+                text = self._run(template, messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._special)
+            except InvalidRequest:
+                return False
+            if probe not in text or "'type'" in text or '"type"' in text:
+                return False
+        return True
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _given(template: str) -> str:
+    """--chat-template: a readable file's content, or the text itself."""
+    if "{" not in template and "\n" not in template:
+        path = Path(template)
+        if not path.is_file():
+            raise CheckpointError(f"--chat-template {template} is neither a file nor a template.", param="chat_template")
+        return path.read_text(encoding="utf-8")
+    return template
+
+
+def _own(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """chat_template.jinja wins over tokenizer_config.json, as in Transformers; named templates come as a list."""
+    found: dict[str, str] = {}
+    listed = config.get("chat_template")
+    if isinstance(listed, str):
+        found["default"] = listed
+    elif isinstance(listed, list):
+        found.update(
+            {item["name"]: item["template"] for item in listed if isinstance(item, dict) and "name" in item and "template" in item}
+        )
+    else:
+        legacy = _json(folder / "chat_template.json").get("chat_template")
+        if isinstance(legacy, str):
+            found["default"] = legacy
+    more = folder / "additional_chat_templates"
+    if more.is_dir():
+        found.update({path.stem: path.read_text(encoding="utf-8") for path in sorted(more.glob("*.jinja"))})
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        found["default"] = own.read_text(encoding="utf-8")
+    return found
+
+
+def special_tokens(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... as strings, however the files spell them."""
+    out: dict[str, str] = {}
+    for source in (legacy, config):
+        for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+            value = source.get(name)
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, str):
+                out[name] = value
+    return out
