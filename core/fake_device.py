@@ -64,7 +64,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def powers(count: int) -> U64:
     """Odd multipliers, one a position."""
     with np.errstate(over="ignore"):
-        return np.cumprod(np.full(count, _PRIME, np.uint64)) | np.uint64(1)
+        return np.cumprod(np.full(count, _PRIME, np.uint64), dtype=np.uint64) | np.uint64(1)
 
 
 def mix(value: U64) -> U64:
@@ -83,15 +83,16 @@ class FakeDevice:
         self.script = script
         self.launches: Counter[str] = Counter()
         self.runner: FakeRunner | None = None
+        self.capabilities = self._declare()
         self._gate = threading.Semaphore(0)
 
-    @property
-    def capabilities(self) -> DeviceCapabilities:
+    def _declare(self) -> DeviceCapabilities:
         return DeviceCapabilities(name="fake", depth=self.options.depth, dtypes=["float32", "bfloat16"], deterministic=True)
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:
         options = msgspec.convert({**msgspec.structs.asdict(self.options), **config.hf_overrides.get("fake", {})}, FakeOptions)
         self.options = options
+        self.capabilities = self._declare()
         progress("weights", 0.0)
         if options.load_s:
             time.sleep(options.load_s)
