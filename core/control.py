@@ -143,6 +143,8 @@ class Drained(Message, frozen=True, kw_only=True):
 
     role: str
     id: int
+    cut: int = 0
+    """Requests that had to be ended early because the deadline passed."""
 
 
 class Stop(Message, frozen=True, kw_only=True):
@@ -205,3 +207,65 @@ class Boot(Message, frozen=True, kw_only=True):
     texts: int = 1
     engines: int = 1
     extra_plugins: list[str] = []
+
+
+# ------------------------------------------------------------------ inside root
+
+
+class StartChild(Message, frozen=True, kw_only=True):
+    """Supervisor to the process port: start this life of a child."""
+
+    role: str
+    id: int
+    epoch: int
+
+
+class KillChild(Message, frozen=True, kw_only=True):
+    """Supervisor to the process port: send a signal to a child that does not leave by itself."""
+
+    role: str
+    id: int
+    epoch: int
+    signum: int
+
+
+class ChildExited(Message, frozen=True, kw_only=True):
+    """Process port to supervisor: the process is gone and reaped, and all its frames were read. `status` is -n for a signal."""
+
+    role: str
+    id: int
+    epoch: int
+    status: int
+
+
+class Signalled(Message, frozen=True, kw_only=True):
+    """Root itself received a signal."""
+
+    signum: int
+
+
+class Notice(Message, frozen=True, kw_only=True):
+    """Something for the log."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    event: str
+    fields: dict[str, str | int | float] = {}
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """Everything is up; `facts` of the engines, by index. `first` is false after a recovery."""
+
+    facts: list[EngineFacts]
+    first: bool
+    seconds: float
+
+
+class Leave(Message, frozen=True, kw_only=True):
+    """All children are gone: root leaves with this exit status; `error` is the one line for the user, if there is something to say."""
+
+    status: int
+    error: str = ""
+
+
+RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | Extension
+ChildToRoot = Hello | ChildUp | ChildDown | EngineUp | Heartbeat | StartupPhase | Drained | Extension

@@ -21,6 +21,8 @@ from penstock.core.columns import EMPTY_F32, EMPTY_I32, EMPTY_I64, EMPTY_U8, Col
 from penstock.core.control import PROTOCOL_LEVEL as PROTOCOL_LEVEL
 from penstock.core.control import Boot as Boot
 from penstock.core.control import ChildDown as ChildDown
+from penstock.core.control import ChildExited as ChildExited
+from penstock.core.control import ChildToRoot as ChildToRoot
 from penstock.core.control import ChildUp as ChildUp
 from penstock.core.control import Drain as Drain
 from penstock.core.control import Drained as Drained
@@ -30,9 +32,16 @@ from penstock.core.control import EngineUp as EngineUp
 from penstock.core.control import Extension as Extension
 from penstock.core.control import Heartbeat as Heartbeat
 from penstock.core.control import Hello as Hello
+from penstock.core.control import KillChild as KillChild
+from penstock.core.control import Leave as Leave
 from penstock.core.control import Message as Message
+from penstock.core.control import Notice as Notice
 from penstock.core.control import PeerDown as PeerDown
 from penstock.core.control import PeerUp as PeerUp
+from penstock.core.control import Ready as Ready
+from penstock.core.control import RootToChild as RootToChild
+from penstock.core.control import Signalled as Signalled
+from penstock.core.control import StartChild as StartChild
 from penstock.core.control import StartupPhase as StartupPhase
 from penstock.core.control import Stop as Stop
 from penstock.core.control import Tick as Tick
@@ -376,11 +385,11 @@ class Plan(Message, frozen=True, kw_only=True):
 class KvStep(Message, frozen=True, kw_only=True):
     """Everything the scheduler wants of the KV manager for one step, applied in this order:
 
-    1. release: (seqs, incarnations) give all their blocks back (hashed ones stay cached until evicted; where `release_drop` is 1 the
-       blocks' content is not trusted and nothing stays).
-    2. commit: sequences' computed lengths grew to `commit_lens`; `commit_tokens` (CSR by `commit_counts`) are the token values of all
+    1. commit: sequences' computed lengths grew to `commit_lens`; `commit_tokens` (CSR by `commit_counts`) are the token values of all
        positions of the newly completed blocks whose hashes did not come with the look-up. Prompt blocks are committed as soon as the
        Forward that writes them was given to the device queue.
+    2. release: (seqs, incarnations) give all their blocks back (hashed ones stay cached until evicted; where `release_drop` is 1 the
+       blocks' content is not trusted and nothing stays).
     3. lookup: new sequences; `lookup_hashes` are their prompt block hashes (16 bytes each, CSR by `lookup_counts`), `lookup_roots` 16 bytes
        each. The grant says how many tokens were hit: whole blocks, at most `lookup_max` tokens (length - 1; 0 for seqs with
        prompt_logprobs). A look-up takes effect together with the sequence's reserve row, and a denied one keeps nothing. -1: the next
@@ -537,8 +546,6 @@ EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Exten
 TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension
 TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension
 EngineToText = Hello | EngineUp | StepTokens | Extension
-RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | Extension
-ChildToRoot = Hello | ChildUp | ChildDown | Heartbeat | StartupPhase | Drained | Extension
 
 
 def union_of(link: Literal["edge>text", "text>edge", "text>engine", "engine>text", "root>child", "child>root"]) -> Any:
