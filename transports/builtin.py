@@ -1,0 +1,135 @@
+"""The built-in transport: the OpenAI API over HTTP and SSE.
+
+What it is: a plugin of `penstock.edge` like any other; its factory gives the routes of /v1/chat/completions, /v1/completions, /v1/models,
+/tokenize, /detokenize and /tokenizer_info.
+What it does not know: how requests run (gateway.py), the schema's rules (openai.py), events (sse.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from litestar import Request, get, post
+from litestar.types import ASGIApp
+
+from penstock.core.config import Config
+from penstock.core.errors import InvalidRequest, ModelNotFound, PenstockError
+from penstock.core.hookspecs import API_LEVEL, TransportSpec, hookimpl
+from penstock.core.messages import Answer
+from penstock.transports.gateway import Gateway, make_error
+from penstock.transports.openai import (
+    Call,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode,
+    parse_chat,
+    parse_completion,
+    template_messages,
+)
+from penstock.transports.openapi import BODY
+from penstock.transports.replies import WholeReply
+from penstock.transports.request import JsonReply, check_json, context_of, error_reply, ignored_header, read_body
+from penstock.transports.sse import Pulse, StreamReply
+
+AnyRequest = Request[Any, Any, Any]
+
+
+@hookimpl
+def register_transports() -> list[TransportSpec]:
+    return [TransportSpec(name="openai", api_level=API_LEVEL["transports"], doc="OpenAI's API over HTTP and SSE.", factory=openai_routes)]
+
+
+class _Failure(msgspec.Struct):
+    """The body of an Answer that is no success: fields as in Rejected."""
+
+    message: str = "The server could not answer."
+    type: str = "server_error"
+    code: str = "internal_error"
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+def relay(answer: Answer) -> JsonReply:
+    """A query's answer as the reply; an error in OpenAI's shape."""
+    if answer.status == 200:
+        return JsonReply(answer.body)
+    return error_reply(failure_of(answer))
+
+
+def failure_of(answer: Answer) -> PenstockError:
+    try:
+        f = msgspec.json.decode(answer.body, type=_Failure)
+    except msgspec.MsgspecError:
+        f = _Failure(message=answer.body.decode(errors="replace") or _Failure().message)
+    return make_error(answer.status, f.type, f.code, f.message, f.param, f.retry_after_s)
+
+
+def openai_routes(gateway: Gateway) -> list[Any]:
+    """TransportSpec.factory: Litestar handlers that share one gateway."""
+    config = gateway.config
+    pulse = Pulse(config)
+
+    async def body_of(request: AnyRequest) -> bytes:
+        check_json(context_of(request.scope).headers)
+        return await read_body(request.scope, request.receive, config.max_body_bytes)
+
+    async def generate(request: AnyRequest, parse: Callable[[bytes, Config], Call]) -> ASGIApp:
+        call = parse(await body_of(request), config)
+        context = context_of(request.scope)
+        return StreamReply(gateway, call, context, pulse) if call.stream else WholeReply(gateway, call, context)
+
+    @post("/v1/chat/completions", summary="Answer a conversation", tags=["generate"], status_code=200, opt={BODY: ChatRequest})
+    async def chat_completions(request: AnyRequest) -> ASGIApp:
+        return await generate(request, parse_chat)
+
+    @post("/v1/completions", summary="Continue a text", tags=["generate"], status_code=200, opt={BODY: CompletionRequest})
+    async def completions(request: AnyRequest) -> ASGIApp:
+        return await generate(request, parse_completion)
+
+    @get("/v1/models", summary="The models that requests may name", tags=["models"])
+    async def models() -> ASGIApp:
+        return relay(await gateway.query("models"))
+
+    @get("/v1/models/{model_id:path}", summary="One model", tags=["models"])
+    async def model(model_id: str) -> ASGIApp:
+        answer = await gateway.query("models")
+        if answer.status != 200:
+            return relay(answer)
+        wanted = str(model_id).lstrip("/")
+        known = msgspec.json.decode(answer.body).get("data", [])
+        for one in known:
+            if one.get("id") == wanted:
+                return JsonReply(msgspec.json.encode(one))
+        names = ", ".join(str(one.get("id")) for one in known)
+        raise ModelNotFound(f"The model {wanted[:200]!r} does not exist here. Known: {names}.", param="model")
+
+    @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
+    async def tokenize(request: AnyRequest) -> ASGIApp:
+        parsed, raw, ignored = decode(await body_of(request), TokenizeRequest)
+        if (parsed.prompt is None) == (parsed.messages is None):
+            raise InvalidRequest("Give either prompt or messages.", param="prompt")
+        fields = {name: value for name, value in raw.items() if name not in ignored}
+        if parsed.messages is not None:
+            fields["messages"] = msgspec.Raw(template_messages(parsed.messages, raw["messages"]))
+        return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields))), ignored)
+
+    @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
+    async def detokenize(request: AnyRequest) -> ASGIApp:
+        _, raw, ignored = decode(await body_of(request), DetokenizeRequest)
+        fields = {name: value for name, value in raw.items() if name not in ignored}
+        return _with_ignored(relay(await gateway.query("detokenize", msgspec.json.encode(fields))), ignored)
+
+    @get("/tokenizer_info", summary="The tokenizer's facts and chat template", tags=["tokens"])
+    async def tokenizer_info() -> ASGIApp:
+        return relay(await gateway.query("tokenizer_info"))
+
+    return [chat_completions, completions, models, model, tokenize, detokenize, tokenizer_info]
+
+
+def _with_ignored(reply: JsonReply, ignored: list[str]) -> JsonReply:
+    reply.add_headers(ignored_header(ignored))
+    return reply

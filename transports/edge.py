@@ -1,0 +1,232 @@
+"""The edge process.
+
+What it is: `run`, the process entry that root starts: uvloop, uvicorn's HTTP protocol on the inherited listening socket (several edges share
+it), the link to text, and the control link to root, which is also the lifeline. `Server` is the part without processes: tests and the
+in-process wiring use it too.
+What it does not know: routes (http.py, transports), the supervisor's policy.
+
+INT and TERM are ignored: root decides. Drain: readiness turns false and new requests get 503 while connections are still accepted (the
+socket is shared, so that closing it would strand clients in its backlog); when nothing runs any more, or at the deadline, Drained is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+from uvicorn.server import ServerState
+
+from penstock.core.config import Config
+from penstock.core.errors import Draining
+from penstock.core.links import make_hello
+from penstock.core.messages import (
+    Boot,
+    ChildUp,
+    Drain,
+    Drained,
+    Heartbeat,
+    Message,
+    StartupPhase,
+    Stop,
+)
+from penstock.core.plugin_host import PluginHost
+from penstock.transports.gateway import STATS_PERIOD_S, Gateway
+from penstock.transports.http import make_app
+from penstock.transports.link import Dialer, Link, adopt
+from penstock.transports.protocol import server_options
+from penstock.transports.tracing import NO_TRACING, Tracing
+
+log = logging.getLogger("penstock.edge")
+
+HEARTBEAT_S = 1.0
+GOODBYE_S = 1.0
+"""How long idle connections get to close at the end."""
+
+
+class Server:
+    """HTTP on listening sockets plus the link to text, on the running loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        edge: int = 0,
+        epoch: int = 1,
+        text_socket: str,
+        factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (),
+        tracing: Tracing = NO_TRACING,
+    ) -> None:
+        self.gateway = Gateway(config, edge, tracing=tracing)
+        self.app = make_app(self.gateway, factories)
+        self.dialer = Dialer(
+            text_socket,
+            "text>edge",
+            make_hello("edge", edge, epoch),
+            on_open=self.gateway.link_opened,
+            on_message=self.gateway.on_message,
+            on_close=self.gateway.link_closed,
+        )
+        self.gateway.attach(lambda: self.dialer.link)
+        self._uvicorn = uvicorn.Config(self.app, **server_options(config.max_header_bytes))
+        self._state = ServerState()
+        self._servers: list[asyncio.Server] = []
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        loop = asyncio.get_running_loop()
+        self._uvicorn.load()
+        protocol: Any = self._uvicorn.http_protocol_class
+        self._set_date()
+        self.dialer.start()
+        for sock in sockets:
+            sock.setblocking(False)
+            server = await loop.create_server(
+                lambda: protocol(config=self._uvicorn, server_state=self._state, app_state={}, _loop=loop), sock=sock, backlog=2048
+            )
+            self._servers.append(server)
+        self._ticker = loop.create_task(self._tick(), name="edge tick")
+
+    def _set_date(self) -> None:
+        self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(STATS_PERIOD_S)
+            self._set_date()
+            self.gateway.flush_stats()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuse new requests, return when none is in progress; at the deadline (seconds) end the rest."""
+        self.gateway.draining = True
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self.gateway.wait_idle()
+        except TimeoutError:
+            log.warning("%d requests were still running at the end of the drain", self.gateway.active)
+            self.gateway.fail_all(Draining("The server is shutting down and could not finish this request.", retry_after_s=2.0), "drain")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_S):
+                    await self.gateway.wait_idle()
+
+    async def stop(self) -> None:
+        """Close everything. What still runs is cut."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for server in self._servers:
+            server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        await self.dialer.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                while self._state.connections:
+                    await asyncio.sleep(0.01)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        tasks = [task for task in self._state.tasks if not task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def transport_factories(host: PluginHost, config: Config) -> list[Callable[..., list[Any]]]:
+    """The factories of the transports that `--transports` allows. Raises ConfigError naming an unknown one."""
+    host.transports()
+    return [host.pick("transports", name, "transports").factory for name in config.transports]  # type: ignore[attr-defined]
+
+
+class _Process:
+    """The conversation with root."""
+
+    def __init__(self, boot: Boot, started: float) -> None:
+        self._boot = boot
+        self._started = started
+        self._over = asyncio.Event()
+        self._link: Link | None = None
+        self._server: Server | None = None
+        self._drain: asyncio.Task[None] | None = None
+        self.status = 0
+
+    async def main(self, control: socket.socket, tracing: Tracing) -> int:
+        boot = self._boot
+        config = boot.config
+        self._link = await adopt(
+            control,
+            "root>child",
+            make_hello("edge", boot.id, boot.epoch),
+            on_open=lambda _: None,
+            on_message=self._on_root,
+            on_close=self._root_gone,
+        )
+        host = PluginHost("edge", extra=boot.extra_plugins, skip_broken=config.skip_broken_plugins).load()
+        self._server = server = Server(
+            config,
+            edge=boot.id,
+            epoch=boot.epoch,
+            text_socket=str(Path(boot.run_dir) / "text-0.sock"),
+            factories=transport_factories(host, config),
+            tracing=tracing,
+        )
+        with socket.socket(fileno=boot.listen_fd) as listener:
+            await server.start([listener])
+            gc.collect()
+            gc.freeze()
+            self._say(StartupPhase(role="edge", id=boot.id, phase="listen", seconds=time.monotonic() - self._started))
+            self._say(ChildUp(role="edge", id=boot.id, epoch=boot.epoch, pid=os.getpid()))
+            beat = asyncio.create_task(self._beat(), name="heartbeat")
+            await self._over.wait()
+            beat.cancel()
+            await server.stop()
+        return self.status
+
+    def _say(self, message: Message) -> None:
+        if self._link is not None:
+            self._link.send(message)
+
+    async def _beat(self) -> None:
+        boot = self._boot
+        while True:
+            progress = int(self._server.gateway.delivered) if self._server else 0
+            self._say(Heartbeat(role="edge", id=boot.id, at_ns=time.monotonic_ns(), progress=progress))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def _on_root(self, message: Message) -> None:
+        if isinstance(message, Drain) and self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._drained(message.deadline_s), name="drain")
+        elif isinstance(message, Stop):
+            self._over.set()
+
+    async def _drained(self, deadline_s: float) -> None:
+        if self._server is not None:
+            await self._server.drain(deadline_s)
+        self._say(Drained(role="edge", id=self._boot.id))
+
+    def _root_gone(self, reason: str) -> None:
+        if not self._over.is_set():
+            # The lifeline is cut: nobody would ever stop this process again, and nobody waits for it.
+            os._exit(1)
+
+
+def run(boot: Boot, control: socket.socket) -> int:
+    """Process entry. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
+    started = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+
+        async def main() -> int:
+            return await _Process(boot, started).main(control, NO_TRACING)
+
+        return runner.run(main())

@@ -1,0 +1,176 @@
+"""What every HTTP request at the edge carries with it, and the small replies.
+
+What it is: `RequestContext` (id, start time, span, the connection's handles), `JsonReply` (a finished body as an ASGI application), errors
+as OpenAI's body with the right headers, and reading a body within its limit.
+What it does not know: routes, the OpenAI schema, the gateway.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeAlias
+
+import msgspec
+
+from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge
+from penstock.transports.tracing import RequestSpan
+
+Scope: TypeAlias = Any
+"""An ASGI scope: a dict, as the server made it. Litestar and uvicorn type it in ways that do not fit each other."""
+Receive: TypeAlias = Callable[[], Awaitable[Any]]
+Send: TypeAlias = Callable[[Any], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+CONTEXT = "penstock"
+"""The key of the RequestContext in scope["state"]."""
+
+_SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
+
+
+def sane_id(text: str | None) -> str | None:
+    """A client's request id, if it can go into logs and headers as it is."""
+    return text if text and _SANE_ID.fullmatch(text) else None
+
+
+class Disconnected(Exception):
+    """The client went away before its request was complete."""
+
+
+class RequestContext:
+    """One HTTP request. `send` sends through the outer application (which adds headers); `raw_send` goes to the server directly."""
+
+    __slots__ = ("abort", "headers", "include_metrics", "raw_send", "rid", "span", "started_ns", "status", "summary")
+
+    def __init__(self, rid: str, span: RequestSpan, headers: dict[bytes, bytes], raw_send: Send, abort: Callable[[], None] | None) -> None:
+        self.rid = rid
+        self.span = span
+        self.headers = headers
+        self.raw_send = raw_send
+        self.abort = abort
+        self.started_ns = time.monotonic_ns()
+        self.include_metrics = headers.get(b"x-include-metrics", b"") in (b"1", b"true")
+        self.status = 0
+        """What metrics count; 499 when the client left."""
+        self.summary: dict[str, Any] = {}
+        """Span attributes of the reply."""
+
+    def elapsed_ms(self) -> int:
+        return (time.monotonic_ns() - self.started_ns) // 1_000_000
+
+
+def new_rid() -> str:
+    return secrets.token_hex(16)
+
+
+def context_of(scope: Scope) -> RequestContext:
+    context = scope["state"][CONTEXT]
+    assert isinstance(context, RequestContext)
+    return context
+
+
+class JsonReply:
+    """A whole response, as an ASGI application."""
+
+    __slots__ = ("_body", "_headers", "_status")
+
+    def __init__(self, body: bytes, status: int = 200, headers: Iterable[Header] = (), media_type: bytes = b"application/json") -> None:
+        self._body = body
+        self._status = status
+        self._headers = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *headers]
+
+    def to_asgi_response(self, *_: Any, **__: Any) -> JsonReply:
+        """Litestar asks this of what an exception handler returns."""
+        return self
+
+    def add_headers(self, headers: Iterable[Header]) -> None:
+        self._headers += headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self._status, "headers": self._headers})
+        await send({"type": "http.response.body", "body": self._body, "more_body": False})
+
+
+class NoReply:
+    """For a client that has gone."""
+
+    def to_asgi_response(self, *_: Any, **__: Any) -> NoReply:
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        return None
+
+
+def error_body(error: PenstockError) -> bytes:
+    """OpenAI's error shape."""
+    return msgspec.json.encode({"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}})
+
+
+def error_headers(error: PenstockError) -> list[Header]:
+    headers: list[Header] = []
+    if error.status in (429, 503):
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s or 1))))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers
+
+
+def error_reply(error: PenstockError, headers: Iterable[Header] = ()) -> JsonReply:
+    return JsonReply(error_body(error), error.status, [*error_headers(error), *headers])
+
+
+def ignored_header(names: list[str]) -> list[Header]:
+    """`x-penstock-ignored-fields`: unknown request fields, so that a typing error does not go unseen."""
+    if not names:
+        return []
+    text = ", ".join(name if sane_id(name) else "?" for name in names[:32])
+    return [(b"x-penstock-ignored-fields", text.encode())]
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The request body. Raises RequestTooLarge (nothing more is kept than `limit`), InvalidRequest, or Disconnected.
+
+    A body that is somewhat too large is read to its end and dropped, so that the client gets to read the answer.
+    """
+    too_large = RequestTooLarge(f"The request body is larger than {limit} bytes (--max-body-bytes). Send less.")
+    headers = context_of(scope).headers
+    declared = headers.get(b"content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit and (int(declared) > 2 * limit or b"expect" in headers):
+        raise too_large
+    kept: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size <= limit:
+            kept.append(chunk)
+        elif size > 2 * limit:
+            raise too_large
+        else:
+            kept.clear()
+        if not message.get("more_body", False):
+            break
+    if size > limit:
+        raise too_large
+    return kept[0] if len(kept) == 1 else b"".join(kept)
+
+
+def check_json(headers: dict[bytes, bytes]) -> None:
+    """Only JSON bodies are understood; a missing content type is taken as JSON."""
+    kind = headers.get(b"content-type")
+    if kind is not None:
+        media = kind.split(b";", 1)[0].strip().lower()
+        if media and media != b"application/json" and not media.endswith(b"+json"):
+            raise WrongContentType(
+                f"The content type must be application/json, not {media.decode('latin-1')[:80]!r}. Set the header Content-Type: application/json."
+            )
+
+
+class WrongContentType(InvalidRequest):
+    status = 415
