@@ -96,6 +96,8 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None
     max_logprobs: int
     hf_overrides: dict[str, Any] = {}
+    plugins: Any = None
+    """The engine's PluginHost, from which the device takes models, attention backends and weight sources. None: the built-ins only."""
 
 
 class Runner(Protocol):

@@ -1,0 +1,226 @@
+"""Drives a runner directly: a few sequences through Forward and Sample, without scheduler, KV manager or processes.
+
+What it is: the smallest honest batcher, for self-tests, parity tests and benchmarks: random or fixed chunks, ragged batches, scattered
+blocks, shared prefixes, preemption with recomputation. Everything it decides comes from its options and one random generator.
+What it does not know: policies, prefix hashes, requests, how a runner computes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from penstock.core.columns import I32, i32
+from penstock.core.messages import Forward, Sample, SlotSampling, StepDone
+from penstock.core.sampling import SamplingParams
+
+
+class Drivable(Protocol):
+    """What is needed of a runner."""
+
+    facts: Any
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def forward(self, work: Forward) -> None: ...
+
+    def sample(self, work: Sample) -> Callable[[], StepDone]: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence. `tokens` and `logprobs` (the values column of each drawn token, as bytes) grow while it runs."""
+
+    prompt: I32
+    params: SamplingParams
+    max_tokens: int
+    choice: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)
+    computed: int = 0
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    shared: int = 0
+    prompt_logprobs: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens) >= self.max_tokens
+
+    @property
+    def known(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is cut. `chunk` (rng -> tokens) bounds a prefill row; `at_once` sequences run together; `scatter` shuffles free blocks;
+    `share` lets a sequence start on the full blocks of an earlier equal prefix; `preempt` is the chance per step to drop a running sequence."""
+
+    chunk: Callable[[random.Random], int] | None = None
+    at_once: int | None = None
+    scatter: bool = False
+    share: bool = False
+    preempt: float = 0.0
+    seed: int = 0
+
+
+class Driver:
+    """Runs jobs on a runner. One driver owns the runner's blocks and slots while it lives."""
+
+    def __init__(self, runner: Drivable, options: Options | None = None) -> None:
+        self.runner = runner
+        self.options = options or Options()
+        self.rng = random.Random(self.options.seed)
+        self.free = list(range(runner.num_blocks))
+        if self.options.scatter:
+            self.rng.shuffle(self.free)
+        else:
+            self.free.reverse()
+        self.refs: dict[int, int] = {}
+        self.cache: dict[bytes, int] = {}
+        self.steps = 0
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run all jobs to their end."""
+        waiting = list(jobs)
+        running: list[Job] = []
+        slots = list(range(self.runner.max_num_seqs))
+        limit = min(self.options.at_once or len(slots), len(slots))
+        while waiting or running:
+            if running and self.rng.random() < self.options.preempt:
+                victim = running.pop(self.rng.randrange(len(running)))
+                slots.append(victim.slot)
+                self._drop(victim)
+                waiting.insert(0, victim)
+            fresh: list[Job] = []
+            while waiting and len(running) < limit and len(self.free) >= self._blocks_of(waiting[0]):
+                job = waiting.pop(0)
+                job.slot = slots.pop(0)
+                self._admit(job)
+                fresh.append(job)
+                running.append(job)
+            if not running:
+                raise MemoryError("a job does not fit into the runner's cache")
+            self._step(running, fresh)
+            for job in [job for job in running if job.done]:
+                running.remove(job)
+                slots.append(job.slot)
+                self._drop(job)
+
+    def _blocks_of(self, job: Job) -> int:
+        return -(-(len(job.prompt) + job.max_tokens) // self.runner.block_size)
+
+    def _admit(self, job: Job) -> None:
+        size = self.runner.block_size
+        history = np.concatenate([job.prompt, i32(job.tokens)])
+        job.blocks = []
+        if self.options.share:
+            for index in range((len(history) - 1) // size):
+                block = self.cache.get(history[: (index + 1) * size].tobytes())
+                if block is None:
+                    break
+                job.blocks.append(block)
+        job.shared = len(job.blocks)
+        job.computed = job.shared * size
+        job.blocks += [self.free.pop() for _ in range(self._blocks_of(job) - job.shared)]
+        for block in job.blocks:
+            self.refs[block] = self.refs.get(block, 0) + 1
+
+    def _drop(self, job: Job) -> None:
+        for index, block in enumerate(job.blocks):
+            self.refs[block] -= 1
+            kept = self.options.share and (index + 1) * self.runner.block_size <= job.computed
+            if self.refs[block] == 0 and not (kept and block in self.cache.values()):
+                self.free.insert(0, block)
+        job.blocks, job.computed, job.slot = [], 0, -1
+
+    def _step(self, running: Sequence[Job], fresh: Sequence[Job]) -> None:
+        rows: list[tuple[Job, int]] = []
+        budget = self.runner.max_num_batched_tokens
+        for job in running:
+            left = job.known - job.computed
+            cut = self.options.chunk(self.rng) if self.options.chunk is not None and left > 1 else left
+            count = max(1, min(left, cut, budget))
+            if budget > 0:
+                rows.append((job, count))
+                budget -= count
+        rows.sort(key=lambda row: row[1] != 1)
+        places = [np.concatenate([job.prompt, i32(job.tokens)]) for job in fresh]
+        sizes = [len(job.blocks) for job in fresh]
+        self.steps += 1
+        self.runner.forward(
+            Forward(
+                engine=0,
+                epoch=0,
+                step=self.steps,
+                slots=i32([job.slot for job, _ in rows]),
+                starts=i32([job.computed for job, _ in rows]),
+                counts=i32([count for _, count in rows]),
+                num_decode=sum(1 for _, count in rows if count == 1),
+                place_slots=i32([job.slot for job in fresh]),
+                place_counts=i32([len(tokens) for tokens in places]),
+                place_tokens=np.concatenate(places) if places else i32([]),
+                block_slots=np.repeat(i32([job.slot for job in fresh]), sizes),
+                block_index=i32([index for n in sizes for index in range(n)]),
+                block_ids=i32([block for job in fresh for block in job.blocks]),
+            )
+        )
+        draw = [index for index, (job, count) in enumerate(rows) if job.computed + count == job.known]
+        asks = [index for index, (job, _) in enumerate(rows) if job.params.prompt_logprobs is not None and job.computed < len(job.prompt)]
+        done = self.runner.sample(
+            Sample(
+                engine=0,
+                epoch=0,
+                step=self.steps,
+                rows=i32(draw),
+                slots=i32([rows[index][0].slot for index in draw]),
+                positions=i32([rows[index][0].known for index in draw]),
+                places=[SlotSampling(slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params) for job in fresh],
+                prompt_rows=i32(asks),
+                prompt_topk=i32([rows[index][0].params.prompt_logprobs or 0 for index in asks]),
+            )
+        )()
+        if len(done.bad_rows):
+            raise ValueError(f"rows {done.bad_rows.tolist()} have logits that are not finite")
+        for job, count in rows:
+            job.computed += count
+            if self.options.share:
+                size = self.runner.block_size
+                history = np.concatenate([job.prompt, i32(job.tokens)])
+                for index in range(job.computed // size):
+                    self.cache.setdefault(history[: (index + 1) * size].tobytes(), job.blocks[index])
+        values = _split(done)
+        for at, (index, token) in enumerate(zip(draw, done.tokens.tolist(), strict=True)):
+            rows[index][0].tokens.append(token)
+            if at in values:
+                rows[index][0].logprobs.append(values[at])
+        if done.prompt_logprobs is not None:
+            _collect(done, [rows[index][0] for index in asks])
+
+
+def _split(done: StepDone) -> dict[int, bytes]:
+    """Row of the step -> its log-probabilities as bytes."""
+    columns = done.logprobs
+    if columns is None:
+        return {}
+    ends = np.cumsum(columns.counts)
+    return {
+        int(row): columns.values[end - count : end].tobytes() for row, end, count in zip(columns.rows, ends, columns.counts, strict=True)
+    }
+
+
+def _collect(done: StepDone, jobs: Sequence[Job]) -> None:
+    columns = done.prompt_logprobs
+    assert columns is not None
+    at = 0
+    for row, position, count in zip(columns.rows.tolist(), columns.positions.tolist(), columns.counts.tolist(), strict=True):
+        jobs[row].prompt_logprobs[position] = (columns.ids[at : at + count].tolist(), columns.values[at : at + count].tolist())
+        at += count

@@ -1,0 +1,68 @@
+"""Warm-up and the deterministic self-test of a runner.
+
+What it is: steps that touch what a first request would pay for, and a proof on this very machine, before anybody is served, that a sequence's
+log-probabilities and tokens are the same bits alone, in a ragged batch, in chunks, on other blocks, on shared blocks and after recomputation.
+What it does not know: how a runner computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from penstock.core.errors import EngineFailure
+from penstock.core.sampling import SamplingParams
+from penstock.plugins.devices.driver import Drivable, Driver, Job, Options
+
+
+def touch(runner: Drivable, progress: Callable[[str], None]) -> None:
+    """A prefill chunk, then decode steps of one row and of a full batch, on blocks that nobody owns yet."""
+    greedy = SamplingParams(temperature=0.0)
+    length = max(1, min(runner.num_blocks * runner.block_size, runner.max_model_len, runner.max_num_batched_tokens, 512) - 4)
+    prompt = (np.arange(length) % runner.facts.vocab_size).astype(np.int32)
+    progress("warming up: prefill and decode")
+    Driver(runner).run([Job(prompt=prompt, params=greedy, max_tokens=2)])
+    rows = min(runner.max_num_seqs, runner.num_blocks, runner.max_num_batched_tokens)
+    progress(f"warming up: {rows} rows")
+    Driver(runner).run([Job(prompt=prompt[:1], params=greedy, max_tokens=2 if runner.max_model_len > 2 else 1) for _ in range(rows)])
+
+
+def self_test(runner: Drivable, progress: Callable[[str], None]) -> None:
+    """Raises EngineFailure naming the first comparison that is not equal bit by bit."""
+    size, vocab, outputs = runner.block_size, runner.facts.vocab_size, 3
+    room = min(runner.max_model_len - outputs, runner.num_blocks * size // 4 - size)
+    if room < 1:
+        raise EngineFailure("--deterministic: the KV cache is too small for the self-test; raise --kv-cache-memory-bytes.")
+    longest = min(room, runner.max_num_batched_tokens, 8 * size + 5)
+    lengths = [longest, longest, max(1, longest // 2 + 1), min(3, longest), 1]
+    rng = np.random.default_rng(20)
+    prompts = [rng.integers(0, vocab, length).astype(np.int32) for length in lengths]
+    prompts[1][: longest // 2] = prompts[0][: longest // 2]
+    params = [
+        SamplingParams(temperature=0.8 * (index % 2), top_p=0.95, seed=index, logprobs=min(20, vocab - 1)) for index in range(len(prompts))
+    ]
+
+    def run(options: Options, which: list[int]) -> dict[int, Job]:
+        jobs = {index: Job(prompt=prompts[index], params=params[index], max_tokens=outputs) for index in which}
+        Driver(runner, options).run(list(jobs.values()))
+        return jobs
+
+    progress("deterministic self-test: alone")
+    everybody = list(range(len(prompts)))
+    alone = {index: run(Options(), [index])[index] for index in everybody}
+    for name, options in (
+        ("batched", Options()),
+        ("on other blocks and in chunks", Options(scatter=True, chunk=lambda random: random.randint(1, 2 * size), seed=1)),
+        ("one token at a time", Options(chunk=lambda random: 1, scatter=True, seed=2)),
+        ("on shared blocks", Options(share=True, at_once=1)),
+        ("preempted and recomputed", Options(preempt=0.3, seed=3)),
+    ):
+        progress(f"deterministic self-test: {name}")
+        together = run(options, everybody)
+        for index in everybody:
+            if (alone[index].tokens, alone[index].logprobs) != (together[index].tokens, together[index].logprobs):
+                raise EngineFailure(
+                    f"--deterministic: the self-test failed on this machine: a sequence run {name} differs from itself alone"
+                    f" (tokens {together[index].tokens} and {alone[index].tokens}). Start without --deterministic."
+                )

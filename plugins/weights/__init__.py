@@ -1,0 +1,34 @@
+"""Where weights come from, as plugins of the engine: safetensors files, or seeded random numbers.
+
+What it is: the registering hook. Nothing heavy is imported before a factory is called.
+What it does not know: models, devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.core.hookspecs import WeightSourceSpec, hookimpl
+
+
+def _safetensors(path: str, load_format: str, **options: Any) -> Any:
+    from penstock.plugins.weights.checkpoint import Checkpoint
+
+    return Checkpoint(path, dtype=options["dtype"])
+
+
+def _dummy(path: str, load_format: str, **options: Any) -> Any:
+    from penstock.plugins.weights.dummy import DummyWeights
+
+    return DummyWeights(dtype=options["dtype"], seed=options.get("seed", 0), std=options.get("std", 0.02))
+
+
+@hookimpl
+def register_weight_sources() -> list[WeightSourceSpec]:
+    """`factory(path, load_format, dtype=torch dtype, seed=int)` returns an object of plugins/models/api.py's Weights."""
+    return [
+        WeightSourceSpec(
+            name="safetensors", api_level=1, doc="Memory-mapped safetensors files.", load_formats=["auto", "safetensors"], factory=_safetensors
+        ),
+        WeightSourceSpec(name="dummy", api_level=1, doc="Seeded random weights.", load_formats=["dummy"], factory=_dummy),
+    ]
