@@ -30,5 +30,9 @@ def gated(kind: Activation, gate_up: Tensor, out: Tensor | None = None) -> Tenso
         out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype)
     else:
         tensor("out", out, (gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
-    out.copy_(reference.gated(kind, gate_up))
+    lib = native.library()
+    if lib is None:
+        return out.copy_(reference.gated(kind, gate_up))
+    rows, bf16 = gate_up.shape[0], gate_up.dtype == torch.bfloat16
+    lib.lib.ps_gated(gate_up.data_ptr(), out.data_ptr(), rows, out.shape[1], ACTIVATIONS.index(kind), bf16, torch.get_num_threads())
     return out

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from penstock.kernels import native
 from penstock.kernels.argmax import reference
 from penstock.kernels.checks import require, tensor
 
@@ -23,4 +24,8 @@ def argmax(logits: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty(logits.shape[0], dtype=torch.int32)
     else:
         tensor("out", out, (logits.shape[0],), torch.int32)
-    return out.copy_(reference.argmax(logits))
+    lib = native.library()
+    if lib is None:
+        return out.copy_(reference.argmax(logits))
+    lib.lib.ps_argmax(logits.data_ptr(), out.data_ptr(), logits.shape[0], logits.shape[1], torch.get_num_threads())
+    return out

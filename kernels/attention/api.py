@@ -12,35 +12,39 @@ position: not on the batch, nor on how a prefill was cut.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+from penstock.kernels import native
 from penstock.kernels.attention import reference
 from penstock.kernels.attention.layout import check_cache
 from penstock.kernels.checks import FLOATS, require, tensor
+from penstock.kernels.native.bind import check
 
 
-def check_tables(block_tables: Tensor, q_start: Tensor, kv_len: Tensor, tokens: int, num_blocks: int, block_size: int) -> None:
-    """Raises ValueError or IndexError unless every sequence's rows and blocks lie inside."""
+def check_tables(block_tables: Tensor, q_start: Tensor, kv_len: Tensor) -> None:
+    """Raises ValueError unless shapes and dtypes fit each other."""
     tensor("kv_len", kv_len, (None,), torch.int32)
-    rows = kv_len.shape[0]
-    tensor("q_start", q_start, (rows + 1,), torch.int32)
-    tensor("block_tables", block_tables, (rows, None), torch.int32)
+    tensor("q_start", q_start, (kv_len.shape[0] + 1,), torch.int32)
+    tensor("block_tables", block_tables, (kv_len.shape[0], None), torch.int32)
+
+
+def index_error(block_tables: Tensor, q_start: Tensor, kv_len: Tensor, tokens: int, num_blocks: int, block_size: int) -> int:
+    """0, or the code (native.bind.INDEX_ERRORS) of the first index that lies outside; the C side has the same check."""
+    if int(q_start[0]) != 0 or int(q_start[-1]) != tokens:
+        return 1
+    if kv_len.shape[0] == 0:
+        return 0
     counts = q_start[1:] - q_start[:-1]
-    require(rows > 0 or tokens == 0, "there are query rows but no sequence")
-    if rows == 0:
-        return
-    require(
-        int(q_start[0]) == 0 and int(q_start[-1]) == tokens and int(counts.min()) >= 0,
-        "q_start must rise from 0 to the number of query rows",
-    )
-    require(bool((kv_len >= counts).all()), "kv_len must count this step's rows too")
     needed = (kv_len + (block_size - 1)) // block_size
-    require(int(needed.max()) <= block_tables.shape[1], "block_tables has too few columns for kv_len")
-    used = torch.arange(block_tables.shape[1])[None] < needed[:, None]
-    named = block_tables[used]
-    if named.numel() and not (0 <= int(named.min()) and int(named.max()) < num_blocks):
-        raise IndexError("a block table names a block outside the cache")
+    if int(counts.min()) < 0:
+        return 1
+    if not bool((kv_len >= counts).all()) or int(needed.max()) > block_tables.shape[1]:
+        return 2
+    named = block_tables[torch.arange(block_tables.shape[1])[None] < needed[:, None]]
+    return 3 if named.numel() and (int(named.min()) < 0 or int(named.max()) >= num_blocks) else 0
 
 
 def paged_attention(
@@ -58,10 +62,25 @@ def paged_attention(
     tensor("q", q, (None, None, None), *FLOATS)
     check_cache(k_cache, v_cache, k_cache.shape[1], q.dtype)
     require(q.shape[2] == k_cache.shape[3], "q and cache differ in head_dim")
+    require(q.shape[2] <= 512, "head_dim must be at most 512")
     require(q.shape[1] % k_cache.shape[1] == 0, "the number of heads must be a multiple of the number of KV heads")
-    check_tables(block_tables, q_start, kv_len, q.shape[0], k_cache.shape[0], k_cache.shape[2])
     if out is None:
         out = torch.empty_like(q)
     else:
         tensor("out", out, q.shape, q.dtype)
-    return out.copy_(reference.paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window))
+    check_tables(block_tables, q_start, kv_len)
+    lib = native.library()
+    if lib is None:
+        check(index_error(block_tables, q_start, kv_len, q.shape[0], k_cache.shape[0], k_cache.shape[2]))
+        return out.copy_(reference.paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window))
+    program = native.Program(
+        heads=q.shape[1], kv_heads=k_cache.shape[1], dim=q.shape[2], bf16=q.dtype == torch.bfloat16, blocks=k_cache.shape[0],
+        block_size=k_cache.shape[2], scale=scale,
+    )  # fmt: skip
+    layer = native.Layer(k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), window=window)
+    step = native.Step(
+        tables=block_tables.data_ptr(), q_start=q_start.data_ptr(), kv_len=kv_len.data_ptr(), token_count=q.shape[0],
+        sequences=kv_len.shape[0], table_width=block_tables.shape[1], threads=torch.get_num_threads(),
+    )  # fmt: skip
+    check(lib.lib.ps_attention(ctypes.byref(program), ctypes.byref(layer), ctypes.byref(step), q.data_ptr(), out.data_ptr()))
+    return out

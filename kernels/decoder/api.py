@@ -21,10 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penstock.kernels import native
 from penstock.kernels.argmax import argmax
+from penstock.kernels.attention.api import check_tables
 from penstock.kernels.attention.layout import check_cache
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.decoder import reference
+from penstock.kernels.decoder.cpu import CpuDecoder
 from penstock.kernels.linear import PackedGated, PackedLinear
 
 
@@ -101,6 +104,8 @@ class DecoderProgram:
         self.scale = head_dim**-0.5 if scale is None else scale
         self.k_caches = list(k_caches)
         self.v_caches = list(v_caches)
+        lib = native.library()
+        self._cpu = None if lib is None else CpuDecoder(lib, self)
 
     def __call__(
         self,
@@ -117,15 +122,28 @@ class DecoderProgram:
         greedy: Tensor | None = None,
     ) -> None:
         """Run one step; see the module."""
+        tensor("tokens", tokens, (None,), torch.int32)
+        tensor("positions", positions, tokens.shape, torch.int32)
+        tensor("slots", slots, tokens.shape, torch.int32)
+        check_tables(block_tables, q_start, kv_len)
+        tensor("rows", rows, (None,), torch.int32)
+        count = rows.shape[0]
+        if logits is not None:
+            tensor("logits", logits, (count, self.lm_head.n), torch.float32)
+        if hidden is not None:
+            tensor("hidden", hidden, (count, self.embedding.shape[1]), self.embedding.dtype)
+        if greedy is not None:
+            tensor("greedy", greedy, (count,), torch.int32)
+        if self._cpu is not None:
+            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy)
+            return
         states = reference.hidden_states(self, tokens, positions, slots, block_tables, q_start, kv_len, rows)
         if hidden is not None:
-            tensor("hidden", hidden, states.shape, states.dtype)
             hidden.copy_(states)
         if logits is None and greedy is None:
             return
-        if logits is None:
-            logits = torch.empty(states.shape[0], self.lm_head.n)
-        tensor("logits", logits, (states.shape[0], self.lm_head.n), torch.float32)
-        logits.copy_(reference.logits(self, states))
+        scores = reference.logits(self, states)
+        if logits is not None:
+            logits.copy_(scores)
         if greedy is not None:
-            argmax(logits, out=greedy)
+            argmax(scores, out=greedy)

@@ -12,32 +12,83 @@ row lies in the batch, so a row alone equals the row in any batch, bit for bit. 
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+from penstock.kernels import native
 from penstock.kernels.activation import reference as activation_reference
 from penstock.kernels.activation.api import ACTIVATIONS, Activation
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.linear import reference
+from penstock.kernels.native.bind import check
+
+PANEL = 16
+
+
+def _panel_order(bias: Tensor, second: Tensor | None) -> Tensor:
+    """Biases as float32 [panels * 16], padded with zeros, those of two halves interleaved by panel."""
+    halves = [bias] if second is None else [bias, second]
+    panels = -(-bias.shape[0] // PANEL)
+    out = torch.zeros(panels, len(halves), PANEL)
+    for index, half in enumerate(halves):
+        padded = torch.zeros(panels * PANEL)
+        padded[: half.shape[0]] = half
+        out[:, index] = padded.view(panels, PANEL)
+    return out.flatten()
+
+
+class _Packed:
+    """A weight in panel order and its C description: [N/16] panels of [K/2][16][2] bfloat16 or [K][16] float32, zeros where N or K end."""
+
+    def __init__(
+        self, lib: native.Native, weight: Tensor, bias: Tensor | None, second: Tensor | None, second_bias: Tensor | None, act: int
+    ) -> None:
+        n, k = weight.shape
+        bf16 = weight.dtype == torch.bfloat16
+        panels = -(-n // PANEL) * (1 if second is None else 2)
+        panel_bytes = (-(-k // 2) if bf16 else k) * PANEL * 4
+        self.data = torch.empty(panels * panel_bytes, dtype=torch.uint8)
+        self.bias = None if bias is None else _panel_order(bias, second_bias)
+        address = self.data.data_ptr()
+        other = None if second is None else second.data_ptr()
+        lib.lib.ps_pack(weight.data_ptr(), other, address, n, k, bf16, panel_bytes, torch.get_num_threads())
+        self.weight = native.Weight(
+            w=address, bias=None if self.bias is None else self.bias.data_ptr(), n=n, k=k, panels=panels, panel_bytes=panel_bytes,
+            bf16=bf16, gated=second is not None, act=act,
+        )  # fmt: skip
+        self.by_reference = ctypes.byref(self.weight)
+        self.run = lib.lib.ps_linear
+        self.nbytes = self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        check(self.run(self.by_reference, x.data_ptr(), x.shape[0], out.data_ptr(), out.dtype == torch.bfloat16, torch.get_num_threads()))
+        return out
 
 
 class PackedLinear:
     """A weight [n, k] with an optional bias, ready to be multiplied. Made by `pack`."""
 
-    n: int
-    k: int
-    dtype: torch.dtype
-
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
-        self._weight = reference.prepare(weight)
-        self._bias = None if bias is None else bias.clone()
+        lib = native.library()
+        self.packed: _Packed | None = None
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        if lib is not None:
+            self.packed = _Packed(lib, weight, bias, None, None, 0)
+        else:
+            self._weight = reference.prepare(weight)
+            self._bias = None if bias is None else bias.clone()
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        if self.packed is not None:
+            return self.packed.nbytes
+        return sum(held.nbytes for held in (self._weight, self._bias) if held is not None)
 
     def __call__(self, x: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [M, K] to [M, N]."""
@@ -45,37 +96,50 @@ class PackedLinear:
         out_dtype = out_dtype or (self.dtype if out is None else out.dtype)
         require(out_dtype in (self.dtype, torch.float32), "out_dtype must be the weight's dtype or float32")
         if out is None:
-            return reference.linear(x, self._weight, self._bias, out_dtype)
-        tensor("out", out, (x.shape[0], self.n), out_dtype)
+            out = torch.empty(x.shape[0], self.n, dtype=out_dtype)
+        else:
+            tensor("out", out, (x.shape[0], self.n), out_dtype)
+        if self.packed is not None:
+            return self.packed(x, out)
+        assert self._weight is not None
         return out.copy_(reference.linear(x, self._weight, self._bias, out_dtype))
 
 
 class PackedGated:
     """Gate and up projections [n, k] fused with their activation. Made by `pack_gated`."""
 
-    n: int
-    k: int
-    dtype: torch.dtype
-
     def __init__(self, gate: Tensor, up: Tensor, kind: Activation, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
         self.n, self.k = gate.shape
         self.dtype = gate.dtype
         self.kind = kind
-        bias = None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
-        self._both = PackedLinear(torch.cat((gate, up)), bias)
+        lib = native.library()
+        self.packed: _Packed | None = None
+        self._both: PackedLinear | None = None
+        if lib is not None:
+            self.packed = _Packed(lib, gate, gate_bias, up, up_bias, ACTIVATIONS.index(kind))
+        else:
+            self._both = PackedLinear(
+                torch.cat((gate, up)), None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
+            )
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._both.nbytes
+        holder = self.packed or self._both
+        assert holder is not None
+        return holder.nbytes
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [M, K] to [M, I]."""
-        result = activation_reference.gated(self.kind, self._both(x))
+        tensor("x", x, (None, self.k), self.dtype)
         if out is None:
-            return result
-        tensor("out", out, (x.shape[0], self.n), self.dtype)
-        return out.copy_(result)
+            out = torch.empty(x.shape[0], self.n, dtype=self.dtype)
+        else:
+            tensor("out", out, (x.shape[0], self.n), self.dtype)
+        if self.packed is not None:
+            return self.packed(x, out)
+        assert self._both is not None
+        return out.copy_(activation_reference.gated(self.kind, self._both(x)))
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:

@@ -1,18 +1,117 @@
-"""placeholder until the C sources land: no native library."""
+"""Compile the C sources beside this file into a shared library, once per machine and version.
+
+What it is: `build()`: the path of the library in the user's cache ($PENSTOCK_CACHE, else $XDG_CACHE_HOME/penstock or ~/.cache/penstock),
+keyed by the sources, the compiler's version, the CPU's flags and torch's OpenMP runtime. The file appears by an atomic rename, so that processes
+that start together may all build it. The library is linked against the libgomp that torch ships: two OpenMP runtimes in one process
+would fight for the cores.
+What it does not know: the library's functions.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-Wall")
+TUNING = (("-march=native",), ("-mcpu=native",), ())
+TIMEOUT_S = 120
 
 
-class Native:
-    lib: ctypes.CDLL
-    isa: str
+class BuildError(RuntimeError):
+    """No library could be built; the text says why."""
 
 
-def library() -> Native | None:
-    return None
+def compilers() -> list[str]:
+    """Commands to try, in order: $PENSTOCK_CC, $CC, cc, gcc; those that exist."""
+    named = [os.environ.get("PENSTOCK_CC"), os.environ.get("CC"), "cc", "gcc"]
+    if named[0] is not None:
+        named = named[:1]
+    found = (shutil.which(name) for name in named if name)
+    return list(dict.fromkeys(path for path in found if path is not None))
 
 
-def describe() -> str:
-    return "torch reference kernels"
+def cache_directory() -> Path:
+    """A directory that only this user can write; a private temporary one where the cache cannot be used."""
+    base = os.environ.get("PENSTOCK_CACHE")
+    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+    path = root / "kernels"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(path, os.W_OK):
+            return path
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="penstock-kernels-"))
+
+
+def openmp_runtime() -> Path | None:
+    """The libgomp inside the torch package, if it brings one."""
+    return next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
+
+
+def cpu_flags() -> str:
+    """What this CPU can do, as far as the system says: -march=native compiles for it, so that it is part of the key."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(named))])
+
+
+def _run(command: list[str], cwd: Path) -> str:
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[:600]}")
+    return done.stdout
+
+
+def _compile(compiler: str, version: str) -> Path:
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    runtime = openmp_runtime()
+    key = hashlib.sha256()
+    for part in (version, cpu_flags(), " ".join(FLAGS), str(runtime), torch.__version__):
+        key.update(part.encode() + b"\0")
+    for path in sources:
+        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    directory = cache_directory()
+    library = directory / f"kernels-{key.hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        work = Path(scratch)
+        for tuning in TUNING:
+            try:
+                _run([compiler, *FLAGS, *tuning, "-c", str(SOURCES / "kernels.c"), "-o", "kernels.o"], work)
+                break
+            except BuildError:
+                if tuning == TUNING[-1]:
+                    raise
+        openmp = [str(runtime)] if runtime is not None else ["-fopenmp"]
+        _run([compiler, "-shared", "-o", "kernels.so", "kernels.o", *openmp, "-lm"], work)
+        os.replace(work / "kernels.so", library)
+    return library
+
+
+def build() -> Path:
+    """Path of the library for this machine, compiled if need be. Raises BuildError."""
+    failures: list[str] = []
+    for compiler in compilers():
+        try:
+            return _compile(compiler, _run([compiler, "--version"], SOURCES))
+        except (BuildError, OSError) as error:
+            failures.append(str(error))
+    raise BuildError("; ".join(failures) or "no C compiler found")

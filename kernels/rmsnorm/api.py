@@ -12,8 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from penstock.kernels import native
 from penstock.kernels.checks import FLOATS, tensor
 from penstock.kernels.rmsnorm import reference
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    lib = native.library()
+    if lib is None:
+        return out.copy_(reference.rms_norm(x if residual is None else residual.add_(x), weight, eps))
+    wide = weight.float()
+    lib.lib.ps_norm(
+        x.data_ptr(), None if residual is None else residual.data_ptr(), wide.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps,
+        x.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -24,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
         out = torch.empty_like(x)
     else:
         tensor("out", out, x.shape, x.dtype)
-    return out.copy_(reference.rms_norm(x, weight, eps))
+    return _norm(x, None, weight, eps, out)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -36,5 +49,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
         out = torch.empty_like(x)
     else:
         tensor("out", out, x.shape, x.dtype)
-    residual.add_(x)
-    return out.copy_(reference.rms_norm(residual, weight, eps))
+    return _norm(x, residual, weight, eps, out)

@@ -11,11 +11,15 @@ two tables one after the other). `slots`: block * block_size + offset in the cac
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+from penstock.kernels import native
 from penstock.kernels.attention.layout import check_cache
 from penstock.kernels.checks import FLOATS, require, tensor
+from penstock.kernels.native.bind import check
 from penstock.kernels.rope import reference
 
 
@@ -51,10 +55,24 @@ def rope_and_cache(
         tensor("out", out, (tokens, num_heads, dim), qkv.dtype)
     if tokens == 0:
         return out
-    if int(positions.min()) < 0 or int(positions.max()) >= cos_sin.shape[0]:
-        raise IndexError(f"a position lies outside the rotary table of {cos_sin.shape[0]} rows")
-    if int(slots.max()) >= k_cache.shape[0] * k_cache.shape[2]:
-        raise IndexError("a slot lies outside the cache")
-    return out.copy_(
-        reference.rope_and_cache(qkv, positions, cos_sin, k_cache, v_cache, slots, num_heads, num_kv_heads, q_norm, k_norm, eps)
-    )
+    lib = native.library()
+    if lib is None:
+        check(5 if int(positions.min()) < 0 or int(positions.max()) >= cos_sin.shape[0] else 0)
+        check(6 if int(slots.max()) >= k_cache.shape[0] * k_cache.shape[2] else 0)
+        return out.copy_(
+            reference.rope_and_cache(qkv, positions, cos_sin, k_cache, v_cache, slots, num_heads, num_kv_heads, q_norm, k_norm, eps)
+        )
+    program = native.Program(
+        heads=num_heads, kv_heads=num_kv_heads, dim=dim, bf16=qkv.dtype == torch.bfloat16, rotary=cos_sin.shape[1],
+        table_rows=cos_sin.shape[0], blocks=k_cache.shape[0], block_size=k_cache.shape[2], eps=eps, cos_sin=cos_sin.data_ptr(),
+    )  # fmt: skip
+    norms = [None if norm is None else norm.float() for norm in (q_norm, k_norm)]
+    addresses = [None if norm is None else norm.data_ptr() for norm in norms]
+    layer = native.Layer(q_norm=addresses[0], k_norm=addresses[1], k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr())
+    check(
+        lib.lib.ps_rope(
+            ctypes.byref(program), ctypes.byref(layer), qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), tokens, out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return out

@@ -43,7 +43,8 @@ def rope_and_cache(
 ) -> Tensor:
     """Returns q [T, Hq, D]; writes K and V. Slots below 0 are not written."""
     tokens, dim = qkv.shape[0], k_cache.shape[3]
-    q, k, v = qkv.view(tokens, num_heads + 2 * num_kv_heads, dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    heads = qkv.view(tokens, num_heads + 2 * num_kv_heads, dim)
+    q, k, v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps)
     if k_norm is not None:

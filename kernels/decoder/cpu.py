@@ -1,0 +1,89 @@
+"""The decoder program in C: descriptions of the weights built once, one library call a step.
+
+What it is: `CpuDecoder`, which holds the C structs of a `DecoderProgram`, a workspace that grows to the largest step seen, and the call. The
+whole step is one OpenMP region (decoder.h says how its threads share it).
+What it does not know: requests, sampling; shapes and dtypes were checked by the entry.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.native.bind import Layer, Native, Program, Step, check
+
+if TYPE_CHECKING:
+    from penstock.kernels.decoder.api import DecoderProgram
+    from penstock.kernels.linear import PackedGated, PackedLinear
+
+
+class CpuDecoder:
+    """See the module."""
+
+    def __init__(self, lib: Native, program: DecoderProgram) -> None:
+        self._lib = lib.lib
+        self._held: list[Tensor] = []
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        bf16 = program.embedding.dtype == torch.bfloat16
+        self._layers = (Layer * len(program.layers))()
+        for target, layer, k_cache, v_cache in zip(self._layers, program.layers, program.k_caches, program.v_caches, strict=True):
+            self._describe(target, "qkv", layer.qkv)
+            self._describe(target, "o", layer.o)
+            self._describe(target, "gate_up", layer.gate_up)
+            self._describe(target, "down", layer.down)
+            target.attn_norm = self._wide(layer.attn_norm)
+            target.mlp_norm = self._wide(layer.mlp_norm)
+            target.q_norm = None if layer.q_norm is None else self._wide(layer.q_norm)
+            target.k_norm = None if layer.k_norm is None else self._wide(layer.k_norm)
+            target.k_cache, target.v_cache, target.window = k_cache.data_ptr(), v_cache.data_ptr(), layer.window
+        self._program = Program(
+            layers_count=len(program.layers), hidden=program.embedding.shape[1], heads=program.num_heads, kv_heads=program.num_kv_heads,
+            dim=program.head_dim, inter=program.layers[0].gate_up.n, vocab=program.lm_head.n, bf16=bf16, rotary=program.cos_sin.shape[1],
+            table_rows=program.cos_sin.shape[0], blocks=program.k_caches[0].shape[0], block_size=program.k_caches[0].shape[2],
+            eps=program.eps, scale=program.scale, embedding_rows=program.embedding.shape[0], embedding=program.embedding.data_ptr(), final_norm=self._wide(program.final_norm),
+            cos_sin=program.cos_sin.data_ptr(), layers=self._layers,
+        )  # fmt: skip
+        self._describe(self._program, "lm_head", program.lm_head)
+
+    def _describe(self, target: ctypes.Structure, name: str, linear: PackedLinear | PackedGated) -> None:
+        assert linear.packed is not None, "weights were packed before the library was loaded"
+        setattr(target, name, linear.packed.weight)
+
+    def _wide(self, norm: Tensor) -> int:
+        self._held.append(norm.float())
+        return self._held[-1].data_ptr()
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_tables: Tensor,
+        q_start: Tensor,
+        kv_len: Tensor,
+        rows: Tensor,
+        logits: Tensor | None,
+        hidden: Tensor | None,
+        greedy: Tensor | None,
+    ) -> None:
+        """One step. Raises IndexError for an index outside its table (nothing has been written then)."""
+        step = Step(
+            tokens.data_ptr(), positions.data_ptr(), slots.data_ptr(), block_tables.data_ptr(), q_start.data_ptr(), kv_len.data_ptr(),
+            rows.data_ptr(), tokens.shape[0], kv_len.shape[0], block_tables.shape[1], rows.shape[0],
+            None if logits is None else logits.data_ptr(), None if hidden is None else hidden.data_ptr(),
+            None if greedy is None else greedy.data_ptr(), None, torch.get_num_threads(),
+        )  # fmt: skip
+        program, at = ctypes.byref(self._program), ctypes.byref(step)
+        needed = self._lib.ps_step_bytes(program, at)
+        if needed > self._workspace.shape[0]:
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
+        step.workspace = self._workspace.data_ptr()
+        check(self._lib.ps_step(program, at))
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of scratch held now."""
+        return self._workspace.shape[0]

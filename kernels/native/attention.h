@@ -1,0 +1,187 @@
+/* Ragged causal attention over the paged cache in panel order.
+ *
+ * What it is: a unit is (sequence, KV head, a run of query rows); its query heads are folded into rows, so that K and V are read once. Keys
+ * are taken in tiles of 64 at absolute positions 0, 64, 128...; the running maximum and sum (online softmax: Milakov and Gimelshein 2018,
+ * arXiv:1805.02867; tiling: Dao et al. 2022, arXiv:2205.14135) are updated tile by tile. A row's arithmetic depends on its own position only:
+ * keys that it may not see weigh exactly 0, tiles without visible keys leave it untouched, slots that nobody wrote are never read as values.
+ * What it does not know: how keys came into the cache.
+ */
+#ifndef PENSTOCK_ATTENTION_H
+#define PENSTOCK_ATTENTION_H
+
+#include "panel.h"
+#include "rows.h"
+
+#define KEY_TILE 64
+#define ROW_TILE 48 /* (query, head) rows of a unit */
+#define DIM_MAX 512
+
+typedef struct {
+    const void *q; /* [T][ldq], element type q_bf16; head h at h * dim */
+    void *out;     /* [T][ldo], element type out_bf16 */
+    long ldq, ldo;
+    int q_bf16, out_bf16, cache_bf16, round;
+    const char *k_cache, *v_cache; /* [blocks][kv_heads][block_size * dim] */
+    const int32_t *tables, *q_start, *kv_len;
+    long table_width, sequences, heads, kv_heads, dim, block_size, window;
+    float scale;
+    long head_runs, heads_per; /* the heads of a KV head, in runs of at most ROW_TILE */
+    long queries_per;          /* query rows of a unit */
+    const int32_t *unit_start; /* [sequences + 1]: units before each sequence, or NULL when each has one query row */
+} attention;
+
+/* Fill the split; unit_start [sequences + 1] is scratch. Returns the number of units. */
+static long attention_plan(attention *a, int32_t *unit_start) {
+    long group = a->heads / a->kv_heads;
+    a->head_runs = (group + ROW_TILE - 1) / ROW_TILE;
+    a->heads_per = (group + a->head_runs - 1) / a->head_runs;
+    a->queries_per = MAX(1, ROW_TILE / a->heads_per);
+    int32_t total = 0;
+    int single = 1;
+    for (long s = 0; s < a->sequences; s++) {
+        long rows = a->q_start[s + 1] - a->q_start[s];
+        unit_start[s] = total;
+        total += (int32_t)((rows + a->queries_per - 1) / a->queries_per);
+        if (rows != 1) single = 0;
+    }
+    unit_start[a->sequences] = total;
+    a->unit_start = single ? 0 : unit_start;
+    return total * a->kv_heads * a->head_runs;
+}
+
+/* Softmax weights of one row in one tile, in place: lanes [lo, hi) are visible, `lanes` were computed. Updates maximum, sum and output row. */
+INLINE void softmax_row(float *s, long lanes, long lo, long hi, float scale, float *maximum, float *sum, float *o, long dim) {
+    if (hi <= lo) {
+        memset(s, 0, (size_t)lanes * 4);
+        return;
+    }
+    vi iota;
+    for (int i = 0; i < VL; i++) iota[i] = i;
+    const vf none = vset(-INFINITY);
+    vf top = none;
+    for (long j = 0; j < lanes; j += VL) {
+        vi at = iota + (int32_t)j;
+        vu seen = (vu)((at >= (int32_t)lo) & (at < (int32_t)hi));
+        vf v = vselect(seen, vload(s + j) * scale, none);
+        vstore(s + j, v);
+        top = vmax(v, top);
+    }
+    float before = *maximum, now = hmax(top);
+    now = before > now ? before : now;
+    float base = now == -INFINITY ? 0.0f : now;
+    float keep = vexp(vset(before - base))[0];
+    /* 16 partial sums whatever VL is wide: lanes beyond `hi` add exact zeros. */
+    vf part[16 / VL];
+    for (int j = 0; j < 16 / VL; j++) part[j] = vset(0.0f);
+    for (long j = 0; j < lanes; j += 16)
+        for (int i = 0; i < 16 / VL; i++) {
+            vf p = vexp(vload(s + j + i * VL) - base);
+            vstore(s + j + i * VL, p);
+            part[i] += p;
+        }
+    vf all = part[0];
+    for (int j = 1; j < 16 / VL; j++) all += part[j];
+    *sum = *sum * keep + hsum(all);
+    *maximum = now;
+    for (long d = 0; d < dim; d += VL) vstore(o + d, vload(o + d) * keep);
+}
+
+static void attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
+    _Alignas(64) float q[ROW_TILE * DIM_MAX], o[ROW_TILE * DIM_MAX], score[ROW_TILE * KEY_TILE];
+    float maximum[ROW_TILE], sum[ROW_TILE];
+    const long dim = a->dim, group = a->heads / a->kv_heads, size = a->cache_bf16 ? 2 : 4;
+    const long head0 = kv_head * group + run * a->heads_per, heads = MIN(a->heads_per, group - run * a->heads_per);
+    const long row0 = a->q_start[s] + first, rows = count * heads;
+    const long length = a->kv_len[s], position0 = length - (a->q_start[s + 1] - a->q_start[s]) + first;
+    const int32_t *table = a->tables + s * a->table_width;
+    for (long i = 0; i < count; i++)
+        for (long h = 0; h < heads; h++) {
+            long r = i * heads + h, from = (row0 + i) * a->ldq + (head0 + h) * dim;
+            for (long d = 0; d < dim; d += VL) {
+                vstore(q + r * dim + d, a->q_bf16 ? vload_as(a->q, from + d, 1) : vload_as(a->q, from + d, 0));
+                vstore(o + r * dim + d, vset(0.0f));
+            }
+            maximum[r] = -INFINITY;
+            sum[r] = 0.0f;
+        }
+    const long last = position0 + count; /* one past the last visible key of the unit */
+    const long start = a->window > 0 ? MAX(position0 - a->window + 1, 0) / KEY_TILE * KEY_TILE : 0;
+    const long blocks = (rows + MR - 1) / MR, dim_panels = dim / PW;
+    const char *k_group[KEY_TILE / 16], *v_group[KEY_TILE / 16], *b[KEY_TILE / 16 * NP_MAX];
+    for (long tile = start; tile < last; tile += KEY_TILE) {
+        const long keys = MIN(KEY_TILE, last - tile), groups = (keys + 15) / 16;
+        for (long g = 0; g < groups; g++) {
+            long key = tile + g * 16, block = table[key / a->block_size];
+            long at = ((block * a->kv_heads + kv_head) * a->block_size + key % a->block_size) * dim * size;
+            k_group[g] = a->k_cache + at;
+            v_group[g] = a->v_cache + at;
+        }
+        long row = 0;
+        for (long i = 0; i < blocks; i++) {
+            int mr = (int)(rows / blocks + (i < rows % blocks));
+            for (long g = 0; g < groups;) {
+                int np = tile_width(mr, groups - g);
+                for (int j = 0; j < np; j++) b[j] = k_group[g + j];
+                tile_args t = {
+                    .a = q + row * dim, .lda = dim, .b = b, .segments = 1, .seg_k = dim, .last_k = dim,
+                    .c = score + row * KEY_TILE + g * 16, .ldc = KEY_TILE, .add = 0, .jump = 0,
+                };
+                tile_of(mr, np, a->cache_bf16)(&t);
+                g += np;
+            }
+            row += mr;
+        }
+        for (long r = 0; r < rows; r++) {
+            long position = position0 + r / heads;
+            long lo = a->window > 0 ? position - a->window + 1 - tile : 0, hi = position + 1 - tile;
+            softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), a->scale, maximum + r, sum + r, o + r * dim, dim);
+        }
+        row = 0;
+        for (long i = 0; i < blocks; i++) {
+            int mr = (int)(rows / blocks + (i < rows % blocks));
+            for (long d = 0; d < dim_panels;) {
+                int np = tile_width(mr, dim_panels - d);
+                for (long g = 0; g < groups; g++)
+                    for (int j = 0; j < np; j++) b[g * np + j] = v_group[g] + (d + j) * 256 * size;
+                tile_args t = {
+                    .a = score + row * KEY_TILE, .lda = KEY_TILE, .b = b, .segments = groups, .seg_k = 16, .last_k = keys - (groups - 1) * 16,
+                    .c = o + row * dim + d * PW, .ldc = dim, .add = 1, .jump = 0,
+                };
+                tile_of(mr, np, a->cache_bf16)(&t);
+                d += np;
+            }
+            row += mr;
+        }
+    }
+    for (long i = 0; i < count; i++)
+        for (long h = 0; h < heads; h++) {
+            long r = i * heads + h, to = (row0 + i) * a->ldo + (head0 + h) * dim;
+            float inv = 1.0f / sum[r];
+            for (long d = 0; d < dim; d += VL) {
+                vf v = vrounded(vload(o + r * dim + d) * inv, a->round);
+                if (a->out_bf16)
+                    vstore_as(a->out, to + d, v, 1);
+                else
+                    vstore((float *)a->out + to + d, v);
+            }
+        }
+}
+
+static void attention_unit(const void *job, long unit) {
+    const attention *a = job;
+    long run = unit % a->head_runs, head = unit / a->head_runs % a->kv_heads, index = unit / a->head_runs / a->kv_heads, s = index, first = 0;
+    if (a->unit_start) {
+        long low = 0, high = a->sequences; /* the last s with unit_start[s] <= index */
+        while (high - low > 1) {
+            long mid = (low + high) / 2;
+            if (a->unit_start[mid] <= index) low = mid; else high = mid;
+        }
+        s = low;
+        long tiles = a->unit_start[s + 1] - a->unit_start[s];
+        first = (tiles - 1 - (index - a->unit_start[s])) * a->queries_per; /* the longest first */
+    }
+    long rows = a->q_start[s + 1] - a->q_start[s];
+    attention_rows(a, s, head, run, first, MIN(a->queries_per, rows - first));
+}
+
+#endif

@@ -1,0 +1,267 @@
+/* The decoder program: a whole step of a Llama-like model in one parallel region.
+ *
+ * What it is: the phases embed, norm, QKV, rotary + cache write, attention, output projection, norm, gate-up, down, ... final norm, LM head,
+ * argmax over one workspace, built from the same row, tile and attention functions as the separate operations, in the same order of
+ * arithmetic. Activations are float32 in memory, rounded to the model's dtype wherever the separate operations would round. After the last layer's
+ * cache write only the rows whose results are wanted go on (rows do not depend on each other, so this changes nothing but time).
+ * What it does not know: requests, sampling; it trusts pointers that Python has checked and checks every index itself.
+ */
+#ifndef PENSTOCK_DECODER_H
+#define PENSTOCK_DECODER_H
+
+#include "attention.h"
+#include "gemm.h"
+#include "team.h"
+
+#define FEW 8        /* rows so few that a norm is a serial tail, not a phase */
+#define MLP_ROWS 512 /* rows that go through gate-up and down together: bounds the workspace, stays in the L3 cache */
+
+typedef struct {
+    weight qkv, o, gate_up, down;
+    const float *attn_norm, *mlp_norm, *q_norm, *k_norm; /* float32; q_norm and k_norm may be NULL */
+    void *k_cache, *v_cache;
+    int64_t window;
+} layer;
+
+typedef struct {
+    int64_t layers_count, hidden, heads, kv_heads, dim, inter, vocab, bf16, rotary, table_rows, embedding_rows, blocks, block_size;
+    double eps, scale;
+    const void *embedding;
+    const float *final_norm, *cos_sin;
+    weight lm_head;
+    const layer *layers;
+} program;
+
+typedef struct {
+    const int32_t *tokens, *positions, *slots, *tables, *q_start, *kv_len, *rows;
+    int64_t token_count, sequences, table_width, row_count;
+    float *logits;
+    void *hidden;
+    int32_t *greedy;
+    void *workspace;
+    int64_t threads;
+} step;
+
+typedef struct {
+    float *x, *a, *qkv, *act, *x_rows, *a_rows, *logits;
+    int32_t *units;
+    phase *phases;
+    long ldx, lda, ldq, ldi, bytes;
+} space;
+
+static long padded(long n) { return (n + 15) / 16 * 16 + 16; } /* the odd 16 keep rows off one cache set */
+
+static space place(const program *p, const step *s) {
+    space w = {.ldx = padded(p->hidden), .lda = padded(MAX(p->hidden, p->heads * p->dim)), .ldq = padded((p->heads + 2 * p->kv_heads) * p->dim)};
+    long t = s->token_count, l = s->row_count, at = 0;
+    char *base = s->workspace;
+    w.ldi = padded(p->inter);
+#define TAKE(field, count, type) w.field = (type *)(base + at); at += ((long)(count) * (long)sizeof(type) + 63) / 64 * 64
+    TAKE(phases, p->layers_count * (6 + 2 * ((t + MLP_ROWS - 1) / MLP_ROWS)) + 8, phase);
+    TAKE(units, s->sequences + 1, int32_t);
+    TAKE(x, t * w.ldx, float);
+    TAKE(a, t * w.lda, float);
+    TAKE(qkv, t * w.ldq, float);
+    TAKE(act, MIN(t, MLP_ROWS) * w.ldi, float);
+    TAKE(x_rows, l * w.ldx, float);
+    TAKE(a_rows, l * w.lda, float);
+    TAKE(logits, s->greedy && !s->logits ? l * p->vocab : 0, float);
+#undef TAKE
+    w.bytes = at;
+    return w;
+}
+
+/* What the units of the small phases need. */
+typedef struct {
+    const program *p;
+    const step *s;
+    const space *w;
+    const layer *l;
+    const float *x;
+    float *a;
+    const float *norm;
+    long rows, per;
+} rows_job;
+
+static void norm_unit(const void *job, long unit) {
+    const rows_job *j = job;
+    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++)
+        norm_row(j->x + r * j->w->ldx, j->norm, j->a + r * j->w->lda, j->p->hidden, (float)j->p->eps, (int)j->p->bf16);
+}
+static void norm_all(const void *job) {
+    rows_job j = *(const rows_job *)job;
+    j.per = j.rows;
+    norm_unit(&j, 0);
+}
+
+static void embed_unit(const void *job, long unit) {
+    const rows_job *j = job;
+    const long h = j->p->hidden;
+    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++) {
+        float *x = j->w->x + r * j->w->ldx;
+        const long from = j->s->tokens[r] * h;
+        if (j->p->bf16)
+            for (long i = 0; i < h; i++) x[i] = widen(((const uint16_t *)j->p->embedding)[from + i]);
+        else
+            memcpy(x, (const float *)j->p->embedding + from, (size_t)h * 4);
+    }
+    norm_unit(job, unit);
+}
+
+static void rope_token(const program *p, const layer *l, float *qkv, int32_t position, int32_t slot) {
+    const long dim = p->dim;
+    const int bf16 = (int)p->bf16;
+    const float *table = p->cos_sin + position * p->rotary;
+    for (long h = 0; h < p->heads + p->kv_heads; h++) {
+        float *x = qkv + h * dim;
+        const float *norm = h < p->heads ? l->q_norm : l->k_norm;
+        if (norm) norm_row(x, norm, x, dim, (float)p->eps, bf16);
+        rotate_head(x, table, p->rotary / 2, bf16);
+    }
+    if (slot < 0) return;
+    for (long h = 0; h < p->kv_heads; h++) {
+        long at = (slot / p->block_size * p->kv_heads + h) * p->block_size * dim * (bf16 ? 2 : 4);
+        write_cache((char *)l->k_cache + at, (char *)l->v_cache + at, slot % p->block_size, qkv + (p->heads + h) * dim,
+                    qkv + (p->heads + p->kv_heads + h) * dim, dim, bf16);
+    }
+}
+static void rope_unit(const void *job, long unit) {
+    const rows_job *j = job;
+    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++)
+        rope_token(j->p, j->l, j->w->qkv + r * j->w->ldq, j->s->positions[r], j->s->slots[r]);
+}
+static void rope_all(const void *job) {
+    rows_job j = *(const rows_job *)job;
+    j.per = j.rows;
+    rope_unit(&j, 0);
+}
+
+static void pick_unit(const void *job, long unit) {
+    const rows_job *j = job;
+    const space *w = j->w;
+    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++) {
+        memcpy(w->x_rows + r * w->ldx, w->x + j->s->rows[r] * w->ldx, (size_t)j->p->hidden * 4);
+        memcpy(w->a_rows + r * w->lda, w->a + j->s->rows[r] * w->lda, (size_t)(j->p->heads * j->p->dim) * 4);
+    }
+}
+
+static void final_unit(const void *job, long unit) {
+    const rows_job *j = job;
+    norm_unit(job, unit);
+    if (j->s->hidden)
+        for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++)
+            for (long i = 0; i < j->p->hidden; i++) store_as(j->s->hidden, r * j->p->hidden + i, j->a[r * j->w->lda + i], (int)j->p->bf16);
+}
+
+typedef struct {
+    const float *logits;
+    int32_t *out;
+    long n;
+} argmax_job;
+static void argmax_unit(const void *job, long unit) {
+    const argmax_job *j = job;
+    j->out[unit] = argmax_row(j->logits + unit * j->n, j->n);
+}
+
+/* One thread's way through the step. */
+static void step_thread(const program *p, const step *s, const space *w, team team, attention attn, long attn_units) {
+    const int bf16 = (int)p->bf16, threads = team.threads;
+    int n = 0; /* phase number: the same sequence on every thread */
+    long rows = s->token_count;
+    float *x = w->x, *a = w->a;
+#define UNITS(j) (((j).rows + (j).per - 1) / (j).per)
+    rows_job norm = {.p = p, .s = s, .w = w, .x = x, .a = a, .norm = p->layers[0].attn_norm, .rows = rows, .per = rows <= FEW ? rows : 16};
+    phase_run(&team, n++, UNITS(norm), embed_unit, &norm, 0, 0);
+    for (long i = 0; i < p->layers_count; i++) {
+        const layer *l = &p->layers[i];
+        const int final = i + 1 == p->layers_count;
+        gemm qkv = {.w = &l->qkv, .a = a, .lda = w->lda, .rows = rows, .kind = TO_F32, .round = bf16, .out = w->qkv, .ldo = w->ldq};
+        rows_job rope = {.p = p, .s = s, .w = w, .l = l, .rows = rows, .per = 4};
+        phase_run(&team, n++, gemm_plan(&qkv, threads), gemm_unit, &qkv, rows <= 2 ? rope_all : 0, &rope);
+        if (rows > 2) phase_run(&team, n++, UNITS(rope), rope_unit, &rope, 0, 0);
+        if (final && s->row_count == 0) return;
+        attn.k_cache = l->k_cache;
+        attn.v_cache = l->v_cache;
+        attn.window = l->window;
+        phase_run(&team, n++, attn_units, attention_unit, &attn, 0, 0);
+        if (final) {
+            rows_job pick = {.p = p, .s = s, .w = w, .rows = s->row_count, .per = 16};
+            phase_run(&team, n++, UNITS(pick), pick_unit, &pick, 0, 0);
+            rows = s->row_count;
+            x = w->x_rows;
+            a = w->a_rows;
+        }
+        gemm o = {.w = &l->o, .a = a, .lda = w->lda, .rows = rows, .kind = TO_RESIDUAL, .round = bf16, .out = x, .ldo = w->ldx};
+        norm = (rows_job){.p = p, .s = s, .w = w, .x = x, .a = a, .norm = l->mlp_norm, .rows = rows, .per = 16};
+        phase_run(&team, n++, gemm_plan(&o, threads), gemm_unit, &o, rows <= FEW ? norm_all : 0, &norm);
+        if (rows > FEW) phase_run(&team, n++, UNITS(norm), norm_unit, &norm, 0, 0);
+        norm.norm = final ? p->final_norm : l[1].attn_norm;
+        for (long r = 0; r < rows; r += MLP_ROWS) {
+            long count = MIN(MLP_ROWS, rows - r);
+            int tail = rows <= FEW && !final;
+            gemm up = {.w = &l->gate_up, .a = a + r * w->lda, .lda = w->lda, .rows = count, .kind = TO_GATED, .round = bf16, .out = w->act, .ldo = w->ldi};
+            gemm down = {.w = &l->down, .a = w->act, .lda = w->ldi, .rows = count, .kind = TO_RESIDUAL, .round = bf16, .out = x + r * w->ldx, .ldo = w->ldx};
+            phase_run(&team, n++, gemm_plan(&up, threads), gemm_unit, &up, 0, 0);
+            phase_run(&team, n++, gemm_plan(&down, threads), gemm_unit, &down, tail ? norm_all : 0, &norm);
+        }
+        if (final)
+            phase_run(&team, n++, UNITS(norm), final_unit, &norm, 0, 0);
+        else if (rows > FEW)
+            phase_run(&team, n++, UNITS(norm), norm_unit, &norm, 0, 0);
+    }
+    if (!s->logits && !s->greedy) return;
+    float *logits = s->logits ? s->logits : w->logits;
+    gemm head = {.w = &p->lm_head, .a = a, .lda = w->lda, .rows = rows, .kind = TO_F32, .round = 0, .out = logits, .ldo = p->vocab};
+    phase_run(&team, n++, gemm_plan(&head, threads), gemm_unit, &head, 0, 0);
+    if (s->greedy) {
+        argmax_job best = {.logits = logits, .out = s->greedy, .n = p->vocab};
+        phase_run(&team, n++, rows, argmax_unit, &best, 0, 0);
+    }
+#undef UNITS
+}
+
+static int inside(const int32_t *v, long n, long low, long high) {
+    int bad = 0;
+    for (long i = 0; i < n; i++) bad |= (v[i] < low) | (v[i] >= high);
+    return !bad;
+}
+
+/* 0, or which index lies outside: 1 query rows, 2 lengths, 3 blocks. */
+static int check_sequences(const int32_t *q_start, const int32_t *kv_len, const int32_t *tables, long sequences, long width, long tokens, long blocks, long block_size) {
+    if (q_start[0] != 0 || q_start[sequences] != tokens) return 1;
+    for (long r = 0; r < sequences; r++) {
+        long rows = (long)q_start[r + 1] - q_start[r];
+        if (rows < 0) return 1;
+        if (kv_len[r] < rows || kv_len[r] > width * block_size) return 2;
+        if (!inside(tables + r * width, (kv_len[r] + block_size - 1) / block_size, 0, blocks)) return 3;
+    }
+    return 0;
+}
+
+/* 0, or which index lies outside: 1..3 as above, 4 token ids, 5 positions, 6 slots, 7 rows. */
+static int run_step(const program *p, const step *s) {
+    int wrong = check_sequences(s->q_start, s->kv_len, s->tables, s->sequences, s->table_width, s->token_count, p->blocks, p->block_size);
+    if (wrong) return wrong;
+    if (!inside(s->tokens, s->token_count, 0, p->embedding_rows)) return 4;
+    if (!inside(s->positions, s->token_count, 0, p->table_rows)) return 5;
+    if (!inside(s->slots, s->token_count, INT32_MIN, p->blocks * p->block_size)) return 6;
+    if (!inside(s->rows, s->row_count, 0, s->token_count)) return 7;
+    if (s->token_count == 0) return 0;
+    space w = place(p, s);
+    memset(w.phases, 0, (size_t)((char *)w.units - (char *)w.phases));
+    attention attn = {
+        .q = w.qkv, .ldq = w.ldq, .out = w.a, .ldo = w.lda, .cache_bf16 = (int)p->bf16, .round = (int)p->bf16, .tables = s->tables,
+        .q_start = s->q_start, .kv_len = s->kv_len, .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads,
+        .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .scale = (float)p->scale,
+    };
+    long units = attention_plan(&attn, w.units);
+    if (s->threads <= 1) {
+        step_thread(p, s, &w, (team){.phases = w.phases, .threads = 1}, attn, units);
+        return 0;
+    }
+#pragma omp parallel num_threads(s->threads)
+    step_thread(p, s, &w, (team){.phases = w.phases, .threads = omp_get_num_threads()}, attn, units);
+    return 0;
+}
+
+#endif

@@ -1,0 +1,178 @@
+/* Linear layers: packing, the split into units, and what happens to a finished tile.
+ *
+ * What it is: Y[M][N] = A[M][K] W[N][K]^T for packed W, cut into units of (rows, panels) that never cut K. With few rows a unit streams
+ * its panels once; with many it keeps a group of panels in the L2 cache and walks the rows. The epilogue stores, adds to the residual, or
+ * gates: in a gated weight the panels alternate gate, up, gate, up.
+ * What it does not know: layers, heads.
+ */
+#ifndef PENSTOCK_GEMM_H
+#define PENSTOCK_GEMM_H
+
+#include "panel.h"
+#include "rows.h"
+
+#define GROUP_BYTES (192 * 1024) /* of weights held in a core's L2 */
+
+enum { TO_F32 = 0, TO_BF16 = 1, TO_RESIDUAL = 2, TO_GATED = 3 };
+
+typedef struct {
+    const char *w; /* [panels][panel_bytes] */
+    const float *bias; /* [panels * 16] in panel order, or NULL */
+    int64_t n, k, panels, panel_bytes, bf16, gated, act; /* n: outputs of the layer (gated: of one half) */
+} weight;
+
+typedef struct {
+    const weight *w;
+    const float *a; /* [rows][lda] */
+    long lda, rows;
+    int kind, round; /* round: to bfloat16, kept as float32 */
+    int out_bf16;    /* TO_GATED: element type of out */
+    void *out;
+    long ldo;
+    long row_units, rows_per, panels_per; /* the split, by gemm_plan */
+} gemm;
+
+/* Choose the units; returns how many. The result of an element does not depend on them. */
+static long gemm_plan(gemm *g, int threads) {
+    const weight *w = g->w;
+    long step = w->gated ? 2 : 1;
+    long per = w->panels / (threads * 6L);
+    per = MAX(per / 4 * 4, MIN(4, w->panels));
+    if (threads == 1) per = w->panels;
+    per = (per + step - 1) / step * step;
+    long panel_units = (w->panels + per - 1) / per;
+    g->rows_per = g->rows;
+    g->row_units = 1;
+    if (g->rows > 96 && panel_units < threads * 4L) {
+        long want = (threads * 4L + panel_units - 1) / panel_units;
+        long cut = MAX((g->rows + want - 1) / want, 48);
+        g->rows_per = (cut + MR - 1) / MR * MR;
+        g->row_units = (g->rows + g->rows_per - 1) / g->rows_per;
+    }
+    g->panels_per = per;
+    return g->row_units * panel_units;
+}
+
+INLINE void finish_tile(const gemm *g, const float *c, long ldc, long row, int rows, long panel, int panels) {
+    const weight *w = g->w;
+    if (g->kind == TO_GATED) {
+        for (int i = 0; i < rows; i++)
+            for (int p = 0; p + 1 < panels; p += 2) {
+                long col = (panel + p) / 2 * PW;
+                long room = MIN(PW, w->n - col);
+                const float *s = c + i * ldc + p * PW;
+                float buffer[PW];
+                for (int v = 0; v < PV; v++) {
+                    vf gv = vload(s + v * VL), uv = vload(s + PW + v * VL);
+                    if (w->bias) {
+                        gv += vload(w->bias + (panel + p) * PW + v * VL);
+                        uv += vload(w->bias + (panel + p + 1) * PW + v * VL);
+                    }
+                    vstore(buffer + v * VL, gate(vrounded(gv, g->round), vrounded(uv, g->round), (int)w->act, g->round));
+                }
+                long at = (row + i) * g->ldo + col;
+                if (!g->out_bf16)
+                    memcpy((float *)g->out + at, buffer, (size_t)room * 4);
+                else if (room == PW)
+                    for (int v = 0; v < PV; v++) vstore_as(g->out, at + v * VL, vload(buffer + v * VL), 1);
+                else
+                    for (int x = 0; x < room; x++) store_as(g->out, at + x, buffer[x], 1);
+            }
+        return;
+    }
+    for (int i = 0; i < rows; i++)
+        for (int p = 0; p < panels; p++) {
+            long col = (panel + p) * PW;
+            long room = MIN(PW, w->n - col);
+            const float *s = c + i * ldc + p * PW;
+            long at = (row + i) * g->ldo + col;
+            float buffer[PW];
+            for (int v = 0; v < PV; v++) {
+                vf y = vload(s + v * VL);
+                if (w->bias) y += vload(w->bias + col + v * VL);
+                vstore(buffer + v * VL, vrounded(y, g->round));
+            }
+            if (g->kind == TO_F32) {
+                memcpy((float *)g->out + at, buffer, (size_t)room * 4);
+            } else if (g->kind == TO_BF16) {
+                if (room == PW)
+                    for (int v = 0; v < PV; v++) vstore_as(g->out, at + v * VL, vload(buffer + v * VL), 1);
+                else
+                    for (int x = 0; x < room; x++) store_as(g->out, at + x, buffer[x], 1);
+            } else {
+                float *o = (float *)g->out + at;
+                if (room == PW)
+                    for (int v = 0; v < PV; v++) vstore(o + v * VL, vrounded(vload(o + v * VL) + vload(buffer + v * VL), g->round));
+                else
+                    for (int x = 0; x < room; x++) o[x] = rounded(o[x] + buffer[x], g->round);
+            }
+        }
+}
+
+/* mr rows from `row` times panels [p0, p1), stepping by `step` panels. */
+static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int step) {
+    const weight *w = g->w;
+    _Alignas(64) float c[MR * NP_MAX * PW];
+    const char *b[NP_MAX];
+    for (long p = p0; p < p1; p += step) {
+        int panels = (int)MIN(step, p1 - p);
+        for (int q = 0; q < panels;) {
+            int np = tile_width(mr, panels - q);
+            for (int j = 0; j < np; j++) b[j] = w->w + (p + q + j) * w->panel_bytes;
+            tile_args t = {
+                .a = g->a + row * g->lda, .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
+                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .jump = (np - 1) * w->panel_bytes,
+            };
+            tile_of(mr, np, (int)w->bf16)(&t);
+            q += np;
+        }
+        finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
+    }
+}
+
+static void gemm_unit(const void *job, long unit) {
+    const gemm *g = job;
+    const weight *w = g->w;
+    long r0 = unit % g->row_units * g->rows_per, r1 = MIN(r0 + g->rows_per, g->rows);
+    long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
+    long rows = r1 - r0, blocks = (rows + MR - 1) / MR;
+    if (blocks == 1) {
+        gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, WIDTH[rows]) : WIDTH[rows]);
+        return;
+    }
+    int step = w->panel_bytes * 4 <= GROUP_BYTES * 2 ? 4 : 2;
+    long group = MAX(GROUP_BYTES / w->panel_bytes / step * step, step);
+    for (long p = p0; p < p1; p += group) {
+        long end = MIN(p + group, p1), row = r0;
+        for (long i = 0; i < blocks; i++) {
+            int mr = (int)(rows / blocks + (i < rows % blocks));
+            gemm_rows(g, row, mr, p, end, step);
+            row += mr;
+        }
+    }
+}
+
+/* Panels [first, first + count) of a weight; `second` (or NULL) interleaves its panels with those of `rows_of`. */
+typedef struct {
+    const void *rows_of, *second;
+    char *to;
+    long n, k, panel_bytes;
+    int bf16;
+} packing;
+
+static void pack_unit(const void *job, long unit) {
+    const packing *j = job;
+    const void *from = j->second && (unit & 1) ? j->second : j->rows_of;
+    long panel = j->second ? unit / 2 : unit;
+    char *to = j->to + unit * j->panel_bytes;
+    memset(to, 0, (size_t)j->panel_bytes);
+    for (long c = 0; c < PW && panel * PW + c < j->n; c++) {
+        long at = (panel * PW + c) * j->k;
+        if (j->bf16)
+            for (long k = 0; k < j->k; k++) ((uint16_t *)to)[k / 2 * 32 + c * 2 + (k & 1)] = ((const uint16_t *)from)[at + k];
+        else
+            for (long k = 0; k < j->k; k++) ((float *)to)[k * 16 + c] = ((const float *)from)[at + k];
+    }
+}
+
+#endif

@@ -1,0 +1,175 @@
+/* The library's entries, called through ctypes (which releases the GIL). One translation unit: the headers beside this file are its rooms.
+ *
+ * What it is: each separate operation as one call over caller-owned memory, and the decoder program. Scratch memory of the separate
+ * operations is malloc'ed per call (NULL is reported as -1).
+ * What it does not know: tensors; the Python side checks shapes and dtypes, this side checks indices.
+ */
+#include <stdlib.h>
+
+#include "decoder.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT const char *ps_isa(void) { return ISA; }
+EXPORT int64_t ps_sizes(int64_t which) {
+    return (int64_t)(which == 0 ? sizeof(weight) : which == 1 ? sizeof(layer) : which == 2 ? sizeof(program) : sizeof(step));
+}
+
+EXPORT void ps_pack(const void *rows_of, const void *second, void *to, int64_t n, int64_t k, int64_t bf16, int64_t panel_bytes, int64_t threads) {
+    packing j = {.rows_of = rows_of, .second = second, .to = to, .n = n, .k = k, .panel_bytes = panel_bytes, .bf16 = (int)bf16};
+    run_alone((int)threads, (n + PW - 1) / PW * (second ? 2 : 1), pack_unit, &j);
+}
+
+typedef struct {
+    const void *from;
+    float *to;
+    long n, ld;
+} widening;
+static void widen_unit(const void *job, long row) {
+    const widening *j = job;
+    const uint16_t *from = (const uint16_t *)j->from + row * j->n;
+    float *to = j->to + row * j->ld;
+    for (long i = 0; i < j->n; i++) to[i] = widen(from[i]);
+}
+
+EXPORT int64_t ps_linear(const weight *w, const void *x, int64_t rows, void *out, int64_t out_bf16, int64_t threads) {
+    gemm g = {
+        .w = w, .a = x, .lda = w->k, .rows = rows, .kind = w->gated ? TO_GATED : out_bf16 ? TO_BF16 : TO_F32,
+        .round = (int)out_bf16, .out_bf16 = (int)out_bf16, .out = out, .ldo = w->n,
+    };
+    float *wide = 0;
+    if (w->bf16) {
+        g.lda = padded(w->k);
+        wide = aligned_alloc(64, (size_t)(rows * g.lda * 4 + 63) / 64 * 64);
+        if (!wide) return -1;
+        widening j = {.from = x, .to = wide, .n = w->k, .ld = g.lda};
+        run_alone(rows < 16 ? 1 : (int)threads, rows, widen_unit, &j);
+        g.a = wide;
+    }
+    run_alone((int)threads, gemm_plan(&g, (int)threads), gemm_unit, &g);
+    free(wide);
+    return 0;
+}
+
+typedef struct {
+    const void *x;
+    void *residual, *out;
+    const float *w;
+    long n;
+    float eps;
+    int bf16;
+} norming;
+static void norming_unit(const void *job, long row) {
+    const norming *j = job;
+    const long at = row * j->n;
+    float buffer[j->n + 1];
+    buffer[0] = 0.0f;
+    for (long i = 0; i < j->n; i++) {
+        float v = load_as(j->x, at + i, j->bf16);
+        if (j->residual) {
+            v = rounded(load_as(j->residual, at + i, j->bf16) + v, j->bf16);
+            store_as(j->residual, at + i, v, j->bf16);
+        }
+        buffer[i] = v;
+    }
+    norm_row(buffer, j->w, buffer, j->n, j->eps, j->bf16);
+    for (long i = 0; i < j->n; i++) store_as(j->out, at + i, buffer[i], j->bf16);
+}
+EXPORT void ps_norm(const void *x, void *residual, const float *w, void *out, int64_t rows, int64_t n, double eps, int64_t bf16, int64_t threads) {
+    norming j = {.x = x, .residual = residual, .out = out, .w = w, .n = n, .eps = (float)eps, .bf16 = (int)bf16};
+    run_alone(rows * n < 16384 ? 1 : (int)threads, rows, norming_unit, &j);
+}
+
+typedef struct {
+    const void *gate_up;
+    void *out;
+    long n;
+    int kind, bf16;
+} gating;
+static void gating_unit(const void *job, long row) {
+    const gating *j = job;
+    const long g = row * 2 * j->n, u = g + j->n, o = row * j->n;
+    long i = 0;
+    for (; i + VL <= j->n; i += VL) vstore_as(j->out, o + i, gate(vload_as(j->gate_up, g + i, j->bf16), vload_as(j->gate_up, u + i, j->bf16), j->kind, j->bf16), j->bf16);
+    if (i < j->n) { /* the same vector arithmetic on a padded tail */
+        float a[VL] = {0}, b[VL] = {0};
+        for (long t = i; t < j->n; t++) {
+            a[t - i] = load_as(j->gate_up, g + t, j->bf16);
+            b[t - i] = load_as(j->gate_up, u + t, j->bf16);
+        }
+        vstore(a, gate(vload(a), vload(b), j->kind, j->bf16));
+        for (long t = i; t < j->n; t++) store_as(j->out, o + t, a[t - i], j->bf16);
+    }
+}
+EXPORT void ps_gated(const void *gate_up, void *out, int64_t rows, int64_t n, int64_t kind, int64_t bf16, int64_t threads) {
+    gating j = {.gate_up = gate_up, .out = out, .n = n, .kind = (int)kind, .bf16 = (int)bf16};
+    run_alone(rows * n < 16384 ? 1 : (int)threads, rows, gating_unit, &j);
+}
+
+typedef struct {
+    const program *p;
+    const layer *l;
+    const void *qkv;
+    const int32_t *positions, *slots;
+    void *out;
+} roping;
+static void roping_unit(const void *job, long token) {
+    const roping *j = job;
+    const program *p = j->p;
+    const long width = (p->heads + 2 * p->kv_heads) * p->dim, q = p->heads * p->dim;
+    float row[width];
+    for (long i = 0; i < width; i++) row[i] = load_as(j->qkv, token * width + i, (int)p->bf16);
+    rope_token(p, j->l, row, j->positions[token], j->slots[token]);
+    for (long i = 0; i < q; i++) store_as(j->out, token * q + i, row[i], (int)p->bf16);
+}
+/* 0, or 5 (positions), 6 (slots). Of p: heads, kv_heads, dim, bf16, rotary, table_rows, blocks, block_size, eps, cos_sin; of l: norms, caches. */
+EXPORT int64_t ps_rope(const program *p, const layer *l, const void *qkv, const int32_t *positions, const int32_t *slots, int64_t tokens, void *out, int64_t threads) {
+    if (!inside(positions, tokens, 0, p->table_rows)) return 5;
+    if (!inside(slots, tokens, INT32_MIN, p->blocks * p->block_size)) return 6;
+    roping j = {.p = p, .l = l, .qkv = qkv, .positions = positions, .slots = slots, .out = out};
+    run_alone(tokens < 8 ? 1 : (int)threads, tokens, roping_unit, &j);
+    return 0;
+}
+
+/* Codes as check_sequences. Of p: heads, kv_heads, dim, bf16, blocks, block_size, scale; of l: caches, window; of s: tables, counts, threads. */
+EXPORT int64_t ps_attention(const program *p, const layer *l, const step *s, const void *q, void *out) {
+    int wrong = check_sequences(s->q_start, s->kv_len, s->tables, s->sequences, s->table_width, s->token_count, p->blocks, p->block_size);
+    if (wrong || s->token_count == 0) return wrong;
+    const int bf16 = (int)p->bf16;
+    attention a = {
+        .q = q, .ldq = p->heads * p->dim, .q_bf16 = bf16, .out = out, .ldo = p->heads * p->dim, .out_bf16 = bf16, .cache_bf16 = bf16,
+        .round = bf16, .k_cache = l->k_cache, .v_cache = l->v_cache, .tables = s->tables, .q_start = s->q_start, .kv_len = s->kv_len,
+        .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads, .kv_heads = p->kv_heads, .dim = p->dim,
+        .block_size = p->block_size, .window = l->window, .scale = (float)p->scale,
+    };
+    int32_t *scratch = malloc((size_t)(s->sequences + 1) * sizeof *scratch);
+    if (!scratch) return -1;
+    run_alone((int)s->threads, attention_plan(&a, scratch), attention_unit, &a);
+    free(scratch);
+    return 0;
+}
+
+typedef struct {
+    const int32_t *ids;
+    const char *table;
+    char *out;
+    long bytes;
+} gathering;
+static void gather_unit(const void *job, long row) {
+    const gathering *j = job;
+    memcpy(j->out + row * j->bytes, j->table + j->ids[row] * j->bytes, (size_t)j->bytes);
+}
+EXPORT int64_t ps_embedding(const int32_t *ids, const void *table, void *out, int64_t count, int64_t table_rows, int64_t row_bytes, int64_t threads) {
+    if (!inside(ids, count, 0, table_rows)) return 4;
+    gathering j = {.ids = ids, .table = table, .out = out, .bytes = row_bytes};
+    run_alone(count * row_bytes < 262144 ? 1 : (int)threads, count, gather_unit, &j);
+    return 0;
+}
+
+EXPORT void ps_argmax(const float *logits, int32_t *out, int64_t rows, int64_t n, int64_t threads) {
+    argmax_job j = {.logits = logits, .out = out, .n = n};
+    run_alone(rows < 4 ? 1 : (int)threads, rows, argmax_unit, &j);
+}
+
+EXPORT int64_t ps_step_bytes(const program *p, const step *s) { return place(p, s).bytes; }
+EXPORT int64_t ps_step(const program *p, const step *s) { return run_step(p, s); }
