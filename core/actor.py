@@ -8,8 +8,8 @@ What it does not know: which host runs it (core/hosts.py), which actor takes whi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Iterable
+from typing import Protocol, TypeAlias
 
 from penstock.core.control import Message
 
@@ -35,7 +35,7 @@ class To:
 
 
 Out: TypeAlias = Message | Ask | To
-Handling: TypeAlias = Iterable[Message | To] | Generator[Out, Any, None]
+Handling: TypeAlias = Iterable[Out]
 
 
 class Actor(Protocol):

@@ -142,7 +142,7 @@ class _Base:
         except KeyError:
             raise WiringError(f"No port of this host gives {type(message).__name__}.") from None
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
         self._ended.set()
@@ -183,7 +183,7 @@ class FusedHost(_Base):
             for message in messages:
                 self._queue.append((self._taker_of(message), message))
         except WiringError as error:
-            self._fail(error)
+            self.fail(error)
             return
         if self._inline:
             self.drain()
@@ -201,7 +201,7 @@ class FusedHost(_Base):
                 name, message = queue.popleft()
                 self._handle(name, message)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
         finally:
             self._running = False
 
@@ -342,7 +342,7 @@ class TaskHost(_Base):
             for message in messages:
                 self._boxes[self._taker_of(message)].put_now(message)
         except WiringError as error:
-            self._fail(error)
+            self.fail(error)
 
     async def room(self) -> None:
         for box in self._boxes.values():
@@ -375,7 +375,7 @@ class TaskHost(_Base):
                 if reply is not None and reply.value is None:
                     raise WiringError(f"{actor.name} gave no {reply.kind.__name__} to a {type(message).__name__}.")
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     async def _run(self, name: str, handling: Any, reply: _OneShot | None) -> None:
         if not isinstance(handling, GeneratorType):
