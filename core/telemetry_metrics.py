@@ -320,7 +320,11 @@ class Metrics:
         tokens = self._counts["tokens"]
         computed, cached = tokens.get(("prompt_computed",), 0.0), tokens.get(("prompt_cached",), 0.0)
         yield counter("prompt_tokens", "Prompt tokens.", {(): computed + cached})
-        by_source = {("local_compute",): computed, ("local_cache_hit",): cached, ("external_kv_transfer",): 0.0}
+        by_source: dict[tuple[str, ...], float] = {
+            ("local_compute",): computed,
+            ("local_cache_hit",): cached,
+            ("external_kv_transfer",): 0.0,
+        }
         yield counter("prompt_tokens_by_source", "Prompt tokens by source.", by_source, "source")
         yield counter("prompt_tokens_cached", "Prompt tokens from the prefix cache.", {(): cached})
         yield counter("generation_tokens", "Generated tokens.", {(): tokens.get(("generated",), 0.0)})
@@ -329,7 +333,7 @@ class Metrics:
             ("prefix_cache_hits", "prefix_cache_hits"),
             ("num_preemptions", "preemptions"),
         ):
-            total = {(): sum((self._engine_total(i, ours) for i in self._engines), 0.0)}
+            total: dict[tuple[str, ...], float] = {(): sum((self._engine_total(i, ours) for i in self._engines), 0.0)}
             yield counter(name, ENGINE_COUNTERS[ours][1], total)
         reasons = {(reason,): 0.0 for reason in ("stop", "length", "abort", "error")} | self._counts["requests_finished"]
         yield counter("request_success", "Finished choices.", reasons, "finished_reason")

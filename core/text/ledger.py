@@ -44,6 +44,7 @@ class Choice:
         "sent",
         "seq",
         "slot",
+        "undecoded",
     )
 
     def __init__(self, request: Request, index: int) -> None:
@@ -54,6 +55,8 @@ class Choice:
         self.incarnation = 0
         self.outputs: array[int] = array("i")
         self.sent = 0
+        self.undecoded = 0
+        """Outputs from here on have no text yet (in QUIET mode until the end)."""
         self.parts: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
         self.decoder: Any = None
@@ -94,6 +97,7 @@ class Request:
         "prompt_logprobs",
         "prompt_text",
         "received_ns",
+        "replaying",
         "replays",
         "root_hash",
         "scheduled_ns",
@@ -125,6 +129,8 @@ class Request:
         self.cached = 0
         self.preemptions = 0
         self.replays = 0
+        self.replaying = False
+        """Admitted again, not yet heard of."""
         self.arrival_ns = now_ns
         self.received_ns = min(submit.received_ns or now_ns, now_ns)
         self.encode_start_ns = 0

@@ -1,0 +1,739 @@
+"""The tokenizer actor: everything between an edge and the engines.
+
+What it is: it checks a Submit, has it rendered and tokenised (Encode to its worker), decides admission, writes the ledger entry and admits it to the
+engine; it turns the engine's tokens into text for the edges; it keeps every stream alive over an engine's death and re-admits the requests
+with the tokens it received. It answers the edges' questions and holds the metrics. It never blocks and never waits.
+What it does not know: sockets, threads, HTTP, how a model computes.
+
+A message to an edge is yielded as `To(message, edge)`; edge -1 is a caller in the same process. Life of a request here: ENCODING (with the
+worker) -> WAITING (no engine, or replays before it) -> ADMITTED -> gone. A request counts as queued until its first step.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from penstock.core.actor import Handling, To
+from penstock.core.clock import Clock, SystemClock
+from penstock.core.columns import EMPTY_I32, i32, i64
+from penstock.core.config import Config
+from penstock.core.control import EngineFacts
+from penstock.core.errors import Draining, EngineUnavailable, InvalidRequest, NotFound, PenstockError, QueueFull
+from penstock.core.hashing import chain
+from penstock.core.hookspecs import RequestSummary
+from penstock.core.messages import (
+    Abort,
+    Admit,
+    Answer,
+    Cancel,
+    Drain,
+    Drained,
+    EdgeStats,
+    Encode,
+    Encoded,
+    EngineDown,
+    EngineUp,
+    Finished,
+    Message,
+    Park,
+    PeerDown,
+    PeerUp,
+    Query,
+    Rejected,
+    RowExtra,
+    StepTokens,
+    Submit,
+    TextDelta,
+    TextReady,
+    Tick,
+    Unpark,
+    Vitals,
+)
+from penstock.core.telemetry_metrics import Metrics
+from penstock.core.telemetry_traces import NO_TRACES, Traces
+from penstock.core.text import queries, resolve, spans
+from penstock.core.text.admission import Admission
+from penstock.core.text.ledger import ADMITTED, ENCODING, GENERAL, WAITING, Ledger, Request
+from penstock.core.text.receive import Receiver
+from penstock.core.text_api import Tokenizer
+
+Outbound = Message | To
+
+REPLAY_TIMEOUT_S = 300.0
+"""Streams outlive a dead engine for so long; then they fail as retryable."""
+STALL_S = 60.0
+"""Admitted work without a step for so long is a stall in the health answer."""
+STARTING_RETRY_S = 2.0
+
+
+class TextActor:
+    """`names`: what requests may call the model, the reported one first. `defaults`: sampling defaults (resolve.generation_defaults).
+
+    `secret` salts cache keys, `rng` draws missing seeds; `hooks` is a pluggy relay (request_finished, engine_ready, engine_lost); `log` a
+    structlog logger. `shard` is this text process's id.
+    """
+
+    name = "text"
+    takes: frozenset[type[Message]] = frozenset(
+        {
+            Submit,
+            Cancel,
+            Park,
+            Unpark,
+            Query,
+            EdgeStats,
+            StepTokens,
+            EngineUp,
+            EngineDown,
+            Encoded,
+            Tick,
+            Drain,
+            PeerUp,
+            PeerDown,
+            Vitals,
+        }
+    )
+    gives: frozenset[type[Message]] = frozenset(
+        {Encode, Admit, Abort, Park, Unpark, TextDelta, Finished, Rejected, Answer, TextReady, Drained}
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        *,
+        names: list[str],
+        model_path: str = "",
+        defaults: dict[str, Any] | None = None,
+        clock: Clock | None = None,
+        metrics: Metrics | None = None,
+        traces: Traces = NO_TRACES,
+        secret: bytes | None = None,
+        rng: random.Random | None = None,
+        hooks: Any = None,
+        log: Any = None,
+        shard: int = 0,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._names = names
+        self._model_path = model_path or names[0]
+        self._defaults = defaults or {}
+        self._clock: Clock = clock or SystemClock()
+        self.metrics = metrics or Metrics(names[0], compat=config.metrics_compat == "vllm")
+        self._traces = traces
+        self._secret = secret or secrets.token_bytes(32)
+        self._rng = rng or random.SystemRandom()
+        self._hooks = hooks
+        self._log = log
+        self._shard = shard
+        self.ledger = Ledger()
+        self.admission = Admission(
+            max_requests=config.max_num_queued_reqs, max_tokens=config.max_num_queued_tokens, status=config.queue_full_status
+        )
+        self._receiver = Receiver(tokenizer, self.ledger, self.metrics)
+        self._eos = i32(tokenizer.eos_ids)
+        self._edges: set[int] = set()
+        self._jobs: dict[int, Request | Query] = {}
+        self._job = 0
+        self._engine = 0
+        self._facts: EngineFacts | None = None
+        self._epoch = 0
+        self._up = False
+        self._down_since_ns = 0
+        self._outbox: deque[Request] = deque()
+        """Encoded requests that the engine has not been told of: replays, and whoever came behind them."""
+        self._replaying: set[int] = set()
+        self._admitted = 0
+        self._busy_since_ns = 0
+        self._last_step_ns = 0
+        self._last_token_ns = 0
+        self._started_ns = self._clock.now_ns()
+        self._created_s = self._clock.wall_ns() // 1_000_000_000
+        self._drain_at_ns: int | None = None
+        self._drained = False
+        self._said: tuple[bool, str, int] | None = None
+        self._vitals: Vitals | None = None
+        self._handlers: dict[type[Message], Callable[[Any], Handling]] = {
+            Submit: self._submit,
+            Cancel: self._cancel,
+            Park: self._park,
+            Unpark: self._park,
+            Query: self._query,
+            EdgeStats: self._edge_stats,
+            StepTokens: self._step,
+            EngineUp: self._engine_up,
+            EngineDown: self._engine_down,
+            Encoded: self._encoded,
+            Tick: self._tick,
+            Drain: self._drain,
+            PeerUp: self._peer_up,
+            PeerDown: self._peer_down,
+            Vitals: self._take_vitals,
+        }
+
+    def handle(self, message: Message) -> Handling:
+        return self._handlers[type(message)](message)
+
+    def failed(self, message: Message, error: Exception) -> Handling:
+        """A handler raised: what concerns one request or question fails alone; anything else is not survivable."""
+        inner = PenstockError("The server made an error while it handled this request. It is logged.")
+        if isinstance(message, Submit):
+            return self._refuse(message.key, message.edge, inner)
+        if isinstance(message, Query):
+            return [To(queries.failure(message, inner), message.edge)]
+        raise error
+
+    # --- requests in
+
+    def _submit(self, message: Submit) -> Iterator[Outbound]:
+        yield from self._greet(message.edge)
+        now = self._clock.now_ns()
+        try:
+            if message.key in self.ledger.requests:
+                raise InvalidRequest(f"Request key {message.key} is in use.")
+            facts = self._ready_facts()
+            resolve.check_submit(message, self._names)
+            params = resolve.sampling_of(message, self._defaults, self._config, facts.vocab_size)
+            if message.prompt_ids is not None:
+                resolve.check_ids(message.prompt_ids, facts.vocab_size)
+            self.admission.check_request(now)
+        except PenstockError as error:
+            yield from self._refuse(message.key, message.edge, error)
+            return
+        request = Request(message, params, now)
+        request.traced = self._traces.active
+        request.root_hash = resolve.root_hash(facts, self._secret, message.tenant, message.cache_salt)
+        self.ledger.add(request)
+        self.admission.enter()
+        keep = resolve.keep_of(message, params, facts)
+        bound = 0 if keep else self._tokenizer.max_chars_per_token * facts.max_model_len
+        yield Encode(
+            job=self._new_job(request),
+            kind=message.kind,
+            messages=message.messages,
+            tools=message.tools,
+            template_kwargs=message.template_kwargs,
+            prompt=message.prompt or "",
+            add_generation_prompt=message.add_generation_prompt,
+            continue_final_message=message.continue_final_message,
+            add_special_tokens=message.add_special_tokens,
+            bad_words=params.bad_words,
+            ids=EMPTY_I32 if message.prompt_ids is None else message.prompt_ids,
+            keep=keep,
+            max_chars=bound,
+            root_hash=request.root_hash,
+            block_size=facts.block_size if facts.enable_prefix_caching else 0,
+        )
+
+    def _ready_facts(self) -> EngineFacts:
+        if self._drain_at_ns is not None:
+            raise Draining("The server is shutting down. Send the request again: another instance may take it.", retry_after_s=2.0)
+        if not self._up or self._facts is None:
+            what = "is starting" if self._facts is None else "is being restarted"
+            raise EngineUnavailable(f"The engine {what}. Try again shortly.", retry_after_s=STARTING_RETRY_S)
+        return self._facts
+
+    def _new_job(self, owner: Request | Query) -> int:
+        self._job += 1
+        self._jobs[self._job] = owner
+        return self._job
+
+    def _encoded(self, message: Encoded) -> Iterator[Outbound]:
+        owner = self._jobs.pop(message.job, None)
+        if isinstance(owner, Query):
+            yield self._tokenized(owner, message)
+            return
+        if owner is None or self.ledger.requests.get(owner.key) is not owner:
+            return  # cancelled meanwhile
+        facts = self._facts
+        assert facts is not None  # no request is accepted before an engine was there
+        try:
+            if message.error:
+                raise InvalidRequest(message.error, param=message.error_param, code=message.error_code or None)
+            self._complete(owner, message, facts)
+        except Exception as raised:  # only this request feels it
+            error = raised if isinstance(raised, PenstockError) else PenstockError(f"The prompt could not be taken in: {raised!r}"[:300])
+            self.admission.leave(0)
+            self.ledger.remove(owner)
+            yield from self._refuse(owner.key, owner.edge, error)
+            yield from self._maybe_drained()
+            return
+        self._receiver.open(owner)
+        owner.state = WAITING
+        self._outbox.append(owner)
+        yield from self._pump()
+
+    def _complete(self, request: Request, message: Encoded, facts: EngineFacts) -> None:
+        """Fill in what the prompt decides. Raises what the client is told."""
+        submit, params = request.submit, request.params
+        prompt = message.ids
+        request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, "messages" if submit.kind == "chat" else "prompt")
+        self.admission.check_tokens(len(prompt), self._clock.now_ns())
+        changes: dict[str, Any] = {}
+        if params.seed is None:
+            changes["seed"] = self._rng.getrandbits(63)
+        if message.bad_words_ids:
+            changes["bad_words_token_ids"] = [*params.bad_words_token_ids, *message.bad_words_ids]
+        if params.min_tokens > request.max_tokens:
+            changes["min_tokens"] = request.max_tokens
+        if changes:
+            request.params = msgspec.structs.replace(params, **changes)
+        request.prompt = prompt
+        request.hashes = message.hashes
+        now = self._clock.now_ns()
+        request.encode_start_ns = message.started_ns
+        request.encode_end_ns = min(message.finished_ns or now, now)
+        if submit.want_ids or submit.echo or params.prompt_logprobs is not None:
+            text = None
+            if submit.echo:
+                kept_all = submit.prompt is not None and submit.truncate_prompt_tokens is None
+                text = submit.prompt if kept_all else self._tokenizer.decode(prompt.tolist(), skip_special_tokens=True)
+            request.extra = RowExtra(row=0, prompt_token_ids=prompt if submit.want_ids or submit.echo else None, prompt_text=text)
+        self.admission.measured(len(prompt))
+
+    def _refuse(self, key: int, edge: int, error: PenstockError) -> Iterator[Outbound]:
+        if isinstance(error, QueueFull):
+            self.metrics.count("admission_rejections", "queue_tokens" if "tokens" in error.message else "queue_requests")
+        self.metrics.count("requests_rejected", error.code)
+        yield To(
+            Rejected(
+                key=key,
+                status=error.status,
+                type=error.type,
+                code=error.code,
+                message=error.message,
+                param=error.param,
+                retry_after_s=error.retry_after_s,
+            ),
+            edge,
+        )
+
+    # --- to the engine
+
+    def _pump(self) -> Iterator[Outbound]:
+        """Admit what waits, in order; of replays only as many as the engine can run at a time."""
+        if not self._up or self._facts is None:
+            return
+        outbox = self._outbox
+        while outbox:
+            request = outbox[0]
+            if self.ledger.requests.get(request.key) is not request:
+                outbox.popleft()
+                continue
+            if request.replays and len(self._replaying) >= self._facts.max_num_seqs:
+                return
+            outbox.popleft()
+            now = self._clock.now_ns()
+            if not self._admitted:
+                self._busy_since_ns = now
+            self._admitted += 1
+            request.state = ADMITTED
+            request.admitted_ns = request.admitted_ns or now
+            if request.replays:
+                self._replaying.add(request.key)
+                request.replaying = True
+            yield request.admit(self._eos, replay=request.replays > 0)
+            if request.parked:
+                yield Park(key=request.key)
+
+    def _park(self, message: Park | Unpark) -> Iterable[Outbound]:
+        request = self.ledger.requests.get(message.key)
+        if request is None or request.parked is isinstance(message, Park):
+            return ()
+        request.parked = not request.parked
+        if request.traced:
+            request.events.append(("parked" if request.parked else "resumed", self._clock.now_ns()))
+        return (message,) if request.state == ADMITTED else ()
+
+    def _cancel(self, message: Cancel) -> Iterable[Outbound]:
+        request = self.ledger.requests.get(message.key)
+        return () if request is None else self._drop(request, message.cause)
+
+    def _drop(self, request: Request, cause: str) -> Iterator[Outbound]:
+        """End a request that nobody waits for any more."""
+        self.metrics.count("cancellations", cause)
+        if self._log is not None:
+            self._log.info("request cancelled", rid=request.submit.rid, cause=cause, output_tokens=request.output_tokens)
+        running = [choice for choice in request.choices if not choice.finish]
+        for choice in running:
+            self._receiver.close(choice)
+        if running and request.state == ADMITTED:
+            yield Abort(seqs=i64([choice.seq for choice in running]))
+        yield from self._finish(request)
+
+    # --- the engine's life
+
+    def _engine_up(self, message: EngineUp) -> Iterator[Outbound]:
+        if message.epoch < self._epoch or (self._up and message.epoch == self._epoch):
+            return
+        if self._up:
+            self._lose("it was replaced")
+        self._engine, self._epoch, self._facts, self._up = message.engine, message.epoch, message.facts, True
+        self._receiver.widen(message.facts.vocab_size)
+        self.metrics.engine_up(message.engine, message.epoch, message.facts)
+        self._last_step_ns = self._clock.now_ns()
+        self._hook("engine_ready", engine=message.engine, epoch=message.epoch)
+        for request in self._outbox:
+            self._rehash(request, message.facts)
+        yield from self._pump()
+        yield from self._say_ready()
+
+    def _engine_down(self, message: EngineDown) -> Iterator[Outbound]:
+        if self._up and message.epoch == self._epoch:
+            self._lose(message.reason)
+            yield from self._say_ready()
+
+    def _lose(self, reason: str) -> None:
+        """Every request goes back to the outbox with what was received for it; no stream ends."""
+        self._up = False
+        self._down_since_ns = self._clock.now_ns()
+        self.metrics.engine_down(self._engine)
+        self._hook("engine_lost", engine=self._engine, epoch=self._epoch, reason=reason)
+        waiting = [request for request in self._outbox if self.ledger.requests.get(request.key) is request]
+        lost = [request for request in self.ledger.requests.values() if request.state == ADMITTED]
+        for request in lost:
+            request.state = WAITING
+            request.replaying = False
+            request.replays += 1
+            request.incarnation += 1
+            for choice in request.choices:
+                choice.incarnation = request.incarnation
+                choice.mode = GENERAL  # its next row may tell that the replay has begun
+            self.metrics.count("replays")
+            self.metrics.count("tokens", "replayed", by=sum(len(choice.outputs) for choice in request.choices if not choice.finish))
+        self._outbox = deque(sorted(lost + waiting, key=lambda request: (not request.replays, request.arrival_ns)))
+        self._replaying.clear()
+        self._admitted = 0
+
+    def _rehash(self, request: Request, facts: EngineFacts) -> None:
+        """The new engine's cache key may differ from the one that the request was hashed for."""
+        root = resolve.root_hash(facts, self._secret, request.submit.tenant, request.submit.cache_salt)
+        blocks = len(request.prompt) // facts.block_size if facts.enable_prefix_caching else 0
+        if root != request.root_hash or len(request.hashes) != 16 * blocks:
+            request.root_hash = root
+            request.hashes = chain(root, request.prompt, facts.block_size) if blocks else b""
+
+    def _step(self, message: StepTokens) -> Iterable[Outbound]:
+        if not self._up or message.epoch != self._epoch or message.engine != self._engine:
+            self.metrics.count("dropped_rows", "stale", by=len(message.seqs))
+            return ()
+        now = self._clock.now_ns()
+        self._last_step_ns = now
+        if len(message.tokens):
+            self._last_token_ns = now
+        self.metrics.engine_stats(message.engine, message.stats)
+        receiver = self._receiver
+        receiver.step(message, now)
+        if not (receiver.begun or receiver.ended or receiver.aborts):
+            return receiver.take()
+        return self._after_step(now)
+
+    def _after_step(self, now_ns: int) -> Iterator[Outbound]:
+        """What a step changed besides text."""
+        receiver = self._receiver
+        begun, receiver.begun = receiver.begun, []
+        aborts, receiver.aborts = receiver.aborts, []
+        for request in begun:
+            if not request.started:
+                request.started = True
+                self.admission.start(len(request.prompt), now_ns)
+                self.metrics.count("tokens", "prompt_cached", by=request.cached)
+                self.metrics.count("tokens", "prompt_computed", by=len(request.prompt) - request.cached)
+            if request.replaying:
+                request.replaying = False
+                self._replaying.discard(request.key)
+        if aborts:
+            yield Abort(seqs=i64(aborts))
+        yield from self._deliver()
+        if self._outbox:
+            yield from self._pump()
+
+    def _deliver(self) -> Iterator[Outbound]:
+        """Rows first, then the ends that they brought."""
+        yield from self._receiver.take()
+        ended, self._receiver.ended = self._receiver.ended, []
+        for request in ended:
+            yield from self._finish(request)
+
+    # --- ends
+
+    def _finish(self, request: Request) -> Iterator[Outbound]:
+        now = self._clock.now_ns()
+        self.ledger.remove(request)
+        if not request.started:
+            self.admission.leave(len(request.prompt))
+        if request.state == ADMITTED:
+            self._admitted -= 1
+        self._replaying.discard(request.key)
+        times = _times(request)
+        yield To(
+            Finished(
+                key=request.key,
+                prompt_tokens=len(request.prompt),
+                output_tokens=request.output_tokens,
+                cached_tokens=request.cached,
+                queue_ns=times[0],
+                prefill_ns=times[1],
+                decode_ns=times[2],
+                first_token_ns=request.first_ns,
+                preemptions=request.preemptions,
+            ),
+            request.edge,
+        )
+        self._measure(request, now, times)
+        if request.traced:
+            fingerprint = self._facts.fingerprint if self._facts else ""
+            spans.record(self._traces, request, self._names[0], fingerprint, now, self._clock.wall_ns() - now)
+        yield from self._maybe_drained()
+
+    def _measure(self, request: Request, now_ns: int, times: tuple[int, int, int]) -> None:
+        metrics = self.metrics
+        queue, prefill, decode = (ns / 1e9 for ns in times)
+        reasons = [choice.finish for choice in request.choices]
+        for reason in reasons:
+            metrics.count("requests_finished", reason)
+        if request.first_ns:
+            metrics.ttft.observe((request.first_ns - request.received_ns) / 1e9)
+            metrics.encode.observe(max(0, request.encode_end_ns - request.arrival_ns) / 1e9)
+            metrics.queue.observe(queue)
+            metrics.prefill.observe(prefill)
+            metrics.decode.observe(decode)
+            metrics.inference.observe(prefill + decode)
+            metrics.e2e.observe((request.last_ns - request.received_ns) / 1e9)
+            longest = max(len(choice.outputs) for choice in request.choices)
+            if longest > 1:
+                metrics.tpot.observe(decode / (longest - 1))
+            metrics.prompt.observe(len(request.prompt))
+            metrics.output.observe(request.output_tokens)
+            metrics.longest.observe(longest)
+            metrics.computed.observe(len(request.prompt) - request.cached)
+            metrics.preempted.observe(request.preemptions)
+            metrics.params_n.observe(request.params.n)
+            if request.params.max_tokens is not None:
+                metrics.params_max.observe(request.params.max_tokens)
+        total = (now_ns - request.received_ns) / 1e9
+        if self._log is not None:
+            self._log.debug(
+                "request finished",
+                rid=request.submit.rid,
+                prompt_tokens=len(request.prompt),
+                output_tokens=request.output_tokens,
+                reasons=reasons,
+                seconds=round(total, 4),
+            )
+        if self._hooks is not None:
+            summary = RequestSummary(
+                rid=request.submit.rid,
+                model=self._names[0],
+                tenant=request.submit.tenant,
+                prompt_tokens=len(request.prompt),
+                output_tokens=request.output_tokens,
+                cached_tokens=request.cached,
+                finish_reasons=reasons,
+                queue_s=queue,
+                prefill_s=prefill,
+                decode_s=decode,
+                total_s=total,
+            )
+            self._hook("request_finished", summary=summary)
+
+    def _hook(self, name: str, **arguments: Any) -> None:
+        if self._hooks is None:
+            return
+        try:
+            getattr(self._hooks, name)(**arguments)
+        except Exception as error:  # a plugin's mistake is its own
+            self.metrics.count("hook_errors", name)
+            if self._log is not None:
+                self._log.warning("a plugin's hook failed", hook=name, error=repr(error))
+
+    def _end_all(self, finish: str, error: PenstockError) -> Iterator[Outbound]:
+        """Every stream ends now, with what it has."""
+        aborts: list[int] = []
+        for request in list(self.ledger.requests.values()):
+            if not request.choices:
+                self.ledger.remove(request)
+                self.admission.leave(0)
+                yield from self._refuse(request.key, request.edge, error)
+                continue
+            for choice in [choice for choice in request.choices if not choice.finish]:
+                if request.state == ADMITTED:
+                    aborts.append(choice.seq)
+                self._receiver.end(choice, finish, error.message if finish == "error" else None, error.code if finish == "error" else None)
+        if aborts:
+            yield Abort(seqs=i64(aborts))
+        yield from self._deliver()
+        yield from self._maybe_drained()
+
+    # --- time, draining, edges
+
+    def _tick(self, message: Tick) -> Iterator[Outbound]:
+        now = message.now_ns
+        if self._drain_at_ns is not None and now >= self._drain_at_ns and self.ledger.requests:
+            yield from self._end_all("abort", Draining("The server shut down before this request was done.", retry_after_s=2.0))
+        if self._facts is not None and not self._up and self.ledger.requests and now - self._down_since_ns > REPLAY_TIMEOUT_S * 1e9:
+            error = EngineUnavailable(f"The engine died and did not come back within {REPLAY_TIMEOUT_S:g} s. Send the request again.")
+            yield from self._end_all("error", error)
+        yield from self._pump()
+
+    def _drain(self, message: Drain) -> Iterator[Outbound]:
+        deadline = self._clock.now_ns() + round(message.deadline_s * 1e9)
+        self._drain_at_ns = deadline if self._drain_at_ns is None else min(deadline, self._drain_at_ns)
+        yield from self._say_ready()
+        yield from self._maybe_drained()
+
+    def _maybe_drained(self) -> Iterator[Outbound]:
+        if self._drain_at_ns is not None and not self._drained and not self.ledger.requests:
+            self._drained = True
+            yield Drained(role="text", id=self._shard)
+
+    def _readiness(self) -> TextReady:
+        if self._drain_at_ns is not None:
+            return TextReady(ready=False, reason="draining", epoch=self._epoch)
+        if self._up:
+            return TextReady(ready=True, epoch=self._epoch)
+        reason = "the engine is starting" if self._facts is None else "the engine is being restarted"
+        return TextReady(ready=False, reason=reason, epoch=self._epoch)
+
+    def _say_ready(self) -> Iterator[Outbound]:
+        word = self._readiness()
+        self.metrics.set("ready", float(word.ready))
+        if (word.ready, word.reason, word.epoch) != self._said:
+            self._said = (word.ready, word.reason, word.epoch)
+            for edge in sorted(self._edges):
+                yield To(word, edge)
+
+    def _greet(self, edge: int) -> Iterator[Outbound]:
+        """An edge that we did not know learns whether it may send."""
+        if edge not in self._edges:
+            self._edges.add(edge)
+            yield To(self._readiness(), edge)
+
+    def _peer_up(self, message: PeerUp) -> Iterator[Outbound]:
+        if message.role == "edge":
+            self._edges.discard(message.id)
+            yield from self._greet(message.id)
+
+    def _peer_down(self, message: PeerDown) -> Iterator[Outbound]:
+        if message.role == "engine" and self._up and message.epoch == self._epoch:
+            self._lose("its link broke")
+            yield from self._say_ready()
+        elif message.role == "edge":
+            self._edges.discard(message.id)
+            for request in [request for request in self.ledger.requests.values() if request.edge == message.id]:
+                for out in self._drop(request, "disconnect"):
+                    if not (isinstance(out, To) and out.index == message.id):
+                        yield out
+            self._receiver.forget_edge(message.id)
+
+    def _edge_stats(self, message: EdgeStats) -> Iterator[Outbound]:
+        self.metrics.edge(message.edge, message.counters)
+        return self._greet(message.edge)
+
+    def _take_vitals(self, message: Vitals) -> Iterable[Outbound]:
+        self._vitals = message
+        return ()
+
+    # --- questions
+
+    def _query(self, message: Query) -> Iterator[Outbound]:
+        yield from self._greet(message.edge)
+        try:
+            if message.what == "tokenize":
+                encode = queries.tokenize(message, self._job + 1)
+                self._new_job(message)
+                yield encode
+                return
+            answer = self._answer(message)
+        except PenstockError as error:
+            answer = queries.failure(message, error)
+        yield To(answer, message.edge)
+
+    def _answer(self, query: Query) -> Answer:
+        facts = self._facts
+        match query.what:
+            case "models":
+                return queries.models(query, self._names, self._model_path, self._created_s, facts)
+            case "detokenize":
+                return queries.detokenize(query, self._tokenizer, self._receiver.vocab_size)
+            case "tokenizer_info":
+                return Answer(id=query.id, body=msgspec.json.encode(self._tokenizer.info()))
+            case "server_info":
+                return queries.server_info(query, self._names, self._config, facts, self._epoch)
+            case "health":
+                return self._health(query)
+            case "metrics":
+                self._set_gauges()
+                return Answer(id=query.id, body=self.metrics.render())
+        raise NotFound(f"This server cannot answer {query.what!r}.")
+
+    def _tokenized(self, query: Query, encoded: Encoded) -> To:
+        if encoded.error:
+            error = InvalidRequest(encoded.error, param=encoded.error_param, code=encoded.error_code or None)
+            return To(queries.failure(query, error), query.edge)
+        return To(queries.tokenized(query, encoded, self._tokenizer, self._facts), query.edge)
+
+    def _health(self, query: Query) -> Answer:
+        now = self._clock.now_ns()
+        expects = any(request.state == ADMITTED and not request.parked for request in self.ledger.requests.values())
+        quiet_s = (now - max(self._last_step_ns, self._busy_since_ns)) / 1e9 if expects else 0.0
+        status: queries.Status
+        if not self._up:
+            status = "starting" if self._facts is None else "engine_down"
+        elif expects and quiet_s > STALL_S:
+            status = "stalled"
+        elif self._drain_at_ns is not None:
+            status = "draining"
+        else:
+            status = "busy" if self.ledger.requests else "idle"
+        details: dict[str, Any] = {
+            "requests": len(self.ledger.requests),
+            "pending": self.admission.requests,
+            "step_age_s": round((now - self._last_step_ns) / 1e9, 3) if self._last_step_ns else None,
+            "token_age_s": round((now - self._last_token_ns) / 1e9, 3) if self._last_token_ns else None,
+            "quiet_s": round(quiet_s, 3),
+            "uptime_s": round((now - self._started_ns) / 1e9, 3),
+            "engine": {"id": self._engine, "up": self._up, "epoch": self._epoch},
+        }
+        if self._vitals is not None:
+            details["processes"] = [
+                {"role": vital.role, "id": vital.id, "up": vital.up, "age_s": vital.age_s, "stalled_s": vital.stalled_s}
+                for vital in self._vitals.rows
+            ]
+        return queries.health(query, status, details)
+
+    def _set_gauges(self) -> None:
+        metrics = self.metrics
+        states = dict.fromkeys(("encoding", "queued", "running", "parked", "replaying"), 0)
+        for request in self.ledger.requests.values():
+            if request.state == ENCODING:
+                states["encoding"] += 1
+            elif request.replays and (request.state == WAITING or request.replaying):
+                states["replaying"] += 1
+            elif request.parked:
+                states["parked"] += 1
+            else:
+                states["running" if request.started else "queued"] += 1
+        for state, count in states.items():
+            metrics.set("requests", count, state)
+        metrics.set("ready", float(self._readiness().ready))
+        metrics.set("pending_requests", self.admission.requests)
+        metrics.set("pending_prompt_tokens", self.admission.tokens)
+        metrics.set("uptime_seconds", (self._clock.now_ns() - self._started_ns) / 1e9)
+        metrics.put("otel_spans_exported", self._traces.exported)
+        metrics.put("otel_spans_failed", self._traces.failed)
+
+
+def _times(request: Request) -> tuple[int, int, int]:
+    """Queue, prefill and decode in ns; 0 for what was never reached."""
+    queue = request.scheduled_ns - request.encode_end_ns if request.scheduled_ns else 0
+    prefill = request.first_ns - request.scheduled_ns if request.first_ns else 0
+    decode = request.last_ns - request.first_ns if request.first_ns and request.last_ns else 0
+    return max(0, queue), max(0, prefill), max(0, decode)

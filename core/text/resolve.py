@@ -1,0 +1,154 @@
+"""From what a client asked to what an engine is told.
+
+What it is: pure arithmetic and checks: the model's sampling defaults, limits, context and KV pool, prompt truncation, and the cache key's
+tenant salt. Each refusal names the field and holds the numbers.
+What it does not know: tokenizers, queues, actors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from penstock.core.columns import Column
+from penstock.core.config import Config
+from penstock.core.control import EngineFacts
+from penstock.core.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound
+from penstock.core.hashing import CacheKey
+from penstock.core.messages import Submit
+from penstock.core.sampling import SamplingParams
+from penstock.core.text.stops import MAX_STOP_CHARS
+
+# generation_config.json's name -> ours
+_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
+    """Sampling defaults from generation_config.json, as --generation-config says ("auto": the model's; "vllm", "openai": none; a folder).
+
+    Raises CheckpointError if the file cannot be read or holds impossible values.
+    """
+    if config.generation_config in ("vllm", "openai"):
+        return {}
+    folder = Path(model_path if config.generation_config == "auto" else config.generation_config)
+    path = folder if folder.suffix == ".json" else folder / "generation_config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if config.generation_config == "auto":
+            return {}
+        raise CheckpointError(f"{path} does not exist (--generation-config).", param="generation_config") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    found = {ours: raw[theirs] for theirs, ours in _DEFAULTS.items() if raw.get(theirs) is not None}
+    try:
+        msgspec.convert(found, SamplingParams).validate()
+    except (msgspec.ValidationError, InvalidRequest) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return found
+
+
+def check_submit(submit: Submit, names: Sequence[str]) -> None:
+    """Raises ModelNotFound or InvalidRequest."""
+    if submit.model and submit.model not in names:
+        raise ModelNotFound(f"The model {submit.model[:200]!r} does not exist here. Known: {', '.join(names)}.", param="model")
+    if submit.kind == "chat":
+        if not submit.messages:
+            raise InvalidRequest("messages is required.", param="messages")
+    elif (submit.prompt is None) == (submit.prompt_ids is None):
+        raise InvalidRequest("Give exactly one of a text prompt and token ids.", param="prompt")
+    if submit.truncate_prompt_tokens is not None and submit.truncate_prompt_tokens != -1 and submit.truncate_prompt_tokens < 1:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens must be at least 1, or -1 for what fits, but is {submit.truncate_prompt_tokens}.",
+            param="truncate_prompt_tokens",
+        )
+
+
+def check_ids(ids: Column, vocab_size: int) -> None:
+    """Token ids that a client sent."""
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise InvalidRequest(f"The prompt holds token {wrong}, but the vocabulary has {vocab_size} tokens.", param="prompt")
+
+
+def sampling_of(submit: Submit, defaults: dict[str, Any], config: Config, vocab_size: int) -> SamplingParams:
+    """The request's sampling settings with the model's defaults under what the client gave, validated. Raises InvalidRequest."""
+    params = submit.sampling
+    missing = {name: value for name, value in defaults.items() if name not in submit.explicit}
+    if "max_tokens" in missing and params.min_tokens > missing["max_tokens"]:
+        del missing["max_tokens"]  # the model's default must not contradict what the client did ask
+    if missing:
+        params = msgspec.structs.replace(params, **missing)
+    if params.n > config.max_n:
+        raise InvalidRequest(f"n must be at most {config.max_n} (--max-n), but is {params.n}.", param="n")
+    params.validate(vocab_size=vocab_size, max_logprobs=config.max_logprobs, max_stop=config.max_stop)
+    for stop in params.stop:
+        if len(stop) > MAX_STOP_CHARS:
+            raise InvalidRequest(f"A stop string may have at most {MAX_STOP_CHARS} characters, but one has {len(stop)}.", param="stop")
+    return params
+
+
+def context_of(facts: EngineFacts) -> int:
+    """The longest sequence that can run: the model's context, or the whole KV pool if that is smaller."""
+    return min(facts.max_model_len, facts.num_blocks * facts.block_size)
+
+
+def keep_of(submit: Submit, params: SamplingParams, facts: EngineFacts) -> int:
+    """How many of the prompt's last tokens to keep; 0: all."""
+    wanted = submit.truncate_prompt_tokens
+    if wanted is None:
+        return 0
+    fits = max(1, context_of(facts) - max(1, min(params.max_tokens or 1, context_of(facts) - 1)))
+    return fits if wanted == -1 else wanted
+
+
+def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, param: str) -> int:
+    """The output limit: what was asked, at most what is left of the context. Raises ContextLengthExceeded or InvalidRequest."""
+    if prompt_tokens == 0:
+        raise InvalidRequest("The prompt is empty: it must have at least one token.", param=param)
+    limit = facts.max_model_len
+    if prompt_tokens >= limit:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} tokens,"
+            f" and at least one more is needed for the answer. Please shorten the {param}.",
+            param=param,
+        )
+    pool = facts.num_blocks * facts.block_size
+    if prompt_tokens >= pool:
+        needed = -(-(prompt_tokens + 1) // facts.block_size)
+        raise InvalidRequest(
+            f"The prompt of {prompt_tokens} tokens needs {needed} KV blocks, but this server has only {facts.num_blocks} blocks of"
+            f" {facts.block_size} tokens. Shorten it, or start the server with a larger --kv-cache-memory-bytes.",
+            param=param,
+        )
+    room = min(limit, pool) - prompt_tokens
+    return room if params.max_tokens is None else min(params.max_tokens, room)
+
+
+def root_hash(facts: EngineFacts, secret: bytes, tenant: str, cache_salt: str) -> bytes:
+    """The hash chain's root. The salt is derived with the server's secret, so that no client can choose itself into another's cache."""
+    salt = ""
+    if tenant or cache_salt:
+        salt = hmac.new(secret, msgspec.msgpack.encode([tenant, cache_salt]), hashlib.sha256).hexdigest()
+    return CacheKey(weights=f"{facts.model}\n{facts.fingerprint}", layout=facts.kv_layout, tenant_salt=salt).root()
+
+
+def as_ids(values: Sequence[int], vocab_size: int) -> Column:
+    """A JSON list of token ids as a column. Raises InvalidRequest."""
+    wide = np.array(values, dtype=np.int64)
+    check_ids(wide, vocab_size)
+    return wide.astype(np.int32)
