@@ -46,6 +46,8 @@ class Link:
         self._scope: trio.CancelScope | None = None
         self._closed = False
         self.peer: Hello | None = None
+        self.ended = trio.Event()
+        """Set when `run` is over."""
 
     @property
     def open(self) -> bool:
@@ -55,11 +57,11 @@ class Link:
     def queued_bytes(self) -> int:
         return self._outbox.bytes
 
-    async def greet(self) -> Hello:
-        """Exchange Hellos. Raises ProtocolError (also on silence, or when the peer leaves)."""
+    async def greet(self, first: Message | None = None) -> Hello:
+        """Exchange Hellos (root sends Boot `first`). Raises ProtocolError (also on silence, or when the peer leaves)."""
         with trio.move_on_after(GREETING_S):
             try:
-                await self._stream.send_all(encode(self._hello))
+                await self._stream.send_all((encode(first) if first is not None else b"") + encode(self._hello))
                 while not self._early:
                     data = await self._stream.receive_some(1 << 16)
                     if not data:
@@ -110,6 +112,7 @@ class Link:
             self.close()
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(self._stream)
+            self.ended.set()
 
     async def _read(self, deliver: Callable[[list[Any]], Any], hold: Callable[[], Any] | None) -> None:
         early, self._early = self._early, []

@@ -1,0 +1,288 @@
+"""The root process: supervises, and does nothing else.
+
+What it is: the ports of the supervisor (child processes, their control links, the screen) and the loop that feeds it with what happens to them,
+with signals and with time. Imports neither numpy nor any library that does work.
+What it does not know: requests, tokens, HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import trio
+
+from penstock.core.clock import SystemClock
+from penstock.core.config import Config
+from penstock.core.control import (
+    Boot,
+    ChildDown,
+    ChildExited,
+    ChildToRoot,
+    ChildUp,
+    Drain,
+    Drained,
+    EngineDown,
+    EngineFacts,
+    EngineUp,
+    Extension,
+    Heartbeat,
+    Hello,
+    KillChild,
+    Leave,
+    Message,
+    Notice,
+    Ready,
+    Signalled,
+    StartChild,
+    StartupPhase,
+    Stop,
+    Tick,
+    Vitals,
+)
+from penstock.core.errors import ProtocolError
+from penstock.core.hosts import CallPort, FusedHost
+from penstock.core.links import Link
+from penstock.core.processes import control_hello, spawn
+from penstock.core.supervisor import Child, ChildSpec, Supervisor
+
+TICK_S = 1.0
+HURRY_S = 0.05
+"""Ticks while stopping or waiting for a restart."""
+LAST_WORDS_S = 1.0
+"""How long the link of a dead child may still deliver frames."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Root:
+    """`run()` returns the exit status. `boot(spec, epoch)` makes a child's Boot; `listener` goes to the children that listen; `ready(message)`
+    makes the lines that stdout gets when everything is up."""
+
+    def __init__(
+        self,
+        config: Config,
+        specs: Iterable[ChildSpec],
+        *,
+        boot: Callable[[ChildSpec, int], Boot],
+        ready: Callable[[Ready], list[str]],
+        listener: socket.socket | None = None,
+        window_s: float = 60.0,
+    ) -> None:
+        self._config = config
+        self._boot = boot
+        self._ready = ready
+        self._listener = listener
+        self.supervisor = Supervisor(
+            specs, clock=SystemClock(), drain_s=config.shutdown_timeout, max_restarts=config.engine_restarts, window_s=window_s
+        )
+        self._specs = {(c.spec.role, c.spec.id): c for c in self.supervisor.children}
+        self._links: dict[int, Link] = {}
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._started: list[tuple[Child, int, subprocess.Popen[bytes], socket.socket]] = []
+        self._nursery: trio.Nursery | None = None
+        self._hurry = trio.Event()
+        self._left: Leave | None = None
+        self._log: Any = None
+        self._host = FusedHost(
+            [self.supervisor],
+            [
+                CallPort("processes", self._to_process, takes={StartChild, KillChild}, gives={ChildExited}),
+                CallPort(
+                    "children",
+                    self._to_child,
+                    takes={Drain, Stop, EngineUp, EngineDown, Vitals},
+                    gives={ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained},
+                ),
+                CallPort("screen", self._to_screen, takes={Notice, Ready, Leave}),
+                CallPort("world", _nowhere, gives={Tick, Signalled}),
+            ],
+        )
+
+    # --- life
+
+    def start_children(self) -> None:
+        """First start, side by side. May be called before the loop runs: nothing in here needs it."""
+        for message in self.supervisor.start():
+            assert isinstance(message, StartChild)
+            self._start(message)
+
+    async def run(self) -> Leave:
+        """Until every child is gone."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._host.run)
+                nursery.start_soon(self._signals)
+                nursery.start_soon(self._ticks)
+                started, self._started = self._started, []
+                for item in started:
+                    nursery.start_soon(self._tend, *item)
+        finally:
+            self._kill_all()
+        assert self._left is not None
+        return self._left
+
+    def _kill_all(self) -> None:
+        """Whatever happened: no child outlives this."""
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes.values():
+            process.wait()
+
+    async def _signals(self) -> None:
+        with trio.open_signal_receiver(*SIGNALS) as numbers:
+            async for number in numbers:
+                self._host.post(Signalled(signum=number))
+                self._hurry.set()
+
+    async def _ticks(self) -> None:
+        while True:
+            urgent = self.supervisor.leaving or any(child.state == "waiting" for child in self.supervisor.children)
+            with trio.move_on_after(HURRY_S if urgent else TICK_S):
+                await self._hurry.wait()
+            self._hurry = trio.Event()
+            self._host.post(Tick(now_ns=time.monotonic_ns()))
+
+    # --- children
+
+    def _start(self, message: StartChild) -> None:
+        child = self._specs[(message.role, message.id)]
+        fds = [self._listener.fileno()] if child.spec.listens and self._listener is not None else []
+        process, control = spawn(message.role, message.id, message.epoch, env=child.spec.env, fds=fds)
+        self._processes[child.index] = process
+        if self._nursery is None:
+            self._started.append((child, message.epoch, process, control))
+        else:
+            self._nursery.start_soon(self._tend, child, message.epoch, process, control)
+
+    async def _tend(self, child: Child, epoch: int, process: subprocess.Popen[bytes], control: socket.socket) -> None:
+        """One life of a child: talk until it is gone."""
+        control.setblocking(False)
+        link = Link(trio.SocketStream(trio.socket.from_stdlib_socket(control)), ChildToRoot, control_hello("root", 0, 0))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._talk, child, epoch, link)
+            status = await _gone(process)
+            with trio.move_on_after(LAST_WORDS_S):
+                await link.ended.wait()
+            link.close()
+        self._host.post(ChildExited(role=child.spec.role, id=child.spec.id, epoch=epoch, status=status))
+        self._hurry.set()
+
+    async def _talk(self, child: Child, epoch: int, link: Link) -> None:
+        try:
+            await link.greet(first=self._boot(child.spec, epoch))
+            self._links[child.index] = link
+            await link.run(self._heard)
+        except ProtocolError as error:
+            if self._processes[child.index].poll() is None:
+                self._note("error", "control link failed", process=child.name, error=str(error))
+                self._processes[child.index].kill()
+        finally:
+            link.ended.set()
+            if self._links.get(child.index) is link:
+                del self._links[child.index]
+
+    def _heard(self, messages: list[Message]) -> None:
+        self._host.post(*(m for m in messages if not isinstance(m, (Hello, Extension))))
+
+    def _to_process(self, message: Message, index: int | None) -> None:
+        if isinstance(message, StartChild):
+            self._start(message)
+        elif isinstance(message, KillChild):
+            process = self._processes[self._specs[(message.role, message.id)].index]
+            if process.poll() is None:
+                self._note("warning", "killing", process=f"{message.role}-{message.id}", signal=signal.Signals(message.signum).name)
+                process.send_signal(message.signum)
+
+    def _to_child(self, message: Message, index: int | None) -> None:
+        assert index is not None
+        link = self._links.get(index)
+        if link is not None:
+            link.send(message)
+        elif isinstance(message, Stop):
+            process = self._processes[index]  # it has not even greeted: nothing in it is worth waiting for
+            if process.poll() is None:
+                process.kill()
+
+    # --- the screen
+
+    def _to_screen(self, message: Message, index: int | None) -> None:
+        if isinstance(message, Notice):
+            self._note(message.level, message.event, **message.fields)
+        elif isinstance(message, Ready):
+            if message.first:
+                print("\n".join(self._ready(message)), flush=True)
+            else:
+                self._note("info", "recovered")
+        elif isinstance(message, Leave):
+            self._left = message
+            assert self._nursery is not None
+            self._nursery.cancel_scope.cancel()
+
+    def _note(self, level: str, event: str, **fields: Any) -> None:
+        if self._log is None:  # late: importing structlog takes as long as starting the children
+            if level in ("debug", "info") and self._config.log_level in ("warning", "error"):
+                return
+            from penstock.core.telemetry import configure_logging
+
+            self._log = configure_logging(self._config.log_level, self._config.log_format, "root")
+        getattr(self._log, level)(event, **fields)
+
+
+def _nowhere(message: Message, index: int | None) -> None:
+    raise AssertionError("nothing is sent to the world")
+
+
+async def _gone(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process without blocking the loop. Negative: killed by that signal."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (OSError, AttributeError):  # an old kernel, or no Linux
+        while process.poll() is None:
+            await trio.sleep(0.05)
+    else:
+        try:
+            await trio.lowlevel.wait_readable(descriptor)
+        finally:
+            os.close(descriptor)
+    return process.wait()
+
+
+# ------------------------------------------------------------------ what is printed
+
+
+def memory_table(facts: EngineFacts) -> list[str]:
+    """Exact bytes of an engine, aligned."""
+    rows: list[tuple[str, int]] = [
+        ("weights", facts.weights_bytes),
+        ("workspace", facts.workspace_bytes),
+        ("KV cache", facts.kv_bytes),
+        ("slack", facts.slack_bytes),
+    ]
+    rows.append(("total", sum(size for _, size in rows)))
+    lines = [f"  {name:<10} {size:>16,} bytes  {size / (1 << 20):>10,.1f} MiB" for name, size in rows]
+    lines[2] += f"  = {facts.num_blocks} blocks of {facts.block_size} tokens"
+    return lines
+
+
+def engine_lines(facts: EngineFacts) -> Iterator[str]:
+    yield (
+        f"{facts.architecture} on {facts.device}, {facts.dtype}, attention {facts.attention}, context {facts.max_model_len},"
+        f" up to {facts.max_num_seqs} sequences and {facts.max_num_batched_tokens} tokens a step"
+        + (", deterministic" if facts.deterministic else "")
+    )
+    yield from memory_table(facts)
+
+
+def complain(text: str) -> None:
+    """The one line for the user."""
+    with contextlib.suppress(OSError):
+        print(f"penstock: {text}", file=sys.stderr, flush=True)
