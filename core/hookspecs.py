@@ -85,9 +85,11 @@ class WeightSourceSpec(Spec, frozen=True, kw_only=True):
 
 
 class SchedulePolicySpec(Spec, frozen=True, kw_only=True):
-    """A scheduling order; `factory()` gives key columns for order and victims, see core/policy.py."""
+    """A scheduling order; `factory()` gives key columns for order and victims, see core/policy.py. `options` names fields of Config that
+    the factory takes as keyword arguments (none: it is called without any)."""
 
-    factory: Callable[[], SchedulePolicy]
+    factory: Callable[..., SchedulePolicy]
+    options: list[str] = msgspec.field(default_factory=list)
 
 
 class TokenizerSpec(Spec, frozen=True, kw_only=True):

@@ -1,0 +1,176 @@
+"""Requests and sequences as the scheduler holds them, and the room where they wait.
+
+What it is: `Request` (what Admit said, once), `Sequence` (one choice), `Entry` (choices that wait together because they have the same
+tokens so far) and `WaitingRoom`, which keeps the policy's columns in numpy, so that ordering a thousand waiting requests is one call.
+What it does not know: slots, blocks, steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penstock.core.columns import EMPTY_I32, F32, I32, I64, Column
+from penstock.core.messages import Admit, seq_of
+from penstock.core.policy import SchedulePolicy, Waiting
+
+
+class Request:
+    """One admitted prompt; `stop_ids` are all ids that end a sequence. `prompt_logprobs_next` is the next prompt position whose
+    log-probability was not delivered yet (a recomputation does not deliver one twice)."""
+
+    __slots__ = (
+        "arrival_ns",
+        "banned_ids",
+        "hashes",
+        "incarnation",
+        "key",
+        "limit",
+        "live",
+        "looked_up",
+        "params",
+        "parked",
+        "priority",
+        "prompt",
+        "prompt_len",
+        "prompt_logprobs_next",
+        "root",
+        "stop_ids",
+    )
+
+    def __init__(self, admit: Admit, now_ns: int, limit: int, hashes: bytes) -> None:
+        self.key = admit.key
+        self.incarnation = admit.incarnation
+        self.prompt: I32 = admit.prompt
+        self.prompt_len = int(admit.prompt.size)
+        self.hashes = hashes
+        self.root = admit.root_hash
+        self.params = admit.sampling
+        self.priority = admit.priority
+        self.arrival_ns = admit.arrival_ns or now_ns
+        self.limit = limit
+        self.stop_ids = sorted({*admit.eos.tolist(), *admit.sampling.stop_token_ids})
+        self.banned_ids: I32 = np.asarray(self.stop_ids, np.int32) if admit.sampling.min_tokens > 0 else EMPTY_I32
+        self.live = 0
+        """Choices that have not ended."""
+        self.parked = False
+        self.looked_up = False
+        self.prompt_logprobs_next = self.prompt_len if admit.sampling.prompt_logprobs is None else 1
+
+
+class Sequence:
+    """One choice of a request. `slot` is -1 while it waits; `entry` is where it waits; `lead` is the sequence that computes its prompt
+    while it has none itself; `attached` are those for whom this one computes the prompt."""
+
+    __slots__ = ("attached", "choice", "entry", "lead", "outputs", "request", "seq", "slot", "started")
+
+    def __init__(self, request: Request, choice: int, outputs: I32) -> None:
+        self.request = request
+        self.choice = choice
+        self.seq = seq_of(request.key, choice)
+        self.outputs = outputs
+        """Tokens received so far; current only while the sequence waits (a slot's history is the truth afterwards)."""
+        self.slot = -1
+        self.started = False
+        self.entry: Entry | None = None
+        self.lead: Sequence | None = None
+        self.attached: list[Sequence] = []
+
+
+class Entry:
+    """Sequences of one request with equal `tokens` (prompt, then outputs): the first computes, the others fork from it."""
+
+    __slots__ = ("cached", "hashes", "request", "row", "seqs", "tokens")
+
+    def __init__(self, seqs: list[Sequence], tokens: I32, hashes: bytes) -> None:
+        self.request = seqs[0].request
+        self.seqs = seqs
+        self.tokens = tokens
+        self.hashes = hashes
+        self.cached = 0
+        self.row = -1
+        for sequence in seqs:
+            sequence.entry = self
+            sequence.lead = None
+
+
+class WaitingRoom:
+    """Entries in the policy's order: its keys ascending, then arrival, then sequence."""
+
+    def __init__(self, policy: SchedulePolicy) -> None:
+        self._policy = policy
+        self._entries: list[Entry | None] = []
+        self._free: list[int] = []
+        self._used = np.zeros(0, bool)
+        self._arrival: I64 = np.zeros(0, np.int64)
+        self._seq: I64 = np.zeros(0, np.int64)
+        self._priority: I32 = np.zeros(0, np.int32)
+        self._prompt: I32 = np.zeros(0, np.int32)
+        self._cached: I32 = np.zeros(0, np.int32)
+        self.sequences = 0
+        """Sequences (choices) that wait; an entry may hold several."""
+
+    def __len__(self) -> int:
+        return len(self._entries) - len(self._free)
+
+    def _grow(self) -> None:
+        more = max(64, len(self._entries))
+        self._free += range(len(self._entries) + more - 1, len(self._entries) - 1, -1)
+        self._entries += [None] * more
+        for name in ("_used", "_arrival", "_seq", "_priority", "_prompt", "_cached"):
+            old: Column = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
+
+    def add(self, entry: Entry) -> None:
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        request = entry.request
+        entry.row = row
+        self._entries[row] = entry
+        self._used[row] = True
+        self._arrival[row] = request.arrival_ns
+        self._seq[row] = entry.seqs[0].seq
+        self._priority[row] = request.priority
+        self._prompt[row] = entry.tokens.size
+        self._cached[row] = entry.cached
+        self.sequences += len(entry.seqs)
+
+    def remove(self, entry: Entry) -> None:
+        """The whole entry leaves; its sequences no longer wait."""
+        self._entries[entry.row] = None
+        self._used[entry.row] = False
+        self._free.append(entry.row)
+        entry.row = -1
+        self.sequences -= len(entry.seqs)
+        for sequence in entry.seqs:
+            sequence.entry = None
+
+    def drop(self, sequence: Sequence) -> None:
+        """One sequence leaves (it was aborted); the entry stays as long as others are in it."""
+        entry = sequence.entry
+        if entry is None:
+            return
+        if len(entry.seqs) == 1:
+            self.remove(entry)
+        else:
+            entry.seqs.remove(sequence)
+            sequence.entry = None
+            self.sequences -= 1
+
+    def ordered(self, now_ns: int) -> list[Entry]:
+        """All entries, first to be served first."""
+        rows = np.flatnonzero(self._used)
+        if rows.size > 1:
+            arrival = self._arrival[rows]
+            waited: F32 = ((now_ns - arrival) * 1e-9).astype(np.float32)
+            keys = self._policy.order(
+                Waiting(
+                    arrival_ns=arrival,
+                    priority=self._priority[rows],
+                    waited_s=waited,
+                    prompt_tokens=self._prompt[rows],
+                    cached_tokens=self._cached[rows],
+                )
+            )
+            rows = rows[np.lexsort((self._seq[rows], arrival, keys))]
+        return [entry for row in rows.tolist() if (entry := self._entries[row]) is not None]
