@@ -125,11 +125,11 @@ class Root:
                 for item in started:
                     nursery.start_soon(self._tend, *item)
         finally:
-            self._kill_all()
+            self.kill_all()
         assert self._left is not None
         return self._left
 
-    def _kill_all(self) -> None:
+    def kill_all(self) -> None:
         """Whatever happened: no child outlives this."""
         for process in self._processes.values():
             if process.poll() is None:
