@@ -25,10 +25,10 @@ from penstock.transports.openai import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    check_messages,
     decode,
     parse_chat,
     parse_completion,
-    template_messages,
 )
 from penstock.transports.openapi import BODY
 from penstock.transports.replies import WholeReply
@@ -95,11 +95,11 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         return relay(await gateway.query("models"))
 
     @get("/v1/models/{model_id:path}", summary="One model", tags=["models"])
-    async def model(model_id: str) -> ASGIApp:
+    async def model(request: AnyRequest) -> ASGIApp:
         answer = await gateway.query("models")
         if answer.status != 200:
             return relay(answer)
-        wanted = str(model_id).lstrip("/")
+        wanted = str(request.path_params["model_id"]).lstrip("/")
         known = msgspec.json.decode(answer.body).get("data", [])
         for one in known:
             if one.get("id") == wanted:
@@ -114,7 +114,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
         fields = {name: value for name, value in raw.items() if name not in ignored}
         if parsed.messages is not None:
-            fields["messages"] = msgspec.Raw(template_messages(parsed.messages, raw["messages"]))
+            check_messages(parsed.messages)
         return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields))), ignored)
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})

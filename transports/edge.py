@@ -30,7 +30,7 @@ from uvicorn.server import ServerState
 
 from penstock.core.config import Config
 from penstock.core.errors import Draining
-from penstock.core.links import make_hello
+from penstock.core.frames import make_hello
 from penstock.core.messages import (
     Boot,
     ChildUp,
@@ -42,11 +42,12 @@ from penstock.core.messages import (
     Stop,
 )
 from penstock.core.plugin_host import PluginHost
+from penstock.core.telemetry_traces import configure
 from penstock.transports.gateway import STATS_PERIOD_S, Gateway
 from penstock.transports.http import make_app
 from penstock.transports.link import Dialer, Link, adopt
 from penstock.transports.protocol import server_options
-from penstock.transports.tracing import NO_TRACING, Tracing
+from penstock.transports.tracing import NO_TRACING, OtelTracing, Tracing
 
 log = logging.getLogger("penstock.edge")
 
@@ -224,9 +225,10 @@ def run(boot: Boot, control: socket.socket) -> int:
     started = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-
-        async def main() -> int:
-            return await _Process(boot, started).main(control, NO_TRACING)
-
-        return runner.run(main())
+    traces = configure("edge", endpoint=boot.config.otlp_traces_endpoint)
+    tracing = OtelTracing(traces.provider) if traces.active else NO_TRACING
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_Process(boot, started).main(control, tracing))
+    finally:
+        traces.shutdown()

@@ -39,12 +39,16 @@ from penstock.transports.request import (
     new_rid,
     sane_id,
 )
+from penstock.transports.tracing import NO_TRACING
 from penstock.version import __version__
 
 log = logging.getLogger("penstock.edge.http")
 
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/health/decode"})
 """Paths that need no key."""
+
+UNTRACED = PUBLIC | {"/metrics"}
+"""Paths that are asked every few seconds and of which a span says nothing."""
 
 DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -77,7 +81,8 @@ class Edge:
         traceparent = headers.get(b"traceparent", b"")
         if not _TRACEPARENT.fullmatch(traceparent):
             traceparent = b""
-        span = self._tracing.begin(traceparent.decode(), headers.get(b"tracestate", b"").decode("latin-1") if traceparent else "")
+        tracing = NO_TRACING if scope["path"] in UNTRACED else self._tracing
+        span = tracing.begin(traceparent.decode(), headers.get(b"tracestate", b"").decode("latin-1") if traceparent else "")
         context = RequestContext(rid, span, headers, send, state.get("abort"))
         state[CONTEXT] = context
 
@@ -152,8 +157,8 @@ class RequestCounts:
         for (handler, method), row in self._durations.items():
             labels = f'handler="{handler}",method="{method}"'
             total = 0.0
-            for bound, count in zip((*DURATION_BUCKETS, "+Inf"), row[:-1], strict=True):
-                total += count
+            for bound, number in zip((*DURATION_BUCKETS, "+Inf"), row[:-1], strict=True):
+                total += number
                 out[f'http_request_duration_seconds_bucket{{{labels},le="{bound}"}}'] = total
             out[f"http_request_duration_seconds_sum{{{labels}}}"] = row[-1]
             out[f"http_request_duration_seconds_count{{{labels}}}"] = total

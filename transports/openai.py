@@ -381,6 +381,7 @@ def parse_chat(body: bytes, config: Config) -> Call:
     request, raw, ignored = decode(body, ChatRequest)
     assert isinstance(request, ChatRequest)
     fields = _shared(request, config)
+    check_messages(request.messages)
     _check_tools(request)
     if request.max_completion_tokens is not None:
         _check_max_tokens(request.max_completion_tokens, "max_completion_tokens")
@@ -409,7 +410,7 @@ def parse_chat(body: bytes, config: Config) -> Call:
         "continue_final_message",
     )
     fields.update(
-        messages=template_messages(request.messages, raw["messages"]),
+        messages=bytes(raw["messages"]),
         tools=bytes(raw["tools"]) if request.tools and request.tool_choice != "none" else b"",
         template_kwargs=msgspec.json.encode(kwargs) if kwargs else b"",
         add_generation_prompt=generate,
@@ -441,37 +442,21 @@ def _check_tools(request: ChatRequest) -> None:
         raise UnsupportedFeature("parallel_tool_calls false is not supported yet.", param="parallel_tool_calls")
 
 
-def template_messages(messages: list[ChatMessage], raw: msgspec.Raw) -> bytes:
-    """The chat template's input as JSON: the client's own bytes, unless content comes in parts, which become one string.
-
-    Text parts are joined with a newline, as vLLM does for templates that take strings.
-    """
+def check_messages(messages: list[ChatMessage]) -> None:
+    """What can be said about messages without a template. Raises InvalidRequest or UnsupportedFeature naming the part."""
     _need(bool(messages), "messages must not be empty.", "messages")
-    parts = False
     for i, message in enumerate(messages):
         content = message.content
         if isinstance(content, list):
-            parts = True
             for j, part in enumerate(content):
-                if part.type not in ("text", "input_text", "output_text", "refusal"):
+                if part.type not in ("text", "input_text", "output_text"):
                     raise UnsupportedFeature(
                         f"Content of type {part.type!r} is not supported: this server takes text only.",
                         param=f"messages[{i}].content[{j}].type",
                     )
                 _need(part.text is not None, "A text part needs its text.", f"messages[{i}].content[{j}].text")
-        elif content is None:
-            _need(
-                (message.role == "assistant" and bool(message.tool_calls)) or message.role == "function",
-                f"messages[{i}].content is required.",
-                f"messages[{i}].content",
-            )
-    if not parts:
-        return bytes(raw)
-    plain = msgspec.json.decode(raw)
-    for item in plain:
-        if isinstance(item.get("content"), list):
-            item["content"] = "\n".join(part["text"] for part in item["content"])
-    return msgspec.json.encode(plain)
+        elif content is None and message.role != "function" and not (message.role == "assistant" and message.tool_calls):
+            raise InvalidRequest(f"messages[{i}].content is required.", param=f"messages[{i}].content")
 
 
 # ------------------------------------------------------------------ completions

@@ -15,6 +15,7 @@ import msgspec
 
 from penstock.core.errors import EngineFailure, EngineUnavailable, PenstockError
 from penstock.core.messages import Finished, RowExtra, Submit, TokenLogprobs
+from penstock.core.telemetry_traces import gen_ai_attributes
 from penstock.transports.gateway import Batch, CancelCause, Gateway
 from penstock.transports.openai import Call
 from penstock.transports.request import (
@@ -163,28 +164,9 @@ class Job:
             self._name_span()
 
     def _name_span(self) -> None:
-        sampling = self.call.sampling
         operation = "chat" if self.call.kind == "chat" else "text_completion"
-        attributes: dict[str, Any] = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": "penstock",
-            "gen_ai.request.model": self.model,
-            "gen_ai.request.choice.count": sampling.n,
-            "gen_ai.request.temperature": sampling.temperature,
-            "gen_ai.request.top_p": sampling.top_p,
-            "gen_ai.request.top_k": sampling.top_k,
-            "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
-            "gen_ai.request.presence_penalty": sampling.presence_penalty,
-            "gen_ai.request.stream": self.call.stream,
-            "gen_ai.output.type": "text",
-        }
-        if sampling.max_tokens is not None:
-            attributes["gen_ai.request.max_tokens"] = sampling.max_tokens
-        if sampling.seed is not None:
-            attributes["gen_ai.request.seed"] = sampling.seed
-        if sampling.stop:
-            attributes["gen_ai.request.stop_sequences"] = sampling.stop
-        self.context.span.name(f"{operation} {self.model}", attributes)
+        attributes = gen_ai_attributes(self.call.kind, self.model, self.call.sampling, stream=self.call.stream)
+        self.context.span.name(f"{operation} {self.model}", {**attributes, "gen_ai.output.type": "text"})
 
     def leg(self, index: int) -> Any:
         """The sink of prompt `index`."""
