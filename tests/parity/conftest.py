@@ -32,7 +32,7 @@ def _two_threads() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
-    """checkpoint("LlamaForCausalLM", dtype=torch.float32, shard="1GB", **config) -> (folder, the transformers model)."""
+    """checkpoint("LlamaForCausalLM", dtype=torch.float32, shard="1GB", **config) -> (folder, the transformers model in float32)."""
 
     def make(architecture: str, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", seed: int = 0, **config: Any) -> tuple[Path, Any]:
         import transformers
@@ -47,6 +47,8 @@ def checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
                     value.add_(torch.randn_like(value) * 0.3)
         folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
         model.save_pretrained(folder, max_shard_size=shard)
+        if dtype != torch.float32:  # read again: the cast rounded the rotary frequencies too, which loading does not
+            model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         return folder, model
 
     return make
