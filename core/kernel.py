@@ -31,6 +31,7 @@ from penstock.core.supervisor import ChildSpec
 
 if TYPE_CHECKING:
     from penstock.core.local import LocalServer as LocalServer
+    from penstock.core.root import Root
 
 BACKLOG = 2048
 RUN_PREFIX = "penstock-run-"
@@ -63,7 +64,7 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
     """
     run_dir: Path | None = None
     listener: socket.socket | None = None
-    root: Any = None
+    root: Root | None = None
     try:
         config = with_model(config) if specs is None else config
         specs = child_specs(config) if specs is None else specs
@@ -89,13 +90,13 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
 
         import trio
 
-        from penstock.core.root import Root, complain
+        from penstock.core import root as root_process
 
-        root = Root(config, specs, boot=boot, ready=lambda message: ready_lines(config, where, message), listener=listener)
+        root = root_process.Root(config, specs, boot=boot, ready=lambda message: ready_lines(config, where, message), listener=listener)
         root.start_children()
         left = trio.run(root.run)
         if left.error:
-            complain(left.error)
+            root_process.complain(left.error)
         return left.status
     except PenstockError as error:
         print(f"penstock: {error.message}", file=sys.stderr, flush=True)

@@ -42,6 +42,8 @@ from penstock.core.messages import (
     Stop,
 )
 from penstock.core.plugin_host import PluginHost
+from penstock.core.processes import control_hello
+from penstock.core.telemetry import configure_logging
 from penstock.core.telemetry_traces import configure
 from penstock.transports.gateway import STATS_PERIOD_S, Gateway
 from penstock.transports.http import make_app
@@ -108,18 +110,21 @@ class Server:
             self._set_date()
             self.gateway.flush_stats()
 
-    async def drain(self, deadline_s: float) -> None:
-        """Refuse new requests, return when none is in progress; at the deadline (seconds) end the rest."""
+    async def drain(self, deadline_s: float) -> int:
+        """Refuse new requests, return when none is in progress; at the deadline (seconds) end the rest and return how many they were."""
         self.gateway.draining = True
+        cut = 0
         try:
             async with asyncio.timeout(deadline_s):
                 await self.gateway.wait_idle()
         except TimeoutError:
-            log.warning("%d requests were still running at the end of the drain", self.gateway.active)
+            cut = self.gateway.active
+            log.warning("%d requests were still running at the end of the drain", cut)
             self.gateway.fail_all(Draining("The server is shutting down and could not finish this request.", retry_after_s=2.0), "drain")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_S):
                     await self.gateway.wait_idle()
+        return cut
 
     async def stop(self) -> None:
         """Close everything. What still runs is cut."""
@@ -166,7 +171,7 @@ class _Process:
         self._link = await adopt(
             control,
             "root>child",
-            make_hello("edge", boot.id, boot.epoch),
+            control_hello("edge", boot.id, boot.epoch),
             on_open=lambda _: None,
             on_message=self._on_root,
             on_close=self._root_gone,
@@ -185,16 +190,22 @@ class _Process:
             gc.collect()
             gc.freeze()
             self._say(StartupPhase(role="edge", id=boot.id, phase="listen", seconds=time.monotonic() - self._started))
-            self._say(ChildUp(role="edge", id=boot.id, epoch=boot.epoch, pid=os.getpid()))
-            beat = asyncio.create_task(self._beat(), name="heartbeat")
+            tasks = [asyncio.create_task(work(), name=work.__name__) for work in (self._beat, self._announce)]
             await self._over.wait()
-            beat.cancel()
+            for task in tasks:
+                task.cancel()
             await server.stop()
         return self.status
 
     def _say(self, message: Message) -> None:
         if self._link is not None:
             self._link.send(message)
+
+    async def _announce(self) -> None:
+        """Up means that a request can be answered: root tells the user to send one."""
+        assert self._server is not None
+        await self._server.gateway.first_ready.wait()
+        self._say(ChildUp(role="edge", id=self._boot.id, epoch=self._boot.epoch, pid=os.getpid()))
 
     async def _beat(self) -> None:
         boot = self._boot
@@ -210,9 +221,8 @@ class _Process:
             self._over.set()
 
     async def _drained(self, deadline_s: float) -> None:
-        if self._server is not None:
-            await self._server.drain(deadline_s)
-        self._say(Drained(role="edge", id=self._boot.id))
+        cut = await self._server.drain(deadline_s) if self._server is not None else 0
+        self._say(Drained(role="edge", id=self._boot.id, cut=cut))
 
     def _root_gone(self, reason: str) -> None:
         if not self._over.is_set():
@@ -225,6 +235,7 @@ def run(boot: Boot, control: socket.socket) -> int:
     started = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    configure_logging(boot.config.log_level, boot.config.log_format, f"edge-{boot.id}")
     traces = configure("edge", endpoint=boot.config.otlp_traces_endpoint)
     tracing = OtelTracing(traces.provider) if traces.active else NO_TRACING
     try:

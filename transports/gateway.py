@@ -177,6 +177,8 @@ class Gateway:
         self._sinks: dict[int, Sink] = {}
         self._link: Callable[[], Link | None] = lambda: None
         self._text_ready = False
+        self.first_ready = asyncio.Event()
+        """Set when text has said for the first time that requests can be accepted."""
         self._reason = "the text process is not connected yet"
         self._queries: dict[int, asyncio.Future[Answer]] = {}
         self._query_id = 0
@@ -224,6 +226,8 @@ class Gateway:
                 future.set_result(message)
         elif type(message) is TextReady:
             self._text_ready = message.ready
+            if message.ready:
+                self.first_ready.set()
             self._reason = message.reason
             if message.ready:
                 self._spawn(self._learn())
