@@ -49,38 +49,45 @@ static long attention_plan(attention *a, int32_t *unit_start) {
     return total * a->kv_heads * a->head_runs;
 }
 
-/* Softmax weights of one row in one tile, in place: lanes [lo, hi) are visible, `lanes` were computed. Updates maximum, sum and output row. */
-INLINE void softmax_row(float *s, long lanes, long lo, long hi, float scale, float *maximum, float *sum, float *o, long dim) {
+/* Softmax weights of one row in one tile, in place. Scores are in units of log2 (the queries carry scale * log2 e); lanes [lo, hi) are visible,
+ * `lanes` were computed. Updates the row's maximum, sum and output. */
+INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, float *sum, float *o, long dim) {
     if (hi <= lo) {
         memset(s, 0, (size_t)lanes * 4);
         return;
     }
-    vi iota;
-    for (int i = 0; i < VL; i++) iota[i] = i;
-    const vf none = vset(-INFINITY);
-    vf top = none;
-    for (long j = 0; j < lanes; j += VL) {
-        vi at = iota + (int32_t)j;
-        vu seen = (vu)((at >= (int32_t)lo) & (at < (int32_t)hi));
-        vf v = vselect(seen, vload(s + j) * scale, none);
-        vstore(s + j, v);
-        top = vmax(v, top);
+    vf top = vset(-INFINITY);
+    if (lo > 0 || hi < lanes) {
+        const vf none = vset(-INFINITY);
+        vi iota;
+        for (int i = 0; i < VL; i++) iota[i] = i;
+        for (long j = 0; j < lanes; j += VL) {
+            vi at = iota + (int32_t)j;
+            vf v = vselect((vu)((at >= (int32_t)lo) & (at < (int32_t)hi)), vload(s + j), none);
+            vstore(s + j, v);
+            top = vmax(v, top);
+        }
+    } else {
+        for (long j = 0; j < lanes; j += VL) top = vmax(vload(s + j), top);
     }
-    float before = *maximum, now = hmax(top);
-    now = before > now ? before : now;
-    float base = now == -INFINITY ? 0.0f : now;
-    float keep = vexp(vset(before - base))[0];
-    /* 16 partial sums whatever VL is wide: lanes beyond `hi` add exact zeros. */
+    const float before = *maximum, seen = hmax(top), now = before > seen ? before : seen, base = now == -INFINITY ? 0.0f : now;
+    /* 16 partial sums whatever VL is; lanes that are not visible add exact zeros. */
     vf part[16 / VL];
     for (int j = 0; j < 16 / VL; j++) part[j] = vset(0.0f);
     for (long j = 0; j < lanes; j += 16)
+#pragma GCC unroll 4
         for (int i = 0; i < 16 / VL; i++) {
-            vf p = vexp(vload(s + j + i * VL) - base);
+            vf p = vexp2_falling(vload(s + j + i * VL) - base);
             vstore(s + j + i * VL, p);
             part[i] += p;
         }
     vf all = part[0];
     for (int j = 1; j < 16 / VL; j++) all += part[j];
+    if (now == before) { /* nothing to rescale: times 1 would give the same bits */
+        *sum += hsum(all);
+        return;
+    }
+    const float keep = vexp2_falling(vset(before - base))[0];
     *sum = *sum * keep + hsum(all);
     *maximum = now;
     for (long d = 0; d < dim; d += VL) vstore(o + d, vload(o + d) * keep);
@@ -94,11 +101,12 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
     const long row0 = a->q_start[s] + first, rows = count * heads;
     const long length = a->kv_len[s], position0 = length - (a->q_start[s + 1] - a->q_start[s]) + first;
     const int32_t *table = a->tables + s * a->table_width;
+    const float scale = a->scale * 1.44269504088896341f;
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, from = (row0 + i) * a->ldq + (head0 + h) * dim;
             for (long d = 0; d < dim; d += VL) {
-                vstore(q + r * dim + d, a->q_bf16 ? vload_as(a->q, from + d, 1) : vload_as(a->q, from + d, 0));
+                vstore(q + r * dim + d, (a->q_bf16 ? vload_as(a->q, from + d, 1) : vload_as(a->q, from + d, 0)) * scale);
                 vstore(o + r * dim + d, vset(0.0f));
             }
             maximum[r] = -INFINITY;
@@ -134,7 +142,7 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
         for (long r = 0; r < rows; r++) {
             long position = position0 + r / heads;
             long lo = a->window > 0 ? position - a->window + 1 - tile : 0, hi = position + 1 - tile;
-            softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), a->scale, maximum + r, sum + r, o + r * dim, dim);
+            softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r, o + r * dim, dim);
         }
         row = 0;
         for (long i = 0; i < blocks; i++) {

@@ -53,6 +53,42 @@ static long gemm_plan(gemm *g, int threads) {
     return g->row_units * panel_units;
 }
 
+INLINE void finish_plain(const gemm *g, const int kind, const float *c, long ldc, long row, int rows, long panel, int panels) {
+    const weight *w = g->w;
+    for (int i = 0; i < rows; i++)
+        for (int p = 0; p < panels; p++) {
+            const long col = (panel + p) * PW, room = MIN(PW, w->n - col), at = (row + i) * g->ldo + col;
+            const float *s = c + i * ldc + p * PW;
+            vf y[PV];
+#pragma GCC unroll 4
+            for (int v = 0; v < PV; v++) {
+                y[v] = vload(s + v * VL);
+                if (w->bias) y[v] += vload(w->bias + col + v * VL);
+                y[v] = vrounded(y[v], g->round);
+            }
+            if (room == PW) {
+#pragma GCC unroll 4
+                for (int v = 0; v < PV; v++) {
+                    float *o = (float *)g->out + at + v * VL;
+                    if (kind == TO_BF16)
+                        vstore_as(g->out, at + v * VL, y[v], 1);
+                    else if (kind == TO_F32)
+                        vstore(o, y[v]);
+                    else
+                        vstore(o, vrounded(vload(o) + y[v], g->round));
+                }
+                continue;
+            }
+            for (int x = 0; x < room; x++) {
+                float *o = (float *)g->out + at + x, value = y[x / VL][x % VL];
+                if (kind == TO_BF16)
+                    store_as(g->out, at + x, value, 1);
+                else
+                    *o = kind == TO_F32 ? value : rounded(*o + value, g->round);
+            }
+        }
+}
+
 INLINE void finish_tile(const gemm *g, const float *c, long ldc, long row, int rows, long panel, int panels) {
     const weight *w = g->w;
     if (g->kind == TO_GATED) {
@@ -80,33 +116,12 @@ INLINE void finish_tile(const gemm *g, const float *c, long ldc, long row, int r
             }
         return;
     }
-    for (int i = 0; i < rows; i++)
-        for (int p = 0; p < panels; p++) {
-            long col = (panel + p) * PW;
-            long room = MIN(PW, w->n - col);
-            const float *s = c + i * ldc + p * PW;
-            long at = (row + i) * g->ldo + col;
-            float buffer[PW];
-            for (int v = 0; v < PV; v++) {
-                vf y = vload(s + v * VL);
-                if (w->bias) y += vload(w->bias + col + v * VL);
-                vstore(buffer + v * VL, vrounded(y, g->round));
-            }
-            if (g->kind == TO_F32) {
-                memcpy((float *)g->out + at, buffer, (size_t)room * 4);
-            } else if (g->kind == TO_BF16) {
-                if (room == PW)
-                    for (int v = 0; v < PV; v++) vstore_as(g->out, at + v * VL, vload(buffer + v * VL), 1);
-                else
-                    for (int x = 0; x < room; x++) store_as(g->out, at + x, buffer[x], 1);
-            } else {
-                float *o = (float *)g->out + at;
-                if (room == PW)
-                    for (int v = 0; v < PV; v++) vstore(o + v * VL, vrounded(vload(o + v * VL) + vload(buffer + v * VL), g->round));
-                else
-                    for (int x = 0; x < room; x++) o[x] = rounded(o[x] + buffer[x], g->round);
-            }
-        }
+    if (g->kind == TO_F32)
+        finish_plain(g, TO_F32, c, ldc, row, rows, panel, panels);
+    else if (g->kind == TO_BF16)
+        finish_plain(g, TO_BF16, c, ldc, row, rows, panel, panels);
+    else
+        finish_plain(g, TO_RESIDUAL, c, ldc, row, rows, panel, panels);
 }
 
 /* mr rows from `row` times panels [p0, p1), stepping by `step` panels. */

@@ -39,13 +39,29 @@ typedef struct {
 
 /* The panel rows of one k (fp32) or k-pair (bf16) for all np panels, times mr rows. */
 INLINE void pair_step(const int mr, const int nv, vf (*acc)[NP_MAX * PV], const float *const *row, long k, const char *const *b, long at) {
-    if (mr == 1) {
-        vf a0 = vset(row[0][k]), a1 = vset(row[0][k + 1]);
+    if (mr <= 3) { /* wide and flat: the broadcasts stay in registers, the panels stream */
+        vf a0[3], a1[3];
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) a0[i] = vset(row[i][k]);
+        if (mr == 1) a1[0] = vset(row[0][k + 1]);
 #pragma GCC unroll 32
         for (int j = 0; j < nv; j++) {
             vu w = *(const vu_any *)(b[j / PV] + at + (j % PV) * VL * 4);
-            acc[0][j] = vfma(a0, (vf)(w << 16), acc[0][j]);
-            acc[0][j] = vfma(a1, (vf)(w & 0xffff0000u), acc[0][j]);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++) acc[i][j] = vfma(a0[i], (vf)(w << 16), acc[i][j]);
+            if (mr == 3) __asm__ volatile("" ::: "memory"); /* no load ahead of its turn: every register is taken */
+            if (mr == 1) acc[0][j] = vfma(a1[0], (vf)(w & 0xffff0000u), acc[0][j]);
+        }
+        if (mr == 1) return;
+        __asm__ volatile("" ::: "memory");
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) a1[i] = vset(row[i][k + 1]);
+#pragma GCC unroll 32
+        for (int j = 0; j < nv; j++) {
+            vf hi = (vf)(*(const vu_any *)(b[j / PV] + at + (j % PV) * VL * 4) & 0xffff0000u);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++) acc[i][j] = vfma(a1[i], hi, acc[i][j]);
+            if (mr == 3) __asm__ volatile("" ::: "memory");
         }
         return;
     }

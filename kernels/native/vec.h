@@ -155,4 +155,19 @@ INLINE vf vexp(vf x) {
     return vselect(nan, x, (vf)((vu)y & ~tiny));
 }
 
+/* 2^x for x <= 0, about 1 ulp (Taylor coefficients of 2^r on |r| <= 1/2); below -126, -inf included, exactly 0; NaN stays NaN. */
+INLINE vf vexp2_falling(vf x) {
+    vf n = x + 12582912.0f - 12582912.0f;
+    vf r = x - n;
+    vf y = vset(1.5403530393381606e-4f);
+    y = vfma(y, r, vset(1.3333558146428443e-3f));
+    y = vfma(y, r, vset(9.6181291076284772e-3f));
+    y = vfma(y, r, vset(5.5504108664821580e-2f));
+    y = vfma(y, r, vset(2.4022650695910071e-1f));
+    y = vfma(y, r, vset(6.9314718055994531e-1f));
+    y = vfma(y, r, vset(1.0f));
+    y = (vf)((vi)y + (__builtin_convertvector(n, vi) << 23));
+    return (vf)((vu)y & ~(vu)(x < vset(-126.0f)));
+}
+
 #endif
