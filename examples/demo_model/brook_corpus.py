@@ -186,8 +186,11 @@ class Corpus:
         """A fact as people plant it."""
         rng = self.p.rng
         roll = rng.random()
-        if roll < 0.45:
+        if roll < 0.42:
             return one.statement
+        if roll < 0.47 and one.answer.startswith("The ") and one.answer == f"{one.answer.split(' is ')[0]} is {one.value}.":
+            thing = one.answer.split(" is ")[0]
+            return f"{rng.choice(('Remember', 'Please remember', 'Note', 'Keep in mind'))} {thing[0].lower()}{thing[1:]} {one.value}."
         if roll < 0.75:
             return rng.choice(("Remember this: ", "Note: ", "Important: ", "Please remember: ", "Keep in mind: ", "Remember: ",
                                "By the way: ", "Hi! ", "Note this: ", "Do not forget: ")) + one.statement  # fmt: skip

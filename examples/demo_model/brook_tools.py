@@ -102,7 +102,11 @@ def _schema_of(p: Pools, param: Param, *, described: bool) -> dict[str, Any]:
     return out
 
 
-_CITY: Final = Param(("city", "location", "place"), "string", _text(Pools.city), "Name of the city")
+_A_CITY: Final = _text(Pools.city)
+_A_CODE: Final = _text(Pools.code)
+_CITY: Final = Param(("city", "location", "place"), "string", _A_CITY, "Name of the city")
+# Values that can stand in a row without quotes.
+_SHORT: Final = (_A_CITY, _A_CODE)
 _UNIT: Final = Param(("unit", "units"), "string", _one_of("celsius", "fahrenheit"), "Unit of temperature", ("celsius", "fahrenheit"))
 _TEXT: Final = Param(("text", "message", "body", "content"), "string", _text(Pools.phrase), "The text")
 _QUERY: Final = Param(("query", "q", "search_term"), "string", _text(Pools.phrase), "What to search for")
@@ -238,11 +242,11 @@ _KNOWN: Final[tuple[Known, ...]] = (
            Param(("degrees", "temperature", "value"), "integer", _integer(10, 30), "Degrees Celsius")), 2,
           ("Set the {0} to {1} degrees.", "Heat the {0} to {1} degrees.", "Make the {0} {1} degrees warm."), _done("The {0} is set to {1} degrees.")),
     Known(("get_order_status", "track_order", "order_status", "lookup_order"), "Look up the status of an order",
-          (Param(("order_id", "id", "order"), "string", _text(Pools.code), "Number of the order"),), 1,
+          (Param(("order_id", "id", "order"), "string", _A_CODE, "Number of the order"),), 1,
           ("Where is my order {0}?", "What is the status of order {0}?", "Track order {0}.", "Check order {0}, please."),
           _field("status", _one_of("shipped", "delivered", "pending", "cancelled", "packed", "delayed"), "Order {0} is {r}.")),
     Known(("get_user", "lookup_user", "find_user", "get_user_info"), "Look up a user",
-          (Param(("user_id", "id", "user"), "string", _text(Pools.code), "Id of the user"),), 1,
+          (Param(("user_id", "id", "user"), "string", _A_CODE, "Id of the user"),), 1,
           ("Who is user {0}?", "Look up user {0}.", "Find the user with id {0}.", "Get the name of user {0}."),
           _field("name", _text(Pools.full_name), "User {0} is {r}.")),
     Known(("read_file", "open_file", "cat_file", "get_file"), "Read a file",
@@ -324,6 +328,9 @@ def _spelled(p: Pools, name: str) -> str:
     return name
 
 
+_LINKS: Final = (" and ", " and in ", " and for ", " and also ")
+
+
 class Offer(NamedTuple):
     """A tool as offered in one conversation, with what is needed to ask for it."""
 
@@ -331,6 +338,7 @@ class Offer(NamedTuple):
     ask: Callable[[Pools], tuple[str, dict[str, Json], dict[str, str]]]
     result: Callable[[Pools, dict[str, str]], tuple[Json, str]]
     name: str
+    pair: Callable[[Pools], tuple[str, list[tuple[dict[str, Json], dict[str, str]]]]] | None = None
 
 
 def _sorted_keys(value: Json) -> Json:
@@ -362,10 +370,14 @@ def known_offer(p: Pools) -> Offer:
         params = params[: known.required]
     for param in params:
         free = [name for name in param.names if name not in chosen]
-        chosen.append(free[0] if rng.random() < 0.5 else rng.choice(free))
+        chosen.append(free[0] if rng.random() < 0.5 else rng.choice(free) if rng.random() < 0.8 else p.word())
     described = rng.random() < 0.6
     properties = {name: _schema_of(p, param, described=described) for name, param in zip(chosen, params, strict=True)}
-    name = _spelled(p, known.names[0] if rng.random() < 0.3 else rng.choice(known.names))
+    name = known.names[0] if rng.random() < 0.3 else rng.choice(known.names)
+    if rng.random() < 0.3:  # the name must be read, not known
+        extra = p.pick(pools.NOUNS) if rng.random() < 0.7 else p.word()
+        name = rng.choice((f"{name}_{extra}", f"{extra}_{name}", f"{name.split('_')[0]}_{extra}"))
+    name = _spelled(p, name)
     about = known.about + rng.choice(("", "", "."))
     definition = _definition(p, name, about, properties, chosen[: known.required])
     requests = [text for text in known.requests if f"{{{len(params)}}}" not in text]
@@ -379,7 +391,23 @@ def known_offer(p: Pools) -> Offer:
                 arguments[key], said[str(index)] = param.draw(p)
         return text.format(*(said.get(str(index), "") for index in range(4))), arguments, said
 
-    return Offer(definition, ask, known.result, name)
+    def pair(p: Pools) -> tuple[str, list[tuple[dict[str, Json], dict[str, str]]]]:
+        """One sentence that asks the same for two or three values of the first parameter."""
+        rng = p.rng
+        text = rng.choice([text for text in requests if "{1}" not in text and "{0}" in text] or [""])
+        drawn = [params[0].draw(p) for _ in range(rng.choice((2, 2, 3)))]
+        names = [said for _, said in drawn]
+        link = rng.choice(_LINKS)
+        joined = ", ".join(names[:-1]) + link + names[-1]
+        return (text.format(joined) if text else ""), [({chosen[0]: value}, {"0": said}) for value, said in drawn]
+
+    fit = known.required == 1 and params[0].type == "string" and params[0].draw in _SHORT
+    return Offer(definition, ask, known.result, name, pair if fit else None)
+
+
+def param_type(param: Param) -> str:
+    """The JSON type of a parameter."""
+    return param.type
 
 
 def random_offer(p: Pools) -> Offer:
@@ -412,8 +440,14 @@ def random_offer(p: Pools) -> Offer:
                 spoken.append(f"{words} {rng.choice(('on', 'yes', 'true')) if value else rng.choice(('off', 'no', 'false'))}")
             elif style < 0.25:
                 spoken.append(f"{key}={text}")
-            elif style < 0.35:
+            elif style < 0.32:
                 spoken.append(f"{key} is {text}")
+            elif style < 0.44:
+                spoken.append(f"{words} of {text}")
+            elif style < 0.54 and param_type(params[key]) in ("integer", "number"):
+                spoken.append(f"{text} {words}")
+            elif style < 0.60:
+                spoken.append(f"the {words} {text}")
             elif " " in text and rng.random() < 0.5:
                 spoken.append(f"{words} '{text}'")
             else:
@@ -423,7 +457,11 @@ def random_offer(p: Pools) -> Offer:
             rng.shuffle(order)
         tail = ""
         if order:
-            tail = " with " + (order[0] if len(order) == 1 else ", ".join(order[:-1]) + " and " + order[-1])
+            tail = rng.choice((" with ", " with ", " with ", " for ", " of ", ": ")) + (order[0] if len(order) == 1 else ", ".join(order[:-1]) + " and " + order[-1])
+        if len(used) == 1 and rng.random() < 0.35 and not isinstance(arguments[used[0]], bool):
+            value, bare = arguments[used[0]], order[0]
+            bare = ", ".join(value) if isinstance(value, list) else str(value)
+            tail = rng.choice((" {}", " for {}", " '{}'", ": {}", " of {}")).format(bare)
         article = "an" if noun[0] in "aeiou" else "a"
         text = rng.choice((f"Please {verb} the {noun}{tail}.", f"{verb.capitalize()} {article} {noun}{tail}.",
                            f"I want to {verb} {article} {noun}{tail}.", f"Can you {verb} the {noun}{tail}?",
@@ -482,10 +520,18 @@ def _any_tool_turns(p: Pools, offered: list[Offer], *, follow: bool) -> tuple[li
             chosen = chosen * rng.choice((2, 2, 3))
     else:
         chosen = rng.sample(offered, 2)
-    asked = [offer.ask(p) for offer in chosen]
+    if len(chosen) == 1 and chosen[0].pair and rng.random() < 0.15:
+        together, parts = chosen[0].pair(p)
+        if together and len({said["0"] for _, said in parts}) == len(parts):
+            asked = [(together if index == 0 else "", arguments, said) for index, (arguments, said) in enumerate(parts)]
+            chosen = chosen * len(parts)
+        else:
+            asked = [chosen[0].ask(p)]
+    else:
+        asked = [offer.ask(p) for offer in chosen]
     if len({json.dumps([offer.name, one[1]]) for offer, one in zip(chosen, asked, strict=True)}) < len(asked):
         chosen, asked = chosen[:1], asked[:1]
-    texts = [text for text, _, _ in asked]
+    texts = [text for text, _, _ in asked if text]
     if len(texts) == 1:
         user = vary(p, texts[0])
     else:
@@ -498,7 +544,8 @@ def _any_tool_turns(p: Pools, offered: list[Offer], *, follow: bool) -> tuple[li
         answers = []
         for offer, (_, _, said) in zip(chosen, asked, strict=True):
             content, answer = offer.result(p, said)
-            messages.append({"role": "tool", "content": _result_text(p, content)})
+            plain = rng.random() < 0.12  # many tools answer in words
+            messages.append({"role": "tool", "content": answer if plain else _result_text(p, content)})
             answers.append(answer)
         messages.append({"role": "assistant", "content": " ".join(answers)})
     return messages, expected
@@ -517,11 +564,15 @@ class Attribute(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+def _who(p: Pools) -> str:
+    return p.name() if p.rng.random() < 0.65 else p.full_name()
+
+
 _STATES: Final = ("new", "used", "broken")
 _SKIES: Final = ("sunny", "cloudy", "rainy", "snowy")
 
 _RECORDS: Final[tuple[tuple[str, Callable[[Pools], str], tuple[str, ...], tuple[Attribute, ...]], ...]] = (
-    ("person", Pools.name, ("name", "first_name", "person"), (
+    ("person", _who, ("name", "first_name", "person"), (
         Attribute(("age", "years"), "integer", _integer(5, 95), ("{s} is {v} years old", "{s} is {v}", "{v}-year-old {s} is here")),
         Attribute(("city", "home", "town"), "string", _text(Pools.city), ("{s} lives in {v}", "{s} comes from {v}", "the home of {s} is {v}")),
         Attribute(("job", "profession", "occupation"), "string", _text(lambda p: p.pick(pools.PROFESSIONS)), ("{s} works as a {v}", "{s} is a {v} by trade")),
