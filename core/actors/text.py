@@ -440,15 +440,12 @@ class TextActor:
         receiver = self._receiver
         begun, receiver.begun = receiver.begun, []
         aborts, receiver.aborts = receiver.aborts, []
-        for request in begun:
-            if not request.started:
-                request.started = True
+        for request, first in begun:
+            self._replaying.discard(request.key)
+            if first:
                 self.admission.start(len(request.prompt), now_ns)
                 self.metrics.count("tokens", "prompt_cached", by=request.cached)
                 self.metrics.count("tokens", "prompt_computed", by=len(request.prompt) - request.cached)
-            if request.replaying:
-                request.replaying = False
-                self._replaying.discard(request.key)
         if aborts:
             yield Abort(seqs=i64(aborts))
         yield from self._deliver()

@@ -35,7 +35,8 @@ class Receiver:
         self._closed: list[Choice] = []
         self._step_ns = 0
         self._reader: LogprobReader | None = None
-        self.begun: list[Request] = []
+        self.begun: list[tuple[Request, bool]] = []
+        """Requests that had a step for the first time (True), or the first time after a replay (False)."""
         self.ended: list[Request] = []
         self.aborts: list[int] = []
 
@@ -267,14 +268,17 @@ class Receiver:
                 self._begin(choice.request, start_ns, cached)
 
     def _begin(self, request: Request, start_ns: int, cached: int) -> None:
-        if request.replaying:
-            if request.traced:
-                request.events.append(("replayed", start_ns))
-            self.begun.append(request)
-        elif not request.started:
+        first, replayed = not request.started, request.replaying
+        if first:
+            request.started = True
             request.scheduled_ns = max(start_ns, request.encode_end_ns)
             self._ledger.set_cached(request, cached)
-            self.begun.append(request)
+        if replayed:
+            request.replaying = False
+            if request.traced:
+                request.events.append(("replayed", start_ns))
+        if first or replayed:
+            self.begun.append((request, first))
 
     def _preempted(self, message: StepTokens, at_ns: int) -> None:
         for seq in message.preempted_seqs.tolist():

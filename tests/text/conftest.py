@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from penstock.core.actor import To
 from penstock.core.actors.text import TextActor
 from penstock.core.clock import FakeClock
@@ -37,7 +39,6 @@ from penstock.core.sampling import SamplingParams
 from penstock.core.text.worker import encode_batch
 from penstock.plugins.renderers.jinja import JinjaRenderer
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "The gate opens and the water runs down the penstock to the wheel.",
@@ -240,7 +241,15 @@ class Bench:
 
     def _delta(self, delta: TextDelta) -> None:
         rows = len(delta.texts)
-        for column in (delta.keys, delta.choices, delta.counts, delta.prompt_tokens, delta.cached_tokens, delta.output_tokens, delta.reasons):
+        for column in (
+            delta.keys,
+            delta.choices,
+            delta.counts,
+            delta.prompt_tokens,
+            delta.cached_tokens,
+            delta.output_tokens,
+            delta.reasons,
+        ):
             assert len(column) == rows
         assert int(delta.counts.sum()) == len(delta.tokens)
         start = 0
@@ -350,7 +359,7 @@ def bench(tokenizer: HuggingFaceTokenizer, renderer: JinjaRenderer) -> Bench:
     return made
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_bench(tokenizer: HuggingFaceTokenizer, renderer: JinjaRenderer) -> Callable[..., Bench]:
     def make(config: Config | None = None, *, with_tokenizer: Any = None, up: bool = True, **arguments: Any) -> Bench:
         made = Bench(with_tokenizer or tokenizer, renderer, config, **arguments)
@@ -359,5 +368,3 @@ def make_bench(tokenizer: HuggingFaceTokenizer, renderer: JinjaRenderer) -> Call
         return made
 
     return make
-
-

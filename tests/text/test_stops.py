@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.core.text.stops import StopMatcher, StopSet, cut
 
 
@@ -26,10 +29,14 @@ letters = st.text(alphabet="ab", min_size=1, max_size=5)
 
 
 @settings(max_examples=500, deadline=None)
-@given(stops=st.lists(letters, min_size=1, max_size=4), text=st.text(alphabet="abc", max_size=40), cuts=st.lists(st.integers(0, 40), max_size=8))
+@given(
+    stops=st.lists(letters, min_size=1, max_size=4),
+    text=st.text(alphabet="abc", max_size=40),
+    cuts=st.lists(st.integers(0, 40), max_size=8),
+)
 def test_any_chunking_gives_the_reference_cut(stops: list[str], text: str, cuts: list[int]) -> None:
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    chunks = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert stream(stops, chunks) == cut(text, stops)
     assert stream(stops, list(text)) == cut(text, stops)
 
