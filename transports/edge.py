@@ -5,7 +5,7 @@ it), the link to text, and the control link to root, which is also the lifeline.
 in-process wiring use it too.
 What it does not know: routes (http.py, transports), the supervisor's policy.
 
-INT and TERM are ignored: root decides. Drain: readiness turns false and new requests get 503 while connections are still accepted (the
+INT and TERM are ignored (core/processes.py): root decides. Drain: readiness turns false and new requests get 503 while connections are still accepted (the
 socket is shared, so that closing it would strand clients in its backlog); when nothing runs any more, or at the deadline, Drained is sent.
 """
 
@@ -16,7 +16,6 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +39,7 @@ from penstock.core.messages import (
     Message,
     StartupPhase,
     Stop,
+    union_of,
 )
 from penstock.core.plugin_host import PluginHost
 from penstock.core.processes import control_hello
@@ -54,6 +54,7 @@ from penstock.transports.tracing import NO_TRACING, OtelTracing, Tracing
 log = logging.getLogger("penstock.edge")
 
 HEARTBEAT_S = 1.0
+BACKLOG = 2048
 GOODBYE_S = 1.0
 """How long idle connections get to close at the end."""
 
@@ -75,7 +76,7 @@ class Server:
         self.app = make_app(self.gateway, factories)
         self.dialer = Dialer(
             text_socket,
-            "text>edge",
+            union_of("text>edge"),
             make_hello("edge", edge, epoch),
             on_open=self.gateway.link_opened,
             on_message=self.gateway.on_message,
@@ -95,8 +96,9 @@ class Server:
         self.dialer.start()
         for sock in sockets:
             sock.setblocking(False)
-            server = await loop.create_server(
-                lambda: protocol(config=self._uvicorn, server_state=self._state, app_state={}, _loop=loop), sock=sock, backlog=2048
+            create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
+            server = await create(
+                lambda: protocol(config=self._uvicorn, server_state=self._state, app_state={}, _loop=loop), sock=sock, backlog=BACKLOG
             )
             self._servers.append(server)
         self._ticker = loop.create_task(self._tick(), name="edge tick")
@@ -207,6 +209,12 @@ class _Process:
         await self._server.gateway.first_ready.wait()
         self._say(ChildUp(role="edge", id=self._boot.id, epoch=self._boot.epoch, pid=os.getpid()))
 
+    async def _tell_up(self) -> None:
+        """Root says "ready" to the user when all are up: an edge is, once text would take a request from it."""
+        assert self._server is not None
+        await self._server.gateway.was_ready.wait()
+        self._say(ChildUp(role="edge", id=self._boot.id, epoch=self._boot.epoch, pid=os.getpid()))
+
     async def _beat(self) -> None:
         boot = self._boot
         while True:
@@ -231,10 +239,9 @@ class _Process:
 
 
 def run(boot: Boot, control: socket.socket) -> int:
-    """Process entry. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
+    """The role's main, for core/processes.py. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
     started = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    configure_logging(boot.config.log_level, boot.config.log_format, f"edge-{boot.id}")
     configure_logging(boot.config.log_level, boot.config.log_format, f"edge-{boot.id}")
     traces = configure("edge", endpoint=boot.config.otlp_traces_endpoint)
     tracing = OtelTracing(traces.provider) if traces.active else NO_TRACING

@@ -174,6 +174,8 @@ class Gateway:
         """Rows handed to sinks; a count that moves when work is done."""
         self.active = 0
         """HTTP requests in progress that hold a place."""
+        self.was_ready = asyncio.Event()
+        """Set when requests can be accepted for the first time."""
         self._sinks: dict[int, Sink] = {}
         self._link: Callable[[], Link | None] = lambda: None
         self._text_ready = False
@@ -230,6 +232,7 @@ class Gateway:
                 self.first_ready.set()
             self._reason = message.reason
             if message.ready:
+                self.was_ready.set()
                 self._spawn(self._learn())
         elif not isinstance(message, (Hello, Extension)):
             raise TypeError(f"the gateway does not take {type(message).__name__}")

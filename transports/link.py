@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from penstock.core.errors import ProtocolError, RetryableError
 from penstock.core.frames import FrameDecoder, Outbox, check_hello, encode, is_control
-from penstock.core.messages import Hello, Message, union_of
+from penstock.core.messages import Hello, Message
 
 log = logging.getLogger("penstock.edge.link")
 
@@ -132,7 +132,7 @@ class Dialer:
     def __init__(
         self,
         path: str,
-        edge: Any,
+        reads: Any,
         greeting: Hello,
         *,
         on_open: Callable[[Hello], None],
@@ -140,7 +140,7 @@ class Dialer:
         on_close: Callable[[str], None],
     ) -> None:
         self.path = path
-        self._reads = union_of(edge)
+        self._reads = reads
         self._greeting = greeting
         self._on_open = on_open
         self._on_message = on_message
@@ -192,7 +192,7 @@ class Dialer:
 
 async def adopt(
     sock: socket.socket,
-    edge: Any,
+    reads: Any,
     greeting: Hello,
     *,
     on_open: Callable[[Hello], None],
@@ -200,7 +200,7 @@ async def adopt(
     on_close: Callable[[str], None],
 ) -> Link:
     """A link over a connected socket that this process inherited."""
-    link = Link(union_of(edge), greeting, on_open=on_open, on_message=on_message, on_close=on_close)
+    link = Link(reads, greeting, on_open=on_open, on_message=on_message, on_close=on_close)
     sock.setblocking(False)
     await asyncio.get_running_loop().create_connection(lambda: link, sock=sock)
     return link

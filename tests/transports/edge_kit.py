@@ -8,6 +8,7 @@ What it does not know: the text actor.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import threading
 from collections.abc import Callable
@@ -219,7 +220,14 @@ class Edge:
         for link in list(self.text._links):
             link.close()
 
+    @functools.cached_property
+    def kept(self) -> httpx.Client:
+        """One client for many small requests."""
+        return self.http()
+
     def stop(self) -> None:
+        if "kept" in self.__dict__:
+            self.kept.close()
         self.loop.call_soon_threadsafe(self._over.set)
         self._thread.join(20)
         assert not self._thread.is_alive()
@@ -230,10 +238,10 @@ class Edge:
 
     def client(self, **options: Any) -> openai.OpenAI:
         options = {"api_key": "none", "max_retries": 0, "timeout": 20} | options
-        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+        return openai.OpenAI(base_url=f"{self.url}/v1", http_client=httpx.Client(verify=False, trust_env=False), **options)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, verify=False, **options)
 
     def counters(self) -> dict[str, float]:
         return self.text.call(self.server.gateway.counters.read)

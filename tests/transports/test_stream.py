@@ -162,7 +162,7 @@ def chunked(data: st.DataObject, texts: list[str]) -> list[list[tuple[int, str]]
     return frames
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), texts=st.lists(st.text(max_size=12), min_size=1, max_size=3), kind=st.sampled_from(["chat", "completion"]))
 def test_stream_equals_whole(shared_edge: Edge, data: st.DataObject, texts: list[str], kind: str) -> None:
     reasons = [data.draw(st.sampled_from(["stop", "length"])) for _ in texts]
@@ -181,9 +181,9 @@ def test_stream_equals_whole(shared_edge: Edge, data: st.DataObject, texts: list
     body |= {"messages": CHAT["messages"]} if kind == "chat" else {"prompt": "p"}
     path = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
     try:
-        with shared_edge.http() as http:
-            whole = http.post(path, json=body).json()
-            stream = events(http.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True}}).text)
+        http = shared_edge.kept
+        whole = http.post(path, json=body).json()
+        stream = events(http.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True}}).text)
     finally:
         shared_edge.text.script = before
     assert stream[-1] == "[DONE]"
