@@ -25,9 +25,9 @@ class TokenizeArgs(msgspec.Struct, kw_only=True):
     """Body of "tokenize": a prompt, or messages with the chat fields of a request."""
 
     prompt: str | None = None
-    messages: msgspec.Raw | None = None
-    tools: msgspec.Raw | None = None
-    chat_template_kwargs: msgspec.Raw | None = None
+    messages: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
+    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -62,15 +62,16 @@ def _arguments(query: Query, kind: type[Any]) -> Any:
 def tokenize(query: Query, job: int) -> Encode:
     """The worker's job for a "tokenize" query. Raises InvalidRequest."""
     args: TokenizeArgs = _arguments(query, TokenizeArgs)
-    if (args.prompt is None) == (args.messages is None):
+    messages = _raw(args.messages)
+    if (args.prompt is None) == (not messages):
         raise InvalidRequest("Give either prompt or messages.", param="prompt")
-    if args.messages is None:
+    if not messages:
         return Encode(job=job, kind="completion", prompt=args.prompt or "", add_special_tokens=args.add_special_tokens is not False)
     continues = bool(args.continue_final_message)
     return Encode(
         job=job,
         kind="chat",
-        messages=bytes(args.messages),
+        messages=messages,
         tools=_raw(args.tools),
         template_kwargs=_raw(args.chat_template_kwargs),
         add_generation_prompt=not continues if args.add_generation_prompt is None else args.add_generation_prompt,
@@ -79,8 +80,10 @@ def tokenize(query: Query, job: int) -> Encode:
     )
 
 
-def _raw(value: msgspec.Raw | None) -> bytes:
-    return b"" if value is None or bytes(value) == b"null" else bytes(value)
+def _raw(value: msgspec.Raw) -> bytes:
+    """b"" for what is missing or null."""
+    raw = bytes(value)
+    return b"" if raw == b"null" else raw
 
 
 def tokenized(query: Query, encoded: Encoded, tokenizer: Tokenizer, facts: EngineFacts | None) -> Answer:

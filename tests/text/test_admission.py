@@ -1,0 +1,92 @@
+"""Admission: the limits, and what a refused client is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from penstock.core.columns import i32
+from penstock.core.config import Config
+from penstock.core.errors import QueueFull
+from penstock.core.messages import Cancel, seq_of
+from penstock.core.text.admission import Admission
+
+S = 1_000_000_000
+
+
+def test_requests_wait_only_up_to_the_limit(make_bench: Any) -> None:
+    bench = make_bench(Config(max_num_queued_reqs=2))
+    for key in (1, 2, 3):
+        bench.submit(key)
+    refused = bench.rejected[3]
+    assert (refused.status, refused.type, refused.code, refused.param) == (429, "rate_limit_error", "queue_full", None)
+    assert refused.retry_after_s >= 1
+    assert "--max-num-queued-reqs 2" in refused.message
+    for key in (1, 2):
+        bench.scripts[seq_of(key, 0)] = [5, 6, 7]
+    bench.step()  # both have started: they wait no more
+    bench.submit(4)
+    assert 4 not in bench.rejected
+    assert bench.actor.metrics.value("admission_rejections", "queue_requests") == 1
+
+
+def test_those_with_the_worker_count_too(make_bench: Any) -> None:
+    bench = make_bench(Config(max_num_queued_reqs=1))
+    bench.hold_encodes = True
+    bench.submit(1)
+    bench.submit(2)
+    assert 2 in bench.rejected
+    bench.send(Cancel(key=1))
+    bench.submit(3)
+    assert 3 not in bench.rejected
+
+
+def test_prompt_tokens_wait_only_up_to_the_limit(make_bench: Any) -> None:
+    bench = make_bench(Config(max_num_queued_tokens=100))
+    bench.submit(1, prompt_ids=i32([1] * 300))  # alone it fits whatever its length
+    bench.submit(2, prompt_ids=i32([1] * 2))
+    assert 1 not in bench.rejected
+    refused = bench.rejected[2]
+    assert refused.code == "queue_full"
+    assert "--max-num-queued-tokens 100" in refused.message
+    bench.send(Cancel(key=1))
+    for key in (3, 4):
+        bench.submit(key, prompt_ids=i32([1] * 50))
+        assert key not in bench.rejected
+    bench.submit(5, prompt_ids=i32([1]))
+    assert 5 in bench.rejected
+    assert bench.actor.admission.tokens == 100
+    assert bench.actor.metrics.value("admission_rejections", "queue_tokens") == 2
+
+
+def test_the_operator_may_prefer_503(make_bench: Any) -> None:
+    bench = make_bench(Config(max_num_queued_reqs=1, queue_full_status=503))
+    bench.submit(1)
+    bench.submit(2)
+    assert (bench.rejected[2].status, bench.rejected[2].type) == (503, "server_error")
+    assert QueueFull.status == 429
+
+
+def test_retry_after_follows_the_drain_rate() -> None:
+    admission = Admission(max_requests=40, max_tokens=10**6)
+    for _ in range(40):
+        admission.enter()
+        admission.measured(10)
+    with pytest.raises(QueueFull) as unknown:
+        admission.check_request(0)
+    assert unknown.value.retry_after_s == 5
+    now = 0
+    for _ in range(600):  # two a second for five minutes
+        now += S // 2
+        admission.start(10, now)
+        admission.enter()
+        admission.measured(10)
+    assert admission.rate(now)[0] == pytest.approx(2, rel=0.05)
+    assert admission.rate(now)[1] == pytest.approx(20, rel=0.05)
+    with pytest.raises(QueueFull) as known:
+        admission.check_request(now)
+    assert 9 <= known.value.retry_after_s <= 12  # half of 40 at 2/s
+    with pytest.raises(QueueFull) as stuck:
+        admission.check_request(now + 3600 * S)
+    assert stuck.value.retry_after_s <= 120
