@@ -19,7 +19,7 @@
 #if VL == 16
 static const int WIDTH[MR + 1] = {0, 8, 4, 4, 4, 4, 4};
 #elif VL == 8
-static const int WIDTH[MR + 1] = {0, 4, 2, 2, 1, 1, 1};
+static const int WIDTH[MR + 1] = {0, 4, 2, 1, 1, 1, 1}; /* 3 x 2 would spill */
 #else
 static const int WIDTH[MR + 1] = {0, 2, 1, 1, 1, 1, 1};
 #endif
@@ -154,12 +154,12 @@ typedef void (*tile_fn)(const tile_args *);
 #define PAIR(mr, np) {tile_f32_##mr##x##np, tile_bf16_##mr##x##np}
 TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1)
 #if VL >= 8
-TILE(1, 2) TILE(1, 4) TILE(2, 2) TILE(3, 2)
+TILE(1, 2) TILE(1, 4) TILE(2, 2)
 #else
 TILE(1, 2)
 #endif
 #if VL == 16
-TILE(1, 8) TILE(2, 4) TILE(3, 4) TILE(4, 2) TILE(4, 4) TILE(5, 2) TILE(5, 4) TILE(6, 2) TILE(6, 4)
+TILE(3, 2) TILE(1, 8) TILE(2, 4) TILE(3, 4) TILE(4, 2) TILE(4, 4) TILE(5, 2) TILE(5, 4) TILE(6, 2) TILE(6, 4)
 static const tile_fn TILES[MR + 1][4][2] = {
     {{0}},
     {PAIR(1, 1), PAIR(1, 2), PAIR(1, 4), PAIR(1, 8)},
@@ -168,7 +168,7 @@ static const tile_fn TILES[MR + 1][4][2] = {
 };
 #elif VL == 8
 static const tile_fn TILES[MR + 1][4][2] = {
-    {{0}}, {PAIR(1, 1), PAIR(1, 2), PAIR(1, 4)}, {PAIR(2, 1), PAIR(2, 2)}, {PAIR(3, 1), PAIR(3, 2)},
+    {{0}}, {PAIR(1, 1), PAIR(1, 2), PAIR(1, 4)}, {PAIR(2, 1), PAIR(2, 2)}, {PAIR(3, 1)},
     {PAIR(4, 1)}, {PAIR(5, 1)}, {PAIR(6, 1)},
 };
 #else

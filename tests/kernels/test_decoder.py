@@ -1,0 +1,213 @@
+"""The decoder program: equal to the separate operations bit for bit, whatever shares the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.kernels.argmax import argmax
+from penstock.kernels.attention import allocate_cache
+from penstock.kernels.decoder import DecoderLayer, DecoderProgram, reference
+from penstock.kernels.linear import pack, pack_gated
+
+
+def i32(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass
+class Case:
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 32
+    inter: int = 100
+    vocab: int = 77
+    layers: int = 2
+    qk_norm: bool = False
+    bias: bool = False
+    windows: tuple[int, ...] = (0, 0)
+    block: int = 16
+    rotary: int = 32
+    act: str = "silu"
+
+
+CASES = {
+    "llama": Case(),
+    "qwen3": Case(qk_norm=True, heads=6, kv_heads=2, dim=16, rotary=16, act="gelu_tanh"),
+    "qwen2-sliding": Case(bias=True, windows=(40, 0), hidden=50, heads=3, kv_heads=1, dim=80, rotary=40, block=32),
+}
+
+
+def build(case: Case, dtype: torch.dtype, blocks: int = 24) -> DecoderProgram:
+    def rand(*shape: int, scale: float = 0.2) -> Tensor:
+        return (torch.randn(*shape) * scale).to(dtype)
+
+    width = (case.heads + 2 * case.kv_heads) * case.dim
+    layers = [
+        DecoderLayer(
+            attn_norm=1 + rand(case.hidden),
+            qkv=pack(rand(width, case.hidden), rand(width) if case.bias else None),
+            o=pack(rand(case.hidden, case.heads * case.dim)),
+            mlp_norm=1 + rand(case.hidden),
+            gate_up=pack_gated(rand(case.inter, case.hidden), rand(case.inter, case.hidden), case.act),  # type: ignore[arg-type]
+            down=pack(rand(case.hidden, case.inter)),
+            q_norm=1 + rand(case.dim) if case.qk_norm else None,
+            k_norm=1 + rand(case.dim) if case.qk_norm else None,
+            window=case.windows[index],
+        )
+        for index in range(case.layers)
+    ]
+    caches = [[allocate_cache(blocks, case.kv_heads, case.block, case.dim, dtype).fill_(torch.nan) for _ in layers] for _ in range(2)]
+    angle = torch.rand(400, case.rotary // 2) * 6
+    return DecoderProgram(
+        embedding=rand(case.vocab, case.hidden, scale=1.0), layers=layers, final_norm=1 + rand(case.hidden), lm_head=pack(rand(case.vocab, case.hidden)),
+        num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, eps=1e-5, cos_sin=torch.cat((angle.cos(), angle.sin()), 1),
+        k_caches=caches[0], v_caches=caches[1],
+    )  # fmt: skip
+
+
+class Sequence:
+    """A sequence of random tokens with its own blocks."""
+
+    def __init__(self, program: DecoderProgram, length: int, blocks: list[int]) -> None:
+        self.block = program.k_caches[0].shape[2]
+        self.tokens = torch.randint(0, program.embedding.shape[0], (length,)).int()
+        self.blocks = [blocks.pop() for _ in range(-(-length // self.block))]
+
+
+def arguments(parts: list[tuple[Sequence, int, int]], every: bool = True) -> list[Tensor]:
+    """Step arguments for positions [begin, end) of each sequence; results for every token, or for the last of each part."""
+    width = max(len(s.blocks) for s, _, _ in parts)
+    tokens = torch.cat([s.tokens[a:b] for s, a, b in parts])
+    positions = torch.cat([torch.arange(a, b) for _, a, b in parts])
+    slots = torch.cat([i32(s.blocks)[torch.arange(a, b) // s.block] * s.block + torch.arange(a, b) % s.block for s, a, b in parts])
+    tables = i32([s.blocks + [10**6] * (width - len(s.blocks)) for s, _, _ in parts])
+    starts = i32([0, *torch.tensor([b - a for _, a, b in parts]).cumsum(0).tolist()])
+    rows = torch.arange(len(tokens)) if every else starts[1:] - 1
+    return [tokens, positions.int(), slots.int(), tables, starts, i32([b for _, _, b in parts]), rows.int()]
+
+
+def run(program: DecoderProgram, args: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    count, vocab = args[-1].shape[0], program.lm_head.n
+    logits = torch.full((count, vocab), torch.nan)
+    hidden = torch.full((count, program.embedding.shape[1]), torch.nan, dtype=program.embedding.dtype)
+    greedy = torch.full((count,), -9, dtype=torch.int32)
+    program(*args, logits=logits, hidden=hidden, greedy=greedy)
+    return logits, hidden, greedy
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_separate_operations(dtype: torch.dtype, name: str) -> None:
+    program = build(CASES[name], dtype)
+    free = torch.randperm(24).tolist()
+    a, b, c = Sequence(program, 70, free), Sequence(program, 90, free), Sequence(program, 12, free)
+    for parts in ([(a, 0, 66), (b, 0, 3)], [(a, 66, 67), (b, 3, 90), (c, 0, 12)], [(a, 67, 68)], [(a, 68, 69), (c, 11, 12)]):
+        args = arguments(parts)
+        logits, hidden, greedy = run(program, args)
+        cached = [cache.clone() for cache in program.k_caches + program.v_caches]
+        states = reference.hidden_states(program, *args)
+        assert torch.equal(hidden, states)
+        assert torch.equal(logits, reference.logits(program, states))
+        assert torch.equal(greedy, argmax(logits))
+        assert not torch.isnan(logits).any()
+        for cache, before in zip(program.k_caches + program.v_caches, cached, strict=True):
+            assert torch.equal(cache.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", CASES)
+def test_solo_batched_chunked_and_decoded_are_equal(dtype: torch.dtype, name: str) -> None:
+    program = build(CASES[name], dtype)
+    free = torch.randperm(24).tolist()
+    a, b = Sequence(program, 100, free), Sequence(program, 60, free)
+    whole, _, _ = run(program, arguments([(a, 0, 100)]))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for cuts in ([100], [1, 2, 3, 10, 64, 65, 99, 100], [50, *range(51, 101)]):
+            for cache in program.k_caches + program.v_caches:
+                cache.fill_(torch.nan)
+            begin, other = 0, 0
+            for end in cuts:
+                parts = [(a, begin, end)]
+                if other < 60:
+                    parts.insert(0, (b, other, other + 7 if other + 7 < 60 else 60))
+                got, _, _ = run(program, arguments(parts))
+                assert torch.equal(got[-(end - begin) :], whole[begin:end]), (threads, begin, end)
+                begin, other = end, parts[0][2] if len(parts) == 2 else other
+    last, _, _ = run(program, arguments([(a, 60, 100), (b, 59, 60)], every=False))
+    assert torch.equal(last[0], whole[99])
+
+
+def test_more_rows_than_one_mlp_chunk(dtype: torch.dtype) -> None:
+    program = build(CASES["llama"], dtype, blocks=64)
+    free = torch.randperm(64).tolist()
+    sequences = [Sequence(program, 330, free), Sequence(program, 300, free)]
+    parts = [(s, 0, len(s.tokens)) for s in sequences]
+    together, _, _ = run(program, arguments(parts, every=False))
+    apart = torch.cat([run(program, arguments([part], every=False))[0] for part in parts])
+    torch.testing.assert_close(together, apart, rtol=0, atol=0 if program._cpu is not None else 0.1)
+
+
+def test_agrees_with_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model against torch alone (separate operations without the C library)."""
+    from penstock.kernels.native import bind
+
+    torch.manual_seed(3)
+    fast = build(CASES["llama"], dtype)
+    parts = arguments([(Sequence(fast, 80, list(range(24))), 0, 80)])
+    got, _, _ = run(fast, parts)
+    bind._load.cache_clear()
+    try:
+        monkeypatch.setenv("PENSTOCK_KERNELS", "reference")
+        torch.manual_seed(3)
+        slow = build(CASES["llama"], dtype)
+        assert slow._cpu is None
+        wanted, _, _ = run(slow, parts)
+    finally:
+        monkeypatch.undo()
+        bind._load.cache_clear()
+    spread = float(wanted.std())
+    assert float((got - wanted).abs().max()) < spread * (0.15 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_bad_steps_are_refused(dtype: torch.dtype) -> None:
+    program = build(CASES["llama"], dtype)
+    good = arguments([(Sequence(program, 20, list(range(24))), 0, 20)])
+    run(program, good)
+    for index, value, match in (
+        (0, 77, "token id"),
+        (1, 400, "position"),
+        (2, 24 * 16, "slot"),
+        (3, 24, "block"),
+        (5, 19, "kv_len"),
+        (6, 20, "wanted row"),
+    ):
+        bad = [t.clone() for t in good]
+        bad[index].view(-1)[0] = value
+        if program._cpu is None:
+            continue
+        with pytest.raises(IndexError, match=match):
+            run(program, bad)
+    with pytest.raises(ValueError, match="logits must have shape"):
+        program(*good, logits=torch.empty(3, 77))
+
+
+def test_a_step_without_results_still_writes_the_cache(dtype: torch.dtype) -> None:
+    program = build(CASES["llama"], dtype)
+    a = Sequence(program, 40, list(range(24)))
+    whole, _, _ = run(program, arguments([(a, 0, 40)], every=False))
+    for cache in program.k_caches + program.v_caches:
+        cache.fill_(torch.nan)
+    args = arguments([(a, 0, 39)])
+    args[-1] = i32([])
+    run(program, args)
+    got, _, greedy = run(program, arguments([(a, 39, 40)], every=False))
+    torch.testing.assert_close(got, whole, rtol=0, atol=0 if program._cpu is not None else 0.1)
+    only = torch.empty(1, dtype=torch.int32)
+    program(*arguments([(a, 39, 40)], every=False), greedy=only)
+    assert torch.equal(only, greedy)
