@@ -1,0 +1,378 @@
+"""The Python API: `LLM(...).generate`, `.chat`, and async streaming, over the same actors that the server runs.
+
+What it is: a front for `LocalServer`: one background thread runs text and engine; this module turns calls into `Submit` messages and columns of
+deltas into `RequestOutput`s. Names and shapes follow vLLM's offline API, so that scripts move over.
+What it does not know: scheduling, tokens to text, devices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.core.columns import i32
+from penstock.core.config import Config, build, from_env
+from penstock.core.control import EngineFacts, Message
+from penstock.core.errors import EngineFailure, InvalidRequest, PenstockError
+from penstock.core.local import LOCAL_EDGE, LocalServer
+from penstock.core.messages import Finished, Rejected, Submit, TextDelta, TokenLogprobs
+from penstock.core.sampling import SamplingParams
+
+ChatMessage = dict[str, Any]
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One of the `n` answers. `logprobs` has one entry a token where asked for."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """One prompt's answers. Times in seconds, 0 if never reached."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int] = []
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    outputs: list[CompletionOutput] = []
+    cached_tokens: int = 0
+    finished: bool = False
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class StreamDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step brought for one choice of a streamed request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class _Call:
+    """One request in flight: collects, and tells `wake` (on the server's thread) when something came."""
+
+    def __init__(self, output: RequestOutput, wake: Callable[[StreamDelta | None], None]) -> None:
+        self.output = output
+        self.error: PenstockError | None = None
+        self.wake = wake
+
+
+class LLM:
+    """A model in this process.
+
+    `LLM("folder", dtype="float32", max_num_seqs=8)` takes every option of `penstock serve` by its name; without a folder the demo model. Use it as a
+    context manager, or call `close()`. All methods may be called from several threads.
+    Raises ConfigError, CheckpointError or PluginError when the model cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: Config | None = None,
+        on_phase: Callable[[str, float], None] | None = None,
+        extra_plugins: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        if config is not None and (model is not None or options):
+            raise TypeError("give either config, or model and options")
+        if config is None:
+            config = build(from_env(), {**({"model": model} if model is not None else {}), **options})
+        # An offline caller hands over its whole list at once: the admission bounds that protect a server would only refuse it.
+        config = msgspec.structs.replace(config, max_num_queued_reqs=1 << 30, max_num_queued_tokens=1 << 40)
+        self._calls: dict[int, _Call] = {}
+        self._lock = threading.Lock()
+        self._keys = itertools.count(1)
+        self._server = LocalServer(config, self._deliver, on_failure=self._failed, on_phase=on_phase, extra_plugins=extra_plugins)
+        self.facts: EngineFacts = self._server.start()
+        self.model_name: str = self._server.config.served_model_name[0]
+
+    # ------------------------------------------------------------------ batch
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete every prompt (texts, or lists of token ids); results in the prompts' order. `use_tqdm` shows a progress bar.
+
+        Raises InvalidRequest for the first prompt that cannot be served (the others are cancelled), EngineFailure when the engine dies.
+        """
+        if (prompts is None) == (prompt_token_ids is None):
+            raise InvalidRequest("Give exactly one of prompts and prompt_token_ids.", param="prompts")
+        if prompts is not None:
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            parts: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+        else:
+            parts = [{"prompt_ids": i32(list(ids))} for ids in prompt_token_ids or []]
+        return self._run("completion", parts, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or many (a list of lists)."""
+        many: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        shared = {
+            "tools": msgspec.json.encode(tools) if tools else b"",
+            "template_kwargs": msgspec.json.encode(chat_template_kwargs) if chat_template_kwargs else b"",
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        parts = [{"messages": msgspec.json.encode(conversation), **shared} for conversation in many]
+        return self._run("chat", parts, sampling_params, use_tqdm)
+
+    def _run(
+        self,
+        kind: str,
+        parts: list[dict[str, Any]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool,
+    ) -> list[RequestOutput]:
+        params = self._params(sampling_params, len(parts))
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        keys: list[int] = []
+        calls: list[_Call] = []
+        try:
+            for part, wanted in zip(parts, params, strict=True):
+                key, call = self._begin(kind, part, wanted, _on_end(ended, len(calls)))
+                keys.append(key)
+                calls.append(call)
+            for at in _bar(iter(ended.get, -1), len(calls), progress):
+                error = calls[at].error
+                if error is not None:
+                    raise error
+        finally:
+            self._forget(keys)
+        return [call.output for call in calls]
+
+    # ------------------------------------------------------------------ streams
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int] | Sequence[ChatMessage],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> AsyncIterator[StreamDelta]:
+        """Stream one request in asyncio: a text, token ids, or a conversation. Leaving the loop early cancels the request."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[StreamDelta | None] = asyncio.Queue()
+
+        def wake(delta: StreamDelta | None) -> None:
+            loop.call_soon_threadsafe(inbox.put_nowait, delta)
+
+        kind, part = _part_of(prompt, tools)
+        key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], wake)
+        try:
+            while (delta := await inbox.get()) is not None:
+                yield delta
+            if call.error is not None:
+                raise call.error
+        finally:
+            self._forget([key])
+
+    def stream_sync(
+        self,
+        prompt: str | Sequence[int] | Sequence[ChatMessage],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Iterator[StreamDelta]:
+        """Like `stream`, for code without a loop."""
+        inbox: queue.SimpleQueue[StreamDelta | None] = queue.SimpleQueue()
+        kind, part = _part_of(prompt, tools)
+        key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], inbox.put)
+        try:
+            while (delta := inbox.get()) is not None:
+                yield delta
+            if call.error is not None:
+                raise call.error
+        finally:
+            self._forget([key])
+
+    # ------------------------------------------------------------------ inside
+
+    @staticmethod
+    def _params(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            return [SamplingParams()] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise InvalidRequest(f"{count} prompts need one or {count} sampling_params, not {len(given)}.", param="sampling_params")
+        return list(given)
+
+    def _begin(
+        self, kind: str, part: dict[str, Any], params: SamplingParams, wake: Callable[[StreamDelta | None], None]
+    ) -> tuple[int, _Call]:
+        key = next(self._keys)
+        rid = f"local-{key}"
+        output = RequestOutput(
+            request_id=rid, prompt=part.get("prompt"), outputs=[CompletionOutput(index=i, token_ids=[]) for i in range(params.n)]
+        )
+        call = _Call(output, wake)
+        with self._lock:
+            self._calls[key] = call
+        submit = Submit(
+            key=key,
+            edge=LOCAL_EDGE,
+            rid=rid,
+            kind="chat" if kind == "chat" else "completion",
+            model=self.model_name,
+            sampling=params,
+            explicit=list(params.__struct_fields__),
+            stream=True,
+            want_ids=True,
+            **part,
+        )
+        try:
+            self._server.submit(submit)
+        except PenstockError:
+            with self._lock:
+                self._calls.pop(key, None)
+            raise
+        return key, call
+
+    def _forget(self, keys: Sequence[int]) -> None:
+        """Cancel what has not ended."""
+        with self._lock:
+            left = [key for key in keys if self._calls.pop(key, None) is not None]
+        for key in left:
+            try:
+                self._server.cancel(key)
+            except PenstockError:
+                return
+
+    def _end(self, key: int, error: PenstockError | None) -> None:
+        with self._lock:
+            call = self._calls.pop(key, None)
+        if call is not None:
+            call.error = error
+            call.output.finished = error is None
+            call.wake(None)
+
+    def _failed(self, error: PenstockError) -> None:
+        with self._lock:
+            keys = list(self._calls)
+        for key in keys:
+            self._end(key, error)
+
+    def _deliver(self, message: Message) -> None:
+        """On the server's thread: spread one step's columns over the calls."""
+        if isinstance(message, TextDelta):
+            self._spread(message)
+        elif isinstance(message, Finished):
+            call = self._calls.get(message.key)
+            if call is not None:
+                output = call.output
+                output.cached_tokens = message.cached_tokens
+                output.queue_s, output.prefill_s, output.decode_s = (
+                    message.queue_ns / 1e9,
+                    message.prefill_ns / 1e9,
+                    message.decode_ns / 1e9,
+                )
+                failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
+                self._end(message.key, EngineFailure(f"The request failed: {failed.stop_reason}.") if failed is not None else None)
+        elif isinstance(message, Rejected):
+            error = InvalidRequest(message.message, param=message.param, code=message.code)
+            self._end(message.key, error if message.status < 500 and message.status != 429 else EngineFailure(message.message))
+
+    def _spread(self, delta: TextDelta) -> None:
+        extras = {extra.row: extra for extra in delta.extras}
+        at = 0
+        counts, tokens = delta.counts.tolist(), delta.tokens.tolist()
+        for row, (key, choice, text, count, reason) in enumerate(
+            zip(delta.keys.tolist(), delta.choices.tolist(), delta.texts, counts, delta.reasons, strict=True)
+        ):
+            ids = tokens[at : at + count]
+            at += count
+            call = self._calls.get(key)
+            if call is None:
+                continue
+            output = call.output.outputs[choice]
+            output.text += text
+            output.token_ids += ids
+            if reason:
+                output.finish_reason = reason
+            extra = extras.get(row)
+            if extra is not None:
+                if extra.logprobs:
+                    output.logprobs = (output.logprobs or []) + extra.logprobs
+                if extra.stop_reason is not None:
+                    output.stop_reason = extra.stop_reason
+                if extra.error is not None:
+                    output.stop_reason = extra.error
+                if extra.prompt_token_ids is not None:
+                    call.output.prompt_token_ids = extra.prompt_token_ids.tolist()
+                if extra.prompt_logprobs is not None:
+                    call.output.prompt_logprobs = extra.prompt_logprobs
+            call.wake(StreamDelta(index=choice, text=text, token_ids=ids, finish_reason=reason or None))
+
+    # ------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Stop the engine; requests that run end with an error. Idempotent."""
+        self._server.close()
+        self._failed(EngineFailure("The engine was closed."))
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _on_end(ended: queue.SimpleQueue[int], index: int) -> Callable[[StreamDelta | None], None]:
+    def wake(delta: StreamDelta | None) -> None:
+        if delta is None:
+            ended.put(index)
+
+    return wake
+
+
+def _part_of(prompt: Any, tools: list[dict[str, Any]] | None) -> tuple[str, dict[str, Any]]:
+    if isinstance(prompt, str):
+        return "completion", {"prompt": prompt}
+    if prompt and isinstance(prompt[0], dict):
+        return "chat", {"messages": msgspec.json.encode(list(prompt)), "tools": msgspec.json.encode(tools) if tools else b""}
+    return "completion", {"prompt_ids": i32(list(prompt))}
+
+
+def _bar(ends: Iterator[int], count: int, shown: bool) -> Iterator[int]:
+    """The first `count` items of `ends`, with a progress bar if wanted."""
+    first = itertools.islice(ends, count)
+    if not shown:
+        yield from first
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task("requests", total=count)
+        for item in first:
+            bar.advance(task)
+            yield item

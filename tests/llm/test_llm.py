@@ -1,0 +1,140 @@
+"""The Python API on the demo model: batches, chats, streams, errors, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from penstock import LLM, SamplingParams
+from penstock.core.errors import ConfigError, EngineFailure, InvalidRequest
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(kv_cache_memory_bytes=64 << 20, deterministic=True) as model:
+        yield model
+
+
+def question(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_chat_answers_one_and_many_in_order(llm: LLM) -> None:
+    (one,) = llm.chat(question("What is 17 + 25?"), GREEDY)
+    assert "42" in one.outputs[0].text
+    assert one.finished
+    assert one.outputs[0].finish_reason == "stop"
+    many = llm.chat([question(f"What is {a} + 11?") for a in range(10, 50, 5)], GREEDY, use_tqdm=True)
+    assert [str(a + 11) in o.outputs[0].text for a, o in zip(range(10, 50, 5), many, strict=True)] == [True] * 8
+
+
+def test_generate_by_text_and_ids_with_own_params(llm: LLM) -> None:
+    prompts = ["Penstock is", "Hello"]
+    params = [
+        SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=3, max_tokens=9, n=2, ignore_eos=True),
+    ]
+    a, b = llm.generate(prompts, params)
+    assert (len(a.outputs[0].token_ids), [len(o.token_ids) for o in b.outputs]) == (5, [9, 9])
+    again = llm.generate(prompt_token_ids=[a.prompt_token_ids, b.prompt_token_ids], sampling_params=params)
+    assert [[o.text for o in r.outputs] for r in again] == [[o.text for o in r.outputs] for r in (a, b)]
+    assert a.prompt == "Penstock is"
+
+
+def test_streams_concatenate_to_the_batch_result(llm: LLM) -> None:
+    (whole,) = llm.chat(question("Count from 2 to 9."), GREEDY)
+
+    async def collect() -> tuple[str, list[int], list[str | None]]:
+        text, ids, reasons = "", [], []
+        async for delta in llm.stream(question("Count from 2 to 9."), GREEDY):
+            text += delta.text
+            ids += delta.token_ids
+            reasons.append(delta.finish_reason)
+        return text, ids, reasons
+
+    text, ids, reasons = asyncio.run(collect())
+    assert (text, ids) == (whole.outputs[0].text, whole.outputs[0].token_ids)
+    assert reasons[-1] == "stop"
+    assert set(reasons[:-1]) <= {None}
+    assert "".join(d.text for d in llm.stream_sync(question("Count from 2 to 9."), GREEDY)) == text
+
+
+def test_leaving_a_stream_cancels_it(llm: LLM) -> None:
+    stream = llm.stream_sync("Once", SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert llm._calls == {}
+    assert "42" in llm.chat(question("What is 17 + 25?"), GREEDY)[0].outputs[0].text
+
+
+def test_logprobs_and_prompt_logprobs(llm: LLM) -> None:
+    (out,) = llm.generate("Hello there", SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1, ignore_eos=True))
+    assert out.outputs[0].logprobs is not None
+    assert len(out.outputs[0].logprobs) == 4
+    assert all(p.ids[0] == t for p, t in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True))
+    assert out.prompt_logprobs is not None
+    assert len(out.prompt_logprobs) == len(out.prompt_token_ids)
+    assert out.prompt_logprobs[0] is None
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        (SamplingParams(temperature=-1), "temperature"),
+        (SamplingParams(top_p=0), "top_p"),
+        (SamplingParams(stop_token_ids=[10**6]), "stop_token_ids"),
+        (SamplingParams(logprobs=1000), "logprobs"),
+    ],
+)
+def test_wrong_params_name_the_field(llm: LLM, params: SamplingParams, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate("x", params)
+    assert caught.value.param == field
+
+
+def test_a_bad_prompt_cancels_the_rest_and_the_engine_lives(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest):
+        llm.generate(["fine", "word " * 9000, "fine too"], GREEDY)
+    with pytest.raises(InvalidRequest):
+        llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(InvalidRequest):
+        llm.generate()
+    assert len(llm.generate(["fine"], GREEDY)) == 1
+
+
+def test_threads_share_one_engine(llm: LLM) -> None:
+    want = {a: llm.chat(question(f"What is {a} + 9?"), GREEDY)[0].outputs[0].text for a in (12, 45, 70)}
+    got: dict[int, str] = {}
+
+    def ask(a: int) -> None:
+        got[a] = llm.chat(question(f"What is {a} + 9?"), GREEDY)[0].outputs[0].text
+
+    threads = [threading.Thread(target=ask, args=(a,)) for a in want]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == want
+
+
+def test_a_start_that_fails_raises_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="no-such-folder"):
+        LLM("no-such-folder")
+    with pytest.raises(ConfigError, match="max_num_seqz"):
+        LLM(max_num_seqz=3)
+
+
+def test_closing_ends_what_runs() -> None:
+    model = LLM(kv_cache_memory_bytes=64 << 20)
+    stream = model.stream_sync("Once", SamplingParams(max_tokens=3000, ignore_eos=True))
+    next(stream)
+    model.close()
+    with pytest.raises(EngineFailure):
+        list(stream)
+    with pytest.raises(EngineFailure):
+        model.generate("x", GREEDY)
