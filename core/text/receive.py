@@ -33,7 +33,7 @@ class Receiver:
         self._table_skip = self._table.without(tokenizer.special_ids)
         self._batches: dict[int, EdgeBatch] = {}
         self._closed: list[Choice] = []
-        self._step_ns = 0
+        self._step_ns = -1
         self._reader: LogprobReader | None = None
         self.begun: list[tuple[Request, bool]] = []
         """Requests that had a step for the first time (True), or the first time after a replay (False)."""

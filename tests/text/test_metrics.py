@@ -1,0 +1,186 @@
+"""Metrics: names are API; values are what happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from penstock.core.messages import Cancel, EdgeStats, EngineStats, seq_of
+from penstock.core.sampling import SamplingParams
+from penstock.core.telemetry_metrics import HISTOGRAMS, VLLM_ITL, VLLM_TTFT, Histogram, Metrics
+
+NAMES = Path(__file__).parent / "metric_names.txt"
+
+
+def scrape(bench: Any) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    answer = bench.query("metrics")
+    assert answer.status == 200
+    out: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(answer.body.decode()):
+        for sample in family.samples:
+            series = out.setdefault(sample.name, {})
+            key = tuple(sorted(sample.labels.items()))
+            assert key not in series, f"{sample.name}{key} twice"
+            series[key] = sample.value
+    return out
+
+
+def run_some(bench: Any) -> None:
+    for key, n in ((1, 1), (2, 2)):
+        bench.submit(key, sampling=SamplingParams(n=n, max_tokens=20))
+        for choice in range(n):
+            bench.scripts[seq_of(key, choice)] = [5, 6, 7, 8]
+    bench.submit(3)
+    bench.scripts[seq_of(3, 0)] = [5] * 9
+    bench.run()
+    bench.submit(4)
+    bench.send(Cancel(key=4))
+    bench.submit(5, model="other")
+
+
+def test_names_are_stable(bench: Any) -> None:
+    """A dashboard breaks with every renamed metric: a name may be added here, never changed or dropped without two minor versions' notice."""
+    run_some(bench)
+    bench.send(EdgeStats(edge=0, counters={'http_requests_total{handler="/health",method="GET",status="200"}': 1}))
+    found = sorted(
+        f"{family.name} {family.type} {','.join(sorted({label for s in family.samples for label in s.labels}))}".strip()
+        for family in text_string_to_metric_families(bench.query("metrics").body.decode())
+    )
+    assert found == NAMES.read_text().splitlines()
+
+
+def test_values_are_what_happened(bench: Any) -> None:
+    run_some(bench)
+    got = scrape(bench)
+
+    def value(name: str, **labels: str) -> float:
+        return got[name][tuple(sorted(labels.items()))]
+
+    vllm = {"model_name": "trained", "engine": "0"}
+    assert value("penstock_tokens_total", source="generated") == 4 + 8 + 9
+    assert value("vllm:generation_tokens_total", **vllm) == 21
+    prompt = sum(len(bench.tokenizer.encode_batch(["the water"], add_special_tokens=False)[0]) for _ in range(3))
+    assert value("vllm:prompt_tokens_total", **vllm) == prompt
+    assert value("vllm:prompt_tokens_by_source_total", source="local_compute", **vllm) == prompt
+    assert value("penstock_requests_finished_total", reason="length") == 4
+    assert value("penstock_requests_finished_total", reason="abort") == 1
+    assert value("vllm:request_success_total", finished_reason="length", **vllm) == 4
+    assert value("penstock_cancellations_total", cause="disconnect") == 1
+    assert value("penstock_requests_rejected_total", code="model_not_found") == 1
+    assert value("penstock_time_to_first_token_seconds_count", model="trained") == 3
+    assert value("vllm:time_to_first_token_seconds_count", **vllm) == 3
+    gaps = 3 + 2 * 3 + 8
+    assert value("vllm:inter_token_latency_seconds_count", **vllm) == gaps
+    assert value("vllm:inter_token_latency_seconds_sum", **vllm) == pytest.approx(gaps * 0.01)
+    assert value("penstock_inter_token_latency_seconds_bucket", model="trained", le="0.0075") == 0
+    assert value("penstock_inter_token_latency_seconds_bucket", model="trained", le="0.01") == gaps
+    assert value("vllm:request_generation_tokens_sum", **vllm) == 21
+    assert value("penstock_pending_requests") == 0
+    assert value("penstock_ready") == 1
+
+
+def test_gauges_follow_the_requests(bench: Any) -> None:
+    bench.submit(1)
+    bench.submit(2)
+    bench.hold_encodes = True
+    bench.submit(3)
+    got = scrape(bench)
+    states = {dict(k)["state"]: v for k, v in got["penstock_requests"].items()}
+    assert states == {"encoding": 1, "queued": 2, "running": 0, "parked": 0, "replaying": 0}
+    assert got["penstock_pending_requests"][()] == 3
+    for key in (1, 2):
+        bench.scripts[seq_of(key, 0)] = [5] * 9
+    bench.stats = EngineStats(running=2, blocks_used=256, blocks_total=1024, blocks_cached=10)
+    bench.step()
+    got = scrape(bench)
+    assert got["penstock_requests"][(("state", "running"),)] == 2
+    assert got["vllm:num_requests_running"][(("engine", "0"), ("model_name", "trained"))] == 2
+    assert got["vllm:kv_cache_usage_perc"][(("engine", "0"), ("model_name", "trained"))] == 0.25
+
+
+def test_compat_names_can_be_left_out(make_bench: Any) -> None:
+    from penstock.core.config import Config
+
+    bench = make_bench(Config(metrics_compat="none"))
+    names = scrape(bench)
+    assert not any(name.startswith("vllm:") for name in names)
+    assert "penstock_ready" in names
+
+
+def test_edges_are_summed_and_survive_their_restart(bench: Any) -> None:
+    hit = 'http_requests_total{handler="/v1/models",method="GET",status="200"}'
+    bucket = 'http_request_duration_seconds_bucket{handler="a\\"b",le="0.1"}'
+    bench.send(EdgeStats(edge=0, counters={hit: 5, bucket: 2, 'http_request_duration_seconds_sum{handler="a\\"b"}': 0.25}))
+    bench.send(EdgeStats(edge=1, counters={hit: 7, "penstock_edge_streams": 3}))
+    bench.send(EdgeStats(edge=0, counters={hit: 2}))  # it began again
+    got = scrape(bench)
+    assert got["http_requests_total"] == {(("handler", "/v1/models"), ("method", "GET"), ("status", "200")): 14}
+    assert got["http_request_duration_seconds_bucket"] == {(("handler", 'a"b'), ("le", "0.1")): 2}
+    assert got["penstock_edge_streams"][()] == 3
+    assert b"# TYPE http_requests_total counter" in bench.query("metrics").body
+    assert b"# TYPE http_request_duration_seconds histogram" in bench.query("metrics").body
+
+
+def test_engine_counters_survive_its_restart(bench: Any) -> None:
+    bench.stats = EngineStats(steps=10, prefix_queries=100, prefix_hits=40, preemptions=3)
+    bench.rows([])
+    bench.up()
+    bench.stats = EngineStats(steps=2, prefix_queries=7, prefix_hits=1)
+    bench.rows([])
+    got = scrape(bench)
+    assert got["penstock_engine_steps_total"][(("engine", "0"),)] == 12
+    assert got["vllm:prefix_cache_queries_total"][(("engine", "0"), ("model_name", "trained"))] == 107
+    assert got["penstock_preemptions_total"][(("engine", "0"),)] == 3
+    assert got["penstock_engine_epoch"][(("engine", "0"),)] == 2
+    assert got["penstock_engine_losses_total"][(("engine", "0"),)] == 1
+
+
+def test_a_histogram_projects_onto_both_sets_of_buckets() -> None:
+    histogram = Histogram((0.001, 0.1, 1), (0.01, 0.1, 10))
+    for value, weight in ((0.0005, 1), (0.001, 2), (0.005, 4), (0.1, 8), (0.5, 16), (99, 32)):
+        histogram.observe(value, weight)
+    assert histogram.buckets((0.001, 0.1, 1)) == [("0.001", 3), ("0.1", 15), ("1.0", 31), ("+Inf", 63)]
+    assert histogram.buckets((0.01, 0.1, 10)) == [("0.01", 7), ("0.1", 15), ("10.0", 31), ("+Inf", 63)]
+    assert histogram.count == 63
+    assert histogram.sum == pytest.approx(0.0005 + 0.002 + 0.02 + 0.8 + 8 + 99 * 32)
+
+
+def test_buckets_see_fast_servers_and_match_vllm() -> None:
+    """A latency floor of 0.3 s hides every objective below it."""
+    metrics = Metrics("m")
+    assert min(metrics.e2e.bounds) <= 0.005
+    assert min(metrics.itl.bounds) <= 0.0005
+    for attribute, theirs in (("ttft", VLLM_TTFT), ("itl", VLLM_ITL)):
+        assert HISTOGRAMS[attribute][3] == theirs
+        assert set(map(float, theirs)) <= set(getattr(metrics, attribute).bounds)
+
+
+def test_hooks_hear_of_requests_and_their_mistakes_are_their_own(make_bench: Any) -> None:
+    class Hooks:
+        def __init__(self) -> None:
+            self.heard: list[Any] = []
+
+        def request_finished(self, summary: Any) -> None:
+            self.heard.append(summary)
+            raise RuntimeError("a plugin's mistake")
+
+        def engine_ready(self, engine: int, epoch: int) -> None:
+            self.heard.append(("ready", engine, epoch))
+
+        def engine_lost(self, engine: int, epoch: int, reason: str) -> None:
+            self.heard.append(("lost", engine, epoch))
+
+    hooks = Hooks()
+    bench = make_bench(hooks=hooks)
+    bench.submit(1, tenant="t")
+    bench.scripts[seq_of(1, 0)] = [5, 6]
+    bench.run()
+    bench.up()
+    ready, summary, lost, again = hooks.heard
+    assert (ready, lost, again) == (("ready", 0, 1), ("lost", 0, 1), ("ready", 0, 2))
+    assert (summary.rid, summary.tenant, summary.output_tokens, summary.finish_reasons) == ("r1", "t", 2, ["length"])
+    assert summary.total_s > 0
+    assert bench.actor.metrics.value("hook_errors", "request_finished") == 1

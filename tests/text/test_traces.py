@@ -1,0 +1,179 @@
+"""Spans: off means off; on, they tile the request."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from penstock.core.errors import ConfigError
+from penstock.core.messages import Cancel, Park, Unpark, seq_of
+from penstock.core.sampling import SamplingParams
+from penstock.core.telemetry_traces import NO_TRACES, OtelTraces, configure, endpoint_of
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def memory() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def traced(make_bench: Any, memory: InMemorySpanExporter) -> Any:
+    traces = OtelTraces(memory, role="text", batch=False)
+    bench = make_bench(traces=traces)
+    yield bench
+    traces.shutdown()
+
+
+def test_spans_tile_the_request(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.hold_encodes = True
+    traced.submit(1, traceparent=PARENT, tracestate="vendor=x", sampling=SamplingParams(top_k=4))
+    begin = traced.clock.wall_ns()
+    traced.clock.advance(0.003)
+    traced.release()
+    traced.clock.advance(0.004)
+    traced.scripts[seq_of(1, 0)] = [5, 6, 7, 8]
+    traced.run()
+    end = traced.clock.wall_ns()
+    spans = sorted(memory.get_finished_spans(), key=lambda span: span.start_time or 0)
+    assert [span.name for span in spans] == ["tokenize", "queue", "prefill", "decode", "detokenise"]
+    assert spans[0].start_time == begin
+    assert spans[-1].end_time == end
+    for before, after in itertools.pairwise(spans):
+        assert before.end_time == after.start_time
+    covered = sum((span.end_time or 0) - (span.start_time or 0) for span in spans)
+    assert covered >= 0.99 * (end - begin)
+    assert all((span.end_time or 0) > (span.start_time or 0) for span in spans)
+    for span in spans:
+        assert span.parent is not None
+        assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
+        assert span.context is not None
+        assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+        assert span.attributes is not None
+        assert span.attributes["gen_ai.response.id"] == "r1"
+    decode = spans[3].attributes
+    assert decode is not None
+    assert decode["gen_ai.usage.output_tokens"] == 4
+    assert decode["gen_ai.request.top_k"] == 4
+    assert decode["gen_ai.response.finish_reasons"] == ("length",)
+    assert spans[0].resource.attributes["service.name"] == "penstock"
+    answer = traced.query("metrics").body
+    assert b"penstock_otel_spans_exported_total 5.0" in answer
+    assert b"penstock_otel_spans_failed_total 0.0" in answer
+
+
+def test_events_lie_in_the_stage_where_they_happened(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.submit(1, traceparent=PARENT)
+    seq = seq_of(1, 0)
+    traced.scripts[seq] = [5, 6, 7, 8]
+    traced.step()
+    traced.send(Park(key=1))
+    traced.clock.advance(0.01)
+    traced.send(Unpark(key=1))
+    traced.rows([], preempted_seqs=_seqs(seq))
+    traced.up()
+    traced.run()
+    [decode] = [span for span in memory.get_finished_spans() if span.name == "decode"]
+    assert [event.name for event in decode.events] == ["parked", "resumed", "preempted", "replayed"]
+    assert decode.attributes is not None
+    assert decode.attributes["penstock.replays"] == 1
+    assert decode.attributes["penstock.preemptions"] == 1
+
+
+def _seqs(*seqs: int) -> Any:
+    from penstock.core.columns import i64
+
+    return i64(list(seqs))
+
+
+def test_a_cancelled_request_ends_in_the_stage_it_was_in(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.submit(1, traceparent=PARENT)
+    traced.clock.advance(0.5)
+    traced.send(Cancel(key=1))
+    assert [span.name for span in memory.get_finished_spans()] == ["tokenize", "queue"]
+    memory.clear()
+    traced.submit(2, traceparent=PARENT)
+    traced.scripts[seq_of(2, 0)] = [5, 6, 7]
+    traced.step()
+    traced.clock.advance(0.5)
+    traced.send(Cancel(key=2))
+    spans = memory.get_finished_spans()
+    assert [span.name for span in spans] == ["tokenize", "queue", "prefill", "decode"]
+    assert (spans[-1].end_time or 0) - (spans[-1].start_time or 0) >= 500_000_000
+
+
+def test_an_unsampled_parent_is_respected(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.submit(1, traceparent=PARENT[:-1] + "0")
+    traced.scripts[seq_of(1, 0)] = [5]
+    traced.run()
+    assert memory.get_finished_spans() == ()
+
+
+def test_failures_are_counted(make_bench: Any) -> None:
+    class Broken(SpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:
+            raise OSError("no collector")
+
+    traces = OtelTraces(Broken(), role="text", batch=False)
+    bench = make_bench(traces=traces)
+    bench.submit(1, traceparent=PARENT)
+    bench.scripts[seq_of(1, 0)] = [5]
+    bench.run()
+    assert b"penstock_otel_spans_failed_total 5.0" in bench.query("metrics").body
+    traces.shutdown()
+
+
+def test_without_an_endpoint_nothing_is_imported() -> None:
+    code = (
+        "import sys\n"
+        "from penstock.core.telemetry_traces import NO_TRACES, configure\n"
+        "import penstock.core.actors.text\n"
+        "assert configure('text', environ={}) is NO_TRACES\n"
+        "bad = [m for m in sys.modules if m.startswith(('opentelemetry', 'prometheus_client', 'torch', 'jinja2', 'tokenizers'))]\n"
+        "assert not bad, bad\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert not NO_TRACES.active
+
+
+@pytest.mark.parametrize(
+    ("option", "environ", "expected"),
+    [
+        (None, {}, (False, None)),
+        ("http://c:4318", {}, (True, "http://c:4318/v1/traces")),
+        ("http://c:4318/v1/traces", {}, (True, "http://c:4318/v1/traces")),
+        ("http://c:4318", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://d:4318"}, (True, None)),
+        (None, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://d:4318/x"}, (True, None)),
+        ("http://c:4318", {"OTEL_SDK_DISABLED": "true"}, (False, None)),
+        ("http://c:4318", {"OTEL_TRACES_EXPORTER": "none"}, (False, None)),
+    ],
+)
+def test_which_endpoint(option: str | None, environ: dict[str, str], expected: tuple[bool, str | None]) -> None:
+    assert endpoint_of(option, environ) == expected
+
+
+def test_a_protocol_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="http/protobuf"):
+        configure("text", endpoint="http://c:4318", environ={"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+
+
+def test_configured_traces_export_over_http() -> None:
+    traces = configure("text", endpoint="http://127.0.0.1:9/v1/traces", environ={})
+    assert traces.active
+    assert traces.provider is not None
+    traces.shutdown()
+
+
+def test_the_step_path_makes_no_spans(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.submit(1, traceparent=PARENT)
+    traced.scripts[seq_of(1, 0)] = [5] * 50
+    for _ in range(49):
+        traced.step()
+    assert memory.get_finished_spans() == ()
