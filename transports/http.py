@@ -188,8 +188,10 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
 
 
 def _methods_of(app: Litestar, path: str) -> list[str]:
+    """What may be done at a path that has routes."""
     for route in app.routes:
-        if route.path == path:
+        pattern = re.sub(r"\\{[^}]*:path\\}", ".+", re.escape(route.path))
+        if re.fullmatch(re.sub(r"\\{[^}]*\\}", "[^/]+", pattern), path.rstrip("/") or "/"):
             return sorted(str(m) for m in getattr(route, "methods", []))
     return []
 

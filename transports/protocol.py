@@ -7,6 +7,9 @@ What it does not know: the application.
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -44,7 +47,15 @@ def protocol_class(max_header_bytes: int) -> type[HttpToolsProtocol]:
             super().on_message_begin()
             self._in_head = True
             self._head_bytes = 0
-            self.scope["state"]["abort"] = self.transport.abort
+            self.scope["state"]["abort"] = self._abort
+
+        def _abort(self) -> None:
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                # Reset instead of an orderly end: the kernel too would keep what this client does not read, for minutes.
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
 
         def on_headers_complete(self) -> None:
             self._in_head = False

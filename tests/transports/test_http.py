@@ -1,0 +1,416 @@
+"""The application around the routes: keys, error shapes, limits, health, draining, headers, metrics, the OpenAPI document."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from edge_kit import Edge, MakeEdge, delta, finished, silent
+
+from penstock.core.messages import Cancel, EdgeStats, Query, Submit, TextReady
+from penstock.transports.http import PUBLIC
+from penstock.version import __version__
+
+CHAT = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETIONS = "/v1/completions"
+CHATS = "/v1/chat/completions"
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    """The error, after a check that its shape is OpenAI's and nothing else is in the body."""
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert isinstance(body["error"]["message"], str)
+    return body["error"]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def http(shared_edge: Edge) -> Iterator[httpx.Client]:
+    with shared_edge.http() as client:
+        yield client
+
+
+# ------------------------------------------------------------------ keys
+
+
+def routes_of(edge: Edge) -> list[tuple[str, str]]:
+    """Every (method, path) of the application, path parameters filled in."""
+    found = []
+    for route in edge.server.app.app.routes:
+        path = re.sub(r"\{[^}]*\}", "brook", route.path)
+        found += [(str(method), path) for method in route.methods]  # type: ignore[union-attr]
+    return found
+
+
+def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> None:
+    edge = make_edge(api_key=["secret-1", "schlüssel-2"])
+    routes = routes_of(edge)
+    assert {path for _, path in routes} >= PUBLIC | {CHATS, COMPLETIONS, "/v1/models", "/metrics", "/version", "/schema", "/tokenize"}
+    with edge.http() as http:
+        for method, path in [*routes, ("GET", "/nowhere"), ("POST", "/"), ("GET", "/health/"), ("GET", "//health"), ("GET", "/health/x")]:
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "secret-"}, {"authorization": "Basic secret-1"}):
+                reply = http.request(method, path, headers=headers, json=CHAT if method == "POST" else None)
+                if path in PUBLIC:
+                    assert reply.status_code in (200, 204), (method, path)
+                else:
+                    assert reply.status_code == 401, (method, path, headers)
+                    assert reply.headers["www-authenticate"] == "Bearer"
+                    assert error_of(reply)["code"] == "invalid_api_key"
+            for good in (
+                {"authorization": "Bearer secret-1"},
+                {"authorization": "bearer  secret-1"},
+                {"x-api-key": "secret-1"},
+                {"authorization": "Bearer schlüssel-2".encode()},
+                {"authorization": "Bearer wrong", "x-api-key": "secret-1"},
+            ):
+                assert http.request(method, path, headers=good).status_code != 401, (method, path, good)
+    with pytest.raises(openai.AuthenticationError), edge.client(api_key="wrong") as client:
+        client.models.list()
+    with edge.client(api_key="secret-1") as client:
+        assert [m.id for m in client.models.list()] == ["brook"]
+
+
+def test_without_keys_nothing_is_protected(http: httpx.Client) -> None:
+    assert http.get("/version").status_code == 200
+
+
+# ------------------------------------------------------------------ error shapes
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1", 404, "not_found"),
+        ("GET", "/v1/models/other/one", 404, "model_not_found"),
+        ("GET", CHATS, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+        ("PUT", "/v1/models/brook", 405, "method_not_allowed"),
+    ],
+)
+def test_wrong_places(http: httpx.Client, method: str, path: str, status: int, code: str) -> None:
+    reply = http.request(method, path)
+    assert reply.status_code == status
+    assert error_of(reply)["code"] == code
+    if status == 405:
+        assert reply.headers["allow"]
+
+
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"a=1", "application/x-www-form-urlencoded", 415),
+        (b"{}", "text/plain", 415),
+        (b"{}", "application/json; charset=utf-8", 400),
+        (b"{}", None, 400),
+    ],
+)
+def test_wrong_bodies(http: httpx.Client, path: str, content: bytes, kind: str | None, status: int) -> None:
+    reply = http.post(path, content=content, headers={"content-type": kind} if kind else {})
+    assert reply.status_code == status
+    error = error_of(reply)
+    assert error["type"] == "invalid_request_error"
+    if content == b"{}" and status == 400:
+        assert error["param"] in ("messages", "prompt", "tokens")
+
+
+def test_the_official_client_sees_its_exceptions(make_edge: MakeEdge) -> None:
+    edge = make_edge()
+    with edge.client() as client:
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.chat.completions.create(model="brook", messages=[{"role": "user", "content": "hi"}], temperature=-1)
+        assert (bad.value.param, bad.value.code) == ("temperature", "invalid_value")
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("nope")
+        with pytest.raises(openai.BadRequestError) as later:
+            client.chat.completions.create(**CHAT, response_format={"type": "json_object"})  # type: ignore[call-overload]
+        assert later.value.code == "unsupported_feature"
+
+
+def test_failed_queries_keep_their_status(make_edge: MakeEdge) -> None:
+    failure = json.dumps({"message": "No.", "type": "invalid_request_error", "code": "invalid_value", "param": "tokens"}).encode()
+    edge = make_edge(text=lambda t: t.answers.update(detokenize=lambda _: (400, failure), tokenizer_info=lambda _: (500, b"?")))
+    with edge.http() as http:
+        reply = http.post("/detokenize", json={"tokens": [1]})
+        assert (reply.status_code, error_of(reply)["param"]) == (400, "tokens")
+        assert error_of(http.get("/tokenizer_info"))["code"] == "internal_error"
+
+
+def raw(edge: Edge, data: bytes) -> bytes:
+    """What the server answers to these bytes, until it closes."""
+    with socket.create_connection(("127.0.0.1", edge.port), timeout=10) as sock:
+        sock.sendall(data)
+        return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+
+def test_malformed_http(shared_edge: Edge) -> None:
+    for data in (b"NONSENSE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET /\xff HTTP/1.1\r\nhost: x\r\n\r\n"):
+        head, _, body = raw(shared_edge, data).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 Bad Request")
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_an_error_in_a_route_is_a_500_that_tells_nothing(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
+    edge = make_edge(text=lambda t: t.answers.update(models=lambda _: (200, b"this is no JSON")))
+    with edge.http() as http:
+        reply = http.get("/v1/models/x", headers={"x-request-id": "find-me"})
+    assert reply.status_code == 500
+    assert error_of(reply) == {
+        "message": "The server made an error. It is logged with the request id.",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    assert "find-me" in caplog.text
+
+
+# ------------------------------------------------------------------ limits
+
+
+def test_body_limit(make_edge: MakeEdge) -> None:
+    edge = make_edge(max_body_bytes=1000)
+    with edge.http() as http:
+        for size in (1001, 1900, 100_000):
+            reply = http.post(COMPLETIONS, json={"model": "brook", "prompt": "x" * size})
+            assert reply.status_code == 413
+            assert error_of(reply)["code"] == "request_too_large"
+        chunks = (b"x" * 100 for _ in range(15))
+        assert http.post(COMPLETIONS, content=chunks, headers={"content-type": "application/json"}).status_code == 413
+        assert http.post(COMPLETIONS, json={"model": "brook", "prompt": "x" * 900}).status_code == 200
+    assert not edge.server.gateway.active
+
+
+def test_a_too_large_body_is_refused_before_it_is_sent(make_edge: MakeEdge) -> None:
+    edge = make_edge(max_body_bytes=1000)
+    answer = raw(edge, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1001\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"100 Continue" not in answer
+
+
+def test_header_limit(make_edge: MakeEdge) -> None:
+    edge = make_edge(max_header_bytes=2000)
+    with edge.http() as http:
+        assert http.get("/version", headers={"x-long": "a" * 1500}).status_code == 200
+        reply = http.get("/version", headers={"x-long": "a" * 2500})
+        assert reply.status_code == 431
+        assert error_of(reply)["code"] == "request_too_large"
+    endless = raw(edge, b"GET / HTTP/1.1\r\nx-long: " + b"a" * 5000)  # a block that never ends
+    assert endless.startswith(b"HTTP/1.1 431")
+    assert json.loads(endless.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_too_large"
+
+
+def test_stream_limit(make_edge: MakeEdge) -> None:
+    edge = make_edge(max_streams=2, text=lambda t: setattr(t, "script", silent))
+    results: list[httpx.Response] = []
+
+    def ask() -> None:
+        with edge.http() as http:
+            results.append(http.post(CHATS, json=CHAT))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    keys = [s.key for s in edge.text.wait_for(Submit, 2)]
+    with edge.http() as http:
+        reply = http.post(CHATS, json=CHAT)
+        assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+        assert error_of(reply)["code"] == "too_many_streams"
+        assert http.get("/v1/models").status_code == 200
+    for key in keys:
+        edge.text.send(delta({"key": key, "reason": "stop"}), finished(key))
+    for thread in threads:
+        thread.join(10)
+    assert [r.status_code for r in results] == [200, 200]
+    with edge.http() as http:
+        edge.text.script = lambda s: [delta({"key": s.key, "reason": "stop"}), finished(s.key)]
+        assert http.post(CHATS, json=CHAT).status_code == 200
+
+
+# ------------------------------------------------------------------ health, readiness, draining
+
+
+def test_health_when_all_is_well(http: httpx.Client) -> None:
+    assert [http.get(path).status_code for path in sorted(PUBLIC)] == [200, 200, 200, 200]
+
+
+def test_not_ready_while_text_is_not(make_edge: MakeEdge) -> None:
+    edge = make_edge(text=lambda t: setattr(t, "ready", False))
+    edge.wait(lambda: edge.server.gateway.connected, "the link")
+    edge.wait(lambda: "loading" in edge.server.gateway.readiness()[1], "TextReady")
+    with edge.http() as http:
+        assert http.get("/health/live").status_code == 200
+        reply = http.get("/health/ready")
+        assert (reply.status_code, reply.json()["reason"]) == (503, "the engine is loading")
+        refused = http.post(CHATS, json=CHAT)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert "the engine is loading" in error_of(refused)["message"]
+        assert error_of(refused)["code"] == "engine_unavailable"
+        edge.text.send(TextReady(ready=True))
+        edge.wait(lambda: edge.server.gateway.readiness()[0], "readiness")
+        assert http.get("/health").status_code == 200
+        assert http.post(CHATS, json=CHAT).status_code == 200
+
+
+def test_without_a_text_process(make_edge: MakeEdge) -> None:
+    edge = make_edge()
+    edge.text.close_door()
+    edge.text.drop_links()
+    edge.wait(lambda: not edge.server.gateway.connected, "the link's end")
+    with edge.http() as http:
+        assert http.get("/health/live").status_code == 200
+        assert http.get("/health").status_code == 503
+        assert http.get("/health/decode").status_code == 503
+        assert http.get("/v1/models").status_code == 503
+        assert http.post(CHATS, json=CHAT).status_code == 503
+        metrics = http.get("/metrics")
+        assert metrics.status_code == 200
+        assert 'http_requests_total{handler="/v1/models",method="GET",status="503"} 1' in metrics.text
+
+
+def test_decode_health_is_texts_word(make_edge: MakeEdge) -> None:
+    edge = make_edge(text=lambda t: t.answers.update(health=lambda _: (503, b'{"status":"stalled"}')))
+    with edge.http() as http:
+        reply = http.get("/health/decode")
+    assert (reply.status_code, reply.json()) == (503, {"status": "stalled"})
+
+
+def test_drain_finishes_what_runs_and_refuses_the_rest(make_edge: MakeEdge) -> None:
+    edge = make_edge(text=lambda t: setattr(t, "script", silent))
+    results: list[httpx.Response] = []
+
+    def ask() -> None:
+        with edge.http() as http:
+            results.append(http.post(CHATS, json=CHAT | {"stream": True}))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    key = edge.text.wait_for(Submit)[0].key
+    drained = asyncio.run_coroutine_threadsafe(edge.server.drain(20.0), edge.loop)
+    edge.wait(lambda: edge.server.gateway.draining, "draining")
+    with edge.http() as http:
+        refused = http.post(CHATS, json=CHAT)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        assert error_of(refused)["code"] == "draining"
+        assert http.get("/health/ready").status_code == 503
+        assert http.get("/health/live").status_code == 200
+    assert not drained.done()
+    edge.text.send(delta({"key": key, "text": "done", "reason": "stop"}), finished(key))
+    drained.result(10)
+    thread.join(10)
+    assert results[0].text.endswith("data: [DONE]\n\n")
+
+
+def test_drain_deadline_ends_the_rest(make_edge: MakeEdge) -> None:
+    edge = make_edge(text=lambda t: setattr(t, "script", silent))
+    results: list[httpx.Response] = []
+
+    def ask() -> None:
+        with edge.http() as http:
+            results.append(http.post(CHATS, json=CHAT))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    edge.text.wait_for(Submit)
+    asyncio.run_coroutine_threadsafe(edge.server.drain(0.05), edge.loop).result(10)
+    thread.join(10)
+    assert (results[0].status_code, error_of(results[0])["code"]) == (503, "draining")
+    assert edge.text.wait_for(Cancel)[0].cause == "drain"
+
+
+# ------------------------------------------------------------------ headers, pages, metrics
+
+
+def test_request_id_is_taken_if_sane_and_made_if_not(http: httpx.Client, shared_edge: Edge) -> None:
+    mine = http.post(CHATS, json=CHAT, headers={"x-request-id": "job-7:a"})
+    assert mine.headers["x-request-id"] == "job-7:a"
+    assert mine.json()["id"] == "chatcmpl-job-7:a"
+    assert shared_edge.text.wait_for(Submit)[-1].rid == "job-7:a"
+    for bad in ("a b", "x" * 200, "<script>", ""):
+        made = http.get("/version", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", made)
+    named = http.post(CHATS, json=CHAT | {"request_id": "from-the-body"})
+    assert named.headers["x-request-id"] == "from-the-body"
+
+
+def test_ignored_fields_are_named(http: httpx.Client) -> None:
+    reply = http.post(CHATS, json=CHAT | {"temprature": 0.5, "evil\r\nheader": 1})
+    assert reply.status_code == 200
+    assert reply.headers["x-penstock-ignored-fields"] == "?, temprature"
+    assert "x-penstock-ignored-fields" not in http.post(CHATS, json=CHAT).headers
+
+
+def test_processing_time_and_date(http: httpx.Client) -> None:
+    reply = http.post(CHATS, json=CHAT)
+    assert int(reply.headers["openai-processing-ms"]) < 5000
+    assert reply.headers["date"].endswith("GMT")
+    assert "server" not in reply.headers
+
+
+def test_metrics_in_the_reply_on_request(http: httpx.Client) -> None:
+    got = http.post(CHATS, json=CHAT, headers={"x-include-metrics": "1"}).json()["metrics"]
+    assert (got["queue_s"], got["prefill_s"], got["decode_s"], got["preemptions"]) == (0.001, 0.002, 0.003, 0)
+    assert "metrics" not in http.post(CHATS, json=CHAT).json()
+
+
+def test_several_prompts_in_one_reply(http: httpx.Client) -> None:
+    reply = http.post(COMPLETIONS, json={"prompt": ["a", [1, 2][0:0] or "b"], "n": 2}).json()
+    assert [c["index"] for c in reply["choices"]] == [0, 1, 2, 3]
+    assert reply["model"] == "brook"  # none was named: the default
+    assert reply["usage"]["prompt_tokens"] == 6
+
+
+def test_small_pages(http: httpx.Client, shared_edge: Edge) -> None:
+    assert http.get("/version").json() == {"version": __version__}
+    assert http.get("/tokenizer_info").json() == {"tokenizer_class": "Fake"}
+    assert http.post("/detokenize", json={"tokens": [1, 2]}).json()["prompt"] == "x"
+    assert http.post("/tokenize", json={"prompt": "a", "model": "brook", "zz": 1}).headers["x-penstock-ignored-fields"] == "zz"
+    query = [q for q in shared_edge.text.wait_for(Query) if q.what == "tokenize"][-1]
+    assert json.loads(query.body) == {"prompt": "a", "model": "brook"}
+    for body in ({}, {"prompt": "a", "messages": CHAT["messages"]}):
+        assert http.post("/tokenize", json=body).status_code == 400
+    assert http.get("/v1/models/brook").json()["id"] == "brook"
+
+
+def test_openapi_document(http: httpx.Client) -> None:
+    document = http.get("/schema/openapi.json").json()
+    body = document["paths"][CHATS]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    name = body["$ref"].rsplit("/", 1)[1]
+    assert "messages" in document["components"]["schemas"][name]["properties"]
+    assert set(document["paths"]) >= {CHATS, COMPLETIONS, "/v1/models", "/health/ready", "/metrics"}
+    page = http.get("/schema")
+    assert page.headers["content-type"].startswith("text/html")
+    assert CHATS in page.text
+    assert "http://" not in page.text.replace("http://www.w3.org", "")
+    assert "https://" not in page.text
+
+
+def test_metrics_reach_text_before_they_are_asked(make_edge: MakeEdge) -> None:
+    edge = make_edge()
+    with edge.http() as http:
+        http.post(CHATS, json=CHAT)
+        http.get("/nowhere")
+        reply = http.get("/metrics")
+    assert reply.text == "penstock_up 1\n"
+    assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    counters = edge.text.wait_for(EdgeStats)[-1].counters
+    assert counters[f'http_requests_total{{handler="{CHATS}",method="POST",status="200"}}'] == 1
+    assert counters['http_requests_total{handler="other",method="GET",status="404"}'] == 1
+    assert counters[f'http_request_duration_seconds_count{{handler="{CHATS}",method="POST"}}'] == 1
+    assert counters[f'http_request_duration_seconds_bucket{{handler="{CHATS}",method="POST",le="+Inf"}}'] == 1
+    order = [type(m).__name__ for m in edge.text.received if isinstance(m, EdgeStats) or (isinstance(m, Query) and m.what == "metrics")]
+    assert order[-2:] == ["EdgeStats", "Query"]

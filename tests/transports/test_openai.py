@@ -1,0 +1,282 @@
+"""The request schema: what is understood, what is refused and under which name, what is ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from penstock.core import config as configuration
+from penstock.core.errors import PenstockError
+from penstock.transports.openai import LATER, Call, parse_chat, parse_completion
+
+CONFIG = configuration.build()
+CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
+TEXT: dict[str, Any] = {"model": "brook", "prompt": "hi"}
+
+
+def chat(**fields: Any) -> Call:
+    return parse_chat(msgspec.json.encode(CHAT | fields), CONFIG)
+
+
+def completion(**fields: Any) -> Call:
+    return parse_completion(msgspec.json.encode(TEXT | fields), CONFIG)
+
+
+def refusal(parse: Any, body: Any) -> PenstockError:
+    data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    with pytest.raises(PenstockError) as caught:
+        parse(data, CONFIG)
+    return caught.value
+
+
+def test_defaults() -> None:
+    call = chat()
+    assert call.sampling.max_tokens is None
+    assert call.explicit == []
+    assert msgspec.json.decode(call.fields["messages"]) == CHAT["messages"]
+    assert (call.fields["add_generation_prompt"], call.fields["add_special_tokens"]) == (True, False)
+    assert completion().sampling.max_tokens == 16
+    assert completion().explicit == []
+    assert completion().fields["add_special_tokens"] is True
+
+
+def test_nulls_mean_not_given() -> None:
+    call = chat(temperature=None, stop=None, seed=None, tools=None, logit_bias=None, n=None, response_format=None, stream_options=None)
+    assert call.explicit == []
+
+
+def test_explicit_names_what_the_client_gave() -> None:
+    call = chat(temperature=0.0, top_p=0.5, top_k=4, stop="x", max_completion_tokens=5, logit_bias={"7": 2.5})
+    assert call.explicit == ["logit_bias", "max_tokens", "stop", "temperature", "top_k", "top_p"]
+    assert call.sampling.stop == ["x"]
+    assert call.sampling.logit_bias == {7: 2.5}
+    assert call.sampling.max_tokens == 5
+
+
+def test_max_completion_tokens_wins() -> None:
+    assert chat(max_tokens=9, max_completion_tokens=5).sampling.max_tokens == 5
+
+
+def test_vllm_extras() -> None:
+    call = chat(
+        min_p=0.1,
+        repetition_penalty=1.1,
+        min_tokens=2,
+        max_tokens=8,
+        stop_token_ids=[5],
+        include_stop_str_in_output=True,
+        ignore_eos=True,
+        skip_special_tokens=False,
+        prompt_logprobs=3,
+        allowed_token_ids=[1, 2],
+        bad_words=["no"],
+        truncate_prompt_tokens=-1,
+        priority=-3,
+        cache_salt="s",
+        return_token_ids=True,
+        add_special_tokens=True,
+    )
+    sampling = call.sampling
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.min_tokens, sampling.prompt_logprobs) == (0.1, 1.1, 2, 3)
+    assert (sampling.stop_token_ids, sampling.allowed_token_ids, sampling.bad_words) == ([5], [1, 2], ["no"])
+    assert sampling.include_stop_str_in_output
+    assert sampling.ignore_eos
+    assert not sampling.skip_special_tokens
+    assert call.fields["truncate_prompt_tokens"] == -1
+    assert (call.fields["priority"], call.fields["cache_salt"], call.fields["want_ids"]) == (-3, "s", True)
+    assert call.fields["add_special_tokens"] is True
+
+
+@pytest.mark.parametrize(
+    ("prompt", "want"),
+    [
+        ("a", [{"prompt": "a"}]),
+        (["a", "b"], [{"prompt": "a"}, {"prompt": "b"}]),
+        ([1, 2], [{"prompt_ids": [1, 2]}]),
+        ([[1], [2, 3]], [{"prompt_ids": [1]}, {"prompt_ids": [2, 3]}]),
+    ],
+)
+def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
+    got = completion(prompt=prompt).prompts
+    plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in p.items()} for p in got]
+    assert plain == want
+    assert all(v.dtype == np.int32 for p in got for v in p.values() if isinstance(v, np.ndarray))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [[1], "a"]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [2**31]}, "prompt"),
+        ({"prompt": [[1], [2**40]]}, "prompt[1]"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"min_tokens": 20}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"priority": 2**31}, "priority"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
+    ],
+)
+def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -> None:
+    error = refusal(parse_completion, TEXT | fields)
+    assert (error.status, error.type, error.param) == (400, "invalid_request_error", param)
+    assert error.message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [*CHAT["messages"], {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[1].content[0].type",
+        ),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ],
+)
+def test_wrong_chat_fields_are_named(fields: dict[str, Any], param: str) -> None:
+    error = refusal(parse_chat, CHAT | fields)
+    assert (error.status, error.type, error.param) == (400, "invalid_request_error", param)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"null", b'"x"', b"\xff\xfe", b'{"model":"m","messages":[{"role":"user","content":"\xff"}]}']
+)
+def test_what_is_no_json_object(body: bytes) -> None:
+    error = refusal(parse_chat, body)
+    assert (error.status, error.param) == (400, None)
+
+
+def test_required_fields() -> None:
+    assert refusal(parse_chat, {"model": "m"}).param == "messages"
+    assert refusal(parse_completion, {"model": "m"}).param == "prompt"
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+def test_fields_of_later_capabilities(name: str) -> None:
+    for neutral in LATER[name]:
+        assert chat(**{name: neutral}).ignored == []
+    other: Any = {"modalities": ["audio"], "best_of": 3, "length_penalty": 2.0}.get(name, {"x": 1})
+    error = refusal(parse_chat, CHAT | {name: other})
+    assert (error.status, error.code, error.param) == (400, "unsupported_feature", name)
+
+
+def test_best_of_equal_to_n_changes_nothing() -> None:
+    assert completion(best_of=3, n=3).n == 3
+    assert refusal(parse_completion, TEXT | {"best_of": 3, "n": 2}).code == "unsupported_feature"
+
+
+def test_unknown_fields_are_ignored_and_named_hints_are_not() -> None:
+    assert chat(temprature=0.5, zz=1, user="u", metadata={"a": "b"}, prompt_cache_key="k").ignored == ["temprature", "zz"]
+
+
+def test_tools_reach_the_template_unless_the_choice_is_none() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}, "extra": 1}]
+    assert msgspec.json.decode(chat(tools=tools).fields["tools"]) == tools
+    assert msgspec.json.decode(chat(tools=tools, tool_choice="auto").fields["tools"]) == tools
+    assert chat(tools=tools, tool_choice="none").fields["tools"] == b""
+
+
+def test_messages_of_a_tool_conversation_pass_unchanged() -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "2", "odd": True},
+    ]
+    assert msgspec.json.decode(chat(messages=messages).fields["messages"]) == messages
+
+
+def test_template_kwargs() -> None:
+    call = chat(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low", documents=[{"text": "d"}])
+    assert msgspec.json.decode(call.fields["template_kwargs"]) == {
+        "enable_thinking": False,
+        "reasoning_effort": "low",
+        "documents": [{"text": "d"}],
+    }
+
+
+def test_continue_final_message_turns_the_generation_prompt_off() -> None:
+    call = chat(continue_final_message=True)
+    assert (call.fields["continue_final_message"], call.fields["add_generation_prompt"]) == (True, False)
+
+
+def test_echo_asks_for_the_prompts_logprobs() -> None:
+    assert completion(echo=True, logprobs=2).sampling.prompt_logprobs == 2
+    assert completion(echo=True).sampling.prompt_logprobs is None
+    only = completion(echo=True, max_tokens=0)
+    assert (only.echo_only, only.sampling.max_tokens) == (True, 1)
+
+
+def test_limits_come_from_the_configuration() -> None:
+    narrow = configuration.build({"max_n": 2, "max_stop": 1, "max_logprobs": 3, "max_prompts": 1})
+    for fields, param in (
+        ({"n": 3}, "n"),
+        ({"stop": ["a", "b"]}, "stop"),
+        ({"logprobs": 4}, "logprobs"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+    ):
+        with pytest.raises(PenstockError) as caught:
+            parse_completion(msgspec.json.encode(TEXT | fields), narrow)
+        assert caught.value.param == param
