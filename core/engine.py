@@ -24,6 +24,7 @@ from penstock.core.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.device_api import Device, Runner, RunnerConfig
 from penstock.core.device_queue import ThreadDeviceQueue
 from penstock.core.errors import ConfigError, EngineFailure
+from penstock.core.hookspecs import SchedulePolicySpec
 from penstock.core.hosts import CallPort, FusedHost, Port, TaskHost, make_host
 from penstock.core.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark
 from penstock.core.plugin_host import PluginHost
@@ -177,7 +178,9 @@ class Engine:
         if policy is None:
             assert self._plugins is not None
             self._plugins.schedule_policies()
-            policy = self._plugins.pick("schedule_policies", self.config.scheduling_policy, "scheduling-policy").factory()  # type: ignore[attr-defined]
+            spec = self._plugins.pick("schedule_policies", self.config.scheduling_policy, "scheduling-policy")
+            assert isinstance(spec, SchedulePolicySpec)
+            policy = spec.factory(**{name: getattr(self.config, name) for name in spec.options})
         return device, policy
 
     def _ports(self, queue: DeviceQueue) -> tuple[Port, ...]:
