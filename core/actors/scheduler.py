@@ -260,8 +260,10 @@ class Scheduler:
         if type(message) is Drain:
             self._draining = True
             return self._wake()
-        if type(message) is PeerDown:  # text is gone, and with it everybody who waits for these tokens
+        if type(message) is PeerDown and message.role == "text":  # text is gone, and with it everybody who waits for these tokens
             return self._abort(Abort(seqs=i64(list(self._live))))
+        if type(message) is PeerDown:
+            return ()
         if type(message) is DeviceLost:
             self._lost = self._lost or message.epoch == self.settings.epoch
             return ()
@@ -469,6 +471,17 @@ class Scheduler:
         self._rows = None
         self._blocked = False
 
+    def _preempt(self, slot: int) -> bool:
+        """The sequence has to wait again: now (True), or as soon as no step in flight names it."""
+        if self._last_step[slot] <= self.done_step:
+            self._requeue(slot)
+            return True
+        if self._phase[slot] == PREFILL:
+            self._prefilling.remove(slot)
+        self._phase[slot] = LEAVING
+        self._leaving.append(slot)
+        return False
+
     def _requeue(self, slot: int) -> None:
         """Preempt a sequence that no step in flight names: it waits again, with what was received."""
         sequence = self._holder[slot]
@@ -562,7 +575,7 @@ class Scheduler:
             short = draft.decodes[self._capacity[draft.decodes] <= self._computed[draft.decodes]].tolist()
         if short or asked or self._releases or self._commits or self._commit_due:
             denied = yield from self._ask(draft, short, asked)
-            if denied:
+            if denied or draft.stalled:
                 yield from self._relieve(draft, denied)
                 rows = self._still_decoding(draft)
             else:
@@ -742,7 +755,6 @@ class Scheduler:
         return int(entry.tokens.size) - 1
 
     def _take_grants(self, draft: _Draft, short: list[int], forks: list[int], grant: KvGrant) -> list[int]:
-        refused: set[int] = set()
         for slot, forked in zip(forks, grant.forked.tolist(), strict=True):
             if forked:
                 source = self._forking.pop(slot)
@@ -752,11 +764,14 @@ class Scheduler:
                 self._hashed[slot] = self._hashed[source]
                 self._given[slot] = self._prompt[slot] // self._block
                 draft.forked.add(slot)
-            else:
-                refused.add(slot)
+            else:  # it holds nothing that waiting could save: it computes its prompt again, later
+                draft.stalled.add(slot)
+                self._preempt(slot)
         denied: list[int] = []
         for slot, granted in zip(short, grant.granted.tolist(), strict=False):
-            if granted and slot not in refused:
+            if slot in draft.stalled:
+                continue
+            if granted:
                 self._capacity[slot] = max(int(self._capacity[slot]), -(-(int(self._computed[slot]) + 1) // self._block) * self._block)
             else:
                 denied.append(slot)
@@ -871,13 +886,8 @@ class Scheduler:
                     assert sequence is not None
                     self._failures.append((sequence, "The KV cache is exhausted by this sequence alone."))
                 break
-            if self._last_step[victim] > self.done_step:
-                if self._phase[victim] == PREFILL:
-                    self._prefilling.remove(victim)
-                self._phase[victim] = LEAVING
-                self._leaving.append(victim)
+            if not self._preempt(victim):
                 break
-            self._requeue(victim)
             self._blocked = True
             denied = [slot for slot in denied if slot != victim]
             if denied:
@@ -941,17 +951,16 @@ class Scheduler:
             self._prompt_computed += tokens - decodes.size
             sampled = self._gather(sample_slots)
             flight = _Flight(step, sampled, positions, positions - sampled.prompts, sampled.left <= 0, tokens)
-            flight.started = draft.started
             flight.prompt_seqs = [s.seq for s, _ in prompts]
             flight.prompt_requests = [s.request for s, _ in prompts]
             if prompt_rows:
                 extra["prompt_rows"] = i32(prompt_rows)
                 extra["prompt_topk"] = i32([k for _, k in prompts])
-            if draft.samplings:
-                extra["places"] = draft.samplings
             self._rows = None
             self._commit_due = settings.enable_prefix_caching
         if draft.places:
+            flight.started = draft.started
+            extra["places"] = draft.samplings
             columns["place_slots"] = i32([slot for slot, _ in draft.places])
             columns["place_counts"] = i32([t.size for _, t in draft.places])
             columns["place_tokens"] = np.concatenate([t for _, t in draft.places])

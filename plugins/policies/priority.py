@@ -26,7 +26,7 @@ class PriorityWithAgeing:
     def order(self, waiting: Waiting) -> F32:
         keys: F32 = waiting.priority.astype(np.float32)
         if self.ageing_s:
-            keys = keys - waiting.waited_s / np.float32(self.ageing_s)
+            keys -= waiting.waited_s.astype(np.float32) / np.float32(self.ageing_s)
         return keys
 
     def victims(self, running: Running) -> I32:

@@ -34,13 +34,13 @@ from penstock.core.messages import (
     Message,
     Plan,
     Sample,
-    StepDone,
     StepTokens,
     key_of,
     seq_of,
 )
 from penstock.core.sampling import SamplingParams
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
+from penstock.plugins.policies.priority import PriorityWithAgeing
 
 VOCAB = 61
 ROOT = CacheKey(weights="test", layout="test").root()
@@ -85,10 +85,10 @@ def solo(prompt: Column, params: SamplingParams, choice: int, max_tokens: int, s
         first = not out
         step = len(out) + 1
         extra: dict[str, Any] = (
-            dict(place_slots=i32([0]), place_counts=i32([prompt.size]), place_tokens=prompt, block_slots=i32([0])) if first else {}
+            {"place_slots": i32([0]), "place_counts": i32([prompt.size]), "place_tokens": prompt, "block_slots": i32([0])} if first else {}
         )
         if first:
-            extra |= dict(block_index=i32([0]), block_ids=i32([0]))
+            extra |= {"block_index": i32([0]), "block_ids": i32([0])}
         runner.forward(
             Forward(engine=0, epoch=1, step=step, slots=i32([0]), starts=i32([start]), counts=i32([count]), num_decode=0, **extra)
         )
@@ -394,17 +394,17 @@ def cached_solo(prompt: bytes, params: bytes, choice: int, max_tokens: int, stop
 
 
 def settings_of(**changes: Any) -> SchedulerSettings:
-    base: dict[str, Any] = dict(
-        engine=0,
-        epoch=1,
-        max_num_seqs=4,
-        max_num_batched_tokens=32,
-        max_model_len=64,
-        block_size=4,
-        num_blocks=64,
-        depth=1,
-        vocab=VOCAB,
-    )
+    base: dict[str, Any] = {
+        "engine": 0,
+        "epoch": 1,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "max_model_len": 64,
+        "block_size": 4,
+        "num_blocks": 64,
+        "depth": 1,
+        "vocab": VOCAB,
+    }
     return SchedulerSettings(**(base | changes))
 
 
@@ -416,3 +416,9 @@ def make_sim() -> Callable[..., EngineSim]:
         return EngineSim(settings_of(**changes), policy, clock)
 
     return make
+
+
+@pytest.fixture
+def engine_sim() -> tuple[Any, Any, list[Any]]:
+    """(EngineSim, settings_of, policy factories) for tests that build many."""
+    return EngineSim, settings_of, [FirstComeFirstServed, lambda: PriorityWithAgeing(0.05)]

@@ -1,0 +1,198 @@
+"""Hypothesis drives scheduler and KV manager with everything at once; the simulation's referee watches every edge, the fake device the KV's
+content, and a model computes each sequence alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from penstock.core.messages import Drain, Park, Unpark, key_of, seq_of
+
+PREFIXES = [[], [3] * 4, [3] * 4 + [5] * 4, [3] * 9, [3, 4] * 8, list(range(1, 14))]
+
+
+def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStateMachine]:
+    class EngineMachine(RuleBasedStateMachine):
+        @initialize(
+            depth=st.integers(1, 3),
+            slots=st.integers(1, 5),
+            budget=st.integers(1, 24),
+            blocks=st.integers(4, 24),
+            chunked=st.booleans(),
+            caching=st.booleans(),
+            block=st.sampled_from([1, 2, 4]),
+            policy=st.integers(0, len(policies) - 1),
+        )
+        def start(self, depth: int, slots: int, budget: int, blocks: int, chunked: bool, caching: bool, block: int, policy: int) -> None:
+            self.options = {
+                "depth": depth,
+                "max_num_seqs": slots,
+                "max_num_batched_tokens": budget if chunked else max(budget, 8),
+                "num_blocks": blocks * (4 // block),
+                "block_size": block,
+                "enable_chunked_prefill": chunked,
+                "enable_prefix_caching": caching,
+                "max_model_len": 40,
+            }
+            self.policy = policies[policy]
+            self.sim = sim_class(settings_of(**self.options), self.policy())
+            self.bad: set[int] = set()
+            self.keys: list[int] = []
+            self.parked: set[int] = set()
+            self.epoch = 0
+
+        @rule(
+            prefix=st.sampled_from(PREFIXES),
+            tail=st.lists(st.integers(0, 5), max_size=6),
+            max_tokens=st.integers(1, 12),
+            n=st.sampled_from([1, 1, 1, 2, 3, 4]),
+            eos=st.sampled_from([[], [7], list(range(0, 60, 3)), list(range(0, 60, 5))]),
+            minimum=st.sampled_from([0, 0, 1, 3]),
+            temperature=st.sampled_from([0.0, 1.0]),
+            seed=st.integers(0, 2),
+            priority=st.integers(-1, 2),
+            prompt_logprobs=st.sampled_from([None, None, None, 2]),
+            logprobs=st.sampled_from([None, None, 1]),
+            wait=st.booleans(),
+        )
+        def admit(
+            self,
+            prefix: list[int],
+            tail: list[int],
+            max_tokens: int,
+            n: int,
+            eos: list[int],
+            minimum: int,
+            temperature: float,
+            seed: int,
+            priority: int,
+            prompt_logprobs: int | None,
+            logprobs: int | None,
+            wait: bool,
+        ) -> None:
+            if len(self.sim.live()) > 12:
+                return
+            key = self.sim.admit(
+                [*prefix, *tail],
+                max_tokens=max_tokens,
+                n=n,
+                eos=eos,
+                min_tokens=min(minimum, max_tokens),
+                temperature=temperature,
+                seed=seed,
+                priority=priority,
+                prompt_logprobs=prompt_logprobs,
+                logprobs=logprobs,
+                post=not wait,
+            )
+            self.keys.append(key)
+
+        @rule(steps=st.integers(1, 6))
+        def step(self, steps: int) -> None:
+            self.sim.drain()
+            self.sim.finish(steps)
+
+        @precondition(lambda self: self.keys)
+        @rule(data=st.data(), everything=st.booleans())
+        def abort(self, data: Any, everything: bool) -> None:
+            key = data.draw(st.sampled_from(self.keys))
+            seqs = [s for s in self.sim.ledgers if key_of(s) == key]
+            self.sim.abort(*(seqs if everything else [data.draw(st.sampled_from(seqs))]))
+
+        @precondition(lambda self: self.keys)
+        @rule(data=st.data())
+        def park(self, data: Any) -> None:
+            key = data.draw(st.sampled_from(self.keys))
+            self.parked.add(key)
+            self.sim.post(Park(key=key))
+
+        @precondition(lambda self: self.parked)
+        @rule(data=st.data())
+        def unpark(self, data: Any) -> None:
+            key = data.draw(st.sampled_from(sorted(self.parked)))
+            self.parked.discard(key)
+            self.sim.post(Unpark(key=key))
+
+        @precondition(lambda self: self.sim.flying)
+        @rule(row=st.integers(0, 3))
+        def bad_row(self, row: int) -> None:
+            self.sim.bad = lambda sample: [row] if row < sample.rows.size else []
+            self.sim.finish()
+            self.sim.bad = None
+
+        @precondition(lambda self: self.sim.live())
+        @rule()
+        def crash(self) -> None:
+            """The engine dies; text admits again what it has received."""
+            old = self.sim
+            old.drain()
+            self.epoch += 1
+            new = sim_class(settings_of(**self.options), self.policy(), old.clock)
+            new._keys = old._keys
+            by_key: dict[int, list[int]] = {}
+            for seq in old.live():
+                by_key.setdefault(key_of(seq), []).append(seq)
+            for seq, ledger in old.ledgers.items():
+                if ledger.reason is not None:
+                    new.ledgers[seq] = ledger
+            for key, seqs in by_key.items():
+                admit = old.ledgers[seqs[0]].admit
+                params = {f: getattr(admit.sampling, f) for f in ("temperature", "seed", "min_tokens", "logprobs", "prompt_logprobs")}
+                new.admit(
+                    admit.prompt.tolist(),
+                    key=key,
+                    incarnation=admit.incarnation + 1,
+                    choices=[seq - seq_of(key, 0) for seq in seqs],
+                    outputs={seq - seq_of(key, 0): old.ledgers[seq].outputs for seq in seqs},
+                    n=admit.sampling.n,
+                    max_tokens=admit.max_tokens,
+                    eos=admit.eos.tolist(),
+                    priority=admit.priority,
+                    post=False,
+                    **params,
+                )
+            self.sim = new
+            self.parked.clear()
+            new.drain()
+
+        @invariant()
+        def sound(self) -> None:
+            if hasattr(self, "sim"):
+                assert self.sim.kv.check() == []
+
+        def teardown(self) -> None:
+            if not hasattr(self, "sim"):
+                return
+            sim = self.sim
+            for key in sorted(self.parked):
+                sim.fifo.append(Unpark(key=key))
+            sim.drain()
+            sim.run(limit=3000)
+            assert sim.live() == [], "a sequence starved"
+            sim.check_idle()
+            for seq, ledger in sim.ledgers.items():
+                if ledger.reason in (1, 2):
+                    wanted = ledger.admit.sampling.prompt_logprobs
+                    family = [sim.ledgers[s] for s in sim.ledgers if key_of(s) == key_of(seq)]
+                    if wanted is not None and not any(f.admit.incarnation for f in family):
+                        given = [p for f in family for p in f.prompt_logprobs]
+                        assert given == list(range(1, ledger.admit.prompt.size))
+            sim.post(Drain())
+            assert sim.drained == 1
+
+    return EngineMachine
+
+
+@pytest.mark.parametrize("examples", [120])
+def test_everything_at_once(examples: int, engine_sim: Any) -> None:
+    sim_class, settings_of, policies = engine_sim
+    machine = build(sim_class, settings_of, policies)
+    case = machine.TestCase
+    case.settings = settings(
+        max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False
+    )
+    case().runTest()
