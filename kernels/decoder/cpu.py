@@ -1,7 +1,7 @@
 """The decoder program in C: descriptions of the weights built once, one library call a step.
 
 What it is: `CpuDecoder`, which holds the C structs of a `DecoderProgram`, a workspace that grows to the largest step seen, and the call. The
-whole step is one OpenMP region (decoder.h says how its threads share it).
+whole step is one parallel region (team.h says how its threads share it).
 What it does not know: requests, sampling; shapes and dtypes were checked by the entry.
 """
 

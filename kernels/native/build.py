@@ -1,9 +1,8 @@
 """Compile the C sources beside this file into a shared library, once per machine and version.
 
 What it is: `build()`: the path of the library in the user's cache ($PENSTOCK_CACHE, else $XDG_CACHE_HOME/penstock or ~/.cache/penstock),
-keyed by the sources, the compiler's version, the CPU's flags and torch's OpenMP runtime. The file appears by an atomic rename, so that processes
-that start together may all build it. The library is linked against the libgomp that torch ships: two OpenMP runtimes in one process
-would fight for the cores.
+keyed by the sources, the compiler's version and the CPU's flags. The file appears by an atomic rename, so that processes that start
+together may all build it. No OpenMP: the library brings its own helpers (team.h says why), and torch's runtime stays the only one.
 What it does not know: the library's functions.
 """
 
@@ -18,10 +17,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-Wall")
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fopenmp-simd", "-Wall")
 TUNING = (("-march=native",), ("-mcpu=native",), ())
 TIMEOUT_S = 120
 
@@ -54,11 +51,6 @@ def cache_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="penstock-kernels-"))
 
 
-def openmp_runtime() -> Path | None:
-    """The libgomp inside the torch package, if it brings one."""
-    return next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
-
-
 def cpu_flags() -> str:
     """What this CPU can do, as far as the system says: -march=native compiles for it, so that it is part of the key."""
     try:
@@ -81,9 +73,8 @@ def _run(command: list[str], cwd: Path) -> str:
 
 def _compile(compiler: str, version: str) -> Path:
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
-    runtime = openmp_runtime()
     key = hashlib.sha256()
-    for part in (version, cpu_flags(), " ".join(FLAGS), str(runtime), torch.__version__):
+    for part in (version, cpu_flags(), " ".join(FLAGS)):
         key.update(part.encode() + b"\0")
     for path in sources:
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -100,8 +91,7 @@ def _compile(compiler: str, version: str) -> Path:
             except BuildError:
                 if tuning == TUNING[-1]:
                     raise
-        openmp = [str(runtime)] if runtime is not None else ["-fopenmp"]
-        _run([compiler, "-shared", "-o", "kernels.so", "kernels.o", *openmp, "-lm"], work)
+        _run([compiler, "-shared", "-o", "kernels.so", "kernels.o", "-pthread", "-lm"], work)
         os.replace(work / "kernels.so", library)
     return library
 

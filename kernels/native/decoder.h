@@ -238,6 +238,18 @@ static int check_sequences(const int32_t *q_start, const int32_t *kv_len, const 
     return 0;
 }
 
+typedef struct {
+    const program *p;
+    const step *s;
+    const space *w;
+    attention attn;
+    long units;
+} step_job;
+static void step_run(void *all) {
+    const step_job *j = all;
+    step_thread(j->p, j->s, j->w, (team){.phases = j->w->phases, .threads = (int)j->s->threads}, j->attn, j->units);
+}
+
 /* 0, or which index lies outside: 1..3 as above, 4 token ids, 5 positions, 6 slots, 7 rows. */
 static int run_step(const program *p, const step *s) {
     int wrong = check_sequences(s->q_start, s->kv_len, s->tables, s->sequences, s->table_width, s->token_count, p->blocks, p->block_size);
@@ -255,12 +267,8 @@ static int run_step(const program *p, const step *s) {
         .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .scale = (float)p->scale,
     };
     long units = attention_plan(&attn, w.units);
-    if (s->threads <= 1) {
-        step_thread(p, s, &w, (team){.phases = w.phases, .threads = 1}, attn, units);
-        return 0;
-    }
-#pragma omp parallel num_threads(s->threads)
-    step_thread(p, s, &w, (team){.phases = w.phases, .threads = omp_get_num_threads()}, attn, units);
+    step_job job = {.p = p, .s = s, .w = &w, .attn = attn, .units = units};
+    share((int)s->threads, step_run, &job);
     return 0;
 }
 

@@ -53,10 +53,11 @@ def truth(q: Tensor, cache: Cache, slots: Tensor, window: int, scale: float) -> 
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(8, 4, 32), (12, 4, 64), (3, 1, 80), (4, 4, 96), (8, 2, 128), (2, 1, 256), (71, 1, 16), (14, 2, 112)]
-)
-@pytest.mark.parametrize("window", [0, 1, 37, 64])
+SHAPES = [(8, 4, 32), (12, 4, 64), (3, 1, 80), (4, 4, 96), (8, 2, 128), (2, 1, 256), (71, 1, 16), (14, 2, 112)]
+WINDOWS = [(0, SHAPES), (37, SHAPES), (1, SHAPES[:1]), (64, SHAPES[1:2])]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(*shape, window) for window, shapes in WINDOWS for shape in shapes])
 def test_equals_float64(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int) -> None:
     cache = Cache(kv_heads, 16, dim, dtype)
     lengths, rows = [1, 5, 64, 65, 200, 33], [1, 5, 1, 17, 70, 0]

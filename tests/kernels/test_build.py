@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,10 +81,30 @@ def test_an_open_cache_is_not_trusted(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_one_openmp_runtime() -> None:
-    """torch's threads and ours are one pool: no second libgomp is mapped."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("needs /proc")
-    assert native.library() is not None
-    assert len({line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libiomp" in line}) == 1
+def test_callers_on_several_threads() -> None:
+    """Two callers at once (the second works alone), and thread counts that change: the same bits."""
+    layer, x = pack(torch.randn(300, 200)), torch.randn(40, 200)
+    wanted = layer(x)
+    with concurrent.futures.ThreadPoolExecutor(4) as workers:
+        for result in workers.map(lambda _: layer(x), range(400)):
+            assert torch.equal(result, wanted)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_after_a_fork() -> None:
+    """A forked child has no helper threads and makes its own."""
+    layer, x = pack(torch.randn(300, 200)), torch.randn(40, 200)
+    wanted = layer(x)
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, b"same" if all(torch.equal(layer(x), wanted) for _ in range(20)) else b"differ")
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 10) == b"same"
+    os.close(read)
+    assert os.waitpid(child, 0)[1] == 0
