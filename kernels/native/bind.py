@@ -70,6 +70,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ps_attention": (_I, [_P, _P, _P, _P, _P]),
     "ps_embedding": (_I, [_P, _P, _P, _I, _I, _I, _I]),
     "ps_argmax": (None, [_P, _P, _I, _I, _I]),
+    "ps_draw": (_I, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _I]),
     "ps_step_bytes": (_I, [_P, _P]),
     "ps_step": (_I, [_P, _P]),
 }

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "decoder.h"
+#include "sample.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -173,3 +174,16 @@ EXPORT void ps_argmax(const float *logits, int32_t *out, int64_t rows, int64_t n
 
 EXPORT int64_t ps_step_bytes(const program *p, const step *s) { return place(p, s).bytes; }
 EXPORT int64_t ps_step(const program *p, const step *s) { return run_step(p, s); }
+
+/* 0, or -1 without memory. out: the drawn tokens, -1 for a bad row. */
+EXPORT int64_t ps_draw(
+    const float *logits, int64_t rows, int64_t n, const float *temperature, const int32_t *top_k, const float *top_p, const float *min_p,
+    const int64_t *seeds, const int32_t *choices, const int32_t *positions, int32_t *out, int64_t threads
+) {
+    drawing j = {
+        .logits = logits, .temperature = temperature, .top_p = top_p, .min_p = min_p, .top_k = top_k, .choices = choices,
+        .positions = positions, .seeds = seeds, .out = out, .n = n,
+    };
+    run_alone((int)threads, rows, draw_unit, &j);
+    return atomic_load(&j.failed) ? -1 : 0;
+}

@@ -1,12 +1,12 @@
 """Checked entry of sampling over a batch of rows.
 
-    draw(logits[R, V], temperature[R], top_k[R], top_p[R], min_p[R], seeds[R], choices[R], positions[R]) -> (tokens[R], bad[R])
+    draw(logits[R, V], temperature[R], top_k[R], top_p[R], min_p[R], seeds[R], choices[R], positions[R]) -> tokens[R]
     penalise(logits[R, V], counts[R, V], in_prompt[R, V], repetition[R], frequency[R], presence[R]) -> logits[R, V]
     logprobs(logits[R, V], tokens[R], k) -> (ids[R, 1 + k], values[R, 1 + k], ranks[R])
 
 logits: contiguous float32, -inf allowed (masked tokens). Settings: temperature, top_p, min_p float32; top_k, choices, positions int32; seeds
-int64 (the 64-bit Philox key); a temperature of 0 is greedy; top_k <= 0, top_p >= 1 and min_p <= 0 are off. `bad` (bool): the row holds a NaN
-or +inf, or nothing above -inf; its token means nothing. counts int32, in_prompt bool. tokens int64, ids int64, ranks int64 (1-based).
+int64 (the 64-bit Philox key); a temperature of 0 is greedy; top_k <= 0, top_p >= 1 and min_p <= 0 are off. A token of -1: the row holds a
+NaN or +inf, or nothing above -inf. counts int32, in_prompt bool. Drawn tokens int32; ids, ranks (1-based) int64.
 Every row's result depends on that row alone. The definitions are in reference.py.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from penstock.kernels import native
 from penstock.kernels.checks import require, tensor
 from penstock.kernels.sampling import torch as portable
 
@@ -27,7 +28,7 @@ def draw(
     seeds: torch.Tensor,
     choices: torch.Tensor,
     positions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """One token per row by Gumbel-max over the kept set; see the module."""
     tensor("logits", logits, (None, None), torch.float32)
     rows = (logits.shape[0],)
@@ -37,8 +38,18 @@ def draw(
     for name, value in (("top_k", top_k), ("choices", choices), ("positions", positions)):
         tensor(name, value, rows, torch.int32)
     tensor("seeds", seeds, rows, torch.int64)
-    tokens, values = portable.draw(logits, temperature, top_k, top_p, min_p, seeds, choices, positions)
-    return tokens, ~torch.isfinite(values)
+    out = torch.empty(logits.shape[0], dtype=torch.int32)
+    lib = native.library()
+    if lib is None:
+        tokens, values = portable.draw(logits, temperature, top_k, top_p, min_p, seeds, choices, positions)
+        return out.copy_(tokens.masked_fill_(~torch.isfinite(values), -1))
+    settings = (temperature, top_k, top_p, min_p, seeds, choices, positions)
+    code = lib.lib.ps_draw(
+        logits.data_ptr(), *logits.shape, *(value.data_ptr() for value in settings), out.data_ptr(), torch.get_num_threads()
+    )
+    if code:
+        raise MemoryError("no scratch memory for sampling")
+    return out
 
 
 def penalise(

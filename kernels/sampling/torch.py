@@ -74,10 +74,10 @@ def draw(
     choices: torch.Tensor,
     positions: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row, see api.draw."""
+    """(tokens [R] int64, largest logits [R], not finite where the row is bad); see api.draw."""
     best, values = greedy(logits)
     tokens = best.clone()
-    hot = torch.nonzero((temperature > 0) & torch.isfinite(values)).flatten()
+    hot = torch.nonzero((temperature > 0) & torch.isfinite(values / temperature)).flatten()
     if hot.numel():
         scaled = logits[hot] / temperature[hot][:, None]
         limit = thresholds(scaled, top_k[hot], top_p[hot], min_p[hot])

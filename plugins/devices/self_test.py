@@ -34,7 +34,7 @@ def self_test(runner: Drivable, progress: Callable[[str], None]) -> None:
     room = min(runner.max_model_len - outputs, runner.num_blocks * size // 4 - size)
     if room < 1:
         raise EngineFailure("--deterministic: the KV cache is too small for the self-test; raise --kv-cache-memory-bytes.")
-    longest = min(room, runner.max_num_batched_tokens, 8 * size + 5)
+    longest = min(room, runner.max_num_batched_tokens, 4 * size + 5)
     lengths = [longest, longest, max(1, longest // 2 + 1), min(3, longest), 1]
     rng = np.random.default_rng(20)
     prompts = [rng.integers(0, vocab, length).astype(np.int32) for length in lengths]

@@ -102,7 +102,7 @@ class SlotSampler:
         if flags.any():
             self._adjust(logits, slots, positions, flags)
         if temperature.any():
-            drawn, bad = draw(
+            drawn = draw(
                 logits,
                 torch.from_numpy(temperature),
                 torch.from_numpy(self._top_k[slots]),
@@ -112,7 +112,7 @@ class SlotSampler:
                 torch.from_numpy(self._choice[slots]),
                 torch.from_numpy(np.ascontiguousarray(positions, np.int32)),
             )
-            tokens: I32 = drawn.masked_fill_(bad, -1).to(torch.int32).numpy()
+            tokens: I32 = drawn.numpy()
         else:
             tokens = argmax(logits).numpy()
         bad_rows: I32 = np.flatnonzero(tokens < 0).astype(np.int32)
