@@ -28,6 +28,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from penstock.core.config import Config
+from penstock.core.control import RootToChild
 from penstock.core.errors import Draining
 from penstock.core.frames import make_hello
 from penstock.core.messages import (
@@ -172,7 +173,7 @@ class _Process:
         config = boot.config
         self._link = await adopt(
             control,
-            "root>child",
+            RootToChild,
             control_hello("edge", boot.id, boot.epoch),
             on_open=lambda _: None,
             on_message=self._on_root,

@@ -1,0 +1,102 @@
+"""Spans: the trace context goes in and out, the edge's spans tile their part of the request, and nothing happens when nothing is configured."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from edge_kit import Edge, MakeEdge
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+
+from penstock.core.messages import Submit
+from penstock.transports.tracing import OtelTracing
+
+CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def traced(make_edge: MakeEdge) -> tuple[Edge, InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return make_edge(tracing=OtelTracing(provider)), exporter
+
+
+def test_spans_of_a_request(make_edge: MakeEdge) -> None:
+    edge, exporter = traced(make_edge)
+    with edge.http() as http:
+        for stream in (False, True):
+            exporter.clear()
+            reply = http.post(
+                "/v1/chat/completions",
+                json=CHAT | {"stream": stream, "temperature": 0.5, "max_tokens": 9, "seed": 3, "stop": ["x"]},
+                headers={"traceparent": PARENT, "tracestate": "a=b"},
+            )
+            edge.wait(lambda: any(s.kind is SpanKind.SERVER for s in exporter.get_finished_spans()), "the span")
+            spans = {s.name: s for s in exporter.get_finished_spans()}
+            assert set(spans) == {"chat brook", "receive", "send"}
+            server = spans["chat brook"]
+            assert server.parent is not None
+            assert (server.parent.trace_id, server.parent.span_id) == (0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331)
+            assert reply.headers["traceparent"] == f"00-0af7651916cd43dd8448eb211c80319c-{server.context.span_id:016x}-01"
+            submit = edge.text.wait_for(Submit)[-1]
+            assert (submit.traceparent, submit.tracestate) == (reply.headers["traceparent"], "a=b")
+            for child in ("receive", "send"):
+                assert spans[child].parent is not None
+                assert spans[child].parent.span_id == server.context.span_id
+                assert server.start_time <= spans[child].start_time <= spans[child].end_time <= server.end_time
+            assert spans["receive"].start_time == server.start_time
+            assert spans["send"].end_time == server.end_time
+            assert spans["receive"].end_time <= spans["send"].start_time
+            assert (
+                dict(server.attributes or {}).items()
+                >= {
+                    "gen_ai.operation.name": "chat",
+                    "gen_ai.provider.name": "penstock",
+                    "gen_ai.request.model": "brook",
+                    "gen_ai.request.temperature": 0.5,
+                    "gen_ai.request.max_tokens": 9,
+                    "gen_ai.request.seed": 3,
+                    "gen_ai.request.stop_sequences": ("x",),
+                    "gen_ai.request.stream": stream,
+                    "gen_ai.response.model": "brook",
+                    "gen_ai.response.finish_reasons": ("stop",),
+                    "gen_ai.usage.input_tokens": 3,
+                    "gen_ai.usage.output_tokens": 2,
+                    "http.response.status_code": 200,
+                }.items()
+            )
+
+
+def test_a_refused_request_has_a_span_with_its_error(make_edge: MakeEdge) -> None:
+    edge, exporter = traced(make_edge)
+    with edge.http() as http:
+        http.post("/v1/chat/completions", json={})
+        http.get("/health")
+        http.get("/metrics")
+    edge.wait(lambda: bool(exporter.get_finished_spans()), "the span")
+    (span,) = exporter.get_finished_spans()
+    assert span.parent is None
+    assert dict(span.attributes or {}) == {"http.response.status_code": 400, "error.type": "400"}
+
+
+def test_untraced_requests_pass_the_context_on(shared_edge: Edge) -> None:
+    with shared_edge.http() as http:
+        reply = http.post("/v1/chat/completions", json=CHAT, headers={"traceparent": PARENT})
+        assert shared_edge.text.wait_for(Submit)[-1].traceparent == PARENT
+        assert reply.headers["traceparent"] == PARENT
+        reply = http.post("/v1/chat/completions", json=CHAT, headers={"traceparent": "00-nonsense", "tracestate": "x"})
+        assert shared_edge.text.wait_for(Submit)[-1].traceparent == ""
+        assert "traceparent" not in reply.headers
+    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", PARENT)
+
+
+def test_opentelemetry_is_not_imported_by_the_edge() -> None:
+    import subprocess
+
+    code = "import sys, penstock.transports.edge, penstock.transports.builtin; sys.exit(any(m.startswith('opentelemetry') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
