@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from penstock.core.actor import To
-from penstock.core.messages import REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs
+from penstock.core.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs
 from penstock.core.telemetry_metrics import Metrics
 from penstock.core.text.deltas import EdgeBatch, LogprobReader
 from penstock.core.text.detokenizer import ByteDecoder, Decoder, TokenTable, WindowDecoder
@@ -35,6 +37,7 @@ class Receiver:
         self._closed: list[Choice] = []
         self._step_ns = -1
         self._reader: LogprobReader | None = None
+        self._errors: dict[int, str] = {}
         self.begun: list[tuple[Request, bool]] = []
         """Requests that had a step for the first time (True), or the first time after a replay (False)."""
         self.ended: list[Request] = []
@@ -83,6 +86,7 @@ class Receiver:
         if message.prompt_logprobs is not None:
             self._prompt_logprobs(message)
         self._reader = LogprobReader(message.logprobs, self._table) if message.logprobs is not None else None
+        self._errors = dict(zip(np.flatnonzero(message.reasons == FAILED).tolist(), message.errors, strict=False)) if message.errors else {}
         choices = self._ledger.choices
         gaps = self._metrics.itl
         before_ns, self._step_ns = self._step_ns, at_ns
@@ -101,8 +105,7 @@ class Receiver:
             if choice is None:
                 continue  # ended here before the engine knew: a stop string, a cancelled request
             outputs = choice.outputs
-            if choice.incarnation != incarnation or len(outputs) != offset:
-                self._refuse(choice, incarnation, offset)
+            if (choice.incarnation != incarnation or len(outputs) != offset) and self._refuse(choice, incarnation, offset, token, reason):
                 continue
             if token >= 0:
                 generated += 1
@@ -196,7 +199,7 @@ class Receiver:
             if finish:
                 text += matcher.flush()
         if finish or request.stream:
-            error = "The engine failed while this request ran." if finish == "error" else None
+            error = self._errors.get(row, "The engine failed while this request ran.") if finish == "error" else None
             self._row(choice, text, finish, stop_reason, error, "engine_failure" if error else None)
         elif text:
             choice.parts.append(text)
@@ -248,15 +251,18 @@ class Receiver:
             if not request.open:
                 self.ended.append(request)
 
-    def _refuse(self, choice: Choice, incarnation: int, offset: int) -> None:
+    def _refuse(self, choice: Choice, incarnation: int, offset: int, token: int, reason: int) -> bool:
         """A row that does not continue the ledger. Behind: an echo of what we have. Ahead: something was lost, and no later row can make
-        the answer whole again."""
+        the answer whole again. But an end without a token that knows less than we do is still the end: an engine may refuse a replay."""
+        if choice.incarnation == incarnation and token < 0 and reason and offset < len(choice.outputs):
+            return False
         if choice.incarnation != incarnation or offset < len(choice.outputs):
             self._metrics.count("dropped_rows", "stale" if choice.incarnation != incarnation else "duplicate")
-            return
+            return True
         self._metrics.count("dropped_rows", "gap")
         self.aborts.append(choice.seq)
         self.end(choice, "error", f"Tokens {len(choice.outputs)} to {offset - 1} of the answer were lost.", "internal_error")
+        return True
 
     # --- the rare columns
 

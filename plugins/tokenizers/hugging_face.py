@@ -89,7 +89,6 @@ class HuggingFaceTokenizer:
         self._config = config or {}
         fast.no_truncation()
         fast.no_padding()
-        raw = json.loads(fast.to_str())
         vocab = fast.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self._spelling: list[str] = [""] * self.vocab_size
@@ -97,14 +96,15 @@ class HuggingFaceTokenizer:
             self._spelling[token] = text
         added = fast.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, item in added.items() if item.special)
-        self._rule = bytes_rule(raw.get("decoder"))
+        # The decoder's part of tokenizer.json; writing the whole of it would cost a start with a large vocabulary 0.3 s.
+        self._rule = bytes_rule(json.loads(fast.decoder.__getstate__()) if fast.decoder is not None else None)
         self.name = name
         self.bos_id = self._special("bos_token")
         own_end = self._special("eos_token")
         self.eos_ids = list(dict.fromkeys([*(eos or []), *([] if own_end is None else [own_end])]))
         # A bound on what one token can stand for, unless the tokenizer drops characters before it looks.
-        swallows = raw.get("normalizer") is not None or any(item.lstrip or item.rstrip for item in added.values())
-        unknown = raw["model"].get("unk_token") is not None and not raw["model"].get("byte_fallback")
+        swallows = fast.normalizer is not None or any(item.lstrip or item.rstrip for item in added.values())
+        unknown = getattr(fast.model, "unk_token", "?") is not None and not getattr(fast.model, "byte_fallback", False)
         self.max_chars_per_token = 0 if swallows or unknown else max((len(text) for text in self._spelling), default=0)
         self._prepend_bos = self._needs_bos()
 

@@ -351,6 +351,20 @@ def test_a_failed_row_fails_only_its_choice(bench: Any) -> None:
     assert bench.finished[1].output_tokens == 3
 
 
+def test_the_engine_may_say_why_and_may_refuse_a_replay(bench: Any) -> None:
+    bench.submit(1)
+    bench.submit(2)
+    first, second = seq_of(1, 0), seq_of(2, 0)
+    a = ids_of(bench, "a")[0]
+    bench.rows([(first, 0, 0, a, RUNNING), (second, 0, 0, a, RUNNING)], started=[(first, 0), (second, 0)])
+    bench.scripts.update({first: [a, a], second: [a, a]})
+    bench.up()
+    bench.rows([(second, 1, 0, -1, FAILED), (first, 1, 0, -1, FAILED)], errors=["no room", "not a number"])
+    assert [bench.received[key, 0].extras[-1].error for key in (1, 2)] == ["not a number", "no room"]
+    assert [bench.received[key, 0].text for key in (1, 2)] == ["a", "a"]
+    assert set(bench.finished) == {1, 2}
+
+
 def test_rows_that_do_not_continue_the_ledger_are_not_accepted(bench: Any) -> None:
     bench.submit(1)
     seq = seq_of(1, 0)
