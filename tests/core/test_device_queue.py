@@ -1,0 +1,186 @@
+"""Order, threads and failures of the device queue, with a runner that writes down what it is asked."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.core.columns import EMPTY_I32
+from penstock.core.config import build
+from penstock.core.control import Message
+from penstock.core.device_queue import StepOrder, ThreadDeviceQueue
+from penstock.core.engine import runner_config
+from penstock.core.errors import CheckpointError, ProtocolError
+from penstock.core.fake_device import FakeDevice, FakeOptions
+from penstock.core.messages import DeviceLost, DeviceWork, Forward, Sample, StepDone
+
+CONFIG = runner_config(build({}))
+
+
+def forward(step: int, epoch: int = 1) -> DeviceWork:
+    return DeviceWork(forward=Forward(engine=0, epoch=epoch, step=step, slots=EMPTY_I32, starts=EMPTY_I32, counts=EMPTY_I32, num_decode=0))
+
+
+def sample(step: int, epoch: int = 1) -> DeviceWork:
+    return DeviceWork(sample=Sample(engine=0, epoch=epoch, step=step, rows=EMPTY_I32, slots=EMPTY_I32, positions=EMPTY_I32))
+
+
+def works(steps: int) -> list[DeviceWork]:
+    return [work for step in range(1, steps + 1) for work in (forward(step), sample(step))]
+
+
+def place(entry: Forward | Sample) -> tuple[int, int]:
+    return entry.step, 0 if isinstance(entry, Forward) else 1
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_any_arrival_order_runs_in_step_order(rng: random.Random, steps: int) -> None:
+    arriving = works(steps)
+    rng.shuffle(arriving)
+    order = StepOrder(engine=0, epoch=1)
+    ran = [place(entry) for work in arriving for entry in order.put(work)]
+    assert ran == [(step, phase) for step in range(1, steps + 1) for phase in (0, 1)]
+    assert len(order) == 0
+
+
+def test_entries_that_cannot_be_in_order_are_refused() -> None:
+    order = StepOrder(engine=0, epoch=1)
+    order.put(forward(1))
+    with pytest.raises(ProtocolError, match="twice or too late"):
+        order.put(forward(1))
+    order.put(sample(3))
+    with pytest.raises(ProtocolError, match="twice or too late"):
+        order.put(sample(3))
+    with pytest.raises(ProtocolError, match="exactly one"):
+        order.put(DeviceWork())
+
+
+def test_entries_of_another_epoch_are_dropped() -> None:
+    order = StepOrder(engine=0, epoch=2)
+    assert order.put(forward(1, epoch=1)) == []
+    assert order.stale == 1
+    assert len(order.put(forward(1, epoch=2))) == 1
+
+
+class Recorder(FakeDevice):
+    """Notes the thread and the order of every call; steps may fail or wait for a gate."""
+
+    def __init__(self, depth: int = 1, fail_at: int = 0, gate: threading.Event | None = None) -> None:
+        super().__init__(FakeOptions(depth=depth))
+        self.calls: list[tuple[str, int]] = []
+        self.threads: set[int] = set()
+        self.fail_at = fail_at
+        self.gate = gate
+
+    def load(self, config: Any, progress: Callable[[str, float], None]) -> Any:
+        self._note("load")
+        return self
+
+    def _note(self, what: str, step: int = 0) -> None:
+        self.calls.append((what, step))
+        self.threads.add(threading.get_ident())
+
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        self._note("warm_up")
+        progress("shapes")
+
+    def forward(self, work: Forward) -> None:
+        self._note("forward", work.step)
+        if work.step == self.fail_at:
+            raise RuntimeError("it burns")
+
+    def sample(self, work: Sample) -> Callable[[], StepDone]:
+        self._note("sample", work.step)
+
+        def wait() -> StepDone:
+            if self.gate is not None:
+                assert self.gate.wait(10)
+            return StepDone(engine=0, epoch=1, step=work.step, slots=EMPTY_I32, tokens=EMPTY_I32)
+
+        return wait
+
+    def close(self) -> None:
+        self._note("close")
+
+
+def started(device: Recorder) -> tuple[ThreadDeviceQueue, queue.Queue[Message], list[tuple[str, float]]]:
+    posted: queue.Queue[Message] = queue.Queue()
+    progress: list[tuple[str, float]] = []
+    device_queue = ThreadDeviceQueue(engine=0, epoch=1, post=posted.put)
+    device_queue.load(device, CONFIG, lambda phase, fraction: progress.append((phase, fraction))).result(10)
+    return device_queue, posted, progress
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_one_thread_does_everything_in_order(depth: int) -> None:
+    device = Recorder(depth=depth)
+    device_queue, posted, progress = started(device)
+    arriving = works(20)
+    random.Random(3).shuffle(arriving)
+    for work in arriving:
+        device_queue.deliver(work)
+    done = [posted.get(timeout=10) for _ in range(20)]
+    device_queue.close()
+    assert [m.step for m in done if isinstance(m, StepDone)] == list(range(1, 21))
+    steps = [(name, step) for step in range(1, 21) for name in ("forward", "sample")]
+    assert device.calls == [("load", 0), ("warm_up", 0), *steps, ("close", 0)]
+    assert len(device.threads) == 1
+    assert device.threads != {threading.get_ident()}
+    assert progress == [("shapes", 1.0)]
+
+
+def test_with_depth_two_the_next_step_is_enqueued_before_the_last_is_done() -> None:
+    gate = threading.Event()
+    device = Recorder(depth=2, gate=gate)
+    device_queue, posted, _ = started(device)
+    for work in works(3):
+        device_queue.deliver(work)
+    device_queue.call(lambda: None).result(10)  # everything before it on the thread has run
+    assert ("sample", 3) in device.calls
+    assert posted.empty()
+    gate.set()
+    assert [posted.get(timeout=10).step for _ in range(3)] == [1, 2, 3]  # type: ignore[attr-defined]
+    device_queue.close()
+
+
+def test_a_failing_step_is_reported_once_and_nothing_runs_after_it() -> None:
+    device = Recorder(fail_at=2)
+    device_queue, posted, _ = started(device)
+    for work in works(5):
+        device_queue.deliver(work)
+    first, second = posted.get(timeout=10), posted.get(timeout=10)
+    assert isinstance(first, StepDone)
+    assert isinstance(second, DeviceLost)
+    assert (second.step, second.epoch) == (2, 1)
+    assert "it burns" in second.error
+    assert "test_device_queue.py" in second.error  # where, not only what
+    device_queue.close()
+    assert posted.empty()
+    assert ("forward", 3) not in device.calls
+    assert device.calls[-1] == ("close", 0)
+
+
+def test_work_before_the_runner_is_a_loss() -> None:
+    posted: queue.Queue[Message] = queue.Queue()
+    device_queue = ThreadDeviceQueue(engine=0, epoch=1, post=posted.put)
+    device_queue.deliver(forward(1))
+    lost = posted.get(timeout=10)
+    assert isinstance(lost, DeviceLost)
+    device_queue.close()
+
+
+def test_a_failing_load_fails_its_future() -> None:
+    device_queue = ThreadDeviceQueue(engine=0, epoch=1, post=lambda message: None)
+    future = device_queue.load(FakeDevice(FakeOptions(fail_load="no such tensor")), CONFIG, lambda phase, fraction: None)
+    with pytest.raises(CheckpointError, match="no such tensor"):
+        future.result(10)
+    device_queue.close()
+    device_queue.close()  # idempotent
