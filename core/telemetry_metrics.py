@@ -99,6 +99,7 @@ EDGE_HELP = {
 }
 _PAIR = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*"'
 _FLAT = re.compile(rf"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{{{_PAIR}(?:,{_PAIR})*\}})?\Z")
+_BOUND = re.compile(r',?\ble="([^"]*)"')
 
 
 class Histogram:
@@ -340,8 +341,7 @@ class Metrics:
             families.setdefault((family, kind), []).append(f"{flat} {value!r}")
         for (family, kind), lines in sorted(families.items()):
             page.head(family, kind, EDGE_HELP.get(family, "From the edges."))
-            # Buckets of one series must stand together and in order; edges report them so, and dictionaries keep order.
-            page.lines += lines
+            page.lines += sorted(lines, key=_series_order) if kind == "histogram" else sorted(lines)
 
 
 class _Page:
@@ -383,6 +383,15 @@ def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
 
 def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def _series_order(line: str) -> tuple[str, str, float]:
+    """A histogram's lines as the format wants them: series by series, buckets ascending, then sum and count."""
+    name, _, rest = line.partition("{")
+    labels = rest.rpartition("}")[0]
+    bound = _BOUND.search(labels)
+    kind = {"bucket": "0", "sum": "1", "count": "2"}[name.rpartition("_")[2].split(" ")[0]]
+    return _BOUND.sub("", labels).strip(","), kind, float(bound[1].replace("+Inf", "inf")) if bound else 0.0
 
 
 def _usage(stats: EngineStats) -> float:

@@ -124,6 +124,33 @@ def test_edges_are_summed_and_survive_their_restart(bench: Any) -> None:
     assert b"# TYPE http_request_duration_seconds histogram" in bench.query("metrics").body
 
 
+def test_an_edges_buckets_come_in_order(bench: Any) -> None:
+    """An edge counts only buckets that were hit: a fast request after a slow one adds a smaller bound later."""
+    counters: dict[str, float] = {}
+    for seconds in (3.0, 0.001):
+        for handler in ("b", "a"):
+            for le in ("0.005", "0.1", "5", "+Inf"):
+                if seconds <= float(le):
+                    name = f'http_request_duration_seconds_bucket{{handler="{handler}",le="{le}"}}'
+                    counters[name] = counters.get(name, 0) + 1
+            counters[f'http_request_duration_seconds_sum{{handler="{handler}"}}'] = 3.001
+            counters[f'http_request_duration_seconds_count{{handler="{handler}"}}'] = 2
+    bench.send(EdgeStats(edge=0, counters=counters))
+    lines = [line for line in bench.query("metrics").body.decode().splitlines() if line.startswith("http_request_duration")]
+    assert [line.split("seconds_")[1] for line in lines] == [
+        f'{kind}{{handler="{handler}"{more}}} {value}'
+        for handler in "ab"
+        for kind, more, value in (
+            ("bucket", ',le="0.005"', "1.0"),
+            ("bucket", ',le="0.1"', "1.0"),
+            ("bucket", ',le="5"', "2.0"),
+            ("bucket", ',le="+Inf"', "2.0"),
+            ("sum", "", "3.001"),
+            ("count", "", "2.0"),
+        )
+    ]
+
+
 def test_engine_counters_survive_its_restart(bench: Any) -> None:
     bench.stats = EngineStats(steps=10, prefix_queries=100, prefix_hits=40, preemptions=3)
     bench.rows([])
