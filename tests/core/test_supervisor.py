@@ -1,0 +1,359 @@
+"""The supervisor's decisions, with fake children and a fake clock."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from penstock.core.actor import To
+from penstock.core.clock import FakeClock
+from penstock.core.control import (
+    ChildDown,
+    ChildExited,
+    ChildUp,
+    Drain,
+    Drained,
+    EngineDown,
+    EngineFacts,
+    EngineUp,
+    Heartbeat,
+    KillChild,
+    Leave,
+    Notice,
+    Ready,
+    Signalled,
+    StartChild,
+    Stop,
+    Tick,
+    Vitals,
+)
+from penstock.core.errors import CheckpointError, EngineUnavailable
+from penstock.core.supervisor import ChildSpec, Supervisor, failure_of
+
+FACTS = EngineFacts(
+    model="m",
+    architecture="A",
+    dtype="float32",
+    device="fake",
+    attention="fake",
+    vocab_size=10,
+    max_model_len=10,
+    block_size=4,
+    num_blocks=4,
+    max_num_seqs=4,
+    max_num_batched_tokens=4,
+    deterministic=False,
+    fingerprint="f",
+    kv_layout="l",
+    weights_bytes=1,
+    workspace_bytes=1,
+    kv_bytes=1,
+    slack_bytes=1,
+)
+ENGINE, TEXT, EDGE0, EDGE1 = range(4)
+NAMES = ["engine-0", "text-0", "edge-0", "edge-1"]
+
+
+class World:
+    """Everything around the supervisor: says what the children say, and keeps what they are told."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = FakeClock()
+        specs = [ChildSpec(role=name[:-2], id=int(name[-1]), module="m") for name in NAMES]
+        self.supervisor = Supervisor(specs, clock=self.clock, **{"drain_s": 30.0, "max_restarts": 3, **options})
+        self.out: list[Any] = list(self.supervisor.start())
+
+    def say(self, message: Any) -> list[Any]:
+        """What the supervisor answers, without its log."""
+        self.out = [out for out in self.supervisor.handle(message) if not isinstance(out, Notice)]
+        return self.out
+
+    def epoch(self, index: int) -> int:
+        return self.supervisor.children[index].epoch
+
+    def up(self, index: int) -> list[Any]:
+        role, id_ = NAMES[index][:-2], int(NAMES[index][-1])
+        if role == "engine":
+            return self.say(EngineUp(engine=id_, epoch=self.epoch(index), facts=FACTS))
+        return self.say(ChildUp(role=role, id=id_, epoch=self.epoch(index), pid=1))
+
+    def all_up(self) -> World:
+        for index in range(4):
+            self.up(index)
+        return self
+
+    def dies(self, index: int, status: int = -9, error: BaseException | None = None) -> list[Any]:
+        role, id_, epoch = NAMES[index][:-2], int(NAMES[index][-1]), self.epoch(index)
+        if error is not None:
+            self.say(ChildDown(role=role, id=id_, epoch=epoch, status=1, detail=failure_of(error)))
+        return self.say(ChildExited(role=role, id=id_, epoch=epoch, status=status))
+
+    def drained(self, index: int, cut: int = 0) -> list[Any]:
+        return self.say(Drained(role=NAMES[index][:-2], id=int(NAMES[index][-1]), cut=cut))
+
+    def after(self, seconds: float) -> list[Any]:
+        self.clock.advance(seconds)
+        return self.say(Tick(now_ns=self.clock.now_ns()))
+
+    def everybody_leaves(self) -> Leave:
+        for index in range(4):
+            self.dies(index, 0)
+        (leave,) = [out for out in self.out if isinstance(out, Leave)]
+        return leave
+
+
+def told(out: list[Any], kind: type[Any]) -> list[int]:
+    """Who was sent a message of that type."""
+    return [o.index for o in out if isinstance(o, To) and type(o.message) is kind]
+
+
+def of(out: list[Any], kind: type[Any]) -> list[Any]:
+    return [o for o in out if type(o) is kind]
+
+
+# ------------------------------------------------------------------ start
+
+
+def test_children_start_side_by_side_and_ready_is_said_once() -> None:
+    world = World()
+    assert [(o.role, o.id, o.epoch) for o in world.out] == [("engine", 0, 1), ("text", 0, 1), ("edge", 0, 1), ("edge", 1, 1)]
+    world.up(EDGE0)
+    assert told(world.up(ENGINE), EngineUp) == [TEXT]
+    world.clock.advance(1.5)
+    assert told(world.up(TEXT), EngineUp) == [TEXT]  # whoever is up first: text learns of the engine
+    assert of(world.out, Ready) == []
+    (ready,) = world.up(EDGE1)
+    assert ready == Ready(facts=[FACTS], first=True, seconds=1.5)
+    world.dies(EDGE0)
+    (again,) = world.up(EDGE0)
+    assert not again.first
+
+
+def test_a_start_that_fails_ends_the_server_with_the_reason() -> None:
+    world = World()
+    world.up(TEXT)
+    world.dies(ENGINE, 1, CheckpointError("model.safetensors is truncated"))
+    assert told(world.out, Stop) == [TEXT, EDGE0, EDGE1]
+    leave = world.everybody_leaves()
+    assert leave == Leave(status=1, error="model.safetensors is truncated")
+
+
+def test_a_crash_while_starting_is_not_tried_again() -> None:
+    world = World()
+    world.dies(ENGINE, -9)
+    leave = world.everybody_leaves()
+    assert leave.status == 1
+    assert "engine-0 process could not start" in leave.error
+    assert "SIGKILL (out of memory?)" in leave.error
+    world = World()
+    world.dies(TEXT, 1, ValueError("what"))
+    assert "failed with ValueError: what" in world.everybody_leaves().error
+
+
+# ------------------------------------------------------------------ restarts
+
+
+def test_an_engine_that_dies_is_started_again_and_text_knows() -> None:
+    world = World().all_up()
+    out = world.dies(ENGINE)
+    (down,) = [o.message for o in out if isinstance(o, To) and isinstance(o.message, EngineDown)]
+    assert (down.engine, down.epoch) == (0, 1)
+    assert told(out, EngineDown) == [TEXT]
+    assert of(out, StartChild) == [StartChild(role="engine", id=0, epoch=2)]
+    out = world.up(ENGINE)
+    assert told(out, EngineUp) == [TEXT]
+    assert of(out, Ready)[0].first is False
+
+
+def test_text_and_edges_are_started_again_alone() -> None:
+    world = World().all_up()
+    assert world.dies(TEXT) == [StartChild(role="text", id=0, epoch=2)]
+    assert told(world.up(TEXT), EngineUp) == [TEXT]
+    assert world.dies(EDGE1) == [StartChild(role="edge", id=1, epoch=2)]
+
+
+def test_words_of_an_earlier_life_are_ignored() -> None:
+    world = World().all_up()
+    world.dies(ENGINE)
+    assert world.say(EngineUp(engine=0, epoch=1, facts=FACTS)) == []
+    assert world.say(ChildExited(role="engine", id=0, epoch=1, status=0)) == []
+    assert world.supervisor.children[ENGINE].state == "starting"
+
+
+def test_restarts_pause_longer_and_longer_and_then_it_is_over() -> None:
+    world = World().all_up()
+    assert of(world.dies(ENGINE), StartChild)  # at once
+    for pause in (0.5, 1.0):
+        world.up(ENGINE)
+        assert not of(world.dies(ENGINE), StartChild)
+        assert not of(world.after(pause - 0.1), StartChild)
+        assert of(world.after(0.2), StartChild)
+    world.up(ENGINE)
+    world.dies(ENGINE)
+    assert told(world.out, Stop) == [TEXT, EDGE0, EDGE1]
+    leave = world.everybody_leaves()
+    assert leave.status == 1
+    assert "failed for good after 3 restarts within 60 s" in leave.error
+
+
+def test_restarts_are_forgotten_after_the_window() -> None:
+    world = World(max_restarts=1).all_up()
+    for _ in range(5):
+        assert of(world.dies(EDGE0), StartChild)
+        world.up(EDGE0)
+        world.after(61)
+    assert of(world.dies(EDGE0), StartChild)
+    world.up(EDGE0)
+    assert told(world.dies(EDGE0), Stop)
+
+
+def test_no_restarts_allowed() -> None:
+    world = World(max_restarts=0).all_up()
+    world.dies(TEXT)
+    assert world.everybody_leaves().status == 1
+
+
+def test_a_restart_that_cannot_succeed_is_not_repeated() -> None:
+    world = World().all_up()
+    world.dies(ENGINE)
+    assert told(world.dies(ENGINE, 1, CheckpointError("the folder is gone")), Stop)
+    assert world.everybody_leaves() == Leave(status=1, error="the folder is gone")
+    world = World().all_up()
+    world.dies(ENGINE)
+    assert not told(world.dies(ENGINE, 1, EngineUnavailable("busy")), Stop)  # worth another try
+
+
+# ------------------------------------------------------------------ the stop ladder
+
+
+def test_a_clean_drain_goes_from_the_edges_inwards_and_leaves_with_0() -> None:
+    world = World().all_up()
+    out = world.say(Signalled(signum=signal.SIGTERM))
+    assert told(out, Drain) == [EDGE0, EDGE1]
+    assert out[0].message.deadline_s == pytest.approx(30.0)
+    assert world.drained(EDGE1) == []
+    assert told(world.drained(EDGE0), Drain) == [TEXT]
+    assert sorted(told(world.drained(TEXT), Stop)) == [ENGINE, TEXT, EDGE0, EDGE1]
+    assert world.everybody_leaves() == Leave(status=0)
+
+
+def test_cut_requests_make_the_status_say_so() -> None:
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    world.drained(EDGE0, cut=2)
+    world.drained(EDGE1)
+    world.drained(TEXT)
+    leave = world.everybody_leaves()
+    assert leave.status == 128 + signal.SIGTERM
+    assert "2 requests were cut short" in leave.error
+
+
+def test_the_deadline_passes() -> None:
+    world = World(drain_s=5.0).all_up()
+    world.say(Signalled(signum=signal.SIGINT))
+    assert told(world.after(5.5), Stop) == []
+    assert sorted(told(world.after(1.0), Stop)) == [ENGINE, TEXT, EDGE0, EDGE1]
+    assert [k.signum for k in of(world.after(3.1), KillChild)] == [signal.SIGTERM] * 4
+    world.dies(ENGINE, 0)
+    assert [k.signum for k in of(world.after(0.6), KillChild)] == [signal.SIGKILL] * 3
+    assert world.everybody_leaves().status == 128 + signal.SIGINT
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGINT))
+    assert len(told(world.say(Signalled(signum=signal.SIGINT)), Stop)) == 4
+    assert [k.signum for k in of(world.after(0.4), KillChild)] == [signal.SIGKILL] * 4
+    assert world.everybody_leaves().status == 130
+    world = World().all_up()
+    for _ in range(2):
+        world.say(Signalled(signum=signal.SIGINT))
+    assert len(of(world.say(Signalled(signum=signal.SIGINT)), KillChild)) == 4  # a third: this instant
+
+
+def test_a_signal_before_ready_stops_at_once_and_cleanly() -> None:
+    world = World()
+    world.up(TEXT)
+    assert len(told(world.say(Signalled(signum=signal.SIGINT)), Stop)) == 4
+    assert world.everybody_leaves() == Leave(status=0)
+
+
+def test_an_engine_that_dies_while_draining_is_replaced() -> None:
+    """Streams that are being finished need it: they are replayed on the new one."""
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    assert of(world.dies(ENGINE), StartChild)
+    assert told(world.up(ENGINE), EngineUp) == [TEXT]
+    world.drained(EDGE0)
+    world.drained(EDGE1)
+    world.drained(TEXT)
+    assert world.everybody_leaves().status == 0
+
+
+def test_an_edge_that_dies_while_draining_took_answers_with_it() -> None:
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    assert not of(world.dies(EDGE0), StartChild)
+    world.drained(EDGE1)
+    world.drained(TEXT)
+    leave = world.everybody_leaves()
+    assert leave.status == 1
+    assert "edge-0 process died while requests were being finished" in leave.error
+
+
+def test_a_failure_while_stopping_does_not_hang() -> None:
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    for index in (EDGE0, EDGE1, TEXT):
+        world.drained(index)
+    world.dies(ENGINE, 1)
+    assert world.everybody_leaves().status == 0
+
+
+def test_a_child_that_waits_for_its_restart_does_not_hold_up_a_stop() -> None:
+    world = World().all_up()
+    world.dies(EDGE0)
+    world.up(EDGE0)
+    world.dies(EDGE0)
+    assert world.supervisor.children[EDGE0].state == "waiting"
+    world.say(Signalled(signum=signal.SIGTERM))
+    world.say(Signalled(signum=signal.SIGTERM))
+    for index in (ENGINE, TEXT, EDGE1):
+        world.dies(index, 0)
+    assert of(world.out, Leave)
+
+
+# ------------------------------------------------------------------ vital signs
+
+
+def test_vitals_tell_idle_busy_and_stalled_apart() -> None:
+    world = World().all_up()
+
+    def beat(progress: int, pending: int) -> None:
+        world.say(Heartbeat(role="engine", id=0, at_ns=world.clock.now_ns(), progress=progress, pending=pending))
+
+    def engine() -> Any:
+        out = world.say(Tick(now_ns=world.clock.now_ns()))
+        assert told(out, Vitals) == [TEXT]
+        return out[0].message.rows[ENGINE]
+
+    beat(0, 0)
+    world.clock.advance(100)
+    beat(0, 0)
+    assert engine().stalled_s == 0  # idle, however long
+    beat(5, 3)
+    world.clock.advance(2)
+    beat(9, 3)
+    assert engine().stalled_s == 0  # busy
+    world.clock.advance(40)
+    beat(9, 3)
+    row = engine()
+    assert (row.stalled_s, row.age_s) == (40, 0)  # alive, but nothing moves
+    world.clock.advance(7)
+    row = engine()
+    assert (row.stalled_s, row.age_s) == (47, 7)  # silent as well
+    world.dies(ENGINE)
+    row = engine()
+    assert (row.up, row.stalled_s) == (False, 0)
