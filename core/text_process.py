@@ -80,6 +80,8 @@ class TextProcess:
         if isinstance(message, Stop):
             self._over.set()
         elif isinstance(message, EngineUp):
+            if self._epochs.get(message.engine) == message.epoch:
+                return  # root says it to a process that starts, and again when it is up
             self._epochs[message.engine] = message.epoch
             assert self._nursery is not None
             self._nursery.start_soon(self._keep_engine, message.engine, message.epoch)
