@@ -128,6 +128,7 @@ class _Draft:
         "places",
         "prefill_turn",
         "samplings",
+        "sources",
         "stalled",
         "started",
     )
@@ -143,6 +144,8 @@ class _Draft:
         self.samplings: list[SlotSampling] = []
         self.started: list[tuple[int, int]] = []
         self.forked: set[int] = set()
+        self.sources: set[int] = set()
+        """Slots whose blocks this step copies."""
         self.stalled: set[int] = set()
         self.prefill_turn = False
         self.full = False
@@ -668,7 +671,7 @@ class Scheduler:
         if not entries:
             return [], 0
         if not self._free_slots:
-            self._evict_parked()
+            self._evict_parked(draft)
         promised = sum(len(holder.attached) for slot in self._prefilling if (holder := self._holder[slot]) is not None)
         return entries, len(self._free_slots) - promised
 
@@ -755,15 +758,17 @@ class Scheduler:
         return int(entry.tokens.size) - 1
 
     def _take_grants(self, draft: _Draft, short: list[int], forks: list[int], grant: KvGrant) -> list[int]:
+        if forks:
+            self._rows = None  # a parked one had been let in to fork
         for slot, forked in zip(forks, grant.forked.tolist(), strict=True):
             if forked:
                 source = self._forking.pop(slot)
-                self._last_step[source] = max(int(self._last_step[source]), self.step + 1)  # this step copies from it
                 self._held.add(int(self._seq[slot]))
                 self._capacity[slot] = -(-int(self._prompt[slot]) // self._block) * self._block
                 self._hashed[slot] = self._hashed[source]
                 self._given[slot] = self._prompt[slot] // self._block
                 draft.forked.add(slot)
+                draft.sources.add(source)
             else:  # it holds nothing that waiting could save: it computes its prompt again, later
                 draft.stalled.add(slot)
                 self._preempt(slot)
@@ -784,7 +789,7 @@ class Scheduler:
             if not granted:
                 if cached >= 0 and not draft.full:
                     draft.full = self._blocked = True
-                    self._unblock(entry)
+                    self._unblock(draft, entry)
                 continue
             asked += entry.tokens.size
             missed += entry.tokens.size - cached
@@ -824,9 +829,9 @@ class Scheduler:
                 return
             yield from self._ask(draft, [], self._next_entries(entries, draft.budget, room))
 
-    def _unblock(self, entry: Entry) -> None:
+    def _unblock(self, draft: _Draft, entry: Entry) -> None:
         """The first in line does not fit. Parked sequences make room; where nothing else holds memory it never will fit."""
-        if self._evict_parked():
+        if self._evict_parked(draft):
             return
         if len(self._free_slots) == self.settings.max_num_seqs and not self._releases:
             used, _cached, total, _queries, _hits, quarantined = self._kv
@@ -836,9 +841,10 @@ class Scheduler:
             )
             self._failures += [(s, error) for s in entry.seqs]
 
-    def _evict_parked(self) -> bool:
-        """Preempt one parked sequence that no step in flight names."""
-        order = [s for s in self._victims(only_parked=True) if self._last_step[s] <= self.done_step]
+    def _evict_parked(self, draft: _Draft) -> bool:
+        """Preempt one parked sequence that no step names, neither in flight nor in the making."""
+        named = {*draft.decodes.tolist(), *draft.sources}
+        order = [s for s in self._victims(only_parked=True) if self._last_step[s] <= self.done_step and s not in named]
         if order:
             self._requeue(order[0])
             self._again = True
@@ -851,8 +857,6 @@ class Scheduler:
             able[slot] = False
         if only_parked:
             able &= self._parked & (self._phase == DECODE)
-            for slot in self._forking:
-                able[slot] = False
         slots = np.flatnonzero(able)
         if not slots.size:
             return []
@@ -879,7 +883,7 @@ class Scheduler:
             order = self._victims()
             if order and not self._parked[order[-1]]:
                 order.pop()  # the oldest always goes on
-            victim = next((slot for slot in order if slot not in draft.forked), None)
+            victim = next((slot for slot in order if slot not in draft.forked and slot not in draft.sources), None)
             if victim is None:
                 if len(denied) == 1 and len(self._free_slots) == self.settings.max_num_seqs - 1 and not draft.forked:
                     sequence = self._holder[denied[0]]
@@ -965,6 +969,7 @@ class Scheduler:
             columns["place_counts"] = i32([t.size for _, t in draft.places])
             columns["place_tokens"] = np.concatenate([t for _, t in draft.places])
         if draft.copies:
+            self._last_step[list(draft.sources)] = step
             columns["copy_src"] = np.concatenate([src for src, _ in draft.copies])
             columns["copy_dst"] = np.concatenate([dst for _, dst in draft.copies])
         if draft.blocks or self._carried:
@@ -1122,9 +1127,11 @@ class Scheduler:
         fresh = np.zeros(found.rows.size, bool)
         for row, (seq, request) in enumerate(zip(flight.prompt_seqs, flight.prompt_requests, strict=True)):
             mine = (found.rows == row) & (found.positions >= request.prompt_logprobs_next)
-            if seq in self._live and mine.any():
+            if request.live and mine.any():
                 fresh |= mine
                 request.prompt_logprobs_next = int(found.positions[mine].max()) + 1
+                if seq not in self._live:  # the choice that computed the prompt was aborted: they belong to the others too
+                    flight.prompt_seqs[row] = next(s.seq for s in self._live.values() if s.request is request)
         return _select_rows(found, fresh, found.rows)
 
     def _take_preempted(self) -> Column:

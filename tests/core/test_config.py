@@ -107,7 +107,8 @@ def test_the_usual_vllm_start_line_parses(monkeypatch: pytest.MonkeyPatch) -> No
 def test_aliases_and_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = capture(monkeypatch)
     result = CliRunner().invoke(
-        cli.cli, ["serve", "m", "--disable-radix-cache", "--context-length", "4k", "--mem-fraction-static", "0.5", "--max_running_requests", "7"]
+        cli.cli,
+        ["serve", "m", "--disable-radix-cache", "--context-length", "4k", "--mem-fraction-static", "0.5", "--max_running_requests", "7"],
     )
     assert result.exit_code == 0, result.output
     (config,) = seen
