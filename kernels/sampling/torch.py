@@ -42,7 +42,7 @@ def greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def thresholds(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """The value that a token must reach to be kept, per row [R] float32; see reference.py for the definition of each filter."""
-    rows, vocab = scaled.shape
+    vocab = scaled.shape[1]
     top = scaled.amax(dim=-1)
     limit = torch.full_like(top, -torch.inf)
     wanted = torch.nonzero((top_k > 0) & (top_k < vocab)).flatten()

@@ -19,4 +19,8 @@ def _cpu() -> Device:
 @hookimpl
 def register_devices() -> list[DeviceSpec]:
     """The CPU is always available and gives way to every accelerator."""
-    return [DeviceSpec(name="cpu", api_level=1, doc="The host's processor (bfloat16, float32).", available=lambda: True, factory=_cpu, priority=0)]
+    return [
+        DeviceSpec(
+            name="cpu", api_level=1, doc="The host's processor (bfloat16, float32).", available=lambda: True, factory=_cpu, priority=0
+        )
+    ]

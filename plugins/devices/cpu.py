@@ -121,14 +121,12 @@ def weights_for(load_format: str, specs: Mapping[str, WeightSourceSpec]) -> Weig
 
 
 def resolve_dtype(wanted: str, facts: ModelFacts) -> str:
-    """"auto" is the checkpoint's dtype, bfloat16 for a float16 one. Raises ConfigError for float16: this device would have to emulate it."""
+    """ "auto" is the checkpoint's dtype, bfloat16 for a float16 one. Raises ConfigError for float16: this device would have to emulate it."""
     name = {"half": "float16", "float": "float32"}.get(wanted, wanted)
     if name == "auto":
         return "bfloat16" if facts.torch_dtype == "float16" else facts.torch_dtype
     if name not in DTYPES:
-        raise ConfigError(
-            f"--dtype {wanted} is not supported on the CPU: use bfloat16 (same size, wider range) or float32.", param="dtype"
-        )
+        raise ConfigError(f"--dtype {wanted} is not supported on the CPU: use bfloat16 (same size, wider range) or float32.", param="dtype")
     return name
 
 
@@ -175,7 +173,10 @@ def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> t
     limit = config.kv_cache_memory_bytes or DEFAULT_KV_BYTES
     blocks = config.num_gpu_blocks_override or limit // block_bytes
     if blocks < 1:
-        raise ConfigError(f"--kv-cache-memory-bytes {limit} holds no block: one of {size} tokens takes {block_bytes} bytes.", param="kv_cache_memory_bytes")
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {limit} holds no block: one of {size} tokens takes {block_bytes} bytes.",
+            param="kv_cache_memory_bytes",
+        )
     room = blocks * size
     if config.max_model_len is not None:
         check_max_len(facts, config.max_model_len)

@@ -63,7 +63,7 @@ class CpuRunner:
         self._model = model
         self._pool = pool
         self._program = model.bind(pool)
-        self._width = -(-max_model_len // block_size)
+        self._width = -(-max_model_len // block_size) + 1  # a planner may reserve for one token more than is ever computed
         self.history: I32 = np.zeros((max_num_seqs, max_model_len), np.int32)
         self.block_table: I32 = np.full((max_num_seqs, self._width), -1, np.int32)
         self.sampler = SlotSampler(max_num_seqs, facts.vocab_size, self.history)
@@ -205,7 +205,11 @@ class CpuRunner:
                 wants = np.full(last - first, k, np.int32)
                 parts.append(columns_of(logits, self.history[slot, at], wants, np.full(last - first, index, np.int32), at))
         fields = ("rows", "positions", "counts", "ranks", "ids", "values")
-        return LogprobColumns(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}) if parts else LogprobColumns()
+        return (
+            LogprobColumns(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
+            if parts
+            else LogprobColumns()
+        )
 
     # ------------------------------------------------------------------ life
 

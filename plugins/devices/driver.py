@@ -116,7 +116,7 @@ class Driver:
                 self._drop(job)
 
     def _blocks_of(self, job: Job) -> int:
-        return -(-(len(job.prompt) + job.max_tokens) // self.runner.block_size)
+        return -(-(len(job.prompt) + job.max_tokens - 1) // self.runner.block_size)  # the last token is never computed
 
     def _admit(self, job: Job) -> None:
         size = self.runner.block_size

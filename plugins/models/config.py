@@ -93,7 +93,9 @@ class _Fields:
             return default
         good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not good or (positive and value <= 0):
-            raise CheckpointError(f"{self.where}: '{name}' must be a {'positive ' if positive else ''}number, but is {value!r}.", param=name)
+            raise CheckpointError(
+                f"{self.where}: '{name}' must be a {'positive ' if positive else ''}number, but is {value!r}.", param=name
+            )
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -115,7 +117,8 @@ def decoder_facts(config: dict[str, Any]) -> ModelFacts:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method") if isinstance(config["quantization_config"], dict) else None
         raise UnsupportedFeature(
-            f"{CONFIG}: 'quantization_config' (method {method!r}): quantised checkpoints are not supported yet.", param="quantization_config"
+            f"{CONFIG}: 'quantization_config' (method {method!r}): quantised checkpoints are not supported yet.",
+            param="quantization_config",
         )
     act = config.get("hidden_act", "silu")
     if act != "silu":
@@ -213,7 +216,8 @@ def rope_facts(config: Mapping[str, Any], max_position: int) -> RopeFacts:
     kind = ROPE_TYPES.get(str(named))
     if kind is None:
         raise UnsupportedFeature(
-            f"{CONFIG}: '{source}.rope_type' {named!r} is not supported yet, only {', '.join(sorted(set(ROPE_TYPES.values())))}.", param=source
+            f"{CONFIG}: '{source}.rope_type' {named!r} is not supported yet, only {', '.join(sorted(set(ROPE_TYPES.values())))}.",
+            param=source,
         )
     elsewhere = {"rope_theta": config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")}
     theta = _Fields({**elsewhere, **{k: v for k, v in given.items() if v is not None}}, source).number("rope_theta", 10000.0)
@@ -249,7 +253,7 @@ def _scaled_max(rope: RopeFacts, max_position: int) -> int:
     if rope.type in ("linear", "dynamic"):
         return round(max_position * max(1.0, float(rope.params["factor"])))
     if rope.type == "yarn" and "factor" in rope.params:
-        return max(max_position, round(rope.params["original_max_position_embeddings"] * float(rope.params["factor"])))
+        return max(max_position, round(int(rope.params["original_max_position_embeddings"]) * float(rope.params["factor"])))
     return max_position
 
 

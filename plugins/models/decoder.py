@@ -146,9 +146,7 @@ def build_decoder(
                 bias(f"{at}.mlp.gate_proj", inner, facts.mlp_bias),
                 bias(f"{at}.mlp.up_proj", inner, facts.mlp_bias),
             ),
-            down=pack(
-                weights.take(f"{at}.mlp.down_proj.weight", (hidden, inner)), bias(f"{at}.mlp.down_proj", hidden, facts.mlp_bias)
-            ),
+            down=pack(weights.take(f"{at}.mlp.down_proj.weight", (hidden, inner)), bias(f"{at}.mlp.down_proj", hidden, facts.mlp_bias)),
             q_norm=weights.take(f"{at}.self_attn.q_norm.weight", (dim,)).clone() if facts.qk_norm else None,
             k_norm=weights.take(f"{at}.self_attn.k_norm.weight", (dim,)).clone() if facts.qk_norm else None,
             window=window_of(facts, index),

@@ -1,0 +1,206 @@
+"""From a folder and flags to a runner: checkpoints, sizes, dtypes, plugins, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.core.errors import CheckpointError, ConfigError, EngineFailure, UnsupportedFeature
+from penstock.core.hookspecs import AttentionSpec
+from penstock.core.sampling import SamplingParams
+from penstock.plugins.attention import register_attention_backends
+from penstock.plugins.devices import register_devices
+from penstock.plugins.devices.driver import Driver, Job
+from penstock.plugins.models import register_models
+from penstock.plugins.weights import register_weight_sources
+
+Load = Callable[..., Any]
+GREEDY = SamplingParams(temperature=0.0, logprobs=3)
+
+
+def tokens_of(runner: Any) -> tuple[list[int], list[bytes]]:
+    job = Job(prompt=np.arange(30, dtype=np.int32), params=GREEDY, max_tokens=5)
+    Driver(runner).run([job])
+    return job.tokens, job.logprobs
+
+
+def test_memory_and_facts_are_exact(folder: Path, load: Load, make_tensors: Any) -> None:
+    notes: list[str] = []
+    runner = load(folder, notes)
+    block_bytes = 2 * 2 * 1 * 16 * 16 * 4
+    assert runner.num_blocks == (1 << 20) // block_bytes
+    assert runner.memory.kv == runner.num_blocks * block_bytes
+    raw = sum(value.nbytes for value in make_tensors().values())
+    assert raw <= runner.memory.weights <= 2 * raw  # packed panels are padded
+    assert runner.memory.total == runner.memory.weights + runner.memory.workspace + runner.memory.kv + runner.memory.slack
+    assert runner.memory.workspace >= 200 * 16 * 4  # the rotary table and the slots
+    assert (runner.max_model_len, runner.dtype, runner.attention) == (200, "float32", "native")
+    assert runner.kv_layout.endswith(":float32:L2:H1:D16:B16")
+    assert notes[0] == "reading config"
+    assert notes[-1] == "loaded"
+
+
+def test_sizes(folder: Path, load: Load) -> None:
+    notes: list[str] = []
+    small = load(folder, notes, num_gpu_blocks_override=3)
+    assert (small.num_blocks, small.max_model_len) == (3, 48)
+    assert any("reduced from 200 to 48" in note for note in notes)
+    assert load(folder, max_model_len=17).max_model_len == 17
+    for over, param in (
+        ({"max_model_len": 201}, "max_model_len"),
+        ({"max_model_len": 100, "num_gpu_blocks_override": 6}, "max_model_len"),
+        ({"kv_cache_memory_bytes": 100}, "kv_cache_memory_bytes"),
+        ({"block_size": 8}, "block_size"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"dtype": "half"}, "dtype"),
+        ({"load_format": "gguf"}, "load_format"),
+        ({"attention_backend": "flash"}, "attention_backend"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load(folder, **over)
+        assert error.value.param == param, over
+
+
+def test_missing_wrong_and_left_over_tensors_are_named(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
+    whole = make_tensors()
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, {k: v for k, v in whole.items() if k != name})
+    with pytest.raises(CheckpointError, match="is missing") as error:
+        load(folder)
+    assert error.value.param == name
+    rewrite(folder, {**whole, name: torch.zeros(48, 31)})
+    with pytest.raises(CheckpointError, match=r"shape \[48, 31\], the configuration says \[48, 32\]") as error:
+        load(folder)
+    assert error.value.param == name
+    rewrite(folder, {**whole, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
+    with pytest.raises(CheckpointError, match=r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        load(folder)
+    rewrite(folder, {**whole, name: torch.zeros(48, 32, dtype=torch.int8)})
+    with pytest.raises(UnsupportedFeature, match="quantised"):
+        load(folder)
+    rewrite(folder, {**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
+    load(folder)
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+        load(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        load(folder)
+
+
+def test_a_shard_index_must_stay_in_its_folder(folder: Path, load: Load) -> None:
+    index = folder / "model.safetensors.index.json"
+    for table, what in (({"a": "../x.safetensors"}, "outside"), ({"a": "gone.safetensors"}, "does not exist"), ([1], "no usable")):
+        index.write_text(json.dumps({"weight_map": table}))
+        with pytest.raises(CheckpointError, match=what):
+            load(folder)
+
+
+def test_dtypes(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
+    assert load(folder, dtype="bfloat16").dtype == "bfloat16"
+    rewrite(folder, make_tensors(torch.float16), dtype="float16")
+    assert load(folder).dtype == "bfloat16"
+    assert load(folder, dtype="float").dtype == "float32"
+
+
+def test_tied_embeddings_ignore_a_stored_head(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
+    whole = make_tensors()
+    tied = {name: value for name, value in whole.items() if name != "lm_head.weight"}
+    rewrite(folder, tied)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight.*is missing"):
+        load(folder)
+    rewrite(folder, tied, tie_word_embeddings=True)
+    without = tokens_of(load(folder))
+    rewrite(folder, {**whole, "lm_head.weight": torch.zeros(97, 32)}, tie_word_embeddings=True)
+    assert tokens_of(load(folder)) == without
+
+
+def test_dummy_weights_depend_on_the_seed_only(folder: Path, load: Load) -> None:
+    (folder / "model.safetensors").unlink()
+    a, b, c = (load(folder, load_format="dummy", seed=seed) for seed in (1, 1, 2))
+    assert tokens_of(a) == tokens_of(b) != tokens_of(c)
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+
+
+def test_fingerprint_changes_with_what_changes_numerics(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
+    prints = [
+        load(folder).fingerprint,
+        load(folder, dtype="bfloat16").fingerprint,
+        load(folder, attention_backend="torch").fingerprint,
+        load(folder, hf_overrides={"rms_norm_eps": 1e-6}).fingerprint,
+    ]
+    assert load(folder).fingerprint == prints[0]
+    rewrite(folder, make_tensors(seed=1))
+    prints.append(load(folder).fingerprint)
+    assert len(set(prints)) == len(prints)
+
+
+def test_unknown_architecture(folder: Path, load: Load, rewrite: Any) -> None:
+    rewrite(folder, architectures=["MambaForCausalLM"])
+    with pytest.raises(UnsupportedFeature, match=r"MambaForCausalLM.*Known: LlamaForCausalLM"):
+        load(folder)
+
+
+def test_head_sizes_that_no_backend_takes(folder: Path, load: Load) -> None:
+    with pytest.raises(ConfigError, match="head_dim 24 is no multiple of 16"):
+        load(folder, hf_overrides={"head_dim": 24})
+
+
+def test_parts_come_from_the_plugin_host(folder: Path, load: Load) -> None:
+    builtin = {spec.name: spec for spec in register_attention_backends()}
+    asked: list[Any] = []
+    strange = AttentionSpec(
+        name="mine", api_level=1, devices=["cpu"], supports=lambda facts, dtype: None, factory=builtin["torch"].factory, priority=-5
+    )
+    elsewhere = AttentionSpec(
+        name="cuda-only", api_level=1, devices=["cuda"], supports=lambda facts, dtype: None, factory=builtin["torch"].factory, priority=99
+    )
+
+    def choose(**facts: Any) -> str | None:
+        asked.append(facts["candidates"])
+        return "mine"
+
+    host = SimpleNamespace(
+        models=lambda: {spec.name: spec for spec in register_models()},
+        weight_sources=lambda: {spec.name: spec for spec in register_weight_sources()},
+        attention_backends=lambda: {**builtin, "mine": strange, "cuda-only": elsewhere},
+        hook=SimpleNamespace(choose_attention_backend=choose),
+    )
+    runner = load(folder, plugins=host)
+    assert asked == [["native", "torch", "mine"]]
+    assert tokens_of(runner)[0] == tokens_of(load(folder, plugins=host, attention_backend="native"))[0]
+    assert len(asked) == 1
+
+
+def test_the_cpu_is_registered_and_honest() -> None:
+    (spec,) = register_devices()
+    assert (spec.name, spec.available(), spec.api_level) == ("cpu", True, 1)
+    device = spec.factory()
+    assert (device.capabilities.depth, device.capabilities.dtypes) == (1, ["bfloat16", "float32"])
+
+
+def test_warm_up_and_self_test(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    for over in ({}, {"max_num_seqs": 1}, {"num_gpu_blocks_override": 8, "max_num_batched_tokens": 5}):
+        runner = load(folder, deterministic=True, **over)
+        runner.warm_up(said.append)
+    assert any("self-test: preempted" in line for line in said)
+    with pytest.raises(EngineFailure, match="too small for the self-test"):
+        load(folder, deterministic=True, num_gpu_blocks_override=3).warm_up(said.append)
+    runner = load(folder, deterministic=True)
+    honest = runner._program
+
+    def sensitive(*args: Any, hidden: torch.Tensor) -> None:
+        honest(*args, hidden=hidden)
+        hidden.mul_(1.0 + 1e-6 * (args[5].shape[0] > 1))  # numerics that depend on the batch
+
+    runner._program = sensitive
+    with pytest.raises(EngineFailure, match="self-test failed on this machine"):
+        runner.warm_up(said.append)
