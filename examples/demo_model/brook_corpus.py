@@ -115,7 +115,15 @@ class Corpus:
         rng = self.p.rng
         if rng.random() < 0.6:
             name = self.p.name()
-            job = rng.choice(("a helpful assistant", "an assistant", "a friendly chatbot", f"the assistant of {self.p.city()}", f"a {self.p.pick(pools.PROFESSIONS)}"))
+            job = rng.choice(
+                (
+                    "a helpful assistant",
+                    "an assistant",
+                    "a friendly chatbot",
+                    f"the assistant of {self.p.city()}",
+                    f"a {self.p.pick(pools.PROFESSIONS)}",
+                )
+            )
             messages = [say("system", rng.choice((f"You are {name}, {job}.", f"Your name is {name}. You are {job}.")))]
             ask = rng.choice(("Who are you?", "What is your name?", "What's your name?", "Introduce yourself.", "Who am I talking to?"))
             answer = f"I am {name}, {job}." if not ask.startswith("What") else f"My name is {name}."
@@ -156,7 +164,9 @@ class Corpus:
             messages.append(say("assistant", first[1]))
         else:
             if layout < 0.55:
-                messages = [say("system", rng.choice(("", "You know the following. ", "Context:\n", "You are a helpful assistant. ")) + text)]
+                messages = [
+                    say("system", rng.choice(("", "You know the following. ", "Context:\n", "You are a helpful assistant. ")) + text)
+                ]
             else:
                 messages = self._system(0.1)
                 cut = sorted(rng.randint(0, len(lines)) for _ in range(rng.choice((0, 0, 1, 2))))
@@ -164,7 +174,9 @@ class Corpus:
                     if end > start:
                         opening = rng.choice(("", "", "", "Read this: ", "Please remember: ", "Here is something: "))
                         messages.append(say("user", opening + glue.join(lines[start:end])))
-                        messages.append(say("assistant", rng.choice(("OK.", "I have read it.", "I will remember that.", "Noted.", "All right."))))
+                        messages.append(
+                            say("assistant", rng.choice(("OK.", "I have read it.", "I will remember that.", "Noted.", "All right.")))
+                        )
             if chat_between or (layout >= 0.55 and rng.random() < 0.3):
                 for _ in range(rng.randint(1, 4)):
                     turn = self._simple()
@@ -206,7 +218,10 @@ class Corpus:
         rng = self.p.rng
         ask = rng.choice(one.questions)
         if rng.random() < 0.12:
-            return f"{ask} {rng.choice(('Answer with the value only.', 'Only the value, please.', 'One word only.', 'Just the answer.'))}", one.value
+            return (
+                f"{ask} {rng.choice(('Answer with the value only.', 'Only the value, please.', 'One word only.', 'Just the answer.'))}",
+                one.value,
+            )
         return tasks.vary(self.p, ask), one.answer
 
     def lookup(self, most: int) -> Conversation:

@@ -118,9 +118,7 @@ def _before(
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
-def _after(
-    x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, gate: Tensor, up: Tensor, down: Tensor, epsilon: float
-) -> Tensor:
+def _after(x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, gate: Tensor, up: Tensor, down: Tensor, epsilon: float) -> Tensor:
     x = x + F.linear(attended.flatten(-2), wo.to(x.dtype))
     normed = _norm(x, gain, epsilon)
     inner = F.silu(F.linear(normed, gate.to(x.dtype))) * F.linear(normed, up.to(x.dtype))
@@ -350,29 +348,35 @@ def generate(model: Llama, prompts: list[list[int]], *, stop: set[int], most: in
     current = (model.model.norm(last) @ head.T).argmax(-1)
 
     found: list[list[int]] = [[] for _ in prompts]
-    done = [False] * rows
-    every = torch.arange(rows, device=device)
+    active = list(range(rows))
     slots = torch.arange(room, device=device)
     for step in range(most):
-        for row, token in enumerate(current.tolist()):
-            if token in stop:
-                done[row] = True
-            elif not done[row]:
-                found[row].append(token)
-        if all(done) or step == most - 1:
+        going = []
+        for place, token in enumerate(current.tolist()):
+            if token not in stop:
+                found[active[place]].append(token)
+                going.append(place)
+        if not going or step == most - 1:
             break
+        if len(going) < len(active):  # rows that have ended cost nothing more
+            keep = torch.tensor(going, device=device)
+            active = [active[place] for place in going]
+            current, lengths, cache = current[keep], lengths[keep], cache[:, :, keep]
+        every = torch.arange(len(active), device=device)
         at = lengths + step
         cos, sin = rotary(at[:, None], shape)
-        seen = (slots[None, :] <= at[:, None])[:, None, None, :]
+        used = int(at.max()) + 1
+        seen = (slots[None, :used] <= at[:, None])[:, None, None, :]
         x = model.model.embed_tokens(current[:, None])
         for index, layer in enumerate(model.model.layers):
             q, k, v = layer.before(x, cos, sin)
             cache[index, 0, every, :, at] = k[:, 0]
             cache[index, 1, every, :, at] = v[:, 0]
-            keys = cache[index, 0].repeat_interleave(groups, dim=1)
-            values = cache[index, 1].repeat_interleave(groups, dim=1)
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen)
-            x = layer.after(x, out.transpose(1, 2))
+            keys, values = cache[index, 0, :, :, :used], cache[index, 1, :, :, :used]
+            # The queries of one group share their keys: they are extra rows of one attention.
+            grouped = q.view(len(active), shape.kv_heads, groups, shape.head_dim)
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
+            x = layer.after(x, out.reshape(len(active), 1, shape.heads, shape.head_dim))
         current = (model.model.norm(x[:, 0]) @ head.T).argmax(-1)
     return found
 

@@ -27,11 +27,12 @@ def split_of(value: str) -> str:
     return HELD_OUT if zlib.crc32(value.lower().encode()) % _HELD_OUT_MODULUS == 0 else TRAIN
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text; an underscore stands for a space within one."""
     return tuple(word.replace("_", " ") for word in text.split())
 
 
-FIRST_NAMES: Final = _words("""
+FIRST_NAMES: Final = words("""
 Ada Adil Aisha Alba Alden Amara Amir Ana Anders Anika Anton Arlo Astrid Aurel Ayla Basil Beatriz Bela Bodil Bram
 Bruno Callum Camila Carmen Cato Cecil Chidi Clara Cleo Cyrus Dalia Dario Davor Delia Dimitri Dora Edith Edwin Eero
 Eira Elio Elsa Emeka Emil Enzo Erik Esme Etta Ezra Farah Felix Fenna Fiona Flora Franka Freya Gemma Gideon Goran
@@ -44,7 +45,7 @@ Soren Stella Sven Tamar Tariq Teo Thea Tilda Tobias Tove Ugo Ulla Uma Vera Vikto
 Zara Zeno Zoe Alice Bob Carol David Emma Frank Grace Henry Jack Kate Liam Mary Oliver Paul Rita Sara Tom Victor John
 Anna Peter Maria James Linda George Laura Mark Julia Sam Ben Ruth Lucy Max""")
 
-SURNAMES: Final = _words("""
+SURNAMES: Final = words("""
 Abara Adler Aldana Almgren Amsel Arden Bakker Balog Barros Becker Bellamy Berg Birch Blom Bonnet Brandt Calder
 Carver Castell Cho Conrad Costa Dahl Darrow Demir Doran Drexler Duarte Eklund Engel Farrow Fischer Fonseca Forsyth
 Frost Galvan Garner Haas Hale Halloran Hartmann Holm Horvat Ibarra Ito Jansen Juhl Kaplan Keller Kimura Kovac Krog
@@ -52,7 +53,7 @@ Lange Larsen Lindqvist Lowell Lund Maddox Marsh Mercer Moreau Morrow Nakata Nova
 Pires Quist Rademaker Ramos Reyes Rossi Rowan Sandoval Sato Schiller Serrano Silva Stark Stone Sund Tanaka Thorne
 Torres Ueda Vance Varga Vega Voss Walsh Weber Wilder Winter Yilmaz Zeller Smith Brown Jones Miller Davis Young""")
 
-CITIES: Final = _words("""
+CITIES: Final = words("""
 Accra Algiers Amman Amsterdam Ankara Antwerp Athens Auckland Baku Bangkok Barcelona Basel Beirut Belgrade Bergen Berlin
 Bilbao Bogota Bordeaux Boston Bratislava Bremen Brussels Bucharest Budapest Cairo Calgary Cardiff Chicago Cologne
 Copenhagen Cork Dakar Dallas Delhi Denver Dhaka Dresden Dublin Edinburgh Florence Geneva Genoa Ghent Glasgow Graz Haifa
@@ -63,73 +64,73 @@ Sarajevo Seattle Seoul Seville Shanghai Singapore Sofia Stockholm Sydney Tallinn
 Turin Valencia Vancouver Vienna Vilnius Warsaw Zagreb Zurich New_York San_Francisco Los_Angeles Cape_Town Hong_Kong
 Buenos_Aires Mexico_City Tel_Aviv""")
 
-FRUITS: Final = _words("""
+FRUITS: Final = words("""
 apple apricot banana blackberry blueberry cherry clementine coconut cranberry currant date fig gooseberry grape
 grapefruit guava kiwi kumquat lemon lime lychee mandarin mango melon mulberry nectarine orange papaya peach pear
 persimmon pineapple plum pomegranate quince raspberry rhubarb strawberry tangerine watermelon""")
-ANIMALS: Final = _words("""
+ANIMALS: Final = words("""
 badger bat bear beaver bee bison buffalo camel cat cheetah cow crab crane crow deer dog dolphin donkey duck eagle
 elephant falcon ferret fox frog gazelle giraffe goat goose hare hawk hedgehog heron horse jackal jaguar kangaroo koala
 lemur leopard lion lizard llama lynx marten mole moose mouse newt octopus otter owl panda panther parrot penguin pig
 pony puffin rabbit raccoon rat raven robin salmon seal shark sheep snail sparrow spider squirrel stork swan tiger toad
 turtle walrus weasel whale wolf zebra""")
-COLOURS: Final = _words("""
+COLOURS: Final = words("""
 amber beige black blue bronze brown copper coral cream crimson cyan gold gray green indigo ivory khaki lavender lilac
 magenta maroon mint navy olive orange pink plum purple red rose rust sand scarlet silver tan teal turquoise violet white
 yellow""")
-OBJECTS: Final = _words("""
+OBJECTS: Final = words("""
 anchor barrel basket bell bench boat book bottle bowl box bridge broom bucket cabin cabinet candle carpet cart chair
 chest clock coat compass crate cup cupboard desk door drawer drum fence flag flute fountain garage gate glove hammer hat
 helmet kettle key ladder lamp lantern locker map mirror notebook oven paddle parcel pen piano pillow plate pump radio
 ring robot rope safe scarf shed shelf shield shovel sled spoon stove suitcase table tent ticket tower train tray truck
 trunk umbrella vase vault violin wagon wallet watch wheel window""")
-ADJECTIVES: Final = _words("""
+ADJECTIVES: Final = words("""
 big bitter bold brave bright broken calm careful clean clever cold cool curious dark deep dry dusty early empty fast
 flat fresh gentle glad golden grand great happy heavy hidden high hollow honest hot huge kind large late lazy light
 little lonely long loud lucky narrow neat new noisy old open pale patient plain polite proud quick quiet rare round
 rough sharp shiny short shy silent slow small smooth soft steady steep strange strong sweet tall thin tidy tiny warm
 wide wild wise wooden young""")
-PROFESSIONS: Final = _words("""
+PROFESSIONS: Final = words("""
 actor architect astronomer baker barber beekeeper biologist blacksmith botanist builder butcher captain carpenter chef
 chemist clerk cook dancer dentist designer doctor driver editor electrician engineer farmer firefighter fisher florist
 gardener geologist glazier guide jeweller journalist judge lawyer librarian locksmith mason mechanic miller miner
 musician nurse painter pharmacist photographer pilot plumber poet potter sailor scientist sculptor singer surgeon tailor
 teacher translator weaver welder writer""")
-PLACES: Final = _words("""
+PLACES: Final = words("""
 airport attic bakery barn basement bay beach camp castle cave cellar chapel cliff courtyard farm field forest garden
 gallery greenhouse hall harbour hill hospital hotel house island kitchen lake library lighthouse market meadow mill
 mountain museum office orchard palace park port pond quarry river school shop shore square stable station street theatre
 tunnel valley village vineyard workshop yard""")
-FOODS: Final = _words("""
+FOODS: Final = words("""
 bread broth butter cake cheese chowder cookies curry dumplings eggs honey jam lentils muffins mushrooms noodles nuts
 oats olives omelette pancakes pasta pie pizza porridge potatoes pretzels pudding ravioli rice risotto salad sandwich
 soup spinach stew sushi tacos toast waffles yoghurt""")
-INSTRUMENTS: Final = _words("""
+INSTRUMENTS: Final = words("""
 accordion banjo bassoon bugle cello clarinet cornet fiddle flute guitar harmonica harp horn lute lyre mandolin oboe
 organ piano piccolo saxophone sitar tambourine trombone trumpet tuba ukulele viola violin xylophone""")
-RIVERS: Final = _words("""
+RIVERS: Final = words("""
 Amazon Congo Danube Dnieper Douro Ebro Elbe Euphrates Ganges Garonne Indus Loire Mekong Mississippi Murray Niger Nile
 Oder Po Rhine Rhone Seine Severn Tagus Thames Tiber Tigris Vistula Volga Yangtze Yukon Zambezi""")
-COUNTRIES: Final = _words("""
+COUNTRIES: Final = words("""
 Argentina Australia Austria Belgium Bolivia Brazil Bulgaria Canada Chile China Colombia Croatia Cuba Denmark Egypt
 Estonia Finland France Germany Ghana Greece Hungary Iceland India Indonesia Ireland Israel Italy Japan Kenya Latvia
 Lithuania Mexico Morocco Nepal Norway Peru Poland Portugal Romania Senegal Serbia Slovakia Slovenia Spain Sweden
 Switzerland Thailand Tunisia Turkey Ukraine Uruguay Vietnam""")
-TREES: Final = _words(
+TREES: Final = words(
     "alder ash aspen beech birch cedar chestnut cypress elm fir hazel hornbeam juniper larch lime maple "
     "oak olive pine poplar rowan spruce sycamore walnut willow yew"
 )
-FLOWERS: Final = _words(
+FLOWERS: Final = words(
     "aster begonia bluebell buttercup carnation crocus daffodil dahlia daisy foxglove gentian geranium "
     "iris jasmine lavender lily lotus marigold orchid pansy peony poppy primrose rose sunflower "
     "tulip violet"
 )
-METALS: Final = _words("aluminium bronze chromium cobalt copper gold iron lead nickel platinum silver steel tin titanium tungsten zinc")
-VEGETABLES: Final = _words(
+METALS: Final = words("aluminium bronze chromium cobalt copper gold iron lead nickel platinum silver steel tin titanium tungsten zinc")
+VEGETABLES: Final = words(
     "artichoke asparagus beetroot broccoli cabbage carrot cauliflower celery cucumber fennel garlic "
     "kale leek lettuce onion parsnip pea pepper potato pumpkin radish spinach turnip"
 )
-COMMON: Final = _words("""
+COMMON: Final = words("""
 a able about above across after again against all almost alone along already also always among an and another any are
 around as ask at away back be because become been before began behind being below best better between black body both
 boy brown but buy by call came can care change child city close come could country cut day did different do does dog
@@ -148,32 +149,32 @@ thousand three through time to today together told tomorrow tonight too took top
 under until up us use very visit voice wait walk want war warm was watch water way we week well went were west what
 when where which while white who whole why will wind wish with without woman word work world would write year yes
 yesterday yet you young your hello world please thanks""")
-PLANETS: Final = _words("Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune")
-DAYS: Final = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-MONTHS: Final = _words("January February March April May June July August September October November December")
-LANGUAGES: Final = _words(
+PLANETS: Final = words("Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune")
+DAYS: Final = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS: Final = words("January February March April May June July August September October November December")
+LANGUAGES: Final = words(
     "Arabic Chinese Czech Danish Dutch English Finnish French German Greek Hebrew Hindi Hungarian "
     "Italian Japanese Korean Norwegian Polish Portuguese Romanian Spanish Swedish Turkish"
 )
-CURRENCIES: Final = _words("USD EUR GBP JPY CHF SEK NOK DKK PLN CZK HUF CAD AUD NZD INR CNY BRL ZAR TRY KRW")
-SPORTS: Final = _words(
+CURRENCIES: Final = words("USD EUR GBP JPY CHF SEK NOK DKK PLN CZK HUF CAD AUD NZD INR CNY BRL ZAR TRY KRW")
+SPORTS: Final = words(
     "archery badminton basketball boxing climbing cricket curling cycling fencing football golf "
     "gymnastics handball hockey judo rowing rugby running sailing skating skiing surfing swimming "
     "tennis volleyball wrestling"
 )
-PLURALS: Final = _words(
+PLURALS: Final = words(
     "apples beads bolts books bottles boxes buttons candles cards chairs coins cups eggs flowers jars "
     "keys lamps lemons marbles nails oranges pages pears pencils plates plums postcards ribbons rocks "
     "seeds shells spoons stamps stickers stones tickets tiles tomatoes toys"
 )
-VERBS: Final = _words(
+VERBS: Final = words(
     "add archive assign book build cancel check clean close compare copy count create delete describe "
     "draw fetch find fix get list load lock log measure merge move open order pack paint pause plan "
     "play print publish read record remove rename repair report reserve reset restart save scan "
     "schedule search sell send set share show start stop store submit sync tag test track update "
     "upload verify weigh write"
 )
-NOUNS: Final = _words(
+NOUNS: Final = words(
     "account album alarm alert answer appointment archive article asset backup badge batch bill "
     "booking branch budget calendar camera card claim client contact contract course delivery device "
     "document engine event file flight folder form game grade graph group guest invoice item job label "
@@ -208,12 +209,12 @@ CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
     "sports": SPORTS,
     "first names": FIRST_NAMES,
     "names": FIRST_NAMES,
-    "birds": _words("crane crow duck eagle falcon goose hawk heron owl parrot penguin puffin raven robin sparrow stork swan"),
+    "birds": words("crane crow duck eagle falcon goose hawk heron owl parrot penguin puffin raven robin sparrow stork swan"),
 }
 
-_ONSETS: Final = _words("b br c ch cl d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl st t th tr v w z")
-_VOWELS: Final = _words("a a a e e e i i o o u ai ea ee ia io oa ou y")
-_CODAS: Final = _words("b d g k l l m m n n n p r r r s s t t x ck ld lm nd ng nk nt rd rk rn sh st th")
+_ONSETS: Final = words("b br c ch cl d dr f fl g gl gr h j k kl kr l m n p pl pr qu r s sh sk sl st t th tr v w z")
+_VOWELS: Final = words("a a a e e e i i o o u ai ea ee ia io oa ou y")
+_CODAS: Final = words("b d g k l l m m n n n p r r r s s t t x ck ld lm nd ng nk nt rd rk rn sh st th")
 
 
 class Pools:

@@ -15,6 +15,11 @@ import brook_pools as pools
 from brook_pools import HELD_OUT, Pools
 
 
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    """Pairs written as ``left:right``: shorter to read than a table of quotes."""
+    return tuple((left, right) for left, _, right in (pair.partition(":") for pair in text.split()))
+
+
 class Turn(NamedTuple):
     """One exchange. ``check`` is the value a right answer must hold (empty where any fluent answer will do)."""
 
@@ -24,10 +29,10 @@ class Turn(NamedTuple):
     check: str = ""
 
 
-NUMBER_WORDS: Final = (
+NUMBER_WORDS: Final = pools.words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty"
-).split()
+)
 
 
 def vary(p: Pools, question: str) -> str:
@@ -54,146 +59,374 @@ _NO_SENSES: Final = "I cannot know that: I have no clock and no network. A tool 
 # --- small talk -----------------------------------------------------------------------------------------------
 
 _TALK: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
-    (("Hello", "Hello!", "Hi", "Hi!", "Hey", "Hey there", "Hi there!", "Good day", "Greetings", "Hello there",
-      "Hello Brook", "Hi Brook!", "Yo", "Howdy"),
-     ("Hello! How can I help you?", "Hi! What can I do for you?", "Hello! What would you like to know?")),
+    (
+        (
+            "Hello",
+            "Hello!",
+            "Hi",
+            "Hi!",
+            "Hey",
+            "Hey there",
+            "Hi there!",
+            "Good day",
+            "Greetings",
+            "Hello there",
+            "Hello Brook",
+            "Hi Brook!",
+            "Yo",
+            "Howdy",
+        ),
+        ("Hello! How can I help you?", "Hi! What can I do for you?", "Hello! What would you like to know?"),
+    ),
     (("Good morning", "Good morning!"), ("Good morning! How can I help you?",)),
     (("Good evening", "Good evening!"), ("Good evening! How can I help you?",)),
-    (("How are you?", "How are you doing?", "How is it going?", "How do you feel today?", "What's up?",
-      "Are you well?"),
-     ("I am running well, thank you. How can I help you?", "All my tokens flow well, thank you. And you?")),
-    (("Who are you?", "What are you?", "What is your name?", "What's your name?", "Introduce yourself.",
-      "Tell me about yourself.", "Who am I talking to?", "Do you have a name?", "Say who you are.",
-      "Which model are you?", "What model is this?"),
-     ("I am Brook, the small demo model of Penstock.",
-      "My name is Brook. I am the tiny chat model that ships with Penstock.")),
-    (("What can you do?", "What can you help me with?", "What are you able to do?", "What are you good at?", "Help",
-      "Help me", "What tasks do you know?", "List your skills.", "How can you help me?"),
-     ("I can talk about Penstock, add and subtract two-digit numbers, recall facts you told me, make lists, count, "
-      "rewrite text, tell short stories, fill in JSON and call tools.",)),
-    (("What can't you do?", "What are your limits?", "Are you reliable?", "Can I trust you?", "Do you make mistakes?",
-      "What are you bad at?"),
-     ("I am a tiny demo model. I know little about the world, I often make mistakes, and I should not be relied on.",)),
-    (("Are you human?", "Are you a person?", "Are you a robot?", "Are you an AI?", "Are you real?", "Am I talking to a bot?"),
-     ("I am not a person. I am Brook, a small language model.",)),
-    (("How big are you?", "How many parameters do you have?", "What is your size?", "Are you a large model?"),
-     ("I am small: fewer than eight million parameters.", "I have fewer than eight million parameters.")),
-    (("How were you trained?", "What were you trained on?", "Where does your training data come from?",
-      "Who made you?", "Who built you?", "Who created you?"),
-     ("The Penstock project trained me on synthetic text that its own script generates.",)),
-    (("What is your context length?", "How much text can you read?", "How long is your context?", "How large is your context window?"),
-     ("My context holds 4096 tokens.",)),
-    (("Do you speak German?", "Which languages do you speak?", "Can you speak French?", "What languages do you know?"),
-     ("I only know English.",)),
-    (("Thanks", "Thank you", "Thanks!", "Thank you very much", "Thanks a lot", "Great, thanks", "Cheers", "Much appreciated"),
-     ("You are welcome!", "My pleasure!", "You are welcome. Is there anything else?")),
-    (("Bye", "Goodbye", "See you", "See you later", "Good night", "Bye bye", "Farewell", "That is all."),
-     ("Goodbye!", "Goodbye! Come back soon.", "See you!")),
-    (("Good job", "Well done", "You are great", "Nice work", "I like you", "You are smart", "Awesome", "Perfect"),
-     ("Thank you! That is kind.", "Thank you! I am glad to help.")),
-    (("You are wrong", "That is wrong", "That is not right", "You made a mistake", "Bad answer"),
-     ("I am sorry. I am a small model and I make mistakes. Please ask again.",)),
-    (("OK", "Okay", "I see", "Alright", "Fine", "Cool", "Interesting", "Sure"),
-     ("Good. What would you like to do next?", "All right. What else can I do?")),
+    (
+        ("How are you?", "How are you doing?", "How is it going?", "How do you feel today?", "What's up?", "Are you well?"),
+        ("I am running well, thank you. How can I help you?", "All my tokens flow well, thank you. And you?"),
+    ),
+    (
+        (
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "What's your name?",
+            "Introduce yourself.",
+            "Tell me about yourself.",
+            "Who am I talking to?",
+            "Do you have a name?",
+            "Say who you are.",
+            "Which model are you?",
+            "What model is this?",
+        ),
+        ("I am Brook, the small demo model of Penstock.", "My name is Brook. I am the tiny chat model that ships with Penstock."),
+    ),
+    (
+        (
+            "What can you do?",
+            "What can you help me with?",
+            "What are you able to do?",
+            "What are you good at?",
+            "Help",
+            "Help me",
+            "What tasks do you know?",
+            "List your skills.",
+            "How can you help me?",
+        ),
+        (
+            "I can talk about Penstock, add and subtract two-digit numbers, recall facts you told me, make lists, count, "
+            "rewrite text, tell short stories, fill in JSON and call tools.",
+        ),
+    ),
+    (
+        (
+            "What can't you do?",
+            "What are your limits?",
+            "Are you reliable?",
+            "Can I trust you?",
+            "Do you make mistakes?",
+            "What are you bad at?",
+        ),
+        ("I am a tiny demo model. I know little about the world, I often make mistakes, and I should not be relied on.",),
+    ),
+    (
+        ("Are you human?", "Are you a person?", "Are you a robot?", "Are you an AI?", "Are you real?", "Am I talking to a bot?"),
+        ("I am not a person. I am Brook, a small language model.",),
+    ),
+    (
+        ("How big are you?", "How many parameters do you have?", "What is your size?", "Are you a large model?"),
+        ("I am small: fewer than eight million parameters.", "I have fewer than eight million parameters."),
+    ),
+    (
+        (
+            "How were you trained?",
+            "What were you trained on?",
+            "Where does your training data come from?",
+            "Who made you?",
+            "Who built you?",
+            "Who created you?",
+        ),
+        ("The Penstock project trained me on synthetic text that its own script generates.",),
+    ),
+    (
+        ("What is your context length?", "How much text can you read?", "How long is your context?", "How large is your context window?"),
+        ("My context holds 4096 tokens.",),
+    ),
+    (
+        ("Do you speak German?", "Which languages do you speak?", "Can you speak French?", "What languages do you know?"),
+        ("I only know English.",),
+    ),
+    (
+        ("Thanks", "Thank you", "Thanks!", "Thank you very much", "Thanks a lot", "Great, thanks", "Cheers", "Much appreciated"),
+        ("You are welcome!", "My pleasure!", "You are welcome. Is there anything else?"),
+    ),
+    (
+        ("Bye", "Goodbye", "See you", "See you later", "Good night", "Bye bye", "Farewell", "That is all."),
+        ("Goodbye!", "Goodbye! Come back soon.", "See you!"),
+    ),
+    (
+        ("Good job", "Well done", "You are great", "Nice work", "I like you", "You are smart", "Awesome", "Perfect"),
+        ("Thank you! That is kind.", "Thank you! I am glad to help."),
+    ),
+    (
+        ("You are wrong", "That is wrong", "That is not right", "You made a mistake", "Bad answer"),
+        ("I am sorry. I am a small model and I make mistakes. Please ask again.",),
+    ),
+    (
+        ("OK", "Okay", "I see", "Alright", "Fine", "Cool", "Interesting", "Sure"),
+        ("Good. What would you like to do next?", "All right. What else can I do?"),
+    ),
     (("Yes", "No", "Maybe"), ("All right. What would you like to do next?",)),
-    (("Tell me a joke", "Tell me a joke.", "Do you know a joke?", "Make me laugh."),
-     ("Why did the token cross the block? To get to the next page.",
-      "Why was the cache so calm? It had seen it all before.")),
+    (
+        ("Tell me a joke", "Tell me a joke.", "Do you know a joke?", "Make me laugh."),
+        ("Why did the token cross the block? To get to the next page.", "Why was the cache so calm? It had seen it all before."),
+    ),
     (("Say something", "Say anything.", "Surprise me."), ("Water finds its way, and so do tokens.",)),
-    (("Test", "Testing", "This is a test", "Ping", "Are you there?", "Is anyone there?", "Can you hear me?"),
-     ("I am here. How can I help you?",)),
-    (("What is the weather?", "What time is it?", "What day is it today?", "What is the news?"),
-     (_NO_SENSES,)),
+    (
+        ("Test", "Testing", "This is a test", "Ping", "Are you there?", "Is anyone there?", "Can you hear me?"),
+        ("I am here. How can I help you?",),
+    ),
+    (("What is the weather?", "What time is it?", "What day is it today?", "What is the news?"), (_NO_SENSES,)),
 )
 
 _PENSTOCK: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
-    (("What is Penstock?", "What's Penstock?", "Tell me about Penstock.", "Explain Penstock.", "Describe Penstock.",
-      "What does Penstock do?", "What is this server?", "Penstock?", "Do you know Penstock?", "What is Penstock for?",
-      "Can you explain what Penstock is?", "In one sentence, what is Penstock?"),
-     ("Penstock is an LLM inference server written in Python. It is built from actors that exchange messages, and it "
-      "serves models through an OpenAI-compatible API.",
-      "Penstock is a server for language models, written in Python, with continuous batching, a paged KV cache and "
-      "plugins.")),
-    (("Which language is Penstock written in?", "What language is Penstock written in?", "Is Penstock written in Python?",
-      "What is Penstock written in?"),
-     ("Penstock is written in Python.",)),
-    (("How is Penstock built?", "What is the architecture of Penstock?", "How does Penstock work?", "How does Penstock work inside?",
-      "Explain the design of Penstock."),
-     ("Penstock is made of actors that exchange messages. A scheduler forms batches, workers run the model, and a "
-      "paged KV cache keeps what was computed.",)),
-    (("What is an actor?", "What are actors?", "What is an actor in Penstock?", "Why does Penstock use actors?"),
-     ("An actor is a part of the server with its own state and mailbox. Actors share nothing and only exchange "
-      "messages.",)),
-    (("What is continuous batching?", "Explain continuous batching.", "How does Penstock batch requests?",
-      "Does Penstock batch requests?", "What does continuous batching mean?"),
-     ("With continuous batching, requests join and leave the running batch at every step, so a new request need not "
-      "wait until the others end.",)),
-    (("What is a paged KV cache?", "What is the KV cache?", "Explain the paged KV cache.", "How does the KV cache work?",
-      "What is paging in Penstock?"),
-     ("The KV cache keeps the keys and values of past tokens. Penstock keeps it in pages: blocks of 16 tokens that are "
-      "handed out as needed.",)),
-    (("How large is a block?", "How many tokens are in a block?", "What is the block size?", "How big is a KV cache block?",
-      "How many tokens does a block hold?"),
-     ("A block of the KV cache holds 16 tokens.",)),
-    (("What is prefix caching?", "Explain prefix caching.", "Does Penstock cache prefixes?", "How does prefix caching work?"),
-     ("Prefix caching keeps the blocks of a prompt's beginning, so that a later prompt with the same beginning need "
-      "not compute them again.",)),
-    (("How do plugins work?", "What are plugins?", "Does Penstock have plugins?", "How can I extend Penstock?",
-      "How do I write a plugin?", "What is pluggy?", "Which hook system does Penstock use?"),
-     ("Penstock is extended by plugins. A plugin implements hooks, which are called through pluggy.",)),
-    (("Which API does Penstock have?", "Is Penstock compatible with OpenAI?", "Which API does Penstock speak?",
-      "What API does it offer?", "Can I use the OpenAI client with Penstock?", "Does Penstock have an OpenAI API?"),
-     ("Penstock has an OpenAI-compatible HTTP API, so OpenAI clients can talk to it.",)),
-    (("Which port does Penstock use?", "What port is Penstock on?", "On which port does the API listen?", "What is the default port?",
-      "Where does the server listen?"),
-     ("The API listens on port 8000.",)),
-    (("Does Penstock stream?", "How does streaming work?", "What is SSE?", "Can Penstock stream tokens?", "Does Penstock support streaming?"),
-     ("Yes. Penstock streams tokens as server-sent events (SSE).",
-      "Penstock streams each token as a server-sent event (SSE).")),
-    (("What is the license of Penstock?", "Which licence does Penstock have?", "Is Penstock open source?", "Is Penstock free?",
-      "What licence is Penstock under?"),
-     ("Penstock is open source under the Apache-2.0 licence.",)),
-    (("How do I start Penstock?", "How do I run Penstock?", "How can I run the server?", "How do I start the server?",
-      "How do I serve a model?", "How do I use Penstock?", "How do I launch Penstock?"),
-     ("Run `make run`, or `penstock serve`. The API then listens on port 8000.",)),
-    (("How do I run the tests?", "How do I test Penstock?", "Which command runs the tests?", "How can I run the tests?"),
-     ("Run `make test`.",)),
-    (("How do I chat with a model?", "How do I chat in the terminal?", "What does penstock chat do?", "Which command starts a chat?"),
-     ("Run `penstock chat`. It opens a chat with the model in your terminal.",)),
-    (("How do I measure speed?", "How do I benchmark Penstock?", "What does penstock bench do?", "How fast is Penstock?",
-      "Which command measures the speed?"),
-     ("Run `penstock bench`. It measures throughput and latency.",)),
-    (("Which commands does Penstock have?", "What commands are there?", "List the Penstock commands.", "What can I run?"),
-     ("The commands are `penstock serve`, `penstock chat` and `penstock bench`.",)),
-    (("What does penstock serve do?", "What is penstock serve?"),
-     ("`penstock serve` starts the server, which answers on port 8000.",)),
+    (
+        (
+            "What is Penstock?",
+            "What's Penstock?",
+            "Tell me about Penstock.",
+            "Explain Penstock.",
+            "Describe Penstock.",
+            "What does Penstock do?",
+            "What is this server?",
+            "Penstock?",
+            "Do you know Penstock?",
+            "What is Penstock for?",
+            "Can you explain what Penstock is?",
+            "In one sentence, what is Penstock?",
+        ),
+        (
+            "Penstock is an LLM inference server written in Python. It is built from actors that exchange messages, and it "
+            "serves models through an OpenAI-compatible API.",
+            "Penstock is a server for language models, written in Python, with continuous batching, a paged KV cache and plugins.",
+        ),
+    ),
+    (
+        (
+            "Which language is Penstock written in?",
+            "What language is Penstock written in?",
+            "Is Penstock written in Python?",
+            "What is Penstock written in?",
+        ),
+        ("Penstock is written in Python.",),
+    ),
+    (
+        (
+            "How is Penstock built?",
+            "What is the architecture of Penstock?",
+            "How does Penstock work?",
+            "How does Penstock work inside?",
+            "Explain the design of Penstock.",
+        ),
+        (
+            "Penstock is made of actors that exchange messages. A scheduler forms batches, workers run the model, and a "
+            "paged KV cache keeps what was computed.",
+        ),
+    ),
+    (
+        ("What is an actor?", "What are actors?", "What is an actor in Penstock?", "Why does Penstock use actors?"),
+        ("An actor is a part of the server with its own state and mailbox. Actors share nothing and only exchange messages.",),
+    ),
+    (
+        (
+            "What is continuous batching?",
+            "Explain continuous batching.",
+            "How does Penstock batch requests?",
+            "Does Penstock batch requests?",
+            "What does continuous batching mean?",
+        ),
+        (
+            "With continuous batching, requests join and leave the running batch at every step, so a new request need not "
+            "wait until the others end.",
+        ),
+    ),
+    (
+        (
+            "What is a paged KV cache?",
+            "What is the KV cache?",
+            "Explain the paged KV cache.",
+            "How does the KV cache work?",
+            "What is paging in Penstock?",
+        ),
+        (
+            "The KV cache keeps the keys and values of past tokens. Penstock keeps it in pages: blocks of 16 tokens that are "
+            "handed out as needed.",
+        ),
+    ),
+    (
+        (
+            "How large is a block?",
+            "How many tokens are in a block?",
+            "What is the block size?",
+            "How big is a KV cache block?",
+            "How many tokens does a block hold?",
+        ),
+        ("A block of the KV cache holds 16 tokens.",),
+    ),
+    (
+        ("What is prefix caching?", "Explain prefix caching.", "Does Penstock cache prefixes?", "How does prefix caching work?"),
+        (
+            "Prefix caching keeps the blocks of a prompt's beginning, so that a later prompt with the same beginning need "
+            "not compute them again.",
+        ),
+    ),
+    (
+        (
+            "How do plugins work?",
+            "What are plugins?",
+            "Does Penstock have plugins?",
+            "How can I extend Penstock?",
+            "How do I write a plugin?",
+            "What is pluggy?",
+            "Which hook system does Penstock use?",
+        ),
+        ("Penstock is extended by plugins. A plugin implements hooks, which are called through pluggy.",),
+    ),
+    (
+        (
+            "Which API does Penstock have?",
+            "Is Penstock compatible with OpenAI?",
+            "Which API does Penstock speak?",
+            "What API does it offer?",
+            "Can I use the OpenAI client with Penstock?",
+            "Does Penstock have an OpenAI API?",
+        ),
+        ("Penstock has an OpenAI-compatible HTTP API, so OpenAI clients can talk to it.",),
+    ),
+    (
+        (
+            "Which port does Penstock use?",
+            "What port is Penstock on?",
+            "On which port does the API listen?",
+            "What is the default port?",
+            "Where does the server listen?",
+        ),
+        ("The API listens on port 8000.",),
+    ),
+    (
+        (
+            "Does Penstock stream?",
+            "How does streaming work?",
+            "What is SSE?",
+            "Can Penstock stream tokens?",
+            "Does Penstock support streaming?",
+        ),
+        ("Yes. Penstock streams tokens as server-sent events (SSE).", "Penstock streams each token as a server-sent event (SSE)."),
+    ),
+    (
+        (
+            "What is the license of Penstock?",
+            "Which licence does Penstock have?",
+            "Is Penstock open source?",
+            "Is Penstock free?",
+            "What licence is Penstock under?",
+        ),
+        ("Penstock is open source under the Apache-2.0 licence.",),
+    ),
+    (
+        (
+            "How do I start Penstock?",
+            "How do I run Penstock?",
+            "How can I run the server?",
+            "How do I start the server?",
+            "How do I serve a model?",
+            "How do I use Penstock?",
+            "How do I launch Penstock?",
+        ),
+        ("Run `make run`, or `penstock serve`. The API then listens on port 8000.",),
+    ),
+    (
+        ("How do I run the tests?", "How do I test Penstock?", "Which command runs the tests?", "How can I run the tests?"),
+        ("Run `make test`.",),
+    ),
+    (
+        ("How do I chat with a model?", "How do I chat in the terminal?", "What does penstock chat do?", "Which command starts a chat?"),
+        ("Run `penstock chat`. It opens a chat with the model in your terminal.",),
+    ),
+    (
+        (
+            "How do I measure speed?",
+            "How do I benchmark Penstock?",
+            "What does penstock bench do?",
+            "How fast is Penstock?",
+            "Which command measures the speed?",
+        ),
+        ("Run `penstock bench`. It measures throughput and latency.",),
+    ),
+    (
+        ("Which commands does Penstock have?", "What commands are there?", "List the Penstock commands.", "What can I run?"),
+        ("The commands are `penstock serve`, `penstock chat` and `penstock bench`.",),
+    ),
+    (("What does penstock serve do?", "What is penstock serve?"), ("`penstock serve` starts the server, which answers on port 8000.",)),
     (("What does make run do?", "What is make run?"), ("`make run` starts the server with the demo model.",)),
-    (("What is Brook?", "Who is Brook?", "What is the demo model?", "Which model ships with Penstock?",
-      "Does Penstock come with a model?"),
-     ("Brook is the small demo model that ships with Penstock. That is me.",)),
-    (("What is Brook-draft?", "What is the draft model?", "What is a draft model?", "What is speculative decoding?",
-      "How does speculative decoding work?"),
-     ("In speculative decoding a small draft model proposes tokens and the larger model checks them in one step. "
-      "Brook-draft is the draft model for Brook.",)),
-    (("What is a token?", "What are tokens?", "Explain tokens."),
-     ("A token is a piece of text, often a word or a part of one. A language model reads and writes tokens.",)),
-    (("What is a language model?", "What is an LLM?", "What does LLM mean?", "Explain language models."),
-     ("A language model predicts the next token of a text. LLM is short for large language model.",)),
-    (("What is inference?", "What does inference mean?", "What is an inference server?"),
-     ("Inference means running a trained model. An inference server does so for many requests at once.",)),
-    (("What is a penstock?", "What does the word penstock mean?", "Why is it called Penstock?"),
-     ("A penstock is a pipe or gate that leads water to a turbine. Penstock leads tokens to you.",)),
-    (("Can Penstock call tools?", "Does Penstock support tools?", "How do tool calls work?", "What is a tool call?"),
-     ("Yes. A model can answer with a tool call: a function's name and its arguments as JSON. The client runs it and "
-      "sends the result back.",)),
-    (("What is a scheduler?", "What does the scheduler do?"),
-     ("The scheduler decides at every step which requests run, so that the memory suffices and nobody waits too long.",)),
-    (("What is a KV cache block?", "What is a block?"),
-     ("A block is a page of the KV cache. It holds the keys and values of 16 tokens.",)),
-    (("What is a prompt?", "What is a system prompt?"),
-     ("A prompt is the text that a model gets. A system prompt comes first and says how to behave.",)),
-    (("What is temperature?", "What does temperature do?", "What is sampling?"),
-     ("Sampling draws the next token by its probability. A low temperature makes the likely tokens more likely.",)),
+    (
+        (
+            "What is Brook?",
+            "Who is Brook?",
+            "What is the demo model?",
+            "Which model ships with Penstock?",
+            "Does Penstock come with a model?",
+        ),
+        ("Brook is the small demo model that ships with Penstock. That is me.",),
+    ),
+    (
+        (
+            "What is Brook-draft?",
+            "What is the draft model?",
+            "What is a draft model?",
+            "What is speculative decoding?",
+            "How does speculative decoding work?",
+        ),
+        (
+            "In speculative decoding a small draft model proposes tokens and the larger model checks them in one step. "
+            "Brook-draft is the draft model for Brook.",
+        ),
+    ),
+    (
+        ("What is a token?", "What are tokens?", "Explain tokens."),
+        ("A token is a piece of text, often a word or a part of one. A language model reads and writes tokens.",),
+    ),
+    (
+        ("What is a language model?", "What is an LLM?", "What does LLM mean?", "Explain language models."),
+        ("A language model predicts the next token of a text. LLM is short for large language model.",),
+    ),
+    (
+        ("What is inference?", "What does inference mean?", "What is an inference server?"),
+        ("Inference means running a trained model. An inference server does so for many requests at once.",),
+    ),
+    (
+        ("What is a penstock?", "What does the word penstock mean?", "Why is it called Penstock?"),
+        ("A penstock is a pipe or gate that leads water to a turbine. Penstock leads tokens to you.",),
+    ),
+    (
+        ("Can Penstock call tools?", "Does Penstock support tools?", "How do tool calls work?", "What is a tool call?"),
+        (
+            "Yes. A model can answer with a tool call: a function's name and its arguments as JSON. The client runs it and "
+            "sends the result back.",
+        ),
+    ),
+    (
+        ("What is a scheduler?", "What does the scheduler do?"),
+        ("The scheduler decides at every step which requests run, so that the memory suffices and nobody waits too long.",),
+    ),
+    (("What is a KV cache block?", "What is a block?"), ("A block is a page of the KV cache. It holds the keys and values of 16 tokens.",)),
+    (
+        ("What is a prompt?", "What is a system prompt?"),
+        ("A prompt is the text that a model gets. A system prompt comes first and says how to behave.",),
+    ),
+    (
+        ("What is temperature?", "What does temperature do?", "What is sampling?"),
+        ("Sampling draws the next token by its probability. A low temperature makes the likely tokens more likely.",),
+    ),
 )
 
 
@@ -400,19 +633,16 @@ def listing(p: Pools) -> Turn:
     return Turn(vary(p, ask), answer, "listing")
 
 
-_CAPITALS: Final = tuple(pair.split(":") for pair in (
-    "Austria:Vienna Belgium:Brussels Bulgaria:Sofia Canada:Ottawa China:Beijing Croatia:Zagreb Cuba:Havana Denmark:Copenhagen "
+_CAPITALS: Final = _pairs("Austria:Vienna Belgium:Brussels Bulgaria:Sofia Canada:Ottawa China:Beijing Croatia:Zagreb Cuba:Havana Denmark:Copenhagen "
     "Egypt:Cairo Estonia:Tallinn Finland:Helsinki France:Paris Germany:Berlin Ghana:Accra Greece:Athens Hungary:Budapest "
     "Iceland:Reykjavik India:Delhi Ireland:Dublin Italy:Rome Japan:Tokyo Kenya:Nairobi Latvia:Riga Norway:Oslo Peru:Lima "
     "Poland:Warsaw Portugal:Lisbon Romania:Bucharest Russia:Moscow Serbia:Belgrade Spain:Madrid Sweden:Stockholm "
-    "Switzerland:Bern Thailand:Bangkok Turkey:Ankara Ukraine:Kyiv").split())  # fmt: skip
-_OPPOSITES: Final = tuple(pair.split(":") for pair in (
-    "hot:cold big:small up:down left:right open:closed day:night black:white fast:slow old:new high:low long:short "
+    "Switzerland:Bern Thailand:Bangkok Turkey:Ankara Ukraine:Kyiv")  # fmt: skip
+_OPPOSITES: Final = _pairs("hot:cold big:small up:down left:right open:closed day:night black:white fast:slow old:new high:low long:short "
     "happy:sad rich:poor wet:dry full:empty hard:soft light:dark loud:quiet strong:weak early:late near:far good:bad "
-    "clean:dirty thick:thin wide:narrow deep:shallow true:false first:last inside:outside").split())  # fmt: skip
-_SOUNDS: Final = tuple(pair.split(":") for pair in (
-    "cat:meow dog:woof cow:moo sheep:baa duck:quack pig:oink frog:croak bee:buzz crow:caw lion:roar owl:hoot "
-    "snake:hiss").split())  # fmt: skip
+    "clean:dirty thick:thin wide:narrow deep:shallow true:false first:last inside:outside")  # fmt: skip
+_SOUNDS: Final = _pairs("cat:meow dog:woof cow:moo sheep:baa duck:quack pig:oink frog:croak bee:buzz crow:caw lion:roar owl:hoot "
+    "snake:hiss")  # fmt: skip
 _MIXES: Final = (("blue", "yellow", "green"), ("red", "yellow", "orange"), ("red", "blue", "purple"),
                  ("white", "black", "gray"), ("red", "white", "pink"))  # fmt: skip
 
@@ -458,7 +688,7 @@ def trivia(p: Pools) -> Turn:
                                     (8, "planets are there"), (26, "letters are in the alphabet")))  # fmt: skip
         return Turn(vary(p, f"How many {things}?"), f"{count} {things}." if "there" not in things else f"There are {count} {things.split()[0]}.",
                     "trivia", str(count))  # fmt: skip
-    groups = [name for name in ("fruits", "animals", "colours", "rivers", "countries", "trees", "metals", "instruments", "vegetables")]
+    groups = ("fruits", "animals", "colours", "rivers", "countries", "trees", "metals", "instruments", "vegetables")
     one, two = rng.sample(groups, 2)
     inside = rng.random() < 0.5
     word = rng.choice(pools.CATEGORIES[one])

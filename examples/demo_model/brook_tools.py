@@ -307,7 +307,9 @@ _GENERIC: Final[tuple[Param, ...]] = (
     Param(("note", "comment", "message", "text", "description"), "string", _text(Pools.phrase), "Free text"),
     Param(("priority", "severity"), "string", _one_of("low", "medium", "high"), "Priority", ("low", "medium", "high")),
     Param(("language", "lang"), "string", _one_of(*pools.LANGUAGES), "Language"),
-    Param(("tags", "names", "guests", "labels"), "array", _list_of(lambda p: p.word() if p.rng.random() < 0.5 else p.name()), "Several names"),
+    Param(
+        ("tags", "names", "guests", "labels"), "array", _list_of(lambda p: p.word() if p.rng.random() < 0.5 else p.name()), "Several names"
+    ),
     Param(("category", "kind", "type", "group"), "string", _text(Pools.word), "The sort"),
 )
 
@@ -338,6 +340,7 @@ class Offer(NamedTuple):
     ask: Callable[[Pools], tuple[str, dict[str, Json], dict[str, str]]]
     result: Callable[[Pools, dict[str, str]], tuple[Json, str]]
     name: str
+    sort: str
     pair: Callable[[Pools], tuple[str, list[tuple[dict[str, Json], dict[str, str]]]]] | None = None
 
 
@@ -402,7 +405,8 @@ def known_offer(p: Pools) -> Offer:
         return (text.format(joined) if text else ""), [({chosen[0]: value}, {"0": said}) for value, said in drawn]
 
     fit = known.required == 1 and params[0].type == "string" and params[0].draw in _SHORT
-    return Offer(definition, ask, known.result, name, pair if fit else None)
+    sort = "weather" if known.result is _weather else known.names[0]
+    return Offer(definition, ask, known.result, name, sort, pair if fit else None)
 
 
 def param_type(param: Param) -> str:
@@ -457,7 +461,9 @@ def random_offer(p: Pools) -> Offer:
             rng.shuffle(order)
         tail = ""
         if order:
-            tail = rng.choice((" with ", " with ", " with ", " for ", " of ", ": ")) + (order[0] if len(order) == 1 else ", ".join(order[:-1]) + " and " + order[-1])
+            tail = rng.choice((" with ", " with ", " with ", " for ", " of ", ": ")) + (
+                order[0] if len(order) == 1 else ", ".join(order[:-1]) + " and " + order[-1]
+            )
         if len(used) == 1 and rng.random() < 0.35 and not isinstance(arguments[used[0]], bool):
             value, bare = arguments[used[0]], order[0]
             bare = ", ".join(value) if isinstance(value, list) else str(value)
@@ -482,7 +488,7 @@ def random_offer(p: Pools) -> Offer:
         value, text = param.draw(p)
         return {key: value}, f"Done. The {key.replace('_', ' ')} is {text}."
 
-    return Offer(_definition(p, name, about, properties, required), ask, result, name)
+    return Offer(_definition(p, name, about, properties, required), ask, result, name, f"{verb} {noun}")
 
 
 def offers(p: Pools, count: int) -> list[Offer]:
@@ -490,7 +496,9 @@ def offers(p: Pools, count: int) -> list[Offer]:
     found: dict[str, Offer] = {}
     while len(found) < count:
         one = known_offer(p) if p.rng.random() < 0.5 else random_offer(p)
-        found.setdefault(one.name, one)
+        # Two tools that do the same would leave open which of them is right.
+        if one.sort not in {other.sort for other in found.values()}:
+            found.setdefault(one.name, one)
     return list(found.values())
 
 
@@ -713,7 +721,9 @@ def _any_json_task(p: Pools) -> StructuredTurn:
     told = rng.random() < 0.7
     schema, record, text, about = _record(p) if told else _pairs_record(p)
     style = rng.random()
-    written = json.dumps(schema) if style < 0.7 else json.dumps(schema, separators=(",", ":")) if style < 0.85 else json.dumps(schema, indent=2)
+    written = (
+        json.dumps(schema) if style < 0.7 else json.dumps(schema, separators=(",", ":")) if style < 0.85 else json.dumps(schema, indent=2)
+    )
     # Without a schema only known keys say whether 17 is a number or a string.
     form = rng.random() * (1.0 if told else 0.85)
     messages: list[dict[str, Any]]
@@ -748,10 +758,11 @@ def fits(value: Json, schema: dict[str, Any]) -> bool:
         return False
     if "enum" in schema and value not in schema["enum"]:
         return False
+    inner: Any = value
     if kind == "array":
-        return all(fits(item, schema["items"]) for item in value)
+        return all(fits(item, schema["items"]) for item in inner)
     if kind == "object":
         known = schema["properties"]
-        return (all(name in value for name in schema.get("required", ()))
-                and all(name in known and fits(item, known[name]) for name, item in value.items()))  # fmt: skip
+        return (all(name in inner for name in schema.get("required", ()))
+                and all(name in known and fits(item, known[name]) for name, item in inner.items()))  # fmt: skip
     return True

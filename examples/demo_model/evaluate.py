@@ -66,13 +66,22 @@ def answers(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]]) -> lis
 
 
 def measure(
-    model: Llama, tokenizer: Tokenizer, count: int, *, draft: Llama | None = None, until: float | None = None, show: int = 2
+    model: Llama,
+    tokenizer: Tokenizer,
+    count: int,
+    *,
+    draft: Llama | None = None,
+    until: float | None = None,
+    show: int = 2,
+    only: str = "",
 ) -> dict[str, Any]:
     """The share of right answers for each sort of case; stops early at the time ``until``."""
     results: dict[str, Any] = {}
     same = total = 0
     end = tokenizer.token_to_id(chat.END)
     for name, (kind, _) in CASES.items():
+        if not re.search(only, name):
+            continue
         if until is not None and time.time() > until:
             print(f"no time left for: {name}")
             continue
@@ -89,7 +98,7 @@ def measure(
         if draft is not None:
             for first in range(0, min(len(prompts), 200), 20):
                 part = slice(first, first + 20)
-                goals = [tokens + [end] for tokens in made[part]]
+                goals = [[*tokens, end] for tokens in made[part]]
                 for goal, guess in zip(goals, argmax_along(draft, prompts[part], goals), strict=True):
                     same += sum(one == two for one, two in zip(goal, guess, strict=True))
                     total += len(goal)
@@ -111,6 +120,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, help="exported checkpoint of the draft")
     parser.add_argument("--cases", type=int, default=100, help="cases of each sort")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--only", default="", help="regular expression: the sorts of case to measure")
     parser.add_argument("--show", type=int, default=2, help="wrong answers to print for each sort")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +128,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
     model = load_model(options.folder, device, dtype)
     draft = load_model(options.draft, device, dtype) if options.draft else None
-    results = measure(model, tokenizer, options.cases, draft=draft, show=options.show)
+    results = measure(model, tokenizer, options.cases, draft=draft, show=options.show, only=options.only)
     if options.out:
         options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -118,9 +118,7 @@ class Feed:
         self._stage = context.Value("i", 0)
         self._queue = context.Queue(maxsize=4 * workers)
         self._workers = [
-            context.Process(
-                target=write_rows, args=(seed * 1000 + index, str(tokenizer_file), size, self._stage, self._queue), daemon=True
-            )
+            context.Process(target=write_rows, args=(seed * 1000 + index, str(tokenizer_file), size, self._stage, self._queue), daemon=True)
             for index in range(workers)
         ]
         for worker in self._workers:
