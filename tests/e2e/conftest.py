@@ -59,9 +59,9 @@ class Server:
                     out.setdefault(role, []).append(child)
         return out
 
-    def metric(self, name: str) -> float:
-        """Sum over all label sets of one metric."""
-        lines = [line for line in self.client.get("/metrics").text.splitlines() if line.startswith((name + "{", name + " "))]
+    def metric(self, name: str, label: str = "") -> float:
+        """Sum over the label sets of one metric that hold `label` (like state="used")."""
+        lines = [x for x in self.client.get("/metrics").text.splitlines() if x.startswith((name + "{", name + " ")) and label in x]
         assert lines, f"no metric {name}"
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 

@@ -127,13 +127,17 @@ def test_wrong_requests_name_the_field_and_disturb_nobody(client: OpenAI) -> Non
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Any) -> None:
-    used = server.metric("penstock_kv_blocks_used")
+
+    def held() -> tuple[float, float]:
+        return server.metric("penstock_sequences", 'state="running"'), server.metric("penstock_kv_blocks", 'state="used"')
+
+    assert server.until(lambda: held() == (0, 0))
     body = {"model": "brook", "prompt": "Once", "max_tokens": 3000, "stream": True, "ignore_eos": True}
     with server.client.stream("POST", "/v1/completions", json=body) as response:
         for line in response.iter_lines():
             if line.startswith("data: ") and json.loads(line[6:])["choices"]:
                 break
-    assert server.until(lambda: server.metric("penstock_requests_running") == 0 and server.metric("penstock_kv_blocks_used") == used)
+    assert server.until(lambda: held() == (0, 0))
 
 
 def test_health_and_metrics_under_load(server: Any, client: OpenAI) -> None:
