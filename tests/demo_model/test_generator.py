@@ -81,8 +81,8 @@ def test_a_planted_fact_stands_once_before_its_question() -> None:
 
 
 def test_held_out_facts_are_never_trained() -> None:
-    trained = {one.answer for one in tasks.facts(_pools(7), 400)}
-    held_out = {one.answer for one in tasks.facts(_pools(8, brook_pools.HELD_OUT), 400)}
+    trained = {one.answer for one in tasks.facts(_pools(7), 120)}
+    held_out = {one.answer for one in tasks.facts(_pools(8, brook_pools.HELD_OUT), 120)}
     assert not trained & held_out
     assert all(brook_pools.split_of(answer) == brook_pools.HELD_OUT for answer in held_out)
 
@@ -90,7 +90,7 @@ def test_held_out_facts_are_never_trained() -> None:
 @pytest.mark.parametrize("split", [brook_pools.TRAIN, brook_pools.HELD_OUT])
 def test_json_fits_its_schema(split: str) -> None:
     p = _pools(9, split)
-    for _ in range(400):
+    for _ in range(100):
         turn = tools.json_task(p)
         answer = json.loads(turn.messages[-1]["content"])
         assert answer == turn.expected
@@ -141,8 +141,8 @@ def test_two_tools_offered_together_never_do_the_same() -> None:
 @pytest.mark.parametrize("name", list(brook_corpus.CASES))
 def test_the_right_answer_of_every_case_is_judged_right(name: str) -> None:
     kind = brook_corpus.CASES[name][0]
-    drawn = brook_corpus.cases(name, 20)
-    assert drawn == brook_corpus.cases(name, 20)
+    drawn = brook_corpus.cases(name, 8)
+    assert drawn == brook_corpus.cases(name, 8)
     for case in drawn:
         assert evaluate.right(kind, chat.assistant_text(case.messages[-1]), case)
         assert not evaluate.right(kind, "<tool_call>\nnot this\n</tool_call>", case)
