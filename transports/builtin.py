@@ -19,21 +19,13 @@ from penstock.core.errors import InvalidRequest, ModelNotFound, PenstockError
 from penstock.core.hookspecs import API_LEVEL, TransportSpec, hookimpl
 from penstock.core.messages import Answer
 from penstock.transports.gateway import Gateway, make_error
-from penstock.transports.openai import (
-    Call,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    check_messages,
-    decode,
-    parse_chat,
-    parse_completion,
-)
+from penstock.transports.openai import Call, check_messages, parse_chat, parse_completion
+from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from penstock.transports.openapi import BODY
+from penstock.transports.outbox import Pulse
 from penstock.transports.replies import WholeReply
 from penstock.transports.request import JsonReply, check_json, context_of, error_reply, ignored_header, read_body
-from penstock.transports.sse import Pulse, StreamReply
+from penstock.transports.sse import StreamReply
 
 AnyRequest = Request[Any, Any, Any]
 

@@ -8,6 +8,7 @@ What it does not know: HTTP, JSON, SSE: a transport gives it `Sink` objects and 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -34,8 +35,11 @@ from penstock.core.messages import (
     TextReady,
     Unpark,
 )
-from penstock.transports.link import Link
+from penstock.transports.counters import Counters
+from penstock.transports.link import Link, LinkBusy
 from penstock.transports.tracing import NO_TRACING, Tracing
+
+log = logging.getLogger("penstock.edge.gateway")
 
 EDGE_BITS, NONCE_BITS, COUNT_BITS = 8, 24, 24  # 56 in all
 QUERY_TIMEOUT_S = 10.0
@@ -108,45 +112,6 @@ class Sink(Protocol):
     def finished(self, message: Finished) -> None: ...
 
     def failed(self, error: PenstockError) -> None: ...
-
-
-class CounterSource(Protocol):
-    """Counts that are put into names only when somebody reads them; `changed` since they were read."""
-
-    changed: bool
-
-    def __call__(self) -> dict[str, float]: ...
-
-
-class Counters:
-    """Flat cumulative counters, name{labels} -> number, as EdgeStats carries them."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, float] = {}
-        self._changed = False
-        self.sources: list[CounterSource] = []
-
-    def add(self, name: str, amount: float = 1) -> None:
-        self._values[name] = self._values.get(name, 0) + amount
-        self._changed = True
-
-    @property
-    def changed(self) -> bool:
-        return self._changed or any(source.changed for source in self.sources)
-
-    def touch(self) -> None:
-        """Whoever read before knows nothing any more."""
-        self._changed = True
-
-    def read(self) -> dict[str, float]:
-        self._changed = False
-        out = dict(self._values)
-        for source in self.sources:
-            out |= source()
-        return out
-
-    def text(self) -> str:
-        return "".join(f"{name} {value:g}\n" for name, value in sorted(self.read().items()))
 
 
 class Gateway:
@@ -246,7 +211,12 @@ class Gateway:
         for row, key in enumerate(delta.keys.tolist()):
             sink = sinks.get(key)
             if sink is not None:  # else: cancelled while the row was under way
-                sink.row(choices[row], texts[row], reasons[row], row, batch)
+                try:
+                    sink.row(choices[row], texts[row], reasons[row], row, batch)
+                except Exception:  # one request fails, not the link with all the others
+                    log.exception("a row of request %d could not be delivered", key)
+                    self.cancel(key, "client")
+                    sink.failed(PenstockError("The server made an error while it sent the answer."))
 
     def _send(self, message: Message) -> None:
         link = self._link()
@@ -361,7 +331,10 @@ class Gateway:
     def flush_stats(self) -> None:
         """Send the counters if they changed since the last time."""
         if self.counters.changed and self.connected:
-            self._send(EdgeStats(edge=self.edge, counters=self.counters.read()))
+            try:
+                self._send(EdgeStats(edge=self.edge, counters=self.counters.read()))
+            except LinkBusy:
+                self.counters.touch()
 
     async def wait_idle(self) -> None:
         """Return when no request is in progress."""

@@ -8,11 +8,11 @@ What it does not know: what the transports' routes do, sockets, processes.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import re
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,6 +23,7 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ASGIApp
 
 from penstock.core.errors import EngineUnavailable, FinalError, InvalidRequest, NotFound, PenstockError, Unauthorized
+from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.protocol import HEADERS_TOO_LARGE, HeadersTooLarge
@@ -50,7 +51,6 @@ PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/health/decode"
 UNTRACED = PUBLIC | {"/metrics"}
 """Paths that are asked every few seconds and of which a span says nothing."""
 
-DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _PLAIN = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -67,7 +67,7 @@ class Edge:
     def __init__(self, gateway: Gateway, app: Litestar) -> None:
         self.gateway = gateway
         self.app = app
-        self._keys = [key.encode() for key in gateway.config.api_key]
+        self._keys = [(key.encode(), tenant_of(key)) for key in gateway.config.api_key]
         self._tracing = gateway.tracing
         self._requests = RequestCounts()
         gateway.counters.sources.append(self._requests)
@@ -96,7 +96,7 @@ class Edge:
             await send(message)
 
         try:
-            error = self._refusal(scope, headers)
+            error = self._refusal(scope, context)
             if error is not None:
                 await error_reply(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
             else:
@@ -104,65 +104,44 @@ class Edge:
         finally:
             self._done(scope, context)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> PenstockError | None:
+    def _refusal(self, scope: Scope, context: RequestContext) -> PenstockError | None:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
         if limit is not None:
             return HeadersTooLarge(limit)
-        if self._keys and scope["path"] not in PUBLIC and not self._authorized(headers):
-            return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
+        if self._keys and scope["path"] not in PUBLIC:
+            tenant = self._tenant(context.headers)
+            if tenant is None:
+                return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
+            context.tenant = tenant
         return None
 
-    def _authorized(self, headers: dict[bytes, bytes]) -> bool:
+    def _tenant(self, headers: dict[bytes, bytes]) -> str | None:
+        """Whose key was given; None: nobody's."""
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         offered = [given.strip()] if scheme.lower() == b"bearer" else []
         if b"x-api-key" in headers:
             offered.append(headers[b"x-api-key"].strip())
-        # No early exit: the time taken must not tell which key, or how much of it, was right.
-        return sum(hmac.compare_digest(one, key) for one in offered for key in self._keys) > 0
+        found = None
+        for one in offered:
+            for key, tenant in self._keys:  # no early exit: the time taken must not tell which key, or how much of it, was right
+                if hmac.compare_digest(one, key):
+                    found = tenant
+        return found
 
     def _done(self, scope: Scope, context: RequestContext) -> None:
         seconds = (time.monotonic_ns() - context.started_ns) / 1e9
         handler = scope.get("path_template") or "other"
         method = scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD", "DELETE", "PUT", "PATCH") else "other"
-        self._requests.observe(handler, method, context.status, seconds)
+        self._requests.observe(handler, method, context.status or 499, seconds)
         context.span.end(context.status, context.summary)
 
 
 CLOSE = ((b"connection", b"close"),)
 
 
-class RequestCounts:
-    """http_requests_total and http_request_duration_seconds, kept as numbers until somebody reads them."""
-
-    def __init__(self) -> None:
-        self._statuses: dict[tuple[str, str, int], int] = {}
-        self._durations: dict[tuple[str, str], list[float]] = {}  # counts per bucket, one more above, then the sum
-        self.changed = False
-
-    def observe(self, handler: str, method: str, status: int, seconds: float) -> None:
-        key = (handler, method, status)
-        self._statuses[key] = self._statuses.get(key, 0) + 1
-        row = self._durations.get((handler, method))
-        if row is None:
-            row = self._durations[handler, method] = [0] * (len(DURATION_BUCKETS) + 2)
-        row[bisect_left(DURATION_BUCKETS, seconds)] += 1
-        row[-1] += seconds
-        self.changed = True
-
-    def __call__(self) -> dict[str, float]:
-        self.changed = False
-        out: dict[str, float] = {}
-        for (handler, method, status), count in self._statuses.items():
-            out[f'http_requests_total{{handler="{handler}",method="{method}",status="{status}"}}'] = count
-        for (handler, method), row in self._durations.items():
-            labels = f'handler="{handler}",method="{method}"'
-            total = 0.0
-            for bound, number in zip((*DURATION_BUCKETS, "+Inf"), row[:-1], strict=True):
-                total += number
-                out[f'http_request_duration_seconds_bucket{{{labels},le="{bound}"}}'] = total
-            out[f"http_request_duration_seconds_sum{{{labels}}}"] = row[-1]
-            out[f"http_request_duration_seconds_count{{{labels}}}"] = total
-        return out
+def tenant_of(key: str) -> str:
+    """A name for a key's owner that does not give the key away. Prefixes are shared within a tenant only (Submit.tenant)."""
+    return hashlib.blake2b(key.encode(), digest_size=8, person=b"pk-tenant").hexdigest()
 
 
 # ------------------------------------------------------------------ errors

@@ -1,15 +1,12 @@
-"""The OpenAI request schema, checked, and its mapping to Submit.
+"""From a request body to what text is told.
 
-What it is: structs of the two generation requests (OpenAI's fields and vLLM's extras that SamplingParams covers), strict decoding whose
-errors name the field, the rules for fields of later capabilities (neutral values are accepted, others are 400 `unsupported_feature`), and
-`parse_chat` / `parse_completion`, which give a `Call`: everything that a reply needs to know, and Submit's fields.
-Unknown fields are ignored and named, so that the reply can warn.
-What it does not know: HTTP, streams, keys, the chat template.
+What it is: `parse_chat` and `parse_completion` check what the fields of a request mean together and give a `Call`: the sampling settings,
+Submit's fields, and everything that a reply needs to know.
+What it does not know: JSON decoding (openai_schema.py), HTTP, streams, keys, the chat template.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import msgspec
@@ -19,185 +16,10 @@ from penstock.core.columns import I32
 from penstock.core.config import Config
 from penstock.core.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.sampling import SamplingParams
+from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
-
-
-class StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class ContentPart(msgspec.Struct, frozen=True):
-    type: str
-    text: str | None = None
-
-
-class FunctionCall(msgspec.Struct, frozen=True):
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-
-class ToolCall(msgspec.Struct, frozen=True):
-    function: FunctionCall
-    id: str | None = None
-    type: Literal["function"] = "function"
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One message. Fields that are not named here reach the chat template unseen."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-
-class FunctionSpec(msgspec.Struct, frozen=True):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(msgspec.Struct, frozen=True):
-    function: FunctionSpec
-    type: Literal["function"] = "function"
-
-
-class ResponseFormat(msgspec.Struct, frozen=True):
-    type: str
-
-
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What both requests share. null means "not given"."""
-
-    model: str | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    max_tokens: int | None = None
-    n: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    user: str | None = None
-    response_format: ResponseFormat | None = None
-    # vLLM's extras
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    prompt_logprobs: int | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    add_special_tokens: bool | None = None
-    priority: int | None = None
-    request_id: str | None = None
-    cache_salt: str | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
-
-
-class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
-    """POST /v1/chat/completions."""
-
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    documents: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    """POST /v1/completions. `prompt` is a text, a list of texts, a list of token ids, or a list of such lists."""
-
-    prompt: str | list[str | int | list[int]]
-    logprobs: int | None = None
-    echo: bool | None = None
-
-
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /tokenize: a `prompt`, or `messages` (then the chat template is applied first)."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
-
-
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /detokenize."""
-
-    tokens: list[int]
-    model: str | None = None
-
-
-# Fields that OpenAI clients send as hints: nothing of the answer depends on them here, so they are taken in silence.
-HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
-
-# Known fields that do not exist here yet, with their neutral values. Anything else is refused: ignoring it would change the answer.
-_OFF: tuple[Any, ...] = (None, False)
-_EMPTY: tuple[Any, ...] = (None, [], {}, "")
-LATER: dict[str, tuple[Any, ...]] = {
-    "audio": _EMPTY,
-    "modalities": (None, ["text"], []),
-    "prediction": _EMPTY,
-    "web_search_options": (None,),
-    "functions": _EMPTY,
-    "function_call": (None, "none"),
-    "suffix": (None, ""),
-    "use_beam_search": _OFF,
-    "length_penalty": (None, 1, 1.0),
-    "early_stopping": _OFF,
-    "best_of": (None, 1),
-    "structured_outputs": _EMPTY,
-    "guided_json": _EMPTY,
-    "guided_regex": _EMPTY,
-    "guided_choice": _EMPTY,
-    "guided_grammar": _EMPTY,
-    "guided_decoding_backend": _EMPTY,
-    "guided_whitespace_pattern": _EMPTY,
-    "regex": _EMPTY,
-    "ebnf": _EMPTY,
-    "json_schema": _EMPTY,
-    "structural_tag": _EMPTY,
-    "logits_processors": _EMPTY,
-    "custom_logit_processor": _EMPTY,
-    "chat_template": (None, ""),
-    "mm_processor_kwargs": _EMPTY,
-    "kv_transfer_params": _EMPTY,
-    "vllm_xargs": _EMPTY,
-    "lora_path": _EMPTY,
-    "session_params": _EMPTY,
-    "return_hidden_states": _OFF,
-    "prompt_embeds": _EMPTY,
-    "thinking_token_budget": (None,),
-}
 
 _SAMPLING = (
     "temperature",
@@ -244,58 +66,6 @@ class Call(msgspec.Struct, kw_only=True):
     tokens_as_ids: bool
     request_id: str | None
     ignored: list[str]
-
-
-_raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {
-    t: msgspec.json.Decoder(t) for t in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-}
-_known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fields__) for t in _decoders}
-_AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
-
-
-def decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
-    """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature."""
-    try:
-        raw = _raw_fields.decode(body)
-    except msgspec.ValidationError:
-        raise InvalidRequest("The request body must be a JSON object.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-    unknown: list[str] = []
-    if not raw.keys() <= _known[kind]:
-        for name in raw.keys() - _known[kind]:
-            if name in LATER:
-                _refuse_later(name, raw[name], raw)
-            elif name not in HINTS:
-                unknown.append(name)
-    try:
-        return _decoders[kind].decode(body), raw, sorted(unknown)
-    except msgspec.ValidationError as error:
-        raise _bad_field(error) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-
-
-def _refuse_later(name: str, raw: msgspec.Raw, fields: dict[str, msgspec.Raw]) -> None:
-    value = msgspec.json.decode(raw)
-    if any(value == neutral and type(value) is type(neutral) for neutral in LATER[name]):
-        return
-    if name == "best_of" and bytes(fields.get("n", b"")).strip() == bytes(raw).strip():
-        return
-    raise UnsupportedFeature(f"{name} is not supported yet. Leave it out.", param=name)
-
-
-def _bad_field(error: msgspec.ValidationError) -> InvalidRequest:
-    text = str(error)
-    found = _AT.search(text)
-    what = text[: found.start()] if found else text
-    param = found.group(1) if found else None
-    missing = re.fullmatch(r"Object missing required field `(\w+)`", what)
-    if missing:
-        param = f"{param}.{missing.group(1)}" if param else missing.group(1)
-        return InvalidRequest(f"{param} is required.", param=param)
-    return InvalidRequest(f"{param}: {what}." if param else f"{what}.", param=param or None)
 
 
 def _need(ok: bool, message: str, param: str) -> None:

@@ -43,7 +43,7 @@ class Disconnected(Exception):
 class RequestContext:
     """One HTTP request. `send` sends through the outer application (which adds headers); `raw_send` goes to the server directly."""
 
-    __slots__ = ("abort", "headers", "include_metrics", "raw_send", "rid", "span", "started_ns", "status", "summary")
+    __slots__ = ("abort", "headers", "include_metrics", "raw_send", "rid", "span", "started_ns", "status", "summary", "tenant")
 
     def __init__(self, rid: str, span: RequestSpan, headers: dict[bytes, bytes], raw_send: Send, abort: Callable[[], None] | None) -> None:
         self.rid = rid
@@ -55,6 +55,7 @@ class RequestContext:
         self.include_metrics = headers.get(b"x-include-metrics", b"") in (b"1", b"true")
         self.status = 0
         """What metrics count; 499 when the client left."""
+        self.tenant = ""
         self.summary: dict[str, Any] = {}
         """Span attributes of the reply."""
 

@@ -15,7 +15,7 @@ from edge_kit import Edge, MakeEdge, delta, finished, silent
 
 from penstock.core import config as configuration
 from penstock.core.messages import Cancel, Message, Park, Submit, Unpark
-from penstock.transports.sse import KEEP_ALIVE, Outbox, Pulse
+from penstock.transports.outbox import KEEP_ALIVE, Outbox, Pulse
 
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 

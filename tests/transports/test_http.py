@@ -80,6 +80,16 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
         assert [m.id for m in client.models.list()] == ["brook"]
 
 
+def test_each_key_is_a_tenant_of_its_own(make_edge: MakeEdge) -> None:
+    edge = make_edge(api_key=["one", "two"])
+    with edge.http() as http:
+        for key in ("one", "two", "one"):
+            assert http.post(CHATS, json=CHAT, headers={"x-api-key": key}).status_code == 200
+    tenants = [s.tenant for s in edge.text.wait_for(Submit, 3)]
+    assert tenants[0] == tenants[2] != tenants[1]
+    assert all(re.fullmatch("[0-9a-f]{16}", tenant) for tenant in tenants)
+
+
 def test_without_keys_nothing_is_protected(http: httpx.Client) -> None:
     assert http.get("/version").status_code == 200
 

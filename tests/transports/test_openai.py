@@ -10,7 +10,8 @@ import pytest
 
 from penstock.core import config as configuration
 from penstock.core.errors import PenstockError
-from penstock.transports.openai import LATER, Call, parse_chat, parse_completion
+from penstock.transports.openai import Call, parse_chat, parse_completion
+from penstock.transports.openai_schema import LATER
 
 CONFIG = configuration.build()
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}

@@ -162,7 +162,7 @@ def chunked(data: st.DataObject, texts: list[str]) -> list[list[tuple[int, str]]
     return frames
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), texts=st.lists(st.text(max_size=12), min_size=1, max_size=3), kind=st.sampled_from(["chat", "completion"]))
 def test_stream_equals_whole(shared_edge: Edge, data: st.DataObject, texts: list[str], kind: str) -> None:
     reasons = [data.draw(st.sampled_from(["stop", "length"])) for _ in texts]
@@ -426,6 +426,20 @@ def test_link_loss_in_mid_stream_then_recovery(make_edge: MakeEdge) -> None:
         assert client.chat.completions.create(**CHAT).choices[0].message.content == "b"  # type: ignore[call-overload]
     assert edge.server.gateway.active == 0
     edge.text.wait_for(EdgeStats)
+
+
+def test_a_row_that_cannot_be_delivered_fails_its_request_only(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
+    def script(submit: Submit) -> list[Message]:
+        impossible = {"key": submit.key, "choice": 5} if submit.stream else {"key": submit.key}
+        return [delta(impossible, {"key": submit.key, "text": "fine", "reason": "stop"}), finished(submit.key)]
+
+    edge = make_edge(text=lambda t: setattr(t, "script", script))
+    with edge.http() as http:
+        assert http.post("/v1/chat/completions", json=CHAT | {"stream": True}).json()["error"]["code"] == "internal_error"
+        assert http.post("/v1/chat/completions", json=CHAT).json()["choices"][0]["message"]["content"] == "fine"
+    assert len(edge.text.wait_for(Cancel)) == 1
+    assert "could not be delivered" in caplog.text
+    assert edge.server.gateway.active == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,0 +1,73 @@
+"""Log-probabilities in the three shapes that clients know.
+
+What it is: TokenLogprobs of core/messages.py as chat's, completions' and vLLM's prompt JSON.
+What it does not know: requests, streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.core.messages import TokenLogprobs
+
+LOWEST_LOGPROB = -9999.0
+"""JSON has no -inf."""
+
+
+def _name(position: TokenLogprobs, i: int, as_ids: bool) -> str:
+    return f"token_id:{position.ids[i]}" if as_ids else position.texts[i]
+
+
+def chat_logprobs(positions: list[TokenLogprobs], as_ids: bool) -> dict[str, Any]:
+    """Chat's shape: {"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}."""
+    content = []
+    for p in positions:
+        entries = [
+            {"token": _name(p, i, as_ids), "logprob": max(p.logprobs[i], LOWEST_LOGPROB), "bytes": list(p.bytes_[i])}
+            for i in range(len(p.ids))
+        ]
+        content.append({**entries[0], "top_logprobs": entries[1:]})
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(positions: list[TokenLogprobs | None], as_ids: bool, offset: int) -> tuple[dict[str, Any], int]:
+    """Completions' shape: parallel lists; `offset` is where the first token begins in the text. Returns the end offset too.
+
+    A position without log-probabilities (the first of a prompt) has null ones.
+    """
+    tokens: list[str] = []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for p in positions:
+        offsets.append(offset)
+        if p is None or not p.logprobs:
+            tokens.append(_name(p, 0, as_ids) if p is not None and p.ids else "")
+            values.append(None)
+            tops.append(None)
+            offset += len(p.texts[0]) if p is not None and p.texts else 0
+            continue
+        tokens.append(_name(p, 0, as_ids))
+        values.append(max(p.logprobs[0], LOWEST_LOGPROB))
+        top = {_name(p, i, as_ids): max(p.logprobs[i], LOWEST_LOGPROB) for i in range(1, len(p.ids))}
+        top.setdefault(tokens[-1], values[-1] or 0.0)
+        tops.append(top)
+        offset += len(p.texts[0])
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}, offset
+
+
+def prompt_logprobs_json(positions: list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    """vLLM's shape: per prompt token null or {token id: {logprob, rank, decoded_token}}."""
+    return [
+        None
+        if p is None or not p.logprobs
+        else {
+            str(p.ids[i]): {
+                "logprob": max(p.logprobs[i], LOWEST_LOGPROB),
+                "rank": p.ranks[i] if i < len(p.ranks) else None,
+                "decoded_token": p.texts[i],
+            }
+            for i in range(len(p.ids))
+        }
+        for p in positions
+    ]
