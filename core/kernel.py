@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 BACKLOG = 2048
 RUN_PREFIX = "penstock-run-"
+LONGEST_BASE = 60
+"""Bytes of the path above the runtime directory: a unix socket's whole path has 107."""
 
 ENGINE_ENV = {
     "GOMP_SPINCOUNT": "10000",
@@ -184,9 +186,11 @@ def url_of(config: Config, listener: socket.socket) -> str:
 
 def make_run_dir() -> Path:
     """A private directory (0700) for the sockets between processes. Those of servers that were killed are removed."""
-    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    if not os.access(base, os.W_OK):
-        base = Path(tempfile.gettempdir())
+    places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+    usable = [Path(place) for place in places if place and len(os.fsencode(place)) <= LONGEST_BASE and os.access(place, os.W_OK | os.X_OK)]
+    if not usable:
+        raise ConfigError("No writable directory with a short path for the sockets between processes: set XDG_RUNTIME_DIR.", param=None)
+    base = usable[0]
     for old in base.glob(f"{RUN_PREFIX}*"):
         _remove_if_stale(old)
     return Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-", dir=base))

@@ -1,0 +1,106 @@
+"""Killing processes: nothing is orphaned, streams survive an engine, the status is the truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+
+SLOW = {"step_s": 0.01}
+
+
+def gone_within(server: Any, seconds: float) -> None:
+    """Every process of the server is gone so soon."""
+    began = time.monotonic()
+    server.until(lambda: not server.left_over(), seconds)
+    assert time.monotonic() - began <= seconds + 0.5
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["running", "children-stopped"])
+def test_no_orphan_outlives_a_killed_root(begin: Any, frozen: bool) -> None:
+    server = begin().ready()
+    assert set(server.children()) == {"engine", "text", "edge"}
+    if frozen:  # a process that cannot even run dies too
+        for child in server.children().values():
+            child.suspend()
+    server.process.kill()
+    gone_within(server, 2.0)
+    assert server.wait() == -signal.SIGKILL
+
+
+def test_every_process_is_replaced_and_the_drain_is_clean_after_all(begin: Any, stream: Any) -> None:
+    server = begin(SLOW).ready()
+    undisturbed = stream(server, 150)
+    undisturbed.join(30)
+    assert undisturbed.done
+    assert len(undisturbed.tokens) == 150
+
+    # The engine: the stream pauses and goes on; not a token is lost, none comes twice.
+    interrupted = stream(server, 150)
+    interrupted.reached(20)
+    before = server.children()
+    before["engine"].kill()
+    interrupted.join(30)
+    assert interrupted.done, (interrupted.events[-2:], interrupted.error, server.text())
+    assert interrupted.reason == "length"
+    assert interrupted.tokens == undisturbed.tokens
+    server.wait_event("recovered", 1)
+    assert server.children()["engine"].pid != before["engine"].pid
+
+    # Text: its streams end as retryable, the next request is answered.
+    lost = stream(server, 2000)
+    lost.reached(5)
+    server.children()["text"].kill()
+    lost.join(20)
+    assert not lost.done or lost.reason != "length"
+    server.wait_event("recovered", 2)
+    server.until(lambda: server.complete().status_code == 200)
+
+    # The edge: clients are cut, the listening socket stays, the next connection is served.
+    server.children()["edge"].kill()
+    server.wait_event("recovered", 3)
+    server.until(lambda: server.complete().status_code == 200)
+    assert server.complete(150).json()["usage"]["completion_tokens"] == 150
+
+    server.children()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    gone_within(server, 2.0)
+    assert [e["process"] for e in server.events() if e["event"] == "process died"] == ["engine-0", "text-0", "edge-0"]
+
+
+def test_an_engine_whose_device_fails_again_and_again_ends_the_server_with_1(begin: Any, stream: Any) -> None:
+    server = begin({"fail_at_step": 3}, engine_restarts=1).ready()
+    client = stream(server, 50)
+    assert server.wait(60) == 1
+    client.join(10)
+    assert not client.done or client.reason != "length"
+    last = server.err.read_text().splitlines()[-1]
+    assert last.startswith("penstock: The engine-0 process failed for good after 1 restarts")
+    assert "injected device fault" in last
+    assert not server.left_over()
+
+
+def test_the_runtime_directory_of_a_killed_server_is_removed_by_the_next(begin: Any) -> None:
+    from penstock.core.kernel import make_run_dir
+
+    server = begin().ready()
+    (left,) = server.folder.glob("penstock-run-*")
+    assert left.stat().st_mode & 0o777 == 0o700
+    assert {p.name for p in left.iterdir()} == {"text-0.sock", "engine-0.sock"}
+    server.process.kill()
+    server.wait()
+    gone_within(server, 2.0)
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    os.environ["XDG_RUNTIME_DIR"] = str(server.folder)
+    try:
+        fresh = make_run_dir()
+        assert list(server.folder.glob("penstock-run-*")) == [fresh]
+    finally:
+        if before is None:
+            del os.environ["XDG_RUNTIME_DIR"]
+        else:
+            os.environ["XDG_RUNTIME_DIR"] = before

@@ -1,0 +1,115 @@
+"""Starting and stopping: drains, deadlines, second signals, clear errors, truthful statuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+SLOW = {"step_s": 0.01}
+
+
+def test_sigterm_drains_and_new_requests_are_refused_meanwhile(begin: Any, stream: Any) -> None:
+    server = begin(SLOW).ready()
+    running = stream(server, 200)
+    running.reached(5)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_event("stopping")
+    refused = server.until(lambda: (r := server.complete()).status_code == 503 and r)
+    assert refused.json()["error"]["code"] == "draining"
+    assert "retry-after" in refused.headers
+    running.join(30)
+    assert running.done
+    assert len(running.tokens) == 200
+    assert server.wait() == 0
+    assert not server.left_over()
+    assert not list(server.folder.glob("penstock-run-*"))
+
+
+def test_ctrl_c_reaches_the_whole_group_and_drains_too(begin: Any, stream: Any) -> None:
+    server = begin(SLOW).ready()
+    running = stream(server, 100)
+    running.reached(5)
+    os.killpg(server.process.pid, signal.SIGINT)
+    running.join(30)
+    assert running.done
+    assert len(running.tokens) == 100
+    assert server.wait() == 0
+    assert "Traceback" not in server.text()
+
+
+def test_the_deadline_cuts_and_says_so(begin: Any, stream: Any) -> None:
+    server = begin(SLOW, shutdown_timeout=0.5).ready()
+    running = stream(server, 4000)
+    running.reached(5)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 128 + signal.SIGTERM
+    running.join(10)
+    assert running.reason != "length"
+    assert "cut short" in server.err.read_text().splitlines()[-1]
+
+
+def test_a_second_signal_does_not_wait_for_the_drain(begin: Any, stream: Any) -> None:
+    server = begin(SLOW).ready()
+    running = stream(server, 4000)
+    running.reached(5)
+    server.process.send_signal(signal.SIGINT)
+    server.wait_event("stopping")
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait() == 128 + signal.SIGINT
+    assert time.monotonic() - began < 5
+    assert not server.left_over()
+
+
+def test_a_signal_while_starting_is_a_clean_stop(begin: Any) -> None:
+    server = begin({"load_s": 30})
+    server.wait_event("startup")
+    server.children()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert not server.left_over()
+    assert server.out.read_text() == ""
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_status_1(begin: Any) -> None:
+    server = begin({"fail_load": "model.safetensors: the header is cut off."}, log_level="error")
+    assert server.wait(60) == 1
+    assert server.out.read_text() == ""
+    lines = server.err.read_text().splitlines()
+    assert lines[-1] == "penstock: model.safetensors: the header is cut off."
+    assert "Traceback" not in server.text()
+    assert not server.left_over()
+
+
+def test_an_unknown_device_names_the_known_ones(begin: Any) -> None:
+    server = begin(device="fakee", log_level="error")
+    assert server.wait(60) == 1
+    assert "Did you mean 'fake'?" in server.err.read_text().splitlines()[-1]
+
+
+def test_unix_socket_two_edges_and_both_wirings(begin: Any, tmp_path: Any) -> None:
+    path = str(tmp_path / "api.sock")
+    server = begin(uds=path, edge_workers=2, wiring="tasks", api_key=["k"]).ready()
+    assert f"--unix-socket {path}" in server.out.read_text()
+    with server.client() as client:
+        assert client.get("/health/ready").status_code == 200
+        assert client.get("/v1/models").status_code == 401
+        models = client.get("/v1/models", headers={"authorization": "Bearer k"})
+        assert models.json()["data"][0]["id"] == "brook"
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert not os.path.exists(path)
+
+
+def test_the_server_sits_on_the_printed_port_and_a_second_one_is_told_so(begin: Any) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        server = begin(port=port)
+        assert server.wait(30) == 1
+        assert f"Port {port} on 127.0.0.1 is in use" in server.err.read_text()
+        assert not server.children()
