@@ -64,13 +64,14 @@ class CpuRunner:
         self._pool = pool
         self._program = model.bind(pool)
         self._width = -(-max_model_len // block_size) + 1  # a planner may reserve for one token more than is ever computed
-        self.history: I32 = np.zeros((max_num_seqs, max_model_len), np.int32)
+        # one column more than is ever computed: a full context still draws a token, which nothing reads back
+        self.history: I32 = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.block_table: I32 = np.full((max_num_seqs, self._width), -1, np.int32)
         self.sampler = SlotSampler(max_num_seqs, facts.vocab_size, self.history)
         self._hidden = torch.empty(max_num_seqs, facts.hidden_size, dtype=pool.dtype)
         self._logits = torch.empty(max_num_seqs, facts.vocab_size, dtype=torch.float32)
         self._range: I32 = np.arange(max(max_num_seqs, max_num_batched_tokens) + 1, dtype=np.int32)
-        self._shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else 0
+        self._shift, self._mask = block_size.bit_length() - 1, block_size - 1
         self._rows = 0
         self._last: Forward | None = None
         self._started_ns = 0
@@ -79,7 +80,7 @@ class CpuRunner:
     # ------------------------------------------------------------------ forward
 
     def forward(self, work: Forward) -> None:
-        """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
+        """See Runner.forward. Raises EngineFailure if a row names a block that its slot does not hold, or a token that does not exist."""
         self._started_ns = time.monotonic_ns()
         if len(work.copy_src):
             source, target = torch.from_numpy(work.copy_src.astype(np.int64)), torch.from_numpy(work.copy_dst.astype(np.int64))
@@ -112,7 +113,7 @@ class CpuRunner:
             ends = starts + 1
             q_start = self._range[: rows + 1]
             tokens = self.history[slots, starts]
-            positions = starts
+            positions = np.ascontiguousarray(starts)
             last = self._range[:rows]
             owner = slots
         else:
@@ -123,23 +124,23 @@ class CpuRunner:
             positions = self._range[: q_start[-1]] + np.repeat(starts - q_start[:-1], counts)
             tokens = self.history[owner, positions]
             last = q_start[1:] - 1 if hidden.shape[0] == rows else self._range[: q_start[-1]]
-        size = self.block_size
-        table = self.block_table[slots, : (int(ends.max()) + size - 1) // size]
-        blocks = self.block_table[owner, positions // size]
-        if int(blocks.min()) < 0:
-            raise EngineFailure("A step names positions whose blocks were never given to their slot.")
-        cache_slots = blocks * size + positions % size
+        shift = self._shift
+        table = self.block_table[slots, : (int(ends.max()) + self._mask) >> shift]
+        cache_slots = (self.block_table[owner, positions >> shift] << shift) + (positions & self._mask)
         as_tensor = torch.from_numpy
-        self._program(
-            as_tensor(tokens),
-            as_tensor(np.ascontiguousarray(positions)),
-            as_tensor(cache_slots),
-            as_tensor(table),
-            as_tensor(q_start),
-            as_tensor(ends),
-            as_tensor(last),
-            hidden=hidden,
-        )
+        try:
+            self._program(
+                as_tensor(tokens),
+                as_tensor(positions),
+                as_tensor(cache_slots),
+                as_tensor(table),
+                as_tensor(q_start),
+                as_tensor(ends),
+                as_tensor(last),
+                hidden=hidden,
+            )
+        except IndexError as error:  # a block that was never given (-1), a token outside the vocabulary
+            raise EngineFailure(f"A step names what does not exist: {error}.") from error
 
     # ------------------------------------------------------------------ sample
 
@@ -152,13 +153,13 @@ class CpuRunner:
         tokens, bad, found = EMPTY_I32, EMPTY_I32, None
         if rows:
             hidden = self._hidden[: self._rows]
-            if rows != self._rows or not np.array_equal(work.rows, self._range[:rows]):
+            if rows != self._rows or work.rows.tobytes() != self._range[:rows].tobytes():
                 hidden = hidden[torch.from_numpy(work.rows.astype(np.int64))]
             if rows > self._logits.shape[0]:
                 self._logits = torch.empty(rows, self.facts.vocab_size, dtype=torch.float32)
             logits = self._model.logits(hidden, self._logits[:rows])
             tokens, bad, found = self.sampler.sample(logits, work.slots, work.positions)
-            self._remember(work, tokens)
+            self.history[work.slots, work.positions] = tokens
         done = StepDone(
             engine=work.engine,
             epoch=work.epoch,
@@ -172,15 +173,6 @@ class CpuRunner:
             bad_rows=bad,
         )
         return lambda: done
-
-    def _remember(self, work: Sample, tokens: I32) -> None:
-        """Write tokens into their slots; the last position of a full context has no successor to be read by."""
-        positions = work.positions
-        if int(positions.max()) < self.max_model_len:
-            self.history[work.slots, positions] = tokens
-        else:
-            inside = positions < self.max_model_len
-            self.history[work.slots[inside], positions[inside]] = tokens[inside]
 
     def _prompt_logprobs(self, work: Sample) -> LogprobColumns:
         """Log-probabilities of the prompt tokens that the last Forward's rows predict, a bounded number of logits at a time."""

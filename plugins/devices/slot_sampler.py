@@ -14,13 +14,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from penstock.core.columns import F32, I32, I64, Column
+from penstock.core.columns import EMPTY_I32, F32, I32, I64, Column
 from penstock.core.messages import LogprobColumns, SlotSampling
 from penstock.kernels.argmax import argmax
 from penstock.kernels.sampling.api import draw, logprobs, penalise
 
-PENALTY, LISTS, MINIMUM = 1, 2, 4
-"""Bits of `flags`: needs counts; has bias, allowed tokens or bad words; has stop ids masked until min_tokens."""
+PENALTY, LISTS, MINIMUM, LOGPROBS, WARM = 1, 2, 4, 8, 16
+ADJUSTED = PENALTY | LISTS | MINIMUM
+"""Bits of `flags`: needs counts; has bias, allowed tokens or bad words; has stop ids masked until min_tokens; wants log-probabilities; is not
+greedy. No bit set: the largest logit, and nothing else."""
 
 
 class SlotSampler:
@@ -78,6 +80,10 @@ class SlotSampler:
                 self._lists[slot] = _Lists(place)
             if params.min_tokens > 0 and len(place.stop_ids):
                 flags |= MINIMUM
+            if params.logprobs is not None:
+                flags |= LOGPROBS
+            if not params.greedy:
+                flags |= WARM
             self._flags[slot] = flags
 
     def clear(self, slot: int) -> None:
@@ -92,36 +98,34 @@ class SlotSampler:
 
     def sample(self, logits: torch.Tensor, slots: Column, positions: Column) -> tuple[I32, I32, LogprobColumns | None]:
         """logits [R, V] float32 (overwritten) -> (tokens [R], rows whose logits were bad, log-probabilities). Tokens of bad rows are 0."""
-        wants = self._logprobs[slots]
+        flags = self._flags[slots]
+        if not flags.any():
+            tokens: I32 = argmax(logits).numpy()
+            return tokens, _clear_bad(tokens), None
         raw: torch.Tensor | None = None
-        rows = np.flatnonzero(wants >= 0)
+        rows = np.flatnonzero(flags & LOGPROBS)
         if rows.size:
             raw = logits[torch.from_numpy(rows)]
-        flags = self._flags[slots]
-        temperature = self._temperature[slots]
-        if flags.any():
+        if (flags & ADJUSTED).any():
             self._adjust(logits, slots, positions, flags)
-        if temperature.any():
-            drawn = draw(
+        if (flags & WARM).any():
+            tokens = draw(
                 logits,
-                torch.from_numpy(temperature),
+                torch.from_numpy(self._temperature[slots]),
                 torch.from_numpy(self._top_k[slots]),
                 torch.from_numpy(self._top_p[slots]),
                 torch.from_numpy(self._min_p[slots]),
                 torch.from_numpy(self._seed[slots]),
                 torch.from_numpy(self._choice[slots]),
                 torch.from_numpy(np.ascontiguousarray(positions, np.int32)),
-            )
-            tokens: I32 = drawn.numpy()
+            ).numpy()
         else:
             tokens = argmax(logits).numpy()
-        bad_rows: I32 = np.flatnonzero(tokens < 0).astype(np.int32)
-        if bad_rows.size:
-            tokens[bad_rows] = 0
-        if flags.any():
+        bad = _clear_bad(tokens)
+        if (flags & PENALTY).any():
             self._count(slots, tokens, flags)
-        found = None if raw is None else columns_of(raw, tokens[rows], wants[rows], rows, np.asarray(positions)[rows])
-        return tokens, bad_rows, found
+        found = None if raw is None else columns_of(raw, tokens[rows], self._logprobs[slots[rows]], rows, np.asarray(positions)[rows])
+        return tokens, bad, found
 
     def _adjust(self, logits: torch.Tensor, slots: Column, positions: Column, flags: I32) -> None:
         """Penalties, bias and masks, in place, on the rows that have them."""
@@ -171,6 +175,15 @@ class SlotSampler:
         if rows.size:
             pool = torch.from_numpy(self._pool_row[slots[rows]].astype(np.int64))
             self._counts[pool, torch.from_numpy(tokens[rows].astype(np.int64))] += 1
+
+
+def _clear_bad(tokens: I32) -> I32:
+    """Rows whose token is -1; their token becomes 0, so that it may be written to a history."""
+    if tokens.min() >= 0:
+        return EMPTY_I32
+    bad = np.flatnonzero(tokens < 0).astype(np.int32)
+    tokens[bad] = 0
+    return bad
 
 
 class _Lists:

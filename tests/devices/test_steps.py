@@ -112,10 +112,10 @@ def test_choices_of_one_prompt_draw_differently_and_repeatably(folder: Path, loa
 
 def test_positions_without_blocks_stop_the_step(folder: Path, load: Load) -> None:
     runner = load(folder)
-    with pytest.raises(EngineFailure, match="blocks were never given"):
+    with pytest.raises(EngineFailure, match="names what does not exist: a block table"):
         forward(runner, [(0, 0, 3)], place_slots=[0], place_counts=[3], place_tokens=[1, 2, 3])
     forward(runner, [(0, 0, 3)], block_slots=[0], block_index=[0], block_ids=[0])
-    with pytest.raises(EngineFailure, match="blocks were never given"):  # a new sequence starts with an empty table
+    with pytest.raises(EngineFailure, match="names what does not exist: a block table"):  # a new sequence starts with an empty table
         forward(runner, [(0, 0, 2)], place_slots=[0], place_counts=[2], place_tokens=[1, 2])
 
 

@@ -34,7 +34,9 @@ def _two_threads() -> None:
 def checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """checkpoint("LlamaForCausalLM", dtype=torch.float32, shard="1GB", **config) -> (folder, the transformers model in float32)."""
 
-    def make(architecture: str, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", seed: int = 0, **config: Any) -> tuple[Path, Any]:
+    def make(
+        architecture: str, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", seed: int = 0, **config: Any
+    ) -> tuple[Path, Any]:
         import transformers
 
         torch.manual_seed(seed)
@@ -70,7 +72,7 @@ def config_for(path: Path, **over: Any) -> RunnerConfig:
         "enforce_eager": False,
         "attention_backend": None,
         "seed": 0,
-        "threads": 2,
+        "threads": 1,
         "max_logprobs": 20,
     }
     return RunnerConfig(**{**settings, **over})

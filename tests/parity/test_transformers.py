@@ -175,7 +175,9 @@ def test_dynamic_beyond_the_trained_length(checkpoint: Callable[..., Any], load:
 
 
 @pytest.mark.parametrize("style", ["rope_scaling", "flat"])
-def test_older_spellings_of_rope(checkpoint: Callable[..., Any], load: Callable[..., Any], edit_config: Callable[..., None], style: str) -> None:
+def test_older_spellings_of_rope(
+    checkpoint: Callable[..., Any], load: Callable[..., Any], edit_config: Callable[..., None], style: str
+) -> None:
     rope = dict(ROPES["llama3"] if style == "rope_scaling" else ROPES["default-theta"])
     folder, model = checkpoint("LlamaForCausalLM", rope_parameters=dict(rope))
     theta = rope.pop("rope_theta")
