@@ -1,0 +1,96 @@
+"""The Triton kernels: what there is, shapes and dtypes; and what they share.
+
+What it is: an index of `kernels/<op>/triton.py` (imported lazily, by whoever has chosen a GPU: importing them imports triton), the device table
+of tuned configurations, and the interpreter switch. Every function takes CUDA tensors, launches on the current stream, never synchronises,
+and allocates nothing when `out` (and `workspace`, where there is one) are given: so all of them can be captured in a CUDA graph. Grids
+depend on shapes only, never on values: a captured graph replays with any lengths up to the shapes it was captured with. Unlike api.py they
+check shapes and dtypes but not values (that would synchronise): an index below 0 means "padding: read zeros, write nowhere".
+
+Layout of the GPU pool (`attention.triton.KV_LAYOUT`): one K and one V cache a layer, [num_blocks, Hkv, block_size, D] row-major, block_size a
+power of two from 16 (so 16 tokens of a head are one run of 16*D*2 bytes). Any block strides: a layer may be a slice of a bigger pool, if its
+last three dimensions are contiguous. T tokens, R sequences (rows of the step), L rows with results, S slots, W blocks a table row, V vocabulary.
+
+attention.triton
+    paged_attention(q[T, Hq, D], k_cache, v_cache, block_tables[R or S, W] i32, q_start[R + 1] i32, kv_len[R] i32, scale, window=0, *,
+                    num_decode=0, softcap=0.0, sinks=None[Hq] f32, table_rows=None[R] i32, out=None, lse=None[T, Hq] f32, workspace=None,
+                    deterministic=False) -> out
+        The first `num_decode` sequences have one row each and go to the split-KV kernel (never with deterministic=True), all others to
+        the ragged one. q may have any stride between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it
+        row r. kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
+    decode_attention(q[R, Hq, D], k_cache, v_cache, block_tables, kv_len, scale, window=0, *, softcap, sinks, table_rows, out, lse, workspace)
+    workspace_elements(rows, num_heads, head_dim) -> float32 elements that `workspace` must have for that many decode rows
+    merge(out_a[T, Hq, D], lse_a[T, Hq], out_b, lse_b, out=None, lse=None) -> out     exact softmax over the union of two key sets
+    allocate_cache, write_kv, read_kv                                                 (torch; for tests and tools)
+linear.triton
+    matmul(x[M, K], weight[N, K], bias=None[N], *, out=None, out_dtype=None, deterministic=False, workspace=None) -> [M, N]
+        bf16/fp16 in, float32 sums, out in x's dtype or float32. Default: M <= 16 the skinny kernel, else torch (cuBLAS). deterministic:
+        one Triton kernel whose row results do not depend on M. workspace: float32 [workspace_elements(N)], zero-filled once by the caller.
+    skinny(...), invariant(...): the two kernels by themselves.
+rmsnorm.triton
+    rms_norm(x[M, K], weight[K], eps, out=None);  add_rms_norm(x, residual, weight, eps, out=None)      (residual += x in place)
+rope.triton
+    rope_and_cache(qkv[T, (Hq + 2 Hkv) * D], positions[T] i32, cos_sin[P, r] f32, k_cache, v_cache, slots[T] i32, num_heads, num_kv_heads,
+                   q_norm=None, k_norm=None, eps=1e-6, out=None) -> q [T, Hq, D]
+activation.triton
+    gated(kind, gate_up[T, 2I], out=None) -> [T, I]
+embedding.triton
+    embedding(ids[T] i32, table[V, H], out=None) -> [T, H];  gather_rows(x[T, H], rows[L] i32, out=None) -> [L, H]   (the same kernel)
+argmax.triton
+    argmax(logits[M, V] f32, out=None, workspace=None) -> [M] i32
+sampling.triton      (settings are columns by slot; `slots`[R] i32 names each row's, None: row r's own; a slot below 0 is padding: token -1)
+    draw(logits[R, V] f32, temperature, top_k, top_p, min_p, seeds, choices, positions[R], *, slots=None, out=None, workspace=None) -> [R] i32
+    penalise_(logits, pool_rows[R] i32, counts[P, V] i32, in_prompt[P, V] bool, repetition, frequency, presence, *, slots=None)
+    scatter_bias_(logits, rows[E] i32, ids[E] i32, values[E] f32)        logits[row, id] += value (-inf bans); (row, id) pairs distinct
+    mask_(logits, mask[Q, ceil(V/32)] i32, mask_rows[R] i32)             bit = 1 keeps; mask row below 0: untouched
+    ban_words_(logits, history[S, L], positions[R], words..., )          see the function
+    count_(counts, pool_rows[R], tokens[R]);  start_counts(counts, in_prompt, pool_rows[E], history, slots[E], splits[E], ends[E])
+    workspace_elements(rows, vocab) -> float64 elements
+slots.triton         (device state: history[S, max_len] i32, table[S, W] i32; columns of Forward and Sample in, index tensors of a step out)
+    decode_inputs(slots[R], starts[R], history, table, block_size, *, tokens, positions, cache_slots, kv_len)
+    ragged_inputs(slots[R], starts[R], q_start[R + 1], history, table, block_size, *, tokens[T], positions[T], cache_slots[T], kv_len[R])
+    advance(slots[R], starts[R])                    starts[r] += 1 where slots[r] >= 0: step n+1's decode starts without the host
+    write_tokens(slots[R], positions[R], tokens[R], history)              history[slot, position] = max(token, 0)
+    place(history, table, slots[E], counts[E], offsets[E], tokens[N])     a slot's history becomes those tokens, its table -1
+    set_blocks(table, slots[E], index[E], ids[E])
+    copy_blocks(pools [G, num_blocks, ...], src[E] i32, dst[E] i32)        in every group (layer, K/V); no dst is also a src
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+def interpreting() -> bool:
+    """Whether triton's interpreter was asked for (TRITON_INTERPRET=1, before triton is imported): kernels then run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+@functools.cache
+def _tables() -> dict[str, Any]:
+    tables: dict[str, Any] = json.loads(TUNED.read_text())
+    return tables
+
+
+@functools.cache
+def device_key() -> str:
+    """The current device's name in tuned.json; "default" where it was never measured."""
+    if not torch.cuda.is_available():
+        return "interpreter" if interpreting() else "default"
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    return name if name in _tables() else "default"
+
+
+@functools.cache
+def tuned(kernel: str) -> dict[str, int]:
+    """The configuration shipped for this kernel on this device (measured by gpu_bench.py), else the default one. Nothing is tuned at run time."""
+    config: dict[str, int] = dict(_tables()["default"][kernel])
+    config.update(_tables().get(device_key(), {}).get(kernel, {}))
+    return config
