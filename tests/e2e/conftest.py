@@ -52,8 +52,15 @@ class Server:
     def children(self) -> dict[str, list[psutil.Process]]:
         """Processes below root, by the role in their command line."""
         out: dict[str, list[psutil.Process]] = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            line = child.cmdline()
+        try:
+            below = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.Error:
+            return {}
+        for child in below:
+            try:
+                line = child.cmdline()
+            except psutil.Error:  # it just left
+                continue
             for role in ("edge", "text", "engine"):
                 if role in line:
                     out.setdefault(role, []).append(child)
