@@ -497,6 +497,7 @@ class Scheduler:
         self._forking.pop(slot, None)
         self._free(slot)
         self._enqueue([sequence, *others])
+        self._again = True
         self._preemptions += 1
         self._preempted.append(sequence.seq)
 
@@ -760,6 +761,7 @@ class Scheduler:
     def _take_grants(self, draft: _Draft, short: list[int], forks: list[int], grant: KvGrant) -> list[int]:
         if forks:
             self._rows = None  # a parked one had been let in to fork
+            self._again = True
         for slot, forked in zip(forks, grant.forked.tolist(), strict=True):
             if forked:
                 source = self._forking.pop(slot)
@@ -847,7 +849,6 @@ class Scheduler:
         order = [s for s in self._victims(only_parked=True) if self._last_step[s] <= self.done_step and s not in named]
         if order:
             self._requeue(order[0])
-            self._again = True
         return bool(order)
 
     def _victims(self, *, only_parked: bool = False) -> list[int]:
