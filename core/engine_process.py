@@ -7,7 +7,6 @@ What it does not know: what is computed, who asks.
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import sys
@@ -22,6 +21,7 @@ from penstock.core.errors import ProtocolError
 from penstock.core.links import Link, make_hello
 from penstock.core.messages import Drained, Extension, StepTokens, union_of
 from penstock.core.plugin_host import PluginHost
+from penstock.core.processes import settle
 from penstock.core.telemetry import configure_logging
 
 SWITCH_S = 0.0005
@@ -57,8 +57,7 @@ class EngineProcess:
             control.phase("ready")
             control.up()
             control.say(EngineUp(engine=boot.id, epoch=boot.epoch, facts=facts))
-            gc.collect()
-            gc.freeze()  # what exists now stays: later collections need not look at it
+            settle()
             await self._over.wait()
             await control.flush()
             nursery.cancel_scope.cancel()

@@ -12,6 +12,7 @@ Boot, then Hello; the child answers with Hello. A child that fails says so in Ch
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -132,6 +133,14 @@ def report(control: socket.socket, boot: Boot, error: BaseException) -> None:
         control.sendall(b"".join(map(encode, frames)))
 
 
+def settle() -> None:
+    """Called by a role when its start is over: what exists now stays, so later collections need not look at it. `main` had turned the
+    collector off, which makes imports a tenth faster."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The first leaf of an exception group: what went wrong before everything else was cancelled."""
     while isinstance(error, BaseExceptionGroup):
@@ -141,6 +150,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry of every child: ROLE ID EPOCH CONTROL_FD ROOT_PID. Does not return."""
+    gc.disable()
     role, id_, _epoch, fd, parent = (argv or sys.argv[1:])[:5]
     die_with(int(parent), f"pk-{role}-{id_}")
     ignore_signals()

@@ -7,7 +7,6 @@ What it does not know: requests, tokens (that is the actor).
 
 from __future__ import annotations
 
-import gc
 import socket
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from penstock.core.errors import ProtocolError
 from penstock.core.links import Link, make_hello
 from penstock.core.messages import Extension, union_of
 from penstock.core.plugin_host import PluginHost
+from penstock.core.processes import settle
 from penstock.core.telemetry import configure_logging
 from penstock.core.telemetry_traces import configure as configure_traces
 from penstock.core.text_side import TextSide
@@ -64,8 +64,7 @@ class TextProcess:
             nursery.start_soon(accept, listener, self._serve_edge, nursery)
             control.phase("ready")
             control.up()
-            gc.collect()
-            gc.freeze()
+            settle()
             await self._over.wait()
             await control.flush()
             nursery.cancel_scope.cancel()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import socket
@@ -43,7 +42,7 @@ from penstock.core.messages import (
     union_of,
 )
 from penstock.core.plugin_host import PluginHost
-from penstock.core.processes import control_hello
+from penstock.core.processes import control_hello, settle
 from penstock.core.telemetry import configure_logging
 from penstock.core.telemetry_traces import configure
 from penstock.transports.gateway import STATS_PERIOD_S, Gateway
@@ -190,8 +189,7 @@ class _Process:
         )
         with socket.socket(fileno=boot.listen_fd) as listener:
             await server.start([listener])
-            gc.collect()
-            gc.freeze()
+            settle()
             self._say(StartupPhase(role="edge", id=boot.id, phase="listen", seconds=time.monotonic() - self._started))
             tasks = [asyncio.create_task(work(), name=work.__name__) for work in (self._beat, self._announce)]
             await self._over.wait()

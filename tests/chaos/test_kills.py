@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from typing import Any
 
 import pytest
+
+from penstock.core.kernel import make_run_dir
 
 SLOW = {"step_s": 0.01}
 
@@ -19,16 +20,20 @@ def gone_within(server: Any, seconds: float) -> None:
     assert time.monotonic() - began <= seconds + 0.5
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["running", "children-stopped"])
-def test_no_orphan_outlives_a_killed_root(begin: Any, frozen: bool) -> None:
+def test_no_orphan_outlives_a_killed_root_nor_does_its_directory_outlive_the_next(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server = begin().ready()
-    assert set(server.children()) == {"engine", "text", "edge"}
-    if frozen:  # a process that cannot even run dies too
-        for child in server.children().values():
-            child.suspend()
+    children = server.children()
+    assert set(children) == {"engine", "text", "edge"}
+    (left,) = server.folder.glob("penstock-run-*")
+    assert left.stat().st_mode & 0o777 == 0o700
+    assert {p.name for p in left.iterdir()} == {"text-0.sock", "engine-0.sock"}
+    children["engine"].suspend()  # a process that cannot even run dies too
     server.process.kill()
     gone_within(server, 2.0)
     assert server.wait() == -signal.SIGKILL
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(server.folder))
+    fresh = make_run_dir()
+    assert list(server.folder.glob("penstock-run-*")) == [fresh]
 
 
 def test_every_process_is_replaced_and_the_drain_is_clean_after_all(begin: Any, stream: Any) -> None:
@@ -82,25 +87,3 @@ def test_an_engine_whose_device_fails_again_and_again_ends_the_server_with_1(beg
     assert last.startswith("penstock: The engine-0 process failed for good after 1 restarts")
     assert "injected device fault" in last
     assert not server.left_over()
-
-
-def test_the_runtime_directory_of_a_killed_server_is_removed_by_the_next(begin: Any) -> None:
-    from penstock.core.kernel import make_run_dir
-
-    server = begin().ready()
-    (left,) = server.folder.glob("penstock-run-*")
-    assert left.stat().st_mode & 0o777 == 0o700
-    assert {p.name for p in left.iterdir()} == {"text-0.sock", "engine-0.sock"}
-    server.process.kill()
-    server.wait()
-    gone_within(server, 2.0)
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    os.environ["XDG_RUNTIME_DIR"] = str(server.folder)
-    try:
-        fresh = make_run_dir()
-        assert list(server.folder.glob("penstock-run-*")) == [fresh]
-    finally:
-        if before is None:
-            del os.environ["XDG_RUNTIME_DIR"]
-        else:
-            os.environ["XDG_RUNTIME_DIR"] = before

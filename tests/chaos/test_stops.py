@@ -28,18 +28,6 @@ def test_sigterm_drains_and_new_requests_are_refused_meanwhile(begin: Any, strea
     assert not list(server.folder.glob("penstock-run-*"))
 
 
-def test_ctrl_c_reaches_the_whole_group_and_drains_too(begin: Any, stream: Any) -> None:
-    server = begin(SLOW).ready()
-    running = stream(server, 100)
-    running.reached(5)
-    os.killpg(server.process.pid, signal.SIGINT)
-    running.join(30)
-    assert running.done
-    assert len(running.tokens) == 100
-    assert server.wait() == 0
-    assert "Traceback" not in server.text()
-
-
 def test_the_deadline_cuts_and_says_so(begin: Any, stream: Any) -> None:
     server = begin(SLOW, shutdown_timeout=0.5).ready()
     running = stream(server, 4000)
@@ -90,17 +78,23 @@ def test_an_unknown_device_names_the_known_ones(begin: Any) -> None:
     assert "Did you mean 'fake'?" in server.err.read_text().splitlines()[-1]
 
 
-def test_unix_socket_two_edges_and_both_wirings(begin: Any, tmp_path: Any) -> None:
+def test_ctrl_c_to_the_group_with_a_unix_socket_two_edges_and_the_tasks_wiring(begin: Any, stream: Any, tmp_path: Any) -> None:
     path = str(tmp_path / "api.sock")
-    server = begin(uds=path, edge_workers=2, wiring="tasks", api_key=["k"]).ready()
+    server = begin(SLOW, uds=path, edge_workers=2, wiring="tasks").ready()
     assert f"--unix-socket {path}" in server.out.read_text()
     with server.client() as client:
         assert client.get("/health/ready").status_code == 200
-        assert client.get("/v1/models").status_code == 401
-        models = client.get("/v1/models", headers={"authorization": "Bearer k"})
-        assert models.json()["data"][0]["id"] == "brook"
-    server.process.send_signal(signal.SIGTERM)
+        assert client.get("/v1/models").json()["data"][0]["id"] == "brook"
+    running = [stream(server, 100, prompt) for prompt in ("a", "b", "c")]
+    for one in running:
+        one.reached(5)
+    os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does
+    for one in running:
+        one.join(30)
+        assert one.done
+        assert len(one.tokens) == 100
     assert server.wait() == 0
+    assert "Traceback" not in server.text()
     assert not os.path.exists(path)
 
 
