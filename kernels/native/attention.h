@@ -124,6 +124,14 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
             k_group[g] = a->k_cache + at;
             v_group[g] = a->v_cache + at;
         }
+        if (rows <= MR) /* decode reads every block once: have the next tile's on the way */
+            for (long key = tile + KEY_TILE; key < MIN(tile + 2 * KEY_TILE, last); key += 16) {
+                long at = ((table[key / a->block_size] * a->kv_heads + kv_head) * a->block_size + key % a->block_size) * dim * size;
+                for (long line = 0; line < 16 * dim * size; line += 64) {
+                    __builtin_prefetch(a->k_cache + at + line, 0, 2);
+                    __builtin_prefetch(a->v_cache + at + line, 0, 2);
+                }
+            }
         long row = 0;
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
@@ -132,7 +140,7 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
                 for (int j = 0; j < np; j++) b[j] = k_group[g + j];
                 tile_args t = {
                     .a = q + row * dim, .lda = dim, .b = b, .segments = 1, .seg_k = dim, .last_k = dim,
-                    .c = score + row * KEY_TILE + g * 16, .ldc = KEY_TILE, .add = 0, .jump = 0,
+                    .c = score + row * KEY_TILE + g * 16, .ldc = KEY_TILE, .add = 0,
                 };
                 tile_of(mr, np, a->cache_bf16)(&t);
                 g += np;
@@ -153,7 +161,7 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
                     for (int j = 0; j < np; j++) b[g * np + j] = v_group[g] + (d + j) * 256 * size;
                 tile_args t = {
                     .a = score + row * KEY_TILE, .lda = KEY_TILE, .b = b, .segments = groups, .seg_k = 16, .last_k = keys - (groups - 1) * 16,
-                    .c = o + row * dim + d * PW, .ldc = dim, .add = 1, .jump = 0,
+                    .c = o + row * dim + d * PW, .ldc = dim, .add = 1,
                 };
                 tile_of(mr, np, a->cache_bf16)(&t);
                 d += np;

@@ -136,7 +136,7 @@ static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int ste
             for (int j = 0; j < np; j++) b[j] = w->w + (p + q + j) * w->panel_bytes;
             tile_args t = {
                 .a = g->a + row * g->lda, .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
-                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .jump = (np - 1) * w->panel_bytes,
+                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .ahead = AHEAD, .jump = (np - 1) * w->panel_bytes,
             };
             tile_of(mr, np, (int)w->bf16)(&t);
             q += np;

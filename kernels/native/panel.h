@@ -24,7 +24,7 @@ static const int WIDTH[MR + 1] = {0, 4, 2, 1, 1, 1, 1}; /* 3 x 2 would spill */
 static const int WIDTH[MR + 1] = {0, 2, 1, 1, 1, 1, 1};
 #endif
 
-#define AHEAD 16 /* k-pairs (one cache line each) that the streaming prefetch runs ahead */
+#define AHEAD 16 /* k-pairs (one cache line each) that the prefetch of a streamed weight runs ahead */
 
 typedef struct {
     const float *a; /* [mr][lda] */
@@ -34,7 +34,8 @@ typedef struct {
     float *c; /* [mr][ldc] */
     long ldc;
     int add;   /* start from C instead of 0 */
-    long jump; /* bytes from a panel's end to where this stream goes on (for the prefetch), or 0 */
+    long ahead; /* k-pairs to prefetch ahead (0: the caller did) */
+    long jump;  /* bytes from a panel's end to where this stream goes on */
 } tile_args;
 
 /* The panel rows of one k (fp32) or k-pair (bf16) for all np panels, times mr rows. */
@@ -117,9 +118,9 @@ INLINE void tile_kernel(const int bf16, const int mr, const int np, const tile_a
         for (int p = 0; p < np; p++) b[p] = t->b[s * np + p];
         long k_all = s + 1 == t->segments ? t->last_k : t->seg_k;
         if (bf16) {
-            long pairs = k_all / 2, first = t->jump ? MAX(pairs - AHEAD, 0) : pairs;
+            long pairs = k_all / 2, first = t->jump ? MAX(pairs - t->ahead, 0) : pairs;
             /* Two stretches: prefetch further down the panel, then at the head of the panels that come next. */
-            for (long q = 0, end = first, ahead = AHEAD * 64; q < pairs; end = pairs, ahead = AHEAD * 64 + t->jump) {
+            for (long q = 0, end = first, ahead = t->ahead * 64; q < pairs; end = pairs, ahead = t->ahead * 64 + t->jump) {
                 for (; q < end; q++) {
                     if (mr <= 3) {
 #pragma GCC unroll 8
@@ -133,7 +134,7 @@ INLINE void tile_kernel(const int bf16, const int mr, const int np, const tile_a
             for (long k = 0; k < k_all; k++) {
                 if (mr <= 3) {
 #pragma GCC unroll 8
-                    for (int p = 0; p < np; p++) __builtin_prefetch(b[p] + (k + AHEAD) * 64, 0, 3);
+                    for (int p = 0; p < np; p++) __builtin_prefetch(b[p] + (k + t->ahead) * 64, 0, 3);
                 }
                 one_step(mr, nv, 0, acc, row, k, b, k * 64);
             }
