@@ -21,7 +21,7 @@ from penstock.kernels import native
 from penstock.kernels.activation import reference as activation_reference
 from penstock.kernels.activation.api import ACTIVATIONS, Activation
 from penstock.kernels.checks import FLOATS, require, tensor
-from penstock.kernels.linear import reference
+from penstock.kernels.linear import arena, reference
 from penstock.kernels.native.bind import check
 
 PANEL = 16
@@ -49,7 +49,7 @@ class _Packed:
         bf16 = weight.dtype == torch.bfloat16
         panels = -(-n // PANEL) * (1 if second is None else 2)
         panel_bytes = (-(-k // 2) if bf16 else k) * PANEL * 4
-        self.data = torch.empty(panels * panel_bytes, dtype=torch.uint8)
+        self.data = arena.take(panels * panel_bytes)
         self.bias = None if bias is None else _panel_order(bias, second_bias)
         address = self.data.data_ptr()
         other = None if second is None else second.data_ptr()
