@@ -1,0 +1,133 @@
+"""A step in the making, and a step on its way.
+
+What it is: `Draft` collects what one plan decides until it becomes a Forward and a Sample; `Flight` is what the scheduler remembers of a
+step until its StepDone; and the selection of log-probability rows.
+What it does not know: how decisions are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from penstock.core.actors.slots import Rows
+from penstock.core.actors.waiting import Request, Sequence
+from penstock.core.columns import I32, Column, i32
+from penstock.core.messages import KvGrant, LogprobColumns, SlotSampling
+
+Blocks = tuple[Column, Column, Column]
+"""seqs, index, ids: as in KvGrant."""
+
+
+class Draft:
+    """`budget` tokens are left; `rows` decode, `chunks` are (slot, start, count) of prompts."""
+
+    __slots__ = (
+        "blocks",
+        "budget",
+        "chunks",
+        "copies",
+        "forked",
+        "full",
+        "places",
+        "prefill_turn",
+        "rows",
+        "samplings",
+        "sources",
+        "stalled",
+        "started",
+    )
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: Rows | None = None
+        self.chunks: list[tuple[int, int, int]] = []
+        self.blocks: list[Blocks] = []
+        self.copies: list[tuple[Column, Column]] = []
+        self.places: list[tuple[int, I32]] = []
+        self.samplings: list[SlotSampling] = []
+        self.started: list[tuple[int, int]] = []
+        self.forked: set[int] = set()
+        self.sources: set[int] = set()
+        """Slots whose blocks this step copies."""
+        self.stalled: set[int] = set()
+        """Slots that sit this step out for want of memory."""
+        self.full = False
+        """Memory denied somebody who waits: nobody behind may overtake."""
+        self.prefill_turn = False
+
+    def place(self, slot: int, sequence: Sequence, tokens: I32) -> None:
+        """The sequence enters its slot on the device."""
+        request = sequence.request
+        self.places.append((slot, tokens))
+        self.samplings.append(
+            SlotSampling(
+                slot=slot, choice=sequence.choice, prompt_len=request.prompt_len, params=request.params, stop_ids=request.banned_ids
+            )
+        )
+
+    def take(self, grant: KvGrant) -> None:
+        if grant.block_ids.size:
+            self.blocks.append((grant.block_seqs, grant.block_index, grant.block_ids))
+        if grant.copy_dst.size:
+            self.copies.append((grant.copy_src, grant.copy_dst))
+
+    def columns(self, carried: list[Blocks], slot_of: Callable[[int], int]) -> dict[str, Any]:
+        """The parts of Forward besides its rows. `slot_of(seq)` is -1 for those that lost their slot meanwhile."""
+        columns: dict[str, Any] = {}
+        if self.places:
+            columns["place_slots"] = i32([slot for slot, _ in self.places])
+            columns["place_counts"] = i32([t.size for _, t in self.places])
+            columns["place_tokens"] = np.concatenate([t for _, t in self.places])
+        if self.copies:
+            columns["copy_src"] = np.concatenate([src for src, _ in self.copies])
+            columns["copy_dst"] = np.concatenate([dst for _, dst in self.copies])
+        blocks = carried + self.blocks if carried else self.blocks
+        if blocks:
+            seqs, index, ids = blocks[0] if len(blocks) == 1 else (np.concatenate([b[i] for b in blocks]) for i in range(3))
+            slots = i32([slot_of(seq) for seq in seqs.tolist()])
+            if -1 in slots:
+                keep = slots >= 0
+                slots, index, ids = slots[keep], index[keep], ids[keep]
+            columns["block_slots"], columns["block_index"], columns["block_ids"] = slots, index, ids
+        return columns
+
+
+class Flight:
+    """Row i samples position `positions[i]`, output `offsets[i]`, of `rows.slots[i]`. `capped`: some row reaches its limit. `tokens` are all
+    that the step computes. `prompts`: whose prompt log-probabilities it brings."""
+
+    __slots__ = ("capped", "offsets", "positions", "prompts", "rows", "started", "step", "tokens")
+
+    def __init__(self, step: int, rows: Rows, positions: I32, capped: bool, tokens: int) -> None:
+        self.step = step
+        self.rows = rows
+        self.positions = positions
+        self.offsets = positions - rows.prompts
+        self.capped = capped
+        self.tokens = tokens
+        self.started: list[tuple[int, int]] = []
+        self.prompts: list[tuple[int, Request]] = []
+
+
+def select_logprobs(columns: LogprobColumns, kept: Column, total: int) -> LogprobColumns:
+    """Only the entries whose row is in `kept` (of `total` rows), renumbered to the rows that remain."""
+    number = np.full(total, -1, np.int32)
+    number[kept] = np.arange(kept.size, dtype=np.int32)
+    rows = number[columns.rows]
+    return pick_logprobs(columns, rows >= 0, rows)
+
+
+def pick_logprobs(columns: LogprobColumns, keep: Column, rows: Column) -> LogprobColumns:
+    """Entries under the mask `keep`, with the row numbers `rows` (one per entry of `columns`)."""
+    wide = np.repeat(keep, columns.counts)
+    return LogprobColumns(
+        rows=rows[keep],
+        positions=columns.positions[keep],
+        counts=columns.counts[keep],
+        ranks=columns.ranks[keep],
+        ids=columns.ids[wide],
+        values=columns.values[wide],
+    )

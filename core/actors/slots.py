@@ -1,0 +1,175 @@
+"""Running sequences as columns, one row per device slot.
+
+What it is: `Slots`, the struct of arrays that the scheduler plans over, and `Rows`, what a step needs of the sequences that sample in it,
+gathered once and reused as long as the same sequences run.
+What it does not know: why a sequence enters or leaves, messages, blocks' ids.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.core.actors.waiting import Sequence
+from penstock.core.columns import I32, I64, U8, Column
+
+FREE, PREFILL, DECODE, LEAVING, ENDED = 0, 1, 2, 3, 4
+"""Phases of a slot. LEAVING: preempted, waits for its last step in flight (whose token counts). ENDED: the same, but tokens are dropped."""
+
+MANY = 1 << 30
+
+Index = npt.NDArray[np.intp]
+Commits = tuple[I64, I32, I32, I32]
+"""seqs, lens, counts, tokens: as in KvStep."""
+
+
+class Rows:
+    """The columns of sequences that sample together. `starts` are the positions that they compute next; `room` is how many steps they can
+    all take before one needs a block, `left` before one reaches its limit. `stops` is (ids, rows), padded with -1."""
+
+    __slots__ = ("base", "incarnations", "index", "left", "mins", "prompts", "room", "seqs", "slots", "starts", "stops")
+
+    slots: I32
+    index: Index
+    """The slots again, in numpy's index type: three times faster to index with."""
+    base: I64
+    """Where each slot's history begins in `Slots.flat`."""
+    starts: I32
+    seqs: I64
+    incarnations: I32
+    prompts: I32
+    mins: I32
+    stops: I32
+    room: int
+    left: int
+
+    def select(self, kept: Column) -> Rows:
+        """Only the rows `kept`; `room` and `left` stay bounds."""
+        rows = Rows()
+        for name in ("slots", "index", "base", "starts", "seqs", "incarnations", "prompts", "mins"):
+            setattr(rows, name, getattr(self, name)[kept])
+        rows.stops = self.stops[:, kept]
+        rows.room, rows.left = self.room, self.left
+        return rows
+
+
+class Slots:
+    """`count` slots for sequences of at most `longest` tokens, in blocks of `block` tokens. Columns are I32 over slots unless said."""
+
+    def __init__(self, count: int, longest: int, block: int) -> None:
+        def column() -> I32:
+            return np.zeros(count, np.int32)
+
+        self.count = count
+        self.block = block
+        self.phase: U8 = np.zeros(count, np.uint8)
+        self.seq: I64 = np.zeros(count, np.int64)
+        self.incarnation = column()
+        self.prompt = column()
+        self.computed = column()
+        """Positions whose Forward was given to the device."""
+        self.length = column()
+        """Tokens, those being drawn included."""
+        self.known = column()
+        """Tokens whose values are known here: history[slot, :known]."""
+        self.limit = column()
+        self.capacity = column()
+        """Tokens for which blocks are held."""
+        self.hashed = column()
+        """Blocks committed to the prefix cache."""
+        self.given = column()
+        """Blocks whose hashes KV got with the look-up."""
+        self.last_step: I64 = np.zeros(count, np.int64)
+        self.min_tokens = column()
+        self.parked = np.zeros(count, bool)
+        self.poisoned = np.zeros(count, bool)
+        """Its logits were not numbers: its KV must not be shared."""
+        self.stops: I32 = np.full((1, count), -1, np.int32)
+        self.history: I32 = np.zeros((count, longest), np.int32)
+        self.flat: I32 = self.history.reshape(-1)
+        self.holder: list[Sequence | None] = [None] * count
+        self.free = list(range(count))
+        self._base: I64 = np.arange(count, dtype=np.int64) * longest
+        self._within = np.arange(block, dtype=np.int64)
+
+    def enter(self, sequence: Sequence, tokens: I32, computed: int, phase: int) -> int:
+        """The lowest free slot, now with this sequence and its history."""
+        slot = heapq.heappop(self.free)
+        request = sequence.request
+        sequence.slot = slot
+        self.holder[slot] = sequence
+        self.phase[slot] = phase
+        self.seq[slot] = sequence.seq
+        self.incarnation[slot] = request.incarnation
+        self.prompt[slot] = request.prompt_len
+        self.history[slot, : tokens.size] = tokens
+        self.known[slot] = self.length[slot] = tokens.size
+        self.computed[slot] = computed
+        self.limit[slot] = request.limit
+        self.min_tokens[slot] = request.params.min_tokens
+        self.parked[slot] = request.parked
+        stops = request.stop_ids
+        if len(stops) > self.stops.shape[0]:
+            more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)
+            self.stops = np.concatenate([self.stops, more])
+        self.stops[:, slot] = -1
+        self.stops[: len(stops), slot] = stops
+        return slot
+
+    def leave(self, slot: int) -> None:
+        sequence = self.holder[slot]
+        if sequence is not None:
+            sequence.slot = -1
+        self.holder[slot] = None
+        self.phase[slot] = FREE
+        for column in (self.computed, self.length, self.known, self.limit, self.capacity, self.hashed, self.given):
+            column[slot] = 0
+        self.parked[slot] = self.poisoned[slot] = False
+        heapq.heappush(self.free, slot)
+
+    def outputs(self, slot: int) -> I32:
+        """A copy of the tokens received so far."""
+        return self.history[slot, self.prompt[slot] : self.known[slot]].copy()
+
+    def whole(self, tokens: int) -> int:
+        """The capacity of the blocks that hold so many tokens."""
+        return -(-tokens // self.block) * self.block
+
+    def gather(self, slots: I32) -> Rows:
+        rows = Rows()
+        rows.slots = slots
+        rows.index = index = slots.astype(np.intp)
+        rows.base = self._base[index]
+        rows.starts = self.computed[index]
+        rows.seqs = self.seq[index]
+        rows.incarnations = self.incarnation[index]
+        rows.prompts = self.prompt[index]
+        rows.mins = self.min_tokens[index]
+        rows.stops = self.stops[:, index]
+        rows.left = int((self.limit[index] - self.length[index]).min(initial=MANY))
+        self.measure(rows)
+        return rows
+
+    def measure(self, rows: Rows) -> None:
+        """Bring `room` up to date after capacities changed."""
+        rows.room = int((self.capacity[rows.index] - rows.starts).min(initial=MANY))
+
+    def complete(self, index: Index) -> Commits | None:
+        """Blocks of these slots that are computed (or given to the device), of known tokens and not committed yet: marks them."""
+        valid = np.minimum(self.computed[index], self.known[index])
+        full = valid // self.block
+        due = (full > self.hashed[index]) & (self.capacity[index] > 0) & ~self.poisoned[index]
+        if not np.count_nonzero(due):
+            return None
+        index, valid, full = index[due], valid[due], full[due]
+        first = np.maximum(self.hashed[index], self.given[index])
+        counts = np.maximum(full - first, 0) * self.block
+        starts = self._base[index] + first * self.block
+        if (counts == self.block).all():
+            tokens = self.flat[(starts[:, None] + self._within).reshape(-1)]
+        else:
+            tokens = np.concatenate([self.flat[s : s + c] for s, c in zip(starts.tolist(), counts.tolist(), strict=True)])
+        self.hashed[index] = full
+        return self.seq[index], valid, counts, tokens
