@@ -1,0 +1,439 @@
+"""Paged attention in Triton: ragged rows (prefill chunks, and everything in deterministic mode) and split-KV decode rows.
+
+    out[t, h] = sum_j w_j V[j] / sum_j w_j,   w_j = exp(f(scale * q[t, h] . K[j])),   j in [max(0, p - window + 1), p] (window 0: from 0)
+    f(s) = softcap * tanh(s / softcap) or s;   a sink adds exp(sink[h]) to the denominator;   lse = log(sum_j w_j + exp(sink))
+
+p = the row's position = kv_len - rows + t. Softmax is computed online over blocks of keys (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao
+2023, arXiv:2307.08691) in base 2; the heads of a group are packed into one tile (Ainslie et al. 2023, arXiv:2305.13245); pages: Kwon et
+al. 2023, arXiv:2309.06180; split KV: Flash-Decoding (Dao et al. 2023); sinks: Xiao et al. 2023, arXiv:2309.17453; soft-cap: Gemma 2,
+arXiv:2408.00118.
+
+What a row's result depends on: its own sequence and position only. Key blocks start at multiples of BLOCK_N of the absolute position, so the
+ragged kernel gives a token the same bits in any chunk (blocks that are wholly masked for a row leave its sums untouched). The split kernel cuts
+[lo, kv_len) into pieces of max(MIN_SPLIT, ceil(span / SPLITS) rounded up to BLOCK_N) keys and combines them in ascending order in one
+fixed tree. The two kernels differ in their last bits: deterministic mode uses the ragged one for all rows.
+
+Layout: see KV_LAYOUT and kernels/gpu.py. What it does not know: who owns a block, slots, layers.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.checks import require
+from penstock.kernels.gpu import interpreting, tuned
+from penstock.kernels.tile import narrow, power
+
+KV_LAYOUT = "paged-bhsd-v1"
+"""[num_blocks, Hkv, block_size, D] row-major; part of the KV identity key."""
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+
+def allocate_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: str = "cuda") -> Tensor:
+    """One layer's K or V cache, not initialised (unwritten positions are never read)."""
+    return torch.empty(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype, device=device)
+
+
+def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """k, v [T, Hkv, D] into slots [T] (below 0: skipped). Torch; for tests and tools."""
+    keep = slots >= 0
+    at, size = slots[keep].long(), k_cache.shape[2]
+    k_cache[at // size, :, at % size] = k[keep]
+    v_cache[at // size, :, at % size] = v[keep]
+
+
+def read_kv(cache: Tensor, slots: Tensor) -> Tensor:
+    """The entries at slots [T]: [T, Hkv, D]. Torch; for tests and tools."""
+    at, size = slots.long(), cache.shape[2]
+    return cache[at // size, :, at % size]
+
+
+@triton.jit
+def _keys(
+    acc, m, l, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Fold the key blocks of [start, end) into (acc, m, l); m in units of q.k (or of the capped score). Keys at `limit` and beyond do not exist."""
+    d = tl.arange(0, DP)
+    n = tl.arange(0, BLOCK_N)
+    for first in range(start, end, BLOCK_N):
+        at = first + n
+        if MASK:
+            page = tl.load(table + at // SIZE, mask=at < limit, other=0).to(tl.int64)
+        else:
+            page = tl.load(table + at // SIZE).to(tl.int64)
+        where = (page * kb + base + (at % SIZE) * D)[:, None] + d[None, :]
+        if MASK:
+            exists = (at < limit)[:, None] & (d < D)[None, :]
+            keys = tl.load(k + where, mask=exists, other=0.0)
+        elif DP == D:
+            keys = tl.load(k + where)
+        else:
+            keys = tl.load(k + where, mask=(d < D)[None, :], other=0.0)
+        if WIDE:
+            s = tl.dot(q, tl.trans(keys.to(tl.float32)), input_precision="ieee")
+        else:
+            s = tl.dot(q, tl.trans(keys))
+        if SOFTCAP:
+            # tanh(y) = 1 - 2 / (1 + exp(2y)), exact at both ends; soft = softcap, scale2 = 2 scale / softcap * log2(e)
+            s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
+        if MASK:
+            seen = (at[None, :] <= position[:, None]) & valid[:, None]
+            if WINDOW:
+                seen = seen & (at[None, :] > position[:, None] - window)
+            s = tl.where(seen, s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        if SOFTCAP:
+            to2 = 1.4426950408889634
+        else:
+            to2 = scale2
+        shift = tl.where(top == float("-inf"), 0.0, top * to2)
+        p = tl.exp2(s * to2 - shift[:, None])
+        fade = tl.exp2(m * to2 - shift)
+        l = l * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None]
+        if MASK:
+            values = tl.load(v + where, mask=exists, other=0.0)
+        elif DP == D:
+            values = tl.load(v + where)
+        else:
+            values = tl.load(v + where, mask=(d < D)[None, :], other=0.0)
+        if WIDE:
+            acc = tl.dot(p, values.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(values.dtype), values, acc)
+        m = top
+    return acc, m, l
+
+
+@triton.jit
+def _close(acc, m, l, sinks, head, here, to2, SINKS: tl.constexpr):
+    """Divide by the denominator: (out, lse in base 2). Rows that saw nothing: zeros and -inf."""
+    m2 = m * to2
+    if SINKS:
+        sink = tl.load(sinks + head, mask=here, other=0.0) * 1.4426950408889634
+        top = tl.maximum(m2, sink)
+        fade = tl.exp2(m2 - top)
+        l = l * fade + tl.exp2(sink - top)
+        acc = acc * fade[:, None]
+        m2 = top
+    some = l > 0.0
+    safe = tl.where(some, l, 1.0)
+    return acc / safe[:, None], tl.where(some, m2 + tl.log2(safe), float("-inf"))
+
+
+@triton.jit(do_not_specialize_on_alignment=["q_start", "kv_len", "table_rows", "tables"])
+def _ragged(
+    q, k, v, out, lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q_stride, table_stride, kb, kh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: first
+    group = tl.program_id(1)
+    low = 0
+    high = sequences
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(q_start + middle) // BLOCK_Q + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    r = low - 1
+    if r >= 0:
+        first = tl.load(q_start + r)
+        rows = tl.load(q_start + r + 1) - first
+        t0 = (tile - first // BLOCK_Q - r) * BLOCK_Q
+        if t0 < rows:
+            length = tl.load(kv_len + r)
+            context = length - rows
+            offs = tl.arange(0, BLOCK_M)
+            d = tl.arange(0, DP)
+            token = t0 + offs // GROUP
+            head = group * GROUP + offs % GROUP
+            real = (token < rows) & (offs < BLOCK_Q * GROUP)
+            valid = real & (length > 0)
+            row = (first + token).to(tl.int64)
+            tile_mask = real[:, None] & (d < D)[None, :]
+            queries = tl.load(q + (row * q_stride + head * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)
+            if WIDE:
+                queries = queries.to(tl.float32)
+            position = context + token
+            if ROWS:
+                table = tables + tl.load(table_rows + r).to(tl.int64) * table_stride
+            else:
+                table = tables + r.to(tl.int64) * table_stride
+            base = group.to(tl.int64) * kh
+            end = context + tl.minimum(t0 + BLOCK_Q, rows)
+            start = 0
+            if WINDOW:
+                start = tl.maximum(context + t0 - window + 1, 0) // BLOCK_N * BLOCK_N
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            l = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, DP], tl.float32)
+            if not WINDOW:
+                whole = tl.maximum(context + t0 + 1, 0) // BLOCK_N * BLOCK_N
+                acc, m, l = _keys(
+                    acc, m, l, queries, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE,
+                    BLOCK_N, False, False, SOFTCAP, WIDE,
+                )  # fmt: skip
+                start = whole
+            acc, m, l = _keys(
+                acc, m, l, queries, k, v, table, base, position, valid, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
+                True, WINDOW, SOFTCAP, WIDE,
+            )  # fmt: skip
+            to2 = scale2
+            if SOFTCAP:
+                to2 = 1.4426950408889634
+            result, total = _close(acc, m, l, sinks, head, real, to2, SINKS)
+            tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
+            if LSE:
+                tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
+
+
+@triton.jit(do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
+def _split(
+    q, k, v, out, lse, partial, partial_lse, tables, kv_len, table_rows, sinks, scale2, soft, window, q_stride, table_stride, kb, kh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here."""
+    group = tl.program_id(0)
+    r = tl.program_id(1)
+    piece = tl.program_id(2)
+    length = tl.load(kv_len + r)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    span = length - low
+    size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    start = low + piece * size
+    if (start < length) | (piece == 0):
+        end = tl.minimum(start + size, length)
+        offs = tl.arange(0, BLOCK_M)
+        d = tl.arange(0, DP)
+        real = offs < GROUP
+        head = group * GROUP + offs
+        row = r.to(tl.int64)
+        tile_mask = real[:, None] & (d < D)[None, :]
+        queries = tl.load(q + row * q_stride + (head * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)
+        if WIDE:
+            queries = queries.to(tl.float32)
+        position = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
+        if ROWS:
+            table = tables + tl.load(table_rows + r).to(tl.int64) * table_stride
+        else:
+            table = tables + row * table_stride
+        base = group.to(tl.int64) * kh
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, DP], tl.float32)
+        if not WINDOW:
+            whole = start + (end - start) // BLOCK_N * BLOCK_N
+            acc, m, l = _keys(
+                acc, m, l, queries, k, v, table, base, position, real, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
+                False, False, SOFTCAP, WIDE,
+            )  # fmt: skip
+            start = whole
+        acc, m, l = _keys(
+            acc, m, l, queries, k, v, table, base, position, real, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True,
+            WINDOW, SOFTCAP, WIDE,
+        )  # fmt: skip
+        to2 = scale2
+        if SOFTCAP:
+            to2 = 1.4426950408889634
+        if span <= size:
+            result, total = _close(acc, m, l, sinks, head, real, to2, SINKS)
+            tl.store(out + row * HEADS * D + (head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
+            if LSE:
+                tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
+        else:
+            result, total = _close(acc, m, l, sinks, head, real, to2, False)
+            at = (row * HEADS + head) * SPLITS + piece
+            tl.store(partial + (at * D)[:, None] + d[None, :], result, mask=tile_mask)
+            tl.store(partial_lse + at, total, mask=real)
+
+
+@triton.jit(do_not_specialize_on_alignment=["kv_len"])
+def _combine(
+    out, lse, partial, partial_lse, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, Hq): the pieces of one row and head, always in the same order."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    length = tl.load(kv_len + row)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    span = length - low
+    size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    if span > size:
+        pieces = tl.cdiv(span, size)
+        s = tl.arange(0, SPLITS)
+        d = tl.arange(0, DP)
+        at = (row * HEADS + head) * SPLITS + s
+        parts = tl.load(partial_lse + at, mask=s < pieces, other=float("-inf"))
+        top = tl.max(parts, 0)
+        if SINKS:
+            sink = tl.load(sinks + head) * 1.4426950408889634
+            top = tl.maximum(top, sink)
+        weight = tl.exp2(parts - top)
+        total = tl.sum(weight, 0)
+        if SINKS:
+            total += tl.exp2(sink - top)
+        values = tl.load(partial + (at * D)[:, None] + d[None, :], mask=(s < pieces)[:, None] & (d < D)[None, :], other=0.0)
+        result = tl.sum(values * weight[:, None], 0) / total
+        tl.store(out + (row * HEADS + head) * D + d, narrow(result, out.dtype.element_ty), mask=d < D)
+        if LSE:
+            tl.store(lse + row * HEADS + head, (top + tl.log2(total)) * 0.6931471805599453)
+
+
+@triton.jit
+def _merge(out_a, lse_a, out_b, lse_b, out, lse, D: tl.constexpr, DP: tl.constexpr, LSE: tl.constexpr):
+    """Grid (T * Hq): exact softmax over the union of two disjoint sets of keys."""
+    at = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    a = tl.load(lse_a + at)
+    b = tl.load(lse_b + at)
+    top = tl.maximum(a, b)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    wa = tl.exp(a - shift)
+    wb = tl.exp(b - shift)
+    total = wa + wb
+    safe = tl.where(total > 0.0, total, 1.0)
+    x = tl.load(out_a + at * D + d, mask=d < D, other=0.0).to(tl.float32)
+    y = tl.load(out_b + at * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out + at * D + d, narrow((x * wa + y * wb) / safe, out.dtype.element_ty), mask=d < D)
+    if LSE:
+        tl.store(lse + at, tl.where(total > 0.0, shift + tl.log(safe), float("-inf")))
+
+
+def _scales(scale: float, softcap: float) -> tuple[float, float]:
+    """(scale2, soft) as the kernels want them: see `_keys`."""
+    return (2.0 * scale / softcap * LOG2E, softcap) if softcap > 0 else (scale * LOG2E, 0.0)
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
+    heads, dim = q.shape[1], q.shape[2]
+    require(q.stride(2) == 1 and q.stride(1) == dim, "q's last two dimensions must be contiguous")
+    require(k_cache.shape == v_cache.shape and k_cache.stride() == v_cache.stride(), "the caches must have one shape and stride")
+    require(k_cache.dtype == v_cache.dtype == q.dtype, "q and the caches must have one dtype")
+    require(k_cache.shape[3] == dim and heads % k_cache.shape[1] == 0, "q and the caches do not fit each other")
+    size = k_cache.shape[2]
+    require(size >= 16 and size & (size - 1) == 0, "block_size must be a power of two from 16")
+    require(k_cache.stride()[1:] == (size * dim, dim, 1), "a block must be contiguous")
+    require(scale > 0, "scale must be above 0")
+
+
+def _ragged_config(dim: int) -> dict[str, int]:
+    return tuned("attention.ragged" if dim <= 128 else "attention.ragged.wide")
+
+
+def _split_config(dim: int) -> dict[str, int]:
+    return tuned("attention.split" if dim <= 128 else "attention.split.wide")
+
+
+def workspace_elements(rows: int, num_heads: int, head_dim: int) -> int:
+    """float32 elements that `decode_attention` needs for that many rows."""
+    return rows * num_heads * _split_config(head_dim)["SPLITS"] * (head_dim + 1)
+
+
+def ragged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
+    softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
+    config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """The ragged kernel for all rows of q [T, Hq, D]; arguments as in kernels/gpu.py."""
+    _check(q, k_cache, v_cache, scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    tokens, heads, dim = q.shape
+    sequences, kv_heads = kv_len.shape[0], k_cache.shape[1]
+    if tokens == 0 or sequences == 0:
+        return out
+    config = dict(config or _ragged_config(dim))
+    group = heads // kv_heads
+    block_m = max(config.pop("BLOCK_M"), power(group), 16)
+    block_q = block_m // group
+    scale2, soft = _scales(scale, softcap)
+    _ragged[(tokens // block_q + sequences, kv_heads)](
+        q, k_cache, v_cache, out, lse, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q.stride(0),
+        block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=max(16, power(dim)),
+        SIZE=k_cache.shape[2], BLOCK_M=block_m, BLOCK_Q=block_q, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
+        LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **config,
+    )  # fmt: skip
+    return out
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
+    softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
+    workspace: Tensor | None = None, config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """The split-KV kernel: one query row q [R, Hq, D] a sequence, at position kv_len[r] - 1; arguments as in kernels/gpu.py."""
+    _check(q, k_cache, v_cache, scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    rows, heads, dim = q.shape
+    if rows == 0:
+        return out
+    kv_heads = k_cache.shape[1]
+    config = dict(config or _split_config(dim))
+    splits = config["SPLITS"]
+    cells = rows * heads * splits
+    if workspace is None:
+        workspace = torch.empty(cells * (dim + 1), dtype=torch.float32, device=q.device)
+    require(workspace.numel() >= cells * (dim + 1) and workspace.dtype == torch.float32, "the workspace is too small")
+    partial, partial_lse = workspace[: cells * dim], workspace[cells * dim : cells * (dim + 1)]
+    scale2, soft = _scales(scale, softcap)
+    group, padded = heads // kv_heads, max(16, power(dim))
+    _split[(kv_heads, rows, splits)](
+        q, k_cache, v_cache, out, lse, partial, partial_lse, block_tables, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
+        block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded, SIZE=k_cache.shape[2],
+        BLOCK_M=max(16, power(group)), WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, LSE=lse is not None,
+        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **config,
+    )  # fmt: skip
+    _combine[(rows, heads)](
+        out, lse, partial, partial_lse, kv_len, sinks, window, HEADS=heads, D=dim, DP=padded, BLOCK_N=config["BLOCK_N"], SPLITS=splits,
+        MIN_SPLIT=config["MIN_SPLIT"], WINDOW=window > 0, SINKS=sinks is not None, LSE=lse is not None, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
+    num_decode: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None,
+    lse: Tensor | None = None, workspace: Tensor | None = None, deterministic: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    split = 0 if deterministic else num_decode
+    if split:
+        rows = None if table_rows is None else table_rows[:split]
+        part = None if lse is None else lse[:split]
+        decode_attention(
+            q[:split], k_cache, v_cache, block_tables, kv_len[:split], scale, window, softcap=softcap, sinks=sinks, table_rows=rows,
+            out=out[:split], lse=part, workspace=workspace,
+        )  # fmt: skip
+    if split < kv_len.shape[0]:
+        rows = None if table_rows is None else table_rows[split:]
+        tables = block_tables if table_rows is not None else block_tables[split:]
+        ragged_attention(
+            q, k_cache, v_cache, tables, q_start[split:], kv_len[split:], scale, window, softcap=softcap, sinks=sinks, table_rows=rows,
+            out=out, lse=lse,
+        )  # fmt: skip
+    return out
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
+    """Attention over the union of two disjoint key sets from (out [T, Hq, D], lse [T, Hq]) of each; at most one of them counted a sink."""
+    out = torch.empty_like(out_a) if out is None else out
+    cells, dim = lse_a.numel(), out_a.shape[-1]
+    if cells:
+        _merge[(cells,)](out_a, lse_a, out_b, lse_b, out, lse, D=dim, DP=power(dim), LSE=lse is not None, num_warps=1)
+    return out

@@ -1,0 +1,211 @@
+"""Matmuls with a weight [N, K] in Triton: a skinny one at weight bandwidth, and a batch-invariant one.
+
+    y[m, n] = round(sum_k x[m, k] weight[n, k] + bias[n]),   bf16 or fp16 in, float32 sums
+
+`skinny` (up to 16 rows): all rows share one tile, so each weight is read once; the K axis is cut into a number of pieces that depends on N and
+K only, each piece writes its float32 sums, and whoever comes last for a column block (an atomic counter) adds the pieces in ascending order
+(split-K as in Stream-K, Osama et al. 2023, arXiv:2301.03598, with a fixed order instead of a running sum).
+`invariant` (any rows): every row's sum runs over K in the same steps whatever M is, so a row gives the same bits alone and in a batch (the problem:
+He et al. 2025, "Defeating nondeterminism in LLM inference"). Its few-rows tile has the same K steps and matrix instruction depth; the device
+tests compare the two bit by bit.
+`matmul` chooses; beyond 16 rows and outside deterministic mode it is torch (cuBLAS). What it does not know: layers, activations.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from penstock.kernels.checks import require
+from penstock.kernels.gpu import interpreting, tuned
+from penstock.kernels.tile import narrow
+
+SKINNY = 16
+"""Most rows of the skinny kernel."""
+COUNTERS = 8192
+"""Column blocks that a workspace can count: int32 cells at its start, zero between calls."""
+
+
+@triton.jit
+def _skinny(
+    x, w, bias, out, counters, partial, M, N, K, x_stride, w_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (ceil(N / BLOCK_N), SPLITS)."""
+    ROWS: tl.constexpr = 16
+    column = tl.program_id(0)
+    piece = tl.program_id(1)
+    m = tl.arange(0, ROWS)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    first = piece * steps
+    last = tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))
+    here = (m < M)[:, None]
+    columns = (n < N)[:, None]
+    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    rows = n.to(tl.int64)[:, None] * w_stride
+    for step in range(first, last):
+        at = step * BLOCK_K + k
+        if EVEN:
+            a = tl.load(x + m[:, None] * x_stride + at[None, :], mask=here, other=0.0)
+            b = tl.load(w + rows + at[None, :], mask=columns, other=0.0)
+        else:
+            a = tl.load(x + m[:, None] * x_stride + at[None, :], mask=here & (at < K)[None, :], other=0.0)
+            b = tl.load(w + rows + at[None, :], mask=columns & (at < K)[None, :], other=0.0)
+        if WIDE:
+            acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, tl.trans(b), acc)
+    final = True
+    if SPLITS > 1:
+        cells = partial + (m[:, None] * N + n[None, :])
+        tl.store(cells + piece * (ROWS * N), acc, mask=here & (n < N)[None, :])
+        tl.debug_barrier()
+        final = tl.atomic_add(counters + column, 1, sem="acq_rel") == SPLITS - 1
+        if final:
+            acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
+            for other in tl.static_range(SPLITS):
+                acc += tl.load(cells + other * (ROWS * N), mask=here & (n < N)[None, :], other=0.0, cache_modifier=".cg")
+            tl.store(counters + column, 0)
+    if final:
+        if BIAS:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + m[:, None] * out_stride + n[None, :], narrow(acc, out.dtype.element_ty), mask=here & (n < N)[None, :])
+
+
+@triton.jit
+def _invariant(
+    x, w, bias, out, M, N, K, x_stride, w_stride, out_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (ceil(M / BLOCK_M) * ceil(N / BLOCK_N)), row blocks in groups so that weights stay in L2."""
+    program = tl.program_id(0)
+    down = tl.cdiv(M, BLOCK_M)
+    across = tl.cdiv(N, BLOCK_N)
+    width = GROUP * across
+    group = program // width
+    height = tl.minimum(down - group * GROUP, GROUP)
+    row = group * GROUP + (program % width) % height
+    column = (program % width) // height
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # rows beyond the edge read a row that exists: their sums are not stored
+    left = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * x_stride + k[None, :]
+    right = w + tl.where(n < N, n, 0).to(tl.int64)[:, None] * w_stride + k[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        if EVEN:
+            a = tl.load(left)
+            b = tl.load(right)
+        else:
+            inside = (k < K - step * BLOCK_K)[None, :]
+            a = tl.load(left, mask=inside, other=0.0)
+            b = tl.load(right, mask=inside, other=0.0)
+        if WIDE:
+            acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, tl.trans(b), acc)
+        left += BLOCK_K
+        right += BLOCK_K
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + m.to(tl.int64)[:, None] * out_stride + n[None, :], narrow(acc, out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :]
+    )
+
+
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+    require(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1], "x [M, K] and weight [N, K] do not fit each other")
+    require(x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype), "x, weight and bias must have one dtype")
+    require(x.stride(1) == 1 and weight.stride(1) == 1, "x and weight must be contiguous along K")
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
+    require(out.shape == (x.shape[0], weight.shape[0]) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
+    return out
+
+
+def splits_of(n: int, k: int, config: dict[str, int]) -> int:
+    """Pieces of the K axis: enough programs for the device, at least 4 steps each. Depends on the weight's shape only."""
+    columns, steps = -(-n // config["BLOCK_N"]), -(-k // config["BLOCK_K"])
+    return max(1, min(config["MAX_SPLITS"], config["TARGET"] // columns, steps // 4))
+
+
+def _skinny_config(n: int, k: int) -> dict[str, int]:
+    config = tuned("linear.skinny")
+    return config
+
+
+def workspace_elements(n: int) -> int:
+    """float32 elements that a workspace for weights of up to n rows must have. Zero-fill it once; calls on one stream may share it."""
+    return COUNTERS + tuned("linear.skinny")["MAX_SPLITS"] * SKINNY * n
+
+
+def skinny(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    workspace: Tensor | None = None, config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x [M <= 16, K] at weight bandwidth. Row results depend neither on M nor on the other rows."""
+    out = _prepare(x, weight, bias, out, out_dtype)
+    (rows, k), n = x.shape, weight.shape[0]
+    require(rows <= SKINNY, f"the skinny kernel takes at most {SKINNY} rows")
+    if rows == 0:
+        return out
+    config = dict(config or _skinny_config(n, k))
+    splits = splits_of(n, k, config)
+    columns = -(-n // config["BLOCK_N"])
+    config = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS")}
+    counters = partial = None
+    if splits > 1:
+        require(columns <= COUNTERS, "the weight has too many columns for the counters")
+        if workspace is None:
+            workspace = torch.zeros(COUNTERS + splits * SKINNY * n, dtype=torch.float32, device=x.device)
+        require(workspace.numel() >= COUNTERS + splits * SKINNY * n, "the workspace is too small")
+        counters, partial = workspace[:COUNTERS].view(torch.int32), workspace[COUNTERS:]
+    _skinny[(columns, splits)](
+        x, weight, bias, out, counters, partial, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), SPLITS=splits,
+        EVEN=k % config["BLOCK_K"] == 0, BIAS=bias is not None, WIDE=interpreting() or x.dtype == torch.float32, **config,
+    )  # fmt: skip
+    return out
+
+
+def invariant(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x [M, K]; a row's result does not depend on M or on the other rows."""
+    out = _prepare(x, weight, bias, out, out_dtype)
+    (rows, k), n = x.shape, weight.shape[0]
+    if rows == 0:
+        return out
+    config = dict(config or tuned("linear.invariant.small" if rows <= 64 else "linear.invariant"))
+    blocks = -(-rows // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    _invariant[(blocks,)](
+        x, weight, bias, out, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), GROUP=8, EVEN=k % config["BLOCK_K"] == 0,
+        BIAS=bias is not None, WIDE=interpreting() or x.dtype == torch.float32, **config,
+    )  # fmt: skip
+    return out
+
+
+def matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    deterministic: bool = False, workspace: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [M, K] @ weight [N, K]^T + bias; see kernels/gpu.py."""
+    if deterministic:
+        return invariant(x, weight, bias, out=out, out_dtype=out_dtype)
+    if x.shape[0] <= SKINNY and x.dtype != torch.float32:
+        return skinny(x, weight, bias, out=out, out_dtype=out_dtype, workspace=workspace)
+    out = _prepare(x, weight, bias, out, out_dtype)
+    if out.dtype == x.dtype:
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+    if x.device.type == "cuda":
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+        return out if bias is None else out.add_(bias)
+    return out.copy_(functional.linear(x.float(), weight.float(), None if bias is None else bias.float()))

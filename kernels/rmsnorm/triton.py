@@ -1,0 +1,58 @@
+"""RMSNorm in Triton, plain and with the residual added first; formula and roundings as in reference.py, in one pass over memory.
+
+    residual = round(residual + x);   y = weight * round(residual * rsqrt(mean(residual^2) + eps))       (Zhang and Sennrich 2019, arXiv:1910.07467)
+
+One program a row, so no row depends on another.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.checks import require
+from penstock.kernels.gpu import tuned
+from penstock.kernels.tile import narrow, power
+
+
+@triton.jit
+def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """Grid (M)."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    inside = k < K
+    value = tl.load(x + row * stride + k, mask=inside, other=0.0)
+    if ADD:
+        value = narrow(value.to(tl.float32) + tl.load(residual + row * K + k, mask=inside, other=0.0).to(tl.float32), x.dtype.element_ty)
+        tl.store(residual + row * K + k, value, mask=inside)
+    wide = value.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
+    scaled = narrow(wide * factor, x.dtype.element_ty).to(tl.float32)
+    gain = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * K + k, narrow(scaled * gain, out.dtype.element_ty), mask=inside)
+
+
+def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None, config: dict[str, int] | None) -> Tensor:
+    rows, k = x.shape
+    require(x.stride(1) == 1 and weight.shape == (k,) and weight.dtype == x.dtype, "weight must be [K] of x's dtype")
+    require(residual is None or (residual.shape == x.shape and residual.is_contiguous()), "residual must be contiguous, of x's shape")
+    out = torch.empty(rows, k, dtype=x.dtype, device=x.device) if out is None else out
+    require(out.shape == x.shape and out.is_contiguous(), "out must be contiguous, of x's shape")
+    if rows:
+        config = config or tuned("rmsnorm")
+        _norm[(rows,)](x, residual, weight, out, eps, x.stride(0), K=k, BLOCK=power(k), ADD=residual is not None, **config)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, config: dict[str, int] | None = None) -> Tensor:
+    """x [M, K] (rows may be strided), weight [K]; [M, K]. `out` may be x where x is contiguous."""
+    return _run(x, None, weight, eps, out, config)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, config: dict[str, int] | None = None
+) -> Tensor:
+    """residual += x in place, rounded to the dtype; returns its norm. `out` may be x."""
+    return _run(x, residual, weight, eps, out, config)

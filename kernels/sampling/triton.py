@@ -1,0 +1,443 @@
+"""Sampling on the device in Triton, without a sort. Equal in definition to reference.py: filters first, then Gumbel-max over the kept set.
+
+How a token is drawn. With s(t) = x(t) + noise(t), x = logits / temperature, the draw is the argmax of s over the kept set, and a kept set is
+{t: x(t) >= threshold}. So no threshold is needed: take the argmax c of s over all tokens that are not yet ruled out, and ask whether c is
+kept. It is, if and only if
+    top-k:   fewer than k tokens have x > x(c)
+    top-p:   the mass of tokens with x > x(c) is less than p times the mass of what top-k kept
+    min-p:   x(c) >= max x + log(min_p)
+If not, every token with x <= x(c) is ruled out, and the next candidate is the argmax over the rest. (Rejection by pivots as in FlashInfer's sorting-free
+sampling, Ye et al. 2025, arXiv:2501.01005, section on sampling; here the noise is fixed by Philox, so the result is exactly the definition's, not
+only distributed like it.) Only where top-k and top-p are both on the k-th largest value itself is found, by 4-way bisection over the ordered
+integer image of float32. Noise: Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = (choice, position, purpose 0, token), u = (word
++ 1/2) / 2^32, noise = -log(-log u) in float64; a float32 bound of it, from the word alone, spares the float64 work where a block cannot win.
+
+A row's result depends on that row alone: a fixed order of additions, no float atomics.
+What it does not know: slots' owners, requests, grammars.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.checks import require
+from penstock.kernels.gpu import tuned
+from penstock.kernels.tile import power
+
+FIELDS = 5
+"""Cells of the workspace for each piece of a row."""
+
+
+@triton.jit
+def philox_word(token, choice, position, seed):
+    """First output word (uint32) of Philox4x32-10 for tokens [N] (uint32); choice, position uint32, seed int64."""
+    c0 = tl.zeros_like(token) + choice
+    c1 = tl.zeros_like(token) + position
+    c2 = tl.zeros_like(token)
+    c3 = token
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    m0 = tl.full(token.shape, 0xD2511F53, tl.uint32)
+    m1 = tl.full(token.shape, 0xCD9E8D57, tl.uint32)
+    k0 = tl.zeros_like(token) + k0
+    k1 = tl.zeros_like(token) + k1
+    w0 = tl.full(token.shape, 0x9E3779B9, tl.uint32)
+    w1 = tl.full(token.shape, 0xBB67AE85, tl.uint32)
+    for _ in tl.static_range(10):
+        h0 = tl.umulhi(m0, c0)
+        l0 = m0 * c0
+        h1 = tl.umulhi(m1, c2)
+        l1 = m1 * c2
+        c0 = h1 ^ c1 ^ k0
+        c1 = l1
+        c2 = h0 ^ c3 ^ k1
+        c3 = l0
+        k0 = k0 + w0
+        k1 = k1 + w1
+    return c0
+
+
+@triton.jit
+def _candidate(
+    logits, V, begin, end, temperature, floor, least, choice, position, seed, score, token, value, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Best (score, token, x) so far joined with tokens [begin, end) whose x > floor and x >= least. Of equal scores the lowest id."""
+    for first in range(begin, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = tl.div_rn(tl.load(logits + at, mask=(at < end) & (at < V), other=float("-inf")), temperature)
+        fine = (x > floor) & (x >= least)
+        x = tl.where(fine, x, float("-inf"))
+        # noise < 22.8809 always
+        if tl.max(x, 0).to(tl.float64) + 22.8809 >= score:
+            word = philox_word(at.to(tl.uint32), choice, position, seed)
+            # noise <= -log(1 - u), and 1 - u = ((2^32 - 1 - word) + 1/2) / 2^32; 1e-3 covers the roundings of float32
+            rest = (0xFFFFFFFF - word.to(tl.int64)).to(tl.float32) + 0.5
+            bound = x + (0.6931472 * (32.0 - tl.log2(rest)) + 1e-3)
+            if tl.max(bound, 0).to(tl.float64) + 1e-5 * tl.abs(score) >= score:
+                u = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+                scores = tl.where(fine, x.to(tl.float64) - tl.log(-tl.log(u)), float("-inf"))
+                top = tl.max(scores, 0)
+                if (top > score) & (top > float("-inf")):
+                    score = top
+                    token = tl.min(tl.where(scores == top, at, 2147483647), 0)
+                    value = tl.max(tl.where(at == token, x, float("-inf")), 0)
+    return score, token, value
+
+
+@triton.jit
+def _above(logits, V, temperature, top, pivot, least, WANT_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """(number, mass) of tokens with x > pivot and x >= least; mass in units of exp(top), float64 in a fixed order."""
+    number = tl.zeros([BLOCK], tl.int32)
+    mass = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, V, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = tl.div_rn(tl.load(logits + at, mask=at < V, other=float("-inf")), temperature)
+        counted = (x > pivot) & (x >= least)
+        number += counted.to(tl.int32)
+        if WANT_MASS:
+            mass += tl.where(counted, tl.exp(x - top), 0.0).to(tl.float64)
+    return tl.sum(number, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def _ordered(x):
+    """int32 image of float32 in the same order (as signed integers)."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def _kth(logits, V, temperature, top, k, BLOCK: tl.constexpr):
+    """A value v with {x >= v} = the tokens that top-k keeps: the k-th largest, or anything down to the next smaller one."""
+    low = tl.full([], -2147483648, tl.int64)  # count(x >= low) >= k
+    high = _ordered(top).to(tl.int64) + 1  # count(x >= high) < k
+    exact = tl.full([], 0, tl.int32)
+    while (high - low > 1) & (exact == 0):
+        quarter = (high - low + 3) // 4
+        p1 = tl.minimum(low + quarter, high - 1)
+        p2 = tl.minimum(low + 2 * quarter, high - 1)
+        p3 = tl.minimum(low + 3 * quarter, high - 1)
+        n1 = tl.zeros([BLOCK], tl.int32)
+        n2 = tl.zeros([BLOCK], tl.int32)
+        n3 = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, V, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = tl.div_rn(tl.load(logits + at, mask=at < V, other=float("-inf")), temperature)
+            key = _ordered(x)
+            real = at < V
+            n1 += (real & (key >= p1.to(tl.int32))).to(tl.int32)
+            n2 += (real & (key >= p2.to(tl.int32))).to(tl.int32)
+            n3 += (real & (key >= p3.to(tl.int32))).to(tl.int32)
+        c1 = tl.sum(n1, 0)
+        c2 = tl.sum(n2, 0)
+        c3 = tl.sum(n3, 0)
+        new_low = tl.where(c3 >= k, p3, tl.where(c2 >= k, p2, tl.where(c1 >= k, p1, low)))
+        count = tl.where(c3 >= k, c3, tl.where(c2 >= k, c2, tl.where(c1 >= k, c1, k + 1)))
+        high = tl.where(c1 < k, p1, tl.where(c2 < k, p2, tl.where(c3 < k, p3, high)))
+        low = new_low
+        exact = (count == k).to(tl.int32)
+    key = low.to(tl.int32)
+    return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+def _survey(
+    logits, temperature, seeds, choices, positions, slots, cells, V, stride, PIECES: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, PIECES): a piece's largest logit, its first index, and the best candidate of all tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    slot = row
+    if SLOTS:
+        slot = tl.load(slots + row).to(tl.int64)
+    if slot >= 0:
+        line = logits + row * stride
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        where = tl.full([BLOCK], 2147483647, tl.int32)
+        wrong = tl.zeros([BLOCK], tl.int32)
+        begin = piece * CHUNK
+        for first in range(0, CHUNK, BLOCK):
+            at = begin + first + tl.arange(0, BLOCK)
+            x = tl.load(line + at, mask=at < V, other=float("-inf"))
+            wrong = wrong | (x != x).to(tl.int32)
+            better = x > best
+            best = tl.where(better, x, best)
+            where = tl.where(better, at, where)
+        top = tl.max(best, 0)
+        first_index = tl.min(tl.where(best == top, where, 2147483647), 0)
+        heat = tl.load(temperature + slot)
+        score = tl.full([], float("-inf"), tl.float64)
+        token = tl.full([], 2147483647, tl.int32)
+        value = tl.full([], float("-inf"), tl.float32)
+        if heat > 0:
+            score, token, value = _candidate(
+                line, V, begin, begin + CHUNK, heat, float("-inf"), float("-inf"), tl.load(choices + slot).to(tl.uint32),
+                tl.load(positions + row).to(tl.uint32), tl.load(seeds + slot), score, token, value, BLOCK,
+            )  # fmt: skip
+        at_cell = cells + (row * PIECES + piece) * 5
+        tl.store(at_cell, tl.where(tl.max(wrong, 0) > 0, float("inf"), top).to(tl.float64))
+        tl.store(at_cell + 1, first_index.to(tl.float64))
+        tl.store(at_cell + 2, score)
+        tl.store(at_cell + 3, token.to(tl.float64))
+        tl.store(at_cell + 4, value.to(tl.float64))
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+def _choose(
+    logits, temperature, top_k, top_p, min_p, seeds, choices, positions, slots, cells, out, V, stride, PIECES: tl.constexpr,
+    PIECES_P: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (R): join the pieces, then accept or reject candidates until one is kept."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = row
+    if SLOTS:
+        slot = tl.load(slots + row).to(tl.int64)
+    result = tl.full([], -1, tl.int32)
+    if slot >= 0:
+        line = logits + row * stride
+        p = tl.arange(0, PIECES_P)
+        here = p < PIECES
+        cell = cells + (row * PIECES + p) * 5
+        tops = tl.load(cell, mask=here, other=float("-inf"))
+        best = tl.max(tops, 0)
+        result = tl.min(tl.where(tops == best, tl.load(cell + 1, mask=here, other=2147483647.0), 2147483647.0), 0).to(tl.int32)
+        heat = tl.load(temperature + slot)
+        if (best == float("inf")) | (best == float("-inf")):
+            result = tl.full([], -1, tl.int32)
+        elif heat > 0:
+            top = tl.div_rn(best.to(tl.float32), heat)
+            if tl.abs(top) <= 3.4028234663852886e38:
+                scores = tl.load(cell + 2, mask=here, other=float("-inf"))
+                score = tl.max(scores, 0)
+                tokens = tl.load(cell + 3, mask=here, other=2147483647.0)
+                chosen = tl.min(tl.where(scores == score, tokens, 2147483647.0), 0)
+                values = tl.load(cell + 4, mask=here, other=float("-inf"))
+                value = tl.max(tl.where((scores == score) & (tokens == chosen), values, float("-inf")), 0).to(tl.float32)
+                result = chosen.to(tl.int32)
+                k = tl.load(top_k + slot)
+                share = tl.load(top_p + slot)
+                relative = tl.load(min_p + slot)
+                by_k = (k > 0) & (k < V)
+                by_p = share < 1.0
+                if by_k | by_p | (relative > 0):
+                    choice = tl.load(choices + slot).to(tl.uint32)
+                    position = tl.load(positions + row).to(tl.uint32)
+                    seed = tl.load(seeds + slot)
+                    least = tl.full([], float("-inf"), tl.float32)  # what top-k and min-p ask of x, where it is known
+                    wanted = tl.full([], float("inf"), tl.float64)  # the mass above an accepted candidate is less than this
+                    if by_p:
+                        if by_k:
+                            least = _kth(line, V, heat, top, k, BLOCK)
+                        _, total = _above(line, V, heat, top, float("-inf"), least, True, BLOCK)
+                        wanted = share.to(tl.float64) * total
+                    if relative > 0:
+                        least = tl.maximum(least, top + tl.log(relative))
+                    searching = tl.full([], 1, tl.int32)
+                    if value < least:
+                        score = tl.full([], float("-inf"), tl.float64)
+                        score, result, value = _candidate(
+                            line, V, 0, V, heat, float("-inf"), least, choice, position, seed, score, result, value, BLOCK
+                        )  # fmt: skip
+                    while searching > 0:
+                        number, mass = _above(line, V, heat, top, value, float("-inf"), True, BLOCK)
+                        kept = (by_p | ~by_k | (number < k)) & (~by_p | (mass < wanted) | (number == 0))
+                        if kept:
+                            searching = tl.full([], 0, tl.int32)
+                        else:
+                            score = tl.full([], float("-inf"), tl.float64)
+                            score, result, value = _candidate(
+                                line, V, 0, V, heat, value, least, choice, position, seed, score, result, value, BLOCK
+                            )  # fmt: skip
+    tl.store(out + row, result)
+
+
+def _pieces(vocab: int) -> tuple[int, dict[str, int]]:
+    config = tuned("sampling.survey")
+    return -(-vocab // config["CHUNK"]), config
+
+
+def workspace_elements(rows: int, vocab: int) -> int:
+    """float64 elements that `draw` needs."""
+    return rows * _pieces(vocab)[0] * FIELDS
+
+
+def draw(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, choices: Tensor, positions: Tensor, *,
+    slots: Tensor | None = None, out: Tensor | None = None, workspace: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One token a row [R] int32, -1 for bad and padding rows; settings as in kernels/sampling/api.py, by slot where `slots` is given."""
+    rows, vocab = logits.shape
+    require(logits.dtype == torch.float32 and logits.stride(1) == 1 and vocab > 0, "logits must be [R, V] float32")
+    out = torch.empty(rows, dtype=torch.int32, device=logits.device) if out is None else out
+    if rows == 0:
+        return out
+    pieces, config = _pieces(vocab)
+    cells = rows * pieces * FIELDS
+    workspace = torch.empty(cells, dtype=torch.float64, device=logits.device) if workspace is None else workspace
+    require(workspace.dtype == torch.float64 and workspace.numel() >= cells, "the workspace is too small")
+    _survey[(rows, pieces)](
+        logits, temperature, seeds, choices, positions, slots, workspace, vocab, logits.stride(0), PIECES=pieces, SLOTS=slots is not None,
+        **config,
+    )  # fmt: skip
+    _choose[(rows,)](
+        logits, temperature, top_k, top_p, min_p, seeds, choices, positions, slots, workspace, out, vocab, logits.stride(0), PIECES=pieces,
+        PIECES_P=power(pieces), SLOTS=slots is not None, **tuned("sampling.choose"),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots", "pool_rows"])
+def _penalise(
+    logits, pool_rows, counts, in_prompt, repetition, frequency, presence, slots, V, stride, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid (R, ceil(V / BLOCK))."""
+    row = tl.program_id(0).to(tl.int64)
+    pool = tl.load(pool_rows + row).to(tl.int64)
+    slot = row
+    if SLOTS:
+        slot = tl.load(slots + row).to(tl.int64)
+    if (pool >= 0) & (slot >= 0):
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < V
+        x = tl.load(logits + row * stride + at, mask=mask, other=0.0)
+        count = tl.load(counts + pool * V + at, mask=mask, other=0)
+        prompt = tl.load(in_prompt + pool * V + at, mask=mask, other=0)
+        factor = tl.where((count > 0) | (prompt != 0), tl.load(repetition + slot), 1.0)
+        x = tl.where(x > 0, tl.div_rn(x, factor), x * factor)
+        x = x - tl.load(frequency + slot) * count.to(tl.float32) - tl.load(presence + slot) * (count > 0).to(tl.float32)
+        tl.store(logits + row * stride + at, x, mask=mask)
+
+
+def penalise_(
+    logits: Tensor, pool_rows: Tensor, counts: Tensor, in_prompt: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor, *,
+    slots: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Penalties in place, on the rows with pool_rows[r] >= 0; formula as reference.penalise; counts [P, V] int32, in_prompt [P, V] bool."""
+    rows, vocab = logits.shape
+    if rows:
+        _penalise[(rows, -(-vocab // 4096))](
+            logits, pool_rows, counts, in_prompt.view(torch.uint8), repetition, frequency, presence, slots, vocab, logits.stride(0),
+            SLOTS=slots is not None, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "ids", "values"])
+def _bias(logits, rows, ids, values, entries, stride, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + at, mask=at < entries, other=-1)
+    token = tl.load(ids + at, mask=at < entries, other=0)
+    live = row >= 0
+    cell = logits + tl.where(live, row, 0).to(tl.int64) * stride + token
+    tl.store(cell, tl.load(cell, mask=live, other=0.0) + tl.load(values + at, mask=live, other=0.0), mask=live)
+
+
+def scatter_bias_(logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> None:
+    """logits[rows[e], ids[e]] += values[e] (-inf bans the token); rows below 0 are padding; (row, id) pairs must be distinct."""
+    if rows.shape[0]:
+        _bias[(-(-rows.shape[0] // 256),)](logits, rows, ids, values, rows.shape[0], logits.stride(0), BLOCK=256)
+
+
+@triton.jit(do_not_specialize_on_alignment=["mask_rows"])
+def _mask(logits, mask, mask_rows, V, stride, words, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    which = tl.load(mask_rows + row).to(tl.int64)
+    if which >= 0:
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        word = tl.load(mask + which * words + at // 32, mask=at < V, other=-1)
+        drop = ((word >> (at % 32)) & 1) == 0
+        tl.store(logits + row * stride + at, tl.full([BLOCK], float("-inf"), tl.float32), mask=drop & (at < V))
+
+
+def mask_(logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+    """Row r keeps the tokens whose bit is 1 in mask[mask_rows[r]] [ceil(V / 32)] int32 (bit t % 32 of word t // 32); below 0: untouched."""
+    rows, vocab = logits.shape
+    require(mask.shape[1] == -(-vocab // 32) and mask.is_contiguous(), "mask must be [Q, ceil(V / 32)] int32")
+    if rows:
+        _mask[(rows, -(-vocab // 4096))](logits, mask, mask_rows, vocab, logits.stride(0), mask.shape[1], BLOCK=4096, num_warps=8)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "slots", "positions", "starts", "sizes"])
+def _ban(logits, history, rows, slots, positions, words, starts, sizes, entries, stride, h_stride, LONGEST: tl.constexpr):
+    """Grid (E)."""
+    entry = tl.program_id(0)
+    row = tl.load(rows + entry)
+    size = tl.load(sizes + entry)
+    if (row >= 0) & (size > 0):
+        word = words + tl.load(starts + entry)
+        slot = tl.load(slots + row)
+        before = tl.load(positions + row) - (size - 1)
+        i = tl.arange(0, LONGEST)
+        inside = i < size - 1
+        if (slot >= 0) & (before >= 0):
+            had = tl.load(history + slot.to(tl.int64) * h_stride + before + i, mask=inside, other=0)
+            same = tl.min((had == tl.load(word + i, mask=inside, other=0)).to(tl.int32), 0)
+            if same == 1:
+                tl.store(logits + row.to(tl.int64) * stride + tl.load(word + size - 1), float("-inf"))
+
+
+def ban_words_(
+    logits: Tensor, history: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, words: Tensor, starts: Tensor, sizes: Tensor,
+    longest: int,
+) -> None:  # fmt: skip
+    """Bad words: for entry e, if the tokens before positions[rows[e]] in slot slots[rows[e]]'s history [S, L] equal all but the last token of
+    words[starts[e] : starts[e] + sizes[e]] (flat int32), that last token becomes -inf in row rows[e] (below 0: padding). longest >= max(sizes)."""
+    if rows.shape[0]:
+        _ban[(rows.shape[0],)](
+            logits, history, rows, slots, positions, words, starts, sizes, rows.shape[0], logits.stride(0), history.stride(0),
+            LONGEST=power(max(longest, 2)), num_warps=1,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["pool_rows", "tokens"])
+def _count(counts, pool_rows, tokens, rows, V, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pool = tl.load(pool_rows + at, mask=at < rows, other=-1)
+    token = tl.load(tokens + at, mask=at < rows, other=-1)
+    live = (pool >= 0) & (token >= 0)
+    tl.atomic_add(counts + tl.where(live, pool, 0).to(tl.int64) * V + tl.where(live, token, 0), 1, mask=live)
+
+
+def count_(counts: Tensor, pool_rows: Tensor, tokens: Tensor) -> None:
+    """counts[pool_rows[r], tokens[r]] += 1 where both are 0 or more."""
+    if tokens.shape[0]:
+        _count[(-(-tokens.shape[0] // 128),)](counts, pool_rows, tokens, tokens.shape[0], counts.shape[1], BLOCK=128)
+
+
+@triton.jit
+def _clear(counts, in_prompt, pool_rows, V, BLOCK: tl.constexpr):
+    pool = tl.load(pool_rows + tl.program_id(0)).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (at < V) & (pool >= 0)
+    tl.store(counts + pool * V + at, tl.zeros([BLOCK], tl.int32), mask=mask)
+    tl.store(in_prompt + pool * V + at, tl.zeros([BLOCK], tl.uint8), mask=mask)
+
+
+@triton.jit
+def _start(counts, in_prompt, pool_rows, history, slots, splits, ends, V, h_stride, BLOCK: tl.constexpr):
+    entry = tl.program_id(0)
+    pool = tl.load(pool_rows + entry).to(tl.int64)
+    slot = tl.load(slots + entry).to(tl.int64)
+    split = tl.load(splits + entry)
+    end = tl.load(ends + entry)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = (at < end) & (pool >= 0) & (slot >= 0)
+    token = tl.load(history + slot * h_stride + at, mask=live, other=0)
+    tl.store(in_prompt + pool * V + token, tl.full([BLOCK], 1, tl.uint8), mask=live & (at < split))
+    tl.atomic_add(counts + pool * V + token, 1, mask=live & (at >= split))
+
+
+def start_counts(
+    counts: Tensor, in_prompt: Tensor, pool_rows: Tensor, history: Tensor, slots: Tensor, splits: Tensor, ends: Tensor
+) -> None:
+    """Fill pool rows from histories: in_prompt from positions [0, splits[e]), counts from [splits[e], ends[e]). Pool rows are distinct."""
+    entries, vocab = pool_rows.shape[0], counts.shape[1]
+    if entries:
+        flags = in_prompt.view(torch.uint8)
+        _clear[(entries, -(-vocab // 4096))](counts, flags, pool_rows, vocab, BLOCK=4096)
+        _start[(entries, -(-history.shape[1] // 1024))](
+            counts, flags, pool_rows, history, slots, splits, ends, vocab, history.stride(0), BLOCK=1024
+        )
