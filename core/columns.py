@@ -35,19 +35,19 @@ for _empty in (EMPTY_I32, EMPTY_I64, EMPTY_F32, EMPTY_U8):
 
 
 def i32(values: Sequence[int] | Column) -> I32:
-    return np.asarray(values, dtype=np.int32)
+    return np.asarray(values, np.int32)
 
 
 def i64(values: Sequence[int] | Column) -> I64:
-    return np.asarray(values, dtype=np.int64)
+    return np.asarray(values, np.int64)
 
 
 def f32(values: Sequence[float] | Column) -> F32:
-    return np.asarray(values, dtype=np.float32)
+    return np.asarray(values, np.float32)
 
 
 def u8(values: Sequence[int] | Column) -> U8:
-    return np.asarray(values, dtype=np.uint8)
+    return np.asarray(values, np.uint8)
 
 
 def enc_hook(value: Any) -> Any:

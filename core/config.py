@@ -50,7 +50,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     generation_config: Annotated[
         str, opt("Sampling defaults: auto (the model's generation_config.json), vllm or openai (none), or a folder.", "model")
     ] = "auto"
-    seed: Annotated[int, opt("Seed for dummy weights and missing request seeds.", "model")] = 0
+    seed: Annotated[int, opt("Seed of dummy weights.", "model")] = 0
 
     # --- memory and batch
     block_size: Annotated[int, opt("Tokens per KV block.", "engine", "page-size")] = 16

@@ -73,6 +73,8 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     dtypes: list[str]
     deterministic: bool
     load_formats: tuple[str, ...] = ("auto", "safetensors", "dummy")
+    synchronous: bool = False
+    """`Runner.sample` returns when the step is done (a CPU): with a depth above 1 no thread has to wait for its results."""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):

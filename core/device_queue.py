@@ -3,8 +3,8 @@
 What it is: the only way to a device. Whatever order DeviceWork arrives in, entries run strictly by (step, forward before sample), on one
 thread that also loads and warms up the runner, so that a device library sees a single thread from first to last (on a CPU a second thread
 means a second OpenMP pool: every step 1.5 to 1.8 times slower). Results are posted back through a thread-safe callback: StepDone a step, or
-DeviceLost once, after which nothing runs any more. With a depth above 1 a second thread waits for the copies of finished steps, so that the
-device thread can enqueue the next one meanwhile.
+DeviceLost once, after which nothing runs any more. On an asynchronous device with a depth above 1 a second thread waits for the copies of
+finished steps, so that the device thread can enqueue the next one meanwhile.
 What it does not know: what a step is, torch, trio.
 """
 
@@ -76,7 +76,7 @@ class ThreadDeviceQueue:
         self._waits: queue.SimpleQueue[tuple[int, Callable[[], StepDone]] | None] = queue.SimpleQueue()
         self._lost = threading.Event()
         self._runner: Runner | None = None
-        self._depth = 1
+        self._waits_here = True
         self._thread = threading.Thread(target=self._work, name=f"device-{engine}", daemon=True)
         self._waiter: threading.Thread | None = None
         self._thread.start()
@@ -90,7 +90,7 @@ class ThreadDeviceQueue:
             runner = device.load(config, progress)
             runner.warm_up(lambda phase: progress(phase, 1.0))
             self._runner = runner
-            self._depth = device.capabilities.depth
+            self._waits_here = device.capabilities.depth <= 1 or device.capabilities.synchronous
             return runner
 
         return self.call(build)
@@ -152,7 +152,7 @@ class ThreadDeviceQueue:
                 runner.forward(entry)
                 return
             wait = runner.sample(entry)
-            if self._depth <= 1:
+            if self._waits_here:
                 self._post(wait())
                 return
         except Exception as error:

@@ -15,23 +15,26 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.core.clock import SystemClock
 from penstock.core.config import Config
 from penstock.core.control import Boot, Ready
 from penstock.core.errors import ConfigError, PenstockError
 from penstock.core.model_folder import with_model
-from penstock.core.supervisor import ChildSpec
+from penstock.core.processes import spawn
+from penstock.core.supervisor import ChildSpec, Supervisor
 
 if TYPE_CHECKING:
     from penstock.core.local import LocalServer as LocalServer
-    from penstock.core.root import Root
 
 BACKLOG = 2048
 RUN_PREFIX = "penstock-run-"
@@ -66,17 +69,16 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
     """
     run_dir: Path | None = None
     listener: socket.socket | None = None
-    root: Root | None = None
+    started: dict[tuple[str, int], tuple[subprocess.Popen[bytes], socket.socket]] = {}
     try:
         config = with_model(config) if specs is None else config
-        specs = child_specs(config) if specs is None else specs
         listener = bind(config)
         run_dir = make_run_dir()
         where = url_of(config, listener)
         directory, fd = str(run_dir), listener.fileno()
 
-        def boot(spec: ChildSpec, epoch: int) -> Boot:
-            return Boot(
+        def launch(spec: ChildSpec, epoch: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+            boot = Boot(
                 role=spec.role,
                 id=spec.id,
                 epoch=epoch,
@@ -89,25 +91,36 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
                 edges=config.edge_workers,
                 extra_plugins=list(extra_plugins),
             )
+            return spawn(boot, spec.env)
 
-        import trio
+        supervisor = Supervisor(
+            child_specs(config) if specs is None else specs,
+            clock=SystemClock(),
+            drain_s=config.shutdown_timeout,
+            max_restarts=config.engine_restarts,
+        )
+        for child, message in zip(supervisor.children, supervisor.start(), strict=True):
+            started[child.spec.role, child.spec.id] = launch(child.spec, message.epoch)
 
-        from penstock.core import root as root_process
+        import trio  # only now: the children import their libraries meanwhile
 
-        root = root_process.Root(config, specs, boot=boot, ready=lambda message: ready_lines(config, where, message), listener=listener)
-        root.start_children()
+        from penstock.core.root import Root, complain
+
+        root = Root(config, supervisor, launch=launch, started=started, ready=lambda message: ready_lines(config, where, message))
         left = trio.run(root.run)
         if left.error:
-            root_process.complain(left.error)
+            complain(left.error)
         return left.status
     except PenstockError as error:
         print(f"penstock: {error.message}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:  # before root listens to signals
-        return 130
+        return 128 + signal.SIGINT
     finally:
-        if root is not None:
-            root.kill_all()
+        for process, _ in started.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
         if listener is not None:
             forget(config, listener)
         if run_dir is not None:

@@ -57,11 +57,12 @@ class Link:
     def queued_bytes(self) -> int:
         return self._outbox.bytes
 
-    async def greet(self, first: Message | None = None) -> Hello:
-        """Exchange Hellos (root sends Boot `first`). Raises ProtocolError (also on silence, or when the peer leaves)."""
+    async def greet(self, *, sent: bool = False) -> Hello:
+        """Exchange Hellos (`sent`: ours is on its way already). Raises ProtocolError (also on silence, or when the peer leaves)."""
         with trio.move_on_after(GREETING_S):
             try:
-                await self._stream.send_all((encode(first) if first is not None else b"") + encode(self._hello))
+                if not sent:
+                    await self._stream.send_all(encode(self._hello))
                 while not self._early:
                     data = await self._stream.receive_some(1 << 16)
                     if not data:

@@ -52,19 +52,21 @@ def signals_blocked(numbers: Iterable[signal.Signals] = QUIET) -> Iterator[None]
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def spawn(role: str, id: int, epoch: int, *, env: dict[str, str], fds: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start `python -m penstock.core.processes ROLE ID EPOCH`; returns the process and root's end of the control link. Main thread only."""
+def spawn(boot: Boot, env: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start `python -m penstock.core.processes ROLE ID EPOCH ...` and send it Boot and Hello; returns the process and root's end of the
+    control link. Main thread only. Needs no loop, so that children import their libraries while root still imports its own."""
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, "-P", "-m", __name__ if __name__ != "__main__" else "penstock.core.processes"]
-    command += [role, str(id), str(epoch), str(theirs.fileno()), str(os.getpid())]
+    command += [boot.role, str(boot.id), str(boot.epoch), str(theirs.fileno()), str(os.getpid())]
+    fds = [theirs.fileno(), *([boot.listen_fd] if boot.listen_fd >= 0 else [])]
     with theirs, signals_blocked():
         try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), *fds), env=_environment(env), close_fds=True
-            )
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, env=_environment(env), close_fds=True)
         except BaseException:
             mine.close()
             raise
+    with contextlib.suppress(OSError):  # it died at once: its exit will be seen
+        mine.sendall(encode(boot) + encode(control_hello("root", 0, 0)))
     return process, mine
 
 

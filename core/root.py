@@ -14,15 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import trio
 
-from penstock.core.clock import SystemClock
 from penstock.core.config import Config
 from penstock.core.control import (
-    Boot,
     ChildDown,
     ChildExited,
     ChildToRoot,
@@ -50,7 +48,7 @@ from penstock.core.control import (
 from penstock.core.errors import ProtocolError
 from penstock.core.hosts import CallPort, FusedHost
 from penstock.core.links import Link
-from penstock.core.processes import control_hello, spawn
+from penstock.core.processes import control_hello
 from penstock.core.supervisor import Child, ChildSpec, Supervisor
 
 TICK_S = 1.0
@@ -61,31 +59,31 @@ LAST_WORDS_S = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+Started = tuple[subprocess.Popen[bytes], socket.socket]
+Launch = Callable[[ChildSpec, int], Started]
+
+
 class Root:
-    """`run()` returns the exit status. `boot(spec, epoch)` makes a child's Boot; `listener` goes to the children that listen; `ready(message)`
-    makes the lines that stdout gets when everything is up."""
+    """`run()` returns what root leaves with. `launch(spec, epoch)` starts a child; `started` are those that run already (their first life);
+    `ready(message)` makes the lines that stdout gets when everything is up."""
 
     def __init__(
         self,
         config: Config,
-        specs: Iterable[ChildSpec],
+        supervisor: Supervisor,
         *,
-        boot: Callable[[ChildSpec, int], Boot],
+        launch: Launch,
+        started: Mapping[tuple[str, int], Started],
         ready: Callable[[Ready], list[str]],
-        listener: socket.socket | None = None,
-        window_s: float = 60.0,
     ) -> None:
         self._config = config
-        self._boot = boot
+        self._launch = launch
         self._ready = ready
-        self._listener = listener
-        self.supervisor = Supervisor(
-            specs, clock=SystemClock(), drain_s=config.shutdown_timeout, max_restarts=config.engine_restarts, window_s=window_s
-        )
+        self.supervisor = supervisor
         self._specs = {(c.spec.role, c.spec.id): c for c in self.supervisor.children}
         self._links: dict[int, Link] = {}
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._started: list[tuple[Child, int, subprocess.Popen[bytes], socket.socket]] = []
+        self._started = {self._specs[name].index: item for name, item in started.items()}
+        self._processes = {index: process for index, (process, _) in self._started.items()}
         self._nursery: trio.Nursery | None = None
         self._hurry = trio.Event()
         self._left: Leave | None = None
@@ -107,12 +105,6 @@ class Root:
 
     # --- life
 
-    def start_children(self) -> None:
-        """First start, side by side. May be called before the loop runs: nothing in here needs it."""
-        for message in self.supervisor.start():
-            assert isinstance(message, StartChild)
-            self._start(message)
-
     async def run(self) -> Leave:
         """Until every child is gone."""
         try:
@@ -121,21 +113,12 @@ class Root:
                 nursery.start_soon(self._host.run)
                 nursery.start_soon(self._signals)
                 nursery.start_soon(self._ticks)
-                started, self._started = self._started, []
-                for item in started:
-                    nursery.start_soon(self._tend, *item)
+                for index, (process, control) in self._started.items():
+                    nursery.start_soon(self._tend, self.supervisor.children[index], 1, process, control)
         finally:
-            self.kill_all()
+            kill_all(self._processes.values())
         assert self._left is not None
         return self._left
-
-    def kill_all(self) -> None:
-        """Whatever happened: no child outlives this."""
-        for process in self._processes.values():
-            if process.poll() is None:
-                process.kill()
-        for process in self._processes.values():
-            process.wait()
 
     async def _signals(self) -> None:
         with trio.open_signal_receiver(*SIGNALS) as numbers:
@@ -155,20 +138,17 @@ class Root:
 
     def _start(self, message: StartChild) -> None:
         child = self._specs[(message.role, message.id)]
-        fds = [self._listener.fileno()] if child.spec.listens and self._listener is not None else []
-        process, control = spawn(message.role, message.id, message.epoch, env=child.spec.env, fds=fds)
+        process, control = self._launch(child.spec, message.epoch)
         self._processes[child.index] = process
-        if self._nursery is None:
-            self._started.append((child, message.epoch, process, control))
-        else:
-            self._nursery.start_soon(self._tend, child, message.epoch, process, control)
+        assert self._nursery is not None
+        self._nursery.start_soon(self._tend, child, message.epoch, process, control)
 
     async def _tend(self, child: Child, epoch: int, process: subprocess.Popen[bytes], control: socket.socket) -> None:
         """One life of a child: talk until it is gone."""
         control.setblocking(False)
         link = Link(trio.SocketStream(trio.socket.from_stdlib_socket(control)), ChildToRoot, control_hello("root", 0, 0))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._talk, child, epoch, link)
+            nursery.start_soon(self._talk, child, link)
             status = await _gone(process)
             with trio.move_on_after(LAST_WORDS_S):
                 await link.ended.wait()
@@ -176,13 +156,13 @@ class Root:
         self._host.post(ChildExited(role=child.spec.role, id=child.spec.id, epoch=epoch, status=status))
         self._hurry.set()
 
-    async def _talk(self, child: Child, epoch: int, link: Link) -> None:
+    async def _talk(self, child: Child, link: Link) -> None:
         try:
-            await link.greet(first=self._boot(child.spec, epoch))
+            await link.greet(sent=True)
             self._links[child.index] = link
             await link.run(self._heard)
         except ProtocolError as error:
-            if self._processes[child.index].poll() is None:
+            if self._processes[child.index].poll() is None and not self.supervisor.leaving:
                 self._note("error", "control link failed", process=child.name, error=str(error))
                 self._processes[child.index].kill()
         finally:
@@ -219,7 +199,8 @@ class Root:
             self._note(message.level, message.event, **message.fields)
         elif isinstance(message, Ready):
             if message.first:
-                print("\n".join(self._ready(message)), flush=True)
+                with contextlib.suppress(OSError):  # whoever read our output may be gone
+                    print("\n".join(self._ready(message)), flush=True)
             else:
                 self._note("info", "recovered")
         elif isinstance(message, Leave):
@@ -239,6 +220,16 @@ class Root:
 
 def _nowhere(message: Message, index: int | None) -> None:
     raise AssertionError("nothing is sent to the world")
+
+
+def kill_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Whatever happened: no child outlives root's end."""
+    processes = list(processes)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    for process in processes:
+        process.wait()
 
 
 async def _gone(process: subprocess.Popen[bytes]) -> int:

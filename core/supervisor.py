@@ -137,7 +137,7 @@ class Supervisor:
         """A stop is under way: ticks should come often."""
         return self.phase != "running"
 
-    def start(self) -> Iterator[Message]:
+    def start(self) -> Iterator[StartChild]:
         """The first start of every child, side by side. Before anything is handled."""
         for child in self.children:
             yield self._launch(child)
@@ -289,12 +289,13 @@ class Supervisor:
             yield from self._kill()
 
     def _drain_on(self) -> Iterator[Message | To]:
-        """Edges first; when they have finished, text; when it has nothing left either, stop."""
+        """Edges first; when they have finished, text; when it has nothing left either, the engines; then stop."""
         if self.phase != "draining":
             return
         left_s = max(0.0, (self._deadline_ns - self._clock.now_ns()) / 1e9 - LATE_S)
-        for role in ("edge", "text"):
-            open_ = [child for child in self._role(role) if not child.drained]
+        for role in ("edge", "text", "engine"):
+            # An engine that is being restarted has nothing left to do.
+            open_ = [child for child in self._role(role) if not child.drained and (role != "engine" or child.state == "up")]
             for child in open_:
                 if child.state == "up" and not child.drain_sent:
                     child.drain_sent = True

@@ -87,8 +87,9 @@ class Draft:
         blocks = carried + self.blocks if carried else self.blocks
         if blocks:
             seqs, index, ids = blocks[0] if len(blocks) == 1 else (np.concatenate([b[i] for b in blocks]) for i in range(3))
-            slots = i32([slot_of(seq) for seq in seqs.tolist()])
-            if -1 in slots:
+            listed = [slot_of(seq) for seq in seqs.tolist()]
+            slots = i32(listed)
+            if -1 in listed:
                 keep = slots >= 0
                 slots, index, ids = slots[keep], index[keep], ids[keep]
             columns["block_slots"], columns["block_index"], columns["block_ids"] = slots, index, ids

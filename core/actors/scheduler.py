@@ -25,7 +25,7 @@ import numpy as np
 
 from penstock.core.actor import Ask, Out
 from penstock.core.actors.draft import Blocks, Draft, Flight, pick_logprobs, select_logprobs
-from penstock.core.actors.slots import DECODE, ENDED, LEAVING, PREFILL, Commits, Index, Rows, Slots
+from penstock.core.actors.slots import DECODE, ENDED, LEAVING, PREFILL, Commit, Index, Rows, Slots
 from penstock.core.actors.waiting import Entry, Request, Sequence, WaitingRoom
 from penstock.core.clock import Clock
 from penstock.core.columns import EMPTY_I64, I32, U8, Column, i32, i64, u8
@@ -123,8 +123,7 @@ class Scheduler:
         """A prompt that must be computed whole did not fit beside the decodes: it goes first."""
         # --- for the next KvStep, the next Forward, the next StepTokens
         self._releases: list[tuple[int, int, int]] = []
-        self._commits: list[Commits] = []
-        self._commit_due = False
+        self._commits: list[Commit] = []
         self._carried: list[Blocks] = []
         self._preempted: list[int] = []
         self._failures: list[tuple[Sequence, str]] = []
@@ -359,7 +358,7 @@ class Scheduler:
         slots = self._slots
         seq = int(slots.seq[slot])
         if slots.capacity[slot] > 0:
-            self._commit(np.array([slot], np.intp))
+            self._commit([slot])
             self._releases.append((seq, int(slots.incarnation[slot]), int(slots.poisoned[slot])))
         self._held.discard(seq)
         if self._carried:
@@ -394,10 +393,10 @@ class Scheduler:
         self._preemptions += 1
         self._preempted.append(sequence.seq)
 
-    def _commit(self, index: Index) -> None:
+    def _commit(self, slots: list[int]) -> None:
         """Note the blocks of these slots that are complete, for the prefix cache."""
-        if self._caching and (commits := self._slots.complete(index)) is not None:
-            self._commits.append(commits)
+        if self._caching:
+            self._commits += [commit for slot in slots if (commit := self._slots.complete(slot)) is not None]
 
     # ============================================================== planning
 
@@ -433,8 +432,9 @@ class Scheduler:
         """Plan one step; False if there is nothing to compute now."""
         rows = self._rows or self._gather()
         budget = self.settings.max_num_batched_tokens
-        due = bool(self._releases or self._commits or self._commit_due)
-        if rows.room > 0 and not due and not self._prefilling and 0 < rows.slots.size <= budget and not self._may_admit():
+        due = bool(self._releases)
+        short = rows.index[self._slots.short(rows)]
+        if not short.size and not due and not self._prefilling and 0 < rows.slots.size <= budget and not self._may_admit():
             yield from self._launch_decodes(rows, {}, None)
             return True
         draft = Draft(budget)
@@ -442,9 +442,8 @@ class Scheduler:
         self._take_chunks(draft)
         entries, room = self._line(draft)
         asked = self._next_entries(entries, draft.budget, room)
-        short = _NOBODY
-        if draft.rows is not None and draft.rows.room <= 0:
-            short = draft.rows.index[self._slots.capacity[draft.rows.index] <= draft.rows.starts]
+        if draft.rows is not rows:
+            short = draft.rows.index[self._slots.short(draft.rows)] if draft.rows is not None else _NOBODY
         if short.size or asked or due:
             denied = yield from self._ask(draft, short, asked)
             if denied or draft.stalled:
@@ -452,8 +451,6 @@ class Scheduler:
                 self._drop_stalled(draft)
             elif asked:
                 yield from self._more(draft, entries, room)
-            if short.size and draft.rows is not None:
-                self._slots.measure(draft.rows)
         if draft.chunks:
             yield from self._launch_mixed(draft)
         elif draft.rows is not None:
@@ -554,25 +551,22 @@ class Scheduler:
     def _ask(self, draft: Draft, short: Index, entries: list[Entry]) -> Generator[Out, Any, list[int]]:
         """One KvStep: what is pending, blocks for decoding slots (which may first have to fork), look-ups for entries (which are placed if
         granted). Gives the denied slots."""
-        slots = self._slots
+        slots, listed = self._slots, short.tolist()
         ask: dict[str, Any] = {}
-        if self._commit_due:
-            self._commit_due = False
-            self._commit(np.flatnonzero(slots.phase))
-        elif self._caching and short.size:  # blocks that are needed anew and blocks that are complete are mostly the same rows'
-            self._commit(short)
-            self._commit_due = bool(np.count_nonzero(slots.known[short] < slots.computed[short]))
+        if entries:  # blocks need a name only before somebody looks for them (or when they are given back)
+            self._commit(slots.incomplete())
         if self._commits:
-            parts = list(zip(*self._commits, strict=True))
-            seqs, lens, counts, tokens = (p[0] if len(p) == 1 else np.concatenate(p) for p in parts)
-            ask |= {"commit_seqs": seqs, "commit_lens": lens, "commit_counts": counts, "commit_tokens": tokens}
+            ask["commit_seqs"] = i64([c[0] for c in self._commits])
+            ask["commit_lens"] = i32([c[1] for c in self._commits])
+            ask["commit_counts"] = i32([c[2].size for c in self._commits])
+            ask["commit_tokens"] = np.concatenate([c[2] for c in self._commits])
             self._commits = []
         if self._releases:
             ask["release_seqs"] = i64([r[0] for r in self._releases])
             ask["release_incarnations"] = i32([r[1] for r in self._releases])
             ask["release_drop"] = u8([r[2] for r in self._releases])
             self._releases = []
-        forks = [slot for slot in short.tolist() if slot in self._forking] if self._forking else []
+        forks = [slot for slot in listed if slot in self._forking] if self._forking else []
         if forks:
             ask["fork_src"] = slots.seq[[self._forking[slot] for slot in forks]]
             ask["fork_dst"] = slots.seq[forks]
@@ -590,7 +584,7 @@ class Scheduler:
         if forks:
             self._take_forks(draft, forks, grant)
         if short.size:
-            denied = self._take_grants(draft, short, grant.granted[: short.size])
+            denied = self._take_grants(draft, listed, grant.granted.tolist())
         if entries:
             self._take_entries(draft, entries, grant, short.size)
         return denied
@@ -632,17 +626,14 @@ class Scheduler:
                 draft.stalled.add(slot)
                 self._preempt(slot)
 
-    def _take_grants(self, draft: Draft, short: Index, granted: Column) -> list[int]:
+    def _take_grants(self, draft: Draft, short: list[int], granted: list[int]) -> list[int]:
         slots = self._slots
-        if not draft.stalled and np.count_nonzero(granted) == short.size:
-            slots.capacity[short] = (slots.computed[short] // self._block + 1) * self._block
-            return []
         denied: list[int] = []
-        for slot, good in zip(short.tolist(), granted.tolist(), strict=True):
+        for slot, good in zip(short, granted, strict=False):
             if slot in draft.stalled:
                 continue
             if good:
-                slots.capacity[slot] = slots.whole(int(slots.computed[slot]) + 1)
+                slots.capacity[slot] = slots.whole(slots.computed.item(slot) + 1)
             else:
                 denied.append(slot)
         return denied
@@ -785,7 +776,6 @@ class Scheduler:
         slots.last_step[index] = step
         flight = Flight(step, rows, positions, rows.left <= 1, count)
         rows.starts = positions
-        rows.room -= 1
         rows.left -= 1
         if rows.left <= 0:
             self._rows = None
@@ -835,7 +825,6 @@ class Scheduler:
         flight = Flight(step, sampled, positions, sampled.left <= 0, tokens)
         flight.started, flight.prompts = draft.started, prompts
         self._prompt_computed += tokens - decodes.size
-        self._commit_due = self._caching
         self._rows = None
         extra: dict[str, Any] = {}
         if draft.samplings:

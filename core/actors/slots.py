@@ -21,15 +21,15 @@ FREE, PREFILL, DECODE, LEAVING, ENDED = 0, 1, 2, 3, 4
 MANY = 1 << 30
 
 Index = npt.NDArray[np.intp]
-Commits = tuple[I64, I32, I32, I32]
-"""seqs, lens, counts, tokens: as in KvStep."""
+Commit = tuple[int, int, I32]
+"""seq, computed length, tokens of the new blocks whose hashes KV does not have."""
 
 
 class Rows:
-    """The columns of sequences that sample together. `starts` are the positions that they compute next; `room` is how many steps they can
-    all take before one needs a block, `left` before one reaches its limit. `stops` is (ids, rows), padded with -1."""
+    """The columns of sequences that sample together. `starts` are the positions that they compute next; `left` is how many
+    steps they can all take before one reaches its limit. `stops` is (ids, rows), padded with -1."""
 
-    __slots__ = ("base", "incarnations", "index", "left", "mins", "prompts", "room", "seqs", "slots", "starts", "stops")
+    __slots__ = ("base", "incarnations", "index", "left", "mins", "prompts", "seqs", "slots", "starts", "stops")
 
     slots: I32
     index: Index
@@ -42,16 +42,15 @@ class Rows:
     prompts: I32
     mins: I32
     stops: I32
-    room: int
     left: int
 
     def select(self, kept: Column) -> Rows:
-        """Only the rows `kept`; `room` and `left` stay bounds."""
+        """Only the rows `kept`; `left` stays a bound."""
         rows = Rows()
         for name in ("slots", "index", "base", "starts", "seqs", "incarnations", "prompts", "mins"):
             setattr(rows, name, getattr(self, name)[kept])
         rows.stops = self.stops[:, kept]
-        rows.room, rows.left = self.room, self.left
+        rows.left = self.left
         return rows
 
 
@@ -92,7 +91,6 @@ class Slots:
         self.holder: list[Sequence | None] = [None] * count
         self.free = list(range(count))
         self._base: I64 = np.arange(count, dtype=np.int64) * longest
-        self._within = np.arange(block, dtype=np.int64)
 
     def enter(self, sequence: Sequence, tokens: I32, computed: int, phase: int) -> int:
         """The lowest free slot, now with this sequence and its history."""
@@ -149,27 +147,24 @@ class Slots:
         rows.mins = self.min_tokens[index]
         rows.stops = self.stops[:, index]
         rows.left = int((self.limit[index] - self.length[index]).min(initial=MANY))
-        self.measure(rows)
         return rows
 
-    def measure(self, rows: Rows) -> None:
-        """Bring `room` up to date after capacities changed."""
-        rows.room = int((self.capacity[rows.index] - rows.starts).min(initial=MANY))
+    def short(self, rows: Rows) -> Column:
+        """A mask over rows: whose next position has no block yet."""
+        mask: Column = self.capacity[rows.index] <= rows.starts
+        return mask
 
-    def complete(self, index: Index) -> Commits | None:
-        """Blocks of these slots that are computed (or given to the device), of known tokens and not committed yet: marks them."""
-        valid = np.minimum(self.computed[index], self.known[index])
-        full = valid // self.block
-        due = (full > self.hashed[index]) & (self.capacity[index] > 0) & ~self.poisoned[index]
-        if not np.count_nonzero(due):
+    def incomplete(self) -> list[int]:
+        """Slots with full blocks that were not committed, as far as can be said without looking closer."""
+        found: list[int] = np.flatnonzero(self.computed // self.block > self.hashed).tolist()
+        return found
+
+    def complete(self, slot: int) -> Commit | None:
+        """Its blocks that are computed (or given to the device), of known tokens and not committed yet: marks them."""
+        valid = min(self.computed.item(slot), self.known.item(slot))
+        full, hashed = valid // self.block, self.hashed.item(slot)
+        if full <= hashed or self.capacity.item(slot) == 0 or self.poisoned.item(slot):
             return None
-        index, valid, full = index[due], valid[due], full[due]
-        first = np.maximum(self.hashed[index], self.given[index])
-        counts = np.maximum(full - first, 0) * self.block
-        starts = self._base[index] + first * self.block
-        if (counts == self.block).all():
-            tokens = self.flat[(starts[:, None] + self._within).reshape(-1)]
-        else:
-            tokens = np.concatenate([self.flat[s : s + c] for s, c in zip(starts.tolist(), counts.tolist(), strict=True)])
-        self.hashed[index] = full
-        return self.seq[index], valid, counts, tokens
+        first = max(hashed, self.given.item(slot))
+        self.hashed[slot] = full
+        return self.seq.item(slot), valid, self.history[slot, first * self.block : full * self.block].copy()

@@ -39,6 +39,7 @@ _DEFAULTS = {
 
 def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
     """Sampling defaults from generation_config.json, as --generation-config says ("auto": the model's; "vllm", "openai": none; a folder).
+    `"do_sample": false` means temperature 0, as in transformers.
 
     Raises CheckpointError if the file cannot be read or holds impossible values.
     """
@@ -55,6 +56,8 @@ def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     found = {ours: raw[theirs] for theirs, ours in _DEFAULTS.items() if raw.get(theirs) is not None}
+    if raw.get("do_sample") is False:  # said in so many words: this model is to be greedy unless a request asks otherwise
+        found["temperature"] = 0.0
     try:
         msgspec.convert(found, SamplingParams).validate()
     except (msgspec.ValidationError, InvalidRequest) as error:

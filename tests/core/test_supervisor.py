@@ -235,8 +235,18 @@ def test_a_clean_drain_goes_from_the_edges_inwards_and_leaves_with_0() -> None:
     assert out[0].message.deadline_s == pytest.approx(30.0)
     assert world.drained(EDGE1) == []
     assert told(world.drained(EDGE0), Drain) == [TEXT]
-    assert sorted(told(world.drained(TEXT), Stop)) == [ENGINE, TEXT, EDGE0, EDGE1]
+    assert told(world.drained(TEXT), Drain) == [ENGINE]
+    assert sorted(told(world.drained(ENGINE), Stop)) == [ENGINE, TEXT, EDGE0, EDGE1]
     assert world.everybody_leaves() == Leave(status=0)
+
+
+def test_a_drain_does_not_wait_for_an_engine_that_is_being_restarted() -> None:
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    world.dies(ENGINE)
+    for index in (EDGE0, EDGE1):
+        world.drained(index)
+    assert sorted(told(world.drained(TEXT), Stop)) == [ENGINE, TEXT, EDGE0, EDGE1]
 
 
 def test_cut_requests_make_the_status_say_so() -> None:
@@ -245,6 +255,7 @@ def test_cut_requests_make_the_status_say_so() -> None:
     world.drained(EDGE0, cut=2)
     world.drained(EDGE1)
     world.drained(TEXT)
+    world.drained(ENGINE)
     leave = world.everybody_leaves()
     assert leave.status == 128 + signal.SIGTERM
     assert "2 requests were cut short" in leave.error
@@ -289,6 +300,7 @@ def test_an_engine_that_dies_while_draining_is_replaced() -> None:
     world.drained(EDGE0)
     world.drained(EDGE1)
     world.drained(TEXT)
+    world.drained(ENGINE)
     assert world.everybody_leaves().status == 0
 
 
@@ -298,6 +310,7 @@ def test_an_edge_that_dies_while_draining_took_answers_with_it() -> None:
     assert not of(world.dies(EDGE0), StartChild)
     world.drained(EDGE1)
     world.drained(TEXT)
+    world.drained(ENGINE)
     leave = world.everybody_leaves()
     assert leave.status == 1
     assert "edge-0 process died while requests were being finished" in leave.error
@@ -306,7 +319,7 @@ def test_an_edge_that_dies_while_draining_took_answers_with_it() -> None:
 def test_a_failure_while_stopping_does_not_hang() -> None:
     world = World().all_up()
     world.say(Signalled(signum=signal.SIGTERM))
-    for index in (EDGE0, EDGE1, TEXT):
+    for index in (EDGE0, EDGE1, TEXT, ENGINE):
         world.drained(index)
     world.dies(ENGINE, 1)
     assert world.everybody_leaves().status == 0
