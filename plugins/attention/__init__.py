@@ -1,4 +1,4 @@
-"""Attention backends of the CPU, as plugins of the engine: the project's own kernels, or torch's.
+"""Attention backends, as plugins of the engine: on the CPU the project's own kernels or torch's, on a GPU the Triton kernels.
 
 What it is: the registering hook. Nothing heavy is imported before a factory is called.
 What it does not know: models, devices, caches' owners.
@@ -34,9 +34,34 @@ def _torch(**options: Any) -> Any:
     return TorchAttention()
 
 
+def _triton_supports(facts: ModelFacts, dtype: str) -> str | None:
+    if dtype not in ("bfloat16", "float16"):
+        return f"dtype {dtype} is not supported"
+    if facts.head_dim % GROUP or facts.head_dim > 256:
+        return f"head_dim {facts.head_dim} is no multiple of {GROUP} up to 256"
+    return None
+
+
+def _triton(*, facts: ModelFacts, device: Any, max_rows: int, deterministic: bool, **options: Any) -> Any:
+    from penstock.plugins.attention.triton import TritonOps
+
+    dim = facts.head_dim
+    widest = max(facts.hidden_size, 2 * facts.intermediate_size, (facts.num_heads + 2 * facts.num_kv_heads) * dim)
+    return TritonOps(
+        device=device,
+        max_rows=max_rows,
+        vocab=facts.vocab_size,
+        widest=widest,
+        heads=facts.num_heads,
+        dim=dim,
+        deterministic=deterministic,
+    )
+
+
 @hookimpl
 def register_attention_backends() -> list[AttentionSpec]:
-    """`factory()` returns an object of plugins/models/api.py's Attention."""
+    """For "cpu", `factory()` returns an object of plugins/models/api.py's Attention; for "cuda", `factory(facts=, dtype=, device=, max_rows=,
+    deterministic=)` returns the whole table of operations, plugins/devices/cuda_ops.py's Ops."""
     return [
         AttentionSpec(
             name="native",
@@ -54,5 +79,14 @@ def register_attention_backends() -> list[AttentionSpec]:
             devices=["cpu"],
             supports=_supports,
             factory=_torch,
+        ),
+        AttentionSpec(
+            name="triton",
+            api_level=1,
+            doc="Triton kernels: split-KV decode, ragged prefill, and everything between.",
+            devices=["cuda"],
+            supports=_triton_supports,
+            factory=_triton,
+            priority=10,
         ),
     ]

@@ -19,6 +19,11 @@ def _facts(config: dict[str, Any]) -> ModelFacts:
 
 
 def _factory(**parts: Any) -> Any:
+    """With `device=`: the weights go there and the caller brings its own operations; without: packed for the CPU."""
+    if "device" in parts:
+        from penstock.plugins.devices.cuda_model import build_device_decoder
+
+        return build_device_decoder(**parts)
     from penstock.plugins.models.decoder import build_decoder
 
     return build_decoder(**parts)

@@ -20,15 +20,20 @@ def _safetensors(path: str, load_format: str, **options: Any) -> Any:
 def _dummy(path: str, load_format: str, **options: Any) -> Any:
     from penstock.plugins.weights.dummy import DummyWeights
 
-    return DummyWeights(dtype=options["dtype"], seed=options.get("seed", 0), std=options.get("std", 0.02))
+    return DummyWeights(dtype=options["dtype"], seed=options.get("seed", 0), std=options.get("std", 0.02), device=options.get("device"))
 
 
 @hookimpl
 def register_weight_sources() -> list[WeightSourceSpec]:
-    """`factory(path, load_format, dtype=torch dtype, seed=int)` returns an object of plugins/models/api.py's Weights."""
+    """`factory(path, load_format, dtype=torch dtype, seed=int, device=torch device or nothing)` returns an object of plugins/models/api.py's
+    Weights. With a device, tensors may lie there or on the host, and `take` may be called from several threads."""
     return [
         WeightSourceSpec(
-            name="safetensors", api_level=1, doc="Memory-mapped safetensors files.", load_formats=["auto", "safetensors"], factory=_safetensors
+            name="safetensors",
+            api_level=1,
+            doc="Memory-mapped safetensors files.",
+            load_formats=["auto", "safetensors"],
+            factory=_safetensors,
         ),
         WeightSourceSpec(name="dummy", api_level=1, doc="Seeded random weights.", load_formats=["dummy"], factory=_dummy),
     ]

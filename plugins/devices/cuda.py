@@ -1,0 +1,241 @@
+"""An NVIDIA GPU as a device: from a configuration to a loaded runner with a measured memory table.
+
+What it is: the choice of model, weights and attention plugins, the dtype, and the order in which memory is taken: weights, workspace (the
+largest step is run), graphs (the largest is captured and measured), then the KV cache gets the exact remainder of
+--gpu-memory-utilization. If the driver refuses that, the cache shrinks, which is said, before the first graph that serves is captured.
+Sizes otherwise as on the CPU: --num-gpu-blocks-override, --kv-cache-memory-bytes, --max-model-len.
+What it does not know: steps (cuda_runner.py), Triton (plugins/attention/triton.py), the scheduler.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from penstock.core.device_api import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
+from penstock.core.errors import ConfigError
+from penstock.core.hookspecs import AttentionSpec
+from penstock.plugins.devices import cpu
+from penstock.plugins.devices.cuda_lane import CudaLane, Lane
+from penstock.plugins.devices.cuda_ops import Ops
+from penstock.plugins.devices.cuda_runner import CudaRunner, padded_rows
+from penstock.plugins.models.config import architecture_of, check_max_len, default_max_len, read_config
+from penstock.plugins.weights.checkpoint import identity
+from penstock.version import __version__
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DEPTH = 2
+GRAPH_RESERVE = 24 << 20
+"""Bytes kept for each planned batch size beyond the largest one, whose memory they share: what a graph's nodes and outputs take."""
+SHRINK = 0.95
+SMALLEST = 0.5
+"""The cache is not made smaller than this share of what was planned: then something else is wrong."""
+
+
+class CudaDevice:
+    """See core/device_api.py: Device. Depth 2: the host launches step n+1 while the device computes step n."""
+
+    capabilities = DeviceCapabilities(name="cuda", depth=DEPTH, dtypes=list(DTYPES), deterministic=True)
+
+    def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:
+        """Raises ConfigError, CheckpointError or UnsupportedFeature naming the flag or field."""
+        progress("starting the GPU", 0.0)
+        device = torch.device("cuda", torch.cuda.current_device())
+        lane = CudaLane(device)
+        lane.bind()
+        return load(config, progress, lane, DTYPES, depth=DEPTH)
+
+
+def load(
+    config: RunnerConfig,
+    progress: Callable[[str, float], None],
+    lane: Lane,
+    dtypes: dict[str, torch.dtype],
+    *,
+    depth: int,
+    backend: AttentionSpec | None = None,
+) -> CudaRunner:
+    """A runner on any lane; see CudaDevice.load. `backend`: not chosen among the plugins, but given."""
+    progress("reading config", 0.0)
+    raw = read_config(config.model_path, config.hf_overrides)
+    spec = cpu.model_for(architecture_of(raw), cpu._models(config))
+    facts = spec.facts(raw)
+    dtype_name = resolve_dtype(config.dtype, facts, dtypes)
+    dtype = dtypes[dtype_name]
+    if config.block_size < 16 or config.block_size & (config.block_size - 1):
+        raise ConfigError(f"--block-size {config.block_size}: the GPU's cache layout needs a power of two from 16 on.", param="block_size")
+    backend = backend or choose_attention(config, facts, dtype_name)
+    if config.max_model_len is not None:
+        check_max_len(facts, config.max_model_len)
+    max_len = config.max_model_len or default_max_len(facts)
+    ops: Ops = backend.factory(
+        facts=facts, dtype=dtype, device=lane.device, max_rows=padded_rows(config.max_num_seqs), deterministic=config.deterministic
+    )
+    progress("loading weights", 0.0)
+    source = cpu.weights_for(config.load_format, cpu._weights(config))
+    weights = source.factory(
+        config.model_path,
+        config.load_format,
+        dtype=dtype,
+        seed=config.seed,
+        std=float(raw.get("initializer_range") or 0.02),
+        device=lane.device,
+    )
+    model = spec.factory(
+        facts=facts,
+        dtype=dtype,
+        weights=weights,
+        max_len=max_len,
+        progress=lambda fraction: progress("loading weights", fraction),
+        device=lane.device,
+    )
+    runner = CudaRunner(
+        facts=facts,
+        model=model,
+        ops=ops,
+        lane=lane,
+        num_blocks=1,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_len,
+        dtype=dtype_name,
+        attention=backend.name,
+        deterministic=config.deterministic,
+        fingerprint=fingerprint(config, raw, dtype_name, backend.name, max_len, lane),
+        graphs=not config.enforce_eager and (ops.capturable or lane.device.type == "cpu"),
+        depth=depth,
+    )
+    size_cache(config, runner, lane, progress)
+    progress("loaded", 1.0)
+    return runner
+
+
+def resolve_dtype(wanted: str, facts: ModelFacts, dtypes: dict[str, torch.dtype]) -> str:
+    """ "auto" is the checkpoint's dtype, bfloat16 for a float32 one. Raises ConfigError for what the kernels do not compute."""
+    name = {"half": "float16", "float": "float32"}.get(wanted, wanted)
+    if name == "auto":
+        return facts.torch_dtype if facts.torch_dtype in dtypes else "bfloat16"
+    if name not in dtypes:
+        raise ConfigError(f"--dtype {wanted} is not supported on the GPU: use {' or '.join(dtypes)}.", param="dtype")
+    return name
+
+
+def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str) -> AttentionSpec:
+    """--attention-backend, or a plugin's choice, or the highest priority among the table factories for "cuda"."""
+    able, reasons = [], []
+    for spec in cpu._attention(config).values():
+        if "cuda" in spec.devices:
+            reason = spec.supports(facts, dtype)
+            if reason is None:
+                able.append(spec)
+            else:
+                reasons.append(f"{spec.name}: {reason}")
+    able.sort(key=lambda spec: (-spec.priority, spec.name))
+    names = [spec.name for spec in able]
+    wanted = config.attention_backend
+    if wanted is None and config.plugins is not None and names:
+        wanted = config.plugins.hook.choose_attention_backend(facts=facts, device="cuda", dtype=dtype, candidates=names)
+    if wanted is None and names:
+        return able[0]
+    if wanted in names:
+        return able[names.index(wanted)]
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    raise ConfigError(
+        f"--attention-backend {wanted or 'auto'}: not usable for this model on the GPU{why}. Usable: {', '.join(names) or 'none'}.",
+        param="attention_backend",
+    )
+
+
+def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: Callable[[str, float], None]) -> None:
+    """Measure workspace and graphs, give the cache what is left (or what was asked for), fill in the memory table.
+    Raises ConfigError naming the flag that cannot be met."""
+    block_bytes = runner.allocate(1).nbytes
+    weights = runner.memory.weights
+    host = lane.device.type == "cpu"
+    total = 0 if host else torch.cuda.get_device_properties(lane.device).total_memory
+    graphs = before = 0
+    if not host:
+        progress("measuring workspace", 0.0)
+        runner.exercise()
+        before = lane.used()
+        if runner.graphs_planned:
+            progress("measuring the largest graph", 0.0)
+            runner.capture_largest()
+            graphs = max(0, lane.used() - before) + GRAPH_RESERVE * runner.graphs_planned
+            runner.drop_graphs()
+            gc.collect()
+            torch.cuda.empty_cache()
+    runner.graph_reserve = graphs
+    limit = int(total * config.gpu_memory_utilization)
+    if config.num_gpu_blocks_override:
+        blocks = config.num_gpu_blocks_override
+    elif config.kv_cache_memory_bytes or host:
+        blocks = (config.kv_cache_memory_bytes or cpu.DEFAULT_KV_BYTES) // block_bytes
+    else:
+        blocks = (limit - before - graphs) // block_bytes
+    if blocks < 1:
+        raise ConfigError(
+            f"No room for a KV cache: of {limit >> 20} MiB (--gpu-memory-utilization {config.gpu_memory_utilization:g} of {total >> 20} MiB)"
+            f" weights take {weights >> 20} MiB, everything else {(before + graphs - weights) >> 20} MiB.",
+            param="gpu_memory_utilization",
+        )
+    wanted, pool = blocks, None
+    progress("allocating KV cache", 0.0)
+    while pool is None:
+        try:
+            pool = runner.allocate(blocks)
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            blocks = int(blocks * SHRINK)
+            if blocks < max(1, int(wanted * SMALLEST)):
+                raise ConfigError(
+                    f"The driver gives no memory for a KV cache of {wanted} blocks ({wanted * block_bytes >> 20} MiB), nor for half of it:"
+                    " is something else running on this GPU? Lower --gpu-memory-utilization.",
+                    param="gpu_memory_utilization",
+                ) from None
+            progress(f"KV cache reduced to {blocks} of {wanted} blocks: the driver refused more", 0.0)
+    runner.resize(pool)
+    _fit_length(config, runner, block_bytes, progress)
+    workspace = max(runner.state_bytes, before - weights - block_bytes)
+    table = MemoryTable(weights=weights, workspace=workspace, graphs=graphs, kv=pool.nbytes, slack=0, total=total)
+    slack = total - weights - workspace - graphs - pool.nbytes
+    runner.memory = msgspec.structs.replace(table, slack=max(0, slack), total=total or weights + workspace + pool.nbytes)
+
+
+def _fit_length(config: RunnerConfig, runner: CudaRunner, block_bytes: int, progress: Callable[[str, float], None]) -> None:
+    room = runner.num_blocks * runner.block_size
+    if runner.max_model_len <= room:
+        return
+    if config.max_model_len is not None:
+        need = -(-config.max_model_len // runner.block_size) * block_bytes
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} does not fit: the KV cache holds {room} tokens. Lower it, or give"
+            f" --kv-cache-memory-bytes {need}.",
+            param="max_model_len",
+        )
+    progress(f"max_model_len reduced from {runner.max_model_len} to {room}: all that the KV cache holds", 0.0)
+    runner.max_model_len = room
+
+
+def fingerprint(config: RunnerConfig, raw: dict[str, Any], dtype: str, attention: str, max_len: int, lane: Lane) -> str:
+    """Changes whenever numerics may: version, torch, GPU, dtype, attention, rope's length, configuration, checkpoint, determinism."""
+    name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
+    parts = [
+        __version__,
+        torch.__version__,
+        name,
+        dtype,
+        attention,
+        str(max_len),
+        str(config.deterministic),
+        repr(sorted(raw.items())),
+        identity(config.model_path, config.load_format, config.seed),
+    ]
+    return "pk_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

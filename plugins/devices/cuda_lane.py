@@ -1,0 +1,187 @@
+"""A stream, its events, its pinned memory and its graphs, behind one small face.
+
+What it is: `CudaLane`, and `HostLane`, which does the same on host memory at once, so that everything above runs and is tested without a GPU
+(a captured graph is a call that is made again; its outputs stay at their addresses, as a real graph's do).
+What it does not know: models, steps, slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+Outputs = tuple[torch.Tensor, ...]
+
+
+class Event(Protocol):
+    """A point in the lane's work."""
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds until `end`."""
+        ...
+
+
+class Graph(Protocol):
+    """A captured piece of work. `outputs` stay at their addresses and are overwritten by each replay."""
+
+    outputs: Outputs
+
+    def replay(self) -> None: ...
+
+
+class Lane(Protocol):
+    device: torch.device
+    waits: int
+    """Times that a launching call had to wait for the device: 0, unless a ring is too short."""
+
+    def bind(self) -> None:
+        """Make this lane the current one on the calling thread."""
+        ...
+
+    def pinned(self, count: int) -> torch.Tensor:
+        """[count] int32 on the host, page-locked where that means something."""
+        ...
+
+    def event(self) -> Event: ...
+
+    def capture(self, body: Callable[[], Outputs]) -> Graph: ...
+
+    def synchronize(self) -> None:
+        """Wait for everything. Never in the step loop."""
+        ...
+
+    def used(self) -> int:
+        """Bytes of the device that are taken, by whomever."""
+        ...
+
+
+class CudaLane:
+    """One CUDA stream; graphs share one memory pool, since replays never overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.waits = 0
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def bind(self) -> None:
+        torch.cuda.set_stream(self._stream)
+
+    def pinned(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32, pin_memory=True)
+
+    def event(self) -> Event:
+        return _CudaEvent(self._stream)
+
+    def capture(self, body: Callable[[], Outputs]) -> Graph:
+        """Capture without synchronising: the stream may be busy, and the waiter thread may wait on events meanwhile (thread-local mode)."""
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            outputs = body()
+        finally:
+            graph.capture_end()
+        return _CudaGraph(graph, outputs)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    def used(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+
+class _CudaEvent:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._stream = stream
+
+    def record(self) -> None:
+        self._event.record(self._stream)
+
+    def query(self) -> bool:
+        return bool(self._event.query())
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def elapsed_time(self, end: Any) -> float:
+        return float(self._event.elapsed_time(end._event))
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Outputs) -> None:
+        self._graph = graph
+        self.outputs = outputs
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class HostLane:
+    """Everything happens at once, on the calling thread. `make_event` lets tests hold results back."""
+
+    def __init__(self, make_event: Callable[[], Event] | None = None) -> None:
+        self.device = torch.device("cpu")
+        self.waits = 0
+        self._make_event = make_event or _HostEvent
+
+    def bind(self) -> None:
+        """There is one lane on a host."""
+
+    def pinned(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32)
+
+    def event(self) -> Event:
+        return self._make_event()
+
+    def capture(self, body: Callable[[], Outputs]) -> Graph:
+        return _HostGraph(body)
+
+    def synchronize(self) -> None:
+        """Nothing is ever under way."""
+
+    def used(self) -> int:
+        return 0
+
+
+class _HostEvent:
+    def __init__(self) -> None:
+        self._at = 0.0
+
+    def record(self) -> None:
+        self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """It is over already."""
+
+    def elapsed_time(self, end: Any) -> float:
+        return (float(end._at) - self._at) * 1e3
+
+
+class _HostGraph:
+    def __init__(self, body: Callable[[], Outputs]) -> None:
+        self._body = body
+        self.outputs: Outputs = ()
+
+    def replay(self) -> None:
+        """The first one makes the outputs: capturing runs nothing."""
+        fresh = self._body()
+        if not self.outputs:
+            self.outputs = tuple(output.clone() for output in fresh)
+        for kept, value in zip(self.outputs, fresh, strict=True):
+            kept.copy_(value)

@@ -1,0 +1,491 @@
+"""A loaded model on a CUDA device: slots, paged cache, graphs, and the two halves of a step, neither of which waits for the device.
+
+What it is: the Runner of core/device_api.py. Token history and block tables of the slots live on the device; a draw writes its token into
+the history, where the next step's Forward finds it, so that the host may launch step n+1 before it knows the tokens of step n. Columns go
+up in one pinned copy (a second one in steps that place sequences, give blocks or mix in a prefill), tokens come back in one; `sample` returns
+a call that waits for that copy's event and is made on the waiter thread of the device queue.
+Graphs: a step of decode rows alone replays a graph of the smallest bucket that holds them; padding rows have slot -1, which reads zeros and
+writes nowhere. The draw is a second graph on the same inputs, for rows without penalties, lists or log-probabilities. Graphs are captured at
+warm-up, largest bucket first, within a time and a memory reservation; what is left is captured later, after a bucket was used LAZY_USES
+times and at most one every LAZY_PAUSE_S. Prefill and mixed steps run eagerly.
+`--deterministic` keeps to the same code with an Ops table whose rows do not depend on each other, behind the same start-up self-test as the CPU's.
+What it does not know: requests, scheduling, Triton, which model family it drives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from penstock.core.columns import EMPTY_I32, I32, i32
+from penstock.core.device_api import MemoryTable, ModelFacts
+from penstock.core.errors import EngineFailure
+from penstock.core.messages import Forward, LogprobColumns, Sample, StepDone
+from penstock.plugins.devices.cuda_lane import Event, Graph, Lane, Outputs
+from penstock.plugins.devices.cuda_model import DeviceDecoder
+from penstock.plugins.devices.cuda_ops import Ops
+from penstock.plugins.devices.cuda_rings import Download, Landing, Upload
+from penstock.plugins.devices.cuda_sampler import DeviceSampler, Wanted
+
+Tensor = torch.Tensor
+
+PROMPT_LOGIT_ELEMENTS = 1 << 26
+"""Prompt log-probabilities are computed for at most this many logits at a time (256 MiB of float32)."""
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+CAPTURE_S = 6.0
+LAZY_USES = 8
+LAZY_PAUSE_S = 2.0
+
+
+def buckets_for(rows: int) -> list[int]:
+    """Batch sizes that get a graph, ascending; the last one holds `rows`, if that is at most BUCKETS[-1]."""
+    found = [size for size in BUCKETS if size < rows]
+    return [*found, next((size for size in BUCKETS if size >= rows), BUCKETS[-1])]
+
+
+def padded_rows(rows: int) -> int:
+    """The most rows that a step of `rows` sequences may have, padding included."""
+    return max(rows, buckets_for(rows)[-1])
+
+
+@dataclass
+class Counters:
+    """What happened so far. Times in ns of the device, from events: `busy` within steps, `idle` between consecutive ones."""
+
+    steps: int = 0
+    replays: int = 0
+    captures: int = 0
+    busy_ns: int = 0
+    idle_ns: int = 0
+
+
+@dataclass
+class _Launched:
+    """The Forward that waits for its Sample."""
+
+    work: Forward
+    bucket: int
+    """0: eager."""
+    hidden: Tensor | None
+    """[rows, H] normalised, padded rows included."""
+    whole: tuple[Tensor, Tensor] | None
+    """(x, residual) of every token of an eager step."""
+
+
+class CudaRunner:
+    """See core/device_api.py: Runner. `forward` and `sample` are called on one thread; what `sample` returns, on another."""
+
+    def __init__(
+        self,
+        *,
+        facts: ModelFacts,
+        model: DeviceDecoder,
+        ops: Ops,
+        lane: Lane,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        dtype: str,
+        attention: str,
+        deterministic: bool,
+        fingerprint: str,
+        graphs: bool,
+        depth: int,
+    ) -> None:
+        """`num_blocks` may be small at first: `resize` brings the real cache."""
+        self.facts = facts
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.dtype = dtype
+        self.attention = attention
+        self.deterministic = deterministic
+        self.fingerprint = fingerprint
+        self.kv_layout = f"{ops.kv_layout}:{dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
+        self.counters = Counters()
+        self.timed = False
+        """Whether StepDone's events are read for `counters` (benchmarks)."""
+        self.memory = MemoryTable(weights=model.weights_bytes, workspace=0, graphs=0, kv=0, slack=0, total=0)
+        self._model = model
+        self._ops = ops
+        self._lane = lane
+        self._torch_dtype = model.table.dtype
+        self._pool = self.allocate(num_blocks)
+        self.num_blocks = num_blocks
+        device = lane.device
+        width = -(-max_model_len // block_size) + 1  # a planner may reserve for one token more than is ever computed
+        # One more place than the longest sequence: the draw after a full context is written, and never read.
+        self.history = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int32, device=device)
+        self.table = torch.full((max_num_seqs, width), -1, dtype=torch.int32, device=device)
+        self._known = np.full((max_num_seqs, width), -1, np.int32)
+        """The table as the host wrote it, to refuse a step that would read another sequence's blocks."""
+        entries = depth + 1
+        rows = padded_rows(max_num_seqs)
+        self._max_rows = rows
+        self._decode = Upload(lane, entries, 2 * rows, fixed=True)
+        self._columns = Upload(lane, entries, 4 * max_num_seqs + 4 * max_num_batched_tokens)
+        self._draws = Upload(lane, entries, 3 * max_num_seqs)
+        self._down = Download(lane, entries, rows)
+        self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
+        self.sampler = DeviceSampler(
+            ops, max_num_seqs, facts.vocab_size, self.history, Upload(lane, entries, 16 * max_num_seqs), self._to_device
+        )
+        self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
+        self._buckets = buckets_for(max_num_seqs) if graphs else []
+        self._forwards: dict[int, Graph] = {}
+        self._samples: dict[tuple[int, bool], Graph] = {}
+        self._uses: dict[int, int] = {}
+        self._capture_after = 0.0
+        self.graph_reserve = 0
+        self._graph_bytes = 0
+        self._launched: _Launched | None = None
+        self._started_ns = 0
+        self._last_end: Event | None = None
+
+    # ------------------------------------------------------------------ memory
+
+    def allocate(self, num_blocks: int) -> Tensor:
+        """A pool of so many blocks. Raises torch.OutOfMemoryError."""
+        facts = self.facts
+        return self._ops.allocate(
+            facts.num_layers, num_blocks, facts.num_kv_heads, self.block_size, facts.head_dim, self._torch_dtype, self._lane.device
+        )
+
+    def resize(self, pool: Tensor) -> None:
+        """Take another pool. Before serving only: graphs captured with the old one are dropped, whatever it held is lost."""
+        self.drop_graphs()
+        self._pool = pool
+        self.num_blocks = pool.shape[2]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what this runner keeps on the device beside weights and KV cache."""
+        kept = (self.history, self.table, self._decode, self._columns, self._draws, self.sampler)
+        return sum(part.nbytes for part in kept) + self._ops.workspace_bytes + self._model.tables_bytes
+
+    # ------------------------------------------------------------------ forward
+
+    @torch.inference_mode()
+    def forward(self, work: Forward) -> None:
+        """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
+        self._started_ns = time.monotonic_ns()
+        self._lane.bind()
+        rows = len(work.slots)
+        decode = rows > 0 and work.num_decode == rows
+        self._update_known(work)
+        self._bounds[self.counters.steps % len(self._bounds)][0].record()
+        if len(work.copy_src) or len(work.place_slots) or len(work.block_slots):
+            self._update(work)
+        bucket = self._bucket(rows) if decode else 0
+        if rows == 0:
+            self._launched = _Launched(work, 0, None, None)
+        elif bucket:
+            self._decode.send_rows(self._max_rows, -1, work.slots, work.starts)
+            graph = self._forwards[bucket]
+            graph.replay()
+            self.counters.replays += 1
+            self._launched = _Launched(work, bucket, graph.outputs[0], None)
+        else:
+            self._eager(work, rows, decode)
+
+    def _update_known(self, work: Forward) -> None:
+        """Mirror of the device's table; the check that every position of this step has a block."""
+        known, size = self._known, self.block_size
+        if len(work.place_slots):
+            known[work.place_slots] = -1
+        if len(work.block_slots):
+            known[work.block_slots, work.block_index] = work.block_ids
+        if len(work.slots) == 0:
+            return
+        first = work.starts // size
+        last = first if work.num_decode == len(work.slots) else (work.starts + work.counts - 1) // size
+        lowest = min(int(known[work.slots, first].min()), int(known[work.slots, last].min()))
+        if lowest < 0:
+            raise EngineFailure("A step names positions whose blocks were never given to their slot.")
+
+    def _update(self, work: Forward) -> None:
+        """Copies, places and blocks, in this order, with one copy up."""
+        place_at = np.zeros(len(work.place_counts), np.int32)
+        np.cumsum(work.place_counts[:-1], out=place_at[1:])
+        sent = self._columns.send(
+            work.copy_src,
+            work.copy_dst,
+            work.place_slots,
+            work.place_counts,
+            place_at,
+            work.place_tokens,
+            work.block_slots,
+            work.block_index,
+            work.block_ids,
+        )
+        if len(work.copy_src):
+            self._ops.copy_blocks(self._pool, sent[0], sent[1])
+        if len(work.place_slots):
+            self._ops.place(self.history, self.table, sent[2], sent[3], sent[4], sent[5])
+        if len(work.block_slots):
+            self._ops.set_blocks(self.table, sent[6], sent[7], sent[8])
+
+    def _eager(self, work: Forward, rows: int, decode: bool) -> None:
+        """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
+        q_start = np.zeros(rows + 1, np.int32)
+        np.cumsum(work.counts, out=q_start[1:])
+        sent = self._columns.send(work.slots, work.starts, q_start, q_start[1:] - 1)
+        if decode:
+            columns = self._ops.decode_inputs(sent[0], sent[1], self.history, self.table, self.block_size)
+        else:
+            state = (self.history, self.table, self.block_size)
+            columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), work.num_decode)
+        x, residual = self._model.step(self._ops, self._pool, columns)
+        hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
+        self._launched = _Launched(work, 0, hidden, (x, residual))
+
+    # ------------------------------------------------------------------ graphs
+
+    def _bucket(self, rows: int) -> int:
+        """The captured bucket for so many rows, or 0. Captures one that was asked for often enough."""
+        bucket = next((size for size in self._buckets if size >= rows), 0)
+        if not bucket or bucket in self._forwards:
+            return bucket
+        self._uses[bucket] = used = self._uses.get(bucket, 0) + 1
+        now = time.monotonic()
+        if used < LAZY_USES or now < self._capture_after or self._graph_bytes >= self.graph_reserve:
+            return 0
+        self._capture_after = now + LAZY_PAUSE_S
+        self.capture(bucket)
+        return bucket
+
+    def _decode_body(self, bucket: int) -> Outputs:
+        """A decode step of `bucket` rows on the fixed inputs: hidden states, and lengths (the positions that the draw fills)."""
+        slots, starts = self._decode.staging[:bucket], self._decode.staging[self._max_rows : self._max_rows + bucket]
+        columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
+        x, residual = self._model.step(self._ops, self._pool, columns)
+        return self._model.final(self._ops, x, residual), columns.kv_len
+
+    def _sample_body(self, bucket: int, hot: bool, hidden: Tensor, positions: Tensor) -> Outputs:
+        """The draw behind `_decode_body`, into the history."""
+        slots = self._decode.staging[:bucket]
+        tokens = self.sampler.draw(self._model.logits(self._ops, hidden), slots, positions, hot)
+        self._ops.write_tokens(slots, positions, tokens, self.history)
+        return (tokens,)
+
+    def capture(self, bucket: int) -> None:
+        """Capture one bucket, a draw of either kind included. Runs each piece once before, on padding rows alone, so that nothing is compiled or
+        allocated for the first time inside a capture; that overwrites the fixed inputs, which every step sends anew."""
+        before = self._lane.used()
+        self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+        hidden, positions = self._decode_body(bucket)
+        for hot in (False, True):
+            self._sample_body(bucket, hot, hidden, positions)
+        graph = self._lane.capture(lambda: self._decode_body(bucket))
+        if not graph.outputs:  # a lane that captures nothing makes the outputs when it runs
+            graph.replay()
+        self._forwards[bucket] = graph
+        kept, lengths = graph.outputs
+        for hot in (False, True):
+            body = _bound(self._sample_body, bucket, hot, kept, lengths)
+            self._samples[bucket, hot] = sampled = self._lane.capture(body)
+            if not sampled.outputs:
+                sampled.replay()
+        self.counters.captures += 1
+        self._graph_bytes += max(0, self._lane.used() - before)
+
+    @property
+    def graphs_planned(self) -> int:
+        """Batch sizes that are to get a graph."""
+        return len(self._buckets)
+
+    @torch.inference_mode()
+    def capture_largest(self) -> None:
+        """For the memory table."""
+        self._lane.bind()
+        self.capture(self._buckets[-1])
+        self._lane.synchronize()
+
+    def drop_graphs(self) -> None:
+        """Forget every graph and the memory that they took."""
+        self._forwards.clear()
+        self._samples.clear()
+        self._launched = None
+        self._graph_bytes = 0
+
+    def capture_all(self, progress: Callable[[str], None], limit_s: float = CAPTURE_S) -> None:
+        """Every bucket, largest first, until the time or the reservation is used up."""
+        started = time.monotonic()
+        for bucket in reversed(self._buckets):
+            if bucket not in self._forwards:
+                if time.monotonic() - started > limit_s or (self.graph_reserve and self._graph_bytes >= self.graph_reserve):
+                    progress(f"capturing graphs: {len(self._forwards)} of {len(self._buckets)} batch sizes; the others when they are used")
+                    return
+                self.capture(bucket)
+        if self._buckets:
+            progress(f"captured graphs for {len(self._buckets)} batch sizes up to {self._buckets[-1]}")
+
+    # ------------------------------------------------------------------ sample
+
+    @torch.inference_mode()
+    def sample(self, work: Sample) -> Callable[[], StepDone]:
+        """See Runner.sample: everything is enqueued when this returns; the returned call waits for the step's event."""
+        launched = self._launched
+        if launched is None:
+            raise EngineFailure("A Sample came without its Forward.")
+        self._launched = None
+        self._lane.bind()
+        if work.places:
+            self.sampler.place(work.places)
+        landing = self._down.take()
+        prompt = self._prompt_logprobs(work, launched, landing) if len(work.prompt_rows) else []
+        rows, found = len(work.rows), None
+        if rows:
+            assert launched.hidden is not None
+            if launched.bucket and self._follows(work, launched.work) and self.sampler.plain(work.slots):
+                graph = self._samples[launched.bucket, self.sampler.hot(work.slots)]
+                graph.replay()
+                tokens = graph.outputs[0][:rows]
+            else:
+                row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
+                logits = self._model.logits(self._ops, self._ops.take_rows(launched.hidden, row_at))
+                tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing)
+                self._ops.write_tokens(slots, positions, tokens, self.history)
+            landing.bring(tokens)
+        begin, end = self._bounds[self.counters.steps % len(self._bounds)]
+        self.counters.steps += 1
+        end.record()
+        event = landing.close()
+        started = self._started_ns
+
+        def wait() -> StepDone:
+            event.synchronize()
+            if self.timed:
+                self._account(begin, end)
+            tokens = landing.tokens()
+            bad: I32 = EMPTY_I32
+            if rows and int(tokens.min()) < 0:
+                bad = np.flatnonzero(tokens < 0).astype(np.int32)
+                tokens[bad] = 0
+            return StepDone(
+                engine=work.engine,
+                epoch=work.epoch,
+                step=work.step,
+                slots=work.slots,
+                tokens=tokens,
+                started_ns=started,
+                finished_ns=time.monotonic_ns(),
+                logprobs=None if found is None else found.columns(landing),
+                prompt_logprobs=_joined([part.columns(landing) for part in prompt]) if len(work.prompt_rows) else None,
+                bad_rows=bad,
+            )
+
+        return wait
+
+    def _follows(self, work: Sample, before: Forward) -> bool:
+        """Does each row of a decode step draw for itself, at the position after it."""
+        count = len(before.slots)
+        return (
+            len(work.rows) == count
+            and np.array_equal(work.rows, self._range[:count])
+            and (work.slots is before.slots or np.array_equal(work.slots, before.slots))
+            and np.array_equal(work.positions, before.starts + 1)
+        )
+
+    def _prompt_logprobs(self, work: Sample, launched: _Launched, landing: Landing) -> list[Wanted]:
+        """Log-probabilities of the prompt tokens that the last Forward's rows predict, a bounded number of logits at a time."""
+        last = launched.work
+        chunk = max(1, PROMPT_LOGIT_ELEMENTS // self.facts.vocab_size)
+        ends = np.cumsum(last.counts)
+        parts: list[Wanted] = []
+        for index, (row, k) in enumerate(zip(work.prompt_rows.tolist(), work.prompt_topk.tolist(), strict=True)):
+            slot, start, count = int(last.slots[row]), int(last.starts[row]), int(last.counts[row])
+            begin = int(ends[row]) - count
+            count = min(count, int(self.sampler.prompt_len[slot]) - 1 - start)
+            for first in range(0, count, chunk):
+                size = min(chunk, count - first)
+                hidden = self._hidden_of(launched, begin + first, size)
+                at = start + first + 1
+                chosen = self.history[slot, at : at + size]
+                wants, named = np.full(size, k, np.int32), np.full(size, index, np.int32)
+                positions = self._range[:size] + at
+                parts.append(
+                    self.sampler.wanted(self._model.logits(self._ops, hidden), chosen, named, positions.astype(np.int32), wants, landing)
+                )
+        return parts
+
+    def _hidden_of(self, launched: _Launched, first: int, count: int) -> Tensor:
+        """Normalised hidden states of `count` tokens of the step."""
+        if launched.whole is None:
+            assert launched.hidden is not None
+            return launched.hidden[first : first + count].contiguous()
+        x, residual = launched.whole
+        return self._model.final(self._ops, x[first : first + count].clone(), residual[first : first + count].clone())
+
+    def _account(self, begin: Event, end: Event) -> None:
+        self.counters.busy_ns += int(begin.elapsed_time(end) * 1e6)
+        if self._last_end is not None:
+            self.counters.idle_ns += max(0, int(self._last_end.elapsed_time(begin) * 1e6))
+        self._last_end = end
+
+    def _to_device(self, values: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        """A small column with memory of its own (rare: lists, log-probabilities, penalties)."""
+        pinned = self._lane.pinned(values.size)
+        pinned.numpy()[:] = values
+        return pinned.to(self._lane.device, non_blocking=True)
+
+    # ------------------------------------------------------------------ life
+
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        """Compile and touch what a first request would pay for, capture graphs; then, if asked for, the deterministic self-test."""
+        from penstock.plugins.devices.self_test import self_test, touch
+
+        touch(self, progress)
+        with torch.inference_mode():
+            self._lane.bind()
+            self.capture_all(progress)
+        self._lane.synchronize()
+        if self.deterministic:
+            self_test(self, progress)
+        self.counters = Counters()
+        self._last_end = None
+
+    @torch.inference_mode()
+    def exercise(self) -> None:
+        """The largest eager step on padding rows alone, with a draw of a full batch: what needs the most workspace. Then waits."""
+        self._lane.bind()
+        rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        counts = np.full(rows, tokens // rows, np.int32)
+        counts[0] += tokens - int(counts.sum())
+        q_start = np.zeros(rows + 1, np.int32)
+        np.cumsum(counts, out=q_start[1:])
+        sent = self._columns.send(i32([-1] * rows), np.zeros(rows, np.int32), q_start, q_start[1:] - 1)
+        columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], self.history, self.table, self.block_size, tokens, 0)
+        x, residual = self._model.step(self._ops, self._pool, columns)
+        hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
+        logits = self._model.logits(self._ops, hidden)
+        raw = logits.clone()
+        self.sampler.draw(logits, sent[0], sent[1], True)
+        del raw, logits, hidden, x, residual, columns
+        self._lane.synchronize()
+
+    def close(self) -> None:
+        """Wait for the device and let go of everything."""
+        self._lane.bind()
+        self._lane.synchronize()
+        self._forwards.clear()
+        self._samples.clear()
+        self._launched = None
+
+
+def _bound(function: Callable[[int, bool, Tensor, Tensor], Outputs], bucket: int, hot: bool, a: Tensor, b: Tensor) -> Callable[[], Outputs]:
+    return lambda: function(bucket, hot, a, b)
+
+
+def _joined(parts: list[LogprobColumns]) -> LogprobColumns:
+    if not parts:
+        return LogprobColumns()
+    fields = ("rows", "positions", "counts", "ranks", "ids", "values")
+    return LogprobColumns(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})

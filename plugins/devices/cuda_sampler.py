@@ -1,0 +1,226 @@
+"""Sampling state of the slots on the device, and the draw of one step.
+
+What it is: what slot_sampler.py is for the CPU, without a look at any value: settings are columns on the device, the host keeps only what
+decides which kernels to launch (is a row hot, does it count, does it have lists). Order of a row's changes: penalties, bias, allowed tokens,
+bad words, minimum length; then temperature and filters. Log-probabilities come from the raw logits.
+What it does not know: the model, blocks, which request a slot serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from penstock.core.columns import I32, Column, i32
+from penstock.core.messages import LogprobColumns, SlotSampling
+from penstock.kernels.sampling import torch as portable
+from penstock.plugins.devices.cuda_ops import Ops, Settings
+from penstock.plugins.devices.cuda_rings import Landing, Upload
+
+Tensor = torch.Tensor
+PENALTY, LISTS, MINIMUM = 1, 2, 4
+"""Bits of `flags`: needs counts; has bias, allowed tokens or bad words; has stop ids masked until min_tokens."""
+
+WORDS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence", "top_k", "choices")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Log-probabilities on their way to the host: indices of ids, values and ranks in the landing, and the host's half of the columns."""
+
+    ids: int
+    values: int
+    ranks: int
+    rows: I32
+    positions: I32
+    wants: I32
+    width: int
+
+    def columns(self, landing: Landing) -> LogprobColumns:
+        """After the landing's event."""
+        count = len(self.rows)
+        counts = (self.wants + 1).astype(np.int32)
+        kept = np.arange(self.width)[None] < counts[:, None]
+        return LogprobColumns(
+            rows=self.rows,
+            positions=self.positions,
+            counts=counts,
+            ranks=landing.more(self.ranks, np.int32).copy(),
+            ids=landing.more(self.ids, np.int32).reshape(count, self.width)[kept],
+            values=landing.more(self.values, np.float32).reshape(count, self.width)[kept],
+        )
+
+
+class DeviceSampler:
+    """`history` [slots, max_len + 1] int32 is the runner's, on the device."""
+
+    def __init__(self, ops: Ops, slots: int, vocab: int, history: Tensor, upload: Upload, to_device: Callable[[Column], Tensor]) -> None:
+        device = history.device
+        self._ops = ops
+        self._vocab = vocab
+        self._history = history
+        self._upload = upload
+        self._to_device = to_device
+        self._words = torch.zeros(len(WORDS), slots, dtype=torch.int32, device=device)
+        self._seeds = torch.zeros(slots, dtype=torch.int64, device=device)
+        floats = {name: self._words[index].view(torch.float32) for index, name in enumerate(WORDS[:6])}
+        self.settings = Settings(seeds=self._seeds, top_k=self._words[6], choices=self._words[7], **floats)
+        self._counts = torch.zeros(slots, vocab, dtype=torch.int32, device=device)
+        self._in_prompt = torch.zeros(slots, vocab, dtype=torch.bool, device=device)
+        self._hot = np.zeros(slots, np.bool_)
+        self._flags: I32 = np.zeros(slots, np.int32)
+        self._counting = np.zeros(slots, np.bool_)
+        self._logprobs: I32 = np.full(slots, -1, np.int32)
+        self.prompt_len: I32 = np.zeros(slots, np.int32)
+        self._lists: dict[int, _Lists] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(part.nbytes for part in (self._words, self._seeds, self._counts, self._in_prompt))
+
+    def place(self, places: Sequence[SlotSampling]) -> None:
+        """Sequences enter slots; what was there before is forgotten. One copy for all of them."""
+        count = len(places)
+        floats = np.empty((6, count), np.float32)
+        integers = np.empty((2, count), np.int32)
+        seeds = np.empty(count, np.int64)
+        slots = i32([place.slot for place in places])
+        for at, place in enumerate(places):
+            slot, params = place.slot, place.params
+            floats[:, at] = (
+                0.0 if params.greedy else params.temperature,
+                params.top_p,
+                params.min_p,
+                params.repetition_penalty,
+                params.frequency_penalty,
+                params.presence_penalty,
+            )
+            integers[:, at] = max(0, params.top_k), place.choice
+            seeds[at] = params.seed or 0
+            flags = 0
+            if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+                flags |= PENALTY
+            self._lists.pop(slot, None)
+            masks_stops = params.min_tokens > 0 and len(place.stop_ids) > 0
+            if params.logit_bias or params.allowed_token_ids is not None or params.bad_words_token_ids:
+                flags |= LISTS
+            if masks_stops:
+                flags |= MINIMUM
+            if flags & (LISTS | MINIMUM):
+                self._lists[slot] = _Lists(place, self._to_device)
+            self._flags[slot] = flags
+            self._counting[slot] = False
+            self._hot[slot] = not params.greedy
+            self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+            self.prompt_len[slot] = place.prompt_len
+        sent = self._upload.send(seeds.view(np.int32), floats.view(np.int32).ravel(), integers.ravel(), slots)
+        where = sent[3].long()
+        self._seeds.index_copy_(0, where, sent[0].view(torch.int64))
+        words = torch.cat([sent[1].view(6, count), sent[2].view(2, count)])
+        self._words.index_copy_(1, where, words)
+
+    def plain(self, slots: Column) -> bool:
+        """Nobody among these slots needs more than a draw by temperature and filters: a graph can do it."""
+        return not self._flags[slots].any() and not (self._logprobs[slots] >= 0).any()
+
+    def hot(self, slots: Column) -> bool:
+        """Somebody is not greedy."""
+        return bool(self._hot[slots].any())
+
+    def draw(self, logits: Tensor, slots: Tensor, positions: Tensor, hot: bool) -> Tensor:
+        """Tokens [R] int32 of plain rows, -1 for a bad one."""
+        return self._ops.draw(logits, self.settings, slots, positions) if hot else self._ops.greedy(logits)
+
+    def sample(
+        self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, landing: Landing
+    ) -> tuple[Tensor, Wanted | None]:
+        """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device -> (tokens [R], log-probabilities)."""
+        wants = self._logprobs[slots]
+        rows: I32 = np.flatnonzero(wants >= 0).astype(np.int32)
+        raw = None
+        if rows.size:
+            raw = logits.clone() if rows.size == len(slots) else logits.index_select(0, self._to_device(rows))
+        flags = self._flags[slots]
+        counted = None
+        if flags.any():
+            counted = self._adjust(logits, slots, positions, flags)
+        tokens = self.draw(logits, at, where, self.hot(slots))
+        if counted is not None:
+            self._ops.count(self._counts, counted, tokens)
+        if raw is None:
+            return tokens, None
+        chosen = tokens if rows.size == len(slots) else tokens.index_select(0, self._to_device(rows))
+        return tokens, self.wanted(raw, chosen, rows, positions[rows].astype(np.int32), wants[rows], landing)
+
+    def wanted(self, raw: Tensor, chosen: Tensor, rows: I32, positions: I32, wants: I32, landing: Landing) -> Wanted:
+        """Log-probabilities of raw logits [r, V] at `chosen` [r] and of the most likely tokens, put on their way."""
+        wants = np.minimum(wants, self._vocab).astype(np.int32)
+        ids, values, ranks = portable.logprobs(raw, chosen.clamp_min(0).long(), int(wants.max()))
+        return Wanted(landing.also(ids.int()), landing.also(values), landing.also(ranks.int()), rows, positions, wants, ids.shape[1])
+
+    def _adjust(self, logits: Tensor, slots: Column, positions: Column, flags: I32) -> Tensor | None:
+        """Penalties, bias and masks, in place, on the rows that have them. Returns which slot counts, by row, if any does."""
+        counted = None
+        if (flags & PENALTY).any():
+            fresh = np.flatnonzero(((flags & PENALTY) != 0) & ~self._counting[slots])
+            if fresh.size:
+                named, ends = slots[fresh], positions[fresh]
+                sent = self._upload.send(named, np.minimum(self.prompt_len[named], ends), ends)
+                self._ops.start_counts(self._counts, self._in_prompt, sent[0], self._history, sent[1], sent[2])
+                self._counting[named] = True
+            counted = self._to_device(np.where(flags & PENALTY, slots, -1).astype(np.int32))
+            self._ops.penalise(logits, counted, self._counts, self._in_prompt, self.settings)
+        for row in np.flatnonzero(flags & LISTS):
+            slot, position = int(slots[row]), int(positions[row])
+            self._lists[slot].apply(logits[row], self._history[slot], position)
+        for row in np.flatnonzero(flags & MINIMUM):
+            slot = int(slots[row])
+            if not self._lists[slot].hold_back(logits[row], int(positions[row])):
+                self._flags[slot] &= ~MINIMUM
+        return counted
+
+
+class _Lists:
+    """Bias, allowed tokens, bad words and stop ids of one slot, on the device."""
+
+    def __init__(self, place: SlotSampling, to_device: Callable[[Column], Tensor]) -> None:
+        params = place.params
+
+        def ids(values: Sequence[int]) -> Tensor | None:
+            return to_device(i32(values)).long() if values else None
+
+        self._bias_ids = ids(list(params.logit_bias))
+        self._bias = to_device(np.asarray(list(params.logit_bias.values()), np.float32).view(np.int32)).view(torch.float32)
+        self._allowed = None if params.allowed_token_ids is None else ids(sorted(set(params.allowed_token_ids)))
+        words = [word for word in params.bad_words_token_ids if word]
+        self._words = [(len(word) - 1, ids(word[:-1]), word[-1]) for word in words]
+        self._ends = place.prompt_len + params.min_tokens
+        self._stops = ids(sorted({int(token) for token in place.stop_ids}))
+
+    def apply(self, logits: Tensor, history: Tensor, position: int) -> None:
+        """logits [V] in place; history [L] holds `position` tokens."""
+        if self._bias_ids is not None:
+            logits.index_add_(0, self._bias_ids, self._bias)
+        if self._allowed is not None:
+            kept = logits.index_select(0, self._allowed)
+            logits.fill_(-torch.inf)
+            logits.index_copy_(0, self._allowed, kept)
+        # Matches first: a word's ban must not depend on the order of the words.
+        for length, prefix, last in self._words:
+            one = logits[last : last + 1]
+            if prefix is None:
+                one.fill_(-torch.inf)
+            elif length <= position:
+                one.masked_fill_((history[position - length : position] == prefix).all(), -torch.inf)
+
+    def hold_back(self, logits: Tensor, position: int) -> bool:
+        """Mask the stop ids; False once enough tokens exist."""
+        if position >= self._ends:
+            return False
+        assert self._stops is not None
+        logits.index_fill_(0, self._stops, -torch.inf)
+        return True

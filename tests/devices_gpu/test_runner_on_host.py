@@ -1,0 +1,87 @@
+"""The CUDA device's runner against the CPU's: tokens and log-probabilities, however a run is cut, with graphs and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from penstock.core.sampling import SamplingParams
+from penstock.plugins.devices import cuda_runner
+from penstock.plugins.devices.driver import Driver, Job, Options
+
+Make = Callable[..., Any]
+VOCAB = 97
+
+
+def jobs(count: int, seed: int, outputs: int = 7) -> list[Job]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for index in range(count):
+        hot = index % 3 == 1
+        params = SamplingParams(
+            temperature=0.9 if hot else 0.0,
+            top_p=0.9 if index % 2 else 1.0,
+            top_k=20 if hot and index % 4 == 0 else 0,
+            min_p=0.02 if index % 5 == 1 else 0.0,
+            seed=index - 3,
+            logprobs=[None, 0, 4][index % 3],
+            prompt_logprobs=2 if index % 4 == 3 else None,
+            repetition_penalty=1.2 if index % 5 == 2 else 1.0,
+            presence_penalty=0.4 if index % 5 == 4 else 0.0,
+            frequency_penalty=-0.3 if index % 5 == 4 else 0.0,
+        )
+        made.append(
+            Job(prompt=rng.integers(0, VOCAB, rng.integers(1, 45)).astype(np.int32), params=params, max_tokens=outputs, choice=index)
+        )
+    return made
+
+
+def same(mine: list[Job], theirs: list[Job]) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.tokens == b.tokens
+        assert len(a.logprobs) == len(b.logprobs)
+        for x, y in zip(a.logprobs, b.logprobs, strict=True):
+            assert np.allclose(np.frombuffer(x, np.float32), np.frombuffer(y, np.float32), atol=2e-4)
+        assert a.prompt_logprobs.keys() == b.prompt_logprobs.keys()
+        for position, (ids, values) in a.prompt_logprobs.items():
+            assert ids == b.prompt_logprobs[position][0]
+            assert np.allclose(values, b.prompt_logprobs[position][1], atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_equal_to_the_cpu_runner(family: str, eager: bool, make_folder: Make, host_runner: Make, cpu_runner: Make) -> None:
+    folder = make_folder(family)
+    truth = jobs(11, seed=1)
+    Driver(cpu_runner(folder)).run(truth)
+    runner = host_runner(folder, enforce_eager=eager)
+    runner.warm_up(lambda phase: None)
+    for options in (
+        Options(),
+        Options(chunk=lambda rng: rng.randint(1, 9), scatter=True, seed=1),
+        Options(share=True, at_once=3),
+        Options(preempt=0.3, seed=3, scatter=True),
+    ):
+        mine = jobs(11, seed=1)
+        Driver(runner, options).run(mine)
+        same(mine, truth)
+    assert (runner.counters.replays > 0) is not eager
+
+
+def test_prompt_logprobs_in_small_pieces(folder: Path, host_runner: Make, cpu_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = SamplingParams(temperature=0.0, prompt_logprobs=4)
+
+    def run(runner: Any, options: Options) -> list[Job]:
+        job = Job(prompt=np.arange(3, 50, dtype=np.int32), params=asks, max_tokens=3)
+        Driver(runner, options).run([job])
+        return [job]
+
+    truth = run(cpu_runner(folder), Options())
+    same(run(host_runner(folder), Options()), truth)
+    monkeypatch.setattr(cuda_runner, "PROMPT_LOGIT_ELEMENTS", 5 * VOCAB)
+    same(run(host_runner(folder), Options(chunk=lambda rng: 13)), truth)
+    assert sorted(truth[0].prompt_logprobs) == list(range(1, 47))
