@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 from penstock.core import config, hookspecs, messages
 from penstock.core.cli import GROUP_TITLES
 
 HERE = Path(__file__).parent
+LINK_ONLY = {messages.Hello, messages.Extension}
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
 
@@ -95,9 +98,31 @@ def hooks() -> str:
     return "\n".join(out) + "\n"
 
 
-def actors() -> str:
-    from penstock.core.kernel import actor_table
+def actor_table() -> list[tuple[str, str, list[str], list[str]]]:
+    """Name, process and default host, takes, gives. The gateway is an asyncio object: its row comes from the links' unions."""
+    from penstock.core.actors import executor, kv, sampler, scheduler, text
+    from penstock.core.supervisor import Supervisor
 
+    def names(kinds: Iterable[type]) -> list[str]:
+        return sorted(kind.__name__ for kind in kinds)
+
+    rows = [
+        ("root (`core/supervisor.py`)", "root, task", names(Supervisor.takes), names(Supervisor.gives)),
+        (
+            "gateway (`transports/gateway.py`)",
+            "edge, asyncio",
+            names(set(get_args(messages.TextToEdge)) - LINK_ONLY),
+            names(set(get_args(messages.EdgeToText)) - LINK_ONLY),
+        ),
+        ("text (`core/actors/text.py`)", "text, task", names(text.TextActor.takes), names(text.TextActor.gives)),
+    ]
+    for kind in (scheduler.Scheduler, kv.KvManager, executor.Executor, sampler.Sampler):
+        module = kind.__module__.rsplit(".", 1)[1]
+        rows.append((f"{module} (`core/actors/{module}.py`)", "engine, cell", names(kind.takes), names(kind.gives)))
+    return rows
+
+
+def actors() -> str:
     out = [
         "# Actors and messages",
         NOTE,

@@ -107,3 +107,38 @@ def test_choice_by_priority_hook_and_name(monkeypatch: pytest.MonkeyPatch) -> No
     wrong = host(module(monkeypatch, "pkg_wrong", [], choice="nonsense"))
     with pytest.raises(PluginError, match="nonsense"):
         wrong.choose_device("auto")
+
+
+def test_register_commands_adds_to_the_group() -> None:
+    import click
+
+    group = click.Group("penstock")
+    PluginHost("root").load().hook.register_commands(group=group)
+    assert {"bench", "chat"} <= set(group.commands)
+
+
+@pytest.mark.parametrize(
+    ("role", "hook", "names"),
+    [
+        ("engine", "register_devices", {"cpu"}),
+        ("engine", "register_schedule_policies", {"fcfs", "priority"}),
+        ("engine", "register_attention_backends", {"native", "torch"}),
+        ("edge", "register_transports", {"openai"}),
+    ],
+)
+def test_built_ins_register_by_hooks(role: Any, hook: str, names: set[str]) -> None:
+    found = {spec.name for specs in getattr(PluginHost(role).load().hook, hook)() for spec in specs}
+    assert names <= found
+
+
+@pytest.mark.parametrize(
+    ("role", "hook"),
+    [
+        ("engine", "register_models"),
+        ("engine", "register_weight_sources"),
+        ("text", "register_tokenizers"),
+        ("text", "register_chat_renderers"),
+    ],
+)
+def test_built_in_families_are_not_empty(role: Any, hook: str) -> None:
+    assert any(getattr(PluginHost(role).load().hook, hook)())

@@ -128,6 +128,8 @@ def test_generation_defaults(tmp_path: Path) -> None:
     assert generation_defaults(Config(), str(tmp_path)) == {"temperature": 0.5, "top_k": 9, "max_tokens": 7}
     assert generation_defaults(Config(generation_config="vllm"), str(tmp_path)) == {}
     assert generation_defaults(Config(generation_config=str(tmp_path)), "/nowhere")["top_k"] == 9
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5}')
+    assert generation_defaults(Config(), str(tmp_path)) == {"temperature": 0.0}
     with pytest.raises(CheckpointError, match="--generation-config"):
         generation_defaults(Config(generation_config=str(tmp_path / "none")), "/nowhere")
     (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
