@@ -11,9 +11,7 @@ import torch
 from penstock.kernels.attention import KV_LAYOUT, paged_attention
 
 
-def allocate_pool(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, layers: int
-) -> torch.Tensor:
+def allocate_pool(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, layers: int) -> torch.Tensor:
     """[layers, 2, num_blocks, Hkv, block_size, D], not initialised: pages are touched when blocks are written."""
     return torch.empty(layers, 2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
 

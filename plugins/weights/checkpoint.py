@@ -75,14 +75,18 @@ class Checkpoint:
         """See Weights.take."""
         file = self._where.get(name)
         if file is None:
-            raise CheckpointError(f"{self._folder}: tensor {name!r} is missing; the configuration asks for one of shape {list(shape)}.", param=name)
+            raise CheckpointError(
+                f"{self._folder}: tensor {name!r} is missing; the configuration asks for one of shape {list(shape)}.", param=name
+            )
         self._left.discard(name)
         try:
             value: torch.Tensor = self._handle(file).get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}).", param=name) from None
         if list(value.shape) != list(shape):
-            raise CheckpointError(f"{file}: tensor {name!r} has shape {list(value.shape)}, the configuration says {list(shape)}.", param=name)
+            raise CheckpointError(
+                f"{file}: tensor {name!r} has shape {list(value.shape)}, the configuration says {list(shape)}.", param=name
+            )
         if value.dtype not in FLOATS:
             raise UnsupportedFeature(f"{file}: tensor {name!r} is {value.dtype}: quantised weights are not supported yet.", param=name)
         return value.to(self._dtype).contiguous()

@@ -63,9 +63,15 @@ def test_philox_known_answers(counter: tuple[int, ...], key: int, want: tuple[in
     assert word.item() == want[0]
 
 
-logit_rows = st.integers(2, 60).flatmap(
-    lambda n: st.lists(st.one_of(st.floats(-12, 12, width=32, allow_subnormal=False), st.sampled_from([0.0, 1.5, -math.inf])), min_size=n, max_size=n)
-).filter(lambda row: any(math.isfinite(x) for x in row))
+logit_rows = (
+    st.integers(2, 60)
+    .flatmap(
+        lambda n: st.lists(
+            st.one_of(st.floats(-12, 12, width=32, allow_subnormal=False), st.sampled_from([0.0, 1.5, -math.inf])), min_size=n, max_size=n
+        )
+    )
+    .filter(lambda row: any(math.isfinite(x) for x in row))
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -94,7 +100,15 @@ def test_draws_equal_the_reference(
         allowed = {int(np.argmax(np.where(mask, scores, -np.inf))) for mask in (narrow, keep, wide)}
         for name in IMPLEMENTATIONS if native.library() is not None else ["torch"]:
             got = draw_with(
-                name, logits, temperature=temperature, top_k=first_k, top_p=top_p, min_p=min_p, seeds=seed, choices=choice, positions=position
+                name,
+                logits,
+                temperature=temperature,
+                top_k=first_k,
+                top_p=top_p,
+                min_p=min_p,
+                seeds=seed,
+                choices=choice,
+                positions=position,
             )[0]
             assert got in allowed, (name, got, allowed)
             assert wide[got]
@@ -118,7 +132,9 @@ def test_draws_equal_the_reference_on_a_large_vocabulary(draw: Any) -> None:
 def test_reference_draw_uses_the_same_definition() -> None:
     logits = np.array([0.5, 2.0, 1.0, -3.0])
     for position in range(20):
-        got = draw_with("torch", torch.from_numpy(logits[None]).float(), temperature=0.5, top_k=3, seeds=9, choices=2, positions=position)[0]
+        got = draw_with("torch", torch.from_numpy(logits[None]).float(), temperature=0.5, top_k=3, seeds=9, choices=2, positions=position)[
+            0
+        ]
         assert got == reference.draw(logits, temperature=0.5, top_k=3, seed=9, choice=2, position=position)
     assert reference.draw(logits, temperature=0.0) == 1
 
@@ -174,7 +190,9 @@ def test_a_row_draws_the_same_token_alone_and_in_any_batch(draw: Any) -> None:
     shuffled = draw(logits[order], **{name: value[order].contiguous() for name, value in settings_.items()}).tolist()
     assert [together[i] for i in order] == shuffled
     for i in range(count):
-        assert draw(logits[i : i + 1], **{name: value[i : i + 1].contiguous() for name, value in settings_.items()}).tolist() == [together[i]]
+        assert draw(logits[i : i + 1], **{name: value[i : i + 1].contiguous() for name, value in settings_.items()}).tolist() == [
+            together[i]
+        ]
     greedy = over["temperature"] == 0
     assert [together[i] for i in np.flatnonzero(greedy)] == logits[torch.from_numpy(greedy)].argmax(-1).tolist()
 
