@@ -25,10 +25,11 @@ from penstock.core.device_api import Device, Runner, RunnerConfig
 from penstock.core.device_queue import ThreadDeviceQueue
 from penstock.core.errors import ConfigError, EngineFailure
 from penstock.core.hookspecs import SchedulePolicySpec
-from penstock.core.hosts import CallPort, FusedHost, Port, TaskHost, make_host
+from penstock.core.hosts import FusedHost, TaskHost, make_host
 from penstock.core.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark
 from penstock.core.plugin_host import PluginHost
 from penstock.core.policy import SchedulePolicy
+from penstock.core.wiring import CallPort, Port
 
 DTYPES = {"half": "float16", "float": "float32"}
 

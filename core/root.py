@@ -46,10 +46,11 @@ from penstock.core.control import (
     Vitals,
 )
 from penstock.core.errors import ProtocolError
-from penstock.core.hosts import CallPort, FusedHost
+from penstock.core.hosts import FusedHost
 from penstock.core.links import Link
 from penstock.core.processes import control_hello
 from penstock.core.supervisor import Child, ChildSpec, Supervisor
+from penstock.core.wiring import CallPort
 
 TICK_S = 1.0
 HURRY_S = 0.05

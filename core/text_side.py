@@ -18,7 +18,7 @@ from penstock.core.config import Config
 from penstock.core.control import Drain, Drained, EngineDown, EngineUp, Message, PeerDown, PeerUp, Tick, Vitals
 from penstock.core.errors import CheckpointError
 from penstock.core.hookspecs import Spec
-from penstock.core.hosts import CallPort, FusedHost
+from penstock.core.hosts import FusedHost
 from penstock.core.messages import (
     Abort,
     Admit,
@@ -41,6 +41,7 @@ from penstock.core.plugin_host import PluginHost
 from penstock.core.telemetry_traces import NO_TRACES, Traces
 from penstock.core.text import resolve
 from penstock.core.text.worker import TokenizerWorker
+from penstock.core.wiring import CallPort
 
 S = TypeVar("S", bound=Spec)
 TICK_S = 1.0

@@ -11,7 +11,8 @@ import trio.testing
 
 from penstock.core.actor import Ask, To
 from penstock.core.control import ChildUp, Drain, Drained, Message, Stop, Tick
-from penstock.core.hosts import CallPort, FusedHost, TaskHost, WiringError, make_host, route
+from penstock.core.hosts import FusedHost, TaskHost, make_host
+from penstock.core.wiring import CallPort, WiringError, route
 
 Handler = Callable[[Any], Iterable[Any]]
 
