@@ -123,7 +123,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class StartupPhase(Message, frozen=True, kw_only=True):
-    """Progress of a start: one line on root's screen, one gauge in the metrics."""
+    """Progress of a start. From a child: `phase` began, `seconds` after the process did. From root to text: `phase` took `seconds`."""
 
     role: str
     id: int
@@ -267,5 +267,5 @@ class Leave(Message, frozen=True, kw_only=True):
     error: str = ""
 
 
-RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | Extension
+RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | StartupPhase | Extension
 ChildToRoot = Hello | ChildUp | ChildDown | EngineUp | Heartbeat | StartupPhase | Drained | Extension

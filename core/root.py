@@ -96,7 +96,7 @@ class Root:
                 CallPort(
                     "children",
                     self._to_child,
-                    takes={Drain, Stop, EngineUp, EngineDown, Vitals},
+                    takes={Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase},
                     gives={ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained},
                 ),
                 CallPort("screen", self._to_screen, takes={Notice, Ready, Leave}),

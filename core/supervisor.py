@@ -98,6 +98,10 @@ class Child:
         self.moved_ns = 0
         self.progress = 0
         self.pending = 0
+        self.phase = "imports"
+        self.phase_s = 0.0
+        self.phases: list[StartupPhase] = []
+        """Of this life: what each phase of the start took."""
 
     @property
     def name(self) -> str:
@@ -113,7 +117,9 @@ class Supervisor:
     takes: frozenset[type[Message]] = frozenset(
         {ChildUp, ChildDown, ChildExited, EngineUp, Heartbeat, StartupPhase, Drained, Signalled, Tick}
     )
-    gives: frozenset[type[Message]] = frozenset({StartChild, KillChild, Drain, Stop, EngineUp, EngineDown, Vitals, Notice, Ready, Leave})
+    gives: frozenset[type[Message]] = frozenset(
+        {StartChild, KillChild, Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase, Notice, Ready, Leave}
+    )
 
     def __init__(self, specs: Iterable[ChildSpec], *, clock: Clock, drain_s: float, max_restarts: int, window_s: float = 60.0) -> None:
         self.children = [Child(index, spec) for index, spec in enumerate(specs)]
@@ -164,6 +170,7 @@ class Supervisor:
                 child.moved_ns = message.at_ns
             child.beat_ns, child.progress, child.pending = message.at_ns, message.progress, message.pending
         elif isinstance(message, StartupPhase):
+            yield from self._phase_began(child, message)
             yield Notice(
                 level="info", event="startup", fields={"process": child.name, "phase": message.phase, "seconds": round(message.seconds, 3)}
             )
@@ -182,11 +189,22 @@ class Supervisor:
                 self._worse(128 + self._signum, f"{message.cut} requests were cut short by the shutdown deadline")
             yield from self._drain_on()
 
+    def _phase_began(self, child: Child, message: StartupPhase) -> Iterator[To]:
+        """A child tells when each phase began; text exports how long each took, so that they add up to the whole start."""
+        took = StartupPhase(role=message.role, id=message.id, phase=child.phase, seconds=max(0.0, message.seconds - child.phase_s))
+        child.phase, child.phase_s = message.phase, message.seconds
+        child.phases.append(took)
+        for text in self._role("text"):
+            if text.state == "up":  # one that comes up later is told then
+                yield To(took, text.index)
+
     def _up(self, child: Child) -> Iterator[Message | To]:
         child.state = "up"
         child.was_up = True
         child.beat_ns = child.moved_ns = self._clock.now_ns()
         if child.spec.role == "text":
+            for phase in (phase for other in self.children for phase in other.phases):
+                yield To(phase, child.index)
             for engine in self._role("engine"):
                 if engine.state == "up" and engine.facts is not None:
                     yield To(EngineUp(engine=engine.spec.id, epoch=engine.epoch, facts=engine.facts), child.index)
@@ -257,6 +275,7 @@ class Supervisor:
         child.drain_sent = False
         child.beat_ns = child.moved_ns = self._clock.now_ns()
         child.progress = child.pending = 0
+        child.phase, child.phase_s, child.phases = "imports", 0.0, []
         return StartChild(role=child.spec.role, id=child.spec.id, epoch=child.epoch)
 
     def _give_up(self, error: str) -> Iterator[Message | To]:

@@ -15,7 +15,7 @@ import trio
 from penstock.core.actors.text import TextActor
 from penstock.core.clock import Clock, SystemClock
 from penstock.core.config import Config
-from penstock.core.control import Drain, Drained, EngineDown, EngineUp, Message, PeerDown, PeerUp, Tick, Vitals
+from penstock.core.control import Drain, Drained, EngineDown, EngineUp, Message, PeerDown, PeerUp, StartupPhase, Tick, Vitals
 from penstock.core.errors import CheckpointError
 from penstock.core.hookspecs import Spec
 from penstock.core.hosts import FusedHost
@@ -50,7 +50,7 @@ FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, 
 TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Finished, Rejected, Answer, TextReady})
 FROM_ENGINES: frozenset[type[Message]] = frozenset({EngineUp, StepTokens, PeerUp, PeerDown})
 TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark})
-FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals})
+FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals, StartupPhase})
 TO_ROOT: frozenset[type[Message]] = frozenset({Drained})
 
 Deliver = Callable[[Message, int | None], None]

@@ -47,6 +47,7 @@ from penstock.core.messages import (
     Query,
     Rejected,
     RowExtra,
+    StartupPhase,
     StepTokens,
     Submit,
     TextDelta,
@@ -97,6 +98,7 @@ class TextActor:
             PeerUp,
             PeerDown,
             Vitals,
+            StartupPhase,
         }
     )
     gives: frozenset[type[Message]] = frozenset(
@@ -176,6 +178,7 @@ class TextActor:
             PeerUp: self._peer_up,
             PeerDown: self._peer_down,
             Vitals: self._take_vitals,
+            StartupPhase: self._take_phase,
         }
 
     def handle(self, message: Message) -> Handling:
@@ -633,6 +636,10 @@ class TextActor:
     def _edge_stats(self, message: EdgeStats) -> Iterator[Outbound]:
         self.metrics.edge(message.edge, message.counters)
         return self._greet(message.edge)
+
+    def _take_phase(self, message: StartupPhase) -> Iterable[Outbound]:
+        self.metrics.set("startup_phase_seconds", message.seconds, f"{message.role}-{message.id}", message.phase)
+        return ()
 
     def _take_vitals(self, message: Vitals) -> Iterable[Outbound]:
         self._vitals = message

@@ -25,6 +25,7 @@ from penstock.core.control import (
     Ready,
     Signalled,
     StartChild,
+    StartupPhase,
     Stop,
     Tick,
     Vitals,
@@ -370,3 +371,15 @@ def test_vitals_tell_idle_busy_and_stalled_apart() -> None:
     world.dies(ENGINE)
     row = engine()
     assert (row.up, row.stalled_s) == (False, 0)
+
+
+def test_phases_of_a_start_reach_text_as_durations_that_add_up() -> None:
+    """Also those that passed before text was there to hear them, once."""
+    world = World()
+    for phase, at in (("reading config", 1.5), ("loading weights", 2.0), ("ready", 4.5)):
+        world.say(StartupPhase(role="engine", id=0, phase=phase, seconds=at))
+    out = world.up(TEXT)
+    assert set(told(out, StartupPhase)) == {TEXT}
+    phases = [m.message for m in out if isinstance(m, To) and isinstance(m.message, StartupPhase)]
+    assert [(p.phase, p.seconds) for p in phases] == [("imports", 1.5), ("reading config", 0.5), ("loading weights", 2.5)]
+    assert all((p.role, p.id) == ("engine", 0) for p in phases)

@@ -79,7 +79,7 @@ def test_every_link_carries_exactly_what_is_sent_over_it() -> None:
     assert members("text>edge") == text_side.TO_EDGES | shared
     assert members("text>engine") == {Admit, Abort, Park, Unpark} | shared == text_side.TO_ENGINES | shared
     assert members("engine>text") == {EngineUp, StepTokens} | shared == text_side.FROM_ENGINES - local | shared
-    assert members("root>child") == {Boot, Drain, Stop, EngineUp, EngineDown, Vitals} | shared
+    assert members("root>child") == {Boot, Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase} | shared
     assert members("child>root") == {ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained} | shared
 
 
