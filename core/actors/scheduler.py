@@ -482,8 +482,8 @@ class Scheduler:
         if self._prefill_turn and self._prefilling:
             head = self._prefilling[0]
             most -= min(most, int(self._slots.length[head] - self._slots.computed[head]))
-        if rows.slots.size > most:  # those that waited longest
-            order = np.argsort(self._slots.last_step[rows.index], kind="stable")[:most]
+        if rows.slots.size > most:  # those that waited longest, then those that have least
+            order = np.lexsort((rows.starts - rows.prompts, self._slots.last_step[rows.index]))[:most]
             rows = self._slots.gather(rows.slots[np.sort(order)])
             self._rows = None
         if rows.slots.size:

@@ -187,7 +187,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
     return EngineMachine
 
 
-@pytest.mark.parametrize("examples", [120])
+@pytest.mark.parametrize("examples", [50])
 def test_everything_at_once(examples: int, engine_sim: Any) -> None:
     sim_class, settings_of, policies = engine_sim
     machine = build(sim_class, settings_of, policies)
