@@ -13,10 +13,11 @@ last three dimensions are contiguous. T tokens, R sequences (rows of the step), 
 attention.triton
     paged_attention(q[T, Hq, D], k_cache, v_cache, block_tables[R or S, W] i32, q_start[R + 1] i32, kv_len[R] i32, scale, window=0, *,
                     num_decode=0, softcap=0.0, sinks=None[Hq] f32, table_rows=None[R] i32, out=None, lse=None[T, Hq] f32, workspace=None,
-                    deterministic=False) -> out
+                    deterministic=False, new_k=None[T, Hkv, D], new_v=None[T, Hkv, D]) -> out
         The first `num_decode` sequences have one row each and go to the split-KV kernel (never with deterministic=True), all others to
         the ragged one. q may have any stride between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it
-        row r. kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
+        row r. new_k, new_v: this step's own (rotated) keys and values, e.g. views of qkv: prefill reads them by TMA instead of through the
+        pages (ignored when deterministic). kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
     decode_attention(q[R, Hq, D], k_cache, v_cache, block_tables, kv_len, scale, window=0, *, softcap, sinks, table_rows, out, lse, workspace)
     workspace_elements(rows, num_heads, head_dim) -> float32 elements that `workspace` must have for that many decode rows
     merge(out_a[T, Hq, D], lse_a[T, Hq], out_b, lse_b, out=None, lse=None) -> out     exact softmax over the union of two key sets
@@ -30,7 +31,8 @@ rmsnorm.triton
     rms_norm(x[M, K], weight[K], eps, out=None);  add_rms_norm(x, residual, weight, eps, out=None)      (residual += x in place)
 rope.triton
     rope_and_cache(qkv[T, (Hq + 2 Hkv) * D], positions[T] i32, cos_sin[P, r] f32, k_cache, v_cache, slots[T] i32, num_heads, num_kv_heads,
-                   q_norm=None, k_norm=None, eps=1e-6, out=None) -> q [T, Hq, D]
+                   q_norm=None, k_norm=None, eps=1e-6, out=None, *, k_out=None[T, Hkv, D]) -> q [T, Hq, D]
+        k_out: also gets the rotated keys (may be the keys' columns of qkv itself), for paged_attention's new_k.
 activation.triton
     gated(kind, gate_up[T, 2I], out=None) -> [T, I]
 embedding.triton

@@ -5,14 +5,20 @@
 import triton
 import triton.language as tl
 
+from penstock.kernels.gpu import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())
+
 
 @triton.jit
 def narrow(x, like: tl.constexpr):
     """float32 x rounded to nearest even in dtype `like` (the interpreter would truncate a plain cast to bfloat16)."""
     if like == tl.float32:
         return x
-    elif like == tl.bfloat16:
-        return x.to(like, fp_downcast_rounding="rtne")
+    elif INTERPRETED and like == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(like)
     else:
         return x.to(like)
 

@@ -29,7 +29,7 @@ def _gated(x, out, width, stride, KIND: tl.constexpr, BLOCK: tl.constexpr):
         y = gate / (1.0 + tl.exp(-gate))
     elif KIND == 1:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        y = 0.5 * gate * (2.0 - 2.0 / (1.0 + tl.exp(2.0 * inner)))
+        y = gate / (1.0 + tl.exp(-2.0 * inner))  # 1 + tanh(a) = 2 / (1 + exp(-2a)), without cancellation
     else:
         y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     y = narrow(y, x.dtype.element_ty).to(tl.float32)

@@ -18,10 +18,13 @@ Layout: see KV_LAYOUT and kernels/gpu.py. What it does not know: who owns a bloc
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import interpreting, tuned
@@ -54,26 +57,34 @@ def read_kv(cache: Tensor, slots: Tensor) -> Tensor:
 
 @triton.jit
 def _keys(
-    acc, m, l, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
+    acc, m, z, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
+    DENSE: tl.constexpr = False,
 ):  # fmt: skip
-    """Fold the key blocks of [start, end) into (acc, m, l); m in units of q.k (or of the capped score). Keys at `limit` and beyond do not exist."""
+    """Fold the key blocks of [start, end) into (acc, m, z); m in units of q.k (or of the capped score). Keys at `limit` and beyond do not exist.
+
+    Paged: k and v are pointers, table the sequence's pages, base the head's offset. DENSE: k and v are descriptors of [T, Hkv * D], table the row
+    that belongs to key 0, base the head's first column.
+    """
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     for first in range(start, end, BLOCK_N):
         at = first + n
-        if MASK:
-            page = tl.load(table + at // SIZE, mask=at < limit, other=0).to(tl.int64)
+        if DENSE:
+            keys = k.load([table + first, base])
         else:
-            page = tl.load(table + at // SIZE).to(tl.int64)
-        where = (page * kb + base + (at % SIZE) * D)[:, None] + d[None, :]
-        if MASK:
-            exists = (at < limit)[:, None] & (d < D)[None, :]
-            keys = tl.load(k + where, mask=exists, other=0.0)
-        elif DP == D:
-            keys = tl.load(k + where)
-        else:
-            keys = tl.load(k + where, mask=(d < D)[None, :], other=0.0)
+            if MASK:
+                page = tl.load(table + at // SIZE, mask=at < limit, other=0).to(tl.int64)
+            else:
+                page = tl.load(table + at // SIZE).to(tl.int64)
+            where = (page * kb + base + (at % SIZE) * D)[:, None] + d[None, :]
+            if MASK:
+                exists = (at < limit)[:, None] & (d < D)[None, :]
+                keys = tl.load(k + where, mask=exists, other=0.0)
+            elif DP == D:
+                keys = tl.load(k + where)
+            else:
+                keys = tl.load(k + where, mask=(d < D)[None, :], other=0.0)
         if WIDE:
             s = tl.dot(q, tl.trans(keys.to(tl.float32)), input_precision="ieee")
         else:
@@ -82,7 +93,7 @@ def _keys(
             # tanh(y) = 1 - 2 / (1 + exp(2y)), exact at both ends; soft = softcap, scale2 = 2 scale / softcap * log2(e)
             s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
         if MASK:
-            seen = (at[None, :] <= position[:, None]) & valid[:, None]
+            seen = (at[None, :] <= position[:, None]) & (at < limit)[None, :] & valid[:, None]
             if WINDOW:
                 seen = seen & (at[None, :] > position[:, None] - window)
             s = tl.where(seen, s, float("-inf"))
@@ -94,9 +105,13 @@ def _keys(
         shift = tl.where(top == float("-inf"), 0.0, top * to2)
         p = tl.exp2(s * to2 - shift[:, None])
         fade = tl.exp2(m * to2 - shift)
-        l = l * fade + tl.sum(p, 1)
+        z = z * fade + tl.sum(p, 1)
         acc = acc * fade[:, None]
-        if MASK:
+        if DENSE:
+            values = v.load([table + first, base])
+            if MASK:  # rows of the next sequence, or padding that may hold anything: 0 * NaN would stay
+                values = tl.where((at < limit)[:, None], values, 0.0)
+        elif MASK:
             values = tl.load(v + where, mask=exists, other=0.0)
         elif DP == D:
             values = tl.load(v + where)
@@ -107,22 +122,22 @@ def _keys(
         else:
             acc = tl.dot(p.to(values.dtype), values, acc)
         m = top
-    return acc, m, l
+    return acc, m, z
 
 
 @triton.jit
-def _close(acc, m, l, sinks, head, here, to2, SINKS: tl.constexpr):
+def _close(acc, m, z, sinks, head, here, to2, SINKS: tl.constexpr):
     """Divide by the denominator: (out, lse in base 2). Rows that saw nothing: zeros and -inf."""
     m2 = m * to2
     if SINKS:
         sink = tl.load(sinks + head, mask=here, other=0.0) * 1.4426950408889634
         top = tl.maximum(m2, sink)
         fade = tl.exp2(m2 - top)
-        l = l * fade + tl.exp2(sink - top)
+        z = z * fade + tl.exp2(sink - top)
         acc = acc * fade[:, None]
         m2 = top
-    some = l > 0.0
-    safe = tl.where(some, l, 1.0)
+    some = z > 0.0
+    safe = tl.where(some, z, 1.0)
     return acc / safe[:, None], tl.where(some, m2 + tl.log2(safe), float("-inf"))
 
 
@@ -131,7 +146,7 @@ def _ragged(
     q, k, v, out, lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, new_k=None, new_v=None,
 ):  # fmt: skip
     """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: first
@@ -174,23 +189,46 @@ def _ragged(
             if WINDOW:
                 start = tl.maximum(context + t0 - window + 1, 0) // BLOCK_N * BLOCK_N
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            l = tl.zeros([BLOCK_M], tl.float32)
+            z = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, DP], tl.float32)
+            # what is visible to all rows of the tile, block by block, then the rest under a mask
+            limit = end
+            whole = tl.maximum(context + t0 + 1, 0) // BLOCK_N * BLOCK_N
+            if DENSE:
+                limit = context
+                whole = context // BLOCK_N * BLOCK_N
             if not WINDOW:
-                whole = tl.maximum(context + t0 + 1, 0) // BLOCK_N * BLOCK_N
-                acc, m, l = _keys(
-                    acc, m, l, queries, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE,
+                acc, m, z = _keys(
+                    acc, m, z, queries, k, v, table, base, position, valid, start, whole, limit, scale2, soft, window, kb, D, DP, SIZE,
                     BLOCK_N, False, False, SOFTCAP, WIDE,
                 )  # fmt: skip
                 start = whole
-            acc, m, l = _keys(
-                acc, m, l, queries, k, v, table, base, position, valid, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
+            acc, m, z = _keys(
+                acc, m, z, queries, k, v, table, base, position, valid, start, limit, limit, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
                 True, WINDOW, SOFTCAP, WIDE,
             )  # fmt: skip
+            if DENSE:
+                column = group * D
+                start = 0
+                end = end - context
+                position = token
+                whole = (t0 + 1) // BLOCK_N * BLOCK_N
+                if WINDOW:
+                    start = tl.maximum(t0 - window + 1, 0) // BLOCK_N * BLOCK_N
+                else:
+                    acc, m, z = _keys(
+                        acc, m, z, queries, new_k, new_v, first, column, position, valid, start, whole, end, scale2, soft, window, kb, D,
+                        DP, SIZE, BLOCK_N, False, False, SOFTCAP, WIDE, True,
+                    )  # fmt: skip
+                    start = whole
+                acc, m, z = _keys(
+                    acc, m, z, queries, new_k, new_v, first, column, position, valid, start, end, end, scale2, soft, window, kb, D, DP,
+                    SIZE, BLOCK_N, True, WINDOW, SOFTCAP, WIDE, True,
+                )  # fmt: skip
             to2 = scale2
             if SOFTCAP:
                 to2 = 1.4426950408889634
-            result, total = _close(acc, m, l, sinks, head, real, to2, SINKS)
+            result, total = _close(acc, m, z, sinks, head, real, to2, SINKS)
             tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
@@ -232,29 +270,29 @@ def _split(
             table = tables + row * table_stride
         base = group.to(tl.int64) * kh
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
+        z = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
         if not WINDOW:
             whole = start + (end - start) // BLOCK_N * BLOCK_N
-            acc, m, l = _keys(
-                acc, m, l, queries, k, v, table, base, position, real, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
+            acc, m, z = _keys(
+                acc, m, z, queries, k, v, table, base, position, real, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
                 False, False, SOFTCAP, WIDE,
             )  # fmt: skip
             start = whole
-        acc, m, l = _keys(
-            acc, m, l, queries, k, v, table, base, position, real, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True,
+        acc, m, z = _keys(
+            acc, m, z, queries, k, v, table, base, position, real, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True,
             WINDOW, SOFTCAP, WIDE,
         )  # fmt: skip
         to2 = scale2
         if SOFTCAP:
             to2 = 1.4426950408889634
         if span <= size:
-            result, total = _close(acc, m, l, sinks, head, real, to2, SINKS)
+            result, total = _close(acc, m, z, sinks, head, real, to2, SINKS)
             tl.store(out + row * HEADS * D + (head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
         else:
-            result, total = _close(acc, m, l, sinks, head, real, to2, False)
+            result, total = _close(acc, m, z, sinks, head, real, to2, False)
             at = (row * HEADS + head) * SPLITS + piece
             tl.store(partial + (at * D)[:, None] + d[None, :], result, mask=tile_mask)
             tl.store(partial_lse + at, total, mask=real)
@@ -340,6 +378,19 @@ def _split_config(dim: int) -> dict[str, int]:
     return tuned("attention.split" if dim <= 128 else "attention.split.wide")
 
 
+def _descriptors(new_k: Tensor | None, new_v: Tensor | None, dim: int, block_n: int) -> tuple[Any, Any]:
+    if new_k is None or new_v is None or dim != power(dim) or dim * new_k.element_size() < 32:
+        return None, None
+    found = []
+    for value in (new_k, new_v):
+        tokens, heads = value.shape[:2]
+        stride = value.stride(0)
+        require(value.stride()[1:] == (dim, 1), "new_k and new_v must be contiguous in their last two dimensions")
+        require(stride * value.element_size() % 16 == 0 and value.data_ptr() % 16 == 0, "new_k and new_v must be aligned to 16 bytes")
+        found.append(TensorDescriptor(value, [tokens, heads * dim], [stride, 1], [block_n, dim]))
+    return found[0], found[1]
+
+
 def workspace_elements(rows: int, num_heads: int, head_dim: int) -> int:
     """float32 elements that `decode_attention` needs for that many rows."""
     return rows * num_heads * _split_config(head_dim)["SPLITS"] * (head_dim + 1)
@@ -348,9 +399,14 @@ def workspace_elements(rows: int, num_heads: int, head_dim: int) -> int:
 def ragged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
-    config: dict[str, int] | None = None,
+    new_k: Tensor | None = None, new_v: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The ragged kernel for all rows of q [T, Hq, D]; arguments as in kernels/gpu.py."""
+    """The ragged kernel for all rows of q [T, Hq, D]; arguments as in kernels/gpu.py.
+
+    new_k, new_v [T, Hkv, D] (last two dimensions contiguous), this step's own keys and values in token order: where they are given and D is a power
+    of two they are read from there by the bulk copy engine, and only what lies before this step comes from the pages. Faster, but the blocks
+    then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode.
+    """
     _check(q, k_cache, v_cache, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     tokens, heads, dim = q.shape
@@ -362,11 +418,13 @@ def ragged_attention(
     block_m = max(config.pop("BLOCK_M"), power(group), 16)
     block_q = block_m // group
     scale2, soft = _scales(scale, softcap)
+    descriptors = _descriptors(new_k, new_v, dim, config["BLOCK_N"])
     _ragged[(tokens // block_q + sequences, kv_heads)](
         q, k_cache, v_cache, out, lse, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q.stride(0),
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=max(16, power(dim)),
         SIZE=k_cache.shape[2], BLOCK_M=block_m, BLOCK_Q=block_q, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-        LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **config,
+        LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32,
+        DENSE=descriptors[0] is not None, new_k=descriptors[0], new_v=descriptors[1], **config,
     )  # fmt: skip
     return out
 
@@ -408,7 +466,8 @@ def decode_attention(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     num_decode: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None,
-    lse: Tensor | None = None, workspace: Tensor | None = None, deterministic: bool = False,
+    lse: Tensor | None = None, workspace: Tensor | None = None, deterministic: bool = False, new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -425,7 +484,7 @@ def paged_attention(
         tables = block_tables if table_rows is not None else block_tables[split:]
         ragged_attention(
             q, k_cache, v_cache, tables, q_start[split:], kv_len[split:], scale, window, softcap=softcap, sinks=sinks, table_rows=rows,
-            out=out, lse=lse,
+            out=out, lse=lse, new_k=None if deterministic else new_k, new_v=None if deterministic else new_v,
         )  # fmt: skip
     return out
 

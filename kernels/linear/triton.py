@@ -98,7 +98,7 @@ def _invariant(
     left = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * x_stride + k[None, :]
     right = w + tl.where(n < N, n, 0).to(tl.int64)[:, None] * w_stride + k[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, tl.cdiv(K, BLOCK_K)):
+    for step in range(tl.cdiv(K, BLOCK_K)):
         if EVEN:
             a = tl.load(left)
             b = tl.load(right)

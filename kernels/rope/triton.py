@@ -30,9 +30,9 @@ def _gain(x, factor, weight, at, inside, on):
 
 @triton.jit
 def _rope(
-    qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, eps, stride, kb, kh, HQ: tl.constexpr, HKV: tl.constexpr,
+    qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, stride, k_stride, kb, kh, HQ: tl.constexpr, HKV: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, SIZE: tl.constexpr, QNORM: tl.constexpr,
-    KNORM: tl.constexpr, HEADS_BLOCK: tl.constexpr,
+    KNORM: tl.constexpr, KEEP: tl.constexpr, HEADS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, ceil((HQ + 2 HKV) / HEADS_BLOCK))."""
     token = tl.program_id(0).to(tl.int64)
@@ -87,8 +87,14 @@ def _rope(
     tl.store(k_at + HALF + c[None, :], second, mask=k_on)
     tl.store(v_at + c[None, :], first, mask=v_on)
     tl.store(v_at + HALF + c[None, :], second, mask=v_on)
+    if KEEP:
+        kept_at = k_out + token * k_stride + ((head - HQ) * D)[:, None]
+        tl.store(kept_at + c[None, :], first, mask=is_k[:, None] & half)
+        tl.store(kept_at + HALF + c[None, :], second, mask=is_k[:, None] & half)
     if REST_P > 0:
         kept = narrow(rest, dtype)
+        if KEEP:
+            tl.store(kept_at + 2 * HALF + e[None, :], kept, mask=is_k[:, None] & tail)
         tl.store(q_at + 2 * HALF + e[None, :], kept, mask=is_q[:, None] & tail)
         tl.store(k_at + 2 * HALF + e[None, :], kept, mask=(is_k & (slot >= 0))[:, None] & tail)
         tl.store(v_at + 2 * HALF + e[None, :], kept, mask=(is_v & (slot >= 0))[:, None] & tail)
@@ -97,9 +103,13 @@ def _rope(
 def rope_and_cache(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, num_heads: int, num_kv_heads: int,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6, out: Tensor | None = None, *,
-    config: dict[str, int] | None = None,
+    k_out: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """q [T, Hq, D]; K and V go to the caches. Padding tokens: slot below 0, position 0. See kernels/gpu.py."""
+    """q [T, Hq, D]; K and V go to the caches. Padding tokens: slot below 0, position 0. See kernels/gpu.py.
+
+    k_out [T, Hkv, D]: also gets the rotated keys; it may be the keys' own columns of qkv. With them and the values' columns `ragged_attention` reads
+    this step's keys without the page table.
+    """
     tokens, (size, dim) = qkv.shape[0], k_cache.shape[2:]
     require(qkv.shape[1] == (num_heads + 2 * num_kv_heads) * dim and qkv.stride(1) == 1, "qkv must have (Hq + 2 Hkv) * D columns")
     require(k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (size * dim, dim, 1), "a block must be contiguous")
@@ -111,8 +121,9 @@ def rope_and_cache(
         heads, half = num_heads + 2 * num_kv_heads, cos_sin.shape[1] // 2
         block = min(config.pop("HEADS_BLOCK"), power(heads))
         _rope[(tokens, -(-heads // block))](
-            qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, eps, qkv.stride(0), k_cache.stride(0), k_cache.stride(1),
+            qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, qkv.stride(0),
+            0 if k_out is None else k_out.stride(0), k_cache.stride(0), k_cache.stride(1),
             HQ=num_heads, HKV=num_kv_heads, D=dim, HALF=half, HALF_P=power(half), REST_P=power(dim - 2 * half) if dim > 2 * half else 0,
-            SIZE=size, QNORM=q_norm is not None, KNORM=k_norm is not None, HEADS_BLOCK=block, **config,
+            SIZE=size, QNORM=q_norm is not None, KNORM=k_norm is not None, KEEP=k_out is not None, HEADS_BLOCK=block, **config,
         )  # fmt: skip
     return out
