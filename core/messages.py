@@ -386,14 +386,14 @@ class KvStep(Message, frozen=True, kw_only=True):
     """Everything the scheduler wants of the KV manager for one step, applied in this order:
 
     1. commit: sequences' computed lengths grew to `commit_lens`; `commit_tokens` (CSR by `commit_counts`) are the token values of all
-       positions of the newly completed blocks whose hashes did not come with the look-up. Prompt blocks are committed as soon as the
-       Forward that writes them was given to the device queue.
+       positions of the newly completed blocks whose hashes did not come with the look-up. Prompt blocks may be committed as soon as the
+       Forward that writes them was given to the device queue, generated ones when their values are known.
     2. release: (seqs, incarnations) give all their blocks back (hashed ones stay cached until evicted; where `release_drop` is 1 the
        blocks' content is not trusted and nothing stays).
     3. lookup: new sequences; `lookup_hashes` are their prompt block hashes (16 bytes each, CSR by `lookup_counts`), `lookup_roots` 16 bytes
        each. The grant says how many tokens were hit: whole blocks, at most `lookup_max` tokens (length - 1; 0 for seqs with
        prompt_logprobs). A look-up takes effect together with the sequence's reserve row, and a denied one keeps nothing. -1: the next
-       block is just being computed by another sequence; ask again next step. `lookup_again` is 1 where the request was already counted.
+       block is just being computed by another sequence; ask again next step. A denied row still tells what was found. `lookup_again` is 1 where the request was already counted.
     4. fork: `fork_dst` shares all full blocks of `fork_src`'s first `fork_lens` tokens and gets its own copy of a partial last one.
     5. reserve: each sequence must hold blocks for `reserve_lens` tokens. Granted row by row in order; a denied row changes nothing.
        Rows of looked-up sequences come last, leave at least `keep_free` blocks, and after the first of them that memory denies the

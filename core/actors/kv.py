@@ -306,18 +306,20 @@ class KvManager:
                 granted.append(self._reserve(seq, length, rows))
                 continue
             i, incarnation, most, root, chain, seen = entry
-            hit = DENIED if full else self._enter(seq, incarnation, root, chain, most, length, seen, work.keep_free, rows)
-            full = full or hit is None
-            granted.append(GRANTED if hit is not None and hit >= 0 and not full else DENIED)
-            cached[i] = hit or 0
+            if full:
+                granted.append(DENIED)
+                continue
+            good, cached[i] = self._enter(seq, incarnation, root, chain, most, length, seen, work.keep_free, rows)
+            granted.append(good)
+            full = good == DENIED and cached[i] != DEFERRED
         return u8(granted), i32(cached)
 
     def _enter(
         self, seq: int, incarnation: int, root: bytes, chain: list[bytes], most: int, length: int, seen: bool, keep: int, rows: _Rows
-    ) -> int | None:
-        """A new sequence with blocks for `length` tokens: tokens found in the cache, DEFERRED, or None when memory does not suffice."""
+    ) -> tuple[int, int]:
+        """A new sequence with blocks for `length` tokens: granted or not, and tokens found in the cache (or DEFERRED)."""
         if seq in self._tables:  # its earlier life was not released yet
-            return None
+            return DENIED, 0
         usable = min(most // self.block_size, len(chain))
         found: list[int] = []
         for key in chain[:usable]:
@@ -327,11 +329,11 @@ class KvManager:
             found.append(block)
         hits = len(found)
         if hits < usable and chain[hits] in self._pending:
-            return DEFERRED
+            return DENIED, DEFERRED
         need = -(-length // self.block_size) - hits
         idle_hits = sum(1 for block in found if self._refs[block] == 0)
         if need + idle_hits + keep > self._available():
-            return None
+            return DENIED, hits * self.block_size
         table = _Table(incarnation, root, chain)
         table.hashed = hits
         self._share(found)
@@ -343,7 +345,7 @@ class KvManager:
         if self.caching and most > 0 and not seen:
             self.prefix_queries += most + 1
             self.prefix_hits += hits * self.block_size
-        return hits * self.block_size
+        return GRANTED, hits * self.block_size
 
     # -------------------------------------------------------------- invariants
 

@@ -647,6 +647,7 @@ class Scheduler:
                 missed += entry.tokens.size - cached
                 self._start(draft, entry, cached)
             elif cached >= 0 and not draft.full:  # not merely deferred
+                self._waiting.note_cached(entry, cached)
                 draft.full = self._blocked = True
                 self._unblock(draft, entry)
         if asked:

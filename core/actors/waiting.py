@@ -87,6 +87,7 @@ class Entry:
         self.tokens = tokens
         self.hashes = hashes
         self.cached = 0
+        """Tokens that the last look-up found in the prefix cache."""
         self.row = -1
         for sequence in seqs:
             sequence.entry = self
@@ -134,6 +135,10 @@ class WaitingRoom:
         self._prompt[row] = entry.tokens.size
         self._cached[row] = entry.cached
         self.sequences += len(entry.seqs)
+
+    def note_cached(self, entry: Entry, cached: int) -> None:
+        entry.cached = cached
+        self._cached[entry.row] = cached
 
     def remove(self, entry: Entry) -> None:
         """The whole entry leaves; its sequences no longer wait."""

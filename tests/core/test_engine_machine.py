@@ -187,12 +187,24 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
     return EngineMachine
 
 
-@pytest.mark.parametrize("examples", [50])
-def test_everything_at_once(examples: int, engine_sim: Any) -> None:
-    sim_class, settings_of, policies = engine_sim
-    machine = build(sim_class, settings_of, policies)
-    case = machine.TestCase
+def run(engine_sim: Any, examples: int, *, derandomize: bool) -> None:
+    case = build(*engine_sim).TestCase
     case.settings = settings(
-        max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False
+        max_examples=examples,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=derandomize,
+        database=None,
     )
     case().runTest()
+
+
+def test_everything_at_once(engine_sim: Any) -> None:
+    run(engine_sim, 40, derandomize=True)
+
+
+@pytest.mark.slow
+def test_everything_at_once_for_long(engine_sim: Any) -> None:
+    """Other examples every time."""
+    run(engine_sim, 400, derandomize=False)

@@ -210,7 +210,8 @@ def test_idle_hits_count_as_memory() -> None:
     pool.commit(1, 12)
     pool.release(1)
     assert pool.kv.counts() == (1, 3, 0, 0)
-    assert pool.enter(2, tokens=[[*[1] * 8, *[2] * 9]]).granted.tolist() == [0]
+    grant = pool.enter(2, tokens=[[*[1] * 8, *[2] * 9]])
+    assert (grant.granted.tolist(), grant.lookup_cached.tolist()) == ([0], [8]), "denied, but told what was found"
     assert pool.kv.counts() == (1, 3, 0, 0)
     assert pool.enter(2, tokens=[[*[1] * 8, *[2] * 8]]).granted.tolist() == [1]
     assert pool.kv.counts() == (0, 0, 4, 0)
