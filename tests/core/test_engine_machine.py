@@ -205,6 +205,5 @@ def test_everything_at_once(engine_sim: Any) -> None:
 
 
 @pytest.mark.slow
-def test_everything_at_once_for_long(engine_sim: Any) -> None:
-    """Other examples every time."""
-    run(engine_sim, 400, derandomize=False)
+def test_everything_at_once_with_other_examples_every_time(engine_sim: Any) -> None:
+    run(engine_sim, 60, derandomize=False)
