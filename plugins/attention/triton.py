@@ -23,6 +23,11 @@ from penstock.plugins.devices.cuda_ops import Columns, Settings
 Tensor = torch.Tensor
 
 
+def _columns(count: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """int32 columns, each beginning at a multiple of 64 bytes (kernels are compiled anew for other alignments)."""
+    return torch.empty(count, -(-size // 16) * 16, dtype=torch.int32, device=device)[:, :size].unbind()
+
+
 class TritonOps:
     """See Ops."""
 
@@ -50,7 +55,7 @@ class TritonOps:
     def decode_inputs(self, slots: Tensor, starts: Tensor, history: Tensor, table: Tensor, block_size: int) -> Columns:
         """See Ops."""
         rows = slots.shape[0]
-        tokens, positions, places, kv_len = torch.empty(4, rows, dtype=torch.int32, device=slots.device).unbind()
+        tokens, positions, places, kv_len = _columns(4, rows, slots.device)
         slot_state.decode_inputs(
             slots, starts, history, table, block_size, tokens=tokens, positions=positions, cache_slots=places, kv_len=kv_len
         )
@@ -60,7 +65,7 @@ class TritonOps:
         self, slots: Tensor, starts: Tensor, q_start: Tensor, history: Tensor, table: Tensor, block_size: int, tokens: int, num_decode: int
     ) -> Columns:
         """See Ops."""
-        ids, positions, places = torch.empty(3, tokens, dtype=torch.int32, device=slots.device).unbind()
+        ids, positions, places = _columns(3, tokens, slots.device)
         kv_len = torch.empty_like(slots)
         slot_state.ragged_inputs(
             slots, starts, q_start, history, table, block_size, tokens=ids, positions=positions, cache_slots=places, kv_len=kv_len

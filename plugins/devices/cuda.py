@@ -162,7 +162,7 @@ def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: C
     graphs = before = 0
     if not host:
         progress("measuring workspace", 0.0)
-        runner.exercise()
+        runner.exercise(config.max_num_seqs, config.max_num_batched_tokens)
         before = lane.used()
         if runner.graphs_planned:
             progress("measuring the largest graph", 0.0)

@@ -251,7 +251,8 @@ class TorchOps:
     ) -> Tensor:
         """See Ops."""
         size, dim = k_cache.shape[2], k_cache.shape[3]
-        q, k, v = qkv.view(qkv.shape[0], heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+        every = qkv.view(qkv.shape[0], heads + 2 * kv_heads, dim)
+        q, k, v = every[:, :heads], every[:, heads:-kv_heads], every[:, -kv_heads:]
         if q_norm is not None:
             q = rms_norm(q, q_norm, eps)
         if k_norm is not None:
@@ -298,8 +299,9 @@ class TorchOps:
     def draw(self, logits: Tensor, settings: Settings, slots: Tensor, positions: Tensor) -> Tensor:
         """See Ops."""
         at = slots.clamp_min(0)
-        mine = (getattr(settings, name)[at] for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "choices"))
-        tokens, values = sampling.draw(logits, *mine, positions)
+        s = settings
+        filters = (s.top_k[at], s.top_p[at], s.min_p[at])
+        tokens, values = sampling.draw(logits, s.temperature[at], *filters, s.seeds[at], s.choices[at], positions)
         return torch.where(torch.isfinite(values) & (slots >= 0), tokens, -1).int()
 
     def penalise(self, logits: Tensor, counted: Tensor, counts: Tensor, in_prompt: Tensor, settings: Settings) -> None:

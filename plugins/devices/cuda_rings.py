@@ -15,6 +15,8 @@ from penstock.core.columns import Column
 from penstock.plugins.devices.cuda_lane import Event, Lane
 
 Tensor = torch.Tensor
+ALIGN = 4
+"""Words."""
 
 
 class _Entry:
@@ -61,16 +63,17 @@ class Upload:
         return entry
 
     def send(self, *columns: Column) -> list[Tensor]:
-        """Device views of the columns, in order."""
-        sizes = [column.size for column in columns]
+        """Device views of the columns, in order; each begins at a multiple of 16 bytes (kernels are compiled anew for other alignments)."""
+        sizes = [-(-column.size // ALIGN) * ALIGN for column in columns]
         total = sum(sizes)
         entry = self._take(total)
         at = 0
         for column, size in zip(columns, sizes, strict=True):
-            entry.array[at : at + size] = column
+            entry.array[at : at + column.size] = column
             at += size
         self._copy(entry, total)
-        return list(self.staging[:total].split(sizes))
+        views = self.staging[:total].split(sizes)
+        return [view[: column.size] for view, column in zip(views, columns, strict=True)]
 
     def send_rows(self, width: int, padding: int, *columns: Column) -> None:
         """Columns of equal length n <= width, each at a multiple of `width`, the first padded with `padding`: a graph's fixed inputs."""

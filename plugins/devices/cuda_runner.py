@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from penstock.core.columns import EMPTY_I32, I32, i32
+from penstock.core.columns import EMPTY_I32, I32, Column, i32
 from penstock.core.device_api import MemoryTable, ModelFacts
 from penstock.core.errors import EngineFailure
 from penstock.core.messages import Forward, LogprobColumns, Sample, StepDone
@@ -37,14 +37,15 @@ PROMPT_LOGIT_ELEMENTS = 1 << 26
 """Prompt log-probabilities are computed for at most this many logits at a time (256 MiB of float32)."""
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 CAPTURE_S = 6.0
+WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 48), (16, 49), (17, 48))
+"""(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""
 LAZY_USES = 8
 LAZY_PAUSE_S = 2.0
 
 
 def buckets_for(rows: int) -> list[int]:
     """Batch sizes that get a graph, ascending; the last one holds `rows`, if that is at most BUCKETS[-1]."""
-    found = [size for size in BUCKETS if size < rows]
-    return [*found, next((size for size in BUCKETS if size >= rows), BUCKETS[-1])]
+    return [size for index, size in enumerate(BUCKETS) if index == 0 or BUCKETS[index - 1] < rows]
 
 
 def padded_rows(rows: int) -> int:
@@ -430,7 +431,7 @@ class CudaRunner:
             self.counters.idle_ns += max(0, int(self._last_end.elapsed_time(begin) * 1e6))
         self._last_end = end
 
-    def _to_device(self, values: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def _to_device(self, values: Column) -> Tensor:
         """A small column with memory of its own (rare: lists, log-probabilities, penalties)."""
         pinned = self._lane.pinned(values.size)
         pinned.numpy()[:] = values
@@ -442,6 +443,10 @@ class CudaRunner:
         """Compile and touch what a first request would pay for, capture graphs; then, if asked for, the deterministic self-test."""
         from penstock.plugins.devices.self_test import self_test, touch
 
+        progress("warming up: kernels")
+        for rows, tokens in WARM_SHAPES:
+            if max(rows, tokens) <= min(self.max_num_seqs, self.max_num_batched_tokens):
+                self.exercise(rows, tokens)
         touch(self, progress)
         with torch.inference_mode():
             self._lane.bind()
@@ -453,22 +458,26 @@ class CudaRunner:
         self._last_end = None
 
     @torch.inference_mode()
-    def exercise(self) -> None:
-        """The largest eager step on padding rows alone, with a draw of a full batch: what needs the most workspace. Then waits."""
+    def exercise(self, rows: int, tokens: int) -> None:
+        """An eager step on padding rows alone, with a draw. Then waits. The largest one needs the most workspace."""
         self._lane.bind()
-        rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        rows = min(rows, tokens)
         counts = np.full(rows, tokens // rows, np.int32)
         counts[0] += tokens - int(counts.sum())
         q_start = np.zeros(rows + 1, np.int32)
         np.cumsum(counts, out=q_start[1:])
         sent = self._columns.send(i32([-1] * rows), np.zeros(rows, np.int32), q_start, q_start[1:] - 1)
-        columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], self.history, self.table, self.block_size, tokens, 0)
+        if rows == tokens:
+            columns = self._ops.decode_inputs(sent[0], sent[1], self.history, self.table, self.block_size)
+        else:
+            columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], self.history, self.table, self.block_size, tokens, rows // 2)
         x, residual = self._model.step(self._ops, self._pool, columns)
         hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
         logits = self._model.logits(self._ops, hidden)
         raw = logits.clone()
-        self.sampler.draw(logits, sent[0], sent[1], True)
-        del raw, logits, hidden, x, residual, columns
+        tokens_drawn = self.sampler.draw(logits, sent[0], sent[1], True)
+        self._ops.write_tokens(sent[0], sent[1], tokens_drawn, self.history)
+        del tokens_drawn, raw, logits, hidden, x, residual, columns
         self._lane.synchronize()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,13 @@ def tensors(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> dict[s
     return out
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors are tiny: a second thread only makes them wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -112,7 +116,7 @@ def settings_for(path: Path, **over: Any) -> RunnerConfig:
         "enforce_eager": False,
         "attention_backend": None,
         "seed": 0,
-        "threads": 2,
+        "threads": 1,
         "max_logprobs": 20,
     }
     return RunnerConfig(**{**settings, **over})
@@ -127,6 +131,11 @@ def reference_backend(ops: Any = None) -> AttentionSpec:
     return AttentionSpec(
         name="reference", api_level=1, devices=["cuda"], supports=lambda facts, dtype: None, factory=lambda **_: ops or TorchOps()
     )
+
+
+@pytest.fixture
+def backend() -> Callable[..., AttentionSpec]:
+    return reference_backend
 
 
 @pytest.fixture

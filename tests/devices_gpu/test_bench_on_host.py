@@ -1,0 +1,56 @@
+"""The device benchmark's own machinery, on host memory: it must not fail for the first time on a machine that is lent for minutes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.plugins.devices import cuda, cuda_bench
+from penstock.plugins.devices.cuda_lane import HostLane
+
+TINY = {**cuda_bench.LLAMA_8B, "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _on_host(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
+    def load(self: Any, config: Any, progress: Callable[[str, float], None]) -> Any:
+        return cuda.load(config, progress, HostLane(), {"bfloat16": torch.float32}, depth=2, backend=backend())
+
+    monkeypatch.setattr(cuda.CudaDevice, "load", load)
+
+
+def test_decoding_two_in_flight(tmp_path: Path) -> None:
+    path = cuda_bench.folder_of(TINY, tmp_path, "tiny")
+    runner, seconds, said = cuda_bench.load(path, load_format="dummy", max_num_seqs=4, kv_cache_memory_bytes=8 << 20, max_model_len=900)
+    assert seconds > 0
+    assert any("captured graphs" in phase for phase in said)
+    cuda_bench.fill(runner, 3, 40)
+    found = cuda_bench.decode(runner, 3, 40, 12)
+    assert (found["replays"], found["steps"]) == (12, 12)
+    assert 0 <= found["device_idle"] <= 1
+    assert cuda_bench.weight_bytes(runner) < runner.memory.weights
+
+
+def test_serving_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cuda_bench.folder_of(TINY, tmp_path, "tiny")
+    from penstock.core.plugin_host import PluginHost
+
+    monkeypatch.setattr(PluginHost, "choose_device", lambda self, wanted: type("Spec", (), {"factory": cuda.CudaDevice}))
+    found = cuda_bench._serve(path, requests=6, max_num_seqs=4, input_len=9, output_len=5)
+    assert found["all_answered"]
+    assert found["output_tokens"] == 30
+    assert found["ring_waits"] == 0
+
+
+def test_sections_report_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "engine.json").write_text("{}")
+    monkeypatch.setattr(cuda_bench.os, "_exit", lambda code: None)
+    monkeypatch.setattr(cuda_bench, "ceilings", lambda root, known: 1 / 0)
+    cuda_bench.run_section("ceilings", tmp_path)
+    assert "ZeroDivisionError" in json.loads((tmp_path / "engine.json").read_text())["ceilings"]["error"]

@@ -1,0 +1,153 @@
+"""Loading: sizes and their errors, memory refused, dummy weights, and a look for a GPU that imports nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.core.config import build
+from penstock.core.errors import CheckpointError, ConfigError
+from penstock.core.plugin_host import PluginHost
+from penstock.plugins import devices
+from penstock.plugins.devices.cuda import DTYPES, choose_attention, resolve_dtype
+from penstock.plugins.devices.cuda_ops import TorchOps
+from penstock.plugins.devices.cuda_runner import BUCKETS, buckets_for, padded_rows
+from penstock.plugins.models.config import decoder_facts, read_config
+
+Make = Callable[..., Any]
+
+
+class ScarceOps(TorchOps):
+    """A driver that gives at most `most` blocks."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def allocate(self, layers: int, num_blocks: int, *rest: Any) -> Any:
+        if num_blocks > self.most:
+            raise torch.OutOfMemoryError("no")
+        return super().allocate(layers, num_blocks, *rest)
+
+
+def test_the_cache_shrinks_and_says_so(folder: Path, host_runner: Make) -> None:
+    notes: list[str] = []
+    runner = host_runner(folder, ops=ScarceOps(80), notes=notes, num_gpu_blocks_override=100)
+    assert runner.num_blocks == 80  # 100, 95, 90, 85, 80 ... each try takes 95 % of the last
+    assert any("KV cache reduced to 80 of 100 blocks" in note for note in notes)
+    with pytest.raises(ConfigError, match="Lower --gpu-memory-utilization"):
+        host_runner(folder, ops=ScarceOps(40), num_gpu_blocks_override=100)
+
+
+def test_the_memory_table_adds_up(folder: Path, host_runner: Make) -> None:
+    runner = host_runner(folder)
+    memory = runner.memory
+    assert memory.weights == sum(p.stat().st_size for p in folder.glob("*.safetensors")) - _header(folder / "model.safetensors")
+    assert memory.kv == (1 << 20) // (2 * 2 * 2 * 16 * 16 * 4) * (2 * 2 * 2 * 16 * 16 * 4)
+    assert memory.total == memory.weights + memory.workspace + memory.graphs + memory.kv + memory.slack
+    assert memory.workspace >= runner.history.nbytes + runner.table.nbytes + runner.sampler.nbytes
+
+
+def _header(file: Path) -> int:
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def test_lengths(folder: Path, host_runner: Make) -> None:
+    notes: list[str] = []
+    assert host_runner(folder, notes=notes, num_gpu_blocks_override=3).max_model_len == 48
+    assert any("max_model_len reduced from 200 to 48" in note for note in notes)
+    with pytest.raises(ConfigError, match="--max-model-len 100 does not fit"):
+        host_runner(folder, num_gpu_blocks_override=3, max_model_len=100)
+    with pytest.raises(ConfigError, match="power of two"):
+        host_runner(folder, block_size=48)
+    with pytest.raises(ConfigError, match="No room"):
+        host_runner(folder, kv_cache_memory_bytes=100)
+
+
+def test_wrong_checkpoints_are_named(folder: Path, host_runner: Make) -> None:
+    from safetensors.torch import load_file, save_file
+
+    named = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in named.items() if k != "model.layers.1.mlp.up_proj.weight"}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        host_runner(folder)
+    save_file({**named, "model.extra.weight": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.extra"):
+        host_runner(folder)
+
+
+def test_dummy_weights_need_no_file(folder: Path, host_runner: Make) -> None:
+    (folder / "model.safetensors").unlink()
+    runner = host_runner(folder, load_format="dummy", seed=3)
+    again = host_runner(folder, load_format="dummy", seed=3)
+    other = host_runner(folder, load_format="dummy", seed=4)
+    assert torch.equal(runner._model.layers[0].qkv, again._model.layers[0].qkv)
+    assert not torch.equal(runner._model.layers[0].qkv, other._model.layers[0].qkv)
+    assert runner.fingerprint != other.fingerprint
+
+
+def test_dtypes(folder: Path) -> None:
+    facts = decoder_facts(read_config(folder))
+    assert resolve_dtype("auto", facts, DTYPES) == "bfloat16"
+    assert resolve_dtype("half", facts, DTYPES) == "float16"
+    with pytest.raises(ConfigError, match="--dtype float32"):
+        resolve_dtype("float32", facts, DTYPES)
+
+
+def test_attention_is_chosen_among_those_of_a_gpu(folder: Path, config_for: Make) -> None:
+    facts = decoder_facts(read_config(folder))
+    assert choose_attention(config_for(folder), facts, "bfloat16").name == "triton"
+    with pytest.raises(ConfigError, match=r"native.*Usable: triton"):
+        choose_attention(config_for(folder, attention_backend="native"), facts, "bfloat16")
+    with pytest.raises(ConfigError, match="triton: dtype float32"):
+        choose_attention(config_for(folder), facts, "float32")
+
+
+def test_buckets() -> None:
+    assert buckets_for(1) == [1]
+    assert buckets_for(5) == [1, 2, 4, 8]
+    assert buckets_for(256)[-2:] == [224, 256]
+    assert buckets_for(4000) == list(BUCKETS)
+    assert (padded_rows(5), padded_rows(4000)) == (8, 4000)
+
+
+def test_looking_for_a_gpu_imports_nothing() -> None:
+    code = (
+        "import sys; from penstock.plugins import attention, devices, models, weights; devices.cuda_available();"
+        "[hook() for hook in (devices.register_devices, attention.register_attention_backends, models.register_models)];"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'triton')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gpu_needs_a_driver_a_build_and_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "DRIVER_FILES", (str(tmp_path / "none"),))
+    assert not devices.cuda_available()
+    monkeypatch.setattr(devices, "DRIVER_FILES", (str(tmp_path),))
+
+    class Found:
+        origin = str(tmp_path / "__init__.py")
+
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: Found)
+    assert not devices.cuda_available()
+    (tmp_path / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    assert not devices.cuda_available()
+    (tmp_path / "version.py").write_text("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\n")
+    assert devices.cuda_available()
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None if name == "triton" else Found)
+    assert not devices.cuda_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_cpu_is_chosen() -> None:
+    host = PluginHost("engine").load()
+    assert host.choose_device("auto").name == "cpu"
+    with pytest.raises(ConfigError, match="no such device"):
+        host.choose_device("cuda")
+    assert build({}).device == "auto"
