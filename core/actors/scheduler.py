@@ -921,10 +921,11 @@ class Scheduler:
         ends = flight.capped or bad.size > 0
         if flight.capped:
             reasons[after >= slots.limit[index]] = LENGTH
-        hit = rows.stops == tokens
-        if np.count_nonzero(hit):
-            reasons[hit.any(axis=0) & (offsets >= rows.mins)] = STOP
-            ends = True
+        for stops in rows.stops:  # few; cheaper one by one than broadcast
+            hit = stops == tokens
+            if np.count_nonzero(hit):
+                reasons[hit & (offsets >= rows.mins)] = STOP
+                ends = True
         if bad.size:
             tokens = tokens.copy()
             tokens[bad] = -1

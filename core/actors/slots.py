@@ -86,6 +86,7 @@ class Slots:
         self.poisoned = np.zeros(count, bool)
         """Its logits were not numbers: its KV must not be shared."""
         self.stops: I32 = np.full((1, count), -1, np.int32)
+        self.stop_count = column()
         self.history: I32 = np.zeros((count, longest), np.int32)
         self.flat: I32 = self.history.reshape(-1)
         self.holder: list[Sequence | None] = [None] * count
@@ -112,6 +113,7 @@ class Slots:
         if len(stops) > self.stops.shape[0]:
             more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)
             self.stops = np.concatenate([self.stops, more])
+        self.stop_count[slot] = len(stops)
         self.stops[:, slot] = -1
         self.stops[: len(stops), slot] = stops
         return slot
@@ -145,7 +147,7 @@ class Slots:
         rows.incarnations = self.incarnation[index]
         rows.prompts = self.prompt[index]
         rows.mins = self.min_tokens[index]
-        rows.stops = self.stops[:, index]
+        rows.stops = self.stops[: int(self.stop_count[index].max(initial=0)), index]
         rows.left = int((self.limit[index] - self.length[index]).min(initial=MANY))
         return rows
 

@@ -781,7 +781,7 @@ def test_columns_of_a_step_are_typed(make_sim: Make) -> None:
 @pytest.mark.parametrize(("rows", "target_us"), [(1, 30), (64, 100)])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_machinery_of_a_decode_step(make_sim: Make, rows: int, target_us: float, depth: int) -> None:
-    """Scheduler and KV manager only: StepDone in, Forward and Sample out; the best of fifteen runs of 100 steps."""
+    """Scheduler and KV manager only: StepDone in, Forward and Sample out; the median step of the best of fifteen runs."""
     sim = make_sim(depth=depth, max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=4096, block_size=16, num_blocks=64 * 256)
     flying: deque[Sample] = deque()
     for i in range(rows):
@@ -791,13 +791,13 @@ def test_machinery_of_a_decode_step(make_sim: Make, rows: int, target_us: float,
         step(sim, done_of(flying.popleft()), flying)
     best = np.inf
     for _ in range(15):
-        spent = 0
+        spent = []
         for _ in range(100):
             done = done_of(flying.popleft())
             start = time.perf_counter_ns()
             step(sim, done, flying)
-            spent += time.perf_counter_ns() - start
-        best = min(best, spent / 100)
+            spent.append(time.perf_counter_ns() - start)
+        best = min(best, float(np.median(spent)))
     assert best / 1000 <= target_us
 
 
