@@ -162,6 +162,8 @@ def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: C
     graphs = before = 0
     if not host:
         progress("measuring workspace", 0.0)
+        gc.collect()
+        torch.cuda.empty_cache()  # what loading left over is not workspace
         runner.exercise(config.max_num_seqs, config.max_num_batched_tokens)
         before = lane.used()
         if runner.graphs_planned:

@@ -9,13 +9,17 @@ What it does not know: HTTP (penstock bench measures that), the kernels one by o
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,17 +53,22 @@ LLAMA_1B = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+TOGETHER = ("correct", "suite", "warm_8b", "warm_1b")
+"""Sections without timings run side by side: most of their time goes into compiling kernels, one core each."""
 LIMITS_S = {
+    "correct": 110,
+    "suite": 130,
+    "warm_8b": 110,
+    "warm_1b": 110,
     "ceilings": 30,
-    "correct": 75,
-    "suite": 100,
-    "decode_8b": 90,
-    "decode_1b": 60,
-    "serve_8b": 100,
-    "start_8b": 60,
-    "deterministic": 60,
+    "decode_8b": 60,
+    "serve_8b": 70,
+    "decode_1b": 50,
+    "start_8b": 40,
+    "memory": 30,
+    "deterministic": 70,
 }
-"""Sections in order, and their longest time. A section whose name is not given on the command line is left out."""
+"""Sections in order, and their longest time."""
 
 
 # ------------------------------------------------------------------ helpers
@@ -210,13 +219,13 @@ def ceilings(root: Path, known: dict[str, Any]) -> dict[str, Any]:
             work()
         found = []
         for _ in range(times):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             work()
             end.record()
             end.synchronize()
             found.append(begin.elapsed_time(end))
-        return statistics.median(found)
+        return float(statistics.median(found))
 
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
@@ -299,9 +308,43 @@ def correct(root: Path, known: dict[str, Any]) -> dict[str, Any]:
 def suite(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     """The repository's tests that are marked `gpu`."""
     tests = BROOK.parents[2] / "tests" / "devices_gpu"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-x", "--tb=short", "-q", str(tests)]
+    return _pytest("-k", "not accounted", str(tests))
+
+
+def memory(root: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """The test that wants the GPU for itself."""
+    return _pytest("-k", "accounted", str(BROOK.parents[2] / "tests" / "devices_gpu"))
+
+
+def _pytest(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--durations=9", "-q", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {"rc": done.returncode, "tail": (done.stdout + done.stderr)[-2500:]}
+    return {"rc": done.returncode, "tail": (done.stdout + done.stderr)[-6000:]}
+
+
+def warm_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Compile what the 8B shape needs, with two layers of it."""
+    return _warm(LLAMA_8B, root)
+
+
+def warm_1b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Compile what the 1B shape needs, with two layers of it."""
+    return _warm(LLAMA_1B, root)
+
+
+def _warm(shape: dict[str, Any], root: Path) -> dict[str, Any]:
+    path = folder_of({**shape, "num_hidden_layers": 2}, root, "shape")
+    out: dict[str, Any] = {}
+    for name, rows, flag in (("cold", 256, False), ("again", 64, False), ("deterministic", 64, True)):
+        size = {"max_num_seqs": rows, "max_model_len": 4096, "kv_cache_memory_bytes": 1 << 30, "deterministic": flag}
+        if flag and shape is not LLAMA_8B:
+            continue
+        runner, seconds, said = load(path, load_format="dummy", **size)
+        out[name] = {"ready_s": round(seconds, 2), "said": said}
+        fill(runner, 3, 300)
+        decode(runner, 3, 300, 3)
+        runner.close()
+    return out
 
 
 def weight_bytes(runner: Any) -> int:
@@ -332,6 +375,8 @@ def decode_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
 
 def decode_1b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     """Llama-3.2-1B, 64 rows at 256 tokens: bound by the host, if anything is."""
+    import torch
+
     path = folder_of(LLAMA_1B, root, "llama-1b")
     runner, seconds, _ = load(path, load_format="dummy", max_num_seqs=64, max_model_len=8192)
     out: dict[str, Any] = {"load_and_warm_up_s": round(seconds, 2)}
@@ -343,6 +388,9 @@ def decode_1b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     many["share_of_roofline"] = round(many["roofline_ms"] / many["ms_a_step"], 3)
     out["batch_64_direct"] = many
     runner.close()
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
     out["batch_64_engine"] = _serve(path, requests=64, output_len=256, input_len=256, max_num_seqs=64)
     return out
 
@@ -359,6 +407,7 @@ def _serve(path: str, *, requests: int, max_num_seqs: int, input_len: int | None
     from penstock.plugins.devices import cuda
     from penstock.plugins.devices.cuda_runner import Counters
 
+    sys.setswitchinterval(0.0005)  # as an engine's process does
     runners: list[Any] = []
     original = cuda.CudaDevice.load
 
@@ -370,7 +419,7 @@ def _serve(path: str, *, requests: int, max_num_seqs: int, input_len: int | None
     load_of = make(count=requests, vocab=4096, seed=1, input_len=input_len, output_len=output_len, max_len=4096)
     params = [SamplingParams(temperature=0.0, max_tokens=r.output, ignore_eos=True) for r in load_of.requests]
     begun = time.perf_counter()
-    options = {"model": path, "device": "cuda", "load_format": "dummy", "max_num_seqs": max_num_seqs, "max_model_len": 4096}
+    options: dict[str, Any] = {"model": path, "device": "cuda", "load_format": "dummy", "max_num_seqs": max_num_seqs, "max_model_len": 4096}
     with LLM(**options, max_num_batched_tokens=8192, enable_prefix_caching=False) as llm:
         ready = time.perf_counter() - begun
         warm = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -448,55 +497,70 @@ def _mib(memory: Any) -> dict[str, int]:
 # ------------------------------------------------------------------ running
 
 
-def run_section(name: str, out: Path) -> None:
-    """In a process of its own: adds its result to engine.json."""
-    file = out / "engine.json"
-    known = json.loads(file.read_text())
+def run_section(name: str, out: Path, scratch: Path) -> None:
+    """In a process of its own: writes its result to SCRATCH/NAME.json."""
+    known = json.loads((out / "engine.json").read_text())
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         try:
             found: dict[str, Any] = globals()[name](Path(root), known)
         except Exception as error:  # a section that fails is a finding
-            import traceback
-
-            found = {"error": f"{type(error).__name__}: {error}"[:1500], "trace": traceback.format_exc()[-1800:]}
+            found = {"error": f"{type(error).__name__}: {error}"[:1500], "trace": traceback.format_exc()[-2500:]}
     found["section_s"] = round(time.perf_counter() - begun, 1)
-    known[name] = found
-    file.write_text(json.dumps(known, indent=1))
+    (scratch / f"{name}.json").write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)
+
+
+def run_together(names: list[str], out: Path, scratch: Path, left: float) -> None:
+    """Start them, wait for each within its limit, merge their results into engine.json."""
+    begun = time.perf_counter()
+    me = [sys.executable, "-m", "penstock.plugins.devices.cuda_bench", str(out), "--one"]
+    running = {}
+    for name in names:
+        with (scratch / f"{name}.log").open("wb") as log:
+            running[name] = subprocess.Popen([*me, name, str(scratch)], stdout=log, stderr=log, start_new_session=True)
+    for name, process in running.items():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(1.0, min(LIMITS_S[name], left) - (time.perf_counter() - begun)))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # our own child and what it started
+            process.wait()
+        file = scratch / f"{name}.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if not found:
+            tail = (scratch / f"{name}.log").read_bytes()[-2500:].decode(errors="replace")
+            found = {"stopped": f"status {process.returncode} after {time.perf_counter() - begun:.0f} s", "log": tail}
+        known = json.loads((out / "engine.json").read_text())
+        known[name] = found
+        (out / "engine.json").write_text(json.dumps(known, indent=1))
+        failed = "FAILED" if {"stopped", "error"} & set(found) or found.get("rc") else ""
+        print(f"{name}: {time.perf_counter() - begun:.1f} s {failed}", flush=True)
 
 
 def main(arguments: list[str]) -> None:
     out = Path(arguments[0])
     out.mkdir(parents=True, exist_ok=True)
     if len(arguments) > 2 and arguments[1] == "--one":
-        run_section(arguments[2], out)
+        run_section(arguments[2], out, Path(arguments[3]))
         return
     budget = float(os.environ.get("BENCH_BUDGET_S", "600"))
     first = time.perf_counter()
     wanted = arguments[1:] or list(LIMITS_S)
     (out / "engine.json").write_text(json.dumps({"date": time.strftime("%Y-%m-%d")}))
-    for name in wanted:
-        command = [sys.executable, "-m", "penstock.plugins.devices.cuda_bench", str(out), "--one", name]
-        begun = time.perf_counter()
-        left = budget - (begun - first)
-        if left < 10:
-            print(f"{name}: left out, the time is used up", flush=True)
-            continue
-        try:
-            done = subprocess.run(command, timeout=min(LIMITS_S[name], left), check=False, capture_output=True, text=True)
-            note = done.stderr[-1500:] if done.returncode else ""
-        except subprocess.TimeoutExpired as error:
-            note = f"stopped after {time.perf_counter() - begun:.0f} s: {(error.stderr or b'')[-800:]!r}"
-        if note:
-            known = json.loads((out / "engine.json").read_text())
-            known.setdefault(name, {})["stopped"] = note
-            (out / "engine.json").write_text(json.dumps(known, indent=1))
-        print(f"{name}: {time.perf_counter() - begun:.1f} s{' FAILED' if note else ''}", flush=True)
+    together = [name for name in TOGETHER if name in wanted]
+    groups = ([together] if together else []) + [[name] for name in wanted if name not in together]
+    with tempfile.TemporaryDirectory() as scratch:
+        for group in groups:
+            left = budget - (time.perf_counter() - first)
+            if left < 8:
+                print(f"{', '.join(group)}: left out, the time is used up", flush=True)
+                continue
+            run_together(group, out, Path(scratch), left)
     known = json.loads((out / "engine.json").read_text())
     for name in wanted:
-        print(name, json.dumps(known.get(name))[:2200])
+        shown = {key: value for key, value in known.get(name, {}).items() if key != "said"}
+        print(name, json.dumps(shown)[:1500])
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ class Lane(Protocol):
 
     def capture(self, body: Callable[[], Outputs]) -> Graph: ...
 
+    def forget(self) -> None:
+        """All graphs are gone: the next one takes memory of its own."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for everything. Never in the step loop."""
         ...
@@ -70,7 +74,7 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.waits = 0
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
 
     def bind(self) -> None:
@@ -94,6 +98,9 @@ class CudaLane:
             graph.capture_end()
         return _CudaGraph(graph, outputs)
 
+    def forget(self) -> None:
+        self._pool = None
+
     def synchronize(self) -> None:
         self._stream.synchronize()
 
@@ -104,14 +111,14 @@ class CudaLane:
 
 class _CudaEvent:
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._stream = stream
 
     def record(self) -> None:
         self._event.record(self._stream)
 
     def query(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         self._event.synchronize()
@@ -148,6 +155,9 @@ class HostLane:
 
     def capture(self, body: Callable[[], Outputs]) -> Graph:
         return _HostGraph(body)
+
+    def forget(self) -> None:
+        """Graphs take no memory here."""
 
     def synchronize(self) -> None:
         """Nothing is ever under way."""

@@ -67,13 +67,14 @@ class Upload:
         sizes = [-(-column.size // ALIGN) * ALIGN for column in columns]
         total = sum(sizes)
         entry = self._take(total)
+        views = []
         at = 0
         for column, size in zip(columns, sizes, strict=True):
             entry.array[at : at + column.size] = column
+            views.append(self.staging[at : at + column.size])
             at += size
         self._copy(entry, total)
-        views = self.staging[:total].split(sizes)
-        return [view[: column.size] for view, column in zip(views, columns, strict=True)]
+        return views
 
     def send_rows(self, width: int, padding: int, *columns: Column) -> None:
         """Columns of equal length n <= width, each at a multiple of `width`, the first padded with `padding`: a graph's fixed inputs."""

@@ -313,6 +313,7 @@ class CudaRunner:
         """Forget every graph and the memory that they took."""
         self._forwards.clear()
         self._samples.clear()
+        self._lane.forget()
         self._launched = None
         self._graph_bytes = 0
 

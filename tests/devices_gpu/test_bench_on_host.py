@@ -52,5 +52,16 @@ def test_sections_report_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "engine.json").write_text("{}")
     monkeypatch.setattr(cuda_bench.os, "_exit", lambda code: None)
     monkeypatch.setattr(cuda_bench, "ceilings", lambda root, known: 1 / 0)
-    cuda_bench.run_section("ceilings", tmp_path)
-    assert "ZeroDivisionError" in json.loads((tmp_path / "engine.json").read_text())["ceilings"]["error"]
+    cuda_bench.run_section("ceilings", tmp_path, tmp_path)
+    assert "ZeroDivisionError" in json.loads((tmp_path / "ceilings.json").read_text())["error"]
+
+
+def test_every_section_exists_and_results_are_merged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert all(callable(getattr(cuda_bench, name)) for name in cuda_bench.LIMITS_S)
+    assert set(cuda_bench.TOGETHER) <= set(cuda_bench.LIMITS_S)
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the section would run")
+    cuda_bench.main([str(tmp_path), "ceilings"])
+    found = json.loads((tmp_path / "engine.json").read_text())["ceilings"]
+    assert "error" in found
+    assert "FAILED" in capfd.readouterr().out

@@ -1,0 +1,215 @@
+"""On a real GPU: the Triton table against the reference table, graphs against eager steps, no synchronising call, memory, determinism."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from penstock.core.columns import i32
+from penstock.core.device_queue import ThreadDeviceQueue
+from penstock.core.llm import LLM
+from penstock.core.messages import DeviceLost, DeviceWork, Forward, Sample, SlotSampling
+from penstock.core.sampling import SamplingParams
+from penstock.plugins.attention import register_attention_backends
+from penstock.plugins.devices.cuda import DTYPES, CudaDevice, load
+from penstock.plugins.devices.cuda_lane import CudaLane
+from penstock.plugins.devices.driver import Driver, Job, Options
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+Make = Callable[..., Any]
+BROOK = Path(__file__).parents[2] / "plugins" / "demo_model" / "brook"
+GREEDY = SamplingParams(temperature=0.0)
+SHAPE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def triton_spec() -> Any:
+    return next(spec for spec in register_attention_backends() if spec.name == "triton")
+
+
+@pytest.fixture
+def on_device(config_for: Make, triton_spec: Any) -> Make:
+    """on_device(folder, backend=, **RunnerConfig fields) -> a runner on the GPU."""
+
+    def build(path: Path, backend: Any = None, **over: Any) -> Any:
+        lane = CudaLane(torch.device("cuda", torch.cuda.current_device()))
+        lane.bind()
+        return load(config_for(path, **over), lambda phase, fraction: None, lane, DTYPES, depth=2, backend=backend or triton_spec)
+
+    return build
+
+
+def some_jobs(count: int, outputs: int = 6) -> list[Job]:
+    rng = np.random.default_rng(7)
+    asks = [
+        SamplingParams(temperature=0.0, logprobs=4, prompt_logprobs=1),
+        SamplingParams(temperature=0.0, logprobs=2, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2),
+        SamplingParams(
+            temperature=0.0, logprobs=2, logit_bias={5: 4.0}, bad_words_token_ids=[[9], [5, 5]], allowed_token_ids=list(range(80))
+        ),
+    ]
+    return [
+        Job(prompt=rng.integers(0, 97, int(rng.integers(1, 60))).astype(np.int32), params=asks[i % 3], max_tokens=outputs)
+        for i in range(count)
+    ]
+
+
+def close_enough(mine: list[Job], theirs: list[Job], at: float) -> None:
+    """Equal up to the first token where rounding may have decided otherwise; log-probabilities up to there are close."""
+    agreed = total = 0
+    for a, b in zip(mine, theirs, strict=True):
+        total += len(b.tokens)
+        for x, y, p, q in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True):
+            assert abs(np.frombuffer(p, np.float32)[1] - np.frombuffer(q, np.float32)[1]) < at  # the most likely token's
+            if x != y:
+                break
+            agreed += 1
+        for position, (ids, values) in a.prompt_logprobs.items():
+            assert ids[0] == b.prompt_logprobs[position][0][0]
+            assert abs(values[0] - b.prompt_logprobs[position][1][0]) < 4 * at
+    assert agreed >= 0.8 * total
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "float16"), ("qwen2", "bfloat16"), ("qwen3", "float16"), ("mistral", "bfloat16")])
+def test_triton_equals_the_reference_table(family: str, name: str, make_folder: Make, on_device: Make, backend: Make) -> None:
+    folder = make_folder(family, getattr(torch, name), **SHAPE)
+    truth = some_jobs(9)
+    Driver(on_device(folder, backend=backend(), enforce_eager=True)).run(truth)
+    runner = on_device(folder)
+    runner.warm_up(lambda phase: None)
+    at = 0.05 if name == "float16" else 0.4
+    for options in (
+        Options(),
+        Options(chunk=lambda rng: rng.randint(1, 20), scatter=True, seed=1),
+        Options(share=True, preempt=0.2, seed=3),
+    ):
+        mine = some_jobs(9)
+        Driver(runner, options).run(mine)
+        close_enough(mine, truth, at)
+    plain = [Job(prompt=job.prompt, params=GREEDY, max_tokens=6) for job in some_jobs(6)]
+    Driver(runner).run(plain)
+    assert runner.counters.replays > 0
+    eager = [Job(prompt=job.prompt, params=GREEDY, max_tokens=6) for job in plain]
+    Driver(on_device(folder, enforce_eager=True)).run(eager)
+    assert sum(a.tokens == b.tokens for a, b in zip(plain, eager, strict=True)) >= 5
+
+
+def test_no_synchronising_call_in_the_step_loop(make_folder: Make, on_device: Make) -> None:
+    """Placing, mixed prefill, penalties, lists, log-probabilities, graphs: with torch refusing every call that waits."""
+    runner = on_device(make_folder("llama", torch.bfloat16, **SHAPE))
+    runner.warm_up(lambda phase: None)
+    odd = SamplingParams(
+        temperature=0.8, seed=2, repetition_penalty=1.1, presence_penalty=0.2, logit_bias={3: 2.0}, allowed_token_ids=list(range(60)),
+        bad_words_token_ids=[[5], [1, 2, 3]], min_tokens=3, logprobs=3, prompt_logprobs=2,
+    )  # fmt: skip
+    hot = SamplingParams(temperature=1.0, top_p=0.9, top_k=30, min_p=0.01, seed=1)
+    for params in ([GREEDY, hot], [GREEDY, hot, odd]):
+        count = len(params)
+        slots = i32(range(count))
+        places = [SlotSampling(slot=i, choice=0, prompt_len=5, params=p, stop_ids=i32([7])) for i, p in enumerate(params)]
+        asks = i32([2]) if count == 3 else i32([])
+        waits = []
+        for again in range(2):  # the first time may compile
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if again else "default")
+            try:
+                runner.forward(
+                    Forward(
+                        engine=0, epoch=0, step=1, slots=slots, starts=i32([0] * count), counts=i32([5] * count), num_decode=0,
+                        place_slots=slots, place_counts=i32([5] * count), place_tokens=i32(range(5 * count)), block_slots=slots,
+                        block_index=i32([0] * count), block_ids=slots, copy_src=i32([8]), copy_dst=i32([9]),
+                    )
+                )  # fmt: skip
+                waits.append(
+                    runner.sample(
+                        Sample(
+                            engine=0, epoch=0, step=1, rows=slots, slots=slots, positions=i32([5] * count), places=places, prompt_rows=asks,
+                            prompt_topk=asks,
+                        )
+                    )
+                )  # fmt: skip
+                for step in range(5, 9):
+                    starts = i32([step] * count)
+                    runner.forward(
+                        Forward(engine=0, epoch=0, step=step, slots=slots, starts=starts, counts=i32([1] * count), num_decode=count)
+                    )
+                    waits.append(runner.sample(Sample(engine=0, epoch=0, step=step, rows=slots, slots=slots, positions=starts + 1)))
+                    if len(waits) > 1:
+                        waits.pop(0)()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            while waits:
+                assert len(waits.pop(0)().tokens) == count
+
+
+def test_steps_through_the_device_queue(make_folder: Make, config_for: Make) -> None:
+    """Two in flight on the queue's own threads: what comes back equals steps one after the other."""
+    folder = make_folder("llama", torch.bfloat16, **SHAPE)
+    found: list[Any] = []
+    arrived = threading.Semaphore(0)
+
+    def post(message: Any) -> None:
+        found.append(message)
+        arrived.release()
+
+    queue = ThreadDeviceQueue(engine=0, epoch=1, post=post)
+    runner = queue.load(CudaDevice(), config_for(folder, kv_cache_memory_bytes=64 << 20), lambda phase, fraction: None).result(timeout=200)
+    slots = i32(range(3))
+    for step in range(1, 21):
+        starts = i32([0] * 3) if step == 1 else i32([2 + step] * 3)
+        columns: dict[str, Any] = {}
+        if step == 1:
+            columns = {
+                "place_slots": slots, "place_counts": i32([4] * 3), "place_tokens": i32(range(12)), "block_slots": np.repeat(slots, 2),
+                "block_index": np.tile(i32([0, 1]), 3), "block_ids": i32(range(6)),
+            }  # fmt: skip
+        queue.deliver(
+            DeviceWork(
+                forward=Forward(
+                    engine=0, epoch=1, step=step, slots=slots, starts=starts, counts=i32([4 if step == 1 else 1] * 3),
+                    num_decode=0 if step == 1 else 3, **columns,
+                )
+            )
+        )  # fmt: skip
+        places = [SlotSampling(slot=i, choice=0, prompt_len=4, params=GREEDY) for i in range(3)] if step == 1 else []
+        positions = i32([3 + step] * 3)
+        queue.deliver(DeviceWork(sample=Sample(engine=0, epoch=1, step=step, rows=slots, slots=slots, positions=positions, places=places)))
+        if step >= 2:
+            assert arrived.acquire(timeout=60)
+    assert arrived.acquire(timeout=60)
+    assert not any(isinstance(message, DeviceLost) for message in found), found
+    assert [message.step for message in found] == list(range(1, 21))
+    jobs = [Job(prompt=i32(range(4 * i, 4 * i + 4)), params=GREEDY, max_tokens=20) for i in range(3)]
+    queue.call(lambda: Driver(runner).run(jobs)).result(timeout=60)
+    assert [[int(message.tokens[i]) for message in found] for i in range(3)] == [job.tokens for job in jobs]
+    queue.close()
+
+
+def test_memory_is_accounted_for(config_for: Make) -> None:
+    runner = CudaDevice().load(config_for(BROOK, gpu_memory_utilization=0.95, kv_cache_memory_bytes=None), lambda phase, fraction: None)
+    memory = runner.memory
+    assert memory.total == torch.cuda.get_device_properties(0).total_memory
+    assert memory.weights + memory.workspace + memory.graphs + memory.kv + memory.slack == memory.total
+    assert 0.04 * memory.total < memory.slack < 0.07 * memory.total
+    runner.warm_up(lambda phase: None)
+    free, _ = torch.cuda.mem_get_info()
+    assert free > 0.03 * memory.total
+    runner.close()
+
+
+def test_deterministic_answers_do_not_depend_on_neighbours() -> None:
+    """Behind the start-up self-test: a request alone and in a crowd, through the whole engine at depth 2."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(16, 4000, int(rng.integers(1, 90))).tolist() for _ in range(12)]
+    params = [SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=12, ignore_eos=True, logprobs=1) for i in range(12)]
+    options: dict[str, Any] = {"device": "cuda", "deterministic": True, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    with LLM(str(BROOK), kv_cache_memory_bytes=256 << 20, max_model_len=512, **options) as llm:
+        crowd = [out.outputs[0].token_ids for out in llm.generate(prompt_token_ids=prompts, sampling_params=params)]
+        for i in (0, 3, 7):
+            assert llm.generate(prompt_token_ids=[prompts[i]], sampling_params=params[i])[0].outputs[0].token_ids == crowd[i]
