@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format docs bench clean
+.PHONY: help run test test-gpu lint format docs bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,9 @@ run: $(VENV)/.run ## Serve the demo model on 127.0.0.1:8000 (flags: make run ARG
 
 test: $(VENV)/.dev ## Run the whole test suite (more flags: make test ARGS="-k scheduler")
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.dev ## Run the tests that need a GPU (they skip where there is none)
+	@exec $(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, import rules
 	$(BIN)/ruff check .

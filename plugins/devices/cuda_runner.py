@@ -135,9 +135,8 @@ class CudaRunner:
         self._draws = Upload(lane, entries, 3 * max_num_seqs)
         self._down = Download(lane, entries, rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
-        self.sampler = DeviceSampler(
-            ops, max_num_seqs, facts.vocab_size, self.history, Upload(lane, entries, 16 * max_num_seqs), self._to_device
-        )
+        state = Upload(lane, entries, 16 * max_num_seqs)
+        self.sampler = DeviceSampler(ops, max_num_seqs, facts.vocab_size, self.history, state, self._to_device, deterministic=deterministic)
         self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
         self._buckets = buckets_for(max_num_seqs) if graphs else []
         self._forwards: dict[int, Graph] = {}

@@ -57,13 +57,25 @@ class Wanted:
 class DeviceSampler:
     """`history` [slots, max_len + 1] int32 is the runner's, on the device."""
 
-    def __init__(self, ops: Ops, slots: int, vocab: int, history: Tensor, upload: Upload, to_device: Callable[[Column], Tensor]) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        slots: int,
+        vocab: int,
+        history: Tensor,
+        upload: Upload,
+        to_device: Callable[[Column], Tensor],
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        """`deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows."""
         device = history.device
         self._ops = ops
         self._vocab = vocab
         self._history = history
         self._upload = upload
         self._to_device = to_device
+        self._alone = deterministic
         self._words = torch.zeros(len(WORDS), slots, dtype=torch.int32, device=device)
         self._seeds = torch.zeros(slots, dtype=torch.int64, device=device)
         floats = {name: self._words[index].view(torch.float32) for index, name in enumerate(WORDS[:6])}
@@ -159,7 +171,12 @@ class DeviceSampler:
     def wanted(self, raw: Tensor, chosen: Tensor, rows: I32, positions: I32, wants: I32, landing: Landing) -> Wanted:
         """Log-probabilities of raw logits [r, V] at `chosen` [r] and of the most likely tokens, put on their way."""
         wants = np.minimum(wants, self._vocab).astype(np.int32)
-        ids, values, ranks = portable.logprobs(raw, chosen.clamp_min(0).long(), int(wants.max()))
+        most, named = int(wants.max()), chosen.clamp_min(0).long()
+        if self._alone and len(rows) > 1:
+            every = [portable.logprobs(raw[i : i + 1], named[i : i + 1], most) for i in range(len(rows))]
+            ids, values, ranks = (torch.cat(parts) for parts in zip(*every, strict=True))
+        else:
+            ids, values, ranks = portable.logprobs(raw, named, most)
         return Wanted(landing.also(ids.int()), landing.also(values), landing.also(ranks.int()), rows, positions, wants, ids.shape[1])
 
     def _adjust(self, logits: Tensor, slots: Column, positions: Column, flags: I32) -> Tensor | None:
@@ -209,7 +226,6 @@ class _Lists:
             kept = logits.index_select(0, self._allowed)
             logits.fill_(-torch.inf)
             logits.index_copy_(0, self._allowed, kept)
-        # Matches first: a word's ban must not depend on the order of the words.
         for length, prefix, last in self._words:
             one = logits[last : last + 1]
             if prefix is None:
