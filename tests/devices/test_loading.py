@@ -183,7 +183,8 @@ def test_the_cpu_is_registered_and_honest() -> None:
     spec = next(spec for spec in register_devices() if spec.name == "cpu")
     assert (spec.name, spec.available(), spec.api_level) == ("cpu", True, 1)
     device = spec.factory()
-    assert (device.capabilities.depth, device.capabilities.dtypes) == (1, ["bfloat16", "float32"])
+    assert (device.capabilities.depth, device.capabilities.synchronous) == (2, True)
+    assert device.capabilities.dtypes == ["bfloat16", "float32"]
 
 
 def test_warm_up_and_self_test(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
