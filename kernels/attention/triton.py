@@ -141,7 +141,7 @@ def _close(acc, m, z, sinks, head, here, to2, SINKS: tl.constexpr):
     return acc / safe[:, None], tl.where(some, m2 + tl.log2(safe), float("-inf"))
 
 
-@triton.jit(do_not_specialize_on_alignment=["q_start", "kv_len", "table_rows", "tables"])
+@triton.jit(do_not_specialize=["sequences", "window"], do_not_specialize_on_alignment=["q_start", "kv_len", "table_rows", "tables"])
 def _ragged(
     q, k, v, out, lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -234,7 +234,7 @@ def _ragged(
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
 
 
-@triton.jit(do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
 def _split(
     q, k, v, out, lse, partial, partial_lse, tables, kv_len, table_rows, sinks, scale2, soft, window, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -298,7 +298,7 @@ def _split(
             tl.store(partial_lse + at, total, mask=real)
 
 
-@triton.jit(do_not_specialize_on_alignment=["kv_len"])
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len"])
 def _combine(
     out, lse, partial, partial_lse, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,

@@ -29,7 +29,7 @@ COUNTERS = 8192
 """Column blocks that a workspace can count: int32 cells at its start, zero between calls."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _skinny(
     x, w, bias, out, counters, partial, M, N, K, x_stride, w_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
@@ -77,7 +77,7 @@ def _skinny(
         tl.store(out + m[:, None] * out_stride + n[None, :], narrow(acc, out.dtype.element_ty), mask=here & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _invariant(
     x, w, bias, out, M, N, K, x_stride, w_stride, out_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,

@@ -325,7 +325,7 @@ def penalise_(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "ids", "values"])
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "ids", "values"])
 def _bias(logits, rows, ids, values, entries, stride, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + at, mask=at < entries, other=-1)
@@ -360,7 +360,7 @@ def mask_(logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
         _mask[(rows, -(-vocab // 4096))](logits, mask, mask_rows, vocab, logits.stride(0), mask.shape[1], BLOCK=4096, num_warps=8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "slots", "positions", "starts", "sizes"])
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "slots", "positions", "starts", "sizes"])
 def _ban(logits, history, rows, slots, positions, words, starts, sizes, entries, stride, h_stride, LONGEST: tl.constexpr):
     """Grid (E)."""
     entry = tl.program_id(0)
@@ -392,7 +392,7 @@ def ban_words_(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["pool_rows", "tokens"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["pool_rows", "tokens"])
 def _count(counts, pool_rows, tokens, rows, V, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pool = tl.load(pool_rows + at, mask=at < rows, other=-1)

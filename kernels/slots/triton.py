@@ -33,7 +33,7 @@ def _look(slots, starts, history, table, row, within, here, h_stride, t_stride, 
     return token, position, tl.where(block >= 0, block * SIZE + position % SIZE, -1)
 
 
-@triton.jit(do_not_specialize_on_alignment=_LOOSE)
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
 def _decode(
     slots, starts, history, table, tokens, positions, cache_slots, kv_len, rows, h_stride, t_stride, L: tl.constexpr, SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,7 +49,7 @@ def _decode(
     tl.store(kv_len + row, tl.where(slot >= 0, position + 1, 0), mask=here)
 
 
-@triton.jit(do_not_specialize_on_alignment=_LOOSE)
+@triton.jit(do_not_specialize=["rows", "total"], do_not_specialize_on_alignment=_LOOSE)
 def _ragged(
     slots, starts, q_start, history, table, tokens, positions, cache_slots, kv_len, rows, total, h_stride, t_stride, L: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,14 +81,14 @@ def _ragged(
     tl.store(kv_len + at, tl.where((slot >= 0) & (count > 0), start + count, 0), mask=real)
 
 
-@triton.jit(do_not_specialize_on_alignment=_LOOSE)
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
 def _advance(slots, starts, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = (row < rows) & (tl.load(slots + row, mask=row < rows, other=-1) >= 0)
     tl.store(starts + row, tl.load(starts + row, mask=live, other=0) + 1, mask=live)
 
 
-@triton.jit(do_not_specialize_on_alignment=_LOOSE)
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
 def _write(slots, positions, tokens, history, rows, h_stride, L: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = row < rows
@@ -115,7 +115,7 @@ def _place(history, table, slots, counts, offsets, tokens, h_stride, t_stride, W
             tl.store(table + slot * t_stride + at + c, tl.full([BLOCK], -1, tl.int32), mask=at + c < WIDTH)
 
 
-@triton.jit(do_not_specialize_on_alignment=_LOOSE)
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=_LOOSE)
 def _set(table, slots, index, ids, entries, t_stride, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < entries

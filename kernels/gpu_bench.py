@@ -1,0 +1,499 @@
+"""Speed of the Triton kernels on this GPU against its own limits: `python -m penstock.kernels.gpu_bench [--quick] [--out FILE] [section ...]`.
+
+What it is: copy bandwidth and a large bf16 matmul measured first (the roofs), then each kernel in several configurations at the shapes of Llama-3.1-8B,
+beside torch's own kernels in the same run. Times are medians of CUDA-graph replays over inputs that rotate through more memory than the L2 holds. The
+result is JSON (every measurement) and a table (the best configuration of each row); tuned.json is written from it by hand.
+Compiling takes longer than measuring: `main` first starts one process a section that only compiles, all at once. A section that fails or runs out of
+time loses its own rows only.
+What it does not know: models, servers, requests.
+"""
+
+# ruff: noqa: B023 (every call is made before the loop variables that it closes over change)
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BF16 = torch.bfloat16
+HEADS, KV_HEADS, DIM, HIDDEN, INTER, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3.1-8B (arXiv:2407.21783)
+
+
+class OutOfTime(Exception):
+    """The time limit of the whole run is reached."""
+
+
+class Bench:
+    """Collects rows; `compile_only` runs every kernel's compilation and nothing else."""
+
+    def __init__(self, limit_s: float, compile_only: bool, quick: bool) -> None:
+        self.until = time.monotonic() + limit_s
+        self.compile_only, self.quick = compile_only, quick
+        self.rows: list[dict[str, Any]] = []
+        self.errors: dict[str, str] = {}
+        self.copy_gbs = self.matmul_tflops = 0.0
+
+    def time(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Median seconds of one call; `calls` are the same work on different memory."""
+        if time.monotonic() > self.until:
+            raise OutOfTime
+        calls[0]()
+        if self.compile_only:
+            return 1.0
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        repeats = max(1, 8 // len(calls))
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(40)]
+        graph.replay()
+        torch.cuda.synchronize()
+        first, last = events[0]
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        count = max(3, min(len(events), int(0.04 / max(1e-6, first.elapsed_time(last) / 1e3))))
+        for before, after in events[:count]:
+            before.record()
+            graph.replay()
+            after.record()
+        torch.cuda.synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in events[:count]) / 1e3 / (repeats * len(calls))
+
+    def add(
+        self, what: str, case: str, calls: Sequence[Callable[[], object]], *, gigabytes: float = 0.0, teraflop: float = 0.0,
+        config: dict[str, int] | None = None, by: str = "penstock",
+    ) -> None:  # fmt: skip
+        """Measure one row; an error in it (too much shared memory, say) is a row too."""
+        row: dict[str, Any] = {"what": what, "case": case, "by": by, "config": config or {}}
+        try:
+            seconds = self.time(calls)
+        except OutOfTime:
+            raise
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+            torch.cuda.synchronize()
+        else:
+            row["us"] = round(seconds * 1e6, 2)
+            if gigabytes:
+                row["gb_s"] = round(gigabytes / seconds, 1)
+            if teraflop:
+                row["tflop_s"] = round(teraflop / seconds, 1)
+            if self.copy_gbs:
+                shares = {"copy bandwidth": gigabytes / seconds / self.copy_gbs, "matmul rate": teraflop / seconds / self.matmul_tflops}
+                row["roof"], row["share"] = max(shares.items(), key=lambda item: item[1])
+                row["share"] = round(row["share"], 3)
+        self.rows.append(row)
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, device="cuda")
+
+
+def i32(values: Any) -> Tensor:
+    return torch.as_tensor(values).to(torch.int32).cuda()
+
+
+def roofs(bench: Bench) -> None:
+    """Copy bandwidth (bytes read plus written) and the bf16 matmul rate."""
+    source = torch.randn(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    bench.add("copy", "4 GiB float32", [lambda: target.copy_(source)], gigabytes=2 * source.nbytes / 1e9, by="torch")
+    bench.copy_gbs = bench.rows[-1]["gb_s"]
+    a, b = randn(8192, 8192), randn(8192, 8192)
+    out = torch.empty_like(a)
+    bench.add("matmul", "8192^3 bf16", [lambda: torch.mm(a, b, out=out)], teraflop=2 * 8192**3 / 1e12, by="torch")
+    bench.matmul_tflops = bench.rows[-1]["tflop_s"]
+    norm = source.view(-1, 4096)
+    bench.add("read", "4 GiB float32, a sum", [lambda: norm.sum(-1)], gigabytes=source.nbytes / 1e9, by="torch")
+
+
+SPLIT = [
+    {"BLOCK_N": n, "SPLITS": s, "MIN_SPLIT": least, "num_warps": w, "num_stages": g}
+    for n, s, least, w, g in (
+        (64, 16, 512, 4, 3), (64, 16, 512, 4, 4), (64, 16, 1024, 4, 4), (64, 32, 256, 4, 4), (128, 16, 512, 4, 3), (128, 16, 512, 8, 3),
+        (32, 16, 512, 4, 4), (32, 16, 512, 2, 5), (64, 16, 512, 4, 5), (128, 16, 1024, 4, 4),
+    )
+]  # fmt: skip
+
+
+def decode(bench: Bench) -> None:
+    """Split-KV decode attention; bytes are K and V read once."""
+    from penstock.kernels.attention import triton as attention
+
+    for rows, length in ((64, 4096), (1, 4096), (1, 32768), (256, 1024)):
+        sets = max(1, min(4, int(3e8 / (rows * length * KV_HEADS * DIM * 4))))
+        per = length // 16
+        caches = [[randn(rows * per, KV_HEADS, 16, DIM) for _ in range(2)] for _ in range(sets)]
+        q, out = randn(rows, HEADS, DIM), torch.empty(rows, HEADS, DIM, dtype=BF16, device="cuda")
+        tables = i32(torch.randperm(rows * per)).view(rows, per)
+        lengths = i32([length] * rows)
+        workspace = torch.empty(rows * HEADS * 32 * (DIM + 1), device="cuda")
+        gigabytes = rows * length * KV_HEADS * DIM * 4 / 1e9
+        for config in SPLIT[:2] if bench.quick else SPLIT:
+            calls = [
+                lambda c=pair, config=config: attention.decode_attention(  # type: ignore[misc]
+                    q, c[0], c[1], tables, lengths, DIM**-0.5, out=out, workspace=workspace, config=config
+                )
+                for pair in caches
+            ]
+            bench.add("decode attention", f"{rows} x {length}", calls, gigabytes=gigabytes, config=config)
+        start = i32(list(range(rows + 1)))
+        calls = [
+            lambda c=pair: attention.ragged_attention(q, c[0], c[1], tables, start, lengths, DIM**-0.5, out=out)  # type: ignore[misc]
+            for pair in caches
+        ]
+        bench.add("decode attention, deterministic", f"{rows} x {length}", calls, gigabytes=gigabytes)
+        del caches, calls
+
+
+RAGGED = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
+    for m, n, w, s in (
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+        (128, 64, 8, 4),
+        (128, 32, 8, 4),
+    )
+]
+
+
+def prefill(bench: Bench) -> None:
+    """Causal prefill; operations are those of the visible half."""
+    from penstock.kernels.attention import triton as attention
+
+    for sequences, length in ((1, 8192), (4, 2048)):
+        tokens = sequences * length
+        qkv = randn(tokens, HEADS + 2 * KV_HEADS, DIM)
+        q, k, v = qkv[:, :HEADS], qkv[:, HEADS:-KV_HEADS], qkv[:, -KV_HEADS:]
+        table = i32(torch.randperm(tokens // 16)).view(sequences, -1)
+        caches = [torch.zeros(tokens // 16, KV_HEADS, 16, DIM, dtype=BF16, device="cuda") for _ in range(2)]
+        at = torch.arange(length, device="cuda")
+        where = (table[:, at // 16].long() * 16 + at % 16).flatten()
+        attention.write_kv(caches[0], caches[1], k, v, where)
+        out = torch.empty(tokens, HEADS, DIM, dtype=BF16, device="cuda")
+        start, lengths = i32([length * i for i in range(sequences + 1)]), i32([length] * sequences)
+        teraflop = sequences * 4 * HEADS * DIM * length * (length + 1) / 2 / 1e12
+        case = f"{sequences} x {length}, causal"
+        for config in RAGGED[:2] if bench.quick else RAGGED:
+            for name, more in (("prefill attention, paged", {}), ("prefill attention, this step's keys dense", {"new_k": k, "new_v": v})):
+                calls = [
+                    lambda config=config, more=more: attention.ragged_attention(  # type: ignore[misc]
+                        q, caches[0], caches[1], table, start, lengths, DIM**-0.5, out=out, config=config, **more
+                    )
+                ]
+                bench.add(name, case, calls, teraflop=teraflop, config=config)
+        if bench.compile_only:
+            continue
+        q4, k4, v4 = (x.reshape(sequences, length, -1, DIM).transpose(1, 2) for x in (q, k, v))
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+
+            def call(backend: SDPBackend = backend) -> None:
+                with sdpa_kernel(backend):
+                    functional.scaled_dot_product_attention(q4, k4, v4, is_causal=True, enable_gqa=True)
+
+            bench.add("prefill attention, torch SDPA", case, [call], teraflop=teraflop, by=backend.name)
+
+
+SKINNY = [
+    {"BLOCK_N": n, "BLOCK_K": k, "TARGET": t, "MAX_SPLITS": 8, "num_warps": w, "num_stages": s}
+    for n, k, t, w, s in (
+        (32, 256, 264, 4, 4), (32, 256, 528, 4, 4), (16, 512, 264, 4, 4), (16, 256, 528, 4, 4), (64, 128, 264, 4, 5), (64, 256, 264, 4, 3),
+        (32, 128, 528, 4, 6), (64, 128, 528, 8, 5),
+    )
+]  # fmt: skip
+WEIGHTS = {
+    "qkv": (6144, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INTER, HIDDEN),
+    "down": (HIDDEN, INTER),
+    "lm_head": (VOCAB, HIDDEN),
+}
+
+
+def skinny(bench: Bench) -> None:
+    """Few rows against a weight; bytes are the weight's."""
+    from penstock.kernels.linear import triton as linear
+
+    workspace = torch.zeros(linear.COUNTERS + 8 * 16 * VOCAB, device="cuda")
+    for name, (n, k) in WEIGHTS.items():
+        sets = max(1, min(8, int(2.5e8 / (n * k * 2))))
+        weights = [randn(n, k) for _ in range(sets)]
+        for rows in (1, 16):
+            x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device="cuda")
+            case, gigabytes = f"{name} {n} x {k}, {rows} rows", n * k * 2 / 1e9
+            for config in SKINNY[:2] if bench.quick else SKINNY:
+                calls = [lambda w=w, config=config: linear.skinny(x, w, out=out, workspace=workspace, config=config) for w in weights]  # type: ignore[misc]
+                bench.add("skinny matmul", case, calls, gigabytes=gigabytes, config=config)
+            if not bench.compile_only:
+                bench.add(
+                    "skinny matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], gigabytes=gigabytes, by="torch"
+                )  # type: ignore[misc]
+        for rows in (2, 4, 8):
+            x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device="cuda")
+            calls = [lambda w=w: linear.skinny(x, w, out=out, workspace=workspace) for w in weights]  # type: ignore[misc]
+            bench.add("skinny matmul, shipped", f"{name} {n} x {k}, {rows} rows", calls, gigabytes=n * k * 2 / 1e9)
+        del weights
+
+
+INVARIANT = [
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
+    for m, n, k, w, s in (
+        (128, 128, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 4, 4),
+        (64, 64, 64, 4, 5),
+        (64, 32, 64, 4, 6),
+        (64, 128, 64, 4, 4),
+    )
+]
+
+
+def invariant(bench: Bench) -> None:
+    """Batch-invariant matmul: what `--deterministic` costs beside cuBLAS."""
+    from penstock.kernels.linear import triton as linear
+
+    for rows in (1, 64, 8192):
+        for name in ("o", "gate_up", "down"):
+            n, k = WEIGHTS[name]
+            weights = [randn(n, k) for _ in range(max(1, min(6, int(2.5e8 / (n * k * 2)))) if rows < 100 else 1)]
+            x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device="cuda")
+            case = f"{name} {n} x {k}, {rows} rows"
+            work = {"gigabytes": n * k * 2 / 1e9} if rows < 100 else {"teraflop": 2 * rows * n * k / 1e12}
+            for config in INVARIANT[:3] if rows > 100 else INVARIANT[3:]:
+                calls = [lambda w=w, config=config: linear.invariant(x, w, out=out, config=config) for w in weights]  # type: ignore[misc]
+                bench.add("batch-invariant matmul", case, calls, config=config, **work)
+            if not bench.compile_only:
+                bench.add("batch-invariant matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], by="torch", **work)  # type: ignore[misc]
+
+
+def rows(bench: Bench) -> None:
+    """Fused row-wise kernels at 8k tokens; bytes are inputs and outputs once."""
+    from penstock.kernels.activation import triton as activation
+    from penstock.kernels.embedding import triton as embedding
+    from penstock.kernels.rmsnorm import triton as rmsnorm
+    from penstock.kernels.rope import triton as rope
+    from penstock.kernels.slots import triton as slots
+
+    tokens = 8192
+    x, residual, out = (randn(tokens, HIDDEN) for _ in range(3))
+    weight = randn(HIDDEN)
+    warps = [{"num_warps": w} for w in (2, 4, 8, 16)]
+    for config in warps:
+        bench.add(
+            "rms_norm",
+            f"{tokens} x {HIDDEN}",
+            [lambda c=config: rmsnorm.rms_norm(x, weight, 1e-5, out, config=c)],
+            gigabytes=2 * x.nbytes / 1e9,
+            config=config,
+        )  # type: ignore[misc]
+        bench.add(
+            "add + rms_norm",
+            f"{tokens} x {HIDDEN}",
+            [lambda c=config: rmsnorm.add_rms_norm(x, residual, weight, 1e-5, out, config=c)],
+            gigabytes=4 * x.nbytes / 1e9,
+            config=config,
+        )  # type: ignore[misc]
+    table = randn(VOCAB, HIDDEN)
+    ids = i32(torch.randint(VOCAB, (tokens,)))
+    for config in warps[:3]:
+        bench.add(
+            "embedding",
+            f"{tokens} of {VOCAB} x {HIDDEN}",
+            [lambda c=config: embedding.gather_rows(table, ids, out, config=c)],
+            gigabytes=2 * out.nbytes / 1e9,
+            config=config,
+        )  # type: ignore[misc]
+    gate_up, half = randn(tokens, 2 * INTER), torch.empty(tokens, INTER, dtype=BF16, device="cuda")
+    for block, w in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8)):
+        config = {"BLOCK": block, "num_warps": w}
+        bench.add(
+            "silu * up",
+            f"{tokens} x {INTER}",
+            [lambda c=config: activation.gated("silu", gate_up, half, config=c)],
+            gigabytes=3 * half.nbytes / 1e9,
+            config=config,
+        )  # type: ignore[misc]
+    qkv = randn(tokens, (HEADS + 2 * KV_HEADS) * DIM)
+    caches = [torch.zeros(1024, KV_HEADS, 16, DIM, dtype=BF16, device="cuda") for _ in range(2)]
+    positions, where = i32(torch.arange(tokens)), i32(torch.randperm(1024 * 16)[:tokens])
+    cos_sin, q = randn(tokens, DIM, dtype=torch.float32), torch.empty(tokens, HEADS, DIM, dtype=BF16, device="cuda")
+    for block, w in ((8, 4), (8, 2), (16, 4), (4, 1), (16, 8), (48, 8)):
+        config = {"HEADS_BLOCK": 64 if block == 48 else block, "num_warps": w}
+        calls = [lambda c=config: rope.rope_and_cache(qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, out=q, config=c)]  # type: ignore[misc]
+        bench.add("rope + KV write", f"{tokens} tokens", calls, gigabytes=(2 * qkv.nbytes + cos_sin.nbytes) / 1e9, config=config)
+    config = {"HEADS_BLOCK": 8, "num_warps": 4}
+    kept = qkv.view(tokens, -1, DIM)[:, HEADS:-KV_HEADS]
+    calls = [
+        lambda: rope.rope_and_cache(
+            qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, weight[:DIM], weight[:DIM], out=q, k_out=kept, config=config
+        )
+    ]
+    bench.add(
+        "qk-norm + rope + KV write + keys kept",
+        f"{tokens} tokens",
+        calls,
+        gigabytes=(2 * qkv.nbytes + cos_sin.nbytes + qkv.nbytes / 6) / 1e9,
+        config=config,
+    )
+    pool = randn(64, 512, KV_HEADS, 16, DIM)
+    source, target = i32(torch.arange(128)), i32(torch.arange(128) + 256)
+    for block, w in ((1024, 4), (2048, 4), (2048, 8)):
+        config = {"BLOCK": block, "num_warps": w}
+        bench.add(
+            "block copy",
+            "128 blocks of 64 pools",
+            [lambda c=config: slots.copy_blocks(pool, source, target, config=c)],
+            gigabytes=2 * 128 * 64 * pool[0, 0].nbytes / 1e9,
+            config=config,
+        )  # type: ignore[misc]
+
+
+def sampling(bench: Bench) -> None:
+    """Draws over a vocabulary of 128,256; bytes are the logits once."""
+    from penstock.kernels.argmax import triton as argmax
+    from penstock.kernels.sampling import triton as kernel
+
+    modes = {"temperature": (1.0, 0, 1.0), "top-p 0.9": (1.0, 0, 0.9), "top-k 50": (1.0, 50, 1.0), "top-k 50, top-p 0.9": (0.8, 50, 0.9)}
+    for count in (1, 64, 256):
+        logits = randn(count, VOCAB, dtype=torch.float32) * 2.5
+        out = torch.empty(count, dtype=torch.int32, device="cuda")
+        space = torch.empty(argmax.workspace_elements(count, VOCAB), dtype=torch.int32, device="cuda")
+        gigabytes = logits.nbytes / 1e9
+        bench.add("argmax", f"{count} rows", [lambda: argmax.argmax(logits, out, space)], gigabytes=gigabytes)
+        workspace = torch.empty(kernel.workspace_elements(count, VOCAB), dtype=torch.float64, device="cuda")
+        seeds = torch.randint(2**62, (count,), device="cuda")
+        zeros = i32([0] * count)
+        for name, (heat, k, p) in modes.items():
+            columns = (
+                torch.full((count,), heat, device="cuda"),
+                i32([k] * count),
+                torch.full((count,), p, device="cuda"),
+                torch.zeros(count, device="cuda"),
+            )
+            calls = [lambda c=columns: kernel.draw(logits, *c, seeds, zeros, zeros, out=out, workspace=workspace)]  # type: ignore[misc]
+            bench.add("draw", f"{count} rows, {name}", calls, gigabytes=gigabytes)
+        if not bench.compile_only:
+            bench.add("sort for top-p", f"{count} rows", [lambda: logits.sort(dim=-1)], gigabytes=gigabytes, by="torch")
+
+
+def slots(bench: Bench) -> None:
+    """The small launches of a decode step: microseconds inside a graph."""
+    from penstock.kernels.slots import triton as kernel
+
+    history, table = i32(torch.zeros(256, 8192)), i32(torch.zeros(256, 512))
+    one = {name: i32([0] * 256) for name in ("tokens", "positions", "cache_slots", "kv_len")}
+    rows_, starts = i32(list(range(256))), i32([5] * 256)
+    bench.add("decode_inputs", "256 rows", [lambda: kernel.decode_inputs(rows_, starts, history, table, 16, **one)])
+    bench.add("write_tokens", "256 rows", [lambda: kernel.write_tokens(rows_, starts, one["tokens"], history)])
+    many = {name: i32([0] * 8192) for name in ("tokens", "positions", "cache_slots")}
+    q_start = i32([32 * i for i in range(257)])
+    bench.add(
+        "ragged_inputs",
+        "256 rows, 8192 tokens",
+        [lambda: kernel.ragged_inputs(rows_, starts, q_start, history, table, 16, kv_len=one["kv_len"], **many)],
+    )
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "roofs": roofs, "decode": decode, "prefill": prefill, "skinny": skinny, "rows": rows, "sampling": sampling, "slots": slots, "invariant": invariant,
+}  # fmt: skip
+
+
+def best(rows_: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fastest configuration of each (what, case, by), in order of appearance."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows_:
+        key = (row["what"], row["case"], row["by"])
+        if "us" in row and ("us" not in found.get(key, {}) or row["us"] < found[key]["us"]):
+            found[key] = row
+    return list(found.values())
+
+
+def line(row: dict[str, Any]) -> str:
+    rate = f"{row['tflop_s']:.0f} TF/s" if "tflop_s" in row else f"{row['gb_s']:.0f} GB/s" if "gb_s" in row else ""
+    config = " ".join(str(value) for value in row["config"].values())
+    share = f"{row['share']:.0%}" if row.get("share") else ""
+    return f"{row['what'][:38]:38} {row['case'][:30]:30} {row['by'][:9]:9} {row['us']:9.1f} us {rate:>9} {share:>5} {config}"
+
+
+def compile_first(names: list[str], quick: bool) -> None:
+    """One process a section, all at once, so that the measuring process finds everything in Triton's cache."""
+    command = [sys.executable, "-m", "penstock.kernels.gpu_bench", "--compile-only", *(["--quick"] if quick else [])]
+    children = [subprocess.Popen([*command, name], stdout=subprocess.DEVNULL) for name in names if name != "roofs"]
+    for child in children:
+        child.wait()
+
+
+def main() -> None:
+    """Measure and print; see the module."""
+    parser = argparse.ArgumentParser(description="Speed of the Triton kernels on this GPU")
+    parser.add_argument("sections", nargs="*", default=[], help=", ".join(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="two configurations a kernel")
+    parser.add_argument("--out", type=Path, help="write every measurement as JSON")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for measuring")
+    parser.add_argument("--warm", action="store_true", help="Triton's cache is filled already: do not compile first")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache")
+    options = parser.parse_args()
+    names = options.sections or list(SECTIONS)
+    torch.manual_seed(1)
+    bench = Bench(options.limit, options.compile_only, options.quick)
+    if options.compile_only:
+        import triton
+
+        run = triton.runtime.jit.JITFunction.run
+        triton.runtime.jit.JITFunction.run = lambda self, *args, warmup, **more: run(self, *args, warmup=True, **more)
+    else:
+        started = time.monotonic()
+        if not options.warm:
+            compile_first(names, options.quick)
+        print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+        bench.until = time.monotonic() + options.limit
+    if "roofs" not in names and not options.compile_only:
+        names.insert(0, "roofs")
+    for name in names:
+        try:
+            SECTIONS[name](bench)
+        except Exception as error:
+            bench.errors[name] = "".join(traceback.format_exception(error))[-1500:]
+        torch.cuda.empty_cache()
+        if not options.compile_only:
+            print(f"{name}: {time.monotonic() - bench.until + options.limit:.0f} s", flush=True)
+        if options.out:
+            facts = {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "commit": os.environ.get("PENSTOCK_COMMIT", ""),
+                "date": time.strftime("%Y-%m-%d"),
+            }
+            options.out.write_text(json.dumps({**facts, "errors": bench.errors, "rows": bench.rows}, indent=1))
+    if not options.compile_only:
+        for row in best(bench.rows):
+            print(line(row))
+    for name, text in bench.errors.items():
+        print(f"{name} failed:\n{text}")
+
+
+if __name__ == "__main__":
+    main()
