@@ -434,7 +434,8 @@ class Scheduler:
         budget = self.settings.max_num_batched_tokens
         due = bool(self._releases)
         short = rows.index[self._slots.short(rows)]
-        if not short.size and not due and not self._prefilling and 0 < rows.slots.size <= budget and not self._may_admit():
+        quiet = not (short.size or due or self._prefilling or self._carried or self._may_admit())
+        if quiet and 0 < rows.slots.size <= budget:
             yield from self._launch_decodes(rows, {}, None)
             return True
         draft = Draft(budget)
