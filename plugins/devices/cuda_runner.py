@@ -445,7 +445,7 @@ class CudaRunner:
 
         progress("warming up: kernels")
         for rows, tokens in WARM_SHAPES:
-            if max(rows, tokens) <= min(self.max_num_seqs, self.max_num_batched_tokens):
+            if rows <= self.max_num_seqs and tokens <= self.max_num_batched_tokens:
                 self.exercise(rows, tokens)
         touch(self, progress)
         with torch.inference_mode():
