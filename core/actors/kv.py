@@ -10,6 +10,7 @@ business; here a release is final.
 A block is in exactly one state: free (no content), cached (content under a hash, no references), referenced (held by >= 1 sequences, with
 or without a hash) or quarantined. Sequences release their blocks last first, and a sequence that holds a block holds all blocks before
 it, so that the eviction order always takes the later blocks of a chain before the earlier ones.
+A little over 400 lines, because the invariants and what checks them belong beside what could break them.
 Copy-on-write as in PagedAttention (Kwon et al., 2023); hash chains as in prefix caching of vLLM and radix trees of SGLang, in one dict.
 """
 
