@@ -95,7 +95,7 @@ class Bench:
                 row["gb_s"] = round(gigabytes / seconds, 1)
             if teraflop:
                 row["tflop_s"] = round(teraflop / seconds, 1)
-            if self.copy_gbs:
+            if self.matmul_tflops:
                 shares = {"copy bandwidth": gigabytes / seconds / self.copy_gbs, "matmul rate": teraflop / seconds / self.matmul_tflops}
                 row["roof"], row["share"] = max(shares.items(), key=lambda item: item[1])
                 row["share"] = round(row["share"], 3)
@@ -115,7 +115,8 @@ def roofs(bench: Bench) -> None:
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
     bench.add("copy", "4 GiB float32", [lambda: target.copy_(source)], gigabytes=2 * source.nbytes / 1e9, by="torch")
-    bench.copy_gbs = bench.rows[-1]["gb_s"]
+    bench.add("copy by a kernel", "4 GiB float32", [lambda: torch.neg(source, out=target)], gigabytes=2 * source.nbytes / 1e9, by="torch")
+    bench.copy_gbs = max(row["gb_s"] for row in bench.rows)
     a, b = randn(8192, 8192), randn(8192, 8192)
     out = torch.empty_like(a)
     bench.add("matmul", "8192^3 bf16", [lambda: torch.mm(a, b, out=out)], teraflop=2 * 8192**3 / 1e12, by="torch")
@@ -155,11 +156,14 @@ def decode(bench: Bench) -> None:
             ]
             bench.add("decode attention", f"{rows} x {length}", calls, gigabytes=gigabytes, config=config)
         start = i32(list(range(rows + 1)))
-        calls = [
-            lambda c=pair: attention.ragged_attention(q, c[0], c[1], tables, start, lengths, DIM**-0.5, out=out)  # type: ignore[misc]
-            for pair in caches
-        ]
-        bench.add("decode attention, deterministic", f"{rows} x {length}", calls, gigabytes=gigabytes)
+        for config in (RAGGED[2], RAGGED[3]):
+            calls = [
+                lambda c=pair, config=config: attention.ragged_attention(  # type: ignore[misc]
+                    q, c[0], c[1], tables, start, lengths, DIM**-0.5, out=out, config=config
+                )
+                for pair in caches
+            ]
+            bench.add("decode attention, deterministic", f"{rows} x {length}", calls, gigabytes=gigabytes, config=config)
         del caches, calls
 
 
@@ -377,7 +381,11 @@ def sampling(bench: Bench) -> None:
 
     modes = {"temperature": (1.0, 0, 1.0), "top-p 0.9": (1.0, 0, 0.9), "top-k 50": (1.0, 50, 1.0), "top-k 50, top-p 0.9": (0.8, 50, 0.9)}
     for count in (1, 64, 256):
-        logits = randn(count, VOCAB, dtype=torch.float32) * 2.5
+        flat = randn(count, VOCAB, dtype=torch.float32) * 2.5
+        ranks = torch.rand(count, VOCAB, device="cuda").argsort(-1)
+        logits = randn(count, VOCAB, dtype=torch.float32) - 1.5 * torch.log1p(
+            ranks.float()
+        )  # like a language model: a few likely tokens, a long tail
         out = torch.empty(count, dtype=torch.int32, device="cuda")
         space = torch.empty(argmax.workspace_elements(count, VOCAB), dtype=torch.int32, device="cuda")
         gigabytes = logits.nbytes / 1e9
@@ -394,6 +402,8 @@ def sampling(bench: Bench) -> None:
             )
             calls = [lambda c=columns: kernel.draw(logits, *c, seeds, zeros, zeros, out=out, workspace=workspace)]  # type: ignore[misc]
             bench.add("draw", f"{count} rows, {name}", calls, gigabytes=gigabytes)
+            calls = [lambda c=columns: kernel.draw(flat, *c, seeds, zeros, zeros, out=out, workspace=workspace)]  # type: ignore[misc]
+            bench.add("draw, nearly flat logits", f"{count} rows, {name}", calls, gigabytes=gigabytes)
         if not bench.compile_only:
             bench.add("sort for top-p", f"{count} rows", [lambda: logits.sort(dim=-1)], gigabytes=gigabytes, by="torch")
 

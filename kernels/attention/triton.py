@@ -61,7 +61,7 @@ def _keys(
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
     DENSE: tl.constexpr = False,
 ):  # fmt: skip
-    """Fold the key blocks of [start, end) into (acc, m, z); m in units of q.k (or of the capped score). Keys at `limit` and beyond do not exist.
+    """Fold the key blocks of [start, end) into (acc, m, z); m in base-2 units. Keys at `limit` and beyond do not exist.
 
     Paged: k and v are pointers, table the sequence's pages, base the head's offset. DENSE: k and v are descriptors of [T, Hkv * D], table the row
     that belongs to key 0, base the head's first column.
@@ -97,14 +97,15 @@ def _keys(
             if WINDOW:
                 seen = seen & (at[None, :] > position[:, None] - window)
             s = tl.where(seen, s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1))
         if SOFTCAP:
             to2 = 1.4426950408889634
         else:
             to2 = scale2
-        shift = tl.where(top == float("-inf"), 0.0, top * to2)
+        # m is kept in base-2 units, so that there is one way to round each of these lines, masked or not (compilers contract a * b - c)
+        top = tl.maximum(m, tl.max(s, 1) * to2)
+        shift = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp2(s * to2 - shift[:, None])
-        fade = tl.exp2(m * to2 - shift)
+        fade = tl.exp2(m - shift)
         z = z * fade + tl.sum(p, 1)
         acc = acc * fade[:, None]
         if DENSE:
@@ -126,9 +127,8 @@ def _keys(
 
 
 @triton.jit
-def _close(acc, m, z, sinks, head, here, to2, SINKS: tl.constexpr):
+def _close(acc, m2, z, sinks, head, here, SINKS: tl.constexpr):
     """Divide by the denominator: (out, lse in base 2). Rows that saw nothing: zeros and -inf."""
-    m2 = m * to2
     if SINKS:
         sink = tl.load(sinks + head, mask=here, other=0.0) * 1.4426950408889634
         top = tl.maximum(m2, sink)
@@ -225,10 +225,7 @@ def _ragged(
                     acc, m, z, queries, new_k, new_v, first, column, position, valid, start, end, end, scale2, soft, window, kb, D, DP,
                     SIZE, BLOCK_N, True, WINDOW, SOFTCAP, WIDE, True,
                 )  # fmt: skip
-            to2 = scale2
-            if SOFTCAP:
-                to2 = 1.4426950408889634
-            result, total = _close(acc, m, z, sinks, head, real, to2, SINKS)
+            result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
@@ -283,16 +280,13 @@ def _split(
             acc, m, z, queries, k, v, table, base, position, real, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True,
             WINDOW, SOFTCAP, WIDE,
         )  # fmt: skip
-        to2 = scale2
-        if SOFTCAP:
-            to2 = 1.4426950408889634
         if span <= size:
-            result, total = _close(acc, m, z, sinks, head, real, to2, SINKS)
+            result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + row * HEADS * D + (head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
         else:
-            result, total = _close(acc, m, z, sinks, head, real, to2, False)
+            result, total = _close(acc, m, z, sinks, head, real, False)
             at = (row * HEADS + head) * SPLITS + piece
             tl.store(partial + (at * D)[:, None] + d[None, :], result, mask=tile_mask)
             tl.store(partial_lse + at, total, mask=real)
@@ -370,7 +364,9 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
     require(scale > 0, "scale must be above 0")
 
 
-def _ragged_config(dim: int) -> dict[str, int]:
+def _ragged_config(dim: int, dense: bool) -> dict[str, int]:
+    if dense and dim <= 128:
+        return tuned("attention.ragged.dense")
     return tuned("attention.ragged" if dim <= 128 else "attention.ragged.wide")
 
 
@@ -413,7 +409,7 @@ def ragged_attention(
     sequences, kv_heads = kv_len.shape[0], k_cache.shape[1]
     if tokens == 0 or sequences == 0:
         return out
-    config = dict(config or _ragged_config(dim))
+    config = dict(config or _ragged_config(dim, new_k is not None))
     group = heads // kv_heads
     block_m = max(config.pop("BLOCK_M"), power(group), 16)
     block_q = block_m // group

@@ -80,7 +80,7 @@ def _skinny(
 @triton.jit(do_not_specialize=["M"])
 def _invariant(
     x, w, bias, out, M, N, K, x_stride, w_stride, out_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, FEW: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(M / BLOCK_M) * ceil(N / BLOCK_N)), row blocks in groups so that weights stay in L2."""
     program = tl.program_id(0)
@@ -94,17 +94,22 @@ def _invariant(
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # rows beyond the edge read a row that exists: their sums are not stored
+    # Rows beyond the edge are never stored. A tile with few rows does not read them (all at one address would queue at one slice of L2); elsewhere
+    # reading row 0 again is cheaper than a mask. Real rows get the same bits either way.
     left = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * x_stride + k[None, :]
     right = w + tl.where(n < N, n, 0).to(tl.int64)[:, None] * w_stride + k[None, :]
+    here = (m < M)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(tl.cdiv(K, BLOCK_K)):
         if EVEN:
-            a = tl.load(left)
+            if FEW:
+                a = tl.load(left, mask=here, other=0.0)
+            else:
+                a = tl.load(left)
             b = tl.load(right)
         else:
             inside = (k < K - step * BLOCK_K)[None, :]
-            a = tl.load(left, mask=inside, other=0.0)
+            a = tl.load(left, mask=here & inside, other=0.0)
             b = tl.load(right, mask=inside, other=0.0)
         if WIDE:
             acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc, input_precision="ieee")
@@ -135,9 +140,8 @@ def splits_of(n: int, k: int, config: dict[str, int]) -> int:
     return max(1, min(config["MAX_SPLITS"], config["TARGET"] // columns, steps // 4))
 
 
-def _skinny_config(n: int, k: int) -> dict[str, int]:
-    config = tuned("linear.skinny")
-    return config
+def _skinny_config(n: int) -> dict[str, int]:
+    return tuned("linear.skinny.wide" if n >= 16384 else "linear.skinny")
 
 
 def workspace_elements(n: int) -> int:
@@ -155,7 +159,7 @@ def skinny(
     require(rows <= SKINNY, f"the skinny kernel takes at most {SKINNY} rows")
     if rows == 0:
         return out
-    config = dict(config or _skinny_config(n, k))
+    config = dict(config or _skinny_config(n))
     splits = splits_of(n, k, config)
     columns = -(-n // config["BLOCK_N"])
     config = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS")}
@@ -185,7 +189,7 @@ def invariant(
     config = dict(config or tuned("linear.invariant.small" if rows <= 64 else "linear.invariant"))
     blocks = -(-rows // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
     _invariant[(blocks,)](
-        x, weight, bias, out, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), GROUP=8, EVEN=k % config["BLOCK_K"] == 0,
+        x, weight, bias, out, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), GROUP=8, FEW=rows < config["BLOCK_M"], EVEN=k % config["BLOCK_K"] == 0,
         BIAS=bias is not None, WIDE=interpreting() or x.dtype == torch.float32, **config,
     )  # fmt: skip
     return out

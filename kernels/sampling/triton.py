@@ -7,9 +7,10 @@ kept. It is, if and only if
     top-p:   the mass of tokens with x > x(c) is less than p times the mass of what top-k kept
     min-p:   x(c) >= max x + log(min_p)
 If not, every token with x <= x(c) is ruled out, and the next candidate is the argmax over the rest. (Rejection by pivots as in FlashInfer's sorting-free
-sampling, Ye et al. 2025, arXiv:2501.01005, section on sampling; here the noise is fixed by Philox, so the result is exactly the definition's, not
-only distributed like it.) Only where top-k and top-p are both on the k-th largest value itself is found, by 4-way bisection over the ordered
-integer image of float32. Noise: Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = (choice, position, purpose 0, token), u = (word
+sampling, Ye et al. 2025, arXiv:2501.01005; here the noise is fixed by Philox, so the result is exactly the definition's, not only distributed
+like it.) For top-k the k-th largest value is found: the k-th largest among the maxima of groups of 64 tokens is a lower bound of it, so only
+groups whose maximum reaches that bound are looked at again, by bisection over the ordered integer image of float32. All later passes skip groups
+by their maxima in the same way. Noise: Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = (choice, position, purpose 0, token), u = (word
 + 1/2) / 2^32, noise = -log(-log u) in float64; a float32 bound of it, from the word alone, spares the float64 work where a block cannot win.
 
 A row's result depends on that row alone: a fixed order of additions, no float atomics.
@@ -27,8 +28,10 @@ from penstock.kernels.checks import require
 from penstock.kernels.gpu import tuned
 from penstock.kernels.tile import power
 
-FIELDS = 5
-"""Cells of the workspace for each piece of a row."""
+FIELDS = 6
+"""Cells of the workspace for each piece of a row: largest logit, its index, the candidate's score, token and value, mass."""
+GROUP = 64
+"""Tokens of a group; for each group the workspace has two more cells: its maximum, and a place in the list of groups to look at."""
 
 
 @triton.jit
@@ -61,13 +64,31 @@ def philox_word(token, choice, position, seed):
 
 
 @triton.jit
+def _list(maxima, listing, heat, pivot, least, GROUPS: tl.constexpr, GROUPS_P: tl.constexpr):
+    """List the groups whose largest x is above pivot and at least `least`, ascending; how many tokens they have."""
+    g = tl.arange(0, GROUPS_P)
+    top = tl.div_rn(tl.load(maxima + g, mask=g < GROUPS, other=float("-inf")).to(tl.float32), heat)
+    want = (g < GROUPS) & (top > pivot) & (top >= least)
+    place = tl.cumsum(want.to(tl.int32), 0) - 1
+    tl.debug_barrier()  # nobody reads the old list any more
+    tl.store(listing + place, g.to(tl.float64), mask=want)
+    tl.debug_barrier()
+    return tl.sum(want.to(tl.int32), 0) * 64
+
+
+@triton.jit
 def _candidate(
-    logits, V, begin, end, temperature, floor, least, choice, position, seed, score, token, value, BLOCK: tl.constexpr,
+    logits, V, begin, end, listing, temperature, floor, least, choice, position, seed, score, token, value, LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Best (score, token, x) so far joined with tokens [begin, end) whose x > floor and x >= least. Of equal scores the lowest id."""
+    """Best (score, token, x) so far joined with tokens [begin, end) (of the list, if LISTED) whose x > floor and x >= least. Of equal scores the
+    lowest id."""
     for first in range(begin, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        x = tl.div_rn(tl.load(logits + at, mask=(at < end) & (at < V), other=float("-inf")), temperature)
+        inside = at < end
+        if LISTED:
+            at = tl.load(listing + at // 64, mask=inside, other=0.0).to(tl.int32) * 64 + at % 64
+        x = tl.div_rn(tl.load(logits + at, mask=inside & (at < V), other=float("-inf")), temperature)
         fine = (x > floor) & (x >= least)
         x = tl.where(fine, x, float("-inf"))
         # noise < 22.8809 always
@@ -88,17 +109,18 @@ def _candidate(
 
 
 @triton.jit
-def _above(logits, V, temperature, top, pivot, least, WANT_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """(number, mass) of tokens with x > pivot and x >= least; mass in units of exp(top), float64 in a fixed order."""
+def _above(logits, V, count, listing, heat, top, pivot, least, BLOCK: tl.constexpr):
+    """(number, mass) of listed tokens with x > pivot and x >= least; mass in units of exp(top), float64 in a fixed order."""
     number = tl.zeros([BLOCK], tl.int32)
     mass = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, V, BLOCK):
+    for first in range(0, count, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        x = tl.div_rn(tl.load(logits + at, mask=at < V, other=float("-inf")), temperature)
+        inside = at < count
+        at = tl.load(listing + at // 64, mask=inside, other=0.0).to(tl.int32) * 64 + at % 64
+        x = tl.div_rn(tl.load(logits + at, mask=inside & (at < V), other=float("-inf")), heat)
         counted = (x > pivot) & (x >= least)
         number += counted.to(tl.int32)
-        if WANT_MASS:
-            mass += tl.where(counted, tl.exp(x - top), 0.0).to(tl.float64)
+        mass += tl.where(counted, tl.exp(x - top), 0.0).to(tl.float64)
     return tl.sum(number, 0), tl.sum(mass, 0)
 
 
@@ -110,45 +132,55 @@ def _ordered(x):
 
 
 @triton.jit
-def _kth(logits, V, temperature, top, k, BLOCK: tl.constexpr):
-    """A value v with {x >= v} = the tokens that top-k keeps: the k-th largest, or anything down to the next smaller one."""
-    low = tl.full([], -2147483648, tl.int64)  # count(x >= low) >= k
+def _unordered(key):
+    return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kth_group(maxima, heat, top, k, GROUPS: tl.constexpr, GROUPS_P: tl.constexpr):
+    """The k-th largest of the groups' maxima (or a lower value that as many reach); the lowest float if there are fewer groups."""
+    g = tl.arange(0, GROUPS_P)
+    key = _ordered(tl.div_rn(tl.load(maxima + g, mask=g < GROUPS, other=float("-inf")).to(tl.float32), heat)).to(tl.int64)
+    low = tl.full([], -2139095041, tl.int64)  # the image of -inf: all groups reach it
+    high = _ordered(top).to(tl.int64) + 1
+    exact = tl.full([], 0, tl.int32)
+    while (high - low > 1) & (exact == 0):
+        middle = low + (high - low) // 2
+        count = tl.sum(((key >= middle) & (g < GROUPS)).to(tl.int32), 0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count >= k, high, middle)
+        exact = (count == k).to(tl.int32)
+    return _unordered(low.to(tl.int32))
+
+
+@triton.jit
+def _kth(logits, V, count, listing, heat, top, bound, k, BLOCK: tl.constexpr):
+    """A value v with {x >= v} = the tokens that top-k keeps; they are all listed and at least `bound`."""
+    low = _ordered(bound).to(tl.int64)  # count(x >= low) >= k
     high = _ordered(top).to(tl.int64) + 1  # count(x >= high) < k
     exact = tl.full([], 0, tl.int32)
     while (high - low > 1) & (exact == 0):
-        quarter = (high - low + 3) // 4
-        p1 = tl.minimum(low + quarter, high - 1)
-        p2 = tl.minimum(low + 2 * quarter, high - 1)
-        p3 = tl.minimum(low + 3 * quarter, high - 1)
-        n1 = tl.zeros([BLOCK], tl.int32)
-        n2 = tl.zeros([BLOCK], tl.int32)
-        n3 = tl.zeros([BLOCK], tl.int32)
-        for first in range(0, V, BLOCK):
+        middle = low + (high - low) // 2
+        number = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, count, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            x = tl.div_rn(tl.load(logits + at, mask=at < V, other=float("-inf")), temperature)
-            key = _ordered(x)
-            real = at < V
-            n1 += (real & (key >= p1.to(tl.int32))).to(tl.int32)
-            n2 += (real & (key >= p2.to(tl.int32))).to(tl.int32)
-            n3 += (real & (key >= p3.to(tl.int32))).to(tl.int32)
-        c1 = tl.sum(n1, 0)
-        c2 = tl.sum(n2, 0)
-        c3 = tl.sum(n3, 0)
-        new_low = tl.where(c3 >= k, p3, tl.where(c2 >= k, p2, tl.where(c1 >= k, p1, low)))
-        count = tl.where(c3 >= k, c3, tl.where(c2 >= k, c2, tl.where(c1 >= k, c1, k + 1)))
-        high = tl.where(c1 < k, p1, tl.where(c2 < k, p2, tl.where(c3 < k, p3, high)))
-        low = new_low
-        exact = (count == k).to(tl.int32)
-    key = low.to(tl.int32)
-    return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
+            inside = at < count
+            at = tl.load(listing + at // 64, mask=inside, other=0.0).to(tl.int32) * 64 + at % 64
+            x = tl.div_rn(tl.load(logits + at, mask=inside & (at < V), other=float("-inf")), heat)
+            number += (inside & (at < V) & (_ordered(x).to(tl.int64) >= middle)).to(tl.int32)
+        reach = tl.sum(number, 0)
+        low = tl.where(reach >= k, middle, low)
+        high = tl.where(reach >= k, high, middle)
+        exact = (reach == k).to(tl.int32)
+    return _unordered(low.to(tl.int32))
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def _survey(
-    logits, temperature, seeds, choices, positions, slots, cells, V, stride, PIECES: tl.constexpr, CHUNK: tl.constexpr,
+    logits, temperature, top_p, seeds, choices, positions, slots, cells, maxima, V, stride, PIECES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R, PIECES): a piece's largest logit, its first index, and the best candidate of all tokens."""
+    """Grid (R, PIECES): a piece's largest logit, its first index, the best candidate of all tokens, the mass, and the groups' maxima."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     slot = row
@@ -167,18 +199,29 @@ def _survey(
             better = x > best
             best = tl.where(better, x, best)
             where = tl.where(better, at, where)
+            groups = tl.max(tl.reshape(x, [BLOCK // 64, 64]), 1)
+            at_group = row * (PIECES * CHUNK // 64) + (begin + first) // 64 + tl.arange(0, BLOCK // 64)
+            tl.store(maxima + at_group, groups.to(tl.float64))
         top = tl.max(best, 0)
         first_index = tl.min(tl.where(best == top, where, 2147483647), 0)
         heat = tl.load(temperature + slot)
         score = tl.full([], float("-inf"), tl.float64)
         token = tl.full([], 2147483647, tl.int32)
         value = tl.full([], float("-inf"), tl.float32)
-        if heat > 0:
+        mass = tl.zeros([BLOCK], tl.float64)
+        if (heat > 0) & (top > float("-inf")):
+            if tl.load(top_p + slot) < 1.0:
+                peak = tl.div_rn(top, heat)
+                for first in range(0, CHUNK, BLOCK):
+                    at = begin + first + tl.arange(0, BLOCK)
+                    x = tl.div_rn(tl.load(line + at, mask=at < V, other=float("-inf")), heat)
+                    mass += tl.exp(x - peak).to(tl.float64)
             score, token, value = _candidate(
-                line, V, begin, begin + CHUNK, heat, float("-inf"), float("-inf"), tl.load(choices + slot).to(tl.uint32),
-                tl.load(positions + row).to(tl.uint32), tl.load(seeds + slot), score, token, value, BLOCK,
+                line, V, begin, begin + CHUNK, cells, heat, float("-inf"), float("-inf"), tl.load(choices + slot).to(tl.uint32),
+                tl.load(positions + row).to(tl.uint32), tl.load(seeds + slot), score, token, value, False, BLOCK,
             )  # fmt: skip
-        at_cell = cells + (row * PIECES + piece) * 5
+        at_cell = cells + (row * PIECES + piece) * 6
+        tl.store(at_cell + 5, tl.sum(mass, 0))
         tl.store(at_cell, tl.where(tl.max(wrong, 0) > 0, float("inf"), top).to(tl.float64))
         tl.store(at_cell + 1, first_index.to(tl.float64))
         tl.store(at_cell + 2, score)
@@ -188,8 +231,8 @@ def _survey(
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def _choose(
-    logits, temperature, top_k, top_p, min_p, seeds, choices, positions, slots, cells, out, V, stride, PIECES: tl.constexpr,
-    PIECES_P: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    logits, temperature, top_k, top_p, min_p, seeds, choices, positions, slots, cells, maxima, listings, out, V, stride, PIECES: tl.constexpr,
+    PIECES_P: tl.constexpr, GROUPS: tl.constexpr, GROUPS_P: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (R): join the pieces, then accept or reject candidates until one is kept."""
     row = tl.program_id(0).to(tl.int64)
@@ -201,7 +244,7 @@ def _choose(
         line = logits + row * stride
         p = tl.arange(0, PIECES_P)
         here = p < PIECES
-        cell = cells + (row * PIECES + p) * 5
+        cell = cells + (row * PIECES + p) * 6
         tops = tl.load(cell, mask=here, other=float("-inf"))
         best = tl.max(tops, 0)
         result = tl.min(tl.where(tops == best, tl.load(cell + 1, mask=here, other=2147483647.0), 2147483647.0), 0).to(tl.int32)
@@ -227,30 +270,43 @@ def _choose(
                     choice = tl.load(choices + slot).to(tl.uint32)
                     position = tl.load(positions + row).to(tl.uint32)
                     seed = tl.load(seeds + slot)
-                    least = tl.full([], float("-inf"), tl.float32)  # what top-k and min-p ask of x, where it is known
+                    above = maxima + row * GROUPS
+                    listing = listings + row * GROUPS
+                    least = tl.full([], float("-inf"), tl.float32)  # what top-k and min-p ask of x
                     wanted = tl.full([], float("inf"), tl.float64)  # the mass above an accepted candidate is less than this
+                    if by_k:
+                        bound = _kth_group(above, heat, top, k, GROUPS, GROUPS_P)
+                        count = _list(above, listing, heat, float("-inf"), bound, GROUPS, GROUPS_P)
+                        least = _kth(line, V, count, listing, heat, top, bound, k, BLOCK)
                     if by_p:
                         if by_k:
-                            least = _kth(line, V, heat, top, k, BLOCK)
-                        _, total = _above(line, V, heat, top, float("-inf"), least, True, BLOCK)
-                        wanted = share.to(tl.float64) * total
+                            count = _list(above, listing, heat, float("-inf"), least, GROUPS, GROUPS_P)
+                            _, total = _above(line, V, count, listing, heat, top, float("-inf"), least, BLOCK)
+                            wanted = share.to(tl.float64) * total
+                        else:
+                            alive = here & (tops > float("-inf"))
+                            peaks = tl.div_rn(tops.to(tl.float32), heat)
+                            fade = tl.exp(tl.where(alive, peaks - top, 0.0)).to(tl.float64)
+                            masses = tl.load(cell + 5, mask=here, other=0.0)
+                            wanted = share.to(tl.float64) * tl.sum(tl.where(alive, masses * fade, 0.0), 0)
                     if relative > 0:
                         least = tl.maximum(least, top + tl.log(relative))
                     searching = tl.full([], 1, tl.int32)
                     if value < least:
+                        count = _list(above, listing, heat, float("-inf"), least, GROUPS, GROUPS_P)
                         score = tl.full([], float("-inf"), tl.float64)
                         score, result, value = _candidate(
-                            line, V, 0, V, heat, float("-inf"), least, choice, position, seed, score, result, value, BLOCK
+                            line, V, 0, count, listing, heat, float("-inf"), least, choice, position, seed, score, result, value, True, BLOCK
                         )  # fmt: skip
-                    while searching > 0:
-                        number, mass = _above(line, V, heat, top, value, float("-inf"), True, BLOCK)
-                        kept = (by_p | ~by_k | (number < k)) & (~by_p | (mass < wanted) | (number == 0))
-                        if kept:
+                    while by_p & (searching > 0):
+                        count = _list(above, listing, heat, value, least, GROUPS, GROUPS_P)
+                        number, mass = _above(line, V, count, listing, heat, top, value, least, BLOCK)
+                        if (mass < wanted) | (number == 0):
                             searching = tl.full([], 0, tl.int32)
                         else:
                             score = tl.full([], float("-inf"), tl.float64)
                             score, result, value = _candidate(
-                                line, V, 0, V, heat, value, least, choice, position, seed, score, result, value, BLOCK
+                                line, V, 0, count, listing, heat, value, least, choice, position, seed, score, result, value, True, BLOCK
                             )  # fmt: skip
     tl.store(out + row, result)
 
@@ -262,7 +318,8 @@ def _pieces(vocab: int) -> tuple[int, dict[str, int]]:
 
 def workspace_elements(rows: int, vocab: int) -> int:
     """float64 elements that `draw` needs."""
-    return rows * _pieces(vocab)[0] * FIELDS
+    pieces, config = _pieces(vocab)
+    return rows * (pieces * FIELDS + 2 * (pieces * config["CHUNK"] // GROUP))
 
 
 def draw(
@@ -276,16 +333,19 @@ def draw(
     if rows == 0:
         return out
     pieces, config = _pieces(vocab)
-    cells = rows * pieces * FIELDS
+    groups = pieces * config["CHUNK"] // GROUP
+    cells = workspace_elements(rows, vocab)
     workspace = torch.empty(cells, dtype=torch.float64, device=logits.device) if workspace is None else workspace
     require(workspace.dtype == torch.float64 and workspace.numel() >= cells, "the workspace is too small")
+    maxima = workspace[rows * pieces * FIELDS :]
+    listings = maxima[rows * groups :]
     _survey[(rows, pieces)](
-        logits, temperature, seeds, choices, positions, slots, workspace, vocab, logits.stride(0), PIECES=pieces, SLOTS=slots is not None,
+        logits, temperature, top_p, seeds, choices, positions, slots, workspace, maxima, vocab, logits.stride(0), PIECES=pieces, SLOTS=slots is not None,
         **config,
     )  # fmt: skip
     _choose[(rows,)](
-        logits, temperature, top_k, top_p, min_p, seeds, choices, positions, slots, workspace, out, vocab, logits.stride(0), PIECES=pieces,
-        PIECES_P=power(pieces), SLOTS=slots is not None, **tuned("sampling.choose"),
+        logits, temperature, top_k, top_p, min_p, seeds, choices, positions, slots, workspace, maxima, listings, out, vocab, logits.stride(0),
+        PIECES=pieces, PIECES_P=power(pieces), GROUPS=groups, GROUPS_P=power(groups), SLOTS=slots is not None, **tuned("sampling.choose"),
     )  # fmt: skip
     return out
 

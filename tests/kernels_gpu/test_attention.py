@@ -238,19 +238,39 @@ def test_big(dim: int, dtype: torch.dtype, device: str) -> None:
             )  # fmt: skip
             close(out, want, TOLERANCE[dtype])
             assert (lse.cpu().double() - want_lse).abs().max() < 5e-3
-            results.append(out)
-        again = kernel.paged_attention(
-            case.q, case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale, window, num_decode=3
-        )
-        assert torch.equal(again, results[0])
-        one = kernel.ragged_attention(
-            case.q[3:703], case.k_cache, case.v_cache, case.tables[3:4], torch.tensor([0, 700], dtype=torch.int32, device=device),
-            case.kv_len[3:4], case.scale, window,
-        )  # fmt: skip
-        assert torch.equal(one, results[1][3:703])
-        chunk = kernel.ragged_attention(
-            case.q[702:703], case.k_cache, case.v_cache, case.tables[3:4], torch.tensor([0, 1], dtype=torch.int32, device=device),
-            case.kv_len[3:4], case.scale, window,
-        )  # fmt: skip
-        assert torch.equal(chunk[0], results[1][702])
+            again, _ = case.empty()
+            kernel.paged_attention(
+                case.q, case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale, window, num_decode=3, out=again,
+                lse=lse, deterministic=deterministic,
+            )  # fmt: skip
+            assert torch.equal(again, out)
+            results.append(
+                kernel.paged_attention(
+                    case.q, case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale, window, num_decode=3,
+                    deterministic=deterministic,
+                )
+            )  # fmt: skip
+            close(results[-1], want, TOLERANCE[dtype])
+        at = 0
+        for row, (rows, length) in enumerate(shape):
+            for first, last in ((0, rows), (rows - 1, rows), (0, rows // 2)):  # alone, as a decode row, as an earlier chunk: the same bits
+                if last > first:
+                    part = kernel.ragged_attention(
+                        case.q[at + first : at + last], case.k_cache, case.v_cache, case.tables[row : row + 1],
+                        torch.tensor([0, last - first], dtype=torch.int32, device=device),
+                        torch.tensor([length - rows + last], dtype=torch.int32, device=device), case.scale, window,
+                    )  # fmt: skip
+                    assert torch.equal(part, results[1][at + first : at + last])
+            at += rows
+        for row in range(3):
+            alone = kernel.decode_attention(
+                case.q[row : row + 1],
+                case.k_cache,
+                case.v_cache,
+                case.tables[row : row + 1],
+                case.kv_len[row : row + 1],
+                case.scale,
+                window,
+            )
+            assert torch.equal(alone[0], results[0][row])
     assert math.isfinite(float(want.norm()))
