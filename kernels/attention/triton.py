@@ -364,9 +364,9 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
     require(scale > 0, "scale must be above 0")
 
 
-def _ragged_config(dim: int, dense: bool) -> dict[str, int]:
-    if dense and dim <= 128:
-        return tuned("attention.ragged.dense")
+def _ragged_config(dim: int, dense: bool, deterministic: bool) -> dict[str, int]:
+    if dim <= 128 and (dense or deterministic):
+        return tuned("attention.ragged.fixed" if deterministic else "attention.ragged.dense")
     return tuned("attention.ragged" if dim <= 128 else "attention.ragged.wide")
 
 
@@ -395,13 +395,14 @@ def workspace_elements(rows: int, num_heads: int, head_dim: int) -> int:
 def ragged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
-    new_k: Tensor | None = None, new_v: Tensor | None = None, config: dict[str, int] | None = None,
+    new_k: Tensor | None = None, new_v: Tensor | None = None, deterministic: bool = False, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The ragged kernel for all rows of q [T, Hq, D]; arguments as in kernels/gpu.py.
 
     new_k, new_v [T, Hkv, D] (last two dimensions contiguous), this step's own keys and values in token order: where they are given and D is a power
     of two they are read from there by the bulk copy engine, and only what lies before this step comes from the pages. Faster, but the blocks
-    then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode.
+    then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode. `deterministic` chooses the one
+    tile that decode rows and chunks share in that mode (any one tile gives a row the same bits in all batches and chunks).
     """
     _check(q, k_cache, v_cache, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -409,7 +410,7 @@ def ragged_attention(
     sequences, kv_heads = kv_len.shape[0], k_cache.shape[1]
     if tokens == 0 or sequences == 0:
         return out
-    config = dict(config or _ragged_config(dim, new_k is not None))
+    config = dict(config or _ragged_config(dim, new_k is not None, deterministic))
     group = heads // kv_heads
     block_m = max(config.pop("BLOCK_M"), power(group), 16)
     block_q = block_m // group
@@ -480,7 +481,7 @@ def paged_attention(
         tables = block_tables if table_rows is not None else block_tables[split:]
         ragged_attention(
             q, k_cache, v_cache, tables, q_start[split:], kv_len[split:], scale, window, softcap=softcap, sinks=sinks, table_rows=rows,
-            out=out, lse=lse, new_k=None if deterministic else new_k, new_v=None if deterministic else new_v,
+            out=out, lse=lse, new_k=None if deterministic else new_k, new_v=None if deterministic else new_v, deterministic=deterministic,
         )  # fmt: skip
     return out
 

@@ -136,7 +136,8 @@ def test_rows_do_not_depend_on_batch_or_chunks(device: str) -> None:
     """The ragged kernel gives a token the same bits whole, chunked, and as a decode row: deterministic mode rests on this."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = Case([(75, 75), (4, 50)], heads=2, kv_heads=1, dim=32, dtype=dtype, device=device)
-    whole = kernel.ragged_attention(case.q, case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale)
+    arguments = (case.q, case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale)
+    whole = kernel.ragged_attention(*arguments, deterministic=True)
     parts = []
     for first, last in ((0, 1), (1, 20), (20, 21), (21, 64), (64, 75)):
         start = torch.tensor([0, last - first], dtype=torch.int32, device=device)
@@ -258,7 +259,7 @@ def test_big(dim: int, dtype: torch.dtype, device: str) -> None:
                     part = kernel.ragged_attention(
                         case.q[at + first : at + last], case.k_cache, case.v_cache, case.tables[row : row + 1],
                         torch.tensor([0, last - first], dtype=torch.int32, device=device),
-                        torch.tensor([length - rows + last], dtype=torch.int32, device=device), case.scale, window,
+                        torch.tensor([length - rows + last], dtype=torch.int32, device=device), case.scale, window, deterministic=True,
                     )  # fmt: skip
                     assert torch.equal(part, results[1][at + first : at + last])
             at += rows
