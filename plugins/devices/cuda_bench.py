@@ -67,7 +67,10 @@ LIMITS_S = {
     "decode_1b": 50,
     "start_8b": 40,
     "memory": 30,
-    "deterministic": 70,
+    "deterministic": 40,
+    "profile_8b": 30,
+    "prefix_8b": 40,
+    "naive_8b": 60,
 }
 """Sections in order, and their longest time."""
 
@@ -279,13 +282,15 @@ def correct(root: Path, known: dict[str, Any]) -> dict[str, Any]:
         "shared": run(Options(share=True, at_once=3, preempt=0.1, seed=3)),
     }
     model = transformers.AutoModelForCausalLM.from_pretrained(str(BROOK), dtype=torch.float32).cuda().eval()
-    worst_gap = worst_logprob = worst_prompt = 0.0
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(str(BROOK), dtype=torch.bfloat16).cuda().eval()
+    worst_gap = worst_logprob = worst_prompt = worst_theirs = 0.0
     agree = total = plain_same = 0
     for jobs in runs.values():
         for job in jobs:
             ids = torch.tensor([[*job.prompt.tolist(), *job.tokens]], device="cuda")
             with torch.no_grad():
                 scores = torch.log_softmax(model(ids).logits[0].double(), -1)
+                theirs = torch.log_softmax(rounded(ids).logits[0].double(), -1)
             plain_same += int(np.frombuffer(job.logprobs.pop(), np.float32)[0])
             for at, token in enumerate(job.tokens):
                 row = scores[len(job.prompt) + at - 1]
@@ -294,18 +299,21 @@ def correct(root: Path, known: dict[str, Any]) -> dict[str, Any]:
                 total += 1
                 worst_logprob = max(worst_logprob, abs(float(row[token]) - float(np.frombuffer(job.logprobs[at], np.float32)[0])))
             for position, (found, values) in job.prompt_logprobs.items():
-                worst_prompt = max(worst_prompt, abs(float(scores[position - 1, found[0]]) - values[0]))
+                truth = float(scores[position - 1, found[0]])
+                worst_prompt = max(worst_prompt, abs(truth - values[0]))
+                worst_theirs = max(worst_theirs, abs(truth - float(theirs[position - 1, found[0]])))
     return {
         "tokens": total,
         "argmax_agrees": agree,
         "worst_gap_to_best": round(worst_gap, 4),
         "worst_logprob_error": round(worst_logprob, 4),
         "worst_prompt_logprob_error": round(worst_prompt, 4),
+        "worst_prompt_logprob_error_of_transformers_in_bfloat16": round(worst_theirs, 4),
         "plain_draws_equal": f"{plain_same} of {sum(map(len, runs.values()))}",
         "runs_equal_to_graphs": {
             n: sum(a.tokens == b.tokens for a, b in zip(jobs, runs["graphs"], strict=True)) for n, jobs in runs.items()
         },
-        "passed": worst_gap < 0.15 and worst_logprob < 0.25 and worst_prompt < 0.4,
+        "passed": worst_gap < 0.15 and worst_logprob < 0.25 and worst_prompt < 1.25 * worst_theirs + 0.05,
     }
 
 
@@ -322,7 +330,21 @@ def memory(root: Path, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pytest(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--durations=9", "-q", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--tb=short",
+        "--durations=9",
+        "-q",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return {"rc": done.returncode, "tail": (done.stdout + done.stderr)[-6000:]}
 
@@ -401,11 +423,77 @@ def decode_1b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """512 requests of ShareGPT-like lengths, all at once, through the in-process engine."""
-    return _serve(folder_of(LLAMA_8B, root, "llama-8b"), requests=512, max_num_seqs=256)
+    """1,000 requests of ShareGPT-like lengths, all at once, through the in-process engine."""
+    return _serve(folder_of(LLAMA_8B, root, "llama-8b"), requests=1000, max_num_seqs=512)
 
 
-def _serve(path: str, *, requests: int, max_num_seqs: int, input_len: int | None = None, output_len: int | None = None) -> dict[str, Any]:
+def prefix_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """64 requests that share 2,048 tokens and have 64 of their own, one token of output: prefill with the prefix cache against without."""
+    path = folder_of(LLAMA_8B, root, "llama-8b")
+    size = {"requests": 64, "max_num_seqs": 64, "input_len": 64, "output_len": 1, "prefix_len": 2048}
+    out: dict[str, Any] = {
+        name: _serve(path, **size, enable_prefix_caching=flag, kv_cache_memory_bytes=24 << 30)
+        for name, flag in (("cached", True), ("uncached", False))
+    }
+    out["prefill_time_saved"] = round(1 - out["cached"]["device_busy_s"] / out["uncached"]["device_busy_s"], 3)
+    out["wall_time_saved"] = round(1 - out["cached"]["wall_s"] / out["uncached"]["wall_s"], 3)
+    return out
+
+
+def naive_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """What the tuned figure is compared with: this engine one request at a time without graphs, and transformers.generate in static batches
+    of 32 (prompts cut and padded to one length, everybody runs to the longest output)."""
+    import torch
+    import transformers
+
+    path = folder_of(LLAMA_8B, root, "llama-8b")
+    size = {"requests": 3, "max_num_seqs": 1, "input_len": 128, "output_len": 64}
+    out: dict[str, Any] = {"one_at_a_time": _serve(path, **size, enforce_eager=True, kv_cache_memory_bytes=4 << 30)}
+    config = transformers.LlamaConfig(**{k: v for k, v in LLAMA_8B.items() if k not in ("architectures", "model_type", "torch_dtype")})
+    config.eos_token_id = None
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(16, 4096, (32, 128), device="cuda")
+    model.generate(ids, max_new_tokens=4, do_sample=False)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    torch.cuda.synchronize()
+    out["transformers_batch_32_tokens_s"] = round(32 * 64 / (time.perf_counter() - begun), 1)
+    return out
+
+
+def profile_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Where a batch-1 decode step's time goes, kernel by kernel."""
+    import torch
+
+    runner, _, _ = load(folder_of(LLAMA_8B, root, "llama-8b"), load_format="dummy", max_num_seqs=64, max_model_len=8192)
+    out: dict[str, Any] = {}
+    for rows in (1, 64):
+        fill(runner, rows, 1024)
+        decode(runner, rows, 1024, 5)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+            decode(runner, rows, 1024, 10)
+        found = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)[:14]
+        steps = 20  # ten of them warm up inside `decode`
+        out[f"batch_{rows}"] = [
+            f"{event.key[:60]}: {event.count / steps:.1f} a step, {event.self_device_time_total / max(1, event.count):.1f} us each"
+            for event in found
+        ]
+    return out
+
+
+def _serve(
+    path: str,
+    *,
+    requests: int,
+    max_num_seqs: int,
+    input_len: int | None = None,
+    output_len: int | None = None,
+    prefix_len: int = 0,
+    **over: Any,
+) -> dict[str, Any]:
     from penstock.core.llm import LLM
     from penstock.core.sampling import SamplingParams
     from penstock.plugins.commands.bench.workload import make
@@ -421,11 +509,12 @@ def _serve(path: str, *, requests: int, max_num_seqs: int, input_len: int | None
         return runners[-1]
 
     cuda.CudaDevice.load = kept  # type: ignore[method-assign]
-    load_of = make(count=requests, vocab=4096, seed=1, input_len=input_len, output_len=output_len, max_len=4096)
+    load_of = make(count=requests, vocab=4096, seed=1, input_len=input_len, output_len=output_len, prefix_len=prefix_len, max_len=4096)
     params = [SamplingParams(temperature=0.0, max_tokens=r.output, ignore_eos=True) for r in load_of.requests]
     begun = time.perf_counter()
     options: dict[str, Any] = {"model": path, "device": "cuda", "load_format": "dummy", "max_num_seqs": max_num_seqs, "max_model_len": 4096}
-    with LLM(**options, max_num_batched_tokens=8192, enable_prefix_caching=False) as llm:
+    options |= {"max_num_batched_tokens": 8192, "enable_prefix_caching": False, **over}
+    with LLM(**options) as llm:
         ready = time.perf_counter() - begun
         warm = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
         llm.generate(prompt_token_ids=[[17, 18, 19]] * 4, sampling_params=warm)
@@ -450,6 +539,7 @@ def _serve(path: str, *, requests: int, max_num_seqs: int, input_len: int | None
         "device_idle": round(counters.idle_ns / span, 4),
         "device_busy_s": round(counters.busy_ns / 1e9, 2),
         "ready_s": round(ready, 2),
+        "cached_tokens": sum(answer.cached_tokens for answer in answers),
         "ring_waits": runner._lane.waits,
         "all_answered": all(len(c.token_ids) == p.max_tokens for a, p in zip(answers, params, strict=True) for c in a.outputs),
     }

@@ -62,7 +62,7 @@ class SlotSampler:
             self.clear(slot)
             self._places[slot] = place
             self._temperature[slot] = 0.0 if params.greedy else params.temperature
-            self._top_k[slot] = max(0, params.top_k)
+            self._top_k[slot] = min(max(0, params.top_k), self._vocab)
             self._top_p[slot] = params.top_p
             self._min_p[slot] = params.min_p
             self._repetition[slot] = params.repetition_penalty
