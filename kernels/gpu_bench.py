@@ -9,6 +9,7 @@ What it does not know: models, servers, requests.
 """
 
 # ruff: noqa: B023 (every call is made before the loop variables that it closes over change)
+# mypy: disable-error-code="misc, arg-type, call-arg, list-item, no-untyped-call, no-any-return"
 
 from __future__ import annotations
 
@@ -149,7 +150,7 @@ def decode(bench: Bench) -> None:
         gigabytes = rows * length * KV_HEADS * DIM * 4 / 1e9
         for config in SPLIT[:2] if bench.quick else SPLIT:
             calls = [
-                lambda c=pair, config=config: attention.decode_attention(  # type: ignore[misc]
+                lambda c=pair, config=config: attention.decode_attention(
                     q, c[0], c[1], tables, lengths, DIM**-0.5, out=out, workspace=workspace, config=config
                 )
                 for pair in caches
@@ -158,7 +159,7 @@ def decode(bench: Bench) -> None:
         start = i32(list(range(rows + 1)))
         for config in (RAGGED[2], RAGGED[3]):
             calls = [
-                lambda c=pair, config=config: attention.ragged_attention(  # type: ignore[misc]
+                lambda c=pair, config=config: attention.ragged_attention(
                     q, c[0], c[1], tables, start, lengths, DIM**-0.5, out=out, config=config
                 )
                 for pair in caches
@@ -201,7 +202,7 @@ def prefill(bench: Bench) -> None:
         for config in RAGGED[:2] if bench.quick else RAGGED:
             for name, more in (("prefill attention, paged", {}), ("prefill attention, this step's keys dense", {"new_k": k, "new_v": v})):
                 calls = [
-                    lambda config=config, more=more: attention.ragged_attention(  # type: ignore[misc]
+                    lambda config=config, more=more: attention.ragged_attention(
                         q, caches[0], caches[1], table, start, lengths, DIM**-0.5, out=out, config=config, **more
                     )
                 ]
@@ -248,15 +249,15 @@ def skinny(bench: Bench) -> None:
             x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device="cuda")
             case, gigabytes = f"{name} {n} x {k}, {rows} rows", n * k * 2 / 1e9
             for config in SKINNY[:2] if bench.quick else SKINNY:
-                calls = [lambda w=w, config=config: linear.skinny(x, w, out=out, workspace=workspace, config=config) for w in weights]  # type: ignore[misc]
+                calls = [lambda w=w, config=config: linear.skinny(x, w, out=out, workspace=workspace, config=config) for w in weights]
                 bench.add("skinny matmul", case, calls, gigabytes=gigabytes, config=config)
             if not bench.compile_only:
                 bench.add(
                     "skinny matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], gigabytes=gigabytes, by="torch"
-                )  # type: ignore[misc]
+                )
         for rows in (2, 4, 8):
             x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device="cuda")
-            calls = [lambda w=w: linear.skinny(x, w, out=out, workspace=workspace) for w in weights]  # type: ignore[misc]
+            calls = [lambda w=w: linear.skinny(x, w, out=out, workspace=workspace) for w in weights]
             bench.add("skinny matmul, shipped", f"{name} {n} x {k}, {rows} rows", calls, gigabytes=n * k * 2 / 1e9)
         del weights
 
@@ -286,10 +287,10 @@ def invariant(bench: Bench) -> None:
             case = f"{name} {n} x {k}, {rows} rows"
             work = {"gigabytes": n * k * 2 / 1e9} if rows < 100 else {"teraflop": 2 * rows * n * k / 1e12}
             for config in INVARIANT[:3] if rows > 100 else INVARIANT[3:]:
-                calls = [lambda w=w, config=config: linear.invariant(x, w, out=out, config=config) for w in weights]  # type: ignore[misc]
+                calls = [lambda w=w, config=config: linear.invariant(x, w, out=out, config=config) for w in weights]
                 bench.add("batch-invariant matmul", case, calls, config=config, **work)
             if not bench.compile_only:
-                bench.add("batch-invariant matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], by="torch", **work)  # type: ignore[misc]
+                bench.add("batch-invariant matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], by="torch", **work)
 
 
 def rows(bench: Bench) -> None:
@@ -311,14 +312,14 @@ def rows(bench: Bench) -> None:
             [lambda c=config: rmsnorm.rms_norm(x, weight, 1e-5, out, config=c)],
             gigabytes=2 * x.nbytes / 1e9,
             config=config,
-        )  # type: ignore[misc]
+        )
         bench.add(
             "add + rms_norm",
             f"{tokens} x {HIDDEN}",
             [lambda c=config: rmsnorm.add_rms_norm(x, residual, weight, 1e-5, out, config=c)],
             gigabytes=4 * x.nbytes / 1e9,
             config=config,
-        )  # type: ignore[misc]
+        )
     table = randn(VOCAB, HIDDEN)
     ids = i32(torch.randint(VOCAB, (tokens,)))
     for config in warps[:3]:
@@ -328,7 +329,7 @@ def rows(bench: Bench) -> None:
             [lambda c=config: embedding.gather_rows(table, ids, out, config=c)],
             gigabytes=2 * out.nbytes / 1e9,
             config=config,
-        )  # type: ignore[misc]
+        )
     gate_up, half = randn(tokens, 2 * INTER), torch.empty(tokens, INTER, dtype=BF16, device="cuda")
     for block, w in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8)):
         config = {"BLOCK": block, "num_warps": w}
@@ -338,14 +339,14 @@ def rows(bench: Bench) -> None:
             [lambda c=config: activation.gated("silu", gate_up, half, config=c)],
             gigabytes=3 * half.nbytes / 1e9,
             config=config,
-        )  # type: ignore[misc]
+        )
     qkv = randn(tokens, (HEADS + 2 * KV_HEADS) * DIM)
     caches = [torch.zeros(1024, KV_HEADS, 16, DIM, dtype=BF16, device="cuda") for _ in range(2)]
     positions, where = i32(torch.arange(tokens)), i32(torch.randperm(1024 * 16)[:tokens])
     cos_sin, q = randn(tokens, DIM, dtype=torch.float32), torch.empty(tokens, HEADS, DIM, dtype=BF16, device="cuda")
     for block, w in ((8, 4), (8, 2), (16, 4), (4, 1), (16, 8), (48, 8)):
         config = {"HEADS_BLOCK": 64 if block == 48 else block, "num_warps": w}
-        calls = [lambda c=config: rope.rope_and_cache(qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, out=q, config=c)]  # type: ignore[misc]
+        calls = [lambda c=config: rope.rope_and_cache(qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, out=q, config=c)]
         bench.add("rope + KV write", f"{tokens} tokens", calls, gigabytes=(2 * qkv.nbytes + cos_sin.nbytes) / 1e9, config=config)
     config = {"HEADS_BLOCK": 8, "num_warps": 4}
     kept = qkv.view(tokens, -1, DIM)[:, HEADS:-KV_HEADS]
@@ -371,7 +372,7 @@ def rows(bench: Bench) -> None:
             [lambda c=config: slots.copy_blocks(pool, source, target, config=c)],
             gigabytes=2 * 128 * 64 * pool[0, 0].nbytes / 1e9,
             config=config,
-        )  # type: ignore[misc]
+        )
 
 
 def sampling(bench: Bench) -> None:
@@ -400,9 +401,9 @@ def sampling(bench: Bench) -> None:
                 torch.full((count,), p, device="cuda"),
                 torch.zeros(count, device="cuda"),
             )
-            calls = [lambda c=columns: kernel.draw(logits, *c, seeds, zeros, zeros, out=out, workspace=workspace)]  # type: ignore[misc]
+            calls = [lambda c=columns: kernel.draw(logits, *c, seeds, zeros, zeros, out=out, workspace=workspace)]
             bench.add("draw", f"{count} rows, {name}", calls, gigabytes=gigabytes)
-            calls = [lambda c=columns: kernel.draw(flat, *c, seeds, zeros, zeros, out=out, workspace=workspace)]  # type: ignore[misc]
+            calls = [lambda c=columns: kernel.draw(flat, *c, seeds, zeros, zeros, out=out, workspace=workspace)]
             bench.add("draw, nearly flat logits", f"{count} rows, {name}", calls, gigabytes=gigabytes)
         if not bench.compile_only:
             bench.add("sort for top-p", f"{count} rows", [lambda: logits.sort(dim=-1)], gigabytes=gigabytes, by="torch")

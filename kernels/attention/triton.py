@@ -16,7 +16,7 @@ fixed tree. The two kernels differ in their last bits: deterministic mode uses t
 Layout: see KV_LAYOUT and kernels/gpu.py. What it does not know: who owns a block, slots, layers.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return, attr-defined"
 
 from typing import Any
 
