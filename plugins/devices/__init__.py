@@ -55,6 +55,6 @@ def register_devices() -> list[DeviceSpec]:
             doc="An NVIDIA GPU by Triton kernels and captured graphs (bfloat16, float16).",
             available=cuda_available,
             factory=_cuda,
-            priority=-10,
+            priority=10,
         ),
     ]

@@ -100,6 +100,7 @@ def test_triton_equals_the_reference_table(family: str, name: str, make_folder: 
     assert sum(a.tokens == b.tokens for a, b in zip(plain, eager, strict=True)) >= 5
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_synchronising_call_in_the_step_loop(make_folder: Make, on_device: Make) -> None:
     """Placing, mixed prefill, penalties, lists, log-probabilities, graphs: with torch refusing every call that waits."""
     runner = on_device(make_folder("llama", torch.bfloat16, **SHAPE))
