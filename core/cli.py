@@ -103,7 +103,7 @@ def config_options(skip: Sequence[str] = ()) -> Callable[[Callable[..., Any]], C
 
 
 def _decorator(option: cfg.Option) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    names = [option.flag, *("--" + alias for alias in option.aliases)]
+    names = [option.flag, *("--" + alias for alias in option.aliases), *([option.extra["short"]] if "short" in option.extra else [])]
     shown = {None: "", (): "", "": ""}.get(
         option.default if not isinstance(option.default, list) else tuple(option.default), f"{option.default}"
     )

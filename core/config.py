@@ -48,7 +48,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     load_format: Annotated[Literal["auto", "safetensors", "dummy"], opt("How weights are read; dummy: random.", "model")] = "auto"
     hf_overrides: Annotated[str | None, opt("JSON merged over config.json.", "model", "json-model-override-args")] = None
     generation_config: Annotated[
-        str, opt("Sampling defaults: auto (the model's generation_config.json), vllm or openai (none), or a folder.", "model")
+        str,
+        opt(
+            "Sampling defaults: auto or model (its generation_config.json), vllm or openai (none), or a folder.",
+            "model",
+            "sampling-defaults",
+        ),
     ] = "auto"
     seed: Annotated[int, opt("Seed of dummy weights.", "model")] = 0
 
@@ -99,6 +104,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_header_bytes: Annotated[int, opt("Largest request header block.", "limits", size=True)] = 64 << 10
     max_prompts: Annotated[int, opt("Most prompts in one completions request.", "limits")] = 128
     max_n: Annotated[int, opt("Largest n.", "limits")] = 64
+    max_choices: Annotated[int, opt("Most answers of one request: prompts times n.", "limits")] = 512
     max_stop: Annotated[int, opt("Most stop strings.", "limits")] = 16
     max_logprobs: Annotated[int, opt("Largest logprobs and top_logprobs.", "limits")] = 20
     max_streams: Annotated[int, opt("Most requests in progress at one edge; more are refused with 429.", "limits")] = 4096
@@ -120,11 +126,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     engine_restarts: Annotated[int, opt("Restarts of a died process within 60 s before the server gives up.", "machinery")] = 3
 
     # --- known, not there yet: only the neutral value is accepted
-    tensor_parallel_size: Annotated[int, opt("GPUs per model; only 1 so far.", "later", "tp", "tp-size", neutral=1)] = 1
-    pipeline_parallel_size: Annotated[int, opt("Pipeline stages; only 1 so far.", "later", "pp", "pp-size", neutral=1)] = 1
-    data_parallel_size: Annotated[int, opt("Engine replicas; only 1 so far.", "later", "dp", "dp-size", neutral=1)] = 1
+    tensor_parallel_size: Annotated[int, opt("GPUs per model; only 1 so far.", "later", "tp", "tp-size", neutral=1, short="-tp")] = 1
+    pipeline_parallel_size: Annotated[int, opt("Pipeline stages; only 1 so far.", "later", "pp", "pp-size", neutral=1, short="-pp")] = 1
+    data_parallel_size: Annotated[int, opt("Engine replicas; only 1 so far.", "later", "dp", "dp-size", neutral=1, short="-dp")] = 1
     enable_expert_parallel: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
-    quantization: Annotated[str | None, opt("Not supported yet.", "later", "quantize", neutral=None)] = None
+    quantization: Annotated[str | None, opt("Not supported yet.", "later", "quantize", neutral=None, short="-q")] = None
     kv_cache_dtype: Annotated[str, opt("Only auto so far.", "later", neutral="auto")] = "auto"
     speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
@@ -133,6 +139,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     enable_auto_tool_choice: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
     reasoning_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
     trust_remote_code: Annotated[bool, opt("Not supported: model code is never run.", "later", neutral=False)] = False
+    stream_interval: Annotated[int, opt("Steps per event; only 1 so far.", "later", neutral=1)] = 1
+    download_dir: Annotated[str | None, opt("Not supported: nothing is downloaded.", "later", neutral=None)] = None
+    revision: Annotated[str | None, opt("Not supported: nothing is downloaded; name the folder.", "later", neutral=None)] = None
+    max_total_tokens: Annotated[int | None, opt("Not supported yet; use --kv-cache-memory-bytes.", "later", neutral=None)] = None
+    enable_log_requests: Annotated[bool, opt("Not supported yet.", "later", "log-requests", neutral=False, no="disable-log-requests")] = (
+        False
+    )
+    enable_log_outputs: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
     swap_space: Annotated[float, opt("Not supported yet.", "later", neutral=0.0)] = 0.0
     ssl_keyfile: Annotated[str | None, opt("Not supported yet: put a TLS proxy in front.", "later", neutral=None)] = None
     ssl_certfile: Annotated[str | None, opt("Not supported yet: put a TLS proxy in front.", "later", neutral=None)] = None
@@ -225,7 +239,10 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
     """A value from the environment or the command line. Raises ConfigError naming `where`."""
     try:
         if option.is_list:
-            return [part.strip() for part in text.split(",") if part.strip()]
+            parts = [part.strip() for part in text.split(",")]
+            if not all(parts):
+                raise ValueError("an empty entry; leave the option out to have none")
+            return parts
         kind = _one(option)
         if kind is bool:
             low = text.strip().lower()
@@ -305,9 +322,11 @@ def check(config: Config) -> None:
     """Ranges and "not supported yet". Raises ConfigError naming the flag."""
     for option in OPTIONS.values():
         if "neutral" in option.extra and getattr(config, option.name) != option.extra["neutral"]:
+            neutral = option.extra["neutral"]
+            known = f" (only {neutral} is accepted so far)" if neutral not in (None, False) else ""
+            word = "is not supported" if option.doc.startswith("Not supported:") else "is not supported yet"
             raise ConfigError(
-                f"{option.flag} {getattr(config, option.name)} is not supported yet. Leave it out"
-                f" (only {option.extra['neutral']!r} is accepted so far).",
+                f"{option.flag} {getattr(config, option.name)} {word}. Leave it out{known}.",
                 param=option.name,
                 code="unsupported_feature",
             )
@@ -322,12 +341,15 @@ def check(config: Config) -> None:
         "max_header_bytes",
         "max_prompts",
         "max_n",
+        "max_choices",
         "max_streams",
         "stream_park_bytes",
         "stream_max_bytes",
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
+    if not all(key.strip() for key in config.api_key):
+        raise ConfigError("--api-key must not be empty: the server would be open to everybody.", param="api_key")
     if config.block_size & (config.block_size - 1):
         raise ConfigError("--block-size must be a power of two.", param="block_size")
     if not 0 < config.gpu_memory_utilization <= 1:

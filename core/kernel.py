@@ -233,7 +233,7 @@ def ready_lines(config: Config, where: str, message: Ready) -> list[str]:
     name = config.served_model_name[0] if config.served_model_name else "default"
     lines.append(f"Penstock is ready: {where} (model {name}) after {message.seconds:.1f} s. Try:")
     at = f"--unix-socket {config.uds} http://localhost" if config.uds is not None else where
-    key = f" -H 'Authorization: Bearer {'$' + 'PENSTOCK_API_KEY'}'" if config.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_key else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello! Who are you?"}}], "max_tokens": 64}}'
     lines.append(f"  curl {at}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     return lines

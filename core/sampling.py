@@ -14,6 +14,8 @@ import msgspec
 from penstock.core.errors import InvalidRequest
 
 MAX_N = 64
+INT_LIMIT = 2**31
+"""Counts and token ids travel as int32."""
 GREEDY_EPSILON = 1e-5
 """A temperature below this is greedy (as in vLLM)."""
 
@@ -65,6 +67,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
             value = getattr(self, param)
             need(math.isfinite(value) and low <= value <= high, param, f"must be between {low:g} and {high:g}")
 
+        for param in ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"):
+            number = getattr(self, param)
+            need(number is None or abs(number) < INT_LIMIT, param, f"must be below {INT_LIMIT}")
         need(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}")
         need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "must be 0 or more")
         need(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
@@ -93,13 +98,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         for token, bias in self.logit_bias.items():
             if not (math.isfinite(bias) and -100 <= bias <= 100):
                 raise InvalidRequest(f"logit_bias of token {token} must be between -100 and 100.", param="logit_bias")
-        if vocab_size is not None:
-            for param, ids in (
-                ("logit_bias", list(self.logit_bias)),
-                ("allowed_token_ids", self.allowed_token_ids or []),
-                ("stop_token_ids", self.stop_token_ids),
-            ):
-                wrong = [i for i in ids if not 0 <= i < vocab_size]
-                if wrong:
-                    raise InvalidRequest(f"{param} names token {wrong[0]}, but the vocabulary has {vocab_size} tokens.", param=param)
+        limit = INT_LIMIT if vocab_size is None else vocab_size
+        for param, ids in (
+            ("logit_bias", list(self.logit_bias)),
+            ("allowed_token_ids", self.allowed_token_ids or []),
+            ("stop_token_ids", self.stop_token_ids),
+        ):
+            wrong = [i for i in ids if not 0 <= i < limit]
+            if wrong:
+                raise InvalidRequest(f"{param} names token {wrong[0]}, but the vocabulary has {vocab_size or 'fewer'} tokens.", param=param)
         return self

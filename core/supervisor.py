@@ -252,14 +252,14 @@ class Supervisor:
         if self.phase == "draining" and child.spec.role != "engine":
             # Its streams are gone with it; a new one would have nothing to finish.
             child.drained = True
-            self._worse(1, f"The {child.name} process died while requests were being finished: it {why}.")
+            self._worse(1, f"The {child.name} process died while requests were being finished: {_because(child, why)}")
             yield from self._drain_on()
             return
         now = self._clock.now_ns()
         child.restarts = [at for at in child.restarts if now - at < self._window_s * 1e9]
         if len(child.restarts) >= self._max_restarts:
             times = f"{len(child.restarts)} restarts within {self._window_s:g} s"
-            yield from self._give_up(f"The {child.name} process failed for good after {times}: it {why}.")
+            yield from self._give_up(f"The {child.name} process failed for good after {times}: {_because(child, why)}")
             return
         pause_s = 0.0 if not child.restarts else min(0.5 * 2 ** (len(child.restarts) - 1), 10.0)
         child.restarts.append(now)
@@ -378,6 +378,11 @@ class Supervisor:
             pending=child.pending,
             stalled_s=max(0.0, (now - child.moved_ns) / 1e9) if up and child.pending else 0.0,
         )
+
+
+def _because(child: Child, why: str) -> str:
+    """A PenstockError is a sentence of its own; anything else continues "it"."""
+    return why if child.failure is not None and child.failure.code else f"it {why}."
 
 
 def _describe(status: int) -> str:

@@ -111,7 +111,11 @@ def _shared(request: GenerationRequest, config: Config) -> dict[str, Any]:
     if request.stream and request.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs is not available when stream is true.", param="prompt_logprobs")
     cut = request.truncate_prompt_tokens
-    _need(cut is None or cut == -1 or cut >= 1, "truncate_prompt_tokens must be -1 or at least 1.", "truncate_prompt_tokens")
+    _need(
+        cut is None or cut == -1 or 1 <= cut < 2**31,
+        "truncate_prompt_tokens must be -1, or from 1 to 2147483647.",
+        "truncate_prompt_tokens",
+    )
     priority = request.priority or 0
     _need(-(2**31) <= priority < 2**31, "priority must fit 32 bits.", "priority")
     return {
@@ -255,13 +259,19 @@ def parse_completion(body: bytes, config: Config) -> Call:
     if echo and request.logprobs is not None and sampling.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
     fields.update(echo=echo, add_special_tokens=request.add_special_tokens is not False)
+    prompts = _prompts(request.prompt, config)
+    _need(
+        len(prompts) * sampling.n <= config.max_choices,
+        f"prompts times n may be at most {config.max_choices} (--max-choices), but is {len(prompts) * sampling.n}.",
+        "n",
+    )
     return _call(
         "completion",
         request,
         sampling=sampling,
         explicit=explicit,
         fields=fields,
-        prompts=_prompts(request.prompt, config),
+        prompts=prompts,
         n=sampling.n,
         top_logprobs=request.logprobs,
         echo=echo,

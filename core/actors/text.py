@@ -67,6 +67,9 @@ from penstock.core.text_api import Tokenizer
 Outbound = Message | To
 
 REPLAY_TIMEOUT_S = 300.0
+MAX_STRIKES = 2
+"""So many engines may die under a request that gets nowhere. After the first, it is a suspect and runs as the only one of its kind; after the
+last it is failed: one request that kills engines must not take the server with it."""
 """Streams outlive a dead engine for so long; then they fail as retryable."""
 STALL_S = 60.0
 """Admitted work without a step for so long is a stall in the health answer."""
@@ -118,6 +121,7 @@ class TextActor:
         traces: Traces = NO_TRACES,
         secret: bytes | None = None,
         rng: random.Random | None = None,
+        max_strikes: int = MAX_STRIKES,
         hooks: Any = None,
         log: Any = None,
         shard: int = 0,
@@ -132,6 +136,7 @@ class TextActor:
         self._traces = traces
         self._secret = secret or secrets.token_bytes(32)
         self._rng = rng or random.SystemRandom()
+        self._max_strikes = max_strikes
         self._hooks = hooks
         self._log = log
         self._shard = shard
@@ -151,6 +156,9 @@ class TextActor:
         self._down_since_ns = 0
         self._outbox: deque[Request] = deque()
         """Encoded requests that the engine has not been told of: replays, and whoever came behind them."""
+        self._suspects: deque[Request] = deque()
+        """Those under which an engine died before they got a token."""
+        self._trial: Request | None = None
         self._replaying: set[int] = set()
         self._admitted = 0
         self._busy_since_ns = 0
@@ -321,30 +329,49 @@ class TextActor:
     # --- to the engine
 
     def _pump(self) -> Iterator[Outbound]:
-        """Admit what waits, in order; of replays only as many as the engine can run at a time."""
+        """Admit what waits, in order; of replays only as many as the engine can run at a time; of suspects one at a time."""
         if not self._up or self._facts is None:
             return
+        yield from self._pump_outbox(self._facts)
+        while self._suspects and not self._on_trial():
+            request = self._suspects.popleft()
+            if self.ledger.requests.get(request.key) is request:
+                self._trial = request
+                yield from self._admit(request)
+
+    def _on_trial(self) -> bool:
+        """Does a suspect run that has not got a token yet?"""
+        request = self._trial
+        if request is None or self.ledger.requests.get(request.key) is not request or request.output_tokens > request.mark:
+            self._trial = None
+        return self._trial is not None
+
+    def _pump_outbox(self, facts: EngineFacts) -> Iterator[Outbound]:
         outbox = self._outbox
         while outbox:
             request = outbox[0]
             if self.ledger.requests.get(request.key) is not request:
                 outbox.popleft()
                 continue
-            if request.replays and len(self._replaying) >= self._facts.max_num_seqs:
+            if request.replays and len(self._replaying) >= facts.max_num_seqs:
                 return
             outbox.popleft()
-            now = self._clock.now_ns()
-            if not self._admitted:
-                self._busy_since_ns = now
-            self._admitted += 1
-            request.state = ADMITTED
-            request.admitted_ns = request.admitted_ns or now
-            if request.replays:
-                self._replaying.add(request.key)
-                request.replaying = True
-            yield request.admit(self._eos, replay=request.replays > 0)
-            if request.parked:
-                yield Park(key=request.key)
+            yield from self._admit(request)
+
+    def _admit(self, request: Request) -> Iterator[Outbound]:
+        now = self._clock.now_ns()
+        if not self._admitted:
+            self._busy_since_ns = now
+        self._admitted += 1
+        request.state = ADMITTED
+        request.admitted_ns = request.admitted_ns or now
+        request.mark = request.output_tokens
+        if request.replays:
+            self._replaying.add(request.key)
+            request.replaying = True
+        yield request.admit(self._eos, replay=request.replays > 0)
+        if request.parked:
+            yield Park(key=request.key)
 
     def _park(self, message: Park | Unpark) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
@@ -377,43 +404,57 @@ class TextActor:
         if message.epoch < self._epoch or (self._up and message.epoch == self._epoch):
             return
         if self._up:
-            self._lose("it was replaced")
+            yield from self._lose("it was replaced")
         self._engine, self._epoch, self._facts, self._up = message.engine, message.epoch, message.facts, True
         self._receiver.widen(message.facts.vocab_size)
         self.metrics.engine_up(message.engine, message.epoch, message.facts)
         self._last_step_ns = self._clock.now_ns()
         self._hook("engine_ready", engine=message.engine, epoch=message.epoch)
-        for request in self._outbox:
+        for request in (*self._suspects, *self._outbox):
             self._rehash(request, message.facts)
         yield from self._pump()
         yield from self._say_ready()
 
     def _engine_down(self, message: EngineDown) -> Iterator[Outbound]:
         if self._up and message.epoch == self._epoch:
-            self._lose(message.reason)
+            yield from self._lose(message.reason)
             yield from self._say_ready()
 
-    def _lose(self, reason: str) -> None:
-        """Every request goes back to the outbox with what was received for it; no stream ends."""
+    def _lose(self, reason: str) -> Iterator[Outbound]:
+        """Every request waits again, with what was received for it; no stream ends but that of a request which may be what kills engines."""
         self._up = False
         self._down_since_ns = self._clock.now_ns()
         self.metrics.engine_down(self._engine)
         self._hook("engine_lost", engine=self._engine, epoch=self._epoch, reason=reason)
-        waiting = [request for request in self._outbox if self.ledger.requests.get(request.key) is request]
+        waiting = [request for request in (*self._suspects, *self._outbox) if self.ledger.requests.get(request.key) is request]
         lost = [request for request in self.ledger.requests.values() if request.state == ADMITTED]
         for request in lost:
             request.state = WAITING
             request.replaying = False
             request.replays += 1
+            request.strikes = 0 if request.output_tokens > request.mark else request.strikes + 1
             request.incarnation += 1
             for choice in request.choices:
                 choice.incarnation = request.incarnation
                 choice.mode = GENERAL  # its next row may tell that the replay has begun
             self.metrics.count("replays")
             self.metrics.count("tokens", "replayed", by=sum(len(choice.outputs) for choice in request.choices if not choice.finish))
-        self._outbox = deque(sorted(lost + waiting, key=lambda request: (not request.replays, request.arrival_ns)))
+        again = sorted(lost + waiting, key=lambda request: (not request.replays, request.arrival_ns))
+        self._outbox = deque(request for request in again if not request.strikes)
+        self._suspects = deque(request for request in again if 0 < request.strikes < self._max_strikes)
+        self._trial = None
         self._replaying.clear()
         self._admitted = 0
+        for request in again:
+            if request.strikes >= self._max_strikes:
+                yield from self._condemn(request)
+
+    def _condemn(self, request: Request) -> Iterator[Outbound]:
+        self.metrics.count("dropped_rows", "condemned")
+        text = f"The engine died {request.strikes} times while it worked on this request, so it is not tried again."
+        for choice in [choice for choice in request.choices if not choice.finish]:
+            self._receiver.end(choice, "error", text, "engine_failure")
+        yield from self._deliver()
 
     def _rehash(self, request: Request, facts: EngineFacts) -> None:
         """The new engine's cache key may differ from the one that the request was hashed for."""
@@ -452,7 +493,7 @@ class TextActor:
         if aborts:
             yield Abort(seqs=i64(aborts))
         yield from self._deliver()
-        if self._outbox:
+        if self._outbox or self._suspects:
             yield from self._pump()
 
     def _deliver(self) -> Iterator[Outbound]:
@@ -623,7 +664,7 @@ class TextActor:
 
     def _peer_down(self, message: PeerDown) -> Iterator[Outbound]:
         if message.role == "engine" and self._up and message.epoch == self._epoch:
-            self._lose("its link broke")
+            yield from self._lose("its link broke")
             yield from self._say_ready()
         elif message.role == "edge":
             self._edges.discard(message.id)

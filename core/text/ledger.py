@@ -88,6 +88,7 @@ class Request:
         "incarnation",
         "key",
         "last_ns",
+        "mark",
         "max_tokens",
         "open",
         "params",
@@ -104,6 +105,7 @@ class Request:
         "started",
         "state",
         "stream",
+        "strikes",
         "submit",
         "traced",
     )
@@ -131,6 +133,10 @@ class Request:
         self.replays = 0
         self.replaying = False
         """Admitted again, not yet heard of."""
+        self.mark = 0
+        """Output tokens when it was last admitted."""
+        self.strikes = 0
+        """Engines in a row that died under it before it got a token."""
         self.arrival_ns = now_ns
         self.received_ns = min(submit.received_ns or now_ns, now_ns)
         self.encode_start_ns = 0

@@ -116,7 +116,7 @@ def models(query: Query, names: list[str], root: str, created_s: int, facts: Eng
             "object": "model",
             "created": created_s,
             "owned_by": "penstock",
-            "root": root,
+            "root": name,
             "parent": None,
             "max_model_len": facts.max_model_len if facts else None,
         }

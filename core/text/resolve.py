@@ -45,12 +45,12 @@ def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
     """
     if config.generation_config in ("vllm", "openai"):
         return {}
-    folder = Path(model_path if config.generation_config == "auto" else config.generation_config)
+    folder = Path(model_path if config.generation_config in ("auto", "model") else config.generation_config)
     path = folder if folder.suffix == ".json" else folder / "generation_config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if config.generation_config == "auto":
+        if config.generation_config in ("auto", "model"):
             return {}
         raise CheckpointError(f"{path} does not exist (--generation-config).", param="generation_config") from None
     except (OSError, ValueError) as error:

@@ -35,6 +35,9 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
         ({"block_size": 24}, "block_size", "power of two"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "at most 1"),
         ({"port": 70000}, "port", "65535"),
+        ({"api_key": [""]}, "api_key", "open to everybody"),
+        ({"trust_remote_code": True}, "trust_remote_code", "is not supported."),
+        ({"stream_interval": 2}, "stream_interval", "only 1 is accepted"),
     ],
 )
 def test_wrong_values_name_the_option(layer: dict[str, object], param: str, hint: str) -> None:
@@ -114,6 +117,22 @@ def test_aliases_and_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
     (config,) = seen
     assert config.enable_prefix_caching is False
     assert (config.max_model_len, config.gpu_memory_utilization, config.max_num_seqs) == (4000, 0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"), [("-tp 2", "--tensor-parallel-size"), ("-q awq", "--quantization"), ("--log-requests", "--enable-log-requests")]
+)
+def test_flags_of_later_capabilities_are_known_and_refused(words: str, name: str) -> None:
+    result = CliRunner().invoke(cli.cli, ["serve", "m", *words.split()])
+    assert isinstance(result.exception, ConfigError)
+    assert f"{name} " in result.exception.message
+    assert "not supported yet" in result.exception.message
+
+
+def test_an_empty_key_is_refused_not_taken_for_none() -> None:
+    with pytest.raises(ConfigError, match="empty"):
+        cfg.from_env({"PENSTOCK_API_KEY": ""})
+    assert CliRunner().invoke(cli.cli, ["serve", "--api-key", ""]).exit_code != 0
 
 
 def test_unknown_flag_is_refused_with_a_hint() -> None:

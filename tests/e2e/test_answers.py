@@ -126,6 +126,26 @@ def test_wrong_requests_name_the_field_and_disturb_nobody(client: OpenAI) -> Non
     assert ask(client, "Hello!").choices[0].message.content == before
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_k", 2**40),
+        ("top_k", 10**25),
+        ("max_tokens", 10**25),
+        ("truncate_prompt_tokens", 10**25),
+        ("stop_token_ids", [10**25]),
+        ("logit_bias", {str(10**25): 1}),
+        ("seed", 2**64),
+        ("n", 2**31),
+    ],
+)
+def test_numbers_beyond_all_bounds_are_refused_not_passed_on(server: Any, field: str, value: Any) -> None:
+    answer = server.client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2, "temperature": 1, field: value})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(field)
+    assert server.client.get("/health/ready").status_code == 200
+
+
 def test_a_client_that_leaves_frees_its_blocks(server: Any) -> None:
 
     def held() -> tuple[float, float]:

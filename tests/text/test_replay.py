@@ -29,7 +29,7 @@ actions = st.lists(
 @given(plan=actions, window=st.integers(1, 3))
 def test_received_tokens_never_change_and_arrive_once(make_bench: Any, plan: list[tuple[Any, ...]], window: int) -> None:
     """Bench itself asserts that every Admit repeats exactly what was received, and that nothing follows an end."""
-    bench = make_bench(up=False)
+    bench = make_bench(up=False, max_strikes=1000)
     bench.up(max_num_seqs=window)
     vocabulary = bench.tokenizer.vocab_size
     submitted: dict[int, int] = {}
@@ -214,3 +214,54 @@ def test_stop_strings_held_back_over_a_death(bench: Any, stream: bool) -> None:
     bench.up()
     bench.run()
     assert (bench.received[1, 0].text, bench.received[1, 0].reason) == ("go ", "stop")
+
+
+def lose(bench: Any) -> None:
+    bench.send(EngineDown(engine=0, epoch=bench.epoch, reason="killed"))
+    bench.up()
+
+
+def test_a_request_that_kills_engines_is_failed_and_takes_nobody_with_it(make_bench: Any) -> None:
+    """Six run when the engine dies; the third is the killer. Those that had tokens go on at once, the others are tried one at a time."""
+    bench = make_bench()
+    killer = seq_of(3, 0)
+    for key in range(1, 7):
+        bench.scripts[seq_of(key, 0)] = [10 + key] * 4
+        bench.submit(key)
+        if key == 2:
+            bench.step()
+    lose(bench)
+    assert {seq >> 7 for seq in bench.admitted} == {1, 2, 3}, "those that had got somewhere, and one suspect"
+    lose(bench)  # it died again under the suspect
+    assert bench.received[(3, 0)].reason == "error"
+    assert bench.received[(3, 0)].extras[-1].error_code == "engine_failure"
+    assert "not tried again" in bench.received[(3, 0)].extras[-1].error
+    assert killer not in bench.admitted
+    bench.run()
+    for key in (1, 2, 4, 5, 6):
+        assert bench.received[(key, 0)].tokens == [10 + key] * 4
+        assert bench.received[(key, 0)].reason == "length"
+
+
+def test_progress_between_deaths_wipes_the_slate(make_bench: Any) -> None:
+    bench = make_bench()
+    bench.scripts[seq_of(1, 0)] = list(range(20, 32))
+    bench.submit(1)
+    for _ in range(6):
+        bench.step()
+        lose(bench)
+    bench.run()
+    assert bench.received[(1, 0)].tokens == list(range(20, 32))
+
+
+def test_a_suspect_that_is_cancelled_makes_room_for_the_next(make_bench: Any) -> None:
+    bench = make_bench()
+    for key in (1, 2):
+        bench.scripts[seq_of(key, 0)] = [5, 6]
+        bench.submit(key)
+    lose(bench)
+    assert list(bench.admitted) == [seq_of(1, 0)]
+    bench.send(Cancel(key=1))
+    bench.send(Tick(now_ns=bench.clock.now_ns()))
+    bench.run()
+    assert bench.received[(2, 0)].tokens == [5, 6]
