@@ -4,7 +4,7 @@ What it is: correctness on a small model against transformers, then engine figur
 whose ceilings (copy bandwidth, a large bfloat16 matmul) are measured in the same run. Each section runs in a process of its own with a time limit,
 so that one that fails costs only itself (BENCH_BUDGET_S bounds the whole run); results go to engine.json after each, and a compact table is printed last.
 Device idle is the sum of gaps between consecutive steps' device work over the whole span, from events. Timings are medians where they repeat.
-What it does not know: HTTP (penstock bench measures that), the kernels one by one (kernels/gpu_bench.py).
+What it does not know: HTTP (penstock bench measures that), the kernels one by one (kernels/gpu_bench.py). It is long because each section is a short script.
 """
 
 from __future__ import annotations

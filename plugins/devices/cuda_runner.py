@@ -10,6 +10,8 @@ warm-up, largest bucket first, within a time and a memory reservation; what is l
 times and at most one every LAZY_PAUSE_S. Prefill and mixed steps run eagerly.
 `--deterministic` keeps to the same code with an Ops table whose rows do not depend on each other, behind the same start-up self-test as the CPU's.
 What it does not know: requests, scheduling, Triton, which model family it drives.
+
+It is long because forward, graphs and sample share one set of buffers whose order of use is what makes them right; split, that order would be in no file.
 """
 
 from __future__ import annotations
