@@ -104,6 +104,8 @@ class Submit(Message, frozen=True, kw_only=True):
     traceparent: str = ""
     tracestate: str = ""
     received_ns: int = 0
+    sent_ns: int = 0
+    """When it left the edge: there `receive` ends and text's first span begins."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -200,6 +202,8 @@ class Finished(Message, frozen=True, kw_only=True):
     decode_ns: int = 0
     first_token_ns: int = 0
     preemptions: int = 0
+    done_ns: int = 0
+    """When text was done with it: there the edge's `send` begins."""
 
 
 class Rejected(Message, frozen=True, kw_only=True):

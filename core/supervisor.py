@@ -10,6 +10,7 @@ Strategy: one for one. A child that was up and dies is started again (epoch + 1)
 (EngineDown, later EngineUp): to clients it is a pause. A new text process is told which engines are up.
 Stop ladder: the first signal drains (edges refuse and finish, then text), for at most `drain_s`; then Stop; then SIGTERM; then SIGKILL. A second
 signal skips to the end. Exit status: 0 after a clean drain; 128 + n if signal n cut requests short; 1 if a child failed for good.
+Long, because the strategies share one state that must be seen whole.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ result is JSON (every measurement) and a table (the best configuration of each r
 Compiling takes longer than measuring: `main` first starts one process a section that only compiles, all at once. A section that fails or runs out of
 time loses its own rows only.
 What it does not know: models, servers, requests.
+Long: one section a kernel, all run in one go.
 """
 
 # ruff: noqa: B023 (every call is made before the loop variables that it closes over change)

@@ -86,6 +86,7 @@ class Job:
         """Take a place and submit every prompt. Raises the error to answer with; then nothing is left behind."""
         gateway, call, context = self.gateway, self.call, self.context
         gateway.enter()
+        sent_ns = time.monotonic_ns()
         try:
             for index, prompt in enumerate(call.prompts):
                 submit = Submit(
@@ -100,6 +101,7 @@ class Job:
                     traceparent=context.span.traceparent,
                     tracestate=context.span.tracestate,
                     received_ns=context.started_ns,
+                    sent_ns=sent_ns,
                     **call.fields,
                     **prompt,
                 )
@@ -109,7 +111,7 @@ class Job:
             self.cancel("client")
             gateway.leave()
             raise
-        context.span.submitted()
+        context.span.submitted(sent_ns)
         if gateway.tracing.enabled:
             self._name_span()
 
@@ -125,7 +127,7 @@ class Job:
     def leg_finished(self, message: Finished) -> None:
         self.ended.append(message)
         if len(self.ended) == len(self.call.prompts):
-            self.context.span.answered()
+            self.context.span.answered(message.done_ns or time.monotonic_ns())
             self.complete()
 
     def leg_failed(self, error: PenstockError) -> None:

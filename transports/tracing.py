@@ -27,11 +27,11 @@ class RequestSpan:
     def name(self, name: str, attributes: Attributes) -> None:
         """Called once the request is understood."""
 
-    def submitted(self) -> None:
-        """`receive` ends."""
+    def submitted(self, at_ns: int) -> None:
+        """`receive` ends (CLOCK_MONOTONIC, as all moments here)."""
 
-    def answered(self) -> None:
-        """`send` begins: the last thing came from text."""
+    def answered(self, at_ns: int) -> None:
+        """`send` begins: text was done at that moment."""
 
     def end(self, status: int, attributes: Attributes) -> None:
         """The last byte is written (or the client is gone: 499)."""
@@ -49,6 +49,11 @@ class Tracing:
 NO_TRACING = Tracing()
 
 
+def _wall_ns(at_ns: int) -> int:
+    """A moment on CLOCK_MONOTONIC as nanoseconds since the Unix epoch."""
+    return time.time_ns() - time.monotonic_ns() + at_ns
+
+
 class _OtelSpan(RequestSpan):
     __slots__ = ("_context", "_mark", "_send", "_span", "_tracer")
 
@@ -64,12 +69,11 @@ class _OtelSpan(RequestSpan):
         self._span.update_name(name)
         self._span.set_attributes(attributes)
 
-    def submitted(self) -> None:
-        now = time.time_ns()
-        self._tracer.start_span("receive", context=self._context, start_time=self._mark).end(end_time=now)
+    def submitted(self, at_ns: int) -> None:
+        self._tracer.start_span("receive", context=self._context, start_time=self._mark).end(end_time=_wall_ns(at_ns))
 
-    def answered(self) -> None:
-        self._send = time.time_ns()
+    def answered(self, at_ns: int) -> None:
+        self._send = _wall_ns(at_ns)
 
     def end(self, status: int, attributes: Attributes) -> None:
         from opentelemetry.trace import Status, StatusCode

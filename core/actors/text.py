@@ -7,6 +7,7 @@ What it does not know: sockets, threads, HTTP, how a model computes.
 
 A message to an edge is yielded as `To(message, edge)`; edge -1 is a caller in the same process. Life of a request here: ENCODING (with the
 worker) -> WAITING (no engine, or replays before it) -> ADMITTED -> gone. A request counts as queued until its first step.
+It is long because every message meets the same ledger; what can stand alone lives in core/text/.
 """
 
 from __future__ import annotations
@@ -525,6 +526,7 @@ class TextActor:
                 decode_ns=times[2],
                 first_token_ns=request.first_ns,
                 preemptions=request.preemptions,
+                done_ns=now,
             ),
             request.edge,
         )

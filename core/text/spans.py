@@ -1,7 +1,7 @@
 """The spans of a request in text, made from timestamps once it is over.
 
-What it is: `tokenize`, `queue`, `prefill`, `decode` and `detokenise`, one beginning where the other ends, so that they tile the request from its
-arrival in text to its last delta without a gap; with the attributes of the generative AI conventions and the old `gen_ai.latency.*`
+What it is: `tokenize`, `queue`, `prefill`, `decode` and `detokenise`, one beginning where the other ends, so that they tile the request from
+the moment it left the edge to its last delta without a gap; with the attributes of the generative AI conventions and the old `gen_ai.latency.*`
 family that dashboards read.
 What it does not know: the OpenTelemetry SDK, the edge's spans around these.
 """
@@ -54,7 +54,7 @@ def record(traces: Traces, request: Request, model: str, fingerprint: str, end_n
         },
         "detokenise": {},
     }
-    start = request.arrival_ns
+    start = min(request.submit.sent_ns or request.arrival_ns, request.arrival_ns)
     for name, at in ends:
         reached = at > 0
         end = min(max(at, start), end_ns) if reached else end_ns

@@ -14,6 +14,7 @@ ragged kernel gives a token the same bits in any chunk (blocks that are wholly m
 fixed tree. The two kernels differ in their last bits: deterministic mode uses the ragged one for all rows.
 
 Layout: see KV_LAYOUT and kernels/gpu.py. What it does not know: who owns a block, slots, layers.
+Long: each kernel stands beside the launch that sizes it.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return, attr-defined"

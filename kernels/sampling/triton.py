@@ -15,6 +15,7 @@ by their maxima in the same way. Noise: Philox4x32-10 (Salmon et al., SC 2011), 
 
 A row's result depends on that row alone: a fixed order of additions, no float atomics.
 What it does not know: slots' owners, requests, grammars.
+Long: the filters share their passes over the vocabulary.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"

@@ -23,7 +23,7 @@ from penstock.core import config as configuration
 from penstock.core.control import Boot, ChildToRoot, ChildUp, Drain, Drained, Heartbeat, Message, Stop
 from penstock.core.frames import FrameDecoder, encode
 from penstock.core.messages import Submit
-from penstock.core.processes import control_hello, spawn
+from penstock.core.processes import spawn
 
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -32,24 +32,21 @@ class Child:
     """A spawned edge and root's end of its control link."""
 
     def __init__(self, index: int, listener: socket.socket, run_dir: Path) -> None:
-        self.process, self.control = spawn("edge", index, 1, env={}, fds=[listener.fileno()])
+        boot = Boot(
+            role="edge",
+            id=index,
+            epoch=1,
+            config=configuration.build({"edge_workers": 2, "log_format": "json"}),
+            run_dir=str(run_dir),
+            root_pid=os.getpid(),
+            module="penstock.transports.edge",
+            listen_fd=listener.fileno(),
+            edges=2,
+        )
+        self.process, self.control = spawn(boot, {})
         self._decoder = FrameDecoder(ChildToRoot)
         self.heard: list[Message] = []
         self.control.settimeout(30)
-        self.say(
-            Boot(
-                role="edge",
-                id=index,
-                epoch=1,
-                config=configuration.build({"edge_workers": 2, "log_format": "json"}),
-                run_dir=str(run_dir),
-                root_pid=os.getpid(),
-                module="penstock.transports.edge",
-                listen_fd=listener.fileno(),
-                edges=2,
-            )
-        )
-        self.say(control_hello("root", 0, 1))
 
     def say(self, message: Message) -> None:
         self.control.sendall(encode(message))
@@ -157,19 +154,18 @@ def test_the_end_of_root_is_the_end_of_the_edge(start: Callable[[int], tuple[lis
 
 def test_an_unknown_transport_is_reported_to_root(tmp_path: Path, text: FakeText) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        process, control = spawn("edge", 0, 1, env={}, fds=[listener.fileno()])
+        boot = Boot(
+            role="edge",
+            id=0,
+            epoch=1,
+            config=configuration.build({"transports": ["opena"]}),
+            run_dir=str(tmp_path),
+            root_pid=os.getpid(),
+            module="penstock.transports.edge",
+            listen_fd=listener.fileno(),
+        )
+        process, control = spawn(boot, {})
         try:
-            boot = Boot(
-                role="edge",
-                id=0,
-                epoch=1,
-                config=configuration.build({"transports": ["opena"]}),
-                run_dir=str(tmp_path),
-                root_pid=os.getpid(),
-                module="penstock.transports.edge",
-                listen_fd=listener.fileno(),
-            )
-            control.sendall(encode(boot) + encode(control_hello("root", 0, 1)))
             control.settimeout(30)
             said = b"".join(iter(lambda: control.recv(1 << 16), b""))
         finally:
