@@ -259,7 +259,7 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """PENSTOCK_* variables as option values; an unknown one is an error. PENSTOCK_TRACE_HOOKS and PENSTOCK_CONFIG are not options."""
+    """PENSTOCK_* variables as option values; an unknown one is an error. Those of RESERVED_ENV are not options."""
     out: dict[str, Any] = {}
     for key, text in (os.environ if environ is None else environ).items():
         if not key.startswith("PENSTOCK_") or key in RESERVED_ENV:
@@ -271,7 +271,8 @@ def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     return out
 
 
-RESERVED_ENV = frozenset({"PENSTOCK_TRACE_HOOKS", "PENSTOCK_CONFIG", "PENSTOCK_CACHE"})
+RESERVED_ENV = frozenset({"PENSTOCK_TRACE_HOOKS", "PENSTOCK_CONFIG", "PENSTOCK_CACHE", "PENSTOCK_CC", "PENSTOCK_KERNELS"})
+"""Read elsewhere: hooks' trace, the configuration file, and the CPU kernels' cache, compiler and choice."""
 
 
 def from_toml(path: str | Path) -> dict[str, Any]:

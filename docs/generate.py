@@ -30,7 +30,8 @@ def configuration() -> str:
         " (`LLM(max_num_seqs=...)`). The flag wins over the environment, the environment over the file, the file over the default."
         " Unknown names are errors that name the nearest known one. Sizes take `k m g` (thousands) and `K M G` (1024s).",
         "",
-        "The standard `OTEL_*` variables configure tracing. `PENSTOCK_CACHE` is the folder of compiled kernels;"
+        "The standard `OTEL_*` variables configure tracing. `PENSTOCK_CACHE` is the folder of compiled CPU kernels, `PENSTOCK_CC` their compiler,"
+        " and `PENSTOCK_KERNELS=reference` takes torch instead of them;"
         " `PENSTOCK_TRACE_HOOKS=1` prints every hook call.",
     ]
     for group, title in GROUP_TITLES.items():

@@ -47,6 +47,10 @@ def test_wrong_values_name_the_option(layer: dict[str, object], param: str, hint
     assert hint in caught.value.message
 
 
+def test_variables_that_others_read_are_not_options() -> None:
+    assert cfg.from_env({"PENSTOCK_CC": "clang", "PENSTOCK_KERNELS": "reference", "PENSTOCK_CACHE": "/x", "HOME": "/h"}) == {}
+
+
 def test_unknown_names_in_environment_and_file_point_to_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="PENSTOCK_PORT"):
         cfg.from_env({"PENSTOCK_PROT": "1"})

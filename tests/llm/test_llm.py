@@ -138,3 +138,23 @@ def test_closing_ends_what_runs() -> None:
         list(stream)
     with pytest.raises(EngineFailure):
         model.generate("x", GREEDY)
+
+
+@pytest.mark.slow
+def test_both_wirings_and_both_modes_give_the_same_tokens() -> None:
+    """A cell, a task for each actor, deterministic or not: greedy and seeded, batched, bit for bit (log-probabilities too)."""
+    prompts = [f"Item {i}: " + "water " * (i * 7 % 40) for i in range(12)]
+    params = [SamplingParams(temperature=0.9 * (i % 2), seed=i, max_tokens=20, logprobs=1, ignore_eos=True) for i in range(12)]
+
+    def run(wiring: str, deterministic: bool, at_once: bool) -> list[object]:
+        with LLM(kv_cache_memory_bytes=64 << 20, wiring=wiring, deterministic=deterministic) as model:
+            if at_once:
+                outputs = model.generate(prompts, params)
+            else:
+                outputs = [model.generate(p, s)[0] for p, s in zip(prompts, params, strict=True)]
+        return [(o.outputs[0].token_ids, [p.logprobs[0] for p in o.outputs[0].logprobs or []]) for o in outputs]
+
+    want = run("cell", True, False)
+    assert run("cell", True, True) == want
+    assert run("tasks", True, True) == want
+    assert run("cell", False, True) == want
