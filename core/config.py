@@ -290,8 +290,10 @@ def from_toml(path: str | Path) -> dict[str, Any]:
         for name, item in inner.items():
             field = name.replace("-", "_")
             if field not in OPTIONS:
-                raise ConfigError(f"{path}: {name!r} is not a known option.{nearest(field, OPTIONS)}", param=name)
+                raise ConfigError(f"{path}: {name!r} is not a known option.{nearest(field, [*groups, *OPTIONS])}", param=name)
             option = OPTIONS[field]
+            if inner is value and option.group != key:
+                raise ConfigError(f"{path}: {name!r} belongs into the table [{option.group}], not [{key}].", param=name)
             if isinstance(item, str) and (option.is_size or option.is_list):
                 item = from_text(option, item, where=name)
             flat[field] = item

@@ -58,6 +58,12 @@ def test_unknown_names_in_environment_and_file_point_to_the_nearest(tmp_path: Pa
     file.write_text("[server]\nprot = 1\n")
     with pytest.raises(ConfigError, match="'port'"):
         cfg.from_toml(file)
+    file.write_text("[serverr]\nport = 1\n")
+    with pytest.raises(ConfigError, match="'server'"):
+        cfg.from_toml(file)
+    file.write_text("[limits]\nport = 1\n")
+    with pytest.raises(ConfigError, match=r"\[server\]"):
+        cfg.from_toml(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         cfg.from_toml(tmp_path / "none.toml")
 
