@@ -70,6 +70,14 @@ import torch
 TUNED = Path(__file__).with_name("tuned.json")
 
 
+@functools.cache
+def chained() -> dict[str, bool]:
+    """Launch options of a kernel that begins with `tile.follow`: where the device can (Hopper and later) it is set up while the kernel before
+    still runs, so that neither launch latency nor the ramp up of its loads is seen between two short kernels."""
+    can = not interpreting() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
+
+
 def interpreting() -> bool:
     """Whether triton's interpreter was asked for (TRITON_INTERPRET=1, before triton is imported): kernels then run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

@@ -1,4 +1,5 @@
-"""What the Triton kernels share: rounding that is the same under the interpreter, and sizes. Imports triton: import it only from triton.py files."""
+"""What the Triton kernels share: rounding that is the same under the interpreter, chained launches, and sizes. Imports triton: import it only from
+triton.py files."""
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
@@ -21,6 +22,22 @@ def narrow(x, like: tl.constexpr):
         return bits.to(tl.float32, bitcast=True).to(like)
     else:
         return x.to(like)
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Begin a kernel that was launched with `chained()`: let the next one in the stream take its place on the device already, then wait until
+    the one before has finished and its writes can be seen (programmatic dependent launch, CUDA programming guide). Every program calls it
+    before it reads or writes anything that another kernel touches; since each kernel waits so, finished means that all before it are."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch_ahead(pointers):
+    """Ask for the cache lines of these addresses to be brought into L2; nothing waits for them."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 def power(size: int) -> int:

@@ -11,20 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
-from penstock.kernels.gpu import tuned
-from penstock.kernels.tile import narrow, power
+from penstock.kernels.gpu import chained, tuned
+from penstock.kernels.tile import follow, narrow, power
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 
 
 @triton.jit
-def _gated(x, out, width, stride, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (T, ceil(I / BLOCK))."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    gate = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + row * stride + width + at, mask=inside, other=0.0).to(tl.float32)
+def activate(gate, KIND: tl.constexpr):
+    """act(gate), float32."""
     if KIND == 0:
         y = gate / (1.0 + tl.exp(-gate))
     elif KIND == 1:
@@ -32,7 +27,19 @@ def _gated(x, out, width, stride, KIND: tl.constexpr, BLOCK: tl.constexpr):
         y = gate / (1.0 + tl.exp(-2.0 * inner))  # 1 + tanh(a) = 2 / (1 + exp(-2a)), without cancellation
     else:
         y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    y = narrow(y, x.dtype.element_ty).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _gated(x, out, width, stride, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid (T, ceil(I / BLOCK))."""
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * stride + width + at, mask=inside, other=0.0).to(tl.float32)
+    y = narrow(activate(gate, KIND), x.dtype.element_ty).to(tl.float32)
     tl.store(out + row * width + at, narrow(y * up, out.dtype.element_ty), mask=inside)
 
 
@@ -47,5 +54,7 @@ def gated(kind: str, gate_up: Tensor, out: Tensor | None = None, *, config: dict
     if rows:
         config = dict(config or tuned("gated"))
         block = min(config.pop("BLOCK"), power(width))
-        _gated[(rows, -(-width // block))](gate_up, out, width, gate_up.stride(0), KIND=KINDS.index(kind), BLOCK=block, **config)
+        _gated[(rows, -(-width // block))](
+            gate_up, out, width, gate_up.stride(0), KIND=KINDS.index(kind), BLOCK=block, **chained(), **config
+        )
     return out

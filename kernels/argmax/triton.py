@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
-from penstock.kernels.gpu import tuned
-from penstock.kernels.tile import power
+from penstock.kernels.gpu import chained, tuned
+from penstock.kernels.tile import follow, power
 
 
 @triton.jit
-def _pieces(logits, tops, firsts, V, stride, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
+def _pieces(logits, tops, firsts, V, stride, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr):
     """Grid (M, PIECES): largest value (NaN if there is one) and its first index."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -34,8 +35,9 @@ def _pieces(logits, tops, firsts, V, stride, CHUNK: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _merge(tops, firsts, out, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+def _merge(tops, firsts, out, PIECES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (M)."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     top = tl.load(tops + row * PIECES + at, mask=at < PIECES, other=float("-inf"))
@@ -67,6 +69,6 @@ def argmax(logits: Tensor, out: Tensor | None = None, workspace: Tensor | None =
         workspace = torch.empty(2 * cells, dtype=torch.int32, device=logits.device) if workspace is None else workspace
         require(workspace.dtype == torch.int32 and workspace.numel() >= 2 * cells, "the workspace is too small")
         tops, firsts = workspace[:cells].view(torch.float32), workspace[cells : 2 * cells]
-        _pieces[(rows, pieces)](logits, tops, firsts, vocab, logits.stride(0), PIECES=pieces, **config)
-        _merge[(rows,)](tops, firsts, out, PIECES=pieces, BLOCK=power(pieces), num_warps=1)
+        _pieces[(rows, pieces)](logits, tops, firsts, vocab, logits.stride(0), PIECES=pieces, **chained(), **config)
+        _merge[(rows,)](tops, firsts, out, PIECES=pieces, BLOCK=power(pieces), num_warps=1, **chained())
     return out

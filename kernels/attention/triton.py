@@ -28,8 +28,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.checks import require
-from penstock.kernels.gpu import interpreting, tuned
-from penstock.kernels.tile import narrow, power
+from penstock.kernels.gpu import chained, interpreting, tuned
+from penstock.kernels.tile import follow, narrow, power
 
 KV_LAYOUT = "paged-bhsd-v1"
 """[num_blocks, Hkv, block_size, D] row-major; part of the KV identity key."""
@@ -147,9 +147,10 @@ def _ragged(
     q, k, v, out, lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, new_k=None, new_v=None,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr, new_k=None, new_v=None,
 ):  # fmt: skip
     """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them."""
+    follow(PDL)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: first
     group = tl.program_id(1)
     low = 0
@@ -213,7 +214,7 @@ def _ragged(
                 start = 0
                 end = end - context
                 position = token
-                whole = (t0 + 1) // BLOCK_N * BLOCK_N
+                whole = tl.where(length > 0, (t0 + 1) // BLOCK_N * BLOCK_N, 0)
                 if WINDOW:
                     start = tl.maximum(t0 - window + 1, 0) // BLOCK_N * BLOCK_N
                 else:
@@ -237,9 +238,10 @@ def _split(
     q, k, v, out, lse, partial, partial_lse, tables, kv_len, table_rows, sinks, scale2, soft, window, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here."""
+    follow(PDL)
     group = tl.program_id(0)
     r = tl.program_id(1)
     piece = tl.program_id(2)
@@ -297,8 +299,10 @@ def _split(
 def _combine(
     out, lse, partial, partial_lse, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (R, Hq): the pieces of one row and head, always in the same order."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(kv_len + row)
@@ -422,7 +426,7 @@ def ragged_attention(
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=max(16, power(dim)),
         SIZE=k_cache.shape[2], BLOCK_M=block_m, BLOCK_Q=block_q, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
         LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32,
-        DENSE=descriptors[0] is not None, new_k=descriptors[0], new_v=descriptors[1], **config,
+        DENSE=descriptors[0] is not None, new_k=descriptors[0], new_v=descriptors[1], **chained(), **config,
     )  # fmt: skip
     return out
 
@@ -452,11 +456,11 @@ def decode_attention(
         q, k_cache, v_cache, out, lse, partial, partial_lse, block_tables, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded, SIZE=k_cache.shape[2],
         BLOCK_M=max(16, power(group)), WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, LSE=lse is not None,
-        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **config,
+        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **chained(), **config,
     )  # fmt: skip
     _combine[(rows, heads)](
         out, lse, partial, partial_lse, kv_len, sinks, window, HEADS=heads, D=dim, DP=padded, BLOCK_N=config["BLOCK_N"], SPLITS=splits,
-        MIN_SPLIT=config["MIN_SPLIT"], WINDOW=window > 0, SINKS=sinks is not None, LSE=lse is not None, num_warps=2,
+        MIN_SPLIT=config["MIN_SPLIT"], WINDOW=window > 0, SINKS=sinks is not None, LSE=lse is not None, num_warps=2, **chained(),
     )  # fmt: skip
     return out
 

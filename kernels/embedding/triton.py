@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
-from penstock.kernels.gpu import tuned
-from penstock.kernels.tile import power
+from penstock.kernels.gpu import chained, tuned
+from penstock.kernels.tile import follow, power
 
 
 @triton.jit
-def _gather(ids, table, out, width, stride, BLOCK: tl.constexpr):
+def _gather(ids, table, out, width, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (T, ceil(H / BLOCK))."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     index = tl.load(ids + row).to(tl.int64)
@@ -29,7 +30,7 @@ def gather_rows(x: Tensor, rows: Tensor, out: Tensor | None = None, *, config: d
     require(out.shape == (count, width) and out.is_contiguous() and x.stride(1) == 1, "out must be contiguous, [L, H]")
     if count:
         block = min(4096, power(width))
-        _gather[(count, -(-width // block))](rows, x, out, width, x.stride(0), BLOCK=block, **(config or tuned("gather")))
+        _gather[(count, -(-width // block))](rows, x, out, width, x.stride(0), BLOCK=block, **chained(), **(config or tuned("gather")))
     return out
 
 

@@ -4,7 +4,9 @@
 
 `skinny` (up to 16 rows): all rows share one tile, so each weight is read once; the K axis is cut into a number of pieces that depends on N and
 K only, each piece writes its float32 sums, and whoever comes last for a column block (an atomic counter) adds the pieces in ascending order
-(split-K as in Stream-K, Osama et al. 2023, arXiv:2301.03598, with a fixed order instead of a running sum).
+(split-K as in Stream-K, Osama et al. 2023, arXiv:2301.03598, with a fixed order instead of a running sum). While the kernel before still runs, each
+program asks for its first weights to be brought into L2: they never change. With `gated`, weight rows i and N / 2 + i meet in one tile and
+out = act(row i) * row (N / 2 + i), rounded as kernels/activation rounds: bit by bit what the two kernels give.
 `invariant` (any rows): every row's sum runs over K in the same steps whatever M is, so a row gives the same bits alone and in a batch (the problem:
 He et al. 2025, "Defeating nondeterminism in LLM inference"). Its few-rows tile has the same K steps and matrix instruction depth; the device
 tests compare the two bit by bit.
@@ -19,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from penstock.kernels.activation.triton import KINDS, activate
 from penstock.kernels.checks import require
-from penstock.kernels.gpu import interpreting, tuned
-from penstock.kernels.tile import narrow
+from penstock.kernels.gpu import chained, interpreting, tuned
+from penstock.kernels.tile import fetch_ahead, follow, narrow
 
 SKINNY = 16
 """Most rows of the skinny kernel."""
@@ -32,9 +35,10 @@ COUNTERS = 8192
 @triton.jit(do_not_specialize=["M"])
 def _skinny(
     x, w, bias, out, counters, partial, M, N, K, x_stride, w_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BLOCK_N), SPLITS)."""
+    """Grid (ceil(N / BLOCK_N), SPLITS). AHEAD: elements of each weight row that are asked for early."""
     ROWS: tl.constexpr = 16
     column = tl.program_id(0)
     piece = tl.program_id(1)
@@ -47,7 +51,16 @@ def _skinny(
     here = (m < M)[:, None]
     columns = (n < N)[:, None]
     acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    rows = n.to(tl.int64)[:, None] * w_stride
+    if GATED:
+        source = n // 2 + (n % 2) * (N // 2)
+    else:
+        source = n
+    rows = source.to(tl.int64)[:, None] * w_stride
+    if PDL and AHEAD > 0:
+        # (clamped: an address outside the weight may be nobody's)
+        within = tl.minimum(first * BLOCK_K + tl.arange(0, AHEAD // 64) * 64, K - 1)
+        fetch_ahead(w + tl.minimum(source, N - 1).to(tl.int64)[:, None] * w_stride + within[None, :])
+    follow(PDL)
     for step in range(first, last):
         at = step * BLOCK_K + k
         if EVEN:
@@ -73,8 +86,15 @@ def _skinny(
             tl.store(counters + column, 0)
     if final:
         if BIAS:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + m[:, None] * out_stride + n[None, :], narrow(acc, out.dtype.element_ty), mask=here & (n < N)[None, :])
+            acc += tl.load(bias + source, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            dtype = out.dtype.element_ty
+            gate, up = tl.split(tl.reshape(narrow(acc, dtype).to(tl.float32), (ROWS, BLOCK_N // 2, 2)))
+            value = narrow(narrow(activate(gate, KIND), dtype).to(tl.float32) * up, dtype)
+            half = column * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            tl.store(out + m[:, None] * out_stride + half[None, :], value, mask=here & (half < N // 2)[None, :])
+        else:
+            tl.store(out + m[:, None] * out_stride + n[None, :], narrow(acc, out.dtype.element_ty), mask=here & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -124,13 +144,16 @@ def _invariant(
     )
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, out_dtype: torch.dtype | None, columns: int | None = None
+) -> Tensor:
+    columns = weight.shape[0] if columns is None else columns
     require(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1], "x [M, K] and weight [N, K] do not fit each other")
     require(x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype), "x, weight and bias must have one dtype")
     require(x.stride(1) == 1 and weight.stride(1) == 1, "x and weight must be contiguous along K")
     if out is None:
-        out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
-    require(out.shape == (x.shape[0], weight.shape[0]) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
+        out = torch.empty(x.shape[0], columns, dtype=out_dtype or x.dtype, device=x.device)
+    require(out.shape == (x.shape[0], columns) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     return out
 
 
@@ -151,11 +174,17 @@ def workspace_elements(n: int) -> int:
 
 def skinny(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
-    workspace: Tensor | None = None, config: dict[str, int] | None = None,
+    workspace: Tensor | None = None, gated: str | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [M <= 16, K] at weight bandwidth. Row results depend neither on M nor on the other rows."""
-    out = _prepare(x, weight, bias, out, out_dtype)
+    """x [M <= 16, K] at weight bandwidth. Row results depend neither on M nor on the other rows.
+
+    gated "silu", "gelu_tanh" or "gelu": weight holds gate [N / 2, K], then up [N / 2, K]; the result is [M, N / 2], in x's dtype."""
     (rows, k), n = x.shape, weight.shape[0]
+    if gated is not None:
+        require(
+            gated in KINDS and n % 2 == 0 and out_dtype in (None, x.dtype), f"gated is one of {KINDS}, for 2I weight rows, in x's dtype"
+        )
+    out = _prepare(x, weight, bias, out, out_dtype, n // 2 if gated else n)
     require(rows <= SKINNY, f"the skinny kernel takes at most {SKINNY} rows")
     if rows == 0:
         return out
@@ -172,7 +201,8 @@ def skinny(
         counters, partial = workspace[:COUNTERS].view(torch.int32), workspace[COUNTERS:]
     _skinny[(columns, splits)](
         x, weight, bias, out, counters, partial, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), SPLITS=splits,
-        EVEN=k % config["BLOCK_K"] == 0, BIAS=bias is not None, WIDE=interpreting() or x.dtype == torch.float32, **config,
+        EVEN=k % config["BLOCK_K"] == 0, BIAS=bias is not None, WIDE=interpreting() or x.dtype == torch.float32, GATED=gated is not None,
+        KIND=KINDS.index(gated) if gated else 0, **chained(), **{"AHEAD": 0, **config},
     )  # fmt: skip
     return out
 
@@ -195,6 +225,11 @@ def invariant(
     return out
 
 
+def fuses(x: Tensor, deterministic: bool) -> bool:
+    """Whether `skinny` takes these rows, and with them a gated activation."""
+    return not deterministic and x.shape[0] <= SKINNY and x.dtype != torch.float32
+
+
 def matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
     deterministic: bool = False, workspace: Tensor | None = None,
@@ -202,7 +237,7 @@ def matmul(
     """x [M, K] @ weight [N, K]^T + bias; see kernels/gpu.py."""
     if deterministic:
         return invariant(x, weight, bias, out=out, out_dtype=out_dtype)
-    if x.shape[0] <= SKINNY and x.dtype != torch.float32:
+    if fuses(x, deterministic):
         return skinny(x, weight, bias, out=out, out_dtype=out_dtype, workspace=workspace)
     out = _prepare(x, weight, bias, out, out_dtype)
     if out.dtype == x.dtype:

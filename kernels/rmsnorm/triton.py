@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
-from penstock.kernels.gpu import tuned
-from penstock.kernels.tile import narrow, power
+from penstock.kernels.gpu import chained, tuned
+from penstock.kernels.tile import follow, narrow, power
 
 
 @triton.jit
-def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
     """Grid (M)."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < K
@@ -42,7 +43,7 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Te
     require(out.shape == x.shape and out.is_contiguous(), "out must be contiguous, of x's shape")
     if rows:
         config = config or tuned("rmsnorm")
-        _norm[(rows,)](x, residual, weight, out, eps, x.stride(0), K=k, BLOCK=power(k), ADD=residual is not None, **config)
+        _norm[(rows,)](x, residual, weight, out, eps, x.stride(0), K=k, BLOCK=power(k), ADD=residual is not None, **chained(), **config)
     return out
 
 

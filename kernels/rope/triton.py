@@ -15,15 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
-from penstock.kernels.gpu import tuned
-from penstock.kernels.tile import narrow, power
+from penstock.kernels.gpu import chained, tuned
+from penstock.kernels.tile import follow, narrow, power
 
 
 @triton.jit
-def _gain(x, factor, weight, at, inside, on):
-    """x * factor, rounded, * weight, rounded, in rows `on`; float32 in and out."""
-    dtype = weight.dtype.element_ty
-    gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+def _gain(x, factor, q_norm, k_norm, at, inside, is_q, is_k, QNORM: tl.constexpr, KNORM: tl.constexpr):
+    """x * factor, rounded, * that head's weight, rounded; float32 in and out. Heads without a norm stay as they are."""
+    if QNORM and KNORM:
+        dtype = q_norm.dtype.element_ty
+        of_q = tl.load(q_norm + at, mask=inside, other=0.0)[None, :]
+        of_k = tl.load(k_norm + at, mask=inside, other=0.0)[None, :]
+        gain = tl.where(is_q[:, None], of_q, of_k).to(tl.float32)
+        on = is_q | is_k
+    elif QNORM:
+        dtype = q_norm.dtype.element_ty
+        gain = tl.load(q_norm + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        on = is_q
+    else:
+        dtype = k_norm.dtype.element_ty
+        gain = tl.load(k_norm + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        on = is_k
     scaled = narrow(x * factor[:, None], dtype).to(tl.float32)
     return tl.where(on[:, None], narrow(scaled * gain, dtype).to(tl.float32), x)
 
@@ -32,9 +44,10 @@ def _gain(x, factor, weight, at, inside, on):
 def _rope(
     qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, stride, k_stride, kb, kh, HQ: tl.constexpr, HKV: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, SIZE: tl.constexpr, QNORM: tl.constexpr,
-    KNORM: tl.constexpr, KEEP: tl.constexpr, HEADS_BLOCK: tl.constexpr,
+    KNORM: tl.constexpr, KEEP: tl.constexpr, HEADS_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, ceil((HQ + 2 HKV) / HEADS_BLOCK))."""
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
     c = tl.arange(0, HALF_P)
@@ -56,16 +69,10 @@ def _rope(
         if REST_P > 0:
             square += tl.sum(rest * rest, 1)
         factor = tl.rsqrt(square / D + eps)
-        if QNORM:
-            low = _gain(low, factor, q_norm, c, c < HALF, is_q)
-            high = _gain(high, factor, q_norm + HALF, c, c < HALF, is_q)
-            if REST_P > 0:
-                rest = _gain(rest, factor, q_norm + 2 * HALF, e, e < D - 2 * HALF, is_q)
-        if KNORM:
-            low = _gain(low, factor, k_norm, c, c < HALF, is_k)
-            high = _gain(high, factor, k_norm + HALF, c, c < HALF, is_k)
-            if REST_P > 0:
-                rest = _gain(rest, factor, k_norm + 2 * HALF, e, e < D - 2 * HALF, is_k)
+        low = _gain(low, factor, q_norm, k_norm, c, c < HALF, is_q, is_k, QNORM, KNORM)
+        high = _gain(high, factor, q_norm, k_norm, HALF + c, c < HALF, is_q, is_k, QNORM, KNORM)
+        if REST_P > 0:
+            rest = _gain(rest, factor, q_norm, k_norm, 2 * HALF + e, e < D - 2 * HALF, is_q, is_k, QNORM, KNORM)
     angles = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * HALF)
     cos = tl.load(angles + c, mask=c < HALF, other=0.0)[None, :]
     sin = tl.load(angles + HALF + c, mask=c < HALF, other=0.0)[None, :]
@@ -124,6 +131,6 @@ def rope_and_cache(
             qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, qkv.stride(0),
             0 if k_out is None else k_out.stride(0), k_cache.stride(0), k_cache.stride(1),
             HQ=num_heads, HKV=num_kv_heads, D=dim, HALF=half, HALF_P=power(half), REST_P=power(dim - 2 * half) if dim > 2 * half else 0,
-            SIZE=size, QNORM=q_norm is not None, KNORM=k_norm is not None, KEEP=k_out is not None, HEADS_BLOCK=block, **config,
+            SIZE=size, QNORM=q_norm is not None, KNORM=k_norm is not None, KEEP=k_out is not None, HEADS_BLOCK=block, **chained(), **config,
         )  # fmt: skip
     return out

@@ -108,9 +108,11 @@ class TritonOps:
         """See Ops."""
         return linear.matmul(x, weight, bias, deterministic=self.deterministic, workspace=self._linear)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See Ops."""
-        return gated("silu", x)
+        if linear.fuses(x, self.deterministic):
+            return linear.skinny(x, weight, bias, workspace=self._linear, gated="silu")
+        return gated("silu", self.linear(x, weight, bias))
 
     def rope(
         self,
@@ -125,13 +127,36 @@ class TritonOps:
         k_norm: Tensor | None,
         eps: float,
     ) -> Tensor:
-        """See Ops."""
+        """See Ops. Outside deterministic mode a prefill's rotated keys also replace those in `qkv`, where `attend` reads them."""
+        kept = self._own(qkv, heads, kv_heads)[0] if self._reads_own(columns) else None
         return rope_and_cache(
-            qkv, columns.positions, cos_sin, k_cache, v_cache, columns.places, heads, kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps
+            qkv,
+            columns.positions,
+            cos_sin,
+            k_cache,
+            v_cache,
+            columns.places,
+            heads,
+            kv_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            k_out=kept,
         )
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, columns: Columns, scale: float, window: int) -> Tensor:
+    def _reads_own(self, columns: Columns) -> bool:
+        """Whether this step's keys are read from its projection: faster than through the pages, but bits then depend on how a prompt was cut."""
+        return not self.deterministic and columns.num_decode < columns.slots.shape[0]
+
+    @staticmethod
+    def _own(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """The keys' and the values' columns of `qkv`: two [T, Hkv, D]."""
+        parts = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
+        return parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
+
+    def attend(self, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, columns: Columns, scale: float, window: int) -> Tensor:
         """See Ops."""
+        new_k, new_v = self._own(qkv, q.shape[1], k_cache.shape[1]) if self._reads_own(columns) else (None, None)
         return attention.paged_attention(
             q,
             k_cache,
@@ -145,6 +170,8 @@ class TritonOps:
             table_rows=columns.slots,
             workspace=self._attention,
             deterministic=self.deterministic,
+            new_k=new_k,
+            new_v=new_v,
         )
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:

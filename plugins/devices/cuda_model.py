@@ -69,10 +69,10 @@ class DeviceDecoder:
             k_cache, v_cache = pool[index, 0], pool[index, 1]
             qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
             q = ops.rope(qkv, columns, self.cos_sin, k_cache, v_cache, heads, kv_heads, layer.q_norm, layer.k_norm, eps)
-            attended = ops.attend(q, k_cache, v_cache, columns, scale, layer.window)
+            attended = ops.attend(q, qkv, k_cache, v_cache, columns, scale, layer.window)
             x = ops.linear(attended.view(attended.shape[0], -1), layer.o, layer.o_bias)
             x = ops.add_norm(x, residual, layer.mlp_norm, eps)
-            x = ops.linear(ops.gated(ops.linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            x = ops.linear(ops.gated_linear(x, layer.gate_up, layer.gate_up_bias), layer.down, layer.down_bias)
             if index < last:
                 x = ops.add_norm(x, residual, self.layers[index + 1].attn_norm, eps)
         return x, residual

@@ -108,8 +108,8 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(x[:, :I]) * x[:, I:]."""
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """silu(y[:, :I]) * y[:, I:] of y = x weight^T + bias, weight [2I, K]: [T, I]."""
         ...
 
     def rope(
@@ -125,11 +125,11 @@ class Ops(Protocol):
         k_norm: Tensor | None,
         eps: float,
     ) -> Tensor:
-        """Rotate q and k, write k and v to the cache; q [T, Hq, D]."""
+        """Rotate q and k, write k and v to the cache; q [T, Hq, D]. The keys in `qkv` [T, (Hq + 2 Hkv) * D] may be overwritten."""
         ...
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, columns: Columns, scale: float, window: int) -> Tensor:
-        """[T, Hq, D]."""
+    def attend(self, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, columns: Columns, scale: float, window: int) -> Tensor:
+        """[T, Hq, D]. `qkv`: as `rope` left it; who likes may read this step's own keys and values there."""
         ...
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -232,9 +232,9 @@ class TorchOps:
         """See Ops."""
         return functional.linear(x, weight, bias)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See Ops."""
-        return gated("silu", x)
+        return gated("silu", functional.linear(x, weight, bias))
 
     def rope(
         self,
@@ -264,7 +264,7 @@ class TorchOps:
         v_cache[where // size, :, where % size] = v[keep]
         return rotate(q, angles).contiguous()
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, columns: Columns, scale: float, window: int) -> Tensor:
+    def attend(self, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, columns: Columns, scale: float, window: int) -> Tensor:
         """See Ops."""
         size = k_cache.shape[2]
         out = torch.zeros_like(q)

@@ -280,9 +280,9 @@ class NoteOps(TorchOps):
     def __init__(self) -> None:
         self.seen: list[Columns] = []
 
-    def attend(self, q: Any, k_cache: Any, v_cache: Any, columns: Columns, scale: float, window: int) -> Any:
+    def attend(self, q: Any, qkv: Any, k_cache: Any, v_cache: Any, columns: Columns, scale: float, window: int) -> Any:
         self.seen.append(columns)
-        return super().attend(q, k_cache, v_cache, columns, scale, window)
+        return super().attend(q, qkv, k_cache, v_cache, columns, scale, window)
 
 
 def test_padding_rows_write_nowhere(folder: Path, host_runner: Make) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from penstock.kernels.activation import reference as activation_reference
+from penstock.kernels.activation import triton as activation
 from penstock.kernels.gpu import tuned
 from penstock.kernels.linear import triton as linear
 
@@ -36,6 +38,29 @@ def test_skinny(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None
     assert torch.equal(linear.skinny(x, w, bias), out)
     alone = linear.skinny(x[m - 1 :], w, bias, workspace=workspace)
     assert torch.equal(alone[0], out[m - 1])
+
+
+@pytest.mark.parametrize("kind", activation.KINDS)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 32, 128), (3, 44, 300), (16, 96, 256)])
+def test_gated(m: int, n: int, k: int, kind: str, dtype: torch.dtype, device: str) -> None:
+    """Gate and up in one launch: the bits of the two kernels one after the other, and float64's values."""
+    x, w, bias, want = case(m, n, k, dtype, device)
+    workspace = torch.zeros(linear.workspace_elements(n), device=device)
+    workspace[linear.COUNTERS :] = torch.nan
+    for offset in (bias, None):
+        out = torch.full((m, n // 2), torch.nan, dtype=dtype, device=device)
+        linear.skinny(x, w, offset, out=out, workspace=workspace, gated=kind)
+        parts = activation.gated(kind, linear.skinny(x, w, offset, workspace=workspace))
+        if device == "cuda":
+            assert torch.equal(out, parts)
+        else:  # numpy's matmul gives a column other bits at another place of the tile
+            close(out, parts.cpu().double(), TOLERANCE[dtype])
+        truth = want if offset is not None else want - bias.double().cpu()
+        close(out, activation_reference.gated(kind, truth), 3 * TOLERANCE[dtype])
+    with pytest.raises(ValueError, match="gated is one of"):
+        linear.skinny(x, w, gated="relu")
+    with pytest.raises(ValueError, match="gated is one of"):
+        linear.skinny(x, w, gated=kind, out_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 32, 64), (70, 40, 100)])
@@ -78,5 +103,8 @@ def test_big(n: int, k: int, dtype: torch.dtype, device: str) -> None:
         assert torch.equal(linear.invariant(x[:rows], w, bias), whole[:rows])
     few = linear.skinny(x[:16], w, bias)
     close(few, want[:16], TOLERANCE[dtype])
+    both = linear.skinny(x[:16], w, bias, gated="silu")
+    assert torch.equal(both, activation.gated("silu", few))
     for rows in (1, 9):
         assert torch.equal(linear.skinny(x[:rows], w, bias), few[:rows])
+        assert torch.equal(linear.skinny(x[:rows], w, bias, gated="silu"), both[:rows])
