@@ -103,11 +103,16 @@ def test_client_counts_tokens_by_ids_or_usage_or_chunks(pieces: int) -> None:
     assert (len(by_usage.tokens), by_usage.cached_tokens) == (3, 1)
     by_chunk = run(sse({"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, "[DONE]"), pieces=pieces)
     assert len(by_chunk.tokens) == 2
+    end = {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3}}  # one token's text waited for the next one's
+    by_end = run(sse({"choices": [{"text": "a"}]}, {"choices": [{"text": "é"}]}, end, "[DONE]"), pieces=pieces)
+    assert (len(by_end.tokens), by_end.prompt_tokens) == (3, 2)
 
 
 def test_client_reports_failures() -> None:
     assert "without [DONE]" in str(run(sse({"choices": [{"text": "a"}]})).error)
     assert "boom" in str(run(sse({"error": {"message": "boom"}})).error)
+    assert "makes no sense" in str(run(b"data: {\n\n").error)
+    assert "makes no sense" in str(run(b'data: {"choices": 3}\n\n').error)
     refused = run(b'{"error": {"message": "no"}}', status=429)
     assert not refused.ok
     assert "no" in str(refused.error)

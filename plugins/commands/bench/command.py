@@ -100,6 +100,7 @@ async def run_load(client: Client, load: Workload, concurrency: int | None, on_d
 @click.option("--burstiness", default=1.0, show_default=True, help="1: Poisson; larger: more regular arrivals.")
 @click.option("--concurrency", type=int, help="Most requests at once.")
 @click.option("--slo", multiple=True, help="Objective in ms for goodput: ttft:500, itl:50, e2e:3000 (repeatable).")
+@click.option("--plain", is_flag=True, help="Ask for text alone, no token ids or usage in each chunk: what most programs do, and cheaper.")
 @click.option("--warmup", default=2, show_default=True, help="Requests sent first, not counted.")
 @shape_options
 @click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
@@ -114,6 +115,7 @@ def serve(
     burstiness: float,
     concurrency: int | None,
     slo: tuple[str, ...],
+    plain: bool,
     warmup: int,
     requests: int,
     input_len: int | None,
@@ -125,12 +127,11 @@ def serve(
     serve_args: tuple[str, ...],
 ) -> None:
     """Client load over HTTP against any OpenAI server: TTFT, ITL, E2E, goodput."""
-    import asyncio
-
     from rich.progress import Progress
 
     from penstock.plugins.commands.bench import report, workload
     from penstock.plugins.commands.bench.client import Client
+    from penstock.plugins.commands.bench.client import run as on_loop
     from penstock.plugins.commands.bench.server import started
 
     if naive and not start:
@@ -141,7 +142,7 @@ def serve(
         raise click.BadParameter(str(error), param_hint="--slo") from None
 
     async def measure(base: str, limit: int | None) -> dict[str, Any]:
-        client = Client(base, key=api_key)
+        client = Client(base, key=api_key, plain=plain)
         name, context = await client.first_model()
         client.model = model or name
         size = vocab or await vocabulary(client)
@@ -161,6 +162,7 @@ def serve(
         "requests": requests,
         "request_rate": None if math.isinf(request_rate) else request_rate,
         "concurrency": concurrency,
+        "plain": plain,
         "input_len": input_len,
         "output_len": output_len,
         "prefix_len": prefix_len,
@@ -170,18 +172,18 @@ def serve(
     try:
         if start:
             with started([*serve_args]) as base:
-                result = asyncio.run(measure(base, concurrency))
+                result = on_loop(measure(base, concurrency))
             report.show("tuned" if naive else "penstock", result)
             write_json(json_file, "serve", settings, result)
             if naive:
                 with started([*serve_args, "--no-enable-prefix-caching", "--max-num-seqs", "1"]) as base:
-                    plain = asyncio.run(measure(base, 1))
-                report.show("naive: one request at a time, no prefix cache", plain)
-                ratio = result["output_tokens_per_s"] / plain["output_tokens_per_s"]
+                    slow = on_loop(measure(base, 1))
+                report.show("naive: one request at a time, no prefix cache", slow)
+                ratio = result["output_tokens_per_s"] / slow["output_tokens_per_s"]
                 click.echo(f"tuned / naive: {ratio:.2f}x output tokens/s")
-                write_json(json_file, "serve-naive", settings, {**plain, "tuned_over_naive": ratio})
+                write_json(json_file, "serve-naive", settings, {**slow, "tuned_over_naive": ratio})
         else:
-            result = asyncio.run(measure(url, concurrency))
+            result = on_loop(measure(url, concurrency))
             report.show(url, result)
             write_json(json_file, "serve", settings, result)
     except OSError as error:
