@@ -12,17 +12,17 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import msgspec
 
-from penstock.core.columns import i32
+from penstock.core.columns import Column, i32
 from penstock.core.config import Config, build, from_env
 from penstock.core.control import EngineFacts, Message
-from penstock.core.errors import EngineFailure, InvalidRequest, PenstockError
+from penstock.core.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError
 from penstock.core.local import LOCAL_EDGE, LocalServer
 from penstock.core.messages import Finished, Rejected, Submit, TextDelta, TokenLogprobs
-from penstock.core.sampling import SamplingParams
+from penstock.core.sampling import SamplingParams, check_tokens
 
 ChatMessage = dict[str, Any]
 
@@ -121,7 +121,10 @@ class LLM:
             texts = [prompts] if isinstance(prompts, str) else list(prompts)
             parts: list[dict[str, Any]] = [{"prompt": text} for text in texts]
         else:
-            parts = [{"prompt_ids": i32(list(ids))} for ids in prompt_token_ids or []]
+            parts = [
+                {"prompt_ids": _column(ids, f"prompt_token_ids[{i}]"), "prompt_name": f"prompt_token_ids[{i}]"}
+                for i, ids in enumerate(prompt_token_ids or [])
+            ]
         return self._run("completion", parts, sampling_params, use_tqdm)
 
     def chat(
@@ -299,7 +302,8 @@ class LLM:
                 failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
                 self._end(message.key, EngineFailure(f"The request failed: {failed.stop_reason}.") if failed is not None else None)
         elif isinstance(message, Rejected):
-            error = InvalidRequest(message.message, param=message.param, code=message.code)
+            kind = ContextLengthExceeded if message.code == ContextLengthExceeded.default_code else InvalidRequest
+            error = kind(message.message, param=message.param, code=message.code)
             self._end(message.key, error if message.status < 500 and message.status != 429 else EngineFailure(message.message))
 
     def _spread(self, delta: TextDelta) -> None:
@@ -360,7 +364,17 @@ def _part_of(prompt: Any, tools: list[dict[str, Any]] | None) -> tuple[str, dict
         return "completion", {"prompt": prompt}
     if prompt and isinstance(prompt[0], dict):
         return "chat", {"messages": msgspec.json.encode(list(prompt)), "tools": msgspec.json.encode(tools) if tools else b""}
-    return "completion", {"prompt_ids": i32(list(prompt))}
+    return "completion", {"prompt_ids": _column(prompt, "prompt")}
+
+
+def _column(ids: Sequence[int], name: str) -> Column:
+    """Token ids as a column. Raises InvalidRequest for what is none; text knows the vocabulary's size."""
+    listed = list(ids)
+    wrong = next((i for i, token in enumerate(listed) if not isinstance(token, SupportsIndex)), None)
+    if wrong is not None:
+        raise InvalidRequest(f"{name}[{wrong}] is {listed[wrong]!r:.100}, which is no token id.", param=f"{name}[{wrong}]")
+    check_tokens(listed, name, None)
+    return i32(listed)
 
 
 def _bar(ends: Iterator[int], count: int, shown: bool) -> Iterator[int]:

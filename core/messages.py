@@ -95,7 +95,8 @@ class Submit(Message, frozen=True, kw_only=True):
     echo: bool = False
     stream: bool = False
     explicit: list[str] = msgspec.field(default_factory=list)
-    """Sampling fields that the client itself gave; the others take the model's generation_config.json defaults."""
+    """Sampling fields that the client itself gave; the others take the model's generation_config.json defaults. Who gave `max_tokens` by
+    another name has that name here too, so that an error can use it."""
     want_ids: bool = False
     """Send prompt_token_ids with the first delta."""
     priority: int = 0
@@ -106,6 +107,8 @@ class Submit(Message, frozen=True, kw_only=True):
     received_ns: int = 0
     sent_ns: int = 0
     """When it left the edge: there `receive` ends and text's first span begins."""
+    prompt_name: str = ""
+    """What the client calls this prompt ("prompt[3]"), for errors; "" is "messages" or "prompt"."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -286,7 +289,7 @@ class Admit(Message, frozen=True, kw_only=True):
     `choices` I32 are those to run (all of 0..n-1 at first). `outputs` I32 are tokens that text already received for them (CSR by
     `output_counts`), which are computed again, never sampled again; `sampling.seed` is always set. `eos` I32 are the model's
     end tokens (unless ignore_eos) ; `root_hash` is the 16-byte hash-chain root of this request's cache key.
-    `max_tokens` is resolved against the context. `prefill_only` and `kv_handle` are for disaggregation, `adapter` for LoRA.
+    `max_tokens` is resolved against the context; 0: the prompt is computed and nothing drawn. `prefill_only` and `kv_handle` are for disaggregation, `adapter` for LoRA.
     """
 
     key: int

@@ -7,6 +7,7 @@ What it does not know: tokenizers, logits, slots. Stop strings are text's busine
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -41,7 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     bad_words_token_ids: list[list[int]] = []
     """Token sequences that must not be completed; text fills them from `bad_words`."""
     max_tokens: int | None = None
-    """None: as far as the context reaches."""
+    """None: as far as the context reaches. 0: compute the prompt (for its log-probabilities) and draw nothing."""
     min_tokens: int = 0
     stop: list[str] = []
     stop_token_ids: list[int] = []
@@ -61,7 +62,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
         def need(ok: bool, param: str, what: str) -> None:
             if not ok:
-                raise InvalidRequest(f"{param} {what}, but is {getattr(self, param)!r}.", param=param)
+                value = getattr(self, param)
+                raise InvalidRequest(f"{param} {what}, but is {shorten(value) if type(value) is int else repr(value)}.", param=param)
 
         def finite(param: str, low: float, high: float) -> None:
             value = getattr(self, param)
@@ -82,7 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         )
         finite("frequency_penalty", -2, 2)
         finite("presence_penalty", -2, 2)
-        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        need(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "must be 0 or more")
         need(self.min_tokens >= 0, "min_tokens", "must be 0 or more")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).", param="min_tokens")
@@ -97,14 +99,31 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         need(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "must not be empty")
         for token, bias in self.logit_bias.items():
             if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise InvalidRequest(f"logit_bias of token {token} must be between -100 and 100.", param="logit_bias")
-        limit = INT_LIMIT if vocab_size is None else vocab_size
-        for param, ids in (
-            ("logit_bias", list(self.logit_bias)),
-            ("allowed_token_ids", self.allowed_token_ids or []),
-            ("stop_token_ids", self.stop_token_ids),
-        ):
-            wrong = [i for i in ids if not 0 <= i < limit]
-            if wrong:
-                raise InvalidRequest(f"{param} names token {wrong[0]}, but the vocabulary has {vocab_size or 'fewer'} tokens.", param=param)
+                raise InvalidRequest(f"logit_bias of token {shorten(token)} must be between -100 and 100.", param="logit_bias")
+        for token in self.logit_bias:
+            if not 0 <= token < (vocab_size or INT_LIMIT):
+                raise InvalidRequest(not_a_token(f"logit_bias[{str(token)[:30]!r}]", token, vocab_size), param="logit_bias")
+        check_tokens(self.allowed_token_ids or [], "allowed_token_ids", vocab_size)
+        check_tokens(self.stop_token_ids, "stop_token_ids", vocab_size)
+        for index, sequence in enumerate(self.bad_words_token_ids):
+            check_tokens(sequence, f"bad_words_token_ids[{index}]", vocab_size)
         return self
+
+
+def shorten(number: int) -> str:
+    """An integer for an error message: one of a hundred digits helps nobody."""
+    text = str(number) if abs(number) < 10**30 else f"{'-' if number < 0 else ''}(a number of more than 30 digits)"
+    return text
+
+
+def not_a_token(where: str, number: int, vocab_size: int | None) -> str:
+    known = f"the vocabulary has tokens 0 to {vocab_size - 1}" if vocab_size else f"token ids are from 0 to {INT_LIMIT - 1}"
+    return f"{where} is {shorten(number)}, but {known}."
+
+
+def check_tokens(ids: Sequence[int], param: str, vocab_size: int | None) -> None:
+    """Token ids as a client gave them, before anything narrower than an int holds them. Raises InvalidRequest naming the first wrong one."""
+    limit = vocab_size or INT_LIMIT
+    if ids and not (min(ids) >= 0 and max(ids) < limit):
+        index = next(i for i, token in enumerate(ids) if not 0 <= token < limit)
+        raise InvalidRequest(not_a_token(f"{param}[{index}]", ids[index], vocab_size), param=f"{param}[{index}]")

@@ -150,10 +150,9 @@ class Job:
             self.gateway.cancel(key, cause)
 
     def usage(self) -> dict[str, Any]:
-        dropped = sum(m.output_tokens for m in self.ended) if self.call.echo_only else 0
         return usage_of(
             sum(m.prompt_tokens for m in self.ended),
-            sum(m.output_tokens for m in self.ended) - dropped,
+            sum(m.output_tokens for m in self.ended),
             sum(m.cached_tokens for m in self.ended),
         )
 

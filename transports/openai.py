@@ -15,7 +15,7 @@ import numpy as np
 from penstock.core.columns import I32
 from penstock.core.config import Config
 from penstock.core.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.sampling import SamplingParams
+from penstock.core.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
 
 COMPLETION_MAX_TOKENS = 16
@@ -60,8 +60,6 @@ class Call(msgspec.Struct, kw_only=True):
     """None: no logprobs in the reply; else how many alternatives."""
     prompt_logprobs: bool
     echo: bool
-    echo_only: bool
-    """max_tokens=0 with echo: one token is computed and dropped."""
     return_token_ids: bool
     tokens_as_ids: bool
     request_id: str | None
@@ -144,7 +142,7 @@ def _call(kind: Literal["chat", "completion"], request: GenerationRequest, **res
 
 
 def _check_max_tokens(value: int | None, param: str) -> None:
-    _need(value is None or value >= 1, f"{param} must be at least 1, but is {value}.", param)
+    _need(value is None or 1 <= value < INT_LIMIT, f"{param} must be from 1 to {INT_LIMIT - 1}, but is {shorten(value or 0)}.", param)
 
 
 # ------------------------------------------------------------------ chat
@@ -169,6 +167,8 @@ def parse_chat(body: bytes, config: Config) -> Call:
         _need(bool(request.logprobs) or top == 0, "top_logprobs needs logprobs to be true.", "top_logprobs")
     logprobs = (top or 0) if request.logprobs else None
     sampling, explicit = _sampling(request, config, max_tokens, logprobs)
+    if request.max_completion_tokens is not None:
+        explicit.append("max_completion_tokens")
     kwargs = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", request.reasoning_effort)
@@ -201,7 +201,6 @@ def parse_chat(body: bytes, config: Config) -> Call:
         n=sampling.n,
         top_logprobs=logprobs,
         echo=False,
-        echo_only=False,
         ignored=ignored,
     )
 
@@ -243,10 +242,8 @@ def parse_completion(body: bytes, config: Config) -> Call:
     fields = _shared(request, config)
     echo = bool(request.echo)
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-    echo_only = echo and max_tokens == 0
-    if echo_only:
-        max_tokens = 1
-    _check_max_tokens(max_tokens, "max_tokens")
+    if not (echo and max_tokens == 0):  # with echo, 0 is scoring: the prompt is computed and nothing drawn
+        _check_max_tokens(max_tokens, "max_tokens")
     if request.logprobs is not None:
         _need(
             0 <= request.logprobs <= config.max_logprobs,
@@ -275,7 +272,6 @@ def parse_completion(body: bytes, config: Config) -> Call:
         n=sampling.n,
         top_logprobs=request.logprobs,
         echo=echo,
-        echo_only=echo_only,
         ignored=ignored,
     )
 
@@ -294,13 +290,13 @@ def _prompts(prompt: str | list[str | int | list[int]], config: Config) -> list[
     first = type(prompt[0])
     _need(all(type(p) is first for p in prompt), "prompt must hold only texts, only token ids, or only lists of token ids.", "prompt")
     if first is str:
-        return [{"prompt": p} for p in prompt]
-    return [{"prompt_ids": _ids(p, f"prompt[{i}]")} for i, p in enumerate(prompt)]
+        return [{"prompt": p, "prompt_name": f"prompt[{i}]"} for i, p in enumerate(prompt)]
+    return [{"prompt_ids": _ids(p, f"prompt[{i}]"), "prompt_name": f"prompt[{i}]"} for i, p in enumerate(prompt)]
 
 
 def _ids(values: Any, param: str) -> I32:
     _need(bool(values), f"{param} must not be empty.", param)
-    _need(all(type(v) is int for v in values), f"{param} must hold only token ids.", param)
-    wrong = next((v for v in (min(values), max(values)) if not 0 <= v < 2**31), None)
-    _need(wrong is None, f"{param} holds {wrong}, which is no token id.", param)
+    other = next((i for i, v in enumerate(values) if type(v) is not int), None)
+    _need(other is None, f"{param}[{other}] must be a token id like the others.", f"{param}[{other}]")
+    check_tokens(values, param, None)
     return np.array(values, np.int32)

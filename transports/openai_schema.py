@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.wording import plain
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -239,4 +240,6 @@ def _bad_field(error: msgspec.ValidationError) -> InvalidRequest:
     if missing:
         param = f"{param}.{missing.group(1)}" if param else missing.group(1)
         return InvalidRequest(f"{param} is required.", param=param)
-    return InvalidRequest(f"{param}: {what}." if param else f"{what}.", param=param or None)
+    said = plain(what)
+    text = f"{param} {said}." if said != what else f"{param}: {what}."
+    return InvalidRequest(text if param else f"The request body {said}." if said != what else f"{what}.", param=param or None)

@@ -143,23 +143,18 @@ class WholeReply(Job):
                 "finish_reason": choice.reason,
             }
         else:
-            positions = leg.prompt.echoed() if call.echo else []
-            if call.echo_only:
-                text = leg.prompt.text
-            else:
-                positions += choice.logprobs
-                text = leg.prompt.text + text if call.echo else text
+            positions = [*(leg.prompt.echoed() if call.echo else ()), *choice.logprobs]
             out = {
                 "index": index,
-                "text": text,
+                "text": leg.prompt.text + text if call.echo else text,
                 "logprobs": None if call.top_logprobs is None else completion_logprobs(positions, call.tokens_as_ids, 0)[0],
-                "finish_reason": "length" if call.echo_only else choice.reason,
+                "finish_reason": choice.reason,
             }
             if call.prompt_logprobs:
                 out["prompt_logprobs"] = prompt_logprobs_json(leg.prompt.logprobs)
             if call.return_token_ids:
                 out["prompt_token_ids"] = leg.prompt.ids
-        out["stop_reason"] = None if call.echo_only else choice.stop_reason
+        out["stop_reason"] = choice.stop_reason
         if call.return_token_ids:
-            out["token_ids"] = [] if call.echo_only else choice.tokens
+            out["token_ids"] = choice.tokens
         return out

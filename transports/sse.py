@@ -50,7 +50,7 @@ class _StreamLeg:
         self._opened = [False] * call.n
         self._offsets = [0] * call.n
         self._prompt = Prompt()
-        self._plain = not (call.return_token_ids or call.continuous_usage or call.top_logprobs is not None or call.echo_only)
+        self._plain = not (call.return_token_ids or call.continuous_usage or call.top_logprobs is not None)
 
     def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
         job = self._job
@@ -70,10 +70,10 @@ class _StreamLeg:
             if text:
                 head, tail = job.frames[index]
                 self._push(head + _json(text) + tail)
-        elif not job.call.echo_only:
+        else:
             self._rich(index, choice, text, row, batch, extra)
         if reason:
-            job.close_choice(index, "length" if job.call.echo_only else reason, extra, self._usage(row, batch))
+            job.close_choice(index, reason, extra, self._usage(row, batch))
 
     def _echo(self, index: int, choice: int, row: int, batch: Batch) -> None:
         logprobs = None
@@ -96,8 +96,7 @@ class _StreamLeg:
     def _usage(self, row: int, batch: Batch) -> dict[str, Any] | None:
         if not self._job.call.continuous_usage:
             return None
-        output = 0 if self._job.call.echo_only else batch.column("output_tokens")[row]
-        return usage_of(batch.column("prompt_tokens")[row], output, batch.column("cached_tokens")[row])
+        return usage_of(batch.column("prompt_tokens")[row], batch.column("output_tokens")[row], batch.column("cached_tokens")[row])
 
     def finished(self, message: Finished) -> None:
         self._job.leg_finished(message)

@@ -98,9 +98,9 @@ class Draft:
 
 class Flight:
     """Row i samples position `positions[i]`, output `offsets[i]`, of `rows.slots[i]`. `capped`: some row reaches its limit. `tokens` are all
-    that the step computes. `prompts`: whose prompt log-probabilities it brings."""
+    that the step computes. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
 
-    __slots__ = ("capped", "offsets", "positions", "prompts", "rows", "started", "step", "tokens")
+    __slots__ = ("capped", "offsets", "positions", "prompts", "rows", "scored", "started", "step", "tokens")
 
     def __init__(self, step: int, rows: Rows, positions: I32, capped: bool, tokens: int) -> None:
         self.step = step
@@ -111,6 +111,7 @@ class Flight:
         self.tokens = tokens
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []
+        self.scored: list[Sequence] = []
 
 
 def select_logprobs(columns: LogprobColumns, kept: Column, total: int) -> LogprobColumns:

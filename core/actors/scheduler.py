@@ -208,7 +208,7 @@ class Scheduler:
         for choice, count in zip(choices, counts, strict=True):
             sequence = Sequence(request, choice, admit.outputs[at : at + count])
             at += count
-            if request.prompt_len + count >= limit:
+            if count and request.prompt_len + count >= limit:
                 over.append((sequence.seq, request.incarnation, count, LENGTH))
                 continue
             self._live[sequence.seq] = sequence
@@ -234,16 +234,17 @@ class Scheduler:
             return "The engine is draining and takes nothing new."
         if length == 0:
             return "The prompt has no tokens."
-        if length >= settings.max_model_len:
+        least = length + min(admit.max_tokens, 1)  # who draws nothing needs room for nothing more
+        if least > settings.max_model_len:
             return f"The prompt has {length} tokens; the engine's context is {settings.max_model_len}."
-        if length >= self._longest:
+        if least > self._longest:
             return f"The prompt has {length} tokens; the KV cache of {settings.num_blocks} blocks holds {self._longest}."
         if not settings.enable_chunked_prefill and length > settings.max_num_batched_tokens:
             return f"The prompt has {length} tokens; without chunked prefill a step takes {settings.max_num_batched_tokens}."
         if int(admit.prompt.min()) < 0 or int(admit.prompt.max()) >= settings.vocab:
             return f"The prompt holds a token id outside 0..{settings.vocab - 1}."
-        if admit.max_tokens < 1:
-            return "max_tokens must be at least 1."
+        if admit.max_tokens < 0:
+            return "max_tokens must be 0 or more."
         if admit.prefill_only or admit.kv_handle or admit.adapter:
             return "Disaggregated prefill and adapters are not supported yet."
         return None
@@ -809,6 +810,7 @@ class Scheduler:
         final_slots: list[int] = []
         prompt_rows: list[int] = []
         prompts: list[tuple[int, Request]] = []
+        scored: list[Sequence] = []
         for row, (slot, start, count) in enumerate(chunks, decodes.size):
             holder = slots.holder[slot]
             assert holder is not None
@@ -817,7 +819,11 @@ class Scheduler:
             if last > start and last >= request.prompt_logprobs_next:
                 prompt_rows.append(row)
                 prompts.append((holder.seq, request))
-            if start + count == slots.length[slot]:
+            if start + count == slots.length[slot] and request.draws_nothing:
+                self._prefilling.remove(slot)
+                slots.phase[slot] = DECODE  # at its limit already: never gathered; its end comes with this step
+                scored.append(holder)
+            elif start + count == slots.length[slot]:
                 sharing = self._finish_prompt(draft, slot, holder)
                 finals += [row] * len(sharing)
                 final_slots += sharing
@@ -825,7 +831,7 @@ class Scheduler:
         positions = slots.length[sampled.index] - self._ones[: sampled.slots.size]
         tokens = int(counts.sum())
         flight = Flight(step, sampled, positions, sampled.left <= 0, tokens)
-        flight.started, flight.prompts = draft.started, prompts
+        flight.started, flight.prompts, flight.scored = draft.started, prompts, scored
         self._prompt_computed += tokens - decodes.size
         self._rows = None
         extra: dict[str, Any] = {}
@@ -838,7 +844,9 @@ class Scheduler:
         return self._launch(flight, rows, starts, counts, num_decode, sample_rows, self._columns(draft), extra)
 
     def _is_last_token(self, chunk: tuple[int, int, int]) -> bool:
-        return chunk[2] == 1 and chunk[1] + 1 == int(self._slots.length[chunk[0]])
+        slot, start, count = chunk
+        holder = self._slots.holder[slot]
+        return count == 1 and start + 1 == int(self._slots.length[slot]) and holder is not None and not holder.request.draws_nothing
 
     def _finish_prompt(self, draft: Draft, slot: int, lead: Sequence) -> list[int]:
         """The last chunk is in this step: its row samples for the slot itself, and for as many of the other choices as find a slot."""
@@ -944,6 +952,16 @@ class Scheduler:
         if ends:
             for seq in rows.seqs[reasons != 0].tolist():
                 self._end(self._live[seq])
+        seqs, incarnations = rows.seqs, rows.incarnations
+        if flight.scored:
+            scored = [s for lead in flight.scored if self._live.get(lead.seq) is lead for s in (*lead.attached, lead)]
+            for sequence in scored:
+                self._end(sequence)
+            zeros = np.zeros(len(scored), np.int32)
+            seqs = np.concatenate([seqs, i64([s.seq for s in scored])])
+            incarnations = np.concatenate([incarnations, i32([s.request.incarnation for s in scored])])
+            offsets, tokens = np.concatenate([offsets, zeros]), np.concatenate([tokens, zeros - 1])
+            reasons = np.concatenate([reasons, np.full(len(scored), LENGTH, np.uint8)])
         if self._leaving:
             self._settle()
         if flight.started:
@@ -955,8 +973,8 @@ class Scheduler:
             engine=settings.engine,
             epoch=settings.epoch,
             step=done.step,
-            seqs=rows.seqs,
-            incarnations=rows.incarnations,
+            seqs=seqs,
+            incarnations=incarnations,
             offsets=offsets,
             tokens=tokens,
             reasons=reasons,

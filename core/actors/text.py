@@ -214,7 +214,7 @@ class TextActor:
             resolve.check_submit(message, self._names)
             params = resolve.sampling_of(message, self._defaults, self._config, facts.vocab_size)
             if message.prompt_ids is not None:
-                resolve.check_ids(message.prompt_ids, facts.vocab_size)
+                resolve.check_ids(message.prompt_ids, facts.vocab_size, resolve.prompt_name(message))
             self.admission.check_request(now)
         except PenstockError as error:
             yield from self._refuse(message.key, message.edge, error)
@@ -286,7 +286,7 @@ class TextActor:
         """Fill in what the prompt decides. Raises what the client is told."""
         submit, params = request.submit, request.params
         prompt = message.ids
-        request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, "messages" if submit.kind == "chat" else "prompt")
+        request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, submit)
         self.admission.check_tokens(len(prompt), self._clock.now_ns())
         changes: dict[str, Any] = {}
         if params.seed is None:

@@ -16,11 +16,13 @@ from penstock.core.policy import SchedulePolicy, Waiting
 
 class Request:
     """One admitted prompt; `stop_ids` are all ids that end a sequence. `prompt_logprobs_next` is the next prompt position whose
-    log-probability was not delivered yet (a recomputation does not deliver one twice)."""
+    log-probability was not delivered yet (a recomputation does not deliver one twice). `draws_nothing`: max_tokens is 0, only the prompt is
+    computed (scoring)."""
 
     __slots__ = (
         "arrival_ns",
         "banned_ids",
+        "draws_nothing",
         "hashes",
         "incarnation",
         "key",
@@ -48,6 +50,7 @@ class Request:
         self.priority = admit.priority
         self.arrival_ns = admit.arrival_ns or now_ns
         self.limit = limit
+        self.draws_nothing = admit.max_tokens == 0
         self.stop_ids = sorted({*admit.eos.tolist(), *admit.sampling.stop_token_ids})
         self.banned_ids: I32 = np.asarray(self.stop_ids, np.int32) if admit.sampling.min_tokens > 0 else EMPTY_I32
         self.live = 0

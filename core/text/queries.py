@@ -101,10 +101,7 @@ def tokenized(query: Query, encoded: Encoded, tokenizer: Tokenizer, facts: Engin
 
 def detokenize(query: Query, tokenizer: Tokenizer, vocab_size: int) -> Answer:
     args: DetokenizeArgs = _arguments(query, DetokenizeArgs)
-    try:
-        ids: Column = as_ids(args.tokens, vocab_size)
-    except (InvalidRequest, OverflowError) as error:
-        raise InvalidRequest(str(error), param="tokens") from None
+    ids: Column = as_ids(args.tokens, vocab_size, "tokens")
     return Answer(id=query.id, body=msgspec.json.encode({"prompt": tokenizer.decode(ids.tolist(), skip_special_tokens=False)}))
 
 

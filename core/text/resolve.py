@@ -23,7 +23,7 @@ from penstock.core.control import EngineFacts
 from penstock.core.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound
 from penstock.core.hashing import CacheKey
 from penstock.core.messages import Submit
-from penstock.core.sampling import SamplingParams
+from penstock.core.sampling import SamplingParams, check_tokens, not_a_token
 from penstock.core.text.stops import MAX_STOP_CHARS
 
 # generation_config.json's name -> ours
@@ -56,6 +56,8 @@ def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     found = {ours: raw[theirs] for theirs, ours in _DEFAULTS.items() if raw.get(theirs) is not None}
+    if found.get("max_tokens") == 0:
+        raise CheckpointError(f"{path}: max_new_tokens must be at least 1.")
     if raw.get("do_sample") is False:  # said in so many words: this model is to be greedy unless a request asks otherwise
         found["temperature"] = 0.0
     try:
@@ -81,11 +83,16 @@ def check_submit(submit: Submit, names: Sequence[str]) -> None:
         )
 
 
-def check_ids(ids: Column, vocab_size: int) -> None:
-    """Token ids that a client sent."""
+def prompt_name(submit: Submit) -> str:
+    """What the client calls its prompt."""
+    return submit.prompt_name or ("messages" if submit.kind == "chat" else "prompt")
+
+
+def check_ids(ids: Column, vocab_size: int, param: str) -> None:
+    """Token ids that a client sent as its field `param`."""
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
-        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-        raise InvalidRequest(f"The prompt holds token {wrong}, but the vocabulary has {vocab_size} tokens.", param="prompt")
+        index = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+        raise InvalidRequest(not_a_token(f"{param}[{index}]", int(ids[index]), vocab_size), param=f"{param}[{index}]")
 
 
 def sampling_of(submit: Submit, defaults: dict[str, Any], config: Config, vocab_size: int) -> SamplingParams:
@@ -115,31 +122,45 @@ def keep_of(submit: Submit, params: SamplingParams, facts: EngineFacts) -> int:
     wanted = submit.truncate_prompt_tokens
     if wanted is None:
         return 0
-    fits = max(1, context_of(facts) - max(1, min(params.max_tokens or 1, context_of(facts) - 1)))
+    output = 1 if params.max_tokens is None else params.max_tokens
+    fits = max(1, context_of(facts) - min(output, context_of(facts) - 1))
     return fits if wanted == -1 else wanted
 
 
-def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, param: str) -> int:
-    """The output limit: what was asked, at most what is left of the context. Raises ContextLengthExceeded or InvalidRequest."""
+def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, submit: Submit) -> int:
+    """The output limit. What the client asked for must fit; a default gets what is left of the context. 0 (draw nothing) leaves the whole
+    context to the prompt. Raises ContextLengthExceeded or InvalidRequest."""
+    param = prompt_name(submit)
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt is empty: it must have at least one token.", param=param)
     limit = facts.max_model_len
-    if prompt_tokens >= limit:
+    least = 0 if params.max_tokens == 0 else 1
+    more = ", and at least one more is needed for the answer" if least else ""
+    if prompt_tokens + least > limit:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} tokens,"
-            f" and at least one more is needed for the answer. Please shorten the {param}.",
+            f"This model's maximum context length is {limit} tokens. However, your {param} resulted in {prompt_tokens} tokens{more}."
+            f" Please shorten the {param}.",
             param=param,
         )
     pool = facts.num_blocks * facts.block_size
-    if prompt_tokens >= pool:
-        needed = -(-(prompt_tokens + 1) // facts.block_size)
+    if prompt_tokens + least > pool:
+        needed = -(-(prompt_tokens + least) // facts.block_size)
         raise InvalidRequest(
             f"The prompt of {prompt_tokens} tokens needs {needed} KV blocks, but this server has only {facts.num_blocks} blocks of"
             f" {facts.block_size} tokens. Shorten it, or start the server with a larger --kv-cache-memory-bytes.",
             param=param,
         )
     room = min(limit, pool) - prompt_tokens
-    return room if params.max_tokens is None else min(params.max_tokens, room)
+    asked = params.max_tokens
+    if asked is not None and asked > room and "max_tokens" in submit.explicit:
+        field = "max_completion_tokens" if "max_completion_tokens" in submit.explicit else "max_tokens"
+        what = f"This model's maximum context length is {limit}" if limit <= pool else f"This server's KV cache holds {pool}"
+        raise ContextLengthExceeded(
+            f"{what} tokens. However, you requested {prompt_tokens + asked} tokens ({prompt_tokens} in the {param}, {asked} by {field})."
+            f" Lower {field} to at most {room}, leave it out to use what is left, or shorten the {param}.",
+            param=field,
+        )
+    return room if asked is None else min(asked, room)
 
 
 def root_hash(facts: EngineFacts, secret: bytes, tenant: str, cache_salt: str) -> bytes:
@@ -150,8 +171,7 @@ def root_hash(facts: EngineFacts, secret: bytes, tenant: str, cache_salt: str) -
     return CacheKey(weights=f"{facts.model}\n{facts.fingerprint}", layout=facts.kv_layout, tenant_salt=salt).root()
 
 
-def as_ids(values: Sequence[int], vocab_size: int) -> Column:
+def as_ids(values: Sequence[int], vocab_size: int, param: str) -> Column:
     """A JSON list of token ids as a column. Raises InvalidRequest."""
-    wide = np.array(values, dtype=np.int64)
-    check_ids(wide, vocab_size)
-    return wide.astype(np.int32)
+    check_tokens(values, param, vocab_size)
+    return np.array(values, dtype=np.int32)

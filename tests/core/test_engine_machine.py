@@ -48,7 +48,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
         @rule(
             prefix=st.sampled_from(PREFIXES),
             tail=st.lists(st.integers(0, 5), max_size=6),
-            max_tokens=st.integers(1, 12),
+            max_tokens=st.integers(0, 12),
             n=st.sampled_from([1, 1, 1, 2, 3, 4]),
             eos=st.sampled_from([[], [7], list(range(0, 60, 3)), list(range(0, 60, 5))]),
             minimum=st.sampled_from([0, 0, 1, 3]),

@@ -202,6 +202,40 @@ def test_more_decodes_than_budget_take_turns(make_sim: Make) -> None:
     sim.check_idle()
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_prompt_as_long_as_the_context_is_computed_and_nothing_drawn(make_sim: Make, depth: int, n: int) -> None:
+    sim = make_sim(depth=depth, max_model_len=32, num_blocks=8, block_size=4, max_num_batched_tokens=5)
+    key = sim.admit(list(range(1, 33)), max_tokens=0, prompt_logprobs=0, n=n)
+    sim.run()
+    assert [sim.reason(key, choice) for choice in range(n)] == [LENGTH] * n
+    assert [sim.output(key, choice) for choice in range(n)] == [[]] * n
+    (lead,) = {seq for seq, ledger in sim.ledgers.items() if ledger.prompt_logprobs}
+    assert sim.ledgers[lead].prompt_logprobs == list(range(1, 32))
+    assert computed(sim) == 32
+    assert all(s.rows.size == 0 for s in sim.samples)
+    assert all(f.num_decode == 0 for f in sim.forwards), "its last position is no decode: nobody samples there"
+    sim.check_idle()
+    over = sim.admit(list(range(1, 34)), max_tokens=0)
+    assert sim.reason(over) == FAILED
+    short = sim.admit(list(range(1, 33)), max_tokens=1)
+    assert sim.reason(short) == FAILED
+
+
+def test_who_draws_nothing_runs_beside_the_others_and_can_be_cancelled_in_flight(make_sim: Make) -> None:
+    sim = make_sim(depth=2)
+    beside = sim.admit([1, 2, 3], max_tokens=12)
+    sim.finish(2)
+    scored = sim.admit([4, 5, 6, 7], max_tokens=0)
+    gone = sim.admit([4, 5, 6, 8], max_tokens=0, n=2)
+    sim.abort(seq_of(gone, 0))
+    sim.run()
+    assert (sim.reason(scored), sim.output(scored)) == (LENGTH, [])
+    assert (sim.reason(gone), sim.reason(gone, 1)) == (ABORTED, LENGTH)
+    assert sim.output(beside) == sim.expected(beside << 7)
+    sim.check_idle()
+
+
 def test_prompt_logprobs_come_once_for_every_position_and_skip_the_look_up(make_sim: Make) -> None:
     sim = make_sim(max_num_batched_tokens=6)
     prompt = list(range(1, 18))

@@ -121,6 +121,11 @@ def test_wrong_requests_name_the_field_and_disturb_nobody(client: OpenAI) -> Non
     with pytest.raises(openai.BadRequestError) as long:
         ask(client, "word " * 5000)
     assert long.value.code == "context_length_exceeded"
+    for field in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(openai.BadRequestError) as much:
+            ask(client, "Hello!", **{"max_tokens": openai.omit, field: 5000})
+        assert (much.value.code, much.value.param) == ("context_length_exceeded", field)
+        assert "maximum context length is 4096 tokens" in str(much.value)
     with pytest.raises(openai.NotFoundError):
         ask(client, "Hello!", model="nobody")
     assert ask(client, "Hello!").choices[0].message.content == before
@@ -144,6 +149,40 @@ def test_numbers_beyond_all_bounds_are_refused_not_passed_on(server: Any, field:
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(field)
     assert server.client.get("/health/ready").status_code == 200
+
+
+def test_a_prompt_that_fills_the_context_is_scored(server: Any, client: OpenAI) -> None:
+    ids = [20 + i % 300 for i in range(4096)]
+    scored = client.completions.create(model="brook", prompt=ids, max_tokens=0, echo=True, logprobs=1)
+    (choice,) = scored.choices
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == 4096
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in choice.logprobs.token_logprobs[1:])
+    assert (choice.finish_reason, scored.usage.prompt_tokens, scored.usage.completion_tokens) == ("length", 4096, 0)
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="brook", prompt=[*ids, 1], max_tokens=0, echo=True)
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/detokenize", {"tokens": [1, 2**70]}, "tokens[1]"),
+        ("/detokenize", {"tokens": [-5]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1, 2, "x"]}, "tokens[2]"),
+        ("/v1/completions", {"prompt": [[1], [2, 99999]]}, "prompt[1][1]"),
+        ("/v1/completions", {"prompt": [1, -1]}, "prompt[1]"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [1, 99999]}, "stop_token_ids[1]"),
+        ("/v1/completions", {"prompt": "a", "allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+    ],
+)
+def test_numbers_that_are_no_tokens_are_named_with_their_place(server: Any, path: str, body: Any, param: str) -> None:
+    answer = server.client.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert error["message"].startswith(param)
+    assert "`" not in error["message"]
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Any) -> None:

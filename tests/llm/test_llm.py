@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from penstock import LLM, SamplingParams
-from penstock.core.errors import ConfigError, EngineFailure, InvalidRequest
+from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -87,7 +88,9 @@ def test_logprobs_and_prompt_logprobs(llm: LLM) -> None:
     [
         (SamplingParams(temperature=-1), "temperature"),
         (SamplingParams(top_p=0), "top_p"),
-        (SamplingParams(stop_token_ids=[10**6]), "stop_token_ids"),
+        (SamplingParams(stop_token_ids=[1, 10**6]), "stop_token_ids[1]"),
+        (SamplingParams(bad_words_token_ids=[[1], [2, 10**30]]), "bad_words_token_ids[1][1]"),
+        (SamplingParams(max_tokens=5000), "max_tokens"),
         (SamplingParams(logprobs=1000), "logprobs"),
     ],
 )
@@ -95,6 +98,44 @@ def test_wrong_params_name_the_field(llm: LLM, params: SamplingParams, field: st
     with pytest.raises(InvalidRequest) as caught:
         llm.generate("x", params)
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("ids", "field"),
+    [
+        ([[1], [2, 10**30]], "prompt_token_ids[1][1]"),
+        ([[1], [2, 10**6]], "prompt_token_ids[1][1]"),
+        ([[-1]], "prompt_token_ids[0][0]"),
+        ([[1, "x"]], "prompt_token_ids[0][1]"),
+    ],
+)
+def test_wrong_token_ids_are_named(llm: LLM, ids: list[list[Any]], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate(prompt_token_ids=ids)
+    assert caught.value.param == field
+
+
+def test_more_than_the_context_is_the_error_that_the_server_gives(llm: LLM) -> None:
+    with pytest.raises(ContextLengthExceeded) as caught:
+        llm.generate(prompt_token_ids=[[20] * 10], sampling_params=SamplingParams(max_tokens=4087))
+    assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
+    assert "4096" in caught.value.message
+    assert "4086" in caught.value.message
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(llm: LLM) -> None:
+    ids = [20 + 7 * i % 300 for i in range(48)]
+    (want,) = llm.generate(prompt_token_ids=[ids], sampling_params=SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))
+    scoring = SamplingParams(max_tokens=0, prompt_logprobs=1, n=2)
+    with LLM(kv_cache_memory_bytes=64 << 20, deterministic=True, max_model_len=48) as short:
+        (out,) = short.generate(prompt_token_ids=[ids], sampling_params=scoring)
+        with pytest.raises(ContextLengthExceeded):
+            short.generate(prompt_token_ids=[[*ids, 1]], sampling_params=scoring)
+    assert [(o.text, o.token_ids, o.finish_reason) for o in out.outputs] == [("", [], "length")] * 2
+    assert out.prompt_token_ids == ids
+    assert out.prompt_logprobs == want.prompt_logprobs
+    assert out.prompt_logprobs is not None
+    assert [p is None for p in out.prompt_logprobs] == [True] + [False] * 47
 
 
 def test_a_bad_prompt_cancels_the_rest_and_the_engine_lives(llm: LLM) -> None:

@@ -44,8 +44,9 @@ def test_wrong_questions(bench: Any) -> None:
         ("tokenize", {}, 400, "prompt"),
         ("tokenize", {"prompt": 5}, 400, None),
         ("tokenize", {"messages": [{"role": 1}]}, 400, "messages"),
-        ("detokenize", {"tokens": [99999]}, 400, "tokens"),
-        ("detokenize", {"tokens": [2**70]}, 400, "tokens"),
+        ("detokenize", {"tokens": [5, 99999]}, 400, "tokens[1]"),
+        ("detokenize", {"tokens": [2**70]}, 400, "tokens[0]"),
+        ("detokenize", {"tokens": [1, 2, -1]}, 400, "tokens[2]"),
         ("detokenize", {}, 400, None),
         ("weather", {}, 404, None),
     ):

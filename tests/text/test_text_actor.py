@@ -89,11 +89,50 @@ def test_max_tokens_reach_as_far_as_the_context(bench: Any) -> None:
     assert second.sampling.min_tokens == second.max_tokens
 
 
+def test_what_a_client_asks_for_must_fit_and_the_error_says_how(bench: Any) -> None:
+    for key, (prompt, asked) in enumerate([(90, 4006), (90, 4007), (4095, 1), (4096, 0)]):
+        bench.submit(key, prompt_ids=i32([1] * prompt), sampling=SamplingParams(max_tokens=asked), explicit=["max_tokens"])
+    assert [(m.key, m.max_tokens) for m in bench.engine] == [(0, 4006), (2, 1), (3, 0)]
+    message = bench.rejected[1].message
+    for number in ("4096", "4097", "90 in the prompt", "4007 by max_tokens", "at most 4006"):
+        assert number in message
+
+
+def test_truncating_to_what_fits_leaves_room_for_what_was_asked(bench: Any) -> None:
+    for key, asked in enumerate([0, 1, 100]):
+        bench.submit(
+            key,
+            prompt_ids=i32([3] * 5000),
+            truncate_prompt_tokens=-1,
+            sampling=SamplingParams(max_tokens=asked),
+            explicit=["max_tokens"],
+        )
+    assert [(len(m.prompt), m.max_tokens) for m in bench.engine] == [(4096, 0), (4095, 1), (3996, 100)]
+
+
+def test_scoring_ends_with_the_prompts_logprobs_and_no_token(bench: Any) -> None:
+    bench.submit(1, prompt_ids=i32([5, 6, 7]), sampling=SamplingParams(max_tokens=0, prompt_logprobs=0), echo=True)
+    columns = LogprobColumns(
+        rows=i32([0, 0]), positions=i32([1, 2]), counts=i32([1, 1]), ranks=i32([1, 2]), ids=i32([6, 7]), values=f32([-0.5, -1.0])
+    )
+    seq = seq_of(1, 0)
+    bench.rows([(seq, 0, 0, -1, LENGTH)], prompt_seqs=i64([seq]), prompt_logprobs=columns, started=[(seq, 0)])
+    got = bench.received[1, 0]
+    assert (got.tokens, got.text, got.reason) == ([], "", "length")
+    assert [p and p.logprobs for p in got.extras[0].prompt_logprobs] == [None, [-0.5], [-1.0]]
+    done = bench.finished[1]
+    assert (done.prompt_tokens, done.output_tokens, done.first_token_ns) == (3, 0, 0)
+    assert (bench.actor.admission.requests, bench.actor.admission.tokens) == (0, 0)
+
+
 def test_a_kv_pool_smaller_than_the_context_bounds_the_answer(make_bench: Any) -> None:
     bench = make_bench(up=False)
     bench.up(num_blocks=4)
     bench.submit(1)
     assert only(bench, Admit).max_tokens == 64 - len(ids_of(bench, "the water"))
+    bench.submit(3, sampling=SamplingParams(max_tokens=64), explicit=["max_tokens"])
+    assert (bench.rejected[3].code, bench.rejected[3].param) == ("context_length_exceeded", "max_tokens")
+    assert "KV cache holds 64 tokens" in bench.rejected[3].message
     bench.submit(2, prompt_ids=i32([1] * 64))
     refused = bench.rejected[2]
     assert (refused.status, refused.param, refused.code) == (400, "prompt", "invalid_value")
@@ -486,15 +525,29 @@ CHAT = {"kind": "chat", "messages": b'[{"role":"user","content":"x"}]'}
         ({"sampling": SamplingParams(logprobs=99)}, 400, "invalid_value", "logprobs"),
         ({"sampling": SamplingParams(stop=["x"] * 99)}, 400, "invalid_value", "stop"),
         ({"sampling": SamplingParams(stop=["x" * 5000])}, 400, "invalid_value", "stop"),
-        ({"sampling": SamplingParams(allowed_token_ids=[100000])}, 400, "invalid_value", "allowed_token_ids"),
+        ({"sampling": SamplingParams(allowed_token_ids=[100000])}, 400, "invalid_value", "allowed_token_ids[0]"),
         ({"sampling": SamplingParams(bad_words=[""])}, 400, "invalid_value", "bad_words"),
-        ({"prompt_ids": i32([1, 512])}, 400, "invalid_value", "prompt"),
-        ({"prompt_ids": i32([-1])}, 400, "invalid_value", "prompt"),
+        ({"prompt_ids": i32([1, 512])}, 400, "invalid_value", "prompt[1]"),
+        ({"prompt_ids": i32([-1])}, 400, "invalid_value", "prompt[0]"),
+        ({"prompt_ids": i32([5, -1]), "prompt_name": "prompt[3]"}, 400, "invalid_value", "prompt[3][1]"),
         ({"prompt_ids": i32([])}, 400, "invalid_value", "prompt"),
         ({"text": ""}, 400, "invalid_value", "prompt"),
         ({"text": None}, 400, "invalid_value", "prompt"),
         ({"prompt_ids": i32([1] * 4096)}, 400, "context_length_exceeded", "prompt"),
         ({"text": "a" * 200000}, 400, "context_length_exceeded", "prompt"),
+        ({"prompt_ids": i32([1] * 4097), "sampling": SamplingParams(max_tokens=0)}, 400, "context_length_exceeded", "prompt"),
+        (
+            {"prompt_ids": i32([1] * 90), "sampling": SamplingParams(max_tokens=4007), "explicit": ["max_tokens"]},
+            400,
+            "context_length_exceeded",
+            "max_tokens",
+        ),
+        (
+            {**CHAT, "sampling": SamplingParams(max_tokens=4096), "explicit": ["max_tokens", "max_completion_tokens"]},
+            400,
+            "context_length_exceeded",
+            "max_completion_tokens",
+        ),
         ({"truncate_prompt_tokens": 0}, 400, "invalid_value", "truncate_prompt_tokens"),
         ({"kind": "chat"}, 400, "invalid_value", "messages"),
         ({"kind": "chat", "messages": b"[]"}, 400, "invalid_value", "messages"),

@@ -51,7 +51,7 @@ def test_nulls_mean_not_given() -> None:
 
 def test_explicit_names_what_the_client_gave() -> None:
     call = chat(temperature=0.0, top_p=0.5, top_k=4, stop="x", max_completion_tokens=5, logit_bias={"7": 2.5})
-    assert call.explicit == ["logit_bias", "max_tokens", "stop", "temperature", "top_k", "top_p"]
+    assert call.explicit == ["logit_bias", "max_tokens", "stop", "temperature", "top_k", "top_p", "max_completion_tokens"]
     assert call.sampling.stop == ["x"]
     assert call.sampling.logit_bias == {7: 2.5}
     assert call.sampling.max_tokens == 5
@@ -102,6 +102,8 @@ def test_vllm_extras() -> None:
 )
 def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
     got = completion(prompt=prompt).prompts
+    names = [p.pop("prompt_name", "") for p in got]
+    assert names == [f"prompt[{i}]" if isinstance(prompt, list) and not isinstance(prompt[0], int) else "" for i in range(len(got))]
     plain = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in p.items()} for p in got]
     assert plain == want
     assert all(v.dtype == np.int32 for p in got for v in p.values() if isinstance(v, np.ndarray))
@@ -113,11 +115,19 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt"),
         ({"prompt": [[1], "a"]}, "prompt"),
-        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt[1]"),
         ({"prompt": [[]]}, "prompt[0]"),
-        ({"prompt": [-1]}, "prompt"),
-        ({"prompt": [2**31]}, "prompt"),
-        ({"prompt": [[1], [2**40]]}, "prompt[1]"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"prompt": [7, 2**31]}, "prompt[1]"),
+        ({"prompt": [[1], [5, 2**40]]}, "prompt[1][1]"),
+        ({"stop_token_ids": [1, -7]}, "stop_token_ids[1]"),
+        ({"stop_token_ids": [10**25]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids[0]"),
+        ({"allowed_token_ids": [3, 2**31]}, "allowed_token_ids[1]"),
+        ({"logit_bias": {str(10**40): 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"bad_words": [5]}, "bad_words[0]"),
+        ({"max_tokens": 10**40}, "max_tokens"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ["a"] * 129}, "prompt"),
@@ -162,6 +172,8 @@ def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -
     error = refusal(parse_completion, TEXT | fields)
     assert (error.status, error.type, error.param) == (400, "invalid_request_error", param)
     assert error.message.endswith(".")
+    assert "`" not in error.message
+    assert len(error.message) < 300
 
 
 @pytest.mark.parametrize(
@@ -183,6 +195,7 @@ def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -
         ({"logprobs": 3}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 2**31}, "max_completion_tokens"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tool_choice": "auto"}, "tool_choice"),
@@ -267,7 +280,7 @@ def test_echo_asks_for_the_prompts_logprobs() -> None:
     assert completion(echo=True, logprobs=2).sampling.prompt_logprobs == 2
     assert completion(echo=True).sampling.prompt_logprobs is None
     only = completion(echo=True, max_tokens=0)
-    assert (only.echo_only, only.sampling.max_tokens) == (True, 1)
+    assert (only.echo, only.sampling.max_tokens) == (True, 0)
 
 
 def test_limits_come_from_the_configuration() -> None:

@@ -222,6 +222,8 @@ def logprob_script(submit: Submit) -> list[Message]:
         prompt["prompt_text"] = "A bc"
     if submit.sampling.prompt_logprobs is not None:
         prompt["prompt_logprobs"] = [None, position(2, " b", -1.0, (2, " b", -1.0)), position(3, "c", -2.0, (4, "d", -0.3))]
+    if submit.sampling.max_tokens == 0:
+        return [delta({"key": k, "tokens": [], "reason": "length", "output": 0, "extra": prompt}), finished(k, output=0)]
     mine = {} if submit.sampling.logprobs is None else {"logprobs": [first]}
     then = {} if submit.sampling.logprobs is None else {"logprobs": [second]}
     return [
@@ -277,6 +279,7 @@ def test_echo_with_logprobs_as_evaluation_harnesses_use_it(logprob_edge: Edge) -
         choice = http.post("/v1/completions", json=body).json()["choices"][0]
         stream = events(http.post("/v1/completions", json=body | {"stream": True}).text)
         only = http.post("/v1/completions", json=body | {"max_tokens": 0}).json()
+        streamed = events(http.post("/v1/completions", json=body | {"max_tokens": 0, "stream": True}).text)
     assert choice["text"] == "A bcHéllo"
     assert choice["logprobs"]["tokens"] == ["A", " b", "c", "Hé", "llo"]
     assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, -0.5, -9999.0]
@@ -289,6 +292,9 @@ def test_echo_with_logprobs_as_evaluation_harnesses_use_it(logprob_edge: Edge) -
     assert only["choices"][0]["logprobs"]["tokens"] == ["A", " b", "c"]
     assert only["choices"][0]["finish_reason"] == "length"
     assert only["usage"]["completion_tokens"] == 0
+    assert [c["choices"][0]["text"] for c in streamed[:-1]] == ["A bc", ""]
+    assert [c["choices"][0]["finish_reason"] for c in streamed[:-1]] == [None, "length"]
+    assert streamed[0]["choices"][0]["logprobs"] == only["choices"][0]["logprobs"]
 
 
 def test_prompt_logprobs_as_vllm_gives_them(logprob_edge: Edge) -> None:
