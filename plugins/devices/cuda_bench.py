@@ -592,13 +592,13 @@ def _mib(memory: Any) -> dict[str, int]:
 # ------------------------------------------------------------------ running
 
 
-def run_section(name: str, out: Path, scratch: Path) -> None:
-    """In a process of its own: writes its result to SCRATCH/NAME.json."""
+def run_section(name: str, out: Path, scratch: Path, sections: dict[str, Any] | None = None) -> None:
+    """In a process of its own: writes its result to SCRATCH/NAME.json. `sections`: name -> function, by default this module's."""
     known = json.loads((out / "engine.json").read_text())
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         try:
-            found: dict[str, Any] = globals()[name](Path(root), known)
+            found: dict[str, Any] = (sections or globals())[name](Path(root), known)
         except Exception as error:  # a section that fails is a finding
             found = {"error": f"{type(error).__name__}: {error}"[:1500], "trace": traceback.format_exc()[-2500:]}
     found["section_s"] = round(time.perf_counter() - begun, 1)
@@ -607,25 +607,28 @@ def run_section(name: str, out: Path, scratch: Path) -> None:
     os._exit(0)
 
 
-def run_together(names: list[str], out: Path, scratch: Path, left: float) -> None:
-    """Start them, wait for each within its limit, merge their results into engine.json."""
+def run_together(
+    names: list[str], out: Path, scratch: Path, left: float, module: str = "cuda_bench", limits: dict[str, int] = LIMITS_S
+) -> None:
+    """Start them, wait for each within its limit, merge their results into engine.json. `module` holds the sections."""
     begun = time.perf_counter()
-    me = [sys.executable, "-m", "penstock.plugins.devices.cuda_bench", str(out), "--one"]
+    me = [sys.executable, "-m", f"penstock.plugins.devices.{module}", str(out), "--one"]
     running = {}
     for name in names:
         with (scratch / f"{name}.log").open("wb") as log:
             running[name] = subprocess.Popen([*me, name, str(scratch)], stdout=log, stderr=log, start_new_session=True)
     for name, process in running.items():
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(1.0, min(LIMITS_S[name], left) - (time.perf_counter() - begun)))
+            process.wait(max(1.0, min(limits.get(name, 60), left) - (time.perf_counter() - begun)))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # our own child and what it started
             process.wait()
         file = scratch / f"{name}.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         if not found:
-            tail = (scratch / f"{name}.log").read_bytes()[-2500:].decode(errors="replace")
-            found = {"stopped": f"status {process.returncode} after {time.perf_counter() - begun:.0f} s", "log": tail}
+            found = {"stopped": f"status {process.returncode} after {time.perf_counter() - begun:.0f} s"}
+        if {"stopped", "error"} & set(found):
+            found["log"] = (scratch / f"{name}.log").read_bytes()[-2500:].decode(errors="replace")
         known = json.loads((out / "engine.json").read_text())
         known[name] = found
         (out / "engine.json").write_text(json.dumps(known, indent=1))
