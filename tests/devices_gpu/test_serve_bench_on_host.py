@@ -171,8 +171,9 @@ def test_load_over_http_from_a_tree_that_nobody_installed(tmp_path: Path) -> Non
     # Not this environment's interpreter, which knows Penstock, but the one below it, with all libraries except Penstock.
     hidden = tmp_path / "libraries"
     hidden.mkdir()
-    for entry in Path(str(metadata.distribution("trio").locate_file(""))).iterdir():
-        if "penstock" not in entry.name and not entry.name.endswith(".pth"):
+    places = dict.fromkeys(Path(str(metadata.distribution(name).locate_file(""))) for name in ("trio", "litestar", "numpy", "uvloop"))
+    for entry in (entry for place in places for entry in place.iterdir()):
+        if "penstock" not in entry.name and not entry.name.endswith(".pth") and not (hidden / entry.name).exists():
             (hidden / entry.name).symlink_to(entry)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(hidden)]), "PYTHONNOUSERSITE": "1"}
     done = subprocess.run(
