@@ -55,9 +55,9 @@ def enc_hook(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         code = _CODE_OF.get(value.dtype)
         if code is None or value.ndim != 1:
-            raise NotImplementedError(f"a column must be 1-D int32, int64, float32 or uint8, not {value.ndim}-D {value.dtype}")
+            raise TypeError(f"a column must be 1-D int32, int64, float32 or uint8, not {value.ndim}-D {value.dtype}")
         return msgspec.msgpack.Ext(code, value.tobytes())
-    raise NotImplementedError(f"{type(value).__name__} cannot travel in a message")
+    raise TypeError(f"{type(value).__name__} cannot travel in a message")
 
 
 def ext_hook(code: int, data: memoryview) -> Column:

@@ -102,6 +102,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # --- limits
     max_body_bytes: Annotated[int, opt("Largest request body.", "limits", size=True)] = 32 * MiB
     max_header_bytes: Annotated[int, opt("Largest request header block.", "limits", size=True)] = 64 << 10
+    receive_timeout_s: Annotated[
+        float,
+        opt("Seconds for a request's head, and for a pause in its body (which must come at 1 KiB/s); then 408.", "limits"),
+    ] = 30.0
     max_prompts: Annotated[int, opt("Most prompts in one completions request.", "limits")] = 128
     max_n: Annotated[int, opt("Largest n.", "limits")] = 64
     max_choices: Annotated[int, opt("Most answers of one request: prompts times n.", "limits")] = 512

@@ -25,6 +25,7 @@ ErrorCode = Literal[
     "engine_failure",
     "draining",
     "slow_client",
+    "request_timeout",
     "internal_error",
 ]
 

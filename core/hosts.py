@@ -11,6 +11,7 @@ request) has a method `failed(message, error) -> Handling`, whose messages are r
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections import deque
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ class Host(Protocol):
     def close(self) -> None: ...
 
 
-class _Base:
+class _Base(abc.ABC):
     def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], routes: Routes | None) -> None:
         self.routes = route(actors, ports) if routes is None else routes
         self._actors = {actor.name: actor for actor in actors}
@@ -81,8 +82,9 @@ class _Base:
     def close(self) -> None:
         self._ended.set()
 
+    @abc.abstractmethod
     def post(self, *messages: Message) -> None:
-        raise NotImplementedError
+        """Take messages, on the trio thread."""
 
     def post_soon(self, message: Message) -> None:
         """From any thread. After the loop has ended there is nobody to tell: the message is dropped."""

@@ -4,6 +4,7 @@ What it is: plain counters and histograms that cost a dictionary or bisect opera
 Prometheus text under Penstock's own names and, for dashboards that exist, under vLLM's (`vllm:*`). A histogram is kept once, with the
 union of both sets of buckets, and projected onto each when it is read. Cumulative counters of edges and engines survive the restart of
 the process that sent them. Names are API: tests/text keeps the list.
+It is long because a third of it is the table of names.
 What it does not know: HTTP, when somebody scrapes, what a request is.
 """
 
@@ -53,9 +54,14 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "requests_finished": (("reason",), "Choices that ended, by finish reason."),
     "requests_rejected": (("code",), "Requests that were refused, by error code."),
     "admission_rejections": (("reason",), "Requests that admission refused."),
-    "cancellations": (("cause",), "Requests that ended because their client went away."),
+    "cancellations": (
+        ("cause",),
+        "Prompts that text dropped before they were done: their client left (or its edge died), read too slowly, or gave them up"
+        " (with the other prompts of a failed request); drain: the server shut down.",
+    ),
     "tokens": (("source",), "Tokens: prompt_computed, prompt_cached, generated, replayed."),
     "replays": ((), "Requests that were re-admitted after an engine died."),
+    "requests_condemned": ((), "Requests that were failed because engines died under them again and again."),
     "engine_losses": (("engine",), "Engines that died."),
     "dropped_rows": (("why",), "Token rows that were not accepted: stale (dead epoch), duplicate, gap."),
     "hook_errors": (("hook",), "Plugins' request hooks that raised."),
@@ -91,11 +97,17 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "uptime_seconds": ((), "Since the text process began."),
 }
 
-EDGE_HELP = {
-    "http_requests_total": "HTTP requests.",
-    "http_request_duration_seconds": "HTTP request duration.",
-    "http_request_size_bytes": "HTTP request body size.",
-    "http_response_size_bytes": "HTTP response size.",
+# flat name that edges send -> (kind, labels, help)
+EDGE_METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "http_requests_total": ("counter", ("handler", "method", "status"), "HTTP requests; 499: the client left."),
+    "http_request_duration_seconds": ("histogram", ("handler", "method"), "HTTP request duration."),
+    "penstock_edge_parks_total": ("counter", (), "Streams that were parked because their client read too slowly."),
+    "penstock_edge_cuts_total": (
+        "counter",
+        (),
+        "Streams that were cut because their client did not read; each of their prompts is a cancellation too.",
+    ),
+    "penstock_edge_refused_total": ("counter", (), "Requests refused with 429 because the edge had --max-streams in progress."),
 }
 _PAIR = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*"'
 _FLAT = re.compile(rf"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{{{_PAIR}(?:,{_PAIR})*\}})?\Z")
@@ -340,7 +352,7 @@ class Metrics:
                 family, kind = name, "counter" if name.endswith("_total") else "gauge"
             families.setdefault((family, kind), []).append(f"{flat} {value!r}")
         for (family, kind), lines in sorted(families.items()):
-            page.head(family, kind, EDGE_HELP.get(family, "From the edges."))
+            page.head(family, kind, EDGE_METRICS[family][2] if family in EDGE_METRICS else "From the edges.")
             page.lines += sorted(lines, key=_series_order) if kind == "histogram" else sorted(lines)
 
 

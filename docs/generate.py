@@ -1,6 +1,6 @@
 """Writes the pages that are made from code: configuration, hooks, actors and messages.
 
-What it is: `python docs/generate.py` rewrites docs/{configuration,hooks,actors}.md; a test fails when they are stale.
+What it is: `python docs/generate.py` rewrites docs/{configuration,hooks,actors,metrics}.md; a test fails when they are stale.
 What it does not know: mkdocs.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from penstock.core import config, hookspecs, messages
+from penstock.core import telemetry_metrics as telemetry
 from penstock.core.cli import GROUP_TITLES
 
 HERE = Path(__file__).parent
@@ -147,7 +148,31 @@ def actors() -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-PAGES = {"configuration.md": configuration, "hooks.md": hooks, "actors.md": actors}
+def metrics() -> str:
+    out = [
+        "# Metrics",
+        NOTE,
+        "`GET /metrics` is Prometheus text for the whole server, whichever edge answers: text keeps the numbers and adds up what the edges and"
+        " engines send. Each event is counted in one place. With `--metrics-compat vllm` (the default) the same numbers are there under vLLM's"
+        " names too.",
+        "",
+        "| name | kind | labels | meaning | vLLM's name |",
+        "|---|---|---|---|---|",
+    ]
+    rows: list[tuple[str, str, Iterable[str], str, str]] = []
+    rows += [(f"penstock_{name}_total", "counter", labels, text, "") for name, (labels, text) in telemetry.COUNTERS.items()]
+    rows += [(f"penstock_{name}_total", "counter", ("engine",), text, "") for name, (_, text) in telemetry.ENGINE_COUNTERS.items()]
+    rows += [(f"penstock_{name}", "gauge", labels, text, "") for name, (labels, text) in telemetry.GAUGES.items()]
+    for own, _, theirs, _, text in telemetry.HISTOGRAMS.values():
+        rows.append((f"penstock_{own}", "histogram", ("model",), text, f"`vllm:{theirs}`" if theirs else ""))
+    for name, (kind, edge_labels, text) in telemetry.EDGE_METRICS.items():
+        rows.append((name, kind, edge_labels, text, ""))
+    for name, kind, labels, text, theirs in sorted(rows):
+        out.append(f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {text} | {theirs} |")
+    return "\n".join(out) + "\n"
+
+
+PAGES = {"configuration.md": configuration, "hooks.md": hooks, "actors.md": actors, "metrics.md": metrics}
 
 
 def main() -> int:

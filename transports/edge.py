@@ -83,7 +83,7 @@ class Server:
             on_close=self.gateway.link_closed,
         )
         self.gateway.attach(lambda: self.dialer.link)
-        self._uvicorn = uvicorn.Config(self.app, **server_options(config.max_header_bytes))
+        self._uvicorn = uvicorn.Config(self.app, **server_options(config.max_header_bytes, config.receive_timeout_s))
         self._state = ServerState()
         self._servers: list[asyncio.Server] = []
         self._ticker: asyncio.Task[None] | None = None

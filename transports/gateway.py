@@ -292,7 +292,6 @@ class Gateway:
         """Forget a key and tell text. Unknown keys (finished ones) are ignored."""
         if self._sinks.pop(key, None) is None:
             return
-        self.counters.add(f'penstock_edge_cancels_total{{cause="{cause}"}}')
         self._send(Cancel(key=key, cause=cause))
 
     def park(self, key: int) -> None:

@@ -26,7 +26,7 @@ from penstock.core.errors import EngineUnavailable, FinalError, InvalidRequest, 
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
 from penstock.transports.openapi import SchemaPage
-from penstock.transports.protocol import HEADERS_TOO_LARGE, HeadersTooLarge
+from penstock.transports.protocol import HEADERS_TOO_LARGE, TIMED_OUT, HeadersTooLarge, TooSlow
 from penstock.transports.request import (
     CONTEXT,
     Disconnected,
@@ -95,14 +95,16 @@ class Edge:
                 message["headers"] = [*message["headers"], *extra]
             await send(message)
 
+        # HEAD is GET without the body, which uvicorn leaves out (it looks at its own scope).
+        inner: Scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
             error = self._refusal(scope, context)
             if error is not None:
                 await error_reply(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
             else:
-                await self.app(scope, receive, send_with_headers)
+                await self.app(inner, receive, send_with_headers)
         finally:
-            self._done(scope, context)
+            self._done(inner.get("path_template") or "other", scope["method"], context)
 
     def _refusal(self, scope: Scope, context: RequestContext) -> PenstockError | None:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
@@ -128,11 +130,10 @@ class Edge:
                     found = tenant
         return found
 
-    def _done(self, scope: Scope, context: RequestContext) -> None:
+    def _done(self, handler: str, method: str, context: RequestContext) -> None:
         seconds = (time.monotonic_ns() - context.started_ns) / 1e9
-        handler = scope.get("path_template") or "other"
-        method = scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD", "DELETE", "PUT", "PATCH") else "other"
-        self._requests.observe(handler, method, context.status or 499, seconds)
+        known = method if method in ("GET", "POST", "OPTIONS", "HEAD", "DELETE", "PUT", "PATCH") else "other"
+        self._requests.observe(handler, known, context.status or 499, seconds)
         context.span.end(context.status, context.summary)
 
 
@@ -152,7 +153,7 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     if isinstance(error, PenstockError):
         return error_reply(error, CLOSE if error.status == 413 else ())
     if isinstance(error, Disconnected):
-        request.scope["state"][CONTEXT].status = 499
+        request.scope["state"][CONTEXT].status = TooSlow.status if TIMED_OUT in request.scope["state"] else 499
         return NoReply()
     if isinstance(error, MethodNotAllowedException):
         methods = _methods_of(request.app, request.scope["path"])
@@ -171,7 +172,8 @@ def _methods_of(app: Litestar, path: str) -> list[str]:
     for route in app.routes:
         pattern = re.sub(r"\\{[^}]*:path\\}", ".+", re.escape(route.path))
         if re.fullmatch(re.sub(r"\\{[^}]*\\}", "[^/]+", pattern), path.rstrip("/") or "/"):
-            return sorted(str(m) for m in getattr(route, "methods", []))
+            methods = {str(m) for m in getattr(route, "methods", [])}
+            return sorted(methods | {"HEAD"} if "GET" in methods else methods)
     return []
 
 

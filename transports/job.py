@@ -7,6 +7,7 @@ What it does not know: bodies, events, routes, how rows arrive.
 
 from __future__ import annotations
 
+import abc
 import time
 from typing import Any
 
@@ -65,7 +66,7 @@ class Prompt:
         return positions
 
 
-class Job:
+class Job(abc.ABC):
     """One HTTP request: as many keys as prompts. Subclasses say what happens with rows and at the end."""
 
     def __init__(self, gateway: Gateway, call: Call, context: RequestContext) -> None:
@@ -120,9 +121,9 @@ class Job:
         attributes = gen_ai_attributes(self.call.kind, self.model, self.call.sampling, stream=self.call.stream)
         self.context.span.name(f"{operation} {self.model}", {**attributes, "gen_ai.output.type": "text"})
 
+    @abc.abstractmethod
     def leg(self, index: int) -> Any:
         """The sink of prompt `index`."""
-        raise NotImplementedError
 
     def leg_finished(self, message: Finished) -> None:
         self.ended.append(message)
@@ -137,13 +138,13 @@ class Job:
             self.cancel("client")
             self.broken(error)
 
+    @abc.abstractmethod
     def complete(self) -> None:
         """Every prompt is answered."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def broken(self, error: PenstockError) -> None:
         """The request failed; its keys are cancelled."""
-        raise NotImplementedError
 
     def cancel(self, cause: CancelCause) -> None:
         for key in self.keys:

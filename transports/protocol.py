@@ -1,12 +1,13 @@
 """uvicorn's HTTP/1.1 protocol with Penstock's limits and error bodies.
 
-What it is: a subclass of uvicorn's httptools protocol that bounds the header block (431), answers malformed HTTP with OpenAI's error shape, and
-gives the application `scope["state"]["abort"]`, which closes a connection without waiting for what it has not taken.
+What it is: a subclass of uvicorn's httptools protocol that bounds the header block (431) and the time that a client takes to send a request
+(408), answers malformed HTTP with OpenAI's error shape, and gives the application `scope["state"]["abort"]`, which closes a connection without waiting for what it has not taken.
 What it does not know: the application.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import struct
@@ -19,6 +20,10 @@ from penstock.transports.request import error_body
 
 HEADERS_TOO_LARGE = "headers_too_large"
 """Key in scope["state"]: the application answers 431."""
+TIMED_OUT = "timed_out"
+"""Key in scope["state"]: the client took too long over the body and was told 408; the application finds it disconnected."""
+SLOWEST_BODY = 1024
+"""Bytes per second: a body that comes in drops is late however often they fall."""
 
 
 class HeadersTooLarge(InvalidRequest):
@@ -29,12 +34,37 @@ class HeadersTooLarge(InvalidRequest):
         super().__init__(f"The request headers are larger than {limit} bytes (--max-header-bytes). Send fewer or shorter headers.")
 
 
-def protocol_class(max_header_bytes: int) -> type[HttpToolsProtocol]:
-    """The protocol with its limit: uvicorn makes instances itself."""
+class TooSlow(InvalidRequest):
+    status = 408
+    default_code = "request_timeout"
+
+    def __init__(self, what: str, limit_s: float) -> None:
+        super().__init__(f"The {what} did not arrive within {limit_s:g} s (--receive-timeout-s). Send it faster, or send less.")
+
+
+def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[HttpToolsProtocol]:
+    """The protocol with its limits: uvicorn makes instances itself.
+
+    A client has `receive_timeout_s` to send a head, from its first byte (or from the connection's beginning), and as long for each pause in a
+    body, which must come at SLOWEST_BODY or faster. Idle connections between requests are uvicorn's business (timeout_keep_alive).
+    """
 
     class PenstockProtocol(HttpToolsProtocol):
         _head_bytes = 0  # of a header block that is still incomplete
         _in_head = True
+        _in_message = False  # between a request's first byte and its last
+        _deadline: float | None = None
+        _timer: asyncio.TimerHandle | None = None  # one a connection, looking at the deadline when it fires
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._deadline = None
+            if self._timer is not None:
+                self._timer.cancel()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -42,12 +72,57 @@ def protocol_class(max_header_bytes: int) -> type[HttpToolsProtocol]:
                 self._head_bytes += len(data)
                 if self._head_bytes > max_header_bytes:
                     self._refuse(HeadersTooLarge(max_header_bytes))
+            if self._deadline is None and not self._in_message and not self._answering() and not self.transport.is_closing():
+                self._expect()  # something that is no request yet (empty lines): it stopped uvicorn's idle timer
+
+        # --- time
+
+        def _expect(self) -> None:
+            """The client must make progress until then."""
+            self._deadline = self.loop.time() + receive_timeout_s
+            if self._timer is None:
+                self._timer = self.loop.call_later(receive_timeout_s, self._look)
+
+        def _look(self) -> None:
+            self._timer = None
+            if self._deadline is None or self.transport.is_closing():
+                return
+            now = self.loop.time()
+            if now >= self._deadline:
+                if not (self.flow.read_paused or self.pipeline or (self._in_head and self._answering())):
+                    self._give_up()
+                    return
+                self._deadline = now + receive_timeout_s  # it is not the client whom we wait for
+            self._timer = self.loop.call_at(self._deadline, self._look)
+
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _give_up(self) -> None:
+            if not self._in_message or (not self._in_head and not self._answering()):
+                self.transport.close()  # it never asked for anything, or has its answer already
+                return
+            self.scope["state"][TIMED_OUT] = True
+            self._refuse(TooSlow("request's head" if self._in_head else "request body", receive_timeout_s))
+
+        # --- what the parser finds
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._in_head = True
+            self._in_head = self._in_message = True
             self._head_bytes = 0
             self.scope["state"]["abort"] = self._abort
+            self._expect()
+
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            if self._deadline is not None:
+                self._deadline = min(self._deadline + len(body) / SLOWEST_BODY, self.loop.time() + receive_timeout_s)
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._in_message = False
+            self._deadline = None
 
         def _abort(self) -> None:
             sock = self.transport.get_extra_info("socket")
@@ -62,6 +137,7 @@ def protocol_class(max_header_bytes: int) -> type[HttpToolsProtocol]:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > max_header_bytes:
                 self.scope["state"][HEADERS_TOO_LARGE] = max_header_bytes
+            self._expect()
             super().on_headers_complete()
 
         def send_400_response(self, msg: str) -> None:
@@ -77,7 +153,8 @@ def protocol_class(max_header_bytes: int) -> type[HttpToolsProtocol]:
                 self.transport.abort()  # an answer is under way: nothing sensible can be said in between
                 return
             body = error_body(error)
-            reason = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}.get(error.status, b"Error")
+            reasons = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+            reason = reasons.get(error.status, b"Error")
             self.transport.write(
                 b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
                 % (error.status, reason, len(body), body)
@@ -87,10 +164,10 @@ def protocol_class(max_header_bytes: int) -> type[HttpToolsProtocol]:
     return PenstockProtocol
 
 
-def server_options(max_header_bytes: int) -> dict[str, Any]:
+def server_options(max_header_bytes: int, receive_timeout_s: float) -> dict[str, Any]:
     """uvicorn.Config arguments that every Penstock server uses."""
     return {
-        "http": protocol_class(max_header_bytes),
+        "http": protocol_class(max_header_bytes, receive_timeout_s),
         "ws": "none",
         "lifespan": "off",
         "log_config": None,

@@ -451,7 +451,7 @@ class TextActor:
                 yield from self._condemn(request)
 
     def _condemn(self, request: Request) -> Iterator[Outbound]:
-        self.metrics.count("dropped_rows", "condemned")
+        self.metrics.count("requests_condemned")
         text = f"The engine died {request.strikes} times while it worked on this request, so it is not tried again."
         for choice in [choice for choice in request.choices if not choice.finish]:
             self._receiver.end(choice, "error", text, "engine_failure")

@@ -26,7 +26,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md", "metrics.md"])
 def test_made_pages_are_fresh(generate: ModuleType, page: str) -> None:
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == generate.PAGES[page](), "run: python docs/generate.py"
 

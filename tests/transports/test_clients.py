@@ -51,7 +51,7 @@ def test_a_client_that_leaves_before_the_first_byte_cancels(make_edge: MakeEdge,
     edge.wait(lambda: edge.server.gateway.active == 0, "the place to be given back")
     edge.wait(lambda: not edge.server._state.tasks, "the request's end")
     assert status_499(edge) == 1
-    assert edge.counters()['penstock_edge_cancels_total{cause="disconnect"}'] == 1
+    assert not [name for name in edge.counters() if "cancel" in name], "text counts cancellations, for all edges"
 
 
 def test_a_client_that_leaves_in_mid_stream_cancels_every_choice_once(make_edge: MakeEdge) -> None:

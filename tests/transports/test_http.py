@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -224,6 +225,110 @@ def test_header_limit(make_edge: MakeEdge) -> None:
     assert json.loads(endless.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_too_large"
 
 
+# ------------------------------------------------------------------ slow clients
+
+SHORT_S = 0.15
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+BODY = json.dumps({"model": "brook", "prompt": "p" * 4096}).encode()
+
+
+def drip(sock: socket.socket, data: bytes, size: int, pause_s: float) -> bytes:
+    """Send pieces until the server says something or hangs up; what it said."""
+    sock.settimeout(pause_s)
+    for at in range(0, len(data), size):
+        try:
+            sock.sendall(data[at : at + size])
+            return sock.recv(1 << 16)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return b""
+    sock.settimeout(10)
+    return sock.recv(1 << 16)
+
+
+@pytest.fixture(scope="module")
+def hasty_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    edge = Edge(tmp_path_factory.mktemp("hasty"), {"receive_timeout_s": SHORT_S})
+    edge.start()
+    yield edge
+    edge.stop()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (HEAD + b"x-endless: " + b"a" * 10_000, "head"),
+        (HEAD + b"content-length: 10000\r\n\r\n" + b"{" * 10_000, "body"),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n{\r\n" * 10_000, "body"),
+    ],
+)
+def test_a_request_that_comes_in_drops_is_408(hasty_edge: Edge, data: bytes, what: str) -> None:
+    start = data.index(b"\r\n\r\n") + 4 if what == "body" else 20
+    with socket.create_connection(("127.0.0.1", hasty_edge.port)) as sock:
+        sock.sendall(data[:start])
+        answer = drip(sock, data[start:], 6, SHORT_S / 10)
+        assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert b"connection: close" in head
+        error = json.loads(body)["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")
+        assert what in error["message"]
+        assert sock.recv(10) == b""
+    if what == "body":  # a head that never came is no request
+        name = 'http_requests_total{handler="/v1/completions",method="POST",status="408"}'
+        hasty_edge.wait(lambda: hasty_edge.server.gateway.counters.read().get(name, 0) > 0, "the 408 in the counts")
+
+
+@pytest.mark.parametrize("data", [b"", b"\r\n\r\n"])
+def test_a_connection_without_a_request_is_closed_in_silence(hasty_edge: Edge, data: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", hasty_edge.port), timeout=10) as sock:
+        sock.sendall(data)
+        assert sock.recv(100) == b""
+
+
+def test_a_body_that_nobody_waits_for_ends_too(hasty_edge: Edge) -> None:
+    with socket.create_connection(("127.0.0.1", hasty_edge.port), timeout=10) as sock:
+        sock.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_slow_body_that_makes_progress_is_taken(hasty_edge: Edge) -> None:
+    with socket.create_connection(("127.0.0.1", hasty_edge.port)) as sock:
+        sock.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(BODY))
+        began = time.monotonic()
+        answer = drip(sock, BODY, len(BODY) // 8, SHORT_S / 3)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert time.monotonic() - began > 2 * SHORT_S
+
+
+def test_a_slow_answer_is_not_the_clients_fault(make_edge: MakeEdge) -> None:
+    edge = make_edge(text=lambda t: setattr(t, "script", silent), receive_timeout_s=SHORT_S)
+    with socket.create_connection(("127.0.0.1", edge.port), timeout=10) as sock:
+        sock.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(BODY) + BODY + HEAD[:9])  # and a second head begins behind it
+        key = edge.text.wait_for(Submit)[-1].key
+        sock.settimeout(2 * SHORT_S)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.settimeout(10)
+        edge.text.send(delta({"key": key, "text": "a", "reason": "stop"}), finished(key))
+        assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert sock.recv(1 << 16).startswith(b"HTTP/1.1 408"), "the second head is late, but only after the first answer"
+
+
+def test_an_idle_connection_between_requests_stays(hasty_edge: Edge) -> None:
+    with socket.create_connection(("127.0.0.1", hasty_edge.port)) as sock:
+        for _ in range(2):
+            sock.settimeout(10)
+            sock.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            sock.settimeout(2 * SHORT_S)
+            with pytest.raises(TimeoutError):
+                sock.recv(1)
+
+
 def test_stream_limit(make_edge: MakeEdge) -> None:
     edge = make_edge(max_streams=2, text=lambda t: setattr(t, "script", silent))
     results: list[httpx.Response] = []
@@ -394,6 +499,35 @@ def test_small_pages(http: httpx.Client, shared_edge: Edge) -> None:
     for body in ({}, {"prompt": "a", "messages": CHAT["messages"]}):
         assert http.post("/tokenize", json=body).status_code == 400
     assert http.get("/v1/models/brook").json()["id"] == "brook"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *((path, 200) for path in ("/health", "/health/live", "/health/ready", "/health/decode", "/version", "/metrics")),
+        *((path, 200) for path in ("/v1/models", "/v1/models/brook", "/schema")),
+        *((path, 404) for path in ("/nowhere", "/v1/models/nobody")),
+        *((path, 405) for path in (CHATS, COMPLETIONS, "/tokenize")),
+    ],
+)
+def test_head_is_get_without_the_body(http: httpx.Client, shared_edge: Edge, path: str, status: int) -> None:
+    head = http.head(path)
+    assert (head.status_code, head.content) == (status, b"")
+    whole = http.get(path)
+    assert (whole.status_code, len(whole.content) > 0) == (status, True)
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    answer = raw(shared_edge, b"HEAD %s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % path.encode())
+    assert answer.endswith(b"\r\n\r\n")
+    assert answer.count(b"\r\n\r\n") == 1, "nothing follows the head"
+    if status == 405:
+        assert whole.headers["allow"] == "OPTIONS, POST"
+    name = f'method="HEAD",status="{status}"'
+    assert any(name in counter for counter in shared_edge.counters())
+
+
+def test_what_may_be_done_names_head(http: httpx.Client) -> None:
+    reply = http.post("/version")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 def test_openapi_document(http: httpx.Client) -> None:
