@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 
 HERE = Path(__file__).parent
 LANES = (("launch", "host: launch"), ("device", "device"), ("result", "host: wait for result"))
-COLOURS = ("#3b82c4", "#d9822b")
+COLOURS = ("#2f6fb0", "#b5611a")
 """Even and odd steps: neighbours must be told apart."""
 WIDTH, LEFT, RIGHT = 960, 150, 20
 LANE, BAR, HEAD, FOOT = 30, 20, 46, 34

@@ -33,6 +33,7 @@ from penstock.plugins.devices.cuda_bench import LLAMA_1B, LLAMA_8B
 LIMITS_S = {"http_8b": 190, "timeline": 80, "weights": 90, "cold": 150}
 """Sections in order, and their longest time."""
 LOAD_SHARE = 0.7
+PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "h200-engine.json"
 EDGE_S = 8.0
 """The steady span begins so long after the first arrival and ends with the last one."""
 
@@ -152,15 +153,17 @@ def quantile(before: dict[float, float], after: dict[float, float], share: float
 
 def http_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     """The load of serve_8b over HTTP: Poisson arrivals at 70 % of the requests/s that it reached, 2,048-token steps, prefix cache as it comes."""
-    rate = float(os.environ.get("RATE") or 0) or offered_rate(known)
+    rate = float(os.environ.get("RATE") or 0) or offered_rate(known, PUBLISHED)
     args = [synthetic_folder(LLAMA_8B, root, "llama-8b"), "--device", "cuda", "--load-format", "dummy", "--max-model-len", "4096"]
     args += ["--max-num-batched-tokens", "2048", "--max-num-seqs", "512", "--edge-workers", os.environ.get("EDGES", "2")]
     return over_http(args, rate=rate, seconds=float(os.environ.get("HTTP_S", "65")), vocab=LLAMA_8B["vocab_size"])
 
 
-def offered_rate(known: dict[str, Any]) -> float:
-    """Requests/s: LOAD_SHARE of what serve_8b reached. Raises ValueError without its result."""
+def offered_rate(known: dict[str, Any], published: Path | None = None) -> float:
+    """Requests/s: LOAD_SHARE of what serve_8b reached, in this run or, if it failed here, in the published one. Raises ValueError without either."""
     measured = known.get("serve_8b", {})
+    if "output_tokens_s" not in measured and published is not None and published.exists():
+        measured = json.loads(published.read_text(encoding="utf-8")).get("serve_8b", {})
     if "output_tokens_s" not in measured:
         raise ValueError("set RATE, or run serve_8b first (its result is not in engine.json)")
     return float(LOAD_SHARE * measured["output_tokens_s"] * measured["requests"] / measured["output_tokens"])
@@ -232,6 +235,7 @@ def over_http(
         ready = time.perf_counter() - begun
         records, wall, seen = on_loop(measure(url))
     return {
+        "serve_args": args[1:],
         "rate_offered": round(rate, 2),
         "ready_s": round(ready, 2),
         **(_rounded(steady(records, load)) if records else {}),

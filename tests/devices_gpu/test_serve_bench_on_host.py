@@ -104,10 +104,14 @@ def test_checkpoints_are_written_and_loaded(tmp_path: Path) -> None:
     assert all(found[name]["gb_s"] > 0 for name in ("first", "again", "dummy"))
 
 
-def test_rates_and_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_and_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RATE", raising=False)
     known = {"serve_8b": {"output_tokens_s": 2000.0, "requests": 10, "output_tokens": 100}}
     assert cuda_serve_bench.offered_rate(known) == pytest.approx(140.0)
+    published = tmp_path / "published.json"
+    published.write_text(json.dumps(known))
+    assert cuda_serve_bench.offered_rate({"serve_8b": {"error": "x"}}, published) == pytest.approx(140.0)
+    assert 10 < cuda_serve_bench.offered_rate({}, cuda_serve_bench.PUBLISHED) < 500
     with pytest.raises(ValueError, match="RATE"):
         cuda_serve_bench.offered_rate({})
     assert cuda_serve_bench.order(["cold", "http_8b"], {}) == ["serve_8b", "cold", "http_8b"]
@@ -188,3 +192,10 @@ def test_load_over_http_from_a_tree_that_nobody_installed(tmp_path: Path) -> Non
     assert {"client", "pk-engine-0", "pk-engine-0/0"} <= set(found["cpu_cores_used"])
     assert found["server_says"]["inter_token_latency_seconds"]["p50"] is not None
     assert found["rate_offered"] == 30.0
+
+
+def test_a_server_that_dies_costs_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(OSError, match="left with status"):
+        cuda_serve_bench.starts(["--no-such-flag"], tmp_path)

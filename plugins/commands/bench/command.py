@@ -348,7 +348,7 @@ def footprint(repeats: int, idle: float, json_file: str | None, serve_args: tupl
         "first_token_s": report.percentile([r["first_token_s"] for r in runs], 0.5),
         "pss_mib": report.percentile([r["pss_bytes"] / 2**20 for r in runs], 0.5),
         "processes": runs[-1]["processes"],
-        "idle_cpu_share": runs[-1]["idle_cpu_share"],
+        "idle_cpu_share": runs[-1]["idle_cpu_share"] or 0.0,
         "exit_status": runs[-1]["exit_status"],
         "runs": runs,
     }

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,18 @@ def cpu_seconds(pids: list[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-async def first_token(url: str, start: float, timeout_s: float) -> tuple[float, float]:
-    """Seconds since `start` until the server is ready, and until the first streamed token."""
+async def first_token(url: str, start: float, timeout_s: float, status: Callable[[], int | None]) -> tuple[float, float]:
+    """Seconds since `start` until the server is ready, and until the first streamed token. `status`: its exit status, if it left."""
     client = Client(url)
     while True:
         try:
-            status, _ = await client.get("/health/ready")
-            if status == 200:
+            if (await client.get("/health/ready"))[0] == 200:
                 break
         except OSError:
             pass
+        left = status()
+        if left is not None:
+            raise OSError(f"the server left with status {left} before it was ready")
         if time.perf_counter() - start > timeout_s:
             raise TimeoutError(f"the server was not ready within {timeout_s:.0f} s")
         await asyncio.sleep(0.01)
@@ -91,7 +94,7 @@ def measure(args: list[str], *, idle_s: float, timeout_s: float = 180.0) -> dict
         env={"PENSTOCK_LOG_LEVEL": "warning", **os.environ},
     )
     try:
-        ready, token = asyncio.run(first_token(f"http://127.0.0.1:{port}", start, timeout_s))
+        ready, token = asyncio.run(first_token(f"http://127.0.0.1:{port}", start, timeout_s, process.poll))
         pids = tree(process.pid)
         memory = pss_bytes(pids)
         time.sleep(min(1.0, idle_s))
