@@ -3,7 +3,7 @@
 What it is: every option with its type, default, documentation, groups and aliases (vLLM's and SGLang's spellings), and how values are
 layered: command line over environment (`PENSTOCK_*`) over a TOML file over defaults. Unknown names are errors that name the nearest
 known one; options of later capabilities are known and refused with "not supported yet", never ignored.
-What it does not know: click, processes, what an option does.
+What it does not know: click, processes, what an option does. It is long because every option stands here, once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from penstock.core.errors import ConfigError
+from penstock.core.sampling import MAX_N
+from penstock.core.wording import type_words
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -258,8 +260,24 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
         if option.is_size:
             return parse_size(text.strip())
         return msgspec.convert(text.strip(), kind, strict=False)
-    except (ValueError, msgspec.ValidationError) as error:
-        raise ConfigError(f"{where}: {text!r} is not a valid value for {option.name} ({error}).", param=where) from None
+    except msgspec.ValidationError:
+        raise ConfigError(f"{where} must be {type_words(kind)}, but is {_shown(option, text)}.", param=where) from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {_shown(option, text)} is not a valid value for {option.name} ({error}).", param=where) from None
+
+
+def _shown(option: Option, value: Any) -> str:
+    return "(hidden)" if option.name == "api_key" else f"{value!r:.200}"
+
+
+def typed(option: Option, value: Any, *, where: str) -> Any:
+    """A value that has a type already (TOML, Python). Raises ConfigError that begins with `where`."""
+    if isinstance(value, str) and (option.is_size or option.is_list):
+        return from_text(option, value, where=where)
+    try:
+        return msgspec.convert(value, option.type)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{where} must be {type_words(option.type)}, but is {_shown(option, value)}.", param=option.name) from None
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -298,9 +316,7 @@ def from_toml(path: str | Path) -> dict[str, Any]:
             option = OPTIONS[field]
             if inner is value and option.group != key:
                 raise ConfigError(f"{path}: {name!r} belongs into the table [{option.group}], not [{key}].", param=name)
-            if isinstance(item, str) and (option.is_size or option.is_list):
-                item = from_text(option, item, where=name)
-            flat[field] = item
+            flat[field] = typed(option, item, where=f"{path}: {name}")
     return flat
 
 
@@ -312,17 +328,10 @@ def build(*layers: Mapping[str, Any]) -> Config:
     for name in merged:
         if name not in OPTIONS:
             raise ConfigError(f"{name!r} is not a known option.{nearest(name, OPTIONS)}", param=name)
-    try:
-        config = msgspec.convert(merged, Config)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"Configuration: {error}.", param=_path_of(error)) from None
+        merged[name] = typed(OPTIONS[name], merged[name], where=name)
+    config = Config(**merged)
     check(config)
     return config
-
-
-def _path_of(error: msgspec.ValidationError) -> str | None:
-    text = str(error)
-    return text.rsplit("$.", 1)[1].rstrip("`").split("[")[0] if "$." in text else None
 
 
 def check(config: Config) -> None:
@@ -355,6 +364,21 @@ def check(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
+    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s"):
+        if not getattr(config, name) >= 0:  # "not": what is no number fails too
+            raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)
+    for name in ("receive_timeout_s", "stream_stall_s", "keep_alive_s"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{OPTIONS[name].flag} must be above 0.", param=name)
+    for name in ("threads", "num_gpu_blocks_override"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
+    _check_pairs(config)
+    if not all(name.strip() for name in config.served_model_name):
+        raise ConfigError("--served-model-name must not be empty.", param="served_model_name")
+    if not config.transports:
+        raise ConfigError("--transports must name at least one transport (openai), or nothing would be served.", param="transports")
     if not all(key.strip() for key in config.api_key):
         raise ConfigError("--api-key must not be empty: the server would be open to everybody.", param="api_key")
     if config.block_size & (config.block_size - 1):
@@ -367,6 +391,27 @@ def check(config: Config) -> None:
         raise ConfigError("--max-model-len must be at least 1.", param="max_model_len")
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < 1:
         raise ConfigError("--kv-cache-memory-bytes must be at least 1.", param="kv_cache_memory_bytes")
+
+
+def _check_pairs(config: Config) -> None:
+    """Options that cannot both be as they are. Each error says which to change, and to what."""
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-num-seqs {config.max_num_seqs}: not every running"
+            f" sequence could take a token in a step. Raise --max-num-batched-tokens to at least {config.max_num_seqs}, or lower"
+            f" --max-num-seqs to at most {config.max_num_batched_tokens}.",
+            param="max_num_batched_tokens",
+        )
+    if config.max_n > MAX_N:
+        raise ConfigError(f"--max-n {config.max_n} is more than the {MAX_N} choices that a request can have. Lower it.", param="max_n")
+    held = (config.num_gpu_blocks_override or 0) * config.block_size
+    if config.max_model_len and 0 < held < config.max_model_len:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} does not fit into --num-gpu-blocks-override {config.num_gpu_blocks_override} blocks of"
+            f" {config.block_size} tokens ({held}). Raise the blocks to at least {-(-config.max_model_len // config.block_size)}, or lower"
+            f" --max-model-len to at most {held}.",
+            param="num_gpu_blocks_override",
+        )
     if not config.enable_chunked_prefill and config.max_model_len and config.max_num_batched_tokens < config.max_model_len:
         raise ConfigError(
             "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len, or long prompts could never run.",

@@ -30,6 +30,7 @@ from penstock.core.config import Config
 from penstock.core.control import Boot, Ready
 from penstock.core.errors import ConfigError, PenstockError
 from penstock.core.model_folder import with_model
+from penstock.core.plugin_host import check_names
 from penstock.core.processes import spawn
 from penstock.core.supervisor import ChildSpec, Supervisor
 
@@ -71,7 +72,9 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
     listener: socket.socket | None = None
     started: dict[tuple[str, int], tuple[subprocess.Popen[bytes], socket.socket]] = {}
     try:
-        config = with_model(config) if specs is None else config
+        if specs is None:
+            check_names(config, extra_plugins)
+            config = with_model(config)
         listener = bind(config)
         run_dir = make_run_dir()
         where = url_of(config, listener)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal, TypeVar, cast
 
@@ -19,7 +19,7 @@ import msgspec
 import pluggy
 
 from penstock.core import hookspecs
-from penstock.core.config import nearest
+from penstock.core.config import Config, nearest
 from penstock.core.errors import ConfigError, PluginError
 from penstock.core.hookspecs import (
     API_LEVEL,
@@ -38,6 +38,25 @@ Role = Literal["root", "edge", "text", "engine"]
 S = TypeVar("S", bound=Spec)
 
 BUILT_IN = "penstock"
+
+BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
+    "device": ("engine", ("auto", "cpu", "cuda")),
+    "attention_backend": ("engine", ("native", "torch", "triton")),
+    "scheduling_policy": ("engine", ("fcfs", "priority")),
+    "transports": ("edge", ("openai",)),
+}
+"""option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
+
+
+def check_names(config: Config, extra: Sequence[str] = ()) -> None:
+    """Refuse a name that no installed plugin can bring, before any process starts. Imports no plugin: where other packages' plugins are
+    installed their names are unknown here, and the process that loads them says no. Raises ConfigError with the known names."""
+    for option, (role, known) in BUILT_IN_NAMES.items():
+        given = getattr(config, option)
+        wrong = [name for name in (given if isinstance(given, list) else [given]) if name is not None and name not in known]
+        if wrong and not extra and all(_package(entry) == BUILT_IN for entry in metadata.entry_points(group=f"penstock.{role}")):
+            flag = "--" + option.replace("_", "-")
+            raise ConfigError(f"{flag} {wrong[0]}: no such plugin.{nearest(wrong[0], known)} Known: {', '.join(known)}.", param=option)
 
 
 class PluginInfo(msgspec.Struct, kw_only=True):

@@ -30,7 +30,22 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
         ({"quantization": "fp8"}, "quantization", "not supported yet"),
         ({"tensor_parallel_size": 4}, "tensor_parallel_size", "not supported yet"),
         ({"max_num_seqs": 0}, "max_num_seqs", "at least 1"),
-        ({"max_num_seqs": "x"}, "max_num_seqs", "int"),
+        ({"max_num_seqs": "x"}, "max_num_seqs", "max_num_seqs must be a whole number, but is 'x'"),
+        ({"enforce_eager": 1}, "enforce_eager", "true or false"),
+        ({"served_model_name": [1]}, "served_model_name", "a list of texts"),
+        ({"max_num_batched_tokens": 63}, "max_num_batched_tokens", "to at least 64, or lower --max-num-seqs to at most 63"),
+        ({"max_num_batched_tokens": 512, "max_num_seqs": 513}, "max_num_batched_tokens", "to at least 513"),
+        ({"max_n": 65}, "max_n", "64"),
+        ({"num_gpu_blocks_override": 4, "max_model_len": 65}, "num_gpu_blocks_override", "at least 5"),
+        ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override", "at least 1"),
+        ({"max_logprobs": -1}, "max_logprobs", "0 or more"),
+        ({"receive_timeout_s": 0}, "receive_timeout_s", "above 0"),
+        ({"keep_alive_s": float("nan")}, "keep_alive_s", "above 0"),
+        ({"engine_restarts": -1}, "engine_restarts", "0 or more"),
+        ({"served_model_name": ["a", " "]}, "served_model_name", "empty"),
+        ({"transports": []}, "transports", "openai"),
+        ({"enable_chunked_prefill": False, "max_model_len": 4096}, "max_num_batched_tokens", "long prompts"),
+        ({"stream_park_bytes": 5 << 20}, "stream_park_bytes", "must not exceed"),
         ({"dtype": "int3"}, "dtype", "int3"),
         ({"block_size": 24}, "block_size", "power of two"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "at most 1"),
@@ -66,6 +81,33 @@ def test_unknown_names_in_environment_and_file_point_to_the_nearest(tmp_path: Pa
         cfg.from_toml(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         cfg.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('port = "x"', "port must be a whole number, but is 'x'"),
+        ("[engine]\nmax-num-seqs = 1.5", "max-num-seqs must be a whole number, but is 1.5"),
+        ('enforce_eager = "yes"', "enforce_eager must be true or false, but is 'yes'"),
+        ("dtype = 16", "dtype must be one of 'auto', 'bfloat16'"),
+        ("served_model_name = [1]", "served_model_name must be a list of texts, but is [1]"),
+        ("max_model_len = []", "max_model_len must be a whole number, but is []"),
+        ('max_body_bytes = "big"', "max_body_bytes: 'big' is not a valid value"),
+        ("api_key = [123]", "api_key must be a list of texts, but is (hidden)"),
+    ],
+)
+def test_a_wrong_type_in_a_file_names_the_file_and_the_key(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(line + "\n")
+    with pytest.raises(ConfigError) as caught:
+        cfg.from_toml(file)
+    assert f"{file}: {said}" in caught.value.message
+    assert "`" not in caught.value.message
+
+
+def test_a_wrong_type_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match="PENSTOCK_PORT must be a whole number, but is 'http'"):
+        cfg.from_env({"PENSTOCK_PORT": "http"})
 
 
 @pytest.mark.parametrize(

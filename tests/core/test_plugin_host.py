@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from penstock.core import kernel
+from penstock.core.config import build
 from penstock.core.errors import ConfigError, PluginError
 from penstock.core.hookspecs import DeviceSpec, hookimpl
-from penstock.core.plugin_host import PluginHost
+from penstock.core.plugin_host import BUILT_IN_NAMES, PluginHost, check_names
 
 
 def device(name: str, *, level: int = 1, priority: int = 0, available: bool = True) -> DeviceSpec:
@@ -46,6 +49,53 @@ def test_built_ins_come_through_entry_points() -> None:
     assert {"cpu"} <= set(loaded.devices())
     assert {"fcfs", "priority"} <= set(loaded.schedule_policies())
     assert all(p.package == "penstock" and p.hooks for p in loaded.plugins)
+
+
+def test_the_names_that_root_knows_are_those_that_come_with_penstock() -> None:
+    engine, edge = PluginHost("engine").load(), PluginHost("edge").load()
+    families = {
+        "device": {"auto", *engine.devices()},
+        "attention_backend": set(engine.attention_backends()),
+        "scheduling_policy": set(engine.schedule_policies()),
+        "transports": set(edge.transports()),
+    }
+    assert {option: set(names) for option, (_, names) in BUILT_IN_NAMES.items()} == families
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "gpu"}, "Known: auto, cpu, cuda."),
+        ({"attention_backend": "tritn"}, "--attention-backend tritn: no such plugin. Did you mean 'triton'? Known: native, torch, triton."),
+        ({"scheduling_policy": "lifo"}, "--scheduling-policy lifo: no such plugin."),
+        ({"transports": ["openai", "grpc"]}, "--transports grpc: no such plugin."),
+    ],
+)
+def test_unknown_names_are_refused_before_any_process_starts(
+    options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(kernel, "spawn", never)
+    assert kernel.serve(build({"port": 0, **options})) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_names_of_other_packages_are_left_to_the_process_that_loads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = build({"device": "tpu", "scheduling_policy": "priority"})
+    check_names(config, extra=["some.module"])
+    with pytest.raises(ConfigError, match="tpu"):
+        check_names(config)
+    info = tmp_path / "tpu_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tpu-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[penstock.engine]\ntpu = tpu_plugin\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_names(config)
+    assert "tpu_plugin" not in sys.modules
+    with pytest.raises(ConfigError, match="grpc"):
+        check_names(build({"transports": ["grpc"]}))
 
 
 def test_missing_module_stops_the_start_and_names_it() -> None:
