@@ -24,26 +24,27 @@ MAIN = """
 import json, sys
 from penstock.core.config import build
 from penstock.core.kernel import serve
-sys.exit(serve(build(json.loads(sys.argv[1])), extra_plugins=["penstock.core.fake_device"]))
+sys.exit(serve(build(json.loads(sys.argv[1])), extra_plugins=sys.argv[2:]))
 """
+PLUGINS = Path(__file__).parent / "plugins"
 START_S = 60.0
 
 
 class FakeServer:
-    """A server in its own process group. `fake` are options of the fake device."""
+    """A server in its own process group. `fake` are options of the fake device; `plugin` is the module that brings the device."""
 
-    def __init__(self, folder: Path, fake: dict[str, Any] | None = None, **config: Any) -> None:
+    def __init__(self, folder: Path, fake: dict[str, Any] | None = None, plugin: str = "penstock.core.fake_device", **config: Any) -> None:
         self.out = folder / "out.log"
         self.err = folder / "err.log"
         self.folder = folder
         options = {"device": "fake", "port": 0, "hf_overrides": json.dumps({"fake": fake or {}}), "log_format": "json", **config}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, json.dumps(options)],
+                [sys.executable, "-c", MAIN, json.dumps(options), plugin],
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                env={**os.environ, "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)},
+                env={**os.environ, "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder), "PYTHONPATH": str(PLUGINS)},
             )
         self.uds = config.get("uds")
         self._seen: dict[int, psutil.Process] = {}
@@ -94,7 +95,7 @@ class FakeServer:
         transport = httpx.HTTPTransport(uds=self.uds) if self.uds else httpx.HTTPTransport()
         return httpx.Client(base_url=self.url, transport=transport, timeout=30)
 
-    def complete(self, max_tokens: int = 8, prompt: str = "Count:") -> httpx.Response:
+    def complete(self, max_tokens: int = 8, prompt: str | list[int] = "Count:") -> httpx.Response:
         body = {"model": "brook", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         with self.client() as client:
             return client.post("/v1/completions", json=body)

@@ -77,6 +77,38 @@ def test_every_process_is_replaced_and_the_drain_is_clean_after_all(begin: Any, 
     assert [e["process"] for e in server.events() if e["event"] == "process died"] == ["engine-0", "text-0", "edge-0"]
 
 
+def test_a_request_that_kills_engines_is_failed_alone(begin: Any, stream: Any) -> None:
+    """The device dies of one prompt, every time (tests/chaos/plugins/poison_device.py)."""
+    server = begin({"step_s": 0.01}, plugin="poison_device", device="poison").ready()
+    undisturbed = stream(server, 200)
+    undisturbed.join(30)
+    assert undisturbed.done, server.text()
+    beside = [stream(server, 200), stream(server, 200)]
+    for one in beside:
+        one.reached(20)
+
+    poisoned = server.complete(prompt=[666, 666, 666, 5])
+    assert poisoned.status_code == 500
+    error = poisoned.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "engine_failure")
+    assert error["message"] == "The engine died 2 times while it worked on this request, so it is not tried again."
+
+    for one in beside:  # they lost two engines and not a token
+        one.join(30)
+        assert one.done, (one.events[-2:], one.error, server.text())
+        assert (one.tokens, one.reason) == (undisturbed.tokens, "length")
+    assert server.complete().status_code == 200
+    died = [e["process"] for e in server.events() if e["event"] == "process died"]
+    assert died == ["engine-0", "engine-0"]
+    with server.client() as client:
+        metrics = client.get("/metrics").text
+    assert "penstock_requests_condemned_total 1.0" in metrics
+    server.children()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    gone_within(server, 2.0)
+
+
 def test_an_engine_whose_device_fails_again_and_again_ends_the_server_with_1(begin: Any, stream: Any) -> None:
     server = begin({"fail_at_step": 3}, engine_restarts=1).ready()
     client = stream(server, 50)
