@@ -128,10 +128,9 @@ def roofs(bench: Bench) -> None:
 
 
 SPLIT = [
-    {"BLOCK_N": n, "SPLITS": s, "MIN_SPLIT": least, "num_warps": w, "num_stages": g}
+    {"BLOCK_N": n, "SPLITS": s, "MIN_SPLIT": least, "AHEAD": 1, "num_warps": w, "num_stages": g}
     for n, s, least, w, g in (
-        (64, 16, 512, 4, 3), (64, 16, 512, 4, 4), (64, 16, 1024, 4, 4), (64, 32, 256, 4, 4), (128, 16, 512, 4, 3), (128, 16, 512, 8, 3),
-        (32, 16, 512, 4, 4), (32, 16, 512, 2, 5), (64, 16, 512, 4, 5), (128, 16, 1024, 4, 4),
+        (64, 16, 128, 4, 2), (64, 16, 512, 4, 4), (128, 16, 512, 4, 3), (64, 16, 256, 4, 2), (128, 16, 256, 4, 2), (64, 32, 128, 4, 2),
     )
 ]  # fmt: skip
 
@@ -140,7 +139,7 @@ def decode(bench: Bench) -> None:
     """Split-KV decode attention; bytes are K and V read once."""
     from penstock.kernels.attention import triton as attention
 
-    for rows, length in ((64, 4096), (1, 4096), (1, 32768), (256, 1024)):
+    for rows, length in ((64, 4096), (1, 1024), (1, 4096), (1, 32768), (64, 1024), (256, 1024)):
         sets = max(1, min(4, int(3e8 / (rows * length * KV_HEADS * DIM * 4))))
         per = length // 16
         caches = [[randn(rows * per, KV_HEADS, 16, DIM) for _ in range(2)] for _ in range(sets)]
@@ -223,10 +222,9 @@ def prefill(bench: Bench) -> None:
 
 
 SKINNY = [
-    {"BLOCK_N": n, "BLOCK_K": k, "TARGET": t, "MAX_SPLITS": 8, "num_warps": w, "num_stages": s}
-    for n, k, t, w, s in (
-        (32, 256, 264, 4, 4), (32, 256, 528, 4, 4), (16, 512, 264, 4, 4), (16, 256, 528, 4, 4), (64, 128, 264, 4, 5), (64, 256, 264, 4, 3),
-        (32, 128, 528, 4, 6), (64, 128, 528, 8, 5),
+    {"BLOCK_N": n, "BLOCK_K": k, "TARGET": t, "MAX_SPLITS": 4, "AHEAD": a, "num_warps": w, "num_stages": s}
+    for n, k, t, a, w, s in (
+        (64, 128, 384, 128, 4, 5), (64, 256, 264, 128, 4, 3), (32, 256, 264, 0, 4, 4), (64, 128, 384, 0, 4, 5), (64, 256, 384, 128, 4, 3),
     )
 ]  # fmt: skip
 WEIGHTS = {
@@ -349,20 +347,21 @@ def rows(bench: Bench) -> None:
         config = {"HEADS_BLOCK": 64 if block == 48 else block, "num_warps": w}
         calls = [lambda c=config: rope.rope_and_cache(qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, out=q, config=c)]
         bench.add("rope + KV write", f"{tokens} tokens", calls, gigabytes=(2 * qkv.nbytes + cos_sin.nbytes) / 1e9, config=config)
-    config = {"HEADS_BLOCK": 8, "num_warps": 4}
     kept = qkv.view(tokens, -1, DIM)[:, HEADS:-KV_HEADS]
-    calls = [
-        lambda: rope.rope_and_cache(
-            qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, weight[:DIM], weight[:DIM], out=q, k_out=kept, config=config
+    for block, w in ((8, 4), (8, 2), (16, 4), (16, 8), (4, 2), (4, 1)):
+        config = {"HEADS_BLOCK": block, "num_warps": w}
+        calls = [
+            lambda c=config: rope.rope_and_cache(
+                qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, weight[:DIM], weight[:DIM], out=q, k_out=kept, config=c
+            )
+        ]
+        bench.add(
+            "qk-norm + rope + KV write + keys kept",
+            f"{tokens} tokens",
+            calls,
+            gigabytes=(2 * qkv.nbytes + cos_sin.nbytes + qkv.nbytes / 6) / 1e9,
+            config=config,
         )
-    ]
-    bench.add(
-        "qk-norm + rope + KV write + keys kept",
-        f"{tokens} tokens",
-        calls,
-        gigabytes=(2 * qkv.nbytes + cos_sin.nbytes + qkv.nbytes / 6) / 1e9,
-        config=config,
-    )
     pool = randn(64, 512, KV_HEADS, 16, DIM)
     source, target = i32(torch.arange(128)), i32(torch.arange(128) + 256)
     for block, w in ((1024, 4), (2048, 4), (2048, 8)):

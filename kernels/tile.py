@@ -29,8 +29,23 @@ def follow(PDL: tl.constexpr):
     """Begin a kernel that was launched with `chained()`: let the next one in the stream take its place on the device already, then wait until
     the one before has finished and its writes can be seen (programmatic dependent launch, CUDA programming guide). Every program calls it
     before it reads or writes anything that another kernel touches; since each kernel waits so, finished means that all before it are."""
+    make_room(PDL)
+    wait(PDL)
+
+
+@triton.jit
+def make_room(PDL: tl.constexpr):
+    """The first half of `follow`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """The second half. Between the two a kernel may read constants, and a step's index tensors: those are written by launches that are not chained,
+    which have ended before any chained kernel behind them begins. It reads them past the first-level cache (.cg), which may still hold
+    what the last step's kernel saw at the same address."""
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
 

@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
-from penstock.kernels.tile import follow, narrow, power
+from penstock.kernels.tile import fetch_ahead, follow, make_room, narrow, power, wait
 
 KV_LAYOUT = "paged-bhsd-v1"
 """[num_blocks, Hkv, block_size, D] row-major; part of the KV identity key."""
@@ -238,37 +238,48 @@ def _split(
     q, k, v, out, lse, partial, partial_lse, tables, kv_len, table_rows, sinks, scale2, soft, window, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here."""
-    follow(PDL)
+    """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here. AHEAD: ask for the first
+    block's entries while the kernel before still runs (all but the newest token's were written in earlier steps)."""
     group = tl.program_id(0)
     r = tl.program_id(1)
     piece = tl.program_id(2)
-    length = tl.load(kv_len + r)
+    make_room(PDL)
+    length = tl.load(kv_len + r, cache_modifier=".cg")
+    row = r.to(tl.int64)
+    if ROWS:
+        table = tables + tl.load(table_rows + r, cache_modifier=".cg").to(tl.int64) * table_stride
+    else:
+        table = tables + row * table_stride
+    base = group.to(tl.int64) * kh
     low = 0
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
     span = length - low
     size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = low + piece * size
+    if PDL and AHEAD:  # noqa: SIM102 (known when compiled, the inner one is not)
+        if start < length:
+            token = start + tl.arange(0, BLOCK_N)
+            page = tl.load(table + token // SIZE, mask=token < length, other=0, cache_modifier=".cg").to(tl.int64)
+            line = tl.minimum(tl.arange(0, (DP + 63) // 64) * 64, D - 1)
+            entries = (page * kb + base + token % SIZE * D)[:, None] + line[None, :]
+            fetch_ahead(k + entries)
+            fetch_ahead(v + entries)
+    wait(PDL)
     if (start < length) | (piece == 0):
         end = tl.minimum(start + size, length)
         offs = tl.arange(0, BLOCK_M)
         d = tl.arange(0, DP)
         real = offs < GROUP
         head = group * GROUP + offs
-        row = r.to(tl.int64)
         tile_mask = real[:, None] & (d < D)[None, :]
         queries = tl.load(q + row * q_stride + (head * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)
         if WIDE:
             queries = queries.to(tl.float32)
         position = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
-        if ROWS:
-            table = tables + tl.load(table_rows + r).to(tl.int64) * table_stride
-        else:
-            table = tables + row * table_stride
-        base = group.to(tl.int64) * kh
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         z = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
@@ -302,15 +313,16 @@ def _combine(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (R, Hq): the pieces of one row and head, always in the same order."""
-    follow(PDL)
+    make_room(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    length = tl.load(kv_len + row)
+    length = tl.load(kv_len + row, cache_modifier=".cg")
     low = 0
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
     span = length - low
     size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    wait(PDL)
     if span > size:
         pieces = tl.cdiv(span, size)
         s = tl.arange(0, SPLITS)
@@ -456,7 +468,7 @@ def decode_attention(
         q, k_cache, v_cache, out, lse, partial, partial_lse, block_tables, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded, SIZE=k_cache.shape[2],
         BLOCK_M=max(16, power(group)), WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, LSE=lse is not None,
-        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **chained(), **config,
+        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **chained(), **{"AHEAD": 0, **config},
     )  # fmt: skip
     _combine[(rows, heads)](
         out, lse, partial, partial_lse, kv_len, sinks, window, HEADS=heads, D=dim, DP=padded, BLOCK_N=config["BLOCK_N"], SPLITS=splits,

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
-from penstock.kernels.tile import follow, narrow, power
+from penstock.kernels.tile import make_room, narrow, power, wait
 
 
 @triton.jit
 def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
     """Grid (M)."""
-    follow(PDL)
+    make_room(PDL)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < K
+    gain = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
     value = tl.load(x + row * stride + k, mask=inside, other=0.0)
     if ADD:
         value = narrow(value.to(tl.float32) + tl.load(residual + row * K + k, mask=inside, other=0.0).to(tl.float32), x.dtype.element_ty)
@@ -31,7 +33,6 @@ def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.cons
     wide = value.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
     scaled = narrow(wide * factor, x.dtype.element_ty).to(tl.float32)
-    gain = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * K + k, narrow(scaled * gain, out.dtype.element_ty), mask=inside)
 
 

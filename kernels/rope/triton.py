@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
-from penstock.kernels.tile import follow, narrow, power
+from penstock.kernels.tile import make_room, narrow, power, wait
 
 
 @triton.jit
@@ -47,10 +47,15 @@ def _rope(
     KNORM: tl.constexpr, KEEP: tl.constexpr, HEADS_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, ceil((HQ + 2 HKV) / HEADS_BLOCK))."""
-    follow(PDL)
+    make_room(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
     c = tl.arange(0, HALF_P)
+    angles = cos_sin + tl.load(positions + token, cache_modifier=".cg").to(tl.int64) * (2 * HALF)
+    cos = tl.load(angles + c, mask=c < HALF, other=0.0)[None, :]
+    sin = tl.load(angles + HALF + c, mask=c < HALF, other=0.0)[None, :]
+    slot = tl.load(slots + token, cache_modifier=".cg")
+    wait(PDL)
     is_q = head < HQ
     is_k = (head >= HQ) & (head < HQ + HKV)
     is_v = (head >= HQ + HKV) & (head < HQ + 2 * HKV)
@@ -73,13 +78,9 @@ def _rope(
         high = _gain(high, factor, q_norm, k_norm, HALF + c, c < HALF, is_q, is_k, QNORM, KNORM)
         if REST_P > 0:
             rest = _gain(rest, factor, q_norm, k_norm, 2 * HALF + e, e < D - 2 * HALF, is_q, is_k, QNORM, KNORM)
-    angles = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * HALF)
-    cos = tl.load(angles + c, mask=c < HALF, other=0.0)[None, :]
-    sin = tl.load(angles + HALF + c, mask=c < HALF, other=0.0)[None, :]
     turn = (is_q | is_k)[:, None]
     first = narrow(tl.where(turn, low * cos - high * sin, low), dtype)
     second = narrow(tl.where(turn, high * cos + low * sin, high), dtype)
-    slot = tl.load(slots + token)
     block = tl.where(slot >= 0, slot, 0)
     entry = (block // SIZE).to(tl.int64) * kb + (block % SIZE) * D
     q_at = out + token * (HQ * D) + (head * D)[:, None]
