@@ -16,7 +16,8 @@ attention.triton
                     deterministic=False, new_k=None[T, Hkv, D], new_v=None[T, Hkv, D]) -> out
         The first `num_decode` sequences have one row each and go to the split-KV kernel (never with deterministic=True), all others to
         the ragged one. q may have any stride between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it
-        row r. new_k, new_v: this step's own (rotated) keys and values, e.g. views of qkv: prefill reads them by TMA instead of through the
+        row r. num_decode -1: who has one row is read from q_start on the device, so that a captured graph replays with any mixture; each of the two
+        kernels takes the sequences that are its own. new_k, new_v: this step's own (rotated) keys and values, e.g. views of qkv: prefill reads them by TMA instead of through the
         pages (ignored when deterministic). kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
     decode_attention(q[R, Hq, D], k_cache, v_cache, block_tables, kv_len, scale, window=0, *, softcap, sinks, table_rows, out, lse, workspace)
     workspace_elements(rows, num_heads, head_dim) -> float32 elements that `workspace` must have for that many decode rows

@@ -147,9 +147,10 @@ def _ragged(
     q, k, v, out, lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr, new_k=None, new_v=None,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, MIXED: tl.constexpr, PDL: tl.constexpr, new_k=None, new_v=None,
 ):  # fmt: skip
-    """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them."""
+    """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them.
+    MIXED: sequences of one row are left to `_split`."""
     follow(PDL)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: first
     group = tl.program_id(1)
@@ -166,6 +167,8 @@ def _ragged(
         first = tl.load(q_start + r)
         rows = tl.load(q_start + r + 1) - first
         t0 = (tile - first // BLOCK_Q - r) * BLOCK_Q
+        if MIXED:
+            rows = tl.where(rows == 1, 0, rows)
         if t0 < rows:
             length = tl.load(kv_len + r)
             context = length - rows
@@ -235,24 +238,30 @@ def _ragged(
 
 @triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
 def _split(
-    q, k, v, out, lse, partial, partial_lse, tables, kv_len, table_rows, sinks, scale2, soft, window, q_stride, table_stride, kb, kh,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, out, lse, partial, partial_lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride, table_stride, kb,
+    kh, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    MIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here. AHEAD: ask for the first
-    block's entries while the kernel before still runs (all but the newest token's were written in earlier steps)."""
+    block's entries while the kernel before still runs (all but the newest token's were written in earlier steps). MIXED: sequence r's only row is
+    q_start[r]; those with another number of rows are left to `_ragged`."""
     group = tl.program_id(0)
     r = tl.program_id(1)
     piece = tl.program_id(2)
     make_room(PDL)
     length = tl.load(kv_len + r, cache_modifier=".cg")
     row = r.to(tl.int64)
+    mine = True
     if ROWS:
         table = tables + tl.load(table_rows + r, cache_modifier=".cg").to(tl.int64) * table_stride
     else:
         table = tables + row * table_stride
+    if MIXED:
+        row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
+        mine = tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1
+        length = tl.where(mine, length, 0)
     base = group.to(tl.int64) * kh
     low = 0
     if WINDOW:
@@ -269,7 +278,7 @@ def _split(
             fetch_ahead(k + entries)
             fetch_ahead(v + entries)
     wait(PDL)
-    if (start < length) | (piece == 0):
+    if ((start < length) | (piece == 0)) & mine:
         end = tl.minimum(start + size, length)
         offs = tl.arange(0, BLOCK_M)
         d = tl.arange(0, DP)
@@ -301,22 +310,26 @@ def _split(
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
         else:
             result, total = _close(acc, m, z, sinks, head, real, False)
-            at = (row * HEADS + head) * SPLITS + piece
+            at = (r * HEADS + head).to(tl.int64) * SPLITS + piece
             tl.store(partial + (at * D)[:, None] + d[None, :], result, mask=tile_mask)
             tl.store(partial_lse + at, total, mask=real)
 
 
 @triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len"])
 def _combine(
-    out, lse, partial, partial_lse, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
+    out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    PDL: tl.constexpr,
+    MIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R, Hq): the pieces of one row and head, always in the same order."""
+    """Grid (R, Hq): the pieces of one row and head, always in the same order. MIXED: as in `_split`."""
     make_room(PDL)
-    row = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(0).to(tl.int64)
+    row = r
     head = tl.program_id(1)
-    length = tl.load(kv_len + row, cache_modifier=".cg")
+    length = tl.load(kv_len + r, cache_modifier=".cg")
+    if MIXED:
+        row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
+        length = tl.where(tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1, length, 0)
     low = 0
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
@@ -327,7 +340,7 @@ def _combine(
         pieces = tl.cdiv(span, size)
         s = tl.arange(0, SPLITS)
         d = tl.arange(0, DP)
-        at = (row * HEADS + head) * SPLITS + s
+        at = (r * HEADS + head) * SPLITS + s
         parts = tl.load(partial_lse + at, mask=s < pieces, other=float("-inf"))
         top = tl.max(parts, 0)
         if SINKS:
@@ -412,9 +425,10 @@ def workspace_elements(rows: int, num_heads: int, head_dim: int) -> int:
 def ragged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
-    new_k: Tensor | None = None, new_v: Tensor | None = None, deterministic: bool = False, config: dict[str, int] | None = None,
+    new_k: Tensor | None = None, new_v: Tensor | None = None, deterministic: bool = False, mixed: bool = False,
+    config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The ragged kernel for all rows of q [T, Hq, D]; arguments as in kernels/gpu.py.
+    """The ragged kernel for all rows (mixed: for all sequences but those of one row) of q [T, Hq, D]; arguments as in kernels/gpu.py.
 
     new_k, new_v [T, Hkv, D] (last two dimensions contiguous), this step's own keys and values in token order: where they are given and D is a power
     of two they are read from there by the bulk copy engine, and only what lies before this step comes from the pages. Faster, but the blocks
@@ -438,7 +452,7 @@ def ragged_attention(
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=max(16, power(dim)),
         SIZE=k_cache.shape[2], BLOCK_M=block_m, BLOCK_Q=block_q, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
         LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32,
-        DENSE=descriptors[0] is not None, new_k=descriptors[0], new_v=descriptors[1], **chained(), **config,
+        DENSE=descriptors[0] is not None, MIXED=mixed, new_k=descriptors[0], new_v=descriptors[1], **chained(), **config,
     )  # fmt: skip
     return out
 
@@ -446,12 +460,14 @@ def ragged_attention(
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
-    workspace: Tensor | None = None, config: dict[str, int] | None = None,
+    workspace: Tensor | None = None, q_start: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The split-KV kernel: one query row q [R, Hq, D] a sequence, at position kv_len[r] - 1; arguments as in kernels/gpu.py."""
+    """The split-KV kernel: one query row q [R, Hq, D] a sequence, at position kv_len[r] - 1; arguments as in kernels/gpu.py.
+
+    q_start [R + 1] int32: q is [T, Hq, D], and those sequences that have one row there are computed; nothing else of `out` is written."""
     _check(q, k_cache, v_cache, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    rows, heads, dim = q.shape
+    (rows, heads, dim), mixed = (kv_len.shape[0], *q.shape[1:]), q_start is not None
     if rows == 0:
         return out
     kv_heads = k_cache.shape[1]
@@ -465,14 +481,14 @@ def decode_attention(
     scale2, soft = _scales(scale, softcap)
     group, padded = heads // kv_heads, max(16, power(dim))
     _split[(kv_heads, rows, splits)](
-        q, k_cache, v_cache, out, lse, partial, partial_lse, block_tables, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
+        q, k_cache, v_cache, out, lse, partial, partial_lse, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded, SIZE=k_cache.shape[2],
         BLOCK_M=max(16, power(group)), WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, LSE=lse is not None,
-        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, **chained(), **{"AHEAD": 0, **config},
+        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, MIXED=mixed, **chained(), **{"AHEAD": 0, **config},
     )  # fmt: skip
     _combine[(rows, heads)](
-        out, lse, partial, partial_lse, kv_len, sinks, window, HEADS=heads, D=dim, DP=padded, BLOCK_N=config["BLOCK_N"], SPLITS=splits,
-        MIN_SPLIT=config["MIN_SPLIT"], WINDOW=window > 0, SINKS=sinks is not None, LSE=lse is not None, num_warps=2, **chained(),
+        out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS=heads, D=dim, DP=padded, BLOCK_N=config["BLOCK_N"], SPLITS=splits,
+        MIN_SPLIT=config["MIN_SPLIT"], WINDOW=window > 0, SINKS=sinks is not None, LSE=lse is not None, MIXED=mixed, num_warps=2, **chained(),
     )  # fmt: skip
     return out
 
@@ -485,6 +501,12 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if num_decode < 0 and not deterministic:
+        extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "table_rows": table_rows, "out": out, "lse": lse}
+        decode_attention(q, k_cache, v_cache, block_tables, kv_len, scale, window, workspace=workspace, q_start=q_start, **extras)
+        return ragged_attention(
+            q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window, new_k=new_k, new_v=new_v, mixed=True, **extras
+        )
     split = 0 if deterministic else num_decode
     if split:
         rows = None if table_rows is None else table_rows[:split]

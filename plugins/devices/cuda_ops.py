@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class Columns:
     """A step's index tensors: tokens, positions, places [T]; slots, kv_len [R]; q_start [R + 1]; table [S, W]. The first `num_decode` rows
-    compute one token each."""
+    compute one token each; -1: any may, which only the device knows."""
 
     tokens: Tensor
     positions: Tensor
@@ -77,7 +77,7 @@ class Ops(Protocol):
     def ragged_inputs(
         self, slots: Tensor, starts: Tensor, q_start: Tensor, history: Tensor, table: Tensor, block_size: int, tokens: int, num_decode: int
     ) -> Columns:
-        """q_start[r + 1] - q_start[r] tokens of row r, from `starts` on; `tokens` in all."""
+        """q_start[r + 1] - q_start[r] tokens of row r, from `starts` on; `tokens` in all, those from q_start[R] on padding."""
         ...
 
     def place(self, history: Tensor, table: Tensor, slots: Tensor, counts: Tensor, offsets: Tensor, tokens: Tensor) -> None:
@@ -182,14 +182,15 @@ class TorchOps:
     ) -> Columns:
         """See Ops."""
         counts = q_start.diff()
-        owner = torch.repeat_interleave(torch.arange(slots.shape[0], device=slots.device), counts, output_size=tokens)
+        index = torch.arange(tokens, device=slots.device)
+        owner = (torch.searchsorted(q_start, index, right=True) - 1).clamp(0, slots.shape[0] - 1)
         slot = slots[owner]
-        real = slot >= 0
+        real = (slot >= 0) & (index < q_start[-1])
         at = slot.clamp_min(0)
-        positions = torch.where(real, torch.arange(tokens, device=slots.device) - q_start[owner] + starts[owner], 0).int()
+        positions = torch.where(real, index - q_start[owner] + starts[owner], 0).int()
         block = table[at, positions // block_size]
         place = torch.where(real & (block >= 0), block * block_size + positions % block_size, -1)
-        kv_len = torch.where(slots >= 0, starts + counts, 0).int()
+        kv_len = torch.where((slots >= 0) & (counts > 0), starts + counts, 0).int()
         ids = torch.where(real, history[at, positions], 0)
         return Columns(ids, positions, place, slots, kv_len, q_start, table, num_decode)
 

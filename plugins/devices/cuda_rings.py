@@ -85,6 +85,17 @@ class Upload:
             entry.array[index * width : index * width + count] = column
         self._copy(entry, width * len(columns))
 
+    def send_parts(self, *parts: tuple[Column, int, int]) -> None:
+        """(column, width, padding) one behind the other: a graph's fixed inputs, each filled up to its width."""
+        total = sum(width for _, width, _ in parts)
+        entry = self._take(total)
+        at = 0
+        for column, width, padding in parts:
+            entry.array[at : at + column.size] = column
+            entry.array[at + column.size : at + width] = padding
+            at += width
+        self._copy(entry, total)
+
     def _copy(self, entry: _Entry, total: int) -> None:
         self.staging[:total].copy_(entry.pinned[:total], non_blocking=True)
         entry.event.record()

@@ -7,7 +7,8 @@ a call that waits for that copy's event and is made on the waiter thread of the 
 Graphs: a step of decode rows alone replays a graph of the smallest bucket that holds them; padding rows have slot -1, which reads zeros and
 writes nowhere. The draw is a second graph on the same inputs, for rows without penalties, lists or log-probabilities. Graphs are captured at
 warm-up, largest bucket first, within a time and a memory reservation; what is left is captured later, after a bucket was used LAZY_USES
-times and at most one every LAZY_PAUSE_S. Prefill and mixed steps run eagerly.
+times and at most one every LAZY_PAUSE_S. Steps with prefill have graphs too, by sequences and tokens: which sequences compute one token is looked up on
+the device. Beyond MIXED_TOKENS tokens a step takes the device longer than the host needs to launch it piece by piece, and runs eagerly.
 `--deterministic` keeps to the same code with an Ops table whose rows do not depend on each other, behind the same start-up self-test as the CPU's.
 What it does not know: requests, scheduling, Triton, which model family it drives.
 
@@ -38,16 +39,25 @@ Tensor = torch.Tensor
 PROMPT_LOGIT_ELEMENTS = 1 << 26
 """Prompt log-probabilities are computed for at most this many logits at a time (256 MiB of float32)."""
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+MIXED_ROWS = (16, 64, 128, 256)
+MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 CAPTURE_S = 6.0
 WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 48), (16, 49), (17, 48))
 """(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""
 LAZY_USES = 8
-LAZY_PAUSE_S = 2.0
+LAZY_PAUSE_S = 1.0
 
 
 def buckets_for(rows: int) -> list[int]:
     """Batch sizes that get a graph, ascending; the last one holds `rows`, if that is at most BUCKETS[-1]."""
     return [size for index, size in enumerate(BUCKETS) if index == 0 or BUCKETS[index - 1] < rows]
+
+
+def mixed_for(rows: int, tokens: int) -> tuple[list[int], list[int]]:
+    """Numbers of sequences and of tokens that steps with prefill are padded to, ascending: the last ones hold what a step may have, up to
+    MIXED_TOKENS[-1] tokens."""
+    sizes = [size for size in MIXED_ROWS if size < padded_rows(rows)]
+    return [*sizes, padded_rows(rows)], [size for index, size in enumerate(MIXED_TOKENS) if index == 0 or MIXED_TOKENS[index - 1] < tokens]
 
 
 def padded_rows(rows: int) -> int:
@@ -135,6 +145,14 @@ class CudaRunner:
         self._decode = Upload(lane, entries, 2 * rows, fixed=True)
         self._columns = Upload(lane, entries, 4 * max_num_seqs + 4 * max_num_batched_tokens)
         self._draws = Upload(lane, entries, 3 * max_num_seqs)
+        self._mixed_rows, self._mixed_tokens = mixed_for(max_num_seqs, max_num_batched_tokens) if graphs else ([], [])
+        self._mixed: dict[tuple[int, int], Graph] = {}
+        self._width = -(-(rows + 1) // 16) * 16
+        self._ragged = Upload(lane, entries, 4 * self._width if graphs else 0, fixed=True)
+        # What graphs of steps with prefill leave behind: one set for all of them.
+        self._rows = torch.zeros(rows if graphs else 0, facts.hidden_size, dtype=self._torch_dtype, device=device)
+        longest = max(self._mixed_tokens, default=0)
+        self._whole = [torch.zeros(longest, facts.hidden_size, dtype=self._torch_dtype, device=device) for _ in range(2)]
         self._down = Download(lane, entries, rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
         state = Upload(lane, entries, 16 * max_num_seqs)
@@ -143,7 +161,7 @@ class CudaRunner:
         self._buckets = buckets_for(max_num_seqs) if graphs else []
         self._forwards: dict[int, Graph] = {}
         self._samples: dict[tuple[int, bool], Graph] = {}
-        self._uses: dict[int, int] = {}
+        self._uses: dict[int | tuple[int, int], int] = {}
         self._capture_after = 0.0
         self.graph_reserve = 0
         self._graph_bytes = 0
@@ -169,8 +187,9 @@ class CudaRunner:
     @property
     def state_bytes(self) -> int:
         """Bytes of what this runner keeps on the device beside weights and KV cache."""
-        kept = (self.history, self.table, self._decode, self._columns, self._draws, self.sampler)
-        return sum(part.nbytes for part in kept) + self._ops.workspace_bytes + self._model.tables_bytes
+        tensors = (self.history, self.table, self._rows, *self._whole)
+        kept = (self._decode, self._columns, self._draws, self._ragged, self.sampler)
+        return sum(part.nbytes for part in tensors) + sum(part.nbytes for part in kept) + self._ops.workspace_bytes + self._model.tables_bytes
 
     # ------------------------------------------------------------------ forward
 
@@ -194,7 +213,7 @@ class CudaRunner:
             graph.replay()
             self.counters.replays += 1
             self._launched = _Launched(work, bucket, graph.outputs[0], None)
-        else:
+        elif decode or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
 
     def _update_known(self, work: Forward) -> None:
@@ -255,13 +274,64 @@ class CudaRunner:
         bucket = next((size for size in self._buckets if size >= rows), 0)
         if not bucket or bucket in self._forwards:
             return bucket
+        if not self._wanted(bucket):
+            return 0
+        self.capture(bucket)
+        return bucket
+
+    def _wanted(self, bucket: int | tuple[int, int]) -> bool:
+        """Count a use of a bucket without a graph; whether it is to get one now."""
         self._uses[bucket] = used = self._uses.get(bucket, 0) + 1
         now = time.monotonic()
         if used < LAZY_USES or now < self._capture_after or self._graph_bytes >= self.graph_reserve:
-            return 0
+            return False
         self._capture_after = now + LAZY_PAUSE_S
-        self.capture(bucket)
-        return bucket
+        return True
+
+    def _replay_mixed(self, work: Forward, rows: int) -> bool:
+        """A step with prefill by its graph, if there is one for its size. Its draw is eager."""
+        total = int(work.counts.sum())
+        size = next((size for size in self._mixed_rows if size >= rows), 0)
+        length = next((length for length in self._mixed_tokens if length >= total), 0)
+        if not size or not length:
+            return False
+        if (size, length) not in self._mixed:
+            if not self._wanted((size, length)):
+                return False
+            self.capture_mixed(size, length)
+        ends: I32 = np.cumsum(work.counts, dtype=np.int32)
+        self._send_mixed(work.slots, work.starts, ends)
+        self._mixed[size, length].replay()
+        self.counters.replays += 1
+        self._launched = _Launched(work, 0, self._rows[:size], (self._whole[0][:total], self._whole[1][:total]))
+        return True
+
+    def _send_mixed(self, slots: Column, starts: Column, ends: I32) -> None:
+        """slots, starts, q_start and last rows, each `_width` wide. Sequences behind the step's are empty, and look at row 0."""
+        width, total = self._width, int(ends[-1]) if len(ends) else 0
+        q_start = np.concatenate([EMPTY_I32, [0], ends]).astype(np.int32)
+        self._ragged.send_parts((slots, width, -1), (starts, width, 0), (q_start, width, total), (ends - 1, width, 0))
+
+    def _mixed_body(self, size: int, length: int) -> Outputs:
+        """A step of `size` sequences and `length` tokens on the fixed inputs, into `_rows` and `_whole`."""
+        width, staging = self._width, self._ragged.staging
+        slots, starts, q_start, last = (staging[width * part :][:size] for part in range(4))
+        q_start = staging[2 * width :][: size + 1]
+        columns = self._ops.ragged_inputs(slots, starts, q_start, self.history, self.table, self.block_size, length, -1)
+        x, residual = self._model.step(self._ops, self._pool, columns)
+        self._whole[0][:length].copy_(x)
+        self._whole[1][:length].copy_(residual)
+        self._rows[:size].copy_(self._model.final(self._ops, self._ops.take_rows(x, last), self._ops.take_rows(residual, last)))
+        return ()
+
+    def capture_mixed(self, size: int, length: int) -> None:
+        """Capture steps of up to `size` sequences and `length` tokens; see `capture`."""
+        before = self._lane.used()
+        self._send_mixed(EMPTY_I32, EMPTY_I32, EMPTY_I32)
+        self._mixed_body(size, length)
+        self._mixed[size, length] = self._lane.capture(lambda: self._mixed_body(size, length))
+        self.counters.captures += 1
+        self._graph_bytes += max(0, self._lane.used() - before)
 
     def _decode_body(self, bucket: int) -> Outputs:
         """A decode step of `bucket` rows on the fixed inputs: hidden states, and lengths (the positions that the draw fills)."""
@@ -300,13 +370,14 @@ class CudaRunner:
 
     @property
     def graphs_planned(self) -> int:
-        """Batch sizes that are to get a graph."""
-        return len(self._buckets)
+        """Step sizes that memory is reserved for: every batch size, and steps with prefill at two numbers of sequences."""
+        return len(self._buckets) + 2 * len(self._mixed_tokens)
 
     @torch.inference_mode()
     def capture_largest(self) -> None:
         """For the memory table."""
         self._lane.bind()
+        self.capture_mixed(self._mixed_rows[-1], self._mixed_tokens[-1])
         self.capture(self._buckets[-1])
         self._lane.synchronize()
 
@@ -314,13 +385,16 @@ class CudaRunner:
         """Forget every graph and the memory that they took."""
         self._forwards.clear()
         self._samples.clear()
+        self._mixed.clear()
         self._lane.forget()
         self._launched = None
         self._graph_bytes = 0
 
     def capture_all(self, progress: Callable[[str], None], limit_s: float = CAPTURE_S) -> None:
-        """Every bucket, largest first, until the time or the reservation is used up."""
+        """The largest step with prefill, then every decode bucket, largest first, until the time or the reservation is used up."""
         started = time.monotonic()
+        if self._buckets and limit_s > 0 and not self._mixed:
+            self.capture_mixed(self._mixed_rows[-1], self._mixed_tokens[-1])
         for bucket in reversed(self._buckets):
             if bucket not in self._forwards:
                 if time.monotonic() - started > limit_s or (self.graph_reserve and self._graph_bytes >= self.graph_reserve):
@@ -488,6 +562,7 @@ class CudaRunner:
         self._lane.synchronize()
         self._forwards.clear()
         self._samples.clear()
+        self._mixed.clear()
         self._launched = None
 
 

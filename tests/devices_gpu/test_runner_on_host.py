@@ -71,6 +71,38 @@ def test_equal_to_the_cpu_runner(family: str, eager: bool, make_folder: Make, ho
     assert (runner.counters.replays > 0) is not eager
 
 
+def test_steps_with_prefill_have_graphs(make_folder: Make, host_runner: Make, cpu_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is padded and replayed: sequences of one token among others, prompt log-probabilities, any cut."""
+    monkeypatch.setattr(cuda_runner, "LAZY_USES", 1)
+    monkeypatch.setattr(cuda_runner, "LAZY_PAUSE_S", 0.0)
+    monkeypatch.setattr(cuda_runner, "MIXED_ROWS", (2, 4))
+    monkeypatch.setattr(cuda_runner, "MIXED_TOKENS", (3, 8, 20, 40))
+    folder = make_folder("llama")
+    truth = jobs(11, seed=1)
+    Driver(cpu_runner(folder)).run(truth)
+    for options, sizes in (
+        (Options(), 1),
+        (Options(chunk=lambda rng: rng.randint(1, 9), scatter=True, seed=1), 4),
+        (Options(share=True, at_once=3), 2),
+    ):
+        runner = host_runner(folder)
+        runner.graph_reserve = 1
+        mine = jobs(11, seed=1)
+        driver = Driver(runner, options)
+        driver.run(mine)
+        same(mine, truth)
+        assert len(runner._mixed) >= sizes
+        if sizes == 4:
+            assert runner.counters.replays > 0.8 * driver.steps  # all but those of more than 40 tokens, and each size's first use
+
+
+def test_sizes_of_steps_with_prefill() -> None:
+    assert cuda_runner.mixed_for(512, 2048)[0] == [16, 64, 128, 256, 512]
+    assert cuda_runner.mixed_for(512, 2048)[1][-1] == 1024
+    assert cuda_runner.mixed_for(20, 100) == ([16, 24], [64, 128])
+    assert cuda_runner.mixed_for(1, 16) == ([1], [64])
+
+
 def test_prompt_logprobs_in_small_pieces(folder: Path, host_runner: Make, cpu_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = SamplingParams(temperature=0.0, prompt_logprobs=4)
 

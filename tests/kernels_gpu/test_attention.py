@@ -110,6 +110,39 @@ def test_window_softcap_sinks(window: int, extras: str, device: str) -> None:
             assert (lse.cpu().double() - want_lse).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("window", [0, 9])
+def test_who_decodes_is_known_to_the_device_only(window: int, own: bool, device: str) -> None:
+    """num_decode -1: one-row sequences anywhere among the others, empty ones behind them, padding tokens that nobody writes."""
+    dtype = torch.float16
+    shape = [(1, 70), (5, 38), (1, 1), (1, 129), (20, 20), (1, 16), (0, 0), (0, 0)]
+    case = Case(shape, heads=4, kv_heads=2, dim=32, dtype=dtype, device=device)
+    rows = case.q.shape[0]
+    qkv = torch.full((rows + 7, 8, 32), torch.nan, dtype=dtype, device=device)
+    qkv[:rows, :4] = case.q
+    at = 0
+    for (count, length), keys, values in zip(case.shape, case.keys, case.values, strict=True):
+        qkv[at : at + count, 4:6], qkv[at : at + count, 6:] = keys[length - count :].to(device), values[length - count :].to(device)
+        at += count
+    out = torch.full_like(qkv[:, :4], torch.nan, memory_format=torch.contiguous_format)
+    lse = torch.full((len(qkv), 4), torch.nan, device=device)
+    workspace = torch.full((kernel.workspace_elements(len(shape), 4, 32),), torch.nan, device=device)
+    extras = {"new_k": qkv[:, 4:6], "new_v": qkv[:, 6:]} if own else {}
+    kernel.paged_attention(
+        qkv[:, :4], case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale, window, num_decode=-1, out=out, lse=lse,
+        workspace=workspace, **extras,
+    )  # fmt: skip
+    want, want_lse = case.truth(window)
+    close(out[:rows], want, TOLERANCE[dtype])
+    assert (lse[:rows].cpu().double() - want_lse).abs().max() < 2e-3
+    assert out[rows:].isnan().all()
+    assert lse[rows:].isnan().all()
+    alone = kernel.decode_attention(
+        case.q[7:8], case.k_cache, case.v_cache, case.tables[3:4], case.kv_len[3:4], case.scale, window, workspace=workspace
+    )
+    assert torch.equal(alone[0], out[7])
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 64, 16), (5, 1, 80, 64)])
 def test_decode(heads: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype, device: str) -> None:
     lengths = [1, 16, 33, 64, 0, 129]
