@@ -57,6 +57,8 @@ HEARTBEAT_S = 1.0
 BACKLOG = 2048
 GOODBYE_S = 1.0
 """How long idle connections get to close at the end."""
+JOIN_S = 2.0
+"""An edge that has not met text by then accepts connections all the same, to say so."""
 
 
 class Server:
@@ -94,6 +96,10 @@ class Server:
         protocol: Any = self._uvicorn.http_protocol_class
         self._set_date()
         self.dialer.start()
+        # Edges share the listening socket: one that has not met text yet leaves connections to those that have.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(JOIN_S):
+                await self.gateway.joined.wait()
         for sock in sockets:
             sock.setblocking(False)
             create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
@@ -205,13 +211,7 @@ class _Process:
     async def _announce(self) -> None:
         """Up means that a request can be answered: root tells the user to send one."""
         assert self._server is not None
-        await self._server.gateway.first_ready.wait()
-        self._say(ChildUp(role="edge", id=self._boot.id, epoch=self._boot.epoch, pid=os.getpid()))
-
-    async def _tell_up(self) -> None:
-        """Root says "ready" to the user when all are up: an edge is, once text would take a request from it."""
-        assert self._server is not None
-        await self._server.gateway.was_ready.wait()
+        await self._server.gateway.ready.wait()
         self._say(ChildUp(role="edge", id=self._boot.id, epoch=self._boot.epoch, pid=os.getpid()))
 
     async def _beat(self) -> None:
@@ -240,7 +240,6 @@ class _Process:
 def run(boot: Boot, control: socket.socket) -> int:
     """The role's main, for core/processes.py. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
     started = time.monotonic()
-    configure_logging(boot.config.log_level, boot.config.log_format, f"edge-{boot.id}")
     configure_logging(boot.config.log_level, boot.config.log_format, f"edge-{boot.id}")
     traces = configure("edge", endpoint=boot.config.otlp_traces_endpoint)
     tracing = OtelTracing(traces.provider) if traces.active else NO_TRACING

@@ -8,6 +8,7 @@ What it does not know: HTTP, JSON, SSE: a transport gives it `Sink` objects and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable
@@ -43,6 +44,8 @@ log = logging.getLogger("penstock.edge.gateway")
 
 EDGE_BITS, NONCE_BITS, COUNT_BITS = 8, 24, 24  # 56 in all
 QUERY_TIMEOUT_S = 10.0
+SOON_S = 0.5
+"""Longest wait of a request for a text process that is connected and not ready."""
 STATS_PERIOD_S = 1.0
 
 CancelCause = Any
@@ -139,13 +142,12 @@ class Gateway:
         """Rows handed to sinks; a count that moves when work is done."""
         self.active = 0
         """HTTP requests in progress that hold a place."""
-        self.was_ready = asyncio.Event()
-        """Set when requests can be accepted for the first time."""
+        self.joined = asyncio.Event()
+        """Set once text has said, whatever it was, whether it is ready."""
+        self.ready = asyncio.Event()
+        """Set while text takes requests."""
         self._sinks: dict[int, Sink] = {}
         self._link: Callable[[], Link | None] = lambda: None
-        self._text_ready = False
-        self.first_ready = asyncio.Event()
-        """Set when text has said for the first time that requests can be accepted."""
         self._reason = "the text process is not connected yet"
         self._queries: dict[int, asyncio.Future[Answer]] = {}
         self._query_id = 0
@@ -164,7 +166,7 @@ class Gateway:
 
     def link_closed(self, reason: str) -> None:
         """Text is gone: every stream fails as retryable."""
-        self._text_ready = False
+        self.ready.clear()
         self._reason = f"the text process is gone ({reason})"
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
@@ -192,13 +194,13 @@ class Gateway:
             if future is not None and not future.done():
                 future.set_result(message)
         elif type(message) is TextReady:
-            self._text_ready = message.ready
-            if message.ready:
-                self.first_ready.set()
             self._reason = message.reason
+            self.joined.set()
             if message.ready:
-                self.was_ready.set()
+                self.ready.set()
                 self._spawn(self._learn())
+            else:
+                self.ready.clear()
         elif not isinstance(message, (Hello, Extension)):
             raise TypeError(f"the gateway does not take {type(message).__name__}")
 
@@ -234,7 +236,7 @@ class Gateway:
         """Can a request be accepted now, and if not, why."""
         if self.draining:
             return False, "the server is shutting down"
-        return (True, "") if self._text_ready and self.connected else (False, self._reason or "the engine is not ready")
+        return (True, "") if self.ready.is_set() and self.connected else (False, self._reason or "the engine is not ready")
 
     def _unavailable(self) -> PenstockError:
         if self.draining:
@@ -264,9 +266,17 @@ class Gateway:
 
     # --- a transport's side
 
+    async def soon_ready(self) -> None:
+        """Return when text takes requests, after SOON_S at the latest: edges learn of it one after another, and a client that was told so by
+        one of them may come to the next. Says nothing: `enter` does."""
+        if self.connected and not self.draining and not self.ready.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SOON_S):
+                    await self.ready.wait()
+
     def enter(self) -> None:
         """Take a place for a request, or raise: draining or not ready (503), too many (429). `leave` gives it back."""
-        if self.draining or not self._text_ready or not self.connected:
+        if self.draining or not self.ready.is_set() or not self.connected:
             raise self._unavailable()
         if self.active >= self.config.max_streams:
             self.counters.add("penstock_edge_refused_total")

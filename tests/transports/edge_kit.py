@@ -83,7 +83,8 @@ class FakeText:
     def __init__(self, path: str) -> None:
         self.path = path
         self.script: Callable[[Submit], list[Message]] = hello_script
-        self.ready = True
+        self.ready: bool | None = True
+        """None: says nothing by itself."""
         self.answers: dict[str, Callable[[bytes], tuple[int, bytes]]] = {
             "server_info": lambda _: (200, b'{"model":"brook","fingerprint":"fp_test"}'),
             "models": lambda _: (200, b'{"object":"list","data":[{"id":"brook","object":"model","created":1,"owned_by":"penstock"}]}'),
@@ -118,7 +119,8 @@ class FakeText:
 
     def _opened(self, link: Link) -> None:
         self._links.append(link)
-        link.send(TextReady(ready=self.ready, reason="" if self.ready else "the engine is loading"))
+        if self.ready is not None:
+            link.send(TextReady(ready=self.ready, reason="" if self.ready else "the engine is loading"))
 
     def _closed(self, link: Link) -> None:
         if link in self._links:
@@ -175,6 +177,7 @@ class Edge:
         self._tracing = tracing
         self._thread = threading.Thread(target=self._main, name="edge", daemon=True)
         self._up = threading.Event()
+        self.starting = threading.Event()
         self._error: BaseException | None = None
         self.port = 0
 
@@ -208,6 +211,7 @@ class Edge:
             listener = socket.create_server(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
             self.server = Server(self.config, text_socket=self.text.path, factories=[openai_routes], tracing=self._tracing)
+            self.starting.set()
             await self.server.start([listener])
         except BaseException as error:
             self._error = error

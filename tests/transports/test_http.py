@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,8 @@ import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, silent
 
 from penstock.core.messages import Cancel, EdgeStats, Query, Submit, TextReady
+from penstock.transports import edge as edge_module
+from penstock.transports import gateway
 from penstock.transports.http import PUBLIC
 from penstock.version import __version__
 
@@ -379,6 +383,42 @@ def test_not_ready_while_text_is_not(make_edge: MakeEdge) -> None:
         edge.wait(lambda: edge.server.gateway.readiness()[0], "readiness")
         assert http.get("/health").status_code == 200
         assert http.post(CHATS, json=CHAT).status_code == 200
+
+
+def test_a_request_waits_for_a_text_process_that_is_about_to_be_ready(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another edge may have said already that the server is ready."""
+    monkeypatch.setattr(gateway, "SOON_S", 20.0)
+    edge = make_edge(text=lambda t: setattr(t, "ready", False))
+    edge.wait(lambda: "loading" in edge.server.gateway.readiness()[1], "TextReady")
+    with concurrent.futures.ThreadPoolExecutor() as pool, edge.http() as http, edge.http() as other:
+        answers = [pool.submit(client.post, CHATS, json={**CHAT, "stream": stream}) for client, stream in ((http, False), (other, True))]
+        edge.wait(lambda: len(edge.server._state.tasks) == 2, "both requests")
+        assert not any(answer.done() for answer in answers)
+        edge.text.send(TextReady(ready=True))
+        assert [answer.result(20).status_code for answer in answers] == [200, 200]
+
+
+def test_an_edge_accepts_when_it_has_met_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edges share a socket: one that could only refuse leaves connections to the others. But not for ever."""
+    monkeypatch.setattr(edge_module, "JOIN_S", 20.0)
+    edge = Edge(tmp_path, {})
+    edge.text.ready = None
+    edge._thread.start()
+    assert edge.starting.wait(20)
+    edge.wait(lambda: edge.server.gateway.connected, "the link")
+    assert edge.server._servers == []
+    edge.text.send(TextReady(ready=False, reason="the engine is loading"))
+    edge.wait(lambda: len(edge.server._servers) == 1, "the socket")
+    edge.stop()
+    monkeypatch.setattr(edge_module, "JOIN_S", 0.01)
+    (tmp_path / "text-0.sock").unlink(missing_ok=True)
+    alone = Edge(tmp_path, {})
+    alone.text.ready = None
+    alone._thread.start()
+    assert alone._up.wait(20)
+    with alone.http() as http:
+        assert http.get("/health").status_code == 503
+    alone.stop()
 
 
 def test_without_a_text_process(make_edge: MakeEdge) -> None:
