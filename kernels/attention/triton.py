@@ -33,6 +33,8 @@ from penstock.kernels.tile import fetch_ahead, follow, make_room, narrow, power,
 
 KV_LAYOUT = "paged-bhsd-v1"
 """[num_blocks, Hkv, block_size, D] row-major; part of the KV identity key."""
+FUSED_ELEMENTS = 16384
+"""Most float32 values that the last piece of a decode row may gather at once."""
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 
@@ -238,15 +240,15 @@ def _ragged(
 
 @triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
 def _split(
-    q, k, v, out, lse, partial, partial_lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride, table_stride, kb,
-    kh, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, out, lse, partial, partial_lse, counters, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride,
+    table_stride, kb, kh, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    MIXED: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here. AHEAD: ask for the first
     block's entries while the kernel before still runs (all but the newest token's were written in earlier steps). MIXED: sequence r's only row is
-    q_start[r]; those with another number of rows are left to `_ragged`."""
+    q_start[r]; those with another number of rows are left to `_ragged`. FUSED: whoever comes last adds up the pieces; else `_combine` does."""
     group = tl.program_id(0)
     r = tl.program_id(1)
     piece = tl.program_id(2)
@@ -313,6 +315,35 @@ def _split(
             at = (r * HEADS + head).to(tl.int64) * SPLITS + piece
             tl.store(partial + (at * D)[:, None] + d[None, :], result, mask=tile_mask)
             tl.store(partial_lse + at, total, mask=real)
+            if FUSED:
+                tl.debug_barrier()
+                counter = counters + r * (HEADS // GROUP) + group
+                pieces = tl.cdiv(span, size)
+                if tl.atomic_add(counter, 1, sem="acq_rel") == pieces - 1:
+                    tl.store(counter, 0)
+                    h = tl.arange(0, GROUP_P)
+                    s = tl.arange(0, SPLITS)
+                    ours = group * GROUP + h
+                    cells = (r * HEADS + ours).to(tl.int64)[:, None] * SPLITS + s[None, :]
+                    there = (h < GROUP)[:, None] & (s < pieces)[None, :]
+                    parts = tl.load(partial_lse + cells, mask=there, other=float("-inf"), cache_modifier=".cg")
+                    inside = there[:, :, None] & (d < D)[None, None, :]
+                    values = tl.load(partial + cells[:, :, None] * D + d[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
+                    top = tl.max(parts, 1)
+                    if SINKS:
+                        sink = tl.load(sinks + ours, mask=h < GROUP, other=0.0) * 1.4426950408889634
+                        top = tl.maximum(top, sink)
+                    top = tl.where(h < GROUP, top, 0.0)
+                    weight = tl.exp2(parts - top[:, None])
+                    whole_sum = tl.sum(weight, 1)
+                    if SINKS:
+                        whole_sum += tl.exp2(sink - top)
+                    whole_sum = tl.where(h < GROUP, whole_sum, 1.0)
+                    merged = tl.sum(values * weight[:, :, None], 1) / whole_sum[:, None]
+                    target = out + row * HEADS * D + (ours * D)[:, None] + d[None, :]
+                    tl.store(target, narrow(merged, out.dtype.element_ty), mask=(h < GROUP)[:, None] & (d < D)[None, :])
+                    if LSE:
+                        tl.store(lse + row * HEADS + ours, (top + tl.log2(whole_sum)) * 0.6931471805599453, mask=h < GROUP)
 
 
 @triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len"])
@@ -460,10 +491,11 @@ def ragged_attention(
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
-    workspace: Tensor | None = None, q_start: Tensor | None = None, config: dict[str, int] | None = None,
+    workspace: Tensor | None = None, counters: Tensor | None = None, q_start: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The split-KV kernel: one query row q [R, Hq, D] a sequence, at position kv_len[r] - 1; arguments as in kernels/gpu.py.
 
+    counters [>= R * Hkv] int32, zero before and after every call: spares a launch where a row's pieces fit into one program's registers.
     q_start [R + 1] int32: q is [T, Hq, D], and those sequences that have one row there are computed; nothing else of `out` is written."""
     _check(q, k_cache, v_cache, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -480,12 +512,19 @@ def decode_attention(
     partial, partial_lse = workspace[: cells * dim], workspace[cells * dim : cells * (dim + 1)]
     scale2, soft = _scales(scale, softcap)
     group, padded = heads // kv_heads, max(16, power(dim))
+    fused = counters is not None and power(group) * splits * padded <= FUSED_ELEMENTS
+    require(
+        counters is None or (counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads), "counters must be int32, [R * Hkv]"
+    )
     _split[(kv_heads, rows, splits)](
-        q, k_cache, v_cache, out, lse, partial, partial_lse, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
+        q, k_cache, v_cache, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded, SIZE=k_cache.shape[2],
         BLOCK_M=max(16, power(group)), WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, LSE=lse is not None,
-        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, MIXED=mixed, **chained(), **{"AHEAD": 0, **config},
+        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, MIXED=mixed, FUSED=fused,
+        GROUP_P=power(group), **chained(), **{"AHEAD": 0, **config},
     )  # fmt: skip
+    if fused:
+        return out
     _combine[(rows, heads)](
         out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS=heads, D=dim, DP=padded, BLOCK_N=config["BLOCK_N"], SPLITS=splits,
         MIN_SPLIT=config["MIN_SPLIT"], WINDOW=window > 0, SINKS=sinks is not None, LSE=lse is not None, MIXED=mixed, num_warps=2, **chained(),
@@ -496,14 +535,15 @@ def decode_attention(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     num_decode: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None,
-    lse: Tensor | None = None, workspace: Tensor | None = None, deterministic: bool = False, new_k: Tensor | None = None,
-    new_v: Tensor | None = None,
+    lse: Tensor | None = None, workspace: Tensor | None = None, counters: Tensor | None = None, deterministic: bool = False,
+    new_k: Tensor | None = None, new_v: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if num_decode < 0 and not deterministic:
         extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "table_rows": table_rows, "out": out, "lse": lse}
-        decode_attention(q, k_cache, v_cache, block_tables, kv_len, scale, window, workspace=workspace, q_start=q_start, **extras)
+        spaces: dict[str, Any] = {"workspace": workspace, "counters": counters}
+        decode_attention(q, k_cache, v_cache, block_tables, kv_len, scale, window, q_start=q_start, **spaces, **extras)
         return ragged_attention(
             q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window, new_k=new_k, new_v=new_v, mixed=True, **extras
         )
@@ -513,7 +553,7 @@ def paged_attention(
         part = None if lse is None else lse[:split]
         decode_attention(
             q[:split], k_cache, v_cache, block_tables, kv_len[:split], scale, window, softcap=softcap, sinks=sinks, table_rows=rows,
-            out=out[:split], lse=part, workspace=workspace,
+            out=out[:split], lse=part, workspace=workspace, counters=counters,
         )  # fmt: skip
     if split < kv_len.shape[0]:
         rows = None if table_rows is None else table_rows[split:]

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.activation.triton import KINDS, activate
 from penstock.kernels.checks import require
@@ -34,11 +35,11 @@ COUNTERS = 8192
 
 @triton.jit(do_not_specialize=["M"])
 def _skinny(
-    x, w, bias, out, counters, partial, M, N, K, x_stride, w_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, w, box, bias, out, counters, partial, M, N, K, x_stride, w_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
     AHEAD: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BLOCK_N), SPLITS). AHEAD: elements of each weight row that are asked for early. LATE: the next kernel may take its place
+    """Grid (ceil(N / BLOCK_N), SPLITS). box: the weight's descriptor, where the bulk copy engine reads it. AHEAD: elements of each weight row that are asked for early. LATE: the next kernel may take its place
     only when this one has asked for its last weights."""
     ROWS: tl.constexpr = 16
     column = tl.program_id(0)
@@ -69,9 +70,13 @@ def _skinny(
         at = step * BLOCK_K + k
         if EVEN:
             a = tl.load(x + m[:, None] * x_stride + at[None, :], mask=here, other=0.0)
-            b = tl.load(w + rows + at[None, :], mask=columns, other=0.0)
         else:
             a = tl.load(x + m[:, None] * x_stride + at[None, :], mask=here & (at < K)[None, :], other=0.0)
+        if box is not None:
+            b = box.load([column * BLOCK_N, step * BLOCK_K])
+        elif EVEN:
+            b = tl.load(w + rows + at[None, :], mask=columns, other=0.0)
+        else:
             b = tl.load(w + rows + at[None, :], mask=columns & (at < K)[None, :], other=0.0)
         if WIDE:
             acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc, input_precision="ieee")
@@ -198,7 +203,11 @@ def skinny(
     splits = splits_of(n, k, config)
     columns = -(-n // config["BLOCK_N"])
     config = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS")}
-    counters = partial = None
+    counters = partial = box = None
+    able = gated is None and (interpreting() or chained()["PDL"]) and weight.is_contiguous()
+    aligned = k * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    if config.pop("TMA", 0) and able and aligned:
+        box = TensorDescriptor(weight, [n, k], [k, 1], [config["BLOCK_N"], config["BLOCK_K"]])
     if splits > 1:
         require(columns <= COUNTERS, "the weight has too many columns for the counters")
         if workspace is None:
@@ -206,7 +215,7 @@ def skinny(
         require(workspace.numel() >= COUNTERS + splits * SKINNY * n, "the workspace is too small")
         counters, partial = workspace[:COUNTERS].view(torch.int32), workspace[COUNTERS:]
     _skinny[(columns, splits)](
-        x, weight, bias, out, counters, partial, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), SPLITS=splits,
+        x, weight, box, bias, out, counters, partial, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), SPLITS=splits,
         EVEN=k % config["BLOCK_K"] == 0, BIAS=bias is not None, WIDE=interpreting() or x.dtype == torch.float32, GATED=gated is not None,
         KIND=KINDS.index(gated) if gated else 0, **chained(), **{"AHEAD": 0, "LATE": 0, **config},
     )  # fmt: skip

@@ -189,7 +189,9 @@ class CudaRunner:
         """Bytes of what this runner keeps on the device beside weights and KV cache."""
         tensors = (self.history, self.table, self._rows, *self._whole)
         kept = (self._decode, self._columns, self._draws, self._ragged, self.sampler)
-        return sum(part.nbytes for part in tensors) + sum(part.nbytes for part in kept) + self._ops.workspace_bytes + self._model.tables_bytes
+        return (
+            sum(part.nbytes for part in tensors) + sum(part.nbytes for part in kept) + self._ops.workspace_bytes + self._model.tables_bytes
+        )
 
     # ------------------------------------------------------------------ forward
 

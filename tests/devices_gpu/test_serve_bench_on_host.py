@@ -186,8 +186,8 @@ def test_load_over_http_from_a_tree_that_nobody_installed(tmp_path: Path) -> Non
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert line is not None, done.stderr[-3000:]
     found = json.loads(line[7:])
-    assert (found["failed"], found["short"]) == (0, 0)
-    assert found["whole_run"]["completed"] == 45
+    assert (found["failed"], found["short"], found["whole_run"]["errors"]) == (0, 0, [])
+    assert (found["whole_run"]["completed"], found["whole_run"]["errors"]) == (45, [])
     assert found["itl_ms"]["p95"] > 0
     assert {"client", "pk-engine-0", "pk-engine-0/0"} <= set(found["cpu_cores_used"])
     assert found["server_says"]["inter_token_latency_seconds"]["p50"] is not None

@@ -103,16 +103,29 @@ def test_window_softcap_sinks(window: int, extras: str, device: str) -> None:
     for used in (0, window):
         want, want_lse = case.truth(used, softcap, sinks)
         for deterministic in (False, True):
-            kernel.paged_attention(
-                *arguments, used, num_decode=2, softcap=softcap, sinks=sinks, out=out, lse=lse, deterministic=deterministic
-            )
-            close(out, want, TOLERANCE[dtype])
-            assert (lse.cpu().double() - want_lse).abs().max() < 2e-3
+            for counters in (None, counters_for(True, 3, device)):
+                kernel.paged_attention(
+                    *arguments,
+                    used,
+                    num_decode=2,
+                    softcap=softcap,
+                    sinks=sinks,
+                    out=out,
+                    lse=lse,
+                    counters=counters,
+                    deterministic=deterministic,
+                )
+                close(out, want, TOLERANCE[dtype])
+                assert (lse.cpu().double() - want_lse).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("own", [False, True])
+def counters_for(fused: bool, cells: int, device: str) -> Tensor | None:
+    return torch.zeros(cells, dtype=torch.int32, device=device) if fused else None
+
+
+@pytest.mark.parametrize(("own", "fused"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("window", [0, 9])
-def test_who_decodes_is_known_to_the_device_only(window: int, own: bool, device: str) -> None:
+def test_who_decodes_is_known_to_the_device_only(window: int, own: bool, fused: bool, device: str) -> None:
     """num_decode -1: one-row sequences anywhere among the others, empty ones behind them, padding tokens that nobody writes."""
     dtype = torch.float16
     shape = [(1, 70), (5, 38), (1, 1), (1, 129), (20, 20), (1, 16), (0, 0), (0, 0)]
@@ -130,27 +143,40 @@ def test_who_decodes_is_known_to_the_device_only(window: int, own: bool, device:
     extras = {"new_k": qkv[:, 4:6], "new_v": qkv[:, 6:]} if own else {}
     kernel.paged_attention(
         qkv[:, :4], case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale, window, num_decode=-1, out=out, lse=lse,
-        workspace=workspace, **extras,
+        workspace=workspace, counters=(counters := counters_for(fused, 16, device)), **extras,
     )  # fmt: skip
+    assert counters is None or (counters == 0).all()
     want, want_lse = case.truth(window)
     close(out[:rows], want, TOLERANCE[dtype])
     assert (lse[:rows].cpu().double() - want_lse).abs().max() < 2e-3
     assert out[rows:].isnan().all()
     assert lse[rows:].isnan().all()
     alone = kernel.decode_attention(
-        case.q[7:8], case.k_cache, case.v_cache, case.tables[3:4], case.kv_len[3:4], case.scale, window, workspace=workspace
+        case.q[7:8],
+        case.k_cache,
+        case.v_cache,
+        case.tables[3:4],
+        case.kv_len[3:4],
+        case.scale,
+        window,
+        workspace=workspace,
+        counters=counters,
     )
     assert torch.equal(alone[0], out[7])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 64, 16), (5, 1, 80, 64)])
-def test_decode(heads: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 64, 16), (5, 1, 80, 64), (3, 3, 16, 32)])
+def test_decode(heads: int, kv_heads: int, dim: int, size: int, fused: bool, dtype: torch.dtype, device: str) -> None:
     lengths = [1, 16, 33, 64, 0, 129]
     case = Case([(1, n) for n in lengths], heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, device=device, size=size)
     out, lse = case.empty()
     workspace = torch.full((kernel.workspace_elements(len(lengths), heads, dim),), torch.nan, device=device)
     arguments = (case.k_cache, case.v_cache, case.tables, case.kv_len, case.scale)
-    kernel.decode_attention(case.q, *arguments, out=out, lse=lse, workspace=workspace)
+    counters = counters_for(fused, len(lengths) * kv_heads, device)
+    for _ in range(2):
+        kernel.decode_attention(case.q, *arguments, out=out, lse=lse, workspace=workspace, counters=counters)
+        assert counters is None or (counters == 0).all()
     want, want_lse = case.truth()
     close(out, want, TOLERANCE[dtype])
     alive = want_lse.isfinite()
@@ -160,7 +186,14 @@ def test_decode(heads: int, kv_heads: int, dim: int, size: int, dtype: torch.dty
     for row in (1, 5):  # alone and through a table of slots: the same bits
         rows = torch.tensor([row], dtype=torch.int32, device=device)
         alone = kernel.decode_attention(
-            case.q[row : row + 1], case.k_cache, case.v_cache, case.tables, case.kv_len[row : row + 1], case.scale, table_rows=rows
+            case.q[row : row + 1],
+            case.k_cache,
+            case.v_cache,
+            case.tables,
+            case.kv_len[row : row + 1],
+            case.scale,
+            table_rows=rows,
+            counters=counters,
         )
         assert torch.equal(alone[0], out[row])
 
