@@ -222,9 +222,9 @@ def prefill(bench: Bench) -> None:
 
 
 SKINNY = [
-    {"BLOCK_N": n, "BLOCK_K": k, "TARGET": t, "MAX_SPLITS": 4, "AHEAD": a, "num_warps": w, "num_stages": s}
-    for n, k, t, a, w, s in (
-        (64, 128, 384, 128, 4, 5), (64, 256, 264, 128, 4, 3), (32, 256, 264, 0, 4, 4), (64, 128, 384, 0, 4, 5), (64, 256, 384, 128, 4, 3),
+    {"BLOCK_N": n, "BLOCK_K": k, "TARGET": t, "MAX_SPLITS": 4, "AHEAD": 128, "TMA": b, "num_warps": w, "num_stages": s}
+    for n, k, t, b, w, s in (
+        (64, 256, 384, 1, 4, 3), (64, 256, 264, 0, 4, 3), (32, 256, 264, 0, 4, 4), (64, 128, 384, 0, 4, 5),
     )
 ]  # fmt: skip
 WEIGHTS = {

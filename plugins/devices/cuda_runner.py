@@ -44,8 +44,8 @@ MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 CAPTURE_S = 6.0
 WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 48), (16, 49), (17, 48))
 """(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""
-LAZY_USES = 8
-LAZY_PAUSE_S = 1.0
+LAZY_USES = 4
+LAZY_PAUSE_S = 0.3
 
 
 def buckets_for(rows: int) -> list[int]:
