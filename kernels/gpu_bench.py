@@ -147,11 +147,12 @@ def decode(bench: Bench) -> None:
         tables = i32(torch.randperm(rows * per)).view(rows, per)
         lengths = i32([length] * rows)
         workspace = torch.empty(rows * HEADS * 32 * (DIM + 1), device="cuda")
+        arrivals = i32([0] * rows * KV_HEADS)
         gigabytes = rows * length * KV_HEADS * DIM * 4 / 1e9
         for config in SPLIT[:2] if bench.quick else SPLIT:
             calls = [
                 lambda c=pair, config=config: attention.decode_attention(
-                    q, c[0], c[1], tables, lengths, DIM**-0.5, out=out, workspace=workspace, config=config
+                    q, c[0], c[1], tables, lengths, DIM**-0.5, out=out, workspace=workspace, counters=arrivals, config=config
                 )
                 for pair in caches
             ]
