@@ -496,7 +496,7 @@ def main() -> None:
             facts = {
                 "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
-                "commit": os.environ.get("PENSTOCK_COMMIT", ""),
+                "commit": os.environ.get("BENCH_COMMIT", ""),
                 "date": time.strftime("%Y-%m-%d"),
             }
             options.out.write_text(json.dumps({**facts, "errors": bench.errors, "rows": bench.rows}, indent=1))
