@@ -72,6 +72,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_num_batched_tokens: Annotated[
         int, opt("Token budget of one step.", "engine", "chunked-prefill-size", "max-prefill-tokens", size=True)
     ] = 2048
+    mixed_prefill_tokens: Annotated[
+        int,
+        opt(
+            "Prompt tokens in a step that also decodes; 0: what the budget leaves. Fewer make inter-token latency steadier and first tokens later.",
+            "engine",
+            size=True,
+        ),
+    ] = 0
     enable_chunked_prefill: Annotated[bool, opt("Split long prompts over steps.", "engine")] = True
     enable_prefix_caching: Annotated[bool, opt("Reuse the KV of equal prefixes.", "engine", no="disable-radix-cache")] = True
     scheduling_policy: Annotated[str, opt("fcfs, priority, or a plugin's.", "engine", "schedule-policy")] = "fcfs"
@@ -364,7 +372,7 @@ def check(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
-    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s"):
+    for name in ("max_stop", "max_logprobs", "mixed_prefill_tokens", "engine_restarts", "shutdown_timeout", "priority_ageing_s"):
         if not getattr(config, name) >= 0:  # "not": what is no number fails too
             raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)
     for name in ("receive_timeout_s", "stream_stall_s", "keep_alive_s"):
@@ -416,6 +424,11 @@ def _check_pairs(config: Config) -> None:
         raise ConfigError(
             "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len, or long prompts could never run.",
             param="max_num_batched_tokens",
+        )
+    if not config.enable_chunked_prefill and config.mixed_prefill_tokens:
+        raise ConfigError(
+            "--mixed-prefill-tokens cuts prompts, which --no-enable-chunked-prefill forbids. Leave one of them out.",
+            param="mixed_prefill_tokens",
         )
     if config.stream_park_bytes > config.stream_max_bytes:
         raise ConfigError("--stream-park-bytes must not exceed --stream-max-bytes.", param="stream_park_bytes")

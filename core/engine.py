@@ -150,6 +150,7 @@ class Engine:
             epoch=self.epoch,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            mixed_prefill_tokens=self.config.mixed_prefill_tokens,
             max_model_len=runner.max_model_len,
             block_size=self.config.block_size,
             num_blocks=runner.num_blocks,

@@ -77,6 +77,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     depth: int = 1
+    mixed_prefill_tokens: int = 0
+    """Prompt tokens in a step that also decodes; 0: what the budget leaves."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     vocab: int = 2**31 - 1
@@ -491,6 +493,8 @@ class Scheduler:
         if rows.slots.size:
             draft.rows = rows
             draft.budget -= rows.slots.size
+            if self.settings.mixed_prefill_tokens:
+                draft.budget = min(draft.budget, self.settings.mixed_prefill_tokens)
 
     def _take_chunks(self, draft: Draft) -> None:
         """Prompts that are being computed, first admitted first."""

@@ -45,6 +45,8 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
         ({"served_model_name": ["a", " "]}, "served_model_name", "empty"),
         ({"transports": []}, "transports", "openai"),
         ({"enable_chunked_prefill": False, "max_model_len": 4096}, "max_num_batched_tokens", "long prompts"),
+        ({"mixed_prefill_tokens": -1}, "mixed_prefill_tokens", "0 or more"),
+        ({"enable_chunked_prefill": False, "mixed_prefill_tokens": 8}, "mixed_prefill_tokens", "forbids"),
         ({"stream_park_bytes": 5 << 20}, "stream_park_bytes", "must not exceed"),
         ({"dtype": "int3"}, "dtype", "int3"),
         ({"block_size": 24}, "block_size", "power of two"),

@@ -23,11 +23,14 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
             budget=st.integers(1, 24),
             blocks=st.integers(4, 24),
             chunked=st.booleans(),
+            mixed=st.sampled_from([0, 0, 1, 3]),
             caching=st.booleans(),
             block=st.sampled_from([1, 2, 4]),
             policy=st.integers(0, len(policies) - 1),
         )
-        def start(self, depth: int, slots: int, budget: int, blocks: int, chunked: bool, caching: bool, block: int, policy: int) -> None:
+        def start(
+            self, depth: int, slots: int, budget: int, blocks: int, chunked: bool, mixed: int, caching: bool, block: int, policy: int
+        ) -> None:
             self.options = {
                 "depth": depth,
                 "max_num_seqs": slots,
@@ -35,6 +38,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
                 "num_blocks": blocks * (4 // block),
                 "block_size": block,
                 "enable_chunked_prefill": chunked,
+                "mixed_prefill_tokens": mixed if chunked else 0,
                 "enable_prefix_caching": caching,
                 "max_model_len": 40,
             }

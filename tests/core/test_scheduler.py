@@ -171,6 +171,20 @@ def test_prompts_are_chunked_beside_decodes_which_come_first(make_sim: Make) -> 
     sim.check_idle()
 
 
+def test_prefill_beside_decodes_can_be_bounded(make_sim: Make) -> None:
+    sim = make_sim(max_num_batched_tokens=12, mixed_prefill_tokens=3)
+    sim.admit([9] * 20, max_tokens=6)
+    sim.finish(3)
+    sim.admit([5] * 5, max_tokens=2)
+    sim.admit([6] * 2, max_tokens=2)
+    sim.run()
+    alone, beside = [f for f in sim.forwards if f.num_decode == 0], [f for f in sim.forwards if 0 < f.num_decode < len(f.counts)]
+    assert [f.counts.tolist() for f in alone[:2]] == [[12], [8]], "with nothing to decode the whole budget is used"
+    assert [f.counts.tolist() for f in beside[:2]] == [[1, 3], [1, 2, 1]]
+    assert all(f.counts[f.num_decode :].sum() <= 3 for f in beside)
+    sim.check_idle()
+
+
 def test_the_last_token_of_a_prompt_counts_as_a_decode_row(make_sim: Make) -> None:
     sim = make_sim(max_num_batched_tokens=4)
     sim.admit([1] * 5, max_tokens=2)
