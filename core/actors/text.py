@@ -398,6 +398,8 @@ class TextActor:
         if running and request.state == ADMITTED:
             yield Abort(seqs=i64([choice.seq for choice in running]))
         yield from self._finish(request)
+        if self._outbox or self._suspects:  # it may have been the one that the others waited for, and no step follows
+            yield from self._pump()
 
     # --- the engine's life
 

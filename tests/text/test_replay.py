@@ -93,6 +93,24 @@ def test_received_tokens_never_change_and_arrive_once(make_bench: Any, plan: lis
     assert actor._admitted == 0
 
 
+@pytest.mark.parametrize("strikes", [False, True])
+def test_who_is_cancelled_in_a_replay_makes_room_for_the_next(make_bench: Any, strikes: bool) -> None:
+    """Nothing else runs: no step would come that could tell the others to go on."""
+    bench = make_bench(up=False, max_strikes=1000)
+    bench.up(max_num_seqs=1)
+    for key in (1, 2, 3):
+        bench.scripts[seq_of(key, 0)] = [20 + key, 30 + key]
+        bench.submit(key, sampling=SamplingParams())
+    if not strikes:  # a token each: no suspects, but replays of which one at a time may run
+        bench.step()
+    bench.up(max_num_seqs=1)
+    assert [m.key for m in bench.engine if isinstance(m, Admit) and m.replay] == [1]
+    bench.send(Cancel(key=1))
+    bench.run()
+    assert [bench.received[key, 0].tokens for key in (2, 3)] == [[22, 32], [23, 33]]
+    assert bench.actor.ledger.requests == {}
+
+
 def test_a_replay_carries_what_was_received_and_only_what_still_runs(bench: Any) -> None:
     bench.submit(1, sampling=SamplingParams(n=3))
     seqs = [seq_of(1, choice) for choice in range(3)]
