@@ -74,6 +74,18 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         context = context_of(request.scope)
         return StreamReply(gateway, call, context, pulse) if call.stream else WholeReply(gateway, call, context)
 
+    async def find_model(wanted: str) -> dict[str, Any]:
+        """The entry of /v1/models. Raises ModelNotFound, or what the query ended with."""
+        answer = await gateway.query("models")
+        if answer.status != 200:
+            raise failure_of(answer)
+        known: list[dict[str, Any]] = msgspec.json.decode(answer.body).get("data", [])
+        for one in known:
+            if one.get("id") == wanted:
+                return one
+        names = ", ".join(str(one.get("id")) for one in known)
+        raise ModelNotFound(f"The model {wanted[:200]!r} does not exist here. Known: {names}.", param="model")
+
     @post("/v1/chat/completions", summary="Answer a conversation", tags=["generate"], status_code=200, opt={BODY: ChatRequest})
     async def chat_completions(request: AnyRequest) -> ASGIApp:
         return await generate(request, parse_chat)
@@ -88,16 +100,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @get("/v1/models/{model_id:path}", summary="One model", tags=["models"])
     async def model(request: AnyRequest) -> ASGIApp:
-        answer = await gateway.query("models")
-        if answer.status != 200:
-            return relay(answer)
-        wanted = str(request.path_params["model_id"]).lstrip("/")
-        known = msgspec.json.decode(answer.body).get("data", [])
-        for one in known:
-            if one.get("id") == wanted:
-                return JsonReply(msgspec.json.encode(one))
-        names = ", ".join(str(one.get("id")) for one in known)
-        raise ModelNotFound(f"The model {wanted[:200]!r} does not exist here. Known: {names}.", param="model")
+        return JsonReply(msgspec.json.encode(await find_model(str(request.path_params["model_id"]).lstrip("/"))))
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
@@ -107,11 +110,15 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         fields = {name: value for name, value in raw.items() if name not in ignored}
         if parsed.messages is not None:
             check_messages(parsed.messages)
+        if parsed.model:
+            await find_model(parsed.model)
         return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields))), ignored)
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
-        _, raw, ignored = decode(await body_of(request), DetokenizeRequest)
+        parsed, raw, ignored = decode(await body_of(request), DetokenizeRequest)
+        if parsed.model:
+            await find_model(parsed.model)
         fields = {name: value for name, value in raw.items() if name not in ignored}
         return _with_ignored(relay(await gateway.query("detokenize", msgspec.json.encode(fields))), ignored)
 

@@ -89,6 +89,8 @@ class Edge:
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
+                if scope["method"] == "OPTIONS":  # Litestar's own answer does not know of HEAD
+                    message["headers"] = [(k, _with_head(v) if k.lower() == b"allow" else v) for k, v in message["headers"]]
                 extra = [(b"x-request-id", context.rid.encode()), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
                 if span.traceparent:
                     extra.append((b"traceparent", span.traceparent.encode()))
@@ -175,6 +177,12 @@ def _methods_of(app: Litestar, path: str) -> list[str]:
             methods = {str(m) for m in getattr(route, "methods", [])}
             return sorted(methods | {"HEAD"} if "GET" in methods else methods)
     return []
+
+
+def _with_head(allowed: bytes) -> bytes:
+    """The value of an Allow header, with HEAD where there is GET."""
+    methods = {method.strip() for method in allowed.split(b",")}
+    return b", ".join(sorted(methods | {b"HEAD"} if b"GET" in methods else methods))
 
 
 # ------------------------------------------------------------------ routes that are always there

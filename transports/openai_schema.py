@@ -8,12 +8,14 @@ What it does not know: what the fields mean together (openai.py), HTTP.
 from __future__ import annotations
 
 import re
+import types
+import typing
 from typing import Any, Literal
 
 import msgspec
 
 from penstock.core.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.wording import plain
+from penstock.core.wording import plain, type_words
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -202,6 +204,13 @@ _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 def decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
     """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature."""
     try:
+        return _decode(body, kind)
+    except RecursionError:  # the parser's own bound, which also holds for what it skips
+        raise InvalidRequest("The request body is nested too deeply: fewer than 900 levels are always accepted.") from None
+
+
+def _decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
+    try:
         raw = _raw_fields.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.") from None
@@ -217,7 +226,7 @@ def decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgs
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)
     except msgspec.ValidationError as error:
-        raise _bad_field(error) from None
+        raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
 
@@ -231,7 +240,7 @@ def _refuse_later(name: str, raw: msgspec.Raw, fields: dict[str, msgspec.Raw]) -
     raise UnsupportedFeature(f"{name} is not supported yet. Leave it out.", param=name)
 
 
-def _bad_field(error: msgspec.ValidationError) -> InvalidRequest:
+def _bad_field(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> InvalidRequest:
     text = str(error)
     found = _AT.search(text)
     what = text[: found.start()] if found else text
@@ -240,6 +249,21 @@ def _bad_field(error: msgspec.ValidationError) -> InvalidRequest:
     if missing:
         param = f"{param}.{missing.group(1)}" if param else missing.group(1)
         return InvalidRequest(f"{param} is required.", param=param)
+    choice = re.fullmatch(r"Invalid enum value (.*)", what, re.DOTALL)
+    if choice and param:
+        return InvalidRequest(f"{param} must be {type_words(_type_at(kind, param))}, but is {choice.group(1):.100}.", param=param)
     said = plain(what)
     text = f"{param} {said}." if said != what else f"{param}: {what}."
     return InvalidRequest(text if param else f"The request body {said}." if said != what else f"{what}.", param=param or None)
+
+
+def _type_at(kind: Any, path: str) -> Any:
+    """The declared type of a field as msgspec's errors name it: `messages[...].role`."""
+    for name in path.split("."):
+        kind = typing.get_type_hints(kind)[name.partition("[")[0]]
+        for _ in range(1 + name.count("[")):
+            if typing.get_origin(kind) in (types.UnionType, typing.Union):  # of those with fields or items there is at most one
+                kind = next(one for one in typing.get_args(kind) if one not in (str, int, type(None)))
+            if typing.get_origin(kind) is list:
+                (kind,) = typing.get_args(kind)
+    return kind

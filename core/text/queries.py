@@ -57,6 +57,8 @@ def _arguments(query: Query, kind: type[Any]) -> Any:
         return msgspec.json.decode(query.body or b"{}", type=kind)
     except msgspec.MsgspecError as error:
         raise InvalidRequest(f"{query.what}: {error}.") from None
+    except RecursionError:
+        raise InvalidRequest(f"{query.what}: the request is nested too deeply.") from None
 
 
 def tokenize(query: Query, job: int) -> Encode:
