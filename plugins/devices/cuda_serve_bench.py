@@ -15,6 +15,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import random
 import re
 import sys
@@ -156,6 +157,7 @@ def http_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     rate = float(os.environ.get("RATE") or 0) or offered_rate(known, PUBLISHED)
     args = [synthetic_folder(LLAMA_8B, root, "llama-8b"), "--device", "cuda", "--load-format", "dummy", "--max-model-len", "4096"]
     args += ["--max-num-batched-tokens", "2048", "--max-num-seqs", "512", "--edge-workers", os.environ.get("EDGES", "2")]
+    args += shlex.split(os.environ.get("SERVE_ARGS", ""))
     return over_http(args, rate=rate, seconds=float(os.environ.get("HTTP_S", "65")), vocab=LLAMA_8B["vocab_size"])
 
 
