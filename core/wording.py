@@ -29,7 +29,7 @@ def type_words(kind: Any) -> str:
     """`int | None` -> "a whole number"; `list[str]` -> "a list of texts"; `Literal["a", "b"]` -> "one of 'a', 'b'"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_words(one) for one in arguments if one is not type(None))
     if origin is list:

@@ -206,7 +206,7 @@ def decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgs
     try:
         return _decode(body, kind)
     except RecursionError:  # the parser's own bound, which also holds for what it skips
-        raise InvalidRequest("The request body is nested too deeply: fewer than 900 levels are always accepted.") from None
+        raise InvalidRequest("The request body is nested too deeply: fewer levels of lists and objects are needed.") from None
 
 
 def _decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:

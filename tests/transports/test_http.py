@@ -144,6 +144,17 @@ def test_wrong_bodies(http: httpx.Client, path: str, content: bytes, kind: str |
         assert error["param"] in ("messages", "prompt", "tokens")
 
 
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("field", ["x", "suffix", "chat_template_kwargs", "tools", "prompt"])
+@pytest.mark.parametrize("depth", [3000, 100_000])
+def test_json_nested_too_deeply_is_400(http: httpx.Client, path: str, field: str, depth: int, caplog: pytest.LogCaptureFixture) -> None:
+    body = b'{"model":"brook","%s":%s}' % (field.encode(), b"[" * depth + b"]" * depth)
+    reply = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert "deep" in error_of(reply)["message"]
+    assert not caplog.records
+
+
 def test_the_official_client_sees_its_exceptions(make_edge: MakeEdge) -> None:
     edge = make_edge()
     with edge.client() as client:
@@ -568,6 +579,24 @@ def test_head_is_get_without_the_body(http: httpx.Client, shared_edge: Edge, pat
 def test_what_may_be_done_names_head(http: httpx.Client) -> None:
     reply = http.post("/version")
     assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+
+
+@pytest.mark.parametrize("path", ["/version", "/v1/models", "/v1/models/brook", CHATS, "/tokenize", "/health"])
+def test_options_and_405_agree(http: httpx.Client, path: str) -> None:
+    allowed = http.options(path).headers["allow"]
+    assert allowed == http.delete(path).headers["allow"]
+    assert ("HEAD" in allowed) == (http.head(path).status_code != 405)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})])
+def test_the_token_pages_know_their_models(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    for model in ("brook", None, ""):
+        assert http.post(path, json={**body, "model": model}).status_code == 200
+    reply = http.post(path, json={**body, "model": "gpt-9"})
+    assert reply.status_code == 404
+    error = error_of(reply)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "brook" in error["message"]
 
 
 def test_openapi_document(http: httpx.Client) -> None:

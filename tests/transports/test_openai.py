@@ -212,6 +212,24 @@ def test_wrong_chat_fields_are_named(fields: dict[str, Any], param: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"messages": [{"role": "zzz", "content": "x"}]},
+            "messages[0].role must be one of 'system', 'developer', 'user', 'assistant', 'tool', 'function', but is 'zzz'.",
+        ),
+        ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type must be 'function', but is 'web'."),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"type": "x", "function": {"name": "f"}}]}]},
+            "messages[0].tool_calls[0].type must be 'function', but is 'x'.",
+        ),
+    ],
+)
+def test_a_wrong_choice_is_told_the_right_ones(fields: dict[str, Any], message: str) -> None:
+    assert refusal(parse_chat, CHAT | fields).message == message
+
+
+@pytest.mark.parametrize(
     "body", [b"", b"{", b"[1]", b"null", b'"x"', b"\xff\xfe", b'{"model":"m","messages":[{"role":"user","content":"\xff"}]}']
 )
 def test_what_is_no_json_object(body: bytes) -> None:
