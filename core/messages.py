@@ -158,6 +158,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     ranks: list[int]
     texts: list[str]
     bytes_: list[bytes]
+    silent: bool = False
+    """The chosen token adds nothing to the text: a special token that is left out."""
 
 
 class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -172,6 +174,10 @@ class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error_code: str | None = None
     prompt_text: str | None = None
     """With echo: the prompt as text, in the request's first row."""
+    prompt_offsets: list[int] = []
+    """With echo and prompt_logprobs: where each prompt token begins in prompt_text, in characters."""
+    prompt_first: bytes = b""
+    """With those: the bytes of the prompt's first token, which has no entry in prompt_logprobs."""
 
 
 class TextDelta(Message, frozen=True, kw_only=True):

@@ -40,11 +40,13 @@ def usage_of(prompt: int, output: int, cached: int) -> dict[str, Any]:
 class Prompt:
     """What came back about one prompt itself, with the first row(s) of whichever choice."""
 
-    __slots__ = ("ids", "logprobs", "text")
+    __slots__ = ("first", "ids", "logprobs", "offsets", "text")
 
     def __init__(self) -> None:
         self.ids: list[int] | None = None
         self.logprobs: list[TokenLogprobs | None] = []
+        self.offsets: list[int] = []
+        self.first = b""
         self.text = ""
 
     def take(self, extra: RowExtra) -> None:
@@ -54,15 +56,17 @@ class Prompt:
             self.logprobs += extra.prompt_logprobs
         if extra.prompt_text:
             self.text = extra.prompt_text
+        if extra.prompt_offsets:
+            self.offsets = extra.prompt_offsets
+            self.first = extra.prompt_first
 
     def echoed(self) -> list[TokenLogprobs | None]:
-        """The prompt's positions for an echo; the first one, which nothing predicts, gets the text that the others leave over."""
+        """The prompt's positions for an echo; the first one, which nothing predicts, has its token alone."""
         positions = list(self.logprobs)
         if positions and positions[0] is None:
-            rest = sum(len(p.texts[0]) for p in positions[1:] if p is not None and p.texts)
-            first = self.text[: max(0, len(self.text) - rest)]
             token = self.ids[0] if self.ids else -1
-            positions[0] = TokenLogprobs(ids=[token], logprobs=[], ranks=[], texts=[first], bytes_=[first.encode()])
+            text = self.first.decode("utf-8", "replace")
+            positions[0] = TokenLogprobs(ids=[token], logprobs=[], ranks=[], texts=[text], bytes_=[self.first])
         return positions
 
 

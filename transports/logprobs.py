@@ -6,6 +6,8 @@ What it does not know: requests, streams.
 
 from __future__ import annotations
 
+from codecs import utf_8_decode
+from collections.abc import Sequence
 from typing import Any
 
 from penstock.core.messages import TokenLogprobs
@@ -30,30 +32,45 @@ def chat_logprobs(positions: list[TokenLogprobs], as_ids: bool) -> dict[str, Any
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(positions: list[TokenLogprobs | None], as_ids: bool, offset: int) -> tuple[dict[str, Any], int]:
-    """Completions' shape: parallel lists; `offset` is where the first token begins in the text. Returns the end offset too.
+class TextOffsets:
+    """Where each token of an answer begins in its text, in characters from `start`: a token inside a character begins where that does."""
 
-    A position without log-probabilities (the first of a prompt) has null ones.
-    """
+    __slots__ = ("_at", "_pending")
+
+    def __init__(self, start: int = 0) -> None:
+        self._at = start
+        self._pending = b""
+
+    def of(self, positions: list[TokenLogprobs]) -> list[int]:
+        """The offsets of the next tokens."""
+        offsets = []
+        for position in positions:
+            offsets.append(self._at)
+            if position.silent:
+                continue
+            data = self._pending + position.bytes_[0]
+            text, used = utf_8_decode(data, "replace", False)
+            self._at += len(text)
+            self._pending = data[used:]
+        return offsets
+
+
+def completion_logprobs(positions: Sequence[TokenLogprobs | None], as_ids: bool, offsets: list[int]) -> dict[str, Any]:
+    """Completions' shape: parallel lists. A position without log-probabilities (the first of a prompt) has null ones."""
     tokens: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets: list[int] = []
     for p in positions:
-        offsets.append(offset)
+        tokens.append(_name(p, 0, as_ids) if p is not None and p.ids else "")
         if p is None or not p.logprobs:
-            tokens.append(_name(p, 0, as_ids) if p is not None and p.ids else "")
             values.append(None)
             tops.append(None)
-            offset += len(p.texts[0]) if p is not None and p.texts else 0
             continue
-        tokens.append(_name(p, 0, as_ids))
         values.append(max(p.logprobs[0], LOWEST_LOGPROB))
         top = {_name(p, i, as_ids): max(p.logprobs[i], LOWEST_LOGPROB) for i in range(1, len(p.ids))}
         top.setdefault(tokens[-1], values[-1] or 0.0)
         tops.append(top)
-        offset += len(p.texts[0])
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}, offset
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
 def prompt_logprobs_json(positions: list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:

@@ -15,7 +15,7 @@ from penstock.core.errors import PenstockError
 from penstock.core.messages import Finished, TokenLogprobs
 from penstock.transports.gateway import Batch, Gateway
 from penstock.transports.job import Job, Prompt, row_error, watch
-from penstock.transports.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs_json
+from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
 from penstock.transports.openai import Call
 from penstock.transports.request import JsonReply, Receive, RequestContext, Scope, Send, error_reply, ignored_header
 
@@ -144,11 +144,17 @@ class WholeReply(Job):
                 "finish_reason": choice.reason,
             }
         else:
-            positions = [*(leg.prompt.echoed() if call.echo else ()), *choice.logprobs]
+            before = leg.prompt.text if call.echo else ""
+            logprobs = None
+            if call.top_logprobs is not None:
+                positions = [*(leg.prompt.echoed() if call.echo else ()), *choice.logprobs]
+                offsets = [*(leg.prompt.offsets if call.echo else ()), *TextOffsets(len(before)).of(choice.logprobs)]
+                end = len(before) + len(text)  # tokens that stopped the answer are no part of it
+                logprobs = completion_logprobs(positions, call.tokens_as_ids, [min(offset, end) for offset in offsets])
             out = {
                 "index": index,
-                "text": leg.prompt.text + text if call.echo else text,
-                "logprobs": None if call.top_logprobs is None else completion_logprobs(positions, call.tokens_as_ids, 0)[0],
+                "text": before + text,
+                "logprobs": logprobs,
                 "finish_reason": choice.reason,
             }
             if call.prompt_logprobs:

@@ -20,7 +20,7 @@ from penstock.core.errors import PenstockError
 from penstock.core.messages import Finished, RowExtra
 from penstock.transports.gateway import Batch, CancelCause, Gateway
 from penstock.transports.job import Job, Prompt, row_error, usage_of, watch
-from penstock.transports.logprobs import chat_logprobs, completion_logprobs
+from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from penstock.transports.openai import Call
 from penstock.transports.outbox import Outbox, Pulse
 from penstock.transports.request import Receive, RequestContext, Scope, Send, error_body, error_reply, ignored_header
@@ -48,7 +48,7 @@ class _StreamLeg:
         self._base = index * call.n
         self._push = job.outbox.push
         self._opened = [False] * call.n
-        self._offsets = [0] * call.n
+        self._offsets = [TextOffsets() for _ in range(call.n)]
         self._prompt = Prompt()
         self._plain = not (call.return_token_ids or call.continuous_usage or call.top_logprobs is not None)
 
@@ -77,8 +77,9 @@ class _StreamLeg:
 
     def _echo(self, index: int, choice: int, row: int, batch: Batch) -> None:
         logprobs = None
+        self._offsets[choice] = TextOffsets(len(self._prompt.text))
         if self._job.call.top_logprobs is not None:
-            logprobs, self._offsets[choice] = completion_logprobs(self._prompt.echoed(), self._job.call.tokens_as_ids, 0)
+            logprobs = completion_logprobs(self._prompt.echoed(), self._job.call.tokens_as_ids, self._prompt.offsets)
         self._push(self._job.content(index, self._prompt.text, logprobs, None, self._usage(row, batch)))
 
     def _rich(self, index: int, choice: int, text: str, row: int, batch: Batch, extra: RowExtra | None) -> None:
@@ -88,7 +89,7 @@ class _StreamLeg:
             if call.kind == "chat":
                 logprobs = chat_logprobs(extra.logprobs, call.tokens_as_ids)
             else:
-                logprobs, self._offsets[choice] = completion_logprobs(list(extra.logprobs), call.tokens_as_ids, self._offsets[choice])
+                logprobs = completion_logprobs(extra.logprobs, call.tokens_as_ids, self._offsets[choice].of(extra.logprobs))
         tokens = batch.tokens(row) if call.return_token_ids else None
         if text or logprobs or tokens:
             self._push(self._job.content(index, text, logprobs, tokens, self._usage(row, batch)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 
 from penstock.core.actor import To
@@ -18,6 +19,7 @@ from penstock.core.telemetry_metrics import Metrics
 from penstock.core.text.deltas import EdgeBatch, LogprobReader
 from penstock.core.text.detokenizer import ByteDecoder, Decoder, TokenTable, WindowDecoder
 from penstock.core.text.ledger import GENERAL, QUIET, Choice, Ledger, Request, fast_mode
+from penstock.core.text.offsets import prompt_offsets
 from penstock.core.text.stops import StopMatcher, StopSet
 from penstock.core.text_api import Tokenizer
 
@@ -176,6 +178,8 @@ class Receiver:
             if params.logprobs is not None and self._reader is not None:
                 entry = self._reader.of_row(row)
                 if entry is not None:
+                    if params.skip_special_tokens and token in self._tokenizer.special_ids:
+                        entry = msgspec.structs.replace(entry, silent=True)
                     choice.logprobs.append(entry)
         # The token that stopped the sequence is no text, unless asked for.
         text_end = len(outputs) - (reason == STOP and token >= 0 and not params.include_stop_str_in_output)
@@ -222,6 +226,9 @@ class Receiver:
             choice.parts.clear()
         tokens = choice.outputs[choice.sent :]
         extra = request.extra
+        offsets: list[int] = []
+        if extra is not None and extra.prompt_text is not None and request.params.prompt_logprobs is not None:
+            offsets = prompt_offsets(request.prompt.tolist(), extra.prompt_text, self._table.data, self._tokenizer.special_ids)
         if extra is not None or choice.logprobs or stop_reason is not None or error is not None:
             batch.extras.append(
                 RowExtra(
@@ -233,6 +240,8 @@ class Receiver:
                     error=error,
                     error_code=code,
                     prompt_text=extra.prompt_text if extra else None,
+                    prompt_offsets=offsets,
+                    prompt_first=self._table.data[request.prompt[0]] if offsets else b"",
                 )
             )
             request.extra = None

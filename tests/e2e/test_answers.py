@@ -151,6 +151,34 @@ def test_numbers_beyond_all_bounds_are_refused_not_passed_on(server: Any, field:
     assert server.client.get("/health/ready").status_code == 200
 
 
+@pytest.mark.parametrize("prompt", ["Three é", "中", [6, 5], "a \U0001f9ff z", "<|im_start|>user", [300, 6, 300]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_says_where_each_token_is(server: Any, prompt: Any, stream: bool) -> None:
+    if isinstance(prompt, str):
+        ids = server.client.post("/tokenize", json={"prompt": prompt}).json()["tokens"]
+    else:
+        ids = prompt
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 2, "ignore_eos": True, "stream": stream}
+    answer = server.client.post("/v1/completions", json=body)
+    if stream:
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        parts = [event["choices"][0] for event in events]
+        text = "".join(part["text"] for part in parts)
+        names, offsets = ([x for part in parts if part["logprobs"] for x in part["logprobs"][field]] for field in ("tokens", "text_offset"))
+    else:
+        (choice,) = answer.json()["choices"]
+        text, names, offsets = choice["text"], choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert len(names) == len(offsets) == len(ids) + 2
+    assert offsets == sorted(offsets)
+    assert offsets[0] == 0
+    assert offsets[-1] <= len(text)
+    whole = [(name, offset) for name, offset in zip(names, offsets, strict=True) if "\ufffd" not in name and not name.startswith("<|")]
+    assert all(text.startswith(name, offset) for name, offset in whole)
+    if prompt == "Three é":
+        assert (names[0], names[-4:-2]) == ("Th", ["\ufffd", "\ufffd"])
+        assert offsets[-4:-2] == [6, 6]
+
+
 def test_a_prompt_that_fills_the_context_is_scored(server: Any, client: OpenAI) -> None:
     ids = [20 + i % 300 for i in range(4096)]
     scored = client.completions.create(model="brook", prompt=ids, max_tokens=0, echo=True, logprobs=1)

@@ -222,6 +222,8 @@ def logprob_script(submit: Submit) -> list[Message]:
         prompt["prompt_text"] = "A bc"
     if submit.sampling.prompt_logprobs is not None:
         prompt["prompt_logprobs"] = [None, position(2, " b", -1.0, (2, " b", -1.0)), position(3, "c", -2.0, (4, "d", -0.3))]
+        if submit.echo:
+            prompt |= {"prompt_offsets": [0, 1, 3], "prompt_first": b"A"}
     if submit.sampling.max_tokens == 0:
         return [delta({"key": k, "tokens": [], "reason": "length", "output": 0, "extra": prompt}), finished(k, output=0)]
     mine = {} if submit.sampling.logprobs is None else {"logprobs": [first]}
@@ -271,6 +273,33 @@ def test_completion_logprobs(logprob_edge: Edge) -> None:
     parts = [c["choices"][0]["logprobs"] for c in stream[:-1] if c["choices"][0]["logprobs"]]
     assert {name: [x for part in parts for x in part[name]] for name in whole} == whole
     assert named["tokens"] == ["token_id:10", "token_id:11"]
+
+
+def test_tokens_of_one_character_share_its_offset_and_none_is_beyond_the_text(make_edge: MakeEdge) -> None:
+    pieces = [b"a", *(bytes([byte]) for byte in "中".encode()), b"<special>", b"b", b"<stop>"]
+
+    def script(submit: Submit) -> list[Message]:
+        at = [
+            TokenLogprobs(ids=[i], logprobs=[-1.0], ranks=[1], texts=[piece.decode("utf-8", "replace")], bytes_=[piece], silent=i == 4)
+            for i, piece in enumerate(pieces)
+        ]
+        rows = [("a", at[:1]), ("", at[1:3]), ("中b", at[3:])]
+        return [
+            *(delta({"key": submit.key, "text": text, "tokens": [], "extra": {"logprobs": some}}) for text, some in rows),
+            delta({"key": submit.key, "tokens": [], "reason": "stop"}),
+            finished(submit.key),
+        ]
+
+    edge = make_edge()
+    edge.text.script = script
+    body = {"model": "brook", "prompt": "p", "logprobs": 0}
+    with edge.http() as http:
+        whole = http.post("/v1/completions", json=body).json()["choices"][0]
+        stream = events(http.post("/v1/completions", json=body | {"stream": True}).text)
+    assert whole["text"] == "a中b"
+    assert whole["logprobs"]["text_offset"] == [0, 1, 1, 1, 2, 2, 3]
+    parts = [c["choices"][0]["logprobs"] for c in stream[:-1] if c["choices"][0]["logprobs"]]
+    assert [offset for part in parts for offset in part["text_offset"]] == [0, 1, 1, 1, 2, 2, 3]
 
 
 def test_echo_with_logprobs_as_evaluation_harnesses_use_it(logprob_edge: Edge) -> None:
