@@ -9,7 +9,9 @@ Strategy: one for one. A child that was up and dies is started again (epoch + 1)
 `max_restarts` within `window_s`, or a death before the child was ever up, ends the server with status 1. An engine's death is told to text
 (EngineDown, later EngineUp): to clients it is a pause. A new text process is told which engines are up.
 Stop ladder: the first signal drains (edges refuse and finish, then text), for at most `drain_s`; then Stop; then SIGTERM; then SIGKILL. A second
-signal skips to the end. Exit status: 0 after a clean drain; 128 + n if signal n cut requests short; 1 if a child failed for good.
+signal ends the drain now, in the same order (edges end each stream with an error event); a third skips to the end. A signal within SAME_S of
+the one before is that one again: make and timeout pass on what their group got too. Exit status: 0 after a clean drain; 128 + n if signal n
+cut requests short; 1 if a child failed for good.
 Long, because the strategies share one state that must be seen whole.
 """
 
@@ -52,7 +54,9 @@ STOP_S = 3.0
 TERM_S = 0.5
 """From SIGTERM to SIGKILL."""
 HARD_S = 0.3
-"""From Stop to SIGKILL after a second signal."""
+"""From Stop to SIGKILL when somebody is in a hurry."""
+SAME_S = 1.0
+"""A signal so soon after another is a copy of it."""
 LATE_S = 1.0
 """Longer than `drain_s` that root waits for the children's own deadline."""
 
@@ -136,6 +140,12 @@ class Supervisor:
         """running | draining | stopping | terminating | killing | over"""
         self._deadline_ns = 0
         self._signum = 0
+        self._signal_ns = 0
+        """When the last signal came that was not a copy."""
+        self._hurried = False
+        """The drain was ended by a second signal."""
+        self._cut = 0
+        """Requests that the children ended before their time."""
         self._status = 0
         self._error = ""
 
@@ -187,7 +197,8 @@ class Supervisor:
         elif isinstance(message, Drained):
             child.drained = True
             if message.cut and self._signum:
-                self._worse(128 + self._signum, f"{message.cut} requests were cut short by the shutdown deadline")
+                self._cut += message.cut
+                self._worse(128 + self._signum, "")
             yield from self._drain_on()
 
     def _phase_began(self, child: Child, message: StartupPhase) -> Iterator[To]:
@@ -292,6 +303,9 @@ class Supervisor:
 
     def _signalled(self, signum: int) -> Iterator[Message | To]:
         now = self._clock.now_ns()
+        if self._signum and now - self._signal_ns < SAME_S * 1e9:
+            return
+        self._signal_ns = now
         if self.phase == "running":
             self._signum = signum
             yield Notice(level="info", event="stopping", fields={"signal": signal.Signals(signum).name, "drain_s": self._drain_s})
@@ -301,10 +315,19 @@ class Supervisor:
             self.phase = "draining"
             self._deadline_ns = now + round((self._drain_s + LATE_S) * 1e9)
             yield from self._drain_on()
+        elif self.phase == "draining" and not self._hurried:
+            self._signum = signum
+            self._hurried = True
+            self._deadline_ns = min(self._deadline_ns, now + round(LATE_S * 1e9))
+            yield Notice(level="warning", event="second signal: ending what runs", fields={"signal": signal.Signals(signum).name})
+            for child in self.children:
+                child.drain_sent = False  # again, with a deadline that has come
+            yield from self._drain_on()
         elif self.phase == "draining":
             self._worse(128 + signum, "")
-            yield from self._stop("second signal", HARD_S, kill=True)
+            yield from self._stop("third signal", HARD_S, kill=True)
         elif self.phase in ("stopping", "terminating"):
+            self._signum = signum
             self._worse(128 + signum, "")
             yield from self._kill()
 
@@ -346,7 +369,11 @@ class Supervisor:
     def _maybe_leave(self) -> Iterator[Message]:
         if self.phase != "over" and not any(child.alive for child in self.children):
             self.phase = "over"
-            yield Leave(status=self._status, error=self._error)
+            error = self._error
+            if not error and self._cut:
+                by = "a second signal" if self._hurried else "the shutdown deadline"
+                error = f"{self._cut} {'request was' if self._cut == 1 else 'requests were'} cut short by {by}"
+            yield Leave(status=self._status, error=error)
 
     def _tick(self) -> Iterator[Message | To]:
         now = self._clock.now_ns()
@@ -360,7 +387,7 @@ class Supervisor:
             return
         if self.phase == "draining":
             self._worse(128 + self._signum, "Requests were still running when the shutdown deadline passed")
-            yield from self._stop("the shutdown deadline passed", STOP_S)
+            yield from self._stop("the shutdown deadline passed", HARD_S if self._hurried else STOP_S, kill=self._hurried)
         elif self.phase == "stopping":
             self.phase = "terminating"
             self._deadline_ns = now + round(TERM_S * 1e9)

@@ -7,6 +7,7 @@ What it does not know: routes (http.py, transports), the supervisor's policy.
 
 INT and TERM are ignored (core/processes.py): root decides. Drain: readiness turns false and new requests get 503 while connections are still accepted (the
 socket is shared, so that closing it would strand clients in its backlog); when nothing runs any more, or at the deadline, Drained is sent.
+Another Drain may bring the deadline forward. Whatever ends a request before its time, its stream ends with an error event.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -89,6 +91,8 @@ class Server:
         self._state = ServerState()
         self._servers: list[asyncio.Server] = []
         self._ticker: asyncio.Task[None] | None = None
+        self._drain_until = math.inf
+        self._drain_timeout: asyncio.Timeout | None = None
 
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
@@ -121,21 +125,35 @@ class Server:
     async def drain(self, deadline_s: float) -> int:
         """Refuse new requests, return when none is in progress; at the deadline (seconds) end the rest and return how many they were."""
         self.gateway.draining = True
+        self.drain_within(deadline_s)
         cut = 0
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout_at(self._drain_until) as self._drain_timeout:
                 await self.gateway.wait_idle()
         except TimeoutError:
             cut = self.gateway.active
             log.warning("%d requests were still running at the end of the drain", cut)
-            self.gateway.fail_all(Draining("The server is shutting down and could not finish this request.", retry_after_s=2.0), "drain")
+            self._end_all()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_S):
                     await self.gateway.wait_idle()
+        finally:
+            self._drain_timeout = None
         return cut
 
+    def drain_within(self, deadline_s: float) -> None:
+        """Bring the deadline of a drain forward, to so many seconds from now; never back."""
+        self._drain_until = min(self._drain_until, asyncio.get_running_loop().time() + deadline_s)
+        if self._drain_timeout is not None and not self._drain_timeout.expired():
+            self._drain_timeout.reschedule(self._drain_until)
+
+    def _end_all(self) -> None:
+        self.gateway.fail_all(Draining("The server is shutting down and could not finish this request.", retry_after_s=2.0), "drain")
+
     async def stop(self) -> None:
-        """Close everything. What still runs is cut."""
+        """Close everything. What still runs is cut, and told so."""
+        self.gateway.draining = True
+        self._end_all()
         if self._ticker is not None:
             self._ticker.cancel()
         for server in self._servers:
@@ -222,7 +240,9 @@ class _Process:
             await asyncio.sleep(HEARTBEAT_S)
 
     def _on_root(self, message: Message) -> None:
-        if isinstance(message, Drain) and self._drain is None:
+        if isinstance(message, Drain) and self._drain is not None and self._server is not None:
+            self._server.drain_within(message.deadline_s)
+        elif isinstance(message, Drain):
             self._drain = asyncio.get_running_loop().create_task(self._drained(message.deadline_s), name="drain")
         elif isinstance(message, Stop):
             self._over.set()

@@ -8,6 +8,8 @@ import socket
 import time
 from typing import Any
 
+from penstock.core.supervisor import SAME_S
+
 SLOW = {"step_s": 0.01}
 
 
@@ -39,16 +41,41 @@ def test_the_deadline_cuts_and_says_so(begin: Any, stream: Any) -> None:
     assert "cut short" in server.err.read_text().splitlines()[-1]
 
 
-def test_a_second_signal_does_not_wait_for_the_drain(begin: Any, stream: Any) -> None:
+def test_a_copy_of_the_signal_does_not_cut_the_drain(begin: Any, stream: Any) -> None:
+    """`make run` and `timeout` send on what their whole process group got."""
     server = begin(SLOW).ready()
-    running = stream(server, 4000)
+    running = stream(server, 200)
     running.reached(5)
+    os.killpg(server.process.pid, signal.SIGTERM)
+    server.wait_event("stopping")  # root took the first: the copy cannot merge with it
+    server.process.send_signal(signal.SIGTERM)
+    running.join(30)
+    assert running.done
+    assert len(running.tokens) == 200
+    assert server.wait() == 0
+    assert "killing" not in server.err.read_text()
+
+
+def test_a_second_signal_ends_every_stream_with_an_error_event(begin: Any, stream: Any) -> None:
+    server = begin(SLOW, edge_workers=2).ready()
+    running = [stream(server, 4000, prompt) for prompt in ("a", "b", "c")]
+    for one in running:
+        one.reached(5)
     server.process.send_signal(signal.SIGINT)
     server.wait_event("stopping")
+    time.sleep(SAME_S + 0.1)  # what makes it a second one
     began = time.monotonic()
     server.process.send_signal(signal.SIGINT)
     assert server.wait() == 128 + signal.SIGINT
     assert time.monotonic() - began < 5
+    for one in running:
+        one.join(10)
+        assert one.error is None
+        assert one.events[-1]["error"]["code"] == "draining"
+    causes = [event["cause"] for event in server.events() if event["event"] == "request cancelled"]
+    assert set(causes) <= {"drain"}, causes
+    assert server.err.read_text().splitlines()[-1] == "penstock: 3 requests were cut short by a second signal"
+    assert "killing" not in server.err.read_text()
     assert not server.left_over()
 
 

@@ -254,12 +254,12 @@ def test_cut_requests_make_the_status_say_so() -> None:
     world = World().all_up()
     world.say(Signalled(signum=signal.SIGTERM))
     world.drained(EDGE0, cut=2)
-    world.drained(EDGE1)
+    world.drained(EDGE1, cut=1)
     world.drained(TEXT)
     world.drained(ENGINE)
     leave = world.everybody_leaves()
     assert leave.status == 128 + signal.SIGTERM
-    assert "2 requests were cut short" in leave.error
+    assert leave.error == "3 requests were cut short by the shutdown deadline"
 
 
 def test_the_deadline_passes() -> None:
@@ -273,16 +273,78 @@ def test_the_deadline_passes() -> None:
     assert world.everybody_leaves().status == 128 + signal.SIGINT
 
 
-def test_a_second_signal_does_not_wait() -> None:
+def drain_deadlines(out: list[Any]) -> list[float]:
+    return [o.message.deadline_s for o in out if isinstance(o, To) and isinstance(o.message, Drain)]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.2, 0.9])
+def test_a_copy_of_a_signal_is_that_signal(pause: float) -> None:
+    """make and timeout send on what the whole group got already."""
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    world.after(pause)
+    assert world.say(Signalled(signum=signal.SIGTERM)) == []
+    for index in (EDGE0, EDGE1, TEXT, ENGINE):
+        world.drained(index)
+    assert world.say(Signalled(signum=signal.SIGTERM)) == []  # a drain may be over sooner than the copy comes
+    assert world.everybody_leaves() == Leave(status=0)
+
+
+def test_a_copy_while_starting_kills_nothing() -> None:
+    world = World()
+    world.say(Signalled(signum=signal.SIGTERM))
+    assert world.say(Signalled(signum=signal.SIGTERM)) == []
+    assert world.everybody_leaves() == Leave(status=0)
+
+
+def test_a_second_signal_ends_the_drain_now_in_its_order() -> None:
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    world.after(1.5)
+    out = world.say(Signalled(signum=signal.SIGINT))
+    assert told(out, Drain) == [EDGE0, EDGE1]
+    assert drain_deadlines(out) == [0.0, 0.0]
+    assert not told(out, Stop)
+    assert world.say(Signalled(signum=signal.SIGINT)) == []  # its copy
+    world.drained(EDGE0, cut=2)
+    out = world.drained(EDGE1)
+    assert (told(out, Drain), drain_deadlines(out)) == ([TEXT], [0.0])
+    world.drained(TEXT)
+    assert len(told(world.drained(ENGINE), Stop)) == 4
+    assert world.everybody_leaves() == Leave(status=128 + signal.SIGINT, error="2 requests were cut short by a second signal")
+
+
+def test_a_second_signal_that_cuts_nothing_leaves_with_0() -> None:
+    world = World().all_up()
+    world.say(Signalled(signum=signal.SIGTERM))
+    for index in (EDGE0, EDGE1):
+        world.drained(index)
+    world.after(1.5)
+    assert told(world.say(Signalled(signum=signal.SIGTERM)), Drain) == [TEXT]
+    world.drained(TEXT)
+    world.drained(ENGINE)
+    assert world.everybody_leaves() == Leave(status=0)
+
+
+def test_after_a_second_signal_nobody_is_waited_for_long() -> None:
     world = World().all_up()
     world.say(Signalled(signum=signal.SIGINT))
-    assert len(told(world.say(Signalled(signum=signal.SIGINT)), Stop)) == 4
+    world.after(2)
+    world.say(Signalled(signum=signal.SIGINT))
+    assert len(told(world.after(1.1), Stop)) == 4
     assert [k.signum for k in of(world.after(0.4), KillChild)] == [signal.SIGKILL] * 4
     assert world.everybody_leaves().status == 130
+
+
+def test_a_third_and_a_fourth_signal_do_not_wait_at_all() -> None:
     world = World().all_up()
     for _ in range(2):
         world.say(Signalled(signum=signal.SIGINT))
-    assert len(of(world.say(Signalled(signum=signal.SIGINT)), KillChild)) == 4  # a third: this instant
+        world.clock.advance(1.1)
+    assert len(told(world.say(Signalled(signum=signal.SIGINT)), Stop)) == 4
+    world.clock.advance(1.1)
+    assert len(of(world.say(Signalled(signum=signal.SIGINT)), KillChild)) == 4  # this instant
+    assert world.everybody_leaves().status == 130
 
 
 def test_a_signal_before_ready_stops_at_once_and_cleanly() -> None:
@@ -332,8 +394,9 @@ def test_a_child_that_waits_for_its_restart_does_not_hold_up_a_stop() -> None:
     world.up(EDGE0)
     world.dies(EDGE0)
     assert world.supervisor.children[EDGE0].state == "waiting"
-    world.say(Signalled(signum=signal.SIGTERM))
-    world.say(Signalled(signum=signal.SIGTERM))
+    for _ in range(3):
+        world.say(Signalled(signum=signal.SIGTERM))
+        world.clock.advance(1.1)
     for index in (ENGINE, TEXT, EDGE1):
         world.dies(index, 0)
     assert of(world.out, Leave)

@@ -498,6 +498,30 @@ def test_drain_deadline_ends_the_rest(make_edge: MakeEdge) -> None:
     assert edge.text.wait_for(Cancel)[0].cause == "drain"
 
 
+@pytest.mark.parametrize("how", ["a nearer deadline", "stop"])
+def test_whatever_ends_a_drain_early_each_stream_is_told(make_edge: MakeEdge, how: str) -> None:
+    edge = make_edge(text=lambda t: setattr(t, "script", silent))
+    results: list[httpx.Response] = []
+
+    def ask() -> None:
+        with edge.http() as http:
+            results.append(http.post(CHATS, json=CHAT | {"stream": True}))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    edge.text.wait_for(Submit)
+    drained = asyncio.run_coroutine_threadsafe(edge.server.drain(60.0), edge.loop)
+    edge.wait(lambda: edge.server.gateway.draining, "draining")
+    if how == "stop":
+        asyncio.run_coroutine_threadsafe(edge.server.stop(), edge.loop).result(10)
+    else:
+        edge.loop.call_soon_threadsafe(edge.server.drain_within, 0.0)
+        assert drained.result(10) == 1
+    thread.join(10)
+    assert json.loads(results[0].text.split("data: ")[-1])["error"]["code"] == "draining"
+    assert edge.text.wait_for(Cancel)[0].cause == "drain"
+
+
 # ------------------------------------------------------------------ headers, pages, metrics
 
 
