@@ -11,20 +11,28 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from penstock.core.columns import Column, i32
-from penstock.core.config import Config, build, from_env
+from penstock.core.config import OPTIONS, Config, build, from_env
 from penstock.core.control import EngineFacts, Message
-from penstock.core.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError
+from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError
 from penstock.core.local import LOCAL_EDGE, LocalServer
 from penstock.core.messages import Finished, Rejected, Submit, TextDelta, TokenLogprobs
-from penstock.core.sampling import SamplingParams, check_tokens
+from penstock.core.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
+from penstock.core.sampling import SamplingParams, from_python
 
 ChatMessage = dict[str, Any]
+
+
+SERVER_ONLY = frozenset(option.name for option in OPTIONS.values() if option.group == "server") | {
+    *("max_body_bytes", "max_header_bytes", "receive_timeout_s", "max_prompts", "max_choices", "max_streams"),
+    *("stream_park_bytes", "stream_max_bytes", "stream_stall_s", "keep_alive_s", "transports", "engine_restarts"),
+    *("max_num_queued_reqs", "max_num_queued_tokens", "log_level", "log_format", "otlp_traces_endpoint"),
+}
+"""Options that mean nothing without HTTP, processes or a queue to protect."""
 
 
 class CompletionOutput(msgspec.Struct, kw_only=True):
@@ -74,8 +82,8 @@ class _Call:
 class LLM:
     """A model in this process.
 
-    `LLM("folder", dtype="float32", max_num_seqs=8)` takes every option of `penstock serve` by its name; without a folder the demo model. Use it as a
-    context manager, or call `close()`. All methods may be called from several threads.
+    `LLM("folder", dtype="float32", max_num_seqs=8)` takes the options of `penstock serve` by their names, but for those of SERVER_ONLY; without
+    a folder the demo model. Use it as a context manager, or call `close()`. All methods may be called from several threads.
     Raises ConfigError, CheckpointError or PluginError when the model cannot be served.
     """
 
@@ -91,6 +99,9 @@ class LLM:
         if config is not None and (model is not None or options):
             raise TypeError("give either config, or model and options")
         if config is None:
+            wrong = next((name for name in options if name in SERVER_ONLY), None)
+            if wrong is not None:
+                raise ConfigError(f"{wrong} is an option of `penstock serve`: it would do nothing here. Leave it out.", param=wrong)
             config = build(from_env(), {**({"model": model} if model is not None else {}), **options})
         # An offline caller hands over its whole list at once: the admission bounds that protect a server would only refuse it.
         config = msgspec.structs.replace(config, max_num_queued_reqs=1 << 30, max_num_queued_tokens=1 << 40)
@@ -105,26 +116,23 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | None = None,
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Complete every prompt (texts, or lists of token ids); results in the prompts' order. `use_tqdm` shows a progress bar.
+        """Complete one prompt or a list of them; results in the prompts' order. `use_tqdm` shows a progress bar.
 
+        A prompt is a text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
         Raises InvalidRequest for the first prompt that cannot be served (the others are cancelled), EngineFailure when the engine dies.
         """
         if (prompts is None) == (prompt_token_ids is None):
             raise InvalidRequest("Give exactly one of prompts and prompt_token_ids.", param="prompts")
         if prompts is not None:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            parts: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+            parts = prompt_parts(prompts, "prompts")
         else:
-            parts = [
-                {"prompt_ids": _column(ids, f"prompt_token_ids[{i}]"), "prompt_name": f"prompt_token_ids[{i}]"}
-                for i, ids in enumerate(prompt_token_ids or [])
-            ]
+            parts = prompt_parts(prompt_token_ids, "prompt_token_ids", only_ids=True)
         return self._run("completion", parts, sampling_params, use_tqdm)
 
     def chat(
@@ -139,15 +147,19 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or many (a list of lists)."""
-        many: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        one = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
         shared = {
-            "tools": msgspec.json.encode(tools) if tools else b"",
-            "template_kwargs": msgspec.json.encode(chat_template_kwargs) if chat_template_kwargs else b"",
+            "tools": json_of(tools, "tools") if tools else b"",
+            "template_kwargs": json_of(chat_template_kwargs, "chat_template_kwargs") if chat_template_kwargs else b"",
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
-        parts = [{"messages": msgspec.json.encode(conversation), **shared} for conversation in many]
-        return self._run("chat", parts, sampling_params, use_tqdm)
+        if one:
+            conversations = [conversation_json(messages, "messages")]
+        else:
+            need(isinstance(messages, Sequence) and not isinstance(messages, str), f"messages {CONVERSATION}.", "messages")
+            conversations = [conversation_json(conversation, f"messages[{i}]") for i, conversation in enumerate(messages)]
+        return self._run("chat", [{"messages": conversation, **shared} for conversation in conversations], sampling_params, use_tqdm)
 
     def _run(
         self,
@@ -177,7 +189,7 @@ class LLM:
 
     async def stream(
         self,
-        prompt: str | Sequence[int] | Sequence[ChatMessage],
+        prompt: Prompt | Sequence[ChatMessage],
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[dict[str, Any]] | None = None,
@@ -201,7 +213,7 @@ class LLM:
 
     def stream_sync(
         self,
-        prompt: str | Sequence[int] | Sequence[ChatMessage],
+        prompt: Prompt | Sequence[ChatMessage],
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[dict[str, Any]] | None = None,
@@ -220,15 +232,18 @@ class LLM:
 
     # ------------------------------------------------------------------ inside
 
-    @staticmethod
-    def _params(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
             return [SamplingParams()] * count
-        if isinstance(given, SamplingParams):
-            return [given] * count
+        if not isinstance(given, (list, tuple)):
+            return [self._checked(given)] * count  # type: ignore[arg-type]
         if len(given) != count:
             raise InvalidRequest(f"{count} prompts need one or {count} sampling_params, not {len(given)}.", param="sampling_params")
-        return list(given)
+        return [self._checked(params) for params in given]
+
+    def _checked(self, given: SamplingParams) -> SamplingParams:
+        config = self._server.config
+        return from_python(given).validate(max_logprobs=config.max_logprobs, max_stop=config.max_stop)
 
     def _begin(
         self, kind: str, part: dict[str, Any], params: SamplingParams, wake: Callable[[StreamDelta | None], None]
@@ -360,21 +375,9 @@ def _on_end(ended: queue.SimpleQueue[int], index: int) -> Callable[[StreamDelta 
 
 
 def _part_of(prompt: Any, tools: list[dict[str, Any]] | None) -> tuple[str, dict[str, Any]]:
-    if isinstance(prompt, str):
-        return "completion", {"prompt": prompt}
-    if prompt and isinstance(prompt[0], dict):
-        return "chat", {"messages": msgspec.json.encode(list(prompt)), "tools": msgspec.json.encode(tools) if tools else b""}
-    return "completion", {"prompt_ids": _column(prompt, "prompt")}
-
-
-def _column(ids: Sequence[int], name: str) -> Column:
-    """Token ids as a column. Raises InvalidRequest for what is none; text knows the vocabulary's size."""
-    listed = list(ids)
-    wrong = next((i for i, token in enumerate(listed) if not isinstance(token, SupportsIndex)), None)
-    if wrong is not None:
-        raise InvalidRequest(f"{name}[{wrong}] is {listed[wrong]!r:.100}, which is no token id.", param=f"{name}[{wrong}]")
-    check_tokens(listed, name, None)
-    return i32(listed)
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+        return "chat", {"messages": conversation_json(prompt, "messages"), "tools": json_of(tools, "tools") if tools else b""}
+    return "completion", prompt_part(prompt, "prompt")
 
 
 def _bar(ends: Iterator[int], count: int, shown: bool) -> Iterator[int]:

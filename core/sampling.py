@@ -7,12 +7,14 @@ What it does not know: tokenizers, logits, slots. Stop strings are text's busine
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from penstock.core.errors import InvalidRequest
+from penstock.core.wording import plain
 
 MAX_N = 64
 INT_LIMIT = 2**31
@@ -108,6 +110,50 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         for index, sequence in enumerate(self.bad_words_token_ids):
             check_tokens(sequence, f"bad_words_token_ids[{index}]", vocab_size)
         return self
+
+
+_TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams, include_extras=True)
+_DEFAULTS: dict[str, Any] = {field: getattr(SamplingParams(), field) for field in SamplingParams.__struct_fields__}
+
+
+def from_python(params: SamplingParams) -> SamplingParams:
+    """Settings that Python code constructed, which nothing has checked: a copy whose fields have their types.
+
+    As in vLLM, `stop` may be one text, None stands for a default, and numpy's numbers and arrays are numbers and lists.
+    Raises InvalidRequest naming the field.
+    """
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"sampling_params must be SamplingParams, but is {type(params).__name__}.", param="sampling_params")
+    values: dict[str, Any] = {}
+    for field in SamplingParams.__struct_fields__:
+        value = getattr(params, field)
+        if value is None:
+            value = _DEFAULTS[field]
+        elif hasattr(value, "tolist"):
+            value = value.tolist()
+        if field == "stop" and isinstance(value, str):
+            value = [value]
+        try:
+            values[field] = msgspec.convert(value, _TYPES[field])
+        except msgspec.ValidationError as error:
+            what, _, at = str(error).partition(" - at `$")
+            where = field + at.rstrip("`") if at.startswith("[") and "..." not in at else field
+            said = plain(what)
+            raise InvalidRequest(f"{where} {said}." if said != what else f"{where}: {what}.", param=where) from None
+    for field in ("stop", "bad_words"):
+        for index, text in enumerate(values[field]):
+            check_text(text, f"{field}[{index}]")
+    return SamplingParams(**values)
+
+
+def check_text(text: str, param: str) -> None:
+    """Raises InvalidRequest for a text that no encoding can carry (half of a surrogate pair)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param} is no valid Unicode: {text[error.start]!a} at character {error.start} is half of a pair.", param=param
+        ) from None
 
 
 def shorten(number: int) -> str:

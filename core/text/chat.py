@@ -13,6 +13,8 @@ import msgspec
 
 from penstock.core.errors import InvalidRequest, UnsupportedFeature
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Who may speak, as OpenAI names them."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from penstock import LLM, SamplingParams
@@ -113,6 +114,128 @@ def test_wrong_token_ids_are_named(llm: LLM, ids: list[list[Any]], field: str) -
     with pytest.raises(InvalidRequest) as caught:
         llm.generate(prompt_token_ids=ids)
     assert caught.value.param == field
+
+
+def test_every_shape_of_a_prompt_is_the_same_prompt(llm: LLM) -> None:
+    ids = llm.generate("Penstock is", GREEDY)[0].prompt_token_ids
+    shapes: list[Any] = ["Penstock is", ids, tuple(ids), np.array(ids), {"prompt": "Penstock is"}, {"prompt_token_ids": ids}]
+    alone = [llm.generate(shape, GREEDY) for shape in shapes]
+    assert {len(outputs) for outputs in alone} == {1}
+    together = llm.generate(shapes, GREEDY)
+    outputs = [
+        *(o for (o,) in alone),
+        *together,
+        *llm.generate(prompt_token_ids=ids, sampling_params=GREEDY),
+        *llm.generate(np.array([ids]), GREEDY),
+    ]
+    assert {tuple(o.prompt_token_ids) for o in outputs} == {tuple(ids)}
+    assert len({o.outputs[0].text for o in outputs}) == 1
+    assert [o.prompt for o in together] == ["Penstock is", None, None, None, "Penstock is", None]
+    assert "".join(d.text for d in llm.stream_sync({"prompt_token_ids": ids}, GREEDY)) == outputs[0].outputs[0].text
+    assert llm.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "field"),
+    [
+        (b"bytes", "prompts"),
+        (5, "prompts"),
+        (["x", b"bytes"], "prompts[1]"),
+        (["x", 5], "prompts[1]"),
+        (["x", None], "prompts[1]"),
+        ([5, "x"], "prompts[1]"),
+        ([5, True], "prompts[1]"),
+        ([5, 1.5], "prompts[1]"),
+        ([[5, 6], []], "prompts[1]"),
+        ([[5, 6], [7, "x"]], "prompts[1][1]"),
+        ([[5, 6], [7, 10**6]], "prompts[1][1]"),
+        ({"prompt_token_ids": [5, "x"]}, "prompts.prompt_token_ids[1]"),
+        ({"prompt_token_ids": "x"}, "prompts.prompt_token_ids"),
+        ({"prompt": [5]}, "prompts.prompt"),
+        ({"promt": "x"}, "prompts"),
+        ({"prompt": "x", "multi_modal_data": {}}, "prompts"),
+        (["x", {}], "prompts[1]"),
+        ("half \ud800", "prompts"),
+        (["x", "half \ud800"], "prompts[1]"),
+        (["x", {"prompt": "half \udfff"}], "prompts[1].prompt"),
+        (["x", ""], "prompts[1]"),
+        (["x", "word " * 9000], "prompts[1]"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_wrong_prompts_are_named(llm: LLM, prompts: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate(prompts, SamplingParams(max_tokens=1))
+    assert caught.value.param == field
+    assert field in caught.value.message or "prompt is empty" in caught.value.message or "characters" in caught.value.message
+    assert "TextEncodeInput" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"temperature": "x"}, "temperature"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"stop": ["\ud800"]}, "stop[0]"),
+        ({"n": 1.5}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"seed": 2**70}, "seed"),
+        ({"ignore_eos": "yes"}, "ignore_eos"),
+        ({"bad_words": "word"}, "bad_words"),
+        ({"stop_token_ids": [1, "x"]}, "stop_token_ids[1]"),
+    ],
+    ids=str,
+)
+def test_params_of_a_wrong_type_name_the_field(llm: LLM, params: dict[str, Any], field: str) -> None:
+    given = SamplingParams(**params)
+    for call in (lambda: llm.generate("x", given), lambda: llm.chat(question("x"), [given]), lambda: list(llm.stream_sync("x", given))):
+        with pytest.raises(InvalidRequest) as caught:
+            call()
+        assert caught.value.param == field
+        assert field in caught.value.message
+    with pytest.raises(InvalidRequest):
+        llm.generate("x", {"temperature": 0})  # type: ignore[arg-type]
+
+
+def test_params_may_be_written_as_for_vllm(llm: LLM) -> None:
+    loose: Any = {"temperature": np.float32(0), "max_tokens": np.int64(24), "stop": "zzz", "stop_token_ids": None, "logit_bias": None}
+    (got,) = llm.generate("Penstock is", SamplingParams(**loose))
+    (want,) = llm.generate("Penstock is", SamplingParams(temperature=0, max_tokens=24, stop=["zzz"]))
+    assert got.outputs[0].text == want.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([{"role": "zzz", "content": "x"}], "messages[0].role"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([question("x"), [{"role": "zzz", "content": "x"}]], "messages[1][0].role"),
+        ([{"role": "user", "content": "half \ud800"}], "messages"),
+        ([question("x"), "text"], "messages[1]"),
+        ([{"role": "user", "content": object()}], "messages"),
+        ("text", "messages"),
+        ([*question("x"), "y"], "messages[1]"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_wrong_conversations_are_named(llm: LLM, messages: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.chat(messages, GREEDY)
+    assert caught.value.param == field
+    if isinstance(messages[0], dict):
+        with pytest.raises(InvalidRequest):
+            next(llm.stream_sync(messages, GREEDY))
+
+
+@pytest.mark.parametrize("option", [{"port": 5}, {"api_key": ["x"]}, {"max_streams": 2}, {"max_num_queued_reqs": 4}])
+def test_options_of_the_server_alone_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(**option)
+    assert caught.value.param == next(iter(option))
 
 
 def test_more_than_the_context_is_the_error_that_the_server_gives(llm: LLM) -> None:
