@@ -177,7 +177,7 @@ def plugins(as_json: bool) -> None:
     from penstock.core.plugin_host import PluginHost, Role
 
     roles: tuple[Role, ...] = ("root", "edge", "text", "engine")
-    rows = [row for role in roles for row in PluginHost(role, skip_broken=True).load().report()]
+    rows = [row for role in roles for row in PluginHost(role, skip_broken=True).load().check().report()]
     head = ["plugin", "package", "version", "process", "hooks"]
     if as_json:
         click.echo(json.dumps([dict(zip(head, row, strict=True)) for row in rows], indent=2))

@@ -8,6 +8,7 @@ What it does not know: sockets, processes, text. core/kernel.py puts it into a p
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from penstock.core.hookspecs import SchedulePolicySpec
 from penstock.core.hosts import FusedHost, TaskHost, make_host
 from penstock.core.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark
 from penstock.core.plugin_host import PluginHost
-from penstock.core.policy import SchedulePolicy
+from penstock.core.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.wiring import CallPort, Port
 
 DTYPES = {"half": "float16", "float": "float32"}
@@ -182,7 +183,9 @@ class Engine:
             self._plugins.schedule_policies()
             spec = self._plugins.pick("schedule_policies", self.config.scheduling_policy, "scheduling-policy")
             assert isinstance(spec, SchedulePolicySpec)
-            policy = spec.factory(**{name: getattr(self.config, name) for name in spec.options})
+            made = spec.factory(**{name: getattr(self.config, name) for name in spec.options})
+            policy = CheckedPolicy(made, functools.partial(self._plugins.blame, "schedule_policies", spec.name))
+            probe(policy)
         return device, policy
 
     def _ports(self, queue: DeviceQueue) -> tuple[Port, ...]:

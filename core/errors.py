@@ -130,6 +130,12 @@ class PluginError(FinalError):
     """A plugin cannot be loaded or broke its contract; names the package."""
 
 
+class PluginFault(PenstockError):
+    """A plugin's own code failed, or returned what it must not; names plugin and package. Not final: it may have been the moment."""
+
+    default_code = "engine_failure"
+
+
 class CheckpointError(FinalError):
     """A model folder cannot be read; names the file and the field."""
 

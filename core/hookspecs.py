@@ -145,7 +145,8 @@ def register_weight_sources() -> list[WeightSourceSpec]:  # type: ignore[empty-b
 
 @hookspec
 def register_schedule_policies() -> list[SchedulePolicySpec]:  # type: ignore[empty-body]
-    """When: an engine starts. Who: `penstock.engine`. Returns orders for `--scheduling-policy`."""
+    """When: an engine starts. Who: `penstock.engine`. Returns orders for `--scheduling-policy`; the one that is
+    chosen is tried on made-up rows before the first request."""
 
 
 @hookspec(firstresult=True)

@@ -2,13 +2,16 @@
 
 What it is: discovery through entry points (`penstock.root`, `penstock.edge`, `penstock.text`, `penstock.engine`), registration with pluggy,
 the api_level check, one name -> spec map per family, and the report behind `penstock plugins`. A plugin that cannot load stops the process,
-unless broken plugins are to be skipped (then it is named in the report).
+unless broken plugins are to be skipped (then it is named in the report). Hooks and specs of other packages are called through
+core/plugin_guard.py, so that their exceptions name them.
 What it does not know: what a spec's factory makes, the step loop (which never comes here).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +23,7 @@ import pluggy
 
 from penstock.core import hookspecs
 from penstock.core.config import Config, nearest
-from penstock.core.errors import ConfigError, PluginError
+from penstock.core.errors import ConfigError, PluginError, PluginFault
 from penstock.core.hookspecs import (
     API_LEVEL,
     AttentionSpec,
@@ -33,11 +36,26 @@ from penstock.core.hookspecs import (
     TransportSpec,
     WeightSourceSpec,
 )
+from penstock.core.plugin_guard import FLAGS, NOUNS, WITHOUT, fault, guarded, wrong_field, wrong_result
 
+log = logging.getLogger("penstock.plugins")
 Role = Literal["root", "edge", "text", "engine"]
 S = TypeVar("S", bound=Spec)
 
 BUILT_IN = "penstock"
+
+SKIP = "start with --skip-broken-plugins"
+FAMILIES: dict[str, tuple[Role, str, type[Spec]]] = {
+    "devices": ("engine", "register_devices", DeviceSpec),
+    "models": ("engine", "register_models", ModelSpec),
+    "attention_backends": ("engine", "register_attention_backends", AttentionSpec),
+    "weight_sources": ("engine", "register_weight_sources", WeightSourceSpec),
+    "schedule_policies": ("engine", "register_schedule_policies", SchedulePolicySpec),
+    "tokenizers": ("text", "register_tokenizers", TokenizerSpec),
+    "chat_renderers": ("text", "register_chat_renderers", ChatRendererSpec),
+    "transports": ("edge", "register_transports", TransportSpec),
+}
+"""family -> the process that loads it, its hook, what the hook returns."""
 
 BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "device": ("engine", ("auto", "cpu", "cuda")),
@@ -91,7 +109,8 @@ class PluginHost:
         self.manager.add_hookspecs(hookspecs)
         self.plugins: list[PluginInfo] = []
         self.choices: list[Choice] = []
-        self._families: dict[str, dict[str, tuple[Spec, str]]] = {}
+        self._infos: dict[str, PluginInfo] = {}
+        self._families: dict[str, dict[str, tuple[Spec, PluginInfo]]] = {}
 
     @property
     def hook(self) -> Any:
@@ -121,48 +140,113 @@ class PluginHost:
             self.manager.register(plugin, name=label)
             self.manager.check_pending()
             info.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(plugin) or [])
+            self._infos[label] = info
+            if info.package != BUILT_IN:
+                self._guard_hooks(plugin, info)
         except Exception as error:  # whatever a stranger's import does
             if self.manager.has_plugin(label):
                 self.manager.unregister(name=label)
             info.error = f"{type(error).__name__}: {error}"
             if not self._skip_broken:
                 raise PluginError(
-                    f"Plugin {info.name!r} of package {info.package!r} cannot be loaded ({info.error})."
-                    " Fix or uninstall it, or start with --skip-broken-plugins."
+                    f"Plugin {info.name!r} of package {info.package!r} cannot be loaded ({info.error}). Fix or uninstall it, or {SKIP}."
                 ) from error
+            log.warning("plugin %s of package %s is skipped: %s", info.name, info.package, info.error)
         self.plugins.append(info)
 
-    def _package_of(self, plugin: Any) -> str:
-        return (self.manager.get_name(plugin) or "?").split(":")[0]
+    def _guard_hooks(self, plugin: Any, info: PluginInfo) -> None:
+        """Its hooks' exceptions name it. A broken hook of the start may be skipped: it then has nothing to register and no wish."""
+        what = f"Plugin {info.name!r} of package {info.package!r}"
+        for caller in self.manager.get_hookcallers(plugin) or []:
+            at_start = caller.name.startswith(("register_", "choose_"))
+            remedy = f"Fix or uninstall it, or {SKIP}." if at_start else "Fix or uninstall it."
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin is plugin and not implementation.wrapper and not implementation.hookwrapper:
+                    blame = functools.partial(fault, what, caller.name, remedy=remedy)
+                    skip = functools.partial(self._skip, info) if at_start and self._skip_broken else None
+                    object.__setattr__(implementation, "function", guarded(implementation.function, blame, skip))
+
+    def _skip(self, info: PluginInfo, wrong: PluginFault | str, instead: Any = None) -> Any:
+        text = wrong if isinstance(wrong, str) else wrong.message
+        info.error = f"{info.error}; {text}" if info.error else text
+        log.warning("plugin %s of package %s is skipped: %s", info.name, info.package, text)
+        return instead
+
+    def _reject(self, info: PluginInfo, wrong: str, remedy: str = "Fix or uninstall it") -> None:
+        """Stop, or go on without."""
+        if not self._skip_broken:
+            raise PluginError(f"Plugin {info.name!r} of package {info.package!r}: {wrong}. {remedy}, or {SKIP}.")
+        self._skip(info, wrong)
+
+    def check(self) -> PluginHost:
+        """Look at every family of this process: what is wrong with one is raised, or in the report."""
+        for name, (role, hook, kind) in FAMILIES.items():
+            if role == self.role:
+                self.family(name, hook, kind)
+        return self
 
     def family(self, name: str, hook: str, kind: type[S]) -> Mapping[str, S]:
-        """name -> spec of one family; checks type, api_level and duplicate names once."""
+        """name -> spec of one family; checks type, fields, api_level and duplicate names once."""
         if name not in self._families:
-            specs: dict[str, tuple[Spec, str]] = {}
+            specs: dict[str, tuple[Spec, PluginInfo]] = {}
             caller = getattr(self.manager.hook, hook)
             for implementation in caller.get_hookimpls():
-                package = self._package_of(implementation.plugin)
-                for spec in implementation.function() or []:
-                    self._check(spec, kind, name, package)
+                info = self._infos[self.manager.get_name(implementation.plugin) or "?"]
+                found = implementation.function()
+                if found is not None and not isinstance(found, (list, tuple)):
+                    self._reject(info, f"{hook}() must return a list of {kind.__name__}, not {_a(found)}")
+                    continue
+                for spec in found or []:
+                    if not self._fits(spec, kind, name, hook, info):
+                        continue
                     if spec.name in specs:
-                        raise PluginError(
-                            f"Two plugins register the {name} name {spec.name!r}: packages {specs[spec.name][1]!r} and {package!r}."
-                            " Uninstall one of them."
+                        other = specs[spec.name][1].package
+                        self._reject(
+                            info,
+                            f"two plugins register the {name} name {spec.name!r}: packages {other!r} and {info.package!r}",
+                            "Uninstall one of them",
                         )
-                    specs[spec.name] = (spec, package)
+                        continue
+                    specs[spec.name] = (self._guard_spec(spec, name, info), info)
             self._families[name] = specs
         return {key: cast(S, spec) for key, (spec, _) in self._families[name].items()}
 
-    def _check(self, spec: Any, kind: type[Spec], family: str, package: str) -> None:
-        if not isinstance(spec, kind):
-            raise PluginError(f"Package {package!r}: the hook for {family} must return {kind.__name__} items, not {type(spec).__name__}.")
+    def _fits(self, spec: Any, kind: type[Spec], family: str, hook: str, info: PluginInfo) -> bool:
         current = API_LEVEL[family]
-        if spec.api_level not in (current, current - 1) or spec.api_level < 1:
-            raise PluginError(
-                f"Package {package!r}: {family} {spec.name!r} has api_level {spec.api_level}, this Penstock speaks {current}"
-                + (f" and {current - 1}" if current > 1 else "")
-                + ". Install a matching version."
+        if not isinstance(spec, kind):
+            self._reject(info, f"{hook}() must return a list of {kind.__name__}, but {_a(spec)} is in it")
+        elif (wrong := wrong_field(spec)) is not None:
+            self._reject(info, f"the {NOUNS[family]} {spec.name!r} is not well-formed: {wrong}")
+        elif spec.api_level not in (current, current - 1) or spec.api_level < 1:
+            levels = f"{current} and {current - 1}" if current > 1 else str(current)
+            self._reject(
+                info,
+                f"the {NOUNS[family]} {spec.name!r} has api_level {spec.api_level}, this Penstock speaks {levels}",
+                "Install a matching version",
             )
+        else:
+            return True
+        return False
+
+    def _guard_spec(self, spec: Spec, family: str, info: PluginInfo) -> Spec:
+        """The spec with its functions' exceptions naming it. Built-in ones speak for themselves."""
+        if info.package == BUILT_IN:
+            return spec
+        functions: dict[str, Any] = {}
+        for field in spec.__struct_fields__:
+            function = getattr(spec, field)
+            if callable(function):
+                can_skip = field in WITHOUT
+                blame = functools.partial(_blame, spec, family, info, field, can_skip)
+                skip = functools.partial(self._skip, info, instead=WITHOUT[field]) if can_skip and self._skip_broken else None
+                check = functools.partial(_check_result, family, blame) if field == "factory" else None
+                functions[field] = guarded(function, blame, skip, check)
+        return msgspec.structs.replace(spec, **functions)
+
+    def blame(self, family: str, name: str, call: str, error: Exception | str) -> PluginFault:
+        """For a fault in what the factory of a spec gave: an exception in `call`, or what is wrong with its answer."""
+        spec, info = self._families[family][name]
+        return _blame(spec, family, info, call, False, error)
 
     def devices(self) -> Mapping[str, DeviceSpec]:
         return self.family("devices", "register_devices", DeviceSpec)
@@ -192,18 +276,21 @@ class PluginHost:
         """The spec called `name`, or ConfigError naming the option and the nearest known name."""
         specs = self._families[family]
         if name not in specs:
+            skipped = [f"plugin {info.name!r} of package {info.package!r} ({info.error})" for info in self.plugins if info.error]
             raise ConfigError(
-                f"--{option} {name}: no such plugin.{nearest(name, specs)} Known: {', '.join(sorted(specs)) or 'none'}.", param=option
+                f"--{option} {name}: no such plugin.{nearest(name, specs)} Known: {', '.join(sorted(specs)) or 'none'}."
+                + (f" Skipped as broken: {'; '.join(skipped)}." if skipped else ""),
+                param=option,
             )
-        spec, package = specs[name]
-        self.note(family, spec.name, package, f"--{option} {name}")
+        spec, info = specs[name]
+        self.note(family, spec.name, info.package, f"--{option} {name}")
         return spec
 
     def note(self, family: str, winner: str, package: str, why: str) -> None:
         self.choices.append(Choice(family=family, winner=winner, package=package, why=why))
 
     def package_of(self, family: str, name: str) -> str:
-        return self._families[family][name][1]
+        return self._families[family][name][1].package
 
     def choose_device(self, wanted: str) -> DeviceSpec:
         """`--device`: by name, or the available one that a plugin's choose_device hook or the highest priority picks."""
@@ -231,6 +318,22 @@ class PluginHost:
         return [
             [p.name, p.package, p.version, p.role, ", ".join(p.hooks) if p.error is None else f"broken: {p.error}"] for p in self.plugins
         ]
+
+
+def _blame(spec: Spec, family: str, info: PluginInfo, call: str, can_skip: bool, error: Exception | str) -> PluginFault:
+    what = f"The {NOUNS[family]} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
+    other = SKIP if can_skip else f"choose another with {FLAGS[family]}" if family in FLAGS else ""
+    return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
+
+
+def _check_result(family: str, blame: Any, result: Any) -> None:
+    wrong = wrong_result(family, result)
+    if wrong is not None:
+        raise blame(wrong)
+
+
+def _a(found: Any) -> str:
+    return f"{type(found).__name__} ({str(found)[:60]!r})" if isinstance(found, (str, int, float)) else type(found).__name__
 
 
 def _package(entry: metadata.EntryPoint) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.control import Boot, ChildDown, ChildToRoot, Hello, Message, RootToChild
-from penstock.core.errors import PenstockError, ProtocolError
+from penstock.core.errors import PenstockError, PluginFault, ProtocolError
 from penstock.core.frames import FrameDecoder, encode, make_hello
 
 QUIET = {signal.SIGINT, signal.SIGTERM}
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         status = run(boot, control) or 0
     except BaseException as error:
         cause = root_cause(error)
-        if not isinstance(cause, PenstockError) or isinstance(cause, ProtocolError):
+        if not isinstance(cause, PenstockError) or isinstance(cause, (PluginFault, ProtocolError)):
             _log_crash(boot, error)
         report(spare, boot, cause)
     sys.stdout.flush()
