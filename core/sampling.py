@@ -22,6 +22,11 @@ INT_LIMIT = 2**31
 GREEDY_EPSILON = 1e-5
 """A temperature below this is greedy (as in vLLM)."""
 
+MAX_TEMPERATURE = 1000.0
+"""Beyond it every token is as likely as any other; float32 could not hold the largest numbers that JSON can."""
+MAX_REPETITION = 100.0
+"""Repetition penalties are from its inverse to it: logits stay finite in float32."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling settings of one request. Call `.validate()`; it raises InvalidRequest naming the field.
@@ -75,15 +80,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
             number = getattr(self, param)
             need(number is None or abs(number) < INT_LIMIT, param, f"must be below {INT_LIMIT}")
         need(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}")
-        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "must be 0 or more")
+        finite("temperature", 0, MAX_TEMPERATURE)
         need(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
         need(self.top_k >= -1, "top_k", "must be -1 or 0 (off) or a positive count")
         finite("min_p", 0, 1)
-        need(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            "must be above 0",
-        )
+        finite("repetition_penalty", 1 / MAX_REPETITION, MAX_REPETITION)
         finite("frequency_penalty", -2, 2)
         finite("presence_penalty", -2, 2)
         need(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "must be 0 or more")

@@ -209,6 +209,31 @@ def test_params_may_be_written_as_for_vllm(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1000.0},
+        {"temperature": 1e-5},
+        {"temperature": 1e-300},
+        {"top_p": 1e-300},
+        {"min_p": 1e-300},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0},
+        {"frequency_penalty": 1e-300, "presence_penalty": -1e-300},
+        {"frequency_penalty": -2.0, "presence_penalty": -2.0},
+        {"logit_bias": {5: 1e-300, 6: 100.0, 7: -100.0}},
+        {"temperature": 1e-4, "repetition_penalty": 0.01, "frequency_penalty": 2.0, "logit_bias": {9: 100.0}},
+    ],
+    ids=str,
+)
+def test_settings_at_their_bounds_are_computed_without_a_warning(llm: LLM, extreme: dict[str, Any]) -> None:
+    """Warnings are errors in these tests, and one in the engine would end it."""
+    (got,) = llm.generate("The water", SamplingParams(max_tokens=8, ignore_eos=True, seed=1, **extreme))
+    assert got.outputs[0].finish_reason == "length"
+    assert len(got.outputs[0].token_ids) == 8
+
+
+@pytest.mark.parametrize(
     ("messages", "field"),
     [
         ([{"role": "zzz", "content": "x"}], "messages[0].role"),
