@@ -6,11 +6,15 @@ import asyncio
 import json
 import math
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from penstock.plugins.commands.bench import report, workload
 from penstock.plugins.commands.bench.client import Client, Record
+from penstock.plugins.commands.bench.command import bench
 
 
 def test_percentiles_interpolate() -> None:
@@ -33,6 +37,76 @@ def test_shared_prefixes_are_shared() -> None:
     heads = [tuple(r.prompt[:20]) for r in load.requests]
     assert heads[0] == heads[2] == heads[4]
     assert heads[1] == heads[3] != heads[0]
+
+
+def test_fixed_lengths_are_never_cut() -> None:
+    exact = workload.make(count=2, vocab=500, seed=1, prefix_len=20, input_len=60, output_len=20, max_len=100)
+    assert [(len(r.prompt), r.output) for r in exact.requests] == [(80, 20)] * 2
+    for changes in ({"input_len": 61, "output_len": 20}, {"input_len": 80}, {"output_len": 80}):
+        with pytest.raises(workload.DoesNotFit, match=r"context is 100"):
+            workload.make(count=1, vocab=500, seed=1, prefix_len=20, max_len=100, **changes)
+    drawn = workload.make(count=50, vocab=500, seed=1, prefix_len=20, input_len=70, max_len=100)
+    assert {len(r.prompt) for r in drawn.requests} == {90}
+    assert all(1 <= r.output <= 10 for r in drawn.requests)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("serve --requests 0", "--requests"),
+        ("serve --input-len 0", "--input-len"),
+        ("serve --output-len -1", "--output-len"),
+        ("serve --concurrency 0", "--concurrency"),
+        ("serve --request-rate 0", "--request-rate"),
+        ("serve -- tiny", "--start"),
+        ("throughput --requests 0", "--requests"),
+        ("latency --repeats 0", "--repeats"),
+        ("latency --requests 5", "--requests"),
+        ("latency --prefixes 0", "--prefixes"),
+        ("latency --input-len 4090 --output-len 100 -- --kv-cache-memory-bytes 64M", "4190 tokens"),
+        ("footprint --repeats 0", "--repeats"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(line: str, said: str) -> None:
+    result = CliRunner().invoke(bench, line.split())
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+
+
+def test_a_load_that_does_not_fit_the_servers_context_is_refused() -> None:
+    async def inside() -> int:
+        server = await asyncio.start_server(models_of_4096, "127.0.0.1", 0)
+        port: int = server.sockets[0].getsockname()[1]
+        line = f"serve --url http://127.0.0.1:{port} --input-len 4090 --output-len 100 --vocab 300"
+        async with server:
+            result = await asyncio.to_thread(CliRunner().invoke, bench, line.split())
+        assert "4190 tokens" in result.output
+        return int(result.exit_code)
+
+    assert asyncio.run(inside()) == 2
+
+
+async def models_of_4096(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    body = json.dumps({"data": [{"id": "brook", "max_model_len": 4096}]}).encode()
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+
+def test_every_option_of_latency_does_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(workload, "make", lambda _make=workload.make, **settings: made.append(settings) or _make(**settings))
+    line = "latency --batch-size 2 --repeats 1 --input-len 3 --output-len 2 --prefix-len 4 --prefixes 2 --seed 9 --json"
+    result = CliRunner().invoke(bench, [*line.split(), str(tmp_path / "out.json"), "--", "--kv-cache-memory-bytes", "64M"])
+    assert result.exit_code == 0, result.output
+    assert "batch 2, 7 in, 2 out" in result.output
+    assert len(made) == 2
+    want = {"count": 2, "input_len": 3, "output_len": 2, "prefix_len": 4, "prefixes": 2}
+    assert all(want.items() <= settings.items() for settings in made)
+    row = json.loads((tmp_path / "out.json").read_text())
+    assert row["settings"]["prefixes"] == 2
 
 
 def test_arrivals_have_the_asked_rate() -> None:

@@ -26,20 +26,44 @@ def bench() -> None:
     """Measure a server or the engine. Lengths come from a fixed seed; figures are printed and, with --json, kept."""
 
 
-def shape_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that every benchmark shares."""
+COUNT = click.IntRange(min=1)
+AMOUNT = click.IntRange(min=0)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+def length_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How many requests, and how long: of benchmarks that draw lengths."""
     options: list[Decorator] = [
-        click.option("--requests", default=64, show_default=True, help="How many requests."),
-        click.option("--input-len", type=int, help="Fixed prompt length; default: ShareGPT-like lengths."),
-        click.option("--output-len", type=int, help="Fixed output length; default: ShareGPT-like lengths."),
-        click.option("--prefix-len", default=0, show_default=True, help="Tokens of a shared prefix before each prompt."),
-        click.option("--prefixes", default=1, show_default=True, help="How many distinct shared prefixes."),
+        click.option("--requests", type=COUNT, default=64, show_default=True, help="How many requests."),
+        click.option("--input-len", type=COUNT, help="Fixed prompt length; default: ShareGPT-like lengths."),
+        click.option("--output-len", type=COUNT, help="Fixed output length; default: ShareGPT-like lengths."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def shape_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that every load shares."""
+    options: list[Decorator] = [
+        click.option("--prefix-len", type=AMOUNT, default=0, show_default=True, help="Tokens of a shared prefix before each prompt."),
+        click.option("--prefixes", type=COUNT, default=1, show_default=True, help="How many distinct shared prefixes."),
         click.option("--seed", default=0, show_default=True, help="Seed of lengths, ids and arrivals."),
         click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line."),
     ]
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def make_load(**settings: Any) -> Workload:
+    """workload.make, whose refusals become those of the command line."""
+    from penstock.plugins.commands.bench import workload
+
+    try:
+        return workload.make(**settings)
+    except workload.DoesNotFit as error:
+        raise click.UsageError(f"{error}. Lower --prefix-len, --input-len or --output-len.") from None
 
 
 def write_json(path: str | None, kind: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
@@ -95,13 +119,18 @@ async def run_load(client: Client, load: Workload, concurrency: int | None, on_d
 )
 @click.option("--model", help="Model name; default: the server's first.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="Key for the server.")
-@click.option("--vocab", type=int, help="Prompt ids are drawn below this; default: what the server's tokenizer says, else 4096.")
-@click.option("--request-rate", default=math.inf, show_default=True, help="Mean arrivals a second (Poisson); inf: all at once.")
-@click.option("--burstiness", default=1.0, show_default=True, help="1: Poisson; larger: more regular arrivals.")
-@click.option("--concurrency", type=int, help="Most requests at once.")
+@click.option(
+    "--vocab", type=click.IntRange(min=17), help="Prompt ids are drawn below this; default: what the server's tokenizer says, else 4096."
+)
+@click.option(
+    "--request-rate", type=POSITIVE, default=math.inf, show_default=True, help="Mean arrivals a second (Poisson); inf: all at once."
+)
+@click.option("--burstiness", type=POSITIVE, default=1.0, show_default=True, help="1: Poisson; larger: more regular arrivals.")
+@click.option("--concurrency", type=COUNT, help="Most requests at once.")
 @click.option("--slo", multiple=True, help="Objective in ms for goodput: ttft:500, itl:50, e2e:3000 (repeatable).")
 @click.option("--plain", is_flag=True, help="Ask for text alone, no token ids or usage in each chunk: what most programs do, and cheaper.")
-@click.option("--warmup", default=2, show_default=True, help="Requests sent first, not counted.")
+@click.option("--warmup", type=AMOUNT, default=2, show_default=True, help="Requests sent first, not counted.")
+@length_options
 @shape_options
 @click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
 def serve(
@@ -129,13 +158,15 @@ def serve(
     """Client load over HTTP against any OpenAI server: TTFT, ITL, E2E, goodput."""
     from rich.progress import Progress
 
-    from penstock.plugins.commands.bench import report, workload
+    from penstock.plugins.commands.bench import report
     from penstock.plugins.commands.bench.client import Client
     from penstock.plugins.commands.bench.client import run as on_loop
     from penstock.plugins.commands.bench.server import started
 
     if naive and not start:
         raise click.UsageError("--naive starts two servers in turn, so it needs --start.")
+    if serve_args and not start:
+        raise click.UsageError("The words after -- go to `penstock serve`, so they need --start.")
     try:
         objectives = report.parse_slo(slo)
     except ValueError as error:
@@ -148,9 +179,9 @@ def serve(
         size = vocab or await vocabulary(client)
         settings: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "prefix_len": prefix_len, "prefixes": prefixes}
         if warmup:
-            first = workload.make(count=warmup, vocab=size, seed=seed + 1000, max_len=context, **settings)
+            first = make_load(count=warmup, vocab=size, seed=seed + 1000, max_len=context, **settings)
             await run_load(client, first, limit, lambda: None)
-        load = workload.make(count=requests, vocab=size, seed=seed, rate=request_rate, burstiness=burstiness, max_len=context, **settings)
+        load = make_load(count=requests, vocab=size, seed=seed, rate=request_rate, burstiness=burstiness, max_len=context, **settings)
         with Progress(transient=True) as bar:
             task = bar.add_task("requests", total=requests)
             records, wall = await run_load(client, load, limit, lambda: bar.advance(task))
@@ -215,6 +246,7 @@ def make_llm(model: str | None, serve_args: tuple[str, ...]) -> Any:
 
 @bench.command()
 @engine_options
+@length_options
 @shape_options
 def throughput(
     model: str | None,
@@ -231,11 +263,10 @@ def throughput(
     import time
 
     from penstock.core.sampling import SamplingParams
-    from penstock.plugins.commands.bench import workload
 
     with make_llm(model, serve_args) as llm:
         facts = llm.facts
-        load = workload.make(
+        load = make_load(
             count=requests,
             vocab=facts.vocab_size,
             seed=seed,
@@ -264,21 +295,23 @@ def throughput(
         f"{requests} requests in {wall:.2f} s: {result['requests_per_s']:.2f} requests/s, {result['output_tokens_per_s']:.1f} output tokens/s,"
         f" {result['total_tokens_per_s']:.1f} tokens/s in all"
     )
-    write_json(json_file, "throughput", {"model": model, "serve_args": list(serve_args), "seed": seed}, result)
+    lengths = {"input_len": input_len, "output_len": output_len, "prefix_len": prefix_len, "prefixes": prefixes}
+    write_json(json_file, "throughput", {"model": model, "serve_args": list(serve_args), "seed": seed, **lengths}, result)
 
 
 @bench.command()
-@click.option("--batch-size", default=1, show_default=True, help="Sequences at once.")
-@click.option("--repeats", default=5, show_default=True, help="Counted repeats, after one warm-up.")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Sequences at once.")
+@click.option("--repeats", type=COUNT, default=5, show_default=True, help="Counted repeats, after one warm-up.")
+@click.option("--input-len", type=COUNT, default=32, show_default=True, help="Prompt length.")
+@click.option("--output-len", type=COUNT, default=128, show_default=True, help="Output length.")
 @engine_options
 @shape_options
 def latency(
     batch_size: int,
     repeats: int,
+    input_len: int,
+    output_len: int,
     model: str | None,
-    requests: int,
-    input_len: int | None,
-    output_len: int | None,
     prefix_len: int,
     prefixes: int,
     seed: int,
@@ -289,19 +322,20 @@ def latency(
     import time
 
     from penstock.core.sampling import SamplingParams
-    from penstock.plugins.commands.bench import report, workload
+    from penstock.plugins.commands.bench import report
 
     walls = []
     with make_llm(model, serve_args) as llm:
         facts = llm.facts
         for repeat in range(repeats + 1):
-            load = workload.make(
+            load = make_load(
                 count=batch_size,
                 vocab=facts.vocab_size,
                 seed=seed + repeat,
-                input_len=input_len or 32,
-                output_len=output_len or 128,
+                input_len=input_len,
+                output_len=output_len,
                 prefix_len=prefix_len,
+                prefixes=prefixes,
                 max_len=facts.max_model_len,
             )
             params = [SamplingParams(temperature=0, max_tokens=r.output, ignore_eos=True) for r in load.requests]
@@ -309,23 +343,29 @@ def latency(
             llm.generate(prompt_token_ids=[r.prompt for r in load.requests], sampling_params=params)
             if repeat:
                 walls.append(time.perf_counter() - start)
-    made = output_len or 128
     result: dict[str, Any] = {
         "batch_size": batch_size,
         "batch_ms": report.spread(walls),
-        "tokens_per_s_each": made / report.percentile(walls, 0.5),
+        "tokens_per_s_each": output_len / report.percentile(walls, 0.5),
     }
     shown = result["batch_ms"]
     click.echo(
-        f"batch {batch_size}, {input_len or 32} in, {made} out: p50 {shown['p50']:.1f} ms, p95 {shown['p95']:.1f} ms;"
+        f"batch {batch_size}, {prefix_len + input_len} in, {output_len} out: p50 {shown['p50']:.1f} ms, p95 {shown['p95']:.1f} ms;"
         f" {result['tokens_per_s_each']:.1f} tokens/s each"
     )
-    write_json(json_file, "latency", {"model": model, "serve_args": list(serve_args), "seed": seed}, result)
+    lengths = {"input_len": input_len, "output_len": output_len, "prefix_len": prefix_len, "prefixes": prefixes}
+    write_json(json_file, "latency", {"model": model, "serve_args": list(serve_args), "seed": seed, **lengths}, result)
 
 
 @bench.command()
-@click.option("--repeats", default=3, show_default=True, help="Starts that are counted, after one that warms the caches.")
-@click.option("--idle", default=10.0, show_default=True, help="Seconds of idling whose CPU time is measured (last repeat only).")
+@click.option("--repeats", type=COUNT, default=3, show_default=True, help="Starts that are counted, after one that warms the caches.")
+@click.option(
+    "--idle",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Seconds of idling whose CPU time is measured (last repeat only).",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
 @click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
 def footprint(repeats: int, idle: float, json_file: str | None, serve_args: tuple[str, ...]) -> None:

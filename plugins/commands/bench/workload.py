@@ -58,6 +58,10 @@ def arrivals(count: int, rate: float, burstiness: float, rng: random.Random) -> 
     return out
 
 
+class DoesNotFit(ValueError):
+    """What was asked for is longer than the context: measuring something shorter would be another measurement."""
+
+
 def make(
     *,
     count: int,
@@ -72,9 +76,18 @@ def make(
     max_len: int | None = None,
     low_id: int = 16,
 ) -> Workload:
-    """A workload: ShareGPT-like lengths, or fixed ones; `prefixes` distinct shared prefixes of `prefix_len` tokens dealt round robin."""
+    """A workload: ShareGPT-like lengths, or fixed ones; `prefixes` distinct shared prefixes of `prefix_len` tokens dealt round robin.
+
+    Drawn lengths are cut to `max_len`, fixed ones never. Raises DoesNotFit.
+    """
     if vocab <= low_id:
         raise ValueError(f"the vocabulary ({vocab}) must exceed {low_id}")
+    fixed = prefix_len + (1 if input_len is None else input_len) + (1 if output_len is None else output_len)
+    if max_len is not None and fixed > max_len:
+        raise DoesNotFit(
+            f"prefix ({prefix_len}), input ({'at least 1' if input_len is None else input_len}) and output"
+            f" ({'at least 1' if output_len is None else output_len}) are {fixed} tokens, but the model's context is {max_len}"
+        )
     lengths, values, gaps = random.Random(seed), random.Random(seed + 1), random.Random(seed + 2)
     shared = [[values.randrange(low_id, vocab) for _ in range(prefix_len)] for _ in range(max(1, prefixes))]
     times = arrivals(count, rate, burstiness, gaps)
@@ -84,7 +97,7 @@ def make(
         out = output_len if output_len is not None else SHAREGPT_OUTPUT.draw(lengths)
         prompt = shared[i % len(shared)] + [values.randrange(low_id, vocab) for _ in range(own)]
         if max_len is not None:
-            out = max(1, min(out, max_len - 1))
+            out = max(1, min(out, max_len - prefix_len - (1 if input_len is None else input_len)))
             prompt = prompt[: max_len - out]
         requests.append(Request(prompt=prompt, output=out, at=times[i]))
     return Workload(requests=requests)
