@@ -45,7 +45,7 @@ log = logging.getLogger("penstock.edge.gateway")
 EDGE_BITS, NONCE_BITS, COUNT_BITS = 8, 24, 24  # 56 in all
 QUERY_TIMEOUT_S = 10.0
 SOON_S = 0.5
-"""Longest wait of a request for a text process that is connected and not ready."""
+"""Longest wait of a request for a text process that is not ready, or whose link is being dialled: longer than the dialler's longest pause."""
 STATS_PERIOD_S = 1.0
 
 CancelCause = Any
@@ -269,10 +269,15 @@ class Gateway:
     async def soon_ready(self) -> None:
         """Return when text takes requests, after SOON_S at the latest: edges learn of it one after another, and a client that was told so by
         one of them may come to the next. Says nothing: `enter` does."""
-        if self.connected and not self.draining and not self.ready.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SOON_S):
-                    await self.ready.wait()
+        if self.draining or self.readiness()[0]:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SOON_S):
+                while not self.draining and not self.readiness()[0]:
+                    if self.ready.is_set():  # the link closed this instant; `link_closed` comes next
+                        await asyncio.sleep(0)
+                    else:
+                        await self.ready.wait()
 
     def enter(self) -> None:
         """Take a place for a request, or raise: draining or not ready (503), too many (429). `leave` gives it back."""

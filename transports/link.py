@@ -25,8 +25,8 @@ HIGH_WATER = 1 << 20
 """Bytes in the socket's own buffer from which on frames wait in the queue (where control can overtake data)."""
 MAX_QUEUED = 64 << 20
 """Bytes of waiting data frames; more are refused."""
-BACKOFF_S = (0.02, 1.0)
-"""First and longest pause between two attempts to connect."""
+BACKOFF_S = (0.02, 0.2)
+"""First and longest pause between two attempts to connect (a try costs microseconds; edges should learn of a new text process together)."""
 
 
 class LinkBusy(RetryableError):

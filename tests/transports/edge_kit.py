@@ -159,6 +159,9 @@ class FakeText:
         assert self._server is not None
         self.call(self._server.close)
 
+    def open_door(self) -> None:
+        self.call(self.listen)
+
     def wait_for(self, kind: type[Any], count: int = 1, timeout: float = 10) -> list[Any]:
         """The messages of a kind, once there are `count`."""
         with self._changed:

@@ -432,7 +432,35 @@ def test_an_edge_accepts_when_it_has_met_text(tmp_path: Path, monkeypatch: pytes
     alone.stop()
 
 
-def test_without_a_text_process(make_edge: MakeEdge) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_waits_for_a_link_that_is_being_dialled(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """A new text process is met by one edge after another: the first may have said already that the server is ready."""
+    monkeypatch.setattr(gateway, "SOON_S", 20.0)
+    edge = make_edge()
+    edge.text.close_door()
+    edge.text.drop_links()
+    edge.wait(lambda: not edge.server.gateway.connected, "the link's end")
+    with concurrent.futures.ThreadPoolExecutor() as pool, edge.http() as http:
+        answer = pool.submit(http.post, CHATS, json={**CHAT, "stream": stream})
+        edge.wait(lambda: len(edge.server._state.tasks) == 1, "the request")
+        assert not answer.done()
+        edge.text.open_door()
+        assert answer.result(20).status_code == 200
+
+
+def test_while_draining_nobody_waits_for_text(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "SOON_S", 3600.0)
+    edge = make_edge()
+    edge.text.close_door()
+    edge.text.drop_links()
+    edge.wait(lambda: not edge.server.gateway.connected, "the link's end")
+    asyncio.run_coroutine_threadsafe(edge.server.drain(1.0), edge.loop).result(10)
+    with edge.http() as http:
+        assert error_of(http.post(CHATS, json=CHAT))["code"] == "draining"
+
+
+def test_without_a_text_process(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "SOON_S", 0.05)
     edge = make_edge()
     edge.text.close_door()
     edge.text.drop_links()
