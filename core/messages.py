@@ -107,6 +107,9 @@ class Submit(Message, frozen=True, kw_only=True):
     received_ns: int = 0
     sent_ns: int = 0
     """When it left the edge: there `receive` ends and text's first span begins."""
+    to_wall_ns: int = 0
+    """What the edge adds to a moment on CLOCK_MONOTONIC to get its spans' time since the Unix epoch; text adds the same, so that their spans
+    touch. 0: no span was begun."""
     prompt_name: str = ""
     """What the client calls this prompt ("prompt[3]"), for errors; "" is "messages" or "prompt"."""
 

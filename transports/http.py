@@ -106,7 +106,7 @@ class Edge:
             else:
                 await self.app(inner, receive, send_with_headers)
         finally:
-            self._done(inner.get("path_template") or "other", scope["method"], context)
+            self._done(inner.get("path_template") or "other", scope, context)
 
     def _refusal(self, scope: Scope, context: RequestContext) -> PenstockError | None:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
@@ -132,11 +132,13 @@ class Edge:
                     found = tenant
         return found
 
-    def _done(self, handler: str, method: str, context: RequestContext) -> None:
+    def _done(self, handler: str, scope: Scope, context: RequestContext) -> None:
         seconds = (time.monotonic_ns() - context.started_ns) / 1e9
+        method, status = scope["method"], context.status or 499
         known = method if method in ("GET", "POST", "OPTIONS", "HEAD", "DELETE", "PUT", "PATCH") else "other"
-        self._requests.observe(handler, known, context.status or 499, seconds)
-        context.span.end(context.status, context.summary)
+        self._requests.observe(handler, known, status, seconds)
+        context.span.http(known, handler if handler != "other" else "", scope["scheme"], scope["path"])
+        context.span.end(status, context.summary)
 
 
 CLOSE = ((b"connection", b"close"),)

@@ -107,6 +107,7 @@ class Job(abc.ABC):
                     tracestate=context.span.tracestate,
                     received_ns=context.started_ns,
                     sent_ns=sent_ns,
+                    to_wall_ns=context.span.to_wall_ns,
                     **call.fields,
                     **prompt,
                 )

@@ -15,7 +15,8 @@ from penstock.core.text.ledger import Request
 
 
 def record(traces: Traces, request: Request, model: str, fingerprint: str, end_ns: int, to_wall_ns: int) -> None:
-    """`end_ns` on the monotonic clock; `to_wall_ns` is added to get to the Unix epoch."""
+    """`end_ns` on the monotonic clock; `to_wall_ns` is added to get to the Unix epoch, unless the edge said what it adds itself."""
+    to_wall_ns = request.submit.to_wall_ns or to_wall_ns
     context = traces.context(request.submit.traceparent, request.submit.tracestate)
     if context is None and request.submit.traceparent:
         return  # the client's trace is not sampled

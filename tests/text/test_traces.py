@@ -69,6 +69,21 @@ def test_spans_tile_the_request(traced: Any, memory: InMemorySpanExporter) -> No
     assert b"penstock_otel_spans_failed_total 0.0" in answer
 
 
+def test_spans_are_told_in_the_edges_time(traced: Any, memory: InMemorySpanExporter) -> None:
+    """Its clocks were read at another moment: where the edge's `receive` ends and its `send` begins is given by its own reading."""
+    offset = traced.clock.wall_ns() - traced.clock.now_ns() - 142_857
+    sent = traced.clock.now_ns() - 1_000
+    traced.submit(1, traceparent=PARENT, sent_ns=sent, to_wall_ns=offset)
+    traced.clock.advance(0.004)
+    traced.scripts[seq_of(1, 0)] = [5, 6]
+    traced.run()
+    spans = memory.get_finished_spans()
+    assert spans[0].start_time == sent + offset
+    for before, after in itertools.pairwise(spans):
+        assert before.end_time == after.start_time
+    assert spans[-1].end_time == traced.finished[1].done_ns + offset
+
+
 def test_events_lie_in_the_stage_where_they_happened(traced: Any, memory: InMemorySpanExporter) -> None:
     traced.submit(1, traceparent=PARENT)
     seq = seq_of(1, 0)
