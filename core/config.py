@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 import types
 import typing
@@ -25,6 +26,12 @@ from penstock.core.wording import type_words
 
 MiB = 1 << 20
 GiB = 1 << 30
+LONGEST_S = 7 * 24 * 3600
+"""Most seconds of an option that is a time: timers take no infinity."""
+INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
+"""What a message can carry."""
+KERNELS = ("native", "reference")
+"""Values of PENSTOCK_KERNELS."""
 
 
 def opt(doc: str, group: str, *aliases: str, **extra: Any) -> msgspec.Meta:
@@ -226,13 +233,18 @@ OPTIONS: dict[str, Option] = _options()
 _SUFFIX = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": MiB, "G": GiB, "KiB": 1024, "MiB": MiB, "GiB": GiB}
 
 
+SIZE_WORDS = "allowed: a number, alone or with a suffix: k, m, g for thousands; K, M, G or KiB, MiB, GiB for 1024s"
+
+
 def parse_size(text: str) -> int:
     """'4096', '32k' (thousands), '32K' (1024s), '1G', '512MiB' -> int. Raises ValueError."""
     digits = text.rstrip("BbiKkMmGg")
     suffix = text[len(digits) :].removesuffix("B") if text.endswith("iB") is False else text[len(digits) :]
-    if suffix not in _SUFFIX:
-        raise ValueError(f"unknown suffix {suffix!r}")
-    return round(float(digits) * _SUFFIX[suffix])
+    try:
+        number = int(digits) if digits.isdecimal() else float(digits)
+        return round(number * _SUFFIX[suffix])
+    except (ValueError, KeyError, OverflowError):  # a float may be infinite, or no number
+        raise ValueError(SIZE_WORDS) from None
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -288,16 +300,27 @@ def typed(option: Option, value: Any, *, where: str) -> Any:
         raise ConfigError(f"{where} must be {type_words(option.type)}, but is {_shown(option, value)}.", param=option.name) from None
 
 
-def from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+class Values(dict[str, Any]):
+    """Option values of one layer; `source` says in words where they were set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source: dict[str, str] = {}
+
+
+def from_env(environ: Mapping[str, str] | None = None) -> Values:
     """PENSTOCK_* variables as option values; an unknown one is an error. Those of RESERVED_ENV are not options."""
-    out: dict[str, Any] = {}
+    out = Values()
     for key, text in (os.environ if environ is None else environ).items():
+        if key == "PENSTOCK_KERNELS" and text and text not in KERNELS:
+            raise ConfigError(f"PENSTOCK_KERNELS must be one of {', '.join(KERNELS)}, but is {text!r}.{nearest(text, KERNELS)}", param=key)
         if not key.startswith("PENSTOCK_") or key in RESERVED_ENV:
             continue
         name = key.removeprefix("PENSTOCK_").lower()
         if name not in OPTIONS:
             raise ConfigError(f"Environment variable {key} is not known.{nearest(key, (o.env for o in OPTIONS.values()))}", param=key)
         out[name] = from_text(OPTIONS[name], text, where=key)
+        out.source[name] = f"by {key}"
     return out
 
 
@@ -305,16 +328,20 @@ RESERVED_ENV = frozenset({"PENSTOCK_TRACE_HOOKS", "PENSTOCK_CONFIG", "PENSTOCK_C
 """Read elsewhere: hooks' trace, the configuration file, and the CPU kernels' cache, compiler and choice."""
 
 
-def from_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file: options at the top level or in tables named like the groups; dashes may stand for underscores."""
+def from_toml(path: str | Path) -> Values:
+    """A TOML file: options at the top level or in tables named like the groups; dashes may stand for underscores. Each stands once."""
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.", param="config") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.", param="config") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The configuration file {path} is not valid TOML: byte {error.start + 1} is not UTF-8. Save it as UTF-8.", param="config"
+        ) from None
     groups = {option.group for option in OPTIONS.values()}
-    flat: dict[str, Any] = {}
+    flat = Values()
     for key, value in raw.items():
         inner = value if isinstance(value, dict) and key in groups else {key: value}
         for name, item in inner.items():
@@ -324,21 +351,34 @@ def from_toml(path: str | Path) -> dict[str, Any]:
             option = OPTIONS[field]
             if inner is value and option.group != key:
                 raise ConfigError(f"{path}: {name!r} belongs into the table [{option.group}], not [{key}].", param=name)
+            if field in flat:
+                raise ConfigError(
+                    f"{path}: {name!r} stands there more than once (an option may stand in its table or above all).", param=name
+                )
             flat[field] = typed(option, item, where=f"{path}: {name}")
+            flat.source[field] = f"in {path}"
     return flat
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
     """Merge layers (later ones win) over the defaults, validate types and ranges, refuse what is not there yet."""
     merged: dict[str, Any] = {}
+    source: dict[str, str] = {}
     for layer in layers:
         merged.update(layer)
+        named = layer.source if isinstance(layer, Values) else {}
+        source = {**{name: where for name, where in source.items() if name not in layer}, **named}
     for name in merged:
         if name not in OPTIONS:
             raise ConfigError(f"{name!r} is not a known option.{nearest(name, OPTIONS)}", param=name)
         merged[name] = typed(OPTIONS[name], merged[name], where=name)
     config = Config(**merged)
-    check(config)
+    try:
+        check(config)
+    except ConfigError as error:
+        told = [name for name in source if name == error.param or re.search(rf"(?<!\S){OPTIONS[name].flag}(?![\w-])", error.message)]
+        origin = "".join(f" {OPTIONS[name].flag} is set {source[name]}." for name in told)
+        raise ConfigError(error.message + origin, param=error.param, code=error.code) from None
     return config
 
 
@@ -354,6 +394,9 @@ def check(config: Config) -> None:
                 param=option.name,
                 code="unsupported_feature",
             )
+        value = getattr(config, option.name)
+        if isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
+            raise ConfigError(f"{option.flag} must be between {INT_MIN} and {INT_MAX}.", param=option.name)
     for name in (
         "block_size",
         "max_num_seqs",
@@ -378,6 +421,11 @@ def check(config: Config) -> None:
     for name in ("receive_timeout_s", "stream_stall_s", "keep_alive_s"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{OPTIONS[name].flag} must be above 0.", param=name)
+    for name in ("shutdown_timeout", "receive_timeout_s", "stream_stall_s", "keep_alive_s"):
+        if not getattr(config, name) <= LONGEST_S:
+            raise ConfigError(f"{OPTIONS[name].flag} must be at most {LONGEST_S} seconds (a week).", param=name)
+    if config.priority_ageing_s == float("inf"):
+        raise ConfigError("--priority-ageing-s must be finite; 0 is no ageing.", param="priority_ageing_s")
     for name in ("threads", "num_gpu_blocks_override"):
         value = getattr(config, name)
         if value is not None and value < 1:

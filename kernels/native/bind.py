@@ -109,7 +109,10 @@ def check(code: int) -> None:
 
 @functools.cache
 def _load() -> tuple[Native | None, str]:
-    if os.environ.get("PENSTOCK_KERNELS", "native") == "reference":
+    wanted = os.environ.get("PENSTOCK_KERNELS") or "native"
+    if wanted not in ("native", "reference"):
+        raise ValueError(f"PENSTOCK_KERNELS must be one of native, reference, but is {wanted!r}")
+    if wanted == "reference":
         return None, "torch reference kernels (PENSTOCK_KERNELS=reference)"
     try:
         native = Native(str(build()))

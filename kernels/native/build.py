@@ -104,4 +104,5 @@ def build() -> Path:
             return _compile(compiler, _run([compiler, "--version"], SOURCES))
         except (BuildError, OSError) as error:
             failures.append(str(error))
-    raise BuildError("; ".join(failures) or "no C compiler found")
+    asked = os.environ.get("PENSTOCK_CC")
+    raise BuildError("; ".join(failures) or "no C compiler found" + (f": PENSTOCK_CC={asked} is no program" if asked is not None else ""))

@@ -66,7 +66,10 @@ class CpuDevice:
             progress=lambda fraction: progress("loading weights", fraction),
         )
         progress("allocating KV cache", 0.0)
-        pool = backend.allocate(num_blocks, facts.num_kv_heads, config.block_size, facts.head_dim, dtype, facts.num_layers)
+        try:
+            pool = backend.allocate(num_blocks, facts.num_kv_heads, config.block_size, facts.head_dim, dtype, facts.num_layers)
+        except (RuntimeError, MemoryError):  # torch: "can't allocate memory"
+            raise too_big(config, num_blocks, block_bytes_of(config, facts, dtype)) from None
         layout = f"{backend.kv_layout}:{dtype_name}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{config.block_size}"
         runner = CpuRunner(
             facts=facts,
@@ -169,7 +172,7 @@ def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> t
     size = config.block_size
     if size % 16:
         raise ConfigError(f"--block-size {size}: the CPU's cache layout needs a multiple of 16.", param="block_size")
-    block_bytes = 2 * facts.num_layers * facts.num_kv_heads * size * facts.head_dim * dtype.itemsize
+    block_bytes = block_bytes_of(config, facts, dtype)
     limit = config.kv_cache_memory_bytes or DEFAULT_KV_BYTES
     blocks = config.num_gpu_blocks_override or limit // block_bytes
     if blocks < 1:
@@ -177,6 +180,8 @@ def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> t
             f"--kv-cache-memory-bytes {limit} holds no block: one of {size} tokens takes {block_bytes} bytes.",
             param="kv_cache_memory_bytes",
         )
+    if blocks * block_bytes > machine_bytes():
+        raise too_big(config, blocks, block_bytes)
     room = blocks * size
     if config.max_model_len is not None:
         check_max_len(facts, config.max_model_len)
@@ -194,9 +199,30 @@ def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> t
     return blocks, room, f"max_model_len reduced from {own} to {room}: all that the KV cache of {blocks} blocks holds"
 
 
+def block_bytes_of(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> int:
+    return 2 * facts.num_layers * facts.num_kv_heads * config.block_size * facts.head_dim * dtype.itemsize
+
+
+def machine_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def too_big(config: RunnerConfig, blocks: int, block_bytes: int) -> ConfigError:
+    """What to say of a KV cache that this machine has no memory for."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    name = "num_gpu_blocks_override" if config.num_gpu_blocks_override else "kv_cache_memory_bytes"
+    given = config.num_gpu_blocks_override or config.kv_cache_memory_bytes or DEFAULT_KV_BYTES
+    return ConfigError(
+        f"--{name.replace('_', '-')} {given}: a KV cache of {blocks * block_bytes >> 20} MiB does not fit this machine, which has"
+        f" {machine_bytes() >> 20} MiB of memory, {free >> 20} MiB of it free. Lower it.",
+        param=name,
+    )
+
+
 def memory_table(weights: int, workspace: int, kv: int) -> MemoryTable:
     """Bytes; a CPU has no graphs, and slack is what the machine has left."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = machine_bytes()
     return MemoryTable(weights=weights, workspace=workspace, graphs=0, kv=kv, slack=max(0, total - weights - workspace - kv), total=total)
 
 

@@ -25,7 +25,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from penstock.core.errors import CheckpointError, InvalidRequest
+from penstock.core.errors import CheckpointError, ConfigError, InvalidRequest
 from penstock.core.text.chat import cut_at_mark, mark_final, prepare
 
 MAX_RENDERED_CHARS = 32 << 20
@@ -129,7 +129,8 @@ def strftime_now(form: str) -> str:
 
 
 class JinjaRenderer:
-    """`templates` by name: "default", and "tool_use" for conversations with tools. `special` are the tokenizer's special tokens by name."""
+    """`templates` by name: "default", and "tool_use" for conversations with tools. `special` are the tokenizer's special tokens by name.
+    `given`: by --chat-template, not by the checkpoint."""
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class JinjaRenderer:
         *,
         max_chars: int = MAX_RENDERED_CHARS,
         timeout_s: float = RENDER_TIMEOUT_S,
+        given: bool = False,
     ) -> None:
         self._environment = ChatEnvironment()
         self._special = special
@@ -149,7 +151,10 @@ class JinjaRenderer:
             try:
                 compiled = self._environment.from_string(source)
             except jinja2.TemplateSyntaxError as error:
-                raise CheckpointError(f"The chat template {name!r} is not valid Jinja: line {error.lineno}: {error.message}.") from None
+                why = f"is not valid Jinja: line {error.lineno}: {(error.message or '').rstrip('.')}."
+                if given:
+                    raise ConfigError(f"--chat-template {why}", param="chat_template") from None
+                raise CheckpointError(f"The chat template {name!r} {why}") from None
             self._compiled[name] = (compiled, self._takes_parts(compiled))
 
     @classmethod
@@ -160,6 +165,7 @@ class JinjaRenderer:
         return cls(
             {"default": _given(template)} if template else _own(folder, config),
             special_tokens(config, _json(folder / "special_tokens_map.json")),
+            given=bool(template),
         )
 
     def render(
@@ -241,8 +247,12 @@ def _given(template: str) -> str:
     if "{" not in template and "\n" not in template:
         path = Path(template)
         if not path.is_file():
-            raise CheckpointError(f"--chat-template {template} is neither a file nor a template.", param="chat_template")
-        return path.read_text(encoding="utf-8")
+            raise ConfigError(f"--chat-template {template} is neither a file nor a template.", param="chat_template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ConfigError(f"--chat-template {template} cannot be read: {why}.", param="chat_template") from None
     return template
 
 

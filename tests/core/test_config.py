@@ -42,6 +42,11 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
         ({"receive_timeout_s": 0}, "receive_timeout_s", "above 0"),
         ({"keep_alive_s": float("nan")}, "keep_alive_s", "above 0"),
         ({"engine_restarts": -1}, "engine_restarts", "0 or more"),
+        ({"shutdown_timeout": float("inf")}, "shutdown_timeout", "at most 604800 seconds"),
+        ({"keep_alive_s": float("inf")}, "keep_alive_s", "at most 604800 seconds"),
+        ({"priority_ageing_s": float("inf")}, "priority_ageing_s", "finite"),
+        ({"seed": 99999999999999999999999}, "seed", "--seed must be between -9223372036854775808 and 9223372036854775807"),
+        ({"max_num_seqs": 1 << 63}, "max_num_seqs", "9223372036854775807"),
         ({"served_model_name": ["a", " "]}, "served_model_name", "empty"),
         ({"transports": []}, "transports", "openai"),
         ({"enable_chunked_prefill": False, "max_model_len": 4096}, "max_num_batched_tokens", "long prompts"),
@@ -120,10 +125,50 @@ def test_sizes(text: str, value: int) -> None:
     assert cfg.parse_size(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "x", "1Q", "k", "1 2"])
-def test_bad_sizes(text: str) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize("text", ["", "x", "1Q", "k", "1 2", "5X", "inf", "nan", "1e400"])
+def test_bad_sizes_say_what_is_allowed(text: str) -> None:
+    with pytest.raises(ValueError, match="K, M, G or KiB, MiB, GiB for 1024s"):
         cfg.parse_size(text)
+
+
+def test_a_value_out_of_range_names_where_it_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "p.toml"
+
+    def said(**given: object) -> str:
+        with pytest.raises(ConfigError) as caught:
+            cli.load_config(str(file), given)
+        return caught.value.message
+
+    file.write_text("max-num-seqs = 0\n")
+    assert said() == f"--max-num-seqs must be at least 1. --max-num-seqs is set in {file}."
+    assert said(max_num_seqs=-1) == "--max-num-seqs must be at least 1."  # the command line won
+    monkeypatch.setenv("PENSTOCK_MAX_NUM_SEQS", "0")
+    assert said().endswith("--max-num-seqs is set by PENSTOCK_MAX_NUM_SEQS.")
+    monkeypatch.delenv("PENSTOCK_MAX_NUM_SEQS")
+    file.write_text("tensor_parallel_size = 2\n")
+    assert said().endswith(f"--tensor-parallel-size is set in {file}.")
+    file.write_text("max_num_seqs = 512\n")  # the other of the pair is named too
+    assert said(max_num_batched_tokens=100).endswith(f"--max-num-seqs is set in {file}.")
+
+
+@pytest.mark.parametrize("text", ["port = 1\n[server]\nport = 2\n", "max-num-seqs = 1\nmax_num_seqs = 2\n"])
+def test_an_option_twice_in_a_file_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"p\.toml: '(port|max_num_seqs)' stands there more than once"):
+        cfg.from_toml(file)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    file.write_bytes(b'host = "\xe9"\n')
+    with pytest.raises(ConfigError, match=r"p\.toml is not valid TOML: byte 9 is not UTF-8"):
+        cfg.from_toml(file)
+
+
+def test_unknown_kernels_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="PENSTOCK_KERNELS must be one of native, reference, but is 'foo'"):
+        cfg.from_env({"PENSTOCK_KERNELS": "foo"})
 
 
 def test_every_option_is_documented_and_parses_its_own_default() -> None:

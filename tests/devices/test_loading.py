@@ -16,7 +16,7 @@ from penstock.core.errors import CheckpointError, ConfigError, EngineFailure, Un
 from penstock.core.hookspecs import AttentionSpec
 from penstock.core.sampling import SamplingParams
 from penstock.plugins.attention import register_attention_backends
-from penstock.plugins.devices import register_devices
+from penstock.plugins.devices import cpu, register_devices
 from penstock.plugins.devices.driver import Driver, Job
 from penstock.plugins.models import register_models
 from penstock.plugins.weights import register_weight_sources
@@ -57,6 +57,8 @@ def test_sizes(folder: Path, load: Load) -> None:
         ({"max_model_len": 201}, "max_model_len"),
         ({"max_model_len": 100, "num_gpu_blocks_override": 6}, "max_model_len"),
         ({"kv_cache_memory_bytes": 100}, "kv_cache_memory_bytes"),
+        ({"kv_cache_memory_bytes": 1 << 50}, "kv_cache_memory_bytes"),
+        ({"num_gpu_blocks_override": 1 << 50}, "num_gpu_blocks_override"),
         ({"block_size": 8}, "block_size"),
         ({"dtype": "float16"}, "dtype"),
         ({"dtype": "half"}, "dtype"),
@@ -66,6 +68,20 @@ def test_sizes(folder: Path, load: Load) -> None:
         with pytest.raises(ConfigError) as error:
             load(folder, **over)
         assert error.value.param == param, over
+
+
+def test_a_cache_that_the_machine_has_no_memory_for_is_said(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_bytes", lambda: 1 << 30)
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory-bytes 536870912000: a KV cache of \d+ MiB does not fit .* has 1024 MiB"):
+        load(folder, kv_cache_memory_bytes=500 << 30)
+    monkeypatch.undo()
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("penstock.plugins.attention.native.NativeAttention.allocate", refuse)
+    with pytest.raises(ConfigError, match="does not fit this machine"):
+        load(folder)
 
 
 def test_missing_wrong_and_left_over_tensors_are_named(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:

@@ -33,7 +33,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: py
         assert native.library() is None
         assert native.library() is None
     assert len(caplog.records) == 1
-    assert "no C compiler" in native.describe()
+    assert f"no C compiler found: PENSTOCK_CC={tmp_path / 'missing'} is no program" in native.describe()
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.randn(5, 20).to(dtype), torch.randn(30, 20).to(dtype)
         layer = pack(weight)
@@ -43,6 +43,13 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: py
         assert layer(x, out_dtype=torch.float32).dtype == torch.float32
         assert pack_gated(weight, weight, "silu")(x).shape == (5, 30)
         assert rms_norm(x, x[0].clone(), 1e-5).shape == x.shape
+
+
+@pytest.mark.usefixtures("undecided")
+def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_KERNELS", "foo")
+    with pytest.raises(ValueError, match="must be one of native, reference, but is 'foo'"):
+        native.library()
 
 
 @pytest.mark.usefixtures("undecided")

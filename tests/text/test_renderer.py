@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.core.errors import CheckpointError, InvalidRequest, UnsupportedFeature
+from penstock.core.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedFeature
 from penstock.plugins.renderers.jinja import JinjaRenderer
 
 CHATML = """{%- if tools %}
@@ -225,5 +225,12 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     other.write_text("other {{ eos_token is defined }}")
     assert render(JinjaRenderer.load(str(tmp_path), str(other))) == "other False"
     assert render(JinjaRenderer.load(str(tmp_path), "{{ messages[0].role }}")) == "user"
-    with pytest.raises(CheckpointError, match="neither"):
-        JinjaRenderer.load(str(tmp_path), "missing.jinja")
+    other.write_bytes(b"\xe9{{ messages }}")
+    for given, said in (
+        ("missing.jinja", "--chat-template missing.jinja is neither"),
+        ("{{ bad", "--chat-template is not valid Jinja: line 1"),
+        (str(other), "--chat-template .*other.jinja cannot be read: it is not UTF-8"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            JinjaRenderer.load(str(tmp_path), given)
+        assert caught.value.param == "chat_template"
