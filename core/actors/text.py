@@ -535,7 +535,7 @@ class TextActor:
         self._measure(request, now, times)
         if request.traced:
             fingerprint = self._facts.fingerprint if self._facts else ""
-            spans.record(self._traces, request, self._names[0], fingerprint, now, self._clock.wall_ns() - now)
+            spans.record(self._traces, request, self._names[0], fingerprint, now, self._clock.wall_ns() - self._clock.now_ns())
         yield from self._maybe_drained()
 
     def _measure(self, request: Request, now_ns: int, times: tuple[int, int, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import re
 import socket
@@ -289,7 +290,8 @@ def test_a_request_that_comes_in_drops_is_408(hasty_edge: Edge, data: bytes, wha
         error = json.loads(body)["error"]
         assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")
         assert what in error["message"]
-        assert sock.recv(10) == b""
+        with contextlib.suppress(ConnectionResetError):  # a drip that crossed the end on its way
+            assert sock.recv(10) == b""
     if what == "body":  # a head that never came is no request
         name = 'http_requests_total{handler="/v1/completions",method="POST",status="408"}'
         hasty_edge.wait(lambda: hasty_edge.server.gateway.counters.read().get(name, 0) > 0, "the 408 in the counts")
