@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from penstock.kernels.activation.triton import KINDS, activate
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
-from penstock.kernels.tile import fetch_ahead, narrow
+from penstock.kernels.tile import fetch_ahead, follow, narrow
 
 SKINNY = 16
 """Most rows of the skinny kernel."""
@@ -37,10 +37,10 @@ COUNTERS = 8192
 def _skinny(
     x, w, box, bias, out, counters, partial, M, N, K, x_stride, w_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
-    AHEAD: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BLOCK_N), SPLITS). box: the weight's descriptor, where the bulk copy engine reads it. AHEAD: elements of each weight row that are asked for early. LATE: the next kernel may take its place
-    only when this one has asked for its last weights."""
+    """Grid (ceil(N / BLOCK_N), SPLITS). box: the weight's descriptor, where the bulk copy engine reads it. AHEAD: elements of each weight
+    row that are asked for early."""
     ROWS: tl.constexpr = 16
     column = tl.program_id(0)
     piece = tl.program_id(1)
@@ -62,10 +62,7 @@ def _skinny(
         # (clamped: an address outside the weight may be nobody's)
         within = tl.minimum(first * BLOCK_K + tl.arange(0, AHEAD // 64) * 64, K - 1)
         fetch_ahead(w + tl.minimum(source, N - 1).to(tl.int64)[:, None] * w_stride + within[None, :])
-    if PDL:
-        if not LATE:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    follow(PDL)
     for step in range(first, last):
         at = step * BLOCK_K + k
         if EVEN:
@@ -82,8 +79,6 @@ def _skinny(
             acc = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc, input_precision="ieee")
         else:
             acc = tl.dot(a, tl.trans(b), acc)
-    if PDL and LATE:
-        tl.extra.cuda.gdc_launch_dependents()
     final = True
     if SPLITS > 1:
         cells = partial + (m[:, None] * N + n[None, :])
@@ -217,7 +212,7 @@ def skinny(
     _skinny[(columns, splits)](
         x, weight, box, bias, out, counters, partial, rows, n, k, x.stride(0), weight.stride(0), out.stride(0), SPLITS=splits,
         EVEN=k % config["BLOCK_K"] == 0, BIAS=bias is not None, WIDE=interpreting() or x.dtype == torch.float32, GATED=gated is not None,
-        KIND=KINDS.index(gated) if gated else 0, **chained(), **{"AHEAD": 0, "LATE": 0, **config},
+        KIND=KINDS.index(gated) if gated else 0, **chained(), **{"AHEAD": 0, **config},
     )  # fmt: skip
     return out
 

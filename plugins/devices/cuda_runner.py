@@ -311,7 +311,8 @@ class CudaRunner:
     def _send_mixed(self, slots: Column, starts: Column, ends: I32) -> None:
         """slots, starts, q_start and last rows, each `_width` wide. Sequences behind the step's are empty, and look at row 0."""
         width, total = self._width, int(ends[-1]) if len(ends) else 0
-        q_start = np.concatenate([EMPTY_I32, [0], ends]).astype(np.int32)
+        q_start = np.zeros(len(ends) + 1, np.int32)
+        q_start[1:] = ends
         self._ragged.send_parts((slots, width, -1), (starts, width, 0), (q_start, width, total), (ends - 1, width, 0))
 
     def _mixed_body(self, size: int, length: int) -> Outputs:

@@ -3,8 +3,8 @@
 What it is: what needs real processes, or a look at single steps: the 8B load over HTTP with Poisson arrivals, the timeline of a few steps, loading a
 checkpoint from disk, the first ever start. Sections run as cuda_bench's do (own process, own time limit, results merged into engine.json,
 a table printed last); cuda_bench's sections may be named too. It runs from a source folder that nobody installed. Environment:
-RATE requests/s (default: 70 % of what serve_8b measured, which then runs first), HTTP_S seconds of load (65), EDGES edge processes (2), SERVE_ARGS more options for `penstock serve`,
-BENCH_BUDGET_S for the whole run.
+RATE requests/s (default: 70 % of what serve_8b measured, which then runs first), HTTP_S seconds of load (65), EDGES edge processes (2),
+SERVE_ARGS more options for `penstock serve`, BENCH_BUDGET_S for the whole run.
 What it does not know: the device's kernels, how a server is built. It is long because each section is a short script.
 """
 
