@@ -80,13 +80,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, opt("Token budget of one step.", "engine", "chunked-prefill-size", "max-prefill-tokens", size=True)
     ] = 2048
     mixed_prefill_tokens: Annotated[
-        int,
+        int | None,
         opt(
-            "Prompt tokens in a step that also decodes; 0: what the budget leaves. Fewer make inter-token latency steadier and first tokens later.",
+            "Most prompt tokens in a step that also decodes; 0: what the budget leaves. Fewer make inter-token latency steadier and the first tokens of"
+            " long prompts later. Default: what the device advises (on a GPU 256, and more while much waits).",
             "engine",
             size=True,
         ),
-    ] = 0
+    ] = None
     enable_chunked_prefill: Annotated[bool, opt("Split long prompts over steps.", "engine")] = True
     enable_prefix_caching: Annotated[bool, opt("Reuse the KV of equal prefixes.", "engine", no="disable-radix-cache")] = True
     scheduling_policy: Annotated[str, opt("fcfs, priority, or a plugin's.", "engine", "schedule-policy")] = "fcfs"
@@ -415,7 +416,7 @@ def check(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
-    for name in ("max_stop", "max_logprobs", "mixed_prefill_tokens", "engine_restarts", "shutdown_timeout", "priority_ageing_s"):
+    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s"):
         if not getattr(config, name) >= 0:  # "not": what is no number fails too
             raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)
     for name in ("receive_timeout_s", "stream_stall_s", "keep_alive_s"):
@@ -445,6 +446,8 @@ def check(config: Config) -> None:
         raise ConfigError("--port must be between 0 and 65535.", param="port")
     if config.max_model_len is not None and config.max_model_len < 1:
         raise ConfigError("--max-model-len must be at least 1.", param="max_model_len")
+    if config.mixed_prefill_tokens is not None and config.mixed_prefill_tokens < 0:
+        raise ConfigError("--mixed-prefill-tokens must be 0 or more.", param="mixed_prefill_tokens")
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < 1:
         raise ConfigError("--kv-cache-memory-bytes must be at least 1.", param="kv_cache_memory_bytes")
 

@@ -33,6 +33,8 @@ from penstock.core.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.wiring import CallPort, Port
 
 DTYPES = {"half": "float16", "float": "float32"}
+MIXED_PREFILL_STEPS = 8
+"""Where the device's advice on prompt tokens beside decodes is followed: an eighth of what waits may be more than it."""
 
 
 class DeviceQueue(Port, Protocol):
@@ -146,12 +148,15 @@ class Engine:
         else:  # tests: a queue without a thread
             runner = device.load(config, self._progress)
             self._queue = self._make_queue(runner, engine=self.engine, epoch=self.epoch, post=self._device_says)
+        own = self.config.mixed_prefill_tokens
+        advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
         settings = SchedulerSettings(
             engine=self.engine,
             epoch=self.epoch,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            mixed_prefill_tokens=self.config.mixed_prefill_tokens,
+            mixed_prefill_tokens=advised if own is None else own,
+            mixed_prefill_steps=MIXED_PREFILL_STEPS if own is None else 0,
             max_model_len=runner.max_model_len,
             block_size=self.config.block_size,
             num_blocks=runner.num_blocks,

@@ -79,6 +79,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 1
     mixed_prefill_tokens: int = 0
     """Prompt tokens in a step that also decodes; 0: what the budget leaves."""
+    mixed_prefill_steps: int = 0
+    """If not 0, so many steps' worth of what waits may be more than `mixed_prefill_tokens`: when many wait, when they get in matters more than a
+    few milliseconds between tokens."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     vocab: int = 2**31 - 1
@@ -494,7 +497,16 @@ class Scheduler:
             draft.rows = rows
             draft.budget -= rows.slots.size
             if self.settings.mixed_prefill_tokens:
-                draft.budget = min(draft.budget, self.settings.mixed_prefill_tokens)
+                draft.budget = min(draft.budget, self._mixed_most())
+
+    def _mixed_most(self) -> int:
+        """Prompt tokens for a step that also decodes."""
+        most, steps = self.settings.mixed_prefill_tokens, self.settings.mixed_prefill_steps
+        if steps:
+            slots = self._slots
+            backlog = self._waiting.tokens + sum(int(slots.length[slot] - slots.computed[slot]) for slot in self._prefilling)
+            most = max(most, backlog // steps)
+        return most
 
     def _take_chunks(self, draft: Draft) -> None:
         """Prompts that are being computed, first admitted first."""

@@ -116,6 +116,11 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._entries) - len(self._free)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait, those that the prefix cache had at the last look-up left out."""
+        return int((self._prompt - self._cached)[self._used].sum())
+
     def _grow(self) -> None:
         more = max(64, len(self._entries))
         self._free += range(len(self._entries) + more - 1, len(self._entries) - 1, -1)

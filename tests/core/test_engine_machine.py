@@ -24,12 +24,23 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
             blocks=st.integers(4, 24),
             chunked=st.booleans(),
             mixed=st.sampled_from([0, 0, 1, 3]),
+            spread=st.sampled_from([0, 0, 2]),
             caching=st.booleans(),
             block=st.sampled_from([1, 2, 4]),
             policy=st.integers(0, len(policies) - 1),
         )
         def start(
-            self, depth: int, slots: int, budget: int, blocks: int, chunked: bool, mixed: int, caching: bool, block: int, policy: int
+            self,
+            depth: int,
+            slots: int,
+            budget: int,
+            blocks: int,
+            chunked: bool,
+            mixed: int,
+            spread: int,
+            caching: bool,
+            block: int,
+            policy: int,
         ) -> None:
             self.options = {
                 "depth": depth,
@@ -39,6 +50,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
                 "block_size": block,
                 "enable_chunked_prefill": chunked,
                 "mixed_prefill_tokens": mixed if chunked else 0,
+                "mixed_prefill_steps": spread,
                 "enable_prefix_caching": caching,
                 "max_model_len": 40,
             }

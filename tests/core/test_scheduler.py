@@ -185,6 +185,19 @@ def test_prefill_beside_decodes_can_be_bounded(make_sim: Make) -> None:
     sim.check_idle()
 
 
+def test_the_bound_beside_decodes_gives_way_when_much_waits(make_sim: Make) -> None:
+    sim = make_sim(max_num_batched_tokens=40, max_num_seqs=30, num_blocks=200, mixed_prefill_tokens=2, mixed_prefill_steps=4)
+    sim.admit([9] * 3, max_tokens=40)
+    sim.finish(1)
+    for number in range(10):
+        sim.admit([number] * 6, max_tokens=2)
+    sim.run()
+    prefilled = [int(f.counts[f.num_decode :].sum()) for f in sim.forwards if 0 < f.num_decode < len(f.counts)]
+    assert prefilled[:5] == [60 // 4, 45 // 4, 34 // 4, 26 // 4, 20 // 4], "a quarter of what waits"
+    assert max(prefilled[-2:]) <= 2, "and the bound itself in the end"
+    sim.check_idle()
+
+
 def test_the_last_token_of_a_prompt_counts_as_a_decode_row(make_sim: Make) -> None:
     sim = make_sim(max_num_batched_tokens=4)
     sim.admit([1] * 5, max_tokens=2)
