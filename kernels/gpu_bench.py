@@ -344,25 +344,18 @@ def rows(bench: Bench) -> None:
     caches = [torch.zeros(1024, KV_HEADS, 16, DIM, dtype=BF16, device="cuda") for _ in range(2)]
     positions, where = i32(torch.arange(tokens)), i32(torch.randperm(1024 * 16)[:tokens])
     cos_sin, q = randn(tokens, DIM, dtype=torch.float32), torch.empty(tokens, HEADS, DIM, dtype=BF16, device="cuda")
-    for block, w in ((8, 4), (8, 2), (16, 4), (4, 1), (16, 8), (48, 8)):
-        config = {"HEADS_BLOCK": 64 if block == 48 else block, "num_warps": w}
-        calls = [lambda c=config: rope.rope_and_cache(qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, out=q, config=c)]
-        bench.add("rope + KV write", f"{tokens} tokens", calls, gigabytes=(2 * qkv.nbytes + cos_sin.nbytes) / 1e9, config=config)
     kept = qkv.view(tokens, -1, DIM)[:, HEADS:-KV_HEADS]
-    for block, w in ((8, 4), (8, 2), (16, 4), (16, 8), (4, 2), (4, 1)):
-        config = {"HEADS_BLOCK": block, "num_warps": w}
-        calls = [
-            lambda c=config: rope.rope_and_cache(
-                qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, weight[:DIM], weight[:DIM], out=q, k_out=kept, config=c
-            )
-        ]
-        bench.add(
-            "qk-norm + rope + KV write + keys kept",
-            f"{tokens} tokens",
-            calls,
-            gigabytes=(2 * qkv.nbytes + cos_sin.nbytes + qkv.nbytes / 6) / 1e9,
-            config=config,
-        )
+    normed = {"q_norm": weight[:DIM], "k_norm": weight[:DIM], "k_out": kept}
+    for what, more, gigabytes in (
+        ("rope + KV write", {}, 2 * qkv.nbytes / 1e9),
+        ("qk-norm + rope + KV write + keys kept", normed, (2 * qkv.nbytes + kept.numel() * 2) / 1e9),
+    ):
+        for heads, count, w in ((8, 8, 2), (8, 16, 4), (8, 32, 4), (8, 32, 8), (8, 16, 2), (16, 16, 4), (8, 8, 1), (4, 8, 2)):
+            config = {"HEADS": heads, "ROWS": count, "num_warps": w}
+            calls = [
+                lambda c=config, m=more: rope.rope_and_cache(qkv, positions, cos_sin, *caches, where, HEADS, KV_HEADS, out=q, config=c, **m)
+            ]
+            bench.add(what, f"{tokens} tokens", calls, gigabytes=gigabytes + cos_sin.nbytes / 1e9, config=config)
     pool = randn(64, 512, KV_HEADS, 16, DIM)
     source, target = i32(torch.arange(128)), i32(torch.arange(128) + 256)
     for block, w in ((1024, 4), (2048, 4), (2048, 8)):

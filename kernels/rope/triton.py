@@ -4,7 +4,8 @@
     y[:r/2] = x[:r/2] cos - x[r/2:r] sin,  y[r/2:r] = x[r/2:r] cos + x[:r/2] sin,  y[r:] = x[r:]        (Su et al. 2021, arXiv:2104.09864)
     cache[slot // size, :, slot % size] = k, v          where slot >= 0
 
-Each program takes some heads of one token; nothing depends on other tokens. Float32 from load to the one rounding at the end.
+Each program takes a few heads of a few tokens, either of queries and keys, which turn, or of values, which are only copied; nothing depends on other
+tokens. Float32 from load to the one rounding at the end.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
@@ -16,96 +17,97 @@ from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
-from penstock.kernels.tile import make_room, narrow, power, wait
+from penstock.kernels.tile import launched, make_room, narrow, power, wait
 
 
 @triton.jit
-def _gain(x, factor, q_norm, k_norm, at, inside, is_q, is_k, QNORM: tl.constexpr, KNORM: tl.constexpr):
-    """x * factor, rounded, * that head's weight, rounded; float32 in and out. Heads without a norm stay as they are."""
-    if QNORM and KNORM:
-        dtype = q_norm.dtype.element_ty
-        of_q = tl.load(q_norm + at, mask=inside, other=0.0)[None, :]
-        of_k = tl.load(k_norm + at, mask=inside, other=0.0)[None, :]
-        gain = tl.where(is_q[:, None], of_q, of_k).to(tl.float32)
-        on = is_q | is_k
-    elif QNORM:
-        dtype = q_norm.dtype.element_ty
-        gain = tl.load(q_norm + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        on = is_q
-    else:
-        dtype = k_norm.dtype.element_ty
-        gain = tl.load(k_norm + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        on = is_k
-    scaled = narrow(x * factor[:, None], dtype).to(tl.float32)
-    return tl.where(on[:, None], narrow(scaled * gain, dtype).to(tl.float32), x)
+def _gain(x, factor, weight, like: tl.constexpr):
+    """x * factor, rounded, * weight, rounded; float32 out."""
+    scaled = narrow(x * factor, like).to(tl.float32)
+    return narrow(scaled * weight.to(tl.float32), like).to(tl.float32)
 
 
 @triton.jit
-def _rope(
-    qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, stride, k_stride, kb, kh, HQ: tl.constexpr, HKV: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, SIZE: tl.constexpr, QNORM: tl.constexpr,
-    KNORM: tl.constexpr, KEEP: tl.constexpr, HEADS_BLOCK: tl.constexpr, PDL: tl.constexpr,
+def _turn(
+    qkv, positions, cos_sin, k_cache, entry, slot, q_norm, k_norm, out, k_out, eps, token, head, exists, stride, k_stride, kh, HQ: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, ceil((HQ + 2 HKV) / HEADS_BLOCK))."""
-    make_room(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-    c = tl.arange(0, HALF_P)
-    angles = cos_sin + tl.load(positions + token, cache_modifier=".cg").to(tl.int64) * (2 * HALF)
-    cos = tl.load(angles + c, mask=c < HALF, other=0.0)[None, :]
-    sin = tl.load(angles + HALF + c, mask=c < HALF, other=0.0)[None, :]
-    slot = tl.load(slots + token, cache_modifier=".cg")
-    wait(PDL)
-    is_q = head < HQ
-    is_k = (head >= HQ) & (head < HQ + HKV)
-    is_v = (head >= HQ + HKV) & (head < HQ + 2 * HKV)
-    exists = (head < HQ + 2 * HKV)[:, None]
-    half = (c < HALF)[None, :]
+    """Queries and keys: a row is a head of a token. Whose it is only decides addresses, so that no element is computed twice or selected."""
+    c = tl.arange(0, HALF_P)[None, :]
+    half = c < HALF
     dtype = qkv.dtype.element_ty
-    source = qkv + token * stride + (head * D)[:, None]
-    low = tl.load(source + c[None, :], mask=exists & half, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF + c[None, :], mask=exists & half, other=0.0).to(tl.float32)
+    is_q = head < HQ
+    position = tl.load(positions + token, mask=exists, other=0, cache_modifier=".cg").to(tl.int64)
+    angles = (cos_sin + position * (2 * HALF))[:, None]
+    cos = tl.load(angles + c, mask=half, other=0.0)
+    sin = tl.load(angles + HALF + c, mask=half, other=0.0)
+    if NORM:
+        weight = tl.where(is_q, q_norm, k_norm)[:, None]
+        low_weight = tl.load(weight + c, mask=half, other=0.0)
+        high_weight = tl.load(weight + HALF + c, mask=half, other=0.0)
+    wait(PDL)
+    source = (qkv + token * stride + head * D)[:, None]
+    on = exists[:, None] & half
+    low = tl.load(source + c, mask=on, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF + c, mask=on, other=0.0).to(tl.float32)
     if REST_P > 0:
-        e = tl.arange(0, REST_P)
-        tail = (e < D - 2 * HALF)[None, :]
-        rest = tl.load(source + 2 * HALF + e[None, :], mask=exists & tail, other=0.0).to(tl.float32)
-    if QNORM or KNORM:
-        square = tl.sum(low * low, 1) + tl.sum(high * high, 1)
+        e = tl.arange(0, REST_P)[None, :]
+        tail = e < D - 2 * HALF
+        rest = tl.load(source + 2 * HALF + e, mask=exists[:, None] & tail, other=0.0).to(tl.float32)
+    if NORM:
+        square = tl.sum(low * low + high * high, 1)
         if REST_P > 0:
             square += tl.sum(rest * rest, 1)
-        factor = tl.rsqrt(square / D + eps)
-        low = _gain(low, factor, q_norm, k_norm, c, c < HALF, is_q, is_k, QNORM, KNORM)
-        high = _gain(high, factor, q_norm, k_norm, HALF + c, c < HALF, is_q, is_k, QNORM, KNORM)
+        factor = tl.rsqrt(square / D + eps)[:, None]
+        low = _gain(low, factor, low_weight, dtype)
+        high = _gain(high, factor, high_weight, dtype)
         if REST_P > 0:
-            rest = _gain(rest, factor, q_norm, k_norm, 2 * HALF + e, e < D - 2 * HALF, is_q, is_k, QNORM, KNORM)
-    turn = (is_q | is_k)[:, None]
-    first = narrow(tl.where(turn, low * cos - high * sin, low), dtype)
-    second = narrow(tl.where(turn, high * cos + low * sin, high), dtype)
+            rest = _gain(rest, factor, tl.load(weight + 2 * HALF + e, mask=tail, other=0.0), dtype)
+    first = narrow(low * cos - high * sin, dtype)
+    second = narrow(high * cos + low * sin, dtype)
+    target = tl.where(is_q, out + token * (HQ * D) + head * D, k_cache + entry + (head - HQ) * kh)[:, None]
+    writes = (exists & (is_q | (slot >= 0)))[:, None]
+    tl.store(target + c, first, mask=writes & half)
+    tl.store(target + HALF + c, second, mask=writes & half)
+    if KEEP:
+        kept = (k_out + token * k_stride + (head - HQ) * D)[:, None]
+        keeps = (exists & (head >= HQ))[:, None]
+        tl.store(kept + c, first, mask=keeps & half)
+        tl.store(kept + HALF + c, second, mask=keeps & half)
+    if REST_P > 0:
+        third = narrow(rest, dtype)
+        tl.store(target + 2 * HALF + e, third, mask=writes & tail)
+        if KEEP:
+            tl.store(kept + 2 * HALF + e, third, mask=keeps & tail)
+
+
+@launched
+def _rope(
+    qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, tokens, stride, k_stride, kb, kh, HQ: tl.constexpr,
+    HKV: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, SIZE: tl.constexpr,
+    NORM: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (ceil(T / TOKENS), ceil((HQ + HKV) / HEADS) + ceil(HKV / HEADS)): programs of queries and keys, then of values."""
+    make_room(PDL)
+    row = tl.arange(0, TOKENS * HEADS)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + row // HEADS
+    slot = tl.load(slots + token, mask=token < tokens, other=-1, cache_modifier=".cg")
     block = tl.where(slot >= 0, slot, 0)
     entry = (block // SIZE).to(tl.int64) * kb + (block % SIZE) * D
-    q_at = out + token * (HQ * D) + (head * D)[:, None]
-    k_at = k_cache + entry + ((head - HQ) * kh)[:, None]
-    v_at = v_cache + entry + ((head - HQ - HKV) * kh)[:, None]
-    q_on = is_q[:, None] & half
-    k_on = (is_k & (slot >= 0))[:, None] & half
-    v_on = (is_v & (slot >= 0))[:, None] & half
-    tl.store(q_at + c[None, :], first, mask=q_on)
-    tl.store(q_at + HALF + c[None, :], second, mask=q_on)
-    tl.store(k_at + c[None, :], first, mask=k_on)
-    tl.store(k_at + HALF + c[None, :], second, mask=k_on)
-    tl.store(v_at + c[None, :], first, mask=v_on)
-    tl.store(v_at + HALF + c[None, :], second, mask=v_on)
-    if KEEP:
-        kept_at = k_out + token * k_stride + ((head - HQ) * D)[:, None]
-        tl.store(kept_at + c[None, :], first, mask=is_k[:, None] & half)
-        tl.store(kept_at + HALF + c[None, :], second, mask=is_k[:, None] & half)
-    if REST_P > 0:
-        kept = narrow(rest, dtype)
-        if KEEP:
-            tl.store(kept_at + 2 * HALF + e[None, :], kept, mask=is_k[:, None] & tail)
-        tl.store(q_at + 2 * HALF + e[None, :], kept, mask=is_q[:, None] & tail)
-        tl.store(k_at + 2 * HALF + e[None, :], kept, mask=(is_k & (slot >= 0))[:, None] & tail)
-        tl.store(v_at + 2 * HALF + e[None, :], kept, mask=(is_v & (slot >= 0))[:, None] & tail)
+    turning: tl.constexpr = (HQ + HKV + HEADS - 1) // HEADS
+    if tl.program_id(1) < turning:
+        head = tl.program_id(1) * HEADS + row % HEADS
+        _turn(
+            qkv, positions, cos_sin, k_cache, entry, slot, q_norm, k_norm, out, k_out, eps, token, head, (head < HQ + HKV) & (token < tokens),
+            stride, k_stride, kh, HQ, D, HALF, HALF_P, REST_P, NORM, KEEP, PDL,
+        )  # fmt: skip
+    else:
+        wait(PDL)
+        kv_head = (tl.program_id(1) - turning) * HEADS + row % HEADS
+        d = tl.arange(0, D_P)[None, :]
+        there = ((slot >= 0) & (kv_head < HKV))[:, None] & (d < D)
+        value = tl.load((qkv + token * stride + (HQ + HKV + kv_head) * D)[:, None] + d, mask=there, other=0.0)
+        tl.store((v_cache + entry + kv_head * kh)[:, None] + d, value, mask=there)
 
 
 def rope_and_cache(
@@ -124,14 +126,17 @@ def rope_and_cache(
     require(cos_sin.dtype == torch.float32 and cos_sin.is_contiguous() and cos_sin.shape[1] <= dim, "cos_sin must be [P, r] float32")
     out = torch.empty(tokens, num_heads, dim, dtype=qkv.dtype, device=qkv.device) if out is None else out
     require(out.shape == (tokens, num_heads, dim) and out.is_contiguous(), "out must be contiguous, [T, Hq, D]")
+    require((q_norm is None) == (k_norm is None), "queries and keys have norms, or neither")
     if tokens:
         config = dict(config or tuned("rope"))
-        heads, half = num_heads + 2 * num_kv_heads, cos_sin.shape[1] // 2
-        block = min(config.pop("HEADS_BLOCK"), power(heads))
-        _rope[(tokens, -(-heads // block))](
-            qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, qkv.stride(0),
+        half = cos_sin.shape[1] // 2
+        heads = min(config.pop("HEADS"), power(num_heads + num_kv_heads))
+        rows = max(1, config.pop("ROWS") * 64 // (heads * power(half)))  # ROWS is for heads of 128: shorter ones make more rows
+        _rope[(-(-tokens // rows), -(-(num_heads + num_kv_heads) // heads) - (-num_kv_heads // heads))](
+            qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, tokens, qkv.stride(0),
             0 if k_out is None else k_out.stride(0), k_cache.stride(0), k_cache.stride(1),
-            HQ=num_heads, HKV=num_kv_heads, D=dim, HALF=half, HALF_P=power(half), REST_P=power(dim - 2 * half) if dim > 2 * half else 0,
-            SIZE=size, QNORM=q_norm is not None, KNORM=k_norm is not None, KEEP=k_out is not None, HEADS_BLOCK=block, **chained(), **config,
+            HQ=num_heads, HKV=num_kv_heads, D=dim, D_P=power(dim), HALF=half, HALF_P=power(half),
+            REST_P=power(dim - 2 * half) if dim > 2 * half else 0, SIZE=size, NORM=q_norm is not None, KEEP=k_out is not None,
+            HEADS=heads, TOKENS=rows, **chained(), **config,
         )  # fmt: skip
     return out
