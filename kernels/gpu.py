@@ -63,12 +63,40 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 
 TUNED = Path(__file__).with_name("tuned.json")
+_COMPILING: ContextVar[bool] = ContextVar("penstock_compiling", default=False)
+
+
+def compiling() -> bool:
+    """Whether launches on this thread only compile: see `compile_only`."""
+    return _COMPILING.get()
+
+
+@contextmanager
+def compile_only(threads: int | None = None, *, strict: bool = False) -> Iterator[None]:
+    """Inside, a launch of a kernel that was not compiled yet hands it to one of `threads` (default: a core each), and nothing runs; leaving waits for all
+    of them. What a kernel would have written is not there: for functions whose course does not depend on values, as those that
+    graphs capture. A kernel that cannot be compiled raises here if `strict`; else it is left to its first real launch, which raises."""
+    from triton import AsyncCompileMode
+
+    with (
+        ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="compile") as pool,
+        AsyncCompileMode(pool, ignore_errors=not strict),
+    ):
+        before = _COMPILING.set(True)
+        try:
+            yield
+        finally:
+            _COMPILING.reset(before)
 
 
 @functools.cache

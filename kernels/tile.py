@@ -1,14 +1,27 @@
-"""What the Triton kernels share: rounding that is the same under the interpreter, chained launches, and sizes. Imports triton: import it only from
-triton.py files."""
+"""What the Triton kernels share: launches that may only compile, rounding that is the same under the interpreter, chained launches, and sizes.
+Imports triton: import it only from triton.py files."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return,misc"
 
 import triton
 import triton.language as tl
 
-from penstock.kernels.gpu import interpreting
+from penstock.kernels import gpu
 
-INTERPRETED = tl.constexpr(interpreting())
+INTERPRETED = tl.constexpr(gpu.interpreting())
+
+
+class _Launched(triton.JITFunction):
+    def run(self, *args, grid, warmup, **options):
+        """Launch, or only compile where `gpu.compile_only` says so."""
+        return super().run(*args, grid=grid, warmup=warmup or gpu.compiling(), **options)
+
+
+def launched(function=None, **options):
+    """Marks a kernel that is launched (triton.jit: one that others call). Options as triton.jit's."""
+    if function is None:
+        return lambda function: launched(function, **options)
+    return triton.jit(function, **options) if gpu.interpreting() else _Launched(function, **options)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
-from penstock.kernels.tile import follow, narrow, power
+from penstock.kernels.tile import follow, launched, narrow, power
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 
@@ -30,7 +30,7 @@ def activate(gate, KIND: tl.constexpr):
     return y
 
 
-@triton.jit
+@launched
 def _gated(x, out, width, stride, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (T, ceil(I / BLOCK))."""
     follow(PDL)

@@ -3,16 +3,15 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
-from penstock.kernels.tile import follow, power
+from penstock.kernels.tile import follow, launched, power
 
 
-@triton.jit
+@launched
 def _pieces(logits, tops, firsts, V, stride, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr):
     """Grid (M, PIECES): largest value (NaN if there is one) and its first index."""
     follow(PDL)
@@ -34,7 +33,7 @@ def _pieces(logits, tops, firsts, V, stride, CHUNK: tl.constexpr, BLOCK: tl.cons
     tl.store(firsts + row * PIECES + piece, first_index)
 
 
-@triton.jit
+@launched
 def _merge(tops, firsts, out, PIECES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (M)."""
     follow(PDL)

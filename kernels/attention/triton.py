@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
-from penstock.kernels.tile import fetch_ahead, follow, make_room, narrow, power, wait
+from penstock.kernels.tile import fetch_ahead, follow, launched, make_room, narrow, power, wait
 
 KV_LAYOUT = "paged-bhsd-v1"
 """[num_blocks, Hkv, block_size, D] row-major; part of the KV identity key."""
@@ -144,7 +144,7 @@ def _close(acc, m2, z, sinks, head, here, SINKS: tl.constexpr):
     return acc / safe[:, None], tl.where(some, m2 + tl.log2(safe), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["sequences", "window"], do_not_specialize_on_alignment=["q_start", "kv_len", "table_rows", "tables"])
+@launched(do_not_specialize=["sequences", "window"], do_not_specialize_on_alignment=["q_start", "kv_len", "table_rows", "tables"])
 def _ragged(
     q, k, v, out, lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -238,7 +238,7 @@ def _ragged(
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
 
 
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
+@launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
 def _split(
     q, k, v, out, lse, partial, partial_lse, counters, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride,
     table_stride, kb, kh, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -346,7 +346,7 @@ def _split(
                         tl.store(lse + row * HEADS + ours, (top + tl.log2(whole_sum)) * 0.6931471805599453, mask=h < GROUP)
 
 
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len"])
+@launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len"])
 def _combine(
     out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
@@ -388,7 +388,7 @@ def _combine(
             tl.store(lse + row * HEADS + head, (top + tl.log2(total)) * 0.6931471805599453)
 
 
-@triton.jit
+@launched
 def _merge(out_a, lse_a, out_b, lse_b, out, lse, D: tl.constexpr, DP: tl.constexpr, LSE: tl.constexpr):
     """Grid (T * Hq): exact softmax over the union of two disjoint sets of keys."""
     at = tl.program_id(0).to(tl.int64)

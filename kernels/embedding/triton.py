@@ -3,16 +3,15 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
-from penstock.kernels.tile import follow, power
+from penstock.kernels.tile import follow, launched, power
 
 
-@triton.jit
+@launched
 def _gather(ids, table, out, width, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (T, ceil(H / BLOCK))."""
     follow(PDL)

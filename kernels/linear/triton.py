@@ -16,7 +16,6 @@ tests compare the two bit by bit.
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
@@ -25,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from penstock.kernels.activation.triton import KINDS, activate
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
-from penstock.kernels.tile import fetch_ahead, follow, narrow
+from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
 
 SKINNY = 16
 """Most rows of the skinny kernel."""
@@ -33,7 +32,7 @@ COUNTERS = 8192
 """Column blocks that a workspace can count: int32 cells at its start, zero between calls."""
 
 
-@triton.jit(do_not_specialize=["M"])
+@launched(do_not_specialize=["M"])
 def _skinny(
     x, w, box, bias, out, counters, partial, M, N, K, x_stride, w_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
@@ -103,7 +102,7 @@ def _skinny(
             tl.store(out + m[:, None] * out_stride + n[None, :], narrow(acc, out.dtype.element_ty), mask=here & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
+@launched(do_not_specialize=["M"])
 def _invariant(
     x, w, bias, out, M, N, K, x_stride, w_stride, out_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, FEW: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,

@@ -8,16 +8,15 @@ One program a row, so no row depends on another.
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
-from penstock.kernels.tile import make_room, narrow, power, wait
+from penstock.kernels.tile import launched, make_room, narrow, power, wait
 
 
-@triton.jit
+@launched
 def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
     """Grid (M)."""
     make_room(PDL)

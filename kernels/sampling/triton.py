@@ -27,7 +27,7 @@ from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import tuned
-from penstock.kernels.tile import power
+from penstock.kernels.tile import launched, power
 
 FIELDS = 6
 """Cells of the workspace for each piece of a row: largest logit, its index, the candidate's score, token and value, mass."""
@@ -176,7 +176,7 @@ def _kth(logits, V, count, listing, heat, top, bound, k, BLOCK: tl.constexpr):
     return _unordered(low.to(tl.int32))
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+@launched(do_not_specialize_on_alignment=["slots", "positions"])
 def _survey(
     logits, temperature, top_p, seeds, choices, positions, slots, cells, maxima, V, stride, PIECES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr,
@@ -230,7 +230,7 @@ def _survey(
         tl.store(at_cell + 4, value.to(tl.float64))
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+@launched(do_not_specialize_on_alignment=["slots", "positions"])
 def _choose(
     logits, temperature, top_k, top_p, min_p, seeds, choices, positions, slots, cells, maxima, listings, out, V, stride, PIECES: tl.constexpr,
     PIECES_P: tl.constexpr, GROUPS: tl.constexpr, GROUPS_P: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
@@ -351,7 +351,7 @@ def draw(
     return out
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "pool_rows"])
+@launched(do_not_specialize_on_alignment=["slots", "pool_rows"])
 def _penalise(
     logits, pool_rows, counts, in_prompt, repetition, frequency, presence, slots, V, stride, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -386,7 +386,7 @@ def penalise_(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "ids", "values"])
+@launched(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "ids", "values"])
 def _bias(logits, rows, ids, values, entries, stride, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + at, mask=at < entries, other=-1)
@@ -402,7 +402,7 @@ def scatter_bias_(logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> 
         _bias[(-(-rows.shape[0] // 256),)](logits, rows, ids, values, rows.shape[0], logits.stride(0), BLOCK=256)
 
 
-@triton.jit(do_not_specialize_on_alignment=["mask_rows"])
+@launched(do_not_specialize_on_alignment=["mask_rows"])
 def _mask(logits, mask, mask_rows, V, stride, words, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     which = tl.load(mask_rows + row).to(tl.int64)
@@ -421,7 +421,7 @@ def mask_(logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
         _mask[(rows, -(-vocab // 4096))](logits, mask, mask_rows, vocab, logits.stride(0), mask.shape[1], BLOCK=4096, num_warps=8)
 
 
-@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "slots", "positions", "starts", "sizes"])
+@launched(do_not_specialize=["entries"], do_not_specialize_on_alignment=["rows", "slots", "positions", "starts", "sizes"])
 def _ban(logits, history, rows, slots, positions, words, starts, sizes, entries, stride, h_stride, LONGEST: tl.constexpr):
     """Grid (E)."""
     entry = tl.program_id(0)
@@ -453,7 +453,7 @@ def ban_words_(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["pool_rows", "tokens"])
+@launched(do_not_specialize=["rows"], do_not_specialize_on_alignment=["pool_rows", "tokens"])
 def _count(counts, pool_rows, tokens, rows, V, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pool = tl.load(pool_rows + at, mask=at < rows, other=-1)
@@ -468,7 +468,7 @@ def count_(counts: Tensor, pool_rows: Tensor, tokens: Tensor) -> None:
         _count[(-(-tokens.shape[0] // 128),)](counts, pool_rows, tokens, tokens.shape[0], counts.shape[1], BLOCK=128)
 
 
-@triton.jit
+@launched
 def _clear(counts, in_prompt, pool_rows, V, BLOCK: tl.constexpr):
     pool = tl.load(pool_rows + tl.program_id(0)).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -477,7 +477,7 @@ def _clear(counts, in_prompt, pool_rows, V, BLOCK: tl.constexpr):
     tl.store(in_prompt + pool * V + at, tl.zeros([BLOCK], tl.uint8), mask=mask)
 
 
-@triton.jit
+@launched
 def _start(counts, in_prompt, pool_rows, history, slots, splits, ends, V, h_stride, BLOCK: tl.constexpr):
     entry = tl.program_id(0)
     pool = tl.load(pool_rows + entry).to(tl.int64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import tuned
-from penstock.kernels.tile import power
+from penstock.kernels.tile import launched, power
 
 _LOOSE = ["slots", "starts", "q_start", "counts", "offsets", "tokens", "positions", "index", "ids", "src", "dst", "cache_slots", "kv_len"]
 """Columns are views at any element of a step's buffer: compiling again for each alignment would stall a step."""
@@ -33,7 +33,7 @@ def _look(slots, starts, history, table, row, within, here, h_stride, t_stride, 
     return token, position, tl.where(block >= 0, block * SIZE + position % SIZE, -1)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
+@launched(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
 def _decode(
     slots, starts, history, table, tokens, positions, cache_slots, kv_len, rows, h_stride, t_stride, L: tl.constexpr, SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,7 +49,7 @@ def _decode(
     tl.store(kv_len + row, tl.where(slot >= 0, position + 1, 0), mask=here)
 
 
-@triton.jit(do_not_specialize=["rows", "total"], do_not_specialize_on_alignment=_LOOSE)
+@launched(do_not_specialize=["rows", "total"], do_not_specialize_on_alignment=_LOOSE)
 def _ragged(
     slots, starts, q_start, history, table, tokens, positions, cache_slots, kv_len, rows, total, h_stride, t_stride, L: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,14 +81,14 @@ def _ragged(
     tl.store(kv_len + at, tl.where((slot >= 0) & (count > 0), start + count, 0), mask=real)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
+@launched(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
 def _advance(slots, starts, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = (row < rows) & (tl.load(slots + row, mask=row < rows, other=-1) >= 0)
     tl.store(starts + row, tl.load(starts + row, mask=live, other=0) + 1, mask=live)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
+@launched(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
 def _write(slots, positions, tokens, history, rows, h_stride, L: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = row < rows
@@ -99,7 +99,7 @@ def _write(slots, positions, tokens, history, rows, h_stride, L: tl.constexpr, B
     tl.store(history + tl.where(live, slot, 0).to(tl.int64) * h_stride + position, tl.maximum(token, 0), mask=live)
 
 
-@triton.jit(do_not_specialize_on_alignment=_LOOSE)
+@launched(do_not_specialize_on_alignment=_LOOSE)
 def _place(history, table, slots, counts, offsets, tokens, h_stride, t_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (E)."""
     entry = tl.program_id(0)
@@ -115,7 +115,7 @@ def _place(history, table, slots, counts, offsets, tokens, h_stride, t_stride, W
             tl.store(table + slot * t_stride + at + c, tl.full([BLOCK], -1, tl.int32), mask=at + c < WIDTH)
 
 
-@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=_LOOSE)
+@launched(do_not_specialize=["entries"], do_not_specialize_on_alignment=_LOOSE)
 def _set(table, slots, index, ids, entries, t_stride, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < entries
@@ -125,7 +125,7 @@ def _set(table, slots, index, ids, entries, t_stride, BLOCK: tl.constexpr):
     tl.store(table + tl.where(live, slot, 0).to(tl.int64) * t_stride + column, tl.load(ids + at, mask=here, other=0), mask=live)
 
 
-@triton.jit(do_not_specialize_on_alignment=_LOOSE)
+@launched(do_not_specialize_on_alignment=_LOOSE)
 def _copy(pools, src, dst, words, g_stride, b_stride, BLOCK: tl.constexpr):
     """Grid (ceil(words / BLOCK), E, G)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -7,8 +7,11 @@ What it does not know: slots' owners, graphs, steps.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
+from penstock.kernels import gpu
 from penstock.kernels.activation.triton import gated
 from penstock.kernels.argmax.triton import argmax
 from penstock.kernels.attention import triton as attention
@@ -46,6 +49,10 @@ class TritonOps:
         self._sampling = torch.empty(sampling.workspace_elements(max_rows, vocab), dtype=torch.float64, device=device)
         self._steps = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self.workspace_bytes = self._attention.nbytes + self._linear.nbytes + self._sampling.nbytes
+
+    def compile_only(self) -> AbstractContextManager[None]:
+        """See Ops."""
+        return gpu.compile_only()
 
     def allocate(
         self, layers: int, num_blocks: int, kv_heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device

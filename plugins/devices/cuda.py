@@ -30,6 +30,8 @@ from penstock.version import __version__
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DEPTH = 2
+MIXED_PREFILL_TOKENS = 256
+"""Measured on an H200 (docs/benchmarks/h200.md): 60 decodes with 150 prompt tokens take 9.7 ms, with 400 13.7, with 900 25.6."""
 GRAPH_RESERVE = 24 << 20
 """Bytes kept for each planned batch size beyond the largest one, whose memory they share: what a graph's nodes and outputs take."""
 SHRINK = 0.95
@@ -40,7 +42,9 @@ SMALLEST = 0.5
 class CudaDevice:
     """See core/device_api.py: Device. Depth 2: the host launches step n+1 while the device computes step n."""
 
-    capabilities = DeviceCapabilities(name="cuda", depth=DEPTH, dtypes=list(DTYPES), deterministic=True)
+    capabilities = DeviceCapabilities(
+        name="cuda", depth=DEPTH, dtypes=list(DTYPES), deterministic=True, mixed_prefill_tokens=MIXED_PREFILL_TOKENS
+    )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:
         """Raises ConfigError, CheckpointError or UnsupportedFeature naming the flag or field."""
@@ -111,6 +115,9 @@ def load(
         graphs=not config.enforce_eager and (ops.capturable or lane.device.type == "cpu"),
         depth=depth,
     )
+    if ops.capturable:
+        progress("compiling kernels", 0.0)
+        runner.compile_ahead()
     size_cache(config, runner, lane, progress)
     progress("loaded", 1.0)
     return runner

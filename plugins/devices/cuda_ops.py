@@ -9,6 +9,7 @@ What it does not know: who owns a slot, graphs, steps.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +62,10 @@ class Ops(Protocol):
     capturable: bool
     """May be captured in a graph."""
     workspace_bytes: int
+
+    def compile_only(self) -> AbstractContextManager[None]:
+        """Inside, operations prepare what their first call would (compile, on as many threads as there are cores) and need not compute anything."""
+        ...
 
     def allocate(
         self, layers: int, num_blocks: int, kv_heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device
@@ -164,6 +169,10 @@ class TorchOps:
     kv_layout = "rows-v1"
     capturable = False
     workspace_bytes = 0
+
+    def compile_only(self) -> AbstractContextManager[None]:
+        """See Ops: there is nothing to compile."""
+        return nullcontext()
 
     def allocate(
         self, layers: int, num_blocks: int, kv_heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device

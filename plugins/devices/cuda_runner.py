@@ -537,9 +537,32 @@ class CudaRunner:
         self._last_end = None
 
     @torch.inference_mode()
+    def compile_ahead(self) -> None:
+        """Compile what serving needs, side by side: one kernel after the other takes most of a first start. Whatever is missed here is compiled
+        when it is first launched."""
+        self._lane.bind()
+        with self._ops.compile_only():
+            for rows, tokens in WARM_SHAPES:
+                if rows <= self.max_num_seqs and tokens <= self.max_num_batched_tokens:
+                    self._step_on_padding(rows, tokens)
+            if self._mixed_rows:
+                self._send_mixed(EMPTY_I32, EMPTY_I32, EMPTY_I32)
+                self._mixed_body(self._mixed_rows[-1], self._mixed_tokens[-1])
+            for bucket in self._buckets:
+                self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+                hidden, positions = self._decode_body(bucket)
+                for hot in (False, True):
+                    self._sample_body(bucket, hot, hidden, positions)
+        self._lane.synchronize()
+
+    @torch.inference_mode()
     def exercise(self, rows: int, tokens: int) -> None:
         """An eager step on padding rows alone, with a draw. Then waits. The largest one needs the most workspace."""
         self._lane.bind()
+        self._step_on_padding(rows, tokens)
+        self._lane.synchronize()
+
+    def _step_on_padding(self, rows: int, tokens: int) -> None:
         rows = min(rows, tokens)
         counts = np.full(rows, tokens // rows, np.int32)
         counts[0] += tokens - int(counts.sum())
@@ -553,11 +576,10 @@ class CudaRunner:
         x, residual = self._model.step(self._ops, self._pool, columns)
         hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
         logits = self._model.logits(self._ops, hidden)
-        raw = logits.clone()
-        tokens_drawn = self.sampler.draw(logits, sent[0], sent[1], True)
-        self._ops.write_tokens(sent[0], sent[1], tokens_drawn, self.history)
-        del tokens_drawn, raw, logits, hidden, x, residual, columns
-        self._lane.synchronize()
+        raw = logits.clone()  # as where log-probabilities are wanted
+        drawn = self.sampler.draw(logits, sent[0], sent[1], True)
+        self._ops.write_tokens(sent[0], sent[1], drawn, self.history)
+        del raw
 
     def close(self) -> None:
         """Wait for the device and let go of everything."""

@@ -1,0 +1,95 @@
+"""Run by test_compile_ahead.py in a process of its own: loads a checkpoint with the Triton table of operations on host memory, for an H200 that is
+not there, so that every kernel which serving needs is compiled and none can run. Prints what was compiled as JSON.
+
+`compile_for_hopper.py CHECKPOINT [deterministic]`
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from penstock.core.device_api import RunnerConfig
+from penstock.core.hookspecs import AttentionSpec
+from penstock.kernels import gpu
+from penstock.plugins.devices.cuda import load
+from penstock.plugins.devices.cuda_lane import HostLane
+
+
+class AbsentH200(DriverBase):  # type: ignore[misc]
+    """What the compiler asks a driver for."""
+
+    def __init__(self) -> None:
+        pass
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        return None
+
+
+def main(folder: str, deterministic: bool) -> None:
+    triton.runtime.driver.set_active(AbsentH200())
+    gpu.device_key = lambda: "nvidia-h200"  # type: ignore[assignment]
+    gpu.chained = lambda: {"PDL": True, "launch_pdl": True}  # type: ignore[assignment]
+    compiled: collections.Counter[str] = collections.Counter()
+    triton.knobs.runtime.jit_post_compile_hook = lambda **hook: compiled.update([f"{hook['fn'].module}:{hook['fn'].name}"])
+    from penstock.plugins.attention.triton import TritonOps
+
+    TritonOps.compile_only = lambda self: gpu.compile_only(strict=True)  # type: ignore[method-assign]
+
+    def make(facts: Any, dtype: torch.dtype, device: torch.device, max_rows: int, deterministic: bool) -> TritonOps:
+        widest = 2 * facts.intermediate_size
+        shape = {"vocab": facts.vocab_size, "widest": widest, "heads": facts.num_heads, "dim": facts.head_dim}
+        return TritonOps(device=device, max_rows=max_rows, deterministic=deterministic, **shape)
+
+    spec = AttentionSpec(name="triton", api_level=1, devices=["cuda"], supports=lambda facts, dtype: None, factory=make)
+    config = RunnerConfig(
+        model_path=folder,
+        dtype="bfloat16",
+        max_model_len=None,
+        block_size=16,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        kv_cache_memory_bytes=1 << 22,
+        num_gpu_blocks_override=None,
+        gpu_memory_utilization=0.9,
+        load_format="auto",
+        deterministic=deterministic,
+        enforce_eager=False,
+        attention_backend=None,
+        seed=0,
+        threads=1,
+        max_logprobs=20,
+    )
+    runner = load(config, lambda phase, fraction: None, HostLane(), {"bfloat16": torch.bfloat16}, depth=2, backend=spec)
+    untouched = not bool(runner.history.any()) and bool((runner.table == -1).all()) and not gpu.compiling()
+    print(json.dumps({"compiled": compiled, "untouched": untouched}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:] == ["deterministic"])

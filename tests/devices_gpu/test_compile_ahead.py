@@ -1,0 +1,81 @@
+"""A first start compiles its kernels side by side, before anything runs; and they compile for a GPU that this machine need not have."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.plugins.devices.cuda_ops import TorchOps
+
+Make = Callable[..., Any]
+EVERYWHERE = {"embedding:_gather", "rmsnorm:_norm", "rope:_rope", "sampling:_survey", "sampling:_choose", "argmax:_pieces", "argmax:_merge"}
+EVERYWHERE |= {"attention:_ragged", "slots:_decode", "slots:_ragged", "slots:_write", "activation:_gated"}
+FAST = EVERYWHERE | {"linear:_skinny", "attention:_split"}
+DETERMINISTIC = EVERYWHERE | {"linear:_invariant"}
+
+
+class AheadOps(TorchOps):
+    """Says that it can be captured, notes in which mode it is asked for what, and computes."""
+
+    capturable = True
+
+    def __init__(self) -> None:
+        self.ahead = False
+        self.seen: list[tuple[bool, int]] = []
+        self.times = 0
+
+    @contextmanager
+    def compile_only(self) -> Iterator[None]:
+        self.times += 1
+        self.ahead = True
+        yield
+        self.ahead = False
+
+    def embed(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        self.seen.append((self.ahead, tokens.shape[0]))
+        return super().embed(tokens, table)
+
+
+def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path, host_runner: Make) -> None:
+    ops, notes = AheadOps(), []
+    runner = host_runner(folder, ops=ops, notes=notes, max_num_seqs=16, max_num_batched_tokens=64)
+    assert ops.times == 1
+    assert "compiling kernels" in notes
+    assert notes.index("compiling kernels") < notes.index("allocating KV cache")
+    ahead = {size for early, size in ops.seen if early}
+    assert {1, 2, 4, 8, 16} <= ahead, "every size of a decode step that has a kernel of its own"
+    assert {7, 16, 48, 49, 64} <= ahead, "odd and even sizes with prefill, and the largest captured one"
+    assert not runner.history.any()
+    assert (runner.table == -1).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC)])
+def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = make_folder("qwen3", torch.bfloat16, **shape)
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), *([mode] if mode else [])],
+        env={**kept, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    names = {name.removeprefix("penstock.kernels.").replace(".triton", "") for name in found["compiled"]}
+    assert wanted <= names, f"not compiled: {wanted - names}"
+    assert found["untouched"], "nothing ran"
