@@ -65,7 +65,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -88,15 +88,21 @@ def compile_only(threads: int | None = None, *, strict: bool = False) -> Iterato
     graphs capture. A kernel that cannot be compiled raises here if `strict`; else it is left to its first real launch, which raises."""
     from triton import AsyncCompileMode
 
-    with (
-        ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="compile") as pool,
-        AsyncCompileMode(pool, ignore_errors=not strict),
-    ):
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="compile") as pool:
+        mode = AsyncCompileMode(pool, ignore_errors=not strict)
         before = _COMPILING.set(True)
         try:
-            yield
+            with mode:
+                yield
         finally:
             _COMPILING.reset(before)
+        list(pool.map(_load, mode.future_kernels.values()))
+
+
+def _load(compiled: Any) -> None:
+    """Bring a kernel to the device now: Triton does it, and may compile a launcher in C, when a kernel is first asked how to run."""
+    with suppress(Exception):  # said by the first real launch, and by nobody where there is no device
+        getattr(compiled.result(), "run")  # noqa: B009
 
 
 @functools.cache

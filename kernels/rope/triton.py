@@ -128,7 +128,7 @@ def rope_and_cache(
     require(out.shape == (tokens, num_heads, dim) and out.is_contiguous(), "out must be contiguous, [T, Hq, D]")
     require((q_norm is None) == (k_norm is None), "queries and keys have norms, or neither")
     if tokens:
-        config = dict(config or tuned("rope"))
+        config = dict(config or tuned("rope" if q_norm is None else "rope.normed"))
         half = cos_sin.shape[1] // 2
         heads = min(config.pop("HEADS"), power(num_heads + num_kv_heads))
         rows = max(1, config.pop("ROWS") * 64 // (heads * power(half)))  # ROWS is for heads of 128: shorter ones make more rows

@@ -468,7 +468,7 @@ def count_(counts: Tensor, pool_rows: Tensor, tokens: Tensor) -> None:
         _count[(-(-tokens.shape[0] // 128),)](counts, pool_rows, tokens, tokens.shape[0], counts.shape[1], BLOCK=128)
 
 
-@launched
+@launched(do_not_specialize_on_alignment=["pool_rows"])
 def _clear(counts, in_prompt, pool_rows, V, BLOCK: tl.constexpr):
     pool = tl.load(pool_rows + tl.program_id(0)).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -477,7 +477,7 @@ def _clear(counts, in_prompt, pool_rows, V, BLOCK: tl.constexpr):
     tl.store(in_prompt + pool * V + at, tl.zeros([BLOCK], tl.uint8), mask=mask)
 
 
-@launched
+@launched(do_not_specialize_on_alignment=["pool_rows", "slots", "splits", "ends"])
 def _start(counts, in_prompt, pool_rows, history, slots, splits, ends, V, h_stride, BLOCK: tl.constexpr):
     entry = tl.program_id(0)
     pool = tl.load(pool_rows + entry).to(tl.int64)

@@ -57,6 +57,11 @@ class DeviceDecoder:
         kept += [part for layer in layers for part in vars(layer).values() if isinstance(part, torch.Tensor)]
         self.weights_bytes = sum(part.nbytes for part in kept)
 
+    def brief(self) -> DeviceDecoder:
+        """With one layer of each kind: what has to be compiled for all of them."""
+        kinds = {layer.window: layer for layer in reversed(self.layers)}
+        return DeviceDecoder(self.facts, self.table, list(kinds.values()), self.final_norm, self.lm_head, self.cos_sin)
+
     def step(self, ops: Ops, pool: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         """pool [layers, 2, ...] -> two [T, H]."""
         facts, eps = self.facts, self.facts.rms_norm_eps

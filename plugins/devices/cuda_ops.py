@@ -206,16 +206,19 @@ class TorchOps:
     def place(self, history: Tensor, table: Tensor, slots: Tensor, counts: Tensor, offsets: Tensor, tokens: Tensor) -> None:
         """See Ops."""
         for slot, count, offset in zip(slots.tolist(), counts.tolist(), offsets.tolist(), strict=True):
-            history[slot, :count] = tokens[offset : offset + count]
-            table[slot] = -1
+            if slot >= 0:
+                history[slot, :count] = tokens[offset : offset + count]
+                table[slot] = -1
 
     def set_blocks(self, table: Tensor, slots: Tensor, index: Tensor, ids: Tensor) -> None:
         """See Ops."""
-        table[slots, index] = ids
+        real = slots >= 0
+        table[slots[real], index[real]] = ids[real]
 
     def copy_blocks(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
         """See Ops."""
-        pool[:, :, target] = pool[:, :, source]
+        real = (source >= 0) & (target >= 0)
+        pool[:, :, target[real]] = pool[:, :, source[real]]
 
     def write_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor, history: Tensor) -> None:
         """See Ops."""
@@ -325,6 +328,8 @@ class TorchOps:
     def start_counts(self, counts: Tensor, in_prompt: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor) -> None:
         """See Ops."""
         for slot, split, end in zip(slots.tolist(), splits.tolist(), ends.tolist(), strict=True):
+            if slot < 0:
+                continue
             counts[slot] = torch.bincount(history[slot, split:end], minlength=counts.shape[1]).int()
             in_prompt[slot] = torch.bincount(history[slot, :split], minlength=counts.shape[1]) > 0
 

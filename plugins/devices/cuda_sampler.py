@@ -179,6 +179,13 @@ class DeviceSampler:
             ids, values, ranks = portable.logprobs(raw, named, most)
         return Wanted(landing.also(ids.int()), landing.also(values), landing.also(ranks.int()), rows, positions, wants, ids.shape[1])
 
+    def penalise_nobody(self, none: Tensor) -> None:
+        """Launch what penalties need on a padding row: `none` is an int32 column of one -1."""
+        logits = torch.zeros(1, self._vocab, device=none.device)
+        self._ops.start_counts(self._counts, self._in_prompt, none, self._history, none, none)
+        self._ops.penalise(logits, none, self._counts, self._in_prompt, self.settings)
+        self._ops.count(self._counts, none, none)
+
     def _adjust(self, logits: Tensor, slots: Column, positions: Column, flags: I32) -> Tensor | None:
         """Penalties, bias and masks, in place, on the rows that have them. Returns which slot counts, by row, if any does."""
         counted = None

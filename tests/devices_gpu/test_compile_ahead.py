@@ -20,6 +20,7 @@ from penstock.plugins.devices.cuda_ops import TorchOps
 Make = Callable[..., Any]
 EVERYWHERE = {"embedding:_gather", "rmsnorm:_norm", "rope:_rope", "sampling:_survey", "sampling:_choose", "argmax:_pieces", "argmax:_merge"}
 EVERYWHERE |= {"attention:_ragged", "slots:_decode", "slots:_ragged", "slots:_write", "activation:_gated"}
+EVERYWHERE |= {"slots:_place", "slots:_set", "slots:_copy", "sampling:_penalise", "sampling:_clear", "sampling:_start", "sampling:_count"}
 FAST = EVERYWHERE | {"linear:_skinny", "attention:_split"}
 DETERMINISTIC = EVERYWHERE | {"linear:_invariant"}
 
