@@ -14,13 +14,14 @@ attention.triton
     paged_attention(q[T, Hq, D], k_cache, v_cache, block_tables[R or S, W] i32, q_start[R + 1] i32, kv_len[R] i32, scale, window=0, *,
                     num_decode=0, softcap=0.0, sinks=None[Hq] f32, table_rows=None[R] i32, out=None, lse=None[T, Hq] f32, workspace=None, counters=None,
                     deterministic=False, new_k=None[T, Hkv, D], new_v=None[T, Hkv, D]) -> out
-        The first `num_decode` sequences have one row each and go to the split-KV kernel (never with deterministic=True), all others to
-        the ragged one. q may have any stride between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it
+        The first `num_decode` sequences have one row each and go to the split-KV kernel, all others to the ragged one. deterministic=True: both
+        give a row the same bits (segments of `segment_of` keys, which depends on W * block_size: keep W the same). q may have any stride between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it
         row r. num_decode -1: who has one row is read from q_start on the device, so that a captured graph replays with any mixture; each of the two
         kernels takes the sequences that are its own. new_k, new_v: this step's own (rotated) keys and values, e.g. views of qkv: prefill reads them by TMA instead of through the
         pages (ignored when deterministic). kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
-    decode_attention(q[R, Hq, D], k_cache, v_cache, block_tables, kv_len, scale, window=0, *, softcap, sinks, table_rows, out, lse, workspace, counters)
-    workspace_elements(rows, num_heads, head_dim) -> float32 elements that `workspace` must have for that many decode rows
+    decode_attention(q[R, Hq, D], k_cache, v_cache, block_tables, kv_len, scale, window=0, *, softcap, sinks, table_rows, out, lse, workspace, counters,
+                     deterministic=False)
+    workspace_elements(rows, num_heads, head_dim, *, deterministic=False) -> float32 elements that `workspace` must have for that many decode rows
     merge(out_a[T, Hq, D], lse_a[T, Hq], out_b, lse_b, out=None, lse=None) -> out     exact softmax over the union of two key sets
     allocate_cache, write_kv, read_kv                                                 (torch; for tests and tools)
 linear.triton

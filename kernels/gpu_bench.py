@@ -146,7 +146,7 @@ def decode(bench: Bench) -> None:
         q, out = randn(rows, HEADS, DIM), torch.empty(rows, HEADS, DIM, dtype=BF16, device="cuda")
         tables = i32(torch.randperm(rows * per)).view(rows, per)
         lengths = i32([length] * rows)
-        workspace = torch.empty(rows * HEADS * 32 * (DIM + 1), device="cuda")
+        workspace = torch.empty(attention.workspace_elements(rows, HEADS, DIM, deterministic=True), device="cuda")
         arrivals = i32([0] * rows * KV_HEADS)
         gigabytes = rows * length * KV_HEADS * DIM * 4 / 1e9
         for config in SPLIT[:2] if bench.quick else SPLIT:
@@ -157,11 +157,11 @@ def decode(bench: Bench) -> None:
                 for pair in caches
             ]
             bench.add("decode attention", f"{rows} x {length}", calls, gigabytes=gigabytes, config=config)
-        start = i32(list(range(rows + 1)))
-        for config in (RAGGED[2], RAGGED[3]):
+        for stages in (3, 2, 4):
+            config = {"num_stages": stages}
             calls = [
-                lambda c=pair, config=config: attention.ragged_attention(
-                    q, c[0], c[1], tables, start, lengths, DIM**-0.5, out=out, config=config
+                lambda c=pair, config=config: attention.decode_attention(
+                    q, c[0], c[1], tables, lengths, DIM**-0.5, out=out, workspace=workspace, deterministic=True, config=config
                 )
                 for pair in caches
             ]
@@ -208,6 +208,8 @@ def prefill(bench: Bench) -> None:
                     )
                 ]
                 bench.add(name, case, calls, teraflop=teraflop, config=config)
+        calls = [lambda: attention.ragged_attention(q, caches[0], caches[1], table, start, lengths, DIM**-0.5, out=out, deterministic=True)]
+        bench.add("prefill attention, deterministic", case, calls, teraflop=teraflop)
         if bench.compile_only:
             continue
         q4, k4, v4 = (x.reshape(sequences, length, -1, DIM).transpose(1, 2) for x in (q, k, v))

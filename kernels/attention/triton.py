@@ -11,7 +11,8 @@ arXiv:2408.00118.
 What a row's result depends on: its own sequence and position only. Key blocks start at multiples of BLOCK_N of the absolute position, so the
 ragged kernel gives a token the same bits in any chunk (blocks that are wholly masked for a row leave its sums untouched). The split kernel cuts
 [lo, kv_len) into pieces of max(MIN_SPLIT, ceil(span / SPLITS) rounded up to BLOCK_N) keys and combines them in ascending order in one
-fixed tree. The two kernels differ in their last bits: deterministic mode uses the ragged one for all rows.
+fixed tree. So the two kernels differ in their last bits. In deterministic mode they do not: both use one tile, begin anew at every multiple of
+`segment_of(...)` keys of the absolute position, and fold the segments' sums together one after the other with the same operations.
 
 Layout: see KV_LAYOUT and kernels/gpu.py. What it does not know: who owns a block, slots, layers.
 Long: each kernel stands beside the launch that sizes it.
@@ -35,6 +36,9 @@ KV_LAYOUT = "paged-bhsd-v1"
 """[num_blocks, Hkv, block_size, D] row-major; part of the KV identity key."""
 FUSED_ELEMENTS = 16384
 """Most float32 values that the last piece of a decode row may gather at once."""
+SEGMENT = 64 if interpreting() else 1024
+SEGMENTS = 32
+"""Deterministic mode: a segment has at least SEGMENT keys, and the longest sequence at most SEGMENTS of them."""
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 
@@ -130,6 +134,37 @@ def _keys(
 
 
 @triton.jit
+def _range(
+    acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr = False,
+):  # fmt: skip
+    """Fold the keys of [start, end) into (acc, m, z). All rows see those before `whole` (a multiple of BLOCK_N from `start` on, unless there is a
+    window); the rest goes under a mask."""
+    if not WINDOW:
+        acc, m, z = _keys(
+            acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, False,
+            False, SOFTCAP, WIDE, DENSE,
+        )  # fmt: skip
+        start = whole
+    return _keys(
+        acc, m, z, q, k, v, table, base, position, valid, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True, WINDOW,
+        SOFTCAP, WIDE, DENSE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fold(acc, m, z, part, part_m, part_z):
+    """(acc, m, z) and a later segment's, as one. Written as explicit fused multiply-adds: no compiler then rounds it differently in one of the
+    kernels that must agree."""
+    top = tl.maximum(m, part_m)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    old = tl.exp2(m - shift)
+    new = tl.exp2(part_m - shift)
+    acc = tl.fma(part, tl.broadcast_to(new[:, None], part.shape), acc * old[:, None])
+    return acc, top, tl.fma(part_z, new, z * old)
+
+
+@triton.jit
 def _close(acc, m2, z, sinks, head, here, SINKS: tl.constexpr):
     """Divide by the denominator: (out, lse in base 2). Rows that saw nothing: zeros and -inf."""
     if SINKS:
@@ -149,10 +184,11 @@ def _ragged(
     q, k, v, out, lse, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, sequences, q_stride, table_stride, kb, kh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, MIXED: tl.constexpr, PDL: tl.constexpr, new_k=None, new_v=None,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, MIXED: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, new_k=None,
+    new_v=None,
 ):  # fmt: skip
     """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them.
-    MIXED: sequences of one row are left to `_split`."""
+    MIXED: sequences of one row are left to `_split`. SEGMENT: 0, or the keys after which sums begin anew (deterministic mode)."""
     follow(PDL)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: first
     group = tl.program_id(1)
@@ -199,38 +235,38 @@ def _ragged(
             z = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, DP], tl.float32)
             # what is visible to all rows of the tile, block by block, then the rest under a mask
-            limit = end
             whole = tl.maximum(context + t0 + 1, 0) // BLOCK_N * BLOCK_N
-            if DENSE:
-                limit = context
-                whole = context // BLOCK_N * BLOCK_N
-            if not WINDOW:
-                acc, m, z = _keys(
-                    acc, m, z, queries, k, v, table, base, position, valid, start, whole, limit, scale2, soft, window, kb, D, DP, SIZE,
-                    BLOCK_N, False, False, SOFTCAP, WIDE,
+            if SEGMENT:
+                for at in range(start // SEGMENT * SEGMENT, end, SEGMENT):
+                    begin = tl.maximum(start, at)
+                    last = tl.minimum(end, at + SEGMENT)
+                    part_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                    part_z = tl.zeros([BLOCK_M], tl.float32)
+                    part = tl.zeros([BLOCK_M, DP], tl.float32)
+                    part, part_m, part_z = _range(
+                        part, part_m, part_z, queries, k, v, table, base, position, valid, begin,
+                        tl.minimum(tl.maximum(whole, begin), last // BLOCK_N * BLOCK_N), last, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
+                        WINDOW, SOFTCAP, WIDE,
+                    )  # fmt: skip
+                    acc, m, z = _fold(acc, m, z, part, part_m, part_z)
+            elif DENSE:
+                acc, m, z = _range(
+                    acc, m, z, queries, k, v, table, base, position, valid, start, context // BLOCK_N * BLOCK_N, context, scale2, soft, window,
+                    kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE,
                 )  # fmt: skip
-                start = whole
-            acc, m, z = _keys(
-                acc, m, z, queries, k, v, table, base, position, valid, start, limit, limit, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                True, WINDOW, SOFTCAP, WIDE,
-            )  # fmt: skip
-            if DENSE:
                 column = group * D
                 start = 0
-                end = end - context
-                position = token
                 whole = tl.where(length > 0, (t0 + 1) // BLOCK_N * BLOCK_N, 0)
                 if WINDOW:
                     start = tl.maximum(t0 - window + 1, 0) // BLOCK_N * BLOCK_N
-                else:
-                    acc, m, z = _keys(
-                        acc, m, z, queries, new_k, new_v, first, column, position, valid, start, whole, end, scale2, soft, window, kb, D,
-                        DP, SIZE, BLOCK_N, False, False, SOFTCAP, WIDE, True,
-                    )  # fmt: skip
-                    start = whole
-                acc, m, z = _keys(
-                    acc, m, z, queries, new_k, new_v, first, column, position, valid, start, end, end, scale2, soft, window, kb, D, DP,
-                    SIZE, BLOCK_N, True, WINDOW, SOFTCAP, WIDE, True,
+                acc, m, z = _range(
+                    acc, m, z, queries, new_k, new_v, first, column, token, valid, start, whole, end - context, scale2, soft, window, kb, D,
+                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True,
+                )  # fmt: skip
+            else:
+                acc, m, z = _range(
+                    acc, m, z, queries, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
+                    WINDOW, SOFTCAP, WIDE,
                 )  # fmt: skip
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
@@ -240,15 +276,16 @@ def _ragged(
 
 @launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
 def _split(
-    q, k, v, out, lse, partial, partial_lse, counters, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride,
+    q, k, v, out, lse, partial, partial_lse, partial_z, counters, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride,
     table_stride, kb, kh, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here. AHEAD: ask for the first
     block's entries while the kernel before still runs (all but the newest token's were written in earlier steps). MIXED: sequence r's only row is
-    q_start[r]; those with another number of rows are left to `_ragged`. FUSED: whoever comes last adds up the pieces; else `_combine` does."""
+    q_start[r]; those with another number of rows are left to `_ragged`. FUSED: whoever comes last adds up the pieces; else `_combine` does.
+    SEGMENT: the pieces are `_ragged`'s segments, and `_join` folds them."""
     group = tl.program_id(0)
     r = tl.program_id(1)
     piece = tl.program_id(2)
@@ -268,9 +305,14 @@ def _split(
     low = 0
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
-    span = length - low
-    size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
-    start = low + piece * size
+    origin = low
+    if SEGMENT:
+        origin = low // SEGMENT * SEGMENT
+        size = SEGMENT
+    else:
+        size = tl.maximum(tl.cdiv(tl.cdiv(length - low, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    span = length - origin
+    start = origin + piece * size
     if PDL and AHEAD:  # noqa: SIM102 (known when compiled, the inner one is not)
         if start < length:
             token = start + tl.arange(0, BLOCK_N)
@@ -282,6 +324,7 @@ def _split(
     wait(PDL)
     if ((start < length) | (piece == 0)) & mine:
         end = tl.minimum(start + size, length)
+        start = tl.maximum(start, low)
         offs = tl.arange(0, BLOCK_M)
         d = tl.arange(0, DP)
         real = offs < GROUP
@@ -294,22 +337,20 @@ def _split(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         z = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
-        if not WINDOW:
-            whole = start + (end - start) // BLOCK_N * BLOCK_N
-            acc, m, z = _keys(
-                acc, m, z, queries, k, v, table, base, position, real, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                False, False, SOFTCAP, WIDE,
-            )  # fmt: skip
-            start = whole
-        acc, m, z = _keys(
-            acc, m, z, queries, k, v, table, base, position, real, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, WIDE,
+        acc, m, z = _range(
+            acc, m, z, queries, k, v, table, base, position, real, start, start + (end - start) // BLOCK_N * BLOCK_N, end, scale2, soft, window,
+            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE,
         )  # fmt: skip
         if span <= size:
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + row * HEADS * D + (head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
                 tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
+        elif SEGMENT:
+            cell = (r * HEADS + head).to(tl.int64) * SPLITS + piece
+            tl.store(partial + (cell * D)[:, None] + d[None, :], acc, mask=tile_mask)
+            tl.store(partial_lse + cell, m, mask=real)
+            tl.store(partial_z + cell, z, mask=real)
         else:
             result, total = _close(acc, m, z, sinks, head, real, False)
             at = (r * HEADS + head).to(tl.int64) * SPLITS + piece
@@ -388,6 +429,46 @@ def _combine(
             tl.store(lse + row * HEADS + head, (top + tl.log2(total)) * 0.6931471805599453)
 
 
+@launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len"])
+def _join(
+    out, lse, partial, partial_m, partial_z, q_start, kv_len, sinks, window, HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SEGMENT: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, MIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, Hkv): the segments of one row and group of heads, one after the other, as `_ragged` does. MIXED: as in `_split`."""
+    make_room(PDL)
+    r = tl.program_id(0).to(tl.int64)
+    row = r
+    length = tl.load(kv_len + r, cache_modifier=".cg")
+    if MIXED:
+        row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
+        length = tl.where(tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1, length, 0)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    origin = low // SEGMENT * SEGMENT
+    wait(PDL)
+    if length - origin > SEGMENT:
+        h = tl.arange(0, GROUP_P)
+        real = h < GROUP
+        head = tl.program_id(1) * GROUP + h
+        d = tl.arange(0, DP)
+        mask = real[:, None] & (d < D)[None, :]
+        cell = (r * HEADS + head) * SPLITS
+        m = tl.full([GROUP_P], float("-inf"), tl.float32)
+        z = tl.zeros([GROUP_P], tl.float32)
+        acc = tl.zeros([GROUP_P, DP], tl.float32)
+        for piece in range(tl.cdiv(length - origin, SEGMENT)):
+            part = tl.load(partial + ((cell + piece) * D)[:, None] + d[None, :], mask=mask, other=0.0)
+            part_m = tl.load(partial_m + cell + piece, mask=real, other=float("-inf"))
+            part_z = tl.load(partial_z + cell + piece, mask=real, other=0.0)
+            acc, m, z = _fold(acc, m, z, part, part_m, part_z)
+        result, total = _close(acc, m, z, sinks, head, real, SINKS)
+        tl.store(out + row * HEADS * D + (head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=mask)
+        if LSE:
+            tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
+
+
 @launched
 def _merge(out_a, lse_a, out_b, lse_b, out, lse, D: tl.constexpr, DP: tl.constexpr, LSE: tl.constexpr):
     """Grid (T * Hq): exact softmax over the union of two disjoint sets of keys."""
@@ -448,9 +529,15 @@ def _descriptors(new_k: Tensor | None, new_v: Tensor | None, dim: int, block_n: 
     return found[0], found[1]
 
 
-def workspace_elements(rows: int, num_heads: int, head_dim: int) -> int:
+def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False) -> int:
     """float32 elements that `decode_attention` needs for that many rows."""
-    return rows * num_heads * _split_config(head_dim)["SPLITS"] * (head_dim + 1)
+    pieces = SEGMENTS if deterministic else _split_config(head_dim)["SPLITS"]
+    return rows * num_heads * pieces * (head_dim + 2)
+
+
+def segment_of(longest: int) -> int:
+    """Keys after which deterministic mode's sums begin anew, where no sequence has more than `longest`: a power of two."""
+    return max(SEGMENT, power(-(-longest // SEGMENTS)))
 
 
 def ragged_attention(
@@ -463,10 +550,11 @@ def ragged_attention(
 
     new_k, new_v [T, Hkv, D] (last two dimensions contiguous), this step's own keys and values in token order: where they are given and D is a power
     of two they are read from there by the bulk copy engine, and only what lies before this step comes from the pages. Faster, but the blocks
-    then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode. `deterministic` chooses the one
-    tile that decode rows and chunks share in that mode (any one tile gives a row the same bits in all batches and chunks).
+    then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode. `deterministic`: by the tile
+    and the segments that chunks share with decode rows in that mode.
     """
     _check(q, k_cache, v_cache, scale)
+    require(not deterministic or new_k is None, "deterministic attention reads all keys through the pages")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     tokens, heads, dim = q.shape
     sequences, kv_heads = kv_len.shape[0], k_cache.shape[1]
@@ -483,7 +571,8 @@ def ragged_attention(
         block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=max(16, power(dim)),
         SIZE=k_cache.shape[2], BLOCK_M=block_m, BLOCK_Q=block_q, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
         LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32,
-        DENSE=descriptors[0] is not None, MIXED=mixed, new_k=descriptors[0], new_v=descriptors[1], **chained(), **config,
+        DENSE=descriptors[0] is not None, MIXED=mixed, SEGMENT=segment_of(block_tables.shape[1] * k_cache.shape[2]) if deterministic else 0,
+        new_k=descriptors[0], new_v=descriptors[1], **chained(), **config,
     )  # fmt: skip
     return out
 
@@ -491,44 +580,61 @@ def ragged_attention(
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
-    workspace: Tensor | None = None, counters: Tensor | None = None, q_start: Tensor | None = None, config: dict[str, int] | None = None,
+    workspace: Tensor | None = None, counters: Tensor | None = None, q_start: Tensor | None = None, deterministic: bool = False,
+    config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The split-KV kernel: one query row q [R, Hq, D] a sequence, at position kv_len[r] - 1; arguments as in kernels/gpu.py.
 
     counters [>= R * Hkv] int32, zero before and after every call: spares a launch where a row's pieces fit into one program's registers.
-    q_start [R + 1] int32: q is [T, Hq, D], and those sequences that have one row there are computed; nothing else of `out` is written."""
+    q_start [R + 1] int32: q is [T, Hq, D], and those sequences that have one row there are computed; nothing else of `out` is written.
+    deterministic: bits as `ragged_attention` gives them (counters are not used)."""
     _check(q, k_cache, v_cache, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     (rows, heads, dim), mixed = (kv_len.shape[0], *q.shape[1:]), q_start is not None
     if rows == 0:
         return out
     kv_heads = k_cache.shape[1]
-    config = dict(config or _split_config(dim))
+    segment = 0
+    if deterministic:
+        longest = block_tables.shape[1] * k_cache.shape[2]
+        segment = segment_of(longest)
+        config = {**_ragged_config(dim, False, True), "SPLITS": -(-longest // segment), "MIN_SPLIT": 0, **(config or {})}
+        counters = None
+    else:
+        config = dict(config or _split_config(dim))
     splits = config["SPLITS"]
     cells = rows * heads * splits
     if workspace is None:
-        workspace = torch.empty(cells * (dim + 1), dtype=torch.float32, device=q.device)
-    require(workspace.numel() >= cells * (dim + 1) and workspace.dtype == torch.float32, "the workspace is too small")
-    partial, partial_lse = workspace[: cells * dim], workspace[cells * dim : cells * (dim + 1)]
+        workspace = torch.empty(cells * (dim + 2), dtype=torch.float32, device=q.device)
+    require(workspace.numel() >= cells * (dim + 2) and workspace.dtype == torch.float32, "the workspace is too small")
+    partial, partial_lse, partial_z = workspace[: cells * dim], workspace[cells * dim :][:cells], workspace[cells * (dim + 1) :][:cells]
     scale2, soft = _scales(scale, softcap)
     group, padded = heads // kv_heads, max(16, power(dim))
+    block_m = max(16, power(group), config.pop("BLOCK_M", 0))
     fused = counters is not None and power(group) * splits * padded <= FUSED_ELEMENTS
     require(
         counters is None or (counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads), "counters must be int32, [R * Hkv]"
     )
+    common = {"WINDOW": window > 0, "SINKS": sinks is not None, "LSE": lse is not None, "MIXED": mixed}
     _split[(kv_heads, rows, splits)](
-        q, k_cache, v_cache, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q.stride(0),
-        block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded, SIZE=k_cache.shape[2],
-        BLOCK_M=max(16, power(group)), WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None, LSE=lse is not None,
-        ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32, MIXED=mixed, FUSED=fused,
-        GROUP_P=power(group), **chained(), **{"AHEAD": 0, **config},
+        q, k_cache, v_cache, out, lse, partial, partial_lse, partial_z, counters, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft,
+        window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded,
+        SIZE=k_cache.shape[2], BLOCK_M=block_m, SOFTCAP=softcap > 0, ROWS=table_rows is not None,
+        WIDE=interpreting() or q.dtype == torch.float32, FUSED=fused, GROUP_P=power(group), SEGMENT=segment, **common, **chained(),
+        **{"AHEAD": 0, **config},
     )  # fmt: skip
-    if fused:
+    if fused or splits == 1:
         return out
-    _combine[(rows, heads)](
-        out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS=heads, D=dim, DP=padded, BLOCK_N=config["BLOCK_N"], SPLITS=splits,
-        MIN_SPLIT=config["MIN_SPLIT"], WINDOW=window > 0, SINKS=sinks is not None, LSE=lse is not None, MIXED=mixed, num_warps=2, **chained(),
-    )  # fmt: skip
+    sizes = {"HEADS": heads, "D": dim, "DP": padded, "BLOCK_N": config["BLOCK_N"], "SPLITS": splits, **common}
+    if segment:
+        _join[(rows, kv_heads)](
+            out, lse, partial, partial_lse, partial_z, q_start, kv_len, sinks, window, GROUP=group, GROUP_P=power(group), SEGMENT=segment, **sizes,
+            num_warps=4, **chained(),
+        )  # fmt: skip
+    else:
+        _combine[(rows, heads)](
+            out, lse, partial, partial_lse, q_start, kv_len, sinks, window, MIN_SPLIT=config["MIN_SPLIT"], **sizes, num_warps=2, **chained()
+        )
     return out
 
 
@@ -540,28 +646,21 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    if num_decode < 0 and not deterministic:
-        extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "table_rows": table_rows, "out": out, "lse": lse}
-        spaces: dict[str, Any] = {"workspace": workspace, "counters": counters}
+    extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "out": out, "lse": lse, "deterministic": deterministic}
+    spaces: dict[str, Any] = {"workspace": workspace, "counters": counters}
+    own: dict[str, Any] = {} if deterministic else {"new_k": new_k, "new_v": new_v}
+    if num_decode < 0:
+        extras["table_rows"] = table_rows
         decode_attention(q, k_cache, v_cache, block_tables, kv_len, scale, window, q_start=q_start, **spaces, **extras)
-        return ragged_attention(
-            q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window, new_k=new_k, new_v=new_v, mixed=True, **extras
-        )
-    split = 0 if deterministic else num_decode
-    if split:
-        rows = None if table_rows is None else table_rows[:split]
-        part = None if lse is None else lse[:split]
-        decode_attention(
-            q[:split], k_cache, v_cache, block_tables, kv_len[:split], scale, window, softcap=softcap, sinks=sinks, table_rows=rows,
-            out=out[:split], lse=part, workspace=workspace, counters=counters,
-        )  # fmt: skip
-    if split < kv_len.shape[0]:
-        rows = None if table_rows is None else table_rows[split:]
-        tables = block_tables if table_rows is not None else block_tables[split:]
-        ragged_attention(
-            q, k_cache, v_cache, tables, q_start[split:], kv_len[split:], scale, window, softcap=softcap, sinks=sinks, table_rows=rows,
-            out=out, lse=lse, new_k=None if deterministic else new_k, new_v=None if deterministic else new_v, deterministic=deterministic,
-        )  # fmt: skip
+        return ragged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window, mixed=True, **own, **extras)
+    if num_decode:
+        rows = None if table_rows is None else table_rows[:num_decode]
+        part = {"out": out[:num_decode], "lse": None if lse is None else lse[:num_decode], "table_rows": rows}
+        decode_attention(q[:num_decode], k_cache, v_cache, block_tables, kv_len[:num_decode], scale, window, **spaces, **{**extras, **part})
+    if num_decode < kv_len.shape[0]:
+        extras["table_rows"] = None if table_rows is None else table_rows[num_decode:]
+        tables = block_tables if table_rows is not None else block_tables[num_decode:]
+        ragged_attention(q, k_cache, v_cache, tables, q_start[num_decode:], kv_len[num_decode:], scale, window, **own, **extras)
     return out
 
 

@@ -43,7 +43,9 @@ class TritonOps:
     ) -> None:
         """`widest`: the largest number of outputs of a linear layer; `max_rows`: of a decode step, padding included."""
         self.deterministic = deterministic
-        self._attention = torch.empty(attention.workspace_elements(max_rows, heads, dim), dtype=torch.float32, device=device)
+        self._attention = torch.empty(
+            attention.workspace_elements(max_rows, heads, dim, deterministic=deterministic), dtype=torch.float32, device=device
+        )
         self._arrivals = torch.zeros(max_rows * heads, dtype=torch.int32, device=device)
         self._linear = torch.zeros(linear.workspace_elements(max(widest, vocab)), dtype=torch.float32, device=device)
         self._sampling = torch.empty(sampling.workspace_elements(max_rows, vocab), dtype=torch.float64, device=device)
@@ -174,7 +176,7 @@ class TritonOps:
             columns.kv_len,
             scale,
             window,
-            num_decode=0 if self.deterministic else columns.num_decode,
+            num_decode=columns.num_decode,
             table_rows=columns.slots,
             workspace=self._attention,
             counters=self._arrivals,

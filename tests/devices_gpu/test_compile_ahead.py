@@ -19,10 +19,10 @@ from penstock.plugins.devices.cuda_ops import TorchOps
 
 Make = Callable[..., Any]
 EVERYWHERE = {"embedding:_gather", "rmsnorm:_norm", "rope:_rope", "sampling:_survey", "sampling:_choose", "argmax:_pieces", "argmax:_merge"}
-EVERYWHERE |= {"attention:_ragged", "slots:_decode", "slots:_ragged", "slots:_write", "activation:_gated"}
+EVERYWHERE |= {"attention:_ragged", "attention:_split", "slots:_decode", "slots:_ragged", "slots:_write", "activation:_gated"}
 EVERYWHERE |= {"slots:_place", "slots:_set", "slots:_copy", "sampling:_penalise", "sampling:_clear", "sampling:_start", "sampling:_count"}
-FAST = EVERYWHERE | {"linear:_skinny", "attention:_split"}
-DETERMINISTIC = EVERYWHERE | {"linear:_invariant"}
+FAST = EVERYWHERE | {"linear:_skinny"}
+DETERMINISTIC = EVERYWHERE | {"linear:_invariant", "attention:_join"}
 
 
 class AheadOps(TorchOps):
@@ -63,7 +63,7 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC)])
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
-    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
     folder = make_folder("qwen3", torch.bfloat16, **shape)
     script = Path(__file__).with_name("compile_for_hopper.py")
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -198,8 +198,44 @@ def test_decode(heads: int, kv_heads: int, dim: int, size: int, fused: bool, dty
         assert torch.equal(alone[0], out[row])
 
 
+@pytest.mark.parametrize("window", [0, 70])
+def test_decode_rows_fold_the_segments_that_chunks_fold(window: int, device: str) -> None:
+    """Deterministic mode: sequences of up to four segments, all rows at once, one row each in the split kernel, and as the device sorts them."""
+    size = kernel.SEGMENT
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shape = [(1, 3 * size + 5), (1, size), (1, size + 1), (1, 3), (0, 0), (1, 2 * size)]
+    case = Case(shape, heads=4, kv_heads=2, dim=32, dtype=dtype, device=device)
+    case.tables = torch.nn.functional.pad(case.tables, (0, 40), value=0)  # a server's table is wider than its sequences: empty segments
+    sinks = torch.randn(4, device=device)
+    arguments = (case.q, case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale, window)
+    assert kernel.segment_of(case.tables.shape[1] * 16) == size
+    want, want_lse = case.truth(window, sinks=sinks)
+    workspace = torch.full((kernel.workspace_elements(len(shape), 4, 32, deterministic=True),), torch.nan, device=device)
+    found = []
+    for decodes in (0, 4, -1):
+        out, lse = case.empty()
+        kernel.paged_attention(*arguments, num_decode=decodes, sinks=sinks, out=out, lse=lse, workspace=workspace, deterministic=True)
+        close(out, want, TOLERANCE[dtype])
+        assert (lse.cpu().double() - want_lse).abs().max() < 2e-3
+        found.append((out, lse))
+    for out, lse in found[1:]:
+        if device == "cuda":
+            assert torch.equal(out, found[0][0])
+            assert torch.equal(lse, found[0][1])
+        else:  # numpy's matmul gives a row other bits at another place of the tile
+            assert torch.allclose(out, found[0][0], atol=1e-6)
+
+
+def test_segments_are_few_enough_and_never_smaller_than_the_least() -> None:
+    for longest in (1, 64, 1000, 4097, 8192, 131_072, 131_088, 1_000_000):
+        segment = kernel.segment_of(longest)
+        assert segment >= kernel.SEGMENT
+        assert segment & (segment - 1) == 0
+        assert -(-longest // segment) <= kernel.SEGMENTS
+
+
 def test_rows_do_not_depend_on_batch_or_chunks(device: str) -> None:
-    """The ragged kernel gives a token the same bits whole, chunked, and as a decode row: deterministic mode rests on this."""
+    """A token gets the same bits whole, chunked, and as a decode row: deterministic mode rests on this."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = Case([(75, 75), (4, 50)], heads=2, kv_heads=1, dim=32, dtype=dtype, device=device)
     arguments = (case.q, case.k_cache, case.v_cache, case.tables, case.q_start, case.kv_len, case.scale)
