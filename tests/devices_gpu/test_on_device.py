@@ -204,13 +204,16 @@ def test_memory_is_accounted_for(config_for: Make) -> None:
     runner.close()
 
 
-def test_deterministic_answers_do_not_depend_on_neighbours() -> None:
-    """Behind the start-up self-test: a request alone and in a crowd, through the whole engine at depth 2."""
+@pytest.mark.parametrize(("shortest", "longest", "budget"), [(1, 90, 64), (900, 1900, 300)])
+def test_deterministic_answers_do_not_depend_on_neighbours(shortest: int, longest: int, budget: int) -> None:
+    """Behind the start-up self-test: a request alone and in a crowd, through the whole engine at depth 2; long ones in several segments of keys."""
     rng = np.random.default_rng(3)
-    prompts = [rng.integers(16, 4000, int(rng.integers(1, 90))).tolist() for _ in range(12)]
+    prompts = [rng.integers(16, 4000, int(rng.integers(shortest, longest))).tolist() for _ in range(12)]
     params = [SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=12, ignore_eos=True, logprobs=1) for i in range(12)]
-    options: dict[str, Any] = {"device": "cuda", "deterministic": True, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    with LLM(str(BROOK), kv_cache_memory_bytes=256 << 20, max_model_len=512, **options) as llm:
-        crowd = [out.outputs[0].token_ids for out in llm.generate(prompt_token_ids=prompts, sampling_params=params)]
+    options: dict[str, Any] = {"device": "cuda", "deterministic": True, "max_num_seqs": 8, "max_num_batched_tokens": budget}
+    with LLM(str(BROOK), kv_cache_memory_bytes=256 << 20, max_model_len=2048, **options) as llm:
+        crowd = [out.outputs[0] for out in llm.generate(prompt_token_ids=prompts, sampling_params=params)]
         for i in (0, 3, 7):
-            assert llm.generate(prompt_token_ids=[prompts[i]], sampling_params=params[i])[0].outputs[0].token_ids == crowd[i]
+            alone = llm.generate(prompt_token_ids=[prompts[i]], sampling_params=params[i])[0].outputs[0]
+            assert alone.token_ids == crowd[i].token_ids
+            assert alone.logprobs == crowd[i].logprobs
