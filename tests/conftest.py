@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+from penstock.plugins import devices
+
+if devices.cuda_available():
+    os.environ.setdefault("PENSTOCK_DEVICE", "cpu")  # the tests that want the GPU name it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

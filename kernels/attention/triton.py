@@ -598,7 +598,13 @@ def decode_attention(
     if deterministic:
         longest = block_tables.shape[1] * k_cache.shape[2]
         segment = segment_of(longest)
-        config = {**_ragged_config(dim, False, True), "SPLITS": -(-longest // segment), "MIN_SPLIT": 0, **(config or {})}
+        config = {
+            **_ragged_config(dim, False, True),
+            **tuned("attention.split.fixed"),
+            "SPLITS": -(-longest // segment),
+            "MIN_SPLIT": 0,
+            **(config or {}),
+        }
         counters = None
     else:
         config = dict(config or _split_config(dim))

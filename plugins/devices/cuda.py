@@ -188,6 +188,11 @@ def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: C
         blocks = (config.kv_cache_memory_bytes or cpu.DEFAULT_KV_BYTES) // block_bytes
     else:
         blocks = (limit - before - graphs) // block_bytes
+    if blocks < 1 and config.kv_cache_memory_bytes:
+        raise ConfigError(
+            f"No room for a KV cache: --kv-cache-memory-bytes {config.kv_cache_memory_bytes} is less than one block of {block_bytes} bytes.",
+            param="kv_cache_memory_bytes",
+        )
     if blocks < 1:
         raise ConfigError(
             f"No room for a KV cache: of {limit >> 20} MiB (--gpu-memory-utilization {config.gpu_memory_utilization:g} of {total >> 20} MiB)"
@@ -195,6 +200,9 @@ def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: C
             param="gpu_memory_utilization",
         )
     wanted, pool = blocks, None
+    asked = (
+        "num_gpu_blocks_override" if config.num_gpu_blocks_override else "kv_cache_memory_bytes" if config.kv_cache_memory_bytes else None
+    )
     progress("allocating KV cache", 0.0)
     while pool is None:
         try:
@@ -204,10 +212,11 @@ def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: C
             torch.cuda.empty_cache()
             blocks = int(blocks * SHRINK)
             if blocks < max(1, int(wanted * SMALLEST)):
+                blame = asked or "gpu_memory_utilization"
                 raise ConfigError(
                     f"The driver gives no memory for a KV cache of {wanted} blocks ({wanted * block_bytes >> 20} MiB), nor for half of it:"
-                    " is something else running on this GPU? Lower --gpu-memory-utilization.",
-                    param="gpu_memory_utilization",
+                    f"{'' if asked else ' is something else running on this GPU?'} Lower --{blame.replace('_', '-')}.",
+                    param=blame,
                 ) from None
             progress(f"KV cache reduced to {blocks} of {wanted} blocks: the driver refused more", 0.0)
     runner.resize(pool)

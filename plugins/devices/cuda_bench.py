@@ -570,7 +570,7 @@ def start_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
 
 def deterministic(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     """--deterministic: the self-test on this device, and what it costs in decode (8B shape with 8 layers)."""
-    path = folder_of({**LLAMA_8B, "num_hidden_layers": 8}, root, "llama-8b-8")
+    path = folder_of({**LLAMA_8B, "num_hidden_layers": 8, "max_position_embeddings": 32_768}, root, "llama-8b-8")
     out: dict[str, Any] = {}
     for name, flag in (("plain", False), ("deterministic", True)):
         runner, seconds, _ = load(

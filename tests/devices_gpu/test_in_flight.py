@@ -339,7 +339,14 @@ def test_the_engine_keeps_two_steps_in_flight(host_device: Any) -> None:
     params = [
         SamplingParams(temperature=0.0 if i % 2 else 0.9, seed=i, max_tokens=3 + i, ignore_eos=True, n=1 + (i == 3)) for i in range(7)
     ]
-    options = {"model": str(BROOK), "dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
+    options = {
+        "model": str(BROOK),
+        "device": "cpu",
+        "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "max_model_len": 128,
+    }
     options |= {"kv_cache_memory_bytes": 8 << 20, "threads": 1}
     with LLM(**options) as llm:
         truth = [[choice.token_ids for choice in out.outputs] for out in llm.generate(prompt_token_ids=prompts, sampling_params=params)]

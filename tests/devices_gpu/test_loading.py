@@ -40,8 +40,13 @@ def test_the_cache_shrinks_and_says_so(folder: Path, host_runner: Make) -> None:
     runner = host_runner(folder, ops=ScarceOps(80), notes=notes, num_gpu_blocks_override=100)
     assert runner.num_blocks == 80  # 100, 95, 90, 85, 80 ... each try takes 95 % of the last
     assert any("KV cache reduced to 80 of 100 blocks" in note for note in notes)
-    with pytest.raises(ConfigError, match="Lower --gpu-memory-utilization"):
-        host_runner(folder, ops=ScarceOps(40), num_gpu_blocks_override=100)
+    for asked, flag in (
+        ({"num_gpu_blocks_override": 100}, "num-gpu-blocks-override"),
+        ({"kv_cache_memory_bytes": 1 << 22}, "kv-cache-memory-bytes"),
+    ):
+        with pytest.raises(ConfigError, match=f"Lower --{flag}") as caught:
+            host_runner(folder, ops=ScarceOps(40), **asked)
+        assert caught.value.param == flag.replace("-", "_")
 
 
 def test_the_memory_table_adds_up(folder: Path, host_runner: Make) -> None:
@@ -66,8 +71,9 @@ def test_lengths(folder: Path, host_runner: Make) -> None:
         host_runner(folder, num_gpu_blocks_override=3, max_model_len=100)
     with pytest.raises(ConfigError, match="power of two"):
         host_runner(folder, block_size=48)
-    with pytest.raises(ConfigError, match="No room"):
+    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes 100 is less than one block") as caught:
         host_runner(folder, kv_cache_memory_bytes=100)
+    assert caught.value.param == "kv_cache_memory_bytes"
 
 
 def test_wrong_checkpoints_are_named(folder: Path, host_runner: Make) -> None:
