@@ -33,8 +33,6 @@ from penstock.core.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.wiring import CallPort, Port
 
 DTYPES = {"half": "float16", "float": "float32"}
-MIXED_PREFILL_STEPS = 8
-"""Where the device's advice on prompt tokens beside decodes is followed: an eighth of what waits may be more than it."""
 
 
 class DeviceQueue(Port, Protocol):
@@ -156,7 +154,7 @@ class Engine:
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             mixed_prefill_tokens=advised if own is None else own,
-            mixed_prefill_steps=MIXED_PREFILL_STEPS if own is None else 0,
+            mixed_prefill_gives_way=own is None,
             max_model_len=runner.max_model_len,
             block_size=self.config.block_size,
             num_blocks=runner.num_blocks,

@@ -79,9 +79,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 1
     mixed_prefill_tokens: int = 0
     """Prompt tokens in a step that also decodes; 0: what the budget leaves."""
-    mixed_prefill_steps: int = 0
-    """If not 0, so many steps' worth of what waits may be more than `mixed_prefill_tokens`: when many wait, when they get in matters more than a
-    few milliseconds between tokens."""
+    mixed_prefill_gives_way: bool = False
+    """Whether that bound rises where more sequences wait for a first token than for their next one: see `Scheduler._mixed_most`."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     vocab: int = 2**31 - 1
@@ -497,15 +496,16 @@ class Scheduler:
             draft.rows = rows
             draft.budget -= rows.slots.size
             if self.settings.mixed_prefill_tokens:
-                draft.budget = min(draft.budget, self._mixed_most())
+                draft.budget = min(draft.budget, self._mixed_most(rows.slots.size))
 
-    def _mixed_most(self) -> int:
-        """Prompt tokens for a step that also decodes."""
-        most, steps = self.settings.mixed_prefill_tokens, self.settings.mixed_prefill_steps
-        if steps:
+    def _mixed_most(self, running: int) -> int:
+        """Prompt tokens for a step with so many decodes. Every token delays all that run, and brings all that wait nearer to their first token: the
+        bound gives way in proportion to what waits, and to how many wait for each two that run."""
+        most = self.settings.mixed_prefill_tokens
+        if self.settings.mixed_prefill_gives_way:
             slots = self._slots
-            backlog = self._waiting.tokens + sum(int(slots.length[slot] - slots.computed[slot]) for slot in self._prefilling)
-            most = max(most, backlog // steps)
+            tokens = self._waiting.tokens + sum(int(slots.length[slot] - slots.computed[slot]) for slot in self._prefilling)
+            most = max(most, tokens * (len(self._waiting) + len(self._prefilling)) // (2 * running))
         return most
 
     def _take_chunks(self, draft: Draft) -> None:
