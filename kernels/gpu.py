@@ -97,13 +97,18 @@ def compile_only(threads: int | None = None, *, strict: bool = False) -> Iterato
                 yield
         finally:
             _COMPILING.reset(before)
-        list(pool.map(_load, mode.future_kernels.values()))
+        list(pool.map(_build_launcher, mode.future_kernels.values()))
 
 
-def _load(compiled: Any) -> None:
-    """Bring a kernel to the device now: Triton does it, and may compile a launcher in C, when a kernel is first asked how to run."""
+def _build_launcher(compiled: Any) -> None:
+    """Before version 3.7 Triton compiles a launcher in C for each signature when a kernel is first launched: have it in Triton's cache by then. The object
+    made here is thrown away. All launchers are extension modules of one name, for which CPython keeps one module object: threads that load some at the
+    same time may be given each other's. What is launched is loaded later, by the one thread that launches."""
+    from triton.runtime import driver
+
     with suppress(Exception):  # said by the first real launch, and by nobody where there is no device
-        getattr(compiled.result(), "run")  # noqa: B009
+        kernel = compiled.result()
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 @functools.cache

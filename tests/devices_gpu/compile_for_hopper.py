@@ -1,5 +1,6 @@
 """Run by test_compile_ahead.py in a process of its own: loads a checkpoint with the Triton table of operations on host memory, for an H200 that is
-not there, so that every kernel which serving needs is compiled and none can run. Prints what was compiled as JSON.
+not there, so that every kernel which serving needs is compiled and none can run; then has one ordinary step launched. Prints as JSON what was compiled, and
+for each launch its kernel and whether the thread that launches made its launcher.
 
 `compile_for_hopper.py CHECKPOINT [deterministic]`
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 import collections
 import json
 import sys
-from typing import Any
+import threading
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -35,6 +37,28 @@ class AbsentH200(DriverBase):  # type: ignore[misc]
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
+
+    launchers = 0
+    launched: ClassVar[list[tuple[str, bool]]] = []
+
+    class launcher_cls:
+        def __init__(self, source: Any, metadata: Any) -> None:
+            AbsentH200.launchers += 1
+            self.name = source.name
+            self.mine = threading.current_thread() is threading.main_thread()
+
+        def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            assert function == 7
+            AbsentH200.launched.append((self.name, self.mine))
+
+    class utils:
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            return {"max_shared_mem": 227 << 10}
+
+        @staticmethod
+        def load_binary(name: str, code: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+            return 1, 7, 32, 0, 1024
 
     def get_current_target(self) -> Any:
         return GPUTarget("cuda", 90, 32)
@@ -88,7 +112,10 @@ def main(folder: str, deterministic: bool) -> None:
     )
     runner = load(config, lambda phase, fraction: None, HostLane(), {"bfloat16": torch.bfloat16}, depth=2, backend=spec)
     untouched = not bool(runner.history.any()) and bool((runner.table == -1).all()) and not gpu.compiling()
-    print(json.dumps({"compiled": compiled, "untouched": untouched}))
+    before, built = sum(compiled.values()), AbsentH200.launchers
+    runner._step_on_padding(3, 3)
+    late = sum(compiled.values()) - before
+    print(json.dumps({"compiled": compiled, "untouched": untouched, "built": built, "launched": AbsentH200.launched, "late": late}))
 
 
 if __name__ == "__main__":

@@ -80,3 +80,7 @@ def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_fold
     names = {name.removeprefix("penstock.kernels.").replace(".triton", "") for name in found["compiled"]}
     assert wanted <= names, f"not compiled: {wanted - names}"
     assert found["untouched"], "nothing ran"
+    assert found["late"] == 0, "an ordinary step finds all its kernels compiled"
+    assert found["built"] == sum(found["compiled"].values()), "and their launchers built"
+    assert {"_gather", "_norm", "_rope", "_split", "_survey", "_choose", "_write", "_decode"} <= {name for name, _ in found["launched"]}
+    assert all(mine for _, mine in found["launched"]), "launchers that threads loaded at the same time may be each other's"
