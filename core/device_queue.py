@@ -140,8 +140,9 @@ class ThreadDeviceQueue:
         if self._waiter is not None:
             self._waits.put(None)
             self._waiter.join(JOIN_S)
-        if self._runner is not None:
-            self._runner.close()
+        runner, self._runner = self._runner, None  # whoever keeps the closed engine does not keep the model's memory
+        if runner is not None:
+            runner.close()
 
     def _step(self, entry: Any) -> None:
         runner = self._runner

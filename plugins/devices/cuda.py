@@ -49,6 +49,8 @@ class CudaDevice:
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:
         """Raises ConfigError, CheckpointError or UnsupportedFeature naming the flag or field."""
         progress("starting the GPU", 0.0)
+        gc.collect()  # an engine that this process closed may still have the memory
+        torch.cuda.empty_cache()
         device = torch.device("cuda", torch.cuda.current_device())
         lane = CudaLane(device)
         lane.bind()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from penstock import LLM, SamplingParams
 from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest
+from penstock.plugins.devices.cpu import CpuDevice
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -347,3 +350,22 @@ def test_both_wirings_and_both_modes_give_the_same_tokens() -> None:
     assert run("cell", True, True) == want
     assert run("tasks", True, True) == want
     assert run("cell", False, True) == want
+
+
+def test_a_closed_engine_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook the closed one is still a variable when the next is loaded."""
+    alive: list[weakref.ref[Any]] = []
+    load = CpuDevice.load
+
+    def seen(self: CpuDevice, *args: Any) -> Any:
+        runner = load(self, *args)
+        alive.append(weakref.ref(runner))
+        return runner
+
+    monkeypatch.setattr(CpuDevice, "load", seen)
+    with LLM(device="cpu", max_model_len=64) as llm:
+        llm.generate("1 + 1 =", SamplingParams(max_tokens=2, temperature=0.0))
+        assert alive[0]() is not None
+    gc.collect()
+    assert alive[0]() is None
+    llm.close()
