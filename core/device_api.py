@@ -74,7 +74,7 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool
     load_formats: tuple[str, ...] = ("auto", "safetensors", "dummy")
     mixed_prefill_tokens: int = 0
-    """Prompt tokens that a step which also decodes should not exceed by much, for even inter-token latency; 0: no advice. A GPU needs about the same
+    """Prompt tokens that a step which also decodes should not exceed, for even inter-token latency, unless many wait; 0: no advice. A GPU needs about the same
     time to read a layer's weights and to multiply them with (multiply-adds per second x 2 bytes / bandwidth) tokens: beyond that, tokens cost time."""
     synchronous: bool = False
     """`Runner.sample` returns when the step is done (a CPU): with a depth above 1 no thread has to wait for its results."""

@@ -90,13 +90,16 @@ def compile_only(threads: int | None = None, *, strict: bool = False) -> Iterato
     from triton import AsyncCompileMode
 
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="compile") as pool:
-        mode = AsyncCompileMode(pool, ignore_errors=not strict)
+        mode = AsyncCompileMode(pool, ignore_errors=True)  # were it to raise, it would stay active on this thread
         before = _COMPILING.set(True)
         try:
             with mode:
                 yield
         finally:
             _COMPILING.reset(before)
+        if strict:
+            for kernel in mode.future_kernels.values():
+                kernel.result()
         list(pool.map(_build_launcher, mode.future_kernels.values()))
 
 

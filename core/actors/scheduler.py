@@ -80,7 +80,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     mixed_prefill_tokens: int = 0
     """Prompt tokens in a step that also decodes; 0: what the budget leaves."""
     mixed_prefill_gives_way: bool = False
-    """Whether that bound rises where more sequences wait for a first token than for their next one: see `Scheduler._mixed_most`."""
+    """Whether that bound rises where many sequences wait for each that runs: see `Scheduler._mixed_most`."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     vocab: int = 2**31 - 1
@@ -499,13 +499,15 @@ class Scheduler:
                 draft.budget = min(draft.budget, self._mixed_most(rows.slots.size))
 
     def _mixed_most(self, running: int) -> int:
-        """Prompt tokens for a step with so many decodes. Every token delays all that run, and brings all that wait nearer to their first token: the
-        bound gives way in proportion to what waits, and to how many wait for each two that run."""
+        """Prompt tokens for a step with so many decodes. Every token delays all that run, so the bound gives way to how many wait for each two that run:
+        when many do, how fast the queue is worked off matters more than a few milliseconds between tokens. A sequence counts with no more tokens than
+        the bound, so that a long prompt by itself never raises it."""
         most = self.settings.mixed_prefill_tokens
         if self.settings.mixed_prefill_gives_way:
             slots = self._slots
-            tokens = self._waiting.tokens + sum(int(slots.length[slot] - slots.computed[slot]) for slot in self._prefilling)
-            most = max(most, tokens * (len(self._waiting) + len(self._prefilling)) // (2 * running))
+            count, tokens = self._waiting.demand(most)
+            tokens += sum(min(most, int(slots.length[slot] - slots.computed[slot])) for slot in self._prefilling)
+            most = max(most, tokens * (count + len(self._prefilling)) // (2 * running))
         return most
 
     def _take_chunks(self, draft: Draft) -> None:

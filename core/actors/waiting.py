@@ -116,10 +116,13 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._entries) - len(self._free)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that wait, those that the prefix cache had at the last look-up left out."""
-        return int((self._prompt - self._cached)[self._used].sum())
+    def demand(self, most: int) -> tuple[int, int]:
+        """(entries, their tokens, of each at most `most` and without what the prefix cache had at the last look-up), parked ones left out: their
+        clients would not take what they get."""
+        rows = [
+            row for row in np.flatnonzero(self._used).tolist() if (entry := self._entries[row]) is not None and not entry.request.parked
+        ]
+        return len(rows), int(np.minimum((self._prompt - self._cached)[rows], most).sum())
 
     def _grow(self) -> None:
         more = max(64, len(self._entries))
