@@ -56,6 +56,10 @@ class TritonOps:
         """See Ops."""
         return gpu.compile_only()
 
+    def seam(self, longest: int) -> int:
+        """See Ops."""
+        return attention.segment_of(longest) if self.deterministic else 0
+
     def allocate(
         self, layers: int, num_blocks: int, kv_heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:

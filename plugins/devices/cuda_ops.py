@@ -67,6 +67,10 @@ class Ops(Protocol):
         """Inside, operations prepare what their first call would (compile, on as many threads as there are cores) and need not compute anything."""
         ...
 
+    def seam(self, longest: int) -> int:
+        """Keys after which attention's sums begin anew in deterministic mode, where no sequence has more than `longest`; 0: never."""
+        ...
+
     def allocate(
         self, layers: int, num_blocks: int, kv_heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
@@ -173,6 +177,10 @@ class TorchOps:
     def compile_only(self) -> AbstractContextManager[None]:
         """See Ops: there is nothing to compile."""
         return nullcontext()
+
+    def seam(self, longest: int) -> int:
+        """See Ops."""
+        return 0
 
     def allocate(
         self, layers: int, num_blocks: int, kv_heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device

@@ -15,6 +15,9 @@ from penstock.core.errors import EngineFailure
 from penstock.core.sampling import SamplingParams
 from penstock.plugins.devices.driver import Drivable, Driver, Job, Options
 
+OUTPUTS = 3
+"""Tokens that a sequence of the self-test draws."""
+
 
 def touch(runner: Drivable, progress: Callable[[str], None]) -> None:
     """A prefill chunk, then decode steps of one row and of a full batch, on blocks that nobody owns yet."""
@@ -28,36 +31,51 @@ def touch(runner: Drivable, progress: Callable[[str], None]) -> None:
     Driver(runner).run([Job(prompt=prompt[:1], params=greedy, max_tokens=2 if runner.max_model_len > 2 else 1) for _ in range(rows)])
 
 
-def self_test(runner: Drivable, progress: Callable[[str], None]) -> None:
-    """Raises EngineFailure naming the first comparison that is not equal bit by bit."""
-    size, vocab, outputs = runner.block_size, runner.facts.vocab_size, 3
+def self_test(runner: Drivable, progress: Callable[[str], None], seam: int = 0) -> None:
+    """Raises EngineFailure naming the first comparison that is not equal bit by bit. `seam`: a number of keys after which the runner's sums begin anew;
+    if a sequence may be that long, one that reaches beyond it is compared too."""
+    size, outputs = runner.block_size, OUTPUTS
     room = min(runner.max_model_len - outputs, runner.num_blocks * size // 4 - size)
     if room < 1:
         raise EngineFailure("--deterministic: the KV cache is too small for the self-test; raise --kv-cache-memory-bytes.")
     longest = min(room, runner.max_num_batched_tokens, 4 * size + 5)
-    lengths = [longest, longest, max(1, longest // 2 + 1), min(3, longest), 1]
+    ways = {
+        "batched": Options(),
+        "on other blocks and in chunks": Options(scatter=True, chunk=lambda random: random.randint(1, 2 * size), seed=1),
+        "one token at a time": Options(chunk=lambda random: 1, scatter=True, seed=2),
+        "on shared blocks": Options(share=True, at_once=1),
+        "preempted and recomputed": Options(preempt=0.3, seed=3),
+    }
+    _compare(runner, progress, [longest, longest, max(1, longest // 2 + 1), min(3, longest), 1], ways)
+    if 0 < seam < room:
+        ways = {
+            "long and batched": Options(),
+            "long and in chunks": Options(scatter=True, chunk=lambda random: random.randint(seam // 4, seam // 2), seed=4),
+            "long, preempted and recomputed": Options(preempt=0.3, seed=5),
+        }
+        _compare(runner, progress, [min(room, seam + 2 * size + 3), 3], ways)
+
+
+def _compare(runner: Drivable, progress: Callable[[str], None], lengths: list[int], ways: dict[str, Options]) -> None:
+    """Each prompt alone, then all together in each way. The second begins like the first."""
+    vocab = runner.facts.vocab_size
     rng = np.random.default_rng(20)
     prompts = [rng.integers(0, vocab, length).astype(np.int32) for length in lengths]
-    prompts[1][: longest // 2] = prompts[0][: longest // 2]
+    half = min(lengths[0] // 2, lengths[1])
+    prompts[1][:half] = prompts[0][:half]
     params = [
         SamplingParams(temperature=0.8 * (index % 2), top_p=0.95, seed=index, logprobs=min(20, vocab - 1)) for index in range(len(prompts))
     ]
 
     def run(options: Options, which: list[int]) -> dict[int, Job]:
-        jobs = {index: Job(prompt=prompts[index], params=params[index], max_tokens=outputs) for index in which}
+        jobs = {index: Job(prompt=prompts[index], params=params[index], max_tokens=OUTPUTS) for index in which}
         Driver(runner, options).run(list(jobs.values()))
         return jobs
 
     progress("deterministic self-test: alone")
     everybody = list(range(len(prompts)))
     alone = {index: run(Options(), [index])[index] for index in everybody}
-    for name, options in (
-        ("batched", Options()),
-        ("on other blocks and in chunks", Options(scatter=True, chunk=lambda random: random.randint(1, 2 * size), seed=1)),
-        ("one token at a time", Options(chunk=lambda random: 1, scatter=True, seed=2)),
-        ("on shared blocks", Options(share=True, at_once=1)),
-        ("preempted and recomputed", Options(preempt=0.3, seed=3)),
-    ):
+    for name, options in ways.items():
         progress(f"deterministic self-test: {name}")
         together = run(options, everybody)
         for index in everybody:

@@ -14,10 +14,12 @@ import torch
 
 from penstock.core.errors import CheckpointError, ConfigError, EngineFailure, UnsupportedFeature
 from penstock.core.hookspecs import AttentionSpec
+from penstock.core.messages import Forward
 from penstock.core.sampling import SamplingParams
 from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.devices import cpu, register_devices
 from penstock.plugins.devices.driver import Driver, Job
+from penstock.plugins.devices.self_test import self_test
 from penstock.plugins.models import register_models
 from penstock.plugins.weights import register_weight_sources
 
@@ -221,3 +223,25 @@ def test_warm_up_and_self_test(folder: Path, load: Load, monkeypatch: pytest.Mon
     runner._program = sensitive
     with pytest.raises(EngineFailure, match="self-test failed on this machine"):
         runner.warm_up(said.append)
+
+
+def test_the_self_test_looks_beyond_a_seam(folder: Path, load: Load) -> None:
+    """Sums that begin anew after so many keys: a fault that shows only there is found, if and only if the runner says where."""
+    runner = load(folder, deterministic=True, num_gpu_blocks_override=40)
+    seam, far, said = 80, [False], list[str]()
+    self_test(runner, said.append, seam)
+    assert any("long, preempted" in line for line in said)
+    honest, forward = runner._program, runner.forward
+
+    def watched(work: Forward) -> None:
+        far[0] = bool(((work.starts + work.counts) > seam).any())
+        forward(work)
+
+    def sensitive(*args: Any, hidden: torch.Tensor) -> None:
+        honest(*args, hidden=hidden)
+        hidden.mul_(1.0 + 1e-6 * (far[0] and args[5].shape[0] > 1))
+
+    runner.forward, runner._program = watched, sensitive
+    self_test(runner, said.append)
+    with pytest.raises(EngineFailure, match="a sequence run long and batched differs from itself alone"):
+        self_test(runner, said.append, seam)
