@@ -37,8 +37,9 @@ KV_LAYOUT = "paged-bhsd-v1"
 FUSED_ELEMENTS = 16384
 """Most float32 values that the last piece of a decode row may gather at once."""
 SEGMENT = 64 if interpreting() else 1024
-SEGMENTS = 32
-"""Deterministic mode: a segment has at least SEGMENT keys, and the longest sequence at most SEGMENTS of them."""
+SEGMENTS = 33
+"""Deterministic mode: a segment has at least SEGMENT keys, and the longest sequence at most SEGMENTS of them (33, since a server's tables hold one block
+more than its longest sequence: 32 would double the segment's length at 32k, 64k, 128k)."""
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 

@@ -229,6 +229,8 @@ def test_segments_are_few_enough_and_never_smaller_than_the_least() -> None:
         assert segment >= kernel.SEGMENT
         assert segment & (segment - 1) == 0
         assert -(-longest // segment) <= kernel.SEGMENTS
+    for longest in (32 * kernel.SEGMENT, 128 * kernel.SEGMENT):
+        assert kernel.segment_of(longest + 16) == kernel.segment_of(longest) == longest // 32
 
 
 def test_rows_do_not_depend_on_batch_or_chunks(device: str) -> None:
