@@ -15,8 +15,8 @@ attention.triton
                     num_decode=0, softcap=0.0, sinks=None[Hq] f32, table_rows=None[R] i32, out=None, lse=None[T, Hq] f32, workspace=None, counters=None,
                     deterministic=False, new_k=None[T, Hkv, D], new_v=None[T, Hkv, D]) -> out
         The first `num_decode` sequences have one row each and go to the split-KV kernel, all others to the ragged one. deterministic=True: both
-        give a row the same bits (segments of `segment_of` keys, which depends on W * block_size: keep W the same). q may have any stride between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it
-        row r. num_decode -1: who has one row is read from q_start on the device, so that a captured graph replays with any mixture; each of the two
+        give a row the same bits (segments of `segment_of` keys, which depends on W * block_size: keep W the same). q may have any stride
+        between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it row r. num_decode -1: who has one row is read from q_start on the device, so that a captured graph replays with any mixture; each of the two
         kernels takes the sequences that are its own. new_k, new_v: this step's own (rotated) keys and values, e.g. views of qkv: prefill reads them by TMA instead of through the
         pages (ignored when deterministic). kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
     decode_attention(q[R, Hq, D], k_cache, v_cache, block_tables, kv_len, scale, window=0, *, softcap, sinks, table_rows, out, lse, workspace, counters,
@@ -83,13 +83,13 @@ def compiling() -> bool:
 
 
 @contextmanager
-def compile_only(threads: int | None = None, *, strict: bool = False) -> Iterator[None]:
-    """Inside, a launch of a kernel that was not compiled yet hands it to one of `threads` (default: a core each), and nothing runs; leaving waits for all
-    of them. What a kernel would have written is not there: for functions whose course does not depend on values, as those that
+def compile_only(*, strict: bool = False) -> Iterator[None]:
+    """Inside, a launch of a kernel that was not compiled yet hands it to one of as many threads as there are cores, and nothing runs; leaving waits
+    for all of them. What a kernel would have written is not there: for functions whose course does not depend on values, as those that
     graphs capture. A kernel that cannot be compiled raises here if `strict`; else it is left to its first real launch, which raises."""
     from triton import AsyncCompileMode
 
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="compile") as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile") as pool:
         mode = AsyncCompileMode(pool, ignore_errors=True)  # were it to raise, it would stay active on this thread
         before = _COMPILING.set(True)
         try:
