@@ -28,6 +28,8 @@ MiB = 1 << 20
 GiB = 1 << 30
 LONGEST_S = 7 * 24 * 3600
 """Most seconds of an option that is a time: timers take no infinity."""
+WATCHDOG_LEAST_S = 5
+"""Below that a watchdog would end processes that are merely busy: they beat once a second."""
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 """What a message can carry."""
 KERNELS = ("native", "reference")
@@ -146,6 +148,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     wiring: Annotated[Literal["cell", "tasks"], opt("tasks: every engine actor in its own task (debugging).", "machinery")] = "cell"
     threads: Annotated[int | None, opt("Compute threads of the CPU device; default: all cores.", "machinery")] = None
     engine_restarts: Annotated[int, opt("Restarts of a died process within 60 s before the server gives up.", "machinery")] = 3
+    watchdog_timeout: Annotated[
+        float,
+        opt(
+            "Seconds without a sign of life, or (GPU) with work and without a finished step, after which a process is ended, its threads' stacks"
+            " in the log, and started again; 0: never.",
+            "machinery",
+        ),
+    ] = 300.0
 
     # --- known, not there yet: only the neutral value is accepted
     tensor_parallel_size: Annotated[int, opt("GPUs per model; only 1 so far.", "later", "tp", "tp-size", neutral=1, short="-tp")] = 1
@@ -416,13 +426,18 @@ def check(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
-    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s"):
+    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s", "watchdog_timeout"):
         if not getattr(config, name) >= 0:  # "not": what is no number fails too
             raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)
     for name in ("receive_timeout_s", "stream_stall_s", "keep_alive_s"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{OPTIONS[name].flag} must be above 0.", param=name)
-    for name in ("shutdown_timeout", "receive_timeout_s", "stream_stall_s", "keep_alive_s"):
+    if 0 < config.watchdog_timeout < WATCHDOG_LEAST_S:
+        raise ConfigError(
+            f"--watchdog-timeout must be 0 (never) or at least {WATCHDOG_LEAST_S}: processes give a sign of life every second.",
+            param="watchdog_timeout",
+        )
+    for name in ("shutdown_timeout", "receive_timeout_s", "stream_stall_s", "keep_alive_s", "watchdog_timeout"):
         if not getattr(config, name) <= LONGEST_S:
             raise ConfigError(f"{OPTIONS[name].flag} must be at most {LONGEST_S} seconds (a week).", param=name)
     if config.priority_ageing_s == float("inf"):

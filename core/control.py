@@ -75,6 +75,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     slack_bytes: int
     enable_prefix_caching: bool = True
+    bounded_steps: bool = False
+    """See DeviceCapabilities."""
 
 
 class EngineUp(Message, frozen=True, kw_only=True):

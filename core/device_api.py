@@ -78,6 +78,8 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     time to read a layer's weights and to multiply them with (multiply-adds per second x 2 bytes / bandwidth) tokens: beyond that, tokens cost time."""
     synchronous: bool = False
     """`Runner.sample` returns when the step is done (a CPU): with a depth above 1 no thread has to wait for its results."""
+    bounded_steps: bool = False
+    """No step takes minutes: if one does, the device hangs, and `--watchdog-timeout` may end the engine. (A large prefill on a CPU may.)"""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
 from penstock.core.clock import Clock, SystemClock
 from penstock.core.config import Config
 from penstock.core.control import Drain, Drained, EngineFacts, Message, PeerDown
-from penstock.core.device_api import Device, Runner, RunnerConfig
+from penstock.core.device_api import Device, DeviceCapabilities, Runner, RunnerConfig
 from penstock.core.device_queue import ThreadDeviceQueue
 from penstock.core.errors import ConfigError, EngineFailure
 from penstock.core.hookspecs import SchedulePolicySpec
@@ -73,13 +73,13 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
     )
 
 
-def facts_of(config: Config, device: str, runner: Runner) -> EngineFacts:
+def facts_of(config: Config, device: DeviceCapabilities, runner: Runner) -> EngineFacts:
     memory = runner.memory
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
         architecture=runner.facts.architecture,
         dtype=runner.dtype,
-        device=device,
+        device=device.name,
         attention=runner.attention,
         vocab_size=runner.facts.vocab_size,
         max_model_len=runner.max_model_len,
@@ -95,6 +95,7 @@ def facts_of(config: Config, device: str, runner: Runner) -> EngineFacts:
         kv_bytes=memory.kv,
         slack_bytes=memory.slack,
         enable_prefix_caching=config.enable_prefix_caching,
+        bounded_steps=device.bounded_steps,
     )
 
 
@@ -132,8 +133,6 @@ class Engine:
         self.host: FusedHost | TaskHost | None = None
         self.facts: EngineFacts | None = None
         self._scheduler: Scheduler | None = None
-        self._steps = 0
-        self._pending = 0
 
     # --- life
 
@@ -173,7 +172,7 @@ class Engine:
         )
         self.host = make_host(self.config.wiring, actors, self._ports(self._queue))
         await nursery.start(self.host.run)
-        self.facts = facts_of(self.config, device.capabilities.name, runner)
+        self.facts = facts_of(self.config, device.capabilities, runner)
         return self.facts
 
     def _choose(self) -> tuple[Device, SchedulePolicy]:
@@ -222,7 +221,6 @@ class Engine:
     def post(self, *messages: Message) -> None:
         """Admit, Abort, Park, Unpark, PeerDown, Drain; on the trio thread, after `start`."""
         assert self.host is not None
-        self._pending += sum(type(message) is Admit for message in messages)
         self.host.post(*messages)
 
     async def room(self) -> None:
@@ -230,10 +228,6 @@ class Engine:
         await self.host.room()
 
     def _emit(self, message: Message, index: int | None) -> None:
-        if type(message) is StepTokens:
-            stats = message.stats
-            self._steps = stats.steps
-            self._pending = stats.running + stats.waiting
         self._output(message)
 
     def _device_says(self, message: Message) -> None:
@@ -245,5 +239,5 @@ class Engine:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """(steps done, sequences running or waiting) as of the last StepTokens: what a heartbeat tells."""
-        return self._steps, self._pending
+        """(steps done, sequences and steps that should move it): what a heartbeat tells."""
+        return (0, 0) if self._scheduler is None else self._scheduler.progress

@@ -43,7 +43,7 @@ class FakeViolation(AssertionError):
 
 
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Shape and behaviour. `step_s`, `load_s` are seconds of pretended work; `fail_*` inject faults; `manual` holds every step's result
+    """Shape and behaviour. `step_s`, `load_s` are seconds of pretended work; `fail_*` and `hang_*` inject faults; `manual` holds every step's result
     until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance)."""
 
     vocab_size: int = 512
@@ -54,6 +54,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     load_s: float = 0.0
     fail_load: str = ""
     fail_at_step: int = 0
+    hang_at_step: int = 0
     bad_row_at_step: int = 0
     manual: bool = False
     check: bool = True
@@ -87,7 +88,8 @@ class FakeDevice:
         self._gate = threading.Semaphore(0)
 
     def _declare(self) -> DeviceCapabilities:
-        return DeviceCapabilities(name="fake", depth=self.options.depth, dtypes=["float32", "bfloat16"], deterministic=True)
+        dtypes = ["float32", "bfloat16"]
+        return DeviceCapabilities(name="fake", depth=self.options.depth, dtypes=dtypes, deterministic=True, bounded_steps=True)
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:
         options = msgspec.convert({**msgspec.structs.asdict(self.options), **config.hf_overrides.get("fake", {})}, FakeOptions)
@@ -165,6 +167,8 @@ class FakeRunner:
         self._device.launches["forward"] += 1
         self._need(self._rows is None, "a Forward came before the last one's Sample")
         self._need(work.step == self._step + 1, f"Forward of step {work.step} came after step {self._step}")
+        if self._options.hang_at_step and work.step == self._options.hang_at_step:
+            threading.Event().wait()
         if self._options.fail_at_step and work.step == self._options.fail_at_step:
             raise RuntimeError("injected device fault")
         self._started = time.monotonic_ns()

@@ -101,6 +101,7 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
             clock=SystemClock(),
             drain_s=config.shutdown_timeout,
             max_restarts=config.engine_restarts,
+            watchdog_s=config.watchdog_timeout,
         )
         for child, message in zip(supervisor.children, supervisor.start(), strict=True):
             started[child.spec.role, child.spec.id] = launch(child.spec, message.epoch)

@@ -12,6 +12,7 @@ Boot, then Hello; the child answers with Hello. A child that fails says so in Ch
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import os
@@ -99,6 +100,7 @@ def ignore_signals() -> None:
     for number in QUIET:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # root asks for it before it ends a process that hangs
 
 
 def read_boot(control: socket.socket) -> Boot:

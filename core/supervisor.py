@@ -5,7 +5,7 @@ what is started, restarted, told and killed, and with which exit status root lea
 links are ports, so that tests drive every path without either.
 What it does not know: how a process is started (core/processes.py), what roles do.
 
-Strategy: one for one. A child that was up and dies is started again (epoch + 1), at once the first time, then after growing pauses; more than
+Strategy: one for one. A child that was up and dies (or hangs: no heartbeat, or an engine with work and no finished step, for `watchdog_s`) is started again (epoch + 1), at once the first time, then after growing pauses; more than
 `max_restarts` within `window_s`, or a death before the child was ever up, ends the server with status 1. An engine's death is told to text
 (EngineDown, later EngineUp): to clients it is a pause. A new text process is told which engines are up.
 Stop ladder: the first signal drains (edges refuse and finish, then text), for at most `drain_s`; then Stop; then SIGTERM; then SIGKILL. A second
@@ -57,6 +57,10 @@ HARD_S = 0.3
 """From Stop to SIGKILL when somebody is in a hurry."""
 SAME_S = 1.0
 """A signal so soon after another is a copy of it."""
+DUMP_S = 2.0
+"""A process that hangs has so long to write its threads' stacks before SIGKILL."""
+ASLEEP_S = 5.0
+"""Ticks further apart than this: root itself did not run (a laptop's lid, SIGSTOP), so nobody's silence meanwhile means anything."""
 LATE_S = 1.0
 """Longer than `drain_s` that root waits for the children's own deadline."""
 
@@ -103,6 +107,8 @@ class Child:
         self.moved_ns = 0
         self.progress = 0
         self.pending = 0
+        self.hung_ns = 0
+        """When it was asked for its stacks because it hangs; 0: it does not."""
         self.phase = "imports"
         self.phase_s = 0.0
         self.phases: list[StartupPhase] = []
@@ -126,14 +132,25 @@ class Supervisor:
         {StartChild, KillChild, Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase, Notice, Ready, Leave}
     )
 
-    def __init__(self, specs: Iterable[ChildSpec], *, clock: Clock, drain_s: float, max_restarts: int, window_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        specs: Iterable[ChildSpec],
+        *,
+        clock: Clock,
+        drain_s: float,
+        max_restarts: int,
+        window_s: float = 60.0,
+        watchdog_s: float = 0.0,
+    ) -> None:
         self.children = [Child(index, spec) for index, spec in enumerate(specs)]
         self._by_name = {(child.spec.role, child.spec.id): child for child in self.children}
         self._clock = clock
         self._drain_s = drain_s
         self._max_restarts = max_restarts
         self._window_s = window_s
-        self._began_ns = clock.now_ns()
+        self._watchdog_s = watchdog_s
+        """0: nobody is ended for hanging."""
+        self._began_ns = self._ticked_ns = clock.now_ns()
         self._announced = False
         self._complete = False
         self.phase = "running"
@@ -193,7 +210,8 @@ class Supervisor:
             if child.spec.role != "engine":  # an engine is up when its facts are known
                 yield from self._up(child)
         elif isinstance(message, ChildDown):
-            child.failure = _failure(message.detail)
+            if not child.hung_ns:
+                child.failure = _failure(message.detail)
         elif isinstance(message, Drained):
             child.drained = True
             if message.cut and self._signum:
@@ -286,7 +304,7 @@ class Supervisor:
         child.failure = None
         child.drain_sent = False
         child.beat_ns = child.moved_ns = self._clock.now_ns()
-        child.progress = child.pending = 0
+        child.progress = child.pending = child.hung_ns = 0
         child.phase, child.phase_s, child.phases = "imports", 0.0, []
         return StartChild(role=child.spec.role, id=child.spec.id, epoch=child.epoch)
 
@@ -378,6 +396,7 @@ class Supervisor:
     def _tick(self) -> Iterator[Message | To]:
         now = self._clock.now_ns()
         if self.phase in ("running", "draining"):
+            yield from self._watch(now)
             for child in self.children:
                 if child.state == "waiting" and now >= child.start_at_ns:
                     yield self._launch(child)
@@ -394,6 +413,33 @@ class Supervisor:
             yield from self._signal_all(signal.SIGTERM)
         elif self.phase == "terminating":
             yield from self._kill()
+
+    def _watch(self, now: int) -> Iterator[Message]:
+        """End who hangs: first its threads' stacks (SIGUSR2), then SIGKILL. Its exit does the rest."""
+        slept = now - self._ticked_ns
+        self._ticked_ns = now
+        if slept > ASLEEP_S * 1e9:
+            for child in self.children:
+                child.beat_ns += slept
+                child.moved_ns += slept
+        for child in self.children:
+            if child.hung_ns:
+                if child.alive and now - child.hung_ns >= DUMP_S * 1e9:
+                    yield KillChild(role=child.spec.role, id=child.spec.id, epoch=child.epoch, signum=signal.SIGKILL)
+            elif child.state == "up" and self._watchdog_s > 0 and (why := self._hangs(child, now)):
+                child.hung_ns = now
+                child.failure = Failure(message=f"hung: {why}")
+                yield Notice(level="error", event="process hangs", fields={"process": child.name, "epoch": child.epoch, "reason": why})
+                yield KillChild(role=child.spec.role, id=child.spec.id, epoch=child.epoch, signum=signal.SIGUSR2)
+
+    def _hangs(self, child: Child, now: int) -> str:
+        """How it shows, or nothing. Of an engine on a CPU a step may take any time; text and edges wait for engines and clients."""
+        silent, stalled = (now - child.beat_ns) / 1e9, (now - child.moved_ns) / 1e9
+        if silent >= self._watchdog_s:
+            return f"it gave no sign of life for {silent:.0f} s"
+        if child.facts is not None and child.facts.bounded_steps and child.pending and stalled >= self._watchdog_s:
+            return f"it finished no step for {stalled:.0f} s and had {child.pending} to work on"
+        return ""
 
     def _vital(self, child: Child, now: int) -> Vital:
         up = child.state == "up"

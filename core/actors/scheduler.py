@@ -323,6 +323,11 @@ class Scheduler:
             self._forking.pop(slot, None)
             self._settle()
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(steps done, what should make more of them: living sequences that are not parked, steps in flight)."""
+        return self.done_step, len(self._live) - self._parked_live + len(self._flights)
+
     def leftovers(self) -> dict[str, int]:
         """What an idle scheduler still holds: must be empty (for tests and post-mortems)."""
         counts = {

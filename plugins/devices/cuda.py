@@ -43,7 +43,12 @@ class CudaDevice:
     """See core/device_api.py: Device. Depth 2: the host launches step n+1 while the device computes step n."""
 
     capabilities = DeviceCapabilities(
-        name="cuda", depth=DEPTH, dtypes=list(DTYPES), deterministic=True, mixed_prefill_tokens=MIXED_PREFILL_TOKENS
+        name="cuda",
+        depth=DEPTH,
+        dtypes=list(DTYPES),
+        deterministic=True,
+        mixed_prefill_tokens=MIXED_PREFILL_TOKENS,
+        bounded_steps=True,
     )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:

@@ -109,6 +109,30 @@ def test_a_request_that_kills_engines_is_failed_alone(begin: Any, stream: Any) -
     gone_within(server, 2.0)
 
 
+def test_a_hung_engine_is_ended_and_its_streams_go_on(begin: Any, stream: Any) -> None:
+    """The device's thread hangs at step 100 of each life: not dead, and its process beats on."""
+    server = begin({"step_s": 0.005, "hang_at_step": 100}, watchdog_timeout=5).ready()
+    client = stream(server, 150)
+    client.join(60)
+    assert client.done, (client.events[-2:], client.error, server.text())
+    assert (len(client.tokens), client.reason) == (150, "length")
+    (hung,) = [e for e in server.events() if e["event"] == "process hangs"]
+    assert hung["process"] == "engine-0"
+    assert hung["reason"].startswith("it finished no step for ")
+    (died,) = [e for e in server.events() if e["event"] == "process died"]
+    assert died["reason"].startswith("hung: it finished no step for ")
+    stacks = server.err.read_text()
+    assert "Thread 0x" in stacks
+    assert 'fake_device.py", line' in stacks  # where it hangs
+    undisturbed = begin({"step_s": 0.0}).ready().complete(150)
+    assert len(undisturbed.json()["choices"][0]["text"]) > 0
+    assert "".join(c["text"] for e in client.events for c in e.get("choices", [])) == undisturbed.json()["choices"][0]["text"]
+    server.children()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    gone_within(server, 2.0)
+
+
 def test_an_engine_whose_device_fails_again_and_again_ends_the_server_with_1(begin: Any, stream: Any) -> None:
     server = begin({"fail_at_step": 3}, engine_restarts=1).ready()
     client = stream(server, 50)

@@ -249,7 +249,7 @@ def test_facts_tell_what_the_runner_is() -> None:
         assert facts.kv_bytes == 77 * 4 * 8
         assert engine.progress == (0, 0)
         engine.post(admit(1, [1, 2, 3], max_tokens=3))
-        assert engine.progress[1] == 1
+        assert engine.progress[1] > 0
         await collector.ended(1)
         assert engine.progress[0] >= 3
         assert engine.progress[1] == 0

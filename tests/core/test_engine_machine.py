@@ -184,6 +184,9 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
             if not hasattr(self, "sim"):
                 return
             sim = self.sim
+            sim.drain()
+            sim.run(limit=3000)
+            assert sim.scheduler.progress[1] == 0, "a watchdog would end an engine that only waits for slow clients"
             for key in sorted(self.parked):
                 sim.fifo.append(Unpark(key=key))
             sim.drain()

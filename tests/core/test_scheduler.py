@@ -578,7 +578,9 @@ def test_a_parked_sequence_keeps_its_blocks_and_is_left_out(make_sim: Make) -> N
     sim.run()
     assert sim.reason(other) == LENGTH
     assert sim.reason(key) is None
+    assert sim.scheduler.progress == (sim.scheduler.done_step, 0)  # it waits for its client, so nothing should move
     sim.post(Unpark(key=key))
+    assert sim.scheduler.progress[1] > 0
     sim.run()
     assert sim.reason(key) == LENGTH
     sim.check_idle()

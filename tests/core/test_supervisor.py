@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.core.actor import To
@@ -416,24 +417,115 @@ def test_vitals_tell_idle_busy_and_stalled_apart() -> None:
         assert told(out, Vitals) == [TEXT]
         return out[0].message.rows[ENGINE]
 
+    def wait(seconds: int) -> None:
+        for _ in range(seconds):
+            world.after(1)
+
     beat(0, 0)
-    world.clock.advance(100)
+    wait(100)
     beat(0, 0)
     assert engine().stalled_s == 0  # idle, however long
     beat(5, 3)
-    world.clock.advance(2)
+    wait(2)
     beat(9, 3)
     assert engine().stalled_s == 0  # busy
-    world.clock.advance(40)
+    wait(40)
     beat(9, 3)
     row = engine()
     assert (row.stalled_s, row.age_s) == (40, 0)  # alive, but nothing moves
-    world.clock.advance(7)
+    wait(7)
     row = engine()
     assert (row.stalled_s, row.age_s) == (47, 7)  # silent as well
     world.dies(ENGINE)
     row = engine()
     assert (row.up, row.stalled_s) == (False, 0)
+
+
+def kills(out: list[Any]) -> list[tuple[str, int, int]]:
+    return [(kill.role, kill.id, kill.signum) for kill in of(out, KillChild)]
+
+
+class Beats:
+    """Everybody alive for some seconds, one tick each; but `silent`. `engine` is its progress and pending."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.engine = (0, 0)
+
+    def pass_s(self, seconds: int, silent: tuple[str, ...] = ()) -> list[tuple[str, int, int]]:
+        killed = []
+        for _ in range(seconds):
+            self.world.clock.advance(1)
+            for name in NAMES:
+                if name not in silent:
+                    progress, pending = self.engine if name == "engine-0" else (0, 7)
+                    at = self.world.clock.now_ns()
+                    self.world.say(Heartbeat(role=name[:-2], id=int(name[-1]), at_ns=at, progress=progress, pending=pending))
+            killed += kills(self.world.say(Tick(now_ns=self.world.clock.now_ns())))
+        return killed
+
+
+GPU = msgspec.structs.replace(FACTS, bounded_steps=True)
+
+
+def test_an_engine_with_work_and_no_steps_is_ended_and_started_again() -> None:
+    world = World(watchdog_s=20.0)
+    world.say(EngineUp(engine=0, epoch=1, facts=GPU))
+    for index in (TEXT, EDGE0, EDGE1):
+        world.up(index)
+    beats = Beats(world)
+    assert beats.pass_s(100) == []  # idle
+    beats.engine = (1, 3)
+    assert beats.pass_s(20) == []
+    beats.engine = (2, 3)  # slow, but it moves
+    assert beats.pass_s(20) == []
+    assert beats.pass_s(1) == [("engine", 0, signal.SIGUSR2)]
+    assert beats.pass_s(1) == []  # it writes its stacks
+    assert beats.pass_s(2) == [("engine", 0, signal.SIGKILL)] * 2  # until it is gone
+    out = world.dies(ENGINE)
+    (down,) = [o.message for o in out if isinstance(o, To) and isinstance(o.message, EngineDown)]
+    assert down.reason == "hung: it finished no step for 20 s and had 3 to work on"
+    assert [(s.role, s.epoch) for s in of(out, StartChild)] == [("engine", 2)]
+    assert beats.pass_s(100) == []  # a start may take any time
+    world.say(EngineUp(engine=0, epoch=2, facts=GPU))
+    assert beats.pass_s(19) == []  # the new life has its own time
+
+
+def test_a_step_on_a_cpu_may_take_any_time() -> None:
+    world = World(watchdog_s=20.0).all_up()
+    beats = Beats(world)
+    beats.engine = (1, 3)
+    assert beats.pass_s(1000) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_process_that_gives_no_sign_of_life_is_ended_and_a_loss_of_text_is_told(name: str) -> None:
+    world = World(watchdog_s=20.0).all_up()
+    beats = Beats(world)
+    role, index = name[:-2], int(name[-1])
+    assert beats.pass_s(3) == []
+    assert beats.pass_s(19, silent=(name,)) == []
+    assert beats.pass_s(1, silent=(name,)) == [(role, index, signal.SIGUSR2)]
+    assert beats.pass_s(2, silent=(name,)) == [(role, index, signal.SIGKILL)]
+    # What it says on its way out does not hide why it had to go.
+    world.say(ChildDown(role=role, id=index, epoch=1, status=1, detail=failure_of(ValueError("late"))))
+    notices = [n for n in world.supervisor.handle(ChildExited(role=role, id=index, epoch=1, status=-9)) if isinstance(n, Notice)]
+    assert [n.fields["reason"] for n in notices] == ["hung: it gave no sign of life for 20 s"]
+
+
+def test_time_in_which_root_itself_slept_counts_for_nobody() -> None:
+    world = World(watchdog_s=20.0).all_up()
+    beats = Beats(world)
+    assert beats.pass_s(5) == []
+    world.clock.advance(3600)
+    assert kills(world.say(Tick(now_ns=world.clock.now_ns()))) == []
+    assert beats.pass_s(19, silent=("edge-0",)) == []
+    assert beats.pass_s(2, silent=("edge-0",)) == [("edge", 0, signal.SIGUSR2)]
+
+
+def test_without_a_watchdog_nobody_is_ended_for_hanging() -> None:
+    world = World(watchdog_s=0.0).all_up()
+    assert Beats(world).pass_s(2000, silent=tuple(NAMES)) == []
 
 
 def test_phases_of_a_start_reach_text_as_durations_that_add_up() -> None:
