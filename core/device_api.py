@@ -108,7 +108,11 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Runner(Protocol):
-    """A loaded model on a device. All methods are called from the device's own thread, in queue order."""
+    """A loaded model on a device. All methods are called from the device's own thread, in queue order.
+
+    It may also have `improve() -> bool`: called on that thread while nothing is queued and no step is under way, to do a bounded piece of work
+    (tens of ms, a request may wait for it) that makes later steps faster. False: nothing is left to do before the next step.
+    """
 
     facts: ModelFacts
     num_blocks: int

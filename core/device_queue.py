@@ -4,7 +4,8 @@ What it is: the only way to a device. Whatever order DeviceWork arrives in, entr
 thread that also loads and warms up the runner, so that a device library sees a single thread from first to last (on a CPU a second thread
 means a second OpenMP pool: every step 1.5 to 1.8 times slower). Results are posted back through a thread-safe callback: StepDone a step, or
 DeviceLost once, after which nothing runs any more. On an asynchronous device with a depth above 1 a second thread waits for the copies of
-finished steps, so that the device thread can enqueue the next one meanwhile.
+finished steps, so that the device thread can enqueue the next one meanwhile. While nothing is queued or under way, a runner with an `improve` may
+make its later steps faster, a little at a time.
 What it does not know: what a step is, torch, trio.
 """
 
@@ -24,6 +25,8 @@ from penstock.core.messages import DeviceLost, DeviceWork, Forward, Sample, Step
 
 T = TypeVar("T")
 JOIN_S = 10.0
+QUIET_S = 0.25
+"""Nothing was queued for so long: clients may be between two requests, or gone."""
 
 
 class StepOrder:
@@ -67,15 +70,23 @@ class ThreadDeviceQueue:
     takes: frozenset[type[Message]] = frozenset({DeviceWork})
     gives: frozenset[type[Message]] = frozenset({StepDone, DeviceLost})
 
-    def __init__(self, *, engine: int, epoch: int, post: Callable[[Message], None]) -> None:
+    def __init__(self, *, engine: int, epoch: int, post: Callable[[Message], None], quiet_s: float = QUIET_S) -> None:
         self._engine = engine
         self._epoch = epoch
         self._post = post
+        self._quiet_s = quiet_s
         self._order = StepOrder(engine=engine, epoch=epoch)
         self._jobs: queue.SimpleQueue[Callable[[], None] | Forward | Sample | None] = queue.SimpleQueue()
         self._waits: queue.SimpleQueue[tuple[int, Callable[[], StepDone]] | None] = queue.SimpleQueue()
         self._lost = threading.Event()
         self._runner: Runner | None = None
+        self._improve: Callable[[], bool] | None = None
+        self._may_improve = False
+        self._half = False
+        """A Forward ran whose Sample has not come (it may wait for a mask): the runner holds its hidden states."""
+        # Steps whose results the waiter was asked for, and has: each thread writes its own.
+        self._asked = 0
+        self._answered = 0
         self._waits_here = True
         self._thread = threading.Thread(target=self._work, name=f"device-{engine}", daemon=True)
         self._waiter: threading.Thread | None = None
@@ -90,6 +101,8 @@ class ThreadDeviceQueue:
             runner = device.load(config, progress)
             runner.warm_up(lambda phase: progress(phase, 1.0))
             self._runner = runner
+            self._improve = getattr(runner, "improve", None)
+            self._may_improve = self._improve is not None
             self._waits_here = device.capabilities.depth <= 1 or device.capabilities.synchronous
             return runner
 
@@ -125,10 +138,27 @@ class ThreadDeviceQueue:
 
     # --- the device's thread
 
+    def _next(self) -> Callable[[], None] | Forward | Sample | None:
+        """The next job. While there is none, and no step is under way, the runner improves itself: a piece at a time, and again only after a
+        step once it says that nothing is left."""
+        while self._may_improve:
+            try:
+                return self._jobs.get(timeout=self._quiet_s)
+            except queue.Empty:
+                if self._half or self._asked != self._answered:
+                    continue
+            while self._may_improve and self._jobs.empty():
+                assert self._improve is not None
+                try:
+                    self._may_improve = not self._lost.is_set() and self._improve()
+                except Exception as error:
+                    self._may_improve = False
+                    self._lose(self._asked, error)
+        return self._jobs.get()
+
     def _work(self) -> None:
-        get = self._jobs.get
         while True:
-            job = get()
+            job = self._next()
             if job is None:
                 break
             if type(job) is Forward or type(job) is Sample:
@@ -140,18 +170,22 @@ class ThreadDeviceQueue:
         if self._waiter is not None:
             self._waits.put(None)
             self._waiter.join(JOIN_S)
+        self._improve = None
         runner, self._runner = self._runner, None  # whoever keeps the closed engine does not keep the model's memory
         if runner is not None:
             runner.close()
 
     def _step(self, entry: Any) -> None:
         runner = self._runner
+        self._may_improve = self._improve is not None
         try:
             if runner is None:
                 raise ProtocolError("Work came before the runner was loaded.")
             if type(entry) is Forward:
+                self._half = True
                 runner.forward(entry)
                 return
+            self._half = False
             wait = runner.sample(entry)
             if self._waits_here:
                 self._post(wait())
@@ -162,6 +196,7 @@ class ThreadDeviceQueue:
         if self._waiter is None:
             self._waiter = threading.Thread(target=self._wait, name=f"device-{self._engine}-waiter", daemon=True)
             self._waiter.start()
+        self._asked += 1
         self._waits.put((entry.step, wait))
 
     def _wait(self) -> None:
@@ -175,6 +210,7 @@ class ThreadDeviceQueue:
                 self._lose(step, error)
             else:
                 self._post(done)
+            self._answered += 1
 
     def _lose(self, step: int, error: Exception) -> None:
         if not self._lost.is_set():

@@ -6,8 +6,8 @@ up in one pinned copy (a second one in steps that place sequences, give blocks o
 a call that waits for that copy's event and is made on the waiter thread of the device queue.
 Graphs: a step of decode rows alone replays a graph of the smallest bucket that holds them; padding rows have slot -1, which reads zeros and
 writes nowhere. The draw is a second graph on the same inputs, for rows without penalties, lists or log-probabilities. Graphs are captured at
-warm-up, largest bucket first, within a time and a memory reservation; what is left is captured later, after a bucket was used LAZY_USES
-times and at most one every LAZY_PAUSE_S. Steps with prefill have graphs too, by sequences and tokens: which sequences compute one token is looked up on
+warm-up, largest bucket first, within a time and a memory reservation; what is left is captured while nothing runs (`improve`), or in mid-service
+after a bucket was used LAZY_USES times and at most one every LAZY_PAUSE_S. Steps with prefill have graphs too, by sequences and tokens: which sequences compute one token is looked up on
 the device. Beyond MIXED_TOKENS tokens a step takes the device longer than the host needs to launch it piece by piece, and runs eagerly.
 `--deterministic` keeps to the same code with an Ops table whose rows do not depend on each other, behind the same start-up self-test as the CPU's.
 What it does not know: requests, scheduling, Triton, which model family it drives.
@@ -38,6 +38,8 @@ Tensor = torch.Tensor
 
 PROMPT_LOGIT_ELEMENTS = 1 << 26
 """Prompt log-probabilities are computed for at most this many logits at a time (256 MiB of float32)."""
+Size = int | tuple[int, int]
+"""Of a graph: decode rows, or (sequences, tokens) of a step with prefill."""
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 MIXED_ROWS = (16, 64, 128, 256)
 MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
@@ -46,6 +48,8 @@ WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 
 """(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""
 LAZY_USES = 4
 LAZY_PAUSE_S = 0.3
+AHEAD = 0.75
+"""Share of the graphs' memory reservation that sizes may take which nobody asked for yet."""
 
 
 def buckets_for(rows: int) -> list[int]:
@@ -161,7 +165,7 @@ class CudaRunner:
         self._buckets = buckets_for(max_num_seqs) if graphs else []
         self._forwards: dict[int, Graph] = {}
         self._samples: dict[tuple[int, bool], Graph] = {}
-        self._uses: dict[int | tuple[int, int], int] = {}
+        self._uses: dict[Size, int] = {}
         self._capture_after = 0.0
         self.graph_reserve = 0
         self._graph_bytes = 0
@@ -281,7 +285,7 @@ class CudaRunner:
         self.capture(bucket)
         return bucket
 
-    def _wanted(self, bucket: int | tuple[int, int]) -> bool:
+    def _wanted(self, bucket: Size) -> bool:
         """Count a use of a bucket without a graph; whether it is to get one now."""
         self._uses[bucket] = used = self._uses.get(bucket, 0) + 1
         now = time.monotonic()
@@ -289,6 +293,30 @@ class CudaRunner:
             return False
         self._capture_after = now + LAZY_PAUSE_S
         return True
+
+    @torch.inference_mode()
+    def improve(self) -> bool:
+        """Capture one more step size while nothing runs (tens of ms): what was asked for most, then what may be asked for, few sequences and
+        tokens first. False: nothing is left to do until something is asked for."""
+        if self._graph_bytes >= self.graph_reserve:
+            return False
+        asked = [size for size in self._uses if not self._captured(size)]
+        size: Size | None = max(asked, key=self._uses.__getitem__, default=None)
+        if size is None and self._graph_bytes < AHEAD * self.graph_reserve:
+            sizes: list[Size] = [*self._buckets, *((rows, tokens) for rows in self._mixed_rows for tokens in self._mixed_tokens)]
+            size = next((size for size in sizes if not self._captured(size)), None)
+        if size is None:
+            return False
+        self._lane.bind()
+        if isinstance(size, int):
+            self.capture(size)
+        else:
+            self.capture_mixed(*size)
+        self._lane.synchronize()
+        return True
+
+    def _captured(self, size: Size) -> bool:
+        return size in self._forwards if isinstance(size, int) else size in self._mixed
 
     def _replay_mixed(self, work: Forward, rows: int) -> bool:
         """A step with prefill by its graph, if there is one for its size. Its draw is eager."""

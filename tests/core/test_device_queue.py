@@ -168,6 +168,70 @@ def test_a_failing_step_is_reported_once_and_nothing_runs_after_it() -> None:
     assert device.calls[-1] == ("close", 0)
 
 
+class Improver(Recorder):
+    """Has so many pieces to do while nothing else is; notes each, and what was under way then."""
+
+    def __init__(self, pieces: int, fail: bool = False, gate: threading.Event | None = None) -> None:
+        super().__init__(depth=2, gate=gate)
+        self.pieces = pieces
+        self.fail = fail
+        self.over = threading.Event()
+
+    def improve(self) -> bool:
+        self._note("improve")
+        if self.fail:
+            raise RuntimeError("no memory for a graph")
+        self.pieces -= 1
+        if self.pieces <= 0:
+            self.over.set()
+        return self.pieces > 0
+
+
+def idling(device: Improver) -> tuple[ThreadDeviceQueue, queue.Queue[Message]]:
+    posted: queue.Queue[Message] = queue.Queue()
+    device_queue = ThreadDeviceQueue(engine=0, epoch=1, post=posted.put, quiet_s=0.001)
+    device_queue.load(device, CONFIG, lambda phase, fraction: None).result(10)
+    return device_queue, posted
+
+
+def test_a_runner_improves_itself_while_nothing_is_under_way_and_never_between() -> None:
+    gate = threading.Event()
+    device = Improver(3, gate=gate)
+    device_queue, posted = idling(device)
+    assert device.over.wait(10)
+    first, second = works(2)[:2], works(2)[2:]
+    device.pieces = 2
+    device.over.clear()
+    device_queue.deliver(first[0])
+    for _ in range(20):  # its Sample may wait for a mask: many times the quiet time
+        device_queue.call(lambda: None).result(10)
+    assert not device.over.wait(0.05)
+    device_queue.deliver(first[1])
+    assert not device.over.wait(0.05)  # the device computes
+    assert ("sample", 1) in device.calls
+    gate.set()
+    assert isinstance(posted.get(timeout=10), StepDone)
+    assert device.over.wait(10)
+    for work in second:
+        device_queue.deliver(work)
+    assert isinstance(posted.get(timeout=10), StepDone)
+    device_queue.close()
+    pieces = [name for name, _ in device.calls if name in ("improve", "forward", "sample")]
+    assert pieces[:7] == [*["improve"] * 3, "forward", "sample", "improve", "improve"]
+    assert len(device.threads) == 1
+    assert device.calls[-1] == ("close", 0)
+
+
+def test_an_improvement_that_fails_loses_the_device() -> None:
+    device = Improver(3, fail=True)
+    device_queue, posted = idling(device)
+    lost = posted.get(timeout=10)
+    assert isinstance(lost, DeviceLost)
+    assert "no memory for a graph" in lost.error
+    device_queue.close()
+    assert device.calls[-2:] == [("improve", 0), ("close", 0)]
+
+
 def test_work_before_the_runner_is_a_loss() -> None:
     posted: queue.Queue[Message] = queue.Queue()
     device_queue = ThreadDeviceQueue(engine=0, epoch=1, post=posted.put)

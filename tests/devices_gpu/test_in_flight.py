@@ -332,6 +332,50 @@ def test_graphs_are_captured_later_when_asked_for_often(folder: Path, host_runne
     assert (runner.counters.captures, runner.counters.replays) == (1, 5)
 
 
+def test_a_runner_with_nothing_to_do_captures_what_was_asked_for_then_the_rest(
+    folder: Path, host_runner: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from penstock.plugins.devices import cuda_runner
+
+    monkeypatch.setattr(cuda_runner, "LAZY_USES", 100)
+    monkeypatch.setattr(cuda_runner, "MIXED_ROWS", (2, 4))
+    monkeypatch.setattr(cuda_runner, "MIXED_TOKENS", (3, 8, 20))
+    runner = host_runner(folder)
+    assert not runner.improve(), "no memory is reserved"
+    runner.graph_reserve = 100
+    runner.capture_all(lambda phase: None, limit_s=-1.0)
+
+    def once() -> list[Job]:
+        jobs = [Job(prompt=i32([1 + seed, 2, 3]), params=GREEDY, max_tokens=8) for seed in range(3)]
+        Driver(runner).run(jobs)
+        return jobs
+
+    before = once()
+    assert runner.counters.replays == 0
+    used = dict(runner._uses)
+    assert runner.improve()
+    most = max(used, key=used.__getitem__)
+    assert [*runner._forwards, *runner._mixed] == [most]
+    for _ in range(len(used) - 1):
+        assert runner.improve()
+    assert {*runner._forwards, *runner._mixed} == set(used)
+    runner._graph_bytes = 75
+    assert not runner.improve(), "the last quarter of the reservation is for sizes that somebody asks for"
+    runner._uses[2, 20] = 1
+    assert runner.improve()
+    assert (2, 20) in runner._mixed
+    runner._graph_bytes = 0
+    while runner.improve():
+        pass
+    assert set(runner._forwards) == set(runner._buckets)
+    assert set(runner._mixed) == {(rows, tokens) for rows in runner._mixed_rows for tokens in runner._mixed_tokens}
+    captures = runner.counters.captures
+    after = once()
+    assert [job.tokens for job in after] == [job.tokens for job in before]
+    assert runner.counters.replays > 0
+    assert runner.counters.captures == captures
+
+
 def test_the_engine_keeps_two_steps_in_flight(host_device: Any) -> None:
     """The whole server with this runner at depth 2 against the CPU at its own: many requests, few slots, random lengths."""
     rng = np.random.default_rng(4)

@@ -98,6 +98,16 @@ def test_triton_equals_the_reference_table(family: str, name: str, make_folder: 
     eager = [Job(prompt=job.prompt, params=GREEDY, max_tokens=6) for job in plain]
     Driver(on_device(folder, enforce_eager=True)).run(eager)
     assert sum(a.tokens == b.tokens for a, b in zip(plain, eager, strict=True)) >= 5
+    before = len(runner._mixed)
+    while runner.improve():
+        pass
+    assert len(runner._mixed) > before
+    assert runner._graph_bytes <= runner.graph_reserve
+    captures = runner.counters.captures
+    ahead = [Job(prompt=job.prompt, params=GREEDY, max_tokens=6) for job in plain]
+    Driver(runner).run(ahead)
+    assert runner.counters.captures == captures
+    assert sum(a.tokens == b.tokens for a, b in zip(ahead, eager, strict=True)) >= 5
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
