@@ -98,16 +98,28 @@ def test_triton_equals_the_reference_table(family: str, name: str, make_folder: 
     eager = [Job(prompt=job.prompt, params=GREEDY, max_tokens=6) for job in plain]
     Driver(on_device(folder, enforce_eager=True)).run(eager)
     assert sum(a.tokens == b.tokens for a, b in zip(plain, eager, strict=True)) >= 5
-    before = len(runner._mixed)
+
+
+def test_graphs_captured_while_nothing_runs_compute_the_same(make_folder: Make, on_device: Make) -> None:
+    folder = make_folder("llama", torch.float16, **SHAPE)
+    size = {"max_num_seqs": 24, "max_num_batched_tokens": 256}
+    runner = on_device(folder, **size)
+    runner.warm_up(lambda phase: None)
+    assert len(runner._mixed) == 1
     while runner.improve():
         pass
-    assert len(runner._mixed) > before
+    assert set(runner._mixed) == {(rows, tokens) for rows in (16, 24) for tokens in (64, 128, 192, 256)}
+    assert set(runner._forwards) == {1, 2, 4, 8, 16, 24}
     assert runner._graph_bytes <= runner.graph_reserve
-    captures = runner.counters.captures
-    ahead = [Job(prompt=job.prompt, params=GREEDY, max_tokens=6) for job in plain]
-    Driver(runner).run(ahead)
-    assert runner.counters.captures == captures
-    assert sum(a.tokens == b.tokens for a, b in zip(ahead, eager, strict=True)) >= 5
+    for options in (Options(), Options(chunk=lambda rng: rng.randint(1, 20), scatter=True, seed=1)):
+        mine, eager = some_jobs(20), some_jobs(20)
+        captures, replays = runner.counters.captures, runner.counters.replays
+        driver = Driver(runner, options)
+        driver.run(mine)
+        assert runner.counters.captures == captures
+        assert runner.counters.replays - replays > 0.9 * driver.steps
+        Driver(on_device(folder, enforce_eager=True, **size), options).run(eager)
+        close_enough(mine, eager, 0.05)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
