@@ -9,7 +9,6 @@ What it does not know: steps (cpu_runner.py), the scheduler.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from penstock.kernels import native
 from penstock.plugins import attention as builtin_attention
 from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights
+from penstock.plugins.devices import host_limits
 from penstock.plugins.devices.cpu_runner import CpuRunner
 from penstock.plugins.models.config import architecture_of, check_max_len, default_max_len, read_config
 from penstock.plugins.weights.checkpoint import identity
@@ -161,8 +161,8 @@ def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str) -> Att
 
 
 def set_threads(threads: int | None) -> None:
-    """Threads of torch and of the kernels: --threads, or the cores that this process may use."""
-    count = threads or len(os.sched_getaffinity(0))
+    """Threads of torch and of the kernels: --threads, or the cores that this process may use, a container's quota considered."""
+    count = threads or host_limits.cores()
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
 
@@ -180,7 +180,7 @@ def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> t
             f"--kv-cache-memory-bytes {limit} holds no block: one of {size} tokens takes {block_bytes} bytes.",
             param="kv_cache_memory_bytes",
         )
-    if blocks * block_bytes > machine_bytes():
+    if blocks * block_bytes > host_limits.memory_bytes():
         raise too_big(config, blocks, block_bytes)
     room = blocks * size
     if config.max_model_len is not None:
@@ -203,26 +203,20 @@ def block_bytes_of(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) 
     return 2 * facts.num_layers * facts.num_kv_heads * config.block_size * facts.head_dim * dtype.itemsize
 
 
-def machine_bytes() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def too_big(config: RunnerConfig, blocks: int, block_bytes: int) -> ConfigError:
     """What to say of a KV cache that this machine has no memory for."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     name = "num_gpu_blocks_override" if config.num_gpu_blocks_override else "kv_cache_memory_bytes"
     given = config.num_gpu_blocks_override or config.kv_cache_memory_bytes or DEFAULT_KV_BYTES
     return ConfigError(
-        f"--{name.replace('_', '-')} {given}: a KV cache of {blocks * block_bytes >> 20} MiB does not fit this machine, which has"
-        f" {machine_bytes() >> 20} MiB of memory, {free >> 20} MiB of it free. Lower it.",
+        f"--{name.replace('_', '-')} {given}: a KV cache of {blocks * block_bytes >> 20} MiB does not fit here: this machine (or its"
+        f" container) has {host_limits.memory_bytes() >> 20} MiB of memory, {host_limits.free_bytes() >> 20} MiB of it free. Lower it.",
         param=name,
     )
 
 
 def memory_table(weights: int, workspace: int, kv: int) -> MemoryTable:
     """Bytes; a CPU has no graphs, and slack is what the machine has left."""
-    total = machine_bytes()
+    total = host_limits.memory_bytes()
     return MemoryTable(weights=weights, workspace=workspace, graphs=0, kv=kv, slack=max(0, total - weights - workspace - kv), total=total)
 
 

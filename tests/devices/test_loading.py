@@ -17,7 +17,7 @@ from penstock.core.hookspecs import AttentionSpec
 from penstock.core.messages import Forward
 from penstock.core.sampling import SamplingParams
 from penstock.plugins.attention import register_attention_backends
-from penstock.plugins.devices import cpu, register_devices
+from penstock.plugins.devices import host_limits, register_devices
 from penstock.plugins.devices.driver import Driver, Job
 from penstock.plugins.devices.self_test import self_test
 from penstock.plugins.models import register_models
@@ -73,7 +73,7 @@ def test_sizes(folder: Path, load: Load) -> None:
 
 
 def test_a_cache_that_the_machine_has_no_memory_for_is_said(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "machine_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(host_limits, "memory_bytes", lambda: 1 << 30)
     with pytest.raises(ConfigError, match=r"--kv-cache-memory-bytes 536870912000: a KV cache of \d+ MiB does not fit .* has 1024 MiB"):
         load(folder, kv_cache_memory_bytes=500 << 30)
     monkeypatch.undo()
@@ -82,7 +82,7 @@ def test_a_cache_that_the_machine_has_no_memory_for_is_said(folder: Path, load: 
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("penstock.plugins.attention.native.NativeAttention.allocate", refuse)
-    with pytest.raises(ConfigError, match="does not fit this machine"):
+    with pytest.raises(ConfigError, match="does not fit here"):
         load(folder)
 
 
