@@ -111,7 +111,8 @@ class CudaLane:
 
 class _CudaEvent:
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        # blocking: who waits sleeps. A spinning waiter takes a core for nothing, since the next step is under way by then.
+        self._event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         self._stream = stream
 
     def record(self) -> None:
