@@ -28,7 +28,7 @@ MiB = 1 << 20
 GiB = 1 << 30
 LONGEST_S = 7 * 24 * 3600
 """Most seconds of an option that is a time: timers take no infinity."""
-WATCHDOG_LEAST_S = 5
+WATCHDOG_LEAST_S = 10
 """Below that a watchdog would end processes that are merely busy: they beat once a second."""
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 """What a message can carry."""
@@ -146,13 +146,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     # --- machinery
     wiring: Annotated[Literal["cell", "tasks"], opt("tasks: every engine actor in its own task (debugging).", "machinery")] = "cell"
-    threads: Annotated[int | None, opt("Compute threads of the CPU device; default: all cores.", "machinery")] = None
+    threads: Annotated[
+        int | None, opt("Compute threads of the CPU device; default: all cores, or what a container's quota leaves.", "machinery")
+    ] = None
     engine_restarts: Annotated[int, opt("Restarts of a died process within 60 s before the server gives up.", "machinery")] = 3
     watchdog_timeout: Annotated[
         float,
         opt(
-            "Seconds without a sign of life, or (GPU) with work and without a finished step, after which a process is ended, its threads' stacks"
-            " in the log, and started again; 0: never.",
+            "Seconds without a sign of life, or (GPU) with work and without a finished step, after which a process is ended and started again;"
+            " if it still can, it writes its threads' stacks to stderr first. 0: never.",
             "machinery",
         ),
     ] = 300.0

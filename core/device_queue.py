@@ -11,6 +11,7 @@ What it does not know: what a step is, torch, trio.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import traceback
@@ -23,6 +24,7 @@ from penstock.core.device_api import Device, Runner, RunnerConfig
 from penstock.core.errors import ProtocolError
 from penstock.core.messages import DeviceLost, DeviceWork, Forward, Sample, StepDone
 
+log = logging.getLogger("penstock.engine.device")
 T = TypeVar("T")
 JOIN_S = 10.0
 QUIET_S = 0.25
@@ -151,9 +153,9 @@ class ThreadDeviceQueue:
                 assert self._improve is not None
                 try:
                     self._may_improve = not self._lost.is_set() and self._improve()
-                except Exception as error:
-                    self._may_improve = False
-                    self._lose(self._asked, error)
+                except Exception as error:  # nobody asked for it; a device that is broken will say so at the next step
+                    log.warning("could not prepare for faster steps (%s: %s); serving goes on without", type(error).__name__, error)
+                    self._improve, self._may_improve = None, False
         return self._jobs.get()
 
     def _work(self) -> None:

@@ -180,7 +180,8 @@ class Root:
         elif isinstance(message, KillChild):
             process = self._processes[self._specs[(message.role, message.id)].index]
             if process.poll() is None:
-                self._note("warning", "killing", process=f"{message.role}-{message.id}", signal=signal.Signals(message.signum).name)
+                event = "asking for stacks" if message.signum == signal.SIGUSR2 else "killing"
+                self._note("warning", event, process=f"{message.role}-{message.id}", signal=signal.Signals(message.signum).name)
                 process.send_signal(message.signum)
 
     def _to_child(self, message: Message, index: int | None) -> None:

@@ -58,8 +58,8 @@ HARD_S = 0.3
 SAME_S = 1.0
 """A signal so soon after another is a copy of it."""
 DUMP_S = 2.0
-"""A process that hangs has so long to write its threads' stacks before SIGKILL."""
-ASLEEP_S = 5.0
+"""A process that hangs has so long to write its threads' stacks, or to go on after all, before SIGKILL."""
+ASLEEP_S = 2.0
 """Ticks further apart than this: root itself did not run (a laptop's lid, SIGSTOP), so nobody's silence meanwhile means anything."""
 LATE_S = 1.0
 """Longer than `drain_s` that root waits for the children's own deadline."""
@@ -107,6 +107,8 @@ class Child:
         self.moved_ns = 0
         self.progress = 0
         self.pending = 0
+        self.beats = False
+        """It gave a sign of life in this life: imports, which come before the first, may take any time."""
         self.hung_ns = 0
         """When it was asked for its stacks because it hangs; 0: it does not."""
         self.phase = "imports"
@@ -196,7 +198,10 @@ class Supervisor:
         if isinstance(message, Heartbeat):
             if message.progress != child.progress or message.pending == 0:
                 child.moved_ns = message.at_ns
-            child.beat_ns, child.progress, child.pending = message.at_ns, message.progress, message.pending
+            child.beat_ns, child.progress, child.pending, child.beats = message.at_ns, message.progress, message.pending, True
+            if child.hung_ns and not self._hangs(child, self._clock.now_ns()):
+                child.hung_ns, child.failure = 0, None
+                yield Notice(level="warning", event="process goes on", fields={"process": child.name, "epoch": child.epoch})
         elif isinstance(message, StartupPhase):
             yield from self._phase_began(child, message)
             yield Notice(
@@ -305,6 +310,7 @@ class Supervisor:
         child.drain_sent = False
         child.beat_ns = child.moved_ns = self._clock.now_ns()
         child.progress = child.pending = child.hung_ns = 0
+        child.beats = False
         child.phase, child.phase_s, child.phases = "imports", 0.0, []
         return StartChild(role=child.spec.role, id=child.spec.id, epoch=child.epoch)
 
@@ -420,25 +426,29 @@ class Supervisor:
         self._ticked_ns = now
         if slept > ASLEEP_S * 1e9:
             for child in self.children:
-                child.beat_ns += slept
-                child.moved_ns += slept
+                child.beat_ns = min(now, child.beat_ns + slept)
+                child.moved_ns = min(now, child.moved_ns + slept)
         for child in self.children:
             if child.hung_ns:
                 if child.alive and now - child.hung_ns >= DUMP_S * 1e9:
                     yield KillChild(role=child.spec.role, id=child.spec.id, epoch=child.epoch, signum=signal.SIGKILL)
-            elif child.state == "up" and self._watchdog_s > 0 and (why := self._hangs(child, now)):
+            elif why := self._hangs(child, now):
                 child.hung_ns = now
                 child.failure = Failure(message=f"hung: {why}")
                 yield Notice(level="error", event="process hangs", fields={"process": child.name, "epoch": child.epoch, "reason": why})
                 yield KillChild(role=child.spec.role, id=child.spec.id, epoch=child.epoch, signum=signal.SIGUSR2)
 
     def _hangs(self, child: Child, now: int) -> str:
-        """How it shows, or nothing. Of an engine on a CPU a step may take any time; text and edges wait for engines and clients."""
+        """How it shows, or nothing. A start may take any time while it gives signs of life, and so may a step on a CPU; text and edges wait for engines
+        and clients."""
+        if self._watchdog_s <= 0 or not child.alive or not (child.beats or child.state == "up"):
+            return ""
         silent, stalled = (now - child.beat_ns) / 1e9, (now - child.moved_ns) / 1e9
         if silent >= self._watchdog_s:
             return f"it gave no sign of life for {silent:.0f} s"
-        if child.facts is not None and child.facts.bounded_steps and child.pending and stalled >= self._watchdog_s:
-            return f"it finished no step for {stalled:.0f} s and had {child.pending} to work on"
+        bounded = child.state == "up" and child.facts is not None and child.facts.bounded_steps
+        if bounded and child.pending and stalled >= self._watchdog_s:
+            return f"it finished no step for {stalled:.0f} s, with {child.pending} sequences and steps waiting"
         return ""
 
     def _vital(self, child: Child, now: int) -> Vital:

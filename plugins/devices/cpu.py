@@ -29,6 +29,7 @@ from penstock.version import __version__
 
 GiB = 1 << 30
 DEFAULT_KV_BYTES = GiB
+"""Or half of the memory, where that is less (a small container)."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -173,7 +174,7 @@ def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> t
     if size % 16:
         raise ConfigError(f"--block-size {size}: the CPU's cache layout needs a multiple of 16.", param="block_size")
     block_bytes = block_bytes_of(config, facts, dtype)
-    limit = config.kv_cache_memory_bytes or DEFAULT_KV_BYTES
+    limit = config.kv_cache_memory_bytes or min(DEFAULT_KV_BYTES, host_limits.memory_bytes() // 2)
     blocks = config.num_gpu_blocks_override or limit // block_bytes
     if blocks < 1:
         raise ConfigError(

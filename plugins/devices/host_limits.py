@@ -41,40 +41,46 @@ def _physical() -> int:
 
 def _share(folder: Path) -> float | None:
     """Cores that a group's quota pays for; None: no quota."""
-    with suppress(OSError, ValueError):
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    with suppress(OSError, ValueError):
-        number = int((folder / "cpu.cfs_quota_us").read_text())
-        return None if number <= 0 else number / int((folder / "cpu.cfs_period_us").read_text())
+    for words in (_read(folder, "cpu.max").split(), [_read(folder, name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]):
+        with suppress(ValueError, ZeroDivisionError):  # "max" and "" are no numbers
+            quota, period = (int(word) for word in words)
+            return None if quota <= 0 else quota / period
     return None
 
 
 def _memory(proc: Path, mount: Path) -> Iterator[tuple[int, int]]:
-    """(limit, used) of each group that has a limit, in bytes."""
+    """(limit, used) of each group that has a limit, in bytes; 0 used where that cannot be read."""
     for folder in _folders("memory", proc, mount):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with suppress(OSError, ValueError):  # "max" is no number
-                yield int((folder / limit).read_text()), int((folder / used).read_text())
+            with suppress(ValueError):
+                yield int(_read(folder, limit)), int(_read(folder, used) or 0)
+
+
+def _read(folder: Path, name: str) -> str:
+    """ "" for what cannot be read."""
+    with suppress(OSError):
+        return (folder / name).read_text(encoding="utf-8", errors="surrogateescape").strip()
+    return ""
 
 
 def _folders(controller: str, proc: Path, mount: Path) -> Iterator[Path]:
     """The process's group of a controller and the groups around it, as far as they are mounted here. In a container the path may name
     groups that only the host sees: then the mount's root is the container's own group."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:  # no Linux
-        return
-    for line in lines:
+    for line in _read(proc.parent, proc.name).splitlines():
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if names and controller not in names.split(","):
             continue
         root = mount
         if names:
-            root = next((mount / name for name in (names, controller) if (mount / name).is_dir()), mount)
+            mounts = [Path(entry) for entry in _listed(mount) if controller in entry.split(",")]
+            root = mount / mounts[0] if mounts else mount
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts), -1, -1):
-            folder = root.joinpath(*parts[:depth])
-            if folder.is_dir():
-                yield folder
+            yield root.joinpath(*parts[:depth])
+
+
+def _listed(folder: Path) -> list[str]:
+    with suppress(OSError):
+        return sorted(os.listdir(folder))
+    return []

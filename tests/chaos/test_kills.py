@@ -111,7 +111,7 @@ def test_a_request_that_kills_engines_is_failed_alone(begin: Any, stream: Any) -
 
 def test_a_hung_engine_is_ended_and_its_streams_go_on(begin: Any, stream: Any) -> None:
     """The device's thread hangs at step 100 of each life: not dead, and its process beats on."""
-    server = begin({"step_s": 0.005, "hang_at_step": 100}, watchdog_timeout=5).ready()
+    server = begin({"step_s": 0.005, "hang_at_step": 100}, watchdog_timeout=10).ready()
     client = stream(server, 150)
     client.join(60)
     assert client.done, (client.events[-2:], client.error, server.text())

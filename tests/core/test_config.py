@@ -42,7 +42,7 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
         ({"receive_timeout_s": 0}, "receive_timeout_s", "above 0"),
         ({"keep_alive_s": float("nan")}, "keep_alive_s", "above 0"),
         ({"engine_restarts": -1}, "engine_restarts", "0 or more"),
-        ({"watchdog_timeout": 4.9}, "watchdog_timeout", "0 (never) or at least 5"),
+        ({"watchdog_timeout": 9.9}, "watchdog_timeout", "0 (never) or at least 10"),
         ({"watchdog_timeout": float("nan")}, "watchdog_timeout", "0 or more"),
         ({"shutdown_timeout": float("inf")}, "shutdown_timeout", "at most 604800 seconds"),
         ({"keep_alive_s": float("inf")}, "keep_alive_s", "at most 604800 seconds"),

@@ -586,6 +586,20 @@ def test_a_parked_sequence_keeps_its_blocks_and_is_left_out(make_sim: Make) -> N
     sim.check_idle()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_step_whose_clients_all_left_still_counts_as_work(make_sim: Make, depth: int) -> None:
+    """Else a device that hangs in it would never be noticed."""
+    sim = make_sim(depth=depth)
+    key = sim.admit([1, 2, 3], max_tokens=12)
+    sim.drain()
+    assert sim.flying
+    sim.abort(key << 7)
+    assert not sim.live()
+    assert sim.scheduler.progress[1] > 0
+    sim.run()
+    assert sim.scheduler.progress[1] == 0
+
+
 def test_a_parked_sequence_is_preempted_first(make_sim: Make) -> None:
     sim = make_sim(num_blocks=8, max_num_seqs=3)
     parked = sim.admit([1] * 8, max_tokens=20)

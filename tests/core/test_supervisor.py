@@ -475,6 +475,8 @@ def test_an_engine_with_work_and_no_steps_is_ended_and_started_again() -> None:
         world.up(index)
     beats = Beats(world)
     assert beats.pass_s(100) == []  # idle
+    beats.engine = (0, 3)  # the first work after that has its own time
+    assert beats.pass_s(19) == []
     beats.engine = (1, 3)
     assert beats.pass_s(20) == []
     beats.engine = (2, 3)  # slow, but it moves
@@ -484,11 +486,49 @@ def test_an_engine_with_work_and_no_steps_is_ended_and_started_again() -> None:
     assert beats.pass_s(2) == [("engine", 0, signal.SIGKILL)] * 2  # until it is gone
     out = world.dies(ENGINE)
     (down,) = [o.message for o in out if isinstance(o, To) and isinstance(o.message, EngineDown)]
-    assert down.reason == "hung: it finished no step for 20 s and had 3 to work on"
+    assert down.reason == "hung: it finished no step for 20 s, with 3 sequences and steps waiting"
     assert [(s.role, s.epoch) for s in of(out, StartChild)] == [("engine", 2)]
     assert beats.pass_s(100) == []  # a start may take any time
     world.say(EngineUp(engine=0, epoch=2, facts=GPU))
     assert beats.pass_s(19) == []  # the new life has its own time
+
+
+def test_a_start_that_stops_giving_signs_of_life_is_ended_but_imports_may_take_any_time() -> None:
+    world = World(watchdog_s=20.0).all_up()
+    beats = Beats(world)
+    world.dies(ENGINE)
+    assert world.supervisor.children[ENGINE].state == "starting"
+    assert beats.pass_s(1000, silent=("engine-0",)) == []
+    assert beats.pass_s(1000) == []
+    assert beats.pass_s(19, silent=("engine-0",)) == []
+    assert beats.pass_s(1, silent=("engine-0",)) == [("engine", 0, signal.SIGUSR2)]
+
+
+def test_who_goes_on_after_all_is_not_ended() -> None:
+    world = World(watchdog_s=20.0)
+    world.say(EngineUp(engine=0, epoch=1, facts=GPU))
+    for index in (TEXT, EDGE0, EDGE1):
+        world.up(index)
+    beats = Beats(world)
+    assert beats.pass_s(20, silent=("edge-0",)) == [("edge", 0, signal.SIGUSR2)]
+    assert beats.pass_s(50) == []
+    assert beats.pass_s(20, silent=("edge-0",)) == [("edge", 0, signal.SIGUSR2)]  # and is watched as before
+    assert beats.pass_s(50) == []
+    beats.engine = (1, 3)
+    assert beats.pass_s(21) == [("engine", 0, signal.SIGUSR2)]
+    beats.engine = (2, 3)
+    assert beats.pass_s(19) == []
+    out = world.dies(ENGINE)
+    (down,) = [o.message for o in out if isinstance(o, To) and isinstance(o.message, EngineDown)]
+    assert "hung" not in down.reason  # it died of something else later
+
+
+def test_the_watchdog_watches_a_drain_too() -> None:
+    world = World(watchdog_s=20.0, drain_s=300.0).all_up()
+    beats = Beats(world)
+    world.say(Signalled(signum=signal.SIGTERM))
+    assert world.supervisor.phase == "draining"
+    assert beats.pass_s(20, silent=("text-0",)) == [("text", 0, signal.SIGUSR2)]
 
 
 def test_a_step_on_a_cpu_may_take_any_time() -> None:
@@ -521,6 +561,25 @@ def test_time_in_which_root_itself_slept_counts_for_nobody() -> None:
     assert kills(world.say(Tick(now_ns=world.clock.now_ns()))) == []
     assert beats.pass_s(19, silent=("edge-0",)) == []
     assert beats.pass_s(2, silent=("edge-0",)) == [("edge", 0, signal.SIGUSR2)]
+
+
+@pytest.mark.parametrize("beat_first", [False, True])
+def test_a_stall_around_roots_sleep_is_noticed_in_time(beat_first: bool) -> None:
+    """Whether the heartbeats that wait are read before the first tick or after."""
+    world = World(watchdog_s=20.0)
+    world.say(EngineUp(engine=0, epoch=1, facts=GPU))
+    for index in (TEXT, EDGE0, EDGE1):
+        world.up(index)
+    beats = Beats(world)
+    beats.engine = (1, 3)
+    assert beats.pass_s(10) == []
+    world.clock.advance(3600)
+    if beat_first:
+        world.say(Heartbeat(role="engine", id=0, at_ns=world.clock.now_ns(), progress=2, pending=3))
+        beats.engine = (2, 3)
+    assert kills(world.say(Tick(now_ns=world.clock.now_ns()))) == []
+    assert beats.pass_s(9) == []
+    assert beats.pass_s(11)[:1] == [("engine", 0, signal.SIGUSR2)]
 
 
 def test_without_a_watchdog_nobody_is_ended_for_hanging() -> None:

@@ -77,6 +77,24 @@ def test_version_1(tmp_path: Path, place: str) -> None:
     assert (cores(*limits), memory_bytes(*limits), free_bytes(*limits)) == (3, 2 * GiB, 3 * GiB // 2)
 
 
+def test_version_1_mounted_under_the_names_in_another_order(tmp_path: Path) -> None:
+    files = {"cpu,cpuacct/cpu.cfs_quota_us": "100000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}
+    assert cores(*tree(tmp_path, "5:cpuacct,cpu:/\n", files)) == 1
+
+
+@pytest.mark.parametrize("quota", ["100000 0", "0 100000", "1", "a b c"])
+def test_what_makes_no_sense_is_no_limit(tmp_path: Path, quota: str) -> None:
+    files = {"cpu.max": quota, "memory.max": "lots", "memory.limit_in_bytes": ""}
+    limits = tree(tmp_path, "0::/" + "long" * 100 + "\nnonsense\n", files)
+    limits[0].write_bytes(limits[0].read_bytes() + b"0::/\xff\n")
+    assert (cores(*limits), memory_bytes(*limits), free_bytes(*limits)) == (64, 256 * GiB, 100 * GiB)
+
+
+def test_a_limit_holds_without_what_is_used(tmp_path: Path) -> None:
+    limits = tree(tmp_path, "0::/\n", {"memory.max": str(GiB)})
+    assert (memory_bytes(*limits), free_bytes(*limits)) == (GiB, GiB)
+
+
 def test_version_1_without_limits(tmp_path: Path) -> None:
     files = {
         "cpu/cpu.cfs_quota_us": "-1",

@@ -86,6 +86,13 @@ def test_a_cache_that_the_machine_has_no_memory_for_is_said(folder: Path, load: 
         load(folder)
 
 
+def test_the_default_cache_is_at_most_half_of_a_small_containers_memory(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, cache in ((800 << 20, 400 << 20), (64 << 30, 1 << 30)):
+        monkeypatch.setattr(host_limits, "memory_bytes", lambda memory=memory: memory)
+        runner = load(folder, kv_cache_memory_bytes=None)
+        assert cache - (1 << 16) < runner.memory.kv <= cache
+
+
 def test_missing_wrong_and_left_over_tensors_are_named(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
     whole = make_tensors()
     name = "model.layers.1.mlp.up_proj.weight"

@@ -63,7 +63,7 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC)])
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
-    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
+    shape = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
     folder = make_folder("qwen3", torch.bfloat16, **shape)
     script = Path(__file__).with_name("compile_for_hopper.py")
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
