@@ -510,7 +510,7 @@ class Scheduler:
         most = self.settings.mixed_prefill_tokens
         if self.settings.mixed_prefill_gives_way:
             slots = self._slots
-            count, tokens = self._waiting.demand(most)
+            count, tokens = self._waiting.demand(most, parked=self._parked_live > 0)
             tokens += sum(min(most, int(slots.length[slot] - slots.computed[slot])) for slot in self._prefilling)
             most = max(most, tokens * (count + len(self._prefilling)) // (2 * running))
         return most

@@ -468,12 +468,17 @@ class Beats:
 GPU = msgspec.structs.replace(FACTS, bounded_steps=True)
 
 
-def test_an_engine_with_work_and_no_steps_is_ended_and_started_again() -> None:
+def watched_gpu() -> tuple[World, Beats]:
+    """All up, the engine on a GPU."""
     world = World(watchdog_s=20.0)
     world.say(EngineUp(engine=0, epoch=1, facts=GPU))
     for index in (TEXT, EDGE0, EDGE1):
         world.up(index)
-    beats = Beats(world)
+    return world, Beats(world)
+
+
+def test_an_engine_with_work_and_no_steps_is_ended_and_started_again() -> None:
+    world, beats = watched_gpu()
     assert beats.pass_s(100) == []  # idle
     beats.engine = (0, 3)  # the first work after that has its own time
     assert beats.pass_s(19) == []
@@ -505,11 +510,7 @@ def test_a_start_that_stops_giving_signs_of_life_is_ended_but_imports_may_take_a
 
 
 def test_who_goes_on_after_all_is_not_ended() -> None:
-    world = World(watchdog_s=20.0)
-    world.say(EngineUp(engine=0, epoch=1, facts=GPU))
-    for index in (TEXT, EDGE0, EDGE1):
-        world.up(index)
-    beats = Beats(world)
+    world, beats = watched_gpu()
     assert beats.pass_s(20, silent=("edge-0",)) == [("edge", 0, signal.SIGUSR2)]
     assert beats.pass_s(50) == []
     assert beats.pass_s(20, silent=("edge-0",)) == [("edge", 0, signal.SIGUSR2)]  # and is watched as before
@@ -566,11 +567,7 @@ def test_time_in_which_root_itself_slept_counts_for_nobody() -> None:
 @pytest.mark.parametrize("beat_first", [False, True])
 def test_a_stall_around_roots_sleep_is_noticed_in_time(beat_first: bool) -> None:
     """Whether the heartbeats that wait are read before the first tick or after."""
-    world = World(watchdog_s=20.0)
-    world.say(EngineUp(engine=0, epoch=1, facts=GPU))
-    for index in (TEXT, EDGE0, EDGE1):
-        world.up(index)
-    beats = Beats(world)
+    world, beats = watched_gpu()
     beats.engine = (1, 3)
     assert beats.pass_s(10) == []
     world.clock.advance(3600)
