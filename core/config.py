@@ -126,6 +126,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float,
         opt("Seconds for a request's head, and for a pause in its body (which must come at 1 KiB/s); then 408.", "limits"),
     ] = 30.0
+    max_prompt_chars: Annotated[
+        int | None,
+        opt("Longest text of one prompt, in characters. Default: 16 for each token of the context, at least 1M.", "limits", size=True),
+    ] = None
+    max_messages: Annotated[int, opt("Most messages of one conversation.", "limits")] = 8192
     max_prompts: Annotated[int, opt("Most prompts in one completions request.", "limits")] = 128
     max_n: Annotated[int, opt("Largest n.", "limits")] = 64
     max_choices: Annotated[int, opt("Most answers of one request: prompts times n.", "limits")] = 512
@@ -419,6 +424,7 @@ def check(config: Config) -> None:
         "max_num_queued_tokens",
         "max_body_bytes",
         "max_header_bytes",
+        "max_messages",
         "max_prompts",
         "max_n",
         "max_choices",
@@ -428,6 +434,8 @@ def check(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
+    if config.max_prompt_chars is not None and config.max_prompt_chars < 1:
+        raise ConfigError("--max-prompt-chars must be at least 1.", param="max_prompt_chars")
     for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s", "watchdog_timeout"):
         if not getattr(config, name) >= 0:  # "not": what is no number fails too
             raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)

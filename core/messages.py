@@ -238,22 +238,38 @@ class Answer(Message, frozen=True, kw_only=True):
     status: int = 200
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How large one prompt may be (core/text/bounds.py). `context_chars` 0: the tokenizer gives no such bound."""
+
+    max_model_len: int
+    max_chars: int
+    context_chars: int
+    max_ids: int
+
+
 class TextReady(Message, frozen=True, kw_only=True):
-    """Sent to each edge on connect and whenever readiness changes: whether requests can be accepted now, and why not."""
+    """Sent to each edge on connect, whenever readiness changes, and every second as a sign of life: is everything up that answers need, and
+    if not, what is missing."""
 
     ready: bool
     reason: str = ""
     epoch: int = 0
+    waits: bool = False
+    """Not ready, but requests are taken and wait: an engine is being restarted."""
+    limits: Limits | None = None
+    ages: dict[str, float] = msgspec.field(default_factory=dict)
+    """Seconds since each process that answers depend on was last heard of, by name ("engine-0")."""
 
 
 # ------------------------------------------------------------------ inside the text process
 
 
 class Encode(Message, frozen=True, kw_only=True):
-    """Text -> its tokenizer worker (off the loop): render and tokenise one prompt. Fields as in Submit; `job` comes back."""
+    """Text -> its tokenizer worker (off the loop): render and tokenise one prompt, fields as in Submit; or work out the answer to a question
+    of that kind, whose Query has `body`. `job` comes back."""
 
     job: int
-    kind: Literal["chat", "completion"]
+    kind: Literal["chat", "completion", "tokenize", "detokenize"]
     messages: bytes = b""
     tools: bytes = b""
     template_kwargs: bytes = b""
@@ -266,11 +282,16 @@ class Encode(Message, frozen=True, kw_only=True):
     """A prompt that came as tokens (then `prompt` is empty): it is only cut and hashed."""
     keep: int = 0
     """Keep only so many of the last tokens; 0 keeps all."""
-    max_chars: int = 0
-    """A rendered prompt longer than this cannot fit the context and is refused before it is tokenised; 0: no such bound."""
     root_hash: bytes = b""
     block_size: int = 0
     """Hash full prompt blocks of this size from `root_hash`; 0: no hashes are wanted."""
+    limits: Limits | None = None
+    """Bounds of the text (rendered, if by a template), checked before it is tokenised; None: none."""
+    want_text: bool = False
+    """Send the text of the ids that are left (an echo)."""
+    body: bytes = b""
+    vocab_size: int = 0
+    """Of the model, or of the tokenizer while no model is known: ids beyond are no tokens."""
 
 
 class Encoded(Message, frozen=True, kw_only=True):
@@ -287,6 +308,9 @@ class Encoded(Message, frozen=True, kw_only=True):
     error_code: str = ""
     hashes: bytes = b""
     """16 bytes per full prompt block, if asked for."""
+    error_status: int = 400
+    body: bytes = b""
+    """The answer to a question, as JSON."""
 
 
 # ------------------------------------------------------------------ text -> engine

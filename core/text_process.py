@@ -8,6 +8,7 @@ What it does not know: requests, tokens (that is the actor).
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import trio
@@ -24,6 +25,8 @@ from penstock.core.telemetry_traces import configure as configure_traces
 from penstock.core.text_side import TextSide
 
 RETRY_S = 0.1
+SWITCH_S = 0.0005
+"""How long the loop waits at most for a tokenizer thread that runs Python (a template, JSON)."""
 
 
 class TextProcess:
@@ -176,5 +179,6 @@ class TextProcess:
 
 def run(boot: Boot, control: socket.socket) -> int:
     """Role main."""
+    sys.setswitchinterval(SWITCH_S)
     trio.run(TextProcess(boot, control).main)
     return 0

@@ -17,7 +17,7 @@ from litestar.types import ASGIApp
 from penstock.core.config import Config
 from penstock.core.errors import InvalidRequest, ModelNotFound, PenstockError
 from penstock.core.hookspecs import API_LEVEL, TransportSpec, hookimpl
-from penstock.core.messages import Answer
+from penstock.core.messages import Answer, Limits
 from penstock.transports.gateway import Gateway, make_error
 from penstock.transports.openai import Call, check_messages, parse_chat, parse_completion
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
@@ -69,8 +69,8 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         check_json(context_of(request.scope).headers)
         return await read_body(request.scope, request.receive, config.max_body_bytes)
 
-    async def generate(request: AnyRequest, parse: Callable[[bytes, Config], Call]) -> ASGIApp:
-        call = parse(await body_of(request), config)
+    async def generate(request: AnyRequest, parse: Callable[[bytes, Config, Limits | None], Call]) -> ASGIApp:
+        call = parse(await body_of(request), config, gateway.limits)
         context = context_of(request.scope)
         return StreamReply(gateway, call, context, pulse) if call.stream else WholeReply(gateway, call, context)
 
@@ -104,19 +104,19 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = decode(await body_of(request), TokenizeRequest)
+        parsed, raw, ignored = decode(await body_of(request), TokenizeRequest, gateway.limits)
         if (parsed.prompt is None) == (parsed.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
         fields = {name: value for name, value in raw.items() if name not in ignored}
         if parsed.messages is not None:
-            check_messages(parsed.messages)
+            check_messages(parsed.messages, config.max_messages)
         if parsed.model:
             await find_model(parsed.model)
         return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields))), ignored)
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = decode(await body_of(request), DetokenizeRequest)
+        parsed, raw, ignored = decode(await body_of(request), DetokenizeRequest, gateway.limits)
         if parsed.model:
             await find_model(parsed.model)
         fields = {name: value for name, value in raw.items() if name not in ignored}

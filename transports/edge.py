@@ -229,7 +229,7 @@ class _Process:
     async def _announce(self) -> None:
         """Up means that a request can be answered: root tells the user to send one."""
         assert self._server is not None
-        await self._server.gateway.ready.wait()
+        await self._server.gateway.open.wait()
         self._say(ChildUp(role="edge", id=self._boot.id, epoch=self._boot.epoch, pid=os.getpid()))
 
     async def _beat(self) -> None:

@@ -3,6 +3,7 @@
 What it is: it gives requests their keys, sends Submit, Cancel, Park, Unpark and Query over the link, hands each row of a TextDelta to the
 sink that owns its key, answers queries, holds readiness, counts, and fails everything as retryable when the link is lost.
 What it does not know: HTTP, JSON, SSE: a transport gives it `Sink` objects and gets calls.
+It is long because everything that a request needs of text goes through this one door.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from penstock.core.messages import (
     Extension,
     Finished,
     Hello,
+    Limits,
     Message,
     Park,
     Query,
@@ -47,6 +49,8 @@ QUERY_TIMEOUT_S = 10.0
 SOON_S = 0.5
 """Longest wait of a request for a text process that is not ready, or whose link is being dialled: longer than the dialler's longest pause."""
 STATS_PERIOD_S = 1.0
+SILENT_S = 4.0
+"""A text process that has said nothing for so long stands still: it gives a sign of life every second."""
 
 CancelCause = Any
 """A value of Cancel.cause."""
@@ -144,8 +148,14 @@ class Gateway:
         """HTTP requests in progress that hold a place."""
         self.joined = asyncio.Event()
         """Set once text has said, whatever it was, whether it is ready."""
-        self.ready = asyncio.Event()
-        """Set while text takes requests."""
+        self.open = asyncio.Event()
+        """Set while text takes requests (which may have to wait for an engine)."""
+        self.limits: Limits | None = None
+        """How large a prompt may be, once text has said so."""
+        self._ready = False
+        """Is everything up that an answer needs?"""
+        self._ages: dict[str, float] = {}
+        self._heard_ns = 0
         self._sinks: dict[int, Sink] = {}
         self._link: Callable[[], Link | None] = lambda: None
         self._reason = "the text process is not connected yet"
@@ -162,11 +172,13 @@ class Gateway:
 
     def link_opened(self, _: Hello) -> None:
         self._reason = "the text process has not said yet that it is ready"
+        self._heard_ns = self.clock.now_ns()
         self.counters.touch()  # a new text process knows nothing of this edge
 
     def link_closed(self, reason: str) -> None:
         """Text is gone: every stream fails as retryable."""
-        self.ready.clear()
+        self.open.clear()
+        self._ready, self._ages = False, {}
         self._reason = f"the text process is gone ({reason})"
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
@@ -179,6 +191,7 @@ class Gateway:
                 future.set_exception(self._unavailable())
 
     def on_message(self, message: Message) -> None:
+        self._heard_ns = self.clock.now_ns()
         if type(message) is TextDelta:
             self._deliver(message)
         elif type(message) is Finished:
@@ -194,15 +207,20 @@ class Gateway:
             if future is not None and not future.done():
                 future.set_result(message)
         elif type(message) is TextReady:
-            self._reason = message.reason
-            self.joined.set()
-            if message.ready:
-                self.ready.set()
-                self._spawn(self._learn())
-            else:
-                self.ready.clear()
+            self._take_ready(message)
         elif not isinstance(message, (Hello, Extension)):
             raise TypeError(f"the gateway does not take {type(message).__name__}")
+
+    def _take_ready(self, word: TextReady) -> None:
+        if word.ready and not self._ready:
+            self._spawn(self._learn())
+        self._ready, self._reason, self._ages = word.ready, word.reason, word.ages
+        self.limits = word.limits or self.limits
+        self.joined.set()
+        if word.ready or word.waits:
+            self.open.set()
+        else:
+            self.open.clear()
 
     def _deliver(self, delta: TextDelta) -> None:
         sinks = self._sinks
@@ -233,10 +251,27 @@ class Gateway:
         return link is not None and link.open
 
     def readiness(self) -> tuple[bool, str]:
-        """Can a request be accepted now, and if not, why."""
+        """Would a request be answered without waiting for a process, and if not, why."""
         if self.draining:
             return False, "the server is shutting down"
-        return (True, "") if self.ready.is_set() and self.connected else (False, self._reason or "the engine is not ready")
+        if not (self._ready and self.connected):
+            return False, self._reason or "the engine is not ready"
+        silent_s = self._silent_s()
+        return (True, "") if silent_s <= SILENT_S else (False, f"the text process has not been heard of for {silent_s:.0f} s")
+
+    def _silent_s(self) -> float:
+        return (self.clock.now_ns() - self._heard_ns) / 1e9
+
+    def ages(self) -> dict[str, float]:
+        """Seconds since each process that answers depend on was last heard of. What text said about others is as old as text's word."""
+        if not self.connected:
+            return {}
+        silent_s = self._silent_s()
+        return {"text": round(silent_s, 3), **{name: round(age + silent_s, 3) for name, age in self._ages.items()}}
+
+    def accepts(self) -> bool:
+        """May a request come in: now, or to wait for an engine that is being restarted?"""
+        return not self.draining and self.open.is_set() and self.connected
 
     def _unavailable(self) -> PenstockError:
         if self.draining:
@@ -269,19 +304,19 @@ class Gateway:
     async def soon_ready(self) -> None:
         """Return when text takes requests, after SOON_S at the latest: edges learn of it one after another, and a client that was told so by
         one of them may come to the next. Says nothing: `enter` does."""
-        if self.draining or self.readiness()[0]:
+        if self.draining or self.accepts():
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SOON_S):
-                while not self.draining and not self.readiness()[0]:
-                    if self.ready.is_set():  # the link closed this instant; `link_closed` comes next
+                while not self.draining and not self.accepts():
+                    if self.open.is_set():  # the link closed this instant; `link_closed` comes next
                         await asyncio.sleep(0)
                     else:
-                        await self.ready.wait()
+                        await self.open.wait()
 
     def enter(self) -> None:
         """Take a place for a request, or raise: draining or not ready (503), too many (429). `leave` gives it back."""
-        if self.draining or not self.ready.is_set() or not self.connected:
+        if not self.accepts():
             raise self._unavailable()
         if self.active >= self.config.max_streams:
             self.counters.add("penstock_edge_refused_total")

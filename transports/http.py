@@ -195,11 +195,11 @@ def house_routes(gateway: Gateway) -> list[Any]:
 
     def readiness() -> JsonReply:
         ready, reason = gateway.readiness()
-        if ready:
-            return JsonReply(b'{"status":"ready"}')
-        return JsonReply(msgspec.json.encode({"status": "not ready", "reason": reason}), 503, [(b"retry-after", b"1")])
+        word: dict[str, Any] = {"status": "ready"} if ready else {"status": "not ready", "reason": reason}
+        body = msgspec.json.encode({**word, "ages_s": gateway.ages()})
+        return JsonReply(body) if ready else JsonReply(body, 503, [(b"retry-after", b"1")])
 
-    @get(["/health", "/health/ready"], summary="Can requests be accepted now?", tags=["health"])
+    @get(["/health", "/health/ready"], summary="Is everything up that answers need?", tags=["health"])
     async def health() -> ASGIApp:
         return readiness()
 

@@ -11,7 +11,7 @@ import abc
 import time
 from typing import Any
 
-from penstock.core.errors import EngineFailure, EngineUnavailable, PenstockError
+from penstock.core.errors import EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
 from penstock.core.messages import Finished, RowExtra, Submit, TokenLogprobs
 from penstock.core.telemetry_traces import gen_ai_attributes
 from penstock.transports.gateway import CancelCause, Gateway
@@ -25,7 +25,14 @@ def row_error(extra: RowExtra | None) -> PenstockError:
     code = (extra.error_code if extra else None) or "engine_failure"
     if code in ("engine_unavailable", "draining", "queue_full"):
         return EngineUnavailable(message, code=code, retry_after_s=1.0)
+    if code == InvalidRequest.default_code:  # the request's own settings made it impossible to go on
+        return InvalidRequest(message)
     return EngineFailure(message, code=code)
+
+
+def error_fields(error: PenstockError) -> dict[str, Any]:
+    """What a choice that failed alone says about itself."""
+    return {"message": error.message, "type": error.type, "code": error.code}
 
 
 def usage_of(prompt: int, output: int, cached: int) -> dict[str, Any]:
@@ -86,6 +93,8 @@ class Job(abc.ABC):
         self.keys: list[int] = []
         self.ended: list[Finished] = []
         self.error: PenstockError | None = None
+        self.failed: dict[int, PenstockError] = {}
+        """Choices (by their index in the reply) that failed for the client's reasons; the others go on."""
 
     def begin(self) -> None:
         """Take a place and submit every prompt. Raises the error to answer with; then nothing is left behind."""
@@ -134,7 +143,24 @@ class Job(abc.ABC):
         self.ended.append(message)
         if len(self.ended) == len(self.call.prompts):
             self.context.span.answered(message.done_ns or time.monotonic_ns())
-            self.complete()
+            if len(self.failed) == self.choices:
+                self.error = self.failed[0]
+                self.broken(self.error)
+            elif self.error is None:
+                self.complete()
+
+    @property
+    def choices(self) -> int:
+        return self.call.n * len(self.call.prompts)
+
+    def choice_failed(self, index: int, error: PenstockError) -> bool:
+        """A row ended its choice with an error. What the client can mend ends that choice alone (True), unless nothing else is left; anything
+        else ends the request."""
+        if error.status < 500:
+            self.failed[index] = error
+            return True
+        self.leg_failed(error)
+        return False
 
     def leg_failed(self, error: PenstockError) -> None:
         """The first failure ends the whole request."""

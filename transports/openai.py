@@ -15,7 +15,9 @@ import numpy as np
 from penstock.core.columns import I32
 from penstock.core.config import Config
 from penstock.core.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.messages import Limits
 from penstock.core.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
+from penstock.core.text import bounds
 from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
 
 COMPLETION_MAX_TOKENS = 16
@@ -148,12 +150,12 @@ def _check_max_tokens(value: int | None, param: str) -> None:
 # ------------------------------------------------------------------ chat
 
 
-def parse_chat(body: bytes, config: Config) -> Call:
+def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Call:
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
-    request, raw, ignored = decode(body, ChatRequest)
+    request, raw, ignored = decode(body, ChatRequest, limits)
     assert isinstance(request, ChatRequest)
     fields = _shared(request, config)
-    check_messages(request.messages)
+    check_messages(request.messages, config.max_messages)
     _check_tools(request)
     if request.max_completion_tokens is not None:
         _check_max_tokens(request.max_completion_tokens, "max_completion_tokens")
@@ -215,9 +217,10 @@ def _check_tools(request: ChatRequest) -> None:
         raise UnsupportedFeature("parallel_tool_calls false is not supported yet.", param="parallel_tool_calls")
 
 
-def check_messages(messages: list[ChatMessage]) -> None:
-    """What can be said about messages without a template. Raises InvalidRequest or UnsupportedFeature naming the part."""
+def check_messages(messages: list[ChatMessage], most: int) -> None:
+    """What can be said about messages (`most` of them) without a template. Raises InvalidRequest or UnsupportedFeature naming the part."""
     _need(bool(messages), "messages must not be empty.", "messages")
+    bounds.check_messages(len(messages), most)
     for i, message in enumerate(messages):
         content = message.content
         if isinstance(content, list):
@@ -235,9 +238,9 @@ def check_messages(messages: list[ChatMessage]) -> None:
 # ------------------------------------------------------------------ completions
 
 
-def parse_completion(body: bytes, config: Config) -> Call:
+def parse_completion(body: bytes, config: Config, limits: Limits | None = None) -> Call:
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
-    request, _, ignored = decode(body, CompletionRequest)
+    request, _, ignored = decode(body, CompletionRequest, limits)
     assert isinstance(request, CompletionRequest)
     fields = _shared(request, config)
     echo = bool(request.echo)
@@ -296,7 +299,8 @@ def _prompts(prompt: str | list[str | int | list[int]], config: Config) -> list[
 
 def _ids(values: Any, param: str) -> I32:
     _need(bool(values), f"{param} must not be empty.", param)
-    other = next((i for i, v in enumerate(values) if type(v) is not int), None)
-    _need(other is None, f"{param}[{other}] must be a token id like the others.", f"{param}[{other}]")
+    if set(map(type, values)) != {int}:
+        other = next(i for i, v in enumerate(values) if type(v) is not int)
+        raise InvalidRequest(f"{param}[{other}] must be a token id like the others.", param=f"{param}[{other}]")
     check_tokens(values, param, None)
     return np.array(values, np.int32)

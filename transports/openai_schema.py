@@ -15,6 +15,8 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.messages import Limits
+from penstock.core.text.bounds import SMALL, check_raw
 from penstock.core.wording import plain, type_words
 
 
@@ -193,6 +195,9 @@ LATER: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (None,),
 }
 
+# Fields that hold prompts, and how many texts of a prompt's length each may hold.
+PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
+
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {
     t: msgspec.json.Decoder(t) for t in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -201,21 +206,24 @@ _known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fi
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 
 
-def decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
-    """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature."""
+def decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
+    """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature; RequestTooLarge for
+    what `limits` forbid, before it is parsed."""
     try:
-        return _decode(body, kind)
+        return _decode(body, kind, limits)
     except RecursionError:  # the parser's own bound, which also holds for what it skips
         raise InvalidRequest("The request body is nested too deeply: fewer levels of lists and objects are needed.") from None
 
 
-def _decode(body: bytes, kind: type[msgspec.Struct]) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
+def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
     try:
         raw = _raw_fields.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
+    if limits is not None and len(body) > SMALL:
+        check_raw({name: bytes(value) for name, value in raw.items()}, limits, known=_known[kind], texts=PROMPTS)
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:

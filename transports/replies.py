@@ -14,7 +14,7 @@ import msgspec
 from penstock.core.errors import PenstockError
 from penstock.core.messages import Finished, TokenLogprobs
 from penstock.transports.gateway import Batch, Gateway
-from penstock.transports.job import Job, Prompt, row_error, watch
+from penstock.transports.job import Job, Prompt, error_fields, row_error, watch
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
 from penstock.transports.openai import Call
 from penstock.transports.request import JsonReply, Receive, RequestContext, Scope, Send, error_reply, ignored_header
@@ -32,10 +32,11 @@ class _Choice:
 
 
 class _WholeLeg:
-    __slots__ = ("_job", "choices", "prompt")
+    __slots__ = ("_base", "_job", "choices", "prompt")
 
-    def __init__(self, job: WholeReply, n: int) -> None:
+    def __init__(self, job: WholeReply, index: int, n: int) -> None:
         self._job = job
+        self._base = index * n
         self.choices = [_Choice() for _ in range(n)]
         self.prompt = Prompt()
 
@@ -55,7 +56,7 @@ class _WholeLeg:
             if extra is not None:
                 mine.stop_reason = extra.stop_reason
             if reason in ("error", "abort"):
-                self._job.leg_failed(row_error(extra))
+                self._job.choice_failed(self._base + choice, row_error(extra))
 
     def finished(self, message: Finished) -> None:
         self._job.leg_finished(message)
@@ -69,7 +70,7 @@ class WholeReply(Job):
 
     def __init__(self, gateway: Gateway, call: Call, context: RequestContext) -> None:
         super().__init__(gateway, call, context)
-        self._legs = [_WholeLeg(self, call.n) for _ in call.prompts]
+        self._legs = [_WholeLeg(self, index, call.n) for index in range(len(call.prompts))]
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def leg(self, index: int) -> _WholeLeg:
@@ -162,6 +163,8 @@ class WholeReply(Job):
             if call.return_token_ids:
                 out["prompt_token_ids"] = leg.prompt.ids
         out["stop_reason"] = choice.stop_reason
+        if index in self.failed:
+            out["error"] = error_fields(self.failed[index])
         if call.return_token_ids:
             out["token_ids"] = choice.tokens
         return out

@@ -19,7 +19,7 @@ import msgspec
 from penstock.core.errors import PenstockError
 from penstock.core.messages import Finished, RowExtra
 from penstock.transports.gateway import Batch, CancelCause, Gateway
-from penstock.transports.job import Job, Prompt, row_error, usage_of, watch
+from penstock.transports.job import Job, Prompt, error_fields, row_error, usage_of, watch
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from penstock.transports.openai import Call
 from penstock.transports.outbox import Outbox, Pulse
@@ -57,10 +57,9 @@ class _StreamLeg:
         extra = batch.extra(row)
         if extra is not None:
             self._prompt.take(extra)
-        if reason == "error" or reason == "abort":
-            job.leg_failed(row_error(extra))
-            return
         index = self._base + choice
+        if (reason == "error" or reason == "abort") and (not job.choice_failed(index, row_error(extra)) or (job.choices == 1 and not text)):
+            return
         if not self._opened[choice]:
             self._opened[choice] = True
             job.open_choice(index, self._prompt, batch, row)
@@ -72,7 +71,7 @@ class _StreamLeg:
                 self._push(head + _json(text) + tail)
         else:
             self._rich(index, choice, text, row, batch, extra)
-        if reason:
+        if reason and not (job.choices == 1 and index in job.failed):  # that one's error is the request's, and comes next
             job.close_choice(index, reason, extra, self._usage(row, batch))
 
     def _echo(self, index: int, choice: int, row: int, batch: Batch) -> None:
@@ -184,6 +183,8 @@ class StreamReply(Job):
         choice: dict[str, Any] = {"index": index}
         choice["delta" if self.call.kind == "chat" else "text"] = {} if self.call.kind == "chat" else ""
         choice |= {"logprobs": None, "finish_reason": reason, "stop_reason": extra.stop_reason if extra else None}
+        if index in self.failed:
+            choice["error"] = error_fields(self.failed[index])
         self.outbox.push(self._event([choice], usage))
 
     # --- Job

@@ -22,7 +22,7 @@ import msgspec
 
 from penstock.core.actor import Handling, To
 from penstock.core.clock import Clock, SystemClock
-from penstock.core.columns import EMPTY_I32, i32, i64
+from penstock.core.columns import EMPTY_I32, i64
 from penstock.core.config import Config
 from penstock.core.control import EngineFacts
 from penstock.core.errors import Draining, EngineUnavailable, InvalidRequest, NotFound, PenstockError, QueueFull
@@ -57,9 +57,10 @@ from penstock.core.messages import (
     Unpark,
     Vitals,
 )
+from penstock.core.sampling import SamplingParams
 from penstock.core.telemetry_metrics import Metrics
 from penstock.core.telemetry_traces import NO_TRACES, Traces
-from penstock.core.text import queries, resolve, spans
+from penstock.core.text import bounds, queries, resolve, spans
 from penstock.core.text.admission import Admission
 from penstock.core.text.ledger import ADMITTED, ENCODING, GENERAL, WAITING, Ledger, Request
 from penstock.core.text.receive import Receiver
@@ -75,6 +76,12 @@ last it is failed: one request that kills engines must not take the server with 
 STALL_S = 60.0
 """Admitted work without a step for so long is a stall in the health answer."""
 STARTING_RETRY_S = 2.0
+SILENT_S = 4.0
+"""An engine that root has not heard for so long stands still: it beats once a second, and load balancers should know within ten."""
+STUCK_S = 8.0
+"""The same for one whose device says that no step takes long, has work, and finishes none."""
+MAX_QUERIES = 64
+"""Questions that cost work (/tokenize, /detokenize) and may wait for it at a time."""
 
 
 class TextActor:
@@ -146,7 +153,6 @@ class TextActor:
             max_requests=config.max_num_queued_reqs, max_tokens=config.max_num_queued_tokens, status=config.queue_full_status
         )
         self._receiver = Receiver(tokenizer, self.ledger, self.metrics)
-        self._eos = i32(tokenizer.eos_ids)
         self._edges: set[int] = set()
         self._jobs: dict[int, Request | Query] = {}
         self._job = 0
@@ -171,6 +177,11 @@ class TextActor:
         self._drained = False
         self._said: tuple[bool, str, int] | None = None
         self._vitals: Vitals | None = None
+        self._warned_of_ends = False
+        self._limits = bounds.limits_of(0, 0, config.max_prompt_chars)
+        """Of one prompt; an engine's context decides what the configuration leaves open."""
+        self._queries = 0
+        """Questions that the worker has."""
         self._handlers: dict[type[Message], Callable[[Any], Handling]] = {
             Submit: self._submit,
             Cancel: self._cancel,
@@ -197,10 +208,29 @@ class TextActor:
         """A handler raised: what concerns one request or question fails alone; anything else is not survivable."""
         inner = PenstockError("The server made an error while it handled this request. It is logged.")
         if isinstance(message, Submit):
-            return self._refuse(message.key, message.edge, inner)
+            request = self.ledger.requests.get(message.key)
+            if request is None or request.submit is not message:
+                return self._refuse(message.key, message.edge, inner)
+            return self._abandon(request, inner)
         if isinstance(message, Query):
             return [To(queries.failure(message, inner), message.edge)]
         raise error
+
+    def _abandon(self, request: Request, error: PenstockError) -> Iterator[Outbound]:
+        """End a request that cannot go on, whatever stage it is in: nothing of it stays in ledger, admission or engine. The client gets a
+        refusal if it has heard nothing yet, and its streams' last row otherwise."""
+        if not request.choices:
+            self.ledger.remove(request)
+            self.admission.leave(request.queued_tokens)
+            yield from self._refuse(request.key, request.edge, error)
+            yield from self._maybe_drained()
+            return
+        running = [choice for choice in request.choices if not choice.finish]
+        if running and request.state == ADMITTED:
+            yield Abort(seqs=i64([choice.seq for choice in running]))
+        for choice in running:
+            self._receiver.end(choice, "error", error.message, error.code)
+        yield from self._deliver()
 
     # --- requests in
 
@@ -210,11 +240,11 @@ class TextActor:
         try:
             if message.key in self.ledger.requests:
                 raise InvalidRequest(f"Request key {message.key} is in use.")
-            facts = self._ready_facts()
+            facts = self._open_facts()
             resolve.check_submit(message, self._names)
             params = resolve.sampling_of(message, self._defaults, self._config, facts.vocab_size)
-            if message.prompt_ids is not None:
-                resolve.check_ids(message.prompt_ids, facts.vocab_size, resolve.prompt_name(message))
+            keep = resolve.keep_of(message, params, facts)
+            self._check_size(message, params, facts, keep)
             self.admission.check_request(now)
         except PenstockError as error:
             yield from self._refuse(message.key, message.edge, error)
@@ -224,8 +254,6 @@ class TextActor:
         request.root_hash = resolve.root_hash(facts, self._secret, message.tenant, message.cache_salt)
         self.ledger.add(request)
         self.admission.enter()
-        keep = resolve.keep_of(message, params, facts)
-        bound = 0 if keep else self._tokenizer.max_chars_per_token * facts.max_model_len
         yield Encode(
             job=self._new_job(request),
             kind=message.kind,
@@ -239,17 +267,31 @@ class TextActor:
             bad_words=params.bad_words,
             ids=EMPTY_I32 if message.prompt_ids is None else message.prompt_ids,
             keep=keep,
-            max_chars=bound,
+            limits=self._limits,
+            want_text=message.echo,
             root_hash=request.root_hash,
             block_size=facts.block_size if facts.enable_prefix_caching else 0,
         )
 
-    def _ready_facts(self) -> EngineFacts:
+    def _check_size(self, submit: Submit, params: SamplingParams, facts: EngineFacts, keep: int) -> None:
+        """What needs no tokenizer to be refused. Raises PenstockError naming the prompt."""
+        param = resolve.prompt_name(submit)
+        if submit.prompt_ids is not None:
+            if keep:
+                bounds.check_count(len(submit.prompt_ids), self._limits, param)
+            else:
+                resolve.check_fits(len(submit.prompt_ids), params, facts, param)
+            resolve.check_ids(submit.prompt_ids, facts.vocab_size, param)
+        elif submit.prompt is not None:
+            bounds.check_chars(len(submit.prompt), self._limits, param, whole=not keep)
+
+    def _open_facts(self) -> EngineFacts:
+        """What a new request is measured by. While an engine is being restarted that is the last one's facts: the request waits for the
+        next, as those do that ran in it. Raises what a client is told while none can be taken."""
         if self._drain_at_ns is not None:
             raise Draining("The server is shutting down. Send the request again: another instance may take it.", retry_after_s=2.0)
-        if not self._up or self._facts is None:
-            what = "is starting" if self._facts is None else "is being restarted"
-            raise EngineUnavailable(f"The engine {what}. Try again shortly.", retry_after_s=STARTING_RETRY_S)
+        if self._facts is None:
+            raise EngineUnavailable("The engine is starting. Try again shortly.", retry_after_s=STARTING_RETRY_S)
         return self._facts
 
     def _new_job(self, owner: Request | Query) -> int:
@@ -260,7 +302,8 @@ class TextActor:
     def _encoded(self, message: Encoded) -> Iterator[Outbound]:
         owner = self._jobs.pop(message.job, None)
         if isinstance(owner, Query):
-            yield self._tokenized(owner, message)
+            self._queries -= 1
+            yield self._worked_out(owner, message)
             return
         if owner is None or self.ledger.requests.get(owner.key) is not owner:
             return  # cancelled meanwhile
@@ -268,16 +311,13 @@ class TextActor:
         assert facts is not None  # no request is accepted before an engine was there
         try:
             if message.error:
-                raise InvalidRequest(message.error, param=message.error_param, code=message.error_code or None)
+                raise queries.error_of(message)
             self._complete(owner, message, facts)
+            self._receiver.open(owner)
         except Exception as raised:  # only this request feels it
             error = raised if isinstance(raised, PenstockError) else PenstockError(f"The prompt could not be taken in: {raised!r}"[:300])
-            self.admission.leave(0)
-            self.ledger.remove(owner)
-            yield from self._refuse(owner.key, owner.edge, error)
-            yield from self._maybe_drained()
+            yield from self._abandon(owner, error)
             return
-        self._receiver.open(owner)
         owner.state = WAITING
         self._outbox.append(owner)
         yield from self._pump()
@@ -286,6 +326,9 @@ class TextActor:
         """Fill in what the prompt decides. Raises what the client is told."""
         submit, params = request.submit, request.params
         prompt = message.ids
+        param = resolve.prompt_name(submit)
+        resolve.check_prompt(prompt, facts.vocab_size, self._tokenizer.token_text, param)
+        resolve.check_words(message.bad_words_ids, facts.vocab_size)
         request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, submit)
         self.admission.check_tokens(len(prompt), self._clock.now_ns())
         changes: dict[str, Any] = {}
@@ -297,17 +340,18 @@ class TextActor:
             changes["min_tokens"] = request.max_tokens
         if changes:
             request.params = msgspec.structs.replace(params, **changes)
+        blamed = resolve.nothing_left(request.params, self._receiver.ends, facts.vocab_size, prompt, 0) if request.max_tokens else []
+        if blamed:
+            raise resolve.nothing_to_draw(blamed, 0)
         request.prompt = prompt
         request.hashes = message.hashes
         now = self._clock.now_ns()
         request.encode_start_ns = message.started_ns
         request.encode_end_ns = min(message.finished_ns or now, now)
         if submit.want_ids or submit.echo or params.prompt_logprobs is not None:
-            text = None
-            if submit.echo:
-                kept_all = submit.prompt is not None and submit.truncate_prompt_tokens is None
-                text = submit.prompt if kept_all else self._tokenizer.decode(prompt.tolist(), skip_special_tokens=True)
+            text = message.rendered if submit.echo else None
             request.extra = RowExtra(row=0, prompt_token_ids=prompt if submit.want_ids or submit.echo else None, prompt_text=text)
+        request.queued_tokens = len(prompt)
         self.admission.measured(len(prompt))
 
     def _refuse(self, key: int, edge: int, error: PenstockError) -> Iterator[Outbound]:
@@ -370,7 +414,7 @@ class TextActor:
         if request.replays:
             self._replaying.add(request.key)
             request.replaying = True
-        yield request.admit(self._eos, replay=request.replays > 0)
+        yield request.admit(self._receiver.ends, replay=request.replays > 0)
         if request.parked:
             yield Park(key=request.key)
 
@@ -410,6 +454,8 @@ class TextActor:
             yield from self._lose("it was replaced")
         self._engine, self._epoch, self._facts, self._up = message.engine, message.epoch, message.facts, True
         self._receiver.widen(message.facts.vocab_size)
+        self._find_ends(message.facts.vocab_size)
+        self._limits = bounds.limits_of(message.facts.max_model_len, self._tokenizer.max_chars_per_token, self._config.max_prompt_chars)
         self.metrics.engine_up(message.engine, message.epoch, message.facts)
         self._last_step_ns = self._clock.now_ns()
         self._hook("engine_ready", engine=message.engine, epoch=message.epoch)
@@ -417,6 +463,14 @@ class TextActor:
             self._rehash(request, message.facts)
         yield from self._pump()
         yield from self._say_ready()
+
+    def _find_ends(self, vocab_size: int) -> None:
+        """Checkpoints' files name end tokens that their models do not have (added tokens, -1); such an id must reach no engine."""
+        self._receiver.ends, unknown = resolve.drawable(self._tokenizer.eos_ids, vocab_size)
+        if unknown and not self._warned_of_ends and self._log is not None:
+            left = "answers end at the others" if len(self._receiver.ends) else "no end token is left: answers run to their limit"
+            self._log.warning(f"end tokens that the model does not have are ignored; {left}", ids=unknown, vocab_size=vocab_size)
+        self._warned_of_ends = True
 
     def _engine_down(self, message: EngineDown) -> Iterator[Outbound]:
         if self._up and message.epoch == self._epoch:
@@ -512,7 +566,7 @@ class TextActor:
         now = self._clock.now_ns()
         self.ledger.remove(request)
         if not request.started:
-            self.admission.leave(len(request.prompt))
+            self.admission.leave(request.queued_tokens)
         if request.state == ADMITTED:
             self._admitted -= 1
         self._replaying.discard(request.key)
@@ -604,9 +658,7 @@ class TextActor:
         aborts: list[int] = []
         for request in list(self.ledger.requests.values()):
             if not request.choices:
-                self.ledger.remove(request)
-                self.admission.leave(0)
-                yield from self._refuse(request.key, request.edge, error)
+                yield from self._abandon(request, error)
                 continue
             for choice in [choice for choice in request.choices if not choice.finish]:
                 if request.state == ADMITTED:
@@ -627,6 +679,7 @@ class TextActor:
             error = EngineUnavailable(f"The engine died and did not come back within {REPLAY_TIMEOUT_S:g} s. Send the request again.")
             yield from self._end_all("error", error)
         yield from self._pump()
+        yield from self._say_ready(again=True)
 
     def _drain(self, message: Drain) -> Iterator[Outbound]:
         deadline = self._clock.now_ns() + round(message.deadline_s * 1e9)
@@ -640,17 +693,46 @@ class TextActor:
             yield Drained(role="text", id=self._shard)
 
     def _readiness(self) -> TextReady:
+        ages, silent = self._engine_ages()
+        ready, reason, waits = False, silent, True
         if self._drain_at_ns is not None:
-            return TextReady(ready=False, reason="draining", epoch=self._epoch)
-        if self._up:
-            return TextReady(ready=True, epoch=self._epoch)
-        reason = "the engine is starting" if self._facts is None else "the engine is being restarted"
-        return TextReady(ready=False, reason=reason, epoch=self._epoch)
+            reason, waits = "draining", False
+        elif not self._up:
+            reason, waits = ("the engine is starting", False) if self._facts is None else ("the engine is being restarted", True)
+        elif not silent:
+            ready, waits = True, False
+        return TextReady(
+            ready=ready,
+            reason=reason,
+            epoch=self._epoch,
+            waits=waits,
+            limits=self._limits if self._facts is not None else None,
+            ages=ages,
+        )
 
-    def _say_ready(self) -> Iterator[Outbound]:
+    def _engine_ages(self) -> tuple[dict[str, float], str]:
+        """Seconds since each engine gave a sign of life, as root last saw it or as its steps show; and what to say if one stands still."""
+        ages: dict[str, float] = {}
+        silent = ""
+        if self._vitals is None or not self._up or self._facts is None:
+            return ages, silent
+        step_s = (self._clock.now_ns() - self._last_step_ns) / 1e9
+        for vital in self._vitals.rows:
+            if vital.role != "engine" or vital.id != self._engine or not vital.up:
+                continue
+            name = f"{vital.role}-{vital.id}"
+            ages[name] = round(min(vital.age_s, step_s), 3)
+            if ages[name] > SILENT_S:
+                silent = f"the engine has not been heard of for {ages[name]:.0f} s"
+            elif self._facts.bounded_steps and min(vital.stalled_s, step_s) > STUCK_S:
+                silent = f"the engine has work and has finished no step for {min(vital.stalled_s, step_s):.0f} s"
+        return ages, silent
+
+    def _say_ready(self, *, again: bool = False) -> Iterator[Outbound]:
+        """To all edges if it is news; `again`: in any case, as a sign of life."""
         word = self._readiness()
         self.metrics.set("ready", float(word.ready))
-        if (word.ready, word.reason, word.epoch) != self._said:
+        if again or (word.ready, word.reason, word.epoch) != self._said:
             self._said = (word.ready, word.reason, word.epoch)
             for edge in sorted(self._edges):
                 yield To(word, edge)
@@ -695,10 +777,17 @@ class TextActor:
     def _query(self, message: Query) -> Iterator[Outbound]:
         yield from self._greet(message.edge)
         try:
-            if message.what == "tokenize":
-                encode = queries.tokenize(message, self._job + 1)
-                self._new_job(message)
-                yield encode
+            if message.what in queries.LABOUR:
+                if self._queries >= MAX_QUERIES:
+                    raise QueueFull(f"{self._queries} questions are being worked on already. Try again in a second.", retry_after_s=1.0)
+                yield Encode(
+                    job=self._new_job(message),
+                    kind=queries.LABOUR[message.what],
+                    body=message.body,
+                    limits=self._limits,
+                    vocab_size=self._receiver.vocab_size,
+                )
+                self._queries += 1
                 return
             answer = self._answer(message)
         except PenstockError as error:
@@ -710,8 +799,6 @@ class TextActor:
         match query.what:
             case "models":
                 return queries.models(query, self._names, self._model_path, self._created_s, facts)
-            case "detokenize":
-                return queries.detokenize(query, self._tokenizer, self._receiver.vocab_size)
             case "tokenizer_info":
                 return Answer(id=query.id, body=msgspec.json.encode(self._tokenizer.info()))
             case "server_info":
@@ -723,11 +810,11 @@ class TextActor:
                 return Answer(id=query.id, body=self.metrics.render())
         raise NotFound(f"This server cannot answer {query.what!r}.")
 
-    def _tokenized(self, query: Query, encoded: Encoded) -> To:
+    def _worked_out(self, query: Query, encoded: Encoded) -> To:
+        """What the worker made of a question."""
         if encoded.error:
-            error = InvalidRequest(encoded.error, param=encoded.error_param, code=encoded.error_code or None)
-            return To(queries.failure(query, error), query.edge)
-        return To(queries.tokenized(query, encoded, self._tokenizer, self._facts), query.edge)
+            return To(queries.failure(query, queries.error_of(encoded)), query.edge)
+        return To(Answer(id=query.id, body=encoded.body), query.edge)
 
     def _health(self, query: Query) -> Answer:
         now = self._clock.now_ns()

@@ -97,6 +97,7 @@ class Request:
         "prompt",
         "prompt_logprobs",
         "prompt_text",
+        "queued_tokens",
         "received_ns",
         "replaying",
         "replays",
@@ -122,6 +123,8 @@ class Request:
         self.hashes = b""
         self.root_hash = b""
         self.max_tokens = 0
+        self.queued_tokens = 0
+        """What admission counts for it, while it waits."""
         self.choices: list[Choice] = []
         self.open = 0
         """Choices that still run."""

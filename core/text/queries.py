@@ -1,7 +1,7 @@
 """Answers to an edge's questions.
 
-What it is: the JSON bodies of /v1/models, /tokenize, /detokenize, /tokenizer_info, the health of decoding, and server_info, as functions
-of the text actor's state. An answer that is no success carries the fields of Rejected.
+What it is: the JSON bodies of /v1/models, /tokenizer_info, the health of decoding, and server_info, as functions of the text actor's state;
+those of /tokenize and /detokenize, which the tokenizer worker makes (LABOUR). An answer that is no success carries the fields of Rejected.
 What it does not know: HTTP paths, links.
 """
 
@@ -16,6 +16,7 @@ from penstock.core.config import Config
 from penstock.core.control import EngineFacts
 from penstock.core.errors import InvalidRequest, PenstockError
 from penstock.core.messages import Answer, Encode, Encoded, Query
+from penstock.core.text.bounds import check_count
 from penstock.core.text.resolve import as_ids
 from penstock.core.text_api import Tokenizer
 from penstock.version import __version__
@@ -38,6 +39,9 @@ class DetokenizeArgs(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
+LABOUR: dict[str, Literal["tokenize", "detokenize"]] = {"tokenize": "tokenize", "detokenize": "detokenize"}
+"""Questions whose answer costs work, and the kind of Encode that does it."""
+
 Status = Literal["starting", "engine_down", "draining", "stalled", "busy", "idle"]
 
 
@@ -52,34 +56,57 @@ def failure(query: Query, error: PenstockError) -> Answer:
     return Answer(id=query.id, body=msgspec.json.encode(body), status=error.status)
 
 
-def _arguments(query: Query, kind: type[Any]) -> Any:
+def error_of(encoded: Encoded) -> PenstockError:
+    """The error that an Encoded carries."""
+    error = InvalidRequest(encoded.error, param=encoded.error_param, code=encoded.error_code or None)
+    error.status = encoded.error_status  # type: ignore[misc]  # the class says the usual one
+    return error
+
+
+def _arguments(what: str, body: bytes, kind: type[Any]) -> Any:
     try:
-        return msgspec.json.decode(query.body or b"{}", type=kind)
+        return msgspec.json.decode(body or b"{}", type=kind)
     except msgspec.MsgspecError as error:
-        raise InvalidRequest(f"{query.what}: {error}.") from None
+        raise InvalidRequest(f"{what}: {error}.") from None
     except RecursionError:
-        raise InvalidRequest(f"{query.what}: the request is nested too deeply.") from None
+        raise InvalidRequest(f"{what}: the request is nested too deeply.") from None
 
 
-def tokenize(query: Query, job: int) -> Encode:
-    """The worker's job for a "tokenize" query. Raises InvalidRequest."""
-    args: TokenizeArgs = _arguments(query, TokenizeArgs)
-    messages = _raw(args.messages)
-    if (args.prompt is None) == (not messages):
-        raise InvalidRequest("Give either prompt or messages.", param="prompt")
-    if not messages:
-        return Encode(job=job, kind="completion", prompt=args.prompt or "", add_special_tokens=args.add_special_tokens is not False)
-    continues = bool(args.continue_final_message)
-    return Encode(
-        job=job,
-        kind="chat",
-        messages=messages,
-        tools=_raw(args.tools),
-        template_kwargs=_raw(args.chat_template_kwargs),
-        add_generation_prompt=not continues if args.add_generation_prompt is None else args.add_generation_prompt,
-        continue_final_message=continues,
-        add_special_tokens=bool(args.add_special_tokens),
-    )
+class Tokenize:
+    """A "tokenize" question at work: `encode` is the job to render and tokenise, `answer` the body for what came of it."""
+
+    def __init__(self, question: Encode) -> None:
+        args: TokenizeArgs = _arguments("tokenize", question.body, TokenizeArgs)
+        messages = _raw(args.messages)
+        if (args.prompt is None) == (not messages):
+            raise InvalidRequest("Give either prompt or messages.", param="prompt")
+        self._strings = bool(args.return_token_strs)
+        self._limits = question.limits
+        continues = bool(args.continue_final_message)
+        self.encode = Encode(
+            job=question.job,
+            kind="chat" if messages else "completion",
+            prompt=args.prompt or "",
+            messages=messages,
+            tools=_raw(args.tools),
+            template_kwargs=_raw(args.chat_template_kwargs),
+            add_generation_prompt=not continues if args.add_generation_prompt is None else args.add_generation_prompt,
+            continue_final_message=continues,
+            add_special_tokens=bool(args.add_special_tokens) if messages else args.add_special_tokens is not False,
+            # It is asked whether a text fits: that it does not is an answer, and no error.
+            limits=None if question.limits is None else msgspec.structs.replace(question.limits, context_chars=0),
+        )
+
+    def answer(self, ids: Column, tokenizer: Tokenizer) -> bytes:
+        """As vLLM's /tokenize answers."""
+        tokens = ids.tolist()
+        body = {
+            "count": len(tokens),
+            "max_model_len": (self._limits.max_model_len or None) if self._limits else None,
+            "tokens": tokens,
+            "token_strs": [tokenizer.token_text(token) for token in tokens] if self._strings else None,
+        }
+        return msgspec.json.encode(body)
 
 
 def _raw(value: msgspec.Raw) -> bytes:
@@ -88,23 +115,13 @@ def _raw(value: msgspec.Raw) -> bytes:
     return b"" if raw == b"null" else raw
 
 
-def tokenized(query: Query, encoded: Encoded, tokenizer: Tokenizer, facts: EngineFacts | None) -> Answer:
-    """As vLLM's /tokenize answers."""
-    args: TokenizeArgs = _arguments(query, TokenizeArgs)
-    tokens = encoded.ids.tolist()
-    body = {
-        "count": len(tokens),
-        "max_model_len": facts.max_model_len if facts else None,
-        "tokens": tokens,
-        "token_strs": [tokenizer.token_text(token) for token in tokens] if args.return_token_strs else None,
-    }
-    return Answer(id=query.id, body=msgspec.json.encode(body))
-
-
-def detokenize(query: Query, tokenizer: Tokenizer, vocab_size: int) -> Answer:
-    args: DetokenizeArgs = _arguments(query, DetokenizeArgs)
-    ids: Column = as_ids(args.tokens, vocab_size, "tokens")
-    return Answer(id=query.id, body=msgspec.json.encode({"prompt": tokenizer.decode(ids.tolist(), skip_special_tokens=False)}))
+def detokenize(question: Encode, tokenizer: Tokenizer) -> bytes:
+    """The body of the answer. Raises InvalidRequest or RequestTooLarge."""
+    args: DetokenizeArgs = _arguments("detokenize", question.body, DetokenizeArgs)
+    if question.limits is not None:
+        check_count(len(args.tokens), question.limits, "tokens")
+    ids: Column = as_ids(args.tokens, question.vocab_size, "tokens")
+    return msgspec.json.encode({"prompt": tokenizer.decode(ids.tolist(), skip_special_tokens=False)})
 
 
 def models(query: Query, names: list[str], root: str, created_s: int, facts: EngineFacts | None) -> Answer:

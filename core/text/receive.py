@@ -14,12 +14,14 @@ import msgspec
 import numpy as np
 
 from penstock.core.actor import To
+from penstock.core.columns import EMPTY_I32, I32
 from penstock.core.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs
 from penstock.core.telemetry_metrics import Metrics
 from penstock.core.text.deltas import EdgeBatch, LogprobReader
 from penstock.core.text.detokenizer import ByteDecoder, Decoder, TokenTable, WindowDecoder
 from penstock.core.text.ledger import GENERAL, QUIET, Choice, Ledger, Request, fast_mode
 from penstock.core.text.offsets import prompt_offsets
+from penstock.core.text.resolve import nothing_left, nothing_to_draw
 from penstock.core.text.stops import StopMatcher, StopSet
 from penstock.core.text_api import Tokenizer
 
@@ -31,7 +33,8 @@ class Receiver:
         self._tokenizer = tokenizer
         self._ledger = ledger
         self._metrics = metrics
-        self._eos = frozenset(tokenizer.eos_ids)
+        self.ends: I32 = EMPTY_I32
+        """The model's end tokens; the actor finds out which can be drawn."""
         self._exact = tokenizer.is_byte_exact()
         self._table = TokenTable.of(tokenizer, tokenizer.vocab_size, skip_special=False)
         self._table_skip = self._table.without(tokenizer.special_ids)
@@ -120,7 +123,12 @@ class Receiver:
                 outputs.append(token)
             mode = choice.mode
             if reason or mode == GENERAL or token < 0:
-                self._general(choice, token, reason, row, at_ns)
+                try:
+                    self._general(choice, token, reason, row, at_ns)
+                except Exception as error:  # a tokenizer's, say: this answer cannot go on, all others do
+                    if choice.finish:
+                        raise
+                    self._spoil(choice, f"The tokenizer failed on this answer: {type(error).__name__}: {error}"[:300])
                 continue
             if mode == QUIET:
                 continue
@@ -145,7 +153,17 @@ class Receiver:
 
     def end(self, choice: Choice, finish: str, error: str | None = None, code: str | None = None) -> None:
         """End a choice from here: a last row with whatever text was held back."""
-        self._row(choice, self._rest(choice, len(choice.outputs)), finish, None, error, code)
+        try:
+            text = self._rest(choice, len(choice.outputs))
+        except Exception:  # the tokenizer fails: what it would have said is lost, the end is not
+            text = ""
+        self._row(choice, text, finish, None, error, code)
+
+    def _spoil(self, choice: Choice, why: str) -> None:
+        """The choice's tokens cannot become text: it ends as an error, and the engine need not go on."""
+        self._metrics.count("hook_errors", "tokenizer")
+        self.aborts.append(choice.seq)
+        self._row(choice, "", "error", None, why, "internal_error")
 
     def take(self) -> Iterator[To]:
         """The rows collected so far, one TextDelta an edge."""
@@ -185,7 +203,7 @@ class Receiver:
         text_end = len(outputs) - (reason == STOP and token >= 0 and not params.include_stop_str_in_output)
         if finish:
             text = self._rest(choice, text_end, flush_stops=False)
-            if reason == STOP and token in params.stop_token_ids and (params.ignore_eos or token not in self._eos):
+            if reason == STOP and token in params.stop_token_ids and (params.ignore_eos or token not in self.ends):
                 stop_reason = token
         else:
             text = choice.decoder.feed_all(outputs[choice.undecoded :])
@@ -203,12 +221,23 @@ class Receiver:
             if finish:
                 text += matcher.flush()
         if finish or request.stream:
-            error = self._errors.get(row, "The engine failed while this request ran.") if finish == "error" else None
-            self._row(choice, text, finish, stop_reason, error, "engine_failure" if error else None)
+            error, code = self._failure(choice, row) if finish == "error" else (None, None)
+            self._row(choice, text, finish, stop_reason, error, code)
         elif text:
             choice.parts.append(text)
         if not finish:
             choice.mode = fast_mode(choice)
+
+    def _failure(self, choice: Choice, row: int) -> tuple[str, str]:
+        """Why the engine ended a sequence with an error: (message, code). If the request's own settings left it no token to draw, that is the
+        reason, and the client's to mend."""
+        request = choice.request
+        history = np.concatenate([request.prompt, np.frombuffer(bytes(choice.outputs), np.int32)])
+        blamed = nothing_left(request.params, self.ends, self.vocab_size, history, len(choice.outputs))
+        if blamed:
+            error = nothing_to_draw(blamed, len(choice.outputs))
+            return error.message, error.code
+        return self._errors.get(row, "The engine failed while this request ran."), "engine_failure"
 
     def _rest(self, choice: Choice, end: int, *, flush_stops: bool = True) -> str:
         """The text of outputs[undecoded:end] and of what the decoder, and the stop matcher, still hold."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from penstock.core.columns import Column
+from penstock.core.columns import I32, Column, i32
 from penstock.core.config import Config
 from penstock.core.control import EngineFacts
 from penstock.core.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound
@@ -95,6 +95,63 @@ def check_ids(ids: Column, vocab_size: int, param: str) -> None:
         raise InvalidRequest(not_a_token(f"{param}[{index}]", int(ids[index]), vocab_size), param=f"{param}[{index}]")
 
 
+def check_prompt(ids: Column, vocab_size: int, spelling: Callable[[int], str], param: str) -> None:
+    """What the tokenizer made of the client's text: it may know tokens (added ones, say) for which the model has no row.
+    `spelling(id)` is the token's text. Raises InvalidRequest."""
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        token = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise InvalidRequest(
+            f"{param} spells the token {spelling(token)[:80]!r} (id {token}) of the tokenizer, which the model does not have:"
+            f" it has tokens 0 to {vocab_size - 1}. Leave it out.",
+            param=param,
+        )
+
+
+def drawable(ends: Iterable[int], vocab_size: int) -> tuple[I32, list[int]]:
+    """End tokens as files and tokenizers name them: (those that the model can draw, the others)."""
+    known = list(dict.fromkeys(ends))
+    return i32([token for token in known if 0 <= token < vocab_size]), [token for token in known if not 0 <= token < vocab_size]
+
+
+def check_words(sequences: list[list[int]], vocab_size: int) -> None:
+    """bad_words as the tokenizer spells them. Raises InvalidRequest for one that names a token the model does not have."""
+    for sequence in sequences:
+        for token in sequence:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    f"bad_words names the tokenizer's token {token}, which the model does not have (it has tokens 0 to {vocab_size - 1}):"
+                    f" it is never drawn. Leave that word out.",
+                    param="bad_words",
+                )
+
+
+def nothing_left(params: SamplingParams, eos: Column, vocab_size: int, history: Column, outputs: int) -> list[str]:
+    """The settings that together leave no token to draw after `history` (prompt and outputs), of which `outputs` were drawn; [] if some
+    token is left. The engine's masks are these and no others (see kernels' samplers), so this is the reason for a draw of nothing."""
+    if params.allowed_token_ids is None and not params.bad_words_token_ids and not params.min_tokens:
+        return []
+    left = np.zeros(vocab_size, bool)
+    left[slice(None) if params.allowed_token_ids is None else params.allowed_token_ids] = True
+    blamed = [] if params.allowed_token_ids is None else ["allowed_token_ids"]
+    last = [word[-1] for word in params.bad_words_token_ids if word and history[len(history) - len(word) + 1 :].tolist() == word[:-1]]
+    if left[last].any():
+        left[last] = False
+        blamed.append("bad_words")
+    if outputs < params.min_tokens:
+        ends = [*([] if params.ignore_eos else eos.tolist()), *params.stop_token_ids]
+        if left[ends].any():
+            left[ends] = False
+            blamed.append("min_tokens")
+    return [] if left.any() else blamed
+
+
+def nothing_to_draw(blamed: list[str], outputs: int) -> InvalidRequest:
+    """The error of settings that `nothing_left` blames."""
+    names = " and ".join(blamed)
+    when = f" after {outputs} tokens of the answer" if outputs else ""
+    return InvalidRequest(f"{names} leave no token that could be drawn{when}. Allow more tokens, or forbid fewer.", param=blamed[0])
+
+
 def sampling_of(submit: Submit, defaults: dict[str, Any], config: Config, vocab_size: int) -> SamplingParams:
     """The request's sampling settings with the model's defaults under what the client gave, validated. Raises InvalidRequest."""
     params = submit.sampling
@@ -127,10 +184,8 @@ def keep_of(submit: Submit, params: SamplingParams, facts: EngineFacts) -> int:
     return fits if wanted == -1 else wanted
 
 
-def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, submit: Submit) -> int:
-    """The output limit. What the client asked for must fit; a default gets what is left of the context. 0 (draw nothing) leaves the whole
-    context to the prompt. Raises ContextLengthExceeded or InvalidRequest."""
-    param = prompt_name(submit)
+def check_fits(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, param: str) -> None:
+    """Does the prompt leave room for what is asked of it? Raises ContextLengthExceeded or InvalidRequest naming `param`."""
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt is empty: it must have at least one token.", param=param)
     limit = facts.max_model_len
@@ -150,6 +205,14 @@ def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts
             f" {facts.block_size} tokens. Shorten it, or start the server with a larger --kv-cache-memory-bytes.",
             param=param,
         )
+
+
+def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, submit: Submit) -> int:
+    """The output limit. What the client asked for must fit; a default gets what is left of the context. 0 (draw nothing) leaves the whole
+    context to the prompt. Raises ContextLengthExceeded or InvalidRequest."""
+    param = prompt_name(submit)
+    check_fits(prompt_tokens, params, facts, param)
+    limit, pool = facts.max_model_len, facts.num_blocks * facts.block_size
     room = min(limit, pool) - prompt_tokens
     asked = params.max_tokens
     if asked is not None and asked > room and "max_tokens" in submit.explicit:

@@ -1,13 +1,15 @@
-"""The tokenizer worker: one thread that renders, tokenises and hashes prompts.
+"""The tokenizer worker: threads that render, tokenise and hash prompts, and work out what edges ask of a tokenizer.
 
-What it is: the taker of Encode and giver of Encoded. It takes all jobs that wait as one batch; the tokenizer releases the GIL for its
+What it is: the taker of Encode and giver of Encoded. Short jobs have a thread of their own, which takes all that wait as one batch; long ones
+(by the size of what is to be read) take turns on another, so that a short request overtakes them. The tokenizer releases the GIL for its
 part, so that the text loop goes on streaming meanwhile. A job that fails becomes an Encoded with `error`; it never takes others of its
-batch with it.
+batch with it. After a long job the memory goes back to the system.
 What it does not know: actors, loops (`deliver` is whatever thread-safe callback the host hands in), what a request is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable
@@ -17,19 +19,32 @@ import msgspec
 
 from penstock.core.clock import Clock, SystemClock
 from penstock.core.columns import EMPTY_I32, I32, i32
-from penstock.core.errors import ContextLengthExceeded, InvalidRequest, PenstockError
+from penstock.core.errors import InvalidRequest, PenstockError
 from penstock.core.hashing import chain
 from penstock.core.messages import Encode, Encoded
+from penstock.core.text import queries
+from penstock.core.text.bounds import check_chars
 from penstock.core.text_api import ChatRenderer, Tokenizer
 
 MAX_BATCH = 256
+LONG = 64 << 10
+"""A job that reads so much (bytes or characters) takes about 50 ms, longer than others should wait for it."""
+HUGE = 1 << 20
+"""After a job that reads so much, memory is given back."""
 
 _messages = msgspec.json.Decoder(list[dict[str, Any]])
 _mapping = msgspec.json.Decoder(dict[str, Any])
 
 
+def size_of(encode: Encode) -> int:
+    """What a job has to read, in bytes or characters."""
+    return (
+        len(encode.prompt) + len(encode.messages) + len(encode.tools) + len(encode.template_kwargs) + len(encode.body) + encode.ids.nbytes
+    )
+
+
 class _Job:
-    __slots__ = ("encode", "error", "ids", "rendered", "special", "started_ns")
+    __slots__ = ("answer", "encode", "error", "ids", "question", "rendered", "special", "started_ns")
 
     def __init__(self, encode: Encode, started_ns: int) -> None:
         self.encode = encode
@@ -38,10 +53,12 @@ class _Job:
         self.rendered = ""
         self.special = encode.add_special_tokens
         self.ids: I32 = encode.ids
+        self.question: queries.Tokenize | None = None
+        self.answer = b""
 
 
 class TokenizerWorker:
-    """`deliver(encoded)` is called on the worker's thread, once for each submitted job. Call `close()` at the end; jobs that wait are dropped."""
+    """`deliver(encoded)` is called on the worker's threads, once for each submitted job. Call `close()` at the end; jobs that wait are dropped."""
 
     def __init__(
         self, tokenizer: Tokenizer, renderer: ChatRenderer, deliver: Callable[[Encoded], None], *, clock: Clock | None = None
@@ -50,46 +67,76 @@ class TokenizerWorker:
         self._renderer = renderer
         self._deliver = deliver
         self._clock: Clock = clock or SystemClock()
-        self._queue: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="penstock-tokenizer", daemon=True)
-        self._thread.start()
+        self._short: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
+        self._long: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, args=lane, name=f"penstock-{name}", daemon=True)
+            for name, lane in (("tokenizer", (self._short, MAX_BATCH)), ("tokenizer-long", (self._long, 1)))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, encode: Encode) -> None:
         """Thread-safe; never blocks."""
-        self._queue.put(encode)
+        (self._long if size_of(encode) >= LONG else self._short).put(encode)
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        self._short.put(None)
+        self._long.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
+    def _run(self, lane: queue.SimpleQueue[Encode | None], most: int) -> None:
         while True:
-            first = self._queue.get()
+            first = lane.get()
             batch: list[Encode] = []
+            size = 0
             while first is not None:
                 batch.append(first)
-                if len(batch) == MAX_BATCH:
+                size += size_of(first)
+                if len(batch) == most or size >= LONG:  # a batch must not be what a short job waits for either
                     break
                 try:
-                    first = self._queue.get_nowait()
+                    first = lane.get_nowait()
                 except queue.Empty:
                     break
             for encoded in encode_batch(self._tokenizer, self._renderer, batch, self._clock):
                 self._deliver(encoded)
             if first is None:
                 return
+            if size >= HUGE:
+                give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Tokenising takes some 150 bytes a character for a moment; glibc would keep them for the thread that took them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def encode_batch(tokenizer: Tokenizer, renderer: ChatRenderer, batch: list[Encode], clock: Clock) -> list[Encoded]:
     """The worker's work, in order; never raises for a bad job."""
     jobs = [_Job(encode, clock.now_ns()) for encode in batch]
     for job in jobs:
-        _guarded(job, lambda job: _render(job, tokenizer, renderer))
+        if job.encode.kind == "detokenize":
+            _guarded(job, lambda job: setattr(job, "answer", queries.detokenize(job.encode, tokenizer)))
+            continue
+        if job.encode.kind == "tokenize":
+            _guarded(job, _begin_question)
+        if job.error is None:
+            _guarded(job, lambda job: _render(job, tokenizer, renderer))
     for special in (False, True):
         some = [job for job in jobs if job.error is None and not len(job.ids) and job.special is special and job.rendered]
         if some:
             _tokenise(tokenizer, some, special)
     return [_finish(job, tokenizer, clock) for job in jobs]
+
+
+def _begin_question(job: _Job) -> None:
+    job.question = queries.Tokenize(job.encode)
+    job.encode = job.question.encode
+    job.special = job.encode.add_special_tokens
 
 
 def _param(job: _Job) -> str:
@@ -124,12 +171,8 @@ def _render(job: _Job, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
             job.special = False  # the template wrote it already; twice would be another prompt
     else:
         job.rendered = encode.prompt
-    if encode.max_chars and len(job.rendered) > encode.max_chars:
-        raise ContextLengthExceeded(
-            f"The prompt has {len(job.rendered)} characters, more than the model's context can hold in tokens of at most"
-            f" {tokenizer.max_chars_per_token} characters. Please shorten it.",
-            param=_param(job),
-        )
+    if encode.limits is not None:
+        check_chars(len(job.rendered), encode.limits, _param(job), whole=not encode.keep)
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], raw: bytes, param: str, what: str) -> Any:
@@ -149,6 +192,8 @@ def _tokenise(tokenizer: Tokenizer, jobs: list[_Job], special: bool) -> None:
 
 
 def _finish(job: _Job, tokenizer: Tokenizer, clock: Clock) -> Encoded:
+    if job.error is None:
+        _guarded(job, lambda job: setattr(job, "answer", job.question.answer(job.ids, tokenizer) if job.question else job.answer))
     encode = job.encode
     hashes = b""
     bad_words: list[list[int]] = []
@@ -159,6 +204,8 @@ def _finish(job: _Job, tokenizer: Tokenizer, clock: Clock) -> Encoded:
             hashes = chain(encode.root_hash, job.ids, encode.block_size)
         if encode.bad_words:
             _guarded(job, lambda job: bad_words.extend(bad_word_ids(tokenizer, encode.bad_words)))
+        if encode.want_text and (encode.keep or len(encode.ids)):
+            _guarded(job, lambda job: setattr(job, "rendered", tokenizer.decode(job.ids.tolist(), skip_special_tokens=True)))
     error = job.error
     if error is not None:
         return Encoded(
@@ -166,6 +213,7 @@ def _finish(job: _Job, tokenizer: Tokenizer, clock: Clock) -> Encoded:
             error=error.message,
             error_param=error.param,
             error_code=error.code,
+            error_status=error.status,
             started_ns=job.started_ns,
             finished_ns=clock.now_ns(),
         )
@@ -177,6 +225,7 @@ def _finish(job: _Job, tokenizer: Tokenizer, clock: Clock) -> Encoded:
         started_ns=job.started_ns,
         finished_ns=clock.now_ns(),
         hashes=hashes,
+        body=job.answer,
     )
 
 

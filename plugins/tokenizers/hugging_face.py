@@ -120,7 +120,11 @@ class HuggingFaceTokenizer:
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
             value = _json(folder / name).get("eos_token_id")
-            ends.extend(token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
+            found = value if isinstance(value, list) else [] if value is None else [value]
+            wrong = next((one for one in found if type(one) is not int), None)
+            if wrong is not None or None in found:
+                raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
+            ends.extend(found)
         return cls(fast, _json(folder / "tokenizer_config.json"), ends, folder.name)
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.core.actors.text import REPLAY_TIMEOUT_S
 from penstock.core.columns import i32
+from penstock.core.config import Config
 from penstock.core.messages import RUNNING, Admit, Cancel, EngineDown, EngineUp, PeerDown, TextReady, Tick, seq_of
 from penstock.core.sampling import SamplingParams
 
@@ -190,13 +192,44 @@ def test_a_broken_engine_link_is_an_engine_that_is_down(bench: Any) -> None:
     bench.submit(1)
     bench.scripts[seq_of(1, 0)] = [4, 5]
     out = bench.send(PeerDown(role="engine", id=0, epoch=1))
-    assert out == [TextReady(ready=False, reason="the engine is being restarted", epoch=1)]
+    [word] = out
+    assert isinstance(word, TextReady)
+    assert (word.ready, word.waits, word.reason, word.epoch) == (False, True, "the engine is being restarted", 1)
     assert bench.send(EngineDown(engine=0, epoch=1)) == []
-    bench.submit(2)
-    assert bench.rejected[2].code == "engine_unavailable"
     bench.up()
     bench.run()
     assert bench.received[1, 0].tokens == [4, 5]
+
+
+def test_who_comes_while_an_engine_restarts_waits_for_the_next(make_bench: Any) -> None:
+    bench = make_bench(Config(max_num_queued_reqs=3))
+    bench.submit(1)
+    bench.send(EngineDown(engine=0, epoch=1))
+    for key in (2, 3):
+        bench.submit(key)
+        bench.scripts[seq_of(key, 0)] = [key, key]
+    bench.scripts[seq_of(1, 0)] = [9]
+    assert not bench.rejected
+    assert bench.actor.ledger.requests.keys() == {1, 2, 3}
+    bench.submit(4, model="other")
+    assert bench.rejected[4].status == 404, "what is wrong is said at once"
+    bench.up()
+    bench.run()
+    assert [bench.received[key, 0].tokens for key in (1, 2, 3)] == [[9], [2, 2], [3, 3]]
+
+
+def test_the_wait_for_an_engine_is_bounded_by_the_queue_and_by_time(make_bench: Any) -> None:
+    bench = make_bench(Config(max_num_queued_reqs=2))
+    bench.send(EngineDown(engine=0, epoch=1))
+    for key in (1, 2, 3):
+        bench.submit(key)
+    assert (bench.rejected[3].status, bench.rejected[3].code) == (429, "queue_full")
+    bench.clock.advance(REPLAY_TIMEOUT_S + 1)
+    bench.send(Tick(now_ns=bench.clock.now_ns()))
+    assert {key: got.reason for (key, _), got in bench.received.items()} == {1: "error", 2: "error"}
+    assert {got.extras[0].error_code for got in bench.received.values()} == {"engine_unavailable"}
+    assert not bench.actor.ledger.requests
+    assert (bench.actor.admission.requests, bench.actor.admission.tokens) == (0, 0)
 
 
 def test_news_of_old_engines_is_no_news(bench: Any) -> None:

@@ -31,6 +31,8 @@ from penstock.core.messages import (
     TextReady,
     Tick,
     Unpark,
+    Vital,
+    Vitals,
     seq_of,
 )
 from penstock.core.sampling import SamplingParams
@@ -470,7 +472,8 @@ def test_drain_finishes_what_runs(bench: Any) -> None:
     bench.submit(1)
     bench.scripts[seq_of(1, 0)] = ids_of(bench, "ab")
     out = bench.send(Drain(deadline_s=5.0))
-    assert [m for m in out if isinstance(m, TextReady)] == [TextReady(ready=False, reason="draining", epoch=1)]
+    [word] = [m for m in out if isinstance(m, TextReady)]
+    assert (word.ready, word.waits, word.reason, word.epoch) == (False, False, "draining", 1)
     bench.submit(2)
     assert (bench.rejected[2].status, bench.rejected[2].code) == (503, "draining")
     bench.run()
@@ -488,7 +491,7 @@ def test_a_drain_that_takes_too_long_ends_the_rest(bench: Any) -> None:
     bench.send(Tick(now_ns=bench.clock.now_ns() + 5_000_000_000))
     assert bench.received[1, 0].reason == "abort"
     assert bench.rejected[2].code == "draining"
-    assert isinstance(bench.out[-1][1], Drained)
+    assert [m for _, m in bench.out if isinstance(m, Drained)] == [Drained(role="text", id=0)]
     assert bench.actor.admission.requests == 0
 
 
@@ -509,7 +512,51 @@ def test_readiness_is_told_on_connect_and_on_change(make_bench: Any) -> None:
     assert (bench.rejected[1].status, bench.rejected[1].code) == (503, "engine_unavailable")
     assert bench.rejected[1].retry_after_s
     bench.up()
-    assert bench.out[-1] == (0, TextReady(ready=True, epoch=1))
+    edge, word = bench.out[-1]
+    assert edge == 0
+    assert isinstance(word, TextReady)
+    assert (word.ready, word.waits, word.reason, word.epoch) == (True, False, "", 1)
+    assert word.limits is not None
+    assert word.limits.max_model_len == 4096
+    before = len(bench.out)
+    bench.send(Tick(now_ns=bench.clock.now_ns()))
+    assert [(edge, type(m)) for edge, m in bench.out[before:]] == [(0, TextReady)], "a sign of life every second"
+
+
+def test_an_engine_that_stands_still_is_not_ready(make_bench: Any) -> None:
+    bench = make_bench(up=False)
+    bench.send(PeerUp(role="edge", id=0, epoch=1))
+    bench.up(bounded_steps=True)
+
+    def word(age_s: float, stalled_s: float = 0.0, up: bool = True) -> TextReady:
+        bench.clock.advance(60)
+        bench.send(Vitals(rows=[Vital("edge", 0, True, 99.0, 1, 0, 0.0), Vital("engine", 0, up, age_s, 5, 1, stalled_s)]))
+        bench.send(Tick(now_ns=bench.clock.now_ns()))
+        found = bench.out[-1][1]
+        assert isinstance(found, TextReady)
+        return found
+
+    assert word(0.9).ready
+    assert word(0.9).ages == {"engine-0": 0.9}
+    silent = word(5.0)
+    assert (silent.ready, silent.waits) == (False, True)
+    assert "not been heard of for 5 s" in silent.reason
+    assert word(1.0).ready
+    assert "finished no step for 9 s" in word(0.5, stalled_s=9.0).reason
+    assert word(0.5, stalled_s=7.0).ready
+    bench.up(bounded_steps=False)
+    assert word(0.5, stalled_s=1000.0).ready, "on a CPU a step may take any time"
+
+
+def test_steps_are_signs_of_life(bench: Any) -> None:
+    bench.send(PeerUp(role="edge", id=0, epoch=1))
+    bench.submit(1)
+    bench.scripts[seq_of(1, 0)] = [4, 5, 6]
+    bench.clock.advance(60)
+    bench.step()
+    bench.send(Vitals(rows=[Vital("engine", 0, True, 30.0, 5, 1, 0.0)]))
+    bench.send(Tick(now_ns=bench.clock.now_ns()))
+    assert bench.out[-1][1].ready, "root may be slow, but tokens came a moment ago"
 
 
 # ------------------------------------------------------------------ refusals

@@ -16,7 +16,7 @@ from penstock.core.config import Config
 from penstock.core.errors import CheckpointError
 from penstock.core.hashing import chain
 from penstock.core.hookspecs import API_LEVEL
-from penstock.core.messages import Encode, Encoded
+from penstock.core.messages import Encode, Encoded, Limits
 from penstock.core.text.resolve import generation_defaults
 from penstock.core.text.worker import TokenizerWorker, bad_word_ids, encode_batch
 from penstock.plugins import renderers, tokenizers
@@ -152,6 +152,7 @@ def test_a_bad_job_does_not_take_its_batch_along(tokenizer: Any, renderer: Any) 
                 raise ValueError("bad text")
             return tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
 
+    tight = Limits(max_model_len=10, max_chars=1000, context_chars=50, max_ids=250)
     jobs = [
         Encode(job=1, kind="completion", prompt="the water", block_size=2, root_hash=b"r" * 16),
         Encode(job=2, kind="completion", prompt="bad"),
@@ -159,13 +160,15 @@ def test_a_bad_job_does_not_take_its_batch_along(tokenizer: Any, renderer: Any) 
         Encode(job=4, kind="completion", prompt="a\ud800b"),
         Encode(job=5, kind="completion", prompt="x", add_special_tokens=False),
         Encode(job=6, kind="completion", ids=np.array([1, 2, 3, 4, 5], np.int32), keep=4, block_size=2, root_hash=b"r" * 16),
-        Encode(job=7, kind="completion", prompt="long " * 100, max_chars=50),
+        Encode(job=7, kind="completion", prompt="long " * 100, limits=tight),
     ]
+    jobs.append(Encode(job=8, kind="completion", prompt="long " * 201, keep=3, limits=tight))
     done = encode_batch(Touchy(), renderer, jobs, FakeClock())  # type: ignore[arg-type]
-    assert [e.job for e in done] == [1, 2, 3, 4, 5, 6, 7]
-    assert [bool(e.error) for e in done] == [False, True, True, True, False, False, True]
-    assert [e.error_param for e in done] == [None, "prompt", "messages", "prompt", None, None, "prompt"]
-    assert done[6].error_code == "context_length_exceeded"
+    assert [e.job for e in done] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [bool(e.error) for e in done] == [False, True, True, True, False, False, True, True]
+    assert [e.error_param for e in done] == [None, "prompt", "messages", "prompt", None, None, "prompt", "prompt"]
+    assert (done[6].error_code, done[6].error_status) == ("context_length_exceeded", 400)
+    assert (done[7].error_code, done[7].error_status) == ("request_too_large", 413), "cut or not, it would have to be tokenised"
     assert done[0].ids.tolist() == tokenizer.encode_batch(["the water"], add_special_tokens=True)[0].tolist()
     assert done[0].hashes == chain(b"r" * 16, done[0].ids, 2)
     assert done[5].ids.tolist() == [2, 3, 4, 5]

@@ -23,7 +23,7 @@ import uvloop
 from penstock.core import config as configuration
 from penstock.core.columns import i32, i64
 from penstock.core.frames import make_hello
-from penstock.core.messages import Answer, Finished, Message, Query, RowExtra, Submit, TextDelta, TextReady, union_of
+from penstock.core.messages import Answer, Extension, Finished, Message, Query, RowExtra, Submit, TextDelta, TextReady, union_of
 from penstock.transports.builtin import openai_routes
 from penstock.transports.edge import Server
 from penstock.transports.link import Link
@@ -85,6 +85,7 @@ class FakeText:
         self.script: Callable[[Submit], list[Message]] = hello_script
         self.ready: bool | None = True
         """None: says nothing by itself."""
+        self.beats = True
         self.answers: dict[str, Callable[[bytes], tuple[int, bytes]]] = {
             "server_info": lambda _: (200, b'{"model":"brook","fingerprint":"fp_test"}'),
             "models": lambda _: (200, b'{"object":"list","data":[{"id":"brook","object":"model","created":1,"owned_by":"penstock"}]}'),
@@ -121,6 +122,14 @@ class FakeText:
         self._links.append(link)
         if self.ready is not None:
             link.send(TextReady(ready=self.ready, reason="" if self.ready else "the engine is loading"))
+        self._beat(link)
+
+    def _beat(self, link: Link) -> None:
+        """A sign of life every second, which says nothing new."""
+        if link in self._links and self.beats:
+            link.send(Extension(kind="beat", data=b""))
+            assert self._loop is not None
+            self._loop.call_later(1.0, self._beat, link)
 
     def _closed(self, link: Link) -> None:
         if link in self._links:
