@@ -19,7 +19,7 @@ import openai
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, silent
 
-from penstock.core.messages import Cancel, EdgeStats, Query, Submit, TextReady
+from penstock.core.messages import Cancel, EdgeStats, Limits, Query, Submit, TextReady
 from penstock.transports import edge as edge_module
 from penstock.transports import gateway
 from penstock.transports.http import PUBLIC
@@ -396,6 +396,55 @@ def test_not_ready_while_text_is_not(make_edge: MakeEdge) -> None:
         edge.wait(lambda: edge.server.gateway.readiness()[0], "readiness")
         assert http.get("/health").status_code == 200
         assert http.post(CHATS, json=CHAT).status_code == 200
+
+
+def test_requests_are_taken_while_an_engine_restarts_though_health_says_no(make_edge: MakeEdge) -> None:
+    edge = make_edge()
+    edge.text.send(TextReady(ready=False, reason="the engine is being restarted", waits=True, ages={"engine-0": 1.5}))
+    edge.wait(lambda: "restarted" in edge.server.gateway.readiness()[1], "TextReady")
+    with edge.http() as http:
+        health = http.get("/health")
+        assert (health.status_code, health.json()["reason"]) == (503, "the engine is being restarted")
+        assert health.json()["ages_s"]["engine-0"] >= 1.5
+        assert http.post(CHATS, json=CHAT).status_code == 200
+
+
+def test_health_knows_a_silent_text_process(make_edge: MakeEdge) -> None:
+    edge = make_edge()
+    edge.text.beats = False
+    with edge.http() as http:
+        assert http.get("/health").json()["status"] == "ready"
+        edge.server.gateway._heard_ns -= 60_000_000_000
+        health = http.get("/health")
+        assert health.status_code == 503
+        assert "the text process has not been heard of for" in health.json()["reason"]
+        assert health.json()["ages_s"]["text"] > 59
+        edge.text.send(TextReady(ready=True))
+        edge.wait(lambda: edge.server.gateway.readiness()[0], "a sign of life")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {"prompt": [1] * 1_300_000}, "prompt"),
+        (COMPLETIONS, {"prompt": "a", "stop_token_ids": [1] * 700_000}, "stop_token_ids"),
+        (CHATS, {"messages": [{"role": "user", "content": "a"}] * 120_000}, "messages"),
+        (CHATS, {"messages": [{"role": "user", "content": "a"}] * 8193}, "messages"),
+        ("/tokenize", {"prompt": "a" * 15_000_000}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}] * 8193}, "messages"),
+        ("/detokenize", {"tokens": [1] * 1_300_000}, "tokens"),
+    ],
+)
+def test_what_is_too_large_never_leaves_the_edge(make_edge: MakeEdge, path: str, body: dict[str, Any], param: str) -> None:
+    edge = make_edge()
+    edge.text.send(TextReady(ready=True, limits=Limits(max_model_len=4096, max_chars=1000, context_chars=0, max_ids=5000)))
+    edge.wait(lambda: edge.server.gateway.limits is not None, "limits")
+    with edge.http() as http:
+        reply = http.post(path, json={"model": "brook", **body})
+    assert reply.status_code in (400, 413)
+    assert error_of(reply)["param"] == param
+    assert any(char.isdigit() for char in error_of(reply)["message"])
+    assert not any(isinstance(m, Submit) or (isinstance(m, Query) and m.what in ("tokenize", "detokenize")) for m in edge.text.received)
 
 
 def test_a_request_waits_for_a_text_process_that_is_about_to_be_ready(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
