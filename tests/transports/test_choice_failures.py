@@ -67,7 +67,6 @@ def test_a_stream_that_had_begun_ends_with_the_error(edge: Edge) -> None:
         text = next(lines) + "\n\n"
         edge.text.send(*kept)
         text += "\n".join(lines)
-    said = events(text + "\n")
     assert said[-1]["error"]["type"] == "invalid_request_error"
     assert said[-1]["error"]["message"] == WHY
     assert "".join(c["text"] for e in said[:-1] for c in e["choices"]) == "Hello"
