@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from edge_kit import Edge, delta, events, finished
 
@@ -64,9 +65,9 @@ def test_a_stream_that_had_begun_ends_with_the_error(edge: Edge) -> None:
     with edge.http() as http, http.stream("POST", PATH, json={"model": "brook", "prompt": "a", "stream": True}) as reply:
         assert reply.status_code == 200
         lines = reply.iter_lines()
-        text = next(lines) + "\n\n"
+        first = next(lines)
         edge.text.send(*kept)
-        text += "\n".join(lines)
+        said = [msgspec.json.decode(line.removeprefix("data: ")) for line in [first, *lines] if line]
     assert said[-1]["error"]["type"] == "invalid_request_error"
     assert said[-1]["error"]["message"] == WHY
     assert "".join(c["text"] for e in said[:-1] for c in e["choices"]) == "Hello"
