@@ -120,7 +120,7 @@ def actor_table() -> list[tuple[str, str, list[str], list[str]]]:
             names(set(get_args(messages.TextToEdge)) - LINK_ONLY),
             names(set(get_args(messages.EdgeToText)) - LINK_ONLY),
         ),
-        ("text (`core/actors/text.py`)", "text, task", names(text.TextActor.takes), names(text.TextActor.gives)),
+        ("text (`core/actors/text/`)", "text, task", names(text.TextActor.takes), names(text.TextActor.gives)),
     ]
     for kind in (scheduler.Scheduler, kv.KvManager, executor.Executor, sampler.Sampler):
         module = kind.__module__.rsplit(".", 1)[1]

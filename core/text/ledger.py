@@ -9,7 +9,7 @@ What it does not know: text, stop strings, the engine's state, who is connected.
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from penstock.core.messages import Admit, RowExtra, Submit, TokenLogprobs, seq_o
 from penstock.core.sampling import SamplingParams
 from penstock.core.text.detokenizer import ByteDecoder, Decoder
 from penstock.core.text.stops import StopMatcher
+
+if TYPE_CHECKING:
+    from penstock.core.actors.text.lane import Lane
 
 # Request.state
 ENCODING, WAITING, ADMITTED = "encoding", "waiting", "admitted"
@@ -87,6 +90,7 @@ class Request:
         "hashes",
         "incarnation",
         "key",
+        "lane",
         "last_ns",
         "mark",
         "max_tokens",
@@ -123,6 +127,8 @@ class Request:
         self.hashes = b""
         self.root_hash = b""
         self.max_tokens = 0
+        self.lane: Lane | None = None
+        """Where it waits or runs, once it is encoded."""
         self.queued_tokens = 0
         """What admission counts for it, while it waits."""
         self.choices: list[Choice] = []
@@ -156,12 +162,17 @@ class Request:
         """(name, ns) for spans; only filled when traced."""
 
     @property
+    def running(self) -> list[Choice]:
+        """Choices that have not ended."""
+        return [choice for choice in self.choices if not choice.finish]
+
+    @property
     def output_tokens(self) -> int:
         return sum(len(choice.outputs) for choice in self.choices)
 
     def admit(self, eos: I32, *, replay: bool) -> Admit:
         """The Admit for every choice that still runs, with the tokens received so far."""
-        running = [choice for choice in self.choices if not choice.finish]
+        running = self.running
         params = self.params
         outputs = np.concatenate([np.frombuffer(bytes(choice.outputs), dtype=np.int32) for choice in running]) if replay else EMPTY_I32
         return Admit(
@@ -197,6 +208,10 @@ class Ledger:
 
     def add(self, request: Request) -> None:
         self.requests[request.key] = request
+
+    def has(self, request: Request) -> bool:
+        """Is it (and not another one of its key) still here?"""
+        return self.requests.get(request.key) is request
 
     def open(self, request: Request, decoders: list[Decoder], matchers: list[StopMatcher | None], batch: Any) -> None:
         """Give each choice its slot; from now on tokens are accepted."""

@@ -156,7 +156,7 @@ def test_questions_are_bounded_too(bench: Any) -> None:
 
 
 def test_only_so_many_questions_wait_at_a_time(bench: Any) -> None:
-    from penstock.core.actors.text import MAX_QUERIES
+    from penstock.core.actors.text.intake import MAX_QUERIES
     from penstock.core.messages import Query
 
     bench.hold_encodes = True

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.actors.text import REPLAY_TIMEOUT_S
+from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
 from penstock.core.columns import i32
 from penstock.core.config import Config
 from penstock.core.messages import RUNNING, Admit, Cancel, EngineDown, EngineUp, PeerDown, TextReady, Tick, seq_of
@@ -91,8 +91,9 @@ def test_received_tokens_never_change_and_arrive_once(make_bench: Any, plan: lis
     assert actor.ledger.choices == {}
     assert actor.ledger.free_slots == actor.ledger.slots
     assert (actor.admission.requests, actor.admission.tokens) == (0, 0)
-    assert not actor._replaying
-    assert actor._admitted == 0
+    for lane in actor._lanes.values():
+        assert not lane.replaying
+        assert lane._admitted == 0
 
 
 @pytest.mark.parametrize("strikes", [False, True])
@@ -234,7 +235,7 @@ def test_the_wait_for_an_engine_is_bounded_by_the_queue_and_by_time(make_bench: 
 
 def test_news_of_old_engines_is_no_news(bench: Any) -> None:
     bench.up()
-    facts = bench.actor._facts
+    facts = bench.actor._pool.facts
     assert bench.send(EngineDown(engine=0, epoch=1)) == []
     assert bench.send(EngineUp(engine=0, epoch=1, facts=facts)) == []
     assert bench.send(EngineUp(engine=0, epoch=2, facts=facts)) == []

@@ -501,7 +501,7 @@ def test_an_edge_that_dies_takes_its_streams_along(bench: Any) -> None:
     bench.submit(2, edge=0)
     before = len(bench.out)
     bench.send(PeerDown(role="edge", id=3, epoch=1))
-    assert [(i, type(m)) for i, m in bench.out[before:]] == [(None, Abort)]
+    assert [type(m) for _, m in bench.out[before:]] == [Abort]
     assert set(bench.actor.ledger.requests) == {2}
 
 
@@ -649,6 +649,7 @@ def test_an_error_of_our_own_fails_one_request(bench: Any) -> None:
 
 def test_the_work_of_a_step_does_not_grow_with_the_output(bench: Any) -> None:
     """Python-level calls and lines of one step, at 100 tokens and at 64k."""
+    import gc
     import sys
 
     for key, stream in ((1, True), (2, False)):
@@ -667,11 +668,13 @@ def test_the_work_of_a_step_does_not_grow_with_the_output(bench: Any) -> None:
             count += 1
             return tracer
 
+        gc.disable()  # what others left behind is finalised another time
         sys.settrace(tracer)
         try:
             bench.rows([(s, 0, offset, token, RUNNING) for s in seqs])
         finally:
             sys.settrace(None)
+            gc.enable()
         return count
 
     early = events(1)

@@ -1,0 +1,340 @@
+"""The tokenizer actor: everything between an edge and the engines.
+
+What it is: it checks a Submit, has it rendered and tokenised (Encode to its worker), decides admission, writes the ledger entry and admits it to an
+engine; it turns the engines' tokens into text for the edges; it keeps every stream alive over an engine's death and re-admits the requests
+with the tokens it received. It answers the edges' questions and holds the metrics. It never blocks and never waits.
+What it does not know: sockets, threads, HTTP, how a model computes.
+
+This file takes the messages apart and knows edges and time; intake.py, lane.py and ending.py are the stages of a request, on one desk.py; pool.py is
+the model. A message to an edge is yielded as `To(message, edge)`, edge -1 being a caller in the same process; one to an engine as
+`To(message, engine)`. Life of a request here: ENCODING (with the worker) -> WAITING (no engine, or replays before it) -> ADMITTED -> gone. A
+request counts as queued until its first step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from penstock.core.actor import Ask, Handling, To
+from penstock.core.actors.text.desk import Desk, Outbound
+from penstock.core.actors.text.ending import Ending
+from penstock.core.actors.text.health import Health
+from penstock.core.actors.text.intake import Intake
+from penstock.core.actors.text.lane import MAX_STRIKES, Lane
+from penstock.core.actors.text.pool import Pool
+from penstock.core.clock import Clock, SystemClock
+from penstock.core.config import Config
+from penstock.core.errors import Draining, EngineUnavailable, NotFound, PenstockError
+from penstock.core.messages import (
+    Abort,
+    Admit,
+    Answer,
+    Cancel,
+    Drain,
+    Drained,
+    EdgeStats,
+    Encode,
+    Encoded,
+    EngineDown,
+    EngineUp,
+    Finished,
+    Message,
+    Park,
+    PeerDown,
+    PeerUp,
+    Query,
+    Rejected,
+    StartupPhase,
+    StepTokens,
+    Submit,
+    TextDelta,
+    TextReady,
+    Tick,
+    Unpark,
+    Vitals,
+)
+from penstock.core.telemetry_metrics import Metrics
+from penstock.core.telemetry_traces import NO_TRACES, Traces
+from penstock.core.text import queries
+from penstock.core.text.ledger import ADMITTED, ENCODING, WAITING, Request
+from penstock.core.text_api import Tokenizer
+
+REPLAY_TIMEOUT_S = 300.0
+"""Streams outlive a dead engine for so long; then they fail as retryable."""
+
+
+class TextActor:
+    """`names`: what requests may call the model, the reported one first. `defaults`: sampling defaults (resolve.generation_defaults).
+
+    `secret` salts cache keys, `rng` draws missing seeds; `hooks` is a pluggy relay (request_finished, engine_ready, engine_lost); `log` a
+    structlog logger. `shard` is this text process's id.
+    """
+
+    name = "text"
+    takes: frozenset[type[Message]] = frozenset(
+        {
+            Submit,
+            Cancel,
+            Park,
+            Unpark,
+            Query,
+            EdgeStats,
+            StepTokens,
+            EngineUp,
+            EngineDown,
+            Encoded,
+            Tick,
+            Drain,
+            PeerUp,
+            PeerDown,
+            Vitals,
+            StartupPhase,
+        }
+    )
+    gives: frozenset[type[Message]] = frozenset(
+        {Encode, Admit, Abort, Park, Unpark, TextDelta, Finished, Rejected, Answer, TextReady, Drained}
+    )
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        *,
+        names: list[str],
+        model_path: str = "",
+        defaults: dict[str, Any] | None = None,
+        clock: Clock | None = None,
+        metrics: Metrics | None = None,
+        traces: Traces = NO_TRACES,
+        secret: bytes | None = None,
+        rng: random.Random | None = None,
+        max_strikes: int = MAX_STRIKES,
+        hooks: Any = None,
+        log: Any = None,
+        shard: int = 0,
+    ) -> None:
+        self._clock: Clock = clock or SystemClock()
+        self.metrics = metrics or Metrics(names[0], compat=config.metrics_compat == "vllm")
+        self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)
+        self.ledger, self.admission = desk.ledger, desk.admission
+        self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret)
+        self._ending = Ending(desk, self._pool)
+        self._intake = Intake(desk, self._pool, self._ending, place=self._lane_for, rng=rng or random.SystemRandom())
+        self._lanes: dict[int, Lane] = {}
+        self._max_strikes = max_strikes
+        self._shard = shard
+        self._edges: set[int] = set()
+        self._created_s = self._clock.wall_ns() // 1_000_000_000
+        self._drained = False
+        self._said: tuple[bool, str, int] | None = None
+        self._health = Health(desk, self._pool, self._lanes)
+        self._handlers: dict[type[Message], Callable[[Any], Handling]] = {
+            Submit: self._submit,
+            Cancel: self._cancel,
+            Park: self._park,
+            Unpark: self._park,
+            Query: self._query,
+            EdgeStats: self._edge_stats,
+            StepTokens: self._step,
+            EngineUp: self._engine_up,
+            EngineDown: self._engine_down,
+            Encoded: self._intake.encoded,
+            Tick: self._tick,
+            Drain: self._drain,
+            PeerUp: self._peer_up,
+            PeerDown: self._peer_down,
+            Vitals: self._take_vitals,
+            StartupPhase: self._take_phase,
+        }
+
+    def handle(self, message: Message) -> Handling:
+        handling = self._handlers[type(message)](message)
+        return handling if self._desk.drain_at_ns is None else self._until_drained(handling)
+
+    def failed(self, message: Message, error: Exception) -> Handling:
+        """A handler raised: what concerns one request or question fails alone; anything else is not survivable."""
+        inner = PenstockError("The server made an error while it handled this request. It is logged.")
+        if isinstance(message, Submit):
+            request = self.ledger.requests.get(message.key)
+            if request is None or request.submit is not message:
+                return self._desk.refuse(message.key, message.edge, inner)
+            return self._until_drained(self._ending.abandon(request, inner))
+        if isinstance(message, Query):
+            return [To(queries.failure(message, inner), message.edge)]
+        raise error
+
+    # --- requests
+
+    def _submit(self, message: Submit) -> Iterator[Outbound]:
+        yield from self._greet(message.edge)
+        yield from self._intake.submit(message)
+
+    def _park(self, message: Park | Unpark) -> Iterable[Outbound]:
+        request = self.ledger.requests.get(message.key)
+        if request is None or request.parked is isinstance(message, Park):
+            return ()
+        request.parked = not request.parked
+        if request.traced:
+            request.events.append(("parked" if request.parked else "resumed", self._clock.now_ns()))
+        return (To(message, request.lane.engine),) if request.state == ADMITTED and request.lane is not None else ()
+
+    def _cancel(self, message: Cancel) -> Iterable[Outbound]:
+        request = self.ledger.requests.get(message.key)
+        return () if request is None else self._ending.drop(request, message.cause)
+
+    # --- engines
+
+    def _lane_for(self, request: Request) -> Lane:
+        """Where a request goes that is ready: the first engine that is up, or the first that will be again."""
+        lanes = self._lanes.values()
+        return next((lane for lane in lanes if lane.up), None) or next(iter(lanes))
+
+    def _step(self, message: StepTokens) -> Iterable[Outbound]:
+        lane = self._lanes.get(message.engine)
+        if lane is None:
+            self.metrics.count("dropped_rows", "stale", by=len(message.seqs))
+            return ()
+        return lane.step(message)
+
+    def _engine_up(self, message: EngineUp) -> Iterator[Outbound]:
+        lane = self._lanes.get(message.engine)
+        if lane is None:
+            lane = self._lanes[message.engine] = Lane(self._desk, self._pool, self._ending, message.engine, max_strikes=self._max_strikes)
+        yield from lane.rise(message)
+        yield from self._say_ready()
+
+    def _engine_down(self, message: EngineDown) -> Iterator[Outbound]:
+        yield from self._lose(message.engine, message.epoch, message.reason)
+
+    def _lose(self, engine: int, epoch: int, reason: str) -> Iterator[Outbound]:
+        lane = self._lanes.get(engine)
+        if lane is not None and lane.up and lane.epoch == epoch:
+            yield from lane.lose(reason)
+            yield from self._say_ready()
+
+    # --- time, draining, edges
+
+    def _tick(self, message: Tick) -> Iterator[Outbound]:
+        now, drain_at_ns = message.now_ns, self._desk.drain_at_ns
+        if drain_at_ns is not None and now >= drain_at_ns and self.ledger.requests:
+            yield from self._ending.everything("abort", Draining("The server shut down before this request was done.", retry_after_s=2.0))
+        lanes = self._lanes.values()
+        if lanes and self.ledger.requests and all(not lane.up and now - lane.down_since_ns > REPLAY_TIMEOUT_S * 1e9 for lane in lanes):
+            error = EngineUnavailable(f"The engine died and did not come back within {REPLAY_TIMEOUT_S:g} s. Send the request again.")
+            yield from self._ending.everything("error", error)
+        for lane in lanes:
+            yield from lane.pump()
+        yield from self._say_ready(again=True)
+
+    def _drain(self, message: Drain) -> Handling:
+        deadline = self._clock.now_ns() + round(message.deadline_s * 1e9)
+        before = self._desk.drain_at_ns
+        self._desk.drain_at_ns = deadline if before is None else min(deadline, before)
+        return self._until_drained(self._say_ready())
+
+    def _until_drained(self, handling: Handling) -> Iterator[Outbound | Ask]:
+        """What a handler does, and after it, while draining: is nothing left?"""
+        yield from handling
+        if self._desk.drain_at_ns is not None and not self._drained and not self.ledger.requests:
+            self._drained = True
+            yield Drained(role="text", id=self._shard)
+
+    def _say_ready(self, *, again: bool = False) -> Iterator[Outbound]:
+        """To all edges if it is news; `again`: in any case, as a sign of life."""
+        word = self._health.readiness()
+        self.metrics.set("ready", float(word.ready))
+        if again or (word.ready, word.reason, word.epoch) != self._said:
+            self._said = (word.ready, word.reason, word.epoch)
+            for edge in sorted(self._edges):
+                yield To(word, edge)
+
+    def _greet(self, edge: int) -> Iterator[Outbound]:
+        """An edge that we did not know learns whether it may send."""
+        if edge not in self._edges:
+            self._edges.add(edge)
+            yield To(self._health.readiness(), edge)
+
+    def _peer_up(self, message: PeerUp) -> Iterator[Outbound]:
+        if message.role == "edge":
+            self._edges.discard(message.id)
+            yield from self._greet(message.id)
+
+    def _peer_down(self, message: PeerDown) -> Iterator[Outbound]:
+        if message.role == "engine":
+            yield from self._lose(message.id, message.epoch, "its link broke")
+        elif message.role == "edge":
+            self._edges.discard(message.id)
+            for request in [request for request in self.ledger.requests.values() if request.edge == message.id]:
+                for out in self._ending.drop(request, "disconnect"):
+                    if not (isinstance(out, To) and isinstance(out.message, TO_EDGE) and out.index == message.id):
+                        yield out
+            self._pool.receiver.forget_edge(message.id)
+
+    def _edge_stats(self, message: EdgeStats) -> Iterator[Outbound]:
+        self.metrics.edge(message.edge, message.counters)
+        return self._greet(message.edge)
+
+    def _take_phase(self, message: StartupPhase) -> Iterable[Outbound]:
+        self.metrics.set("startup_phase_seconds", message.seconds, f"{message.role}-{message.id}", message.phase)
+        return ()
+
+    def _take_vitals(self, message: Vitals) -> Iterable[Outbound]:
+        self._health.vitals = message
+        return ()
+
+    # --- questions
+
+    def _query(self, message: Query) -> Iterator[Outbound]:
+        yield from self._greet(message.edge)
+        try:
+            if message.what in queries.LABOUR:
+                yield self._intake.question(message)
+                return
+            answer = self._answer(message)
+        except PenstockError as error:
+            answer = queries.failure(message, error)
+        yield To(answer, message.edge)
+
+    def _answer(self, query: Query) -> Answer:
+        pool, facts = self._pool, self._pool.facts
+        match query.what:
+            case "models":
+                return queries.models(query, pool.names, pool.model_path, self._created_s, facts)
+            case "tokenizer_info":
+                return Answer(id=query.id, body=msgspec.json.encode(pool.tokenizer.info()))
+            case "server_info":
+                return queries.server_info(query, pool.names, self._desk.config, facts, self._health.epoch)
+            case "health":
+                return self._health.answer(query)
+            case "metrics":
+                self._set_gauges()
+                return Answer(id=query.id, body=self.metrics.render())
+        raise NotFound(f"This server cannot answer {query.what!r}.")
+
+    def _set_gauges(self) -> None:
+        metrics = self.metrics
+        states = dict.fromkeys(("encoding", "queued", "running", "parked", "replaying"), 0)
+        for request in self.ledger.requests.values():
+            if request.state == ENCODING:
+                states["encoding"] += 1
+            elif request.replays and (request.state == WAITING or request.replaying):
+                states["replaying"] += 1
+            elif request.parked:
+                states["parked"] += 1
+            else:
+                states["running" if request.started else "queued"] += 1
+        for state, count in states.items():
+            metrics.set("requests", count, state)
+        metrics.set("ready", float(self._health.readiness().ready))
+        metrics.set("pending_requests", self.admission.requests)
+        metrics.set("pending_prompt_tokens", self.admission.tokens)
+        metrics.set("uptime_seconds", (self._clock.now_ns() - self._health.started_ns) / 1e9)
+        metrics.put("otel_spans_exported", self._desk.traces.exported)
+        metrics.put("otel_spans_failed", self._desk.traces.failed)
+
+
+TO_EDGE = (TextDelta, Finished, Rejected, Answer, TextReady)

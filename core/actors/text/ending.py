@@ -1,0 +1,164 @@
+"""How requests end.
+
+What it is: the one place where a request leaves ledger, admission and its lane, whatever stage it is in and whoever wants it gone: its last
+token came, its client left, it cannot go on (`abandon`), it kills engines, the server shuts down. It tells the edge, counts, and writes spans.
+What it does not know: why; how tokens become text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from penstock.core.actor import To
+from penstock.core.actors.text.desk import Desk, Outbound
+from penstock.core.actors.text.pool import Pool
+from penstock.core.errors import PenstockError
+from penstock.core.hookspecs import RequestSummary
+from penstock.core.messages import Finished
+from penstock.core.text import spans
+from penstock.core.text.ledger import Request
+
+
+class Ending:
+    def __init__(self, desk: Desk, pool: Pool) -> None:
+        self._desk = desk
+        self._pool = pool
+
+    def deliver(self) -> Iterator[To]:
+        """Rows first, then the ends that they brought."""
+        receiver = self._pool.receiver
+        yield from receiver.take()
+        ended, receiver.ended = receiver.ended, []
+        for request in ended:
+            yield from self.finish(request)
+
+    def finish(self, request: Request) -> Iterator[To]:
+        """Every choice has ended."""
+        desk = self._desk
+        now = desk.clock.now_ns()
+        desk.ledger.remove(request)
+        if not request.started:
+            desk.admission.leave(request.queued_tokens)
+        if request.lane is not None:
+            request.lane.release(request)
+        times = _times(request)
+        yield To(
+            Finished(
+                key=request.key,
+                prompt_tokens=len(request.prompt),
+                output_tokens=request.output_tokens,
+                cached_tokens=request.cached,
+                queue_ns=times[0],
+                prefill_ns=times[1],
+                decode_ns=times[2],
+                first_token_ns=request.first_ns,
+                preemptions=request.preemptions,
+                done_ns=now,
+            ),
+            request.edge,
+        )
+        self._measure(request, now, times)
+        if request.traced:
+            fingerprint = self._pool.facts.fingerprint if self._pool.facts else ""
+            spans.record(desk.traces, request, self._pool.names[0], fingerprint, now, desk.clock.wall_ns() - desk.clock.now_ns())
+
+    def drop(self, request: Request, cause: str) -> Iterator[Outbound]:
+        """End a request that nobody waits for any more."""
+        desk, lane = self._desk, request.lane
+        desk.metrics.count("cancellations", cause)
+        if desk.log is not None:
+            desk.log.info("request cancelled", rid=request.submit.rid, cause=cause, output_tokens=request.output_tokens)
+        running = request.running
+        for choice in running:
+            self._pool.receiver.close(choice)
+        if lane is not None:
+            yield from lane.stop(request, running)
+        yield from self.finish(request)
+        if lane is not None:  # it may have been the one that others waited for, and no step follows
+            yield from lane.pump()
+
+    def abandon(self, request: Request, error: PenstockError, *, finish: str = "error") -> Iterator[Outbound]:
+        """End a request that cannot go on, whatever stage it is in: nothing of it stays in ledger, admission or engine. The client gets a
+        refusal if it has heard nothing yet, and its streams' last row otherwise."""
+        if not request.choices:
+            self._desk.ledger.remove(request)
+            self._desk.admission.leave(request.queued_tokens)
+            yield from self._desk.refuse(request.key, request.edge, error)
+            return
+        running = request.running
+        if request.lane is not None:
+            yield from request.lane.stop(request, running)
+        said = finish == "error"
+        for choice in running:
+            self._pool.receiver.end(choice, finish, error.message if said else None, error.code if said else None)
+        yield from self.deliver()
+
+    def condemn(self, request: Request) -> Iterator[Outbound]:
+        """It is what kills engines, as far as anybody can tell."""
+        self._desk.metrics.count("requests_condemned")
+        text = f"The engine died {request.strikes} times while it worked on this request, so it is not tried again."
+        yield from self.abandon(request, PenstockError(text, code="engine_failure"))
+
+    def everything(self, finish: str, error: PenstockError) -> Iterator[Outbound]:
+        """Every stream ends now, with what it has."""
+        for request in list(self._desk.ledger.requests.values()):
+            yield from self.abandon(request, error, finish=finish)
+
+    def _measure(self, request: Request, now_ns: int, times: tuple[int, int, int]) -> None:
+        desk, metrics = self._desk, self._desk.metrics
+        queue, prefill, decode = (ns / 1e9 for ns in times)
+        reasons = [choice.finish for choice in request.choices]
+        for reason in reasons:
+            metrics.count("requests_finished", reason)
+        if request.first_ns:
+            metrics.ttft.observe((request.first_ns - request.received_ns) / 1e9)
+            metrics.encode.observe(max(0, request.encode_end_ns - request.arrival_ns) / 1e9)
+            metrics.queue.observe(queue)
+            metrics.prefill.observe(prefill)
+            metrics.decode.observe(decode)
+            metrics.inference.observe(prefill + decode)
+            metrics.e2e.observe((request.last_ns - request.received_ns) / 1e9)
+            longest = max(len(choice.outputs) for choice in request.choices)
+            if longest > 1:
+                metrics.tpot.observe(decode / (longest - 1))
+            metrics.prompt.observe(len(request.prompt))
+            metrics.output.observe(request.output_tokens)
+            metrics.longest.observe(longest)
+            metrics.computed.observe(len(request.prompt) - request.cached)
+            metrics.preempted.observe(request.preemptions)
+            metrics.params_n.observe(request.params.n)
+            if request.params.max_tokens is not None:
+                metrics.params_max.observe(request.params.max_tokens)
+        total = (now_ns - request.received_ns) / 1e9
+        if desk.log is not None:
+            desk.log.debug(
+                "request finished",
+                rid=request.submit.rid,
+                prompt_tokens=len(request.prompt),
+                output_tokens=request.output_tokens,
+                reasons=reasons,
+                seconds=round(total, 4),
+            )
+        if desk.hears:
+            summary = RequestSummary(
+                rid=request.submit.rid,
+                model=self._pool.names[0],
+                tenant=request.submit.tenant,
+                prompt_tokens=len(request.prompt),
+                output_tokens=request.output_tokens,
+                cached_tokens=request.cached,
+                finish_reasons=reasons,
+                queue_s=queue,
+                prefill_s=prefill,
+                decode_s=decode,
+                total_s=total,
+            )
+            desk.hook("request_finished", summary=summary)
+
+
+def _times(request: Request) -> tuple[int, int, int]:
+    """Queue, prefill and decode in ns; 0 for what was never reached."""
+    queue = request.scheduled_ns - request.encode_end_ns if request.scheduled_ns else 0
+    prefill = request.first_ns - request.scheduled_ns if request.first_ns else 0
+    decode = request.last_ns - request.first_ns if request.first_ns and request.last_ns else 0
+    return max(0, queue), max(0, prefill), max(0, decode)
