@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from penstock.core.actor import Ask
-from penstock.core.actors.draft import select_logprobs
+from penstock.core.actors.scheduler.outline import select_logprobs
 from penstock.core.columns import f32, i32
 from penstock.core.messages import (
     ABORTED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from penstock.core.actors.waiting import Entry, Request, Sequence, WaitingRoom
+from penstock.core.actors.scheduler.waiting import Entry, Request, Sequence, WaitingRoom
 from penstock.core.columns import EMPTY_I32, f32, i32, i64
 from penstock.core.config import OPTIONS, Config
 from penstock.core.hookspecs import SchedulePolicySpec

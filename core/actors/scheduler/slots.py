@@ -12,7 +12,7 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from penstock.core.actors.waiting import Sequence
+from penstock.core.actors.scheduler.waiting import Sequence
 from penstock.core.columns import I32, I64, U8, Column
 
 FREE, PREFILL, DECODE, LEAVING, ENDED = 0, 1, 2, 3, 4

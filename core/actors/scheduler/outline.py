@@ -1,6 +1,6 @@
 """A step in the making, and a step on its way.
 
-What it is: `Draft` collects what one plan decides until it becomes a Forward and a Sample; `Flight` is what the scheduler remembers of a
+What it is: `Outline` collects what one plan decides until it becomes a Forward and a Sample; `Flight` is what the scheduler remembers of a
 step until its StepDone; and the selection of log-probability rows.
 What it does not know: how decisions are made.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from penstock.core.actors.slots import Rows
-from penstock.core.actors.waiting import Request, Sequence
+from penstock.core.actors.scheduler.slots import Rows
+from penstock.core.actors.scheduler.waiting import Request, Sequence
 from penstock.core.columns import I32, Column, i32
 from penstock.core.messages import KvGrant, LogprobColumns, SlotSampling
 
@@ -21,7 +21,7 @@ Blocks = tuple[Column, Column, Column]
 """seqs, index, ids: as in KvGrant."""
 
 
-class Draft:
+class Outline:
     """`budget` tokens are left; `rows` decode, `chunks` are (slot, start, count) of prompts."""
 
     __slots__ = (

@@ -1,0 +1,134 @@
+"""What became of a step.
+
+What it is: StepDone to StepTokens: which of the drawn tokens count, what ends with them, and the log-probabilities that go along.
+What it does not know: planning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from penstock.core.actor import Out
+from penstock.core.actors.scheduler.board import Board
+from penstock.core.actors.scheduler.outline import Flight, pick_logprobs, select_logprobs
+from penstock.core.actors.scheduler.release import Release
+from penstock.core.actors.scheduler.slots import ENDED
+from penstock.core.columns import U8, i32, i64
+from penstock.core.errors import ProtocolError
+from penstock.core.messages import (
+    FAILED,
+    LENGTH,
+    STOP,
+    LogprobColumns,
+    StepDone,
+    StepTokens,
+)
+
+
+class Landing:
+    def __init__(self, board: Board, release: Release) -> None:
+        self._board = board
+        self._release = release
+
+    def step_done(self, done: StepDone) -> Iterable[Out]:
+        board = self._board
+        settings, slots = board.settings, board.slots
+        if done.epoch != settings.epoch or done.engine != settings.engine or not board.flights or board.flights[0].step != done.step:
+            board.stale += 1
+            return
+        flight = board.flights.popleft()
+        rows, positions, offsets, tokens, logprobs = flight.rows, flight.positions, flight.offsets, done.tokens, done.logprobs
+        if tokens.size != rows.slots.size:
+            raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
+        board.done_step = done.step
+        bad = done.bad_rows
+        if board.leaving:
+            kept = np.flatnonzero(slots.phase[rows.index] != ENDED)
+            if kept.size < tokens.size:  # the others had already stopped: what was drawn for them is dropped
+                if logprobs is not None:
+                    logprobs = select_logprobs(logprobs, kept, tokens.size)
+                bad = np.flatnonzero(np.isin(kept, bad))
+                rows, positions, offsets, tokens = rows.select(kept), positions[kept], offsets[kept], tokens[kept]
+        index = rows.index
+        after = positions + board.ones[: positions.size]
+        reasons: U8 = np.zeros(tokens.size, np.uint8)
+        ends = flight.capped or bad.size > 0
+        if flight.capped:
+            reasons[after >= slots.limit[index]] = LENGTH
+        for stops in rows.stops:  # few; cheaper one by one than broadcast
+            hit = stops == tokens
+            if np.count_nonzero(hit):
+                reasons[hit & (offsets >= rows.mins)] = STOP
+                ends = True
+        if bad.size:
+            tokens = tokens.copy()
+            tokens[bad] = -1
+            reasons[bad] = FAILED
+            slots.poisoned[index[bad]] = True
+            fine = reasons != FAILED
+            slots.flat[rows.base[fine] + positions[fine]] = tokens[fine]
+            slots.known[index[fine]] = after[fine]
+        else:
+            slots.flat[rows.base + positions] = tokens
+            slots.known[index] = after
+        columns: dict[str, Any] = {}
+        if flight.prompts:
+            self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
+        if ends:
+            for seq in rows.seqs[reasons != 0].tolist():
+                self._release.end(board.live[seq])
+        seqs, incarnations = rows.seqs, rows.incarnations
+        if flight.scored:
+            scored = [s for lead in flight.scored if board.live.get(lead.seq) is lead for s in (*lead.attached, lead)]
+            for sequence in scored:
+                self._release.end(sequence)
+            zeros = np.zeros(len(scored), np.int32)
+            seqs = np.concatenate([seqs, i64([s.seq for s in scored])])
+            incarnations = np.concatenate([incarnations, i32([s.request.incarnation for s in scored])])
+            offsets, tokens = np.concatenate([offsets, zeros]), np.concatenate([tokens, zeros - 1])
+            reasons = np.concatenate([reasons, np.full(len(scored), LENGTH, np.uint8)])
+        if board.leaving:
+            self._release.settle()
+        if flight.started:
+            columns["started_seqs"] = i64([seq for seq, _ in flight.started])
+            columns["started_cached"] = i32([cached for _, cached in flight.started])
+        if bad.size:
+            columns["errors"] = ["The model's output for this sequence is not a number."] * bad.size
+        yield StepTokens(
+            engine=settings.engine,
+            epoch=settings.epoch,
+            step=done.step,
+            seqs=seqs,
+            incarnations=incarnations,
+            offsets=offsets,
+            tokens=tokens,
+            reasons=reasons,
+            stats=board.stats(flight.tokens),
+            started_ns=done.started_ns,
+            finished_ns=done.finished_ns,
+            preempted_seqs=board.take_preempted(),
+            logprobs=logprobs,
+            **columns,
+        )
+        yield from board.wake()
+
+    def _add_prompt_logprobs(self, columns: dict[str, Any], flight: Flight, found: LogprobColumns | None) -> None:
+        """Those that were not delivered before; under a living choice's name, since they belong to all choices."""
+        board = self._board
+        if found is None:
+            return
+        fresh = np.zeros(found.rows.size, bool)
+        seqs: list[int] = []
+        for row, (seq, request) in enumerate(flight.prompts):
+            if request.live:
+                mine = (found.rows == row) & (found.positions >= request.prompt_logprobs_next)
+                fresh |= mine
+                request.prompt_logprobs_next = int(found.positions[mine].max(initial=request.prompt_logprobs_next - 1)) + 1
+                if seq not in board.live:
+                    seq = next(s.seq for s in board.live.values() if s.request is request)
+            seqs.append(seq)
+        columns["prompt_seqs"] = i64(seqs)
+        columns["prompt_logprobs"] = pick_logprobs(found, fresh, found.rows)

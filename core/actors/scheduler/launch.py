@@ -1,0 +1,167 @@
+"""From an outline to a Forward and a Sample.
+
+What it is: the columns of a step, for decodes alone (no Python loop over sequences) and for steps with prompts in them; bookkeeping of what is
+now under way.
+What it does not know: who was chosen and why, KV.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from penstock.core.actors.scheduler.board import Board, Planning
+from penstock.core.actors.scheduler.outline import Flight, Outline
+from penstock.core.actors.scheduler.release import Release
+from penstock.core.actors.scheduler.slots import DECODE, Rows
+from penstock.core.actors.scheduler.waiting import Request, Sequence
+from penstock.core.columns import I32, i32
+from penstock.core.messages import (
+    Forward,
+    Sample,
+)
+
+
+class Launch:
+    def __init__(self, board: Board, release: Release) -> None:
+        self._board = board
+        self._release = release
+
+    def launch_decodes(self, rows: Rows, columns: dict[str, Any], outline: Outline | None) -> Planning:
+        """A step of decodes only: every row takes one token."""
+        board = self._board
+        slots, index, count = board.slots, rows.index, rows.slots.size
+        board.step = step = board.step + 1
+        starts, ones = rows.starts, board.ones[:count]
+        positions = starts + ones
+        slots.computed[index] = positions
+        slots.length[index] = positions + ones
+        slots.last_step[index] = step
+        flight = Flight(step, rows, positions, rows.left <= 1, count)
+        rows.starts = positions
+        rows.left -= 1
+        if rows.left <= 0:
+            board.rows = None
+        extra: dict[str, Any] = {}
+        if outline is not None:
+            if outline.sources:
+                slots.last_step[list(outline.sources)] = step
+            flight.started = outline.started
+            if outline.samplings:
+                extra["places"] = outline.samplings
+        return self._emit(flight, rows.slots, starts, ones, count, board.range[:count], columns, extra)
+
+    def launch_mixed(self, outline: Outline) -> Planning:
+        """A step with prompts in it."""
+        board = self._board
+        slots = board.slots
+        board.step = step = board.step + 1
+        decodes = outline.rows.slots if outline.rows is not None else board.range[:0]
+        chunks = sorted(outline.chunks, key=lambda c: not self._is_last_token(c))
+        num_decode = decodes.size + len([c for c in chunks if self._is_last_token(c)])
+        rows = np.concatenate([decodes, i32([c[0] for c in chunks])])
+        starts = np.concatenate([slots.computed[decodes], i32([c[1] for c in chunks])])
+        counts = np.concatenate([board.ones[: decodes.size], i32([c[2] for c in chunks])])
+        slots.computed[rows] = starts + counts
+        slots.length[decodes] += 1
+        slots.last_step[rows] = step
+        if outline.sources:
+            slots.last_step[list(outline.sources)] = step
+        finals: list[int] = []
+        final_slots: list[int] = []
+        prompt_rows: list[int] = []
+        prompts: list[tuple[int, Request]] = []
+        scored: list[Sequence] = []
+        for row, (slot, start, count) in enumerate(chunks, decodes.size):
+            holder = slots.holder[slot]
+            assert holder is not None
+            request = holder.request
+            last = min(start + count, request.prompt_len - 1)
+            if last > start and last >= request.prompt_logprobs_next:
+                prompt_rows.append(row)
+                prompts.append((holder.seq, request))
+            if start + count == slots.length[slot] and request.draws_nothing:
+                board.prefilling.remove(slot)
+                slots.phase[slot] = DECODE  # at its limit already: never gathered; its end comes with this step
+                scored.append(holder)
+            elif start + count == slots.length[slot]:
+                sharing = self._finish_prompt(outline, slot, holder)
+                finals += [row] * len(sharing)
+                final_slots += sharing
+        sampled = slots.gather(np.concatenate([decodes, i32(final_slots)]))
+        positions = slots.length[sampled.index] - board.ones[: sampled.slots.size]
+        tokens = int(counts.sum())
+        flight = Flight(step, sampled, positions, sampled.left <= 0, tokens)
+        flight.started, flight.prompts, flight.scored = outline.started, prompts, scored
+        board.prompt_computed += tokens - decodes.size
+        board.rows = None
+        extra: dict[str, Any] = {}
+        if outline.samplings:
+            extra["places"] = outline.samplings
+        if prompt_rows:
+            extra["prompt_rows"] = i32(prompt_rows)
+            extra["prompt_topk"] = i32([request.params.prompt_logprobs or 0 for _, request in prompts])
+        sample_rows = np.concatenate([board.range[: decodes.size], i32(finals)])
+        return self._emit(flight, rows, starts, counts, num_decode, sample_rows, self._columns(outline), extra)
+
+    def _is_last_token(self, chunk: tuple[int, int, int]) -> bool:
+        board = self._board
+        slot, start, count = chunk
+        holder = board.slots.holder[slot]
+        return count == 1 and start + 1 == int(board.slots.length[slot]) and holder is not None and not holder.request.draws_nothing
+
+    def _finish_prompt(self, outline: Outline, slot: int, lead: Sequence) -> list[int]:
+        """The last chunk is in this step: its row samples for the slot itself, and for as many of the other choices as find a slot."""
+        board = self._board
+        slots = board.slots
+        board.prefilling.remove(slot)
+        slots.phase[slot] = DECODE
+        slots.length[slot] += 1
+        sharing = [slot]
+        others, lead.attached = lead.attached, []
+        prompt = lead.request.prompt
+        while others and slots.free:
+            other = others.pop(0)
+            other.lead = None
+            place = slots.enter(other, prompt, prompt.size, DECODE)
+            outline.place(place, other, prompt)
+            slots.length[place] += 1
+            slots.last_step[place] = board.step
+            board.forking[place] = slot
+            sharing.append(place)
+        if others:
+            self._release.enqueue(others)
+        return sharing
+
+    def _columns(self, outline: Outline) -> dict[str, Any]:
+        board = self._board
+        carried, board.carried = board.carried, []
+        return outline.columns(carried, board.slot_of)
+
+    def _emit(
+        self,
+        flight: Flight,
+        slots: I32,
+        starts: I32,
+        counts: I32,
+        num_decode: int,
+        sample_rows: I32,
+        columns: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> Planning:
+        board = self._board
+        engine, epoch = board.settings.engine, board.settings.epoch
+        board.flights.append(flight)
+        yield Forward(
+            engine=engine, epoch=epoch, step=flight.step, slots=slots, starts=starts, counts=counts, num_decode=num_decode, **columns
+        )
+        yield Sample(
+            engine=engine,
+            epoch=epoch,
+            step=flight.step,
+            rows=sample_rows,
+            slots=flight.rows.slots,
+            positions=flight.positions,
+            **extra,
+        )

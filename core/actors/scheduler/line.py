@@ -1,0 +1,127 @@
+"""Who takes part in the next step.
+
+What it is: within a budget of tokens: one token of each running sequence first, then chunks of prompts that are being computed, then whoever
+waits, in the policy's order.
+What it does not know: blocks, launches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penstock.core.actors.scheduler.board import Board
+from penstock.core.actors.scheduler.outline import Outline
+from penstock.core.actors.scheduler.release import Release
+from penstock.core.actors.scheduler.slots import DECODE, Rows
+from penstock.core.actors.scheduler.waiting import Entry
+
+
+class Line:
+    def __init__(self, board: Board, release: Release) -> None:
+        self._board = board
+        self._release = release
+
+    def gather(self) -> Rows:
+        """Every sequence that can take one token."""
+        board = self._board
+        slots = board.slots
+        ready = (slots.phase == DECODE) & (slots.length < slots.limit)
+        if board.parked_live:
+            parked = slots.parked.copy()
+            for slot in board.forking:  # finishes its fork first, so that the other's blocks are not held for it
+                parked[slot] = False
+            ready &= ~parked
+        board.rows = slots.gather(np.flatnonzero(ready).astype(np.int32))
+        return board.rows
+
+    def take_decodes(self, outline: Outline, rows: Rows) -> None:
+        """Sequences that take one token, as far as the budget goes."""
+        board = self._board
+        most = outline.budget
+        if board.prefill_turn and board.prefilling:
+            head = board.prefilling[0]
+            most -= min(most, int(board.slots.length[head] - board.slots.computed[head]))
+        if rows.slots.size > most:  # those that waited longest, then those that have least
+            order = np.lexsort((rows.starts - rows.prompts, board.slots.last_step[rows.index]))[:most]
+            rows = board.slots.gather(rows.slots[np.sort(order)])
+            board.rows = None
+        if rows.slots.size:
+            outline.rows = rows
+            outline.budget -= rows.slots.size
+            if board.settings.mixed_prefill_tokens:
+                outline.budget = min(outline.budget, self._mixed_most(rows.slots.size))
+
+    def _mixed_most(self, running: int) -> int:
+        """Prompt tokens for a step with so many decodes. Every token delays all that run, so the bound gives way to how many wait for each two that run:
+        when many do, how fast the queue is worked off matters more than a few milliseconds between tokens. A sequence counts with no more tokens than
+        the bound, so that a long prompt by itself never raises it."""
+        board = self._board
+        most = board.settings.mixed_prefill_tokens
+        if board.settings.mixed_prefill_gives_way:
+            slots = board.slots
+            count, tokens = board.waiting.demand(most, parked=board.parked_live > 0)
+            tokens += sum(min(most, int(slots.length[slot] - slots.computed[slot])) for slot in board.prefilling)
+            most = max(most, tokens * (count + len(board.prefilling)) // (2 * running))
+        return most
+
+    def take_chunks(self, outline: Outline) -> None:
+        """Prompts that are being computed, first admitted first."""
+        board = self._board
+        outline.prefill_turn, board.prefill_turn = board.prefill_turn, False
+        for slot in board.prefilling:
+            if not self.take_chunk(outline, slot):
+                break
+
+    def take_chunk(self, outline: Outline, slot: int) -> bool:
+        board = self._board
+        start = int(board.slots.computed[slot])
+        left = int(board.slots.length[slot]) - start
+        count = min(left, outline.budget)
+        if count < left and not board.settings.enable_chunked_prefill and left <= board.settings.max_num_batched_tokens:
+            board.prefill_turn = not outline.prefill_turn  # whole or not at all: next time it goes before the decodes
+            return False
+        if count <= 0:
+            return False
+        outline.chunks.append((slot, start, count))
+        outline.budget -= count
+        return True
+
+    def may_admit(self) -> bool:
+        """Is it worth looking at who waits?"""
+        board = self._board
+        return len(board.waiting) > 0 and (board.parked_live > 0 or (len(board.slots.free) > 0 and not board.blocked))
+
+    def entries(self, outline: Outline) -> tuple[list[Entry], int]:
+        """Who may be admitted now, in order, and for how many slots there is room."""
+        board = self._board
+        if outline.budget <= 0 or not self.may_admit():
+            return [], 0
+        entries = [e for e in board.waiting.ordered(board.clock.now_ns()) if not e.request.parked]
+        if not entries:
+            return [], 0
+        if not board.slots.free:
+            self._release.evict_parked(outline)
+        return entries, self.room()
+
+    def room(self) -> int:
+        """Free slots that are not promised to the other choices of a prompt that is being computed."""
+        board = self._board
+        promised = sum(len(holder.attached) for slot in board.prefilling if (holder := board.slots.holder[slot]) is not None)
+        return len(board.slots.free) - promised
+
+    def next_entries(self, entries: list[Entry], budget: int, room: int) -> list[Entry]:
+        """Take from the head of the line what this step can probably start."""
+        board = self._board
+        count, tokens = 0, 0.0
+        taken: list[Entry] = []
+        for entry in entries:
+            if room <= 0 or tokens >= budget:
+                break
+            count += 1
+            if entry.seqs[0].seq in board.held:  # an earlier life of it is still in flight
+                continue
+            room -= len(entry.seqs)
+            tokens += max(1.0, entry.tokens.size * board.uncached)
+            taken.append(entry)
+        del entries[:count]
+        return taken

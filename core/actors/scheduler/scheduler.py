@@ -1,0 +1,276 @@
+"""The scheduler: what the device computes next, and what became of it.
+
+What it is: a pure state machine (messages in, messages out, time from a Clock) for continuous batching under a token budget: every step
+takes one token of each running sequence first, then chunks of prompts that are being computed, then new ones in the policy's order.
+It plans from upper bounds as many steps ahead as the device allows: a token's value is unknown until its StepDone, a sequence that turns
+out to have stopped still runs in the steps already in flight, and what they draw for it is dropped. Memory that runs out is answered
+by preemption with recomputation (never of the oldest sequence); what was received stays and is never drawn again.
+What it does not know: block ids' contents, texts, loops, sockets, who listens.
+
+Where to look: `handle` dispatches; `_plan_step` is the loop's heart. All state is on one Board (board.py); line.py says who takes part, memory.py
+gets them blocks, launch.py makes Forward and Sample, landing.py is what became of a step, release.py how sequences leave. A step in which nothing
+starts, ends or crosses a block boundary runs no Python loop over sequences and asks KV nothing.
+Iteration-level scheduling: Orca (Yu et al., 2022); chunked prefill beside decodes: Sarathi-Serve (Agrawal et al., 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import Any
+
+from penstock.core.actor import Out
+from penstock.core.actors.scheduler.board import NOBODY, Board, Planning, SchedulerSettings
+from penstock.core.actors.scheduler.landing import Landing
+from penstock.core.actors.scheduler.launch import Launch
+from penstock.core.actors.scheduler.line import Line
+from penstock.core.actors.scheduler.memory import Memory
+from penstock.core.actors.scheduler.outline import Outline
+from penstock.core.actors.scheduler.release import Release
+from penstock.core.actors.scheduler.waiting import Request, Sequence
+from penstock.core.clock import Clock
+from penstock.core.hashing import HASH_BYTES
+from penstock.core.messages import (
+    ABORTED,
+    FAILED,
+    LENGTH,
+    Abort,
+    Admit,
+    DeviceLost,
+    Drain,
+    Drained,
+    Forward,
+    KvGrant,
+    KvStep,
+    Message,
+    Park,
+    PeerDown,
+    Plan,
+    Sample,
+    StepDone,
+    StepTokens,
+    Unpark,
+    seq_of,
+)
+from penstock.core.policy import SchedulePolicy
+
+
+class Scheduler:
+    """See the module. One StepTokens follows each StepDone; aborted or failed sequences that no step names get one of their own."""
+
+    name = "scheduler"
+    takes: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark, PeerDown, KvGrant, StepDone, DeviceLost, Drain, Plan})
+    gives: frozenset[type[Message]] = frozenset({Plan, KvStep, Forward, Sample, StepTokens, Drained})
+
+    def __init__(self, settings: SchedulerSettings, policy: SchedulePolicy, clock: Clock) -> None:
+        if min(settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, settings.depth) < 1:
+            raise ValueError("max_num_seqs, max_num_batched_tokens, max_model_len and depth must be at least 1")
+        self._board = board = Board(settings, policy, clock)
+        self._release = Release(board)
+        self._line = Line(board, self._release)
+        self._memory = Memory(board, self._release, self._line)
+        self._launch = Launch(board, self._release)
+        self._landing = Landing(board, self._release)
+
+    def handle(self, message: Message) -> Iterable[Out]:
+        board = self._board
+        if type(message) is Plan:
+            return self._plan()
+        if type(message) is StepDone:
+            return self._landing.step_done(message)
+        if type(message) is Admit:
+            return self._admit(message)
+        if type(message) is Abort:
+            return self._abort(message.seqs.tolist())
+        if type(message) is Park:
+            return self._park(message.key, True)
+        if type(message) is Unpark:
+            return self._park(message.key, False)
+        if type(message) is Drain:
+            board.draining = True
+            return board.wake()
+        if type(message) is PeerDown:  # text is gone, and with it everybody who waits for these tokens
+            return self._abort(list(board.live)) if message.role == "text" else ()
+        if type(message) is DeviceLost:
+            board.lost = board.lost or message.epoch == board.settings.epoch
+            return ()
+        raise TypeError(f"the scheduler does not take {type(message).__name__}")
+
+    def _admit(self, admit: Admit) -> Iterable[Out]:
+        board = self._board
+        old = board.requests.get(admit.key)
+        if old is not None and old.incarnation >= admit.incarnation:
+            board.stale += 1  # said twice
+            return
+        if old is not None:  # a later life of the same request: the earlier one ends without a word
+            for sequence in [s for s in board.live.values() if s.request is old]:
+                self._release.end(sequence)
+        choices = admit.choices.tolist()
+        limit = min(admit.prompt.size + admit.max_tokens, board.longest)
+        error = self._refusal(admit)
+        if error is not None:
+            yield board.report([(seq_of(admit.key, c), admit.incarnation, 0, FAILED) for c in choices], [error] * len(choices))
+            return
+        usable = admit.prompt.size // board.block * HASH_BYTES if board.caching else 0
+        request = Request(admit, board.clock.now_ns(), limit, admit.hashes[:usable])
+        fresh: list[Sequence] = []
+        over: list[tuple[int, int, int, int]] = []
+        at = 0
+        counts = admit.output_counts.tolist() or [0] * len(choices)
+        for choice, count in zip(choices, counts, strict=True):
+            sequence = Sequence(request, choice, admit.outputs[at : at + count])
+            at += count
+            if count and request.prompt_len + count >= limit:
+                over.append((sequence.seq, request.incarnation, count, LENGTH))
+                continue
+            board.live[sequence.seq] = sequence
+            request.live += 1
+            if count:
+                request.prompt_logprobs_next = request.prompt_len  # they came with or before the first token
+                self._release.enqueue([sequence])
+            else:
+                fresh.append(sequence)
+        if fresh:
+            self._release.enqueue(fresh)
+        if request.live:
+            board.requests[admit.key] = request
+        if over:
+            yield board.report(over)
+        yield from board.wake()
+
+    def _refusal(self, admit: Admit) -> str | None:
+        """Why this request can never run here."""
+        board = self._board
+        settings = board.settings
+        length = int(admit.prompt.size)
+        if board.draining:
+            return "The engine is draining and takes nothing new."
+        if length == 0:
+            return "The prompt has no tokens."
+        least = length + min(admit.max_tokens, 1)  # who draws nothing needs room for nothing more
+        if least > settings.max_model_len:
+            return f"The prompt has {length} tokens; the engine's context is {settings.max_model_len}."
+        if least > board.longest:
+            return f"The prompt has {length} tokens; the KV cache of {settings.num_blocks} blocks holds {board.longest}."
+        if not settings.enable_chunked_prefill and length > settings.max_num_batched_tokens:
+            return f"The prompt has {length} tokens; without chunked prefill a step takes {settings.max_num_batched_tokens}."
+        if int(admit.prompt.min()) < 0 or int(admit.prompt.max()) >= settings.vocab:
+            return f"The prompt holds a token id outside 0..{settings.vocab - 1}."
+        if admit.max_tokens < 0:
+            return "max_tokens must be 0 or more."
+        if admit.prefill_only or admit.kv_handle or admit.adapter:
+            return "Disaggregated prefill and adapters are not supported yet."
+        return None
+
+    def _abort(self, seqs: list[int]) -> Iterable[Out]:
+        board = self._board
+        rows: list[tuple[int, int, int, int]] = []
+        for seq in seqs:
+            sequence = board.live.get(seq)
+            if sequence is not None:
+                rows.append((seq, sequence.request.incarnation, board.received(sequence), ABORTED))
+                self._release.end(sequence)
+        if rows:
+            yield board.report(rows)
+            yield from board.wake()
+
+    def _park(self, key: int, parked: bool) -> Iterable[Out]:
+        board = self._board
+        request = board.requests.get(key)
+        if request is None or request.parked == parked:
+            return ()
+        request.parked = parked
+        board.parked_live += request.live if parked else -request.live
+        for slot, sequence in enumerate(board.slots.holder):
+            if sequence is not None and sequence.request is request:
+                board.slots.parked[slot] = parked
+        board.rows = None
+        board.blocked = False
+        return board.wake()
+
+    def _plan(self) -> Planning:
+        board = self._board
+        board.plan_queued = False
+        if board.lost:
+            return
+        giving = bool(board.releases)
+        while len(board.flights) < board.settings.depth:
+            board.again = False
+            made = yield from self._plan_step()
+            if board.failures:
+                yield from self._fail()
+            elif not made and not board.again:
+                break
+            self._release.settle()
+        if board.releases and not board.flights:  # nothing to compute, but something to give back
+            yield from self._memory.ask(Outline(0), NOBODY, [])
+        if giving and not board.flights:  # no step will tell that the blocks came back
+            yield board.report([])
+        if board.draining and not board.drained and not board.live and not board.flights:
+            board.drained = True
+            yield Drained(role="engine", id=board.settings.engine)
+
+    def _fail(self) -> Iterable[Out]:
+        board = self._board
+        failures, board.failures = board.failures, []
+        rows = [(s.seq, s.request.incarnation, board.received(s), FAILED) for s, _ in failures]
+        for sequence, _ in failures:
+            self._release.end(sequence)
+        yield board.report(rows, [error for _, error in failures])
+
+    def _plan_step(self) -> Generator[Out, Any, bool]:
+        """Plan one step; False if there is nothing to compute now."""
+        board = self._board
+        rows = board.rows or self._line.gather()
+        budget = board.settings.max_num_batched_tokens
+        due = bool(board.releases)
+        short = rows.index[board.slots.short(rows)]
+        quiet = not (short.size or due or board.prefilling or board.carried or self._line.may_admit())
+        if quiet and 0 < rows.slots.size <= budget:
+            yield from self._launch.launch_decodes(rows, {}, None)
+            return True
+        outline = Outline(budget)
+        self._line.take_decodes(outline, rows)
+        self._line.take_chunks(outline)
+        entries, room = self._line.entries(outline)
+        asked = self._line.next_entries(entries, outline.budget, room)
+        if outline.rows is not rows:
+            short = outline.rows.index[board.slots.short(outline.rows)] if outline.rows is not None else NOBODY
+        if short.size or asked or due:
+            denied = yield from self._memory.ask(outline, short, asked)
+            if denied or outline.stalled:
+                yield from self._memory.relieve(outline, denied)
+                self._memory.drop_stalled(outline)
+            elif asked:
+                yield from self._memory.more(outline, entries, room)
+        if outline.chunks:
+            yield from self._launch.launch_mixed(outline)
+        elif outline.rows is not None:
+            yield from self._launch.launch_decodes(outline.rows, self._launch._columns(outline), outline)
+        else:
+            assert not outline.places
+            assert not outline.copies
+            board.carried += outline.blocks
+            return False
+        return True
+
+    # ============================================================== for others to look at
+
+    @property
+    def settings(self) -> SchedulerSettings:
+        return self._board.settings
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self._board.progress
+
+    @property
+    def done_step(self) -> int:
+        return self._board.done_step
+
+    @property
+    def stale(self) -> int:
+        """Messages of another epoch or out of order, dropped."""
+        return self._board.stale
+
+    def leftovers(self) -> dict[str, int]:
+        return self._board.leftovers()
