@@ -39,7 +39,8 @@ Handling: TypeAlias = Iterable[Out]
 
 
 class Actor(Protocol):
-    """`takes` names every message type that may be given to `handle`; `gives` every type that it may yield (asked questions too)."""
+    """`takes` names every message type that may be given to `handle`; `gives` every type that it may yield (asked questions too). An actor with
+    optional partners sets them on the instance: a wiring without a taker is refused."""
 
     name: str
     takes: frozenset[type[Message]]
