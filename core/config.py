@@ -113,6 +113,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     uds: Annotated[str | None, opt("Listen on this unix socket instead.", "server")] = None
     edge_workers: Annotated[int, opt("HTTP processes.", "server")] = 1
     api_key: Annotated[list[str], opt("Key(s) that requests must bring; every path but health is protected.", "server")] = []
+    allowed_origins: Annotated[list[str], opt("Web origins whose pages may send requests (CORS); * is any. Default: none.", "server")] = []
+    allowed_methods: Annotated[list[str], opt("Methods that such pages may use.", "server")] = msgspec.field(default_factory=lambda: ["*"])
+    allowed_headers: Annotated[list[str], opt("Headers that such pages may send.", "server")] = msgspec.field(default_factory=lambda: ["*"])
+    allow_credentials: Annotated[bool, opt("Let such pages send cookies and keys of their own accord.", "server")] = False
     shutdown_timeout: Annotated[
         float, opt("Seconds to finish running requests after SIGTERM.", "server", "graceful-termination-timeout")
     ] = 30.0

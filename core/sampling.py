@@ -102,10 +102,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         need(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "must not be empty")
         for token, bias in self.logit_bias.items():
             if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise InvalidRequest(f"logit_bias of token {shorten(token)} must be between -100 and 100.", param="logit_bias")
+                name = f"logit_bias.{shorten(token)}"
+                raise InvalidRequest(f"{name} must be between -100 and 100, but is {bias!r}.", param=name)
         for token in self.logit_bias:
             if not 0 <= token < (vocab_size or INT_LIMIT):
-                raise InvalidRequest(not_a_token(f"logit_bias[{str(token)[:30]!r}]", token, vocab_size), param="logit_bias")
+                name = f"logit_bias.{shorten(token)}"
+                raise InvalidRequest(not_a_token(f"{name}: the key", token, vocab_size), param=name)
         check_tokens(self.allowed_token_ids or [], "allowed_token_ids", vocab_size)
         check_tokens(self.stop_token_ids, "stop_token_ids", vocab_size)
         for index, sequence in enumerate(self.bad_words_token_ids):

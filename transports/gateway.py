@@ -49,6 +49,7 @@ QUERY_TIMEOUT_S = 10.0
 SOON_S = 0.5
 """Longest wait of a request for a text process that is not ready, or whose link is being dialled: longer than the dialler's longest pause."""
 STATS_PERIOD_S = 1.0
+LOG_PERIOD_S = 10.0
 SILENT_S = 4.0
 """A text process that has said nothing for so long stands still: it gives a sign of life every second."""
 
@@ -156,6 +157,10 @@ class Gateway:
         """Is everything up that an answer needs?"""
         self._ages: dict[str, float] = {}
         self._heard_ns = 0
+        self._refused = 0
+        self._refused_at_ns = -(10**18)
+        self._over = False
+        """The drain's time is over: nobody will answer any more."""
         self._sinks: dict[int, Sink] = {}
         self._link: Callable[[], Link | None] = lambda: None
         self._reason = "the text process is not connected yet"
@@ -320,11 +325,25 @@ class Gateway:
             raise self._unavailable()
         if self.active >= self.config.max_streams:
             self.counters.add("penstock_edge_refused_total")
+            self._note_refused()
             raise TooManyStreams(
                 f"This server already has {self.config.max_streams} requests in progress (--max-streams). Try again later.",
                 retry_after_s=1.0,
             )
         self.active += 1
+
+    def _note_refused(self) -> None:
+        """One log line for all that were refused within LOG_PERIOD_S."""
+        self._refused += 1
+        now = self.clock.now_ns()
+        if now - self._refused_at_ns >= LOG_PERIOD_S * 1e9:
+            log.warning(
+                "%d requests refused: %d are in progress at this edge (--max-streams %d)",
+                self._refused,
+                self.active,
+                self.config.max_streams,
+            )
+            self._refused, self._refused_at_ns = 0, now
 
     def leave(self) -> None:
         self.active -= 1
@@ -353,14 +372,18 @@ class Gateway:
             self._send(Unpark(key=key))
 
     def fail_all(self, error: PenstockError, cause: CancelCause) -> None:
-        """End every request with `error` (a drain whose deadline passed)."""
+        """End every request and question with `error`, and every later one (a drain whose deadline passed)."""
+        self._over = True
         for key, sink in list(self._sinks.items()):
             self.cancel(key, cause)
             sink.failed(error)
+        for future in list(self._queries.values()):
+            if not future.done():
+                future.set_exception(error)
 
     async def query(self, what: str, body: bytes = b"", *, timeout: float = QUERY_TIMEOUT_S) -> Answer:
         """Ask text. Raises EngineUnavailable when it is not there or does not answer in time (seconds)."""
-        if not self.connected:
+        if self._over or not self.connected:
             raise self._unavailable()
         self._query_id += 1
         mine = self._query_id

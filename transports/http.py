@@ -23,6 +23,7 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ASGIApp
 
 from penstock.core.errors import EngineUnavailable, FinalError, InvalidRequest, NotFound, PenstockError, Unauthorized
+from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
 from penstock.transports.openapi import SchemaPage
@@ -68,6 +69,7 @@ class Edge:
         self.gateway = gateway
         self.app = app
         self._keys = [(key.encode(), tenant_of(key)) for key in gateway.config.api_key]
+        self._cors = Cors(gateway.config)
         self._tracing = gateway.tracing
         self._requests = RequestCounts()
         gateway.counters.sources.append(self._requests)
@@ -92,6 +94,7 @@ class Edge:
                 if scope["method"] == "OPTIONS":  # Litestar's own answer does not know of HEAD
                     message["headers"] = [(k, _with_head(v) if k.lower() == b"allow" else v) for k, v in message["headers"]]
                 extra = [(b"x-request-id", context.rid.encode()), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
+                extra += self._cors.headers(headers.get(b"origin"))
                 if span.traceparent:
                     extra.append((b"traceparent", span.traceparent.encode()))
                 message["headers"] = [*message["headers"], *extra]
@@ -101,7 +104,10 @@ class Edge:
         inner: Scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
             error = self._refusal(scope, context)
-            if error is not None:
+            preflight = self._cors.preflight(headers) if scope["method"] == "OPTIONS" else None
+            if preflight is not None and error is None:
+                await preflight(scope, receive, send_with_headers)
+            elif error is not None:
                 await error_reply(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
@@ -112,7 +118,7 @@ class Edge:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
         if limit is not None:
             return HeadersTooLarge(limit)
-        if self._keys and scope["path"] not in PUBLIC:
+        if self._keys and scope["path"] not in PUBLIC and scope["method"] != "OPTIONS":  # a browser asks without credentials
             tenant = self._tenant(context.headers)
             if tenant is None:
                 return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")

@@ -7,6 +7,7 @@ What it does not know: JSON decoding (openai_schema.py), HTTP, streams, keys, th
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -18,10 +19,13 @@ from penstock.core.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.messages import Limits
 from penstock.core.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.core.text import bounds
+from penstock.transports import refused
 from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
+
+_TOKEN = re.compile(r"[0-9]{1,19}")
 
 _SAMPLING = (
     "temperature",
@@ -39,7 +43,6 @@ _SAMPLING = (
     "allowed_token_ids",
     "bad_words",
     "stop_token_ids",
-    "logit_bias",
     "seed",
     "n",
 )
@@ -83,6 +86,8 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
         values["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
     if max_tokens is not None:
         values["max_tokens"] = max_tokens
+    if request.logit_bias:
+        values["logit_bias"] = _logit_bias(request.logit_bias)
     explicit = sorted(values)
     if logprobs is not None:
         values["logprobs"] = logprobs
@@ -95,9 +100,26 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
     return sampling, explicit
 
 
+def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
+    """Raises InvalidRequest naming key and value."""
+    bias: dict[int, float] = {}
+    for key, value in given.items():
+        name = f"logit_bias.{key[:40]}"
+        _need(_TOKEN.fullmatch(key) is not None, f"{name}: the key must be a token id, but is {key[:40]!r}.", name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _need(
+            number and -100 <= value <= 100,
+            f"{name} must be a number from -100 to 100, but is {msgspec.json.encode(value).decode()[:40]}.",
+            name,
+        )
+        _need(int(key) < INT_LIMIT, f"{name}: token ids are from 0 to {INT_LIMIT - 1}.", name)
+        bias[int(key)] = float(value)
+    return bias
+
+
 def _shared(request: GenerationRequest, config: Config) -> dict[str, Any]:
     """Checks that both requests share; Submit's fields that they share."""
-    if request.response_format is not None and request.response_format.type != "text":
+    if request.response_format is not None and (request.response_format.type != "text" or request.response_format.schema is not None):
         raise UnsupportedFeature(
             f"response_format of type {request.response_format.type!r} is not supported yet. Leave it out, or use {{'type': 'text'}}.",
             param="response_format",
@@ -187,7 +209,6 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     )
     fields.update(
         messages=bytes(raw["messages"]),
-        tools=bytes(raw["tools"]) if request.tools and request.tool_choice != "none" else b"",
         template_kwargs=msgspec.json.encode(kwargs) if kwargs else b"",
         add_generation_prompt=generate,
         continue_final_message=continues,
@@ -208,13 +229,17 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
 
 
 def _check_tools(request: ChatRequest) -> None:
+    """A model that is given tools may answer with a call, which nobody here takes apart yet: a client would take its text for the answer."""
     choice = request.tool_choice
     if choice not in (None, "none", "auto"):
         raise UnsupportedFeature("Forcing a tool call (tool_choice other than 'none' or 'auto') is not supported yet.", param="tool_choice")
     if choice == "auto" and not request.tools:
         raise InvalidRequest("tool_choice is only allowed when tools are given.", param="tool_choice")
-    if request.parallel_tool_calls is False and request.tools:
-        raise UnsupportedFeature("parallel_tool_calls false is not supported yet.", param="parallel_tool_calls")
+    if request.tools and choice != "none":
+        raise UnsupportedFeature(
+            "tools are not supported yet: calls in the answer are not taken apart. Leave tools out, or set tool_choice to 'none'.",
+            param="tools",
+        )
 
 
 def check_messages(messages: list[ChatMessage], most: int) -> None:
@@ -222,6 +247,12 @@ def check_messages(messages: list[ChatMessage], most: int) -> None:
     _need(bool(messages), "messages must not be empty.", "messages")
     bounds.check_messages(len(messages), most)
     for i, message in enumerate(messages):
+        for name, entry in refused.MESSAGE_FIELDS.items():
+            value = getattr(message, name)
+            if value not in entry.neutral:
+                raise UnsupportedFeature(
+                    f"messages[{i}].{name} is not supported here. {entry.instead or 'Leave it out.'}", param=f"messages[{i}].{name}"
+                )
         content = message.content
         if isinstance(content, list):
             for j, part in enumerate(content):

@@ -1,7 +1,7 @@
 """The structs of the OpenAI request bodies, and their strict decoding.
 
-What it is: OpenAI's fields and vLLM's extras as msgspec structs; `decode`, whose errors name the field; the fields of later capabilities
-(neutral values are accepted, others are 400 `unsupported_feature`). Unknown fields are ignored and named, so that the reply can warn.
+What it is: OpenAI's fields and vLLM's extras as msgspec structs; `decode`, whose errors name the field. Fields that would change what the answer
+is and do not exist here are 400 `unsupported_feature` (refused.py); other unknown ones are ignored and named, so that the reply can warn.
 What it does not know: what the fields mean together (openai.py), HTTP.
 """
 
@@ -10,14 +10,15 @@ from __future__ import annotations
 import re
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.errors import InvalidRequest
 from penstock.core.messages import Limits
 from penstock.core.text.bounds import SMALL, check_raw
 from penstock.core.wording import plain, type_words
+from penstock.transports import refused
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -50,6 +51,9 @@ class ChatMessage(msgspec.Struct, frozen=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    prefix: Any = None
+    audio: Any = None
+    images: Any = None
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):
@@ -66,6 +70,13 @@ class Tool(msgspec.Struct, frozen=True):
 
 class ResponseFormat(msgspec.Struct, frozen=True):
     type: str
+    schema: Any = None
+
+
+LogitBias = Annotated[
+    dict[str, Any], msgspec.Meta(extra_json_schema={"additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}})
+]
+"""Token ids as JSON's keys; checked in openai.py, so that an error can name key and value."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +85,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: LogitBias | None = None
     max_tokens: int | None = None
     n: int | None = None
     seed: int | None = None
@@ -154,46 +165,7 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Fields that OpenAI clients send as hints: nothing of the answer depends on them here, so they are taken in silence.
-HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
-
-# Known fields that do not exist here yet, with their neutral values. Anything else is refused: ignoring it would change the answer.
-_OFF: tuple[Any, ...] = (None, False)
-_EMPTY: tuple[Any, ...] = (None, [], {}, "")
-LATER: dict[str, tuple[Any, ...]] = {
-    "audio": _EMPTY,
-    "modalities": (None, ["text"], []),
-    "prediction": _EMPTY,
-    "web_search_options": (None,),
-    "functions": _EMPTY,
-    "function_call": (None, "none"),
-    "suffix": (None, ""),
-    "use_beam_search": _OFF,
-    "length_penalty": (None, 1, 1.0),
-    "early_stopping": _OFF,
-    "best_of": (None, 1),
-    "structured_outputs": _EMPTY,
-    "guided_json": (None, ""),
-    "guided_regex": _EMPTY,
-    "guided_choice": _EMPTY,
-    "guided_grammar": _EMPTY,
-    "guided_decoding_backend": _EMPTY,
-    "guided_whitespace_pattern": _EMPTY,
-    "regex": _EMPTY,
-    "ebnf": _EMPTY,
-    "json_schema": (None, ""),
-    "structural_tag": _EMPTY,
-    "logits_processors": _EMPTY,
-    "custom_logit_processor": _EMPTY,
-    "chat_template": (None, ""),
-    "mm_processor_kwargs": _EMPTY,
-    "kv_transfer_params": _EMPTY,
-    "vllm_xargs": _EMPTY,
-    "lora_path": _EMPTY,
-    "session_params": _EMPTY,
-    "return_hidden_states": _OFF,
-    "prompt_embeds": _EMPTY,
-    "thinking_token_budget": (None,),
-}
+HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
@@ -227,9 +199,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
-            if name in LATER:
-                _refuse_later(name, raw[name], raw)
-            elif name not in HINTS:
+            if not refused.check(name, raw[name], raw) and name not in HINTS:
                 unknown.append(name)
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)
@@ -237,15 +207,6 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
         raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-
-
-def _refuse_later(name: str, raw: msgspec.Raw, fields: dict[str, msgspec.Raw]) -> None:
-    value = msgspec.json.decode(raw)
-    if any(value == neutral and type(value) is type(neutral) for neutral in LATER[name]):
-        return
-    if name == "best_of" and bytes(fields.get("n", b"")).strip() == bytes(raw).strip():
-        return
-    raise UnsupportedFeature(f"{name} is not supported yet. Leave it out.", param=name)
 
 
 def _bad_field(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> InvalidRequest:

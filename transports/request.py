@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge
+from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_body
 from penstock.transports.tracing import RequestSpan
 
 Scope: TypeAlias = Any
@@ -114,6 +115,8 @@ def error_headers(error: PenstockError) -> list[Header]:
     headers: list[Header] = []
     if error.status in (429, 503):
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s or 1))))
+    if isinstance(error, UnsupportedEncoding):
+        headers.append((b"accept-encoding", ACCEPTED))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers
@@ -132,7 +135,7 @@ def ignored_header(names: list[str]) -> list[Header]:
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The request body. Raises RequestTooLarge (nothing more is kept than `limit`), InvalidRequest, or Disconnected.
+    """The request body, decoded. Raises RequestTooLarge (nothing more is kept than `limit`), InvalidRequest, or Disconnected.
 
     A body that is somewhat too large is read to its end and dropped, so that the client gets to read the answer.
     """
@@ -159,7 +162,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             break
     if size > limit:
         raise too_large
-    return kept[0] if len(kept) == 1 else b"".join(kept)
+    body = kept[0] if len(kept) == 1 else b"".join(kept)
+    encodings = headers.get(b"content-encoding")
+    return body if encodings is None else decode_body(body, encodings, limit)
 
 
 def check_json(headers: dict[bytes, bytes]) -> None:

@@ -66,7 +66,7 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
         for method, path in [*routes, ("GET", "/nowhere"), ("POST", "/"), ("GET", "/health/"), ("GET", "//health"), ("GET", "/health/x")]:
             for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "secret-"}, {"authorization": "Basic secret-1"}):
                 reply = http.request(method, path, headers=headers, json=CHAT if method == "POST" else None)
-                if path in PUBLIC:
+                if path in PUBLIC or method == "OPTIONS":  # a browser asks without credentials
                     assert reply.status_code in (200, 204), (method, path)
                 else:
                     assert reply.status_code == 401, (method, path, headers)
@@ -558,6 +558,49 @@ def test_drain_finishes_what_runs_and_refuses_the_rest(make_edge: MakeEdge) -> N
     drained.result(10)
     thread.join(10)
     assert results[0].text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("path", ["/tokenizer_info", "/metrics", "/v1/models"])
+def test_questions_are_answered_when_the_drains_time_is_over(make_edge: MakeEdge, path: str) -> None:
+    """By a text process that answers no more; before the end and after it."""
+    edge = make_edge(text=lambda t: [t.answers.pop(name) for name in ("tokenizer_info", "metrics", "models")])
+    edge.text.script = silent
+    with concurrent.futures.ThreadPoolExecutor() as pool, edge.http() as http, edge.http() as other, edge.http() as later:
+        running = pool.submit(other.post, CHATS, json=CHAT)
+        edge.text.wait_for(Submit)
+        answer = pool.submit(http.get, path)
+        edge.text.wait_for(Query, 2)
+        asyncio.run_coroutine_threadsafe(edge.server.drain(0.05), edge.loop).result(10)
+        for reply in (running.result(10), answer.result(10), later.get(path)):
+            assert (reply.status_code, error_of(reply)["code"]) == (503, "draining")
+            assert reply.headers["retry-after"]
+
+
+def test_a_question_does_not_outlive_a_stop(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
+    edge = make_edge(text=lambda t: t.answers.pop("tokenizer_info"))
+    with concurrent.futures.ThreadPoolExecutor() as pool, edge.http() as http:
+        answer = pool.submit(http.get, "/tokenizer_info")
+        edge.text.wait_for(Query, 2)
+        asyncio.run_coroutine_threadsafe(edge.server.stop(), edge.loop).result(10)
+        reply = answer.result(10)
+        assert (reply.status_code, error_of(reply)["code"]) == (503, "draining")
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+def test_the_connection_limit_writes_one_line_for_many(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
+    edge = make_edge(max_streams=1)
+    edge.text.script = silent
+    with concurrent.futures.ThreadPoolExecutor() as pool, edge.http() as http, edge.http() as other:
+        running = pool.submit(http.post, CHATS, json=CHAT)
+        edge.text.wait_for(Submit)
+        assert [other.post(CHATS, json=CHAT).status_code for _ in range(5)] == [429] * 5
+        lines = [r.getMessage() for r in caplog.records if "--max-streams" in r.getMessage()]
+        assert lines == ["1 requests refused: 1 are in progress at this edge (--max-streams 1)"]
+        edge.server.gateway._refused_at_ns -= 60_000_000_000
+        assert other.post(CHATS, json=CHAT).status_code == 429
+        assert "5 requests refused" in caplog.records[-1].getMessage()
+        asyncio.run_coroutine_threadsafe(edge.server.drain(0.05), edge.loop).result(10)
+        running.result(10)
 
 
 def test_drain_deadline_ends_the_rest(make_edge: MakeEdge) -> None:

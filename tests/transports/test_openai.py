@@ -11,7 +11,8 @@ import pytest
 from penstock.core import config as configuration
 from penstock.core.errors import PenstockError
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import LATER
+from penstock.transports.openai_schema import ChatRequest, CompletionRequest
+from penstock.transports.refused import REFUSED
 
 CONFIG = configuration.build()
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
@@ -124,8 +125,9 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         ({"stop_token_ids": [10**25]}, "stop_token_ids[0]"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids[0]"),
         ({"allowed_token_ids": [3, 2**31]}, "allowed_token_ids[1]"),
-        ({"logit_bias": {str(10**40): 1}}, "logit_bias"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {str(10**40): 1}}, f"logit_bias.{10**39}"),
+        ({"logit_bias": {str(10**15): 1}}, f"logit_bias.{10**15}"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
         ({"bad_words": [5]}, "bad_words[0]"),
         ({"max_tokens": 10**40}, "max_tokens"),
         ({"prompt": 5}, "prompt"),
@@ -152,8 +154,13 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         ({"stop": [""]}, "stop"),
         ({"stop": 5}, "stop"),
         ({"stop": ["a", 5]}, "stop[1]"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {"7": 1, "50256": "-100"}}, "logit_bias.50256"),
+        ({"logit_bias": {"7": True}}, "logit_bias.7"),
+        ({"logit_bias": {"7": None}}, "logit_bias.7"),
+        ({"logit_bias": [[7, 1]]}, "logit_bias"),
+        ({"response_format": {"type": "text", "schema": {"type": "object"}}}, "response_format"),
         ({"min_tokens": 20}, "min_tokens"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
@@ -201,7 +208,9 @@ def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}, "tools"),
+        ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", "prefix": True}]}, "messages[1].prefix"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ],
@@ -242,13 +251,34 @@ def test_required_fields() -> None:
     assert refusal(parse_completion, {"model": "m"}).param == "prompt"
 
 
-@pytest.mark.parametrize("name", sorted(LATER))
-def test_fields_of_later_capabilities(name: str) -> None:
-    for neutral in LATER[name]:
-        assert chat(**{name: neutral}).ignored == []
-    other: Any = {"modalities": ["audio"], "best_of": 3, "length_penalty": 2.0}.get(name, {"x": 1})
-    error = refusal(parse_chat, CHAT | {name: other})
-    assert (error.status, error.code, error.param) == (400, "unsupported_feature", name)
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_fields_that_would_change_the_answer(name: str) -> None:
+    """With what asks for nothing they are taken in silence, with anything else they are refused by name."""
+    known = {kind: set(kind.__struct_fields__) for kind in (ChatRequest, CompletionRequest)}
+    assert any(name not in fields for fields in known.values()), "a field that works everywhere stands in no such table"
+    for parse, base, kind in ((parse_chat, CHAT, ChatRequest), (parse_completion, TEXT, CompletionRequest)):
+        if name in known[kind]:
+            continue
+        for neutral in REFUSED[name].neutral:
+            assert parse(msgspec.json.encode(base | {name: neutral}), CONFIG).ignored == []
+        for other in ({"x": 1}, 7, "yes"):
+            error = refusal(parse, base | {name: other})
+            assert (error.status, error.code, error.param) == (400, "unsupported_feature", name)
+            assert name in error.message
+
+
+def test_what_asks_for_nothing_is_told_from_what_looks_like_it() -> None:
+    assert refusal(parse_chat, CHAT | {"use_beam_search": 0}).param == "use_beam_search"
+    assert refusal(parse_chat, CHAT | {"typical_p": True}).param == "typical_p"
+    assert refusal(parse_chat, CHAT | {"grammar": [[]]}).param == "grammar"
+    assert refusal(parse_completion, TEXT | {"n_predict": 0}).message == "n_predict is not supported here. Use max_tokens."
+
+
+def test_logit_bias_errors_name_key_and_value() -> None:
+    error = refusal(parse_completion, TEXT | {"logit_bias": {"50256": -500}})
+    assert error.message == "logit_bias.50256 must be a number from -100 to 100, but is -500."
+    error = refusal(parse_completion, TEXT | {"logit_bias": {"hello": 1}})
+    assert error.message == "logit_bias.hello: the key must be a token id, but is 'hello'."
 
 
 def test_best_of_equal_to_n_changes_nothing() -> None:
@@ -260,11 +290,14 @@ def test_unknown_fields_are_ignored_and_named_hints_are_not() -> None:
     assert chat(temprature=0.5, zz=1, user="u", metadata={"a": "b"}, prompt_cache_key="k").ignored == ["temprature", "zz"]
 
 
-def test_tools_reach_the_template_unless_the_choice_is_none() -> None:
+def test_tools_are_refused_unless_no_call_can_come() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}, "extra": 1}]
-    assert msgspec.json.decode(chat(tools=tools).fields["tools"]) == tools
-    assert msgspec.json.decode(chat(tools=tools, tool_choice="auto").fields["tools"]) == tools
-    assert chat(tools=tools, tool_choice="none").fields["tools"] == b""
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": None}, {"parallel_tool_calls": False}):
+        error = refusal(parse_chat, CHAT | {"tools": tools} | choice)
+        assert (error.status, error.code, error.param) == (400, "unsupported_feature", "tools")
+    assert "tools" not in chat(tools=tools, tool_choice="none").fields
+    for none in ([], None):
+        assert "tools" not in chat(tools=none).fields
 
 
 def test_messages_of_a_tool_conversation_pass_unchanged() -> None:
