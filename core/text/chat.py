@@ -40,8 +40,8 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """Of earlier tool calls."""
     loose: bool = True
     """With objects: arguments that are none may be a string (`| tojson`, `is string`), else (`.items()`) they must be wrapped in one."""
-    empty: tuple[Empty, ...] = ("text",)
-    """The contents beside which tool calls come out, the best first."""
+    empty: tuple[Empty, ...] = ()
+    """The contents beside which tool calls come out, the best first; none: calls are not shown, and no text is like any other."""
     calls_alone: bool = False
     """Tool calls come out only without text beside them."""
     function_call: bool = False
@@ -86,7 +86,7 @@ def _message(where: str, message: dict[str, Any], shape: Shape, legacy: list[str
         return [out]
     if not any(content) or (shape.calls_alone and not text):
         return [{**_with_empty(out, message, shape), "tool_calls": calls}]
-    if shape.calls_alone:
+    if shape.calls_alone and shape.empty:
         return [out, {**_with_empty({"role": role}, {}, shape), "tool_calls": calls}]
     return [{**out, "tool_calls": calls}]
 
@@ -98,7 +98,7 @@ def _content(where: str, message: dict[str, Any], role: str) -> str | list[str]:
     if refusal is not None and not isinstance(refusal, str):
         raise InvalidRequest(f"{where}.refusal must be a string.", param="messages")
     if content is None:
-        if role not in ("assistant", "function") and message["role"] != "function":
+        if not _may_be_without(message):
             raise InvalidRequest(f"{where}.content is required.", param="messages")
         return refusal or ""
     if isinstance(content, list):
@@ -110,6 +110,13 @@ def _content(where: str, message: dict[str, Any], role: str) -> str | list[str]:
     if not any(content):
         return refusal
     return [content, refusal] if isinstance(content, str) else [*content, refusal]
+
+
+def _may_be_without(message: dict[str, Any]) -> bool:
+    """Is it a message without content? Of the assistant, null is one that said nothing, as clients send back what they were sent."""
+    if message["role"] == "assistant":
+        return "content" in message or any(message.get(name) is not None for name in ("tool_calls", "function_call", "refusal"))
+    return bool(message["role"] == "function")
 
 
 def _part(where: str, part: Any, role: str) -> str:
@@ -140,6 +147,8 @@ def formed(content: str | list[str], forms: frozenset[Form]) -> str | list[dict[
 
 def _with_empty(out: dict[str, Any], message: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """Content beside tool calls that have no text: as the client has it if the calls come out so, else as the template wants it."""
+    if not shape.empty:
+        return out
     given = message.get("content")
     own: Empty = "null" if given is None else "text" if isinstance(given, str) else "part"
     empty = own if own in shape.empty else shape.empty[0]

@@ -65,7 +65,7 @@ class _Probe:
             instead=instead,
             arguments="text" if text_only else "object",
             loose=text_only or not self._shown_empties or self._shown(self._call(self._shown_empties[0], BROKEN), whole=False),
-            empty=self._shown_empties or ("text",),
+            empty=self._shown_empties,
             calls_alone=self._calls_alone(),
             function_call=legacy,
         )

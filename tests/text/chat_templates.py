@@ -9,14 +9,16 @@ from __future__ import annotations
 PARTS_ONLY = "{% for m in messages %}<{{ m['role'] }}>{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
 """Content is only ever parts."""
 
-TYPED_PARTS_ONLY = (
-    "{% for m in messages %}<{{ m.role }}>{% for p in m.content if p.type == 'text' %}{{ p.text | trim }}{% endfor %}</{{ m.role }}>\n{% endfor %}"
-)
+TYPED_PARTS_ONLY = "{% for m in messages %}<{{ m.role }}>{% for p in m.content if p.type == 'text' %}{{ p.text | trim }}{% endfor %}</{{ m.role }}>\n{% endfor %}"
 
 MAPPED_PARTS = "{% for m in messages %}[{{ m.role }}]{{ m.content | map(attribute='text') | join('|') }}\n{% endfor %}"
 
 FIRST_PART_ONLY = "{% for m in messages %}[{{ m.role }}]{{ m['content'][0]['text'] }}\n{% endfor %}"
 """Of several parts all but the first are lost; a string gives nothing."""
+
+FIRST_PART_AND_CALLS = """{%- for m in messages %}[{{ m.role }}]{{ m['content'][0]['text'] }}
+    {%- for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}
+{%- endfor %}"""
 
 STRINGS_ONLY = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 """Prints a list as Python would."""

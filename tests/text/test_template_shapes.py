@@ -42,6 +42,7 @@ def call(arguments: Any, name: str = "look", **more: Any) -> dict[str, Any]:
     return {"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}, **more}
 
 
+SPACED = '{"city":"Zürich",   "n": 1}'
 TALK = [("system", "Be brief."), ("user", "How high is it?"), ("assistant", "Three metres."), ("user", "And now?")]
 
 # --- content
@@ -74,7 +75,9 @@ def test_several_parts_are_kept_apart_where_they_may_be_and_joined_where_not() -
     # Only the first part comes out: so there must be only one.
     assert ours(t.FIRST_PART_ONLY, two) == theirs(t.FIRST_PART_ONLY, [said("user", parts("one\ntwo"))])
     system = [said("system", parts("one", "two")), said("user", parts("a", "b"))]
-    assert ours(t.SYSTEM_IN_FIRST_PART, system) == theirs(t.SYSTEM_IN_FIRST_PART, [said("system", "one\ntwo"), said("user", parts("a", "b"))])
+    assert ours(t.SYSTEM_IN_FIRST_PART, system) == theirs(
+        t.SYSTEM_IN_FIRST_PART, [said("system", "one\ntwo"), said("user", parts("a", "b"))]
+    )
 
 
 def test_each_role_is_given_its_own_form() -> None:
@@ -136,6 +139,15 @@ def test_developers_are_the_system_where_the_template_knows_no_developers() -> N
         assert ours(template, talk) == theirs(template, talk)
 
 
+@pytest.mark.parametrize("template", [t.PARTS_ONLY, t.FIRST_PART_ONLY, t.NEEDS_SYSTEM, t.FIRST_PART_AND_CALLS])
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_message_without_text_has_the_templates_form_too(template: str, content: Any) -> None:
+    start = [said("system", parts("a")), said("user", parts("b"))]
+    for more, right in (({"tool_calls": [call(SPACED)]}, {"tool_calls": [call(json.loads(SPACED))]}), ({"tool_calls": []}, {})):
+        given = [said("system", "a"), said("user", "b"), said("assistant", content, **more)]
+        assert ours(template, given) == theirs(template, [*start, said("assistant", parts(""), **right)])
+
+
 @pytest.mark.parametrize("template", [t.PARTS_ONLY, t.FIRST_PART_ONLY, t.STRINGS_ONLY, t.VISION])
 @pytest.mark.parametrize("form", [str, parts])
 def test_a_message_is_continued_in_any_form(template: str, form: Any) -> None:
@@ -155,7 +167,6 @@ def test_a_template_that_is_slow_or_raises_what_it_likes_still_loads() -> None:
 
 # --- tool calls
 
-SPACED = '{"city":"Zürich",   "n": 1}'
 TURN = [said("user", "x"), said("assistant", None, tool_calls=[call(SPACED)]), said("tool", "42", tool_call_id="abcdefghi")]
 
 
@@ -298,6 +309,7 @@ def test_a_template_that_reads_function_call_keeps_it() -> None:
     ("message", "where"),
     [
         ({"role": "user"}, r"messages\[0\]\.content is required"),
+        ({"role": "assistant"}, r"messages\[0\]\.content is required"),
         ({"role": "tool", "content": None}, r"messages\[0\]\.content is required"),
         ({"role": "user", "content": 5}, r"messages\[0\]\.content must"),
         ({"role": "user", "content": [5]}, r"messages\[0\]\.content\[0\] must"),
