@@ -212,7 +212,7 @@ def _arguments(arguments: str | dict[str, Any] | None, shape: Shape) -> str | di
         return arguments
     try:
         decoded = msgspec.json.decode(arguments)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         decoded = None
     if isinstance(decoded, dict):
         return decoded
