@@ -256,14 +256,25 @@ def check_messages(messages: list[ChatMessage], most: int) -> None:
         content = message.content
         if isinstance(content, list):
             for j, part in enumerate(content):
+                if part.type == "refusal" and message.role == "assistant":
+                    _need(part.refusal is not None, "A refusal part needs its refusal.", f"messages[{i}].content[{j}].refusal")
+                    continue
                 if part.type not in ("text", "input_text", "output_text"):
                     raise UnsupportedFeature(
                         f"Content of type {part.type!r} is not supported: this server takes text only.",
                         param=f"messages[{i}].content[{j}].type",
                     )
                 _need(part.text is not None, "A text part needs its text.", f"messages[{i}].content[{j}].text")
-        elif content is None and message.role != "function" and not (message.role == "assistant" and message.tool_calls):
-            raise InvalidRequest(f"messages[{i}].content is required.", param=f"messages[{i}].content")
+        elif not isinstance(content, str):
+            _need(_may_be_without(message), f"messages[{i}].content is required.", f"messages[{i}].content")
+
+
+def _may_be_without(message: ChatMessage) -> bool:
+    """Is it a message without content? Of the assistant, null is one that said nothing, as clients send back what they were sent."""
+    if message.role == "assistant":
+        said = message.tool_calls, message.function_call, message.refusal
+        return message.content is None or any(one is not None for one in said)
+    return message.role == "function"
 
 
 # ------------------------------------------------------------------ completions

@@ -30,6 +30,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class ContentPart(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -47,13 +48,15 @@ class ChatMessage(msgspec.Struct, frozen=True):
     """One message. Fields that are not named here reach the chat template unseen."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | list[ContentPart] | msgspec.UnsetType | None = msgspec.UNSET
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     prefix: Any = None
     audio: Any = None
     images: Any = None
+    refusal: str | None = None
+    function_call: FunctionCall | None = None
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ class Refused(NamedTuple):
 
 _OFF = (None, False)
 _NONE = (None,)
-_EMPTY = (None, [], {}, "")
+_EMPTY: tuple[Any, ...] = (None, [], {}, "")
 _ZERO = (None, 0, 0.0)
 _ONE = (None, 1, 1.0)
 _GRAMMAR = Refused(_EMPTY)

@@ -210,14 +210,13 @@ class Receiver:
             choice.undecoded = len(outputs)
         matcher = choice.matcher
         if matcher is not None:
-            if len(outputs) > params.min_tokens:
-                text, hit = matcher.feed(text)
-                if hit is not None:
-                    if not finish:
-                        self.aborts.append(choice.seq)
-                    finish, stop_reason = "stop", hit
-                    if params.include_stop_str_in_output:
-                        text += hit
+            text, hit = matcher.feed(text, len(outputs) > params.min_tokens)
+            if hit is not None:
+                if not finish:
+                    self.aborts.append(choice.seq)
+                finish, stop_reason = "stop", hit
+                if params.include_stop_str_in_output:
+                    text += hit
             if finish:
                 text += matcher.flush()
         if finish or request.stream:

@@ -1,10 +1,11 @@
 """Stop strings with hold-back.
 
 What it is: an Aho-Corasick automaton over a request's stop strings (Aho and Corasick, "Efficient string matching", CACM 18(6), 1975), and
-the per-sequence matcher that lets text out only once it cannot be the start of a stop string any more. The automaton's depth is exactly
-the number of characters to hold back, so that a character costs amortised O(1) however many strings there are.
+the per-sequence matcher that lets text out only once it cannot be the start of a stop string any more. The automaton knows how many
+characters to hold back, so that a character costs amortised O(1) however many strings there are.
 Which stop string wins does not depend on how the text was cut into tokens: the one that is completed first; of those completed by the
-same character, the longest.
+same character, the longest. The matcher sees all text; the caller says from when on a completed stop string ends it (`min_tokens`), and one
+that was completed earlier is text like any other, in which a later one may have begun.
 What it does not know: tokens, requests, the engine.
 """
 
@@ -20,7 +21,7 @@ MAX_STOP_CHARS = 4096
 class StopSet:
     """The automaton; immutable, shared by the choices of a request."""
 
-    __slots__ = ("depth", "fail", "goto", "hit")
+    __slots__ = ("depth", "fail", "goto", "hit", "keep")
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.goto: list[dict[str, int]] = [{}]
@@ -41,6 +42,8 @@ class StopSet:
                 node = following
             self.hit[node] = string
         self.fail: list[int] = [0] * len(self.goto)
+        # Characters that may still begin a stop string: all up to the node, but at the end of one (which did not end the text) fewer.
+        self.keep = self.depth.copy()
         queue = deque(self.goto[0].values())
         while queue:
             node = queue.popleft()
@@ -52,6 +55,8 @@ class StopSet:
                 self.fail[following] = self.goto[back].get(char, 0)
             if self.hit[node] is None:
                 self.hit[node] = self.hit[self.fail[node]]
+            if not self.goto[node]:
+                self.keep[node] = self.keep[self.fail[node]]
 
 
 class StopMatcher:
@@ -64,9 +69,9 @@ class StopMatcher:
         self._state = 0
         self.held = ""
 
-    def feed(self, text: str) -> tuple[str, str | None]:
+    def feed(self, text: str, ends: bool = True) -> tuple[str, str | None]:
         """Take new text. Returns what may go out, and the stop string if one was completed: then what goes out ends right before it
-        and the rest of `text` is dropped."""
+        and the rest of `text` is dropped. Unless `ends`, stop strings that `text` completes are no end."""
         goto, fail, hit = self._set.goto, self._set.fail, self._set.hit
         state = self._state
         for index, char in enumerate(text):
@@ -76,13 +81,13 @@ class StopMatcher:
                 following = goto[state].get(char)
             state = following or 0
             stop = hit[state]
-            if stop is not None:
+            if stop is not None and ends:
                 whole = self.held + text[: index + 1]
                 self.held = ""
                 self._state = 0
                 return whole[: len(whole) - len(stop)], stop
         self._state = state
-        keep = self._set.depth[state]
+        keep = self._set.keep[state]
         if not keep:
             if not self.held:
                 return text, None
@@ -99,11 +104,12 @@ class StopMatcher:
         return held
 
 
-def cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
-    """The reference: what is left of a complete text, by the same rule, and which stop string cut it."""
+def cut(text: str, stops: Sequence[str], after: int = 0) -> tuple[str, str | None]:
+    """The reference: what is left of a complete text, by the same rule, and which stop string cut it. Those that are complete within the
+    first `after` characters are no end."""
     best: tuple[int, int, str] | None = None
     for stop in stops:
-        start = text.find(stop)
+        start = text.find(stop, max(0, after - len(stop) + 1))
         if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
             best = (start + len(stop), start, stop)
     return (text, None) if best is None else (text[: best[1]], best[2])

@@ -26,12 +26,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from penstock.core.errors import CheckpointError, ConfigError, InvalidRequest
-from penstock.core.text.chat import cut_at_mark, mark_final, prepare
+from penstock.core.text.chat import Shape, cut_at_mark, mark_final, prepare
+from penstock.plugins.renderers.probe import shape_of
 
 MAX_RENDERED_CHARS = 32 << 20
 RENDER_TIMEOUT_S = 5.0
 MAX_PRODUCT = 1 << 22
 """Largest string or list that `*` may make in a template."""
+
+
+FAILURES = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError)
+"""What a template's code may raise of its own."""
 
 
 class TooSlow(jinja2.TemplateError):
@@ -146,7 +151,7 @@ class JinjaRenderer:
         self._max_chars = max_chars
         self._timeout_s = timeout_s
         self.templates = templates
-        self._compiled: dict[str, tuple[jinja2.Template, bool]] = {}
+        self._compiled: dict[str, tuple[jinja2.Template, Shape]] = {}
         for name, source in templates.items():
             try:
                 compiled = self._environment.from_string(source)
@@ -155,7 +160,7 @@ class JinjaRenderer:
                 if given:
                     raise ConfigError(f"--chat-template {why}", param="chat_template") from None
                 raise CheckpointError(f"The chat template {name!r} {why}") from None
-            self._compiled[name] = (compiled, self._takes_parts(compiled))
+            self._compiled[name] = (compiled, self._shape_of(compiled, source))
 
     @classmethod
     def load(cls, model_path: str, template: str | None) -> JinjaRenderer:
@@ -187,8 +192,8 @@ class JinjaRenderer:
         if reserved:
             raise InvalidRequest(f"chat_template_kwargs may not set {sorted(reserved)[0]!r}.", param="chat_template_kwargs")
         name = "tool_use" if tools and "tool_use" in self._compiled else "default"
-        template, native_parts = self._compiled.get(name) or next(iter(self._compiled.values()))
-        plain = prepare(messages, native_parts=native_parts)
+        template, shape = self._compiled.get(name) or next(iter(self._compiled.values()))
+        plain = prepare(messages, shape)
         if continue_final_message:
             plain = mark_final(plain)
         values = {"documents": None, **self._special, **kwargs}
@@ -196,40 +201,48 @@ class JinjaRenderer:
         return cut_at_mark(rendered) if continue_final_message else rendered
 
     def _run(self, template: jinja2.Template, **values: Any) -> str:
-        environment = self._environment
-        environment.start(self._timeout_s)
-        out: list[str] = []
-        size = 0
+        self._environment.start(self._timeout_s)
         try:
-            for piece in template.generate(**values):
-                environment.tick()
-                size += len(piece)
-                if size > self._max_chars:
-                    raise TooLong(f"the rendered prompt is longer than {self._max_chars} characters")
-                out.append(piece)
+            return self._generate(template, values)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"The chat template refused the conversation: {error}", param="messages") from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError) as error:
+        except FAILURES as error:
             raise InvalidRequest(
                 f"The chat template failed on the conversation: {type(error).__name__}: {error}"[:500], param="messages"
             ) from None
+
+    def _generate(self, template: jinja2.Template, values: dict[str, Any]) -> str:
+        out: list[str] = []
+        size = 0
+        for piece in template.generate(**values):
+            self._environment.tick()
+            size += len(piece)
+            if size > self._max_chars:
+                raise TooLong(f"the rendered prompt is longer than {self._max_chars} characters")
+            out.append(piece)
         return "".join(out)
 
-    def _takes_parts(self, template: jinja2.Template) -> bool:
-        """Does the template itself iterate over a content's parts? Asked by letting it render some."""
-        probe = "penstock-part-probe"
-        content = [{"type": "text", "text": probe}]
-        for messages in (
-            [{"role": "user", "content": content}],
-            [{"role": "system", "content": content}, {"role": "user", "content": content}],
-        ):
+    def _shape_of(self, template: jinja2.Template, source: str) -> Shape:
+        """What the template takes. All that is rendered to find out has the time of one rendering; what was not asked by then is as usual."""
+        self._environment.start(self._timeout_s)
+        slow = False
+
+        def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
+            nonlocal slow
+            if slow:
+                return None
+            generate = messages[-1]["role"] != "assistant"
             try:
-                text = self._run(template, messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._special)
-            except InvalidRequest:
-                return False
-            if probe not in text or "'type'" in text or '"type"' in text:
-                return False
-        return True
+                return self._generate(
+                    template, {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generate, **self._special}
+                )
+            except TooSlow:
+                slow = True
+            except Exception:  # whatever it does, it does not take this shape
+                pass
+            return None
+
+        return shape_of(render, source)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -259,6 +259,47 @@ def test_wrong_conversations_are_named(llm: LLM, messages: Any, field: str) -> N
             next(llm.stream_sync(messages, GREEDY))
 
 
+def test_histories_with_tool_calls_are_taken_as_clients_have_them(llm: LLM) -> None:
+    short = SamplingParams(temperature=0, max_tokens=4)
+
+    def prompt(*messages: dict[str, Any]) -> list[int]:
+        (got,) = llm.chat([*question("Look."), *messages, *question("And?")], short)
+        return got.prompt_token_ids
+
+    def calls(arguments: Any) -> dict[str, Any]:
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": arguments}}],
+        }
+
+    result = {"role": "tool", "content": "42", "tool_call_id": "c"}
+    whole = prompt(calls('{"x": 1}'), result)
+    assert whole == prompt(calls({"x": 1}), result)
+    legacy = {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"x": 1}'}}
+    assert whole == prompt(legacy, {"role": "function", "name": "look", "content": [{"type": "text", "text": "42"}]})
+    cut = prompt(calls('{"x": "cut of'), result)
+    assert cut not in (whole, prompt(calls("{}"), result))
+    silent = prompt({"role": "assistant", "content": ""})
+    assert silent == prompt({"role": "assistant", "content": None, "tool_calls": []})
+    assert silent != prompt({"role": "assistant", "content": None, "refusal": "No."})
+    with pytest.raises(InvalidRequest, match=r"messages\[1\]\.content is required"):
+        prompt({"role": "assistant"})
+
+
+def test_a_stop_string_may_begin_before_min_tokens(llm: LLM) -> None:
+    """The stop string is what the answer says around its sixth token, which is the first that may end it."""
+    prompt, most = "Penstock is", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    pieces = [delta.text for delta in llm.stream_sync(prompt, most)]
+    text, stop = "".join(pieces), (pieces[4] + pieces[5])[1:]
+    assert text.find(stop) == text.rfind(stop) == len("".join(pieces[:4])) + 1
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=[stop], min_tokens=5)
+    (whole,) = llm.generate(prompt, params)
+    assert (whole.outputs[0].text, whole.outputs[0].stop_reason) == (text[: text.find(stop)], stop)
+    assert len(whole.outputs[0].token_ids) == 6
+    assert "".join(delta.text for delta in llm.stream_sync(prompt, params)) == whole.outputs[0].text
+
+
 @pytest.mark.parametrize("option", [{"port": 5}, {"api_key": ["x"]}, {"max_streams": 2}, {"max_num_queued_reqs": 4}])
 def test_options_of_the_server_alone_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:

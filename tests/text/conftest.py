@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,8 @@ from penstock.core.sampling import SamplingParams
 from penstock.core.text.worker import encode_batch
 from penstock.plugins.renderers.jinja import JinjaRenderer
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))  # for chat_templates.py: pytest's importlib mode does not
 
 CORPUS = [
     "The gate opens and the water runs down the penstock to the wheel.",

@@ -310,6 +310,54 @@ def test_a_stop_string_waits_for_min_tokens(bench: Any) -> None:
     assert bench.received[1, 0].tokens == one * 4
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_may_begin_before_min_tokens(bench: Any, stream: bool, include: bool) -> None:
+    settings_ = SamplingParams(stop=["xxxx"], min_tokens=9, n=2, include_stop_str_in_output=include)
+    bench.submit(1, stream=stream, sampling=settings_)
+    (one,) = ids_of(bench, "x")
+    for choice in (0, 1):
+        bench.scripts[seq_of(1, choice)] = [one] * 20
+    bench.run()
+    for choice in (0, 1):
+        got = bench.received[1, choice]
+        assert (got.text, len(got.tokens)) == ("x" * (10 if include else 6), 10)
+        assert (got.reason, got.stop_reason) == ("stop", "xxxx")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["a", "b", "ab", "the", " ", "water", "🙃"]), min_size=1, max_size=14),
+    stops=st.lists(st.text(alphabet="abthe 🙃", min_size=1, max_size=4), min_size=1, max_size=3, unique=True),
+    wait=st.integers(0, 12),
+    include=st.booleans(),
+    deaths=st.sets(st.integers(0, 12), max_size=2),
+)
+def test_min_tokens_and_stop_strings_like_the_reference(
+    make_bench: Any, words: list[str], stops: list[str], wait: int, include: bool, deaths: set[int]
+) -> None:
+    """Streamed or not, and whatever engines die in between, the answer is the same."""
+    bench = make_bench(max_strikes=1000)
+    script = [token for word in words for token in ids_of(bench, word)]
+    for key, stream in ((1, True), (2, False)):
+        bench.submit(key, stream=stream, sampling=SamplingParams(stop=stops, min_tokens=wait, include_stop_str_in_output=include))
+        bench.scripts[seq_of(key, 0)] = script
+    at = 0
+    while bench.step():
+        if at in deaths:
+            bench.up()
+        at += 1
+    # A token's text is what it makes certain: an emoji's comes with its last byte.
+    whole = bench.tokenizer.decode(script, skip_special_tokens=True)
+    waiting = bench.tokenizer.decode(script[:wait], skip_special_tokens=True).rstrip("\ufffd")
+    expected, hit = cut(whole, stops, len(waiting))
+    for key in (1, 2):
+        got = bench.received[key, 0]
+        assert got.text == expected + (hit if hit and include else "")
+        assert (got.reason, got.stop_reason) == ("stop" if hit else "length", hit)
+    assert bench.received[1, 0].tokens == bench.received[2, 0].tokens
+
+
 def test_later_tokens_of_a_stopped_sequence_are_nothing(bench: Any) -> None:
     bench.submit(1, sampling=SamplingParams(stop=["!"]))
     seq = seq_of(1, 0)

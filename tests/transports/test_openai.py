@@ -189,6 +189,14 @@ def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]}, "messages[0].content[0].refusal"),
+        ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "assistant", "function_call": {"arguments": "{}"}}]}, "messages[0].function_call.name"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": 5}}]}, "messages[0].function_call.arguments"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
@@ -310,6 +318,37 @@ def test_messages_of_a_tool_conversation_pass_unchanged() -> None:
         },
         {"role": "tool", "tool_call_id": "1", "content": "2", "odd": True},
     ]
+    assert msgspec.json.decode(chat(messages=messages).fields["messages"]) == messages
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": None,
+            "annotations": [],
+            "audio": None,
+            "function_call": None,
+            "tool_calls": None,
+        },
+        {"role": "assistant", "tool_calls": []},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"a": "cut of'}}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": None}}, {"function": {"name": "f"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{"}},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": ""}},
+        {"role": "function", "name": "f", "content": "2"},
+        {"role": "function", "name": "f", "content": None},
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "refusal": "No."},
+        {"role": "assistant", "content": [{"type": "text", "text": "Well."}, {"type": "refusal", "refusal": "No."}]},
+    ],
+)
+def test_messages_that_clients_send_back_pass_unchanged(message: dict[str, Any]) -> None:
+    messages = [*CHAT["messages"], message]
     assert msgspec.json.decode(chat(messages=messages).fields["messages"]) == messages
 
 

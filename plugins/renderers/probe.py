@@ -1,0 +1,197 @@
+"""What a chat template takes, found out by letting it render.
+
+What it is: `shape_of` gives a template small conversations in every shape that a client's may have, and looks at which of them the words come
+out whole: neither left out, nor as a Python object's repr, nor as JSON within JSON. Templates differ by role, demand that turns alternate, refuse
+roles, or fail on one shape; so each question is asked in several conversations, and one that works is enough.
+What it does not know: Jinja (it is given a function that renders), requests, how messages are brought into shape (core/text/chat.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+from penstock.core.text.chat import Empty, Form, Shape, formed, with_empty
+
+Message = dict[str, Any]
+Render = Callable[[list[Message], list[Message] | None], str | None]
+"""Messages and tools to the prompt; None if the template refuses, fails or takes too long."""
+
+FORMS: tuple[Form, ...] = get_args(Form)
+# Words that no template has, in letters that survive a filter for case, and that hold nothing to escape.
+FIRST, SECOND, OTHER = "qzfirstprobe", "qzsecondprobe", "qzotherprobe"
+PART_KEY = "qzpartprobe"
+"""In every part: if it comes out, the part was printed whole."""
+NAME, KEY, VALUE = "qzname", "qzkeyprobe", "qzvalueprobe"
+OBJECT = {KEY: VALUE}
+TEXT = f'{{"{KEY}":  "{VALUE}"}}'
+"""With a spacing that no serialiser writes: it comes out only if it is the text itself."""
+BROKEN = f'{{"{KEY}": "{VALUE}'
+CALL_ID = "qzcall001"
+TOOLS: list[Message] = [
+    {"type": "function", "function": {"name": NAME, "description": "", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+def shape_of(render: Render, source: str) -> Shape:
+    """The shape of the template that `render` renders and whose text is `source`."""
+    return _Probe(render).shape("content" in source)
+
+
+class _Probe:
+    def __init__(self, render: Render) -> None:
+        self._render = render
+        self._good: dict[str, frozenset[Form]] = {}
+        self._lost: set[str] = set()
+        self._shown_empties: tuple[Empty, ...] = ()
+        self._arguments: Any = OBJECT
+
+    def shape(self, reads_content: bool) -> Shape:
+        for role in ("user", "system", "developer", "assistant"):
+            self._ask_role(role)
+        self._ask_calls()
+        for role in ("tool", "function"):
+            self._ask_role(role)
+        good = self._good
+        instead = {"developer": "system"} if good["system"] and not good["developer"] else {}
+        legacy = self._reads_function_call()
+        if good["tool"] and not legacy and (self._shown_empties or not good["function"]):
+            instead["function"] = "tool"  # its call becomes a tool call too
+        text_only = self._arguments is TEXT
+        return Shape(
+            content={role: forms for role, forms in good.items() if forms},
+            # A template that shows nobody's text and never speaks of content is not about it.
+            lost=frozenset(self._lost - instead.keys()) if any(good.values()) or reads_content else frozenset(),
+            instead=instead,
+            arguments="text" if text_only else "object",
+            loose=text_only or not self._shown_empties or self._shown(self._call(self._shown_empties[0], BROKEN), whole=False),
+            empty=self._shown_empties,
+            calls_alone=self._calls_alone(),
+            function_call=legacy,
+        )
+
+    # --- content
+
+    def _ask_role(self, role: str) -> None:
+        good: set[Form] = set()
+        left_out = False
+        for form in FORMS:
+            for messages, tools in self._talks(role, _saying(role, form)):
+                out = self._render(messages, tools)
+                if out is None:
+                    continue
+                seen = out.lower()
+                if FIRST in seen and (form != "parts" or SECOND in seen) and PART_KEY not in seen:
+                    good.add(form)
+                    break
+                left_out = True
+        self._good[role] = frozenset(good)
+        if left_out and not good:
+            self._lost.add(role)
+
+    def _talks(self, role: str, message: Message) -> Iterator[tuple[list[Message], list[Message] | None]]:
+        """Conversations with the message in them."""
+        user, assistant = self._other("user"), self._other("assistant")
+        systems = [self._other("system")] if "system" in self._good else [_other("system", "text"), _other("system", "part")]
+        match role:
+            case "user":
+                yield [message], None
+                for system in systems:
+                    yield [system, message], None
+                yield [_other("user", "text"), _other("assistant", "text"), message], None
+            case "system" | "developer":
+                yield [message, user], None
+                yield [message, user, assistant, user], None
+                yield [message, user], TOOLS
+            case "assistant":
+                for start in ([user], *([system, user] for system in systems)):
+                    yield [*start, message], None
+                    yield [*start, message, user], None
+            case _:
+                for tools in (None, TOOLS):
+                    for empty in self._shown_empties or ("text",):
+                        for start in ([user], *([system, user] for system in systems)):
+                            yield [*start, self._call(empty, self._arguments), message], tools
+                            yield [*start, self._call(empty, self._arguments), message, assistant], tools
+                    yield [user, message], tools
+
+    def _other(self, role: str) -> Message:
+        """A message of somebody else, in a form that works as far as is known."""
+        good = self._good.get(role)
+        return _other(role, "part" if good and "text" not in good else "text")
+
+    # --- tool calls
+
+    def _ask_calls(self) -> None:
+        for arguments in (OBJECT, TEXT):
+            self._arguments = arguments
+            shown: list[Empty] = []
+            for empty in get_args(Empty):
+                if empty in ("part", "absent") and shown:
+                    break  # what no client sends, unless nothing else will do
+                if self._shown(self._call(empty, arguments)):
+                    shown.append(empty)
+            self._shown_empties = tuple(shown)
+            if shown:
+                return
+        self._arguments = OBJECT
+
+    def _calls_alone(self) -> bool:
+        if not self._shown_empties:
+            return False
+        with_text = {**self._call("absent", self._arguments), "content": self._other("assistant")["content"]}
+        if self._shown(with_text):
+            return False
+        return self._shown(self._call(self._shown_empties[0], self._arguments), before=[self._other("assistant")])
+
+    def _reads_function_call(self) -> bool:
+        """If it reads only that, what arguments it takes is asked here."""
+        before = self._arguments
+        for arguments in (before,) if self._shown_empties else (OBJECT, TEXT):
+            self._arguments = arguments
+            if self._shown({"role": "assistant", "content": "", "function_call": {"name": NAME, "arguments": arguments}}):
+                return True
+        self._arguments = before
+        return False
+
+    def _shown(self, message: Message, *, whole: bool = True, before: list[Message] | None = None) -> bool:
+        """Does the message's call come out in some conversation? `whole`: as it should; else at least its words."""
+        user = self._other("user")
+        results = [_result("text"), _result("part")]
+        for tools in (None, TOOLS):
+            for start in ([user], [self._other("system"), user]):
+                for rest in ([], *([result] for result in results), *([result, self._other("assistant")] for result in results)):
+                    out = self._render([*start, *(before or []), message, *rest], tools)
+                    if out is None or not self._has_call(out, whole) or (before and OTHER not in out.lower().split(KEY)[0]):
+                        continue
+                    if message.get("content", "") is None:
+                        blank = self._render([*start, *(before or []), {**message, "content": ""}, *rest], tools) or ""
+                        if out.count("None") > blank.count("None"):
+                            continue  # printed
+                    return True
+        return False
+
+    def _has_call(self, out: str, whole: bool) -> bool:
+        if not whole or self._arguments is OBJECT:
+            return KEY in out and VALUE in out and str(OBJECT) not in out
+        return TEXT in out
+
+    def _call(self, empty: Empty, arguments: Any) -> Message:
+        call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}
+        return {**with_empty({"role": "assistant"}, empty), "tool_calls": [call]}
+
+
+def _saying(role: str, form: Form) -> Message:
+    content = formed([FIRST, SECOND] if form == "parts" else [FIRST], frozenset({form}))
+    if not isinstance(content, str):
+        content = [{**part, PART_KEY: PART_KEY} for part in content]
+    extra = {"name": NAME, "tool_call_id": CALL_ID} if role in ("tool", "function") else {}
+    return {"role": role, "content": content, **extra}
+
+
+def _other(role: str, form: Form) -> Message:
+    return {"role": role, "content": formed([OTHER], frozenset({form}))}
+
+
+def _result(form: Form) -> Message:
+    return {**_other("tool", form), "name": NAME, "tool_call_id": CALL_ID}
