@@ -106,7 +106,7 @@ def test_rope_spellings_and_precedence() -> None:
     )
     assert (outer.rope.type, outer.rope.theta, outer.rope.params["original_max_position_embeddings"]) == ("longrope", 5.0, 32)
     both = facts(rope_scaling={"rope_type": "linear", "factor": 4.0}, rope_parameters={"rope_type": "default", "rope_theta": 9.0})
-    assert (both.rope.type, both.rope.theta) == ("linear", 9.0)
+    assert (both.rope.type, both.rope.theta) == ("linear", 10000.0)  # rope_scaling replaces the other as a whole
     assert facts(rope_parameters={"rope_type": "default", "rope_theta": 9.0}).rope.theta == 9.0
 
 
