@@ -246,9 +246,7 @@ def _fit_length(config: RunnerConfig, runner: CudaRunner, block_bytes: int, prog
     runner.max_model_len = room
 
 
-def fingerprint(
-    config: RunnerConfig, raw: dict[str, Any], dtype: str, attention: str, max_len: int, lane: Lane, checkpoint: str
-) -> str:
+def fingerprint(config: RunnerConfig, raw: dict[str, Any], dtype: str, attention: str, max_len: int, lane: Lane, checkpoint: str) -> str:
     """Changes whenever numerics may: version, torch, GPU, dtype, attention, rope's length, configuration, checkpoint, determinism."""
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     parts = [

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -122,14 +121,14 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None, *, low: float | None = None, null: float | None = None) -> float:
         """`low`: the least that is allowed; without it, the number must be above 0."""
-        value = self.raw.get(name, default) if self.raw.get(name, 0) is not None else null
+        value: Any = self.raw.get(name, default) if self.raw.get(name, 0) is not None else null
         if value is None and name not in self.raw:
             raise CheckpointError(f"{self.where}: '{name}' is missing.", param=name)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or (value <= 0 if low is None else value < low):
-            kind = "a positive number" if low is None else f"a number of at least {low:g}"
-            raise CheckpointError(f"{self.where}: '{name}' must be {kind}, but is {_said(value)}.", param=name)
-        return float(cast(float, value))
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # a longer integer is no float
+        if number and (value > 0 if low is None else value >= low):
+            return float(value)
+        kind = "a positive number" if low is None else f"a number of at least {low:g}"
+        raise CheckpointError(f"{self.where}: '{name}' must be {kind}, but is {_said(value)}.", param=name)
 
     def flag(self, name: str, default: bool) -> bool:
         """Null is the default here: every reader takes it for "no", which all these defaults are."""
@@ -207,9 +206,7 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
     for name in ("quantization_config", "compression_config"):
         if config.get(name):
             method = config[name].get("quant_method") if isinstance(config[name], dict) else None
-            raise UnsupportedFeature(
-                f"{CONFIG}: '{name}' (method {method!r}): quantised checkpoints are not supported yet.", param=name
-            )
+            raise UnsupportedFeature(f"{CONFIG}: '{name}' (method {method!r}): quantised checkpoints are not supported yet.", param=name)
     for name, why in (
         ("per_layer_config", "layers of different shapes are not supported yet"),
         ("transformers_weights", "a name of its own for the weights' file is not supported yet: call it model.safetensors"),
@@ -257,7 +254,9 @@ def _windows(config: Mapping[str, Any], fields: _Fields, architecture: str, laye
         window = fields.integer("sliding_window", 4096) if config.get("sliding_window", 0) is not None else None
     if flags is not None:
         if any(flags) and window is None:
-            off = "" if architecture == "MistralForCausalLM" or config.get("use_sliding_window") else " 'use_sliding_window' is not true, so"
+            off = (
+                "" if architecture == "MistralForCausalLM" or config.get("use_sliding_window") else " 'use_sliding_window' is not true, so"
+            )
             raise CheckpointError(
                 f"{CONFIG}: 'layer_types' has sliding_attention, but{off} there is no 'sliding_window'. Correct one of them.",
                 param="layer_types",
@@ -311,7 +310,9 @@ def rope_facts(config: Mapping[str, Any], max_position: int) -> RopeFacts:
         params |= {name: inner.number(name, low=0) for name in YARN_NUMBERS if given.get(name) is not None}
         params["truncate"] = given.get("truncate", True)
         if not isinstance(params["truncate"], bool):
-            raise CheckpointError(f"{CONFIG}: '{source}.truncate' must be true or false, but is {_said(params['truncate'])}.", param="truncate")
+            raise CheckpointError(
+                f"{CONFIG}: '{source}.truncate' must be true or false, but is {_said(params['truncate'])}.", param="truncate"
+            )
     if kind == "longrope":
         for name in ("short_factor", "long_factor"):
             value = given.get(name)

@@ -33,7 +33,8 @@ def inverse_frequencies(facts: ModelFacts, max_len: int) -> tuple[torch.Tensor, 
         return _frequencies(facts, max_len)
     except (ZeroDivisionError, OverflowError, ValueError) as error:
         raise CheckpointError(
-            f"config.json: the {facts.rope.type} rope of theta {facts.rope.theta:g} and {facts.rope.params} cannot be computed ({error}).",
+            f"config.json: 'rope_parameters' ({facts.rope.type}, rope_theta {facts.rope.theta:g}, {facts.rope.params}) cannot be computed:"
+            f" {error}.",
             param="rope_parameters",
         ) from None
 

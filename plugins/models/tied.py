@@ -49,6 +49,8 @@ def ends_of(facts: ModelFacts, weights: Weights) -> Ends:
     if torch.equal(table, head):
         return Ends(lambda: table, None)
     log.warning(
-        "config.json says 'tie_word_embeddings', but the checkpoint holds %s and a different %s: each is used as it is, not tied", TABLE, HEAD
+        "config.json says 'tie_word_embeddings', but the checkpoint holds %s and a different %s: each is used as it is, not tied",
+        TABLE,
+        HEAD,
     )
     return Ends(lambda: table, lambda: head)

@@ -12,6 +12,7 @@ from penstock.core.hookspecs import WeightSourceSpec, hookimpl
 
 SAFETENSORS = "safetensors"
 
+
 def _safetensors(path: str, load_format: str, **options: Any) -> Any:
     from penstock.plugins.weights.checkpoint import Checkpoint
 

@@ -121,7 +121,9 @@ def test_missing_wrong_and_left_over_tensors_are_named(folder: Path, load: Load,
         load(folder)
 
 
-def into_shards(folder: Path, whole: dict[str, torch.Tensor], names: tuple[str, str] = ("a.safetensors", "b.safetensors")) -> dict[str, str]:
+def into_shards(
+    folder: Path, whole: dict[str, torch.Tensor], names: tuple[str, str] = ("a.safetensors", "b.safetensors")
+) -> dict[str, str]:
     """The tensors in two files, the index to them, and no whole file. Gives the index's table."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     table = {name: names[at % 2] for at, name in enumerate(sorted(whole))}
@@ -137,7 +139,10 @@ def into_shards(folder: Path, whole: dict[str, torch.Tensor], names: tuple[str, 
     [
         ('{"weight_map": {"a": "../x.safetensors"}}', "outside"),
         ('{"weight_map": {"a": "/etc/hosts"}}', "outside"),
-        ('{"weight_map": {"a": "gone.safetensors", "b": "too.safetensors"}}', r"gone.safetensors, which does not exist \(nor do 1 more of its 2"),
+        (
+            '{"weight_map": {"a": "gone.safetensors", "b": "too.safetensors"}}',
+            r"gone.safetensors, which does not exist \(nor do 1 more of its 2",
+        ),
         ('{"weight_map": [1]}', "no usable"),
         ('{"weight_map": {"a": 3}}', "no usable"),
         ('{"weight_map": {}}', "no usable"),
