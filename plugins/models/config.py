@@ -51,11 +51,13 @@ KV_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM":
 MAX_POSITIONS = {"LlamaForCausalLM": 2048, "MistralForCausalLM": 131072}
 """`max_position_embeddings` where it is absent; 32768 in the others."""
 QWEN3_HEAD_DIM = 128
+ROPES = ("rope_scaling", "rope_parameters")
+"""Spellings of the rotary parameters, the one that counts first."""
 YARN_NUMBERS = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 
 
 def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json with `overrides` (--hf-overrides) merged over it, nested objects key by key.
+    """config.json with `overrides` (--hf-overrides) merged over it, nested objects key by key, whichever of two spellings each of them uses.
 
     Raises CheckpointError if the file is missing or no JSON object.
     """
@@ -70,7 +72,34 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
         raise CheckpointError(f"{path} is not valid JSON: {error}.", param="model") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(raw).__name__}.", param="model")
-    return merge(raw, overrides or {})
+    return merge(_respelled(raw, overrides or {}), overrides or {})
+
+
+def _respelled(file: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`file` in the spelling of `over` where there are two for one thing: else an override would stand beside the field that counts, or
+    take a rope_theta away with the rest of the dict that it replaces."""
+    out = dict(file)
+    if "torch_dtype" in over and "dtype" not in over:
+        out.pop("dtype", None)
+    source = _rope_source(file)
+    used = next((name for name in ROPES if name in over), source)
+    given = over[used] if isinstance(over.get(used), Mapping) else {}
+    if "original_max_position_embeddings" in given:
+        out.pop("original_max_position_embeddings", None)
+    if not isinstance(file.get(source), dict):
+        return out
+    inner = dict(file[source])
+    if "type" in given and "rope_type" not in given:
+        inner.pop("rope_type", None)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in inner and name not in given and (name in over or used == "rope_scaling"):
+            out[name] = inner.pop(name)
+    return {name: value for name, value in out.items() if name not in ROPES} | {used: inner}
+
+
+def _rope_source(config: Mapping[str, Any]) -> str:
+    """The one of the two that is read. It replaces the other as a whole."""
+    return ROPES[0] if config.get(ROPES[0]) else ROPES[1]
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,6 +239,7 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
     for name, why in (
         ("per_layer_config", "layers of different shapes are not supported yet"),
         ("transformers_weights", "a name of its own for the weights' file is not supported yet: call it model.safetensors"),
+        ("configuration_files", "which of several files counts depends on a version of transformers: keep config.json alone"),
         ("text_config", "a model inside another one's configuration is not supported here: give the text model's own config.json"),
     ):
         if config.get(name):
@@ -272,10 +302,10 @@ def _windows(config: Mapping[str, Any], fields: _Fields, architecture: str, laye
 def rope_facts(config: Mapping[str, Any], max_position: int) -> RopeFacts:
     """Rotary facts, `params` completed so that nobody needs config.json again: `max_position_embeddings` always, and
     `original_max_position_embeddings` where the type uses it. Raises CheckpointError / UnsupportedFeature."""
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in ROPES:
         if config.get(name) is not None and not isinstance(config[name], dict):
             raise CheckpointError(f"{CONFIG}: '{name}' must be an object, but is {config[name]!r}.", param=name)
-    source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    source = _rope_source(config)
     given: dict[str, Any] = dict(config.get(source) or {})
     if any(isinstance(value, dict) for value in given.values()):
         raise UnsupportedFeature(f"{CONFIG}: '{source}' with one entry per layer type is not supported yet.", param=source)

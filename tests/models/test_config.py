@@ -143,6 +143,64 @@ def test_reading_and_overrides(tmp_path: Path) -> None:
     assert merge({"a": {"b": 1}}, {"a": None}) == {"a": None}
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("file", "over", "same"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+            {"rope_scaling": {"rope_type": "yarn", **YARN}},
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "yarn", **YARN}},
+        ),
+        (
+            {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+            {"rope_scaling": {"type": "yarn", **YARN}},
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "yarn", **YARN}},
+        ),
+        (
+            {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"factor": 3.0}},
+            {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+        ),
+        (
+            {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "default"}},
+            {"rope_theta": 50.0},
+        ),
+        ({"rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_scaling": None}, {"rope_theta": 50.0}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}}, {"rope_scaling": None}, {"rope_theta": 50.0}),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}},
+            {"rope_theta": 90.0},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 90.0}},
+        ),
+        (
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"type": "dynamic"}},
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        ),
+        (
+            {"original_max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            {"rope_scaling": YARN},
+            {"rope_scaling": {"rope_type": "yarn", **YARN}},
+        ),
+        (
+            {"rope_theta": 50.0},
+            {"rope_scaling": {"rope_type": "yarn", **YARN}},
+            {"rope_theta": 50.0, "rope_scaling": {"type": "yarn", **YARN}},
+        ),
+        ({"dtype": "bfloat16"}, {"torch_dtype": "float32"}, {"dtype": "float32"}),
+        ({"dtype": "DROP", "torch_dtype": "bfloat16"}, {"dtype": "float32"}, {"dtype": "float32"}),
+    ],
+)
+def test_an_override_counts_in_either_spelling(tmp_path: Path, file: dict[str, Any], over: dict[str, Any], same: dict[str, Any]) -> None:
+    """`same`: the fields of a file that means what the two mean together."""
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in {**BASE, **file}.items() if v != "DROP"}))
+    assert decoder_facts(read_config(tmp_path, over)) == facts(**same)
+
+
 def test_the_hooks_name_every_family_once() -> None:
     specs = register_models()
     names = [name for spec in specs for name in spec.architectures]

@@ -2,7 +2,8 @@
 the log-probabilities are those of transformers for the same folder, or the field is refused by name.
 
 Each case also says how the configuration would be read by somebody who gets it wrong (`instead`); transformers itself must answer otherwise
-for that, or the case would show nothing. Weights are sharpened for it: attention is peaked and logits are spread.
+for that, or the case would show nothing. Weights are sharpened for it: attention is peaked and logits are spread. It is long because every field
+stands here, once.
 """
 
 from __future__ import annotations
@@ -264,6 +265,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"text_config": {"hidden_size": 32}}, "text_config"),
     ("llama", {"per_layer_config": {"0": {"intermediate_size": 48}}}, "per_layer_config"),
     ("llama", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
+    ("llama", {"configuration_files": ["config.5.0.0.json"]}, "configuration_files"),
     ("llama", {"is_causal": False}, "is_causal"),
     ("llama", {"torch_dtype": "float8_e4m3fn"}, "dtype"),
     ("llama", {"dtype": {"": "float32"}}, "dtype"),
