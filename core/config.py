@@ -50,13 +50,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tokenizer: Annotated[str | None, opt("Folder with the tokenizer, if not the model's.", "model", "tokenizer-path")] = None
     chat_template: Annotated[str | None, opt("Jinja file (or text) that replaces the model's chat template.", "model")] = None
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "half", "float32", "float"], opt("Weights and activations; auto: the checkpoint's.", "model")
+        str,
+        opt(
+            "Weights and activations: auto (the checkpoint's), bfloat16, float16 (half), float32 (float), or another that the device knows.",
+            "model",
+        ),
     ] = "auto"
     max_model_len: Annotated[
         int | None,
         opt("Longest sequence (prompt and output), in tokens; suffix k allowed.", "model", "context-length", size=True),
     ] = None
-    load_format: Annotated[Literal["auto", "safetensors", "dummy"], opt("How weights are read; dummy: random.", "model")] = "auto"
+    load_format: Annotated[str, opt("How weights are read: auto, safetensors, dummy (random), or a plugin's.", "model")] = "auto"
     hf_overrides: Annotated[str | None, opt("JSON merged over config.json.", "model", "json-model-override-args")] = None
     generation_config: Annotated[
         str,

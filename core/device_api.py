@@ -87,7 +87,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model_path: str
     dtype: str
-    """"auto" (the checkpoint's), "bfloat16", "float16" or "float32"."""
+    """"auto" (the checkpoint's), "bfloat16", "float16", "float32", or another word of --dtype, which the device knows or refuses."""
     max_model_len: int | None
     block_size: int
     max_num_seqs: int

@@ -60,8 +60,9 @@ class DeviceSpec(Spec, frozen=True, kw_only=True):
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
-    """`architectures`: names in config.json; `facts(config)` reads the shape or raises CheckpointError; `factory` is called by the device
-    plugin (its signature belongs to the device family, see plugins/models/api.py)."""
+    """`architectures`: names in config.json (of several families that serve one, later plugins come before built-ins); `facts(config)` reads
+    the shape or raises CheckpointError; `factory` is called by the device plugin (its signature belongs to the device family, see
+    plugins/models/api.py)."""
 
     architectures: list[str]
     facts: Callable[[dict[str, Any]], ModelFacts]
@@ -78,7 +79,8 @@ class AttentionSpec(Spec, frozen=True, kw_only=True):
 
 
 class WeightSourceSpec(Spec, frozen=True, kw_only=True):
-    """A way to get tensors: `load_formats` it serves; `factory(path, load_format, ...)` is called by the device plugin."""
+    """A way to get tensors: `load_formats` (words of `--load-format`) that it serves; of several that serve one word, "auto" too, later plugins
+    come before built-ins. `factory(path, load_format, ...)` is called by the device plugin, see plugins/models/api.py: Weights."""
 
     load_formats: list[str]
     factory: Callable[..., Any]

@@ -30,6 +30,7 @@ NOUNS = {
 FLAGS = {
     "devices": "--device",
     "attention_backends": "--attention-backend",
+    "weight_sources": "--load-format",
     "schedule_policies": "--scheduling-policy",
     "transports": "--transports",
 }

@@ -65,16 +65,23 @@ BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
 }
 """option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
 
+BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
+    "load_format": ("engine", ("auto", "safetensors", "dummy")),
+    "dtype": ("engine", ("auto", "bfloat16", "float16", "half", "float32", "float")),
+}
+"""The same for words that are no plugin's name, but that plugins bring: a weight source's formats, a device's dtypes."""
+
 
 def check_names(config: Config, extra: Sequence[str] = ()) -> None:
     """Refuse a name that no installed plugin can bring, before any process starts. Imports no plugin: where other packages' plugins are
     installed their names are unknown here, and the process that loads them says no. Raises ConfigError with the known names."""
-    for option, (role, known) in BUILT_IN_NAMES.items():
+    for option, (role, known) in {**BUILT_IN_NAMES, **BUILT_IN_WORDS}.items():
         given = getattr(config, option)
         wrong = [name for name in (given if isinstance(given, list) else [given]) if name is not None and name not in known]
         if wrong and not extra and all(_package(entry) == BUILT_IN for entry in metadata.entry_points(group=f"penstock.{role}")):
             flag = "--" + option.replace("_", "-")
-            raise ConfigError(f"{flag} {wrong[0]}: no such plugin.{nearest(wrong[0], known)} Known: {', '.join(known)}.", param=option)
+            lack = "no such plugin" if option in BUILT_IN_NAMES else "not known, and no plugin is installed that could bring it"
+            raise ConfigError(f"{flag} {wrong[0]}: {lack}.{nearest(wrong[0], known)} Known: {', '.join(known)}.", param=option)
 
 
 class PluginInfo(msgspec.Struct, kw_only=True):

@@ -1,30 +1,27 @@
 """The CPU as a device: from a configuration to a loaded runner.
 
-What it is: the choice of model, weights and attention plugins, the dtype, the sizes of KV cache and context, and the loading. Sizes: the KV
+What it is: the choice of the attention plugin, the dtype, the sizes of KV cache and context, and the loading. Sizes: the KV
 cache takes --kv-cache-memory-bytes (1 GiB by default) or exactly --num-gpu-blocks-override blocks; the longest sequence is
 --max-model-len, or the model's own length, then reduced if the cache is too small for it (which is said at start).
-What it does not know: steps (cpu_runner.py), the scheduler.
+What it does not know: which model and weights (parts.py), steps (cpu_runner.py), the scheduler.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from penstock.core.device_api import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
-from penstock.core.errors import ConfigError, UnsupportedFeature
-from penstock.core.hookspecs import AttentionSpec, ModelSpec, WeightSourceSpec
+from penstock.core.errors import ConfigError
+from penstock.core.hookspecs import AttentionSpec
 from penstock.kernels import native
-from penstock.plugins import attention as builtin_attention
-from penstock.plugins import models as builtin_models
-from penstock.plugins import weights as builtin_weights
 from penstock.plugins.devices import host_limits
 from penstock.plugins.devices.cpu_runner import CpuRunner
-from penstock.plugins.models.config import architecture_of, check_max_len, default_max_len, read_config
-from penstock.plugins.weights.checkpoint import identity
+from penstock.plugins.devices.parts import attention_of, identity, model_of, weights_for
+from penstock.plugins.models.config import check_max_len, default_max_len
 from penstock.version import __version__
 
 GiB = 1 << 30
@@ -41,10 +38,7 @@ class CpuDevice:
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:
         """Raises ConfigError, CheckpointError or UnsupportedFeature naming the flag or field."""
         progress("reading config", 0.0)
-        raw = read_config(config.model_path, config.hf_overrides)
-        name = architecture_of(raw)
-        spec = model_for(name, _models(config))
-        facts = spec.facts(raw)
+        raw, spec, facts = model_of(config)
         dtype_name = resolve_dtype(config.dtype, facts)
         dtype = DTYPES[dtype_name]
         set_threads(config.threads)
@@ -54,8 +48,7 @@ class CpuDevice:
         if note:
             progress(note, 0.0)
         progress("loading weights", 0.0)
-        source = weights_for(config.load_format, _weights(config))
-        weights = source.factory(
+        weights = weights_for(config).factory(
             config.model_path, config.load_format, dtype=dtype, seed=config.seed, std=float(raw.get("initializer_range") or 0.02)
         )
         model = spec.factory(
@@ -84,44 +77,12 @@ class CpuDevice:
             dtype=dtype_name,
             attention=backend.name,
             deterministic=config.deterministic,
-            fingerprint=fingerprint(config, raw, dtype_name, backend.name, max_len),
+            fingerprint=fingerprint(raw, dtype_name, backend.name, max_len, identity(config, weights)),
             kv_layout=layout,
             memory=lambda workspace: memory_table(model.weights_bytes, workspace + model.tables_bytes, pool.nbytes),
         )
         progress("loaded", 1.0)
         return runner
-
-
-def _models(config: RunnerConfig) -> Mapping[str, ModelSpec]:
-    return config.plugins.models() if config.plugins is not None else {s.name: s for s in builtin_models.register_models()}
-
-
-def _weights(config: RunnerConfig) -> Mapping[str, WeightSourceSpec]:
-    return config.plugins.weight_sources() if config.plugins is not None else {s.name: s for s in builtin_weights.register_weight_sources()}
-
-
-def _attention(config: RunnerConfig) -> Mapping[str, AttentionSpec]:
-    if config.plugins is not None:
-        return dict(config.plugins.attention_backends())
-    return {s.name: s for s in builtin_attention.register_attention_backends()}
-
-
-def model_for(architecture: str, specs: Mapping[str, ModelSpec]) -> ModelSpec:
-    """The family that serves config.json's architecture. Raises UnsupportedFeature listing those known."""
-    for spec in specs.values():
-        if architecture in spec.architectures:
-            return spec
-    known = ", ".join(sorted(name for spec in specs.values() for name in spec.architectures))
-    raise UnsupportedFeature(f"config.json: architecture {architecture!r} is not supported yet. Known: {known}.", param="architectures")
-
-
-def weights_for(load_format: str, specs: Mapping[str, WeightSourceSpec]) -> WeightSourceSpec:
-    """The source that serves --load-format."""
-    for spec in specs.values():
-        if load_format in spec.load_formats:
-            return spec
-    known: Iterable[str] = sorted({name for spec in specs.values() for name in spec.load_formats})
-    raise ConfigError(f"--load-format {load_format}: no plugin serves it. Known: {', '.join(known)}.", param="load_format")
 
 
 def resolve_dtype(wanted: str, facts: ModelFacts) -> str:
@@ -137,7 +98,7 @@ def resolve_dtype(wanted: str, facts: ModelFacts) -> str:
 def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str) -> AttentionSpec:
     """--attention-backend, or a plugin's choice, or the highest priority among those that support the model."""
     able, reasons = [], []
-    for spec in _attention(config).values():
+    for spec in attention_of(config).values():
         if "cpu" not in spec.devices:
             continue
         reason = spec.supports(facts, dtype)
@@ -221,7 +182,7 @@ def memory_table(weights: int, workspace: int, kv: int) -> MemoryTable:
     return MemoryTable(weights=weights, workspace=workspace, graphs=0, kv=kv, slack=max(0, total - weights - workspace - kv), total=total)
 
 
-def fingerprint(config: RunnerConfig, raw: Mapping[str, Any], dtype: str, attention: str, max_len: int) -> str:
+def fingerprint(raw: Mapping[str, Any], dtype: str, attention: str, max_len: int, checkpoint: str) -> str:
     """Changes whenever numerics may: version, torch, kernels, threads, dtype, attention, rope's length, configuration and checkpoint."""
     parts = [
         __version__,
@@ -232,6 +193,6 @@ def fingerprint(config: RunnerConfig, raw: Mapping[str, Any], dtype: str, attent
         attention,
         str(max_len),
         repr(sorted(raw.items())),
-        identity(config.model_path, config.load_format, config.seed),
+        checkpoint,
     ]
     return "pk_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -1,10 +1,10 @@
 """An NVIDIA GPU as a device: from a configuration to a loaded runner with a measured memory table.
 
-What it is: the choice of model, weights and attention plugins, the dtype, and the order in which memory is taken: weights, workspace (the
+What it is: the choice of the attention plugin, the dtype, and the order in which memory is taken: weights, workspace (the
 largest step is run), graphs (the largest is captured and measured), then the KV cache gets the exact remainder of
 --gpu-memory-utilization. If the driver refuses that, the cache shrinks, which is said, before the first graph that serves is captured.
 Sizes otherwise as on the CPU: --num-gpu-blocks-override, --kv-cache-memory-bytes, --max-model-len.
-What it does not know: steps (cuda_runner.py), Triton (plugins/attention/triton.py), the scheduler.
+What it does not know: which model and weights (parts.py), steps (cuda_runner.py), Triton (plugins/attention/triton.py), the scheduler.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from penstock.plugins.devices import cpu
 from penstock.plugins.devices.cuda_lane import CudaLane, Lane
 from penstock.plugins.devices.cuda_ops import Ops
 from penstock.plugins.devices.cuda_runner import CudaRunner, padded_rows
-from penstock.plugins.models.config import architecture_of, check_max_len, default_max_len, read_config
-from penstock.plugins.weights.checkpoint import identity
+from penstock.plugins.devices.parts import attention_of, identity, model_of, weights_for
+from penstock.plugins.models.config import check_max_len, default_max_len
 from penstock.version import __version__
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,9 +73,7 @@ def load(
 ) -> CudaRunner:
     """A runner on any lane; see CudaDevice.load. `backend`: not chosen among the plugins, but given."""
     progress("reading config", 0.0)
-    raw = read_config(config.model_path, config.hf_overrides)
-    spec = cpu.model_for(architecture_of(raw), cpu._models(config))
-    facts = spec.facts(raw)
+    raw, spec, facts = model_of(config)
     dtype_name = resolve_dtype(config.dtype, facts, dtypes)
     dtype = dtypes[dtype_name]
     if config.block_size < 16 or config.block_size & (config.block_size - 1):
@@ -88,8 +86,7 @@ def load(
         facts=facts, dtype=dtype, device=lane.device, max_rows=padded_rows(config.max_num_seqs), deterministic=config.deterministic
     )
     progress("loading weights", 0.0)
-    source = cpu.weights_for(config.load_format, cpu._weights(config))
-    weights = source.factory(
+    weights = weights_for(config).factory(
         config.model_path,
         config.load_format,
         dtype=dtype,
@@ -118,7 +115,7 @@ def load(
         dtype=dtype_name,
         attention=backend.name,
         deterministic=config.deterministic,
-        fingerprint=fingerprint(config, raw, dtype_name, backend.name, max_len, lane),
+        fingerprint=fingerprint(config, raw, dtype_name, backend.name, max_len, lane, identity(config, weights)),
         graphs=not config.enforce_eager and (ops.capturable or lane.device.type == "cpu"),
         depth=depth,
     )
@@ -143,7 +140,7 @@ def resolve_dtype(wanted: str, facts: ModelFacts, dtypes: dict[str, torch.dtype]
 def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str) -> AttentionSpec:
     """--attention-backend, or a plugin's choice, or the highest priority among the table factories for "cuda"."""
     able, reasons = [], []
-    for spec in cpu._attention(config).values():
+    for spec in attention_of(config).values():
         if "cuda" in spec.devices:
             reason = spec.supports(facts, dtype)
             if reason is None:
@@ -249,7 +246,7 @@ def _fit_length(config: RunnerConfig, runner: CudaRunner, block_bytes: int, prog
     runner.max_model_len = room
 
 
-def fingerprint(config: RunnerConfig, raw: dict[str, Any], dtype: str, attention: str, max_len: int, lane: Lane) -> str:
+def fingerprint(config: RunnerConfig, raw: dict[str, Any], dtype: str, attention: str, max_len: int, lane: Lane, checkpoint: str) -> str:
     """Changes whenever numerics may: version, torch, GPU, dtype, attention, rope's length, configuration, checkpoint, determinism."""
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     parts = [
@@ -261,6 +258,6 @@ def fingerprint(config: RunnerConfig, raw: dict[str, Any], dtype: str, attention
         str(max_len),
         str(config.deterministic),
         repr(sorted(raw.items())),
-        identity(config.model_path, config.load_format, config.seed),
+        checkpoint,
     ]
     return "pk_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -18,6 +18,7 @@ from penstock.core.device_api import ModelFacts
 from penstock.plugins.devices.cuda_ops import Columns, Ops
 from penstock.plugins.models.api import Progress, Weights
 from penstock.plugins.models.rope import rope_tables
+from penstock.plugins.models.tied import ends_of
 
 Tensor = torch.Tensor
 READERS = 6
@@ -110,6 +111,11 @@ def build_device_decoder(
     def read(target: Tensor, name: str) -> None:
         reads.append(lambda: target.copy_(weights.take(name, tuple(target.shape))))
 
+    def end(take: Callable[[], Tensor]) -> Tensor:
+        target = torch.empty((facts.vocab_size, hidden), dtype=dtype, device=device)
+        reads.append(lambda: target.copy_(take()))
+        return target
+
     def one(name: str, *shape: int) -> Tensor:
         target = torch.empty(shape, dtype=dtype, device=device)
         read(target, name)
@@ -145,14 +151,11 @@ def build_device_decoder(
             window=(facts.sliding_window or 0) if slides else 0,
         )
 
-    table = one("model.embed_tokens.weight", facts.vocab_size, hidden)
+    ends = ends_of(facts, weights)
+    table = end(ends.table)
     layers = [layer(index) for index in range(facts.num_layers)]
     final_norm = one("model.norm.weight", hidden)
-    if facts.tie_word_embeddings:
-        weights.ignore("lm_head.weight")
-        lm_head = table
-    else:
-        lm_head = one("lm_head.weight", facts.vocab_size, hidden)
+    lm_head = table if ends.head is None else end(ends.head)
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as pool:
         for done, _ in enumerate(pool.map(lambda job: job(), reads), 1):
             tell(done / len(reads))

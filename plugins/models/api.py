@@ -19,7 +19,11 @@ Progress = Callable[[float], None]
 
 
 class Weights(Protocol):
-    """Named tensors of one checkpoint. Each tensor is taken once."""
+    """Named tensors of one checkpoint. Each tensor is taken once.
+
+    It may also have `has(name) -> bool`: whether the tensor is there (without it, tied embeddings are one tensor, whatever the files hold), and
+    `identity() -> str`: a text that changes with the contents (without it, the folder's files stand for them).
+    """
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The tensor, contiguous, in the dtype asked for at opening. It may be a view of a mapped file: pack or clone it.

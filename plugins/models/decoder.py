@@ -17,6 +17,7 @@ from penstock.kernels.rmsnorm import rms_norm
 from penstock.kernels.rope import rope_and_cache
 from penstock.plugins.models.api import Attention, Program, Progress, Weights
 from penstock.plugins.models.rope import rope_tables
+from penstock.plugins.models.tied import ends_of
 
 
 class Decoder:
@@ -152,17 +153,14 @@ def build_decoder(
             window=window_of(facts, index),
         )
 
-    table = weights.take("model.embed_tokens.weight", (facts.vocab_size, hidden)).clone()
+    ends = ends_of(facts, weights)
+    table = ends.table().clone()
     layers = []
     for index in range(facts.num_layers):
         layers.append(build_layer(index))
         tell((index + 1) / (facts.num_layers + 1))
     final_norm = weights.take("model.norm.weight", (hidden,)).clone()
-    if facts.tie_word_embeddings:
-        weights.ignore("lm_head.weight")
-        lm_head = pack(table)
-    else:
-        lm_head = pack(weights.take("lm_head.weight", (facts.vocab_size, hidden)))
+    lm_head = pack(table if ends.head is None else ends.head())
     weights.finish()
     cos_sin = torch.cat(rope_tables(facts, max_len), dim=1).contiguous()
     tell(1.0)

@@ -27,7 +27,19 @@ from penstock.core.errors import CheckpointError
 
 
 def inverse_frequencies(facts: ModelFacts, max_len: int) -> tuple[torch.Tensor, float]:
-    """(inv_freq [head_dim / 2] float32, factor that multiplies cos and sin) for a server whose longest sequence is `max_len`."""
+    """(inv_freq [head_dim / 2] float32, factor that multiplies cos and sin) for a server whose longest sequence is `max_len`.
+    Raises CheckpointError for numbers that the formula cannot take."""
+    try:
+        return _frequencies(facts, max_len)
+    except (ZeroDivisionError, OverflowError, ValueError) as error:
+        raise CheckpointError(
+            f"config.json: 'rope_parameters' ({facts.rope.type}, rope_theta {facts.rope.theta:g}, {facts.rope.params}) cannot be computed:"
+            f" {error}.",
+            param="rope_parameters",
+        ) from None
+
+
+def _frequencies(facts: ModelFacts, max_len: int) -> tuple[torch.Tensor, float]:
     rope, dim = facts.rope, facts.head_dim
     params: dict[str, Any] = rope.params
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
@@ -66,8 +78,7 @@ def _llama3(plain: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
 
 def _yarn(theta: float, exponents: torch.Tensor, dim: int, params: dict[str, Any]) -> tuple[torch.Tensor, float]:
     original = params["original_max_position_embeddings"]
-    factor = params.get("factor") or params["max_position_embeddings"] / original
-    attention = params.get("attention_factor")
+    factor, attention = params["factor"], params.get("attention_factor")
     if attention is None:
         mscale, mscale_all = params.get("mscale"), params.get("mscale_all_dim")
         if mscale and mscale_all:
@@ -79,7 +90,7 @@ def _yarn(theta: float, exponents: torch.Tensor, dim: int, params: dict[str, Any
         return (dim * math.log(original / (count * 2 * math.pi))) / (2 * math.log(theta))
 
     low, high = rotations_at(params.get("beta_fast") or 32), rotations_at(params.get("beta_slow") or 1)
-    if params.get("truncate", True):
+    if params["truncate"]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     span = 0.001 if low == high else high - low
@@ -100,8 +111,7 @@ def _longrope(theta: float, exponents: torch.Tensor, params: dict[str, Any], max
     factors = torch.tensor(params[name], dtype=torch.float32)
     if factors.shape != exponents.shape:
         raise CheckpointError(f"config.json: '{name}' must hold {exponents.numel()} numbers, but holds {factors.numel()}.", param=name)
-    factor = params.get("factor") or params["max_position_embeddings"] / original
-    attention = params.get("attention_factor")
+    factor, attention = params["factor"], params.get("attention_factor")
     if attention is None:
         attention = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
     return torch.as_tensor(1.0 / (factors * theta**exponents)), float(attention)

@@ -10,6 +10,8 @@ from typing import Any
 
 from penstock.core.hookspecs import WeightSourceSpec, hookimpl
 
+SAFETENSORS = "safetensors"
+
 
 def _safetensors(path: str, load_format: str, **options: Any) -> Any:
     from penstock.plugins.weights.checkpoint import Checkpoint
@@ -25,14 +27,14 @@ def _dummy(path: str, load_format: str, **options: Any) -> Any:
 
 @hookimpl
 def register_weight_sources() -> list[WeightSourceSpec]:
-    """`factory(path, load_format, dtype=torch dtype, seed=int, device=torch device or nothing)` returns an object of plugins/models/api.py's
-    Weights. With a device, tensors may lie there or on the host, and `take` may be called from several threads."""
+    """`factory(path, load_format, dtype=torch dtype, seed=int, std=float, device=torch device or nothing)` returns an object of
+    plugins/models/api.py's Weights. With a device, tensors may lie there or on the host, and `take` may be called from several threads."""
     return [
         WeightSourceSpec(
-            name="safetensors",
+            name=SAFETENSORS,
             api_level=1,
             doc="Memory-mapped safetensors files.",
-            load_formats=["auto", "safetensors"],
+            load_formats=["auto", SAFETENSORS],
             factory=_safetensors,
         ),
         WeightSourceSpec(name="dummy", api_level=1, doc="Seeded random weights.", load_formats=["dummy"], factory=_dummy),

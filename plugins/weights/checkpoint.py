@@ -1,8 +1,9 @@
 """Tensors of a Hugging Face folder's safetensors files, taken one by one.
 
-What it is: memory-mapped reading of `model.safetensors` or of the shards that `model.safetensors.index.json` names, with checks that
-name the tensor and the file. A tensor is converted to the wanted dtype when it is taken, so that beside the packed weights only one
-layer's tensors exist at a time.
+What it is: memory-mapped reading of `model.safetensors` or, where there is none, of the shards that `model.safetensors.index.json` names, with
+checks that name the tensor and the file. Which files are read, and which of two tensors of one name, is as in transformers; what lies there
+unread is said. A tensor is converted to the wanted dtype when it is taken, so that beside the packed weights only one layer's tensors exist
+at a time.
 What it does not know: what the names mean.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,31 +22,68 @@ from safetensors import SafetensorError, safe_open
 
 from penstock.core.errors import CheckpointError, UnsupportedFeature
 
+log = logging.getLogger("penstock.weights")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors' names of dtypes -> config.json's."""
 
 
-def shards(path: str | Path) -> dict[str, Path] | list[Path]:
-    """tensor name -> file for a sharded checkpoint, or [file] for a single one. Raises CheckpointError."""
+def files_of(path: str | Path) -> list[Path]:
+    """The files that hold the checkpoint: the whole one if it is there, else the shards of the index. Raises CheckpointError."""
     folder = Path(path)
-    if (folder / INDEX).is_file():
-        try:
-            table = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            named = {str(name): folder / str(file) for name, file in table.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{folder / INDEX} has no usable 'weight_map' ({error}).", param="weight_map") from None
-        for file in sorted(set(named.values())):
-            if file.parent != folder:
-                raise CheckpointError(f"{folder / INDEX} names {file}, which lies outside the folder.", param="weight_map")
-            if not file.is_file():
-                raise CheckpointError(f"{folder / INDEX} names {file.name}, which does not exist.", param="weight_map")
-        return named
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    beside = unread(folder, [])
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    hint = f" ({', '.join(others[:3])} cannot be read: only safetensors are)" if others else ""
+    hint = f" ({_list(others)} cannot be read: only safetensors are)" if others else f" (only {_list(beside)})" if beside else ""
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}.", param="model")
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = sorted({os.path.normpath(folder / file) for file in table.values()})
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read ({error.strerror}).", param="weight_map") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} has no usable 'weight_map' ({error}).", param="weight_map") from None
+    if not named:
+        raise CheckpointError(f"{index} has no usable 'weight_map' (it is empty).", param="weight_map")
+    files = [Path(file) for file in named]
+    for file in files:
+        if not file.is_relative_to(os.path.normpath(folder)):
+            raise CheckpointError(f"{index} names {file}, which lies outside the folder.", param="weight_map")
+    gone = [file.name for file in files if not file.is_file()]
+    if gone:
+        more = f" (nor do {len(gone) - 1} more of its {len(files)} files)" if len(gone) > 1 else ""
+        raise CheckpointError(f"{index} names {gone[0]}, which does not exist{more}.", param="weight_map")
+    return files
+
+
+def unread(path: str | Path, files: Sequence[Path]) -> list[str]:
+    """Names in the folder that look like a part of the checkpoint, but are none."""
+    folder, read = Path(path), {file.name for file in files}
+    beside = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in read)
+    return ([INDEX] if SINGLE in read and (folder / INDEX).exists() else []) + beside
+
+
+def stored_dtype(path: str | Path) -> str | None:
+    """The dtype of the first floating tensor, as config.json would call it: what a configuration without a dtype means. None: another one."""
+    with _open(files_of(path)[0]) as handle:
+        kinds = (str(handle.get_slice(name).get_dtype()) for name in handle.keys())  # noqa: SIM118 (not a dict)
+        return STORED.get(next((kind for kind in kinds if "F" in kind), ""))
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is no readable safetensors file ({error}).", param="model") from None
 
 
 class Checkpoint:
@@ -52,35 +92,37 @@ class Checkpoint:
     def __init__(self, path: str | Path, dtype: torch.dtype) -> None:
         self._folder = Path(path)
         self._dtype = dtype
-        self._open: dict[Path, Any] = {}
-        found = shards(path)
-        if isinstance(found, list):
-            self._where = dict.fromkeys(self._handle(found[0]).keys(), found[0])
-        else:
-            self._where = found
-            for file in sorted(set(found.values())):
-                self._where |= {name: file for name in self._handle(file).keys() if name not in found}  # noqa: SIM118 (not a dict)
+        self._files = files_of(path)
+        self._open = {file: _open(file) for file in self._files}
+        self._where: dict[str, Path] = {}
+        twice: list[str] = []
+        for file, handle in self._open.items():  # of one name, the last file's counts
+            names = list(handle.keys())
+            twice += [name for name in names if name in self._where]
+            self._where |= dict.fromkeys(names, file)
+        self._unread = unread(path, self._files)
+        if self._unread:
+            log.warning("%s: weights are read from %s; ignored: %s", path, _list([f.name for f in self._files]), _list(self._unread))
+        if twice:
+            log.warning("%s: several files hold %s; the last one's counts", path, _list(sorted(set(twice))))
         self._left = set(self._where)
         self._ignored: set[str] = set()
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(str(file), framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} is no readable safetensors file ({error}).", param="model") from None
-        return self._open[file]
+    def has(self, name: str) -> bool:
+        """See Weights."""
+        return name in self._where
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """See Weights.take."""
         file = self._where.get(name)
         if file is None:
+            beside = f" (These files are there, but not read: {_list(self._unread)}.)" if self._unread else ""
             raise CheckpointError(
-                f"{self._folder}: tensor {name!r} is missing; the configuration asks for one of shape {list(shape)}.", param=name
+                f"{self._folder}: tensor {name!r} is missing; the configuration asks for one of shape {list(shape)}.{beside}", param=name
             )
         self._left.discard(name)
         try:
-            value: torch.Tensor = self._handle(file).get_tensor(name)
+            value: torch.Tensor = self._open[file].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}).", param=name) from None
         if list(value.shape) != list(shape):
@@ -100,27 +142,28 @@ class Checkpoint:
         self._open.clear()
         left = sorted(self._left - self._ignored)
         if left:
-            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             raise CheckpointError(
-                f"{self._folder} holds tensors that this architecture does not use: {', '.join(left[:5])}{more}."
+                f"{self._folder} holds tensors that this architecture does not use: {_list(left)}."
                 " Serving without them would give wrong answers.",
                 param=left[0],
             )
 
+    def identity(self) -> str:
+        """See Weights."""
+        return " ".join(sample_of(file).hex() for file in self._files)
 
-def identity(path: str | Path, load_format: str, seed: int) -> str:
-    """A digest that changes with the checkpoint: config.json, and each shard's size, header and both ends (not every byte: reading a large
-    checkpoint twice would double the start). For dummy weights the seed takes the shards' place."""
-    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
-    if load_format == "dummy":
-        digest.update(f"dummy {seed}".encode())
-        return digest.hexdigest()
-    found = shards(path)
-    for file in sorted(set(found if isinstance(found, list) else found.values())):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            header = stream.read(min(size, 8))
-            digest.update(header + stream.read(min(int.from_bytes(header, "little"), size, 1 << 24)) + stream.read(1 << 16))
-            stream.seek(max(0, size - (1 << 16)))
-            digest.update(stream.read() + str(size).encode())
-    return digest.hexdigest()
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def sample_of(file: Path) -> bytes:
+    """A digest of a file's size, header and both ends (not of every byte: reading a large checkpoint twice would double the start)."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as stream:
+        header = stream.read(min(size, 8))
+        digest.update(header + stream.read(min(int.from_bytes(header, "little"), size, 1 << 24)) + stream.read(1 << 16))
+        stream.seek(max(0, size - (1 << 16)))
+        digest.update(stream.read() + str(size).encode())
+    return digest.digest()

@@ -35,3 +35,7 @@ class DummyWeights:
 
     def finish(self) -> None:
         """Nothing to close."""
+
+    def identity(self) -> str:
+        """See Weights."""
+        return f"dummy {self._seed}"

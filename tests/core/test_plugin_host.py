@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from penstock.core import kernel
-from penstock.core.config import build
+from penstock.core.config import OPTIONS, build
+from penstock.core.engine import DTYPES as ALIASES
 from penstock.core.errors import ConfigError, PluginError
 from penstock.core.hookspecs import DeviceSpec, hookimpl
-from penstock.core.plugin_host import BUILT_IN_NAMES, PluginHost, check_names
+from penstock.core.plugin_host import BUILT_IN_NAMES, BUILT_IN_WORDS, PluginHost, check_names
 
 
 def device(name: str, *, level: int = 1, priority: int = 0, available: bool = True) -> DeviceSpec:
@@ -60,6 +61,17 @@ def test_the_names_that_root_knows_are_those_that_come_with_penstock() -> None:
         "transports": set(edge.transports()),
     }
     assert {option: set(names) for option, (_, names) in BUILT_IN_NAMES.items()} == families
+    words = {option: set(names) for option, (_, names) in BUILT_IN_WORDS.items()}
+    assert words["load_format"] == {word for spec in engine.weight_sources().values() for word in spec.load_formats}
+    devices = [engine.devices()[name].factory().capabilities for name in ("cpu", "cuda")]
+    assert words["dtype"] == {"auto", *ALIASES, *(dtype for device in devices for dtype in device.dtypes)}
+    assert len(words) == 2
+
+
+def test_no_option_that_plugins_bring_words_for_has_a_fixed_list() -> None:
+    assert {name for name, option in OPTIONS.items() if option.choices} == {
+        *("queue_full_status", "metrics_compat", "log_level", "log_format", "wiring")
+    }
 
 
 @pytest.mark.parametrize(
@@ -69,6 +81,11 @@ def test_the_names_that_root_knows_are_those_that_come_with_penstock() -> None:
         ({"attention_backend": "tritn"}, "--attention-backend tritn: no such plugin. Did you mean 'triton'? Known: native, torch, triton."),
         ({"scheduling_policy": "lifo"}, "--scheduling-policy lifo: no such plugin."),
         ({"transports": ["openai", "grpc"]}, "--transports grpc: no such plugin."),
+        (
+            {"load_format": "safetensor"},
+            "--load-format safetensor: not known, and no plugin is installed that could bring it. Did you mean 'saf",
+        ),
+        ({"dtype": "int3"}, "--dtype int3: not known, and no plugin is installed that could bring it. Known: auto, bfloat16,"),
     ],
 )
 def test_unknown_names_are_refused_before_any_process_starts(
@@ -83,7 +100,7 @@ def test_unknown_names_are_refused_before_any_process_starts(
 
 
 def test_names_of_other_packages_are_left_to_the_process_that_loads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = build({"device": "tpu", "scheduling_policy": "priority"})
+    config = build({"device": "tpu", "scheduling_policy": "priority", "load_format": "npz", "dtype": "float8"})
     check_names(config, extra=["some.module"])
     with pytest.raises(ConfigError, match="tpu"):
         check_names(config)

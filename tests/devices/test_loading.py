@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from penstock.core.errors import CheckpointError, ConfigError, EngineFailure, UnsupportedFeature
 from penstock.core.hookspecs import AttentionSpec
@@ -120,12 +121,111 @@ def test_missing_wrong_and_left_over_tensors_are_named(folder: Path, load: Load,
         load(folder)
 
 
-def test_a_shard_index_must_stay_in_its_folder(folder: Path, load: Load) -> None:
-    index = folder / "model.safetensors.index.json"
-    for table, what in (({"a": "../x.safetensors"}, "outside"), ({"a": "gone.safetensors"}, "does not exist"), ([1], "no usable")):
-        index.write_text(json.dumps({"weight_map": table}))
-        with pytest.raises(CheckpointError, match=what):
-            load(folder)
+def into_shards(
+    folder: Path, whole: dict[str, torch.Tensor], names: tuple[str, str] = ("a.safetensors", "b.safetensors")
+) -> dict[str, str]:
+    """The tensors in two files, the index to them, and no whole file. Gives the index's table."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    table = {name: names[at % 2] for at, name in enumerate(sorted(whole))}
+    for file in names:
+        (folder / file).parent.mkdir(exist_ok=True)
+        save_file({name: value for name, value in whole.items() if table[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return table
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"weight_map": {"a": "../x.safetensors"}}', "outside"),
+        ('{"weight_map": {"a": "/etc/hosts"}}', "outside"),
+        (
+            '{"weight_map": {"a": "gone.safetensors", "b": "too.safetensors"}}',
+            r"gone.safetensors, which does not exist \(nor do 1 more of its 2",
+        ),
+        ('{"weight_map": [1]}', "no usable"),
+        ('{"weight_map": {"a": 3}}', "no usable"),
+        ('{"weight_map": {}}', "no usable"),
+        ("{}", "no usable"),
+        ('{"weight_map": {"a"', "no usable"),
+        ("[" * 100_000, "no usable"),
+        ('{"weight_map": {"a": "config.json"}}', "no readable safetensors file"),
+    ],
+)
+def test_a_shard_index_that_cannot_be_followed_is_named(folder: Path, load: Load, text: str, what: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=what):
+        load(folder)
+
+
+def test_the_whole_file_counts_before_an_index(folder: Path, load: Load, make_tensors: Any, caplog: pytest.LogCaptureFixture) -> None:
+    new = make_tensors()
+    right = tokens_of(load(folder))
+    assert not caplog.records
+    into_shards(folder, make_tensors(seed=1), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"))
+    assert tokens_of(load(folder)) != right
+    save_file(new, folder / "model.safetensors")
+    for text in (None, "{", '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": {"a": "../x.safetensors"}}'):
+        if text is not None:
+            (folder / "model.safetensors.index.json").write_text(text)
+        caplog.clear()
+        runner = load(folder)
+        assert tokens_of(runner) == right
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert "read from model.safetensors; ignored: model.safetensors.index.json, model-00001-of-00002.safetensors" in said
+    (folder / "model.safetensors.index.json").unlink()
+    assert load(folder).fingerprint == runner.fingerprint
+
+
+def test_shards_are_those_of_the_index(folder: Path, load: Load, make_tensors: Any, caplog: pytest.LogCaptureFixture) -> None:
+    whole = make_tensors()
+    right = tokens_of(load(folder))
+    into_shards(folder, make_tensors(seed=1), ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"))
+    table = into_shards(folder, whole)
+    assert tokens_of(load(folder)) == right
+    assert "ignored: model-00001-of-00003.safetensors, model-00002-of-00003.safetensors" in caplog.text
+    # the files count, not where the index says that a tensor is; of one name, the last file's
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip(table, sorted(table.values()), strict=True))}))
+    assert tokens_of(load(folder)) == right
+    name = next(name for name, file in table.items() if file == "b.safetensors")
+    save_file({**{n: v for n, v in whole.items() if table[n] == "a.safetensors"}, name: whole[name] + 1}, folder / "a.safetensors")
+    caplog.clear()
+    assert tokens_of(load(folder)) == right
+    assert f"several files hold {name}; the last" in caplog.text
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names b\.safetensors, which does not exist\."):
+        load(folder)
+
+
+def test_shards_may_lie_in_a_folder_below(folder: Path, load: Load, make_tensors: Any) -> None:
+    right = tokens_of(load(folder))
+    into_shards(folder, make_tensors(), ("part/a.safetensors", "part/b.safetensors"))
+    assert tokens_of(load(folder)) == right
+
+
+def test_what_was_not_read_is_said_with_what_is_missing(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
+    into_shards(folder, make_tensors())
+    rewrite(folder, {"model.norm.weight": torch.ones(32)})
+    with pytest.raises(CheckpointError, match=r"embed_tokens.* is missing.*there, but not read: model\.safetensors\.index\.json, a\.saf"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .* \(only a\.safetensors, b\.safetensors\)"):
+        load(folder)
+
+
+def test_a_configuration_without_a_dtype_means_that_of_the_files(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for sharded in (False, True):
+            rewrite(folder, make_tensors(dtype), dtype=None)
+            if sharded:
+                into_shards(folder, make_tensors(dtype))
+            assert load(folder).dtype == str(dtype).removeprefix("torch.")
+    rewrite(folder, None, torch_dtype="bfloat16")
+    assert load(folder).dtype == "bfloat16"
+    rewrite(folder, None, dtype="float32")
+    assert load(folder).dtype == "float32"
 
 
 def test_dtypes(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
@@ -135,16 +235,35 @@ def test_dtypes(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> No
     assert load(folder, dtype="float").dtype == "float32"
 
 
-def test_tied_embeddings_ignore_a_stored_head(folder: Path, load: Load, rewrite: Any, make_tensors: Any) -> None:
+def test_tied_embeddings(folder: Path, load: Load, rewrite: Any, make_tensors: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Like transformers: one tensor is both; two different ones are used as they are, whatever the configuration says."""
     whole = make_tensors()
-    tied = {name: value for name, value in whole.items() if name != "lm_head.weight"}
-    rewrite(folder, tied)
-    with pytest.raises(CheckpointError, match=r"lm_head.weight.*is missing"):
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    untied = load(folder)
+    for lacks in (head, table):
+        rewrite(folder, {name: value for name, value in whole.items() if name != lacks})
+        with pytest.raises(CheckpointError, match=rf"{lacks}.*is missing"):
+            load(folder)
+    rewrite(folder, {name: value for name, value in whole.items() if name != head}, tie_word_embeddings=True)
+    without = load(folder)
+    rewrite(folder, {**whole, head: whole[table].clone()})
+    assert (tokens_of(load(folder)), load(folder).memory.weights) == (tokens_of(without), without.memory.weights)
+    rewrite(folder, {**{name: value for name, value in whole.items() if name != table}, head: whole[table]})
+    assert tokens_of(load(folder)) == tokens_of(without)
+    assert "different" not in caplog.text
+    rewrite(folder, whole)
+    both = load(folder)
+    assert tokens_of(both) == tokens_of(untied) != tokens_of(without)
+    assert both.memory.weights == untied.memory.weights
+    (said,) = (record.getMessage() for record in caplog.records if "different" in record.getMessage())
+    assert "'tie_word_embeddings'" in said
+    assert head in said
+    rewrite(folder, {name: value for name, value in whole.items() if name not in (table, head)})
+    with pytest.raises(CheckpointError, match=rf"{table}.*is missing"):
         load(folder)
-    rewrite(folder, tied, tie_word_embeddings=True)
-    without = tokens_of(load(folder))
-    rewrite(folder, {**whole, "lm_head.weight": torch.zeros(97, 32)}, tie_word_embeddings=True)
-    assert tokens_of(load(folder)) == without
+    rewrite(folder, {**whole, head: torch.zeros(98, 32)})
+    with pytest.raises(CheckpointError, match=rf"{head}.*has shape"):
+        load(folder)
 
 
 def test_dummy_weights_depend_on_the_seed_only(folder: Path, load: Load) -> None:

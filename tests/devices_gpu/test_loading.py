@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,3 +158,43 @@ def test_without_a_gpu_the_cpu_is_chosen() -> None:
     with pytest.raises(ConfigError, match="no such device"):
         host.choose_device("cuda")
     assert build({}).device == "auto"
+
+
+def test_tied_embeddings_are_what_the_file_holds(make_folder: Make, host_runner: Make) -> None:
+    """As on the CPU, which is compared with transformers: one tensor is both, two different ones are used as they are."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_folder(tie_word_embeddings=True)
+    named = load_file(folder / "model.safetensors")
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    named |= {head: torch.flip(named[table], [0])}
+    for drop, change, same in (((), {}, False), ((), {head: named[table].clone()}, True), ((head,), {}, True), ((table,), {}, True)):
+        kept = {name: value for name, value in {**named, **change}.items() if name not in drop}
+        save_file(kept, folder / "model.safetensors")
+        model = host_runner(folder)._model
+        assert (model.lm_head is model.table) == same
+        assert torch.equal(model.table, kept.get(table, kept.get(head)))
+        assert torch.equal(model.lm_head, kept.get(head, kept.get(table)))
+        assert model.weights_bytes == sum(value.nbytes for value in kept.values()) - (kept[head].nbytes if same and len(drop) == 0 else 0)
+
+
+def test_a_plugins_weights_come_before_the_built_in_ones(folder: Path, host_runner: Make) -> None:
+    from penstock.core.hookspecs import WeightSourceSpec
+    from penstock.plugins.models import register_models
+    from penstock.plugins.weights import register_weight_sources
+    from penstock.plugins.weights.dummy import DummyWeights
+
+    mine = WeightSourceSpec(
+        name="mine",
+        api_level=1,
+        load_formats=["auto", "odd"],
+        factory=lambda path, load_format, *, dtype, **_: DummyWeights(dtype=dtype, seed=3),
+    )
+    host = SimpleNamespace(
+        models=lambda: {spec.name: spec for spec in register_models()},
+        weight_sources=lambda: {**{spec.name: spec for spec in register_weight_sources()}, "mine": mine},
+    )
+    right = host_runner(folder, load_format="dummy", seed=3)._model.layers[0].qkv
+    assert torch.equal(host_runner(folder, load_format="auto", plugins=host)._model.layers[0].qkv, right)
+    assert torch.equal(host_runner(folder, load_format="odd", plugins=host)._model.layers[0].qkv, right)
+    assert not torch.equal(host_runner(folder, load_format="safetensors", plugins=host)._model.layers[0].qkv, right)

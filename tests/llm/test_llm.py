@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
+import sys
 import threading
+import types
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,8 @@ import pytest
 
 from penstock import LLM, SamplingParams
 from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest
+from penstock.core.hookspecs import WeightSourceSpec, hookimpl
+from penstock.core.model_folder import demo_folder
 from penstock.plugins.devices.cpu import CpuDevice
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -410,3 +416,41 @@ def test_a_closed_engine_lets_go_of_its_memory(monkeypatch: pytest.MonkeyPatch) 
     gc.collect()
     assert alive[0]() is None
     llm.close()
+
+
+def test_a_plugins_load_format(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo model with its weights in another file, which only a plugin reads."""
+    shutil.copytree(demo_folder(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.mine")
+    module = types.ModuleType("reader_of_mine")
+
+    @hookimpl
+    def register_weight_sources() -> list[WeightSourceSpec]:
+        return [WeightSourceSpec(name="mine", api_level=1, load_formats=["mine"], factory=Mine)]
+
+    vars(module)["register_weight_sources"] = register_weight_sources
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    right = [o.outputs[0].token_ids for o in llm.generate("Penstock is", GREEDY)]
+    with LLM(str(tmp_path), load_format="mine", extra_plugins=[module.__name__], kv_cache_memory_bytes=64 << 20) as other:
+        assert [o.outputs[0].token_ids for o in other.generate("Penstock is", GREEDY)] == right
+    with pytest.raises(ConfigError, match="--load-format mine: no plugin serves it"):
+        LLM(str(tmp_path), load_format="mine")
+
+
+class Mine:
+    """See plugins/models/api.py: Weights."""
+
+    def __init__(self, path: str, load_format: str, *, dtype: Any, **_: Any) -> None:
+        from safetensors.torch import load_file
+
+        assert load_format == "mine"
+        self.named, self.dtype = load_file(Path(path) / "model.mine"), dtype
+
+    def take(self, name: str, shape: Any) -> Any:
+        return self.named.pop(name).to(self.dtype).reshape(shape)
+
+    def ignore(self, *names: str) -> None:
+        pass
+
+    def finish(self) -> None:
+        assert not self.named

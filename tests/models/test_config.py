@@ -63,6 +63,9 @@ def test_defaults_are_those_of_the_hugging_face_classes() -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_size": 66}, "hidden_size"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"architectures": []}, "architectures"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
@@ -106,7 +109,7 @@ def test_rope_spellings_and_precedence() -> None:
     )
     assert (outer.rope.type, outer.rope.theta, outer.rope.params["original_max_position_embeddings"]) == ("longrope", 5.0, 32)
     both = facts(rope_scaling={"rope_type": "linear", "factor": 4.0}, rope_parameters={"rope_type": "default", "rope_theta": 9.0})
-    assert (both.rope.type, both.rope.theta) == ("linear", 9.0)
+    assert (both.rope.type, both.rope.theta) == ("linear", 10000.0)  # rope_scaling replaces the other as a whole
     assert facts(rope_parameters={"rope_type": "default", "rope_theta": 9.0}).rope.theta == 9.0
 
 
@@ -138,6 +141,64 @@ def test_reading_and_overrides(tmp_path: Path) -> None:
     assert raw["rope_scaling"] == {"rope_type": "linear", "factor": 3.0}
     assert raw["vocab_size"] == 7
     assert merge({"a": {"b": 1}}, {"a": None}) == {"a": None}
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("file", "over", "same"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+            {"rope_scaling": {"rope_type": "yarn", **YARN}},
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "yarn", **YARN}},
+        ),
+        (
+            {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+            {"rope_scaling": {"type": "yarn", **YARN}},
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "yarn", **YARN}},
+        ),
+        (
+            {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"factor": 3.0}},
+            {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+        ),
+        (
+            {"rope_theta": 50.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "default"}},
+            {"rope_theta": 50.0},
+        ),
+        ({"rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_scaling": None}, {"rope_theta": 50.0}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}}, {"rope_scaling": None}, {"rope_theta": 50.0}),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}},
+            {"rope_theta": 90.0},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 90.0}},
+        ),
+        (
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"type": "dynamic"}},
+            {"rope_theta": 50.0, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        ),
+        (
+            {"original_max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            {"rope_scaling": YARN},
+            {"rope_scaling": {"rope_type": "yarn", **YARN}},
+        ),
+        (
+            {"rope_theta": 50.0},
+            {"rope_scaling": {"rope_type": "yarn", **YARN}},
+            {"rope_theta": 50.0, "rope_scaling": {"type": "yarn", **YARN}},
+        ),
+        ({"dtype": "bfloat16"}, {"torch_dtype": "float32"}, {"dtype": "float32"}),
+        ({"dtype": "DROP", "torch_dtype": "bfloat16"}, {"dtype": "float32"}, {"dtype": "float32"}),
+    ],
+)
+def test_an_override_counts_in_either_spelling(tmp_path: Path, file: dict[str, Any], over: dict[str, Any], same: dict[str, Any]) -> None:
+    """`same`: the fields of a file that means what the two mean together."""
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in {**BASE, **file}.items() if v != "DROP"}))
+    assert decoder_facts(read_config(tmp_path, over)) == facts(**same)
 
 
 def test_the_hooks_name_every_family_once() -> None:
