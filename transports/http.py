@@ -20,6 +20,7 @@ import msgspec
 from litestar import Litestar, Request, get
 from litestar.exceptions import HTTPException, MethodNotAllowedException
 from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.spec import Server
 from litestar.types import ASGIApp
 
 from penstock.core.errors import EngineUnavailable, FinalError, InvalidRequest, NotFound, PenstockError, Unauthorized
@@ -68,6 +69,7 @@ class Edge:
         self.gateway = gateway
         self.app = app
         self._keys = [(key.encode(), tenant_of(key)) for key in gateway.config.api_key]
+        self._root = gateway.config.root_path.rstrip("/")
         self._tracing = gateway.tracing
         self._requests = RequestCounts()
         gateway.counters.sources.append(self._requests)
@@ -75,6 +77,8 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"The edge serves HTTP, not {scope['type']}.")
+        if self._root:
+            scope = below(scope, self._root)
         state = scope["state"]
         headers = dict(scope["headers"])
         rid = sane_id(headers.get(b"x-request-id", b"").decode("latin-1")) or new_rid()
@@ -142,6 +146,14 @@ class Edge:
 
 
 CLOSE = ((b"connection", b"close"),)
+
+
+def below(scope: Scope, root: str) -> Scope:
+    """The scope as seen below --root-path, whether the proxy passed that path on or cut it off. From here on paths are the routes' own."""
+    path: str = scope["path"]
+    if path == root or path.startswith(root + "/"):
+        path = path[len(root) :] or "/"
+    return {**scope, "path": path, "root_path": root}
 
 
 def tenant_of(key: str) -> str:
@@ -244,6 +256,7 @@ def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[
             version=__version__,
             description="An LLM inference server. Errors have OpenAI's shape.",
             path="/schema",
+            servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],
             render_plugins=[SchemaPage("json"), SchemaPage("html")],
         ),
         logging_config=None,
