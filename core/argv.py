@@ -85,6 +85,8 @@ class _Reader:
         self._left = list(reversed(args))
         self._line = Line()
         self._words: list[_Word] = []
+        self._unclear = False
+        """There is something that click will explain better than whatever else may be wrong."""
         self._json: dict[str, tuple[Option | Foreign, str | None, dict[str, Any]]] = {}
         """JSON options: as a whole, and their dotted parts."""
 
@@ -100,6 +102,8 @@ class _Reader:
             else:
                 behind = self._flag(word)
         self._finish_json()
+        if self._unclear:
+            return self._line
         self._line.model = _model_of(self._words, "--model" in {arg.partition("=")[0] for arg in self._line.args})
         return self._line
 
@@ -114,9 +118,11 @@ class _Reader:
         if spelling is None and len(flag) > 2 and flag[1] != "-" and flag[:2] in SPELLINGS and not dot:
             spelling, given = SPELLINGS[flag[:2]], word[2:]  # -O3, -qfp8
         if spelling is None or (dot and not _has_parts(spelling.option)):
-            self._line.args.append(flag if flag == "--help" else word)  # --help=all is vLLM's
-            if flag in OWN_VALUES and given is None and self._left:
-                self._line.args.append(self._left.pop())
+            if flag in OWN_VALUES and not dot:
+                self._line.args.append(f"{flag}={self._value(flag, given)}")
+            else:
+                self._line.args.append(flag if flag == "--help" else word)  # --help=all is vLLM's
+                self._unclear = True
             return nothing
         option = spelling.option
         if dot:
@@ -165,7 +171,7 @@ class _Reader:
 
     def _part(self, option: Option | Foreign, flag: str, path: str, text: str) -> None:
         """`--x.a.b 1` is {"a": {"b": 1}}; `--x.a+ 1` appends to a list."""
-        _, whole, parts = self._json.setdefault(option.name, (option, None, {}))
+        _, _, parts = self._json.setdefault(option.name, (option, None, {}))
         at = parts
         *outer, last = path.replace("-", "_").split(".")
         for key in outer:

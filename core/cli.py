@@ -76,7 +76,11 @@ class _ServeCommand(click.Command):
                 formatter.write_dl(rows)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        line = tidy(args)
+        try:
+            line = tidy(args)
+        except click.UsageError as error:
+            error.ctx = ctx  # for the usage line
+            raise
         ctx.meta[FOREIGN_GIVEN] = line.foreign
         return super().parse_args(ctx, line.args if line.model is None else [*line.args, "--", line.model])
 
@@ -143,7 +147,7 @@ def cli() -> None:
 @click.option("--config", "config_file", type=click.Path(dir_okay=False), help="TOML file with options.")
 @config_options()
 @click.pass_context
-def serve(context: click.Context, **_: Any) -> None:
+def serve(context: click.Context, /, **_: Any) -> None:
     """Serve MODEL (a Hugging Face folder; without it the demo model) over the OpenAI API."""
     notes: list[str] = []
     config = _config_of(context, notes.append)

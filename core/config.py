@@ -38,6 +38,8 @@ WATCHDOG_LEAST_S = 10
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 """What a message can carry."""
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~%!$&'()*+,;=:@-]+)+/?|/")
+RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+"""What a chat template gets from the request itself."""
 KERNELS = ("native", "reference")
 """Values of PENSTOCK_KERNELS."""
 
@@ -206,7 +208,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_interval: Annotated[int, opt("Steps per event; only 1 so far.", "later", neutral=1)] = 1
     download_dir: Annotated[str | None, opt("Not supported: nothing is downloaded.", "later", neutral=None)] = None
     revision: Annotated[str | None, opt("Not supported: nothing is downloaded; name the folder.", "later", neutral=None)] = None
-    max_total_tokens: Annotated[int | None, opt("Not supported yet; use --kv-cache-memory-bytes.", "later", neutral=None)] = None
+    max_total_tokens: Annotated[int | None, opt("Not supported yet: use --kv-cache-memory-bytes.", "later", neutral=None)] = None
     enable_log_requests: Annotated[bool, opt("Not supported yet.", "later", "log-requests", neutral=False, no="disable-log-requests")] = (
         False
     )
@@ -474,8 +476,9 @@ def check(config: Config) -> None:
             neutral = option.extra["neutral"]
             known = f" (only {neutral} is accepted so far)" if neutral not in (None, False) else ""
             word = "is not supported" if option.doc.startswith("Not supported:") else "is not supported yet"
+            why = option.doc.partition(": ")[2] if option.doc.startswith("Not supported") else ""
             raise ConfigError(
-                f"{option.flag} {getattr(config, option.name)} {word}. Leave it out{known}.",
+                f"{option.flag} {getattr(config, option.name)} {word}. {why[:1].upper()}{why[1:]}{' ' if why else ''}Leave it out{known}.",
                 param=option.name,
                 code="unsupported_feature",
             )
@@ -529,6 +532,9 @@ def check(config: Config) -> None:
         raise ConfigError("--api-key must not be empty: the server would be open to everybody.", param="api_key")
     if config.override_generation_config is not None:
         override_of(config.override_generation_config)
+    for name in json.loads(config.default_chat_template_kwargs or "{}"):
+        if name in RESERVED_KWARGS:
+            raise ConfigError(f"--default-chat-template-kwargs may not set {name!r}.", param="default_chat_template_kwargs")
     if config.root_path and not ROOT_PATH.fullmatch(config.root_path):
         raise ConfigError(f"--root-path must be a path like /api/llm, but is {config.root_path!r:.200}.", param="root_path")
     if config.block_size & (config.block_size - 1):

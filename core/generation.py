@@ -58,7 +58,7 @@ def override_of(text: str) -> dict[str, Any]:
     given: dict[str, Any] = json.loads(text)
     for key, value in given.items():
         if key not in NAMES and key != DO_SAMPLE:
-            near = difflib.get_close_matches(key, NAMES, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, NAMES, n=1, cutoff=0.7)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(NAMES)}, {DO_SAMPLE}."
             raise ConfigError(f"{flag}: {key!r} cannot be set there.{hint}", param=param)
         if key == DO_SAMPLE and not isinstance(value, bool) and value is not None:

@@ -18,11 +18,15 @@ import msgspec
 
 from penstock.core.config import OPTIONS, Config, build, from_env
 from penstock.core.control import EngineFacts, Message
-from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError
+from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.core.local import LOCAL_EDGE, LocalServer
-from penstock.core.messages import Finished, Rejected, Submit, TextDelta, TokenLogprobs
+from penstock.core.messages import Finished, Rejected, Submit, TextDelta
+from penstock.core.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions
 from penstock.core.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
 from penstock.core.sampling import SamplingParams, from_python
+from penstock.core.tokenizing import LLMTokenizer
+
+__all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
 
 ChatMessage = dict[str, Any]
 
@@ -33,41 +37,6 @@ SERVER_ONLY = frozenset(option.name for option in OPTIONS.values() if option.gro
     *("max_num_queued_reqs", "max_num_queued_tokens", "log_level", "log_format", "otlp_traces_endpoint"),
 }
 """Options that mean nothing without HTTP, processes or a queue to protect."""
-
-
-class CompletionOutput(msgspec.Struct, kw_only=True):
-    """One of the `n` answers. `logprobs` has one entry a token where asked for."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = []
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: list[TokenLogprobs] | None = None
-
-
-class RequestOutput(msgspec.Struct, kw_only=True):
-    """One prompt's answers. Times in seconds, 0 if never reached."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int] = []
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    outputs: list[CompletionOutput] = []
-    cached_tokens: int = 0
-    finished: bool = False
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-
-class StreamDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step brought for one choice of a streamed request."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
 
 
 class _Call:
@@ -111,6 +80,7 @@ class LLM:
         self._server = LocalServer(config, self._deliver, on_failure=self._failed, on_phase=on_phase, extra_plugins=extra_plugins)
         self.facts: EngineFacts = self._server.start()
         self.model_name: str = self._server.config.served_model_name[0]
+        self._tokenizer: LLMTokenizer | None = None
 
     # ------------------------------------------------------------------ batch
 
@@ -184,6 +154,36 @@ class LLM:
         finally:
             self._forget(keys)
         return [call.output for call in calls]
+
+    # ------------------------------------------------------------------ tokens
+
+    def get_tokenizer(self) -> LLMTokenizer:
+        """The tokenizer that requests go through: encode, decode, apply_chat_template, eos_token_id and the like."""
+        if self._tokenizer is None:
+            self._tokenizer = LLMTokenizer(self._server.side.tokenizer, self._server.side.renderer)
+        return self._tokenizer
+
+    def encode(
+        self,
+        prompts: str | Sequence[str],
+        pooling_params: Any = None,
+        *,
+        pooling_task: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> Any:
+        """Token ids of a text, or a list of them for a list of texts: the ids that `generate` would compute.
+
+        vLLM's `encode` pools a model's states instead, which needs embedding models: asked for by its arguments, that is UnsupportedFeature.
+        """
+        if pooling_params is not None or pooling_task is not None:
+            param = "pooling_params" if pooling_params is not None else "pooling_task"
+            raise UnsupportedFeature(
+                "Pooling (embeddings, classification, rewards) does not exist here yet. Leave it out for token ids.", param=param
+            )
+        tokenizer = self.get_tokenizer()
+        if isinstance(prompts, str):
+            return tokenizer.encode(prompts, add_special_tokens=add_special_tokens)
+        return tokenizer.batch_encode(prompts, add_special_tokens=add_special_tokens)
 
     # ------------------------------------------------------------------ streams
 
@@ -341,7 +341,7 @@ class LLM:
             extra = extras.get(row)
             if extra is not None:
                 if extra.logprobs:
-                    output.logprobs = (output.logprobs or []) + extra.logprobs
+                    output.add_logprobs(extra.logprobs)
                 if extra.stop_reason is not None:
                     output.stop_reason = extra.stop_reason
                 if extra.error is not None:
@@ -349,7 +349,7 @@ class LLM:
                 if extra.prompt_token_ids is not None:
                     call.output.prompt_token_ids = extra.prompt_token_ids.tolist()
                 if extra.prompt_logprobs is not None:
-                    call.output.prompt_logprobs = extra.prompt_logprobs
+                    call.output.prompt_logprobs = prompt_positions(extra.prompt_logprobs)
             call.wake(StreamDelta(index=choice, text=text, token_ids=ids, finish_reason=reason or None))
 
     # ------------------------------------------------------------------ the end

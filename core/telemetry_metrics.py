@@ -164,10 +164,9 @@ class Cumulative:
 
 
 class Load(NamedTuple):
-    """What runs now, over all engines; `waiting` counts what text still holds too. kv_usage 0 to 1."""
+    """What runs now, over all engines. kv_usage 0 to 1."""
 
     running: int
-    waiting: int
     kv_usage: float
 
 
@@ -261,7 +260,7 @@ class Metrics:
     def load(self) -> Load:
         live = [entry.stats for entry in self._engines.values() if entry.up]
         used, total = sum(stats.blocks_used for stats in live), sum(stats.blocks_total for stats in live)
-        return Load(sum(stats.running for stats in live), round(self.value("pending_requests")), used / total if total else 0.0)
+        return Load(sum(stats.running for stats in live), used / total if total else 0.0)
 
     def render(self) -> bytes:
         """Prometheus text exposition format."""

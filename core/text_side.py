@@ -120,7 +120,8 @@ class TextSide:
             log=log,
             shard=shard,
         )
-        self._stats = StatsLine(self.actor.metrics, log) if log is not None and config.log_stats else None
+        stats = log is not None and config.log_stats
+        self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
         self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
         ports = (
             CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),

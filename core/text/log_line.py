@@ -7,6 +7,7 @@ What it does not know: who counts, who calls it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from penstock.core.telemetry_metrics import Metrics
@@ -17,8 +18,9 @@ STATS_S = 10.0
 class StatsLine:
     """`tick(now_ns)` as often as you like."""
 
-    def __init__(self, metrics: Metrics, log: Any) -> None:
+    def __init__(self, metrics: Metrics, waiting: Callable[[], int], log: Any) -> None:
         self._metrics = metrics
+        self._waiting = waiting
         self._log = log
         self._since_ns: int | None = None
         self._last: dict[str, float] = {}
@@ -34,8 +36,8 @@ class StatsLine:
         counts = self._counts()
         delta = {name: value - self._last[name] for name, value in counts.items()}
         self._since_ns, self._last = now_ns, counts
-        load = self._metrics.load()
-        busy = any(delta.values()) or load.running > 0 or load.waiting > 0
+        load, waiting = self._metrics.load(), self._waiting()
+        busy = any(delta.values()) or load.running > 0 or waiting > 0
         if busy or self._busy:
             prompt = delta["prompt_computed"] + delta["prompt_cached"]
             self._log.info(
@@ -43,7 +45,7 @@ class StatsLine:
                 prompt_tokens_per_s=round(prompt / seconds, 1),
                 generated_tokens_per_s=round(delta["generated"] / seconds, 1),
                 running=load.running,
-                waiting=load.waiting,
+                waiting=waiting,
                 kv_usage_percent=round(100 * load.kv_usage, 1),
                 prefix_hit_percent=round(100 * delta["prompt_cached"] / prompt, 1) if prompt else 0.0,
             )
