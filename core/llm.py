@@ -24,6 +24,7 @@ from penstock.core.messages import Finished, Rejected, Submit, TextDelta
 from penstock.core.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions
 from penstock.core.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
 from penstock.core.sampling import SamplingParams, from_python
+from penstock.core.text.resolve import generation_defaults
 from penstock.core.tokenizing import LLMTokenizer
 
 __all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
@@ -81,6 +82,11 @@ class LLM:
         self.facts: EngineFacts = self._server.start()
         self.model_name: str = self._server.config.served_model_name[0]
         self._tokenizer: LLMTokenizer | None = None
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own (--generation-config, --override-generation-config): what counts where no sampling_params are given."""
+        config = self._server.config
+        return msgspec.convert(generation_defaults(config, config.model or ""), SamplingParams)
 
     # ------------------------------------------------------------------ batch
 
@@ -180,10 +186,7 @@ class LLM:
             raise UnsupportedFeature(
                 "Pooling (embeddings, classification, rewards) does not exist here yet. Leave it out for token ids.", param=param
             )
-        tokenizer = self.get_tokenizer()
-        if isinstance(prompts, str):
-            return tokenizer.encode(prompts, add_special_tokens=add_special_tokens)
-        return tokenizer.batch_encode(prompts, add_special_tokens=add_special_tokens)
+        return self.get_tokenizer()(prompts, add_special_tokens=add_special_tokens).input_ids
 
     # ------------------------------------------------------------------ streams
 
@@ -232,9 +235,9 @@ class LLM:
 
     # ------------------------------------------------------------------ inside
 
-    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams | None]:
         if given is None:
-            return [SamplingParams()] * count
+            return [None] * count
         if not isinstance(given, (list, tuple)):
             return [self._checked(given)] * count  # type: ignore[arg-type]
         if len(given) != count:
@@ -246,8 +249,9 @@ class LLM:
         return from_python(given).validate(max_logprobs=config.max_logprobs, max_stop=config.max_stop)
 
     def _begin(
-        self, kind: str, part: dict[str, Any], params: SamplingParams, wake: Callable[[StreamDelta | None], None]
+        self, kind: str, part: dict[str, Any], given: SamplingParams | None, wake: Callable[[StreamDelta | None], None]
     ) -> tuple[int, _Call]:
+        params = given if given is not None else SamplingParams()
         key = next(self._keys)
         rid = f"local-{key}"
         output = RequestOutput(
@@ -263,7 +267,7 @@ class LLM:
             kind="chat" if kind == "chat" else "completion",
             model=self.model_name,
             sampling=params,
-            explicit=list(params.__struct_fields__),
+            explicit=list(params.__struct_fields__) if given is not None else [],
             stream=True,
             want_ids=True,
             **part,
