@@ -149,11 +149,10 @@ CLOSE = ((b"connection", b"close"),)
 
 
 def below(scope: Scope, root: str) -> Scope:
-    """The scope as seen below --root-path, whether the proxy passed that path on or cut it off. From here on paths are the routes' own."""
+    """The scope as seen below --root-path, whether the proxy passed that path on or cut it off. From here on paths are the routes' own; Litestar
+    is not told, as it would cut the first place out that looks like it."""
     path: str = scope["path"]
-    if path == root or path.startswith(root + "/"):
-        path = path[len(root) :] or "/"
-    return {**scope, "path": path, "root_path": root}
+    return {**scope, "path": path[len(root) :] or "/"} if path == root or path.startswith(root + "/") else scope
 
 
 def tenant_of(key: str) -> str:
