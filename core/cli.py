@@ -135,14 +135,17 @@ def load_config(file: str | None, given: dict[str, Any], note: Callable[[str], N
     return with_keys(cfg.build(*layers, cfg.from_env(), typed, note=note), note, typed="api_key" in typed)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=HELP)
 @click.version_option(__version__, prog_name="penstock")
 def cli() -> None:
     """Penstock: an LLM inference server."""
 
 
 # Underscores in flags are what people paste from Python calls.
-@cli.command(cls=_ServeCommand, context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})
+@cli.command(cls=_ServeCommand, context_settings={**HELP, "token_normalize_func": lambda token: token.replace("_", "-")})
 @click.argument("model_folder", metavar="[MODEL]", required=False)
 @click.option("--config", "config_file", type=click.Path(dir_okay=False), help="TOML file with options.")
 @config_options()

@@ -280,6 +280,11 @@ def _options() -> dict[str, Option]:
 
 
 OPTIONS: dict[str, Option] = _options()
+ALIASES: dict[str, tuple[str, bool]] = {
+    **{alias.replace("-", "_"): (o.name, False) for o in OPTIONS.values() for alias in o.aliases},
+    **{o.extra["no"].replace("-", "_"): (o.name, True) for o in OPTIONS.values() if o.extra.get("no")},
+}
+"""Other spellings in Python: the option, and whether true means false of it."""
 
 _SUFFIX = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": MiB, "G": GiB, "KiB": 1024, "MiB": MiB, "GiB": GiB}
 
@@ -447,9 +452,11 @@ def build(*layers: Mapping[str, Any], note: Callable[[str], None] | None = None)
     merged: dict[str, Any] = {}
     source: dict[str, str] = {}
     for layer in layers:
-        merged.update(layer)
-        named = layer.source if isinstance(layer, Values) else {}
-        source = {**{name: where for name, where in source.items() if name not in layer}, **named}
+        for name, value in layer.items():
+            own, inverted = ALIASES.get(name, (name, False))
+            merged[own] = not value if inverted and isinstance(value, bool) else value
+            source.pop(own, None)
+        source |= layer.source if isinstance(layer, Values) else {}
     for name in list(merged):
         if name in OPTIONS:
             merged[name] = typed(OPTIONS[name], merged[name], where=name)

@@ -299,6 +299,15 @@ def test_foreign_options_are_known_in_python_in_files_and_in_the_environment(tmp
         cli.load_config(None, {})
 
 
+def test_other_spellings_of_our_own_options_are_known_in_python() -> None:
+    config = cli.cfg.build(
+        {"port": 1, "model": "a"}, {"disable_log_stats": True, "model_path": "b", "api_server_count": 2, "disable_radix_cache": False}
+    )
+    assert (config.log_stats, config.model, config.edge_workers, config.enable_prefix_caching) == (False, "b", 2, True)
+    with pytest.raises(ConfigError, match="log_stats must be true or false"):
+        cli.cfg.build({"disable_log_stats": "x"})
+
+
 def test_notes_come_out_as_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.core.kernel.serve", lambda config: 0)
     result = CliRunner().invoke(cli.cli, ["serve", "m", "-O3", "--log-format", "json"])

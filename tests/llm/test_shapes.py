@@ -188,6 +188,7 @@ def test_options_of_vllm_are_taken_or_refused_with_a_reason(caplog: pytest.LogCa
         "default_chat_template_kwargs": {"enable_thinking": False},
         "tensor_parallel_size": 1,
         "tokenizer_mode": "auto",
+        "disable_log_stats": True,
         "disable_custom_all_reduce": True,
         "compilation_config": {"mode": 3},
         "limit_mm_per_prompt": None,
