@@ -8,6 +8,7 @@ What it does not know: processes, models, HTTP.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from typing import Any
 import click
 
 from penstock.core import config as cfg
+from penstock.core.argv import tidy
 from penstock.core.errors import PenstockError
+from penstock.core.keys import with_keys
 from penstock.version import __version__
 
 GROUP_TITLES = {
@@ -31,12 +34,16 @@ GROUP_TITLES = {
 }
 
 
+FOREIGN_GIVEN = "penstock.foreign"
+"""Key in a context's meta: options of vLLM's and SGLang's that Penstock does not have."""
+
+
 class _Value(click.ParamType[Any]):
     """Parses one option's text by the same rules as the environment."""
 
     def __init__(self, option: cfg.Option) -> None:
         self.option = option
-        self.name = "size" if option.is_size else getattr(cfg._one(option), "__name__", "text")
+        self.name = "size" if option.is_size else "json" if option.is_json else getattr(cfg._one(option), "__name__", "text")
         if option.choices:
             self.name = "|".join(map(str, option.choices))
 
@@ -56,7 +63,7 @@ class _Option(click.Option):
 
 
 class _ServeCommand(click.Command):
-    """--help by groups; an unknown flag names the nearest known one (click does), a list flag takes several words (as vLLM's do)."""
+    """--help by groups; an unknown flag names the nearest known one (click does). Spellings are core/argv.py's business."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -69,25 +76,13 @@ class _ServeCommand(click.Command):
                 formatter.write_dl(rows)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _join_lists(args))
-
-
-def _join_lists(args: list[str]) -> list[str]:
-    """`--served-model-name a b --port 1` -> `--served-model-name a,b --port 1`."""
-    lists = {f for o in cfg.OPTIONS.values() if o.is_list for f in (o.flag, *("--" + a for a in o.aliases))}
-    out: list[str] = []
-    i = 0
-    while i < len(args):
-        out.append(args[i])
-        i += 1
-        if out[-1] in lists:
-            words = []
-            while i < len(args) and not args[i].startswith("-"):
-                words.append(args[i])
-                i += 1
-            if words:
-                out.append(",".join(words))
-    return out
+        try:
+            line = tidy(args)
+        except click.UsageError as error:
+            error.ctx = ctx  # for the usage line
+            raise
+        ctx.meta[FOREIGN_GIVEN] = line.foreign
+        return super().parse_args(ctx, line.args if line.model is None else [*line.args, "--", line.model])
 
 
 def config_options(skip: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -119,6 +114,8 @@ def _decorator(option: cfg.Option) -> Callable[[Callable[..., Any]], Callable[..
             decls.append(f" /{inverse[1]}")
         decorated = click.option(*decls, option.name, **kwargs)
     else:
+        if option.is_list:  # again and again: each adds
+            kwargs |= {"multiple": True, "callback": lambda ctx, param, parts: [value for part in parts or () for value in part] or None}
         decorated = click.option(*names, option.name, type=_Value(option), metavar=_Value(option).name, **kwargs)
 
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,34 +126,51 @@ def _decorator(option: cfg.Option) -> Callable[[Callable[..., Any]], Callable[..
     return apply
 
 
-def load_config(file: str | None, given: dict[str, Any]) -> cfg.Config:
-    """Defaults < TOML file (--config or PENSTOCK_CONFIG) < PENSTOCK_* < command line."""
+def load_config(file: str | None, given: dict[str, Any], note: Callable[[str], None] | None = None) -> cfg.Config:
+    """Defaults < TOML file (--config or PENSTOCK_CONFIG) < PENSTOCK_* < command line. `note` gets what the user should know besides."""
+    note = note or logging.getLogger("penstock.config").warning
     file = file or os.environ.get("PENSTOCK_CONFIG")
     layers = [cfg.from_toml(file)] if file else []
-    return cfg.build(*layers, cfg.from_env(), {k: v for k, v in given.items() if v is not None})
+    typed = {k: v for k, v in given.items() if v is not None}
+    return with_keys(cfg.build(*layers, cfg.from_env(), typed, note=note), note, typed="api_key" in typed)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=HELP)
 @click.version_option(__version__, prog_name="penstock")
 def cli() -> None:
     """Penstock: an LLM inference server."""
 
 
 # Underscores in flags are what people paste from Python calls.
-@cli.command(cls=_ServeCommand, context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})
+@cli.command(cls=_ServeCommand, context_settings={**HELP, "token_normalize_func": lambda token: token.replace("_", "-")})
 @click.argument("model_folder", metavar="[MODEL]", required=False)
 @click.option("--config", "config_file", type=click.Path(dir_okay=False), help="TOML file with options.")
 @config_options()
-def serve(model_folder: str | None, config_file: str | None, **given: Any) -> None:
+@click.pass_context
+def serve(context: click.Context, /, **_: Any) -> None:
     """Serve MODEL (a Hugging Face folder; without it the demo model) over the OpenAI API."""
-    if model_folder is not None:
-        if given.get("model") is not None:
-            raise click.UsageError("MODEL is given twice: as an argument and by --model.")
-        given["model"] = model_folder
-    config = load_config(config_file, given)
+    notes: list[str] = []
+    config = _config_of(context, notes.append)
+    if notes:
+        from penstock.core.telemetry import configure_logging  # late: it takes as long as starting the children
+
+        log = configure_logging(config.log_level, config.log_format, "root")
+        for note in notes:
+            log.warning(note)
     from penstock.core.kernel import serve as run
 
     sys.exit(run(config))
+
+
+def _config_of(context: click.Context, note: Callable[[str], None] | None = None) -> cfg.Config:
+    given = dict(context.params)
+    folder, file = given.pop("model_folder"), given.pop("config_file")
+    if folder is not None:
+        given["model"] = folder
+    return load_config(file, {**given, **context.meta[FOREIGN_GIVEN]}, note)
 
 
 @cli.command("config")
@@ -211,9 +225,4 @@ def main() -> None:
 
 def parse_serve_args(args: Sequence[str]) -> cfg.Config:
     """The Config that `penstock serve ARGS` would use. Raises ConfigError or click's usage errors."""
-    context = serve.make_context("serve", list(args))
-    given = dict(context.params)
-    folder, file = given.pop("model_folder"), given.pop("config_file")
-    if folder is not None:
-        given["model"] = folder
-    return load_config(file, given)
+    return _config_of(serve.make_context("serve", list(args)))

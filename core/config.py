@@ -2,25 +2,30 @@
 
 What it is: every option with its type, default, documentation, groups and aliases (vLLM's and SGLang's spellings), and how values are
 layered: command line over environment (`PENSTOCK_*`) over a TOML file over defaults. Unknown names are errors that name the nearest
-known one; options of later capabilities are known and refused with "not supported yet", never ignored.
+known one; options of later capabilities are known and refused with "not supported yet", never ignored; so are vLLM's and SGLang's that
+Penstock does not have (core/foreign.py).
 What it does not know: click, processes, what an option does. It is long because every option stands here, once.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import logging
 import os
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from penstock.core.errors import ConfigError
+from penstock.core.foreign import FOREIGN, judge
+from penstock.core.generation import override_of
 from penstock.core.sampling import MAX_N
 from penstock.core.wording import type_words
 
@@ -32,6 +37,9 @@ WATCHDOG_LEAST_S = 10
 """Below that a watchdog would end processes that are merely busy: they beat once a second."""
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 """What a message can carry."""
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~%!$&'()*+,;=:@-]+)+/?|/")
+RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+"""What a chat template gets from the request itself."""
 KERNELS = ("native", "reference")
 """Values of PENSTOCK_KERNELS."""
 
@@ -49,6 +57,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     served_model_name: Annotated[list[str], opt("Name(s) that requests may use; the first is reported.", "model")] = []
     tokenizer: Annotated[str | None, opt("Folder with the tokenizer, if not the model's.", "model", "tokenizer-path")] = None
     chat_template: Annotated[str | None, opt("Jinja file (or text) that replaces the model's chat template.", "model")] = None
+    default_chat_template_kwargs: Annotated[
+        str | None, opt("JSON object: chat_template_kwargs of requests that do not give them.", "model", json=True)
+    ] = None
     dtype: Annotated[
         str,
         opt(
@@ -61,7 +72,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         opt("Longest sequence (prompt and output), in tokens; suffix k allowed.", "model", "context-length", size=True),
     ] = None
     load_format: Annotated[str, opt("How weights are read: auto, safetensors, dummy (random), or a plugin's.", "model")] = "auto"
-    hf_overrides: Annotated[str | None, opt("JSON merged over config.json.", "model", "json-model-override-args")] = None
+    hf_overrides: Annotated[str | None, opt("JSON merged over config.json.", "model", "json-model-override-args", json=True)] = None
     generation_config: Annotated[
         str,
         opt(
@@ -70,7 +81,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "sampling-defaults",
         ),
     ] = "auto"
-    seed: Annotated[int, opt("Seed of dummy weights.", "model")] = 0
+    override_generation_config: Annotated[
+        str | None,
+        opt("JSON merged over those defaults, with generation_config.json's names; null: the server's own default.", "model", json=True),
+    ] = None
+    seed: Annotated[int, opt("Seed of dummy weights.", "model", "random-seed")] = 0
 
     # --- memory and batch
     block_size: Annotated[int, opt("Tokens per KV block.", "engine", "page-size")] = 16
@@ -115,8 +130,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Annotated[str, opt("Address to listen on; loopback unless told otherwise.", "server")] = "127.0.0.1"
     port: Annotated[int, opt("Port to listen on; 0 picks a free one.", "server")] = 8000
     uds: Annotated[str | None, opt("Listen on this unix socket instead.", "server")] = None
-    edge_workers: Annotated[int, opt("HTTP processes.", "server")] = 1
-    api_key: Annotated[list[str], opt("Key(s) that requests must bring; every path but health is protected.", "server")] = []
+    root_path: Annotated[
+        str, opt("Path under which a reverse proxy shows this server; it may pass it on or cut it off.", "server", "fastapi-root-path")
+    ] = ""
+    edge_workers: Annotated[int, opt("HTTP processes.", "server", "api-server-count", short="-asc")] = 1
+    api_key: Annotated[
+        list[str],
+        opt(
+            "Key(s) that requests must bring; every path but health is protected. Others on this machine can read a command line: use"
+            " --api-key-file, or PENSTOCK_API_KEY or VLLM_API_KEY in the environment.",
+            "server",
+            secret=True,
+        ),
+    ] = []
+    api_key_file: Annotated[str | None, opt("File with such keys, one a line; # begins a comment.", "server")] = None
     allowed_origins: Annotated[list[str], opt("Web origins whose pages may send requests (CORS); * is any. Default: none.", "server")] = []
     allowed_methods: Annotated[list[str], opt("Methods that such pages may use.", "server")] = msgspec.field(default_factory=lambda: ["*"])
     allowed_headers: Annotated[list[str], opt("Headers that such pages may send.", "server")] = msgspec.field(default_factory=lambda: ["*"])
@@ -153,6 +180,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # --- observability
     log_level: Annotated[Literal["debug", "info", "warning", "error"], opt("Least level that is logged.", "observability")] = "info"
     log_format: Annotated[Literal["auto", "console", "json"], opt("auto: console on a terminal, else JSON.", "observability")] = "auto"
+    uvicorn_log_level: Annotated[
+        Literal["critical", "error", "warning", "info", "debug", "trace"] | None,
+        opt("Least level that the HTTP processes log; default: --log-level.", "observability", "log-level-http"),
+    ] = None
+    log_stats: Annotated[bool, opt("Log a line of figures every 10 s while requests run.", "observability", no="disable-log-stats")] = True
     otlp_traces_endpoint: Annotated[
         str | None, opt("OTLP/HTTP traces endpoint; the OTEL_* variables win.", "observability", "otlp-endpoint")
     ] = None
@@ -176,10 +208,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tensor_parallel_size: Annotated[int, opt("GPUs per model; only 1 so far.", "later", "tp", "tp-size", neutral=1, short="-tp")] = 1
     pipeline_parallel_size: Annotated[int, opt("Pipeline stages; only 1 so far.", "later", "pp", "pp-size", neutral=1, short="-pp")] = 1
     data_parallel_size: Annotated[int, opt("Engine replicas; only 1 so far.", "later", "dp", "dp-size", neutral=1, short="-dp")] = 1
-    enable_expert_parallel: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
+    enable_expert_parallel: Annotated[bool, opt("Not supported yet.", "later", neutral=False, short="-ep")] = False
     quantization: Annotated[str | None, opt("Not supported yet.", "later", "quantize", neutral=None, short="-q")] = None
     kv_cache_dtype: Annotated[str, opt("Only auto so far.", "later", neutral="auto")] = "auto"
-    speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
+    speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None, json=True, short="-sc")] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
     grammar_backend: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
     tool_call_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
@@ -189,7 +221,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_interval: Annotated[int, opt("Steps per event; only 1 so far.", "later", neutral=1)] = 1
     download_dir: Annotated[str | None, opt("Not supported: nothing is downloaded.", "later", neutral=None)] = None
     revision: Annotated[str | None, opt("Not supported: nothing is downloaded; name the folder.", "later", neutral=None)] = None
-    max_total_tokens: Annotated[int | None, opt("Not supported yet; use --kv-cache-memory-bytes.", "later", neutral=None)] = None
+    max_total_tokens: Annotated[int | None, opt("Not supported yet: use --kv-cache-memory-bytes.", "later", neutral=None)] = None
     enable_log_requests: Annotated[bool, opt("Not supported yet.", "later", "log-requests", neutral=False, no="disable-log-requests")] = (
         False
     )
@@ -231,8 +263,14 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.extra.get("size"))
 
     @property
+    def is_json(self) -> bool:
+        """A JSON object, kept as text; Python and TOML may give it as a mapping."""
+        return bool(self.extra.get("json"))
+
+    @property
     def choices(self) -> tuple[Any, ...]:
-        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
+        kind = _one(self)
+        return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
 def _options() -> dict[str, Option]:
@@ -255,6 +293,11 @@ def _options() -> dict[str, Option]:
 
 
 OPTIONS: dict[str, Option] = _options()
+ALIASES: dict[str, tuple[str, bool]] = {
+    **{alias.replace("-", "_"): (o.name, False) for o in OPTIONS.values() for alias in o.aliases},
+    **{o.extra["no"].replace("-", "_"): (o.name, True) for o in OPTIONS.values() if o.extra.get("no")},
+}
+"""Other spellings in Python: the option, and whether true means false of it."""
 
 _SUFFIX = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": MiB, "G": GiB, "KiB": 1024, "MiB": MiB, "GiB": GiB}
 
@@ -305,6 +348,8 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
             raise ValueError("not a yes or no")
         if option.is_size:
             return parse_size(text.strip())
+        if option.is_json:
+            return _object_text(text)
         return msgspec.convert(text.strip(), kind, strict=False)
     except msgspec.ValidationError:
         raise ConfigError(f"{where} must be {type_words(kind)}, but is {_shown(option, text)}.", param=where) from None
@@ -312,14 +357,30 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
         raise ConfigError(f"{where}: {_shown(option, text)} is not a valid value for {option.name} ({error}).", param=where) from None
 
 
+def _object_text(text: str) -> str:
+    """Raises ValueError if `text` is no JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
 def _shown(option: Option, value: Any) -> str:
-    return "(hidden)" if option.name == "api_key" else f"{value!r:.200}"
+    return "(hidden)" if option.extra.get("secret") else f"{value!r:.200}"
 
 
 def typed(option: Option, value: Any, *, where: str) -> Any:
     """A value that has a type already (TOML, Python). Raises ConfigError that begins with `where`."""
-    if isinstance(value, str) and (option.is_size or option.is_list):
+    if isinstance(value, str) and (option.is_size or option.is_list or option.is_json):
         return from_text(option, value, where=where)
+    if isinstance(value, Mapping) and option.is_json:
+        try:
+            return json.dumps(value)
+        except TypeError as error:
+            raise ConfigError(f"{where} cannot be written as JSON: {error}.", param=option.name) from None
     try:
         return msgspec.convert(value, option.type)
     except msgspec.ValidationError:
@@ -335,23 +396,32 @@ class Values(dict[str, Any]):
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> Values:
-    """PENSTOCK_* variables as option values; an unknown one is an error. Those of RESERVED_ENV are not options."""
+    """PENSTOCK_* variables as option values; an unknown one is an error. Those of RESERVED_ENV are not options. VLLM_API_KEY is one key, for
+    where PENSTOCK_API_KEY says nothing."""
     out = Values()
-    for key, text in (os.environ if environ is None else environ).items():
+    environ = os.environ if environ is None else environ
+    if VLLM_KEY in environ and "PENSTOCK_API_KEY" not in environ:
+        out["api_key"], out.source["api_key"] = [environ[VLLM_KEY]], f"by {VLLM_KEY}"
+    for key, text in environ.items():
         if key == "PENSTOCK_KERNELS" and text and text not in KERNELS:
             raise ConfigError(f"PENSTOCK_KERNELS must be one of {', '.join(KERNELS)}, but is {text!r}.{nearest(text, KERNELS)}", param=key)
         if not key.startswith("PENSTOCK_") or key in RESERVED_ENV:
             continue
         name = key.removeprefix("PENSTOCK_").lower()
-        if name not in OPTIONS:
+        if name in OPTIONS:
+            out[name] = from_text(OPTIONS[name], text, where=key)
+        elif name in FOREIGN:
+            out[name] = text
+        else:
             raise ConfigError(f"Environment variable {key} is not known.{nearest(key, (o.env for o in OPTIONS.values()))}", param=key)
-        out[name] = from_text(OPTIONS[name], text, where=key)
         out.source[name] = f"by {key}"
     return out
 
 
 RESERVED_ENV = frozenset({"PENSTOCK_TRACE_HOOKS", "PENSTOCK_CONFIG", "PENSTOCK_CACHE", "PENSTOCK_CC", "PENSTOCK_KERNELS"})
 """Read elsewhere: hooks' trace, the configuration file, and the CPU kernels' cache, compiler and choice."""
+VLLM_KEY = "VLLM_API_KEY"
+KEY_ENV = (VLLM_KEY, "PENSTOCK_API_KEY")
 
 
 def from_toml(path: str | Path) -> Values:
@@ -372,6 +442,9 @@ def from_toml(path: str | Path) -> Values:
         inner = value if isinstance(value, dict) and key in groups else {key: value}
         for name, item in inner.items():
             field = name.replace("-", "_")
+            if field in FOREIGN and field not in OPTIONS:
+                flat[field], flat.source[field] = item, f"in {path}"
+                continue
             if field not in OPTIONS:
                 raise ConfigError(f"{path}: {name!r} is not a known option.{nearest(field, [*groups, *OPTIONS])}", param=name)
             option = OPTIONS[field]
@@ -386,18 +459,26 @@ def from_toml(path: str | Path) -> Values:
     return flat
 
 
-def build(*layers: Mapping[str, Any]) -> Config:
-    """Merge layers (later ones win) over the defaults, validate types and ranges, refuse what is not there yet."""
+def build(*layers: Mapping[str, Any], note: Callable[[str], None] | None = None) -> Config:
+    """Merge layers (later ones win) over the defaults, validate types and ranges, refuse what is not there yet. `note` gets a sentence for
+    each option of others that has no effect; by default it is logged."""
     merged: dict[str, Any] = {}
     source: dict[str, str] = {}
     for layer in layers:
-        merged.update(layer)
-        named = layer.source if isinstance(layer, Values) else {}
-        source = {**{name: where for name, where in source.items() if name not in layer}, **named}
-    for name in merged:
-        if name not in OPTIONS:
+        for name, value in layer.items():
+            own, inverted = ALIASES.get(name, (name, False))
+            merged[own] = not value if inverted and isinstance(value, bool) else value
+            source.pop(own, None)
+        source |= layer.source if isinstance(layer, Values) else {}
+    for name in list(merged):
+        if name in OPTIONS:
+            merged[name] = typed(OPTIONS[name], merged[name], where=name)
+        elif name in FOREIGN:
+            said = judge(name, merged.pop(name))
+            if said is not None:
+                (note or logging.getLogger("penstock.config").warning)(said)
+        else:
             raise ConfigError(f"{name!r} is not a known option.{nearest(name, OPTIONS)}", param=name)
-        merged[name] = typed(OPTIONS[name], merged[name], where=name)
     config = Config(**merged)
     try:
         check(config)
@@ -415,8 +496,9 @@ def check(config: Config) -> None:
             neutral = option.extra["neutral"]
             known = f" (only {neutral} is accepted so far)" if neutral not in (None, False) else ""
             word = "is not supported" if option.doc.startswith("Not supported:") else "is not supported yet"
+            why = option.doc.partition(": ")[2] if option.doc.startswith("Not supported") else ""
             raise ConfigError(
-                f"{option.flag} {getattr(config, option.name)} {word}. Leave it out{known}.",
+                f"{option.flag} {getattr(config, option.name)} {word}. {why[:1].upper()}{why[1:]}{' ' if why else ''}Leave it out{known}.",
                 param=option.name,
                 code="unsupported_feature",
             )
@@ -471,6 +553,13 @@ def check(config: Config) -> None:
         raise ConfigError("--transports must name at least one transport (openai), or nothing would be served.", param="transports")
     if not all(key.strip() for key in config.api_key):
         raise ConfigError("--api-key must not be empty: the server would be open to everybody.", param="api_key")
+    if config.override_generation_config is not None:
+        override_of(config.override_generation_config)
+    for name in json.loads(config.default_chat_template_kwargs or "{}"):
+        if name in RESERVED_KWARGS:
+            raise ConfigError(f"--default-chat-template-kwargs may not set {name!r}.", param="default_chat_template_kwargs")
+    if config.root_path and not ROOT_PATH.fullmatch(config.root_path):
+        raise ConfigError(f"--root-path must be a path like /api/llm, but is {config.root_path!r:.200}.", param="root_path")
     if config.block_size & (config.block_size - 1):
         raise ConfigError("--block-size must be a power of two.", param="block_size")
     if not 0 < config.gpu_memory_utilization <= 1:

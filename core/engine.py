@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import trio
 
@@ -24,7 +24,7 @@ from penstock.core.config import Config
 from penstock.core.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.device_api import Device, DeviceCapabilities, Runner, RunnerConfig
 from penstock.core.device_queue import ThreadDeviceQueue
-from penstock.core.errors import ConfigError, EngineFailure
+from penstock.core.errors import EngineFailure
 from penstock.core.hookspecs import SchedulePolicySpec
 from penstock.core.hosts import FusedHost, TaskHost, make_host
 from penstock.core.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark
@@ -42,15 +42,7 @@ class DeviceQueue(Port, Protocol):
 
 
 def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerConfig:
-    """What a device needs of the configuration. Raises ConfigError."""
-    overrides: Any = {}
-    if config.hf_overrides:
-        try:
-            overrides = json.loads(config.hf_overrides)
-        except ValueError as error:
-            raise ConfigError(f"--hf-overrides is not valid JSON: {error}.", param="hf_overrides") from None
-        if not isinstance(overrides, dict):
-            raise ConfigError("--hf-overrides must be a JSON object.", param="hf_overrides")
+    """What a device needs of the configuration."""
     return RunnerConfig(
         model_path=config.model or "",
         dtype=DTYPES.get(config.dtype, config.dtype),
@@ -68,7 +60,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
         seed=config.seed,
         threads=config.threads,
         max_logprobs=config.max_logprobs,
-        hf_overrides=overrides,
+        hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
         plugins=plugins,
     )
 

@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from penstock.core.clock import SystemClock
 from penstock.core.config import Config
 from penstock.core.control import Boot, Ready
@@ -75,6 +77,7 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
         if specs is None:
             check_names(config, extra_plugins)
             config = with_model(config)
+        keyless = msgspec.structs.replace(config, api_key=[])  # only edges check keys
         listener = bind(config)
         run_dir = make_run_dir()
         where = url_of(config, listener)
@@ -85,7 +88,7 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
                 role=spec.role,
                 id=spec.id,
                 epoch=epoch,
-                config=config,
+                config=config if spec.role == "edge" else keyless,
                 run_dir=directory,
                 root_pid=os.getpid(),
                 module=spec.module,

@@ -18,11 +18,16 @@ import msgspec
 
 from penstock.core.config import OPTIONS, Config, build, from_env
 from penstock.core.control import EngineFacts, Message
-from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError
+from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.core.local import LOCAL_EDGE, LocalServer
-from penstock.core.messages import Finished, Rejected, Submit, TextDelta, TokenLogprobs
+from penstock.core.messages import Finished, Rejected, Submit, TextDelta
+from penstock.core.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions
 from penstock.core.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
 from penstock.core.sampling import SamplingParams, from_python
+from penstock.core.text.resolve import generation_defaults
+from penstock.core.tokenizing import LLMTokenizer
+
+__all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
 
 ChatMessage = dict[str, Any]
 
@@ -30,44 +35,9 @@ ChatMessage = dict[str, Any]
 SERVER_ONLY = frozenset(option.name for option in OPTIONS.values() if option.group == "server") | {
     *("max_body_bytes", "max_header_bytes", "receive_timeout_s", "max_prompts", "max_choices", "max_streams"),
     *("stream_park_bytes", "stream_max_bytes", "stream_stall_s", "keep_alive_s", "transports", "engine_restarts", "watchdog_timeout"),
-    *("max_num_queued_reqs", "max_num_queued_tokens", "log_level", "log_format", "otlp_traces_endpoint"),
+    *("max_num_queued_reqs", "max_num_queued_tokens", "log_level", "log_format", "uvicorn_log_level", "otlp_traces_endpoint"),
 }
 """Options that mean nothing without HTTP, processes or a queue to protect."""
-
-
-class CompletionOutput(msgspec.Struct, kw_only=True):
-    """One of the `n` answers. `logprobs` has one entry a token where asked for."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = []
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: list[TokenLogprobs] | None = None
-
-
-class RequestOutput(msgspec.Struct, kw_only=True):
-    """One prompt's answers. Times in seconds, 0 if never reached."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int] = []
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    outputs: list[CompletionOutput] = []
-    cached_tokens: int = 0
-    finished: bool = False
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-
-class StreamDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step brought for one choice of a streamed request."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
 
 
 class _Call:
@@ -111,6 +81,12 @@ class LLM:
         self._server = LocalServer(config, self._deliver, on_failure=self._failed, on_phase=on_phase, extra_plugins=extra_plugins)
         self.facts: EngineFacts = self._server.start()
         self.model_name: str = self._server.config.served_model_name[0]
+        self._tokenizer: LLMTokenizer | None = None
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own (--generation-config, --override-generation-config): what counts where no sampling_params are given."""
+        config = self._server.config
+        return msgspec.convert(generation_defaults(config, config.model or ""), SamplingParams)
 
     # ------------------------------------------------------------------ batch
 
@@ -185,6 +161,33 @@ class LLM:
             self._forget(keys)
         return [call.output for call in calls]
 
+    # ------------------------------------------------------------------ tokens
+
+    def get_tokenizer(self) -> LLMTokenizer:
+        """The tokenizer that requests go through: encode, decode, apply_chat_template, eos_token_id and the like."""
+        if self._tokenizer is None:
+            self._tokenizer = LLMTokenizer(self._server.side.tokenizer, self._server.side.renderer)
+        return self._tokenizer
+
+    def encode(
+        self,
+        prompts: str | Sequence[str],
+        pooling_params: Any = None,
+        *,
+        pooling_task: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> Any:
+        """Token ids of a text, or a list of them for a list of texts: the ids that `generate` would compute.
+
+        vLLM's `encode` pools a model's states instead, which needs embedding models: asked for by its arguments, that is UnsupportedFeature.
+        """
+        if pooling_params is not None or pooling_task is not None:
+            param = "pooling_params" if pooling_params is not None else "pooling_task"
+            raise UnsupportedFeature(
+                "Pooling (embeddings, classification, rewards) does not exist here yet. Leave it out for token ids.", param=param
+            )
+        return self.get_tokenizer()(prompts, add_special_tokens=add_special_tokens).input_ids
+
     # ------------------------------------------------------------------ streams
 
     async def stream(
@@ -232,9 +235,9 @@ class LLM:
 
     # ------------------------------------------------------------------ inside
 
-    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams | None]:
         if given is None:
-            return [SamplingParams()] * count
+            return [None] * count
         if not isinstance(given, (list, tuple)):
             return [self._checked(given)] * count  # type: ignore[arg-type]
         if len(given) != count:
@@ -246,8 +249,9 @@ class LLM:
         return from_python(given).validate(max_logprobs=config.max_logprobs, max_stop=config.max_stop)
 
     def _begin(
-        self, kind: str, part: dict[str, Any], params: SamplingParams, wake: Callable[[StreamDelta | None], None]
+        self, kind: str, part: dict[str, Any], given: SamplingParams | None, wake: Callable[[StreamDelta | None], None]
     ) -> tuple[int, _Call]:
+        params = given if given is not None else SamplingParams()
         key = next(self._keys)
         rid = f"local-{key}"
         output = RequestOutput(
@@ -263,7 +267,7 @@ class LLM:
             kind="chat" if kind == "chat" else "completion",
             model=self.model_name,
             sampling=params,
-            explicit=list(params.__struct_fields__),
+            explicit=list(params.__struct_fields__) if given is not None else [],
             stream=True,
             want_ids=True,
             **part,
@@ -341,7 +345,7 @@ class LLM:
             extra = extras.get(row)
             if extra is not None:
                 if extra.logprobs:
-                    output.logprobs = (output.logprobs or []) + extra.logprobs
+                    output.add_logprobs(extra.logprobs)
                 if extra.stop_reason is not None:
                     output.stop_reason = extra.stop_reason
                 if extra.error is not None:
@@ -349,7 +353,7 @@ class LLM:
                 if extra.prompt_token_ids is not None:
                     call.output.prompt_token_ids = extra.prompt_token_ids.tolist()
                 if extra.prompt_logprobs is not None:
-                    call.output.prompt_logprobs = extra.prompt_logprobs
+                    call.output.prompt_logprobs = prompt_positions(extra.prompt_logprobs)
             call.wake(StreamDelta(index=choice, text=text, token_ids=ids, finish_reason=reason or None))
 
     # ------------------------------------------------------------------ the end

@@ -87,6 +87,12 @@ class LocalServer:
         """The Answer comes to `deliver`."""
         self._post(message)
 
+    @property
+    def side(self) -> TextSide:
+        """Once started; its tokenizer and renderer may be used from any thread."""
+        assert self._side is not None
+        return self._side
+
     def close(self) -> None:
         """Idempotent. Requests that run are dropped without a word."""
         token, self._token = self._token, None

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from penstock.core.config import KEY_ENV
 from penstock.core.control import Boot, ChildDown, ChildToRoot, Hello, Message, RootToChild
 from penstock.core.errors import PenstockError, PluginFault, ProtocolError
 from penstock.core.frames import FrameDecoder, encode, make_hello
@@ -72,8 +73,9 @@ def spawn(boot: Boot, env: dict[str, str]) -> tuple[subprocess.Popen[bytes], soc
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
-    """Ours, plus `extra` where the user said nothing. A package that runs from a source folder is found from there by the child too."""
-    env = {**extra, **os.environ}
+    """Ours without API keys (Boot brings them to who needs them), plus `extra` where the user said nothing. A package that runs from a source
+    folder is found from there by the child too."""
+    env = {name: value for name, value in {**extra, **os.environ}.items() if name not in KEY_ENV}
     home = str(Path(__file__).absolute().parents[2])
     if home in (str(Path(p or ".").absolute()) for p in sys.path[:1]):
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, env.get("PYTHONPATH", ""))))

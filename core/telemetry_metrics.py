@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from penstock.core.messages import EngineFacts, EngineStats
 
@@ -163,6 +163,13 @@ class Cumulative:
         return {name: value + self._base.get(name, 0.0) for name, value in self._last.items()}
 
 
+class Load(NamedTuple):
+    """What runs now, over all engines. kv_usage 0 to 1."""
+
+    running: int
+    kv_usage: float
+
+
 class _Engine:
     __slots__ = ("base", "epoch", "facts", "stats", "up")
 
@@ -249,6 +256,11 @@ class Metrics:
             self.batch.observe(stats.batch_tokens)
 
     # --- reading
+
+    def load(self) -> Load:
+        live = [entry.stats for entry in self._engines.values() if entry.up]
+        used, total = sum(stats.blocks_used for stats in live), sum(stats.blocks_total for stats in live)
+        return Load(sum(stats.running for stats in live), used / total if total else 0.0)
 
     def render(self) -> bytes:
         """Prometheus text exposition format."""

@@ -7,6 +7,7 @@ What it does not know: sockets, which of the two it is in.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -40,7 +41,9 @@ from penstock.core.messages import (
 from penstock.core.plugin_host import PluginHost
 from penstock.core.telemetry_traces import NO_TRACES, Traces
 from penstock.core.text import resolve
+from penstock.core.text.log_line import StatsLine
 from penstock.core.text.worker import TokenizerWorker
+from penstock.core.text_api import ChatRenderer, Tokenizer
 from penstock.core.wiring import CallPort
 
 S = TypeVar("S", bound=Spec)
@@ -62,6 +65,20 @@ def first_match(specs: Mapping[str, S], model_path: str, what: str) -> S:
         if spec.matches(model_path):  # type: ignore[attr-defined]
             return spec
     raise CheckpointError(f"No {what} plugin can read {model_path}. Give --tokenizer a folder with a tokenizer.json.", param="tokenizer")
+
+
+class WithDefaults:
+    """A chat renderer with --default-chat-template-kwargs under what a request gives."""
+
+    def __init__(self, renderer: ChatRenderer, defaults: dict[str, Any]) -> None:
+        self._renderer = renderer
+        self._defaults = defaults
+
+    def render(self, messages: list[dict[str, Any]], *, kwargs: dict[str, Any], **how: Any) -> str:
+        return self._renderer.render(messages, kwargs={**self._defaults, **kwargs}, **how)
+
+    def __getattr__(self, name: str) -> Any:  # what a renderer has besides
+        return getattr(self._renderer, name)
 
 
 class TextSide:
@@ -86,6 +103,10 @@ class TextSide:
         source = config.tokenizer or model
         tokenizer = first_match(plugins.tokenizers(), source, "tokenizer").factory(source)
         renderer = first_match(plugins.chat_renderers(), source, "chat renderer").factory(source, config.chat_template)
+        if config.default_chat_template_kwargs:
+            renderer = WithDefaults(renderer, json.loads(config.default_chat_template_kwargs))
+        self.tokenizer: Tokenizer = tokenizer
+        self.renderer: ChatRenderer = renderer
         self.traces = traces
         self.actor = TextActor(
             config,
@@ -99,6 +120,8 @@ class TextSide:
             log=log,
             shard=shard,
         )
+        stats = log is not None and config.log_stats
+        self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
         self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
         ports = (
             CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),
@@ -120,7 +143,10 @@ class TextSide:
     async def _tick(self) -> None:
         while True:
             await trio.sleep(TICK_S)
-            self.host.post(Tick(now_ns=self._clock.now_ns()))
+            now = self._clock.now_ns()
+            self.host.post(Tick(now_ns=now))
+            if self._stats is not None:
+                self._stats.tick(now)
 
     def _to_worker(self, message: Message, index: int | None) -> None:
         assert isinstance(message, Encode)

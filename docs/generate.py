@@ -16,6 +16,7 @@ from typing import get_args
 from penstock.core import config, hookspecs, messages
 from penstock.core import telemetry_metrics as telemetry
 from penstock.core.cli import GROUP_TITLES
+from penstock.core.foreign import FOREIGN
 
 HERE = Path(__file__).parent
 LINK_ONLY = {messages.Hello, messages.Extension}
@@ -29,7 +30,13 @@ def configuration() -> str:
         "Every option has one name in four places: the flag (`--max-num-seqs`), the environment (`PENSTOCK_MAX_NUM_SEQS`), a TOML file"
         " (`max_num_seqs`, at the top or in a table named like its group; `--config FILE` or `PENSTOCK_CONFIG`), and the Python API"
         " (`LLM(max_num_seqs=...)`). The flag wins over the environment, the environment over the file, the file over the default."
-        " Unknown names are errors that name the nearest known one. Sizes take `k m g` (thousands) and `K M G` (1024s).",
+        " Unknown names are errors that name the nearest known one. Sizes take `k m g` (thousands) and `K M G` (1024s)."
+        " A list option takes one value a time: given again it adds, and commas split (`--api-key A --api-key B,C` is three keys)."
+        " `--no-NAME`, `--NAME=false` and `--NAME false` turn a switch off. A JSON option may be given in parts:"
+        " `--hf-overrides.rope_theta 1000000` (Python and TOML may give a dictionary).",
+        "",
+        "The command line can be read by other users of the machine. API keys are better kept in a file (`--api-key-file`: one a line, `#`"
+        " begins a comment) or in the environment (`PENSTOCK_API_KEY`, commas split; or `VLLM_API_KEY`, one key, where the former is not set).",
         "",
         "The standard `OTEL_*` variables configure tracing. `PENSTOCK_CACHE` is the folder of compiled CPU kernels, `PENSTOCK_CC` their compiler,"
         " and `PENSTOCK_KERNELS=reference` takes torch instead of them;"
@@ -39,13 +46,34 @@ def configuration() -> str:
         rows = [o for o in config.OPTIONS.values() if o.group == group]
         out += ["", f"## {title}", "", "| flag | other spellings | default | meaning |", "|---|---|---|---|"]
         for o in rows:
-            aliases = ", ".join(f"`--{a}`" for a in (*o.aliases, *([o.extra["no"]] if o.extra.get("no") else [])))
+            names = [f"--{name}" for name in (*o.aliases, *([o.extra["no"]] if o.extra.get("no") else []))]
+            aliases = ", ".join(f"`{name}`" for name in (*names, *([o.extra["short"]] if "short" in o.extra else [])))
             doc = o.doc.replace("|", "\\|")
             if o.choices:
                 doc += " (" + ", ".join(f"`{c}`" for c in o.choices) + ")"
             default = "" if o.default in (None, []) else f"`{o.default}`"
             out.append(f"| `{o.flag}` | {aliases} | {default} | {doc} |")
-    return "\n".join(out) + "\n"
+    return "\n".join([*out, *foreign()]) + "\n"
+
+
+def foreign() -> list[str]:
+    """Options of others, by what becomes of them and why."""
+    out = [
+        "",
+        "## Options of vLLM and SGLang that Penstock does not have",
+        "",
+        "They are known, on the command line and in the Python API. Those of the first table cannot change an answer: they are taken, with a"
+        " warning that says why they have no effect (without one where they ask for what Penstock does anyway). Those of the second are"
+        " refused, unless their value asks for what Penstock does anyway.",
+    ]
+    for refused, title in ((False, "no effect, because"), (True, "refused, because")):
+        reasons: dict[str, list[str]] = {}
+        for row in FOREIGN.values():
+            if row.refused is refused:
+                reasons.setdefault(row.reason, []).append(", ".join(f"`{flag}`" for flag in (row.flag, *row.shorts)))
+        out += ["", f"| option | {title} |", "|---|---|"]
+        out += [f"| {', '.join(flags)} | {reason} |" for reason, flags in reasons.items()]
+    return out
 
 
 def hooks() -> str:

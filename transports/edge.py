@@ -87,7 +87,8 @@ class Server:
             on_close=self.gateway.link_closed,
         )
         self.gateway.attach(lambda: self.dialer.link)
-        self._uvicorn = uvicorn.Config(self.app, **server_options(config.max_header_bytes, config.receive_timeout_s))
+        options = server_options(config.max_header_bytes, config.receive_timeout_s)
+        self._uvicorn = uvicorn.Config(self.app, **options, log_level=config.uvicorn_log_level)
         self._state = ServerState()
         self._servers: list[asyncio.Server] = []
         self._ticker: asyncio.Task[None] | None = None
@@ -261,6 +262,8 @@ def run(boot: Boot, control: socket.socket) -> int:
     """The role's main, for core/processes.py. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
     started = time.monotonic()
     configure_logging(boot.config.log_level, boot.config.log_format, f"edge-{boot.id}")
+    if boot.config.uvicorn_log_level is not None:
+        log.setLevel(uvicorn.config.LOG_LEVELS[boot.config.uvicorn_log_level])
     traces = configure("edge", endpoint=boot.config.otlp_traces_endpoint)
     tracing = OtelTracing(traces.provider) if traces.active else NO_TRACING
     try:

@@ -20,6 +20,7 @@ import msgspec
 from litestar import Litestar, Request, get
 from litestar.exceptions import HTTPException, MethodNotAllowedException
 from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.spec import Server
 from litestar.types import ASGIApp
 
 from penstock.core.errors import EngineUnavailable, FinalError, InvalidRequest, NotFound, PenstockError, Unauthorized
@@ -70,6 +71,7 @@ class Edge:
         self.app = app
         self._keys = [(key.encode(), tenant_of(key)) for key in gateway.config.api_key]
         self._cors = Cors(gateway.config)
+        self._root = gateway.config.root_path.rstrip("/")
         self._tracing = gateway.tracing
         self._requests = RequestCounts()
         gateway.counters.sources.append(self._requests)
@@ -77,6 +79,8 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"The edge serves HTTP, not {scope['type']}.")
+        if self._root:
+            scope = below(scope, self._root)
         state = scope["state"]
         headers = dict(scope["headers"])
         rid = sane_id(headers.get(b"x-request-id", b"").decode("latin-1")) or new_rid()
@@ -148,6 +152,13 @@ class Edge:
 
 
 CLOSE = ((b"connection", b"close"),)
+
+
+def below(scope: Scope, root: str) -> Scope:
+    """The scope as seen below --root-path, whether the proxy passed that path on or cut it off. From here on paths are the routes' own; Litestar
+    is not told, as it would cut the first place out that looks like it."""
+    path: str = scope["path"]
+    return {**scope, "path": path[len(root) :] or "/"} if path == root or path.startswith(root + "/") else scope
 
 
 def tenant_of(key: str) -> str:
@@ -250,6 +261,7 @@ def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[
             version=__version__,
             description="An LLM inference server. Errors have OpenAI's shape.",
             path="/schema",
+            servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],
             render_plugins=[SchemaPage("json"), SchemaPage("html")],
         ),
         logging_config=None,

@@ -50,7 +50,8 @@ class SchemaPage(OpenAPIRenderPlugin):
         return _PAGE.format(
             version=html.escape(info["version"]),
             description=html.escape(info.get("description", "")),
-            base=request.app.openapi_config.path if request.app.openapi_config else "",
+            base=html.escape(document["servers"][0]["url"].rstrip("/"))  # --root-path
+            + ((request.app.openapi_config.path or "") if request.app.openapi_config else ""),
             operations="\n".join(parts),
         ).encode()
 

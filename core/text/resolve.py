@@ -21,50 +21,45 @@ from penstock.core.columns import I32, Column, i32
 from penstock.core.config import Config
 from penstock.core.control import EngineFacts
 from penstock.core.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound
+from penstock.core.generation import overridden, override_of, settings
 from penstock.core.hashing import CacheKey
 from penstock.core.messages import Submit
 from penstock.core.sampling import SamplingParams, check_tokens, not_a_token
 from penstock.core.text.stops import MAX_STOP_CHARS
 
-# generation_config.json's name -> ours
-_DEFAULTS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
-
 
 def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
-    """Sampling defaults from generation_config.json, as --generation-config says ("auto": the model's; "vllm", "openai": none; a folder).
-    `"do_sample": false` means temperature 0, as in transformers.
+    """Sampling defaults from generation_config.json, as --generation-config says ("auto": the model's; "vllm", "openai": none; a folder), with
+    --override-generation-config over them.
 
     Raises CheckpointError if the file cannot be read or holds impossible values.
     """
-    if config.generation_config in ("vllm", "openai"):
-        return {}
-    folder = Path(model_path if config.generation_config in ("auto", "model") else config.generation_config)
+    raw, path = _generation_config(config, model_path)
+    override = override_of(config.override_generation_config) if config.override_generation_config is not None else {}
+    try:
+        settings(raw)
+        return settings(overridden(raw, override))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _generation_config(config: Config, model_path: str) -> tuple[dict[str, Any], Path]:
+    own = config.generation_config in ("auto", "model")
+    folder = Path(model_path if own else config.generation_config)
     path = folder if folder.suffix == ".json" else folder / "generation_config.json"
+    if config.generation_config in ("vllm", "openai"):
+        return {}, path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if config.generation_config in ("auto", "model"):
-            return {}
+        if own:
+            return {}, path
         raise CheckpointError(f"{path} does not exist (--generation-config).", param="generation_config") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    found = {ours: raw[theirs] for theirs, ours in _DEFAULTS.items() if raw.get(theirs) is not None}
-    if found.get("max_tokens") == 0:
-        raise CheckpointError(f"{path}: max_new_tokens must be at least 1.")
-    if raw.get("do_sample") is False:  # said in so many words: this model is to be greedy unless a request asks otherwise
-        found["temperature"] = 0.0
-    try:
-        msgspec.convert(found, SamplingParams).validate()
-    except (msgspec.ValidationError, InvalidRequest) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return found
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return raw, path
 
 
 def check_submit(submit: Submit, names: Sequence[str]) -> None:

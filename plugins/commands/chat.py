@@ -67,7 +67,7 @@ def first_model(url: str, key: str | None) -> str:
 @click.command()
 @click.argument("question", required=False)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Base URL of an OpenAI server (without /v1).")
-@click.option("--api-key", envvar="OPENAI_API_KEY", help="Key for the server.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="Key for the server; others can read a command line.")
 @click.option("--model", help="Model name; default: the server's first.")
 @click.option("--system", help="System message.")
 @click.option("--temperature", type=float, help="Sampling temperature; default: the server's.")

@@ -60,7 +60,22 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "at most 1"),
         ({"port": 70000}, "port", "65535"),
         ({"api_key": [""]}, "api_key", "open to everybody"),
-        ({"trust_remote_code": True}, "trust_remote_code", "is not supported."),
+        ({"trust_remote_code": True}, "trust_remote_code", "is not supported. Model code is never run. Leave it out."),
+        ({"override_generation_config": {"temprature": 1}}, "override_generation_config", "Did you mean 'temperature'?"),
+        (
+            {"override_generation_config": {"eos_token_id": 3}},
+            "override_generation_config",
+            "'eos_token_id' cannot be set there. Known: temp",
+        ),
+        ({"override_generation_config": {"top_p": 5}}, "override_generation_config", "top_p must be above 0"),
+        ({"override_generation_config": {"max_new_tokens": 0}}, "override_generation_config", "at least 1"),
+        ({"override_generation_config": {"do_sample": 1}}, "override_generation_config", "do_sample must be true or false"),
+        ({"override_generation_config": "[1]"}, "override_generation_config", "JSON object"),
+        ({"default_chat_template_kwargs": {"messages": []}}, "default_chat_template_kwargs", "'messages'"),
+        ({"hf_overrides": {"x": {1, 2}}}, "hf_overrides", "cannot be written as JSON"),
+        ({"root_path": "api"}, "root_path", "like /api/llm"),
+        ({"root_path": "/a?b"}, "root_path", "like /api/llm"),
+        ({"root_path": "//evil.example"}, "root_path", "like /api/llm"),
         ({"stream_interval": 2}, "stream_interval", "only 1 is accepted"),
     ],
 )
@@ -198,7 +213,7 @@ def test_the_usual_vllm_start_line_parses(monkeypatch: pytest.MonkeyPatch) -> No
     seen = capture(monkeypatch)
     line = (
         "serve --model m --tensor-parallel-size 1 --gpu-memory-utilization 0.9 --max-model-len 8192 --max-num-seqs 64"
-        " --enable-prefix-caching --enable-chunked-prefill --port 8000 --served-model-name a b --api-key k1 k2"
+        " --enable-prefix-caching --enable-chunked-prefill --port 8000 --served-model-name a,b --api-key k1 --api-key k2"
     )
     result = CliRunner().invoke(cli.cli, line.split())
     assert result.exit_code == 0, result.output

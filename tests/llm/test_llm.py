@@ -87,7 +87,7 @@ def test_logprobs_and_prompt_logprobs(llm: LLM) -> None:
     (out,) = llm.generate("Hello there", SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1, ignore_eos=True))
     assert out.outputs[0].logprobs is not None
     assert len(out.outputs[0].logprobs) == 4
-    assert all(p.ids[0] == t for p, t in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True))
+    assert all(next(iter(p)) == t for p, t in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True))
     assert out.prompt_logprobs is not None
     assert len(out.prompt_logprobs) == len(out.prompt_token_ids)
     assert out.prompt_logprobs[0] is None
@@ -391,7 +391,10 @@ def test_both_wirings_and_both_modes_give_the_same_tokens() -> None:
                 outputs = model.generate(prompts, params)
             else:
                 outputs = [model.generate(p, s)[0] for p, s in zip(prompts, params, strict=True)]
-        return [(o.outputs[0].token_ids, [p.logprobs[0] for p in o.outputs[0].logprobs or []]) for o in outputs]
+        return [
+            (o.outputs[0].token_ids, [p[t].logprob for p, t in zip(o.outputs[0].logprobs or [], o.outputs[0].token_ids, strict=True)])
+            for o in outputs
+        ]
 
     want = run("cell", True, False)
     assert run("cell", True, True) == want

@@ -12,8 +12,9 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from penstock.core.clock import FakeClock
-from penstock.core.config import Config
+from penstock.core.config import Config, build
 from penstock.core.errors import CheckpointError
+from penstock.core.generation import settings
 from penstock.core.hashing import chain
 from penstock.core.hookspecs import API_LEVEL
 from penstock.core.messages import Encode, Encoded, Limits
@@ -134,6 +135,34 @@ def test_generation_defaults(tmp_path: Path) -> None:
         generation_defaults(Config(generation_config=str(tmp_path / "none")), "/nowhere")
     (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
     with pytest.raises(CheckpointError, match="temperature"):
+        generation_defaults(Config(), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "override", "want"),
+    [
+        ({"temperature": 0.5, "top_k": 9}, {"temperature": 0.1}, {"temperature": 0.1, "top_k": 9}),
+        ({"do_sample": False}, {"temperature": 0.1}, {"temperature": 0.1}),
+        ({"do_sample": False, "temperature": 0.5}, {"top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
+        ({"do_sample": False, "temperature": 0.5}, {"do_sample": True}, {"temperature": 0.5}),
+        ({"temperature": 0.5}, {"do_sample": False}, {"temperature": 0.0}),
+        ({"temperature": 0.5, "max_new_tokens": 7}, {"max_new_tokens": None}, {"temperature": 0.5}),
+        ({}, {"max_new_tokens": 7, "repetition_penalty": 1.1}, {"max_tokens": 7, "repetition_penalty": 1.1}),
+        ({"top_k": 9}, {}, {"top_k": 9}),
+    ],
+)
+def test_generation_defaults_can_be_overridden(
+    tmp_path: Path, file: dict[str, Any], override: dict[str, Any], want: dict[str, Any]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    assert generation_defaults(build({"override_generation_config": override}), str(tmp_path)) == want
+    alone = generation_defaults(build({"override_generation_config": override, "generation_config": "vllm"}), str(tmp_path))
+    assert alone == settings(override)
+
+
+def test_a_generation_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json must hold a JSON object"):
         generation_defaults(Config(), str(tmp_path))
 
 

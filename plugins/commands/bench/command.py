@@ -118,7 +118,7 @@ async def run_load(client: Client, load: Workload, concurrency: int | None, on_d
     "--naive", is_flag=True, help="Also measure naive serving (one request at a time, no prefix cache) and print the ratio; needs --start."
 )
 @click.option("--model", help="Model name; default: the server's first.")
-@click.option("--api-key", envvar="OPENAI_API_KEY", help="Key for the server.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="Key for the server; others can read a command line.")
 @click.option(
     "--vocab", type=click.IntRange(min=17), help="Prompt ids are drawn below this; default: what the server's tokenizer says, else 4096."
 )

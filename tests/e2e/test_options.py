@@ -1,0 +1,52 @@
+"""Options that only a whole server shows: keys that stand nowhere, several edges, defaults of sampling, what is logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CHAT = {"model": "brook", "messages": [{"role": "user", "content": "Count from 3 to 30."}]}
+
+
+def test_keys_of_a_file_and_the_environment_stand_in_no_command_line_and_no_child(starter: Any, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# the team's\nsk-of-the-file\n")
+    file.chmod(0o644)
+    server = starter("--api-key-file", str(file), "--api-server-count", "2", env={"VLLM_API_KEY": "sk-of-the-environment"})
+    for key, status in (("sk-of-the-file", 200), ("sk-of-the-environment", 200), ("sk-other", 401), ("# the team's", 401)):
+        assert server.client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status
+    children = server.children()
+    assert {role: len(some) for role, some in children.items()} == {"edge": 2, "text": 1, "engine": 1}
+    for process in [psutil.Process(server.process.pid), *(child for some in children.values() for child in some)]:
+        assert not [word for word in process.cmdline() if "sk-" in word]
+    for child in (child for some in children.values() for child in some):
+        assert not [value for value in child.environ().values() if "sk-of" in value]
+    log = server.log.read_text()
+    assert "can be read by every user of this machine" in log
+    assert "sk-of" not in log
+    assert server.stop() == 0
+
+
+def test_repeated_keys_are_all_good_and_the_command_line_is_warned_about(starter: Any) -> None:
+    server = starter("--api-key", "sk-a", "--api-key", "sk-b,sk-c", "-O3", "--uvicorn-log-level", "warning", "--disable-log-stats")
+    for key, status in (("sk-a", 200), ("sk-b", 200), ("sk-c", 200), ("sk-b,sk-c", 401)):
+        assert server.client.get("/v1/models", headers={"x-api-key": key}).status_code == status
+    for some in server.children().values():
+        for child in some:
+            assert not [word for word in child.cmdline() if "sk-" in word]
+    lines = server.log.read_text().splitlines()
+    assert len([line for line in lines if "other users of this machine can read" in line]) == 1
+    assert len([line for line in lines if "--optimization-level has no effect" in line]) == 1
+    assert "sk-" not in "".join(lines)
+
+
+def test_sampling_defaults_and_the_path_of_a_proxy(starter: Any) -> None:
+    override = '{"temperature": 0.0, "max_new_tokens": 5}'
+    server = starter("--override-generation-config", override, "--override-generation-config.max_new_tokens", "4", "--root-path", "/llm")
+    for path in ("/llm/v1/chat/completions", "/v1/chat/completions"):
+        answer = server.client.post(path, json=CHAT).json()
+        assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (4, "length")
+    answer = server.client.post("/llm/v1/chat/completions", json={**CHAT, "max_tokens": 6}).json()
+    assert answer["usage"]["completion_tokens"] == 6
