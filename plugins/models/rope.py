@@ -10,13 +10,14 @@ A paged cache shares rotated keys between sequences of different length and keep
 for the server, from max_model_len: up to the trained (original) length the short form, above it the long form *for every position*. So
 - max_model_len <= trained length: equal to transformers for every sequence;
 - longer: equal to transformers for a one-shot pass of max_model_len tokens (dynamic) or of any length above the original one (longrope);
-  shorter sequences get the long form too. transformers' own cached decoding mixes keys of several bases there, which no shared cache
-  could reproduce.
+  shorter sequences get the long form too, which is said at start. transformers' own cached decoding mixes keys of several bases there,
+  which no shared cache could reproduce.
 What it does not know: attention, devices, caches.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -24,6 +25,10 @@ import torch
 
 from penstock.core.device_api import ModelFacts
 from penstock.core.errors import CheckpointError
+
+log = logging.getLogger("penstock.models")
+SHORT = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+"""rope_type -> the longest sequence that has the short form."""
 
 
 def inverse_frequencies(facts: ModelFacts, max_len: int) -> tuple[torch.Tensor, float]:
@@ -119,6 +124,16 @@ def _longrope(theta: float, exponents: torch.Tensor, params: dict[str, Any], max
 
 def rope_tables(facts: ModelFacts, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin), each [max_len, head_dim / 2] float32: angle = position * inv_freq, the attention factor multiplied in."""
+    short = facts.rope.params.get(SHORT.get(facts.rope.type, ""))
+    if short is not None and max_len > short:
+        log.warning(
+            "config.json: rope_type %s: with --max-model-len %d every sequence is computed in the form for more than %d tokens; transformers"
+            " computes shorter ones in another. --max-model-len %d keeps to that one.",
+            facts.rope.type,
+            max_len,
+            short,
+            short,
+        )
     inv_freq, scale = inverse_frequencies(facts, max_len)
     angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inv_freq
     return (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()

@@ -80,6 +80,22 @@ def test_length_dependent_types_choose_once() -> None:
     assert not torch.equal(inverse_frequencies(dynamic, 4097)[0], inverse_frequencies(dynamic, 4096)[0])
 
 
+def test_a_form_that_transformers_would_not_take_for_short_sequences_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for rope, short in ((CASES[-1], 1024), (CASES[2], 4096)):
+        facts, _ = build(rope)
+        caplog.clear()
+        rope_tables(facts, short)
+        assert not caplog.records
+        rope_tables(facts, short + 1)
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert f"rope_type {rope['rope_type']}: with --max-model-len {short + 1} every sequence" in said
+        assert f"--max-model-len {short} keeps" in said
+    facts, _ = build(CASES[4])
+    caplog.clear()
+    rope_tables(facts, 4096)
+    assert not caplog.records
+
+
 def test_factor_lists_must_fit_the_heads() -> None:
     facts, _ = build(CASES[0])
     wrong = decoder_facts({**SHAPE, "architectures": ["LlamaForCausalLM"], "rope_scaling": {**CASES[-1], "short_factor": [1.0]}})
