@@ -56,6 +56,7 @@ def _widened(old: str, new: str) -> bool:
 
 def test_messages_only_grow() -> None:
     now = {line.partition("(")[0]: line for line in schema_of(message_types())}
+    del now["Config"]  # named options, which only processes of one start tell each other: their order means nothing
     kept = {line.partition("(")[0]: line for line in SNAPSHOT.read_text(encoding="utf-8").splitlines()} if SNAPSHOT.exists() else {}
     wrong = [word for name, line in kept.items() if (word := f"{name} is gone" if name not in now else broken(line, now[name]))]
     assert not wrong, wrong

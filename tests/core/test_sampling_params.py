@@ -27,7 +27,7 @@ def test_token_ids_out_of_range_are_refused_with_and_without_a_vocabulary(field:
     for vocab_size in (None, 100):
         with pytest.raises(InvalidRequest) as caught:
             params.validate(vocab_size=vocab_size)
-        assert caught.value.param == (field if field == "logit_bias" else f"{field}[0]")
+        assert (caught.value.param or "").startswith("logit_bias." if field == "logit_bias" else f"{field}[0]")
         assert len(caught.value.message) < 150
 
 
@@ -65,7 +65,7 @@ def test_token_ids_out_of_range_are_refused_with_and_without_a_vocabulary(field:
 def test_wrong_values_name_their_field(values: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**values).validate()
-    assert caught.value.param == next(iter(values))
+    assert (caught.value.param or "").split(".")[0] == next(iter(values))
 
 
 def test_what_is_right_passes_unchanged() -> None:

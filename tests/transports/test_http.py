@@ -153,7 +153,7 @@ def test_json_nested_too_deeply_is_400(http: httpx.Client, path: str, field: str
     reply = http.post(path, content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 400
     assert "deep" in error_of(reply)["message"]
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
 def test_the_official_client_sees_its_exceptions(make_edge: MakeEdge) -> None:
@@ -598,7 +598,7 @@ def test_the_connection_limit_writes_one_line_for_many(make_edge: MakeEdge, capl
         assert lines == ["1 requests refused: 1 are in progress at this edge (--max-streams 1)"]
         edge.server.gateway._refused_at_ns -= 60_000_000_000
         assert other.post(CHATS, json=CHAT).status_code == 429
-        assert "5 requests refused" in caplog.records[-1].getMessage()
+        assert "5 requests refused" in [r.getMessage() for r in caplog.records if "--max-streams" in r.getMessage()][-1]
         asyncio.run_coroutine_threadsafe(edge.server.drain(0.05), edge.loop).result(10)
         running.result(10)
 
