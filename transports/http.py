@@ -262,7 +262,7 @@ def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[
             description="An LLM inference server. Errors have OpenAI's shape.",
             path="/schema",
             servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],
-            render_plugins=[SchemaPage("json"), SchemaPage("html")],
+            render_plugins=[SchemaPage(kind, public=PUBLIC, locked=bool(gateway.config.api_key)) for kind in ("json", "html")],
         ),
         logging_config=None,
         request_max_body_size=None,
