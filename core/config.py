@@ -9,6 +9,7 @@ What it does not know: click, processes, what an option does. It is long because
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
@@ -334,8 +335,8 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
     """A value from the environment or the command line. Raises ConfigError naming `where`."""
     try:
         if option.is_list:
-            parts = [part.strip() for part in text.split(",")]
-            if not all(parts):
+            parts = [part.strip() for part in _parts(text)]
+            if not parts or not all(parts):
                 raise ValueError("an empty entry; leave the option out to have none")
             return parts
         kind = _one(option)
@@ -355,6 +356,14 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
         raise ConfigError(f"{where} must be {type_words(kind)}, but is {_shown(option, text)}.", param=where) from None
     except ValueError as error:
         raise ConfigError(f"{where}: {_shown(option, text)} is not a valid value for {option.name} ({error}).", param=where) from None
+
+
+def _parts(text: str) -> list[str]:
+    """Of a list: between commas, or a JSON list of texts, as vLLM has some."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(msgspec.MsgspecError):
+            return msgspec.json.decode(text, type=list[str])
+    return text.split(",")
 
 
 def _object_text(text: str) -> str:

@@ -1,14 +1,17 @@
 """What the Python API gives back, in vLLM's shapes.
 
 What it is: `RequestOutput` and its parts, and the log-probabilities of a message as vLLM has them: for each position a dictionary by token id, the chosen
-token first.
+token first; and whether a request whose choices have all ended failed.
 What it does not know: engines, requests in flight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
+from penstock.core.errors import EngineFailure, InvalidRequest, PenstockError
 from penstock.core.messages import TokenLogprobs
 
 
@@ -74,3 +77,13 @@ def by_token(position: TokenLogprobs) -> PositionLogprobs:
 
 def prompt_positions(positions: list[TokenLogprobs | None]) -> list[PositionLogprobs | None]:
     return [None if position is None or not position.logprobs else by_token(position) for position in positions]
+
+
+def verdict(output: RequestOutput, codes: Mapping[int, str | None]) -> PenstockError | None:
+    """What a request ends with; `codes` are the error codes of choices that failed. A choice for which its own settings left no token to draw
+    is the caller's mistake: it costs the other choices nothing."""
+    failed = [choice for choice in output.outputs if choice.finish_reason == "error"]
+    ours = next((choice for choice in failed if codes.get(choice.index) != InvalidRequest.default_code), None)
+    if ours is not None:
+        return EngineFailure(f"The request failed: {str(ours.stop_reason).rstrip('.')}.")
+    return InvalidRequest(str(failed[0].stop_reason)) if failed and len(failed) == len(output.outputs) else None

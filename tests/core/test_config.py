@@ -257,6 +257,28 @@ def test_unknown_flag_is_refused_with_a_hint() -> None:
     assert "--max-model-len" in result.output
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a,b", ["a", "b"]),
+        ('["a", "b,c"]', ["a", "b,c"]),
+        (' ["*"] ', ["*"]),
+        ("[a", ["[a"]),
+        ("[1]", ["[1]"]),
+        ("[::1],b", ["[::1]", "b"]),
+    ],
+)
+def test_a_list_is_written_with_commas_or_as_json(text: str, parts: list[str]) -> None:
+    assert cfg.from_text(cfg.OPTIONS["served_model_name"], text, where="x") == parts
+    assert cfg.from_env({"PENSTOCK_SERVED_MODEL_NAME": text}) == {"served_model_name": parts}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '[""]', "a,,b", '["a", " "]'])
+def test_a_list_with_an_empty_entry_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="PENSTOCK_API_KEY"):
+        cfg.from_env({"PENSTOCK_API_KEY": text})
+
+
 def test_config_travels_as_json() -> None:
     config = cfg.build({"port": 1, "api_key": ["x"]})
     assert msgspec.json.decode(msgspec.json.encode(config), type=cfg.Config) == config
