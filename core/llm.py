@@ -3,6 +3,7 @@
 What it is: a front for `LocalServer`: one background thread runs text and engine; this module turns calls into `Submit` messages and columns of
 deltas into `RequestOutput`s. Names and shapes follow vLLM's offline API, so that scripts move over.
 What it does not know: scheduling, tokens to text, devices.
+It is long because each public method stands here with what it promises.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.config import OPTIONS, Config, build, from_env
-from penstock.core.control import EngineFacts, Message
-from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError, UnsupportedFeature
-from penstock.core.local import LOCAL_EDGE, LocalServer
-from penstock.core.messages import Finished, Rejected, Submit, TextDelta
-from penstock.core.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
-from penstock.core.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
-from penstock.core.sampling import SamplingParams, from_python
-from penstock.core.text.resolve import generation_defaults
-from penstock.core.tokenizing import LLMTokenizer
+from penstock.core.actors.text.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
+from penstock.core.actors.text.resolve import generation_defaults
+from penstock.core.actors.text.tokenizing import LLMTokenizer
+from penstock.core.processes.local import LOCAL_EDGE, LocalServer
+from penstock.core.protocol.config import OPTIONS, Config, build, from_env
+from penstock.core.protocol.control import EngineFacts, Message
+from penstock.core.protocol.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    EngineFailure,
+    InvalidRequest,
+    PenstockError,
+    UnsupportedFeature,
+)
+from penstock.core.protocol.messages import Finished, Rejected, Submit, TextDelta
+from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
+from penstock.core.protocol.sampling import SamplingParams, from_python
 
 __all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
 

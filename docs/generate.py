@@ -1,6 +1,6 @@
 """Writes the pages that are made from code: configuration, hooks, actors and messages.
 
-What it is: `python docs/generate.py` rewrites docs/{configuration,hooks,actors,metrics}.md; a test fails when they are stale.
+What it is: `python docs/generate.py` rewrites docs/{configuration,hooks,actors,metrics,rooms}.md; a test fails when they are stale.
 What it does not know: mkdocs.
 """
 
@@ -13,12 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
-from penstock.core import config, hookspecs, messages
-from penstock.core import telemetry_metrics as telemetry
 from penstock.core.cli import GROUP_TITLES
-from penstock.core.foreign import FOREIGN
+from penstock.core.contract import hookspecs
+from penstock.core.protocol import config, messages
+from penstock.core.protocol.foreign import FOREIGN
+from penstock.core.telemetry import metrics as telemetry
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import make_rooms  # noqa: E402  # beside this file, which is no package
+
 LINK_ONLY = {messages.Hello, messages.Extension}
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -80,7 +84,7 @@ def hooks() -> str:
     out = [
         "# Hooks",
         NOTE,
-        "A plugin is a module or an object whose functions carry `@hookimpl` (from `penstock.core.hookspecs`). It is found through an entry"
+        "A plugin is a module or an object whose functions carry `@hookimpl` (from `penstock.core.contract.hookspecs`). It is found through an entry"
         " point in one of the groups `penstock.root`, `penstock.edge`, `penstock.text`, `penstock.engine`: it loads only in the processes"
         " that it names. Hooks run at start-up and at request boundaries, never in the step loop. What they register carries an `api_level`"
         " per family; this build accepts the current level and the one before. `penstock plugins` lists what is installed.",
@@ -89,7 +93,7 @@ def hooks() -> str:
         "# my_policy.py, with this in pyproject.toml:",
         '# [project.entry-points."penstock.engine"]',
         '# my-policy = "my_policy"',
-        "from penstock.core.hookspecs import SchedulePolicySpec, hookimpl",
+        "from penstock.core.contract.hookspecs import SchedulePolicySpec, hookimpl",
         "",
         "",
         "class ShortestFirst:",
@@ -135,13 +139,13 @@ def hooks() -> str:
 def actor_table() -> list[tuple[str, str, list[str], list[str]]]:
     """Name, process and default host, takes, gives. The gateway is an asyncio object: its row comes from the links' unions."""
     from penstock.core.actors import executor, kv, sampler, scheduler, text
-    from penstock.core.supervisor import Supervisor
+    from penstock.core.processes.supervisor import Supervisor
 
     def names(kinds: Iterable[type]) -> list[str]:
         return sorted(kind.__name__ for kind in kinds)
 
     rows = [
-        ("root (`core/supervisor.py`)", "root, task", names(Supervisor.takes), names(Supervisor.gives)),
+        ("root (`core/processes/supervisor.py`)", "root, task", names(Supervisor.takes), names(Supervisor.gives)),
         (
             "gateway (`transports/gateway.py`)",
             "edge, asyncio",
@@ -200,7 +204,7 @@ def metrics() -> str:
     return "\n".join(out) + "\n"
 
 
-PAGES = {"configuration.md": configuration, "hooks.md": hooks, "actors.md": actors, "metrics.md": metrics}
+PAGES = {"configuration.md": configuration, "hooks.md": hooks, "actors.md": actors, "metrics.md": metrics, "rooms.md": make_rooms.page}
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 What it is: `shape_of` gives a template small conversations in every shape that a client's may have, and looks at which of them the words come
 out whole: neither left out, nor as a Python object's repr, nor as JSON within JSON. Templates differ by role, demand that turns alternate, refuse
 roles, or fail on one shape; so each question is asked in several conversations, and one that works is enough.
-What it does not know: Jinja (it is given a function that renders), requests, how messages are brought into shape (core/text/chat.py).
+What it does not know: Jinja (it is given a function that renders), requests, how messages are brought into shape (core/actors/text/chat.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-from penstock.core.text.chat import Empty, Form, Shape, formed, with_empty
+from penstock.core.actors.text.chat import Empty, Form, Shape, formed, with_empty
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], list[Message] | None], str | None]

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.core import cli
-from penstock.core import config as cfg
-from penstock.core.errors import ConfigError
+from penstock.core.protocol import config as cfg
+from penstock.core.protocol.errors import ConfigError
 
 
 def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_every_option_is_documented_and_parses_its_own_default() -> None:
 
 
 def capture(monkeypatch: pytest.MonkeyPatch) -> list[cfg.Config]:
-    import penstock.core.kernel as kernel
+    import penstock.core.processes.kernel as kernel
 
     seen: list[cfg.Config] = []
 

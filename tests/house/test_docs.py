@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from penstock.core import hookspecs
+from penstock.core.contract import hookspecs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md", "metrics.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md", "metrics.md", "rooms.md"])
 def test_made_pages_are_fresh(generate: ModuleType, page: str) -> None:
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == generate.PAGES[page](), "run: python docs/generate.py"
 
@@ -46,3 +46,13 @@ def test_each_link_between_pages_leads_somewhere() -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_rooms_page_has_every_file_and_says_what_it_is(generate: ModuleType) -> None:
+    page = (ROOT / "docs" / "rooms.md").read_text(encoding="utf-8")
+    for room in ("core", "plugins", "kernels", "transports"):
+        for path in (ROOT / room).rglob("*.py"):
+            if path.name != "__init__.py" and "__pycache__" not in path.parts:
+                folder = page.split(f"`{path.parent.relative_to(ROOT).as_posix()}/`\n")[1].split("\n#")[0]
+                row = next((line for line in folder.splitlines() if line.startswith(f"| `{path.name}` |")), "")
+                assert len(row.split("|")[2].strip()) > 10, path

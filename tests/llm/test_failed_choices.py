@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from penstock import LLM, SamplingParams
-from penstock.core.columns import i32, i64
-from penstock.core.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError
-from penstock.core.messages import Finished, Rejected, RowExtra, Submit, TextDelta
-from penstock.core.model_folder import demo_folder
+from penstock.core.protocol.columns import i32, i64
+from penstock.core.protocol.errors import ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError
+from penstock.core.protocol.messages import Finished, Rejected, RowExtra, Submit, TextDelta
+from penstock.core.protocol.model_folder import demo_folder
 
 SETTINGS = ("No token is left to draw: allowed_token_ids and min_tokens exclude each other.", "invalid_value")
 ENGINE = ("The model's output for this sequence is not a number.", "engine_failure")

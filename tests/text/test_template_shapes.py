@@ -8,8 +8,8 @@ from typing import Any
 import chat_templates as t
 import pytest
 
-from penstock.core.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.text.chat import Shape, prepare
+from penstock.core.actors.text.chat import Shape, prepare
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.renderers.jinja import JinjaRenderer
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
