@@ -20,7 +20,7 @@ Render = Callable[[list[Message], list[Message] | None], str | None]
 
 FORMS: tuple[Form, ...] = get_args(Form)
 # Words that no template has, in letters that survive a filter for case, and that hold nothing to escape.
-FIRST, SECOND, OTHER = "qzfirstprobe", "qzsecondprobe", "qzotherprobe"
+FIRST, SECOND, OTHER = "qzfirstprobe", "secondprobeqz", "qzotherprobe"
 PART_KEY = "qzpartprobe"
 """In every part: if it comes out, the part was printed whole."""
 NAME, KEY, VALUE = "qzname", "qzkeyprobe", "qzvalueprobe"
@@ -78,18 +78,24 @@ class _Probe:
 
     def _ask_role(self, role: str) -> None:
         shown: dict[Form, set[int]] = {}
-        rendered = False
         for form in FORMS:
             answers = [self._comes_out(form, messages, tools) for messages, tools in self._talks(role, _saying(role, form))]
             shown[form] = {number for number, answer in enumerate(answers) if answer}
-            rendered = rendered or False in answers
         most = max(len(talks) for talks in shown.values())
         everywhere = set().union(*shown.values())
         good = {form for form, talks in shown.items() if talks and talks == everywhere}
         # A template may want one form here and another there (no known one does): then the one that loses least.
         self._good[role] = frozenset(good or [form for form, talks in shown.items() if talks and len(talks) == most][:1])
-        if rendered and not everywhere:
+        if not everywhere and self._is_lost(role):
             self._lost.add(role)
+
+    def _is_lost(self, role: str) -> bool:
+        """Nothing in any prompt depends on what the role says. (It may be that it only comes out changed: cut, or letters replaced.)"""
+        prompts = [
+            [self._render(messages, tools) for messages, tools in self._talks(role, {**_saying(role, "text"), "content": content})]
+            for content in (FIRST, SECOND)
+        ]
+        return prompts[0] == prompts[1] and any(prompt is not None for prompt in prompts[0])
 
     def _ask_later(self) -> None:
         """Some templates look for the system in the first message, and nowhere else."""

@@ -151,6 +151,8 @@ def test_what_a_template_leaves_out_on_purpose_is_its_own_affair() -> None:
     assert ours(t.THINKING, last) == theirs(t.THINKING, last) == "<user>a<assistant><think>kept</think>b"
     upper = "{% for m in messages %}{{ m.content | upper }};{% endfor %}"
     assert ours(upper, [said("user", "abc")]) == "ABC;"
+    for cut in ("{{ messages[0].content[:5] }}", "{{ messages[0].content | replace('q', 'k') }}"):
+        assert ours(cut, [said("user", "quite so")]) == theirs(cut, [said("user", "quite so")])
 
 
 def test_developers_are_the_system_where_the_template_knows_no_developers() -> None:
