@@ -34,6 +34,8 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """By role, the forms whose text comes out. A role that is not there gets the user's."""
     lost: frozenset[str] = frozenset()
     """Roles that the template does not refuse, but whose text it leaves out in every form."""
+    lost_later: frozenset[str] = frozenset()
+    """Roles whose text comes out only in the first message."""
     instead: Mapping[str, str] = {}
     """The role that the template knows by another name: developer as system, function as tool."""
     arguments: Literal["object", "text"] = "object"
@@ -56,12 +58,13 @@ def prepare(messages: list[dict[str, Any]], shape: Shape = PLAIN) -> list[dict[s
     out: list[dict[str, Any]] = []
     legacy: list[str] = []
     for index, message in enumerate(messages):
-        out += _message(f"messages[{index}]", message, shape, legacy)
+        out += _message(index, message, shape, legacy)
     return out
 
 
-def _message(where: str, message: dict[str, Any], shape: Shape, legacy: list[str]) -> list[dict[str, Any]]:
+def _message(index: int, message: dict[str, Any], shape: Shape, legacy: list[str]) -> list[dict[str, Any]]:
     """`legacy`: the ids given so far to calls in the legacy field, newest last."""
+    where = f"messages[{index}]"
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where}.role must be a string such as 'user'.", param="messages")
@@ -74,10 +77,11 @@ def _message(where: str, message: dict[str, Any], shape: Shape, legacy: list[str
     if role == "tool" and message["role"] == "function" and legacy:
         out.setdefault("tool_call_id", legacy[-1])
     text = (content if isinstance(content, str) else "".join(content)).strip()
-    if role in shape.lost and text:
+    if text and (role in shape.lost or (index and role in shape.lost_later)):
         raise InvalidRequest(
-            f"{where}: this model's chat template leaves out what the role {message['role']!r} says. Say it in another role, or start the"
-            " server with another --chat-template.",
+            f"{where}: this model's chat template leaves out what the role {message['role']!r} says"
+            f"{'' if role in shape.lost else ' after the first message'}. Say it in another role, or start the server with another"
+            " --chat-template.",
             param="messages",
         )
     forms = shape.content.get(role) or shape.content.get("user") or frozenset({"text"})
