@@ -76,7 +76,7 @@ def _environment(extra: dict[str, str]) -> dict[str, str]:
     """Ours without API keys (Boot brings them to who needs them), plus `extra` where the user said nothing. A package that runs from a source
     folder is found from there by the child too."""
     env = {name: value for name, value in {**extra, **os.environ}.items() if name not in KEY_ENV}
-    home = str(Path(__file__).absolute().parents[2])
+    home = str(Path(__file__).absolute().parents[3])
     if home in (str(Path(p or ".").absolute()) for p in sys.path[:1]):
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, env.get("PYTHONPATH", ""))))
     return env

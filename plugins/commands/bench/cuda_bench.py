@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-BROOK = Path(__file__).resolve().parents[1] / "demo_model" / "brook"
+BROOK = Path(__file__).resolve().parents[2] / "demo_model" / "brook"
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

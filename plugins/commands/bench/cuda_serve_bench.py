@@ -34,7 +34,7 @@ from penstock.plugins.commands.bench.cuda_bench import LLAMA_1B, LLAMA_8B
 LIMITS_S = {"http_8b": 190, "timeline": 80, "weights": 90, "cold": 150}
 """Sections in order, and their longest time."""
 LOAD_SHARE = 0.7
-PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "h200-engine.json"
+PUBLISHED = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "h200-engine.json"
 EDGE_S = 8.0
 """The steady span begins so long after the first arrival and ends with the last one."""
 
