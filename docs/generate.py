@@ -118,7 +118,14 @@ def objects() -> dict[str, tuple[Any, ...]]:
     return {
         "devices": (
             *(device_api.Device, device_api.DeviceCapabilities, device_api.RunnerConfig, device_api.Runner, device_api.MemoryTable),
-            *(messages.Forward, messages.Sample, messages.SlotSampling, sampling.SamplingParams, messages.StepDone, messages.LogprobColumns),
+            *(
+                messages.Forward,
+                messages.Sample,
+                messages.SlotSampling,
+                sampling.SamplingParams,
+                messages.StepDone,
+                messages.LogprobColumns,
+            ),
         ),
         "models": (api.Model, api.Program, cuda_model.DeviceDecoder),
         "attention_backends": (
@@ -132,7 +139,14 @@ def objects() -> dict[str, tuple[Any, ...]]:
         "transports": (
             *((gateway.Gateway, GATEWAY), gateway.Sink, gateway.Batch, messages.Submit, messages.TextDelta, messages.RowExtra),
             *(messages.TokenLogprobs, messages.Finished, messages.Limits, messages.Query, messages.Answer),
-            *((request.RequestContext, ()), (request.JsonReply, ("__init__", "add_headers")), request.context_of, request.check_json, request.read_body, request.error_reply),
+            *(
+                (request.RequestContext, ()),
+                (request.JsonReply, ("__init__", "add_headers")),
+                request.context_of,
+                request.check_json,
+                request.read_body,
+                request.error_reply,
+            ),
         ),
     }
 
@@ -257,8 +271,8 @@ def hooks() -> str:
     out += ["", "| class | base | status | code | retryable | meaning |", "|---|---|---|---|---|---|"]
     for one in vars(errors).values():
         if isinstance(one, type) and issubclass(one, errors.PenstockError) and one is not errors.PenstockError:
-            doc = " ".join((one.__doc__ or "").split()) if one.__doc__ != one.__base__.__doc__ else ""
-            out.append(f"| `{one.__name__}` | `{one.__base__.__name__}` | {one.status} | {one.default_code} | {one.retryable} | {doc} |")
+            doc = " ".join((one.__doc__ or "").split()) if one.__doc__ != one.__mro__[1].__doc__ else ""
+            out.append(f"| `{one.__name__}` | `{one.__mro__[1].__name__}` | {one.status} | {one.default_code} | {one.retryable} | {doc} |")
     out += ["", "## Words in types", "", "| word | what it is |", "|---|---|", *(f"| {word} | {text} |" for word, text in WORDS.items())]
     return "\n".join(out) + "\n"
 
