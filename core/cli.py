@@ -1,6 +1,6 @@
 """The `penstock` command.
 
-What it is: `serve` with one flag for every option of core/config.py (and the spellings of vLLM and SGLang), `plugins`, `config`, and
+What it is: `serve` with one flag for every option of core/protocol/config.py (and the spellings of vLLM and SGLang), `plugins`, `config`, and
 whatever commands root plugins add (`chat`, `bench` are such plugins). Imports nothing heavy before a command runs.
 What it does not know: processes, models, HTTP.
 """
@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 
-from penstock.core import config as cfg
-from penstock.core.argv import tidy
-from penstock.core.errors import PenstockError
-from penstock.core.keys import with_keys
+from penstock.core.protocol import config as cfg
+from penstock.core.protocol.argv import tidy
+from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.keys import with_keys
 from penstock.version import __version__
 
 GROUP_TITLES = {
@@ -63,7 +63,7 @@ class _Option(click.Option):
 
 
 class _ServeCommand(click.Command):
-    """--help by groups; an unknown flag names the nearest known one (click does). Spellings are core/argv.py's business."""
+    """--help by groups; an unknown flag names the nearest known one (click does). Spellings are core/protocol/argv.py's business."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -155,12 +155,12 @@ def serve(context: click.Context, /, **_: Any) -> None:
     notes: list[str] = []
     config = _config_of(context, notes.append)
     if notes:
-        from penstock.core.telemetry import configure_logging  # late: it takes as long as starting the children
+        from penstock.core.telemetry.logs import configure_logging  # late: it takes as long as starting the children
 
         log = configure_logging(config.log_level, config.log_format, "root")
         for note in notes:
             log.warning(note)
-    from penstock.core.kernel import serve as run
+    from penstock.core.processes.kernel import serve as run
 
     sys.exit(run(config))
 
@@ -188,7 +188,7 @@ def show_config(config_file: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
 def plugins(as_json: bool) -> None:
     """List plugins: name, package, version, process, hooks; broken ones with their error."""
-    from penstock.core.plugin_host import PluginHost, Role
+    from penstock.core.contract.host import PluginHost, Role
 
     roles: tuple[Role, ...] = ("root", "edge", "text", "engine")
     rows = [row for role in roles for row in PluginHost(role, skip_broken=True).load().check().report()]
@@ -207,7 +207,7 @@ def plugins(as_json: bool) -> None:
 
 def build_cli() -> click.Group:
     """The group with the commands of root plugins added."""
-    from penstock.core.plugin_host import PluginHost
+    from penstock.core.contract.host import PluginHost
 
     host = PluginHost("root", skip_broken="--skip-broken-plugins" in sys.argv).load()
     host.hook.register_commands(group=cli)

@@ -3,6 +3,7 @@
 What it is: a front for `LocalServer`: one background thread runs text and engine; this module turns calls into `Submit` messages and columns of
 deltas into `RequestOutput`s. Names and shapes follow vLLM's offline API, so that scripts move over.
 What it does not know: scheduling, tokens to text, devices.
+It is long because each public method stands here with what it promises.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.config import OPTIONS, Config, build, from_env
-from penstock.core.control import EngineFacts, Message
-from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest, PenstockError, UnsupportedFeature
-from penstock.core.local import LOCAL_EDGE, LocalServer
-from penstock.core.messages import Finished, Rejected, Submit, TextDelta
-from penstock.core.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions
-from penstock.core.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
-from penstock.core.sampling import SamplingParams, from_python
-from penstock.core.text.resolve import generation_defaults
-from penstock.core.tokenizing import LLMTokenizer
+from penstock.core.actors.text.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
+from penstock.core.actors.text.resolve import generation_defaults
+from penstock.core.actors.text.tokenizing import LLMTokenizer
+from penstock.core.processes.local import LOCAL_EDGE, LocalServer
+from penstock.core.protocol.config import OPTIONS, Config, build, from_env
+from penstock.core.protocol.control import EngineFacts, Message
+from penstock.core.protocol.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    EngineFailure,
+    InvalidRequest,
+    PenstockError,
+    UnsupportedFeature,
+)
+from penstock.core.protocol.messages import Finished, Rejected, Submit, TextDelta
+from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
+from penstock.core.protocol.sampling import SamplingParams, from_python
 
 __all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
 
@@ -46,6 +54,8 @@ class _Call:
     def __init__(self, output: RequestOutput, wake: Callable[[StreamDelta | None], None]) -> None:
         self.output = output
         self.error: PenstockError | None = None
+        self.codes: dict[int, str | None] = {}
+        """Of choices that failed."""
         self.wake = wake
 
 
@@ -270,6 +280,7 @@ class LLM:
             explicit=list(params.__struct_fields__) if given is not None else [],
             stream=True,
             want_ids=True,
+            add_special_tokens=kind != "chat",  # a template writes what it wants
             **part,
         )
         try:
@@ -313,13 +324,9 @@ class LLM:
             if call is not None:
                 output = call.output
                 output.cached_tokens = message.cached_tokens
-                output.queue_s, output.prefill_s, output.decode_s = (
-                    message.queue_ns / 1e9,
-                    message.prefill_ns / 1e9,
-                    message.decode_ns / 1e9,
-                )
-                failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
-                self._end(message.key, EngineFailure(f"The request failed: {failed.stop_reason}.") if failed is not None else None)
+                times = (message.queue_ns, message.prefill_ns, message.decode_ns)
+                output.queue_s, output.prefill_s, output.decode_s = (ns / 1e9 for ns in times)
+                self._end(message.key, verdict(output, call.codes))
         elif isinstance(message, Rejected):
             kind = ContextLengthExceeded if message.code == ContextLengthExceeded.default_code else InvalidRequest
             error = kind(message.message, param=message.param, code=message.code)
@@ -350,6 +357,7 @@ class LLM:
                     output.stop_reason = extra.stop_reason
                 if extra.error is not None:
                     output.stop_reason = extra.error
+                    call.codes[choice] = extra.error_code
                 if extra.prompt_token_ids is not None:
                     call.output.prompt_token_ids = extra.prompt_token_ids.tolist()
                 if extra.prompt_logprobs is not None:

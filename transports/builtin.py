@@ -14,10 +14,10 @@ import msgspec
 from litestar import Request, get, post
 from litestar.types import ASGIApp
 
-from penstock.core.config import Config
-from penstock.core.errors import InvalidRequest, ModelNotFound, PenstockError
-from penstock.core.hookspecs import API_LEVEL, TransportSpec, hookimpl
-from penstock.core.messages import Answer, Limits
+from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import InvalidRequest, ModelNotFound, PenstockError
+from penstock.core.protocol.messages import Answer, Limits
 from penstock.transports.gateway import Gateway, make_error
 from penstock.transports.openai import Call, check_messages, parse_chat, parse_completion
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode

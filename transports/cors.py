@@ -6,7 +6,7 @@ What it does not know: keys, routes.
 
 from __future__ import annotations
 
-from penstock.core.config import Config
+from penstock.core.protocol.config import Config
 from penstock.transports.request import Header, JsonReply
 
 EXPOSED = b"x-request-id, openai-processing-ms, retry-after, x-penstock-ignored-fields, traceparent"

@@ -11,7 +11,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 
-from penstock.core.errors import InvalidRequest, RequestTooLarge
+from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 
 PIECE = 256 << 10
 MOST = 4

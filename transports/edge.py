@@ -5,7 +5,7 @@ it), the link to text, and the control link to root, which is also the lifeline.
 in-process wiring use it too.
 What it does not know: routes (http.py, transports), the supervisor's policy.
 
-INT and TERM are ignored (core/processes.py): root decides. Drain: readiness turns false and new requests get 503 while connections are still accepted (the
+INT and TERM are ignored (core/processes/spawn.py): root decides. Drain: readiness turns false and new requests get 503 while connections are still accepted (the
 socket is shared, so that closing it would strand clients in its backlog); when nothing runs any more, or at the deadline, Drained is sent.
 Another Drain may bring the deadline forward. Whatever ends a request before its time, its stream ends with an error event.
 """
@@ -28,11 +28,12 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from penstock.core.config import Config
-from penstock.core.control import RootToChild
-from penstock.core.errors import Draining
-from penstock.core.frames import make_hello
-from penstock.core.messages import (
+from penstock.core.contract.host import PluginHost
+from penstock.core.processes.spawn import control_hello, settle
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.control import RootToChild
+from penstock.core.protocol.errors import Draining
+from penstock.core.protocol.messages import (
     Boot,
     ChildUp,
     Drain,
@@ -43,10 +44,9 @@ from penstock.core.messages import (
     Stop,
     union_of,
 )
-from penstock.core.plugin_host import PluginHost
-from penstock.core.processes import control_hello, settle
-from penstock.core.telemetry import configure_logging
-from penstock.core.telemetry_traces import configure
+from penstock.core.runtime.frames import make_hello
+from penstock.core.telemetry.logs import configure_logging
+from penstock.core.telemetry.traces import configure
 from penstock.transports.gateway import STATS_PERIOD_S, Gateway
 from penstock.transports.http import make_app
 from penstock.transports.link import Dialer, Link, adopt
@@ -259,7 +259,7 @@ class _Process:
 
 
 def run(boot: Boot, control: socket.socket) -> int:
-    """The role's main, for core/processes.py. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
+    """The role's main, for core/processes/spawn.py. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
     started = time.monotonic()
     configure_logging(boot.config.log_level, boot.config.log_format, f"edge-{boot.id}")
     if boot.config.uvicorn_log_level is not None:

@@ -17,10 +17,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from penstock.core.clock import Clock, SystemClock
-from penstock.core.config import Config
-from penstock.core.errors import Draining, EngineUnavailable, PenstockError, RetryableError
-from penstock.core.messages import (
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import Draining, EngineUnavailable, PenstockError, RetryableError
+from penstock.core.protocol.messages import (
     Answer,
     Cancel,
     EdgeStats,
@@ -38,6 +37,7 @@ from penstock.core.messages import (
     TextReady,
     Unpark,
 )
+from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.transports.counters import Counters
 from penstock.transports.link import Link, LinkBusy
 from penstock.transports.tracing import NO_TRACING, Tracing

@@ -23,7 +23,7 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.spec import Server
 from litestar.types import ASGIApp
 
-from penstock.core.errors import EngineUnavailable, FinalError, InvalidRequest, NotFound, PenstockError, Unauthorized
+from penstock.core.protocol.errors import EngineUnavailable, FinalError, InvalidRequest, NotFound, PenstockError, Unauthorized
 from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
@@ -262,7 +262,7 @@ def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[
             description="An LLM inference server. Errors have OpenAI's shape.",
             path="/schema",
             servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],
-            render_plugins=[SchemaPage("json"), SchemaPage("html")],
+            render_plugins=[SchemaPage(kind, public=PUBLIC, locked=bool(gateway.config.api_key)) for kind in ("json", "html")],
         ),
         logging_config=None,
         request_max_body_size=None,

@@ -11,9 +11,9 @@ import abc
 import time
 from typing import Any
 
-from penstock.core.errors import EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
-from penstock.core.messages import Finished, RowExtra, Submit, TokenLogprobs
-from penstock.core.telemetry_traces import gen_ai_attributes
+from penstock.core.protocol.errors import EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
+from penstock.core.protocol.messages import Finished, RowExtra, Submit, TokenLogprobs
+from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.gateway import CancelCause, Gateway
 from penstock.transports.openai import Call
 from penstock.transports.request import Receive, RequestContext, sane_id

@@ -1,6 +1,6 @@
 """The asyncio side of Penstock's links.
 
-What it is: an `asyncio.Protocol` that speaks the loop-free frame codec of core/frames.py: Hello both ways first, then messages; a bounded
+What it is: an `asyncio.Protocol` that speaks the loop-free frame codec of core/runtime/frames.py: Hello both ways first, then messages; a bounded
 send queue in which control goes before data; `Dialer`, which keeps a link to a unix socket open (reconnecting with backoff), and `adopt`,
 which makes a link of an inherited socket (the control link to root).
 What it does not know: what the messages mean, HTTP, trio.
@@ -15,9 +15,9 @@ import socket
 from collections.abc import Callable
 from typing import Any, cast
 
-from penstock.core.errors import ProtocolError, RetryableError
-from penstock.core.frames import FrameDecoder, Outbox, check_hello, encode, is_control
-from penstock.core.messages import Hello, Message
+from penstock.core.protocol.errors import ProtocolError, RetryableError
+from penstock.core.protocol.messages import Hello, Message
+from penstock.core.runtime.frames import FrameDecoder, Outbox, check_hello, encode, is_control
 
 log = logging.getLogger("penstock.edge.link")
 
@@ -109,7 +109,7 @@ class Link(asyncio.Protocol):
         return self._transport is not None and self.peer is not None
 
     def send(self, message: Message) -> None:
-        """Send, or queue by the rule of core/frames.py (control first). A closed link drops it. Raises LinkBusy when the queue is full."""
+        """Send, or queue by the rule of core/runtime/frames.py (control first). A closed link drops it. Raises LinkBusy when the queue is full."""
         transport = self._transport
         if transport is None:
             return

@@ -1,6 +1,6 @@
 """Log-probabilities in the three shapes that clients know.
 
-What it is: TokenLogprobs of core/messages.py as chat's, completions' and vLLM's prompt JSON.
+What it is: TokenLogprobs of core/protocol/messages.py as chat's, completions' and vLLM's prompt JSON.
 What it does not know: requests, streams.
 """
 
@@ -10,7 +10,7 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Any
 
-from penstock.core.messages import TokenLogprobs
+from penstock.core.protocol.messages import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no -inf."""

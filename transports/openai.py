@@ -13,12 +13,12 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from penstock.core.columns import I32
-from penstock.core.config import Config
-from penstock.core.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.messages import Limits
-from penstock.core.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
-from penstock.core.text import bounds
+from penstock.core.actors.text import bounds
+from penstock.core.protocol.columns import I32
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.messages import Limits
+from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
 

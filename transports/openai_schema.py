@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.errors import InvalidRequest
-from penstock.core.messages import Limits
-from penstock.core.text.bounds import SMALL, check_raw
-from penstock.core.wording import plain, type_words
+from penstock.core.actors.text.bounds import SMALL, check_raw
+from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.messages import Limits
+from penstock.core.protocol.wording import plain, type_words
 from penstock.transports import refused
 
 

@@ -1,18 +1,21 @@
 """The OpenAPI document and page.
 
-What it is: a Litestar render plugin that adds the request bodies (routes read their bodies themselves, and name the struct in
-`opt={"body": Struct}`) and shows the document as JSON, or as one HTML page that loads nothing from anywhere else.
+What it is: a Litestar render plugin that completes the document (routes read their bodies themselves, and name the struct in
+`opt={"body": Struct}`; openapi_replies.py has the replies) and shows it as JSON, or as one HTML page that loads nothing from anywhere else.
 What it does not know: the routes.
 """
 
 from __future__ import annotations
 
 import html
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import msgspec
 from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
+
+from penstock.transports.openapi_replies import ERRORS, REPLIES, Answer, ErrorReply
 
 BODY = "body"
 """The key in a handler's `opt` that names its request struct."""
@@ -30,12 +33,14 @@ summary{{cursor:pointer;padding:.3rem 0}} b{{display:inline-block;min-width:4rem
 class SchemaPage(OpenAPIRenderPlugin):
     """`json` at /schema/openapi.json; `html` at /schema itself."""
 
-    def __init__(self, kind: Literal["json", "html"]) -> None:
+    def __init__(self, kind: Literal["json", "html"], *, public: Collection[str] = (), locked: bool = False) -> None:
         super().__init__(path="/openapi.json" if kind == "json" else "/", media_type="application/json" if kind == "json" else "text/html")  # type: ignore[arg-type]
         self._kind = kind
+        self._public = public
+        self._locked = locked
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        document = with_bodies(request.app, openapi_schema)
+        document = complete(request.app, openapi_schema, public=self._public, locked=self._locked)
         if self._kind == "json":
             return msgspec.json.encode(document)
         parts = []
@@ -56,20 +61,56 @@ class SchemaPage(OpenAPIRenderPlugin):
         ).encode()
 
 
-def with_bodies(app: Any, document: dict[str, Any]) -> dict[str, Any]:
-    """The document with a requestBody for every handler whose opt names a struct."""
+def complete(app: Any, document: dict[str, Any], *, public: Collection[str], locked: bool) -> dict[str, Any]:
+    """The document with what routes that read and write bytes themselves cannot tell: request bodies (of handlers whose opt names a struct), replies
+    (openapi_replies.py), and, if keys are needed (`locked`), where. `public` are the paths that need none."""
     document = msgspec.json.decode(msgspec.json.encode(document))
-    found: list[tuple[str, str, type]] = []
-    for route in app.routes:
-        for handler in getattr(route, "route_handlers", []):
-            if BODY in handler.opt:
-                found += [
-                    (route.path_format, str(method).lower(), handler.opt[BODY]) for method in handler.http_methods if method != "OPTIONS"
-                ]
-    schemas, components = msgspec.json.schema_components([kind for _, _, kind in found], ref_template="#/components/schemas/{name}")
-    for (path, method, _), schema in zip(found, schemas, strict=True):
-        operation = document["paths"].get(path, {}).get(method)
-        if operation is not None:
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    bodies = {
+        (route.path_format, str(method).lower()): handler.opt[BODY]
+        for route in app.routes
+        for handler in getattr(route, "route_handlers", [])
+        if BODY in handler.opt
+        for method in handler.http_methods
+        if method != "OPTIONS"
+    }
+    replies = [kind for answers, _ in REPLIES.values() for answer in answers for kind in answer.content.values() if kind is not None]
+    kinds = list(dict.fromkeys([*bodies.values(), *replies, ErrorReply]))
+    schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schema_of = dict(zip(kinds, schemas, strict=True))
+    for path, item in document["paths"].items():
+        answers, errors = REPLIES.get(path, ([], ()))
+        for method, operation in item.items():
+            body = bodies.get((path, method))
+            if body is not None:
+                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[body]}}}
+            if answers:
+                operation["responses"] = _responses(answers, errors, schema_of)
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "path":  # Litestar calls a path that may hold slashes a URI
+                    parameter["schema"] = {"type": "string"}
+            if locked and path not in public:
+                operation["security"] = [{"bearer": []}, {"key": []}]
+    parts = document.setdefault("components", {})
+    parts.setdefault("schemas", {}).update(components)
+    if locked:
+        parts["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
     return document
+
+
+def _responses(answers: Sequence[Answer], errors: Sequence[int], schema_of: dict[Any, Any]) -> dict[str, Any]:
+    text = {"schema": {"type": "string"}}
+    own = {
+        str(answer.status): {
+            "description": answer.what,
+            "content": {media: text if kind is None else {"schema": schema_of[kind]} for media, kind in answer.content.items()},
+        }
+        for answer in answers
+    }
+    wrong = {
+        str(status): {"description": ERRORS[status], "content": {"application/json": {"schema": schema_of[ErrorReply]}}}
+        for status in sorted({*errors, 405})
+    }
+    return {**wrong, **own}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from penstock.core.config import Config
+from penstock.core.protocol.config import Config
 
 WRITE_BYTES = 64 << 10
 """At most so much is handed to the server in one write, so that the rest stays where it is counted."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from penstock.core.errors import InvalidRequest, PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.transports.request import error_body
 
 HEADERS_TOO_LARGE = "headers_too_large"

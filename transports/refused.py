@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from penstock.core.errors import UnsupportedFeature
+from penstock.core.protocol.errors import UnsupportedFeature
 
 
 class Refused(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.errors import PenstockError
-from penstock.core.messages import Finished, TokenLogprobs
+from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.messages import Finished, TokenLogprobs
 from penstock.transports.gateway import Batch, Gateway
 from penstock.transports.job import Job, Prompt, error_fields, row_error, watch
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from penstock.core.errors import InvalidRequest, PenstockError, RequestTooLarge
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge
 from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_body
 from penstock.transports.tracing import RequestSpan
 

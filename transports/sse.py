@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.errors import PenstockError
-from penstock.core.messages import Finished, RowExtra
+from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.messages import Finished, RowExtra
 from penstock.transports.gateway import Batch, CancelCause, Gateway
 from penstock.transports.job import Job, Prompt, error_fields, row_error, usage_of, watch
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs

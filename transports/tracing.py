@@ -4,7 +4,7 @@ What it is: a SERVER span per request with W3C trace context in and out, the HTT
 start to Submit) and `send` (last answer from text to last byte); text makes the ones in between from Submit.traceparent, with the edge's
 clock (Submit.to_wall_ns), so that the children touch. Generations are named by operation and model, other requests by method and route.
 `NO_TRACING` costs nothing: OpenTelemetry is imported only when an exporter is configured.
-What it does not know: how spans are exported (core/telemetry_traces.py), what a request is.
+What it does not know: how spans are exported (core/telemetry/traces.py), what a request is.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _OtelSpan(RequestSpan):
 
 
 class OtelTracing(Tracing):
-    """`tracer_provider` is an OpenTelemetry TracerProvider, as core/telemetry_traces.py configures it."""
+    """`tracer_provider` is an OpenTelemetry TracerProvider, as core/telemetry/traces.py configures it."""
 
     enabled = True
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from penstock.core.control import Message
-from penstock.core.errors import ProtocolError
-from penstock.core.messages import DeviceWork, Sample
+from penstock.core.protocol.control import Message
+from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.messages import DeviceWork, Sample
 
 
 class Sampler:

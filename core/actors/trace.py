@@ -13,10 +13,10 @@ from typing import Any, Union
 
 import msgspec
 
-from penstock.core.actor import Actor, Ask, Handling, Out, To
-from penstock.core.clock import Clock
-from penstock.core.columns import dec_hook, enc_hook, ext_hook
-from penstock.core.messages import Message, message_types
+from penstock.core.protocol.columns import dec_hook, enc_hook, ext_hook
+from penstock.core.protocol.messages import Message, message_types
+from penstock.core.runtime.actor import Actor, Ask, Handling, Out, To
+from penstock.core.runtime.clock import Clock
 
 
 class HeldClock:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.core.device_api import ModelFacts
-from penstock.core.hookspecs import AttentionSpec, hookimpl
+from penstock.core.contract.devices import ModelFacts
+from penstock.core.contract.hookspecs import AttentionSpec, hookimpl
 
 if TYPE_CHECKING:
     import torch

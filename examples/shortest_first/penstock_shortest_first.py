@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from penstock.core.columns import F32, I64
-from penstock.core.hookspecs import SchedulePolicySpec, hookimpl
-from penstock.core.policy import Running, Waiting
+from penstock.core.contract.hookspecs import SchedulePolicySpec, hookimpl
+from penstock.core.contract.policy import Running, Waiting
+from penstock.core.protocol.columns import F32, I64
 
 
 class ShortestFirst:

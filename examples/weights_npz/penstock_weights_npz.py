@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from penstock.core.errors import CheckpointError, UnsupportedFeature
-from penstock.core.hookspecs import WeightSourceSpec, hookimpl
+from penstock.core.contract.hookspecs import WeightSourceSpec, hookimpl
+from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
 
 if TYPE_CHECKING:
     import torch

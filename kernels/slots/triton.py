@@ -1,6 +1,6 @@
 """Slot state on the device in Triton: how step n feeds step n+1 without the host. Formulas in reference.py, shapes in kernels/gpu.py.
 
-What it is: the Forward and Sample columns of core/messages.py turned into index tensors, tokens written back, places, block tables, block
+What it is: the Forward and Sample columns of core/protocol/messages.py turned into index tensors, tokens written back, places, block tables, block
 copies. Everything is exact integer work; launches of one step run in stream order (copies, place, set_blocks, inputs, model, draw, write).
 What it does not know: the model, messages, who decides.
 """

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.core.device_api import ModelFacts
-from penstock.core.hookspecs import AttentionSpec, hookimpl
+from penstock.core.contract.devices import ModelFacts
+from penstock.core.contract.hookspecs import AttentionSpec, hookimpl
 
 GROUP = 16
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock.core.hookspecs import hookimpl
+from penstock.core.contract.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import click

@@ -10,8 +10,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from penstock.core.device_api import Device
-from penstock.core.hookspecs import DeviceSpec, hookimpl
+from penstock.core.contract.devices import Device
+from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
 
 DRIVER_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg")
 """Any of these exists where an NVIDIA driver is loaded."""

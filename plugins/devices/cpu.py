@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from penstock.core.device_api import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
-from penstock.core.errors import ConfigError
-from penstock.core.hookspecs import AttentionSpec
+from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
+from penstock.core.contract.hookspecs import AttentionSpec
+from penstock.core.protocol.errors import ConfigError
 from penstock.kernels import native
 from penstock.plugins.devices import host_limits
 from penstock.plugins.devices.cpu_runner import CpuRunner
@@ -31,7 +31,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class CpuDevice:
-    """See core/device_api.py: Device. Depth 1: forward and sample run on the calling thread and are over when they return."""
+    """See core/contract/devices.py: Device. Depth 1: forward and sample run on the calling thread and are over when they return."""
 
     capabilities = DeviceCapabilities(name="cpu", depth=2, synchronous=True, dtypes=list(DTYPES), deterministic=True)
 

@@ -1,6 +1,6 @@
 """A loaded model on the CPU: slots, paged cache, and the two halves of a step.
 
-What it is: the Runner of core/device_api.py. Token history and block table of each slot are numpy arrays; a step's index columns (token
+What it is: the Runner of core/contract/devices.py. Token history and block table of each slot are numpy arrays; a step's index columns (token
 values, positions, cache slots) are computed from them by vectorised numpy, then the model runs as one call, and the draw writes tokens back.
 `forward` keeps one hidden state a row; where Sample asks for prompt log-probabilities the row is computed again with all its positions
 kept (the same values are written to the cache again), so that other steps never pay for them.
@@ -17,10 +17,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from penstock.core.columns import EMPTY_I32, I32
-from penstock.core.device_api import MemoryTable, ModelFacts
-from penstock.core.errors import EngineFailure
-from penstock.core.messages import Forward, LogprobColumns, Sample, StepDone
+from penstock.core.contract.devices import MemoryTable, ModelFacts
+from penstock.core.protocol.columns import EMPTY_I32, I32
+from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, StepDone
 from penstock.plugins.devices.slot_sampler import SlotSampler, columns_of
 from penstock.plugins.models.api import Model
 
@@ -29,7 +29,7 @@ PROMPT_LOGIT_ELEMENTS = 1 << 23
 
 
 class CpuRunner:
-    """See core/device_api.py: Runner. Not thread-safe: all calls come from the device's thread."""
+    """See core/contract/devices.py: Runner. Not thread-safe: all calls come from the device's thread."""
 
     def __init__(
         self,

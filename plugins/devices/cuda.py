@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 import torch
 
-from penstock.core.device_api import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
-from penstock.core.errors import ConfigError
-from penstock.core.hookspecs import AttentionSpec
+from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
+from penstock.core.contract.hookspecs import AttentionSpec
+from penstock.core.protocol.errors import ConfigError
 from penstock.plugins.devices import cpu
 from penstock.plugins.devices.cuda_lane import CudaLane, Lane
 from penstock.plugins.devices.cuda_ops import Ops
@@ -40,7 +40,7 @@ SMALLEST = 0.5
 
 
 class CudaDevice:
-    """See core/device_api.py: Device. Depth 2: the host launches step n+1 while the device computes step n."""
+    """See core/contract/devices.py: Device. Depth 2: the host launches step n+1 while the device computes step n."""
 
     capabilities = DeviceCapabilities(
         name="cuda",

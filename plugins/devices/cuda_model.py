@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penstock.core.device_api import ModelFacts
+from penstock.core.contract.devices import ModelFacts
 from penstock.plugins.devices.cuda_ops import Columns, Ops
 from penstock.plugins.models.api import Progress, Weights
 from penstock.plugins.models.rope import rope_tables

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from penstock.core.columns import Column
+from penstock.core.protocol.columns import Column
 from penstock.plugins.devices.cuda_lane import Event, Lane
 
 Tensor = torch.Tensor

@@ -1,6 +1,6 @@
 """A loaded model on a CUDA device: slots, paged cache, graphs, and the two halves of a step, neither of which waits for the device.
 
-What it is: the Runner of core/device_api.py. Token history and block tables of the slots live on the device; a draw writes its token into
+What it is: the Runner of core/contract/devices.py. Token history and block tables of the slots live on the device; a draw writes its token into
 the history, where the next step's Forward finds it, so that the host may launch step n+1 before it knows the tokens of step n. Columns go
 up in one pinned copy (a second one in steps that place sequences, give blocks or mix in a prefill), tokens come back in one; `sample` returns
 a call that waits for that copy's event and is made on the waiter thread of the device queue.
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from penstock.core.columns import EMPTY_I32, I32, Column, i32
-from penstock.core.device_api import MemoryTable, ModelFacts
-from penstock.core.errors import EngineFailure
-from penstock.core.messages import Forward, LogprobColumns, Sample, StepDone
+from penstock.core.contract.devices import MemoryTable, ModelFacts
+from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
+from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, StepDone
 from penstock.plugins.devices.cuda_lane import Event, Graph, Lane, Outputs
 from penstock.plugins.devices.cuda_model import DeviceDecoder
 from penstock.plugins.devices.cuda_ops import Ops
@@ -94,7 +94,7 @@ class _Launched:
 
 
 class CudaRunner:
-    """See core/device_api.py: Runner. `forward` and `sample` are called on one thread; what `sample` returns, on another."""
+    """See core/contract/devices.py: Runner. `forward` and `sample` are called on one thread; what `sample` returns, on another."""
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from penstock.core.columns import I32, Column, i32
-from penstock.core.messages import LogprobColumns, SlotSampling
+from penstock.core.protocol.columns import I32, Column, i32
+from penstock.core.protocol.messages import LogprobColumns, SlotSampling
 from penstock.kernels.sampling import torch as portable
 from penstock.plugins.devices.cuda_ops import Ops, Settings
 from penstock.plugins.devices.cuda_rings import Landing, Upload

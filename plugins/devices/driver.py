@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from penstock.core.columns import I32, i32
-from penstock.core.messages import Forward, Sample, SlotSampling, StepDone
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.columns import I32, i32
+from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
+from penstock.core.protocol.sampling import SamplingParams
 
 
 class Drivable(Protocol):

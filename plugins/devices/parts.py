@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from penstock.core.config import nearest
-from penstock.core.device_api import ModelFacts, RunnerConfig
-from penstock.core.errors import ConfigError, UnsupportedFeature
-from penstock.core.hookspecs import AttentionSpec, ModelSpec, WeightSourceSpec
+from penstock.core.contract.devices import ModelFacts, RunnerConfig
+from penstock.core.contract.hookspecs import AttentionSpec, ModelSpec, WeightSourceSpec
+from penstock.core.protocol.config import nearest
+from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
 from penstock.plugins import attention as builtin_attention
 from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights

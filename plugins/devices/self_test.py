@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from penstock.core.errors import EngineFailure
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices.driver import Drivable, Driver, Job, Options
 
 OUTPUTS = 3

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from penstock.core.columns import EMPTY_I32, F32, I32, I64, Column
-from penstock.core.messages import LogprobColumns, SlotSampling
+from penstock.core.protocol.columns import EMPTY_I32, F32, I32, I64, Column
+from penstock.core.protocol.messages import LogprobColumns, SlotSampling
 from penstock.kernels.argmax import argmax
 from penstock.kernels.sampling.api import draw, logprobs, penalise
 

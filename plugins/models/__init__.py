@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.core.device_api import ModelFacts
-from penstock.core.hookspecs import ModelSpec, hookimpl
+from penstock.core.contract.devices import ModelFacts
+from penstock.core.contract.hookspecs import ModelSpec, hookimpl
 
 
 def _facts(config: dict[str, Any]) -> ModelFacts:

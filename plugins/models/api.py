@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from penstock.core.device_api import ModelFacts
+from penstock.core.contract.devices import ModelFacts
 
 Progress = Callable[[float], None]
 """Called with the loaded fraction, 0..1."""

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from penstock.core.device_api import ModelFacts, RopeFacts, RopeType
-from penstock.core.errors import CheckpointError, ConfigError, UnsupportedFeature
+from penstock.core.contract.devices import ModelFacts, RopeFacts, RopeType
+from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
 
 log = logging.getLogger("penstock.models")
 CONFIG = "config.json"

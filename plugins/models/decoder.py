@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from penstock.core.device_api import ModelFacts
+from penstock.core.contract.devices import ModelFacts
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
 from penstock.kernels.embedding import embedding
 from penstock.kernels.linear import PackedLinear, pack, pack_gated

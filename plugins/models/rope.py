@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from penstock.core.device_api import ModelFacts
-from penstock.core.errors import CheckpointError
+from penstock.core.contract.devices import ModelFacts
+from penstock.core.protocol.errors import CheckpointError
 
 log = logging.getLogger("penstock.models")
 SHORT = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}

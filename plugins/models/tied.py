@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from penstock.core.device_api import ModelFacts
+from penstock.core.contract.devices import ModelFacts
 from penstock.plugins.models.api import Weights
 
 log = logging.getLogger("penstock.models")

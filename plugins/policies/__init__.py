@@ -6,7 +6,7 @@ What it does not know: the scheduler.
 
 from __future__ import annotations
 
-from penstock.core.hookspecs import API_LEVEL, SchedulePolicySpec, hookimpl
+from penstock.core.contract.hookspecs import API_LEVEL, SchedulePolicySpec, hookimpl
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 from penstock.plugins.policies.priority import PriorityWithAgeing
 

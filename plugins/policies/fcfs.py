@@ -7,8 +7,8 @@ What it does not know: priorities, the scheduler.
 
 from __future__ import annotations
 
-from penstock.core.columns import I64
-from penstock.core.policy import Running, Waiting
+from penstock.core.contract.policy import Running, Waiting
+from penstock.core.protocol.columns import I64
 
 
 class FirstComeFirstServed:

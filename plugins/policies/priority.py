@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from penstock.core.columns import F32, I32
-from penstock.core.policy import Running, Waiting
+from penstock.core.contract.policy import Running, Waiting
+from penstock.core.protocol.columns import F32, I32
 
 
 class PriorityWithAgeing:

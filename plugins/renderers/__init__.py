@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.core.hookspecs import API_LEVEL, ChatRendererSpec, hookimpl
+from penstock.core.contract.hookspecs import API_LEVEL, ChatRendererSpec, hookimpl
 
 
 def _jinja(model_path: str, template: str | None) -> object:

@@ -25,8 +25,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from penstock.core.errors import CheckpointError, ConfigError, InvalidRequest
-from penstock.core.text.chat import Shape, cut_at_mark, mark_final, prepare
+from penstock.core.actors.text.chat import Shape, cut_at_mark, mark_final, prepare
+from penstock.core.protocol.errors import CheckpointError, ConfigError, InvalidRequest
 from penstock.plugins.renderers.probe import shape_of
 
 MAX_RENDERED_CHARS = 32 << 20

@@ -2,8 +2,9 @@
 
 What it is: `shape_of` gives a template small conversations in every shape that a client's may have, and looks at which of them the words come
 out whole: neither left out, nor as a Python object's repr, nor as JSON within JSON. Templates differ by role, demand that turns alternate, refuse
-roles, or fail on one shape; so each question is asked in several conversations, and one that works is enough.
-What it does not know: Jinja (it is given a function that renders), requests, how messages are brought into shape (core/text/chat.py).
+roles, or fail on one shape; so each question is asked in several conversations. Those in which no shape comes out say nothing; of the others a
+shape must come out in all.
+What it does not know: Jinja (it is given a function that renders), requests, how messages are brought into shape (core/actors/text/chat.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-from penstock.core.text.chat import Empty, Form, Shape, formed, with_empty
+from penstock.core.actors.text.chat import Empty, Form, Shape, formed, with_empty
 
 Message = dict[str, Any]
 Render = Callable[[list[Message], list[Message] | None], str | None]
@@ -19,7 +20,7 @@ Render = Callable[[list[Message], list[Message] | None], str | None]
 
 FORMS: tuple[Form, ...] = get_args(Form)
 # Words that no template has, in letters that survive a filter for case, and that hold nothing to escape.
-FIRST, SECOND, OTHER = "qzfirstprobe", "qzsecondprobe", "qzotherprobe"
+FIRST, SECOND, OTHER = "qzfirstprobe", "secondprobeqz", "qzotherprobe"
 PART_KEY = "qzpartprobe"
 """In every part: if it comes out, the part was printed whole."""
 NAME, KEY, VALUE = "qzname", "qzkeyprobe", "qzvalueprobe"
@@ -43,12 +44,14 @@ class _Probe:
         self._render = render
         self._good: dict[str, frozenset[Form]] = {}
         self._lost: set[str] = set()
+        self._lost_later: set[str] = set()
         self._shown_empties: tuple[Empty, ...] = ()
         self._arguments: Any = OBJECT
 
     def shape(self, reads_content: bool) -> Shape:
         for role in ("user", "system", "developer", "assistant"):
             self._ask_role(role)
+        self._ask_later()
         self._ask_calls()
         for role in ("tool", "function"):
             self._ask_role(role)
@@ -62,6 +65,7 @@ class _Probe:
             content={role: forms for role, forms in good.items() if forms},
             # A template that shows nobody's text and never speaks of content is not about it.
             lost=frozenset(self._lost - instead.keys()) if any(good.values()) or reads_content else frozenset(),
+            lost_later=frozenset(self._lost_later),
             instead=instead,
             arguments="text" if text_only else "object",
             loose=text_only or not self._shown_empties or self._shown(self._call(self._shown_empties[0], BROKEN), whole=False),
@@ -73,36 +77,64 @@ class _Probe:
     # --- content
 
     def _ask_role(self, role: str) -> None:
-        good: set[Form] = set()
-        left_out = False
+        shown: dict[Form, set[int]] = {}
         for form in FORMS:
-            for messages, tools in self._talks(role, _saying(role, form)):
-                out = self._render(messages, tools)
-                if out is None:
-                    continue
-                seen = out.lower()
-                if FIRST in seen and (form != "parts" or SECOND in seen) and PART_KEY not in seen:
-                    good.add(form)
-                    break
-                left_out = True
-        self._good[role] = frozenset(good)
-        if left_out and not good:
+            answers = [self._comes_out(form, messages, tools) for messages, tools in self._talks(role, _saying(role, form))]
+            shown[form] = {number for number, answer in enumerate(answers) if answer}
+        most = max(len(talks) for talks in shown.values())
+        everywhere = set().union(*shown.values())
+        good = {form for form, talks in shown.items() if talks and talks == everywhere}
+        # A template may want one form here and another there (no known one does): then the one that loses least.
+        self._good[role] = frozenset(good or [form for form, talks in shown.items() if talks and len(talks) == most][:1])
+        if not everywhere and self._is_lost(role):
             self._lost.add(role)
 
+    def _is_lost(self, role: str) -> bool:
+        """Nothing in any prompt depends on what the role says. (It may be that it only comes out changed: cut, or letters replaced.)"""
+        prompts = [
+            [self._render(messages, tools) for messages, tools in self._talks(role, {**_saying(role, "text"), "content": content})]
+            for content in (FIRST, SECOND)
+        ]
+        return prompts[0] == prompts[1] and any(prompt is not None for prompt in prompts[0])
+
+    def _ask_later(self) -> None:
+        """Some templates look for the system in the first message, and nowhere else."""
+        user, assistant = self._other("user"), self._other("assistant")
+        for role in ("system", "developer"):
+            answers: list[bool | None] = []
+            for form in sorted(self._good[role]):
+                message = _saying(role, form)
+                for start in ([self._other("system")], [self._other("system"), user, assistant], [user, assistant]):
+                    answers.append(self._comes_out(form, [*start, message, user], None))
+            if False in answers and True not in answers:
+                self._lost_later.add(role)
+
+    def _comes_out(self, form: Form, messages: list[Message], tools: list[Message] | None) -> bool | None:
+        """Is what `_saying` says in the prompt? None: there is no prompt."""
+        out = self._render(messages, tools)
+        if out is None:
+            return None
+        seen = out.lower()
+        return FIRST in seen and (form != "parts" or SECOND in seen) and PART_KEY not in seen
+
     def _talks(self, role: str, message: Message) -> Iterator[tuple[list[Message], list[Message] | None]]:
-        """Conversations with the message in them."""
+        """Conversations with the message in them: as many, and alike, whatever its form."""
         user, assistant = self._other("user"), self._other("assistant")
         systems = [self._other("system")] if "system" in self._good else [_other("system", "text"), _other("system", "part")]
         match role:
             case "user":
                 yield [message], None
+                yield [message], TOOLS
                 for system in systems:
                     yield [system, message], None
-                yield [_other("user", "text"), _other("assistant", "text"), message], None
+                    yield [system, message], TOOLS
+                for form in ("text", "part"):
+                    yield [_other("user", form), _other("assistant", form), message], None
+                    yield [message, _other("assistant", form), _other("user", form)], None
             case "system" | "developer":
-                yield [message, user], None
-                yield [message, user, assistant, user], None
-                yield [message, user], TOOLS
+                for tools in (None, TOOLS):
+                    yield [message, user], tools
+                    yield [message, user, assistant, user], tools
             case "assistant":
                 for start in ([user], *([system, user] for system in systems)):
                     yield [*start, message], None
@@ -111,8 +143,10 @@ class _Probe:
                 for tools in (None, TOOLS):
                     for empty in self._shown_empties or ("text",):
                         for start in ([user], *([system, user] for system in systems)):
-                            yield [*start, self._call(empty, self._arguments), message], tools
-                            yield [*start, self._call(empty, self._arguments), message, assistant], tools
+                            start = [*start, self._call(empty, self._arguments)]
+                            yield [*start, message], tools
+                            yield [*start, message, assistant], tools
+                            yield [*start, message, user], tools
                     yield [user, message], tools
 
     def _other(self, role: str) -> Message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from penstock.core.hookspecs import API_LEVEL, TokenizerSpec, hookimpl
+from penstock.core.contract.hookspecs import API_LEVEL, TokenizerSpec, hookimpl
 
 
 def _hugging_face(model_path: str) -> object:

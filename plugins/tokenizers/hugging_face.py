@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-from penstock.core.columns import I32
-from penstock.core.errors import CheckpointError
+from penstock.core.protocol.columns import I32
+from penstock.core.protocol.errors import CheckpointError
 
 BytesOf = Callable[[str], bytes]
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
@@ -82,7 +82,7 @@ def bytes_rule(decoder: dict[str, Any] | None) -> BytesOf | None:
 
 
 class HuggingFaceTokenizer:
-    """See core/text_api.py's Tokenizer. `config` is tokenizer_config.json; `eos` are further end tokens in order of authority."""
+    """See core/contract/text.py's Tokenizer. `config` is tokenizer_config.json; `eos` are further end tokens in order of authority."""
 
     def __init__(self, fast: FastTokenizer, config: dict[str, Any] | None = None, eos: list[int] | None = None, name: str = "") -> None:
         self._fast = fast

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.core.hookspecs import WeightSourceSpec, hookimpl
+from penstock.core.contract.hookspecs import WeightSourceSpec, hookimpl
 
 SAFETENSORS = "safetensors"
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from penstock.core.errors import CheckpointError, UnsupportedFeature
+from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
 
 log = logging.getLogger("penstock.weights")
 SINGLE = "model.safetensors"

@@ -10,7 +10,7 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from penstock.core.llm import LLM
-    from penstock.core.sampling import SamplingParams
+    from penstock.core.protocol.sampling import SamplingParams
 
 
 def __getattr__(name: str) -> Any:
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "SamplingParams":
-        from penstock.core.sampling import SamplingParams
+        from penstock.core.protocol.sampling import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module 'penstock' has no attribute {name!r}")

@@ -15,16 +15,16 @@ import pytest
 import trio
 import trio.testing
 
-from penstock.core import frames
-from penstock.core.columns import i32
-from penstock.core.config import build
-from penstock.core.control import Message
-from penstock.core.engine import Engine
-from penstock.core.fake_device import FakeDevice, FakeOptions
-from penstock.core.frames import make_hello
-from penstock.core.links import Link
-from penstock.core.messages import Admit, StepTokens, TextToEngine
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.processes.engine import Engine
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.config import build
+from penstock.core.protocol.control import Message
+from penstock.core.protocol.messages import Admit, StepTokens, TextToEngine
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime import frames
+from penstock.core.runtime.frames import make_hello
+from penstock.core.runtime.links import Link
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 WARM = 5

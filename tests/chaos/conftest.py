@@ -22,8 +22,8 @@ import pytest
 
 MAIN = """
 import json, sys
-from penstock.core.config import build
-from penstock.core.kernel import serve
+from penstock.core.protocol.config import build
+from penstock.core.processes.kernel import serve
 sys.exit(serve(build(json.loads(sys.argv[1])), extra_plugins=sys.argv[2:]))
 """
 PLUGINS = Path(__file__).parent / "plugins"
@@ -33,7 +33,9 @@ START_S = 60.0
 class FakeServer:
     """A server in its own process group. `fake` are options of the fake device; `plugin` is the module that brings the device."""
 
-    def __init__(self, folder: Path, fake: dict[str, Any] | None = None, plugin: str = "penstock.core.fake_device", **config: Any) -> None:
+    def __init__(
+        self, folder: Path, fake: dict[str, Any] | None = None, plugin: str = "penstock.core.contract.fake_device", **config: Any
+    ) -> None:
         self.out = folder / "out.log"
         self.err = folder / "err.log"
         self.folder = folder
@@ -109,8 +111,8 @@ class FakeServer:
             for child in psutil.Process(self.process.pid).children():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     line = child.cmdline()
-                    if "penstock.core.processes" in line:
-                        found[line[line.index("penstock.core.processes") + 1]] = child
+                    if "penstock.core.processes.spawn" in line:
+                        found[line[line.index("penstock.core.processes.spawn") + 1]] = child
                         self._seen[child.pid] = child
         return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.core.kernel import make_run_dir
+from penstock.core.processes.kernel import make_run_dir
 
 SLOW = {"step_s": 0.01}
 

@@ -8,7 +8,7 @@ import socket
 import time
 from typing import Any
 
-from penstock.core.supervisor import SAME_S
+from penstock.core.processes.supervisor import SAME_S
 
 SLOW = {"step_s": 0.01}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from penstock.core import messages
-from penstock.core.frames import schema_of
-from penstock.core.messages import Hello, Message, message_types, union_of
+from penstock.core.protocol import messages
+from penstock.core.protocol.messages import Hello, Message, message_types, union_of
+from penstock.core.runtime.frames import schema_of
 
 SNAPSHOT = Path(__file__).parent / "wire.txt"
 LINKS = ("edge>text", "text>edge", "text>engine", "engine>text", "root>child", "child>root")

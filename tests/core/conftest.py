@@ -15,15 +15,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from penstock.core.actor import Ask
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
-from penstock.core.clock import FakeClock
-from penstock.core.columns import Column, i32, i64
-from penstock.core.device_api import RunnerConfig
-from penstock.core.fake_device import FakeDevice, FakeOptions, FakeRunner
-from penstock.core.hashing import CacheKey, chain
-from penstock.core.messages import (
+from penstock.core.contract.devices import RunnerConfig
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions, FakeRunner
+from penstock.core.protocol.columns import Column, i32, i64
+from penstock.core.protocol.hashing import CacheKey, chain
+from penstock.core.protocol.messages import (
     ABORTED,
     Abort,
     Admit,
@@ -38,7 +36,9 @@ from penstock.core.messages import (
     key_of,
     seq_of,
 )
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.actor import Ask
+from penstock.core.runtime.clock import FakeClock
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 from penstock.plugins.policies.priority import PriorityWithAgeing
 
@@ -77,7 +77,7 @@ def solo(prompt: Column, params: SamplingParams, choice: int, max_tokens: int, s
     )
     runner = make_runner(settings)
     out: list[int] = []
-    from penstock.core.messages import SlotSampling
+    from penstock.core.protocol.messages import SlotSampling
 
     banned = i32(sorted(stops)) if params.min_tokens else i32([])
     while prompt.size + len(out) < limit:

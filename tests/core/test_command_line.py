@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.core import cli
-from penstock.core.argv import SPELLINGS
-from penstock.core.config import OPTIONS, Config
-from penstock.core.errors import ConfigError
-from penstock.core.foreign import FOREIGN
+from penstock.core.protocol.argv import SPELLINGS
+from penstock.core.protocol.config import OPTIONS, Config
+from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.foreign import FOREIGN
 
 FLAGS = (Path(__file__).parent / "vllm_flags.txt").read_text(encoding="utf-8").split()
 SHORTS = [
@@ -309,7 +309,7 @@ def test_other_spellings_of_our_own_options_are_known_in_python() -> None:
 
 
 def test_notes_come_out_as_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.core.kernel.serve", lambda config: 0)
+    monkeypatch.setattr("penstock.core.processes.kernel.serve", lambda config: 0)
     result = CliRunner().invoke(cli.cli, ["serve", "m", "-O3", "--log-format", "json"])
     (line,) = [json.loads(line) for line in result.output.splitlines()]
     assert (line["level"], line["process"]) == ("warning", "root")

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.core import cli
-from penstock.core import config as cfg
-from penstock.core.errors import ConfigError
+from penstock.core.protocol import config as cfg
+from penstock.core.protocol.errors import ConfigError
 
 
 def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_every_option_is_documented_and_parses_its_own_default() -> None:
 
 
 def capture(monkeypatch: pytest.MonkeyPatch) -> list[cfg.Config]:
-    import penstock.core.kernel as kernel
+    import penstock.core.processes.kernel as kernel
 
     seen: list[cfg.Config] = []
 
@@ -255,6 +255,28 @@ def test_unknown_flag_is_refused_with_a_hint() -> None:
     result = CliRunner().invoke(cli.cli, ["serve", "--max-model-length", "5"])
     assert result.exit_code == 2
     assert "--max-model-len" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a,b", ["a", "b"]),
+        ('["a", "b,c"]', ["a", "b,c"]),
+        (' ["*"] ', ["*"]),
+        ("[a", ["[a"]),
+        ("[1]", ["[1]"]),
+        ("[::1],b", ["[::1]", "b"]),
+    ],
+)
+def test_a_list_is_written_with_commas_or_as_json(text: str, parts: list[str]) -> None:
+    assert cfg.from_text(cfg.OPTIONS["served_model_name"], text, where="x") == parts
+    assert cfg.from_env({"PENSTOCK_SERVED_MODEL_NAME": text}) == {"served_model_name": parts}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '[""]', "a,,b", '["a", " "]'])
+def test_a_list_with_an_empty_entry_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="PENSTOCK_API_KEY"):
+        cfg.from_env({"PENSTOCK_API_KEY": text})
 
 
 def test_config_travels_as_json() -> None:

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.columns import EMPTY_I32
-from penstock.core.config import build
-from penstock.core.control import Message
-from penstock.core.device_queue import StepOrder, ThreadDeviceQueue
-from penstock.core.engine import runner_config
-from penstock.core.errors import CheckpointError, ProtocolError
-from penstock.core.fake_device import FakeDevice, FakeOptions
-from penstock.core.messages import DeviceLost, DeviceWork, Forward, Sample, StepDone
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.processes.engine import runner_config
+from penstock.core.protocol.columns import EMPTY_I32
+from penstock.core.protocol.config import build
+from penstock.core.protocol.control import Message
+from penstock.core.protocol.errors import CheckpointError, ProtocolError
+from penstock.core.protocol.messages import DeviceLost, DeviceWork, Forward, Sample, StepDone
+from penstock.core.runtime.device_queue import StepOrder, ThreadDeviceQueue
 
 CONFIG = runner_config(build({}))
 

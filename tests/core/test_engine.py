@@ -11,16 +11,16 @@ import trio
 import trio.testing
 
 from penstock.core.actors.kv import KvManager
-from penstock.core.columns import i32, i64
-from penstock.core.config import build
-from penstock.core.control import Drain, Drained, Message, PeerDown
-from penstock.core.device_queue import InlineDeviceQueue
-from penstock.core.engine import Engine, runner_config
-from penstock.core.errors import CheckpointError, ConfigError, EngineFailure
-from penstock.core.fake_device import FakeDevice, FakeOptions
-from penstock.core.hashing import CacheKey, chain
-from penstock.core.messages import ABORTED, LENGTH, STOP, Abort, Admit, Park, StepTokens, Unpark, seq_of
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.processes.engine import Engine, runner_config
+from penstock.core.protocol.columns import i32, i64
+from penstock.core.protocol.config import build
+from penstock.core.protocol.control import Drain, Drained, Message, PeerDown
+from penstock.core.protocol.errors import CheckpointError, ConfigError, EngineFailure
+from penstock.core.protocol.hashing import CacheKey, chain
+from penstock.core.protocol.messages import ABORTED, LENGTH, STOP, Abort, Admit, Park, StepTokens, Unpark, seq_of
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.device_queue import InlineDeviceQueue
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 VOCAB = 211

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.core.messages import Drain, Park, Unpark, key_of, seq_of
+from penstock.core.protocol.messages import Drain, Park, Unpark, key_of, seq_of
 
 PREFIXES = [[], [3] * 4, [3] * 4 + [5] * 4, [3] * 9, [3, 4] * 8, list(range(1, 14))]
 

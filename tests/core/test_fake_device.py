@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from penstock.core.columns import EMPTY_I32, i32
-from penstock.core.config import build
-from penstock.core.engine import runner_config
-from penstock.core.fake_device import FakeDevice, FakeOptions, FakeRunner, FakeViolation
-from penstock.core.messages import Forward, Sample, SlotSampling, StepDone
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions, FakeRunner, FakeViolation
+from penstock.core.processes.engine import runner_config
+from penstock.core.protocol.columns import EMPTY_I32, i32
+from penstock.core.protocol.config import build
+from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
+from penstock.core.protocol.sampling import SamplingParams
 
 BLOCK = 4
 GREEDY = SamplingParams(temperature=0)

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core import columns
-from penstock.core.errors import ProtocolError
-from penstock.core.frames import CONTROL_NAMES, FrameDecoder, Outbox, check_hello, encode, make_hello, schema_fingerprint, schema_of
-from penstock.core.messages import (
+from penstock.core.protocol import columns
+from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.messages import (
     Abort,
     Admit,
     Cancel,
@@ -33,7 +32,8 @@ from penstock.core.messages import (
     message_types,
     union_of,
 )
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.frames import CONTROL_NAMES, FrameDecoder, Outbox, check_hello, encode, make_hello, schema_fingerprint, schema_of
 
 
 def step_tokens(rows: int = 3) -> StepTokens:

@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from penstock.core.actor import Ask, To
-from penstock.core.control import ChildUp, Drain, Drained, Message, Stop, Tick
-from penstock.core.hosts import FusedHost, TaskHost, make_host
-from penstock.core.wiring import CallPort, WiringError, route
+from penstock.core.protocol.control import ChildUp, Drain, Drained, Message, Stop, Tick
+from penstock.core.runtime.actor import Ask, To
+from penstock.core.runtime.hosts import FusedHost, TaskHost, make_host
+from penstock.core.runtime.wiring import CallPort, WiringError, route
 
 Handler = Callable[[Any], Iterable[Any]]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from penstock.core import kernel
-from penstock.core.config import Config, build
-from penstock.core.control import Boot, EngineFacts, Ready
-from penstock.core.errors import ConfigError
-from penstock.core.frames import FrameDecoder, encode
-from penstock.core.model_folder import with_model
-from penstock.core.processes import control_hello, read_boot, root_cause, signals_blocked
-from penstock.core.root import memory_table
+from penstock.core.processes import kernel
+from penstock.core.processes.root import memory_table
+from penstock.core.processes.spawn import control_hello, read_boot, root_cause, signals_blocked
+from penstock.core.protocol.config import Config, build
+from penstock.core.protocol.control import Boot, EngineFacts, Ready
+from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.model_folder import with_model
+from penstock.core.runtime.frames import FrameDecoder, encode
 
 
 def test_root_imports_nothing_heavy() -> None:
@@ -41,7 +41,7 @@ def test_root_imports_nothing_heavy() -> None:
     ]
     code = (
         "import sys; from penstock.core.cli import build_cli; build_cli();"
-        "import penstock.core.kernel, penstock.core.root;"
+        "import penstock.core.processes.kernel, penstock.core.processes.root;"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -219,6 +219,6 @@ def test_the_root_cause_of_nested_groups_is_the_first_leaf() -> None:
 
 
 def test_a_child_without_its_parent_leaves_at_once() -> None:
-    code = "import penstock.core.processes as p; p.die_with(1, 'x') or print('still here')"
+    code = "import penstock.core.processes.spawn as p; p.die_with(1, 'x') or print('still here')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

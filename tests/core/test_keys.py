@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.core import cli
-from penstock.core import config as cfg
-from penstock.core.errors import ConfigError
-from penstock.core.keys import IN_COMMAND_LINE, read_keys
-from penstock.core.processes import _environment
+from penstock.core.processes.spawn import _environment
+from penstock.core.protocol import config as cfg
+from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.keys import IN_COMMAND_LINE, read_keys
 
 
 def keys_of(data: bytes, tmp_path: Path, mode: int = 0o600) -> tuple[list[str], list[str]]:

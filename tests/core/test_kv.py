@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from penstock.core.actors.kv import KvManager
-from penstock.core.columns import i32, i64, u8
-from penstock.core.hashing import CacheKey, chain
-from penstock.core.messages import KvGrant, KvStep
+from penstock.core.protocol.columns import i32, i64, u8
+from penstock.core.protocol.hashing import CacheKey, chain
+from penstock.core.protocol.messages import KvGrant, KvStep
 
 ROOT = CacheKey(weights="w", layout="l").root()
 BLOCK = 4

@@ -10,12 +10,13 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from penstock.core import columns, links
-from penstock.core.errors import ProtocolError
-from penstock.core.frames import encode, make_hello
-from penstock.core.links import Link
-from penstock.core.messages import Abort, Admit, Cancel, EdgeToText, Message, Park, Submit, TextReady, TextToEdge, Unpark
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol import columns
+from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.messages import Abort, Admit, Cancel, EdgeToText, Message, Park, Submit, TextReady, TextToEdge, Unpark
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime import links
+from penstock.core.runtime.frames import encode, make_hello
+from penstock.core.runtime.links import Link
 
 
 def submit(key: int, size: int = 10) -> Submit:

@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from penstock.core.config import build
-from penstock.core.errors import CheckpointError, ConfigError, EngineFailure, PenstockError
-from penstock.core.fake_device import FakeDevice, FakeOptions
-from penstock.core.kernel import LocalServer
-from penstock.core.local import LOCAL_EDGE
-from penstock.core.messages import Answer, Finished, Message, Query, Submit, TextDelta
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.processes.kernel import LocalServer
+from penstock.core.processes.local import LOCAL_EDGE
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import CheckpointError, ConfigError, EngineFailure, PenstockError
+from penstock.core.protocol.messages import Answer, Finished, Message, Query, Submit, TextDelta
+from penstock.core.protocol.sampling import SamplingParams
 
 
 class Client:

@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 import trio
 
-from penstock.core.columns import EMPTY_I32, i32
-from penstock.core.config import build
-from penstock.core.engine import Engine
-from penstock.core.errors import CheckpointError, ConfigError, PenstockError, PluginError, PluginFault
-from penstock.core.fake_device import FakeDevice, FakeOptions
-from penstock.core.hookspecs import (
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.contract.guard import NOUNS, members
+from penstock.core.contract.hookspecs import (
     AttentionSpec,
     DeviceSpec,
     ModelSpec,
@@ -26,12 +23,15 @@ from penstock.core.hookspecs import (
     TransportSpec,
     hookimpl,
 )
-from penstock.core.messages import Admit
-from penstock.core.plugin_guard import NOUNS, members
-from penstock.core.plugin_host import FAMILIES, PluginHost
-from penstock.core.policy import CheckedPolicy, probe
-from penstock.core.sampling import SamplingParams
-from penstock.core.text_side import first_match
+from penstock.core.contract.host import FAMILIES, PluginHost
+from penstock.core.contract.policy import CheckedPolicy, probe
+from penstock.core.processes.engine import Engine
+from penstock.core.processes.text_side import first_match
+from penstock.core.protocol.columns import EMPTY_I32, i32
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import CheckpointError, ConfigError, PenstockError, PluginError, PluginFault
+from penstock.core.protocol.messages import Admit
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 from penstock.plugins.policies.priority import PriorityWithAgeing
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from penstock.core import kernel
-from penstock.core.config import OPTIONS, build
-from penstock.core.engine import DTYPES as ALIASES
-from penstock.core.errors import ConfigError, PluginError
-from penstock.core.hookspecs import DeviceSpec, hookimpl
-from penstock.core.plugin_host import BUILT_IN_NAMES, BUILT_IN_WORDS, PluginHost, check_names
+from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
+from penstock.core.contract.host import BUILT_IN_NAMES, BUILT_IN_WORDS, PluginHost, check_names
+from penstock.core.processes import kernel
+from penstock.core.processes.engine import DTYPES as ALIASES
+from penstock.core.protocol.config import OPTIONS, build
+from penstock.core.protocol.errors import ConfigError, PluginError
 
 
 def device(name: str, *, level: int = 1, priority: int = 0, available: bool = True) -> DeviceSpec:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from penstock.core.errors import InvalidRequest
-from penstock.core.sampling import INT_LIMIT, SamplingParams
+from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams
 
 HUGE = [INT_LIMIT, 2**40, 2**63, 10**25]
 

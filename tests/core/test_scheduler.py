@@ -12,10 +12,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from penstock.core.actor import Ask
 from penstock.core.actors.scheduler.outline import select_logprobs
-from penstock.core.columns import f32, i32
-from penstock.core.messages import (
+from penstock.core.protocol.columns import f32, i32
+from penstock.core.protocol.messages import (
     ABORTED,
     FAILED,
     LENGTH,
@@ -36,6 +35,7 @@ from penstock.core.messages import (
     Unpark,
     seq_of,
 )
+from penstock.core.runtime.actor import Ask
 from penstock.plugins.policies.priority import PriorityWithAgeing
 
 Make = Callable[..., Any]

@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from penstock.core.actor import To
-from penstock.core.clock import FakeClock
-from penstock.core.control import (
+from penstock.core.processes.supervisor import ChildSpec, Supervisor, failure_of
+from penstock.core.protocol.control import (
     ChildDown,
     ChildExited,
     ChildUp,
@@ -31,8 +30,9 @@ from penstock.core.control import (
     Tick,
     Vitals,
 )
-from penstock.core.errors import CheckpointError, EngineUnavailable
-from penstock.core.supervisor import ChildSpec, Supervisor, failure_of
+from penstock.core.protocol.errors import CheckpointError, EngineUnavailable
+from penstock.core.runtime.actor import To
+from penstock.core.runtime.clock import FakeClock
 
 FACTS = EngineFacts(
     model="m",

@@ -8,7 +8,7 @@ import sys
 
 CODE = """
 import logging, sys
-from penstock.core.telemetry import configure_logging
+from penstock.core.telemetry.logs import configure_logging
 log = configure_logging("info", sys.argv[1], "edge-3")
 log.debug("hidden")
 log.info("hello", key=5)

@@ -10,9 +10,9 @@ import msgspec
 
 from penstock.core.actors.scheduler import Scheduler
 from penstock.core.actors.trace import Recorder, dump, load, replay
-from penstock.core.columns import enc_hook
-from penstock.core.errors import PenstockError
-from penstock.core.messages import Forward, KvStep, Park, Plan, Sample, StepTokens, Unpark
+from penstock.core.protocol.columns import enc_hook
+from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.messages import Forward, KvStep, Park, Plan, Sample, StepTokens, Unpark
 from penstock.plugins.policies.priority import PriorityWithAgeing
 
 

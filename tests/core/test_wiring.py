@@ -5,15 +5,15 @@ from __future__ import annotations
 import typing
 from typing import Any
 
-from penstock.core import text_side
 from penstock.core.actors.executor import Executor
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.sampler import Sampler
 from penstock.core.actors.scheduler import Scheduler
 from penstock.core.actors.text import TextActor
-from penstock.core.control import Boot, Extension, Hello, Message, PeerDown, PeerUp
-from penstock.core.device_queue import ThreadDeviceQueue
-from penstock.core.messages import (
+from penstock.core.processes import text_side
+from penstock.core.processes.supervisor import Supervisor
+from penstock.core.protocol.control import Boot, Extension, Hello, Message, PeerDown, PeerUp
+from penstock.core.protocol.messages import (
     Abort,
     Admit,
     ChildDown,
@@ -35,7 +35,7 @@ from penstock.core.messages import (
     message_types,
     union_of,
 )
-from penstock.core.supervisor import Supervisor
+from penstock.core.runtime.device_queue import ThreadDeviceQueue
 
 ACTORS: list[Any] = [Scheduler, KvManager, Executor, Sampler, TextActor, Supervisor]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.core.device_api import RunnerConfig
+from penstock.core.contract.devices import RunnerConfig
 from penstock.plugins.devices.cpu import CpuDevice
 
 CONFIG: dict[str, Any] = {

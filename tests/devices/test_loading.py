@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.core.errors import CheckpointError, ConfigError, EngineFailure, UnsupportedFeature
-from penstock.core.hookspecs import AttentionSpec
-from penstock.core.messages import Forward
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.hookspecs import AttentionSpec
+from penstock.core.protocol.errors import CheckpointError, ConfigError, EngineFailure, UnsupportedFeature
+from penstock.core.protocol.messages import Forward
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.devices import host_limits, register_devices
 from penstock.plugins.devices.driver import Driver, Job

@@ -1,4 +1,4 @@
-"""Forward and Sample as core/messages.py documents them, and the slots' sampling state against the float64 reference."""
+"""Forward and Sample as core/protocol/messages.py documents them, and the slots' sampling state against the float64 reference."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.columns import i32
-from penstock.core.errors import EngineFailure
-from penstock.core.messages import Forward, Sample, SlotSampling
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.messages import Forward, Sample, SlotSampling
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.kernels.sampling import reference
 from penstock.plugins.devices import cpu_runner
 from penstock.plugins.devices.driver import Driver, Job, Options

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.core.config import build
-from penstock.core.engine import runner_config
-from penstock.core.errors import CheckpointError, ConfigError
-from penstock.core.hookspecs import ModelSpec, WeightSourceSpec, hookimpl
-from penstock.core.plugin_host import PluginHost
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.hookspecs import ModelSpec, WeightSourceSpec, hookimpl
+from penstock.core.contract.host import PluginHost
+from penstock.core.processes.engine import runner_config
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import CheckpointError, ConfigError
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices.driver import Driver, Job
 from penstock.plugins.devices.parts import model_for
 from penstock.plugins.models import register_models

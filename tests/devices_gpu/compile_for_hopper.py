@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from penstock.core.device_api import RunnerConfig
-from penstock.core.hookspecs import AttentionSpec
+from penstock.core.contract.devices import RunnerConfig
+from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.kernels import gpu
 from penstock.plugins.devices.cuda import load
 from penstock.plugins.devices.cuda_lane import HostLane

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.core.device_api import DeviceCapabilities, RunnerConfig
-from penstock.core.hookspecs import AttentionSpec
+from penstock.core.contract.devices import DeviceCapabilities, RunnerConfig
+from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.cuda import load
 from penstock.plugins.devices.cuda_lane import HostLane, Lane

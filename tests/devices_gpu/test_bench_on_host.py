@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.plugins.devices import cuda, cuda_bench
+from penstock.plugins.commands.bench import cuda_bench
+from penstock.plugins.devices import cuda
 from penstock.plugins.devices.cuda_lane import HostLane
 
 TINY = {**cuda_bench.LLAMA_8B, "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
@@ -39,7 +40,7 @@ def test_decoding_two_in_flight(tmp_path: Path) -> None:
 
 def test_serving_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = cuda_bench.folder_of(TINY, tmp_path, "tiny")
-    from penstock.core.plugin_host import PluginHost
+    from penstock.core.contract.host import PluginHost
 
     monkeypatch.setattr(PluginHost, "choose_device", lambda self, wanted: type("Spec", (), {"factory": cuda.CudaDevice}))
     found = cuda_bench._serve(path, requests=6, max_num_seqs=4, input_len=9, output_len=5)

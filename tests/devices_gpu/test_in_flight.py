@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penstock.core.columns import i32
-from penstock.core.config import build
-from penstock.core.errors import EngineFailure
 from penstock.core.llm import LLM
-from penstock.core.local import LocalServer
-from penstock.core.messages import Forward, Sample, SlotSampling
-from penstock.core.sampling import SamplingParams
+from penstock.core.processes.local import LocalServer
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.messages import Forward, Sample, SlotSampling
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices.cuda_lane import HostLane
 from penstock.plugins.devices.cuda_ops import Columns, TorchOps
 from penstock.plugins.devices.cuda_rings import Download, Upload

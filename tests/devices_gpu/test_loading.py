@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.core.config import build
-from penstock.core.errors import CheckpointError, ConfigError
-from penstock.core.plugin_host import PluginHost
+from penstock.core.contract.host import PluginHost
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.plugins import devices
 from penstock.plugins.devices.cuda import DTYPES, choose_attention, resolve_dtype
 from penstock.plugins.devices.cuda_ops import TorchOps
@@ -179,7 +179,7 @@ def test_tied_embeddings_are_what_the_file_holds(make_folder: Make, host_runner:
 
 
 def test_a_plugins_weights_come_before_the_built_in_ones(folder: Path, host_runner: Make) -> None:
-    from penstock.core.hookspecs import WeightSourceSpec
+    from penstock.core.contract.hookspecs import WeightSourceSpec
     from penstock.plugins.models import register_models
     from penstock.plugins.weights import register_weight_sources
     from penstock.plugins.weights.dummy import DummyWeights

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.core.columns import i32
-from penstock.core.device_queue import ThreadDeviceQueue
 from penstock.core.llm import LLM
-from penstock.core.messages import DeviceLost, DeviceWork, Forward, Sample, SlotSampling
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import DeviceLost, DeviceWork, Forward, Sample, SlotSampling
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.devices.cuda import DTYPES, CudaDevice, load
 from penstock.plugins.devices.cuda_lane import CudaLane

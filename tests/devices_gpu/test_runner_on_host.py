@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices import cuda_runner
 from penstock.plugins.devices.driver import Driver, Job, Options
 

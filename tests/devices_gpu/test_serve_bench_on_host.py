@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.core.plugin_host import PluginHost
-from penstock.plugins.devices import cuda, cuda_bench, cuda_serve_bench, cuda_timeline
+from penstock.core.contract.host import PluginHost
+from penstock.plugins.commands.bench import cuda_bench, cuda_serve_bench, cuda_timeline
+from penstock.plugins.devices import cuda
 from penstock.plugins.devices.cuda_lane import HostLane
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
@@ -145,13 +146,13 @@ def test_starts_are_measured_cold_and_warm(tmp_path: Path, monkeypatch: pytest.M
 MAIN = """
 import json, sys
 from pathlib import Path
-from penstock.plugins.devices import cuda_bench, cuda_serve_bench as bench
+from penstock.plugins.commands.bench import cuda_bench, cuda_serve_bench as bench
 root = Path(sys.argv[1])
 bench.entry_points(root / "site")
 fake = root / "site" / "fake-0.dist-info"
 fake.mkdir()
 (fake / "METADATA").write_text("Metadata-Version: 2.1\\nName: fake\\nVersion: 0\\n")
-(fake / "entry_points.txt").write_text("[penstock.engine]\\nfake = penstock.core.fake_device\\n")
+(fake / "entry_points.txt").write_text("[penstock.engine]\\nfake = penstock.core.contract.fake_device\\n")
 bench.EDGE_S = 0.3
 shape = {**cuda_bench.LLAMA_8B, "vocab_size": 3000}
 args = [bench.synthetic_folder(shape, root, "fake"), "--device", "fake", "--edge-workers", "2", "--max-model-len", "4096"]

@@ -16,9 +16,9 @@ import torch
 CODE = """
 import sys
 import numpy as np, torch
-from penstock.core.device_api import RunnerConfig
-from penstock.core.sampling import SamplingParams
-from penstock.core.hookspecs import AttentionSpec
+from penstock.core.contract.devices import RunnerConfig
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.devices.cuda import load
 from penstock.plugins.devices.cuda_lane import HostLane

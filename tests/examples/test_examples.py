@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock.core.plugin_host import PluginHost
-from penstock.core.policy import Waiting
+from penstock.core.contract.host import PluginHost
+from penstock.core.contract.policy import Waiting
 from penstock.plugins.commands.bench.server import started
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

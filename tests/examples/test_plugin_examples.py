@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from penstock import LLM, SamplingParams
-from penstock.core.errors import CheckpointError, ConfigError, UnsupportedFeature
-from penstock.core.model_folder import demo_folder
-from penstock.core.plugin_host import PluginHost
+from penstock.core.contract.host import PluginHost
+from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
+from penstock.core.protocol.model_folder import demo_folder
 from penstock.kernels.attention import allocate_cache, paged_attention, write_kv
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -22,9 +22,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from penstock import LLM, SamplingParams
-from penstock.core.errors import CheckpointError, InvalidRequest
-from penstock.core.model_folder import demo_folder
-from penstock.core.plugin_host import FAMILIES, PluginHost
+from penstock.core.contract.host import FAMILIES, PluginHost
+from penstock.core.protocol.errors import CheckpointError, InvalidRequest
+from penstock.core.protocol.model_folder import demo_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")

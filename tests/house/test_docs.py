@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from penstock.core import device_api, errors, hookspecs, policy, text_api
-from penstock.core.plugin_guard import members
-from penstock.core.plugin_host import FAMILIES
+from penstock.core.contract import devices, hookspecs, policy
+from penstock.core.contract import text as text_api
+from penstock.core.contract.guard import members
+from penstock.core.contract.host import FAMILIES
+from penstock.core.protocol import errors
 from penstock.plugins.devices import cuda_ops
 from penstock.plugins.models import api
 from penstock.transports import gateway
@@ -33,7 +35,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md", "metrics.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md", "metrics.md", "rooms.md"])
 def test_made_pages_are_fresh(generate: ModuleType, page: str) -> None:
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == generate.PAGES[page](), "run: python docs/generate.py"
 
@@ -57,7 +59,7 @@ def sections() -> dict[str, str]:
 
 SPECS = [kind for _, _, kind in FAMILIES.values()]
 PROTOCOLS: list[Any] = [
-    *(device_api.Device, device_api.Runner, api.Weights, api.Attention, api.Model, api.Program, cuda_ops.Ops),
+    *(devices.Device, devices.Runner, api.Weights, api.Attention, api.Model, api.Program, cuda_ops.Ops),
     *(policy.SchedulePolicy, text_api.Tokenizer, text_api.ChatRenderer, gateway.Sink),
 ]
 
@@ -82,16 +84,16 @@ def test_each_member_of_each_protocol_has_its_type_and_meaning_on_the_page(proto
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_factory_must_give_is_on_the_page(generate: ModuleType, family: str) -> None:
     """What plugin_guard asks for is what the family's first protocol has."""
-    first = generate.objects()[family][0]
+    first = generate.make_hooks.objects()[family][0]
     wanted = members(family)
     if wanted:
-        assert set(wanted) <= {member.name for member in generate.members(first)}
+        assert set(wanted) <= {member.name for member in generate.make_hooks.members(first)}
         assert first in PROTOCOLS
 
 
 def test_each_struct_on_the_page_has_all_its_fields(generate: ModuleType) -> None:
-    shown = [one for some in generate.objects().values() for one in some]
-    shown += [hookspecs.RequestSummary, device_api.ModelFacts, device_api.RopeFacts]
+    shown = [one for some in generate.make_hooks.objects().values() for one in some]
+    shown += [hookspecs.RequestSummary, devices.ModelFacts, devices.RopeFacts]
     found = sections()
     fields = [(kind.__name__, field) for kind in shown for field in getattr(kind, "__struct_fields__", ())]
     assert len(fields) > 100
@@ -100,7 +102,7 @@ def test_each_struct_on_the_page_has_all_its_fields(generate: ModuleType) -> Non
 
 def test_each_name_in_a_type_on_the_page_is_explained_there(generate: ModuleType) -> None:
     found = sections()
-    words = set(re.findall(r"\w+", " ".join(generate.WORDS))) | {"None", "True", "False"}
+    words = set(re.findall(r"\w+", " ".join(generate.make_hooks.WORDS))) | {"None", "True", "False"}
     raised = set(re.findall(r"(?m)^\| `(\w+)` \|", "\n".join(found.values()))) | {"PenstockError"}
     page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
     types = re.findall(r"(?m)^- `(.+?)`|^\*\*`(.+)`\*\*|^### `(\w+\(.*)`$|^`(.+)`, from", page)
@@ -122,3 +124,13 @@ def test_each_link_between_pages_leads_somewhere() -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_rooms_page_has_every_file_and_says_what_it_is(generate: ModuleType) -> None:
+    page = (ROOT / "docs" / "rooms.md").read_text(encoding="utf-8")
+    for room in ("core", "plugins", "kernels", "transports"):
+        for path in (ROOT / room).rglob("*.py"):
+            if path.name != "__init__.py" and "__pycache__" not in path.parts:
+                folder = page.split(f"`{path.parent.relative_to(ROOT).as_posix()}/`\n")[1].split("\n#")[0]
+                row = next((line for line in folder.splitlines() if line.startswith(f"| `{path.name}` |")), "")
+                assert row.split("|")[2].strip(), path

@@ -101,7 +101,7 @@ def test_wheel_from_sdist_imports_in_a_clean_environment(tmp_path: Path) -> None
     code = (
         "import sys, importlib\nsys.path.insert(0, sys.argv[1])\nimport penstock\n"
         "assert penstock.__file__.startswith(sys.argv[1]), penstock.__file__\n"
-        "for m in ('core.kernel', 'core.cli', 'core.llm', 'plugins.demo_model', 'transports.edge', 'plugins.devices'):\n"
+        "for m in ('core.processes.kernel', 'core.cli', 'core.llm', 'plugins.demo_model', 'transports.edge', 'plugins.devices'):\n"
         "    importlib.import_module('penstock.' + m)\n"
     )
     # -S -P would hide the dependencies too; the editable install's finder is what must not be used, hence the assertion on __file__.

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from penstock import LLM, SamplingParams
-from penstock.core.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest
 from penstock.plugins.demo_model import brook_path
 
 ADDED = "<|beyond|>"

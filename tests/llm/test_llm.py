@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from penstock import LLM, SamplingParams
-from penstock.core.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest
-from penstock.core.hookspecs import WeightSourceSpec, hookimpl
-from penstock.core.model_folder import demo_folder
+from penstock.core.contract.hookspecs import WeightSourceSpec, hookimpl
+from penstock.core.protocol.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest
+from penstock.core.protocol.model_folder import demo_folder
 from penstock.plugins.devices.cpu import CpuDevice
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from penstock import LLM, SamplingParams
-from penstock.core.errors import ConfigError, InvalidRequest, UnsupportedFeature
-from penstock.core.messages import TokenLogprobs
-from penstock.core.model_folder import demo_folder
-from penstock.core.outputs import CompletionOutput, Logprob, by_token, prompt_positions
+from penstock.core.protocol.errors import ConfigError, InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.messages import TokenLogprobs
+from penstock.core.protocol.model_folder import demo_folder
+from penstock.core.protocol.outputs import CompletionOutput, Logprob, by_token, prompt_positions
 
 TEXTS = ["Hello there, what is 17 + 25?", "", " two  spaces\n", "Grüß Gott, 日本 🎉", "<|im_end|> inside"]
 CONVERSATION: list[dict[str, str]] = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.core.errors import CheckpointError, ConfigError, PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import CheckpointError, ConfigError, PenstockError, UnsupportedFeature
 from penstock.plugins.models import register_models
 from penstock.plugins.models.config import check_max_len, decoder_facts, default_max_len, merge, read_config
 

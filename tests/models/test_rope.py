@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.core.errors import CheckpointError
+from penstock.core.protocol.errors import CheckpointError
 from penstock.plugins.models.config import decoder_facts
 from penstock.plugins.models.rope import inverse_frequencies, rope_tables
 

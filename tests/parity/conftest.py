@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.core.device_api import RunnerConfig
+from penstock.core.contract.devices import RunnerConfig
 from penstock.plugins.devices.cpu import CpuDevice
 
 SHAPE: dict[str, Any] = {

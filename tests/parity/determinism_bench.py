@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from penstock.core.device_api import RunnerConfig
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.devices import RunnerConfig
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.kernels import native
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.driver import Driver, Job, Options

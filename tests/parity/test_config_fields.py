@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.core.errors import CheckpointError, UnsupportedFeature
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices.driver import Driver, Job
 
 TOLERANCE = 3e-3

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.kernels import native
 from penstock.plugins.devices.driver import Driver, Job, Options
 

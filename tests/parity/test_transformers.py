@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices.driver import Driver, Job, Options
 
 VOCAB = 131

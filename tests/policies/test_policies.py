@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from penstock.core.actors.scheduler.waiting import Entry, Request, Sequence, WaitingRoom
-from penstock.core.columns import EMPTY_I32, f32, i32, i64
-from penstock.core.config import OPTIONS, Config
-from penstock.core.hookspecs import SchedulePolicySpec
-from penstock.core.messages import Admit
-from penstock.core.policy import Running, SchedulePolicy, Waiting
-from penstock.core.sampling import SamplingParams
+from penstock.core.contract.hookspecs import SchedulePolicySpec
+from penstock.core.contract.policy import Running, SchedulePolicy, Waiting
+from penstock.core.protocol.columns import EMPTY_I32, f32, i32, i64
+from penstock.core.protocol.config import OPTIONS, Config
+from penstock.core.protocol.messages import Admit
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins import policies
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 from penstock.plugins.policies.priority import PriorityWithAgeing

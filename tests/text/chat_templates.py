@@ -191,3 +191,17 @@ LEGACY_CALLS = """{%- for m in messages %}<{{ m.role }}{% if m.name %} {{ m.name
     {%- if m.function_call %}<call>{{ m.function_call.name + ' ' + m.function_call.arguments }}</call>{% endif %}
 {%- endfor %}"""
 """Knows only the field that came before tool_calls."""
+
+STRINGS_WITH_TOOLS = """{%- if tools %}{{ '<system>' + (messages[0].content + '\\n' if messages[0].role == 'system' else '') }}{{ tools | tojson }}{% endif %}
+{%- for m in messages if not (tools and m.role == 'system') %}
+    {{- '<' + m.role + '>' }}
+    {%- if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}
+{%- endfor %}"""
+"""Both forms, until there are tools: then the system's must be a string."""
+
+STRINGS_IN_HISTORY = """{%- for m in messages %}
+    {{- '<' + m.role + '>' }}
+    {%- if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}
+    {%- elif m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}
+{%- endfor %}"""
+"""Both forms, but of what the assistant said in earlier turns."""

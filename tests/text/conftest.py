@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from penstock.core.actor import To
 from penstock.core.actors.text import TextActor
-from penstock.core.clock import FakeClock
-from penstock.core.columns import i32, i64, u8
-from penstock.core.config import Config
-from penstock.core.control import EngineFacts, Message
-from penstock.core.messages import (
+from penstock.core.actors.text.worker import encode_batch
+from penstock.core.protocol.columns import i32, i64, u8
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.control import EngineFacts, Message
+from penstock.core.protocol.messages import (
     LENGTH,
     RUNNING,
     Abort,
@@ -37,8 +36,9 @@ from penstock.core.messages import (
     Unpark,
     seq_of,
 )
-from penstock.core.sampling import SamplingParams
-from penstock.core.text.worker import encode_batch
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.actor import To
+from penstock.core.runtime.clock import FakeClock
 from penstock.plugins.renderers.jinja import JinjaRenderer
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from penstock.core.columns import i32
-from penstock.core.config import Config
-from penstock.core.errors import QueueFull
-from penstock.core.messages import Cancel, seq_of
-from penstock.core.text.admission import Admission
+from penstock.core.actors.text.admission import Admission
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import QueueFull
+from penstock.core.protocol.messages import Cancel, seq_of
 
 S = 1_000_000_000
 

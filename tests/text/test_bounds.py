@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.columns import i32
-from penstock.core.errors import ContextLengthExceeded, InvalidRequest, PenstockError, RequestTooLarge
-from penstock.core.messages import Encode, Encoded, Limits
-from penstock.core.text import bounds
-from penstock.core.text.bounds import check_chars, check_raw, items, limits_of
-from penstock.core.text.worker import LONG, TokenizerWorker
+from penstock.core.actors.text import bounds
+from penstock.core.actors.text.bounds import check_chars, check_raw, items, limits_of
+from penstock.core.actors.text.worker import LONG, TokenizerWorker
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.errors import ContextLengthExceeded, InvalidRequest, PenstockError, RequestTooLarge
+from penstock.core.protocol.messages import Encode, Encoded, Limits
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(alphabet='a,{}[]"\\:\n é', max_size=8),
@@ -157,7 +157,7 @@ def test_questions_are_bounded_too(bench: Any) -> None:
 
 def test_only_so_many_questions_wait_at_a_time(bench: Any) -> None:
     from penstock.core.actors.text.intake import MAX_QUERIES
-    from penstock.core.messages import Query
+    from penstock.core.protocol.messages import Query
 
     bench.hold_encodes = True
     for number in range(MAX_QUERIES + 1):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.text.detokenizer import ByteDecoder, TokenTable, WindowDecoder
+from penstock.core.actors.text.detokenizer import ByteDecoder, TokenTable, WindowDecoder
 
 
 def stream(decoder: Any, ids: list[int]) -> list[str]:

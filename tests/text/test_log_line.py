@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.core.config import build
-from penstock.core.messages import EngineStats
-from penstock.core.telemetry_metrics import Metrics
-from penstock.core.text.log_line import STATS_S, StatsLine
-from penstock.core.text_side import WithDefaults
+from penstock.core.actors.text.log_line import STATS_S, StatsLine
+from penstock.core.processes.text_side import WithDefaults
+from penstock.core.protocol.config import build
+from penstock.core.protocol.messages import EngineStats
+from penstock.core.telemetry.metrics import Metrics
 
 
 class Log:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.core.messages import Cancel, EdgeStats, EngineStats, seq_of
-from penstock.core.sampling import SamplingParams
-from penstock.core.telemetry_metrics import HISTOGRAMS, VLLM_ITL, VLLM_TTFT, Histogram, Metrics
+from penstock.core.protocol.messages import Cancel, EdgeStats, EngineStats, seq_of
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.telemetry.metrics import HISTOGRAMS, VLLM_ITL, VLLM_TTFT, Histogram, Metrics
 
 NAMES = Path(__file__).parent / "metric_names.txt"
 
@@ -102,7 +102,7 @@ def test_gauges_follow_the_requests(bench: Any) -> None:
 
 
 def test_compat_names_can_be_left_out(make_bench: Any) -> None:
-    from penstock.core.config import Config
+    from penstock.core.protocol.config import Config
 
     bench = make_bench(Config(metrics_compat="none"))
     names = scrape(bench)

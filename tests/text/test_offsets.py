@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from penstock.core.columns import i32
-from penstock.core.messages import seq_of
-from penstock.core.sampling import SamplingParams
-from penstock.core.text.detokenizer import TokenTable
-from penstock.core.text.offsets import prompt_offsets
-from penstock.core.text_api import Tokenizer
+from penstock.core.actors.text.detokenizer import TokenTable
+from penstock.core.actors.text.offsets import prompt_offsets
+from penstock.core.contract.text import Tokenizer
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import seq_of
+from penstock.core.protocol.sampling import SamplingParams
 
 TEXT = st.text(max_size=40) | st.lists(
     st.sampled_from(["the water", " ", "é", "中", "\U0001f9ff", "東京", "<|bos|>", "<|im_end|>", "<s>", "<tool call>", "\n", "a"]),

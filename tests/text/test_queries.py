@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.messages import Drain, EngineDown, Vital, Vitals, seq_of
+from penstock.core.protocol.messages import Drain, EngineDown, Vital, Vitals, seq_of
 
 
 def body(answer: Any) -> Any:
@@ -113,7 +113,7 @@ def test_health_tells_idle_busy_and_stalled_apart(make_bench: Any) -> None:
 
 
 def test_parked_requests_are_no_stall(bench: Any) -> None:
-    from penstock.core.messages import Park
+    from penstock.core.protocol.messages import Park
 
     bench.submit(1)
     bench.send(Park(key=1))

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.columns import i32
-from penstock.core.messages import FAILED, RUNNING, Abort, Admit, Drain, Drained, seq_of
-from penstock.core.sampling import SamplingParams
-from penstock.core.text.resolve import drawable, nothing_left
+from penstock.core.actors.text.resolve import drawable, nothing_left
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import FAILED, RUNNING, Abort, Admit, Drain, Drained, seq_of
+from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
 ADDED = "<tool call>"
@@ -122,7 +122,7 @@ def test_the_error_names_the_token_as_the_client_spelled_it(make_bench: Any) -> 
 
 @pytest.mark.parametrize("value", [True, "2", 2.0, [1, None], {"id": 2}])
 def test_an_end_token_in_a_file_must_be_an_id(tmp_path: Any, tokenizer: Any, value: Any) -> None:
-    from penstock.core.errors import CheckpointError
+    from penstock.core.protocol.errors import CheckpointError
 
     tokenizer._fast.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_fails_at_admission_leaves_nothing(make_bench: Any, tok
 
 def test_a_submit_that_fails_after_it_was_entered_leaves_nothing(bench: Any) -> None:
     """As the host does it: the handler raised somewhere, `failed` has the rest."""
-    from penstock.core.messages import Submit
+    from penstock.core.protocol.messages import Submit
 
     submits: list[Submit] = []
     real = bench.actor.handle

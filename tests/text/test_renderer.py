@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.core.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedFeature
 from penstock.plugins.renderers.jinja import JinjaRenderer
 
 CHATML = """{%- if tools %}

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
-from penstock.core.columns import i32
-from penstock.core.config import Config
-from penstock.core.messages import RUNNING, Admit, Cancel, EngineDown, EngineUp, PeerDown, TextReady, Tick, seq_of
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.messages import RUNNING, Admit, Cancel, EngineDown, EngineUp, PeerDown, TextReady, Tick, seq_of
+from penstock.core.protocol.sampling import SamplingParams
 
 actions = st.lists(
     st.one_of(
@@ -163,7 +163,7 @@ def test_replays_are_paced_and_come_before_newcomers(make_bench: Any) -> None:
 
 
 def test_replays_are_exempt_from_admission(make_bench: Any) -> None:
-    from penstock.core.config import Config
+    from penstock.core.protocol.config import Config
 
     bench = make_bench(Config(max_num_queued_reqs=2))
     for key in (1, 2):
@@ -187,7 +187,7 @@ def test_another_engine_gets_its_own_hashes(bench: Any) -> None:
 
 
 def test_a_broken_engine_link_is_an_engine_that_is_down(bench: Any) -> None:
-    from penstock.core.messages import PeerUp
+    from penstock.core.protocol.messages import PeerUp
 
     bench.send(PeerUp(role="edge", id=0, epoch=1))
     bench.submit(1)

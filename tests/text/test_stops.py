@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.text.stops import StopMatcher, StopSet, cut
+from penstock.core.actors.text.stops import StopMatcher, StopSet, cut
 
 
 def stream(stops: list[str], chunks: list[str], wait: int = 0) -> tuple[str, str | None]:

@@ -8,8 +8,8 @@ from typing import Any
 import chat_templates as t
 import pytest
 
-from penstock.core.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.text.chat import Shape, prepare
+from penstock.core.actors.text.chat import Shape, prepare
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.renderers.jinja import JinjaRenderer
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -94,6 +94,14 @@ def test_where_both_will_do_the_client_decides(template: str, form: Any) -> None
     assert ours(template, messages, add=True) == theirs(template, messages, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_a_form_that_fails_in_some_conversations_is_not_used(tools: Any) -> None:
+    words = [said(role, parts(text)) for role, text in TALK]
+    for template, strings in ((t.STRINGS_WITH_TOOLS, "system"), (t.STRINGS_IN_HISTORY, "assistant")):
+        right = [said(role, text if role == strings else parts(text)) for role, text in TALK]
+        assert ours(template, words, tools=tools) == theirs(template, right, tools=tools)
+
+
 def test_a_template_may_still_refuse_a_role() -> None:
     with pytest.raises(InvalidRequest, match="No system role here"):
         ours(t.NO_SYSTEM, [said("system", "x"), said("user", "y")])
@@ -120,6 +128,20 @@ def test_text_that_would_be_left_out_is_refused() -> None:
         ours("{% for m in messages %}{{ m.content.body }}{% endfor %}", [said("user", "x")])
 
 
+def test_a_system_that_is_only_looked_for_in_the_first_message() -> None:
+    first, later = said("system", "Be brief."), said("system", "Be long.")
+    user, assistant = said("user", "x"), said("assistant", "y")
+    for template in (t.CHANNELS, t.THREE_ROLES, t.STRINGS_ONLY):
+        assert "Be brief." in ours(template, [first, user, assistant, user])
+    for talk in ([first, later, user], [first, user, assistant, later, user], [user, later]):
+        with pytest.raises(InvalidRequest, match=rf"messages\[{talk.index(later)}\].*'system' says after the first message"):
+            ours(t.CHANNELS, talk)
+        assert ours(t.THREE_ROLES, talk) == theirs(t.THREE_ROLES, talk)
+    with pytest.raises(InvalidRequest, match=r"messages\[1\].*'developer' says after"):
+        ours(t.CHANNELS, [first, said("developer", "Be long."), user])
+    assert ours(t.CHANNELS, [first, said("system", ""), user]) == theirs(t.CHANNELS, [first, user])
+
+
 def test_what_a_template_leaves_out_on_purpose_is_its_own_affair() -> None:
     messages = [said("user", "a"), said("assistant", "<think>secret</think>b"), said("user", "c")]
     assert ours(t.THINKING, messages) == theirs(t.THINKING, messages) == "<user>a<assistant>b<user>c"
@@ -129,6 +151,8 @@ def test_what_a_template_leaves_out_on_purpose_is_its_own_affair() -> None:
     assert ours(t.THINKING, last) == theirs(t.THINKING, last) == "<user>a<assistant><think>kept</think>b"
     upper = "{% for m in messages %}{{ m.content | upper }};{% endfor %}"
     assert ours(upper, [said("user", "abc")]) == "ABC;"
+    for cut in ("{{ messages[0].content[:5] }}", "{{ messages[0].content | replace('q', 'k') }}"):
+        assert ours(cut, [said("user", "quite so")]) == theirs(cut, [said("user", "quite so")])
 
 
 def test_developers_are_the_system_where_the_template_knows_no_developers() -> None:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.columns import f32, i32, i64
-from penstock.core.hashing import chain
-from penstock.core.messages import (
+from penstock.core.actors.text.stops import cut
+from penstock.core.protocol.columns import f32, i32, i64
+from penstock.core.protocol.hashing import chain
+from penstock.core.protocol.messages import (
     FAILED,
     LENGTH,
     RUNNING,
@@ -35,8 +36,7 @@ from penstock.core.messages import (
     Vitals,
     seq_of,
 )
-from penstock.core.sampling import SamplingParams
-from penstock.core.text.stops import cut
+from penstock.core.protocol.sampling import SamplingParams
 
 
 def ids_of(bench: Any, text: str) -> list[int]:
@@ -683,7 +683,7 @@ def test_a_key_in_use_is_refused_and_its_owner_lives(bench: Any) -> None:
 
 
 def test_an_error_of_our_own_fails_one_request(bench: Any) -> None:
-    from penstock.core.messages import Submit
+    from penstock.core.protocol.messages import Submit
 
     submit = Submit(key=9, edge=0, rid="r", kind="completion", model="trained", sampling=SamplingParams(), prompt="x")
     [out] = bench.actor.failed(submit, RuntimeError("boom"))

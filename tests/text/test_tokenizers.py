@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from penstock.core.clock import FakeClock
-from penstock.core.config import Config, build
-from penstock.core.errors import CheckpointError
-from penstock.core.generation import settings
-from penstock.core.hashing import chain
-from penstock.core.hookspecs import API_LEVEL
-from penstock.core.messages import Encode, Encoded, Limits
-from penstock.core.text.resolve import generation_defaults
-from penstock.core.text.worker import TokenizerWorker, bad_word_ids, encode_batch
+from penstock.core.actors.text.resolve import generation_defaults
+from penstock.core.actors.text.worker import TokenizerWorker, bad_word_ids, encode_batch
+from penstock.core.contract.hookspecs import API_LEVEL
+from penstock.core.protocol.config import Config, build
+from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.generation import settings
+from penstock.core.protocol.hashing import chain
+from penstock.core.protocol.messages import Encode, Encoded, Limits
+from penstock.core.runtime.clock import FakeClock
 from penstock.plugins import renderers, tokenizers
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer, bytes_rule
 

@@ -11,10 +11,10 @@ import pytest
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from penstock.core.errors import ConfigError
-from penstock.core.messages import Cancel, Park, Unpark, seq_of
-from penstock.core.sampling import SamplingParams
-from penstock.core.telemetry_traces import NO_TRACES, OtelTraces, configure, endpoint_of
+from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.messages import Cancel, Park, Unpark, seq_of
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.telemetry.traces import NO_TRACES, OtelTraces, configure, endpoint_of
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -103,7 +103,7 @@ def test_events_lie_in_the_stage_where_they_happened(traced: Any, memory: InMemo
 
 
 def _seqs(*seqs: int) -> Any:
-    from penstock.core.columns import i64
+    from penstock.core.protocol.columns import i64
 
     return i64(list(seqs))
 
@@ -148,7 +148,7 @@ def test_failures_are_counted(make_bench: Any) -> None:
 def test_without_an_endpoint_nothing_is_imported() -> None:
     code = (
         "import sys\n"
-        "from penstock.core.telemetry_traces import NO_TRACES, configure\n"
+        "from penstock.core.telemetry.traces import NO_TRACES, configure\n"
         "import penstock.core.actors.text\n"
         "assert configure('text', environ={}) is NO_TRACES\n"
         "bad = [m for m in sys.modules if m.startswith(('opentelemetry', 'prometheus_client', 'torch', 'jinja2', 'tokenizers'))]\n"

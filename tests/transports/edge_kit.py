@@ -20,10 +20,10 @@ import msgspec
 import openai
 import uvloop
 
-from penstock.core import config as configuration
-from penstock.core.columns import i32, i64
-from penstock.core.frames import make_hello
-from penstock.core.messages import Answer, Extension, Finished, Message, Query, RowExtra, Submit, TextDelta, TextReady, union_of
+from penstock.core.protocol import config as configuration
+from penstock.core.protocol.columns import i32, i64
+from penstock.core.protocol.messages import Answer, Extension, Finished, Message, Query, RowExtra, Submit, TextDelta, TextReady, union_of
+from penstock.core.runtime.frames import make_hello
 from penstock.transports.builtin import openai_routes
 from penstock.transports.edge import Server
 from penstock.transports.link import Link

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from edge_kit import Edge, delta, events, finished
 
-from penstock.core.messages import Message, Submit
+from penstock.core.protocol.messages import Message, Submit
 
 WHY = "allowed_token_ids and bad_words leave no token that could be drawn after 1 tokens of the answer."
 BLAMED = {"error": WHY, "error_code": "invalid_value"}

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, silent
 
-from penstock.core import config as configuration
-from penstock.core.messages import Cancel, Message, Park, Submit, Unpark
+from penstock.core.protocol import config as configuration
+from penstock.core.protocol.messages import Cancel, Message, Park, Submit, Unpark
 from penstock.transports.outbox import KEEP_ALIVE, Outbox, Pulse
 
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}

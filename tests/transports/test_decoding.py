@@ -14,7 +14,7 @@ from edge_kit import MakeEdge
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.core.errors import InvalidRequest, RequestTooLarge
+from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.transports.decoding import DECODERS, UnsupportedEncoding, decode_body
 
 PLAIN = b'{"model":"brook","messages":[{"role":"user","content":"hi"}]}'

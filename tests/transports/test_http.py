@@ -19,7 +19,7 @@ import openai
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, silent
 
-from penstock.core.messages import Cancel, EdgeStats, Limits, Query, Submit, TextReady
+from penstock.core.protocol.messages import Cancel, EdgeStats, Limits, Query, Submit, TextReady
 from penstock.transports import edge as edge_module
 from penstock.transports import gateway
 from penstock.transports.http import PUBLIC

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import trio
 
-from penstock.core import config as configuration
-from penstock.core.errors import PenstockError
-from penstock.core.frames import encode, make_hello
-from penstock.core.links import Link as TrioLink
-from penstock.core.messages import Cancel, EdgeStats, Hello, Message, Query, Submit, TextReady, Unpark, union_of
-from penstock.core.sampling import SamplingParams
+from penstock.core.protocol import config as configuration
+from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.messages import Cancel, EdgeStats, Hello, Message, Query, Submit, TextReady, Unpark, union_of
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.frames import encode, make_hello
+from penstock.core.runtime.links import Link as TrioLink
 from penstock.transports.gateway import COUNT_BITS, EDGE_BITS, NONCE_BITS, EdgeKeys, Gateway
 from penstock.transports.link import Dialer, Link, LinkBusy, adopt
 

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from penstock.core import config as configuration
-from penstock.core.errors import PenstockError
+from penstock.core.protocol import config as configuration
+from penstock.core.protocol.errors import PenstockError
 from penstock.transports.openai import Call, parse_chat, parse_completion
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest
 from penstock.transports.refused import REFUSED

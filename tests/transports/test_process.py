@@ -19,11 +19,11 @@ import pytest
 import uvloop
 from edge_kit import FakeText
 
-from penstock.core import config as configuration
-from penstock.core.control import Boot, ChildToRoot, ChildUp, Drain, Drained, Heartbeat, Message, Stop
-from penstock.core.frames import FrameDecoder, encode
-from penstock.core.messages import Submit
-from penstock.core.processes import spawn
+from penstock.core.processes.spawn import spawn
+from penstock.core.protocol import config as configuration
+from penstock.core.protocol.control import Boot, ChildToRoot, ChildUp, Drain, Drained, Heartbeat, Message, Stop
+from penstock.core.protocol.messages import Submit
+from penstock.core.runtime.frames import FrameDecoder, encode
 
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 

@@ -12,8 +12,8 @@ from edge_kit import Edge, MakeEdge, delta, events, finished, silent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.core.columns import i32
-from penstock.core.messages import Cancel, EdgeStats, Message, Rejected, Submit, TokenLogprobs
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import Cancel, EdgeStats, Message, Rejected, Submit, TokenLogprobs
 
 CHAT = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 

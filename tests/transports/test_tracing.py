@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from penstock.core.messages import Submit
+from penstock.core.protocol.messages import Submit
 from penstock.transports import tracing
 from penstock.transports.tracing import OtelTracing
 

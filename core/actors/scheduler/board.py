@@ -14,18 +14,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from penstock.core.actor import Out
 from penstock.core.actors.scheduler.outline import Blocks, Flight
 from penstock.core.actors.scheduler.slots import Commit, Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Request, Sequence, WaitingRoom
-from penstock.core.clock import Clock
-from penstock.core.columns import EMPTY_I64, I32, Column, i32, i64, u8
-from penstock.core.messages import (
+from penstock.core.contract.policy import SchedulePolicy
+from penstock.core.protocol.columns import EMPTY_I64, I32, Column, i32, i64, u8
+from penstock.core.protocol.messages import (
     EngineStats,
     Plan,
     StepTokens,
 )
-from penstock.core.policy import SchedulePolicy
+from penstock.core.runtime.actor import Out
+from penstock.core.runtime.clock import Clock
 
 NOBODY: Index = np.empty(0, np.intp)
 

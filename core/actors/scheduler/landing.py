@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from penstock.core.actor import Out
 from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.outline import Flight, pick_logprobs, select_logprobs
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import ENDED
-from penstock.core.columns import U8, i32, i64
-from penstock.core.errors import ProtocolError
-from penstock.core.messages import (
+from penstock.core.protocol.columns import U8, i32, i64
+from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.messages import (
     FAILED,
     LENGTH,
     STOP,
@@ -26,6 +25,7 @@ from penstock.core.messages import (
     StepDone,
     StepTokens,
 )
+from penstock.core.runtime.actor import Out
 
 
 class Landing:

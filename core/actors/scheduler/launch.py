@@ -16,8 +16,8 @@ from penstock.core.actors.scheduler.outline import Flight, Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
 from penstock.core.actors.scheduler.waiting import Request, Sequence
-from penstock.core.columns import I32, i32
-from penstock.core.messages import (
+from penstock.core.protocol.columns import I32, i32
+from penstock.core.protocol.messages import (
     Forward,
     Sample,
 )

@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from penstock.core.actor import Ask, Out
 from penstock.core.actors.scheduler.board import NOBODY, Board, Planning
 from penstock.core.actors.scheduler.line import Line
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, PREFILL, Index
 from penstock.core.actors.scheduler.waiting import Entry
-from penstock.core.columns import i32, i64, u8
-from penstock.core.hashing import HASH_BYTES
-from penstock.core.messages import (
+from penstock.core.protocol.columns import i32, i64, u8
+from penstock.core.protocol.hashing import HASH_BYTES
+from penstock.core.protocol.messages import (
     KvGrant,
     KvStep,
 )
+from penstock.core.runtime.actor import Ask, Out
 
 _MAX_ROUNDS = 4
 """Look-ups with different cache hits may leave budget: so often KV is asked again within one plan."""

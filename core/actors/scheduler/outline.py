@@ -14,8 +14,8 @@ import numpy as np
 
 from penstock.core.actors.scheduler.slots import Rows
 from penstock.core.actors.scheduler.waiting import Request, Sequence
-from penstock.core.columns import I32, Column, i32
-from penstock.core.messages import KvGrant, LogprobColumns, SlotSampling
+from penstock.core.protocol.columns import I32, Column, i32
+from penstock.core.protocol.messages import KvGrant, LogprobColumns, SlotSampling
 
 Blocks = tuple[Column, Column, Column]
 """seqs, index, ids: as in KvGrant."""

@@ -13,9 +13,9 @@ from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.slots import DECODE, ENDED, LEAVING, PREFILL
 from penstock.core.actors.scheduler.waiting import Entry, Sequence
-from penstock.core.columns import Column, i32, i64
-from penstock.core.hashing import HASH_BYTES, chain
-from penstock.core.policy import Running
+from penstock.core.contract.policy import Running
+from penstock.core.protocol.columns import Column, i32, i64
+from penstock.core.protocol.hashing import HASH_BYTES, chain
 
 
 class Release:

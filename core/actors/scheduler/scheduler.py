@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import Any
 
-from penstock.core.actor import Out
 from penstock.core.actors.scheduler.board import NOBODY, Board, Planning, SchedulerSettings
 from penstock.core.actors.scheduler.landing import Landing
 from penstock.core.actors.scheduler.launch import Launch
@@ -27,9 +26,9 @@ from penstock.core.actors.scheduler.memory import Memory
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.waiting import Request, Sequence
-from penstock.core.clock import Clock
-from penstock.core.hashing import HASH_BYTES
-from penstock.core.messages import (
+from penstock.core.contract.policy import SchedulePolicy
+from penstock.core.protocol.hashing import HASH_BYTES
+from penstock.core.protocol.messages import (
     ABORTED,
     FAILED,
     LENGTH,
@@ -51,7 +50,8 @@ from penstock.core.messages import (
     Unpark,
     seq_of,
 )
-from penstock.core.policy import SchedulePolicy
+from penstock.core.runtime.actor import Out
+from penstock.core.runtime.clock import Clock
 
 
 class Scheduler:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.actors.scheduler.waiting import Sequence
-from penstock.core.columns import I32, I64, U8, Column
+from penstock.core.protocol.columns import I32, I64, U8, Column
 
 FREE, PREFILL, DECODE, LEAVING, ENDED = 0, 1, 2, 3, 4
 """Phases of a slot. LEAVING: preempted, waits for its last step in flight (whose token counts). ENDED: the same, but tokens are dropped."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from penstock.core.columns import EMPTY_I32, F32, I32, I64, Column
-from penstock.core.messages import Admit, seq_of
-from penstock.core.policy import SchedulePolicy, Waiting
+from penstock.core.contract.policy import SchedulePolicy, Waiting
+from penstock.core.protocol.columns import EMPTY_I32, F32, I32, I64, Column
+from penstock.core.protocol.messages import Admit, seq_of
 
 
 class Request:

@@ -19,17 +19,18 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.actor import Ask, Handling, To
+from penstock.core.actors.text import queries
 from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ending import Ending
 from penstock.core.actors.text.health import Health
 from penstock.core.actors.text.intake import Intake
 from penstock.core.actors.text.lane import MAX_STRIKES, Lane
+from penstock.core.actors.text.ledger import ADMITTED, ENCODING, WAITING, Request
 from penstock.core.actors.text.pool import Pool
-from penstock.core.clock import Clock, SystemClock
-from penstock.core.config import Config
-from penstock.core.errors import Draining, EngineUnavailable, NotFound, PenstockError
-from penstock.core.messages import (
+from penstock.core.contract.text import Tokenizer
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import Draining, EngineUnavailable, NotFound, PenstockError
+from penstock.core.protocol.messages import (
     Abort,
     Admit,
     Answer,
@@ -57,11 +58,10 @@ from penstock.core.messages import (
     Unpark,
     Vitals,
 )
-from penstock.core.telemetry_metrics import Metrics
-from penstock.core.telemetry_traces import NO_TRACES, Traces
-from penstock.core.text import queries
-from penstock.core.text.ledger import ADMITTED, ENCODING, WAITING, Request
-from penstock.core.text_api import Tokenizer
+from penstock.core.runtime.actor import Ask, Handling, To
+from penstock.core.runtime.clock import Clock, SystemClock
+from penstock.core.telemetry.metrics import Metrics
+from penstock.core.telemetry.traces import NO_TRACES, Traces
 
 REPLAY_TIMEOUT_S = 300.0
 """Streams outlive a dead engine for so long; then they fail as retryable."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from penstock.core.actor import To
-from penstock.core.clock import Clock
-from penstock.core.config import Config
-from penstock.core.errors import PenstockError, QueueFull
-from penstock.core.messages import Message, Rejected
-from penstock.core.telemetry_metrics import Metrics
-from penstock.core.telemetry_traces import Traces
-from penstock.core.text.admission import Admission
-from penstock.core.text.ledger import Ledger
+from penstock.core.actors.text.admission import Admission
+from penstock.core.actors.text.ledger import Ledger
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import PenstockError, QueueFull
+from penstock.core.protocol.messages import Message, Rejected
+from penstock.core.runtime.actor import To
+from penstock.core.runtime.clock import Clock
+from penstock.core.telemetry.metrics import Metrics
+from penstock.core.telemetry.traces import Traces
 
 Outbound = Message | To
 

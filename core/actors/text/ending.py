@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from penstock.core.actor import To
+from penstock.core.actors.text import spans
 from penstock.core.actors.text.desk import Desk, Outbound
+from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.pool import Pool
-from penstock.core.errors import PenstockError
-from penstock.core.hookspecs import RequestSummary
-from penstock.core.messages import Finished
-from penstock.core.text import spans
-from penstock.core.text.ledger import Request
+from penstock.core.contract.hookspecs import RequestSummary
+from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.messages import Finished
+from penstock.core.runtime.actor import To
 
 
 class Ending:

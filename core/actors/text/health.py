@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from penstock.core.actors.text import queries
 from penstock.core.actors.text.desk import Desk
 from penstock.core.actors.text.lane import Lane
+from penstock.core.actors.text.ledger import ADMITTED
 from penstock.core.actors.text.pool import Pool
-from penstock.core.messages import Answer, Query, TextReady, Vitals
-from penstock.core.text import queries
-from penstock.core.text.ledger import ADMITTED
+from penstock.core.protocol.messages import Answer, Query, TextReady, Vitals
 
 STALL_S = 60.0
 """Admitted work without a step for so long is a stall in the health answer."""

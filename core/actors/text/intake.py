@@ -14,18 +14,18 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.actor import To
+from penstock.core.actors.text import bounds, queries, resolve
 from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ending import Ending
 from penstock.core.actors.text.lane import Lane
+from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.pool import Pool
-from penstock.core.columns import EMPTY_I32
-from penstock.core.control import EngineFacts
-from penstock.core.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, QueueFull
-from penstock.core.messages import Answer, Encode, Encoded, Query, RowExtra, Submit
-from penstock.core.sampling import SamplingParams
-from penstock.core.text import bounds, queries, resolve
-from penstock.core.text.ledger import Request
+from penstock.core.protocol.columns import EMPTY_I32
+from penstock.core.protocol.control import EngineFacts
+from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, QueueFull
+from penstock.core.protocol.messages import Answer, Encode, Encoded, Query, RowExtra, Submit
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.actor import To
 
 STARTING_RETRY_S = 2.0
 MAX_QUERIES = 64

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from penstock.core.actor import To
 from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ending import Ending
+from penstock.core.actors.text.ledger import ADMITTED, GENERAL, WAITING, Choice, Request
 from penstock.core.actors.text.pool import Pool
-from penstock.core.columns import i64
-from penstock.core.control import EngineFacts, EngineUp, Vitals
-from penstock.core.messages import Abort, Park, StepTokens
-from penstock.core.text.ledger import ADMITTED, GENERAL, WAITING, Choice, Request
+from penstock.core.protocol.columns import i64
+from penstock.core.protocol.control import EngineFacts, EngineUp, Vitals
+from penstock.core.protocol.messages import Abort, Park, StepTokens
+from penstock.core.runtime.actor import To
 
 MAX_STRIKES = 2
 """So many engines may die under a request that gets nowhere. After the first, it is a suspect and runs as the only one of its kind; after the

@@ -10,13 +10,13 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+from penstock.core.actors.text import bounds, resolve
 from penstock.core.actors.text.desk import Desk
-from penstock.core.control import EngineFacts
-from penstock.core.hashing import chain
-from penstock.core.text import bounds, resolve
-from penstock.core.text.ledger import Request
-from penstock.core.text.receive import Receiver
-from penstock.core.text_api import Tokenizer
+from penstock.core.actors.text.ledger import Request
+from penstock.core.actors.text.receive import Receiver
+from penstock.core.contract.text import Tokenizer
+from penstock.core.protocol.control import EngineFacts
+from penstock.core.protocol.hashing import chain
 
 
 class Pool:

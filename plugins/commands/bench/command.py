@@ -262,7 +262,7 @@ def throughput(
     """All requests at once through the engine in process: tokens/s."""
     import time
 
-    from penstock.core.sampling import SamplingParams
+    from penstock.core.protocol.sampling import SamplingParams
 
     with make_llm(model, serve_args) as llm:
         facts = llm.facts
@@ -321,7 +321,7 @@ def latency(
     """One batch at a time through the engine in process: seconds a batch, tokens/s a sequence."""
     import time
 
-    from penstock.core.sampling import SamplingParams
+    from penstock.core.protocol.sampling import SamplingParams
     from penstock.plugins.commands.bench import report
 
     walls = []

@@ -10,10 +10,10 @@ import os
 import signal
 from collections.abc import Callable
 
-from penstock.core.device_api import RunnerConfig
-from penstock.core.fake_device import FakeDevice, FakeOptions, FakeRunner
-from penstock.core.hookspecs import DeviceSpec, hookimpl
-from penstock.core.messages import Forward
+from penstock.core.contract.devices import RunnerConfig
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions, FakeRunner
+from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
+from penstock.core.protocol.messages import Forward
 
 POISON = [666, 666, 666]
 

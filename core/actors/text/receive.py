@@ -1,0 +1,349 @@
+"""What happens to the tokens of a step: the path that every token takes.
+
+What it is: `Receiver.step` accepts rows against the ledger, turns tokens into text, finds stop strings and ends, and collects the rows for
+each edge. Rows take one of three paths: FAST (streamed, nothing special: a table look-up and a few appends, about a microsecond), QUIET
+(not streamed: kept until the end), GENERAL (first rows, stop strings, log-probabilities, ends).
+What it does not know: admission, the engine's life, queries, spans; it tells the actor what began and what ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+
+from penstock.core.actors.text.deltas import EdgeBatch, LogprobReader
+from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder, TokenTable, WindowDecoder
+from penstock.core.actors.text.ledger import GENERAL, QUIET, Choice, Ledger, Request, fast_mode
+from penstock.core.actors.text.offsets import prompt_offsets
+from penstock.core.actors.text.resolve import nothing_left, nothing_to_draw
+from penstock.core.actors.text.stops import StopMatcher, StopSet
+from penstock.core.contract.text import Tokenizer
+from penstock.core.protocol.columns import EMPTY_I32, I32
+from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs
+from penstock.core.runtime.actor import To
+from penstock.core.telemetry.metrics import Metrics
+
+
+class Receiver:
+    """`begun`, `ended` and `aborts` are what the last `step` (or `end`) brought; `take` hands out the rows and frees the ended slots."""
+
+    def __init__(self, tokenizer: Tokenizer, ledger: Ledger, metrics: Metrics) -> None:
+        self._tokenizer = tokenizer
+        self._ledger = ledger
+        self._metrics = metrics
+        self.ends: I32 = EMPTY_I32
+        """The model's end tokens; the actor finds out which can be drawn."""
+        self._exact = tokenizer.is_byte_exact()
+        self._table = TokenTable.of(tokenizer, tokenizer.vocab_size, skip_special=False)
+        self._table_skip = self._table.without(tokenizer.special_ids)
+        self._batches: dict[int, EdgeBatch] = {}
+        self._closed: list[Choice] = []
+        self._step_ns = -1
+        self._reader: LogprobReader | None = None
+        self._errors: dict[int, str] = {}
+        self.begun: list[tuple[Request, bool]] = []
+        """Requests that had a step for the first time (True), or the first time after a replay (False)."""
+        self.ended: list[Request] = []
+        self.aborts: list[int] = []
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._table)
+
+    def widen(self, vocab_size: int) -> None:
+        """The model's vocabulary is padded beyond the tokenizer's: those ids have no text."""
+        for table in (self._table, self._table_skip):
+            missing = vocab_size - len(table)
+            table.data.extend([b""] * missing)
+            table.texts.extend([""] * missing)
+
+    def open(self, request: Request) -> None:
+        """Begin to accept tokens for an encoded request."""
+        params = request.params
+        stops = StopSet(params.stop) if params.stop else None
+        decoders: list[Decoder] = []
+        for _ in range(params.n):
+            if self._exact:
+                decoders.append(ByteDecoder(self._table_skip if params.skip_special_tokens else self._table))
+            else:
+                context = request.prompt[-WindowDecoder.CONTEXT :].tolist()
+                decoders.append(WindowDecoder(self._tokenizer, context, skip_special=params.skip_special_tokens))
+        matchers = [StopMatcher(stops) if stops else None for _ in decoders]
+        batch = self._batches.get(request.edge)
+        if batch is None:
+            batch = self._batches[request.edge] = EdgeBatch(request.edge)
+        self._ledger.open(request, decoders, matchers, batch)
+
+    def forget_edge(self, edge: int) -> None:
+        self._batches.pop(edge, None)
+
+    # --- one step
+
+    def step(self, message: StepTokens, now_ns: int) -> None:
+        """Rows of a living epoch."""
+        at_ns = min(message.finished_ns or now_ns, now_ns)
+        if len(message.started_seqs):
+            self._started(message, at_ns)
+        if len(message.preempted_seqs):
+            self._preempted(message, at_ns)
+        if message.prompt_logprobs is not None:
+            self._prompt_logprobs(message)
+        self._reader = LogprobReader(message.logprobs, self._table) if message.logprobs is not None else None
+        self._errors = dict(zip(np.flatnonzero(message.reasons == FAILED).tolist(), message.errors, strict=False)) if message.errors else {}
+        choices = self._ledger.choices
+        gaps = self._metrics.itl
+        before_ns, self._step_ns = self._step_ns, at_ns
+        steady = generated = 0
+        row = -1
+        for seq, incarnation, offset, token, reason in zip(
+            message.seqs.tolist(),
+            message.incarnations.tolist(),
+            message.offsets.tolist(),
+            message.tokens.tolist(),
+            message.reasons.tolist(),
+            strict=True,
+        ):
+            row += 1
+            choice = choices.get(seq)
+            if choice is None:
+                continue  # ended here before the engine knew: a stop string, a cancelled request
+            outputs = choice.outputs
+            if (choice.incarnation != incarnation or len(outputs) != offset) and self._refuse(choice, incarnation, offset, token, reason):
+                continue
+            if token >= 0:
+                generated += 1
+                last_ns = choice.last_ns
+                if last_ns == before_ns:
+                    steady += 1
+                elif last_ns:
+                    gaps.observe((at_ns - last_ns) / 1e9)
+                choice.last_ns = at_ns
+                outputs.append(token)
+            mode = choice.mode
+            if reason or mode == GENERAL or token < 0:
+                try:
+                    self._general(choice, token, reason, row, at_ns)
+                except Exception as error:  # a tokenizer's, say: this answer cannot go on, all others do
+                    if choice.finish:
+                        raise
+                    self._spoil(choice, f"The tokenizer failed on this answer: {type(error).__name__}: {error}"[:300])
+                continue
+            if mode == QUIET:
+                continue
+            decoder = choice.decoder
+            text = decoder.texts[token]
+            if text is None or decoder.pending:
+                text = decoder.feed(token)
+            batch = choice.batch
+            batch.slots.append(choice.slot)
+            batch.texts.append(text)
+            batch.tokens.append(token)
+            batch.counts.append(1)
+            offset += 1
+            batch.totals.append(offset)
+            batch.reasons.append("")
+            choice.sent = choice.undecoded = offset
+        if steady:
+            gaps.observe((at_ns - before_ns) / 1e9, steady)
+        if generated:
+            self._metrics.count("tokens", "generated", by=generated)
+        self._reader = None
+
+    def end(self, choice: Choice, finish: str, error: str | None = None, code: str | None = None) -> None:
+        """End a choice from here: a last row with whatever text was held back."""
+        try:
+            text = self._rest(choice, len(choice.outputs))
+        except Exception:  # the tokenizer fails: what it would have said is lost, the end is not
+            text = ""
+        self._row(choice, text, finish, None, error, code)
+
+    def _spoil(self, choice: Choice, why: str) -> None:
+        """The choice's tokens cannot become text: it ends as an error, and the engine need not go on."""
+        self._metrics.count("hook_errors", "tokenizer")
+        self.aborts.append(choice.seq)
+        self._row(choice, "", "error", None, why, "internal_error")
+
+    def take(self) -> Iterator[To]:
+        """The rows collected so far, one TextDelta an edge."""
+        for batch in self._batches.values():
+            if batch.slots:
+                yield To(batch.take(self._ledger), batch.edge)
+        for choice in self._closed:
+            self._ledger.recycle(choice)
+        self._closed.clear()
+
+    def close(self, choice: Choice) -> None:
+        """End a choice without a row: nobody listens."""
+        self._ledger.close(choice, "abort")
+        self._ledger.recycle(choice)
+
+    # --- the general path
+
+    def _general(self, choice: Choice, token: int, reason: int, row: int, at_ns: int) -> None:
+        """The token, if any, is in the ledger already."""
+        request = choice.request
+        params = request.params
+        outputs = choice.outputs
+        finish = REASON_NAMES.get(reason, "")
+        stop_reason: int | str | None = None
+        if token >= 0:
+            if not request.first_ns:
+                request.first_ns = at_ns
+            if request.replaying or not request.started:  # an engine that did not say so
+                self._begin(request, at_ns, 0)
+            if params.logprobs is not None and self._reader is not None:
+                entry = self._reader.of_row(row)
+                if entry is not None:
+                    if params.skip_special_tokens and token in self._tokenizer.special_ids:
+                        entry = msgspec.structs.replace(entry, silent=True)
+                    choice.logprobs.append(entry)
+        # The token that stopped the sequence is no text, unless asked for.
+        text_end = len(outputs) - (reason == STOP and token >= 0 and not params.include_stop_str_in_output)
+        if finish:
+            text = self._rest(choice, text_end, flush_stops=False)
+            if reason == STOP and token in params.stop_token_ids and (params.ignore_eos or token not in self.ends):
+                stop_reason = token
+        else:
+            text = choice.decoder.feed_all(outputs[choice.undecoded :])
+            choice.undecoded = len(outputs)
+        matcher = choice.matcher
+        if matcher is not None:
+            text, hit = matcher.feed(text, len(outputs) > params.min_tokens)
+            if hit is not None:
+                if not finish:
+                    self.aborts.append(choice.seq)
+                finish, stop_reason = "stop", hit
+                if params.include_stop_str_in_output:
+                    text += hit
+            if finish:
+                text += matcher.flush()
+        if finish or request.stream:
+            error, code = self._failure(choice, row) if finish == "error" else (None, None)
+            self._row(choice, text, finish, stop_reason, error, code)
+        elif text:
+            choice.parts.append(text)
+        if not finish:
+            choice.mode = fast_mode(choice)
+
+    def _failure(self, choice: Choice, row: int) -> tuple[str, str]:
+        """Why the engine ended a sequence with an error: (message, code). If the request's own settings left it no token to draw, that is the
+        reason, and the client's to mend."""
+        request = choice.request
+        history = np.concatenate([request.prompt, np.frombuffer(bytes(choice.outputs), np.int32)])
+        blamed = nothing_left(request.params, self.ends, self.vocab_size, history, len(choice.outputs))
+        if blamed:
+            error = nothing_to_draw(blamed, len(choice.outputs))
+            return error.message, error.code
+        return self._errors.get(row, "The engine failed while this request ran."), "engine_failure"
+
+    def _rest(self, choice: Choice, end: int, *, flush_stops: bool = True) -> str:
+        """The text of outputs[undecoded:end] and of what the decoder, and the stop matcher, still hold."""
+        text: str = choice.decoder.feed_all(choice.outputs[choice.undecoded : end]) + choice.decoder.flush()
+        choice.undecoded = len(choice.outputs)
+        if flush_stops and choice.matcher is not None:
+            text = choice.matcher.flush() + text
+        return text
+
+    def _row(self, choice: Choice, text: str, finish: str, stop_reason: int | str | None, error: str | None, code: str | None) -> None:
+        request = choice.request
+        batch = choice.batch
+        if choice.parts:
+            text = "".join(choice.parts) + text
+            choice.parts.clear()
+        tokens = choice.outputs[choice.sent :]
+        extra = request.extra
+        offsets: list[int] = []
+        if extra is not None and extra.prompt_text is not None and request.params.prompt_logprobs is not None:
+            offsets = prompt_offsets(request.prompt.tolist(), extra.prompt_text, self._table.data, self._tokenizer.special_ids)
+        if extra is not None or choice.logprobs or stop_reason is not None or error is not None:
+            batch.extras.append(
+                RowExtra(
+                    row=len(batch.slots),
+                    stop_reason=stop_reason,
+                    logprobs=choice.logprobs or None,
+                    prompt_token_ids=extra.prompt_token_ids if extra else None,
+                    prompt_logprobs=self._prompt_columns(request) if extra else None,
+                    error=error,
+                    error_code=code,
+                    prompt_text=extra.prompt_text if extra else None,
+                    prompt_offsets=offsets,
+                    prompt_first=self._table.data[request.prompt[0]] if offsets else b"",
+                )
+            )
+            request.extra = None
+            choice.logprobs = []
+        batch.slots.append(choice.slot)
+        batch.texts.append(text)
+        batch.tokens.extend(tokens)
+        batch.counts.append(len(tokens))
+        choice.sent = len(choice.outputs)
+        batch.totals.append(choice.sent)
+        batch.reasons.append(finish)
+        if finish:
+            request.last_ns = max(request.last_ns, choice.last_ns)
+            self._ledger.close(choice, finish)
+            self._closed.append(choice)
+            if not request.open:
+                self.ended.append(request)
+
+    def _refuse(self, choice: Choice, incarnation: int, offset: int, token: int, reason: int) -> bool:
+        """A row that does not continue the ledger. Behind: an echo of what we have. Ahead: something was lost, and no later row can make
+        the answer whole again. But an end without a token that knows less than we do is still the end: an engine may refuse a replay."""
+        if choice.incarnation == incarnation and token < 0 and reason and offset < len(choice.outputs):
+            return False
+        if choice.incarnation != incarnation or offset < len(choice.outputs):
+            self._metrics.count("dropped_rows", "stale" if choice.incarnation != incarnation else "duplicate")
+            return True
+        self._metrics.count("dropped_rows", "gap")
+        self.aborts.append(choice.seq)
+        self.end(choice, "error", f"Tokens {len(choice.outputs)} to {offset - 1} of the answer were lost.", "internal_error")
+        return True
+
+    # --- the rare columns
+
+    def _started(self, message: StepTokens, at_ns: int) -> None:
+        start_ns = min(message.started_ns or at_ns, at_ns)
+        for seq, cached in zip(message.started_seqs.tolist(), message.started_cached.tolist(), strict=True):
+            choice = self._ledger.choices.get(seq)
+            if choice is not None:
+                self._begin(choice.request, start_ns, cached)
+
+    def _begin(self, request: Request, start_ns: int, cached: int) -> None:
+        first, replayed = not request.started, request.replaying
+        if first:
+            request.started = True
+            request.scheduled_ns = max(start_ns, request.encode_end_ns)
+            self._ledger.set_cached(request, cached)
+        if replayed:
+            request.replaying = False
+            if request.traced:
+                request.events.append(("replayed", start_ns))
+        if first or replayed:
+            self.begun.append((request, first))
+
+    def _preempted(self, message: StepTokens, at_ns: int) -> None:
+        for seq in message.preempted_seqs.tolist():
+            choice = self._ledger.choices.get(seq)
+            if choice is not None:
+                choice.request.preemptions += 1
+                if choice.request.traced:
+                    choice.request.events.append(("preempted", at_ns))
+
+    def _prompt_logprobs(self, message: StepTokens) -> None:
+        assert message.prompt_logprobs is not None
+        reader = LogprobReader(message.prompt_logprobs, self._table)
+        seqs = message.prompt_seqs.tolist()
+        for index, (row, position) in enumerate(zip(reader.rows, reader.positions, strict=True)):
+            choice = self._ledger.choices.get(seqs[row])
+            if choice is not None and choice.request.params.prompt_logprobs is not None:
+                kept = choice.request.prompt_logprobs
+                if position not in kept:  # what was received once is not replaced by what was computed again
+                    kept[position] = reader.entry(index)
+
+    def _prompt_columns(self, request: Request) -> list[TokenLogprobs | None] | None:
+        if request.params.prompt_logprobs is None:
+            return None
+        kept = request.prompt_logprobs
+        return [kept.get(position) for position in range(len(request.prompt))]

@@ -1,0 +1,385 @@
+"""A device without a model, for tests, chaos runs and measuring the machinery.
+
+What it is: `FakeDevice` and `FakeRunner` implement core/contract/devices.py in numpy. The next token is a deterministic function of the sequence's
+history (and of seed and choice unless greedy), so that equal requests give equal tokens whatever the batching, chunking, caching, preemption
+or wiring. The runner also referees: it keeps a real paged "KV" whose entry for a position is a digest of all tokens up to it, and before a
+row uses a position it checks that the block table leads to the right digest. A wrong block, a missed copy, a hit on foreign KV, a write to a
+shared block or an unknown token raises `FakeViolation` (as a device fault would).
+What it does not know: torch, the scheduler, plugins' hooks beyond the one at the end of this file.
+
+As a plugin module (`Boot.extra_plugins = ["penstock.core.contract.fake_device"]`) it registers the device "fake"; options come from
+`--hf-overrides '{"fake": {...}}'`, fields of `FakeOptions`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
+from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
+from penstock.core.protocol.columns import EMPTY_I32, f32, i32
+from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, SlotSampling, StepDone
+
+U64 = npt.NDArray[np.uint64]
+Script = Callable[[list[int], int], int | None]
+"""(history, prompt length) -> the next token, or None for the hash's."""
+
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+
+
+class FakeViolation(AssertionError):
+    """The work that came breaks the device contract."""
+
+
+class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shape and behaviour. `step_s`, `load_s` are seconds of pretended work; `fail_*` and `hang_*` inject faults; `manual` holds every step's result
+    until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance)."""
+
+    vocab_size: int = 512
+    depth: int = 1
+    max_model_len: int = 4096
+    num_blocks: int = 1024
+    step_s: float = 0.0
+    load_s: float = 0.0
+    fail_load: str = ""
+    fail_at_step: int = 0
+    hang_at_step: int = 0
+    bad_row_at_step: int = 0
+    manual: bool = False
+    check: bool = True
+    eos: int = 0
+    eos_every: int = 0
+
+
+def powers(count: int) -> U64:
+    """Odd multipliers, one a position."""
+    with np.errstate(over="ignore"):
+        return np.cumprod(np.full(count, _PRIME, np.uint64), dtype=np.uint64) | np.uint64(1)
+
+
+def mix(value: U64) -> U64:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): spreads every input bit over all output bits."""
+    with np.errstate(over="ignore"):
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+class FakeDevice:
+    """`script` may decide tokens (slow path); `launches` counts over all runners; `runner` is the last one loaded."""
+
+    def __init__(self, options: FakeOptions | None = None, *, script: Script | None = None) -> None:
+        self.options = options or FakeOptions()
+        self.script = script
+        self.launches: Counter[str] = Counter()
+        self.runner: FakeRunner | None = None
+        self.capabilities = self._declare()
+        self._gate = threading.Semaphore(0)
+
+    def _declare(self) -> DeviceCapabilities:
+        dtypes = ["float32", "bfloat16"]
+        return DeviceCapabilities(name="fake", depth=self.options.depth, dtypes=dtypes, deterministic=True, bounded_steps=True)
+
+    def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:
+        options = msgspec.convert({**msgspec.structs.asdict(self.options), **config.hf_overrides.get("fake", {})}, FakeOptions)
+        self.options = options
+        self.capabilities = self._declare()
+        progress("weights", 0.0)
+        if options.load_s:
+            time.sleep(options.load_s)
+        if options.fail_load:
+            raise CheckpointError(options.fail_load)
+        self.runner = FakeRunner(self, options, config)
+        progress("weights", 1.0)
+        return self.runner
+
+    def release(self, steps: int = 1) -> None:
+        """With `manual`: let the results of so many steps go."""
+        for _ in range(steps):
+            self._gate.release()
+
+
+class FakeRunner:
+    """State per slot: history I32, its length, running digest U64, block table I32 (-1: none), sampling state. Blocks hold digests."""
+
+    def __init__(self, device: FakeDevice, options: FakeOptions, config: RunnerConfig) -> None:
+        self.max_model_len = min(options.max_model_len, config.max_model_len or options.max_model_len)
+        self.block_size = config.block_size
+        self.num_blocks = config.num_gpu_blocks_override or options.num_blocks
+        self.dtype = "float32" if config.dtype == "auto" else config.dtype
+        self.attention = "fake"
+        self.fingerprint = f"fake-{options.vocab_size}"
+        self.kv_layout = f"fake-{self.block_size}"
+        block_bytes = 8 * self.block_size
+        kv = self.num_blocks * block_bytes
+        self.memory = MemoryTable(weights=0, workspace=0, graphs=0, kv=kv, slack=0, total=kv)
+        self.facts = ModelFacts(
+            architecture="FakeForCausalLM",
+            model_type="fake",
+            vocab_size=_vocab_of(config.model_path) or options.vocab_size,
+            hidden_size=8,
+            intermediate_size=8,
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=8,
+            max_position=options.max_model_len,
+        )
+        self._device = device
+        self._options = options
+        slots = config.max_num_seqs
+        width = self.max_model_len + 1
+        self._history = np.zeros((slots, width), np.int32)
+        self._length = np.zeros(slots, np.int64)
+        self._digest = np.zeros((slots, width), np.uint64)
+        self._table = np.full((slots, -(-width // self.block_size)), -1, np.int32)
+        self._sampling: list[SlotSampling | None] = [None] * slots
+        self._salt = np.zeros(slots, np.uint64)
+        self._plain = np.ones(slots, np.bool_)
+        self._kv = np.zeros((self.num_blocks, self.block_size), np.uint64)
+        self._powers = powers(width)
+        self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
+        self._step = 0
+        self._started = 0
+        self._engine = (0, 0)
+        self.closed = False
+
+    # --- Runner
+
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        progress("warm-up")
+
+    def close(self) -> None:
+        self.closed = True
+
+    def forward(self, work: Forward) -> None:
+        self._device.launches["forward"] += 1
+        self._need(self._rows is None, "a Forward came before the last one's Sample")
+        self._need(work.step == self._step + 1, f"Forward of step {work.step} came after step {self._step}")
+        if self._options.hang_at_step and work.step == self._options.hang_at_step:
+            threading.Event().wait()
+        if self._options.fail_at_step and work.step == self._options.fail_at_step:
+            raise RuntimeError("injected device fault")
+        self._started = time.monotonic_ns()
+        self._engine = (work.engine, work.epoch)
+        if len(work.copy_src):
+            self._kv[work.copy_dst] = self._kv[work.copy_src]
+        at = 0
+        for slot, count in zip(work.place_slots.tolist(), work.place_counts.tolist(), strict=True):
+            self._place(slot, work.place_tokens[at : at + count])
+            at += count
+        self._need(at == len(work.place_tokens), "place_tokens is longer than place_counts say")
+        if len(work.block_ids):
+            self._need(bool(((work.block_ids >= 0) & (work.block_ids < self.num_blocks)).all()), "a block id is out of range")
+            self._table[work.block_slots, work.block_index] = work.block_ids
+        slots = work.slots.astype(np.int64)
+        starts = work.starts.astype(np.int64)
+        ends = starts + work.counts
+        self._compute(slots, starts, ends, work.num_decode)
+        self._rows = (slots, starts, ends)
+
+    def sample(self, work: Sample) -> Callable[[], StepDone]:
+        self._device.launches["sample"] += 1
+        self._need(self._rows is not None, "a Sample came without its Forward")
+        self._need(work.step == self._step + 1, f"Sample of step {work.step} came after step {self._step}")
+        assert self._rows is not None
+        slots, starts, ends = self._rows
+        self._rows = None
+        self._step = work.step
+        for state in work.places:
+            self._sampling[state.slot] = state
+            params = state.params
+            salt = 0 if params.greedy else hash(((params.seed or 0) & (2**63 - 1), state.choice)) & (2**63 - 1) | 1
+            self._salt[state.slot] = salt
+            self._plain[state.slot] = (
+                params.min_tokens == 0 and params.allowed_token_ids is None and params.logprobs is None and self._device.script is None
+            )
+        rows = work.rows.astype(np.int64)
+        into = work.slots.astype(np.int64)
+        positions = work.positions.astype(np.int64)
+        self._need(bool((ends[rows] == positions).all()), "a drawn position is not the one after its row's last")
+        self._need(bool((self._length[into] == positions).all()), "a slot's history does not end where its token is to go")
+        self._need(len(set(into.tolist())) == len(into), "two draws go into one slot")
+        self._need(all(self._sampling[s] is not None for s in into.tolist()), "a slot without sampling state is drawn for")
+        tokens = self._draw(slots[rows], into, positions)
+        self._write(into, positions, tokens)
+        logprobs = self._logprobs(into, tokens)
+        prompt = self._prompt_logprobs(work, slots, starts, ends)
+        bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32
+        started, (engine, epoch) = self._started, self._engine
+        out_slots = work.slots
+
+        def wait() -> StepDone:
+            if self._options.manual:
+                self._device._gate.acquire()
+            if self._options.step_s:
+                time.sleep(self._options.step_s)
+            return StepDone(
+                engine=engine,
+                epoch=epoch,
+                step=work.step,
+                slots=out_slots,
+                tokens=tokens,
+                started_ns=started,
+                finished_ns=time.monotonic_ns(),
+                logprobs=logprobs,
+                prompt_logprobs=prompt,
+                bad_rows=bad,
+            )
+
+        return wait
+
+    # --- inside
+
+    def _need(self, ok: bool, what: str) -> None:
+        if not ok:
+            raise FakeViolation(f"step {self._step + 1}: {what}")
+
+    def _place(self, slot: int, tokens: npt.NDArray[Any]) -> None:
+        count = len(tokens)
+        self._need(0 < count < self._history.shape[1], f"slot {slot} is placed with {count} tokens")
+        self._need(
+            bool(((tokens >= 0) & (tokens < self.facts.vocab_size)).all()), f"slot {slot} is placed with a token outside the vocabulary"
+        )
+        self._history[slot, :count] = tokens
+        self._length[slot] = count
+        with np.errstate(over="ignore"):
+            self._digest[slot, :count] = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[:count])
+        self._table[slot] = -1
+        self._sampling[slot] = None
+
+    def _compute(self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], num_decode: int) -> None:
+        self._need(len(set(slots.tolist())) == len(slots), "two rows name one slot")
+        self._need(bool((ends > starts).all()), "a row computes nothing")
+        self._need(bool((ends <= self._length[slots]).all()), "a row computes a position whose token is not known")
+        self._need(bool((ends[:num_decode] - starts[:num_decode] == 1).all()), "a decode row computes more than one position")
+        size = self.block_size
+        lengths = ends - starts
+        # Every (row, position) that is written, flat.
+        row = np.repeat(np.arange(len(slots)), lengths)
+        position = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths) + np.repeat(starts, lengths)
+        block = self._table[slots[row], position // size]
+        self._need(bool((block >= 0).all()), "a row writes a position that has no block")
+        cell = block.astype(np.int64) * size + position % size
+        self._need(len(np.unique(cell)) == len(cell), "two rows write one place of the KV")
+        self._kv.reshape(-1)[cell] = self._digest[slots[row], position]
+        if not self._options.check:
+            return
+        for slot, end in zip(slots.tolist(), ends.tolist(), strict=True):
+            table = self._table[slot, : -(-end // size)]
+            self._need(bool((table >= 0).all()), f"slot {slot} reads a position that has no block")
+            right = self._kv[table].reshape(-1)[:end] == self._digest[slot, :end]
+            if not right.all():
+                first = int(np.argmin(right))
+                raise FakeViolation(
+                    f"step {self._step + 1}: slot {slot} reads foreign or missing KV at position {first} (block {int(table[first // size])})"
+                )
+
+    def _draw(self, source: npt.NDArray[np.int64], into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        # The last position's entry is read from the KV, as attention would: wrong KV, wrong token.
+        last = positions - 1
+        block = self._table[source, last // self.block_size]
+        value = mix(self._kv[block, last % self.block_size] ^ self._salt[into])
+        vocab = np.uint64(self.facts.vocab_size)
+        tokens = (value % vocab).astype(np.int32)
+        if self._options.eos_every:
+            ends = (value >> np.uint64(40)) % np.uint64(self._options.eos_every) == 0
+            tokens[ends] = self._options.eos
+        if not self._plain[into].all():
+            for i in np.nonzero(~self._plain[into])[0].tolist():
+                tokens[i] = self._special(int(into[i]), int(positions[i]), int(value[i]), int(tokens[i]))
+        return tokens
+
+    def _special(self, slot: int, position: int, value: int, token: int) -> int:
+        state = self._sampling[slot]
+        assert state is not None
+        if self._device.script is not None:
+            said = self._device.script(self._history[slot, :position].tolist(), state.prompt_len)
+            token = token if said is None else said
+        allowed = state.params.allowed_token_ids
+        if allowed is not None and token not in allowed:
+            token = allowed[value % len(allowed)]
+        if position - state.prompt_len < state.params.min_tokens:
+            stops = set(state.stop_ids.tolist())
+            while token in stops:
+                token = (token + 1) % self.facts.vocab_size
+        return token
+
+    def _write(self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
+        self._need(bool((positions < self._history.shape[1]).all()), "a token goes beyond the longest sequence")
+        self._history[into, positions] = tokens
+        self._length[into] = positions + 1
+        with np.errstate(over="ignore"):
+            add = (tokens.astype(np.uint64) + np.uint64(1)) * self._powers[positions]
+            self._digest[into, positions] = self._digest[into, positions - 1] + add
+
+    def _logprobs(self, into: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> LogprobColumns | None:
+        """-0.5 for the drawn token, then -1, -2, ... for its successors in the vocabulary."""
+        if self._plain[into].all():
+            return None
+        wanted: list[tuple[int, int, int, int]] = []
+        for i, slot in enumerate(into.tolist()):
+            state = self._sampling[slot]
+            if state is not None and state.params.logprobs is not None:
+                wanted.append((i, int(self._length[slot]) - 1, int(tokens[i]), state.params.logprobs))
+        return self._columns(wanted)
+
+    def _prompt_logprobs(
+        self, work: Sample, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+    ) -> LogprobColumns | None:
+        wanted: list[tuple[int, int, int, int]] = []
+        for i, (row, top) in enumerate(zip(work.prompt_rows.tolist(), work.prompt_topk.tolist(), strict=True)):
+            slot = int(slots[row])
+            state = self._sampling[slot]
+            limit = int(self._length[slot]) if state is None else state.prompt_len
+            for position in range(int(starts[row]) + 1, min(int(ends[row]) + 1, limit)):
+                wanted.append((i, position, int(self._history[slot, position]), top))
+        return self._columns(wanted)
+
+    def _columns(self, wanted: list[tuple[int, int, int, int]]) -> LogprobColumns | None:
+        if not wanted:
+            return None
+        vocab = self.facts.vocab_size
+        return LogprobColumns(
+            rows=i32([w[0] for w in wanted]),
+            positions=i32([w[1] for w in wanted]),
+            counts=i32([1 + w[3] for w in wanted]),
+            ranks=i32([1] * len(wanted)),
+            ids=i32([(w[2] + k) % vocab for w in wanted for k in (0, *range(w[3]))]),
+            values=f32([-0.5 - k for w in wanted for k in (0, *range(w[3]))]),
+        )
+
+
+def _vocab_of(model_path: str) -> int | None:
+    """The vocabulary of a real checkpoint folder, so that its tokenizer can be served by the fake; None without one."""
+    try:
+        size = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8")).get("vocab_size") if model_path else None
+    except (OSError, ValueError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+@hookimpl
+def register_devices() -> list[DeviceSpec]:
+    """The door through which chaos tests bring the fake into a real engine process."""
+    return [
+        DeviceSpec(
+            name="fake",
+            api_level=1,
+            doc="Deterministic tokens without a model, for tests.",
+            available=lambda: True,
+            factory=FakeDevice,
+            priority=-100,
+        )
+    ]

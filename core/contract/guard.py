@@ -1,0 +1,137 @@
+"""Whose fault it is: what plugins bring is called through here, so that their mistakes carry their names.
+
+What it is: the sentence that blames a plugin (`fault`), a call that turns a stranger's exception into it (`guarded`), and what a spec's fields
+and a factory's result must look like. Everything here runs at start-up.
+What it does not know: pluggy, how plugins are found, what a factory's result is for.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+from penstock.core.contract.hookspecs import Spec
+from penstock.core.protocol.config import Config, nearest
+from penstock.core.protocol.errors import PenstockError, PluginFault
+
+NOUNS = {
+    "devices": "device",
+    "models": "model",
+    "attention_backends": "attention backend",
+    "weight_sources": "weight source",
+    "schedule_policies": "scheduling policy",
+    "tokenizers": "tokenizer",
+    "chat_renderers": "chat renderer",
+    "transports": "transport",
+}
+FLAGS = {
+    "devices": "--device",
+    "attention_backends": "--attention-backend",
+    "weight_sources": "--load-format",
+    "schedule_policies": "--scheduling-policy",
+    "transports": "--transports",
+}
+"""By which another one is chosen."""
+
+WITHOUT: dict[str, Any] = {"available": False, "matches": False, "supports": "its check failed, see `penstock plugins`"}
+"""Callables of specs whose failure can be skipped, and what is taken for their answer then."""
+
+
+def fault(what: str, call: str, error: Exception | str, remedy: str) -> PluginFault:
+    """`what` is "The device 'x' (plugin ... of package ...)"; `error` is an exception, or says what is wrong with what `call` gave."""
+    if isinstance(error, str):
+        return PluginFault(f"{what} is broken: {call}() {error}. {remedy}")
+    said = f"{type(error).__name__}: {error}".rstrip(": ")
+    return PluginFault(f"{what} is broken: {call}() failed with {said}{_place(error)}. {remedy}")
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of the file that was called: what it called in turn is rarely to blame."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    mine = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({PurePath(mine[-1].filename).name}, line {mine[-1].lineno})" if mine else ""
+
+
+def guarded(
+    function: Callable[..., Any],
+    blame: Callable[[Exception], PluginFault],
+    skip: Callable[[PluginFault], Any] | None = None,
+    check: Callable[[Any], None] | None = None,
+) -> Callable[..., Any]:
+    """`function`, whose exceptions are raised as `blame` words them, or handed to `skip` for an answer. Penstock's own errors pass: plugins
+    raise them to speak to the user. `check` raises for a result that will not do."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = function(*args, **kwargs)
+        except PenstockError:
+            raise
+        except Exception as error:
+            wrong = blame(error)
+            if skip is not None:
+                return skip(wrong)
+            raise wrong from error
+        if check is not None:
+            check(result)
+        return result
+
+    return call
+
+
+def members(family: str) -> list[str]:
+    """What a factory's result must have: the members of the family's Protocol. Imported here, for root imports no numpy."""
+    from penstock.core.contract import devices as device_api
+    from penstock.core.contract import policy
+    from penstock.core.contract import text as text_api
+
+    protocol: Any = {
+        "devices": device_api.Device,
+        "schedule_policies": policy.SchedulePolicy,
+        "tokenizers": text_api.Tokenizer,
+        "chat_renderers": text_api.ChatRenderer,
+    }.get(family)
+    if protocol is None:
+        return []  # what it gives belongs to the device plugin, or is a list
+    return sorted(name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_"))
+
+
+def wrong_result(family: str, result: Any) -> str | None:
+    """What is wrong with a factory's result, or None."""
+    if family == "transports" and not isinstance(result, (list, tuple)):
+        return f"must return a list of route handlers, not {type(result).__name__}"
+    lacking = [name for name in members(family) if not hasattr(result, name)]
+    if lacking:
+        return f"returned {_a(type(result).__name__)}, which is no {NOUNS[family]}: it has no {' and no '.join(map(repr, lacking))}"
+    return None
+
+
+def _a(name: str) -> str:
+    return name if name == "NoneType" else f"a {name}"
+
+
+def wrong_field(spec: Spec) -> str | None:
+    """What is wrong with a spec's fields (a Struct does not check them), or None."""
+    kinds = {name: kind for one in reversed(type(spec).__mro__) for name, kind in getattr(one, "__annotations__", {}).items()}
+    for name in spec.__struct_fields__:
+        value, kind = getattr(spec, name), str(kinds.get(name, ""))
+        if kind.startswith("Callable") and not callable(value):
+            wanted = "a function"
+        elif kind == "str" and not isinstance(value, str):
+            wanted = "a text"
+        elif kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            wanted = "a whole number"
+        elif kind.startswith("list") and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            wanted = "a list of texts"
+        else:
+            continue
+        return f"its field {name!r} must be {wanted}, not {value!r}"
+    if not spec.name:
+        return "its field 'name' is empty"
+    for option in getattr(spec, "options", ()):
+        if option not in Config.__struct_fields__:
+            return f"its field 'options' names {option!r}, which is no option of this Penstock.{nearest(option, Config.__struct_fields__)}"
+    return None

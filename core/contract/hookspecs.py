@@ -1,0 +1,263 @@
+"""The whole plugin contract.
+
+What it is: every hook that Penstock calls, grouped by when. Hooks that register return specs with an `api_level`; the step loop never
+calls a hook: it only touches the objects that hooks returned at start-up. A plugin is an object or module whose functions carry
+`@hookimpl`, found through the entry-point groups `penstock.root`, `penstock.edge`, `penstock.text`, `penstock.engine` (a plugin loads only
+in the processes that it names); built-ins enter through the same groups' door.
+What it does not know: any plugin.
+
+Order of start: root: register_commands | engine: register_devices, register_models, register_attention_backends,
+register_weight_sources, register_schedule_policies, then choose_* | text: register_tokenizers, register_chat_renderers |
+edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from penstock.core.contract.devices import Device, ModelFacts
+    from penstock.core.contract.policy import SchedulePolicy
+
+PROJECT: Final = "penstock"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+API_LEVEL: Final[dict[str, int]] = {
+    "devices": 1,
+    "models": 1,
+    "attention_backends": 1,
+    "weight_sources": 1,
+    "schedule_policies": 1,
+    "tokenizers": 1,
+    "chat_renderers": 1,
+    "transports": 1,
+    "commands": 1,
+}
+"""The current level of each family. The host accepts the current and the previous one."""
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of what registering hooks return. All fields are given by name."""
+
+    name: str
+    """What options and reports call it: not empty, and unique in its family over all packages, built-in names included."""
+    api_level: int
+    """The level of the family's contract that this was written for."""
+    doc: str = ""
+    """One line for people."""
+
+
+class DeviceSpec(Spec, frozen=True, kw_only=True):
+    """A hardware target, chosen by `--device NAME`, or by `--device auto` among those that are available."""
+
+    available: Callable[[], bool]
+    """Is the hardware here? Probes it without taking it (no context, no memory)."""
+    factory: Callable[[], Device]
+    """Called once, for the device that was chosen. Gives a Device."""
+    priority: int = 0
+    """The highest wins `--device auto`; of equal ones the first by name."""
+
+
+class ModelSpec(Spec, frozen=True, kw_only=True):
+    """A model family, chosen by config.json: of several that serve an architecture, later plugins come before earlier and built-in ones."""
+
+    architectures: list[str]
+    """The entries of config.json's `architectures` (of which the first counts) that it serves."""
+    facts: Callable[[dict[str, Any]], ModelFacts]
+    """`facts(config)`: the shape. `config` is config.json as a dictionary, `--hf-overrides` merged over it; where it names no dtype and weights
+    come from safetensors, "dtype" is the one stored there. Raises CheckpointError for a missing or impossible field, UnsupportedFeature for
+    one that would change the answers and is not served; both name it. What it does not understand it must refuse, not ignore."""
+    factory: Callable[..., Any]
+    """Called by the device. On "cpu": `factory(facts=ModelFacts, dtype=torch.dtype, weights=Weights, attention=Attention, max_len=int,
+    progress=Progress)` gives a Model. On "cuda" there is no `attention`, but `device=torch.device`, and the result has what DeviceDecoder has.
+    `max_len` is the longest sequence in tokens. It takes every tensor that it needs from `weights`, then calls `weights.finish()`."""
+
+
+class AttentionSpec(Spec, frozen=True, kw_only=True):
+    """An attention backend, chosen by `--attention-backend NAME`; without that option by a choose_attention_backend hook, or by priority."""
+
+    devices: list[str]
+    """Names of the devices that it works on: "cpu", "cuda", or a plugin's."""
+    supports: Callable[[ModelFacts, str], str | None]
+    """`supports(facts, dtype)`, dtype as "bfloat16", "float16" or "float32": None, or the reason why not, a part of a sentence that the user
+    gets to read."""
+    factory: Callable[..., Any]
+    """Called by the device, once, before weights are loaded. On "cpu": `factory(facts=ModelFacts, dtype=torch.dtype)` gives an Attention. On "cuda":
+    `factory(facts=ModelFacts, dtype=torch.dtype, device=torch.device, max_rows=int, deterministic=bool)` gives an Ops; `max_rows` is the
+    largest number of sequences in a decode step. Take `**options` besides: a later device may say more."""
+    priority: int = 0
+    """Of those that support the model the highest is taken (native and triton have 10, torch 0); of equal ones the first by name."""
+
+
+class WeightSourceSpec(Spec, frozen=True, kw_only=True):
+    """A way to get a checkpoint's tensors, chosen by `--load-format WORD`."""
+
+    load_formats: list[str]
+    """Words of `--load-format` that it serves. Of several sources that serve one word later plugins come before earlier and built-in ones, so that
+    one which names "auto" (what is used when nobody says) stands in for safetensors."""
+    factory: Callable[..., Any]
+    """Called by the device, once: `factory(path, load_format, dtype=torch.dtype, seed=int, std=float)` gives a Weights; on "cuda" there is
+    `device=torch.device` besides. `path` is the model's folder, absolute (it holds a config.json), `load_format` the word that the user gave, `dtype`
+    what tensors are to be given in; `seed` (`--seed`) and `std` (config.json's initializer_range) are for sources that make tensors up. Take
+    `**options` besides. A folder that lacks the source's files is a CheckpointError."""
+
+
+class SchedulePolicySpec(Spec, frozen=True, kw_only=True):
+    """A scheduling order, chosen by `--scheduling-policy NAME`."""
+
+    factory: Callable[..., SchedulePolicy]
+    """Called once with the options named below, as keyword arguments (none: without any). Gives a SchedulePolicy, which is tried on one and on four
+    made-up rows before the first request."""
+    options: list[str] = msgspec.field(default_factory=list)
+    """Names of options (`priority_ageing_s`, as in docs/configuration.md, underscores for hyphens) that the factory takes."""
+
+
+class TokenizerSpec(Spec, frozen=True, kw_only=True):
+    """A tokenizer family. The first spec that matches is taken, later plugins before earlier and built-in ones."""
+
+    matches: Callable[[str], bool]
+    """`matches(model_path)`: can it read this folder (`--tokenizer`, else the model's)? Looks at file names; reads little."""
+    factory: Callable[[str], Any]
+    """`factory(model_path)` gives a Tokenizer. Raises CheckpointError naming the file."""
+
+
+class ChatRendererSpec(Spec, frozen=True, kw_only=True):
+    """What turns messages into a prompt. The first spec that matches is taken, later plugins before earlier and built-in ones."""
+
+    matches: Callable[[str], bool]
+    """`matches(model_path)`: can it render for this folder (`--tokenizer`, else the model's)?"""
+    factory: Callable[[str, str | None], Any]
+    """`factory(model_path, template)` gives a ChatRenderer. `template` is `--chat-template` as it was given (a path or a text), or None. Raises
+    CheckpointError or, for a wrong `template`, ConfigError."""
+
+
+class TransportSpec(Spec, frozen=True, kw_only=True):
+    """Routes of the edges' HTTP application. Only those that `--transports` names are used ("openai" when nobody says; give it too to keep it:
+    `--transports openai,mine`)."""
+
+    factory: Callable[..., list[Any]]
+    """`factory(gateway)`, once in each edge, on its event loop: a list of Litestar route handlers, which share that Gateway."""
+
+
+# ------------------------------------------------------------------ root, at start
+
+
+@hookspec
+def register_commands(group: click.Group) -> None:
+    """When: `penstock` starts, whatever command is given. Who: plugins of `penstock.root`. Add click commands to `group` (a click.Group: `group.add_command`, or
+    `@group.command()`); import nothing heavy before one runs. A command raises PenstockError to end with one line on stderr and status 2."""
+
+
+# ------------------------------------------------------------------ engine, at start
+
+
+@hookspec
+def register_devices() -> list[DeviceSpec]:  # type: ignore[empty-body]
+    """When: an engine starts. Who: `penstock.engine`. Returns hardware targets."""
+
+
+@hookspec
+def register_models() -> list[ModelSpec]:  # type: ignore[empty-body]
+    """When: an engine starts. Who: `penstock.engine`. Returns model families by config.json architecture."""
+
+
+@hookspec
+def register_attention_backends() -> list[AttentionSpec]:  # type: ignore[empty-body]
+    """When: an engine starts. Who: `penstock.engine`. Returns attention implementations."""
+
+
+@hookspec
+def register_weight_sources() -> list[WeightSourceSpec]:  # type: ignore[empty-body]
+    """When: an engine starts. Who: `penstock.engine`. Returns loaders for `--load-format`."""
+
+
+@hookspec
+def register_schedule_policies() -> list[SchedulePolicySpec]:  # type: ignore[empty-body]
+    """When: an engine starts. Who: `penstock.engine`. Returns orders for `--scheduling-policy`; the one that is
+    chosen is tried on made-up rows before the first request."""
+
+
+@hookspec(firstresult=True)
+def choose_device(candidates: list[str]) -> str | None:
+    """When: `--device auto`. Who: `penstock.engine`. Given the names of available devices, best first: one of them, or None to pass. Any other name is a PluginError."""
+
+
+@hookspec(firstresult=True)
+def choose_attention_backend(facts: ModelFacts, device: str, dtype: str, candidates: list[str]) -> str | None:
+    """When: no `--attention-backend` was given. Who: `penstock.engine`. `device` is "cpu" or "cuda", `dtype` "bfloat16", "float16" or
+    "float32"; `candidates` are the names of the backends that support the model, best first: one of them, or None to pass."""
+
+
+# ------------------------------------------------------------------ text, at start
+
+
+@hookspec
+def register_tokenizers() -> list[TokenizerSpec]:  # type: ignore[empty-body]
+    """When: text starts. Who: `penstock.text`. Returns tokenizer families; the first match wins, later plugins before built-ins."""
+
+
+@hookspec
+def register_chat_renderers() -> list[ChatRendererSpec]:  # type: ignore[empty-body]
+    """When: text starts. Who: `penstock.text`. Returns what turns messages into a prompt."""
+
+
+# ------------------------------------------------------------------ edge, at start
+
+
+@hookspec
+def register_transports() -> list[TransportSpec]:  # type: ignore[empty-body]
+    """When: an edge starts. Who: `penstock.edge`. Returns streaming faces and other routes."""
+
+
+# ------------------------------------------------------------------ while running, at request boundaries
+
+
+class RequestSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished request, frozen. Durations in seconds, 0 for what was never reached."""
+
+    rid: str
+    """The id that the client sees (`x-request-id`). The prompts of one HTTP request share it: each is a request of its own here."""
+    model: str
+    """The served name."""
+    tenant: str
+    """Whose API key it was, as a digest; "" where the server has none."""
+    prompt_tokens: int
+    output_tokens: int
+    """Of all choices together."""
+    cached_tokens: int
+    """Prompt tokens that the prefix cache held."""
+    finish_reasons: list[str]
+    """One a choice: "stop", "length", "abort" (cancelled) or "error"."""
+    queue_s: float
+    """From the end of tokenising until an engine first computed something of it."""
+    prefill_s: float
+    """From there until the first token."""
+    decode_s: float
+    """From the first token until the last."""
+    total_s: float
+    """From its arrival at the edge until now."""
+
+
+@hookspec
+def request_finished(summary: RequestSummary) -> None:
+    """When: a request that was admitted ended, for whatever reason. Who: `penstock.text`. Runs on the loop that serves all streams, so it must return within
+    microseconds: hand the summary to a thread of yours for anything slower. Exceptions are logged and counted, never felt."""
+
+
+@hookspec
+def engine_ready(engine: int, epoch: int) -> None:
+    """When: an engine can take requests, also after a restart. Who: `penstock.text`, and as quickly as request_finished. `engine` is its index (0 so
+    far), `epoch` counts its lives from 1."""
+
+
+@hookspec
+def engine_lost(engine: int, epoch: int, reason: str) -> None:
+    """When: an engine died; its requests wait to be replayed. Who: `penstock.text`, and as quickly as request_finished. `reason` is for
+    people."""

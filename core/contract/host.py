@@ -1,0 +1,351 @@
+"""Finds, checks and holds plugins.
+
+What it is: discovery through entry points (`penstock.root`, `penstock.edge`, `penstock.text`, `penstock.engine`), registration with pluggy,
+the api_level check, one name -> spec map per family, and the report behind `penstock plugins`. A plugin that cannot load stops the process,
+unless broken plugins are to be skipped (then it is named in the report). Hooks and specs of other packages are called through
+core/contract/guard.py, so that their exceptions name them.
+What it does not know: what a spec's factory makes, the step loop (which never comes here).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Literal, TypeVar, cast
+
+import msgspec
+import pluggy
+
+from penstock.core.contract import hookspecs
+from penstock.core.contract.guard import FLAGS, NOUNS, WITHOUT, fault, guarded, wrong_field, wrong_result
+from penstock.core.contract.hookspecs import (
+    API_LEVEL,
+    AttentionSpec,
+    ChatRendererSpec,
+    DeviceSpec,
+    ModelSpec,
+    SchedulePolicySpec,
+    Spec,
+    TokenizerSpec,
+    TransportSpec,
+    WeightSourceSpec,
+)
+from penstock.core.protocol.config import Config, nearest
+from penstock.core.protocol.errors import ConfigError, PluginError, PluginFault
+
+log = logging.getLogger("penstock.plugins")
+Role = Literal["root", "edge", "text", "engine"]
+S = TypeVar("S", bound=Spec)
+
+BUILT_IN = "penstock"
+
+SKIP = "start with --skip-broken-plugins"
+FAMILIES: dict[str, tuple[Role, str, type[Spec]]] = {
+    "devices": ("engine", "register_devices", DeviceSpec),
+    "models": ("engine", "register_models", ModelSpec),
+    "attention_backends": ("engine", "register_attention_backends", AttentionSpec),
+    "weight_sources": ("engine", "register_weight_sources", WeightSourceSpec),
+    "schedule_policies": ("engine", "register_schedule_policies", SchedulePolicySpec),
+    "tokenizers": ("text", "register_tokenizers", TokenizerSpec),
+    "chat_renderers": ("text", "register_chat_renderers", ChatRendererSpec),
+    "transports": ("edge", "register_transports", TransportSpec),
+}
+"""family -> the process that loads it, its hook, what the hook returns."""
+
+BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
+    "device": ("engine", ("auto", "cpu", "cuda")),
+    "attention_backend": ("engine", ("native", "torch", "triton")),
+    "scheduling_policy": ("engine", ("fcfs", "priority")),
+    "transports": ("edge", ("openai",)),
+}
+"""option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
+
+BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
+    "load_format": ("engine", ("auto", "safetensors", "dummy")),
+    "dtype": ("engine", ("auto", "bfloat16", "float16", "half", "float32", "float")),
+}
+"""The same for words that are no plugin's name, but that plugins bring: a weight source's formats, a device's dtypes."""
+
+
+def check_names(config: Config, extra: Sequence[str] = ()) -> None:
+    """Refuse a name that no installed plugin can bring, before any process starts. Imports no plugin: where other packages' plugins are
+    installed their names are unknown here, and the process that loads them says no. Raises ConfigError with the known names."""
+    for option, (role, known) in {**BUILT_IN_NAMES, **BUILT_IN_WORDS}.items():
+        given = getattr(config, option)
+        wrong = [name for name in (given if isinstance(given, list) else [given]) if name is not None and name not in known]
+        if wrong and not extra and all(_package(entry) == BUILT_IN for entry in metadata.entry_points(group=f"penstock.{role}")):
+            flag = "--" + option.replace("_", "-")
+            lack = "no such plugin" if option in BUILT_IN_NAMES else "not known, and no plugin is installed that could bring it"
+            raise ConfigError(f"{flag} {wrong[0]}: {lack}.{nearest(wrong[0], known)} Known: {', '.join(known)}.", param=option)
+
+
+class PluginInfo(msgspec.Struct, kw_only=True):
+    """One row of the report."""
+
+    name: str
+    package: str
+    version: str
+    role: str
+    target: str
+    hooks: list[str] = []
+    error: str | None = None
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What won a choice, and why."""
+
+    family: str
+    winner: str
+    package: str
+    why: str
+
+
+class PluginHost:
+    """All plugins of one process. `extra` names modules to load besides the entry points (tests, notebooks)."""
+
+    def __init__(self, role: Role, *, extra: Iterable[str] = (), skip_broken: bool = False) -> None:
+        self.role: Role = role
+        self._extra = tuple(extra)
+        self._skip_broken = skip_broken
+        self.manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs)
+        self.plugins: list[PluginInfo] = []
+        self.choices: list[Choice] = []
+        self._infos: dict[str, PluginInfo] = {}
+        self._families: dict[str, dict[str, tuple[Spec, PluginInfo]]] = {}
+
+    @property
+    def hook(self) -> Any:
+        """The pluggy relay: `host.hook.request_finished(summary=...)`."""
+        return self.manager.hook
+
+    def load(self) -> PluginHost:
+        """Import and register everything once. Raises PluginError naming package and reason."""
+        found = sorted(metadata.entry_points(group=f"penstock.{self.role}"), key=lambda e: (_package(e) != BUILT_IN, _package(e), e.name))
+        for entry in found:
+            info = PluginInfo(name=entry.name, package=_package(entry), version=_version(entry), role=self.role, target=entry.value)
+            self._register(info, entry.load)
+        for dotted in self._extra:
+            info = PluginInfo(name=dotted, package=dotted.split(".")[0], version="-", role=self.role, target=dotted)
+            self._register(info, lambda dotted=dotted: importlib.import_module(dotted))
+        if os.environ.get("PENSTOCK_TRACE_HOOKS") == "1":
+            self.manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
+            self.manager.enable_tracing()
+        return self
+
+    def _register(self, info: PluginInfo, load: Any) -> None:
+        label = f"{info.package}:{info.name}"
+        try:
+            plugin = load()
+            if isinstance(plugin, type):
+                plugin = plugin()
+            self.manager.register(plugin, name=label)
+            self.manager.check_pending()
+            info.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(plugin) or [])
+            self._infos[label] = info
+            if info.package != BUILT_IN:
+                self._guard_hooks(plugin, info)
+        except Exception as error:  # whatever a stranger's import does
+            if self.manager.has_plugin(label):
+                self.manager.unregister(name=label)
+            info.error = f"{type(error).__name__}: {error}"
+            if not self._skip_broken:
+                raise PluginError(
+                    f"Plugin {info.name!r} of package {info.package!r} cannot be loaded ({info.error}). Fix or uninstall it, or {SKIP}."
+                ) from error
+            log.warning("plugin %s of package %s is skipped: %s", info.name, info.package, info.error)
+        self.plugins.append(info)
+
+    def _guard_hooks(self, plugin: Any, info: PluginInfo) -> None:
+        """Its hooks' exceptions name it. A broken hook of the start may be skipped: it then has nothing to register and no wish."""
+        what = f"Plugin {info.name!r} of package {info.package!r}"
+        for caller in self.manager.get_hookcallers(plugin) or []:
+            at_start = caller.name.startswith(("register_", "choose_"))
+            remedy = f"Fix or uninstall it, or {SKIP}." if at_start else "Fix or uninstall it."
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin is plugin and not implementation.wrapper and not implementation.hookwrapper:
+                    blame = functools.partial(fault, what, caller.name, remedy=remedy)
+                    skip = functools.partial(self._skip, info) if at_start and self._skip_broken else None
+                    object.__setattr__(implementation, "function", guarded(implementation.function, blame, skip))
+
+    def _skip(self, info: PluginInfo, wrong: PluginFault | str, instead: Any = None) -> Any:
+        text = wrong if isinstance(wrong, str) else wrong.message
+        info.error = f"{info.error}; {text}" if info.error else text
+        log.warning("plugin %s of package %s is skipped: %s", info.name, info.package, text)
+        return instead
+
+    def _reject(self, info: PluginInfo, wrong: str, remedy: str = "Fix or uninstall it") -> None:
+        """Stop, or go on without."""
+        if not self._skip_broken:
+            raise PluginError(f"Plugin {info.name!r} of package {info.package!r}: {wrong}. {remedy}, or {SKIP}.")
+        self._skip(info, wrong)
+
+    def check(self) -> PluginHost:
+        """Look at every family of this process: what is wrong with one is raised, or in the report."""
+        for name, (role, hook, kind) in FAMILIES.items():
+            if role == self.role:
+                self.family(name, hook, kind)
+        return self
+
+    def family(self, name: str, hook: str, kind: type[S]) -> Mapping[str, S]:
+        """name -> spec of one family; checks type, fields, api_level and duplicate names once."""
+        if name not in self._families:
+            specs: dict[str, tuple[Spec, PluginInfo]] = {}
+            caller = getattr(self.manager.hook, hook)
+            for implementation in caller.get_hookimpls():
+                info = self._infos[self.manager.get_name(implementation.plugin) or "?"]
+                found = implementation.function()
+                if found is not None and not isinstance(found, (list, tuple)):
+                    self._reject(info, f"{hook}() must return a list of {kind.__name__}, not {_a(found)}")
+                    continue
+                for spec in found or []:
+                    if not self._fits(spec, kind, name, hook, info):
+                        continue
+                    if spec.name in specs:
+                        other = specs[spec.name][1].package
+                        self._reject(
+                            info,
+                            f"two plugins register the {name} name {spec.name!r}: packages {other!r} and {info.package!r}",
+                            "Uninstall one of them",
+                        )
+                        continue
+                    specs[spec.name] = (self._guard_spec(spec, name, info), info)
+            self._families[name] = specs
+        return {key: cast(S, spec) for key, (spec, _) in self._families[name].items()}
+
+    def _fits(self, spec: Any, kind: type[Spec], family: str, hook: str, info: PluginInfo) -> bool:
+        current = API_LEVEL[family]
+        if not isinstance(spec, kind):
+            self._reject(info, f"{hook}() must return a list of {kind.__name__}, but {_a(spec)} is in it")
+        elif (wrong := wrong_field(spec)) is not None:
+            self._reject(info, f"the {NOUNS[family]} {spec.name!r} is not well-formed: {wrong}")
+        elif spec.api_level not in (current, current - 1) or spec.api_level < 1:
+            levels = f"{current} and {current - 1}" if current > 1 else str(current)
+            self._reject(
+                info,
+                f"the {NOUNS[family]} {spec.name!r} has api_level {spec.api_level}, this Penstock speaks {levels}",
+                "Install a matching version",
+            )
+        else:
+            return True
+        return False
+
+    def _guard_spec(self, spec: Spec, family: str, info: PluginInfo) -> Spec:
+        """The spec with its functions' exceptions naming it. Built-in ones speak for themselves."""
+        if info.package == BUILT_IN:
+            return spec
+        functions: dict[str, Any] = {}
+        for field in spec.__struct_fields__:
+            function = getattr(spec, field)
+            if callable(function):
+                can_skip = field in WITHOUT
+                blame = functools.partial(_blame, spec, family, info, field, can_skip)
+                skip = functools.partial(self._skip, info, instead=WITHOUT[field]) if can_skip and self._skip_broken else None
+                check = functools.partial(_check_result, family, blame) if field == "factory" else None
+                functions[field] = guarded(function, blame, skip, check)
+        return msgspec.structs.replace(spec, **functions)
+
+    def blame(self, family: str, name: str, call: str, error: Exception | str) -> PluginFault:
+        """For a fault in what the factory of a spec gave: an exception in `call`, or what is wrong with its answer."""
+        spec, info = self._families[family][name]
+        return _blame(spec, family, info, call, False, error)
+
+    def devices(self) -> Mapping[str, DeviceSpec]:
+        return self.family("devices", "register_devices", DeviceSpec)
+
+    def models(self) -> Mapping[str, ModelSpec]:
+        return self.family("models", "register_models", ModelSpec)
+
+    def attention_backends(self) -> Mapping[str, AttentionSpec]:
+        return self.family("attention_backends", "register_attention_backends", AttentionSpec)
+
+    def weight_sources(self) -> Mapping[str, WeightSourceSpec]:
+        return self.family("weight_sources", "register_weight_sources", WeightSourceSpec)
+
+    def schedule_policies(self) -> Mapping[str, SchedulePolicySpec]:
+        return self.family("schedule_policies", "register_schedule_policies", SchedulePolicySpec)
+
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        return self.family("tokenizers", "register_tokenizers", TokenizerSpec)
+
+    def chat_renderers(self) -> Mapping[str, ChatRendererSpec]:
+        return self.family("chat_renderers", "register_chat_renderers", ChatRendererSpec)
+
+    def transports(self) -> Mapping[str, TransportSpec]:
+        return self.family("transports", "register_transports", TransportSpec)
+
+    def pick(self, family: str, name: str, option: str) -> Spec:
+        """The spec called `name`, or ConfigError naming the option and the nearest known name."""
+        specs = self._families[family]
+        if name not in specs:
+            skipped = [f"plugin {info.name!r} of package {info.package!r} ({info.error})" for info in self.plugins if info.error]
+            raise ConfigError(
+                f"--{option} {name}: no such plugin.{nearest(name, specs)} Known: {', '.join(sorted(specs)) or 'none'}."
+                + (f" Skipped as broken: {'; '.join(skipped)}." if skipped else ""),
+                param=option,
+            )
+        spec, info = specs[name]
+        self.note(family, spec.name, info.package, f"--{option} {name}")
+        return spec
+
+    def note(self, family: str, winner: str, package: str, why: str) -> None:
+        self.choices.append(Choice(family=family, winner=winner, package=package, why=why))
+
+    def package_of(self, family: str, name: str) -> str:
+        return self._families[family][name][1].package
+
+    def choose_device(self, wanted: str) -> DeviceSpec:
+        """`--device`: by name, or the available one that a plugin's choose_device hook or the highest priority picks."""
+        specs = self.devices()
+        if wanted != "auto":
+            spec = cast(DeviceSpec, self.pick("devices", wanted, "device"))
+            if not spec.available():
+                raise ConfigError(
+                    f"--device {wanted}: this machine has no such device. Leave --device out to take what is there.", param="device"
+                )
+            return spec
+        able = sorted((s for s in specs.values() if s.available()), key=lambda s: (-s.priority, s.name))
+        if not able:
+            raise ConfigError("No device plugin finds usable hardware. Install one, or use --device cpu.", param="device")
+        names = [s.name for s in able]
+        chosen = self.hook.choose_device(candidates=names)
+        if chosen is not None and chosen not in names:
+            raise PluginError(f"A choose_device hook chose {chosen!r}, which is not one of {names}.")
+        winner = specs[chosen or names[0]]
+        self.note("devices", winner.name, self.package_of("devices", winner.name), "choose_device hook" if chosen else "highest priority")
+        return winner
+
+    def report(self) -> list[list[str]]:
+        """Rows: plugin, package, version, process, hooks (or the error)."""
+        return [
+            [p.name, p.package, p.version, p.role, ", ".join(p.hooks) if p.error is None else f"broken: {p.error}"] for p in self.plugins
+        ]
+
+
+def _blame(spec: Spec, family: str, info: PluginInfo, call: str, can_skip: bool, error: Exception | str) -> PluginFault:
+    what = f"The {NOUNS[family]} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
+    other = SKIP if can_skip else f"choose another with {FLAGS[family]}" if family in FLAGS else ""
+    return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
+
+
+def _check_result(family: str, blame: Any, result: Any) -> None:
+    wrong = wrong_result(family, result)
+    if wrong is not None:
+        raise blame(wrong)
+
+
+def _a(found: Any) -> str:
+    return f"{type(found).__name__} ({str(found)[:60]!r})" if isinstance(found, (str, int, float)) else type(found).__name__
+
+
+def _package(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "?"
+
+
+def _version(entry: metadata.EntryPoint) -> str:
+    return entry.dist.version if entry.dist is not None else "?"

@@ -1,0 +1,1 @@
+"""Who runs where: root and its children, and all of it in one process."""

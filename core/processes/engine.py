@@ -1,0 +1,235 @@
+"""One engine: a device, and the actors that keep it busy.
+
+What it is: the assembly. It picks the device plugin, loads the runner on the device's own thread, builds scheduler, KV manager, executor and
+sampler for what the runner turned out to be, and hosts them as a cell or as tasks (`--wiring`). Messages go in by `post`, come out by the
+`output` callback; the device's results enter on the trio thread.
+What it does not know: sockets, processes, text. core/processes/kernel.py puts it into a process or beside text.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from penstock.core.actors.executor import Executor
+from penstock.core.actors.kv import KvManager
+from penstock.core.actors.sampler import Sampler
+from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
+from penstock.core.contract.devices import Device, DeviceCapabilities, Runner, RunnerConfig
+from penstock.core.contract.hookspecs import SchedulePolicySpec
+from penstock.core.contract.host import PluginHost
+from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
+from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark
+from penstock.core.runtime.clock import Clock, SystemClock
+from penstock.core.runtime.device_queue import ThreadDeviceQueue
+from penstock.core.runtime.hosts import FusedHost, TaskHost, make_host
+from penstock.core.runtime.wiring import CallPort, Port
+
+DTYPES = {"half": "float16", "float": "float32"}
+
+
+class DeviceQueue(Port, Protocol):
+    """A port for DeviceWork that can be closed."""
+
+    def close(self) -> None: ...
+
+
+def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerConfig:
+    """What a device needs of the configuration."""
+    return RunnerConfig(
+        model_path=config.model or "",
+        dtype=DTYPES.get(config.dtype, config.dtype),
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        num_gpu_blocks_override=config.num_gpu_blocks_override,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        load_format=config.load_format,
+        deterministic=config.deterministic,
+        enforce_eager=config.enforce_eager,
+        attention_backend=config.attention_backend,
+        seed=config.seed,
+        threads=config.threads,
+        max_logprobs=config.max_logprobs,
+        hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
+        plugins=plugins,
+    )
+
+
+def facts_of(config: Config, device: DeviceCapabilities, runner: Runner) -> EngineFacts:
+    memory = runner.memory
+    return EngineFacts(
+        model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
+        architecture=runner.facts.architecture,
+        dtype=runner.dtype,
+        device=device.name,
+        attention=runner.attention,
+        vocab_size=runner.facts.vocab_size,
+        max_model_len=runner.max_model_len,
+        block_size=config.block_size,
+        num_blocks=runner.num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        deterministic=config.deterministic,
+        fingerprint=runner.fingerprint,
+        kv_layout=runner.kv_layout,
+        weights_bytes=memory.weights,
+        workspace_bytes=memory.workspace + memory.graphs,
+        kv_bytes=memory.kv,
+        slack_bytes=memory.slack,
+        enable_prefix_caching=config.enable_prefix_caching,
+        bounded_steps=device.bounded_steps,
+    )
+
+
+class Engine:
+    """`await start(nursery)` once, then `post`. `output` gets StepTokens and Drained on the trio thread. A failure of an actor or of the device
+    ends the nursery with the error (EngineFailure for the device)."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        output: Callable[[Message], None],
+        engine: int = 0,
+        epoch: int = 1,
+        device: Device | None = None,
+        policy: SchedulePolicy | None = None,
+        plugins: PluginHost | None = None,
+        progress: Callable[[str, float], None] | None = None,
+        clock: Clock | None = None,
+        queue: Callable[..., DeviceQueue] | None = None,
+    ) -> None:
+        if plugins is None and (device is None or policy is None):
+            plugins = PluginHost("engine", skip_broken=config.skip_broken_plugins).load()
+        self.config = config
+        self.engine = engine
+        self.epoch = epoch
+        self._plugins = plugins
+        self._device = device
+        self._policy = policy
+        self._output = output
+        self._progress = progress or (lambda phase, fraction: None)
+        self._clock: Clock = clock or SystemClock()
+        self._make_queue = queue
+        self._queue: DeviceQueue | None = None
+        self.host: FusedHost | TaskHost | None = None
+        self.facts: EngineFacts | None = None
+        self._scheduler: Scheduler | None = None
+
+    # --- life
+
+    async def start(self, nursery: trio.Nursery) -> EngineFacts:
+        """Load and wire. Raises PenstockError for what the user can mend."""
+        device, policy = self._choose()
+        config = runner_config(self.config, self._plugins)
+        if self._make_queue is None:
+            runner = await self._load(device, config)
+        else:  # tests: a queue without a thread
+            runner = device.load(config, self._progress)
+            self._queue = self._make_queue(runner, engine=self.engine, epoch=self.epoch, post=self._device_says)
+        own = self.config.mixed_prefill_tokens
+        advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
+        settings = SchedulerSettings(
+            engine=self.engine,
+            epoch=self.epoch,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            mixed_prefill_tokens=advised if own is None else own,
+            mixed_prefill_gives_way=own is None,
+            max_model_len=runner.max_model_len,
+            block_size=self.config.block_size,
+            num_blocks=runner.num_blocks,
+            depth=device.capabilities.depth,
+            enable_chunked_prefill=self.config.enable_chunked_prefill,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            vocab=runner.facts.vocab_size,
+        )
+        assert self._queue is not None
+        self._scheduler = Scheduler(settings, policy, self._clock)
+        actors = (
+            self._scheduler,
+            KvManager(runner.num_blocks, self.config.block_size, enable_prefix_caching=self.config.enable_prefix_caching),
+            Executor(engine=self.engine, epoch=self.epoch),
+            Sampler(engine=self.engine, epoch=self.epoch),
+        )
+        self.host = make_host(self.config.wiring, actors, self._ports(self._queue))
+        await nursery.start(self.host.run)
+        self.facts = facts_of(self.config, device.capabilities, runner)
+        return self.facts
+
+    def _choose(self) -> tuple[Device, SchedulePolicy]:
+        device, policy = self._device, self._policy
+        if device is None:
+            assert self._plugins is not None
+            device = self._plugins.choose_device(self.config.device).factory()
+        if policy is None:
+            assert self._plugins is not None
+            self._plugins.schedule_policies()
+            spec = self._plugins.pick("schedule_policies", self.config.scheduling_policy, "scheduling-policy")
+            assert isinstance(spec, SchedulePolicySpec)
+            made = spec.factory(**{name: getattr(self.config, name) for name in spec.options})
+            policy = CheckedPolicy(made, functools.partial(self._plugins.blame, "schedule_policies", spec.name))
+            probe(policy)
+        return device, policy
+
+    def _ports(self, queue: DeviceQueue) -> tuple[Port, ...]:
+        return (
+            queue,
+            CallPort("text", self._emit, takes={StepTokens}, gives={Admit, Abort, Park, Unpark, PeerDown}),
+            CallPort("root", self._emit, takes={Drained}, gives={Drain}),
+        )
+
+    async def _load(self, device: Device, config: RunnerConfig) -> Runner:
+        token = trio.lowlevel.current_trio_token()
+        done = trio.Event()
+        queue = ThreadDeviceQueue(
+            engine=self.engine, epoch=self.epoch, post=lambda message: token.run_sync_soon(self._device_says, message)
+        )
+        self._queue = queue
+        future = queue.load(device, config, lambda phase, fraction: token.run_sync_soon(self._progress, phase, fraction))
+        future.add_done_callback(lambda _: token.run_sync_soon(done.set))
+        await done.wait()
+        return future.result()
+
+    def close(self) -> None:
+        """End the host and the device's thread (waits for the step that runs)."""
+        if self.host is not None:
+            self.host.close()
+        if self._queue is not None:
+            self._queue.close()
+
+    # --- messages
+
+    def post(self, *messages: Message) -> None:
+        """Admit, Abort, Park, Unpark, PeerDown, Drain; on the trio thread, after `start`."""
+        assert self.host is not None
+        self.host.post(*messages)
+
+    async def room(self) -> None:
+        assert self.host is not None
+        await self.host.room()
+
+    def _emit(self, message: Message, index: int | None) -> None:
+        self._output(message)
+
+    def _device_says(self, message: Message) -> None:
+        if self.host is None or self.host.closed:
+            return
+        self.host.post(message)
+        if type(message) is DeviceLost:
+            self.host.fail(EngineFailure(f"The device failed at step {message.step}: {message.error}"))
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(steps done, sequences and steps that should move it): what a heartbeat tells."""
+        return (0, 0) if self._scheduler is None else self._scheduler.progress

@@ -1,0 +1,254 @@
+"""The kernel: from a configuration to a running server.
+
+What it is: the one place that knows which roles there are and how they are put together. `serve` binds the listening socket, makes the private runtime
+directory, starts the children side by side and runs root; the children's mains are named here as data. `LocalServer` (core/processes/local.py) puts the
+same actors into one process for the Python API.
+What it does not know: how anything works inside. It imports nothing heavy: root stays small.
+
+  clients -- HTTP --> edge x E -- text-0.sock --> text -- engine-0.sock --> engine --> device thread
+                        \\______________ control links, lifelines ______________/
+                                               root
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from penstock.core.contract.host import check_names
+from penstock.core.processes.spawn import spawn
+from penstock.core.processes.supervisor import ChildSpec, Supervisor
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.control import Boot, Ready
+from penstock.core.protocol.errors import ConfigError, PenstockError
+from penstock.core.protocol.model_folder import with_model
+from penstock.core.runtime.clock import SystemClock
+
+if TYPE_CHECKING:
+    from penstock.core.processes.local import LocalServer as LocalServer
+
+BACKLOG = 2048
+RUN_PREFIX = "penstock-run-"
+LONGEST_BASE = 60
+"""Bytes of the path above the runtime directory: a unix socket's whole path has 107."""
+
+ENGINE_ENV = {
+    "GOMP_SPINCOUNT": "10000",
+    "MALLOC_ARENA_MAX": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""OpenMP's spin is bounded: without a bound idle threads burn the core that text needs (a step of 2 ms took 89 ms on busy cores)."""
+TEXT_ENV = {"MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "true"}
+EDGE_ENV = {"MALLOC_ARENA_MAX": "2"}
+
+
+def child_specs(config: Config) -> list[ChildSpec]:
+    """Who runs. The engine first: it takes longest to start."""
+    engine = ChildSpec(role="engine", id=0, module="penstock.core.processes.engine_process", env=ENGINE_ENV)
+    text = ChildSpec(role="text", id=0, module="penstock.core.processes.text_process", env=TEXT_ENV)
+    edges = [
+        ChildSpec(role="edge", id=index, module="penstock.transports.edge", env=EDGE_ENV, listens=True)
+        for index in range(config.edge_workers)
+    ]
+    return [engine, text, *edges]
+
+
+def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[ChildSpec] | None = None) -> int:
+    """Run a server until it is told to stop. Returns the exit status: 0 after a clean drain, 1 on failure, 128 + n if signal n cut it short.
+
+    Errors that the user can mend are one line on stderr.
+    """
+    run_dir: Path | None = None
+    listener: socket.socket | None = None
+    started: dict[tuple[str, int], tuple[subprocess.Popen[bytes], socket.socket]] = {}
+    try:
+        if specs is None:
+            check_names(config, extra_plugins)
+            config = with_model(config)
+        keyless = msgspec.structs.replace(config, api_key=[])  # only edges check keys
+        listener = bind(config)
+        run_dir = make_run_dir()
+        where = url_of(config, listener)
+        directory, fd = str(run_dir), listener.fileno()
+
+        def launch(spec: ChildSpec, epoch: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+            boot = Boot(
+                role=spec.role,
+                id=spec.id,
+                epoch=epoch,
+                config=config if spec.role == "edge" else keyless,
+                run_dir=directory,
+                root_pid=os.getpid(),
+                module=spec.module,
+                function=spec.function,
+                listen_fd=fd if spec.listens else -1,
+                edges=config.edge_workers,
+                extra_plugins=list(extra_plugins),
+            )
+            return spawn(boot, spec.env)
+
+        supervisor = Supervisor(
+            child_specs(config) if specs is None else specs,
+            clock=SystemClock(),
+            drain_s=config.shutdown_timeout,
+            max_restarts=config.engine_restarts,
+            watchdog_s=config.watchdog_timeout,
+        )
+        for child, message in zip(supervisor.children, supervisor.start(), strict=True):
+            started[child.spec.role, child.spec.id] = launch(child.spec, message.epoch)
+
+        import trio  # only now: the children import their libraries meanwhile
+
+        from penstock.core.processes.root import Root, complain
+
+        root = Root(config, supervisor, launch=launch, started=started, ready=lambda message: ready_lines(config, where, message))
+        left = trio.run(root.run)
+        if left.error:
+            complain(left.error)
+        return left.status
+    except PenstockError as error:
+        print(f"penstock: {error.message}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:  # before root listens to signals
+        return 128 + signal.SIGINT
+    finally:
+        for process, _ in started.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if listener is not None:
+            forget(config, listener)
+        if run_dir is not None:
+            shutil.rmtree(run_dir, ignore_errors=True)
+
+
+# ------------------------------------------------------------------ the listening socket
+
+
+def bind(config: Config) -> socket.socket:
+    """The one listening socket, which the edges inherit. Raises ConfigError when the place is taken or cannot be had."""
+    if config.uds is not None:
+        return _bind_unix(config.uds)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+    except OSError as error:
+        raise ConfigError(f"--host {config.host}: the address cannot be resolved ({error.strerror or error}).", param="host") from None
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart; never SO_REUSEPORT: two servers would share a port
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            hint = "Another server runs there; choose another --port (0 picks a free one)."
+            raise ConfigError(f"Port {config.port} on {config.host} is in use. {hint}", param="port") from None
+        raise ConfigError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.", param="host") from None
+    return sock
+
+
+def _bind_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if Path(path).is_socket():
+            try:
+                sock.connect(path)
+            except ConnectionRefusedError:
+                Path(path).unlink()  # of a server that is dead
+            else:
+                raise ConfigError(f"--uds {path}: another server listens there.", param="uds")
+            finally:
+                sock.close()
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(path)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"--uds {path}: cannot listen there ({error.strerror or error}).", param="uds") from None
+    except ConfigError:
+        sock.close()
+        raise
+    return sock
+
+
+def forget(config: Config, listener: socket.socket) -> None:
+    listener.close()
+    if config.uds is not None:
+        Path(config.uds).unlink(missing_ok=True)
+
+
+def url_of(config: Config, listener: socket.socket) -> str:
+    """The address for people: the real port, and a host that can be typed into a client."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    port = listener.getsockname()[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(config.host, config.host)
+    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
+
+
+# ------------------------------------------------------------------ the runtime directory
+
+
+def make_run_dir() -> Path:
+    """A private directory (0700) for the sockets between processes. Those of servers that were killed are removed."""
+    places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+    usable = [Path(place) for place in places if place and len(os.fsencode(place)) <= LONGEST_BASE and os.access(place, os.W_OK | os.X_OK)]
+    if not usable:
+        raise ConfigError("No writable directory with a short path for the sockets between processes: set XDG_RUNTIME_DIR.", param=None)
+    base = usable[0]
+    for old in base.glob(f"{RUN_PREFIX}*"):
+        _remove_if_stale(old)
+    return Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-", dir=base))
+
+
+def _remove_if_stale(path: Path) -> None:
+    try:
+        info = path.lstat()
+        pid = int(path.name.removeprefix(RUN_PREFIX).split("-")[0])
+        if info.st_uid != os.getuid() or not stat.S_ISDIR(info.st_mode):
+            return
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        shutil.rmtree(path, ignore_errors=True)
+    except (OSError, ValueError):
+        return
+
+
+# ------------------------------------------------------------------ what is said when all is up
+
+
+def ready_lines(config: Config, where: str, message: Ready) -> list[str]:
+    """What stdout gets: the engines, their memory, where to go, a command that works."""
+    from penstock.core.processes.root import engine_lines
+
+    lines = [line for facts in message.facts for line in engine_lines(facts)]
+    name = config.served_model_name[0] if config.served_model_name else "default"
+    lines.append(f"Penstock is ready: {where} (model {name}) after {message.seconds:.1f} s. Try:")
+    at = f"--unix-socket {config.uds} http://localhost" if config.uds is not None else where
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_key else ""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello! Who are you?"}}], "max_tokens": 64}}'
+    lines.append(f"  curl {at}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    return lines
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LocalServer":  # late: root must not import what it needs
+        from penstock.core.processes.local import LocalServer
+
+        return LocalServer
+    raise AttributeError(name)

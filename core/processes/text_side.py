@@ -1,0 +1,172 @@
+"""The text actor and what it needs around it.
+
+What it is: the assembly: tokenizer and chat renderer from plugins, the worker thread, sampling defaults, traces, the actor and its host. The ports to
+edges, engines and root are the caller's: links in the text process (core/processes/text_process.py), plain calls in one process (core/processes/local.py).
+What it does not know: sockets, which of the two it is in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import trio
+
+from penstock.core.actors.text import TextActor, resolve
+from penstock.core.actors.text.log_line import StatsLine
+from penstock.core.actors.text.worker import TokenizerWorker
+from penstock.core.contract.hookspecs import Spec
+from penstock.core.contract.host import PluginHost
+from penstock.core.contract.text import ChatRenderer, Tokenizer
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.control import Drain, Drained, EngineDown, EngineUp, Message, PeerDown, PeerUp, StartupPhase, Tick, Vitals
+from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.messages import (
+    Abort,
+    Admit,
+    Answer,
+    Cancel,
+    EdgeStats,
+    Encode,
+    Encoded,
+    Finished,
+    Park,
+    Query,
+    Rejected,
+    StepTokens,
+    Submit,
+    TextDelta,
+    TextReady,
+    Unpark,
+)
+from penstock.core.runtime.clock import Clock, SystemClock
+from penstock.core.runtime.hosts import FusedHost
+from penstock.core.runtime.wiring import CallPort
+from penstock.core.telemetry.traces import NO_TRACES, Traces
+
+S = TypeVar("S", bound=Spec)
+TICK_S = 1.0
+
+FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, Query, EdgeStats, PeerUp, PeerDown})
+TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Finished, Rejected, Answer, TextReady})
+FROM_ENGINES: frozenset[type[Message]] = frozenset({EngineUp, StepTokens, PeerUp, PeerDown})
+TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark})
+FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals, StartupPhase})
+TO_ROOT: frozenset[type[Message]] = frozenset({Drained})
+
+Deliver = Callable[[Message, int | None], None]
+
+
+def first_match(specs: Mapping[str, S], model_path: str, what: str) -> S:
+    """The spec that takes this model; later plugins are asked before built-ins. Raises CheckpointError."""
+    for spec in reversed(list(specs.values())):
+        if spec.matches(model_path):  # type: ignore[attr-defined]
+            return spec
+    raise CheckpointError(f"No {what} plugin can read {model_path}. Give --tokenizer a folder with a tokenizer.json.", param="tokenizer")
+
+
+class WithDefaults:
+    """A chat renderer with --default-chat-template-kwargs under what a request gives."""
+
+    def __init__(self, renderer: ChatRenderer, defaults: dict[str, Any]) -> None:
+        self._renderer = renderer
+        self._defaults = defaults
+
+    def render(self, messages: list[dict[str, Any]], *, kwargs: dict[str, Any], **how: Any) -> str:
+        return self._renderer.render(messages, kwargs={**self._defaults, **kwargs}, **how)
+
+    def __getattr__(self, name: str) -> Any:  # what a renderer has besides
+        return getattr(self._renderer, name)
+
+
+class TextSide:
+    """Construct (loads the tokenizer: blocks), then `await nursery.start(side.run)`, then `post`."""
+
+    def __init__(
+        self,
+        config: Config,
+        plugins: PluginHost,
+        *,
+        to_edges: Deliver,
+        to_engines: Deliver,
+        to_root: Deliver,
+        shard: int = 0,
+        traces: Traces = NO_TRACES,
+        clock: Clock | None = None,
+        log: Any = None,
+        inline: bool = True,
+    ) -> None:
+        self._clock: Clock = clock or SystemClock()
+        model = config.model or ""
+        source = config.tokenizer or model
+        tokenizer = first_match(plugins.tokenizers(), source, "tokenizer").factory(source)
+        renderer = first_match(plugins.chat_renderers(), source, "chat renderer").factory(source, config.chat_template)
+        if config.default_chat_template_kwargs:
+            renderer = WithDefaults(renderer, json.loads(config.default_chat_template_kwargs))
+        self.tokenizer: Tokenizer = tokenizer
+        self.renderer: ChatRenderer = renderer
+        self.traces = traces
+        self.actor = TextActor(
+            config,
+            tokenizer,
+            names=config.served_model_name or [model],
+            model_path=model,
+            defaults=resolve.generation_defaults(config, model),
+            clock=self._clock,
+            traces=traces,
+            hooks=plugins.hook,
+            log=log,
+            shard=shard,
+        )
+        stats = log is not None and config.log_stats
+        self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
+        self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
+        ports = (
+            CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),
+            CallPort("engines", to_engines, takes=TO_ENGINES, gives=FROM_ENGINES),
+            CallPort("root", to_root, takes=TO_ROOT, gives=FROM_ROOT),
+            CallPort("tokenizer", self._to_worker, takes={Encode}, gives={Encoded}),
+            CallPort("clock", _nowhere, gives={Tick}),
+        )
+        self.host = FusedHost([self.actor], ports, inline=inline)
+        self._taken = 0
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until `close`, or raises what the actor could not survive."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tick)
+            await self.host.run(task_status)
+            nursery.cancel_scope.cancel()
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(TICK_S)
+            now = self._clock.now_ns()
+            self.host.post(Tick(now_ns=now))
+            if self._stats is not None:
+                self._stats.tick(now)
+
+    def _to_worker(self, message: Message, index: int | None) -> None:
+        assert isinstance(message, Encode)
+        self._worker.submit(message)
+
+    def post(self, messages: Iterable[Message]) -> None:
+        """On the trio thread."""
+        batch = tuple(messages)
+        self._taken += len(batch)
+        self.host.post(*batch)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(messages from outside, open requests): what a heartbeat tells."""
+        return self._taken, len(self.actor.ledger.requests)
+
+    def close(self) -> None:
+        self.host.close()
+        self._worker.close()
+        self.traces.shutdown()
+
+
+def _nowhere(message: Message, index: int | None) -> None:
+    raise AssertionError("nothing is sent to the clock")

@@ -1,0 +1,613 @@
+"""Every struct that may enter a mailbox.
+
+What it is: the closed family of messages, one tagged union per edge of the actor graph, plus `Extension` for plugin actors.
+Columns are numpy arrays of equal length unless a `*_counts` column says otherwise (then the payload is the concatenation of the rows:
+CSR with counts). One message a step per edge of the graph, never one a sequence.
+Evolution rule: append fields with defaults, never reorder, never reuse a tag; `tests/contract` keeps a snapshot.
+What it does not know: who handles a message (that is the wiring's table in `core/processes/kernel.py`), loops, sockets.
+
+Identity: a request is `key` (int64, below 2**56, given by the edge: see `edge_key`); one of its `n` choices is `seq = key << 7 | choice`.
+`incarnation` counts re-admissions of the same sequence (after a preemption it stays, after an engine's death it grows).
+`step` counts from 1 within an `epoch`; an epoch is one life of an engine process.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, EMPTY_I64, EMPTY_U8, Column
+from penstock.core.protocol.control import PROTOCOL_LEVEL as PROTOCOL_LEVEL
+from penstock.core.protocol.control import Boot as Boot
+from penstock.core.protocol.control import ChildDown as ChildDown
+from penstock.core.protocol.control import ChildExited as ChildExited
+from penstock.core.protocol.control import ChildToRoot as ChildToRoot
+from penstock.core.protocol.control import ChildUp as ChildUp
+from penstock.core.protocol.control import Drain as Drain
+from penstock.core.protocol.control import Drained as Drained
+from penstock.core.protocol.control import EngineDown as EngineDown
+from penstock.core.protocol.control import EngineFacts as EngineFacts
+from penstock.core.protocol.control import EngineUp as EngineUp
+from penstock.core.protocol.control import Extension as Extension
+from penstock.core.protocol.control import Heartbeat as Heartbeat
+from penstock.core.protocol.control import Hello as Hello
+from penstock.core.protocol.control import KillChild as KillChild
+from penstock.core.protocol.control import Leave as Leave
+from penstock.core.protocol.control import Message as Message
+from penstock.core.protocol.control import Notice as Notice
+from penstock.core.protocol.control import PeerDown as PeerDown
+from penstock.core.protocol.control import PeerUp as PeerUp
+from penstock.core.protocol.control import Ready as Ready
+from penstock.core.protocol.control import RootToChild as RootToChild
+from penstock.core.protocol.control import Signalled as Signalled
+from penstock.core.protocol.control import StartChild as StartChild
+from penstock.core.protocol.control import StartupPhase as StartupPhase
+from penstock.core.protocol.control import Stop as Stop
+from penstock.core.protocol.control import Tick as Tick
+from penstock.core.protocol.control import Vital as Vital
+from penstock.core.protocol.control import Vitals as Vitals
+from penstock.core.protocol.sampling import SamplingParams
+
+CHOICE_BITS = 7
+
+# Reasons in StepTokens.reasons
+RUNNING, STOP, LENGTH, ABORTED, FAILED = 0, 1, 2, 3, 4
+REASON_NAMES: dict[int, str] = {STOP: "stop", LENGTH: "length", ABORTED: "abort", FAILED: "error"}
+
+
+def seq_of(key: int, choice: int) -> int:
+    return key << CHOICE_BITS | choice
+
+
+def key_of(seq: int) -> int:
+    return seq >> CHOICE_BITS
+
+
+def choice_of(seq: int) -> int:
+    return seq & ((1 << CHOICE_BITS) - 1)
+
+
+# ------------------------------------------------------------------ edge -> text
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """One prompt of one request. Exactly one of `messages`, `prompt`, `prompt_ids` (I32) is given.
+
+    `messages`, `tools`, `template_kwargs` are raw JSON (the chat template's input); `rid` is the id that the client sees. `kind` "chat" goes with
+    `messages`. `model` "" is the default one. `tenant` (RequestContext.tenant) and `cache_salt` say who shares prefixes with whom. `stream`
+    informs: rows come as they are made in any case. `traceparent`, `tracestate`, `received_ns` may be left out.
+    """
+
+    key: int
+    edge: int
+    rid: str
+    kind: Literal["chat", "completion"]
+    model: str
+    sampling: SamplingParams
+    messages: bytes = b""
+    tools: bytes = b""
+    template_kwargs: bytes = b""
+    prompt: str | None = None
+    prompt_ids: Column | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    echo: bool = False
+    stream: bool = False
+    explicit: list[str] = msgspec.field(default_factory=list)
+    """Sampling fields that the client itself gave; the others take the model's generation_config.json defaults. Who gave `max_tokens` by
+    another name has that name here too, so that an error can use it."""
+    want_ids: bool = False
+    """Send prompt_token_ids with the first delta."""
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    traceparent: str = ""
+    tracestate: str = ""
+    received_ns: int = 0
+    sent_ns: int = 0
+    """When it left the edge: there `receive` ends and text's first span begins."""
+    to_wall_ns: int = 0
+    """What the edge adds to a moment on CLOCK_MONOTONIC to get its spans' time since the Unix epoch; text adds the same, so that their spans
+    touch. 0: no span was begun."""
+    prompt_name: str = ""
+    """What the client calls this prompt ("prompt[3]"), for errors; "" is "messages" or "prompt"."""
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """The client went away, or the edge gave the stream up. Idempotent. `cause` is a metric label."""
+
+    key: int
+    cause: Literal["disconnect", "slow_client", "timeout", "drain", "client"] = "disconnect"
+
+
+class Park(Message, frozen=True, kw_only=True):
+    """The client reads too slowly: stop producing for this request, keep its state. Travels edge -> text -> engine."""
+
+    key: int
+
+
+class Unpark(Message, frozen=True, kw_only=True):
+    key: int
+
+
+class Query(Message, frozen=True, kw_only=True):
+    """A question of an edge that is answered by one `Answer` with the same `id`.
+
+    what: "models" | "tokenize" | "detokenize" | "tokenizer_info" | "metrics" | "health" | "server_info"; `body` is its JSON argument.
+    """
+
+    id: int
+    edge: int
+    what: str
+    body: bytes = b""
+
+
+class EdgeStats(Message, frozen=True, kw_only=True):
+    """Cumulative counters of one edge, so that text holds one consistent view: flat name{label="value"} -> number."""
+
+    edge: int
+    counters: dict[str, float]
+
+
+# ------------------------------------------------------------------ text -> edge
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One position: the chosen token first, then the top k, most likely first. Texts are the tokens decoded alone, bytes their UTF-8."""
+
+    ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+    texts: list[str]
+    bytes_: list[bytes]
+    silent: bool = False
+    """The chosen token adds nothing to the text: a special token that is left out."""
+
+
+class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The rare parts of a delta row: `row` indexes the columns of the TextDelta that carries it."""
+
+    row: int
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_token_ids: Column | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
+    error_code: str | None = None
+    prompt_text: str | None = None
+    """With echo: the prompt as text, in the request's first row."""
+    prompt_offsets: list[int] = []
+    """With echo and prompt_logprobs: where each prompt token begins in prompt_text, in characters."""
+    prompt_first: bytes = b""
+    """With those: the bytes of the prompt's first token, which has no entry in prompt_logprobs."""
+
+
+class TextDelta(Message, frozen=True, kw_only=True):
+    """All that one step brought for one edge. Rows of one (key, choice) come in order; `reasons` non-empty ends the choice.
+
+    keys I64, choices I32, texts, counts I32 (tokens in the row), tokens I32 (CSR by counts), prompt_tokens I32, cached_tokens I32,
+    output_tokens I32 (total so far), reasons ("" = goes on, else stop | length | abort | error).
+    """
+
+    keys: Column
+    choices: Column
+    texts: list[str]
+    counts: Column
+    tokens: Column
+    prompt_tokens: Column
+    cached_tokens: Column
+    output_tokens: Column
+    reasons: list[str]
+    extras: list[RowExtra] = msgspec.field(default_factory=list)
+
+
+class Finished(Message, frozen=True, kw_only=True):
+    """The request is over: every choice has ended. Nothing follows for this key. Times in ns on CLOCK_MONOTONIC, 0 if never reached."""
+
+    key: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    queue_ns: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+    first_token_ns: int = 0
+    preemptions: int = 0
+    done_ns: int = 0
+    """When text was done with it: there the edge's `send` begins."""
+
+
+class Rejected(Message, frozen=True, kw_only=True):
+    """The request never started. Fields as in PenstockError."""
+
+    key: int
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class Answer(Message, frozen=True, kw_only=True):
+    """The answer to a Query: JSON (or Prometheus text for "metrics"), or an error as in Rejected when status is not 200."""
+
+    id: int
+    body: bytes
+    status: int = 200
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How large one prompt may be (core/actors/text/bounds.py). `context_chars` 0: the tokenizer gives no such bound."""
+
+    max_model_len: int
+    max_chars: int
+    context_chars: int
+    max_ids: int
+
+
+class TextReady(Message, frozen=True, kw_only=True):
+    """Sent to each edge on connect, whenever readiness changes, and every second as a sign of life: is everything up that answers need, and
+    if not, what is missing."""
+
+    ready: bool
+    reason: str = ""
+    epoch: int = 0
+    waits: bool = False
+    """Not ready, but requests are taken and wait: an engine is being restarted."""
+    limits: Limits | None = None
+    ages: dict[str, float] = msgspec.field(default_factory=dict)
+    """Seconds since each process that answers depend on was last heard of, by name ("engine-0")."""
+
+
+# ------------------------------------------------------------------ inside the text process
+
+
+class Encode(Message, frozen=True, kw_only=True):
+    """Text -> its tokenizer worker (off the loop): render and tokenise one prompt, fields as in Submit; or work out the answer to a question
+    of that kind, whose Query has `body`. `job` comes back."""
+
+    job: int
+    kind: Literal["chat", "completion", "tokenize", "detokenize"]
+    messages: bytes = b""
+    tools: bytes = b""
+    template_kwargs: bytes = b""
+    prompt: str = ""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = True
+    bad_words: list[str] = msgspec.field(default_factory=list)
+    ids: Column = EMPTY_I32
+    """A prompt that came as tokens (then `prompt` is empty): it is only cut and hashed."""
+    keep: int = 0
+    """Keep only so many of the last tokens; 0 keeps all."""
+    root_hash: bytes = b""
+    block_size: int = 0
+    """Hash full prompt blocks of this size from `root_hash`; 0: no hashes are wanted."""
+    limits: Limits | None = None
+    """Bounds of the text (rendered, if by a template), checked before it is tokenised; None: none."""
+    want_text: bool = False
+    """Send the text of the ids that are left (an echo)."""
+    body: bytes = b""
+    vocab_size: int = 0
+    """Of the model, or of the tokenizer while no model is known: ids beyond are no tokens."""
+
+
+class Encoded(Message, frozen=True, kw_only=True):
+    """The worker's answer: `ids` I32, or an error as in Rejected. `rendered` is the prompt text."""
+
+    job: int
+    ids: Column = EMPTY_I32
+    rendered: str = ""
+    bad_words_ids: list[list[int]] = msgspec.field(default_factory=list)
+    error: str = ""
+    error_param: str | None = None
+    started_ns: int = 0
+    finished_ns: int = 0
+    error_code: str = ""
+    hashes: bytes = b""
+    """16 bytes per full prompt block, if asked for."""
+    error_status: int = 400
+    body: bytes = b""
+    """The answer to a question, as JSON."""
+
+
+# ------------------------------------------------------------------ text -> engine
+
+
+class Admit(Message, frozen=True, kw_only=True):
+    """A request enters an engine. `prompt` I32; `hashes` are 16 bytes per full prompt block (see core/protocol/hashing.py).
+
+    `choices` I32 are those to run (all of 0..n-1 at first). `outputs` I32 are tokens that text already received for them (CSR by
+    `output_counts`), which are computed again, never sampled again; `sampling.seed` is always set. `eos` I32 are the model's
+    end tokens (unless ignore_eos) ; `root_hash` is the 16-byte hash-chain root of this request's cache key.
+    `max_tokens` is resolved against the context; 0: the prompt is computed and nothing drawn. `prefill_only` and `kv_handle` are for disaggregation, `adapter` for LoRA.
+    """
+
+    key: int
+    incarnation: int
+    prompt: Column
+    hashes: bytes
+    root_hash: bytes
+    choices: Column
+    sampling: SamplingParams
+    max_tokens: int
+    eos: Column
+    outputs: Column = EMPTY_I32
+    output_counts: Column = EMPTY_I32
+    priority: int = 0
+    arrival_ns: int = 0
+    replay: bool = False
+    prefill_only: bool = False
+    kv_handle: bytes = b""
+    adapter: int = 0
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Stop the given sequences (I64) now; their blocks return within two steps. Unknown ones are ignored."""
+
+    seqs: Column
+
+
+# ------------------------------------------------------------------ engine -> text
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges and cumulative counters of one engine, read at a step's end."""
+
+    running: int = 0
+    waiting: int = 0
+    parked: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_total: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_computed: int = 0
+    prompt_cached: int = 0
+    batch_tokens: int = 0
+    quarantined: int = 0
+
+
+class LogprobColumns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sparse log-probabilities. Row i: `rows[i]` (index into the step's token rows; for prompts: index into `slots`/`seqs` given beside),
+    `positions[i]` (0-based position of the predicted token in the sequence), then counts[i] ids and values, the predicted token first.
+    `ranks[i]` is the predicted token's 1-based rank. `ids` I32 and `values` F32 (log-softmax of the raw logits) are CSR by `counts`; after the
+    predicted token come the most likely ones, best first (as many as were asked for). All others are I32.
+    """
+
+    rows: Column = EMPTY_I32
+    positions: Column = EMPTY_I32
+    counts: Column = EMPTY_I32
+    ranks: Column = EMPTY_I32
+    ids: Column = EMPTY_I32
+    values: Column = EMPTY_F32
+
+
+class StepTokens(Message, frozen=True, kw_only=True):
+    """The tokens of one step. Columns: seqs I64, incarnations I32, offsets I32 (index of the token in the sequence's output),
+    tokens I32, reasons U8. A row with token -1 carries a reason only. Text accepts only offset == its ledger's length.
+
+    started_*: sequences that were first scheduled in this step (cached_tokens from the prefix cache); times in ns.
+    prompt_*: prompt log-probabilities, LogprobColumns.rows indexing `prompt_seqs`.
+    """
+
+    engine: int
+    epoch: int
+    step: int
+    seqs: Column
+    incarnations: Column
+    offsets: Column
+    tokens: Column
+    reasons: Column
+    stats: EngineStats
+    started_ns: int = 0
+    finished_ns: int = 0
+    started_seqs: Column = EMPTY_I64
+    started_cached: Column = EMPTY_I32
+    preempted_seqs: Column = EMPTY_I64
+    logprobs: LogprobColumns | None = None
+    prompt_seqs: Column = EMPTY_I64
+    prompt_logprobs: LogprobColumns | None = None
+    errors: list[str] = msgspec.field(default_factory=list)
+    """Why, for each FAILED row in order."""
+
+
+# ------------------------------------------------------------------ inside the engine cell
+
+
+class Plan(Message, frozen=True, kw_only=True):
+    """The scheduler's note to itself: every message that was already queued is handled before it plans."""
+
+
+class KvStep(Message, frozen=True, kw_only=True):
+    """Everything the scheduler wants of the KV manager for one step, applied in this order:
+
+    1. commit: sequences' computed lengths grew to `commit_lens`; `commit_tokens` (CSR by `commit_counts`) are the token values of all
+       positions of the newly completed blocks whose hashes did not come with the look-up. Prompt blocks may be committed as soon as the
+       Forward that writes them was given to the device queue, generated ones when their values are known.
+    2. release: (seqs, incarnations) give all their blocks back (hashed ones stay cached until evicted; where `release_drop` is 1 the
+       blocks' content is not trusted and nothing stays).
+    3. lookup: new sequences; `lookup_hashes` are their prompt block hashes (16 bytes each, CSR by `lookup_counts`), `lookup_roots` 16 bytes
+       each. The grant says how many tokens were hit: whole blocks, at most `lookup_max` tokens (length - 1; 0 for seqs with
+       prompt_logprobs). A look-up takes effect together with the sequence's reserve row, and a denied one keeps nothing. -1: the next
+       block is just being computed by another sequence; ask again next step. A denied row still tells what was found. `lookup_again` is 1 where the request was already counted.
+    4. fork: `fork_dst` shares all full blocks of `fork_src`'s first `fork_lens` tokens and gets its own copy of a partial last one.
+    5. reserve: each sequence must hold blocks for `reserve_lens` tokens. Granted row by row in order; a denied row changes nothing.
+       Rows of looked-up sequences come last, leave at least `keep_free` blocks, and after the first of them that memory denies the
+       rest are denied too (nobody overtakes).
+    """
+
+    step: int
+    release_seqs: Column = EMPTY_I64
+    release_incarnations: Column = EMPTY_I32
+    commit_seqs: Column = EMPTY_I64
+    commit_lens: Column = EMPTY_I32
+    commit_tokens: Column = EMPTY_I32
+    commit_counts: Column = EMPTY_I32
+    lookup_seqs: Column = EMPTY_I64
+    lookup_incarnations: Column = EMPTY_I32
+    lookup_max: Column = EMPTY_I32
+    lookup_hashes: bytes = b""
+    lookup_counts: Column = EMPTY_I32
+    lookup_roots: bytes = b""
+    fork_src: Column = EMPTY_I64
+    fork_dst: Column = EMPTY_I64
+    fork_lens: Column = EMPTY_I32
+    reserve_seqs: Column = EMPTY_I64
+    reserve_lens: Column = EMPTY_I32
+    release_drop: Column = EMPTY_U8
+    lookup_again: Column = EMPTY_U8
+    keep_free: int = 0
+
+
+class KvGrant(Message, frozen=True, kw_only=True):
+    """The KV manager's answer. `block_*` rows (block_seqs I64, block_index I32, block_ids I32) are every block that a sequence newly
+    holds, shared ones included, in order; copies are (source, destination) blocks for the head of the next Forward."""
+
+    step: int
+    granted: Column = EMPTY_U8
+    forked: Column = EMPTY_U8
+    lookup_cached: Column = EMPTY_I32
+    block_seqs: Column = EMPTY_I64
+    block_index: Column = EMPTY_I32
+    block_ids: Column = EMPTY_I32
+    copy_src: Column = EMPTY_I32
+    copy_dst: Column = EMPTY_I32
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    total_blocks: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    quarantined: int = 0
+
+
+class Forward(Message, frozen=True, kw_only=True):
+    """One step of the model, columnar. Positions, token values and slot mapping live on the device; a *slot* (0..max_num_seqs-1) holds a
+    running sequence's token history and block table.
+
+    Applied in this order: copies (blocks copy_src -> copy_dst); places (slots that a sequence enters: its history becomes the
+    `place_counts[i]` tokens, its block table is emptied; `place_tokens` is CSR); blocks (block_table[block_slots, block_index] = block_ids);
+    rows: for row i compute the tokens at positions [starts[i], starts[i]+counts[i]) of slots[i]. A position at or beyond the known
+    history is the token that an earlier Sample put there. Decode rows (counts == 1 at the end of the history) come first: `num_decode`.
+
+    All columns are I32; no slot has two rows. KV of positions before `starts` is in the blocks of the slot's table: position p lies in block
+    table[p // block_size] at offset p % block_size. What is computed must be written there before `sample`. `engine`, `epoch` and `step` go
+    into StepDone as they are.
+    """
+
+    engine: int
+    epoch: int
+    step: int
+    slots: Column
+    starts: Column
+    counts: Column
+    num_decode: int
+    copy_src: Column = EMPTY_I32
+    copy_dst: Column = EMPTY_I32
+    place_slots: Column = EMPTY_I32
+    place_counts: Column = EMPTY_I32
+    place_tokens: Column = EMPTY_I32
+    block_slots: Column = EMPTY_I32
+    block_index: Column = EMPTY_I32
+    block_ids: Column = EMPTY_I32
+
+
+class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling state of a sequence that enters a slot: it holds until another one comes, or until Forward places the slot anew. `choice` (which of
+    the request's n) and `params.seed` (always set) make the draw's random numbers. `prompt_len` separates prompt from output in the slot's history (penalties look at
+    both as in vLLM: repetition at prompt and output, frequency and presence at output only). Order: penalties, logit_bias, allowed_token_ids,
+    bad_words_token_ids, stop_ids while less than min_tokens exist; then temperature, top_k, top_p, min_p."""
+
+    slot: int
+    choice: int
+    prompt_len: int
+    params: SamplingParams
+    stop_ids: Column = EMPTY_I32
+    """Ids masked out until min_tokens outputs exist (end tokens and stop_token_ids)."""
+
+
+class Sample(Message, frozen=True, kw_only=True):
+    """Draw one token for each row: from the last computed position of Forward row `rows[i]`, into slot `slots[i]` at position
+    `positions[i]` (absolute, so that Philox counters do not depend on batching). Many-to-one for n > 1.
+
+    `prompt_rows`: Forward rows whose prompt log-probabilities are wanted (every position computed in this step that predicts a prompt
+    token), with `prompt_topk` each.
+
+    All columns are I32. `engine`, `epoch` and `step` are those of the Forward before. `places` come first. A Forward row that nothing is drawn
+    from (a part of a prompt) has no row here. Each token is also written to history[slots[i], positions[i]]: the next Forward may compute it
+    before anybody read it.
+    """
+
+    engine: int
+    epoch: int
+    step: int
+    rows: Column
+    slots: Column
+    positions: Column
+    places: list[SlotSampling] = msgspec.field(default_factory=list)
+    prompt_rows: Column = EMPTY_I32
+    prompt_topk: Column = EMPTY_I32
+
+
+class StepDone(Message, frozen=True, kw_only=True):
+    """Step `step` of this `engine` and `epoch` has left the device. `slots` I32 as in Sample, `tokens` I32 drawn for them; `started_ns` and
+    `finished_ns` on CLOCK_MONOTONIC around the device's work; `logprobs` for rows whose SamplingParams.logprobs is not None."""
+
+    engine: int
+    epoch: int
+    step: int
+    slots: Column
+    tokens: Column
+    started_ns: int = 0
+    finished_ns: int = 0
+    logprobs: LogprobColumns | None = None
+    """rows index slots/tokens."""
+    prompt_logprobs: LogprobColumns | None = None
+    """rows index Sample.prompt_rows."""
+    bad_rows: Column = EMPTY_I32
+    """Rows whose logits held NaN or infinity only: their sequences fail, nobody else's."""
+
+
+class DeviceLost(Message, frozen=True, kw_only=True):
+    """The device cannot go on; the engine leaves with a non-zero status and its sequences are replayed elsewhere or later."""
+
+    engine: int
+    epoch: int
+    step: int
+    error: str
+
+
+class DeviceWork(Message, frozen=True, kw_only=True):
+    """An entry for the ordered device queue: exactly one of forward and sample."""
+
+    forward: Forward | None = None
+    sample: Sample | None = None
+
+
+def message_types() -> list[type[Message]]:
+    """Every concrete message, in definition order."""
+    return [value for value in globals().values() if isinstance(value, type) and issubclass(value, Message) and value is not Message]
+
+
+# The unions that links decode: one per edge of the graph.
+EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Extension
+TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension
+TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension
+EngineToText = Hello | EngineUp | StepTokens | Extension
+
+
+def union_of(link: Literal["edge>text", "text>edge", "text>engine", "engine>text", "root>child", "child>root"]) -> Any:
+    return {
+        "edge>text": EdgeToText,
+        "text>edge": TextToEdge,
+        "text>engine": TextToEngine,
+        "engine>text": EngineToText,
+        "root>child": RootToChild,
+        "child>root": ChildToRoot,
+    }[link]

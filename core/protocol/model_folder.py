@@ -1,0 +1,47 @@
+"""Which folder is served, and under which name.
+
+What it is: the one place that turns `--model` (or its absence: the demo model that comes with the package) into an absolute folder and a served
+name, before any process starts, so that all of them agree and a typing error is one clear line.
+What it does not know: what is in config.json.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import msgspec
+
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import ConfigError
+
+DEMO_FOLDER = "demo_model/brook"
+DEMO_NAME = "brook"
+
+
+def demo_folder() -> Path:
+    """The demo model's folder inside the installed package (it may be missing). Imports nothing."""
+    spec = importlib.util.find_spec("penstock.plugins")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(places[0]) / DEMO_FOLDER if places else Path(DEMO_FOLDER)
+
+
+def with_model(config: Config) -> Config:
+    """`config` with `model` as an absolute folder and a first served name. Raises ConfigError."""
+    if config.model is None:
+        folder, name = demo_folder(), DEMO_NAME
+        if not (folder / "config.json").is_file():
+            raise ConfigError("This installation holds no demo model. Name a Hugging Face folder: penstock serve FOLDER.", param="model")
+    else:
+        folder = Path(config.model).expanduser().absolute()
+        name = folder.name
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--model {config.model}: there is no such folder. Penstock downloads nothing: give the path of a Hugging Face checkpoint.",
+                param="model",
+            )
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"--model {config.model}: the folder holds no config.json, so it is no Hugging Face checkpoint.", param="model"
+            )
+    return msgspec.structs.replace(config, model=str(folder), served_model_name=config.served_model_name or [name])

@@ -1,0 +1,1 @@
+"""The microkernel itself: actors, hosts, wiring, frames, links, the device queue."""

@@ -1,0 +1,356 @@
+"""Where actors run.
+
+What it is: two hosts for the same actors. `FusedHost` is a *cell*: several actors behind one FIFO; whoever posts from the host's thread runs the cell to completion there and
+then, a handler is never re-entered, and an `Ask` is answered inside the run. `TaskHost` gives every actor its own trio task and bounded
+mailbox; an `Ask` waits for a one-shot reply. Both pass the same tests, which proves that the actors are pure.
+What it does not know: which actors exist, where a message belongs (core/runtime/wiring.py has the tables), sockets and devices (they are ports).
+
+Failure: an exception in a handler fails the host: nothing more is handled, `run` raises it. An actor that can survive one (by failing one
+request) has a method `failed(message, error) -> Handling`, whose messages are routed instead; if that raises, the host fails.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from types import GeneratorType
+from typing import Any, Protocol
+
+import trio
+
+from penstock.core.protocol.control import Message
+from penstock.core.runtime.actor import Actor, Ask, To
+from penstock.core.runtime.wiring import Port, Routes, WiringError, route
+
+MAILBOX = 1024
+"""Messages that a task actor's mailbox takes before other actors wait. Posts from outside always fit: their bound is the links' credit."""
+
+
+class Host(Protocol):
+    """What both hosts offer. Construct on any thread, everything else but `post_soon` belongs to the trio thread."""
+
+    def post(self, *messages: Message) -> None:
+        """Give messages from the ports' side, in order; they are all queued before the first is handled."""
+        ...
+
+    def post_soon(self, message: Message) -> None:
+        """The same from any thread, once `run` has started."""
+        ...
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until `close`, or raises what a handler raised."""
+        ...
+
+    async def room(self) -> None:
+        """Wait until the host takes more from outside without piling it up."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Base(abc.ABC):
+    def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], routes: Routes | None) -> None:
+        self.routes = route(actors, ports) if routes is None else routes
+        self._actors = {actor.name: actor for actor in actors}
+        self._ports = {port.name: port for port in ports}
+        self._entry: dict[type[Message], str] = {}
+        for port in ports:
+            self._entry.update(self.routes[port.name])
+        self._failure: BaseException | None = None
+        self._ended = trio.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self.handled = 0
+        """Messages handled by actors so far (the budget test counts them)."""
+
+    def _taker_of(self, message: Message) -> str:
+        try:
+            return self._entry[type(message)]
+        except KeyError:
+            raise WiringError(f"No port of this host gives {type(message).__name__}.") from None
+
+    def fail(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._ended.set()
+
+    @property
+    def closed(self) -> bool:
+        return self._ended.is_set()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    @abc.abstractmethod
+    def post(self, *messages: Message) -> None:
+        """Take messages, on the trio thread."""
+
+    def post_soon(self, message: Message) -> None:
+        """From any thread. After the loop has ended there is nobody to tell: the message is dropped."""
+        assert self._token is not None, "run() has not started"
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self.post, message)
+
+
+class FusedHost(_Base):
+    """The cell. `post` from the trio thread runs everything that is due right there (no task switch); a call from within a handler or a
+    port only queues. With `inline=False` a task of its own does the running instead: for a host whose posters must not wait for it."""
+
+    def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], *, routes: Routes | None = None, inline: bool = True) -> None:
+        super().__init__(actors, ports, routes)
+        self._inline = inline
+        self._queue: deque[tuple[str, Message]] = deque()
+        self._running = False
+        self._busy: set[str] = set()
+        self._wake = trio.Event()
+
+    def post(self, *messages: Message) -> None:
+        if self._ended.is_set():
+            return
+        try:
+            for message in messages:
+                self._queue.append((self._taker_of(message), message))
+        except WiringError as error:
+            self.fail(error)
+            return
+        if self._inline:
+            self.drain()
+        else:
+            self._wake.set()
+
+    def drain(self) -> None:
+        """Handle all that is queued. Nested calls return at once: the outer one does the work."""
+        if self._running:
+            return
+        self._running = True
+        queue = self._queue
+        try:
+            while queue and not self._ended.is_set():
+                name, message = queue.popleft()
+                self._handle(name, message)
+        except Exception as error:
+            self.fail(error)
+        finally:
+            self._running = False
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        task_status.started()
+        if self._inline:
+            await self._ended.wait()
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pump)
+                await self._ended.wait()
+                nursery.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _pump(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            self.drain()
+
+    async def room(self) -> None:
+        """A cell runs to completion before `post` returns, so there is always room; without `inline` let it run."""
+        if not self._inline:
+            await trio.lowlevel.checkpoint()
+
+    # --- running
+
+    def _handle(self, name: str, message: Message, reply: type[Message] | None = None) -> Message | None:
+        """One handler to its end; its outputs are routed, except the first of type `reply`, which is returned."""
+        if name in self._busy:
+            raise WiringError(f"{name} would be entered again by {type(message).__name__} while it waits for an answer.")
+        actor = self._actors[name]
+        self.handled += 1
+        self._busy.add(name)
+        try:
+            return self._drive(name, actor.handle(message), reply)
+        except Exception as error:
+            rescue = getattr(actor, "failed", None)
+            if rescue is None or isinstance(error, WiringError):
+                raise
+            return self._drive(name, rescue(message, error), reply)
+        finally:
+            self._busy.discard(name)
+
+    def _drive(self, name: str, handling: Any, reply: type[Message] | None) -> Message | None:
+        found: Message | None = None
+        if not isinstance(handling, GeneratorType):
+            handling = (out for out in handling)
+        answer: Any = None
+        while True:
+            try:
+                out = handling.send(answer)
+            except StopIteration:
+                return found
+            answer = None
+            kind = type(out)
+            if kind is Ask:
+                answer = self._ask(name, out)
+            elif found is None and kind is reply:
+                found = out
+            else:
+                self._emit(name, out)
+
+    def _ask(self, asker: str, ask: Ask) -> Message:
+        name = self.routes[asker].get(type(ask.question))
+        if name is None or name not in self._actors:
+            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.")
+        reply = self._handle(name, ask.question, ask.reply)
+        if reply is None:
+            raise WiringError(f"{name} gave no {ask.reply.__name__} to {asker}'s {type(ask.question).__name__}.")
+        return reply
+
+    def _emit(self, giver: str, out: Message | To) -> None:
+        message, index = (out.message, out.index) if type(out) is To else (out, None)
+        assert isinstance(message, Message)
+        taker = self.routes[giver].get(type(message))
+        if taker is None:
+            raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.")
+        port = self._ports.get(taker)
+        if port is not None:
+            port.deliver(message, index)
+        else:
+            self._queue.append((taker, message))
+
+
+class _OneShot:
+    """Where one answer arrives."""
+
+    __slots__ = ("done", "kind", "value")
+
+    def __init__(self, kind: type[Message]) -> None:
+        self.kind = kind
+        self.value: Message | None = None
+        self.done = trio.Event()
+
+
+class _Mailbox:
+    """A bounded FIFO: `put` waits for room, `put_now` never does."""
+
+    def __init__(self, capacity: int) -> None:
+        self._items: deque[tuple[Message, _OneShot | None]] = deque()
+        self._capacity = capacity
+        self._filled = trio.Event()
+        self._room = trio.Event()
+
+    def put_now(self, message: Message, reply: _OneShot | None = None) -> None:
+        self._items.append((message, reply))
+        self._filled.set()
+
+    async def wait_room(self) -> None:
+        while len(self._items) >= self._capacity:
+            self._room = trio.Event()
+            await self._room.wait()
+
+    async def get(self) -> tuple[Message, _OneShot | None]:
+        while not self._items:
+            self._filled = trio.Event()
+            await self._filled.wait()
+        item = self._items.popleft()
+        if len(self._items) < self._capacity:
+            self._room.set()
+        return item
+
+
+class TaskHost(_Base):
+    """Every actor in its own trio task behind its own mailbox."""
+
+    def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], *, routes: Routes | None = None, mailbox: int = MAILBOX) -> None:
+        super().__init__(actors, ports, routes)
+        self._boxes = {actor.name: _Mailbox(mailbox) for actor in actors}
+
+    def post(self, *messages: Message) -> None:
+        if self._ended.is_set():
+            return
+        try:
+            for message in messages:
+                self._boxes[self._taker_of(message)].put_now(message)
+        except WiringError as error:
+            self.fail(error)
+
+    async def room(self) -> None:
+        for box in self._boxes.values():
+            await box.wait_room()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            for actor in self._actors.values():
+                nursery.start_soon(self._serve, actor, name=f"actor {actor.name}")
+            task_status.started()
+            await self._ended.wait()
+            nursery.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _serve(self, actor: Actor) -> None:
+        box = self._boxes[actor.name]
+        try:
+            while True:
+                message, reply = await box.get()
+                self.handled += 1
+                try:
+                    await self._run(actor.name, actor.handle(message), reply)
+                except Exception as error:
+                    rescue = getattr(actor, "failed", None)
+                    if rescue is None or isinstance(error, WiringError):
+                        raise
+                    await self._run(actor.name, rescue(message, error), reply)
+                if reply is not None and reply.value is None:
+                    raise WiringError(f"{actor.name} gave no {reply.kind.__name__} to a {type(message).__name__}.")
+        except Exception as error:
+            self.fail(error)
+
+    async def _run(self, name: str, handling: Any, reply: _OneShot | None) -> None:
+        if not isinstance(handling, GeneratorType):
+            handling = (out for out in handling)
+        answer: Any = None
+        while True:
+            try:
+                out = handling.send(answer)
+            except StopIteration:
+                return
+            if type(out) is Ask:
+                answer = await self._ask(name, out)
+            else:
+                answer = None
+                await self._emit(name, out, reply)
+
+    async def _ask(self, asker: str, ask: Ask) -> Message:
+        name = self.routes[asker].get(type(ask.question))
+        if name is None or name not in self._boxes:
+            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.")
+        shot = _OneShot(ask.reply)
+        self._boxes[name].put_now(ask.question, shot)
+        await shot.done.wait()
+        assert shot.value is not None
+        return shot.value
+
+    async def _emit(self, giver: str, out: Message | To, reply: _OneShot | None) -> None:
+        message, index = (out.message, out.index) if type(out) is To else (out, None)
+        assert isinstance(message, Message)
+        if reply is not None and reply.value is None and type(message) is reply.kind:
+            reply.value = message
+            reply.done.set()
+            return
+        taker = self.routes[giver].get(type(message))
+        if taker is None:
+            raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.")
+        port = self._ports.get(taker)
+        if port is not None:
+            port.deliver(message, index)
+            return
+        box = self._boxes[taker]
+        if taker != giver:  # a note to itself must not wait for itself
+            await box.wait_room()
+        box.put_now(message)
+
+
+def make_host(wiring: str, actors: Sequence[Actor], ports: Sequence[Port]) -> FusedHost | TaskHost:
+    """`--wiring`: "cell" or "tasks"."""
+    return TaskHost(actors, ports) if wiring == "tasks" else FusedHost(actors, ports)

@@ -1,0 +1,158 @@
+"""The OpenAPI document against the server: what it says is what comes, and nothing else comes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from edge_kit import Edge, events
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from penstock.transports import openapi_replies as replies
+from penstock.transports.http import PUBLIC
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import schemathesis
+    from schemathesis import checks
+    from schemathesis.specs.openapi import checks as openapi_checks
+
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+EXAMPLES = 40
+CHECKS = [
+    checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_headers_conformance,
+    openapi_checks.response_schema_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    one = Edge(tmp_path_factory.mktemp("edge"), {})
+    one.text.answers["tokenize"] = lambda _: (200, b'{"count":1,"max_model_len":64,"tokens":[1],"token_strs":null}')
+    one.text.answers["detokenize"] = lambda _: (200, b'{"prompt":"x"}')
+    one.start()
+    yield one
+    one.stop()
+
+
+def document(edge: Edge) -> dict[str, Any]:
+    with edge.http() as http:
+        found: dict[str, Any] = http.get("/schema/openapi.json").json()
+    return found
+
+
+def test_every_operation_tells_its_replies(edge: Edge) -> None:
+    found = document(edge)
+    assert found["paths"].keys() == replies.REPLIES.keys()
+    for path, item in found["paths"].items():
+        for method, operation in item.items():
+            assert "405" in operation["responses"], path
+            for status, answer in operation["responses"].items():
+                assert answer["content"], (path, method, status)
+                assert answer["description"]
+                if int(status) >= 400 and not path.startswith("/health"):
+                    assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorReply"}
+            assert ("requestBody" in operation) is (method == "post")
+    assert set(found["paths"][CHATS]["post"]["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(found["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    assert "securitySchemes" not in found["components"]
+
+
+def test_with_keys_the_document_says_where_they_are_needed(tmp_path: Path) -> None:
+    edge = Edge(tmp_path, {"api_key": ["secret"]}).start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{edge.port}", headers={"x-api-key": "secret"}) as http:
+            found = http.get("/schema/openapi.json").json()
+        assert found["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
+        for path, item in found["paths"].items():
+            for operation in item.values():
+                assert operation.get("security", []) == ([] if path in PUBLIC else [{"bearer": []}, {"key": []}])
+    finally:
+        edge.stop()
+
+
+def test_replies_have_the_documented_shape(edge: Edge) -> None:
+    """By structs that forbid what they do not name."""
+
+    def exactly(kind: type[msgspec.Struct], data: Any) -> None:
+        known = {kind: set(kind.__struct_fields__)}
+        assert set(data) <= known[kind], set(data) - known[kind]
+        msgspec.convert(data, kind)
+
+    with edge.http() as http:
+        for more in ({}, {"n": 2, "logprobs": True, "return_token_ids": True}):
+            body = {"model": "brook", "messages": [{"role": "user", "content": "hi"}], **more}
+            whole = http.post(CHATS, json=body, headers={"x-include-metrics": "1"}).json()
+            exactly(replies.ChatReply, whole)
+            for choice in whole["choices"]:
+                exactly(replies.ChatChoice, choice)
+            for event in events(http.post(CHATS, json={**body, "stream": True, "stream_options": {"include_usage": True}}).text)[:-1]:
+                exactly(replies.ChatChunk, event)
+                for choice in event["choices"]:
+                    exactly(replies.ChatChunkChoice, choice)
+        whole = http.post(TEXTS, json={"model": "brook", "prompt": "a", "logprobs": 1}).json()
+        exactly(replies.CompletionReply, whole)
+        exactly(replies.TextChoice, whole["choices"][0])
+        exactly(replies.ReadyReply, http.get("/health").json())
+        exactly(replies.ModelList, http.get("/v1/models").json())
+        exactly(replies.VersionReply, http.get("/version").json())
+        wrong = http.post(TEXTS, json={}).json()
+        exactly(replies.ErrorReply, wrong)
+        exactly(replies.ErrorFields, wrong["error"])
+
+
+@pytest.mark.parametrize("path", sorted(replies.REPLIES))
+def test_nothing_undocumented_comes(edge: Edge, path: str) -> None:
+    """Schemathesis makes requests from the document; each reply must be one of those that it names."""
+    schema = schemathesis.openapi.from_dict(document(edge))
+    base = f"http://127.0.0.1:{edge.port}"
+    tried = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        if operation.path != path:
+            continue
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+
+            @seed(7)
+            @settings(
+                max_examples=EXAMPLES,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def run(case: Any) -> None:
+                nonlocal tried
+                tried += 1
+                case.validate_response(case.call(base_url=base), checks=CHECKS)
+
+            try:
+                run()
+            except Exception as error:
+                if "Unsatisfiable" in type(error).__name__:  # there is nothing to get wrong in a GET without parameters
+                    continue
+                raise
+    assert tried
+
+
+@pytest.mark.parametrize("path", sorted(replies.REPLIES))
+@pytest.mark.parametrize("method", ["DELETE", "PUT", "PATCH", "TRACE", "GET", "POST"])
+def test_other_methods_are_405_with_allow(edge: Edge, path: str, method: str) -> None:
+    item = document(edge)["paths"][path]
+    with edge.http() as http:
+        reply = http.request(method, path.replace("{model_id}", "x"))
+    if method.lower() in item:
+        assert reply.status_code != 405
+    else:
+        assert reply.status_code == 405
+        assert reply.json()["error"]["code"] == "method_not_allowed"
+        assert {one.lower() for one in reply.headers["allow"].split(", ")} >= set(item)

@@ -1,0 +1,231 @@
+"""What replies look like, for the OpenAPI document.
+
+What it is: msgspec structs of the reply bodies, and which endpoint gives which with which status and content type. Tests hold real replies
+against them; nothing is encoded from them.
+What it does not know: how replies are made (replies.py, sse.py, http.py, text's queries).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+JSON = "application/json"
+SSE = "text/event-stream"
+PLAIN = "text/plain"
+HTML = "text/html"
+
+
+class ErrorFields(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorReply(msgspec.Struct):
+    """OpenAI's error shape, of every error."""
+
+    error: ErrorFields
+
+
+class ChoiceError(msgspec.Struct):
+    message: str
+    type: str
+    code: str
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Metrics(msgspec.Struct):
+    """With the request header `x-include-metrics: 1`. Seconds."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    time_to_first_token_s: float | None
+    total_s: float
+    preemptions: int
+
+
+class AssistantMessage(msgspec.Struct):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+
+
+class ChatChoice(msgspec.Struct, omit_defaults=True):
+    index: int
+    message: AssistantMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: str
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    error: ChoiceError | None = None
+
+
+class ChatReply(msgspec.Struct, omit_defaults=True):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str | None = None
+    prompt_logprobs: list[Any] | None = None
+    prompt_token_ids: list[int] | None = None
+    metrics: Metrics | None = None
+
+
+class ChatDelta(msgspec.Struct, omit_defaults=True):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, omit_defaults=True):
+    index: int
+    delta: ChatDelta
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    error: ChoiceError | None = None
+
+
+class ChatChunk(msgspec.Struct, omit_defaults=True):
+    """The data of one event; the last event's data is [DONE], that of a failed stream an ErrorReply."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    system_fingerprint: str | None = None
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    metrics: Metrics | None = None
+
+
+class TextChoice(msgspec.Struct, omit_defaults=True):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[Any] | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    error: ChoiceError | None = None
+
+
+class CompletionReply(msgspec.Struct, omit_defaults=True):
+    """Whole, or the data of one event."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    system_fingerprint: str | None = None
+    usage: Usage | None = None
+    metrics: Metrics | None = None
+
+
+class Model(msgspec.Struct, omit_defaults=True):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class ModelList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class TokenizeReply(msgspec.Struct, omit_defaults=True):
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeReply(msgspec.Struct):
+    prompt: str
+
+
+class ReadyReply(msgspec.Struct, omit_defaults=True):
+    status: Literal["ready", "not ready"]
+    reason: str | None = None
+    ages_s: dict[str, float] = {}
+    """Seconds since each process that answers depend on was last heard of."""
+
+
+class LiveReply(msgspec.Struct):
+    status: Literal["live"]
+
+
+class VersionReply(msgspec.Struct):
+    version: str
+
+
+class Answer(NamedTuple):
+    """One status of an endpoint: content type -> the body's struct (None: free text; dict: any object)."""
+
+    status: int
+    content: dict[str, Any]
+    what: str
+
+
+_READING = (401, 431, 500, 503)
+_ASKING = (400, 401, 404, 408, 413, 415, 429, 431, 500, 503)
+
+REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
+    "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _ASKING),
+    "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _ASKING),
+    "/v1/models": ([Answer(200, {JSON: ModelList}, "Every name that requests may use.")], _READING),
+    "/v1/models/{model_id}": ([Answer(200, {JSON: Model}, "The model.")], (*_READING, 404)),
+    "/tokenize": ([Answer(200, {JSON: TokenizeReply}, "The tokens.")], _ASKING),
+    "/detokenize": ([Answer(200, {JSON: DetokenizeReply}, "The text.")], _ASKING),
+    "/tokenizer_info": ([Answer(200, {JSON: dict[str, Any]}, "The tokenizer's configuration.")], _READING),
+    "/health": ([Answer(200, {JSON: ReadyReply}, "All is up."), Answer(503, {JSON: ReadyReply}, "Something is missing.")], (431,)),
+    "/health/ready": ([Answer(200, {JSON: ReadyReply}, "All is up."), Answer(503, {JSON: ReadyReply}, "Something is missing.")], (431,)),
+    "/health/live": ([Answer(200, {JSON: LiveReply}, "This process runs its loop.")], (431,)),
+    "/health/decode": (
+        [
+            Answer(200, {JSON: dict[str, Any]}, "Running requests make progress."),
+            Answer(503, {JSON: dict[str, Any]}, "They do not, or nobody can say."),
+        ],
+        (431,),
+    ),
+    "/version": ([Answer(200, {JSON: VersionReply}, "Penstock's version.")], (401, 431)),
+    "/metrics": ([Answer(200, {PLAIN: None}, "Prometheus text format.")], _READING),
+}
+"""path -> (its own answers, statuses that come with an ErrorReply). 405 is every path's."""
+
+ERRORS: dict[int, str] = {
+    400: "The request is wrong; `param` names the field.",
+    401: "A valid API key is needed.",
+    404: "No such model, or nothing at this path.",
+    405: "This method is not allowed here.",
+    408: "The request did not arrive in time.",
+    413: "The request is too large.",
+    415: "The content type or content encoding is not understood.",
+    429: "The server is busy; Retry-After says when to come back.",
+    431: "The request's headers are too large.",
+    500: "The server made an error.",
+    503: "The server is starting, draining, or lost a process; Retry-After says when to come back.",
+}
