@@ -7,21 +7,20 @@ What it does not know: mkdocs.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
 from penstock.core.cli import GROUP_TITLES
-from penstock.core.contract import hookspecs
 from penstock.core.protocol import config, messages
 from penstock.core.protocol.foreign import FOREIGN
 from penstock.core.telemetry import metrics as telemetry
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-import make_rooms  # noqa: E402  # beside this file, which is no package
+import make_hooks  # noqa: E402  # beside this file, which is no package
+import make_rooms  # noqa: E402
 
 LINK_ONLY = {messages.Hello, messages.Extension}
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
@@ -78,62 +77,6 @@ def foreign() -> list[str]:
         out += ["", f"| option | {title} |", "|---|---|"]
         out += [f"| {', '.join(flags)} | {reason} |" for reason, flags in reasons.items()]
     return out
-
-
-def hooks() -> str:
-    out = [
-        "# Hooks",
-        NOTE,
-        "A plugin is a module or an object whose functions carry `@hookimpl` (from `penstock.core.contract.hookspecs`). It is found through an entry"
-        " point in one of the groups `penstock.root`, `penstock.edge`, `penstock.text`, `penstock.engine`: it loads only in the processes"
-        " that it names. Hooks run at start-up and at request boundaries, never in the step loop. What they register carries an `api_level`"
-        " per family; this build accepts the current level and the one before. `penstock plugins` lists what is installed.",
-        "",
-        "```python",
-        "# my_policy.py, with this in pyproject.toml:",
-        '# [project.entry-points."penstock.engine"]',
-        '# my-policy = "my_policy"',
-        "from penstock.core.contract.hookspecs import SchedulePolicySpec, hookimpl",
-        "",
-        "",
-        "class ShortestFirst:",
-        '    name = "shortest"',
-        "",
-        "    def order(self, waiting):",
-        "        return waiting.prompt_tokens - waiting.cached_tokens",
-        "",
-        "    def victims(self, running):",
-        "        return running.arrival_ns",
-        "",
-        "",
-        "@hookimpl",
-        "def register_schedule_policies():",
-        '    return [SchedulePolicySpec(name="shortest", api_level=1, factory=ShortestFirst)]',
-        "```",
-        "",
-        "`penstock serve --scheduling-policy shortest` uses it.",
-        "",
-        "## Levels",
-        "",
-        "| family | api_level |",
-        "|---|---|",
-        *(f"| {family} | {level} |" for family, level in hookspecs.API_LEVEL.items()),
-        "",
-        "## Hooks",
-    ]
-    source = inspect.getsource(hookspecs)
-    for name in re.findall(r"@hookspec(?:\([^)]*\))?\ndef (\w+)\(", source):
-        function = getattr(hookspecs, name)
-        first = "firstresult=True" in source.split(f"def {name}(")[0].rsplit("@hookspec", 1)[1]
-        out += ["", f"### `{name}{inspect.signature(function)}`".replace("'", ""), "", inspect.cleandoc(function.__doc__ or "")]
-        if first:
-            out.append("The first answer that is not None wins.")
-    out += ["", "## Specs"]
-    for value in vars(hookspecs).values():
-        if isinstance(value, type) and issubclass(value, hookspecs.Spec):
-            fields = ", ".join(f"`{f}`" for f in value.__struct_fields__)
-            out += ["", f"### `{value.__name__}`", "", inspect.cleandoc(value.__doc__ or ""), "", f"Fields: {fields}."]
-    return "\n".join(out) + "\n"
 
 
 def actor_table() -> list[tuple[str, str, list[str], list[str]]]:
@@ -204,7 +147,13 @@ def metrics() -> str:
     return "\n".join(out) + "\n"
 
 
-PAGES = {"configuration.md": configuration, "hooks.md": hooks, "actors.md": actors, "metrics.md": metrics, "rooms.md": make_rooms.page}
+PAGES = {
+    "configuration.md": configuration,
+    "hooks.md": make_hooks.page,
+    "actors.md": actors,
+    "metrics.md": metrics,
+    "rooms.md": make_rooms.page,
+}
 
 
 def main() -> int:

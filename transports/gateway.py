@@ -94,15 +94,18 @@ class Batch:
         self._extras: dict[int, RowExtra] | None = {e.row: e for e in delta.extras} if delta.extras else None
 
     def column(self, name: str) -> list[int]:
+        """A column of the TextDelta by its name ("output_tokens"), to be indexed by row."""
         found = self._lists.get(name)
         if found is None:
             found = self._lists[name] = getattr(self.delta, name).tolist()
         return found
 
     def extra(self, row: int) -> RowExtra | None:
+        """The rare parts of a row, if it has any: log-probabilities, stop_reason, error."""
         return None if self._extras is None else self._extras.get(row)
 
     def tokens(self, row: int) -> list[int]:
+        """The ids of the row's tokens."""
         if self._starts is None:
             total = 0
             starts = self._starts = [0]
@@ -113,17 +116,33 @@ class Batch:
 
 
 class Sink(Protocol):
-    """Who gets what belongs to one key. Calls come from the loop, never re-entrantly; after `finished` or `failed` none follows."""
+    """Who gets what belongs to one key. Calls come from the loop, never re-entrantly; after `finished` or `failed` none follows. They must not
+    block; an exception in `row` fails the request."""
 
-    def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None: ...
+    def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
+        """A step brought something for one choice (0 to n - 1): `text` to append (may be ""), and `reason`: "" (goes on), or why the choice ended: "stop",
+        "length", "abort" (cancelled), "error" (`batch.extra(row)` says what). More about the row: `batch`, at index `row`."""
+        ...
 
-    def finished(self, message: Finished) -> None: ...
+    def finished(self, message: Finished) -> None:
+        """Every choice has ended."""
+        ...
 
-    def failed(self, error: PenstockError) -> None: ...
+    def failed(self, error: PenstockError) -> None:
+        """The request was refused, or is lost. `error` is what the client should get; a route may raise it."""
+        ...
 
 
 class Gateway:
-    """One an edge process. `link` is set and cleared by whoever dials (edge.py, tests)."""
+    """One an edge process; everything happens on its event loop. `link` is set and cleared by whoever dials (edge.py, tests).
+
+    A transport also reads: `config` (Config: every option), `edge` (int, this edge's index, for Submit.edge), `next_key()` (a new key, for
+    Submit.key), `model_name` (str, the default model), `fingerprint` (str or None), `limits` (Limits or None), `draining` (bool),
+    `counters` (`counters.add(name, amount=1)`: `name{label="value"}` as /metrics is to show it), `clock.now_ns()`.
+
+    The life of a request: `await soon_ready()`, `enter()`, then `submit(...)` for each prompt; rows come to the sink; when the last sink has ended
+    (or after `cancel` of its keys) `leave()`, exactly once for each `enter`.
+    """
 
     def __init__(
         self,
@@ -307,7 +326,7 @@ class Gateway:
     # --- a transport's side
 
     async def soon_ready(self) -> None:
-        """Return when text takes requests, after SOON_S at the latest: edges learn of it one after another, and a client that was told so by
+        """Return when text takes requests, after SOON_S (half a second) at the latest: edges learn of it one after another, and a client that was told so by
         one of them may come to the next. Says nothing: `enter` does."""
         if self.draining or self.accepts():
             return
@@ -346,12 +365,13 @@ class Gateway:
             self._refused, self._refused_at_ns = 0, now
 
     def leave(self) -> None:
+        """Give the place of an `enter` back."""
         self.active -= 1
         if self._idle is not None and self.active == 0:
             self._idle.set()
 
     def submit(self, submit: Submit, sink: Sink) -> None:
-        """Start a request. Raises EngineUnavailable, or LinkBusy."""
+        """Start a request: what happens to `submit.key` is told to `sink` until it has ended. Raises EngineUnavailable, or LinkBusy (503, too)."""
         if not self.connected:
             raise self._unavailable()
         self._send(submit)
@@ -364,10 +384,12 @@ class Gateway:
         self._send(Cancel(key=key, cause=cause))
 
     def park(self, key: int) -> None:
+        """The client reads too slowly: stop producing for this request. Rows that are under way still come."""
         if key in self._sinks:
             self._send(Park(key=key))
 
     def unpark(self, key: int) -> None:
+        """Go on."""
         if key in self._sinks:
             self._send(Unpark(key=key))
 
@@ -382,7 +404,8 @@ class Gateway:
                 future.set_exception(error)
 
     async def query(self, what: str, body: bytes = b"", *, timeout: float = QUERY_TIMEOUT_S) -> Answer:
-        """Ask text. Raises EngineUnavailable when it is not there or does not answer in time (seconds)."""
+        """Ask text: `what` and `body` as in Query. An Answer whose status is not 200 holds an error. Raises EngineUnavailable when it is not there or does not
+        answer in time (seconds), Draining when the server ends."""
         if self._over or not self.connected:
             raise self._unavailable()
         self._query_id += 1

@@ -42,7 +42,10 @@ class Disconnected(Exception):
 
 
 class RequestContext:
-    """One HTTP request. `send` sends through the outer application (which adds headers); `raw_send` goes to the server directly."""
+    """One HTTP request: `rid` (str, its id: the client's x-request-id, or a new one), `headers` (dict[bytes, bytes], names in lower case),
+    `tenant` (str, whose key it came with), `started_ns` (CLOCK_MONOTONIC), `span` (its trace; `span.traceparent`, `span.tracestate`), `status` (what
+    metrics count), `include_metrics` (bool), `abort` (closes the connection at once, or None), `raw_send` (to the server directly, past the outer
+    application, which adds headers)."""
 
     __slots__ = ("abort", "headers", "include_metrics", "raw_send", "rid", "span", "started_ns", "status", "summary", "tenant")
 
@@ -69,13 +72,14 @@ def new_rid() -> str:
 
 
 def context_of(scope: Scope) -> RequestContext:
+    """What Penstock knows of the request of this ASGI scope."""
     context = scope["state"][CONTEXT]
     assert isinstance(context, RequestContext)
     return context
 
 
 class JsonReply:
-    """A whole response, as an ASGI application."""
+    """A whole response, as an ASGI application, which a Litestar handler annotated `-> ASGIApp` may return."""
 
     __slots__ = ("_body", "_headers", "_status")
 
@@ -123,6 +127,7 @@ def error_headers(error: PenstockError) -> list[Header]:
 
 
 def error_reply(error: PenstockError, headers: Iterable[Header] = ()) -> JsonReply:
+    """The reply that an error is. A route may as well raise it."""
     return JsonReply(error_body(error), error.status, [*error_headers(error), *headers])
 
 
@@ -168,7 +173,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 def check_json(headers: dict[bytes, bytes]) -> None:
-    """Only JSON bodies are understood; a missing content type is taken as JSON."""
+    """Only JSON bodies are understood; a missing content type is taken as JSON. Raises an InvalidRequest with status 415."""
     kind = headers.get(b"content-type")
     if kind is not None:
         media = kind.split(b";", 1)[0].strip().lower()

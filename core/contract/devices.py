@@ -22,35 +22,54 @@ class RopeFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     type: RopeType = "default"
     theta: float = 10000.0
+    """The base of the frequencies."""
     partial_rotary_factor: float = 1.0
+    """The share of head_dim that is rotated, from the front."""
     params: dict[str, Any] = {}
+    """For "yarn", say, `factor`, `original_max_position_embeddings`, `beta_fast`."""
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder's shape, read from config.json. Sizes in elements."""
 
     architecture: str
+    """The first of config.json's `architectures`."""
     model_type: str
+    """As in config.json."""
     vocab_size: int
+    """Rows of the embedding and of the output head: a token id is below it."""
     hidden_size: int
     intermediate_size: int
+    """Of the feed-forward part."""
     num_layers: int
     num_heads: int
+    """Query heads. Head h reads KV head h // (num_heads / num_kv_heads)."""
     num_kv_heads: int
+    """Divides num_heads."""
     head_dim: int
+    """Not always hidden_size / num_heads."""
     max_position: int
+    """The longest sequence in tokens that the model reaches."""
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    """The embedding table is the output head too."""
     attention_bias: bool = False
+    """q, k and v have biases."""
     attention_out_bias: bool = False
+    """So has the projection behind attention."""
     mlp_bias: bool = False
+    """So have gate, up and down."""
     qk_norm: bool = False
+    """The heads of q and k are RMS-normed before they are rotated."""
     hidden_act: str = "silu"
+    """Of the gate."""
     sliding_window: int | None = None
+    """A position sees only the last so many, itself included. None: all."""
     sliding_layers: list[bool] = []
     """One flag per layer: does it attend within sliding_window only. Empty: all or none, by sliding_window."""
     rope: RopeFacts = RopeFacts()
     torch_dtype: str = "bfloat16"
+    """The checkpoint's own dtype, "bfloat16", "float16" or "float32": what `--dtype auto` starts from."""
 
 
 class MemoryTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,21 +77,30 @@ class MemoryTable(msgspec.Struct, frozen=True, kw_only=True):
 
     weights: int
     workspace: int
+    """Everything else that steps need: tables, activations, slots."""
     graphs: int
+    """Captured graphs; 0 where there are none."""
     kv: int
+    """The KV cache."""
     slack: int
+    """What is left of the total."""
     total: int
+    """Of the device."""
 
 
 class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a device plugin declares about itself."""
 
     name: str
+    """As its spec's."""
     depth: int
-    """Steps that may be in flight."""
+    """Steps that may be in flight: 1, or 2 to have the next step planned while this one runs."""
     dtypes: list[str]
+    """Words of --dtype that it computes in."""
     deterministic: bool
+    """Does it honour --deterministic."""
     load_formats: tuple[str, ...] = ("auto", "safetensors", "dummy")
+    """Words of --load-format; weight sources decide, so this only informs."""
     mixed_prefill_tokens: int = 0
     """Prompt tokens that a step which also decodes should not exceed, for even inter-token latency, unless many wait; 0: no advice. A GPU needs about the same
     time to read a layer's weights and to multiply them with (multiply-adds per second x 2 bytes / bandwidth) tokens: beyond that, tokens cost time."""
@@ -83,45 +111,71 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a runner is built from. Sizes: tokens, rows, bytes."""
+    """What a runner is built from: options of the same names, where nothing else is said. Sizes: tokens, rows, bytes."""
 
     model_path: str
+    """The model's folder, absolute; it holds a config.json."""
     dtype: str
     """"auto" (the checkpoint's), "bfloat16", "float16", "float32", or another word of --dtype, which the device knows or refuses."""
     max_model_len: int | None
+    """None: as long as the model and the KV cache reach."""
     block_size: int
+    """Tokens of a KV block."""
     max_num_seqs: int
+    """Slots: the most sequences that run at once, and the most rows of a step."""
     max_num_batched_tokens: int
+    """The most tokens of a step."""
     kv_cache_memory_bytes: int | None
+    """None: the device decides."""
     num_gpu_blocks_override: int | None
+    """Exactly so many KV blocks; before kv_cache_memory_bytes."""
     gpu_memory_utilization: float
+    """The share of the device's memory that may be used, 0 to 1."""
     load_format: str
+    """The word for which a weight source is chosen."""
     deterministic: bool
+    """A sequence's results must not depend on what else is in the step, bit by bit."""
     enforce_eager: bool
+    """No captured graphs."""
     attention_backend: str | None
+    """None: the best that fits."""
     seed: int
+    """For weights that are made up."""
     threads: int | None
+    """Of the host's computing. None: as many as it has cores."""
     max_logprobs: int
+    """The most log-probabilities a position that anybody may ask for."""
     hf_overrides: dict[str, Any] = {}
+    """To be merged over config.json."""
     plugins: Any = None
-    """The engine's PluginHost, from which the device takes models, attention backends and weight sources. None: the built-ins only."""
+    """The engine's PluginHost (core/contract/host.py), from which the device takes models, attention backends and weight sources: `plugins.models()`,
+    `.attention_backends()`, `.weight_sources()` are name -> spec, built-in ones first. None: the built-ins only."""
 
 
 class Runner(Protocol):
-    """A loaded model on a device. All methods are called from the device's own thread, in queue order.
+    """A loaded model on a device. All methods are called from the device's own thread, in queue order: for step 1, 2, ... a `forward`, then
+    a `sample`. An exception from either ends this life of the engine: it is started anew, and its requests are replayed.
 
     It may also have `improve() -> bool`: called on that thread while nothing is queued and no step is under way, to do a bounded piece of work
     (tens of ms, a request may wait for it) that makes later steps faster. False: nothing is left to do before the next step.
     """
 
     facts: ModelFacts
+    """What the model turned out to be; `vocab_size` bounds every token id."""
     num_blocks: int
+    """KV blocks that there are: ids are 0 to num_blocks - 1, all of them the core's to give out."""
     max_model_len: int
+    """The longest sequence in tokens, prompt and output: at most num_blocks * block_size."""
     dtype: str
+    """"bfloat16", say."""
     attention: str
+    """The backend's name."""
     memory: MemoryTable
+    """What takes how much."""
     fingerprint: str
+    """Clients see it as system_fingerprint: changes whenever numerics may."""
     kv_layout: str
+    """Names the order of bytes in a KV block; equal texts mean that blocks could be exchanged."""
 
     def forward(self, work: Forward) -> None:
         """Run (CPU) or enqueue (GPU) the model's step; keeps the rows' last hidden states for `sample`."""
@@ -133,15 +187,22 @@ class Runner(Protocol):
         ...
 
     def warm_up(self, progress: Callable[[str], None]) -> None:
-        """Touch every shape that a first request would otherwise pay for; the deterministic self-test runs here."""
+        """Touch every shape that a first request would otherwise pay for; the deterministic self-test runs here. Called once, before any
+        step; `progress(phase)` is shown to who waits for the start."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give everything back. Called once, last."""
+        ...
 
 
 class Device(Protocol):
-    """A hardware target. `load` runs on the device's own thread; `progress(phase, fraction 0..1)` may be called from it."""
+    """A hardware target."""
 
     capabilities: DeviceCapabilities
+    """Read after `load`."""
 
-    def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner: ...
+    def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:
+        """Runs on the device's own thread, once; `progress(phase, fraction 0..1)` may be called from it. Raises ConfigError, CheckpointError or
+        UnsupportedFeature naming the flag or field."""
+        ...

@@ -44,74 +44,106 @@ API_LEVEL: Final[dict[str, int]] = {
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of what registering hooks return. `name` is what flags and reports call it; names are unique in a family."""
+    """Base of what registering hooks return. All fields are given by name."""
 
     name: str
+    """What options and reports call it: not empty, and unique in its family over all packages, built-in names included."""
     api_level: int
+    """The level of the family's contract that this was written for."""
     doc: str = ""
+    """One line for people."""
 
 
 class DeviceSpec(Spec, frozen=True, kw_only=True):
-    """`available()` probes the hardware without touching it; `factory()` makes the Device; higher `priority` wins `--device auto`."""
+    """A hardware target, chosen by `--device NAME`, or by `--device auto` among those that are available."""
 
     available: Callable[[], bool]
+    """Is the hardware here? Probes it without taking it (no context, no memory)."""
     factory: Callable[[], Device]
+    """Called once, for the device that was chosen. Gives a Device."""
     priority: int = 0
+    """The highest wins `--device auto`; of equal ones the first by name."""
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
-    """`architectures`: names in config.json (of several families that serve one, later plugins come before built-ins); `facts(config)` reads
-    the shape or raises CheckpointError; `factory` is called by the device plugin (its signature belongs to the device family, see
-    plugins/models/api.py)."""
+    """A model family, chosen by config.json: of several that serve an architecture, later plugins come before earlier and built-in ones."""
 
     architectures: list[str]
+    """The entries of config.json's `architectures` (of which the first counts) that it serves."""
     facts: Callable[[dict[str, Any]], ModelFacts]
+    """`facts(config)`: the shape. `config` is config.json as a dictionary, `--hf-overrides` merged over it; where it names no dtype and weights
+    come from safetensors, "dtype" is the one stored there. Raises CheckpointError for a missing or impossible field, UnsupportedFeature for
+    one that would change the answers and is not served; both name it. What it does not understand it must refuse, not ignore."""
     factory: Callable[..., Any]
+    """Called by the device. On "cpu": `factory(facts=ModelFacts, dtype=torch.dtype, weights=Weights, attention=Attention, max_len=int,
+    progress=Progress)` gives a Model. On "cuda" there is no `attention`, but `device=torch.device`, and the result has what DeviceDecoder has.
+    `max_len` is the longest sequence in tokens. It takes every tensor that it needs from `weights`, then calls `weights.finish()`."""
 
 
 class AttentionSpec(Spec, frozen=True, kw_only=True):
-    """An attention backend for the named devices; `supports(facts, dtype)` gives None, or the reason why not."""
+    """An attention backend, chosen by `--attention-backend NAME`; without that option by a choose_attention_backend hook, or by priority."""
 
     devices: list[str]
+    """Names of the devices that it works on: "cpu", "cuda", or a plugin's."""
     supports: Callable[[ModelFacts, str], str | None]
+    """`supports(facts, dtype)`, dtype as "bfloat16", "float16" or "float32": None, or the reason why not, a part of a sentence that the user
+    gets to read."""
     factory: Callable[..., Any]
+    """Called by the device, once, before weights are loaded. On "cpu": `factory(facts=ModelFacts, dtype=torch.dtype)` gives an Attention. On "cuda":
+    `factory(facts=ModelFacts, dtype=torch.dtype, device=torch.device, max_rows=int, deterministic=bool)` gives an Ops; `max_rows` is the
+    largest number of sequences in a decode step. Take `**options` besides: a later device may say more."""
     priority: int = 0
+    """Of those that support the model the highest is taken (native and triton have 10, torch 0); of equal ones the first by name."""
 
 
 class WeightSourceSpec(Spec, frozen=True, kw_only=True):
-    """A way to get tensors: `load_formats` (words of `--load-format`) that it serves; of several that serve one word, "auto" too, later plugins
-    come before built-ins. `factory(path, load_format, ...)` is called by the device plugin, see plugins/models/api.py: Weights."""
+    """A way to get a checkpoint's tensors, chosen by `--load-format WORD`."""
 
     load_formats: list[str]
+    """Words of `--load-format` that it serves. Of several sources that serve one word later plugins come before earlier and built-in ones, so that
+    one which names "auto" (what is used when nobody says) stands in for safetensors."""
     factory: Callable[..., Any]
+    """Called by the device, once: `factory(path, load_format, dtype=torch.dtype, seed=int, std=float)` gives a Weights; on "cuda" there is
+    `device=torch.device` besides. `path` is the model's folder, absolute (it holds a config.json), `load_format` the word that the user gave, `dtype`
+    what tensors are to be given in; `seed` (`--seed`) and `std` (config.json's initializer_range) are for sources that make tensors up. Take
+    `**options` besides. A folder that lacks the source's files is a CheckpointError."""
 
 
 class SchedulePolicySpec(Spec, frozen=True, kw_only=True):
-    """A scheduling order; `factory()` gives key columns for order and victims, see core/contract/policy.py. `options` names fields of Config that
-    the factory takes as keyword arguments (none: it is called without any)."""
+    """A scheduling order, chosen by `--scheduling-policy NAME`."""
 
     factory: Callable[..., SchedulePolicy]
+    """Called once with the options named below, as keyword arguments (none: without any). Gives a SchedulePolicy, which is tried on one and on four
+    made-up rows before the first request."""
     options: list[str] = msgspec.field(default_factory=list)
+    """Names of options (`priority_ageing_s`, as in docs/configuration.md, underscores for hyphens) that the factory takes."""
 
 
 class TokenizerSpec(Spec, frozen=True, kw_only=True):
-    """`matches(model_path)`; `factory(model_path)` gives an object of core/contract/text.py's Tokenizer protocol."""
+    """A tokenizer family. The first spec that matches is taken, later plugins before earlier and built-in ones."""
 
     matches: Callable[[str], bool]
+    """`matches(model_path)`: can it read this folder (`--tokenizer`, else the model's)? Looks at file names; reads little."""
     factory: Callable[[str], Any]
+    """`factory(model_path)` gives a Tokenizer. Raises CheckpointError naming the file."""
 
 
 class ChatRendererSpec(Spec, frozen=True, kw_only=True):
-    """`matches(model_path)`; `factory(model_path, template)` gives an object of core/contract/text.py's ChatRenderer protocol."""
+    """What turns messages into a prompt. The first spec that matches is taken, later plugins before earlier and built-in ones."""
 
     matches: Callable[[str], bool]
+    """`matches(model_path)`: can it render for this folder (`--tokenizer`, else the model's)?"""
     factory: Callable[[str, str | None], Any]
+    """`factory(model_path, template)` gives a ChatRenderer. `template` is `--chat-template` as it was given (a path or a text), or None. Raises
+    CheckpointError or, for a wrong `template`, ConfigError."""
 
 
 class TransportSpec(Spec, frozen=True, kw_only=True):
-    """Routes for the edge's application; `factory(gateway)` returns Litestar route handlers. Allow-listed by `--transports`."""
+    """Routes of the edges' HTTP application. Only those that `--transports` names are used ("openai" when nobody says; give it too to keep it:
+    `--transports openai,mine`)."""
 
     factory: Callable[..., list[Any]]
+    """`factory(gateway)`, once in each edge, on its event loop: a list of Litestar route handlers, which share that Gateway."""
 
 
 # ------------------------------------------------------------------ root, at start
@@ -119,7 +151,8 @@ class TransportSpec(Spec, frozen=True, kw_only=True):
 
 @hookspec
 def register_commands(group: click.Group) -> None:
-    """When: `penstock` starts. Who: plugins of `penstock.root`. Add click commands to `group`; import nothing heavy before one runs."""
+    """When: `penstock` starts, whatever command is given. Who: plugins of `penstock.root`. Add click commands to `group` (a click.Group: `group.add_command`, or
+    `@group.command()`); import nothing heavy before one runs. A command raises PenstockError to end with one line on stderr and status 2."""
 
 
 # ------------------------------------------------------------------ engine, at start
@@ -153,12 +186,13 @@ def register_schedule_policies() -> list[SchedulePolicySpec]:  # type: ignore[em
 
 @hookspec(firstresult=True)
 def choose_device(candidates: list[str]) -> str | None:
-    """When: `--device auto`. Who: `penstock.engine`. Given the names of available devices, best first: one name, or None to pass."""
+    """When: `--device auto`. Who: `penstock.engine`. Given the names of available devices, best first: one of them, or None to pass. Any other name is a PluginError."""
 
 
 @hookspec(firstresult=True)
 def choose_attention_backend(facts: ModelFacts, device: str, dtype: str, candidates: list[str]) -> str | None:
-    """When: no `--attention-backend` was given. Who: `penstock.engine`. One of `candidates` (best first), or None to pass."""
+    """When: no `--attention-backend` was given. Who: `penstock.engine`. `device` is "cpu" or "cuda", `dtype` "bfloat16", "float16" or
+    "float32"; `candidates` are the names of the backends that support the model, best first: one of them, or None to pass."""
 
 
 # ------------------------------------------------------------------ text, at start
@@ -186,31 +220,44 @@ def register_transports() -> list[TransportSpec]:  # type: ignore[empty-body]
 
 
 class RequestSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished request, frozen. Durations in seconds."""
+    """A finished request, frozen. Durations in seconds, 0 for what was never reached."""
 
     rid: str
+    """The id that the client sees (`x-request-id`). The prompts of one HTTP request share it: each is a request of its own here."""
     model: str
+    """The served name."""
     tenant: str
+    """Whose API key it was, as a digest; "" where the server has none."""
     prompt_tokens: int
     output_tokens: int
+    """Of all choices together."""
     cached_tokens: int
+    """Prompt tokens that the prefix cache held."""
     finish_reasons: list[str]
+    """One a choice: "stop", "length", "abort" (cancelled) or "error"."""
     queue_s: float
+    """From the end of tokenising until an engine first computed something of it."""
     prefill_s: float
+    """From there until the first token."""
     decode_s: float
+    """From the first token until the last."""
     total_s: float
+    """From its arrival at the edge until now."""
 
 
 @hookspec
 def request_finished(summary: RequestSummary) -> None:
-    """When: a request ended, for whatever reason. Who: `penstock.text`. Must return quickly; exceptions are logged, never felt."""
+    """When: a request that was admitted ended, for whatever reason. Who: `penstock.text`. Runs on the loop that serves all streams, so it must return within
+    microseconds: hand the summary to a thread of yours for anything slower. Exceptions are logged and counted, never felt."""
 
 
 @hookspec
 def engine_ready(engine: int, epoch: int) -> None:
-    """When: an engine can take requests. Who: `penstock.text`."""
+    """When: an engine can take requests, also after a restart. Who: `penstock.text`, and as quickly as request_finished. `engine` is its index (0 so
+    far), `epoch` counts its lives from 1."""
 
 
 @hookspec
 def engine_lost(engine: int, epoch: int, reason: str) -> None:
-    """When: an engine died; its requests wait to be replayed. Who: `penstock.text`."""
+    """When: an engine died; its requests wait to be replayed. Who: `penstock.text`, and as quickly as request_finished. `reason` is for
+    people."""

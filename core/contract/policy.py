@@ -18,34 +18,51 @@ from penstock.core.protocol.columns import F32, I32, I64, Column, f32, i32, i64
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
-    """Columns over waiting sequences. arrival_ns I64; priority I32 (lower = earlier); waited_s F32; prompt_tokens, cached_tokens I32."""
+    """Columns over waiting sequences, one row each, in no order that means anything. They are not to be written to."""
 
     arrival_ns: Column
+    """I64, on a clock that only grows (CLOCK_MONOTONIC): smaller came earlier."""
     priority: Column
+    """I32, the request's `priority`: lower goes first, 0 when nobody says."""
     waited_s: Column
+    """F32, seconds since its arrival."""
     prompt_tokens: Column
+    """I32, tokens to be there before the first (next) one can be drawn: the prompt, and after a preemption what was drawn already."""
     cached_tokens: Column
+    """I32, how many of them the prefix cache held when it was last asked; 0 before."""
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """Columns over running sequences that may be preempted. computed_tokens I32 would be computed again; blocks I32 would be freed."""
+    """Columns over running sequences that may be preempted, one row each. They are not to be written to."""
 
     arrival_ns: Column
+    """I64, as in Waiting."""
     priority: Column
+    """I32, as in Waiting."""
     computed_tokens: Column
+    """I32, tokens whose KV is there: they would be computed again."""
     output_tokens: Column
+    """I32, tokens drawn so far."""
     blocks: Column
+    """I32, KV blocks that it holds (shared ones too)."""
 
 
 class SchedulePolicy(Protocol):
+    """Both methods get columns and give one key a row: a 1-D numpy array of the same length, int64, int32 or float32, without NaN. They run in
+    the engine's step loop, on its one thread: vectorised numpy, no waiting. An exception or an answer of another form ends the engine with
+    a message that names the plugin (which is why they are tried before the first request)."""
+
     name: str
+    """As its spec's."""
 
     def order(self, waiting: Waiting) -> I64 | I32 | F32:
-        """Sort keys, ascending; ties fall to arrival, then to sequence id."""
+        """Who goes first: **the smallest key**; ties fall to the earlier arrival, then to the sequence's id. Asked at most once a plan, when
+        more than one waits."""
         ...
 
     def victims(self, running: Running) -> I64 | I32 | F32:
-        """Sort keys, descending: the largest is preempted first; ties fall to the latest arrival."""
+        """Who is preempted first when KV memory runs out: **the largest key**; ties fall to the latest arrival. The one with the smallest key goes on
+        in any case."""
         ...
 
 

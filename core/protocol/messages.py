@@ -72,9 +72,11 @@ def choice_of(seq: int) -> int:
 
 
 class Submit(Message, frozen=True, kw_only=True):
-    """One prompt of one request. Exactly one of `messages`, `prompt`, `prompt_ids` is given.
+    """One prompt of one request. Exactly one of `messages`, `prompt`, `prompt_ids` (I32) is given.
 
-    `messages`, `tools`, `template_kwargs` are raw JSON (the chat template's input); `rid` is the id that the client sees.
+    `messages`, `tools`, `template_kwargs` are raw JSON (the chat template's input); `rid` is the id that the client sees. `kind` "chat" goes with
+    `messages`. `model` "" is the default one. `tenant` (RequestContext.tenant) and `cache_salt` say who shares prefixes with whom. `stream`
+    informs: rows come as they are made in any case. `traceparent`, `tracestate`, `received_ns` may be left out.
     """
 
     key: int
@@ -375,7 +377,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 class LogprobColumns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sparse log-probabilities. Row i: `rows[i]` (index into the step's token rows; for prompts: index into `slots`/`seqs` given beside),
     `positions[i]` (0-based position of the predicted token in the sequence), then counts[i] ids and values, the predicted token first.
-    `ranks[i]` is the predicted token's 1-based rank.
+    `ranks[i]` is the predicted token's 1-based rank. `ids` I32 and `values` F32 (log-softmax of the raw logits) are CSR by `counts`; after the
+    predicted token come the most likely ones, best first (as many as were asked for). All others are I32.
     """
 
     rows: Column = EMPTY_I32
@@ -492,6 +495,10 @@ class Forward(Message, frozen=True, kw_only=True):
     `place_counts[i]` tokens, its block table is emptied; `place_tokens` is CSR); blocks (block_table[block_slots, block_index] = block_ids);
     rows: for row i compute the tokens at positions [starts[i], starts[i]+counts[i]) of slots[i]. A position at or beyond the known
     history is the token that an earlier Sample put there. Decode rows (counts == 1 at the end of the history) come first: `num_decode`.
+
+    All columns are I32; no slot has two rows. KV of positions before `starts` is in the blocks of the slot's table: position p lies in block
+    table[p // block_size] at offset p % block_size. What is computed must be written there before `sample`. `engine`, `epoch` and `step` go
+    into StepDone as they are.
     """
 
     engine: int
@@ -512,8 +519,10 @@ class Forward(Message, frozen=True, kw_only=True):
 
 
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling state of a sequence that enters a slot. `prompt_len` separates prompt from output in the slot's history (penalties look at
-    both as in vLLM: repetition at prompt and output, frequency and presence at output only)."""
+    """Sampling state of a sequence that enters a slot: it holds until another one comes, or until Forward places the slot anew. `choice` (which of
+    the request's n) and `params.seed` (always set) make the draw's random numbers. `prompt_len` separates prompt from output in the slot's history (penalties look at
+    both as in vLLM: repetition at prompt and output, frequency and presence at output only). Order: penalties, logit_bias, allowed_token_ids,
+    bad_words_token_ids, stop_ids while less than min_tokens exist; then temperature, top_k, top_p, min_p."""
 
     slot: int
     choice: int
@@ -529,6 +538,10 @@ class Sample(Message, frozen=True, kw_only=True):
 
     `prompt_rows`: Forward rows whose prompt log-probabilities are wanted (every position computed in this step that predicts a prompt
     token), with `prompt_topk` each.
+
+    All columns are I32. `engine`, `epoch` and `step` are those of the Forward before. `places` come first. A Forward row that nothing is drawn
+    from (a part of a prompt) has no row here. Each token is also written to history[slots[i], positions[i]]: the next Forward may compute it
+    before anybody read it.
     """
 
     engine: int
@@ -543,7 +556,8 @@ class Sample(Message, frozen=True, kw_only=True):
 
 
 class StepDone(Message, frozen=True, kw_only=True):
-    """Step `step` has left the device. slots and tokens as in Sample; times in ns on CLOCK_MONOTONIC around the device's work."""
+    """Step `step` of this `engine` and `epoch` has left the device. `slots` I32 as in Sample, `tokens` I32 drawn for them; `started_ns` and
+    `finished_ns` on CLOCK_MONOTONIC around the device's work; `logprobs` for rows whose SamplingParams.logprobs is not None."""
 
     engine: int
     epoch: int

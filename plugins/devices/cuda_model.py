@@ -44,7 +44,8 @@ class Layer:
 
 
 class DeviceDecoder:
-    """A loaded decoder. `step` returns (last layer's output, residual stream), whose normalised sum `final` gives."""
+    """A loaded decoder. `step` returns (last layer's output, residual stream), whose normalised sum `final` gives. The runner also reads `facts`,
+    `table` (its dtype is the model's), `weights_bytes` and `tables_bytes`."""
 
     def __init__(self, facts: ModelFacts, table: Tensor, layers: list[Layer], final_norm: Tensor, lm_head: Tensor, cos_sin: Tensor) -> None:
         self.facts = facts

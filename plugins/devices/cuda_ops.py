@@ -55,13 +55,22 @@ class Settings:
 
 
 class Ops(Protocol):
-    """Nothing here synchronises, except where `capturable` is False."""
+    """The whole table of operations of an attention backend on "cuda". Nothing here synchronises, except where `capturable` is False.
+
+    Cache: [layers, 2 (K, V), num_blocks, Hkv, block_size, D]; its inner order is the table's own, for it writes and reads. T tokens, R rows
+    (sequences) of the step, S slots, W blocks a table row. All index tensors are int32; a slot, row or place below 0 is padding: it reads zeros
+    and writes nowhere. `history` [S, longest] is the tokens of each slot, `table` [S, W] its blocks (-1: none). Plain torch for every
+    operation, to begin with or to compare with: `penstock.plugins.devices.cuda_ops.TorchOps`.
+    """
 
     name: str
+    """As its spec's."""
     kv_layout: str
+    """Names the order of bytes in a block."""
     capturable: bool
     """May be captured in a graph."""
     workspace_bytes: int
+    """What it has allocated for itself."""
 
     def compile_only(self) -> AbstractContextManager[None]:
         """Inside, operations prepare what their first call would (compile, on as many threads as there are cores) and need not compute anything."""
@@ -93,7 +102,9 @@ class Ops(Protocol):
         """A slot's history becomes tokens[offset : offset + count], its table row -1."""
         ...
 
-    def set_blocks(self, table: Tensor, slots: Tensor, index: Tensor, ids: Tensor) -> None: ...
+    def set_blocks(self, table: Tensor, slots: Tensor, index: Tensor, ids: Tensor) -> None:
+        """table[slot, index] = id."""
+        ...
 
     def copy_blocks(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
         """In every layer of the pool. No target is also a source."""
@@ -105,17 +116,25 @@ class Ops(Protocol):
 
     # --- the model
 
-    def embed(self, tokens: Tensor, table: Tensor) -> Tensor: ...
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Rows of the embedding `table` [V, H]: [T, H]."""
+        ...
 
-    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor: ...
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [T, H] -> x[rows] [len(rows), H]."""
+        ...
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm of x [T, H], summed in float32, times weight [H]."""
+        ...
 
     def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """norm(x + residual); the sum is left in `residual`."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x weight^T + bias, weight [N, K]: [T, N]."""
+        ...
 
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """silu(y[:, :I]) * y[:, I:] of y = x weight^T + bias, weight [2I, K]: [T, I]."""
@@ -163,7 +182,9 @@ class Ops(Protocol):
         """Count a slot's history: [0, split) is prompt, [split, end) output."""
         ...
 
-    def count(self, counts: Tensor, counted: Tensor, tokens: Tensor) -> None: ...
+    def count(self, counts: Tensor, counted: Tensor, tokens: Tensor) -> None:
+        """counts[counted[r], tokens[r]] += 1 for the rows that are counted and have a token."""
+        ...
 
 
 class TorchOps:

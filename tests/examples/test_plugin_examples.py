@@ -1,0 +1,176 @@
+"""The example plugins in the real engine: the demo model gives with them what it gives with the built-in parts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from penstock import LLM, SamplingParams
+from penstock.core.contract.host import PluginHost
+from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
+from penstock.core.protocol.model_folder import demo_folder
+from penstock.kernels.attention import allocate_cache, paged_attention, write_kv
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PACKAGES = ["attention_plain", "shortest_first", "weights_npz"]
+PROMPTS = ["Penstock is", "Count from 1 to 20: 1, 2,", "x"]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=3)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for package in PACKAGES:
+        monkeypatch.syspath_prepend(str(EXAMPLES / package))
+    yield
+    for package in PACKAGES:
+        sys.modules.pop(f"penstock_{package}", None)
+
+
+def answers(**options: Any) -> list[tuple[list[int], list[dict[int, float]]]]:
+    """Tokens and log-probabilities of each prompt."""
+    with LLM(kv_cache_memory_bytes=64 << 20, **options) as llm:
+        found = [result.outputs[0] for result in llm.generate(PROMPTS, GREEDY)]
+    return [(list(o.token_ids), [{t: one.logprob for t, one in at.items()} for at in o.logprobs or []]) for o in found]
+
+
+@pytest.mark.slow
+def test_the_attention_example_gives_the_built_in_answers() -> None:
+    right = answers(dtype="float32")
+    mine = answers(dtype="float32", attention_backend="plain", extra_plugins=["penstock_attention_plain"])
+    assert [tokens for tokens, _ in mine] == [tokens for tokens, _ in right]
+    for (_, ours), (_, theirs) in zip(mine, right, strict=True):
+        assert len(ours) == len(theirs) > 0
+        for a, b in zip(ours, theirs, strict=True):
+            shared = a.keys() & b.keys()
+            assert shared
+            assert [a[token] for token in shared] == pytest.approx([b[token] for token in shared], abs=2e-4)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_example_on_mixed_rows(window: int, dtype: torch.dtype) -> None:
+    """Decode rows and prefill chunks together, grouped heads, scattered blocks, unused entries of the table."""
+    spec: Any = PluginHost("engine", extra=["penstock_attention_plain"]).load().attention_backends()["plain"]
+    backend = spec.factory(facts=None, dtype=dtype)
+    heads, kv_heads, size, dim = 6, 2, 16, 32
+    counts, lengths = [1, 7, 20, 1], [40, 7, 33, 1]
+    generator = torch.Generator().manual_seed(3)
+    k_cache, v_cache = (allocate_cache(12, kv_heads, size, dim, dtype) for _ in range(2))
+    table = torch.full((4, 4), -1, dtype=torch.int32)
+    free = iter(torch.randperm(12, generator=generator).tolist())
+    for row, length in enumerate(lengths):
+        for index in range(-(-length // size)):
+            table[row, index] = next(free)
+        at = torch.arange(length)
+        slots = table[row][at // size] * size + at % size
+        k, v = torch.randn(2, length, kv_heads, dim, generator=generator).to(dtype)
+        write_kv(k_cache, v_cache, k, v, slots)
+    q = torch.randn(sum(counts), heads, dim, generator=generator).to(dtype)
+    q_start = torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32)
+    kv_len = torch.tensor(lengths, dtype=torch.int32)
+    mine = backend.attend(q, k_cache, v_cache, table, q_start, kv_len, 0.2, window)
+    right = paged_attention(q, k_cache, v_cache, table, q_start, kv_len, 0.2, window)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(mine, right, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """The demo model, its weights as weights.npz."""
+    for file in demo_folder().iterdir():
+        if file.suffix != ".safetensors" and file.is_file():
+            shutil.copy(file, tmp_path)
+    save(tmp_path, {name: value.float().numpy() for name, value in load_file(demo_folder() / "model.safetensors").items()})
+    return tmp_path
+
+
+def save(folder: Path, arrays: dict[str, Any]) -> None:
+    np.savez(folder / "weights.npz", **arrays)
+
+
+@pytest.mark.slow
+def test_the_weight_source_example_gives_the_same_bits(npz: Path) -> None:
+    assert answers(model=str(npz), load_format="npz", extra_plugins=["penstock_weights_npz"]) == answers()
+
+
+def source(folder: Path) -> Any:
+    spec: Any = PluginHost("engine", extra=["penstock_weights_npz"]).load().weight_sources()["npz"]
+    return spec.factory(str(folder), "npz", dtype=torch.bfloat16, seed=0, std=0.02)
+
+
+def test_the_weight_source_example_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"weights\.npz cannot be read"):
+        source(tmp_path)
+    (tmp_path / "weights.npz").write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match=r"weights\.npz cannot be read"):
+        source(tmp_path)
+    save(tmp_path, {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.int8), "c": np.ones(1, np.float32)})
+    weights = source(tmp_path)
+    taken = weights.take("a", (2, 3))
+    assert (taken.dtype, taken.is_contiguous(), weights.has("a"), weights.has("d")) == (torch.bfloat16, True, True, False)
+    with pytest.raises(CheckpointError, match="'d' is missing"):
+        weights.take("d", (1,))
+    with pytest.raises(CheckpointError, match=r"shape \[1\], the model asks for \[2\]"):
+        weights.take("c", (2,))
+    with pytest.raises(UnsupportedFeature, match="'b' is int8"):
+        weights.take("b", (4,))
+    with pytest.raises(CheckpointError, match="does not use: b, c"):
+        weights.finish()
+    weights = source(tmp_path)
+    weights.take("a", (2, 3))
+    weights.ignore("b", "c", "never there")
+    weights.finish()
+    before = weights.identity()
+    save(tmp_path, {"a": np.zeros((2, 3), np.float32)})
+    assert source(tmp_path).identity() != before
+
+
+def test_a_backend_that_does_not_fit_is_refused_with_its_own_words() -> None:
+    host = PluginHost("engine", extra=["penstock_attention_plain"]).load()
+    spec: Any = host.attention_backends()["plain"]
+    assert spec.supports(None, "float16") == "dtype float16 is not supported"
+    with pytest.raises(ConfigError, match="Did you mean 'plain'"):
+        host.pick("attention_backends", "plian", "attention-backend")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_installed_example_is_found_by_its_entry_point(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip leaves it: the module on the path, and metadata beside it that pyproject.toml decides."""
+    project = tomllib.loads((EXAMPLES / package / "pyproject.toml").read_text(encoding="utf-8"))
+    (group, points), *others = project["project"]["entry-points"].items()
+    assert others == []
+    assert project["tool"]["setuptools"]["py-modules"] == list(points.values()) == [f"penstock_{package}"]
+    info = tmp_path / f"penstock_{package}-1.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['project']['name']}\nVersion: 1.0.0\n")
+    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = PluginHost("engine").load().check().report()
+    (row,) = [row for row in rows if row[1] == project["project"]["name"]]
+    assert row[2:4] == ["1.0.0", "engine"]
+    assert row[4].startswith("register_")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_that_an_example_imports_is_on_the_pages(package: str) -> None:
+    """They can be written from the pages alone."""
+    pages = (DOCS / "hooks.md").read_text(encoding="utf-8") + (DOCS / "plugins.md").read_text(encoding="utf-8")
+    text = (EXAMPLES / package / f"penstock_{package}.py").read_text(encoding="utf-8")
+    found = re.findall(r"from (penstock\.[\w.]+) import (.+)", text)
+    assert found
+    for module, names in found:
+        assert module in pages, module
+        for name in names.split(", "):
+            assert re.search(rf"\b{name}\b", pages), name
