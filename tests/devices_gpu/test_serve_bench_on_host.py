@@ -24,7 +24,7 @@ from penstock.plugins.devices import cuda
 from penstock.plugins.devices.cuda_lane import HostLane
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
-ROOT = Path(cuda_bench.__file__).resolve().parents[2]
+ROOT = Path(cuda_bench.__file__).resolve().parents[3]
 TINY = {**cuda_bench.LLAMA_8B, "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 16}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 

@@ -612,7 +612,7 @@ def run_together(
 ) -> None:
     """Start them, wait for each within its limit, merge their results into engine.json. `module` holds the sections."""
     begun = time.perf_counter()
-    me = [sys.executable, "-m", f"penstock.plugins.devices.{module}", str(out), "--one"]
+    me = [sys.executable, "-m", f"penstock.plugins.commands.bench.{module}", str(out), "--one"]
     running = {}
     for name in names:
         with (scratch / f"{name}.log").open("wb") as log:
