@@ -20,6 +20,7 @@ from penstock.core.telemetry import metrics as telemetry
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import make_hooks  # noqa: E402  # beside this file, which is no package
+import make_http  # noqa: E402
 import make_rooms  # noqa: E402
 
 LINK_ONLY = {messages.Hello, messages.Extension}
@@ -153,6 +154,7 @@ PAGES = {
     "actors.md": actors,
     "metrics.md": metrics,
     "rooms.md": make_rooms.page,
+    "http.md": make_http.page,
 }
 
 

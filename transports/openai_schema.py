@@ -174,9 +174,9 @@ HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", 
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
 
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {
-    t: msgspec.json.Decoder(t) for t in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-}
+REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+_decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
 _known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fields__) for t in _decoders}
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 

@@ -15,6 +15,8 @@ import msgspec
 from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
+from penstock.transports.fields import FIELDS
+from penstock.transports.openai_schema import REQUESTS
 from penstock.transports.openapi_replies import ERRORS, REPLIES, Answer, ErrorReply
 
 BODY = "body"
@@ -76,6 +78,7 @@ def complete(app: Any, document: dict[str, Any], *, public: Collection[str], loc
     replies = [kind for answers, _ in REPLIES.values() for answer in answers for kind in answer.content.values() if kind is not None]
     kinds = list(dict.fromkeys([*bodies.values(), *replies, ErrorReply]))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    described(components)
     schema_of = dict(zip(kinds, schemas, strict=True))
     for path, item in document["paths"].items():
         answers, errors = REPLIES.get(path, ([], ()))
@@ -98,6 +101,13 @@ def complete(app: Any, document: dict[str, Any], *, public: Collection[str], loc
             "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
         }
     return document
+
+
+def described(components: dict[str, Any]) -> None:
+    """Give the fields of requests their lines (fields.py)."""
+    for kind in REQUESTS:
+        for name, schema in components.get(kind.__name__, {}).get("properties", {}).items():
+            schema["description"] = FIELDS[name]
 
 
 def _responses(answers: Sequence[Answer], errors: Sequence[int], schema_of: dict[Any, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md", "metrics.md", "rooms.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "hooks.md", "actors.md", "metrics.md", "rooms.md", "http.md"])
 def test_made_pages_are_fresh(generate: ModuleType, page: str) -> None:
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == generate.PAGES[page](), "run: python docs/generate.py"
 
