@@ -188,7 +188,8 @@ def show_config(config_file: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
 def plugins(as_json: bool) -> None:
     """List plugins: name, package, version, process, hooks; broken ones with their error."""
-    from penstock.core.contract.host import PluginHost, Role
+    from penstock.core.contract.families import Role
+    from penstock.core.contract.host import PluginHost
 
     roles: tuple[Role, ...] = ("root", "edge", "text", "engine")
     rows = [row for role in roles for row in PluginHost(role, skip_broken=True).load().check().report()]

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from penstock.core.contract import devices, guard, hookspecs, host, policy
+from penstock.core.contract import devices, hookspecs, policy
 from penstock.core.contract import text as text_api
+from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors, messages, sampling
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
@@ -188,10 +189,10 @@ def page() -> str:
         "| family | hook | entry-point group | api_level | chosen by |",
         "|---|---|---|---|---|",
     ]
-    families = {name: (role, hook) for name, (role, hook, _) in host.FAMILIES.items()} | {"commands": ("root", "register_commands")}
+    families = {one.name: (one.role, one.hook) for one in FAMILIES.values()} | {"commands": ("root", "register_commands")}
     for name, level in hookspecs.API_LEVEL.items():
         role, hook = families[name]
-        chosen = CHOSEN.get(name) or f"`{guard.FLAGS[name]}`"
+        chosen = CHOSEN.get(name) or f"`{FAMILIES[name].flag}`"
         out.append(f"| {name} | `{hook}` | `penstock.{role}` | {level} | {chosen} |")
     out += ["", "## Hooks"]
     source = inspect.getsource(hookspecs)
@@ -205,7 +206,7 @@ def page() -> str:
     shared = (hookspecs.Spec, devices.ModelFacts, devices.RopeFacts)
     out += ["", "## What several families share", *(line for one in shared for line in described(one))]
     for name, found in objects().items():
-        spec = host.FAMILIES[name][2]
+        spec = FAMILIES[name].spec
         out += ["", f"## {name.replace('_', ' ').capitalize()}", *(line for one in (spec, *found) for line in described(one))]
     out += ["", "## Errors", "", "All from `penstock.core.protocol.errors`.", *described((errors.PenstockError, ("__init__",)))]
     out += ["", "| class | base | status | code | retryable | meaning |", "|---|---|---|---|---|---|"]

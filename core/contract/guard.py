@@ -13,31 +13,10 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
+from penstock.core.contract.families import Family
 from penstock.core.contract.hookspecs import Spec
 from penstock.core.protocol.config import Config, nearest
 from penstock.core.protocol.errors import PenstockError, PluginFault
-
-NOUNS = {
-    "devices": "device",
-    "models": "model",
-    "attention_backends": "attention backend",
-    "weight_sources": "weight source",
-    "schedule_policies": "scheduling policy",
-    "tokenizers": "tokenizer",
-    "chat_renderers": "chat renderer",
-    "transports": "transport",
-}
-FLAGS = {
-    "devices": "--device",
-    "attention_backends": "--attention-backend",
-    "weight_sources": "--load-format",
-    "schedule_policies": "--scheduling-policy",
-    "transports": "--transports",
-}
-"""By which another one is chosen."""
-
-WITHOUT: dict[str, Any] = {"available": False, "matches": False, "supports": "its check failed, see `penstock plugins`"}
-"""Callables of specs whose failure can be skipped, and what is taken for their answer then."""
 
 
 def fault(what: str, call: str, error: Exception | str, remedy: str) -> PluginFault:
@@ -82,30 +61,13 @@ def guarded(
     return call
 
 
-def members(family: str) -> list[str]:
-    """What a factory's result must have: the members of the family's Protocol. Imported here, for root imports no numpy."""
-    from penstock.core.contract import devices as device_api
-    from penstock.core.contract import policy
-    from penstock.core.contract import text as text_api
-
-    protocol: Any = {
-        "devices": device_api.Device,
-        "schedule_policies": policy.SchedulePolicy,
-        "tokenizers": text_api.Tokenizer,
-        "chat_renderers": text_api.ChatRenderer,
-    }.get(family)
-    if protocol is None:
-        return []  # what it gives belongs to the device plugin, or is a list
-    return sorted(name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_"))
-
-
-def wrong_result(family: str, result: Any) -> str | None:
+def wrong_result(family: Family, result: Any) -> str | None:
     """What is wrong with a factory's result, or None."""
-    if family == "transports" and not isinstance(result, (list, tuple)):
+    if family.returns_list and not isinstance(result, (list, tuple)):
         return f"must return a list of route handlers, not {type(result).__name__}"
-    lacking = [name for name in members(family) if not hasattr(result, name)]
+    lacking = [name for name in family.members() if not hasattr(result, name)]
     if lacking:
-        return f"returned {_a(type(result).__name__)}, which is no {NOUNS[family]}: it has no {' and no '.join(map(repr, lacking))}"
+        return f"returned {_a(type(result).__name__)}, which is no {family.noun}: it has no {' and no '.join(map(repr, lacking))}"
     return None
 
 

@@ -16,15 +16,15 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 import pluggy
 
 from penstock.core.contract import hookspecs
-from penstock.core.contract.guard import FLAGS, NOUNS, WITHOUT, fault, guarded, wrong_field, wrong_result
+from penstock.core.contract.families import FAMILIES, Family, Role
+from penstock.core.contract.guard import fault, guarded, wrong_field, wrong_result
 from penstock.core.contract.hookspecs import (
-    API_LEVEL,
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
@@ -39,24 +39,11 @@ from penstock.core.protocol.config import Config, nearest
 from penstock.core.protocol.errors import ConfigError, PluginError, PluginFault
 
 log = logging.getLogger("penstock.plugins")
-Role = Literal["root", "edge", "text", "engine"]
 S = TypeVar("S", bound=Spec)
 
 BUILT_IN = "penstock"
 
 SKIP = "start with --skip-broken-plugins"
-FAMILIES: dict[str, tuple[Role, str, type[Spec]]] = {
-    "devices": ("engine", "register_devices", DeviceSpec),
-    "models": ("engine", "register_models", ModelSpec),
-    "attention_backends": ("engine", "register_attention_backends", AttentionSpec),
-    "weight_sources": ("engine", "register_weight_sources", WeightSourceSpec),
-    "schedule_policies": ("engine", "register_schedule_policies", SchedulePolicySpec),
-    "tokenizers": ("text", "register_tokenizers", TokenizerSpec),
-    "chat_renderers": ("text", "register_chat_renderers", ChatRendererSpec),
-    "transports": ("edge", "register_transports", TransportSpec),
-}
-"""family -> the process that loads it, its hook, what the hook returns."""
-
 BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "device": ("engine", ("auto", "cpu", "cuda")),
     "attention_backend": ("engine", ("native", "torch", "triton")),
@@ -187,13 +174,14 @@ class PluginHost:
 
     def check(self) -> PluginHost:
         """Look at every family of this process: what is wrong with one is raised, or in the report."""
-        for name, (role, hook, kind) in FAMILIES.items():
-            if role == self.role:
-                self.family(name, hook, kind)
+        for family in FAMILIES.values():
+            if family.role == self.role:
+                self.specs(family)
         return self
 
-    def family(self, name: str, hook: str, kind: type[S]) -> Mapping[str, S]:
+    def specs(self, family: Family) -> Mapping[str, Spec]:
         """name -> spec of one family; checks type, fields, api_level and duplicate names once."""
+        name, hook, kind = family.name, family.hook, family.spec
         if name not in self._families:
             specs: dict[str, tuple[Spec, PluginInfo]] = {}
             caller = getattr(self.manager.hook, hook)
@@ -204,8 +192,10 @@ class PluginHost:
                     self._reject(info, f"{hook}() must return a list of {kind.__name__}, not {_a(found)}")
                     continue
                 for spec in found or []:
-                    if not self._fits(spec, kind, name, hook, info):
+                    if not self._fits(spec, family, info):
                         continue
+                    if spec.api_level != family.level and family.adapt is not None:
+                        spec = family.adapt(spec)
                     if spec.name in specs:
                         other = specs[spec.name][1].package
                         self._reject(
@@ -214,28 +204,27 @@ class PluginHost:
                             "Uninstall one of them",
                         )
                         continue
-                    specs[spec.name] = (self._guard_spec(spec, name, info), info)
+                    specs[spec.name] = (self._guard_spec(spec, family, info), info)
             self._families[name] = specs
-        return {key: cast(S, spec) for key, (spec, _) in self._families[name].items()}
+        return {key: spec for key, (spec, _) in self._families[name].items()}
 
-    def _fits(self, spec: Any, kind: type[Spec], family: str, hook: str, info: PluginInfo) -> bool:
-        current = API_LEVEL[family]
-        if not isinstance(spec, kind):
-            self._reject(info, f"{hook}() must return a list of {kind.__name__}, but {_a(spec)} is in it")
+    def _fits(self, spec: Any, family: Family, info: PluginInfo) -> bool:
+        if not isinstance(spec, family.spec):
+            self._reject(info, f"{family.hook}() must return a list of {family.spec.__name__}, but {_a(spec)} is in it")
         elif (wrong := wrong_field(spec)) is not None:
-            self._reject(info, f"the {NOUNS[family]} {spec.name!r} is not well-formed: {wrong}")
-        elif spec.api_level not in (current, current - 1) or spec.api_level < 1:
-            levels = f"{current} and {current - 1}" if current > 1 else str(current)
+            self._reject(info, f"the {family.noun} {spec.name!r} is not well-formed: {wrong}")
+        elif spec.api_level not in family.levels():
+            levels = " and ".join(map(str, family.levels()))
             self._reject(
                 info,
-                f"the {NOUNS[family]} {spec.name!r} has api_level {spec.api_level}, this Penstock speaks {levels}",
+                f"the {family.noun} {spec.name!r} has api_level {spec.api_level}, this Penstock speaks {levels}",
                 "Install a matching version",
             )
         else:
             return True
         return False
 
-    def _guard_spec(self, spec: Spec, family: str, info: PluginInfo) -> Spec:
+    def _guard_spec(self, spec: Spec, family: Family, info: PluginInfo) -> Spec:
         """The spec with its functions' exceptions naming it. Built-in ones speak for themselves."""
         if info.package == BUILT_IN:
             return spec
@@ -243,9 +232,9 @@ class PluginHost:
         for field in spec.__struct_fields__:
             function = getattr(spec, field)
             if callable(function):
-                can_skip = field in WITHOUT
+                can_skip = field in family.without
                 blame = functools.partial(_blame, spec, family, info, field, can_skip)
-                skip = functools.partial(self._skip, info, instead=WITHOUT[field]) if can_skip and self._skip_broken else None
+                skip = functools.partial(self._skip, info, instead=family.without[field]) if can_skip and self._skip_broken else None
                 check = functools.partial(_check_result, family, blame) if field == "factory" else None
                 functions[field] = guarded(function, blame, skip, check)
         return msgspec.structs.replace(spec, **functions)
@@ -253,31 +242,34 @@ class PluginHost:
     def blame(self, family: str, name: str, call: str, error: Exception | str) -> PluginFault:
         """For a fault in what the factory of a spec gave: an exception in `call`, or what is wrong with its answer."""
         spec, info = self._families[family][name]
-        return _blame(spec, family, info, call, False, error)
+        return _blame(spec, FAMILIES[family], info, call, False, error)
+
+    def _of(self, name: str, kind: type[S]) -> Mapping[str, S]:
+        return cast(Mapping[str, S], self.specs(FAMILIES[name]))
 
     def devices(self) -> Mapping[str, DeviceSpec]:
-        return self.family("devices", "register_devices", DeviceSpec)
+        return self._of("devices", DeviceSpec)
 
     def models(self) -> Mapping[str, ModelSpec]:
-        return self.family("models", "register_models", ModelSpec)
+        return self._of("models", ModelSpec)
 
     def attention_backends(self) -> Mapping[str, AttentionSpec]:
-        return self.family("attention_backends", "register_attention_backends", AttentionSpec)
+        return self._of("attention_backends", AttentionSpec)
 
     def weight_sources(self) -> Mapping[str, WeightSourceSpec]:
-        return self.family("weight_sources", "register_weight_sources", WeightSourceSpec)
+        return self._of("weight_sources", WeightSourceSpec)
 
     def schedule_policies(self) -> Mapping[str, SchedulePolicySpec]:
-        return self.family("schedule_policies", "register_schedule_policies", SchedulePolicySpec)
+        return self._of("schedule_policies", SchedulePolicySpec)
 
     def tokenizers(self) -> Mapping[str, TokenizerSpec]:
-        return self.family("tokenizers", "register_tokenizers", TokenizerSpec)
+        return self._of("tokenizers", TokenizerSpec)
 
     def chat_renderers(self) -> Mapping[str, ChatRendererSpec]:
-        return self.family("chat_renderers", "register_chat_renderers", ChatRendererSpec)
+        return self._of("chat_renderers", ChatRendererSpec)
 
     def transports(self) -> Mapping[str, TransportSpec]:
-        return self.family("transports", "register_transports", TransportSpec)
+        return self._of("transports", TransportSpec)
 
     def pick(self, family: str, name: str, option: str) -> Spec:
         """The spec called `name`, or ConfigError naming the option and the nearest known name."""
@@ -327,13 +319,13 @@ class PluginHost:
         ]
 
 
-def _blame(spec: Spec, family: str, info: PluginInfo, call: str, can_skip: bool, error: Exception | str) -> PluginFault:
-    what = f"The {NOUNS[family]} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
-    other = SKIP if can_skip else f"choose another with {FLAGS[family]}" if family in FLAGS else ""
+def _blame(spec: Spec, family: Family, info: PluginInfo, call: str, can_skip: bool, error: Exception | str) -> PluginFault:
+    what = f"The {family.noun} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
+    other = SKIP if can_skip else f"choose another with {family.flag}" if family.flag else ""
     return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
 
 
-def _check_result(family: str, blame: Any, result: Any) -> None:
+def _check_result(family: Family, blame: Any, result: Any) -> None:
     wrong = wrong_result(family, result)
     if wrong is not None:
         raise blame(wrong)

@@ -22,7 +22,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from penstock import LLM, SamplingParams
-from penstock.core.contract.host import FAMILIES, PluginHost
+from penstock.core.contract.families import FAMILIES
+from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest
 from penstock.core.protocol.model_folder import demo_folder
 
@@ -57,7 +58,7 @@ def hook_of(name: str) -> str:
     return found.group(1)
 
 
-ROLES = {hook: role for role, hook, _ in FAMILIES.values()} | {"register_commands": "root", "request_finished": "text"}
+ROLES = {one.hook: one.role for one in FAMILIES.values()} | {"register_commands": "root", "request_finished": "text"}
 
 
 def test_the_page_has_a_module_of_each_family() -> None:

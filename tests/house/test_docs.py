@@ -14,8 +14,7 @@ import pytest
 
 from penstock.core.contract import devices, hookspecs, policy
 from penstock.core.contract import text as text_api
-from penstock.core.contract.guard import members
-from penstock.core.contract.host import FAMILIES
+from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors
 from penstock.plugins.devices import cuda_ops
 from penstock.plugins.models import api
@@ -57,7 +56,7 @@ def sections() -> dict[str, str]:
     return {found.group(1): part for part in parts if (found := re.match(r"`([\w.]+)`", part))}
 
 
-SPECS = [kind for _, _, kind in FAMILIES.values()]
+SPECS = [one.spec for one in FAMILIES.values()]
 PROTOCOLS: list[Any] = [
     *(devices.Device, devices.Runner, api.Weights, api.Attention, api.Model, api.Program, cuda_ops.Ops),
     *(policy.SchedulePolicy, text_api.Tokenizer, text_api.ChatRenderer, gateway.Sink),
@@ -85,7 +84,7 @@ def test_each_member_of_each_protocol_has_its_type_and_meaning_on_the_page(proto
 def test_what_a_factory_must_give_is_on_the_page(generate: ModuleType, family: str) -> None:
     """What plugin_guard asks for is what the family's first protocol has."""
     first = generate.make_hooks.objects()[family][0]
-    wanted = members(family)
+    wanted = FAMILIES[family].members()
     if wanted:
         assert set(wanted) <= {member.name for member in generate.make_hooks.members(first)}
         assert first in PROTOCOLS

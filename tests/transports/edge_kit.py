@@ -187,6 +187,7 @@ class Edge:
         self.config = configuration.build(options)
         self.text = FakeText(str(folder / "text-0.sock"))
         self._tracing = tracing
+        self.factories: list[Any] = [openai_routes]
         self._thread = threading.Thread(target=self._main, name="edge", daemon=True)
         self._up = threading.Event()
         self.starting = threading.Event()
@@ -222,7 +223,7 @@ class Edge:
             await self.text.listen()
             listener = socket.create_server(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
-            self.server = Server(self.config, text_socket=self.text.path, factories=[openai_routes], tracing=self._tracing)
+            self.server = Server(self.config, text_socket=self.text.path, factories=self.factories, tracing=self._tracing)
             self.starting.set()
             await self.server.start([listener])
         except BaseException as error:

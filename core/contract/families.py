@@ -1,0 +1,106 @@
+"""The plugin families, one row each.
+
+What it is: all that the host knows of a family: the process that loads it, its hook and spec, what it is called, which option chooses one of it, what
+its factory's result must have, and how a spec of the level before becomes one of today's. A new family is a row here, a spec and a hook
+in hookspecs.py, and a plugin that uses them.
+What it does not know: plugins, pluggy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from penstock.core.contract.hookspecs import (
+    API_LEVEL,
+    AttentionSpec,
+    ChatRendererSpec,
+    DeviceSpec,
+    ModelSpec,
+    SchedulePolicySpec,
+    Spec,
+    TokenizerSpec,
+    TransportSpec,
+    WeightSourceSpec,
+)
+
+Role = Literal["root", "edge", "text", "engine"]
+
+
+class Family(NamedTuple):
+    name: str
+    role: Role
+    """The process that loads it."""
+    spec: type[Spec]
+    """What its hook returns a list of."""
+    noun: str
+    flag: str = ""
+    """The option that chooses another one of it."""
+    protocol: str = ""
+    """`module:class` whose members the factory's result must have; "" where that belongs to the device plugin."""
+    returns_list: bool = False
+    """The factory's result is a list."""
+    without: Mapping[str, Any] = MappingProxyType({})
+    """Functions of the spec whose failure can be skipped, and what is taken for their answer then."""
+    adapt: Callable[[Any], Spec] | None = None
+    """Makes a spec of the level before one of the current level. Where there is none, the level before is not spoken."""
+
+    @property
+    def hook(self) -> str:
+        return f"register_{self.name}"
+
+    @property
+    def level(self) -> int:
+        return API_LEVEL[self.name]
+
+    def levels(self) -> tuple[int, ...]:
+        """The levels that this build speaks, the current one first."""
+        return (self.level, self.level - 1) if self.adapt is not None else (self.level,)
+
+    def members(self) -> list[str]:
+        """What a factory's result must have. Imported late, for root imports no numpy."""
+        if not self.protocol:
+            return []
+        module, _, name = self.protocol.partition(":")
+        protocol = getattr(importlib.import_module(module), name)
+        return sorted(member for member in {*vars(protocol), *protocol.__annotations__} if not member.startswith("_"))
+
+
+_CONTRACT = "penstock.core.contract"
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("devices", "engine", DeviceSpec, "device", "--device", f"{_CONTRACT}.devices:Device", without={"available": False}),
+        Family("models", "engine", ModelSpec, "model"),
+        Family(
+            "attention_backends",
+            "engine",
+            AttentionSpec,
+            "attention backend",
+            "--attention-backend",
+            without={"supports": "its check failed, see `penstock plugins`"},
+        ),
+        Family("weight_sources", "engine", WeightSourceSpec, "weight source", "--load-format"),
+        Family(
+            "schedule_policies",
+            "engine",
+            SchedulePolicySpec,
+            "scheduling policy",
+            "--scheduling-policy",
+            f"{_CONTRACT}.policy:SchedulePolicy",
+        ),
+        Family("tokenizers", "text", TokenizerSpec, "tokenizer", protocol=f"{_CONTRACT}.text:Tokenizer", without={"matches": False}),
+        Family(
+            "chat_renderers",
+            "text",
+            ChatRendererSpec,
+            "chat renderer",
+            protocol=f"{_CONTRACT}.text:ChatRenderer",
+            without={"matches": False},
+        ),
+        Family("transports", "edge", TransportSpec, "transport", "--transports", returns_list=True),
+    )
+}
