@@ -104,6 +104,9 @@ def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
     """Raises InvalidRequest naming key and value."""
     bias: dict[int, float] = {}
     for key, value in given.items():
+        if type(value) in (int, float) and -100 <= value <= 100 and key.isascii() and key.isdecimal() and len(key) < 10:
+            bias[int(key)] = float(value)
+            continue
         name = f"logit_bias.{key[:40]}"
         _need(_TOKEN.fullmatch(key) is not None, f"{name}: the key must be a token id, but is {key[:40]!r}.", name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -19,6 +19,9 @@ from penstock.core.protocol.wording import plain
 MAX_N = 64
 INT_LIMIT = 2**31
 """Counts and token ids travel as int32."""
+MAX_BAD_WORDS = 1024
+MAX_STOP_TOKENS = 256
+"""Each costs every step of the whole batch a little: more than anybody needs would make others wait."""
 GREEDY_EPSILON = 1e-5
 """A temperature below this is greedy (as in vLLM)."""
 
@@ -99,6 +102,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
             "prompt_logprobs",
             f"must be 0..{max_logprobs}",
         )
+        for param, most in (("bad_words", MAX_BAD_WORDS), ("bad_words_token_ids", MAX_BAD_WORDS), ("stop_token_ids", MAX_STOP_TOKENS)):
+            if len(getattr(self, param)) > most:
+                raise InvalidRequest(f"{param} may hold at most {most} entries, but holds {len(getattr(self, param))}.", param=param)
         need(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "must not be empty")
         for token, bias in self.logit_bias.items():
             if not (math.isfinite(bias) and -100 <= bias <= 100):

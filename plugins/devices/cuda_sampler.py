@@ -208,6 +208,10 @@ class DeviceSampler:
         return counted
 
 
+ANY, NONE = -1, -2
+"""In a bad word's prefix: any token, or none at all, is fine there; in a history: no token was there."""
+
+
 class _Lists:
     """Bias, allowed tokens, bad words and stop ids of one slot, on the device."""
 
@@ -220,8 +224,13 @@ class _Lists:
         self._bias_ids = ids(list(params.logit_bias))
         self._bias = to_device(np.asarray(list(params.logit_bias.values()), np.float32).view(np.int32)).view(torch.float32)
         self._allowed = None if params.allowed_token_ids is None else ids(sorted(set(params.allowed_token_ids)))
-        words = [word for word in params.bad_words_token_ids if word]
-        self._words = [(len(word) - 1, ids(word[:-1]), word[-1]) for word in words]
+        words = [word for word in params.bad_words_token_ids if len(word) > 1]
+        self._single = ids(sorted({word[0] for word in params.bad_words_token_ids if len(word) == 1}))
+        self._reach = max((len(word) - 1 for word in words), default=0)
+        """Tokens back that the longest word looks. The others are padded in front with ANY."""
+        padded = [[ANY] * (self._reach - len(word) + 1) + word[:-1] for word in words]
+        self._prefixes = to_device(i32([token for row in padded for token in row])).view(len(words), self._reach) if words else None
+        self._lasts = ids([word[-1] for word in words])
         self._ends = place.prompt_len + params.min_tokens
         self._stops = ids(sorted({int(token) for token in place.stop_ids}))
 
@@ -233,12 +242,14 @@ class _Lists:
             kept = logits.index_select(0, self._allowed)
             logits.fill_(-torch.inf)
             logits.index_copy_(0, self._allowed, kept)
-        for length, prefix, last in self._words:
-            one = logits[last : last + 1]
-            if prefix is None:
-                one.fill_(-torch.inf)
-            elif length <= position:
-                one.masked_fill_((history[position - length : position] == prefix).all(), -torch.inf)
+        if self._single is not None:
+            logits.index_fill_(0, self._single, -torch.inf)
+        if self._prefixes is not None and self._lasts is not None:
+            tail = history[max(0, position - self._reach) : position]
+            if position < self._reach:
+                tail = torch.nn.functional.pad(tail, (self._reach - position, 0), value=NONE)
+            hit = ((tail == self._prefixes) | (self._prefixes == ANY)).all(dim=1)
+            logits.index_add_(0, self._lasts, torch.where(hit, -torch.inf, 0.0))  # however many words, so many launches
 
     def hold_back(self, logits: Tensor, position: int) -> bool:
         """Mask the stop ids; False once enough tokens exist."""

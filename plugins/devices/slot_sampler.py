@@ -194,7 +194,12 @@ class _Lists:
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         self._allowed = None if params.allowed_token_ids is None else torch.tensor(params.allowed_token_ids, dtype=torch.int64)
-        self._bad_words = [np.asarray(word, np.int32) for word in params.bad_words_token_ids if word]
+        self._single = torch.tensor(sorted({word[0] for word in params.bad_words_token_ids if len(word) == 1}), dtype=torch.int64)
+        self._longer: dict[int, list[tuple[I32, int]]] = {}
+        """Token before the last -> (tokens before the last, last): only words that the newest token continues are looked at."""
+        for word in params.bad_words_token_ids:
+            if len(word) > 1:
+                self._longer.setdefault(word[-2], []).append((np.asarray(word[:-1], np.int32), word[-1]))
 
     def apply(self, logits: torch.Tensor, history: Column) -> None:
         """logits [V], in place."""
@@ -204,9 +209,13 @@ class _Lists:
             kept = logits[self._allowed]
             logits.fill_(-torch.inf)
             logits[self._allowed] = kept
-        banned = [int(w[-1]) for w in self._bad_words if len(w) == 1 or np.array_equal(history[-(len(w) - 1) :], w[:-1])]
-        if banned:
-            logits[torch.tensor(banned)] = -torch.inf
+        if len(self._single):
+            logits[self._single] = -torch.inf
+        if self._longer and len(history):
+            near = self._longer.get(int(history[-1]), ())
+            banned = [last for prefix, last in near if np.array_equal(history[-len(prefix) :], prefix)]
+            if banned:
+                logits[torch.tensor(banned)] = -torch.inf
 
 
 def columns_of(raw: torch.Tensor, tokens: Column, wants: Column, rows: Column, positions: Column) -> LogprobColumns:

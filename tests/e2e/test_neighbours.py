@@ -30,6 +30,13 @@ HEAVY: dict[str, tuple[str, Any, set[int]]] = {
     "a prompt of 10M ids": ("/v1/completions", lambda: {"prompt": [5] * 10_000_000}, {400, 413}),
     "a prompt of 1M ids": ("/v1/completions", lambda: {"prompt": [5] * 1_000_000}, {400, 413}),
     "5M allowed ids": ("/v1/completions", lambda: {"prompt": "a", "allowed_token_ids": [5] * 5_000_000}, {400, 413}),
+    "100,000 bad words": ("/v1/completions", lambda: {"prompt": "a", "bad_words": [f"a{i}" for i in range(100_000)]}, {400, 413}),
+    "1,000 bad words": (
+        "/v1/completions",
+        lambda: {"prompt": "a", "max_tokens": 30, "ignore_eos": True, "bad_words": [f"word {i}" for i in range(1000)]},
+        {200},
+    ),
+    "100,000 biases": ("/v1/completions", lambda: {"prompt": "a", "logit_bias": {str(i): 1 for i in range(100_000)}}, {400}),
     "2M stop strings": ("/v1/completions", lambda: {"prompt": "a", "stop": ["a"] * 2_000_000}, {400, 413}),
     "a prompt of 30 MB": ("/v1/completions", lambda: {"prompt": "the water runs " * 2_000_000}, {400, 413}),
 }

@@ -145,7 +145,6 @@ def test_an_end_token_in_a_file_must_be_an_id(tmp_path: Any, tokenizer: Any, val
             ["allowed_token_ids", "bad_words", "min_tokens"],
         ),
         (SamplingParams(bad_words_token_ids=[[token] for token in range(512)]), ["bad_words"]),
-        (SamplingParams(stop_token_ids=list(range(512)), min_tokens=1), ["min_tokens"]),
     ],
 )
 def test_settings_that_leave_no_token_are_refused_by_name(bench: Any, sampling: SamplingParams, names: list[str]) -> None:

@@ -129,6 +129,8 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         ({"logit_bias": {str(10**15): 1}}, f"logit_bias.{10**15}"),
         ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
         ({"bad_words": [5]}, "bad_words[0]"),
+        ({"bad_words": ["a"] * 1025}, "bad_words"),
+        ({"stop_token_ids": list(range(257))}, "stop_token_ids"),
         ({"max_tokens": 10**40}, "max_tokens"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),

@@ -38,9 +38,8 @@ _mapping = msgspec.json.Decoder(dict[str, Any])
 
 def size_of(encode: Encode) -> int:
     """What a job has to read, in bytes or characters."""
-    return (
-        len(encode.prompt) + len(encode.messages) + len(encode.tools) + len(encode.template_kwargs) + len(encode.body) + encode.ids.nbytes
-    )
+    texts = (encode.prompt, encode.messages, encode.tools, encode.template_kwargs, encode.body, *encode.bad_words)
+    return sum(map(len, texts)) + encode.ids.nbytes
 
 
 class _Job:
