@@ -106,19 +106,27 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
             if len(getattr(self, param)) > most:
                 raise InvalidRequest(f"{param} may hold at most {most} entries, but holds {len(getattr(self, param))}.", param=param)
         need(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "must not be empty")
-        for token, bias in self.logit_bias.items():
-            if not (math.isfinite(bias) and -100 <= bias <= 100):
-                name = f"logit_bias.{shorten(token)}"
-                raise InvalidRequest(f"{name} must be between -100 and 100, but is {bias!r}.", param=name)
-        for token in self.logit_bias:
-            if not 0 <= token < (vocab_size or INT_LIMIT):
-                name = f"logit_bias.{shorten(token)}"
-                raise InvalidRequest(not_a_token(f"{name}: the key", token, vocab_size), param=name)
+        self._check_bias(vocab_size)
         check_tokens(self.allowed_token_ids or [], "allowed_token_ids", vocab_size)
         check_tokens(self.stop_token_ids, "stop_token_ids", vocab_size)
         for index, sequence in enumerate(self.bad_words_token_ids):
             check_tokens(sequence, f"bad_words_token_ids[{index}]", vocab_size)
         return self
+
+    def _check_bias(self, vocab_size: int | None) -> None:
+        """logit_bias, without a look at each entry where all are well: there may be as many as tokens."""
+        ids, values = self.logit_bias.keys(), self.logit_bias.values()
+        limit = vocab_size or INT_LIMIT
+        if not ids or (
+            min(ids) >= 0 and max(ids) < limit and all(map(math.isfinite, values)) and min(values) >= -100 and max(values) <= 100
+        ):
+            return
+        for token, bias in self.logit_bias.items():
+            name = f"logit_bias.{shorten(token)}"
+            if not (math.isfinite(bias) and -100 <= bias <= 100):
+                raise InvalidRequest(f"{name} must be between -100 and 100, but is {bias!r}.", param=name)
+            if not 0 <= token < limit:
+                raise InvalidRequest(not_a_token(f"{name}: the key", token, vocab_size), param=name)
 
 
 _TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams, include_extras=True)
