@@ -43,3 +43,12 @@ def test_who_comes_while_an_engine_restarts_is_answered(begin: Any) -> None:
         assert [answer.result(30).status_code for answer in answers] == [200, 200, 200]
         assert {answer.result().json()["choices"][0]["text"] for answer in answers} == {expected}
         assert client.get("/health").status_code == 200
+
+
+def test_health_tells_of_an_engine_that_beats_but_finishes_no_step(begin: Any, stream: Any) -> None:
+    server = begin({"step_s": 0.005, "hang_at_step": 30}).ready()
+    reader = stream(server, 100)
+    reader.reached(20)
+    with server.client() as client:
+        bad = server.until(lambda: next((r for r in [client.get("/health")] if r.status_code == 503), None), TOLD_S)
+    assert "finished no step for" in bad.json()["reason"]

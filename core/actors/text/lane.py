@@ -26,7 +26,7 @@ MAX_STRIKES = 2
 last it is failed: one request that kills engines must not take the server with it."""
 SILENT_S = 4.0
 """An engine that root has not heard for so long stands still: it beats once a second, and load balancers should know within ten."""
-STUCK_S = 8.0
+STUCK_S = 6.0
 """The same for one whose device says that no step takes long, has work, and finishes none."""
 
 
