@@ -7,6 +7,7 @@ What it does not know: routes, the OpenAI schema, the gateway.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import secrets
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge
-from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_body
+from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_body, encodings_of, packed_limit
 from penstock.transports.tracing import RequestSpan
 
 Scope: TypeAlias = Any
@@ -140,10 +141,19 @@ def ignored_header(names: list[str]) -> list[Header]:
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The request body, decoded. Raises RequestTooLarge (nothing more is kept than `limit`), InvalidRequest, or Disconnected.
+    """The request body, decoded; `limit` holds for what it is then. Raises RequestTooLarge (nothing more is kept than that), InvalidRequest,
+    or Disconnected.
 
     A body that is somewhat too large is read to its end and dropped, so that the client gets to read the answer.
     """
+    encodings = encodings_of(value for name, value in scope["headers"] if name == b"content-encoding")
+    if not encodings:
+        return await _read(scope, receive, limit)
+    packed = await _read(scope, receive, packed_limit(limit))
+    return await asyncio.to_thread(decode_body, packed, encodings, limit)  # a few bytes may be work for long
+
+
+async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
     too_large = RequestTooLarge(f"The request body is larger than {limit} bytes (--max-body-bytes). Send less.")
     headers = context_of(scope).headers
     declared = headers.get(b"content-length")
@@ -167,9 +177,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             break
     if size > limit:
         raise too_large
-    body = kept[0] if len(kept) == 1 else b"".join(kept)
-    encodings = headers.get(b"content-encoding")
-    return body if encodings is None else decode_body(body, encodings, limit)
+    return kept[0] if len(kept) == 1 else b"".join(kept)
 
 
 def check_json(headers: dict[bytes, bytes]) -> None:
