@@ -9,7 +9,7 @@ What it does not know: how bodies arrive, what they mean, which thread it runs o
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 
@@ -29,8 +29,8 @@ MEMBERS = 10_000
 ACCEPTED = b"gzip, deflate, br, zstd"
 
 Pieces = Iterator[bytes]
-Step = Callable[[bytes], Iterator[tuple[bytes, bytes | None]]]
-"""Within a member: what comes out of some data, and beside the last of it, at the member's end, the data that is left over."""
+Step = Callable[[bytes], Generator[bytes, None, bytes | None]]
+"""Within a member: yields what comes out of some data, and returns what is left over at the member's end (None: it goes on)."""
 
 
 class UnsupportedEncoding(InvalidRequest):
@@ -59,11 +59,8 @@ def _members(pieces: Pieces, size: int, begin: Callable[[], Step]) -> Pieces:
                 if count > MEMBERS:
                     raise _Bad(f"it has more than {MEMBERS} parts")
                 step = begin()
-            left = None
-            for piece, left in step(rest):
-                yield piece
-            rest = left
-            if left is not None:
+            rest = yield from step(rest)
+            if rest is not None:
                 step = None
     if step is not None:
         raise _Bad("it ends too early")
@@ -72,16 +69,13 @@ def _members(pieces: Pieces, size: int, begin: Callable[[], Step]) -> Pieces:
 def _inflating(wbits: int) -> Step:
     inflater = zlib.decompressobj(wbits)
 
-    def step(data: bytes) -> Iterator[tuple[bytes, bytes | None]]:
-        while True:
+    def step(data: bytes) -> Generator[bytes, None, bytes | None]:
+        piece = b""
+        while not inflater.eof and (data or len(piece) == PIECE):  # a full piece: there may be more within
             piece = inflater.decompress(data, PIECE)
             data = inflater.unconsumed_tail
-            if inflater.eof:
-                yield piece, inflater.unused_data
-                return
-            yield piece, None
-            if not data and len(piece) < PIECE:
-                return
+            yield piece
+        return inflater.unused_data if inflater.eof else None
 
     return step
 
@@ -141,9 +135,9 @@ def _zstd(pieces: Pieces) -> Pieces:
     def begin() -> Step:
         frame = unpacker.decompressobj()
 
-        def step(data: bytes) -> Iterator[tuple[bytes, bytes | None]]:
-            piece = frame.decompress(data)
-            yield piece, frame.unused_data if frame.eof else None
+        def step(data: bytes) -> Generator[bytes, None, bytes | None]:
+            yield frame.decompress(data)
+            return frame.unused_data if frame.eof else None
 
         return step
 

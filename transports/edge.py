@@ -59,6 +59,8 @@ HEARTBEAT_S = 1.0
 BACKLOG = 2048
 GOODBYE_S = 1.0
 """How long idle connections get to close at the end."""
+FLUSH_S = 0.3
+"""How long a last word may take to leave. Altogether a stop stays well within what root allows for it."""
 JOIN_S = 2.0
 """An edge that has not met text by then accepts connections all the same, to say so."""
 
@@ -149,7 +151,10 @@ class Server:
             self._drain_timeout.reschedule(self._drain_until)
 
     def _end_all(self) -> None:
-        self.gateway.fail_all(Draining("The server is shutting down and could not finish this request.", retry_after_s=2.0), "drain")
+        self.gateway.fail_all(self._goodbye(), "drain")
+
+    def _goodbye(self) -> Draining:
+        return Draining("The server is shutting down and could not finish this request.", retry_after_s=2.0)
 
     async def stop(self) -> None:
         """Close everything. What still runs is cut, and told so."""
@@ -162,16 +167,26 @@ class Server:
         for connection in list(self._state.connections):
             connection.shutdown()
         await self.dialer.stop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_S):
-                while self._state.connections:
-                    await asyncio.sleep(0.01)
+        await self._gone(GOODBYE_S)
+        ours: list[Any] = list(self._state.connections)
+        for connection in ours:
+            connection.refuse(self._goodbye())  # who still sends a request is told, too
+        await self._gone(FLUSH_S)
         for connection in list(self._state.connections):
             connection.transport.abort()
+        if self._state.tasks:  # each finds its client gone; what does not is a fault, and logged
+            await asyncio.wait(list(self._state.tasks), timeout=FLUSH_S)
         tasks = [task for task in self._state.tasks if not task.done()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _gone(self, limit_s: float) -> None:
+        """Return when every connection is closed, or after `limit_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while self._state.connections:
+                    await asyncio.sleep(0.01)
 
 
 def transport_factories(host: PluginHost, config: Config) -> list[Callable[..., list[Any]]]:

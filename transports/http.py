@@ -28,7 +28,7 @@ from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
 from penstock.transports.openapi import SchemaPage
-from penstock.transports.protocol import HEADERS_TOO_LARGE, TIMED_OUT, HeadersTooLarge, TooSlow
+from penstock.transports.protocol import HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
 from penstock.transports.request import (
     CONTEXT,
     Disconnected,
@@ -174,7 +174,7 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     if isinstance(error, PenstockError):
         return error_reply(error, CLOSE if error.status == 413 else ())
     if isinstance(error, Disconnected):
-        request.scope["state"][CONTEXT].status = TooSlow.status if TIMED_OUT in request.scope["state"] else 499
+        request.scope["state"][CONTEXT].status = request.scope["state"].get(REFUSED, 499)
         return NoReply()
     if isinstance(error, MethodNotAllowedException):
         methods = _methods_of(request.app, request.scope["path"])

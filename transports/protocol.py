@@ -11,17 +11,18 @@ import asyncio
 import contextlib
 import socket
 import struct
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
-from penstock.transports.request import error_body
+from penstock.transports.request import error_body, error_headers
 
 HEADERS_TOO_LARGE = "headers_too_large"
 """Key in scope["state"]: the application answers 431."""
-TIMED_OUT = "timed_out"
-"""Key in scope["state"]: the client took too long over the body and was told 408; the application finds it disconnected."""
+REFUSED = "refused"
+"""Key in scope["state"]: the status that a request got here while it was still being sent; the application finds its client disconnected."""
 SLOWEST_BODY = 1024
 """Bytes per second: a body that comes in drops is late however often they fall."""
 
@@ -71,7 +72,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             if self._in_head and self.parser is not None:
                 self._head_bytes += len(data)
                 if self._head_bytes > max_header_bytes:
-                    self._refuse(HeadersTooLarge(max_header_bytes))
+                    self.refuse(HeadersTooLarge(max_header_bytes))
             if self._deadline is None and not self._in_message and not self._answering() and not self.transport.is_closing():
                 self._expect()  # something that is no request yet (empty lines): it stopped uvicorn's idle timer
 
@@ -102,8 +103,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             if not self._in_message or (not self._in_head and not self._answering()):
                 self.transport.close()  # it never asked for anything, or has its answer already
                 return
-            self.scope["state"][TIMED_OUT] = True
-            self._refuse(TooSlow("request's head" if self._in_head else "request body", receive_timeout_s))
+            self.refuse(TooSlow("request's head" if self._in_head else "request body", receive_timeout_s))
 
         # --- what the parser finds
 
@@ -141,24 +141,24 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             super().on_headers_complete()
 
         def send_400_response(self, msg: str) -> None:
-            self._refuse(InvalidRequest("This is not a valid HTTP/1.1 request."))
+            self.refuse(InvalidRequest("This is not a valid HTTP/1.1 request."))
 
         def _unsupported_upgrade_warning(self) -> None:
             """An Upgrade header that nobody understands is ignored, as HTTP allows."""
 
-        def _refuse(self, error: PenstockError) -> None:
+        def refuse(self, error: PenstockError) -> None:
+            """Answer with `error` and close, whatever the connection was doing."""
             if self.transport.is_closing():
                 return
             if self.cycle is not None and not self.cycle.response_complete and self.cycle.response_started:
                 self.transport.abort()  # an answer is under way: nothing sensible can be said in between
                 return
+            if self._answering():
+                self.cycle.scope["state"][REFUSED] = error.status
             body = error_body(error)
-            reasons = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
-            reason = reasons.get(error.status, b"Error")
-            self.transport.write(
-                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
-                % (error.status, reason, len(body), body)
-            )
+            head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+            lines = b"".join(b"%s: %s\r\n" % header for header in head + error_headers(error))
+            self.transport.write(b"HTTP/1.1 %d %s\r\n%s\r\n%s" % (error.status, HTTPStatus(error.status).phrase.encode(), lines, body))
             self.transport.close()
 
     return PenstockProtocol

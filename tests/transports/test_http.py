@@ -587,6 +587,27 @@ def test_a_question_does_not_outlive_a_stop(make_edge: MakeEdge, caplog: pytest.
     assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("framing", [b"content-length: 100\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n"])
+def test_a_request_that_is_still_being_sent_at_the_end_is_told(
+    make_edge: MakeEdge, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str, framing: bytes
+) -> None:
+    monkeypatch.setattr(edge_module, "GOODBYE_S", 0.1)
+    edge = make_edge()
+    with socket.create_connection(("127.0.0.1", edge.port), timeout=10) as sock:
+        sock.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\n" % path.encode() + framing)
+        edge.wait(lambda: len(edge.server._state.tasks) == 1, "the request")
+        asyncio.run_coroutine_threadsafe(edge.server.stop(), edge.loop).result(10)
+        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+    assert b"retry-after: 2" in head
+    assert json.loads(body)["error"]["code"] == "draining"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    name = f'http_requests_total{{handler="{path}",method="POST",status="503"}}'
+    assert edge.server.gateway.counters.read()[name] == 1
+
+
 def test_the_connection_limit_writes_one_line_for_many(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
     edge = make_edge(max_streams=1)
     edge.text.script = silent
