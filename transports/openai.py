@@ -120,13 +120,10 @@ def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
     return bias
 
 
-def _shared(request: GenerationRequest, config: Config) -> dict[str, Any]:
+def _shared(request: GenerationRequest, config: Config, raw: dict[str, msgspec.Raw]) -> dict[str, Any]:
     """Checks that both requests share; Submit's fields that they share."""
-    if request.response_format is not None and (request.response_format.type != "text" or request.response_format.schema is not None):
-        raise UnsupportedFeature(
-            f"response_format of type {request.response_format.type!r} is not supported yet. Leave it out, or use {{'type': 'text'}}.",
-            param="response_format",
-        )
+    if request.response_format is not None:
+        refused.check_format(raw["response_format"])
     if request.spaces_between_special_tokens is False:
         raise UnsupportedFeature(
             "spaces_between_special_tokens false is not supported. Leave it out.", param="spaces_between_special_tokens"
@@ -152,8 +149,11 @@ def _shared(request: GenerationRequest, config: Config) -> dict[str, Any]:
     }
 
 
-def _call(kind: Literal["chat", "completion"], request: GenerationRequest, **rest: Any) -> Call:
+def _call(kind: Literal["chat", "completion"], request: GenerationRequest, raw: dict[str, msgspec.Raw], **rest: Any) -> Call:
     options = request.stream_options
+    if options is not None:
+        given: dict[str, Any] = msgspec.json.decode(raw["stream_options"])
+        rest["ignored"] += sorted(f"stream_options.{name}" for name in given.keys() - set(options.__struct_fields__))
     return Call(
         kind=kind,
         model=request.model or None,
@@ -179,7 +179,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, raw, ignored = decode(body, ChatRequest, limits)
     assert isinstance(request, ChatRequest)
-    fields = _shared(request, config)
+    fields = _shared(request, config, raw)
     check_messages(request.messages, config.max_messages)
     _check_tools(request)
     if request.max_completion_tokens is not None:
@@ -220,6 +220,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     return _call(
         "chat",
         request,
+        raw,
         sampling=sampling,
         explicit=explicit,
         fields=fields,
@@ -234,15 +235,17 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
 def _check_tools(request: ChatRequest) -> None:
     """A model that is given tools may answer with a call, which nobody here takes apart yet: a client would take its text for the answer."""
     choice = request.tool_choice
-    if choice not in (None, "none", "auto"):
-        raise UnsupportedFeature("Forcing a tool call (tool_choice other than 'none' or 'auto') is not supported yet.", param="tool_choice")
-    if choice == "auto" and not request.tools:
-        raise InvalidRequest("tool_choice is only allowed when tools are given.", param="tool_choice")
+    _need(
+        not isinstance(choice, str) or choice in ("none", "auto", "required"),
+        "tool_choice must be 'none', 'auto', 'required' or an object that names a function.",
+        "tool_choice",
+    )
     if request.tools and choice != "none":
         raise UnsupportedFeature(
             "tools are not supported yet: calls in the answer are not taken apart. Leave tools out, or set tool_choice to 'none'.",
             param="tools",
         )
+    _need(choice in (None, "none") or bool(request.tools), "tool_choice is only allowed when tools are given.", "tool_choice")
 
 
 def check_messages(messages: list[ChatMessage], most: int) -> None:
@@ -250,12 +253,7 @@ def check_messages(messages: list[ChatMessage], most: int) -> None:
     _need(bool(messages), "messages must not be empty.", "messages")
     bounds.check_messages(len(messages), most)
     for i, message in enumerate(messages):
-        for name, entry in refused.MESSAGE_FIELDS.items():
-            value = getattr(message, name)
-            if value not in entry.neutral:
-                raise UnsupportedFeature(
-                    f"messages[{i}].{name} is not supported here. {entry.instead or 'Leave it out.'}", param=f"messages[{i}].{name}"
-                )
+        refused.check_message(message, f"messages[{i}]")
         content = message.content
         if isinstance(content, list):
             for j, part in enumerate(content):
@@ -285,9 +283,9 @@ def _may_be_without(message: ChatMessage) -> bool:
 
 def parse_completion(body: bytes, config: Config, limits: Limits | None = None) -> Call:
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
-    request, _, ignored = decode(body, CompletionRequest, limits)
+    request, raw, ignored = decode(body, CompletionRequest, limits)
     assert isinstance(request, CompletionRequest)
-    fields = _shared(request, config)
+    fields = _shared(request, config, raw)
     echo = bool(request.echo)
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if not (echo and max_tokens == 0):  # with echo, 0 is scoring: the prompt is computed and nothing drawn
@@ -313,6 +311,7 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
     return _call(
         "completion",
         request,
+        raw,
         sampling=sampling,
         explicit=explicit,
         fields=fields,

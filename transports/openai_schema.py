@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -52,11 +53,16 @@ class ChatMessage(msgspec.Struct, frozen=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    prefix: Any = None
-    audio: Any = None
-    images: Any = None
     refusal: str | None = None
     function_call: FunctionCall | None = None
+    # Those of other servers that are refused (refused.MESSAGE_FIELDS)
+    prefix: Any = None
+    partial: Any = None
+    audio: Any = None
+    images: Any = None
+    videos: Any = None
+    attachments: Any = None
+    tools: Any = None
 
 
 class FunctionSpec(msgspec.Struct, frozen=True):
@@ -73,7 +79,6 @@ class Tool(msgspec.Struct, frozen=True):
 
 class ResponseFormat(msgspec.Struct, frozen=True):
     type: str
-    schema: Any = None
 
 
 LogitBias = Annotated[
@@ -178,6 +183,12 @@ REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, To
 
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
 _known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fields__) for t in _decoders}
+_refused: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
+    ChatRequest: refused.GENERATION,
+    CompletionRequest: refused.GENERATION,
+    TokenizeRequest: refused.PROMPT,  # what only the answer would depend on may be there: people send what they would ask with
+    DetokenizeRequest: {},
+}
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 
 
@@ -202,7 +213,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
-            if not refused.check(name, raw[name], raw) and name not in HINTS:
+            if not refused.check(_refused[kind], name, raw[name], raw) and name not in HINTS:
                 unknown.append(name)
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)

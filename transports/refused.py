@@ -1,14 +1,17 @@
 """Request fields that would change what the answer is and do not exist here.
 
-What it is: one table of such fields, of OpenAI's later additions and of other servers (vLLM, SGLang, TGI, llama.cpp, Ollama, LM Studio,
-TensorRT-LLM, Fireworks, Together, Groq, Mistral, DeepSeek, Qwen, OpenRouter and others), with the values that ask for nothing and what to use
-instead. To ignore such a field would give an answer that is not what was asked for, with a status that says it is.
+What it is: two tables of such fields, of OpenAI's later additions and of other servers (vLLM, SGLang, TGI, llama.cpp, KoboldCpp, TabbyAPI,
+text-generation-webui, Ollama, LM Studio, TensorRT-LLM, Fireworks, Together, Groq, Mistral, DeepSeek, Qwen, xAI, Perplexity, Cohere, Anthropic,
+Google, OpenRouter, transformers), with the values that ask for nothing and what to use instead: PROMPT for what the model reads, ANSWER for what
+becomes of it. To ignore such a field would give an answer that is not what was asked for, with a status that says it is. What only tunes
+another field of a table (mirostat_tau, xtc_threshold, dry_base) does nothing alone and needs no row.
 What it does not know: the fields that work (openai_schema.py). What one endpoint takes and another does not stands here too: only fields that a
 request's struct does not have are looked up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,215 +21,217 @@ from penstock.core.protocol.errors import UnsupportedFeature
 
 class Refused(NamedTuple):
     neutral: tuple[Any, ...]
-    """Values that ask for nothing."""
+    """Values that ask for nothing. Where {} is one, so is an object of nothing but nulls."""
     instead: str = ""
 
 
-_OFF = (None, False)
-_NONE = (None,)
-_EMPTY: tuple[Any, ...] = (None, [], {}, "")
-_ZERO = (None, 0, 0.0)
-_ONE = (None, 1, 1.0)
-_GRAMMAR = Refused(_EMPTY)
-_MAX = Refused(_NONE, "Use max_tokens.")
-_THINK = Refused((None, False, {}, {"type": "disabled"}), "Templates that know thinking take it in chat_template_kwargs.")
+_NONE = Refused((None,))
+_OFF = Refused((None, False))
+_ON = Refused((None, True))
+_EMPTY = Refused((None, [], {}, ""))
+_ZERO = Refused((None, 0, 0.0))
+_ONE = Refused((None, 1, 1.0))
 
-REFUSED: dict[str, Refused] = {
-    # Output that must obey something
-    **dict.fromkeys(
-        (
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-            "guided_decoding_backend",
-            "guided_whitespace_pattern",
-            "guided_json_object",
-            "guided_decoding",
-            "regex",
-            "ebnf",
-            "json_schema",
-            "structural_tag",
-            "grammar",
-            "grammar_triggers",
-            "format",
-            "schema",
-            "output_config",
-            "structured",
-        ),
-        _GRAMMAR,
+
+def _use(kind: Refused, instead: str) -> Refused:
+    return Refused(kind.neutral, instead)
+
+
+def _all(kind: Refused, names: str) -> dict[str, Refused]:
+    return dict.fromkeys(names.split(), kind)
+
+
+_APART = "Give each setting as a field of its own."
+_THINK = "Templates that know thinking take it in chat_template_kwargs."
+_CHAT = "Send messages to /v1/chat/completions."
+_IDS = "Give prompt as a list of token ids to /v1/completions."
+_SYSTEM = "Send a message with the role system."
+
+PROMPT: dict[str, Refused] = {
+    # Bundles that hold anything
+    **_all(
+        _use(_EMPTY, _APART), "options parameters sampling_params generation_config generationConfig extra_body extra_params extra_args"
     ),
-    # Tools of other shapes, and tools that run on the server
-    "functions": Refused(_EMPTY),
-    "function_call": Refused((None, "none")),
-    "web_search_options": Refused(_NONE),
-    "search_parameters": Refused(_EMPTY),
-    "search_settings": Refused(_EMPTY),
-    "enable_search": Refused(_OFF),
-    "search_options": Refused(_EMPTY),
-    "plugins": Refused(_EMPTY),
-    "data_sources": Refused(_EMPTY),
-    "include_domains": Refused(_EMPTY),
-    "exclude_domains": Refused(_EMPTY),
-    "tool_prompt": Refused(_EMPTY),
-    "mcp_servers": Refused(_EMPTY),
-    # Other media
-    "audio": Refused(_EMPTY),
-    "modalities": Refused((None, ["text"], [])),
-    "images": Refused(_EMPTY),
-    "image_data": Refused(_EMPTY),
-    "mm_processor_kwargs": Refused(_EMPTY),
-    "media_io_kwargs": Refused(_EMPTY),
-    # Other ways to search or draw
-    "use_beam_search": Refused(_OFF),
-    "beam_width": Refused(_ONE),
-    "beam_search_diversity_rate": Refused(_ZERO),
-    "num_beams": Refused(_ONE),
-    "length_penalty": Refused(_ONE),
-    "early_stopping": Refused(_OFF),
-    "best_of": Refused(_ONE),
-    "typical_p": Refused(_ONE),
-    "tfs_z": Refused(_ONE),
-    "top_a": Refused(_ZERO),
-    "epsilon_cutoff": Refused(_ZERO),
-    "eta_cutoff": Refused(_ZERO),
-    "dynatemp_range": Refused(_ZERO),
-    "smoothing_factor": Refused(_ZERO),
-    "xtc_probability": Refused(_ZERO),
-    "dry_multiplier": Refused(_ZERO),
-    "mirostat": Refused(_ZERO),
-    "mirostat_mode": Refused(_ZERO),
-    "mirostat_target": Refused(_ZERO),
-    "mirostat_lr": Refused(_ZERO),
-    "penalty_alpha": Refused(_ZERO),
-    "no_repeat_ngram_size": Refused(_ZERO),
-    "top_n_sigma": Refused((None, -1, -1.0, 0, 0.0)),
-    "top_p_min": Refused(_ZERO),
-    "top_p_decay": Refused(_ONE),
-    "penalize_nl": Refused(_OFF),
-    "samplers": Refused(_EMPTY),
-    "sampler_seq": Refused(_EMPTY),
-    "guidance_scale": Refused(_ONE),
-    "watermark": Refused(_OFF),
-    "logits_processors": Refused(_EMPTY),
-    "logit_processors": Refused(_EMPTY),
-    "custom_logit_processor": Refused(_EMPTY),
-    "custom_params": Refused(_EMPTY),
-    "embedding_bias": Refused(_EMPTY),
-    "repetition_detection": Refused(_EMPTY),
-    "do_sample": Refused((None, True), "Use temperature 0 for a greedy answer."),
-    # Other names of what works here
-    "n_predict": _MAX,
-    "num_predict": _MAX,
-    "max_new_tokens": _MAX,
-    "max_output_tokens": _MAX,
-    "max_tokens_to_sample": _MAX,
-    "max_length": _MAX,
-    "max_completion_tokens": _MAX,
-    "min_new_tokens": Refused(_ZERO, "Use min_tokens."),
-    "min_length": Refused(_ZERO, "Use min_tokens."),
-    "repeat_penalty": Refused(_ONE, "Use repetition_penalty."),
-    "random_seed": Refused(_NONE, "Use seed."),
-    "stop_sequences": Refused(_EMPTY, "Use stop."),
-    "stop_words": Refused(_EMPTY, "Use stop."),
-    "stop_words_list": Refused(_EMPTY, "Use stop."),
-    "bad_words_list": Refused(_EMPTY, "Use bad_words."),
-    "no_stop_trim": Refused(_OFF, "Use include_stop_str_in_output."),
-    "truncate": Refused(_NONE, "Use truncate_prompt_tokens."),
-    "prompt_truncate_len": Refused(_NONE, "Use truncate_prompt_tokens."),
-    "context_length_exceeded_behavior": Refused((None, "error")),
-    "return_full_text": Refused(_OFF, "Use echo."),
-    "decoder_input_details": Refused(_OFF, "Use prompt_logprobs."),
-    "top_n_tokens": Refused(_ZERO, "Use logprobs."),
-    "n_probs": Refused(_ZERO, "Use logprobs."),
-    "options": Refused(_EMPTY, "Give each setting as a field of its own."),
-    "parameters": Refused(_EMPTY, "Give each setting as a field of its own."),
-    "echo": Refused(_OFF, "Use /v1/completions."),
-    "messages": Refused(_EMPTY, "Send them to /v1/chat/completions."),
-    "prompt": Refused(_EMPTY, "Send it to /v1/completions."),
-    "tools": Refused(_EMPTY, "Send them to /v1/chat/completions."),
-    "inputs": Refused(_EMPTY, "Use prompt, or messages."),
-    "input": Refused(_EMPTY, "Use prompt, or messages."),
-    "input_ids": Refused(_EMPTY, "Give prompt as a list of token ids to /v1/completions."),
-    "prompt_token_ids": Refused(_EMPTY, "Give prompt as a list of token ids to /v1/completions."),
-    # What goes into the prompt
-    "chat_template": Refused((None, "")),
-    "template": Refused(_EMPTY),
-    "system": Refused(_EMPTY, "Send a message with the role system."),
-    "system_prompt": Refused(_EMPTY, "Send a message with the role system."),
-    "preamble": Refused(_EMPTY, "Send a message with the role system."),
-    "chat_history": Refused(_EMPTY, "Send messages."),
-    "context": Refused(_EMPTY, "Send messages."),
-    "raw": Refused(_OFF, "Use /v1/completions."),
-    "suffix": Refused((None, "")),
+    # Other names of the prompt
+    "messages": _use(_EMPTY, _CHAT),
+    "prompt": _use(_EMPTY, "Send it to /v1/completions."),
+    **_all(_use(_EMPTY, "Use prompt, or messages."), "inputs input text text_input input_text message contents"),
+    **_all(_use(_EMPTY, _IDS), "input_ids prompt_token_ids prompt_ids"),
+    **_all(_EMPTY, "prompt_embeds input_embeds inputs_embeds prompt_table prompt_vocab_size"),
+    # More of it
+    **_all(_use(_EMPTY, _SYSTEM), "system system_prompt system_instruction systemInstruction instructions preamble"),
+    **_all(_use(_EMPTY, _CHAT), "chat_history history context conversation previous_response_id"),
+    "documents": _use(_EMPTY, _CHAT),
+    "chat_template_kwargs": _use(_EMPTY, _CHAT),
+    "reasoning_effort": _use(_NONE, _CHAT),
+    **_all(_use(_OFF, _CHAT), "continue_final_message apply_chat_template"),
+    **_all(_EMPTY, "data_sources connectors memory negative_prompt user_bio character preset instruction_template"),
+    **_all(_EMPTY, "template chat_template chat_template_str tool_prompt guideline input_extra transforms task negative_prompt_ids"),
+    **_all(_EMPTY, "suffix input_prefix input_suffix"),
     "prefix": Refused((None, "", False), "Use continue_final_message."),
-    "input_prefix": Refused((None, "")),
-    "input_suffix": Refused((None, "")),
-    "input_extra": Refused(_EMPTY),
-    "safe_prompt": Refused(_OFF),
-    "prompt_mode": Refused(_NONE),
-    "prompt_embeds": Refused(_EMPTY),
-    "input_embeds": Refused(_EMPTY),
-    "transforms": Refused(_EMPTY),
+    "raw": _use(_OFF, "Use /v1/completions."),
+    **_all(_OFF, "safe_prompt token_healing"),
+    "add_bos_token": _use(_ON, "Use add_special_tokens."),
+    "prompt_mode": _NONE,
+    # How it is cut
+    **_all(_use(_NONE, "Use truncate_prompt_tokens."), "truncate truncation_length prompt_truncate_len max_context_length"),
+    "truncation": Refused((None, "disabled"), "Use truncate_prompt_tokens."),
+    "truncation_side": Refused((None, "left")),
+    "context_length_exceeded_behavior": Refused((None, "error")),
+    # Other media
+    **_all(_EMPTY, "images image_data image_urls audio_data video_data videos files file_ids attachments multimodal_data multi_modal_data"),
+    **_all(_EMPTY, "mm_processor_kwargs media_io_kwargs images_config ec_transfer_params"),
+    "use_audio_in_video": _OFF,
+    # Thinking. A template may think unless it is told not to: "off" asks for something too
+    **_all(_use(Refused((None, {})), _THINK), "thinking think enable_thinking thinking_config thinkingConfig"),
+    "reasoning": _use(_EMPTY, "Use reasoning_effort, for templates that know it."),
+    "reasoning_history": _NONE,
+    # Tools of other shapes, and tools that run on the server
+    **_all(_EMPTY, "functions tool_results mcp_servers plugins compound_custom"),
+    **_all(_EMPTY, "search_parameters search_settings search_options include_domains exclude_domains search_domain_filter"),
+    **_all(_NONE, "web_search_options search_mode search_recency_filter"),
+    **_all(_OFF, "enable_search web_search return_images return_related_questions"),
     "citation_options": Refused((None, "disabled")),
     "citation_mode": Refused((None, "off", "disabled")),
-    # Thinking, which nobody takes apart here
-    "thinking": _THINK,
-    "think": _THINK,
-    "enable_thinking": Refused(_NONE, "Templates that know thinking take it in chat_template_kwargs."),
-    "thinking_token_budget": Refused(_NONE),
-    "thinking_budget": Refused(_NONE),
-    "reasoning": Refused(_EMPTY, "Use reasoning_effort, for templates that know it."),
-    "reasoning_format": Refused((None, "raw", "none")),
-    "include_reasoning": Refused((None, True)),
-    "reasoning_history": Refused(_NONE),
-    "verbosity": Refused((None, "medium")),
-    # Other models, other weights, other places
-    "lora": Refused(_EMPTY),
-    "lora_path": Refused(_EMPTY),
-    "lora_request": Refused(_EMPTY),
-    "adapter_id": Refused(_EMPTY),
-    "adapter_source": Refused(_EMPTY),
-    "models": Refused(_EMPTY),
-    "safety_model": Refused(_EMPTY),
-    "guardrails": Refused(_EMPTY),
-    "guardrail_config": Refused(_EMPTY),
-    "moderation": Refused(_EMPTY),
-    "kv_transfer_params": Refused(_EMPTY),
-    "disaggregated_params": Refused(_EMPTY),
-    "session_params": Refused(_EMPTY),
-    "vllm_xargs": Refused(_EMPTY),
-    "deferred": Refused(_OFF),
-    "background": Refused(_OFF),
-    "store": Refused(_OFF),
-    "previous_response_id": Refused(_EMPTY),
-    # What the reply would have to hold
-    "return_hidden_states": Refused(_OFF),
-    "return_context_logits": Refused(_OFF),
-    "return_generation_logits": Refused(_OFF),
-    "logprob_token_ids": Refused(_EMPTY),
-    "raw_output": Refused(_OFF),
-    "detokenize": Refused((None, True)),
-    "prediction": Refused(_EMPTY),
 }
 
+ANSWER: dict[str, Refused] = {
+    # An answer that must obey something
+    **_all(
+        _EMPTY, "structured_outputs structured guided_json guided_regex guided_choice guided_grammar guided_json_object guided_decoding"
+    ),
+    **_all(_EMPTY, "guided_decoding_backend guided_decoding_params guided_whitespace_pattern structural_tag json_schema regex ebnf choice"),
+    **_all(
+        _EMPTY, "grammar grammar_string grammar_triggers lark_grammar regex_pattern format output_format output_config schema json_object"
+    ),
+    **_all(_EMPTY, "response_schema responseSchema response_mime_type responseMimeType"),
+    **_all(_OFF, "json_mode guided_decoding_disable_fallback guided_decoding_disable_any_whitespace"),
+    "guided_decoding_disable_additional_properties": _OFF,
+    # Calls
+    "tools": _use(_EMPTY, _CHAT),
+    "tool_choice": Refused((None, "none", "auto")),
+    "function_call": Refused((None, "none")),
+    **_all(_OFF, "force_single_step disable_tool_validation"),
+    # Thinking taken apart
+    "reasoning_format": Refused((None, "raw", "none")),
+    "include_reasoning": _ON,
+    **_all(_OFF, "separate_reasoning thinking_forced_open parse_reasoning"),
+    "reasoning_budget": Refused((None, -1)),
+    **_all(_NONE, "thinking_token_budget thinking_budget thinking_budget_tokens reasoning_budget_tokens"),
+    # Media, another length, another tone
+    "audio": _EMPTY,
+    "modalities": Refused((None, ["text"], [])),
+    "response_modalities": Refused((None, ["text"], ["TEXT"], [])),
+    "verbosity": Refused((None, "medium")),
+    # Other ways to search
+    **_all(_OFF, "use_beam_search early_stopping"),
+    **_all(_ONE, "beam_width num_beams num_beam_groups length_penalty best_of"),
+    **_all(_ZERO, "beam_search_diversity_rate diversity_penalty penalty_alpha"),
+    # Other ways to draw
+    **_all(_ONE, "typical_p typ_p typical tfs_z tfs top_p_decay guidance_scale cfg_scale encoder_repetition_penalty"),
+    **_all(_ZERO, "top_a epsilon_cutoff eta_cutoff dynatemp_range dynatemp_low dynatemp_high dynatemp_min dynatemp_max smoothing_factor"),
+    **_all(_ZERO, "xtc_probability dry_multiplier mirostat mirostat_mode mirostat_target mirostat_lr skew top_p_min min_keep"),
+    **_all(_ZERO, "no_repeat_ngram_size encoder_no_repeat_ngram_size nsigma"),
+    "top_n_sigma": Refused((None, -1, -1.0, 0, 0.0)),
+    "adaptive_target": Refused((None, -1, -1.0)),
+    **_all(_OFF, "dynamic_temperature temperature_last temp_last penalize_nl watermark watermarking renormalize_logits"),
+    **_all(_EMPTY, "samplers sampler_seq sampler_priority sampler_order logits_processors logit_processors logits_processor custom_params"),
+    **_all(
+        _EMPTY, "custom_logit_processor embedding_bias sequence_bias top_p_reset_ids suppress_tokens begin_suppress_tokens force_words_ids"
+    ),
+    **_all(_EMPTY, "constraints repetition_detection watermarking_config sampling_mask"),
+    "do_sample": _use(_ON, "Use temperature 0 for a greedy answer."),
+    # Other names of what works here
+    **_all(_use(_NONE, "Use max_tokens."), "n_predict num_predict max_new_tokens max_output_tokens maxOutputTokens max_tokens_to_sample"),
+    **_all(_use(_NONE, "Use max_tokens."), "max_length max_gen_len max_completion_tokens"),
+    **_all(_use(_ZERO, "Use min_tokens."), "min_new_tokens min_length"),
+    **_all(_use(_ONE, "Use repetition_penalty."), "repeat_penalty rep_pen"),
+    **_all(_use(Refused((None, -1, 0, 64)), "Penalties here are over the whole text."), "repeat_last_n repetition_penalty_range"),
+    **_all(_use(_ONE, "Use n."), "n_cmpl num_return_sequences candidate_count candidateCount"),
+    **_all(_use(_NONE, "Use temperature."), "temp"),
+    **_all(_use(_NONE, "Use top_p or top_k."), "p k topP topK"),
+    **_all(_use(_NONE, "Use seed."), "random_seed sampler_seed"),
+    **_all(
+        _use(_EMPTY, "Use stop."),
+        "stop_sequences stop_sequence stopSequences stop_words stop_words_list stop_strings custom_stopping_strings",
+    ),
+    **_all(_use(_EMPTY, "Use stop."), "stopping_strings stop_regex"),
+    **_all(_use(_NONE, "Use stop_token_ids."), "end_id eos_token_id forced_eos_token_id forced_bos_token_id"),
+    "ban_eos_token": _use(_OFF, "Use ignore_eos."),
+    **_all(_use(_EMPTY, "Use bad_words."), "bad_words_list bad_words_ids banned_strings banned_phrases banned_tokens custom_token_bans"),
+    "no_stop_trim": _use(_OFF, "Use include_stop_str_in_output."),
+    **_all(_use(_OFF, "Use echo, on /v1/completions."), "echo return_full_text"),
+    "echo_last": _use(_ZERO, "Use echo, on /v1/completions."),
+    "exclude_input_in_output": _ON,
+    # What the reply would have to hold
+    **_all(_use(_ZERO, "Use logprobs."), "top_n_tokens n_probs top_logprobs top_logprobs_num"),
+    "return_logprob": _use(_OFF, "Use logprobs."),
+    "decoder_input_details": _use(_OFF, "Use prompt_logprobs."),
+    **_all(_OFF, "return_hidden_states return_context_logits return_generation_logits return_encoder_output return_routed_experts"),
+    **_all(_OFF, "raw_output return_prompt_text post_sampling_probs return_meta_info"),
+    **_all(_EMPTY, "logprob_token_ids token_ids_logprob response_fields include"),
+    "detokenize": _ON,
+    "prediction": _EMPTY,
+    **_all(_ZERO, "n_indent"),
+    "t_max_predict_ms": Refused((None, -1, 0)),
+    # Other models, other weights, other places, other times
+    **_all(_EMPTY, "lora lora_path lora_request adapter_id adapter_source adapters models kv_transfer_params disaggregated_params"),
+    **_all(_EMPTY, "session_params vllm_xargs safety_model guardrails guardrail_config moderation safety_settings safetySettings"),
+    "safety_mode": Refused((None, "NONE", "OFF")),
+    **_all(_OFF, "deferred background"),
+}
 
-def check(name: str, raw: msgspec.Raw, fields: dict[str, msgspec.Raw]) -> bool:
+GENERATION: dict[str, Refused] = {**PROMPT, **ANSWER}
+"""What a request for an answer may not hold."""
+
+
+def check(table: Mapping[str, Refused], name: str, raw: msgspec.Raw, fields: Mapping[str, msgspec.Raw]) -> bool:
     """Is this a field of the table (with a value that asks for nothing)? Raises UnsupportedFeature if it asks for something."""
-    entry = REFUSED.get(name)
+    entry = table.get(name)
     if entry is None:
         return False
-    value = msgspec.json.decode(raw)
-    asks = not any(value == one and type(value) is type(one) for one in entry.neutral)
+    asks = not _neutral(entry, msgspec.json.decode(raw))
     if asks and not (name == "best_of" and bytes(fields.get("n", msgspec.Raw())).strip() == bytes(raw).strip()):
-        raise UnsupportedFeature(f"{name} is not supported here. {entry.instead or 'Leave it out.'}", param=name)
+        raise refusal(name, entry)
     return True
 
 
+def _neutral(entry: Refused, value: Any) -> bool:
+    if isinstance(value, dict) and {} in entry.neutral and all(one is None for one in value.values()):
+        return True
+    return any(value == one and type(value) is type(one) for one in entry.neutral)
+
+
+def refusal(name: str, entry: Refused) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{name} is not supported here. {entry.instead or 'Leave it out.'}", param=name)
+
+
 MESSAGE_FIELDS: dict[str, Refused] = {
-    "prefix": Refused(_OFF, "Use continue_final_message."),
-    "audio": Refused(_EMPTY),
-    "images": Refused(_EMPTY),
+    "prefix": _use(_OFF, "Use continue_final_message."),
+    "partial": _use(_OFF, "Use continue_final_message."),
+    **_all(_EMPTY, "audio images videos attachments"),
+    "tools": _use(_EMPTY, "Give tools as a field of the request."),
 }
 """The same within a message."""
+
+
+def check_message(message: object, where: str) -> None:
+    """`message` has MESSAGE_FIELDS as attributes. Raises UnsupportedFeature naming the one that asks for what does not exist."""
+    for name, entry in MESSAGE_FIELDS.items():
+        value = getattr(message, name)
+        if value is not None and not _neutral(entry, value):
+            raise refusal(f"{where}.{name}", entry)
+
+
+def check_format(raw: msgspec.Raw) -> None:
+    """`response_format`, an object with a type: only text, and nothing beside it. Raises UnsupportedFeature."""
+    given = msgspec.json.decode(raw)
+    if given is None:
+        return
+    kind = given.pop("type")
+    more = next((name for name, value in given.items() if not _neutral(_EMPTY, value)), None)
+    if kind != "text" or more is not None:
+        what = f"type {kind[:80]!r}" if kind != "text" else f"type 'text' with {more[:80]!r}"  # type: ignore[index]
+        raise UnsupportedFeature(
+            f"response_format of {what} is not supported yet. Leave it out, or use {{'type': 'text'}}.", param="response_format"
+        )

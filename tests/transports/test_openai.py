@@ -11,8 +11,8 @@ import pytest
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.errors import PenstockError
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import ChatRequest, CompletionRequest
-from penstock.transports.refused import REFUSED
+from penstock.transports.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest, decode
+from penstock.transports.refused import GENERATION, MESSAGE_FIELDS, PROMPT
 
 CONFIG = configuration.build()
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
@@ -261,7 +261,7 @@ def test_required_fields() -> None:
     assert refusal(parse_completion, {"model": "m"}).param == "prompt"
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(GENERATION))
 def test_fields_that_would_change_the_answer(name: str) -> None:
     """With what asks for nothing they are taken in silence, with anything else they are refused by name."""
     known = {kind: set(kind.__struct_fields__) for kind in (ChatRequest, CompletionRequest)}
@@ -269,7 +269,7 @@ def test_fields_that_would_change_the_answer(name: str) -> None:
     for parse, base, kind in ((parse_chat, CHAT, ChatRequest), (parse_completion, TEXT, CompletionRequest)):
         if name in known[kind]:
             continue
-        for neutral in REFUSED[name].neutral:
+        for neutral in GENERATION[name].neutral:
             assert parse(msgspec.json.encode(base | {name: neutral}), CONFIG).ignored == []
         for other in ({"x": 1}, 7, "yes"):
             error = refusal(parse, base | {name: other})
@@ -282,6 +282,134 @@ def test_what_asks_for_nothing_is_told_from_what_looks_like_it() -> None:
     assert refusal(parse_chat, CHAT | {"typical_p": True}).param == "typical_p"
     assert refusal(parse_chat, CHAT | {"grammar": [[]]}).param == "grammar"
     assert refusal(parse_completion, TEXT | {"n_predict": 0}).message == "n_predict is not supported here. Use max_tokens."
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("thinking", {"type": "enabled", "budget_tokens": 100}),  # Anthropic, DeepSeek
+        ("thinking", {"type": "disabled"}),  # a template may think unless it is told not to
+        ("think", False),  # Ollama
+        ("enable_thinking", False),  # Qwen
+        ("format", {"type": "object"}),  # Ollama
+        ("options", {"temperature": 0}),
+        ("raw", True),
+        ("extra_body", {"guided_json": {}}),  # the SDK's argument, sent as it is
+        ("generationConfig", {"responseMimeType": "application/json"}),  # Google
+        ("text", {"format": {"type": "json_schema"}}),  # OpenAI's Responses
+        ("instructions", "Be brief."),
+        ("output_format", {"type": "json_schema"}),  # Anthropic
+        ("stop_regex", "[0-9]"),  # SGLang
+        ("separate_reasoning", True),
+        ("sampling_params", {"json_schema": "{}"}),
+        ("truncation_side", "right"),  # vLLM
+        ("watermarking", True),
+        ("banned_strings", ["a"]),  # TabbyAPI
+        ("negative_prompt", "a"),
+        ("guidance_scale", 1.5),
+        ("num_return_sequences", 2),  # transformers
+        ("suppress_tokens", [5]),
+    ],
+)
+def test_what_other_servers_know(field: str, value: Any) -> None:
+    for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+        error = refusal(parse, base | {field: value})
+        assert (error.status, error.code, error.param) == (400, "unsupported_feature", field)
+
+
+def test_what_clients_of_other_servers_send_by_default_is_taken() -> None:
+    """With each server's neutral values; what only tunes something that is off is named as ignored."""
+    llama_cpp = {
+        "dynatemp_range": 0,
+        "xtc_probability": 0,
+        "typ_p": 1,
+        "mirostat": 0,
+        "dry_multiplier": 0,
+        "repeat_last_n": 64,
+        "n_probs": 0,
+    }
+    tuning = {"dynatemp_exponent": 1, "xtc_threshold": 0.1, "mirostat_tau": 5, "dry_base": 1.75, "timings_per_token": True}
+    others = {
+        "do_sample": True,
+        "best_of": 1,
+        "return_full_text": False,
+        "num_beams": 1,
+        "reasoning": {"effort": None},
+        "grammar": "",
+        "format": "",
+    }
+    assert chat(**llama_cpp, **tuning, **others, store=True).ignored == sorted([*tuning, "store"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
+        {"type": "json", "value": {"type": "object"}},  # TGI
+        {"type": "regex", "value": "a*"},
+        {"type": "grammar", "grammar": "root ::= 'a'"},  # Fireworks
+        {"type": "structural_tag", "structures": [], "triggers": []},
+        {"type": "text", "schema": {"type": "object"}},
+        {"type": "text", "json_schema": {"name": "a"}},
+        {"type": "text", "grammar": "root ::= 'a'"},
+    ],
+)
+def test_response_formats(given: dict[str, Any]) -> None:
+    for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+        error = refusal(parse, base | {"response_format": given})
+        assert (error.status, error.code, error.param) == (400, "unsupported_feature", "response_format")
+
+
+def test_a_text_format_is_none() -> None:
+    for given in ({"type": "text"}, {"type": "text", "json_schema": None}, {"type": "text", "schema": {}}, None):
+        assert chat(response_format=given).ignored == []
+
+
+@pytest.mark.parametrize("name", sorted(MESSAGE_FIELDS))
+def test_fields_of_messages_that_would_change_the_answer(name: str) -> None:
+    def message(value: Any) -> dict[str, Any]:
+        return {"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", name: value}]}
+
+    for neutral in MESSAGE_FIELDS[name].neutral:
+        chat(**message(neutral))
+    for other in (True, 1, "yes", [{}]):
+        error = refusal(parse_chat, CHAT | message(other))
+        assert (error.status, error.code, error.param) == (400, "unsupported_feature", f"messages[1].{name}")
+
+
+def test_stream_options_that_nobody_knows_are_named() -> None:
+    assert chat(stream=True, stream_options={"include_usage": True, "chunk_size": 5, "a": 1}, zz=1).ignored == [
+        "zz",
+        "stream_options.a",
+        "stream_options.chunk_size",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "code"),
+    [
+        ("banana", "invalid_value"),
+        ("", "invalid_value"),
+        ("required", "unsupported_feature"),
+        ({"type": "function"}, "unsupported_feature"),
+    ],
+)
+def test_tool_choices(choice: Any, code: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    error = refusal(parse_chat, CHAT | {"tools": tools, "tool_choice": choice})
+    assert (error.status, error.code, error.param) == (400, code, "tools" if code == "unsupported_feature" else "tool_choice")
+    assert refusal(parse_chat, CHAT | {"tool_choice": choice}).code == "invalid_value"
+
+
+def test_tokenize_refuses_only_what_would_change_the_tokens() -> None:
+    body = {"prompt": "a", "max_completion_tokens": 5, "typical_p": 0.3, "response_format": {"type": "json_object"}}
+    assert decode(msgspec.json.encode(body), TokenizeRequest)[2] == sorted(body.keys() - {"prompt"})
+    for name in ("chat_template", "system", "images"):
+        with pytest.raises(PenstockError) as caught:
+            decode(msgspec.json.encode({"prompt": "a", name: "x"}), TokenizeRequest)
+        assert (caught.value.status, caught.value.param) == (400, name)
+    assert set(PROMPT) < set(GENERATION)
 
 
 def test_logit_bias_errors_name_key_and_value() -> None:
