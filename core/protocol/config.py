@@ -39,6 +39,9 @@ WATCHDOG_LEAST_S = 10
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 """What a message can carry."""
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~%!$&'()*+,;=:@-]+)+/?|/")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+")
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+"""What HTTP calls a token: names of methods and headers."""
 RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 """What a chat template gets from the request itself."""
 KERNELS = ("native", "reference")
@@ -145,7 +148,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = []
     api_key_file: Annotated[str | None, opt("File with such keys, one a line; # begins a comment.", "server")] = None
-    allowed_origins: Annotated[list[str], opt("Web origins whose pages may send requests (CORS); * is any. Default: none.", "server")] = []
+    allowed_origins: Annotated[
+        list[str], opt("Web origins whose pages may send requests (CORS): https://app.example; * is any. Default: none.", "server")
+    ] = []
     allowed_methods: Annotated[list[str], opt("Methods that such pages may use.", "server")] = msgspec.field(default_factory=lambda: ["*"])
     allowed_headers: Annotated[list[str], opt("Headers that such pages may send.", "server")] = msgspec.field(default_factory=lambda: ["*"])
     allow_credentials: Annotated[bool, opt("Let such pages send cookies and keys of their own accord.", "server")] = False
@@ -556,6 +561,7 @@ def check(config: Config) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
     _check_pairs(config)
+    _check_cors(config)
     if not all(name.strip() for name in config.served_model_name):
         raise ConfigError("--served-model-name must not be empty.", param="served_model_name")
     if not config.transports:
@@ -581,6 +587,21 @@ def check(config: Config) -> None:
         raise ConfigError("--mixed-prefill-tokens must be 0 or more.", param="mixed_prefill_tokens")
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < 1:
         raise ConfigError("--kv-cache-memory-bytes must be at least 1.", param="kv_cache_memory_bytes")
+
+
+def _check_cors(config: Config) -> None:
+    """Origins as browsers send them, else they would never match; the rest as it may stand in a header."""
+    for origin in config.allowed_origins:
+        if origin not in ("*", "null") and not ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--allowed-origins {origin!r:.200} is not an origin: it must be *, or scheme, host and port without anything after them, in"
+                " lower case, such as https://app.example or http://localhost:3000.",
+                param="allowed_origins",
+            )
+    for name in ("allowed_methods", "allowed_headers"):
+        for value in getattr(config, name):
+            if not TOKEN.fullmatch(value):
+                raise ConfigError(f"{OPTIONS[name].flag} {value!r:.200} is not a name that HTTP allows.", param=name)
 
 
 def _check_pairs(config: Config) -> None:

@@ -60,18 +60,25 @@ def refused(line: str) -> str:
 # --- lists
 
 
+def word_of(option: object, word: str) -> str:
+    """A value that the option takes."""
+    return f"https://{word}" if getattr(option, "name", "") == "allowed_origins" else word
+
+
 @pytest.mark.parametrize("option", LISTS, ids=lambda option: option.name)
 def test_a_list_option_that_is_repeated_adds(option: object) -> None:
     assert isinstance(option, type(LISTS[0]))
-    config = parsed(f"m {option.flag} a {option.flag} b,c {option.flag}=d")
-    assert getattr(config, option.name) == ["a", "b", "c", "d"]
+    a, b, c, d = (word_of(option, word) for word in "abcd")
+    config = parsed(f"m {option.flag} {a} {option.flag} {b},{c} {option.flag}={d}")
+    assert getattr(config, option.name) == [a, b, c, d]
 
 
 @pytest.mark.parametrize("option", LISTS, ids=lambda option: option.name)
 def test_a_list_option_takes_one_value_and_leaves_the_folder_alone(option: object, tmp_path: Path) -> None:
     assert isinstance(option, type(LISTS[0]))
-    config = parsed(f"{option.flag} secret {tmp_path}")
-    assert (getattr(config, option.name), config.model) == (["secret"], str(tmp_path))
+    secret = word_of(option, "secret")
+    config = parsed(f"{option.flag} {secret} {tmp_path}")
+    assert (getattr(config, option.name), config.model) == ([secret], str(tmp_path))
     said = refused(f"{option.flag} secret other --port 1")
     assert f"{option.flag} takes one value a time" in said
     assert f"give {option.flag} again for each" in said

@@ -282,3 +282,43 @@ def test_a_list_with_an_empty_entry_is_refused(text: str) -> None:
 def test_config_travels_as_json() -> None:
     config = cfg.build({"port": 1, "api_key": ["x"]})
     assert msgspec.json.decode(msgspec.json.encode(config), type=cfg.Config) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("https://app.example", ["https://app.example"]),
+        ("https://app.example, http://localhost:3000", ["https://app.example", "http://localhost:3000"]),
+        (' ["https://app.example", "http://[::1]:3000"] ', ["https://app.example", "http://[::1]:3000"]),
+        ('["*"]', ["*"]),
+        ("[]", []),
+        ("null", ["null"]),
+        ("tauri://localhost", ["tauri://localhost"]),
+    ],
+)
+def test_origins_come_alone_by_commas_or_as_json(text: str, wanted: list[str]) -> None:
+    assert cfg.build(cfg.from_env({"PENSTOCK_ALLOWED_ORIGINS": text})).allowed_origins == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("allowed_origins", value)
+            for value in ("https://app.example/", "app.example", "https://App.example", "https://a.example/x", "[1]")
+        ),
+        *(("allowed_origins", value) for value in ("https://*.example", "https://a.example\r\nx-evil: 1", "//a.example", '["a"')),
+        *(("allowed_methods", value) for value in ("GE T", "GET\r\nx: y")),
+        *(("allowed_headers", value) for value in ("x-a:", "x a", "é")),
+    ],
+)
+def test_what_no_browser_would_send_is_no_origin(name: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cfg.build({name: [value]})
+    assert caught.value.param == name
+    assert "--" + name.replace("_", "-") in caught.value.message
+
+
+def test_a_key_that_looks_like_a_list_is_a_key() -> None:
+    for key in ("[]", '["a"]'):
+        assert cfg.build(cfg.from_env({"PENSTOCK_API_KEY": key})).api_key == [key]
