@@ -22,7 +22,7 @@ from penstock.transports.http import make_app
 from penstock.transports.openai_schema import HINTS, ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
 from penstock.transports.openapi import BODY
 from penstock.transports.openapi_replies import REPLIES
-from penstock.transports.refused import MESSAGE_FIELDS, REFUSED
+from penstock.transports.refused import GENERATION, MESSAGE_FIELDS
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -95,7 +95,7 @@ def _endpoints() -> list[str]:
 def page() -> str:
     shared = GenerationRequest.__struct_fields__
     refused: dict[str, list[str]] = {}
-    for name, entry in REFUSED.items():
+    for name, entry in GENERATION.items():
         refused.setdefault(entry.instead, []).append(f"`{name}`")
     out = [
         "# HTTP",

@@ -340,8 +340,9 @@ def from_text(option: Option, text: str, *, where: str) -> Any:
     """A value from the environment or the command line. Raises ConfigError naming `where`."""
     try:
         if option.is_list:
-            parts = [part.strip() for part in _parts(text)]
-            if not parts or not all(parts):
+            secret = bool(option.extra.get("secret"))  # a key is what it is, whatever it looks like
+            parts = [part.strip() for part in (text.split(",") if secret else _parts(text))]
+            if not all(parts):
                 raise ValueError("an empty entry; leave the option out to have none")
             return parts
         kind = _one(option)

@@ -273,10 +273,10 @@ def test_a_list_is_written_with_commas_or_as_json(text: str, parts: list[str]) -
     assert cfg.from_env({"PENSTOCK_SERVED_MODEL_NAME": text}) == {"served_model_name": parts}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '[""]', "a,,b", '["a", " "]'])
+@pytest.mark.parametrize("text", ["", '[""]', "a,,b", '["a", " "]'])
 def test_a_list_with_an_empty_entry_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="PENSTOCK_API_KEY"):
-        cfg.from_env({"PENSTOCK_API_KEY": text})
+    with pytest.raises(ConfigError, match="PENSTOCK_SERVED_MODEL_NAME"):
+        cfg.from_env({"PENSTOCK_SERVED_MODEL_NAME": text})
 
 
 def test_config_travels_as_json() -> None:

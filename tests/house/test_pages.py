@@ -12,7 +12,7 @@ from penstock.core.protocol import errors
 from penstock.transports.fields import FIELDS
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from penstock.transports.openapi_replies import REPLIES
-from penstock.transports.refused import REFUSED
+from penstock.transports.refused import GENERATION
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -24,7 +24,7 @@ def test_the_http_page_has_every_field_endpoint_and_code() -> None:
     assert fields == set(FIELDS), "transports/fields.py has a line for each field and no other"
     for name in fields:
         assert f"| `{name}`" in page, name
-    for name in REFUSED:
+    for name in GENERATION:
         assert f"`{name}`" in page, name
     for path in REPLIES:
         assert f"{path}`" in page, path
