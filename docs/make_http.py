@@ -20,9 +20,9 @@ from penstock.core.actors.text import admission, bounds, health, lane
 from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
 from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
-from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol
+from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
 from penstock.transports.builtin import openai_routes
-from penstock.transports.fields import BOTH, OPENAI, VLLM, about, about_reply
+from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
 from penstock.transports.openai_schema import HINTS, ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
 from penstock.transports.openapi import BODY
@@ -43,7 +43,7 @@ WHEN: dict[str, str] = {
     "request_timeout": "The request did not arrive within --receive-timeout-s.",
     "request_too_large": "The body, or a field of it, is beyond a limit (below). 431: the headers are. The message has the numbers.",
     "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
-    f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. With --queue-full-status 503 it is a 503. Or too many tokenizer questions at once.",
+    f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503.",
     "too_many_streams": "--max-streams are in progress at this HTTP process.",
     "internal_error": "The server's mistake; it is logged with the request id.",
     "engine_failure": "The engine failed on this very request, so that trying again would not help.",
@@ -55,16 +55,26 @@ WHEN: dict[str, str] = {
 NOT_HTTP = (errors.ConfigError, errors.PluginError, errors.PluginFault, errors.CheckpointError, errors.ProtocolError)
 """Errors of the start, of plugins and of links: no client gets them under this name."""
 
+DEFINE = (errors, decoding, gateway, http, link, protocol, request)
+"""Modules that define errors which clients get."""
+
 
 def flags(text: str) -> str:
     """Options in code, with their defaults. Raises KeyError for one that does not exist."""
 
     def shown(found: re.Match[str]) -> str:
         option = OPTIONS[found.group(1).replace("-", "_")]
-        value = f" ({option.default})" if isinstance(option.default, (int, float)) and not isinstance(option.default, bool) else ""
-        return f"`--{found.group(1)}`{value}"
+        number = isinstance(option.default, (int, float)) and not isinstance(option.default, bool)
+        return f"`--{found.group(1)}`{f' ({_count(option.default, option.is_size)})' if number else ''}"
 
     return re.sub(r"(?<![\w`-])--([a-z][a-z-]*[a-z])", shown, text)
+
+
+def _count(number: float, size: bool) -> str:
+    for unit, name in ((1 << 20, "Mi"), (1 << 10, "Ki")):
+        if size and number >= unit and number % unit == 0:
+            return f"{number // unit} {name}"
+    return f"{number:g}"
 
 
 # ------------------------------------------------------------------ types
@@ -131,7 +141,11 @@ def asked(kind: type[msgspec.Struct], *, without: Sequence[str] = (), only: Sequ
 def told(kind: type[msgspec.Struct]) -> list[str]:
     """The table of a reply's fields."""
     hints = typing.get_type_hints(kind)
-    out = [*([" ".join((kind.__doc__ or "").split()), ""] if _has_own_doc(kind) else []), "| field | type | what it says |", "|---|---|---|"]
+    out = [
+        *([" ".join((kind.__doc__ or "").split()), ""] if _has_own_doc(kind) else []),
+        "| field | type | what it says |",
+        "|---|---|---|",
+    ]
     for field in msgspec.structs.fields(kind):
         out.append(f"| `{field.encode_name}` | {json_type(hints[field.name])} | {about_reply(kind.__name__, field.name)} |")
     return [*out, ""]
@@ -170,9 +184,10 @@ def _medium(media: str, kind: Any) -> str:
 
 def error_classes() -> list[type[errors.PenstockError]]:
     """Every error that a client may get."""
+    known = {module.__name__ for module in DEFINE}
     found = [errors.PenstockError]
     for kind in found:
-        found += [one for one in kind.__subclasses__() if one not in found and one not in NOT_HTTP and one.__module__.startswith("penstock.")]
+        found += [one for one in kind.__subclasses__() if one not in found and one not in NOT_HTTP and one.__module__ in known]
     return found
 
 
@@ -216,7 +231,7 @@ def limits() -> list[str]:
             f"--max-prompt-chars; by default {bounds.CHARS_PER_TOKEN} for each token of the context, at least {bounds.LEAST_CHARS}",
             "413",
         ),
-        ("tokens of a prompt and its answer", "--max-model-len, or what the KV cache holds", "400 `context_length_exceeded`"),
+        ("tokens of a prompt and its answer", "--max-model-len (by default the model's), or what the KV cache holds", "400"),
         ("token ids of one request, all prompts together", f"{bounds.IDS + bounds.ITEMS}, or more where the context is larger", "413"),
         (
             "ids of /detokenize, and of a prompt that truncate_prompt_tokens cuts",
@@ -235,7 +250,11 @@ def limits() -> list[str]:
         ("encodings of a body on top of each other", str(decoding.MOST), "415"),
         ("requests in progress at one HTTP process", "--max-streams", "429 `too_many_streams`"),
         ("requests and prompt tokens that wait", "--max-num-queued-reqs, --max-num-queued-tokens", "429 `queue_full`"),
-        ("unsent bytes of a stream", "--stream-park-bytes: its request is parked; --stream-max-bytes: it is cut", "the connection is reset"),
+        (
+            "unsent bytes of a stream",
+            "--stream-park-bytes: its request is parked; --stream-max-bytes: it is cut",
+            "the connection is reset",
+        ),
     ]
     return ["| what | most | beyond it |", "|---|---|---|", *(f"| {what} | {flags(most)} | {then} |" for what, most, then in rows), ""]
 
@@ -243,7 +262,11 @@ def limits() -> list[str]:
 def times() -> list[str]:
     idle = protocol.server_options(0, 0)["timeout_keep_alive"]
     rows = [
-        ("the head of a request, and a pause in its body", "--receive-timeout-s", f"408; a body must come at {protocol.SLOWEST_BODY} bytes a second"),
+        (
+            "the head of a request, and a pause in its body",
+            "--receive-timeout-s",
+            f"408; a body must come at {protocol.SLOWEST_BODY} bytes a second",
+        ),
         ("a connection without a request", f"{idle} s", "closed"),
         ("a generation", "none", "it runs to its end; whoever closes the connection cancels it"),
         ("a stream without an event", "--keep-alive-s", "the comment `: keep-alive`"),
@@ -283,7 +306,7 @@ def page() -> str:
         "# HTTP",
         NOTE,
         "OpenAI's chat completions and completions, with vLLM's further fields. `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
-        " Numbers in parentheses are an option's default ([configuration](configuration.md)).",
+        " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",
         "",
@@ -302,7 +325,7 @@ def page() -> str:
         "## Fields of both generation requests",
         "",
         'null means "not given", everywhere. A number in quotes is no number, 3.0 is no integer: errors name the field. "The model\'s" defaults are those of'
-        " its generation_config.json (or `--override-generation-config`). Spelling says whose name it is; `both` are OpenAI's names on vLLM's endpoints too.",
+        " its generation_config.json (or `--override-generation-config`). Spelling says whose name it is.",
         "",
         *asked(GenerationRequest),
         "### ChatRequest",
@@ -364,7 +387,7 @@ def page() -> str:
         "With `stream: true` the reply is `text/event-stream`. In this order, for each choice (those of several choices interleave):",
         "",
         "1. chat: a chunk with the role; completions: with return_token_ids a chunk with the prompt's ids, with echo a chunk with the prompt;",
-        "2. chunks with text, one a step at most;",
+        "2. chunks with text (where log-probabilities or ids were asked for, also with those alone);",
         "3. one chunk with an empty delta (or text) and the finish_reason;",
         "",
         "and after all of them, with `include_usage`, a chunk without choices and with the usage; then `data: [DONE]`.",
@@ -376,8 +399,8 @@ def page() -> str:
         "",
         "## Errors",
         "",
-        'Always `{"error": {"message", "type", "param", "code"}}`. No client\'s mistake is a 5xx: what a 5xx, 408 or 429 says may be sent again, after the'
-        " seconds of `retry-after` where there is one (429, 503).",
+        'Always `{"error": {"message", "type", "param", "code"}}`. No client\'s mistake is a 5xx. What 408, 429 and 503 answer may be sent again, after the'
+        " seconds of `retry-after` where there is one.",
         "",
         *codes(),
         f"Codes that no reply has: {', '.join(f'`{code}`' for code in unused())} (the last is a cut stream's in the logs; the others are kept)."
@@ -438,9 +461,4 @@ def page() -> str:
         "",
     ]
     assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}]+)`", line)}, "an endpoint has no line"
-    assert {OPENAI, VLLM, BOTH} <= {word for line in out for word in line.split(" | ")[-1:] for word in [word.rstrip(" |")]}
     return "\n".join(out)
-
-
-if link.LinkBusy not in error_classes():  # its module must be loaded for its code to be known
-    raise AssertionError

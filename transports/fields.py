@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-OPENAI, VLLM, BOTH = "OpenAI", "vLLM", "both"
+OPENAI, VLLM = "OpenAI", "vLLM"
 
 
 class Field(NamedTuple):
     """`allowed`: "LOW to HIGH", "above LOW to HIGH" and "at most N ..." are held against the code by a test. `default`: what counts if it is left out, or
-    null; "" is off. `of`: whose spelling it is ("both" where vLLM's tokenizer endpoints have OpenAI's names)."""
+    null; "" is off. `of`: whose spelling it is."""
 
     does: str
     of: str = OPENAI
@@ -49,7 +49,8 @@ FIELDS: dict[str, Field] = {
     "logit_bias": Field("Token id (as a text) to a number from -100 to 100, added to its logit. Errors name `logit_bias.ID`."),
     "seed": Field("Equal seeds draw equal answers on one build.", allowed="-2^63 to 2^63-1", default="drawn by the server"),
     "stop": Field(
-        "A text, or texts: the answer ends before the first that is completed. Each has 1 to 4096 characters.", allowed="at most --max-stop texts"
+        "A text, or texts: the answer ends before the first that is completed. Each has 1 to 4096 characters.",
+        allowed="at most --max-stop texts",
     ),
     "response_format": Field("`text` is what there is; others are `unsupported_feature`."),
     "user": Field("A hint without effect."),
@@ -70,17 +71,22 @@ FIELDS: dict[str, Field] = {
     "skip_special_tokens": Field("Leave special tokens out of the text.", VLLM, default="true"),
     "spaces_between_special_tokens": Field("Only true, which is what happens; false is `unsupported_feature`.", VLLM, default="true"),
     "truncate_prompt_tokens": Field(
-        "Keep only so many of the prompt's last tokens; -1 keeps what fits.", VLLM, "-1, or from 1 to 2^31-1", "a prompt that is too long is refused"
+        "Keep only so many of the prompt's last tokens; -1 keeps what fits.",
+        VLLM,
+        "-1, or from 1 to 2^31-1",
+        "a prompt that is too long is refused",
     ),
     "prompt_logprobs": Field(
         "Log-probabilities of the prompt's tokens, with so many alternatives. Not with stream.", VLLM, "0 to --max-logprobs"
     ),
-    "allowed_token_ids": Field("Draw nothing else. If nothing is left to draw, that is a 400 that names the fields.", VLLM, "at least one id"),
+    "allowed_token_ids": Field(
+        "Draw nothing else. If nothing is left to draw, that is a 400 that names the fields.", VLLM, "at least one id"
+    ),
     "bad_words": Field("Texts that are never completed.", VLLM, "at most 1024 texts"),
     "add_special_tokens": Field(
         "Let the tokenizer add its special tokens.", VLLM, default="true for a prompt; false for messages, where the template writes them"
     ),
-    "priority": Field("Lower is sooner. Only with --scheduling-policy priority.", VLLM, "-2^31 to 2^31-1", "0"),
+    "priority": Field("Lower is sooner. Only with `--scheduling-policy priority`.", VLLM, "-2^31 to 2^31-1", "0"),
     "request_id": Field(
         "The id in reply, logs and traces, if it is plain (a letter or digit, then up to 127 of those and `._:/+=-`). The header x-request-id wins.",
         VLLM,
@@ -90,7 +96,7 @@ FIELDS: dict[str, Field] = {
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
     # Chat
-    "messages": Field("The conversation, oldest first.", BOTH, "at most --max-messages messages"),
+    "messages": Field("The conversation, oldest first.", OPENAI, "at most --max-messages messages"),
     "max_completion_tokens": Field("OpenAI's newer name of max_tokens; wins over it.", allowed="1 to 2^31-1", default="max_tokens"),
     "top_logprobs": Field("Alternatives a position. Above 0 it needs logprobs.", allowed="0 to --max-logprobs", default="0"),
     "tools": Field(
@@ -120,7 +126,9 @@ FIELDS: dict[str, Field] = {
 OWN: dict[str, dict[str, Field]] = {
     "ChatRequest": {"logprobs": Field("Add log-probabilities of the answer.", default="false")},
     "CompletionRequest": {
-        "logprobs": Field("Add log-probabilities of the answer (with echo of the prompt too), with so many alternatives.", allowed="0 to --max-logprobs"),
+        "logprobs": Field(
+            "Add log-probabilities of the answer (with echo of the prompt too), with so many alternatives.", allowed="0 to --max-logprobs"
+        ),
         "prompt": Field("A text, texts (at most --max-prompts), token ids, or lists of ids (as many). Not empty."),
     },
     "TokenizeRequest": {
@@ -136,7 +144,9 @@ OWN: dict[str, dict[str, Field]] = {
     "ResponseFormat": {"type": Field("`text`."), "schema": Field("Refused: `unsupported_feature`.")},
     "ChatMessage": {
         "role": Field("Who speaks. A template that does not know developer gets system; function, tool."),
-        "content": Field("A text, or parts, joined as the template takes them. null or left out beside tool_calls, function_call or refusal."),
+        "content": Field(
+            "A text, or parts, joined as the template takes them. null or left out beside tool_calls, function_call or refusal."
+        ),
         "name": Field("Given to the chat template."),
         "tool_calls": Field("Calls of an earlier answer; [] is none."),
         "tool_call_id": Field("Of a tool's message: whose result it is. Given to the chat template."),
@@ -158,7 +168,9 @@ OWN: dict[str, dict[str, Field]] = {
     },
     "FunctionCall": {
         "name": Field("The function."),
-        "arguments": Field("JSON as a text, valid or not (an answer may have been cut off), or an object. The template gets the form that it takes."),
+        "arguments": Field(
+            "JSON as a text, valid or not (an answer may have been cut off), or an object. The template gets the form that it takes."
+        ),
     },
     "Tool": {"function": Field("What may be called."), "type": Field("`function`.", default="function")},
     "FunctionSpec": {
