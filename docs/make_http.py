@@ -1,23 +1,28 @@
-"""The page for HTTP clients: endpoints, fields, streams, errors, limits.
+"""The page for HTTP clients: endpoints, fields, replies, streams, errors, limits.
 
-What it is: `page()`, made from the routes, the request structs and the tables beside them, so that it cannot be out of date; docs/generate.py writes
-it. The texts about streams and errors stand here; tests hold that every field, code and endpoint has its line.
+What it is: `page()`, made from the routes, the request and reply structs, the error classes, the options and the tables beside them, so that it
+cannot be out of date; docs/generate.py writes it. The texts about streams and times stand here; tests hold that every field, code and endpoint has
+its line, and that what the lines say is so.
 What it does not know: how anything is answered.
 """
 
 from __future__ import annotations
 
 import re
+import types
 import typing
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
 
 import msgspec
 
-from penstock.core.actors.text import bounds
-from penstock.core.protocol.config import Config
+from penstock.core.actors.text import admission, bounds, health, lane
+from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
+from penstock.core.protocol import errors
+from penstock.core.protocol.config import OPTIONS, Config
+from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
 from penstock.transports.builtin import openai_routes
-from penstock.transports.fields import FIELDS
-from penstock.transports.gateway import Gateway
+from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
 from penstock.transports.openai_schema import HINTS, ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
 from penstock.transports.openapi import BODY
@@ -25,172 +30,434 @@ from penstock.transports.openapi_replies import REPLIES
 from penstock.transports.refused import GENERATION, MESSAGE_FIELDS
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
-CODES: dict[str, tuple[str, str]] = {
-    "invalid_value": (
-        "400",
-        "A field is wrong, or its settings leave no token to draw; `param` names it. 415: content type or content encoding.",
-    ),
-    "unknown_field": ("400", "Kept for a strict mode that does not exist yet."),
-    "context_length_exceeded": (
-        "400",
-        "The prompt, or the prompt and the answer that was asked for, do not fit the context. The message has the numbers.",
-    ),
-    "unsupported_feature": ("400", "A field that would change the answer and does not exist here (see below)."),
-    "invalid_api_key": ("401", "No valid key: `Authorization: Bearer KEY` or `x-api-key: KEY`."),
-    "model_not_found": ("404", "No such model; the message lists those that there are."),
-    "not_found": ("404", "Nothing at this path."),
-    "method_not_allowed": ("405", "`Allow` says what is."),
-    "request_timeout": ("408", "The request did not arrive within --receive-timeout-s."),
-    "request_too_large": (
-        "413",
-        "Body, text, list or conversation beyond a limit; 431: the headers. The message has the numbers and the option.",
-    ),
-    "rate_limit_exceeded": ("429", "Kept for quotas that do not exist yet."),
-    "queue_full": ("429", "--max-num-queued-reqs or --max-num-queued-tokens wait already (503 with --queue-full-status 503)."),
-    "too_many_streams": ("429", "--max-streams are in progress at this edge."),
-    "internal_error": ("500", "The server's mistake; it is logged with the request id."),
-    "engine_failure": ("500", "The engine failed on this very request, so that trying again would not help."),
-    "engine_unavailable": ("503", "The server starts, or lost a process in the middle of a stream. Try again."),
-    "draining": ("503", "The server shuts down. Try again: another instance may take it."),
-    "slow_client": ("-", "A stream whose client does not read is parked, and cut after --stream-stall-s; it gets no answer any more."),
+WHEN: dict[str, str] = {
+    "invalid_value": "A field is wrong, or its settings leave no token to draw; `param` names it. Or the body is no JSON, the request no HTTP/1.1."
+    " 415: content type or content encoding.",
+    "context_length_exceeded": "The prompt, or it and the answer that was asked for, do not fit the context. The message has the numbers.",
+    "unsupported_feature": "A field, or a value of one, that would change the answer and does not exist here.",
+    "invalid_api_key": "No valid key was sent.",
+    "model_not_found": "No such model; the message lists those that there are.",
+    "not_found": "Nothing at this path.",
+    "method_not_allowed": "The header `allow` says what is.",
+    "request_timeout": "The request did not arrive within --receive-timeout-s.",
+    "request_too_large": "The body, or a field of it, is beyond a limit (below). 431: the headers are. The message has the numbers.",
+    "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
+    f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503.",
+    "too_many_streams": "--max-streams are in progress at this HTTP process.",
+    "internal_error": "The server's mistake; it is logged with the request id.",
+    "engine_failure": "The engine failed on this very request, so that trying again would not help.",
+    "engine_unavailable": "The server starts, or lost a process that the request needed.",
+    "draining": "The server shuts down: another instance may take the request.",
 }
-"""code -> (status, when). Every code of core/protocol/errors.py."""
+"""When an error comes. Every code of core/protocol/errors.py that some error class has."""
+
+NOT_HTTP = (errors.ConfigError, errors.PluginError, errors.PluginFault, errors.CheckpointError, errors.ProtocolError)
+"""Errors of the start, of plugins and of links: no client gets them under this name."""
+
+DEFINE = (errors, decoding, gateway, http, link, protocol, request)
+"""Modules that define errors which clients get."""
 
 
-def _type(kind: Any) -> str:
-    hint = re.sub(r"typing\.|penstock\.[\w.]+\.|msgspec\.|\s\|\sNone|UnsetType \| ", "", str(kind))
-    hint = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", hint)
-    hint = re.sub(r"^Optional\[(.*)\]$", r"\1", hint)
-    return "object" if "Annotated" in hint else hint.replace("|", "\\|")
+def flags(text: str) -> str:
+    """Options in code, with their defaults. Raises KeyError for one that does not exist."""
+
+    def shown(found: re.Match[str]) -> str:
+        option = OPTIONS[found.group(1).replace("-", "_")]
+        number = isinstance(option.default, (int, float)) and not isinstance(option.default, bool)
+        return f"`--{found.group(1)}`{f' ({_count(option.default, option.is_size)})' if number else ''}"
+
+    return re.sub(r"(?<![\w`-])--([a-z][a-z-]*[a-z])", shown, text)
 
 
-def _rows(kind: type[msgspec.Struct], *, without: tuple[str, ...] = ()) -> list[str]:
+def _count(number: float, size: bool) -> str:
+    for unit, name in ((1 << 20, "Mi"), (1 << 10, "Ki")):
+        if size and number >= unit and number % unit == 0:
+            return f"{number // unit} {name}"
+    return f"{number:g}"
+
+
+# ------------------------------------------------------------------ types
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """What a declared type may be, without null and "not given"."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(one for some in get_args(hint) for one in options_of(some) if one not in (type(None), msgspec.UnsetType))
+    return options_of(get_args(hint)[0]) if hasattr(hint, "__metadata__") else (hint,)
+
+
+def json_type(hint: Any) -> str:
+    """A declared type in JSON's words."""
+    words = []
+    for one in options_of(hint):
+        origin, args = typing.get_origin(one), get_args(one)
+        if origin is list:
+            inner = json_type(args[0])
+            words.append(f"array of ({inner})" if " or " in inner else f"array of {inner}")
+        elif origin is typing.Literal:
+            words.append(" or ".join(f'"{value}"' for value in args))
+        elif origin is dict or one is dict:
+            words.append("object")
+        elif isinstance(one, type) and issubclass(one, msgspec.Struct):
+            words.append(f"[{one.__name__}](#{one.__name__.lower()})")
+        else:
+            words.append({str: "string", int: "integer", float: "number", bool: "boolean", Any: "any"}[one])
+    return " or ".join(words)
+
+
+def structs_in(kinds: Iterable[type[msgspec.Struct]]) -> list[type[msgspec.Struct]]:
+    """The structs that fields of these are made of, at any depth."""
+    found: dict[type[msgspec.Struct], None] = {}
+
+    def look(hint: Any) -> None:
+        for one in options_of(hint):
+            for inner in get_args(one):
+                look(inner)
+            if isinstance(one, type) and issubclass(one, msgspec.Struct) and one not in found:
+                found[one] = None
+                for field in typing.get_type_hints(one).values():
+                    look(field)
+
+    for kind in kinds:
+        for hint in typing.get_type_hints(kind).values():
+            look(hint)
+    return list(found)
+
+
+def asked(kind: type[msgspec.Struct], *, without: Sequence[str] = (), only: Sequence[str] = ()) -> list[str]:
+    """The table of a request's fields."""
     hints = typing.get_type_hints(kind)
-    return [
-        f"| `{field.encode_name}`{' (required)' if field.required else ''} | {_type(hints[field.name])} | {FIELDS[field.name]} |"
-        for field in msgspec.structs.fields(kind)
-        if field.name not in without
+    out = ["| field | type | what it does | values | default | spelling |", "|---|---|---|---|---|---|"]
+    for field in msgspec.structs.fields(kind):
+        if field.name not in without and (not only or field.name in only):
+            says = about(kind.__name__, field.name)
+            default = "required" if field.required else says.default
+            cells = f"`{field.encode_name}`", json_type(hints[field.name]), says.does, says.allowed, default, says.of
+            out.append(f"| {' | '.join(map(flags, cells))} |")
+    return [*out, ""]
+
+
+def told(kind: type[msgspec.Struct]) -> list[str]:
+    """The table of a reply's fields."""
+    hints = typing.get_type_hints(kind)
+    out = [
+        *([" ".join((kind.__doc__ or "").split()), ""] if _has_own_doc(kind) else []),
+        "| field | type | what it says |",
+        "|---|---|---|",
     ]
+    for field in msgspec.structs.fields(kind):
+        out.append(f"| `{field.encode_name}` | {json_type(hints[field.name])} | {about_reply(kind.__name__, field.name)} |")
+    return [*out, ""]
 
 
-def _table(kind: type[msgspec.Struct], *, without: tuple[str, ...] = ()) -> list[str]:
-    return ["| field | type | what it does |", "|---|---|---|", *_rows(kind, without=without), ""]
+def _has_own_doc(kind: type[msgspec.Struct]) -> bool:
+    return bool(vars(kind).get("__doc__"))
 
 
-def _endpoints() -> list[str]:
-    app = make_app(Gateway(Config(), 0), [openai_routes]).app
-    out = ["| endpoint | what it does | body |", "|---|---|---|"]
+# ------------------------------------------------------------------ tables
+
+
+def endpoints() -> list[str]:
+    app = make_app(gateway.Gateway(Config(), 0), [openai_routes]).app
+    out = ["| endpoint | what it does | body | reply | errors |", "|---|---|---|---|---|"]
     for route in sorted(app.routes, key=lambda route: route.path_format):
         for handler in getattr(route, "route_handlers", []):
             for method in sorted(str(m) for m in handler.http_methods if str(m) != "OPTIONS"):
                 if route.path_format.startswith("/schema"):
                     continue
-                body = handler.opt.get(BODY)
-                out.append(f"| `{method} {route.path_format}` | {handler.summary} | {body.__name__ if body else ''} |")
-    return [*out, "| `GET /schema` and `/schema/openapi.json` | This API as a page and as OpenAPI |  |", ""]
+                body, (answers, wrong) = handler.opt.get(BODY), REPLIES[route.path_format]
+                replies = [
+                    f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in answer.content.items())}" for answer in answers
+                ]
+                asks = f"[{body.__name__}](#{body.__name__.lower()})" if body else ""
+                out.append(
+                    f"| `{method} {route.path_format}` | {handler.summary} | {asks} | {'; '.join(replies)} | {', '.join(map(str, wrong))} |"
+                )
+    return [*out, "| `GET /schema`, `GET /schema/openapi.json` | This API as a page, and as OpenAPI 3.1 |  | 200 | 401, 431, 500 |", ""]
+
+
+def _medium(media: str, kind: Any) -> str:
+    named = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    return f"[{kind.__name__}](#{kind.__name__.lower()}){' as events' if media == openapi_replies.SSE else ''}" if named else f"`{media}`"
+
+
+def error_classes() -> list[type[errors.PenstockError]]:
+    """Every error that a client may get."""
+    known = {module.__name__ for module in DEFINE}
+    found = [errors.PenstockError]
+    for kind in found:
+        found += [one for one in kind.__subclasses__() if one not in found and one not in NOT_HTTP and one.__module__ in known]
+    return found
+
+
+def codes() -> list[str]:
+    kinds = error_classes()
+    out = ["| code | status | type | Retry-After | when |", "|---|---|---|---|---|"]
+    for code in get_args(errors.ErrorCode):
+        mine = [kind for kind in kinds if kind.default_code == code and kind not in (errors.FinalError, errors.RetryableError)]
+        if not mine:
+            continue
+        statuses = sorted({kind.status for kind in mine})
+        named = sorted({kind.type for kind in mine})
+        waits = "yes" if any(status in (429, 503) for status in statuses) else ""
+        cells = f"`{code}`", ", ".join(map(str, statuses)), ", ".join(f"`{name}`" for name in named), waits, flags(WHEN[code])
+        out.append(f"| {' | '.join(cells)} |")
+    return [*out, ""]
+
+
+def unused() -> list[str]:
+    """Codes that no error class has: kept for what does not exist yet, or of what nobody is left to be told."""
+    used = {kind.default_code for kind in error_classes()}
+    return [code for code in get_args(errors.ErrorCode) if code not in used]
+
+
+def refusals() -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for name, entry in GENERATION.items():
+        groups.setdefault(entry.instead or "Leave it out.", []).append(f"`{name}`")
+    rows = [f"| {instead} | {', '.join(names)} |" for instead, names in groups.items()]
+    inside = [f"| {entry.instead or 'Leave it out.'} | in a message: `{name}` |" for name, entry in MESSAGE_FIELDS.items()]
+    return ["| instead | fields |", "|---|---|", *rows, *inside, ""]
+
+
+def limits() -> list[str]:
+    rows = [
+        ("the header block", "--max-header-bytes", "431"),
+        ("a body, as sent and as decoded", "--max-body-bytes", "413"),
+        ("the text of one prompt", "as many characters as the context's tokens can have", "400 `context_length_exceeded`"),
+        (
+            "the same, and texts for /tokenize",
+            f"--max-prompt-chars; by default {bounds.CHARS_PER_TOKEN} for each token of the context, at least {bounds.LEAST_CHARS}",
+            "413",
+        ),
+        ("tokens of a prompt and its answer", "--max-model-len (by default the model's), or what the KV cache holds", "400"),
+        ("token ids of one request, all prompts together", f"{bounds.IDS + bounds.ITEMS}, or more where the context is larger", "413"),
+        (
+            "ids of /detokenize, and of a prompt that truncate_prompt_tokens cuts",
+            f"one for {bounds.CHARS_PER_ID} of --max-prompt-chars",
+            "413",
+        ),
+        (
+            "any other field",
+            f"{bounds.FIELD_BYTES} bytes; {bounds.ITEMS} values and keys (asked of bodies above {bounds.SMALL} bytes)",
+            "413",
+        ),
+        ("messages of a conversation", "--max-messages", "400"),
+        ("prompts of a request", "--max-prompts", "400"),
+        ("n, and prompts times n", "--max-n, --max-choices", "400"),
+        ("stop strings, alternatives of logprobs", "--max-stop, --max-logprobs", "400"),
+        ("encodings of a body on top of each other", str(decoding.MOST), "415"),
+        ("requests in progress at one HTTP process", "--max-streams", "429 `too_many_streams`"),
+        ("requests and prompt tokens that wait", "--max-num-queued-reqs, --max-num-queued-tokens", "429 `queue_full`"),
+        (
+            "unsent bytes of a stream",
+            "--stream-park-bytes: its request is parked; --stream-max-bytes: it is cut",
+            "the connection is reset",
+        ),
+    ]
+    return ["| what | most | beyond it |", "|---|---|---|", *(f"| {what} | {flags(most)} | {then} |" for what, most, then in rows), ""]
+
+
+def times() -> list[str]:
+    idle = protocol.server_options(0, 0)["timeout_keep_alive"]
+    rows = [
+        (
+            "the head of a request, and a pause in its body",
+            "--receive-timeout-s",
+            f"408; a body must come at {protocol.SLOWEST_BODY} bytes a second",
+        ),
+        ("a connection without a request", f"{idle} s", "closed"),
+        ("a generation", "none", "it runs to its end; whoever closes the connection cancels it"),
+        ("a stream without an event", "--keep-alive-s", "the comment `: keep-alive`"),
+        ("a stream whose client reads nothing", "--stream-stall-s", "the connection is reset"),
+        ("questions (/v1/models, /tokenize, /detokenize, /tokenizer_info)", f"{gateway.QUERY_TIMEOUT_S:g} s", "503 `engine_unavailable`"),
+        ("a server that starts", f"{gateway.SOON_S:g} s", "503 `engine_unavailable`"),
+        (
+            "an engine that is started again",
+            f"{REPLAY_TIMEOUT_S:g} s",
+            "running streams pause and go on, new requests wait within the queue's bounds; then 503 `engine_unavailable`",
+        ),
+        ("a shutdown", "--shutdown-timeout", "what still runs ends with `draining`; new requests have that at once"),
+    ]
+    return ["| what | time | then |", "|---|---|---|", *(f"| {what} | {flags(time)} | {then} |" for what, time, then in rows), ""]
+
+
+EVENTS = """```
+data: {"id":"chatcmpl-7f…","object":"chat.completion.chunk",…,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}
+
+data: {…,"choices":[{"index":0,"delta":{"content":"Hello"},"logprobs":null,"finish_reason":null}]}
+
+data: {…,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}
+
+data: [DONE]
+```"""
 
 
 def page() -> str:
     shared = GenerationRequest.__struct_fields__
-    refused: dict[str, list[str]] = {}
-    for name, entry in GENERATION.items():
-        refused.setdefault(entry.instead, []).append(f"`{name}`")
+    bodies = ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
+    parts = structs_in(bodies)
+    answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values()]
+    whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+    replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))
+    public = ", ".join(f"`{path}`" for path in sorted(http.PUBLIC))
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields. `make run` serves on 127.0.0.1:8000; `/schema` is the same in OpenAPI.",
+        "OpenAI's chat completions and completions, with vLLM's further fields. `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",
         "",
-        *_endpoints(),
-        "HEAD works wherever GET does. With keys (`--api-key-file FILE`, or `PENSTOCK_API_KEY`) every path but `/health`, `/health/live`, `/health/ready`"
-        " and `/health/decode` needs one, as `Authorization: Bearer KEY` or `x-api-key: KEY`; OPTIONS never does. Prefixes are cached a key: nobody can"
-        " find out by timing what another key asked.",
+        *endpoints(),
+        "HEAD works wherever GET does, OPTIONS everywhere. Any other method is a 405, any other path a 404. Bodies are JSON; a `content-type` that says"
+        " otherwise is a 415, none at all is taken as JSON.",
+        "",
+        "## Keys",
+        "",
+        flags(
+            "With --api-key-file (or `PENSTOCK_API_KEY`), a request brings a key as `Authorization: Bearer KEY` or `x-api-key: KEY`; else it is a 401 with"
+            f" `www-authenticate: Bearer`. Free are {public}, and OPTIONS, which a browser sends without credentials. Prefixes are cached for each key by"
+            " itself: nobody can find out by timing what another key asked."
+        ),
         "",
         "## Fields of both generation requests",
         "",
-        *_table(GenerationRequest),
-        "Numbers without a default above take the model's generation_config.json, or OpenAI's. null means \"not given\".",
+        'null means "not given", everywhere. A number in quotes is no number, 3.0 is no integer: errors name the field. "The model\'s" defaults are those of'
+        " its generation_config.json (or `--override-generation-config`). Spelling says whose name it is.",
         "",
-        "## POST /v1/chat/completions",
+        *asked(GenerationRequest),
+        "### ChatRequest",
         "",
-        *_table(ChatRequest, without=shared),
-        "## POST /v1/completions",
+        "`POST /v1/chat/completions`; also all of the above.",
         "",
-        *_table(CompletionRequest, without=shared),
-        "## POST /tokenize",
+        *asked(ChatRequest, without=shared),
+        "### CompletionRequest",
         "",
-        *_table(TokenizeRequest),
-        "## POST /detokenize",
+        "`POST /v1/completions`; also all of the above.",
         "",
-        *_table(DetokenizeRequest),
+        *asked(CompletionRequest, without=shared),
+        "### TokenizeRequest",
+        "",
+        "`POST /tokenize`: a prompt, or messages. A text that is too long for the context is counted all the same.",
+        "",
+        *asked(TokenizeRequest),
+        "### DetokenizeRequest",
+        "",
+        "`POST /detokenize`.",
+        "",
+        *asked(DetokenizeRequest),
+    ]
+    for kind in parts:
+        out += [f"### {kind.__name__}", "", *asked(kind)]
+    out += [
+        "Further fields of a message reach the chat template as they are.",
+        "",
         "## Other fields",
         "",
         f"Hints, taken without effect: {', '.join(f'`{name}`' for name in sorted(HINTS))}.",
         "",
-        "Refused by name (400 `unsupported_feature`), unless their value asks for nothing, since ignoring them would give another answer than was asked for:",
+        "Refused by name (400 `unsupported_feature`), unless their value asks for nothing (null, false, empty, or what happens anyway), since ignoring them"
+        " would give another answer than was asked for. Some are fields of the other endpoint.",
         "",
-        "| fields | instead |",
-        "|---|---|",
-        *(f"| {', '.join(names)} | {instead or 'Leave it out.'} |" for instead, names in refused.items()),
-        f"| in a message: {', '.join(f'`{name}`' for name in MESSAGE_FIELDS)} | {MESSAGE_FIELDS['prefix'].instead} |",
+        *refusals(),
+        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32; `?` for a name that is no plain word).",
         "",
-        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields`.",
+        "## Replies",
         "",
-        "## Replies and streams",
+    ]
+    for kind in replies:
+        out += [f"### {kind.__name__}", "", *told(kind)]
+    out += [
+        "### Log-probabilities",
         "",
-        "A reply has `id`, `object`, `created`, `model`, `choices`, `usage` and `system_fingerprint` (it changes whenever numerics may). `finish_reason` is"
-        " `stop` (`stop_reason` names the stop string or token), `length`, or `error`: then this one choice could not go on for reasons of the request's own"
-        " settings, its `error` says why, and the others are whole. If every choice failed, the request did.",
+        "Of raw logits: before penalties, filters and temperature. Chat: `logprobs.content` has for each token `token`, `logprob`, `bytes` (of its UTF-8,"
+        " which may be a part of a character) and `top_logprobs`, a list of the same. Completions: the lists `tokens`, `token_logprobs`, `top_logprobs`"
+        " (token to number, the drawn one among them) and `text_offset` (characters from the beginning of `text`); with echo the prompt's tokens come"
+        f" first, the very first with null. JSON has no minus infinity: the least is {logprobs.LOWEST_LOGPROB:g}.",
         "",
-        "With `stream: true` the reply is `text/event-stream`. Per choice: a chunk with the role (chat), chunks with text, one chunk with an empty delta and"
-        " the finish_reason; then, if asked for, a chunk without choices and with the usage; then `data: [DONE]`. The deltas' concatenation is the text"
-        ' that the reply without stream has. A stream that fails ends with `data: {"error": ...}` and without [DONE]; one that fails before its first'
-        " byte is a plain error. A comment every --keep-alive-s keeps proxies awake. Whoever closes the connection cancels the request.",
+        "### A choice that fails alone",
+        "",
+        "If a request's own settings leave one choice no token to draw, that choice ends with finish_reason `error` and an `error`"
+        " ([ChoiceError](#choiceerror)) that names them; the others are whole, and the status is 200. If every choice fails so, the request does, with 400.",
+        "",
+        "## Streams",
+        "",
+        "With `stream: true` the reply is `text/event-stream`. In this order, for each choice (those of several choices interleave):",
+        "",
+        "1. chat: a chunk with the role; completions: with return_token_ids a chunk with the prompt's ids, with echo a chunk with the prompt;",
+        "2. chunks with text (where log-probabilities or ids were asked for, also with those alone);",
+        "3. one chunk with an empty delta (or text) and the finish_reason;",
+        "",
+        "and after all of them, with `include_usage`, a chunk without choices and with the usage; then `data: [DONE]`.",
+        "",
+        EVENTS,
+        "",
+        "The deltas put together are the text that the same request has without stream. What fails before the first event is a plain error with its status."
+        ' What fails later ends with `data: {"error": …}` ([ErrorReply](#errorreply)) and without `[DONE]`.',
         "",
         "## Errors",
         "",
-        'Always `{"error": {"message", "type", "param", "code"}}`. 429 and 503 carry `Retry-After` (seconds). No client\'s mistake is a 5xx.',
+        'Always `{"error": {"message", "type", "param", "code"}}`. No client\'s mistake is a 5xx. What 408, 429 and 503 answer may be sent again, after the'
+        " seconds of `retry-after` where there is one.",
         "",
-        "| code | status | when |",
-        "|---|---|---|",
-        *(f"| `{code}` | {status} | {when} |" for code, (status, when) in CODES.items()),
-        "",
-        "While an engine is being restarted, running streams pause and new requests wait (within the queue's bounds, at most five minutes); nothing is lost.",
+        *codes(),
+        f"Codes that no reply has: {', '.join(f'`{code}`' for code in unused())} (the last is a cut stream's in the logs; the others are kept)."
+        " A client that went away is counted as 499 in the metrics.",
         "",
         "## Limits",
         "",
-        "| what | limit |",
-        "|---|---|",
-        "| a body, decoded | --max-body-bytes (413) |",
-        f"| the text of one prompt | what the context can hold, and --max-prompt-chars (default {bounds.CHARS_PER_TOKEN} characters a token of the context, at least {bounds.LEAST_CHARS}) |",
-        f"| token ids of one request | the context a prompt; {bounds.IDS} together |",
-        "| ids of /detokenize, or that truncate_prompt_tokens cuts | a quarter of --max-prompt-chars |",
-        f"| any other field | {bounds.FIELD_BYTES} bytes and {bounds.ITEMS} items |",
-        "| messages | --max-messages |",
-        "| requests in progress, waiting | --max-streams; --max-num-queued-reqs, --max-num-queued-tokens |",
-        "| time to send a request | --receive-timeout-s (408) |",
-        "",
         "They hold before any work is done, so that one client's giant does not make another wait. Long texts that are legal are tokenised beside short ones.",
         "",
+        *limits(),
+        "## Times",
+        "",
+        *times(),
         "## Headers",
         "",
-        "In: `x-request-id` (kept if it is plain; else one is made), `traceparent` and `tracestate` (W3C), `x-include-metrics: 1` (adds `metrics`: this"
-        " request's own times), `content-encoding` (gzip, deflate, br, zstd; else 415 with `accept-encoding`). Out: `x-request-id`, `openai-processing-ms`,"
-        " `traceparent`, `retry-after`, `x-penstock-ignored-fields`. For web pages of other origins: `--allowed-origins` (off by default), with"
-        " --allowed-methods, --allowed-headers and --allow-credentials.",
+        "| in | what it does |",
+        "|---|---|",
+        "| `authorization`, `x-api-key` | the key |",
+        "| `content-type` | `application/json`, or none |",
+        f"| `content-encoding` | {decoding.ACCEPTED.decode()}; another is a 415 with `accept-encoding` |",
+        "| `x-request-id` | the id of reply, logs and traces, if it is plain (as [request_id](#fields-of-both-generation-requests)); else one is made |",
+        "| `traceparent`, `tracestate` | W3C trace context: spans go on from it |",
+        "| `x-include-metrics` | `1` or `true`: the reply has `metrics` |",
+        "| `origin` and a preflight's | CORS, below |",
+        "",
+        "| out | when |",
+        "|---|---|",
+        "| `x-request-id`, `openai-processing-ms` | always, but for requests that were no HTTP or came too slowly |",
+        "| `traceparent` | where there is a trace: the request's, or with tracing the server's span |",
+        "| `x-penstock-ignored-fields` | fields were ignored |",
+        "| `retry-after` | 429, 503 |",
+        "| `allow` | 405, OPTIONS |",
+        "| `www-authenticate` | 401 |",
+        "| `accept-encoding` | 415 for an encoding |",
+        "| `cache-control: no-cache`, `x-accel-buffering: no` | streams |",
+        "| `connection: close` | 413, 431, 408 |",
+        "",
+        flags(
+            "For web pages of other origins: --allowed-origins (none by default), with --allowed-methods, --allowed-headers and --allow-credentials. A preflight"
+            f" is answered with 204 and may be kept {cors.PREFLIGHT_S} s. Pages may read {', '.join(f'`{n}`' for n in cors.EXPOSED.decode().split(', '))}."
+        ),
+        "",
+        "Replies are never compressed; a proxy in front may do that ([deployment](deployment.md)).",
         "",
         "## Health",
         "",
-        "| path | 200 means |",
-        "|---|---|",
-        "| `/health`, `/health/ready` | everything is up that an answer needs. `ages_s` has the seconds since each process was last heard of; a process that stands still is 503 within ten seconds |",
-        "| `/health/live` | this HTTP process runs its loop |",
-        "| `/health/decode` | running requests make progress (503 when none had a step for a minute) |",
+        "| path | 200 means | for |",
+        "|---|---|---|",
+        "| `/health`, `/health/ready` | Everything is up that an answer needs. `ages_s` says how long ago each process was last heard of; 503 once that is more"
+        f" than {lane.SILENT_S:g} s (or a device whose steps are short has had work and finished none for {lane.STUCK_S:g} s), while an engine starts, and in a"
+        " drain. | load balancers |",
+        "| `/health/live` | This HTTP process runs its loop. | whoever restarts |",
+        f"| `/health/decode` | `status` is idle, busy or draining. 503: starting, engine_down, or stalled (work and no step for {health.STALL_S:g} s). The body has"
+        " `requests`, `pending`, `step_age_s`, `token_age_s`, `quiet_s`, `uptime_s` and each process. | people, alarms |",
         "",
-        "Ready for a load balancer, live for a restarter. `/metrics` has Prometheus text; [metrics](metrics.md) names everything.",
+        "Requests that come while `/health` is 503 because an engine restarts are not refused: they wait. `/metrics` is Prometheus text;"
+        " [metrics](metrics.md) names everything in it.",
         "",
     ]
     assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}]+)`", line)}, "an endpoint has no line"

@@ -1,61 +1,261 @@
-"""What each request field does, in a line: for the OpenAPI document and docs/http.md.
+"""What each field of requests and replies says, in a line: for the OpenAPI document and docs/http.md.
 
-What it is: one table by field name; a test holds that every field of every request struct stands here. Defaults and limits that options set are
-named by the option.
-What it does not know: types (openai_schema.py), how a field is obeyed.
+What it is: tables by field name, and `about`, which finds a field's line. Tests hold that every field has one, that the defaults are those of the
+code, and that the ranges are obeyed at both ends. Limits that an option sets are named by the option.
+What it does not know: types (openai_schema.py, openapi_replies.py), how a field is obeyed.
+It is long because every field stands here, once.
 """
 
 from __future__ import annotations
 
-FIELDS: dict[str, str] = {
-    "model": "One of /v1/models, or left out. Another name is 404 `model_not_found`.",
-    "messages": "The conversation, oldest first; at most --max-messages. Roles system, developer, user, assistant, tool, function; content is a"
-    " text, parts of type text, or null beside tool calls.",
-    "prompt": "A text, a list of texts (at most --max-prompts), a list of token ids, or a list of such lists.",
-    "tokens": "Token ids.",
-    "frequency_penalty": "-2 to 2, by how often a token stands in the answer.",
-    "presence_penalty": "-2 to 2, for a token that stands in the answer at all.",
-    "repetition_penalty": "0.01 to 100; divides the logits of tokens that stand in prompt or answer; 1 is off.",
-    "logit_bias": "Token id (a text) to a number from -100 to 100, added to its logit. Errors name `logit_bias.ID`.",
-    "max_tokens": "Longest answer, in tokens. Completions: 16; chat: what is left of the context. 0 only with echo (scoring).",
-    "max_completion_tokens": "OpenAI's newer name of max_tokens; wins over it.",
-    "n": "Answers a prompt, 1 to --max-n; prompts times n at most --max-choices.",
-    "seed": "64 bits; equal seeds draw equal answers on one build. Without one the server draws it.",
-    "stop": "A text or up to --max-stop of them: the answer ends before the first that is completed.",
-    "stream": "Answer as server-sent events.",
-    "stream_options": "`include_usage`: a last chunk with the usage; `continuous_usage_stats`: usage in every chunk; `include_obfuscation` has no effect.",
-    "temperature": "0 (greedy) to 1000; default 1, or the model's own.",
-    "top_p": "Above 0, at most 1: keep the most likely tokens that together reach it.",
-    "top_k": "Keep so many of the most likely tokens; 0 or -1 keeps all.",
-    "min_p": "0 to 1: keep tokens at least so likely, relative to the most likely one.",
-    "user": "A hint; no effect.",
-    "response_format": 'Only `{"type": "text"}`; others are `unsupported_feature`.',
-    "min_tokens": "So many tokens before an end token or stop string may end the answer.",
-    "stop_token_ids": "Further tokens that end the answer.",
-    "include_stop_str_in_output": "Leave what ended the answer in its text.",
-    "ignore_eos": "The model's end tokens do not end the answer.",
-    "skip_special_tokens": "Leave special tokens out of the text; default true.",
-    "spaces_between_special_tokens": "Only true, which is what happens.",
-    "truncate_prompt_tokens": "Keep only so many of the prompt's last tokens; -1: what fits.",
-    "prompt_logprobs": "Log-probabilities of the prompt's tokens, with so many alternatives (0 to --max-logprobs). Not with stream.",
-    "allowed_token_ids": "Draw nothing else. If nothing is left to draw, 400 that names the fields.",
-    "bad_words": "Texts that are never completed.",
-    "add_special_tokens": "Let the tokenizer add its special tokens to the prompt. Completions: true; chat: false, the template writes them.",
-    "priority": "Lower is sooner, with --scheduling-policy priority.",
-    "request_id": "The id that reply, logs and traces carry; the header x-request-id wins.",
-    "cache_salt": "Prefixes are shared only among requests with the same salt (and the same API key).",
-    "return_token_ids": "Add prompt_token_ids and token_ids to the reply.",
-    "return_tokens_as_token_ids": "Log-probabilities name tokens as `token_id:ID`.",
-    "logprobs": "Chat: true for log-probabilities. Completions: how many alternatives, 0 to --max-logprobs.",
-    "top_logprobs": "Alternatives a position, 0 to --max-logprobs; needs logprobs.",
-    "tools": "Only with tool_choice none: calls in an answer are not taken apart yet, so anything else is `unsupported_feature`. /tokenize takes them.",
-    "tool_choice": "`none`; `auto` only without effect.",
-    "parallel_tool_calls": "No effect while tools are refused.",
-    "reasoning_effort": "Passed to the chat template.",
-    "add_generation_prompt": "End the prompt with the beginning of an answer; default true.",
-    "continue_final_message": "Leave the last message open, so that the answer continues it.",
-    "documents": "Passed to the chat template.",
-    "chat_template_kwargs": "Further variables of the chat template; they may not be names of other fields.",
-    "echo": "Begin the answer with the prompt.",
-    "return_token_strs": "Add the tokens' spellings.",
+from typing import NamedTuple
+
+OPENAI, VLLM = "OpenAI", "vLLM"
+
+
+class Field(NamedTuple):
+    """`allowed`: "LOW to HIGH", "above LOW to HIGH" and "at most N ..." are held against the code by a test. `default`: what counts if it is left out, or
+    null; "" is off. `of`: whose spelling it is."""
+
+    does: str
+    of: str = OPENAI
+    allowed: str = ""
+    default: str = ""
+
+    @property
+    def line(self) -> str:
+        """All of it."""
+        allowed = f" {self.allowed[:1].upper()}{self.allowed[1:]}." if self.allowed else ""
+        return f"{self.does}{allowed}{f' Default: {self.default}.' if self.default else ''}"
+
+
+_MODELS = "the model's, or "
+
+FIELDS: dict[str, Field] = {
+    # Both generation requests
+    "model": Field("A name of /v1/models. Another is 404 `model_not_found`.", default="the served model"),
+    "stream": Field("Answer as server-sent events.", default="false"),
+    "stream_options": Field("See StreamOptions. Only with stream."),
+    "n": Field("Answers a prompt. Prompts times n are at most --max-choices.", allowed="1 to --max-n", default="1"),
+    "max_tokens": Field(
+        "Longest answer, in tokens. Prompt and answer must fit the context. Completions with echo take 0 too: the prompt is scored and nothing drawn.",
+        allowed="1 to 2^31-1",
+        default="completions: 16; chat: what is left of the context; the model's max_new_tokens before either",
+    ),
+    "temperature": Field("0 is greedy (anything below 0.00001).", allowed="0 to 1000", default=_MODELS + "1"),
+    "top_p": Field("Keep the most likely tokens that together reach it.", allowed="above 0 to 1", default=_MODELS + "1"),
+    "frequency_penalty": Field("Taken off a token's logit for each time it stands in the answer.", allowed="-2 to 2", default="0"),
+    "presence_penalty": Field("Taken off the logits of tokens that stand in the answer at all.", allowed="-2 to 2", default="0"),
+    "logit_bias": Field("Token id (as a text) to a number from -100 to 100, added to its logit. Errors name `logit_bias.ID`."),
+    "seed": Field("Equal seeds draw equal answers on one build.", allowed="-2^63 to 2^63-1", default="drawn by the server"),
+    "stop": Field(
+        "A text, or texts: the answer ends before the first that is completed. Each has 1 to 4096 characters.",
+        allowed="at most --max-stop texts",
+    ),
+    "response_format": Field("`text` is what there is; others are `unsupported_feature`."),
+    "user": Field("A hint without effect."),
+    "top_k": Field("Keep so many of the most likely tokens; 0 and -1 keep all.", VLLM, "-1 to 2^31-1", _MODELS + "0"),
+    "min_p": Field("Keep tokens at least so likely, relative to the most likely one.", VLLM, "0 to 1", _MODELS + "0"),
+    "repetition_penalty": Field(
+        "Makes tokens that stand in prompt or answer less likely (positive logits are divided by it, negative ones multiplied).",
+        VLLM,
+        "0.01 to 100",
+        _MODELS + "1",
+    ),
+    "min_tokens": Field(
+        "So many tokens before an end token or stop string may end the answer. Not above max_tokens.", VLLM, "0 to 2^31-1", "0"
+    ),
+    "stop_token_ids": Field("Further tokens that end the answer.", VLLM, "at most 256 ids"),
+    "include_stop_str_in_output": Field("Leave the stop string or token that ended the answer in its text.", VLLM, default="false"),
+    "ignore_eos": Field("The model's end tokens do not end the answer.", VLLM, default="false"),
+    "skip_special_tokens": Field("Leave special tokens out of the text.", VLLM, default="true"),
+    "spaces_between_special_tokens": Field("Only true, which is what happens; false is `unsupported_feature`.", VLLM, default="true"),
+    "truncate_prompt_tokens": Field(
+        "Keep only so many of the prompt's last tokens; -1 keeps what fits.",
+        VLLM,
+        "-1, or from 1 to 2^31-1",
+        "a prompt that is too long is refused",
+    ),
+    "prompt_logprobs": Field(
+        "Log-probabilities of the prompt's tokens, with so many alternatives. Not with stream.", VLLM, "0 to --max-logprobs"
+    ),
+    "allowed_token_ids": Field(
+        "Draw nothing else. If nothing is left to draw, that is a 400 that names the fields.", VLLM, "at least one id"
+    ),
+    "bad_words": Field("Texts that are never completed.", VLLM, "at most 1024 texts"),
+    "add_special_tokens": Field(
+        "Let the tokenizer add its special tokens.", VLLM, default="true for a prompt; false for messages, where the template writes them"
+    ),
+    "priority": Field("Lower is sooner. Only with `--scheduling-policy priority`.", VLLM, "-2^31 to 2^31-1", "0"),
+    "request_id": Field(
+        "The id in reply, logs and traces, if it is plain (a letter or digit, then up to 127 of those and `._:/+=-`). The header x-request-id wins.",
+        VLLM,
+        default="made by the server",
+    ),
+    "cache_salt": Field("Cached prefixes are shared only among requests with the same salt (and the same API key).", VLLM),
+    "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
+    "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
+    # Chat
+    "messages": Field("The conversation, oldest first.", OPENAI, "at most --max-messages messages"),
+    "max_completion_tokens": Field("OpenAI's newer name of max_tokens; wins over it.", allowed="1 to 2^31-1", default="max_tokens"),
+    "top_logprobs": Field("Alternatives a position. Above 0 it needs logprobs.", allowed="0 to --max-logprobs", default="0"),
+    "tools": Field(
+        "Only with tool_choice `none`, and then without effect: calls in an answer are not taken apart yet, so anything else is"
+        " `unsupported_feature`."
+    ),
+    "tool_choice": Field("`none`. `auto` without tools is a 400; anything else is `unsupported_feature`."),
+    "parallel_tool_calls": Field("No effect while tools are refused."),
+    "reasoning_effort": Field("Passed to the chat template."),
+    "add_generation_prompt": Field(
+        "End the prompt with the beginning of an answer. Not together with continue_final_message.",
+        VLLM,
+        default="true, with continue_final_message false",
+    ),
+    "continue_final_message": Field("Leave the last message open, so that the answer continues it.", VLLM, default="false"),
+    "documents": Field("Passed to the chat template.", VLLM),
+    "chat_template_kwargs": Field(
+        "Further variables of the chat template; not those that are fields of their own.", VLLM, default="--default-chat-template-kwargs"
+    ),
+    # Completions
+    "echo": Field("Begin the answer with the prompt.", default="false"),
+    # /tokenize, /detokenize
+    "return_token_strs": Field("Add the tokens' spellings.", VLLM, default="false"),
+    "tokens": Field("Token ids. Special tokens are spelled.", VLLM, "a quarter as many as --max-prompt-chars"),
 }
+
+OWN: dict[str, dict[str, Field]] = {
+    "ChatRequest": {"logprobs": Field("Add log-probabilities of the answer.", default="false")},
+    "CompletionRequest": {
+        "logprobs": Field(
+            "Add log-probabilities of the answer (with echo of the prompt too), with so many alternatives.", allowed="0 to --max-logprobs"
+        ),
+        "prompt": Field("A text, texts (at most --max-prompts), token ids, or lists of ids (as many). Not empty."),
+    },
+    "TokenizeRequest": {
+        "prompt": Field("One text. Either it or messages.", VLLM),
+        "messages": Field("A conversation: the chat template is applied first.", VLLM, "at most --max-messages messages"),
+        "tools": Field("Given to the chat template.", VLLM),
+    },
+    "StreamOptions": {
+        "include_usage": Field("A last chunk, without choices, has the usage; `usage` of the others is null.", default="false"),
+        "continuous_usage_stats": Field("With include_usage: every chunk has the usage so far of its choice.", VLLM, default="false"),
+        "include_obfuscation": Field("No effect."),
+    },
+    "ResponseFormat": {"type": Field("`text`."), "schema": Field("Refused: `unsupported_feature`.")},
+    "ChatMessage": {
+        "role": Field("Who speaks. A template that does not know developer gets system; function, tool."),
+        "content": Field(
+            "A text, or parts, joined as the template takes them. null or left out beside tool_calls, function_call or refusal."
+        ),
+        "name": Field("Given to the chat template."),
+        "tool_calls": Field("Calls of an earlier answer; [] is none."),
+        "tool_call_id": Field("Of a tool's message: whose result it is. Given to the chat template."),
+        "function_call": Field("OpenAI's older form of one call."),
+        "refusal": Field("What the assistant said instead of an answer."),
+        "prefix": Field("Refused: use continue_final_message.", "other servers"),
+        "partial": Field("Refused: use continue_final_message.", "other servers"),
+        "videos": Field("Refused.", "other servers"),
+        "attachments": Field("Refused.", "other servers"),
+        "tools": Field("Refused: give tools as a field of the request.", "other servers"),
+        "audio": Field("Refused."),
+        "images": Field("Refused.", "other servers"),
+    },
+    "ContentPart": {
+        "type": Field("`text` (or `input_text`, `output_text`); of the assistant also `refusal`. Others are `unsupported_feature`."),
+        "text": Field("The text; required but for a refusal."),
+        "refusal": Field("The text of a refusal."),
+    },
+    "ToolCall": {
+        "function": Field("What was called."),
+        "id": Field("The call's id."),
+        "type": Field("`function`.", default="function"),
+    },
+    "FunctionCall": {
+        "name": Field("The function."),
+        "arguments": Field(
+            "JSON as a text, valid or not (an answer may have been cut off), or an object. The template gets the form that it takes."
+        ),
+    },
+    "Tool": {"function": Field("What may be called."), "type": Field("`function`.", default="function")},
+    "FunctionSpec": {
+        "name": Field("The function."),
+        "description": Field("What it does."),
+        "parameters": Field("JSON schema of its arguments."),
+        "strict": Field("Given to the chat template."),
+    },
+}
+"""Lines of one struct alone: they go before those of FIELDS."""
+
+
+def about(kind: str, name: str) -> Field:
+    """The line of field `name` of the request struct `kind`. Raises KeyError if it has none."""
+    own = OWN.get(kind, {})
+    return own[name] if name in own else FIELDS[name]
+
+
+# ------------------------------------------------------------------ replies
+
+REPLY_FIELDS: dict[str, str] = {
+    "id": "`chatcmpl-` or `cmpl-` and the request's id.",
+    "object": "What it is.",
+    "created": "When the request came, in seconds since 1970.",
+    "model": "The request's, or the served model's name.",
+    "choices": "prompts times n answers; those of prompt i are i*n to i*n+n-1.",
+    "usage": "Tokens of all choices. In a stream: see stream_options.",
+    "system_fingerprint": "Changes whenever equal requests may be answered otherwise (model, build, settings).",
+    "prompt_logprobs": "With prompt_logprobs: for each token of the prompt null (the first), or token id to {logprob, rank, decoded_token}.",
+    "prompt_token_ids": "With return_token_ids: the prompt. In a stream with the first chunk of a prompt's first choice.",
+    "metrics": "With `x-include-metrics: 1`; in a stream only in the chunk with the usage.",
+    "index": "Which answer.",
+    "message": "The answer.",
+    "delta": "What is new; empty with the finish_reason.",
+    "text": "The answer; in a stream what is new.",
+    "logprobs": "With logprobs; see below.",
+    "finish_reason": "`stop`, `length` (max_tokens, or the context is full), or `error`. null while it goes on.",
+    "stop_reason": "The stop string, or the id of stop_token_ids, that ended it; else null.",
+    "token_ids": "With return_token_ids: the tokens of the answer, or of this chunk.",
+    "error": "With finish_reason `error`: why this choice could not go on.",
+    "role": "`assistant`.",
+    "content": "The text.",
+    "refusal": "null.",
+    "prompt_tokens": "Of the prompts, each counted once.",
+    "completion_tokens": "Drawn, the end token too.",
+    "total_tokens": "Both.",
+    "prompt_tokens_details": "See PromptTokensDetails.",
+    "cached_tokens": "Of the prompts: found in the prefix cache.",
+    "queue_s": "Until the first step.",
+    "prefill_s": "From there to the first token.",
+    "decode_s": "From there to the last.",
+    "time_to_first_token_s": "Since the request arrived; null if there was none.",
+    "total_s": "Since the request arrived.",
+    "preemptions": "How often it had to make room for others.",
+    "type": "The error's family.",
+    "param": "The field at fault, as a path (`messages[0].content`); null if there is none.",
+    "code": "See Errors.",
+    "data": "The models.",
+    "owned_by": "`penstock`.",
+    "root": "The same as id.",
+    "parent": "null.",
+    "max_model_len": "The context, in tokens; null until the engine has told.",
+    "count": "How many tokens.",
+    "tokens": "Their ids.",
+    "token_strs": "With return_token_strs: their spellings; else null.",
+    "prompt": "The text.",
+    "status": "In a word.",
+    "reason": "Where it is not ready: what is missing.",
+    "ages_s": "Process to seconds since it was last heard of.",
+    "version": "Such as 0.1.0.",
+}
+
+REPLY_OWN: dict[str, dict[str, str]] = {
+    "ErrorReply": {"error": "What is wrong."},
+    "ErrorFields": {"message": "What is wrong and what to do about it."},
+    "ChoiceError": {"message": "Why."},
+    "Model": {"id": "The name for `model`.", "created": "When the server started, in seconds since 1970."},
+}
+
+
+def about_reply(kind: str, name: str) -> str:
+    """The line of field `name` of the reply struct `kind`. Raises KeyError if it has none."""
+    own = REPLY_OWN.get(kind, {})
+    return own[name] if name in own else REPLY_FIELDS[name]

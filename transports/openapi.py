@@ -15,12 +15,17 @@ import msgspec
 from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
-from penstock.transports.fields import FIELDS
+from penstock.transports import openapi_replies
+from penstock.transports.fields import OWN, about, about_reply
 from penstock.transports.openai_schema import REQUESTS
 from penstock.transports.openapi_replies import ERRORS, REPLIES, Answer, ErrorReply
 
 BODY = "body"
 """The key in a handler's `opt` that names its request struct."""
+
+ASKED = {kind.__name__ for kind in REQUESTS} | OWN.keys()
+TOLD = {kind.__name__ for kind in vars(openapi_replies).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)}
+"""Names of the structs of requests, and of replies."""
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Penstock API</title><style>
@@ -104,10 +109,13 @@ def complete(app: Any, document: dict[str, Any], *, public: Collection[str], loc
 
 
 def described(components: dict[str, Any]) -> None:
-    """Give the fields of requests their lines (fields.py)."""
-    for kind in REQUESTS:
-        for name, schema in components.get(kind.__name__, {}).get("properties", {}).items():
-            schema["description"] = FIELDS[name]
+    """Give the fields of requests and replies their lines (fields.py). Structs of plugins have none there."""
+    for kind, component in components.items():
+        for name, schema in component.get("properties", {}).items():
+            if kind in ASKED:
+                schema["description"] = about(kind, name).line
+            elif kind in TOLD:
+                schema["description"] = about_reply(kind, name)
 
 
 def _responses(answers: Sequence[Answer], errors: Sequence[int], schema_of: dict[Any, Any]) -> dict[str, Any]:

@@ -1,50 +1,250 @@
-"""The pages for users: nothing that exists is missing on them, and what they show runs."""
+"""The pages for users: nothing that exists is missing on them, what they say about values is so, and what they show runs."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import pytest
 
+from penstock import LLM, SamplingParams
+from penstock.core.actors.text.tokenizing import LLMTokenizer
 from penstock.core.protocol import errors
-from penstock.transports.fields import FIELDS
-from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from penstock.core.protocol.config import OPTIONS, Config
+from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.generation import NAMES
+from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
+from penstock.transports import fields, openapi_replies
+from penstock.transports.openai import Call, parse_chat, parse_completion
+from penstock.transports.openai_schema import HINTS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from penstock.transports.openapi import ASKED, described
 from penstock.transports.openapi_replies import REPLIES
-from penstock.transports.refused import GENERATION
+from penstock.transports.refused import GENERATION, MESSAGE_FIELDS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
-def test_the_http_page_has_every_field_endpoint_and_code() -> None:
-    page = (DOCS / "http.md").read_text(encoding="utf-8")
-    fields = {field for kind in REQUESTS for field in kind.__struct_fields__}
-    assert fields == set(FIELDS), "transports/fields.py has a line for each field and no other"
-    for name in fields:
-        assert f"| `{name}`" in page, name
-    for name in GENERATION:
-        assert f"`{name}`" in page, name
+def schemas() -> dict[str, Any]:
+    """Every struct that requests and replies are made of, by name, as the OpenAPI document has it."""
+    answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values() if isinstance(kind, type)]
+    _, components = msgspec.json.schema_components(
+        [*REQUESTS, *answers, openapi_replies.ErrorReply], ref_template="#/components/schemas/{name}"
+    )
+    return {name: one for name, one in components.items() if "properties" in one}
+
+
+def section(page: str, heading: str) -> str:
+    found = re.search(rf"(?ms)^(#+) {re.escape(heading)}$\n(.*?)(?=^#|\Z)", page)
+    assert found, heading
+    return found.group(2)
+
+
+@pytest.fixture(scope="module")
+def http_page() -> str:
+    return (DOCS / "http.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", sorted(schemas()))
+def test_each_field_of_each_request_and_reply_has_its_line(http_page: str, kind: str) -> None:
+    text = section(http_page, kind)
+    if kind in ("ChatRequest", "CompletionRequest"):
+        text += section(http_page, "Fields of both generation requests")
+    for name in schemas()[kind]["properties"]:
+        assert re.search(rf"(?m)^\| `{name}` \| [^|]+ \| [^|\s]", text), f"{kind}.{name}"
+
+
+def test_no_line_is_left_over() -> None:
+    asked = {name for kind, one in schemas().items() if kind in ASKED for name in one["properties"]}
+    told = {name for kind, one in schemas().items() if kind not in ASKED for name in one["properties"]}
+    assert fields.FIELDS.keys() <= asked
+    assert fields.REPLY_FIELDS.keys() <= told
+    for table in (fields.OWN, fields.REPLY_OWN):
+        for kind, own in table.items():
+            assert own.keys() <= schemas()[kind]["properties"].keys()
+
+
+def test_each_refused_name_hint_endpoint_and_code_is_there(http_page: str) -> None:
+    for name in (*GENERATION, *HINTS, *MESSAGE_FIELDS):
+        assert f"`{name}`" in section(http_page, "Other fields"), name
     for path in REPLIES:
-        assert f"{path}`" in page, path
-    codes = set(get_args(errors.ErrorCode))
-    assert set(re.findall(r"^\| `(\w+)` \| (?:\d+|-) \|", page, re.MULTILINE)) == codes
+        assert re.search(rf"(?m)^\| `(GET|POST) {re.escape(path)}` \|", section(http_page, "Endpoints")), path
+    text = section(http_page, "Errors")
+    told = set(re.findall(r"(?m)^\| `(\w+)` \| [\d, ]+ \| `\w+_error`", text))
+    kept = set(re.findall(r"`(\w+)`", text.split("Codes that no reply has:")[1].split("(")[0]))
+    assert told | kept == set(get_args(errors.ErrorCode))
+    assert not told & kept
+    statuses = {status for line in re.findall(r"(?m)^\| `\w+` \| ([\d, ]+) \|", text) for status in line.split(", ")}
+    assert statuses == {str(status) for status in openapi_replies.ERRORS}
 
 
 def test_the_openapi_document_says_what_fields_do() -> None:
-    from penstock.transports.openapi import described
-
-    _, components = msgspec.json.schema_components(REQUESTS, ref_template="#/components/schemas/{name}")
+    components = schemas()
     described(components)
-    for kind in REQUESTS:
-        for name, schema in components[kind.__name__]["properties"].items():
-            assert schema["description"] == FIELDS[name]
+    for kind, one in components.items():
+        for name, schema in one["properties"].items():
+            assert schema["description"].strip(), f"{kind}.{name}"
+    said = components["ChatRequest"]["properties"]["temperature"]["description"]
+    assert "0 to 1000" in said
+    assert "Default: the model's, or 1" in said
+    assert (
+        components["TokenizeRequest"]["properties"]["prompt"]["description"]
+        != components["CompletionRequest"]["properties"]["prompt"]["description"]
+    )
 
 
-def test_the_python_page_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 7
+# ------------------------------------------------------------------ what the lines say is so
+
+
+def number(text: str) -> float | int:
+    if text.startswith("--"):
+        return int(OPTIONS[text[2:].replace("-", "_")].default)
+    power = re.fullmatch(r"(-?)2\^(\d+)(-1)?", text)
+    if power:
+        return (-1 if power.group(1) else 1) * 2 ** int(power.group(2)) - bool(power.group(3))
+    return float(text) if "." in text else int(text)
+
+
+def numeric() -> Iterator[tuple[type[msgspec.Struct], str, str]]:
+    for kind in (ChatRequest, CompletionRequest):
+        for name in kind.__struct_fields__:
+            allowed = fields.about(kind.__name__, name).allowed
+            if re.search(r"\S+ to \S+", allowed):
+                yield kind, name, allowed
+
+
+def parse(kind: type[msgspec.Struct], **given: Any) -> Call:
+    if kind is ChatRequest:
+        more = {"logprobs": True} if "top_logprobs" in given else {}
+        return parse_chat(json.dumps({"messages": [{"role": "user", "content": "hi"}], **more, **given}).encode(), Config())
+    more = {"max_tokens": 2**31 - 1} if "min_tokens" in given else {}
+    return parse_completion(json.dumps({"prompt": "hi", **more, **given}).encode(), Config())
+
+
+def refused(kind: type[msgspec.Struct], name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        parse(kind, **{name: value})
+    assert raised.value.param == name
+
+
+RANGES = list(numeric())
+
+
+@pytest.mark.parametrize(("kind", "name", "allowed"), RANGES, ids=[f"{kind.__name__}-{name}" for kind, name, _ in RANGES])
+def test_a_range_is_obeyed_at_both_ends(kind: type[msgspec.Struct], name: str, allowed: str) -> None:
+    found = re.fullmatch(r"(?:-1, or from )?(above )?(\S+) to (\S+)", allowed)
+    assert found, allowed
+    low, high = number(found.group(2)), number(found.group(3))
+    whole = "integer" in json.dumps(schemas()[kind.__name__]["properties"][name])
+    step = 1 if whole else 0.001
+    parse(kind, **{name: low + (0.001 if found.group(1) else 0)})
+    parse(kind, **{name: high})
+    refused(kind, name, low if found.group(1) else -2 if allowed.startswith("-1, or") else low - step)
+    refused(kind, name, high + step)
+
+
+def test_the_ranges_are_those_of_every_number() -> None:
+    assert {name for _, name, _ in RANGES} == {
+        *("n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "priority"),
+        *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens", "truncate_prompt_tokens"),
+        *("logprobs", "top_logprobs", "prompt_logprobs"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "item"), [("stop", "x"), ("stop_token_ids", 1), ("bad_words", "x"), ("messages", {"role": "user", "content": "x"})]
+)
+def test_a_list_may_be_as_long_as_its_line_says(name: str, item: Any) -> None:
+    found = re.fullmatch(r"at most (\S+) \w+", fields.about("ChatRequest", name).allowed)
+    assert found
+    most = int(number(found.group(1)))
+    parse(ChatRequest, **{name: [item] * most})
+    refused(ChatRequest, name, [item] * (most + 1))
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    for name, says in fields.FIELDS.items():
+        if name in SamplingParams.__struct_fields__ and name not in ("max_tokens", "seed"):
+            value = getattr(SamplingParams(), name)
+            plain = json.dumps(value) if isinstance(value, bool) else "" if value in (None, [], {}) else f"{value:g}"
+            own = says.default.removeprefix("the model's, or ")
+            assert own == plain, name
+            assert (own != says.default) == (name in NAMES.values()), name
+    assert parse(CompletionRequest).sampling.max_tokens == 16
+    assert parse(ChatRequest).sampling.max_tokens is None
+    assert (parse(CompletionRequest).fields["add_special_tokens"], parse(ChatRequest).fields["add_special_tokens"]) == (True, False)
+    assert parse(ChatRequest).fields["add_generation_prompt"]
+    assert not parse(ChatRequest, continue_final_message=True).fields["add_generation_prompt"]
+    assert parse(CompletionRequest, echo=True, max_tokens=0).sampling.max_tokens == 0
+    assert parse(ChatRequest, max_tokens=3, max_completion_tokens=5).sampling.max_tokens == 5
+
+
+def test_what_the_lines_say_about_tools_and_streams() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    parse(ChatRequest, tools=tools, tool_choice="none")
+    parse(ChatRequest, tool_choice="none")
+    for given, code in (({"tool_choice": "auto"}, "invalid_value"), ({"tools": tools}, "unsupported_feature")):
+        with pytest.raises(InvalidRequest) as raised:
+            parse(ChatRequest, **given)
+        assert raised.value.code == code
+    refused(ChatRequest, "stream_options", {"include_usage": True})
+    refused(ChatRequest, "spaces_between_special_tokens", False)
+    assert not parse(ChatRequest, stream=True, stream_options={"continuous_usage_stats": True}).continuous_usage
+    both = parse(ChatRequest, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert both.continuous_usage
+
+
+# ------------------------------------------------------------------ Python
+
+
+@pytest.fixture(scope="module")
+def python_page() -> str:
+    return (DOCS / "python.md").read_text(encoding="utf-8")
+
+
+def test_the_python_page_runs(python_page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", python_page, re.DOTALL)
+    assert len(blocks) >= 10
     space: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "docs/python.md", "exec"), space)
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/python.md", "exec"), space)
+    finally:
+        if "llm" in space:
+            space["llm"].close()
+
+
+def public(kind: type[Any]) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if not name.startswith("_")}
+
+
+def test_the_python_page_has_every_call_with_its_arguments(python_page: str) -> None:
+    told = dict(re.findall(r"(?m)^\| `llm\.(\w+)\((.*?)\)` \|", python_page))
+    assert told.keys() == public(LLM).keys()
+    for name, arguments in told.items():
+        parameters = list(inspect.signature(getattr(LLM, name)).parameters.values())[1:]
+        wanted = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters]
+        assert [part for part in arguments.split(", ") if part not in ("", "*")] == wanted, name
+
+
+def test_the_python_page_has_every_field(python_page: str) -> None:
+    table = dict(re.findall(r"(?m)^\| `(\w+)` \| `(.+?)` \|", section(python_page, "SamplingParams")))
+    assert table == {name: repr(getattr(SamplingParams(), name)) for name in SamplingParams.__struct_fields__}
+    for kind in (RequestOutput, CompletionOutput, StreamDelta, Logprob):
+        for name in kind.__struct_fields__:
+            assert f"`{name}`" in section(python_page, "Streams" if kind is StreamDelta else "Results"), f"{kind.__name__}.{name}"
+    attributes = public(LLMTokenizer).keys() | set(re.findall(r"self\.([a-z]\w*) = ", inspect.getsource(LLMTokenizer.__init__)))
+    assert len(attributes) > 20
+    for name in attributes:
+        assert f"`{name}`" in section(python_page, "Tokens"), name
+
+
+def test_the_errors_of_the_python_page_exist(python_page: str) -> None:
+    named = re.findall(r"(?m)^\| `(\w+)` \| .", section(python_page, "Errors"))
+    assert len(named) == 7
+    assert all(issubclass(getattr(errors, name), errors.PenstockError) for name in named)
