@@ -141,7 +141,7 @@ OWN: dict[str, dict[str, Field]] = {
         "continuous_usage_stats": Field("With include_usage: every chunk has the usage so far of its choice.", VLLM, default="false"),
         "include_obfuscation": Field("No effect."),
     },
-    "ResponseFormat": {"type": Field("`text`."), "schema": Field("Refused: `unsupported_feature`.")},
+    "ResponseFormat": {"type": Field("`text`.")},
     "ChatMessage": {
         "role": Field("Who speaks. A template that does not know developer gets system; function, tool."),
         "content": Field(
