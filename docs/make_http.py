@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import msgspec
@@ -24,10 +24,18 @@ from penstock.transports import cors, decoding, gateway, http, link, logprobs, o
 from penstock.transports.builtin import openai_routes
 from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
-from penstock.transports.openai_schema import HINTS, ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
+from penstock.transports.openai_schema import (
+    HINTS,
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 from penstock.transports.openapi import BODY
 from penstock.transports.openapi_replies import REPLIES
-from penstock.transports.refused import GENERATION, MESSAGE_FIELDS
+from penstock.transports.refused import MESSAGE_FIELDS, Refused
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -43,7 +51,7 @@ WHEN: dict[str, str] = {
     "request_timeout": "The request did not arrive within --receive-timeout-s.",
     "request_too_large": "The body, or a field of it, is beyond a limit (below). 431: the headers are. The message has the numbers.",
     "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
-    f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503.",
+    f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503, and it is one where the text process does not keep up.",
     "too_many_streams": "--max-streams are in progress at this HTTP process.",
     "internal_error": "The server's mistake; it is logged with the request id.",
     "engine_failure": "The engine failed on this very request, so that trying again would not help.",
@@ -172,7 +180,7 @@ def endpoints() -> list[str]:
                 ]
                 asks = f"[{body.__name__}](#{body.__name__.lower()})" if body else ""
                 out.append(
-                    f"| `{method} {route.path_format}` | {handler.summary} | {asks} | {'; '.join(replies)} | {', '.join(map(str, wrong))} |"
+                    f"| `{method} {route.path_format}` | {handler.summary} | {asks} | {'; '.join(replies)} | {', '.join(map(str, sorted(wrong)))} |"
                 )
     return [*out, "| `GET /schema`, `GET /schema/openapi.json` | This API as a page, and as OpenAPI 3.1 |  | 200 | 401, 431, 500 |", ""]
 
@@ -212,13 +220,17 @@ def unused() -> list[str]:
     return [code for code in get_args(errors.ErrorCode) if code not in used]
 
 
-def refusals() -> list[str]:
-    groups: dict[str, list[str]] = {}
-    for name, entry in GENERATION.items():
-        groups.setdefault(entry.instead or "Leave it out.", []).append(f"`{name}`")
-    rows = [f"| {instead} | {', '.join(names)} |" for instead, names in groups.items()]
-    inside = [f"| {entry.instead or 'Leave it out.'} | in a message: `{name}` |" for name, entry in MESSAGE_FIELDS.items()]
-    return ["| instead | fields |", "|---|---|", *rows, *inside, ""]
+def refusals(table: Mapping[str, Refused]) -> list[str]:
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, entry in table.items():
+        neutral = ", ".join(f"`{msgspec.json.encode(value).decode()}`" for value in entry.neutral if value is not None)
+        rows.setdefault((entry.instead or "Leave it out.", neutral), []).append(f"`{name}`")
+    return [
+        "| fields | may be (besides null) | instead |",
+        "|---|---|---|",
+        *(f"| {', '.join(names)} | {neutral} | {instead} |" for (instead, neutral), names in rows.items()),
+        "",
+    ]
 
 
 def limits() -> list[str]:
@@ -248,6 +260,7 @@ def limits() -> list[str]:
         ("n, and prompts times n", "--max-n, --max-choices", "400"),
         ("stop strings, alternatives of logprobs", "--max-stop, --max-logprobs", "400"),
         ("encodings of a body on top of each other", str(decoding.MOST), "415"),
+        ("gzip members or zstd frames of a body, the window of zstd", f"{decoding.MEMBERS}, {decoding.ZSTD_WINDOW} bytes", "400"),
         ("requests in progress at one HTTP process", "--max-streams", "429 `too_many_streams`"),
         ("requests and prompt tokens that wait", "--max-num-queued-reqs, --max-num-queued-tokens", "429 `queue_full`"),
         (
@@ -302,6 +315,7 @@ def page() -> str:
     whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))
     public = ", ".join(f"`{path}`" for path in sorted(http.PUBLIC))
+    tokenizing = [name for name in REFUSED[TokenizeRequest] if name not in TokenizeRequest.__struct_fields__]
     out = [
         "# HTTP",
         NOTE,
@@ -358,10 +372,15 @@ def page() -> str:
         "",
         f"Hints, taken without effect: {', '.join(f'`{name}`' for name in sorted(HINTS))}.",
         "",
-        "Refused by name (400 `unsupported_feature`), unless their value asks for nothing (null, false, empty, or what happens anyway), since ignoring them"
-        " would give another answer than was asked for. Some are fields of the other endpoint.",
+        "Refused by name (400 `unsupported_feature`), unless their value asks for nothing, since ignoring them would give another answer than was asked"
+        " for. Some are fields of the other endpoint, where they are not refused. In both generation requests:",
         "",
-        *refusals(),
+        *refusals(REFUSED[ChatRequest]),
+        f"/tokenize refuses what would change its tokens: {', '.join(f'`{name}`' for name in tokenizing)}. /detokenize refuses none.",
+        "",
+        "In a message:",
+        "",
+        *refusals(MESSAGE_FIELDS),
         "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32; `?` for a name that is no plain word).",
         "",
         "## Replies",
@@ -394,8 +413,8 @@ def page() -> str:
         "",
         EVENTS,
         "",
-        "The deltas put together are the text that the same request has without stream. What fails before the first event is a plain error with its status."
-        ' What fails later ends with `data: {"error": …}` ([ErrorReply](#errorreply)) and without `[DONE]`.',
+        "The deltas put together are the text that the same request has without stream. What fails before anything was sent, be it"
+        ' a comment (after `--keep-alive-s`: the status is 200 from then on), is a plain error with its status. What fails later ends with `data: {"error": …}` ([ErrorReply](#errorreply)) and without `[DONE]`.',
         "",
         "## Errors",
         "",

@@ -96,14 +96,14 @@ FIELDS: dict[str, Field] = {
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
     # Chat
-    "messages": Field("The conversation, oldest first.", OPENAI, "at most --max-messages messages"),
+    "messages": Field("The conversation, oldest first. Not empty.", OPENAI, "at most --max-messages messages"),
     "max_completion_tokens": Field("OpenAI's newer name of max_tokens; wins over it.", allowed="1 to 2^31-1", default="max_tokens"),
     "top_logprobs": Field("Alternatives a position. Above 0 it needs logprobs.", allowed="0 to --max-logprobs", default="0"),
     "tools": Field(
         "Only with tool_choice `none`, and then without effect: calls in an answer are not taken apart yet, so anything else is"
         " `unsupported_feature`."
     ),
-    "tool_choice": Field("`none`. `auto` without tools is a 400; anything else is `unsupported_feature`."),
+    "tool_choice": Field("Only `none`: anything else is a 400 without tools, and tools are `unsupported_feature`."),
     "parallel_tool_calls": Field("No effect while tools are refused."),
     "reasoning_effort": Field("Passed to the chat template."),
     "add_generation_prompt": Field(
@@ -133,7 +133,7 @@ OWN: dict[str, dict[str, Field]] = {
     },
     "TokenizeRequest": {
         "prompt": Field("One text. Either it or messages.", VLLM),
-        "messages": Field("A conversation: the chat template is applied first.", VLLM, "at most --max-messages messages"),
+        "messages": Field("A conversation: the chat template is applied first. Not empty.", VLLM, "at most --max-messages messages"),
         "tools": Field("Given to the chat template.", VLLM),
     },
     "StreamOptions": {
@@ -145,7 +145,8 @@ OWN: dict[str, dict[str, Field]] = {
     "ChatMessage": {
         "role": Field("Who speaks. A template that does not know developer gets system; function, tool."),
         "content": Field(
-            "A text, or parts, joined as the template takes them. null or left out beside tool_calls, function_call or refusal."
+            "A text, or parts, joined as the template takes them. null is of the assistant and of function alone; left out it may be of function,"
+            " and beside tool_calls, function_call or refusal."
         ),
         "name": Field("Given to the chat template."),
         "tool_calls": Field("Calls of an earlier answer; [] is none."),

@@ -183,7 +183,7 @@ REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, To
 
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
 _known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fields__) for t in _decoders}
-_refused: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
+REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
     ChatRequest: refused.GENERATION,
     CompletionRequest: refused.GENERATION,
     TokenizeRequest: refused.PROMPT,  # what only the answer would depend on may be there: people send what they would ask with
@@ -213,7 +213,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
-            if not refused.check(_refused[kind], name, raw[name], raw) and name not in HINTS:
+            if not refused.check(REFUSED[kind], name, raw[name], raw) and name not in HINTS:
                 unknown.append(name)
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)

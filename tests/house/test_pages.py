@@ -21,10 +21,10 @@ from penstock.core.protocol.generation import NAMES
 from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from penstock.transports import fields, openapi_replies
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import HINTS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from penstock.transports.openapi import ASKED, described
 from penstock.transports.openapi_replies import REPLIES
-from penstock.transports.refused import GENERATION, MESSAGE_FIELDS
+from penstock.transports.refused import MESSAGE_FIELDS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -70,7 +70,7 @@ def test_no_line_is_left_over() -> None:
 
 
 def test_each_refused_name_hint_endpoint_and_code_is_there(http_page: str) -> None:
-    for name in (*GENERATION, *HINTS, *MESSAGE_FIELDS):
+    for name in (*(name for table in REFUSED.values() for name in table), *HINTS, *MESSAGE_FIELDS):
         assert f"`{name}`" in section(http_page, "Other fields"), name
     for path in REPLIES:
         assert re.search(rf"(?m)^\| `(GET|POST) {re.escape(path)}` \|", section(http_page, "Endpoints")), path
@@ -81,6 +81,45 @@ def test_each_refused_name_hint_endpoint_and_code_is_there(http_page: str) -> No
     assert not told & kept
     statuses = {status for line in re.findall(r"(?m)^\| `\w+` \| ([\d, ]+) \|", text) for status in line.split(", ")}
     assert statuses == {str(status) for status in openapi_replies.ERRORS}
+
+
+def refused_rows(text: str) -> dict[str, tuple[list[Any], str]]:
+    """Field -> (values that are taken, what to do instead)."""
+    rows = re.findall(r"(?m)^\| (`[^|]+) \| ([^|]*) \| ([^|]+) \|$", text)
+    return {
+        name: ([json.loads(value) for value in re.findall(r"`([^`]+)`", values)], instead)
+        for names, values, instead in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+
+
+def test_each_refused_name_has_its_own_way_out_and_the_values_that_are_taken(http_page: str) -> None:
+    fields, within = map(refused_rows, section(http_page, "Other fields").split("In a message:"))
+    for shown, table in ((fields, REFUSED[ChatRequest]), (within, MESSAGE_FIELDS)):
+        assert shown.keys() == table.keys()
+        for name, entry in table.items():
+            assert shown[name] == ([value for value in entry.neutral if value is not None], entry.instead or "Leave it out."), name
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED[ChatRequest] if name not in ChatRequest.__struct_fields__])
+def test_the_values_on_the_page_are_taken_and_others_refused(http_page: str, name: str) -> None:
+    for value in (None, *refused_rows(section(http_page, "Other fields").split("In a message:")[0])[name][0]):
+        assert parse(ChatRequest, **{name: value}).ignored == []
+    refused(ChatRequest, name, "something else")
+
+
+def test_which_refused_fields_tokenize_takes(http_page: str) -> None:
+    (told,) = re.findall(r"(?m)^/tokenize refuses .*$", section(http_page, "Other fields"))
+    body = {"prompt": "x"}
+    for name in REFUSED[ChatRequest].keys() - TokenizeRequest.__struct_fields__:
+        asks = json.dumps({**body, name: "something else"}).encode()
+        if f"`{name}`" in told:
+            with pytest.raises(InvalidRequest) as raised:
+                decode(asks, TokenizeRequest)
+            assert raised.value.param == name
+        elif name not in TokenizeRequest.__struct_fields__:
+            assert decode(asks, TokenizeRequest)[2] == [name]
+    assert decode(json.dumps({"tokens": [1], "grammar": "x"}).encode(), DetokenizeRequest)[2] == ["grammar"]
 
 
 def test_the_openapi_document_says_what_fields_do() -> None:
@@ -188,7 +227,11 @@ def test_what_the_lines_say_about_tools_and_streams() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     parse(ChatRequest, tools=tools, tool_choice="none")
     parse(ChatRequest, tool_choice="none")
-    for given, code in (({"tool_choice": "auto"}, "invalid_value"), ({"tools": tools}, "unsupported_feature")):
+    function = {"type": "function", "function": {"name": "f"}}
+    for given, code in (
+        *(({"tool_choice": choice}, "invalid_value") for choice in ("auto", "required", function)),
+        *(({"tools": tools, "tool_choice": choice}, "unsupported_feature") for choice in (None, "auto", "required", function)),
+    ):
         with pytest.raises(InvalidRequest) as raised:
             parse(ChatRequest, **given)
         assert raised.value.code == code
@@ -248,3 +291,20 @@ def test_the_errors_of_the_python_page_exist(python_page: str) -> None:
     named = re.findall(r"(?m)^\| `(\w+)` \| .", section(python_page, "Errors"))
     assert len(named) == 7
     assert all(issubclass(getattr(errors, name), errors.PenstockError) for name in named)
+
+
+def test_settings_that_are_given_leave_none_of_the_models() -> None:
+    """What the Python page says about SamplingParams: the demo model is greedy, these are not."""
+    with LLM(kv_cache_memory_bytes=16 << 20, max_num_seqs=8) as llm:
+        own = {llm.generate("The")[0].outputs[0].text for _ in range(2)}
+        warm = SamplingParams(max_tokens=8, n=8, seed=1)
+        drawn = {choice.text for choice in llm.generate("The", warm)[0].outputs}
+    assert len(own) == 1
+    assert len(drawn) > 1
+
+
+def test_loading_tells_phases_and_fractions() -> None:
+    told: list[tuple[str, float]] = []
+    LLM(kv_cache_memory_bytes=16 << 20, max_num_seqs=1, on_phase=lambda phase, fraction: told.append((phase, fraction))).close()
+    assert told
+    assert all(isinstance(phase, str) and 0 <= fraction <= 1 for phase, fraction in told)

@@ -145,6 +145,18 @@ def test_keep_alive_comments(make_edge: MakeEdge) -> None:
     assert [line for line in rest.splitlines() if line.startswith("data: ")][-1] == "data: [DONE]"
 
 
+def test_a_refusal_that_comes_after_a_comment_is_an_error_event(make_edge: MakeEdge) -> None:
+    """As docs/http.md has it: the status is 200 from the first comment on."""
+    edge = make_edge(text=lambda t: setattr(t, "script", silent), keep_alive_s=0.05)
+    with edge.http() as http, http.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}) as reply:
+        lines = reply.iter_lines()
+        assert (reply.status_code, next(lines)) == (200, ": keep-alive")
+        key = edge.text.wait_for(Submit)[0].key
+        edge.text.send(Rejected(key=key, status=400, type="invalid_request_error", code="invalid_value", message="No.", param="prompt"))
+        data = [msgspec.json.decode(line[6:]) for line in lines if line.startswith("data: ")]
+    assert data == [{"error": {"message": "No.", "type": "invalid_request_error", "param": "prompt", "code": "invalid_value"}}]
+
+
 # ------------------------------------------------------------------ streamed = whole
 
 
