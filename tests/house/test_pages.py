@@ -151,10 +151,10 @@ def number(text: str) -> float | int:
 
 def numeric() -> Iterator[tuple[type[msgspec.Struct], str, str]]:
     for kind in (ChatRequest, CompletionRequest):
-        for name in kind.__struct_fields__:
-            allowed = fields.about(kind.__name__, name).allowed
-            if re.search(r"\S+ to \S+", allowed):
-                yield kind, name, allowed
+        lines = {**fields.FIELDS, **fields.OWN[kind.__name__]}
+        for name in kind.__struct_fields__:  # one without a line fails a test of its own
+            if name in lines and re.search(r"\S+ to \S+", lines[name].allowed):
+                yield kind, name, lines[name].allowed
 
 
 def parse(kind: type[msgspec.Struct], **given: Any) -> Call:
