@@ -538,6 +538,7 @@ def test_a_drain_that_takes_too_long_ends_the_rest(bench: Any) -> None:
     assert 1 not in bench.finished
     bench.send(Tick(now_ns=bench.clock.now_ns() + 5_000_000_000))
     assert bench.received[1, 0].reason == "abort"
+    assert bench.received[1, 0].extras[-1].error_code == "draining", "or an edge would take it for the engine's failure"
     assert bench.rejected[2].code == "draining"
     assert [m for _, m in bench.out if isinstance(m, Drained)] == [Drained(role="text", id=0)]
     assert bench.actor.admission.requests == 0

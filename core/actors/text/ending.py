@@ -88,9 +88,8 @@ class Ending:
         running = request.running
         if request.lane is not None:
             yield from request.lane.stop(request, running)
-        said = finish == "error"
         for choice in running:
-            self._pool.receiver.end(choice, finish, error.message if said else None, error.code if said else None)
+            self._pool.receiver.end(choice, finish, error.message, error.code)
         yield from self.deliver()
 
     def condemn(self, request: Request) -> Iterator[Outbound]:
