@@ -25,7 +25,7 @@ import yaml
 from proxy_kit import FILES, Origin, caddy, nginx
 
 from penstock.core import cli
-from penstock.core.processes import supervisor
+from penstock.core.processes import kernel, supervisor
 from penstock.core.protocol.config import Config
 from penstock.plugins.commands.bench.server import free_port
 
@@ -256,6 +256,23 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
     assert complaints(text.replace("KillMode=mixed", "KillMode=gentle")) != [], "systemd-analyze looks at nothing here"
 
 
+def test_a_proxy_of_the_same_group_reaches_a_unix_socket_as_the_page_says(tmp_path: Path) -> None:
+    """Connecting takes the right to write, and the socket has the mode that the umask leaves."""
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    (advised,) = re.findall(r"`UMask=(\d+)`", page)
+    modes = {}
+    for umask in (advised, "0077"):
+        path = tmp_path / umask
+        before = os.umask(int(umask, 8))
+        try:
+            kernel.bind(Config(uds=str(path))).close()
+        finally:
+            os.umask(before)
+        modes[umask] = path.stat().st_mode & 0o777
+    assert (modes[advised] & 0o060, modes[advised] & 0o007) == (0o060, 0), "the group, and nobody else"
+    assert modes["0077"] & 0o077 == 0, "with the unit's own UMask a proxy stays outside: the page has to say so"
+
+
 # ------------------------------------------------------------------ the container's image
 
 
@@ -321,9 +338,27 @@ def test_what_the_image_copies_is_there_and_enough_to_build(recipe: list[tuple[s
 # ------------------------------------------------------------------ Kubernetes
 
 
-def test_the_pod_starts_what_is_known_and_waits_for_the_drain(recipe: list[tuple[str, str]], tmp_path: Path) -> None:
+def service_links(service: dict[str, Any]) -> dict[str, str]:
+    """The environment that Kubernetes gives to each pod that starts beside this service, unless the pod says no."""
+    name, address = service["metadata"]["name"].upper().replace("-", "_"), "10.0.0.1"
+    links = {f"{name}_SERVICE_HOST": address}
+    for position, port in enumerate(service["spec"]["ports"]):
+        number, protocol = port["port"], port.get("protocol", "TCP")
+        url, stem = f"{protocol.lower()}://{address}:{number}", f"{name}_PORT_{number}_{protocol}"
+        if position == 0:
+            links |= {f"{name}_SERVICE_PORT": str(number), f"{name}_PORT": url}
+        links |= {f"{name}_SERVICE_PORT_{port['name'].upper()}": str(number), stem: url}
+        links |= {f"{stem}_PROTO": protocol.lower(), f"{stem}_PORT": str(number), f"{stem}_ADDR": address}
+    return links
+
+
+def test_the_pod_starts_what_is_known_and_waits_for_the_drain(
+    recipe: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deployment, service = yaml.safe_load_all((FILES / "kubernetes.yaml").read_text(encoding="utf-8"))
     pod: dict[str, Any] = deployment["spec"]["template"]["spec"]
+    for name, value in service_links(service).items() if pod.get("enableServiceLinks", True) else ():
+        monkeypatch.setenv(name, value)
     (container,) = pod["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
