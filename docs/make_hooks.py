@@ -52,8 +52,8 @@ def objects() -> dict[str, tuple[Any, ...]]:
     """What the objects of each family look like: (a class or a function, or a class with the names of it that count)."""
     from penstock.kernels.attention import api as attention_api
     from penstock.kernels.attention import layout
-    from penstock.plugins.devices import cuda_model, cuda_ops
-    from penstock.plugins.models import api
+    from penstock.plugins.attention import pages
+    from penstock.plugins.models import api, builder
     from penstock.transports import gateway, request
 
     return {
@@ -68,10 +68,10 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 messages.LogprobColumns,
             ),
         ),
-        "models": (api.Model, api.Program, cuda_model.DeviceDecoder),
+        "models": (api.Model, api.Stream, api.Ops, builder.Builder, builder.Part, api.Stacked, api.Linear, api.Plain, api.Block),
         "attention_backends": (
-            *(api.Attention, layout, layout.read_kv, layout.write_kv, attention_api.paged_attention),
-            *(cuda_ops.Ops, cuda_ops.Columns, cuda_ops.Settings),
+            *(api.Attention, api.Columns, api.AttnCall, pages.Pages, pages.Cache),
+            *(layout, layout.read_kv, layout.write_kv, attention_api.paged_attention),
         ),
         "weight_sources": (api.Weights,),
         "schedule_policies": (policy.SchedulePolicy, policy.Waiting, policy.Running),

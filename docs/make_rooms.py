@@ -32,7 +32,7 @@ torch, kernels or plugins; `kernels` import only torch, triton and numpy; `plugi
 `parity/` (against transformers), `budget/` (counted, not timed), `chaos/` (killed processes), `contract/` (the wire), `e2e/` (whole servers) and `house/`.
 
 To read the code in an evening: [life of a request](request.md), `core/protocol/messages.py`, `core/actors/scheduler/scheduler.py`,
-`core/actors/text/actor.py`, `core/processes/kernel.py`, `plugins/devices/cpu_runner.py`, `transports/builtin.py`. To add something:
+`core/actors/text/actor.py`, `core/processes/kernel.py`, `plugins/devices/runner.py`, `transports/builtin.py`. To add something:
 [extending](extending.md)."""
 
 

@@ -99,10 +99,10 @@ def step(program: DecoderProgram, sequences: int, rows: int, context: int, greed
     at = torch.arange(context - rows, context).repeat(sequences)
     row = torch.arange(sequences).repeat_interleave(rows)
     slots = i32(tables[row, at // 16] * 16 + at % 16)
-    arguments = (i32(torch.arange(sequences * rows) % program.embedding.shape[0]), i32(at), slots, tables)
+    arguments = (i32(torch.arange(sequences * rows) % program.parts.embedding.shape[0]), i32(at), slots, tables)
     more = (i32(torch.arange(sequences + 1) * rows), i32(torch.full((sequences,), context)), i32(torch.arange(1, sequences + 1) * rows - 1))
     chosen = torch.empty(sequences, dtype=torch.int32) if greedy else None
-    logits = torch.empty(sequences, program.lm_head.n)
+    logits = torch.empty(sequences, program.parts.lm_head.n)
     return lambda: program(*arguments, *more, logits=logits, greedy=chosen)
 
 
@@ -150,7 +150,7 @@ def main(names: list[str]) -> None:
         q = random(2048, shape.heads, shape.dim, dtype=dtype, scale=1.0)
         table = torch.arange(128, dtype=torch.int32).view(1, -1)
         start, length = torch.tensor([0, 2048], dtype=torch.int32), torch.tensor([2048], dtype=torch.int32)
-        k_cache, v_cache = program.k_caches[0], program.v_caches[0]
+        k_cache, v_cache = program.parts.k_caches[0], program.parts.v_caches[0]
         attend = functools.partial(paged_attention, q, k_cache, v_cache, table, start, length, 0.1)
         seconds = best(attend)
         line(f"{name} prefill attention of one layer, 2048", seconds, 0.0, shape.heads * shape.dim * 4 * 2048**2 / 2 / 1e9, roof, flops)

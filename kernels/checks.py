@@ -22,10 +22,26 @@ def require(condition: bool, sentence: str) -> None:
 
 def tensor(name: str, value: Tensor, shape: Sequence[int | None], *dtypes: torch.dtype) -> None:
     """`value` must be a contiguous CPU tensor of one of `dtypes` and of `shape` (None: any size)."""
-    if value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape, strict=True)):
+    _shaped(name, value, shape, dtypes)
+    if not value.is_contiguous() or not value.is_cpu:
+        raise ValueError(f"{name} must be a contiguous CPU tensor")
+
+
+def blocks(name: str, value: Tensor, shape: Sequence[int | None], *dtypes: torch.dtype) -> None:
+    """As `tensor`, but only what lies behind the first dimension must be contiguous."""
+    _shaped(name, value, shape, dtypes)
+    if not value.is_cpu or (value.shape[0] and not value[0].is_contiguous()):
+        raise ValueError(f"{name} must be a CPU tensor of contiguous blocks")
+
+
+def _shaped(name: str, value: Tensor, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...]) -> None:
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    for want, got in zip(shape, sizes, strict=False):  # a loop, since a decode step makes a dozen of these checks
+        if want is not None and want != got:
+            fits = False
+    if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], not {list(value.shape)}")
+        raise ValueError(f"{name} must have shape [{wanted}], not {list(sizes)}")
     if value.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, not {value.dtype}")
-    if not value.is_contiguous() or value.device.type != "cpu":
-        raise ValueError(f"{name} must be a contiguous CPU tensor")

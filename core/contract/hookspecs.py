@@ -31,8 +31,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 API_LEVEL: Final[dict[str, int]] = {
     "devices": 1,
-    "models": 1,
-    "attention_backends": 1,
+    "models": 2,
+    "attention_backends": 2,
     "weight_sources": 1,
     "schedule_policies": 1,
     "tokenizers": 1,
@@ -66,7 +66,7 @@ class DeviceSpec(Spec, frozen=True, kw_only=True):
 
 
 class ModelSpec(Spec, frozen=True, kw_only=True):
-    """A model family, chosen by config.json: of several that serve an architecture, later plugins come before earlier and built-in ones."""
+    """A model family, chosen by config.json."""
 
     architectures: list[str]
     """The entries of config.json's `architectures` (of which the first counts) that it serves."""
@@ -75,9 +75,10 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     come from safetensors, "dtype" is the one stored there. Raises CheckpointError for a missing or impossible field, UnsupportedFeature for
     one that would change the answers and is not served; both name it. What it does not understand it must refuse, not ignore."""
     factory: Callable[..., Any]
-    """Called by the device. On "cpu": `factory(facts=ModelFacts, dtype=torch.dtype, weights=Weights, attention=Attention, max_len=int,
-    progress=Progress)` gives a Model. On "cuda" there is no `attention`, but `device=torch.device`, and the result has what DeviceDecoder has.
-    `max_len` is the longest sequence in tokens. It takes every tensor that it needs from `weights`, then calls `weights.finish()`."""
+    """Called by the device, once: `factory(facts=ModelFacts, builder=Builder, attention=Attention, max_len=int)` gives a Model. `max_len` is the
+    longest sequence in tokens. It names every tensor that it needs to `builder`, which makes layers of them, then calls `builder.finish()`."""
+    priority: int = 0
+    """Of the families that serve an architecture the highest is taken; of equal ones later plugins before earlier and built-in ones."""
 
 
 class AttentionSpec(Spec, frozen=True, kw_only=True):
@@ -89,9 +90,9 @@ class AttentionSpec(Spec, frozen=True, kw_only=True):
     """`supports(facts, dtype)`, dtype as "bfloat16", "float16" or "float32": None, or the reason why not, a part of a sentence that the user
     gets to read."""
     factory: Callable[..., Any]
-    """Called by the device, once, before weights are loaded. On "cpu": `factory(facts=ModelFacts, dtype=torch.dtype)` gives an Attention. On "cuda":
-    `factory(facts=ModelFacts, dtype=torch.dtype, device=torch.device, max_rows=int, deterministic=bool)` gives an Ops; `max_rows` is the
-    largest number of sequences in a decode step. Take `**options` besides: a later device may say more."""
+    """Called by the device, once, before weights are loaded: `factory(facts=ModelFacts, dtype=torch.dtype, device=torch.device, block_size=int, max_rows=int,
+    deterministic=bool)` gives an Attention; `max_rows` is the largest number of sequences in a decode step. Take `**options` besides: a
+    later device may say more."""
     priority: int = 0
     """Of those that support the model the highest is taken (native and triton have 10, torch 0); of equal ones the first by name."""
 

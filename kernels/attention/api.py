@@ -19,7 +19,7 @@ from torch import Tensor
 
 from penstock.kernels import native
 from penstock.kernels.attention import reference
-from penstock.kernels.attention.layout import check_cache
+from penstock.kernels.attention.layout import block_bytes, check_cache
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.native.bind import check
 
@@ -75,7 +75,7 @@ def paged_attention(
         return out.copy_(reference.paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window))
     program = native.Program(
         heads=q.shape[1], kv_heads=k_cache.shape[1], dim=q.shape[2], bf16=q.dtype == torch.bfloat16, blocks=k_cache.shape[0],
-        block_size=k_cache.shape[2], scale=scale,
+        block_size=k_cache.shape[2], block_bytes=block_bytes(k_cache), scale=scale,
     )  # fmt: skip
     layer = native.Layer(k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), window=window)
     step = native.Step(

@@ -1,7 +1,8 @@
 """The CPU cache's layout: how a key or value element lies inside its block.
 
 What it is: allocation, and slow torch readers and writers for tests, tools and the reference kernels. A cache tensor of one layer is
-declared [num_blocks, Hkv, block_size, D]; block_size and D are multiples of 16. Inside a (block, head) the bytes are in *panel order*,
+declared [num_blocks, Hkv, block_size, D]; block_size and D are multiples of 16. A block is contiguous; from one to the next it may be
+further (a pool's block holds those of all layers, one behind the other). Inside a (block, head) the bytes are in *panel order*,
 the order of the packed weights of `kernels.linear`, so that q @ K^T and p @ V run on the linear layers' micro-kernel: with il = 2
 elements interleaved for bfloat16 (il = 1 for float32) and groups of 16 keys,
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from penstock.kernels.checks import require, tensor
+from penstock.kernels.checks import blocks, require
 
 KV_LAYOUT = "cpu-panel16-v1"
 """Name of this layout, part of the KV identity key."""
@@ -30,10 +31,16 @@ def allocate_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim
 
 
 def check_cache(k_cache: Tensor, v_cache: Tensor, num_kv_heads: int, dtype: torch.dtype) -> None:
-    """Raises ValueError unless both are caches of the same shape and of `dtype`."""
-    tensor("k_cache", k_cache, (None, num_kv_heads, None, None), dtype)
-    tensor("v_cache", v_cache, k_cache.shape, dtype)
+    """Raises ValueError unless both are caches of the same shape and of `dtype`, with as far from block to block."""
+    blocks("k_cache", k_cache, (None, num_kv_heads, None, None), dtype)
+    blocks("v_cache", v_cache, k_cache.shape, dtype)
+    require(k_cache.stride() == v_cache.stride(), "the caches must have the same strides")
     require(k_cache.shape[2] % GROUP == 0 and k_cache.shape[3] % GROUP == 0, "block_size and head_dim must be multiples of 16")
+
+
+def block_bytes(cache: Tensor) -> int:
+    """From the beginning of one block to that of the next."""
+    return cache.stride(0) * cache.element_size()
 
 
 def _k_view(cache: Tensor) -> Tensor:

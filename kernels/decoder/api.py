@@ -16,7 +16,6 @@ Caches: one pair a layer, as in `attention.layout`; the program keeps references
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,22 +27,8 @@ from penstock.kernels.attention.layout import check_cache
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.decoder import reference
 from penstock.kernels.decoder.cpu import CpuDecoder
-from penstock.kernels.linear import PackedGated, PackedLinear
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLayer:
-    """One layer's weights. qkv: [(Hq + 2 Hkv) * D, H]; window: 0 for full attention."""
-
-    attn_norm: Tensor
-    qkv: PackedLinear
-    o: PackedLinear
-    mlp_norm: Tensor
-    gate_up: PackedGated
-    down: PackedLinear
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    window: int = 0
+from penstock.kernels.decoder.parts import DecoderLayer, DecoderParts
+from penstock.kernels.linear import PackedLinear
 
 
 class DecoderProgram:
@@ -92,20 +77,23 @@ class DecoderProgram:
                 if norm is not None:
                     tensor(f"layer {index}: {name}", norm, (size,), dtype)
         require((lm_head.k, lm_head.dtype) == (hidden, dtype), "lm_head does not fit the hidden size or dtype")
-        self.embedding = embedding
-        self.layers = list(layers)
-        self.final_norm = final_norm
-        self.lm_head = lm_head
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.eps = eps
-        self.cos_sin = cos_sin
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.k_caches = list(k_caches)
-        self.v_caches = list(v_caches)
+        scale = head_dim**-0.5 if scale is None else scale
+        self.parts = DecoderParts(
+            embedding,
+            list(layers),
+            final_norm,
+            lm_head,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            eps,
+            scale,
+            cos_sin,
+            list(k_caches),
+            list(v_caches),
+        )
         lib = native.library()
-        self._cpu = None if lib is None else CpuDecoder(lib, self)
+        self._cpu = None if lib is None else CpuDecoder(lib, self.parts)
 
     def __call__(
         self,
@@ -129,20 +117,36 @@ class DecoderProgram:
         tensor("rows", rows, (None,), torch.int32)
         count = rows.shape[0]
         if logits is not None:
-            tensor("logits", logits, (count, self.lm_head.n), torch.float32)
+            tensor("logits", logits, (count, self.parts.lm_head.n), torch.float32)
         if hidden is not None:
-            tensor("hidden", hidden, (count, self.embedding.shape[1]), self.embedding.dtype)
+            tensor("hidden", hidden, (count, self.parts.embedding.shape[1]), self.parts.embedding.dtype)
         if greedy is not None:
             tensor("greedy", greedy, (count,), torch.int32)
+        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy)
+
+    def trusted(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_tables: Tensor,
+        q_start: Tensor,
+        kv_len: Tensor,
+        rows: Tensor,
+        logits: Tensor | None,
+        hidden: Tensor | None,
+        greedy: Tensor | None,
+    ) -> None:
+        """As a call, for tensors whose shapes and dtypes the caller made itself: what they hold is checked all the same."""
         if self._cpu is not None:
             self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy)
             return
-        states = reference.hidden_states(self, tokens, positions, slots, block_tables, q_start, kv_len, rows)
+        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows)
         if hidden is not None:
             hidden.copy_(states)
         if logits is None and greedy is None:
             return
-        scores = reference.logits(self, states)
+        scores = reference.logits(self.parts, states)
         if logits is not None:
             logits.copy_(scores)
         if greedy is not None:

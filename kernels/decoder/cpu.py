@@ -1,6 +1,6 @@
 """The decoder program in C: descriptions of the weights built once, one library call a step.
 
-What it is: `CpuDecoder`, which holds the C structs of a `DecoderProgram`, a workspace that grows to the largest step seen, and the call. The
+What it is: `CpuDecoder`, which holds the C structs of a `DecoderParts`, a workspace that grows to the largest step seen, and the call. The
 whole step is one parallel region (team.h says how its threads share it).
 What it does not know: requests, sampling; shapes and dtypes were checked by the entry.
 """
@@ -8,28 +8,26 @@ What it does not know: requests, sampling; shapes and dtypes were checked by the
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from penstock.kernels.attention.layout import block_bytes
+from penstock.kernels.decoder.parts import DecoderParts
+from penstock.kernels.linear import PackedGated, PackedLinear
 from penstock.kernels.native.bind import Layer, Native, Program, Step, check
-
-if TYPE_CHECKING:
-    from penstock.kernels.decoder.api import DecoderProgram
-    from penstock.kernels.linear import PackedGated, PackedLinear
 
 
 class CpuDecoder:
     """See the module."""
 
-    def __init__(self, lib: Native, program: DecoderProgram) -> None:
+    def __init__(self, lib: Native, parts: DecoderParts) -> None:
         self._lib = lib.lib
         self._held: list[Tensor] = []
         self._workspace = torch.empty(0, dtype=torch.uint8)
-        bf16 = program.embedding.dtype == torch.bfloat16
-        self._layers = (Layer * len(program.layers))()
-        for target, layer, k_cache, v_cache in zip(self._layers, program.layers, program.k_caches, program.v_caches, strict=True):
+        bf16 = parts.embedding.dtype == torch.bfloat16
+        self._layers = (Layer * len(parts.layers))()
+        for target, layer, k_cache, v_cache in zip(self._layers, parts.layers, parts.k_caches, parts.v_caches, strict=True):
             self._describe(target, "qkv", layer.qkv)
             self._describe(target, "o", layer.o)
             self._describe(target, "gate_up", layer.gate_up)
@@ -40,13 +38,13 @@ class CpuDecoder:
             target.k_norm = None if layer.k_norm is None else self._wide(layer.k_norm)
             target.k_cache, target.v_cache, target.window = k_cache.data_ptr(), v_cache.data_ptr(), layer.window
         self._program = Program(
-            layers_count=len(program.layers), hidden=program.embedding.shape[1], heads=program.num_heads, kv_heads=program.num_kv_heads,
-            dim=program.head_dim, inter=program.layers[0].gate_up.n, vocab=program.lm_head.n, bf16=bf16, rotary=program.cos_sin.shape[1],
-            table_rows=program.cos_sin.shape[0], blocks=program.k_caches[0].shape[0], block_size=program.k_caches[0].shape[2],
-            eps=program.eps, scale=program.scale, embedding_rows=program.embedding.shape[0], embedding=program.embedding.data_ptr(), final_norm=self._wide(program.final_norm),
-            cos_sin=program.cos_sin.data_ptr(), layers=self._layers,
+            layers_count=len(parts.layers), hidden=parts.embedding.shape[1], heads=parts.num_heads, kv_heads=parts.num_kv_heads,
+            dim=parts.head_dim, inter=parts.layers[0].gate_up.n, vocab=parts.lm_head.n, bf16=bf16, rotary=parts.cos_sin.shape[1],
+            table_rows=parts.cos_sin.shape[0], blocks=parts.k_caches[0].shape[0], block_size=parts.k_caches[0].shape[2],
+            block_bytes=block_bytes(parts.k_caches[0]), eps=parts.eps, scale=parts.scale, embedding_rows=parts.embedding.shape[0], embedding=parts.embedding.data_ptr(), final_norm=self._wide(parts.final_norm),
+            cos_sin=parts.cos_sin.data_ptr(), layers=self._layers,
         )  # fmt: skip
-        self._describe(self._program, "lm_head", program.lm_head)
+        self._describe(self._program, "lm_head", parts.lm_head)
 
     def _describe(self, target: ctypes.Structure, name: str, linear: PackedLinear | PackedGated) -> None:
         assert linear.packed is not None, "weights were packed before the library was loaded"

@@ -21,9 +21,9 @@ typedef struct {
     void *out;     /* [T][ldo], element type out_bf16 */
     long ldq, ldo;
     int q_bf16, out_bf16, cache_bf16, round;
-    const char *k_cache, *v_cache; /* [blocks][kv_heads][block_size * dim] */
+    const char *k_cache, *v_cache; /* [kv_heads][block_size * dim] every block_bytes */
     const int32_t *tables, *q_start, *kv_len;
-    long table_width, sequences, heads, kv_heads, dim, block_size, window;
+    long table_width, sequences, heads, kv_heads, dim, block_size, block_bytes, window;
     float scale;
     long head_runs, heads_per; /* the heads of a KV head, in runs of at most ROW_TILE */
     long queries_per;          /* query rows of a unit */
@@ -120,13 +120,13 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
         const long keys = MIN(KEY_TILE, last - tile), groups = (keys + 15) / 16;
         for (long g = 0; g < groups; g++) {
             long key = tile + g * 16, block = table[key / a->block_size];
-            long at = ((block * a->kv_heads + kv_head) * a->block_size + key % a->block_size) * dim * size;
+            long at = block * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
             k_group[g] = a->k_cache + at;
             v_group[g] = a->v_cache + at;
         }
         if (rows <= MR) /* decode reads every block once: have the next tile's on the way */
             for (long key = tile + KEY_TILE; key < MIN(tile + 2 * KEY_TILE, last); key += 16) {
-                long at = ((table[key / a->block_size] * a->kv_heads + kv_head) * a->block_size + key % a->block_size) * dim * size;
+                long at = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
                 for (long line = 0; line < 16 * dim * size; line += 64) {
                     __builtin_prefetch(a->k_cache + at + line, 0, 2);
                     __builtin_prefetch(a->v_cache + at + line, 0, 2);

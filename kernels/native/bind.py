@@ -42,7 +42,7 @@ class Program(ctypes.Structure):
     _fields_ = (
         ("layers_count", c_int64), ("hidden", c_int64), ("heads", c_int64), ("kv_heads", c_int64), ("dim", c_int64), ("inter", c_int64),
         ("vocab", c_int64), ("bf16", c_int64), ("rotary", c_int64), ("table_rows", c_int64),
-        ("embedding_rows", c_int64), ("blocks", c_int64), ("block_size", c_int64),
+        ("embedding_rows", c_int64), ("blocks", c_int64), ("block_size", c_int64), ("block_bytes", c_int64),
         ("eps", c_double), ("scale", c_double), ("embedding", c_void_p), ("final_norm", c_void_p), ("cos_sin", c_void_p),
         ("lm_head", Weight), ("layers", ctypes.POINTER(Layer)),
     )  # fmt: skip

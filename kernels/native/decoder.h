@@ -25,6 +25,7 @@ typedef struct {
 
 typedef struct {
     int64_t layers_count, hidden, heads, kv_heads, dim, inter, vocab, bf16, rotary, table_rows, embedding_rows, blocks, block_size;
+    int64_t block_bytes; /* from one block of a cache to the next */
     double eps, scale;
     const void *embedding;
     const float *final_norm, *cos_sin;
@@ -120,7 +121,7 @@ static void rope_token(const program *p, const layer *l, float *qkv, int32_t pos
     }
     if (slot < 0) return;
     for (long h = 0; h < p->kv_heads; h++) {
-        long at = (slot / p->block_size * p->kv_heads + h) * p->block_size * dim * (bf16 ? 2 : 4);
+        long at = slot / p->block_size * p->block_bytes + h * p->block_size * dim * (bf16 ? 2 : 4);
         write_cache((char *)l->k_cache + at, (char *)l->v_cache + at, slot % p->block_size, qkv + (p->heads + h) * dim,
                     qkv + (p->heads + p->kv_heads + h) * dim, dim, bf16);
     }
@@ -264,7 +265,7 @@ static int run_step(const program *p, const step *s) {
     attention attn = {
         .q = w.qkv, .ldq = w.ldq, .out = w.a, .ldo = w.lda, .cache_bf16 = (int)p->bf16, .round = (int)p->bf16, .tables = s->tables,
         .q_start = s->q_start, .kv_len = s->kv_len, .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads,
-        .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .scale = (float)p->scale,
+        .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .block_bytes = p->block_bytes, .scale = (float)p->scale,
     };
     long units = attention_plan(&attn, w.units);
     step_job job = {.p = p, .s = s, .w = &w, .attn = attn, .units = units};

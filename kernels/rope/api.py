@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels import native
-from penstock.kernels.attention.layout import check_cache
+from penstock.kernels.attention.layout import block_bytes, check_cache
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.native.bind import check
 from penstock.kernels.rope import reference
@@ -64,7 +64,7 @@ def rope_and_cache(
         )
     program = native.Program(
         heads=num_heads, kv_heads=num_kv_heads, dim=dim, bf16=qkv.dtype == torch.bfloat16, rotary=cos_sin.shape[1],
-        table_rows=cos_sin.shape[0], blocks=k_cache.shape[0], block_size=k_cache.shape[2], eps=eps, cos_sin=cos_sin.data_ptr(),
+        table_rows=cos_sin.shape[0], blocks=k_cache.shape[0], block_size=k_cache.shape[2], block_bytes=block_bytes(k_cache), eps=eps, cos_sin=cos_sin.data_ptr(),
     )  # fmt: skip
     norms = [None if norm is None else norm.float() for norm in (q_norm, k_norm)]
     addresses = [None if norm is None else norm.data_ptr() for norm in norms]

@@ -22,16 +22,20 @@ def _supports(facts: ModelFacts, dtype: str) -> str | None:
     return None
 
 
-def _native(**options: Any) -> Any:
+def _native(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, **options: Any) -> Any:
     from penstock.plugins.attention.native import NativeAttention
 
-    return NativeAttention()
+    return NativeAttention(facts, dtype, device, block_size)
 
 
-def _torch(**options: Any) -> Any:
+def _torch_supports(facts: ModelFacts, dtype: str) -> str | None:
+    return f"head_dim {facts.head_dim} is no multiple of {GROUP}" if facts.head_dim % GROUP else None
+
+
+def _torch(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, **options: Any) -> Any:
     from penstock.plugins.attention.sdpa import TorchAttention
 
-    return TorchAttention()
+    return TorchAttention(facts, dtype, device, block_size)
 
 
 def _triton_supports(facts: ModelFacts, dtype: str) -> str | None:
@@ -42,30 +46,19 @@ def _triton_supports(facts: ModelFacts, dtype: str) -> str | None:
     return None
 
 
-def _triton(*, facts: ModelFacts, device: Any, max_rows: int, deterministic: bool, **options: Any) -> Any:
-    from penstock.plugins.attention.triton import TritonOps
+def _triton(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, max_rows: int, deterministic: bool, **options: Any) -> Any:
+    from penstock.plugins.attention.triton import TritonAttention
 
-    dim = facts.head_dim
-    widest = max(facts.hidden_size, 2 * facts.intermediate_size, (facts.num_heads + 2 * facts.num_kv_heads) * dim)
-    return TritonOps(
-        device=device,
-        max_rows=max_rows,
-        vocab=facts.vocab_size,
-        widest=widest,
-        heads=facts.num_heads,
-        dim=dim,
-        deterministic=deterministic,
-    )
+    return TritonAttention(facts, dtype, device, block_size, max_rows=max_rows, deterministic=deterministic)
 
 
 @hookimpl
 def register_attention_backends() -> list[AttentionSpec]:
-    """For "cpu", `factory()` returns an object of plugins/models/api.py's Attention; for "cuda", `factory(facts=, dtype=, device=, max_rows=,
-    deterministic=)` returns the whole table of operations, plugins/devices/cuda_ops.py's Ops."""
+    """Their factories give objects of plugins/models/api.py's Attention."""
     return [
         AttentionSpec(
             name="native",
-            api_level=1,
+            api_level=2,
             doc="The whole step as one program of C kernels (their torch references where no compiler is found).",
             devices=["cpu"],
             supports=_supports,
@@ -74,15 +67,15 @@ def register_attention_backends() -> list[AttentionSpec]:
         ),
         AttentionSpec(
             name="torch",
-            api_level=1,
+            api_level=2,
             doc="scaled_dot_product_attention on gathered keys, operation by operation: a cross-check, and a fallback.",
-            devices=["cpu"],
-            supports=_supports,
+            devices=["cpu", "cuda"],
+            supports=_torch_supports,
             factory=_torch,
         ),
         AttentionSpec(
             name="triton",
-            api_level=1,
+            api_level=2,
             doc="Triton kernels: split-KV decode, ragged prefill, and everything between.",
             devices=["cuda"],
             supports=_triton_supports,

@@ -1,6 +1,7 @@
-"""The kernels' own paged attention, part of the whole-step program.
+"""The kernels' own paged attention: by itself, or as a part of the whole-step program.
 
-What it is: the Attention object (plugins/models/api.py) over kernels.attention.
+What it is: the Attention object (plugins/models/api.py) over kernels.rope and kernels.attention. A device that meets it may run a plain model as
+one program (plugins/devices/host_ops.py), and these calls are then never made.
 What it does not know: models, slots.
 """
 
@@ -9,29 +10,42 @@ from __future__ import annotations
 import torch
 
 from penstock.kernels.attention import KV_LAYOUT, paged_attention
+from penstock.kernels.rope import rope_and_cache
+from penstock.plugins.attention.pages import Cache, Pages
+from penstock.plugins.models.api import AttnCall, Columns
+
+Tensor = torch.Tensor
 
 
-def allocate_pool(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, layers: int) -> torch.Tensor:
-    """[layers, 2, num_blocks, Hkv, block_size, D], not initialised: pages are touched when blocks are written."""
-    return torch.empty(layers, 2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
+class NativeAttention(Pages):
+    """See Attention. Without soft-caps and sinks."""
 
-
-class NativeAttention:
     name = "native"
     kv_layout = KV_LAYOUT
-    fused = True
-    allocate = staticmethod(allocate_pool)
+    capturable = False
+    workspace_bytes = 0
 
-    def attend(
+    def store(
         self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        q_start: torch.Tensor,
-        kv_len: torch.Tensor,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        """See Attention.attend."""
-        return paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window)
+        qkv: Tensor,
+        columns: Columns,
+        cos_sin: Tensor,
+        cache: Cache,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """See Attention."""
+        at = (columns.positions, cos_sin, cache.k, cache.v, columns.places)
+        return rope_and_cache(qkv, *at, self.heads, self.kv_heads, q_norm, k_norm, eps)
+
+    def attend(self, q: Tensor, qkv: Tensor, cache: Cache, columns: Columns, call: AttnCall) -> Tensor:
+        """See Attention."""
+        if call.softcap or call.sinks is not None:
+            raise ValueError("the native attention has neither soft-caps nor sinks: use --attention-backend torch")
+        tables = columns.block_tables()
+        return paged_attention(q, cache.k, cache.v, tables, columns.q_start, columns.kv_len, call.scale, call.window)
+
+    def seam(self, longest: int) -> int:
+        """Sums never begin anew."""
+        return 0

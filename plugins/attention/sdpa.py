@@ -1,6 +1,7 @@
-"""Attention by torch's scaled_dot_product_attention over keys gathered from the paged cache.
+"""Attention by torch alone, on any device: rows of keys gathered from the pages, one sequence at a time.
 
-What it is: a second opinion on the same cache layout, one sequence at a time.
+What it is: a second opinion on everything that the kernels do between the projection and the output, and what runs where they do not. Pages hold
+[Hkv, block_size, D] row by row. It looks at lengths, so it cannot be captured.
 What it does not know: models, slots.
 """
 
@@ -9,43 +10,83 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from penstock.kernels.attention import KV_LAYOUT, read_kv
-from penstock.plugins.attention.native import allocate_pool
+from penstock.kernels.rmsnorm.reference import rms_norm
+from penstock.kernels.rope.reference import rotate
+from penstock.plugins.attention.pages import Cache, Pages
+from penstock.plugins.models.api import AttnCall, Columns
+
+Tensor = torch.Tensor
 
 
-class TorchAttention:
+class TorchAttention(Pages):
+    """See Attention."""
+
     name = "torch"
-    kv_layout = KV_LAYOUT
-    fused = False
-    allocate = staticmethod(allocate_pool)
+    kv_layout = "paged-bhsd-v1"
+    capturable = False
+    workspace_bytes = 0
 
-    def attend(
+    def store(
         self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        q_start: torch.Tensor,
-        kv_len: torch.Tensor,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        """See Attention.attend."""
-        out = torch.empty_like(q)
-        size = k_cache.shape[2]
-        bounds = q_start.tolist()
-        for row, length in enumerate(kv_len.tolist()):
+        qkv: Tensor,
+        columns: Columns,
+        cos_sin: Tensor,
+        cache: Cache,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """See Attention."""
+        size = cache.k.shape[2]
+        every = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, self.dim)
+        q, k, v = every[:, : self.heads], every[:, self.heads : -self.kv_heads], every[:, -self.kv_heads :]
+        if q_norm is not None:
+            q = rms_norm(q, q_norm, eps)
+        if k_norm is not None:
+            k = rms_norm(k, k_norm, eps)
+        angles = cos_sin[columns.positions.long()]
+        keep = columns.places >= 0
+        where = columns.places[keep].long()
+        cache.k[where // size, :, where % size] = rotate(k, angles)[keep]
+        cache.v[where // size, :, where % size] = v[keep]
+        return rotate(q, angles).contiguous()
+
+    def attend(self, q: Tensor, qkv: Tensor, cache: Cache, columns: Columns, call: AttnCall) -> Tensor:
+        """See Attention."""
+        size = cache.k.shape[2]
+        out = torch.zeros_like(q)
+        bounds, tables = columns.q_start.tolist(), columns.block_tables()
+        for row, (slot, length) in enumerate(zip(columns.slots.tolist(), columns.kv_len.tolist(), strict=True)):
             first, last = bounds[row], bounds[row + 1]
-            at = torch.arange(length)
-            slots = block_tables[row].long()[at // size] * size + at % size
-            keys = read_kv(k_cache, slots, values=False).transpose(0, 1)[None]
-            values = read_kv(v_cache, slots, values=True).transpose(0, 1)[None]
-            position = torch.arange(length - (last - first), length)[:, None]
+            if slot < 0 or length == 0 or first == last:
+                continue
+            at = torch.arange(length, device=q.device)
+            block = tables[row].long()[at // size]
+            keys = cache.k[block, :, at % size].transpose(0, 1)[None]
+            values = cache.v[block, :, at % size].transpose(0, 1)[None]
+            position = torch.arange(length - (last - first), length, device=q.device)[:, None]
             seen = at[None] <= position
-            if window > 0:
-                seen &= at[None] > position - window
-            attended = functional.scaled_dot_product_attention(
-                q[first:last].transpose(0, 1)[None], keys, values, attn_mask=seen, scale=scale, enable_gqa=True
-            )
+            if call.window > 0:
+                seen &= at[None] > position - call.window
+            attended = _attend(q[first:last].transpose(0, 1)[None], keys, values, seen, call)
             out[first:last] = attended[0].transpose(0, 1)
         return out
+
+    def seam(self, longest: int) -> int:
+        """Sums never begin anew."""
+        return 0
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, call: AttnCall) -> Tensor:
+    """q [1, Hq, T, D]; k, v [1, Hkv, L, D]; seen [T, L] -> [1, Hq, T, D]."""
+    if not call.softcap and call.sinks is None:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=call.scale, enable_gqa=True)
+    group = q.shape[1] // k.shape[1]
+    scores = q.float() @ k.float().repeat_interleave(group, 1).transpose(2, 3) * call.scale
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    if call.sinks is not None:
+        total = torch.logaddexp(total, call.sinks.float()[None, :, None, None])
+    return ((scores - total).exp() @ v.float().repeat_interleave(group, 1)).to(q.dtype)

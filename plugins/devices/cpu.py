@@ -1,28 +1,26 @@
 """The CPU as a device: from a configuration to a loaded runner.
 
-What it is: the choice of the attention plugin, the dtype, the sizes of KV cache and context, and the loading. Sizes: the KV
+What it is: the dtypes, the sizes of KV cache and context, and the order of loading. Sizes: the KV
 cache takes --kv-cache-memory-bytes (1 GiB by default) or exactly --num-gpu-blocks-override blocks; the longest sequence is
 --max-model-len, or the model's own length, then reduced if the cache is too small for it (which is said at start).
-What it does not know: which model and weights (parts.py), steps (cpu_runner.py), the scheduler.
+What it does not know: which model, weights and attention (loading.py), steps (runner.py), the scheduler.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
-from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
 from penstock.kernels import native
 from penstock.plugins.devices import host_limits
-from penstock.plugins.devices.cpu_runner import CpuRunner
-from penstock.plugins.devices.parts import attention_of, identity, model_of, weights_for
+from penstock.plugins.devices.host_ops import HostOps
+from penstock.plugins.devices.lane import HostLane
+from penstock.plugins.devices.loading import choose, fingerprint, load_model
+from penstock.plugins.devices.runner import DeviceRunner
 from penstock.plugins.models.config import check_max_len, default_max_len
-from penstock.version import __version__
 
 GiB = 1 << 30
 DEFAULT_KV_BYTES = GiB
@@ -38,88 +36,40 @@ class CpuDevice:
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:
         """Raises ConfigError, CheckpointError or UnsupportedFeature naming the flag or field."""
         progress("reading config", 0.0)
-        raw, spec, facts = model_of(config)
-        dtype_name = resolve_dtype(config.dtype, facts)
-        dtype = DTYPES[dtype_name]
+        choice = choose(config, "cpu", DTYPES, other="bfloat16")
+        facts, dtype = choice.facts, choice.dtype
         set_threads(config.threads)
-        backend_spec = choose_attention(config, facts, dtype_name)
-        backend = backend_spec.factory(facts=facts, dtype=dtype)
         num_blocks, max_len, note = size_cache(config, facts, dtype)
         if note:
             progress(note, 0.0)
-        progress("loading weights", 0.0)
-        weights = weights_for(config).factory(
-            config.model_path, config.load_format, dtype=dtype, seed=config.seed, std=float(raw.get("initializer_range") or 0.02)
-        )
-        model = spec.factory(
-            facts=facts,
-            dtype=dtype,
-            weights=weights,
-            attention=backend,
-            max_len=max_len,
-            progress=lambda fraction: progress("loading weights", fraction),
-        )
+        lane = HostLane(direct=True)
+        ops = HostOps()
+        model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=config.max_num_seqs, progress=progress)
         progress("allocating KV cache", 0.0)
+        parts = (native.describe(), torch.get_num_threads(), choice.dtype_name, choice.attention.name, max_len, sorted(choice.raw.items()))
         try:
-            pool = backend.allocate(num_blocks, facts.num_kv_heads, config.block_size, facts.head_dim, dtype, facts.num_layers)
+            runner = DeviceRunner(
+                facts=facts,
+                model=model,
+                ops=ops,
+                lane=lane,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=max_len,
+                dtype=choice.dtype_name,
+                torch_dtype=dtype,
+                deterministic=config.deterministic,
+                fingerprint=fingerprint(*parts, checkpoint),
+                graphs=False,
+                depth=self.capabilities.depth,
+            )
         except (RuntimeError, MemoryError):  # torch: "can't allocate memory"
             raise too_big(config, num_blocks, block_bytes_of(config, facts, dtype)) from None
-        layout = f"{backend.kv_layout}:{dtype_name}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{config.block_size}"
-        runner = CpuRunner(
-            facts=facts,
-            model=model,
-            pool=pool,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=max_len,
-            dtype=dtype_name,
-            attention=backend.name,
-            deterministic=config.deterministic,
-            fingerprint=fingerprint(raw, dtype_name, backend.name, max_len, identity(config, weights)),
-            kv_layout=layout,
-            memory=lambda workspace: memory_table(model.weights_bytes, workspace + model.tables_bytes, pool.nbytes),
-        )
+        runner.memory = memory_table(model.weights_bytes, runner.state_bytes, runner.pool_bytes)
         progress("loaded", 1.0)
         return runner
-
-
-def resolve_dtype(wanted: str, facts: ModelFacts) -> str:
-    """ "auto" is the checkpoint's dtype, bfloat16 for a float16 one. Raises ConfigError for float16: this device would have to emulate it."""
-    name = {"half": "float16", "float": "float32"}.get(wanted, wanted)
-    if name == "auto":
-        return "bfloat16" if facts.torch_dtype == "float16" else facts.torch_dtype
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype {wanted} is not supported on the CPU: use bfloat16 (same size, wider range) or float32.", param="dtype")
-    return name
-
-
-def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str) -> AttentionSpec:
-    """--attention-backend, or a plugin's choice, or the highest priority among those that support the model."""
-    able, reasons = [], []
-    for spec in attention_of(config).values():
-        if "cpu" not in spec.devices:
-            continue
-        reason = spec.supports(facts, dtype)
-        if reason is None:
-            able.append(spec)
-        else:
-            reasons.append(f"{spec.name}: {reason}")
-    able.sort(key=lambda spec: (-spec.priority, spec.name))
-    names = [spec.name for spec in able]
-    wanted = config.attention_backend
-    if wanted is None and config.plugins is not None and names:
-        wanted = config.plugins.hook.choose_attention_backend(facts=facts, device="cpu", dtype=dtype, candidates=names)
-    if wanted is None and names:
-        return able[0]
-    if wanted in names:
-        return able[names.index(wanted)]
-    why = f" ({'; '.join(reasons)})" if reasons else ""
-    raise ConfigError(
-        f"--attention-backend {wanted or 'auto'}: not usable for this model on the CPU{why}. Usable: {', '.join(names) or 'none'}.",
-        param="attention_backend",
-    )
 
 
 def set_threads(threads: int | None) -> None:
@@ -180,19 +130,3 @@ def memory_table(weights: int, workspace: int, kv: int) -> MemoryTable:
     """Bytes; a CPU has no graphs, and slack is what the machine has left."""
     total = host_limits.memory_bytes()
     return MemoryTable(weights=weights, workspace=workspace, graphs=0, kv=kv, slack=max(0, total - weights - workspace - kv), total=total)
-
-
-def fingerprint(raw: Mapping[str, Any], dtype: str, attention: str, max_len: int, checkpoint: str) -> str:
-    """Changes whenever numerics may: version, torch, kernels, threads, dtype, attention, rope's length, configuration and checkpoint."""
-    parts = [
-        __version__,
-        torch.__version__,
-        native.describe(),
-        str(torch.get_num_threads()),
-        dtype,
-        attention,
-        str(max_len),
-        repr(sorted(raw.items())),
-        checkpoint,
-    ]
-    return "pk_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -1,18 +1,16 @@
 """An NVIDIA GPU as a device: from a configuration to a loaded runner with a measured memory table.
 
-What it is: the choice of the attention plugin, the dtype, and the order in which memory is taken: weights, workspace (the
+What it is: the dtypes, and the order in which memory is taken: weights, workspace (the
 largest step is run), graphs (the largest is captured and measured), then the KV cache gets the exact remainder of
 --gpu-memory-utilization. If the driver refuses that, the cache shrinks, which is said, before the first graph that serves is captured.
 Sizes otherwise as on the CPU: --num-gpu-blocks-override, --kv-cache-memory-bytes, --max-model-len.
-What it does not know: which model and weights (parts.py), steps (cuda_runner.py), Triton (plugins/attention/triton.py), the scheduler.
+What it does not know: which model, weights and attention (loading.py), steps (runner.py), Triton, the scheduler.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 import torch
@@ -21,12 +19,11 @@ from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, Mode
 from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
 from penstock.plugins.devices import cpu
-from penstock.plugins.devices.cuda_lane import CudaLane, Lane
-from penstock.plugins.devices.cuda_ops import Ops
-from penstock.plugins.devices.cuda_runner import CudaRunner, padded_rows
-from penstock.plugins.devices.parts import attention_of, identity, model_of, weights_for
+from penstock.plugins.devices.lane import CudaLane, Lane
+from penstock.plugins.devices.loading import choose, fingerprint, load_model
+from penstock.plugins.devices.ops import DeviceOps
+from penstock.plugins.devices.runner import DeviceRunner, padded_rows
 from penstock.plugins.models.config import check_max_len, default_max_len
-from penstock.version import __version__
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DEPTH = 2
@@ -62,47 +59,42 @@ class CudaDevice:
         return load(config, progress, lane, DTYPES, depth=DEPTH)
 
 
+def triton_ops(facts: ModelFacts, device: torch.device, *, max_rows: int, deterministic: bool) -> DeviceOps:
+    """The kernels' operations; imports triton."""
+    from penstock.plugins.devices.triton_ops import TritonOps
+
+    return TritonOps(facts, device, max_rows=max_rows, deterministic=deterministic)
+
+
 def load(
     config: RunnerConfig,
     progress: Callable[[str, float], None],
     lane: Lane,
     dtypes: dict[str, torch.dtype],
+    make_ops: Callable[..., DeviceOps] = triton_ops,
     *,
     depth: int,
-    backend: AttentionSpec | None = None,
-) -> CudaRunner:
-    """A runner on any lane; see CudaDevice.load. `backend`: not chosen among the plugins, but given."""
+    attention: AttentionSpec | None = None,
+) -> DeviceRunner:
+    """A runner on any lane; see CudaDevice.load. `make_ops(facts, device, max_rows=, deterministic=)`; `attention`: not chosen among the plugins,
+    but given."""
     progress("reading config", 0.0)
-    raw, spec, facts = model_of(config)
-    dtype_name = resolve_dtype(config.dtype, facts, dtypes)
-    dtype = dtypes[dtype_name]
     if config.block_size < 16 or config.block_size & (config.block_size - 1):
         raise ConfigError(f"--block-size {config.block_size}: the GPU's cache layout needs a power of two from 16 on.", param="block_size")
-    backend = backend or choose_attention(config, facts, dtype_name)
-    if config.max_model_len is not None:
-        check_max_len(facts, config.max_model_len)
+
+    def check(facts: ModelFacts) -> None:
+        if config.max_model_len is not None:
+            check_max_len(facts, config.max_model_len)
+
+    choice = choose(config, "cuda", dtypes, other="bfloat16", attention=attention, check=check)
+    facts, max_rows = choice.facts, padded_rows(config.max_num_seqs)
     max_len = config.max_model_len or default_max_len(facts)
-    ops: Ops = backend.factory(
-        facts=facts, dtype=dtype, device=lane.device, max_rows=padded_rows(config.max_num_seqs), deterministic=config.deterministic
-    )
-    progress("loading weights", 0.0)
-    weights = weights_for(config).factory(
-        config.model_path,
-        config.load_format,
-        dtype=dtype,
-        seed=config.seed,
-        std=float(raw.get("initializer_range") or 0.02),
-        device=lane.device,
-    )
-    model = spec.factory(
-        facts=facts,
-        dtype=dtype,
-        weights=weights,
-        max_len=max_len,
-        progress=lambda fraction: progress("loading weights", fraction),
-        device=lane.device,
-    )
-    runner = CudaRunner(
+    ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
+    model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
+    name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
+    parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, sorted(choice.raw.items()))
+    capturable = ops.capturable and model.capturable and model.attention.capturable
+    runner = DeviceRunner(
         facts=facts,
         model=model,
         ops=ops,
@@ -112,14 +104,14 @@ def load(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_len,
-        dtype=dtype_name,
-        attention=backend.name,
+        dtype=choice.dtype_name,
+        torch_dtype=choice.dtype,
         deterministic=config.deterministic,
-        fingerprint=fingerprint(config, raw, dtype_name, backend.name, max_len, lane, identity(config, weights)),
-        graphs=not config.enforce_eager and (ops.capturable or lane.device.type == "cpu"),
+        fingerprint=fingerprint(*parts, checkpoint),
+        graphs=not config.enforce_eager and (capturable or lane.device.type == "cpu"),
         depth=depth,
     )
-    if ops.capturable:
+    if capturable:
         progress("compiling kernels", 0.0)
         runner.compile_ahead()
     size_cache(config, runner, lane, progress)
@@ -127,43 +119,7 @@ def load(
     return runner
 
 
-def resolve_dtype(wanted: str, facts: ModelFacts, dtypes: dict[str, torch.dtype]) -> str:
-    """ "auto" is the checkpoint's dtype, bfloat16 for a float32 one. Raises ConfigError for what the kernels do not compute."""
-    name = {"half": "float16", "float": "float32"}.get(wanted, wanted)
-    if name == "auto":
-        return facts.torch_dtype if facts.torch_dtype in dtypes else "bfloat16"
-    if name not in dtypes:
-        raise ConfigError(f"--dtype {wanted} is not supported on the GPU: use {' or '.join(dtypes)}.", param="dtype")
-    return name
-
-
-def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str) -> AttentionSpec:
-    """--attention-backend, or a plugin's choice, or the highest priority among the table factories for "cuda"."""
-    able, reasons = [], []
-    for spec in attention_of(config).values():
-        if "cuda" in spec.devices:
-            reason = spec.supports(facts, dtype)
-            if reason is None:
-                able.append(spec)
-            else:
-                reasons.append(f"{spec.name}: {reason}")
-    able.sort(key=lambda spec: (-spec.priority, spec.name))
-    names = [spec.name for spec in able]
-    wanted = config.attention_backend
-    if wanted is None and config.plugins is not None and names:
-        wanted = config.plugins.hook.choose_attention_backend(facts=facts, device="cuda", dtype=dtype, candidates=names)
-    if wanted is None and names:
-        return able[0]
-    if wanted in names:
-        return able[names.index(wanted)]
-    why = f" ({'; '.join(reasons)})" if reasons else ""
-    raise ConfigError(
-        f"--attention-backend {wanted or 'auto'}: not usable for this model on the GPU{why}. Usable: {', '.join(names) or 'none'}.",
-        param="attention_backend",
-    )
-
-
-def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: Callable[[str, float], None]) -> None:
+def size_cache(config: RunnerConfig, runner: DeviceRunner, lane: Lane, progress: Callable[[str, float], None]) -> None:
     """Measure workspace and graphs, give the cache what is left (or what was asked for), fill in the memory table.
     Raises ConfigError naming the flag that cannot be met."""
     block_bytes = runner.allocate(1).nbytes
@@ -223,7 +179,7 @@ def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: C
                     param=blame,
                 ) from None
             progress(f"KV cache reduced to {blocks} of {wanted} blocks: the driver refused more", 0.0)
-    runner.resize(pool)
+    runner.resize(pool, blocks)
     _fit_length(config, runner, block_bytes, progress)
     workspace = max(runner.state_bytes, before - weights - block_bytes)
     table = MemoryTable(weights=weights, workspace=workspace, graphs=graphs, kv=pool.nbytes, slack=0, total=total)
@@ -231,7 +187,7 @@ def size_cache(config: RunnerConfig, runner: CudaRunner, lane: Lane, progress: C
     runner.memory = msgspec.structs.replace(table, slack=max(0, slack), total=total or weights + workspace + pool.nbytes)
 
 
-def _fit_length(config: RunnerConfig, runner: CudaRunner, block_bytes: int, progress: Callable[[str, float], None]) -> None:
+def _fit_length(config: RunnerConfig, runner: DeviceRunner, block_bytes: int, progress: Callable[[str, float], None]) -> None:
     room = runner.num_blocks * runner.block_size
     if runner.max_model_len <= room:
         return
@@ -244,20 +200,3 @@ def _fit_length(config: RunnerConfig, runner: CudaRunner, block_bytes: int, prog
         )
     progress(f"max_model_len reduced from {runner.max_model_len} to {room}: all that the KV cache holds", 0.0)
     runner.max_model_len = room
-
-
-def fingerprint(config: RunnerConfig, raw: dict[str, Any], dtype: str, attention: str, max_len: int, lane: Lane, checkpoint: str) -> str:
-    """Changes whenever numerics may: version, torch, GPU, dtype, attention, rope's length, configuration, checkpoint, determinism."""
-    name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
-    parts = [
-        __version__,
-        torch.__version__,
-        name,
-        dtype,
-        attention,
-        str(max_len),
-        str(config.deterministic),
-        repr(sorted(raw.items())),
-        checkpoint,
-    ]
-    return "pk_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -19,11 +19,6 @@ def _facts(config: dict[str, Any]) -> ModelFacts:
 
 
 def _factory(**parts: Any) -> Any:
-    """With `device=`: the weights go there and the caller brings its own operations; without: packed for the CPU."""
-    if "device" in parts:
-        from penstock.plugins.devices.cuda_model import build_device_decoder
-
-        return build_device_decoder(**parts)
     from penstock.plugins.models.decoder import build_decoder
 
     return build_decoder(**parts)
@@ -41,6 +36,6 @@ _FAMILY = {
 def register_models() -> list[ModelSpec]:
     """The built-in decoder families, by config.json's `architectures`."""
     return [
-        ModelSpec(name=name, api_level=1, doc=doc, architectures=architectures, facts=_facts, factory=_factory)
+        ModelSpec(name=name, api_level=2, doc=doc, architectures=architectures, facts=_facts, factory=_factory)
         for name, (architectures, doc) in _FAMILY.items()
     ]

@@ -1,19 +1,20 @@
-"""What a model plugin gives to a device plugin of this family (paged decoders on a CPU, index columns as int32 tensors).
+"""What model families, attention backends and devices give each other: the seams of one step.
 
-What it is: the Protocols behind `ModelSpec.factory(facts=..., dtype=..., weights=..., attention=..., max_len=..., progress=...)`: the factory
-takes its tensors one by one from `weights`, packs them and returns a `Model`; the device allocates the caches and binds them.
-What it does not know: how a model computes, where tensors come from, slots, scheduling.
+What it is: the Protocols. A family composes `Linear` layers (which a `Builder` made), an `Attention` and the device's `Ops` into one step; the same
+family file serves every device. T tokens of R sequences are computed in a step, the index tensors say which.
+What it does not know: how any of them computes, where tensors come from, slots, scheduling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from penstock.core.contract.devices import ModelFacts
 
+Tensor = torch.Tensor
 Progress = Callable[[float], None]
 """Called with the loaded fraction, 0..1."""
 
@@ -43,95 +44,248 @@ class Weights(Protocol):
         ...
 
 
-class Attention(Protocol):
-    """An attention backend of the CPU.
+class Columns(NamedTuple):
+    """A step's index tensors, all int32 and contiguous, on the device. A slot, row or place below 0 is padding: it reads zeros and writes nowhere.
 
-    The model writes K and V to the cache, the backend reads them. The built-in model families write in the order "cpu-panel16-v1": the cache of a layer
-    is a contiguous tensor [num_blocks, Hkv, block_size, D] (block_size and D multiples of 16), but inside a (block, head) the elements are in panel
-    order, not row by row. Read it with `read_kv`, never by indexing. (A model family of your own may write with another layout, if its
-    backend names one.) Copying whole blocks, which the device does by itself, works for every layout.
+    Sequence r owns the token rows q_start[r] to q_start[r + 1] - 1; its last one sits at position kv_len[r] - 1, and a row sees the positions from 0
+    to its own. Its blocks are the row slots[r] of `table`, in order: position p lies in place `table[slots[r], p // block_size] * block_size
+    + p % block_size`. Entries beyond ceil(kv_len / block_size) mean nothing and may be -1.
+    """
+
+    tokens: Tensor
+    """[T] ids."""
+    positions: Tensor
+    """[T] of each token in its sequence."""
+    places: Tensor
+    """[T] where its key and value go: block * block_size + offset."""
+    slots: Tensor
+    """[R] rows of `table`."""
+    kv_len: Tensor
+    """[R] a sequence's length up to this step's end."""
+    q_start: Tensor
+    """[R + 1]; q_start[0] is 0."""
+    table: Tensor
+    """[S, W] blocks of each slot."""
+    num_decode: int
+    """The first so many sequences compute one token each; -1: any may, which only the device knows."""
+    dense: bool = False
+    """`table` has the rows of this step's sequences alone, in order. On "cpu" always, and there is no padding."""
+
+    def block_tables(self) -> Tensor:
+        """[R, W] blocks of this step's sequences."""
+        return self.table if self.dense else self.table.index_select(0, self.slots.clamp_min(0))
+
+
+class AttnCall(NamedTuple):
+    """What one layer's attention does with its scores."""
+
+    scale: float
+    """Multiplies q . k."""
+    window: int = 0
+    """Above 0, a row sees only its last `window` positions, itself included."""
+    softcap: float = 0.0
+    """Above 0, a score s becomes softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118)."""
+    sinks: Tensor | None = None
+    """[Hq] float32: exp(sink) is added to a head's softmax denominator (arXiv 2309.17453)."""
+
+
+class Linear(Protocol):
+    """A linear layer in whatever form the device multiplies it. Made by a Builder."""
+
+    n: int
+    """Outputs (of a gated layer: of one half)."""
+    k: int
+    """Inputs."""
+    nbytes: int
+    """Held in memory for it."""
+
+    def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
+        """x [T, K] -> [T, N] in x's dtype (of an output head: float32), in `out` if that is given. `columns` are the step's, for layers whose
+        weights depend on the row."""
+        ...
+
+
+class Stacked(NamedTuple):
+    """Tensors that make one weight or bias together, one below the other."""
+
+    parts: list[Tensor]
+    """Each may be a view of a mapped file: pack or clone it."""
+    whole: Tensor | None
+    """All of them, where they lie in one tensor of their own already (which may get its values later, before the first step)."""
+
+    def joined(self) -> Tensor:
+        """One tensor of its own."""
+        if self.whole is not None:
+            return self.whole
+        return torch.cat(self.parts) if len(self.parts) > 1 else self.parts[0].clone()
+
+
+class Attention(Protocol):
+    """An attention backend: keys and values of all layers in one pool of pages, a page a block of tokens.
+
+    `AttentionSpec.factory(facts=, dtype=, device=, block_size=, max_rows=, deterministic=)` gives one. What a page looks like inside is the backend's own:
+    it alone writes and reads. Everything runs on the device's thread; where `capturable` nothing may wait for the device or look at a value.
     """
 
     name: str
     """As its spec's."""
     kv_layout: str
-    """Names the order of bytes in a block: `penstock.kernels.attention.KV_LAYOUT` beside the built-in families."""
-    fused: bool
-    """True is for the built-in "native" alone: the model then runs whole steps as one program, and `attend` is never called. Say False."""
+    """Names the order of bytes in a page: part of the identity of shared KV."""
+    capturable: bool
+    """May be captured in a graph."""
+    bytes_per_token: int
+    """Of one layer."""
+    workspace_bytes: int
+    """What it has allocated for itself."""
 
-    def allocate(self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, layers: int) -> torch.Tensor:
-        """The pool [layers, 2 (K, V), num_blocks, ...], not initialised: everything after num_blocks is one block. Beside the built-in families
-        exactly `torch.empty(layers, 2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)`. Called once, after the weights are loaded."""
+    def allocate(self, num_blocks: int) -> Tensor:
+        """The pool: [num_blocks, page bytes] uint8, a page contiguous, not initialised. Raises torch.OutOfMemoryError, on the host RuntimeError."""
         ...
 
-    def attend(
+    def caches(self, pool: Tensor) -> list[Any]:
+        """What the layers' calls get as `cache`, one a layer: views of the pool."""
+        ...
+
+    def store(
         self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        q_start: torch.Tensor,
-        kv_len: torch.Tensor,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        """Causal attention of every query row over its own sequence: q [T, Hq, D] -> a new tensor [T, Hq, D] of q's dtype.
+        qkv: Tensor,
+        columns: Columns,
+        cos_sin: Tensor,
+        cache: Any,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Norm (where there are norms [D], RMS with eps) and rotate queries and keys, write keys and values to their places. qkv [T, (Hq + 2 Hkv) * D]; `cos_sin`
+        [P, r] float32, cosines then sines of the first r dimensions' angles, by position -> q [T, Hq, D]. The keys in qkv may be overwritten."""
+        ...
 
-        Called once a layer and step, on the device's thread. T token rows of R sequences, prefill chunks and decode rows (one token) mixed:
+    def attend(self, q: Tensor, qkv: Tensor, cache: Any, columns: Columns, call: AttnCall) -> Tensor:
+        """Causal attention of every row over its own sequence: [T, Hq, D]. `q` and `qkv`: as `store` left them; this step's keys and values are in the
+        cache already. Query head h reads KV head h // (Hq / Hkv).
 
-        - `q`: contiguous, bfloat16 or float32, rotated (and normed, where the model does). Query head h reads KV head h // (Hq / Hkv).
-        - `k_cache`, `v_cache`: this layer's, `pool[layer, 0]` and `pool[layer, 1]`, of q's dtype. The keys and values of this step's own
-          tokens are in them already.
-        - `block_tables` [R, B] int32: the sequence's blocks in order. Position p lies in slot `block_tables[r, p // block_size] * block_size
-          + p % block_size`. Entries beyond ceil(kv_len / block_size) mean nothing and may be -1.
-        - `q_start` [R + 1] int32: sequence r owns the rows q_start[r] to q_start[r + 1] - 1 of q, at least one; q_start[0] is 0, q_start[R] is T.
-        - `kv_len` [R] int32: the sequence's length up to this step's end: its last row sits at position kv_len[r] - 1, row i of its n rows at
-          position kv_len[r] - n + i. A row sees the positions from 0 to its own.
-        - `scale`: multiplies q . k before the softmax.
-        - `window`: above 0, a row sees only its last `window` positions, itself included. 0: all of them.
+        A row's result should depend on its own sequence and position alone, not on what else is in the step: `--deterministic` tests that bit by bit at
+        start, and does not start otherwise."""
+        ...
 
-        A row's result should depend on its own sequence and position alone, not on what else is in the step: `--deterministic` tests that bit by
-        bit at start, and does not start otherwise. `paged_attention` gives the right values."""
+    def copy(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
+        """Pages `source` to pages `target`, int32; pairs with a number below 0 are padding. No target is also a source."""
+        ...
+
+    def seam(self, longest: int) -> int:
+        """Keys after which sums begin anew in deterministic mode, where no sequence has more than `longest`; 0: never."""
         ...
 
 
-class Program(Protocol):
-    """A model bound to its caches: one step a call. All index tensors are int32 and contiguous."""
+class Ops(Protocol):
+    """What a step is made of beside attention, on one device; the makers of its layers are called while weights load."""
 
-    def __call__(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        block_tables: torch.Tensor,
-        q_start: torch.Tensor,
-        kv_len: torch.Tensor,
-        rows: torch.Tensor,
-        *,
-        hidden: torch.Tensor,
-    ) -> None:
-        """Compute T tokens of R sequences, write their keys and values to the caches, and write the normalised last hidden states of the token rows
-        `rows` (0 to T - 1) to `hidden` [len(rows), H], in the model's dtype.
+    # --- layers
 
-        `tokens`, `positions` [T]; `slots` [T]: where keys and values go, block * block_size + offset; `block_tables`, `q_start`, `kv_len` as in
-        Attention.attend. Raises IndexError for a token, position or block that does not exist: the step fails with it."""
+    def linear(self, weight: Stacked, bias: Stacked | None) -> Linear:
+        """x weight^T + bias. The parts of `weight` are [n, K] each, of `bias` [n]."""
         ...
+
+    def gated(self, weight: Stacked, bias: Stacked | None, activation: str) -> Linear:
+        """act(x gate^T) * (x up^T), the parts of `weight` being gate and up, [I, K] each. `activation`: "silu"."""
+        ...
+
+    def head(self, weight: Tensor) -> Linear:
+        """x weight^T in float32, weight [V, K]; it may be the embedding table."""
+        ...
+
+    # --- the step
+
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Rows of the embedding `table` [V, H]: [T, H], new."""
+        ...
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [T, H] -> x[rows] [len(rows), H]."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm of x [T, H], summed in float32, times weight [H]."""
+        ...
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """norm(x + residual); the sum is left in `residual`."""
+        ...
+
+
+class Block(NamedTuple):
+    """A layer of the plain kind, pre-norm attention and gated MLP: x += o(attention(qkv(norm(x)))); x += down(gate_up(norm(x)))."""
+
+    attn_norm: Tensor
+    qkv: Linear
+    o: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    call: AttnCall
+
+
+class Stream(NamedTuple):
+    """Where a step's tokens stand behind the last layer: the last layer's output and the residual stream, two [T, H]. Their normalised sum is what `Model.final`
+    gives."""
+
+    x: Tensor
+    residual: Tensor
+    taps: list[Tensor]
+    """The sums [T, H] in front of the layers that were asked for."""
 
 
 class Model(Protocol):
-    """A loaded model."""
+    """A loaded model: layers, and the order in which they are called. `ModelSpec.factory(facts=, builder=, attention=, max_len=)` gives one."""
 
     facts: ModelFacts
     """Those that the factory was given."""
+    attention: Attention
+    """The one that it was given."""
+    capturable: bool
+    """May be captured in a graph: no step looks at a value."""
     weights_bytes: int
-    """Of all weights in memory, as packed."""
+    """Of all weights in memory."""
     tables_bytes: int
     """Of what else it keeps: rotary tables."""
+    plain: Plain | None
+    """The whole model, where it is of the plain kind: a device may then run a step as one program of its own. None: `step` alone says what it is."""
 
-    def bind(self, pool: torch.Tensor) -> Program:
-        """Bind to the pool that the attention backend allocated: pool[layer, 0] is a layer's K cache, pool[layer, 1] its V cache."""
+    def step(self, ops: Ops, caches: Sequence[Any], columns: Columns, taps: Sequence[int] = ()) -> Stream:
+        """All T tokens through all layers, keys and values written to `caches` (what `attention.caches` gave). `taps`: layers in front of which the stream
+        is kept, ascending; the number of layers means behind the last."""
         ...
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """hidden [R, H] -> `out` [R, V] float32, which is returned."""
+    def final(self, ops: Ops, x: Tensor, residual: Tensor) -> Tensor:
+        """The normalised hidden states [T, H], the input of `logits`. `residual` may be overwritten."""
+        ...
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [R, H] -> [R, V] float32."""
+        ...
+
+    def brief(self) -> Model:
+        """With one layer of each kind: what has to be compiled for all of them."""
+        ...
+
+
+class Plain(NamedTuple):
+    """A decoder of plain blocks: x = embedding[tokens]; the blocks; norm; head."""
+
+    embedding: Tensor
+    blocks: Sequence[Block]
+    final_norm: Tensor
+    head: Linear
+    eps: float
+    cos_sin: Tensor
+
+
+class Program(Protocol):
+    """A model and its caches as one call a step."""
+
+    def __call__(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
+        """Compute the step and write the normalised hidden states of the token rows `rows` [n] int32 to `hidden` [n, H], in the model's dtype.
+        Raises IndexError for a token, position or block that does not exist: the step fails with it."""
         ...

@@ -251,7 +251,7 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
-    """`dtype` counts before `torch_dtype`. Absent: see plugins/devices/parts.py, which looks into the files."""
+    """`dtype` counts before `torch_dtype`. Absent: see plugins/devices/loading.py, which looks into the files."""
     value = next((config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None), "float32")
     name = str(value).removeprefix("torch.")
     name = DTYPE_ALIASES.get(name, name)

@@ -1,106 +1,86 @@
-"""The decoder family of Llama, Mistral, Qwen2 and Qwen3, built on the kernels' checked entries.
+"""The decoder family of Llama, Mistral, Qwen2 and Qwen3, for every device.
 
-What it is: the names and shapes of a checkpoint's tensors, their packing (q, k and v as one weight, gate and up as one), and the binding
-to caches: one whole-step program where the attention backend allows it, otherwise the same composition with the backend's attention.
-What it does not know: files, slots, sampling, where blocks come from.
+What it is: the names and shapes of a checkpoint's tensors, which of them are one layer (q, k and v; gate and up), and the step as a composition of
+layers, attention and the device's operations (pre-norm blocks: Touvron et al. 2023, arXiv 2302.13971; biases on q, k and v in Qwen2, norms of the
+heads in Qwen3).
+What it does not know: files, devices, slots, sampling, where blocks come from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from penstock.core.contract.devices import ModelFacts
-from penstock.kernels.decoder import DecoderLayer, DecoderProgram
-from penstock.kernels.embedding import embedding
-from penstock.kernels.linear import PackedLinear, pack, pack_gated
-from penstock.kernels.rmsnorm import rms_norm
-from penstock.kernels.rope import rope_and_cache
-from penstock.plugins.models.api import Attention, Program, Progress, Weights
+from penstock.plugins.models.api import Attention, AttnCall, Block, Columns, Linear, Ops, Plain, Stream
+from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.rope import rope_tables
-from penstock.plugins.models.tied import ends_of
+
+Tensor = torch.Tensor
 
 
 class Decoder:
-    """A loaded decoder: packed weights and the rotary table. See plugins/models/api.py: Model."""
+    """See plugins/models/api.py: Model."""
+
+    capturable = True
 
     def __init__(
         self,
         facts: ModelFacts,
         attention: Attention,
-        table: torch.Tensor,
-        layers: list[DecoderLayer],
-        final_norm: torch.Tensor,
-        lm_head: PackedLinear,
-        cos_sin: torch.Tensor,
+        embedding: Tensor,
+        blocks: Sequence[Block],
+        final_norm: Tensor,
+        head: Linear,
+        cos_sin: Tensor,
+        weights_bytes: int,
     ) -> None:
         self.facts = facts
         self.attention = attention
-        self.table = table
-        self.layers = layers
-        self.final_norm = final_norm
-        self.lm_head = lm_head
-        self.cos_sin = cos_sin
+        self.plain: Plain | None = Plain(embedding, blocks, final_norm, head, facts.rms_norm_eps, cos_sin)
+        self.weights_bytes = weights_bytes
         self.tables_bytes = cos_sin.nbytes
-        self.weights_bytes = table.nbytes + lm_head.nbytes + final_norm.nbytes + sum(map(_layer_bytes, layers))
+        self._embedding = embedding
+        self._blocks = blocks
+        self._final_norm = final_norm
+        self._head = head
+        self._cos_sin = cos_sin
+        self._eps = facts.rms_norm_eps
 
-    def bind(self, pool: torch.Tensor) -> Program:
-        """pool [layers, 2, num_blocks, ...]."""
-        program = DecoderProgram(
-            embedding=self.table,
-            layers=self.layers,
-            final_norm=self.final_norm,
-            lm_head=self.lm_head,
-            num_heads=self.facts.num_heads,
-            num_kv_heads=self.facts.num_kv_heads,
-            head_dim=self.facts.head_dim,
-            eps=self.facts.rms_norm_eps,
-            cos_sin=self.cos_sin,
-            k_caches=list(pool[:, 0]),
-            v_caches=list(pool[:, 1]),
-        )
-        return program if self.attention.fused else StepByStep(program, self.attention)
+    def brief(self) -> Decoder:
+        """One layer for each window."""
+        kinds = {block.call.window: block for block in reversed(self._blocks)}
+        rest = (self._final_norm, self._head, self._cos_sin, self.weights_bytes)
+        return Decoder(self.facts, self.attention, self._embedding, list(kinds.values()), *rest)
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """hidden [R, H] -> out [R, V] float32."""
-        return self.lm_head(hidden, out=out)
+    def step(self, ops: Ops, caches: Sequence[Any], columns: Columns, taps: Sequence[int] = ()) -> Stream:
+        """See Model."""
+        eps, attention, kept = self._eps, self.attention, []
+        residual = ops.embed(columns.tokens, self._embedding)
+        x, last = residual, len(self._blocks) - 1
+        for index, (block, cache) in enumerate(zip(self._blocks, caches, strict=False)):
+            x = ops.norm(residual, block.attn_norm, eps) if index == 0 else ops.add_norm(x, residual, block.attn_norm, eps)
+            if index in taps:
+                kept.append(residual.clone())
+            qkv = block.qkv(x, columns)
+            q = attention.store(qkv, columns, self._cos_sin, cache, block.q_norm, block.k_norm, eps)
+            attended = attention.attend(q, qkv, cache, columns, block.call)
+            x = block.o(attended.view(attended.shape[0], -1), columns)
+            x = ops.add_norm(x, residual, block.mlp_norm, eps)
+            x = block.down(block.gate_up(x, columns), columns)
+        if last + 1 in taps:
+            kept.append(x + residual)
+        return Stream(x, residual, kept)
 
+    def final(self, ops: Ops, x: Tensor, residual: Tensor) -> Tensor:
+        """See Model."""
+        return ops.add_norm(x, residual, self._final_norm, self._eps)
 
-class StepByStep:
-    """The decoder's step, operation by operation, with a backend's own attention."""
-
-    def __init__(self, program: DecoderProgram, attention: Attention) -> None:
-        self._program = program
-        self._attention = attention
-
-    def __call__(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        block_tables: torch.Tensor,
-        q_start: torch.Tensor,
-        kv_len: torch.Tensor,
-        rows: torch.Tensor,
-        *,
-        hidden: torch.Tensor,
-    ) -> None:
-        """As kernels.decoder.reference, attention apart."""
-        p = self._program
-        x = embedding(tokens, p.embedding)
-        for layer, k_cache, v_cache in zip(p.layers, p.k_caches, p.v_caches, strict=True):
-            qkv = layer.qkv(rms_norm(x, layer.attn_norm, p.eps))
-            q = rope_and_cache(
-                qkv, positions, p.cos_sin, k_cache, v_cache, slots, p.num_heads, p.num_kv_heads, layer.q_norm, layer.k_norm, p.eps
-            )
-            attended = self._attention.attend(q, k_cache, v_cache, block_tables, q_start, kv_len, p.scale, layer.window)
-            x = x + layer.o(attended.reshape(tokens.shape[0], -1))
-            x = x + layer.down(layer.gate_up(rms_norm(x, layer.mlp_norm, p.eps)))
-        rms_norm(x[rows.long()].contiguous(), p.final_norm, p.eps, out=hidden)
-
-
-def _layer_bytes(layer: DecoderLayer) -> int:
-    norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
-    return sum(part.nbytes for part in (layer.qkv, layer.o, layer.gate_up, layer.down, *norms) if part is not None)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """See Model."""
+        return self._head(hidden, None, out)
 
 
 def window_of(facts: ModelFacts, layer: int) -> int:
@@ -109,59 +89,39 @@ def window_of(facts: ModelFacts, layer: int) -> int:
     return (facts.sliding_window or 0) if slides else 0
 
 
-def build_decoder(
-    *, facts: ModelFacts, dtype: torch.dtype, weights: Weights, attention: Attention, max_len: int, progress: Progress | None = None
-) -> Decoder:
-    """Take the checkpoint's tensors, layer by layer, and pack them.
+def build_decoder(*, facts: ModelFacts, builder: Builder, attention: Attention, max_len: int) -> Decoder:
+    """Name the checkpoint's tensors, layer by layer.
 
     `max_len` is the longest sequence (rows of the rotary table, and the choice of rope's long form, see rope.py). Raises CheckpointError
     for missing, unexpected or wrong-shaped tensors.
     """
-    tell = progress or (lambda fraction: None)
-    hidden, dim = facts.hidden_size, facts.head_dim
-    q_rows, kv_rows, inner = facts.num_heads * dim, facts.num_kv_heads * dim, facts.intermediate_size
+    hidden, dim, inner = facts.hidden_size, facts.head_dim, facts.intermediate_size
+    q_rows, kv_rows = facts.num_heads * dim, facts.num_kv_heads * dim
 
-    def bias(name: str, rows: int, present: bool) -> torch.Tensor | None:
-        return weights.take(f"{name}.bias", (rows,)) if present else None
-
-    def build_layer(index: int) -> DecoderLayer:
+    def block(index: int) -> Block:
         at = f"model.layers.{index}"
-        weights.ignore(f"{at}.self_attn.rotary_emb.inv_freq")
-        names = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-        qkv = torch.cat([weights.take(f"{at}.self_attn.{name}.weight", (rows, hidden)) for name, rows in names])
-        qkv_bias = None
-        if facts.attention_bias:
-            qkv_bias = torch.cat([weights.take(f"{at}.self_attn.{name}.bias", (rows,)) for name, rows in names])
-        return DecoderLayer(
-            attn_norm=weights.take(f"{at}.input_layernorm.weight", (hidden,)).clone(),
-            qkv=pack(qkv, qkv_bias),
-            o=pack(
-                weights.take(f"{at}.self_attn.o_proj.weight", (hidden, q_rows)),
-                bias(f"{at}.self_attn.o_proj", hidden, facts.attention_out_bias),
-            ),
-            mlp_norm=weights.take(f"{at}.post_attention_layernorm.weight", (hidden,)).clone(),
-            gate_up=pack_gated(
-                weights.take(f"{at}.mlp.gate_proj.weight", (inner, hidden)),
-                weights.take(f"{at}.mlp.up_proj.weight", (inner, hidden)),
-                "silu",
-                bias(f"{at}.mlp.gate_proj", inner, facts.mlp_bias),
-                bias(f"{at}.mlp.up_proj", inner, facts.mlp_bias),
-            ),
-            down=pack(weights.take(f"{at}.mlp.down_proj.weight", (hidden, inner)), bias(f"{at}.mlp.down_proj", hidden, facts.mlp_bias)),
-            q_norm=weights.take(f"{at}.self_attn.q_norm.weight", (dim,)).clone() if facts.qk_norm else None,
-            k_norm=weights.take(f"{at}.self_attn.k_norm.weight", (dim,)).clone() if facts.qk_norm else None,
-            window=window_of(facts, index),
+        builder.ignore(f"{at}.self_attn.rotary_emb.inv_freq")
+        heads = [Part(f"{at}.self_attn.{name}_proj", rows) for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))]
+        gate, up = (Part(f"{at}.mlp.{name}_proj", inner) for name in ("gate", "up"))
+        return Block(
+            attn_norm=builder.tensor(f"{at}.input_layernorm.weight", hidden),
+            qkv=builder.linear(heads, hidden, bias=facts.attention_bias),
+            o=builder.linear([Part(f"{at}.self_attn.o_proj", hidden)], q_rows, bias=facts.attention_out_bias),
+            mlp_norm=builder.tensor(f"{at}.post_attention_layernorm.weight", hidden),
+            gate_up=builder.gated(gate, up, hidden, "silu", bias=facts.mlp_bias),
+            down=builder.linear([Part(f"{at}.mlp.down_proj", hidden)], inner, bias=facts.mlp_bias),
+            q_norm=builder.tensor(f"{at}.self_attn.q_norm.weight", dim) if facts.qk_norm else None,
+            k_norm=builder.tensor(f"{at}.self_attn.k_norm.weight", dim) if facts.qk_norm else None,
+            call=AttnCall(float(dim**-0.5), window_of(facts, index)),
         )
 
-    ends = ends_of(facts, weights)
-    table = ends.table().clone()
-    layers = []
+    table, make_head = builder.ends(facts)
+    blocks = []
     for index in range(facts.num_layers):
-        layers.append(build_layer(index))
-        tell((index + 1) / (facts.num_layers + 1))
-    final_norm = weights.take("model.norm.weight", (hidden,)).clone()
-    lm_head = pack(table if ends.head is None else ends.head())
-    weights.finish()
-    cos_sin = torch.cat(rope_tables(facts, max_len), dim=1).contiguous()
-    tell(1.0)
-    return Decoder(facts, attention, table, layers, final_norm, lm_head, cos_sin)
+        blocks.append(block(index))
+        builder.tell((index + 1) / (facts.num_layers + 1))
+    final_norm = builder.tensor("model.norm.weight", hidden)
+    head = make_head()
+    cos_sin = torch.cat(rope_tables(facts, max_len), dim=1).contiguous().to(builder.device)
+    builder.finish()
+    return Decoder(facts, attention, table, blocks, final_norm, head, cos_sin, builder.nbytes)

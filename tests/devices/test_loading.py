@@ -22,6 +22,7 @@ from penstock.plugins.devices import host_limits, register_devices
 from penstock.plugins.devices.driver import Driver, Job
 from penstock.plugins.devices.self_test import self_test
 from penstock.plugins.models import register_models
+from penstock.plugins.models.api import Columns
 from penstock.plugins.weights import register_weight_sources
 
 Load = Callable[..., Any]
@@ -301,10 +302,10 @@ def test_parts_come_from_the_plugin_host(folder: Path, load: Load) -> None:
     builtin = {spec.name: spec for spec in register_attention_backends()}
     asked: list[Any] = []
     strange = AttentionSpec(
-        name="mine", api_level=1, devices=["cpu"], supports=lambda facts, dtype: None, factory=builtin["torch"].factory, priority=-5
+        name="mine", api_level=2, devices=["cpu"], supports=lambda facts, dtype: None, factory=builtin["torch"].factory, priority=-5
     )
     elsewhere = AttentionSpec(
-        name="cuda-only", api_level=1, devices=["cuda"], supports=lambda facts, dtype: None, factory=builtin["torch"].factory, priority=99
+        name="cuda-only", api_level=2, devices=["cuda"], supports=lambda facts, dtype: None, factory=builtin["torch"].factory, priority=99
     )
 
     def choose(**facts: Any) -> str | None:
@@ -342,9 +343,9 @@ def test_warm_up_and_self_test(folder: Path, load: Load, monkeypatch: pytest.Mon
     runner = load(folder, deterministic=True)
     honest = runner._program
 
-    def sensitive(*args: Any, hidden: torch.Tensor) -> None:
-        honest(*args, hidden=hidden)
-        hidden.mul_(1.0 + 1e-6 * (args[5].shape[0] > 1))  # numerics that depend on the batch
+    def sensitive(columns: Columns, rows: torch.Tensor, hidden: torch.Tensor) -> None:
+        honest(columns, rows, hidden)
+        hidden.mul_(1.0 + 1e-6 * (columns.kv_len.shape[0] > 1))  # numerics that depend on the batch
 
     runner._program = sensitive
     with pytest.raises(EngineFailure, match="self-test failed on this machine"):
@@ -363,9 +364,9 @@ def test_the_self_test_looks_beyond_a_seam(folder: Path, load: Load) -> None:
         far[0] = bool(((work.starts + work.counts) > seam).any())
         forward(work)
 
-    def sensitive(*args: Any, hidden: torch.Tensor) -> None:
-        honest(*args, hidden=hidden)
-        hidden.mul_(1.0 + 1e-6 * (far[0] and args[5].shape[0] > 1))
+    def sensitive(columns: Columns, rows: torch.Tensor, hidden: torch.Tensor) -> None:
+        honest(columns, rows, hidden)
+        hidden.mul_(1.0 + 1e-6 * (far[0] and columns.kv_len.shape[0] > 1))
 
     runner.forward, runner._program = watched, sensitive
     self_test(runner, said.append)

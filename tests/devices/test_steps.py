@@ -18,9 +18,12 @@ from penstock.core.protocol.errors import EngineFailure
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.kernels.sampling import reference
-from penstock.plugins.devices import cpu_runner
+from penstock.plugins.devices import runner as runner_module
 from penstock.plugins.devices.driver import Driver, Job, Options
-from penstock.plugins.devices.slot_sampler import SlotSampler
+from penstock.plugins.devices.host_ops import HostOps
+from penstock.plugins.devices.lane import HostLane
+from penstock.plugins.devices.rings import Download, Upload
+from penstock.plugins.devices.sampler import SlotSampler
 
 Load = Callable[..., Any]
 VOCAB = 97
@@ -147,7 +150,7 @@ def test_prompt_logprobs_in_small_pieces(folder: Path, load: Load, monkeypatch: 
     asks = SamplingParams(temperature=0.0, prompt_logprobs=4)
     jobs = [Job(prompt=np.arange(3, 50, dtype=np.int32), params=asks, max_tokens=3) for _ in range(2)]
     Driver(load(folder)).run(jobs[:1])
-    monkeypatch.setattr(cpu_runner, "PROMPT_LOGIT_ELEMENTS", 5 * VOCAB)
+    monkeypatch.setattr(runner_module, "DIRECT_LOGIT_ELEMENTS", 5 * VOCAB)
     Driver(load(folder), Options(chunk=lambda rng: 13)).run(jobs[1:])
     assert sorted(jobs[0].prompt_logprobs) == list(range(1, 47))
     assert jobs[0].tokens == jobs[1].tokens
@@ -193,12 +196,14 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 def test_slot_sampling_equals_the_reference(rows: list[dict[str, Any]], order: Any) -> None:
     """Rows with different settings in one batch, two steps each (so that counts grow), in slots in any order."""
     slots = order.sample(range(8), len(rows))
-    history = np.zeros((8, 64), np.int32)
-    sampler = SlotSampler(8, VOCAB, history)
+    history = torch.zeros(8, 64, dtype=torch.int32)
+    lane = HostLane(direct=True)
+    ops, down = HostOps(), Download(lane, 1, 8)
+    sampler = SlotSampler(ops, 8, VOCAB, history, Upload(lane, 1, 128), lambda column: torch.from_numpy(column))
     known = []
     for slot, row in zip(slots, rows, strict=True):
         tokens = row["prompt"] + row["output"]
-        history[slot, : len(tokens)] = tokens
+        history[slot, : len(tokens)] = torch.tensor(tokens)
         known.append(tokens)
     sampler.place(
         [
@@ -209,7 +214,11 @@ def test_slot_sampling_equals_the_reference(rows: list[dict[str, Any]], order: A
     for step in range(2):
         raw = np.stack([np.random.default_rng(row["logits"] + step).normal(0, 3, VOCAB) for row in rows]).astype(np.float32)
         positions = i32([len(tokens) for tokens in known])
-        tokens, bad, found = sampler.sample(torch.from_numpy(raw.copy()), i32(slots), positions)
+        landing = down.take()
+        columns = (torch.from_numpy(i32(slots)), torch.from_numpy(positions))
+        tokens, wanted = sampler.sample(torch.from_numpy(raw.copy()), i32(slots), positions, *columns, landing)
+        landing.close()
+        found = None if wanted is None else wanted.columns(landing)
         at = 0
         for i, row in enumerate(rows):
             params = row["params"]
@@ -226,7 +235,6 @@ def test_slot_sampling_equals_the_reference(rows: list[dict[str, Any]], order: A
             if len(outputs) < params.min_tokens:
                 banned += row["stop"]
             x = reference.restrict(x, bias=params.logit_bias, allowed=params.allowed_token_ids, banned=banned)
-            assert i not in bad.tolist()
             want = reference.draw(
                 x, temperature=params.temperature, top_k=params.top_k, seed=params.seed, choice=row["choice"], position=int(positions[i])
             )
@@ -250,13 +258,14 @@ def test_slot_sampling_equals_the_reference(rows: list[dict[str, Any]], order: A
 
 def test_counts_are_only_kept_for_slots_that_ask(folder: Path, load: Load) -> None:
     runner = load(folder)
+    settings = runner.sampler.nbytes
     prompts = [np.arange(3 + i, dtype=np.int32) for i in range(4)]
     Driver(runner).run([Job(prompt=p, params=GREEDY, max_tokens=3) for p in prompts])
-    assert runner.sampler.nbytes == 0
+    assert runner.sampler.nbytes == settings
     asks = SamplingParams(temperature=0.0, presence_penalty=1.0)
     for _ in range(5):
         Driver(runner).run([Job(prompt=p, params=asks, max_tokens=3) for p in prompts])
-    assert runner.sampler.nbytes == 4 * VOCAB * 5
+    assert runner.sampler.nbytes == settings + 4 * VOCAB * 5
 
 
 def test_presence_penalty_stops_repetition(folder: Path, load: Load) -> None:

@@ -19,7 +19,7 @@ from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices.driver import Driver, Job
-from penstock.plugins.devices.parts import model_for
+from penstock.plugins.devices.loading import model_for
 from penstock.plugins.models import register_models
 
 Load = Callable[..., Any]

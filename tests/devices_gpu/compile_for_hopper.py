@@ -19,10 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from penstock.core.contract.devices import RunnerConfig
-from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.kernels import gpu
+from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.devices.cuda import load
-from penstock.plugins.devices.cuda_lane import HostLane
+from penstock.plugins.devices.lane import HostLane
 
 
 class AbsentH200(DriverBase):  # type: ignore[misc]
@@ -82,16 +82,10 @@ def main(folder: str, deterministic: bool) -> None:
     gpu.chained = lambda: {"PDL": True, "launch_pdl": True}  # type: ignore[assignment]
     compiled: collections.Counter[str] = collections.Counter()
     triton.knobs.runtime.jit_post_compile_hook = lambda **hook: compiled.update([f"{hook['fn'].module}:{hook['fn'].name}"])
-    from penstock.plugins.attention.triton import TritonOps
+    from penstock.plugins.devices.triton_ops import TritonOps
 
     TritonOps.compile_only = lambda self: gpu.compile_only(strict=True)  # type: ignore[method-assign]
-
-    def make(facts: Any, dtype: torch.dtype, device: torch.device, max_rows: int, deterministic: bool) -> TritonOps:
-        widest = 2 * facts.intermediate_size
-        shape = {"vocab": facts.vocab_size, "widest": widest, "heads": facts.num_heads, "dim": facts.head_dim}
-        return TritonOps(device=device, max_rows=max_rows, deterministic=deterministic, **shape)
-
-    spec = AttentionSpec(name="triton", api_level=1, devices=["cuda"], supports=lambda facts, dtype: None, factory=make)
+    spec = next(spec for spec in register_attention_backends() if spec.name == "triton")
     config = RunnerConfig(
         model_path=folder,
         dtype="bfloat16",
@@ -110,7 +104,7 @@ def main(folder: str, deterministic: bool) -> None:
         threads=1,
         max_logprobs=20,
     )
-    runner = load(config, lambda phase, fraction: None, HostLane(), {"bfloat16": torch.bfloat16}, depth=2, backend=spec)
+    runner = load(config, lambda phase, fraction: None, HostLane(), {"bfloat16": torch.bfloat16}, depth=2, attention=spec)
     untouched = not bool(runner.history.any()) and bool((runner.table == -1).all()) and not gpu.compiling()
     before, built = sum(compiled.values()), AbsentH200.launchers
     runner._step_on_padding(3, 3)

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 from penstock.core.contract.devices import DeviceCapabilities, RunnerConfig
 from penstock.core.contract.hookspecs import AttentionSpec
+from penstock.plugins.attention.sdpa import TorchAttention
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.cuda import load
-from penstock.plugins.devices.cuda_lane import HostLane, Lane
-from penstock.plugins.devices.cuda_ops import TorchOps
+from penstock.plugins.devices.lane import HostLane, Lane
+from penstock.plugins.devices.torch_ops import TorchOps
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -127,30 +128,42 @@ def config_for() -> Callable[..., RunnerConfig]:
     return settings_for
 
 
-def reference_backend(ops: Any = None) -> AttentionSpec:
-    return AttentionSpec(
-        name="reference", api_level=1, devices=["cuda"], supports=lambda facts, dtype: None, factory=lambda **_: ops or TorchOps()
-    )
+def torch_ops(*_: Any, **options: Any) -> TorchOps:
+    """Operations for any device."""
+    return TorchOps()
+
+
+def make_attention(kind: Callable[..., Any] = TorchAttention) -> Callable[..., Any]:
+    """A factory of a kind of attention, for a spec."""
+    return lambda *, facts, dtype, device, block_size, **_: kind(facts, dtype, device, block_size)
+
+
+def reference_backend(attention: Callable[..., Any] = TorchAttention) -> AttentionSpec:
+    return AttentionSpec(name="torch", api_level=2, devices=["cuda"], supports=lambda facts, dtype: None, factory=make_attention(attention))
 
 
 @pytest.fixture
-def backend() -> Callable[..., AttentionSpec]:
-    return reference_backend
+def reference() -> dict[str, Any]:
+    """What `load` needs for plain torch."""
+    return {"make_ops": torch_ops, "attention": reference_backend()}
 
 
 @pytest.fixture
 def host_runner() -> Callable[..., Any]:
-    """host_runner(folder, lane=, ops=, notes=, **RunnerConfig fields): the CUDA device's runner on host memory, in float32."""
+    """host_runner(folder, lane=, ops=, attention=, notes=, **RunnerConfig fields): the CUDA device's runner on host memory, in float32."""
 
-    def build(path: Path, lane: Lane | None = None, ops: Any = None, notes: list[str] | None = None, **over: Any) -> Any:
+    def build(
+        path: Path, lane: Lane | None = None, ops: Any = None, attention: Any = TorchAttention, notes: list[str] | None = None, **over: Any
+    ) -> Any:
         said = [] if notes is None else notes
         return load(
             settings_for(path, **over),
             lambda phase, fraction: said.append(phase),
             lane or HostLane(),
             {"float32": torch.float32},
+            lambda *_, **options: ops or TorchOps(),
             depth=2,
-            backend=reference_backend(ops),
+            attention=reference_backend(attention),
         )
 
     return build
@@ -172,7 +185,8 @@ class HostDevice:
         self.runner: Any = None
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Any:
-        self.runner = load(config, progress, self.lane, {"float32": torch.float32}, depth=2, backend=reference_backend())
+        dtypes = {"float32": torch.float32}
+        self.runner = load(config, progress, self.lane, dtypes, torch_ops, depth=2, attention=reference_backend())
         return self.runner
 
 

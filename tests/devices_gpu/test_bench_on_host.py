@@ -12,16 +12,16 @@ import torch
 
 from penstock.plugins.commands.bench import cuda_bench
 from penstock.plugins.devices import cuda
-from penstock.plugins.devices.cuda_lane import HostLane
+from penstock.plugins.devices.lane import HostLane
 
 TINY = {**cuda_bench.LLAMA_8B, "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture(autouse=True)
-def _on_host(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
+def _on_host(monkeypatch: pytest.MonkeyPatch, reference: dict[str, Any]) -> None:
     def load(self: Any, config: Any, progress: Callable[[str, float], None]) -> Any:
-        return cuda.load(config, progress, HostLane(), {"bfloat16": torch.float32}, depth=2, backend=backend())
+        return cuda.load(config, progress, HostLane(), {"bfloat16": torch.float32}, depth=2, **reference)
 
     monkeypatch.setattr(cuda.CudaDevice, "load", load)
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.plugins.devices.cuda_ops import TorchOps
+from penstock.plugins.attention.sdpa import TorchAttention
+from penstock.plugins.devices.torch_ops import TorchOps
 
 Make = Callable[..., Any]
 EVERYWHERE = {"embedding:_gather", "rmsnorm:_norm", "rope:_rope", "sampling:_survey", "sampling:_choose", "argmax:_pieces", "argmax:_merge"}
@@ -47,9 +48,13 @@ class AheadOps(TorchOps):
         return super().embed(tokens, table)
 
 
+class AheadAttention(TorchAttention):
+    capturable = True
+
+
 def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path, host_runner: Make) -> None:
     ops, notes = AheadOps(), []
-    runner = host_runner(folder, ops=ops, notes=notes, max_num_seqs=16, max_num_batched_tokens=64)
+    runner = host_runner(folder, ops=ops, attention=AheadAttention, notes=notes, max_num_seqs=16, max_num_batched_tokens=64)
     assert ops.times == 1
     assert "compiling kernels" in notes
     assert notes.index("compiling kernels") < notes.index("allocating KV cache")

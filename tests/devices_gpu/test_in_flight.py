@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,10 +21,12 @@ from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import EngineFailure
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.plugins.devices.cuda_lane import HostLane
-from penstock.plugins.devices.cuda_ops import Columns, TorchOps
-from penstock.plugins.devices.cuda_rings import Download, Upload
+from penstock.plugins.attention.sdpa import TorchAttention
 from penstock.plugins.devices.driver import Driver, Job
+from penstock.plugins.devices.lane import HostLane
+from penstock.plugins.devices.rings import Download, Upload
+from penstock.plugins.devices.torch_ops import TorchOps
+from penstock.plugins.models.api import AttnCall, Columns
 
 Make = Callable[..., Any]
 GREEDY = SamplingParams(temperature=0.0)
@@ -220,8 +222,8 @@ def loud() -> Iterator[None]:
         yield
 
 
-class ShieldedOps(TorchOps):
-    """The reference table, hidden from `Quiet`."""
+class Shielded:
+    """The reference, hidden from `Quiet`."""
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
@@ -235,9 +237,15 @@ class ShieldedOps(TorchOps):
         return shielded
 
 
+class ShieldedOps(Shielded, TorchOps): ...
+
+
+class ShieldedAttention(Shielded, TorchAttention): ...
+
+
 def test_no_launch_looks_at_a_value(folder: Path, host_runner: Make) -> None:
     """What surrounds the table of operations is asynchronous: every kind of row, eager, by graph, with lists, penalties and log-probabilities."""
-    runner = host_runner(folder, ops=ShieldedOps())
+    runner = host_runner(folder, ops=ShieldedOps(), attention=ShieldedAttention)
     runner.capture_all(lambda phase: None)
     plain = [GREEDY, SamplingParams(temperature=1.0, seed=1)]
     odd = SamplingParams(
@@ -274,36 +282,34 @@ def test_no_launch_looks_at_a_value(folder: Path, host_runner: Make) -> None:
         assert all(len(wait().tokens) == len(params) for wait in waits[-3:])
 
 
-class NoteOps(TorchOps):
+class NoteAttention(TorchAttention):
     """Writes down which places a step writes to, and which slots it reads."""
 
-    def __init__(self) -> None:
-        self.seen: list[Columns] = []
+    seen: ClassVar[list[Columns]] = []
 
-    def attend(self, q: Any, qkv: Any, k_cache: Any, v_cache: Any, columns: Columns, scale: float, window: int) -> Any:
+    def attend(self, q: Any, qkv: Any, cache: Any, columns: Columns, call: AttnCall) -> Any:
         self.seen.append(columns)
-        return super().attend(q, qkv, k_cache, v_cache, columns, scale, window)
+        return super().attend(q, qkv, cache, columns, call)
 
 
 def test_padding_rows_write_nowhere(folder: Path, host_runner: Make) -> None:
-    ops = NoteOps()
-    runner = host_runner(folder, ops=ops)
+    runner = host_runner(folder, attention=NoteAttention)
     runner.history.fill_(90)
-    runner._pool.fill_(7.0)
+    runner._pool.fill_(7)
     runner.capture_all(lambda phase: None)
     assert (runner.history == 90).all()
-    assert (runner._pool == 7.0).all()
+    assert (runner._pool == 7).all()
     start(runner, [[1, 2, 3], [4, 5], [6]], [GREEDY] * 3)
     sample(runner, 1, [3, 2, 1], [SlotSampling(slot=i, choice=0, prompt_len=3 - i, params=GREEDY) for i in range(3)])()
-    ops.seen.clear()
+    NoteAttention.seen.clear()
     decode(runner, 2, [3, 2, 1])
     sample(runner, 2, [4, 3, 2])()
-    columns = ops.seen[0]
+    columns = NoteAttention.seen[0]
     assert columns.slots.tolist() == [0, 1, 2, -1]  # a bucket of 4
     assert columns.places.tolist() == [3, 3 * 16 + 2, 6 * 16 + 1, -1]
     assert columns.kv_len.tolist() == [4, 3, 2, 0]
     assert (runner.history[3:] == 90).all()
-    assert (runner._pool[:, :, 9:] == 7.0).all()
+    assert (runner._pool[9:] == 7).all()
 
 
 def test_steps_on_blocks_of_others_are_refused(folder: Path, host_runner: Make) -> None:
@@ -317,9 +323,9 @@ def test_steps_on_blocks_of_others_are_refused(folder: Path, host_runner: Make) 
 
 
 def test_graphs_are_captured_later_when_asked_for_often(folder: Path, host_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from penstock.plugins.devices import cuda_runner
+    from penstock.plugins.devices import runner as runner_module
 
-    monkeypatch.setattr(cuda_runner, "LAZY_USES", 3)
+    monkeypatch.setattr(runner_module, "LAZY_USES", 3)
     runner = host_runner(folder)
     runner.graph_reserve = 1
     runner.capture_all(lambda phase: None, limit_s=-1.0)
@@ -335,11 +341,11 @@ def test_graphs_are_captured_later_when_asked_for_often(folder: Path, host_runne
 def test_a_runner_with_nothing_to_do_captures_what_was_asked_for_then_the_rest(
     folder: Path, host_runner: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from penstock.plugins.devices import cuda_runner
+    from penstock.plugins.devices import runner as runner_module
 
-    monkeypatch.setattr(cuda_runner, "LAZY_USES", 100)
-    monkeypatch.setattr(cuda_runner, "MIXED_ROWS", (2, 4))
-    monkeypatch.setattr(cuda_runner, "MIXED_TOKENS", (3, 8, 20))
+    monkeypatch.setattr(runner_module, "LAZY_USES", 100)
+    monkeypatch.setattr(runner_module, "MIXED_ROWS", (2, 4))
+    monkeypatch.setattr(runner_module, "MIXED_TOKENS", (3, 8, 20))
     runner = host_runner(folder)
     assert not runner.improve(), "no memory is reserved"
     runner.graph_reserve = 100

@@ -16,29 +16,30 @@ from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.plugins import devices
-from penstock.plugins.devices.cuda import DTYPES, choose_attention, resolve_dtype
-from penstock.plugins.devices.cuda_ops import TorchOps
-from penstock.plugins.devices.cuda_runner import BUCKETS, buckets_for, padded_rows
+from penstock.plugins.attention.sdpa import TorchAttention
+from penstock.plugins.devices.cuda import DTYPES
+from penstock.plugins.devices.loading import choose_attention, resolve_dtype
+from penstock.plugins.devices.runner import BUCKETS, buckets_for, padded_rows
 from penstock.plugins.models.config import decoder_facts, read_config
 
 Make = Callable[..., Any]
 
 
-class ScarceOps(TorchOps):
-    """A driver that gives at most `most` blocks."""
+def scarce(most: int) -> type[TorchAttention]:
+    """On a driver that gives at most `most` blocks."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    class Scarce(TorchAttention):
+        def allocate(self, num_blocks: int) -> Any:
+            if num_blocks > most:
+                raise torch.OutOfMemoryError("no")
+            return super().allocate(num_blocks)
 
-    def allocate(self, layers: int, num_blocks: int, *rest: Any) -> Any:
-        if num_blocks > self.most:
-            raise torch.OutOfMemoryError("no")
-        return super().allocate(layers, num_blocks, *rest)
+    return Scarce
 
 
 def test_the_cache_shrinks_and_says_so(folder: Path, host_runner: Make) -> None:
     notes: list[str] = []
-    runner = host_runner(folder, ops=ScarceOps(80), notes=notes, num_gpu_blocks_override=100)
+    runner = host_runner(folder, attention=scarce(80), notes=notes, num_gpu_blocks_override=100)
     assert runner.num_blocks == 80  # 100, 95, 90, 85, 80 ... each try takes 95 % of the last
     assert any("KV cache reduced to 80 of 100 blocks" in note for note in notes)
     for asked, flag in (
@@ -46,7 +47,7 @@ def test_the_cache_shrinks_and_says_so(folder: Path, host_runner: Make) -> None:
         ({"kv_cache_memory_bytes": 1 << 22}, "kv-cache-memory-bytes"),
     ):
         with pytest.raises(ConfigError, match=f"Lower --{flag}") as caught:
-            host_runner(folder, ops=ScarceOps(40), **asked)
+            host_runner(folder, attention=scarce(40), **asked)
         assert caught.value.param == flag.replace("-", "_")
 
 
@@ -94,26 +95,26 @@ def test_dummy_weights_need_no_file(folder: Path, host_runner: Make) -> None:
     runner = host_runner(folder, load_format="dummy", seed=3)
     again = host_runner(folder, load_format="dummy", seed=3)
     other = host_runner(folder, load_format="dummy", seed=4)
-    assert torch.equal(runner._model.layers[0].qkv, again._model.layers[0].qkv)
-    assert not torch.equal(runner._model.layers[0].qkv, other._model.layers[0].qkv)
+    assert torch.equal(runner._model._blocks[0].qkv.weight, again._model._blocks[0].qkv.weight)
+    assert not torch.equal(runner._model._blocks[0].qkv.weight, other._model._blocks[0].qkv.weight)
     assert runner.fingerprint != other.fingerprint
 
 
 def test_dtypes(folder: Path) -> None:
     facts = decoder_facts(read_config(folder))
-    assert resolve_dtype("auto", facts, DTYPES) == "bfloat16"
-    assert resolve_dtype("half", facts, DTYPES) == "float16"
-    with pytest.raises(ConfigError, match="--dtype float32"):
-        resolve_dtype("float32", facts, DTYPES)
+    assert resolve_dtype("auto", facts, DTYPES, "cuda", "bfloat16") == "bfloat16"
+    assert resolve_dtype("half", facts, DTYPES, "cuda", "bfloat16") == "float16"
+    with pytest.raises(ConfigError, match="--dtype float32 is not supported on the GPU"):
+        resolve_dtype("float32", facts, DTYPES, "cuda", "bfloat16")
 
 
 def test_attention_is_chosen_among_those_of_a_gpu(folder: Path, config_for: Make) -> None:
     facts = decoder_facts(read_config(folder))
-    assert choose_attention(config_for(folder), facts, "bfloat16").name == "triton"
-    with pytest.raises(ConfigError, match=r"native.*Usable: triton"):
-        choose_attention(config_for(folder, attention_backend="native"), facts, "bfloat16")
+    assert choose_attention(config_for(folder), facts, "bfloat16", "cuda").name == "triton"
+    with pytest.raises(ConfigError, match=r"native.*Usable: triton, torch"):
+        choose_attention(config_for(folder, attention_backend="native"), facts, "bfloat16", "cuda")
     with pytest.raises(ConfigError, match="triton: dtype float32"):
-        choose_attention(config_for(folder), facts, "float32")
+        choose_attention(config_for(folder, attention_backend="triton"), facts, "float32", "cuda")
 
 
 def test_buckets() -> None:
@@ -172,9 +173,9 @@ def test_tied_embeddings_are_what_the_file_holds(make_folder: Make, host_runner:
         kept = {name: value for name, value in {**named, **change}.items() if name not in drop}
         save_file(kept, folder / "model.safetensors")
         model = host_runner(folder)._model
-        assert (model.lm_head is model.table) == same
-        assert torch.equal(model.table, kept.get(table, kept.get(head)))
-        assert torch.equal(model.lm_head, kept.get(head, kept.get(table)))
+        assert (model.plain.head.weight is model.plain.embedding) == same
+        assert torch.equal(model.plain.embedding, kept.get(table, kept.get(head)))
+        assert torch.equal(model.plain.head.weight, kept.get(head, kept.get(table)))
         assert model.weights_bytes == sum(value.nbytes for value in kept.values()) - (kept[head].nbytes if same and len(drop) == 0 else 0)
 
 
@@ -194,7 +195,7 @@ def test_a_plugins_weights_come_before_the_built_in_ones(folder: Path, host_runn
         models=lambda: {spec.name: spec for spec in register_models()},
         weight_sources=lambda: {**{spec.name: spec for spec in register_weight_sources()}, "mine": mine},
     )
-    right = host_runner(folder, load_format="dummy", seed=3)._model.layers[0].qkv
-    assert torch.equal(host_runner(folder, load_format="auto", plugins=host)._model.layers[0].qkv, right)
-    assert torch.equal(host_runner(folder, load_format="odd", plugins=host)._model.layers[0].qkv, right)
-    assert not torch.equal(host_runner(folder, load_format="safetensors", plugins=host)._model.layers[0].qkv, right)
+    right = host_runner(folder, load_format="dummy", seed=3)._model._blocks[0].qkv.weight
+    assert torch.equal(host_runner(folder, load_format="auto", plugins=host)._model._blocks[0].qkv.weight, right)
+    assert torch.equal(host_runner(folder, load_format="odd", plugins=host)._model._blocks[0].qkv.weight, right)
+    assert not torch.equal(host_runner(folder, load_format="safetensors", plugins=host)._model._blocks[0].qkv.weight, right)

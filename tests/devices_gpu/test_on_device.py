@@ -18,8 +18,8 @@ from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.devices.cuda import DTYPES, CudaDevice, load
-from penstock.plugins.devices.cuda_lane import CudaLane
 from penstock.plugins.devices.driver import Driver, Job, Options
+from penstock.plugins.devices.lane import CudaLane
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 Make = Callable[..., Any]
@@ -35,12 +35,12 @@ def triton_spec() -> Any:
 
 @pytest.fixture
 def on_device(config_for: Make, triton_spec: Any) -> Make:
-    """on_device(folder, backend=, **RunnerConfig fields) -> a runner on the GPU."""
+    """on_device(folder, parts=, **RunnerConfig fields) -> a runner on the GPU, with other parts of `load` than the kernels."""
 
-    def build(path: Path, backend: Any = None, **over: Any) -> Any:
+    def build(path: Path, parts: Any = None, **over: Any) -> Any:
         lane = CudaLane(torch.device("cuda", torch.cuda.current_device()))
         lane.bind()
-        return load(config_for(path, **over), lambda phase, fraction: None, lane, DTYPES, depth=2, backend=backend or triton_spec)
+        return load(config_for(path, **over), lambda phase, fraction: None, lane, DTYPES, depth=2, **(parts or {"attention": triton_spec}))
 
     return build
 
@@ -77,10 +77,10 @@ def close_enough(mine: list[Job], theirs: list[Job], at: float) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), [("llama", "float16"), ("qwen2", "bfloat16"), ("qwen3", "float16"), ("mistral", "bfloat16")])
-def test_triton_equals_the_reference_table(family: str, name: str, make_folder: Make, on_device: Make, backend: Make) -> None:
+def test_triton_equals_the_reference_table(family: str, name: str, make_folder: Make, on_device: Make, reference: Make) -> None:
     folder = make_folder(family, getattr(torch, name), **SHAPE)
     truth = some_jobs(9)
-    Driver(on_device(folder, backend=backend(), enforce_eager=True)).run(truth)
+    Driver(on_device(folder, parts=reference, enforce_eager=True)).run(truth)
     runner = on_device(folder)
     runner.warm_up(lambda phase: None)
     at = 0.05 if name == "float16" else 0.4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.plugins.devices import cuda_runner
+from penstock.plugins.devices import runner as runner_module
 from penstock.plugins.devices.driver import Driver, Job, Options
 
 Make = Callable[..., Any]
@@ -73,10 +73,10 @@ def test_equal_to_the_cpu_runner(family: str, eager: bool, make_folder: Make, ho
 
 def test_steps_with_prefill_have_graphs(make_folder: Make, host_runner: Make, cpu_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is padded and replayed: sequences of one token among others, prompt log-probabilities, any cut."""
-    monkeypatch.setattr(cuda_runner, "LAZY_USES", 1)
-    monkeypatch.setattr(cuda_runner, "LAZY_PAUSE_S", 0.0)
-    monkeypatch.setattr(cuda_runner, "MIXED_ROWS", (2, 4))
-    monkeypatch.setattr(cuda_runner, "MIXED_TOKENS", (3, 8, 20, 40))
+    monkeypatch.setattr(runner_module, "LAZY_USES", 1)
+    monkeypatch.setattr(runner_module, "LAZY_PAUSE_S", 0.0)
+    monkeypatch.setattr(runner_module, "MIXED_ROWS", (2, 4))
+    monkeypatch.setattr(runner_module, "MIXED_TOKENS", (3, 8, 20, 40))
     folder = make_folder("llama")
     truth = jobs(11, seed=1)
     Driver(cpu_runner(folder)).run(truth)
@@ -97,10 +97,10 @@ def test_steps_with_prefill_have_graphs(make_folder: Make, host_runner: Make, cp
 
 
 def test_sizes_of_steps_with_prefill() -> None:
-    assert cuda_runner.mixed_for(512, 2048)[0] == [16, 64, 128, 256, 512]
-    assert cuda_runner.mixed_for(512, 2048)[1][-1] == 1024
-    assert cuda_runner.mixed_for(20, 100) == ([16, 24], [64, 128])
-    assert cuda_runner.mixed_for(1, 16) == ([1], [64])
+    assert runner_module.mixed_for(512, 2048)[0] == [16, 64, 128, 256, 512]
+    assert runner_module.mixed_for(512, 2048)[1][-1] == 1024
+    assert runner_module.mixed_for(20, 100) == ([16, 24], [64, 128])
+    assert runner_module.mixed_for(1, 16) == ([1], [64])
 
 
 def test_prompt_logprobs_in_small_pieces(folder: Path, host_runner: Make, cpu_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +113,6 @@ def test_prompt_logprobs_in_small_pieces(folder: Path, host_runner: Make, cpu_ru
 
     truth = run(cpu_runner(folder), Options())
     same(run(host_runner(folder), Options()), truth)
-    monkeypatch.setattr(cuda_runner, "PROMPT_LOGIT_ELEMENTS", 5 * VOCAB)
+    monkeypatch.setattr(runner_module, "PROMPT_LOGIT_ELEMENTS", 5 * VOCAB)
     same(run(host_runner(folder), Options(chunk=lambda rng: 13)), truth)
     assert sorted(truth[0].prompt_logprobs) == list(range(1, 47))

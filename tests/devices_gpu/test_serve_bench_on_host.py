@@ -21,7 +21,7 @@ import torch
 from penstock.core.contract.host import PluginHost
 from penstock.plugins.commands.bench import cuda_bench, cuda_serve_bench, cuda_timeline
 from penstock.plugins.devices import cuda
-from penstock.plugins.devices.cuda_lane import HostLane
+from penstock.plugins.devices.lane import HostLane
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
 ROOT = Path(cuda_bench.__file__).resolve().parents[3]
@@ -30,9 +30,9 @@ TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture
-def on_host(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
+def on_host(monkeypatch: pytest.MonkeyPatch, reference: dict[str, Any]) -> None:
     def load(self: Any, config: Any, progress: Callable[[str, float], None]) -> Any:
-        return cuda.load(config, progress, HostLane(), {"bfloat16": torch.float32}, depth=2, backend=backend())
+        return cuda.load(config, progress, HostLane(), {"bfloat16": torch.float32}, depth=2, **reference)
 
     monkeypatch.setattr(cuda.CudaDevice, "load", load)
     monkeypatch.setattr(PluginHost, "choose_device", lambda self, wanted: type("Spec", (), {"factory": cuda.CudaDevice}))

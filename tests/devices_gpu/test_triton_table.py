@@ -18,25 +18,25 @@ import sys
 import numpy as np, torch
 from penstock.core.contract.devices import RunnerConfig
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.devices.cuda import load
-from penstock.plugins.devices.cuda_lane import HostLane
-from penstock.plugins.devices.cuda_ops import TorchOps
+from penstock.plugins.devices.lane import HostLane
+from penstock.plugins.devices.torch_ops import TorchOps
 from penstock.plugins.devices.driver import Driver, Job, Options
 
 torch.set_num_threads(1)
-triton = next(spec for spec in register_attention_backends() if spec.name == "triton")
-reference = AttentionSpec(name="reference", api_level=1, devices=["cuda"], supports=lambda f, d: None, factory=lambda **_: TorchOps())
+specs = {spec.name: spec for spec in register_attention_backends()}
+triton = {"attention": specs["triton"]}
+reference = {"attention": specs["torch"], "make_ops": lambda *_, **options: TorchOps()}
 
 
-def run(backend, **over):
+def run(parts, **over):
     config = RunnerConfig(
         model_path=sys.argv[1], dtype="auto", max_model_len=None, block_size=16, max_num_seqs=2, max_num_batched_tokens=16,
         kv_cache_memory_bytes=1 << 20, num_gpu_blocks_override=None, gpu_memory_utilization=0.9, load_format="auto", seed=0, threads=1,
         enforce_eager=False, attention_backend=None, max_logprobs=20, **{"deterministic": False, **over},
     )
-    runner = load(config, lambda *_: None, HostLane(), {"float16": torch.float16}, depth=2, backend=backend)
+    runner = load(config, lambda *_: None, HostLane(), {"float16": torch.float16}, depth=2, **parts)
     runner.capture_all(lambda phase: None)
     params = [
         SamplingParams(temperature=0.0, logprobs=2, prompt_logprobs=1, repetition_penalty=1.2, frequency_penalty=0.1),

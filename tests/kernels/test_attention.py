@@ -19,8 +19,9 @@ class Cache:
     """One layer's cache, all NaN, and blocks handed out in a shuffled order."""
 
     def __init__(self, kv_heads: int, block: int, dim: int, dtype: torch.dtype, blocks: int = 64) -> None:
-        self.k = allocate_cache(blocks, kv_heads, block, dim, dtype).fill_(torch.nan)
-        self.v = allocate_cache(blocks, kv_heads, block, dim, dtype).fill_(torch.nan)
+        # as a pool lays them out: a block holds K and V of all layers, this one is in the middle
+        pages = torch.full((blocks, 3, 2, kv_heads, block, dim), torch.nan, dtype=dtype)
+        self.k, self.v = pages[:, 1, 0], pages[:, 1, 1]
         self.free = torch.randperm(blocks).tolist()
         self.block, self.dtype, self.kv_heads, self.dim = block, dtype, kv_heads, dim
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.argmax import argmax
-from penstock.kernels.attention import allocate_cache
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram, reference
 from penstock.kernels.linear import pack, pack_gated
 
@@ -61,7 +60,10 @@ def build(case: Case, dtype: torch.dtype, blocks: int = 24) -> DecoderProgram:
         )
         for index in range(case.layers)
     ]
-    caches = [[allocate_cache(blocks, case.kv_heads, case.block, case.dim, dtype).fill_(torch.nan) for _ in layers] for _ in range(2)]
+    pages = torch.full(
+        (blocks, case.layers, 2, case.kv_heads, case.block, case.dim), torch.nan, dtype=dtype
+    )  # as a pool: all layers' in a block
+    caches = [[pages[:, index, which] for index in range(case.layers)] for which in range(2)]
     angle = torch.rand(400, case.rotary // 2) * 6
     return DecoderProgram(
         embedding=rand(case.vocab, case.hidden, scale=1.0), layers=layers, final_norm=1 + rand(case.hidden), lm_head=pack(rand(case.vocab, case.hidden)),
@@ -74,8 +76,8 @@ class Sequence:
     """A sequence of random tokens with its own blocks."""
 
     def __init__(self, program: DecoderProgram, length: int, blocks: list[int]) -> None:
-        self.block = program.k_caches[0].shape[2]
-        self.tokens = torch.randint(0, program.embedding.shape[0], (length,)).int()
+        self.block = program.parts.k_caches[0].shape[2]
+        self.tokens = torch.randint(0, program.parts.embedding.shape[0], (length,)).int()
         self.blocks = [blocks.pop() for _ in range(-(-length // self.block))]
 
 
@@ -92,9 +94,9 @@ def arguments(parts: list[tuple[Sequence, int, int]], every: bool = True) -> lis
 
 
 def run(program: DecoderProgram, args: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    count, vocab = args[-1].shape[0], program.lm_head.n
+    count, vocab = args[-1].shape[0], program.parts.lm_head.n
     logits = torch.full((count, vocab), torch.nan)
-    hidden = torch.full((count, program.embedding.shape[1]), torch.nan, dtype=program.embedding.dtype)
+    hidden = torch.full((count, program.parts.embedding.shape[1]), torch.nan, dtype=program.parts.embedding.dtype)
     greedy = torch.full((count,), -9, dtype=torch.int32)
     program(*args, logits=logits, hidden=hidden, greedy=greedy)
     return logits, hidden, greedy
@@ -109,13 +111,13 @@ def test_equals_the_separate_operations(dtype: torch.dtype, name: str) -> None:
     for parts in ([(a, 0, 66), (b, 0, 3)], [(a, 66, 67), (b, 3, 90), (c, 0, 12)], [(a, 67, 68)], [(a, 68, 69), (c, 11, 12)]):
         args = arguments(parts)
         logits, hidden, greedy = run(program, args)
-        cached = [cache.clone() for cache in program.k_caches + program.v_caches]
-        states = reference.hidden_states(program, *args)
+        cached = [cache.clone() for cache in program.parts.k_caches + program.parts.v_caches]
+        states = reference.hidden_states(program.parts, *args)
         assert torch.equal(hidden, states)
-        assert torch.equal(logits, reference.logits(program, states))
+        assert torch.equal(logits, reference.logits(program.parts, states))
         assert torch.equal(greedy, argmax(logits))
         assert not torch.isnan(logits).any()
-        for cache, before in zip(program.k_caches + program.v_caches, cached, strict=True):
+        for cache, before in zip(program.parts.k_caches + program.parts.v_caches, cached, strict=True):
             assert torch.equal(cache.nan_to_num(), before.nan_to_num())
 
 
@@ -129,7 +131,7 @@ def test_solo_batched_chunked_and_decoded_are_equal(dtype: torch.dtype, name: st
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for cuts in ([100], [1, 2, 3, 10, 64, 65, 99, 100], [50, *range(51, 101)]):
-            for cache in program.k_caches + program.v_caches:
+            for cache in program.parts.k_caches + program.parts.v_caches:
                 cache.fill_(torch.nan)
             begin, other = 0, 0
             for end in cuts:
@@ -201,7 +203,7 @@ def test_a_step_without_results_still_writes_the_cache(dtype: torch.dtype) -> No
     program = build(CASES["llama"], dtype)
     a = Sequence(program, 40, list(range(24)))
     whole, _, _ = run(program, arguments([(a, 0, 40)], every=False))
-    for cache in program.k_caches + program.v_caches:
+    for cache in program.parts.k_caches + program.parts.v_caches:
         cache.fill_(torch.nan)
     args = arguments([(a, 0, 39)])
     args[-1] = i32([])

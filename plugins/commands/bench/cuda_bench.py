@@ -165,7 +165,7 @@ def decode(runner: Any, rows: int, context: int, steps: int, *, sync_errors: boo
 
     from penstock.core.protocol.columns import i32
     from penstock.core.protocol.messages import Forward, Sample
-    from penstock.plugins.devices.cuda_runner import Counters
+    from penstock.plugins.devices.runner import Counters
 
     slots, ones, order = i32(range(rows)), i32([1] * rows), i32(range(rows))
     waiting: list[Callable[[], Any]] = []
@@ -377,7 +377,8 @@ def _warm(shape: dict[str, Any], root: Path) -> dict[str, Any]:
 def weight_bytes(runner: Any) -> int:
     """Bytes that a decode step must read: everything but the embedding table, unless that is the output layer too."""
     model = runner._model
-    return int(model.weights_bytes - (0 if model.lm_head is model.table else model.table.nbytes))
+    tied = model.plain.head.weight is model.plain.embedding
+    return int(model.weights_bytes - (0 if tied else model.plain.embedding.nbytes))
 
 
 def decode_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
@@ -498,7 +499,7 @@ def _serve(
     from penstock.core.protocol.sampling import SamplingParams
     from penstock.plugins.commands.bench.workload import make
     from penstock.plugins.devices import cuda
-    from penstock.plugins.devices.cuda_runner import Counters
+    from penstock.plugins.devices.runner import Counters
 
     sys.setswitchinterval(0.0005)  # as an engine's process does
     runners: list[Any] = []

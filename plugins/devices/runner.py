@@ -1,4 +1,4 @@
-"""A loaded model on a CUDA device: slots, paged cache, graphs, and the two halves of a step, neither of which waits for the device.
+"""A loaded model on a device: slots, paged cache, graphs, and the two halves of a step, neither of which waits for the device.
 
 What it is: the Runner of core/contract/devices.py. Token history and block tables of the slots live on the device; a draw writes its token into
 the history, where the next step's Forward finds it, so that the host may launch step n+1 before it knows the tokens of step n. Columns go
@@ -9,7 +9,10 @@ writes nowhere. The draw is a second graph on the same inputs, for rows without 
 warm-up, largest bucket first, within a time and a memory reservation; what is left is captured while nothing runs (`improve`), or in mid-service
 after a bucket was used LAZY_USES times and at most one every LAZY_PAUSE_S. Steps with prefill have graphs too, by sequences and tokens: which sequences compute one token is looked up on
 the device. Beyond MIXED_TOKENS tokens a step takes the device longer than the host needs to launch it piece by piece, and runs eagerly.
-`--deterministic` keeps to the same code with an Ops table whose rows do not depend on each other, behind the same start-up self-test as the CPU's.
+A direct lane (the CPU) has neither copies nor graphs; where its operations can fuse the model, a step is one call of theirs. That call keeps one hidden
+state a row: where Sample asks for prompt log-probabilities the row is computed again with all of them kept (the same values are written to the
+cache again), so that other steps never pay for them.
+`--deterministic` keeps to the same code with operations whose rows do not depend on each other, behind a self-test at start-up.
 What it does not know: requests, scheduling, Triton, which model family it drives.
 
 It is long because forward, graphs and sample share one set of buffers whose order of use is what makes them right; split, that order would be in no file.
@@ -28,16 +31,16 @@ from penstock.core.contract.devices import MemoryTable, ModelFacts
 from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
 from penstock.core.protocol.errors import EngineFailure
 from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, StepDone
-from penstock.plugins.devices.cuda_lane import Event, Graph, Lane, Outputs
-from penstock.plugins.devices.cuda_model import DeviceDecoder
-from penstock.plugins.devices.cuda_ops import Ops
-from penstock.plugins.devices.cuda_rings import Download, Landing, Upload
-from penstock.plugins.devices.cuda_sampler import DeviceSampler, Wanted
+from penstock.plugins.devices.lane import Event, Graph, Lane, Outputs
+from penstock.plugins.devices.ops import DeviceOps
+from penstock.plugins.devices.rings import Download, Landing, Upload
+from penstock.plugins.devices.sampler import SlotSampler, Wanted
+from penstock.plugins.models.api import Columns, Model
 
 Tensor = torch.Tensor
 
-PROMPT_LOGIT_ELEMENTS = 1 << 26
-"""Prompt log-probabilities are computed for at most this many logits at a time (256 MiB of float32)."""
+PROMPT_LOGIT_ELEMENTS, DIRECT_LOGIT_ELEMENTS = 1 << 26, 1 << 23
+"""Prompt log-probabilities are computed for at most this many logits at a time (256 MiB of float32; 32 MiB on a direct lane)."""
 Size = int | tuple[int, int]
 """Of a graph: decode rows, or (sequences, tokens) of a step with prefill."""
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -90,18 +93,18 @@ class _Launched:
     hidden: Tensor | None
     """[rows, H] normalised, padded rows included."""
     whole: tuple[Tensor, Tensor] | None
-    """(x, residual) of every token of an eager step."""
+    """(x, residual) of every token of an eager step; None where a program kept the rows alone."""
 
 
-class CudaRunner:
+class DeviceRunner:
     """See core/contract/devices.py: Runner. `forward` and `sample` are called on one thread; what `sample` returns, on another."""
 
     def __init__(
         self,
         *,
         facts: ModelFacts,
-        model: DeviceDecoder,
-        ops: Ops,
+        model: Model,
+        ops: DeviceOps,
         lane: Lane,
         num_blocks: int,
         block_size: int,
@@ -109,7 +112,7 @@ class CudaRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         dtype: str,
-        attention: str,
+        torch_dtype: torch.dtype,
         deterministic: bool,
         fingerprint: str,
         graphs: bool,
@@ -122,10 +125,10 @@ class CudaRunner:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.dtype = dtype
-        self.attention = attention
+        self.attention = model.attention.name
         self.deterministic = deterministic
         self.fingerprint = fingerprint
-        self.kv_layout = f"{ops.kv_layout}:{dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
+        self.kv_layout = f"{model.attention.kv_layout}:{dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
         self.counters = Counters()
         self.timed = False
         """Whether StepDone's events are read for `counters` (benchmarks)."""
@@ -133,9 +136,9 @@ class CudaRunner:
         self._model = model
         self._ops = ops
         self._lane = lane
-        self._torch_dtype = model.table.dtype
-        self._pool = self.allocate(num_blocks)
+        self._torch_dtype = torch_dtype
         self.num_blocks = num_blocks
+        self._bind(self.allocate(num_blocks))
         device = lane.device
         width = -(-max_model_len // block_size) + 1  # a planner may reserve for one token more than is ever computed
         # One more place than the longest sequence: the draw after a full context is written, and never read.
@@ -160,7 +163,7 @@ class CudaRunner:
         self._down = Download(lane, entries, rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
         state = Upload(lane, entries, 16 * max_num_seqs)
-        self.sampler = DeviceSampler(ops, max_num_seqs, facts.vocab_size, self.history, state, self._to_device, deterministic=deterministic)
+        self.sampler = SlotSampler(ops, max_num_seqs, facts.vocab_size, self.history, state, self._to_device, deterministic=deterministic)
         self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
         self._buckets = buckets_for(max_num_seqs) if graphs else []
         self._forwards: dict[int, Graph] = {}
@@ -170,31 +173,43 @@ class CudaRunner:
         self.graph_reserve = 0
         self._graph_bytes = 0
         self._launched: _Launched | None = None
+        self._kept_logits = torch.empty(max_num_seqs if lane.direct else 0, facts.vocab_size)
         self._started_ns = 0
         self._last_end: Event | None = None
 
     # ------------------------------------------------------------------ memory
 
     def allocate(self, num_blocks: int) -> Tensor:
-        """A pool of so many blocks. Raises torch.OutOfMemoryError."""
-        facts = self.facts
-        return self._ops.allocate(
-            facts.num_layers, num_blocks, facts.num_kv_heads, self.block_size, facts.head_dim, self._torch_dtype, self._lane.device
-        )
+        """A pool of so many blocks. Raises torch.OutOfMemoryError, on the host RuntimeError."""
+        return self._model.attention.allocate(num_blocks)
 
-    def resize(self, pool: Tensor) -> None:
+    def _bind(self, pool: Tensor) -> None:
+        self._pool = pool
+        self._caches = self._model.attention.caches(pool)
+        self._program = self._ops.fuse(self._model, self._caches)
+
+    def resize(self, pool: Tensor, num_blocks: int) -> None:
         """Take another pool. Before serving only: graphs captured with the old one are dropped, whatever it held is lost."""
         self.drop_graphs()
-        self._pool = pool
-        self.num_blocks = pool.shape[2]
+        self._bind(pool)
+        self.num_blocks = num_blocks
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of the KV cache."""
+        return self._pool.nbytes
 
     @property
     def state_bytes(self) -> int:
         """Bytes of what this runner keeps on the device beside weights and KV cache."""
-        tensors = (self.history, self.table, self._rows, *self._whole)
+        tensors = (self.history, self.table, self._rows, self._kept_logits, *self._whole)
         kept = (self._decode, self._columns, self._draws, self._ragged, self.sampler)
         return (
-            sum(part.nbytes for part in tensors) + sum(part.nbytes for part in kept) + self._ops.workspace_bytes + self._model.tables_bytes
+            sum(part.nbytes for part in tensors)
+            + sum(part.nbytes for part in kept)
+            + self._ops.workspace_bytes
+            + self._model.attention.workspace_bytes
+            + self._model.tables_bytes
         )
 
     # ------------------------------------------------------------------ forward
@@ -206,7 +221,8 @@ class CudaRunner:
         self._lane.bind()
         rows = len(work.slots)
         decode = rows > 0 and work.num_decode == rows
-        self._update_known(work)
+        if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
+            self._update_known(work)
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots):
             self._update(work)
@@ -253,7 +269,7 @@ class CudaRunner:
             work.block_ids,
         )
         if len(work.copy_src):
-            self._ops.copy_blocks(self._pool, sent[0], sent[1])
+            self._model.attention.copy(self._pool, sent[0], sent[1])
         if len(work.place_slots):
             self._ops.place(self.history, self.table, sent[2], sent[3], sent[4], sent[5])
         if len(work.block_slots):
@@ -261,17 +277,33 @@ class CudaRunner:
 
     def _eager(self, work: Forward, rows: int, decode: bool) -> None:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
-        q_start = np.zeros(rows + 1, np.int32)
-        np.cumsum(work.counts, out=q_start[1:])
-        sent = self._columns.send(work.slots, work.starts, q_start, q_start[1:] - 1)
-        if decode:
-            columns = self._ops.decode_inputs(sent[0], sent[1], self.history, self.table, self.block_size)
-        else:
-            state = (self.history, self.table, self.block_size)
-            columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), work.num_decode)
-        x, residual = self._model.step(self._ops, self._pool, columns)
-        hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
+        columns, last = self._columns_of(work.slots, work.starts, work.counts, work.num_decode)
+        if self._program is not None:
+            hidden = torch.empty(rows, self.facts.hidden_size, dtype=self._torch_dtype)
+            self._run(columns, last, hidden)
+            self._launched = _Launched(work, 0, hidden, None)
+            return
+        x, residual, _ = self._model.step(self._ops, self._caches, columns)
+        hidden = self._model.final(self._ops, self._ops.take_rows(x, last), self._ops.take_rows(residual, last))
         self._launched = _Launched(work, 0, hidden, (x, residual))
+
+    def _columns_of(self, slots: Column, starts: Column, counts: Column, num_decode: int) -> tuple[Columns, Tensor]:
+        """The step's columns, and the last token row of each sequence."""
+        rows, state = len(slots), (self.history, self.table, self.block_size)
+        if num_decode == rows:
+            sent = self._columns.send(slots, starts, self._range[:rows])
+            return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2]
+        q_start = np.zeros(rows + 1, np.int32)
+        np.cumsum(counts, out=q_start[1:])
+        sent = self._columns.send(slots, starts, q_start, q_start[1:] - 1)
+        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), num_decode), sent[3]
+
+    def _run(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
+        assert self._program is not None
+        try:
+            self._program(columns, rows, hidden)
+        except IndexError as error:  # a block that was never given (-1), a token outside the vocabulary
+            raise EngineFailure(f"A step names what does not exist: {error}.") from error
 
     # ------------------------------------------------------------------ graphs
 
@@ -349,7 +381,7 @@ class CudaRunner:
         slots, starts, q_start, last = (staging[width * part :][:size] for part in range(4))
         q_start = staging[2 * width :][: size + 1]
         columns = self._ops.ragged_inputs(slots, starts, q_start, self.history, self.table, self.block_size, length, -1)
-        x, residual = self._model.step(self._ops, self._pool, columns)
+        x, residual, _ = self._model.step(self._ops, self._caches, columns)
         self._whole[0][:length].copy_(x)
         self._whole[1][:length].copy_(residual)
         self._rows[:size].copy_(self._model.final(self._ops, self._ops.take_rows(x, last), self._ops.take_rows(residual, last)))
@@ -368,13 +400,13 @@ class CudaRunner:
         """A decode step of `bucket` rows on the fixed inputs: hidden states, and lengths (the positions that the draw fills)."""
         slots, starts = self._decode.staging[:bucket], self._decode.staging[self._max_rows : self._max_rows + bucket]
         columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
-        x, residual = self._model.step(self._ops, self._pool, columns)
+        x, residual, _ = self._model.step(self._ops, self._caches, columns)
         return self._model.final(self._ops, x, residual), columns.kv_len
 
     def _sample_body(self, bucket: int, hot: bool, hidden: Tensor, positions: Tensor) -> Outputs:
         """The draw behind `_decode_body`, into the history."""
         slots = self._decode.staging[:bucket]
-        tokens = self.sampler.draw(self._model.logits(self._ops, hidden), slots, positions, hot)
+        tokens = self.sampler.draw(self._model.logits(hidden), slots, positions, hot)
         self._ops.write_tokens(slots, positions, tokens, self.history)
         return (tokens,)
 
@@ -457,8 +489,7 @@ class CudaRunner:
                 graph.replay()
                 tokens = graph.outputs[0][:rows]
             else:
-                row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
-                logits = self._model.logits(self._ops, self._ops.take_rows(launched.hidden, row_at))
+                logits, slots, positions = self._logits_for(work, launched)
                 tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
             landing.bring(tokens)
@@ -492,6 +523,19 @@ class CudaRunner:
 
         return wait
 
+    def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the rows that draw, their slots and positions on the device."""
+        rows, hidden = len(work.rows), launched.hidden
+        assert hidden is not None
+        row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
+        if rows != hidden.shape[0] or work.rows.tobytes() != self._range[:rows].tobytes():
+            hidden = self._ops.take_rows(hidden, row_at)
+        if not self._lane.direct:
+            return self._model.logits(hidden), slots, positions
+        if self._kept_logits.shape[0] < rows:  # memory that is used again: fresh pages would be paid for by every step
+            self._kept_logits = torch.empty(rows, self.facts.vocab_size)
+        return self._model.logits(hidden, self._kept_logits[:rows]), slots, positions
+
     def _follows(self, work: Sample, before: Forward) -> bool:
         """Does each row of a decode step draw for itself, at the position after it."""
         count = len(before.slots)
@@ -505,32 +549,36 @@ class CudaRunner:
     def _prompt_logprobs(self, work: Sample, launched: _Launched, landing: Landing) -> list[Wanted]:
         """Log-probabilities of the prompt tokens that the last Forward's rows predict, a bounded number of logits at a time."""
         last = launched.work
-        chunk = max(1, PROMPT_LOGIT_ELEMENTS // self.facts.vocab_size)
-        ends = np.cumsum(last.counts)
+        chunk = max(1, (DIRECT_LOGIT_ELEMENTS if self._lane.direct else PROMPT_LOGIT_ELEMENTS) // self.facts.vocab_size)
         parts: list[Wanted] = []
         for index, (row, k) in enumerate(zip(work.prompt_rows.tolist(), work.prompt_topk.tolist(), strict=True)):
             slot, start, count = int(last.slots[row]), int(last.starts[row]), int(last.counts[row])
-            begin = int(ends[row]) - count
             count = min(count, int(self.sampler.prompt_len[slot]) - 1 - start)
             for first in range(0, count, chunk):
                 size = min(chunk, count - first)
-                hidden = self._hidden_of(launched, begin + first, size)
+                hidden = self._hidden_of(launched, row, first, size)
                 at = start + first + 1
                 chosen = self.history[slot, at : at + size]
                 wants, named = np.full(size, k, np.int32), np.full(size, index, np.int32)
                 positions = self._range[:size] + at
-                parts.append(
-                    self.sampler.wanted(self._model.logits(self._ops, hidden), chosen, named, positions.astype(np.int32), wants, landing)
-                )
+                parts.append(self.sampler.wanted(self._model.logits(hidden), chosen, named, positions.astype(np.int32), wants, landing))
         return parts
 
-    def _hidden_of(self, launched: _Launched, first: int, count: int) -> Tensor:
-        """Normalised hidden states of `count` tokens of the step."""
-        if launched.whole is None:
+    def _hidden_of(self, launched: _Launched, row: int, first: int, count: int) -> Tensor:
+        """Normalised hidden states of `count` tokens of a sequence in the step, from its token `first` on."""
+        work = launched.work
+        if launched.whole is None and int(work.counts[row]) == 1:
             assert launched.hidden is not None
-            return launched.hidden[first : first + count].contiguous()
+            return launched.hidden[row : row + 1].clone()
+        if launched.whole is None:
+            one = slice(row, row + 1)
+            columns, _ = self._columns_of(work.slots[one], work.starts[one] + first, i32([count]), 0)
+            hidden = torch.empty(count, self.facts.hidden_size, dtype=self._torch_dtype)
+            self._run(columns, torch.from_numpy(self._range[:count]), hidden)
+            return hidden
         x, residual = launched.whole
-        return self._model.final(self._ops, x[first : first + count].clone(), residual[first : first + count].clone())
+        at = int(work.counts[:row].sum()) + first
+        return self._model.final(self._ops, x[at : at + count].clone(), residual[at : at + count].clone())
 
     def _account(self, begin: Event, end: Event) -> None:
         self.counters.busy_ns += int(begin.elapsed_time(end) * 1e6)
@@ -550,17 +598,18 @@ class CudaRunner:
         """Compile and touch what a first request would pay for, capture graphs; then, if asked for, the deterministic self-test."""
         from penstock.plugins.devices.self_test import self_test, touch
 
-        progress("warming up: kernels")
-        for rows, tokens in WARM_SHAPES:
-            if rows <= self.max_num_seqs and tokens <= self.max_num_batched_tokens:
-                self.exercise(rows, tokens)
+        if not self._lane.direct:
+            progress("warming up: kernels")
+            for rows, tokens in WARM_SHAPES:
+                if rows <= self.max_num_seqs and tokens <= self.max_num_batched_tokens:
+                    self.exercise(rows, tokens)
         touch(self, progress)
         with torch.inference_mode():
             self._lane.bind()
             self.capture_all(progress)
         self._lane.synchronize()
         if self.deterministic:
-            self_test(self, progress, self._ops.seam(self.table.shape[1] * self.block_size))
+            self_test(self, progress, self._model.attention.seam(self.table.shape[1] * self.block_size))
         self.counters = Counters()
         self._last_end = None
 
@@ -593,7 +642,7 @@ class CudaRunner:
         none = torch.full((1,), -1, dtype=torch.int32, device=self._lane.device)
         self._ops.place(self.history, self.table, none, none, none, none)
         self._ops.set_blocks(self.table, none, none, none)
-        self._ops.copy_blocks(self._pool, none, none)
+        self._model.attention.copy(self._pool, none, none)
         self.sampler.penalise_nobody(none)
 
     @torch.inference_mode()
@@ -614,9 +663,9 @@ class CudaRunner:
             columns = self._ops.decode_inputs(sent[0], sent[1], self.history, self.table, self.block_size)
         else:
             columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], self.history, self.table, self.block_size, tokens, rows // 2)
-        x, residual = self._model.step(self._ops, self._pool, columns)
+        x, residual, _ = self._model.step(self._ops, self._caches, columns)
         hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
-        logits = self._model.logits(self._ops, hidden)
+        logits = self._model.logits(hidden)
         raw = logits.clone()  # as where log-probabilities are wanted
         drawn = self.sampler.draw(logits, sent[0], sent[1], True)
         self._ops.write_tokens(sent[0], sent[1], drawn, self.history)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from penstock.core.protocol.columns import Column
-from penstock.plugins.devices.cuda_lane import Event, Lane
+from penstock.plugins.devices.lane import Event, Lane
 
 Tensor = torch.Tensor
 ALIGN = 4
@@ -21,6 +21,7 @@ ALIGN = 4
 
 class _Entry:
     def __init__(self, lane: Lane, size: int) -> None:
+        size = 0 if lane.direct else size
         self.pinned = lane.pinned(size)
         self.array = self.pinned.numpy()
         self.event: Event = lane.event()
@@ -40,7 +41,7 @@ class Upload:
         self._lane = lane
         self._fixed = fixed
         self._entries = [_Entry(lane, size) for _ in range(entries)]
-        self.staging = torch.zeros(size, dtype=torch.int32, device=lane.device)
+        self.staging = torch.zeros(0 if lane.direct else size, dtype=torch.int32, device=lane.device)
         self._next = 0
         self.copies = 0
 
@@ -63,7 +64,10 @@ class Upload:
         return entry
 
     def send(self, *columns: Column) -> list[Tensor]:
-        """Device views of the columns, in order; each begins at a multiple of 16 bytes (kernels are compiled anew for other alignments)."""
+        """Device views of the columns, in order; each begins at a multiple of 16 bytes (kernels are compiled anew for other alignments). Of a
+        direct lane, the columns themselves."""
+        if self._lane.direct:
+            return [torch.from_numpy(column if column.flags.writeable else column.copy()) for column in columns]
         sizes = [-(-column.size // ALIGN) * ALIGN for column in columns]
         total = sum(sizes)
         entry = self._take(total)
@@ -126,16 +130,23 @@ class Landing:
         self._lane = lane
         self._entry = entry
         self._count = 0
+        self._tokens: Tensor | None = None
         self._more: list[Tensor] = []
 
     def bring(self, tokens: Tensor) -> None:
         """tokens [R] int32: the part that every step has."""
         self._count = tokens.shape[0]
+        if self._lane.direct:
+            self._tokens = tokens
+            return
         self._entry.pinned[: self._count].copy_(tokens, non_blocking=True)
 
     def also(self, value: Tensor) -> int:
         """Any 32-bit tensor, through memory of its own; returns its index for `more`."""
         flat = value.contiguous().view(-1).view(torch.int32)
+        if self._lane.direct:
+            self._more.append(flat)
+            return len(self._more) - 1
         target = self._lane.pinned(flat.shape[0])
         target.copy_(flat, non_blocking=True)
         self._more.append(target)
@@ -149,6 +160,8 @@ class Landing:
 
     def tokens(self) -> Column:
         """After the event: a copy that outlives the entry."""
+        if self._tokens is not None:
+            return self._tokens.numpy()
         return self._entry.array[: self._count].copy()
 
     def more(self, index: int, dtype: type) -> Column:

@@ -1,8 +1,9 @@
 """Sampling state of the slots on the device, and the draw of one step.
 
-What it is: what slot_sampler.py is for the CPU, without a look at any value: settings are columns on the device, the host keeps only what
-decides which kernels to launch (is a row hot, does it count, does it have lists). Order of a row's changes: penalties, bias, allowed tokens,
-bad words, minimum length; then temperature and filters. Log-probabilities come from the raw logits.
+What it is: settings are columns on the device, indexed by slot, so that the work per step does not grow with Python and no value is looked at; the host keeps
+only what decides which kernels to launch (is a row hot, does it count, does it have lists). Counts for penalties are a pool whose rows are only
+taken by slots that ask. The few settings that are lists are applied row by row to those rows alone. Order of a row's changes: penalties, bias,
+allowed tokens, bad words, minimum length; then temperature and filters. Log-probabilities come from the raw logits.
 What it does not know: the model, blocks, which request a slot serves.
 """
 
@@ -17,12 +18,14 @@ import torch
 from penstock.core.protocol.columns import I32, Column, i32
 from penstock.core.protocol.messages import LogprobColumns, SlotSampling
 from penstock.kernels.sampling import torch as portable
-from penstock.plugins.devices.cuda_ops import Ops, Settings
-from penstock.plugins.devices.cuda_rings import Landing, Upload
+from penstock.plugins.devices.ops import DeviceOps, Settings
+from penstock.plugins.devices.rings import Landing, Upload
 
 Tensor = torch.Tensor
-PENALTY, LISTS, MINIMUM = 1, 2, 4
-"""Bits of `flags`: needs counts; has bias, allowed tokens or bad words; has stop ids masked until min_tokens."""
+PENALTY, LISTS, MINIMUM, LOGPROBS, HOT = 1, 2, 4, 8, 16
+ADJUSTED = PENALTY | LISTS | MINIMUM
+"""Bits of `flags`: needs counts; has bias, allowed tokens or bad words; has stop ids masked until min_tokens; wants log-probabilities; is not
+greedy. No bit set: the largest logit, and nothing else."""
 
 WORDS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence", "top_k", "choices")
 
@@ -54,12 +57,12 @@ class Wanted:
         )
 
 
-class DeviceSampler:
+class SlotSampler:
     """`history` [slots, max_len + 1] int32 is the runner's, on the device."""
 
     def __init__(
         self,
-        ops: Ops,
+        ops: DeviceOps,
         slots: int,
         vocab: int,
         history: Tensor,
@@ -80,11 +83,11 @@ class DeviceSampler:
         self._seeds = torch.zeros(slots, dtype=torch.int64, device=device)
         floats = {name: self._words[index].view(torch.float32) for index, name in enumerate(WORDS[:6])}
         self.settings = Settings(seeds=self._seeds, top_k=self._words[6], choices=self._words[7], **floats)
-        self._counts = torch.zeros(slots, vocab, dtype=torch.int32, device=device)
-        self._in_prompt = torch.zeros(slots, vocab, dtype=torch.bool, device=device)
-        self._hot = np.zeros(slots, np.bool_)
+        self._counts = torch.zeros(0, vocab, dtype=torch.int32, device=device)
+        self._in_prompt = torch.zeros(0, vocab, dtype=torch.bool, device=device)
+        self._pool_row: I32 = np.full(slots, -1, np.int32)
+        self._free_rows: list[int] = []
         self._flags: I32 = np.zeros(slots, np.int32)
-        self._counting = np.zeros(slots, np.bool_)
         self._logprobs: I32 = np.full(slots, -1, np.int32)
         self.prompt_len: I32 = np.zeros(slots, np.int32)
         self._lists: dict[int, _Lists] = {}
@@ -111,7 +114,7 @@ class DeviceSampler:
                 params.frequency_penalty,
                 params.presence_penalty,
             )
-            integers[:, at] = max(0, params.top_k), place.choice
+            integers[:, at] = min(max(0, params.top_k), self._vocab), place.choice
             seeds[at] = params.seed or 0
             flags = 0
             if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
@@ -124,9 +127,14 @@ class DeviceSampler:
                 flags |= MINIMUM
             if flags & (LISTS | MINIMUM):
                 self._lists[slot] = _Lists(place, self._to_device)
+            if not params.greedy:
+                flags |= HOT
+            if params.logprobs is not None:
+                flags |= LOGPROBS
             self._flags[slot] = flags
-            self._counting[slot] = False
-            self._hot[slot] = not params.greedy
+            if self._pool_row[slot] >= 0:
+                self._free_rows.append(int(self._pool_row[slot]))
+                self._pool_row[slot] = -1
             self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
             self.prompt_len[slot] = place.prompt_len
         sent = self._upload.send(seeds.view(np.int32), floats.view(np.int32).ravel(), integers.ravel(), slots)
@@ -137,11 +145,11 @@ class DeviceSampler:
 
     def plain(self, slots: Column) -> bool:
         """Nobody among these slots needs more than a draw by temperature and filters: a graph can do it."""
-        return not self._flags[slots].any() and not (self._logprobs[slots] >= 0).any()
+        return not (self._flags[slots] & ~HOT).any()
 
     def hot(self, slots: Column) -> bool:
         """Somebody is not greedy."""
-        return bool(self._hot[slots].any())
+        return bool((self._flags[slots] & HOT).any())
 
     def draw(self, logits: Tensor, slots: Tensor, positions: Tensor, hot: bool) -> Tensor:
         """Tokens [R] int32 of plain rows, -1 for a bad one."""
@@ -151,22 +159,23 @@ class DeviceSampler:
         self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, landing: Landing
     ) -> tuple[Tensor, Wanted | None]:
         """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device -> (tokens [R], log-probabilities)."""
-        wants = self._logprobs[slots]
-        rows: I32 = np.flatnonzero(wants >= 0).astype(np.int32)
+        flags = self._flags[slots]
+        if not flags.any():
+            return self._ops.greedy(logits), None
+        rows: I32 = np.flatnonzero(flags & LOGPROBS).astype(np.int32)
         raw = None
         if rows.size:
             raw = logits.clone() if rows.size == len(slots) else logits.index_select(0, self._to_device(rows))
-        flags = self._flags[slots]
         counted = None
-        if flags.any():
-            counted = self._adjust(logits, slots, positions, flags)
-        tokens = self.draw(logits, at, where, self.hot(slots))
+        if (flags & ADJUSTED).any():
+            counted = self._adjust(logits, slots, positions, at, flags)
+        tokens = self.draw(logits, at, where, bool((flags & HOT).any()))
         if counted is not None:
             self._ops.count(self._counts, counted, tokens)
         if raw is None:
             return tokens, None
         chosen = tokens if rows.size == len(slots) else tokens.index_select(0, self._to_device(rows))
-        return tokens, self.wanted(raw, chosen, rows, positions[rows].astype(np.int32), wants[rows], landing)
+        return tokens, self.wanted(raw, chosen, rows, positions[rows].astype(np.int32), self._logprobs[slots[rows]], landing)
 
     def wanted(self, raw: Tensor, chosen: Tensor, rows: I32, positions: I32, wants: I32, landing: Landing) -> Wanted:
         """Log-probabilities of raw logits [r, V] at `chosen` [r] and of the most likely tokens, put on their way."""
@@ -182,22 +191,35 @@ class DeviceSampler:
     def penalise_nobody(self, none: Tensor) -> None:
         """Launch what penalties need on a padding row: `none` is an int32 column of one -1."""
         logits = torch.zeros(1, self._vocab, device=none.device)
-        self._ops.start_counts(self._counts, self._in_prompt, none, self._history, none, none)
-        self._ops.penalise(logits, none, self._counts, self._in_prompt, self.settings)
-        self._ops.count(self._counts, none, none)
+        counts, in_prompt = logits.int(), logits.bool()
+        self._ops.start_counts(counts, in_prompt, none, none, self._history, none, none)
+        self._ops.penalise(logits, none, none, counts, in_prompt, self.settings)
+        self._ops.count(counts, none, none)
 
-    def _adjust(self, logits: Tensor, slots: Column, positions: Column, flags: I32) -> Tensor | None:
-        """Penalties, bias and masks, in place, on the rows that have them. Returns which slot counts, by row, if any does."""
+    def _take_rows(self, slots: Column) -> None:
+        """A row of the counts for each of these slots; the pool doubles when it is used up."""
+        missing = len(slots) - len(self._free_rows)
+        if missing > 0:
+            had = self._counts.shape[0]
+            more = torch.zeros(max(4, had, missing), self._vocab, dtype=torch.int32, device=self._counts.device)
+            self._counts = torch.cat([self._counts, more])
+            self._in_prompt = torch.cat([self._in_prompt, more.bool()])
+            self._free_rows.extend(range(self._counts.shape[0] - 1, had - 1, -1))
+        for slot in slots.tolist():
+            self._pool_row[slot] = self._free_rows.pop()
+
+    def _adjust(self, logits: Tensor, slots: Column, positions: Column, at: Tensor, flags: I32) -> Tensor | None:
+        """Penalties, bias and masks, in place, on the rows that have them. Returns which row of the counts counts, by row, if any does."""
         counted = None
         if (flags & PENALTY).any():
-            fresh = np.flatnonzero(((flags & PENALTY) != 0) & ~self._counting[slots])
+            fresh = np.flatnonzero(((flags & PENALTY) != 0) & (self._pool_row[slots] < 0))
             if fresh.size:
                 named, ends = slots[fresh], positions[fresh]
-                sent = self._upload.send(named, np.minimum(self.prompt_len[named], ends), ends)
-                self._ops.start_counts(self._counts, self._in_prompt, sent[0], self._history, sent[1], sent[2])
-                self._counting[named] = True
-            counted = self._to_device(np.where(flags & PENALTY, slots, -1).astype(np.int32))
-            self._ops.penalise(logits, counted, self._counts, self._in_prompt, self.settings)
+                self._take_rows(named)
+                sent = self._upload.send(self._pool_row[named], named, np.minimum(self.prompt_len[named], ends), ends)
+                self._ops.start_counts(self._counts, self._in_prompt, sent[0], sent[1], self._history, sent[2], sent[3])
+            counted = self._to_device(np.where(flags & PENALTY, self._pool_row[slots], -1).astype(np.int32))
+            self._ops.penalise(logits, counted, at, self._counts, self._in_prompt, self.settings)
         for row in np.flatnonzero(flags & LISTS):
             slot, position = int(slots[row]), int(positions[row])
             self._lists[slot].apply(logits[row], self._history[slot], position)

@@ -40,6 +40,8 @@ class Graph(Protocol):
 
 class Lane(Protocol):
     device: torch.device
+    direct: bool
+    """Its memory is the host's and nothing is ever under way: columns need not be copied."""
     waits: int
     """Times that a launching call had to wait for the device: 0, unless a ring is too short."""
 
@@ -70,6 +72,8 @@ class Lane(Protocol):
 
 class CudaLane:
     """One CUDA stream; graphs share one memory pool, since replays never overlap."""
+
+    direct = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -138,10 +142,12 @@ class _CudaGraph:
 
 
 class HostLane:
-    """Everything happens at once, on the calling thread. `make_event` lets tests hold results back."""
+    """Everything happens at once, on the calling thread. `direct` is for the CPU as a device; without it, columns travel as they would to
+    another one, and `make_event` lets tests hold results back."""
 
-    def __init__(self, make_event: Callable[[], Event] | None = None) -> None:
+    def __init__(self, make_event: Callable[[], Event] | None = None, *, direct: bool = False) -> None:
         self.device = torch.device("cpu")
+        self.direct = direct
         self.waits = 0
         self._make_event = make_event or _HostEvent
 

@@ -1,0 +1,203 @@
+"""What a device is put together from, and the putting together, for every device alike.
+
+What it is: config.json as the device's plugins will read it; the choice of model family, dtype, attention backend and weight source among what plugins
+registered (of equal ones later plugins come before built-in ones, so that a plugin may serve `--load-format auto` or an architecture in their place);
+and the loading of a model onto the device's operations.
+What it does not know: sizes of caches, how a device computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from penstock.core.contract.devices import ModelFacts, RunnerConfig
+from penstock.core.contract.hookspecs import AttentionSpec, ModelSpec, WeightSourceSpec
+from penstock.core.protocol.config import nearest
+from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
+from penstock.plugins import attention as builtin_attention
+from penstock.plugins import models as builtin_models
+from penstock.plugins import weights as builtin_weights
+from penstock.plugins.devices.ops import DeviceOps
+from penstock.plugins.models.api import Attention, Model
+from penstock.plugins.models.builder import Builder
+from penstock.plugins.models.config import architecture_of, check_model_type, read_config
+from penstock.plugins.weights.checkpoint import sample_of, stored_dtype
+from penstock.version import __version__
+
+WHERE = {"cpu": "the CPU", "cuda": "the GPU"}
+"""Devices in sentences."""
+
+
+class Choice(NamedTuple):
+    """What is loaded, and for which device."""
+
+    device: str
+    """The device's name, as plugins know it."""
+    raw: dict[str, Any]
+    """config.json with what overrides and files add to it."""
+    spec: ModelSpec
+    facts: ModelFacts
+    dtype_name: str
+    dtype: torch.dtype
+    attention: AttentionSpec
+
+
+def choose(
+    config: RunnerConfig,
+    device: str,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    other: str,
+    attention: AttentionSpec | None = None,
+    check: Callable[[ModelFacts], None] = lambda facts: None,
+) -> Choice:
+    """Choose for a configuration. `dtypes`: what the device computes; `other`: what becomes of a checkpoint in another one; `attention`: not chosen,
+    but given; `check` raises what the device has against the model. Raises ConfigError, CheckpointError or UnsupportedFeature naming the field."""
+    raw, spec, facts = model_of(config)
+    name = resolve_dtype(config.dtype, facts, dtypes, device, other)
+    check(facts)
+    return Choice(device, raw, spec, facts, name, dtypes[name], attention or choose_attention(config, facts, name, device))
+
+
+def load_model(
+    config: RunnerConfig,
+    choice: Choice,
+    ops: DeviceOps,
+    device: torch.device,
+    *,
+    max_len: int,
+    max_rows: int,
+    progress: Callable[[str, float], None],
+) -> tuple[Model, str]:
+    """(the model, an identity of its checkpoint). Raises CheckpointError and torch.OutOfMemoryError."""
+    facts, dtype = choice.facts, choice.dtype
+    attention: Attention = choice.attention.factory(
+        facts=facts,
+        dtype=dtype,
+        device=device,
+        block_size=config.block_size,
+        max_rows=max_rows,
+        deterministic=config.deterministic,
+    )
+    progress("loading weights", 0.0)
+    weights = weights_for(config).factory(
+        config.model_path,
+        config.load_format,
+        dtype=dtype,
+        seed=config.seed,
+        std=float(choice.raw.get("initializer_range") or 0.02),
+        **({} if device.type == "cpu" else {"device": device}),
+    )
+    builder = Builder(weights, ops, dtype, device, lambda fraction: progress("loading weights", fraction))
+    model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
+    return model, identity(config, weights)
+
+
+def resolve_dtype(wanted: str, facts: ModelFacts, dtypes: Mapping[str, torch.dtype], device: str, other: str) -> str:
+    """ "auto" is the checkpoint's dtype, or `other` for one that the device does not compute. Raises ConfigError for such a dtype by name."""
+    name = {"half": "float16", "float": "float32"}.get(wanted, wanted)
+    if name == "auto":
+        return facts.torch_dtype if facts.torch_dtype in dtypes else other
+    if name not in dtypes:
+        raise ConfigError(f"--dtype {wanted} is not supported on {WHERE.get(device, device)}: use {' or '.join(dtypes)}.", param="dtype")
+    return name
+
+
+def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str, device: str) -> AttentionSpec:
+    """--attention-backend, or a plugin's choice, or the highest priority among those for the device that support the model."""
+    able, reasons = [], []
+    for spec in attention_of(config).values():
+        if device in spec.devices:
+            reason = spec.supports(facts, dtype)
+            if reason is None:
+                able.append(spec)
+            else:
+                reasons.append(f"{spec.name}: {reason}")
+    able.sort(key=lambda spec: (-spec.priority, spec.name))
+    names = [spec.name for spec in able]
+    wanted = config.attention_backend
+    if wanted is None and config.plugins is not None and names:
+        wanted = config.plugins.hook.choose_attention_backend(facts=facts, device=device, dtype=dtype, candidates=names)
+    if wanted is None and names:
+        return able[0]
+    if wanted in names:
+        return able[names.index(wanted)]
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    raise ConfigError(
+        f"--attention-backend {wanted or 'auto'}: not usable for this model on {WHERE.get(device, device)}{why}. Usable: {', '.join(names) or 'none'}.",
+        param="attention_backend",
+    )
+
+
+def fingerprint(*parts: object) -> str:
+    """A digest of everything that numerics depend on, version of Penstock and torch included."""
+    text = "\n".join(str(part) for part in (__version__, torch.__version__, *parts))
+    return "pk_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def model_of(config: RunnerConfig) -> tuple[dict[str, Any], ModelSpec, ModelFacts]:
+    """(config.json with what overrides and files add to it, the family that serves it, its facts). Raises CheckpointError and
+    UnsupportedFeature naming the field."""
+    raw = read_config(config.model_path, config.hf_overrides)
+    check_model_type(raw)
+    spec = model_for(architecture_of(raw), models_of(config))
+    if raw.get("dtype") is None and raw.get("torch_dtype") is None and weights_for(config).name == builtin_weights.SAFETENSORS:
+        stored = stored_dtype(config.model_path)
+        raw |= {"dtype": stored} if stored else {}
+    return raw, spec, spec.facts(raw)
+
+
+def models_of(config: RunnerConfig) -> Mapping[str, ModelSpec]:
+    """Model families by name, built-in ones first."""
+    return config.plugins.models() if config.plugins is not None else {s.name: s for s in builtin_models.register_models()}
+
+
+def attention_of(config: RunnerConfig) -> Mapping[str, AttentionSpec]:
+    """Attention backends by name, built-in ones first."""
+    if config.plugins is not None:
+        return dict(config.plugins.attention_backends())
+    return {s.name: s for s in builtin_attention.register_attention_backends()}
+
+
+def model_for(architecture: str, specs: Mapping[str, ModelSpec]) -> ModelSpec:
+    """The family that serves config.json's architecture: the highest priority, of equal ones the last. Raises UnsupportedFeature listing
+    those known."""
+    able = [spec for spec in specs.values() if architecture in spec.architectures]
+    if able:
+        return max(reversed(able), key=lambda spec: spec.priority)
+    known = ", ".join(sorted({name for spec in specs.values() for name in spec.architectures}))
+    raise UnsupportedFeature(f"config.json: architecture {architecture!r} is not supported yet. Known: {known}.", param="architectures")
+
+
+def weights_for(config: RunnerConfig) -> WeightSourceSpec:
+    """The source that serves --load-format. Raises ConfigError listing the formats known."""
+    wanted = config.load_format
+    if config.plugins is not None:
+        specs: list[WeightSourceSpec] = list(config.plugins.weight_sources().values())
+    else:
+        specs = builtin_weights.register_weight_sources()
+    for spec in reversed(specs):
+        if wanted in spec.load_formats:
+            return spec
+    known = sorted({name for spec in specs for name in spec.load_formats})
+    raise ConfigError(
+        f"--load-format {wanted}: no plugin serves it.{nearest(wanted, known)} Known: {', '.join(known)}.", param="load_format"
+    )
+
+
+def identity(config: RunnerConfig, weights: Any) -> str:
+    """A digest that changes with the checkpoint: config.json and what the weight source says of itself (`identity()`, a text), or else every
+    file of the folder."""
+    digest = hashlib.sha256((Path(config.model_path) / "config.json").read_bytes())
+    own = getattr(weights, "identity", None)
+    if own is not None:
+        digest.update(str(own()).encode())
+    else:
+        for file in sorted(file for file in Path(config.model_path).iterdir() if file.is_file()):
+            digest.update(f"{file.name} {config.load_format}".encode() + sample_of(file))
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""The operations that a device's runner is made of, chosen once at start.
+
+What it is: `DeviceOps`, which adds to what a model composes (plugins/models/api.py: Ops) the state of the slots and the draw. `torch_ops.py` has it in
+plain torch for any device, `triton_ops.py` for a GPU, `host_ops.py` for the CPU.
+What it does not know: who owns a slot, graphs, steps, attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from penstock.plugins.models.api import Columns, Model, Ops, Program
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sampling settings, one column a field, indexed by slot: seeds int64, top_k and choices int32, the others float32 [S]."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    choices: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+
+
+class DeviceOps(Ops, Protocol):
+    """T tokens, R rows (sequences) of the step, S slots, W blocks a table row. All index tensors are int32; a slot, row or place below 0 is padding: it
+    reads zeros and writes nowhere. `history` [S, longest] is the tokens of each slot, `table` [S, W] its blocks (-1: none). Nothing here
+    synchronises, except where `capturable` is False.
+    """
+
+    capturable: bool
+    """May be captured in a graph."""
+    workspace_bytes: int
+    """What it has allocated for itself."""
+
+    def compile_only(self) -> AbstractContextManager[None]:
+        """Inside, operations prepare what their first call would (compile, on as many threads as there are cores) and need not compute anything."""
+        ...
+
+    def fuse(self, model: Model, caches: Sequence[Any]) -> Program | None:
+        """The model and its caches as one call a step, with the same values bit for bit; None: it is composed."""
+        ...
+
+    # --- state of the slots
+
+    def decode_inputs(self, slots: Tensor, starts: Tensor, history: Tensor, table: Tensor, block_size: int) -> Columns:
+        """One token a row: that at `starts`, which sees everything up to itself."""
+        ...
+
+    def ragged_inputs(
+        self, slots: Tensor, starts: Tensor, q_start: Tensor, history: Tensor, table: Tensor, block_size: int, tokens: int, num_decode: int
+    ) -> Columns:
+        """q_start[r + 1] - q_start[r] tokens of row r, from `starts` on; `tokens` in all, those from q_start[R] on padding."""
+        ...
+
+    def place(self, history: Tensor, table: Tensor, slots: Tensor, counts: Tensor, offsets: Tensor, tokens: Tensor) -> None:
+        """A slot's history becomes tokens[offset : offset + count], its table row -1."""
+        ...
+
+    def set_blocks(self, table: Tensor, slots: Tensor, index: Tensor, ids: Tensor) -> None:
+        """table[slot, index] = id."""
+        ...
+
+    def write_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor, history: Tensor) -> None:
+        """history[slot, position] = max(token, 0)."""
+        ...
+
+    # --- sampling
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """[R] int32: the first maximum, -1 for a bad row."""
+        ...
+
+    def draw(self, logits: Tensor, settings: Settings, slots: Tensor, positions: Tensor) -> Tensor:
+        """[R] int32, -1 for a bad row; rows of temperature 0 are greedy. `logits` may be overwritten."""
+        ...
+
+    def penalise(self, logits: Tensor, counted: Tensor, slots: Tensor, counts: Tensor, in_prompt: Tensor, settings: Settings) -> None:
+        """In place, on the rows whose `counted` [R] names a row of counts int32 and in_prompt bool [C, V]; settings by `slots` [R]."""
+        ...
+
+    def start_counts(
+        self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
+    ) -> None:
+        """Count slots' histories into rows `counted`: [0, split) is prompt, [split, end) output."""
+        ...
+
+    def count(self, counts: Tensor, counted: Tensor, tokens: Tensor) -> None:
+        """counts[counted[r], tokens[r]] += 1 for the rows that are counted and have a token."""
+        ...

@@ -1,0 +1,187 @@
+"""A device's operations as Triton kernels.
+
+What it is: `TritonOps`, the `DeviceOps` over kernels/*/triton.py, with the workspaces that those need, allocated once. Importing this module imports
+triton: only the CUDA device does it.
+What it does not know: attention, slots' owners, graphs, steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from penstock.core.contract.devices import ModelFacts
+from penstock.kernels import gpu
+from penstock.kernels.activation.triton import gated
+from penstock.kernels.argmax.triton import argmax
+from penstock.kernels.embedding.triton import embedding, gather_rows
+from penstock.kernels.linear import triton as linear
+from penstock.kernels.rmsnorm.triton import add_rms_norm, rms_norm
+from penstock.kernels.sampling import triton as sampling
+from penstock.kernels.slots import triton as slot_state
+from penstock.plugins.devices.ops import Settings
+from penstock.plugins.models.api import Columns, Linear, Model, Program, Stacked
+
+Tensor = torch.Tensor
+
+
+def _columns(count: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """int32 columns, each beginning at a multiple of 64 bytes (kernels are compiled anew for other alignments)."""
+    return torch.empty(count, -(-size // 16) * 16, dtype=torch.int32, device=device)[:, :size].unbind()
+
+
+class TritonLinear:
+    """A weight [n, K] as it is, in bfloat16 or float16. `out_dtype` float32: an output head. Gated: [2 n, K]."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        workspace: Tensor,
+        *,
+        deterministic: bool,
+        activation: str = "",
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.weight = weight
+        self.n, self.k = weight.shape[0] // (2 if activation else 1), weight.shape[1]
+        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+        self._bias = bias
+        self._workspace = workspace
+        self._deterministic = deterministic
+        self._activation = activation
+        self._out_dtype = out_dtype
+
+    def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
+        """See Linear."""
+        space = self._workspace
+        if self._activation and linear.fuses(x, self._deterministic):
+            y = linear.skinny(x, self.weight, self._bias, workspace=space, gated=self._activation)
+        else:
+            y = linear.matmul(x, self.weight, self._bias, out_dtype=self._out_dtype, deterministic=self._deterministic, workspace=space)
+            y = gated(self._activation, y) if self._activation else y
+        return y if out is None else out.copy_(y)
+
+
+class TritonOps:
+    """See DeviceOps."""
+
+    capturable = True
+
+    def __init__(self, facts: ModelFacts, device: torch.device, *, max_rows: int, deterministic: bool = False) -> None:
+        """`max_rows`: of a decode step, padding included."""
+        vocab = facts.vocab_size
+        widest = max(facts.hidden_size, 2 * facts.intermediate_size, (facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim)
+        self.deterministic = deterministic
+        self._linear = torch.zeros(linear.workspace_elements(max(widest, vocab)), dtype=torch.float32, device=device)
+        self._sampling = torch.empty(sampling.workspace_elements(max_rows, vocab), dtype=torch.float64, device=device)
+        self._steps = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self.workspace_bytes = self._linear.nbytes + self._sampling.nbytes
+
+    def compile_only(self) -> AbstractContextManager[None]:
+        """See DeviceOps."""
+        return gpu.compile_only()
+
+    def fuse(self, model: Model, caches: Sequence[Any]) -> Program | None:
+        """See DeviceOps: a graph is this device's way to make one call of a step."""
+        return None
+
+    # --- layers
+
+    def _layer(self, weight: Tensor, bias: Stacked | None, activation: str = "", out_dtype: torch.dtype | None = None) -> Linear:
+        joined = None if bias is None else bias.joined()
+        return TritonLinear(weight, joined, self._linear, deterministic=self.deterministic, activation=activation, out_dtype=out_dtype)
+
+    def linear(self, weight: Stacked, bias: Stacked | None) -> Linear:
+        """See Ops."""
+        return self._layer(weight.joined(), bias)
+
+    def gated(self, weight: Stacked, bias: Stacked | None, activation: str) -> Linear:
+        """See Ops."""
+        return self._layer(weight.joined(), bias, activation)
+
+    def head(self, weight: Tensor) -> Linear:
+        """See Ops."""
+        return self._layer(weight, None, out_dtype=torch.float32)
+
+    # --- state of the slots
+
+    def decode_inputs(self, slots: Tensor, starts: Tensor, history: Tensor, table: Tensor, block_size: int) -> Columns:
+        """See DeviceOps."""
+        rows = slots.shape[0]
+        tokens, positions, places, kv_len = _columns(4, rows, slots.device)
+        slot_state.decode_inputs(
+            slots, starts, history, table, block_size, tokens=tokens, positions=positions, cache_slots=places, kv_len=kv_len
+        )
+        return Columns(tokens, positions, places, slots, kv_len, self._steps[: rows + 1], table, rows)
+
+    def ragged_inputs(
+        self, slots: Tensor, starts: Tensor, q_start: Tensor, history: Tensor, table: Tensor, block_size: int, tokens: int, num_decode: int
+    ) -> Columns:
+        """See DeviceOps."""
+        ids, positions, places = _columns(3, tokens, slots.device)
+        kv_len = torch.empty_like(slots)
+        slot_state.ragged_inputs(
+            slots, starts, q_start, history, table, block_size, tokens=ids, positions=positions, cache_slots=places, kv_len=kv_len
+        )
+        return Columns(ids, positions, places, slots, kv_len, q_start, table, num_decode)
+
+    def place(self, history: Tensor, table: Tensor, slots: Tensor, counts: Tensor, offsets: Tensor, tokens: Tensor) -> None:
+        """See DeviceOps."""
+        slot_state.place(history, table, slots, counts, offsets, tokens)
+
+    def set_blocks(self, table: Tensor, slots: Tensor, index: Tensor, ids: Tensor) -> None:
+        """See DeviceOps."""
+        slot_state.set_blocks(table, slots, index, ids)
+
+    def write_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor, history: Tensor) -> None:
+        """See DeviceOps."""
+        slot_state.write_tokens(slots, positions, tokens, history)
+
+    # --- the step
+
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """See Ops."""
+        return embedding(tokens, table)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """See Ops."""
+        return gather_rows(x, rows)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops."""
+        return rms_norm(x, weight, eps)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops."""
+        return add_rms_norm(x, residual, weight, eps)
+
+    # --- sampling
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """See DeviceOps."""
+        return argmax(logits)
+
+    def draw(self, logits: Tensor, settings: Settings, slots: Tensor, positions: Tensor) -> Tensor:
+        """See DeviceOps."""
+        s = settings
+        columns = (s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, s.choices)
+        return sampling.draw(logits, *columns, positions, slots=slots, workspace=self._sampling)
+
+    def penalise(self, logits: Tensor, counted: Tensor, slots: Tensor, counts: Tensor, in_prompt: Tensor, settings: Settings) -> None:
+        """See DeviceOps."""
+        s = settings
+        sampling.penalise_(logits, counted, counts, in_prompt, s.repetition, s.frequency, s.presence, slots=slots)
+
+    def start_counts(
+        self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
+    ) -> None:
+        """See DeviceOps."""
+        sampling.start_counts(counts, in_prompt, counted, history, slots, splits, ends)
+
+    def count(self, counts: Tensor, counted: Tensor, tokens: Tensor) -> None:
+        """See DeviceOps."""
+        sampling.count_(counts, counted, tokens)
