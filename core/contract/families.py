@@ -70,11 +70,22 @@ class Family(NamedTuple):
 
 _CONTRACT = "penstock.core.contract"
 
+
+def _adapter(module: str) -> Callable[[Any], Spec]:
+    """Its `adapt`, imported when the first plugin of the level before comes."""
+
+    def adapt(spec: Any) -> Spec:
+        adapted: Spec = importlib.import_module(module).adapt(spec)
+        return adapted
+
+    return adapt
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("devices", "engine", DeviceSpec, "device", "--device", f"{_CONTRACT}.devices:Device", without={"available": False}),
-        Family("models", "engine", ModelSpec, "model"),
+        Family("models", "engine", ModelSpec, "model", adapt=_adapter("penstock.plugins.models.level_1")),
         Family(
             "attention_backends",
             "engine",
@@ -82,6 +93,7 @@ FAMILIES: dict[str, Family] = {
             "attention backend",
             "--attention-backend",
             without={"supports": "its check failed, see `penstock plugins`"},
+            adapt=_adapter("penstock.plugins.attention.level_1"),
         ),
         Family("weight_sources", "engine", WeightSourceSpec, "weight source", "--load-format"),
         Family(

@@ -61,15 +61,19 @@ class HostOps(TorchOps):
     """See DeviceOps. What TorchOps has is kept where it is called too rarely to matter."""
 
     def fuse(self, model: Model, caches: Sequence[Any]) -> Program | None:
-        """A plain model over the native attention, all of whose layers are packed."""
+        """A model that brings a program of its own (`program(caches)`); or a plain one over the native attention, all of whose layers are packed."""
+        own = getattr(model, "program", None)
+        if own is not None:
+            program: Program = own(caches)
+            return program
         plain = model.plain
-        if plain is None or not isinstance(model.attention, NativeAttention) or not isinstance(plain.head, HostLinear):
+        if plain is None or type(model.attention) is not NativeAttention or not isinstance(plain.head, HostLinear):
             return None
         layers = [layer for layer in map(_packed_layer, plain.blocks) if layer is not None]
         head = plain.head.packed
         if len(layers) < len(plain.blocks) or not isinstance(head, PackedLinear) or len({b.call.scale for b in plain.blocks}) > 1:
             return None
-        program = DecoderProgram(
+        whole = DecoderProgram(
             embedding=plain.embedding,
             layers=layers,
             final_norm=plain.final_norm,
@@ -83,7 +87,7 @@ class HostOps(TorchOps):
             v_caches=[cache.v for cache in caches],
             scale=plain.blocks[0].call.scale,
         )
-        return WholeStep(program)
+        return WholeStep(whole)
 
     # --- layers
 

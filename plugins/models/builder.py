@@ -34,9 +34,9 @@ class Builder:
     def __init__(self, weights: Weights, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress | None = None) -> None:
         self.device = device
         self.nbytes = 0
-        self._weights = weights
+        self.weights = weights
         self._ops = ops
-        self._dtype = dtype
+        self.dtype = dtype
         self._tell = progress or (lambda fraction: None)
         self._later: list[Callable[[], object]] | None = None if device.type == "cpu" else []
 
@@ -47,7 +47,7 @@ class Builder:
 
     def ignore(self, *names: str) -> None:
         """See Weights."""
-        self._weights.ignore(*names)
+        self.weights.ignore(*names)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A tensor by itself: a norm's weight."""
@@ -65,7 +65,7 @@ class Builder:
 
     def ends(self, facts: ModelFacts) -> tuple[Tensor, Callable[[], Linear]]:
         """The embedding table [V, H], and a call that makes the output head, to be made last (tied or not: tied.py)."""
-        ends = ends_of(facts, self._weights)
+        ends = ends_of(facts, self.weights)
         shape = (facts.vocab_size, facts.hidden_size)
         table = self._kept(self._own(shape, ends.table))
 
@@ -85,7 +85,7 @@ class Builder:
                 for done, _ in enumerate(pool.map(lambda job: job(), self._later), 1):
                     self._tell(done / len(self._later))
             self._later = []
-        self._weights.finish()
+        self.weights.finish()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the readers' threads copied on another stream than the one that will compute
         self.tell(1.0)
@@ -96,18 +96,18 @@ class Builder:
 
     def _stacked(self, named: Sequence[tuple[str, tuple[int, ...]]]) -> Stacked:
         if self._later is None:
-            return Stacked([self._weights.take(name, shape) for name, shape in named], None)
-        whole = torch.empty(sum(shape[0] for _, shape in named), *named[0][1][1:], dtype=self._dtype, device=self.device)
+            return Stacked([self.weights.take(name, shape) for name, shape in named], None)
+        whole = torch.empty(sum(shape[0] for _, shape in named), *named[0][1][1:], dtype=self.dtype, device=self.device)
         ends = [sum(shape[0] for _, shape in named[: index + 1]) for index in range(len(named))]
         parts = [whole[end - shape[0] : end] for end, (_, shape) in zip(ends, named, strict=True)]
         for (name, shape), target in zip(named, parts, strict=True):
-            self._later.append(lambda name=name, shape=shape, target=target: target.copy_(self._weights.take(name, shape)))  # type: ignore[misc]
+            self._later.append(lambda name=name, shape=shape, target=target: target.copy_(self.weights.take(name, shape)))  # type: ignore[misc]
         return Stacked(parts, whole)
 
     def _own(self, shape: tuple[int, ...], take: Callable[[], Tensor]) -> Tensor:
         if self._later is None:
             return take().clone()
-        target = torch.empty(shape, dtype=self._dtype, device=self.device)
+        target = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._later.append(lambda: target.copy_(take()))
         return target
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import msgspec
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from penstock.core.contract import families
+from penstock.core.contract.devices import RunnerConfig
 from penstock.core.contract.families import FAMILIES
-from penstock.core.contract.hookspecs import API_LEVEL, SchedulePolicySpec, TransportSpec
+from penstock.core.contract.hookspecs import API_LEVEL, AttentionSpec, SchedulePolicySpec, TransportSpec
 from penstock.core.contract.host import PluginHost
-from penstock.core.protocol.errors import PluginError
+from penstock.core.protocol.errors import PluginError, UnsupportedFeature
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.plugins.devices.cpu import CpuDevice
+from penstock.plugins.devices.driver import Driver, Job, Options
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -83,3 +91,65 @@ def test_a_frozen_transport_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert httpx.get(f"http://127.0.0.1:{edge.port}/frozen").json() == {"active": 0}
     finally:
         edge.stop()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """checkpoint(**config changes) -> a tiny random Llama."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    from devices_gpu.conftest import CONFIG, tensors
+
+    def make(**changes: Any) -> Path:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+        save_file(tensors(CONFIG, torch.float32), folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+def answers(folder: Path, plugins: Any, **over: Any) -> list[tuple[list[int], list[bytes]]]:
+    settings: dict[str, Any] = {
+        "model_path": str(folder), "dtype": "auto", "max_model_len": None, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 32,
+        "kv_cache_memory_bytes": 1 << 20, "num_gpu_blocks_override": None, "gpu_memory_utilization": 0.9, "load_format": "auto",
+        "deterministic": False, "enforce_eager": False, "attention_backend": None, "seed": 0, "threads": 1, "max_logprobs": 20,
+    }  # fmt: skip
+    runner = CpuDevice().load(RunnerConfig(**{**settings, **over}, plugins=plugins), lambda phase, fraction: None)
+    asks = SamplingParams(temperature=0.0, logprobs=3, prompt_logprobs=2)
+    jobs = [Job(prompt=np.arange(3, 3 + length, dtype=np.int32), params=asks, max_tokens=5) for length in (1, 20, 37)]
+    Driver(runner, Options(chunk=lambda rng: rng.randint(1, 20), scatter=True, share=True, seed=2)).run(jobs)
+    return [(job.tokens, [*job.logprobs, repr(sorted(job.prompt_logprobs.items())).encode()]) for job in jobs]
+
+
+def test_a_frozen_attention_backend_serves(checkpoint: Any) -> None:
+    loaded = host("engine", "frozen_attention")
+    truth = answers(checkpoint(), None, attention_backend="torch")
+    found = answers(checkpoint(), loaded, attention_backend="frozen-plain")
+    for (tokens, logprobs), (mine, others) in zip(truth, found, strict=True):
+        assert tokens == mine
+        for a, b in zip(logprobs[:-1], others[:-1], strict=True):
+            assert np.allclose(np.frombuffer(a, np.float32), np.frombuffer(b, np.float32), atol=1e-4)
+
+
+def test_a_table_for_cuda_of_the_level_before_is_refused() -> None:
+    adapt = FAMILIES["attention_backends"].adapt
+    assert adapt is not None
+    with pytest.raises(PluginError, match="level 2"):
+        adapt(old_attention(["cuda"]))
+    both = adapt(old_attention(["cuda", "cpu"]))
+    assert isinstance(both, AttentionSpec)
+    assert both.devices == ["cpu"]
+
+
+def old_attention(devices: list[str]) -> AttentionSpec:
+    return AttentionSpec(name="old", api_level=1, devices=devices, supports=lambda facts, dtype: None, factory=lambda **options: None)
+
+
+def test_a_frozen_model_serves_bit_for_bit(checkpoint: Any) -> None:
+    loaded = host("engine", "frozen_model")
+    truth = answers(checkpoint(), None)
+    assert answers(checkpoint(architectures=["FrozenForCausalLM"], model_type="frozen"), loaded) == truth
+    [spec] = [spec for spec in loaded.models().values() if spec.name == "frozen-model"]
+    with pytest.raises(UnsupportedFeature, match="CPU alone"):
+        spec.factory(facts=None, builder=SimpleNamespace(device=torch.device("meta")), attention=None, max_len=1)

@@ -16,7 +16,6 @@ from penstock.core.contract import devices, hookspecs, policy
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors
-from penstock.plugins.devices import cuda_ops
 from penstock.plugins.models import api
 from penstock.transports import gateway
 
@@ -58,7 +57,7 @@ def sections() -> dict[str, str]:
 
 SPECS = [one.spec for one in FAMILIES.values()]
 PROTOCOLS: list[Any] = [
-    *(devices.Device, devices.Runner, api.Weights, api.Attention, api.Model, api.Program, cuda_ops.Ops),
+    *(devices.Device, devices.Runner, api.Weights, api.Attention, api.Model, api.Program, api.Ops, api.Linear),
     *(policy.SchedulePolicy, text_api.Tokenizer, text_api.ChatRenderer, gateway.Sink),
 ]
 

@@ -133,7 +133,9 @@ def fill(runner: Any, rows: int, context: int) -> None:
     from penstock.core.protocol.messages import Forward, Sample, SlotSampling
     from penstock.core.protocol.sampling import SamplingParams
 
-    runner._pool.normal_(0, 0.5)
+    for cache in runner._caches:
+        cache.k.normal_(0, 0.5)
+        cache.v.normal_(0, 0.5)
     per = -(-(context + 600) // runner.block_size)
     slots = i32(range(rows))
     rng = np.random.default_rng(0)
