@@ -15,7 +15,7 @@ from typing import get_args
 from penstock.core.cli import GROUP_TITLES
 from penstock.core.protocol import config, messages
 from penstock.core.protocol.foreign import FOREIGN
-from penstock.core.telemetry import metrics as telemetry
+from penstock.core.telemetry import names as telemetry
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -43,6 +43,7 @@ WORDS = {
     "RopeType": ", ".join(f'"{name}"' for name in get_args(devices.RopeType)),
     "CancelCause": '"disconnect", "slow_client", "timeout", "drain" or "client"',
     "Scope, Receive, Send, Header": "ASGI's; a header is a pair of bytes",
+    "Request, ASGIApp": "Litestar's",
     "Any, Callable, Sequence, Iterable, Literal, Annotated, AbstractContextManager": "Python's own (typing, collections.abc, contextlib)",
 }
 """What stands in types and is no class of this page."""
@@ -54,7 +55,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
     from penstock.kernels.attention import layout
     from penstock.plugins.attention import pages
     from penstock.plugins.models import api, builder
-    from penstock.transports import gateway, request
+    from penstock.transports import frame, gateway, generation, request, surface, voice
 
     return {
         "devices": (
@@ -98,7 +99,10 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 request.check_json,
                 request.read_body,
                 request.error_reply,
+                request.error_headers,
             ),
+            *((surface.Surface, ("__init__", "body", "answer")), generation.Generation, voice.Voice, voice.Head, voice.Usage, voice.Prompt),
+            *(voice.Choice, frame.Frame, frame.Sse),
         ),
     }
 
@@ -149,7 +153,7 @@ def signature(node: ast.FunctionDef | ast.AsyncFunctionDef, where: Any) -> str:
     name, result = node.name, f" -> {ast.unparse(node.returns)}" if node.returns else ""
     if name == "__init__":
         name, result = where.__name__, ""
-    node.args.args = [argument for argument in node.args.args if argument.arg != "self"]
+    node.args.args = [argument for argument in node.args.args if argument.arg not in ("self", "cls")]
     node.args.defaults = [plain(value, where) for value in node.args.defaults]
     node.args.kw_defaults = [value and plain(value, where) for value in node.args.kw_defaults]
     awaited = "async " if isinstance(node, ast.AsyncFunctionDef) else ""

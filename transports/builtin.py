@@ -2,12 +2,11 @@
 
 What it is: a plugin of `penstock.edge` like any other; its factory gives the routes of /v1/chat/completions, /v1/completions, /v1/models,
 /tokenize, /detokenize and /tokenizer_info.
-What it does not know: how requests run (gateway.py), the schema's rules (openai.py), events (sse.py).
+What it does not know: how requests run (gateway.py), the schema's rules (openai.py), replies (openai_voice.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,17 +14,17 @@ from litestar import Request, get, post
 from litestar.types import ASGIApp
 
 from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
-from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, ModelNotFound, PenstockError
-from penstock.core.protocol.messages import Answer, Limits
+from penstock.core.protocol.messages import Answer
+from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway, make_error
-from penstock.transports.openai import Call, check_messages, parse_chat, parse_completion
+from penstock.transports.openai import check_messages, parse_chat, parse_completion
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
-from penstock.transports.outbox import Pulse
-from penstock.transports.replies import WholeReply
-from penstock.transports.request import JsonReply, check_json, context_of, error_reply, ignored_header, read_body
-from penstock.transports.sse import StreamReply
+from penstock.transports.request import JsonReply, error_reply, ignored_header
+from penstock.transports.surface import Surface
+from penstock.transports.voice import VOICE
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -63,16 +62,7 @@ def failure_of(answer: Answer) -> PenstockError:
 def openai_routes(gateway: Gateway) -> list[Any]:
     """TransportSpec.factory: Litestar handlers that share one gateway."""
     config = gateway.config
-    pulse = Pulse(config)
-
-    async def body_of(request: AnyRequest) -> bytes:
-        check_json(context_of(request.scope).headers)
-        return await read_body(request.scope, request.receive, config.max_body_bytes)
-
-    async def generate(request: AnyRequest, parse: Callable[[bytes, Config, Limits | None], Call]) -> ASGIApp:
-        call = parse(await body_of(request), config, gateway.limits)
-        context = context_of(request.scope)
-        return StreamReply(gateway, call, context, pulse) if call.stream else WholeReply(gateway, call, context)
+    surface = Surface(gateway, Sse())
 
     async def find_model(wanted: str) -> dict[str, Any]:
         """The entry of /v1/models. Raises ModelNotFound, or what the query ended with."""
@@ -86,13 +76,27 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         names = ", ".join(str(one.get("id")) for one in known)
         raise ModelNotFound(f"The model {wanted[:200]!r} does not exist here. Known: {names}.", param="model")
 
-    @post("/v1/chat/completions", summary="Answer a conversation", tags=["generate"], status_code=200, opt={BODY: ChatRequest})
+    @post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        tags=["generate"],
+        status_code=200,
+        opt={BODY: ChatRequest, VOICE: ChatVoice},
+    )
     async def chat_completions(request: AnyRequest) -> ASGIApp:
-        return await generate(request, parse_chat)
+        call = parse_chat(await surface.body(request), config, gateway.limits)
+        return surface.answer(request, call, ChatVoice(call))
 
-    @post("/v1/completions", summary="Continue a text", tags=["generate"], status_code=200, opt={BODY: CompletionRequest})
+    @post(
+        "/v1/completions",
+        summary="Continue a text",
+        tags=["generate"],
+        status_code=200,
+        opt={BODY: CompletionRequest, VOICE: CompletionVoice},
+    )
     async def completions(request: AnyRequest) -> ASGIApp:
-        return await generate(request, parse_completion)
+        call = parse_completion(await surface.body(request), config, gateway.limits)
+        return surface.answer(request, call, CompletionVoice(call))
 
     @get("/v1/models", summary="The models that requests may name", tags=["models"])
     async def models() -> ASGIApp:
@@ -104,7 +108,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = decode(await body_of(request), TokenizeRequest, gateway.limits)
+        parsed, raw, ignored = decode(await surface.body(request), TokenizeRequest, gateway.limits)
         if (parsed.prompt is None) == (parsed.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
         fields = {name: value for name, value in raw.items() if name not in ignored}
@@ -116,7 +120,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = decode(await body_of(request), DetokenizeRequest, gateway.limits)
+        parsed, raw, ignored = decode(await surface.body(request), DetokenizeRequest, gateway.limits)
         if parsed.model:
             await find_model(parsed.model)
         fields = {name: value for name, value in raw.items() if name not in ignored}

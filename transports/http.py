@@ -2,7 +2,7 @@
 
 What it is: the outer ASGI application (request ids, keys, header limit, trace context, metrics, last-resort errors) around a Litestar
 application with the routes that are always there (health, metrics, version, OpenAPI) and those of the transports. Every error leaves in
-OpenAI's shape. A path is protected unless it is named in PUBLIC: what is added later is protected without anybody thinking of it.
+OpenAI's shape, or that of its route's voice. A path is protected unless it is named in PUBLIC: what is added later is protected without anybody thinking of it.
 What it does not know: what the transports' routes do, sockets, processes.
 """
 
@@ -43,6 +43,7 @@ from penstock.transports.request import (
     sane_id,
 )
 from penstock.transports.tracing import NO_TRACING
+from penstock.transports.voice import VOICE, Voice
 from penstock.version import __version__
 
 log = logging.getLogger("penstock.edge.http")
@@ -170,9 +171,10 @@ def tenant_of(key: str) -> str:
 
 
 def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
-    """Every exception of a route, and Litestar's own, as OpenAI's error."""
+    """Every exception of a route, and Litestar's own, as an error of the route's API; OpenAI's where there is none."""
+    refuse = _refuse_of(request.scope)
     if isinstance(error, PenstockError):
-        return error_reply(error, CLOSE if error.status == 413 else ())
+        return refuse(error, CLOSE if error.status == 413 else ())
     if isinstance(error, Disconnected):
         request.scope["state"][CONTEXT].status = request.scope["state"].get(REFUSED, 499)
         return NoReply()
@@ -183,9 +185,16 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     if isinstance(error, HTTPException) and error.status_code == 404:
         return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
     if isinstance(error, HTTPException) and error.status_code < 500:
-        return error_reply(InvalidRequest(error.detail))
+        return refuse(InvalidRequest(error.detail))
     log.error("request %s failed", request.scope["state"][CONTEXT].rid, exc_info=error)
-    return error_reply(PenstockError("The server made an error. It is logged with the request id."))
+    return refuse(PenstockError("The server made an error. It is logged with the request id."))
+
+
+def _refuse_of(scope: Scope) -> Callable[..., JsonReply]:
+    """How the route that was found says its errors."""
+    handler = scope.get("route_handler")
+    voice: type[Voice] | None = None if handler is None else handler.opt.get(VOICE)
+    return error_reply if voice is None else voice.refuse
 
 
 def _methods_of(app: Litestar, path: str) -> list[str]:

@@ -1,8 +1,8 @@
 """The life of one generation request at the edge.
 
-What it is: `Job` submits one Submit a prompt, collects how they end, and cancels them; `Prompt` is what comes back about a prompt itself.
-replies.py and sse.py say what a client gets to see of it.
-What it does not know: bodies, events, routes, how rows arrive.
+What it is: `Job` submits one Submit a prompt, collects how they end, and cancels them. replies.py and stream.py are the two kinds; what a client gets to
+see is up to the job's Voice.
+What it does not know: APIs, bodies, events, routes, how rows arrive.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import time
 from typing import Any
 
 from penstock.core.protocol.errors import EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
-from penstock.core.protocol.messages import Finished, RowExtra, Submit, TokenLogprobs
+from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.gateway import CancelCause, Gateway
-from penstock.transports.openai import Call
+from penstock.transports.generation import Generation
 from penstock.transports.request import Receive, RequestContext, sane_id
+from penstock.transports.voice import Head, Usage, Voice
 
 
 def row_error(extra: RowExtra | None) -> PenstockError:
@@ -30,96 +31,40 @@ def row_error(extra: RowExtra | None) -> PenstockError:
     return EngineFailure(message, code=code)
 
 
-def error_fields(error: PenstockError) -> dict[str, Any]:
-    """What a choice that failed alone says about itself."""
-    return {"message": error.message, "type": error.type, "code": error.code}
-
-
-def usage_of(prompt: int, output: int, cached: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": output,
-        "total_tokens": prompt + output,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-class Prompt:
-    """What came back about one prompt itself, with the first row(s) of whichever choice."""
-
-    __slots__ = ("first", "ids", "logprobs", "offsets", "text")
-
-    def __init__(self) -> None:
-        self.ids: list[int] | None = None
-        self.logprobs: list[TokenLogprobs | None] = []
-        self.offsets: list[int] = []
-        self.first = b""
-        self.text = ""
-
-    def take(self, extra: RowExtra) -> None:
-        if extra.prompt_token_ids is not None:
-            self.ids = extra.prompt_token_ids.tolist()
-        if extra.prompt_logprobs:
-            self.logprobs += extra.prompt_logprobs
-        if extra.prompt_text:
-            self.text = extra.prompt_text
-        if extra.prompt_offsets:
-            self.offsets = extra.prompt_offsets
-            self.first = extra.prompt_first
-
-    def echoed(self) -> list[TokenLogprobs | None]:
-        """The prompt's positions for an echo; the first one, which nothing predicts, has its token alone."""
-        positions = list(self.logprobs)
-        if positions and positions[0] is None:
-            token = self.ids[0] if self.ids else -1
-            text = self.first.decode("utf-8", "replace")
-            positions[0] = TokenLogprobs(ids=[token], logprobs=[], ranks=[], texts=[text], bytes_=[self.first])
-        return positions
-
-
 class Job(abc.ABC):
     """One HTTP request: as many keys as prompts. Subclasses say what happens with rows and at the end."""
 
-    def __init__(self, gateway: Gateway, call: Call, context: RequestContext) -> None:
+    def __init__(self, gateway: Gateway, generation: Generation, voice: Voice, context: RequestContext) -> None:
         self.gateway = gateway
-        self.call = call
+        self.generation = generation
+        self.voice = voice
         self.context = context
-        rid = sane_id(call.request_id) if call.request_id and b"x-request-id" not in context.headers else None
+        asked = generation.request_id
+        rid = sane_id(asked) if asked and b"x-request-id" not in context.headers else None
         if rid is not None:
             context.rid = rid
-        self.id = ("chatcmpl-" if call.kind == "chat" else "cmpl-") + context.rid
-        self.created = time.time_ns() // 1_000_000_000
-        self.model = call.model or gateway.model_name
+        self.id = ""
+        """The reply's, once its voice was told what to speak of."""
+        self.model = generation.model or gateway.model_name
+        self._created = time.time_ns() // 1_000_000_000
         self.keys: list[int] = []
         self.ended: list[Finished] = []
         self.error: PenstockError | None = None
         self.failed: dict[int, PenstockError] = {}
         """Choices (by their index in the reply) that failed for the client's reasons; the others go on."""
 
+    def introduce(self) -> None:
+        """Tell the voice what it speaks of; before anything else is asked of it."""
+        self.id = self.voice.begin(Head(self.context.rid, self._created, self.model, self.gateway.fingerprint))
+
     def begin(self) -> None:
         """Take a place and submit every prompt. Raises the error to answer with; then nothing is left behind."""
-        gateway, call, context = self.gateway, self.call, self.context
+        gateway, context = self.gateway, self.context
         gateway.enter()
         sent_ns = time.monotonic_ns()
         try:
-            for index, prompt in enumerate(call.prompts):
-                submit = Submit(
-                    key=gateway.next_key(),
-                    edge=gateway.edge,
-                    rid=context.rid,
-                    kind=call.kind,
-                    model=self.model,
-                    sampling=call.sampling,
-                    explicit=call.explicit,
-                    tenant=context.tenant,
-                    traceparent=context.span.traceparent,
-                    tracestate=context.span.tracestate,
-                    received_ns=context.started_ns,
-                    sent_ns=sent_ns,
-                    to_wall_ns=context.span.to_wall_ns,
-                    **call.fields,
-                    **prompt,
-                )
+            for index in range(len(self.generation.prompts)):
+                submit = self._submit(index, sent_ns)
                 gateway.submit(submit, self.leg(index))
                 self.keys.append(submit.key)
         except BaseException:
@@ -130,10 +75,37 @@ class Job(abc.ABC):
         if gateway.tracing.enabled:
             self._name_span()
 
+    def _submit(self, index: int, sent_ns: int) -> Submit:
+        gateway, generation, context = self.gateway, self.generation, self.context
+        return Submit(
+            key=gateway.next_key(),
+            edge=gateway.edge,
+            rid=context.rid,
+            kind=generation.kind,
+            model=self.model,
+            sampling=generation.sampling,
+            explicit=generation.explicit,
+            names=generation.names,
+            priority=generation.priority,
+            cache_salt=generation.cache_salt,
+            truncate_prompt_tokens=generation.truncate_prompt_tokens,
+            add_special_tokens=generation.add_special_tokens,
+            echo=generation.echo,
+            want_ids=generation.want_ids,
+            stream=generation.stream,
+            tenant=context.tenant,
+            traceparent=context.span.traceparent,
+            tracestate=context.span.tracestate,
+            received_ns=context.started_ns,
+            sent_ns=sent_ns,
+            to_wall_ns=context.span.to_wall_ns,
+            **generation.prompts[index],
+        )
+
     def _name_span(self) -> None:
-        operation = "chat" if self.call.kind == "chat" else "text_completion"
-        attributes = gen_ai_attributes(self.call.kind, self.model, self.call.sampling, stream=self.call.stream)
-        self.context.span.name(f"{operation} {self.model}", {**attributes, "gen_ai.output.type": "text"})
+        generation = self.generation
+        attributes = gen_ai_attributes(generation.kind, self.model, generation.sampling, stream=generation.stream)
+        self.context.span.name(f"{attributes['gen_ai.operation.name']} {self.model}", {**attributes, "gen_ai.output.type": "text"})
 
     @abc.abstractmethod
     def leg(self, index: int) -> Any:
@@ -141,17 +113,13 @@ class Job(abc.ABC):
 
     def leg_finished(self, message: Finished) -> None:
         self.ended.append(message)
-        if len(self.ended) == len(self.call.prompts):
+        if len(self.ended) == len(self.generation.prompts):
             self.context.span.answered(message.done_ns or time.monotonic_ns())
-            if len(self.failed) == self.choices:
+            if len(self.failed) == self.generation.choices:
                 self.error = self.failed[0]
                 self.broken(self.error)
             elif self.error is None:
                 self.complete()
-
-    @property
-    def choices(self) -> int:
-        return self.call.n * len(self.call.prompts)
 
     def choice_failed(self, index: int, error: PenstockError) -> bool:
         """A row ended its choice with an error. What the client can mend ends that choice alone (True), unless nothing else is left; anything
@@ -181,8 +149,8 @@ class Job(abc.ABC):
         for key in self.keys:
             self.gateway.cancel(key, cause)
 
-    def usage(self) -> dict[str, Any]:
-        return usage_of(
+    def usage(self) -> Usage:
+        return Usage(
             sum(m.prompt_tokens for m in self.ended),
             sum(m.output_tokens for m in self.ended),
             sum(m.cached_tokens for m in self.ended),
@@ -196,13 +164,15 @@ class Job(abc.ABC):
                 "gen_ai.response.id": self.id,
                 "gen_ai.response.model": self.model,
                 "gen_ai.response.finish_reasons": reasons,
-                "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-                "gen_ai.usage.output_tokens": usage["completion_tokens"],
-                "gen_ai.usage.cache_read.input_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+                "gen_ai.usage.input_tokens": usage.prompt,
+                "gen_ai.usage.output_tokens": usage.output,
+                "gen_ai.usage.cache_read.input_tokens": usage.cached,
             }
 
-    def timings(self) -> dict[str, Any]:
-        """For `x-include-metrics: 1`. Seconds; of several prompts the longest."""
+    def timings(self) -> dict[str, Any] | None:
+        """For `x-include-metrics: 1`; else None. Seconds; of several prompts the longest."""
+        if not self.context.include_metrics:
+            return None
         start = self.context.started_ns
         first = [m.first_token_ns for m in self.ended if m.first_token_ns]
         return {

@@ -1,14 +1,14 @@
 """From a request body to what text is told.
 
-What it is: `parse_chat` and `parse_completion` check what the fields of a request mean together and give a `Call`: the sampling settings,
-Submit's fields, and everything that a reply needs to know.
-What it does not know: JSON decoding (openai_schema.py), HTTP, streams, keys, the chat template.
+What it is: `parse_chat` and `parse_completion` check what the fields of a request mean together and give a `Call`: a Generation, and what its reply
+is to show.
+What it does not know: JSON decoding (openai_schema.py), HTTP, replies (openai_voice.py), keys, the chat template.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
+from penstock.transports.generation import Generation
 from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
 
 COMPLETION_MAX_TOKENS = 16
@@ -48,27 +49,15 @@ _SAMPLING = (
 )
 
 
-class Call(msgspec.Struct, kw_only=True):
-    """One understood request. `fields` are Submit's, the same for every prompt; `prompts` has one dict of Submit fields a prompt."""
+class Call(Generation, kw_only=True):
+    """One understood request of OpenAI's API. Its own fields say what the reply is to show; only the voices read them."""
 
-    kind: Literal["chat", "completion"]
-    model: str | None
-    sampling: SamplingParams
-    explicit: list[str]
-    fields: dict[str, Any]
-    prompts: list[dict[str, Any]]
-    n: int
-    stream: bool
     include_usage: bool
     continuous_usage: bool
     top_logprobs: int | None
     """None: no logprobs in the reply; else how many alternatives."""
     prompt_logprobs: bool
-    echo: bool
-    return_token_ids: bool
     tokens_as_ids: bool
-    request_id: str | None
-    ignored: list[str]
 
 
 def _need(ok: bool, message: str, param: str) -> None:
@@ -120,8 +109,8 @@ def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
     return bias
 
 
-def _shared(request: GenerationRequest, config: Config, raw: dict[str, msgspec.Raw]) -> dict[str, Any]:
-    """Checks that both requests share; Submit's fields that they share."""
+def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: list[str]) -> dict[str, Any]:
+    """Checks that both requests share; Call's fields that they share."""
     if request.response_format is not None:
         refused.check_format(raw["response_format"])
     if request.spaces_between_special_tokens is False:
@@ -140,32 +129,24 @@ def _shared(request: GenerationRequest, config: Config, raw: dict[str, msgspec.R
     )
     priority = request.priority or 0
     _need(-(2**31) <= priority < 2**31, "priority must fit 32 bits.", "priority")
-    return {
-        "truncate_prompt_tokens": cut,
-        "priority": priority,
-        "cache_salt": request.cache_salt or "",
-        "want_ids": bool(request.return_token_ids),
-        "stream": bool(request.stream),
-    }
-
-
-def _call(kind: Literal["chat", "completion"], request: GenerationRequest, raw: dict[str, msgspec.Raw], **rest: Any) -> Call:
     options = request.stream_options
     if options is not None:
         given: dict[str, Any] = msgspec.json.decode(raw["stream_options"])
-        rest["ignored"] += sorted(f"stream_options.{name}" for name in given.keys() - set(options.__struct_fields__))
-    return Call(
-        kind=kind,
-        model=request.model or None,
-        stream=bool(request.stream),
-        include_usage=bool(options and options.include_usage),
-        continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
-        return_token_ids=bool(request.return_token_ids),
-        tokens_as_ids=bool(request.return_tokens_as_token_ids),
-        request_id=request.request_id,
-        prompt_logprobs=request.prompt_logprobs is not None,
-        **rest,
-    )
+        ignored = [*ignored, *sorted(f"stream_options.{name}" for name in given.keys() - set(options.__struct_fields__))]
+    return {
+        "model": request.model or None,
+        "priority": priority,
+        "cache_salt": request.cache_salt or "",
+        "truncate_prompt_tokens": cut,
+        "want_ids": bool(request.return_token_ids),
+        "stream": bool(request.stream),
+        "request_id": request.request_id,
+        "ignored": ignored,
+        "include_usage": bool(options and options.include_usage),
+        "continuous_usage": bool(options and options.include_usage and options.continuous_usage_stats),
+        "prompt_logprobs": request.prompt_logprobs is not None,
+        "tokens_as_ids": bool(request.return_tokens_as_token_ids),
+    }
 
 
 def _check_max_tokens(value: int | None, param: str) -> None:
@@ -179,23 +160,23 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, raw, ignored = decode(body, ChatRequest, limits)
     assert isinstance(request, ChatRequest)
-    fields = _shared(request, config, raw)
+    fields = _shared(request, raw, ignored)
     check_messages(request.messages, config.max_messages)
     _check_tools(request)
     if request.max_completion_tokens is not None:
         _check_max_tokens(request.max_completion_tokens, "max_completion_tokens")
         max_tokens: int | None = request.max_completion_tokens
+        names = {"max_tokens": "max_completion_tokens"}
     else:
         _check_max_tokens(request.max_tokens, "max_tokens")
         max_tokens = request.max_tokens
+        names = {}
     top = request.top_logprobs
     if top is not None:
         _need(0 <= top <= config.max_logprobs, f"top_logprobs must be between 0 and {config.max_logprobs}, but is {top}.", "top_logprobs")
         _need(bool(request.logprobs) or top == 0, "top_logprobs needs logprobs to be true.", "top_logprobs")
     logprobs = (top or 0) if request.logprobs else None
     sampling, explicit = _sampling(request, config, max_tokens, logprobs)
-    if request.max_completion_tokens is not None:
-        explicit.append("max_completion_tokens")
     kwargs = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", request.reasoning_effort)
@@ -210,25 +191,21 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         "continue_final_message and add_generation_prompt cannot both be true.",
         "continue_final_message",
     )
-    fields.update(
-        messages=bytes(raw["messages"]),
-        template_kwargs=msgspec.json.encode(kwargs) if kwargs else b"",
-        add_generation_prompt=generate,
-        continue_final_message=continues,
-        add_special_tokens=bool(request.add_special_tokens),
-    )
-    return _call(
-        "chat",
-        request,
-        raw,
+    prompt = {
+        "messages": bytes(raw["messages"]),
+        "template_kwargs": msgspec.json.encode(kwargs) if kwargs else b"",
+        "add_generation_prompt": generate,
+        "continue_final_message": continues,
+    }
+    return Call(
+        kind="chat",
+        prompts=[prompt],
         sampling=sampling,
         explicit=explicit,
-        fields=fields,
-        prompts=[{}],
-        n=sampling.n,
+        names=names,
+        add_special_tokens=bool(request.add_special_tokens),
         top_logprobs=logprobs,
-        echo=False,
-        ignored=ignored,
+        **fields,
     )
 
 
@@ -285,7 +262,7 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, raw, ignored = decode(body, CompletionRequest, limits)
     assert isinstance(request, CompletionRequest)
-    fields = _shared(request, config, raw)
+    fields = _shared(request, raw, ignored)
     echo = bool(request.echo)
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if not (echo and max_tokens == 0):  # with echo, 0 is scoring: the prompt is computed and nothing drawn
@@ -301,25 +278,21 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         explicit.remove("max_tokens")
     if echo and request.logprobs is not None and sampling.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
-    fields.update(echo=echo, add_special_tokens=request.add_special_tokens is not False)
     prompts = _prompts(request.prompt, config)
     _need(
         len(prompts) * sampling.n <= config.max_choices,
         f"prompts times n may be at most {config.max_choices} (--max-choices), but is {len(prompts) * sampling.n}.",
         "n",
     )
-    return _call(
-        "completion",
-        request,
-        raw,
+    return Call(
+        kind="completion",
+        prompts=prompts,
         sampling=sampling,
         explicit=explicit,
-        fields=fields,
-        prompts=prompts,
-        n=sampling.n,
-        top_logprobs=request.logprobs,
+        add_special_tokens=request.add_special_tokens is not False,
         echo=echo,
-        ignored=ignored,
+        top_logprobs=request.logprobs,
+        **fields,
     )
 
 

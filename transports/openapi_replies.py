@@ -2,7 +2,7 @@
 
 What it is: msgspec structs of the reply bodies, and which endpoint gives which with which status and content type. Tests hold real replies
 against them; nothing is encoded from them.
-What it does not know: how replies are made (replies.py, sse.py, http.py, text's queries).
+What it does not know: how replies are made (openai_voice.py, http.py, text's queries).
 """
 
 from __future__ import annotations

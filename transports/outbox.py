@@ -1,7 +1,7 @@
-"""The bounded buffer of one event stream.
+"""The bounded buffer of one stream.
 
 What it is: `Outbox` holds the bytes that a client has not taken yet: it parks the request when they become many, and cuts the stream when they are
-too many or do not move; `Pulse` ticks all outboxes of an edge (keep-alive comments, stalls).
+too many or do not move; `Pulse` ticks all outboxes of an edge (keep-alives, stalls).
 What it does not know: what the bytes say, HTTP, requests.
 """
 
@@ -14,19 +14,19 @@ from penstock.core.protocol.config import Config
 
 WRITE_BYTES = 64 << 10
 """At most so much is handed to the server in one write, so that the rest stays where it is counted."""
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class Outbox:
     """Bytes of one stream that the socket has not taken yet.
 
     `park()` is called when they reach park_bytes, `unpark()` when they are down to half of it, `cut()` when they exceed max_bytes or nothing
-    moved for stall_s. One writer takes, anybody on the loop pushes.
+    moved for stall_s. `keep_alive` is what leaves when nothing else does. One writer takes, anybody on the loop pushes.
     """
 
     __slots__ = (
         "_cut",
         "_half",
+        "_keep_alive",
         "_loop",
         "_max",
         "_park",
@@ -40,13 +40,16 @@ class Outbox:
         "unsent",
     )
 
-    def __init__(self, config: Config, park: Callable[[], None], unpark: Callable[[], None], cut: Callable[[], None]) -> None:
+    def __init__(
+        self, config: Config, park: Callable[[], None], unpark: Callable[[], None], cut: Callable[[], None], *, keep_alive: bytes
+    ) -> None:
         self._park_at = config.stream_park_bytes
         self._half = config.stream_park_bytes // 2
         self._max = config.stream_max_bytes
         self._park = park
         self._unpark = unpark
         self._cut = cut
+        self._keep_alive = keep_alive
         self._loop = asyncio.get_running_loop()
         self._parts: list[bytes] = []
         self._waker: asyncio.Future[None] | None = None
@@ -131,7 +134,7 @@ class Outbox:
             if now - self.moved > stall_s:
                 self._cut()
         elif now - self.moved >= keep_alive_s:
-            self.push(KEEP_ALIVE)
+            self.push(self._keep_alive)
 
 
 class Pulse:

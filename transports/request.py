@@ -117,6 +117,7 @@ def error_body(error: PenstockError) -> bytes:
 
 
 def error_headers(error: PenstockError) -> list[Header]:
+    """What HTTP wants beside the body: when to try again, what else would be accepted."""
     headers: list[Header] = []
     if error.status in (429, 503):
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s or 1))))

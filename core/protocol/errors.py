@@ -30,6 +30,10 @@ ErrorCode = Literal[
 ]
 
 
+QueueLimit = Literal["queue_requests", "queue_tokens"]
+"""What a queue is full of; a label of metrics."""
+
+
 class PenstockError(Exception):
     """An error with a place in the OpenAI error body.
 
@@ -103,6 +107,18 @@ class QueueFull(RetryableError):
     status = 429
     type = "rate_limit_error"
     default_code = "queue_full"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+        reason: QueueLimit = "queue_requests",
+    ) -> None:
+        super().__init__(message, param=param, code=code, retry_after_s=retry_after_s)
+        self.reason: QueueLimit = reason
 
 
 class Draining(RetryableError):

@@ -97,8 +97,7 @@ class Submit(Message, frozen=True, kw_only=True):
     echo: bool = False
     stream: bool = False
     explicit: list[str] = msgspec.field(default_factory=list)
-    """Sampling fields that the client itself gave; the others take the model's generation_config.json defaults. Who gave `max_tokens` by
-    another name has that name here too, so that an error can use it."""
+    """Sampling fields that the client itself gave, by our names; the others take the model's generation_config.json defaults."""
     want_ids: bool = False
     """Send prompt_token_ids with the first delta."""
     priority: int = 0
@@ -114,6 +113,8 @@ class Submit(Message, frozen=True, kw_only=True):
     touch. 0: no span was begun."""
     prompt_name: str = ""
     """What the client calls this prompt ("prompt[3]"), for errors; "" is "messages" or "prompt"."""
+    names: dict[str, str] = msgspec.field(default_factory=dict)
+    """What the client calls fields that are called otherwise here, for errors: {"max_tokens": "max_completion_tokens"}."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):

@@ -1,148 +1,28 @@
 """The metrics of a server, in one place: the text process.
 
-What it is: plain counters and histograms that cost a dictionary or bisect operation to feed, and their exposition as
-Prometheus text under Penstock's own names and, for dashboards that exist, under vLLM's (`vllm:*`). A histogram is kept once, with the
-union of both sets of buckets, and projected onto each when it is read. Cumulative counters of edges and engines survive the restart of
-the process that sent them. Names are API: tests/text keeps the list.
-It is long because a third of it is the table of names.
-What it does not know: HTTP, when somebody scrapes, what a request is.
+What it is: counters, gauges and histograms, and their exposition as Prometheus text under Penstock's own names and, for dashboards that exist, under vLLM's
+(`vllm:*`). What happens to requests is kept by pool and class (`of`), what happens to processes by their number. A histogram is kept once, with the union
+of both sets of buckets, and projected onto each when it is read. Cumulative counters of edges and engines survive the restart of the process that
+sent them.
+What it does not know: names (names.py), the text format (exposition.py), HTTP, when somebody scrapes, what a request is.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from penstock.core.protocol.messages import EngineFacts, EngineStats
+from penstock.core.telemetry.exposition import Page, series_order
+from penstock.core.telemetry.names import COUNTERS, EDGE_METRICS, ENGINE_COUNTERS, GAUGES, HISTOGRAMS, OF_REQUESTS, STEP_TOKENS
+from penstock.core.telemetry.series import Counts, Histogram, Series, histogram_of, zeros
 
-LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
-GAP = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
-DURATION = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960, 1920)
-COUNT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000)
-SMALL = (1, 2, 5, 10, 20)
-BATCH = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STANDARD = "standard"
+"""The class of requests that name none, which today is all."""
 
-VLLM_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
-VLLM_ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-VLLM_LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-
-# attribute -> (own name, own buckets, vLLM's name, vLLM's buckets, help)
-HISTOGRAMS: dict[str, tuple[str, tuple[float, ...], str, tuple[float, ...], str]] = {
-    "ttft": ("time_to_first_token_seconds", LATENCY, "time_to_first_token_seconds", VLLM_TTFT, "From arrival to the first token."),
-    "itl": ("inter_token_latency_seconds", GAP, "inter_token_latency_seconds", VLLM_ITL, "Between two tokens of a sequence."),
-    "tpot": ("time_per_output_token_seconds", GAP, "request_time_per_output_token_seconds", VLLM_ITL, "Mean gap of a finished request."),
-    "e2e": ("request_duration_seconds", DURATION, "e2e_request_latency_seconds", VLLM_LATENCY, "From arrival to the last token."),
-    "encode": ("encode_seconds", LATENCY, "", (), "Template and tokenizer, waiting for them included."),
-    "queue": ("queue_seconds", LATENCY, "request_queue_time_seconds", VLLM_LATENCY, "From accepted to the first step."),
-    "prefill": ("prefill_seconds", LATENCY, "request_prefill_time_seconds", VLLM_LATENCY, "From the first step to the first token."),
-    "decode": ("decode_seconds", DURATION, "request_decode_time_seconds", VLLM_LATENCY, "From the first token to the last."),
-    "inference": ("inference_seconds", DURATION, "request_inference_time_seconds", VLLM_LATENCY, "From the first step to the last token."),
-    "prompt": ("prompt_tokens", COUNT, "request_prompt_tokens", COUNT, "Prompt tokens of a request."),
-    "output": ("output_tokens", COUNT, "request_generation_tokens", COUNT, "Output tokens of a request, all choices."),
-    "longest": ("longest_output_tokens", COUNT, "request_max_num_generation_tokens", COUNT, "Output tokens of its longest choice."),
-    "params_n": ("requested_choices", SMALL, "request_params_n", SMALL, "n of a request."),
-    "params_max": ("requested_max_tokens", COUNT, "request_params_max_tokens", COUNT, "max_tokens of a request that gave it."),
-    "computed": ("prefill_computed_tokens", COUNT, "request_prefill_kv_computed_tokens", COUNT, "Prompt tokens that no cache had."),
-    "preempted": ("request_preemptions", SMALL, "request_num_preemptions", SMALL, "Preemptions of a request."),
-    "batch": ("step_tokens", BATCH, "iteration_tokens_total", BATCH, "Tokens of a step."),
-}
-
-# own name -> (labels, help)
-COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
-    "requests_finished": (("reason",), "Choices that ended, by finish reason."),
-    "requests_rejected": (("code",), "Requests that were refused, by error code."),
-    "admission_rejections": (("reason",), "Requests that admission refused."),
-    "cancellations": (
-        ("cause",),
-        "Prompts that text dropped before they were done: their client left (or its edge died), read too slowly, or gave them up"
-        " (with the other prompts of a failed request); drain: the server shut down.",
-    ),
-    "tokens": (("source",), "Tokens: prompt_computed, prompt_cached, generated, replayed."),
-    "replays": ((), "Requests that were re-admitted after an engine died."),
-    "requests_condemned": ((), "Requests that were failed because engines died under them again and again."),
-    "engine_losses": (("engine",), "Engines that died."),
-    "dropped_rows": (("why",), "Token rows that were not accepted: stale (dead epoch), duplicate, gap."),
-    "hook_errors": (("hook",), "Plugins' request hooks that raised."),
-    "otel_spans_exported": ((), "Spans that the collector took."),
-    "otel_spans_failed": ((), "Spans that could not be exported."),
-}
-# Label values that are known before anything happened: a rate over a series needs its zero.
-KNOWN: dict[str, tuple[str, ...]] = {
-    "requests_finished": ("stop", "length", "abort", "error"),
-    "admission_rejections": ("queue_requests", "queue_tokens"),
-    "cancellations": ("disconnect", "slow_client", "timeout", "drain", "client"),
-    "tokens": ("prompt_computed", "prompt_cached", "generated", "replayed"),
-    "dropped_rows": ("stale", "duplicate", "gap"),
-}
-ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
-    "engine_steps": ("steps", "Steps of the engine."),
-    "preemptions": ("preemptions", "Sequences that were preempted."),
-    "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
-    "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
-    "engine_prompt_computed": ("prompt_computed", "Prompt tokens computed, recomputation included."),
-}
-GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
-    "ready": ((), "1 while requests are accepted."),
-    "pending_requests": ((), "Accepted requests that have not had their first step."),
-    "pending_prompt_tokens": ((), "Their prompt tokens."),
-    "requests": (("state",), "Requests in the server, by state."),
-    "engine_up": (("engine",), "1 while the engine can take requests."),
-    "engine_epoch": (("engine",), "How often the engine was started."),
-    "sequences": (("engine", "state"), "Sequences in the engine, by state."),
-    "kv_blocks": (("engine", "state"), "KV blocks, by state."),
-    "kv_usage_ratio": (("engine",), "Share of KV blocks that running sequences hold."),
-    "startup_phase_seconds": (("role", "phase"), "How long each phase of the start took."),
-    "uptime_seconds": ((), "Since the text process began."),
-}
-
-# flat name that edges send -> (kind, labels, help)
-EDGE_METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "http_requests_total": ("counter", ("handler", "method", "status"), "HTTP requests; 499: the client left."),
-    "http_request_duration_seconds": ("histogram", ("handler", "method"), "HTTP request duration."),
-    "penstock_edge_parks_total": ("counter", (), "Streams that were parked because their client read too slowly."),
-    "penstock_edge_cuts_total": (
-        "counter",
-        (),
-        "Streams that were cut because their client did not read; each of their prompts is a cancellation too.",
-    ),
-    "penstock_edge_refused_total": ("counter", (), "Requests refused with 429 because the edge had --max-streams in progress."),
-}
 _PAIR = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*"'
 _FLAT = re.compile(rf"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{{{_PAIR}(?:,{_PAIR})*\}})?\Z")
-_BOUND = re.compile(r',?\ble="([^"]*)"')
-
-
-class Histogram:
-    """Counts by upper bound (le), fed with a value and a weight."""
-
-    __slots__ = ("bounds", "counts", "sum")
-
-    def __init__(self, *bounds: Iterable[float]) -> None:
-        self.bounds = sorted({float(bound) for some in bounds for bound in some})
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float, weight: int = 1) -> None:
-        self.counts[bisect_left(self.bounds, value)] += weight
-        self.sum += value * weight
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-    def buckets(self, bounds: Iterable[float]) -> list[tuple[str, float]]:
-        """Cumulative counts at `bounds` (a subset of the histogram's own) and +Inf, as text and number."""
-        total, at = 0, 0
-        out: list[tuple[str, float]] = []
-        for bound in bounds:
-            while at < len(self.bounds) and self.bounds[at] <= bound:
-                total += self.counts[at]
-                at += 1
-            out.append((str(float(bound)), total))
-        out.append(("+Inf", self.count))
-        return out
 
 
 class Cumulative:
@@ -171,55 +51,45 @@ class Load(NamedTuple):
 
 
 class _Engine:
-    __slots__ = ("base", "epoch", "facts", "stats", "up")
+    __slots__ = ("base", "epoch", "facts", "pool", "stats", "up")
 
-    def __init__(self) -> None:
+    def __init__(self, pool: str) -> None:
+        self.pool = pool
         self.up = False
         self.epoch = 0
         self.stats = EngineStats()
         self.base = dict.fromkeys(ENGINE_COUNTERS, 0)
         self.facts: EngineFacts | None = None
 
+    def total(self, name: str) -> float:
+        """One of ENGINE_COUNTERS, over all lives."""
+        return float(self.base[name] + getattr(self.stats, ENGINE_COUNTERS[name][0]))
+
 
 class Metrics:
-    """Feed it from the text actor; `render()` for a scrape. `compat` adds the vllm:* names."""
+    """Feed it from the text actor; `render()` for a scrape. `compat` adds the vllm:* names.
 
-    ttft: Histogram
-    itl: Histogram
-    tpot: Histogram
-    e2e: Histogram
-    encode: Histogram
-    queue: Histogram
-    prefill: Histogram
-    decode: Histogram
-    inference: Histogram
-    prompt: Histogram
-    output: Histogram
-    longest: Histogram
-    params_n: Histogram
-    params_max: Histogram
-    computed: Histogram
-    preempted: Histogram
-    batch: Histogram
+    `pools` are the models' served names, the default one first, `classes` those that requests may be of: what is not named here cannot become a label, and
+    never anything that a client says. Classes of a pool are shown together.
+    """
 
-    def __init__(self, model: str, *, compat: bool = True) -> None:
-        self.model = model
+    def __init__(self, pools: Sequence[str], *, classes: Sequence[str] = (STANDARD,), compat: bool = True) -> None:
         self.compat = compat
-        for name, (_, own, _, theirs, _) in HISTOGRAMS.items():
-            setattr(self, name, Histogram(own, theirs))
-        self._counts: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in COUNTERS}
-        self._gauges: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in GAUGES}
-        for name, (labels, _) in COUNTERS.items():
-            if not labels:
-                self._counts[name][()] = 0.0
-            for value in KNOWN.get(name, ()):
-                self._counts[name][value,] = 0.0
+        self._series = {pool: {name: Series() for name in classes} for pool in pools}
+        self._steps = {pool: histogram_of(STEP_TOKENS) for pool in pools}
+        self._counts: dict[str, Counts] = {name: zeros(name) for name in COUNTERS.keys() - OF_REQUESTS}
+        self._gauges: dict[str, Counts] = {name: {} for name in GAUGES}
         self._edges: dict[int, Cumulative] = {}
         self._engines: dict[int, _Engine] = {}
 
     # --- feeding
 
+    def of(self, pool: str, class_: str = STANDARD) -> Series:
+        """Raises KeyError for what was not named at the start."""
+        return self._series[pool][class_]
+
     def count(self, name: str, *labels: str, by: float = 1) -> None:
+        """What is no request's: a name of COUNTERS without OF_REQUESTS."""
         series = self._counts[name]
         series[labels] = series.get(labels, 0.0) + by
 
@@ -232,28 +102,26 @@ class Metrics:
 
     def value(self, name: str, *labels: str) -> float:
         """A counter's or gauge's value, for tests and answers."""
-        family = self._counts.get(name)
-        return (self._gauges[name] if family is None else family).get(labels, 0.0)
+        return (self._gauges[name] if name in self._gauges else self._total(name)).get(labels, 0.0)
 
     def edge(self, edge: int, counters: Mapping[str, float]) -> None:
         self._edges.setdefault(edge, Cumulative()).update(counters)
 
-    def engine_up(self, engine: int, epoch: int, facts: EngineFacts) -> None:
-        entry = self._engines.setdefault(engine, _Engine())
+    def engine_up(self, pool: str, engine: int, epoch: int, facts: EngineFacts) -> None:
+        entry = self._engines.setdefault(engine, _Engine(pool))
         for name, (field, _) in ENGINE_COUNTERS.items():
             entry.base[name] += getattr(entry.stats, field)
         entry.stats = EngineStats(blocks_total=facts.num_blocks)
         entry.up, entry.epoch, entry.facts = True, epoch, facts
 
     def engine_down(self, engine: int) -> None:
-        self._engines.setdefault(engine, _Engine()).up = False
+        self._engines[engine].up = False
         self.count("engine_losses", str(engine))
 
     def engine_stats(self, engine: int, stats: EngineStats) -> None:
-        entry = self._engines.get(engine)
-        if entry is not None:
-            entry.stats = stats
-            self.batch.observe(stats.batch_tokens)
+        entry = self._engines[engine]
+        entry.stats = stats
+        self._steps[entry.pool].observe(stats.batch_tokens)
 
     # --- reading
 
@@ -264,14 +132,14 @@ class Metrics:
 
     def render(self) -> bytes:
         """Prometheus text exposition format."""
-        page = _Page()
+        page = Page()
         self._own(page)
         if self.compat:
             self._vllm(page)
         self._from_edges(page)
         return page.bytes()
 
-    def _own(self, page: _Page) -> None:
+    def _own(self, page: Page) -> None:
         for engine, entry in self._engines.items():
             stats, label = entry.stats, str(engine)
             self.set("engine_up", float(entry.up), label)
@@ -286,57 +154,85 @@ class Metrics:
         for name, (labels, text) in GAUGES.items():
             page.family(f"penstock_{name}", "gauge", text, labels, self._gauges[name])
         for name, (labels, text) in COUNTERS.items():
-            page.family(f"penstock_{name}_total", "counter", text, labels, self._counts[name])
+            page.family(f"penstock_{name}_total", "counter", text, labels, self._total(name))
         for name, (_, text) in ENGINE_COUNTERS.items():
-            totals = {(str(engine),): self._engine_total(engine, name) for engine in self._engines}
+            totals = {(str(engine),): entry.total(name) for engine, entry in self._engines.items()}
             page.family(f"penstock_{name}_total", "counter", text, ("engine",), totals)
         for attribute, (name, bounds, _, _, text) in HISTOGRAMS.items():
-            page.histogram(f"penstock_{name}", text, ("model",), (self.model,), getattr(self, attribute), bounds)
+            kept = {(pool,): self._histogram(pool, attribute) for pool in self._series}
+            page.histogram(f"penstock_{name}", text, ("model",), kept, bounds)
 
-    def _engine_total(self, engine: int, name: str) -> float:
-        entry = self._engines[engine]
-        return float(entry.base[name] + getattr(entry.stats, ENGINE_COUNTERS[name][0]))
+    def _total(self, name: str, pool: str | None = None) -> Counts:
+        """A counter over all classes, and all pools if none is named."""
+        if name not in OF_REQUESTS:
+            return self._counts[name]
+        out: Counts = {}
+        for series in (series for one, some in self._series.items() if pool in (None, one) for series in some.values()):
+            for labels, value in series.counts[name].items():
+                out[labels] = out.get(labels, 0.0) + value
+        return out
 
-    def _vllm(self, page: _Page) -> None:
+    def _histogram(self, pool: str, attribute: str) -> Histogram:
+        """Over all classes."""
+        if attribute == STEP_TOKENS:
+            return self._steps[pool]
+        return Histogram.total([getattr(series, attribute) for series in self._series[pool].values()])
+
+    def _vllm(self, page: Page) -> None:
+        """vLLM counts in its engines: what text counts of a pool stands with the pool's first engine, what it counts of all pools with that of the first."""
         labels = ("model_name", "engine")
-        engines = self._engines or {0: _Engine()}
-        first = (self.model, "0")
+        engines = {(entry.pool, str(engine)): entry for engine, entry in self._engines.items()}
+        first: dict[str, tuple[str, str]] = {}
+        for pool in self._series:
+            first[pool] = next((key for key in engines if key[0] == pool), (pool, "0"))
+            engines.setdefault(first[pool], _Engine(pool))  # before the first engine is up its zeros are there
+        lead = next(iter(first.values()))
 
         def gauge(name: str, text: str, values: Mapping[Any, float], *more: str) -> None:
-            page.family(f"vllm:{name}", "gauge", text, (*labels, *more), {(self.model, *key): value for key, value in values.items()})
+            page.family(f"vllm:{name}", "gauge", text, (*labels, *more), values)
 
-        def counter(name: str, text: str, values: Mapping[Any, float], *more: str) -> None:
-            page.family(f"vllm:{name}_total", "counter", text, (*labels, *more), {(*first, *key): value for key, value in values.items()})
+        def counter(name: str, text: str, values: Mapping[str, Mapping[Any, float]], *more: str) -> None:
+            rows = {(*first[pool], *key): value for pool, some in values.items() for key, value in some.items()}
+            page.family(f"vllm:{name}_total", "counter", text, (*labels, *more), rows)
 
         pending = self.value("pending_requests")
-        gauge("num_requests_running", "Sequences running.", {(str(i),): e.stats.running for i, e in engines.items()})
+        gauge("num_requests_running", "Sequences running.", {key: e.stats.running for key, e in engines.items()})
         # vLLM's queue is in the engine; ours begins before it: what text still holds counts as waiting too.
-        gauge("num_requests_waiting", "Requests waiting.", {(str(i),): pending if i == 0 else 0.0 for i in engines})
-        waiting = {("0", "capacity"): pending, ("0", "deferred"): self.value("requests", "replaying")}
+        gauge("num_requests_waiting", "Requests waiting.", {key: pending if key == lead else 0.0 for key in engines})
+        waiting = {(*lead, "capacity"): pending, (*lead, "deferred"): self.value("requests", "replaying")}
         gauge("num_requests_waiting_by_reason", "Requests waiting.", waiting, "reason")
-        gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", {(str(i),): _usage(e.stats) for i, e in engines.items()})
+        gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", {key: _usage(e.stats) for key, e in engines.items()})
         self._cache_info(page)
-        tokens = self._counts["tokens"]
-        computed, cached = tokens["prompt_computed",], tokens["prompt_cached",]
-        counter("prompt_tokens", "Prompt tokens.", {(): computed + cached})
-        by_source = {("local_compute",): computed, ("local_cache_hit",): cached, ("external_kv_transfer",): 0.0}
+        tokens = {pool: self._total("tokens", pool) for pool in first}
+        prompts = {pool: (some["prompt_computed",], some["prompt_cached",]) for pool, some in tokens.items()}
+        by_source = {
+            pool: {("local_compute",): computed, ("local_cache_hit",): cached, ("external_kv_transfer",): 0.0}
+            for pool, (computed, cached) in prompts.items()
+        }
+        counter("prompt_tokens", "Prompt tokens.", {pool: {(): sum(both)} for pool, both in prompts.items()})
         counter("prompt_tokens_by_source", "Prompt tokens by source.", by_source, "source")
-        counter("prompt_tokens_cached", "Prompt tokens from the prefix cache.", {(): cached})
-        counter("generation_tokens", "Generated tokens.", {(): tokens["generated",]})
+        counter(
+            "prompt_tokens_cached", "Prompt tokens from the prefix cache.", {pool: {(): cached} for pool, (_, cached) in prompts.items()}
+        )
+        counter("generation_tokens", "Generated tokens.", {pool: {(): some["generated",]} for pool, some in tokens.items()})
         for name, ours in (
             ("prefix_cache_queries", "prefix_cache_queries"),
             ("prefix_cache_hits", "prefix_cache_hits"),
             ("num_preemptions", "preemptions"),
         ):
-            counter(name, ENGINE_COUNTERS[ours][1], {(): sum((self._engine_total(i, ours) for i in self._engines), 0.0)})
-        counter("request_success", "Finished choices.", self._counts["requests_finished"], "finished_reason")
-        counter("corrupted_requests", "Choices that failed.", {(): self._counts["requests_finished"]["error",]})
-        counter("admission_rejections", "Requests refused by admission.", self._counts["admission_rejections"], "reason")
+            sums = {pool: {(): sum(e.total(ours) for e in engines.values() if e.pool == pool)} for pool in first}
+            counter(name, ENGINE_COUNTERS[ours][1], sums)
+        ended = {pool: self._total("requests_finished", pool) for pool in first}
+        counter("request_success", "Finished choices.", ended, "finished_reason")
+        counter("corrupted_requests", "Choices that failed.", {pool: {(): some["error",]} for pool, some in ended.items()})
+        refused = {lead[0]: self._total("admission_rejections")}
+        counter("admission_rejections", "Requests refused by admission.", refused, "reason")
         for attribute, (_, _, name, bounds, text) in HISTOGRAMS.items():
             if name:
-                page.histogram(f"vllm:{name}", text, labels, first, getattr(self, attribute), bounds)
+                kept = {first[pool]: self._histogram(pool, attribute) for pool in first}
+                page.histogram(f"vllm:{name}", text, labels, kept, bounds)
 
-    def _cache_info(self, page: _Page) -> None:
+    def _cache_info(self, page: Page) -> None:
         names = ("engine", "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching")
         rows: dict[tuple[str, ...], float] = {}
         for engine, entry in self._engines.items():
@@ -345,7 +241,7 @@ class Metrics:
                 rows[str(engine), str(facts.block_size), str(facts.num_blocks), facts.dtype, str(facts.enable_prefix_caching)] = 1.0
         page.family("vllm:cache_config_info", "gauge", "The KV cache.", names, rows)
 
-    def _from_edges(self, page: _Page) -> None:
+    def _from_edges(self, page: Page) -> None:
         """The edges' flat counters, summed over edges and grouped into families."""
         sums: dict[str, float] = {}
         for cumulative in self._edges.values():
@@ -365,57 +261,7 @@ class Metrics:
             families.setdefault((family, kind), []).append(f"{flat} {value!r}")
         for (family, kind), lines in sorted(families.items()):
             page.head(family, kind, EDGE_METRICS[family][2] if family in EDGE_METRICS else "From the edges.")
-            page.lines += sorted(lines, key=_series_order) if kind == "histogram" else sorted(lines)
-
-
-class _Page:
-    """Lines of the text exposition format, https://prometheus.io/docs/instrumenting/exposition_formats/. Written by hand: a scrape must not
-    hold up the streams of this process, and the client library takes 40 ms for what takes 1 ms here."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def head(self, name: str, kind: str, text: str) -> None:
-        self.lines.append(f"# HELP {name} {text}")
-        self.lines.append(f"# TYPE {name} {kind}")
-
-    def family(self, name: str, kind: str, text: str, labels: tuple[str, ...], series: Mapping[Any, float]) -> None:
-        self.head(name, kind, text)
-        for values, value in series.items():
-            self.lines.append(f"{name}{_labels(labels, values)} {float(value)!r}")
-
-    def histogram(
-        self, name: str, text: str, labels: tuple[str, ...], values: tuple[str, ...], kept: Histogram, bounds: Iterable[float]
-    ) -> None:
-        self.head(name, "histogram", text)
-        inside = _labels(labels, values)
-        open_ = inside[:-1]
-        for bound, count in kept.buckets(bounds):
-            self.lines.append(f'{name}_bucket{open_},le="{bound}"}} {float(count)!r}')
-        self.lines.append(f"{name}_sum{inside} {kept.sum!r}")
-        self.lines.append(f"{name}_count{inside} {float(kept.count)!r}")
-
-    def bytes(self) -> bytes:
-        return ("\n".join(self.lines) + "\n").encode()
-
-
-def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
-    if not names:
-        return ""
-    return "{" + ",".join(f'{name}="{_escape(value)}"' for name, value in zip(names, values, strict=True)) + "}"
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
-
-
-def _series_order(line: str) -> tuple[str, str, float]:
-    """A histogram's lines as the format wants them: series by series, buckets ascending, then sum and count."""
-    name, _, rest = line.partition("{")
-    labels = rest.rpartition("}")[0]
-    bound = _BOUND.search(labels)
-    kind = {"bucket": "0", "sum": "1", "count": "2"}[name.rpartition("_")[2].split(" ")[0]]
-    return _BOUND.sub("", labels).strip(","), kind, float(bound[1].replace("+Inf", "inf")) if bound else 0.0
+            page.lines += sorted(lines, key=series_order) if kind == "histogram" else sorted(lines)
 
 
 def _usage(stats: EngineStats) -> float:

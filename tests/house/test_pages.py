@@ -216,9 +216,9 @@ def test_defaults_are_those_of_the_code() -> None:
             assert (own != says.default) == (name in NAMES.values()), name
     assert parse(CompletionRequest).sampling.max_tokens == 16
     assert parse(ChatRequest).sampling.max_tokens is None
-    assert (parse(CompletionRequest).fields["add_special_tokens"], parse(ChatRequest).fields["add_special_tokens"]) == (True, False)
-    assert parse(ChatRequest).fields["add_generation_prompt"]
-    assert not parse(ChatRequest, continue_final_message=True).fields["add_generation_prompt"]
+    assert (parse(CompletionRequest).add_special_tokens, parse(ChatRequest).add_special_tokens) == (True, False)
+    assert parse(ChatRequest).prompts[0]["add_generation_prompt"]
+    assert not parse(ChatRequest, continue_final_message=True).prompts[0]["add_generation_prompt"]
     assert parse(CompletionRequest, echo=True, max_tokens=0).sampling.max_tokens == 0
     assert parse(ChatRequest, max_tokens=3, max_completion_tokens=5).sampling.max_tokens == 5
 

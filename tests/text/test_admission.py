@@ -15,6 +15,15 @@ from penstock.core.protocol.messages import Cancel, seq_of
 S = 1_000_000_000
 
 
+def test_a_refusal_knows_its_reason_whatever_its_words() -> None:
+    full = Admission(max_requests=0, max_tokens=0)
+    full.tokens = 1
+    for check, reason in ((lambda: full.check_request(S), "queue_requests"), (lambda: full.check_tokens(5, S), "queue_tokens")):
+        with pytest.raises(QueueFull) as raised:
+            check()
+        assert raised.value.reason == reason
+
+
 def test_requests_wait_only_up_to_the_limit(make_bench: Any) -> None:
     bench = make_bench(Config(max_num_queued_reqs=2))
     for key in (1, 2, 3):

@@ -26,12 +26,12 @@ def at(seconds: float) -> int:
 def test_figures_of_the_time_since_the_last_line(bench: Any) -> None:
     log, metrics, waiting = Log(), bench.actor.metrics, [0]
     line = StatsLine(metrics, lambda: waiting[0], log)
-    metrics.count("tokens", "generated", by=1000)  # before anybody looked
+    metrics.of("trained").count("tokens", "generated", by=1000)  # before anybody looked
     line.tick(at(5))
     metrics.engine_stats(0, EngineStats(running=3, blocks_used=2, blocks_total=8))
-    metrics.count("tokens", "prompt_computed", by=150)
-    metrics.count("tokens", "prompt_cached", by=50)
-    metrics.count("tokens", "generated", by=400)
+    metrics.of("trained").count("tokens", "prompt_computed", by=150)
+    metrics.of("trained").count("tokens", "prompt_cached", by=50)
+    metrics.of("trained").count("tokens", "generated", by=400)
     waiting[0] = 7
     line.tick(at(5 + STATS_S - 0.1))
     assert log.lines == []
@@ -51,14 +51,14 @@ def test_figures_of_the_time_since_the_last_line(bench: Any) -> None:
         line.tick(at(5 + i * STATS_S))
     idle = dict.fromkeys(want, 0.0)
     assert log.lines[1:] == [("stats", idle)], "one line at the end of work, then silence"
-    metrics.count("tokens", "generated", by=10)
+    metrics.of("trained").count("tokens", "generated", by=10)
     line.tick(at(5 + 7 * STATS_S))
     assert log.lines[-1][1]["generated_tokens_per_s"] == 0.5
 
 
 def test_an_idle_server_says_nothing() -> None:
     log = Log()
-    line = StatsLine(Metrics("m"), lambda: 0, log)
+    line = StatsLine(Metrics(["m"]), lambda: 0, log)
     for i in range(5):
         line.tick(at(i * STATS_S))
     assert log.lines == []

@@ -10,7 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.core.protocol.messages import Cancel, EdgeStats, EngineStats, seq_of
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.core.telemetry.metrics import HISTOGRAMS, VLLM_ITL, VLLM_TTFT, Histogram, Metrics
+from penstock.core.telemetry.metrics import Metrics
+from penstock.core.telemetry.names import HISTOGRAMS, VLLM_ITL, VLLM_TTFT
+from penstock.core.telemetry.series import Histogram
 
 NAMES = Path(__file__).parent / "metric_names.txt"
 
@@ -177,12 +179,12 @@ def test_a_histogram_projects_onto_both_sets_of_buckets() -> None:
 
 def test_buckets_see_fast_servers_and_match_vllm() -> None:
     """A latency floor of 0.3 s hides every objective below it."""
-    metrics = Metrics("m")
-    assert min(metrics.e2e.bounds) <= 0.005
-    assert min(metrics.itl.bounds) <= 0.0005
+    series = Metrics(["m"]).of("m")
+    assert min(series.e2e.bounds) <= 0.005
+    assert min(series.itl.bounds) <= 0.0005
     for attribute, theirs in (("ttft", VLLM_TTFT), ("itl", VLLM_ITL)):
         assert HISTOGRAMS[attribute][3] == theirs
-        assert set(map(float, theirs)) <= set(getattr(metrics, attribute).bounds)
+        assert set(map(float, theirs)) <= set(getattr(series, attribute).bounds)
 
 
 def test_hooks_hear_of_requests_and_their_mistakes_are_their_own(make_bench: Any) -> None:
@@ -211,3 +213,78 @@ def test_hooks_hear_of_requests_and_their_mistakes_are_their_own(make_bench: Any
     assert (summary.rid, summary.tenant, summary.output_tokens, summary.finish_reasons) == ("r1", "t", 2, ["length"])
     assert summary.total_s > 0
     assert bench.actor.metrics.value("hook_errors", "request_finished") == 1
+
+
+# ------------------------------------------------------------------ pools and classes
+
+
+def page(metrics: Metrics) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    out: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            out.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return out
+
+
+def test_what_happens_to_requests_is_kept_by_pool_and_class() -> None:
+    """Shown by pool: there is no label for a class yet."""
+    metrics = Metrics(["small", "large"], classes=("standard", "batch"))
+    for pool, class_, seconds in (("small", "standard", 0.1), ("small", "batch", 2), ("large", "batch", 30)):
+        series = metrics.of(pool, class_)
+        series.ttft.observe(seconds)
+        series.count("tokens", "generated", by=10 * seconds)
+        series.count("requests_finished", "stop")
+    assert metrics.of("small", "batch") is metrics.of("small", "batch")
+    assert metrics.value("tokens", "generated") == 321
+    got = page(metrics)
+    assert {dict(k)["model"]: v for k, v in got["penstock_time_to_first_token_seconds_count"].items()} == {"small": 2, "large": 1}
+    assert {dict(k)["model"]: v for k, v in got["penstock_time_to_first_token_seconds_sum"].items()} == {"small": 2.1, "large": 30}
+    assert got["penstock_tokens_total"][(("source", "generated"),)] == 321
+    assert {dict(k)["model_name"]: v for k, v in got["vllm:generation_tokens_total"].items()} == {"small": 21, "large": 300}
+    stopped = {dict(k)["model_name"]: v for k, v in got["vllm:request_success_total"].items() if dict(k)["finished_reason"] == "stop"}
+    assert stopped == {"small": 2, "large": 1}
+
+
+def test_figures_of_a_pool_stand_with_its_first_engine(bench: Any) -> None:
+    metrics = Metrics(["small", "large"])
+    for pool, engine in (("small", 0), ("large", 3), ("large", 4)):
+        metrics.engine_up(pool, engine, 1, bench.actor._pool.facts)
+        metrics.engine_stats(engine, EngineStats(running=engine, prefix_queries=10 + engine, batch_tokens=engine, blocks_total=8))
+    metrics.set("pending_requests", 5)
+    got = page(metrics)
+
+    def by_engine(name: str) -> dict[tuple[str, str], float]:
+        return {(dict(k)["model_name"], dict(k)["engine"]): v for k, v in got[name].items()}
+
+    assert by_engine("vllm:num_requests_running") == {("small", "0"): 0, ("large", "3"): 3, ("large", "4"): 4}
+    assert by_engine("vllm:num_requests_waiting") == {("small", "0"): 5, ("large", "3"): 0, ("large", "4"): 0}
+    assert by_engine("vllm:prefix_cache_queries_total") == {("small", "0"): 10, ("large", "3"): 27}
+    assert by_engine("vllm:iteration_tokens_total_sum") == {("small", "0"): 0, ("large", "3"): 7}
+    assert by_engine("vllm:admission_rejections_total").keys() == {("small", "0")}
+
+
+def test_no_label_comes_from_a_client() -> None:
+    metrics = Metrics(["m"])
+    for pool, class_ in (("other", "standard"), ("m", "gold")):
+        with pytest.raises(KeyError):
+            metrics.of(pool, class_)
+
+
+def test_rows_of_two_classes_in_one_step(make_bench: Any) -> None:
+    metrics = Metrics(["trained"], classes=("standard", "batch"))
+    bench = make_bench(metrics=metrics)
+    standard, batch = metrics.of("trained", "standard"), metrics.of("trained", "batch")
+    for key, series in ((1, standard), (2, batch), (3, batch), (4, standard)):
+        bench.hold_encodes = True
+        bench.submit(key)
+        request = bench.actor.ledger.requests[key]
+        assert request.series is standard  # the class of all, today
+        request.series = series
+        bench.release()
+        bench.scripts[seq_of(key, 0)] = [5, 6, 7, 8, 9][: 2 + key // 2]
+    bench.run()
+    assert (standard.counts["tokens"]["generated",], batch.counts["tokens"]["generated",]) == (2 + 4, 3 + 3)
+    assert (standard.itl.count, batch.itl.count) == (1 + 3, 2 + 2)
+    assert standard.itl.sum == pytest.approx(0.04)
+    assert (standard.ttft.count, batch.ttft.count) == (2, 2)
+    assert batch.counts["requests_finished"]["length",] == 2

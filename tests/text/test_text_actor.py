@@ -639,7 +639,12 @@ CHAT = {"kind": "chat", "messages": b'[{"role":"user","content":"x"}]'}
             "max_tokens",
         ),
         (
-            {**CHAT, "sampling": SamplingParams(max_tokens=4096), "explicit": ["max_tokens", "max_completion_tokens"]},
+            {
+                **CHAT,
+                "sampling": SamplingParams(max_tokens=4096),
+                "explicit": ["max_tokens"],
+                "names": {"max_tokens": "max_completion_tokens"},
+            },
             400,
             "context_length_exceeded",
             "max_completion_tokens",

@@ -19,13 +19,20 @@ from edge_kit import Edge, FakeText, MakeEdge
 
 @pytest.fixture
 def make_edge(tmp_path: Path) -> Iterator[MakeEdge]:
-    """make_edge(option=value, ...) -> a running Edge."""
+    """make_edge(option=value, ...) -> a running Edge; `routes`: other transports than OpenAI's."""
     with contextlib.ExitStack() as stack:
 
-        def make(*, text: Callable[[FakeText], None] | None = None, tracing: Tracing = NO_TRACING, **options: Any) -> Edge:
+        def make(
+            *,
+            text: Callable[[FakeText], None] | None = None,
+            tracing: Tracing = NO_TRACING,
+            routes: list[Any] | None = None,
+            **options: Any,
+        ) -> Edge:
             folder = tmp_path / f"edge{len(list(tmp_path.iterdir()))}"
             folder.mkdir()
             edge = Edge(folder, options, tracing)
+            edge.factories = routes or edge.factories
             if text is not None:
                 text(edge.text)
             edge.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from edge_kit import Edge, MakeEdge, delta, finished, silent
 
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.messages import Cancel, Message, Park, Submit, Unpark
-from penstock.transports.outbox import KEEP_ALIVE, Outbox, Pulse
+from penstock.transports.outbox import Outbox, Pulse
 
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -162,13 +163,17 @@ def boxes(edge: Edge) -> list[Outbox]:
 # ------------------------------------------------------------------ the outbox alone
 
 
+KEEP_ALIVE = b"still here\n"
+
+
 class Hand:
     """An outbox with its calls recorded."""
 
     def __init__(self, **options: Any) -> None:
         self.calls: list[str] = []
         config = configuration.build({"stream_park_bytes": 100, "stream_max_bytes": 300} | options)
-        self.box = Outbox(config, lambda: self.calls.append("park"), lambda: self.calls.append("unpark"), lambda: self.calls.append("cut"))
+        park, unpark, cut = (functools.partial(self.calls.append, name) for name in ("park", "unpark", "cut"))
+        self.box = Outbox(config, park, unpark, cut, keep_alive=KEEP_ALIVE)
 
 
 def on_loop(function: Any) -> None:

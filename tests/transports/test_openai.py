@@ -38,11 +38,11 @@ def test_defaults() -> None:
     call = chat()
     assert call.sampling.max_tokens is None
     assert call.explicit == []
-    assert msgspec.json.decode(call.fields["messages"]) == CHAT["messages"]
-    assert (call.fields["add_generation_prompt"], call.fields["add_special_tokens"]) == (True, False)
+    assert msgspec.json.decode(call.prompts[0]["messages"]) == CHAT["messages"]
+    assert (call.prompts[0]["add_generation_prompt"], call.add_special_tokens) == (True, False)
     assert completion().sampling.max_tokens == 16
     assert completion().explicit == []
-    assert completion().fields["add_special_tokens"] is True
+    assert completion().add_special_tokens is True
 
 
 def test_nulls_mean_not_given() -> None:
@@ -52,7 +52,8 @@ def test_nulls_mean_not_given() -> None:
 
 def test_explicit_names_what_the_client_gave() -> None:
     call = chat(temperature=0.0, top_p=0.5, top_k=4, stop="x", max_completion_tokens=5, logit_bias={"7": 2.5})
-    assert call.explicit == ["logit_bias", "max_tokens", "stop", "temperature", "top_k", "top_p", "max_completion_tokens"]
+    assert call.explicit == ["logit_bias", "max_tokens", "stop", "temperature", "top_k", "top_p"]
+    assert call.names == {"max_tokens": "max_completion_tokens"}
     assert call.sampling.stop == ["x"]
     assert call.sampling.logit_bias == {7: 2.5}
     assert call.sampling.max_tokens == 5
@@ -87,9 +88,9 @@ def test_vllm_extras() -> None:
     assert sampling.include_stop_str_in_output
     assert sampling.ignore_eos
     assert not sampling.skip_special_tokens
-    assert call.fields["truncate_prompt_tokens"] == -1
-    assert (call.fields["priority"], call.fields["cache_salt"], call.fields["want_ids"]) == (-3, "s", True)
-    assert call.fields["add_special_tokens"] is True
+    assert call.truncate_prompt_tokens == -1
+    assert (call.priority, call.cache_salt, call.want_ids) == (-3, "s", True)
+    assert call.add_special_tokens is True
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ def test_logit_bias_errors_name_key_and_value() -> None:
 
 
 def test_best_of_equal_to_n_changes_nothing() -> None:
-    assert completion(best_of=3, n=3).n == 3
+    assert completion(best_of=3, n=3).sampling.n == 3
     assert refusal(parse_completion, TEXT | {"best_of": 3, "n": 2}).code == "unsupported_feature"
 
 
@@ -433,9 +434,9 @@ def test_tools_are_refused_unless_no_call_can_come() -> None:
     for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": None}, {"parallel_tool_calls": False}):
         error = refusal(parse_chat, CHAT | {"tools": tools} | choice)
         assert (error.status, error.code, error.param) == (400, "unsupported_feature", "tools")
-    assert "tools" not in chat(tools=tools, tool_choice="none").fields
+    assert "tools" not in chat(tools=tools, tool_choice="none").prompts[0]
     for none in ([], None):
-        assert "tools" not in chat(tools=none).fields
+        assert "tools" not in chat(tools=none).prompts[0]
 
 
 def test_messages_of_a_tool_conversation_pass_unchanged() -> None:
@@ -448,7 +449,7 @@ def test_messages_of_a_tool_conversation_pass_unchanged() -> None:
         },
         {"role": "tool", "tool_call_id": "1", "content": "2", "odd": True},
     ]
-    assert msgspec.json.decode(chat(messages=messages).fields["messages"]) == messages
+    assert msgspec.json.decode(chat(messages=messages).prompts[0]["messages"]) == messages
 
 
 @pytest.mark.parametrize(
@@ -479,12 +480,12 @@ def test_messages_of_a_tool_conversation_pass_unchanged() -> None:
 )
 def test_messages_that_clients_send_back_pass_unchanged(message: dict[str, Any]) -> None:
     messages = [*CHAT["messages"], message]
-    assert msgspec.json.decode(chat(messages=messages).fields["messages"]) == messages
+    assert msgspec.json.decode(chat(messages=messages).prompts[0]["messages"]) == messages
 
 
 def test_template_kwargs() -> None:
     call = chat(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low", documents=[{"text": "d"}])
-    assert msgspec.json.decode(call.fields["template_kwargs"]) == {
+    assert msgspec.json.decode(call.prompts[0]["template_kwargs"]) == {
         "enable_thinking": False,
         "reasoning_effort": "low",
         "documents": [{"text": "d"}],
@@ -493,7 +494,7 @@ def test_template_kwargs() -> None:
 
 def test_continue_final_message_turns_the_generation_prompt_off() -> None:
     call = chat(continue_final_message=True)
-    assert (call.fields["continue_final_message"], call.fields["add_generation_prompt"]) == (True, False)
+    assert (call.prompts[0]["continue_final_message"], call.prompts[0]["add_generation_prompt"]) == (True, False)
 
 
 def test_echo_asks_for_the_prompts_logprobs() -> None:

@@ -118,7 +118,7 @@ class TextActor:
         shard: int = 0,
     ) -> None:
         self._clock: Clock = clock or SystemClock()
-        self.metrics = metrics or Metrics(names[0], compat=config.metrics_compat == "vllm")
+        self.metrics = metrics or Metrics([names[0]], compat=config.metrics_compat == "vllm")
         self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)
         self.ledger, self.admission = desk.ledger, desk.admission
         self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from penstock.core.protocol.errors import QueueFull
+from penstock.core.protocol.errors import QueueFull, QueueLimit
 
 RATE_TAU_S = 20.0
 """Memory of the drain rate."""
@@ -36,6 +36,7 @@ class Admission:
         """Raises QueueFull if one more waiting request is too many."""
         if self.requests >= self.max_requests:
             raise self._full(
+                "queue_requests",
                 f"{self.requests} requests are already waiting (--max-num-queued-reqs {self.max_requests})",
                 self.requests / 2,
                 self.rate(now_ns)[0],
@@ -45,6 +46,7 @@ class Admission:
         """Raises QueueFull if `tokens` more waiting prompt tokens are too many. A prompt alone in the queue always fits."""
         if self.tokens and self.tokens + tokens > self.max_tokens:
             raise self._full(
+                "queue_tokens",
                 f"{self.tokens} prompt tokens are already waiting and this prompt has {tokens} (--max-num-queued-tokens {self.max_tokens})",
                 min(self.tokens, self.tokens + tokens - self.max_tokens),
                 self.rate(now_ns)[1],
@@ -81,10 +83,10 @@ class Admission:
             self._tokens_rate *= factor
             self._at_ns = now_ns
 
-    def _full(self, why: str, excess: float, rate: float) -> QueueFull:
+    def _full(self, reason: QueueLimit, why: str, excess: float, rate: float) -> QueueFull:
         """`excess` over `rate` is when there will be room: half the queue for requests (others come back too), what is over for tokens."""
         wait = float(math.ceil(min(MAX_RETRY_S, max(MIN_RETRY_S, excess / rate)))) if rate > 1e-6 else UNKNOWN_RETRY_S
-        error = QueueFull(f"The server is busy: {why}. Try again in {wait:g} s.", retry_after_s=wait)
+        error = QueueFull(f"The server is busy: {why}. Try again in {wait:g} s.", reason=reason, retry_after_s=wait)
         error.status = self.status  # type: ignore[misc]  # the operator's choice: 429 or 503
         if self.status == 503:
             error.type = "server_error"  # type: ignore[misc]

@@ -59,7 +59,7 @@ class Desk:
     def refuse(self, key: int, edge: int, error: PenstockError) -> Iterator[To]:
         """Tell an edge that a request never started."""
         if isinstance(error, QueueFull):
-            self.metrics.count("admission_rejections", "queue_tokens" if "tokens" in error.message else "queue_requests")
+            self.metrics.count("admission_rejections", error.reason)
         self.metrics.count("requests_rejected", error.code)
         yield To(
             Rejected(

@@ -65,7 +65,7 @@ class Ending:
     def drop(self, request: Request, cause: str) -> Iterator[Outbound]:
         """End a request that nobody waits for any more."""
         desk, lane = self._desk, request.lane
-        desk.metrics.count("cancellations", cause)
+        request.series.count("cancellations", cause)
         if desk.log is not None:
             desk.log.info("request cancelled", rid=request.submit.rid, cause=cause, output_tokens=request.output_tokens)
         running = request.running
@@ -94,7 +94,7 @@ class Ending:
 
     def condemn(self, request: Request) -> Iterator[Outbound]:
         """It is what kills engines, as far as anybody can tell."""
-        self._desk.metrics.count("requests_condemned")
+        request.series.count("requests_condemned")
         text = f"The engine died {request.strikes} times while it worked on this request, so it is not tried again."
         yield from self.abandon(request, PenstockError(text, code="engine_failure"))
 
@@ -104,30 +104,30 @@ class Ending:
             yield from self.abandon(request, error, finish=finish)
 
     def _measure(self, request: Request, now_ns: int, times: tuple[int, int, int]) -> None:
-        desk, metrics = self._desk, self._desk.metrics
+        desk, series = self._desk, request.series
         queue, prefill, decode = (ns / 1e9 for ns in times)
         reasons = [choice.finish for choice in request.choices]
         for reason in reasons:
-            metrics.count("requests_finished", reason)
+            series.count("requests_finished", reason)
         if request.first_ns:
-            metrics.ttft.observe((request.first_ns - request.received_ns) / 1e9)
-            metrics.encode.observe(max(0, request.encode_end_ns - request.arrival_ns) / 1e9)
-            metrics.queue.observe(queue)
-            metrics.prefill.observe(prefill)
-            metrics.decode.observe(decode)
-            metrics.inference.observe(prefill + decode)
-            metrics.e2e.observe((request.last_ns - request.received_ns) / 1e9)
+            series.ttft.observe((request.first_ns - request.received_ns) / 1e9)
+            series.encode.observe(max(0, request.encode_end_ns - request.arrival_ns) / 1e9)
+            series.queue.observe(queue)
+            series.prefill.observe(prefill)
+            series.decode.observe(decode)
+            series.inference.observe(prefill + decode)
+            series.e2e.observe((request.last_ns - request.received_ns) / 1e9)
             longest = max(len(choice.outputs) for choice in request.choices)
             if longest > 1:
-                metrics.tpot.observe(decode / (longest - 1))
-            metrics.prompt.observe(len(request.prompt))
-            metrics.output.observe(request.output_tokens)
-            metrics.longest.observe(longest)
-            metrics.computed.observe(len(request.prompt) - request.cached)
-            metrics.preempted.observe(request.preemptions)
-            metrics.params_n.observe(request.params.n)
+                series.tpot.observe(decode / (longest - 1))
+            series.prompt.observe(len(request.prompt))
+            series.output.observe(request.output_tokens)
+            series.longest.observe(longest)
+            series.computed.observe(len(request.prompt) - request.cached)
+            series.preempted.observe(request.preemptions)
+            series.params_n.observe(request.params.n)
             if request.params.max_tokens is not None:
-                metrics.params_max.observe(request.params.max_tokens)
+                series.params_max.observe(request.params.max_tokens)
         total = (now_ns - request.received_ns) / 1e9
         if desk.log is not None:
             desk.log.debug(

@@ -63,7 +63,7 @@ class Intake:
         except PenstockError as error:
             yield from desk.refuse(message.key, message.edge, error)
             return
-        request = Request(message, params, now)
+        request = Request(message, params, pool.series, now)
         request.traced = desk.traces.active
         request.root_hash = pool.root_hash(request, facts)
         desk.ledger.add(request)

@@ -147,8 +147,8 @@ class Lane:
             self.replaying.discard(request.key)
             if first:
                 desk.admission.start(len(request.prompt), now_ns)
-                desk.metrics.count("tokens", "prompt_cached", by=request.cached)
-                desk.metrics.count("tokens", "prompt_computed", by=len(request.prompt) - request.cached)
+                request.series.count("tokens", "prompt_cached", by=request.cached)
+                request.series.count("tokens", "prompt_computed", by=len(request.prompt) - request.cached)
         if aborts:
             yield To(Abort(seqs=i64(aborts)), self.engine)
         yield from self._ending.deliver()
@@ -164,7 +164,7 @@ class Lane:
             yield from self.lose("it was replaced")
         self.epoch, self.facts, self.up = message.epoch, message.facts, True
         self._pool.take(message.facts)
-        self._desk.metrics.engine_up(message.engine, message.epoch, message.facts)
+        self._desk.metrics.engine_up(self._pool.names[0], message.engine, message.epoch, message.facts)
         self.last_step_ns = self._desk.clock.now_ns()
         self._desk.hook("engine_ready", engine=message.engine, epoch=message.epoch)
         for request in (*self.suspects, *self.outbox):
@@ -189,8 +189,8 @@ class Lane:
             for choice in request.choices:
                 choice.incarnation = request.incarnation
                 choice.mode = GENERAL  # its next row may tell that the replay has begun
-            desk.metrics.count("replays")
-            desk.metrics.count("tokens", "replayed", by=sum(len(choice.outputs) for choice in request.choices if not choice.finish))
+            request.series.count("replays")
+            request.series.count("tokens", "replayed", by=sum(len(choice.outputs) for choice in request.choices if not choice.finish))
         again = sorted(lost + waiting, key=lambda request: (not request.replays, request.arrival_ns))
         self.outbox = deque(request for request in again if not request.strikes)
         self.suspects = deque(request for request in again if 0 < request.strikes < self._max_strikes)

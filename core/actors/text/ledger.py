@@ -18,6 +18,7 @@ from penstock.core.actors.text.stops import StopMatcher
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.messages import Admit, RowExtra, Submit, TokenLogprobs, seq_of
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.telemetry.series import Series
 
 if TYPE_CHECKING:
     from penstock.core.actors.text.lane import Lane
@@ -46,12 +47,14 @@ class Choice:
         "request",
         "sent",
         "seq",
+        "series",
         "slot",
         "undecoded",
     )
 
     def __init__(self, request: Request, index: int) -> None:
         self.request = request
+        self.series = request.series
         self.index = index
         self.seq = seq_of(request.key, index)
         self.slot = -1
@@ -107,6 +110,7 @@ class Request:
         "replays",
         "root_hash",
         "scheduled_ns",
+        "series",
         "started",
         "state",
         "stream",
@@ -115,12 +119,14 @@ class Request:
         "traced",
     )
 
-    def __init__(self, submit: Submit, params: SamplingParams, now_ns: int) -> None:
+    def __init__(self, submit: Submit, params: SamplingParams, series: Series, now_ns: int) -> None:
         self.submit = submit
         self.key = submit.key
         self.edge = submit.edge
         self.stream = submit.stream
         self.params = params
+        self.series = series
+        """Whose figures it adds to: those of its pool and class."""
         self.state = ENCODING
         self.prompt: I32 = EMPTY_I32
         self.prompt_text = ""

@@ -40,6 +40,8 @@ class Pool:
         self.defaults = defaults or {}
         self._secret = secret or secrets.token_bytes(32)
         self.receiver = Receiver(tokenizer, desk.ledger, desk.metrics)
+        self.series = desk.metrics.of(names[0])
+        """Where its requests are counted."""
         self.facts: EngineFacts | None = None
         """What the last engine said that came up; None before the first."""
         self.limits = bounds.limits_of(0, 0, desk.config.max_prompt_chars)

@@ -24,6 +24,7 @@ from penstock.core.protocol.columns import EMPTY_I32, I32
 from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs
 from penstock.core.runtime.actor import To
 from penstock.core.telemetry.metrics import Metrics
+from penstock.core.telemetry.series import Series
 
 
 class Receiver:
@@ -93,9 +94,10 @@ class Receiver:
         self._reader = LogprobReader(message.logprobs, self._table) if message.logprobs is not None else None
         self._errors = dict(zip(np.flatnonzero(message.reasons == FAILED).tolist(), message.errors, strict=False)) if message.errors else {}
         choices = self._ledger.choices
-        gaps = self._metrics.itl
         before_ns, self._step_ns = self._step_ns, at_ns
-        steady = generated = 0
+        gap_s = (at_ns - before_ns) / 1e9
+        series: Series | None = None
+        generated = unsteady = 0  # of the rows since the last one of another series
         row = -1
         for seq, incarnation, offset, token, reason in zip(
             message.seqs.tolist(),
@@ -113,12 +115,17 @@ class Receiver:
             if (choice.incarnation != incarnation or len(outputs) != offset) and self._refuse(choice, incarnation, offset, token, reason):
                 continue
             if token >= 0:
+                if choice.series is not series:
+                    if series is not None:
+                        _tally(series, generated, unsteady, gap_s)
+                    series = choice.series
+                    generated = unsteady = 0
                 generated += 1
                 last_ns = choice.last_ns
-                if last_ns == before_ns:
-                    steady += 1
-                elif last_ns:
-                    gaps.observe((at_ns - last_ns) / 1e9)
+                if last_ns != before_ns:
+                    unsteady += 1
+                    if last_ns:
+                        series.itl.observe((at_ns - last_ns) / 1e9)
                 choice.last_ns = at_ns
                 outputs.append(token)
             mode = choice.mode
@@ -145,10 +152,8 @@ class Receiver:
             batch.totals.append(offset)
             batch.reasons.append("")
             choice.sent = choice.undecoded = offset
-        if steady:
-            gaps.observe((at_ns - before_ns) / 1e9, steady)
-        if generated:
-            self._metrics.count("tokens", "generated", by=generated)
+        if series is not None:
+            _tally(series, generated, unsteady, gap_s)
         self._reader = None
 
     def end(self, choice: Choice, finish: str, error: str | None = None, code: str | None = None) -> None:
@@ -347,3 +352,10 @@ class Receiver:
             return None
         kept = request.prompt_logprobs
         return [kept.get(position) for position in range(len(request.prompt))]
+
+
+def _tally(series: Series, generated: int, unsteady: int, gap_s: float) -> None:
+    """Rows of one series: how many brought a token, and for how many of those the last one was not that of the step before, `gap_s` ago."""
+    if generated > unsteady:
+        series.itl.observe(gap_s, generated - unsteady)
+    series.count("tokens", "generated", by=generated)

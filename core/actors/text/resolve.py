@@ -211,7 +211,7 @@ def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts
     room = min(limit, pool) - prompt_tokens
     asked = params.max_tokens
     if asked is not None and asked > room and "max_tokens" in submit.explicit:
-        field = "max_completion_tokens" if "max_completion_tokens" in submit.explicit else "max_tokens"
+        field = submit.names.get("max_tokens", "max_tokens")
         what = f"This model's maximum context length is {limit}" if limit <= pool else f"This server's KV cache holds {pool}"
         raise ContextLengthExceeded(
             f"{what} tokens. However, you requested {prompt_tokens + asked} tokens ({prompt_tokens} in the {param}, {asked} by {field})."

@@ -1,0 +1,47 @@
+"""What stands around the payloads of a stream.
+
+What it is: `Frame`, the bytes that make payloads a stream of their kind, and `Sse`, server-sent events. A frame is asked before the stream begins for what
+goes around the text of plain rows, so that such a row is one JSON string and one append.
+What it does not know: what a payload says (voice.py), who sends it (stream.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from penstock.transports.request import Header
+
+
+class Frame(Protocol):
+    """One kind of stream. It has no state: one object serves all streams of a surface."""
+
+    headers: Sequence[Header]
+    """Of the response."""
+    keep_alive: bytes
+    """What an idle stream sends, so that nobody on the way takes it for dead. Clients skip it."""
+
+    def wrap(self, payload: bytes) -> bytes:
+        """A payload as it goes out."""
+        ...
+
+    def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        """(head, tail), so that head + text + tail == wrap(before + text + after) for every JSON string `text`."""
+        ...
+
+
+class Sse:
+    """Server-sent events (the HTML standard's `text/event-stream`), one data line each. Payloads hold no line breaks: JSON needs none."""
+
+    headers: Sequence[Header] = (
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    )
+    keep_alive = b": keep-alive\n\n"
+
+    def wrap(self, payload: bytes) -> bytes:
+        return b"data: " + payload + b"\n\n"
+
+    def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        return b"data: " + before, after + b"\n\n"

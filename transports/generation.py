@@ -1,0 +1,49 @@
+"""What a client asks for, whatever API it speaks.
+
+What it is: `Generation`, a checked request in Penstock's own terms: prompts, sampling settings, priority. A surface's parser makes it, a Job submits
+it.
+What it does not know: any API's names for these things but the ones it is told (`names`), what the reply looks like, HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from penstock.core.protocol.sampling import SamplingParams
+
+
+class Generation(msgspec.Struct, kw_only=True):
+    """One request. What is not explained here means what it means in Submit."""
+
+    kind: Literal["chat", "completion"]
+    """What the prompts are: conversations, or texts and token ids."""
+    prompts: list[dict[str, Any]]
+    """Submit's fields of each prompt: `messages`, or `prompt` or `prompt_ids`, and what belongs to them (`template_kwargs`, `prompt_name`, ...)."""
+    sampling: SamplingParams
+    """Already validated."""
+    explicit: list[str] = msgspec.field(default_factory=list)
+    """Sampling fields that the client itself gave, by our names; the others take the model's defaults."""
+    names: dict[str, str] = msgspec.field(default_factory=dict)
+    """What the client calls fields that are called otherwise here: our name -> the client's, for errors."""
+    model: str | None = None
+    """None: the default one."""
+    priority: int = 0
+    cache_salt: str = ""
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool = True
+    echo: bool = False
+    """The answer begins with the prompt."""
+    want_ids: bool = False
+    """The reply shows token ids: the prompt's come with the first row, and a whole reply's choices keep theirs."""
+    stream: bool = False
+    request_id: str | None = None
+    """The client's own id for it, if it came in the body; a header goes before it."""
+    ignored: list[str] = msgspec.field(default_factory=list)
+    """Fields of the body that nobody understands, which the reply's headers name."""
+
+    @property
+    def choices(self) -> int:
+        """How many answers there will be: n for each prompt."""
+        return self.sampling.n * len(self.prompts)

@@ -1,0 +1,262 @@
+"""What OpenAI's clients get to see.
+
+What it is: `ChatVoice` and `CompletionVoice`, the replies of /v1/chat/completions and /v1/completions, in one piece or as events, exactly as OpenAI's
+clients expect them, with vLLM's extras.
+What it does not know: requests' fields and their checks (openai.py), how rows arrive, what makes a payload an event.
+
+Order of a stream: per choice a chunk with the role (chat), content chunks, one chunk with an empty delta and the finish_reason; then, if asked
+for, a chunk with no choices and the usage; then [DONE]. A failed stream ends with an error event and without [DONE].
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.core.protocol.errors import PenstockError
+from penstock.transports.gateway import Batch
+from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
+from penstock.transports.openai import Call
+from penstock.transports.request import Header, JsonReply, error_body, error_reply
+from penstock.transports.voice import Choice, Head, Prompt, Usage
+
+DONE = b"[DONE]"
+
+_json = msgspec.json.Encoder().encode
+
+
+def error_fields(error: PenstockError) -> dict[str, Any]:
+    """What a choice that failed alone says about itself."""
+    return {"message": error.message, "type": error.type, "code": error.code}
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.prompt + usage.output,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
+
+
+class _OpenAIVoice(abc.ABC):
+    """What both APIs share."""
+
+    prefix: str
+    """Of ids."""
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.plain = not (call.want_ids or call.continuous_usage or call.top_logprobs is not None)
+        self._tail = b',"usage":null}' if call.include_usage else b"}"
+
+    def begin(self, head: Head) -> str:
+        reply_id = self.prefix + head.rid
+        self._facts = {"created": head.created, "model": head.model}
+        self._fingerprint = head.fingerprint
+        self._id = reply_id
+        chunk = {"id": reply_id, "object": self.chunk_object, **self._facts, "system_fingerprint": head.fingerprint}
+        self._head = _json(chunk)[:-1]
+        return reply_id
+
+    # --- in one piece
+
+    def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
+        n = self.call.sampling.n
+        body: dict[str, Any] = {
+            "id": self._id,
+            "object": self.whole_object,
+            **self._facts,
+            "choices": [self._ended_choice(index, prompts[index // n], choice) for index, choice in enumerate(choices)],
+            "usage": usage_json(usage),
+            "system_fingerprint": self._fingerprint,
+            **self._of_reply(prompts),
+        }
+        if timings is not None:
+            body["metrics"] = timings
+        return _json(body)
+
+    def _ended_choice(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
+        out = self._answer(index, prompt, choice)
+        out["stop_reason"] = choice.stop_reason
+        if choice.error is not None:
+            out["error"] = error_fields(choice.error)
+        if self.call.want_ids:
+            out["token_ids"] = choice.tokens
+        return out
+
+    @abc.abstractmethod
+    def _answer(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
+        """A choice up to its finish_reason, and what comes with that."""
+
+    @abc.abstractmethod
+    def _of_reply(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What stands beside the choices."""
+
+    # --- as events
+
+    def _event(self, choices: list[dict[str, Any]], usage: Usage | None, **more: Any) -> bytes:
+        body = self._head + b',"choices":' + _json(choices)
+        for name, value in more.items():
+            body += b',"%s":%s' % (name.encode(), _json(value))
+        return body + (b',"usage":%s}' % _json(usage_json(usage)) if usage is not None else self._tail)
+
+    def _usage(self, row: int, batch: Batch) -> Usage | None:
+        return Usage.at(row, batch) if self.call.continuous_usage else None
+
+    def piece(self, index: int, text: str, row: int, batch: Batch) -> Iterator[bytes]:
+        call = self.call
+        logprobs: dict[str, Any] | None = None
+        if call.top_logprobs is not None:
+            extra = batch.extra(row)
+            if extra is not None and extra.logprobs:
+                logprobs = self._logprobs(index, extra.logprobs)
+        tokens = batch.tokens(row) if call.want_ids else None
+        if text or logprobs or tokens:
+            choice = self._chunk(index, text, logprobs)
+            if tokens is not None:
+                choice["token_ids"] = tokens
+            yield self._event([choice], self._usage(row, batch))
+
+    @abc.abstractmethod
+    def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
+        """Of the next tokens of a choice."""
+
+    @abc.abstractmethod
+    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """A choice that goes on."""
+
+    def closed(self, index: int, reason: str, error: PenstockError | None, row: int, batch: Batch) -> Iterator[bytes]:
+        """The one chunk with a finish_reason; it carries no content."""
+        extra = batch.extra(row)
+        choice = self._silence(index)
+        choice |= {"logprobs": None, "finish_reason": reason, "stop_reason": extra.stop_reason if extra else None}
+        if error is not None:
+            choice["error"] = error_fields(error)
+        yield self._event([choice], self._usage(row, batch))
+
+    @abc.abstractmethod
+    def _silence(self, index: int) -> dict[str, Any]:
+        """A choice that says nothing more."""
+
+    def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterator[bytes]:
+        if self.call.include_usage:
+            yield self._event([], usage, **({} if timings is None else {"metrics": timings}))
+        yield DONE
+
+    def broken(self, error: PenstockError) -> Iterable[bytes]:
+        return (error_body(error),)
+
+    @staticmethod
+    def refuse(error: PenstockError, headers: Iterable[Header] = ()) -> JsonReply:
+        return error_reply(error, headers)
+
+
+class ChatVoice(_OpenAIVoice):
+    """/v1/chat/completions."""
+
+    prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def _answer(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(choice.pieces), "refusal": None},
+            "logprobs": None if self.call.top_logprobs is None else chat_logprobs(choice.logprobs, self.call.tokens_as_ids),
+            "finish_reason": choice.reason,
+        }
+
+    def _of_reply(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        (prompt,) = prompts
+        out: dict[str, Any] = {}
+        if self.call.prompt_logprobs:
+            out["prompt_logprobs"] = prompt_logprobs_json(prompt.logprobs)
+        if self.call.want_ids:
+            out["prompt_token_ids"] = prompt.ids
+        return out
+
+    def around(self, index: int) -> tuple[bytes, bytes]:
+        return (
+            self._head + b',"choices":[{"index":%d,"delta":{"content":' % index,
+            b'},"logprobs":null,"finish_reason":null}]' + self._tail,
+        )
+
+    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes]:
+        """The role, and the prompt's ids if asked for."""
+        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        usage = self._usage(row, batch)
+        more = {"prompt_token_ids": prompt.ids} if self.call.want_ids and index == 0 else {}
+        yield self._event([choice], usage and usage._replace(output=0), **more)
+
+    def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
+        return chat_logprobs(positions, self.call.tokens_as_ids)
+
+    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": index, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}
+
+    def _silence(self, index: int) -> dict[str, Any]:
+        return {"index": index, "delta": {}}
+
+
+class CompletionVoice(_OpenAIVoice):
+    """/v1/completions."""
+
+    prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._offsets = [TextOffsets() for _ in range(call.choices)] if call.top_logprobs is not None else []
+
+    def _answer(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
+        call = self.call
+        text = "".join(choice.pieces)
+        before = prompt.text if call.echo else ""
+        logprobs = None
+        if call.top_logprobs is not None:
+            positions = [*(prompt.echoed() if call.echo else ()), *choice.logprobs]
+            offsets = [*(prompt.offsets if call.echo else ()), *TextOffsets(len(before)).of(choice.logprobs)]
+            end = len(before) + len(text)  # tokens that stopped the answer are no part of it
+            logprobs = completion_logprobs(positions, call.tokens_as_ids, [min(offset, end) for offset in offsets])
+        out = {"index": index, "text": before + text, "logprobs": logprobs, "finish_reason": choice.reason}
+        if call.prompt_logprobs:
+            out["prompt_logprobs"] = prompt_logprobs_json(prompt.logprobs)
+        if call.want_ids:
+            out["prompt_token_ids"] = prompt.ids
+        return out
+
+    def _of_reply(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        return {}
+
+    def around(self, index: int) -> tuple[bytes, bytes]:
+        return (
+            self._head + b',"choices":[{"index":%d,"text":' % index,
+            b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + self._tail,
+        )
+
+    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes]:
+        """The prompt's ids and the prompt, if asked for."""
+        call = self.call
+        if call.want_ids:
+            yield self._event([{**self._chunk(index, "", None), "prompt_token_ids": prompt.ids, "token_ids": []}], None)
+        if call.echo:
+            logprobs = None
+            if call.top_logprobs is not None:
+                self._offsets[index] = TextOffsets(len(prompt.text))
+                logprobs = completion_logprobs(prompt.echoed(), call.tokens_as_ids, prompt.offsets)
+            yield self._event([self._chunk(index, prompt.text, logprobs)], self._usage(row, batch))
+
+    def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
+        return completion_logprobs(positions, self.call.tokens_as_ids, self._offsets[index].of(positions))
+
+    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
+
+    def _silence(self, index: int) -> dict[str, Any]:
+        return {"index": index, "text": ""}

@@ -1,0 +1,42 @@
+"""What the routes of one API share.
+
+What it is: `Surface`, which reads a route's JSON body and answers a Generation in a Voice: as a stream of the surface's Frame, or in one piece.
+What it does not know: which API it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request
+from litestar.types import ASGIApp
+
+from penstock.transports.frame import Frame
+from penstock.transports.gateway import Gateway
+from penstock.transports.generation import Generation
+from penstock.transports.outbox import Pulse
+from penstock.transports.replies import WholeReply
+from penstock.transports.request import check_json, context_of, read_body
+from penstock.transports.stream import StreamReply
+from penstock.transports.voice import Voice
+
+
+class Surface:
+    """One an API and edge, made by the factory of its routes; `frame` is that of its streams."""
+
+    def __init__(self, gateway: Gateway, frame: Frame) -> None:
+        self._gateway = gateway
+        self._frame = frame
+        self._pulse = Pulse(gateway.config)
+
+    async def body(self, request: Request[Any, Any, Any]) -> bytes:
+        """The request's JSON, not parsed yet. Raises InvalidRequest (415 for another content type) or RequestTooLarge."""
+        check_json(context_of(request.scope).headers)
+        return await read_body(request.scope, request.receive, self._gateway.config.max_body_bytes)
+
+    def answer(self, request: Request[Any, Any, Any], generation: Generation, voice: Voice) -> ASGIApp:
+        """What the route returns: it runs the generation and says in `voice` what came of it."""
+        context = context_of(request.scope)
+        if generation.stream:
+            return StreamReply(self._gateway, generation, voice, self._frame, context, self._pulse)
+        return WholeReply(self._gateway, generation, voice, context)

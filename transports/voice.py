@@ -1,0 +1,162 @@
+"""How one API speaks.
+
+What it is: `Voice`, what a Job asks for everything that a client gets to see of its request: ids, payloads, errors, the mark of the end; and what a voice
+is told: `Head`, `Usage`, `Prompt`, `Choice`. openai_voice.py has two.
+What it does not know: requests on their way (job.py), what stands around a payload (frame.py), routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.messages import RowExtra, TokenLogprobs
+from penstock.transports.gateway import Batch
+from penstock.transports.request import Header, JsonReply
+
+VOICE = "voice"
+"""The key in a handler's `opt` that names its Voice class: errors of that route are said with its `refuse`, as those of a Job are. (What is refused before
+there is a route, for its key, size of headers or path, has the shape of request.error_reply everywhere.)"""
+
+
+class Head(NamedTuple):
+    """What a reply says about itself. `rid` is the request's id, `created` seconds since the Unix epoch."""
+
+    rid: str
+    created: int
+    model: str
+    fingerprint: str | None
+
+
+class Usage(NamedTuple):
+    """Tokens: of prompts, of answers, and how many of the prompts' a cache had."""
+
+    prompt: int
+    output: int
+    cached: int
+
+    @classmethod
+    def at(cls, row: int, batch: Batch) -> Usage:
+        """Of the prompt and choice of a row, so far."""
+        return cls(batch.column("prompt_tokens")[row], batch.column("output_tokens")[row], batch.column("cached_tokens")[row])
+
+
+class Prompt:
+    """What came back about one prompt itself, with the first row(s) of whichever choice."""
+
+    __slots__ = ("first", "ids", "logprobs", "offsets", "text")
+
+    ids: list[int] | None
+    """Its tokens, with Generation.want_ids or echo."""
+    text: str
+    """With echo."""
+    logprobs: list[TokenLogprobs | None]
+    """One a token, with SamplingParams.prompt_logprobs; None: nothing predicts it."""
+    offsets: list[int]
+    """Where each token begins in `text`, in characters; with echo and prompt_logprobs."""
+    first: bytes
+    """The first token's own bytes; as `offsets`."""
+
+    def __init__(self) -> None:
+        self.ids = None
+        self.text = ""
+        self.logprobs = []
+        self.offsets = []
+        self.first = b""
+
+    def take(self, extra: RowExtra) -> None:
+        if extra.prompt_token_ids is not None:
+            self.ids = extra.prompt_token_ids.tolist()
+        if extra.prompt_logprobs:
+            self.logprobs += extra.prompt_logprobs
+        if extra.prompt_text:
+            self.text = extra.prompt_text
+        if extra.prompt_offsets:
+            self.offsets = extra.prompt_offsets
+            self.first = extra.prompt_first
+
+    def echoed(self) -> list[TokenLogprobs | None]:
+        """The prompt's positions for an echo; the first one, which nothing predicts, has its token alone."""
+        positions = list(self.logprobs)
+        if positions and positions[0] is None:
+            token = self.ids[0] if self.ids else -1
+            text = self.first.decode("utf-8", "replace")
+            positions[0] = TokenLogprobs(ids=[token], logprobs=[], ranks=[], texts=[text], bytes_=[self.first])
+        return positions
+
+
+class Choice:
+    """One answer of a whole reply."""
+
+    __slots__ = ("error", "logprobs", "pieces", "reason", "stop_reason", "tokens")
+
+    pieces: list[str]
+    """Its text, in the pieces that came."""
+    tokens: list[int]
+    """With Generation.want_ids."""
+    logprobs: list[TokenLogprobs]
+    """One a token, with SamplingParams.logprobs."""
+    reason: str
+    """Why it ended, as in Sink.row."""
+    stop_reason: int | str | None
+    """Which stop string or token id it was, if one was asked for."""
+    error: PenstockError | None
+    """Why it failed, if it did so alone: another choice did not."""
+
+    def __init__(self) -> None:
+        self.pieces = []
+        self.tokens = []
+        self.logprobs = []
+        self.reason = ""
+        self.stop_reason = None
+        self.error = None
+
+
+class Voice(Protocol):
+    """One reply in one API's words; a voice serves one request. `index` counts choices over all prompts: n of the first prompt, n of the second. Every
+    payload is the bytes of one message, without what a Frame puts around it. Of a row, `batch` knows at index `row` what its text does not say.
+
+    A whole reply: `begin`, `whole`. A stream: `begin`; `around` once a choice if `plain`; then of each choice `opened`, rows, `closed`; at last `ended`, or
+    `broken`. A request that fails before anything was sent: `refuse`.
+    """
+
+    plain: bool
+    """A row that goes on is nothing but its text: `around` it stands the same every time, and `piece` is never asked."""
+
+    def begin(self, head: Head) -> str:
+        """The reply's id. Comes first."""
+        ...
+
+    def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
+        """The body. `timings` (seconds, by name) if the client asked for them."""
+        ...
+
+    def around(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text, which is a JSON string, in the payload of a plain row."""
+        ...
+
+    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterable[bytes]:
+        """The choice's first row is here; what it says follows."""
+        ...
+
+    def piece(self, index: int, text: str, row: int, batch: Batch) -> Iterable[bytes]:
+        """A row, of which `text` may be ""."""
+        ...
+
+    def closed(self, index: int, reason: str, error: PenstockError | None, row: int, batch: Batch) -> Iterable[bytes]:
+        """The choice has ended: "stop", "length", "abort", or "error" with the error of this choice alone. Its last text has been said."""
+        ...
+
+    def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterable[bytes]:
+        """Every choice has ended: what comes last, with the mark of the end if the API has one."""
+        ...
+
+    def broken(self, error: PenstockError) -> Iterable[bytes]:
+        """The whole request failed in the middle of its stream: nothing comes after this."""
+        ...
+
+    @staticmethod
+    def refuse(error: PenstockError, headers: Iterable[Header] = ()) -> JsonReply:
+        """The reply that an error is, as long as nothing was sent. `request.error_headers` gives the headers that belong to an error; `headers` are more."""
+        ...
