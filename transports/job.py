@@ -15,6 +15,7 @@ from penstock.core.protocol.errors import EngineFailure, EngineUnavailable, Inva
 from penstock.core.protocol.messages import Finished, RowExtra, Submit, TokenLogprobs
 from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.gateway import CancelCause, Gateway
+from penstock.transports.ids import public_id
 from penstock.transports.openai import Call
 from penstock.transports.request import Receive, RequestContext, sane_id
 
@@ -87,9 +88,10 @@ class Job(abc.ABC):
         rid = sane_id(call.request_id) if call.request_id and b"x-request-id" not in context.headers else None
         if rid is not None:
             context.rid = rid
-        self.id = ("chatcmpl-" if call.kind == "chat" else "cmpl-") + context.rid
-        self.created = time.time_ns() // 1_000_000_000
         self.model = call.model or gateway.model_name
+        self.door = gateway.door(self.model)
+        self.id = public_id("chatcmpl-" if call.kind == "chat" else "cmpl-", context.rid, self.door.pool.text)
+        self.created = time.time_ns() // 1_000_000_000
         self.keys: list[int] = []
         self.ended: list[Finished] = []
         self.error: PenstockError | None = None
@@ -99,7 +101,7 @@ class Job(abc.ABC):
     def begin(self) -> None:
         """Take a place and submit every prompt. Raises the error to answer with; then nothing is left behind."""
         gateway, call, context = self.gateway, self.call, self.context
-        gateway.enter()
+        gateway.enter(self.model)
         sent_ns = time.monotonic_ns()
         try:
             for index, prompt in enumerate(call.prompts):

@@ -121,7 +121,7 @@ class StreamReply(Job):
             "object": self._object,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": gateway.fingerprint,
+            "system_fingerprint": self.door.fingerprint,
         }
         self._head = b"data: " + _json(head)[:-1]
         self._tail = b',"usage":null}\n\n' if call.include_usage else b"}\n\n"
@@ -236,7 +236,7 @@ class StreamReply(Job):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outbox = self.outbox
-        await self.gateway.soon_ready()
+        await self.gateway.soon_ready(self.model)
         self.begin()
         watcher = asyncio.get_running_loop().create_task(watch(receive))
         watcher.add_done_callback(self._gone)

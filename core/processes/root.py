@@ -147,7 +147,8 @@ class Root:
     async def _tend(self, child: Child, epoch: int, process: subprocess.Popen[bytes], control: socket.socket) -> None:
         """One life of a child: talk until it is gone."""
         control.setblocking(False)
-        link = Link(trio.SocketStream(trio.socket.from_stdlib_socket(control)), ChildToRoot, control_hello("root", 0, 0))
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
+        link = Link(stream, ChildToRoot, control_hello("root", 0, 0), peers=(child.spec.role,))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._talk, child, link)
             status = await _gone(process)
@@ -159,7 +160,9 @@ class Root:
 
     async def _talk(self, child: Child, link: Link) -> None:
         try:
-            await link.greet(sent=True)
+            peer = await link.greet(sent=True)
+            if peer.id != child.spec.id:
+                raise ProtocolError(f"The {child.name} process says that it is {peer.role}-{peer.id}.")
             self._links[child.index] = link
             await link.run(self._heard)
         except ProtocolError as error:
