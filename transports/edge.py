@@ -42,6 +42,7 @@ from penstock.core.protocol.messages import (
     Message,
     StartupPhase,
     Stop,
+    Tables,
     union_of,
 )
 from penstock.core.protocol.pools import PoolSpec
@@ -50,6 +51,7 @@ from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure
 from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
 from penstock.transports.http import make_app
+from penstock.transports.keyring import Keyring
 from penstock.transports.link import Dialer, Link, adopt
 from penstock.transports.protocol import server_options
 from penstock.transports.tracing import NO_TRACING, OtelTracing, Tracing
@@ -79,9 +81,10 @@ class Server:
         run_dir: str,
         factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (),
         tracing: Tracing = NO_TRACING,
+        keyring: Keyring | None = None,
     ) -> None:
         self.gateway = Gateway(config, edge, pools=pools, tracing=tracing)
-        self.app = make_app(self.gateway, factories)
+        self.app = make_app(self.gateway, factories, keyring)
         hello = make_hello("edge", edge, epoch)
         self._dialers = [_dialer(door, run_dir, hello) for door in self.gateway.doors.values()]
         options = server_options(config.max_header_bytes, config.receive_timeout_s)
@@ -213,6 +216,8 @@ class _Process:
         self._boot = boot
         self._started = started
         self._over = asyncio.Event()
+        self._keyring = Keyring(boot.config)
+        self._has_tables = asyncio.Event()
         self._link: Link | None = None
         self._server: Server | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -239,7 +244,10 @@ class _Process:
             run_dir=boot.run_dir,
             factories=transport_factories(host, config),
             tracing=tracing,
+            keyring=self._keyring,
         )
+        if config.tables is not None:  # nobody gets in before it is known who may
+            await self._has_tables.wait()
         with socket.socket(fileno=boot.listeners[HTTP]) as listener:
             await server.start([listener])
             settle()
@@ -273,6 +281,9 @@ class _Process:
             self._server.drain_within(message.deadline_s)
         elif isinstance(message, Drain):
             self._drain = asyncio.get_running_loop().create_task(self._drained(message.deadline_s), name="drain")
+        elif isinstance(message, Tables):
+            self._keyring.take(message)
+            self._has_tables.set()
         elif isinstance(message, Stop):
             self._over.set()
 

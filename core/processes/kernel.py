@@ -32,6 +32,7 @@ import msgspec
 from penstock.core.contract.host import check_names
 from penstock.core.processes.spawn import HTTP, spawn
 from penstock.core.processes.supervisor import ChildSpec, Supervisor
+from penstock.core.processes.tables_file import TablesFile
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Boot, Ready
 from penstock.core.protocol.errors import ConfigError, PenstockError
@@ -115,6 +116,8 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
         if specs is None:
             check_names(config, extra_plugins)
             config = with_model(config)
+        notes: list[str] = []
+        tables = TablesFile(config.tables, notes.append) if config.tables is not None else None
         listener = bind(config)
         pools = pools_of(config)
         run_dir = make_run_dir()
@@ -125,6 +128,8 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
             boot = boot_of(spec, epoch, config, run_dir=directory, listeners=listeners, pools=pools, extra_plugins=extra_plugins)
             return spawn(boot, spec.env)
 
+        if config.tables is not None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # one that comes before root listens to it waits
         supervisor = Supervisor(
             child_specs(config, pools) if specs is None else specs,
             clock=SystemClock(),
@@ -139,7 +144,15 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
 
         from penstock.core.processes.root import Root, complain
 
-        root = Root(config, supervisor, launch=launch, started=started, ready=lambda message: ready_lines(config, where, message))
+        root = Root(
+            config,
+            supervisor,
+            launch=launch,
+            started=started,
+            ready=lambda message: ready_lines(config, where, message),
+            tables=tables,
+            notes=notes,
+        )
         left = trio.run(root.run)
         if left.error:
             complain(left.error)
@@ -266,7 +279,7 @@ def ready_lines(config: Config, where: str, message: Ready) -> list[str]:
     name = config.served_model_name[0] if config.served_model_name else "default"
     lines.append(f"Penstock is ready: {where} (model {name}) after {message.seconds:.1f} s. Try:")
     at = f"--unix-socket {config.uds} http://localhost" if config.uds is not None else where
-    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_key or config.tables else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello! Who are you?"}}], "max_tokens": 64}}'
     lines.append(f"  curl {at}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     return lines

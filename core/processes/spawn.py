@@ -28,7 +28,7 @@ from penstock.core.protocol.control import Boot, ChildDown, ChildToRoot, Hello, 
 from penstock.core.protocol.errors import PenstockError, PluginFault, ProtocolError
 from penstock.core.runtime.frames import FrameDecoder, encode, make_hello
 
-QUIET = {signal.SIGINT, signal.SIGTERM}
+QUIET = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 BOOT_S = 60.0
@@ -104,7 +104,7 @@ def die_with(parent: int, name: str) -> None:
 
 
 def ignore_signals() -> None:
-    """Ctrl-C reaches the whole process group, but it is root that decides. Then let in what was blocked during the start."""
+    """Ctrl-C (and a terminal's end) reaches the whole process group, but it is root that decides. Then let in what was blocked during the start."""
     for number in QUIET:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET)

@@ -191,6 +191,14 @@ class Vitals(Message, frozen=True, kw_only=True):
     rows: list[Vital]
 
 
+class Tables(Message, frozen=True, kw_only=True):
+    """Root to edges: whose key is whose, before they listen and after each change. `body` is a KeyTable (core/protocol/tables.py) as
+    msgpack; `generation` counts from 1, and a later one takes the place of an earlier one."""
+
+    generation: int
+    body: bytes
+
+
 class Boot(Message, frozen=True, kw_only=True):
     """First frame from root to a child: all that it needs to know. `listeners` are the inherited listening sockets, name -> file descriptor
     (edges have "http"); `pools` are all that there are, the default one first.
@@ -273,5 +281,5 @@ class Leave(Message, frozen=True, kw_only=True):
     error: str = ""
 
 
-RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | StartupPhase | Extension
+RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | StartupPhase | Tables | Extension
 ChildToRoot = Hello | ChildUp | ChildDown | EngineUp | Heartbeat | StartupPhase | Drained | Extension
