@@ -45,6 +45,7 @@ WHEN: dict[str, str] = {
     "context_length_exceeded": "The prompt, or it and the answer that was asked for, do not fit the context. The message has the numbers.",
     "unsupported_feature": "A field, or a value of one, that would change the answer and does not exist here.",
     "invalid_api_key": "No valid key was sent.",
+    "insufficient_scope": "The key's scopes ([tables](tables.md)) do not hold this endpoint.",
     "model_not_found": "No such model; the message lists those that there are.",
     "not_found": "Nothing at this path.",
     "method_not_allowed": "The header `allow` says what is.",
@@ -333,7 +334,8 @@ def page() -> str:
         flags(
             "With --api-key-file (or `PENSTOCK_API_KEY`), a request brings a key as `Authorization: Bearer KEY` or `x-api-key: KEY`; else it is a 401 with"
             f" `www-authenticate: Bearer`. Free are {public}, and OPTIONS, which a browser sends without credentials. Prefixes are cached for each key by"
-            " itself: nobody can find out by timing what another key asked."
+            " itself: nobody can find out by timing what another key asked. With --tables keys have tenants, which share prefixes, and scopes: an endpoint"
+            " outside of them is a 403 ([tables](tables.md))."
         ),
         "",
         "## Fields of both generation requests",

@@ -116,7 +116,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
             check_messages(parsed.messages, config.max_messages)
         if parsed.model:
             await find_model(parsed.model)
-        return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields))), ignored)
+        return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields), model=parsed.model or "")), ignored)
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
@@ -124,7 +124,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         if parsed.model:
             await find_model(parsed.model)
         fields = {name: value for name, value in raw.items() if name not in ignored}
-        return _with_ignored(relay(await gateway.query("detokenize", msgspec.json.encode(fields))), ignored)
+        return _with_ignored(relay(await gateway.query("detokenize", msgspec.json.encode(fields), model=parsed.model or "")), ignored)
 
     @get("/tokenizer_info", summary="The tokenizer's facts and chat template", tags=["tokens"])
     async def tokenizer_info() -> ASGIApp:

@@ -1,7 +1,7 @@
 """The edge process.
 
 What it is: `run`, the process entry that root starts: uvloop, uvicorn's HTTP protocol on the inherited listening socket (several edges share
-it), the link to text, and the control link to root, which is also the lifeline. `Server` is the part without processes: tests and the
+it), the links to the pools' text processes, and the control link to root, which is also the lifeline. `Server` is the part without processes: tests and the
 in-process wiring use it too.
 What it does not know: routes (http.py, transports), the supervisor's policy.
 
@@ -21,7 +21,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from email.utils import formatdate
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -29,7 +28,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from penstock.core.contract.host import PluginHost
-from penstock.core.processes.spawn import control_hello, settle
+from penstock.core.processes.spawn import HTTP, control_hello, settle, socket_of
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import RootToChild
 from penstock.core.protocol.errors import Draining
@@ -39,16 +38,20 @@ from penstock.core.protocol.messages import (
     Drain,
     Drained,
     Heartbeat,
+    Hello,
     Message,
     StartupPhase,
     Stop,
+    Tables,
     union_of,
 )
+from penstock.core.protocol.pools import PoolSpec
 from penstock.core.runtime.frames import make_hello
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure
-from penstock.transports.gateway import STATS_PERIOD_S, Gateway
+from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
 from penstock.transports.http import make_app
+from penstock.transports.keyring import Keyring
 from penstock.transports.link import Dialer, Link, adopt
 from penstock.transports.protocol import server_options
 from penstock.transports.tracing import NO_TRACING, OtelTracing, Tracing
@@ -66,7 +69,7 @@ JOIN_S = 2.0
 
 
 class Server:
-    """HTTP on listening sockets plus the link to text, on the running loop."""
+    """HTTP on listening sockets plus a link to each pool's text process, on the running loop. `run_dir` is where those listen."""
 
     def __init__(
         self,
@@ -74,21 +77,16 @@ class Server:
         *,
         edge: int = 0,
         epoch: int = 1,
-        text_socket: str,
+        pools: Sequence[PoolSpec],
+        run_dir: str,
         factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (),
         tracing: Tracing = NO_TRACING,
+        keyring: Keyring | None = None,
     ) -> None:
-        self.gateway = Gateway(config, edge, tracing=tracing)
-        self.app = make_app(self.gateway, factories)
-        self.dialer = Dialer(
-            text_socket,
-            union_of("text>edge"),
-            make_hello("edge", edge, epoch),
-            on_open=self.gateway.link_opened,
-            on_message=self.gateway.on_message,
-            on_close=self.gateway.link_closed,
-        )
-        self.gateway.attach(lambda: self.dialer.link)
+        self.gateway = Gateway(config, edge, pools=pools, tracing=tracing)
+        self.app = make_app(self.gateway, factories, keyring)
+        hello = make_hello("edge", edge, epoch)
+        self._dialers = [_dialer(door, run_dir, hello) for door in self.gateway.doors.values()]
         options = server_options(config.max_header_bytes, config.receive_timeout_s)
         self._uvicorn = uvicorn.Config(self.app, **options, log_level=config.uvicorn_log_level)
         self._state = ServerState()
@@ -102,11 +100,12 @@ class Server:
         self._uvicorn.load()
         protocol: Any = self._uvicorn.http_protocol_class
         self._set_date()
-        self.dialer.start()
+        for dialer in self._dialers:
+            dialer.start()
         # Edges share the listening socket: one that has not met text yet leaves connections to those that have.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(JOIN_S):
-                await self.gateway.joined.wait()
+                await self.gateway.joined()
         for sock in sockets:
             sock.setblocking(False)
             create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
@@ -166,7 +165,7 @@ class Server:
             server.close()
         for connection in list(self._state.connections):
             connection.shutdown()
-        await self.dialer.stop()
+        await asyncio.gather(*(dialer.stop() for dialer in self._dialers))
         await self._gone(GOODBYE_S)
         ours: list[Any] = list(self._state.connections)
         for connection in ours:
@@ -189,6 +188,21 @@ class Server:
                     await asyncio.sleep(0.01)
 
 
+def _dialer(door: Door, run_dir: str, hello: Hello) -> Dialer:
+    """Keeps the link behind a door."""
+    dialer = Dialer(
+        socket_of(run_dir, "text", door.pool.text),
+        union_of("text>edge"),
+        hello,
+        on_open=door.link_opened,
+        on_message=door.on_message,
+        on_close=door.link_closed,
+        peers=("text",),
+    )
+    door.attach(lambda: dialer.link)
+    return dialer
+
+
 def transport_factories(host: PluginHost, config: Config) -> list[Callable[..., list[Any]]]:
     """The factories of the transports that `--transports` allows. Raises ConfigError naming an unknown one."""
     host.transports()
@@ -202,6 +216,8 @@ class _Process:
         self._boot = boot
         self._started = started
         self._over = asyncio.Event()
+        self._keyring = Keyring(boot.config)
+        self._has_tables = asyncio.Event()
         self._link: Link | None = None
         self._server: Server | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -217,17 +233,22 @@ class _Process:
             on_open=lambda _: None,
             on_message=self._on_root,
             on_close=self._root_gone,
+            peers=("root",),
         )
         host = PluginHost("edge", extra=boot.extra_plugins, skip_broken=config.skip_broken_plugins).load()
         self._server = server = Server(
             config,
             edge=boot.id,
             epoch=boot.epoch,
-            text_socket=str(Path(boot.run_dir) / "text-0.sock"),
+            pools=boot.pools,
+            run_dir=boot.run_dir,
             factories=transport_factories(host, config),
             tracing=tracing,
+            keyring=self._keyring,
         )
-        with socket.socket(fileno=boot.listen_fd) as listener:
+        if config.tables is not None:  # nobody gets in before it is known who may
+            await self._has_tables.wait()
+        with socket.socket(fileno=boot.listeners[HTTP]) as listener:
             await server.start([listener])
             settle()
             self._say(StartupPhase(role="edge", id=boot.id, phase="listen", seconds=time.monotonic() - self._started))
@@ -245,13 +266,13 @@ class _Process:
     async def _announce(self) -> None:
         """Up means that a request can be answered: root tells the user to send one."""
         assert self._server is not None
-        await self._server.gateway.open.wait()
+        await self._server.gateway.open()
         self._say(ChildUp(role="edge", id=self._boot.id, epoch=self._boot.epoch, pid=os.getpid()))
 
     async def _beat(self) -> None:
         boot = self._boot
         while True:
-            progress = int(self._server.gateway.delivered) if self._server else 0
+            progress = self._server.gateway.delivered if self._server else 0
             self._say(Heartbeat(role="edge", id=boot.id, at_ns=time.monotonic_ns(), progress=progress))
             await asyncio.sleep(HEARTBEAT_S)
 
@@ -260,6 +281,9 @@ class _Process:
             self._server.drain_within(message.deadline_s)
         elif isinstance(message, Drain):
             self._drain = asyncio.get_running_loop().create_task(self._drained(message.deadline_s), name="drain")
+        elif isinstance(message, Tables):
+            self._keyring.take(message)
+            self._has_tables.set()
         elif isinstance(message, Stop):
             self._over.set()
 

@@ -197,7 +197,7 @@ def about(kind: str, name: str) -> Field:
 # ------------------------------------------------------------------ replies
 
 REPLY_FIELDS: dict[str, str] = {
-    "id": "`chatcmpl-` or `cmpl-` and the request's id.",
+    "id": "`chatcmpl-` or `cmpl-`, the request's id, and one more character.",
     "object": "What it is.",
     "created": "When the request came, in seconds since 1970.",
     "model": "The request's, or the served model's name.",

@@ -1,9 +1,8 @@
-"""The gateway: the edge's one door to the text process.
+"""The gateway: the edge's doors to the text processes, one a pool.
 
-What it is: it gives requests their keys, sends Submit, Cancel, Park, Unpark and Query over the link, hands each row of a TextDelta to the
-sink that owns its key, answers queries, holds readiness, counts, and fails everything as retryable when the link is lost.
-What it does not know: HTTP, JSON, SSE: a transport gives it `Sink` objects and gets calls.
-It is long because everything that a request needs of text goes through this one door.
+What it is: it gives requests their keys and places, finds the door of the model that they name, speaks for all doors about readiness, counts, and
+refuses what cannot come in.
+What it does not know: what goes on behind a door (door.py), HTTP, JSON, SSE: a transport gives it `Sink` objects and gets calls.
 """
 
 from __future__ import annotations
@@ -12,49 +11,30 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable
-from typing import Any, Protocol
-
-import msgspec
+from collections.abc import Sequence
 
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import Draining, EngineUnavailable, PenstockError, RetryableError
-from penstock.core.protocol.messages import (
-    Answer,
-    Cancel,
-    EdgeStats,
-    Extension,
-    Finished,
-    Hello,
-    Limits,
-    Message,
-    Park,
-    Query,
-    Rejected,
-    RowExtra,
-    Submit,
-    TextDelta,
-    TextReady,
-    Unpark,
-)
+from penstock.core.protocol.messages import Answer, EdgeStats, Limits, Submit
+from penstock.core.protocol.pools import PoolSpec, pools_of
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.transports.counters import Counters
-from penstock.transports.link import Link, LinkBusy
+from penstock.transports.door import QUERY_TIMEOUT_S as QUERY_TIMEOUT_S
+from penstock.transports.door import Batch as Batch
+from penstock.transports.door import CancelCause as CancelCause
+from penstock.transports.door import Door as Door
+from penstock.transports.door import Sink as Sink
+from penstock.transports.door import make_error as make_error
+from penstock.transports.link import LinkBusy
 from penstock.transports.tracing import NO_TRACING, Tracing
 
 log = logging.getLogger("penstock.edge.gateway")
 
 EDGE_BITS, NONCE_BITS, COUNT_BITS = 8, 24, 24  # 56 in all
-QUERY_TIMEOUT_S = 10.0
 SOON_S = 0.5
 """Longest wait of a request for a text process that is not ready, or whose link is being dialled: longer than the dialler's longest pause."""
 STATS_PERIOD_S = 1.0
 LOG_PERIOD_S = 10.0
-SILENT_S = 4.0
-"""A text process that has said nothing for so long stands still: it gives a sign of life every second."""
-
-CancelCause = Any
-"""A value of Cancel.cause."""
 
 
 class TooManyStreams(RetryableError):
@@ -82,59 +62,8 @@ class EdgeKeys:
         return (self._edge << NONCE_BITS | self._nonce) << COUNT_BITS | self._count
 
 
-class Batch:
-    """One TextDelta with its columns as lists, made only when somebody asks."""
-
-    __slots__ = ("_extras", "_lists", "_starts", "delta")
-
-    def __init__(self, delta: TextDelta) -> None:
-        self.delta = delta
-        self._lists: dict[str, list[int]] = {}
-        self._starts: list[int] | None = None
-        self._extras: dict[int, RowExtra] | None = {e.row: e for e in delta.extras} if delta.extras else None
-
-    def column(self, name: str) -> list[int]:
-        """A column of the TextDelta by its name ("output_tokens"), to be indexed by row."""
-        found = self._lists.get(name)
-        if found is None:
-            found = self._lists[name] = getattr(self.delta, name).tolist()
-        return found
-
-    def extra(self, row: int) -> RowExtra | None:
-        """The rare parts of a row, if it has any: log-probabilities, stop_reason, error."""
-        return None if self._extras is None else self._extras.get(row)
-
-    def tokens(self, row: int) -> list[int]:
-        """The ids of the row's tokens."""
-        if self._starts is None:
-            total = 0
-            starts = self._starts = [0]
-            for count in self.column("counts"):
-                total += count
-                starts.append(total)
-        return self.column("tokens")[self._starts[row] : self._starts[row + 1]]
-
-
-class Sink(Protocol):
-    """Who gets what belongs to one key. Calls come from the loop, never re-entrantly; after `finished` or `failed` none follows. They must not
-    block; an exception in `row` fails the request."""
-
-    def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
-        """A step brought something for one choice (0 to n - 1): `text` to append (may be ""), and `reason`: "" (goes on), or why the choice ended: "stop",
-        "length", "abort" (cancelled), "error" (`batch.extra(row)` says what). More about the row: `batch`, at index `row`."""
-        ...
-
-    def finished(self, message: Finished) -> None:
-        """Every choice has ended."""
-        ...
-
-    def failed(self, error: PenstockError) -> None:
-        """The request was refused, or is lost. `error` is what the client should get; a route may raise it."""
-        ...
-
-
 class Gateway:
-    """One an edge process; everything happens on its event loop. `link` is set and cleared by whoever dials (edge.py, tests).
+    """One an edge process; everything happens on its event loop. `doors` are by the name of their pool; whoever dials (edge.py, tests) sets their links.
 
     A transport also reads: `config` (Config: every option), `edge` (int, this edge's index, for Submit.edge), `next_key()` (a new key, for
     Submit.key), `model_name` (str, the default model), `fingerprint` (str or None), `limits` (Limits or None), `draining` (bool),
@@ -149,9 +78,9 @@ class Gateway:
         config: Config,
         edge: int,
         *,
+        pools: Sequence[PoolSpec] = (),
         tracing: Tracing = NO_TRACING,
         clock: Clock | None = None,
-        model_name: str = "",
     ) -> None:
         self.config = config
         self.edge = edge
@@ -159,189 +88,101 @@ class Gateway:
         self.clock: Clock = clock or SystemClock()
         self.counters = Counters()
         self.next_key = EdgeKeys(edge)
-        self.model_name = model_name or (config.served_model_name[0] if config.served_model_name else "")
-        self.fingerprint: str | None = None
         self.draining = False
-        self.delivered = 0
-        """Rows handed to sinks; a count that moves when work is done."""
         self.active = 0
         """HTTP requests in progress that hold a place."""
-        self.joined = asyncio.Event()
-        """Set once text has said, whatever it was, whether it is ready."""
-        self.open = asyncio.Event()
-        """Set while text takes requests (which may have to wait for an engine)."""
-        self.limits: Limits | None = None
-        """How large a prompt may be, once text has said so."""
-        self._ready = False
-        """Is everything up that an answer needs?"""
-        self._ages: dict[str, float] = {}
-        self._heard_ns = 0
         self._refused = 0
         self._refused_at_ns = -(10**18)
         self._over = False
         """The drain's time is over: nobody will answer any more."""
-        self._sinks: dict[int, Sink] = {}
-        self._link: Callable[[], Link | None] = lambda: None
-        self._reason = "the text process is not connected yet"
-        self._queries: dict[int, asyncio.Future[Answer]] = {}
-        self._query_id = 0
         self._idle: asyncio.Event | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        pools = pools or pools_of(config)
+        self.doors = {
+            pool.name: Door(pool, edge, clock=self.clock, unavailable=self._unavailable, opened=self.counters.touch) for pool in pools
+        }
+        self._default = self.doors[pools[0].name]
+        self._by_model = {model: self.doors[pool.name] for pool in pools for model in pool.models}
 
-    # --- the link's side
+    # --- doors
 
-    def attach(self, link: Callable[[], Link | None]) -> None:
-        """`link()` gives the current link, or None while there is none."""
-        self._link = link
+    def door(self, model: str = "") -> Door:
+        """Who serves that model. Text tells who names one that nobody serves; it is asked at the first door, as for requests that name none."""
+        return self._by_model.get(model, self._default)
 
-    def link_opened(self, _: Hello) -> None:
-        self._reason = "the text process has not said yet that it is ready"
-        self._heard_ns = self.clock.now_ns()
-        self.counters.touch()  # a new text process knows nothing of this edge
+    @property
+    def model_name(self) -> str:
+        """The default model."""
+        return self._default.model_name
 
-    def link_closed(self, reason: str) -> None:
-        """Text is gone: every stream fails as retryable."""
-        self.open.clear()
-        self._ready, self._ages = False, {}
-        self._reason = f"the text process is gone ({reason})"
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink.failed(
-                EngineUnavailable("The server lost its text process while this request ran. Send the request again.", retry_after_s=1.0)
-            )
-        queries, self._queries = self._queries, {}
-        for future in queries.values():
-            if not future.done():
-                future.set_exception(self._unavailable())
+    @property
+    def fingerprint(self) -> str | None:
+        """The default model's system fingerprint, once known."""
+        return self._default.fingerprint
 
-    def on_message(self, message: Message) -> None:
-        self._heard_ns = self.clock.now_ns()
-        if type(message) is TextDelta:
-            self._deliver(message)
-        elif type(message) is Finished:
-            sink = self._sinks.pop(message.key, None)
-            if sink is not None:
-                sink.finished(message)
-        elif type(message) is Rejected:
-            sink = self._sinks.pop(message.key, None)
-            if sink is not None:
-                sink.failed(error_of(message))
-        elif type(message) is Answer:
-            future = self._queries.pop(message.id, None)
-            if future is not None and not future.done():
-                future.set_result(message)
-        elif type(message) is TextReady:
-            self._take_ready(message)
-        elif not isinstance(message, (Hello, Extension)):
-            raise TypeError(f"the gateway does not take {type(message).__name__}")
+    @property
+    def limits(self) -> Limits | None:
+        """How large a prompt may be, if that is known and the same whichever model is meant."""
+        return self._default.limits if len(self.doors) == 1 else None
 
-    def _take_ready(self, word: TextReady) -> None:
-        if word.ready and not self._ready:
-            self._spawn(self._learn())
-        self._ready, self._reason, self._ages = word.ready, word.reason, word.ages
-        self.limits = word.limits or self.limits
-        self.joined.set()
-        if word.ready or word.waits:
-            self.open.set()
-        else:
-            self.open.clear()
+    @property
+    def delivered(self) -> int:
+        """Rows handed to sinks; a count that moves when work is done."""
+        return sum(door.delivered for door in self.doors.values())
 
-    def _deliver(self, delta: TextDelta) -> None:
-        sinks = self._sinks
-        batch = Batch(delta)
-        texts, reasons = delta.texts, delta.reasons
-        choices = delta.choices.tolist()
-        self.delivered += len(choices)
-        for row, key in enumerate(delta.keys.tolist()):
-            sink = sinks.get(key)
-            if sink is not None:  # else: cancelled while the row was under way
-                try:
-                    sink.row(choices[row], texts[row], reasons[row], row, batch)
-                except Exception:  # one request fails, not the link with all the others
-                    log.exception("a row of request %d could not be delivered", key)
-                    self.cancel(key, "client")
-                    sink.failed(PenstockError("The server made an error while it sent the answer."))
+    async def joined(self) -> None:
+        """Return once every text process has said, whatever it was, whether it is ready."""
+        for door in self.doors.values():
+            await door.joined.wait()
 
-    def _send(self, message: Message) -> None:
-        link = self._link()
-        if link is not None:
-            link.send(message)
+    async def open(self) -> None:
+        """Return once every text process takes requests."""
+        for door in self.doors.values():
+            await door.open.wait()
 
     # --- readiness
 
-    @property
-    def connected(self) -> bool:
-        link = self._link()
-        return link is not None and link.open
-
     def readiness(self) -> tuple[bool, str]:
-        """Would a request be answered without waiting for a process, and if not, why."""
+        """Would a request be answered without waiting for a process, whichever model it names, and if not, why."""
         if self.draining:
             return False, "the server is shutting down"
-        if not (self._ready and self.connected):
-            return False, self._reason or "the engine is not ready"
-        silent_s = self._silent_s()
-        return (True, "") if silent_s <= SILENT_S else (False, f"the text process has not been heard of for {silent_s:.0f} s")
-
-    def _silent_s(self) -> float:
-        return (self.clock.now_ns() - self._heard_ns) / 1e9
+        return next((said for said in (door.readiness() for door in self.doors.values()) if not said[0]), (True, ""))
 
     def ages(self) -> dict[str, float]:
-        """Seconds since each process that answers depend on was last heard of. What text said about others is as old as text's word."""
-        if not self.connected:
-            return {}
-        silent_s = self._silent_s()
-        return {"text": round(silent_s, 3), **{name: round(age + silent_s, 3) for name, age in self._ages.items()}}
+        """Seconds since each process that answers depend on was last heard of."""
+        out: dict[str, float] = {}
+        for door in self.doors.values():
+            out |= door.ages("text" if len(self.doors) == 1 else f"text-{door.pool.text}")
+        return out
 
-    def accepts(self) -> bool:
+    def accepts(self, model: str = "") -> bool:
         """May a request come in: now, or to wait for an engine that is being restarted?"""
-        return not self.draining and self.open.is_set() and self.connected
+        return not self.draining and self.door(model).accepts()
 
-    def _unavailable(self) -> PenstockError:
+    def _unavailable(self, reason: str) -> PenstockError:
         if self.draining:
             return Draining("The server is shutting down. Send the request again: another instance may take it.", retry_after_s=2.0)
-        return EngineUnavailable(
-            f"The server is not ready: {self._reason or 'the engine is not ready'}. Try again shortly.", retry_after_s=1.0
-        )
-
-    async def _learn(self) -> None:
-        """Ask for what replies carry: the default model's name and the system fingerprint."""
-        try:
-            answer = await self.query("server_info", timeout=5.0)
-        except PenstockError:
-            return
-        if answer.status == 200:
-            try:
-                info = msgspec.json.decode(answer.body, type=ServerInfo, strict=False)
-            except msgspec.MsgspecError:
-                return
-            self.fingerprint = info.fingerprint or self.fingerprint
-            self.model_name = info.model or self.model_name
-
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        return EngineUnavailable(f"The server is not ready: {reason}. Try again shortly.", retry_after_s=1.0)
 
     # --- a transport's side
 
-    async def soon_ready(self) -> None:
+    async def soon_ready(self, model: str = "") -> None:
         """Return when text takes requests, after SOON_S (half a second) at the latest: edges learn of it one after another, and a client that was told so by
         one of them may come to the next. Says nothing: `enter` does."""
-        if self.draining or self.accepts():
+        door = self.door(model)
+        if self.draining or door.accepts():
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SOON_S):
-                while not self.draining and not self.accepts():
-                    if self.open.is_set():  # the link closed this instant; `link_closed` comes next
+                while not self.draining and not door.accepts():
+                    if door.open.is_set():  # the link closed this instant; `link_closed` comes next
                         await asyncio.sleep(0)
                     else:
-                        await self.open.wait()
+                        await door.open.wait()
 
-    def enter(self) -> None:
+    def enter(self, model: str = "") -> None:
         """Take a place for a request, or raise: draining or not ready (503), too many (429). `leave` gives it back."""
-        if not self.accepts():
-            raise self._unavailable()
+        if not self.accepts(model):
+            raise self.door(model).unavailable()
         if self.active >= self.config.max_streams:
             self.counters.add("penstock_edge_refused_total")
             self._note_refused()
@@ -372,62 +213,44 @@ class Gateway:
 
     def submit(self, submit: Submit, sink: Sink) -> None:
         """Start a request: what happens to `submit.key` is told to `sink` until it has ended. Raises EngineUnavailable, or LinkBusy (503, too)."""
-        if not self.connected:
-            raise self._unavailable()
-        self._send(submit)
-        self._sinks[submit.key] = sink
+        self.door(submit.model).submit(submit, sink)
 
     def cancel(self, key: int, cause: CancelCause = "disconnect") -> None:
         """Forget a key and tell text. Unknown keys (finished ones) are ignored."""
-        if self._sinks.pop(key, None) is None:
-            return
-        self._send(Cancel(key=key, cause=cause))
+        for door in self.doors.values():
+            door.cancel(key, cause)
 
     def park(self, key: int) -> None:
         """The client reads too slowly: stop producing for this request. Rows that are under way still come."""
-        if key in self._sinks:
-            self._send(Park(key=key))
+        for door in self.doors.values():
+            door.park(key)
 
     def unpark(self, key: int) -> None:
         """Go on."""
-        if key in self._sinks:
-            self._send(Unpark(key=key))
+        for door in self.doors.values():
+            door.unpark(key)
 
     def fail_all(self, error: PenstockError, cause: CancelCause) -> None:
         """End every request and question with `error`, and every later one (a drain whose deadline passed)."""
         self._over = True
-        for key, sink in list(self._sinks.items()):
-            self.cancel(key, cause)
-            sink.failed(error)
-        for future in list(self._queries.values()):
-            if not future.done():
-                future.set_exception(error)
+        for door in self.doors.values():
+            door.fail_all(error, cause)
 
-    async def query(self, what: str, body: bytes = b"", *, timeout: float = QUERY_TIMEOUT_S) -> Answer:
+    async def query(self, what: str, body: bytes = b"", *, timeout: float = QUERY_TIMEOUT_S, model: str = "") -> Answer:
         """Ask text: `what` and `body` as in Query. An Answer whose status is not 200 holds an error. Raises EngineUnavailable when it is not there or does not
         answer in time (seconds), Draining when the server ends."""
-        if self._over or not self.connected:
-            raise self._unavailable()
-        self._query_id += 1
-        mine = self._query_id
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._queries[mine] = future
-        try:
-            self._send(Query(id=mine, edge=self.edge, what=what, body=body))
-            async with asyncio.timeout(timeout):
-                return await future
-        except TimeoutError:
-            raise EngineUnavailable(f"The text process did not answer within {timeout:g} s. Try again.", retry_after_s=1.0) from None
-        finally:
-            self._queries.pop(mine, None)
+        door = self.door(model)
+        if self._over:
+            raise door.unavailable()
+        return await door.query(what, body, timeout)
 
     # --- housekeeping
 
     def flush_stats(self) -> None:
-        """Send the counters if they changed since the last time."""
-        if self.counters.changed and self.connected:
+        """Send the counters if they changed since the last time; the first text process holds every edge's."""
+        if self.counters.changed and self._default.connected:
             try:
-                self._send(EdgeStats(edge=self.edge, counters=self.counters.read()))
+                self._default.send(EdgeStats(edge=self.edge, counters=self.counters.read()))
             except LinkBusy:
                 self.counters.touch()
 
@@ -436,24 +259,3 @@ class Gateway:
         if self.active:
             self._idle = asyncio.Event()
             await self._idle.wait()
-
-
-class ServerInfo(msgspec.Struct, frozen=True):
-    """What the gateway reads of text's answer to the "server_info" query."""
-
-    model: str = ""
-    fingerprint: str = ""
-
-
-def error_of(message: Rejected) -> PenstockError:
-    """The error that a Rejected stands for."""
-    return make_error(message.status, message.type, message.code, message.message, message.param, message.retry_after_s)
-
-
-def make_error(
-    status: int, type_: str, code: str, text: str, param: str | None = None, retry_after_s: float | None = None
-) -> PenstockError:
-    error = PenstockError(text, param=param, code=code, retry_after_s=retry_after_s)
-    error.status = status  # type: ignore[misc]  # the class says the usual one, text decided this one
-    error.type = type_  # type: ignore[misc]
-    return error

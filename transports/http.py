@@ -8,8 +8,6 @@ What it does not know: what the transports' routes do, sockets, processes.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
@@ -17,16 +15,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, get
+from litestar import Litestar, Request, Router, get
+from litestar.connection import ASGIConnection
 from litestar.exceptions import HTTPException, MethodNotAllowedException
+from litestar.handlers.base import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.spec import Server
 from litestar.types import ASGIApp
 
-from penstock.core.protocol.errors import EngineUnavailable, FinalError, InvalidRequest, NotFound, PenstockError, Unauthorized
+from penstock.core.protocol.errors import EngineUnavailable, FinalError, Forbidden, InvalidRequest, NotFound, PenstockError, Unauthorized
+from penstock.core.protocol.tables import INFERENCE, METRICS, Principal
 from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
+from penstock.transports.keyring import Keyring
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.protocol import HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
 from penstock.transports.request import (
@@ -38,6 +40,7 @@ from penstock.transports.request import (
     RequestContext,
     Scope,
     Send,
+    context_of,
     error_reply,
     new_rid,
     sane_id,
@@ -50,6 +53,9 @@ log = logging.getLogger("penstock.edge.http")
 
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/health/decode"})
 """Paths that need no key."""
+
+SCOPE = "scope"
+"""The key in a handler's `opt` that names the scope which a key needs for it."""
 
 UNTRACED = PUBLIC | {"/metrics"}
 """Paths that are asked every few seconds and of which a span says nothing."""
@@ -67,10 +73,10 @@ class MethodNotAllowed(FinalError):
 class Edge:
     """The outer application."""
 
-    def __init__(self, gateway: Gateway, app: Litestar) -> None:
+    def __init__(self, gateway: Gateway, app: Litestar, keyring: Keyring) -> None:
         self.gateway = gateway
         self.app = app
-        self._keys = [(key.encode(), tenant_of(key)) for key in gateway.config.api_key]
+        self.keyring = keyring
         self._cors = Cors(gateway.config)
         self._root = gateway.config.root_path.rstrip("/")
         self._tracing = gateway.tracing
@@ -123,25 +129,12 @@ class Edge:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
         if limit is not None:
             return HeadersTooLarge(limit)
-        if self._keys and scope["path"] not in PUBLIC and scope["method"] != "OPTIONS":  # a browser asks without credentials
-            tenant = self._tenant(context.headers)
-            if tenant is None:
+        if self.keyring.locked and scope["path"] not in PUBLIC and scope["method"] != "OPTIONS":  # a browser asks without credentials
+            principal = self.keyring.find(context.headers)
+            if principal is None:
                 return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
-            context.tenant = tenant
+            context.principal = principal
         return None
-
-    def _tenant(self, headers: dict[bytes, bytes]) -> str | None:
-        """Whose key was given; None: nobody's."""
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        offered = [given.strip()] if scheme.lower() == b"bearer" else []
-        if b"x-api-key" in headers:
-            offered.append(headers[b"x-api-key"].strip())
-        found = None
-        for one in offered:
-            for key, tenant in self._keys:  # no early exit: the time taken must not tell which key, or how much of it, was right
-                if hmac.compare_digest(one, key):
-                    found = tenant
-        return found
 
     def _done(self, handler: str, scope: Scope, context: RequestContext) -> None:
         seconds = (time.monotonic_ns() - context.started_ns) / 1e9
@@ -149,10 +142,27 @@ class Edge:
         known = method if method in ("GET", "POST", "OPTIONS", "HEAD", "DELETE", "PUT", "PATCH") else "other"
         self._requests.observe(handler, known, status, seconds)
         context.span.http(known, handler if handler != "other" else "", scope["scheme"], scope["path"])
+        if context.principal.key_id and self._tracing.enabled:
+            context.summary |= attributes_of(context.principal)
         context.span.end(status, context.summary)
 
 
 CLOSE = ((b"connection", b"close"),)
+
+
+def attributes_of(principal: Principal) -> dict[str, str]:
+    """What a span says about who asked."""
+    named = {"penstock.tenant": principal.tenant, "penstock.key_id": principal.key_id, "penstock.tier": principal.tier}
+    return {name: value for name, value in named.items() if value}
+
+
+async def in_scope(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """A Litestar guard: may this key use this route? It is asked once the route is found, however its path was spelt. A route says by
+    `opt={"scope": ...}` what it is; without a word it is inference, and None is anybody's who has a key. Raises Forbidden."""
+    scope = handler.opt.get(SCOPE, INFERENCE)
+    principal = context_of(connection.scope).principal
+    if scope is not None and not principal.may(scope):
+        raise Forbidden(f"This key is not good for {connection.scope['path'][:200]}: that needs the scope {scope!r}.")
 
 
 def below(scope: Scope, root: str) -> Scope:
@@ -160,11 +170,6 @@ def below(scope: Scope, root: str) -> Scope:
     is not told, as it would cut the first place out that looks like it."""
     path: str = scope["path"]
     return {**scope, "path": path[len(root) :] or "/"} if path == root or path.startswith(root + "/") else scope
-
-
-def tenant_of(key: str) -> str:
-    """A name for a key's owner that does not give the key away. Prefixes are shared within a tenant only (Submit.tenant)."""
-    return hashlib.blake2b(key.encode(), digest_size=8, person=b"pk-tenant").hexdigest()
 
 
 # ------------------------------------------------------------------ errors
@@ -225,15 +230,15 @@ def house_routes(gateway: Gateway) -> list[Any]:
         body = msgspec.json.encode({**word, "ages_s": gateway.ages()})
         return JsonReply(body) if ready else JsonReply(body, 503, [(b"retry-after", b"1")])
 
-    @get(["/health", "/health/ready"], summary="Is everything up that answers need?", tags=["health"])
+    @get(["/health", "/health/ready"], summary="Is everything up that answers need?", tags=["health"], opt={SCOPE: None})
     async def health() -> ASGIApp:
         return readiness()
 
-    @get("/health/live", summary="Does this process run its loop?", tags=["health"])
+    @get("/health/live", summary="Does this process run its loop?", tags=["health"], opt={SCOPE: None})
     async def live() -> ASGIApp:
         return JsonReply(b'{"status":"live"}')
 
-    @get("/health/decode", summary="Do running requests make progress?", tags=["health"])
+    @get("/health/decode", summary="Do running requests make progress?", tags=["health"], opt={SCOPE: None})
     async def decode() -> ASGIApp:
         try:
             answer = await gateway.query("health", timeout=2.0)
@@ -241,11 +246,11 @@ def house_routes(gateway: Gateway) -> list[Any]:
             return JsonReply(msgspec.json.encode({"status": "not ready", "reason": error.message}), 503, [(b"retry-after", b"1")])
         return JsonReply(answer.body, answer.status)
 
-    @get("/version", summary="Penstock's version", tags=["server"])
+    @get("/version", summary="Penstock's version", tags=["server"], opt={SCOPE: None})
     async def version() -> ASGIApp:
         return JsonReply(msgspec.json.encode({"version": __version__}))
 
-    @get("/metrics", summary="Prometheus text of the whole server", tags=["server"])
+    @get("/metrics", summary="Prometheus text of the whole server", tags=["server"], opt={SCOPE: METRICS})
     async def metrics() -> ASGIApp:
         gateway.flush_stats()  # on the same lane as the query: the answer holds this edge's newest counts
         try:
@@ -257,25 +262,28 @@ def house_routes(gateway: Gateway) -> list[Any]:
     return [health, live, decode, version, metrics]
 
 
-def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[Any]]] = ()) -> Edge:
-    """The whole application: `factories` are TransportSpec.factory of the allowed transports."""
+def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (), keyring: Keyring | None = None) -> Edge:
+    """The whole application: `factories` are TransportSpec.factory of the allowed transports; `keyring` by default has the configuration's keys."""
+    keyring = keyring or Keyring(gateway.config)
     routes: list[Any] = house_routes(gateway)
     for factory in factories:
         routes += factory(gateway)
     app = Litestar(
         route_handlers=routes,
         exception_handlers={Exception: _error_response, HTTPException: _error_response, PenstockError: _error_response},
+        guards=[in_scope] if keyring.scoped else [],
         openapi_config=OpenAPIConfig(
             title="Penstock",
             version=__version__,
             description="An LLM inference server. Errors have OpenAI's shape.",
             path="/schema",
+            openapi_router=Router(path="/schema", route_handlers=[], include_in_schema=False, opt={SCOPE: None}),
             servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],
-            render_plugins=[SchemaPage(kind, public=PUBLIC, locked=bool(gateway.config.api_key)) for kind in ("json", "html")],
+            render_plugins=[SchemaPage(kind, public=PUBLIC, locked=keyring.locked) for kind in ("json", "html")],
         ),
         logging_config=None,
         request_max_body_size=None,
         debug=False,
         pdb_on_exception=False,
     )
-    return Edge(gateway, app)
+    return Edge(gateway, app, keyring)

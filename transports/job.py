@@ -16,6 +16,7 @@ from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.gateway import CancelCause, Gateway
 from penstock.transports.generation import Generation
+from penstock.transports.ids import public_id
 from penstock.transports.request import Receive, RequestContext, sane_id
 from penstock.transports.voice import Head, Usage, Voice
 
@@ -46,6 +47,7 @@ class Job(abc.ABC):
         self.id = ""
         """The reply's, once its voice was told what to speak of."""
         self.model = generation.model or gateway.model_name
+        self.door = gateway.door(self.model)
         self._created = time.time_ns() // 1_000_000_000
         self.keys: list[int] = []
         self.ended: list[Finished] = []
@@ -55,12 +57,13 @@ class Job(abc.ABC):
 
     def introduce(self) -> None:
         """Tell the voice what it speaks of; before anything else is asked of it."""
-        self.id = self.voice.begin(Head(self.context.rid, self._created, self.model, self.gateway.fingerprint))
+        rid = public_id("", self.context.rid, self.door.pool.text)
+        self.id = self.voice.begin(Head(rid, self._created, self.model, self.door.fingerprint))
 
     def begin(self) -> None:
         """Take a place and submit every prompt. Raises the error to answer with; then nothing is left behind."""
         gateway, context = self.gateway, self.context
-        gateway.enter()
+        gateway.enter(self.model)
         sent_ns = time.monotonic_ns()
         try:
             for index in range(len(self.generation.prompts)):

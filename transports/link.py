@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 from penstock.core.protocol.errors import ProtocolError, RetryableError
@@ -49,8 +49,11 @@ class Link(asyncio.Protocol):
         on_open: Callable[[Hello], None],
         on_message: Callable[[Message], None],
         on_close: Callable[[str], None],
+        peers: Collection[str] | None = None,
         max_queued: int = MAX_QUEUED,
     ) -> None:
+        """`peers`: the roles that the other side may have (None: any)."""
+        self._peers = peers
         self._decoder = FrameDecoder(reads)
         self._hello = hello
         self._on_open = on_open
@@ -82,7 +85,7 @@ class Link(asyncio.Protocol):
             self.close(str(error))
 
     def _greet(self, message: Message) -> None:
-        self.peer = check_hello(self._hello, message)
+        self.peer = check_hello(self._hello, message, self._peers)
         self._on_open(self.peer)
 
     def pause_writing(self) -> None:
@@ -138,8 +141,10 @@ class Dialer:
         on_open: Callable[[Hello], None],
         on_message: Callable[[Message], None],
         on_close: Callable[[str], None],
+        peers: Collection[str] | None = None,
     ) -> None:
         self.path = path
+        self._peers = peers
         self._reads = reads
         self._greeting = greeting
         self._on_open = on_open
@@ -175,7 +180,7 @@ class Dialer:
                 if not closed.done():
                     closed.set_result(reason)
 
-            link = Link(self._reads, self._greeting, on_open=on_open, on_message=self._on_message, on_close=on_close)
+            link = Link(self._reads, self._greeting, on_open=on_open, on_message=self._on_message, on_close=on_close, peers=self._peers)
             self.link = link  # before the connection: on_open may want to send
             try:
                 await loop.create_unix_connection(lambda link=link: link, self.path)  # type: ignore[misc]
@@ -198,9 +203,10 @@ async def adopt(
     on_open: Callable[[Hello], None],
     on_message: Callable[[Message], None],
     on_close: Callable[[str], None],
+    peers: Collection[str] | None = None,
 ) -> Link:
     """A link over a connected socket that this process inherited."""
-    link = Link(reads, greeting, on_open=on_open, on_message=on_message, on_close=on_close)
+    link = Link(reads, greeting, on_open=on_open, on_message=on_message, on_close=on_close, peers=peers)
     sock.setblocking(False)
     await asyncio.get_running_loop().create_connection(lambda: link, sock=sock)
     return link

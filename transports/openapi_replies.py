@@ -190,8 +190,8 @@ class Answer(NamedTuple):
     what: str
 
 
-_READING = (401, 431, 500, 503)
-_ASKING = (400, 401, 404, 408, 413, 415, 429, 431, 500, 503)
+_READING = (401, 403, 431, 500, 503)
+_ASKING = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _ASKING),
@@ -219,6 +219,7 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
 ERRORS: dict[int, str] = {
     400: "The request is wrong; `param` names the field.",
     401: "A valid API key is needed.",
+    403: "The key is not good for this endpoint.",
     404: "No such model, or nothing at this path.",
     405: "This method is not allowed here.",
     408: "The request did not arrive in time.",

@@ -71,7 +71,7 @@ class WholeReply(Job):
             self._done.set_result(None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.gateway.soon_ready()
+        await self.gateway.soon_ready(self.model)
         self.begin()
         watcher = asyncio.get_running_loop().create_task(watch(receive))
         watcher.add_done_callback(self._gone)

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge
+from penstock.core.protocol.tables import Principal
 from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_body, encodings_of, packed_limit
 from penstock.transports.tracing import RequestSpan
 
@@ -38,17 +39,21 @@ def sane_id(text: str | None) -> str | None:
     return text if text and _SANE_ID.fullmatch(text) else None
 
 
+ANYBODY = Principal()
+"""Where no key is needed."""
+
+
 class Disconnected(Exception):
     """The client went away before its request was complete."""
 
 
 class RequestContext:
     """One HTTP request: `rid` (str, its id: the client's x-request-id, or a new one), `headers` (dict[bytes, bytes], names in lower case),
-    `tenant` (str, whose key it came with), `started_ns` (CLOCK_MONOTONIC), `span` (its trace; `span.traceparent`, `span.tracestate`), `status` (what
+    `principal` (Principal: whose key it came with; `tenant`, a str, is its tenant), `started_ns` (CLOCK_MONOTONIC), `span` (its trace; `span.traceparent`, `span.tracestate`), `status` (what
     metrics count), `include_metrics` (bool), `abort` (closes the connection at once, or None), `raw_send` (to the server directly, past the outer
     application, which adds headers)."""
 
-    __slots__ = ("abort", "headers", "include_metrics", "raw_send", "rid", "span", "started_ns", "status", "summary", "tenant")
+    __slots__ = ("abort", "headers", "include_metrics", "principal", "raw_send", "rid", "span", "started_ns", "status", "summary")
 
     def __init__(self, rid: str, span: RequestSpan, headers: dict[bytes, bytes], raw_send: Send, abort: Callable[[], None] | None) -> None:
         self.rid = rid
@@ -60,9 +65,14 @@ class RequestContext:
         self.include_metrics = headers.get(b"x-include-metrics", b"") in (b"1", b"true")
         self.status = 0
         """What metrics count; 499 when the client left."""
-        self.tenant = ""
+        self.principal = ANYBODY
         self.summary: dict[str, Any] = {}
         """Span attributes of the reply."""
+
+    @property
+    def tenant(self) -> str:
+        """Who shares prefixes with whom (Submit.tenant)."""
+        return self.principal.tenant
 
     def elapsed_ms(self) -> int:
         return (time.monotonic_ns() - self.started_ns) // 1_000_000

@@ -148,7 +148,7 @@ class StreamReply(Job):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outbox = self.outbox
-        await self.gateway.soon_ready()
+        await self.gateway.soon_ready(self.model)
         self.begin()
         watcher = asyncio.get_running_loop().create_task(watch(receive))
         watcher.add_done_callback(self._gone)

@@ -21,7 +21,8 @@ there is a route, for its key, size of headers or path, has the shape of request
 
 
 class Head(NamedTuple):
-    """What a reply says about itself. `rid` is the request's id, `created` seconds since the Unix epoch."""
+    """What a reply says about itself. `rid` is the request's id with one last character for its text process (ids.py), `created` seconds since the
+    Unix epoch."""
 
     rid: str
     created: int

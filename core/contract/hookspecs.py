@@ -144,7 +144,8 @@ class TransportSpec(Spec, frozen=True, kw_only=True):
     `--transports openai,mine`)."""
 
     factory: Callable[..., list[Any]]
-    """`factory(gateway)`, once in each edge, on its event loop: a list of Litestar route handlers, which share that Gateway."""
+    """`factory(gateway)`, once in each edge, on its event loop: a list of Litestar route handlers, which share that Gateway. A handler's
+    `opt={"scope": ...}` names the scope that a key of `--tables` needs for it: "inference" (also without a word), "metrics", "admin", or None for any key."""
 
 
 # ------------------------------------------------------------------ root, at start

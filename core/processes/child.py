@@ -35,7 +35,7 @@ class Control:
         self._began = time.monotonic()
         control.setblocking(False)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
-        self._link = Link(stream, RootToChild, control_hello(boot.role, boot.id, boot.epoch))
+        self._link = Link(stream, RootToChild, control_hello(boot.role, boot.id, boot.epoch), peers=("root",))
         self.leaving = False
 
     def say(self, message: Message) -> None:

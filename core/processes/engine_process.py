@@ -17,7 +17,7 @@ import trio
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.child import Control, accept, bind_unix
 from penstock.core.processes.engine import Engine
-from penstock.core.processes.spawn import settle
+from penstock.core.processes.spawn import settle, socket_of
 from penstock.core.protocol.control import Boot, Drain, EngineUp, Hello, Message, PeerDown, Stop
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import Drained, Extension, StepTokens, union_of
@@ -53,7 +53,7 @@ class EngineProcess:
         async with trio.open_nursery() as nursery:
             await nursery.start(control.run)
             facts = await self._engine.start(nursery)
-            nursery.start_soon(accept, bind_unix(Path(boot.run_dir) / f"engine-{boot.id}.sock"), self._serve, nursery)
+            nursery.start_soon(accept, bind_unix(Path(socket_of(boot.run_dir, "engine", boot.id))), self._serve, nursery)
             control.phase("ready")
             control.up()
             control.say(EngineUp(engine=boot.id, epoch=boot.epoch, facts=facts))
@@ -88,7 +88,7 @@ class EngineProcess:
     async def _serve(self, stream: trio.SocketStream) -> None:
         """One text process; a newer one takes the place of an older one."""
         boot = self._boot
-        link = Link(stream, union_of("text>engine"), make_hello("engine", boot.id, boot.epoch))
+        link = Link(stream, union_of("text>engine"), make_hello("engine", boot.id, boot.epoch), peers=("text",))
         try:
             peer = await link.greet()
             self._drop_text()

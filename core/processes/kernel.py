@@ -5,9 +5,11 @@ directory, starts the children side by side and runs root; the children's mains 
 same actors into one process for the Python API.
 What it does not know: how anything works inside. It imports nothing heavy: root stays small.
 
-  clients -- HTTP --> edge x E -- text-0.sock --> text -- engine-0.sock --> engine --> device thread
+  clients -- HTTP --> edge x E -- text-N.sock --> text -- engine-N.sock --> engine --> device thread
                         \\______________ control links, lifelines ______________/
                                                root
+
+A *pool* is one served model: a text process and the engines behind it. Every edge has a door to each.
 """
 
 from __future__ import annotations
@@ -21,19 +23,21 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from penstock.core.contract.host import check_names
-from penstock.core.processes.spawn import spawn
+from penstock.core.processes.spawn import HTTP, spawn
 from penstock.core.processes.supervisor import ChildSpec, Supervisor
+from penstock.core.processes.tables_file import TablesFile
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Boot, Ready
 from penstock.core.protocol.errors import ConfigError, PenstockError
 from penstock.core.protocol.model_folder import with_model
+from penstock.core.protocol.pools import PoolSpec, pools_of
 from penstock.core.runtime.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -54,15 +58,50 @@ TEXT_ENV = {"MALLOC_ARENA_MAX": "2", "TOKENIZERS_PARALLELISM": "true"}
 EDGE_ENV = {"MALLOC_ARENA_MAX": "2"}
 
 
-def child_specs(config: Config) -> list[ChildSpec]:
-    """Who runs. The engine first: it takes longest to start."""
-    engine = ChildSpec(role="engine", id=0, module="penstock.core.processes.engine_process", env=ENGINE_ENV)
-    text = ChildSpec(role="text", id=0, module="penstock.core.processes.text_process", env=TEXT_ENV)
+def child_specs(config: Config, pools: Sequence[PoolSpec]) -> list[ChildSpec]:
+    """Who runs. The engines first: they take longest to start."""
+    engines = [
+        ChildSpec(role="engine", id=index, module="penstock.core.processes.engine_process", env=ENGINE_ENV, pool=pool.name)
+        for pool in pools
+        for index in pool.engines
+    ]
+    texts = [
+        ChildSpec(role="text", id=pool.text, module="penstock.core.processes.text_process", env=TEXT_ENV, pool=pool.name) for pool in pools
+    ]
     edges = [
-        ChildSpec(role="edge", id=index, module="penstock.transports.edge", env=EDGE_ENV, listens=True)
+        ChildSpec(role="edge", id=index, module="penstock.transports.edge", env=EDGE_ENV, listeners=[HTTP])
         for index in range(config.edge_workers)
     ]
-    return [engine, text, *edges]
+    return [*engines, *texts, *edges]
+
+
+def boot_of(
+    spec: ChildSpec,
+    epoch: int,
+    config: Config,
+    *,
+    run_dir: str,
+    listeners: Mapping[str, int],
+    pools: Sequence[PoolSpec],
+    extra_plugins: Sequence[str] = (),
+) -> Boot:
+    """What a child is told at its start; `listeners` name -> file descriptor, all that root holds. Only edges, who check keys, get them."""
+    return Boot(
+        role=spec.role,
+        id=spec.id,
+        epoch=epoch,
+        config=config if spec.role == "edge" else msgspec.structs.replace(config, api_key=[]),
+        run_dir=run_dir,
+        root_pid=os.getpid(),
+        module=spec.module,
+        function=spec.function,
+        edges=config.edge_workers,
+        texts=len(pools),
+        engines=sum(len(pool.engines) for pool in pools),
+        extra_plugins=list(extra_plugins),
+        listeners={name: listeners[name] for name in spec.listeners},
+        pools=list(pools),
+    )
 
 
 def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[ChildSpec] | None = None) -> int:
@@ -77,30 +116,22 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
         if specs is None:
             check_names(config, extra_plugins)
             config = with_model(config)
-        keyless = msgspec.structs.replace(config, api_key=[])  # only edges check keys
+        notes: list[str] = []
+        tables = TablesFile(config.tables, notes.append) if config.tables is not None else None
         listener = bind(config)
+        pools = pools_of(config)
         run_dir = make_run_dir()
         where = url_of(config, listener)
-        directory, fd = str(run_dir), listener.fileno()
+        directory, listeners = str(run_dir), {HTTP: listener.fileno()}
 
         def launch(spec: ChildSpec, epoch: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-            boot = Boot(
-                role=spec.role,
-                id=spec.id,
-                epoch=epoch,
-                config=config if spec.role == "edge" else keyless,
-                run_dir=directory,
-                root_pid=os.getpid(),
-                module=spec.module,
-                function=spec.function,
-                listen_fd=fd if spec.listens else -1,
-                edges=config.edge_workers,
-                extra_plugins=list(extra_plugins),
-            )
+            boot = boot_of(spec, epoch, config, run_dir=directory, listeners=listeners, pools=pools, extra_plugins=extra_plugins)
             return spawn(boot, spec.env)
 
+        if config.tables is not None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # one that comes before root listens to it waits
         supervisor = Supervisor(
-            child_specs(config) if specs is None else specs,
+            child_specs(config, pools) if specs is None else specs,
             clock=SystemClock(),
             drain_s=config.shutdown_timeout,
             max_restarts=config.engine_restarts,
@@ -113,7 +144,15 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
 
         from penstock.core.processes.root import Root, complain
 
-        root = Root(config, supervisor, launch=launch, started=started, ready=lambda message: ready_lines(config, where, message))
+        root = Root(
+            config,
+            supervisor,
+            launch=launch,
+            started=started,
+            ready=lambda message: ready_lines(config, where, message),
+            tables=tables,
+            notes=notes,
+        )
         left = trio.run(root.run)
         if left.error:
             complain(left.error)
@@ -240,7 +279,7 @@ def ready_lines(config: Config, where: str, message: Ready) -> list[str]:
     name = config.served_model_name[0] if config.served_model_name else "default"
     lines.append(f"Penstock is ready: {where} (model {name}) after {message.seconds:.1f} s. Try:")
     at = f"--unix-socket {config.uds} http://localhost" if config.uds is not None else where
-    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_key or config.tables else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello! Who are you?"}}], "max_tokens": 64}}'
     lines.append(f"  curl {at}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     return lines

@@ -21,6 +21,7 @@ import trio
 
 from penstock.core.processes.spawn import control_hello
 from penstock.core.processes.supervisor import Child, ChildSpec, Supervisor
+from penstock.core.processes.tables_file import TablesFile
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import (
     ChildDown,
@@ -47,7 +48,7 @@ from penstock.core.protocol.control import (
     Tick,
     Vitals,
 )
-from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.errors import ConfigError, ProtocolError
 from penstock.core.runtime.hosts import FusedHost
 from penstock.core.runtime.links import Link
 from penstock.core.runtime.wiring import CallPort
@@ -58,6 +59,8 @@ HURRY_S = 0.05
 LAST_WORDS_S = 1.0
 """How long the link of a dead child may still deliver frames."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+RELOAD = signal.SIGHUP
+"""Read the tables again. Without tables it is not ours, and ends the process as ever."""
 
 
 Started = tuple[subprocess.Popen[bytes], socket.socket]
@@ -66,7 +69,8 @@ Launch = Callable[[ChildSpec, int], Started]
 
 class Root:
     """`run()` returns what root leaves with. `launch(spec, epoch)` starts a child; `started` are those that run already (their first life);
-    `ready(message)` makes the lines that stdout gets when everything is up."""
+    `ready(message)` makes the lines that stdout gets when everything is up. `tables` go to edges when they start, and again after SIGHUP. `notes` are
+    for the log."""
 
     def __init__(
         self,
@@ -76,10 +80,14 @@ class Root:
         launch: Launch,
         started: Mapping[tuple[str, int], Started],
         ready: Callable[[Ready], list[str]],
+        tables: TablesFile | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
         self._config = config
         self._launch = launch
         self._ready = ready
+        self._tables = tables
+        self._notes = notes
         self.supervisor = supervisor
         self._specs = {(c.spec.role, c.spec.id): c for c in self.supervisor.children}
         self._links: dict[int, Link] = {}
@@ -108,6 +116,8 @@ class Root:
 
     async def run(self) -> Leave:
         """Until every child is gone."""
+        for note in self._notes:
+            self._note("warning", note)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -122,10 +132,28 @@ class Root:
         return self._left
 
     async def _signals(self) -> None:
-        with trio.open_signal_receiver(*SIGNALS) as numbers:
+        own = (*SIGNALS, RELOAD) if self._tables is not None else SIGNALS
+        with trio.open_signal_receiver(*own) as numbers:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, own)  # the kernel kept RELOAD for now
             async for number in numbers:
+                if number == RELOAD:
+                    self._reload()
+                    continue
                 self._host.post(Signalled(signum=number))
                 self._hurry.set()
+
+    def _reload(self) -> None:
+        """Read the tables again and tell the edges; what is wrong with them is logged, and changes nothing."""
+        assert self._tables is not None
+        try:
+            tables = self._tables.read(lambda note: self._note("warning", note))
+        except ConfigError as error:
+            self._note("error", "tables not loaded, the old ones stay", error=error.message)
+            return
+        for index, link in self._links.items():
+            if self.supervisor.children[index].spec.role == "edge":
+                link.send(tables)
+        self._note("info", "tables loaded", generation=tables.generation)
 
     async def _ticks(self) -> None:
         while True:
@@ -147,7 +175,8 @@ class Root:
     async def _tend(self, child: Child, epoch: int, process: subprocess.Popen[bytes], control: socket.socket) -> None:
         """One life of a child: talk until it is gone."""
         control.setblocking(False)
-        link = Link(trio.SocketStream(trio.socket.from_stdlib_socket(control)), ChildToRoot, control_hello("root", 0, 0))
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
+        link = Link(stream, ChildToRoot, control_hello("root", 0, 0), peers=(child.spec.role,))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._talk, child, link)
             status = await _gone(process)
@@ -159,8 +188,12 @@ class Root:
 
     async def _talk(self, child: Child, link: Link) -> None:
         try:
-            await link.greet(sent=True)
+            peer = await link.greet(sent=True)
+            if peer.id != child.spec.id:
+                raise ProtocolError(f"The {child.name} process says that it is {peer.role}-{peer.id}.")
             self._links[child.index] = link
+            if self._tables is not None and child.spec.role == "edge":
+                link.send(self._tables.current)
             await link.run(self._heard)
         except ProtocolError as error:
             if self._processes[child.index].poll() is None and not self.supervisor.leaving:

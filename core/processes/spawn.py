@@ -22,21 +22,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from penstock.core.protocol.config import KEY_ENV
 from penstock.core.protocol.control import Boot, ChildDown, ChildToRoot, Hello, Message, RootToChild
 from penstock.core.protocol.errors import PenstockError, PluginFault, ProtocolError
 from penstock.core.runtime.frames import FrameDecoder, encode, make_hello
 
-QUIET = {signal.SIGINT, signal.SIGTERM}
+QUIET = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 BOOT_S = 60.0
 """How long a child waits for Boot."""
+HTTP = "http"
+"""The name of the listening socket on which edges speak HTTP."""
 
 
-def control_hello(role: Any, id: int, epoch: int) -> Hello:
+def socket_of(run_dir: str, role: str, id: int) -> str:
+    """Where a process of that role listens to its peers."""
+    return str(Path(run_dir) / f"{role}-{id}.sock")
+
+
+def control_hello(role: str, id: int, epoch: int) -> Hello:
     """A Hello for the control link, whose schema holds no columns (root imports no numpy)."""
     return make_hello(role, id, epoch, (RootToChild, ChildToRoot))
 
@@ -60,7 +66,7 @@ def spawn(boot: Boot, env: dict[str, str]) -> tuple[subprocess.Popen[bytes], soc
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, "-P", "-m", __name__ if __name__ != "__main__" else "penstock.core.processes.spawn"]
     command += [boot.role, str(boot.id), str(boot.epoch), str(theirs.fileno()), str(os.getpid())]
-    fds = [theirs.fileno(), *([boot.listen_fd] if boot.listen_fd >= 0 else [])]
+    fds = [theirs.fileno(), *boot.listeners.values()]
     with theirs, signals_blocked():
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, env=_environment(env), close_fds=True)
@@ -98,7 +104,7 @@ def die_with(parent: int, name: str) -> None:
 
 
 def ignore_signals() -> None:
-    """Ctrl-C reaches the whole process group, but it is root that decides. Then let in what was blocked during the start."""
+    """Ctrl-C (and a terminal's end) reaches the whole process group, but it is root that decides. Then let in what was blocked during the start."""
     for number in QUIET:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET)

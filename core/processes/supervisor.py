@@ -66,15 +66,17 @@ LATE_S = 1.0
 
 
 class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A child as data: what runs in it, and whether its death while draining costs answers."""
+    """A child as data: what runs in it, and what it gets. `(role, id)` is its name; there may be any number of one role."""
 
     role: str
     id: int
     module: str
     function: str = "run"
     env: dict[str, str] = {}
-    listens: bool = False
-    """Inherits the listening socket."""
+    listeners: list[str] = []
+    """The listening sockets that it inherits, by name."""
+    pool: str = ""
+    """A text or engine process serves this pool; texts hear of its engines only. "" is everybody's."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,7 +211,7 @@ class Supervisor:
             )
         elif isinstance(message, EngineUp):
             child.facts = message.facts
-            yield from self._tell_texts(message)
+            yield from self._tell_texts(message, child.spec.pool)
             yield from self._up(child)
         elif isinstance(message, ChildUp):
             if child.spec.role != "engine":  # an engine is up when its facts are known
@@ -241,7 +243,7 @@ class Supervisor:
             for phase in (phase for other in self.children for phase in other.phases):
                 yield To(phase, child.index)
             for engine in self._role("engine"):
-                if engine.state == "up" and engine.facts is not None:
+                if engine.state == "up" and engine.facts is not None and engine.spec.pool == child.spec.pool:
                     yield To(EngineUp(engine=engine.spec.id, epoch=engine.epoch, facts=engine.facts), child.index)
         if self.phase == "draining":
             yield from self._drain_on()
@@ -255,9 +257,10 @@ class Supervisor:
     def _role(self, role: str) -> list[Child]:
         return [child for child in self.children if child.spec.role == role]
 
-    def _tell_texts(self, message: Message) -> Iterator[To]:
+    def _tell_texts(self, message: Message, pool: str | None = None) -> Iterator[To]:
+        """All of them, or those of one pool."""
         for text in self._role("text"):
-            if text.alive:
+            if text.alive and pool in (None, text.spec.pool):
                 yield To(message, text.index)
 
     # --- children die
@@ -271,7 +274,7 @@ class Supervisor:
         why = child.failure.message if child.failure else _describe(message.status)
         if child.spec.role == "engine":
             child.facts = None
-            yield from self._tell_texts(EngineDown(engine=child.spec.id, epoch=child.epoch, reason=why))
+            yield from self._tell_texts(EngineDown(engine=child.spec.id, epoch=child.epoch, reason=why), child.spec.pool)
         if self.phase in ("running", "draining"):
             yield from self._died(child, starting, why)
         if self.phase not in ("running", "draining"):

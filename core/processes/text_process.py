@@ -15,7 +15,7 @@ import trio
 
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.child import Control, accept, bind_unix
-from penstock.core.processes.spawn import settle
+from penstock.core.processes.spawn import settle, socket_of
 from penstock.core.processes.text_side import TextSide
 from penstock.core.protocol.control import Boot, EngineDown, EngineUp, Hello, Message, PeerDown, PeerUp, Stop
 from penstock.core.protocol.errors import ProtocolError
@@ -46,7 +46,7 @@ class TextProcess:
     async def main(self) -> None:
         boot = self._boot
         # Edges may connect at once; they wait in the backlog until the tokenizer is loaded.
-        listener = bind_unix(Path(boot.run_dir) / f"text-{boot.id}.sock")
+        listener = bind_unix(Path(socket_of(boot.run_dir, "text", boot.id)))
         self._control = control = Control(boot, self._control_socket, heard=self._from_root, progress=self._progress)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -101,7 +101,7 @@ class TextProcess:
 
     async def _serve_edge(self, stream: trio.SocketStream) -> None:
         boot = self._boot
-        link = Link(stream, union_of("edge>text"), make_hello("text", boot.id, boot.epoch))
+        link = Link(stream, union_of("edge>text"), make_hello("text", boot.id, boot.epoch), peers=("edge",))
         assert self._side is not None
         try:
             peer = await link.greet()
@@ -129,7 +129,8 @@ class TextProcess:
             self._side.post([PeerDown(role="edge", id=edge, epoch=link.peer.epoch)])
 
     def _to_edge(self, message: Message, index: int | None) -> None:
-        link = self._edges.get(index if index is not None else 0)
+        assert index is not None  # the actor says to which
+        link = self._edges.get(index)
         if link is not None:
             link.send(message)
 
@@ -141,11 +142,11 @@ class TextProcess:
         await self._ready.wait()
         while self._epochs.get(engine) == epoch:
             try:
-                stream = await trio.open_unix_socket(str(Path(boot.run_dir) / f"engine-{engine}.sock"))
+                stream = await trio.open_unix_socket(socket_of(boot.run_dir, "engine", engine))
             except OSError:
                 await trio.sleep(RETRY_S)
                 continue
-            link = Link(stream, union_of("engine>text"), make_hello("text", boot.id, boot.epoch))
+            link = Link(stream, union_of("engine>text"), make_hello("text", boot.id, boot.epoch), peers=("engine",))
             try:
                 peer = await link.greet()
                 if peer.epoch != epoch:
@@ -163,7 +164,8 @@ class TextProcess:
             await trio.sleep(RETRY_S)
 
     def _to_engine(self, message: Message, index: int | None) -> None:
-        link = self._engines.get(index if index is not None else 0)
+        assert index is not None
+        link = self._engines.get(index)
         if link is not None:
             link.send(message)
 

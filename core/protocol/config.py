@@ -148,6 +148,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = []
     api_key_file: Annotated[str | None, opt("File with such keys, one a line; # begins a comment.", "server")] = None
+    tables: Annotated[
+        str | None, opt("TOML file of keys, each with its tenant, tier and scopes; read again on SIGHUP (docs/tables.md).", "server")
+    ] = None
     allowed_origins: Annotated[
         list[str], opt("Web origins whose pages may send requests (CORS): https://app.example; * is any. Default: none.", "server")
     ] = []

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from penstock.core.protocol.config import Config
+from penstock.core.protocol.pools import PoolSpec
 
 PROTOCOL_LEVEL = 1
 
@@ -24,9 +25,10 @@ class Message(msgspec.Struct, frozen=True, tag=True, tag_field="@", kw_only=True
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """First frame on every link, both ways. Levels must be equal, and so must the schema fingerprints of one build."""
+    """First frame on every link, both ways. Levels must be equal, and so must the schema fingerprints of one build; `role` is a ChildSpec's, or
+    "root", and whoever takes the link says which it expects."""
 
-    role: Literal["root", "edge", "text", "engine"]
+    role: str
     id: int
     epoch: int
     protocol_level: int
@@ -189,8 +191,17 @@ class Vitals(Message, frozen=True, kw_only=True):
     rows: list[Vital]
 
 
+class Tables(Message, frozen=True, kw_only=True):
+    """Root to edges: whose key is whose, before they listen and after each change. `body` is a KeyTable (core/protocol/tables.py) as
+    msgpack; `generation` counts from 1, and a later one takes the place of an earlier one."""
+
+    generation: int
+    body: bytes
+
+
 class Boot(Message, frozen=True, kw_only=True):
-    """First frame from root to a child: all that it needs to know. `listen_fd` is the inherited listening socket (edges; else -1).
+    """First frame from root to a child: all that it needs to know. `listeners` are the inherited listening sockets, name -> file descriptor
+    (edges have "http"); `pools` are all that there are, the default one first.
 
     `run_dir` holds the sockets `text-N.sock` and `engine-N.sock`. `extra_plugins` are dotted module names to load besides the entry
     points. `module` and `function` name the role's main, so that the core imports no transport.
@@ -204,11 +215,12 @@ class Boot(Message, frozen=True, kw_only=True):
     root_pid: int
     module: str
     function: str = "run"
-    listen_fd: int = -1
     edges: int = 1
     texts: int = 1
     engines: int = 1
     extra_plugins: list[str] = []
+    listeners: dict[str, int] = {}
+    pools: list[PoolSpec] = []
 
 
 # ------------------------------------------------------------------ inside root
@@ -269,5 +281,5 @@ class Leave(Message, frozen=True, kw_only=True):
     error: str = ""
 
 
-RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | StartupPhase | Extension
+RootToChild = Hello | Boot | Drain | Stop | EngineUp | EngineDown | Vitals | StartupPhase | Tables | Extension
 ChildToRoot = Hello | ChildUp | ChildDown | EngineUp | Heartbeat | StartupPhase | Drained | Extension

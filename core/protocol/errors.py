@@ -14,6 +14,7 @@ ErrorCode = Literal[
     "context_length_exceeded",
     "model_not_found",
     "invalid_api_key",
+    "insufficient_scope",
     "unsupported_feature",
     "rate_limit_exceeded",
     "queue_full",
@@ -95,6 +96,12 @@ class Unauthorized(FinalError):
     status = 401
     type = "invalid_request_error"
     default_code = "invalid_api_key"
+
+
+class Forbidden(FinalError):
+    status = 403
+    type = "permission_error"
+    default_code = "insufficient_scope"
 
 
 class RequestTooLarge(FinalError):

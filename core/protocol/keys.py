@@ -33,11 +33,11 @@ def with_keys(config: Config, note: Callable[[str], None], *, typed: bool = Fals
     return msgspec.structs.replace(config, api_key=keys)
 
 
-def read_keys(path: str, note: Callable[[str], None]) -> list[str]:
-    """One key a line; `#` at the beginning of a line, or behind a space, begins a comment."""
+def read_keys(path: str, note: Callable[[str], None], *, name: str = "--api-key-file") -> list[str]:
+    """One key a line; `#` at the beginning of a line, or behind a space, begins a comment. `name`: who named the file, for messages."""
 
     def wrong(what: str) -> ConfigError:
-        return ConfigError(f"--api-key-file {path}: {what}", param="api_key_file")
+        return ConfigError(f"{name} {path}: {what}", param="api_key_file")
 
     try:
         with open(os.path.expanduser(path), "rb") as file:
@@ -59,5 +59,5 @@ def read_keys(path: str, note: Callable[[str], None]) -> list[str]:
     if not keys:
         raise wrong("it holds no key, and without one the server would be open to everybody.")
     if stat.S_ISREG(mode) and mode & stat.S_IROTH:
-        note(f"--api-key-file {path} can be read by every user of this machine (chmod 600 would change that).")
+        note(f"{name} {path} can be read by every user of this machine (chmod 600 would change that).")
     return keys

@@ -44,6 +44,7 @@ from penstock.core.protocol.control import Signalled as Signalled
 from penstock.core.protocol.control import StartChild as StartChild
 from penstock.core.protocol.control import StartupPhase as StartupPhase
 from penstock.core.protocol.control import Stop as Stop
+from penstock.core.protocol.control import Tables as Tables
 from penstock.core.protocol.control import Tick as Tick
 from penstock.core.protocol.control import Vital as Vital
 from penstock.core.protocol.control import Vitals as Vitals

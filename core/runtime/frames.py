@@ -16,7 +16,7 @@ import hashlib
 import struct
 import typing
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -137,14 +137,16 @@ def schema_fingerprint(types: Iterable[Any] | None = None) -> str:
     return hashlib.blake2b("\n".join(schema_of(types)).encode(), digest_size=8).hexdigest()
 
 
-def make_hello(role: Any, id: int, epoch: int, types: Iterable[Any] | None = None) -> Hello:
+def make_hello(role: str, id: int, epoch: int, types: Iterable[Any] | None = None) -> Hello:
     return Hello(role=role, id=id, epoch=epoch, protocol_level=PROTOCOL_LEVEL, schema_fingerprint=schema_fingerprint(types))
 
 
-def check_hello(mine: Hello, theirs: Any) -> Hello:
-    """The peer's Hello, or ProtocolError saying what differs."""
+def check_hello(mine: Hello, theirs: Any, roles: Collection[str] | None = None) -> Hello:
+    """The peer's Hello, or ProtocolError saying what differs. `roles`: who may be at the other side of this link (None: anybody)."""
     if not isinstance(theirs, Hello):
         raise ProtocolError(f"The first frame of a link must be Hello, not {type(theirs).__name__}.")
+    if roles is not None and theirs.role not in roles:
+        raise ProtocolError(f"A process of the role {theirs.role!r} spoke on a link for {' or '.join(sorted(roles))}.")
     if theirs.protocol_level != mine.protocol_level or theirs.schema_fingerprint != mine.schema_fingerprint:
         raise ProtocolError(
             f"The {theirs.role} process speaks protocol {theirs.protocol_level} ({theirs.schema_fingerprint}), this {mine.role} process"

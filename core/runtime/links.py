@@ -8,7 +8,7 @@ What it does not know: what messages mean, who takes them, which processes exist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import trio
@@ -34,8 +34,18 @@ GREETING_S = 30.0
 class Link:
     """One connection to another process. `greet` first, then `run` until the link ends; `send` from anywhere on the trio thread."""
 
-    def __init__(self, stream: trio.abc.Stream, receives: Any, hello: Hello, *, max_queued: int = MAX_QUEUED) -> None:
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        receives: Any,
+        hello: Hello,
+        *,
+        peers: Collection[str] | None = None,
+        max_queued: int = MAX_QUEUED,
+    ) -> None:
+        """`peers`: the roles that the other side may have (None: any)."""
         self._stream = stream
+        self._peers = peers
         self._decoder = FrameDecoder(receives)
         self._hello = hello
         self._outbox = Outbox()
@@ -70,7 +80,7 @@ class Link:
                     self._early = self._decoder.feed(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise ProtocolError(f"The link broke while greeting: {error or type(error).__name__}.") from None
-            self.peer = check_hello(self._hello, self._early.pop(0))
+            self.peer = check_hello(self._hello, self._early.pop(0), self._peers)
             return self.peer
         raise ProtocolError(f"The other side of a link did not greet within {GREETING_S:g} s.")
 

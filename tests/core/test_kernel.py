@@ -12,14 +12,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 
 from penstock.core.processes import kernel
-from penstock.core.processes.root import memory_table
-from penstock.core.processes.spawn import control_hello, read_boot, root_cause, signals_blocked
+from penstock.core.processes.root import Root, memory_table
+from penstock.core.processes.spawn import control_hello, read_boot, root_cause, signals_blocked, socket_of
+from penstock.core.processes.supervisor import ChildSpec, Supervisor
+from penstock.core.processes.tables_file import TablesFile
 from penstock.core.protocol.config import Config, build
-from penstock.core.protocol.control import Boot, EngineFacts, Ready
+from penstock.core.protocol.control import Boot, EngineFacts, Ready, RootToChild, Tables
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.model_folder import with_model
+from penstock.core.protocol.pools import PoolSpec, pools_of
+from penstock.core.protocol.tables import digest_of
+from penstock.core.runtime.clock import FakeClock
 from penstock.core.runtime.frames import FrameDecoder, encode
 
 
@@ -175,6 +181,117 @@ def test_the_memory_table_adds_up_and_lines_up() -> None:
     assert "1,048,629" in table[-1]
     assert len({line.index(" bytes") for line in table}) == 1
     assert "3 blocks of 16 tokens" in table[2]
+
+
+# ------------------------------------------------------------------ who runs
+
+
+def test_one_model_is_one_pool() -> None:
+    (pool,) = pools_of(build({"served_model_name": ["m", "alias"], "edge_workers": 2}))
+    assert pool == PoolSpec(name="m", models=["m", "alias"], text=0, engines=[0])
+    specs = kernel.child_specs(build({"edge_workers": 2}), [pool])
+    assert [(spec.role, spec.id, spec.pool, spec.listeners) for spec in specs] == [
+        ("engine", 0, "m", []),
+        ("text", 0, "m", []),
+        ("edge", 0, "", ["http"]),
+        ("edge", 1, "", ["http"]),
+    ]
+
+
+def test_children_of_two_pools_have_their_own_names_and_sockets_and_only_edges_get_keys_and_listeners() -> None:
+    pools = [
+        PoolSpec(name="a", models=["a"], text=0, engines=[0]),
+        PoolSpec(name="b", models=["b", "b2"], text=1, engines=[1, 2]),
+    ]
+    config = build({"api_key": ["secret"]})
+    specs = kernel.child_specs(config, pools)
+    boots = [kernel.boot_of(spec, 1, config, run_dir="/r", listeners={"http": 7, "admin": 8}, pools=pools) for spec in specs]
+    assert [(spec.pool, socket_of(boot.run_dir, boot.role, boot.id)) for spec, boot in zip(specs, boots, strict=True)] == [
+        ("a", "/r/engine-0.sock"),
+        ("b", "/r/engine-1.sock"),
+        ("b", "/r/engine-2.sock"),
+        ("a", "/r/text-0.sock"),
+        ("b", "/r/text-1.sock"),
+        ("", "/r/edge-0.sock"),
+    ]
+    for boot in boots:
+        assert boot.listeners == ({"http": 7} if boot.role == "edge" else {})
+        assert boot.config.api_key == (["secret"] if boot.role == "edge" else [])
+        assert (boot.pools, boot.texts, boot.engines) == (pools, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("role", "id", "why"),
+    [
+        ("grammar", 0, "role 'grammar' spoke on a link for edge"),
+        ("text", 0, "role 'text' spoke on a link for edge"),
+        ("edge", 3, "says that it is edge-3"),
+    ],
+)
+def test_a_child_that_says_to_be_another_is_refused(role: str, id: int, why: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Roles are open words: root knows those of its specs, and which process it started as which."""
+    supervisor = Supervisor([ChildSpec(role="edge", id=0, module="m")], clock=FakeClock(), drain_s=1.0, max_restarts=0)
+    list(supervisor.start())
+    ours, theirs = socket.socketpair()
+    child = subprocess.Popen(["sleep", "60"])
+    root = Root(
+        build({"log_format": "json"}),
+        supervisor,
+        launch=lambda spec, epoch: pytest.fail("nothing is started again"),
+        started={("edge", 0): (child, ours)},
+        ready=lambda message: [],
+    )
+    with ours, theirs:
+        theirs.sendall(encode(control_hello(role, id, 1)))
+        left = trio.run(root.run)
+    assert left.status == 1
+    assert child.returncode == -signal.SIGKILL
+    assert why in capfd.readouterr().err
+
+
+def test_edges_alone_get_tables_when_they_start_and_after_a_hangup_even_one_that_came_too_early(tmp_path: Path) -> None:
+    file = tmp_path / "tables.toml"
+    file.write_text(f"[keys.a]\nsha256 = '{digest_of(b'one')}'\n")
+    specs = [ChildSpec(role="edge", id=0, module="m"), ChildSpec(role="text", id=0, module="m")]
+    supervisor = Supervisor(specs, clock=FakeClock(), drain_s=1.0, max_restarts=0)
+    list(supervisor.start())
+    pairs = [socket.socketpair() for _ in specs]
+    children = [subprocess.Popen(["sleep", "60"]) for _ in specs]
+    root = Root(
+        build({"log_format": "json"}),
+        supervisor,
+        launch=lambda spec, epoch: pytest.fail("nothing is started again"),
+        started={(spec.role, spec.id): (child, ours) for spec, child, (ours, _) in zip(specs, children, pairs, strict=True)},
+        ready=lambda message: [],
+        tables=TablesFile(str(file), pytest.fail),
+    )
+    edge, text = (theirs for _, theirs in pairs)
+    file.write_text(f"[keys.b]\nsha256 = '{digest_of(b'two')}'\n")
+    heard: list[Tables] = []
+
+    def hear() -> None:
+        """What the edge gets, up to the second reading; then everybody leaves."""
+        decoder = FrameDecoder(RootToChild)
+        while not heard or heard[-1].generation < 2:
+            heard.extend(message for message in decoder.feed(edge.recv(1 << 16)) if isinstance(message, Tables))
+        for child in children:
+            child.kill()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(root.run)
+            await trio.to_thread.run_sync(hear)
+
+    with pairs[0][0], pairs[1][0], edge, text:
+        edge.sendall(encode(control_hello("edge", 0, 1)))
+        text.sendall(encode(control_hello("text", 0, 1)))
+        with signals_blocked({signal.SIGHUP}):
+            signal.pthread_kill(threading.get_ident(), signal.SIGHUP)  # it waits for root, as behind the kernel's block
+            trio.run(main)
+        text.setblocking(False)
+        said = FrameDecoder(RootToChild).feed(text.recv(1 << 16))
+    assert digest_of(b"two").encode() in heard[-1].body
+    assert not [message for message in said if isinstance(message, Tables)]
 
 
 # ------------------------------------------------------------------ being a child

@@ -12,7 +12,7 @@ import trio.testing
 
 from penstock.core.protocol import columns
 from penstock.core.protocol.errors import ProtocolError
-from penstock.core.protocol.messages import Abort, Admit, Cancel, EdgeToText, Message, Park, Submit, TextReady, TextToEdge, Unpark
+from penstock.core.protocol.messages import Abort, Admit, Cancel, EdgeToText, Message, Park, Submit, TextReady, TextToEdge, Unpark, union_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime import links
 from penstock.core.runtime.frames import encode, make_hello
@@ -82,6 +82,17 @@ def test_messages_travel_both_ways_in_order() -> None:
             await text.ended.wait()  # the other side sees the end
         assert not edge.open
         edge.send(submit(1))  # dropped, no error
+
+    run(main)
+
+
+def test_a_peer_of_another_role_is_refused() -> None:
+    async def main() -> None:
+        here, there = trio.testing.memory_stream_pair()
+        link = Link(here, union_of("edge>text"), make_hello("text", 0, 1), peers=("edge",))
+        await there.send_all(encode(make_hello("batch", 0, 1)))
+        with pytest.raises(ProtocolError, match="role 'batch' spoke on a link for edge"):
+            await link.greet()
 
     run(main)
 

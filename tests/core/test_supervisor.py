@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.core.processes.kernel import child_specs
 from penstock.core.processes.supervisor import ChildSpec, Supervisor, failure_of
+from penstock.core.protocol.config import build
 from penstock.core.protocol.control import (
     ChildDown,
     ChildExited,
@@ -31,6 +33,7 @@ from penstock.core.protocol.control import (
     Vitals,
 )
 from penstock.core.protocol.errors import CheckpointError, EngineUnavailable
+from penstock.core.protocol.pools import PoolSpec
 from penstock.core.runtime.actor import To
 from penstock.core.runtime.clock import FakeClock
 
@@ -61,9 +64,10 @@ NAMES = ["engine-0", "text-0", "edge-0", "edge-1"]
 class World:
     """Everything around the supervisor: says what the children say, and keeps what they are told."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, specs: list[ChildSpec] | None = None, **options: Any) -> None:
         self.clock = FakeClock()
-        specs = [ChildSpec(role=name[:-2], id=int(name[-1]), module="m") for name in NAMES]
+        specs = specs or [ChildSpec(role=name[:-2], id=int(name[-1]), module="m") for name in NAMES]
+        self.names = [(spec.role, spec.id) for spec in specs]
         self.supervisor = Supervisor(specs, clock=self.clock, **{"drain_s": 30.0, "max_restarts": 3, **options})
         self.out: list[Any] = list(self.supervisor.start())
 
@@ -76,31 +80,32 @@ class World:
         return self.supervisor.children[index].epoch
 
     def up(self, index: int) -> list[Any]:
-        role, id_ = NAMES[index][:-2], int(NAMES[index][-1])
+        role, id_ = self.names[index]
         if role == "engine":
             return self.say(EngineUp(engine=id_, epoch=self.epoch(index), facts=FACTS))
         return self.say(ChildUp(role=role, id=id_, epoch=self.epoch(index), pid=1))
 
     def all_up(self) -> World:
-        for index in range(4):
+        for index in range(len(self.names)):
             self.up(index)
         return self
 
     def dies(self, index: int, status: int = -9, error: BaseException | None = None) -> list[Any]:
-        role, id_, epoch = NAMES[index][:-2], int(NAMES[index][-1]), self.epoch(index)
+        (role, id_), epoch = self.names[index], self.epoch(index)
         if error is not None:
             self.say(ChildDown(role=role, id=id_, epoch=epoch, status=1, detail=failure_of(error)))
         return self.say(ChildExited(role=role, id=id_, epoch=epoch, status=status))
 
     def drained(self, index: int, cut: int = 0) -> list[Any]:
-        return self.say(Drained(role=NAMES[index][:-2], id=int(NAMES[index][-1]), cut=cut))
+        role, id_ = self.names[index]
+        return self.say(Drained(role=role, id=id_, cut=cut))
 
     def after(self, seconds: float) -> list[Any]:
         self.clock.advance(seconds)
         return self.say(Tick(now_ns=self.clock.now_ns()))
 
     def everybody_leaves(self) -> Leave:
-        for index in range(4):
+        for index in range(len(self.names)):
             self.dies(index, 0)
         (leave,) = [out for out in self.out if isinstance(out, Leave)]
         return leave
@@ -152,6 +157,41 @@ def test_a_crash_while_starting_is_not_tried_again() -> None:
     world = World()
     world.dies(TEXT, 1, ValueError("what"))
     assert "failed with ValueError: what" in world.everybody_leaves().error
+
+
+# ------------------------------------------------------------------ several pools
+
+
+def two_pools() -> World:
+    """Two models: "a" on engine 0, "b" on engines 1 and 2. Children: engines 0 to 2, texts 3 and 4, edge 5."""
+    pools = [
+        PoolSpec(name="a", models=["a"], text=0, engines=[0]),
+        PoolSpec(name="b", models=["b"], text=1, engines=[1, 2]),
+    ]
+    return World(child_specs(build({}), pools))
+
+
+def test_texts_hear_of_the_engines_of_their_own_pool_only() -> None:
+    world = two_pools()
+    assert world.names == [("engine", 0), ("engine", 1), ("engine", 2), ("text", 0), ("text", 1), ("edge", 0)]
+    assert [told(world.up(index), EngineUp) for index in range(3)] == [[3], [4], [4]]
+    heard = world.up(4)
+    assert [(o.index, o.message.engine) for o in heard if isinstance(o, To)] == [(4, 1), (4, 2)]
+    world.up(3)
+    (ready,) = world.up(5)
+    assert len(ready.facts) == 3
+    out = world.dies(2)
+    assert told(out, EngineDown) == [4]
+    assert of(out, StartChild) == [StartChild(role="engine", id=2, epoch=2)]
+    assert told(world.after(1.0), Vitals) == [3, 4]
+
+
+def test_every_text_drains_before_any_engine() -> None:
+    world = two_pools().all_up()
+    assert told(world.say(Signalled(signum=signal.SIGTERM)), Drain) == [5]
+    assert told(world.drained(5), Drain) == [3, 4]
+    assert told(world.drained(4), Drain) == []
+    assert told(world.drained(3), Drain) == [0, 1, 2]
 
 
 # ------------------------------------------------------------------ restarts

@@ -29,6 +29,7 @@ from penstock.core.protocol.messages import (
     StartupPhase,
     StepTokens,
     Stop,
+    Tables,
     Tick,
     Unpark,
     Vitals,
@@ -43,7 +44,7 @@ PORTS_TAKE: dict[str, set[type[Message]]] = {
     "device queue": set(ThreadDeviceQueue.takes),
     "tokenizer worker": {Encode},
     "edges": set(text_side.TO_EDGES),
-    "process mains": {Stop, EngineUp, EngineDown},
+    "process mains": {Stop, EngineUp, EngineDown, Tables},
     "root's process port and screen": {
         kind for kind in Supervisor.gives if kind.__name__ in ("StartChild", "KillChild", "Notice", "Ready", "Leave")
     },
@@ -56,6 +57,7 @@ PORTS_GIVE: dict[str, set[type[Message]]] = {
     "edges": set(text_side.FROM_EDGES),
     "process mains": {ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained, PeerUp, PeerDown},
     "root's process port": {kind for kind in Supervisor.takes if kind.__name__ in ("ChildExited", "Signalled")},
+    "root": {Tables},
     "links": {Hello, Boot, Extension},
 }
 
@@ -79,7 +81,7 @@ def test_every_link_carries_exactly_what_is_sent_over_it() -> None:
     assert members("text>edge") == text_side.TO_EDGES | shared
     assert members("text>engine") == {Admit, Abort, Park, Unpark} | shared == text_side.TO_ENGINES | shared
     assert members("engine>text") == {EngineUp, StepTokens} | shared == text_side.FROM_ENGINES - local | shared
-    assert members("root>child") == {Boot, Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase} | shared
+    assert members("root>child") == {Boot, Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase, Tables} | shared
     assert members("child>root") == {ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained} | shared
 
 

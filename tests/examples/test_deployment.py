@@ -112,7 +112,7 @@ def test_request_ids_are_the_clients_or_the_servers(front: httpx.Client) -> None
     assert re.fullmatch(r"[0-9a-f]{32}", made[0])
     # The body's is heard where there is no header: the proxy must not bring one of its own.
     body = {**BODY, "stream": False, "max_tokens": 1, "request_id": "mine-2"}
-    assert front.post("/v1/completions", json=body).json()["id"] == "cmpl-mine-2"
+    assert front.post("/v1/completions", json=body).json()["id"] == "cmpl-mine-20"
 
 
 def test_the_proxys_log_has_the_id_that_the_client_saw(tmp_path: Path, served: Served) -> None:

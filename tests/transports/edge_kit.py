@@ -23,6 +23,7 @@ import uvloop
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.columns import i32, i64
 from penstock.core.protocol.messages import Answer, Extension, Finished, Message, Query, RowExtra, Submit, TextDelta, TextReady, union_of
+from penstock.core.protocol.pools import pools_of
 from penstock.core.runtime.frames import make_hello
 from penstock.transports.builtin import openai_routes
 from penstock.transports.edge import Server
@@ -185,6 +186,8 @@ class Edge:
 
     def __init__(self, folder: Path, options: dict[str, Any], tracing: Tracing = NO_TRACING) -> None:
         self.config = configuration.build(options)
+        self.folder = folder
+        self.pools = pools_of(self.config)
         self.text = FakeText(str(folder / "text-0.sock"))
         self._tracing = tracing
         self.factories: list[Any] = [openai_routes]
@@ -223,7 +226,7 @@ class Edge:
             await self.text.listen()
             listener = socket.create_server(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
-            self.server = Server(self.config, text_socket=self.text.path, factories=self.factories, tracing=self._tracing)
+            self.server = Server(self.config, pools=self.pools, run_dir=str(self.folder), factories=self.factories, tracing=self._tracing)
             self.starting.set()
             await self.server.start([listener])
         except BaseException as error:

@@ -157,7 +157,7 @@ def test_a_reader_that_stalls_is_cut_in_time(make_edge: MakeEdge) -> None:
 
 def boxes(edge: Edge) -> list[Outbox]:
     """The outboxes of open streams."""
-    return [sink._job.outbox for sink in edge.server.gateway._sinks.values()]  # type: ignore[attr-defined]
+    return [sink._job.outbox for sink in edge.server.gateway.door()._sinks.values()]  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------ the outbox alone

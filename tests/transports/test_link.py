@@ -99,6 +99,21 @@ def test_another_build_is_refused(change: dict[str, Any]) -> None:
     on_loop(main)
 
 
+def test_a_peer_of_another_role_is_refused() -> None:
+    async def main() -> None:
+        a, b = socket.socketpair()
+        closed = asyncio.get_running_loop().create_future()
+        hello = make_hello("edge", 0, 1)
+        await adopt(
+            a, union_of("text>edge"), hello, on_open=pytest.fail, on_message=pytest.fail, on_close=closed.set_result, peers=("text",)
+        )
+        with b:
+            b.sendall(encode(make_hello("grammar", 0, 1)))
+            assert "role 'grammar' spoke on a link for text" in await closed
+
+    on_loop(main)
+
+
 def test_garbage_closes_the_link() -> None:
     async def main() -> None:
         a, b = socket.socketpair()
@@ -297,11 +312,11 @@ def test_a_query_that_is_not_answered_in_time() -> None:
     async def main() -> None:
         gateway = Gateway(configuration.build(), 0)
         deaf = Deaf()
-        gateway.attach(lambda: deaf)  # type: ignore[arg-type, return-value]
+        gateway.door().attach(lambda: deaf)  # type: ignore[arg-type, return-value]
         with pytest.raises(PenstockError) as caught:
             await gateway.query("models", timeout=0.01)
         assert caught.value.status == 503
         assert isinstance(deaf.sent[0], Query)
-        assert gateway._queries == {}
+        assert gateway.door()._queries == {}
 
     on_loop(main)

@@ -19,10 +19,11 @@ import pytest
 import uvloop
 from edge_kit import FakeText
 
-from penstock.core.processes.spawn import spawn
+from penstock.core.processes.spawn import HTTP, spawn
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.control import Boot, ChildToRoot, ChildUp, Drain, Drained, Heartbeat, Message, Stop
 from penstock.core.protocol.messages import Submit
+from penstock.core.protocol.pools import pools_of
 from penstock.core.runtime.frames import FrameDecoder, encode
 
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
@@ -40,7 +41,8 @@ class Child:
             run_dir=str(run_dir),
             root_pid=os.getpid(),
             module="penstock.transports.edge",
-            listen_fd=listener.fileno(),
+            listeners={HTTP: listener.fileno()},
+            pools=pools_of(configuration.build()),
             edges=2,
         )
         self.process, self.control = spawn(boot, {})
@@ -162,7 +164,8 @@ def test_an_unknown_transport_is_reported_to_root(tmp_path: Path, text: FakeText
             run_dir=str(tmp_path),
             root_pid=os.getpid(),
             module="penstock.transports.edge",
-            listen_fd=listener.fileno(),
+            listeners={HTTP: listener.fileno()},
+            pools=pools_of(configuration.build()),
         )
         process, control = spawn(boot, {})
         try:

@@ -20,7 +20,7 @@ CHAT = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 
 def normal(text: str) -> str:
     """A transcript without what differs from run to run."""
-    text = re.sub(r'"id":"(chatcmpl|cmpl)-[0-9a-f]{32}"', r'"id":"\1-ID"', text)
+    text = re.sub(r'"id":"(chatcmpl|cmpl)-[0-9a-f]{32}0"', r'"id":"\1-ID"', text)
     return re.sub(r'"created":\d+', '"created":0', text)
 
 

@@ -396,7 +396,7 @@ def decode_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     out["batch_1"] = one
     fill(runner, 64, 1024)
     many = decode(runner, 64, 1024, 80)
-    block = runner._pool[:, :, 0].nbytes
+    block = runner._pool[0].nbytes
     many["roofline_ms"] = round((weight_bytes(runner) + 64 * (1024 + 50) / 16 * block) / copy / 1e9, 4)
     many["share_of_roofline"] = round(many["roofline_ms"] / many["ms_a_step"], 3)
     out["batch_64"] = many
@@ -413,7 +413,7 @@ def decode_1b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     copy = known.get("ceilings", {}).get("copy_tb_s", 4.3)
     fill(runner, 64, 256)
     many = decode(runner, 64, 256, 300, sync_errors=True)
-    block = runner._pool[:, :, 0].nbytes
+    block = runner._pool[0].nbytes
     many["roofline_ms"] = round((weight_bytes(runner) + 64 * (256 + 160) / 16 * block) / copy / 1e9, 4)
     many["share_of_roofline"] = round(many["roofline_ms"] / many["ms_a_step"], 3)
     out["batch_64_direct"] = many

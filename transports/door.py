@@ -1,0 +1,334 @@
+"""A door: the edge's way to one pool's text process.
+
+What it is: it sends Submit, Cancel, Park, Unpark and Query over the link, hands each row of a TextDelta to the sink that owns its key, answers
+queries, knows whether text is ready, and fails everything as retryable when the link is lost.
+What it does not know: other pools, places and keys of requests (gateway.py), HTTP, JSON, SSE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from penstock.core.protocol.errors import EngineUnavailable, PenstockError
+from penstock.core.protocol.messages import (
+    Answer,
+    Cancel,
+    Extension,
+    Finished,
+    Hello,
+    Limits,
+    Message,
+    Park,
+    Query,
+    Rejected,
+    RowExtra,
+    Submit,
+    TextDelta,
+    TextReady,
+    Unpark,
+)
+from penstock.core.protocol.pools import PoolSpec
+from penstock.core.runtime.clock import Clock
+from penstock.transports.link import Link
+
+log = logging.getLogger("penstock.edge.gateway")
+
+QUERY_TIMEOUT_S = 10.0
+SILENT_S = 4.0
+"""A text process that has said nothing for so long stands still: it gives a sign of life every second."""
+
+CancelCause = Any
+"""A value of Cancel.cause."""
+
+
+class Batch:
+    """One TextDelta with its columns as lists, made only when somebody asks."""
+
+    __slots__ = ("_extras", "_lists", "_starts", "delta")
+
+    def __init__(self, delta: TextDelta) -> None:
+        self.delta = delta
+        self._lists: dict[str, list[int]] = {}
+        self._starts: list[int] | None = None
+        self._extras: dict[int, RowExtra] | None = {e.row: e for e in delta.extras} if delta.extras else None
+
+    def column(self, name: str) -> list[int]:
+        """A column of the TextDelta by its name ("output_tokens"), to be indexed by row."""
+        found = self._lists.get(name)
+        if found is None:
+            found = self._lists[name] = getattr(self.delta, name).tolist()
+        return found
+
+    def extra(self, row: int) -> RowExtra | None:
+        """The rare parts of a row, if it has any: log-probabilities, stop_reason, error."""
+        return None if self._extras is None else self._extras.get(row)
+
+    def tokens(self, row: int) -> list[int]:
+        """The ids of the row's tokens."""
+        if self._starts is None:
+            total = 0
+            starts = self._starts = [0]
+            for count in self.column("counts"):
+                total += count
+                starts.append(total)
+        return self.column("tokens")[self._starts[row] : self._starts[row + 1]]
+
+
+class Sink(Protocol):
+    """Who gets what belongs to one key. Calls come from the loop, never re-entrantly; after `finished` or `failed` none follows. They must not
+    block; an exception in `row` fails the request."""
+
+    def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
+        """A step brought something for one choice (0 to n - 1): `text` to append (may be ""), and `reason`: "" (goes on), or why the choice ended: "stop",
+        "length", "abort" (cancelled), "error" (`batch.extra(row)` says what). More about the row: `batch`, at index `row`."""
+        ...
+
+    def finished(self, message: Finished) -> None:
+        """Every choice has ended."""
+        ...
+
+    def failed(self, error: PenstockError) -> None:
+        """The request was refused, or is lost. `error` is what the client should get; a route may raise it."""
+        ...
+
+
+class Door:
+    """One a pool in each edge. `unavailable(reason)` makes the error for who comes while there is no way in; `opened()` is told of each new link."""
+
+    def __init__(
+        self, pool: PoolSpec, edge: int, *, clock: Clock, unavailable: Callable[[str], PenstockError], opened: Callable[[], None]
+    ) -> None:
+        self.pool = pool
+        self.model_name = pool.models[0] if pool.models else ""
+        """The model's first name, once known."""
+        self.fingerprint: str | None = None
+        self.limits: Limits | None = None
+        """How large a prompt may be, once text has said so."""
+        self.delivered = 0
+        """Rows handed to sinks; a count that moves when work is done."""
+        self.joined = asyncio.Event()
+        """Set once text has said, whatever it was, whether it is ready."""
+        self.open = asyncio.Event()
+        """Set while text takes requests (which may have to wait for an engine)."""
+        self._edge = edge
+        self._clock = clock
+        self._unavailable = unavailable
+        self._opened = opened
+        self._ready = False
+        """Is everything up that an answer needs?"""
+        self._ages: dict[str, float] = {}
+        self._heard_ns = 0
+        self._sinks: dict[int, Sink] = {}
+        self._link: Callable[[], Link | None] = lambda: None
+        self._reason = "the text process is not connected yet"
+        self._queries: dict[int, asyncio.Future[Answer]] = {}
+        self._query_id = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- the link's side
+
+    def attach(self, link: Callable[[], Link | None]) -> None:
+        """`link()` gives the current link, or None while there is none."""
+        self._link = link
+
+    def link_opened(self, _: Hello) -> None:
+        self._reason = "the text process has not said yet that it is ready"
+        self._heard_ns = self._clock.now_ns()
+        self._opened()
+
+    def link_closed(self, reason: str) -> None:
+        """Text is gone: every stream fails as retryable."""
+        self.open.clear()
+        self._ready, self._ages = False, {}
+        self._reason = f"the text process is gone ({reason})"
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink.failed(
+                EngineUnavailable("The server lost its text process while this request ran. Send the request again.", retry_after_s=1.0)
+            )
+        queries, self._queries = self._queries, {}
+        for future in queries.values():
+            if not future.done():
+                future.set_exception(self.unavailable())
+
+    def on_message(self, message: Message) -> None:
+        self._heard_ns = self._clock.now_ns()
+        if type(message) is TextDelta:
+            self._deliver(message)
+        elif type(message) is Finished:
+            sink = self._sinks.pop(message.key, None)
+            if sink is not None:
+                sink.finished(message)
+        elif type(message) is Rejected:
+            sink = self._sinks.pop(message.key, None)
+            if sink is not None:
+                sink.failed(error_of(message))
+        elif type(message) is Answer:
+            future = self._queries.pop(message.id, None)
+            if future is not None and not future.done():
+                future.set_result(message)
+        elif type(message) is TextReady:
+            self._take_ready(message)
+        elif not isinstance(message, (Hello, Extension)):
+            raise TypeError(f"a door does not take {type(message).__name__}")
+
+    def _take_ready(self, word: TextReady) -> None:
+        if word.ready and not self._ready:
+            self._spawn(self._learn())
+        self._ready, self._reason, self._ages = word.ready, word.reason, word.ages
+        self.limits = word.limits or self.limits
+        self.joined.set()
+        if word.ready or word.waits:
+            self.open.set()
+        else:
+            self.open.clear()
+
+    def _deliver(self, delta: TextDelta) -> None:
+        sinks = self._sinks
+        batch = Batch(delta)
+        texts, reasons = delta.texts, delta.reasons
+        choices = delta.choices.tolist()
+        self.delivered += len(choices)
+        for row, key in enumerate(delta.keys.tolist()):
+            sink = sinks.get(key)
+            if sink is not None:  # else: cancelled while the row was under way
+                try:
+                    sink.row(choices[row], texts[row], reasons[row], row, batch)
+                except Exception:  # one request fails, not the link with all the others
+                    log.exception("a row of request %d could not be delivered", key)
+                    self.cancel(key, "client")
+                    sink.failed(PenstockError("The server made an error while it sent the answer."))
+
+    def send(self, message: Message) -> None:
+        link = self._link()
+        if link is not None:
+            link.send(message)
+
+    # --- readiness
+
+    @property
+    def connected(self) -> bool:
+        link = self._link()
+        return link is not None and link.open
+
+    def readiness(self) -> tuple[bool, str]:
+        """Would a request be answered without waiting for a process, and if not, why."""
+        if not (self._ready and self.connected):
+            return False, self._why()
+        silent_s = self._silent_s()
+        return (True, "") if silent_s <= SILENT_S else (False, f"the text process has not been heard of for {silent_s:.0f} s")
+
+    def _silent_s(self) -> float:
+        return (self._clock.now_ns() - self._heard_ns) / 1e9
+
+    def ages(self, name: str) -> dict[str, float]:
+        """Seconds since each process that answers depend on was last heard of; text's own is called `name`. What text said about others is as
+        old as text's word."""
+        if not self.connected:
+            return {}
+        silent_s = self._silent_s()
+        return {name: round(silent_s, 3), **{other: round(age + silent_s, 3) for other, age in self._ages.items()}}
+
+    def accepts(self) -> bool:
+        """May a request come in: now, or to wait for an engine that is being restarted?"""
+        return self.open.is_set() and self.connected
+
+    def _why(self) -> str:
+        return self._reason or "the engine is not ready"
+
+    def unavailable(self) -> PenstockError:
+        """The error for who comes now and cannot get in."""
+        return self._unavailable(self._why())
+
+    async def _learn(self) -> None:
+        """Ask for what replies carry: the default model's name and the system fingerprint."""
+        try:
+            answer = await self.query("server_info", timeout=5.0)
+        except PenstockError:
+            return
+        if answer.status == 200:
+            try:
+                info = msgspec.json.decode(answer.body, type=ServerInfo, strict=False)
+            except msgspec.MsgspecError:
+                return
+            self.fingerprint = info.fingerprint or self.fingerprint
+            self.model_name = info.model or self.model_name
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- the gateway's side
+
+    def submit(self, submit: Submit, sink: Sink) -> None:
+        """Raises EngineUnavailable, or LinkBusy (503, too)."""
+        if not self.connected:
+            raise self.unavailable()
+        self.send(submit)
+        self._sinks[submit.key] = sink
+
+    def cancel(self, key: int, cause: CancelCause) -> None:
+        """Forget a key and tell text. Unknown keys (finished ones) are ignored."""
+        if self._sinks.pop(key, None) is not None:
+            self.send(Cancel(key=key, cause=cause))
+
+    def park(self, key: int) -> None:
+        if key in self._sinks:
+            self.send(Park(key=key))
+
+    def unpark(self, key: int) -> None:
+        if key in self._sinks:
+            self.send(Unpark(key=key))
+
+    def fail_all(self, error: PenstockError, cause: CancelCause) -> None:
+        """End every request and question with `error`."""
+        for key, sink in list(self._sinks.items()):
+            self.cancel(key, cause)
+            sink.failed(error)
+        for future in list(self._queries.values()):
+            if not future.done():
+                future.set_exception(error)
+
+    async def query(self, what: str, body: bytes = b"", timeout: float = QUERY_TIMEOUT_S) -> Answer:
+        """Raises EngineUnavailable when text is gone or does not answer in time (seconds)."""
+        if not self.connected:
+            raise self.unavailable()
+        self._query_id += 1
+        mine = self._query_id
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._queries[mine] = future
+        try:
+            self.send(Query(id=mine, edge=self._edge, what=what, body=body))
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            raise EngineUnavailable(f"The text process did not answer within {timeout:g} s. Try again.", retry_after_s=1.0) from None
+        finally:
+            self._queries.pop(mine, None)
+
+
+class ServerInfo(msgspec.Struct, frozen=True):
+    """What a door reads of text's answer to the "server_info" query."""
+
+    model: str = ""
+    fingerprint: str = ""
+
+
+def error_of(message: Rejected) -> PenstockError:
+    """The error that a Rejected stands for."""
+    return make_error(message.status, message.type, message.code, message.message, message.param, message.retry_after_s)
+
+
+def make_error(
+    status: int, type_: str, code: str, text: str, param: str | None = None, retry_after_s: float | None = None
+) -> PenstockError:
+    error = PenstockError(text, param=param, code=code, retry_after_s=retry_after_s)
+    error.status = status  # type: ignore[misc]  # the class says the usual one, text decided this one
+    error.type = type_  # type: ignore[misc]
+    return error
