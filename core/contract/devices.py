@@ -158,6 +158,11 @@ class Runner(Protocol):
 
     It may also have `improve() -> bool`: called on that thread while nothing is queued and no step is under way, to do a bounded piece of work
     (tens of ms, a request may wait for it) that makes later steps faster. False: nothing is left to do before the next step.
+
+    It may have `move(work: Move) -> Callable[[], None]`: between two steps, copy whole KV blocks from or to host memory of its own; the returned call
+    waits for the bytes as `sample`'s does. And `control(work: Control) -> bytes`: a named call between two steps. Who asks for either is answered
+    by a WorkDone, also where the runner lacks it. A PenstockError from them is such an answer (UnsupportedFeature for a name that it does not know);
+    any other exception ends the engine, as one of a step does.
     """
 
     facts: ModelFacts

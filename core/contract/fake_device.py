@@ -4,7 +4,8 @@ What it is: `FakeDevice` and `FakeRunner` implement core/contract/devices.py in 
 history (and of seed and choice unless greedy), so that equal requests give equal tokens whatever the batching, chunking, caching, preemption
 or wiring. The runner also referees: it keeps a real paged "KV" whose entry for a position is a digest of all tokens up to it, and before a
 row uses a position it checks that the block table leads to the right digest. A wrong block, a missed copy, a hit on foreign KV, a write to a
-shared block or an unknown token raises `FakeViolation` (as a device fault would).
+shared block or an unknown token raises `FakeViolation` (as a device fault would). Blocks may be moved to host pages and back; Control "host_pages"
+(the number as decimal text) takes that many.
 What it does not know: torch, the scheduler, plugins' hooks beyond the one at the end of this file.
 
 As a plugin module (`Boot.extra_plugins = ["penstock.core.contract.fake_device"]`) it registers the device "fake"; options come from
@@ -19,27 +20,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
+from penstock.core.contract.fake_slots import FakeSlots, FakeViolation, mix
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
 from penstock.core.protocol.columns import EMPTY_I32, f32, i32
-from penstock.core.protocol.errors import CheckpointError
-from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, SlotSampling, StepDone
+from penstock.core.protocol.errors import CheckpointError, InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 
-U64 = npt.NDArray[np.uint64]
 Script = Callable[[list[int], int], int | None]
 """(history, prompt length) -> the next token, or None for the hash's."""
-
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
-
-
-class FakeViolation(AssertionError):
-    """The work that came breaks the device contract."""
 
 
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,20 +54,6 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     check: bool = True
     eos: int = 0
     eos_every: int = 0
-
-
-def powers(count: int) -> U64:
-    """Odd multipliers, one a position."""
-    with np.errstate(over="ignore"):
-        return np.cumprod(np.full(count, _PRIME, np.uint64), dtype=np.uint64) | np.uint64(1)
-
-
-def mix(value: U64) -> U64:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): spreads every input bit over all output bits."""
-    with np.errstate(over="ignore"):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
 
 
 class FakeDevice:
@@ -111,7 +91,7 @@ class FakeDevice:
 
 
 class FakeRunner:
-    """State per slot: history I32, its length, running digest U64, block table I32 (-1: none), sampling state. Blocks hold digests."""
+    """State per slot is in FakeSlots, besides what a draw needs. Blocks hold digests."""
 
     def __init__(self, device: FakeDevice, options: FakeOptions, config: RunnerConfig) -> None:
         self.max_model_len = min(options.max_model_len, config.max_model_len or options.max_model_len)
@@ -139,16 +119,13 @@ class FakeRunner:
         self._device = device
         self._options = options
         slots = config.max_num_seqs
-        width = self.max_model_len + 1
-        self._history = np.zeros((slots, width), np.int32)
-        self._length = np.zeros(slots, np.int64)
-        self._digest = np.zeros((slots, width), np.uint64)
-        self._table = np.full((slots, -(-width // self.block_size)), -1, np.int32)
-        self._sampling: list[SlotSampling | None] = [None] * slots
+        self._slots = FakeSlots(slots, self.max_model_len + 1, self.block_size, self.facts.vocab_size, self._need)
+        self._history, self._length = self._slots.history, self._slots.length
+        self._digest, self._table, self._sampling = self._slots.digest, self._slots.table, self._slots.sampling
         self._salt = np.zeros(slots, np.uint64)
         self._plain = np.ones(slots, np.bool_)
         self._kv = np.zeros((self.num_blocks, self.block_size), np.uint64)
-        self._powers = powers(width)
+        self._pages = np.zeros((0, self.block_size), np.uint64)
         self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
         self._step = 0
         self._started = 0
@@ -175,11 +152,7 @@ class FakeRunner:
         self._engine = (work.engine, work.epoch)
         if len(work.copy_src):
             self._kv[work.copy_dst] = self._kv[work.copy_src]
-        at = 0
-        for slot, count in zip(work.place_slots.tolist(), work.place_counts.tolist(), strict=True):
-            self._place(slot, work.place_tokens[at : at + count])
-            at += count
-        self._need(at == len(work.place_tokens), "place_tokens is longer than place_counts say")
+        self._slots.place(work.place_slots, work.place_counts, work.place_tokens)
         if len(work.block_ids):
             self._need(bool(((work.block_ids >= 0) & (work.block_ids < self.num_blocks)).all()), "a block id is out of range")
             self._table[work.block_slots, work.block_index] = work.block_ids
@@ -213,7 +186,7 @@ class FakeRunner:
         self._need(len(set(into.tolist())) == len(into), "two draws go into one slot")
         self._need(all(self._sampling[s] is not None for s in into.tolist()), "a slot without sampling state is drawn for")
         tokens = self._draw(slots[rows], into, positions)
-        self._write(into, positions, tokens)
+        self._slots.append(into, positions, tokens)
         logprobs = self._logprobs(into, tokens)
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32
@@ -240,24 +213,34 @@ class FakeRunner:
 
         return wait
 
+    def move(self, work: Move) -> Callable[[], None]:
+        self._device.launches["move"] += 1
+        self._need(self._rows is None, "a move came between a Forward and its Sample")
+        blocks, pages = work.blocks, work.pages
+        self._need(len(blocks) == len(pages), "a move's columns differ in length")
+        self._need(bool(((blocks >= 0) & (blocks < self.num_blocks)).all()), "a move names a block out of range")
+        self._need(len(set((pages if work.out else blocks).tolist())) == len(blocks), "a move writes one place twice")
+        if not bool(((pages >= 0) & (pages < len(self._pages))).all()):
+            raise InvalidRequest(f"There are {len(self._pages)} host pages.", param="pages")
+        if work.out:
+            self._pages[pages] = self._kv[blocks]
+        else:
+            self._kv[blocks] = self._pages[pages]
+        return lambda: None
+
+    def control(self, work: Control) -> bytes:
+        self._device.launches["control"] += 1
+        self._need(self._rows is None, "a control came between a Forward and its Sample")
+        if work.name != "host_pages":
+            raise UnsupportedFeature(f"The fake device does not know the control {work.name!r}.", param=work.name)
+        self._pages = np.zeros((int(work.data), self.block_size), np.uint64)
+        return str(self._pages.nbytes).encode()
+
     # --- inside
 
     def _need(self, ok: bool, what: str) -> None:
         if not ok:
             raise FakeViolation(f"step {self._step + 1}: {what}")
-
-    def _place(self, slot: int, tokens: npt.NDArray[Any]) -> None:
-        count = len(tokens)
-        self._need(0 < count < self._history.shape[1], f"slot {slot} is placed with {count} tokens")
-        self._need(
-            bool(((tokens >= 0) & (tokens < self.facts.vocab_size)).all()), f"slot {slot} is placed with a token outside the vocabulary"
-        )
-        self._history[slot, :count] = tokens
-        self._length[slot] = count
-        with np.errstate(over="ignore"):
-            self._digest[slot, :count] = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[:count])
-        self._table[slot] = -1
-        self._sampling[slot] = None
 
     def _compute(self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], num_decode: int) -> None:
         self._need(len(set(slots.tolist())) == len(slots), "two rows name one slot")
@@ -315,14 +298,6 @@ class FakeRunner:
             while token in stops:
                 token = (token + 1) % self.facts.vocab_size
         return token
-
-    def _write(self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
-        self._need(bool((positions < self._history.shape[1]).all()), "a token goes beyond the longest sequence")
-        self._history[into, positions] = tokens
-        self._length[into] = positions + 1
-        with np.errstate(over="ignore"):
-            add = (tokens.astype(np.uint64) + np.uint64(1)) * self._powers[positions]
-            self._digest[into, positions] = self._digest[into, positions - 1] + add
 
     def _logprobs(self, into: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> LogprobColumns | None:
         """-0.5 for the drawn token, then -1, -2, ... for its successors in the vocabulary."""

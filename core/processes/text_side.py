@@ -1,7 +1,8 @@
 """The text actor and what it needs around it.
 
-What it is: the assembly: tokenizer and chat renderer from plugins, the worker thread, sampling defaults, traces, the actor and its host. The ports to
-edges, engines and root are the caller's: links in the text process (core/processes/text_process.py), plain calls in one process (core/processes/local.py).
+What it is: the assembly: tokenizer and chat renderer from plugins, the worker thread, sampling defaults, traces, the actor, those of plugins beside it,
+and their host. The ports to edges, engines and root are the caller's: links in the text process (core/processes/text_process.py), plain calls in one
+process (core/processes/local.py).
 What it does not know: sockets, which of the two it is in.
 """
 
@@ -16,9 +17,11 @@ import trio
 from penstock.core.actors.text import TextActor, resolve
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
+from penstock.core.contract.actors import Seat
 from penstock.core.contract.hookspecs import Spec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
+from penstock.core.processes.plugin_seats import plugin_seats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineDown, EngineUp, Message, PeerDown, PeerUp, StartupPhase, Tick, Vitals
 from penstock.core.protocol.errors import CheckpointError
@@ -41,7 +44,7 @@ from penstock.core.protocol.messages import (
     Unpark,
 )
 from penstock.core.runtime.clock import Clock, SystemClock
-from penstock.core.runtime.hosts import FusedHost
+from penstock.core.runtime.seats import House
 from penstock.core.runtime.wiring import CallPort
 from penstock.core.telemetry.traces import NO_TRACES, Traces
 
@@ -92,12 +95,14 @@ class TextSide:
         to_engines: Deliver,
         to_root: Deliver,
         shard: int = 0,
+        epoch: int = 1,
         traces: Traces = NO_TRACES,
         clock: Clock | None = None,
         log: Any = None,
         inline: bool = True,
     ) -> None:
         self._clock: Clock = clock or SystemClock()
+        self._house: House | None = None
         model = config.model or ""
         source = config.tokenizer or model
         tokenizer = first_match(plugins.tokenizers(), source, "tokenizer").factory(source)
@@ -129,14 +134,22 @@ class TextSide:
             CallPort("tokenizer", self._to_worker, takes={Encode}, gives={Encoded}),
             CallPort("clock", _nowhere, gives={Tick}),
         )
-        self.host = FusedHost([self.actor], ports, inline=inline)
+        mine = plugin_seats(plugins, self._say_soon, config=config, id=shard, epoch=epoch, clock=self._clock)
+        self._house = House([Seat(party=party) for party in (self.actor, *ports)] + mine, link="engines", inline=inline)
+        self.host = self._house.host
         self._taken = 0
+
+    def _say_soon(self, party: str, message: Message) -> None:
+        if self._house is not None:
+            self._house.say_soon(party, message)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `close`, or raises what the actor could not survive."""
+        house = self._house
+        assert house is not None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tick)
-            await self.host.run(task_status)
+            await house.run(task_status)
             nursery.cancel_scope.cancel()
 
     async def _tick(self) -> None:
@@ -163,7 +176,8 @@ class TextSide:
         return self._taken, len(self.actor.ledger.requests)
 
     def close(self) -> None:
-        self.host.close()
+        if self._house is not None:
+            self._house.close()
         self._worker.close()
         self.traces.shutdown()
 

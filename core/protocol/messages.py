@@ -47,6 +47,7 @@ from penstock.core.protocol.control import Stop as Stop
 from penstock.core.protocol.control import Tick as Tick
 from penstock.core.protocol.control import Vital as Vital
 from penstock.core.protocol.control import Vitals as Vitals
+from penstock.core.protocol.control import WorkDone as WorkDone
 from penstock.core.protocol.sampling import SamplingParams
 
 CHOICE_BITS = 7
@@ -583,11 +584,45 @@ class DeviceLost(Message, frozen=True, kw_only=True):
     error: str
 
 
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """Copy whole KV blocks between the device's pool and the runner's host memory: pair i is block `blocks[i]` and host page `pages[i]`, both I32.
+    `out`: from blocks to pages; else from pages to blocks. Answered by one WorkDone with this `owner` (the name of the actor that sent it and takes
+    WorkDone) and `id`, once all bytes are where they belong.
+
+    It runs between two steps, never between a Forward and its Sample: behind step `after` if that is still to come (0: at the next boundary),
+    and before every Forward that was sent behind it.
+    """
+
+    engine: int
+    epoch: int
+    owner: str
+    id: int
+    blocks: Column
+    pages: Column
+    out: bool
+    after: int = 0
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True):
+    """A named call on the runner, in order with steps: place and answer as for Move. `name` "fence" is answered by the queue itself: everything before
+    it has been given to the device."""
+
+    engine: int
+    epoch: int
+    owner: str
+    id: int
+    name: str
+    data: bytes = b""
+    after: int = 0
+
+
 class DeviceWork(Message, frozen=True, kw_only=True):
-    """An entry for the ordered device queue: exactly one of forward and sample."""
+    """An entry for the ordered device queue: exactly one of forward, sample, move and control."""
 
     forward: Forward | None = None
     sample: Sample | None = None
+    move: Move | None = None
+    control: Control | None = None
 
 
 def message_types() -> list[type[Message]]:
