@@ -37,5 +37,9 @@ class Executor:
             raise ProtocolError(f"Forward of step {message.step}: copy or place columns differ in length.")
         if not len(message.block_slots) == len(message.block_index) == len(message.block_ids):
             raise ProtocolError(f"Forward of step {message.step}: block columns differ in length.")
+        if not len(message.write_slots) == len(message.write_positions) == len(message.write_tokens):
+            raise ProtocolError(f"Forward of step {message.step}: write columns differ in length.")
+        if not len(message.clone_src) == len(message.clone_dst) == len(message.clone_lens):
+            raise ProtocolError(f"Forward of step {message.step}: clone columns differ in length.")
         self._step = message.step
         yield DeviceWork(forward=message)

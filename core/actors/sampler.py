@@ -34,5 +34,7 @@ class Sampler:
             raise ProtocolError(f"Sample of step {message.step}: row columns differ in length.")
         if len(message.prompt_rows) != len(message.prompt_topk):
             raise ProtocolError(f"Sample of step {message.step}: prompt columns differ in length.")
+        if len(message.mask_rows) not in (0, len(message.rows)):
+            raise ProtocolError(f"Sample of step {message.step}: mask_rows is not as long as rows.")
         self._step = message.step
         yield DeviceWork(sample=message)

@@ -62,7 +62,7 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True):
     host: Literal["cell", "task", "thread"] = "cell"
     """"cell": beside the built-in actors, run to completion within each message's turn: the quickest way, and the only one from which an Ask reaches
     the built-in actors. "task": a task of its own on the process's loop: it never runs in the middle of a step's messages. "thread": a thread of its
-    own, for an actor that computes for long or waits. From both no Ask reaches anybody, and none reaches them: anything slow is two messages.
+    own, for an actor that computes for long or waits (what it is sent meanwhile piles up). From both no Ask reaches anybody, and none reaches them: anything slow is two messages.
     For a port it says where it calls `post` from, which takes either."""
     takes_kinds: frozenset[str] = frozenset()
     """Kinds of Extension that `handle` (or `deliver`) gets, whoever sends them: a kind has one taker in a process."""

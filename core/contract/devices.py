@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.core.protocol.messages import Forward, Sample, StepDone
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
@@ -108,6 +109,11 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """`Runner.sample` returns when the step is done (a CPU): with a depth above 1 no thread has to wait for its results."""
     bounded_steps: bool = False
     """No step takes minutes: if one does, the device hangs, and `--watchdog-timeout` may end the engine. (A large prefill on a CPU may.)"""
+    clones: bool = False
+    """Its runner serves Forward.clone_*: the choices of a request are cloned from the first instead of being placed with the prompt again."""
+    lookahead: int = 0
+    """Its runner serves Forward.lookahead and Sample.lookahead, and drafts so many tokens behind each one that it draws. A sequence is not in two steps
+    at once then. 0: one token a row and step."""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +156,16 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     plugins: Any = None
     """The engine's PluginHost (core/contract/host.py), from which the device takes models, attention backends and weight sources: `plugins.models()`,
     `.attention_backends()`, `.weight_sources()` are name -> spec, built-in ones first. None: the built-ins only."""
+
+
+def refuse_columns(work: Forward | Sample) -> None:
+    """For a runner that serves no optional column: raises UnsupportedFeature naming the one that `work` has."""
+    if isinstance(work, Forward):
+        name = "write_slots" if len(work.write_slots) else "clone_src" if len(work.clone_src) else "lookahead" if work.lookahead else ""
+    else:
+        name = "mask_rows" if len(work.mask_rows) else "lookahead" if work.lookahead else ""
+    if name:
+        raise UnsupportedFeature(f"This runner does not serve the column {type(work).__name__}.{name}.", param=name)
 
 
 class Runner(Protocol):

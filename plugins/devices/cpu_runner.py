@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from penstock.core.contract.devices import MemoryTable, ModelFacts
+from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_columns
 from penstock.core.protocol.columns import EMPTY_I32, I32
 from penstock.core.protocol.errors import EngineFailure
 from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, StepDone
@@ -81,6 +81,7 @@ class CpuRunner:
 
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that its slot does not hold, or a token that does not exist."""
+        refuse_columns(work)
         self._started_ns = time.monotonic_ns()
         if len(work.copy_src):
             source, target = torch.from_numpy(work.copy_src.astype(np.int64)), torch.from_numpy(work.copy_dst.astype(np.int64))
@@ -146,6 +147,7 @@ class CpuRunner:
 
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         """See Runner.sample: everything is done when this returns; the returned call only hands it over."""
+        refuse_columns(work)
         if work.places:
             self.sampler.place(work.places)
         prompt = self._prompt_logprobs(work) if len(work.prompt_rows) else None
