@@ -157,6 +157,8 @@ class Engine:
             enable_chunked_prefill=self.config.enable_chunked_prefill,
             enable_prefix_caching=self.config.enable_prefix_caching,
             vocab=runner.facts.vocab_size,
+            clones=device.capabilities.clones,
+            lookahead=device.capabilities.lookahead,
         )
         assert self._queue is not None
         self._scheduler = Scheduler(settings, policy, self._clock)

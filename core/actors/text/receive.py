@@ -117,7 +117,7 @@ class Receiver:
                 last_ns = choice.last_ns
                 if last_ns == before_ns:
                     steady += 1
-                elif last_ns:
+                elif last_ns and last_ns != at_ns:  # tokens of one step have no gap between them
                     gaps.observe((at_ns - last_ns) / 1e9)
                 choice.last_ns = at_ns
                 outputs.append(token)
