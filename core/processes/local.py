@@ -151,7 +151,7 @@ class LocalServer:
                     plugins["text"],
                     to_edges=lambda message, index: self._deliver(message),
                     to_engines=lambda message, index: engine.post(message),
-                    to_root=lambda message, index: None,
+                    to_root=None,
                     traces=self._traces,
                     inline=False,
                 )

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import trio
 
 from penstock.core.actors.text import TextActor, resolve
+from penstock.core.actors.text.actor import FROM_ROOT, TO_ROOT
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
 from penstock.core.contract.actors import Seat
@@ -23,7 +24,7 @@ from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.processes.plugin_seats import plugin_seats
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.control import Drain, Drained, EngineDown, EngineUp, Message, PeerDown, PeerUp, StartupPhase, Tick, Vitals
+from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
 from penstock.core.protocol.errors import CheckpointError
 from penstock.core.protocol.messages import (
     Abort,
@@ -55,8 +56,6 @@ FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, 
 TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Finished, Rejected, Answer, TextReady})
 FROM_ENGINES: frozenset[type[Message]] = frozenset({EngineUp, StepTokens, PeerUp, PeerDown})
 TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark})
-FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals, StartupPhase})
-TO_ROOT: frozenset[type[Message]] = frozenset({Drained})
 
 Deliver = Callable[[Message, int | None], None]
 
@@ -84,7 +83,7 @@ class WithDefaults:
 
 
 class TextSide:
-    """Construct (loads the tokenizer: blocks), then `await nursery.start(side.run)`, then `post`."""
+    """Construct (loads the tokenizer: blocks), then `await nursery.start(side.run)`, then `post`. `to_root` None: there is no root here."""
 
     def __init__(
         self,
@@ -93,7 +92,7 @@ class TextSide:
         *,
         to_edges: Deliver,
         to_engines: Deliver,
-        to_root: Deliver,
+        to_root: Deliver | None,
         shard: int = 0,
         epoch: int = 1,
         traces: Traces = NO_TRACES,
@@ -123,17 +122,19 @@ class TextSide:
             hooks=plugins.hook,
             log=log,
             shard=shard,
+            root=to_root is not None,
         )
         stats = log is not None and config.log_stats
         self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
         self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
-        ports = (
+        ports = [
             CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),
             CallPort("engines", to_engines, takes=TO_ENGINES, gives=FROM_ENGINES),
-            CallPort("root", to_root, takes=TO_ROOT, gives=FROM_ROOT),
             CallPort("tokenizer", self._to_worker, takes={Encode}, gives={Encoded}),
             CallPort("clock", _nowhere, gives={Tick}),
-        )
+        ]
+        if to_root is not None:
+            ports.append(CallPort("root", to_root, takes=TO_ROOT, gives=FROM_ROOT))
         mine = plugin_seats(plugins, self._say_soon, config=config, id=shard, epoch=epoch, clock=self._clock)
         self._house = House([Seat(party=party) for party in (self.actor, *ports)] + mine, link="engines", inline=inline)
         self.host = self._house.host
