@@ -8,6 +8,7 @@ What it does not know: which seats there are (core/processes/engine.py, core/pro
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from penstock.core.runtime.actor import Handling
 from penstock.core.runtime.hosts import FusedHost, TaskHost, make_host
 from penstock.core.runtime.wiring import Kinds, WiringError
 
+log = logging.getLogger("penstock.actors")
 JOIN_S = 5.0
 
 
@@ -82,12 +84,17 @@ class House:
                 self._token.run_sync_soon(self.host.fail, error)
 
     def close(self) -> None:
-        """End the host, then whatever has a `close`. Idempotent where the parties' are."""
+        """End the host, then whatever has a `close`; one that fails keeps no other from closing. Idempotent where the parties' are."""
         self.host.close()
         for party in (*self._apart, *self._parties):
-            end = getattr(party, "close", None)
-            if end is not None:
-                end()
+            try:
+                getattr(party, "close", _nothing)()
+            except Exception:
+                log.exception("%s could not be closed", party.name)
+
+
+def _nothing() -> None:
+    """What there is to close where nothing is."""
 
 
 def _check(seat: Seat) -> None:

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.core.actors.executor import Executor
+from penstock.core.actors.sampler import Sampler
 from penstock.core.contract.devices import refuse_columns
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions, FakeRunner, FakeViolation
 from penstock.core.processes.engine import runner_config
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.config import build
-from penstock.core.protocol.errors import UnsupportedFeature
+from penstock.core.protocol.errors import ProtocolError, UnsupportedFeature
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
 
@@ -284,3 +286,23 @@ def test_a_runner_without_optional_columns_refuses_them_by_name() -> None:
     ):
         with pytest.raises(UnsupportedFeature, match=name):
             refuse_columns(msgspec.structs.replace(work, **change))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"write_slots": i32([0]), "write_positions": i32([1])}, "write columns differ"),
+        ({"clone_src": i32([0]), "clone_dst": i32([1])}, "clone columns differ"),
+        ({"mask_rows": i32([0, 0]), "mask": i32([0, 0])}, "mask_rows is not as long as rows"),
+    ],
+)
+def test_columns_that_do_not_fit_stop_before_the_device(columns: dict[str, Any], said: str) -> None:
+    one = i32([0])
+    if "mask" in columns:
+        actor: Any = Sampler(engine=0, epoch=1)
+        work: Any = Sample(engine=0, epoch=1, step=1, rows=one, slots=one, positions=one, **columns)
+    else:
+        actor = Executor(engine=0, epoch=1)
+        work = Forward(engine=0, epoch=1, step=1, slots=one, starts=one, counts=one, num_decode=0, **columns)
+    with pytest.raises(ProtocolError, match=said):
+        list(actor.handle(work))

@@ -222,6 +222,7 @@ def test_a_port_says_things_from_any_thread_and_is_closed_with_the_house() -> No
 
         def close(self) -> None:
             self.closed += 1
+            raise OSError("the socket is gone")  # is logged, and keeps no other from closing
 
     timer, got = Timer(), []
     actor = Scripted("clock", {Tick}, set(), lambda m: got.append(m.now_ns) or ())
