@@ -18,7 +18,7 @@ from penstock.core.processes.engine import runner_config
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import ProtocolError, UnsupportedFeature
-from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
+from penstock.core.protocol.messages import Control, Forward, Move, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
 
 SLOTS, BLOCK, VOCAB, EACH = 4, 4, 41, 16
@@ -46,16 +46,31 @@ class World:
     def __init__(self) -> None:
         self.runner = load()
         self.step = 0
+        self._first = {slot: slot * EACH for slot in range(SLOTS)}
+        self._swapped: set[int] = set()
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange the blocks of two slots by way of the host; the next Forward says so to their tables."""
+        here = {"engine": 0, "epoch": 1, "owner": "t", "id": 1}
+        self.runner.control(Control(**here, name="host_pages", data=str(2 * EACH).encode()))
+        blocks = i32([self._first[slot] + n for slot in (a, b) for n in range(EACH)])
+        pages = i32(range(2 * EACH))
+        self.runner.move(Move(**here, blocks=blocks, pages=pages[::-1].copy(), out=True))()
+        self._first[a], self._first[b] = self._first[b], self._first[a]
+        blocks = i32([self._first[slot] + n for slot in (a, b) for n in range(EACH)])
+        self.runner.move(Move(**here, blocks=blocks, pages=pages[::-1].copy(), out=False))()
+        self._swapped |= {a, b}
 
     def forward(self, rows: list[tuple[int, int, int]], **columns: Any) -> None:
-        """(slot, start, count), decode rows first; each slot that is placed or cloned gets its blocks."""
+        """(slot, start, count), decode rows first; each slot that is placed, cloned or swapped gets its blocks."""
         self.step += 1
-        fresh = [*columns.get("place_slots", []), *columns.get("clone_dst", [])]
+        fresh = sorted({*columns.get("place_slots", []), *columns.get("clone_dst", []), *self._swapped})
+        self._swapped.clear()
         columns.setdefault("num_decode", 0)
         columns |= {
             "block_slots": [slot for slot in fresh for _ in range(EACH)],
             "block_index": list(range(EACH)) * len(fresh),
-            "block_ids": [slot * EACH + n for slot in fresh for n in range(EACH)],
+            "block_ids": [self._first[slot] + n for slot in fresh for n in range(EACH)],
         }
         given = {name: i32(value) if isinstance(value, list) else value for name, value in columns.items()}
         slots, starts, counts = (i32([row[k] for row in rows]) for k in range(3))
@@ -93,6 +108,8 @@ def test_histories_are_what_the_columns_make_of_them(data: Any) -> None:
     world, model = World(), Model()
     token = st.integers(0, VOCAB - 1)
     for _ in range(data.draw(st.integers(1, 6))):
+        if len(model.tokens) == SLOTS and data.draw(st.booleans()):
+            world.swap(*data.draw(st.permutations(range(SLOTS)))[:2])
         columns: dict[str, Any] = {
             name: [] for name in ("place_slots", "place_counts", "place_tokens", "clone_src", "clone_dst", "clone_lens")
         }

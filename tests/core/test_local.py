@@ -135,3 +135,14 @@ def test_where_there_is_no_root_its_messages_are_not_in_the_wiring() -> None:
         assert Drained not in routes["text"]
         assert not local.side.actor.takes & {Drain, Vitals}
         assert {Drain, Vitals} < TextActor.takes
+
+
+def test_several_tokens_a_step_make_the_same_text() -> None:
+    def answer(**options: Any) -> tuple[str, list[int]]:
+        client = Client()
+        with server(client, FakeOptions(vocab_size=1000, **options)) as local:
+            local.submit(submit(1, max_tokens=60, stop=["zz"], logprobs=1))
+            text, tokens, _ = client.finish(1)
+        return text, tokens
+
+    assert answer(lookahead=5) == answer()
