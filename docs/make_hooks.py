@@ -61,7 +61,14 @@ def objects() -> dict[str, tuple[Any, ...]]:
 
     return {
         "devices": (
-            *(devices.Device, devices.DeviceCapabilities, devices.RunnerConfig, devices.Runner, devices.MemoryTable),
+            *(
+                devices.Device,
+                devices.DeviceCapabilities,
+                devices.RunnerConfig,
+                devices.Runner,
+                devices.MemoryTable,
+                devices.refuse_columns,
+            ),
             *(
                 messages.Forward,
                 messages.Sample,
