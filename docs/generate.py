@@ -110,7 +110,9 @@ def actors() -> str:
         NOTE,
         "An actor is a pure handler: `handle(message)` yields messages, owns its state, does no I/O and knows no loop. Where it needs an answer it"
         " writes `reply = yield Ask(question, ReplyType)`. Where it runs is a separate choice: in a *cell* several actors share one FIFO and"
-        " run to completion; with `--wiring tasks` each has its own task and bounded mailbox. The same tests pass in both.",
+        " run to completion; with `--wiring tasks` each has its own task and bounded mailbox. The same tests pass in both. An `Ask` reaches only actors of"
+        " the same host. Plugins' actors (`register_actors`) have seats beside these; an Extension goes to the one that takes its kind, a WorkDone to its"
+        " owner.",
         "",
         "| actor | process | takes | gives |",
         "|---|---|---|---|",

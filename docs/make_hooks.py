@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from penstock.core.contract import devices, hookspecs, policy
+from penstock.core.contract import actors, devices, hookspecs, policy
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors, messages, sampling
@@ -27,6 +27,7 @@ CHOSEN = {
     "models": "config.json's `architectures`",
     "tokenizers": "`matches(folder)`",
     "chat_renderers": "`matches(folder)`",
+    "actors": "all are used",
     "commands": "always there",
 }
 """How one of a family is chosen, where no option does."""
@@ -39,6 +40,7 @@ WORDS = {
     "Column": "any of these; the text says which",
     "Tensor": "torch.Tensor",
     "Progress": "`Callable[[float], None]`, called with the loaded fraction, 0 to 1",
+    "Message": "any message of the [actors page](actors.md), from `penstock.core.protocol.messages`",
     "Config": "every option by its name (docs/configuration.md, underscores for hyphens), from `penstock.core.protocol.config`",
     "RopeType": ", ".join(f'"{name}"' for name in get_args(devices.RopeType)),
     "CancelCause": '"disconnect", "slow_client", "timeout", "drain" or "client"',
@@ -51,6 +53,7 @@ WORDS = {
 
 def objects() -> dict[str, tuple[Any, ...]]:
     """What the objects of each family look like: (a class or a function, or a class with the names of it that count)."""
+    from penstock.core.runtime import actor
     from penstock.kernels.attention import api as attention_api
     from penstock.kernels.attention import layout
     from penstock.plugins.attention import pages
@@ -59,7 +62,14 @@ def objects() -> dict[str, tuple[Any, ...]]:
 
     return {
         "devices": (
-            *(devices.Device, devices.DeviceCapabilities, devices.RunnerConfig, devices.Runner, devices.MemoryTable),
+            *(
+                devices.Device,
+                devices.DeviceCapabilities,
+                devices.RunnerConfig,
+                devices.Runner,
+                devices.MemoryTable,
+                devices.refuse_columns,
+            ),
             *(
                 messages.Forward,
                 messages.Sample,
@@ -103,6 +113,10 @@ def objects() -> dict[str, tuple[Any, ...]]:
             ),
             *((surface.Surface, ("__init__", "body", "answer")), generation.Generation, voice.Voice, voice.Head, voice.Usage, voice.Prompt),
             *(voice.Choice, frame.Frame, frame.Sse),
+        ),
+        "actors": (
+            *(actors.Seat, actors.ActorContext, actors.Actor, actors.ActorPort, (actor.Ask, ("__init__",)), (actor.To, ("__init__",))),
+            *(messages.Extension, messages.DeviceWork, messages.Move, messages.Control, messages.WorkDone, messages.EngineFacts),
         ),
     }
 
@@ -204,11 +218,11 @@ def page() -> str:
         "| family | hook | entry-point group | api_level | chosen by |",
         "|---|---|---|---|---|",
     ]
-    families = {one.name: (one.role, one.hook) for one in FAMILIES.values()} | {"commands": ("root", "register_commands")}
+    families = {one.name: (one.roles, one.hook) for one in FAMILIES.values()} | {"commands": (("root",), "register_commands")}
     for name, level in hookspecs.API_LEVEL.items():
-        role, hook = families[name]
+        roles, hook = families[name]
         chosen = CHOSEN.get(name) or f"`{FAMILIES[name].flag}`"
-        out.append(f"| {name} | `{hook}` | `penstock.{role}` | {level} | {chosen} |")
+        out.append(f"| {name} | `{hook}` | {', '.join(f'`penstock.{role}`' for role in roles)} | {level} | {chosen} |")
     out += ["", "## Hooks"]
     source = inspect.getsource(hookspecs)
     for name in re.findall(r"@hookspec(?:\([^)]*\))?\ndef (\w+)\(", source):

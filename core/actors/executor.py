@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import Message
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import DeviceWork, Forward
@@ -37,5 +38,13 @@ class Executor:
             raise ProtocolError(f"Forward of step {message.step}: copy or place columns differ in length.")
         if not len(message.block_slots) == len(message.block_index) == len(message.block_ids):
             raise ProtocolError(f"Forward of step {message.step}: block columns differ in length.")
+        if message.write_slots is not EMPTY_I32 or message.clone_src is not EMPTY_I32:
+            self._check_optional(message)
         self._step = message.step
         yield DeviceWork(forward=message)
+
+    def _check_optional(self, message: Forward) -> None:
+        if not len(message.write_slots) == len(message.write_positions) == len(message.write_tokens):
+            raise ProtocolError(f"Forward of step {message.step}: write columns differ in length.")
+        if not len(message.clone_src) == len(message.clone_dst) == len(message.clone_lens):
+            raise ProtocolError(f"Forward of step {message.step}: clone columns differ in length.")

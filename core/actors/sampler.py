@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import Message
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import DeviceWork, Sample
@@ -34,5 +35,7 @@ class Sampler:
             raise ProtocolError(f"Sample of step {message.step}: row columns differ in length.")
         if len(message.prompt_rows) != len(message.prompt_topk):
             raise ProtocolError(f"Sample of step {message.step}: prompt columns differ in length.")
+        if message.mask_rows is not EMPTY_I32 and len(message.mask_rows) != len(message.rows):
+            raise ProtocolError(f"Sample of step {message.step}: mask_rows is not as long as rows.")
         self._step = message.step
         yield DeviceWork(sample=message)

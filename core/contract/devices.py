@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.core.protocol.messages import Forward, Sample, StepDone
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
@@ -108,6 +109,11 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """`Runner.sample` returns when the step is done (a CPU): with a depth above 1 no thread has to wait for its results."""
     bounded_steps: bool = False
     """No step takes minutes: if one does, the device hangs, and `--watchdog-timeout` may end the engine. (A large prefill on a CPU may.)"""
+    clones: bool = False
+    """Its runner serves Forward.clone_*: the choices of a request are cloned from the first instead of being placed with the prompt again."""
+    lookahead: int = 0
+    """Its runner serves Forward.lookahead and Sample.lookahead, and drafts so many tokens behind each one that it draws. A sequence is not in two steps
+    at once then. 0: one token a row and step."""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,12 +158,27 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `.attention_backends()`, `.weight_sources()` are name -> spec, built-in ones first. None: the built-ins only."""
 
 
+def refuse_columns(work: Forward | Sample) -> None:
+    """For a runner that serves no optional column: raises UnsupportedFeature naming the one that `work` has."""
+    if isinstance(work, Forward):
+        name = "write_slots" if len(work.write_slots) else "clone_src" if len(work.clone_src) else "lookahead" if work.lookahead else ""
+    else:
+        name = "mask_rows" if len(work.mask_rows) else "lookahead" if work.lookahead else ""
+    if name:
+        raise UnsupportedFeature(f"This runner does not serve the column {type(work).__name__}.{name}.", param=name)
+
+
 class Runner(Protocol):
     """A loaded model on a device. All methods are called from the device's own thread, in queue order: for step 1, 2, ... a `forward`, then
     a `sample`. An exception from either ends this life of the engine: it is started anew, and its requests are replayed.
 
     It may also have `improve() -> bool`: called on that thread while nothing is queued and no step is under way, to do a bounded piece of work
     (tens of ms, a request may wait for it) that makes later steps faster. False: nothing is left to do before the next step.
+
+    It may have `move(work: Move) -> Callable[[], None]`: between two steps, copy whole KV blocks from or to host memory of its own; the returned call
+    waits for the bytes as `sample`'s does. And `control(work: Control) -> bytes`: a named call between two steps. Who asks for either is answered
+    by a WorkDone, also where the runner lacks it. A PenstockError from them is such an answer (UnsupportedFeature for a name that it does not know);
+    any other exception ends the engine, as one of a step does.
     """
 
     facts: ModelFacts

@@ -4,7 +4,8 @@ What it is: `FakeDevice` and `FakeRunner` implement core/contract/devices.py in 
 history (and of seed and choice unless greedy), so that equal requests give equal tokens whatever the batching, chunking, caching, preemption
 or wiring. The runner also referees: it keeps a real paged "KV" whose entry for a position is a digest of all tokens up to it, and before a
 row uses a position it checks that the block table leads to the right digest. A wrong block, a missed copy, a hit on foreign KV, a write to a
-shared block or an unknown token raises `FakeViolation` (as a device fault would).
+shared block or an unknown token raises `FakeViolation` (as a device fault would). Blocks may be moved to host pages and back; Control "host_pages"
+(the number as decimal text) takes that many.
 What it does not know: torch, the scheduler, plugins' hooks beyond the one at the end of this file.
 
 As a plugin module (`Boot.extra_plugins = ["penstock.core.contract.fake_device"]`) it registers the device "fake"; options come from
@@ -19,32 +20,23 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
+from penstock.core.contract.fake_draws import FakeDraws, Mask, Script
+from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
 from penstock.core.protocol.columns import EMPTY_I32, f32, i32
-from penstock.core.protocol.errors import CheckpointError
-from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, SlotSampling, StepDone
-
-U64 = npt.NDArray[np.uint64]
-Script = Callable[[list[int], int], int | None]
-"""(history, prompt length) -> the next token, or None for the hash's."""
-
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
-
-
-class FakeViolation(AssertionError):
-    """The work that came breaks the device contract."""
+from penstock.core.protocol.errors import CheckpointError, InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 
 
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shape and behaviour. `step_s`, `load_s` are seconds of pretended work; `fail_*` and `hang_*` inject faults; `manual` holds every step's result
-    until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance)."""
+    until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance). `clones`, `lookahead`: what it declares."""
 
     vocab_size: int = 512
     depth: int = 1
@@ -60,20 +52,8 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     check: bool = True
     eos: int = 0
     eos_every: int = 0
-
-
-def powers(count: int) -> U64:
-    """Odd multipliers, one a position."""
-    with np.errstate(over="ignore"):
-        return np.cumprod(np.full(count, _PRIME, np.uint64), dtype=np.uint64) | np.uint64(1)
-
-
-def mix(value: U64) -> U64:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): spreads every input bit over all output bits."""
-    with np.errstate(over="ignore"):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
+    clones: bool = False
+    lookahead: int = 0
 
 
 class FakeDevice:
@@ -89,7 +69,16 @@ class FakeDevice:
 
     def _declare(self) -> DeviceCapabilities:
         dtypes = ["float32", "bfloat16"]
-        return DeviceCapabilities(name="fake", depth=self.options.depth, dtypes=dtypes, deterministic=True, bounded_steps=True)
+        options = self.options
+        return DeviceCapabilities(
+            name="fake",
+            depth=options.depth,
+            dtypes=dtypes,
+            deterministic=True,
+            bounded_steps=True,
+            clones=options.clones,
+            lookahead=options.lookahead,
+        )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:
         options = msgspec.convert({**msgspec.structs.asdict(self.options), **config.hf_overrides.get("fake", {})}, FakeOptions)
@@ -111,7 +100,7 @@ class FakeDevice:
 
 
 class FakeRunner:
-    """State per slot: history I32, its length, running digest U64, block table I32 (-1: none), sampling state. Blocks hold digests."""
+    """State per slot is in FakeSlots, besides what a draw needs. Blocks hold digests."""
 
     def __init__(self, device: FakeDevice, options: FakeOptions, config: RunnerConfig) -> None:
         self.max_model_len = min(options.max_model_len, config.max_model_len or options.max_model_len)
@@ -139,16 +128,14 @@ class FakeRunner:
         self._device = device
         self._options = options
         slots = config.max_num_seqs
-        width = self.max_model_len + 1
-        self._history = np.zeros((slots, width), np.int32)
-        self._length = np.zeros(slots, np.int64)
-        self._digest = np.zeros((slots, width), np.uint64)
-        self._table = np.full((slots, -(-width // self.block_size)), -1, np.int32)
-        self._sampling: list[SlotSampling | None] = [None] * slots
-        self._salt = np.zeros(slots, np.uint64)
-        self._plain = np.ones(slots, np.bool_)
+        self._slots = FakeSlots(slots, self.max_model_len + 1, self.block_size, self.facts.vocab_size, self._need)
+        self._history, self._length = self._slots.history, self._slots.length
+        self._digest, self._table, self._sampling = self._slots.digest, self._slots.table, self._slots.sampling
         self._kv = np.zeros((self.num_blocks, self.block_size), np.uint64)
-        self._powers = powers(width)
+        self._draws = FakeDraws(
+            self._slots, self._kv, self.facts.vocab_size, eos=options.eos, eos_every=options.eos_every, script=device.script
+        )
+        self._pages = np.zeros((0, self.block_size), np.uint64)
         self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
         self._step = 0
         self._started = 0
@@ -175,18 +162,18 @@ class FakeRunner:
         self._engine = (work.engine, work.epoch)
         if len(work.copy_src):
             self._kv[work.copy_dst] = self._kv[work.copy_src]
-        at = 0
-        for slot, count in zip(work.place_slots.tolist(), work.place_counts.tolist(), strict=True):
-            self._place(slot, work.place_tokens[at : at + count])
-            at += count
-        self._need(at == len(work.place_tokens), "place_tokens is longer than place_counts say")
+        self._slots.place(work.place_slots, work.place_counts, work.place_tokens)
+        if len(work.clone_src):
+            self._slots.clone(work.clone_src, work.clone_dst, work.clone_lens)
+        if len(work.write_slots):
+            self._slots.write(work.write_slots, work.write_positions, work.write_tokens)
         if len(work.block_ids):
             self._need(bool(((work.block_ids >= 0) & (work.block_ids < self.num_blocks)).all()), "a block id is out of range")
             self._table[work.block_slots, work.block_index] = work.block_ids
         slots = work.slots.astype(np.int64)
         starts = work.starts.astype(np.int64)
         ends = starts + work.counts
-        self._compute(slots, starts, ends, work.num_decode)
+        self._compute(slots, starts, ends, work.num_decode, work.lookahead)
         self._rows = (slots, starts, ends)
 
     def sample(self, work: Sample) -> Callable[[], StepDone]:
@@ -198,25 +185,25 @@ class FakeRunner:
         self._rows = None
         self._step = work.step
         for state in work.places:
-            self._sampling[state.slot] = state
-            params = state.params
-            salt = 0 if params.greedy else hash(((params.seed or 0) & (2**63 - 1), state.choice)) & (2**63 - 1) | 1
-            self._salt[state.slot] = salt
-            self._plain[state.slot] = (
-                params.min_tokens == 0 and params.allowed_token_ids is None and params.logprobs is None and self._device.script is None
-            )
-        rows = work.rows.astype(np.int64)
-        into = work.slots.astype(np.int64)
-        positions = work.positions.astype(np.int64)
-        self._need(bool((ends[rows] == positions).all()), "a drawn position is not the one after its row's last")
-        self._need(bool((self._length[into] == positions).all()), "a slot's history does not end where its token is to go")
-        self._need(len(set(into.tolist())) == len(into), "two draws go into one slot")
-        self._need(all(self._sampling[s] is not None for s in into.tolist()), "a slot without sampling state is drawn for")
-        tokens = self._draw(slots[rows], into, positions)
-        self._write(into, positions, tokens)
-        logprobs = self._logprobs(into, tokens)
+            self._draws.place(state)
+        rows, into = work.rows.astype(np.int64), work.slots.astype(np.int64)
+        positions, last = work.positions.astype(np.int64), ends[rows]
+        self._referee_draws(work, slots[rows], into, positions, last)
+        mask = self._draws.mask = Mask(work, self.facts.vocab_size, self._need) if len(work.mask_rows) or len(work.mask) else None
+        counts = drafts = EMPTY_I32
+        if work.lookahead:
+            tokens, counts = self._draws.verify(slots[rows], into, positions, last)
+            drafts = self._slots.draft(into, work.lookahead, self._draws.guess)
+            at = np.repeat(np.arange(len(into)), counts)
+            logprobs = self._logprobs(into[at], positions[at] + np.arange(len(at)) - (np.cumsum(counts) - counts)[at], tokens)
+        else:
+            tokens = self._draws.draw(slots[rows], into, positions)
+            self._slots.append(into, positions, tokens)
+            logprobs = self._logprobs(into, positions, tokens)
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32
+        if mask is not None:
+            bad = mask.impossible
         started, (engine, epoch) = self._started, self._engine
         out_slots = work.slots
 
@@ -236,9 +223,34 @@ class FakeRunner:
                 logprobs=logprobs,
                 prompt_logprobs=prompt,
                 bad_rows=bad,
+                counts=counts,
+                drafts=drafts,
             )
 
         return wait
+
+    def move(self, work: Move) -> Callable[[], None]:
+        self._device.launches["move"] += 1
+        self._need(self._rows is None, "a move came between a Forward and its Sample")
+        blocks, pages = work.blocks, work.pages
+        self._need(len(blocks) == len(pages), "a move's columns differ in length")
+        self._need(bool(((blocks >= 0) & (blocks < self.num_blocks)).all()), "a move names a block out of range")
+        self._need(len(set((pages if work.out else blocks).tolist())) == len(blocks), "a move writes one place twice")
+        if not bool(((pages >= 0) & (pages < len(self._pages))).all()):
+            raise InvalidRequest(f"There are {len(self._pages)} host pages.", param="pages")
+        if work.out:
+            self._pages[pages] = self._kv[blocks]
+        else:
+            self._kv[blocks] = self._pages[pages]
+        return lambda: None
+
+    def control(self, work: Control) -> bytes:
+        self._device.launches["control"] += 1
+        self._need(self._rows is None, "a control came between a Forward and its Sample")
+        if work.name != "host_pages":
+            raise UnsupportedFeature(f"The fake device does not know the control {work.name!r}.", param=work.name)
+        self._pages = np.zeros((int(work.data), self.block_size), np.uint64)
+        return str(self._pages.nbytes).encode()
 
     # --- inside
 
@@ -246,24 +258,16 @@ class FakeRunner:
         if not ok:
             raise FakeViolation(f"step {self._step + 1}: {what}")
 
-    def _place(self, slot: int, tokens: npt.NDArray[Any]) -> None:
-        count = len(tokens)
-        self._need(0 < count < self._history.shape[1], f"slot {slot} is placed with {count} tokens")
-        self._need(
-            bool(((tokens >= 0) & (tokens < self.facts.vocab_size)).all()), f"slot {slot} is placed with a token outside the vocabulary"
-        )
-        self._history[slot, :count] = tokens
-        self._length[slot] = count
-        with np.errstate(over="ignore"):
-            self._digest[slot, :count] = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[:count])
-        self._table[slot] = -1
-        self._sampling[slot] = None
-
-    def _compute(self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], num_decode: int) -> None:
+    def _compute(
+        self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], num_decode: int, lookahead: int
+    ) -> None:
         self._need(len(set(slots.tolist())) == len(slots), "two rows name one slot")
         self._need(bool((ends > starts).all()), "a row computes nothing")
-        self._need(bool((ends <= self._length[slots]).all()), "a row computes a position whose token is not known")
-        self._need(bool((ends[:num_decode] - starts[:num_decode] == 1).all()), "a decode row computes more than one position")
+        known = self._length[slots]
+        if lookahead:  # decode rows may go on into the drafts behind
+            known[:num_decode] += self._slots.drafts[slots[:num_decode]]
+        self._need(bool((ends <= known).all()), "a row computes a position whose token is not known")
+        self._need(bool((ends[:num_decode] - starts[:num_decode] <= 1 + lookahead).all()), "a decode row computes too many positions")
         size = self.block_size
         lengths = ends - starts
         # Every (row, position) that is written, flat.
@@ -286,53 +290,40 @@ class FakeRunner:
                     f"step {self._step + 1}: slot {slot} reads foreign or missing KV at position {first} (block {int(table[first // size])})"
                 )
 
-    def _draw(self, source: npt.NDArray[np.int64], into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        # The last position's entry is read from the KV, as attention would: wrong KV, wrong token.
-        last = positions - 1
-        block = self._table[source, last // self.block_size]
-        value = mix(self._kv[block, last % self.block_size] ^ self._salt[into])
-        vocab = np.uint64(self.facts.vocab_size)
-        tokens = (value % vocab).astype(np.int32)
-        if self._options.eos_every:
-            ends = (value >> np.uint64(40)) % np.uint64(self._options.eos_every) == 0
-            tokens[ends] = self._options.eos
-        if not self._plain[into].all():
-            for i in np.nonzero(~self._plain[into])[0].tolist():
-                tokens[i] = self._special(int(into[i]), int(positions[i]), int(value[i]), int(tokens[i]))
-        return tokens
+    def _referee_draws(
+        self,
+        work: Sample,
+        source: npt.NDArray[np.int64],
+        into: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        last: npt.NDArray[np.int64],
+    ) -> None:
+        """`last` is the position behind what each row computed."""
+        slots = self._slots
+        if work.lookahead:
+            self._need(
+                bool(((positions <= last) & (last - positions <= work.lookahead)).all()), "a row draws more than the lookahead allows"
+            )
+            self._need(bool(((last == positions) | (source == into)).all()), "drafts of another slot would be verified")
+            self._need(bool((slots.sure[into] <= positions).all()), "a token that was drawn would be drawn again")
+            self._need(bool((positions <= slots.length[into]).all()), "a draft was taken for a token")
+        else:
+            self._need(bool((last == positions).all()), "a drawn position is not the one after its row's last")
+            self._need(bool((slots.length[into] == positions).all()), "a slot's history does not end where its token is to go")
+        self._need(len(set(into.tolist())) == len(into), "two draws go into one slot")
+        self._need(all(slots.sampling[s] is not None for s in into.tolist()), "a slot without sampling state is drawn for")
 
-    def _special(self, slot: int, position: int, value: int, token: int) -> int:
-        state = self._sampling[slot]
-        assert state is not None
-        if self._device.script is not None:
-            said = self._device.script(self._history[slot, :position].tolist(), state.prompt_len)
-            token = token if said is None else said
-        allowed = state.params.allowed_token_ids
-        if allowed is not None and token not in allowed:
-            token = allowed[value % len(allowed)]
-        if position - state.prompt_len < state.params.min_tokens:
-            stops = set(state.stop_ids.tolist())
-            while token in stops:
-                token = (token + 1) % self.facts.vocab_size
-        return token
-
-    def _write(self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
-        self._need(bool((positions < self._history.shape[1]).all()), "a token goes beyond the longest sequence")
-        self._history[into, positions] = tokens
-        self._length[into] = positions + 1
-        with np.errstate(over="ignore"):
-            add = (tokens.astype(np.uint64) + np.uint64(1)) * self._powers[positions]
-            self._digest[into, positions] = self._digest[into, positions - 1] + add
-
-    def _logprobs(self, into: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> LogprobColumns | None:
+    def _logprobs(
+        self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
+    ) -> LogprobColumns | None:
         """-0.5 for the drawn token, then -1, -2, ... for its successors in the vocabulary."""
-        if self._plain[into].all():
+        if self._draws.plain[into].all():
             return None
         wanted: list[tuple[int, int, int, int]] = []
         for i, slot in enumerate(into.tolist()):
             state = self._sampling[slot]
             if state is not None and state.params.logprobs is not None:
-                wanted.append((i, int(self._length[slot]) - 1, int(tokens[i]), state.params.logprobs))
+                wanted.append((i, int(positions[i]), int(tokens[i]), state.params.logprobs))
         return self._columns(wanted)
 
     def _prompt_logprobs(

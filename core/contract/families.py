@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from penstock.core.contract.hookspecs import (
     API_LEVEL,
+    ActorSpec,
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
@@ -46,6 +47,12 @@ class Family(NamedTuple):
     """Functions of the spec whose failure can be skipped, and what is taken for their answer then."""
     adapt: Callable[[Any], Spec] | None = None
     """Makes a spec of the level before one of the current level. Where there is none, the level before is not spoken."""
+    also: tuple[Role, ...] = ()
+    """Further processes that load it."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (self.role, *self.also)
 
     @property
     def hook(self) -> str:
@@ -114,5 +121,6 @@ FAMILIES: dict[str, Family] = {
             without={"matches": False},
         ),
         Family("transports", "edge", TransportSpec, "transport", "--transports", returns_list=True),
+        Family("actors", "engine", ActorSpec, "actor", protocol=f"{_CONTRACT}.actors:Seat", also=("text",)),
     )
 }

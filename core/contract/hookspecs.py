@@ -7,8 +7,8 @@ in the processes that it names); built-ins enter through the same groups' door.
 What it does not know: any plugin.
 
 Order of start: root: register_commands | engine: register_devices, register_models, register_attention_backends,
-register_weight_sources, register_schedule_policies, then choose_* | text: register_tokenizers, register_chat_renderers |
-edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
+register_weight_sources, register_schedule_policies, then choose_*, then register_actors | text: register_tokenizers,
+register_chat_renderers, register_actors | edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from penstock.core.contract.actors import ActorContext, Seat
     from penstock.core.contract.devices import Device, ModelFacts
     from penstock.core.contract.policy import SchedulePolicy
 
@@ -38,6 +39,7 @@ API_LEVEL: Final[dict[str, int]] = {
     "tokenizers": 1,
     "chat_renderers": 1,
     "transports": 1,
+    "actors": 1,
     "commands": 1,
 }
 """The current level of each family. The host accepts the current and the previous one."""
@@ -148,6 +150,15 @@ class TransportSpec(Spec, frozen=True, kw_only=True):
     `opt={"scope": ...}` names the scope that a key of `--tables` needs for it: "inference" (also without a word), "metrics", "admin", or None for any key."""
 
 
+class ActorSpec(Spec, frozen=True, kw_only=True):
+    """An actor or a port beside the built-in ones of an engine or of text. All that are registered are used."""
+
+    where: str
+    """"engine" or "text": the process that has its seat. Elsewhere the spec is passed over, so that one module may register both sides in both."""
+    factory: Callable[[ActorContext], Seat]
+    """Called once a life of the process, on its loop, when it can serve (in an engine the model is loaded). Gives a Seat."""
+
+
 # ------------------------------------------------------------------ root, at start
 
 
@@ -208,6 +219,15 @@ def register_tokenizers() -> list[TokenizerSpec]:  # type: ignore[empty-body]
 @hookspec
 def register_chat_renderers() -> list[ChatRendererSpec]:  # type: ignore[empty-body]
     """When: text starts. Who: `penstock.text`. Returns what turns messages into a prompt."""
+
+
+# ------------------------------------------------------------------ engine and text, at start
+
+
+@hookspec
+def register_actors() -> list[ActorSpec]:  # type: ignore[empty-body]
+    """When: an engine or text starts. Who: `penstock.engine`, `penstock.text`. Returns actors and ports for seats beside the built-in ones. They speak to
+    each other across processes in Extensions, and to the device queue in DeviceWork (move, control)."""
 
 
 # ------------------------------------------------------------------ edge, at start

@@ -25,6 +25,7 @@ from penstock.core.contract import hookspecs
 from penstock.core.contract.families import FAMILIES, Family, Role
 from penstock.core.contract.guard import fault, guarded, wrong_field, wrong_result
 from penstock.core.contract.hookspecs import (
+    ActorSpec,
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
@@ -175,7 +176,7 @@ class PluginHost:
     def check(self) -> PluginHost:
         """Look at every family of this process: what is wrong with one is raised, or in the report."""
         for family in FAMILIES.values():
-            if family.role == self.role:
+            if self.role in family.roles:
                 self.specs(family)
         return self
 
@@ -270,6 +271,10 @@ class PluginHost:
 
     def transports(self) -> Mapping[str, TransportSpec]:
         return self._of("transports", TransportSpec)
+
+    def actors(self) -> Mapping[str, ActorSpec]:
+        """Those with a seat in this process."""
+        return {name: spec for name, spec in self._of("actors", ActorSpec).items() if spec.where == self.role}
 
     def pick(self, family: str, name: str, option: str) -> Spec:
         """The spec called `name`, or ConfigError naming the option and the nearest known name."""

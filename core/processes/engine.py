@@ -1,8 +1,8 @@
 """One engine: a device, and the actors that keep it busy.
 
 What it is: the assembly. It picks the device plugin, loads the runner on the device's own thread, builds scheduler, KV manager, executor and
-sampler for what the runner turned out to be, and hosts them as a cell or as tasks (`--wiring`). Messages go in by `post`, come out by the
-`output` callback; the device's results enter on the trio thread.
+sampler for what the runner turned out to be, seats them beside those of plugins, and hosts them as a cell or as tasks (`--wiring`). Messages go
+in by `post`, come out by the `output` callback; the device's results enter on the trio thread.
 What it does not know: sockets, processes, text. core/processes/kernel.py puts it into a process or beside text.
 """
 
@@ -19,17 +19,20 @@ from penstock.core.actors.executor import Executor
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.sampler import Sampler
 from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
+from penstock.core.contract.actors import Seat
 from penstock.core.contract.devices import Device, DeviceCapabilities, Runner, RunnerConfig
 from penstock.core.contract.hookspecs import SchedulePolicySpec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
+from penstock.core.processes.plugin_seats import plugin_seats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.protocol.errors import EngineFailure
 from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
-from penstock.core.runtime.hosts import FusedHost, TaskHost, make_host
+from penstock.core.runtime.hosts import FusedHost, TaskHost
+from penstock.core.runtime.seats import House
 from penstock.core.runtime.wiring import CallPort, Port
 
 DTYPES = {"half": "float16", "float": "float32"}
@@ -92,8 +95,8 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner) -> Engi
 
 
 class Engine:
-    """`await start(nursery)` once, then `post`. `output` gets StepTokens and Drained on the trio thread. A failure of an actor or of the device
-    ends the nursery with the error (EngineFailure for the device)."""
+    """`await start(nursery)` once, then `post`. `output` gets StepTokens, Drained and Extensions for text on the trio thread. A failure of an
+    actor or of the device ends the nursery with the error (EngineFailure for the device)."""
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class Engine:
         self._clock: Clock = clock or SystemClock()
         self._make_queue = queue
         self._queue: DeviceQueue | None = None
+        self._house: House | None = None
         self.host: FusedHost | TaskHost | None = None
         self.facts: EngineFacts | None = None
         self._scheduler: Scheduler | None = None
@@ -153,19 +157,33 @@ class Engine:
             enable_chunked_prefill=self.config.enable_chunked_prefill,
             enable_prefix_caching=self.config.enable_prefix_caching,
             vocab=runner.facts.vocab_size,
+            clones=device.capabilities.clones,
+            lookahead=device.capabilities.lookahead,
         )
         assert self._queue is not None
         self._scheduler = Scheduler(settings, policy, self._clock)
-        actors = (
+        facts = facts_of(self.config, device.capabilities, runner)
+        caching = self.config.enable_prefix_caching
+        parties = (
             self._scheduler,
-            KvManager(runner.num_blocks, self.config.block_size, enable_prefix_caching=self.config.enable_prefix_caching),
+            KvManager(runner.num_blocks, self.config.block_size, enable_prefix_caching=caching),
             Executor(engine=self.engine, epoch=self.epoch),
             Sampler(engine=self.engine, epoch=self.epoch),
+            *self._ports(),
         )
-        self.host = make_host(self.config.wiring, actors, self._ports(self._queue))
-        await nursery.start(self.host.run)
-        self.facts = facts_of(self.config, device.capabilities, runner)
+        seats = [*(Seat(party=party) for party in parties), Seat(party=self._queue, host="thread"), *self._plugin_seats(facts)]
+        self._house = House(seats, link="text", wiring=self.config.wiring)
+        self.host = self._house.host
+        await nursery.start(self._house.run)
+        self.facts = facts
         return self.facts
+
+    def _plugin_seats(self, facts: EngineFacts) -> list[Seat]:
+        def say(party: str, message: Message) -> None:
+            if self._house is not None:
+                self._house.say_soon(party, message)
+
+        return plugin_seats(self._plugins, say, config=self.config, id=self.engine, epoch=self.epoch, clock=self._clock, facts=facts)
 
     def _choose(self) -> tuple[Device, SchedulePolicy]:
         device, policy = self._device, self._policy
@@ -182,9 +200,8 @@ class Engine:
             probe(policy)
         return device, policy
 
-    def _ports(self, queue: DeviceQueue) -> tuple[Port, ...]:
+    def _ports(self) -> tuple[Port, ...]:
         return (
-            queue,
             CallPort("text", self._emit, takes={StepTokens}, gives={Admit, Abort, Park, Unpark, PeerDown}),
             CallPort("root", self._emit, takes={Drained}, gives={Drain}),
         )
@@ -203,9 +220,9 @@ class Engine:
 
     def close(self) -> None:
         """End the host and the device's thread (waits for the step that runs)."""
-        if self.host is not None:
-            self.host.close()
-        if self._queue is not None:
+        if self._house is not None:
+            self._house.close()
+        elif self._queue is not None:  # it never came to serving
             self._queue.close()
 
     # --- messages

@@ -79,7 +79,7 @@ class EngineProcess:
                 self._control.say(Drained(role="engine", id=self._boot.id))
 
     def _output(self, message: Message) -> None:
-        if type(message) is StepTokens:
+        if type(message) is StepTokens or type(message) is Extension:
             if self._text is not None:
                 self._text.send(message)
         elif self._control is not None:
@@ -113,7 +113,7 @@ class EngineProcess:
                 self._engine.post(PeerDown(role="text", id=peer.id, epoch=peer.epoch))
 
     def _from_text(self, messages: list[Message]) -> None:
-        self._engine.post(*(m for m in messages if not isinstance(m, (Hello, Extension))))
+        self._engine.post(*(m for m in messages if type(m) is not Hello))
 
 
 def run(boot: Boot, control: socket.socket) -> int:

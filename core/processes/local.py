@@ -24,7 +24,7 @@ from penstock.core.processes.text_side import TextSide
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts, EngineUp, Message, PeerUp
 from penstock.core.protocol.errors import EngineFailure, PenstockError
-from penstock.core.protocol.messages import Cancel, Query, StepTokens, Submit
+from penstock.core.protocol.messages import Cancel, Extension, Query, StepTokens, Submit
 from penstock.core.protocol.model_folder import with_model
 from penstock.core.telemetry.traces import NO_TRACES, Traces
 
@@ -151,7 +151,7 @@ class LocalServer:
                     plugins["text"],
                     to_edges=lambda message, index: self._deliver(message),
                     to_engines=lambda message, index: engine.post(message),
-                    to_root=lambda message, index: None,
+                    to_root=None,
                     traces=self._traces,
                     inline=False,
                 )
@@ -168,8 +168,7 @@ class LocalServer:
                 side.close()
 
     def _from_engine(self, message: Message) -> None:
-        if isinstance(message, StepTokens):
-            assert self._side is not None
+        if self._side is not None and isinstance(message, StepTokens | Extension):
             self._side.post([message])
 
     def _to_text(self, messages: tuple[Message, ...]) -> None:

@@ -19,7 +19,7 @@ from penstock.core.processes.spawn import settle, socket_of
 from penstock.core.processes.text_side import TextSide
 from penstock.core.protocol.control import Boot, EngineDown, EngineUp, Hello, Message, PeerDown, PeerUp, Stop
 from penstock.core.protocol.errors import ProtocolError
-from penstock.core.protocol.messages import Extension, union_of
+from penstock.core.protocol.messages import union_of
 from penstock.core.runtime.links import Link, make_hello
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure as configure_traces
@@ -59,6 +59,7 @@ class TextProcess:
                 to_engines=self._to_engine,
                 to_root=lambda message, index: control.say(message),
                 shard=boot.id,
+                epoch=boot.epoch,
                 traces=configure_traces("text", endpoint=boot.config.otlp_traces_endpoint),
                 log=self._log,
             )
@@ -176,7 +177,7 @@ class TextProcess:
 
     def _deliver(self, messages: list[Message]) -> None:
         assert self._side is not None
-        self._side.post(m for m in messages if not isinstance(m, (Hello, Extension)))
+        self._side.post(m for m in messages if type(m) is not Hello)
 
 
 def run(boot: Boot, control: socket.socket) -> int:

@@ -1,7 +1,8 @@
 """The text actor and what it needs around it.
 
-What it is: the assembly: tokenizer and chat renderer from plugins, the worker thread, sampling defaults, traces, the actor and its host. The ports to
-edges, engines and root are the caller's: links in the text process (core/processes/text_process.py), plain calls in one process (core/processes/local.py).
+What it is: the assembly: tokenizer and chat renderer from plugins, the worker thread, sampling defaults, traces, the actor, those of plugins beside it,
+and their host. The ports to edges, engines and root are the caller's: links in the text process (core/processes/text_process.py), plain calls in one
+process (core/processes/local.py).
 What it does not know: sockets, which of the two it is in.
 """
 
@@ -14,13 +15,16 @@ from typing import Any, TypeVar
 import trio
 
 from penstock.core.actors.text import TextActor, resolve
+from penstock.core.actors.text.actor import FROM_ROOT, TO_ROOT
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
+from penstock.core.contract.actors import Seat
 from penstock.core.contract.hookspecs import Spec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
+from penstock.core.processes.plugin_seats import plugin_seats
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.control import Drain, Drained, EngineDown, EngineUp, Message, PeerDown, PeerUp, StartupPhase, Tick, Vitals
+from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
 from penstock.core.protocol.errors import CheckpointError
 from penstock.core.protocol.messages import (
     Abort,
@@ -41,7 +45,7 @@ from penstock.core.protocol.messages import (
     Unpark,
 )
 from penstock.core.runtime.clock import Clock, SystemClock
-from penstock.core.runtime.hosts import FusedHost
+from penstock.core.runtime.seats import House
 from penstock.core.runtime.wiring import CallPort
 from penstock.core.telemetry.traces import NO_TRACES, Traces
 
@@ -52,8 +56,6 @@ FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, 
 TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Finished, Rejected, Answer, TextReady})
 FROM_ENGINES: frozenset[type[Message]] = frozenset({EngineUp, StepTokens, PeerUp, PeerDown})
 TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark})
-FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals, StartupPhase})
-TO_ROOT: frozenset[type[Message]] = frozenset({Drained})
 
 Deliver = Callable[[Message, int | None], None]
 
@@ -81,7 +83,7 @@ class WithDefaults:
 
 
 class TextSide:
-    """Construct (loads the tokenizer: blocks), then `await nursery.start(side.run)`, then `post`."""
+    """Construct (loads the tokenizer: blocks), then `await nursery.start(side.run)`, then `post`. `to_root` None: there is no root here."""
 
     def __init__(
         self,
@@ -90,14 +92,16 @@ class TextSide:
         *,
         to_edges: Deliver,
         to_engines: Deliver,
-        to_root: Deliver,
+        to_root: Deliver | None,
         shard: int = 0,
+        epoch: int = 1,
         traces: Traces = NO_TRACES,
         clock: Clock | None = None,
         log: Any = None,
         inline: bool = True,
     ) -> None:
         self._clock: Clock = clock or SystemClock()
+        self._house: House | None = None
         model = config.model or ""
         source = config.tokenizer or model
         tokenizer = first_match(plugins.tokenizers(), source, "tokenizer").factory(source)
@@ -118,25 +122,35 @@ class TextSide:
             hooks=plugins.hook,
             log=log,
             shard=shard,
+            root=to_root is not None,
         )
         stats = log is not None and config.log_stats
         self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
         self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
-        ports = (
+        ports = [
             CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),
             CallPort("engines", to_engines, takes=TO_ENGINES, gives=FROM_ENGINES),
-            CallPort("root", to_root, takes=TO_ROOT, gives=FROM_ROOT),
             CallPort("tokenizer", self._to_worker, takes={Encode}, gives={Encoded}),
             CallPort("clock", _nowhere, gives={Tick}),
-        )
-        self.host = FusedHost([self.actor], ports, inline=inline)
+        ]
+        if to_root is not None:
+            ports.append(CallPort("root", to_root, takes=TO_ROOT, gives=FROM_ROOT))
+        mine = plugin_seats(plugins, self._say_soon, config=config, id=shard, epoch=epoch, clock=self._clock)
+        self._house = House([Seat(party=party) for party in (self.actor, *ports)] + mine, link="engines", inline=inline)
+        self.host = self._house.host
         self._taken = 0
+
+    def _say_soon(self, party: str, message: Message) -> None:
+        if self._house is not None:
+            self._house.say_soon(party, message)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `close`, or raises what the actor could not survive."""
+        house = self._house
+        assert house is not None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tick)
-            await self.host.run(task_status)
+            await house.run(task_status)
             nursery.cancel_scope.cancel()
 
     async def _tick(self) -> None:
@@ -163,7 +177,8 @@ class TextSide:
         return self._taken, len(self.actor.ledger.requests)
 
     def close(self) -> None:
-        self.host.close()
+        if self._house is not None:
+            self._house.close()
         self._worker.close()
         self.traces.shutdown()
 

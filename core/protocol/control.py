@@ -36,10 +36,25 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Extension(Message, frozen=True, kw_only=True):
-    """A plugin actor's own message: `kind` is namespaced by its package."""
+    """A plugin actor's own message: `kind` is namespaced by its package, and says which actor takes it (Seat.takes_kinds)."""
 
     kind: str
     data: bytes
+
+
+# ------------------------------------------------------------------ from the device queue to whoever asked
+
+
+class WorkDone(Message, frozen=True, kw_only=True):
+    """The device queue's answer to a Move or a Control: `owner` and `id` are those of the work. `error` says why nothing was done ("": it was);
+    the device goes on in any case. `data` is what a Control brought."""
+
+    engine: int
+    epoch: int
+    owner: str
+    id: int
+    error: str = ""
+    data: bytes = b""
 
 
 # ------------------------------------------------------------------ time

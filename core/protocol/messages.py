@@ -48,6 +48,7 @@ from penstock.core.protocol.control import Tables as Tables
 from penstock.core.protocol.control import Tick as Tick
 from penstock.core.protocol.control import Vital as Vital
 from penstock.core.protocol.control import Vitals as Vitals
+from penstock.core.protocol.control import WorkDone as WorkDone
 from penstock.core.protocol.sampling import SamplingParams
 
 CHOICE_BITS = 7
@@ -494,13 +495,15 @@ class Forward(Message, frozen=True, kw_only=True):
     running sequence's token history and block table.
 
     Applied in this order: copies (blocks copy_src -> copy_dst); places (slots that a sequence enters: its history becomes the
-    `place_counts[i]` tokens, its block table is emptied; `place_tokens` is CSR); blocks (block_table[block_slots, block_index] = block_ids);
+    `place_counts[i]` tokens, its block table is emptied; `place_tokens` is CSR); clones; writes; blocks (block_table[block_slots, block_index] = block_ids);
     rows: for row i compute the tokens at positions [starts[i], starts[i]+counts[i]) of slots[i]. A position at or beyond the known
     history is the token that an earlier Sample put there. Decode rows (counts == 1 at the end of the history) come first: `num_decode`.
 
     All columns are I32; no slot has two rows. KV of positions before `starts` is in the blocks of the slot's table: position p lies in block
     table[p // block_size] at offset p % block_size. What is computed must be written there before `sample`. `engine`, `epoch` and `step` go
     into StepDone as they are.
+
+    The columns behind `block_ids` are optional: a device gets only those that its DeviceCapabilities name, and a runner refuses the others by name.
     """
 
     engine: int
@@ -518,6 +521,19 @@ class Forward(Message, frozen=True, kw_only=True):
     block_slots: Column = EMPTY_I32
     block_index: Column = EMPTY_I32
     block_ids: Column = EMPTY_I32
+    write_slots: Column = EMPTY_I32
+    """Writes: history[write_slots, write_positions] = write_tokens. The rows of a slot come in ascending order without a gap, the first at or before the
+    end of what it has; its history ends behind the last one."""
+    write_positions: Column = EMPTY_I32
+    write_tokens: Column = EMPTY_I32
+    clone_src: Column = EMPTY_I32
+    """Clones: slot clone_dst[i] gets the first clone_lens[i] tokens of slot clone_src[i]'s history, which end its own, and its block table. All sources are
+    read before anything is written. Sampling state is not cloned: Sample.places brings it."""
+    clone_dst: Column = EMPTY_I32
+    clone_lens: Column = EMPTY_I32
+    lookahead: int = 0
+    """Decode rows may count up to 1 + lookahead: behind the last token that is known stand drafts, put there by the last Sample with a lookahead or by
+    writes, and are computed along."""
 
 
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -555,6 +571,14 @@ class Sample(Message, frozen=True, kw_only=True):
     places: list[SlotSampling] = msgspec.field(default_factory=list)
     prompt_rows: Column = EMPTY_I32
     prompt_topk: Column = EMPTY_I32
+    mask: Column = EMPTY_I32
+    """Tokens that may be drawn: Q rows of ceil(vocab_size / 32) words, bit t % 32 of word t // 32 for token t."""
+    mask_rows: Column = EMPTY_I32
+    """For each row its row of `mask`, or -1 for none; empty: none at all. With a lookahead the mask is for the row's first token."""
+    lookahead: int = 0
+    """Row i is drawn for at every position from positions[i] to the end of what its Forward row computed, each as if it were alone, as long as the token
+    that was drawn is the one that stands there (a draft): StepDone.counts tokens in all. Behind the last one the device puts up to `lookahead` new
+    drafts into the history."""
 
 
 class StepDone(Message, frozen=True, kw_only=True):
@@ -569,11 +593,15 @@ class StepDone(Message, frozen=True, kw_only=True):
     started_ns: int = 0
     finished_ns: int = 0
     logprobs: LogprobColumns | None = None
-    """rows index slots/tokens."""
+    """rows index tokens."""
     prompt_logprobs: LogprobColumns | None = None
     """rows index Sample.prompt_rows."""
     bad_rows: Column = EMPTY_I32
     """Rows whose logits held NaN or infinity only: their sequences fail, nobody else's."""
+    counts: Column = EMPTY_I32
+    """I32, with a lookahead: tokens of each row, at least one. `tokens` is CSR then, and `logprobs.rows` index tokens. Empty: one each."""
+    drafts: Column = EMPTY_I32
+    """I32 [rows x lookahead]: the drafts that now stand behind each row's last token, -1 where there are fewer. Empty: none."""
 
 
 class DeviceLost(Message, frozen=True, kw_only=True):
@@ -585,11 +613,45 @@ class DeviceLost(Message, frozen=True, kw_only=True):
     error: str
 
 
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """Copy whole KV blocks between the device's pool and the runner's host memory: pair i is block `blocks[i]` and host page `pages[i]`, both I32.
+    `out`: from blocks to pages; else from pages to blocks. Answered by one WorkDone with this `owner` (the name of the actor that sent it and takes
+    WorkDone) and `id`, once all bytes are where they belong.
+
+    It runs between two steps, never between a Forward and its Sample: behind step `after` if that is still to come (0: at the next boundary),
+    and before every Forward that was sent behind it.
+    """
+
+    engine: int
+    epoch: int
+    owner: str
+    id: int
+    blocks: Column
+    pages: Column
+    out: bool
+    after: int = 0
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True):
+    """A named call on the runner, in order with steps: place and answer as for Move. `name` "fence" is answered by the queue itself: everything before
+    it has been given to the device."""
+
+    engine: int
+    epoch: int
+    owner: str
+    id: int
+    name: str
+    data: bytes = b""
+    after: int = 0
+
+
 class DeviceWork(Message, frozen=True, kw_only=True):
-    """An entry for the ordered device queue: exactly one of forward and sample."""
+    """An entry for the ordered device queue: exactly one of forward, sample, move and control."""
 
     forward: Forward | None = None
     sample: Sample | None = None
+    move: Move | None = None
+    control: Control | None = None
 
 
 def message_types() -> list[type[Message]]:

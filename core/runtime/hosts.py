@@ -3,6 +3,7 @@
 What it is: two hosts for the same actors. `FusedHost` is a *cell*: several actors behind one FIFO; whoever posts from the host's thread runs the cell to completion there and
 then, a handler is never re-entered, and an `Ask` is answered inside the run. `TaskHost` gives every actor its own trio task and bounded
 mailbox; an `Ask` waits for a one-shot reply. Both pass the same tests, which proves that the actors are pure.
+An `Ask` reaches only actors of its own host: what has a task or a thread of its own (core/runtime/seats.py) is told, never asked.
 What it does not know: which actors exist, where a message belongs (core/runtime/wiring.py has the tables), sockets and devices (they are ports).
 
 Failure: an exception in a handler fails the host: nothing more is handled, `run` raises it. An actor that can survive one (by failing one
@@ -14,15 +15,16 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import GeneratorType
 from typing import Any, Protocol
 
 import trio
 
-from penstock.core.protocol.control import Message
+from penstock.core.protocol.control import Extension, Message, WorkDone
 from penstock.core.runtime.actor import Actor, Ask, To
-from penstock.core.runtime.wiring import Port, Routes, WiringError, route
+from penstock.core.runtime.mailbox import Mailbox, OneShot
+from penstock.core.runtime.wiring import Kinds, Port, Routes, WiringError, route
 
 MAILBOX = 1024
 """Messages that a task actor's mailbox takes before other actors wait. Posts from outside always fit: their bound is the links' credit."""
@@ -51,8 +53,11 @@ class Host(Protocol):
 
 
 class _Base(abc.ABC):
-    def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], routes: Routes | None) -> None:
+    def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], routes: Routes | None, kinds: Kinds | None) -> None:
         self.routes = route(actors, ports) if routes is None else routes
+        self.kinds = kinds or Kinds()
+        parties: list[Actor | Port] = [*actors, *ports]
+        self._owners = {party.name for party in parties if WorkDone in party.takes}
         self._actors = {actor.name: actor for actor in actors}
         self._ports = {port.name: port for port in ports}
         self._entry: dict[type[Message], str] = {}
@@ -64,11 +69,26 @@ class _Base(abc.ABC):
         self.handled = 0
         """Messages handled by actors so far (the budget test counts them)."""
 
-    def _taker_of(self, message: Message) -> str:
+    def _taker_of(self, message: Message) -> str | None:
+        """The actor that takes what came from a port; None: nobody's, or delivered already."""
         try:
             return self._entry[type(message)]
         except KeyError:
+            if type(message) is Extension:
+                taker = self.kinds.inward(message.kind)
+                if taker not in self._ports:
+                    return taker
+                self._ports[taker].deliver(message, None)  # the only message that may go from port to port
+                return None
+            if type(message) is WorkDone:
+                return message.owner if message.owner in self._owners else None
             raise WiringError(f"No port of this host gives {type(message).__name__}.") from None
+
+    def _addressed(self, giver: str, message: Message) -> str | None:
+        """The taker of what `giver` said and no type's route leads to; None: it is dropped."""
+        if type(message) is Extension:
+            return self.kinds.outward(message.kind)
+        raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.")
 
     def fail(self, error: BaseException) -> None:
         if self._failure is None:
@@ -86,6 +106,29 @@ class _Base(abc.ABC):
     def post(self, *messages: Message) -> None:
         """Take messages, on the trio thread."""
 
+    @abc.abstractmethod
+    def say(self, giver: str, out: Any) -> None:
+        """Take what a party says that runs elsewhere, on the trio thread."""
+
+    def _say(self, giver: str, out: Any, queue: Callable[[str, Message], None]) -> None:
+        """Route it: to a port at once, to an actor by `queue`."""
+        if self._ended.is_set():
+            return
+        if type(out) is Ask:
+            error = f"{giver} asks {type(out.question).__name__}, but an Ask reaches only actors of its host: send a message, take another."
+            self.fail(WiringError(error))
+            return
+        try:
+            message, index = (out.message, out.index) if type(out) is To else (out, None)
+            taker = self.routes[giver].get(type(message)) or self._addressed(giver, message)
+        except WiringError as wrong:
+            self.fail(wrong)
+            return
+        if taker in self._ports:
+            self._ports[taker].deliver(message, index)
+        elif taker is not None:
+            queue(taker, message)
+
     def post_soon(self, message: Message) -> None:
         """From any thread. After the loop has ended there is nobody to tell: the message is dropped."""
         assert self._token is not None, "run() has not started"
@@ -97,8 +140,16 @@ class FusedHost(_Base):
     """The cell. `post` from the trio thread runs everything that is due right there (no task switch); a call from within a handler or a
     port only queues. With `inline=False` a task of its own does the running instead: for a host whose posters must not wait for it."""
 
-    def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], *, routes: Routes | None = None, inline: bool = True) -> None:
-        super().__init__(actors, ports, routes)
+    def __init__(
+        self,
+        actors: Sequence[Actor],
+        ports: Sequence[Port],
+        *,
+        routes: Routes | None = None,
+        kinds: Kinds | None = None,
+        inline: bool = True,
+    ) -> None:
+        super().__init__(actors, ports, routes, kinds)
         self._inline = inline
         self._queue: deque[tuple[str, Message]] = deque()
         self._running = False
@@ -110,10 +161,19 @@ class FusedHost(_Base):
             return
         try:
             for message in messages:
-                self._queue.append((self._taker_of(message), message))
+                taker = self._taker_of(message)
+                if taker is not None:
+                    self._queue.append((taker, message))
         except WiringError as error:
             self.fail(error)
             return
+        self._go()
+
+    def say(self, giver: str, out: Any) -> None:
+        self._say(giver, out, lambda taker, message: self._queue.append((taker, message)))
+        self._go()
+
+    def _go(self) -> None:
         if self._inline:
             self.drain()
         else:
@@ -209,8 +269,8 @@ class FusedHost(_Base):
         message, index = (out.message, out.index) if type(out) is To else (out, None)
         assert isinstance(message, Message)
         taker = self.routes[giver].get(type(message))
-        if taker is None:
-            raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.")
+        if taker is None and (taker := self._addressed(giver, message)) is None:
+            return
         port = self._ports.get(taker)
         if port is not None:
             port.deliver(message, index)
@@ -218,60 +278,34 @@ class FusedHost(_Base):
             self._queue.append((taker, message))
 
 
-class _OneShot:
-    """Where one answer arrives."""
-
-    __slots__ = ("done", "kind", "value")
-
-    def __init__(self, kind: type[Message]) -> None:
-        self.kind = kind
-        self.value: Message | None = None
-        self.done = trio.Event()
-
-
-class _Mailbox:
-    """A bounded FIFO: `put` waits for room, `put_now` never does."""
-
-    def __init__(self, capacity: int) -> None:
-        self._items: deque[tuple[Message, _OneShot | None]] = deque()
-        self._capacity = capacity
-        self._filled = trio.Event()
-        self._room = trio.Event()
-
-    def put_now(self, message: Message, reply: _OneShot | None = None) -> None:
-        self._items.append((message, reply))
-        self._filled.set()
-
-    async def wait_room(self) -> None:
-        while len(self._items) >= self._capacity:
-            self._room = trio.Event()
-            await self._room.wait()
-
-    async def get(self) -> tuple[Message, _OneShot | None]:
-        while not self._items:
-            self._filled = trio.Event()
-            await self._filled.wait()
-        item = self._items.popleft()
-        if len(self._items) < self._capacity:
-            self._room.set()
-        return item
-
-
 class TaskHost(_Base):
     """Every actor in its own trio task behind its own mailbox."""
 
-    def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], *, routes: Routes | None = None, mailbox: int = MAILBOX) -> None:
-        super().__init__(actors, ports, routes)
-        self._boxes = {actor.name: _Mailbox(mailbox) for actor in actors}
+    def __init__(
+        self,
+        actors: Sequence[Actor],
+        ports: Sequence[Port],
+        *,
+        routes: Routes | None = None,
+        kinds: Kinds | None = None,
+        mailbox: int = MAILBOX,
+    ) -> None:
+        super().__init__(actors, ports, routes, kinds)
+        self._boxes = {actor.name: Mailbox(mailbox) for actor in actors}
 
     def post(self, *messages: Message) -> None:
         if self._ended.is_set():
             return
         try:
             for message in messages:
-                self._boxes[self._taker_of(message)].put_now(message)
+                taker = self._taker_of(message)
+                if taker is not None:
+                    self._boxes[taker].put_now(message)
         except WiringError as error:
             self.fail(error)
+
+    def say(self, giver: str, out: Any) -> None:
+        self._say(giver, out, lambda taker, message: self._boxes[taker].put_now(message))
 
     async def room(self) -> None:
         for box in self._boxes.values():
@@ -306,7 +340,7 @@ class TaskHost(_Base):
         except Exception as error:
             self.fail(error)
 
-    async def _run(self, name: str, handling: Any, reply: _OneShot | None) -> None:
+    async def _run(self, name: str, handling: Any, reply: OneShot | None) -> None:
         if not isinstance(handling, GeneratorType):
             handling = (out for out in handling)
         answer: Any = None
@@ -325,13 +359,13 @@ class TaskHost(_Base):
         name = self.routes[asker].get(type(ask.question))
         if name is None or name not in self._boxes:
             raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.")
-        shot = _OneShot(ask.reply)
+        shot = OneShot(ask.reply)
         self._boxes[name].put_now(ask.question, shot)
         await shot.done.wait()
         assert shot.value is not None
         return shot.value
 
-    async def _emit(self, giver: str, out: Message | To, reply: _OneShot | None) -> None:
+    async def _emit(self, giver: str, out: Message | To, reply: OneShot | None) -> None:
         message, index = (out.message, out.index) if type(out) is To else (out, None)
         assert isinstance(message, Message)
         if reply is not None and reply.value is None and type(message) is reply.kind:
@@ -339,8 +373,8 @@ class TaskHost(_Base):
             reply.done.set()
             return
         taker = self.routes[giver].get(type(message))
-        if taker is None:
-            raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.")
+        if taker is None and (taker := self._addressed(giver, message)) is None:
+            return
         port = self._ports.get(taker)
         if port is not None:
             port.deliver(message, index)
@@ -351,6 +385,6 @@ class TaskHost(_Base):
         box.put_now(message)
 
 
-def make_host(wiring: str, actors: Sequence[Actor], ports: Sequence[Port]) -> FusedHost | TaskHost:
+def make_host(wiring: str, actors: Sequence[Actor], ports: Sequence[Port], kinds: Kinds | None = None) -> FusedHost | TaskHost:
     """`--wiring`: "cell" or "tasks"."""
-    return TaskHost(actors, ports) if wiring == "tasks" else FusedHost(actors, ports)
+    return TaskHost(actors, ports, kinds=kinds) if wiring == "tasks" else FusedHost(actors, ports, kinds=kinds)

@@ -2,19 +2,25 @@
 
 What it is: `route` makes the table of one host from what its actors and ports take and give, and refuses a wiring that is not closed: a message
 without a taker or a giver, an ambiguous route. A *port* is anything at the edge of a host that is no actor: a link to another process, the device
-queue, a worker thread, a clock. It takes messages through `deliver` (a plain call that must not block) and gives messages by calling the
+queue, a worker thread, a clock. Extensions go by their kind (`Kinds`), WorkDone by its owner's name. It takes messages through `deliver` (a plain call that must not block) and gives messages by calling the
 host's `post`.
 What it does not know: how messages are carried (core/runtime/hosts.py), which actors exist (core/processes/engine.py, core/processes/text_side.py, core/processes/root.py wire them).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from penstock.core.protocol.control import Message
+from penstock.core.protocol.control import Extension, Message, WorkDone
 from penstock.core.protocol.errors import FinalError
 from penstock.core.runtime.actor import Actor
+
+log = logging.getLogger("penstock.extensions")
+
+ADDRESSED: frozenset[type[Message]] = frozenset({Extension, WorkDone})
+"""Messages that say themselves who takes them, by kind or by name: no type's route, and nobody need be there."""
 
 
 class WiringError(FinalError):
@@ -55,6 +61,39 @@ Routes = Mapping[str, Mapping[type[Message], str]]
 """giver -> message type -> taker, by name."""
 
 
+class Kinds:
+    """Who takes which kind of Extension: `takes` is kind -> party, `gives` kind -> the port to another process. The rest is dropped: with one warning
+    a kind as long as there are few, and counted."""
+
+    MOST_WARNED = 32
+
+    def __init__(self, takes: Mapping[str, str] | None = None, gives: Mapping[str, str] | None = None) -> None:
+        self._takes = dict(takes or {})
+        self._gives = dict(gives or {})
+        self._warned: set[str] = set()
+        self.dropped = 0
+
+    def inward(self, kind: str) -> str | None:
+        """The taker of what comes from a port: nothing is passed on to another process."""
+        taker = self._takes.get(kind)
+        if taker is None:
+            self._drop(kind)
+        return taker
+
+    def outward(self, kind: str) -> str | None:
+        """The taker of what a party of this host says."""
+        taker = self._takes.get(kind) or self._gives.get(kind)
+        if taker is None:
+            self._drop(kind)
+        return taker
+
+    def _drop(self, kind: str) -> None:
+        self.dropped += 1
+        if kind not in self._warned and len(self._warned) < self.MOST_WARNED:
+            self._warned.add(kind)
+            log.warning("an extension of the kind %.100r is dropped: no actor of this process takes it", kind)
+
+
 def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
     """The routing table. From an actor: to the other actor or port that takes the type, else back to itself (a note to itself). From a port:
     to the actor that takes it. Raises WiringError listing everything that has no taker, no giver or several takers."""
@@ -65,7 +104,7 @@ def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
     given: set[tuple[str, type[Message]]] = set()
     for giver in parties:
         from_port = giver in ports
-        for kind in sorted(giver.gives, key=lambda t: t.__name__):
+        for kind in sorted(giver.gives - ADDRESSED, key=lambda t: t.__name__):
             takers = [a.name for a in actors if kind in a.takes and a is not giver]
             takers += [p.name for p in ports if kind in p.takes] if not from_port else []
             if not takers and not from_port and kind in giver.takes:
@@ -78,7 +117,7 @@ def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
             else:
                 wrong.append(f"{kind.__name__} from {giver.name} has no taker")
     for taker in parties:
-        for kind in sorted(taker.takes, key=lambda t: t.__name__):
+        for kind in sorted(taker.takes - ADDRESSED, key=lambda t: t.__name__):
             if (taker.name, kind) not in given:
                 wrong.append(f"{taker.name} takes {kind.__name__}, which nobody gives")
     if wrong:

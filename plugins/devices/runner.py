@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from penstock.core.contract.devices import MemoryTable, ModelFacts
+from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_columns
 from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
 from penstock.core.protocol.errors import EngineFailure
 from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, StepDone
@@ -217,6 +217,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
+        refuse_columns(work)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         rows = len(work.slots)
@@ -472,6 +473,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         """See Runner.sample: everything is enqueued when this returns; the returned call waits for the step's event."""
+        refuse_columns(work)
         launched = self._launched
         if launched is None:
             raise EngineFailure("A Sample came without its Forward.")

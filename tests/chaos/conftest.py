@@ -40,13 +40,14 @@ class FakeServer:
         self.err = folder / "err.log"
         self.folder = folder
         options = {"device": "fake", "port": 0, "hf_overrides": json.dumps({"fake": fake or {}}), "log_format": "json", **config}
+        path = os.pathsep.join(filter(None, [str(PLUGINS), os.environ.get("PYTHONPATH")]))
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", MAIN, json.dumps(options), plugin],
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                env={**os.environ, "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder), "PYTHONPATH": str(PLUGINS)},
+                env={**os.environ, "XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder), "PYTHONPATH": path},
             )
         self.uds = config.get("uds")
         self._seen: dict[int, psutil.Process] = {}

@@ -12,17 +12,24 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import trio
 from safetensors.torch import save_file
 
 from penstock.core.contract import families
 from penstock.core.contract.devices import RunnerConfig
+from penstock.core.contract.fake_device import FakeDevice
 from penstock.core.contract.families import FAMILIES
 from penstock.core.contract.hookspecs import API_LEVEL, AttentionSpec, SchedulePolicySpec, TransportSpec
 from penstock.core.contract.host import PluginHost
+from penstock.core.processes.engine import Engine
+from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import PluginError, UnsupportedFeature
+from penstock.core.protocol.messages import Extension, Message
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.device_queue import InlineDeviceQueue
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.driver import Driver, Job, Options
+from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -59,6 +66,25 @@ def test_frozen_plugins_load_today() -> None:
     assert isinstance(policy, SchedulePolicySpec)
     [transport] = strangers(host("edge", "frozen_transport"), "transports").values()
     assert isinstance(transport, TransportSpec)
+
+
+def test_a_frozen_actor_answers() -> None:
+    said: list[Message] = []
+
+    async def main() -> None:
+        plugins = host("engine", "frozen_actor")
+        device = FakeDevice()
+        engine = Engine(
+            build({}), output=said.append, device=device, policy=FirstComeFirstServed(), plugins=plugins, queue=InlineDeviceQueue
+        )
+        async with trio.open_nursery() as nursery:
+            await engine.start(nursery)
+            engine.post(Extension(kind="frozen.ask", data=b"1234567"))
+            nursery.cancel_scope.cancel()
+        engine.close()
+
+    trio.run(main)
+    assert said == [Extension(kind="frozen.answer", data=b"7")]
 
 
 def test_a_plugin_of_the_level_before_is_adapted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,8 +319,12 @@ class EngineSim:
         assert forward.step == len(self.forwards)
         assert 0 < int(forward.counts.sum()) <= settings.max_num_batched_tokens
         assert len(set(forward.slots.tolist())) == forward.slots.size <= settings.max_num_seqs
-        assert (forward.counts[: forward.num_decode] == 1).all()
-        for slot in forward.place_slots.tolist():
+        assert (forward.counts[: forward.num_decode] <= 1 + settings.lookahead).all()
+        if settings.lookahead:
+            solo = set(forward.slots[: forward.num_decode].tolist())
+            assert all(solo.isdisjoint(f[1].slots.tolist()) for f in self.flying), "a sequence decodes in two steps at once"
+        assert settings.clones or not forward.clone_dst.size
+        for slot in (*forward.place_slots.tolist(), *forward.clone_dst.tolist()):
             assert all(slot not in f[0].slots.tolist() for f in self.flying), "a slot was reused while a step in flight names it"
             self._tables[slot] = []
         rows = sorted(zip(forward.block_slots.tolist(), forward.block_index.tolist(), forward.block_ids.tolist(), strict=True))

@@ -19,8 +19,8 @@ from penstock.core.processes.engine import runner_config
 from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.config import build
 from penstock.core.protocol.control import Message
-from penstock.core.protocol.errors import CheckpointError, ProtocolError
-from penstock.core.protocol.messages import DeviceLost, DeviceWork, Forward, Sample, StepDone
+from penstock.core.protocol.errors import CheckpointError, ProtocolError, UnsupportedFeature
+from penstock.core.protocol.messages import Control, DeviceLost, DeviceWork, Forward, Move, Sample, StepDone, WorkDone
 from penstock.core.runtime.device_queue import StepOrder, ThreadDeviceQueue
 
 CONFIG = runner_config(build({}))
@@ -32,6 +32,14 @@ def forward(step: int, epoch: int = 1) -> DeviceWork:
 
 def sample(step: int, epoch: int = 1) -> DeviceWork:
     return DeviceWork(sample=Sample(engine=0, epoch=epoch, step=step, rows=EMPTY_I32, slots=EMPTY_I32, positions=EMPTY_I32))
+
+
+def control(id: int, name: str = "fence", *, after: int = 0, epoch: int = 1) -> DeviceWork:
+    return DeviceWork(control=Control(engine=0, epoch=epoch, owner="me", id=id, name=name, after=after))
+
+
+def move(id: int, *, after: int = 0) -> DeviceWork:
+    return DeviceWork(move=Move(engine=0, epoch=1, owner="me", id=id, blocks=EMPTY_I32, pages=EMPTY_I32, out=True, after=after))
 
 
 def works(steps: int) -> list[DeviceWork]:
@@ -53,6 +61,38 @@ def test_any_arrival_order_runs_in_step_order(rng: random.Random, steps: int) ->
     assert len(order) == 0
 
 
+@given(st.randoms(use_true_random=False), st.integers(1, 8), st.lists(st.integers(0, 8), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_what_is_between_steps_runs_behind_its_step_and_before_what_was_sent_later(
+    rng: random.Random, steps: int, afters: list[int]
+) -> None:
+    arriving = [*works(steps), *(control(id, after=min(after, steps)) for id, after in enumerate(afters))]
+    rng.shuffle(arriving)
+    order = StepOrder(engine=0, epoch=1)
+    ran: list[Any] = []
+    sent_before: dict[int, int] = {}
+    for at, work in enumerate(arriving):
+        ran += order.put(work)
+        if work.control is not None:
+            sent_before[work.control.id] = at
+    assert len(order) == 0
+    assert [place(entry) for entry in ran if not isinstance(entry, Control)] == [(s, p) for s in range(1, steps + 1) for p in (0, 1)]
+    done, half = 0, False
+    for entry in ran:
+        if isinstance(entry, Control):
+            assert not half, "between a Forward and its Sample"
+            assert done >= entry.after
+        else:
+            half = isinstance(entry, Forward)
+            done = entry.step if isinstance(entry, Sample) else done
+    for work in arriving[::-1]:
+        if work.forward is not None:
+            later = [e.id for e in ran[: ran.index(work.forward)] if isinstance(e, Control)]
+            mine = arriving.index(work)
+            early = [i for i, at in sent_before.items() if at < mine and afters[i] < work.forward.step]
+            assert set(early) <= set(later), "a Forward ran before what was sent ahead of it"
+
+
 def test_entries_that_cannot_be_in_order_are_refused() -> None:
     order = StepOrder(engine=0, epoch=1)
     order.put(forward(1))
@@ -63,12 +103,15 @@ def test_entries_that_cannot_be_in_order_are_refused() -> None:
         order.put(sample(3))
     with pytest.raises(ProtocolError, match="exactly one"):
         order.put(DeviceWork())
+    with pytest.raises(ProtocolError, match="exactly one"):
+        order.put(DeviceWork(forward=forward(2).forward, control=control(1).control))
 
 
 def test_entries_of_another_epoch_are_dropped() -> None:
     order = StepOrder(engine=0, epoch=2)
     assert order.put(forward(1, epoch=1)) == []
-    assert order.stale == 1
+    assert order.put(control(1, epoch=1)) == []
+    assert order.stale == 2
     assert len(order.put(forward(1, epoch=2))) == 1
 
 
@@ -168,6 +211,64 @@ def test_a_failing_step_is_reported_once_and_nothing_runs_after_it() -> None:
     assert posted.empty()
     assert ("forward", 3) not in device.calls
     assert device.calls[-1] == ("close", 0)
+
+
+class Mover(Recorder):
+    """A runner that has what most lack."""
+
+    def move(self, work: Move) -> Callable[[], None]:
+        self._note("move", work.id)
+        return lambda: None
+
+    def control(self, work: Control) -> bytes:
+        self._note(f"control {work.name}", work.id)
+        if work.name == "burn":
+            raise RuntimeError("it burns")
+        if work.name != "sleep":
+            raise UnsupportedFeature(f"No such control: {work.name}.")
+        return b"well"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_moves_and_controls_run_between_steps_and_are_answered(depth: int) -> None:
+    device = Mover(depth=depth)
+    device_queue, posted, _ = started(device)
+    one, two = works(2)[:2], works(2)[2:]
+    for work in (one[0], control(1, "sleep"), move(2), control(3, "dream"), control(4, "sleep", after=2), one[1], *two):
+        device_queue.deliver(work)
+    done = [posted.get(timeout=10) for _ in range(6)]
+    device_queue.close()
+    assert [name for name, _ in device.calls[2:-1]] == [
+        *("forward", "sample", "control sleep", "move", "control dream", "forward", "sample", "control sleep")
+    ]
+    answers = [(m.id, m.error, m.data) for m in done if isinstance(m, WorkDone)]
+    assert answers == [(1, "", b"well"), (2, "", b""), (3, "No such control: dream.", b""), (4, "", b"well")]
+    assert {m.owner for m in done if isinstance(m, WorkDone)} == {"me"}
+    assert len(device.threads) == 1
+
+
+def test_a_runner_that_lacks_the_method_says_so_and_goes_on() -> None:
+    device = Recorder()
+    device_queue, posted, _ = started(device)
+    for work in (move(1), control(2, "sleep"), control(3), *works(1)):
+        device_queue.deliver(work)
+    answers: list[Any] = [posted.get(timeout=10) for _ in range(4)]
+    device_queue.close()
+    assert [m.error for m in answers[:3]] == [
+        "The device's runner (Recorder) has no move().",
+        "The device's runner (Recorder) has no control().",
+        "",
+    ]
+    assert isinstance(answers[3], StepDone)
+
+
+def test_a_control_that_breaks_is_a_loss() -> None:
+    device_queue, posted, _ = started(Mover())
+    device_queue.deliver(control(1, "burn", after=0))
+    lost = posted.get(timeout=10)
+    assert isinstance(lost, DeviceLost)
+    assert "it burns" in lost.error
+    device_queue.close()
 
 
 class Improver(Recorder):

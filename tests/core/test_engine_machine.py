@@ -28,6 +28,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
             caching=st.booleans(),
             block=st.sampled_from([1, 2, 4]),
             policy=st.integers(0, len(policies) - 1),
+            clones=st.booleans(),
+            lookahead=st.sampled_from([0, 0, 1, 2, 5]),
         )
         def start(
             self,
@@ -41,6 +43,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
             caching: bool,
             block: int,
             policy: int,
+            clones: bool,
+            lookahead: int,
         ) -> None:
             self.options = {
                 "depth": depth,
@@ -53,6 +57,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
                 "mixed_prefill_gives_way": gives_way,
                 "enable_prefix_caching": caching,
                 "max_model_len": 40,
+                "clones": clones,
+                "lookahead": lookahead,
             }
             self.policy = policies[policy]
             self.sim = sim_class(settings_of(**self.options), self.policy())

@@ -12,7 +12,8 @@ from penstock.core.contract.fake_device import FakeDevice, FakeOptions, FakeRunn
 from penstock.core.processes.engine import runner_config
 from penstock.core.protocol.columns import EMPTY_I32, i32
 from penstock.core.protocol.config import build
-from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.messages import Control, Forward, Move, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
 
 BLOCK = 4
@@ -142,6 +143,44 @@ def test_a_fork_needs_its_copy() -> None:
     forked({"copy_src": [1], "copy_dst": [6]})
     with pytest.raises(FakeViolation, match="position 4"):
         forked({})
+
+
+def moved(fake: FakeRunner, blocks: list[int], pages: list[int], *, out: bool) -> None:
+    fake.move(Move(engine=0, epoch=1, owner="t", id=1, blocks=i32(blocks), pages=i32(pages), out=out))()
+
+
+def test_blocks_go_to_host_pages_and_come_back() -> None:
+    def swapped(back: list[int]) -> int:
+        """Blocks 0 and 1 leave; another sequence takes them; they return as 5 and 6, if the pages come back in the right order."""
+        fake = runner()
+        fake.control(Control(engine=0, epoch=1, owner="t", id=0, name="host_pages", data=b"3"))
+        first = prompt(fake, [1, 2, 3, 4, 5], [0, 1])
+        moved(fake, [0, 1], [2, 0], out=True)
+        other = {"place_slots": [1], "place_counts": [5], "place_tokens": [9, 8, 7, 6, 5]}
+        fake.forward(forward(2, [(1, 0, 5)], block_slots=[1, 1], block_index=[0, 1], block_ids=[0, 1], **other))
+        fake.sample(sample(2, [(0, 1, 5)], {1: (5, GREEDY)}))
+        moved(fake, [5, 6], back, out=False)
+        fake.forward(forward(3, [(0, 5, 1)], num_decode=1, block_slots=[0, 0], block_index=[0, 1], block_ids=[5, 6]))
+        token = int(fake.sample(sample(3, [(0, 0, 6)]))().tokens[0])
+        assert token == prompt(runner(), [1, 2, 3, 4, 5, first], [0, 1])
+        return token
+
+    swapped([2, 0])
+    with pytest.raises(FakeViolation, match="foreign or missing KV at position 0"):
+        swapped([0, 2])
+
+
+def test_impossible_moves_are_seen_or_refused() -> None:
+    fake = runner()
+    fake.control(Control(engine=0, epoch=1, owner="t", id=0, name="host_pages", data=b"2"))
+    with pytest.raises(FakeViolation, match="out of range"):
+        moved(fake, [99], [0], out=True)
+    with pytest.raises(FakeViolation, match="one place twice"):
+        moved(fake, [1, 2], [0, 0], out=True)
+    with pytest.raises(InvalidRequest, match="There are 2 host pages"):
+        moved(fake, [1], [2], out=True)
+    with pytest.raises(UnsupportedFeature, match="'dream'"):
+        fake.control(Control(engine=0, epoch=1, owner="t", id=0, name="dream"))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.core.actors.text import TextActor
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions
 from penstock.core.processes.kernel import LocalServer
 from penstock.core.processes.local import LOCAL_EDGE
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import CheckpointError, ConfigError, EngineFailure, PenstockError
-from penstock.core.protocol.messages import Answer, Finished, Message, Query, Submit, TextDelta
+from penstock.core.protocol.messages import Answer, Drain, Drained, Finished, Message, Query, Submit, TextDelta, Vitals
 from penstock.core.protocol.sampling import SamplingParams
 
 
@@ -125,3 +126,23 @@ def test_a_device_that_fails_is_told_to_the_owner() -> None:
     with pytest.raises(EngineFailure, match="injected"):
         local.submit(submit(2))
     local.close()
+
+
+def test_where_there_is_no_root_its_messages_are_not_in_the_wiring() -> None:
+    with server(Client()) as local:
+        routes = local.side.host.routes
+        assert "root" not in routes
+        assert Drained not in routes["text"]
+        assert not local.side.actor.takes & {Drain, Vitals}
+        assert {Drain, Vitals} < TextActor.takes
+
+
+def test_several_tokens_a_step_make_the_same_text() -> None:
+    def answer(**options: Any) -> tuple[str, list[int]]:
+        client = Client()
+        with server(client, FakeOptions(vocab_size=1000, **options)) as local:
+            local.submit(submit(1, max_tokens=60, stop=["zz"], logprobs=1))
+            text, tokens, _ = client.finish(1)
+        return text, tokens
+
+    assert answer(lookahead=5) == answer()

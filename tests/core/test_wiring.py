@@ -18,6 +18,7 @@ from penstock.core.protocol.messages import (
     Admit,
     ChildDown,
     ChildUp,
+    DeviceWork,
     Drain,
     Drained,
     Encode,
@@ -33,6 +34,7 @@ from penstock.core.protocol.messages import (
     Tick,
     Unpark,
     Vitals,
+    WorkDone,
     message_types,
     union_of,
 )
@@ -49,6 +51,7 @@ PORTS_TAKE: dict[str, set[type[Message]]] = {
         kind for kind in Supervisor.gives if kind.__name__ in ("StartChild", "KillChild", "Notice", "Ready", "Leave")
     },
     "links": {Hello, Boot, Extension},
+    "plugins' actors": {Extension, WorkDone},
 }
 PORTS_GIVE: dict[str, set[type[Message]]] = {
     "device queue": set(ThreadDeviceQueue.gives),
@@ -59,6 +62,7 @@ PORTS_GIVE: dict[str, set[type[Message]]] = {
     "root's process port": {kind for kind in Supervisor.takes if kind.__name__ in ("ChildExited", "Signalled")},
     "root": {Tables},
     "links": {Hello, Boot, Extension},
+    "plugins' actors": {Extension, DeviceWork},
 }
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.protocol.columns import i32
-from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.errors import EngineFailure, UnsupportedFeature
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.kernels.sampling import reference
@@ -59,6 +59,15 @@ def test_a_step_carries_its_identity_and_times(folder: Path, load: Load) -> None
     assert (done.logprobs.rows.tolist(), done.logprobs.positions.tolist(), done.logprobs.counts.tolist()) == ([0], [3], [6])
     assert done.logprobs.ids[0] == done.logprobs.ids[1] == done.tokens[0]
     assert done.logprobs.ranks.tolist() == [1]
+
+
+def test_columns_that_it_does_not_serve_are_refused_by_name(folder: Path, load: Load) -> None:
+    runner = load(folder)
+    with pytest.raises(UnsupportedFeature, match=r"Forward\.clone_src"):
+        forward(runner, [], clone_src=[0], clone_dst=[1], clone_lens=[1])
+    forward(runner, [])
+    with pytest.raises(UnsupportedFeature, match=r"Sample\.lookahead"):
+        sample(runner, [], [], [], lookahead=1)
 
 
 def test_a_step_without_rows_to_draw(folder: Path, load: Load) -> None:

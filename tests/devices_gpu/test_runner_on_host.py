@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from penstock.core.protocol.errors import UnsupportedFeature
+from penstock.core.protocol.messages import Forward, Sample
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices import runner as runner_module
 from penstock.plugins.devices.driver import Driver, Job, Options
@@ -101,6 +103,15 @@ def test_sizes_of_steps_with_prefill() -> None:
     assert runner_module.mixed_for(512, 2048)[1][-1] == 1024
     assert runner_module.mixed_for(20, 100) == ([16, 24], [64, 128])
     assert runner_module.mixed_for(1, 16) == ([1], [64])
+
+
+def test_columns_that_it_does_not_serve_are_refused_by_name(folder: Path, host_runner: Make) -> None:
+    runner, none = host_runner(folder), np.zeros(0, np.int32)
+    with pytest.raises(UnsupportedFeature, match=r"Forward\.lookahead"):
+        runner.forward(Forward(engine=0, epoch=1, step=1, slots=none, starts=none, counts=none, num_decode=0, lookahead=1))
+    runner.forward(Forward(engine=0, epoch=1, step=1, slots=none, starts=none, counts=none, num_decode=0))
+    with pytest.raises(UnsupportedFeature, match=r"Sample\.mask_rows"):
+        runner.sample(Sample(engine=0, epoch=1, step=1, rows=none, slots=none, positions=none, mask_rows=np.zeros(1, np.int32)))
 
 
 def test_prompt_logprobs_in_small_pieces(folder: Path, host_runner: Make, cpu_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ from penstock.core.protocol.model_folder import demo_folder
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PACKAGES = ["attention_plain", "shortest_first", "weights_npz"]
+PACKAGES = ["attention_plain", "queue_probe", "shortest_first", "weights_npz"]
 PROMPTS = ["Penstock is", "Count from 1 to 20: 1, 2,", "x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=3)
 
@@ -108,6 +110,35 @@ def test_the_weight_source_example_says_what_is_wrong(tmp_path: Path) -> None:
     assert source(tmp_path).identity() != before
 
 
+@pytest.mark.parametrize("fence", ["0", "1"])
+def test_the_actor_example_measures_the_way_to_the_device(
+    fence: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a real runner, which has no controls: the queue answers the fence itself. Without the fence it gives and takes nothing of the queue's."""
+    monkeypatch.setenv("QUEUE_PROBE_S", "0.01")
+    monkeypatch.setenv("QUEUE_PROBE_FENCE", fence)
+    heard = threading.Event()
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.set()
+
+    logger = logging.getLogger("penstock.queue_probe")
+    caplog.set_level(logging.INFO, logger=logger.name)
+    logger.addHandler(ear := Ear())
+    try:
+        with LLM(kv_cache_memory_bytes=64 << 20, extra_plugins=["penstock_queue_probe"]) as llm:
+            assert heard.wait(20)
+            llm.generate(PROMPTS, GREEDY)
+    finally:
+        logger.removeHandler(ear)
+    said = [re.fullmatch(r"to the engine (\S+) ms, in the device's queue (\S+) ms, back \S+ ms", text) for text in caplog.messages]
+    assert said
+    assert all(said)
+    waits = [float(one.group(2)) for one in said if one is not None]
+    assert (max(waits) > 0) is (fence == "1")
+
+
 def test_a_backend_that_does_not_fit_is_refused_with_its_own_words() -> None:
     host = PluginHost("engine", extra=["penstock_attention_plain"]).load()
     spec: Any = host.attention_backends()["plain"]
@@ -120,19 +151,21 @@ def test_a_backend_that_does_not_fit_is_refused_with_its_own_words() -> None:
 def test_an_installed_example_is_found_by_its_entry_point(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As pip leaves it: the module on the path, and metadata beside it that pyproject.toml decides."""
     project = tomllib.loads((EXAMPLES / package / "pyproject.toml").read_text(encoding="utf-8"))
-    (group, points), *others = project["project"]["entry-points"].items()
-    assert others == []
-    assert project["tool"]["setuptools"]["py-modules"] == list(points.values()) == [f"penstock_{package}"]
+    groups = project["project"]["entry-points"]
+    assert all(list(points.values()) == [f"penstock_{package}"] for points in groups.values())
+    assert project["tool"]["setuptools"]["py-modules"] == [f"penstock_{package}"]
     info = tmp_path / f"penstock_{package}-1.0.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['project']['name']}\nVersion: 1.0.0\n")
-    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    lines = [line for group, points in groups.items() for line in (f"[{group}]", *(f"{name} = {value}" for name, value in points.items()))]
     (info / "entry_points.txt").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path))
-    rows = PluginHost("engine").load().check().report()
-    (row,) = [row for row in rows if row[1] == project["project"]["name"]]
-    assert row[2:4] == ["1.0.0", "engine"]
-    assert row[4].startswith("register_")
+    for group in groups:
+        role: Any = group.removeprefix("penstock.")
+        rows = PluginHost(role).load().check().report()
+        (row,) = [row for row in rows if row[1] == project["project"]["name"]]
+        assert row[2:4] == ["1.0.0", role]
+        assert row[4].startswith("register_")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -163,6 +163,42 @@ def test_the_weights_of_the_page_name_what_is_wrong(write: Write, tmp_path: Path
         weights.finish()
 
 
+def test_the_actor_of_the_page_is_asked_by_text(write: Write) -> None:
+    import queue
+
+    from penstock.core.contract.actors import ActorContext, Seat
+    from penstock.core.contract.fake_device import FakeDevice
+    from penstock.core.contract.hookspecs import ActorSpec, hookimpl
+    from penstock.core.processes.local import LocalServer
+    from penstock.core.protocol.config import build
+    from penstock.core.protocol.messages import Extension
+
+    heard: queue.Queue[bytes] = queue.Queue()
+    contexts: list[ActorContext] = []
+
+    class Port:
+        name = "asker"
+        takes = gives = frozenset()
+
+        def deliver(self, message: Any, index: int | None) -> None:
+            heard.put(message.data)
+
+    def asker(context: ActorContext) -> Seat:
+        contexts.append(context)
+        return Seat(party=Port(), takes_kinds=frozenset({"my_actor.fine"}), gives_kinds=frozenset({"my_actor.how"}))
+
+    module = ModuleType("asking")
+    specs = [ActorSpec(name="asker", api_level=1, where="text", factory=asker)]
+    module.register_actors = hookimpl(lambda: specs)  # type: ignore[attr-defined]
+    sys.modules["asking"] = module
+    try:
+        with LocalServer(build({}), lambda message: None, device=FakeDevice(), extra_plugins=[*write("my_actor"), "asking"]):
+            contexts[0].post(Extension(kind="my_actor.how", data=b""))
+            assert heard.get(timeout=20) == b"fake has 1024 blocks"
+    finally:
+        del sys.modules["asking"]
+
+
 # ------------------------------------------------------------------ root and edge
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.core.protocol.messages import Cancel, EdgeStats, EngineStats, seq_of
+from penstock.core.protocol.messages import RUNNING, Cancel, EdgeStats, EngineStats, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.telemetry.metrics import Metrics
 from penstock.core.telemetry.names import HISTOGRAMS, VLLM_ITL, VLLM_TTFT
@@ -52,6 +52,20 @@ def test_names_are_stable(bench: Any) -> None:
         for family in text_string_to_metric_families(bench.query("metrics").body.decode())
     )
     assert found == NAMES.read_text().splitlines()
+
+
+def test_tokens_of_one_step_have_no_gap_between_them(bench: Any) -> None:
+    bench.submit(1, sampling=SamplingParams(max_tokens=6))
+    seq = seq_of(1, 0)
+    incarnation, _ = bench.admitted.pop(seq)
+    tokens = bench.tokenizer.encode_batch(["the water of the sea"], add_special_tokens=False)[0].tolist()[:5]
+    bench.rows([(seq, incarnation, n, token, RUNNING) for n, token in enumerate(tokens[:3])], started=[(seq, 0)])
+    bench.rows([(seq, incarnation, n, token, RUNNING) for n, token in enumerate(tokens[3:], 3)])
+    got = scrape(bench)
+    assert got["penstock_tokens_total"][(("source", "generated"),)] == 5
+    gaps = {name: got[f"penstock_inter_token_latency_seconds_{name}"][(("model", "trained"),)] for name in ("count", "sum")}
+    assert gaps == {"count": 1, "sum": pytest.approx(0.01)}
+    assert bench.received[1, 0].text == bench.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_values_are_what_happened(bench: Any) -> None:

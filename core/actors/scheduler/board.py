@@ -50,6 +50,10 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     vocab: int = 2**31 - 1
+    clones: bool = False
+    """The device clones slots: see Forward.clone_src."""
+    lookahead: int = 0
+    """Drafts of the device that a decoding row computes along: see Forward.lookahead."""
 
 
 class Board:
@@ -63,7 +67,7 @@ class Board:
         self.caching = settings.enable_prefix_caching
         self.longest = min(settings.max_model_len, settings.num_blocks * settings.block_size)
         # --- running
-        self.slots = Slots(settings.max_num_seqs, self.longest, settings.block_size)
+        self.slots = Slots(settings.max_num_seqs, self.longest, settings.block_size, settings.lookahead)
         self.rows: Rows | None = None
         """The decoding cohort; None when it must be gathered anew."""
         self.prefilling: list[int] = []

@@ -14,8 +14,8 @@ import numpy as np
 from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.outline import Flight, pick_logprobs, select_logprobs
 from penstock.core.actors.scheduler.release import Release
-from penstock.core.actors.scheduler.slots import ENDED
-from penstock.core.protocol.columns import U8, i32, i64
+from penstock.core.actors.scheduler.slots import ENDED, Rows
+from penstock.core.protocol.columns import I32, U8, Column, i32, i64
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import (
     FAILED,
@@ -41,10 +41,12 @@ class Landing:
             return
         flight = board.flights.popleft()
         rows, positions, offsets, tokens, logprobs = flight.rows, flight.positions, flight.offsets, done.tokens, done.logprobs
-        if tokens.size != rows.slots.size:
+        bad = done.bad_rows
+        if settings.lookahead:
+            rows, positions, offsets, tokens, logprobs, bad = self._expand(flight, done)
+        elif tokens.size != rows.slots.size or done.counts.size:
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
         board.done_step = done.step
-        bad = done.bad_rows
         if board.leaving:
             kept = np.flatnonzero(slots.phase[rows.index] != ENDED)
             if kept.size < tokens.size:  # the others had already stopped: what was drawn for them is dropped
@@ -53,7 +55,7 @@ class Landing:
                 bad = np.flatnonzero(np.isin(kept, bad))
                 rows, positions, offsets, tokens = rows.select(kept), positions[kept], offsets[kept], tokens[kept]
         index = rows.index
-        after = positions + board.ones[: positions.size]
+        after = positions + (np.int32(1) if settings.lookahead else board.ones[: positions.size])
         reasons: U8 = np.zeros(tokens.size, np.uint8)
         ends = flight.capped or bad.size > 0
         if flight.capped:
@@ -74,6 +76,10 @@ class Landing:
         else:
             slots.flat[rows.base + positions] = tokens
             slots.known[index] = after
+        if settings.lookahead:  # in order: a row's last token says how far it came
+            slots.length[index] = after
+            slots.computed[index] = positions
+            board.rows = None  # those who sat out may go on
         columns: dict[str, Any] = {}
         if flight.prompts:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
@@ -114,6 +120,32 @@ class Landing:
             **columns,
         )
         yield from board.wake()
+
+    def _expand(self, flight: Flight, done: StepDone) -> tuple[Rows, I32, I32, I32, LogprobColumns | None, Column]:
+        """A step of several tokens a row as if each were a row: what follows a row's first stop is dropped. Rows (repeated), positions, offsets, tokens,
+        log-probabilities, and which of these are bad."""
+        board = self._board
+        rows, counts, tokens, logprobs = flight.rows, done.counts, done.tokens, done.logprobs
+        room = board.slots.limit[rows.index] - flight.positions
+        if counts.size != rows.slots.size or int(counts.sum()) != tokens.size or np.any(counts < 1) or np.any(counts > np.maximum(room, 1)):
+            raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, whose counts or {tokens.size} tokens cannot be right")
+        row_of = np.repeat(np.arange(counts.size), counts)
+        firsts = np.cumsum(counts) - counts
+        rows = rows.select(row_of)
+        positions = (flight.positions[row_of] + np.arange(tokens.size) - firsts[row_of]).astype(np.int32)
+        offsets = positions - rows.prompts
+        last = np.zeros(tokens.size, bool)
+        last[firsts[done.bad_rows]] = True
+        for stops in rows.stops:
+            last |= (stops == tokens) & (offsets >= rows.mins)
+        before = np.cumsum(last) - last
+        kept = np.flatnonzero(before == before[firsts[row_of]])
+        bad = np.searchsorted(kept, firsts[done.bad_rows])
+        if kept.size < tokens.size:
+            if logprobs is not None:
+                logprobs = select_logprobs(logprobs, kept, tokens.size)
+            rows, positions, offsets, tokens = rows.select(kept), positions[kept], offsets[kept], tokens[kept]
+        return rows, positions, offsets, tokens, logprobs, bad
 
     def _add_prompt_logprobs(self, columns: dict[str, Any], flight: Flight, found: LogprobColumns | None) -> None:
         """Those that were not delivered before; under a living choice's name, since they belong to all choices."""

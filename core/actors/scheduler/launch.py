@@ -29,7 +29,7 @@ class Launch:
         self._release = release
 
     def launch_decodes(self, rows: Rows, columns: dict[str, Any], outline: Outline | None) -> Planning:
-        """A step of decodes only: every row takes one token."""
+        """A step of decodes only: every row takes one token, or as many of its drafts besides as turn out right."""
         board = self._board
         slots, index, count = board.slots, rows.index, rows.slots.size
         board.step = step = board.step + 1
@@ -38,10 +38,11 @@ class Launch:
         slots.computed[index] = positions
         slots.length[index] = positions + ones
         slots.last_step[index] = step
-        flight = Flight(step, rows, positions, rows.left <= 1, count)
+        flight = Flight(step, rows, positions, rows.left <= 1 + slots.lookahead, rows.tokens)
+        counts = rows.counts if slots.lookahead else ones
         rows.starts = positions
         rows.left -= 1
-        if rows.left <= 0:
+        if rows.left <= 0 or slots.lookahead:
             board.rows = None
         extra: dict[str, Any] = {}
         if outline is not None:
@@ -50,7 +51,7 @@ class Launch:
             flight.started = outline.started
             if outline.samplings:
                 extra["places"] = outline.samplings
-        return self._emit(flight, rows.slots, starts, ones, count, board.range[:count], columns, extra)
+        return self._emit(flight, rows.slots, starts, counts, count, board.range[:count], columns, extra)
 
     def launch_mixed(self, outline: Outline) -> Planning:
         """A step with prompts in it."""
@@ -62,8 +63,10 @@ class Launch:
         num_decode = decodes.size + len([c for c in chunks if self._is_last_token(c)])
         rows = np.concatenate([decodes, i32([c[0] for c in chunks])])
         starts = np.concatenate([slots.computed[decodes], i32([c[1] for c in chunks])])
-        counts = np.concatenate([board.ones[: decodes.size], i32([c[2] for c in chunks])])
+        counts = np.concatenate([outline.rows.counts if outline.rows is not None else decodes, i32([c[2] for c in chunks])])
         slots.computed[rows] = starts + counts
+        if slots.lookahead:  # of the drafts it is not known yet
+            slots.computed[decodes] = starts[: decodes.size] + board.ones[: decodes.size]
         slots.length[decodes] += 1
         slots.last_step[rows] = step
         if outline.sources:
@@ -92,9 +95,9 @@ class Launch:
         sampled = slots.gather(np.concatenate([decodes, i32(final_slots)]))
         positions = slots.length[sampled.index] - board.ones[: sampled.slots.size]
         tokens = int(counts.sum())
-        flight = Flight(step, sampled, positions, sampled.left <= 0, tokens)
+        flight = Flight(step, sampled, positions, sampled.left <= slots.lookahead, tokens)
         flight.started, flight.prompts, flight.scored = outline.started, prompts, scored
-        board.prompt_computed += tokens - decodes.size
+        board.prompt_computed += tokens - int(counts[: decodes.size].sum())
         board.rows = None
         extra: dict[str, Any] = {}
         if outline.samplings:
@@ -125,7 +128,10 @@ class Launch:
             other = others.pop(0)
             other.lead = None
             place = slots.enter(other, prompt, prompt.size, DECODE)
-            outline.place(place, other, prompt)
+            if board.settings.clones:
+                outline.clone(place, other, slot)
+            else:
+                outline.place(place, other, prompt)
             slots.length[place] += 1
             slots.last_step[place] = board.step
             board.forking[place] = slot
@@ -153,6 +159,8 @@ class Launch:
         board = self._board
         engine, epoch = board.settings.engine, board.settings.epoch
         board.flights.append(flight)
+        if board.settings.lookahead:
+            columns["lookahead"] = extra["lookahead"] = board.settings.lookahead
         yield Forward(
             engine=engine, epoch=epoch, step=flight.step, slots=slots, starts=starts, counts=counts, num_decode=num_decode, **columns
         )

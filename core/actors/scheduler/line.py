@@ -26,6 +26,8 @@ class Line:
         board = self._board
         slots = board.slots
         ready = (slots.phase == DECODE) & (slots.length < slots.limit)
+        if slots.lookahead:
+            ready &= ~slots.solo | (slots.last_step <= board.done_step)
         if board.parked_live:
             parked = slots.parked.copy()
             for slot in board.forking:  # finishes its fork first, so that the other's blocks are not held for it
@@ -41,13 +43,16 @@ class Line:
         if board.prefill_turn and board.prefilling:
             head = board.prefilling[0]
             most -= min(most, int(board.slots.length[head] - board.slots.computed[head]))
+        if rows.tokens > most:
+            rows.narrow()
         if rows.slots.size > most:  # those that waited longest, then those that have least
             order = np.lexsort((rows.starts - rows.prompts, board.slots.last_step[rows.index]))[:most]
             rows = board.slots.gather(rows.slots[np.sort(order)])
+            rows.narrow()
             board.rows = None
         if rows.slots.size:
             outline.rows = rows
-            outline.budget -= rows.slots.size
+            outline.budget -= rows.tokens
             if board.settings.mixed_prefill_tokens:
                 outline.budget = min(outline.budget, self._mixed_most(rows.slots.size))
 

@@ -18,7 +18,7 @@ from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, PREFILL, Index
 from penstock.core.actors.scheduler.waiting import Entry
-from penstock.core.protocol.columns import i32, i64, u8
+from penstock.core.protocol.columns import I32, i32, i64, u8
 from penstock.core.protocol.hashing import HASH_BYTES
 from penstock.core.protocol.messages import (
     KvGrant,
@@ -60,11 +60,12 @@ class Memory:
             ask["fork_src"] = slots.seq[[board.forking[slot] for slot in forks]]
             ask["fork_dst"] = slots.seq[forks]
             ask["fork_lens"] = slots.prompt[forks]
+        reach = slots.reach(short)
         if short.size:
             ask["reserve_seqs"] = slots.seq[short]
-            ask["reserve_lens"] = slots.computed[short] + board.ones[: short.size]
+            ask["reserve_lens"] = reach
         if entries:
-            self._ask_for_entries(ask, short, entries)
+            self._ask_for_entries(ask, short, reach, entries)
         grant: KvGrant = yield Ask(KvStep(step=board.step + 1, **ask), KvGrant)
         used = grant.total_blocks - grant.free_blocks - grant.cached_blocks
         board.kv = (used, grant.cached_blocks, grant.total_blocks, grant.prefix_queries, grant.prefix_hits, grant.quarantined)
@@ -73,12 +74,12 @@ class Memory:
         if forks:
             self._take_forks(outline, forks, grant)
         if short.size:
-            denied = self._take_grants(outline, listed, grant.granted.tolist())
+            denied = self._take_grants(outline, listed, grant.granted.tolist(), reach.tolist())
         if entries:
             self._take_entries(outline, entries, grant, short.size)
         return denied
 
-    def _ask_for_entries(self, ask: dict[str, Any], short: Index, entries: list[Entry]) -> None:
+    def _ask_for_entries(self, ask: dict[str, Any], short: Index, reach: I32, entries: list[Entry]) -> None:
         board = self._board
         seqs, lens = [e.seqs[0].seq for e in entries], [e.tokens.size for e in entries]
         running = board.slots.count - len(board.slots.free) - (np.count_nonzero(board.slots.parked) if board.parked_live else 0)
@@ -91,7 +92,7 @@ class Memory:
         ask["lookup_roots"] = b"".join([e.request.root for e in entries])
         ask["lookup_again"] = u8([e.request.looked_up for e in entries])
         ask["reserve_seqs"] = np.concatenate([board.slots.seq[short], ask["lookup_seqs"]])
-        ask["reserve_lens"] = np.concatenate([board.slots.computed[short] + board.ones[: short.size], i32(lens)])
+        ask["reserve_lens"] = np.concatenate([reach, i32(lens)])
 
     def _lookup_max(self, entry: Entry) -> int:
         board = self._board
@@ -118,15 +119,15 @@ class Memory:
                 outline.stalled.add(slot)
                 self._release.preempt(slot)
 
-    def _take_grants(self, outline: Outline, short: list[int], granted: list[int]) -> list[int]:
+    def _take_grants(self, outline: Outline, short: list[int], granted: list[int], reach: list[int]) -> list[int]:
         board = self._board
         slots = board.slots
         denied: list[int] = []
-        for slot, good in zip(short, granted, strict=False):
+        for slot, good, tokens in zip(short, granted, reach, strict=False):
             if slot in outline.stalled:
                 continue
             if good:
-                slots.capacity[slot] = slots.whole(slots.computed.item(slot) + 1)
+                slots.capacity[slot] = slots.whole(tokens)
             else:
                 denied.append(slot)
         return denied
@@ -224,4 +225,7 @@ class Memory:
         outline.chunks = [c for c in outline.chunks if phase[c[0]] == PREFILL]
         if outline.rows is not None:
             fine = [slot for slot in outline.rows.slots.tolist() if phase[slot] == DECODE and slot not in outline.stalled]
+            narrow = outline.rows.tokens == outline.rows.slots.size or outline.forked  # there may be no blocks for drafts
             outline.rows = board.slots.gather(i32(fine)) if fine else None
+            if narrow and outline.rows is not None:
+                outline.rows.narrow()

@@ -28,6 +28,7 @@ class Outline:
         "blocks",
         "budget",
         "chunks",
+        "clones",
         "copies",
         "forked",
         "full",
@@ -47,6 +48,8 @@ class Outline:
         self.blocks: list[Blocks] = []
         self.copies: list[tuple[Column, Column]] = []
         self.places: list[tuple[int, I32]] = []
+        self.clones: list[tuple[int, int, int]] = []
+        """Source slot, target slot, tokens."""
         self.samplings: list[SlotSampling] = []
         self.started: list[tuple[int, int]] = []
         self.forked: set[int] = set()
@@ -60,8 +63,16 @@ class Outline:
 
     def place(self, slot: int, sequence: Sequence, tokens: I32) -> None:
         """The sequence enters its slot on the device."""
-        request = sequence.request
         self.places.append((slot, tokens))
+        self._enter(slot, sequence)
+
+    def clone(self, slot: int, sequence: Sequence, source: int) -> None:
+        """The same, with the prompt that another slot holds."""
+        self.clones.append((source, slot, sequence.request.prompt_len))
+        self._enter(slot, sequence)
+
+    def _enter(self, slot: int, sequence: Sequence) -> None:
+        request = sequence.request
         self.samplings.append(
             SlotSampling(
                 slot=slot, choice=sequence.choice, prompt_len=request.prompt_len, params=request.params, stop_ids=request.banned_ids
@@ -81,6 +92,8 @@ class Outline:
             columns["place_slots"] = i32([slot for slot, _ in self.places])
             columns["place_counts"] = i32([t.size for _, t in self.places])
             columns["place_tokens"] = np.concatenate([t for _, t in self.places])
+        if self.clones:
+            columns["clone_src"], columns["clone_dst"], columns["clone_lens"] = (i32([c[k] for c in self.clones]) for k in range(3))
         if self.copies:
             columns["copy_src"] = np.concatenate([src for src, _ in self.copies])
             columns["copy_dst"] = np.concatenate([dst for _, dst in self.copies])

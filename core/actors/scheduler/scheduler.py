@@ -225,7 +225,7 @@ class Scheduler:
         due = bool(board.releases)
         short = rows.index[board.slots.short(rows)]
         quiet = not (short.size or due or board.prefilling or board.carried or self._line.may_admit())
-        if quiet and 0 < rows.slots.size <= budget:
+        if quiet and 0 < rows.tokens <= budget:
             yield from self._launch.launch_decodes(rows, {}, None)
             return True
         outline = Outline(budget)

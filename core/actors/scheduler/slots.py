@@ -29,7 +29,7 @@ class Rows:
     """The columns of sequences that sample together. `starts` are the positions that they compute next; `left` is how many
     steps they can all take before one reaches its limit. `stops` is (ids, rows), padded with -1."""
 
-    __slots__ = ("base", "incarnations", "index", "left", "mins", "prompts", "seqs", "slots", "starts", "stops")
+    __slots__ = ("base", "counts", "incarnations", "index", "left", "mins", "prompts", "seqs", "slots", "starts", "stops", "tokens")
 
     slots: I32
     index: Index
@@ -37,6 +37,10 @@ class Rows:
     base: I64
     """Where each slot's history begins in `Slots.flat`."""
     starts: I32
+    counts: I32
+    """Tokens that each computes in a step: one, and drafts with a lookahead."""
+    tokens: int
+    """All of these."""
     seqs: I64
     incarnations: I32
     prompts: I32
@@ -45,24 +49,31 @@ class Rows:
     left: int
 
     def select(self, kept: Column) -> Rows:
-        """Only the rows `kept`; `left` stays a bound."""
+        """Only the rows `kept` (which may name one several times); `left` and `tokens` stay bounds."""
         rows = Rows()
-        for name in ("slots", "index", "base", "starts", "seqs", "incarnations", "prompts", "mins"):
+        for name in ("slots", "index", "base", "starts", "counts", "seqs", "incarnations", "prompts", "mins"):
             setattr(rows, name, getattr(self, name)[kept])
         rows.stops = self.stops[:, kept]
         rows.left = self.left
+        rows.tokens = self.tokens
         return rows
+
+    def narrow(self) -> None:
+        """Without drafts: one token a row."""
+        self.counts = np.ones(self.slots.size, np.int32)
+        self.tokens = self.slots.size
 
 
 class Slots:
     """`count` slots for sequences of at most `longest` tokens, in blocks of `block` tokens. Columns are I32 over slots unless said."""
 
-    def __init__(self, count: int, longest: int, block: int) -> None:
+    def __init__(self, count: int, longest: int, block: int, lookahead: int = 0) -> None:
         def column() -> I32:
             return np.zeros(count, np.int32)
 
         self.count = count
         self.block = block
+        self.lookahead = lookahead
         self.phase: U8 = np.zeros(count, np.uint8)
         self.seq: I64 = np.zeros(count, np.int64)
         self.incarnation = column()
@@ -83,6 +94,8 @@ class Slots:
         self.last_step: I64 = np.zeros(count, np.int64)
         self.min_tokens = column()
         self.parked = np.zeros(count, bool)
+        self.solo = np.zeros(count, bool)
+        """Not planned while a step in flight names it: how far that step brings it is known only when it has landed."""
         self.poisoned = np.zeros(count, bool)
         """Its logits were not numbers: its KV must not be shared."""
         self.stops: I32 = np.full((1, count), -1, np.int32)
@@ -109,6 +122,7 @@ class Slots:
         self.limit[slot] = request.limit
         self.min_tokens[slot] = request.params.min_tokens
         self.parked[slot] = request.parked
+        self.solo[slot] = self.lookahead > 0
         stops = request.stop_ids
         if len(stops) > self.stops.shape[0]:
             more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)
@@ -126,7 +140,7 @@ class Slots:
         self.phase[slot] = FREE
         for column in (self.computed, self.length, self.known, self.limit, self.capacity, self.hashed, self.given):
             column[slot] = 0
-        self.parked[slot] = self.poisoned[slot] = False
+        self.parked[slot] = self.poisoned[slot] = self.solo[slot] = False
         heapq.heappush(self.free, slot)
 
     def outputs(self, slot: int) -> I32:
@@ -149,11 +163,25 @@ class Slots:
         rows.mins = self.min_tokens[index]
         rows.stops = self.stops[: int(self.stop_count[index].max(initial=0)), index]
         rows.left = int((self.limit[index] - self.length[index]).min(initial=MANY))
+        rows.narrow()
+        if self.lookahead:
+            rows.counts = self.reach(index) - rows.starts
+            rows.tokens = int(rows.counts.sum())
         return rows
+
+    def reach(self, index: Index) -> I32:
+        """Where the next step of decoding slots ends: tokens for which it needs blocks. Drafts stop short of the limit; a choice that has to fork
+        first has none, so that a fork is never denied for want of room for drafts."""
+        reach: I32 = self.computed[index] + np.int32(1)
+        if self.lookahead:
+            reach += np.clip(self.limit[index] - self.length[index] - 1, 0, self.lookahead) * (self.capacity[index] > 0)
+        return reach
 
     def short(self, rows: Rows) -> Column:
         """A mask over rows: whose next position has no block yet."""
         mask: Column = self.capacity[rows.index] <= rows.starts
+        if self.lookahead:
+            mask = self.capacity[rows.index] < rows.starts + rows.counts
         return mask
 
     def incomplete(self) -> list[int]:

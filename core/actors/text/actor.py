@@ -67,6 +67,10 @@ REPLAY_TIMEOUT_S = 300.0
 """Streams outlive a dead engine for so long; then they fail as retryable."""
 
 
+FROM_ROOT: frozenset[type[Message]] = frozenset({Drain, EngineDown, Vitals, StartupPhase})
+TO_ROOT: frozenset[type[Message]] = frozenset({Drained})
+
+
 class TextActor:
     """`names`: what requests may call the model, the reported one first. `defaults`: sampling defaults (resolve.generation_defaults).
 
@@ -116,7 +120,11 @@ class TextActor:
         hooks: Any = None,
         log: Any = None,
         shard: int = 0,
+        root: bool = True,
     ) -> None:
+        """`root`: there is one, that tells of processes' lives and drains. Without it these messages are not in the wiring."""
+        if not root:
+            self.takes, self.gives = self.takes - FROM_ROOT, self.gives - TO_ROOT
         self._clock: Clock = clock or SystemClock()
         self.metrics = metrics or Metrics([names[0]], compat=config.metrics_compat == "vllm")
         self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)

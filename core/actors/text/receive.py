@@ -124,7 +124,7 @@ class Receiver:
                 last_ns = choice.last_ns
                 if last_ns != before_ns:
                     unsteady += 1
-                    if last_ns:
+                    if last_ns and last_ns != at_ns:  # tokens of one step have no gap between them
                         series.itl.observe((at_ns - last_ns) / 1e9)
                 choice.last_ns = at_ns
                 outputs.append(token)

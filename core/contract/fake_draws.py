@@ -1,0 +1,123 @@
+"""The fake device's draws: which token follows which history.
+
+What it is: `FakeDraws`, a deterministic function of the KV entry before a position, of seed and choice (unless greedy) and of the sampling settings
+that a test may use; the check of drafts against it; and what a mask allows.
+What it does not know: rows that draw nothing, prompts, how columns are refereed (fake_slots.py, fake_device.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.core.contract.fake_slots import U64, FakeSlots, mix
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import Sample, SlotSampling
+
+I32Array = npt.NDArray[np.int32]
+I64Array = npt.NDArray[np.int64]
+Script = Callable[[list[int], int], int | None]
+"""(history, prompt length) -> the next token, or None for the hash's."""
+
+
+class Mask:
+    """What Sample.mask allows. `impossible`: rows for which that is nothing."""
+
+    def __init__(self, work: Sample, vocab: int, need: Callable[[bool, str], None]) -> None:
+        words = -(-vocab // 32)
+        need(len(work.mask_rows) == len(work.rows) and len(work.mask) % words == 0, "mask or mask_rows has a wrong size")
+        need(bool((work.mask_rows < len(work.mask) // words).all()), "mask_rows names a row that mask does not have")
+        bits = np.unpackbits(work.mask.view(np.uint8), bitorder="little").reshape(-1, words * 32)
+        self._allowed = bits[:, :vocab].astype(np.bool_)
+        self._rows = work.mask_rows
+        masked = np.nonzero(work.mask_rows >= 0)[0]
+        self.impossible: I32Array = i32(masked[~self._allowed[work.mask_rows[masked]].any(axis=1)])
+
+    def apply(self, tokens: I32Array, value: U64) -> None:
+        """In place; a row that may draw nothing keeps its token."""
+        for i, row in enumerate(self._rows.tolist()):
+            if row >= 0 and not self._allowed[row, tokens[i]]:
+                allowed = np.nonzero(self._allowed[row])[0]
+                tokens[i] = allowed[int(value[i]) % len(allowed)] if len(allowed) else tokens[i]
+
+
+class FakeDraws:
+    """`kv` U64 [blocks, block_size] holds digests; `plain` says which slots have no settings that matter here; `mask` is for the next `draw`."""
+
+    def __init__(self, slots: FakeSlots, kv: U64, vocab: int, *, eos: int, eos_every: int, script: Script | None) -> None:
+        self._slots = slots
+        self._kv = kv
+        self._vocab = vocab
+        self._eos, self._eos_every = eos, eos_every
+        self._script = script
+        self._salt = np.zeros(len(slots.length), np.uint64)
+        self.plain = np.ones(len(slots.length), np.bool_)
+        self.mask: Mask | None = None
+
+    def place(self, state: SlotSampling) -> None:
+        params = state.params
+        self._slots.sampling[state.slot] = state
+        salt = 0 if params.greedy else hash(((params.seed or 0) & (2**63 - 1), state.choice)) & (2**63 - 1) | 1
+        self._salt[state.slot] = salt
+        self.plain[state.slot] = (
+            params.min_tokens == 0 and params.allowed_token_ids is None and params.logprobs is None and self._script is None
+        )
+
+    def draw(self, source: I64Array, into: I64Array, positions: I64Array) -> I32Array:
+        """The token at each of `positions`, from the KV of slot `source` before it, as slot `into` draws."""
+        # The last position's entry is read from the KV, as attention would: wrong KV, wrong token.
+        last, size = positions - 1, self._kv.shape[1]
+        block = self._slots.table[source, last // size]
+        value = mix(self._kv[block, last % size] ^ self._salt[into])
+        tokens = (value % np.uint64(self._vocab)).astype(np.int32)
+        if self._eos_every:
+            ends = (value >> np.uint64(40)) % np.uint64(self._eos_every) == 0
+            tokens[ends] = self._eos
+        if not self.plain[into].all():
+            for i in np.nonzero(~self.plain[into])[0].tolist():
+                tokens[i] = self._special(int(into[i]), int(positions[i]), int(value[i]), int(tokens[i]))
+        if self.mask is not None:
+            self.mask.apply(tokens, value)
+        return tokens
+
+    def verify(self, source: I64Array, into: I64Array, positions: I64Array, last: I64Array) -> tuple[I32Array, I32Array]:
+        """Draw for each row at `positions`, and at the next as long as what stands there is what was drawn, up to `last`; the tokens go into the
+        histories. Tokens as CSR, and how many each row has."""
+        rows = np.arange(len(into))
+        counts = np.zeros(len(into), np.int32)
+        tokens = np.zeros((len(into), 1 + int((last - positions).max(initial=0))), np.int32)
+        for k in range(tokens.shape[1]):
+            at, slots = positions[rows] + k, into[rows]
+            there = self._slots.history[slots, np.minimum(at, self._slots.history.shape[1] - 1)]
+            tokens[rows, k] = drawn = self.draw(source[rows], slots, at)
+            self.mask = None  # it was for the first token
+            counts[rows] += 1
+            rows = rows[(drawn == there) & (at < last[rows])]
+        for k in range(tokens.shape[1]):
+            rows = np.nonzero(counts > k)[0]
+            self._slots.append(into[rows], positions[rows] + k, tokens[rows, k])
+        return tokens[np.arange(tokens.shape[1]) < counts[:, None]], counts
+
+    def guess(self, digest: U64, slots: I64Array) -> I32Array:
+        """The token behind a history of that digest: two of three are what a draw without settings brings."""
+        value = mix(digest ^ self._salt[slots])
+        wrong = ((value >> np.uint64(20)) % np.uint64(3) == 0).astype(np.uint64)
+        token: I32Array = ((value % np.uint64(self._vocab) + wrong) % np.uint64(self._vocab)).astype(np.int32)
+        return token
+
+    def _special(self, slot: int, position: int, value: int, token: int) -> int:
+        state = self._slots.sampling[slot]
+        assert state is not None
+        if self._script is not None:
+            said = self._script(self._slots.history[slot, :position].tolist(), state.prompt_len)
+            token = token if said is None else said
+        allowed = state.params.allowed_token_ids
+        if allowed is not None and token not in allowed:
+            token = allowed[value % len(allowed)]
+        if position - state.prompt_len < state.params.min_tokens:
+            stops = set(state.stop_ids.tolist())
+            while token in stops:
+                token = (token + 1) % self._vocab
+        return token

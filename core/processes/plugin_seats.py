@@ -1,0 +1,73 @@
+"""Seats from plugins, for an engine or for text.
+
+What it is: asks every registered actor spec of this process for its seat, and puts the plugin's name to what its actor raises.
+What it does not know: hosts, what the actors do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import GeneratorType
+from typing import Any
+
+import msgspec
+
+from penstock.core.contract.actors import ActorContext, Seat
+from penstock.core.contract.host import PluginHost
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.control import EngineFacts, Message
+from penstock.core.protocol.errors import PenstockError, PluginFault
+from penstock.core.runtime.actor import Handling
+from penstock.core.runtime.clock import Clock
+
+Say = Callable[[str, Message], None]
+
+
+def plugin_seats(
+    plugins: PluginHost | None, say: Say, *, config: Config, id: int, epoch: int, clock: Clock, facts: EngineFacts | None = None
+) -> list[Seat]:
+    """In the order of registration. `say(party, message)` may be called from any thread. Raises PluginFault for a factory that fails."""
+    seats: list[Seat] = []
+    for spec in plugins.actors().values() if plugins is not None else ():
+        assert plugins is not None
+        mouth = _Mouth(say)
+        context = ActorContext(config=config, id=id, epoch=epoch, post=mouth.post, now_ns=clock.now_ns, facts=facts)
+        seat = spec.factory(context)
+        mouth.name = getattr(seat.party, "name", spec.name)
+        if hasattr(seat.party, "handle"):
+            blame = functools.partial(plugins.blame, "actors", spec.name, "handle")
+            seat = msgspec.structs.replace(seat, party=_Named(seat.party, blame))
+        seats.append(seat)
+    return seats
+
+
+class _Mouth:
+    """Where a party posts, whose name is known only once its factory has returned."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.name = ""
+
+    def post(self, message: Message) -> None:
+        self._say(self.name, message)
+
+
+class _Named:
+    """A plugin's actor, whose exceptions name it."""
+
+    def __init__(self, actor: Any, blame: Callable[[Exception], PluginFault]) -> None:
+        self._actor = actor
+        self._blame = blame
+
+    def __getattr__(self, name: str) -> Any:  # name, takes, gives, close
+        return getattr(self._actor, name)
+
+    def handle(self, message: Message) -> Handling:
+        try:
+            handling = self._actor.handle(message)
+            yield from handling if isinstance(handling, GeneratorType) else (out for out in handling)
+        except PenstockError:
+            raise
+        except Exception as error:
+            raise self._blame(error) from error

@@ -1,0 +1,216 @@
+"""Several tokens a row and step: drafts that the device verifies, landing them, cutting at stops; and choices that are cloned.
+
+The simulation compares every token with what the sequence says when it is computed alone, one token a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.processes.engine import Engine
+from penstock.core.protocol.columns import EMPTY_I32, i32
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.messages import LENGTH, STOP, Admit, StepDone, StepTokens
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.plugins.policies.fcfs import FirstComeFirstServed
+
+Make = Callable[..., Any]
+
+
+def steps_of(sim: Any) -> list[StepDone]:
+    """What the device says from now on."""
+    said: list[StepDone] = []
+    sample = sim.runner.sample
+
+    def listen(work: Any) -> Callable[[], StepDone]:
+        def wait() -> StepDone:
+            said.append(done())
+            return said[-1]
+
+        done = sample(work)
+        return wait
+
+    sim.runner.sample = listen
+    return said
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_right_drafts_save_steps_and_change_no_token(depth: int, make_sim: Make) -> None:
+    sim = make_sim(lookahead=4, depth=depth)
+    said = steps_of(sim)
+    keys = [sim.admit([n, 2, 3], max_tokens=30) for n in range(3)]
+    steps = sim.run()
+    assert [sim.reason(key) for key in keys] == [LENGTH] * 3
+    assert all(len(sim.output(key)) == 30 for key in keys)
+    assert steps < 25
+    assert max(done.counts.max() for done in said) > 2
+    assert all(done.drafts.size == 4 * done.slots.size for done in said)
+    sim.check_idle()
+
+
+def test_no_draft_reaches_beyond_a_limit(make_sim: Make) -> None:
+    sim = make_sim(lookahead=5, max_model_len=12, num_blocks=3)
+    keys = [sim.admit([5] * size, max_tokens=20) for size in (3, 11)]
+    sim.run()
+    assert [len(sim.output(key)) for key in keys] == [9, 1]
+    assert [int((f.starts + f.counts).max()) <= 12 for f in sim.forwards] == [True] * len(sim.forwards)
+
+
+def test_a_row_ends_at_its_first_stop_and_the_rest_is_dropped(make_sim: Make) -> None:
+    free = make_sim()
+    free.admit([9, 9], max_tokens=25, logprobs=1)
+    free.run()
+    said = [token for sent in free.sent for token in sent.tokens.tolist()]
+    for stop in sorted(set(said)):
+        sim = make_sim(lookahead=6)
+        key = sim.admit([9, 9], max_tokens=25, eos=[stop], logprobs=1)
+        other = sim.admit([9, 9], max_tokens=25, eos=[stop], min_tokens=4)
+        sim.run()
+        assert sim.output(key) == said[: said.index(stop) + 1]
+        assert (sim.reason(key), len(sim.output(other)) > 4) == (STOP, True)
+        sim.check_idle()
+
+
+def test_log_probabilities_follow_their_tokens(make_sim: Make) -> None:
+    sim = make_sim(lookahead=3)
+    asked, silent = sim.admit([1, 2], max_tokens=20, logprobs=2), sim.admit([2, 1], max_tokens=20)
+    sim.run()
+    found: list[tuple[int, int, int]] = []
+    for sent in sim.sent:
+        if sent.logprobs is not None:
+            heads = sent.logprobs.ids[sent.logprobs.counts.cumsum() - sent.logprobs.counts]
+            for row, position, token in zip(sent.logprobs.rows.tolist(), sent.logprobs.positions.tolist(), heads.tolist(), strict=True):
+                assert sent.tokens[row] == token
+                found.append((int(sent.seqs[row]), position - 2, token))
+    assert found == [(asked << 7, offset, token) for offset, token in enumerate(sim.output(asked))]
+    assert len(sim.output(silent)) == 20
+
+
+def test_a_bad_row_fails_alone(make_sim: Make) -> None:
+    sim = make_sim(lookahead=3)
+    keys = [sim.admit([n, 2], max_tokens=12) for n in range(3)]
+    sim.finish(2)
+    sim.bad = lambda sample: [1]
+    sim.finish()
+    sim.bad = None
+    sim.run()
+    assert sorted(sim.reason(key) for key in keys) == [LENGTH, LENGTH, 4]
+    sim.check_idle()
+
+
+def test_a_sequence_is_not_in_two_steps_at_once_but_others_are(make_sim: Make) -> None:
+    sim = make_sim(lookahead=2, depth=2)
+    sim.admit([1, 2, 3], max_tokens=20)
+    sim.admit([3, 2, 1], max_tokens=20)
+    sim.finish(3)
+    sim.admit([4] * 5, max_tokens=4)  # beside the step that is in flight
+    assert len(sim.flying) == 2
+    sim.run()
+    sim.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens"),
+    [([], [1]), ([2], [1]), ([0], []), ([1, 1], [1, 2]), ([9], list(range(9)))],
+)
+def test_counts_that_cannot_be_are_refused(counts: list[int], tokens: list[int], make_sim: Make) -> None:
+    sim = make_sim(lookahead=2)
+    sim.admit([1, 2], max_tokens=4)
+    _, sample, *_ = sim.flying[0]
+    with pytest.raises(ProtocolError, match="cannot be right"):
+        sim.post(StepDone(engine=0, epoch=1, step=sample.step, slots=sample.slots, tokens=i32(tokens), counts=i32(counts)))
+
+
+def test_counts_that_nobody_asked_for_are_refused(make_sim: Make) -> None:
+    sim = make_sim()
+    sim.admit([1, 2], max_tokens=4)
+    _, sample, *_ = sim.flying[0]
+    with pytest.raises(ProtocolError, match="sampled 1 rows"):
+        sim.post(StepDone(engine=0, epoch=1, step=1, slots=sample.slots, tokens=i32([1]), counts=i32([1])))
+
+
+def test_choices_are_cloned_from_the_first(make_sim: Make) -> None:
+    def placed(**settings: Any) -> tuple[int, int, list[list[int]]]:
+        sim = make_sim(**settings)
+        key = sim.admit([1, 2, 3, 4, 5, 6], max_tokens=10, n=4, temperature=1.0, seed=3)
+        sim.run()
+        sim.check_idle()
+        forwards = sim.forwards
+        return sum(f.place_tokens.size for f in forwards), sum(f.clone_dst.size for f in forwards), [sim.output(key, c) for c in range(4)]
+
+    again, none, right = placed()
+    once, three, same = placed(clones=True)
+    assert (again, none, once, three) == (24, 0, 6, 3)
+    assert same == right
+    assert len({tuple(output) for output in right}) == 4
+
+
+@pytest.mark.parametrize("wiring", ["cell", "tasks"])
+def test_the_engine_uses_what_the_device_declares(wiring: str) -> None:
+    def answers(**options: Any) -> tuple[dict[int, list[int]], int]:
+        tokens: dict[int, list[int]] = {}
+        steps: list[StepTokens] = []
+
+        async def main() -> None:
+            over = trio.Event()
+
+            def output(message: Any) -> None:
+                steps.append(message)
+                for seq, offset, token, reason in zip(
+                    *(column.tolist() for column in (message.seqs, message.offsets, message.tokens, message.reasons)), strict=True
+                ):
+                    assert offset == len(tokens.setdefault(seq, []))
+                    tokens[seq].append(token)
+                    if reason and sum(len(t) for t in tokens.values()) == 3 * 3 * 40:
+                        over.set()
+
+            device = FakeDevice(FakeOptions(depth=2, **options))
+            engine = Engine(build({"wiring": wiring, "block_size": 4}), output=output, device=device, policy=FirstComeFirstServed())
+            async with trio.open_nursery() as nursery:
+                await engine.start(nursery)
+                engine.post(
+                    *(
+                        Admit(
+                            key=key,
+                            incarnation=1,
+                            prompt=i32([key, 2, 3]),
+                            hashes=b"",
+                            root_hash=b"0" * 16,
+                            choices=i32(range(3)),
+                            sampling=SamplingParams(n=3, seed=key),
+                            max_tokens=40,
+                            eos=EMPTY_I32,
+                        )
+                        for key in range(1, 4)
+                    )
+                )
+                with trio.fail_after(20):
+                    await over.wait()
+                nursery.cancel_scope.cancel()
+            engine.close()
+
+        trio.run(main)
+        return tokens, len(steps)
+
+    plain, many = answers()
+    ahead, few = answers(lookahead=4, clones=True)
+    assert ahead == plain
+    assert few < many * 0.75
+
+
+def test_what_a_step_in_flight_names_does_not_change(make_sim: Make) -> None:
+    """The referee of the simulation compares bytes; here it must have something to compare."""
+    sim = make_sim(lookahead=2)
+    sim.admit([1, 2, 3], max_tokens=9)
+    sim.finish(2)
+    forward, sample, *_ = sim.flying[0]
+    assert (forward.lookahead, sample.lookahead) == (2, 2)
+    assert forward.counts.tolist() == [3]
+    assert msgspec.structs.asdict(forward)["num_decode"] == 1
