@@ -160,7 +160,7 @@ def test_golden_stream(office: Edge) -> None:
 
 def test_golden_whole(office: Edge) -> None:
     reply = office.kept.post("/telegraph", json={"wire": "p"}, headers={"x-request-id": "r8"})
-    assert reply.text == '{"office":"brook","slip":"t/r8","telegrams":[{"text":"Hello world","why":"stop"}],"words":[3,2]}'
+    assert reply.text == '{"office":"brook","slip":"t/r80","telegrams":[{"text":"Hello world","why":"stop"}],"words":[3,2]}'
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
