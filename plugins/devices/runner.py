@@ -29,8 +29,9 @@ import torch
 
 from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_columns
 from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
-from penstock.core.protocol.errors import EngineFailure
-from penstock.core.protocol.messages import Forward, LogprobColumns, Sample, StepDone
+from penstock.core.protocol.errors import EngineFailure, InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
+from penstock.plugins.devices.host_pages import HostPages
 from penstock.plugins.devices.lane import Event, Graph, Lane, Outputs
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.rings import Download, Landing, Upload
@@ -173,6 +174,7 @@ class DeviceRunner:
         self.graph_reserve = 0
         self._graph_bytes = 0
         self._launched: _Launched | None = None
+        self._host_pages = HostPages(lane)
         self._kept_logits = torch.empty(max_num_seqs if lane.direct else 0, facts.vocab_size)
         self._started_ns = 0
         self._last_end: Event | None = None
@@ -593,6 +595,23 @@ class DeviceRunner:
         pinned = self._lane.pinned(values.size)
         pinned.numpy()[:] = values
         return pinned.to(self._lane.device, non_blocking=True)
+
+    # ------------------------------------------------------------------ between steps
+
+    @torch.inference_mode()
+    def move(self, work: Move) -> Callable[[], None]:
+        """See Runner.move: whole pages between the pool and the host memory that the control "host_pages" took."""
+        self._lane.bind()
+        return self._host_pages.move(self._pool, work.blocks, work.pages, out=work.out).synchronize
+
+    def control(self, work: Control) -> bytes:
+        """See Runner.control. "host_pages": have so many (decimal digits) pages of host memory; the answer is their bytes."""
+        if work.name != "host_pages":
+            raise UnsupportedFeature(f"This runner does not know the control {work.name!r}. Known: host_pages.", param=work.name)
+        if not work.data.isdigit():
+            raise InvalidRequest(f"host_pages takes a number in decimal digits, not {work.data[:20]!r}.", param="host_pages")
+        self._lane.synchronize()  # moves under way may still read what goes
+        return str(self._host_pages.take(int(work.data), self._pool.nbytes // self.num_blocks)).encode()
 
     # ------------------------------------------------------------------ life
 

@@ -13,7 +13,7 @@ import torch
 
 from penstock.core.llm import LLM
 from penstock.core.protocol.columns import i32
-from penstock.core.protocol.messages import DeviceLost, DeviceWork, Forward, Sample, SlotSampling
+from penstock.core.protocol.messages import Control, DeviceLost, DeviceWork, Forward, Move, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.plugins.attention import register_attention_backends
@@ -239,3 +239,18 @@ def test_deterministic_answers_do_not_depend_on_neighbours(shortest: int, longes
             alone = llm.generate(prompt_token_ids=[prompts[i]], sampling_params=params[i])[0].outputs[0]
             assert alone.token_ids == crowd[i].token_ids
             assert alone.logprobs == crowd[i].logprobs
+
+
+def test_blocks_go_to_the_host_and_back(folder: Path, on_device: Make) -> None:
+    runner = on_device(folder)
+    pool = runner._pool
+    pool.random_(0, 256)
+    before = pool.clone()
+    runner.control(Control(engine=0, epoch=1, owner="test", id=1, name="host_pages", data=b"7"))
+    here: dict[str, Any] = {"engine": 0, "epoch": 1, "owner": "test", "id": 2}
+    runner.move(Move(**here, blocks=i32([1, 4, 2]), pages=i32([6, 0, 3]), out=True))()
+    wait = runner.move(Move(**here, blocks=i32([5, 0, 3]), pages=i32([6, 0, 3]), out=False))
+    wait()
+    assert torch.equal(pool[[5, 0, 3]], before[[1, 4, 2]])
+    assert torch.equal(pool[[1, 2, 4]], before[[1, 2, 4]])
+    assert torch.equal(pool[6:], before[6:])
