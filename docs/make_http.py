@@ -250,6 +250,8 @@ def limits() -> list[str]:
             f"one for {bounds.CHARS_PER_ID} of --max-prompt-chars",
             "413",
         ),
+        ("fields of a request", str(bounds.FIELDS), "413"),
+        ("the same and those of the objects in it", f"{bounds.ALL_FIELDS} (asked of bodies above {bounds.SMALL} bytes)", "413"),
         (
             "any other field",
             f"{bounds.FIELD_BYTES} bytes; {bounds.ITEMS} values and keys (asked of bodies above {bounds.SMALL} bytes)",
@@ -381,7 +383,7 @@ def page() -> str:
         "In a message:",
         "",
         *refusals(MESSAGE_FIELDS),
-        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32; `?` for a name that is no plain word).",
+        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32, at most 1024 bytes; `?` for a name that is no plain word).",
         "",
         "## Replies",
         "",

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.actors.text.bounds import SMALL, check_raw
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.actors.text.bounds import FIELDS, SMALL, check_body, check_fields, check_raw
+from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.wording import plain, type_words
 from penstock.transports import refused
@@ -178,6 +178,10 @@ HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
 
+# Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
+OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs"})
+LEAST_FIELD = 6
+
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -203,13 +207,24 @@ def decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None
 
 def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
     try:
+        check_body(body)
+    except RequestTooLarge:
+        _blame(body, kind, limits)
+        raise
+    try:
         raw = _raw_fields.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-    if limits is not None and len(body) > SMALL:
-        check_raw({name: bytes(value) for name, value in raw.items()}, limits, known=_known[kind], texts=PROMPTS)
+    check_fields(len(raw))
+    if len(body) > SMALL:
+        _check_raw(raw, kind, limits)
+        # What is parsed is what was checked: of a field that is there many times, the last.
+        body = msgspec.json.encode({name: value for name, value in raw.items() if name in _known[kind]})
+    for name in OBJECTS & raw.keys():
+        if len(bytes(raw[name])) > LEAST_FIELD * FIELDS and bytes(raw[name])[:1] == b"{":
+            check_fields(len(_raw_fields.decode(raw[name])), name)
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
@@ -221,6 +236,21 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
         raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
+
+
+def _check_raw(raw: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct], limits: Limits | None) -> None:
+    if limits is not None:
+        check_raw({name: bytes(raw[name]) for name in _known[kind] & raw.keys()}, limits, known=_known[kind], texts=PROMPTS)
+
+
+def _blame(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> None:
+    """Raises RequestTooLarge naming the field that has too much in it, if it is a known one. The others are skipped, which is cheap."""
+    sketch = msgspec.defstruct("Sketch", [(name, msgspec.Raw, msgspec.Raw()) for name in sorted(_known[kind])])
+    try:
+        found = msgspec.json.decode(body, type=sketch)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return
+    _check_raw({name: value for name, value in msgspec.structs.asdict(found).items() if bytes(value)}, kind, limits)
 
 
 def _bad_field(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> InvalidRequest:

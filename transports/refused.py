@@ -185,12 +185,16 @@ GENERATION: dict[str, Refused] = {**PROMPT, **ANSWER}
 """What a request for an answer may not hold."""
 
 
+MOST = 1024
+"""Bytes of a value that may ask for nothing. What is longer asks for something, and is not read."""
+
+
 def check(table: Mapping[str, Refused], name: str, raw: msgspec.Raw, fields: Mapping[str, msgspec.Raw]) -> bool:
     """Is this a field of the table (with a value that asks for nothing)? Raises UnsupportedFeature if it asks for something."""
     entry = table.get(name)
     if entry is None:
         return False
-    asks = not _neutral(entry, msgspec.json.decode(raw))
+    asks = len(bytes(raw)) > MOST or not _neutral(entry, msgspec.json.decode(raw))
     if asks and not (name == "best_of" and bytes(fields.get("n", msgspec.Raw())).strip() == bytes(raw).strip()):
         raise refusal(name, entry)
     return True

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.actors.text import bounds
-from penstock.core.actors.text.bounds import check_chars, check_raw, items, limits_of
+from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, check_body, check_chars, check_fields, check_raw, items, limits_of
 from penstock.core.actors.text.worker import LONG, TokenizerWorker
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.errors import ContextLengthExceeded, InvalidRequest, PenstockError, RequestTooLarge
@@ -122,6 +122,21 @@ def test_what_would_cost_is_refused_by_name(field: str, value: Any) -> None:
 )
 def test_what_is_long_and_legal_is_not(field: str, value: Any) -> None:
     check_raw({field: msgspec.json.encode(value)}, LIMITS, known=KNOWN, texts=TEXTS)
+
+
+def test_fields_are_counted_before_any_is_looked_at() -> None:
+    check_fields(FIELDS)
+    with pytest.raises(RequestTooLarge, match=r"257 fields.*at most 256"):
+        check_fields(FIELDS + 1)
+    within = {"a": {f"z{i}": 1 for i in range(ALL_FIELDS - 1)}}
+    check_body(msgspec.json.encode(within))
+    with pytest.raises(RequestTooLarge, match=r"10000\d fields.*at most 100000"):
+        check_body(json.dumps({"a": {f"z{i}": 1 for i in range(ALL_FIELDS)}}).encode())
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a:" * 1_000_000}, {"prompt": list(range(1_000_000))}, {"prompt": ['"b\\":'] * 50_000}])
+def test_what_looks_like_fields_within_texts_is_none(body: Any) -> None:
+    check_body(msgspec.json.encode(body))
 
 
 def test_the_actor_refuses_before_the_tokenizer_is_asked(bench: Any) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from penstock.core.protocol import config as configuration
-from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.errors import PenstockError, RequestTooLarge
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest, decode
+from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from penstock.transports.refused import GENERATION, MESSAGE_FIELDS, PROMPT
+from penstock.transports.request import ignored_header
 
 CONFIG = configuration.build()
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
@@ -426,6 +427,50 @@ def test_best_of_equal_to_n_changes_nothing() -> None:
 
 def test_unknown_fields_are_ignored_and_named_hints_are_not() -> None:
     assert chat(temprature=0.5, zz=1, user="u", metadata={"a": "b"}, prompt_cache_key="k").ignored == ["temprature", "zz"]
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest])
+def test_too_many_fields_are_refused_whatever_they_are_named(kind: Any) -> None:
+    needed: dict[str, Any] = {"messages": CHAT["messages"], "prompt": "a", "tokens": [1]}
+    base = {name: value for name, value in needed.items() if name in kind.__struct_fields__}
+    for name in ("z", "guided_", "max_tokens_"):
+        with pytest.raises(RequestTooLarge, match=r" \d{3} fields; .* at most 256"):
+            decode(msgspec.json.encode(base | {f"{name}{i}": 1 for i in range(300)}), kind)
+        with pytest.raises(RequestTooLarge, match=r" 1\d{5} fields; .* at most 100000"):
+            decode(msgspec.json.encode(base | {f"{name}{i}": 1 for i in range(150_000)}), kind)
+
+
+@pytest.mark.parametrize("name", ["stream_options", "response_format", "chat_template_kwargs"])
+def test_objects_of_too_many_fields_are_refused_by_name(name: str) -> None:
+    for count in (300, 90_000):
+        error = refusal(parse_chat, CHAT | {"stream": True, name: {"type": "text"} | {f"z{i}": 1 for i in range(count)}})
+        assert (error.status, error.param) == (413, name)
+        assert f"has {count + 1} fields" in error.message
+
+
+def test_of_a_field_that_is_there_twice_only_what_was_checked_is_parsed() -> None:
+    wrong = b'"stop": [' + b"1," * 50_000 + b"1]"
+    request, _, ignored = decode(b'{"prompt": "a", ' + wrong + b', "zz": 1, "stop": "b"}', CompletionRequest)
+    assert (request.stop, ignored) == ("b", ["zz"])
+
+
+def test_a_large_value_of_a_refused_field_asks_for_something_unread() -> None:
+    for value in (b"null" + b" " * 5000, b"[" * 5000 + b"]" * 5000, msgspec.json.encode({f"a{i}": None for i in range(90_000)})):
+        body = b'{"prompt": "a", "grammar": ' + value + b"}"
+        if value.startswith(b"null"):
+            assert parse_completion(body, CONFIG).ignored == []
+        elif value.startswith(b"{"):
+            assert refusal(parse_completion, body).code == "unsupported_feature"
+        else:
+            assert refusal(parse_completion, body).status == 400
+
+
+def test_the_header_of_ignored_fields_is_bounded() -> None:
+    [(_, short)] = ignored_header([f"a{i}" for i in range(100)])
+    assert short.count(b", ") == 31
+    [(_, long)] = ignored_header([f"{i:03}" + "x" * 120 for i in range(100)])
+    assert len(long) <= 1024
+    assert long.endswith(b"x, ...")
 
 
 def test_tools_are_refused_unless_no_call_can_come() -> None:

@@ -28,6 +28,10 @@ ITEMS = 200_000
 """Most values and keys in a field that is no list of ids: parsing, checking and rendering cost about a microsecond each."""
 IDS = 1 << 20
 """Most token ids of one request, all prompts together, unless one prompt of the model's context has more."""
+FIELDS = 256
+"""Most fields of a request itself, and of an object whose fields are looked at one by one: in tables, or as a template's variables."""
+ALL_FIELDS = 100_000
+"""Most fields of a whole request, with those of the objects in it."""
 SMALL = 64 << 10
 """Bytes of a body that are not worth a look: whatever is in them is cheap."""
 
@@ -85,6 +89,22 @@ def items(raw: bytes, most: int) -> int:
         return -(-strings // 2)
     bare = b"".join(bare.split(b'"')[::2])
     return 1 + bare.count(b",") + bare.count(b"{") + bare.count(b"[")
+
+
+def check_body(body: bytes) -> None:
+    """A whole request before it is split into its fields, which costs a third of a microsecond each. Raises RequestTooLarge."""
+    if len(body) <= SMALL or body.count(b":") <= ALL_FIELDS:  # each field has its colon
+        return
+    names = body.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2  # and its name is a string
+    if names > ALL_FIELDS:
+        count = min(names, body.count(b":"))
+        raise RequestTooLarge(f"The request and the objects in it have {count} fields; this server takes at most {ALL_FIELDS}. Send fewer.")
+
+
+def check_fields(count: int, param: str | None = None) -> None:
+    """Raises RequestTooLarge for a request, or an object in it, of too many fields, before anybody looks at each."""
+    if count > FIELDS:
+        raise RequestTooLarge(f"{param or 'The request'} has {count} fields; this server takes at most {FIELDS}. Send fewer.", param=param)
 
 
 def check_raw(fields: Mapping[str, bytes], limits: Limits, *, known: Iterable[str], texts: Mapping[str, int]) -> None:
