@@ -41,7 +41,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     arguments: Literal["object", "text"] = "object"
     """Of earlier tool calls."""
     loose: bool = True
-    """With objects: arguments that are none may be a string (`| tojson`, `is string`), else (`.items()`) they must be wrapped in one."""
+    """With objects: arguments that are none may be a string (`| tojson`, `is string`), else (`.items()`, `['name']`) they must be wrapped in one."""
     empty: tuple[Empty, ...] = ()
     """The contents beside which tool calls come out, the best first; none: calls are not shown, and no text is like any other."""
     calls_alone: bool = False
@@ -207,7 +207,7 @@ def _function(where: str, function: Any, shape: Shape) -> dict[str, Any]:
 
 def _arguments(arguments: str | dict[str, Any] | None, shape: Shape) -> str | dict[str, Any]:
     """OpenAI's clients send the text that the model wrote. It may be no JSON (cut off by max_tokens), or no object: then it is passed on as it
-    is; a template that can only go through an object's items finds it as one of them."""
+    is; a template that can only look into an object finds it there."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
     if shape.arguments == "text":
@@ -220,7 +220,40 @@ def _arguments(arguments: str | dict[str, Any] | None, shape: Shape) -> str | di
         decoded = None
     if isinstance(decoded, dict):
         return decoded
-    return arguments if shape.loose else {"arguments": arguments}
+    return arguments if shape.loose else PassedOn(arguments)
+
+
+class _Whole(str):
+    """The text in PassedOn, for a template that looks further into it."""
+
+    def __getitem__(self, key: Any) -> str:
+        return super().__getitem__(key) if isinstance(key, (int, slice)) else self
+
+    def get(self, key: Any, default: Any = None) -> str:
+        return self
+
+    def keys(self) -> list[str]:
+        return ["arguments"]
+
+    def values(self) -> list[str]:
+        return [self]
+
+    def items(self) -> list[tuple[str, str]]:
+        return [("arguments", self)]
+
+
+class PassedOn(dict[str, str]):
+    """A text that is no object, for a template that takes objects: an object with it as the one item. Whatever else a template asks it for is
+    that text too: it was written for arguments that have what it asks for, and nobody can mend a history."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(arguments=_Whole(text))
+
+    def __missing__(self, key: Any) -> str:
+        return self["arguments"]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self["arguments"]
 
 
 # ------------------------------------------------------------------ continuing
