@@ -35,7 +35,7 @@ from penstock.transports.openai_schema import (
 )
 from penstock.transports.openapi import BODY
 from penstock.transports.openapi_replies import REPLIES
-from penstock.transports.refused import MESSAGE_FIELDS, Refused
+from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -378,6 +378,9 @@ def page() -> str:
         " for. Some are fields of the other endpoint, where they are not refused. In both generation requests:",
         "",
         *refusals(REFUSED[ChatRequest]),
+        f"So is any other field whose name begins with {', '.join(f'`{name}`' for name in FAMILIES)}. Names are compared without case, hyphens and"
+        " underscores, those of known fields too: `maxTokens` is refused and told that it is `max_tokens` here.",
+        "",
         f"/tokenize refuses what would change its tokens: {', '.join(f'`{name}`' for name in tokenizing)}. /detokenize refuses none.",
         "",
         "In a message:",

@@ -20,7 +20,7 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
-from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
+from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, check_options, decode
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
@@ -152,8 +152,7 @@ def _shared(request: GenerationRequest, config: Config, raw: dict[str, msgspec.R
 def _call(kind: Literal["chat", "completion"], request: GenerationRequest, raw: dict[str, msgspec.Raw], **rest: Any) -> Call:
     options = request.stream_options
     if options is not None:
-        given: dict[str, Any] = msgspec.json.decode(raw["stream_options"])
-        rest["ignored"] += sorted(f"stream_options.{name}" for name in given.keys() - set(options.__struct_fields__))
+        rest["ignored"] += check_options(raw["stream_options"])
     return Call(
         kind=kind,
         model=request.model or None,

@@ -193,6 +193,11 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
     TokenizeRequest: refused.PROMPT,  # what only the answer would depend on may be there: people send what they would ask with
     DetokenizeRequest: {},
 }
+_tables = {
+    kind: refused.Table(rows, _known[kind] - HINTS, refused.FAMILIES if rows is refused.GENERATION else ())
+    for kind, rows in REFUSED.items()
+}
+_options = refused.Table({}, StreamOptions.__struct_fields__)
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 
 
@@ -228,7 +233,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
-            if not refused.check(REFUSED[kind], name, raw[name], raw) and name not in HINTS:
+            if not refused.check(_tables[kind], name, raw[name], raw) and name not in HINTS:
                 unknown.append(name)
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)
@@ -236,6 +241,13 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
         raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
+
+
+def check_options(raw: msgspec.Raw) -> list[str]:
+    """The unknown fields of stream_options, as paths. Raises UnsupportedFeature for a known one in another spelling."""
+    given = _raw_fields.decode(raw)
+    unknown = given.keys() - set(StreamOptions.__struct_fields__)
+    return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], given, "stream_options."))
 
 
 def _check_raw(raw: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct], limits: Limits | None) -> None:

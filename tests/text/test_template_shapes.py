@@ -374,6 +374,28 @@ def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
 # --- what else clients send
 
 
+@pytest.mark.parametrize(
+    ("message", "wrong", "right"),
+    [
+        ({"role": "assistant", "content": "", "toolCalls": [call(SPACED)]}, "toolCalls", "tool_calls"),
+        ({"role": "tool", "content": "", "tool-call-id": "a"}, "tool-call-id", "tool_call_id"),
+        ({"role": "assistant", "content": "", "functionCall": {}}, "functionCall", "function_call"),
+        ({"role": "user", "content": "a", "Content": "b"}, "Content", "content"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "Arguments": "{}"}}]}, "Arguments", "arguments"),
+        ({"role": "assistant", "function_call": {"name": "f", "Arguments": "{}"}}, "Arguments", "arguments"),
+    ],
+)
+def test_a_field_in_another_spelling_is_told_its_name(message: dict[str, Any], wrong: str, right: str) -> None:
+    with pytest.raises(UnsupportedFeature, match=rf"messages\[0\]\..*{wrong} is not supported here. Its name here is {right}\."):
+        prepare([message])
+
+
+def test_fields_that_nobody_knows_reach_the_template() -> None:
+    [message] = prepare([{"role": "user", "content": "a", "reasoning_content": "b", "Contents": 1, "toolcalls" * 20: 2}])
+    assert message["Contents"] == 1
+    assert message["reasoning_content"] == "b"
+
+
 def test_fields_that_are_null_or_empty_are_not_there() -> None:
     """As the official client dumps its own messages. ONE_CALL and CHANNELS ask whether the key is there."""
     dumped = said("assistant", "hello", refusal=None, annotations=None, audio=None, function_call=None, tool_calls=None, name=None)

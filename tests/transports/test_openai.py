@@ -10,8 +10,9 @@ import pytest
 
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.errors import PenstockError, RequestTooLarge
+from penstock.core.protocol.wording import squash
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from penstock.transports.openai_schema import REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from penstock.transports.refused import GENERATION, MESSAGE_FIELDS, PROMPT
 from penstock.transports.request import ignored_header
 
@@ -316,6 +317,83 @@ def test_what_other_servers_know(field: str, value: Any) -> None:
     for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
         error = refusal(parse, base | {field: value})
         assert (error.status, error.code, error.param) == (400, "unsupported_feature", field)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "toolConfig tool_config Tools tool_resources tool-config",
+        "jsonSchema JSON_SCHEMA output_schema structured_output structuredOutput json json_object_schema constraint",
+        "guided_options_request guided_regexp guidedJson Guided-Choice",
+        "grammar_lazy preserved_tokens grammar_root GRAMMAR Grammar lark outlines",
+        "sampling_seed samplingSeed n_keep num_keep ignore_eos_token bos_token_id adapter adapterId",
+        "generationConfig systemInstruction stopSequences candidateCount maxOutputTokens safetySettings thinkingConfig responseSchema",
+        "Best_Of repeatPenalty typicalP",
+    ],
+)
+def test_other_spellings_of_what_does_not_exist_are_the_same(names: str) -> None:
+    for name in names.split():
+        for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+            for other in ({"x": 1}, 7, "yes", True):
+                error = refusal(parse, base | {name: other})
+                assert (error.status, error.code, error.param) == (400, "unsupported_feature", name)
+            assert parse(msgspec.json.encode(base | {name: None}), CONFIG).ignored == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("maxTokens", "max_tokens"),
+        ("max-tokens", "max_tokens"),
+        ("MAX_TOKENS", "max_tokens"),
+        ("topP", "top_p"),
+        ("topK", "top_k"),
+        ("Temperature", "temperature"),
+        ("responseFormat", "response_format"),
+        ("response-format", "response_format"),
+        ("Stream", "stream"),
+        ("streamOptions", "stream_options"),
+        ("presencePenalty", "presence_penalty"),
+        ("Stop", "stop"),
+        ("logitBias", "logit_bias"),
+        ("N", "n"),
+    ],
+)
+def test_a_known_field_in_another_spelling_is_told_its_name(wrong: str, right: str) -> None:
+    for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+        error = refusal(parse, base | {wrong: 1})
+        assert (error.status, error.code, error.param) == (400, "unsupported_feature", wrong)
+        assert error.message == f"{wrong} is not supported here. Its name here is {right}."
+        assert parse(msgspec.json.encode(base | {wrong: None}), CONFIG).ignored == []
+
+
+def test_other_spellings_of_one_endpoints_fields() -> None:
+    assert "Its name here is tool_choice" in refusal(parse_chat, CHAT | {"toolChoice": "auto"}).message
+    assert refusal(parse_completion, TEXT | {"toolChoice": "required"}).param == "toolChoice"
+    error = refusal(parse_chat, CHAT | {"stream": True, "stream_options": {"includeUsage": True}})
+    assert (error.param, error.message) == (
+        "stream_options.includeUsage",
+        "stream_options.includeUsage is not supported here. Its name here is include_usage.",
+    )
+    for name, kind, base in (
+        ("addSpecialTokens", TokenizeRequest, {"prompt": "a"}),
+        ("chatTemplate", TokenizeRequest, {"prompt": "a"}),
+        ("Model", DetokenizeRequest, {"tokens": [1]}),
+    ):
+        with pytest.raises(PenstockError) as caught:
+            decode(msgspec.json.encode(base | {name: "x"}), kind)
+        assert caught.value.param == name
+    assert decode(msgspec.json.encode({"prompt": "a", "maxTokens": 5, "toolConfig": {}}), TokenizeRequest)[2] == ["maxTokens", "toolConfig"]
+
+
+def test_no_two_fields_are_one_but_for_their_spelling() -> None:
+    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+        names = set(kind.__struct_fields__) | set(REFUSED[kind])
+        assert len({squash(name) for name in names}) == len(names)
+
+
+def test_hints_in_another_spelling_are_only_named() -> None:
+    assert chat(User="a", serviceTier="b", PromptCacheKey="c").ignored == ["PromptCacheKey", "User", "serviceTier"]
 
 
 def test_what_clients_of_other_servers_send_by_default_is_taken() -> None:

@@ -16,9 +16,13 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.wording import LONGEST_NAME, squash
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Who may speak, as OpenAI names them."""
+FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal"})
+CALL_FIELDS = frozenset({"id", "type", "function", "name", "arguments"})
+_SPELLED = {squash(name): name for name in FIELDS | CALL_FIELDS}
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 Form = Literal["text", "part", "parts"]
@@ -70,6 +74,7 @@ def _message(index: int, message: dict[str, Any], shape: Shape, legacy: list[str
         raise InvalidRequest(f"{where}.role must be a string such as 'user'.", param="messages")
     # A null is what is not there, as clients write it who dump all fields; templates ask `is defined`, or `in message`.
     out = {name: value for name, value in message.items() if value is not None}
+    _check_names(where, out, FIELDS)
     out["role"] = role = shape.instead.get(role, role)
     calls = _calls(where, out, shape, legacy)
     content = _content(where, message, role)
@@ -93,6 +98,15 @@ def _message(index: int, message: dict[str, Any], shape: Shape, legacy: list[str
     if shape.calls_alone and shape.empty:
         return [out, {**_with_empty({"role": role}, {}, shape), "tool_calls": calls}]
     return [{**out, "tool_calls": calls}]
+
+
+def _check_names(where: str, given: Mapping[str, Any], known: frozenset[str]) -> None:
+    """What nobody knows may be there for the template. Raises UnsupportedFeature for a field in another spelling (toolCalls), which no template
+    would find."""
+    for name in given.keys() - known:
+        right = _SPELLED.get(squash(name)) if len(name) <= LONGEST_NAME else None
+        if right in known:
+            raise UnsupportedFeature(f"{where}.{name} is not supported here. Its name here is {right}.", param="messages")
 
 
 def _content(where: str, message: dict[str, Any], role: str) -> str | list[str]:
@@ -193,12 +207,14 @@ def _calls(where: str, out: dict[str, Any], shape: Shape, legacy: list[str]) -> 
 def _tool_call(where: str, call: Any, shape: Shape) -> Any:
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         raise InvalidRequest(f"{where} must be an object with a function.", param="messages")
+    _check_names(where, call, CALL_FIELDS)
     return {**call, "function": _function(f"{where}.function", call["function"], shape)}
 
 
 def _function(where: str, function: Any, shape: Shape) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise InvalidRequest(f"{where} must be an object with a name and arguments.", param="messages")
+    _check_names(where, function, CALL_FIELDS)
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, (str, dict)):
         raise InvalidRequest(f"{where}.arguments must be a string of JSON, or an object.", param="messages")
