@@ -34,7 +34,7 @@ from penstock.transports.openai_schema import (
     TokenizeRequest,
 )
 from penstock.transports.openapi import BODY
-from penstock.transports.openapi_replies import REPLIES
+from penstock.transports.openapi_replies import REPLIES, errors_of
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
@@ -174,15 +174,19 @@ def endpoints() -> list[str]:
             for method in sorted(str(m) for m in handler.http_methods if str(m) != "OPTIONS"):
                 if route.path_format.startswith("/schema"):
                     continue
-                body, (answers, wrong) = handler.opt.get(BODY), REPLIES[route.path_format]
+                body, (answers, _) = handler.opt.get(BODY), REPLIES[route.path_format]
+                wrong = errors_of(route.path_format)
                 replies = [
                     f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in answer.content.items())}" for answer in answers
                 ]
                 asks = f"[{body.__name__}](#{body.__name__.lower()})" if body else ""
                 out.append(
-                    f"| `{method} {route.path_format}` | {handler.summary} | {asks} | {'; '.join(replies)} | {', '.join(map(str, sorted(wrong)))} |"
+                    f"| `{method} {route.path_format}` | {handler.summary} | {asks} | {'; '.join(replies)} | {', '.join(map(str, wrong))} |"
                 )
-    return [*out, "| `GET /schema`, `GET /schema/openapi.json` | This API as a page, and as OpenAPI 3.1 |  | 200 | 401, 431, 500 |", ""]
+    for path, summary in openapi_replies.SUMMARIES.items():
+        media = ", ".join(f"`{kind}`" for answer in REPLIES[path][0] for kind in answer.content)
+        out.append(f"| `GET {path}` | {summary} |  | 200 {media} | {', '.join(map(str, errors_of(path)))} |")
+    return [*out, ""]
 
 
 def _medium(media: str, kind: Any) -> str:
@@ -327,7 +331,8 @@ def page() -> str:
         "## Endpoints",
         "",
         *endpoints(),
-        "HEAD works wherever GET does, OPTIONS everywhere. Any other method is a 405, any other path a 404. Bodies are JSON; a `content-type` that says"
+        "HEAD works wherever GET does, OPTIONS at every path above: 204 with `allow`, or what CORS allows. Another method of HTTP is a 405; a word that is"
+        " none, and whatever else is no valid HTTP/1.1, is a 400 (in the same shape as other errors). Any other path is a 404. Bodies are JSON; a `content-type` that says"
         " otherwise is a 415, none at all is taken as JSON.",
         "",
         "## Keys",
@@ -484,5 +489,5 @@ def page() -> str:
         " [metrics](metrics.md) names everything in it.",
         "",
     ]
-    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}]+)`", line)}, "an endpoint has no line"
+    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}.]+)`", line)}, "an endpoint has no line"
     return "\n".join(out)
