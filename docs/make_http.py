@@ -248,7 +248,11 @@ def limits() -> list[str]:
             "413",
         ),
         ("tokens of a prompt and its answer", "--max-model-len (by default the model's), or what the KV cache holds", "400"),
-        ("token ids of one request, all prompts together", f"{bounds.IDS + bounds.ITEMS}, or more where the context is larger", "413"),
+        (
+            "token ids of several prompts together (of one: see the context)",
+            f"{bounds.IDS + bounds.ITEMS}, or more where the context is larger",
+            "413",
+        ),
         (
             "ids of /detokenize, and of a prompt that truncate_prompt_tokens cuts",
             f"one for {bounds.CHARS_PER_ID} of --max-prompt-chars",

@@ -25,6 +25,7 @@ def many(count: int, name: str = "z") -> dict[str, int]:
 HEAVY: dict[str, tuple[str, Any, set[int]]] = {
     "a text of 20 MB to count": ("/tokenize", lambda: {"prompt": "the water runs " * 1_400_000}, {413}),
     "a long legal text to count": ("/tokenize", lambda: {"prompt": "the water runs " * 60_000}, {200}),
+    "a million emoji to count": ("/tokenize", lambda: {"prompt": "😀" * 1_000_000}, {200}),
     "900,000 messages": ("/v1/chat/completions", lambda: {"messages": [{"role": "user", "content": "a"}] * 900_000}, {400, 413}),
     "900,000 parts": (
         "/v1/chat/completions",

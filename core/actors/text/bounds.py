@@ -32,6 +32,8 @@ FIELDS = 256
 """Most fields of a request itself, and of an object whose fields are looked at one by one: in tables, or as a template's variables."""
 ALL_FIELDS = 100_000
 """Most fields of a whole request, with those of the objects in it."""
+PROMPT, DECODED, CUT = "prompt", "tokens", "truncate_prompt_tokens"
+"""Names of the fields that hold ids of one prompt and ids to be decoded, and of the one by which a prompt is cut."""
 SMALL = 64 << 10
 """Bytes of a body that are not worth a look: whatever is in them is cheap."""
 
@@ -67,6 +69,19 @@ def check_count(length: int, limits: Limits, param: str) -> None:
     """A list of `length` token ids that is only cut or decoded. Raises RequestTooLarge."""
     if length > limits.max_ids:
         raise RequestTooLarge(f"{param} has {length} token ids; this server takes at most {limits.max_ids}. Send fewer.", param=param)
+
+
+def _check_flat(name: str, count: int, limits: Limits, *, cut: bool) -> None:
+    """One list of ids, which has one limit: that of `check_count` if it is only cut or decoded, else the context's (so far above it that
+    counting was not worth it before)."""
+    if name == DECODED or cut:
+        check_count(count, limits, name)
+    elif count > max(IDS, limits.max_ids):
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, your {name} resulted in {count} tokens."
+            " Please shorten it.",
+            param=name,
+        )
 
 
 def check_messages(count: int, most: int, param: str = "messages") -> None:
@@ -116,6 +131,8 @@ def check_raw(fields: Mapping[str, bytes], limits: Limits, *, known: Iterable[st
             continue
         prompts = texts.get(name)
         if prompts is not None and raw[:1] != b'"' and b'"' not in raw:
+            if name in (PROMPT, DECODED) and raw.count(b"[") == 1:
+                _check_flat(name, raw.count(b",") + 1, limits, cut=fields.get(CUT, b"null") != b"null")
             most, what = max(IDS, limits.max_ids) + ITEMS, "token ids"
         else:
             most, what = ITEMS, "items"
