@@ -349,7 +349,7 @@ def page() -> str:
         "",
         "## Fields of both generation requests",
         "",
-        'null means "not given", everywhere. A number in quotes is no number, 3.0 is no integer: errors name the field. "The model\'s" defaults are those of'
+        'null means "not given", for every field that may be left out, those of messages and other objects too. A number in quotes is no number, 3.0 is no integer: errors name the field. "The model\'s" defaults are those of'
         " its generation_config.json (or `--override-generation-config`). Spelling says whose name it is.",
         "",
         *asked(GenerationRequest),

@@ -42,7 +42,7 @@ class FunctionCall(msgspec.Struct, frozen=True):
 class ToolCall(msgspec.Struct, frozen=True):
     function: FunctionCall
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -74,7 +74,7 @@ class FunctionSpec(msgspec.Struct, frozen=True):
 
 class Tool(msgspec.Struct, frozen=True):
     function: FunctionSpec
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):

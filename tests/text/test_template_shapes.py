@@ -390,6 +390,12 @@ def test_a_field_in_another_spelling_is_told_its_name(message: dict[str, Any], w
         prepare([message])
 
 
+def test_nulls_within_a_call_are_not_given() -> None:
+    whole = {"function": {"name": "look", "arguments": "{}"}}
+    nulls = {"id": None, "type": None, "index": None, "function": {"name": "look", "arguments": "{}", "strict": None}}
+    assert prepare([said("assistant", None, tool_calls=[nulls])]) == prepare([said("assistant", None, tool_calls=[whole])])
+
+
 def test_fields_that_nobody_knows_reach_the_template() -> None:
     [message] = prepare([{"role": "user", "content": "a", "reasoning_content": "b", "Contents": 1, "toolcalls" * 20: 2}])
     assert message["Contents"] == 1

@@ -11,8 +11,24 @@ import pytest
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.errors import PenstockError, RequestTooLarge
 from penstock.core.protocol.wording import squash
+from penstock.transports import openai_schema
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from penstock.transports.openai_schema import (
+    REFUSED,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    DetokenizeRequest,
+    FunctionCall,
+    FunctionSpec,
+    ResponseFormat,
+    StreamOptions,
+    TokenizeRequest,
+    Tool,
+    ToolCall,
+    decode,
+)
 from penstock.transports.refused import GENERATION, MESSAGE_FIELDS, PROMPT
 from penstock.transports.request import ignored_header
 
@@ -50,6 +66,41 @@ def test_defaults() -> None:
 def test_nulls_mean_not_given() -> None:
     call = chat(temperature=None, stop=None, seed=None, tools=None, logit_bias=None, n=None, response_format=None, stream_options=None)
     assert call.explicit == []
+
+
+WHOLE: dict[type[msgspec.Struct], dict[str, Any]] = {
+    ChatMessage: {"role": "assistant", "content": "a"},
+    ContentPart: {"type": "text", "text": "a"},
+    ToolCall: {"function": {"name": "f"}},
+    FunctionCall: {"name": "f"},
+    Tool: {"function": {"name": "f"}},
+    FunctionSpec: {"name": "f"},
+    StreamOptions: {},
+    ChatRequest: CHAT,
+    CompletionRequest: TEXT,
+    TokenizeRequest: {"prompt": "a"},
+    DetokenizeRequest: {"tokens": [1]},
+    ResponseFormat: {"type": "text"},
+}
+
+
+@pytest.mark.parametrize("kind", list(WHOLE))
+def test_null_is_taken_wherever_a_field_may_be_left_out(kind: Any) -> None:
+    for field in msgspec.structs.fields(kind):
+        if not field.required:
+            msgspec.convert(WHOLE[kind] | {field.name: None}, kind)
+
+
+def test_every_struct_of_requests_is_among_those() -> None:
+    of_requests = {one for one in vars(openai_schema).values() if isinstance(one, type) and issubclass(one, msgspec.Struct)}
+    assert {one for one in of_requests if one.__module__ == openai_schema.__name__} - {openai_schema.GenerationRequest} == WHOLE.keys()
+
+
+def test_nulls_of_a_call_are_not_given() -> None:
+    call = {"id": None, "type": None, "function": {"name": "f", "arguments": None}}
+    assert chat(messages=[*CHAT["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]).kind == "chat"
+    tools = [{"type": None, "function": {"name": "f", "description": None, "parameters": None, "strict": None}}]
+    assert chat(tools=tools, tool_choice="none").kind == "chat"
 
 
 def test_explicit_names_what_the_client_gave() -> None:

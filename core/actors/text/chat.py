@@ -72,8 +72,7 @@ def _message(index: int, message: dict[str, Any], shape: Shape, legacy: list[str
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where}.role must be a string such as 'user'.", param="messages")
-    # A null is what is not there, as clients write it who dump all fields; templates ask `is defined`, or `in message`.
-    out = {name: value for name, value in message.items() if value is not None}
+    out = _given(message)
     _check_names(where, out, FIELDS)
     out["role"] = role = shape.instead.get(role, role)
     calls = _calls(where, out, shape, legacy)
@@ -98,6 +97,11 @@ def _message(index: int, message: dict[str, Any], shape: Shape, legacy: list[str
     if shape.calls_alone and shape.empty:
         return [out, {**_with_empty({"role": role}, {}, shape), "tool_calls": calls}]
     return [{**out, "tool_calls": calls}]
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls: a null is what is not there, as clients write it who dump all fields; templates ask `is defined`, or `in message`."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _check_names(where: str, given: Mapping[str, Any], known: frozenset[str]) -> None:
@@ -208,7 +212,7 @@ def _tool_call(where: str, call: Any, shape: Shape) -> Any:
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         raise InvalidRequest(f"{where} must be an object with a function.", param="messages")
     _check_names(where, call, CALL_FIELDS)
-    return {**call, "function": _function(f"{where}.function", call["function"], shape)}
+    return {**_given(call), "function": _function(f"{where}.function", call["function"], shape)}
 
 
 def _function(where: str, function: Any, shape: Shape) -> dict[str, Any]:
@@ -218,7 +222,7 @@ def _function(where: str, function: Any, shape: Shape) -> dict[str, Any]:
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, (str, dict)):
         raise InvalidRequest(f"{where}.arguments must be a string of JSON, or an object.", param="messages")
-    return {**function, "arguments": _arguments(arguments, shape)}
+    return {**_given(function), "arguments": _arguments(arguments, shape)}
 
 
 def _arguments(arguments: str | dict[str, Any] | None, shape: Shape) -> str | dict[str, Any]:
