@@ -229,7 +229,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
         body = msgspec.json.encode({name: value for name, value in raw.items() if name in _known[kind]})
     for name in OBJECTS & raw.keys():
         if len(bytes(raw[name])) > LEAST_FIELD * FIELDS and bytes(raw[name])[:1] == b"{":
-            check_fields(len(_raw_fields.decode(raw[name])), name)
+            check_fields(len(fields_of(raw[name], name)), name)
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
@@ -243,9 +243,17 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
 
 
+def fields_of(raw: msgspec.Raw, name: str) -> dict[str, msgspec.Raw]:
+    """Those of the object `name`. Raises InvalidRequest."""
+    try:
+        return _raw_fields.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{name} cannot be read: {error}."[:300], param=name) from None
+
+
 def check_options(raw: msgspec.Raw) -> list[str]:
     """The unknown fields of stream_options, as paths. Raises UnsupportedFeature for a known one in another spelling."""
-    given = _raw_fields.decode(raw)
+    given = fields_of(raw, "stream_options")
     unknown = given.keys() - set(StreamOptions.__struct_fields__)
     return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], given, "stream_options."))
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from penstock.core.protocol.errors import UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.wording import LONGEST_NAME, squash
 
 
@@ -240,10 +240,21 @@ def check(table: Table, name: str, raw: msgspec.Raw, fields: Mapping[str, msgspe
     entry = table.find(name)
     if entry is None:
         return False
-    asks = len(bytes(raw)) > MOST or not _neutral(entry, msgspec.json.decode(raw))
+    asks = len(bytes(raw)) > MOST or not _neutral(entry, _read(raw))
     if asks and not (name == "best_of" and bytes(fields.get("n", msgspec.Raw())).strip() == bytes(raw).strip()):
         raise refusal(where + name, entry)
     return True
+
+
+class _Unreadable:
+    """Of a value that nothing can be made of (1e999, text that is not UTF-8), which equals none."""
+
+
+def _read(raw: msgspec.Raw) -> Any:
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _Unreadable()
 
 
 def _neutral(entry: Refused, value: Any) -> bool:
@@ -274,10 +285,14 @@ def check_message(message: object, where: str) -> None:
 
 
 def check_format(raw: msgspec.Raw) -> None:
-    """`response_format`, an object with a type: only text, and nothing beside it. Raises UnsupportedFeature."""
-    given = msgspec.json.decode(raw)
+    """`response_format`, an object with a type: only text, and nothing beside it. Raises UnsupportedFeature, or InvalidRequest."""
+    given = _read(raw)
     if given is None:
         return
+    if isinstance(given, _Unreadable):
+        raise InvalidRequest(
+            "response_format holds what cannot be read: a number out of range, or text that is not UTF-8.", param="response_format"
+        )
     kind = given.pop("type")
     more = next((name for name, value in given.items() if not _neutral(_EMPTY, value)), None)
     if kind != "text" or more is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from penstock.core.protocol import config as configuration
-from penstock.core.protocol.errors import PenstockError, RequestTooLarge
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge, UnsupportedFeature
 from penstock.core.protocol.wording import squash
 from penstock.transports import openai_schema
 from penstock.transports.openai import Call, parse_chat, parse_completion
@@ -581,6 +582,42 @@ def test_of_a_field_that_is_there_twice_only_what_was_checked_is_parsed() -> Non
     wrong = b'"stop": [' + b"1," * 50_000 + b"1]"
     request, _, ignored = decode(b'{"prompt": "a", ' + wrong + b', "zz": 1, "stop": "b"}', CompletionRequest)
     assert (request.stop, ignored) == ("b", ["zz"])
+
+
+UNREADABLE = [
+    b"1e999",
+    b"1" * 1000,
+    b'"\xff"',
+    b'"\\ud800"',
+    b"[1e999]",
+    b'{"\xff":1}',
+    b'{"a":1e999}',
+    b'{"type":"text","a":1e999}',
+    b'{"type":"text","\xff":1}',
+    b'{"include_usage":true,"\xff":1}',
+    b'{"include_usage":true,"includeUsage":"\xff"}',
+    b"[" * 900 + b"]" * 900,
+    b"nul",
+    b"{" + b",".join(b'"\xff%d":1' % i for i in range(400)) + b"}",
+]
+
+
+@pytest.mark.parametrize("value", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_no_value_of_any_field_is_a_fault_of_the_server(value: bytes) -> None:
+    known = {name for kind in REFUSED for name in kind.__struct_fields__}
+    parses: list[tuple[bytes, Any]] = [
+        (b'"stream":true,"messages":[{"role":"user","content":"a"}]', lambda body: parse_chat(body, CONFIG)),
+        (b'"prompt":"a"', lambda body: parse_completion(body, CONFIG)),
+        (b'"prompt":"a"', lambda body: decode(body, TokenizeRequest)),
+        (b'"tokens":[1]', lambda body: decode(body, DetokenizeRequest)),
+    ]
+    for name in sorted(known | GENERATION.keys() | {"zz", "maxTokens", "guided_x", "metadata"}):
+        for base, parse in parses:
+            with contextlib.suppress(InvalidRequest, UnsupportedFeature, RequestTooLarge):
+                parse(b'{%s,"%s":%s}' % (base, name.encode(), value))
+    for name in ChatMessage.__struct_fields__:
+        with contextlib.suppress(PenstockError):
+            parse_chat(b'{"messages":[{"role":"assistant","content":"a","%s":%s}]}' % (name.encode(), value), CONFIG)
 
 
 def test_a_large_value_of_a_refused_field_asks_for_something_unread() -> None:
