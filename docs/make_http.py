@@ -377,7 +377,7 @@ def page() -> str:
     for kind in parts:
         out += [f"### {kind.__name__}", "", *asked(kind)]
     out += [
-        "Further fields of a message reach the chat template as they are.",
+        "Further fields of a message reach the chat template as they are. One of these in another spelling (`toolCalls`) is refused.",
         "",
         "## Other fields",
         "",

@@ -8,7 +8,7 @@ from typing import Any
 import chat_templates as t
 import pytest
 
-from penstock.core.actors.text.chat import Shape, prepare
+from penstock.core.actors.text.chat import FIELDS, Shape, prepare
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.renderers.jinja import JinjaRenderer
 
@@ -381,6 +381,8 @@ def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
         ({"role": "tool", "content": "", "tool-call-id": "a"}, "tool-call-id", "tool_call_id"),
         ({"role": "assistant", "content": "", "functionCall": {}}, "functionCall", "function_call"),
         ({"role": "user", "content": "a", "Content": "b"}, "Content", "content"),
+        ({"role": "assistant", "content": "a", "Prefix": True}, "Prefix", "prefix"),
+        ({"role": "user", "content": "a", "IMAGES": ["x"]}, "IMAGES", "images"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "Arguments": "{}"}}]}, "Arguments", "arguments"),
         ({"role": "assistant", "function_call": {"name": "f", "Arguments": "{}"}}, "Arguments", "arguments"),
     ],
@@ -394,6 +396,12 @@ def test_nulls_within_a_call_are_not_given() -> None:
     whole = {"function": {"name": "look", "arguments": "{}"}}
     nulls = {"id": None, "type": None, "index": None, "function": {"name": "look", "arguments": "{}", "strict": None}}
     assert prepare([said("assistant", None, tool_calls=[nulls])]) == prepare([said("assistant", None, tool_calls=[whole])])
+
+
+def test_every_field_that_a_request_may_name_has_one_spelling() -> None:
+    from penstock.transports.openai_schema import ChatMessage
+
+    assert set(ChatMessage.__struct_fields__) == FIELDS
 
 
 def test_fields_that_nobody_knows_reach_the_template() -> None:

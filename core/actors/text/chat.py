@@ -20,7 +20,9 @@ from penstock.core.protocol.wording import LONGEST_NAME, squash
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Who may speak, as OpenAI names them."""
-FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal"})
+FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}) | frozenset(
+    {"prefix", "partial", "audio", "images", "videos", "attachments", "tools"}  # refused before, where they ask for something
+)
 CALL_FIELDS = frozenset({"id", "type", "function", "name", "arguments"})
 _SPELLED = {squash(name): name for name in FIELDS | CALL_FIELDS}
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
