@@ -132,7 +132,7 @@ def load_config(file: str | None, given: dict[str, Any], note: Callable[[str], N
     file = file or os.environ.get("PENSTOCK_CONFIG")
     layers = [cfg.from_toml(file)] if file else []
     typed = {k: v for k, v in given.items() if v is not None}
-    return with_keys(cfg.build(*layers, cfg.from_env(), typed, note=note), note, typed="api_key" in typed)
+    return with_keys(cfg.build(*layers, cfg.from_env(note=note), typed, note=note), note, typed="api_key" in typed)
 
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

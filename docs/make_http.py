@@ -34,8 +34,8 @@ from penstock.transports.openai_schema import (
     TokenizeRequest,
 )
 from penstock.transports.openapi import BODY
-from penstock.transports.openapi_replies import REPLIES
-from penstock.transports.refused import MESSAGE_FIELDS, Refused
+from penstock.transports.openapi_replies import REPLIES, errors_of
+from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -175,15 +175,19 @@ def endpoints() -> list[str]:
             for method in sorted(str(m) for m in handler.http_methods if str(m) != "OPTIONS"):
                 if route.path_format.startswith("/schema"):
                     continue
-                body, (answers, wrong) = handler.opt.get(BODY), REPLIES[route.path_format]
+                body, (answers, _) = handler.opt.get(BODY), REPLIES[route.path_format]
+                wrong = errors_of(route.path_format)
                 replies = [
                     f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in answer.content.items())}" for answer in answers
                 ]
                 asks = f"[{body.__name__}](#{body.__name__.lower()})" if body else ""
                 out.append(
-                    f"| `{method} {route.path_format}` | {handler.summary} | {asks} | {'; '.join(replies)} | {', '.join(map(str, sorted(wrong)))} |"
+                    f"| `{method} {route.path_format}` | {handler.summary} | {asks} | {'; '.join(replies)} | {', '.join(map(str, wrong))} |"
                 )
-    return [*out, "| `GET /schema`, `GET /schema/openapi.json` | This API as a page, and as OpenAPI 3.1 |  | 200 | 401, 431, 500 |", ""]
+    for path, summary in openapi_replies.SUMMARIES.items():
+        media = ", ".join(f"`{kind}`" for answer in REPLIES[path][0] for kind in answer.content)
+        out.append(f"| `GET {path}` | {summary} |  | 200 {media} | {', '.join(map(str, errors_of(path)))} |")
+    return [*out, ""]
 
 
 def _medium(media: str, kind: Any) -> str:
@@ -245,12 +249,18 @@ def limits() -> list[str]:
             "413",
         ),
         ("tokens of a prompt and its answer", "--max-model-len (by default the model's), or what the KV cache holds", "400"),
-        ("token ids of one request, all prompts together", f"{bounds.IDS + bounds.ITEMS}, or more where the context is larger", "413"),
+        (
+            "token ids of several prompts together (of one: see the context)",
+            f"{bounds.IDS + bounds.ITEMS}, or more where the context is larger",
+            "413",
+        ),
         (
             "ids of /detokenize, and of a prompt that truncate_prompt_tokens cuts",
             f"one for {bounds.CHARS_PER_ID} of --max-prompt-chars",
             "413",
         ),
+        ("fields of a request", str(bounds.FIELDS), "413"),
+        ("the same and those of the objects in it", f"{bounds.ALL_FIELDS} (asked of bodies above {bounds.SMALL} bytes)", "413"),
         (
             "any other field",
             f"{bounds.FIELD_BYTES} bytes; {bounds.ITEMS} values and keys (asked of bodies above {bounds.SMALL} bytes)",
@@ -326,7 +336,8 @@ def page() -> str:
         "## Endpoints",
         "",
         *endpoints(),
-        "HEAD works wherever GET does, OPTIONS everywhere. Any other method is a 405, any other path a 404. Bodies are JSON; a `content-type` that says"
+        "HEAD works wherever GET does, OPTIONS at every path above: 204 with `allow`, or what CORS allows. Another method of HTTP is a 405; a word that is"
+        " none, and whatever else is no valid HTTP/1.1, is a 400 (in the same shape as other errors). Any other path is a 404. Bodies are JSON; a `content-type` that says"
         " otherwise is a 415, none at all is taken as JSON.",
         "",
         "## Keys",
@@ -340,7 +351,7 @@ def page() -> str:
         "",
         "## Fields of both generation requests",
         "",
-        'null means "not given", everywhere. A number in quotes is no number, 3.0 is no integer: errors name the field. "The model\'s" defaults are those of'
+        'null means "not given", for every field that may be left out, those of messages and other objects too. A number in quotes is no number, 3.0 is no integer: errors name the field. "The model\'s" defaults are those of'
         " its generation_config.json (or `--override-generation-config`). Spelling says whose name it is.",
         "",
         *asked(GenerationRequest),
@@ -368,7 +379,7 @@ def page() -> str:
     for kind in parts:
         out += [f"### {kind.__name__}", "", *asked(kind)]
     out += [
-        "Further fields of a message reach the chat template as they are.",
+        "Further fields of a message reach the chat template as they are. One of these in another spelling (`toolCalls`) is refused.",
         "",
         "## Other fields",
         "",
@@ -378,12 +389,15 @@ def page() -> str:
         " for. Some are fields of the other endpoint, where they are not refused. In both generation requests:",
         "",
         *refusals(REFUSED[ChatRequest]),
+        f"So is any other field whose name begins with {', '.join(f'`{name}`' for name in FAMILIES)}. Names are compared without case, hyphens and"
+        " underscores, those of known fields too: `maxTokens` is refused and told that it is `max_tokens` here.",
+        "",
         f"/tokenize refuses what would change its tokens: {', '.join(f'`{name}`' for name in tokenizing)}. /detokenize refuses none.",
         "",
         "In a message:",
         "",
         *refusals(MESSAGE_FIELDS),
-        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32; `?` for a name that is no plain word).",
+        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32, at most 1024 bytes; `?` for a name that is no plain word).",
         "",
         "## Replies",
         "",
@@ -481,5 +495,5 @@ def page() -> str:
         " [metrics](metrics.md) names everything in it.",
         "",
     ]
-    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}]+)`", line)}, "an endpoint has no line"
+    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}.]+)`", line)}, "an endpoint has no line"
     return "\n".join(out)

@@ -111,7 +111,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         parsed, raw, ignored = decode(await surface.body(request), TokenizeRequest, gateway.limits)
         if (parsed.prompt is None) == (parsed.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
-        fields = {name: value for name, value in raw.items() if name not in ignored}
+        fields = {name: value for name, value in raw.items() if name in TokenizeRequest.__struct_fields__}
         if parsed.messages is not None:
             check_messages(parsed.messages, config.max_messages)
         if parsed.model:
@@ -123,7 +123,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         parsed, raw, ignored = decode(await surface.body(request), DetokenizeRequest, gateway.limits)
         if parsed.model:
             await find_model(parsed.model)
-        fields = {name: value for name, value in raw.items() if name not in ignored}
+        fields = {name: value for name, value in raw.items() if name in DetokenizeRequest.__struct_fields__}
         return _with_ignored(relay(await gateway.query("detokenize", msgspec.json.encode(fields), model=parsed.model or "")), ignored)
 
     @get("/tokenizer_info", summary="The tokenizer's facts and chat template", tags=["tokens"])

@@ -21,7 +21,7 @@ from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.generation import Generation
-from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, decode
+from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, check_options, decode
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
@@ -131,8 +131,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
     _need(-(2**31) <= priority < 2**31, "priority must fit 32 bits.", "priority")
     options = request.stream_options
     if options is not None:
-        given: dict[str, Any] = msgspec.json.decode(raw["stream_options"])
-        ignored = [*ignored, *sorted(f"stream_options.{name}" for name in given.keys() - set(options.__struct_fields__))]
+        ignored = [*ignored, *check_options(raw["stream_options"])]
     return {
         "model": request.model or None,
         "priority": priority,

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.actors.text.bounds import SMALL, check_raw
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.actors.text.bounds import FIELDS, SMALL, check_body, check_fields, check_raw
+from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.wording import plain, type_words
 from penstock.transports import refused
@@ -42,7 +42,7 @@ class FunctionCall(msgspec.Struct, frozen=True):
 class ToolCall(msgspec.Struct, frozen=True):
     function: FunctionCall
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -74,7 +74,7 @@ class FunctionSpec(msgspec.Struct, frozen=True):
 
 class Tool(msgspec.Struct, frozen=True):
     function: FunctionSpec
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
@@ -178,6 +178,10 @@ HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
 
+# Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
+OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs"})
+LEAST_FIELD = 6
+
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -189,6 +193,11 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
     TokenizeRequest: refused.PROMPT,  # what only the answer would depend on may be there: people send what they would ask with
     DetokenizeRequest: {},
 }
+_tables = {
+    kind: refused.Table(rows, _known[kind] - HINTS, refused.FAMILIES if rows is refused.GENERATION else ())
+    for kind, rows in REFUSED.items()
+}
+_options = refused.Table({}, StreamOptions.__struct_fields__)
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 
 
@@ -203,17 +212,28 @@ def decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None
 
 def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
     try:
+        check_body(body)
+    except RequestTooLarge:
+        _blame(body, kind, limits)
+        raise
+    try:
         raw = _raw_fields.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-    if limits is not None and len(body) > SMALL:
-        check_raw({name: bytes(value) for name, value in raw.items()}, limits, known=_known[kind], texts=PROMPTS)
+    check_fields(len(raw))
+    if len(body) > SMALL:
+        _check_raw(raw, kind, limits)
+        # What is parsed is what was checked: of a field that is there many times, the last.
+        body = msgspec.json.encode({name: value for name, value in raw.items() if name in _known[kind]})
+    for name in OBJECTS & raw.keys():
+        if len(bytes(raw[name])) > LEAST_FIELD * FIELDS and bytes(raw[name])[:1] == b"{":
+            check_fields(len(fields_of(raw[name], name)), name)
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
-            if not refused.check(REFUSED[kind], name, raw[name], raw) and name not in HINTS:
+            if not refused.check(_tables[kind], name, raw[name], raw) and name not in HINTS:
                 unknown.append(name)
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)
@@ -221,6 +241,36 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
         raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
+
+
+def fields_of(raw: msgspec.Raw, name: str) -> dict[str, msgspec.Raw]:
+    """Those of the object `name`. Raises InvalidRequest."""
+    try:
+        return _raw_fields.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{name} cannot be read: {error}."[:300], param=name) from None
+
+
+def check_options(raw: msgspec.Raw) -> list[str]:
+    """The unknown fields of stream_options, as paths. Raises UnsupportedFeature for a known one in another spelling."""
+    given = fields_of(raw, "stream_options")
+    unknown = given.keys() - set(StreamOptions.__struct_fields__)
+    return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], given, "stream_options."))
+
+
+def _check_raw(raw: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct], limits: Limits | None) -> None:
+    if limits is not None:
+        check_raw({name: bytes(raw[name]) for name in _known[kind] & raw.keys()}, limits, known=_known[kind], texts=PROMPTS)
+
+
+def _blame(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> None:
+    """Raises RequestTooLarge naming the field that has too much in it, if it is a known one. The others are skipped, which is cheap."""
+    sketch = msgspec.defstruct("Sketch", [(name, msgspec.Raw, msgspec.Raw()) for name in sorted(_known[kind])])
+    try:
+        found = msgspec.json.decode(body, type=sketch)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return
+    _check_raw({name: value for name, value in msgspec.structs.asdict(found).items() if bytes(value)}, kind, limits)
 
 
 def _bad_field(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> InvalidRequest:

@@ -18,7 +18,7 @@ from litestar.openapi.plugins import OpenAPIRenderPlugin
 from penstock.transports import openapi_replies
 from penstock.transports.fields import OWN, about, about_reply
 from penstock.transports.openai_schema import REQUESTS
-from penstock.transports.openapi_replies import ERRORS, REPLIES, Answer, ErrorReply
+from penstock.transports.openapi_replies import ERRORS, REPLIES, SUMMARIES, Answer, ErrorReply, errors_of
 
 BODY = "body"
 """The key in a handler's `opt` that names its request struct."""
@@ -52,7 +52,8 @@ class SchemaPage(OpenAPIRenderPlugin):
             return msgspec.json.encode(document)
         parts = []
         for path, item in sorted(document["paths"].items()):
-            for method, operation in item.items():
+            for method in [one for one in item if one not in SILENT]:
+                operation = item[method]
                 detail = html.escape(msgspec.json.format(msgspec.json.encode(operation), indent=2).decode())
                 parts.append(
                     f"<details><summary><b>{method.upper()}</b> <code>{html.escape(path)}</code>"
@@ -85,19 +86,23 @@ def complete(app: Any, document: dict[str, Any], *, public: Collection[str], loc
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     described(components)
     schema_of = dict(zip(kinds, schemas, strict=True))
+    for path, summary in SUMMARIES.items():
+        document["paths"][path] = {"get": {"summary": summary, "tags": ["server"], "operationId": summary.replace(" ", "")}}
     for path, item in document["paths"].items():
-        answers, errors = REPLIES.get(path, ([], ()))
+        answers = REPLIES[path][0] if path in REPLIES else []
         for method, operation in item.items():
             body = bodies.get((path, method))
             if body is not None:
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[body]}}}
             if answers:
-                operation["responses"] = _responses(answers, errors, schema_of)
+                operation["responses"] = _responses(answers, errors_of(path), schema_of)
             for parameter in operation.get("parameters", []):
                 if parameter["in"] == "path":  # Litestar calls a path that may hold slashes a URI
                     parameter["schema"] = {"type": "string"}
             if locked and path not in public:
                 operation["security"] = [{"bearer": []}, {"key": []}]
+        if answers:
+            item |= _without_bodies(item)
     parts = document.setdefault("components", {})
     parts.setdefault("schemas", {}).update(components)
     if locked:
@@ -118,6 +123,36 @@ def described(components: dict[str, Any]) -> None:
                 schema["description"] = about_reply(kind, name)
 
 
+SILENT = ("head", "options")
+"""Methods of every endpoint, or of every one that has GET, whose replies have no body that says anything."""
+
+
+def _without_bodies(item: dict[str, Any]) -> dict[str, Any]:
+    """HEAD, where there is GET, and OPTIONS, of an endpoint's other operations."""
+    first = next(iter(item.values()))
+    parameters = {"parameters": first["parameters"]} if first.get("parameters") else {}
+    added = {}
+    if "get" in item:
+        get = item["get"]
+        bare = {status: {"description": answer["description"]} for status, answer in get["responses"].items()}
+        added["head"] = {
+            **get,
+            "summary": f"{get['summary']} (without the body)",
+            "operationId": f"{get['operationId']}Head",
+            "responses": bare,
+        }
+    allow = {"allow": {"schema": {"type": "string"}, "description": "The methods."}}
+    wrong = {status: answer for status, answer in first["responses"].items() if status in ("400", "408", "431")}
+    added["options"] = {
+        "summary": "Which methods there are; of a web page of another origin: what it may send",
+        "tags": first.get("tags", []),
+        "operationId": f"{first['operationId']}Options",
+        **parameters,
+        "responses": {**wrong, "204": {"description": "The methods, or (see --allowed-origins) what CORS allows.", "headers": allow}},
+    }
+    return added
+
+
 def _responses(answers: Sequence[Answer], errors: Sequence[int], schema_of: dict[Any, Any]) -> dict[str, Any]:
     text = {"schema": {"type": "string"}}
     own = {
@@ -129,6 +164,6 @@ def _responses(answers: Sequence[Answer], errors: Sequence[int], schema_of: dict
     }
     wrong = {
         str(status): {"description": ERRORS[status], "content": {"application/json": {"schema": schema_of[ErrorReply]}}}
-        for status in sorted({*errors, 405})
+        for status in errors
     }
     return {**wrong, **own}

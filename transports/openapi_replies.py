@@ -190,8 +190,10 @@ class Answer(NamedTuple):
     what: str
 
 
-_READING = (401, 403, 431, 500, 503)
-_ASKING = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503)
+EVERYWHERE = (400, 405, 408, 431)
+"""Errors of every endpoint: what arrives is no valid HTTP, has another method, comes too slowly, or has too large headers."""
+_READING = (401, 403, 500, 503)
+_ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _ASKING),
@@ -201,23 +203,34 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/tokenize": ([Answer(200, {JSON: TokenizeReply}, "The tokens.")], _ASKING),
     "/detokenize": ([Answer(200, {JSON: DetokenizeReply}, "The text.")], _ASKING),
     "/tokenizer_info": ([Answer(200, {JSON: dict[str, Any]}, "The tokenizer's configuration.")], _READING),
-    "/health": ([Answer(200, {JSON: ReadyReply}, "All is up."), Answer(503, {JSON: ReadyReply}, "Something is missing.")], (431,)),
-    "/health/ready": ([Answer(200, {JSON: ReadyReply}, "All is up."), Answer(503, {JSON: ReadyReply}, "Something is missing.")], (431,)),
-    "/health/live": ([Answer(200, {JSON: LiveReply}, "This process runs its loop.")], (431,)),
+    "/health": ([Answer(200, {JSON: ReadyReply}, "All is up."), Answer(503, {JSON: ReadyReply}, "Something is missing.")], ()),
+    "/health/ready": ([Answer(200, {JSON: ReadyReply}, "All is up."), Answer(503, {JSON: ReadyReply}, "Something is missing.")], ()),
+    "/health/live": ([Answer(200, {JSON: LiveReply}, "This process runs its loop.")], ()),
     "/health/decode": (
         [
             Answer(200, {JSON: dict[str, Any]}, "Running requests make progress."),
             Answer(503, {JSON: dict[str, Any]}, "They do not, or nobody can say."),
         ],
-        (431,),
+        (),
     ),
-    "/version": ([Answer(200, {JSON: VersionReply}, "Penstock's version.")], (401, 431)),
+    "/version": ([Answer(200, {JSON: VersionReply}, "Penstock's version.")], (401,)),
     "/metrics": ([Answer(200, {PLAIN: None}, "Prometheus text format.")], _READING),
+    "/schema": ([Answer(200, {HTML: None}, "This API as a page.")], (401, 500)),
+    "/schema/openapi.json": ([Answer(200, {JSON: dict[str, Any]}, "This API as OpenAPI 3.1.")], (401, 500)),
 }
-"""path -> (its own answers, statuses that come with an ErrorReply). 405 is every path's."""
+"""path -> (its own answers, statuses that come with an ErrorReply besides those of EVERYWHERE)."""
+
+SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API as OpenAPI 3.1"}
+"""Of paths that Litestar leaves out of its document."""
+
+
+def errors_of(path: str) -> list[int]:
+    """Every status with which an ErrorReply may come from there."""
+    return sorted({*REPLIES[path][1], *EVERYWHERE})
+
 
 ERRORS: dict[int, str] = {
-    400: "The request is wrong; `param` names the field.",
+    400: "The request is wrong (`param` names the field), or no valid HTTP.",
     401: "A valid API key is needed.",
     403: "The key is not good for this endpoint.",
     404: "No such model, or nothing at this path.",

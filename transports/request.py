@@ -31,6 +31,9 @@ Header = tuple[bytes, bytes]
 CONTEXT = "penstock"
 """The key of the RequestContext in scope["state"]."""
 
+MAX_NAMED = 1024
+"""Bytes of the header that names ignored fields: some proxies take no more than 4 KiB of headers."""
+
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
 
 
@@ -148,6 +151,8 @@ def ignored_header(names: list[str]) -> list[Header]:
     if not names:
         return []
     text = ", ".join(name if sane_id(name) else "?" for name in names[:32])
+    if len(text) > MAX_NAMED:
+        text = text[: text.rfind(", ", 0, MAX_NAMED - 3)] + ", ..."
     return [(b"x-penstock-ignored-fields", text.encode())]
 
 

@@ -28,6 +28,7 @@ from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.foreign import FOREIGN, judge
 from penstock.core.protocol.generation import override_of
 from penstock.core.protocol.sampling import MAX_N
+from penstock.core.protocol.service_links import is_service_link
 from penstock.core.protocol.wording import type_words
 
 MiB = 1 << 20
@@ -413,17 +414,23 @@ class Values(dict[str, Any]):
         self.source: dict[str, str] = {}
 
 
-def from_env(environ: Mapping[str, str] | None = None) -> Values:
+def from_env(environ: Mapping[str, str] | None = None, note: Callable[[str], None] | None = None) -> Values:
     """PENSTOCK_* variables as option values; an unknown one is an error. Those of RESERVED_ENV are not options. VLLM_API_KEY is one key, for
-    where PENSTOCK_API_KEY says nothing."""
+    where PENSTOCK_API_KEY says nothing. `note` gets a sentence if variables are skipped (service_links.py); by default it is logged."""
     out = Values()
     environ = os.environ if environ is None else environ
     if VLLM_KEY in environ and "PENSTOCK_API_KEY" not in environ:
         out["api_key"], out.source["api_key"] = [environ[VLLM_KEY]], f"by {VLLM_KEY}"
+    links = [key for key, text in environ.items() if key.startswith("PENSTOCK_") and is_service_link(key, text)]
+    if links:
+        (note or logging.getLogger("penstock.config").warning)(
+            f"Environment variables that Kubernetes sets for a service named penstock are no options, and skipped: {', '.join(sorted(links)[:3])}"
+            f"{f' and {len(links) - 3} more' if len(links) > 3 else ''}. enableServiceLinks: false in the pod leaves them out."
+        )
     for key, text in environ.items():
         if key == "PENSTOCK_KERNELS" and text and text not in KERNELS:
             raise ConfigError(f"PENSTOCK_KERNELS must be one of {', '.join(KERNELS)}, but is {text!r}.{nearest(text, KERNELS)}", param=key)
-        if not key.startswith("PENSTOCK_") or key in RESERVED_ENV:
+        if not key.startswith("PENSTOCK_") or key in RESERVED_ENV or key in links:
             continue
         name = key.removeprefix("PENSTOCK_").lower()
         if name in OPTIONS:

@@ -1,6 +1,6 @@
 """What a value should have been, in words that need no Python.
 
-What it is: msgspec's type errors, and Python types, in the words of an error message for users.
+What it is: msgspec's type errors, and Python types, in the words of an error message for users; names without their spelling (`squash`).
 What it does not know: which field it is about.
 """
 
@@ -22,7 +22,15 @@ _WORDS = {
     "dict": "an object",
     "null": "null",
 }
+LONGEST_NAME = 64
+"""No field has a longer name."""
+_NO_LETTER = re.compile(r"[^a-z0-9]")
 _EXPECTED = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
+
+
+def squash(name: str) -> str:
+    """The same for max_tokens, maxTokens, Max-Tokens and MAXTOKENS."""
+    return _NO_LETTER.sub("", name.lower())
 
 
 def type_words(kind: Any) -> str:

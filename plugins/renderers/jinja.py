@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
@@ -194,16 +195,21 @@ class JinjaRenderer:
         name = "tool_use" if tools and "tool_use" in self._compiled else "default"
         template, shape = self._compiled.get(name) or next(iter(self._compiled.values()))
         plain = prepare(messages, shape)
-        if continue_final_message:
-            plain = mark_final(plain)
-        values = {"documents": None, **self._special, **kwargs}
-        rendered = self._run(template, messages=plain, tools=tools, add_generation_prompt=add_generation_prompt, **values)
-        return cut_at_mark(rendered) if continue_final_message else rendered
-
-    def _run(self, template: jinja2.Template, **values: Any) -> str:
+        values = {"documents": None, **self._special, **kwargs, "tools": tools, "add_generation_prompt": add_generation_prompt}
         self._environment.start(self._timeout_s)
         try:
-            return self._generate(template, values)
+            rendered = self._run(template, plain, values, continue_final_message)
+        except InvalidRequest:
+            # Past arguments that are no object are in a form that its probes liked. It may like the other one here.
+            other = prepare(messages, msgspec.structs.replace(shape, loose=not shape.loose))
+            if other == plain:
+                raise
+            rendered = self._run(template, other, values, continue_final_message)
+        return cut_at_mark(rendered) if continue_final_message else rendered
+
+    def _run(self, template: jinja2.Template, messages: list[dict[str, Any]], values: dict[str, Any], continues: bool) -> str:
+        try:
+            return self._generate(template, {**values, "messages": mark_final(messages) if continues else messages})
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"The chat template refused the conversation: {error}", param="messages") from None
         except FAILURES as error:

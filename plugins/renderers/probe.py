@@ -24,7 +24,18 @@ FIRST, SECOND, OTHER = "qzfirstprobe", "secondprobeqz", "qzotherprobe"
 PART_KEY = "qzpartprobe"
 """In every part: if it comes out, the part was printed whole."""
 NAME, KEY, VALUE = "qzname", "qzkeyprobe", "qzvalueprobe"
-OBJECT = {KEY: VALUE}
+SPELLED = "qzspelledout" * 4
+
+
+class _Object(dict[str, str]):
+    """Arguments as an object. Wherever a template makes a text of it as Python does (prints it, escapes it, joins it), that text is told from
+    any other, whatever becomes of it."""
+
+    def __repr__(self) -> str:
+        return SPELLED
+
+
+OBJECT = _Object({KEY: VALUE})
 TEXT = f'{{"{KEY}":  "{VALUE}"}}'
 """With a spacing that no serialiser writes: it comes out only if it is the text itself."""
 BROKEN = f'{{"{KEY}": "{VALUE}'
@@ -47,6 +58,8 @@ class _Probe:
         self._lost_later: set[str] = set()
         self._shown_empties: tuple[Empty, ...] = ()
         self._arguments: Any = OBJECT
+        self._spells = False
+        """The template makes a text of an object."""
 
     def shape(self, reads_content: bool) -> Shape:
         for role in ("user", "system", "developer", "assistant"):
@@ -68,7 +81,7 @@ class _Probe:
             lost_later=frozenset(self._lost_later),
             instead=instead,
             arguments="text" if text_only else "object",
-            loose=text_only or not self._shown_empties or self._shown(self._call(self._shown_empties[0], BROKEN), whole=False),
+            loose=text_only or self._is_loose(legacy),
             empty=self._shown_empties,
             calls_alone=self._calls_alone(),
             function_call=legacy,
@@ -170,6 +183,12 @@ class _Probe:
                 return
         self._arguments = OBJECT
 
+    def _is_loose(self, legacy: bool) -> bool:
+        """Does a text come out where the template takes an object? Not if it asks for fields by their names, as if it had none of ours."""
+        if self._shown_empties:
+            return self._shown(self._call(self._shown_empties[0], BROKEN), whole=False)
+        return legacy and self._shown(_legacy(BROKEN), whole=False)
+
     def _calls_alone(self) -> bool:
         if not self._shown_empties:
             return False
@@ -183,7 +202,7 @@ class _Probe:
         before = self._arguments
         for arguments in (before,) if self._shown_empties else (OBJECT, TEXT):
             self._arguments = arguments
-            if self._shown({"role": "assistant", "content": "", "function_call": {"name": NAME, "arguments": arguments}}):
+            if self._shown(_legacy(arguments)):
                 return True
         self._arguments = before
         return False
@@ -206,9 +225,14 @@ class _Probe:
         return False
 
     def _has_call(self, out: str, whole: bool) -> bool:
+        seen = out.lower()
+        if SPELLED[:24] in seen:
+            self._spells = True
+            return False
+        words = KEY in seen and VALUE in seen
         if not whole or self._arguments is OBJECT:
-            return KEY in out and VALUE in out and str(OBJECT) not in out
-        return TEXT in out
+            return words
+        return TEXT in out or (self._spells and words)  # changed on the way: escaped, in capitals
 
     def _call(self, empty: Empty, arguments: Any) -> Message:
         call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}
@@ -221,6 +245,10 @@ def _saying(role: str, form: Form) -> Message:
         content = [{**part, PART_KEY: PART_KEY} for part in content]
     extra = {"name": NAME, "tool_call_id": CALL_ID} if role in ("tool", "function") else {}
     return {"role": role, "content": content, **extra}
+
+
+def _legacy(arguments: Any) -> Message:
+    return {"role": "assistant", "content": "", "function_call": {"name": NAME, "arguments": arguments}}
 
 
 def _other(role: str, form: Form) -> Message:

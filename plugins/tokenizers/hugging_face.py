@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-from penstock.core.protocol.columns import I32
+from penstock.core.protocol.columns import I32, i32_by_pieces
 from penstock.core.protocol.errors import CheckpointError
 
 BytesOf = Callable[[str], bytes]
@@ -129,7 +129,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        out = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        out = [i32_by_pieces(encoding.ids) for encoding in encodings]
         if add_special_tokens and self._prepend_bos:
             bos = np.array([self.bos_id], dtype=np.int32)
             out = [ids if len(ids) and ids[0] == self.bos_id else np.concatenate([bos, ids]) for ids in out]

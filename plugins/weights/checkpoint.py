@@ -4,7 +4,7 @@ What it is: memory-mapped reading of `model.safetensors` or, where there is none
 checks that name the tensor and the file. Which files are read, and which of two tensors of one name, is as in transformers; what lies there
 unread is said. A tensor is converted to the wanted dtype when it is taken, so that beside the packed weights only one layer's tensors exist
 at a time.
-What it does not know: what the names mean.
+What it does not know: what the names mean, but for the prefix of a base model (BASE).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
 log = logging.getLogger("penstock.weights")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BASE = "model."
+"""What names begin with if a whole model was saved, but not if its base model alone was. As in transformers each name is found with it or without."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors' names of dtypes -> config.json's."""
@@ -107,19 +109,27 @@ class Checkpoint:
             log.warning("%s: several files hold %s; the last one's counts", path, _list(sorted(set(twice))))
         self._left = set(self._where)
         self._ignored: set[str] = set()
+        self._renamed: set[str] = set()
 
     def has(self, name: str) -> bool:
         """See Weights."""
-        return name in self._where
+        return self._stored(name) is not None
+
+    def _stored(self, name: str) -> str | None:
+        """The file's name of a tensor."""
+        return next((one for one in (name, BASE + name, name.removeprefix(BASE)) if one in self._where), None)
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """See Weights.take."""
-        file = self._where.get(name)
-        if file is None:
+        stored = self._stored(name)
+        if stored is None:
             beside = f" (These files are there, but not read: {_list(self._unread)}.)" if self._unread else ""
             raise CheckpointError(
                 f"{self._folder}: tensor {name!r} is missing; the configuration asks for one of shape {list(shape)}.{beside}", param=name
             )
+        if stored != name:
+            self._renamed.add(stored)
+        file, name = self._where[stored], stored
         self._left.discard(name)
         try:
             value: torch.Tensor = self._open[file].get_tensor(name)
@@ -140,7 +150,15 @@ class Checkpoint:
     def finish(self) -> None:
         """See Weights.finish."""
         self._open.clear()
-        left = sorted(self._left - self._ignored)
+        if self._renamed:
+            log.warning(
+                "%s: names of %d tensors are read as if the prefix %r was there, or was not (%s)",
+                self._folder,
+                len(self._renamed),
+                BASE,
+                _list(sorted(self._renamed)),
+            )
+        left = sorted(name for name in self._left if not self._ignored & {name, BASE + name, name.removeprefix(BASE)})
         if left:
             raise CheckpointError(
                 f"{self._folder} holds tensors that this architecture does not use: {_list(left)}."

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from penstock.core import cli
 from penstock.core.protocol import config as cfg
 from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.service_links import is_service_link
 
 
 def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +89,44 @@ def test_wrong_values_name_the_option(layer: dict[str, object], param: str, hint
 
 def test_variables_that_others_read_are_not_options() -> None:
     assert cfg.from_env({"PENSTOCK_CC": "clang", "PENSTOCK_KERNELS": "reference", "PENSTOCK_CACHE": "/x", "HOME": "/h"}) == {}
+
+
+LINKS = {  # as the Kubernetes documentation has them, for services named penstock and penstock-api
+    "PENSTOCK_SERVICE_HOST": "10.0.0.11",
+    "PENSTOCK_SERVICE_PORT": "8000",
+    "PENSTOCK_SERVICE_PORT_HTTP": "8000",
+    "PENSTOCK_PORT": "tcp://10.0.0.11:8000",
+    "PENSTOCK_PORT_8000_TCP": "tcp://10.0.0.11:8000",
+    "PENSTOCK_PORT_8000_TCP_PROTO": "tcp",
+    "PENSTOCK_PORT_8000_TCP_PORT": "8000",
+    "PENSTOCK_PORT_8000_TCP_ADDR": "10.0.0.11",
+    "PENSTOCK_PORT_53_UDP": "udp://[fd00::1]:53",
+    "PENSTOCK_API_SERVICE_HOST": "10.0.0.12",
+    "PENSTOCK_API_PORT": "tcp://10.0.0.12:80",
+    "PENSTOCK_API_PORT_80_TCP_ADDR": "10.0.0.12",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_of_this_name_is_skipped_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    notes: list[str] = []
+    found = cfg.from_env(LINKS | {"PENSTOCK_HOST": "0.0.0.0"}, notes.append)
+    assert found == {"host": "0.0.0.0"}
+    [note] = notes
+    assert "PENSTOCK_API_PORT" in note
+    assert f"and {len(LINKS) - 3} more" in note
+    assert cfg.from_env(LINKS) == {}
+    assert "enableServiceLinks" in caplog.text
+    notes.clear()
+    assert cfg.from_env({"PENSTOCK_PORT": "9000", "PENSTOCK_API_KEY": "tcp://x"}, notes.append) == {"port": 9000, "api_key": ["tcp://x"]}
+    assert not notes
+    for name, value in (("PENSTOCK_PROT", "tcp://10.0.0.1:1"), ("PENSTOCK_HOST_PORT", "80"), ("PENSTOCK_SERVICE", "tcp://x")):
+        with pytest.raises(ConfigError):
+            cfg.from_env({name: value})
+
+
+def test_no_option_is_taken_for_a_service_link() -> None:
+    for option in cfg.OPTIONS.values():
+        assert not is_service_link(option.env, "1")
 
 
 def test_unknown_names_in_environment_and_file_point_to_the_nearest(tmp_path: Path) -> None:

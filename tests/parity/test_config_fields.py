@@ -406,6 +406,53 @@ def test_the_files_that_transformers_takes(tmp_path: Path, load: Callable[..., A
     assert all(different)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_with_and_without_the_prefix_of_the_base_model(
+    tmp_path: Path, load: Callable[..., Any], caplog: pytest.LogCaptureFixture, family: str, tied: bool
+) -> None:
+    """A base model saved alone has names without it; some tools add one too many. As `from_pretrained` takes them."""
+    import transformers
+
+    folder, tokens = tmp_path / "model", np.random.default_rng(7).integers(0, 131, 48).astype(np.int32)
+    model = model_as_read(folder, config_of(family, {"tie_word_embeddings": tied}))
+    sharpen(model, 5)
+    named = {name: value.contiguous() for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    half = sorted(named)[::2]
+    layouts = {
+        "base": {name.removeprefix("model."): value for name, value in named.items()},
+        "doubled": {f"model.{name}": value for name, value in named.items()},
+        "mixed": {name.removeprefix("model.") if name in half else name: value for name, value in named.items()},
+        "base with buffers": {name.removeprefix("model."): value for name, value in named.items()}
+        | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+    }
+    for what, files in layouts.items():
+        save_file(files, folder / "model.safetensors", metadata={"format": "pt"})
+        truth = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        right = logprobs(truth, tokens)
+        assert torch.allclose(right, logprobs(model, tokens)), "transformers reads the same model"
+        caplog.clear()
+        job = Job(prompt=tokens, params=SamplingParams(temperature=0.0, prompt_logprobs=20), max_tokens=1)
+        Driver(load(folder, max_model_len=60)).run([job])
+        for position, (ids, values) in job.prompt_logprobs.items():
+            assert torch.allclose(torch.tensor(values), right[position - 1][ids], atol=TOLERANCE), (what, position)
+        said = [record.getMessage() for record in caplog.records if "the prefix 'model.'" in record.getMessage()]
+        assert len(said) == 1, said
+
+
+def test_a_tensor_too_many_is_still_refused_without_the_prefix(tmp_path: Path, load: Callable[..., Any]) -> None:
+    folder = tmp_path / "model"
+    model = model_as_read(folder, config_of("llama", {"tie_word_embeddings": False}))
+    named = {name.removeprefix("model."): value.contiguous() for name, value in model.state_dict().items()}
+    save_file({**named, "layers.0.self_attn.q_proj.bias": torch.ones(4)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.bias"):
+        load(folder, max_model_len=60)
+    del named["norm.weight"]
+    save_file(named, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is missing"):
+        load(folder, max_model_len=60)
+
+
 def test_an_absent_dtype_is_that_of_the_file(tmp_path: Path, load: Callable[..., Any]) -> None:
     import transformers
 

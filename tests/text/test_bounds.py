@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.actors.text import bounds
-from penstock.core.actors.text.bounds import check_chars, check_raw, items, limits_of
+from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, check_body, check_chars, check_fields, check_raw, items, limits_of
 from penstock.core.actors.text.worker import LONG, TokenizerWorker
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.errors import ContextLengthExceeded, InvalidRequest, PenstockError, RequestTooLarge
@@ -85,7 +86,7 @@ TEXTS = {"prompt": 128, "messages": 1}
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt", list(range(10)) * 130_000),
+        ("prompt", [list(range(10)) * 130_000, [1]]),
         ("prompt", [[1, 2]] * 1_300_000),
         ("prompt", ["a"] * 250_000),
         ("messages", [{"role": "user", "content": "a"}] * 90_000),
@@ -122,6 +123,43 @@ def test_what_would_cost_is_refused_by_name(field: str, value: Any) -> None:
 )
 def test_what_is_long_and_legal_is_not(field: str, value: Any) -> None:
     check_raw({field: msgspec.json.encode(value)}, LIMITS, known=KNOWN, texts=TEXTS)
+
+
+@pytest.mark.parametrize("count", [LIMITS.max_ids + 1, 1_200_000, 5_000_000])
+def test_one_list_of_ids_has_one_limit(bench: Any, count: int) -> None:
+    """Whoever finds that it is too long, an edge or text."""
+    most = LIMITS.max_ids
+    raw = msgspec.json.encode([4] * count)
+    for field, more in (("tokens", {}), ("prompt", {"truncate_prompt_tokens": b"8"})):
+        with pytest.raises(RequestTooLarge, match=rf"{field} has {count} token ids; this server takes at most {most}\."):
+            check_raw({field: raw, **more}, LIMITS, known=("tokens", "prompt"), texts={"tokens": 1, "prompt": 128})
+    answer = bench.query("detokenize", {"tokens": [4] * count})
+    assert f"at most {most}." in json.loads(answer.body)["message"]
+    bench.submit(1, prompt_ids=i32([4] * count), truncate_prompt_tokens=8)
+    assert f"at most {most}." in bench.rejected[1].message
+    said = rf"maximum context length is 4096 tokens\. However, your prompt resulted in {count} tokens"
+    bench.submit(2, prompt_ids=i32([4] * count))
+    assert re.search(said, bench.rejected[2].message)
+    if count > 1 << 20:  # an edge does not look for less
+        with pytest.raises(ContextLengthExceeded, match=said):
+            check_raw({"prompt": raw, "truncate_prompt_tokens": b"null"}, LIMITS, known=("prompt",), texts={"prompt": 128})
+    with pytest.raises(RequestTooLarge, match=r"prompt has .* token ids"):
+        check_raw({"prompt": msgspec.json.encode([[4] * 100] * 50_000)}, LIMITS, known=("prompt",), texts={"prompt": 128})
+
+
+def test_fields_are_counted_before_any_is_looked_at() -> None:
+    check_fields(FIELDS)
+    with pytest.raises(RequestTooLarge, match=r"257 fields.*at most 256"):
+        check_fields(FIELDS + 1)
+    within = {"a": {f"z{i}": 1 for i in range(ALL_FIELDS - 1)}}
+    check_body(msgspec.json.encode(within))
+    with pytest.raises(RequestTooLarge, match=r"10000\d fields.*at most 100000"):
+        check_body(json.dumps({"a": {f"z{i}": 1 for i in range(ALL_FIELDS)}}).encode())
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a:" * 1_000_000}, {"prompt": list(range(1_000_000))}, {"prompt": ['"b\\":'] * 50_000}])
+def test_what_looks_like_fields_within_texts_is_none(body: Any) -> None:
+    check_body(msgspec.json.encode(body))
 
 
 def test_the_actor_refuses_before_the_tokenizer_is_asked(bench: Any) -> None:

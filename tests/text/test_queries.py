@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import msgspec
+import pytest
 
+from penstock.core.protocol.columns import PIECE, i32_by_pieces
 from penstock.core.protocol.messages import Drain, EngineDown, Vital, Vitals, seq_of
 
 
@@ -31,6 +33,18 @@ def test_tokenize_and_detokenize_are_inverse(bench: Any) -> None:
     assert answer["token_strs"][0] == bench.tokenizer.token_text(ids[0])
     assert body(bench.query("detokenize", {"tokens": ids})) == {"prompt": "the water 🙃"}
     assert body(bench.query("tokenize", {"prompt": "x"}))["token_strs"] is None
+
+
+@pytest.mark.parametrize("count", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5])
+def test_long_answers_are_made_in_pieces(bench: Any, count: int) -> None:
+    """Whatever falls on an edge between two."""
+    text = "🙃".join("abc"[i % 3] for i in range(count // 4))
+    ids = bench.tokenizer.encode_batch([text], add_special_tokens=True)[0].tolist()
+    answer = body(bench.query("tokenize", {"prompt": text, "return_token_strs": True}))
+    assert (answer["count"], answer["tokens"]) == (len(ids), ids)
+    assert answer["token_strs"] == [bench.tokenizer.token_text(token) for token in ids]
+    assert i32_by_pieces(list(range(count))).tolist() == list(range(count))
+    assert i32_by_pieces([]).dtype == "int32"
 
 
 def test_tokenize_messages(bench: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import chat_templates as t
 import pytest
 
-from penstock.core.actors.text.chat import Shape, prepare
+from penstock.core.actors.text.chat import FIELDS, Shape, prepare
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.renderers.jinja import JinjaRenderer
 
@@ -209,6 +209,68 @@ def test_templates_that_splice_arguments_get_the_clients_text(template: str, too
     )
 
 
+ARGUMENTS = "{{ c.function.arguments }}"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ c.function.arguments | e }}",
+        "{{ c.function.arguments | escape }}",
+        "{{ c.function.arguments | forceescape }}",
+        "{{ c.function.arguments | string }}",
+        "{{ c.function.arguments | string | e }}",
+        "{{ c.function.arguments | trim }}",
+        "{{ c.function.arguments | upper }}",
+        "{{ c.function.arguments | lower }}",
+        "{{ c.function.arguments | replace('\"', '\\\\\"') }}",
+        "{{ c.function.arguments | replace(' ', '_') }}",
+        "{{ c.function.arguments | indent(4) }}",
+        "{{ c.function.arguments | wordwrap(200) }}",
+        "{{ c.function.arguments | truncate(4000) }}",
+        "{{ c.function.arguments | center(90) }}",
+        "{{ c.function.arguments | striptags }}",
+        "{{ c.function.arguments | string | urlencode }}",
+        "{{ [c.function.arguments] | join(', ') }}",
+        "{{ c.function.name ~ ' ' ~ c.function.arguments }}",
+        "{{ '%s %s' | format(c.function.name, c.function.arguments) }}",
+        "{{ '%s' % c.function.arguments }}",
+        "{{ '{} {}'.format(c.function.name, c.function.arguments) }}",
+        "{{ c.function.arguments[:4000] }}",
+        "{{ c.function.arguments.strip() }}",
+        "{{ c.function.arguments.replace('x', 'y') }}",
+        "{% if '}' in c.function.arguments %}{{ c.function.arguments }}{% else %}nothing{% endif %}",
+        "{% if c.function.arguments | length > 2 %}{{ c.function.arguments }}{% endif %}",
+        "{% set a = c.function.arguments %}{{ a | default('none') }}",
+    ],
+)
+def test_whatever_makes_a_text_of_the_arguments_gets_the_clients(use: str) -> None:
+    template = t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use)
+    expected = theirs(template, with_arguments(SPACED, ""))
+    assert "nothing" not in expected
+    assert ours(template, TURN) == expected
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{% set text = c.function.arguments | string %}{{ c.function.arguments | tojson }}",
+        "{% if c.function.arguments | length > 0 %}{{ c.function.arguments | tojson(indent=2) }}{% endif %}",
+        "{{ c.function.arguments | tojson | e }}",
+        "{{ c.function.arguments | tojson | upper }}",
+        "{{ c.function.arguments | tojson | replace('\"', '\\\\\"') }}",
+        "{{ c.function.arguments | tojson | string | trim }}",
+        "{{ c.function.arguments | urlencode }}",
+        "{% for k, v in c.function.arguments | dictsort %}{{ k ~ '=' ~ v }}{% endfor %}",
+        "{% if c.function.arguments is mapping %}{{ c.function.arguments | tojson }}{% else %}{{ c.function.arguments | e }}{% endif %}",
+        "{% for k in c.function.arguments %}{{ k | e }}: {{ c.function.arguments[k] | string | e }}{% endfor %}",
+    ],
+)
+def test_whatever_looks_into_the_arguments_gets_the_object(use: str) -> None:
+    template = t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use)
+    assert ours(template, TURN) == theirs(template, with_arguments(json.loads(SPACED), ""))
+
+
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize(
     "template",
@@ -252,6 +314,46 @@ def test_arguments_that_are_no_json_are_passed_on(arguments: str) -> None:
         assert ours(template, with_arguments(arguments)) == theirs(template, with_arguments({"arguments": arguments}, ""))
 
 
+@pytest.mark.parametrize("arguments", [CUT, "no JSON", "[1, 2]", "5"])
+@pytest.mark.parametrize(
+    ("use", "gives"),
+    [
+        ("{{ c.function.arguments.keys() | join(',') }}", "arguments"),
+        ("{% for k in c.function.arguments.keys() %}{{ k }}={{ c.function.arguments[k] }}{% endfor %}", "arguments=TEXT"),
+        ("{{ c.function.arguments.values() | join(',') }}", "TEXT"),
+        ("{{ c.function.arguments.get('city') }}", "TEXT"),
+        ("{{ c.function.arguments.get('city', 'Bern') | upper }}", "UPPER"),
+        ("{{ 'In ' + c.function.arguments['city'] }}", "In TEXT"),
+        ("{{ 'In ' + c.function.arguments.city }}", "In TEXT"),
+        ("{{ c.function.arguments.city }}", "TEXT"),
+        ("{{ c.function.arguments['place']['city'] + '!' }}", "TEXT!"),
+        ("{{ c.function.arguments.place.get('city') + '!' }}", "TEXT!"),
+        ("{% for k, v in c.function.arguments.place.items() %}{{ k }}={{ v }}{% endfor %}", "arguments=TEXT"),
+        ("{{ c.function.arguments.place.values() | join + c.function.arguments.place.keys() | join }}", "TEXTarguments"),
+        ("{% for k, v in c.function.arguments | items %}{{ k + v }}{% endfor %}", "argumentsTEXT"),
+        ("{% for k, v in c.function.arguments | dictsort %}{{ k + v }}{% endfor %}", "argumentsTEXT"),
+        ("{% for k in c.function.arguments %}{{ k + c.function.arguments[k] }}{% endfor %}", "argumentsTEXT"),
+        ("{{ '%(city)s' % c.function.arguments }}", "TEXT"),
+        ("{{ c.function.arguments | tojson }}", "DUMPED"),
+        ("{% if c.function.arguments is not mapping %}{{ raise_exception('!') }}{% endif %}{{ c.function.arguments.city }}", "TEXT"),
+    ],
+)
+def test_no_template_refuses_a_history_for_arguments_that_are_no_object(use: str, gives: str, arguments: str) -> None:
+    template = t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use)
+    for word, value in (("TEXT", arguments), ("UPPER", arguments.upper()), ("DUMPED", json.dumps(arguments, ensure_ascii=False))):
+        gives = gives.replace(word, value)
+    assert f"<call>look {gives}</call>" in ours(template, with_arguments(arguments, ""))
+
+
+def test_a_template_that_the_probes_misjudged_gets_the_other_form() -> None:
+    """It takes no object where tools are named otherwise than the probes' are."""
+    use = "{% if c.function.name == 'look' %}{{ c.function.arguments + '' }}{% else %}{{ c.function.arguments.items() | list }}{% endif %}"
+    template = t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use)
+    assert f"<call>look {CUT}</call>" in ours(template, with_arguments(CUT, ""))
+    with pytest.raises(InvalidRequest, match="failed on the conversation"):
+        ours(template, with_arguments(SPACED, ""))
+
+
 @pytest.mark.parametrize("arguments", ['"text"', "5", "[1, 2]", "null", "true"])
 def test_json_that_is_no_object_is_passed_on_as_text(arguments: str) -> None:
     assert f"```json\n{arguments}\n```" in ours(t.TEXT_ARGUMENTS, with_arguments(arguments))
@@ -270,6 +372,42 @@ def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
 
 
 # --- what else clients send
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong", "right"),
+    [
+        ({"role": "assistant", "content": "", "toolCalls": [call(SPACED)]}, "toolCalls", "tool_calls"),
+        ({"role": "tool", "content": "", "tool-call-id": "a"}, "tool-call-id", "tool_call_id"),
+        ({"role": "assistant", "content": "", "functionCall": {}}, "functionCall", "function_call"),
+        ({"role": "user", "content": "a", "Content": "b"}, "Content", "content"),
+        ({"role": "assistant", "content": "a", "Prefix": True}, "Prefix", "prefix"),
+        ({"role": "user", "content": "a", "IMAGES": ["x"]}, "IMAGES", "images"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "Arguments": "{}"}}]}, "Arguments", "arguments"),
+        ({"role": "assistant", "function_call": {"name": "f", "Arguments": "{}"}}, "Arguments", "arguments"),
+    ],
+)
+def test_a_field_in_another_spelling_is_told_its_name(message: dict[str, Any], wrong: str, right: str) -> None:
+    with pytest.raises(UnsupportedFeature, match=rf"messages\[0\]\..*{wrong} is not supported here. Its name here is {right}\."):
+        prepare([message])
+
+
+def test_nulls_within_a_call_are_not_given() -> None:
+    whole = {"function": {"name": "look", "arguments": "{}"}}
+    nulls = {"id": None, "type": None, "index": None, "function": {"name": "look", "arguments": "{}", "strict": None}}
+    assert prepare([said("assistant", None, tool_calls=[nulls])]) == prepare([said("assistant", None, tool_calls=[whole])])
+
+
+def test_every_field_that_a_request_may_name_has_one_spelling() -> None:
+    from penstock.transports.openai_schema import ChatMessage
+
+    assert set(ChatMessage.__struct_fields__) == FIELDS
+
+
+def test_fields_that_nobody_knows_reach_the_template() -> None:
+    [message] = prepare([{"role": "user", "content": "a", "reasoning_content": "b", "Contents": 1, "toolcalls" * 20: 2}])
+    assert message["Contents"] == 1
+    assert message["reasoning_content"] == "b"
 
 
 def test_fields_that_are_null_or_empty_are_not_there() -> None:

@@ -433,9 +433,11 @@ def test_health_knows_a_silent_text_process(make_edge: MakeEdge) -> None:
         ("/tokenize", {"prompt": "a" * 15_000_000}, "prompt"),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}] * 8193}, "messages"),
         ("/detokenize", {"tokens": [1] * 1_300_000}, "tokens"),
+        ("/tokenize", {"prompt": "a", **{f"z{i}": 1 for i in range(300)}}, None),
+        ("/detokenize", {"tokens": [1], **{f"z{i}": 1 for i in range(150_000)}}, None),
     ],
 )
-def test_what_is_too_large_never_leaves_the_edge(make_edge: MakeEdge, path: str, body: dict[str, Any], param: str) -> None:
+def test_what_is_too_large_never_leaves_the_edge(make_edge: MakeEdge, path: str, body: dict[str, Any], param: str | None) -> None:
     edge = make_edge()
     edge.text.send(TextReady(ready=True, limits=Limits(max_model_len=4096, max_chars=1000, context_chars=0, max_ids=5000)))
     edge.wait(lambda: edge.server.gateway.limits is not None, "limits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -9,10 +10,28 @@ import numpy as np
 import pytest
 
 from penstock.core.protocol import config as configuration
-from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge, UnsupportedFeature
+from penstock.core.protocol.wording import squash
+from penstock.transports import openai_schema
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest, decode
+from penstock.transports.openai_schema import (
+    REFUSED,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    DetokenizeRequest,
+    FunctionCall,
+    FunctionSpec,
+    ResponseFormat,
+    StreamOptions,
+    TokenizeRequest,
+    Tool,
+    ToolCall,
+    decode,
+)
 from penstock.transports.refused import GENERATION, MESSAGE_FIELDS, PROMPT
+from penstock.transports.request import ignored_header
 
 CONFIG = configuration.build()
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
@@ -48,6 +67,41 @@ def test_defaults() -> None:
 def test_nulls_mean_not_given() -> None:
     call = chat(temperature=None, stop=None, seed=None, tools=None, logit_bias=None, n=None, response_format=None, stream_options=None)
     assert call.explicit == []
+
+
+WHOLE: dict[type[msgspec.Struct], dict[str, Any]] = {
+    ChatMessage: {"role": "assistant", "content": "a"},
+    ContentPart: {"type": "text", "text": "a"},
+    ToolCall: {"function": {"name": "f"}},
+    FunctionCall: {"name": "f"},
+    Tool: {"function": {"name": "f"}},
+    FunctionSpec: {"name": "f"},
+    StreamOptions: {},
+    ChatRequest: CHAT,
+    CompletionRequest: TEXT,
+    TokenizeRequest: {"prompt": "a"},
+    DetokenizeRequest: {"tokens": [1]},
+    ResponseFormat: {"type": "text"},
+}
+
+
+@pytest.mark.parametrize("kind", list(WHOLE))
+def test_null_is_taken_wherever_a_field_may_be_left_out(kind: Any) -> None:
+    for field in msgspec.structs.fields(kind):
+        if not field.required:
+            msgspec.convert(WHOLE[kind] | {field.name: None}, kind)
+
+
+def test_every_struct_of_requests_is_among_those() -> None:
+    of_requests = {one for one in vars(openai_schema).values() if isinstance(one, type) and issubclass(one, msgspec.Struct)}
+    assert {one for one in of_requests if one.__module__ == openai_schema.__name__} - {openai_schema.GenerationRequest} == WHOLE.keys()
+
+
+def test_nulls_of_a_call_are_not_given() -> None:
+    call = {"id": None, "type": None, "function": {"name": "f", "arguments": None}}
+    assert chat(messages=[*CHAT["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]).kind == "chat"
+    tools = [{"type": None, "function": {"name": "f", "description": None, "parameters": None, "strict": None}}]
+    assert chat(tools=tools, tool_choice="none").kind == "chat"
 
 
 def test_explicit_names_what_the_client_gave() -> None:
@@ -318,6 +372,83 @@ def test_what_other_servers_know(field: str, value: Any) -> None:
         assert (error.status, error.code, error.param) == (400, "unsupported_feature", field)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "toolConfig tool_config Tools tool_resources tool-config",
+        "jsonSchema JSON_SCHEMA output_schema structured_output structuredOutput json json_object_schema constraint",
+        "guided_options_request guided_regexp guidedJson Guided-Choice",
+        "grammar_lazy preserved_tokens grammar_root GRAMMAR Grammar lark outlines",
+        "sampling_seed samplingSeed n_keep num_keep ignore_eos_token bos_token_id adapter adapterId",
+        "generationConfig systemInstruction stopSequences candidateCount maxOutputTokens safetySettings thinkingConfig responseSchema",
+        "Best_Of repeatPenalty typicalP",
+    ],
+)
+def test_other_spellings_of_what_does_not_exist_are_the_same(names: str) -> None:
+    for name in names.split():
+        for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+            for other in ({"x": 1}, 7, "yes", True):
+                error = refusal(parse, base | {name: other})
+                assert (error.status, error.code, error.param) == (400, "unsupported_feature", name)
+            assert parse(msgspec.json.encode(base | {name: None}), CONFIG).ignored == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("maxTokens", "max_tokens"),
+        ("max-tokens", "max_tokens"),
+        ("MAX_TOKENS", "max_tokens"),
+        ("topP", "top_p"),
+        ("topK", "top_k"),
+        ("Temperature", "temperature"),
+        ("responseFormat", "response_format"),
+        ("response-format", "response_format"),
+        ("Stream", "stream"),
+        ("streamOptions", "stream_options"),
+        ("presencePenalty", "presence_penalty"),
+        ("Stop", "stop"),
+        ("logitBias", "logit_bias"),
+        ("N", "n"),
+    ],
+)
+def test_a_known_field_in_another_spelling_is_told_its_name(wrong: str, right: str) -> None:
+    for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+        error = refusal(parse, base | {wrong: 1})
+        assert (error.status, error.code, error.param) == (400, "unsupported_feature", wrong)
+        assert error.message == f"{wrong} is not supported here. Its name here is {right}."
+        assert parse(msgspec.json.encode(base | {wrong: None}), CONFIG).ignored == []
+
+
+def test_other_spellings_of_one_endpoints_fields() -> None:
+    assert "Its name here is tool_choice" in refusal(parse_chat, CHAT | {"toolChoice": "auto"}).message
+    assert refusal(parse_completion, TEXT | {"toolChoice": "required"}).param == "toolChoice"
+    error = refusal(parse_chat, CHAT | {"stream": True, "stream_options": {"includeUsage": True}})
+    assert (error.param, error.message) == (
+        "stream_options.includeUsage",
+        "stream_options.includeUsage is not supported here. Its name here is include_usage.",
+    )
+    for name, kind, base in (
+        ("addSpecialTokens", TokenizeRequest, {"prompt": "a"}),
+        ("chatTemplate", TokenizeRequest, {"prompt": "a"}),
+        ("Model", DetokenizeRequest, {"tokens": [1]}),
+    ):
+        with pytest.raises(PenstockError) as caught:
+            decode(msgspec.json.encode(base | {name: "x"}), kind)
+        assert caught.value.param == name
+    assert decode(msgspec.json.encode({"prompt": "a", "maxTokens": 5, "toolConfig": {}}), TokenizeRequest)[2] == ["maxTokens", "toolConfig"]
+
+
+def test_no_two_fields_are_one_but_for_their_spelling() -> None:
+    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+        names = set(kind.__struct_fields__) | set(REFUSED[kind])
+        assert len({squash(name) for name in names}) == len(names)
+
+
+def test_hints_in_another_spelling_are_only_named() -> None:
+    assert chat(User="a", serviceTier="b", PromptCacheKey="c").ignored == ["PromptCacheKey", "User", "serviceTier"]
+
+
 def test_what_clients_of_other_servers_send_by_default_is_taken() -> None:
     """With each server's neutral values; what only tunes something that is off is named as ignored."""
     llama_cpp = {
@@ -427,6 +558,86 @@ def test_best_of_equal_to_n_changes_nothing() -> None:
 
 def test_unknown_fields_are_ignored_and_named_hints_are_not() -> None:
     assert chat(temprature=0.5, zz=1, user="u", metadata={"a": "b"}, prompt_cache_key="k").ignored == ["temprature", "zz"]
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest])
+def test_too_many_fields_are_refused_whatever_they_are_named(kind: Any) -> None:
+    needed: dict[str, Any] = {"messages": CHAT["messages"], "prompt": "a", "tokens": [1]}
+    base = {name: value for name, value in needed.items() if name in kind.__struct_fields__}
+    for name in ("z", "guided_", "max_tokens_"):
+        with pytest.raises(RequestTooLarge, match=r" \d{3} fields; .* at most 256"):
+            decode(msgspec.json.encode(base | {f"{name}{i}": 1 for i in range(300)}), kind)
+        with pytest.raises(RequestTooLarge, match=r" 1\d{5} fields; .* at most 100000"):
+            decode(msgspec.json.encode(base | {f"{name}{i}": 1 for i in range(150_000)}), kind)
+
+
+@pytest.mark.parametrize("name", ["stream_options", "response_format", "chat_template_kwargs"])
+def test_objects_of_too_many_fields_are_refused_by_name(name: str) -> None:
+    for count in (300, 90_000):
+        error = refusal(parse_chat, CHAT | {"stream": True, name: {"type": "text"} | {f"z{i}": 1 for i in range(count)}})
+        assert (error.status, error.param) == (413, name)
+        assert f"has {count + 1} fields" in error.message
+
+
+def test_of_a_field_that_is_there_twice_only_what_was_checked_is_parsed() -> None:
+    wrong = b'"stop": [' + b"1," * 50_000 + b"1]"
+    request, _, ignored = decode(b'{"prompt": "a", ' + wrong + b', "zz": 1, "stop": "b"}', CompletionRequest)
+    assert (request.stop, ignored) == ("b", ["zz"])
+
+
+UNREADABLE = [
+    b"1e999",
+    b"1" * 1000,
+    b'"\xff"',
+    b'"\\ud800"',
+    b"[1e999]",
+    b'{"\xff":1}',
+    b'{"a":1e999}',
+    b'{"type":"text","a":1e999}',
+    b'{"type":"text","\xff":1}',
+    b'{"include_usage":true,"\xff":1}',
+    b'{"include_usage":true,"includeUsage":"\xff"}',
+    b"[" * 900 + b"]" * 900,
+    b"nul",
+    b"{" + b",".join(b'"\xff%d":1' % i for i in range(400)) + b"}",
+]
+
+
+@pytest.mark.parametrize("value", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_no_value_of_any_field_is_a_fault_of_the_server(value: bytes) -> None:
+    known = {name for kind in REFUSED for name in kind.__struct_fields__}
+    parses: list[tuple[bytes, Any]] = [
+        (b'"stream":true,"messages":[{"role":"user","content":"a"}]', lambda body: parse_chat(body, CONFIG)),
+        (b'"prompt":"a"', lambda body: parse_completion(body, CONFIG)),
+        (b'"prompt":"a"', lambda body: decode(body, TokenizeRequest)),
+        (b'"tokens":[1]', lambda body: decode(body, DetokenizeRequest)),
+    ]
+    for name in sorted(known | GENERATION.keys() | {"zz", "maxTokens", "guided_x", "metadata"}):
+        for base, parse in parses:
+            with contextlib.suppress(InvalidRequest, UnsupportedFeature, RequestTooLarge):
+                parse(b'{%s,"%s":%s}' % (base, name.encode(), value))
+    for name in ChatMessage.__struct_fields__:
+        with contextlib.suppress(PenstockError):
+            parse_chat(b'{"messages":[{"role":"assistant","content":"a","%s":%s}]}' % (name.encode(), value), CONFIG)
+
+
+def test_a_large_value_of_a_refused_field_asks_for_something_unread() -> None:
+    for value in (b"null" + b" " * 5000, b"[" * 5000 + b"]" * 5000, msgspec.json.encode({f"a{i}": None for i in range(90_000)})):
+        body = b'{"prompt": "a", "grammar": ' + value + b"}"
+        if value.startswith(b"null"):
+            assert parse_completion(body, CONFIG).ignored == []
+        elif value.startswith(b"{"):
+            assert refusal(parse_completion, body).code == "unsupported_feature"
+        else:
+            assert refusal(parse_completion, body).status == 400
+
+
+def test_the_header_of_ignored_fields_is_bounded() -> None:
+    [(_, short)] = ignored_header([f"a{i}" for i in range(100)])
+    assert short.count(b", ") == 31
+    [(_, long)] = ignored_header([f"{i:03}" + "x" * 120 for i in range(100)])
+    assert len(long) <= 1024
+    assert long.endswith(b"x, ...")
 
 
 def test_tools_are_refused_unless_no_call_can_come() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,13 +55,21 @@ def test_every_operation_tells_its_replies(edge: Edge) -> None:
     assert found["paths"].keys() == replies.REPLIES.keys()
     for path, item in found["paths"].items():
         for method, operation in item.items():
-            assert "405" in operation["responses"], path
+            assert operation["responses"].keys() >= {"400", "408", "431"}, path
+            assert ("405" in operation["responses"]) is (method != "options"), path
             for status, answer in operation["responses"].items():
-                assert answer["content"], (path, method, status)
                 assert answer["description"]
+                silent = method == "head" or (method, status) == ("options", "204")
+                assert bool(answer.get("content")) is not silent, (path, method, status)
+                if silent:
+                    continue
                 if int(status) >= 400 and not path.startswith("/health"):
                     assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorReply"}
             assert ("requestBody" in operation) is (method == "post")
+        assert "options" in item
+        assert ("head" in item) is ("get" in item)
+    names = [operation["operationId"] for item in found["paths"].values() for operation in item.values()]
+    assert len(set(names)) == len(names)
     assert set(found["paths"][CHATS]["post"]["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert set(found["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     assert "securitySchemes" not in found["components"]
@@ -73,8 +82,9 @@ def test_with_keys_the_document_says_where_they_are_needed(tmp_path: Path) -> No
             found = http.get("/schema/openapi.json").json()
         assert found["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
         for path, item in found["paths"].items():
-            for operation in item.values():
-                assert operation.get("security", []) == ([] if path in PUBLIC else [{"bearer": []}, {"key": []}])
+            for method, operation in item.items():
+                free = path in PUBLIC or method == "options"
+                assert operation.get("security", []) == ([] if free else [{"bearer": []}, {"key": []}])
     finally:
         edge.stop()
 
@@ -142,6 +152,59 @@ def test_nothing_undocumented_comes(edge: Edge, path: str) -> None:
                     continue
                 raise
     assert tried
+
+
+NO_HTTP = {
+    "a header without a colon": b"nocolon\r\n\r\n",
+    "a control character": b"a: \x01\r\n\r\n",
+    "a length in words": b"content-length: abc\r\n\r\n",
+    "a negative length": b"content-length: -5\r\n\r\n",
+    "two lengths": b"content-length: 1\r\ncontent-length: 2\r\n\r\na",
+    "a length and chunks": b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
+    "an unknown transfer": b"transfer-encoding: foo\r\n\r\n",
+    "a bad chunk": b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+}
+
+
+@pytest.mark.parametrize("what", NO_HTTP)
+def test_what_is_no_http_is_documented_too(edge: Edge, what: str) -> None:
+    found = document(edge)["paths"]
+    for path, method in (
+        ("/health", "get"),
+        ("/schema/openapi.json", "get"),
+        ("/version", "head"),
+        ("/tokenize", "options"),
+        (TEXTS, "post"),
+    ):
+        with socket.create_connection(("127.0.0.1", edge.port), timeout=10) as sock:
+            sock.sendall(b"%s %s HTTP/1.1\r\nhost: x\r\n%s" % (method.upper().encode(), path.encode(), NO_HTTP[what]))
+            reply = b"".join(iter(lambda: sock.recv(4096), b""))
+        head, _, body = reply.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert msgspec.json.decode(body)["error"]["code"] == "invalid_value"
+        assert "400" in found[path][method]["responses"]
+
+
+def test_a_word_that_is_no_method_is_no_http_and_a_path_that_is_none_has_no_options(edge: Edge) -> None:
+    with edge.http() as http:
+        assert http.request("BREW", "/health").status_code == 400
+        assert http.request("PROPFIND", "/health").status_code == 405
+        assert http.options("/nope").status_code == 404
+
+
+def test_preflights_are_documented(tmp_path: Path) -> None:
+    edge = Edge(tmp_path, {"allowed_origins": ["https://a.example"]}).start()
+    try:
+        found = document(edge)["paths"]
+        with edge.http() as http:
+            for path, item in found.items():
+                for headers in ({}, {"origin": "https://a.example", "access-control-request-method": "GET"}):
+                    reply = http.options(path.replace("{model_id}", "x"), headers=headers)
+                    assert str(reply.status_code) in item["options"]["responses"]
+                    assert reply.status_code == 204
+                    assert not reply.content
+    finally:
+        edge.stop()
 
 
 @pytest.mark.parametrize("path", sorted(replies.REPLIES))

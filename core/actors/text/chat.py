@@ -16,9 +16,15 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.wording import LONGEST_NAME, squash
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Who may speak, as OpenAI names them."""
+FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}) | frozenset(
+    {"prefix", "partial", "audio", "images", "videos", "attachments", "tools"}  # refused before, where they ask for something
+)
+CALL_FIELDS = frozenset({"id", "type", "function", "name", "arguments"})
+_SPELLED = {squash(name): name for name in FIELDS | CALL_FIELDS}
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 Form = Literal["text", "part", "parts"]
@@ -41,7 +47,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     arguments: Literal["object", "text"] = "object"
     """Of earlier tool calls."""
     loose: bool = True
-    """With objects: arguments that are none may be a string (`| tojson`, `is string`), else (`.items()`) they must be wrapped in one."""
+    """With objects: arguments that are none may be a string (`| tojson`, `is string`), else (`.items()`, `['name']`) they must be wrapped in one."""
     empty: tuple[Empty, ...] = ()
     """The contents beside which tool calls come out, the best first; none: calls are not shown, and no text is like any other."""
     calls_alone: bool = False
@@ -68,8 +74,8 @@ def _message(index: int, message: dict[str, Any], shape: Shape, legacy: list[str
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where}.role must be a string such as 'user'.", param="messages")
-    # A null is what is not there, as clients write it who dump all fields; templates ask `is defined`, or `in message`.
-    out = {name: value for name, value in message.items() if value is not None}
+    out = _given(message)
+    _check_names(where, out, FIELDS)
     out["role"] = role = shape.instead.get(role, role)
     calls = _calls(where, out, shape, legacy)
     content = _content(where, message, role)
@@ -93,6 +99,20 @@ def _message(index: int, message: dict[str, Any], shape: Shape, legacy: list[str
     if shape.calls_alone and shape.empty:
         return [out, {**_with_empty({"role": role}, {}, shape), "tool_calls": calls}]
     return [{**out, "tool_calls": calls}]
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls: a null is what is not there, as clients write it who dump all fields; templates ask `is defined`, or `in message`."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_names(where: str, given: Mapping[str, Any], known: frozenset[str]) -> None:
+    """What nobody knows may be there for the template. Raises UnsupportedFeature for a field in another spelling (toolCalls), which no template
+    would find."""
+    for name in given.keys() - known:
+        right = _SPELLED.get(squash(name)) if len(name) <= LONGEST_NAME else None
+        if right in known:
+            raise UnsupportedFeature(f"{where}.{name} is not supported here. Its name here is {right}.", param="messages")
 
 
 def _content(where: str, message: dict[str, Any], role: str) -> str | list[str]:
@@ -193,21 +213,23 @@ def _calls(where: str, out: dict[str, Any], shape: Shape, legacy: list[str]) -> 
 def _tool_call(where: str, call: Any, shape: Shape) -> Any:
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         raise InvalidRequest(f"{where} must be an object with a function.", param="messages")
-    return {**call, "function": _function(f"{where}.function", call["function"], shape)}
+    _check_names(where, call, CALL_FIELDS)
+    return {**_given(call), "function": _function(f"{where}.function", call["function"], shape)}
 
 
 def _function(where: str, function: Any, shape: Shape) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise InvalidRequest(f"{where} must be an object with a name and arguments.", param="messages")
+    _check_names(where, function, CALL_FIELDS)
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, (str, dict)):
         raise InvalidRequest(f"{where}.arguments must be a string of JSON, or an object.", param="messages")
-    return {**function, "arguments": _arguments(arguments, shape)}
+    return {**_given(function), "arguments": _arguments(arguments, shape)}
 
 
 def _arguments(arguments: str | dict[str, Any] | None, shape: Shape) -> str | dict[str, Any]:
     """OpenAI's clients send the text that the model wrote. It may be no JSON (cut off by max_tokens), or no object: then it is passed on as it
-    is; a template that can only go through an object's items finds it as one of them."""
+    is; a template that can only look into an object finds it there."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
     if shape.arguments == "text":
@@ -220,7 +242,40 @@ def _arguments(arguments: str | dict[str, Any] | None, shape: Shape) -> str | di
         decoded = None
     if isinstance(decoded, dict):
         return decoded
-    return arguments if shape.loose else {"arguments": arguments}
+    return arguments if shape.loose else PassedOn(arguments)
+
+
+class _Whole(str):
+    """The text in PassedOn, for a template that looks further into it."""
+
+    def __getitem__(self, key: Any) -> str:
+        return super().__getitem__(key) if isinstance(key, (int, slice)) else self
+
+    def get(self, key: Any, default: Any = None) -> str:
+        return self
+
+    def keys(self) -> list[str]:
+        return ["arguments"]
+
+    def values(self) -> list[str]:
+        return [self]
+
+    def items(self) -> list[tuple[str, str]]:
+        return [("arguments", self)]
+
+
+class PassedOn(dict[str, str]):
+    """A text that is no object, for a template that takes objects: an object with it as the one item. Whatever else a template asks it for is
+    that text too: it was written for arguments that have what it asks for, and nobody can mend a history."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(arguments=_Whole(text))
+
+    def __missing__(self, key: Any) -> str:
+        return self["arguments"]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self["arguments"]
 
 
 # ------------------------------------------------------------------ continuing
