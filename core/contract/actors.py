@@ -68,7 +68,7 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True):
     """Kinds of Extension that `handle` (or `deliver`) gets, whoever sends them: a kind has one taker in a process."""
     gives_kinds: frozenset[str] = frozenset()
     """Kinds of Extension that it sends to the other side where nobody in its own process takes them: from an engine to text, from text to an engine
-    (To(message, index) names which; engine 0 without). There an unknown kind is dropped with a warning."""
+    (To(message, index) names which; all of its engines without). There an unknown kind is dropped with a warning."""
 
 
 class ActorContext(msgspec.Struct, frozen=True, kw_only=True):

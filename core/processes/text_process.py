@@ -19,7 +19,7 @@ from penstock.core.processes.spawn import settle, socket_of
 from penstock.core.processes.text_side import TextSide
 from penstock.core.protocol.control import Boot, EngineDown, EngineUp, Hello, Message, PeerDown, PeerUp, Stop
 from penstock.core.protocol.errors import ProtocolError
-from penstock.core.protocol.messages import union_of
+from penstock.core.protocol.messages import Extension, union_of
 from penstock.core.runtime.links import Link, make_hello
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure as configure_traces
@@ -165,9 +165,10 @@ class TextProcess:
             await trio.sleep(RETRY_S)
 
     def _to_engine(self, message: Message, index: int | None) -> None:
-        assert index is not None
-        link = self._engines.get(index)
-        if link is not None:
+        """Without an index, as a plugin actor's Extension may be: to every engine."""
+        assert index is not None or type(message) is Extension
+        links = self._engines.values() if index is None else [link for link in (self._engines.get(index),) if link is not None]
+        for link in links:
             link.send(message)
 
     async def _engine_room(self) -> None:
