@@ -16,6 +16,7 @@ import trio
 
 from penstock.core.actors.text import TextActor, resolve
 from penstock.core.actors.text.actor import FROM_ROOT, TO_ROOT
+from penstock.core.actors.text.careful import CarefulTokenizer
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
 from penstock.core.contract.actors import Seat
@@ -104,7 +105,7 @@ class TextSide:
         self._house: House | None = None
         model = config.model or ""
         source = config.tokenizer or model
-        tokenizer = first_match(plugins.tokenizers(), source, "tokenizer").factory(source)
+        tokenizer = CarefulTokenizer(first_match(plugins.tokenizers(), source, "tokenizer").factory(source))
         renderer = first_match(plugins.chat_renderers(), source, "chat renderer").factory(source, config.chat_template)
         if config.default_chat_template_kwargs:
             renderer = WithDefaults(renderer, json.loads(config.default_chat_template_kwargs))

@@ -10,6 +10,7 @@ What it does not know: actors, loops (`deliver` is whatever thread-safe callback
 from __future__ import annotations
 
 import ctypes
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -19,12 +20,15 @@ import msgspec
 
 from penstock.core.actors.text import queries
 from penstock.core.actors.text.bounds import check_chars
+from penstock.core.actors.text.careful import ordinary
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.core.protocol.hashing import chain
 from penstock.core.protocol.messages import Encode, Encoded
 from penstock.core.runtime.clock import Clock, SystemClock
+
+log = logging.getLogger("penstock.text")
 
 MAX_BATCH = 256
 LONG = 64 << 10
@@ -99,7 +103,13 @@ class TokenizerWorker:
                     first = lane.get_nowait()
                 except queue.Empty:
                     break
-            for encoded in encode_batch(self._tokenizer, self._renderer, batch, self._clock):
+            try:
+                done = encode_batch(self._tokenizer, self._renderer, batch, self._clock)
+            except Exception as error:  # ours, then: whoever waits for this thread must not wait for ever
+                log.exception("encoding failed")
+                said = f"Encoding failed: {type(error).__name__}: {error}"[:300]
+                done = [Encoded(job=encode.job, error=said, error_status=500) for encode in batch]
+            for encoded in done:
                 self._deliver(encoded)
             if first is None:
                 return
@@ -144,7 +154,7 @@ def _param(job: _Job) -> str:
 
 def _guarded(job: _Job, work: Callable[[_Job], None]) -> None:
     try:
-        work(job)
+        ordinary(lambda: work(job))
     except PenstockError as error:
         job.error = error
     except Exception as error:  # whatever a template, a tokenizer or strange text does, only this request feels it
@@ -183,7 +193,8 @@ def _decoded(decoder: msgspec.json.Decoder[Any], raw: bytes, param: str, what: s
 
 def _tokenise(tokenizer: Tokenizer, jobs: list[_Job], special: bool) -> None:
     try:
-        for job, ids in zip(jobs, tokenizer.encode_batch([job.rendered for job in jobs], add_special_tokens=special), strict=True):
+        found = ordinary(lambda: tokenizer.encode_batch([job.rendered for job in jobs], add_special_tokens=special))
+        for job, ids in zip(jobs, found, strict=True):
             job.ids = ids
     except Exception:  # one text spoiled the batch: find out which
         for job in jobs:
