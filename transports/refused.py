@@ -197,8 +197,8 @@ ANSWER: dict[str, Refused] = {
 
 GENERATION: dict[str, Refused] = {**PROMPT, **ANSWER}
 """What a request for an answer may not hold."""
-FAMILIES = ("guided_", "structured_", "grammar_", "constrained_", "json_", "tool_")
-"""Beginnings of names: whatever else servers call so makes the answer obey something, or is about calls."""
+FAMILIES = ("guided_", "structured_", "grammar_", "constrained_", "json_", "tool_", "lora", "adapter", "peft")
+"""Beginnings of names: whatever else servers call so makes the answer obey something, is about calls, or about other weights."""
 _FAMILY = Refused((None, False, [], {}, ""))
 
 

@@ -24,7 +24,8 @@ FIRST, SECOND, OTHER = "qzfirstprobe", "secondprobeqz", "qzotherprobe"
 PART_KEY = "qzpartprobe"
 """In every part: if it comes out, the part was printed whole."""
 NAME, KEY, VALUE = "qzname", "qzkeyprobe", "qzvalueprobe"
-SPELLED = "qzspelledout" * 4
+SPELLED, CUT = "qzspelledout" * 4, 6
+"""So much of it is enough: a template may cut what it prints."""
 
 
 class _Object(dict[str, str]):
@@ -181,7 +182,15 @@ class _Probe:
             self._shown_empties = tuple(shown)
             if shown:
                 return
-        self._arguments = OBJECT
+        # Neither comes out whole: cut, or only asked about. What an object is refused for, or is spelled out in, takes texts.
+        refused = {id(form): not self._renders(form) for form in (OBJECT, TEXT)}
+        self._arguments = TEXT if self._spells or (refused[id(OBJECT)] and not refused[id(TEXT)]) else OBJECT
+
+    def _renders(self, arguments: Any) -> bool:
+        """Is there a prompt with a call whose arguments are these?"""
+        user = self._other("user")
+        talks = [([user, self._call("text", arguments)], tools) for tools in (None, TOOLS)]
+        return any(self._render(messages, tools) is not None for messages, tools in talks)
 
     def _is_loose(self, legacy: bool) -> bool:
         """Does a text come out where the template takes an object? Not if it asks for fields by their names, as if it had none of ours."""
@@ -226,7 +235,7 @@ class _Probe:
 
     def _has_call(self, out: str, whole: bool) -> bool:
         seen = out.lower()
-        if SPELLED[:24] in seen:
+        if SPELLED[:CUT] in seen:
             self._spells = True
             return False
         words = KEY in seen and VALUE in seen

@@ -274,8 +274,16 @@ class PassedOn(dict[str, str]):
     def __missing__(self, key: Any) -> str:
         return self["arguments"]
 
+    def __repr__(self) -> str:
+        return self["arguments"]
+
+    __str__ = __repr__
+
     def get(self, key: Any, default: Any = None) -> Any:
         return self["arguments"]
+
+    def copy(self) -> dict[str, str]:
+        return self
 
 
 # ------------------------------------------------------------------ continuing

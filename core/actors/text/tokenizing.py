@@ -26,6 +26,15 @@ class Encoding(dict[str, Any]):
             raise AttributeError(name) from None
 
 
+def _refuse(others: Mapping[str, Any]) -> None:
+    """Arguments of transformers that ask for nothing may be there."""
+    asked = sorted(name for name, value in others.items() if value not in (None, False))
+    if asked:
+        raise UnsupportedFeature(
+            f"{', '.join(asked)}: not supported here, plain lists of all ids are returned. Leave it out.", param=asked[0]
+        )
+
+
 class LLMTokenizer:
     """May be used from any thread, also after the LLM was closed."""
 
@@ -55,21 +64,24 @@ class LLMTokenizer:
 
     # --- texts and ids
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, text_pair: None = None, *, add_special_tokens: bool = True, **others: Any) -> list[int]:
+        """Raises UnsupportedFeature naming an argument that transformers has and this has not (truncation, padding, return_tensors...)."""
         need(isinstance(text, str), f"text must be a text, but is {text!a:.80}.", "text")
-        check_text(text, "text")
-        (ids,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        return [int(token) for token in ids]
+        _refuse({"text_pair": text_pair, **others})
+        return self.batch_encode([text], add_special_tokens=add_special_tokens)[0]
 
-    def batch_encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    def batch_encode(self, texts: Sequence[str], *, add_special_tokens: bool = True, **others: Any) -> list[list[int]]:
+        _refuse(others)
         need(isinstance(texts, Sequence), "texts must be a list of texts.", "texts")
         for i, text in enumerate(texts):
-            need(isinstance(text, str), f"texts[{i}] must be a text, but is {text!a:.80}.", f"texts[{i}]")
-            check_text(text, f"texts[{i}]")
+            name = "text" if len(texts) == 1 else f"texts[{i}]"
+            need(isinstance(text, str), f"{name} must be a text, but is {text!a:.80}.", name)
+            check_text(text, name)
         some = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens) if texts else []
         return [[int(token) for token in ids] for ids in some]
 
-    def __call__(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Encoding:
+    def __call__(self, text: str | Sequence[str], text_pair: None = None, *, add_special_tokens: bool = True, **others: Any) -> Encoding:
+        _refuse({"text_pair": text_pair, **others})
         if isinstance(text, str):
             ids: Any = self.encode(text, add_special_tokens=add_special_tokens)
             return Encoding(input_ids=ids, attention_mask=[1] * len(ids))
@@ -96,11 +108,12 @@ class LLMTokenizer:
 
     # --- single tokens
 
-    def convert_ids_to_tokens(self, ids: Any) -> Any:
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Spellings of a list of ids, or of one."""
         if isinstance(ids, int):
             return self._tokenizer.token_text(*self._ids([ids]))
-        return [self._tokenizer.token_text(token) for token in self._ids(ids)]
+        left_out = self._tokenizer.special_ids if skip_special_tokens else ()
+        return [self._tokenizer.token_text(token) for token in self._ids(ids) if token not in left_out]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Ids of a list of spellings, or of one; None (or the unknown token's) for what is no token."""
