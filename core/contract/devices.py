@@ -68,6 +68,10 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """A position sees only the last so many, itself included. None: all."""
     sliding_layers: list[bool] = []
     """One flag per layer: does it attend within sliding_window only. Empty: all or none, by sliding_window."""
+    softcap: bool = False
+    """Attention's scores are soft-capped (AttnCall.softcap): a backend that cannot is not chosen."""
+    sinks: bool = False
+    """Its softmax has sinks (AttnCall.sinks)."""
     rope: RopeFacts = RopeFacts()
     torch_dtype: str = "bfloat16"
     """The checkpoint's own dtype, "bfloat16", "float16" or "float32": what `--dtype auto` starts from."""

@@ -92,13 +92,21 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("devices", "engine", DeviceSpec, "device", "--device", f"{_CONTRACT}.devices:Device", without={"available": False}),
-        Family("models", "engine", ModelSpec, "model", adapt=_adapter("penstock.plugins.models.level_1")),
+        Family(
+            "models",
+            "engine",
+            ModelSpec,
+            "model",
+            protocol="penstock.plugins.models.api:Model",
+            adapt=_adapter("penstock.plugins.models.level_1"),
+        ),
         Family(
             "attention_backends",
             "engine",
             AttentionSpec,
             "attention backend",
             "--attention-backend",
+            "penstock.plugins.models.api:Attention",
             without={"supports": "its check failed, see `penstock plugins`"},
             adapt=_adapter("penstock.plugins.attention.level_1"),
         ),

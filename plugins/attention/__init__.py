@@ -19,6 +19,8 @@ def _supports(facts: ModelFacts, dtype: str) -> str | None:
         return f"dtype {dtype} is not supported"
     if facts.head_dim % GROUP:
         return f"head_dim {facts.head_dim} is no multiple of {GROUP}"
+    if facts.softcap or facts.sinks:
+        return "it has neither soft-caps nor sinks"
     return None
 
 

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from penstock.core.contract.devices import ModelFacts, RunnerConfig
+from penstock.core.contract.families import FAMILIES
+from penstock.core.contract.guard import fault
 from penstock.core.contract.hookspecs import AttentionSpec, ModelSpec, WeightSourceSpec
 from penstock.core.protocol.config import nearest
-from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
+from penstock.core.protocol.errors import ConfigError, PluginFault, UnsupportedFeature
 from penstock.plugins import attention as builtin_attention
 from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights
@@ -84,6 +86,7 @@ def load_model(
         max_rows=max_rows,
         deterministic=config.deterministic,
     )
+    check_attention(config, choice, attention)
     progress("loading weights", 0.0)
     weights = weights_for(config).factory(
         config.model_path,
@@ -95,6 +98,10 @@ def load_model(
     )
     builder = Builder(weights, ops, dtype, device, lambda fraction: progress("loading weights", fraction))
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
+    for name in ("weights_bytes", "tables_bytes"):
+        if type(getattr(model, name)) is not int:
+            said = f"returned a model whose {name!r} is {getattr(model, name)!r:.60}, not a number of bytes"
+            raise blame(config, "models", choice.spec.name, "factory", said)
     return model, identity(config, weights)
 
 
@@ -149,7 +156,68 @@ def model_of(config: RunnerConfig) -> tuple[dict[str, Any], ModelSpec, ModelFact
     if raw.get("dtype") is None and raw.get("torch_dtype") is None and weights_for(config).name == builtin_weights.SAFETENSORS:
         stored = stored_dtype(config.model_path)
         raw |= {"dtype": stored} if stored else {}
-    return raw, spec, spec.facts(raw)
+    facts = spec.facts(raw)
+    wrong = wrong_facts(facts)
+    if wrong:
+        raise blame(config, "models", spec.name, "facts", wrong)
+    return raw, spec, facts
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position")
+
+
+def wrong_facts(facts: Any) -> str | None:
+    """What is wrong with what a family says of a model, or None."""
+    if not isinstance(facts, ModelFacts):
+        return f"returned {type(facts).__name__}, not ModelFacts"
+    for name in SIZES:
+        value = getattr(facts, name)
+        if type(value) is not int or value < 1:
+            return f"returned {name} {value!r}, which must be a number above 0"
+    if facts.num_heads % facts.num_kv_heads:
+        return f"returned {facts.num_heads} heads for {facts.num_kv_heads} KV heads, which does not divide"
+    return None
+
+
+def check_attention(config: RunnerConfig, choice: Choice, attention: Attention) -> None:
+    """Raises PluginFault naming the backend for attributes that cannot be used, and for a pool that is not what it says."""
+    name, facts = choice.attention.name, choice.facts
+
+    def wrong(call: str, what: Exception | str) -> PluginFault:
+        return blame(config, "attention_backends", name, call, what)
+
+    for member, kind in (("name", str), ("kv_layout", str), ("bytes_per_token", int), ("workspace_bytes", int), ("capturable", bool)):
+        value = getattr(attention, member)
+        if type(value) is not kind or (member in ("kv_layout", "bytes_per_token") and not value):
+            raise wrong(
+                "factory", f"returned an object whose {member!r} is {value!r:.60}, not {'a text' if kind is str else kind.__name__}"
+            )
+
+    def asked(call: str, of: Callable[[], Any]) -> Any:
+        try:
+            return of()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise wrong(call, error) from error
+
+    page = facts.num_layers * attention.bytes_per_token * config.block_size
+    pool = asked("allocate", lambda: attention.allocate(1))
+    if not isinstance(pool, torch.Tensor) or pool.nbytes != page:
+        found = f"a tensor of {pool.nbytes} bytes" if isinstance(pool, torch.Tensor) else type(pool).__name__
+        raise wrong("allocate", f"returned {found} for one block, which by its bytes_per_token takes {page}")
+    caches = asked("caches", lambda: attention.caches(pool))
+    if not isinstance(caches, (list, tuple)) or len(caches) != facts.num_layers:
+        found = f"{len(caches)}" if isinstance(caches, (list, tuple)) else type(caches).__name__
+        raise wrong("caches", f"returned {found}, not one for each of {facts.num_layers} layers")
+
+
+def blame(config: RunnerConfig, family: str, name: str, call: str, what: Exception | str) -> PluginFault:
+    """A fault of the plugin that brought this spec."""
+    if config.plugins is not None and hasattr(config.plugins, "blame"):
+        found: PluginFault = config.plugins.blame(family, name, call, what)
+        return found
+    return fault(f"The {FAMILIES[family].noun} {name!r}", call, what, "Fix or uninstall it.")
 
 
 def models_of(config: RunnerConfig) -> Mapping[str, ModelSpec]:

@@ -156,8 +156,11 @@ class Attention(Protocol):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        """Norm (where there are norms [D], RMS with eps) and rotate queries and keys, write keys and values to their places. qkv [T, (Hq + 2 Hkv) * D]; `cos_sin`
-        [P, r] float32, cosines then sines of the first r dimensions' angles, by position -> q [T, Hq, D]. The keys in qkv may be overwritten."""
+        """Norm (where there are norms [D], RMS with eps) and rotate queries and keys, write keys and values to their places -> q [T, Hq, D].
+
+        `qkv` [T, (Hq + 2 Hkv) * D]: a row holds the heads of q, then those of k, then those of v. `cos_sin` [P, r] float32, row p for position p: r/2
+        cosines, then r/2 sines (made by `penstock.plugins.models.rope.rope_tables`). Dimension i < r/2 of a head turns with dimension i + r/2
+        (low * cos - high * sin, high * cos + low * sin), those from r on stay. The keys in qkv may be overwritten."""
         ...
 
     def attend(self, q: Tensor, qkv: Tensor, cache: Any, columns: Columns, call: AttnCall) -> Tensor:
@@ -187,7 +190,7 @@ class Ops(Protocol):
         ...
 
     def gated(self, weight: Stacked, bias: Stacked | None, activation: str) -> Linear:
-        """act(x gate^T) * (x up^T), the parts of `weight` being gate and up, [I, K] each. `activation`: "silu"."""
+        """act(x gate^T) * (x up^T), the parts of `weight` being gate and up, [I, K] each. `activation`: "silu", "gelu" or "gelu_tanh"."""
         ...
 
     def head(self, weight: Tensor) -> Linear:
@@ -251,7 +254,8 @@ class Model(Protocol):
     tables_bytes: int
     """Of what else it keeps: rotary tables."""
     plain: Plain | None
-    """The whole model, where it is of the plain kind: a device may then run a step as one program of its own. None: `step` alone says what it is."""
+    """The whole model, where it is of the plain kind: a device may then run a step as one program of its own. None: `step` alone says what it is.
+    (On "cpu" a model may bring a program instead: `program(caches) -> Program`.)"""
 
     def step(self, ops: Ops, caches: Sequence[Any], columns: Columns, taps: Sequence[int] = ()) -> Stream:
         """All T tokens through all layers, keys and values written to `caches` (what `attention.caches` gave). `taps`: layers in front of which the stream

@@ -18,6 +18,7 @@ from penstock.core.protocol.errors import CheckpointError, ConfigError, EngineFa
 from penstock.core.protocol.messages import Forward
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.attention import register_attention_backends
+from penstock.plugins.attention.native import NativeAttention
 from penstock.plugins.devices import host_limits, register_devices
 from penstock.plugins.devices.driver import Driver, Job
 from penstock.plugins.devices.self_test import self_test
@@ -80,8 +81,12 @@ def test_a_cache_that_the_machine_has_no_memory_for_is_said(folder: Path, load: 
         load(folder, kv_cache_memory_bytes=500 << 30)
     monkeypatch.undo()
 
-    def refuse(*_: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    real = NativeAttention.allocate
+
+    def refuse(self: NativeAttention, num_blocks: int) -> torch.Tensor:
+        if num_blocks > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(self, num_blocks)
 
     monkeypatch.setattr("penstock.plugins.attention.native.NativeAttention.allocate", refuse)
     with pytest.raises(ConfigError, match="does not fit here"):
