@@ -91,6 +91,31 @@ class DeviceOps(Ops, Protocol):
         """In place, on the rows whose `counted` [R] names a row of counts int32 and in_prompt bool [C, V]; settings by `slots` [R]."""
         ...
 
+    def add_bias(self, logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> None:
+        """logits[rows[e], ids[e]] += values[e] float32 (-inf bans), in place; no (row, id) twice."""
+        ...
+
+    def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+        """In place: row r keeps the tokens whose bit is 1 in mask[mask_rows[r]] int32 [Q, ceil(V / 32)] (bit t % 32 of word t // 32), the others become
+        -inf; below 0: all are kept."""
+        ...
+
+    def ban_words(
+        self,
+        logits: Tensor,
+        history: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        words: Tensor,
+        starts: Tensor,
+        sizes: Tensor,
+        longest: int,
+    ) -> None:
+        """In place: where slot slots[rows[e]]'s history before position positions[rows[e]] ends with all but the last token of words[starts[e] :
+        starts[e] + sizes[e]], that last token becomes -inf in row rows[e]. `longest` is at least the largest size."""
+        ...
+
     def start_counts(
         self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
     ) -> None:

@@ -164,7 +164,10 @@ class DeviceRunner:
         self._down = Download(lane, entries, rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
         state = Upload(lane, entries, 16 * max_num_seqs)
-        self.sampler = SlotSampler(ops, max_num_seqs, facts.vocab_size, self.history, state, self._to_device, deterministic=deterministic)
+        lists = Upload(lane, entries, 16 * max_num_seqs)
+        self.sampler = SlotSampler(
+            ops, max_num_seqs, facts.vocab_size, self.history, state, lists, self._to_device, deterministic=deterministic
+        )
         self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
         self._buckets = buckets_for(max_num_seqs) if graphs else []
         self._forwards: dict[int, Graph] = {}
@@ -664,7 +667,7 @@ class DeviceRunner:
         self._ops.place(self.history, self.table, none, none, none, none)
         self._ops.set_blocks(self.table, none, none, none)
         self._model.attention.copy(self._pool, none, none)
-        self.sampler.penalise_nobody(none)
+        self.sampler.adjust_nobody(none)
 
     @torch.inference_mode()
     def exercise(self, rows: int, tokens: int) -> None:

@@ -2,8 +2,8 @@
 
 What it is: settings are columns on the device, indexed by slot, so that the work per step does not grow with Python and no value is looked at; the host keeps
 only what decides which kernels to launch (is a row hot, does it count, does it have lists). Counts for penalties are a pool whose rows are only
-taken by slots that ask. The few settings that are lists are applied row by row to those rows alone. Order of a row's changes: penalties, bias,
-allowed tokens, bad words, minimum length; then temperature and filters. Log-probabilities come from the raw logits.
+taken by slots that ask. Settings that are lists go up as one set of columns a step (lists.py), for the rows that have them. Order of a row's changes: penalties,
+bias, bans and minimum length, allowed tokens, bad words; then temperature and filters. Log-probabilities come from the raw logits.
 What it does not know: the model, blocks, which request a slot serves.
 """
 
@@ -18,6 +18,7 @@ import torch
 from penstock.core.protocol.columns import I32, Column, i32
 from penstock.core.protocol.messages import LogprobColumns, SlotSampling
 from penstock.kernels.sampling import torch as portable
+from penstock.plugins.devices.lists import Entries, SlotLists
 from penstock.plugins.devices.ops import DeviceOps, Settings
 from penstock.plugins.devices.rings import Landing, Upload
 
@@ -27,6 +28,8 @@ ADJUSTED = PENALTY | LISTS | MINIMUM
 """Bits of `flags`: needs counts; has bias, allowed tokens or bad words; has stop ids masked until min_tokens; wants log-probabilities; is not
 greedy. No bit set: the largest logit, and nothing else."""
 
+WORD_SIZES = (4, 8)
+"""Bad words up to so many tokens have kernels from the start."""
 WORDS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence", "top_k", "choices")
 
 
@@ -67,16 +70,18 @@ class SlotSampler:
         vocab: int,
         history: Tensor,
         upload: Upload,
+        columns: Upload,
         to_device: Callable[[Column], Tensor],
         *,
         deterministic: bool = False,
     ) -> None:
-        """`deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows."""
+        """`upload` is for what places and penalties bring, `columns` for lists: one copy of each a step. `deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows."""
         device = history.device
         self._ops = ops
         self._vocab = vocab
         self._history = history
         self._upload = upload
+        self._columns = columns
         self._to_device = to_device
         self._alone = deterministic
         self._words = torch.zeros(len(WORDS), slots, dtype=torch.int32, device=device)
@@ -90,7 +95,7 @@ class SlotSampler:
         self._flags: I32 = np.zeros(slots, np.int32)
         self._logprobs: I32 = np.full(slots, -1, np.int32)
         self.prompt_len: I32 = np.zeros(slots, np.int32)
-        self._lists: dict[int, _Lists] = {}
+        self._lists: dict[int, SlotLists] = {}
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +131,7 @@ class SlotSampler:
             if masks_stops:
                 flags |= MINIMUM
             if flags & (LISTS | MINIMUM):
-                self._lists[slot] = _Lists(place, self._to_device)
+                self._lists[slot] = SlotLists(place, self._vocab)
             if not params.greedy:
                 flags |= HOT
             if params.logprobs is not None:
@@ -168,7 +173,7 @@ class SlotSampler:
             raw = logits.clone() if rows.size == len(slots) else logits.index_select(0, self._to_device(rows))
         counted = None
         if (flags & ADJUSTED).any():
-            counted = self._adjust(logits, slots, positions, at, flags)
+            counted = self._adjust(logits, slots, positions, at, where, flags)
         tokens = self.draw(logits, at, where, bool((flags & HOT).any()))
         if counted is not None:
             self._ops.count(self._counts, counted, tokens)
@@ -188,13 +193,17 @@ class SlotSampler:
             ids, values, ranks = portable.logprobs(raw, named, most)
         return Wanted(landing.also(ids.int()), landing.also(values), landing.also(ranks.int()), rows, positions, wants, ids.shape[1])
 
-    def penalise_nobody(self, none: Tensor) -> None:
-        """Launch what penalties need on a padding row: `none` is an int32 column of one -1."""
+    def adjust_nobody(self, none: Tensor) -> None:
+        """Launch what penalties and lists need on a padding row: `none` is an int32 column of one -1."""
         logits = torch.zeros(1, self._vocab, device=none.device)
         counts, in_prompt = logits.int(), logits.bool()
         self._ops.start_counts(counts, in_prompt, none, none, self._history, none, none)
         self._ops.penalise(logits, none, none, counts, in_prompt, self.settings)
         self._ops.count(counts, none, none)
+        self._ops.add_bias(logits, none, none, none.view(torch.float32))
+        self._ops.mask(logits, none.expand(1, -(-self._vocab // 32)).contiguous(), none)
+        for longest in WORD_SIZES:
+            self._ops.ban_words(logits, self._history, none, none, none, none, none, none, longest)
 
     def _take_rows(self, slots: Column) -> None:
         """A row of the counts for each of these slots; the pool doubles when it is used up."""
@@ -208,7 +217,7 @@ class SlotSampler:
         for slot in slots.tolist():
             self._pool_row[slot] = self._free_rows.pop()
 
-    def _adjust(self, logits: Tensor, slots: Column, positions: Column, at: Tensor, flags: I32) -> Tensor | None:
+    def _adjust(self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, flags: I32) -> Tensor | None:
         """Penalties, bias and masks, in place, on the rows that have them. Returns which row of the counts counts, by row, if any does."""
         counted = None
         if (flags & PENALTY).any():
@@ -220,63 +229,25 @@ class SlotSampler:
                 self._ops.start_counts(self._counts, self._in_prompt, sent[0], sent[1], self._history, sent[2], sent[3])
             counted = self._to_device(np.where(flags & PENALTY, self._pool_row[slots], -1).astype(np.int32))
             self._ops.penalise(logits, counted, at, self._counts, self._in_prompt, self.settings)
-        for row in np.flatnonzero(flags & LISTS):
-            slot, position = int(slots[row]), int(positions[row])
-            self._lists[slot].apply(logits[row], self._history[slot], position)
-        for row in np.flatnonzero(flags & MINIMUM):
-            slot = int(slots[row])
-            if not self._lists[slot].hold_back(logits[row], int(positions[row])):
-                self._flags[slot] &= ~MINIMUM
+        listed = np.flatnonzero(flags & (LISTS | MINIMUM))
+        if listed.size:
+            self._apply(logits, listed, slots, positions, at, where)
         return counted
 
-
-ANY, NONE = -1, -2
-"""In a bad word's prefix: any token, or none at all, is fine there; in a history: no token was there."""
-
-
-class _Lists:
-    """Bias, allowed tokens, bad words and stop ids of one slot, on the device."""
-
-    def __init__(self, place: SlotSampling, to_device: Callable[[Column], Tensor]) -> None:
-        params = place.params
-
-        def ids(values: Sequence[int]) -> Tensor | None:
-            return to_device(i32(values)).long() if values else None
-
-        self._bias_ids = ids(list(params.logit_bias))
-        self._bias = to_device(np.asarray(list(params.logit_bias.values()), np.float32).view(np.int32)).view(torch.float32)
-        self._allowed = None if params.allowed_token_ids is None else ids(sorted(set(params.allowed_token_ids)))
-        words = [word for word in params.bad_words_token_ids if len(word) > 1]
-        self._single = ids(sorted({word[0] for word in params.bad_words_token_ids if len(word) == 1}))
-        self._reach = max((len(word) - 1 for word in words), default=0)
-        """Tokens back that the longest word looks. The others are padded in front with ANY."""
-        padded = [[ANY] * (self._reach - len(word) + 1) + word[:-1] for word in words]
-        self._prefixes = to_device(i32([token for row in padded for token in row])).view(len(words), self._reach) if words else None
-        self._lasts = ids([word[-1] for word in words])
-        self._ends = place.prompt_len + params.min_tokens
-        self._stops = ids(sorted({int(token) for token in place.stop_ids}))
-
-    def apply(self, logits: Tensor, history: Tensor, position: int) -> None:
-        """logits [V] in place; history [L] holds `position` tokens."""
-        if self._bias_ids is not None:
-            logits.index_add_(0, self._bias_ids, self._bias)
-        if self._allowed is not None:
-            kept = logits.index_select(0, self._allowed)
-            logits.fill_(-torch.inf)
-            logits.index_copy_(0, self._allowed, kept)
-        if self._single is not None:
-            logits.index_fill_(0, self._single, -torch.inf)
-        if self._prefixes is not None and self._lasts is not None:
-            tail = history[max(0, position - self._reach) : position]
-            if position < self._reach:
-                tail = torch.nn.functional.pad(tail, (self._reach - position, 0), value=NONE)
-            hit = ((tail == self._prefixes) | (self._prefixes == ANY)).all(dim=1)
-            logits.index_add_(0, self._lasts, torch.where(hit, -torch.inf, 0.0))  # however many words, so many launches
-
-    def hold_back(self, logits: Tensor, position: int) -> bool:
-        """Mask the stop ids; False once enough tokens exist."""
-        if position >= self._ends:
-            return False
-        assert self._stops is not None
-        logits.index_fill_(0, self._stops, -torch.inf)
-        return True
+    def _apply(self, logits: Tensor, rows: Column, slots: Column, positions: Column, at: Tensor, where: Tensor) -> None:
+        """Lists of these rows, in one copy up and at most three launches."""
+        lists = [self._lists[int(slots[row])] for row in rows]
+        entries = Entries(rows.tolist(), lists, positions[rows].tolist())
+        for slot, one, position in zip(slots[rows].tolist(), lists, positions[rows].tolist(), strict=True):
+            if not one.holds_back(position):
+                self._flags[slot] &= ~MINIMUM
+        columns = [entries.rows, entries.ids, entries.values.view(np.int32)]
+        columns += [entries.word_rows, entries.words, entries.starts, entries.sizes]
+        columns += entries.masks(len(slots)) if entries.masked else ()
+        sent = self._columns.send(*columns)
+        if len(entries.rows):
+            self._ops.add_bias(logits, sent[0], sent[1], sent[2].view(torch.float32))
+        if entries.masked:
+            self._ops.mask(logits, sent[7].view(len(entries.masked), -1), sent[8])
+        if entries.longest:
+            self._ops.ban_words(logits, self._history, sent[3], at, where, sent[4], sent[5], sent[6], entries.longest)

@@ -146,6 +146,39 @@ class TorchOps:
         s = settings
         logits[rows] = sampling.penalise(logits[rows], counts[at], in_prompt[at], s.repetition[slot], s.frequency[slot], s.presence[slot])
 
+    def add_bias(self, logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> None:
+        """See DeviceOps."""
+        real = rows >= 0
+        logits.index_put_((rows[real].long(), ids[real].long()), values[real], accumulate=True)
+
+    def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+        """See DeviceOps."""
+        words = mask.index_select(0, mask_rows.clamp_min(0).long())
+        bits = torch.arange(32, dtype=torch.int32, device=mask.device)
+        kept = ((words.unsqueeze(2) >> bits) & 1).view(len(words), -1)[:, : logits.shape[1]].bool()
+        logits.masked_fill_(~(kept | (mask_rows < 0).unsqueeze(1)), -torch.inf)
+
+    def ban_words(
+        self,
+        logits: Tensor,
+        history: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        words: Tensor,
+        starts: Tensor,
+        sizes: Tensor,
+        longest: int,
+    ) -> None:
+        """See DeviceOps."""
+        for row, start, size in zip(rows.tolist(), starts.tolist(), sizes.tolist(), strict=True):
+            if row < 0 or slots[row] < 0:
+                continue
+            before = int(positions[row]) - (size - 1)
+            word = words[start : start + size]
+            if before >= 0 and torch.equal(history[slots[row], before : before + size - 1], word[:-1]):
+                logits[row, word[-1]] = -torch.inf
+
     def start_counts(
         self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
     ) -> None:

@@ -176,6 +176,29 @@ class TritonOps:
         s = settings
         sampling.penalise_(logits, counted, counts, in_prompt, s.repetition, s.frequency, s.presence, slots=slots)
 
+    def add_bias(self, logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> None:
+        """See DeviceOps."""
+        sampling.scatter_bias_(logits, rows, ids, values)
+
+    def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+        """See DeviceOps."""
+        sampling.mask_(logits, mask, mask_rows)
+
+    def ban_words(
+        self,
+        logits: Tensor,
+        history: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        words: Tensor,
+        starts: Tensor,
+        sizes: Tensor,
+        longest: int,
+    ) -> None:
+        """See DeviceOps. At least WORD_SIZES[0], so that few sizes have kernels."""
+        sampling.ban_words_(logits, history, rows, slots, positions, words, starts, sizes, max(longest, 4))
+
     def start_counts(
         self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
     ) -> None:

@@ -208,7 +208,7 @@ def test_slot_sampling_equals_the_reference(rows: list[dict[str, Any]], order: A
     history = torch.zeros(8, 64, dtype=torch.int32)
     lane = HostLane(direct=True)
     ops, down = HostOps(), Download(lane, 1, 8)
-    sampler = SlotSampler(ops, 8, VOCAB, history, Upload(lane, 1, 128), lambda column: torch.from_numpy(column))
+    sampler = SlotSampler(ops, 8, VOCAB, history, Upload(lane, 1, 128), Upload(lane, 1, 128), lambda column: torch.from_numpy(column))
     known = []
     for slot, row in zip(slots, rows, strict=True):
         tokens = row["prompt"] + row["output"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,8 @@ from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.kernels.sampling.reference import bad_word_ends
-from penstock.plugins.devices import sampler
+from penstock.plugins.devices.lists import Entries, SlotLists
+from penstock.plugins.devices.torch_ops import TorchOps
 
 VOCAB = 5
 tokens = st.integers(0, VOCAB - 1)
@@ -23,8 +25,28 @@ def test_the_sampler_bans_what_the_reference_bans(bad: list[list[int]], history:
     place = SlotSampling(slot=0, choice=0, prompt_len=1, params=SamplingParams(bad_words_token_ids=bad))
     wanted = torch.arange(VOCAB, dtype=torch.float32)
     wanted[sorted(set(bad_word_ends(history, bad)))] = -torch.inf
+    logits = torch.stack([torch.full((VOCAB,), 7.0), torch.arange(VOCAB, dtype=torch.float32)])
+    stale = torch.from_numpy(
+        i32([[0] * (len(history) + more), history + [0] * more])
+    )  # what stands behind the position is of an earlier sequence
+    entries = Entries([1], [SlotLists(place, VOCAB)], [len(history)])
+    ops = TorchOps()
 
-    logits = torch.arange(VOCAB, dtype=torch.float32)
-    stale = i32(history + [0] * more)  # what stands behind the position is of an earlier sequence
-    sampler._Lists(place, lambda column: torch.from_numpy(np.array(column))).apply(logits, torch.from_numpy(stale), len(history))
-    assert torch.equal(logits, wanted)
+    def tensor(column: Any) -> torch.Tensor:
+        return torch.from_numpy(column.copy())
+
+    ops.add_bias(logits, tensor(entries.rows), tensor(entries.ids), tensor(entries.values))
+    at, where = tensor(i32([-1, 1])), tensor(i32([0, len(history)]))
+    columns = (tensor(entries.words), tensor(entries.starts), tensor(entries.sizes))
+    ops.ban_words(logits, stale, tensor(entries.word_rows), at, where, *columns, entries.longest)
+    assert torch.equal(logits[1], wanted)
+    assert (logits[0] == 7.0).all()
+
+
+def test_a_ban_comes_before_a_bias_and_stop_tokens_come_back() -> None:
+    params = SamplingParams(logit_bias={2: 5.0, 3: 1.0}, bad_words_token_ids=[[2]], min_tokens=2)
+    lists = SlotLists(SlotSampling(slot=0, choice=0, prompt_len=4, params=params, stop_ids=i32([3, 1])), VOCAB)
+    early, late = (dict(zip(*(column.tolist() for column in lists.additions(at)), strict=True)) for at in (5, 6))
+    assert early == {2: float("-inf"), 1: float("-inf"), 3: float("-inf")}
+    assert late == {2: float("-inf"), 3: 1.0}
+    assert (lists.holds_back(5), lists.holds_back(6)) == (True, False)

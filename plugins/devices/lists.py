@@ -1,0 +1,74 @@
+"""The settings of a sequence that are lists, and the columns that a step makes of them.
+
+What it is: bias, allowed tokens, bad words and held-back stop tokens of one slot as host arrays, made once when it is placed; and `Entries`, which puts those of a step's
+rows together for three launches, however many rows and words there are: additions to single logits (a ban adds -inf), masks over whole rows, and
+words whose last token is banned where the history ends with the rest. Histories and positions are looked at on the device alone.
+What it does not know: logits, other settings, which request a slot serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, F32, I32, Column, i32
+from penstock.core.protocol.messages import SlotSampling
+
+
+class SlotLists:
+    """Of one slot. Token ids are below `vocab`."""
+
+    def __init__(self, place: SlotSampling, vocab: int) -> None:
+        params = place.params
+        words = params.bad_words_token_ids
+        self._banned = np.unique(i32([word[0] for word in words if len(word) == 1]))
+        self._stops = np.unique(i32([int(token) for token in place.stop_ids])) if params.min_tokens > 0 else EMPTY_I32
+        self._ids = i32(list(params.logit_bias))
+        self._values: F32 = np.asarray(list(params.logit_bias.values()), np.float32)
+        self._ends = place.prompt_len + params.min_tokens
+        self.words = [i32(word) for word in words if len(word) > 1]
+        self.mask: I32 | None = None if params.allowed_token_ids is None else _mask(params.allowed_token_ids, vocab)
+
+    def holds_back(self, position: int) -> bool:
+        """Are there too few tokens yet for the stop tokens?"""
+        return len(self._stops) > 0 and position < self._ends
+
+    def additions(self, position: int) -> tuple[I32, F32]:
+        """(ids, what is added to their logits) for a draw at `position`; no id twice, a ban before a bias."""
+        banned = np.union1d(self._banned, self._stops) if self.holds_back(position) else self._banned
+        if not len(banned):
+            return self._ids, self._values
+        kept = ~np.isin(self._ids, banned)
+        ids = np.concatenate([self._ids[kept], banned]).astype(np.int32)
+        return ids, np.concatenate([self._values[kept], np.full(len(banned), -np.inf, np.float32)])
+
+
+def _mask(allowed: Sequence[int], vocab: int) -> I32:
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+class Entries:
+    """A step's: rows index its logits."""
+
+    def __init__(self, rows: Sequence[int], lists: Sequence[SlotLists], positions: Sequence[int]) -> None:
+        found = [one.additions(position) for one, position in zip(lists, positions, strict=True)]
+        counts = [len(ids) for ids, _ in found]
+        self.rows: I32 = np.repeat(i32(rows), counts).astype(np.int32)
+        self.ids: I32 = np.concatenate([ids for ids, _ in found]) if found else EMPTY_I32
+        self.values: F32 = np.concatenate([values for _, values in found]) if found else EMPTY_F32
+        self.masked = [(row, one.mask) for row, one in zip(rows, lists, strict=True) if one.mask is not None]
+        words = [(row, word) for row, one in zip(rows, lists, strict=True) for word in one.words]
+        self.word_rows = i32([row for row, _ in words])
+        self.sizes = i32([len(word) for _, word in words])
+        self.words: I32 = np.concatenate([word for _, word in words]) if words else EMPTY_I32
+        self.starts: I32 = (np.cumsum(self.sizes) - self.sizes).astype(np.int32) if words else EMPTY_I32
+        self.longest = int(self.sizes.max()) if words else 0
+
+    def masks(self, count: int) -> tuple[Column, Column]:
+        """(mask rows one after the other, which of them each of `count` rows has, -1: none)."""
+        which = np.full(count, -1, np.int32)
+        which[[row for row, _ in self.masked]] = np.arange(len(self.masked))
+        return np.concatenate([mask for _, mask in self.masked]), which
