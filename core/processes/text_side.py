@@ -22,7 +22,7 @@ from penstock.core.contract.actors import Seat
 from penstock.core.contract.hookspecs import Spec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
-from penstock.core.processes.plugin_seats import plugin_seats
+from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
 from penstock.core.protocol.errors import CheckpointError
@@ -135,8 +135,9 @@ class TextSide:
         ]
         if to_root is not None:
             ports.append(CallPort("root", to_root, takes=TO_ROOT, gives=FROM_ROOT))
-        mine = plugin_seats(plugins, self._say_soon, config=config, id=shard, epoch=epoch, clock=self._clock)
-        self._house = House([Seat(party=party) for party in (self.actor, *ports)] + mine, link="engines", inline=inline)
+        mine = PluginSeats(plugins, self._say_soon, config=config, id=shard, epoch=epoch, clock=self._clock)
+        seats = [*(Seat(party=party) for party in (self.actor, *ports)), *mine.seats]
+        self._house = House(seats, link="engines", inline=inline, blame=mine.blame)
         self.host = self._house.host
         self._taken = 0
 

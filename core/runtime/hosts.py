@@ -87,8 +87,13 @@ class _Base(abc.ABC):
     def _addressed(self, giver: str, message: Message) -> str | None:
         """The taker of what `giver` said and no type's route leads to; None: it is dropped."""
         if type(message) is Extension:
+            if type(message.kind) is not str or type(message.data) is not bytes:
+                what = f"the data {message.data!r:.80}" if type(message.kind) is str else f"the kind {message.kind!r:.80}"
+                raise WiringError(f"{giver} gave an Extension with {what}: a kind is a text, data is bytes.", giver)
             return self.kinds.outward(message.kind)
-        raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.")
+        if not isinstance(message, Message):
+            raise WiringError(f"{giver} gave {message!r:.80}, which is no message.", giver)
+        raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.", giver)
 
     def fail(self, error: BaseException) -> None:
         if self._failure is None:
@@ -116,7 +121,7 @@ class _Base(abc.ABC):
             return
         if type(out) is Ask:
             error = f"{giver} asks {type(out.question).__name__}, but an Ask reaches only actors of its host: send a message, take another."
-            self.fail(WiringError(error))
+            self.fail(WiringError(error, giver))
             return
         try:
             message, index = (out.message, out.index) if type(out) is To else (out, None)
@@ -223,7 +228,7 @@ class FusedHost(_Base):
     def _handle(self, name: str, message: Message, reply: type[Message] | None = None) -> Message | None:
         """One handler to its end; its outputs are routed, except the first of type `reply`, which is returned."""
         if name in self._busy:
-            raise WiringError(f"{name} would be entered again by {type(message).__name__} while it waits for an answer.")
+            raise WiringError(f"{name} would be entered again by {type(message).__name__} while it waits for an answer.", name)
         actor = self._actors[name]
         self.handled += 1
         self._busy.add(name)
@@ -259,15 +264,14 @@ class FusedHost(_Base):
     def _ask(self, asker: str, ask: Ask) -> Message:
         name = self.routes[asker].get(type(ask.question))
         if name is None or name not in self._actors:
-            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.")
+            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.", asker)
         reply = self._handle(name, ask.question, ask.reply)
         if reply is None:
-            raise WiringError(f"{name} gave no {ask.reply.__name__} to {asker}'s {type(ask.question).__name__}.")
+            raise WiringError(f"{name} gave no {ask.reply.__name__} to {asker}'s {type(ask.question).__name__}.", name)
         return reply
 
-    def _emit(self, giver: str, out: Message | To) -> None:
+    def _emit(self, giver: str, out: Any) -> None:
         message, index = (out.message, out.index) if type(out) is To else (out, None)
-        assert isinstance(message, Message)
         taker = self.routes[giver].get(type(message))
         if taker is None and (taker := self._addressed(giver, message)) is None:
             return
@@ -336,7 +340,7 @@ class TaskHost(_Base):
                         raise
                     await self._run(actor.name, rescue(message, error), reply)
                 if reply is not None and reply.value is None:
-                    raise WiringError(f"{actor.name} gave no {reply.kind.__name__} to a {type(message).__name__}.")
+                    raise WiringError(f"{actor.name} gave no {reply.kind.__name__} to a {type(message).__name__}.", actor.name)
         except Exception as error:
             self.fail(error)
 
@@ -358,16 +362,15 @@ class TaskHost(_Base):
     async def _ask(self, asker: str, ask: Ask) -> Message:
         name = self.routes[asker].get(type(ask.question))
         if name is None or name not in self._boxes:
-            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.")
+            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.", asker)
         shot = OneShot(ask.reply)
         self._boxes[name].put_now(ask.question, shot)
         await shot.done.wait()
         assert shot.value is not None
         return shot.value
 
-    async def _emit(self, giver: str, out: Message | To, reply: OneShot | None) -> None:
+    async def _emit(self, giver: str, out: Any, reply: OneShot | None) -> None:
         message, index = (out.message, out.index) if type(out) is To else (out, None)
-        assert isinstance(message, Message)
         if reply is not None and reply.value is None and type(message) is reply.kind:
             reply.value = message
             reply.done.set()

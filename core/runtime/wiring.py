@@ -24,7 +24,12 @@ ADDRESSED: frozenset[type[Message]] = frozenset({Extension, WorkDone})
 
 
 class WiringError(FinalError):
-    """The wiring is not closed: a message without a taker or a giver, an ambiguous route, an Ask that cannot be answered."""
+    """The wiring is not closed: a message without a taker or a giver, an ambiguous route, an Ask that cannot be answered. `parties` are the names of
+    those that it is about, so that whoever knows them can say whose they are."""
+
+    def __init__(self, message: str, *parties: str) -> None:
+        super().__init__(message)
+        self.parties = parties
 
 
 class Port(Protocol):
@@ -99,7 +104,9 @@ def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
     to the actor that takes it. Raises WiringError listing everything that has no taker, no giver or several takers."""
     parties: list[Actor | Port] = [*actors, *ports]
     names = [party.name for party in parties]
-    wrong = [f"two parties are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    wrong = [f"two parties are called {name!r}" for name in twice]
+    blamed = list(twice)
     table: dict[str, dict[type[Message], str]] = {name: {} for name in names}
     given: set[tuple[str, type[Message]]] = set()
     for giver in parties:
@@ -114,12 +121,16 @@ def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
                 given.add((takers[0], kind))
             elif takers:
                 wrong.append(f"{kind.__name__} from {giver.name} has several takers: {', '.join(takers)}")
+                blamed += [giver.name, *takers]
+                given.update((taker, kind) for taker in takers)
             else:
                 wrong.append(f"{kind.__name__} from {giver.name} has no taker")
+                blamed.append(giver.name)
     for taker in parties:
         for kind in sorted(taker.takes - ADDRESSED, key=lambda t: t.__name__):
             if (taker.name, kind) not in given:
                 wrong.append(f"{taker.name} takes {kind.__name__}, which nobody gives")
+                blamed.append(taker.name)
     if wrong:
-        raise WiringError("The wiring is not closed: " + "; ".join(wrong) + ".")
+        raise WiringError("The wiring is not closed: " + "; ".join(wrong) + ".", *blamed)
     return table
