@@ -46,7 +46,7 @@ from penstock.core.protocol.messages import (
 )
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.seats import House
-from penstock.core.runtime.wiring import CallPort
+from penstock.core.runtime.wiring import CallPort, Dropped
 from penstock.core.telemetry.traces import NO_TRACES, Traces
 
 S = TypeVar("S", bound=Spec)
@@ -126,7 +126,6 @@ class TextSide:
         )
         stats = log is not None and config.log_stats
         self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
-        self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
         ports = [
             CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),
             CallPort("engines", to_engines, takes=TO_ENGINES, gives=FROM_ENGINES),
@@ -139,6 +138,7 @@ class TextSide:
         seats = [*(Seat(party=party) for party in (self.actor, *ports)), *mine.seats]
         self._house = House(seats, link="engines", inline=inline, blame=mine.blame)
         self.host = self._house.host
+        self._worker = TokenizerWorker(tokenizer, renderer, self.host.post_soon, clock=self._clock)
         self._taken = 0
 
     def _say_soon(self, party: str, message: Message) -> None:
@@ -182,6 +182,12 @@ class TextSide:
             self._house.close()
         self._worker.close()
         self.traces.shutdown()
+
+
+def no_engine(lost: Dropped, kind: str, index: int | None) -> None:
+    """Note an extension to engine `index`, or to all of them where it is None, that nobody was there for."""
+    where = "any engine" if index is None else f"engine {index}"
+    lost.note((kind, index), "an extension of the kind %.100r to %s is dropped: none is connected", kind, where)
 
 
 def _nowhere(message: Message, index: int | None) -> None:

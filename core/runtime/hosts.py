@@ -24,7 +24,7 @@ import trio
 from penstock.core.protocol.control import Extension, Message, WorkDone
 from penstock.core.runtime.actor import Actor, Ask, To
 from penstock.core.runtime.mailbox import Mailbox, OneShot
-from penstock.core.runtime.wiring import Kinds, Port, Routes, WiringError, route
+from penstock.core.runtime.wiring import Dropped, Kinds, Port, Routes, WiringError, misfit, route
 
 MAILBOX = 1024
 """Messages that a task actor's mailbox takes before other actors wait. Posts from outside always fit: their bound is the links' credit."""
@@ -56,6 +56,7 @@ class _Base(abc.ABC):
     def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], routes: Routes | None, kinds: Kinds | None) -> None:
         self.routes = route(actors, ports) if routes is None else routes
         self.kinds = kinds or Kinds()
+        self.unowned = Dropped()
         parties: list[Actor | Port] = [*actors, *ports]
         self._owners = {party.name for party in parties if WorkDone in party.takes}
         self._actors = {actor.name: actor for actor in actors}
@@ -81,19 +82,21 @@ class _Base(abc.ABC):
                 self._ports[taker].deliver(message, None)  # the only message that may go from port to port
                 return None
             if type(message) is WorkDone:
-                return message.owner if message.owner in self._owners else None
+                if message.owner in self._owners:
+                    return message.owner
+                self.unowned.note(
+                    message.owner,
+                    "a WorkDone is dropped: its owner is %.100r, and no party of that name takes WorkDone here",
+                    message.owner,
+                )
+                return None
             raise WiringError(f"No port of this host gives {type(message).__name__}.") from None
 
     def _addressed(self, giver: str, message: Message) -> str | None:
         """The taker of what `giver` said and no type's route leads to; None: it is dropped."""
-        if type(message) is Extension:
-            if type(message.kind) is not str or type(message.data) is not bytes:
-                what = f"the data {message.data!r:.80}" if type(message.kind) is str else f"the kind {message.kind!r:.80}"
-                raise WiringError(f"{giver} gave an Extension with {what}: a kind is a text, data is bytes.", giver)
+        if type(message) is Extension and type(message.kind) is str and type(message.data) is bytes:
             return self.kinds.outward(message.kind)
-        if not isinstance(message, Message):
-            raise WiringError(f"{giver} gave {message!r:.80}, which is no message.", giver)
-        raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.", giver)
+        raise misfit(giver, message)
 
     def fail(self, error: BaseException) -> None:
         if self._failure is None:

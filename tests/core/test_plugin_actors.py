@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import types
@@ -252,3 +253,23 @@ def test_a_question_that_nobody_can_answer_is_its_plugins_fault(add: Add) -> Non
         contexts[0].post(Extension(kind="t.ask", data=b""))
         error = failures.get(timeout=20)
     assert "The actor 'plug' (plugin 'strange' of package 'strange') is broken: handle() broke a rule: plug asks WorkDone" in str(error)
+
+
+def test_an_extension_to_an_engine_that_is_not_there_is_told_to_the_log(add: Add, caplog: pytest.LogCaptureFixture) -> None:
+    contexts: list[ActorContext] = []
+    heard: queue.Queue[bytes] = queue.Queue()
+
+    def port(context: ActorContext) -> Seat:
+        contexts.append(context)
+        party = Made(name="p", takes=frozenset(), gives=frozenset(), deliver=lambda message, index: heard.put(message.data))
+        return Seat(party=party, takes_kinds=frozenset({"t.answer"}), gives_kinds=frozenset({"t.ask"}))
+
+    back = spec("back", "engine", lambda c, m: [Extension(kind="t.answer", data=m.data)], takes_kinds={"t.ask"}, gives_kinds={"t.answer"})
+    with caplog.at_level(logging.WARNING), server(add(back, ActorSpec(name="p", api_level=1, where="text", factory=port))):
+        for index, data in enumerate(b"abc"):
+            contexts[0].post(To(Extension(kind="t.ask", data=bytes([data])), index * 7))  # type: ignore[arg-type]
+        contexts[0].post(Extension(kind="t.ask", data=b"!"))
+        assert [heard.get(timeout=20), heard.get(timeout=20)] == [b"a", b"!"]
+    assert [said for said in caplog.messages if "extension" in said] == [
+        f"an extension of the kind 't.ask' to engine {n} is dropped: none is connected" for n in (7, 14)
+    ]
