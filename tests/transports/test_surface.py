@@ -108,7 +108,7 @@ def parse(body: bytes) -> tuple[Wire, Generation]:
         prompts=[{"prompt": text, "prompt_name": "wire"} for text in texts],
         sampling=SamplingParams(n=asked.copies, max_tokens=asked.at_most).validate(),
         explicit=["max_tokens"] if asked.at_most is not None else [],
-        names={"max_tokens": "at_most", "n": "copies"},
+        names={"max_tokens": "at_most", "n": "copies", "prompt": "wire"},
         stream=asked.drop_by_drop,
     )
 
@@ -197,7 +197,7 @@ def test_text_learns_what_was_asked_and_under_which_names(script: Edge) -> None:
     (submit,) = script.text.wait_for(Submit)
     assert (submit.prompt, submit.kind, submit.sampling.n, submit.sampling.max_tokens) == ("to whom", "completion", 2, 9)
     assert (submit.prompt_name, submit.explicit) == ("wire", ["max_tokens"])
-    assert submit.names == {"max_tokens": "at_most", "n": "copies"}
+    assert submit.names == {"max_tokens": "at_most", "n": "copies", "prompt": "wire"}
 
 
 # ------------------------------------------------------------------ errors in its own shape
@@ -207,6 +207,13 @@ def test_a_body_that_cannot_be_read(office: Edge) -> None:
     reply = office.kept.post("/telegraph", json={"wire": 3})
     assert (reply.status_code, reply.json()["field"]) == (400, "wire")
     assert reply.json()["returned"].startswith("The telegram cannot be read")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_prompt_at_all(office: Edge, stream: bool) -> None:
+    reply = office.kept.post("/telegraph", json={"wire": [], "drop_by_drop": stream}, timeout=5)
+    assert (reply.status_code, reply.json()) == (400, {"returned": "There is no prompt to answer.", "field": "wire"})
+    assert office.server.gateway.active == 0
 
 
 def test_a_body_of_another_kind(office: Edge) -> None:
