@@ -221,6 +221,22 @@ def test_a_body_of_another_kind(office: Edge) -> None:
     assert (reply.status_code, sorted(reply.json())) == (415, ["field", "returned"])
 
 
+def test_without_a_key_or_with_another_method(make_edge: MakeEdge) -> None:
+    """What is refused before a route is asked: in the shape of the API whose path it is."""
+    edge = make_edge(routes=[openai_routes, telegraph_routes], api_key=["k"])
+    with edge.http() as http:
+        for path in ("/telegraph", "/telegraph/"):
+            reply = http.post(path, json={"wire": "p"})
+            assert (reply.status_code, sorted(reply.json())) == (401, ["field", "returned"])
+            assert reply.headers["www-authenticate"] == "Bearer"
+        assert sorted(http.get("/telegraph").json()) == ["field", "returned"]
+        reply = http.get("/telegraph", headers={"authorization": "Bearer k"})
+        assert (reply.status_code, reply.json()["returned"]) == (405, "GET is not allowed here. Use OPTIONS or POST.")
+        assert reply.headers["allow"] == "OPTIONS, POST"
+        assert "code" in http.post("/v1/completions", json={"prompt": "p"}).json()["error"]
+        assert http.post("/nowhere").json()["error"]["code"] == "invalid_api_key"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refusal_of_text(script: Edge, stream: bool) -> None:
     def refuse(submit: Submit) -> list[Message]:
