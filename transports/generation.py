@@ -20,7 +20,8 @@ class Generation(msgspec.Struct, kw_only=True):
     kind: Literal["chat", "completion"]
     """What the prompts are: conversations, or texts and token ids."""
     prompts: list[dict[str, Any]]
-    """Submit's fields of each prompt: `messages`, or `prompt` or `prompt_ids`, and what belongs to them (`template_kwargs`, `prompt_name`, ...)."""
+    """Submit's fields of each prompt: `messages`, or `prompt` or `prompt_ids`, and what belongs to them (`template_kwargs`, `prompt_name`, ...).
+    At least one."""
     sampling: SamplingParams
     """Already validated."""
     explicit: list[str] = msgspec.field(default_factory=list)

@@ -30,6 +30,7 @@ from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
 from penstock.transports.openapi import SchemaPage
+from penstock.transports.paths import Paths
 from penstock.transports.protocol import HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
 from penstock.transports.request import (
     CONTEXT,
@@ -70,6 +71,14 @@ class MethodNotAllowed(FinalError):
     default_code = "method_not_allowed"
 
 
+def paths_of(app: Litestar) -> Paths:
+    """Of its routes, which do not change."""
+    paths = app.state.get("paths")
+    if not isinstance(paths, Paths):
+        paths = app.state["paths"] = Paths(app)
+    return paths
+
+
 class Edge:
     """The outer application."""
 
@@ -80,6 +89,7 @@ class Edge:
         self._cors = Cors(gateway.config)
         self._root = gateway.config.root_path.rstrip("/")
         self._tracing = gateway.tracing
+        self._paths = paths_of(app)
         self._requests = RequestCounts()
         gateway.counters.sources.append(self._requests)
 
@@ -119,7 +129,8 @@ class Edge:
             if preflight is not None and error is None:
                 await preflight(scope, receive, send_with_headers)
             elif error is not None:
-                await error_reply(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
+                refuse = _refuse_of(self._paths.handler(scope["path"], inner["method"]))
+                await refuse(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
         finally:
@@ -177,16 +188,17 @@ def below(scope: Scope, root: str) -> Scope:
 
 def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     """Every exception of a route, and Litestar's own, as an error of the route's API; OpenAI's where there is none."""
-    refuse = _refuse_of(request.scope)
+    refuse = _refuse_of(request.scope.get("route_handler"))
     if isinstance(error, PenstockError):
         return refuse(error, CLOSE if error.status == 413 else ())
     if isinstance(error, Disconnected):
         request.scope["state"][CONTEXT].status = request.scope["state"].get(REFUSED, 499)
         return NoReply()
     if isinstance(error, MethodNotAllowedException):
-        methods = _methods_of(request.app, request.scope["path"])
+        path, paths = request.scope["path"], paths_of(request.app)
+        methods = paths.methods(path)
         wrong = MethodNotAllowed(f"{request.method} is not allowed here. Use {' or '.join(methods) or 'another method'}.")
-        return error_reply(wrong, [(b"allow", ", ".join(methods).encode())])
+        return _refuse_of(paths.handler(path, request.method))(wrong, [(b"allow", ", ".join(methods).encode())])
     if isinstance(error, HTTPException) and error.status_code == 404:
         return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
     if isinstance(error, HTTPException) and error.status_code < 500:
@@ -195,21 +207,10 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     return refuse(PenstockError("The server made an error. It is logged with the request id."))
 
 
-def _refuse_of(scope: Scope) -> Callable[..., JsonReply]:
-    """How the route that was found says its errors."""
-    handler = scope.get("route_handler")
+def _refuse_of(handler: BaseRouteHandler | None) -> Callable[..., JsonReply]:
+    """How a route says its errors."""
     voice: type[Voice] | None = None if handler is None else handler.opt.get(VOICE)
     return error_reply if voice is None else voice.refuse
-
-
-def _methods_of(app: Litestar, path: str) -> list[str]:
-    """What may be done at a path that has routes."""
-    for route in app.routes:
-        pattern = re.sub(r"\\{[^}]*:path\\}", ".+", re.escape(route.path))
-        if re.fullmatch(re.sub(r"\\{[^}]*\\}", "[^/]+", pattern), path.rstrip("/") or "/"):
-            methods = {str(m) for m in getattr(route, "methods", [])}
-            return sorted(methods | {"HEAD"} if "GET" in methods else methods)
-    return []
 
 
 def _with_head(allowed: bytes) -> bytes:

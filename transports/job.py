@@ -33,9 +33,11 @@ def row_error(extra: RowExtra | None) -> PenstockError:
 
 
 class Job(abc.ABC):
-    """One HTTP request: as many keys as prompts. Subclasses say what happens with rows and at the end."""
+    """One HTTP request: as many keys as prompts. Subclasses say what happens with rows and at the end. Raises InvalidRequest where there is none."""
 
     def __init__(self, gateway: Gateway, generation: Generation, voice: Voice, context: RequestContext) -> None:
+        if not generation.prompts:  # nothing would ever end it
+            raise InvalidRequest("There is no prompt to answer.", param=generation.names.get("prompt", "prompt"))
         self.gateway = gateway
         self.generation = generation
         self.voice = voice

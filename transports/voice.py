@@ -16,8 +16,9 @@ from penstock.transports.gateway import Batch
 from penstock.transports.request import Header, JsonReply
 
 VOICE = "voice"
-"""The key in a handler's `opt` that names its Voice class: errors of that route are said with its `refuse`, as those of a Job are. (What is refused before
-there is a route, for its key, size of headers or path, has the shape of request.error_reply everywhere.)"""
+"""The key in a handler's `opt` that names its Voice class: errors of that route are said with its `refuse`, as those of a Job are, also
+what is refused at its path before it is asked: for the key, the method, the size of headers. (Where there is no route, errors have the shape of
+request.error_reply.)"""
 
 
 class Head(NamedTuple):

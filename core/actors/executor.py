@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from penstock.core.protocol.columns import EMPTY_I32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8
 from penstock.core.protocol.control import Message
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import DeviceWork, Forward
@@ -38,8 +38,10 @@ class Executor:
             raise ProtocolError(f"Forward of step {message.step}: copy or place columns differ in length.")
         if not len(message.block_slots) == len(message.block_index) == len(message.block_ids):
             raise ProtocolError(f"Forward of step {message.step}: block columns differ in length.")
-        if message.write_slots is not EMPTY_I32 or message.clone_src is not EMPTY_I32:
+        if message.write_slots is not EMPTY_I32 or message.clone_src is not EMPTY_I32 or message.embed_slots is not EMPTY_I32:
             self._check_optional(message)
+        if message.block_groups is not EMPTY_U8 or message.copy_groups is not EMPTY_U8 or message.place_adapters is not EMPTY_I32:
+            self._check_companions(message)
         self._step = message.step
         yield DeviceWork(forward=message)
 
@@ -48,3 +50,14 @@ class Executor:
             raise ProtocolError(f"Forward of step {message.step}: write columns differ in length.")
         if not len(message.clone_src) == len(message.clone_dst) == len(message.clone_lens):
             raise ProtocolError(f"Forward of step {message.step}: clone columns differ in length.")
+        if not len(message.embed_slots) == len(message.embed_starts) == len(message.embed_counts) == len(message.embed_rows):
+            raise ProtocolError(f"Forward of step {message.step}: embed columns differ in length.")
+
+    def _check_companions(self, message: Forward) -> None:
+        for name, column, beside in (
+            ("block_groups", message.block_groups, message.block_ids),
+            ("copy_groups", message.copy_groups, message.copy_src),
+            ("place_adapters", message.place_adapters, message.place_slots),
+        ):
+            if len(column) not in (0, len(beside)):
+                raise ProtocolError(f"Forward of step {message.step}: {name} is not as long as what it is for.")

@@ -37,5 +37,7 @@ class Sampler:
             raise ProtocolError(f"Sample of step {message.step}: prompt columns differ in length.")
         if message.mask_rows is not EMPTY_I32 and len(message.mask_rows) != len(message.rows):
             raise ProtocolError(f"Sample of step {message.step}: mask_rows is not as long as rows.")
+        if message.pool_rows is not EMPTY_I32 and len(message.pool_rows) != len(message.pool_kinds):
+            raise ProtocolError(f"Sample of step {message.step}: pool columns differ in length.")
         self._step = message.step
         yield DeviceWork(sample=message)

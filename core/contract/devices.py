@@ -118,6 +118,14 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     lookahead: int = 0
     """Its runner serves Forward.lookahead and Sample.lookahead, and drafts so many tokens behind each one that it draws. A sequence is not in two steps
     at once then. 0: one token a row and step."""
+    kv_groups: int = 1
+    """KV groups, each with its own block table a slot: Forward.block_groups and copy_groups are below it. 1: those columns are empty or 0."""
+    adapters: int = 0
+    """The most adapters that are resident at once: Forward.place_adapters goes from 0 (none) to it."""
+    embeddings: int = 0
+    """Rows of embeddings that it holds for Forward.embed_*. 0: it serves none."""
+    pool_kinds: tuple[int, ...] = ()
+    """Kinds of Sample.pool_kinds that its runner serves."""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,12 +170,17 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `.attention_backends()`, `.weight_sources()` are name -> spec, built-in ones first. None: the built-ins only."""
 
 
+_FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "place_adapters", "embed_slots")
+_SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
+
+
 def refuse_columns(work: Forward | Sample) -> None:
     """For a runner that serves no optional column: raises UnsupportedFeature naming the one that `work` has."""
-    if isinstance(work, Forward):
-        name = "write_slots" if len(work.write_slots) else "clone_src" if len(work.clone_src) else "lookahead" if work.lookahead else ""
-    else:
-        name = "mask_rows" if len(work.mask_rows) else "lookahead" if work.lookahead else ""
+    name = "lookahead" if work.lookahead else ""
+    for column in _FORWARD_COLUMNS if isinstance(work, Forward) else _SAMPLE_COLUMNS:
+        if len(getattr(work, column)):
+            name = column
+            break
     if name:
         raise UnsupportedFeature(f"This runner does not serve the column {type(work).__name__}.{name}.", param=name)
 

@@ -27,16 +27,18 @@ import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
 from penstock.core.contract.fake_draws import FakeDraws, Mask, Script
+from penstock.core.contract.fake_pool import FakePool
 from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
-from penstock.core.protocol.columns import EMPTY_I32, f32, i32
+from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, f32, i32
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 
 
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shape and behaviour. `step_s`, `load_s` are seconds of pretended work; `fail_*` and `hang_*` inject faults; `manual` holds every step's result
-    until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance). `clones`, `lookahead`: what it declares."""
+    until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance). `clones`, `lookahead`,
+    `adapters`, `embeddings`, `pool_kinds`: what it declares."""
 
     vocab_size: int = 512
     depth: int = 1
@@ -54,6 +56,9 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eos_every: int = 0
     clones: bool = False
     lookahead: int = 0
+    adapters: int = 0
+    embeddings: int = 0
+    pool_kinds: tuple[int, ...] = ()
 
 
 class FakeDevice:
@@ -78,6 +83,9 @@ class FakeDevice:
             bounded_steps=True,
             clones=options.clones,
             lookahead=options.lookahead,
+            adapters=options.adapters,
+            embeddings=options.embeddings,
+            pool_kinds=options.pool_kinds,
         )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:
@@ -135,6 +143,7 @@ class FakeRunner:
         self._draws = FakeDraws(
             self._slots, self._kv, self.facts.vocab_size, eos=options.eos, eos_every=options.eos_every, script=device.script
         )
+        self._pool = FakePool(self._slots, self._kv, self.facts.hidden_size, options.pool_kinds, self._need)
         self._pages = np.zeros((0, self.block_size), np.uint64)
         self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
         self._step = 0
@@ -160,9 +169,15 @@ class FakeRunner:
             raise RuntimeError("injected device fault")
         self._started = time.monotonic_ns()
         self._engine = (work.engine, work.epoch)
+        groups = self._device.capabilities.kv_groups
+        for column, beside in ((work.block_groups, work.block_ids), (work.copy_groups, work.copy_src)):
+            self._need(len(column) in (0, len(beside)), "a column of groups is not as long as its blocks")
+            self._need(bool((column < groups).all()), f"a KV group is named beyond the {groups} there are")
         if len(work.copy_src):
             self._kv[work.copy_dst] = self._kv[work.copy_src]
-        self._slots.place(work.place_slots, work.place_counts, work.place_tokens)
+        self._slots.place(work.place_slots, work.place_counts, work.place_tokens, work.place_adapters, self._options.adapters)
+        if len(work.embed_slots):
+            self._slots.embed(work.embed_slots, work.embed_starts, work.embed_counts, work.embed_rows, self._options.embeddings)
         if len(work.clone_src):
             self._slots.clone(work.clone_src, work.clone_dst, work.clone_lens)
         if len(work.write_slots):
@@ -190,6 +205,8 @@ class FakeRunner:
         positions, last = work.positions.astype(np.int64), ends[rows]
         self._referee_draws(work, slots[rows], into, positions, last)
         mask = self._draws.mask = Mask(work, self.facts.vocab_size, self._need) if len(work.mask_rows) or len(work.mask) else None
+        # Before the draw: afterwards histories are one token longer.
+        pooled, pooled_counts = self._pool.of(work, slots, ends) if len(work.pool_rows) else (EMPTY_F32, EMPTY_I32)
         counts = drafts = EMPTY_I32
         if work.lookahead:
             tokens, counts = self._draws.verify(slots[rows], into, positions, last)
@@ -225,6 +242,8 @@ class FakeRunner:
                 bad_rows=bad,
                 counts=counts,
                 drafts=drafts,
+                pooled=pooled,
+                pooled_counts=pooled_counts,
             )
 
         return wait

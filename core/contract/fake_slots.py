@@ -41,7 +41,8 @@ def mix(value: U64) -> U64:
 
 class FakeSlots:
     """`history` I32 and `digest` U64 [slots, width], `length` I64 (tokens placed, drawn or written), `sure` I64 (those that cannot be taken back: all but
-    written ones behind the last drawn), `drafts` I64 (the device's own, behind `length`), `table` I32 (-1: no block), `sampling`. `need(ok, what)`
+    written ones behind the last drawn), `drafts` I64 (the device's own, behind `length`), `table` I32 (-1: no block), `sampling`, `adapter` I64. The adapter
+    and embeddings are part of the digest. `need(ok, what)`
     raises FakeViolation."""
 
     def __init__(self, slots: int, width: int, block_size: int, vocab: int, need: Callable[[bool, str], None]) -> None:
@@ -52,14 +53,18 @@ class FakeSlots:
         self.digest = np.zeros((slots, width), np.uint64)
         self.table = np.full((slots, -(-width // block_size)), -1, np.int32)
         self.sampling: list[SlotSampling | None] = [None] * slots
+        self.adapter = np.zeros(slots, np.int64)
         self._powers = powers(width)
         self._vocab = vocab
         self._need = need
 
-    def place(self, slots: Column, counts: Column, tokens: Column) -> None:
-        """Sequences enter slots: a new history each, no blocks, no sampling state."""
+    def place(self, slots: Column, counts: Column, tokens: Column, adapters: Column, resident: int) -> None:
+        """Sequences enter slots: a new history each, no blocks, no sampling state. `adapters` are 0 to `resident`; empty: 0."""
+        self._need(len(adapters) in (0, len(slots)), "place_adapters is not as long as place_slots")
+        self._need(bool(((adapters >= 0) & (adapters <= resident)).all()), f"an adapter is named beyond the {resident} that are resident")
         at = 0
-        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+        for i, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True)):
+            self.adapter[slot] = adapters[i] if len(adapters) else 0
             self._place(slot, tokens[at : at + count])
             at += count
         self._need(at == len(tokens), "place_tokens is longer than place_counts say")
@@ -72,9 +77,26 @@ class FakeSlots:
         self.length[slot] = self.sure[slot] = count
         self.drafts[slot] = 0
         with np.errstate(over="ignore"):
-            self.digest[slot, :count] = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[:count])
+            digest = np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[:count])
+            self.digest[slot, :count] = digest + self._base(slot)
         self.table[slot] = -1
         self.sampling[slot] = None
+
+    def _base(self, slot: int) -> np.uint64:
+        """What the digest of every position has of the adapter; 0 without one."""
+        return np.uint64(self.adapter[slot]) << np.uint64(40)
+
+    def embed(self, slots: Column, starts: Column, counts: Column, rows: Column, held: int) -> None:
+        """Rows of `held` embeddings stand for the tokens at positions of a history."""
+        self._need(len(slots) == len(starts) == len(counts) == len(rows), "the embed columns differ in length")
+        for slot, start, count, row in zip(slots.tolist(), starts.tolist(), counts.tolist(), rows.tolist(), strict=True):
+            self._need(0 <= start < start + count <= self.length[slot], f"slot {slot} gets embeddings outside its history")
+            self._need(row >= 0 and row + count <= held, f"an embedding is named beyond the {held} that are held")
+            for position in range(start, start + count):
+                before = self.digest[slot, position - 1] if position else self._base(slot)
+                with np.errstate(over="ignore"):
+                    part = mix(np.array([row + position - start], np.uint64) + _PRIME)[0] * self._powers[position]
+                    self.digest[slot, position:] += before + part - self.digest[slot, position]
 
     def append(self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
         """One token a slot, behind which its history ends. No slot comes twice."""
@@ -96,6 +118,7 @@ class FakeSlots:
         self.history[targets], self.digest[targets] = self.history[sources], self.digest[sources]
         self.table[targets] = self.table[sources]
         self.length[targets] = self.sure[targets] = lens
+        self.adapter[targets] = self.adapter[sources]
         self.drafts[targets] = 0
         for slot in targets.tolist():
             self.sampling[slot] = None

@@ -24,7 +24,7 @@ from penstock.core.contract.devices import Device, DeviceCapabilities, Runner, R
 from penstock.core.contract.hookspecs import SchedulePolicySpec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
-from penstock.core.processes.plugin_seats import plugin_seats
+from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.protocol.errors import EngineFailure
@@ -171,19 +171,20 @@ class Engine:
             Sampler(engine=self.engine, epoch=self.epoch),
             *self._ports(),
         )
-        seats = [*(Seat(party=party) for party in parties), Seat(party=self._queue, host="thread"), *self._plugin_seats(facts)]
-        self._house = House(seats, link="text", wiring=self.config.wiring)
+        mine = self._plugin_seats(facts)
+        seats = [*(Seat(party=party) for party in parties), Seat(party=self._queue, host="thread"), *mine.seats]
+        self._house = House(seats, link="text", wiring=self.config.wiring, blame=mine.blame)
         self.host = self._house.host
         await nursery.start(self._house.run)
         self.facts = facts
         return self.facts
 
-    def _plugin_seats(self, facts: EngineFacts) -> list[Seat]:
+    def _plugin_seats(self, facts: EngineFacts) -> PluginSeats:
         def say(party: str, message: Message) -> None:
             if self._house is not None:
                 self._house.say_soon(party, message)
 
-        return plugin_seats(self._plugins, say, config=self.config, id=self.engine, epoch=self.epoch, clock=self._clock, facts=facts)
+        return PluginSeats(self._plugins, say, config=self.config, id=self.engine, epoch=self.epoch, clock=self._clock, facts=facts)
 
     def _choose(self) -> tuple[Device, SchedulePolicy]:
         device, policy = self._device, self._policy

@@ -20,12 +20,13 @@ from penstock.core.contract.devices import Device
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.engine import Engine
 from penstock.core.processes.spawn import root_cause
-from penstock.core.processes.text_side import TextSide
+from penstock.core.processes.text_side import TextSide, no_engine
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts, EngineUp, Message, PeerUp
 from penstock.core.protocol.errors import EngineFailure, PenstockError
 from penstock.core.protocol.messages import Cancel, Extension, Query, StepTokens, Submit
 from penstock.core.protocol.model_folder import with_model
+from penstock.core.runtime.wiring import Dropped
 from penstock.core.telemetry.traces import NO_TRACES, Traces
 
 LOCAL_EDGE = -1
@@ -57,6 +58,7 @@ class LocalServer:
         self._device = device
         self._traces = traces
         self._token: trio.lowlevel.TrioToken | None = None
+        self._lost = Dropped()
         self._started = threading.Event()
         self._closing = trio.Event()
         self._side: TextSide | None = None
@@ -150,7 +152,7 @@ class LocalServer:
                     self.config,
                     plugins["text"],
                     to_edges=lambda message, index: self._deliver(message),
-                    to_engines=lambda message, index: engine.post(message),
+                    to_engines=self._to_engine,
                     to_root=None,
                     traces=self._traces,
                     inline=False,
@@ -166,6 +168,13 @@ class LocalServer:
             engine.close()
             if side is not None:
                 side.close()
+
+    def _to_engine(self, message: Message, index: int | None) -> None:
+        if index:  # there is only number 0
+            assert isinstance(message, Extension)
+            no_engine(self._lost, message.kind, index)
+        elif self._engine is not None:
+            self._engine.post(message)
 
     def _from_engine(self, message: Message) -> None:
         if self._side is not None and isinstance(message, StepTokens | Extension):

@@ -1,6 +1,7 @@
 """Seats from plugins, for an engine or for text.
 
-What it is: asks every registered actor spec of this process for its seat, and puts the plugin's name to what its actor raises.
+What it is: asks every registered actor spec of this process for its seat, and puts the plugin's name to what its actor raises and to what does not fit
+about its seat or about what it says.
 What it does not know: hosts, what the actors do.
 """
 
@@ -20,26 +21,45 @@ from penstock.core.protocol.control import EngineFacts, Message
 from penstock.core.protocol.errors import PenstockError, PluginFault
 from penstock.core.runtime.actor import Handling
 from penstock.core.runtime.clock import Clock
+from penstock.core.runtime.seats import check_seat
+from penstock.core.runtime.wiring import WiringError
 
 Say = Callable[[str, Message], None]
 
 
-def plugin_seats(
-    plugins: PluginHost | None, say: Say, *, config: Config, id: int, epoch: int, clock: Clock, facts: EngineFacts | None = None
-) -> list[Seat]:
-    """In the order of registration. `say(party, message)` may be called from any thread. Raises PluginFault for a factory that fails."""
-    seats: list[Seat] = []
-    for spec in plugins.actors().values() if plugins is not None else ():
-        assert plugins is not None
-        mouth = _Mouth(say)
-        context = ActorContext(config=config, id=id, epoch=epoch, post=mouth.post, now_ns=clock.now_ns, facts=facts)
-        seat = spec.factory(context)
-        mouth.name = getattr(seat.party, "name", spec.name)
-        if hasattr(seat.party, "handle"):
-            blame = functools.partial(plugins.blame, "actors", spec.name, "handle")
-            seat = msgspec.structs.replace(seat, party=_Named(seat.party, blame))
-        seats.append(seat)
-    return seats
+class PluginSeats:
+    """`seats` in the order of registration. `say(party, message)` may be called from any thread. Raises PluginFault for a factory that fails or gives
+    a seat that will not do."""
+
+    def __init__(
+        self, plugins: PluginHost | None, say: Say, *, config: Config, id: int, epoch: int, clock: Clock, facts: EngineFacts | None = None
+    ) -> None:
+        self.seats: list[Seat] = []
+        self._blames: dict[str, tuple[str, Callable[[str, Exception | str], PluginFault]]] = {}
+        for spec in plugins.actors().values() if plugins is not None else ():
+            assert plugins is not None
+            mouth = _Mouth(say)
+            blame = functools.partial(plugins.blame, "actors", spec.name)
+            seat = spec.factory(ActorContext(config=config, id=id, epoch=epoch, post=mouth.post, now_ns=clock.now_ns, facts=facts))
+            try:
+                check_seat(seat)
+            except WiringError as error:
+                raise blame("factory", f"gave a seat that will not do: {error.message.removesuffix('.')}") from error
+            mouth.name = seat.party.name
+            handles = hasattr(seat.party, "handle")
+            if handles:
+                seat = msgspec.structs.replace(seat, party=_Named(seat.party, functools.partial(blame, "handle")))
+            self._blames[mouth.name] = ("handle" if handles else "post", blame)
+            self.seats.append(seat)
+
+    def blame(self, error: WiringError, seats: bool) -> Exception:
+        """See core/runtime/seats.py: the fault of a plugin whose party is in it, else the error as it is."""
+        for party in error.parties:
+            if party in self._blames:
+                call, blame = self._blames[party]
+                what = "gave a seat that does not fit" if seats else "broke a rule"
+                return blame("factory" if seats else call, f"{what}: {error.message.removesuffix('.')}")
+        return error
 
 
 class _Mouth:

@@ -16,11 +16,12 @@ import trio
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.child import Control, accept, bind_unix
 from penstock.core.processes.spawn import settle, socket_of
-from penstock.core.processes.text_side import TextSide
+from penstock.core.processes.text_side import TextSide, no_engine
 from penstock.core.protocol.control import Boot, EngineDown, EngineUp, Hello, Message, PeerDown, PeerUp, Stop
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import Extension, union_of
 from penstock.core.runtime.links import Link, make_hello
+from penstock.core.runtime.wiring import Dropped
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure as configure_traces
 
@@ -36,6 +37,7 @@ class TextProcess:
         self._control_socket = control
         self._edges: dict[int, Link] = {}
         self._engines: dict[int, Link] = {}
+        self._lost = Dropped()
         self._epochs: dict[int, int] = {}
         """Engine -> its epoch while root says that it is up."""
         self._nursery: trio.Nursery | None = None
@@ -168,6 +170,8 @@ class TextProcess:
         """Without an index, as a plugin actor's Extension may be: to every engine."""
         assert index is not None or type(message) is Extension
         links = self._engines.values() if index is None else [link for link in (self._engines.get(index),) if link is not None]
+        if type(message) is Extension and not links:  # whatever else there is gets its answer from what text knows about that engine
+            no_engine(self._lost, message.kind, index)
         for link in links:
             link.send(message)
 

@@ -23,7 +23,7 @@ from penstock.core.contract.actors import Seat
 from penstock.core.contract.hookspecs import Spec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
-from penstock.core.processes.plugin_seats import plugin_seats
+from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
 from penstock.core.protocol.errors import CheckpointError
@@ -47,7 +47,7 @@ from penstock.core.protocol.messages import (
 )
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.seats import House
-from penstock.core.runtime.wiring import CallPort
+from penstock.core.runtime.wiring import CallPort, Dropped
 from penstock.core.telemetry.traces import NO_TRACES, Traces
 
 S = TypeVar("S", bound=Spec)
@@ -127,7 +127,6 @@ class TextSide:
         )
         stats = log is not None and config.log_stats
         self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
-        self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
         ports = [
             CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),
             CallPort("engines", to_engines, takes=TO_ENGINES, gives=FROM_ENGINES),
@@ -136,9 +135,11 @@ class TextSide:
         ]
         if to_root is not None:
             ports.append(CallPort("root", to_root, takes=TO_ROOT, gives=FROM_ROOT))
-        mine = plugin_seats(plugins, self._say_soon, config=config, id=shard, epoch=epoch, clock=self._clock)
-        self._house = House([Seat(party=party) for party in (self.actor, *ports)] + mine, link="engines", inline=inline)
+        mine = PluginSeats(plugins, self._say_soon, config=config, id=shard, epoch=epoch, clock=self._clock)
+        seats = [*(Seat(party=party) for party in (self.actor, *ports)), *mine.seats]
+        self._house = House(seats, link="engines", inline=inline, blame=mine.blame)
         self.host = self._house.host
+        self._worker = TokenizerWorker(tokenizer, renderer, self.host.post_soon, clock=self._clock)
         self._taken = 0
 
     def _say_soon(self, party: str, message: Message) -> None:
@@ -182,6 +183,12 @@ class TextSide:
             self._house.close()
         self._worker.close()
         self.traces.shutdown()
+
+
+def no_engine(lost: Dropped, kind: str, index: int | None) -> None:
+    """Note an extension to engine `index`, or to all of them where it is None, that nobody was there for."""
+    where = "any engine" if index is None else f"engine {index}"
+    lost.note((kind, index), "an extension of the kind %.100r to %s is dropped: none is connected", kind, where)
 
 
 def _nowhere(message: Message, index: int | None) -> None:

@@ -70,6 +70,10 @@ def choice_of(seq: int) -> int:
     return seq & ((1 << CHOICE_BITS) - 1)
 
 
+# Kinds in Sample.pool_kinds: the final hidden state of the last position, of the first, the mean of all
+POOL_LAST, POOL_FIRST, POOL_MEAN = 0, 1, 2
+
+
 # ------------------------------------------------------------------ edge -> text
 
 
@@ -495,7 +499,7 @@ class Forward(Message, frozen=True, kw_only=True):
     running sequence's token history and block table.
 
     Applied in this order: copies (blocks copy_src -> copy_dst); places (slots that a sequence enters: its history becomes the
-    `place_counts[i]` tokens, its block table is emptied; `place_tokens` is CSR); clones; writes; blocks (block_table[block_slots, block_index] = block_ids);
+    `place_counts[i]` tokens, its block table is emptied; `place_tokens` is CSR); embeds; clones; writes; blocks (block_table[block_slots, block_index] = block_ids);
     rows: for row i compute the tokens at positions [starts[i], starts[i]+counts[i]) of slots[i]. A position at or beyond the known
     history is the token that an earlier Sample put there. Decode rows (counts == 1 at the end of the history) come first: `num_decode`.
 
@@ -534,6 +538,18 @@ class Forward(Message, frozen=True, kw_only=True):
     lookahead: int = 0
     """Decode rows may count up to 1 + lookahead: behind the last token that is known stand drafts, put there by the last Sample with a lookahead or by
     writes, and are computed along."""
+    block_groups: Column = EMPTY_U8
+    """U8: of which KV group (DeviceCapabilities.kv_groups) each row of block_ids is; a slot has a block table a group. Empty: group 0."""
+    copy_groups: Column = EMPTY_U8
+    """U8: of which KV group each copy is. Empty: group 0."""
+    place_adapters: Column = EMPTY_I32
+    """The resident adapter (1 to DeviceCapabilities.adapters) that each placed sequence is computed with, 0 for none; clones keep it. Empty: none."""
+    embed_slots: Column = EMPTY_I32
+    """Embeds: the positions embed_starts[i] to embed_starts[i] + embed_counts[i] - 1 of slot embed_slots[i] enter the model as rows embed_rows[i] and
+    following of the device's embeddings (DeviceCapabilities.embeddings), whatever their tokens are. They lie within the history and are not computed yet."""
+    embed_starts: Column = EMPTY_I32
+    embed_counts: Column = EMPTY_I32
+    embed_rows: Column = EMPTY_I32
 
 
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -579,6 +595,10 @@ class Sample(Message, frozen=True, kw_only=True):
     """Row i is drawn for at every position from positions[i] to the end of what its Forward row computed, each as if it were alone, as long as the token
     that was drawn is the one that stands there (a draft): StepDone.counts tokens in all. Behind the last one the device puts up to `lookahead` new
     drafts into the history."""
+    pool_rows: Column = EMPTY_I32
+    """Forward rows of sequences that are pooled: one in each step that computes a part of such a prompt, the vector comes with its last part."""
+    pool_kinds: Column = EMPTY_U8
+    """U8, for each of pool_rows: POOL_LAST, POOL_FIRST or POOL_MEAN, as far as DeviceCapabilities.pool_kinds names it."""
 
 
 class StepDone(Message, frozen=True, kw_only=True):
@@ -602,6 +622,10 @@ class StepDone(Message, frozen=True, kw_only=True):
     """I32, with a lookahead: tokens of each row, at least one. `tokens` is CSR then, and `logprobs.rows` index tokens. Empty: one each."""
     drafts: Column = EMPTY_I32
     """I32 [rows x lookahead]: the drafts that now stand behind each row's last token, -1 where there are fewer. Empty: none."""
+    pooled: Column = EMPTY_F32
+    """F32: the pooled vectors, CSR by pooled_counts."""
+    pooled_counts: Column = EMPTY_I32
+    """I32, for each of Sample.pool_rows how many numbers it has: 0 while its prompt goes on, else the hidden size."""
 
 
 class DeviceLost(Message, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ import trio
 from penstock.core.protocol.control import Extension, Message, WorkDone
 from penstock.core.runtime.actor import Actor, Ask, To
 from penstock.core.runtime.mailbox import Mailbox, OneShot
-from penstock.core.runtime.wiring import Kinds, Port, Routes, WiringError, route
+from penstock.core.runtime.wiring import Dropped, Kinds, Port, Routes, WiringError, misfit, route
 
 MAILBOX = 1024
 """Messages that a task actor's mailbox takes before other actors wait. Posts from outside always fit: their bound is the links' credit."""
@@ -56,6 +56,7 @@ class _Base(abc.ABC):
     def __init__(self, actors: Sequence[Actor], ports: Sequence[Port], routes: Routes | None, kinds: Kinds | None) -> None:
         self.routes = route(actors, ports) if routes is None else routes
         self.kinds = kinds or Kinds()
+        self.unowned = Dropped()
         parties: list[Actor | Port] = [*actors, *ports]
         self._owners = {party.name for party in parties if WorkDone in party.takes}
         self._actors = {actor.name: actor for actor in actors}
@@ -81,14 +82,21 @@ class _Base(abc.ABC):
                 self._ports[taker].deliver(message, None)  # the only message that may go from port to port
                 return None
             if type(message) is WorkDone:
-                return message.owner if message.owner in self._owners else None
+                if message.owner in self._owners:
+                    return message.owner
+                self.unowned.note(
+                    message.owner,
+                    "a WorkDone is dropped: its owner is %.100r, and no party of that name takes WorkDone here",
+                    message.owner,
+                )
+                return None
             raise WiringError(f"No port of this host gives {type(message).__name__}.") from None
 
     def _addressed(self, giver: str, message: Message) -> str | None:
         """The taker of what `giver` said and no type's route leads to; None: it is dropped."""
-        if type(message) is Extension:
+        if type(message) is Extension and type(message.kind) is str and type(message.data) is bytes:
             return self.kinds.outward(message.kind)
-        raise WiringError(f"{giver} yielded {type(message).__name__}, which it does not declare.")
+        raise misfit(giver, message)
 
     def fail(self, error: BaseException) -> None:
         if self._failure is None:
@@ -116,7 +124,7 @@ class _Base(abc.ABC):
             return
         if type(out) is Ask:
             error = f"{giver} asks {type(out.question).__name__}, but an Ask reaches only actors of its host: send a message, take another."
-            self.fail(WiringError(error))
+            self.fail(WiringError(error, giver))
             return
         try:
             message, index = (out.message, out.index) if type(out) is To else (out, None)
@@ -223,7 +231,7 @@ class FusedHost(_Base):
     def _handle(self, name: str, message: Message, reply: type[Message] | None = None) -> Message | None:
         """One handler to its end; its outputs are routed, except the first of type `reply`, which is returned."""
         if name in self._busy:
-            raise WiringError(f"{name} would be entered again by {type(message).__name__} while it waits for an answer.")
+            raise WiringError(f"{name} would be entered again by {type(message).__name__} while it waits for an answer.", name)
         actor = self._actors[name]
         self.handled += 1
         self._busy.add(name)
@@ -259,15 +267,14 @@ class FusedHost(_Base):
     def _ask(self, asker: str, ask: Ask) -> Message:
         name = self.routes[asker].get(type(ask.question))
         if name is None or name not in self._actors:
-            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.")
+            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.", asker)
         reply = self._handle(name, ask.question, ask.reply)
         if reply is None:
-            raise WiringError(f"{name} gave no {ask.reply.__name__} to {asker}'s {type(ask.question).__name__}.")
+            raise WiringError(f"{name} gave no {ask.reply.__name__} to {asker}'s {type(ask.question).__name__}.", name)
         return reply
 
-    def _emit(self, giver: str, out: Message | To) -> None:
+    def _emit(self, giver: str, out: Any) -> None:
         message, index = (out.message, out.index) if type(out) is To else (out, None)
-        assert isinstance(message, Message)
         taker = self.routes[giver].get(type(message))
         if taker is None and (taker := self._addressed(giver, message)) is None:
             return
@@ -336,7 +343,7 @@ class TaskHost(_Base):
                         raise
                     await self._run(actor.name, rescue(message, error), reply)
                 if reply is not None and reply.value is None:
-                    raise WiringError(f"{actor.name} gave no {reply.kind.__name__} to a {type(message).__name__}.")
+                    raise WiringError(f"{actor.name} gave no {reply.kind.__name__} to a {type(message).__name__}.", actor.name)
         except Exception as error:
             self.fail(error)
 
@@ -358,16 +365,15 @@ class TaskHost(_Base):
     async def _ask(self, asker: str, ask: Ask) -> Message:
         name = self.routes[asker].get(type(ask.question))
         if name is None or name not in self._boxes:
-            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.")
+            raise WiringError(f"{asker} asks {type(ask.question).__name__}, which no actor of this host takes.", asker)
         shot = OneShot(ask.reply)
         self._boxes[name].put_now(ask.question, shot)
         await shot.done.wait()
         assert shot.value is not None
         return shot.value
 
-    async def _emit(self, giver: str, out: Message | To, reply: OneShot | None) -> None:
+    async def _emit(self, giver: str, out: Any, reply: OneShot | None) -> None:
         message, index = (out.message, out.index) if type(out) is To else (out, None)
-        assert isinstance(message, Message)
         if reply is not None and reply.value is None and type(message) is reply.kind:
             reply.value = message
             reply.done.set()

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import GeneratorType
 from typing import Any
 
@@ -27,11 +27,24 @@ log = logging.getLogger("penstock.actors")
 JOIN_S = 5.0
 
 
+Blame = Callable[[WiringError, bool], Exception]
+"""Words a wrong wiring as the fault of whoever brought the party. True: the seats do not fit; False: something that was said does not."""
+
+
 class House:
     """`await nursery.start(house.run)`, then `host.post`. `link` names the port to the other side, which takes the kinds that nobody here takes.
-    Raises WiringError for seats that do not fit together."""
+    Raises WiringError for seats that do not fit together, at the start or by what they say: as `blame` words it."""
 
-    def __init__(self, seats: Sequence[Seat], *, link: str, wiring: str = "cell", inline: bool = True) -> None:
+    def __init__(
+        self, seats: Sequence[Seat], *, link: str, wiring: str = "cell", inline: bool = True, blame: Blame = lambda error, seats: error
+    ) -> None:
+        self._blame = blame
+        try:
+            self._furnish(seats, link, wiring, inline)
+        except WiringError as error:
+            raise blame(error, True) from error
+
+    def _furnish(self, seats: Sequence[Seat], link: str, wiring: str, inline: bool) -> None:
         actors: list[Any] = []
         ports: list[Any] = []
         self._apart: list[_Task | _Thread] = []
@@ -40,10 +53,12 @@ class House:
         gives: dict[str, str] = {}
         for seat in seats:
             party = seat.party
-            _check(seat)
+            check_seat(seat)
             for kind in sorted(seat.takes_kinds):
                 if kind in takes:
-                    raise WiringError(f"Extensions of the kind {kind!r} have several takers: {takes[kind]}, {party.name}.")
+                    raise WiringError(
+                        f"Extensions of the kind {kind!r} have several takers: {takes[kind]}, {party.name}.", takes[kind], party.name
+                    )
                 takes[kind] = party.name
             gives.update(dict.fromkeys(seat.gives_kinds, link))
             if not hasattr(party, "handle"):
@@ -64,13 +79,19 @@ class House:
         """Until `close`, or raises what a handler raised."""
         self._token = trio.lowlevel.current_trio_token()
         if not self._apart:
-            await self.host.run(task_status)
+            await self._run_host(task_status)
             return
         async with trio.open_nursery() as nursery:
             for apart in self._apart:
                 nursery.start_soon(apart.run, name=f"actor {apart.name}")
-            await self.host.run(task_status)
+            await self._run_host(task_status)
             nursery.cancel_scope.cancel()
+
+    async def _run_host(self, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await self.host.run(task_status)
+        except WiringError as error:
+            raise self._blame(error, False) from error
 
     def say_soon(self, giver: str, out: Any) -> None:
         """As that party, from any thread. Before `run` and after the loop's end there is nobody to tell."""
@@ -97,15 +118,25 @@ def _nothing() -> None:
     """What there is to close where nothing is."""
 
 
-def _check(seat: Seat) -> None:
+def check_seat(seat: Seat) -> None:
+    """Raises WiringError for what is wrong with this seat, whatever else there is."""
     party = seat.party
     lacking = [name for name in ("name", "takes", "gives") if not hasattr(party, name)]
-    if lacking or not (hasattr(party, "handle") or hasattr(party, "deliver")):
+    if lacking or not (callable(getattr(party, "handle", None)) or callable(getattr(party, "deliver", None))):
         raise WiringError(
             f"A seat holds {type(party).__name__}, which is neither actor nor port: it lacks {', '.join(lacking or ['handle'])}."
         )
+    name = party.name
+    if not isinstance(name, str) or not name:
+        raise WiringError(f"A seat holds {type(party).__name__}, whose name is {name!r} instead of a text.")
     if seat.host not in HOSTS:
-        raise WiringError(f"The seat of {party.name} has the host {seat.host!r}, which is none of {', '.join(HOSTS)}.")
+        raise WiringError(f"The seat of {name} has the host {seat.host!r}, which is none of {', '.join(HOSTS)}.", name)
+    for field, value in (("takes", party.takes), ("gives", party.gives)):
+        if not isinstance(value, (frozenset, set)) or not all(isinstance(kind, type) and issubclass(kind, Message) for kind in value):
+            raise WiringError(f"{name}'s {field} is {value!r:.120}: it must be a frozenset of message types.", name)
+    for field, kinds in (("takes_kinds", seat.takes_kinds), ("gives_kinds", seat.gives_kinds)):
+        if not isinstance(kinds, (frozenset, set)) or not all(isinstance(kind, str) for kind in kinds):
+            raise WiringError(f"The seat of {name} has {field} {kinds!r:.120}: it must be a frozenset of texts.", name)
 
 
 class _Apart:

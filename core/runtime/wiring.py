@@ -24,7 +24,22 @@ ADDRESSED: frozenset[type[Message]] = frozenset({Extension, WorkDone})
 
 
 class WiringError(FinalError):
-    """The wiring is not closed: a message without a taker or a giver, an ambiguous route, an Ask that cannot be answered."""
+    """The wiring is not closed: a message without a taker or a giver, an ambiguous route, an Ask that cannot be answered. `parties` are the names of
+    those that it is about, so that whoever knows them can say whose they are."""
+
+    def __init__(self, message: str, *parties: str) -> None:
+        super().__init__(message)
+        self.parties = parties
+
+
+def misfit(giver: str, out: object) -> WiringError:
+    """What is wrong with something that was said and has no route."""
+    if not isinstance(out, Message):
+        return WiringError(f"{giver} gave {out!r:.80}, which is no message.", giver)
+    if isinstance(out, Extension):
+        what = f"the data {out.data!r:.80}" if type(out.kind) is str else f"the kind {out.kind!r:.80}"
+        return WiringError(f"{giver} gave an Extension with {what}: a kind is a text, data is bytes.", giver)
+    return WiringError(f"{giver} yielded {type(out).__name__}, which it does not declare.", giver)
 
 
 class Port(Protocol):
@@ -61,17 +76,34 @@ Routes = Mapping[str, Mapping[type[Message], str]]
 """giver -> message type -> taker, by name."""
 
 
-class Kinds:
-    """Who takes which kind of Extension: `takes` is kind -> party, `gives` kind -> the port to another process. The rest is dropped: with one warning
-    a kind as long as there are few, and counted."""
+class Dropped:
+    """Messages that are lost because nobody is there to take them: `count` of all, and one warning for each `key` as long as there are few."""
 
     MOST_WARNED = 32
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._warned: set[object] = set()
+
+    def note(self, key: object, what: str, *values: object) -> None:
+        """`what` with %-places for `values`."""
+        self.count += 1
+        if key not in self._warned and len(self._warned) < self.MOST_WARNED:
+            self._warned.add(key)
+            log.warning(what, *values)
+
+
+class Kinds:
+    """Who takes which kind of Extension: `takes` is kind -> party, `gives` kind -> the port to another process. The rest is dropped."""
 
     def __init__(self, takes: Mapping[str, str] | None = None, gives: Mapping[str, str] | None = None) -> None:
         self._takes = dict(takes or {})
         self._gives = dict(gives or {})
-        self._warned: set[str] = set()
-        self.dropped = 0
+        self._dropped = Dropped()
+
+    @property
+    def dropped(self) -> int:
+        return self._dropped.count
 
     def inward(self, kind: str) -> str | None:
         """The taker of what comes from a port: nothing is passed on to another process."""
@@ -88,10 +120,7 @@ class Kinds:
         return taker
 
     def _drop(self, kind: str) -> None:
-        self.dropped += 1
-        if kind not in self._warned and len(self._warned) < self.MOST_WARNED:
-            self._warned.add(kind)
-            log.warning("an extension of the kind %.100r is dropped: no actor of this process takes it", kind)
+        self._dropped.note(kind, "an extension of the kind %.100r is dropped: no actor of this process takes it", kind)
 
 
 def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
@@ -99,7 +128,9 @@ def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
     to the actor that takes it. Raises WiringError listing everything that has no taker, no giver or several takers."""
     parties: list[Actor | Port] = [*actors, *ports]
     names = [party.name for party in parties]
-    wrong = [f"two parties are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    wrong = [f"two parties are called {name!r}" for name in twice]
+    blamed = list(twice)
     table: dict[str, dict[type[Message], str]] = {name: {} for name in names}
     given: set[tuple[str, type[Message]]] = set()
     for giver in parties:
@@ -114,12 +145,16 @@ def route(actors: Sequence[Actor], ports: Sequence[Port]) -> Routes:
                 given.add((takers[0], kind))
             elif takers:
                 wrong.append(f"{kind.__name__} from {giver.name} has several takers: {', '.join(takers)}")
+                blamed += [giver.name, *takers]
+                given.update((taker, kind) for taker in takers)
             else:
                 wrong.append(f"{kind.__name__} from {giver.name} has no taker")
+                blamed.append(giver.name)
     for taker in parties:
         for kind in sorted(taker.takes - ADDRESSED, key=lambda t: t.__name__):
             if (taker.name, kind) not in given:
                 wrong.append(f"{taker.name} takes {kind.__name__}, which nobody gives")
+                blamed.append(taker.name)
     if wrong:
-        raise WiringError("The wiring is not closed: " + "; ".join(wrong) + ".")
+        raise WiringError("The wiring is not closed: " + "; ".join(wrong) + ".", *blamed)
     return table

@@ -15,10 +15,10 @@ from penstock.core.actors.sampler import Sampler
 from penstock.core.contract.devices import refuse_columns
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions, FakeRunner, FakeViolation
 from penstock.core.processes.engine import runner_config
-from penstock.core.protocol.columns import i32
+from penstock.core.protocol.columns import EMPTY_I32, i32, u8
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import ProtocolError, UnsupportedFeature
-from penstock.core.protocol.messages import Control, Forward, Move, Sample, SlotSampling, StepDone
+from penstock.core.protocol.messages import POOL_FIRST, POOL_LAST, POOL_MEAN, Control, Forward, Move, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
 
 SLOTS, BLOCK, VOCAB, EACH = 4, 4, 41, 16
@@ -26,9 +26,9 @@ GREEDY = SamplingParams(temperature=0)
 WORDS = -(-VOCAB // 32)
 
 
-def load() -> FakeRunner:
+def load(**declared: Any) -> FakeRunner:
     config = msgspec.structs.replace(runner_config(build({"max_num_seqs": SLOTS})), block_size=BLOCK)
-    options = FakeOptions(vocab_size=VOCAB, max_model_len=EACH * BLOCK, num_blocks=SLOTS * EACH)
+    options = FakeOptions(vocab_size=VOCAB, max_model_len=EACH * BLOCK, num_blocks=SLOTS * EACH, **declared)
     return FakeDevice(options).load(config, lambda *_: None)
 
 
@@ -43,8 +43,8 @@ def mask_of(allowed: list[set[int]]) -> Any:
 class World:
     """Slots whose blocks are their own. `forward(...)`, then `sample(...)`; keyword columns may be lists."""
 
-    def __init__(self) -> None:
-        self.runner = load()
+    def __init__(self, **declared: Any) -> None:
+        self.runner = load(**declared)
         self.step = 0
         self._first = {slot: slot * EACH for slot in range(SLOTS)}
         self._swapped: set[int] = set()
@@ -300,6 +300,11 @@ def test_a_runner_without_optional_columns_refuses_them_by_name() -> None:
         (forward, {"lookahead": 1}, r"Forward\.lookahead"),
         (sample, {"mask_rows": i32([-1])}, r"Sample\.mask_rows"),
         (sample, {"lookahead": 1}, r"Sample\.lookahead"),
+        (forward, {"block_groups": u8([0])}, r"Forward\.block_groups"),
+        (forward, {"copy_groups": u8([0])}, r"Forward\.copy_groups"),
+        (forward, {"place_adapters": i32([0])}, r"Forward\.place_adapters"),
+        (forward, {"embed_slots": i32([0])}, r"Forward\.embed_slots"),
+        (sample, {"pool_rows": i32([0])}, r"Sample\.pool_rows"),
     ):
         with pytest.raises(UnsupportedFeature, match=name):
             refuse_columns(msgspec.structs.replace(work, **change))
@@ -310,12 +315,17 @@ def test_a_runner_without_optional_columns_refuses_them_by_name() -> None:
     [
         ({"write_slots": i32([0]), "write_positions": i32([1])}, "write columns differ"),
         ({"clone_src": i32([0]), "clone_dst": i32([1])}, "clone columns differ"),
+        ({"embed_slots": i32([0]), "embed_starts": i32([1])}, "embed columns differ"),
+        ({"block_groups": u8([0])}, "block_groups is not as long"),
+        ({"copy_groups": u8([0])}, "copy_groups is not as long"),
+        ({"place_adapters": i32([0])}, "place_adapters is not as long"),
         ({"mask_rows": i32([0, 0]), "mask": i32([0, 0])}, "mask_rows is not as long as rows"),
+        ({"pool_rows": i32([0])}, "pool columns differ"),
     ],
 )
 def test_columns_that_do_not_fit_stop_before_the_device(columns: dict[str, Any], said: str) -> None:
     one = i32([0])
-    if "mask" in columns:
+    if "mask" in columns or "pool_rows" in columns:
         actor: Any = Sampler(engine=0, epoch=1)
         work: Any = Sample(engine=0, epoch=1, step=1, rows=one, slots=one, positions=one, **columns)
     else:
@@ -323,3 +333,170 @@ def test_columns_that_do_not_fit_stop_before_the_device(columns: dict[str, Any],
         work = Forward(engine=0, epoch=1, step=1, slots=one, starts=one, counts=one, num_decode=0, **columns)
     with pytest.raises(ProtocolError, match=said):
         list(actor.handle(work))
+
+
+TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20)
+
+
+@given(TOKENS, st.data())
+@settings(max_examples=60, deadline=None)
+def test_embeddings_stand_for_tokens_in_whatever_parts_they_come(tokens: list[int], data: Any) -> None:
+    start = data.draw(st.integers(0, len(tokens) - 1))
+    count = data.draw(st.integers(1, len(tokens) - start))
+    row = data.draw(st.integers(0, 5))
+    cut = data.draw(st.integers(0, start))
+    spans = {"embed_slots": [1], "embed_starts": [start], "embed_counts": [count], "embed_rows": [row]}
+    placed = {"place_slots": [1], "place_counts": [len(tokens)], "place_tokens": tokens}
+
+    def whole(tokens: list[int]) -> list[int]:
+        world = World(embeddings=64)
+        world.forward([(1, 0, len(tokens))], **{**placed, "place_tokens": tokens}, **spans)
+        return [int(world.sample([(0, 1, len(tokens))], [1]).tokens[0]), int(world.runner._digest[1, len(tokens) - 1])]
+
+    want = whole(tokens)
+    assert want == whole([0 if start <= n < start + count else token for n, token in enumerate(tokens)]), "the tokens there play no part"
+    assert want[1] != int(load_digest(tokens)), "but the rows do"
+    world = World(embeddings=64)
+    if cut:  # the embeddings come with the part of the prompt that they belong to
+        world.forward([(1, 0, cut)], **placed)
+        world.sample([], [1])
+        world.forward([(1, cut, len(tokens) - cut)], **spans)
+    else:
+        middle = count // 2
+        halves = {"embed_slots": [1, 1], "embed_starts": [start, start + middle], "embed_counts": [middle, count - middle]}
+        halves |= {"embed_rows": [row, row + middle]}
+        if not middle:
+            halves = {name: column[1:] for name, column in halves.items()}
+        world.forward([(1, 0, len(tokens))], **placed, **halves)
+    assert int(world.sample([(0, 1, len(tokens))], [1]).tokens[0]) == want[0]
+
+
+def load_digest(tokens: list[int]) -> Any:
+    world = World()
+    world.prompt(tokens, 1)
+    return world.runner._digest[1, len(tokens) - 1]
+
+
+@given(TOKENS, st.lists(st.integers(0, 3), min_size=SLOTS, max_size=SLOTS))
+@settings(max_examples=40, deadline=None)
+def test_an_adapter_changes_what_its_sequence_says_and_a_clone_keeps_it(tokens: list[int], adapters: list[int]) -> None:
+    world = World(adapters=3)
+    size = len(tokens)
+    rows = [(slot, 0, size) for slot in range(SLOTS)]
+    placed = {"place_slots": list(range(SLOTS)), "place_counts": [size] * SLOTS, "place_tokens": tokens * SLOTS}
+    world.forward(rows, **placed, place_adapters=adapters)
+    draws = [(n, n, size) for n in range(SLOTS)]
+    said = world.sample(draws, list(range(SLOTS))).tokens.tolist()
+    digests = world.runner._digest[:, size - 1].tolist()
+    for slot, adapter in enumerate(adapters):
+        assert (digests[slot] == digests[0]) is (adapter == adapters[0])
+        if adapter == 0:
+            assert said[slot] == alone(tokens)
+    world.forward([(1, 0, size)], clone_src=[0], clone_dst=[1], clone_lens=[size])
+    assert int(world.sample([(0, 1, size)], [1]).tokens[0]) == said[0]
+    world.forward([(0, 0, size)], place_slots=[0], place_counts=[size], place_tokens=tokens)
+    assert int(world.sample([(0, 0, size)], [0]).tokens[0]) == alone(tokens), "the next sequence in that slot has none"
+
+
+@given(TOKENS, st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_pooled_vector_comes_once_whatever_the_parts(tokens: list[int], data: Any) -> None:
+    kinds = u8([POOL_LAST, POOL_FIRST, POOL_MEAN])
+    slots, rows = [0, 1, 2], i32([0, 1, 2])
+    placed = {"place_slots": slots, "place_counts": [len(tokens)] * 3, "place_tokens": tokens * 3}
+    declared = {"pool_kinds": tuple(kinds.tolist())}
+    world = World(**declared)
+    world.forward([(slot, 0, len(tokens)) for slot in slots], **placed)
+    done = world.sample([], pool_rows=rows, pool_kinds=kinds)
+    hidden = world.runner.facts.hidden_size
+    assert (done.pooled_counts.tolist(), len(done.pooled), done.pooled.dtype) == ([hidden] * 3, 3 * hidden, np.float32)
+    last, first, mean = done.pooled.reshape(3, hidden)
+    each = [pooled(tokens[: n + 1], POOL_LAST) for n in range(len(tokens))]
+    assert last.tolist() == each[-1]
+    assert first.tolist() == each[0]
+    assert mean == pytest.approx(np.mean(each, axis=0), abs=1e-6)
+
+    cut = data.draw(st.integers(0, len(tokens) - 1))
+    if not cut:
+        return
+    world = World(**declared)
+    world.forward([(slot, 0, cut) for slot in slots], **placed)
+    part = world.sample([], pool_rows=rows, pool_kinds=kinds)
+    assert (part.pooled_counts.tolist(), len(part.pooled)) == ([0] * 3, 0)
+    world.forward([(slot, cut, len(tokens) - cut) for slot in slots])
+    assert world.sample([], pool_rows=rows, pool_kinds=kinds).pooled.tolist() == done.pooled.tolist()
+
+
+def pooled(tokens: list[int], kind: int) -> list[float]:
+    world = World(pool_kinds=(kind,))
+    world.forward([(0, 0, len(tokens))], place_slots=[0], place_counts=[len(tokens)], place_tokens=tokens)
+    said: list[float] = world.sample([], pool_rows=i32([0]), pool_kinds=u8([kind])).pooled.tolist()
+    return said
+
+
+def test_a_step_without_the_new_columns_says_nothing_new() -> None:
+    world = World(adapters=1, embeddings=1, pool_kinds=(0,))
+    world.forward([(0, 0, 1)], place_slots=[0], place_counts=[1], place_tokens=[5])
+    done = world.sample([(0, 0, 1)], [0])
+    assert int(done.tokens[0]) == alone([5])
+    assert done.pooled_counts is EMPTY_I32
+
+
+PLACED = {"place_slots": [0], "place_counts": [2], "place_tokens": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("declared", "columns", "what"),
+    [
+        ({}, {"block_groups": u8([1] * EACH)}, "beyond the 1 there are"),
+        ({}, {"block_groups": u8([0])}, "not as long as its blocks"),
+        ({}, {"block_groups": u8([0] * EACH)}, ""),
+        ({}, {"copy_src": [5], "copy_dst": [6], "copy_groups": u8([1])}, "beyond the 1 there are"),
+        ({}, {"copy_src": [5], "copy_dst": [6], "copy_groups": u8([0, 0])}, "not as long as its blocks"),
+        ({}, {"copy_src": [5], "copy_dst": [6], "copy_groups": u8([0])}, ""),
+        ({}, {"place_adapters": [0]}, ""),
+        ({}, {"place_adapters": [1]}, "beyond the 0 that are resident"),
+        ({"adapters": 2}, {"place_adapters": [3]}, "beyond the 2 that are resident"),
+        ({"adapters": 2}, {"place_adapters": [-1]}, "beyond the 2 that are resident"),
+        ({"adapters": 2}, {"place_adapters": [1, 1]}, "not as long as place_slots"),
+        ({}, {"embed_slots": [0], "embed_starts": [0], "embed_counts": [1], "embed_rows": [0]}, "beyond the 0 that are held"),
+        (
+            {"embeddings": 2},
+            {"embed_slots": [0], "embed_starts": [0], "embed_counts": [2], "embed_rows": [1]},
+            "beyond the 2 that are held",
+        ),
+        ({"embeddings": 2}, {"embed_slots": [0], "embed_starts": [1], "embed_counts": [2], "embed_rows": [0]}, "outside its history"),
+        ({"embeddings": 2}, {"embed_slots": [0], "embed_starts": [0], "embed_counts": [0], "embed_rows": [0]}, "outside its history"),
+        ({"embeddings": 2}, {"embed_slots": [0], "embed_starts": [0], "embed_counts": [1], "embed_rows": []}, "embed columns differ"),
+    ],
+)
+def test_what_a_device_does_not_declare_is_seen(declared: dict[str, Any], columns: dict[str, Any], what: str) -> None:
+    world = World(**declared)
+    if not what:
+        world.forward([(0, 0, 2)], **PLACED, **columns)
+        return
+    with pytest.raises(FakeViolation, match=what):
+        world.forward([(0, 0, 2)], **PLACED, **columns)
+
+
+def test_an_embedding_behind_what_was_computed_is_seen() -> None:
+    world = World(embeddings=4)
+    world.forward([(0, 0, 1)], **PLACED)
+    world.sample([], [0])
+    with pytest.raises(FakeViolation, match="slot 0 reads foreign or missing KV at position 0"):
+        world.forward([(0, 1, 1)], embed_slots=[0], embed_starts=[0], embed_counts=[1], embed_rows=[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "kinds", "what"),
+    [
+        ([0], [POOL_MEAN], "beyond"),
+        ([1], [POOL_LAST], "was not computed"),
+        ([0], [], "differ in length"),
+    ],
+)
+def test_impossible_pooling_is_seen(rows: list[int], kinds: list[int], what: str) -> None:
+    world = World(pool_kinds=(POOL_LAST,))
+    world.forward([(0, 0, 2)], **PLACED)
+    with pytest.raises(FakeViolation, match=what):
+        world.sample([], pool_rows=i32(rows), pool_kinds=u8(kinds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
 import types
@@ -17,8 +18,9 @@ from penstock.core.contract.host import PluginHost
 from penstock.core.processes.local import LocalServer
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.config import build
-from penstock.core.protocol.errors import PenstockError, PluginError
-from penstock.core.protocol.messages import Control, DeviceWork, Extension, Message, Move, WorkDone
+from penstock.core.protocol.errors import PenstockError, PluginError, PluginFault
+from penstock.core.protocol.messages import Control, DeviceWork, Extension, Message, Move, StepDone, WorkDone
+from penstock.core.runtime.actor import Ask, To
 
 Handler = Callable[[ActorContext, Any], Iterable[Any]]
 Add = Callable[..., str]
@@ -143,7 +145,7 @@ def test_a_handler_that_fails_is_named(host: Any, add: Add) -> None:
 
     def port(context: ActorContext) -> Seat:
         contexts.append(context)
-        return Seat(party=types.SimpleNamespace(name="p", takes=frozenset(), gives=frozenset(), deliver=None))
+        return Seat(party=types.SimpleNamespace(name="p", takes=frozenset(), gives=frozenset(), deliver=lambda message, index: None))
 
     bad = spec("bad", "engine", broken, host=host, takes_kinds={"t.ask"})
     failures: queue.Queue[PenstockError] = queue.Queue()
@@ -151,3 +153,123 @@ def test_a_handler_that_fails_is_named(host: Any, add: Add) -> None:
         contexts[0].post(Extension(kind="t.ask", data=b""))
         said = str(failures.get(timeout=20))
     assert "The actor 'bad' (plugin 'strange' of package 'strange') is broken: handle() failed with ValueError: no good" in said
+
+
+class Made:
+    """A party with whatever members a test wants."""
+
+    def __init__(self, **members: Any) -> None:
+        self.__dict__.update(members)
+
+
+GOOD: dict[str, Any] = {"name": "odd", "takes": frozenset(), "gives": frozenset(), "handle": lambda message: ()}
+BLAMED = r"The actor 'plug' \(plugin 'strange' of package 'strange'\) is broken: factory\(\) gave a seat that "
+
+
+@pytest.mark.parametrize("where", ["engine", "text"])
+@pytest.mark.parametrize(
+    ("party", "seat", "said"),
+    [
+        ({"takes": [WorkDone]}, {}, r"will not do: odd's takes is \[.*WorkDone.*\]: it must be a frozenset of message types"),
+        ({"gives": [DeviceWork]}, {}, "will not do: odd's gives is .*: it must be a frozenset of message types"),
+        ({"takes": frozenset({"WorkDone"})}, {}, "will not do: odd's takes is"),
+        ({"name": None}, {}, "will not do: A seat holds Made, whose name is None"),
+        ({"handle": None}, {}, "will not do: A seat holds Made, which is neither actor nor port: it lacks handle"),
+        ({}, {"host": "moon"}, "will not do: The seat of odd has the host 'moon', which is none of cell, task, thread"),
+        ({}, {"takes_kinds": "t.ask"}, "will not do: The seat of odd has takes_kinds 't.ask': it must be a frozenset of texts"),
+        ({"name": "root"}, {}, "does not fit: .*two parties are called 'root'"),
+        ({"gives": frozenset({Message})}, {}, "does not fit: .*Message from odd has no taker"),
+    ],
+)
+def test_a_seat_that_will_not_do_is_its_plugins_fault(party: dict[str, Any], seat: dict[str, Any], said: str, where: str, add: Add) -> None:
+    if where == "text" and party.get("name") == "root":
+        party = {"name": "tokenizer"}
+        said = said.replace("root", "tokenizer")
+    name = add(ActorSpec(name="plug", api_level=1, where=where, factory=lambda context: Seat(party=Made(**(GOOD | party)), **seat)))
+    with pytest.raises(PluginFault, match=BLAMED + said):
+        server(name).start()
+
+
+def test_a_party_without_members_is_its_plugins_fault(add: Add) -> None:
+    name = add(ActorSpec(name="plug", api_level=1, where="engine", factory=lambda context: Seat(party=object())))
+    with pytest.raises(
+        PluginFault, match=BLAMED + "will not do: A seat holds object, which is neither actor nor port: it lacks name, takes"
+    ):
+        server(name).start()
+
+
+def test_a_second_taker_is_its_plugins_fault_and_the_first_is_not_told_that_nobody_gives(add: Add) -> None:
+    party = Made(**(GOOD | {"takes": frozenset({StepDone})}))
+    name = add(ActorSpec(name="plug", api_level=1, where="engine", factory=lambda context: Seat(party=party)))
+    with pytest.raises(PluginFault, match=BLAMED + "does not fit: .*StepDone from device has several takers: scheduler, odd") as caught:
+        server(name).start()
+    assert "which nobody gives" not in str(caught.value)
+
+
+WRONG = [
+    (42, "gave 42, which is no message"),
+    (None, "gave None, which is no message"),
+    (To(42, 0), "gave 42, which is no message"),  # type: ignore[arg-type]
+    (WorkDone(engine=0, epoch=1, owner="", id=1), "yielded WorkDone, which it does not declare"),
+    (Extension(kind="t.answer", data="text"), "gave an Extension with the data 'text': a kind is a text, data is bytes"),  # type: ignore[arg-type]
+    (Extension(kind=7, data=b""), "gave an Extension with the kind 7: a kind is a text, data is bytes"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize("where", ["engine", "text"])
+@pytest.mark.parametrize("wiring", ["cell", "tasks"])
+@pytest.mark.parametrize("host", ["cell", "task", "thread", "port"])
+def test_what_an_actor_or_a_port_says_wrongly_is_its_plugins_fault(host: Any, wiring: str, where: str, add: Add) -> None:
+    for wrong, said in WRONG if (host, wiring) != ("thread", "tasks") else WRONG[:1]:
+        contexts: dict[str, ActorContext] = {}
+
+        def port(context: ActorContext, contexts: Any = contexts) -> Seat:
+            contexts["port"] = context
+            party = Made(name="p", takes=frozenset(), gives=frozenset(), deliver=lambda message, index: None)
+            return Seat(party=party, gives_kinds=frozenset({"t.answer"}))
+
+        specs = [ActorSpec(name="a_port", api_level=1, where=where, factory=port)]
+        if host != "port":
+            specs.append(spec("plug", where, lambda c, m, wrong=wrong: [wrong], host=host, takes_kinds={"t.ask"}, gives_kinds={"t.answer"}))
+        failures: queue.Queue[PenstockError] = queue.Queue()
+        with server(add(*specs), failures, wiring=wiring):
+            contexts["port"].post(wrong if host == "port" else Extension(kind="t.ask", data=b""))
+            error = failures.get(timeout=20)
+        assert isinstance(error, PluginFault)
+        actor, call, giver = ("a_port", "post", "p") if host == "port" else ("plug", "handle", "plug")
+        assert f"The actor '{actor}' (plugin 'strange' of package 'strange') is broken: {call}() broke a rule: {giver} {said}" in str(error)
+
+
+def test_a_question_that_nobody_can_answer_is_its_plugins_fault(add: Add) -> None:
+    contexts: list[ActorContext] = []
+
+    def port(context: ActorContext) -> Seat:
+        contexts.append(context)
+        return Seat(party=Made(name="p", takes=frozenset(), gives=frozenset(), deliver=lambda message, index: None))
+
+    asks = spec("plug", "engine", lambda c, m: [Ask(WorkDone(engine=0, epoch=1, owner="", id=1), StepDone)], takes_kinds={"t.ask"})
+    failures: queue.Queue[PenstockError] = queue.Queue()
+    with server(add(asks, ActorSpec(name="p", api_level=1, where="engine", factory=port)), failures):
+        contexts[0].post(Extension(kind="t.ask", data=b""))
+        error = failures.get(timeout=20)
+    assert "The actor 'plug' (plugin 'strange' of package 'strange') is broken: handle() broke a rule: plug asks WorkDone" in str(error)
+
+
+def test_an_extension_to_an_engine_that_is_not_there_is_told_to_the_log(add: Add, caplog: pytest.LogCaptureFixture) -> None:
+    contexts: list[ActorContext] = []
+    heard: queue.Queue[bytes] = queue.Queue()
+
+    def port(context: ActorContext) -> Seat:
+        contexts.append(context)
+        party = Made(name="p", takes=frozenset(), gives=frozenset(), deliver=lambda message, index: heard.put(message.data))
+        return Seat(party=party, takes_kinds=frozenset({"t.answer"}), gives_kinds=frozenset({"t.ask"}))
+
+    back = spec("back", "engine", lambda c, m: [Extension(kind="t.answer", data=m.data)], takes_kinds={"t.ask"}, gives_kinds={"t.answer"})
+    with caplog.at_level(logging.WARNING), server(add(back, ActorSpec(name="p", api_level=1, where="text", factory=port))):
+        for index, data in enumerate(b"abc"):
+            contexts[0].post(To(Extension(kind="t.ask", data=bytes([data])), index * 7))  # type: ignore[arg-type]
+        contexts[0].post(Extension(kind="t.ask", data=b"!"))
+        assert [heard.get(timeout=20), heard.get(timeout=20)] == [b"a", b"!"]
+    assert [said for said in caplog.messages if "extension" in said] == [
+        f"an extension of the kind 't.ask' to engine {n} is dropped: none is connected" for n in (7, 14)
+    ]

@@ -194,7 +194,7 @@ def test_what_a_handler_raises_ends_the_host(host: Any) -> None:
 
 
 @pytest.mark.parametrize("wiring", ["cell", "tasks"])
-def test_an_answer_of_the_device_queue_goes_to_its_owner(wiring: str) -> None:
+def test_an_answer_of_the_device_queue_goes_to_its_owner(wiring: str, caplog: pytest.LogCaptureFixture) -> None:
     got: dict[str, list[int]] = {"a": [], "b": []}
     seats = [Seat(party=Out(gives={WorkDone}).port)]
     for name in got:
@@ -206,8 +206,11 @@ def test_an_answer_of_the_device_queue_goes_to_its_owner(wiring: str) -> None:
         house.host.post(*done)
         await trio.testing.wait_all_tasks_blocked()
 
-    run(house, test)
+    with caplog.at_level(logging.WARNING):
+        run(house, test)
     assert got == {"a": [0, 3], "b": [1]}
+    assert house.host.unowned.count == 1
+    assert caplog.messages == ["a WorkDone is dropped: its owner is 'gone', and no party of that name takes WorkDone here"]
 
 
 def test_a_port_says_things_from_any_thread_and_is_closed_with_the_house() -> None:

@@ -108,7 +108,7 @@ def parse(body: bytes) -> tuple[Wire, Generation]:
         prompts=[{"prompt": text, "prompt_name": "wire"} for text in texts],
         sampling=SamplingParams(n=asked.copies, max_tokens=asked.at_most).validate(),
         explicit=["max_tokens"] if asked.at_most is not None else [],
-        names={"max_tokens": "at_most", "n": "copies"},
+        names={"max_tokens": "at_most", "n": "copies", "prompt": "wire"},
         stream=asked.drop_by_drop,
     )
 
@@ -197,7 +197,7 @@ def test_text_learns_what_was_asked_and_under_which_names(script: Edge) -> None:
     (submit,) = script.text.wait_for(Submit)
     assert (submit.prompt, submit.kind, submit.sampling.n, submit.sampling.max_tokens) == ("to whom", "completion", 2, 9)
     assert (submit.prompt_name, submit.explicit) == ("wire", ["max_tokens"])
-    assert submit.names == {"max_tokens": "at_most", "n": "copies"}
+    assert submit.names == {"max_tokens": "at_most", "n": "copies", "prompt": "wire"}
 
 
 # ------------------------------------------------------------------ errors in its own shape
@@ -209,9 +209,32 @@ def test_a_body_that_cannot_be_read(office: Edge) -> None:
     assert reply.json()["returned"].startswith("The telegram cannot be read")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_prompt_at_all(office: Edge, stream: bool) -> None:
+    reply = office.kept.post("/telegraph", json={"wire": [], "drop_by_drop": stream}, timeout=5)
+    assert (reply.status_code, reply.json()) == (400, {"returned": "There is no prompt to answer.", "field": "wire"})
+    assert office.server.gateway.active == 0
+
+
 def test_a_body_of_another_kind(office: Edge) -> None:
     reply = office.kept.post("/telegraph", content=b"stop", headers={"content-type": "text/plain"})
     assert (reply.status_code, sorted(reply.json())) == (415, ["field", "returned"])
+
+
+def test_without_a_key_or_with_another_method(make_edge: MakeEdge) -> None:
+    """What is refused before a route is asked: in the shape of the API whose path it is."""
+    edge = make_edge(routes=[openai_routes, telegraph_routes], api_key=["k"])
+    with edge.http() as http:
+        for path in ("/telegraph", "/telegraph/"):
+            reply = http.post(path, json={"wire": "p"})
+            assert (reply.status_code, sorted(reply.json())) == (401, ["field", "returned"])
+            assert reply.headers["www-authenticate"] == "Bearer"
+        assert sorted(http.get("/telegraph").json()) == ["field", "returned"]
+        reply = http.get("/telegraph", headers={"authorization": "Bearer k"})
+        assert (reply.status_code, reply.json()["returned"]) == (405, "GET is not allowed here. Use OPTIONS or POST.")
+        assert reply.headers["allow"] == "OPTIONS, POST"
+        assert "code" in http.post("/v1/completions", json={"prompt": "p"}).json()["error"]
+        assert http.post("/nowhere").json()["error"]["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,0 +1,46 @@
+"""What stands at a path, for answers that are given before or without a route.
+
+What it is: `Paths`, made once of an application's routes: the methods of a path, and the handler that would have answered.
+What it does not know: who may use it, errors, what a handler does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from litestar import Litestar
+from litestar.handlers.base import BaseRouteHandler
+
+
+class Paths:
+    """Paths are those below --root-path."""
+
+    def __init__(self, app: Litestar) -> None:
+        self._routes = [(_pattern(route.path), route) for route in app.routes]
+
+    def methods(self, path: str) -> list[str]:
+        """What may be done there; [] where there is nothing."""
+        for route in self._at(path):
+            methods = {str(m) for m in getattr(route, "methods", [])}
+            return sorted(methods | {"HEAD"} if "GET" in methods else methods)
+        return []
+
+    def handler(self, path: str, method: str) -> BaseRouteHandler | None:
+        """The handler of that method, else of another one at that path; None where there is nothing."""
+        for route in self._at(path):
+            handlers = getattr(route, "route_handlers", [])
+            mine = [handler for handler in handlers if method in getattr(handler, "http_methods", ())]
+            found: BaseRouteHandler | None = next(iter([*mine, *handlers]), None)
+            return found
+        return None
+
+    def _at(self, path: str) -> Iterator[Any]:
+        path = path.rstrip("/") or "/"
+        return (route for pattern, route in self._routes if pattern.fullmatch(path))
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    pattern = re.sub(r"\\{[^}]*:path\\}", ".+", re.escape(path))
+    return re.compile(re.sub(r"\\{[^}]*\\}", "[^/]+", pattern))
