@@ -36,6 +36,7 @@ from penstock.transports.openai_schema import (
 from penstock.transports.openapi import BODY
 from penstock.transports.openapi_replies import REPLIES, errors_of
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
+from penstock.transports.statuses import NAMED, status_of
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -225,6 +226,16 @@ def unused() -> list[str]:
     return [code for code in get_args(errors.ErrorCode) if code not in used]
 
 
+def statuses() -> list[str]:
+    """Of every field that clients know, at both endpoints."""
+    out = ["| field | spelling | chat | completions | which values, why, or what instead |", "|---|---|---|---|---|"]
+    for name, whose in sorted(NAMED.items()):
+        both = [status_of(kind, name) for kind in (ChatRequest, CompletionRequest)]
+        whys = dict.fromkeys(one.why for one in both if one.why)
+        out.append(f"| `{name}` | {whose} | {both[0].word} | {both[1].word} | {' '.join(whys)} |")
+    return [*out, ""]
+
+
 def refusals(table: Mapping[str, Refused]) -> list[str]:
     rows: dict[tuple[str, str], list[str]] = {}
     for name, entry in table.items():
@@ -383,6 +394,10 @@ def page() -> str:
         "",
         "## Other fields",
         "",
+        "What becomes of each field that clients of OpenAI, vLLM and SGLang know: it works; it works in part, and other values are refused by name; it is"
+        " taken without effect; or it is refused by name.",
+        "",
+        *statuses(),
         f"Hints, taken without effect: {', '.join(f'`{name}`' for name in sorted(HINTS))}.",
         "",
         "Refused by name (400 `unsupported_feature`), unless their value asks for nothing, since ignoring them would give another answer than was asked"

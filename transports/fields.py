@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-OPENAI, VLLM = "OpenAI", "vLLM"
+OPENAI, VLLM, SGLANG = "OpenAI", "vLLM", "SGLang"
 
 
 class Field(NamedTuple):
@@ -95,6 +95,8 @@ FIELDS: dict[str, Field] = {
     "cache_salt": Field("Cached prefixes are shared only among requests with the same salt (and the same API key).", VLLM),
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
+    "rid": Field("The same as request_id, which wins over it.", SGLANG),
+    "no_stop_trim": Field("true is include_stop_str_in_output true.", SGLANG, default="false"),
     # Chat
     "messages": Field("The conversation, oldest first. Not empty.", OPENAI, "at most --max-messages messages"),
     "max_completion_tokens": Field("OpenAI's newer name of max_tokens; wins over it.", allowed="1 to 2^31-1", default="max_tokens"),

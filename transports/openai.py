@@ -71,6 +71,8 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
         value = getattr(request, name)
         if value is not None:
             values[name] = value
+    if request.no_stop_trim:
+        values["include_stop_str_in_output"] = True
     if request.stop is not None:
         values["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
     if max_tokens is not None:
@@ -139,7 +141,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "truncate_prompt_tokens": cut,
         "want_ids": bool(request.return_token_ids),
         "stream": bool(request.stream),
-        "request_id": request.request_id,
+        "request_id": request.request_id or request.rid,
         "ignored": ignored,
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.include_usage and options.continuous_usage_stats),

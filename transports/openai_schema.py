@@ -124,6 +124,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    # SGLang's
+    rid: str | None = None
+    no_stop_trim: bool | None = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -172,8 +175,16 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-# Fields that OpenAI clients send as hints: nothing of the answer depends on them here, so they are taken in silence.
-HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
+HINTS: dict[str, str] = {
+    "user": "Whoever asks is told by the API key.",
+    "metadata": "Nothing is stored that it could be found by.",
+    "safety_identifier": "Whoever asks is told by the API key.",
+    "prompt_cache_key": "Equal prefixes are found without it; cache_salt keeps them apart.",
+    "prompt_cache_retention": "Prefixes stay as long as there is room.",
+    "service_tier": "There is one; see priority.",
+    "prediction": "It lets a server guess ahead and leaves the answer as it is.",
+}
+"""Fields that clients send as hints: nothing of the answer depends on them here, so they are taken in silence. Why, of each."""
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
@@ -194,7 +205,7 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
     DetokenizeRequest: {},
 }
 _tables = {
-    kind: refused.Table(rows, _known[kind] - HINTS, refused.FAMILIES if rows is refused.GENERATION else ())
+    kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if rows is refused.GENERATION else ())
     for kind, rows in REFUSED.items()
 }
 _options = refused.Table({}, StreamOptions.__struct_fields__)
