@@ -21,7 +21,15 @@ from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.generation import Generation
-from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, check_options, decode
+from penstock.transports.openai_schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    check_options,
+    check_unknown,
+    decode,
+)
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
@@ -111,7 +119,7 @@ def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
     return bias
 
 
-def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: list[str]) -> dict[str, Any]:
+def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: list[str], config: Config) -> dict[str, Any]:
     """Checks that both requests share; Call's fields that they share."""
     if request.response_format is not None:
         refused.check_format(raw["response_format"])
@@ -142,7 +150,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "want_ids": bool(request.return_token_ids),
         "stream": bool(request.stream),
         "request_id": request.request_id or request.rid,
-        "ignored": ignored,
+        "ignored": check_unknown(ignored, strict=config.strict_fields),
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.include_usage and options.continuous_usage_stats),
         "prompt_logprobs": request.prompt_logprobs is not None,
@@ -161,7 +169,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, raw, ignored = decode(body, ChatRequest, limits)
     assert isinstance(request, ChatRequest)
-    fields = _shared(request, raw, ignored)
+    fields = _shared(request, raw, ignored, config)
     check_messages(request.messages, config.max_messages)
     _check_tools(request)
     if request.max_completion_tokens is not None:
@@ -263,7 +271,7 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, raw, ignored = decode(body, CompletionRequest, limits)
     assert isinstance(request, CompletionRequest)
-    fields = _shared(request, raw, ignored)
+    fields = _shared(request, raw, ignored, config)
     echo = bool(request.echo)
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if not (echo and max_tokens == 0):  # with echo, 0 is scoring: the prompt is computed and nothing drawn

@@ -18,7 +18,7 @@ import msgspec
 from penstock.core.actors.text.bounds import FIELDS, SMALL, check_body, check_fields, check_raw
 from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
-from penstock.core.protocol.wording import plain, type_words
+from penstock.core.protocol.wording import LONGEST_NAME, plain, type_words
 from penstock.transports import refused
 
 
@@ -193,6 +193,9 @@ PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
 OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs"})
 LEAST_FIELD = 6
 
+MOST_NAMED = 8
+"""Unknown fields that an error names."""
+
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -267,6 +270,17 @@ def check_options(raw: msgspec.Raw) -> list[str]:
     given = fields_of(raw, "stream_options")
     unknown = given.keys() - set(StreamOptions.__struct_fields__)
     return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], given, "stream_options."))
+
+
+def check_unknown(names: list[str], *, strict: bool) -> list[str]:
+    """Of unknown fields, with --strict-fields: raises InvalidRequest naming them."""
+    if names and strict:
+        shown = ", ".join(name[:LONGEST_NAME] for name in names[:MOST_NAMED])
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        raise InvalidRequest(
+            f"Fields that nobody knows here are refused (--strict-fields): {shown}{more}. Leave them out.", param=names[0][:LONGEST_NAME]
+        )
+    return names
 
 
 def _check_raw(raw: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct], limits: Limits | None) -> None:
