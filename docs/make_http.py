@@ -474,7 +474,7 @@ def page() -> str:
         f"| `content-encoding` | {decoding.ACCEPTED.decode()}; another is a 415 with `accept-encoding` |",
         "| `x-request-id` | the id of reply, logs and traces, if it is plain (as [request_id](#fields-of-both-generation-requests)); else one is made |",
         "| `traceparent`, `tracestate` | W3C trace context: spans go on from it |",
-        "| `x-include-metrics` | `1` or `true`: the reply has `metrics` |",
+        "| `x-include-metrics` | `1` or `true`: the reply has `metrics` (a stream in the chunk with the usage: it needs stream_options.include_usage) |",
         "| `origin` and a preflight's | CORS, below |",
         "",
         "| out | when |",

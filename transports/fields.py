@@ -225,6 +225,8 @@ REPLY_FIELDS: dict[str, str] = {
     "completion_tokens": "Drawn, the end token too.",
     "total_tokens": "Both.",
     "prompt_tokens_details": "See PromptTokensDetails.",
+    "completion_tokens_details": "See CompletionTokensDetails.",
+    "reasoning_tokens": "0: reasoning is a part of the content, not told apart.",
     "cached_tokens": "Of the prompts: found in the prefix cache.",
     "queue_s": "Until the first step.",
     "prefill_s": "From there to the first token.",

@@ -39,6 +39,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.output,
         "total_tokens": usage.prompt + usage.output,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": 0},  # reasoning is a part of the content like any other
     }
 
 
@@ -243,14 +244,16 @@ class CompletionVoice(_OpenAIVoice):
     def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes]:
         """The prompt's ids and the prompt, if asked for."""
         call = self.call
+        usage = self._usage(row, batch)
+        before = usage and usage._replace(output=0)
         if call.want_ids:
-            yield self._event([{**self._chunk(index, "", None), "prompt_token_ids": prompt.ids, "token_ids": []}], None)
+            yield self._event([{**self._chunk(index, "", None), "prompt_token_ids": prompt.ids, "token_ids": []}], before)
         if call.echo:
             logprobs = None
             if call.top_logprobs is not None:
                 self._offsets[index] = TextOffsets(len(prompt.text))
                 logprobs = completion_logprobs(prompt.echoed(), call.tokens_as_ids, prompt.offsets)
-            yield self._event([self._chunk(index, prompt.text, logprobs)], self._usage(row, batch))
+            yield self._event([self._chunk(index, prompt.text, logprobs)], before)
 
     def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
         return completion_logprobs(positions, self.call.tokens_as_ids, self._offsets[index].of(positions))

@@ -7,10 +7,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from edge_kit import Edge, delta, finished
+from edge_kit import Edge, full_script
 
-from penstock.core.protocol.columns import i32
-from penstock.core.protocol.messages import Message, Submit, TokenLogprobs
+from penstock.core.protocol.messages import Submit
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest
 from penstock.transports.statuses import IN_PART, NAMED, NO_EFFECT, status_of
 
@@ -106,26 +105,9 @@ REFUSED_VALUES: dict[str, tuple[dict[str, Any], str]] = {
 """Of each field that works in part: what is refused, and the field that is named."""
 
 
-def script(submit: Submit) -> list[Message]:
-    """An answer that holds all that was asked for."""
-    sampling = submit.sampling
-    position = TokenLogprobs(ids=[10, 11], logprobs=[-0.5, -1.0], ranks=[1, 2], texts=["A", "B"], bytes_=[b"A", b"B"])
-    extra: dict[str, Any] = {"prompt_token_ids": i32([1, 2, 3]), "prompt_text": "hi"} if submit.want_ids or submit.echo else {}
-    if sampling.prompt_logprobs is not None:
-        extra["prompt_logprobs"] = [None, position, position]
-    if sampling.logprobs is not None:
-        extra["logprobs"] = [position]
-    rows = [{"key": submit.key, "choice": choice, "tokens": [10], "extra": extra} for choice in range(sampling.n)]
-    return [
-        delta(*[{**row, "text": "A"} for row in rows]),
-        delta(*[{**row, "tokens": [], "reason": "stop", "extra": {}} for row in rows]),
-        finished(submit.key, output=sampling.n),
-    ]
-
-
 @pytest.fixture(scope="module")
 def edge(shared_edge: Edge) -> Edge:
-    shared_edge.text.script = script
+    shared_edge.text.script = full_script
     return shared_edge
 
 
