@@ -119,6 +119,12 @@ FIELDS: dict[str, Field] = {
         "Further variables of the chat template; not those that are fields of their own.", VLLM, default="--default-chat-template-kwargs"
     ),
     # Completions
+    "best_of": Field(
+        "Draw so many answers a prompt and reply with the n whose tokens are the likeliest on average (by log-probability, the best first). All are counted"
+        " in usage, against --max-choices too. Not below n, and above it not with stream.",
+        allowed="1 to --max-n",
+        default="n",
+    ),
     "echo": Field("Begin the answer with the prompt.", default="false"),
     # /tokenize, /detokenize
     "return_token_strs": Field("Add the tokens' spellings.", VLLM, default="false"),

@@ -66,6 +66,8 @@ class Call(Generation, kw_only=True):
     """None: no logprobs in the reply; else how many alternatives."""
     prompt_logprobs: bool
     tokens_as_ids: bool
+    shown: int | None = None
+    """Of the answers to a prompt, reply with so many, the likeliest; None: with all. Never with stream."""
 
 
 def _need(ok: bool, message: str, param: str) -> None:
@@ -287,11 +289,15 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         explicit.remove("max_tokens")
     if echo and request.logprobs is not None and sampling.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
+    shown = None
+    if request.best_of is not None and request.best_of != sampling.n:
+        sampling, shown = _best_of(request, request.best_of, sampling, config), sampling.n
     prompts = _prompts(request.prompt, config)
     _need(
         len(prompts) * sampling.n <= config.max_choices,
-        f"prompts times n may be at most {config.max_choices} (--max-choices), but is {len(prompts) * sampling.n}.",
-        "n",
+        f"prompts times {'n' if shown is None else 'best_of'} may be at most {config.max_choices} (--max-choices),"
+        f" but is {len(prompts) * sampling.n}.",
+        "n" if shown is None else "best_of",
     )
     return Call(
         kind="completion",
@@ -301,8 +307,22 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         add_special_tokens=request.add_special_tokens is not False,
         echo=echo,
         top_logprobs=request.logprobs,
+        shown=shown,
         **fields,
     )
+
+
+def _best_of(request: CompletionRequest, best_of: int, sampling: SamplingParams, config: Config) -> SamplingParams:
+    """To draw more answers than are shown, with what is needed to compare them. Raises InvalidRequest."""
+    _need(
+        sampling.n <= best_of <= config.max_n,
+        f"best_of must be between n ({sampling.n}) and {config.max_n} (--max-n), but is {shorten(best_of)}.",
+        "best_of",
+    )
+    _need(
+        not request.stream, "best_of above n is not available when stream is true: which answers are shown is known at the end.", "best_of"
+    )
+    return msgspec.structs.replace(sampling, n=best_of, logprobs=request.logprobs or 0)
 
 
 def _prompts(prompt: str | list[str | int | list[int]], config: Config) -> list[dict[str, Any]]:

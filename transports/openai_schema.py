@@ -152,6 +152,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
+    best_of: int | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ for, a chunk with no choices and the usage; then [DONE]. A failed stream ends wi
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,13 @@ _json = msgspec.json.Encoder().encode
 def error_fields(error: PenstockError) -> dict[str, Any]:
     """What a choice that failed alone says about itself."""
     return {"message": error.message, "type": error.type, "code": error.code}
+
+
+def likeliness(choice: Choice) -> float:
+    """The mean log-probability of its tokens; of one that failed, or that has none, less than of any other."""
+    if choice.error is not None or not choice.logprobs:
+        return -math.inf
+    return sum(position.logprobs[0] for position in choice.logprobs) / len(choice.logprobs)
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -68,12 +76,11 @@ class _OpenAIVoice(abc.ABC):
     # --- in one piece
 
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
-        n = self.call.sampling.n
         body: dict[str, Any] = {
             "id": self._id,
             "object": self.whole_object,
             **self._facts,
-            "choices": [self._ended_choice(index, prompts[index // n], choice) for index, choice in enumerate(choices)],
+            "choices": [self._ended_choice(index, prompt, choice) for index, (prompt, choice) in enumerate(self._shown(prompts, choices))],
             "usage": usage_json(usage),
             "system_fingerprint": self._fingerprint,
             **self._of_reply(prompts),
@@ -81,6 +88,16 @@ class _OpenAIVoice(abc.ABC):
         if timings is not None:
             body["metrics"] = timings
         return _json(body)
+
+    def _shown(self, prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Iterator[tuple[Prompt, Choice]]:
+        """The choices of the reply in order, each with its prompt."""
+        n = self.call.sampling.n
+        for number, prompt in enumerate(prompts):
+            mine = choices[number * n : (number + 1) * n]
+            if self.call.shown is not None:
+                mine = sorted(mine, key=likeliness, reverse=True)[: self.call.shown]
+            for choice in mine:
+                yield prompt, choice
 
     def _ended_choice(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
         out = self._answer(index, prompt, choice)

@@ -552,8 +552,25 @@ def test_logit_bias_errors_name_key_and_value() -> None:
 
 
 def test_best_of_equal_to_n_changes_nothing() -> None:
-    assert completion(best_of=3, n=3).sampling.n == 3
-    assert refusal(parse_completion, TEXT | {"best_of": 3, "n": 2}).code == "unsupported_feature"
+    for call in (completion(best_of=3, n=3), completion(best_of=3, n=3, stream=True), chat(best_of=3, n=3)):
+        assert (call.sampling.n, call.sampling.logprobs, call.shown) == (3, None, None)
+    assert refusal(parse_chat, CHAT | {"best_of": 3, "n": 2}).code == "unsupported_feature"
+
+
+def test_best_of_draws_more_than_are_shown() -> None:
+    call = completion(best_of=3, n=2)
+    assert (call.sampling.n, call.sampling.logprobs, call.shown, call.top_logprobs) == (3, 0, 2, None)
+    assert completion(best_of=3, logprobs=2).sampling.logprobs == 2
+    for fields, what in (
+        ({"best_of": 1, "n": 2}, "between n (2) and 64 (--max-n), but is 1"),
+        ({"best_of": 65}, "but is 65"),
+        ({"best_of": 10**30}, "but is"),
+        ({"best_of": 2, "stream": True}, "not available when stream is true"),
+        ({"best_of": 64, "prompt": ["a"] * 9}, "prompts times best_of may be at most 512 (--max-choices), but is 576"),
+    ):
+        error = refusal(parse_completion, TEXT | fields)
+        assert (error.status, error.param) == (400, "best_of")
+        assert what in error.message
 
 
 def test_unknown_fields_are_ignored_and_named_hints_are_not() -> None:

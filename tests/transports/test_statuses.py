@@ -32,6 +32,7 @@ EXAMPLES: dict[str, Any] = {
     "max_tokens": 7,
     "max_completion_tokens": 7,
     "n": 2,
+    "best_of": 2,
     "echo": True,
     "response_format": {"type": "text"},
     "seed": 1,
