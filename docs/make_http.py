@@ -232,7 +232,7 @@ def statuses() -> list[str]:
     for name, whose in sorted(NAMED.items()):
         both = [status_of(kind, name) for kind in (ChatRequest, CompletionRequest)]
         whys = dict.fromkeys(one.why for one in both if one.why)
-        out.append(f"| `{name}` | {whose} | {both[0].word} | {both[1].word} | {' '.join(whys)} |")
+        out.append(f"| `{name}` | {whose} | {both[0].word} | {both[1].word} | {flags(' '.join(whys))} |")
     return [*out, ""]
 
 

@@ -118,6 +118,11 @@ FIELDS: dict[str, Field] = {
     "chat_template_kwargs": Field(
         "Further variables of the chat template; not those that are fields of their own.", VLLM, default="--default-chat-template-kwargs"
     ),
+    "chat_template": Field(
+        "A Jinja template instead of the model's. Only with `--trust-request-chat-template`, and at most 65536 characters.",
+        VLLM,
+        default="the model's, or --chat-template",
+    ),
     # Completions
     "best_of": Field(
         "Draw so many answers a prompt and reply with the n whose tokens are the likeliest on average (by log-probability, the best first). All are counted"

@@ -34,6 +34,8 @@ from penstock.transports.openai_schema import (
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
 
+MAX_TEMPLATE_CHARS = 1 << 16
+
 _TOKEN = re.compile(r"[0-9]{1,19}")
 
 _SAMPLING = (
@@ -207,6 +209,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         "template_kwargs": msgspec.json.encode(kwargs) if kwargs else b"",
         "add_generation_prompt": generate,
         "continue_final_message": continues,
+        **({"chat_template": _template(request.chat_template, config)} if request.chat_template else {}),
     }
     return Call(
         kind="chat",
@@ -218,6 +221,20 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         top_logprobs=logprobs,
         **fields,
     )
+
+
+def _template(template: str, config: Config) -> str:
+    if not config.trust_request_chat_template:
+        raise UnsupportedFeature(
+            "chat_template is not taken from requests here. Leave it out, or start the server with --trust-request-chat-template.",
+            param="chat_template",
+        )
+    _need(
+        len(template) <= MAX_TEMPLATE_CHARS,
+        f"chat_template may have at most {MAX_TEMPLATE_CHARS} characters, but has {len(template)}.",
+        "chat_template",
+    )
+    return template
 
 
 def _check_tools(request: ChatRequest) -> None:

@@ -144,6 +144,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):

@@ -35,6 +35,7 @@ NAMED: dict[str, str] = {name: whose for whose, names in _KNOWN.items() for name
 Word = Literal["works", "in part", "no effect", "refused"]
 
 IN_PART: dict[str, str] = {
+    "chat_template": "With --trust-request-chat-template; else refused.",
     "response_format": "`text`; other types are refused.",
     "tools": "Beside tool_choice `none`, and without effect; else refused.",
     "tool_choice": "`none`; others are refused.",

@@ -720,6 +720,22 @@ def test_template_kwargs() -> None:
     }
 
 
+def test_a_template_of_a_request_needs_trust() -> None:
+    error = refusal(parse_chat, CHAT | {"chat_template": "{{ messages }}"})
+    assert (error.code, error.param) == ("unsupported_feature", "chat_template")
+    assert "--trust-request-chat-template" in error.message
+    trusting = configuration.build({"trust_request_chat_template": True})
+
+    def ask(template: str | None) -> dict[str, Any]:
+        return parse_chat(msgspec.json.encode(CHAT | {"chat_template": template}), trusting).prompts[0]
+
+    assert ask("{{ messages }}")["chat_template"] == "{{ messages }}"
+    assert "chat_template" not in ask(None) | ask("")
+    assert ask("x" * 65536)
+    with pytest.raises(InvalidRequest, match="at most 65536 characters, but has 65537"):
+        ask("x" * 65537)
+
+
 def test_continue_final_message_turns_the_generation_prompt_off() -> None:
     call = chat(continue_final_message=True)
     assert (call.prompts[0]["continue_final_message"], call.prompts[0]["add_generation_prompt"]) == (True, False)

@@ -72,6 +72,7 @@ EXAMPLES: dict[str, Any] = {
     "continue_final_message": True,
     "add_special_tokens": True,
     "documents": [{"text": "d"}],
+    "chat_template": "",
     "chat_template_kwargs": {"a": 1},
     "priority": 1,
     "request_id": "mine",
@@ -98,6 +99,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
 REFUSED_VALUES: dict[str, tuple[dict[str, Any], str]] = {
+    "chat_template": ({"chat_template": "{{ messages }}"}, "chat_template"),
     "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
     "tools": (TOOLS, "tools"),
     "tool_choice": ({**TOOLS, "tool_choice": "required"}, "tools"),
