@@ -152,7 +152,10 @@ OWN: dict[str, dict[str, Field]] = {
     "StreamOptions": {
         "include_usage": Field("A last chunk, without choices, has the usage; `usage` of the others is null.", default="false"),
         "continuous_usage_stats": Field("With include_usage: every chunk has the usage so far of its choice.", VLLM, default="false"),
-        "include_obfuscation": Field("No effect."),
+        "include_obfuscation": Field(
+            "Every chunk with a choice has `obfuscation`, random letters that make its size tell nothing of the text to whoever can see it pass.",
+            default="false",
+        ),
     },
     "ResponseFormat": {"type": Field("`text`.")},
     "ChatMessage": {
@@ -219,6 +222,7 @@ REPLY_FIELDS: dict[str, str] = {
     "system_fingerprint": "Changes whenever equal requests may be answered otherwise (model, build, settings).",
     "prompt_logprobs": "With prompt_logprobs: for each token of the prompt null (the first), or token id to {logprob, rank, decoded_token}.",
     "prompt_token_ids": "With return_token_ids: the prompt. In a stream with the first chunk of a prompt's first choice.",
+    "obfuscation": "With stream_options.include_obfuscation: random letters, which fill the choices up to a multiple of 64 bytes.",
     "metrics": "With `x-include-metrics: 1`; in a stream only in the chunk with the usage.",
     "index": "Which answer.",
     "message": "The answer.",

@@ -64,6 +64,8 @@ class Call(Generation, kw_only=True):
 
     include_usage: bool
     continuous_usage: bool
+    obfuscate: bool
+    """Events of a stream are to have sizes that tell nothing of their text."""
     top_logprobs: int | None
     """None: no logprobs in the reply; else how many alternatives."""
     prompt_logprobs: bool
@@ -157,6 +159,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "ignored": check_unknown(ignored, strict=config.strict_fields),
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.include_usage and options.continuous_usage_stats),
+        "obfuscate": bool(options and options.include_obfuscation),
         "prompt_logprobs": request.prompt_logprobs is not None,
         "tokens_as_ids": bool(request.return_tokens_as_token_ids),
     }

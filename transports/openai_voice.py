@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import math
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from penstock.transports.request import Header, JsonReply, error_body, error_rep
 from penstock.transports.voice import Choice, Head, Prompt, Usage
 
 DONE = b"[DONE]"
+SIZE_STEP = 64
+"""Bytes. With stream_options.include_obfuscation the sizes of events differ by multiples of it: few tokens are longer."""
 
 _json = msgspec.json.Encoder().encode
 
@@ -61,7 +64,8 @@ class _OpenAIVoice(abc.ABC):
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.plain = not (call.want_ids or call.continuous_usage or call.top_logprobs is not None)
+        self.plain = not (call.want_ids or call.continuous_usage or call.obfuscate or call.top_logprobs is not None)
+        self._least = len(_json([self._chunk(0, "", None)]))
         self._tail = b',"usage":null}' if call.include_usage else b"}"
 
     def begin(self, head: Head) -> str:
@@ -119,7 +123,11 @@ class _OpenAIVoice(abc.ABC):
     # --- as events
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None, **more: Any) -> bytes:
-        body = self._head + b',"choices":' + _json(choices)
+        said = _json(choices)
+        body = self._head + b',"choices":' + said
+        if self.call.obfuscate and choices:
+            padding = (self._least - len(said)) % SIZE_STEP
+            body += b',"obfuscation":"%s"' % secrets.token_urlsafe(padding)[:padding].encode()
         for name, value in more.items():
             body += b',"%s":%s' % (name.encode(), _json(value))
         return body + (b',"usage":%s}' % _json(usage_json(usage)) if usage is not None else self._tail)

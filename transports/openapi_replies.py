@@ -119,6 +119,7 @@ class ChatChunk(msgspec.Struct, omit_defaults=True):
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
     metrics: Metrics | None = None
+    obfuscation: str | None = None
 
 
 class TextChoice(msgspec.Struct, omit_defaults=True):
@@ -144,6 +145,7 @@ class CompletionReply(msgspec.Struct, omit_defaults=True):
     system_fingerprint: str | None = None
     usage: Usage | None = None
     metrics: Metrics | None = None
+    obfuscation: str | None = None
 
 
 class Model(msgspec.Struct, omit_defaults=True):

@@ -45,7 +45,6 @@ IN_PART: dict[str, str] = {
 
 NO_EFFECT: dict[str, str] = {
     "parallel_tool_calls": "Tools are refused.",
-    "stream_options.include_obfuscation": "Nothing is obfuscated.",
 }
 """Fields that the requests have and that change nothing: why. HINTS are such, too."""
 

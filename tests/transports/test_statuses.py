@@ -40,7 +40,7 @@ EXAMPLES: dict[str, Any] = {
     "stream": True,
     "stream_options": {"include_usage": True},
     "stream_options.include_usage": True,
-    "stream_options.include_obfuscation": False,
+    "stream_options.include_obfuscation": True,
     "stream_options.continuous_usage_stats": True,
     "temperature": 0.5,
     "top_p": 0.5,
