@@ -428,6 +428,11 @@ def page() -> str:
         " (token to number, the drawn one among them) and `text_offset` (characters from the beginning of `text`); with echo the prompt's tokens come"
         f" first, the very first with null. JSON has no minus infinity: the least is {logprobs.LOWEST_LOGPROB:g}.",
         "",
+        "### Tokens in, tokens out",
+        "",
+        "`/v1/completions` with `prompt` as a list of ids computes exactly these (add_special_tokens adds none to ids), and `return_token_ids` shows the prompt's"
+        " and the answer's, the end token too; with `logprobs` and `return_tokens_as_token_ids` log-probabilities name ids. Chat shows the ids of its rendered prompt.",
+        "",
         "### A choice that fails alone",
         "",
         "If a request's own settings leave one choice no token to draw, that choice ends with finish_reason `error` and an `error`"

@@ -39,6 +39,12 @@ def test_a_request_brings_its_template_and_no_unknown_field(starter: Any) -> Non
     text = server.client.post("/v1/completions", json={**ask, "prompt": prompt, "add_special_tokens": False}).json()
     assert chat["prompt_token_ids"] == text["choices"][0]["prompt_token_ids"]
     assert chat["choices"][0]["message"]["content"] == text["choices"][0]["text"]
+    ids = chat["prompt_token_ids"]
+    tokens = server.client.post("/v1/completions", json={**ask, "max_tokens": 64, "prompt": ids}).json()
+    (choice,) = tokens["choices"]
+    assert (choice["prompt_token_ids"], choice["finish_reason"]) == (ids, "stop")
+    assert len(choice["token_ids"]) == tokens["usage"]["completion_tokens"], "the end token too"
+    assert server.client.post("/detokenize", json={"tokens": choice["token_ids"][:-1]}).json()["prompt"] == choice["text"]
     for fields, param in (({"chat_template": "{% if %}"}, "chat_template"), ({"zz": 1}, "zz")):
         reply = server.client.post("/v1/chat/completions", json={**ask, "messages": messages, **fields})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

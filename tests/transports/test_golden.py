@@ -113,6 +113,10 @@ def test_everything_at_once(edge: Edge, api: str) -> None:
     check(edge, api, "everything-stream", EVERYTHING[api] | STREAM | {"stream_options": options}, METRICS)
 
 
+def test_tokens_go_in_and_tokens_come_out(edge: Edge) -> None:
+    check(edge, "completions", "tokens", {"prompt": [1, 2, 3], "return_token_ids": True}, {})
+
+
 @pytest.mark.parametrize("api", PATHS)
 def test_a_stream_that_breaks_ends_with_an_error_and_without_done(edge: Edge, api: str) -> None:
     body = BODIES[api] | STREAM | {"seed": STALLS}
@@ -127,7 +131,7 @@ def test_a_stream_that_breaks_ends_with_an_error_and_without_done(edge: Edge, ap
 
 def test_no_file_is_left_over() -> None:
     names = [*CASES, "everything-whole", "everything-stream", "broken-stream"]
-    assert {file.name for file in GOLDEN.iterdir()} == {f"{api}-{name}.txt" for api in PATHS for name in names}
+    assert {file.name for file in GOLDEN.iterdir()} == {f"{api}-{name}.txt" for api in PATHS for name in names} | {"completions-tokens.txt"}
 
 
 @pytest.mark.parametrize("name", ["stream", "usage", "metrics-stream", "everything-stream"])
