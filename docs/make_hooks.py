@@ -98,7 +98,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
         "weight_sources": (api.Weights,),
         "schedule_policies": (policy.SchedulePolicy, policy.Waiting, policy.Running),
         "tokenizers": (text_api.Tokenizer,),
-        "chat_renderers": (text_api.ChatRenderer,),
+        "chat_renderers": (text_api.ChatRenderer, text_api.TemplatedRenderer),
         "transports": (
             *((gateway.Gateway, GATEWAY), gateway.Sink, gateway.Batch, messages.Submit, messages.TextDelta, messages.RowExtra),
             *(messages.TokenLogprobs, messages.Finished, messages.Limits, messages.Query, messages.Answer),

@@ -36,6 +36,7 @@ from penstock.transports.openai_schema import (
 from penstock.transports.openapi import BODY
 from penstock.transports.openapi_replies import REPLIES, errors_of
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
+from penstock.transports.statuses import NAMED, status_of
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -225,6 +226,16 @@ def unused() -> list[str]:
     return [code for code in get_args(errors.ErrorCode) if code not in used]
 
 
+def statuses() -> list[str]:
+    """Of every field that clients know, at both endpoints."""
+    out = ["| field | spelling | chat | completions | which values, why, or what instead |", "|---|---|---|---|---|"]
+    for name, whose in sorted(NAMED.items()):
+        both = [status_of(kind, name) for kind in (ChatRequest, CompletionRequest)]
+        whys = dict.fromkeys(one.why for one in both if one.why)
+        out.append(f"| `{name}` | {whose} | {both[0].word} | {both[1].word} | {flags(' '.join(whys))} |")
+    return [*out, ""]
+
+
 def refusals(table: Mapping[str, Refused]) -> list[str]:
     rows: dict[tuple[str, str], list[str]] = {}
     for name, entry in table.items():
@@ -383,6 +394,10 @@ def page() -> str:
         "",
         "## Other fields",
         "",
+        "What becomes of each field that clients of OpenAI, vLLM and SGLang know: it works; it works in part, and other values are refused by name; it is"
+        " taken without effect; or it is refused by name.",
+        "",
+        *statuses(),
         f"Hints, taken without effect: {', '.join(f'`{name}`' for name in sorted(HINTS))}.",
         "",
         "Refused by name (400 `unsupported_feature`), unless their value asks for nothing, since ignoring them would give another answer than was asked"
@@ -397,7 +412,8 @@ def page() -> str:
         "In a message:",
         "",
         *refusals(MESSAGE_FIELDS),
-        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32, at most 1024 bytes; `?` for a name that is no plain word).",
+        "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32, at most 1024 bytes; `?` for a name that is no plain word);"
+        " with `--strict-fields` it is a 400 that names it. Fields of messages that nobody here knows go to the chat template either way.",
         "",
         "## Replies",
         "",
@@ -411,6 +427,11 @@ def page() -> str:
         " which may be a part of a character) and `top_logprobs`, a list of the same. Completions: the lists `tokens`, `token_logprobs`, `top_logprobs`"
         " (token to number, the drawn one among them) and `text_offset` (characters from the beginning of `text`); with echo the prompt's tokens come"
         f" first, the very first with null. JSON has no minus infinity: the least is {logprobs.LOWEST_LOGPROB:g}.",
+        "",
+        "### Tokens in, tokens out",
+        "",
+        "`/v1/completions` with `prompt` as a list of ids computes exactly these (add_special_tokens adds none to ids), and `return_token_ids` shows the prompt's"
+        " and the answer's, the end token too; with `logprobs` and `return_tokens_as_token_ids` log-probabilities name ids. Chat shows the ids of its rendered prompt.",
         "",
         "### A choice that fails alone",
         "",
@@ -458,7 +479,7 @@ def page() -> str:
         f"| `content-encoding` | {decoding.ACCEPTED.decode()}; another is a 415 with `accept-encoding` |",
         "| `x-request-id` | the id of reply, logs and traces, if it is plain (as [request_id](#fields-of-both-generation-requests)); else one is made |",
         "| `traceparent`, `tracestate` | W3C trace context: spans go on from it |",
-        "| `x-include-metrics` | `1` or `true`: the reply has `metrics` |",
+        "| `x-include-metrics` | `1` or `true`: the reply has `metrics` (a stream in the chunk with the usage: it needs stream_options.include_usage) |",
         "| `origin` and a preflight's | CORS, below |",
         "",
         "| out | when |",

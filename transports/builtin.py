@@ -19,7 +19,7 @@ from penstock.core.protocol.messages import Answer
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway, make_error
 from penstock.transports.openai import check_messages, parse_chat, parse_completion
-from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, check_unknown, decode
 from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
 from penstock.transports.request import JsonReply, error_reply, ignored_header
@@ -109,6 +109,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
         parsed, raw, ignored = decode(await surface.body(request), TokenizeRequest, gateway.limits)
+        check_unknown(ignored, strict=config.strict_fields)
         if (parsed.prompt is None) == (parsed.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
         fields = {name: value for name, value in raw.items() if name in TokenizeRequest.__struct_fields__}
@@ -121,6 +122,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
         parsed, raw, ignored = decode(await surface.body(request), DetokenizeRequest, gateway.limits)
+        check_unknown(ignored, strict=config.strict_fields)
         if parsed.model:
             await find_model(parsed.model)
         fields = {name: value for name, value in raw.items() if name in DetokenizeRequest.__struct_fields__}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-OPENAI, VLLM = "OpenAI", "vLLM"
+OPENAI, VLLM, SGLANG = "OpenAI", "vLLM", "SGLang"
 
 
 class Field(NamedTuple):
@@ -95,6 +95,8 @@ FIELDS: dict[str, Field] = {
     "cache_salt": Field("Cached prefixes are shared only among requests with the same salt (and the same API key).", VLLM),
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
+    "rid": Field("The same as request_id, which wins over it.", SGLANG),
+    "no_stop_trim": Field("true is include_stop_str_in_output true.", SGLANG, default="false"),
     # Chat
     "messages": Field("The conversation, oldest first. Not empty.", OPENAI, "at most --max-messages messages"),
     "max_completion_tokens": Field("OpenAI's newer name of max_tokens; wins over it.", allowed="1 to 2^31-1", default="max_tokens"),
@@ -116,7 +118,18 @@ FIELDS: dict[str, Field] = {
     "chat_template_kwargs": Field(
         "Further variables of the chat template; not those that are fields of their own.", VLLM, default="--default-chat-template-kwargs"
     ),
+    "chat_template": Field(
+        "A Jinja template instead of the model's. Only with `--trust-request-chat-template`, and at most 65536 characters.",
+        VLLM,
+        default="the model's, or --chat-template",
+    ),
     # Completions
+    "best_of": Field(
+        "Draw so many answers a prompt and reply with the n whose tokens are the likeliest on average (by log-probability, the best first). All are counted"
+        " in usage, against --max-choices too. Not below n, and above it not with stream.",
+        allowed="1 to --max-n",
+        default="n",
+    ),
     "echo": Field("Begin the answer with the prompt.", default="false"),
     # /tokenize, /detokenize
     "return_token_strs": Field("Add the tokens' spellings.", VLLM, default="false"),
@@ -139,7 +152,10 @@ OWN: dict[str, dict[str, Field]] = {
     "StreamOptions": {
         "include_usage": Field("A last chunk, without choices, has the usage; `usage` of the others is null.", default="false"),
         "continuous_usage_stats": Field("With include_usage: every chunk has the usage so far of its choice.", VLLM, default="false"),
-        "include_obfuscation": Field("No effect."),
+        "include_obfuscation": Field(
+            "Every chunk with a choice has `obfuscation`, random letters that make its size tell nothing of the text to whoever can see it pass.",
+            default="false",
+        ),
     },
     "ResponseFormat": {"type": Field("`text`.")},
     "ChatMessage": {
@@ -206,6 +222,7 @@ REPLY_FIELDS: dict[str, str] = {
     "system_fingerprint": "Changes whenever equal requests may be answered otherwise (model, build, settings).",
     "prompt_logprobs": "With prompt_logprobs: for each token of the prompt null (the first), or token id to {logprob, rank, decoded_token}.",
     "prompt_token_ids": "With return_token_ids: the prompt. In a stream with the first chunk of a prompt's first choice.",
+    "obfuscation": "With stream_options.include_obfuscation: random letters, which fill the choices up to a multiple of 64 bytes.",
     "metrics": "With `x-include-metrics: 1`; in a stream only in the chunk with the usage.",
     "index": "Which answer.",
     "message": "The answer.",
@@ -223,6 +240,8 @@ REPLY_FIELDS: dict[str, str] = {
     "completion_tokens": "Drawn, the end token too.",
     "total_tokens": "Both.",
     "prompt_tokens_details": "See PromptTokensDetails.",
+    "completion_tokens_details": "See CompletionTokensDetails.",
+    "reasoning_tokens": "0: reasoning is a part of the content, not told apart.",
     "cached_tokens": "Of the prompts: found in the prefix cache.",
     "queue_s": "Until the first step.",
     "prefill_s": "From there to the first token.",

@@ -21,10 +21,20 @@ from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.generation import Generation
-from penstock.transports.openai_schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, check_options, decode
+from penstock.transports.openai_schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    check_options,
+    check_unknown,
+    decode,
+)
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
+
+MAX_TEMPLATE_CHARS = 1 << 16
 
 _TOKEN = re.compile(r"[0-9]{1,19}")
 
@@ -54,10 +64,14 @@ class Call(Generation, kw_only=True):
 
     include_usage: bool
     continuous_usage: bool
+    obfuscate: bool
+    """Events of a stream are to have sizes that tell nothing of their text."""
     top_logprobs: int | None
     """None: no logprobs in the reply; else how many alternatives."""
     prompt_logprobs: bool
     tokens_as_ids: bool
+    shown: int | None = None
+    """Of the answers to a prompt, reply with so many, the likeliest; None: with all. Never with stream."""
 
 
 def _need(ok: bool, message: str, param: str) -> None:
@@ -71,6 +85,8 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
         value = getattr(request, name)
         if value is not None:
             values[name] = value
+    if request.no_stop_trim:
+        values["include_stop_str_in_output"] = True
     if request.stop is not None:
         values["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
     if max_tokens is not None:
@@ -109,7 +125,7 @@ def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
     return bias
 
 
-def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: list[str]) -> dict[str, Any]:
+def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: list[str], config: Config) -> dict[str, Any]:
     """Checks that both requests share; Call's fields that they share."""
     if request.response_format is not None:
         refused.check_format(raw["response_format"])
@@ -139,10 +155,11 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "truncate_prompt_tokens": cut,
         "want_ids": bool(request.return_token_ids),
         "stream": bool(request.stream),
-        "request_id": request.request_id,
-        "ignored": ignored,
+        "request_id": request.request_id or request.rid,
+        "ignored": check_unknown(ignored, strict=config.strict_fields),
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.include_usage and options.continuous_usage_stats),
+        "obfuscate": bool(options and options.include_obfuscation),
         "prompt_logprobs": request.prompt_logprobs is not None,
         "tokens_as_ids": bool(request.return_tokens_as_token_ids),
     }
@@ -159,7 +176,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, raw, ignored = decode(body, ChatRequest, limits)
     assert isinstance(request, ChatRequest)
-    fields = _shared(request, raw, ignored)
+    fields = _shared(request, raw, ignored, config)
     check_messages(request.messages, config.max_messages)
     _check_tools(request)
     if request.max_completion_tokens is not None:
@@ -195,6 +212,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         "template_kwargs": msgspec.json.encode(kwargs) if kwargs else b"",
         "add_generation_prompt": generate,
         "continue_final_message": continues,
+        **({"chat_template": _template(request.chat_template, config)} if request.chat_template else {}),
     }
     return Call(
         kind="chat",
@@ -206,6 +224,20 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         top_logprobs=logprobs,
         **fields,
     )
+
+
+def _template(template: str, config: Config) -> str:
+    if not config.trust_request_chat_template:
+        raise UnsupportedFeature(
+            "chat_template is not taken from requests here. Leave it out, or start the server with --trust-request-chat-template.",
+            param="chat_template",
+        )
+    _need(
+        len(template) <= MAX_TEMPLATE_CHARS,
+        f"chat_template may have at most {MAX_TEMPLATE_CHARS} characters, but has {len(template)}.",
+        "chat_template",
+    )
+    return template
 
 
 def _check_tools(request: ChatRequest) -> None:
@@ -261,7 +293,7 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, raw, ignored = decode(body, CompletionRequest, limits)
     assert isinstance(request, CompletionRequest)
-    fields = _shared(request, raw, ignored)
+    fields = _shared(request, raw, ignored, config)
     echo = bool(request.echo)
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if not (echo and max_tokens == 0):  # with echo, 0 is scoring: the prompt is computed and nothing drawn
@@ -277,11 +309,15 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         explicit.remove("max_tokens")
     if echo and request.logprobs is not None and sampling.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
+    shown = None
+    if request.best_of is not None and request.best_of != sampling.n:
+        sampling, shown = _best_of(request, request.best_of, sampling, config), sampling.n
     prompts = _prompts(request.prompt, config)
     _need(
         len(prompts) * sampling.n <= config.max_choices,
-        f"prompts times n may be at most {config.max_choices} (--max-choices), but is {len(prompts) * sampling.n}.",
-        "n",
+        f"prompts times {'n' if shown is None else 'best_of'} may be at most {config.max_choices} (--max-choices),"
+        f" but is {len(prompts) * sampling.n}.",
+        "n" if shown is None else "best_of",
     )
     return Call(
         kind="completion",
@@ -291,8 +327,22 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         add_special_tokens=request.add_special_tokens is not False,
         echo=echo,
         top_logprobs=request.logprobs,
+        shown=shown,
         **fields,
     )
+
+
+def _best_of(request: CompletionRequest, best_of: int, sampling: SamplingParams, config: Config) -> SamplingParams:
+    """To draw more answers than are shown, with what is needed to compare them. Raises InvalidRequest."""
+    _need(
+        sampling.n <= best_of <= config.max_n,
+        f"best_of must be between n ({sampling.n}) and {config.max_n} (--max-n), but is {shorten(best_of)}.",
+        "best_of",
+    )
+    _need(
+        not request.stream, "best_of above n is not available when stream is true: which answers are shown is known at the end.", "best_of"
+    )
+    return msgspec.structs.replace(sampling, n=best_of, logprobs=request.logprobs or 0)
 
 
 def _prompts(prompt: str | list[str | int | list[int]], config: Config) -> list[dict[str, Any]]:

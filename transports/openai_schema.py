@@ -18,7 +18,7 @@ import msgspec
 from penstock.core.actors.text.bounds import FIELDS, SMALL, check_body, check_fields, check_raw
 from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
-from penstock.core.protocol.wording import plain, type_words
+from penstock.core.protocol.wording import LONGEST_NAME, plain, type_words
 from penstock.transports import refused
 
 
@@ -124,6 +124,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    # SGLang's
+    rid: str | None = None
+    no_stop_trim: bool | None = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -141,6 +144,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -149,6 +153,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
+    best_of: int | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,8 +177,16 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-# Fields that OpenAI clients send as hints: nothing of the answer depends on them here, so they are taken in silence.
-HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
+HINTS: dict[str, str] = {
+    "user": "Whoever asks is told by the API key.",
+    "metadata": "Nothing is stored that it could be found by.",
+    "safety_identifier": "Whoever asks is told by the API key.",
+    "prompt_cache_key": "Equal prefixes are found without it; cache_salt keeps them apart.",
+    "prompt_cache_retention": "Prefixes stay as long as there is room.",
+    "service_tier": "There is one; see priority.",
+    "prediction": "It lets a server guess ahead and leaves the answer as it is.",
+}
+"""Fields that clients send as hints: nothing of the answer depends on them here, so they are taken in silence. Why, of each."""
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
@@ -181,6 +194,9 @@ PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
 OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs"})
 LEAST_FIELD = 6
+
+MOST_NAMED = 8
+"""Unknown fields that an error names."""
 
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -194,7 +210,7 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
     DetokenizeRequest: {},
 }
 _tables = {
-    kind: refused.Table(rows, _known[kind] - HINTS, refused.FAMILIES if rows is refused.GENERATION else ())
+    kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if rows is refused.GENERATION else ())
     for kind, rows in REFUSED.items()
 }
 _options = refused.Table({}, StreamOptions.__struct_fields__)
@@ -256,6 +272,17 @@ def check_options(raw: msgspec.Raw) -> list[str]:
     given = fields_of(raw, "stream_options")
     unknown = given.keys() - set(StreamOptions.__struct_fields__)
     return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], given, "stream_options."))
+
+
+def check_unknown(names: list[str], *, strict: bool) -> list[str]:
+    """Of unknown fields, with --strict-fields: raises InvalidRequest naming them."""
+    if names and strict:
+        shown = ", ".join(name[:LONGEST_NAME] for name in names[:MOST_NAMED])
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        raise InvalidRequest(
+            f"Fields that nobody knows here are refused (--strict-fields): {shown}{more}. Leave them out.", param=names[0][:LONGEST_NAME]
+        )
+    return names
 
 
 def _check_raw(raw: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct], limits: Limits | None) -> None:

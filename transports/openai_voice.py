@@ -11,6 +11,8 @@ for, a chunk with no choices and the usage; then [DONE]. A failed stream ends wi
 from __future__ import annotations
 
 import abc
+import math
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +26,8 @@ from penstock.transports.request import Header, JsonReply, error_body, error_rep
 from penstock.transports.voice import Choice, Head, Prompt, Usage
 
 DONE = b"[DONE]"
+SIZE_STEP = 64
+"""Bytes. With stream_options.include_obfuscation the sizes of events differ by multiples of it: few tokens are longer."""
 
 _json = msgspec.json.Encoder().encode
 
@@ -33,12 +37,20 @@ def error_fields(error: PenstockError) -> dict[str, Any]:
     return {"message": error.message, "type": error.type, "code": error.code}
 
 
+def likeliness(choice: Choice) -> float:
+    """The mean log-probability of its tokens; of one that failed, or that has none, less than of any other."""
+    if choice.error is not None or not choice.logprobs:
+        return -math.inf
+    return sum(position.logprobs[0] for position in choice.logprobs) / len(choice.logprobs)
+
+
 def usage_json(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.output,
         "total_tokens": usage.prompt + usage.output,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": 0},  # reasoning is a part of the content like any other
     }
 
 
@@ -52,7 +64,8 @@ class _OpenAIVoice(abc.ABC):
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.plain = not (call.want_ids or call.continuous_usage or call.top_logprobs is not None)
+        self.plain = not (call.want_ids or call.continuous_usage or call.obfuscate or call.top_logprobs is not None)
+        self._least = len(_json([self._chunk(0, "", None)]))
         self._tail = b',"usage":null}' if call.include_usage else b"}"
 
     def begin(self, head: Head) -> str:
@@ -67,12 +80,11 @@ class _OpenAIVoice(abc.ABC):
     # --- in one piece
 
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
-        n = self.call.sampling.n
         body: dict[str, Any] = {
             "id": self._id,
             "object": self.whole_object,
             **self._facts,
-            "choices": [self._ended_choice(index, prompts[index // n], choice) for index, choice in enumerate(choices)],
+            "choices": [self._ended_choice(index, prompt, choice) for index, (prompt, choice) in enumerate(self._shown(prompts, choices))],
             "usage": usage_json(usage),
             "system_fingerprint": self._fingerprint,
             **self._of_reply(prompts),
@@ -80,6 +92,16 @@ class _OpenAIVoice(abc.ABC):
         if timings is not None:
             body["metrics"] = timings
         return _json(body)
+
+    def _shown(self, prompts: Sequence[Prompt], choices: Sequence[Choice]) -> Iterator[tuple[Prompt, Choice]]:
+        """The choices of the reply in order, each with its prompt."""
+        n = self.call.sampling.n
+        for number, prompt in enumerate(prompts):
+            mine = choices[number * n : (number + 1) * n]
+            if self.call.shown is not None:
+                mine = sorted(mine, key=likeliness, reverse=True)[: self.call.shown]
+            for choice in mine:
+                yield prompt, choice
 
     def _ended_choice(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
         out = self._answer(index, prompt, choice)
@@ -101,7 +123,11 @@ class _OpenAIVoice(abc.ABC):
     # --- as events
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None, **more: Any) -> bytes:
-        body = self._head + b',"choices":' + _json(choices)
+        said = _json(choices)
+        body = self._head + b',"choices":' + said
+        if self.call.obfuscate and choices:
+            padding = (self._least - len(said)) % SIZE_STEP
+            body += b',"obfuscation":"%s"' % secrets.token_urlsafe(padding)[:padding].encode()
         for name, value in more.items():
             body += b',"%s":%s' % (name.encode(), _json(value))
         return body + (b',"usage":%s}' % _json(usage_json(usage)) if usage is not None else self._tail)
@@ -243,14 +269,16 @@ class CompletionVoice(_OpenAIVoice):
     def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes]:
         """The prompt's ids and the prompt, if asked for."""
         call = self.call
+        usage = self._usage(row, batch)
+        before = usage and usage._replace(output=0)
         if call.want_ids:
-            yield self._event([{**self._chunk(index, "", None), "prompt_token_ids": prompt.ids, "token_ids": []}], None)
+            yield self._event([{**self._chunk(index, "", None), "prompt_token_ids": prompt.ids, "token_ids": []}], before)
         if call.echo:
             logprobs = None
             if call.top_logprobs is not None:
                 self._offsets[index] = TextOffsets(len(prompt.text))
                 logprobs = completion_logprobs(prompt.echoed(), call.tokens_as_ids, prompt.offsets)
-            yield self._event([self._chunk(index, prompt.text, logprobs)], self._usage(row, batch))
+            yield self._event([self._chunk(index, prompt.text, logprobs)], before)
 
     def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
         return completion_logprobs(positions, self.call.tokens_as_ids, self._offsets[index].of(positions))

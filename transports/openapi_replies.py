@@ -40,11 +40,16 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class Metrics(msgspec.Struct):
@@ -114,6 +119,7 @@ class ChatChunk(msgspec.Struct, omit_defaults=True):
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
     metrics: Metrics | None = None
+    obfuscation: str | None = None
 
 
 class TextChoice(msgspec.Struct, omit_defaults=True):
@@ -139,6 +145,7 @@ class CompletionReply(msgspec.Struct, omit_defaults=True):
     system_fingerprint: str | None = None
     usage: Usage | None = None
     metrics: Metrics | None = None
+    obfuscation: str | None = None
 
 
 class Model(msgspec.Struct, omit_defaults=True):

@@ -66,6 +66,7 @@ PROMPT: dict[str, Refused] = {
     "chat_template_kwargs": _use(_EMPTY, _CHAT),
     "reasoning_effort": _use(_NONE, _CHAT),
     **_all(_use(_OFF, _CHAT), "continue_final_message apply_chat_template"),
+    "add_generation_prompt": _use(_ON, _CHAT),
     **_all(_EMPTY, "data_sources connectors memory negative_prompt user_bio character preset instruction_template"),
     **_all(_EMPTY, "template chat_template chat_template_str tool_prompt guideline input_extra transforms task negative_prompt_ids"),
     **_all(_EMPTY, "suffix input_prefix input_suffix"),
@@ -118,11 +119,12 @@ ANSWER: dict[str, Refused] = {
     # Calls
     "tools": _use(_EMPTY, _CHAT),
     "tool_choice": Refused((None, "none", "auto")),
+    "parallel_tool_calls": Refused((None, True, False), _CHAT),
     "function_call": Refused((None, "none")),
     **_all(_OFF, "force_single_step disable_tool_validation strict_tools enable_code_interpreter"),
     # Thinking taken apart
     "reasoning_format": Refused((None, "raw", "none")),
-    "include_reasoning": _ON,
+    **_all(_ON, "include_reasoning stream_reasoning"),
     **_all(_OFF, "separate_reasoning thinking_forced_open parse_reasoning"),
     "reasoning_budget": Refused((None, -1)),
     **_all(_NONE, "thinking_token_budget thinking_budget thinking_budget_tokens reasoning_budget_tokens"),
@@ -169,7 +171,6 @@ ANSWER: dict[str, Refused] = {
     **_all(_use(_NONE, "Use stop_token_ids."), "end_id eos_token_id forced_eos_token_id"),
     **_all(_use(_OFF, "Use ignore_eos."), "ban_eos_token ignore_eos_token"),
     **_all(_use(_EMPTY, "Use bad_words."), "bad_words_list bad_words_ids banned_strings banned_phrases banned_tokens custom_token_bans"),
-    "no_stop_trim": _use(_OFF, "Use include_stop_str_in_output."),
     **_all(_use(_OFF, "Use echo, on /v1/completions."), "echo return_full_text"),
     "echo_last": _use(_ZERO, "Use echo, on /v1/completions."),
     "exclude_input_in_output": _ON,
@@ -181,7 +182,6 @@ ANSWER: dict[str, Refused] = {
     **_all(_OFF, "raw_output return_prompt_text post_sampling_probs return_meta_info"),
     **_all(_EMPTY, "logprob_token_ids token_ids_logprob response_fields include"),
     "detokenize": _ON,
-    "prediction": _EMPTY,
     **_all(_ZERO, "n_indent"),
     "t_max_predict_ms": Refused((None, -1, 0)),
     "max_time": _NONE,
@@ -192,7 +192,8 @@ ANSWER: dict[str, Refused] = {
     ),
     **_all(_EMPTY, "session_params vllm_xargs safety_model guardrails guardrail_config moderation safety_settings"),
     "safety_mode": Refused((None, "NONE", "OFF")),
-    **_all(_OFF, "deferred background"),
+    **_all(_NONE, "bootstrap_host bootstrap_port bootstrap_room"),
+    **_all(_OFF, "deferred background store"),
 }
 
 GENERATION: dict[str, Refused] = {**PROMPT, **ANSWER}

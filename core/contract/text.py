@@ -80,3 +80,12 @@ class ChatRenderer(Protocol):
         Raises InvalidRequest (param "messages", or the field's name) when it refuses the conversation; any other exception becomes one (400).
         It must end within bounded time and size whatever a client sends."""
         ...
+
+
+class TemplatedRenderer(ChatRenderer, Protocol):
+    """A ChatRenderer that also takes a request's own template, which it may if the server trusts requests so far (--trust-request-chat-template)."""
+
+    def with_template(self, template: str) -> ChatRenderer:
+        """One that renders with `template`, a text of at most 65536 characters, instead of the model's. Called for each such request, on the worker's
+        threads: it should remember a few. Raises InvalidRequest (param "chat_template") for one that is not valid."""
+        ...

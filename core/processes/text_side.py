@@ -80,7 +80,8 @@ class WithDefaults:
         return self._renderer.render(messages, kwargs={**self._defaults, **kwargs}, **how)
 
     def __getattr__(self, name: str) -> Any:  # what a renderer has besides
-        return getattr(self._renderer, name)
+        found = getattr(self._renderer, name)
+        return (lambda template: WithDefaults(found(template), self._defaults)) if name == "with_template" else found
 
 
 class TextSide:

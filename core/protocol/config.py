@@ -135,6 +135,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Annotated[str, opt("Address to listen on; loopback unless told otherwise.", "server")] = "127.0.0.1"
     port: Annotated[int, opt("Port to listen on; 0 picks a free one.", "server")] = 8000
     uds: Annotated[str | None, opt("Listen on this unix socket instead.", "server")] = None
+    strict_fields: Annotated[
+        bool, opt("Refuse requests with fields that nobody knows (400), instead of naming them in a header of the reply.", "server")
+    ] = False
+    trust_request_chat_template: Annotated[
+        bool,
+        opt(
+            "Take a chat template from a request (chat_template). It runs in the same sandbox as the model's; whoever may ask may use up the text process's time.",
+            "server",
+        ),
+    ] = False
     root_path: Annotated[
         str, opt("Path under which a reverse proxy shows this server; it may pass it on or cut it off.", "server", "fastapi-root-path")
     ] = ""

@@ -204,7 +204,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("enable-force-include-usage", f"{_REQUESTS_SAY} Send stream_options.include_usage."),
     ("return-tokens-as-token-ids", f"{_REQUESTS_SAY} Send return_tokens_as_token_ids."),
     ("allow-auto-truncate", f"{_REQUESTS_SAY} Send truncate_prompt_tokens: -1."),
-    ("trust-request-chat-template", "a request may not bring a chat template. Give it with --chat-template."),
     ("enable-per-request-metrics", "answers carry no metrics yet. Leave it out; GET /metrics has them for the whole server."),
     ("fingerprint-mode=full|hash fingerprint-value=", "system_fingerprint says what may change numbers. Leave it out."),
     # --- prompts and answers

@@ -121,6 +121,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """What the client calls this prompt ("prompt[3]"), for errors; "" is "messages" or "prompt"."""
     names: dict[str, str] = msgspec.field(default_factory=dict)
     """What the client calls fields that are called otherwise here, for errors: {"max_tokens": "max_completion_tokens"}."""
+    chat_template: str = ""
+    """Instead of the model's; "" is the model's own."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -301,6 +303,7 @@ class Encode(Message, frozen=True, kw_only=True):
     body: bytes = b""
     vocab_size: int = 0
     """Of the model, or of the tokenizer while no model is known: ids beyond are no tokens."""
+    chat_template: str = ""
 
 
 class Encoded(Message, frozen=True, kw_only=True):

@@ -10,12 +10,13 @@ Source of the environment: the "Chat templates" chapter of the Transformers docu
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import msgspec
@@ -32,6 +33,8 @@ from penstock.plugins.renderers.probe import shape_of
 
 MAX_RENDERED_CHARS = 32 << 20
 RENDER_TIMEOUT_S = 5.0
+REMEMBERED = 16
+"""Templates of requests that stay compiled."""
 MAX_PRODUCT = 1 << 22
 """Largest string or list that `*` may make in a template."""
 
@@ -136,7 +139,7 @@ def strftime_now(form: str) -> str:
 
 class JinjaRenderer:
     """`templates` by name: "default", and "tool_use" for conversations with tools. `special` are the tokenizer's special tokens by name.
-    `given`: by --chat-template, not by the checkpoint."""
+    `whose`: given by the checkpoint, by --chat-template, or by a request."""
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class JinjaRenderer:
         *,
         max_chars: int = MAX_RENDERED_CHARS,
         timeout_s: float = RENDER_TIMEOUT_S,
-        given: bool = False,
+        whose: Literal["model", "option", "request"] = "model",
     ) -> None:
         self._environment = ChatEnvironment()
         self._special = special
@@ -158,10 +161,13 @@ class JinjaRenderer:
                 compiled = self._environment.from_string(source)
             except jinja2.TemplateSyntaxError as error:
                 why = f"is not valid Jinja: line {error.lineno}: {(error.message or '').rstrip('.')}."
-                if given:
+                if whose == "request":
+                    raise InvalidRequest(f"chat_template {why}", param="chat_template") from None
+                if whose == "option":
                     raise ConfigError(f"--chat-template {why}", param="chat_template") from None
                 raise CheckpointError(f"The chat template {name!r} {why}") from None
             self._compiled[name] = (compiled, self._shape_of(compiled, source))
+        self._others = functools.lru_cache(maxsize=REMEMBERED)(self._other)
 
     @classmethod
     def load(cls, model_path: str, template: str | None) -> JinjaRenderer:
@@ -171,8 +177,14 @@ class JinjaRenderer:
         return cls(
             {"default": _given(template)} if template else _own(folder, config),
             special_tokens(config, _json(folder / "special_tokens_map.json")),
-            given=bool(template),
+            whose="option" if template else "model",
         )
+
+    def with_template(self, template: str) -> JinjaRenderer:
+        return self._others(template)
+
+    def _other(self, template: str) -> JinjaRenderer:
+        return JinjaRenderer({"default": template}, self._special, max_chars=self._max_chars, timeout_s=self._timeout_s, whose="request")
 
     def render(
         self,

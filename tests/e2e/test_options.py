@@ -29,6 +29,34 @@ def test_keys_of_a_file_and_the_environment_stand_in_no_command_line_and_no_chil
     assert server.stop() == 0
 
 
+def test_a_request_brings_its_template_and_no_unknown_field(starter: Any) -> None:
+    server = starter("--trust-request-chat-template", "--strict-fields")
+    ask = {"model": "brook", "temperature": 0, "max_tokens": 8, "return_token_ids": True}
+    prompt = "user: What is 17 + 25?\nassistant:"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    chat = server.client.post("/v1/chat/completions", json={**ask, "messages": messages, "chat_template": template}).json()
+    text = server.client.post("/v1/completions", json={**ask, "prompt": prompt, "add_special_tokens": False}).json()
+    assert chat["prompt_token_ids"] == text["choices"][0]["prompt_token_ids"]
+    assert chat["choices"][0]["message"]["content"] == text["choices"][0]["text"]
+    ids = chat["prompt_token_ids"]
+    tokens = server.client.post("/v1/completions", json={**ask, "max_tokens": 64, "prompt": ids}).json()
+    (choice,) = tokens["choices"]
+    assert (choice["prompt_token_ids"], choice["finish_reason"]) == (ids, "stop")
+    assert len(choice["token_ids"]) == tokens["usage"]["completion_tokens"], "the end token too"
+    assert server.client.post("/detokenize", json={"tokens": choice["token_ids"][:-1]}).json()["prompt"] == choice["text"]
+    for fields, param in (({"chat_template": "{% if %}"}, "chat_template"), ({"zz": 1}, "zz")):
+        reply = server.client.post("/v1/chat/completions", json={**ask, "messages": messages, **fields})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    best = server.client.post(
+        "/v1/completions", json={"model": "brook", "prompt": "The", "temperature": 1, "seed": 1, "n": 2, "best_of": 8, "logprobs": 0}
+    ).json()
+    means = [sum(values) / len(values) for choice in best["choices"] if (values := choice["logprobs"]["token_logprobs"])]
+    assert len(means) == 2
+    assert means == sorted(means, reverse=True)
+    assert server.stop() == 0
+
+
 def test_repeated_keys_are_all_good_and_the_command_line_is_warned_about(starter: Any) -> None:
     server = starter("--api-key", "sk-a", "--api-key", "sk-b,sk-c", "-O3", "--uvicorn-log-level", "warning", "--disable-log-stats")
     for key, status in (("sk-a", 200), ("sk-b", 200), ("sk-c", 200), ("sk-b,sk-c", 401)):

@@ -80,3 +80,11 @@ def test_default_template_arguments_are_under_what_a_request_gives() -> None:
     how: dict[str, Any] = {"tools": None, "add_generation_prompt": True, "continue_final_message": False}
     assert with_defaults.render([], kwargs={"a": 2}, **how) == f"[] { ({'enable_thinking': False, 'a': 2}) } {how}"
     assert with_defaults.templates == ("default",)
+    assert not hasattr(with_defaults, "with_template")
+
+
+def test_default_template_arguments_are_those_of_a_requests_template_too(renderer: Any) -> None:
+    with_defaults = WithDefaults(renderer, {"a": 1})
+    how: dict[str, Any] = {"tools": None, "add_generation_prompt": True, "continue_final_message": False}
+    other = with_defaults.with_template("{{ messages[0].content }}{{ a }}{{ b }}")
+    assert other.render([{"role": "user", "content": "x"}], kwargs={"b": 2}, **how) == "x12"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,44 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=said) as caught:
             JinjaRenderer.load(str(tmp_path), given)
         assert caught.value.param == "chat_template"
+
+
+# ------------------------------------------------------------------ templates of requests
+
+
+def talk(renderer: JinjaRenderer, text: str = "hi") -> str:
+    return renderer.render(
+        [{"role": "user", "content": text}], tools=None, add_generation_prompt=True, continue_final_message=False, kwargs={}
+    )
+
+
+def test_a_requests_template_has_the_same_special_tokens_and_its_own_shape() -> None:
+    renderer = JinjaRenderer({"default": CHATML}, {"bos_token": "<s>"})
+    before = talk(renderer)
+    assert talk(renderer.with_template("{{ bos_token }}{{ messages[0].content[0].text }}")) == "<s>hi", "content in parts, as it wants it"
+    assert talk(renderer) == before
+    assert renderer.with_template("{{ 1 }}") is renderer.with_template("{{ 1 }}")
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ x | no_such_filter }}", "{% include 'x' %}{{"])
+def test_a_requests_template_that_is_not_jinja_is_the_requests_fault(template: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^chat_template is not valid Jinja: line 1: .*[^.]\.$") as caught:
+        JinjaRenderer({}, {}).with_template(template)
+    assert caught.value.param == "chat_template"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 'a' * 10**9 }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_requests_template_runs_in_the_sandbox(template: str) -> None:
+    renderer = JinjaRenderer({"default": CHATML}, {}, timeout_s=0.2)
+    with contextlib.suppress(InvalidRequest):
+        assert talk(renderer.with_template(template)) == ""

@@ -75,6 +75,13 @@ def test_chat_goes_through_the_template(bench: Any) -> None:
     assert only(bench, Admit).prompt.tolist() == ids_of(bench, "<|im_start|>user\nthe gate<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_chat_goes_through_the_requests_own_template(bench: Any) -> None:
+    bench.submit(
+        5, kind="chat", messages=chat("the gate"), add_special_tokens=False, chat_template="<{{ messages[0].content }}>{{ eos_token }}"
+    )
+    assert only(bench, Admit).prompt.tolist() == ids_of(bench, "<the gate><|eos|>")
+
+
 def test_token_ids_are_taken_as_they_are(bench: Any) -> None:
     bench.submit(5, prompt_ids=i32([9, 8, 7] * 10))
     admit = only(bench, Admit)

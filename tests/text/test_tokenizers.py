@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
@@ -225,6 +226,18 @@ def test_bad_words_in_both_spellings(tokenizer: Any) -> None:
     assert bad_word_ids(tokenizer, ["water"]) == [ids("water"), ids(" water")]
 
 
+def test_a_renderer_without_templates_of_requests_says_so(tokenizer: Any) -> None:
+    class Plain:
+        def render(self, messages: Any, **how: Any) -> str:
+            return "x"
+
+    job = Encode(job=1, kind="chat", messages=b'[{"role":"user","content":"x"}]')
+    other = msgspec.structs.replace(job, job=2, chat_template="{{ messages }}")
+    one, two = encode_batch(tokenizer, Plain(), [job, other], FakeClock())
+    assert (one.error, one.rendered) == ("", "x")
+    assert (two.error_code, two.error_param, two.error_status) == ("unsupported_feature", "chat_template", 400)
+
+
 def test_the_worker_answers_every_job_from_its_thread(tokenizer: Any, renderer: Any) -> None:
     done: list[Encoded] = []
     threads: set[str] = set()
@@ -240,7 +253,13 @@ def test_the_worker_answers_every_job_from_its_thread(tokenizer: Any, renderer: 
     for job in range(300):
         worker.submit(Encode(job=job, kind="completion", prompt=f"the water {job}"))
     assert ready.wait(30)
-    worker.close()
     assert [e.job for e in done] == list(range(300))
     assert threads == {"penstock-tokenizer"}
+    ready.clear()
+    done.clear()
+    for job in range(300):
+        worker.submit(Encode(job=job, kind="chat", messages=b'[{"role":"user","content":"x"}]', chat_template="{{ messages[0].content }}"))
+    assert ready.wait(30)
+    worker.close()
+    assert threads == {"penstock-tokenizer", "penstock-tokenizer-long"}, "a template of a request takes its time where others do"
     assert all(not e.error and e.finished_ns >= e.started_ns > 0 for e in done)

@@ -22,7 +22,19 @@ import uvloop
 
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.columns import i32, i64
-from penstock.core.protocol.messages import Answer, Extension, Finished, Message, Query, RowExtra, Submit, TextDelta, TextReady, union_of
+from penstock.core.protocol.messages import (
+    Answer,
+    Extension,
+    Finished,
+    Message,
+    Query,
+    RowExtra,
+    Submit,
+    TextDelta,
+    TextReady,
+    TokenLogprobs,
+    union_of,
+)
 from penstock.core.protocol.pools import pools_of
 from penstock.core.runtime.frames import make_hello
 from penstock.transports.builtin import openai_routes
@@ -70,6 +82,27 @@ def hello_script(submit: Submit) -> list[Message]:
         delta(*[{**r, "text": " world", "tokens": [11], "output": 2} for r in rows]),
         delta(*[{**r, "tokens": [], "output": 2, "reason": "stop"} for r in rows]),
         finished(submit.key, output=2 * submit.sampling.n),
+    ]
+
+
+def full_script(submit: Submit) -> list[Message]:
+    """An answer that holds all that was asked for."""
+    sampling = submit.sampling
+    position = TokenLogprobs(ids=[10, 11], logprobs=[-0.5, -1.0], ranks=[1, 2], texts=["A", "B"], bytes_=[b"A", b"B"])
+    extra: dict[str, Any] = {"logprobs": [position]} if sampling.logprobs is not None else {}
+    once: dict[str, Any] = {}  # about the prompt: with the first row alone
+    if submit.want_ids or submit.echo:
+        once = {"prompt_token_ids": i32([1, 2, 3]), "prompt_text": "hi!" if submit.echo else None}
+    if sampling.prompt_logprobs is not None:
+        once |= {"prompt_logprobs": [None, position, position], "prompt_offsets": [0, 1, 2] if submit.echo else [], "prompt_first": b"h"}
+    rows = [
+        {"key": submit.key, "choice": choice, "tokens": [10], "extra": extra | (once if choice == 0 else {})}
+        for choice in range(sampling.n)
+    ]
+    return [
+        delta(*[{**row, "text": "A"} for row in rows]),
+        delta(*[{**row, "tokens": [], "reason": "stop", "extra": {}} for row in rows]),
+        finished(submit.key, output=sampling.n),
     ]
 
 

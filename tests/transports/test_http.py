@@ -682,6 +682,26 @@ def test_request_id_is_taken_if_sane_and_made_if_not(http: httpx.Client, shared_
     assert named.headers["x-request-id"] == "from-the-body"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHATS, CHAT), (COMPLETIONS, {"prompt": "hi"}), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})],
+)
+def test_strict_fields_refuses_what_nobody_knows(make_edge: MakeEdge, path: str, body: dict[str, Any]) -> None:
+    http = make_edge(strict_fields=True).kept
+    assert http.post(path, json=body).status_code == 200
+    error = http.post(path, json=body | {"zz": 1, "temprature": 2}).json()["error"]
+    assert (error["param"], error["code"]) == ("temprature", "invalid_value")
+    assert error["message"] == "Fields that nobody knows here are refused (--strict-fields): temprature, zz. Leave them out."
+    many = http.post(path, json=body | {f"{i:02}" + "z" * 100: 1 for i in range(20)})
+    assert many.status_code == 400
+    assert "and 12 more" in many.json()["error"]["message"]
+    if path in (CHATS, COMPLETIONS):
+        options = {"stream": True, "stream_options": {"zz": 1}}
+        assert http.post(path, json=body | options).json()["error"]["param"] == "stream_options.zz"
+        hints = {"user": "u", "metadata": {"a": "b"}, "stream_options": {"include_obfuscation": False}, "stream": True}
+        assert http.post(path, json=body | hints).status_code == 200
+
+
 def test_ignored_fields_are_named(http: httpx.Client) -> None:
     reply = http.post(CHATS, json=CHAT | {"temprature": 0.5, "evil\r\nheader": 1})
     assert reply.status_code == 200

@@ -470,7 +470,7 @@ def test_what_clients_of_other_servers_send_by_default_is_taken() -> None:
         "grammar": "",
         "format": "",
     }
-    assert chat(**llama_cpp, **tuning, **others, store=True).ignored == sorted([*tuning, "store"])
+    assert chat(**llama_cpp, **tuning, **others, store=False).ignored == sorted(tuning)
 
 
 @pytest.mark.parametrize(
@@ -552,8 +552,25 @@ def test_logit_bias_errors_name_key_and_value() -> None:
 
 
 def test_best_of_equal_to_n_changes_nothing() -> None:
-    assert completion(best_of=3, n=3).sampling.n == 3
-    assert refusal(parse_completion, TEXT | {"best_of": 3, "n": 2}).code == "unsupported_feature"
+    for call in (completion(best_of=3, n=3), completion(best_of=3, n=3, stream=True), chat(best_of=3, n=3)):
+        assert (call.sampling.n, call.sampling.logprobs, call.shown) == (3, None, None)
+    assert refusal(parse_chat, CHAT | {"best_of": 3, "n": 2}).code == "unsupported_feature"
+
+
+def test_best_of_draws_more_than_are_shown() -> None:
+    call = completion(best_of=3, n=2)
+    assert (call.sampling.n, call.sampling.logprobs, call.shown, call.top_logprobs) == (3, 0, 2, None)
+    assert completion(best_of=3, logprobs=2).sampling.logprobs == 2
+    for fields, what in (
+        ({"best_of": 1, "n": 2}, "between n (2) and 64 (--max-n), but is 1"),
+        ({"best_of": 65}, "but is 65"),
+        ({"best_of": 10**30}, "but is"),
+        ({"best_of": 2, "stream": True}, "not available when stream is true"),
+        ({"best_of": 64, "prompt": ["a"] * 9}, "prompts times best_of may be at most 512 (--max-choices), but is 576"),
+    ):
+        error = refusal(parse_completion, TEXT | fields)
+        assert (error.status, error.param) == (400, "best_of")
+        assert what in error.message
 
 
 def test_unknown_fields_are_ignored_and_named_hints_are_not() -> None:
@@ -701,6 +718,22 @@ def test_template_kwargs() -> None:
         "reasoning_effort": "low",
         "documents": [{"text": "d"}],
     }
+
+
+def test_a_template_of_a_request_needs_trust() -> None:
+    error = refusal(parse_chat, CHAT | {"chat_template": "{{ messages }}"})
+    assert (error.code, error.param) == ("unsupported_feature", "chat_template")
+    assert "--trust-request-chat-template" in error.message
+    trusting = configuration.build({"trust_request_chat_template": True})
+
+    def ask(template: str | None) -> dict[str, Any]:
+        return parse_chat(msgspec.json.encode(CHAT | {"chat_template": template}), trusting).prompts[0]
+
+    assert ask("{{ messages }}")["chat_template"] == "{{ messages }}"
+    assert "chat_template" not in ask(None) | ask("")
+    assert ask("x" * 65536)
+    with pytest.raises(InvalidRequest, match="at most 65536 characters, but has 65537"):
+        ask("x" * 65537)
 
 
 def test_continue_final_message_turns_the_generation_prompt_off() -> None:

@@ -58,6 +58,7 @@ def test_golden_chat_with_usage(shared_edge: Edge) -> None:
         "completion_tokens": 2,
         "total_tokens": 5,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert all(chunk["usage"] is None for chunk in chunks[:-2])
     assert normal(reply.text).splitlines()[2] == (
@@ -84,6 +85,33 @@ def test_continuous_usage(shared_edge: Edge) -> None:
         chunks = events(http.post("/v1/chat/completions", json=CHAT | {"stream": True, "stream_options": options}).text)
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]] == [0, 1, 2, 2, 2]
     assert {chunk["usage"]["prompt_tokens"] for chunk in chunks[:-1]} == {3}
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "hi"})])
+def test_obfuscated_events_have_one_size_and_say_the_same(make_edge: MakeEdge, path: str, body: dict[str, Any]) -> None:
+    texts = ["", "a", "fourteen words", '\n\t"', "größer", "x" * 64]
+
+    def script(submit: Submit) -> list[Message]:
+        rows = [delta({"key": submit.key, "text": text, "tokens": [1]}) for text in texts]
+        return [*rows, delta({"key": submit.key, "tokens": [], "reason": "stop"}), finished(submit.key)]
+
+    edge = make_edge(text=lambda t: setattr(t, "script", script))
+
+    def ask(**options: Any) -> list[Any]:
+        reply = edge.kept.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True, **options}})
+        assert reply.status_code == 200
+        sizes.append({len(line.encode()) for line in reply.text.split("\n\n") if '"choices":[{' in line})
+        return events(reply.text)
+
+    sizes: list[set[int]] = []
+    plain, padded = ask(include_obfuscation=False), ask(include_obfuscation=True)
+    assert len(sizes[0]) > 3
+    assert {size % 64 for size in sizes[1]} == {min(sizes[1]) % 64}
+    assert len(sizes[1]) <= 3, "nothing tells the first five pieces apart"
+    assert "obfuscation" not in padded[-2], "the usage is no secret"
+    said = [{**chunk, "id": "", "created": 0} for chunk in padded[:-1]]
+    assert all(chunk.pop("obfuscation", "") is not None for chunk in said)
+    assert said == [{**chunk, "id": "", "created": 0} for chunk in plain[:-1]]
 
 
 def test_several_choices_each_have_one_role_and_one_end(shared_edge: Edge) -> None:

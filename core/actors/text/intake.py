@@ -85,6 +85,7 @@ class Intake:
             want_text=message.echo,
             root_hash=request.root_hash,
             block_size=facts.block_size if facts.enable_prefix_caching else 0,
+            chat_template=message.chat_template,
         )
 
     def _open_facts(self) -> EngineFacts:

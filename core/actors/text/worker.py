@@ -23,7 +23,7 @@ from penstock.core.actors.text.bounds import check_chars
 from penstock.core.actors.text.careful import ordinary
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
-from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.core.protocol.hashing import chain
 from penstock.core.protocol.messages import Encode, Encoded
 from penstock.core.runtime.clock import Clock, SystemClock
@@ -81,7 +81,8 @@ class TokenizerWorker:
 
     def submit(self, encode: Encode) -> None:
         """Thread-safe; never blocks."""
-        (self._long if size_of(encode) >= LONG else self._short).put(encode)
+        long = size_of(encode) >= LONG or encode.chat_template  # a template of a request may take its time
+        (self._long if long else self._short).put(encode)
 
     def close(self) -> None:
         self._short.put(None)
@@ -169,6 +170,8 @@ def _render(job: _Job, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
             raise InvalidRequest("messages must hold at least one message.", param="messages")
         tools = _decoded(_messages, encode.tools, "tools", "must be a list of tool objects") if encode.tools else None
         kwargs = _decoded(_mapping, encode.template_kwargs, "chat_template_kwargs", "must be an object") if encode.template_kwargs else {}
+        if encode.chat_template:
+            renderer = _templated(renderer, encode.chat_template)
         job.rendered = renderer.render(
             messages,
             tools=tools or None,
@@ -182,6 +185,14 @@ def _render(job: _Job, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
         job.rendered = encode.prompt
     if encode.limits is not None:
         check_chars(len(job.rendered), encode.limits, _param(job), whole=not encode.keep)
+
+
+def _templated(renderer: ChatRenderer, template: str) -> ChatRenderer:
+    """A renderer of a plugin need not be a TemplatedRenderer."""
+    found: Callable[[str], ChatRenderer] | None = getattr(renderer, "with_template", None)
+    if found is None:
+        raise UnsupportedFeature("This model's chat renderer takes no template from a request. Leave it out.", param="chat_template")
+    return found(template)
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], raw: bytes, param: str, what: str) -> Any:
