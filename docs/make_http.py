@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import msgspec
+from make_http_apis import apis
 
 from penstock.core.actors.text import admission, bounds, health, lane
 from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
 from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
-from penstock.transports.builtin import openai_routes
+from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
 from penstock.transports.openai_schema import (
@@ -34,7 +35,7 @@ from penstock.transports.openai_schema import (
     TokenizeRequest,
 )
 from penstock.transports.openapi import BODY
-from penstock.transports.openapi_replies import REPLIES, errors_of
+from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
@@ -168,7 +169,7 @@ def _has_own_doc(kind: type[msgspec.Struct]) -> bool:
 
 
 def endpoints() -> list[str]:
-    app = make_app(gateway.Gateway(Config(), 0), [openai_routes]).app
+    app = make_app(gateway.Gateway(Config(), 0), [spec.factory for spec in register_transports()]).app
     out = ["| endpoint | what it does | body | reply | errors |", "|---|---|---|---|---|"]
     for route in sorted(app.routes, key=lambda route: route.path_format):
         for handler in getattr(route, "route_handlers", []):
@@ -323,6 +324,7 @@ def page() -> str:
     bodies = ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
     parts = structs_in(bodies)
     answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values()]
+    answers += OWN_ERRORS.values()
     whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))
     public = ", ".join(f"`{path}`" for path in sorted(http.PUBLIC))
@@ -330,7 +332,7 @@ def page() -> str:
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields. `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        "OpenAI's chat completions and completions, with vLLM's further fields, and [Anthropic's messages](#anthropics-messages). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
         " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",
@@ -399,6 +401,7 @@ def page() -> str:
         *refusals(MESSAGE_FIELDS),
         "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32, at most 1024 bytes; `?` for a name that is no plain word).",
         "",
+        *apis(asked),
         "## Replies",
         "",
     ]
@@ -434,7 +437,7 @@ def page() -> str:
         "",
         "## Errors",
         "",
-        'Always `{"error": {"message", "type", "param", "code"}}`. No client\'s mistake is a 5xx. What 408, 429 and 503 answer may be sent again, after the'
+        '`{"error": {"message", "type", "param", "code"}}`, but where another API has its own shape. No client\'s mistake is a 5xx. What 408, 429 and 503 answer may be sent again, after the'
         " seconds of `retry-after` where there is one.",
         "",
         *codes(),

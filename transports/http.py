@@ -119,7 +119,8 @@ class Edge:
             if preflight is not None and error is None:
                 await preflight(scope, receive, send_with_headers)
             elif error is not None:
-                await error_reply(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
+                refuse = _refuse_at(self.app, scope["path"])
+                await refuse(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
         finally:
@@ -186,7 +187,7 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     if isinstance(error, MethodNotAllowedException):
         methods = _methods_of(request.app, request.scope["path"])
         wrong = MethodNotAllowed(f"{request.method} is not allowed here. Use {' or '.join(methods) or 'another method'}.")
-        return error_reply(wrong, [(b"allow", ", ".join(methods).encode())])
+        return _refuse_at(request.app, request.scope["path"])(wrong, [(b"allow", ", ".join(methods).encode())])
     if isinstance(error, HTTPException) and error.status_code == 404:
         return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
     if isinstance(error, HTTPException) and error.status_code < 500:
@@ -200,6 +201,12 @@ def _refuse_of(scope: Scope) -> Callable[..., JsonReply]:
     handler = scope.get("route_handler")
     voice: type[Voice] | None = None if handler is None else handler.opt.get(VOICE)
     return error_reply if voice is None else voice.refuse
+
+
+def _refuse_at(app: Litestar, path: str) -> Callable[..., JsonReply]:
+    """The same where no route was asked: by the path alone."""
+    handlers = (handler for route in app.routes if route.path == path for handler in getattr(route, "route_handlers", []))
+    return next((handler.opt[VOICE].refuse for handler in handlers if VOICE in handler.opt), error_reply)
 
 
 def _methods_of(app: Litestar, path: str) -> list[str]:
@@ -275,7 +282,7 @@ def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[
         openapi_config=OpenAPIConfig(
             title="Penstock",
             version=__version__,
-            description="An LLM inference server. Errors have OpenAI's shape.",
+            description="An LLM inference server. Errors have OpenAI's shape, but for other APIs' endpoints, which have that of their API.",
             path="/schema",
             openapi_router=Router(path="/schema", route_handlers=[], include_in_schema=False, opt={SCOPE: None}),
             servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],

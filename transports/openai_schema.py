@@ -176,10 +176,10 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
-PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
+PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1, "system": 1, "inputs": 1}
 
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
-OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs"})
+OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs", "parameters"})
 LEAST_FIELD = 6
 
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -197,6 +197,15 @@ _tables = {
     kind: refused.Table(rows, _known[kind] - HINTS, refused.FAMILIES if rows is refused.GENERATION else ())
     for kind, rows in REFUSED.items()
 }
+
+
+def declare(kind: type[msgspec.Struct], rows: Mapping[str, refused.Refused]) -> None:
+    """Have `decode` understand a request of another API, which refuses `rows` and its own fields in another spelling."""
+    _decoders[kind] = msgspec.json.Decoder(kind)
+    _known[kind] = frozenset(kind.__struct_fields__)
+    _tables[kind] = refused.Table(rows, _known[kind])
+
+
 _options = refused.Table({}, StreamOptions.__struct_fields__)
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 

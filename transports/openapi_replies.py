@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
+
 JSON = "application/json"
 SSE = "text/event-stream"
 PLAIN = "text/plain"
@@ -25,7 +27,7 @@ class ErrorFields(msgspec.Struct):
 
 
 class ErrorReply(msgspec.Struct):
-    """OpenAI's error shape, of every error."""
+    """OpenAI's error shape, of every error but those of other APIs."""
 
     error: ErrorFields
 
@@ -194,10 +196,13 @@ EVERYWHERE = (400, 405, 408, 431)
 """Errors of every endpoint: what arrives is no valid HTTP, has another method, comes too slowly, or has too large headers."""
 _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
+_ANTHROPIC = (401, 403, 404, 413, 415, 429, 500, 529)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _ASKING),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _ASKING),
+    "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], _ANTHROPIC),
+    "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
     "/v1/models": ([Answer(200, {JSON: ModelList}, "Every name that requests may use.")], _READING),
     "/v1/models/{model_id}": ([Answer(200, {JSON: Model}, "The model.")], (*_READING, 404)),
     "/tokenize": ([Answer(200, {JSON: TokenizeReply}, "The tokens.")], _ASKING),
@@ -218,16 +223,33 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/schema": ([Answer(200, {HTML: None}, "This API as a page.")], (401, 500)),
     "/schema/openapi.json": ([Answer(200, {JSON: dict[str, Any]}, "This API as OpenAPI 3.1.")], (401, 500)),
 }
-"""path -> (its own answers, statuses that come with an ErrorReply besides those of EVERYWHERE)."""
+"""path -> (its own answers, statuses of errors besides those of EVERYWHERE)."""
 
 SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API as OpenAPI 3.1"}
 """Of paths that Litestar leaves out of its document."""
 
 
+OWN_ERRORS: dict[str, type[msgspec.Struct]] = {"/v1/messages": MessageError, "/v1/messages/count_tokens": MessageError}
+"""Of endpoints whose errors have another shape than ErrorReply."""
+BEFORE_A_ROUTE = (400, 408)
+"""Statuses of what is no HTTP, or comes too slowly: they have OpenAI's shape at every path."""
+
+
+def error_bodies(path: str, status: int) -> list[type[msgspec.Struct]]:
+    """The shapes that an error of that status may have there."""
+    own = OWN_ERRORS.get(path)
+    if own is None:
+        return [ErrorReply]
+    return [own, ErrorReply] if status in BEFORE_A_ROUTE else [own]
+
+
 def errors_of(path: str) -> list[int]:
-    """Every status with which an ErrorReply may come from there."""
+    """Every status with which an error may come from there."""
     return sorted({*REPLIES[path][1], *EVERYWHERE})
 
+
+OWN_STATUSES: dict[int, str] = {529: "The server is busy, starting or draining; Retry-After says when to come back."}
+"""Statuses of other APIs' errors."""
 
 ERRORS: dict[int, str] = {
     400: "The request is wrong (`param` names the field), or no valid HTTP.",

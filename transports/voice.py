@@ -16,8 +16,8 @@ from penstock.transports.gateway import Batch
 from penstock.transports.request import Header, JsonReply
 
 VOICE = "voice"
-"""The key in a handler's `opt` that names its Voice class: errors of that route are said with its `refuse`, as those of a Job are. (What is refused before
-there is a route, for its key, size of headers or path, has the shape of request.error_reply everywhere.)"""
+"""The key in a handler's `opt` that names its Voice class: errors of that route are said with its `refuse`, as those of a Job are, and so is what
+is refused at its path for its key, method or size of headers. (What is no HTTP has the shape of request.error_reply everywhere.)"""
 
 
 class Head(NamedTuple):

@@ -20,6 +20,7 @@ from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.generation import NAMES
 from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from penstock.transports import fields, openapi_replies
+from penstock.transports.anthropic_schema import ANTHROPIC_REQUESTS
 from penstock.transports.openai import Call, parse_chat, parse_completion
 from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from penstock.transports.openapi import ASKED, described
@@ -27,14 +28,14 @@ from penstock.transports.openapi_replies import REPLIES
 from penstock.transports.refused import MESSAGE_FIELDS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *ANTHROPIC_REQUESTS)
 
 
 def schemas() -> dict[str, Any]:
     """Every struct that requests and replies are made of, by name, as the OpenAPI document has it."""
     answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values() if isinstance(kind, type)]
     _, components = msgspec.json.schema_components(
-        [*REQUESTS, *answers, openapi_replies.ErrorReply], ref_template="#/components/schemas/{name}"
+        [*REQUESTS, *answers, openapi_replies.ErrorReply, *openapi_replies.OWN_ERRORS.values()], ref_template="#/components/schemas/{name}"
     )
     return {name: one for name, one in components.items() if "properties" in one}
 

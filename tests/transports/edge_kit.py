@@ -25,7 +25,7 @@ from penstock.core.protocol.columns import i32, i64
 from penstock.core.protocol.messages import Answer, Extension, Finished, Message, Query, RowExtra, Submit, TextDelta, TextReady, union_of
 from penstock.core.protocol.pools import pools_of
 from penstock.core.runtime.frames import make_hello
-from penstock.transports.builtin import openai_routes
+from penstock.transports.builtin import register_transports
 from penstock.transports.edge import Server
 from penstock.transports.link import Link
 from penstock.transports.tracing import NO_TRACING, Tracing
@@ -190,7 +190,7 @@ class Edge:
         self.pools = pools_of(self.config)
         self.text = FakeText(str(folder / "text-0.sock"))
         self._tracing = tracing
-        self.factories: list[Any] = [openai_routes]
+        self.factories: list[Any] = [spec.factory for spec in register_transports()]
         self._thread = threading.Thread(target=self._main, name="edge", daemon=True)
         self._up = threading.Event()
         self.starting = threading.Event()
