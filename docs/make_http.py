@@ -99,7 +99,7 @@ def options_of(hint: Any) -> tuple[Any, ...]:
 
 def json_type(hint: Any) -> str:
     """A declared type in JSON's words."""
-    words = []
+    words: list[str] = []
     for one in options_of(hint):
         origin, args = typing.get_origin(one), get_args(one)
         if origin is list:
@@ -192,6 +192,8 @@ def endpoints() -> list[str]:
 
 
 def _medium(media: str, kind: Any) -> str:
+    if typing.get_origin(kind) is list:
+        return f"[list of one]({_medium(media, get_args(kind)[0]).partition('](')[2]}"
     named = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
     return f"[{kind.__name__}](#{kind.__name__.lower()}){' as events' if media == openapi_replies.SSE else ''}" if named else f"`{media}`"
 
@@ -332,7 +334,7 @@ def page() -> str:
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields, and [Anthropic's messages](#anthropics-messages). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
         " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",
@@ -498,5 +500,5 @@ def page() -> str:
         " [metrics](metrics.md) names everything in it.",
         "",
     ]
-    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}.]+)`", line)}, "an endpoint has no line"
+    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}.]*)`", line)}, "an endpoint has no line"
     return "\n".join(out)

@@ -12,6 +12,7 @@ import msgspec
 
 from penstock.transports.anthropic_schema import NOT_YET, CountTokensRequest, InputMessage, MessagesRequest
 from penstock.transports.refused import Refused
+from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
 
 
 def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
@@ -39,6 +40,27 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "### InputMessage",
         "",
         *asked(InputMessage),
+        "## TGI's generate",
+        "",
+        "`POST /generate`, `POST /generate_stream`, `POST /` (either, by `stream`) and `GET /info`, for clients of Hugging Face's Text Generation Inference:"
+        " their base URL is this server. They use the default model.",
+        "",
+        "- Defaults are TGI's: an answer is greedy unless a parameter asks for sampling, the model's own sampling defaults do not count, and a stop text stays in the"
+        " answer.",
+        "- Streams have an event a token, and the whole text with the last one; there is no `[DONE]`. Each has its log-probability.",
+        '- Errors are `{"error", "error_type"}`: 422 `validation`, 424 `generation`, 429 `overloaded`, 503 `unhealthy`.',
+        "- Fields of other APIs that would change the answer are refused by name, within parameters and beside them; others are ignored and named in"
+        " `x-penstock-ignored-fields`.",
+        "",
+        "### GenerateRequest",
+        "",
+        *asked(GenerateRequest),
+        "### RootRequest",
+        "",
+        *asked(RootRequest),
+        "### GenerateParameters",
+        "",
+        *asked(GenerateParameters),
     ]
 
 

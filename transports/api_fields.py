@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from penstock.transports.field import Field
 
-_ANTHROPIC = "Anthropic"
+_ANTHROPIC, _TGI = "Anthropic", "TGI"
 _MODELS = "the model's, or "
 
 _COUNTED: dict[str, Field] = {
@@ -20,6 +20,11 @@ _COUNTED: dict[str, Field] = {
     ),
     "system": Field("What the model is told before: a text, or blocks of text.", _ANTHROPIC),
     "cache_control": Field("No effect here, nor in blocks: prefixes are cached by themselves.", _ANTHROPIC),
+}
+
+_INPUTS: dict[str, Field] = {
+    "inputs": Field("The text to be continued. Not empty.", _TGI),
+    "parameters": Field("See GenerateParameters.", _TGI),
 }
 
 ASKED: dict[str, dict[str, Field]] = {
@@ -45,6 +50,35 @@ ASKED: dict[str, dict[str, Field]] = {
         "top_k": Field("Keep so many of the most likely tokens; 0 and -1 keep all.", _ANTHROPIC, "-1 to 2^31-1", _MODELS + "0"),
         "metadata": Field("A hint without effect.", _ANTHROPIC),
         "service_tier": Field("No effect.", _ANTHROPIC),
+    },
+    "GenerateRequest": _INPUTS,
+    "RootRequest": {**_INPUTS, "stream": Field("Answer as server-sent events; else with a list of one.", _TGI, default="false")},
+    "GenerateParameters": {
+        "max_new_tokens": Field("Longest answer, in tokens. Prompt and answer must fit the context.", _TGI, "1 to 2^31-1", "100"),
+        "do_sample": Field(
+            "Draw; else the answer is greedy, unless temperature or top_p (other than 1) or top_k is given. The model's own defaults do not count here.",
+            _TGI,
+            default="false",
+        ),
+        "temperature": Field("Above 0.", _TGI, "above 0 to 1000", "1"),
+        "top_k": Field("Keep so many of the most likely tokens.", _TGI, "1 to 2^31-1"),
+        "top_p": Field("Keep the most likely tokens that together reach it.", _TGI, "above 0 to 1", "1"),
+        "repetition_penalty": Field("Makes tokens that stand in prompt or answer less likely.", _TGI, default="1"),
+        "frequency_penalty": Field("Taken off a token's logit for each time it stands in the answer.", _TGI, "-2 to 2", "0"),
+        "seed": Field(
+            "Equal seeds draw equal answers on one build. `details` has the one that was given.", _TGI, "0 to 2^63-1", "drawn by the server"
+        ),
+        "stop": Field("The answer ends with the first that is completed, which stays in it.", _TGI, "at most --max-stop texts"),
+        "truncate": Field("Keep so many of the prompt's last tokens.", _TGI, "1 to 2^31-1"),
+        "return_full_text": Field("generated_text begins with the prompt.", _TGI, default="false"),
+        "details": Field("Add `details`.", _TGI, default="false"),
+        "decoder_input_details": Field("Add them with the prompt's tokens. Not in a stream.", _TGI, default="false"),
+        "best_of": Field("Only 1.", _TGI),
+        "typical_p": Field("Only 1.", _TGI),
+        "watermark": Field("Only false.", _TGI),
+        "top_n_tokens": Field("Only 0.", _TGI),
+        "grammar": Field("Refused.", _TGI),
+        "adapter_id": Field("Refused.", _TGI),
     },
 }
 
@@ -83,4 +117,52 @@ TOLD: dict[str, dict[str, str]] = {
         "message": "What is wrong, with the field's name, and what to do about it.",
     },
     "CountTokensReply": {"input_tokens": "Of the prompt as the model would get it, the beginning of the answer's turn included."},
+    "PrefillToken": {"id": "The token.", "text": "Its text.", "logprob": "Of raw logits; null for the first."},
+    "GeneratedToken": {
+        "id": "The token.",
+        "text": "What it adds to the text (in a stream, where several come at once, the last has the text of all); of a special one its spelling.",
+        "logprob": "Of raw logits: before penalties, filters and temperature.",
+        "special": "It is no part of the text.",
+    },
+    "GenerateDetails": {
+        "finish_reason": "`length`, `eos_token` or `stop_sequence`.",
+        "generated_tokens": "Drawn, the end token too.",
+        "seed": "The request's.",
+        "prefill": "With decoder_input_details: the prompt.",
+        "tokens": "The answer.",
+    },
+    "GenerateReply": {
+        "generated_text": "The answer; with return_full_text the prompt before it.",
+        "details": "With details; else null.",
+        "metrics": "With `x-include-metrics: 1`: see Metrics.",
+    },
+    "GenerateStreamDetails": {
+        "finish_reason": "As in GenerateDetails.",
+        "generated_tokens": "Drawn, the end token too.",
+        "input_length": "Tokens of the prompt.",
+        "seed": "The request's.",
+    },
+    "GenerateEvent": {
+        "index": "Which token, from 1.",
+        "token": "The token.",
+        "generated_text": "With the last token: the whole answer; else null.",
+        "details": "With the last token, if asked for; else null.",
+    },
+    "GenerateError": {
+        "error": "What is wrong, with the field's name, and what to do about it.",
+        "error_type": "`validation`, `overloaded`, `generation`, `unhealthy` or `internal`.",
+    },
+    "InfoReply": {
+        "model_id": "The served model's name.",
+        "model_dtype": "Of its weights; null until the engine has told.",
+        "model_device_type": "Where it runs.",
+        "model_pipeline_tag": "`text-generation`.",
+        "max_concurrent_requests": "--max-streams of one HTTP process.",
+        "max_best_of": "1.",
+        "max_stop_sequences": "--max-stop.",
+        "max_input_tokens": "The context, less a token of answer.",
+        "max_total_tokens": "The context.",
+        "router": "`penstock`.",
+        "version": "Penstock's.",
+    },
 }

@@ -26,6 +26,7 @@ from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, error_reply, ignored_header
 from penstock.transports.surface import Surface
+from penstock.transports.tgi import tgi_routes
 from penstock.transports.voice import VOICE
 
 AnyRequest = Request[Any, Any, Any]
@@ -38,6 +39,7 @@ def register_transports() -> list[TransportSpec]:
         TransportSpec(
             name="anthropic", api_level=API_LEVEL["transports"], doc="Anthropic's messages over HTTP and SSE.", factory=anthropic_routes
         ),
+        TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
     ]
 
 

@@ -199,11 +199,11 @@ _tables = {
 }
 
 
-def declare(kind: type[msgspec.Struct], rows: Mapping[str, refused.Refused]) -> None:
-    """Have `decode` understand a request of another API, which refuses `rows` and its own fields in another spelling."""
+def declare(kind: type[msgspec.Struct], rows: Mapping[str, refused.Refused], families: tuple[str, ...] = ()) -> None:
+    """Have `decode` understand a request of another API, which refuses `rows`, names of `families`, and its own fields in another spelling."""
     _decoders[kind] = msgspec.json.Decoder(kind)
     _known[kind] = frozenset(kind.__struct_fields__)
-    _tables[kind] = refused.Table(rows, _known[kind])
+    _tables[kind] = refused.Table(rows, _known[kind], families)
 
 
 _options = refused.Table({}, StreamOptions.__struct_fields__)

@@ -15,7 +15,7 @@ import msgspec
 from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
-from penstock.transports import anthropic_replies, openapi_replies
+from penstock.transports import anthropic_replies, openapi_replies, tgi_replies
 from penstock.transports.fields import OWN, about, about_reply
 from penstock.transports.openai_schema import REQUESTS
 from penstock.transports.openapi_replies import (
@@ -23,6 +23,7 @@ from penstock.transports.openapi_replies import (
     OWN_ERRORS,
     OWN_STATUSES,
     REPLIES,
+    SSE,
     SUMMARIES,
     Answer,
     ErrorReply,
@@ -36,7 +37,7 @@ BODY = "body"
 ASKED = {kind.__name__ for kind in REQUESTS} | OWN.keys()
 TOLD = {
     kind.__name__
-    for module in (openapi_replies, anthropic_replies)
+    for module in (openapi_replies, anthropic_replies, tgi_replies)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 }
@@ -173,7 +174,10 @@ def _responses(path: str, answers: Sequence[Answer], schema_of: dict[Any, Any]) 
     own = {
         str(answer.status): {
             "description": answer.what,
-            "content": {media: text if kind is None else {"schema": schema_of[kind]} for media, kind in answer.content.items()},
+            "content": {
+                media: text if kind is None else {"schema": _events(path, schema_of[kind], schema_of) if media == SSE else schema_of[kind]}
+                for media, kind in answer.content.items()
+            },
         }
         for answer in answers
     }
@@ -184,3 +188,12 @@ def _responses(path: str, answers: Sequence[Answer], schema_of: dict[Any, Any]) 
         said = ERRORS.get(status) or OWN_STATUSES[status]
         wrong[str(status)] = {"description": said, "content": {"application/json": {"schema": shape}}}
     return {**wrong, **own}
+
+
+def _events(path: str, payload: Any, schema_of: dict[Any, Any]) -> Any:
+    """The schema of a stream, which is that of one event. (OpenAI's last event is no JSON, so there the payload stands for it.)"""
+    if path not in OWN_ERRORS:
+        return payload
+    either = {"anyOf": [payload, schema_of[OWN_ERRORS[path]]]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": either}
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}

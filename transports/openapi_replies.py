@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
+from penstock.transports.tgi_replies import GenerateError, GenerateEvent, GenerateReply, InfoReply
 
 JSON = "application/json"
 SSE = "text/event-stream"
@@ -197,12 +198,17 @@ EVERYWHERE = (400, 405, 408, 431)
 _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
 _ANTHROPIC = (401, 403, 404, 413, 415, 429, 500, 529)
+_TGI = (401, 403, 413, 415, 422, 424, 429, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _ASKING),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _ASKING),
     "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], _ANTHROPIC),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
+    "/generate": ([Answer(200, {JSON: GenerateReply}, "The text.")], _TGI),
+    "/generate_stream": ([Answer(200, {SSE: GenerateEvent}, "The text as events.")], _TGI),
+    "/": ([Answer(200, {JSON: list[GenerateReply], SSE: GenerateEvent}, "The text, in a list of one; with stream true as events.")], _TGI),
+    "/info": ([Answer(200, {JSON: InfoReply}, "Model and limits.")], _READING),
     "/v1/models": ([Answer(200, {JSON: ModelList}, "Every name that requests may use.")], _READING),
     "/v1/models/{model_id}": ([Answer(200, {JSON: Model}, "The model.")], (*_READING, 404)),
     "/tokenize": ([Answer(200, {JSON: TokenizeReply}, "The tokens.")], _ASKING),
@@ -229,7 +235,10 @@ SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API 
 """Of paths that Litestar leaves out of its document."""
 
 
-OWN_ERRORS: dict[str, type[msgspec.Struct]] = {"/v1/messages": MessageError, "/v1/messages/count_tokens": MessageError}
+OWN_ERRORS: dict[str, type[msgspec.Struct]] = {
+    **dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), MessageError),
+    **dict.fromkeys(("/generate", "/generate_stream", "/", "/info"), GenerateError),
+}
 """Of endpoints whose errors have another shape than ErrorReply."""
 BEFORE_A_ROUTE = (400, 408)
 """Statuses of what is no HTTP, or comes too slowly: they have OpenAI's shape at every path."""
@@ -248,7 +257,11 @@ def errors_of(path: str) -> list[int]:
     return sorted({*REPLIES[path][1], *EVERYWHERE})
 
 
-OWN_STATUSES: dict[int, str] = {529: "The server is busy, starting or draining; Retry-After says when to come back."}
+OWN_STATUSES: dict[int, str] = {
+    422: "The request is wrong: the message names the field.",
+    424: "The engine failed on this very request.",
+    529: "The server is busy, starting or draining; Retry-After says when to come back.",
+}
 """Statuses of other APIs' errors."""
 
 ERRORS: dict[int, str] = {

@@ -26,9 +26,10 @@ from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, Compl
 from penstock.transports.openapi import ASKED, described
 from penstock.transports.openapi_replies import REPLIES
 from penstock.transports.refused import MESSAGE_FIELDS
+from penstock.transports.tgi_schema import TGI_REQUESTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *ANTHROPIC_REQUESTS)
+REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *ANTHROPIC_REQUESTS, *TGI_REQUESTS)
 
 
 def schemas() -> dict[str, Any]:
