@@ -55,6 +55,7 @@ WHEN: dict[str, str] = {
     "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
     f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503, and it is one where the text process does not keep up.",
     "too_many_streams": "--max-streams are in progress at this HTTP process.",
+    "cancelled": "Somebody cancelled it: `DELETE /v1/requests/{request_id}`. A stream ends with this error.",
     "internal_error": "The server's mistake; it is logged with the request id.",
     "engine_failure": "The engine failed on this very request, so that trying again would not help.",
     "engine_unavailable": "The server starts, or lost a process that the request needed.",
@@ -402,6 +403,12 @@ def page() -> str:
         "",
         *refusals(MESSAGE_FIELDS),
         "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32, at most 1024 bytes; `?` for a name that is no plain word).",
+        "",
+        "## Requests from outside",
+        "",
+        "`DELETE /v1/requests/{id}` ends a running request, at whichever HTTP process it came in; `{id}` is its reply's id, or its own (`x-request-id`). Whoever"
+        " waits for it gets the error `cancelled`: a stream as its last event, anything else with status 499. It is a 404 where nothing of that id runs, and for a"
+        " request of another tenant, unless the key has the scope `admin`, as those of `--api-key` have. `GET /server_info` needs the scope `metrics`.",
         "",
         *apis(asked),
         "## Replies",

@@ -239,6 +239,24 @@ REPLY_OWN: dict[str, dict[str, str]] = {
     "ChoiceError": {"message": "Why."},
     "Model": {"id": "The name for `model`.", "created": "When the server started, in seconds since 1970."},
 }
+REPLY_OWN |= {
+    "Scheduling": {"policy": "--scheduling-policy.", "priority": "`lower first`: what a smaller `priority` means."},
+    "PoolInfo": {
+        "version": "Of its text process.",
+        "model": "Its first name.",
+        "models": "Its names.",
+        "fingerprint": "The system_fingerprint of replies; empty until an engine has told.",
+        "engine": "Device, dtype, context, memory and so on; null until one has told.",
+        "epoch": "How often engines were started.",
+        "limits": "Some options, by name.",
+    },
+    "ServerInfoReply": {
+        "model": "What is served to requests that name none.",
+        "scheduling": "Who goes first.",
+        "pools": "One a model.",
+    },
+    "CancelReply": {"id": "As it was given.", "object": "`request`.", "cancelled": "true."},
+}
 REPLY_OWN |= api_fields.TOLD
 
 

@@ -185,6 +185,34 @@ class VersionReply(msgspec.Struct):
     version: str
 
 
+class Scheduling(msgspec.Struct):
+    policy: str
+    priority: Literal["lower first"]
+
+
+class PoolInfo(msgspec.Struct):
+    version: str
+    model: str
+    models: list[str]
+    fingerprint: str
+    engine: dict[str, Any] | None
+    epoch: int
+    limits: dict[str, int]
+
+
+class ServerInfoReply(msgspec.Struct):
+    version: str
+    model: str
+    scheduling: Scheduling
+    pools: list[PoolInfo]
+
+
+class CancelReply(msgspec.Struct):
+    id: str
+    object: Literal["request"]
+    cancelled: bool
+
+
 class Answer(NamedTuple):
     """One status of an endpoint: content type -> the body's struct (None: free text; dict: any object)."""
 
@@ -197,13 +225,14 @@ EVERYWHERE = (400, 405, 408, 431)
 """Errors of every endpoint: what arrives is no valid HTTP, has another method, comes too slowly, or has too large headers."""
 _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
+_GENERATING = (*_ASKING, 499)
 _ANTHROPIC = (401, 403, 404, 413, 415, 429, 500, 529)
-_TGI = (401, 403, 413, 415, 422, 424, 429, 500, 503)
+_TGI = (401, 403, 413, 415, 422, 424, 429, 499, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
-    "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _ASKING),
-    "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _ASKING),
-    "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], _ANTHROPIC),
+    "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _GENERATING),
+    "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
+    "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
     "/generate": ([Answer(200, {JSON: GenerateReply}, "The text.")], _TGI),
     "/generate_stream": ([Answer(200, {SSE: GenerateEvent}, "The text as events.")], _TGI),
@@ -224,6 +253,8 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
         ],
         (),
     ),
+    "/server_info": ([Answer(200, {JSON: ServerInfoReply}, "What is served.")], _READING),
+    "/v1/requests/{request_id}": ([Answer(200, {JSON: CancelReply}, "It is cancelled.")], (*_READING, 404)),
     "/version": ([Answer(200, {JSON: VersionReply}, "Penstock's version.")], (401,)),
     "/metrics": ([Answer(200, {PLAIN: None}, "Prometheus text format.")], _READING),
     "/schema": ([Answer(200, {HTML: None}, "This API as a page.")], (401, 500)),
@@ -275,6 +306,7 @@ ERRORS: dict[int, str] = {
     415: "The content type or content encoding is not understood.",
     429: "The server is busy; Retry-After says when to come back.",
     431: "The request's headers are too large.",
+    499: "The request was cancelled by DELETE /v1/requests.",
     500: "The server made an error.",
     503: "The server is starting, draining, or lost a process; Retry-After says when to come back.",
 }

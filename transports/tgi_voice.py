@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.core.protocol.errors import Cancelled, InvalidRequest, PenstockError
 from penstock.core.protocol.messages import TokenLogprobs
 from penstock.transports.gateway import Batch
 from penstock.transports.generation import Generation
@@ -46,6 +46,8 @@ def error_of(error: PenstockError) -> tuple[int, str]:
     """TGI's status and error_type."""
     if error.code in OVERLOADED:
         return 429, "overloaded"
+    if error.code == Cancelled.default_code:
+        return Cancelled.status, "cancelled"
     if error.status == 503:
         return 503, "unhealthy"
     if error.code == "engine_failure":

@@ -75,7 +75,7 @@ def test_each_refused_name_hint_endpoint_and_code_is_there(http_page: str) -> No
     for name in (*(name for table in REFUSED.values() for name in table), *HINTS, *MESSAGE_FIELDS):
         assert f"`{name}`" in section(http_page, "Other fields"), name
     for path in REPLIES:
-        assert re.search(rf"(?m)^\| `(GET|POST) {re.escape(path)}` \|", section(http_page, "Endpoints")), path
+        assert re.search(rf"(?m)^\| `(GET|POST|DELETE) {re.escape(path)}` \|", section(http_page, "Endpoints")), path
     text = section(http_page, "Errors")
     told = set(re.findall(r"(?m)^\| `(\w+)` \| [\d, ]+ \| `\w+_error`", text))
     kept = set(re.findall(r"`(\w+)`", text.split("Codes that no reply has:")[1].split("(")[0]))

@@ -31,6 +31,7 @@ from penstock.transports.link import Link
 from penstock.transports.tracing import NO_TRACING, Tracing
 
 MODEL = "brook"
+SERVER_INFO = b'{"version":"0","model":"brook","models":["brook"],"fingerprint":"fp_test","engine":null,"epoch":0,"limits":{"max_n":64}}'
 
 
 def delta(*rows: dict[str, Any]) -> TextDelta:
@@ -88,7 +89,8 @@ class FakeText:
         """None: says nothing by itself."""
         self.beats = True
         self.answers: dict[str, Callable[[bytes], tuple[int, bytes]]] = {
-            "server_info": lambda _: (200, b'{"model":"brook","fingerprint":"fp_test"}'),
+            "server_info": lambda _: (200, SERVER_INFO),
+            "cancel": lambda _: (404, b'{"message":"No request of that id is running.","type":"invalid_request_error","code":"not_found"}'),
             "models": lambda _: (200, b'{"object":"list","data":[{"id":"brook","object":"model","created":1,"owned_by":"penstock"}]}'),
             "metrics": lambda _: (200, b"penstock_up 1\n"),
             "health": lambda _: (200, b'{"status":"ok"}'),

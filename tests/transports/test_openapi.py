@@ -201,7 +201,7 @@ def test_preflights_are_documented(tmp_path: Path) -> None:
         with edge.http() as http:
             for path, item in found.items():
                 for headers in ({}, {"origin": "https://a.example", "access-control-request-method": "GET"}):
-                    reply = http.options(path.replace("{model_id}", "x"), headers=headers)
+                    reply = http.options(path.replace("{model_id}", "x").replace("{request_id}", "x"), headers=headers)
                     assert str(reply.status_code) in item["options"]["responses"]
                     assert reply.status_code == 204
                     assert not reply.content
@@ -214,7 +214,7 @@ def test_preflights_are_documented(tmp_path: Path) -> None:
 def test_other_methods_are_405_with_allow(edge: Edge, path: str, method: str) -> None:
     item = document(edge)["paths"][path]
     with edge.http() as http:
-        reply = http.request(method, path.replace("{model_id}", "x"))
+        reply = http.request(method, path.replace("{model_id}", "x").replace("{request_id}", "x"))
     if method.lower() in item:
         assert reply.status_code != 405
     else:
