@@ -57,6 +57,8 @@ NOT_YET: dict[str, Refused] = {
     "context_management": Refused((None,)),
     "output_config": Refused((None,)),
     "output_format": Refused((None,)),
+    "speed": Refused((None, "standard")),
+    "inference_geo": Refused((None,)),
 }
 """Fields of Anthropic's that ask for what does not exist here, with the values that ask for nothing."""
 

@@ -310,3 +310,18 @@ def test_loading_tells_phases_and_fractions() -> None:
     LLM(kv_cache_memory_bytes=16 << 20, max_num_seqs=1, on_phase=lambda phase, fraction: told.append((phase, fraction))).close()
     assert told
     assert all(isinstance(phase, str) and 0 <= fraction <= 1 for phase, fraction in told)
+
+
+# ------------------------------------------------------------------ clients
+
+
+def test_the_versions_of_clients_are_those_that_were_tried() -> None:
+    page = (DOCS / "clients.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"(?m)^\| \[([\w-]+)\]\([^)]+\) \| ([\d.]+) \|", page))
+    lists = (DOCS.parent / "tests" / "e2e" / "clients").glob("*.txt")
+    tried = dict(line.split("==") for path in lists for line in path.read_text(encoding="utf-8").split())
+    pinned = dict(re.findall(r"(?m)^([\w-]+)==([\d.]+)$", (DOCS.parent / "constraints.txt").read_text(encoding="utf-8")))
+    assert tried.items() <= told.items()
+    assert {name: pinned.get(name.replace("_", "-"), pinned.get(name)) for name in told.keys() - tried.keys()} == {
+        name: told[name] for name in told.keys() - tried.keys()
+    }
