@@ -9,10 +9,10 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu lint format docs bench clean
+.PHONY: help run test test-clients test-gpu lint format docs bench clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 22
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,15 @@ run: $(VENV)/.run ## Serve the demo model on 127.0.0.1:8000 (flags: make run ARG
 
 test: $(VENV)/.dev ## Run the whole test suite (more flags: make test ARGS="-k scheduler")
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+# Each client of other people's has an environment of its own: together they would hold each other back.
+.venv-clients/%/.made: tests/e2e/clients/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
+
+test-clients: $(VENV)/.dev $(patsubst tests/e2e/clients/%.txt,.venv-clients/%/.made,$(wildcard tests/e2e/clients/*.txt)) ## Run the official clients of other APIs against a server
+	@exec $(BIN)/python -m pytest tests/e2e/test_foreign_clients.py $(ARGS)
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a GPU (they skip where there is none)
 	@exec $(BIN)/python -m pytest -m gpu $(ARGS)

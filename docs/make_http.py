@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import msgspec
+from make_http_apis import apis
 
 from penstock.core.actors.text import admission, bounds, health, lane
 from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
 from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
-from penstock.transports.builtin import openai_routes
+from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
 from penstock.transports.openai_schema import (
@@ -34,7 +35,7 @@ from penstock.transports.openai_schema import (
     TokenizeRequest,
 )
 from penstock.transports.openapi import BODY
-from penstock.transports.openapi_replies import REPLIES, errors_of
+from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
 from penstock.transports.statuses import NAMED, status_of
 
@@ -55,6 +56,7 @@ WHEN: dict[str, str] = {
     "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
     f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503, and it is one where the text process does not keep up.",
     "too_many_streams": "--max-streams are in progress at this HTTP process.",
+    "cancelled": "Somebody cancelled it: `DELETE /v1/requests/{request_id}`. A stream ends with this error.",
     "internal_error": "The server's mistake; it is logged with the request id.",
     "engine_failure": "The engine failed on this very request, so that trying again would not help.",
     "engine_unavailable": "The server starts, or lost a process that the request needed.",
@@ -99,7 +101,7 @@ def options_of(hint: Any) -> tuple[Any, ...]:
 
 def json_type(hint: Any) -> str:
     """A declared type in JSON's words."""
-    words = []
+    words: list[str] = []
     for one in options_of(hint):
         origin, args = typing.get_origin(one), get_args(one)
         if origin is list:
@@ -169,7 +171,7 @@ def _has_own_doc(kind: type[msgspec.Struct]) -> bool:
 
 
 def endpoints() -> list[str]:
-    app = make_app(gateway.Gateway(Config(), 0), [openai_routes]).app
+    app = make_app(gateway.Gateway(Config(), 0), [spec.factory for spec in register_transports()]).app
     out = ["| endpoint | what it does | body | reply | errors |", "|---|---|---|---|---|"]
     for route in sorted(app.routes, key=lambda route: route.path_format):
         for handler in getattr(route, "route_handlers", []):
@@ -192,6 +194,8 @@ def endpoints() -> list[str]:
 
 
 def _medium(media: str, kind: Any) -> str:
+    if typing.get_origin(kind) is list:
+        return f"[list of one]({_medium(media, get_args(kind)[0]).partition('](')[2]}"
     named = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
     return f"[{kind.__name__}](#{kind.__name__.lower()}){' as events' if media == openapi_replies.SSE else ''}" if named else f"`{media}`"
 
@@ -334,6 +338,7 @@ def page() -> str:
     bodies = ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
     parts = structs_in(bodies)
     answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values()]
+    answers += OWN_ERRORS.values()
     whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))
     public = ", ".join(f"`{path}`" for path in sorted(http.PUBLIC))
@@ -341,7 +346,7 @@ def page() -> str:
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields. `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
         " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",
@@ -415,6 +420,13 @@ def page() -> str:
         "Any other field is ignored, and named in the reply's header `x-penstock-ignored-fields` (the first 32, at most 1024 bytes; `?` for a name that is no plain word);"
         " with `--strict-fields` it is a 400 that names it. Fields of messages that nobody here knows go to the chat template either way.",
         "",
+        "## Requests from outside",
+        "",
+        "`DELETE /v1/requests/{id}` ends a running request, at whichever HTTP process it came in; `{id}` is its reply's id, or its own (`x-request-id`). Whoever"
+        " waits for it gets the error `cancelled`: a stream as its last event, anything else with status 499. It is a 404 where nothing of that id runs, and for a"
+        " request of another tenant, unless the key has the scope `admin`, as those of `--api-key` have. `GET /server_info` needs the scope `metrics`.",
+        "",
+        *apis(asked),
         "## Replies",
         "",
     ]
@@ -455,7 +467,7 @@ def page() -> str:
         "",
         "## Errors",
         "",
-        'Always `{"error": {"message", "type", "param", "code"}}`. No client\'s mistake is a 5xx. What 408, 429 and 503 answer may be sent again, after the'
+        '`{"error": {"message", "type", "param", "code"}}`, but where another API has its own shape. No client\'s mistake is a 5xx. What 408, 429 and 503 answer may be sent again, after the'
         " seconds of `retry-after` where there is one.",
         "",
         *codes(),
@@ -516,5 +528,5 @@ def page() -> str:
         " [metrics](metrics.md) names everything in it.",
         "",
     ]
-    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}.]+)`", line)}, "an endpoint has no line"
+    assert set(REPLIES) <= {word for line in out for word in re.findall(r"(/[\w/{}.]*)`", line)}, "an endpoint has no line"
     return "\n".join(out)

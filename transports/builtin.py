@@ -1,6 +1,6 @@
-"""The built-in transport: the OpenAI API over HTTP and SSE.
+"""The built-in transports: OpenAI's API over HTTP and SSE, and those of the files beside it.
 
-What it is: a plugin of `penstock.edge` like any other; its factory gives the routes of /v1/chat/completions, /v1/completions, /v1/models,
+What it is: a plugin of `penstock.edge` like any other; it names every transport here; `openai_routes` gives the routes of /v1/chat/completions, /v1/completions, /v1/models,
 /tokenize, /detokenize and /tokenizer_info.
 What it does not know: how requests run (gateway.py), the schema's rules (openai.py), replies (openai_voice.py).
 """
@@ -14,16 +14,19 @@ from litestar import Request, get, post
 from litestar.types import ASGIApp
 
 from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
-from penstock.core.protocol.errors import InvalidRequest, ModelNotFound, PenstockError
+from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Answer
+from penstock.transports.anthropic import anthropic_routes
 from penstock.transports.frame import Sse
-from penstock.transports.gateway import Gateway, make_error
+from penstock.transports.gateway import Gateway
 from penstock.transports.openai import check_messages, parse_chat, parse_completion
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, check_unknown, decode
 from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
+from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, error_reply, ignored_header
 from penstock.transports.surface import Surface
+from penstock.transports.tgi import tgi_routes
 from penstock.transports.voice import VOICE
 
 AnyRequest = Request[Any, Any, Any]
@@ -31,17 +34,13 @@ AnyRequest = Request[Any, Any, Any]
 
 @hookimpl
 def register_transports() -> list[TransportSpec]:
-    return [TransportSpec(name="openai", api_level=API_LEVEL["transports"], doc="OpenAI's API over HTTP and SSE.", factory=openai_routes)]
-
-
-class _Failure(msgspec.Struct):
-    """The body of an Answer that is no success: fields as in Rejected."""
-
-    message: str = "The server could not answer."
-    type: str = "server_error"
-    code: str = "internal_error"
-    param: str | None = None
-    retry_after_s: float | None = None
+    return [
+        TransportSpec(name="openai", api_level=API_LEVEL["transports"], doc="OpenAI's API over HTTP and SSE.", factory=openai_routes),
+        TransportSpec(
+            name="anthropic", api_level=API_LEVEL["transports"], doc="Anthropic's messages over HTTP and SSE.", factory=anthropic_routes
+        ),
+        TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
+    ]
 
 
 def relay(answer: Answer) -> JsonReply:
@@ -51,30 +50,10 @@ def relay(answer: Answer) -> JsonReply:
     return error_reply(failure_of(answer))
 
 
-def failure_of(answer: Answer) -> PenstockError:
-    try:
-        f = msgspec.json.decode(answer.body, type=_Failure)
-    except msgspec.MsgspecError:
-        f = _Failure(message=answer.body.decode(errors="replace") or _Failure().message)
-    return make_error(answer.status, f.type, f.code, f.message, f.param, f.retry_after_s)
-
-
 def openai_routes(gateway: Gateway) -> list[Any]:
     """TransportSpec.factory: Litestar handlers that share one gateway."""
     config = gateway.config
     surface = Surface(gateway, Sse())
-
-    async def find_model(wanted: str) -> dict[str, Any]:
-        """The entry of /v1/models. Raises ModelNotFound, or what the query ended with."""
-        answer = await gateway.query("models")
-        if answer.status != 200:
-            raise failure_of(answer)
-        known: list[dict[str, Any]] = msgspec.json.decode(answer.body).get("data", [])
-        for one in known:
-            if one.get("id") == wanted:
-                return one
-        names = ", ".join(str(one.get("id")) for one in known)
-        raise ModelNotFound(f"The model {wanted[:200]!r} does not exist here. Known: {names}.", param="model")
 
     @post(
         "/v1/chat/completions",
@@ -104,7 +83,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @get("/v1/models/{model_id:path}", summary="One model", tags=["models"])
     async def model(request: AnyRequest) -> ASGIApp:
-        return JsonReply(msgspec.json.encode(await find_model(str(request.path_params["model_id"]).lstrip("/"))))
+        return JsonReply(msgspec.json.encode(await find_model(gateway, str(request.path_params["model_id"]).lstrip("/"))))
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
@@ -116,7 +95,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         if parsed.messages is not None:
             check_messages(parsed.messages, config.max_messages)
         if parsed.model:
-            await find_model(parsed.model)
+            await find_model(gateway, parsed.model)
         return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields), model=parsed.model or "")), ignored)
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
@@ -124,7 +103,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         parsed, raw, ignored = decode(await surface.body(request), DetokenizeRequest, gateway.limits)
         check_unknown(ignored, strict=config.strict_fields)
         if parsed.model:
-            await find_model(parsed.model)
+            await find_model(gateway, parsed.model)
         fields = {name: value for name, value in raw.items() if name in DetokenizeRequest.__struct_fields__}
         return _with_ignored(relay(await gateway.query("detokenize", msgspec.json.encode(fields), model=parsed.model or "")), ignored)
 

@@ -8,26 +8,11 @@ It is long because every field stands here, once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-OPENAI, VLLM, SGLANG = "OpenAI", "vLLM", "SGLang"
-
-
-class Field(NamedTuple):
-    """`allowed`: "LOW to HIGH", "above LOW to HIGH" and "at most N ..." are held against the code by a test. `default`: what counts if it is left out, or
-    null; "" is off. `of`: whose spelling it is."""
-
-    does: str
-    of: str = OPENAI
-    allowed: str = ""
-    default: str = ""
-
-    @property
-    def line(self) -> str:
-        """All of it."""
-        allowed = f" {self.allowed[:1].upper()}{self.allowed[1:]}." if self.allowed else ""
-        return f"{self.does}{allowed}{f' Default: {self.default}.' if self.default else ''}"
-
+from penstock.transports import api_fields
+from penstock.transports.field import OPENAI as OPENAI
+from penstock.transports.field import SGLANG as SGLANG
+from penstock.transports.field import VLLM as VLLM
+from penstock.transports.field import Field as Field
 
 _MODELS = "the model's, or "
 
@@ -201,6 +186,7 @@ OWN: dict[str, dict[str, Field]] = {
         "strict": Field("Given to the chat template."),
     },
 }
+OWN |= api_fields.ASKED
 """Lines of one struct alone: they go before those of FIELDS."""
 
 
@@ -273,6 +259,25 @@ REPLY_OWN: dict[str, dict[str, str]] = {
     "ChoiceError": {"message": "Why."},
     "Model": {"id": "The name for `model`.", "created": "When the server started, in seconds since 1970."},
 }
+REPLY_OWN |= {
+    "Scheduling": {"policy": "--scheduling-policy.", "priority": "`lower first`: what a smaller `priority` means."},
+    "PoolInfo": {
+        "version": "Of its text process.",
+        "model": "Its first name.",
+        "models": "Its names.",
+        "fingerprint": "The system_fingerprint of replies; empty until an engine has told.",
+        "engine": "Device, dtype, context, memory and so on; null until one has told.",
+        "epoch": "How often engines were started.",
+        "limits": "Some options, by name.",
+    },
+    "ServerInfoReply": {
+        "model": "What is served to requests that name none.",
+        "scheduling": "Who goes first.",
+        "pools": "One a model.",
+    },
+    "CancelReply": {"id": "As it was given.", "object": "`request`.", "cancelled": "true."},
+}
+REPLY_OWN |= api_fields.TOLD
 
 
 def about_reply(kind: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """What stands around the payloads of a stream.
 
-What it is: `Frame`, the bytes that make payloads a stream of their kind, and `Sse`, server-sent events. A frame is asked before the stream begins for what
+What it is: `Frame`, the bytes that make payloads a stream of their kind, and `Sse` and `TypedSse`, server-sent events. A frame is asked before the stream begins for what
 goes around the text of plain rows, so that such a row is one JSON string and one append.
 What it does not know: what a payload says (voice.py), who sends it (stream.py).
 """
@@ -45,3 +45,20 @@ class Sse:
 
     def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
         return b"data: " + before, after + b"\n\n"
+
+
+class TypedSse(Sse):
+    """The same where each event is named after the type that its payload says first: payloads begin with `{"type":"NAME"`."""
+
+    keep_alive = b'event: ping\ndata: {"type":"ping"}\n\n'
+
+    def wrap(self, payload: bytes) -> bytes:
+        return self._named(payload) + super().wrap(payload)
+
+    def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        head, tail = super().around(before, after)
+        return self._named(before) + head, tail
+
+    def _named(self, payload: bytes) -> bytes:
+        start = len(b'{"type":"')
+        return b"event: " + payload[start : payload.index(b'"', start)] + b"\n"

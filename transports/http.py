@@ -1,7 +1,7 @@
 """The edge's HTTP application.
 
 What it is: the outer ASGI application (request ids, keys, header limit, trace context, metrics, last-resort errors) around a Litestar
-application with the routes that are always there (health, metrics, version, OpenAPI) and those of the transports. Every error leaves in
+application with the routes that are always there (health, metrics, version, OpenAPI, and those of server_routes.py) and those of the transports. Every error leaves in
 OpenAI's shape, or that of its route's voice. A path is protected unless it is named in PUBLIC: what is added later is protected without anybody thinking of it.
 What it does not know: what the transports' routes do, sockets, processes.
 """
@@ -46,6 +46,7 @@ from penstock.transports.request import (
     new_rid,
     sane_id,
 )
+from penstock.transports.server_routes import SCOPE, server_routes
 from penstock.transports.tracing import NO_TRACING
 from penstock.transports.voice import VOICE, Voice
 from penstock.version import __version__
@@ -54,9 +55,6 @@ log = logging.getLogger("penstock.edge.http")
 
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/health/decode"})
 """Paths that need no key."""
-
-SCOPE = "scope"
-"""The key in a handler's `opt` that names the scope which a key needs for it."""
 
 UNTRACED = PUBLIC | {"/metrics"}
 """Paths that are asked every few seconds and of which a span says nothing."""
@@ -266,7 +264,7 @@ def house_routes(gateway: Gateway) -> list[Any]:
 def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (), keyring: Keyring | None = None) -> Edge:
     """The whole application: `factories` are TransportSpec.factory of the allowed transports; `keyring` by default has the configuration's keys."""
     keyring = keyring or Keyring(gateway.config)
-    routes: list[Any] = house_routes(gateway)
+    routes: list[Any] = [*house_routes(gateway), *server_routes(gateway)]
     for factory in factories:
         routes += factory(gateway)
     app = Litestar(
@@ -276,7 +274,7 @@ def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[
         openapi_config=OpenAPIConfig(
             title="Penstock",
             version=__version__,
-            description="An LLM inference server. Errors have OpenAI's shape.",
+            description="An LLM inference server. Errors have OpenAI's shape, but for other APIs' endpoints, which have that of their API.",
             path="/schema",
             openapi_router=Router(path="/schema", route_handlers=[], include_in_schema=False, opt={SCOPE: None}),
             servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],

@@ -13,6 +13,17 @@ SHARDS = string.digits + string.ascii_lowercase
 """The last character, by the shard's index."""
 
 
+PREFIXES = ("chatcmpl-", "cmpl-", "msg_")
+"""What public ids begin with, by API. (Those of APIs whose replies have no id begin with nothing, and nobody knows them.)"""
+
+
+def split(public: str) -> tuple[str, int] | None:
+    """The request's id and the shard that a public id is made of; None if it is none."""
+    shard = shard_of(public)
+    prefix = next((prefix for prefix in PREFIXES if public.startswith(prefix)), None)
+    return None if shard is None or prefix is None else (public[len(prefix) : -1], shard)
+
+
 def public_id(prefix: str, rid: str, shard: int) -> str:
     """`shard` 0 to 35."""
     return f"{prefix}{rid}{SHARDS[shard]}"

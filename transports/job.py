@@ -11,7 +11,7 @@ import abc
 import time
 from typing import Any
 
-from penstock.core.protocol.errors import EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
+from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
 from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.gateway import CancelCause, Gateway
@@ -29,6 +29,8 @@ def row_error(extra: RowExtra | None) -> PenstockError:
         return EngineUnavailable(message, code=code, retry_after_s=1.0)
     if code == InvalidRequest.default_code:  # the request's own settings made it impossible to go on
         return InvalidRequest(message)
+    if code == Cancelled.default_code:
+        return Cancelled(message)
     return EngineFailure(message, code=code)
 
 
@@ -129,7 +131,7 @@ class Job(abc.ABC):
     def choice_failed(self, index: int, error: PenstockError) -> bool:
         """A row ended its choice with an error. What the client can mend ends that choice alone (True), unless nothing else is left; anything
         else ends the request."""
-        if error.status < 500:
+        if isinstance(error, InvalidRequest):
             self.failed[index] = error
             return True
         self.leg_failed(error)

@@ -189,10 +189,10 @@ HINTS: dict[str, str] = {
 """Fields that clients send as hints: nothing of the answer depends on them here, so they are taken in silence. Why, of each."""
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
-PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
+PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1, "system": 1, "inputs": 1}
 
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
-OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs"})
+OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs", "parameters"})
 LEAST_FIELD = 6
 
 MOST_NAMED = 8
@@ -213,6 +213,15 @@ _tables = {
     kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if rows is refused.GENERATION else ())
     for kind, rows in REFUSED.items()
 }
+
+
+def declare(kind: type[msgspec.Struct], rows: Mapping[str, refused.Refused], families: tuple[str, ...] = ()) -> None:
+    """Have `decode` understand a request of another API, which refuses `rows`, names of `families`, and its own fields in another spelling."""
+    _decoders[kind] = msgspec.json.Decoder(kind)
+    _known[kind] = frozenset(kind.__struct_fields__)
+    _tables[kind] = refused.Table(rows, _known[kind], families)
+
+
 _options = refused.Table({}, StreamOptions.__struct_fields__)
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 

@@ -15,16 +15,32 @@ import msgspec
 from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
-from penstock.transports import openapi_replies
+from penstock.transports import anthropic_replies, openapi_replies, tgi_replies
 from penstock.transports.fields import OWN, about, about_reply
 from penstock.transports.openai_schema import REQUESTS
-from penstock.transports.openapi_replies import ERRORS, REPLIES, SUMMARIES, Answer, ErrorReply, errors_of
+from penstock.transports.openapi_replies import (
+    ERRORS,
+    OWN_ERRORS,
+    OWN_STATUSES,
+    REPLIES,
+    SSE,
+    SUMMARIES,
+    Answer,
+    ErrorReply,
+    error_bodies,
+    errors_of,
+)
 
 BODY = "body"
 """The key in a handler's `opt` that names its request struct."""
 
 ASKED = {kind.__name__ for kind in REQUESTS} | OWN.keys()
-TOLD = {kind.__name__ for kind in vars(openapi_replies).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)}
+TOLD = {
+    kind.__name__
+    for module in (openapi_replies, anthropic_replies, tgi_replies)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+}
 """Names of the structs of requests, and of replies."""
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -82,7 +98,7 @@ def complete(app: Any, document: dict[str, Any], *, public: Collection[str], loc
         if method != "OPTIONS"
     }
     replies = [kind for answers, _ in REPLIES.values() for answer in answers for kind in answer.content.values() if kind is not None]
-    kinds = list(dict.fromkeys([*bodies.values(), *replies, ErrorReply]))
+    kinds = list(dict.fromkeys([*bodies.values(), *replies, ErrorReply, *OWN_ERRORS.values()]))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     described(components)
     schema_of = dict(zip(kinds, schemas, strict=True))
@@ -95,7 +111,7 @@ def complete(app: Any, document: dict[str, Any], *, public: Collection[str], loc
             if body is not None:
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[body]}}}
             if answers:
-                operation["responses"] = _responses(answers, errors_of(path), schema_of)
+                operation["responses"] = _responses(path, answers, schema_of)
             for parameter in operation.get("parameters", []):
                 if parameter["in"] == "path":  # Litestar calls a path that may hold slashes a URI
                     parameter["schema"] = {"type": "string"}
@@ -153,17 +169,31 @@ def _without_bodies(item: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def _responses(answers: Sequence[Answer], errors: Sequence[int], schema_of: dict[Any, Any]) -> dict[str, Any]:
+def _responses(path: str, answers: Sequence[Answer], schema_of: dict[Any, Any]) -> dict[str, Any]:
     text = {"schema": {"type": "string"}}
     own = {
         str(answer.status): {
             "description": answer.what,
-            "content": {media: text if kind is None else {"schema": schema_of[kind]} for media, kind in answer.content.items()},
+            "content": {
+                media: text if kind is None else {"schema": _events(path, schema_of[kind], schema_of) if media == SSE else schema_of[kind]}
+                for media, kind in answer.content.items()
+            },
         }
         for answer in answers
     }
-    wrong = {
-        str(status): {"description": ERRORS[status], "content": {"application/json": {"schema": schema_of[ErrorReply]}}}
-        for status in errors
-    }
+    wrong = {}
+    for status in errors_of(path):
+        shapes = [schema_of[kind] for kind in error_bodies(path, status)]
+        shape = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
+        said = ERRORS.get(status) or OWN_STATUSES[status]
+        wrong[str(status)] = {"description": said, "content": {"application/json": {"schema": shape}}}
     return {**wrong, **own}
+
+
+def _events(path: str, payload: Any, schema_of: dict[Any, Any]) -> Any:
+    """The schema of a stream, which is that of one event. (OpenAI's last event is no JSON, so there the payload stands for it.)"""
+    if path not in OWN_ERRORS:
+        return payload
+    either = {"anyOf": [payload, schema_of[OWN_ERRORS[path]]]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": either}
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}

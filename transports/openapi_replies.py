@@ -11,6 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
+from penstock.transports.tgi_replies import GenerateError, GenerateEvent, GenerateReply, InfoReply
+
 JSON = "application/json"
 SSE = "text/event-stream"
 PLAIN = "text/plain"
@@ -25,7 +28,7 @@ class ErrorFields(msgspec.Struct):
 
 
 class ErrorReply(msgspec.Struct):
-    """OpenAI's error shape, of every error."""
+    """OpenAI's error shape, of every error but those of other APIs."""
 
     error: ErrorFields
 
@@ -189,6 +192,34 @@ class VersionReply(msgspec.Struct):
     version: str
 
 
+class Scheduling(msgspec.Struct):
+    policy: str
+    priority: Literal["lower first"]
+
+
+class PoolInfo(msgspec.Struct):
+    version: str
+    model: str
+    models: list[str]
+    fingerprint: str
+    engine: dict[str, Any] | None
+    epoch: int
+    limits: dict[str, int]
+
+
+class ServerInfoReply(msgspec.Struct):
+    version: str
+    model: str
+    scheduling: Scheduling
+    pools: list[PoolInfo]
+
+
+class CancelReply(msgspec.Struct):
+    id: str
+    object: Literal["request"]
+    cancelled: bool
+
+
 class Answer(NamedTuple):
     """One status of an endpoint: content type -> the body's struct (None: free text; dict: any object)."""
 
@@ -201,10 +232,19 @@ EVERYWHERE = (400, 405, 408, 431)
 """Errors of every endpoint: what arrives is no valid HTTP, has another method, comes too slowly, or has too large headers."""
 _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
+_GENERATING = (*_ASKING, 499)
+_ANTHROPIC = (401, 403, 404, 413, 415, 429, 500, 529)
+_TGI = (401, 403, 413, 415, 422, 424, 429, 499, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
-    "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _ASKING),
-    "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _ASKING),
+    "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _GENERATING),
+    "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
+    "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
+    "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
+    "/generate": ([Answer(200, {JSON: GenerateReply}, "The text.")], _TGI),
+    "/generate_stream": ([Answer(200, {SSE: GenerateEvent}, "The text as events.")], _TGI),
+    "/": ([Answer(200, {JSON: list[GenerateReply], SSE: GenerateEvent}, "The text, in a list of one; with stream true as events.")], _TGI),
+    "/info": ([Answer(200, {JSON: InfoReply}, "Model and limits.")], _READING),
     "/v1/models": ([Answer(200, {JSON: ModelList}, "Every name that requests may use.")], _READING),
     "/v1/models/{model_id}": ([Answer(200, {JSON: Model}, "The model.")], (*_READING, 404)),
     "/tokenize": ([Answer(200, {JSON: TokenizeReply}, "The tokens.")], _ASKING),
@@ -220,21 +260,47 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
         ],
         (),
     ),
+    "/server_info": ([Answer(200, {JSON: ServerInfoReply}, "What is served.")], _READING),
+    "/v1/requests/{request_id}": ([Answer(200, {JSON: CancelReply}, "It is cancelled.")], (*_READING, 404)),
     "/version": ([Answer(200, {JSON: VersionReply}, "Penstock's version.")], (401,)),
     "/metrics": ([Answer(200, {PLAIN: None}, "Prometheus text format.")], _READING),
     "/schema": ([Answer(200, {HTML: None}, "This API as a page.")], (401, 500)),
     "/schema/openapi.json": ([Answer(200, {JSON: dict[str, Any]}, "This API as OpenAPI 3.1.")], (401, 500)),
 }
-"""path -> (its own answers, statuses that come with an ErrorReply besides those of EVERYWHERE)."""
+"""path -> (its own answers, statuses of errors besides those of EVERYWHERE)."""
 
 SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API as OpenAPI 3.1"}
 """Of paths that Litestar leaves out of its document."""
 
 
+OWN_ERRORS: dict[str, type[msgspec.Struct]] = {
+    **dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), MessageError),
+    **dict.fromkeys(("/generate", "/generate_stream", "/", "/info"), GenerateError),
+}
+"""Of endpoints whose errors have another shape than ErrorReply."""
+BEFORE_A_ROUTE = (400, 408)
+"""Statuses of what is no HTTP, or comes too slowly: they have OpenAI's shape at every path."""
+
+
+def error_bodies(path: str, status: int) -> list[type[msgspec.Struct]]:
+    """The shapes that an error of that status may have there."""
+    own = OWN_ERRORS.get(path)
+    if own is None:
+        return [ErrorReply]
+    return [own, ErrorReply] if status in BEFORE_A_ROUTE else [own]
+
+
 def errors_of(path: str) -> list[int]:
-    """Every status with which an ErrorReply may come from there."""
+    """Every status with which an error may come from there."""
     return sorted({*REPLIES[path][1], *EVERYWHERE})
 
+
+OWN_STATUSES: dict[int, str] = {
+    422: "The request is wrong: the message names the field.",
+    424: "The engine failed on this very request.",
+    529: "The server is busy, starting or draining; Retry-After says when to come back.",
+}
+"""Statuses of other APIs' errors."""
 
 ERRORS: dict[int, str] = {
     400: "The request is wrong (`param` names the field), or no valid HTTP.",
@@ -247,6 +313,7 @@ ERRORS: dict[int, str] = {
     415: "The content type or content encoding is not understood.",
     429: "The server is busy; Retry-After says when to come back.",
     431: "The request's headers are too large.",
+    499: "The request was cancelled by DELETE /v1/requests.",
     500: "The server made an error.",
     503: "The server is starting, draining, or lost a process; Retry-After says when to come back.",
 }

@@ -49,7 +49,7 @@ BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "device": ("engine", ("auto", "cpu", "cuda")),
     "attention_backend": ("engine", ("native", "torch", "triton")),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
-    "transports": ("edge", ("openai",)),
+    "transports": ("edge", ("openai", "anthropic", "tgi")),
 }
 """option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
 

@@ -129,7 +129,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     device: Annotated[str, opt("Device plugin: auto, cpu, ...", "plugins")] = "auto"
     attention_backend: Annotated[str | None, opt("Attention plugin; default: the best that fits.", "plugins")] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
-    transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(default_factory=lambda: ["openai"])
+    transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
+        default_factory=lambda: ["openai", "anthropic", "tgi"]
+    )
 
     # --- server
     host: Annotated[str, opt("Address to listen on; loopback unless told otherwise.", "server")] = "127.0.0.1"

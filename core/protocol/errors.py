@@ -28,6 +28,7 @@ ErrorCode = Literal[
     "slow_client",
     "request_timeout",
     "internal_error",
+    "cancelled",
 ]
 
 
@@ -139,6 +140,14 @@ class EngineUnavailable(RetryableError):
 class EngineFailure(FinalError):
     status = 500
     default_code = "engine_failure"
+
+
+class Cancelled(FinalError):
+    """Somebody asked for its end, who need not be the one that waits for it."""
+
+    status = 499
+    type = "cancelled_error"
+    default_code = "cancelled"
 
 
 class ConfigError(FinalError):

@@ -145,7 +145,7 @@ class Unpark(Message, frozen=True, kw_only=True):
 class Query(Message, frozen=True, kw_only=True):
     """A question of an edge that is answered by one `Answer` with the same `id`.
 
-    what: "models" | "tokenize" | "detokenize" | "tokenizer_info" | "metrics" | "health" | "server_info"; `body` is its JSON argument.
+    what: "models" | "tokenize" | "detokenize" | "tokenizer_info" | "metrics" | "health" | "server_info" | "cancel"; `body` is its JSON argument.
     """
 
     id: int

@@ -223,7 +223,7 @@ def edge_kit() -> ModuleType:
 def test_transport(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = PluginHost("edge", extra=write("my_transport")).load()
     kit = edge_kit()
-    monkeypatch.setattr(kit, "openai_routes", host.transports()["plain"].factory)
+    monkeypatch.setattr(kit, "register_transports", lambda: [host.transports()["plain"]])
     edge = kit.Edge(tmp_path, {"api_key": ["secret"]}).start()
     try:
         with edge.http(headers={"authorization": "Bearer secret"}) as client:

@@ -20,21 +20,23 @@ from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.generation import NAMES
 from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from penstock.transports import fields, openapi_replies
+from penstock.transports.anthropic_schema import ANTHROPIC_REQUESTS
 from penstock.transports.openai import Call, parse_chat, parse_completion
 from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
 from penstock.transports.openapi import ASKED, described
 from penstock.transports.openapi_replies import REPLIES
 from penstock.transports.refused import MESSAGE_FIELDS
+from penstock.transports.tgi_schema import TGI_REQUESTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *ANTHROPIC_REQUESTS, *TGI_REQUESTS)
 
 
 def schemas() -> dict[str, Any]:
     """Every struct that requests and replies are made of, by name, as the OpenAPI document has it."""
     answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values() if isinstance(kind, type)]
     _, components = msgspec.json.schema_components(
-        [*REQUESTS, *answers, openapi_replies.ErrorReply], ref_template="#/components/schemas/{name}"
+        [*REQUESTS, *answers, openapi_replies.ErrorReply, *openapi_replies.OWN_ERRORS.values()], ref_template="#/components/schemas/{name}"
     )
     return {name: one for name, one in components.items() if "properties" in one}
 
@@ -73,7 +75,7 @@ def test_each_refused_name_hint_endpoint_and_code_is_there(http_page: str) -> No
     for name in (*(name for table in REFUSED.values() for name in table), *HINTS, *MESSAGE_FIELDS):
         assert f"`{name}`" in section(http_page, "Other fields"), name
     for path in REPLIES:
-        assert re.search(rf"(?m)^\| `(GET|POST) {re.escape(path)}` \|", section(http_page, "Endpoints")), path
+        assert re.search(rf"(?m)^\| `(GET|POST|DELETE) {re.escape(path)}` \|", section(http_page, "Endpoints")), path
     text = section(http_page, "Errors")
     told = set(re.findall(r"(?m)^\| `(\w+)` \| [\d, ]+ \| `\w+_error`", text))
     kept = set(re.findall(r"`(\w+)`", text.split("Codes that no reply has:")[1].split("(")[0]))
@@ -308,3 +310,18 @@ def test_loading_tells_phases_and_fractions() -> None:
     LLM(kv_cache_memory_bytes=16 << 20, max_num_seqs=1, on_phase=lambda phase, fraction: told.append((phase, fraction))).close()
     assert told
     assert all(isinstance(phase, str) and 0 <= fraction <= 1 for phase, fraction in told)
+
+
+# ------------------------------------------------------------------ clients
+
+
+def test_the_versions_of_clients_are_those_that_were_tried() -> None:
+    page = (DOCS / "clients.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"(?m)^\| \[([\w-]+)\]\([^)]+\) \| ([\d.]+) \|", page))
+    lists = (DOCS.parent / "tests" / "e2e" / "clients").glob("*.txt")
+    tried = dict(line.split("==") for path in lists for line in path.read_text(encoding="utf-8").split())
+    pinned = dict(re.findall(r"(?m)^([\w-]+)==([\d.]+)$", (DOCS.parent / "constraints.txt").read_text(encoding="utf-8")))
+    assert tried.items() <= told.items()
+    assert {name: pinned.get(name.replace("_", "-"), pinned.get(name)) for name in told.keys() - tried.keys()} == {
+        name: told[name] for name in told.keys() - tried.keys()
+    }

@@ -20,6 +20,7 @@ from penstock.core.protocol.messages import (
     STOP,
     Abort,
     Admit,
+    Answer,
     Cancel,
     Drain,
     Drained,
@@ -27,6 +28,7 @@ from penstock.core.protocol.messages import (
     Park,
     PeerDown,
     PeerUp,
+    Query,
     Rejected,
     TextDelta,
     TextReady,
@@ -507,6 +509,42 @@ def test_cancel_is_idempotent_whenever_it_comes(make_bench: Any) -> None:
     assert bench.actor.metrics.value("cancellations", "disconnect") == 1
     assert set(bench.finished) == {1, 2, 3}
     assert (bench.actor.admission.requests, bench.actor.admission.tokens) == (0, 0)
+
+
+def test_a_request_is_cancelled_by_its_id_at_every_stage(make_bench: Any) -> None:
+    """Whoever waits for it is told, and nothing of it stays."""
+    bench = make_bench()
+    bench.submit(3)
+    bench.hold_encodes = True
+    bench.submit(1, rid="early")
+    bench.send(Query(id=1, edge=5, what="cancel", body=b'{"rid":"early"}'))
+    bench.release()
+    bench.hold_encodes = False
+    bench.submit(2, rid="late", sampling=SamplingParams(n=2))
+    bench.submit(4, rid="late")
+    bench.scripts[seq_of(2, 0)] = ids_of(bench, "ab")
+    sent = bench.send(Query(id=2, edge=5, what="cancel", body=b'{"rid":"late","tenant":""}'))
+    assert [m.body for m in sent if isinstance(m, Answer)] == [b'{"prompts":2}']
+    ends = [(key, reason) for m in sent if isinstance(m, TextDelta) for key, reason in zip(m.keys.tolist(), m.reasons, strict=True)]
+    assert sorted(ends) == [(2, "abort"), (2, "abort"), (4, "abort")]
+    assert {extra.error_code for m in sent if isinstance(m, TextDelta) for extra in m.extras} == {"cancelled"}
+    assert [m.seqs.tolist() for m in bench.engine if isinstance(m, Abort)] == [[seq_of(2, 0), seq_of(2, 1)], [seq_of(4, 0)]]
+    (refused,) = bench.rejected.values()
+    assert (refused.status, refused.code) == (499, "cancelled")
+    assert bench.actor.metrics.value("cancellations", "client") == 3
+    assert set(bench.actor.ledger.requests) == {3}
+    assert bench.query("cancel", {"rid": "late"}).status == 404
+
+
+def test_a_request_of_another_tenant_does_not_exist(bench: Any) -> None:
+    bench.submit(1, rid="mine", tenant="a")
+    assert bench.query("cancel", {"rid": "mine", "tenant": "b"}).status == 404
+    assert bench.query("cancel", {"rid": "mine", "tenant": ""}).status == 404
+    assert bench.query("cancel", {"rid": "other", "tenant": "a"}).status == 404
+    assert bench.query("cancel", {"tenant": "a"}).status == 400
+    assert set(bench.actor.ledger.requests) == {1}
+    assert bench.query("cancel", {"rid": "mine", "tenant": None}).status == 200
+    assert not bench.actor.ledger.requests
 
 
 def test_park_travels_once_and_survives_the_engine(bench: Any) -> None:

@@ -37,12 +37,13 @@ from penstock.core.protocol.messages import (
 )
 from penstock.core.protocol.pools import pools_of
 from penstock.core.runtime.frames import make_hello
-from penstock.transports.builtin import openai_routes
+from penstock.transports.builtin import register_transports
 from penstock.transports.edge import Server
 from penstock.transports.link import Link
 from penstock.transports.tracing import NO_TRACING, Tracing
 
 MODEL = "brook"
+SERVER_INFO = b'{"version":"0","model":"brook","models":["brook"],"fingerprint":"fp_test","engine":null,"epoch":0,"limits":{"max_n":64}}'
 
 
 def delta(*rows: dict[str, Any]) -> TextDelta:
@@ -121,7 +122,8 @@ class FakeText:
         """None: says nothing by itself."""
         self.beats = True
         self.answers: dict[str, Callable[[bytes], tuple[int, bytes]]] = {
-            "server_info": lambda _: (200, b'{"model":"brook","fingerprint":"fp_test"}'),
+            "server_info": lambda _: (200, SERVER_INFO),
+            "cancel": lambda _: (404, b'{"message":"No request of that id is running.","type":"invalid_request_error","code":"not_found"}'),
             "models": lambda _: (200, b'{"object":"list","data":[{"id":"brook","object":"model","created":1,"owned_by":"penstock"}]}'),
             "metrics": lambda _: (200, b"penstock_up 1\n"),
             "health": lambda _: (200, b'{"status":"ok"}'),
@@ -223,7 +225,7 @@ class Edge:
         self.pools = pools_of(self.config)
         self.text = FakeText(str(folder / "text-0.sock"))
         self._tracing = tracing
-        self.factories: list[Any] = [openai_routes]
+        self.factories: list[Any] = [spec.factory for spec in register_transports()]
         self._thread = threading.Thread(target=self._main, name="edge", daemon=True)
         self._up = threading.Event()
         self.starting = threading.Event()

@@ -64,7 +64,9 @@ def test_every_operation_tells_its_replies(edge: Edge) -> None:
                 if silent:
                     continue
                 if int(status) >= 400 and not path.startswith("/health"):
-                    assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorReply"}
+                    shapes = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in replies.error_bodies(path, int(status))]
+                    shape = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
+                    assert answer["content"]["application/json"]["schema"] == shape
             assert ("requestBody" in operation) is (method == "post")
         assert "options" in item
         assert ("head" in item) is ("get" in item)
@@ -199,7 +201,7 @@ def test_preflights_are_documented(tmp_path: Path) -> None:
         with edge.http() as http:
             for path, item in found.items():
                 for headers in ({}, {"origin": "https://a.example", "access-control-request-method": "GET"}):
-                    reply = http.options(path.replace("{model_id}", "x"), headers=headers)
+                    reply = http.options(path.replace("{model_id}", "x").replace("{request_id}", "x"), headers=headers)
                     assert str(reply.status_code) in item["options"]["responses"]
                     assert reply.status_code == 204
                     assert not reply.content
@@ -212,10 +214,15 @@ def test_preflights_are_documented(tmp_path: Path) -> None:
 def test_other_methods_are_405_with_allow(edge: Edge, path: str, method: str) -> None:
     item = document(edge)["paths"][path]
     with edge.http() as http:
-        reply = http.request(method, path.replace("{model_id}", "x"))
+        reply = http.request(method, path.replace("{model_id}", "x").replace("{request_id}", "x"))
     if method.lower() in item:
         assert reply.status_code != 405
     else:
         assert reply.status_code == 405
-        assert reply.json()["error"]["code"] == "method_not_allowed"
+        wrong = reply.json()
+        assert (
+            wrong["error"]["code"] == "method_not_allowed"
+            if path not in replies.OWN_ERRORS
+            else msgspec.convert(wrong, replies.OWN_ERRORS[path])
+        )
         assert {one.lower() for one in reply.headers["allow"].split(", ")} >= set(item)

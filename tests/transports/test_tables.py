@@ -67,8 +67,8 @@ def test_every_endpoint_asks_for_its_scope_however_it_is_spelt(edge: Edge, key: 
     allowed = KEYS[key.encode()].scopes if key != "sk-plain" else {"admin"}
     document = edge.kept.get("/schema/openapi.json", headers={"x-api-key": key}).json()
     for path, item in document["paths"].items():
-        real = path.replace("{model_id}", "brook")
-        needs = "metrics" if path == "/metrics" else None if path in FREE else "inference"
+        real = path.replace("{model_id}", "brook").replace("{request_id}", "r1")
+        needs = "metrics" if path in ("/metrics", "/server_info") else None if path in FREE else "inference"
         good = needs is None or bool({needs, "admin"} & allowed)
         for method, operation in item.items():
             if method == "options":  # asked without credentials

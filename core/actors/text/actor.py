@@ -302,10 +302,27 @@ class TextActor:
             if message.what in queries.LABOUR:
                 yield self._intake.question(message)
                 return
+            if message.what == "cancel":
+                yield from self._cancel_by_id(message)
+                return
             answer = self._answer(message)
         except PenstockError as error:
             answer = queries.failure(message, error)
         yield To(answer, message.edge)
+
+    def _cancel_by_id(self, query: Query) -> Iterator[Outbound]:
+        """End every prompt of the request, which may be another edge's. To other tenants it does not exist."""
+        asked = queries.cancel_args(query)
+        found = [
+            request
+            for request in self.ledger.requests.values()
+            if request.submit.rid == asked.rid and asked.tenant in (None, request.submit.tenant)
+        ]
+        if not found:
+            raise NotFound("No request of that id is running.")
+        for request in found:
+            yield from self._ending.revoke(request)
+        yield To(queries.cancelled(query, len(found)), query.edge)
 
     def _answer(self, query: Query) -> Answer:
         pool, facts = self._pool, self._pool.facts

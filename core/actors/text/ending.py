@@ -14,7 +14,7 @@ from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.pool import Pool
 from penstock.core.contract.hookspecs import RequestSummary
-from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.errors import Cancelled, PenstockError
 from penstock.core.protocol.messages import Finished
 from penstock.core.runtime.actor import To
 
@@ -64,10 +64,8 @@ class Ending:
 
     def drop(self, request: Request, cause: str) -> Iterator[Outbound]:
         """End a request that nobody waits for any more."""
-        desk, lane = self._desk, request.lane
-        request.series.count("cancellations", cause)
-        if desk.log is not None:
-            desk.log.info("request cancelled", rid=request.submit.rid, cause=cause, output_tokens=request.output_tokens)
+        lane = request.lane
+        self._note_cancelled(request, cause)
         running = request.running
         for choice in running:
             self._pool.receiver.close(choice)
@@ -76,6 +74,19 @@ class Ending:
         yield from self.finish(request)
         if lane is not None:  # it may have been the one that others waited for, and no step follows
             yield from lane.pump()
+
+    def revoke(self, request: Request) -> Iterator[Outbound]:
+        """End a request because somebody said so; whoever waits for it is told."""
+        lane = request.lane
+        self._note_cancelled(request, "client")
+        yield from self.abandon(request, Cancelled("The request was cancelled."), finish="abort")
+        if lane is not None:  # as in `drop`
+            yield from lane.pump()
+
+    def _note_cancelled(self, request: Request, cause: str) -> None:
+        request.series.count("cancellations", cause)
+        if self._desk.log is not None:
+            self._desk.log.info("request cancelled", rid=request.submit.rid, cause=cause, output_tokens=request.output_tokens)
 
     def abandon(self, request: Request, error: PenstockError, *, finish: str = "error") -> Iterator[Outbound]:
         """End a request that cannot go on, whatever stage it is in: nothing of it stays in ledger, admission or engine. The client gets a

@@ -40,6 +40,13 @@ class DetokenizeArgs(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
+class CancelArgs(msgspec.Struct, kw_only=True):
+    """Body of "cancel": whose id it is, and in whose name it is asked (null: an administrator's)."""
+
+    rid: str
+    tenant: str | None = None
+
+
 LABOUR: dict[str, Literal["tokenize", "detokenize"]] = {"tokenize": "tokenize", "detokenize": "detokenize"}
 """Questions whose answer costs work, and the kind of Encode that does it."""
 
@@ -128,6 +135,16 @@ def detokenize(question: Encode, tokenizer: Tokenizer) -> bytes:
         check_count(len(args.tokens), question.limits, "tokens")
     ids: Column = as_ids(args.tokens, question.vocab_size, "tokens")
     return msgspec.json.encode({"prompt": tokenizer.decode(ids.tolist(), skip_special_tokens=False)})
+
+
+def cancel_args(query: Query) -> CancelArgs:
+    """Raises InvalidRequest."""
+    found: CancelArgs = _arguments("cancel", query.body, CancelArgs)
+    return found
+
+
+def cancelled(query: Query, prompts: int) -> Answer:
+    return Answer(id=query.id, body=msgspec.json.encode({"prompts": prompts}))
 
 
 def models(query: Query, names: list[str], root: str, created_s: int, facts: EngineFacts | None) -> Answer:

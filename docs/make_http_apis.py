@@ -1,0 +1,68 @@
+"""The part of the HTTP page about the APIs beside OpenAI's.
+
+What it is: `apis(asked)`, lines for make_http.py: what each API does here, and, by `asked`, the tables of its requests' fields.
+What it does not know: replies (make_http.py lists all), how anything is answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from penstock.transports.anthropic_schema import NOT_YET, CountTokensRequest, InputMessage, MessagesRequest
+from penstock.transports.refused import Refused
+from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
+
+
+def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
+    return [
+        "## Anthropic's messages",
+        "",
+        "`POST /v1/messages` and `POST /v1/messages/count_tokens`, for Anthropic's clients: their base URL is this server, without `/v1`. The key comes as"
+        " `x-api-key`; `anthropic-version` and `anthropic-beta` may be there and change nothing.",
+        "",
+        "- The text becomes a chat like any other: `system` is a system message, and the chat template says how it looks. If the last turn is the"
+        " assistant's, the answer continues it.",
+        f"- As Anthropic's own API does, it refuses every field that it does not know (400 `invalid_request_error` with its name), and these: {refused(NOT_YET)}.",
+        "- Streams have Anthropic's events: message_start, content_block_start, content_block_delta, content_block_stop, message_delta with stop_reason and usage,"
+        " message_stop; while nothing happens ping, and error if the stream fails.",
+        '- Errors are `{"type": "error", "error": {"type", "message"}}`. A server that is full, starts or drains answers 529 `overloaded_error` with'
+        " `retry-after`; Anthropic's clients then try again.",
+        "- The prefix cache works by itself; `cache_read_input_tokens` says how much it saved, and `input_tokens` is the rest, so that the prompt has as many as both.",
+        "",
+        "### MessagesRequest",
+        "",
+        *asked(MessagesRequest),
+        "### CountTokensRequest",
+        "",
+        *asked(CountTokensRequest),
+        "### InputMessage",
+        "",
+        *asked(InputMessage),
+        "## TGI's generate",
+        "",
+        "`POST /generate`, `POST /generate_stream`, `POST /` (either, by `stream`) and `GET /info`, for clients of Hugging Face's Text Generation Inference:"
+        " their base URL is this server. They use the default model.",
+        "",
+        "- Defaults are TGI's: an answer is greedy unless a parameter asks for sampling, the model's own sampling defaults do not count, and a stop text stays in the"
+        " answer.",
+        "- Streams have an event a token, and the whole text with the last one; there is no `[DONE]`. Each has its log-probability.",
+        '- Errors are `{"error", "error_type"}`: 422 `validation`, 424 `generation`, 429 `overloaded`, 503 `unhealthy`.',
+        "- Fields of other APIs that would change the answer are refused by name, within parameters and beside them; others are ignored and named in"
+        " `x-penstock-ignored-fields`.",
+        "",
+        "### GenerateRequest",
+        "",
+        *asked(GenerateRequest),
+        "### RootRequest",
+        "",
+        *asked(RootRequest),
+        "### GenerateParameters",
+        "",
+        *asked(GenerateParameters),
+    ]
+
+
+def refused(rows: Mapping[str, Refused]) -> str:
+    return ", ".join(f"`{name}`" for name in rows)

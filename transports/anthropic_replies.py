@@ -1,0 +1,65 @@
+"""What the replies of Anthropic's API look like, for the OpenAPI document.
+
+What it is: msgspec structs of the reply bodies, as openapi_replies.py has them of the others; tests hold real replies against them.
+What it does not know: how replies are made (anthropic_voice.py), which endpoint gives which.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class MessageBlock(msgspec.Struct):
+    type: Literal["text"]
+    text: str
+
+
+class MessageUsage(msgspec.Struct):
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageReply(msgspec.Struct, omit_defaults=True):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[MessageBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"] | None
+    stop_sequence: str | None
+    usage: MessageUsage
+    metrics: dict[str, Any] | None = None
+
+
+class MessageEvent(msgspec.Struct, omit_defaults=True):
+    """The data of one event, whose name is its type: message_start (message), content_block_start (index, content_block), content_block_delta and
+    content_block_stop (index), message_delta (delta, usage), message_stop, ping, error (error)."""
+
+    type: str
+    message: MessageReply | None = None
+    index: int | None = None
+    content_block: MessageBlock | None = None
+    delta: dict[str, Any] | None = None
+    usage: MessageUsage | None = None
+    error: MessageErrorFields | None = None
+    metrics: dict[str, Any] | None = None
+
+
+class MessageErrorFields(msgspec.Struct):
+    type: str
+    message: str
+
+
+class MessageError(msgspec.Struct):
+    """Anthropic's error shape."""
+
+    type: Literal["error"]
+    error: MessageErrorFields
+
+
+class CountTokensReply(msgspec.Struct):
+    input_tokens: int

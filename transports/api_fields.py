@@ -1,0 +1,168 @@
+"""The lines about fields of the APIs beside OpenAI's, for fields.py.
+
+What it is: tables by struct: requests, and replies.
+What it does not know: types, how a field is obeyed.
+"""
+
+from __future__ import annotations
+
+from penstock.transports.field import Field
+
+_ANTHROPIC, _TGI = "Anthropic", "TGI"
+_MODELS = "the model's, or "
+
+_COUNTED: dict[str, Field] = {
+    "model": Field("A name of /v1/models. Another is 404 `not_found_error`.", _ANTHROPIC),
+    "messages": Field(
+        "The conversation, oldest first. Turns of one role in a row are one. If the last is the assistant's, the answer continues it.",
+        _ANTHROPIC,
+        "at most --max-messages messages",
+    ),
+    "system": Field("What the model is told before: a text, or blocks of text.", _ANTHROPIC),
+    "cache_control": Field("No effect here, nor in blocks: prefixes are cached by themselves.", _ANTHROPIC),
+}
+
+_INPUTS: dict[str, Field] = {
+    "inputs": Field("The text to be continued. Not empty.", _TGI),
+    "parameters": Field("See GenerateParameters.", _TGI),
+}
+
+ASKED: dict[str, dict[str, Field]] = {
+    "InputMessage": {
+        "role": Field("Who speaks.", _ANTHROPIC),
+        "content": Field(
+            'A text, or blocks `{"type": "text", "text": ...}`; `cache_control` in them is without effect. Other types of blocks are refused.',
+            _ANTHROPIC,
+        ),
+    },
+    "CountTokensRequest": _COUNTED,
+    "MessagesRequest": {
+        **_COUNTED,
+        "max_tokens": Field("Longest answer, in tokens. Prompt and answer must fit the context.", _ANTHROPIC, "1 to 2^31-1"),
+        "stop_sequences": Field(
+            "The answer ends before the first that is completed; the reply's `stop_sequence` names it.",
+            _ANTHROPIC,
+            "at most --max-stop texts",
+        ),
+        "stream": Field("Answer as server-sent events.", _ANTHROPIC, default="false"),
+        "temperature": Field("0 is greedy (anything below 0.00001).", _ANTHROPIC, "0 to 1000", _MODELS + "1"),
+        "top_p": Field("Keep the most likely tokens that together reach it.", _ANTHROPIC, "above 0 to 1", _MODELS + "1"),
+        "top_k": Field("Keep so many of the most likely tokens; 0 and -1 keep all.", _ANTHROPIC, "-1 to 2^31-1", _MODELS + "0"),
+        "metadata": Field("A hint without effect.", _ANTHROPIC),
+        "service_tier": Field("No effect.", _ANTHROPIC),
+    },
+    "GenerateRequest": _INPUTS,
+    "RootRequest": {**_INPUTS, "stream": Field("Answer as server-sent events; else with a list of one.", _TGI, default="false")},
+    "GenerateParameters": {
+        "max_new_tokens": Field("Longest answer, in tokens. Prompt and answer must fit the context.", _TGI, "1 to 2^31-1", "100"),
+        "do_sample": Field(
+            "Draw; else the answer is greedy, unless temperature or top_p (other than 1) or top_k is given. The model's own defaults do not count here.",
+            _TGI,
+            default="false",
+        ),
+        "temperature": Field("Above 0.", _TGI, "above 0 to 1000", "1"),
+        "top_k": Field("Keep so many of the most likely tokens.", _TGI, "1 to 2^31-1"),
+        "top_p": Field("Keep the most likely tokens that together reach it.", _TGI, "above 0 to 1", "1"),
+        "repetition_penalty": Field("Makes tokens that stand in prompt or answer less likely.", _TGI, default="1"),
+        "frequency_penalty": Field("Taken off a token's logit for each time it stands in the answer.", _TGI, "-2 to 2", "0"),
+        "seed": Field(
+            "Equal seeds draw equal answers on one build. `details` has the one that was given.", _TGI, "0 to 2^63-1", "drawn by the server"
+        ),
+        "stop": Field("The answer ends with the first that is completed, which stays in it.", _TGI, "at most --max-stop texts"),
+        "truncate": Field("Keep so many of the prompt's last tokens.", _TGI, "1 to 2^31-1"),
+        "return_full_text": Field("generated_text begins with the prompt.", _TGI, default="false"),
+        "details": Field("Add `details`.", _TGI, default="false"),
+        "decoder_input_details": Field("Add them with the prompt's tokens. Not in a stream.", _TGI, default="false"),
+        "best_of": Field("Only 1.", _TGI),
+        "typical_p": Field("Only 1.", _TGI),
+        "watermark": Field("Only false.", _TGI),
+        "top_n_tokens": Field("Only 0.", _TGI),
+        "grammar": Field("Refused.", _TGI),
+        "adapter_id": Field("Refused.", _TGI),
+    },
+}
+
+TOLD: dict[str, dict[str, str]] = {
+    "MessageReply": {
+        "id": "`msg_`, the request's id, and one more character.",
+        "type": "`message`.",
+        "role": "`assistant`.",
+        "model": "The request's name of it.",
+        "content": "The answer: one block.",
+        "stop_reason": "`end_turn`, `max_tokens` or `stop_sequence`; null while it goes on.",
+        "stop_sequence": "The one of stop_sequences that ended it.",
+        "usage": "Tokens.",
+        "metrics": "With `x-include-metrics: 1`: see Metrics; in a stream with message_delta.",
+    },
+    "MessageBlock": {"type": "`text`.", "text": "The text."},
+    "MessageUsage": {
+        "input_tokens": "Of the prompt, without those that the prefix cache had.",
+        "cache_creation_input_tokens": "0.",
+        "cache_read_input_tokens": "Of the prompt: found in the prefix cache.",
+        "output_tokens": "Drawn, the end token too.",
+    },
+    "MessageEvent": {
+        "type": "The event's name.",
+        "message": "The reply as it begins: without content.",
+        "index": "0: there is one block.",
+        "content_block": "The block as it begins: empty.",
+        "delta": '`{"type": "text_delta", "text": ...}`; in message_delta stop_reason and stop_sequence.',
+        "usage": "Of the whole answer.",
+        "error": "What went wrong: nothing comes after it.",
+        "metrics": "As in MessageReply.",
+    },
+    "MessageError": {"type": "`error`.", "error": "What is wrong."},
+    "MessageErrorFields": {
+        "type": "The error's family, as Anthropic names it.",
+        "message": "What is wrong, with the field's name, and what to do about it.",
+    },
+    "CountTokensReply": {"input_tokens": "Of the prompt as the model would get it, the beginning of the answer's turn included."},
+    "PrefillToken": {"id": "The token.", "text": "Its text.", "logprob": "Of raw logits; null for the first."},
+    "GeneratedToken": {
+        "id": "The token.",
+        "text": "What it adds to the text (in a stream, where several come at once, the last has the text of all); of a special one its spelling.",
+        "logprob": "Of raw logits: before penalties, filters and temperature.",
+        "special": "It is no part of the text.",
+    },
+    "GenerateDetails": {
+        "finish_reason": "`length`, `eos_token` or `stop_sequence`.",
+        "generated_tokens": "Drawn, the end token too.",
+        "seed": "The request's.",
+        "prefill": "With decoder_input_details: the prompt.",
+        "tokens": "The answer.",
+    },
+    "GenerateReply": {
+        "generated_text": "The answer; with return_full_text the prompt before it.",
+        "details": "With details; else null.",
+        "metrics": "With `x-include-metrics: 1`: see Metrics.",
+    },
+    "GenerateStreamDetails": {
+        "finish_reason": "As in GenerateDetails.",
+        "generated_tokens": "Drawn, the end token too.",
+        "input_length": "Tokens of the prompt.",
+        "seed": "The request's.",
+    },
+    "GenerateEvent": {
+        "index": "Which token, from 1.",
+        "token": "The token.",
+        "generated_text": "With the last token: the whole answer; else null.",
+        "details": "With the last token, if asked for; else null.",
+    },
+    "GenerateError": {
+        "error": "What is wrong, with the field's name, and what to do about it.",
+        "error_type": "`validation`, `overloaded`, `generation`, `unhealthy` or `internal`.",
+    },
+    "InfoReply": {
+        "model_id": "The served model's name.",
+        "model_dtype": "Of its weights; null until the engine has told.",
+        "model_device_type": "Where it runs.",
+        "model_pipeline_tag": "`text-generation`.",
+        "max_concurrent_requests": "--max-streams of one HTTP process.",
+        "max_best_of": "1.",
+        "max_stop_sequences": "--max-stop.",
+        "max_input_tokens": "The context, less a token of answer.",
+        "max_total_tokens": "The context.",
+        "router": "`penstock`.",
+        "version": "Penstock's.",
+    },
+}

@@ -1,0 +1,47 @@
+"""What routes share that ask text something.
+
+What it is: a query's answer as the error that it may be, and the look-up of one model among those that there are.
+What it does not know: which API asks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from penstock.core.protocol.errors import ModelNotFound, PenstockError
+from penstock.core.protocol.messages import Answer
+from penstock.transports.gateway import Gateway, make_error
+
+
+class _Failure(msgspec.Struct):
+    """The body of an Answer that is no success: fields as in Rejected."""
+
+    message: str = "The server could not answer."
+    type: str = "server_error"
+    code: str = "internal_error"
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+def failure_of(answer: Answer) -> PenstockError:
+    """The error that an Answer without success carries."""
+    try:
+        f = msgspec.json.decode(answer.body, type=_Failure)
+    except msgspec.MsgspecError:
+        f = _Failure(message=answer.body.decode(errors="replace") or _Failure().message)
+    return make_error(answer.status, f.type, f.code, f.message, f.param, f.retry_after_s)
+
+
+async def find_model(gateway: Gateway, wanted: str) -> dict[str, Any]:
+    """The entry of /v1/models. Raises ModelNotFound, or what the query ended with."""
+    answer = await gateway.query("models")
+    if answer.status != 200:
+        raise failure_of(answer)
+    known: list[dict[str, Any]] = msgspec.json.decode(answer.body).get("data", [])
+    for one in known:
+        if one.get("id") == wanted:
+            return one
+    names = ", ".join(str(one.get("id")) for one in known)
+    raise ModelNotFound(f"The model {wanted[:200]!r} does not exist here. Known: {names}.", param="model")

@@ -1,0 +1,183 @@
+"""TGI's API: /generate, /generate_stream, / and /info.
+
+What it is: `parse_generate`, which checks TGI's parameters as TGI does and gives a `Telling`, and the routes. Its defaults are TGI's, not the model's:
+greedy unless a parameter asks for sampling, and a stop text stays in the answer.
+What it does not know: replies (tgi_voice.py), how requests run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from litestar import Request, get, post
+from litestar.types import ASGIApp
+
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.messages import Limits
+from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, shorten
+from penstock.transports.frame import Sse
+from penstock.transports.gateway import Gateway
+from penstock.transports.openapi import BODY
+from penstock.transports.questions import failure_of
+from penstock.transports.request import JsonReply
+from penstock.transports.surface import Surface
+from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest, decode_generate
+from penstock.transports.tgi_voice import GenerateVoice, Telling
+from penstock.transports.voice import VOICE
+from penstock.version import __version__
+
+MAX_NEW_TOKENS = 100
+"""TGI's default."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "typical_p": (None, 1.0),
+    "watermark": (None, False),
+    "top_n_tokens": (None, 0),
+    "grammar": (None,),
+    "adapter_id": (None, ""),
+}
+"""Parameters that ask for what does not exist here, with the values that ask for nothing."""
+_OURS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+"""Settings whose default is TGI's."""
+
+
+def _need(ok: bool, name: str, what: str) -> None:
+    if not ok:
+        raise InvalidRequest(f"parameters.{name} {what}.", param=f"parameters.{name}")
+
+
+def parse_generate(body: bytes, config: Config, limits: Limits | None = None, *, stream: bool | None = False) -> Telling:
+    """`stream` None: the body says (POST /). Raises InvalidRequest (or UnsupportedFeature) naming the field."""
+    request, ignored = decode_generate(body, GenerateRequest if stream is not None else RootRequest, limits)
+    listed = isinstance(request, RootRequest)
+    streams = bool(request.stream) if isinstance(request, RootRequest) else bool(stream)
+    given = request.parameters or GenerateParameters()
+    if not request.inputs:
+        raise InvalidRequest("inputs must not be empty.", param="inputs")
+    for name, neutral in _NEUTRAL.items():
+        if getattr(given, name) not in neutral:
+            raise UnsupportedFeature(f"parameters.{name} is not supported here. Leave it out.", param=f"parameters.{name}")
+    if streams and given.decoder_input_details:
+        raise InvalidRequest("parameters.decoder_input_details is not available in a stream.", param="parameters.decoder_input_details")
+    details = bool(given.details or given.decoder_input_details)
+    prefill = bool(given.decoder_input_details)
+    return Telling(
+        kind="completion",
+        prompts=[{"prompt": request.inputs, "prompt_name": "inputs"}],
+        sampling=_sampling(given, config, logprobs=details or streams, prefill=prefill),
+        explicit=list(_OURS),
+        names={"max_tokens": "max_new_tokens", "truncate_prompt_tokens": "truncate"},
+        truncate_prompt_tokens=given.truncate,
+        echo=prefill,
+        want_ids=streams or prefill,
+        stream=streams,
+        ignored=ignored,
+        details=details,
+        prefill=prefill,
+        before=request.inputs if given.return_full_text else "",
+        listed=listed,
+    )
+
+
+def _sampling(given: GenerateParameters, config: Config, *, logprobs: bool, prefill: bool) -> SamplingParams:
+    most = MAX_NEW_TOKENS if given.max_new_tokens is None else given.max_new_tokens
+    _need(1 <= most < INT_LIMIT, "max_new_tokens", f"must be from 1 to {INT_LIMIT - 1}, but is {shorten(most)}")
+    _need(given.temperature is None or given.temperature > 0, "temperature", "must be above 0; leave it out for a greedy answer")
+    _need(given.top_k is None or 0 < given.top_k < INT_LIMIT, "top_k", "must be above 0; leave it out to keep all tokens")
+    _need(given.top_p is None or 0 < given.top_p <= 1, "top_p", "must be above 0 and at most 1")
+    _need(given.repetition_penalty is None or given.repetition_penalty > 0, "repetition_penalty", "must be above 0")
+    _need(given.truncate is None or 1 <= given.truncate < INT_LIMIT, "truncate", f"must be from 1 to {INT_LIMIT - 1}")
+    _need(given.seed is None or 0 <= given.seed < 2**63, "seed", "must be from 0 to 2^63-1")
+    stop = given.stop or []
+    _need(len(stop) <= config.max_stop and all(stop), "stop", f"may hold at most {config.max_stop} texts (--max-stop), none of them empty")
+    draws = bool(given.do_sample) or given.temperature not in (None, 1.0) or given.top_k is not None or given.top_p not in (None, 1.0)
+    values: dict[str, Any] = {
+        "temperature": (1.0 if given.temperature is None else given.temperature) if draws else 0.0,
+        "top_p": given.top_p,
+        "top_k": given.top_k,
+        "repetition_penalty": given.repetition_penalty,
+        "frequency_penalty": given.frequency_penalty,
+        "seed": given.seed,
+        "max_tokens": most,
+        "stop": stop,
+        "include_stop_str_in_output": True,
+        "logprobs": 0 if logprobs else None,
+        "prompt_logprobs": 0 if prefill else None,
+    }
+    sampling = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    try:
+        return sampling.validate(max_stop=config.max_stop)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"parameters.{error.message}", param=f"parameters.{error.param}") from None
+
+
+class _Engine(msgspec.Struct):
+    dtype: str
+    device: str
+    max_model_len: int
+
+
+class _ServerInfo(msgspec.Struct):
+    model: str
+    engine: _Engine | None = None
+
+
+def tgi_routes(gateway: Gateway) -> list[Any]:
+    """TransportSpec.factory."""
+    config = gateway.config
+    surface = Surface(gateway, Sse())
+
+    async def answer(request: Request[Any, Any, Any], stream: bool | None) -> ASGIApp:
+        asked = parse_generate(await surface.body(request), config, gateway.limits, stream=stream)
+        return surface.answer(request, asked, GenerateVoice(asked))
+
+    @post(
+        "/generate",
+        summary="Continue a text (TGI)",
+        tags=["generate"],
+        status_code=200,
+        opt={BODY: GenerateRequest, VOICE: GenerateVoice},
+    )
+    async def generate(request: Request[Any, Any, Any]) -> ASGIApp:
+        return await answer(request, False)
+
+    @post(
+        "/generate_stream",
+        summary="Continue a text, as events (TGI)",
+        tags=["generate"],
+        status_code=200,
+        opt={BODY: GenerateRequest, VOICE: GenerateVoice},
+    )
+    async def generate_stream(request: Request[Any, Any, Any]) -> ASGIApp:
+        return await answer(request, True)
+
+    @post("/", summary="Either, by stream (TGI)", tags=["generate"], status_code=200, opt={BODY: RootRequest, VOICE: GenerateVoice})
+    async def root(request: Request[Any, Any, Any]) -> ASGIApp:
+        return await answer(request, None)
+
+    @get("/info", summary="Model and limits (TGI)", tags=["models"], opt={VOICE: GenerateVoice})
+    async def info() -> ASGIApp:
+        told = await gateway.query("server_info")
+        if told.status != 200:
+            raise failure_of(told)
+        server = msgspec.json.decode(told.body, type=_ServerInfo)
+        engine = server.engine
+        body = {
+            "model_id": server.model,
+            "model_dtype": engine and engine.dtype,
+            "model_device_type": engine and engine.device,
+            "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": config.max_streams,
+            "max_best_of": 1,
+            "max_stop_sequences": config.max_stop,
+            "max_input_tokens": engine and engine.max_model_len - 1,
+            "max_total_tokens": engine and engine.max_model_len,
+            "router": "penstock",
+            "version": __version__,
+        }
+        return JsonReply(msgspec.json.encode(body))
+
+    return [generate, generate_stream, root, info]
