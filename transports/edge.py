@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from penstock.core.contract.host import PluginHost
+from penstock.core.contract.host import BUILT_IN, PluginHost
 from penstock.core.processes.spawn import HTTP, control_hello, settle, socket_of
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import RootToChild
@@ -49,6 +50,7 @@ from penstock.core.protocol.pools import PoolSpec
 from penstock.core.runtime.frames import make_hello
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure
+from penstock.transports.blame import Owned
 from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
 from penstock.transports.http import make_app
 from penstock.transports.keyring import Keyring
@@ -206,7 +208,12 @@ def _dialer(door: Door, run_dir: str, hello: Hello) -> Dialer:
 def transport_factories(host: PluginHost, config: Config) -> list[Callable[..., list[Any]]]:
     """The factories of the transports that `--transports` allows. Raises ConfigError naming an unknown one."""
     host.transports()
-    return [host.pick("transports", name, "transports").factory for name in config.transports]  # type: ignore[attr-defined]
+    factories: list[Callable[..., list[Any]]] = []
+    for name in config.transports:
+        factory = host.pick("transports", name, "transports").factory  # type: ignore[attr-defined]
+        own = host.package_of("transports", name) == BUILT_IN
+        factories.append(factory if own else Owned(factory, functools.partial(host.blame, "transports", name)))
+    return factories
 
 
 class _Process:

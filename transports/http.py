@@ -25,6 +25,7 @@ from litestar.types import ASGIApp
 
 from penstock.core.protocol.errors import EngineUnavailable, FinalError, Forbidden, InvalidRequest, NotFound, PenstockError, Unauthorized
 from penstock.core.protocol.tables import INFERENCE, METRICS, Principal
+from penstock.transports.blame import refusal, said
 from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
@@ -48,7 +49,6 @@ from penstock.transports.request import (
 )
 from penstock.transports.server_routes import SCOPE, server_routes
 from penstock.transports.tracing import NO_TRACING
-from penstock.transports.voice import VOICE, Voice
 from penstock.version import __version__
 
 log = logging.getLogger("penstock.edge.http")
@@ -127,8 +127,8 @@ class Edge:
             if preflight is not None and error is None:
                 await preflight(scope, receive, send_with_headers)
             elif error is not None:
-                refuse = _refuse_of(self._paths.handler(scope["path"], inner["method"]))
-                await refuse(error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
+                handler = self._paths.handler(scope["path"], inner["method"])
+                await refusal(handler, error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
         finally:
@@ -186,9 +186,9 @@ def below(scope: Scope, root: str) -> Scope:
 
 def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     """Every exception of a route, and Litestar's own, as an error of the route's API; OpenAI's where there is none."""
-    refuse = _refuse_of(request.scope.get("route_handler"))
+    handler = request.scope.get("route_handler")
     if isinstance(error, PenstockError):
-        return refuse(error, CLOSE if error.status == 413 else ())
+        return refusal(handler, error, CLOSE if error.status == 413 else ())
     if isinstance(error, Disconnected):
         request.scope["state"][CONTEXT].status = request.scope["state"].get(REFUSED, 499)
         return NoReply()
@@ -196,19 +196,14 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         path, paths = request.scope["path"], paths_of(request.app)
         methods = paths.methods(path)
         wrong = MethodNotAllowed(f"{request.method} is not allowed here. Use {' or '.join(methods) or 'another method'}.")
-        return _refuse_of(paths.handler(path, request.method))(wrong, [(b"allow", ", ".join(methods).encode())])
+        return refusal(paths.handler(path, request.method), wrong, [(b"allow", ", ".join(methods).encode())])
     if isinstance(error, HTTPException) and error.status_code == 404:
         return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
     if isinstance(error, HTTPException) and error.status_code < 500:
-        return refuse(InvalidRequest(error.detail))
-    log.error("request %s failed", request.scope["state"][CONTEXT].rid, exc_info=error)
-    return refuse(PenstockError("The server made an error. It is logged with the request id."))
-
-
-def _refuse_of(handler: BaseRouteHandler | None) -> Callable[..., JsonReply]:
-    """How a route says its errors."""
-    voice: type[Voice] | None = None if handler is None else handler.opt.get(VOICE)
-    return error_reply if voice is None else voice.refuse
+        return refusal(handler, InvalidRequest(error.detail))
+    name = "route" if handler is None else handler.handler_name
+    log.error("request %s failed: %s", request.scope["state"][CONTEXT].rid, said(handler, name, error), exc_info=error)
+    return refusal(handler, PenstockError("The server made an error. It is logged with the request id."))
 
 
 def _with_head(allowed: bytes) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
 from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
+from penstock.transports.blame import must
 from penstock.transports.gateway import CancelCause, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.ids import public_id
@@ -62,7 +63,7 @@ class Job(abc.ABC):
     def introduce(self) -> None:
         """Tell the voice what it speaks of; before anything else is asked of it."""
         rid = public_id("", self.context.rid, self.door.pool.text)
-        self.id = self.voice.begin(Head(rid, self._created, self.model, self.door.fingerprint))
+        self.id = must(self.voice.begin(Head(rid, self._created, self.model, self.door.fingerprint)), str, "begin")
 
     def begin(self) -> None:
         """Take a place and submit every prompt. Raises the error to answer with; then nothing is left behind."""

@@ -10,6 +10,7 @@ import asyncio
 
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import Finished
+from penstock.transports.blame import must, refusal
 from penstock.transports.gateway import Batch, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.job import Job, row_error, watch
@@ -84,7 +85,7 @@ class WholeReply(Job):
         if self.context.status == 499:
             return
         if self.error is not None:
-            await self.voice.refuse(self.error)(scope, receive, send)
+            await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
             return
         await JsonReply(self._body(), headers=ignored_header(self.generation.ignored))(scope, receive, send)
 
@@ -99,6 +100,6 @@ class WholeReply(Job):
         for index, error in self.failed.items():
             choices[index].error = error
         self.introduce()
-        body = self.voice.whole([leg.prompt for leg in self._legs], choices, self.usage(), self.timings())
+        body = must(self.voice.whole([leg.prompt for leg in self._legs], choices, self.usage(), self.timings()), bytes, "whole")
         self.summarize([choice.reason for choice in choices])
         return body

@@ -16,6 +16,7 @@ import msgspec
 
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import Finished
+from penstock.transports.blame import refusal
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Batch, CancelCause, Gateway
 from penstock.transports.generation import Generation
@@ -158,7 +159,7 @@ class StreamReply(Job):
             if self.context.status == 499:
                 return
             if self.error is not None:
-                await self.voice.refuse(self.error)(scope, receive, send)
+                await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
                 return
             self._started = True
             headers = [*self._frame.headers, *ignored_header(self.generation.ignored)]

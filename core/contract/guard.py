@@ -42,7 +42,7 @@ def guarded(
     check: Callable[[Any], None] | None = None,
 ) -> Callable[..., Any]:
     """`function`, whose exceptions are raised as `blame` words them, or handed to `skip` for an answer. Penstock's own errors pass: plugins
-    raise them to speak to the user. `check` raises for a result that will not do."""
+    raise them to speak to the user. `check` raises PluginFault for a result that will not do."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,12 @@ def guarded(
                 return skip(wrong)
             raise wrong from error
         if check is not None:
-            check(result)
+            try:
+                check(result)
+            except PluginFault as wrong:
+                if skip is None:
+                    raise
+                return skip(wrong)
         return result
 
     return call
@@ -70,6 +75,13 @@ def wrong_result(family: Family, result: Any) -> str | None:
     if lacking:
         return f"returned {_a(type(result).__name__)}, which is no {family.noun}: it has no {' and no '.join(map(repr, lacking))}"
     return None
+
+
+def wrong_reason(result: Any) -> str | None:
+    """What is wrong with the answer of a `supports`, or None."""
+    if result is None or (isinstance(result, str) and result):
+        return None
+    return f"returned {result!r:.80}: it must be None (it does), or a text that says why not"
 
 
 def _a(name: str) -> str:

@@ -14,7 +14,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, TypeVar, cast
 
@@ -23,7 +23,7 @@ import pluggy
 
 from penstock.core.contract import hookspecs
 from penstock.core.contract.families import FAMILIES, Family, Role
-from penstock.core.contract.guard import fault, guarded, wrong_field, wrong_result
+from penstock.core.contract.guard import fault, guarded, wrong_field, wrong_reason, wrong_result
 from penstock.core.contract.hookspecs import (
     ActorSpec,
     AttentionSpec,
@@ -236,7 +236,12 @@ class PluginHost:
                 can_skip = field in family.without
                 blame = functools.partial(_blame, spec, family, info, field, can_skip)
                 skip = functools.partial(self._skip, info, instead=family.without[field]) if can_skip and self._skip_broken else None
-                check = functools.partial(_check_result, family, blame) if field == "factory" else None
+                checks: dict[str, Callable[[Any], str | None]] = {
+                    "factory": functools.partial(wrong_result, family),
+                    "supports": wrong_reason,
+                }
+                wrong = checks.get(field)
+                check = functools.partial(_check, wrong, blame) if wrong is not None else None
                 functions[field] = guarded(function, blame, skip, check)
         return msgspec.structs.replace(spec, **functions)
 
@@ -330,10 +335,10 @@ def _blame(spec: Spec, family: Family, info: PluginInfo, call: str, can_skip: bo
     return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
 
 
-def _check_result(family: Family, blame: Any, result: Any) -> None:
-    wrong = wrong_result(family, result)
-    if wrong is not None:
-        raise blame(wrong)
+def _check(wrong: Callable[[Any], str | None], blame: Any, result: Any) -> None:
+    what = wrong(result)
+    if what is not None:
+        raise blame(what)
 
 
 def _a(found: Any) -> str:

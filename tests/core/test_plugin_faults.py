@@ -296,6 +296,17 @@ def test_models_and_attention_backends_are_named(add: Add) -> None:
     assert engine_host(name, skip=True).attention_backends()["odd"].supports(none, "bfloat16") is not None
 
 
+@pytest.mark.parametrize("answer", [True, False, "", 3])
+def test_an_answer_of_supports_that_is_no_reason_is_named(answer: Any, add: Add) -> None:
+    spec = AttentionSpec(name="odd", api_level=1, devices=["cpu"], supports=lambda facts, dtype: answer, factory=raising)
+    name = add("register_attention_backends", lambda: [spec])
+    none: Any = None
+    said = rf"The attention backend 'odd' \(plugin 'strange'.*supports\(\) returned {answer!r}: it must be None \(it does\), or a text"
+    with pytest.raises(PluginFault, match=said):
+        engine_host(name).attention_backends()["odd"].supports(none, "bfloat16")
+    assert isinstance(engine_host(name, skip=True).attention_backends()["odd"].supports(none, "bfloat16"), str)
+
+
 def test_tokenizers_are_named(add: Add) -> None:
     def matches(path: str) -> bool:
         raise OSError(path)

@@ -888,11 +888,12 @@ def test_columns_of_a_step_are_typed(make_sim: Make) -> None:
         sim.admit([i] * 7, max_tokens=9, n=2, temperature=1.0)
     sim.run()
     wide = {"seqs", "started_seqs", "preempted_seqs", "prompt_seqs"}
+    narrow = {"reasons", "block_groups", "copy_groups", "pool_kinds"}
     for message in (*sim.forwards, *sim.samples, *sim.sent):
         for field in msgspec.structs.fields(message):
             value = getattr(message, field.name)
             if isinstance(value, np.ndarray):
-                expected = np.int64 if field.name in wide else np.uint8 if field.name == "reasons" else np.int32
+                expected = np.int64 if field.name in wide else np.uint8 if field.name in narrow else np.int32
                 assert value.dtype == expected, (type(message).__name__, field.name)
                 assert value.ndim == 1
             elif field.name in {"step", "num_decode"}:

@@ -6,9 +6,13 @@ and a busy server is 529.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import httpx
 import msgspec
 import pytest
 from edge_kit import Edge, MakeEdge, delta, events, finished, silent
@@ -17,10 +21,14 @@ from hypothesis import strategies as st
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.core.contract.hookspecs import TransportSpec, hookimpl
+from penstock.core.contract.host import PluginHost
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, PluginFault
 from penstock.core.protocol.messages import Message, Rejected, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.transports.builtin import openai_routes
+from penstock.transports.edge import transport_factories
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Batch, Gateway
 from penstock.transports.generation import Generation
@@ -348,6 +356,93 @@ def test_a_voices_mistake_is_its_requests_alone(make_edge: MakeEdge) -> None:
         edge.text.script = lambda submit: [delta({"key": submit.key, "text": "y", "reason": "stop"}), finished(submit.key)]
         assert http.post("/v1/completions", json={"prompt": "p"}).json()["choices"][0]["text"] == "y"
         assert edge.server.gateway.active == 0
+
+
+BLAME = "The transport 'wires' (plugin 'strange' of package 'strange') is broken: "
+
+
+@pytest.fixture
+def strangers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """strangers(voice) gives what an edge makes of a plugin that registers the telegraph with that voice, and of OpenAI's routes."""
+
+    def make(voice: type[Telegraph] = Telegraph, factory: Any = None) -> list[Any]:
+        module = types.ModuleType("strange")
+        spec = TransportSpec(name="wires", api_level=1, factory=factory or (lambda gateway: telegraph_routes(gateway, voice)))
+        module.register_transports = hookimpl(lambda: [spec])  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "strange", module)
+        config = build({"transports": ["wires", "openai"]})
+        return transport_factories(PluginHost("edge", extra=["strange"]).load(), config)
+
+    return make
+
+
+def broken_voice(**methods: Any) -> type[Telegraph]:
+    return type("Broken", (Telegraph,), methods)
+
+
+def fail(*_: Any) -> Any:
+    raise ZeroDivisionError("no wire")
+
+
+def served(make_edge: MakeEdge, routes: list[Any], stream: bool, **body: Any) -> httpx.Response:
+    """What a client gets, in a server that still serves others."""
+    edge = make_edge(routes=routes)
+    with edge.http() as http:
+        reply = http.post("/telegraph", json={"wire": "p", "drop_by_drop": stream, **body})
+        assert http.post("/v1/completions", json={"prompt": "p"}).status_code == 200
+        assert edge.server.gateway.active == 0
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("methods", "stream", "said"),
+    [
+        ({"whole": lambda *_: "abc"}, False, "whole() returned 'abc', which must be bytes"),
+        ({"whole": lambda *_: None}, False, "whole() returned None, which must be bytes"),
+        ({"begin": lambda *_: None}, False, "begin() returned None, which must be str"),
+        ({"begin": lambda *_: 42}, True, "begin() returned 42, which must be str"),
+        ({"whole": fail}, False, "telegraph() failed with ZeroDivisionError: no wire"),
+    ],
+)
+def test_what_a_voice_gives_wrongly_is_its_plugins_fault(
+    methods: Any, stream: bool, said: str, make_edge: MakeEdge, strangers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = served(make_edge, strangers(broken_voice(**methods)), stream)
+    assert (reply.status_code, sorted(reply.json())) == (500, ["field", "returned"])
+    assert reply.json()["returned"] == "The server made an error. It is logged with the request id."
+    assert any(BLAME + said in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("refuse", [fail, lambda *_: None])
+def test_an_error_that_a_voice_cannot_say_is_said_plainly(
+    refuse: Any, stream: bool, make_edge: MakeEdge, strangers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    routes = strangers(broken_voice(refuse=staticmethod(refuse)))
+    reply = served(make_edge, routes, stream, wire=[])
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "There is no prompt to answer.")
+    assert any(BLAME + "refuse() " in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_text_that_a_voice_cannot_say_is_said_plainly(
+    stream: bool, make_edge: MakeEdge, strangers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def play(submit: Submit) -> list[Message]:
+        return [Rejected(key=submit.key, status=429, type="rate_limit_error", code="queue_full", message="Busy.")]
+
+    edge = make_edge(routes=strangers(broken_voice(refuse=staticmethod(fail))), text=lambda t: setattr(t, "script", play))
+    with edge.http() as http:
+        reply = http.post("/telegraph", json={"wire": "p", "drop_by_drop": stream})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (429, "Busy.")
+    assert any(BLAME + "refuse() failed with ZeroDivisionError: no wire" in message for message in caplog.messages)
+
+
+def test_a_list_of_something_else_than_routes_is_its_plugins_fault(strangers: Any) -> None:
+    factory, openai = strangers(factory=lambda gateway: [42])
+    with pytest.raises(PluginFault, match=re.escape(BLAME + "factory() returned a list with 42 in it, which is no Litestar route handler")):
+        factory(None)
+    assert openai is openai_routes, "built-in ones speak for themselves"
 
 
 # ------------------------------------------------------------------ what it costs

@@ -1,0 +1,86 @@
+"""Whose mistake it is: what a surface's own code does wrong carries its plugin's name to the log, and costs its request alone.
+
+What it is: `Owned`, a transport's factory whose routes know whose they are; `must`, which checks what a voice gave; `said`, the log's sentence; `refusal`, an
+error in a route's voice, or plainly where that voice fails.
+What it does not know: plugins' hosts, which voices there are, what is said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from litestar import Router
+from litestar.handlers.base import BaseRouteHandler
+
+from penstock.core.protocol.errors import PenstockError, PluginFault
+from penstock.transports.gateway import Gateway
+from penstock.transports.request import Header, JsonReply, error_reply
+from penstock.transports.voice import VOICE, Voice
+
+log = logging.getLogger("penstock.edge.http")
+T = TypeVar("T")
+
+OWNER = "owner"
+"""The key in a handler's `opt` that holds the Blame of the plugin that brought it. Built-in ones have none."""
+
+Blame = Callable[[str, Exception | str], PluginFault]
+"""(call, what went wrong) -> the fault that names plugin and package."""
+
+
+class VoiceFault(Exception):
+    """What `call` of a voice gave will not do. `what` goes on after the call's name: "returned 3, which ..."."""
+
+    def __init__(self, call: str, what: str) -> None:
+        super().__init__(f"{call}() {what}")
+        self.call = call
+        self.what = what
+
+
+class Owned:
+    """A TransportSpec.factory of a plugin. Raises PluginFault for a list that holds something else than routes."""
+
+    def __init__(self, factory: Callable[[Gateway], list[Any]], blame: Blame) -> None:
+        self._factory = factory
+        self._blame = blame
+
+    def __call__(self, gateway: Gateway) -> list[Any]:
+        routes = self._factory(gateway)
+        for route in routes:
+            if isinstance(route, (BaseRouteHandler, Router)):
+                route.opt.setdefault(OWNER, self._blame)
+            elif not isinstance(route, type):  # a Controller, which Litestar looks into
+                raise self._blame("factory", f"returned a list with {route!r:.80} in it, which is no Litestar route handler")
+        return routes
+
+
+def must(value: object, kind: type[T], call: str) -> T:
+    """`value`, if it is of that kind. Raises VoiceFault."""
+    if not isinstance(value, kind):
+        raise VoiceFault(call, f"returned {value!r:.80}, which must be {kind.__name__}")
+    return value
+
+
+def said(handler: BaseRouteHandler | None, call: str, error: Exception) -> str:
+    """What the log says of it. `call` is the function that failed, unless the error knows better."""
+    what: Exception | str = error
+    if isinstance(error, VoiceFault):
+        call, what = error.call, error.what
+    blame: Blame | None = None if handler is None else handler.opt.get(OWNER)
+    return blame(call, what).message if blame is not None else f"{call}(): {type(error).__name__}: {error}"
+
+
+def refusal(
+    handler: BaseRouteHandler | None, error: PenstockError, headers: Iterable[Header] = (), voice: type[Voice] | Voice | None = None
+) -> JsonReply:
+    """The reply that an error is, by `voice` or that of the route; OpenAI's shape where there is neither, or where it fails."""
+    headers = list(headers)
+    speaker = handler.opt.get(VOICE) if voice is None and handler is not None else voice
+    if speaker is None:
+        return error_reply(error, headers)
+    try:
+        return must(speaker.refuse(error, headers), JsonReply, "refuse")
+    except Exception as wrong:
+        log.exception("an error could not be said in its route's voice: %s", said(handler, "refuse", wrong))
+        return error_reply(error, headers)
