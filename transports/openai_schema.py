@@ -77,8 +77,26 @@ class Tool(msgspec.Struct, frozen=True):
     type: Literal["function"] | None = "function"
 
 
+class JsonSchema(msgspec.Struct, frozen=True):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = msgspec.field(default=None, name="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, frozen=True):
     type: str
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True):
+    """vLLM's: one of them."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 LogitBias = Annotated[
@@ -124,6 +142,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -179,7 +202,7 @@ HINTS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", 
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1}
 
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
-OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs"})
+OBJECTS = frozenset({"stream_options", "response_format", "structured_outputs", "chat_template_kwargs"})
 LEAST_FIELD = 6
 
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])

@@ -114,6 +114,8 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     lookahead: int = 0
     """Its runner serves Forward.lookahead and Sample.lookahead, and drafts so many tokens behind each one that it draws. A sequence is not in two steps
     at once then. 0: one token a row and step."""
+    masks: bool = False
+    """Its runner serves Sample.mask: answers can be made to obey a grammar."""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,12 +160,12 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `.attention_backends()`, `.weight_sources()` are name -> spec, built-in ones first. None: the built-ins only."""
 
 
-def refuse_columns(work: Forward | Sample) -> None:
-    """For a runner that serves no optional column: raises UnsupportedFeature naming the one that `work` has."""
+def refuse_columns(work: Forward | Sample, *, masks: bool = False) -> None:
+    """For a runner that serves no optional column (but masks, if it says so): raises UnsupportedFeature naming the one that `work` has."""
     if isinstance(work, Forward):
         name = "write_slots" if len(work.write_slots) else "clone_src" if len(work.clone_src) else "lookahead" if work.lookahead else ""
     else:
-        name = "mask_rows" if len(work.mask_rows) else "lookahead" if work.lookahead else ""
+        name = "mask_rows" if len(work.mask_rows) and not masks else "lookahead" if work.lookahead else ""
     if name:
         raise UnsupportedFeature(f"This runner does not serve the column {type(work).__name__}.{name}.", param=name)
 

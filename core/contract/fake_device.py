@@ -78,6 +78,7 @@ class FakeDevice:
             bounded_steps=True,
             clones=options.clones,
             lookahead=options.lookahead,
+            masks=True,
         )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:

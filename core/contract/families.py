@@ -19,6 +19,7 @@ from penstock.core.contract.hookspecs import (
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
+    GrammarSpec,
     ModelSpec,
     SchedulePolicySpec,
     Spec,
@@ -120,6 +121,7 @@ FAMILIES: dict[str, Family] = {
             protocol=f"{_CONTRACT}.text:ChatRenderer",
             without={"matches": False},
         ),
+        Family("grammars", "engine", GrammarSpec, "grammar backend", protocol=f"{_CONTRACT}.grammars:Grammars", also=("text",)),
         Family("transports", "edge", TransportSpec, "transport", "--transports", returns_list=True),
         Family("actors", "engine", ActorSpec, "actor", protocol=f"{_CONTRACT}.actors:Seat", also=("text",)),
     )

@@ -29,6 +29,7 @@ from penstock.core.contract.hookspecs import (
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
+    GrammarSpec,
     ModelSpec,
     SchedulePolicySpec,
     Spec,
@@ -106,6 +107,11 @@ class PluginHost:
         self.choices: list[Choice] = []
         self._infos: dict[str, PluginInfo] = {}
         self._families: dict[str, dict[str, tuple[Spec, PluginInfo]]] = {}
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Modules that were loaded besides the entry points."""
+        return self._extra
 
     @property
     def hook(self) -> Any:
@@ -268,6 +274,11 @@ class PluginHost:
 
     def chat_renderers(self) -> Mapping[str, ChatRendererSpec]:
         return self._of("chat_renderers", ChatRendererSpec)
+
+    def grammars(self) -> GrammarSpec | None:
+        """The one that is used."""
+        specs = sorted(self._of("grammars", GrammarSpec).values(), key=lambda spec: (-spec.priority, spec.name))
+        return specs[0] if specs else None
 
     def transports(self) -> Mapping[str, TransportSpec]:
         return self._of("transports", TransportSpec)

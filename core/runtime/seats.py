@@ -66,11 +66,17 @@ class House:
         if not self._apart:
             await self.host.run(task_status)
             return
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             for apart in self._apart:
                 nursery.start_soon(apart.run, name=f"actor {apart.name}")
-            await self.host.run(task_status)
+            try:
+                await self.host.run(task_status)
+            except Exception as error:  # raised outside the nursery, which would wrap it
+                failure = error
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     def say_soon(self, giver: str, out: Any) -> None:
         """As that party, from any thread. Before `run` and after the loop's end there is nobody to tell."""

@@ -91,6 +91,11 @@ class DeviceOps(Ops, Protocol):
         """In place, on the rows whose `counted` [R] names a row of counts int32 and in_prompt bool [C, V]; settings by `slots` [R]."""
         ...
 
+    def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+        """In place: row r keeps the tokens whose bit is 1 in mask[mask_rows[r]] int32 [Q, ceil(V / 32)] (bit t % 32 of word t // 32), the others become
+        -inf; below 0: all are kept."""
+        ...
+
     def start_counts(
         self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
     ) -> None:

@@ -3,7 +3,7 @@
 What it is: settings are columns on the device, indexed by slot, so that the work per step does not grow with Python and no value is looked at; the host keeps
 only what decides which kernels to launch (is a row hot, does it count, does it have lists). Counts for penalties are a pool whose rows are only
 taken by slots that ask. The few settings that are lists are applied row by row to those rows alone. Order of a row's changes: penalties, bias,
-allowed tokens, bad words, minimum length; then temperature and filters. Log-probabilities come from the raw logits.
+allowed tokens, bad words, minimum length, the step's mask; then temperature and filters. Log-probabilities come from the raw logits.
 What it does not know: the model, blocks, which request a slot serves.
 """
 
@@ -156,11 +156,19 @@ class SlotSampler:
         return self._ops.draw(logits, self.settings, slots, positions) if hot else self._ops.greedy(logits)
 
     def sample(
-        self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, landing: Landing
+        self,
+        logits: Tensor,
+        slots: Column,
+        positions: Column,
+        at: Tensor,
+        where: Tensor,
+        landing: Landing,
+        mask: tuple[Column, Column] | None = None,
     ) -> tuple[Tensor, Wanted | None]:
-        """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device -> (tokens [R], log-probabilities)."""
+        """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device; `mask` is Sample's mask and mask_rows -> (tokens [R],
+        log-probabilities)."""
         flags = self._flags[slots]
-        if not flags.any():
+        if mask is None and not flags.any():
             return self._ops.greedy(logits), None
         rows: I32 = np.flatnonzero(flags & LOGPROBS).astype(np.int32)
         raw = None
@@ -169,6 +177,9 @@ class SlotSampler:
         counted = None
         if (flags & ADJUSTED).any():
             counted = self._adjust(logits, slots, positions, at, flags)
+        if mask is not None:
+            words, mask_rows = self._upload.send(*mask)
+            self._ops.mask(logits, words.view(-1, -(-self._vocab // 32)), mask_rows)
         tokens = self.draw(logits, at, where, bool((flags & HOT).any()))
         if counted is not None:
             self._ops.count(self._counts, counted, tokens)

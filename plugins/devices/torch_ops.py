@@ -146,6 +146,13 @@ class TorchOps:
         s = settings
         logits[rows] = sampling.penalise(logits[rows], counts[at], in_prompt[at], s.repetition[slot], s.frequency[slot], s.presence[slot])
 
+    def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+        """See DeviceOps."""
+        words = mask.index_select(0, mask_rows.clamp_min(0).long())
+        bits = torch.arange(32, dtype=torch.int32, device=mask.device)
+        kept = ((words.unsqueeze(2) >> bits) & 1).view(len(words), -1)[:, : logits.shape[1]].bool()
+        logits.masked_fill_(~(kept | (mask_rows < 0).unsqueeze(1)), -torch.inf)
+
     def start_counts(
         self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
     ) -> None:

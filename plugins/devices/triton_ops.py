@@ -176,6 +176,10 @@ class TritonOps:
         s = settings
         sampling.penalise_(logits, counted, counts, in_prompt, s.repetition, s.frequency, s.presence, slots=slots)
 
+    def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+        """See DeviceOps."""
+        sampling.mask_(logits, mask, mask_rows)
+
     def start_counts(
         self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor
     ) -> None:
