@@ -8,6 +8,7 @@ What it does not know: actors, loops (`deliver` is whatever thread-safe callback
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -68,17 +69,15 @@ class TooSlow(Exception):
 
 
 class Child:
-    """One process. `ask` raises TooSlow, or EOFError where the process has ended."""
+    """One process. `start` comes first; it and `ask` raise TooSlow, or EOFError where the process has ended. `kill` may come from another thread."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self) -> None:
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "penstock.core.processes.grammar_child"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-        try:
-            self._ask(setup, START_S)
-        except BaseException:
-            self.kill()
-            raise
+
+    def start(self, setup: Setup) -> None:
+        self._ask(setup, START_S)
 
     def ask(self, job: Job, limit_s: float) -> Done:
         return self._ask(job, limit_s)
@@ -112,7 +111,15 @@ class Child:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.communicate()
+
+    def bury(self) -> None:
+        """Kill it, and forget it."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 class GrammarWorker:
@@ -167,7 +174,7 @@ class GrammarWorker:
             self._deliver(_checked(check, done))
         child = self._children[lane]
         if child is not None:
-            child.kill()
+            child.bury()
 
     def _compile(self, lane: int, grammar: Grammar, limit_s: float) -> Done:
         key = grammar.kind, grammar.source
@@ -198,7 +205,10 @@ class GrammarWorker:
         child = self._children[lane]
         try:
             if child is None:
-                child = self._children[lane] = Child(self._setup)
+                child = self._children[lane] = Child()
+                if self._closed:
+                    raise EOFError
+                child.start(self._setup)
             return child.ask(job, limit_s), True
         except TooSlow:
             done, certain = Done(error=f"It takes more than {limit_s:g} seconds to work out."), True
@@ -208,7 +218,7 @@ class GrammarWorker:
             log.warning("a grammar's process is given up: %s", done.error)
         self._children[lane] = None
         if child is not None:
-            child.kill()
+            child.bury()
         return done, certain
 
 

@@ -144,7 +144,11 @@ def _grammar(kind: str, source: str) -> str:
         check_schema(schema)
         if schema is False:
             raise InvalidRequest("Nothing can satisfy it.")
-        made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides={"whitespace_pattern": WHITE})
+        options: Any = {"whitespace_pattern": WHITE}
+        try:
+            made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=options)
+        except ValueError as error:  # a number beyond 64 bits, say
+            raise InvalidRequest(f"The schema cannot be used: {error}."[:300]) from None
         return made
     if kind == "regex":
         return str(llguidance.LLMatcher.grammar_from_regex(_whole(source)))
@@ -153,7 +157,12 @@ def _grammar(kind: str, source: str) -> str:
         return str(llguidance.LLMatcher.grammar_from_regex("|".join(_META.sub(r"\\\1", choice) for choice in choices)))
     if (found := _DIRECTIVE.search(source)) is not None:
         raise UnsupportedFeature(f"The grammar's directive {found[0].strip()!r} is not supported.")
-    return str(llguidance.LLMatcher.grammar_from_lark(gbnf_to_lark(source) if "::=" in source else source))
+    if "::=" in source:
+        try:
+            source = gbnf_to_lark(source)
+        except Exception as error:  # its own are no more than Exception
+            raise InvalidRequest(f"The grammar is no GBNF: {error}."[:300]) from None
+    return str(llguidance.LLMatcher.grammar_from_lark(source))
 
 
 def _whole(source: str) -> str:
