@@ -26,7 +26,6 @@ NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 CHOSEN = {
     "models": "config.json's `architectures`",
     "tokenizers": "`matches(folder)`",
-    "grammars": "the highest priority",
     "chat_renderers": "`matches(folder)`",
     "actors": "all are used",
     "commands": "always there",

@@ -121,7 +121,15 @@ FAMILIES: dict[str, Family] = {
             protocol=f"{_CONTRACT}.text:ChatRenderer",
             without={"matches": False},
         ),
-        Family("grammars", "engine", GrammarSpec, "grammar backend", protocol=f"{_CONTRACT}.grammars:Grammars", also=("text",)),
+        Family(
+            "grammars",
+            "engine",
+            GrammarSpec,
+            "grammar backend",
+            "--grammar-backend",
+            protocol=f"{_CONTRACT}.grammars:Grammars",
+            also=("text",),
+        ),
         Family("transports", "edge", TransportSpec, "transport", "--transports", returns_list=True),
         Family("actors", "engine", ActorSpec, "actor", protocol=f"{_CONTRACT}.actors:Seat", also=("text",)),
     )

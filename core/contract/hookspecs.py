@@ -153,7 +153,7 @@ class GrammarSpec(Spec, frozen=True, kw_only=True):
     """`factory(tokens, special)`, when the first request needs it: `tokens` are the bytes of every id of the model's vocabulary (b"": no token), `special`
     the ids that are no text. Gives a Grammars. Runs on a thread of its own."""
     priority: int = 0
-    """The highest is used; of equal ones the first by name."""
+    """Without `--grammar-backend` the highest is used; of equal ones the first by name."""
 
 
 class TransportSpec(Spec, frozen=True, kw_only=True):

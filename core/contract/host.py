@@ -49,6 +49,7 @@ SKIP = "start with --skip-broken-plugins"
 BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "device": ("engine", ("auto", "cpu", "cuda")),
     "attention_backend": ("engine", ("native", "torch", "triton")),
+    "grammar_backend": ("text", ("llguidance",)),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
     "transports": ("edge", ("openai",)),
 }
@@ -275,9 +276,11 @@ class PluginHost:
     def chat_renderers(self) -> Mapping[str, ChatRendererSpec]:
         return self._of("chat_renderers", ChatRendererSpec)
 
-    def grammars(self) -> GrammarSpec | None:
-        """The one that is used."""
+    def grammars(self, wanted: str | None = None) -> GrammarSpec | None:
+        """`--grammar-backend`: by name, or that of the highest priority."""
         specs = sorted(self._of("grammars", GrammarSpec).values(), key=lambda spec: (-spec.priority, spec.name))
+        if wanted is not None:
+            return cast(GrammarSpec, self.pick("grammars", wanted, "grammar-backend"))
         return specs[0] if specs else None
 
     def transports(self) -> Mapping[str, TransportSpec]:

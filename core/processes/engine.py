@@ -209,7 +209,11 @@ class Engine:
 
     def _grammars(self, device: DeviceCapabilities) -> GrammarSpec | None:
         """Who makes masks, if the device takes them."""
-        return self._plugins.grammars() if self._plugins is not None and device.masks and not device.lookahead else None
+        return (
+            self._plugins.grammars(self.config.grammar_backend)
+            if self._plugins is not None and device.masks and not device.lookahead
+            else None
+        )
 
     def _ports(self, grammars: bool) -> tuple[Port, ...]:
         more: set[type[Message]] = {Vocabulary} if grammars else set()

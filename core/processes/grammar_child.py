@@ -82,7 +82,7 @@ class Checker:
 
 def load(setup: Setup) -> Checker:
     plugins = PluginHost("text", extra=setup.extra).load()
-    spec = plugins.grammars()
+    spec = plugins.grammars(setup.backend)
     assert spec is not None
     tokens: list[bytes] = []
     at = 0

@@ -40,12 +40,13 @@ LENGTH = struct.Struct("<I")
 
 
 class Setup(msgspec.Struct):
-    """What a child is told first. `counts` as in Vocabulary."""
+    """What a child is told first. `counts` as in Vocabulary; `backend` as in the configuration."""
 
     extra: list[str]
     data: bytes
     counts: list[int]
     special: list[int]
+    backend: str | None = None
 
 
 class Job(msgspec.Struct):
@@ -132,12 +133,13 @@ class GrammarWorker:
         deliver: Callable[[GrammarChecked], None],
         *,
         extra: Sequence[str] = (),
+        backend: str | None = None,
         compile_s: float = COMPILE_S,
         verify_s: float = VERIFY_S,
     ) -> None:
         self._tokenizer = tokenizer
         self._deliver = deliver
-        self._setup = Setup(list(extra), vocabulary.data, vocabulary.counts.tolist(), vocabulary.special.tolist())
+        self._setup = Setup(list(extra), vocabulary.data, vocabulary.counts.tolist(), vocabulary.special.tolist(), backend)
         self._kept: OrderedDict[tuple[str, str], Done] = OrderedDict()
         self._kept_bytes = 0
         self._closed = False

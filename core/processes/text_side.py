@@ -115,7 +115,7 @@ class TextSide:
         self.tokenizer: Tokenizer = tokenizer
         self.renderer: ChatRenderer = renderer
         self.traces = traces
-        grammars = plugins.grammars()
+        grammars = plugins.grammars(config.grammar_backend)
         self.actor = TextActor(
             config,
             tokenizer,
@@ -131,7 +131,7 @@ class TextSide:
             grammars="" if grammars is None else grammars.name,
         )
         self._grammars: GrammarWorker | None = None
-        self._extra = plugins.extra
+        self._extra, self._backend = plugins.extra, config.grammar_backend
         stats = log is not None and config.log_stats
         self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
         self._worker = TokenizerWorker(tokenizer, renderer, lambda encoded: self.host.post_soon(encoded), clock=self._clock)
@@ -178,7 +178,9 @@ class TextSide:
         assert isinstance(message, CheckGrammar)
         if self._grammars is None:  # the first one
             vocabulary = self.actor.vocabulary()
-            self._grammars = GrammarWorker(self.tokenizer, vocabulary, lambda checked: self.host.post_soon(checked), extra=self._extra)
+            self._grammars = GrammarWorker(
+                self.tokenizer, vocabulary, lambda checked: self.host.post_soon(checked), extra=self._extra, backend=self._backend
+            )
         self._grammars.submit(message)
 
     def post(self, messages: Iterable[Message]) -> None:

@@ -155,6 +155,9 @@ def test_the_grammar_backend_of_the_page_makes_masks(write: Write) -> None:
     spec = PluginHost("engine", extra=write("my_grammar")).load().grammars()
     assert spec is not None
     assert (spec.name, spec.kinds) == ("choices", ["choice"])
+    other = PluginHost("text", extra=["my_grammar"]).load().grammars("llguidance")
+    assert other is not None
+    assert other.name == "llguidance"
     grammars = spec.factory([b"a", b"b", b"ab", b"", b"<end>"], [4])
     with pytest.raises(InvalidRequest, match="too long"):
         grammars.compile("choice", "x" * 1001)
