@@ -48,7 +48,8 @@ class Checker:
                 raise UnsupportedFeature(f"The grammar backend has no grammars of the kind {job.kind!r}.")
             if job.kind == "json":
                 self._validator(job.source)
-            return Done(compiled=self._grammars.compile(job.kind, job.source))
+            compiled = self._grammars.compile(job.kind, job.source)
+            return Done(compiled=compiled, error="" if compiled else "The grammar backend made nothing of it.")
         except PenstockError as error:
             return Done(error=error.message, unsupported=isinstance(error, UnsupportedFeature))
         except MemoryError:

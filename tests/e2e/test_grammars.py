@@ -76,6 +76,7 @@ def test_other_kinds(server: Any, fields: dict[str, Any], pattern: str) -> None:
         ({"guided_regex": "("}, "guided_regex", "invalid_value"),
         ({"guided_grammar": "nonsense"}, "guided_grammar", "invalid_value"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "invalid_value"),
+        ({"guided_choice": ["yes", "no"], "allowed_token_ids": [5]}, None, "invalid_value"),
         ({"response_format": FORMAT, "stop": ['"age"']}, None, "invalid_value"),
     ],
 )
@@ -88,3 +89,20 @@ def test_completions(server: Any) -> None:
     reply = server.client.post("/v1/completions", json={"prompt": ["Say yes:", "Say no:"], "guided_choice": ["yes", "no"], "n": 2})
     assert {choice["text"] for choice in reply.json()["choices"]} <= {"yes", "no"}
     assert {choice["finish_reason"] for choice in reply.json()["choices"]} == {"stop"}
+
+
+def test_an_answer_obeys_over_an_engines_death(server: Any) -> None:
+    """The engine is killed in the middle of a stream: the next one's matcher walks what was received, and goes on."""
+    asked = {"messages": ASK, "max_tokens": 1500, "guided_regex": "([a-z]{3}-){150}end", "temperature": 1.0, "seed": 3, "stream": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=asked) as reply:
+        chunks = []
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                chunks.append(json.loads(line[6:]))
+                if len(chunks) == 20:
+                    server.children()["engine"][0].kill()
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert re.fullmatch("([a-z]{3}-){150}end", text)
+    assert server.metric("penstock_replays_total") >= 1
+    assert choices(server, guided_choice=["yes", "no"])[0][0] in ("yes", "no")

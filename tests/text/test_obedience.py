@@ -8,6 +8,7 @@ import pytest
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import (
+    FAILED,
     RUNNING,
     STOP,
     Admit,
@@ -19,6 +20,7 @@ from penstock.core.protocol.messages import (
     seq_of,
 )
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.wording import NOTHING_ALLOWED
 
 WORD = Grammar(kind="regex", source="[a-z]+", field="guided_regex")
 
@@ -129,6 +131,15 @@ def test_a_stop_string_ends_a_part_and_that_is_the_clients_own(bench: Any) -> No
     bench.send(GrammarChecked(job=check.job, error="It ended too early."))
     got = bench.received[1, 0]
     assert (got.text, got.reason, got.extras[-1].error_code) == ("wa", "error", "invalid_value")
+
+
+@pytest.mark.parametrize(("settings", "code"), [({"allowed_token_ids": [70, 71]}, "invalid_value"), ({}, "engine_failure")])
+def test_settings_that_leave_nothing_of_the_grammar_are_the_clients_own(bench: Any, settings: dict[str, Any], code: str) -> None:
+    bench.submit(1, grammar=WORD, sampling=SamplingParams(**settings))
+    compiled(bench)
+    bench.rows([(seq_of(1, 0), 0, 0, -1, FAILED)], errors=[NOTHING_ALLOWED])
+    got = bench.received[1, 0]
+    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", NOTHING_ALLOWED, code)
 
 
 def test_length_and_errors_need_no_verifying(bench: Any) -> None:

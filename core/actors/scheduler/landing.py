@@ -26,10 +26,10 @@ from penstock.core.protocol.messages import (
     StepDone,
     StepTokens,
 )
+from penstock.core.protocol.wording import NOTHING_ALLOWED
 from penstock.core.runtime.actor import Out
 
 NOT_A_NUMBER = "The model's output for this sequence is not a number."
-NOTHING_ALLOWED = "There is no token that the request's grammar and its other settings both allow here."
 
 
 class Landing:

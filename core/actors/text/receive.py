@@ -17,11 +17,13 @@ from penstock.core.actors.text.deltas import EdgeBatch, LogprobReader
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder, TokenTable, WindowDecoder
 from penstock.core.actors.text.ledger import GENERAL, QUIET, Choice, Held, Ledger, Request, fast_mode
 from penstock.core.actors.text.offsets import prompt_offsets
-from penstock.core.actors.text.resolve import nothing_left, nothing_to_draw
+from penstock.core.actors.text.resolve import narrows, nothing_left, nothing_to_draw
 from penstock.core.actors.text.stops import StopMatcher, StopSet
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
+from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs, Vocabulary
+from penstock.core.protocol.wording import NOTHING_ALLOWED
 from penstock.core.runtime.actor import To
 from penstock.core.telemetry.metrics import Metrics
 from penstock.core.telemetry.series import Series
@@ -269,6 +271,8 @@ class Receiver:
         if blamed:
             error = nothing_to_draw(blamed, len(choice.outputs))
             return error.message, error.code
+        if self._errors.get(row) == NOTHING_ALLOWED and narrows(request.params):
+            return NOTHING_ALLOWED, InvalidRequest.default_code
         return self._errors.get(row, "The engine failed while this request ran."), "engine_failure"
 
     def _rest(self, choice: Choice, end: int, *, flush_stops: bool = True) -> str:
