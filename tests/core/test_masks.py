@@ -168,7 +168,7 @@ def admit(key: int, grammar: bytes = b"", *, n: int = 1, max_tokens: int = 30, *
 
 
 def run(admits: list[Admit], *, host: bool = True, abort: int = 0, options: dict[str, Any] | None = None, **config: Any) -> dict[int, Any]:
-    """seq -> (tokens, reason)."""
+    """seq -> (tokens, reason); -1 -> errors, -2 -> how often a sequence was preempted."""
     tokens: dict[int, list[int]] = {}
     reasons: dict[int, int] = {}
     errors: list[str] = []
@@ -201,13 +201,14 @@ def run(admits: list[Admit], *, host: bool = True, abort: int = 0, options: dict
                         await trio.sleep(0.001)
                 assert engine._scheduler is not None
                 left.append(engine._scheduler.leftovers())
+                left.append(engine._scheduler._board.preemptions)
                 nursery.cancel_scope.cancel()
         finally:
             engine.close()
 
     trio.run(main)
     assert not {"obeying", "live"} & left[0].keys()
-    return {seq: (tokens.get(seq, []), reason) for seq, reason in reasons.items()} | {-1: errors}
+    return {seq: (tokens.get(seq, []), reason) for seq, reason in reasons.items()} | {-1: errors, -2: left[1]}
 
 
 @pytest.mark.parametrize("wiring", ["cell", "tasks"])
@@ -232,6 +233,7 @@ def test_limits_preemption_and_aborts() -> None:
     admits = [admit(key, b"[50,90,%d]" % (20 + key), max_tokens=26) for key in range(1, 9)]
     plenty = run(admits)
     tight = run(admits, options={"num_blocks": 18}, abort=4)
+    assert (plenty[-2], tight[-2] > 0) == (0, True)
     for a in admits:
         tokens, reason = plenty[seq_of(a.key, 0)]
         assert reason == (STOP if a.key < 6 else LENGTH)
