@@ -82,8 +82,10 @@ def foreign() -> list[str]:
 
 def actor_table() -> list[tuple[str, str, list[str], list[str]]]:
     """Name, process and default host, takes, gives. The gateway is an asyncio object: its row comes from the links' unions."""
-    from penstock.core.actors import executor, kv, sampler, scheduler, text
+    from penstock.core.actors import executor, kv, masks, sampler, scheduler, text
     from penstock.core.processes.supervisor import Supervisor
+    from penstock.core.runtime.clock import FakeClock
+    from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
     def names(kinds: Iterable[type]) -> list[str]:
         return sorted(kind.__name__ for kind in kinds)
@@ -98,9 +100,17 @@ def actor_table() -> list[tuple[str, str, list[str], list[str]]]:
         ),
         ("text (`core/actors/text/`)", "text, task", names(text.TextActor.takes), names(text.TextActor.gives)),
     ]
-    for kind in (scheduler.Scheduler, kv.KvManager, executor.Executor, sampler.Sampler):
-        module = kind.__module__.rsplit(".", 1)[1]
-        rows.append((f"{module} (`core/actors/{module}.py`)", "engine, cell", names(kind.takes), names(kind.gives)))
+    settings = scheduler.SchedulerSettings(
+        engine=0, epoch=1, max_num_seqs=1, max_num_batched_tokens=1, max_model_len=1, block_size=1, num_blocks=1, grammars=True
+    )
+    cell = (
+        scheduler.Scheduler(settings, FirstComeFirstServed(), FakeClock()),
+        *(kv.KvManager, executor.Executor, sampler.Sampler(engine=0, epoch=1, masks=True), masks.Masks),
+    )
+    for party in cell:
+        module = (party if isinstance(party, type) else type(party)).__module__.rsplit(".", 1)[1]
+        where = "engine, thread" if party is masks.Masks else "engine, cell"
+        rows.append((f"{module} (`core/actors/{module}.py`)", where, names(party.takes), names(party.gives)))
     return rows
 
 

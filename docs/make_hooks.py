@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from penstock.core.contract import actors, devices, hookspecs, policy
+from penstock.core.contract import actors, devices, grammars, hookspecs, policy
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors, messages, sampling
@@ -99,8 +99,17 @@ def objects() -> dict[str, tuple[Any, ...]]:
         "schedule_policies": (policy.SchedulePolicy, policy.Waiting, policy.Running),
         "tokenizers": (text_api.Tokenizer,),
         "chat_renderers": (text_api.ChatRenderer, text_api.TemplatedRenderer),
+        "grammars": (grammars.Grammars, grammars.Matcher),
         "transports": (
-            *((gateway.Gateway, GATEWAY), gateway.Sink, gateway.Batch, messages.Submit, messages.TextDelta, messages.RowExtra),
+            *(
+                (gateway.Gateway, GATEWAY),
+                gateway.Sink,
+                gateway.Batch,
+                messages.Submit,
+                messages.Grammar,
+                messages.TextDelta,
+                messages.RowExtra,
+            ),
             *(messages.TokenLogprobs, messages.Finished, messages.Limits, messages.Query, messages.Answer),
             *(
                 (request.RequestContext, ()),

@@ -17,10 +17,13 @@ from typing import Any, get_args
 import msgspec
 from make_http_apis import apis
 
-from penstock.core.actors.text import admission, bounds, health, lane
+from penstock.core.actors.text import admission, bounds, health, lane, obedience
 from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
+from penstock.core.processes import grammars as compiling
 from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
+from penstock.plugins.grammars import bounds as bounded
+from penstock.plugins.grammars import keywords
 from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
 from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply
@@ -143,7 +146,7 @@ def asked(kind: type[msgspec.Struct], *, without: Sequence[str] = (), only: Sequ
     out = ["| field | type | what it does | values | default | spelling |", "|---|---|---|---|---|---|"]
     for field in msgspec.structs.fields(kind):
         if field.name not in without and (not only or field.name in only):
-            says = about(kind.__name__, field.name)
+            says = about(kind.__name__, field.encode_name)
             default = "required" if field.required else says.default
             cells = f"`{field.encode_name}`", json_type(hints[field.name]), says.does, says.allowed, default, says.of
             out.append(f"| {' | '.join(map(flags, cells))} |")
@@ -322,6 +325,31 @@ def times() -> list[str]:
     return ["| what | time | then |", "|---|---|---|", *(f"| {what} | {flags(time)} | {then} |" for what, time, then in rows), ""]
 
 
+def grammars() -> list[str]:
+    words = sorted(keywords.PLAIN | keywords.ONE | keywords.MANY | keywords.NAMED)
+    return [
+        "## Grammars",
+        "",
+        "One of response_format, structured_outputs and guided_* may say what every answer of a request obeys (with n, streams, log-probabilities, stop"
+        " strings too): tokens that would break it are never drawn, and the answer can end only where it is whole. `min_tokens` gives way where a grammar"
+        " allows nothing but the end; with `ignore_eos` it is a 400. Before finish_reason `stop` is told the answer is verified (JSON by a second"
+        " implementation of JSON schema, formats included); if it does not obey, it ends as an error, never silently. One that a stop string cuts"
+        " short is such an error, too, and one that max_tokens cuts ends with `length`: it may be a part.",
+        "",
+        f"JSON schemas may hold {', '.join(f'`{word}`' for word in words)}, and what only describes:"
+        f" {', '.join(f'`{word}`' for word in sorted(keywords.NOTES))}. Of `format`: {', '.join(f'`{word}`' for word in sorted(keywords.FORMATS))}."
+        " `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword or format is a 400"
+        " `unsupported_feature` that names it: nothing is ignored. Where a schema leaves them open, numbers have at most"
+        f" {bounded.LONGEST_NUMBER} characters and no exponent, strings {bounded.LONGEST_STRING} bytes, and white space between two parts 40"
+        " characters, as far as tokens allow.",
+        "",
+        "Regular expressions are Rust's, for the whole answer; they have no look-around. Grammars are GBNF (rules with `::=`) or Lark without"
+        f" directives but `%ignore`, `%regex` and `%import`. A source has at most {obedience.MOST_CHARS} characters. It is compiled in a process of its"
+        f" own: what takes more than {compiling.COMPILE_S:g} s or 1 GiB is a 400.",
+        "",
+    ]
+
+
 EVENTS = """```
 data: {"id":"chatcmpl-7f…","object":"chat.completion.chunk",…,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}
 
@@ -394,6 +422,7 @@ def page() -> str:
     ]
     for kind in parts:
         out += [f"### {kind.__name__}", "", *asked(kind)]
+    out += grammars()
     out += [
         "Further fields of a message reach the chat template as they are. One of these in another spelling (`toolCalls`) is refused.",
         "",

@@ -37,7 +37,12 @@ FIELDS: dict[str, Field] = {
         "A text, or texts: the answer ends before the first that is completed. Each has 1 to 4096 characters.",
         allowed="at most --max-stop texts",
     ),
-    "response_format": Field("`text` is what there is; others are `unsupported_feature`."),
+    "response_format": Field("`text`, `json_object`, or `json_schema` with a schema that the answer obeys. See [Grammars](#grammars)."),
+    "structured_outputs": Field("What the answer obeys. See [Grammars](#grammars).", VLLM),
+    "guided_json": Field("As structured_outputs.json.", VLLM),
+    "guided_regex": Field("As structured_outputs.regex.", VLLM),
+    "guided_choice": Field("As structured_outputs.choice.", VLLM),
+    "guided_grammar": Field("As structured_outputs.grammar.", VLLM),
     "user": Field("A hint without effect."),
     "top_k": Field("Keep so many of the most likely tokens; 0 and -1 keep all.", VLLM, "-1 to 2^31-1", _MODELS + "0"),
     "min_p": Field("Keep tokens at least so likely, relative to the most likely one.", VLLM, "0 to 1", _MODELS + "0"),
@@ -142,7 +147,23 @@ OWN: dict[str, dict[str, Field]] = {
             default="false",
         ),
     },
-    "ResponseFormat": {"type": Field("`text`.")},
+    "ResponseFormat": {
+        "type": Field("`text`, `json_object` or `json_schema`."),
+        "json_schema": Field("With the type json_schema."),
+    },
+    "JsonSchema": {
+        "name": Field("No effect."),
+        "description": Field("No effect."),
+        "schema": Field("The JSON schema."),
+        "strict": Field("No effect: the schema is always obeyed.", default="true"),
+    },
+    "StructuredOutputs": {
+        "json": Field("A JSON schema, or one as text.", VLLM),
+        "regex": Field("A regular expression for the whole answer (Rust's syntax).", VLLM),
+        "choice": Field("Texts, one of which is the answer.", VLLM),
+        "grammar": Field("A grammar for the whole answer: GBNF (rules with `::=`) or Lark.", VLLM),
+        "json_object": Field("Any JSON object.", VLLM, default="false"),
+    },
     "ChatMessage": {
         "role": Field("Who speaks. A template that does not know developer gets system; function, tool."),
         "content": Field(

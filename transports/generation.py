@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from penstock.core.protocol.messages import Grammar
 from penstock.core.protocol.sampling import SamplingParams
 
 
@@ -38,6 +39,8 @@ class Generation(msgspec.Struct, kw_only=True):
     """The answer begins with the prompt."""
     want_ids: bool = False
     """The reply shows token ids: the prompt's come with the first row, and a whole reply's choices keep theirs."""
+    grammar: Grammar | None = None
+    """What every answer must obey."""
     stream: bool = False
     request_id: str | None = None
     """The client's own id for it, if it came in the body; a header goes before it."""

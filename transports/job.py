@@ -101,6 +101,7 @@ class Job(abc.ABC):
             echo=generation.echo,
             want_ids=generation.want_ids,
             stream=generation.stream,
+            grammar=generation.grammar,
             tenant=context.tenant,
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,

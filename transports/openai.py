@@ -21,6 +21,7 @@ from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.generation import Generation
+from penstock.transports.grammars import grammar_of
 from penstock.transports.openai_schema import (
     ChatMessage,
     ChatRequest,
@@ -127,8 +128,6 @@ def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
 
 def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: list[str], config: Config) -> dict[str, Any]:
     """Checks that both requests share; Call's fields that they share."""
-    if request.response_format is not None:
-        refused.check_format(raw["response_format"])
     if request.spaces_between_special_tokens is False:
         raise UnsupportedFeature(
             "spaces_between_special_tokens false is not supported. Leave it out.", param="spaces_between_special_tokens"
@@ -162,6 +161,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "obfuscate": bool(options and options.include_obfuscation),
         "prompt_logprobs": request.prompt_logprobs is not None,
         "tokens_as_ids": bool(request.return_tokens_as_token_ids),
+        "grammar": grammar_of(request, raw),
     }
 
 

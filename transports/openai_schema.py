@@ -77,8 +77,26 @@ class Tool(msgspec.Struct, frozen=True):
     type: Literal["function"] | None = "function"
 
 
+class JsonSchema(msgspec.Struct, frozen=True):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = msgspec.field(default=None, name="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, frozen=True):
     type: str
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True):
+    """vLLM's: one of them."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 LogitBias = Annotated[
@@ -127,6 +145,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     # SGLang's
     rid: str | None = None
     no_stop_trim: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -192,7 +215,7 @@ HINTS: dict[str, str] = {
 PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1, "system": 1, "inputs": 1}
 
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
-OBJECTS = frozenset({"stream_options", "response_format", "chat_template_kwargs", "parameters"})
+OBJECTS = frozenset({"stream_options", "response_format", "structured_outputs", "chat_template_kwargs", "parameters"})
 LEAST_FIELD = 6
 
 MOST_NAMED = 8

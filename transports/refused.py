@@ -105,9 +105,7 @@ PROMPT: dict[str, Refused] = {
 
 ANSWER: dict[str, Refused] = {
     # An answer that must obey something
-    **_all(
-        _EMPTY, "structured_outputs structured guided_json guided_regex guided_choice guided_grammar guided_json_object guided_decoding"
-    ),
+    **_all(_EMPTY, "structured guided_json_object guided_decoding"),
     **_all(_EMPTY, "guided_decoding_backend guided_decoding_params guided_whitespace_pattern structural_tag json_schema regex ebnf choice"),
     **_all(
         _EMPTY, "grammar grammar_string grammar_triggers lark_grammar regex_pattern format output_format output_config schema json_object"
@@ -285,8 +283,9 @@ def check_message(message: object, where: str) -> None:
             raise refusal(f"{where}.{name}", entry)
 
 
-def check_format(raw: msgspec.Raw) -> None:
-    """`response_format`, an object with a type: only text, and nothing beside it. Raises UnsupportedFeature, or InvalidRequest."""
+def check_format(raw: msgspec.Raw, known: str, beside: frozenset[str]) -> None:
+    """`response_format`, an object with a type: only the `known` one, and nothing but fields of the names `beside` with it. Raises UnsupportedFeature,
+    or InvalidRequest."""
     given = _read(raw)
     if given is None:
         return
@@ -295,9 +294,9 @@ def check_format(raw: msgspec.Raw) -> None:
             "response_format holds what cannot be read: a number out of range, or text that is not UTF-8.", param="response_format"
         )
     kind = given.pop("type")
-    more = next((name for name, value in given.items() if not _neutral(_EMPTY, value)), None)
-    if kind != "text" or more is not None:
-        what = f"type {kind[:80]!r}" if kind != "text" else f"type 'text' with {more[:80]!r}"  # type: ignore[index]
+    more = next((name for name, value in given.items() if name not in beside and not _neutral(_EMPTY, value)), None)
+    if kind != known or more is not None:
+        what = f"type {kind[:80]!r}" if kind != known else f"type {known!r} with {more[:80]!r}"  # type: ignore[index]
         raise UnsupportedFeature(
-            f"response_format of {what} is not supported yet. Leave it out, or use {{'type': 'text'}}.", param="response_format"
+            f"response_format of {what} is not supported. Its types here are text, json_object and json_schema.", param="response_format"
         )

@@ -36,7 +36,8 @@ Word = Literal["works", "in part", "no effect", "refused"]
 
 IN_PART: dict[str, str] = {
     "chat_template": "With --trust-request-chat-template; else refused.",
-    "response_format": "`text`; other types are refused.",
+    "response_format": "`text`, `json_object` and `json_schema`; other types are refused.",
+    "structured_outputs": "`json`, `json_object`, `regex`, `choice` and `grammar`; the others are refused.",
     "tools": "Beside tool_choice `none`, and without effect; else refused.",
     "tool_choice": "`none`; others are refused.",
     "spaces_between_special_tokens": "true; false is refused.",

@@ -25,8 +25,8 @@ class Actor(Protocol):
     partners builds them from its settings."""
 
     name: str
-    """Unique in its process. Taken are "scheduler", "kv", "executor", "sampler", "device", "text", "root" in an engine, and "text", "edges", "engines",
-    "root", "tokenizer", "clock" in text."""
+    """Unique in its process. Taken are "scheduler", "kv", "executor", "sampler", "masks", "device", "text", "root" in an engine, and "text", "edges", "engines",
+    "root", "tokenizer", "grammars", "clock" in text."""
     takes: frozenset[type[Message]]
     """Types that may be given to `handle`. Each must have a giver in this process. Extensions are not listed here: `Seat.takes_kinds`."""
     gives: frozenset[type[Message]]

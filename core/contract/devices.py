@@ -126,6 +126,8 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of embeddings that it holds for Forward.embed_*. 0: it serves none."""
     pool_kinds: tuple[int, ...] = ()
     """Kinds of Sample.pool_kinds that its runner serves."""
+    masks: bool = False
+    """Its runner serves Sample.mask: answers can be made to obey a grammar."""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,11 +176,11 @@ _FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "
 _SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
 
 
-def refuse_columns(work: Forward | Sample) -> None:
-    """For a runner that serves no optional column: raises UnsupportedFeature naming the one that `work` has."""
+def refuse_columns(work: Forward | Sample, *, masks: bool = False) -> None:
+    """For a runner that serves no optional column (but masks, if it says so): raises UnsupportedFeature naming the one that `work` has."""
     name = "lookahead" if work.lookahead else ""
     for column in _FORWARD_COLUMNS if isinstance(work, Forward) else _SAMPLE_COLUMNS:
-        if len(getattr(work, column)):
+        if len(getattr(work, column)) and not (masks and column == "mask_rows"):
             name = column
             break
     if name:

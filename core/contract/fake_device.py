@@ -86,6 +86,7 @@ class FakeDevice:
             adapters=options.adapters,
             embeddings=options.embeddings,
             pool_kinds=options.pool_kinds,
+            masks=True,
         )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:

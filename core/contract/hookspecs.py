@@ -7,8 +7,8 @@ in the processes that it names); built-ins enter through the same groups' door.
 What it does not know: any plugin.
 
 Order of start: root: register_commands | engine: register_devices, register_models, register_attention_backends,
-register_weight_sources, register_schedule_policies, then choose_*, then register_actors | text: register_tokenizers,
-register_chat_renderers, register_actors | edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
+register_weight_sources, register_schedule_policies, then choose_*, register_grammars, register_actors | text: register_tokenizers,
+register_chat_renderers, register_grammars, register_actors | edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from penstock.core.contract.actors import ActorContext, Seat
     from penstock.core.contract.devices import Device, ModelFacts
+    from penstock.core.contract.grammars import Grammars
     from penstock.core.contract.policy import SchedulePolicy
 
 PROJECT: Final = "penstock"
@@ -38,6 +39,7 @@ API_LEVEL: Final[dict[str, int]] = {
     "schedule_policies": 1,
     "tokenizers": 1,
     "chat_renderers": 1,
+    "grammars": 1,
     "transports": 1,
     "actors": 1,
     "commands": 1,
@@ -141,6 +143,19 @@ class ChatRendererSpec(Spec, frozen=True, kw_only=True):
     CheckpointError or, for a wrong `template`, ConfigError."""
 
 
+class GrammarSpec(Spec, frozen=True, kw_only=True):
+    """What makes answers obey JSON schemas, expressions and grammars. Text, its checking process and the engine each make their own, of the same spec."""
+
+    kinds: list[str]
+    """What it can compile: "json" (the source is a JSON schema), "regex", "choice" (a JSON list of texts), "grammar" (the client's own language). Others are
+    refused."""
+    factory: Callable[[list[bytes], list[int]], Grammars]
+    """`factory(tokens, special)`, when the first request needs it: `tokens` are the bytes of every id of the model's vocabulary (b"": no token), `special`
+    the ids that are no text. Gives a Grammars. Runs on a thread of its own."""
+    priority: int = 0
+    """Without `--grammar-backend` the highest is used; of equal ones the first by name."""
+
+
 class TransportSpec(Spec, frozen=True, kw_only=True):
     """Routes of the edges' HTTP application. Only those that `--transports` names are used ("openai" when nobody says; give it too to keep it:
     `--transports openai,mine`)."""
@@ -222,6 +237,12 @@ def register_chat_renderers() -> list[ChatRendererSpec]:  # type: ignore[empty-b
 
 
 # ------------------------------------------------------------------ engine and text, at start
+
+
+@hookspec
+def register_grammars() -> list[GrammarSpec]:  # type: ignore[empty-body]
+    """When: an engine or text starts. Who: both `penstock.engine` and `penstock.text` (a plugin that is in one alone is used in neither). Returns what makes
+    answers obey a grammar."""
 
 
 @hookspec

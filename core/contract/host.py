@@ -29,6 +29,7 @@ from penstock.core.contract.hookspecs import (
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
+    GrammarSpec,
     ModelSpec,
     SchedulePolicySpec,
     Spec,
@@ -48,6 +49,7 @@ SKIP = "start with --skip-broken-plugins"
 BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "device": ("engine", ("auto", "cpu", "cuda")),
     "attention_backend": ("engine", ("native", "torch", "triton")),
+    "grammar_backend": ("text", ("llguidance",)),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
     "transports": ("edge", ("openai", "anthropic", "tgi")),
 }
@@ -106,6 +108,11 @@ class PluginHost:
         self.choices: list[Choice] = []
         self._infos: dict[str, PluginInfo] = {}
         self._families: dict[str, dict[str, tuple[Spec, PluginInfo]]] = {}
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Modules that were loaded besides the entry points."""
+        return self._extra
 
     @property
     def hook(self) -> Any:
@@ -273,6 +280,13 @@ class PluginHost:
 
     def chat_renderers(self) -> Mapping[str, ChatRendererSpec]:
         return self._of("chat_renderers", ChatRendererSpec)
+
+    def grammars(self, wanted: str | None = None) -> GrammarSpec | None:
+        """`--grammar-backend`: by name, or that of the highest priority."""
+        specs = sorted(self._of("grammars", GrammarSpec).values(), key=lambda spec: (-spec.priority, spec.name))
+        if wanted is not None:
+            return cast(GrammarSpec, self.pick("grammars", wanted, "grammar-backend"))
+        return specs[0] if specs else None
 
     def transports(self) -> Mapping[str, TransportSpec]:
         return self._of("transports", TransportSpec)

@@ -17,18 +17,19 @@ import trio
 
 from penstock.core.actors.executor import Executor
 from penstock.core.actors.kv import KvManager
+from penstock.core.actors.masks import Masks
 from penstock.core.actors.sampler import Sampler
 from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
 from penstock.core.contract.actors import Seat
 from penstock.core.contract.devices import Device, DeviceCapabilities, Runner, RunnerConfig
-from penstock.core.contract.hookspecs import SchedulePolicySpec
+from penstock.core.contract.hookspecs import GrammarSpec, SchedulePolicySpec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.protocol.errors import EngineFailure
-from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark
+from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark, Vocabulary
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.core.runtime.hosts import FusedHost, TaskHost
@@ -68,7 +69,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
     )
 
 
-def facts_of(config: Config, device: DeviceCapabilities, runner: Runner) -> EngineFacts:
+def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None) -> EngineFacts:
     memory = runner.memory
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
@@ -91,6 +92,7 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner) -> Engi
         slack_bytes=memory.slack,
         enable_prefix_caching=config.enable_prefix_caching,
         bounded_steps=device.bounded_steps,
+        grammars="" if grammars is None else grammars.name,
     )
 
 
@@ -143,6 +145,7 @@ class Engine:
             self._queue = self._make_queue(runner, engine=self.engine, epoch=self.epoch, post=self._device_says)
         own = self.config.mixed_prefill_tokens
         advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
+        grammars = self._grammars(device.capabilities)
         settings = SchedulerSettings(
             engine=self.engine,
             epoch=self.epoch,
@@ -158,21 +161,25 @@ class Engine:
             enable_prefix_caching=self.config.enable_prefix_caching,
             vocab=runner.facts.vocab_size,
             clones=device.capabilities.clones,
+            grammars=grammars is not None,
             lookahead=device.capabilities.lookahead,
         )
         assert self._queue is not None
         self._scheduler = Scheduler(settings, policy, self._clock)
-        facts = facts_of(self.config, device.capabilities, runner)
+        facts = facts_of(self.config, device.capabilities, runner, grammars)
         caching = self.config.enable_prefix_caching
         parties = (
             self._scheduler,
             KvManager(runner.num_blocks, self.config.block_size, enable_prefix_caching=caching),
             Executor(engine=self.engine, epoch=self.epoch),
-            Sampler(engine=self.engine, epoch=self.epoch),
-            *self._ports(),
+            Sampler(engine=self.engine, epoch=self.epoch, masks=grammars is not None),
+            *self._ports(grammars is not None),
         )
+        masks = []
+        if grammars is not None:  # with a queue that has no thread, in tests, nothing else has one
+            masks.append(Seat(party=Masks(grammars.factory, vocab=facts.vocab_size), host="thread" if self._make_queue is None else "cell"))
         mine = self._plugin_seats(facts)
-        seats = [*(Seat(party=party) for party in parties), Seat(party=self._queue, host="thread"), *mine.seats]
+        seats = [*(Seat(party=party) for party in parties), *masks, Seat(party=self._queue, host="thread"), *mine.seats]
         self._house = House(seats, link="text", wiring=self.config.wiring, blame=mine.blame)
         self.host = self._house.host
         await nursery.start(self._house.run)
@@ -201,9 +208,18 @@ class Engine:
             probe(policy)
         return device, policy
 
-    def _ports(self) -> tuple[Port, ...]:
+    def _grammars(self, device: DeviceCapabilities) -> GrammarSpec | None:
+        """Who makes masks, if the device takes them."""
         return (
-            CallPort("text", self._emit, takes={StepTokens}, gives={Admit, Abort, Park, Unpark, PeerDown}),
+            self._plugins.grammars(self.config.grammar_backend)
+            if self._plugins is not None and device.masks and not device.lookahead
+            else None
+        )
+
+    def _ports(self, grammars: bool) -> tuple[Port, ...]:
+        more: set[type[Message]] = {Vocabulary} if grammars else set()
+        return (
+            CallPort("text", self._emit, takes={StepTokens}, gives={Admit, Abort, Park, Unpark, PeerDown, *more}),
             CallPort("root", self._emit, takes={Drained}, gives={Drain}),
         )
 

@@ -23,6 +23,7 @@ from penstock.core.contract.actors import Seat
 from penstock.core.contract.hookspecs import Spec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
+from penstock.core.processes.grammars import GrammarWorker
 from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
@@ -32,10 +33,12 @@ from penstock.core.protocol.messages import (
     Admit,
     Answer,
     Cancel,
+    CheckGrammar,
     EdgeStats,
     Encode,
     Encoded,
     Finished,
+    GrammarChecked,
     Park,
     Query,
     Rejected,
@@ -44,6 +47,7 @@ from penstock.core.protocol.messages import (
     TextDelta,
     TextReady,
     Unpark,
+    Vocabulary,
 )
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.seats import House
@@ -56,7 +60,7 @@ TICK_S = 1.0
 FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, Query, EdgeStats, PeerUp, PeerDown})
 TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Finished, Rejected, Answer, TextReady})
 FROM_ENGINES: frozenset[type[Message]] = frozenset({EngineUp, StepTokens, PeerUp, PeerDown})
-TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark})
+TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark, Vocabulary})
 
 Deliver = Callable[[Message, int | None], None]
 
@@ -113,6 +117,7 @@ class TextSide:
         self.tokenizer: Tokenizer = tokenizer
         self.renderer: ChatRenderer = renderer
         self.traces = traces
+        grammars = plugins.grammars(config.grammar_backend)
         self.actor = TextActor(
             config,
             tokenizer,
@@ -125,13 +130,17 @@ class TextSide:
             log=log,
             shard=shard,
             root=to_root is not None,
+            grammars="" if grammars is None else grammars.name,
         )
+        self._grammars: GrammarWorker | None = None
+        self._extra, self._backend = plugins.extra, config.grammar_backend
         stats = log is not None and config.log_stats
         self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None
         ports = [
             CallPort("edges", to_edges, takes=TO_EDGES, gives=FROM_EDGES),
             CallPort("engines", to_engines, takes=TO_ENGINES, gives=FROM_ENGINES),
             CallPort("tokenizer", self._to_worker, takes={Encode}, gives={Encoded}),
+            CallPort("grammars", self._to_grammars, takes={CheckGrammar}, gives={GrammarChecked}),
             CallPort("clock", _nowhere, gives={Tick}),
         ]
         if to_root is not None:
@@ -168,6 +177,15 @@ class TextSide:
         assert isinstance(message, Encode)
         self._worker.submit(message)
 
+    def _to_grammars(self, message: Message, index: int | None) -> None:
+        assert isinstance(message, CheckGrammar)
+        if self._grammars is None:  # the first one
+            vocabulary = self.actor.vocabulary()
+            self._grammars = GrammarWorker(
+                self.tokenizer, vocabulary, lambda checked: self.host.post_soon(checked), extra=self._extra, backend=self._backend
+            )
+        self._grammars.submit(message)
+
     def post(self, messages: Iterable[Message]) -> None:
         """On the trio thread."""
         batch = tuple(messages)
@@ -183,6 +201,8 @@ class TextSide:
         if self._house is not None:
             self._house.close()
         self._worker.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self.traces.shutdown()
 
 

@@ -128,6 +128,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # --- plugins
     device: Annotated[str, opt("Device plugin: auto, cpu, ...", "plugins")] = "auto"
     attention_backend: Annotated[str | None, opt("Attention plugin; default: the best that fits.", "plugins")] = None
+    grammar_backend: Annotated[str | None, opt("Grammar plugin; default: the one of the highest priority.", "plugins")] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
         default_factory=lambda: ["openai", "anthropic", "tgi"]
@@ -235,7 +236,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_cache_dtype: Annotated[str, opt("Only auto so far.", "later", neutral="auto")] = "auto"
     speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None, json=True, short="-sc")] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
-    grammar_backend: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
     tool_call_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
     enable_auto_tool_choice: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
     reasoning_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None

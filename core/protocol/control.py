@@ -94,6 +94,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     bounded_steps: bool = False
     """See DeviceCapabilities."""
+    grammars: str = ""
+    """Whose grammars it can obey: the name of the plugin that makes the masks; "": nobody's."""
 
 
 class EngineUp(Message, frozen=True, kw_only=True):

@@ -212,10 +212,13 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("hf-chat-template-name= completion-template=", "name the file with --chat-template instead."),
     ("exclude-tools-when-tool-choice-none tool-parser-plugin= tool-server=", "tool calls do not exist here yet. Leave it out."),
     ("reasoning-parser-plugin= reasoning-config={}", "reasoning parsers do not exist here yet. Leave it out."),
-    ("structured-outputs-config={} guided-decoding-backend=auto", "structured output does not exist here yet. Leave it out."),
+    (
+        "structured-outputs-config={} guided-decoding-backend=auto",
+        "requests say what an answer obeys, and the backend is a plugin. Leave it out.",
+    ),
     (
         "constrained-json-whitespace-pattern= constrained-json-disable-any-whitespace",
-        "structured output does not exist here yet. Leave it out.",
+        "requests say what an answer obeys, and the backend is a plugin. Leave it out.",
     ),
     (
         "logits-processors= logits-processor-pattern= enable-custom-logit-processor",

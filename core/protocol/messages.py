@@ -77,6 +77,15 @@ POOL_LAST, POOL_FIRST, POOL_MEAN = 0, 1, 2
 # ------------------------------------------------------------------ edge -> text
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer must obey. `source` of the kinds: "json": a JSON schema; "regex": an expression for the whole answer; "choice": a JSON list of texts;
+    "grammar": Lark or GBNF. `field` is what the client calls it, for errors."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    source: str
+    field: str = ""
+
+
 class Submit(Message, frozen=True, kw_only=True):
     """One prompt of one request. Exactly one of `messages`, `prompt`, `prompt_ids` (I32) is given.
 
@@ -123,6 +132,7 @@ class Submit(Message, frozen=True, kw_only=True):
     """What the client calls fields that are called otherwise here, for errors: {"max_tokens": "max_completion_tokens"}."""
     chat_template: str = ""
     """Instead of the model's; "" is the model's own."""
+    grammar: Grammar | None = None
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -325,7 +335,38 @@ class Encoded(Message, frozen=True, kw_only=True):
     """The answer to a question, as JSON."""
 
 
+class CheckGrammar(Message, frozen=True, kw_only=True):
+    """Text -> its grammar worker (off the loop): compile `grammar`; or, with `verify`, say whether an answer obeys it: its tokens `ids` (I32, without an
+    end token), whose text is cut before `stop` if a stop string ended it. `job` comes back."""
+
+    job: int
+    grammar: Grammar
+    verify: bool = False
+    ids: Column = EMPTY_I32
+    stop: str = ""
+
+
+class GrammarChecked(Message, frozen=True, kw_only=True):
+    """The worker's answer: `compiled`, for an engine; or an error as in Rejected. `error` "" to `verify`: it obeys."""
+
+    job: int
+    compiled: bytes = b""
+    error: str = ""
+    error_param: str | None = None
+    error_code: str = ""
+    error_status: int = 400
+
+
 # ------------------------------------------------------------------ text -> engine
+
+
+class Vocabulary(Message, frozen=True, kw_only=True):
+    """What tokens mean, once a life of an engine and before the first Admit with a grammar: `data` are the bytes of all tokens (CSR by `counts` I32, one
+    entry a token), `special` I32 those that are no text."""
+
+    data: bytes
+    counts: Column
+    special: Column = EMPTY_I32
 
 
 class Admit(Message, frozen=True, kw_only=True):
@@ -354,6 +395,10 @@ class Admit(Message, frozen=True, kw_only=True):
     prefill_only: bool = False
     kv_handle: bytes = b""
     adapter: int = 0
+    grammar: bytes = b""
+    """A compiled grammar that every choice obeys; b"": none."""
+    grammar_min_tokens: int = 0
+    """With a grammar, min_tokens (`sampling` has 0): its end may come earlier if nothing else is allowed."""
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -497,6 +542,52 @@ class KvGrant(Message, frozen=True, kw_only=True):
     quarantined: int = 0
 
 
+class GrammarOpen(Message, frozen=True, kw_only=True):
+    """Scheduler -> masks: sequences (I64) obey `grammar` from here on. `outputs` I32 (CSR by `output_counts`) are what they have so far. `ends` I32 end a
+    sequence, and may be drawn only where the grammar may end."""
+
+    seqs: Column
+    incarnation: int
+    grammar: bytes
+    ends: Column
+    min_tokens: int = 0
+    outputs: Column = EMPTY_I32
+    output_counts: Column = EMPTY_I32
+
+
+class GrammarClose(Message, frozen=True, kw_only=True):
+    """Scheduler -> masks: these (seqs I64, incarnations I32) are over."""
+
+    seqs: Column
+    incarnations: Column
+
+
+class MaskRequest(Message, frozen=True, kw_only=True):
+    """Scheduler -> masks: rows (I32) of Sample `step` that need a mask, and whose they are. It can be made once every earlier request's Drawn is here."""
+
+    step: int
+    rows: Column
+    seqs: Column
+    incarnations: Column
+
+
+class Drawn(Message, frozen=True, kw_only=True):
+    """Scheduler -> masks: what was drawn (tokens I32, -1: nothing) for the rows of the MaskRequest of `step`."""
+
+    step: int
+    seqs: Column
+    incarnations: Column
+    tokens: Column
+
+
+class MaskReady(Message, frozen=True, kw_only=True):
+    """Masks -> sampler: `mask` I32 [rows x ceil(vocab / 32)] for those `rows` of Sample `step`. A row of zeros: its sequence cannot go on."""
+
+    step: int
+    rows: Column
+    mask: Column
+
+
 class Forward(Message, frozen=True, kw_only=True):
     """One step of the model, columnar. Positions, token values and slot mapping live on the device; a *slot* (0..max_num_seqs-1) holds a
     running sequence's token history and block table.
@@ -602,6 +693,8 @@ class Sample(Message, frozen=True, kw_only=True):
     """Forward rows of sequences that are pooled: one in each step that computes a part of such a prompt, the vector comes with its last part."""
     pool_kinds: Column = EMPTY_U8
     """U8, for each of pool_rows: POOL_LAST, POOL_FIRST or POOL_MEAN, as far as DeviceCapabilities.pool_kinds names it."""
+    masked: bool = False
+    """Its mask is still to come: the sampler holds it until then. No device sees it."""
 
 
 class StepDone(Message, frozen=True, kw_only=True):
@@ -689,7 +782,7 @@ def message_types() -> list[type[Message]]:
 # The unions that links decode: one per edge of the graph.
 EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Extension
 TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension
-TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension
+TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension | Vocabulary
 EngineToText = Hello | EngineUp | StepTokens | Extension
 
 

@@ -55,3 +55,7 @@ def plain(what: str) -> str:
         wanted.pop()
     got = _WORDS.get(found.group(2), found.group(2))
     return f"must be {' or '.join(wanted)}, but is {got}"
+
+
+NOTHING_ALLOWED = "There is no token that the request's grammar and its other settings both allow here."
+"""Why an engine ends a sequence that has a grammar; text looks for whose fault it is."""

@@ -81,11 +81,17 @@ class House:
         if not self._apart:
             await self._run_host(task_status)
             return
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             for apart in self._apart:
                 nursery.start_soon(apart.run, name=f"actor {apart.name}")
-            await self._run_host(task_status)
+            try:
+                await self._run_host(task_status)
+            except Exception as error:  # raised outside the nursery, which would wrap it
+                failure = error
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _run_host(self, task_status: trio.TaskStatus[None]) -> None:
         try:

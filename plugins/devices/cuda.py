@@ -46,6 +46,7 @@ class CudaDevice:
         deterministic=True,
         mixed_prefill_tokens=MIXED_PREFILL_TOKENS,
         bounded_steps=True,
+        masks=True,
     )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:

@@ -164,9 +164,9 @@ class DeviceRunner:
         self._down = Download(lane, entries, rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
         state = Upload(lane, entries, 16 * max_num_seqs)
-        lists = Upload(lane, entries, 16 * max_num_seqs)
+        lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
         self.sampler = SlotSampler(
-            ops, max_num_seqs, facts.vocab_size, self.history, state, lists, self._to_device, deterministic=deterministic
+            ops, max_num_seqs, facts.vocab_size, self.history, state, lists, masks, self._to_device, deterministic=deterministic
         )
         self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
         self._buckets = buckets_for(max_num_seqs) if graphs else []
@@ -478,7 +478,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         """See Runner.sample: everything is enqueued when this returns; the returned call waits for the step's event."""
-        refuse_columns(work)
+        refuse_columns(work, masks=True)
         launched = self._launched
         if launched is None:
             raise EngineFailure("A Sample came without its Forward.")
@@ -491,13 +491,15 @@ class DeviceRunner:
         rows, found = len(work.rows), None
         if rows:
             assert launched.hidden is not None
-            if launched.bucket and self._follows(work, launched.work) and self.sampler.plain(work.slots):
+            masked = len(work.mask_rows) > 0
+            if launched.bucket and not masked and self._follows(work, launched.work) and self.sampler.plain(work.slots):
                 graph = self._samples[launched.bucket, self.sampler.hot(work.slots)]
                 graph.replay()
                 tokens = graph.outputs[0][:rows]
             else:
                 logits, slots, positions = self._logits_for(work, launched)
-                tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing)
+                mask = (work.mask, work.mask_rows) if masked else None
+                tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
             landing.bring(tokens)
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]

@@ -3,7 +3,7 @@
 What it is: settings are columns on the device, indexed by slot, so that the work per step does not grow with Python and no value is looked at; the host keeps
 only what decides which kernels to launch (is a row hot, does it count, does it have lists). Counts for penalties are a pool whose rows are only
 taken by slots that ask. Settings that are lists go up as one set of columns a step (lists.py), for the rows that have them. Order of a row's changes: penalties,
-bias, bans and minimum length, allowed tokens, bad words; then temperature and filters. Log-probabilities come from the raw logits.
+bias, bans and minimum length, allowed tokens, bad words, the step's mask; then temperature and filters. Log-probabilities come from the raw logits.
 What it does not know: the model, blocks, which request a slot serves.
 """
 
@@ -71,17 +71,19 @@ class SlotSampler:
         history: Tensor,
         upload: Upload,
         columns: Upload,
+        masks: Upload,
         to_device: Callable[[Column], Tensor],
         *,
         deterministic: bool = False,
     ) -> None:
-        """`upload` is for what places and penalties bring, `columns` for lists: one copy of each a step. `deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows."""
+        """`upload` is for what places and penalties bring, `columns` for lists, `masks` for a step's masks: one copy of each a step. `deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows."""
         device = history.device
         self._ops = ops
         self._vocab = vocab
         self._history = history
         self._upload = upload
         self._columns = columns
+        self._masks = masks
         self._to_device = to_device
         self._alone = deterministic
         self._words = torch.zeros(len(WORDS), slots, dtype=torch.int32, device=device)
@@ -161,11 +163,19 @@ class SlotSampler:
         return self._ops.draw(logits, self.settings, slots, positions) if hot else self._ops.greedy(logits)
 
     def sample(
-        self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, landing: Landing
+        self,
+        logits: Tensor,
+        slots: Column,
+        positions: Column,
+        at: Tensor,
+        where: Tensor,
+        landing: Landing,
+        mask: tuple[Column, Column] | None = None,
     ) -> tuple[Tensor, Wanted | None]:
-        """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device -> (tokens [R], log-probabilities)."""
+        """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device; `mask` is Sample's mask and mask_rows -> (tokens [R],
+        log-probabilities)."""
         flags = self._flags[slots]
-        if not flags.any():
+        if mask is None and not flags.any():
             return self._ops.greedy(logits), None
         rows: I32 = np.flatnonzero(flags & LOGPROBS).astype(np.int32)
         raw = None
@@ -174,6 +184,9 @@ class SlotSampler:
         counted = None
         if (flags & ADJUSTED).any():
             counted = self._adjust(logits, slots, positions, at, where, flags)
+        if mask is not None:
+            words, mask_rows = self._masks.send(*mask)
+            self._ops.mask(logits, words.view(-1, -(-self._vocab // 32)), mask_rows)
         tokens = self.draw(logits, at, where, bool((flags & HOT).any()))
         if counted is not None:
             self._ops.count(self._counts, counted, tokens)

@@ -233,7 +233,7 @@ def test_each_foreign_option_is_refused_or_noted_with_a_reason(row: object, capl
         ("--tokenizer-mode slow", "--tokenizer-mode slow is not supported"),
         ("--device-ids 2,3", "CUDA_VISIBLE_DEVICES"),
         ("--logprobs-mode=processed_logprobs", "raw logits"),
-        ("--structured-outputs-config.backend xgrammar", "structured output does not exist here yet"),
+        ("--structured-outputs-config.backend xgrammar", "requests say what an answer obeys"),
         ("-n 2", "one engine on one device"),
         ("-dpn 1", "one engine on one device"),
         ("--lora-modules a=b", "LoRA"),

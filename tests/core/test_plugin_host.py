@@ -57,6 +57,7 @@ def test_the_names_that_root_knows_are_those_that_come_with_penstock() -> None:
     families = {
         "device": {"auto", *engine.devices()},
         "attention_backend": set(engine.attention_backends()),
+        "grammar_backend": {spec.name for spec in (engine.grammars(), PluginHost("text").load().grammars()) if spec is not None},
         "scheduling_policy": set(engine.schedule_policies()),
         "transports": set(edge.transports()),
     }
@@ -79,6 +80,7 @@ def test_no_option_that_plugins_bring_words_for_has_a_fixed_list() -> None:
     [
         ({"device": "gpu"}, "Known: auto, cpu, cuda."),
         ({"attention_backend": "tritn"}, "--attention-backend tritn: no such plugin. Did you mean 'triton'? Known: native, torch, triton."),
+        ({"grammar_backend": "xgrammar"}, "--grammar-backend xgrammar: no such plugin. Known: llguidance."),
         ({"scheduling_policy": "lifo"}, "--scheduling-policy lifo: no such plugin."),
         ({"transports": ["openai", "grpc"]}, "--transports grpc: no such plugin."),
         (

@@ -7,8 +7,9 @@ from typing import Any
 
 from penstock.core.actors.executor import Executor
 from penstock.core.actors.kv import KvManager
+from penstock.core.actors.masks import Masks
 from penstock.core.actors.sampler import Sampler
-from penstock.core.actors.scheduler import Scheduler
+from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
 from penstock.core.actors.text import TextActor
 from penstock.core.processes import text_side
 from penstock.core.processes.supervisor import Supervisor
@@ -16,6 +17,7 @@ from penstock.core.protocol.control import Boot, Extension, Hello, Message, Peer
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
+    CheckGrammar,
     ChildDown,
     ChildUp,
     DeviceWork,
@@ -25,6 +27,7 @@ from penstock.core.protocol.messages import (
     Encoded,
     EngineDown,
     EngineUp,
+    GrammarChecked,
     Heartbeat,
     Park,
     StartupPhase,
@@ -34,17 +37,29 @@ from penstock.core.protocol.messages import (
     Tick,
     Unpark,
     Vitals,
+    Vocabulary,
     WorkDone,
     message_types,
     union_of,
 )
+from penstock.core.runtime.clock import FakeClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
+from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
-ACTORS: list[Any] = [Scheduler, KvManager, Executor, Sampler, TextActor, Supervisor]
+
+def scheduler() -> Scheduler:
+    settings = SchedulerSettings(
+        engine=0, epoch=1, max_num_seqs=1, max_num_batched_tokens=1, max_model_len=1, block_size=1, num_blocks=1, grammars=True
+    )
+    return Scheduler(settings, FirstComeFirstServed(), FakeClock())
+
+
+ACTORS: list[Any] = [scheduler(), KvManager, Executor, Sampler(engine=0, epoch=1, masks=True), Masks, TextActor, Supervisor]
 
 PORTS_TAKE: dict[str, set[type[Message]]] = {
     "device queue": set(ThreadDeviceQueue.takes),
     "tokenizer worker": {Encode},
+    "grammar worker": {CheckGrammar},
     "edges": set(text_side.TO_EDGES),
     "process mains": {Stop, EngineUp, EngineDown, Tables},
     "root's process port and screen": {
@@ -56,6 +71,7 @@ PORTS_TAKE: dict[str, set[type[Message]]] = {
 PORTS_GIVE: dict[str, set[type[Message]]] = {
     "device queue": set(ThreadDeviceQueue.gives),
     "tokenizer worker": {Encoded},
+    "grammar worker": {GrammarChecked},
     "clock": {Tick},
     "edges": set(text_side.FROM_EDGES),
     "process mains": {ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained, PeerUp, PeerDown},
@@ -83,7 +99,7 @@ def test_every_link_carries_exactly_what_is_sent_over_it() -> None:
     local = {PeerUp, PeerDown}  # made by the host where a link begins or ends
     assert members("edge>text") == text_side.FROM_EDGES - local | shared
     assert members("text>edge") == text_side.TO_EDGES | shared
-    assert members("text>engine") == {Admit, Abort, Park, Unpark} | shared == text_side.TO_ENGINES | shared
+    assert members("text>engine") == {Admit, Abort, Park, Unpark, Vocabulary} | shared == text_side.TO_ENGINES | shared
     assert members("engine>text") == {EngineUp, StepTokens} | shared == text_side.FROM_ENGINES - local | shared
     assert members("root>child") == {Boot, Drain, Stop, EngineUp, EngineDown, Vitals, StartupPhase, Tables} | shared
     assert members("child>root") == {ChildUp, ChildDown, EngineUp, Heartbeat, StartupPhase, Drained} | shared
@@ -95,6 +111,6 @@ def test_actors_are_pure_modules() -> None:
     import inspect
 
     for actor in ACTORS:
-        module = importlib.import_module(actor.__module__)
+        module = importlib.import_module(actor.__module__ if isinstance(actor, type) else type(actor).__module__)
         names = {name for name, value in vars(module).items() if inspect.ismodule(value)}
         assert not names & {"trio", "asyncio", "socket", "threading", "torch", "subprocess"}, actor

@@ -70,6 +70,39 @@ def test_columns_that_it_does_not_serve_are_refused_by_name(folder: Path, load: 
         sample(runner, [], [], [], lookahead=1)
 
 
+def bits(*allowed: int) -> list[int]:
+    row = np.zeros(-(-VOCAB // 32) * 32, np.uint8)
+    row[list(allowed)] = 1
+    return list(np.packbits(row, bitorder="little").view(np.int32))
+
+
+def test_masked_rows_draw_what_their_mask_allows_and_no_other_row_changes(folder: Path, load: Load) -> None:
+    prompts = {"place_slots": [0, 1, 2, 3], "place_counts": [3] * 4, "place_tokens": [4, 5, 6] * 4}
+    blocks = {"block_slots": [0, 1, 2, 3], "block_index": [0] * 4, "block_ids": [0, 1, 2, 3]}
+    hot = SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.2)
+    places = [place(0, 3), place(1, 3), place(2, 3, hot), place(3, 3)]
+    rows = [(slot, 0, 3) for slot in range(4)]
+
+    def draw(**more: Any) -> Any:
+        runner = load(folder)
+        forward(runner, rows, **prompts, **blocks)
+        done = sample(runner, [0, 1, 2, 3], [0, 1, 2, 3], [3] * 4, places=places, **more)
+        for slot, token in enumerate(done.tokens.tolist()):
+            assert runner.history[slot, 3] == token
+        return done
+
+    free = draw()
+    best = int(free.tokens[0])
+    others = [token for token in range(VOCAB) if token != best]
+    masks = bits(*others) + bits(40, 41) + bits()
+    masked = draw(mask=i32(masks), mask_rows=i32([-1, 0, 1, 2]))
+    assert masked.tokens[0] == best
+    assert masked.tokens[1] == free.logprobs.ids[2]  # the second best: log-probabilities stay those of the raw logits
+    assert masked.tokens[2] in (40, 41)
+    assert masked.bad_rows.tolist() == [3]
+    assert masked.logprobs.values[:6].tolist() == free.logprobs.values[:6].tolist()
+
+
 def test_a_step_without_rows_to_draw(folder: Path, load: Load) -> None:
     runner = load(folder)
     forward(
@@ -208,7 +241,7 @@ def test_slot_sampling_equals_the_reference(rows: list[dict[str, Any]], order: A
     history = torch.zeros(8, 64, dtype=torch.int32)
     lane = HostLane(direct=True)
     ops, down = HostOps(), Download(lane, 1, 8)
-    sampler = SlotSampler(ops, 8, VOCAB, history, Upload(lane, 1, 128), Upload(lane, 1, 128), lambda column: torch.from_numpy(column))
+    sampler = SlotSampler(ops, 8, VOCAB, history, *(Upload(lane, 1, 128) for _ in range(3)), lambda column: torch.from_numpy(column))
     known = []
     for slot, row in zip(slots, rows, strict=True):
         tokens = row["prompt"] + row["output"]

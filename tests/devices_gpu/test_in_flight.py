@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -102,9 +103,18 @@ def start(runner: Any, prompts: list[list[int]], params: list[SamplingParams]) -
     )
 
 
-def sample(runner: Any, step: int, positions: list[int], places: list[SlotSampling] | None = None) -> Any:
+def sample(runner: Any, step: int, positions: list[int], places: list[SlotSampling] | None = None, **columns: Any) -> Any:
     rows = i32(range(len(positions)))
-    return runner.sample(Sample(engine=1, epoch=1, step=step, rows=rows, slots=rows, positions=i32(positions), places=places or []))
+    return runner.sample(
+        Sample(engine=1, epoch=1, step=step, rows=rows, slots=rows, positions=i32(positions), places=places or [], **columns)
+    )
+
+
+def even(rows: list[int], vocab: int) -> dict[str, Any]:
+    """Columns of a step in which these of its rows (0: yes, -1: no) may draw even tokens alone."""
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[:vocab:2] = 1
+    return {"mask": np.packbits(bits, bitorder="little").view(np.int32), "mask_rows": i32(rows)}
 
 
 def decode(runner: Any, step: int, starts: list[int]) -> None:
@@ -114,13 +124,19 @@ def decode(runner: Any, step: int, starts: list[int]) -> None:
     )
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_the_next_step_needs_no_host(eager: bool, folder: Path, host_runner: Make) -> None:
-    """Steps are launched two deep, and no result is looked at before all are launched twice over."""
+@pytest.mark.parametrize(("eager", "masked"), [(False, False), (True, False), (False, True)])
+def test_the_next_step_needs_no_host(eager: bool, masked: bool, folder: Path, host_runner: Make) -> None:
+    """Steps are launched two deep, and no result is looked at before all are launched twice over. With masks too, which do what a list of allowed tokens
+    does."""
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
     params = [GREEDY, SamplingParams(temperature=1.1, seed=5), SamplingParams(temperature=0.7, top_p=0.8, seed=6)]
-    truth = [Job(prompt=i32(p), params=s, max_tokens=9, choice=i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+    vocab = host_runner(folder).facts.vocab_size
+    listed = [
+        msgspec.structs.replace(s, allowed_token_ids=list(range(0, vocab, 2)) if masked and i < 2 else None) for i, s in enumerate(params)
+    ]
+    truth = [Job(prompt=i32(p), params=s, max_tokens=9, choice=i) for i, (p, s) in enumerate(zip(prompts, listed, strict=True))]
     Driver(host_runner(folder)).run(truth)
+    columns = even([0, 0, -1], vocab) if masked else {}
     lane, events = late_lane()
     LateEvent.late = False
     runner = host_runner(folder, lane=lane, enforce_eager=eager)
@@ -129,12 +145,12 @@ def test_the_next_step_needs_no_host(eager: bool, folder: Path, host_runner: Mak
     launching = threading.get_ident()
     start(runner, prompts, params)
     places = [SlotSampling(slot=i, choice=i, prompt_len=len(p), params=s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
-    waiting = [sample(runner, 1, [len(p) for p in prompts], places)]
+    waiting = [sample(runner, 1, [len(p) for p in prompts], places, **columns)]
     found: list[Any] = []
     for step in range(2, 10):
         starts = [len(p) + step - 2 for p in prompts]
         decode(runner, step, starts)
-        waiting.append(sample(runner, step, [at + 1 for at in starts]))
+        waiting.append(sample(runner, step, [at + 1 for at in starts], **columns))
         assert sum(event.waited for event in events) == step - 2  # by the lines below, and nobody else
         waits_before = lane.waits
         # The oldest of two steps comes back; the other is still under way.
@@ -278,7 +294,8 @@ def test_no_launch_looks_at_a_value(folder: Path, host_runner: Make) -> None:
             for step in (2, 3, 4):
                 starts = [len(p) + step - 2 for p in prompts]
                 decode(runner, step, starts)
-                waits.append(sample(runner, step, [at + 1 for at in starts]))
+                masks = even([0, -1, 0][: len(params)], runner.facts.vocab_size) if step == 3 else {}
+                waits.append(sample(runner, step, [at + 1 for at in starts], **masks))
         assert all(len(wait().tokens) == len(params) for wait in waits[-3:])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -254,3 +255,35 @@ def test_blocks_go_to_the_host_and_back(folder: Path, on_device: Make) -> None:
     assert torch.equal(pool[[5, 0, 3]], before[[1, 4, 2]])
     assert torch.equal(pool[[1, 2, 4]], before[[1, 2, 4]])
     assert torch.equal(pool[6:], before[6:])
+
+
+def test_masked_steps_draw_what_a_list_of_allowed_tokens_draws(folder: Path, on_device: Make) -> None:
+    """Between replayed steps, greedy and hot, on the kernels."""
+    vocab = on_device(folder).facts.vocab_size
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[:vocab:2] = 1
+    mask = np.packbits(bits, bitorder="little").view(np.int32)
+    prompt = np.arange(3, 20, dtype=np.int32)
+    for params in (GREEDY, SamplingParams(temperature=1.0, seed=4)):
+        listed = msgspec.structs.replace(params, allowed_token_ids=list(range(0, vocab, 2)))
+        truth = Job(prompt=prompt, params=listed, max_tokens=6)
+        Driver(on_device(folder)).run([truth])
+        runner = on_device(folder)
+        zero, row = i32([0]), {"engine": 1, "epoch": 1}
+        tokens: list[int] = []
+        for step in range(1, 7):
+            first = step == 1
+            starts, counts = i32([0 if first else len(prompt) + step - 2]), i32([len(prompt) if first else 1])
+            placed = {
+                "place_slots": zero,
+                "place_counts": counts,
+                "place_tokens": prompt,
+                "block_slots": i32([0, 0]),
+                "block_index": i32([0, 1]),
+            }
+            more = {**placed, "block_ids": i32([2, 3])} if first else {}
+            runner.forward(Forward(**row, step=step, slots=zero, starts=starts, counts=counts, num_decode=int(not first), **more))
+            places = [SlotSampling(slot=0, choice=0, prompt_len=len(prompt), params=params)] if first else []
+            drawn = Sample(**row, step=step, rows=zero, slots=zero, positions=starts + counts, places=places, mask=mask, mask_rows=zero)
+            tokens.append(int(runner.sample(drawn)().tokens[0]))
+        assert tokens == truth.tokens

@@ -110,8 +110,8 @@ def test_columns_that_it_does_not_serve_are_refused_by_name(folder: Path, host_r
     with pytest.raises(UnsupportedFeature, match=r"Forward\.lookahead"):
         runner.forward(Forward(engine=0, epoch=1, step=1, slots=none, starts=none, counts=none, num_decode=0, lookahead=1))
     runner.forward(Forward(engine=0, epoch=1, step=1, slots=none, starts=none, counts=none, num_decode=0))
-    with pytest.raises(UnsupportedFeature, match=r"Sample\.mask_rows"):
-        runner.sample(Sample(engine=0, epoch=1, step=1, rows=none, slots=none, positions=none, mask_rows=np.zeros(1, np.int32)))
+    with pytest.raises(UnsupportedFeature, match=r"Sample\.lookahead"):
+        runner.sample(Sample(engine=0, epoch=1, step=1, rows=none, slots=none, positions=none, lookahead=1))
 
 
 def test_prompt_logprobs_in_small_pieces(folder: Path, host_runner: Make, cpu_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:

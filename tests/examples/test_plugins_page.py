@@ -151,6 +151,28 @@ def test_model(write: Write, byte_folder: Path) -> None:
     assert one.outputs[0].text == "defgh"
 
 
+def test_the_grammar_backend_of_the_page_makes_masks(write: Write) -> None:
+    spec = PluginHost("engine", extra=write("my_grammar")).load().grammars()
+    assert spec is not None
+    assert (spec.name, spec.kinds) == ("choices", ["choice"])
+    other = PluginHost("text", extra=["my_grammar"]).load().grammars("llguidance")
+    assert other is not None
+    assert other.name == "llguidance"
+    grammars = spec.factory([b"a", b"b", b"ab", b"", b"<end>"], [4])
+    with pytest.raises(InvalidRequest, match="too long"):
+        grammars.compile("choice", "x" * 1001)
+    place = grammars.matcher(grammars.compile("choice", '["ab", "b"]'))
+    out = np.zeros(1, np.int32)
+    place.mask(out)
+    assert (out.tolist(), place.may_end()) == ([0b111], False)
+    assert place.consume(0)
+    place.mask(out)
+    assert out.tolist() == [0b10]
+    assert place.consume(1)
+    assert place.may_end()
+    assert not place.consume(1)
+
+
 def test_the_weights_of_the_page_name_what_is_wrong(write: Write, tmp_path: Path) -> None:
     spec: Any = PluginHost("engine", extra=write("my_weights")).load().weight_sources()["npy"]
     with pytest.raises(CheckpointError, match=r"holds no \.npy files"):

@@ -23,6 +23,7 @@ from penstock.core.protocol.messages import (
     Abort,
     Admit,
     Answer,
+    CheckGrammar,
     Encode,
     EngineStats,
     EngineUp,
@@ -174,6 +175,8 @@ class Bench:
         )
         self.hold_encodes = False
         self.held: list[Encode] = []
+        self.checks: list[CheckGrammar] = []
+        """What the grammar worker has been asked and has not answered: a test answers."""
         self.out: list[tuple[int | None, Message]] = []
         self.engine: list[Message] = []
         self.received: dict[tuple[int, int], Received] = {}
@@ -208,6 +211,8 @@ class Bench:
                         self.held.append(inner)
                     else:
                         queue += encode_batch(self.tokenizer, self.renderer, [inner], self.clock)
+                if isinstance(inner, CheckGrammar):
+                    self.checks.append(inner)
                 self._take(inner)
         return collected
 

@@ -166,7 +166,7 @@ def test_the_official_client_sees_its_exceptions(make_edge: MakeEdge) -> None:
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("nope")
         with pytest.raises(openai.BadRequestError) as later:
-            client.chat.completions.create(**CHAT, response_format={"type": "json_object"})  # type: ignore[call-overload]
+            client.chat.completions.create(**CHAT, extra_body={"structural_tag": "a"})  # type: ignore[call-overload]
         assert later.value.code == "unsupported_feature"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge, UnsupportedFeature
+from penstock.core.protocol.messages import Grammar
 from penstock.core.protocol.wording import squash
 from penstock.transports import openai_schema
 from penstock.transports.openai import Call, parse_chat, parse_completion
@@ -23,8 +24,10 @@ from penstock.transports.openai_schema import (
     DetokenizeRequest,
     FunctionCall,
     FunctionSpec,
+    JsonSchema,
     ResponseFormat,
     StreamOptions,
+    StructuredOutputs,
     TokenizeRequest,
     Tool,
     ToolCall,
@@ -82,6 +85,8 @@ WHOLE: dict[type[msgspec.Struct], dict[str, Any]] = {
     TokenizeRequest: {"prompt": "a"},
     DetokenizeRequest: {"tokens": [1]},
     ResponseFormat: {"type": "text"},
+    JsonSchema: {},
+    StructuredOutputs: {},
 }
 
 
@@ -228,7 +233,11 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
         ({"response_format": {}}, "response_format.type"),
     ],
 )
@@ -476,8 +485,7 @@ def test_what_clients_of_other_servers_send_by_default_is_taken() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"type": "json_object"},
-        {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
+        {"type": "json_object", "schema": {"type": "object"}},  # llama.cpp
         {"type": "json", "value": {"type": "object"}},  # TGI
         {"type": "regex", "value": "a*"},
         {"type": "grammar", "grammar": "root ::= 'a'"},  # Fireworks
@@ -491,6 +499,37 @@ def test_response_formats(given: dict[str, Any]) -> None:
     for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
         error = refusal(parse, base | {"response_format": given})
         assert (error.status, error.code, error.param) == (400, "unsupported_feature", "response_format")
+
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}, "required": ["b"]}
+TEXT_OF_SCHEMA = msgspec.json.encode(SCHEMA).decode()
+
+
+@pytest.mark.parametrize(
+    ("given", "grammar"),
+    [
+        ({"response_format": {"type": "json_object"}}, Grammar(kind="json", source='{"type":"object"}', field="response_format")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}},
+            Grammar(kind="json", source=TEXT_OF_SCHEMA, field="response_format.json_schema.schema"),
+        ),
+        ({"guided_json": SCHEMA}, Grammar(kind="json", source=TEXT_OF_SCHEMA, field="guided_json")),
+        ({"guided_json": "{}"}, Grammar(kind="json", source="{}", field="guided_json")),
+        ({"guided_regex": "a+"}, Grammar(kind="regex", source="a+", field="guided_regex")),
+        ({"guided_choice": ["a", "b"]}, Grammar(kind="choice", source='["a","b"]', field="guided_choice")),
+        ({"guided_grammar": "start: A"}, Grammar(kind="grammar", source="start: A", field="guided_grammar")),
+        ({"structured_outputs": {"json": SCHEMA}}, Grammar(kind="json", source=TEXT_OF_SCHEMA, field="structured_outputs.json")),
+        ({"structured_outputs": {"regex": "a"}}, Grammar(kind="regex", source="a", field="structured_outputs.regex")),
+        (
+            {"structured_outputs": {"json_object": True, "whitespace_pattern": None}},
+            Grammar(kind="json", source='{"type":"object"}', field="structured_outputs.json_object"),
+        ),
+        ({"response_format": {"type": "text"}, "guided_regex": "", "structured_outputs": {}}, None),
+    ],
+)
+def test_what_an_answer_must_obey(given: dict[str, Any], grammar: Grammar | None) -> None:
+    for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
+        assert parse(msgspec.json.encode(base | given), CONFIG).grammar == grammar
 
 
 def test_a_text_format_is_none() -> None:

@@ -52,6 +52,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     vocab: int = 2**31 - 1
     clones: bool = False
     """The device clones slots: see Forward.clone_src."""
+    grammars: bool = False
+    """There is somebody who makes masks, and the device takes them."""
     lookahead: int = 0
     """Drafts of the device that a decoding row computes along: see Forward.lookahead."""
 
@@ -95,6 +97,8 @@ class Board:
         self.carried: list[Blocks] = []
         self.preempted: list[int] = []
         self.failures: list[tuple[Sequence, str]] = []
+        self.closed: list[tuple[int, int]] = []
+        """Sequences with a grammar that are over, for GrammarClose: seq, incarnation."""
         # --- steps
         self.step = 0
         self.done_step = 0
@@ -107,6 +111,8 @@ class Board:
         self.lost = False
         # --- counters
         self.parked_live = 0
+        self.obeying = 0
+        """Living sequences with a grammar."""
         self.preemptions = 0
         self.prompt_computed = 0
         self.prompt_cached = 0
@@ -146,6 +152,7 @@ class Board:
             "carried": len(self.carried),
             "flights": len(self.flights),
             "parked": self.parked_live,
+            "obeying": self.obeying,
         }
         return {name: count for name, count in counts.items() if count}
 

@@ -21,11 +21,15 @@ from penstock.core.protocol.messages import (
     FAILED,
     LENGTH,
     STOP,
+    Drawn,
     LogprobColumns,
     StepDone,
     StepTokens,
 )
+from penstock.core.protocol.wording import NOTHING_ALLOWED
 from penstock.core.runtime.actor import Out
+
+NOT_A_NUMBER = "The model's output for this sequence is not a number."
 
 
 class Landing:
@@ -42,6 +46,8 @@ class Landing:
         flight = board.flights.popleft()
         rows, positions, offsets, tokens, logprobs = flight.rows, flight.positions, flight.offsets, done.tokens, done.logprobs
         bad = done.bad_rows
+        if flight.masked.size:
+            yield _drawn(flight, done)
         if settings.lookahead:
             rows, positions, offsets, tokens, logprobs, bad = self._expand(flight, done)
         elif tokens.size != rows.slots.size or done.counts.size:
@@ -68,6 +74,7 @@ class Landing:
         if bad.size:
             tokens = tokens.copy()
             tokens[bad] = -1
+            obeying = slots.grammar[index[bad]].tolist()
             reasons[bad] = FAILED
             slots.poisoned[index[bad]] = True
             fine = reasons != FAILED
@@ -102,7 +109,7 @@ class Landing:
             columns["started_seqs"] = i64([seq for seq, _ in flight.started])
             columns["started_cached"] = i32([cached for _, cached in flight.started])
         if bad.size:
-            columns["errors"] = ["The model's output for this sequence is not a number."] * bad.size
+            columns["errors"] = [NOTHING_ALLOWED if obeys else NOT_A_NUMBER for obeys in obeying]
         yield StepTokens(
             engine=settings.engine,
             epoch=settings.epoch,
@@ -164,3 +171,11 @@ class Landing:
             seqs.append(seq)
         columns["prompt_seqs"] = i64(seqs)
         columns["prompt_logprobs"] = pick_logprobs(found, fresh, found.rows)
+
+
+def _drawn(flight: Flight, done: StepDone) -> Drawn:
+    rows, which = flight.rows, flight.masked
+    tokens = done.tokens[which]
+    if done.bad_rows.size:
+        tokens = np.where(np.isin(which, done.bad_rows), np.int32(-1), tokens)
+    return Drawn(step=done.step, seqs=rows.seqs[which], incarnations=rows.incarnations[which], tokens=tokens)

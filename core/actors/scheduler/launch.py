@@ -19,6 +19,7 @@ from penstock.core.actors.scheduler.waiting import Request, Sequence
 from penstock.core.protocol.columns import I32, i32
 from penstock.core.protocol.messages import (
     Forward,
+    MaskRequest,
     Sample,
 )
 
@@ -159,6 +160,9 @@ class Launch:
         board = self._board
         engine, epoch = board.settings.engine, board.settings.epoch
         board.flights.append(flight)
+        if board.obeying:
+            flight.masked = np.flatnonzero(board.slots.grammar[flight.rows.index])
+            extra["masked"] = flight.masked.size > 0
         if board.settings.lookahead:
             columns["lookahead"] = extra["lookahead"] = board.settings.lookahead
         yield Forward(
@@ -173,3 +177,6 @@ class Launch:
             positions=flight.positions,
             **extra,
         )
+        if flight.masked.size:
+            rows, which = flight.rows, flight.masked
+            yield MaskRequest(step=flight.step, rows=which.astype(np.int32), seqs=rows.seqs[which], incarnations=rows.incarnations[which])

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from penstock.core.actors.scheduler.slots import Rows
+from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.waiting import Request, Sequence
 from penstock.core.protocol.columns import I32, Column, i32
 from penstock.core.protocol.messages import KvGrant, LogprobColumns, SlotSampling
+
+NO_ROWS: Index = np.empty(0, np.intp)
 
 Blocks = tuple[Column, Column, Column]
 """seqs, index, ids: as in KvGrant."""
@@ -111,9 +113,9 @@ class Outline:
 
 class Flight:
     """Row i samples position `positions[i]`, output `offsets[i]`, of `rows.slots[i]`. `capped`: some row reaches its limit. `tokens` are all
-    that the step computes. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
+    that the step computes. `masked`: which rows draw under a mask. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
 
-    __slots__ = ("capped", "offsets", "positions", "prompts", "rows", "scored", "started", "step", "tokens")
+    __slots__ = ("capped", "masked", "offsets", "positions", "prompts", "rows", "scored", "started", "step", "tokens")
 
     def __init__(self, step: int, rows: Rows, positions: I32, capped: bool, tokens: int) -> None:
         self.step = step
@@ -122,6 +124,7 @@ class Flight:
         self.offsets = positions - rows.prompts
         self.capped = capped
         self.tokens = tokens
+        self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []
         self.scored: list[Sequence] = []

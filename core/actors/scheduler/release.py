@@ -42,6 +42,9 @@ class Release:
         del board.live[sequence.seq]
         request.live -= 1
         board.parked_live -= request.parked
+        if request.grammar:
+            board.obeying -= 1
+            board.closed.append((sequence.seq, request.incarnation))
         if not request.live and board.requests.get(request.key) is request:
             del board.requests[request.key]
         if sequence.entry is not None:

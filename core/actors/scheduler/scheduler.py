@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import Any
 
+import numpy as np
+
 from penstock.core.actors.scheduler.board import NOBODY, Board, Planning, SchedulerSettings
 from penstock.core.actors.scheduler.landing import Landing
 from penstock.core.actors.scheduler.launch import Launch
@@ -27,6 +29,7 @@ from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.waiting import Request, Sequence
 from penstock.core.contract.policy import SchedulePolicy
+from penstock.core.protocol.columns import i32, i64
 from penstock.core.protocol.hashing import HASH_BYTES
 from penstock.core.protocol.messages import (
     ABORTED,
@@ -37,9 +40,13 @@ from penstock.core.protocol.messages import (
     DeviceLost,
     Drain,
     Drained,
+    Drawn,
     Forward,
+    GrammarClose,
+    GrammarOpen,
     KvGrant,
     KvStep,
+    MaskRequest,
     Message,
     Park,
     PeerDown,
@@ -64,6 +71,8 @@ class Scheduler:
     def __init__(self, settings: SchedulerSettings, policy: SchedulePolicy, clock: Clock) -> None:
         if min(settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, settings.depth) < 1:
             raise ValueError("max_num_seqs, max_num_batched_tokens, max_model_len and depth must be at least 1")
+        if settings.grammars:
+            self.gives = self.gives | {GrammarOpen, GrammarClose, MaskRequest, Drawn}
         self._board = board = Board(settings, policy, clock)
         self._release = Release(board)
         self._line = Line(board, self._release)
@@ -116,6 +125,7 @@ class Scheduler:
         over: list[tuple[int, int, int, int]] = []
         at = 0
         counts = admit.output_counts.tolist() or [0] * len(choices)
+        obeying: list[Sequence] = []
         for choice, count in zip(choices, counts, strict=True):
             sequence = Sequence(request, choice, admit.outputs[at : at + count])
             at += count
@@ -124,6 +134,8 @@ class Scheduler:
                 continue
             board.live[sequence.seq] = sequence
             request.live += 1
+            if request.grammar:
+                obeying.append(sequence)
             if count:
                 request.prompt_logprobs_next = request.prompt_len  # they came with or before the first token
                 self._release.enqueue([sequence])
@@ -131,6 +143,18 @@ class Scheduler:
                 fresh.append(sequence)
         if fresh:
             self._release.enqueue(fresh)
+        if obeying:
+            board.obeying += len(obeying)
+            yield from self._close()
+            yield GrammarOpen(
+                seqs=i64([sequence.seq for sequence in obeying]),
+                incarnation=request.incarnation,
+                grammar=admit.grammar,
+                ends=i32(request.stop_ids),
+                min_tokens=admit.grammar_min_tokens,
+                outputs=np.concatenate([sequence.outputs for sequence in obeying]),
+                output_counts=i32([sequence.outputs.size for sequence in obeying]),
+            )
         if request.live:
             board.requests[admit.key] = request
         if over:
@@ -159,6 +183,8 @@ class Scheduler:
             return "max_tokens must be 0 or more."
         if admit.prefill_only or admit.kv_handle or admit.adapter:
             return "Disaggregated prefill and adapters are not supported yet."
+        if admit.grammar and (not settings.grammars or settings.lookahead):
+            return "This engine cannot make an answer obey a grammar."
         return None
 
     def _abort(self, seqs: list[int]) -> Iterable[Out]:
@@ -192,6 +218,8 @@ class Scheduler:
         board.plan_queued = False
         if board.lost:
             return
+        if board.closed:
+            yield from self._close()
         giving = bool(board.releases)
         while len(board.flights) < board.settings.depth:
             board.again = False
@@ -208,6 +236,12 @@ class Scheduler:
         if board.draining and not board.drained and not board.live and not board.flights:
             board.drained = True
             yield Drained(role="engine", id=board.settings.engine)
+
+    def _close(self) -> Iterable[Out]:
+        """Grammars of sequences that are over."""
+        closed, self._board.closed = self._board.closed, []
+        if closed:
+            yield GrammarClose(seqs=i64([seq for seq, _ in closed]), incarnations=i32([incarnation for _, incarnation in closed]))
 
     def _fail(self) -> Iterable[Out]:
         board = self._board

@@ -96,6 +96,8 @@ class Slots:
         self.parked = np.zeros(count, bool)
         self.solo = np.zeros(count, bool)
         """Not planned while a step in flight names it: how far that step brings it is known only when it has landed."""
+        self.grammar = np.zeros(count, bool)
+        """Draws under a mask."""
         self.poisoned = np.zeros(count, bool)
         """Its logits were not numbers: its KV must not be shared."""
         self.stops: I32 = np.full((1, count), -1, np.int32)
@@ -123,6 +125,7 @@ class Slots:
         self.min_tokens[slot] = request.params.min_tokens
         self.parked[slot] = request.parked
         self.solo[slot] = self.lookahead > 0
+        self.grammar[slot] = request.grammar
         stops = request.stop_ids
         if len(stops) > self.stops.shape[0]:
             more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)
@@ -140,7 +143,7 @@ class Slots:
         self.phase[slot] = FREE
         for column in (self.computed, self.length, self.known, self.limit, self.capacity, self.hashed, self.given):
             column[slot] = 0
-        self.parked[slot] = self.poisoned[slot] = self.solo[slot] = False
+        self.parked[slot] = self.poisoned[slot] = self.solo[slot] = self.grammar[slot] = False
         heapq.heappush(self.free, slot)
 
     def outputs(self, slot: int) -> I32:

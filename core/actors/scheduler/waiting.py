@@ -23,6 +23,7 @@ class Request:
         "arrival_ns",
         "banned_ids",
         "draws_nothing",
+        "grammar",
         "hashes",
         "incarnation",
         "key",
@@ -51,6 +52,7 @@ class Request:
         self.arrival_ns = admit.arrival_ns or now_ns
         self.limit = limit
         self.draws_nothing = admit.max_tokens == 0
+        self.grammar = bool(admit.grammar) and not self.draws_nothing
         self.stop_ids = sorted({*admit.eos.tolist(), *admit.sampling.stop_token_ids})
         self.banned_ids: I32 = np.asarray(self.stop_ids, np.int32) if admit.sampling.min_tokens > 0 else EMPTY_I32
         self.live = 0

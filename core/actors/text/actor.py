@@ -35,6 +35,7 @@ from penstock.core.protocol.messages import (
     Admit,
     Answer,
     Cancel,
+    CheckGrammar,
     Drain,
     Drained,
     EdgeStats,
@@ -43,6 +44,7 @@ from penstock.core.protocol.messages import (
     EngineDown,
     EngineUp,
     Finished,
+    GrammarChecked,
     Message,
     Park,
     PeerDown,
@@ -57,6 +59,7 @@ from penstock.core.protocol.messages import (
     Tick,
     Unpark,
     Vitals,
+    Vocabulary,
 )
 from penstock.core.runtime.actor import Ask, Handling, To
 from penstock.core.runtime.clock import Clock, SystemClock
@@ -74,7 +77,7 @@ TO_ROOT: frozenset[type[Message]] = frozenset({Drained})
 class TextActor:
     """`names`: what requests may call the model, the reported one first. `defaults`: sampling defaults (resolve.generation_defaults).
 
-    `secret` salts cache keys, `rng` draws missing seeds; `hooks` is a pluggy relay (request_finished, engine_ready, engine_lost); `log` a
+    `grammars` names the grammar backend that text has ("": none). `secret` salts cache keys, `rng` draws missing seeds; `hooks` is a pluggy relay (request_finished, engine_ready, engine_lost); `log` a
     structlog logger. `shard` is this text process's id.
     """
 
@@ -91,6 +94,7 @@ class TextActor:
             EngineUp,
             EngineDown,
             Encoded,
+            GrammarChecked,
             Tick,
             Drain,
             PeerUp,
@@ -100,7 +104,7 @@ class TextActor:
         }
     )
     gives: frozenset[type[Message]] = frozenset(
-        {Encode, Admit, Abort, Park, Unpark, TextDelta, Finished, Rejected, Answer, TextReady, Drained}
+        {Encode, CheckGrammar, Vocabulary, Admit, Abort, Park, Unpark, TextDelta, Finished, Rejected, Answer, TextReady, Drained}
     )
 
     def __init__(
@@ -121,6 +125,7 @@ class TextActor:
         log: Any = None,
         shard: int = 0,
         root: bool = True,
+        grammars: str = "",
     ) -> None:
         """`root`: there is one, that tells of processes' lives and drains. Without it these messages are not in the wiring."""
         if not root:
@@ -129,7 +134,7 @@ class TextActor:
         self.metrics = metrics or Metrics([names[0]], compat=config.metrics_compat == "vllm")
         self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)
         self.ledger, self.admission = desk.ledger, desk.admission
-        self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret)
+        self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret, grammars=grammars)
         self._ending = Ending(desk, self._pool)
         self._intake = Intake(desk, self._pool, self._ending, place=self._lane_for, rng=rng or random.SystemRandom())
         self._lanes: dict[int, Lane] = {}
@@ -151,6 +156,7 @@ class TextActor:
             EngineUp: self._engine_up,
             EngineDown: self._engine_down,
             Encoded: self._intake.encoded,
+            GrammarChecked: self._grammar_checked,
             Tick: self._tick,
             Drain: self._drain,
             PeerUp: self._peer_up,
@@ -175,6 +181,10 @@ class TextActor:
             return [To(queries.failure(message, inner), message.edge)]
         raise error
 
+    def vocabulary(self) -> Vocabulary:
+        """As engines get it."""
+        return self._pool.receiver.vocabulary()
+
     # --- requests
 
     def _submit(self, message: Submit) -> Iterator[Outbound]:
@@ -193,6 +203,16 @@ class TextActor:
     def _cancel(self, message: Cancel) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
         return () if request is None else self._ending.drop(request, message.cause)
+
+    def _grammar_checked(self, message: GrammarChecked) -> Iterator[Outbound]:
+        owner = self._pool.obedience.owner(message)
+        if isinstance(owner, Request):
+            yield from self._intake.compiled(owner, message)
+        elif owner is not None:
+            self._pool.receiver.verified(owner, message.error)
+            yield from self._ending.deliver()
+            if (lane := owner.choice.request.lane) is not None:
+                yield from lane.pump()
 
     # --- engines
 

@@ -23,7 +23,7 @@ from penstock.core.actors.text.pool import Pool
 from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import EngineFacts
 from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, QueueFull
-from penstock.core.protocol.messages import Answer, Encode, Encoded, Query, RowExtra, Submit
+from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import To
 
@@ -57,6 +57,7 @@ class Intake:
             facts = self._open_facts()
             resolve.check_submit(message, pool.names)
             params = resolve.sampling_of(message, pool.defaults, desk.config, facts.vocab_size)
+            pool.obedience.check(message, params, facts, pool.receiver.ends)
             keep = resolve.keep_of(message, params, facts)
             self._check_size(message, params, facts, keep)
             desk.admission.check_request(now)
@@ -130,12 +131,27 @@ class Intake:
             if message.error:
                 raise queries.error_of(message)
             self._complete(owner, message, facts)
-            self._pool.receiver.open(owner)
+            if owner.submit.grammar is None:
+                self._pool.receiver.open(owner)
         except Exception as raised:  # only this request feels it
             error = raised if isinstance(raised, PenstockError) else PenstockError(f"The prompt could not be taken in: {raised!r}"[:300])
             yield from self._ending.abandon(owner, error)
             return
+        if owner.submit.grammar is not None:
+            yield self._pool.obedience.compile(owner)
+            return
         yield from self._place(owner).enter(owner)
+
+    def compiled(self, request: Request, checked: GrammarChecked) -> Iterator[Outbound]:
+        """What became of its grammar."""
+        if not self._desk.ledger.has(request):
+            return  # cancelled meanwhile
+        if checked.error:
+            yield from self._ending.abandon(request, queries.error_of(checked))
+            return
+        request.grammar = checked.compiled
+        self._pool.receiver.open(request)
+        yield from self._place(request).enter(request)
 
     def _complete(self, request: Request, message: Encoded, facts: EngineFacts) -> None:
         """Fill in what the prompt decides. Raises what the client is told."""

@@ -50,6 +50,8 @@ class Lane:
         self._trial: Request | None = None
         self.replaying: set[int] = set()
         self._admitted = 0
+        self._taught = False
+        """Has this life been told the vocabulary?"""
         self.busy_since_ns = 0
         self.last_step_ns = 0
         self.last_token_ns = 0
@@ -104,6 +106,9 @@ class Lane:
         if request.replays:
             self.replaying.add(request.key)
             request.replaying = True
+        if request.grammar and not self._taught:
+            self._taught = True
+            yield To(self._pool.receiver.vocabulary(), self.engine)
         yield To(request.admit(self._pool.receiver.ends, replay=request.replays > 0), self.engine)
         if request.parked:
             yield To(Park(key=request.key), self.engine)
@@ -134,7 +139,7 @@ class Lane:
         metrics.engine_stats(message.engine, message.stats)
         receiver = self._pool.receiver
         receiver.step(message, now)
-        if not (receiver.begun or receiver.ended or receiver.aborts):
+        if not (receiver.begun or receiver.ended or receiver.aborts or receiver.held):
             return receiver.take()
         return self._after_step(now)
 
@@ -143,6 +148,7 @@ class Lane:
         desk, receiver = self._desk, self._pool.receiver
         begun, receiver.begun = receiver.begun, []
         aborts, receiver.aborts = receiver.aborts, []
+        held, receiver.held = receiver.held, []
         for request, first in begun:
             self.replaying.discard(request.key)
             if first:
@@ -151,6 +157,8 @@ class Lane:
                 request.series.count("tokens", "prompt_computed", by=len(request.prompt) - request.cached)
         if aborts:
             yield To(Abort(seqs=i64(aborts)), self.engine)
+        if held:
+            yield from self._pool.obedience.verify(held)
         yield from self._ending.deliver()
         yield from self.pump()
 
@@ -163,6 +171,7 @@ class Lane:
         if self.up:
             yield from self.lose("it was replaced")
         self.epoch, self.facts, self.up = message.epoch, message.facts, True
+        self._taught = False
         self._pool.take(message.facts)
         self._desk.metrics.engine_up(self._pool.names[0], message.engine, message.epoch, message.facts)
         self.last_step_ns = self._desk.clock.now_ns()
@@ -180,6 +189,9 @@ class Lane:
         desk.hook("engine_lost", engine=self.engine, epoch=self.epoch, reason=reason)
         waiting = [request for request in (*self.suspects, *self.outbox) if desk.ledger.has(request)]
         lost = [request for request in desk.ledger.requests.values() if request.state == ADMITTED and request.lane is self]
+        for request in [request for request in lost if not request.running]:
+            lost.remove(request)
+            request.lane = None  # its answers are being verified: no engine has anything to do with it any more
         for request in lost:
             request.state = WAITING
             request.replaying = False

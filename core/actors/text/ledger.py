@@ -9,8 +9,9 @@ What it does not know: text, stop strings, the engine's state, who is connected.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder
@@ -90,6 +91,7 @@ class Request:
         "events",
         "extra",
         "first_ns",
+        "grammar",
         "hashes",
         "incarnation",
         "key",
@@ -133,6 +135,8 @@ class Request:
         self.hashes = b""
         self.root_hash = b""
         self.max_tokens = 0
+        self.grammar = b""
+        """Compiled, for the engine."""
         self.lane: Lane | None = None
         """Where it waits or runs, once it is encoded."""
         self.queued_tokens = 0
@@ -188,7 +192,7 @@ class Request:
             hashes=self.hashes,
             root_hash=self.root_hash,
             choices=i32([choice.index for choice in running]),
-            sampling=params,
+            sampling=msgspec.structs.replace(params, min_tokens=0) if self.grammar else params,
             max_tokens=self.max_tokens,
             eos=EMPTY_I32 if params.ignore_eos else eos,
             outputs=outputs,
@@ -196,7 +200,20 @@ class Request:
             priority=self.submit.priority,
             arrival_ns=self.arrival_ns,
             replay=replay,
+            grammar=self.grammar,
+            grammar_min_tokens=params.min_tokens if self.grammar else 0,
         )
+
+
+class Held(NamedTuple):
+    """A choice that has ended, and whose end is not told before it is known to obey its grammar: what its last row would be, and its tokens (I32, without
+    one that ended it), whose text a stop string has cut unless `stop` is ""."""
+
+    choice: Choice
+    text: str
+    stop_reason: int | str | None
+    ids: I32
+    stop: str
 
 
 class Ledger:
@@ -245,6 +262,11 @@ class Ledger:
         """No more tokens are accepted. Its slot stays readable until `recycle`."""
         choice.finish = finish
         choice.request.open -= 1
+        self.choices.pop(choice.seq, None)
+
+    def hold(self, choice: Choice, finish: str) -> None:
+        """The same, but the end is still to be told, by `close`."""
+        choice.finish = finish
         del self.choices[choice.seq]
 
     def recycle(self, choice: Choice) -> None:

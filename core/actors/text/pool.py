@@ -13,6 +13,7 @@ from typing import Any
 from penstock.core.actors.text import bounds, resolve
 from penstock.core.actors.text.desk import Desk
 from penstock.core.actors.text.ledger import Request
+from penstock.core.actors.text.obedience import Obedience
 from penstock.core.actors.text.receive import Receiver
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.control import EngineFacts
@@ -21,7 +22,7 @@ from penstock.core.protocol.hashing import chain
 
 class Pool:
     """`names`: what requests may call the model, the reported one first; `defaults`: sampling defaults (resolve.generation_defaults);
-    `secret` salts cache keys."""
+    `secret` salts cache keys; `grammars` names the backend that text itself has."""
 
     def __init__(
         self,
@@ -32,8 +33,10 @@ class Pool:
         model_path: str = "",
         defaults: dict[str, Any] | None = None,
         secret: bytes | None = None,
+        grammars: str = "",
     ) -> None:
         self._desk = desk
+        self.obedience = Obedience(grammars)
         self.tokenizer = tokenizer
         self.names = names
         self.model_path = model_path or names[0]

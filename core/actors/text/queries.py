@@ -19,7 +19,7 @@ from penstock.core.protocol.columns import PIECE, Column
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
-from penstock.core.protocol.messages import Answer, Encode, Encoded, Query
+from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query
 from penstock.version import __version__
 
 
@@ -64,8 +64,8 @@ def failure(query: Query, error: PenstockError) -> Answer:
     return Answer(id=query.id, body=msgspec.json.encode(body), status=error.status)
 
 
-def error_of(encoded: Encoded) -> PenstockError:
-    """The error that an Encoded carries."""
+def error_of(encoded: Encoded | GrammarChecked) -> PenstockError:
+    """The error that a worker's answer carries."""
     error = InvalidRequest(encoded.error, param=encoded.error_param, code=encoded.error_code or None)
     error.status = encoded.error_status  # type: ignore[misc]  # the class says the usual one
     return error

@@ -15,13 +15,15 @@ import numpy as np
 
 from penstock.core.actors.text.deltas import EdgeBatch, LogprobReader
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder, TokenTable, WindowDecoder
-from penstock.core.actors.text.ledger import GENERAL, QUIET, Choice, Ledger, Request, fast_mode
+from penstock.core.actors.text.ledger import GENERAL, QUIET, Choice, Held, Ledger, Request, fast_mode
 from penstock.core.actors.text.offsets import prompt_offsets
-from penstock.core.actors.text.resolve import nothing_left, nothing_to_draw
+from penstock.core.actors.text.resolve import narrows, nothing_left, nothing_to_draw
 from penstock.core.actors.text.stops import StopMatcher, StopSet
 from penstock.core.contract.text import Tokenizer
-from penstock.core.protocol.columns import EMPTY_I32, I32
-from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs
+from penstock.core.protocol.columns import EMPTY_I32, I32, i32
+from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs, Vocabulary
+from penstock.core.protocol.wording import NOTHING_ALLOWED
 from penstock.core.runtime.actor import To
 from penstock.core.telemetry.metrics import Metrics
 from penstock.core.telemetry.series import Series
@@ -48,6 +50,8 @@ class Receiver:
         """Requests that had a step for the first time (True), or the first time after a replay (False)."""
         self.ended: list[Request] = []
         self.aborts: list[int] = []
+        self.held: list[Held] = []
+        """Answers that have ended and are to be verified."""
 
     @property
     def vocab_size(self) -> int:
@@ -224,13 +228,39 @@ class Receiver:
                     text += hit
             if finish:
                 text += matcher.flush()
-        if finish or request.stream:
+        if finish == "stop" and request.grammar:
+            self._hold(choice, text, stop_reason, reason)
+        elif finish or request.stream:
             error, code = self._failure(choice, row) if finish == "error" else (None, None)
             self._row(choice, text, finish, stop_reason, error, code)
         elif text:
             choice.parts.append(text)
         if not finish:
             choice.mode = fast_mode(choice)
+
+    def _hold(self, choice: Choice, text: str, stop_reason: int | str | None, reason: int) -> None:
+        """The answer may be whole: nothing is told before that is known."""
+        ids = choice.outputs[: len(choice.outputs) - (reason == STOP)]
+        stop = stop_reason if isinstance(stop_reason, str) else ""
+        self._ledger.hold(choice, "stop")
+        self.held.append(Held(choice, text, stop_reason, np.frombuffer(bytes(ids), np.int32), stop))
+
+    def verified(self, held: Held, error: str) -> None:
+        """`error` "": its last row may go out."""
+        choice = held.choice
+        if self._ledger.has(choice.request):
+            if error:  # a stop string that cuts it is the client's own
+                self._row(choice, held.text, "error", None, error, "invalid_value" if held.stop else "engine_failure")
+            else:
+                self._row(choice, held.text, "stop", held.stop_reason, None, None)
+        else:  # nobody listens any more
+            self._ledger.recycle(choice)
+
+    def vocabulary(self) -> Vocabulary:
+        """For an engine that is to make masks."""
+        data = self._table.data
+        special = i32(sorted(self._tokenizer.special_ids))
+        return Vocabulary(data=b"".join(data), counts=i32([len(token) for token in data]), special=special)
 
     def _failure(self, choice: Choice, row: int) -> tuple[str, str]:
         """Why the engine ended a sequence with an error: (message, code). If the request's own settings left it no token to draw, that is the
@@ -241,6 +271,8 @@ class Receiver:
         if blamed:
             error = nothing_to_draw(blamed, len(choice.outputs))
             return error.message, error.code
+        if self._errors.get(row) == NOTHING_ALLOWED and narrows(request.params):
+            return NOTHING_ALLOWED, InvalidRequest.default_code
         return self._errors.get(row, "The engine failed while this request ran."), "engine_failure"
 
     def _rest(self, choice: Choice, end: int, *, flush_stops: bool = True) -> str:

@@ -120,6 +120,11 @@ def check_words(sequences: list[list[int]], vocab_size: int) -> None:
                 )
 
 
+def narrows(params: SamplingParams) -> bool:
+    """May these settings leave nothing of what a grammar allows?"""
+    return params.allowed_token_ids is not None or bool(params.bad_words_token_ids or params.logit_bias or params.stop_token_ids)
+
+
 def nothing_left(params: SamplingParams, eos: Column, vocab_size: int, history: Column, outputs: int) -> list[str]:
     """The settings that together leave no token to draw after `history` (prompt and outputs), of which `outputs` were drawn; [] if some
     token is left. The engine's masks are these and no others (see kernels' samplers), so this is the reason for a draw of nothing."""

@@ -1,0 +1,147 @@
+"""The masks: which tokens each sequence with a grammar may draw next.
+
+What it is: an actor with a thread of its own. It keeps one matcher a sequence, advances it with every token that was drawn, and makes the mask of a
+step as soon as all earlier steps' tokens are known, while the device runs the step's Forward. A sequence whose grammar fails gets a mask
+of zeros: it alone fails, in the device's own order.
+What it does not know: grammars' languages (a plugin's), logits, what a sequence is for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from penstock.core.contract.grammars import Grammars, Matcher
+from penstock.core.protocol.columns import I32
+from penstock.core.protocol.control import Message
+from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarOpen, MaskReady, MaskRequest, Vocabulary
+
+log = logging.getLogger("penstock.engine.masks")
+Key = tuple[int, int]
+
+
+class _Place:
+    """A sequence's place in its grammar. `matcher` None: it has failed, or waits to be made."""
+
+    __slots__ = ("drawn", "ends", "matcher", "min_tokens")
+
+    def __init__(self, matcher: Matcher | None, ends: I32, min_tokens: int) -> None:
+        self.matcher = matcher
+        self.ends = ends
+        self.min_tokens = min_tokens
+        self.drawn = 0
+
+    def advance(self, token: int) -> None:
+        self.drawn += 1
+        if self.matcher is not None and token not in self.ends and not self.matcher.consume(token):
+            self.matcher = None
+
+    def fill(self, out: I32) -> None:
+        if self.matcher is None:
+            out[:] = 0
+            return
+        self.matcher.mask(out)
+        _put(out, self.ends, False)
+        if self.matcher.may_end() and (self.drawn >= self.min_tokens or not out.any()):
+            _put(out, self.ends, True)
+
+
+def _put(out: I32, tokens: I32, bit: bool) -> None:
+    words = out.view(np.uint32)
+    for token in tokens.tolist():
+        flag = np.uint32(1 << (token % 32))
+        words[token // 32] = words[token // 32] | flag if bit else words[token // 32] & ~flag
+
+
+class Masks:
+    """`make(tokens, special)` is GrammarSpec.factory; `vocab` is the model's."""
+
+    name = "masks"
+    takes: frozenset[type[Message]] = frozenset({Vocabulary, GrammarOpen, GrammarClose, MaskRequest, Drawn})
+    gives: frozenset[type[Message]] = frozenset({MaskReady})
+
+    def __init__(self, make: Callable[[list[bytes], list[int]], Grammars], *, vocab: int) -> None:
+        self._make = make
+        self._vocab = vocab
+        self._words = -(-vocab // 32)
+        self._grammars: Grammars | None = None
+        self._places: dict[Key, _Place] = {}
+        self._asked: deque[MaskRequest] = deque()
+        """Those that wait for tokens of earlier steps."""
+        self._undrawn: set[int] = set()
+        """Steps that were asked for and whose tokens have not come."""
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def handle(self, message: Message) -> Iterable[Message]:
+        if isinstance(message, MaskRequest):
+            self._asked.append(message)
+            return self._ready()
+        if isinstance(message, Drawn):
+            self._drawn(message)
+            return self._ready()
+        if isinstance(message, GrammarOpen):
+            self._open(message)
+        elif isinstance(message, GrammarClose):
+            for key in zip(message.seqs.tolist(), message.incarnations.tolist(), strict=True):
+                self._places.pop(key, None)
+        elif isinstance(message, Vocabulary):
+            self._learn(message)
+        return ()
+
+    def _learn(self, vocabulary: Vocabulary) -> None:
+        ends = np.cumsum(vocabulary.counts).tolist()
+        tokens = [vocabulary.data[end - count : end] for end, count in zip(ends, vocabulary.counts.tolist(), strict=True)]
+        tokens = tokens[: self._vocab] + [b""] * (self._vocab - len(tokens))
+        try:
+            self._grammars = self._make(tokens, [token for token in vocabulary.special.tolist() if token < self._vocab])
+        except Exception:
+            log.exception("the grammar backend cannot use this vocabulary: requests with a grammar will fail")
+
+    def _open(self, message: GrammarOpen) -> None:
+        at = 0
+        ends = message.ends[(message.ends >= 0) & (message.ends < self._vocab)]
+        for seq, count in zip(message.seqs.tolist(), message.output_counts.tolist() or [0] * len(message.seqs), strict=True):
+            place = self._places[seq, message.incarnation] = _Place(None, ends, message.min_tokens)
+            try:
+                if self._grammars is not None:
+                    place.matcher = self._grammars.matcher(message.grammar)
+                for token in message.outputs[at : at + count].tolist():
+                    place.advance(token)
+            except Exception as error:
+                self._fail(place, error)
+            at += count
+
+    def _drawn(self, message: Drawn) -> None:
+        self._undrawn.discard(message.step)
+        for seq, incarnation, token in zip(message.seqs.tolist(), message.incarnations.tolist(), message.tokens.tolist(), strict=True):
+            place = self._places.get((seq, incarnation))
+            if place is not None and token >= 0:
+                try:
+                    place.advance(token)
+                except Exception as error:
+                    self._fail(place, error)
+
+    def _ready(self) -> Iterator[Message]:
+        while self._asked and not self._undrawn:
+            request = self._asked.popleft()
+            self._undrawn.add(request.step)
+            mask = np.zeros((len(request.rows), self._words), np.int32)
+            for row, key in enumerate(zip(request.seqs.tolist(), request.incarnations.tolist(), strict=True)):
+                place = self._places.get(key)
+                if place is None:
+                    continue  # it is over already: what is drawn for it is dropped
+                try:
+                    place.fill(mask[row])
+                except Exception as error:
+                    self._fail(place, error)
+                    mask[row] = 0
+            yield MaskReady(step=request.step, rows=request.rows, mask=mask.ravel())
+
+    def _fail(self, place: _Place, error: Exception) -> None:
+        place.matcher = None
+        log.warning("a sequence's grammar failed (%s: %s): the sequence fails", type(error).__name__, error)

@@ -1,0 +1,41 @@
+"""What makes answers obey a grammar.
+
+What it is: two Protocols for plugins: `Grammars`, which compiles what a request brings, and `Matcher`, a sequence's place in it.
+What it does not know: tokenizers, requests, devices.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from penstock.core.protocol.columns import I32
+
+
+class Matcher(Protocol):
+    """One sequence. After an exception, or a `consume` that says no, it is used no more."""
+
+    def consume(self, token: int) -> bool:
+        """The sequence goes on with this token, which is no end token. False: the grammar does not allow it."""
+        ...
+
+    def mask(self, out: I32) -> None:
+        """Fill all ceil(vocabulary / 32) words: bit t % 32 of word t // 32 is 1 where token t may follow. What it says of end tokens does not count. Should
+        release the GIL."""
+        ...
+
+    def may_end(self) -> bool:
+        """Is what there is so far a whole answer?"""
+        ...
+
+
+class Grammars(Protocol):
+    """Of one vocabulary. `compile` is called in a process of its own, which is killed if it takes too long or too much memory, `matcher` in an engine."""
+
+    def compile(self, kind: str, source: str) -> bytes:
+        """What `matcher` needs. Raises InvalidRequest for a source that is wrong, UnsupportedFeature naming the part that it cannot express
+        exactly: what is not certain must be refused. Whatever else it raises is a 400 too."""
+        ...
+
+    def matcher(self, compiled: bytes) -> Matcher:
+        """At the beginning of an answer. Takes milliseconds; the same bytes come again."""
+        ...

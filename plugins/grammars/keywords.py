@@ -1,0 +1,112 @@
+"""Which JSON schemas can be obeyed exactly.
+
+What it is: `check_schema`, which goes through every place of a schema and refuses the first keyword, format or reference that is not on the list: a
+backend may ignore what it does not know, and the answer would then disobey.
+What it does not know: backends, whether the schema can be satisfied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
+
+NOTES = frozenset(
+    [
+        "title",
+        "description",
+        "default",
+        "examples",
+        "example",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "$comment",
+        "$schema",
+        "$id",
+        "discriminator",
+    ]
+)
+"""They ask for nothing."""
+PLAIN = frozenset(
+    [
+        "type",
+        "enum",
+        "const",
+        "required",
+        "minLength",
+        "maxLength",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+    ]
+)
+PLAIN |= frozenset(["pattern", "format", "minItems", "maxItems", "minProperties", "maxProperties", "$ref"])
+ONE = frozenset(["additionalProperties", "items"])
+"""Their value is a schema."""
+MANY = frozenset(["anyOf", "oneOf", "allOf", "prefixItems"])
+"""A list of schemas."""
+NAMED = frozenset(["properties", "patternProperties", "$defs", "definitions"])
+"""An object of schemas."""
+FORMATS = frozenset(["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"])
+TYPES = frozenset(["object", "array", "string", "number", "integer", "boolean", "null"])
+NUMBERS = frozenset(
+    ["minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems"]
+)
+NUMBERS |= frozenset(["minProperties", "maxProperties"])
+DRAFTS = ("draft-07", "draft-06", "2019-09", "2020-12")
+DEEPEST = 64
+"""Levels of a schema."""
+
+
+def check_schema(schema: Any) -> None:
+    """Raises UnsupportedFeature naming the keyword and its place, or InvalidRequest for a schema that is none."""
+    if isinstance(schema, dict) and not any(draft in str(schema.get("$schema", DRAFTS[0])) for draft in DRAFTS):
+        raise UnsupportedFeature(f"The schema's $schema {str(schema['$schema'])[:80]!r} is not one of the drafts 6 to 2020-12.")
+    _check(schema, "", 0)
+
+
+def _refuse(keyword: str, at: str, why: str = "is not supported") -> PenstockError:
+    return UnsupportedFeature(f"The schema's keyword {keyword[:80]!r} at {(at or '/')[:200]} {why}.")
+
+
+def _check(schema: Any, at: str, depth: int) -> None:
+    if isinstance(schema, bool):
+        return
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"The schema is wrong at {(at or '/')[:200]}: a schema is an object, or true or false.")
+    if depth > DEEPEST:
+        raise UnsupportedFeature(f"The schema is nested more than {DEEPEST} levels deep at {at[:200]}.")
+    for keyword, value in schema.items():
+        here = f"{at}/{keyword}"
+        if keyword in PLAIN:
+            _check_plain(keyword, value, at)
+        elif keyword in ONE:
+            if isinstance(value, list):
+                raise _refuse(keyword, at, "with a list is not supported: use prefixItems")
+            _check(value, here, depth + 1)
+        elif keyword in MANY:
+            if not isinstance(value, list) or not value:
+                raise InvalidRequest(f"The schema is wrong at {here[:200]}: it must be a list that is not empty.")
+            for index, one in enumerate(value):
+                _check(one, f"{here}/{index}", depth + 1)
+        elif keyword in NAMED:
+            if not isinstance(value, dict):
+                raise InvalidRequest(f"The schema is wrong at {here[:200]}: it must be an object.")
+            for name, one in value.items():
+                _check(one, f"{here}/{name}", depth + 1)
+        elif keyword not in NOTES:
+            raise _refuse(keyword, at)
+
+
+def _check_plain(keyword: str, value: Any, at: str) -> None:
+    if keyword == "format" and value not in FORMATS:
+        raise _refuse("format", at, f"with the value {str(value)[:80]!r} is not supported")
+    if keyword == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+        raise _refuse("$ref", at, "must begin with '#': other documents are not read")
+    if keyword == "type" and not set([value] if isinstance(value, str) else value if isinstance(value, list) else [""]) <= TYPES:
+        raise InvalidRequest(f"The schema is wrong at {at[:200]}/type: {str(value)[:80]!r} is no type of JSON.")
+    if keyword in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise InvalidRequest(f"The schema is wrong at {at[:200]}/{keyword}: it must be a number.")

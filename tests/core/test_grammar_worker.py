@@ -1,0 +1,126 @@
+"""The grammar worker: its processes compile, verify, are limited in time and memory, and may die."""
+
+from __future__ import annotations
+
+import queue
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from penstock.core.processes.grammar_child import Checker, load
+from penstock.core.processes.grammars import GrammarWorker, Job, Setup
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import CheckGrammar, Grammar, GrammarChecked, Vocabulary
+
+TOKENS = [bytes([byte]) for byte in range(256)] + [b"<end>"]
+VOCABULARY = Vocabulary(data=b"".join(TOKENS), counts=i32([len(token) for token in TOKENS]), special=i32([256]))
+
+TOKENIZER: Any = SimpleNamespace(
+    decode=lambda ids, skip_special_tokens: bytes(id for id in ids if id < 256).decode("utf-8", "replace"),
+    encode_batch=lambda texts, add_special_tokens: [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts],
+)
+
+SLOW = """
+import os, time
+from penstock.core.contract.hookspecs import GrammarSpec, hookimpl
+
+class Odd:
+    def __init__(self, tokens, special):
+        assert len(tokens) == 257 and special == [256]
+    def compile(self, kind, source):
+        if source == "sleep":
+            time.sleep(60)
+        if source == "die":
+            os._exit(3)
+        if source == "grow":
+            bytearray(3 << 30)
+        print("said by a plugin")
+        return f"{os.getpid()}".encode()
+    def matcher(self, compiled):
+        raise RuntimeError("no matcher")
+
+@hookimpl
+def register_grammars():
+    return [GrammarSpec(name="odd", api_level=1, kinds=["regex"], factory=Odd, priority=5)]
+"""
+
+Ask = Callable[..., GrammarChecked]
+
+
+@pytest.fixture
+def ask(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
+    """ask(kind, source, ...) waits for the worker's answer; with the marker `odd` its backend is the one above."""
+    extra: list[str] = []
+    if request.node.get_closest_marker("odd") or "odd" in request.node.name:
+        (tmp_path / "odd_grammars.py").write_text(SLOW)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(path for path in sys.path if path)}")
+        extra = ["odd_grammars"]
+    answers: queue.Queue[GrammarChecked] = queue.Queue()
+    worker = GrammarWorker(TOKENIZER, VOCABULARY, answers.put, extra=extra, compile_s=1.5, verify_s=5.0)
+    number = iter(range(1000))
+
+    def asked(kind: Any, source: str, **more: Any) -> GrammarChecked:
+        job = next(number)
+        worker.submit(CheckGrammar(job=job, grammar=Grammar(kind=kind, source=source, field="f"), **more))
+        answer = answers.get(timeout=60)
+        assert answer.job == job
+        return answer
+
+    yield asked
+    worker.close()
+
+
+def verify(ask: Ask, kind: str, source: str, text: str, stop: str = "") -> str:
+    ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return ask(kind, source, verify=True, ids=ids, stop=stop).error
+
+
+def test_grammars_are_compiled_and_answers_verified(ask: Ask) -> None:
+    schema = '{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"],"additionalProperties":false}'
+    first = ask("json", schema)
+    assert (first.error, bool(first.compiled)) == ("", True)
+    assert ask("json", schema).compiled == first.compiled
+    wrong = ask("json", '{"type":"object","not":{}}')
+    assert (wrong.error_status, wrong.error_code, wrong.error_param) == (400, "unsupported_feature", "f")
+    assert wrong.error == "f cannot be used: The schema's keyword 'not' at / is not supported."
+    assert ask("regex", "(").error_code == "invalid_value"
+    assert ask("json", '{"type":"string","minLength":-1}').error_status == 400
+
+    assert verify(ask, "json", schema, '{"a": 1}') == ""
+    assert verify(ask, "json", schema, '{"a": "x"}').startswith("The answer does not obey f. At /a:")
+    assert "not valid JSON" in verify(ask, "json", schema, '{"a": 1')
+    assert "2026-02-31" in verify(ask, "json", '{"type":"string","format":"date"}', '"2026-02-31"')
+    assert verify(ask, "regex", "[a-z]+", "abc") == ""
+    assert "not of the grammar" in verify(ask, "regex", "[a-z]+", "ab1")
+    assert "too early" in verify(ask, "regex", "[a-z]{5}", "abc")
+    assert verify(ask, "regex", "[a-z]+", "abcSTOP", stop="STOP") == ""
+    assert verify(ask, "choice", '["yes","no"]', "yes") == ""
+
+
+def test_odd_backends_cost_one_request_each(ask: Ask) -> None:
+    one = ask("regex", "a")
+    assert one.compiled
+    assert ask("regex", "b").compiled == one.compiled  # the same process
+    assert "more than 1.5 seconds" in ask("regex", "sleep").error
+    assert "more than 1.5 seconds" in ask("regex", "sleep").error  # kept: nobody waits for it twice
+    other = ask("regex", "c")
+    assert other.compiled != one.compiled
+    assert "memory" in ask("regex", "grow").error
+    assert "ended" in ask("regex", "die").error
+    assert ask("regex", "d").compiled
+    assert ask("regex", "a").compiled == one.compiled  # kept, though its process is gone
+    assert ask("json", "{}").error_code == "unsupported_feature"
+    assert "no matcher" in verify(ask, "regex", "a", "a")
+
+
+def test_a_child_knows_what_it_is_told() -> None:
+    checker = load(Setup([], VOCABULARY.data, VOCABULARY.counts.tolist(), [256]))
+    assert isinstance(checker, Checker)
+    assert checker.do(Job("regex", "a+")).compiled
+    assert checker.do(Job("regex", "a+", verify=True, ids=[97, 97], text="aa")).error == ""
+    assert checker.do(Job("json", "[")).error

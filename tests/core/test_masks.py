@@ -1,0 +1,256 @@
+"""Answers that obey a grammar, in the engine: masks come in order, whatever the depth, the wiring and the memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+sys.path.insert(0, str(Path(__file__).parent))  # for grammar_kit.py: pytest's importlib mode does not
+
+from penstock.core.actors.masks import Masks
+from penstock.core.actors.sampler import Sampler
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.contract.host import PluginHost
+from penstock.core.processes.engine import Engine
+from penstock.core.protocol.columns import EMPTY_I32, i32, i64
+from penstock.core.protocol.config import build
+from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.messages import (
+    FAILED,
+    LENGTH,
+    STOP,
+    Abort,
+    Admit,
+    DeviceWork,
+    Drawn,
+    GrammarClose,
+    GrammarOpen,
+    MaskReady,
+    MaskRequest,
+    Sample,
+    StepTokens,
+    Vocabulary,
+    seq_of,
+)
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.plugins.policies.fcfs import FirstComeFirstServed
+
+VOCAB = 211
+END = 7
+WORDS = Vocabulary(data=b"x" * VOCAB, counts=i32([1] * VOCAB))
+
+
+def ranges(tokens: list[bytes], special: list[int]) -> Any:
+    import grammar_kit
+
+    return grammar_kit.Ranges(tokens, special)
+
+
+def opened(seq: int, source: bytes, outputs: tuple[int, ...] = (), min_tokens: int = 0) -> GrammarOpen:
+    return GrammarOpen(
+        seqs=i64([seq]),
+        incarnation=1,
+        grammar=source,
+        ends=i32([END, VOCAB + 5]),
+        min_tokens=min_tokens,
+        outputs=i32(outputs),
+        output_counts=i32([len(outputs)]),
+    )
+
+
+def asked(step: int, *seqs: int) -> MaskRequest:
+    return MaskRequest(step=step, rows=i32(range(len(seqs))), seqs=i64(seqs), incarnations=i32([1] * len(seqs)))
+
+
+def drawn(step: int, **tokens: int) -> Drawn:
+    seqs = [int(name[1:]) for name in tokens]
+    return Drawn(step=step, seqs=i64(seqs), incarnations=i32([1] * len(seqs)), tokens=i32(list(tokens.values())))
+
+
+def bits(ready: MaskReady) -> list[list[int]]:
+    rows = np.unpackbits(ready.mask.view(np.uint8), bitorder="little").reshape(len(ready.rows), -1)
+    return [np.flatnonzero(row).tolist() for row in rows]
+
+
+def test_a_mask_waits_for_the_tokens_of_earlier_steps() -> None:
+    masks = Masks(ranges, vocab=VOCAB)
+    for message in (WORDS, opened(5, b"[10,12,2]"), opened(6, b"[20,21,1]", outputs=(20,))):
+        assert list(masks.handle(message)) == []
+    (first,) = masks.handle(asked(1, 5, 6))
+    assert isinstance(first, MaskReady)
+    assert bits(first) == [[10, 11], [END]]
+    assert list(masks.handle(asked(2, 5))) == []
+    (second,) = masks.handle(drawn(1, s5=11, s6=END))
+    assert isinstance(second, MaskReady)
+    assert (second.step, bits(second)) == (2, [[10, 11]])
+    assert list(masks.handle(drawn(2, s5=-1))) == []  # nothing was drawn
+    list(masks.handle(GrammarClose(seqs=i64([5, 6]), incarnations=i32([1, 1]))))
+    assert len(masks) == 0
+
+
+def test_who_is_over_or_broken_gets_nothing_and_nobody_else_feels_it() -> None:
+    masks = Masks(ranges, vocab=VOCAB)
+    list(masks.handle(WORDS))
+    for seq, source in ((1, b"no json"), (2, b"[13,14,3]"), (3, b"[3,4,1]"), (4, b"[3,4,1]")):
+        list(masks.handle(opened(seq, source)))
+    (ready,) = masks.handle(asked(1, 1, 2, 3, 4, 99))
+    assert isinstance(ready, MaskReady)
+    assert bits(ready) == [[], [], [3], [3], []]
+    list(masks.handle(drawn(1, s3=9, s4=3)))  # 9 is not of the grammar
+    (ready,) = masks.handle(asked(2, 3, 4))
+    assert isinstance(ready, MaskReady)
+    assert bits(ready) == [[], [END]]
+
+
+def test_a_vocabulary_that_the_backend_cannot_use_fails_sequences_only() -> None:
+    def no(tokens: list[bytes], special: list[int]) -> Any:
+        raise RuntimeError("no")
+
+    masks = Masks(no, vocab=VOCAB)
+    list(masks.handle(WORDS))
+    list(masks.handle(opened(1, b"[3,4,1]")))
+    (ready,) = masks.handle(asked(1, 1))
+    assert isinstance(ready, MaskReady)
+    assert bits(ready) == [[]]
+
+
+def test_the_end_waits_for_min_tokens_unless_nothing_else_is_left() -> None:
+    masks = Masks(ranges, vocab=VOCAB)
+    list(masks.handle(WORDS))
+    list(masks.handle(opened(1, b"[3,4,1]", min_tokens=5, outputs=(3,))))
+    (ready,) = masks.handle(asked(1, 1))
+    assert isinstance(ready, MaskReady)
+    assert bits(ready) == [[END]]
+
+
+def sample(step: int, **more: Any) -> Sample:
+    return Sample(engine=0, epoch=1, step=step, rows=i32([0, 1]), slots=i32([0, 1]), positions=i32([4, 4]), **more)
+
+
+def test_the_sampler_holds_a_step_until_its_mask_and_those_behind_it() -> None:
+    sampler = Sampler(engine=0, epoch=1, masks=True)
+    assert [type(m) for m in sampler.handle(sample(1))] == [DeviceWork]
+    assert list(sampler.handle(sample(2, masked=True))) == []
+    assert list(sampler.handle(sample(3))) == []
+    assert list(sampler.handle(sample(4, masked=True))) == []
+    with pytest.raises(ProtocolError):
+        list(sampler.handle(MaskReady(step=4, rows=EMPTY_I32, mask=EMPTY_I32)))
+    out = list(sampler.handle(MaskReady(step=2, rows=i32([1]), mask=i32([7] * 7))))
+    steps = [m.sample for m in out if isinstance(m, DeviceWork) and m.sample is not None]
+    assert [(s.step, s.masked, s.mask_rows.tolist()) for s in steps] == [(2, False, [-1, 0]), (3, False, [])]
+
+
+# ------------------------------------------------------------------ the whole engine
+
+
+def admit(key: int, grammar: bytes = b"", *, n: int = 1, max_tokens: int = 30, **more: Any) -> Admit:
+    outputs = more.pop("outputs", None)
+    return Admit(
+        key=key,
+        incarnation=more.pop("incarnation", 1),
+        prompt=i32([key % VOCAB, *range(20, 20 + key % 9)]),
+        hashes=b"",
+        root_hash=b"r" * 16,
+        choices=i32(range(n)),
+        sampling=SamplingParams(n=n, seed=key, **more),
+        max_tokens=max_tokens,
+        eos=i32([END]),
+        arrival_ns=key,
+        grammar=grammar,
+        outputs=EMPTY_I32 if outputs is None else i32(outputs),
+        output_counts=EMPTY_I32 if outputs is None else i32([len(outputs)]),
+    )
+
+
+def run(admits: list[Admit], *, host: bool = True, abort: int = 0, options: dict[str, Any] | None = None, **config: Any) -> dict[int, Any]:
+    """seq -> (tokens, reason); -1 -> errors, -2 -> how often a sequence was preempted."""
+    tokens: dict[int, list[int]] = {}
+    reasons: dict[int, int] = {}
+    errors: list[str] = []
+    left: list[Any] = []
+    wanted = sum(len(a.choices) for a in admits)
+
+    def output(message: Any) -> None:
+        if isinstance(message, StepTokens):
+            errors.extend(message.errors)
+            for seq, token, reason in zip(message.seqs.tolist(), message.tokens.tolist(), message.reasons.tolist(), strict=True):
+                if token >= 0:
+                    tokens.setdefault(seq, []).append(token)
+                if reason:
+                    reasons[seq] = reason
+
+    async def main() -> None:
+        plugins = PluginHost("engine", extra=["grammar_kit"] if host else []).load()
+        settings = build({"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, **config})
+        device = FakeDevice(FakeOptions(**{"vocab_size": VOCAB, "depth": 2, **(options or {})}))
+        engine = Engine(settings, output=output, device=device, policy=FirstComeFirstServed(), plugins=plugins)
+        try:
+            async with trio.open_nursery() as nursery:
+                facts = await engine.start(nursery)
+                assert facts.grammars == ("ranges" if host else "llguidance")
+                engine.post(WORDS, *admits)
+                if abort:
+                    engine.post(Abort(seqs=i64([seq_of(abort, 0)])))
+                with trio.fail_after(20):
+                    while len(reasons) < wanted:
+                        await trio.sleep(0.001)
+                assert engine._scheduler is not None
+                left.append(engine._scheduler.leftovers())
+                left.append(engine._scheduler._board.preemptions)
+                nursery.cancel_scope.cancel()
+        finally:
+            engine.close()
+
+    trio.run(main)
+    assert not {"obeying", "live"} & left[0].keys()
+    return {seq: (tokens.get(seq, []), reason) for seq, reason in reasons.items()} | {-1: errors, -2: left[1]}
+
+
+@pytest.mark.parametrize("wiring", ["cell", "tasks"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_every_answer_obeys_and_others_are_as_ever(wiring: str, depth: int) -> None:
+    admits = [admit(key, b"[%d,%d,%d]" % (key + 30, key + 33, key % 7 + 1), n=key % 3 + 1) for key in range(1, 12)]
+    plain = [admit(key, temperature=1.0) for key in range(40, 46)]
+    alone = run(plain, host=False, wiring=wiring, options={"depth": depth})
+    found = run([*admits, *plain], wiring=wiring, options={"depth": depth})
+    assert found.pop(-1) == []
+    for a in admits:
+        for choice in range(len(a.choices)):
+            tokens, reason = found[seq_of(a.key, choice)]
+            assert reason == STOP
+            assert len(tokens) == a.key % 7 + 2
+            assert tokens[-1] == END
+            assert all(a.key + 30 <= token < a.key + 33 for token in tokens[:-1])
+    assert all(found[seq_of(key, 0)] == alone[seq_of(key, 0)] for key in range(40, 46))
+
+
+def test_limits_preemption_and_aborts() -> None:
+    admits = [admit(key, b"[50,90,%d]" % (20 + key), max_tokens=26) for key in range(1, 9)]
+    plenty = run(admits)
+    tight = run(admits, options={"num_blocks": 18}, abort=4)
+    assert (plenty[-2], tight[-2] > 0) == (0, True)
+    for a in admits:
+        tokens, reason = plenty[seq_of(a.key, 0)]
+        assert reason == (STOP if a.key < 6 else LENGTH)
+        assert all(50 <= token < 90 or token == END for token in tokens)
+        if a.key != 4:
+            assert tight[seq_of(a.key, 0)] == (tokens, reason)  # preempted or not
+
+
+def test_a_replay_goes_on_where_it_was() -> None:
+    (whole, _) = run([admit(3, b"[50,90,9]")])[seq_of(3, 0)]
+    rest, reason = run([admit(3, b"[50,90,9]", outputs=whole[:4], incarnation=2)])[seq_of(3, 0)]
+    assert (whole[:4] + rest, reason) == (whole, STOP)
+
+
+def test_a_grammar_that_fails_costs_its_own_sequence_alone() -> None:
+    found = run([admit(1, b"[13,90,3]"), admit(2, b"[50,90,3]"), admit(3, b"garbage"), admit(4, temperature=0.0)])
+    assert [found[seq_of(key, 0)][1] for key in (1, 3)] == [FAILED, FAILED]
+    assert found[seq_of(2, 0)][1] == STOP
+    assert set(found[-1]) == {"There is no token that the request's grammar and its other settings both allow here."}
+    assert len(found[seq_of(4, 0)][0]) == 30 or found[seq_of(4, 0)][1] == STOP

@@ -1,0 +1,108 @@
+"""Answers that must obey something, from the demo model over HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+ASK = [{"role": "user", "content": "Where is Anna from, and how old is she? Answer in JSON."}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "c"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+
+
+def chat(server: Any, **fields: Any) -> Any:
+    return server.client.post("/v1/chat/completions", json={"messages": ASK, "max_tokens": 200, **fields})
+
+
+def choices(server: Any, **fields: Any) -> list[tuple[str, str]]:
+    reply = chat(server, **fields)
+    assert reply.status_code == 200, reply.text
+    return [(choice["message"]["content"], choice["finish_reason"]) for choice in reply.json()["choices"]]
+
+
+def test_json_schema(server: Any) -> None:
+    check = jsonschema_rs.validator_for(SCHEMA)
+    for seed in range(4):
+        for text, reason in choices(server, response_format=FORMAT, n=3, temperature=1.3, seed=seed):
+            assert reason in ("stop", "length")
+            if reason == "stop":
+                assert check.is_valid(json.loads(text)), text
+
+
+def test_a_stream_is_the_whole_reply(server: Any) -> None:
+    asked = {"messages": ASK, "max_tokens": 200, "response_format": FORMAT, "temperature": 0, "stream": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=asked) as reply:
+        chunks = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert [(text, chunks[-1]["choices"][0]["finish_reason"])] == choices(server, response_format=FORMAT, temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"guided_regex": "[0-9]{3}-[a-z]{2}"}, "[0-9]{3}-[a-z]{2}"),
+        ({"guided_grammar": 'root ::= "x" [0-9] [0-9]'}, "x[0-9]{2}"),
+        ({"structured_outputs": {"choice": ["a b", "c"]}, "logprobs": True, "top_logprobs": 2}, "a b|c"),
+        ({"guided_choice": ["yes", "no"], "min_tokens": 30}, "yes|no"),
+        ({"guided_choice": ["left", "right"], "frequency_penalty": 1.5, "logit_bias": {"5": 20}, "top_p": 0.5}, "left|right"),
+        ({"guided_json": {"type": "number"}, "temperature": 2.0}, r"-?[0-9.]+"),
+    ],
+)
+def test_other_kinds(server: Any, fields: dict[str, Any], pattern: str) -> None:
+    for text, reason in choices(server, n=2, seed=5, **fields):
+        assert reason == "stop"
+        assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"guided_json": {"type": "object", "not": {}}}, "guided_json", "unsupported_feature"),
+        ({"guided_json": {"typo": 1}}, "guided_json", "unsupported_feature"),
+        ({"guided_regex": "("}, "guided_regex", "invalid_value"),
+        ({"guided_grammar": "nonsense"}, "guided_grammar", "invalid_value"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "invalid_value"),
+        ({"guided_choice": ["yes", "no"], "allowed_token_ids": [5]}, None, "invalid_value"),
+        ({"response_format": FORMAT, "stop": ['"age"']}, None, "invalid_value"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_a_400(server: Any, fields: dict[str, Any], param: str | None, code: str) -> None:
+    reply = chat(server, **fields, temperature=0)
+    assert (reply.status_code, reply.json()["error"]["param"], reply.json()["error"]["code"]) == (400, param, code)
+
+
+def test_completions(server: Any) -> None:
+    reply = server.client.post("/v1/completions", json={"prompt": ["Say yes:", "Say no:"], "guided_choice": ["yes", "no"], "n": 2})
+    assert {choice["text"] for choice in reply.json()["choices"]} <= {"yes", "no"}
+    assert {choice["finish_reason"] for choice in reply.json()["choices"]} == {"stop"}
+
+
+def test_an_answer_obeys_over_an_engines_death(server: Any) -> None:
+    """The engine is killed in the middle of a stream: the next one's matcher walks what was received, and goes on."""
+    asked = {"messages": ASK, "max_tokens": 1500, "guided_regex": "([a-z]{3}-){150}end", "temperature": 1.0, "seed": 3, "stream": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=asked) as reply:
+        chunks = []
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                chunks.append(json.loads(line[6:]))
+                if len(chunks) == 20:
+                    server.children()["engine"][0].kill()
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert re.fullmatch("([a-z]{3}-){150}end", text)
+    assert server.metric("penstock_replays_total") >= 1
+    assert choices(server, guided_choice=["yes", "no"])[0][0] in ("yes", "no")

@@ -1,0 +1,193 @@
+"""Answers that must obey a grammar, in text: refusals, what the engine is told, and ends that wait until the answer is verified."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.messages import (
+    FAILED,
+    RUNNING,
+    STOP,
+    Admit,
+    Cancel,
+    EngineDown,
+    Grammar,
+    GrammarChecked,
+    Vocabulary,
+    seq_of,
+)
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.wording import NOTHING_ALLOWED
+
+WORD = Grammar(kind="regex", source="[a-z]+", field="guided_regex")
+
+
+@pytest.fixture
+def bench(make_bench: Any) -> Any:
+    made = make_bench(up=False, grammars="some")
+    made.up(grammars="some")
+    return made
+
+
+def compiled(bench: Any, **more: Any) -> list[Any]:
+    check = bench.checks.pop(0)
+    assert not check.verify
+    sent: list[Any] = bench.send(GrammarChecked(job=check.job, **({"compiled": b"made"} | more)))
+    return sent
+
+
+def answer(bench: Any, key: int, text: str = "water", choice: int = 0, incarnation: int = 0, *, end: bool = True) -> list[int]:
+    """The engine sends these tokens, and the model's end token."""
+    (ids,) = bench.tokenizer.encode_batch([text], add_special_tokens=False)
+    tokens = [*ids.tolist(), *([bench.tokenizer.eos_ids[0]] if end else [])]
+    seq = seq_of(key, choice)
+    bench.scripts[seq] = tokens
+    bench.admitted.pop(seq, None)
+    for offset, token in enumerate(tokens):
+        bench.rows([(seq, incarnation, offset, token, STOP if end and offset == len(tokens) - 1 else RUNNING)])
+    return ids.tolist()
+
+
+def test_what_cannot_be_is_refused_before_anything_is_compiled(make_bench: Any) -> None:
+    for text, engine in (("", "some"), ("some", ""), ("some", "other")):
+        bench = make_bench(up=False, grammars=text)
+        bench.up(grammars=engine)
+        bench.submit(1, grammar=WORD)
+        assert (bench.rejected[1].code, bench.rejected[1].param) == ("unsupported_feature", "guided_regex")
+    bench = make_bench(up=False, grammars="some")
+    bench.up(grammars="some")
+    bench.submit(2, grammar=WORD, sampling=SamplingParams(ignore_eos=True))
+    assert bench.rejected[2].param == "ignore_eos"
+    bench.submit(3, grammar=Grammar(kind="regex", source="a" * (1 << 18) + "a", field="f"))
+    assert (bench.rejected[3].status, bench.rejected[3].param) == (400, "f")
+    assert not bench.checks
+    assert not bench.actor.ledger.requests
+
+
+def test_the_engine_learns_the_vocabulary_once_and_gets_the_compiled_grammar(bench: Any) -> None:
+    bench.submit(1, grammar=WORD, sampling=SamplingParams(min_tokens=3, n=2))
+    sent = compiled(bench)
+    assert [type(m) for m in sent if isinstance(m, Vocabulary | Admit)] == [Vocabulary, Admit]
+    (vocabulary,) = [m for m in sent if isinstance(m, Vocabulary)]
+    assert int(vocabulary.counts.sum()) == len(vocabulary.data)
+    assert set(vocabulary.special.tolist()) == set(bench.tokenizer.special_ids)
+    (admit,) = [m for m in sent if isinstance(m, Admit)]
+    assert (admit.grammar, admit.grammar_min_tokens, admit.sampling.min_tokens) == (b"made", 3, 0)
+    bench.submit(2, grammar=WORD)
+    assert [type(m) for m in compiled(bench) if isinstance(m, Vocabulary | Admit)] == [Admit]
+
+
+def test_a_grammar_that_cannot_be_compiled_is_a_400(bench: Any) -> None:
+    bench.submit(1, grammar=WORD)
+    compiled(bench, compiled=b"", error="It is wrong.", error_param="guided_regex", error_code="unsupported_feature")
+    refused = bench.rejected[1]
+    assert (refused.status, refused.code, refused.param, refused.message) == (400, "unsupported_feature", "guided_regex", "It is wrong.")
+    assert not bench.actor.ledger.requests
+    assert bench.actor.admission.requests == 0
+
+
+def test_a_request_that_was_cancelled_while_it_was_compiled_is_gone(bench: Any) -> None:
+    bench.submit(1, grammar=WORD)
+    bench.send(Cancel(key=1))
+    compiled(bench)
+    assert not bench.engine
+    assert not bench.actor.ledger.requests
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_end_is_told_once_the_answer_is_verified(bench: Any, stream: bool) -> None:
+    bench.submit(1, grammar=WORD, stream=stream)
+    compiled(bench)
+    ids = answer(bench, 1)
+    assert 1 not in bench.finished
+    (check,) = bench.checks
+    assert (check.verify, check.ids.tolist(), check.stop) == (True, ids, "")
+    bench.send(GrammarChecked(job=check.job))
+    got = bench.received[1, 0]
+    assert (got.text, got.reason, 1 in bench.finished) == ("water", "stop", True)
+    assert len(bench.actor.ledger.choices) == 0
+    assert bench.actor.ledger.free_slots == bench.actor.ledger.slots
+
+
+def test_an_answer_that_does_not_obey_ends_as_an_error(bench: Any) -> None:
+    bench.submit(1, grammar=WORD)
+    compiled(bench)
+    answer(bench, 1)
+    bench.send(GrammarChecked(job=bench.checks.pop().job, error="No."))
+    got = bench.received[1, 0]
+    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", "No.", "engine_failure")
+    assert 1 in bench.finished
+
+
+def test_a_stop_string_ends_a_part_and_that_is_the_clients_own(bench: Any) -> None:
+    bench.submit(1, grammar=WORD, sampling=SamplingParams(stop=["te"]))
+    compiled(bench)
+    answer(bench, 1, end=False)
+    (check,) = bench.checks
+    assert (check.verify, check.stop) == (True, "te")
+    bench.send(GrammarChecked(job=check.job, error="It ended too early."))
+    got = bench.received[1, 0]
+    assert (got.text, got.reason, got.extras[-1].error_code) == ("wa", "error", "invalid_value")
+
+
+@pytest.mark.parametrize(("settings", "code"), [({"allowed_token_ids": [70, 71]}, "invalid_value"), ({}, "engine_failure")])
+def test_settings_that_leave_nothing_of_the_grammar_are_the_clients_own(bench: Any, settings: dict[str, Any], code: str) -> None:
+    bench.submit(1, grammar=WORD, sampling=SamplingParams(**settings))
+    compiled(bench)
+    bench.rows([(seq_of(1, 0), 0, 0, -1, FAILED)], errors=[NOTHING_ALLOWED])
+    got = bench.received[1, 0]
+    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", NOTHING_ALLOWED, code)
+
+
+def test_length_and_errors_need_no_verifying(bench: Any) -> None:
+    bench.submit(1, grammar=WORD, sampling=SamplingParams(max_tokens=3))
+    compiled(bench)
+    bench.scripts[seq_of(1, 0)] = [70, 71, 72]
+    bench.run()
+    assert (bench.received[1, 0].reason, bench.checks) == ("length", [])
+
+
+def test_choices_end_one_by_one_over_an_engines_death(bench: Any) -> None:
+    """One answer is being verified when the engine dies: only the other one is replayed."""
+    bench.submit(1, grammar=WORD, sampling=SamplingParams(n=2))
+    compiled(bench)
+    answer(bench, 1, choice=0)
+    (check,) = bench.checks
+    bench.scripts[seq_of(1, 1)] = [70, 71, 72]
+    bench.send(EngineDown(engine=0, epoch=1, reason="gone"))
+    bench.up(grammars="some")
+    (admit,) = [m for m in bench.engine if isinstance(m, Admit)][1:]
+    assert (admit.choices.tolist(), admit.grammar) == ([1], b"made")
+    assert sum(isinstance(m, Vocabulary) for _, m in bench.out) == 2  # the new life knows nothing
+    bench.send(GrammarChecked(job=check.job))
+    assert (bench.received[1, 0].reason, 1 in bench.finished) == ("stop", False)
+    bench.run()
+    assert 1 in bench.finished
+
+
+def test_a_death_while_the_last_answer_is_verified_changes_nothing(bench: Any) -> None:
+    bench.submit(1, grammar=WORD)
+    compiled(bench)
+    answer(bench, 1)
+    bench.send(EngineDown(engine=0, epoch=1, reason="gone"))
+    bench.up(grammars="some")
+    assert sum(isinstance(m, Admit) for m in bench.engine) == 1
+    bench.send(GrammarChecked(job=bench.checks.pop().job))
+    assert (bench.received[1, 0].reason, 1 in bench.finished) == ("stop", True)
+    assert bench.submit(2)  # the lane counts on
+    bench.scripts[seq_of(2, 0)] = i32([70, 71]).tolist()
+    bench.run()
+    assert 2 in bench.finished
+
+
+def test_who_leaves_while_the_answer_is_verified_leaves_nothing_behind(bench: Any) -> None:
+    bench.submit(1, grammar=WORD)
+    compiled(bench)
+    answer(bench, 1)
+    bench.send(Cancel(key=1))
+    bench.send(GrammarChecked(job=bench.checks.pop().job, error="No."))
+    assert not bench.actor.ledger.requests
+    assert bench.actor.ledger.free_slots == bench.actor.ledger.slots
