@@ -38,6 +38,8 @@ class Generation(msgspec.Struct, kw_only=True):
     want_ids: bool = False
     """The reply shows token ids: the prompt's come with the first row, and a whole reply's choices keep theirs."""
     stream: bool = False
+    split: bool = False
+    parallel_calls: bool = True
     request_id: str | None = None
     """The client's own id for it, if it came in the body; a header goes before it."""
     ignored: list[str] = msgspec.field(default_factory=list)

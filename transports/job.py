@@ -96,6 +96,8 @@ class Job(abc.ABC):
             echo=generation.echo,
             want_ids=generation.want_ids,
             stream=generation.stream,
+            split=generation.split,
+            parallel_calls=generation.parallel_calls,
             tenant=context.tenant,
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,
@@ -157,6 +159,7 @@ class Job(abc.ABC):
             sum(m.prompt_tokens for m in self.ended),
             sum(m.output_tokens for m in self.ended),
             sum(m.cached_tokens for m in self.ended),
+            sum(m.reasoning_tokens for m in self.ended),
         )
 
     def summarize(self, reasons: list[str]) -> None:

@@ -29,6 +29,7 @@ from penstock.core.contract.hookspecs import (
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
+    FormatSpec,
     ModelSpec,
     SchedulePolicySpec,
     Spec,
@@ -268,6 +269,9 @@ class PluginHost:
 
     def chat_renderers(self) -> Mapping[str, ChatRendererSpec]:
         return self._of("chat_renderers", ChatRendererSpec)
+
+    def output_formats(self) -> Mapping[str, FormatSpec]:
+        return self._of("output_formats", FormatSpec)
 
     def transports(self) -> Mapping[str, TransportSpec]:
         return self._of("transports", TransportSpec)

@@ -16,6 +16,7 @@ import trio
 
 from penstock.core.actors.text import TextActor, resolve
 from penstock.core.actors.text.actor import FROM_ROOT, TO_ROOT
+from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
 from penstock.core.contract.actors import Seat
@@ -110,6 +111,8 @@ class TextSide:
             renderer = WithDefaults(renderer, json.loads(config.default_chat_template_kwargs))
         self.tokenizer: Tokenizer = tokenizer
         self.renderer: ChatRenderer = renderer
+        template = "\n".join(getattr(renderer, "templates", {}).values())
+        formats = Formats.choose(plugins.output_formats(), template, config)
         self.traces = traces
         self.actor = TextActor(
             config,
@@ -123,6 +126,7 @@ class TextSide:
             log=log,
             shard=shard,
             root=to_root is not None,
+            formats=formats,
         )
         stats = log is not None and config.log_stats
         self._stats = StatsLine(self.actor.metrics, lambda: self.actor.admission.requests, log) if stats else None

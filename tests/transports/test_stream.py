@@ -58,6 +58,7 @@ def test_golden_chat_with_usage(shared_edge: Edge) -> None:
         "completion_tokens": 2,
         "total_tokens": 5,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert all(chunk["usage"] is None for chunk in chunks[:-2])
     assert normal(reply.text).splitlines()[2] == (

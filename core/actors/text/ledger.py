@@ -15,6 +15,7 @@ import numpy as np
 
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder
 from penstock.core.actors.text.stops import StopMatcher
+from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.messages import Admit, RowExtra, Submit, TokenLogprobs, seq_of
 from penstock.core.protocol.sampling import SamplingParams
@@ -40,15 +41,18 @@ class Choice:
         "index",
         "last_ns",
         "logprobs",
+        "made",
         "matcher",
         "mode",
         "outputs",
         "parts",
+        "reasoned",
         "request",
         "sent",
         "seq",
         "series",
         "slot",
+        "splitter",
         "undecoded",
     )
 
@@ -68,6 +72,12 @@ class Choice:
         self.decoder: Any = None
         """ByteDecoder (FAST and QUIET need it) or any Decoder."""
         self.matcher: StopMatcher | None = None
+        self.splitter: Splitter | None = None
+        """Takes its text apart; None: all of it is content."""
+        self.reasoned = 0
+        """Tokens of reasoning."""
+        self.made = False
+        """Has a call of a tool been complete?"""
         self.mode = GENERAL
         self.batch: Any = None
         """The EdgeBatch of the request's edge."""
@@ -176,6 +186,10 @@ class Request:
     def output_tokens(self) -> int:
         return sum(len(choice.outputs) for choice in self.choices)
 
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.reasoned for choice in self.choices)
+
     def admit(self, eos: I32, *, replay: bool) -> Admit:
         """The Admit for every choice that still runs, with the tokens received so far."""
         running = self.running
@@ -276,6 +290,11 @@ class Ledger:
 def fast_mode(choice: Choice) -> int:
     """The cheapest path that this choice's tokens may take once its first row is out."""
     request = choice.request
-    if choice.matcher is not None or request.params.logprobs is not None or not isinstance(choice.decoder, ByteDecoder):
+    if (
+        choice.matcher is not None
+        or choice.splitter is not None
+        or request.params.logprobs is not None
+        or not isinstance(choice.decoder, ByteDecoder)
+    ):
         return GENERAL
     return FAST if request.stream else QUIET
