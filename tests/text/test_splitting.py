@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from penstock.core.actors.text.formats import Formats
+from penstock.core.contract.formats import Fragment
+from penstock.core.contract.hookspecs import FormatSpec
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, LENGTH, NAME, REASONING, STOP, Abort, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.formats import BUILT_IN
+from penstock.plugins.formats.scanner import State, TableSplitter, read_text, table
 
 SPECS = {spec.name: spec for spec in BUILT_IN}
 TOOLS = json.dumps([{"type": "function", "function": {"name": "f"}}]).encode()
@@ -133,9 +136,6 @@ def test_plain_answers_have_no_columns_of_channels(say: Any) -> None:
 
 def test_special_tokens_that_are_marks_are_seen_and_others_are_not(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """<|im_start|> is special, and here a mark; <|bos|> is special and none."""
-    from penstock.core.contract.hookspecs import FormatSpec
-    from penstock.plugins.formats.scanner import State, TableSplitter, read_text, table
-
     marks = table(
         content=State(read_text, {"<|im_start|>": "thought"}), thought=State(read_text, {"<|im_start|>": "content"}, channel=REASONING)
     )
@@ -190,3 +190,32 @@ def test_formats_by_name_alias_and_none() -> None:
     for option in ("tool_call_parser", "reasoning_parser"):
         with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} hermis: no such format"):
             chosen(**{option: "hermis"})
+
+
+class _Broken:
+    """Fails on "!"."""
+
+    channel = CONTENT
+
+    def feed(self, text: str) -> list[Fragment]:
+        if "!" in text:
+            raise KeyError("no such state")
+        return [Fragment(CONTENT, -1, text)]
+
+    def flush(self, cut: bool) -> list[Fragment]:
+        return []
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel_calls": False}])
+@pytest.mark.parametrize("text", ["! the water", "the water !"])
+def test_a_format_that_fails_fails_its_answer_alone(say: Any, monkeypatch: pytest.MonkeyPatch, text: str, changes: dict[str, Any]) -> None:
+    broken = FormatSpec(name="broken", api_level=1, role="tools", matches=lambda template: False, factory=lambda opening: _Broken())
+    monkeypatch.setitem(SPECS, "broken", broken)
+    bench, got = say(text, tools="broken", **changes)
+    assert got.reason == "error"
+    assert got.extras[-1].error == "The tokenizer or output format failed on this answer: KeyError: 'no such state'"
+    assert not bench.actor.ledger.requests
+    bench.scripts[seq_of(2, 0)] = [bench.tokenizer.eos_ids[0]]
+    bench.submit(2)
+    bench.run()
+    assert bench.received[2, 0].reason == "stop"

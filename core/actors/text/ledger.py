@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Request.state
 ENCODING, WAITING, ADMITTED = "encoding", "waiting", "admitted"
 # Choice.mode: which path a received token takes
-FAST, QUIET, GENERAL = 0, 1, 2
+FAST, QUIET, GENERAL, SPLIT = 0, 1, 2, 3
 
 
 class Choice:
@@ -70,7 +70,7 @@ class Choice:
         self.parts: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
         self.decoder: Any = None
-        """ByteDecoder (FAST and QUIET need it) or any Decoder."""
+        """ByteDecoder (all paths but GENERAL need it) or any Decoder."""
         self.matcher: StopMatcher | None = None
         self.splitter: Splitter | None = None
         """Takes its text apart; None: all of it is content."""
@@ -290,11 +290,8 @@ class Ledger:
 def fast_mode(choice: Choice) -> int:
     """The cheapest path that this choice's tokens may take once its first row is out."""
     request = choice.request
-    if (
-        choice.matcher is not None
-        or choice.splitter is not None
-        or request.params.logprobs is not None
-        or not isinstance(choice.decoder, ByteDecoder)
-    ):
+    if choice.matcher is not None or request.params.logprobs is not None or not isinstance(choice.decoder, ByteDecoder):
         return GENERAL
+    if choice.splitter is not None:
+        return SPLIT if request.submit.parallel_calls else GENERAL
     return FAST if request.stream else QUIET

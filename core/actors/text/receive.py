@@ -1,8 +1,8 @@
 """What happens to the tokens of a step: the path that every token takes.
 
 What it is: `Receiver.step` accepts rows against the ledger, turns tokens into text, finds stop strings and ends, and collects the rows for
-each edge. Rows take one of three paths: FAST (streamed, nothing special: a table look-up and a few appends, about a microsecond), QUIET
-(not streamed: kept until the end), GENERAL (first rows, stop strings, log-probabilities, ends).
+each edge. Rows take one of four paths: FAST (streamed, nothing special: a table look-up and a few appends, about a microsecond), QUIET
+(not streamed: kept until the end), SPLIT (taken apart, nothing else), GENERAL (first rows, stop strings, log-probabilities, ends).
 What it does not know: admission, the engine's life, queries, spans; it tells the actor what began and what ended.
 """
 
@@ -16,10 +16,10 @@ import numpy as np
 from penstock.core.actors.text.deltas import EdgeBatch, LogprobReader
 from penstock.core.actors.text.detokenizer import Tables
 from penstock.core.actors.text.formats import Formats
-from penstock.core.actors.text.ledger import GENERAL, QUIET, Choice, Ledger, Request, fast_mode
+from penstock.core.actors.text.ledger import GENERAL, QUIET, SPLIT, Choice, Ledger, Request, fast_mode
 from penstock.core.actors.text.offsets import prompt_offsets
 from penstock.core.actors.text.resolve import nothing_left, nothing_to_draw
-from penstock.core.actors.text.splitting import taken_apart
+from penstock.core.actors.text.splitting import StopReason, quick_row, taken_apart
 from penstock.core.actors.text.stops import StopMatcher, StopSet
 from penstock.core.contract.formats import CONTENT, NAME, REASONING, Fragment
 from penstock.core.contract.text import Tokenizer
@@ -116,7 +116,7 @@ class Receiver:
             if token >= 0:
                 if choice.series is not series:
                     if series is not None:
-                        _tally(series, generated, unsteady, gap_s)
+                        series.tally(generated, unsteady, gap_s)
                     series = choice.series
                     generated = unsteady = 0
                 generated += 1
@@ -134,7 +134,7 @@ class Receiver:
                 except Exception as error:  # a tokenizer's, say: this answer cannot go on, all others do
                     if choice.finish:
                         raise
-                    self._spoil(choice, f"The tokenizer failed on this answer: {type(error).__name__}: {error}"[:300])
+                    self._spoil(choice, error)
                 continue
             if mode == QUIET:
                 continue
@@ -142,6 +142,13 @@ class Receiver:
             text = decoder.texts[token]
             if text is None or decoder.pending:
                 text = decoder.feed(token)
+            if mode == SPLIT:
+                try:
+                    for fragment in quick_row(choice, token, text):
+                        self._row(choice, fragment.text, "", None, None, None, fragment)
+                except Exception as error:
+                    self._spoil(choice, error)
+                continue
             batch = choice.batch
             batch.slots.append(choice.slot)
             batch.texts.append(text)
@@ -152,7 +159,7 @@ class Receiver:
             batch.reasons.append("")
             choice.sent = choice.undecoded = offset
         if series is not None:
-            _tally(series, generated, unsteady, gap_s)
+            series.tally(generated, unsteady, gap_s)
         self._reader = None
 
     def end(self, choice: Choice, finish: str, error: str | None = None, code: str | None = None) -> None:
@@ -166,10 +173,12 @@ class Receiver:
         else:
             self._split(choice, text, finish, None, error, code)
 
-    def _spoil(self, choice: Choice, why: str) -> None:
+    def _spoil(self, choice: Choice, error: Exception) -> None:
         """The choice's tokens cannot become text: it ends as an error, and the engine need not go on."""
         self._metrics.count("hook_errors", "tokenizer")
         self.aborts.append(choice.seq)
+        who = "tokenizer" if choice.splitter is None else "tokenizer or output format"
+        why = f"The {who} failed on this answer: {type(error).__name__}: {error}"[:300]
         self._row(choice, "", "error", None, why, "internal_error")
 
     def take(self) -> Iterator[To]:
@@ -273,7 +282,7 @@ class Receiver:
         choice: Choice,
         text: str,
         finish: str,
-        stop_reason: int | str | None,
+        stop_reason: StopReason,
         error: str | None,
         code: str | None,
         fragment: Fragment | None = None,
@@ -384,10 +393,3 @@ class Receiver:
             return None
         kept = request.prompt_logprobs
         return [kept.get(position) for position in range(len(request.prompt))]
-
-
-def _tally(series: Series, generated: int, unsteady: int, gap_s: float) -> None:
-    """Rows of one series: how many brought a token, and for how many of those the last one was not that of the step before, `gap_s` ago."""
-    if generated > unsteady:
-        series.itl.observe(gap_s, generated - unsteady)
-    series.count("tokens", "generated", by=generated)
