@@ -65,6 +65,7 @@ class Receiver:
         params = request.params
         stops = StopSet(params.stop) if params.stop else None
         splitters = [self._formats.splitter(request) for _ in range(params.n)]
+        request.prompt_text = ""  # only they wanted it
         marks = splitters[0] is not None
         decoders = [self._tables.decoder(request.prompt, params.skip_special_tokens, marks) for _ in splitters]
         matchers = [StopMatcher(stops) if stops else None for _ in decoders]
