@@ -32,7 +32,7 @@ from penstock.core.protocol.errors import (
     UnsupportedFeature,
 )
 from penstock.core.protocol.messages import Finished, Rejected, Submit, TextDelta
-from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
+from penstock.core.protocol.outputs import CHANNELS, CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
 from penstock.core.protocol.sampling import SamplingParams, from_python
 
 __all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
@@ -130,15 +130,18 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        split: bool = False,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or many (a list of lists)."""
+        """Answer one conversation (a list of messages) or many (a list of lists). `split` takes reasoning and calls of `tools` out of the texts.
+        Raises InvalidRequest if it is not known how the model writes calls."""
         one = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
         shared = {
             "tools": json_of(tools, "tools") if tools else b"",
             "template_kwargs": json_of(chat_template_kwargs, "chat_template_kwargs") if chat_template_kwargs else b"",
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            "split": split,
         }
         if one:
             conversations = [conversation_json(messages, "messages")]
@@ -206,15 +209,16 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        split: bool = False,
     ) -> AsyncIterator[StreamDelta]:
-        """Stream one request in asyncio: a text, token ids, or a conversation. Leaving the loop early cancels the request."""
+        """Stream one request in asyncio: a text, token ids, or a conversation; `tools` and `split` as in chat. Leaving the loop early cancels the request."""
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[StreamDelta | None] = asyncio.Queue()
 
         def wake(delta: StreamDelta | None) -> None:
             loop.call_soon_threadsafe(inbox.put_nowait, delta)
 
-        kind, part = _part_of(prompt, tools)
+        kind, part = _part_of(prompt, tools, split)
         key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], wake)
         try:
             while (delta := await inbox.get()) is not None:
@@ -230,10 +234,11 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        split: bool = False,
     ) -> Iterator[StreamDelta]:
         """Like `stream`, for code without a loop."""
         inbox: queue.SimpleQueue[StreamDelta | None] = queue.SimpleQueue()
-        kind, part = _part_of(prompt, tools)
+        kind, part = _part_of(prompt, tools, split)
         key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], inbox.put)
         try:
             while (delta := inbox.get()) is not None:
@@ -336,6 +341,8 @@ class LLM:
         extras = {extra.row: extra for extra in delta.extras}
         at = 0
         counts, tokens = delta.counts.tolist(), delta.tokens.tolist()
+        channels = delta.channels.tolist() if len(delta.channels) else None
+        calls = delta.calls.tolist()
         for row, (key, choice, text, count, reason) in enumerate(
             zip(delta.keys.tolist(), delta.choices.tolist(), delta.texts, counts, delta.reasons, strict=True)
         ):
@@ -345,11 +352,14 @@ class LLM:
             if call is None:
                 continue
             output = call.output.outputs[choice]
-            output.text += text
+            extra = extras.get(row)
+            if channels is None:
+                output.text += text
+            else:
+                output.take(text, channels[row], extra.call_id if extra is not None else "")
             output.token_ids += ids
             if reason:
                 output.finish_reason = reason
-            extra = extras.get(row)
             if extra is not None:
                 if extra.logprobs:
                     output.add_logprobs(extra.logprobs)
@@ -362,7 +372,8 @@ class LLM:
                     call.output.prompt_token_ids = extra.prompt_token_ids.tolist()
                 if extra.prompt_logprobs is not None:
                     call.output.prompt_logprobs = prompt_positions(extra.prompt_logprobs)
-            call.wake(StreamDelta(index=choice, text=text, token_ids=ids, finish_reason=reason or None))
+            more = {} if channels is None else {"channel": CHANNELS[channels[row]], "call": calls[row]}
+            call.wake(StreamDelta(index=choice, text=text, token_ids=ids, finish_reason=reason or None, **more))
 
     # ------------------------------------------------------------------ the end
 
@@ -386,9 +397,10 @@ def _on_end(ended: queue.SimpleQueue[int], index: int) -> Callable[[StreamDelta 
     return wake
 
 
-def _part_of(prompt: Any, tools: list[dict[str, Any]] | None) -> tuple[str, dict[str, Any]]:
+def _part_of(prompt: Any, tools: list[dict[str, Any]] | None, split: bool) -> tuple[str, dict[str, Any]]:
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-        return "chat", {"messages": conversation_json(prompt, "messages"), "tools": json_of(tools, "tools") if tools else b""}
+        given = json_of(tools, "tools") if tools else b""
+        return "chat", {"messages": conversation_json(prompt, "messages"), "tools": given, "split": split}
     return "completion", prompt_part(prompt, "prompt")
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from penstock.core.contract import actors, devices, grammars, hookspecs, policy
+from penstock.core.contract import actors, devices, formats, grammars, hookspecs, policy
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors, messages, sampling
@@ -27,6 +27,7 @@ CHOSEN = {
     "models": "config.json's `architectures`",
     "tokenizers": "`matches(folder)`",
     "chat_renderers": "`matches(folder)`",
+    "output_formats": "`--tool-call-parser NAME` and `--reasoning-parser NAME`, else `matches(template)`",
     "actors": "all are used",
     "commands": "always there",
 }
@@ -100,6 +101,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
         "tokenizers": (text_api.Tokenizer,),
         "chat_renderers": (text_api.ChatRenderer, text_api.TemplatedRenderer),
         "grammars": (grammars.Grammars, grammars.Matcher),
+        "output_formats": (formats.Splitter, formats.Fragment, formats.Opening),
         "transports": (
             *(
                 (gateway.Gateway, GATEWAY),
@@ -121,7 +123,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 request.error_headers,
             ),
             *((surface.Surface, ("__init__", "body", "answer")), generation.Generation, voice.Voice, voice.Head, voice.Usage, voice.Prompt),
-            *(voice.Choice, frame.Frame, frame.Sse),
+            *(voice.Choice, voice.ToolCall, frame.Frame, frame.Sse),
         ),
         "actors": (
             *(actors.Seat, actors.ActorContext, actors.Actor, actors.ActorPort, (actor.Ask, ("__init__",)), (actor.To, ("__init__",))),

@@ -484,7 +484,7 @@ def page() -> str:
         "With `stream: true` the reply is `text/event-stream`. In this order, for each choice (those of several choices interleave):",
         "",
         "1. chat: a chunk with the role; completions: with return_token_ids a chunk with the prompt's ids, with echo a chunk with the prompt;",
-        "2. chunks with text (where log-probabilities or ids were asked for, also with those alone);",
+        "2. chunks with text (where log-probabilities or ids were asked for, also with those alone), with reasoning, or with calls;",
         "3. one chunk with an empty delta (or text) and the finish_reason;",
         "",
         "and after all of them, with `include_usage`, a chunk without choices and with the usage; then `data: [DONE]`.",
@@ -493,6 +493,21 @@ def page() -> str:
         "",
         "The deltas put together are the text that the same request has without stream. What fails before anything was sent, be it"
         ' a comment (after `--keep-alive-s`: the status is 200 from then on), is a plain error with its status. What fails later ends with `data: {"error": …}` ([ErrorReply](#errorreply)) and without `[DONE]`.',
+        "",
+        "## Tools and reasoning",
+        "",
+        "How the model writes them is found from its chat template, or named by --tool-call-parser and --reasoning-parser; calls are only looked for in answers to"
+        " requests with tools. A call's first chunk has its `index`, `id`, `type` and `function.name`, the following ones pieces of `function.arguments`; in one piece they are"
+        " `message.tool_calls`. Arguments are the model's own text: JSON that nothing makes obey a schema, and not valid where the answer was cut off (finish_reason"
+        " `length`). What looks like a call and is none stays content, to the letter. White space beside calls and reasoning is left out.",
+        "",
+        "With `stream_options.tool_calls_done` a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
+        "",
+        "```",
+        'data: {..., "choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "done": true}]}, "logprobs": null, "finish_reason": null}]}',
+        "```",
+        "",
+        "Send the assistant's message back as it came, and the results as messages of role `tool` with its `tool_call_id`.",
         "",
         "## Errors",
         "",

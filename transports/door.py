@@ -16,6 +16,7 @@ import msgspec
 
 from penstock.core.protocol.errors import EngineUnavailable, PenstockError
 from penstock.core.protocol.messages import (
+    CONTENT,
     Answer,
     Cancel,
     Extension,
@@ -49,12 +50,14 @@ CancelCause = Any
 class Batch:
     """One TextDelta with its columns as lists, made only when somebody asks."""
 
-    __slots__ = ("_extras", "_lists", "_starts", "delta")
+    __slots__ = ("_extras", "_lists", "_starts", "channels", "delta")
 
     def __init__(self, delta: TextDelta) -> None:
         self.delta = delta
         self._lists: dict[str, list[int]] = {}
         self._starts: list[int] | None = None
+        self.channels: list[int] | None = delta.channels.tolist() if len(delta.channels) else None
+        """By row; None: all are CONTENT."""
         self._extras: dict[int, RowExtra] | None = {e.row: e for e in delta.extras} if delta.extras else None
 
     def column(self, name: str) -> list[int]:
@@ -63,6 +66,10 @@ class Batch:
         if found is None:
             found = self._lists[name] = getattr(self.delta, name).tolist()
         return found
+
+    def channel(self, row: int) -> tuple[int, int]:
+        """What a row's text is (a channel of messages.py), and of which of the choice's calls, -1: of none."""
+        return (CONTENT, -1) if self.channels is None else (self.channels[row], self.column("calls")[row])
 
     def extra(self, row: int) -> RowExtra | None:
         """The rare parts of a row, if it has any: log-probabilities, stop_reason, error."""
@@ -85,7 +92,7 @@ class Sink(Protocol):
 
     def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
         """A step brought something for one choice (0 to n - 1): `text` to append (may be ""), and `reason`: "" (goes on), or why the choice ended: "stop",
-        "length", "abort" (cancelled), "error" (`batch.extra(row)` says what). More about the row: `batch`, at index `row`."""
+        "length", "tool_calls", "abort" (cancelled), "error" (`batch.extra(row)` says what). More about the row: `batch`, at index `row`."""
         ...
 
     def finished(self, message: Finished) -> None:

@@ -92,11 +92,14 @@ FIELDS: dict[str, Field] = {
     "max_completion_tokens": Field("OpenAI's newer name of max_tokens; wins over it.", allowed="1 to 2^31-1", default="max_tokens"),
     "top_logprobs": Field("Alternatives a position. Above 0 it needs logprobs.", allowed="0 to --max-logprobs", default="0"),
     "tools": Field(
-        "Only with tool_choice `none`, and then without effect: calls in an answer are not taken apart yet, so anything else is"
-        " `unsupported_feature`."
+        "Given to the chat template; calls in the answer come as `tool_calls`. `unsupported_feature` where it is not known how the model writes them"
+        " (--tool-call-parser)."
     ),
-    "tool_choice": Field("Only `none`: anything else is a 400 without tools, and tools are `unsupported_feature`."),
-    "parallel_tool_calls": Field("No effect while tools are refused."),
+    "tool_choice": Field(
+        "`auto`, or `none`: then the template gets no tools. Only with tools. `required`, a function's name and allowed_tools are `unsupported_feature`.",
+        default="auto",
+    ),
+    "parallel_tool_calls": Field("false: the answer ends with its first call.", default="true"),
     "reasoning_effort": Field("Passed to the chat template."),
     "add_generation_prompt": Field(
         "End the prompt with the beginning of an answer. Not together with continue_final_message.",
@@ -144,6 +147,12 @@ OWN: dict[str, dict[str, Field]] = {
         "continuous_usage_stats": Field("With include_usage: every chunk has the usage so far of its choice.", VLLM, default="false"),
         "include_obfuscation": Field(
             "Every chunk with a choice has `obfuscation`, random letters that make its size tell nothing of the text to whoever can see it pass.",
+            default="false",
+        ),
+        "tool_calls_done": Field(
+            'A chunk with `{"index": i, "done": true}` in its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
+            " so that the tool can start before the answer ends.",
+            "Penstock",
             default="false",
         ),
     },
@@ -204,7 +213,7 @@ OWN: dict[str, dict[str, Field]] = {
         "name": Field("The function."),
         "description": Field("What it does."),
         "parameters": Field("JSON schema of its arguments."),
-        "strict": Field("Given to the chat template."),
+        "strict": Field("Only false, but with tool_choice `none`: true is `unsupported_feature`.", default="false"),
     },
 }
 OWN |= api_fields.ASKED
@@ -236,20 +245,27 @@ REPLY_FIELDS: dict[str, str] = {
     "delta": "What is new; empty with the finish_reason.",
     "text": "The answer; in a stream what is new.",
     "logprobs": "With logprobs; see below.",
-    "finish_reason": "`stop`, `length` (max_tokens, or the context is full), or `error`. null while it goes on.",
+    "finish_reason": "`stop`, `tool_calls` (it ended, and called), `length` (max_tokens, or the context is full), or `error`. null while it goes on.",
     "stop_reason": "The stop string, or the id of stop_token_ids, that ended it; else null.",
     "token_ids": "With return_token_ids: the tokens of the answer, or of this chunk.",
     "error": "With finish_reason `error`: why this choice could not go on.",
     "role": "`assistant`.",
-    "content": "The text.",
+    "content": "The text; null where there is none beside tool_calls or reasoning.",
+    "reasoning_content": "Where the model reasons (--reasoning-parser): what it says to itself.",
+    "reasoning": "The same, as newer clients call it.",
+    "tool_calls": "Calls of tools, if there are any.",
+    "function": "What is called.",
+    "name": "The function; in a stream only in the call's first chunk.",
+    "arguments": "JSON as a text, as the model wrote it: not valid if the answer was cut off. In a stream what is new.",
+    "done": "With stream_options.tool_calls_done: the arguments are complete and valid.",
     "refusal": "null.",
     "prompt_tokens": "Of the prompts, each counted once.",
     "completion_tokens": "Drawn, the end token too.",
     "total_tokens": "Both.",
     "prompt_tokens_details": "See PromptTokensDetails.",
-    "completion_tokens_details": "See CompletionTokensDetails.",
-    "reasoning_tokens": "0: reasoning is a part of the content, not told apart.",
     "cached_tokens": "Of the prompts: found in the prefix cache.",
+    "completion_tokens_details": "See CompletionTokensDetails. Not in chunks' usage so far (continuous_usage_stats).",
+    "reasoning_tokens": "Of the answers: reasoning.",
     "queue_s": "Until the first step.",
     "prefill_s": "From there to the first token.",
     "decode_s": "From there to the last.",
@@ -278,6 +294,12 @@ REPLY_OWN: dict[str, dict[str, str]] = {
     "ErrorReply": {"error": "What is wrong."},
     "ErrorFields": {"message": "What is wrong and what to do about it."},
     "ChoiceError": {"message": "Why."},
+    "CalledTool": {"id": "What to send back as tool_call_id.", "type": "`function`."},
+    "ToolCallDelta": {
+        "index": "Which of the answer's calls, from 0.",
+        "id": "What to send back as tool_call_id; only in the call's first chunk.",
+        "type": "`function`; only in the call's first chunk.",
+    },
     "Model": {"id": "The name for `model`.", "created": "When the server started, in seconds since 1970."},
 }
 REPLY_OWN |= {

@@ -42,6 +42,8 @@ class Generation(msgspec.Struct, kw_only=True):
     grammar: Grammar | None = None
     """What every answer must obey."""
     stream: bool = False
+    split: bool = False
+    parallel_calls: bool = True
     request_id: str | None = None
     """The client's own id for it, if it came in the body; a header goes before it."""
     ignored: list[str] = msgspec.field(default_factory=list)

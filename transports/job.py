@@ -102,6 +102,8 @@ class Job(abc.ABC):
             want_ids=generation.want_ids,
             stream=generation.stream,
             grammar=generation.grammar,
+            split=generation.split,
+            parallel_calls=generation.parallel_calls,
             tenant=context.tenant,
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,
@@ -163,6 +165,7 @@ class Job(abc.ABC):
             sum(m.prompt_tokens for m in self.ended),
             sum(m.output_tokens for m in self.ended),
             sum(m.cached_tokens for m in self.ended),
+            sum(m.reasoning_tokens for m in self.ended),
         )
 
     def summarize(self, reasons: list[str]) -> None:

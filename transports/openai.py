@@ -73,6 +73,8 @@ class Call(Generation, kw_only=True):
     tokens_as_ids: bool
     shown: int | None = None
     """Of the answers to a prompt, reply with so many, the likeliest; None: with all. Never with stream."""
+    calls_done: bool = False
+    """A stream says when a call's arguments are complete."""
 
 
 def _need(ok: bool, message: str, param: str) -> None:
@@ -207,13 +209,18 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         "continue_final_message and add_generation_prompt cannot both be true.",
         "continue_final_message",
     )
-    prompt = {
+    prompt: dict[str, Any] = {
         "messages": bytes(raw["messages"]),
         "template_kwargs": msgspec.json.encode(kwargs) if kwargs else b"",
         "add_generation_prompt": generate,
         "continue_final_message": continues,
         **({"chat_template": _template(request.chat_template, config)} if request.chat_template else {}),
     }
+    grammar = fields["grammar"]
+    if request.tools and request.tool_choice != "none":
+        if grammar is not None:  # the whole answer obeys it, so that no call could be in it
+            raise UnsupportedFeature(f"{grammar.field} beside tools is not supported. Leave one of them out.", param=grammar.field)
+        prompt["tools"] = bytes(raw["tools"])
     return Call(
         kind="chat",
         prompts=[prompt],
@@ -222,6 +229,9 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         names=names,
         add_special_tokens=bool(request.add_special_tokens),
         top_logprobs=logprobs,
+        split=grammar is None,
+        parallel_calls=request.parallel_tool_calls is not False,
+        calls_done=bool(request.stream_options and request.stream_options.tool_calls_done),
         **fields,
     )
 
@@ -241,19 +251,24 @@ def _template(template: str, config: Config) -> str:
 
 
 def _check_tools(request: ChatRequest) -> None:
-    """A model that is given tools may answer with a call, which nobody here takes apart yet: a client would take its text for the answer."""
+    """Whether the model's calls can be taken apart, text knows. Raises InvalidRequest or UnsupportedFeature."""
     choice = request.tool_choice
     _need(
         not isinstance(choice, str) or choice in ("none", "auto", "required"),
         "tool_choice must be 'none', 'auto', 'required' or an object that names a function.",
         "tool_choice",
     )
-    if request.tools and choice != "none":
-        raise UnsupportedFeature(
-            "tools are not supported yet: calls in the answer are not taken apart. Leave tools out, or set tool_choice to 'none'.",
-            param="tools",
-        )
     _need(choice in (None, "none") or bool(request.tools), "tool_choice is only allowed when tools are given.", "tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise UnsupportedFeature(
+            "tool_choice can only be 'none' or 'auto' yet: nothing makes the model call a function. Leave it out.", param="tool_choice"
+        )
+    for i, tool in enumerate(request.tools or ()):
+        if tool.function.strict and choice != "none":
+            raise UnsupportedFeature(
+                "strict is not supported yet: nothing makes arguments obey a schema. Leave it out, or set it to false.",
+                param=f"tools[{i}].function.strict",
+            )
 
 
 def check_messages(messages: list[ChatMessage], most: int) -> None:

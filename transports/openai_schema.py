@@ -26,6 +26,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+    tool_calls_done: bool | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):

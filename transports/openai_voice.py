@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.messages import ARGUMENTS, NAME, REASONING
 from penstock.transports.gateway import Batch
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
 from penstock.transports.openai import Call
@@ -45,12 +46,13 @@ def likeliness(choice: Choice) -> float:
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
+    details = {} if usage.reasoning is None else {"completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.output,
         "total_tokens": usage.prompt + usage.output,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
-        "completion_tokens_details": {"reasoning_tokens": 0},  # reasoning is a part of the content like any other
+        **details,
     }
 
 
@@ -143,8 +145,11 @@ class _OpenAIVoice(abc.ABC):
             if extra is not None and extra.logprobs:
                 logprobs = self._logprobs(index, extra.logprobs)
         tokens = batch.tokens(row) if call.want_ids else None
-        if text or logprobs or tokens:
+        delta = self._delta(text, row, batch) if batch.channels is not None and batch.channels[row] else None
+        if text or logprobs or tokens or delta:
             choice = self._chunk(index, text, logprobs)
+            if delta is not None:
+                choice["delta"] = delta
             if tokens is not None:
                 choice["token_ids"] = tokens
             yield self._event([choice], self._usage(row, batch))
@@ -152,6 +157,19 @@ class _OpenAIVoice(abc.ABC):
     @abc.abstractmethod
     def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
         """Of the next tokens of a choice."""
+
+    def _delta(self, text: str, row: int, batch: Batch) -> dict[str, Any]:
+        """What a row of a channel other than content adds to a message; {}: nothing."""
+        channel, call = batch.channel(row)
+        if channel == REASONING:
+            return {"reasoning_content": text, "reasoning": text}
+        if channel == NAME:
+            extra = batch.extra(row)
+            function = {"name": text, "arguments": ""}
+            return {"tool_calls": [{"index": call, "id": extra.call_id if extra else "", "type": "function", "function": function}]}
+        if channel == ARGUMENTS:
+            return {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
+        return {"tool_calls": [{"index": call, "done": True}]} if self.call.calls_done else {}
 
     @abc.abstractmethod
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -183,6 +201,21 @@ class _OpenAIVoice(abc.ABC):
         return error_reply(error, headers)
 
 
+def _message(choice: Choice) -> dict[str, Any]:
+    content = "".join(choice.pieces)
+    out: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if choice.reasoning:
+        out["reasoning_content"] = out["reasoning"] = "".join(choice.reasoning)
+    if choice.calls:
+        functions = [{"name": call.name, "arguments": "".join(call.arguments)} for call in choice.calls]
+        out["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": function} for call, function in zip(choice.calls, functions, strict=True)
+        ]
+    if not content and (choice.calls or choice.reasoning):
+        out["content"] = None
+    return out
+
+
 class ChatVoice(_OpenAIVoice):
     """/v1/chat/completions."""
 
@@ -193,7 +226,7 @@ class ChatVoice(_OpenAIVoice):
     def _answer(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.pieces), "refusal": None},
+            "message": _message(choice),
             "logprobs": None if self.call.top_logprobs is None else chat_logprobs(choice.logprobs, self.call.tokens_as_ids),
             "finish_reason": choice.reason,
         }

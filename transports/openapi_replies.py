@@ -47,12 +47,12 @@ class CompletionTokensDetails(msgspec.Struct):
     reasoning_tokens: int
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class Metrics(msgspec.Struct):
@@ -66,10 +66,24 @@ class Metrics(msgspec.Struct):
     preemptions: int
 
 
-class AssistantMessage(msgspec.Struct):
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class CalledTool(msgspec.Struct):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AssistantMessage(msgspec.Struct, omit_defaults=True):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[CalledTool] | None = None
 
 
 class ChatChoice(msgspec.Struct, omit_defaults=True):
@@ -95,9 +109,25 @@ class ChatReply(msgspec.Struct, omit_defaults=True):
     metrics: Metrics | None = None
 
 
+class FunctionDelta(msgspec.Struct, omit_defaults=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta | None = None
+    done: bool | None = None
+
+
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, omit_defaults=True):

@@ -29,8 +29,10 @@ class _WholeLeg:
 
     def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
         mine = self.choices[choice]
-        if text:
+        if text and batch.channels is None:
             mine.pieces.append(text)
+        elif batch.channels is not None:
+            mine.take(text, row, batch)
         if self._job.generation.want_ids:
             mine.tokens += batch.tokens(row)
         extra = batch.extra(row)

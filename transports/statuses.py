@@ -38,15 +38,13 @@ IN_PART: dict[str, str] = {
     "chat_template": "With --trust-request-chat-template; else refused.",
     "response_format": "`text`, `json_object` and `json_schema`; other types are refused.",
     "structured_outputs": "`json`, `json_object`, `regex`, `choice` and `grammar`; the others are refused.",
-    "tools": "Beside tool_choice `none`, and without effect; else refused.",
-    "tool_choice": "`none`; others are refused.",
+    "tools": "Where the model's output format is known, and not beside a grammar; else refused.",
+    "tool_choice": "`none` and `auto`; others are refused.",
     "spaces_between_special_tokens": "true; false is refused.",
 }
 """Fields that the requests have and that refuse some values by name: which are taken."""
 
-NO_EFFECT: dict[str, str] = {
-    "parallel_tool_calls": "Tools are refused.",
-}
+NO_EFFECT: dict[str, str] = {}
 """Fields that the requests have and that change nothing: why. HINTS are such, too."""
 
 

@@ -55,7 +55,7 @@ class _StreamLeg:
         if not self._opened[choice]:
             self._opened[choice] = True
             job.say(job.voice.opened(index, self._prompt, row, batch))
-        if self._plain:
+        if self._plain and (batch.channels is None or not batch.channels[row]):
             if text:
                 head, tail = job.frames[index]
                 self._push(head + _json(text) + tail)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from penstock.core.protocol.errors import PenstockError
-from penstock.core.protocol.messages import RowExtra, TokenLogprobs
+from penstock.core.protocol.messages import ARGUMENTS, CONTENT, NAME, REASONING, RowExtra, TokenLogprobs
 from penstock.transports.gateway import Batch
 from penstock.transports.request import Header, JsonReply
 
@@ -32,11 +32,12 @@ class Head(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Tokens: of prompts, of answers, and how many of the prompts' a cache had."""
+    """Tokens: of prompts, of answers, how many of the prompts' a cache had, and how many of the answers' were reasoning (None: not known yet)."""
 
     prompt: int
     output: int
     cached: int
+    reasoning: int | None = None
 
     @classmethod
     def at(cls, row: int, batch: Batch) -> Usage:
@@ -88,13 +89,28 @@ class Prompt:
         return positions
 
 
+class ToolCall:
+    """One call in an answer. `arguments`: JSON text, in the pieces that came; not complete if the answer was cut off."""
+
+    __slots__ = ("arguments", "id", "name")
+
+    def __init__(self, id: str, name: str) -> None:
+        self.id = id
+        self.name = name
+        self.arguments: list[str] = []
+
+
 class Choice:
     """One answer of a whole reply."""
 
-    __slots__ = ("error", "logprobs", "pieces", "reason", "stop_reason", "tokens")
+    __slots__ = ("calls", "error", "logprobs", "pieces", "reason", "reasoning", "stop_reason", "tokens")
 
     pieces: list[str]
     """Its text, in the pieces that came."""
+    reasoning: list[str]
+    """With Generation.split: what it says to itself."""
+    calls: list[ToolCall]
+    """With Generation.split."""
     tokens: list[int]
     """With Generation.want_ids."""
     logprobs: list[TokenLogprobs]
@@ -108,11 +124,26 @@ class Choice:
 
     def __init__(self) -> None:
         self.pieces = []
+        self.reasoning = []
+        self.calls = []
         self.tokens = []
         self.logprobs = []
         self.reason = ""
         self.stop_reason = None
         self.error = None
+
+    def take(self, text: str, row: int, batch: Batch) -> None:
+        """A row that may be of any channel."""
+        channel, _ = batch.channel(row)
+        if channel == CONTENT:
+            self.pieces.append(text)
+        elif channel == REASONING:
+            self.reasoning.append(text)
+        elif channel == NAME:
+            extra = batch.extra(row)
+            self.calls.append(ToolCall(extra.call_id if extra else "", text))
+        elif channel == ARGUMENTS:
+            self.calls[-1].arguments.append(text)
 
 
 class Voice(Protocol):
@@ -124,7 +155,7 @@ class Voice(Protocol):
     """
 
     plain: bool
-    """A row that goes on is nothing but its text: `around` it stands the same every time, and `piece` is never asked."""
+    """A row of content is nothing but its text: `around` it stands the same every time, and `piece` is asked only about rows of other channels."""
 
     def begin(self, head: Head) -> str:
         """The reply's id. Comes first."""
@@ -143,11 +174,11 @@ class Voice(Protocol):
         ...
 
     def piece(self, index: int, text: str, row: int, batch: Batch) -> Iterable[bytes]:
-        """A row, of which `text` may be ""."""
+        """A row, of which `text` may be "". With Generation.split `batch.channel(row)` says what the text is."""
         ...
 
     def closed(self, index: int, reason: str, error: PenstockError | None, row: int, batch: Batch) -> Iterable[bytes]:
-        """The choice has ended: "stop", "length", "abort", or "error" with the error of this choice alone. Its last text has been said."""
+        """The choice has ended: "stop", "length", "tool_calls", "abort", or "error" with the error of this choice alone. Its last text has been said."""
         ...
 
     def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterable[bytes]:

@@ -8,13 +8,13 @@ What it does not know: any plugin.
 
 Order of start: root: register_commands | engine: register_devices, register_models, register_attention_backends,
 register_weight_sources, register_schedule_policies, then choose_*, register_grammars, register_actors | text: register_tokenizers,
-register_chat_renderers, register_grammars, register_actors | edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
+register_chat_renderers, register_output_formats, register_grammars, register_actors | edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 import pluggy
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from penstock.core.contract.actors import ActorContext, Seat
     from penstock.core.contract.devices import Device, ModelFacts
+    from penstock.core.contract.formats import Opening, Splitter
     from penstock.core.contract.grammars import Grammars
     from penstock.core.contract.policy import SchedulePolicy
 
@@ -39,6 +40,7 @@ API_LEVEL: Final[dict[str, int]] = {
     "schedule_policies": 1,
     "tokenizers": 1,
     "chat_renderers": 1,
+    "output_formats": 1,
     "grammars": 1,
     "transports": 1,
     "actors": 1,
@@ -156,6 +158,24 @@ class GrammarSpec(Spec, frozen=True, kw_only=True):
     """Without `--grammar-backend` the highest is used; of equal ones the first by name."""
 
 
+class FormatSpec(Spec, frozen=True, kw_only=True):
+    """How models write reasoning, calls of tools, or both into their answers. `--tool-call-parser NAME` and `--reasoning-parser NAME` choose one; without
+    them, of those that match the model's chat template, later plugins' before earlier and built-in ones."""
+
+    role: Literal["tools", "reasoning", "both"]
+    """What it takes apart. One of each is used, or one of both."""
+    matches: Callable[[str], bool]
+    """`matches(template)`: is this the chat template (its source) of a model that writes so?"""
+    factory: Callable[[Opening], Splitter]
+    """`factory(opening)`, once an answer, gives its Splitter. Only answers of requests with tools get one of role "tools"."""
+    aliases: list[str] = msgspec.field(default_factory=list)
+    """Other names for the options."""
+    marks: list[str] = msgspec.field(default_factory=list)
+    """Its marks, so far as they may be special tokens: the splitter sees them, though `skip_special_tokens` leaves them out of texts."""
+    short_ids: bool = False
+    """The model's template takes calls' ids only of nine letters and digits."""
+
+
 class TransportSpec(Spec, frozen=True, kw_only=True):
     """Routes of the edges' HTTP application. Only those that `--transports` names are used ("openai" when nobody says; give it too to keep it:
     `--transports openai,mine`)."""
@@ -236,6 +256,11 @@ def register_chat_renderers() -> list[ChatRendererSpec]:  # type: ignore[empty-b
     """When: text starts. Who: `penstock.text`. Returns what turns messages into a prompt."""
 
 
+@hookspec
+def register_output_formats() -> list[FormatSpec]:  # type: ignore[empty-body]
+    """When: text starts. Who: `penstock.text`. Returns how models write reasoning and calls of tools."""
+
+
 # ------------------------------------------------------------------ engine and text, at start
 
 
@@ -277,7 +302,7 @@ class RequestSummary(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     """Prompt tokens that the prefix cache held."""
     finish_reasons: list[str]
-    """One a choice: "stop", "length", "abort" (cancelled) or "error"."""
+    """One a choice: "stop", "length", "tool_calls", "abort" (cancelled) or "error"."""
     queue_s: float
     """From the end of tokenising until an engine first computed something of it."""
     prefill_s: float

@@ -29,6 +29,7 @@ from penstock.core.contract.hookspecs import (
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
+    FormatSpec,
     GrammarSpec,
     ModelSpec,
     SchedulePolicySpec,
@@ -287,6 +288,9 @@ class PluginHost:
         if wanted is not None:
             return cast(GrammarSpec, self.pick("grammars", wanted, "grammar-backend"))
         return specs[0] if specs else None
+
+    def output_formats(self) -> Mapping[str, FormatSpec]:
+        return self._of("output_formats", FormatSpec)
 
     def transports(self) -> Mapping[str, TransportSpec]:
         return self._of("transports", TransportSpec)

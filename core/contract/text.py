@@ -60,7 +60,8 @@ class Tokenizer(Protocol):
 
 
 class ChatRenderer(Protocol):
-    """`render` may be called from several threads at once."""
+    """`render` may be called from several threads at once. One that has `templates`, a dictionary of their sources by name, lets the model's output
+    formats be found from them; without it --tool-call-parser and --reasoning-parser name them."""
 
     def render(
         self,

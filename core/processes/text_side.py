@@ -17,6 +17,7 @@ import trio
 from penstock.core.actors.text import TextActor, resolve
 from penstock.core.actors.text.actor import FROM_ROOT, TO_ROOT
 from penstock.core.actors.text.careful import CarefulTokenizer
+from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
 from penstock.core.contract.actors import Seat
@@ -116,6 +117,8 @@ class TextSide:
             renderer = WithDefaults(renderer, json.loads(config.default_chat_template_kwargs))
         self.tokenizer: Tokenizer = tokenizer
         self.renderer: ChatRenderer = renderer
+        template = "\n".join(getattr(renderer, "templates", {}).values())
+        formats = Formats.choose(plugins.output_formats(), template, config)
         self.traces = traces
         grammars = plugins.grammars(config.grammar_backend)
         self.actor = TextActor(
@@ -131,6 +134,7 @@ class TextSide:
             shard=shard,
             root=to_root is not None,
             grammars="" if grammars is None else grammars.name,
+            formats=formats,
         )
         self._grammars: GrammarWorker | None = None
         self._extra, self._backend = plugins.extra, config.grammar_backend

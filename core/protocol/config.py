@@ -65,6 +65,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     default_chat_template_kwargs: Annotated[
         str | None, opt("JSON object: chat_template_kwargs of requests that do not give them.", "model", json=True)
     ] = None
+    tool_call_parser: Annotated[
+        str | None, opt("How the model writes calls of tools: a format's name, or none. Default: found from the chat template.", "model")
+    ] = None
+    reasoning_parser: Annotated[
+        str | None, opt("How it writes its reasoning: a format's name, or none. Default: found from the chat template.", "model")
+    ] = None
+    enable_auto_tool_choice: Annotated[bool, opt("No effect: requests may bring tools wherever the model's format is known.", "model")] = (
+        False
+    )
     dtype: Annotated[
         str,
         opt(
@@ -236,9 +245,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_cache_dtype: Annotated[str, opt("Only auto so far.", "later", neutral="auto")] = "auto"
     speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None, json=True, short="-sc")] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
-    tool_call_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
-    enable_auto_tool_choice: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
-    reasoning_parser: Annotated[str | None, opt("Not supported yet.", "later", neutral=None)] = None
     trust_remote_code: Annotated[bool, opt("Not supported: model code is never run.", "later", neutral=False)] = False
     stream_interval: Annotated[int, opt("Steps per event; only 1 so far.", "later", neutral=1)] = 1
     download_dir: Annotated[str | None, opt("Not supported: nothing is downloaded.", "later", neutral=None)] = None

@@ -210,8 +210,11 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("chat-template-content-format=auto", "Penstock finds out what a template takes. Leave it out."),
     ("response-role=assistant", "answers have the role assistant. Leave it out."),
     ("hf-chat-template-name= completion-template=", "name the file with --chat-template instead."),
-    ("exclude-tools-when-tool-choice-none tool-parser-plugin= tool-server=", "tool calls do not exist here yet. Leave it out."),
-    ("reasoning-parser-plugin= reasoning-config={}", "reasoning parsers do not exist here yet. Leave it out."),
+    (
+        "exclude-tools-when-tool-choice-none tool-parser-plugin= tool-server=",
+        "formats are plugins of penstock.text here (docs/plugins.md). Leave it out.",
+    ),
+    ("reasoning-parser-plugin= reasoning-config={}", "formats are plugins of penstock.text here (docs/plugins.md). Leave it out."),
     (
         "structured-outputs-config={} guided-decoding-backend=auto",
         "requests say what an answer obeys, and the backend is a plugin. Leave it out.",

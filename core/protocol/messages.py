@@ -58,6 +58,10 @@ RUNNING, STOP, LENGTH, ABORTED, FAILED = 0, 1, 2, 3, 4
 REASON_NAMES: dict[int, str] = {STOP: "stop", LENGTH: "length", ABORTED: "abort", FAILED: "error"}
 
 
+# Channels of an answer, in TextDelta.channels
+CONTENT, REASONING, NAME, ARGUMENTS, DONE = 0, 1, 2, 3, 4
+
+
 def seq_of(key: int, choice: int) -> int:
     return key << CHOICE_BITS | choice
 
@@ -133,6 +137,10 @@ class Submit(Message, frozen=True, kw_only=True):
     chat_template: str = ""
     """Instead of the model's; "" is the model's own."""
     grammar: Grammar | None = None
+    split: bool = False
+    """Take the answer apart: reasoning, and with `tools` calls, come in channels of their own. Of `chat` only."""
+    parallel_calls: bool = True
+    """Otherwise the answer ends with its first call."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -202,13 +210,17 @@ class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """With echo and prompt_logprobs: where each prompt token begins in prompt_text, in characters."""
     prompt_first: bytes = b""
     """With those: the bytes of the prompt's first token, which has no entry in prompt_logprobs."""
+    call_id: str = ""
+    """In a row of channel NAME: what the call is called in the conversation."""
 
 
 class TextDelta(Message, frozen=True, kw_only=True):
     """All that one step brought for one edge. Rows of one (key, choice) come in order; `reasons` non-empty ends the choice.
 
     keys I64, choices I32, texts, counts I32 (tokens in the row), tokens I32 (CSR by counts), prompt_tokens I32, cached_tokens I32,
-    output_tokens I32 (total so far), reasons ("" = goes on, else stop | length | abort | error).
+    output_tokens I32 (total so far), reasons ("" = goes on, else stop | length | tool_calls | abort | error).
+    channels U8 and calls I32 say what a row's text is: CONTENT, REASONING, NAME (a call begins; its function), ARGUMENTS (JSON text), DONE (they are
+    complete, and valid; no text), and of which of the choice's calls, from 0 (-1: of none). Both are empty where all rows are CONTENT.
     """
 
     keys: Column
@@ -221,6 +233,8 @@ class TextDelta(Message, frozen=True, kw_only=True):
     output_tokens: Column
     reasons: list[str]
     extras: list[RowExtra] = msgspec.field(default_factory=list)
+    channels: Column = EMPTY_U8
+    calls: Column = EMPTY_I32
 
 
 class Finished(Message, frozen=True, kw_only=True):
@@ -237,6 +251,8 @@ class Finished(Message, frozen=True, kw_only=True):
     preemptions: int = 0
     done_ns: int = 0
     """When text was done with it: there the edge's `send` begins."""
+    reasoning_tokens: int = 0
+    """Of output_tokens, those of reasoning."""
 
 
 class Rejected(Message, frozen=True, kw_only=True):

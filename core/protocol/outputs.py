@@ -8,11 +8,12 @@ What it does not know: engines, requests in flight.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
 from penstock.core.protocol.errors import EngineFailure, InvalidRequest, PenstockError
-from penstock.core.protocol.messages import TokenLogprobs
+from penstock.core.protocol.messages import ARGUMENTS, CONTENT, NAME, REASONING, TokenLogprobs
 
 
 class Logprob(msgspec.Struct, frozen=True):
@@ -27,6 +28,14 @@ PositionLogprobs = dict[int, Logprob]
 """The chosen token (of a prompt: the token that is there), then the k most likely; the chosen one stands there once if it is among them."""
 
 
+class ToolCall(msgspec.Struct, kw_only=True):
+    """A call of a tool. `arguments`: JSON as a text, as the model wrote it; not valid if the answer was cut off."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
 class CompletionOutput(msgspec.Struct, kw_only=True):
     """One of the `n` answers. Where log-probabilities were asked for, `logprobs` has one entry a token, and `cumulative_logprob` is the sum over
     the tokens that were drawn."""
@@ -38,6 +47,21 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     stop_reason: int | str | None = None
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float | None = None
+    reasoning: str = ""
+    """With split: what it says to itself."""
+    tool_calls: list[ToolCall] = []
+    """With split."""
+
+    def take(self, text: str, channel: int, call_id: str) -> None:
+        """A row's text. `call_id`: of one that begins a call."""
+        if channel == CONTENT:
+            self.text += text
+        elif channel == REASONING:
+            self.reasoning += text
+        elif channel == NAME:
+            self.tool_calls.append(ToolCall(id=call_id, name=text))
+        elif channel == ARGUMENTS:
+            self.tool_calls[-1].arguments += text
 
     def add_logprobs(self, positions: list[TokenLogprobs]) -> None:
         self.logprobs = (self.logprobs or []) + [by_token(position) for position in positions]
@@ -66,6 +90,14 @@ class StreamDelta(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    channel: Literal["content", "reasoning", "name", "arguments", "done"] = "content"
+    """What `text` is. With split: reasoning; the name of a function that is called, more of its arguments, or that they are complete and valid JSON."""
+    call: int = -1
+    """Which of the answer's calls, from 0; -1: none."""
+
+
+CHANNELS: tuple[Literal["content", "reasoning", "name", "arguments", "done"], ...] = ("content", "reasoning", "name", "arguments", "done")
+"""By their numbers in TextDelta.channels."""
 
 
 def by_token(position: TokenLogprobs) -> PositionLogprobs:

@@ -64,7 +64,7 @@ OF_REQUESTS = frozenset({"requests_finished", "cancellations", "tokens", "replay
 """Counters that are kept by pool and class, as they count what happened to accepted requests."""
 # Label values that are known before anything happened.
 KNOWN: dict[str, tuple[str, ...]] = {
-    "requests_finished": ("stop", "length", "abort", "error"),
+    "requests_finished": ("stop", "length", "tool_calls", "abort", "error"),
     "admission_rejections": ("queue_requests", "queue_tokens"),
     "cancellations": ("disconnect", "slow_client", "timeout", "drain", "client"),
     "tokens": ("prompt_computed", "prompt_cached", "generated", "replayed"),

@@ -94,6 +94,12 @@ class Series:
             setattr(self, attribute, histogram_of(attribute))
         self.counts = {name: zeros(name) for name in OF_REQUESTS}
 
+    def tally(self, generated: int, unsteady: int, gap_s: float) -> None:
+        """Rows of a step: how many brought a token, and for how many of those the last one was not that of the step before, `gap_s` ago."""
+        if generated > unsteady:
+            self.itl.observe(gap_s, generated - unsteady)
+        self.count("tokens", "generated", by=generated)
+
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """One of OF_REQUESTS."""
         counts = self.counts[name]

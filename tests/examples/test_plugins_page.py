@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from penstock import LLM, SamplingParams
 from penstock.core.contract.families import FAMILIES
+from penstock.core.contract.formats import CONTENT, REASONING, Opening
 from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest
 from penstock.core.protocol.model_folder import demo_folder
@@ -136,6 +137,17 @@ def test_device_tokenizer_renderer_and_hooks(write: Write, byte_folder: Path) ->
     (byte_folder / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="vocab_size"):
         LLM(model=str(byte_folder), device="counting", extra_plugins=names)
+
+
+def test_output_format(write: Write) -> None:
+    """By register_output_formats; however the text is cut."""
+    (spec,) = (one for one in PluginHost("text", extra=write("my_format")).load().output_formats().values() if one.name == "aside")
+    assert spec.matches("{# asides #}{{ messages }} # asides")
+    for text, want in (("# Hm\nYes\nNo", (" Hm", "Yes\nNo")), ("Yes # no", ("", "Yes # no")), ("#", ("", ""))):
+        for pieces in ([text], list(text)):
+            splitter = spec.factory(Opening("", False))
+            out = [fragment for piece in pieces for fragment in splitter.feed(piece)] + splitter.flush(False)
+            assert tuple("".join(f.text for f in out if f.channel == channel) for channel in (REASONING, CONTENT)) == want
 
 
 @pytest.mark.slow

@@ -229,10 +229,13 @@ def test_what_the_lines_say_about_tools_and_streams() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     parse(ChatRequest, tools=tools, tool_choice="none")
     parse(ChatRequest, tool_choice="none")
+    assert parse(ChatRequest, tools=tools).parallel_calls
+    assert not parse(ChatRequest, tools=tools, tool_choice="auto", parallel_tool_calls=False).parallel_calls
     function = {"type": "function", "function": {"name": "f"}}
     for given, code in (
         *(({"tool_choice": choice}, "invalid_value") for choice in ("auto", "required", function)),
-        *(({"tools": tools, "tool_choice": choice}, "unsupported_feature") for choice in (None, "auto", "required", function)),
+        *(({"tools": tools, "tool_choice": choice}, "unsupported_feature") for choice in ("required", function, {"type": "allowed_tools"})),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "unsupported_feature"),
     ):
         with pytest.raises(InvalidRequest) as raised:
             parse(ChatRequest, **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import shutil
 import sys
 import threading
@@ -457,3 +458,42 @@ class Mine:
 
     def finish(self) -> None:
         assert not self.named
+
+
+# ------------------------------------------------------------------ tools
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather in a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def test_calls_are_text_unless_they_are_split(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=60)
+    talk = question("What is the weather in Oslo?")
+    (plain,) = llm.chat(talk, params, tools=[WEATHER])
+    assert "<tool_call>" in plain.outputs[0].text
+    assert (plain.outputs[0].tool_calls, plain.outputs[0].finish_reason) == ([], "stop")
+    (split,) = llm.chat(talk, params, tools=[WEATHER], split=True)
+    (call,) = split.outputs[0].tool_calls
+    assert (call.name, json.loads(call.arguments), split.outputs[0].text) == ("get_weather", {"city": "Oslo"}, "")
+    assert split.outputs[0].finish_reason == "tool_calls"
+    assert split.outputs[0].token_ids == plain.outputs[0].token_ids
+    deltas = list(llm.stream_sync(talk, params, tools=[WEATHER], split=True))
+    assert "".join(delta.text for delta in deltas if delta.channel == "arguments") == call.arguments
+    assert [delta.text for delta in deltas if delta.channel == "name"] == ["get_weather"]
+    assert {delta.call for delta in deltas if delta.text} == {0}
+    assert sum(delta.channel == "done" for delta in deltas) == 1
+    assert [token for delta in deltas for token in delta.token_ids] == split.outputs[0].token_ids
+
+
+def test_tools_of_a_model_whose_format_is_off_are_refused_only_where_they_are_to_be_split() -> None:
+    with LLM(kv_cache_memory_bytes=64 << 20, tool_call_parser="none") as other:
+        with pytest.raises(InvalidRequest, match="--tool-call-parser"):
+            other.chat(question("x"), GREEDY, tools=[WEATHER], split=True)
+        (plain,) = other.chat(question("What is the weather in Oslo?"), GREEDY, tools=[WEATHER])
+        assert "get_weather" in plain.outputs[0].text

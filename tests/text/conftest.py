@@ -161,6 +161,8 @@ class Received:
         self.logprobs: list[Any] = []
         self.pieces: list[str] = []
         self.extras: list[Any] = []
+        self.fragments: list[tuple[int, int, str]] = []
+        """(channel, call, text) of each row."""
 
 
 class Bench:
@@ -271,6 +273,8 @@ class Bench:
             got.text += delta.texts[row]
             got.pieces.append(delta.texts[row])
             got.reason = delta.reasons[row]
+            marked = len(delta.channels) > 0
+            got.fragments.append((int(delta.channels[row]) if marked else 0, int(delta.calls[row]) if marked else -1, delta.texts[row]))
             assert int(delta.output_tokens[row]) == len(got.tokens)
             for extra in delta.extras:
                 if extra.row == row:

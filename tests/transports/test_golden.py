@@ -162,10 +162,13 @@ def test_what_strict_clients_ask_of_a_stream(api: str, name: str) -> None:
 
 def test_usage_is_complete_wherever_there_is_one() -> None:
     texts = [file.read_text(encoding="utf-8") for file in GOLDEN.iterdir()]
-    usages = [usage for text in texts for usage in re.findall(r'"usage":(\{.*?"reasoning_tokens":\d+\}\}|\{.*?\}\})', text)]
+    usages = [json.JSONDecoder().raw_decode(text, at.end())[0] for text in texts for at in re.finditer(r'"usage":(?=\{)', text)]
     assert len(usages) > 20
-    for usage in usages:
-        one = json.loads(usage)
+    whole = 0
+    for one in usages:
         assert one["total_tokens"] == one["prompt_tokens"] + one["completion_tokens"]
         assert one["prompt_tokens_details"].keys() == {"cached_tokens"}
-        assert one["completion_tokens_details"].keys() == {"reasoning_tokens"}
+        details = one.get("completion_tokens_details")  # of a choice that still goes on, nobody knows
+        assert details is None or details.keys() == {"reasoning_tokens"}
+        whole += details is not None
+    assert whole > 10

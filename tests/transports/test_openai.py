@@ -282,8 +282,8 @@ def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
         ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", "prefix": True}]}, "messages[1].prefix"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
@@ -564,12 +564,14 @@ def test_stream_options_that_nobody_knows_are_named() -> None:
         ("", "invalid_value"),
         ("required", "unsupported_feature"),
         ({"type": "function"}, "unsupported_feature"),
+        ({"type": "function", "function": {"name": "f"}}, "unsupported_feature"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "unsupported_feature"),
     ],
 )
 def test_tool_choices(choice: Any, code: str) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     error = refusal(parse_chat, CHAT | {"tools": tools, "tool_choice": choice})
-    assert (error.status, error.code, error.param) == (400, code, "tools" if code == "unsupported_feature" else "tool_choice")
+    assert (error.status, error.code, error.param) == (400, code, "tool_choice")
     assert refusal(parse_chat, CHAT | {"tool_choice": choice}).code == "invalid_value"
 
 
@@ -696,11 +698,12 @@ def test_the_header_of_ignored_fields_is_bounded() -> None:
     assert long.endswith(b"x, ...")
 
 
-def test_tools_are_refused_unless_no_call_can_come() -> None:
+def test_tools_reach_the_template_unless_no_call_is_wanted() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}, "extra": 1}]
     for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": None}, {"parallel_tool_calls": False}):
-        error = refusal(parse_chat, CHAT | {"tools": tools} | choice)
-        assert (error.status, error.code, error.param) == (400, "unsupported_feature", "tools")
+        call = chat(tools=tools, **choice)
+        assert msgspec.json.decode(call.prompts[0]["tools"]) == tools
+        assert (call.split, call.parallel_calls) == (True, "parallel_tool_calls" not in choice)
     assert "tools" not in chat(tools=tools, tool_choice="none").prompts[0]
     for none in ([], None):
         assert "tools" not in chat(tools=none).prompts[0]

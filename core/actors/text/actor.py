@@ -22,6 +22,7 @@ import msgspec
 from penstock.core.actors.text import queries
 from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ending import Ending
+from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.health import Health
 from penstock.core.actors.text.intake import Intake
 from penstock.core.actors.text.lane import MAX_STRIKES, Lane
@@ -119,6 +120,7 @@ class TextActor:
         metrics: Metrics | None = None,
         traces: Traces = NO_TRACES,
         secret: bytes | None = None,
+        formats: Formats | None = None,
         rng: random.Random | None = None,
         max_strikes: int = MAX_STRIKES,
         hooks: Any = None,
@@ -134,7 +136,8 @@ class TextActor:
         self.metrics = metrics or Metrics([names[0]], compat=config.metrics_compat == "vllm")
         self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)
         self.ledger, self.admission = desk.ledger, desk.admission
-        self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret, grammars=grammars)
+        parts: dict[str, Any] = {"grammars": grammars, "formats": formats}
+        self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret, **parts)
         self._ending = Ending(desk, self._pool)
         self._intake = Intake(desk, self._pool, self._ending, place=self._lane_for, rng=rng or random.SystemRandom())
         self._lanes: dict[int, Lane] = {}

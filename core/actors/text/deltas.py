@@ -11,14 +11,14 @@ import numpy as np
 
 from penstock.core.actors.text.detokenizer import TokenTable
 from penstock.core.actors.text.ledger import Ledger
-from penstock.core.protocol.columns import EMPTY_I32, i32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, i32
 from penstock.core.protocol.messages import LogprobColumns, RowExtra, TextDelta, TokenLogprobs
 
 
 class EdgeBatch:
     """One edge's rows of the step in hand. The lists are parallel, but `tokens`, which is CSR by `counts`."""
 
-    __slots__ = ("counts", "edge", "extras", "reasons", "slots", "texts", "tokens", "totals")
+    __slots__ = ("counts", "edge", "extras", "marked", "reasons", "slots", "texts", "tokens", "totals")
 
     def __init__(self, edge: int) -> None:
         self.edge = edge
@@ -32,10 +32,17 @@ class EdgeBatch:
         self.totals: list[int] = []
         self.reasons: list[str] = []
         self.extras: list[RowExtra] = []
+        self.marked: list[tuple[int, int, int]] = []
+        """(row, channel, call) of those that are not plain content."""
 
     def take(self, ledger: Ledger) -> TextDelta:
         """The rows as one message; the batch is empty again."""
         slots = np.array(self.slots, dtype=np.intp)
+        channels, calls = EMPTY_U8, EMPTY_I32
+        if self.marked:
+            channels, calls = np.zeros(len(slots), np.uint8), np.full(len(slots), -1, np.int32)
+            for row, channel, call in self.marked:
+                channels[row], calls[row] = channel, call
         delta = TextDelta(
             keys=ledger.keys[slots],
             choices=ledger.indices[slots],
@@ -47,6 +54,8 @@ class EdgeBatch:
             output_tokens=i32(self.totals),
             reasons=self.reasons,
             extras=self.extras,
+            channels=channels,
+            calls=calls,
         )
         self._clear()
         return delta

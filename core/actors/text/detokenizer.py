@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from penstock.core.contract.text import Tokenizer
+from penstock.core.protocol.columns import I32
 
 REPLACEMENT = "\ufffd"
 
@@ -147,3 +148,31 @@ class WindowDecoder:
         self._window = window[max(0, len(window) - max(self.CONTEXT, len(window) - read)) :]
         self._read = len(self._window)
         return new
+
+
+class Tables:
+    """One tokenizer's, by what an answer shows. `marks`: the special tokens that an answer which is taken apart must show."""
+
+    def __init__(self, tokenizer: Tokenizer, marks: frozenset[str]) -> None:
+        self._tokenizer = tokenizer
+        self._exact = tokenizer.is_byte_exact()
+        self.whole = TokenTable.of(tokenizer, tokenizer.vocab_size, skip_special=False)
+        """Every token has its text."""
+        special, texts = tokenizer.special_ids, self.whole.texts
+        shown = frozenset(token for token in special if token < len(texts) and texts[token] in marks)
+        self._plain = self.whole.without(special)
+        self._marked = self.whole.without(special - shown) if shown else self._plain
+
+    def widen(self, vocab_size: int) -> None:
+        """The model's vocabulary is padded beyond the tokenizer's: those ids have no text."""
+        for table in {id(table): table for table in (self.whole, self._plain, self._marked)}.values():
+            missing = vocab_size - len(table)
+            table.data.extend([b""] * missing)
+            table.texts.extend([""] * missing)
+
+    def decoder(self, prompt: I32, skip_special: bool, marked: bool) -> Decoder:
+        """For one answer to `prompt`; `marked`: it is taken apart."""
+        if self._exact:
+            return ByteDecoder(self.whole if not skip_special else self._marked if marked else self._plain)
+        context = prompt[-WindowDecoder.CONTEXT :].tolist()
+        return WindowDecoder(self._tokenizer, context, skip_special=skip_special and not marked)

@@ -54,6 +54,7 @@ class Ending:
                 first_token_ns=request.first_ns,
                 preemptions=request.preemptions,
                 done_ns=now,
+                reasoning_tokens=request.reasoning_tokens,
             ),
             request.edge,
         )

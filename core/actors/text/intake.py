@@ -56,6 +56,7 @@ class Intake:
                 raise InvalidRequest(f"Request key {message.key} is in use.")
             facts = self._open_facts()
             resolve.check_submit(message, pool.names)
+            pool.formats.check(message)
             params = resolve.sampling_of(message, pool.defaults, desk.config, facts.vocab_size)
             pool.obedience.check(message, params, facts, pool.receiver.ends)
             keep = resolve.keep_of(message, params, facts)
@@ -174,6 +175,8 @@ class Intake:
         if blamed:
             raise resolve.nothing_to_draw(blamed, 0)
         request.prompt = prompt
+        if submit.split:
+            request.prompt_text = message.rendered
         request.hashes = message.hashes
         now = self._desk.clock.now_ns()
         request.encode_start_ns = message.started_ns

@@ -16,6 +16,7 @@ import numpy as np
 
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder
 from penstock.core.actors.text.stops import StopMatcher
+from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.messages import Admit, RowExtra, Submit, TokenLogprobs, seq_of
 from penstock.core.protocol.sampling import SamplingParams
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 # Request.state
 ENCODING, WAITING, ADMITTED = "encoding", "waiting", "admitted"
 # Choice.mode: which path a received token takes
-FAST, QUIET, GENERAL = 0, 1, 2
+FAST, QUIET, GENERAL, SPLIT = 0, 1, 2, 3
 
 
 class Choice:
@@ -41,15 +42,18 @@ class Choice:
         "index",
         "last_ns",
         "logprobs",
+        "made",
         "matcher",
         "mode",
         "outputs",
         "parts",
+        "reasoned",
         "request",
         "sent",
         "seq",
         "series",
         "slot",
+        "splitter",
         "undecoded",
     )
 
@@ -67,8 +71,14 @@ class Choice:
         self.parts: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
         self.decoder: Any = None
-        """ByteDecoder (FAST and QUIET need it) or any Decoder."""
+        """ByteDecoder (all paths but GENERAL need it) or any Decoder."""
         self.matcher: StopMatcher | None = None
+        self.splitter: Splitter | None = None
+        """Takes its text apart; None: all of it is content."""
+        self.reasoned = 0
+        """Tokens of reasoning."""
+        self.made = False
+        """Has a call of a tool been complete?"""
         self.mode = GENERAL
         self.batch: Any = None
         """The EdgeBatch of the request's edge."""
@@ -179,6 +189,10 @@ class Request:
     @property
     def output_tokens(self) -> int:
         return sum(len(choice.outputs) for choice in self.choices)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.reasoned for choice in self.choices)
 
     def admit(self, eos: I32, *, replay: bool) -> Admit:
         """The Admit for every choice that still runs, with the tokens received so far."""
@@ -300,4 +314,6 @@ def fast_mode(choice: Choice) -> int:
     request = choice.request
     if choice.matcher is not None or request.params.logprobs is not None or not isinstance(choice.decoder, ByteDecoder):
         return GENERAL
+    if choice.splitter is not None:
+        return SPLIT if request.submit.parallel_calls else GENERAL
     return FAST if request.stream else QUIET

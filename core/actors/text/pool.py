@@ -12,6 +12,7 @@ from typing import Any
 
 from penstock.core.actors.text import bounds, resolve
 from penstock.core.actors.text.desk import Desk
+from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.obedience import Obedience
 from penstock.core.actors.text.receive import Receiver
@@ -34,6 +35,7 @@ class Pool:
         defaults: dict[str, Any] | None = None,
         secret: bytes | None = None,
         grammars: str = "",
+        formats: Formats | None = None,
     ) -> None:
         self._desk = desk
         self.obedience = Obedience(grammars)
@@ -42,7 +44,8 @@ class Pool:
         self.model_path = model_path or names[0]
         self.defaults = defaults or {}
         self._secret = secret or secrets.token_bytes(32)
-        self.receiver = Receiver(tokenizer, desk.ledger, desk.metrics)
+        self.formats = formats or Formats()
+        self.receiver = Receiver(tokenizer, desk.ledger, desk.metrics, self.formats)
         self.series = desk.metrics.of(names[0])
         """Where its requests are counted."""
         self.facts: EngineFacts | None = None

@@ -1,9 +1,10 @@
 """What happens to the tokens of a step: the path that every token takes.
 
 What it is: `Receiver.step` accepts rows against the ledger, turns tokens into text, finds stop strings and ends, and collects the rows for
-each edge. Rows take one of three paths: FAST (streamed, nothing special: a table look-up and a few appends, about a microsecond), QUIET
-(not streamed: kept until the end), GENERAL (first rows, stop strings, log-probabilities, ends).
+each edge. Rows take one of four paths: FAST (streamed, nothing special: a table look-up and a few appends, about a microsecond), QUIET
+(not streamed: kept until the end), SPLIT (taken apart, nothing else), GENERAL (first rows, stop strings, log-probabilities, ends).
 What it does not know: admission, the engine's life, queries, spans; it tells the actor what began and what ended.
+It is long because the paths share the state of a step, and what one of them leaves the next one must find.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import msgspec
 import numpy as np
 
 from penstock.core.actors.text.deltas import EdgeBatch, LogprobReader
-from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder, TokenTable, WindowDecoder
-from penstock.core.actors.text.ledger import GENERAL, QUIET, Choice, Held, Ledger, Request, fast_mode
+from penstock.core.actors.text.detokenizer import Tables
+from penstock.core.actors.text.formats import Formats
+from penstock.core.actors.text.ledger import GENERAL, QUIET, SPLIT, Choice, Held, Ledger, Request, fast_mode
 from penstock.core.actors.text.offsets import prompt_offsets
 from penstock.core.actors.text.resolve import narrows, nothing_left, nothing_to_draw
+from penstock.core.actors.text.splitting import StopReason, quick_row, taken_apart
 from penstock.core.actors.text.stops import StopMatcher, StopSet
+from penstock.core.contract.formats import CONTENT, NAME, REASONING, Fragment
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.errors import InvalidRequest
@@ -32,15 +36,15 @@ from penstock.core.telemetry.series import Series
 class Receiver:
     """`begun`, `ended` and `aborts` are what the last `step` (or `end`) brought; `take` hands out the rows and frees the ended slots."""
 
-    def __init__(self, tokenizer: Tokenizer, ledger: Ledger, metrics: Metrics) -> None:
+    def __init__(self, tokenizer: Tokenizer, ledger: Ledger, metrics: Metrics, formats: Formats) -> None:
         self._tokenizer = tokenizer
         self._ledger = ledger
         self._metrics = metrics
+        self._formats = formats
         self.ends: I32 = EMPTY_I32
         """The model's end tokens; the actor finds out which can be drawn."""
-        self._exact = tokenizer.is_byte_exact()
-        self._table = TokenTable.of(tokenizer, tokenizer.vocab_size, skip_special=False)
-        self._table_skip = self._table.without(tokenizer.special_ids)
+        self._tables = Tables(tokenizer, formats.marks)
+        self._table = self._tables.whole
         self._batches: dict[int, EdgeBatch] = {}
         self._closed: list[Choice] = []
         self._step_ns = -1
@@ -59,27 +63,24 @@ class Receiver:
 
     def widen(self, vocab_size: int) -> None:
         """The model's vocabulary is padded beyond the tokenizer's: those ids have no text."""
-        for table in (self._table, self._table_skip):
-            missing = vocab_size - len(table)
-            table.data.extend([b""] * missing)
-            table.texts.extend([""] * missing)
+        self._tables.widen(vocab_size)
 
     def open(self, request: Request) -> None:
         """Begin to accept tokens for an encoded request."""
         params = request.params
         stops = StopSet(params.stop) if params.stop else None
-        decoders: list[Decoder] = []
-        for _ in range(params.n):
-            if self._exact:
-                decoders.append(ByteDecoder(self._table_skip if params.skip_special_tokens else self._table))
-            else:
-                context = request.prompt[-WindowDecoder.CONTEXT :].tolist()
-                decoders.append(WindowDecoder(self._tokenizer, context, skip_special=params.skip_special_tokens))
+        splitters = [self._formats.splitter(request) for _ in range(params.n)]
+        request.prompt_text = ""  # only they wanted it
+        marks = splitters[0] is not None
+        decoders = [self._tables.decoder(request.prompt, params.skip_special_tokens, marks) for _ in splitters]
         matchers = [StopMatcher(stops) if stops else None for _ in decoders]
         batch = self._batches.get(request.edge)
         if batch is None:
             batch = self._batches[request.edge] = EdgeBatch(request.edge)
         self._ledger.open(request, decoders, matchers, batch)
+        if marks:
+            for choice, splitter in zip(request.choices, splitters, strict=True):
+                choice.splitter = splitter
 
     def forget_edge(self, edge: int) -> None:
         self._batches.pop(edge, None)
@@ -121,7 +122,7 @@ class Receiver:
             if token >= 0:
                 if choice.series is not series:
                     if series is not None:
-                        _tally(series, generated, unsteady, gap_s)
+                        series.tally(generated, unsteady, gap_s)
                     series = choice.series
                     generated = unsteady = 0
                 generated += 1
@@ -139,7 +140,7 @@ class Receiver:
                 except Exception as error:  # a tokenizer's, say: this answer cannot go on, all others do
                     if choice.finish:
                         raise
-                    self._spoil(choice, f"The tokenizer failed on this answer: {type(error).__name__}: {error}"[:300])
+                    self._spoil(choice, error)
                 continue
             if mode == QUIET:
                 continue
@@ -147,6 +148,13 @@ class Receiver:
             text = decoder.texts[token]
             if text is None or decoder.pending:
                 text = decoder.feed(token)
+            if mode == SPLIT:
+                try:
+                    for fragment in quick_row(choice, token, text):
+                        self._row(choice, fragment.text, "", None, None, None, fragment)
+                except Exception as error:
+                    self._spoil(choice, error)
+                continue
             batch = choice.batch
             batch.slots.append(choice.slot)
             batch.texts.append(text)
@@ -157,7 +165,7 @@ class Receiver:
             batch.reasons.append("")
             choice.sent = choice.undecoded = offset
         if series is not None:
-            _tally(series, generated, unsteady, gap_s)
+            series.tally(generated, unsteady, gap_s)
         self._reader = None
 
     def end(self, choice: Choice, finish: str, error: str | None = None, code: str | None = None) -> None:
@@ -166,12 +174,17 @@ class Receiver:
             text = self._rest(choice, len(choice.outputs))
         except Exception:  # the tokenizer fails: what it would have said is lost, the end is not
             text = ""
-        self._row(choice, text, finish, None, error, code)
+        if choice.splitter is None:
+            self._row(choice, text, finish, None, error, code)
+        else:
+            self._split(choice, text, finish, None, error, code)
 
-    def _spoil(self, choice: Choice, why: str) -> None:
+    def _spoil(self, choice: Choice, error: Exception) -> None:
         """The choice's tokens cannot become text: it ends as an error, and the engine need not go on."""
         self._metrics.count("hook_errors", "tokenizer")
         self.aborts.append(choice.seq)
+        who = "tokenizer" if choice.splitter is None else "tokenizer or output format"
+        why = f"The {who} failed on this answer: {type(error).__name__}: {error}"[:300]
         self._row(choice, "", "error", None, why, "internal_error")
 
     def take(self) -> Iterator[To]:
@@ -228,10 +241,15 @@ class Receiver:
                     text += hit
             if finish:
                 text += matcher.flush()
+        error, code = self._failure(choice, row) if finish == "error" else (None, None)
         if finish == "stop" and request.grammar:
             self._hold(choice, text, stop_reason, reason)
+        elif choice.splitter is not None:
+            if token >= 0 and choice.splitter.channel == REASONING:
+                choice.reasoned += 1
+            self._split(choice, text, finish, stop_reason, error, code)
+            finish = choice.finish
         elif finish or request.stream:
-            error, code = self._failure(choice, row) if finish == "error" else (None, None)
             self._row(choice, text, finish, stop_reason, error, code)
         elif text:
             choice.parts.append(text)
@@ -283,9 +301,33 @@ class Receiver:
             text = choice.matcher.flush() + text
         return text
 
-    def _row(self, choice: Choice, text: str, finish: str, stop_reason: int | str | None, error: str | None, code: str | None) -> None:
+    def _split(self, choice: Choice, text: str, finish: str, stop_reason: int | str | None, error: str | None, code: str | None) -> None:
+        """Rows of a text that is taken apart, one a fragment; the end is a row of its own."""
+        fragments, ended, stop_reason = taken_apart(choice, text, finish, stop_reason)
+        if ended and not finish:
+            self.aborts.append(choice.seq)
+        for fragment in fragments:
+            self._row(choice, fragment.text, "", None, None, None, fragment)
+        if ended or not fragments:
+            self._row(choice, "", ended, stop_reason, error, code)
+
+    def _row(
+        self,
+        choice: Choice,
+        text: str,
+        finish: str,
+        stop_reason: StopReason,
+        error: str | None,
+        code: str | None,
+        fragment: Fragment | None = None,
+    ) -> None:
         request = choice.request
         batch = choice.batch
+        call_id = ""
+        if fragment is not None and fragment.channel != CONTENT:
+            batch.marked.append((len(batch.slots), fragment.channel, fragment.call))
+            if fragment.channel == NAME:
+                call_id = self._formats.call_id()
         if choice.parts:
             text = "".join(choice.parts) + text
             choice.parts.clear()
@@ -294,7 +336,7 @@ class Receiver:
         offsets: list[int] = []
         if extra is not None and extra.prompt_text is not None and request.params.prompt_logprobs is not None:
             offsets = prompt_offsets(request.prompt.tolist(), extra.prompt_text, self._table.data, self._tokenizer.special_ids)
-        if extra is not None or choice.logprobs or stop_reason is not None or error is not None:
+        if extra is not None or choice.logprobs or stop_reason is not None or error is not None or call_id:
             batch.extras.append(
                 RowExtra(
                     row=len(batch.slots),
@@ -307,6 +349,7 @@ class Receiver:
                     prompt_text=extra.prompt_text if extra else None,
                     prompt_offsets=offsets,
                     prompt_first=self._table.data[request.prompt[0]] if offsets else b"",
+                    call_id=call_id,
                 )
             )
             request.extra = None
@@ -384,10 +427,3 @@ class Receiver:
             return None
         kept = request.prompt_logprobs
         return [kept.get(position) for position in range(len(request.prompt))]
-
-
-def _tally(series: Series, generated: int, unsteady: int, gap_s: float) -> None:
-    """Rows of one series: how many brought a token, and for how many of those the last one was not that of the step before, `gap_s` ago."""
-    if generated > unsteady:
-        series.itl.observe(gap_s, generated - unsteady)
-    series.count("tokens", "generated", by=generated)

@@ -1,0 +1,114 @@
+"""Which output formats a model's answers are taken apart by.
+
+What it is: `Formats`, a pool's choice of one format for reasoning and one for calls, by option or by the chat template, and the splitter of each
+request: calls are only looked for where the request has tools.
+What it does not know: how formats look (plugins/formats), tokens, rows.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+
+from penstock.core.actors.text.ledger import Request
+from penstock.core.contract.formats import ARGUMENTS, CONTENT, NAME, REASONING, Fragment, Opening, Splitter
+from penstock.core.contract.hookspecs import FormatSpec
+from penstock.core.protocol.config import Config, nearest
+from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
+from penstock.core.protocol.messages import Submit
+
+OFF = "none"
+"""The name of no format."""
+_SHORT = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+class Formats:
+    """`tools` and `reasoning`: the formats in use, if there are any; one spec may be both."""
+
+    def __init__(self, tools: FormatSpec | None = None, reasoning: FormatSpec | None = None) -> None:
+        self.tools = tools
+        self.reasoning = reasoning
+        self.marks = frozenset(mark for spec in (tools, reasoning) if spec is not None for mark in spec.marks)
+
+    @classmethod
+    def choose(cls, specs: Mapping[str, FormatSpec], template: str, config: Config) -> Formats:
+        """Those that the options name, else those that match the template (sources of all of the model's). Raises ConfigError."""
+        return cls(
+            _chosen(specs, "tools", config.tool_call_parser, "tool_call_parser", template),
+            _chosen(specs, "reasoning", config.reasoning_parser, "reasoning_parser", template),
+        )
+
+    def check(self, submit: Submit) -> None:
+        """Raises UnsupportedFeature if calls are to be taken out of answers, and nothing here can."""
+        if submit.split and submit.tools and self.tools is None:
+            raise UnsupportedFeature(
+                "How this model writes calls of tools is not known here. Leave tools out, set tool_choice to 'none', or start the server with"
+                " --tool-call-parser.",
+                param="tools",
+            )
+
+    def splitter(self, request: Request) -> Splitter | None:
+        """For one of its answers; None where there is nothing to take apart."""
+        submit = request.submit
+        if not submit.split:
+            return None
+        tools = self.tools if submit.tools else None
+        opening = Opening(request.prompt_text, submit.continue_final_message)
+        if self.reasoning is None:
+            return tools.factory(opening) if tools is not None else None
+        first = self.reasoning.factory(opening)
+        if self.reasoning.role == "both":
+            return first if tools is self.reasoning else _Then(first, tools.factory(opening) if tools is not None else None)
+        return first if tools is None else _Then(first, tools.factory(opening))
+
+    def call_id(self) -> str:
+        """A new call's."""
+        if self.tools is not None and self.tools.short_ids:
+            return "".join(secrets.choice(_SHORT) for _ in range(9))
+        return "call_" + secrets.token_hex(12)
+
+
+def _chosen(specs: Mapping[str, FormatSpec], role: str, wanted: str | None, option: str, template: str) -> FormatSpec | None:
+    able = {name: spec for name, spec in specs.items() if spec.role in (role, "both")}
+    if wanted is None:
+        return next((spec for spec in reversed(list(able.values())) if spec.matches(template)), None) if template else None
+    if wanted == OFF:
+        return None
+    names = {alias: spec for spec in able.values() for alias in (spec.name, *spec.aliases)}
+    if wanted not in names:
+        raise ConfigError(
+            f"--{option.replace('_', '-')} {wanted}: no such format.{nearest(wanted, names)} Known: {', '.join(sorted(able))}, {OFF}.",
+            param=option,
+        )
+    return names[wanted]
+
+
+class _Then:
+    """Content of one splitter goes through another, or its calls, which nobody asked for, go back to being content."""
+
+    def __init__(self, first: Splitter, second: Splitter | None) -> None:
+        self._first = first
+        self._second = second
+
+    @property
+    def channel(self) -> int:
+        return REASONING if self._first.channel == REASONING else CONTENT
+
+    def feed(self, text: str) -> list[Fragment]:
+        return self._pass(self._first.feed(text))
+
+    def _pass(self, fragments: list[Fragment]) -> list[Fragment]:
+        out: list[Fragment] = []
+        for fragment in fragments:
+            if fragment.channel == REASONING:
+                out.append(fragment)
+            elif self._second is not None:
+                if fragment.channel == CONTENT:
+                    out += self._second.feed(fragment.text)
+            elif fragment.channel in (CONTENT, NAME, ARGUMENTS):
+                out.append(Fragment(CONTENT, -1, fragment.text))
+        return out
+
+    def flush(self, cut: bool) -> list[Fragment]:
+        out = self._pass(self._first.flush(cut))
+        return out + self._second.flush(cut) if self._second is not None else out

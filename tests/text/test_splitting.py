@@ -1,0 +1,221 @@
+"""Answers that text takes apart: rows of channels, ends, which requests, which formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from penstock.core.actors.text.formats import Formats
+from penstock.core.contract.formats import Fragment
+from penstock.core.contract.hookspecs import FormatSpec
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, LENGTH, NAME, REASONING, STOP, Abort, seq_of
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.plugins.formats import BUILT_IN
+from penstock.plugins.formats.scanner import State, TableSplitter, read_text, table
+
+SPECS = {spec.name: spec for spec in BUILT_IN}
+TOOLS = json.dumps([{"type": "function", "function": {"name": "f"}}]).encode()
+MESSAGES = json.dumps([{"role": "user", "content": "the water"}]).encode()
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.fixture
+def say(make_bench: Any, tokenizer: Any) -> Callable[..., Any]:
+    """Submit a chat whose answer is `text`, run it, and give (bench, what was received)."""
+
+    def run(
+        text: str,
+        *,
+        tools: str | None = "hermes",
+        reasoning: str | None = None,
+        final: int = STOP,
+        sampling: SamplingParams | None = None,
+        tools_given: bytes = TOOLS,
+        **changes: Any,
+    ) -> Any:
+        formats = Formats(SPECS[tools] if tools else None, SPECS[reasoning] if reasoning else None)
+        bench = make_bench(formats=formats)
+        ids = [int(token) for token in tokenizer.encode_batch([text], add_special_tokens=False)[0]]
+        bench.scripts[seq_of(1, 0)] = [*ids, tokenizer.eos_ids[0]] if final == STOP else ids
+        bench.final = final
+        values = {"kind": "chat", "messages": MESSAGES, "tools": tools_given, "split": True, **changes}
+        bench.submit(1, sampling=sampling or SamplingParams(), **values)
+        if 1 not in bench.rejected:
+            bench.run()
+        return bench, bench.received.get((1, 0))
+
+    return run
+
+
+def joined(fragments: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    out: list[tuple[int, int, str]] = []
+    for channel, call, text in fragments:
+        if out and out[-1][:2] == (channel, call):
+            out[-1] = (channel, call, out[-1][2] + text)
+        elif text or channel == DONE:
+            out.append((channel, call, text))
+    return out
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_call_comes_in_rows_of_its_own(say: Any, stream: bool) -> None:
+    bench, got = say("Let me see. " + CALL, stream=stream)
+    assert joined(got.fragments) == [(CONTENT, -1, "Let me see."), (NAME, 0, "f"), (ARGUMENTS, 0, '{"a": 1}'), (DONE, 0, "")]
+    assert got.reason == "tool_calls"
+    (call_id,) = [extra.call_id for extra in got.extras if extra.call_id]
+    assert call_id.startswith("call_")
+    assert len(call_id) == 29
+    assert got.tokens == bench.scripts[seq_of(1, 0)]
+    assert bench.finished[1].reasoning_tokens == 0
+
+
+def test_mistral_gets_ids_of_nine_letters_and_digits(say: Any) -> None:
+    _, got = say('[TOOL_CALLS]f[ARGS]{"a": 1}', tools="mistral")
+    (call_id,) = [extra.call_id for extra in got.extras if extra.call_id]
+    assert len(call_id) == 9
+    assert call_id.isalnum()
+
+
+@pytest.mark.parametrize("changes", [{"tools_given": b""}, {"split": False}])
+def test_without_tools_calls_are_text(say: Any, changes: dict[str, Any]) -> None:
+    """However the server is set: what one request asks for is not done to another's answer."""
+    _, got = say(CALL, **changes)
+    assert (got.text, got.reason) == (CALL, "stop")
+    assert {fragment[0] for fragment in got.fragments} == {CONTENT}
+
+
+def test_tools_of_a_model_whose_format_is_unknown_are_refused(say: Any) -> None:
+    bench, _ = say("x", tools=None)
+    refused = bench.rejected[1]
+    assert (refused.status, refused.code, refused.param) == (400, "unsupported_feature", "tools")
+    assert not bench.actor.ledger.requests
+
+
+def test_reasoning_and_a_call(say: Any) -> None:
+    text = "<think>Stop here.</think>Yes. " + CALL
+    bench, got = say(text, reasoning="qwen3")
+    assert joined(got.fragments)[:3] == [(REASONING, -1, "Stop here."), (CONTENT, -1, "Yes."), (NAME, 0, "f")]
+    assert 0 < bench.finished[1].reasoning_tokens < len(got.tokens)
+    bench, got = say("<think>Stop " + CALL, reasoning="qwen3", final=LENGTH)
+    assert joined(got.fragments) == [(REASONING, -1, "Stop " + CALL)]
+    assert got.reason == "length"
+
+
+def test_an_answer_that_is_cut_off_in_a_call(say: Any) -> None:
+    _, got = say(CALL[:-20], final=LENGTH)
+    assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a": 1}'[: len(joined(got.fragments)[1][2])])]
+    assert got.reason == "length"
+
+
+def test_without_parallel_calls_the_answer_ends_with_the_first(say: Any) -> None:
+    bench, got = say(CALL + "\n" + CALL + " and more", parallel_calls=False)
+    assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a": 1}'), (DONE, 0, "")]
+    assert got.reason == "tool_calls"
+    assert any(isinstance(message, Abort) for message in bench.engine)
+    assert not bench.actor.ledger.requests
+
+
+def test_a_stop_string_within_a_call_leaves_it_incomplete(say: Any) -> None:
+    _, got = say(CALL, sampling=SamplingParams(stop=["1"]))
+    assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a": ')]
+    assert (got.reason, got.stop_reason) == ("stop", "1")
+
+
+def test_plain_answers_have_no_columns_of_channels(say: Any) -> None:
+    bench, got = say("the water runs", tools="hermes", split=False)
+    deltas = [message for _, message in bench.out if type(message).__name__ == "TextDelta"]
+    assert deltas
+    assert all(len(delta.channels) == len(delta.calls) == 0 for delta in deltas)
+    assert got.text == "the water runs"
+
+
+def test_special_tokens_that_are_marks_are_seen_and_others_are_not(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """<|im_start|> is special, and here a mark; <|bos|> is special and none."""
+    marks = table(
+        content=State(read_text, {"<|im_start|>": "thought"}), thought=State(read_text, {"<|im_start|>": "content"}, channel=REASONING)
+    )
+    monkeypatch.setitem(
+        SPECS,
+        "marked",
+        FormatSpec(
+            name="marked",
+            api_level=1,
+            role="reasoning",
+            marks=["<|im_start|>"],
+            matches=lambda template: False,
+            factory=lambda opening: TableSplitter(marks, "content"),
+        ),
+    )
+    _, got = say("one<|bos|><|im_start|>two<|bos|><|im_start|>three", reasoning="marked")
+    assert joined(got.fragments) == [(CONTENT, -1, "one"), (REASONING, -1, "two"), (CONTENT, -1, "three")]
+
+
+# ------------------------------------------------------------------ which format
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "reasoning"),
+    [
+        ("<tool_call>", "hermes", None),
+        ("<tool_call> </think>", "hermes", "qwen3"),
+        ("<tool_call><function=", None, None),
+        ("[TOOL_CALLS]", "mistral", None),
+        ("<｜Assistant｜></think><｜tool▁call▁begin｜>```json", "deepseek_v3", "deepseek_r1"),
+        ("<｜tool▁call▁begin｜>", "deepseek_v31", None),
+        ("<|python_tag|>", "llama3_json", None),
+        ("<|python_start|>", "pythonic", None),
+        ("<|channel|><|message|>", "openai", "openai"),
+        ("", None, None),
+    ],
+)
+def test_formats_are_found_from_the_template(template: str, tools: str | None, reasoning: str | None) -> None:
+    found = Formats.choose(SPECS, template, Config())
+    assert (found.tools and found.tools.name, found.reasoning and found.reasoning.name) == (tools, reasoning)
+
+
+def test_formats_by_name_alias_and_none() -> None:
+    def chosen(**options: str) -> tuple[str | None, str | None]:
+        found = Formats.choose(SPECS, "<tool_call></think>", Config(**options))  # type: ignore[arg-type]
+        return found.tools and found.tools.name, found.reasoning and found.reasoning.name
+
+    assert chosen(tool_call_parser="mistral") == ("mistral", "qwen3")
+    assert chosen(tool_call_parser="deepseekv3", reasoning_parser="deepseek-r1") == ("deepseek_v3", "deepseek_r1")
+    assert chosen(tool_call_parser="none", reasoning_parser="none") == (None, None)
+    assert chosen(tool_call_parser="gpt-oss", reasoning_parser="harmony") == ("openai", "openai")
+    for option in ("tool_call_parser", "reasoning_parser"):
+        with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} hermis: no such format"):
+            chosen(**{option: "hermis"})
+
+
+class _Broken:
+    """Fails on "!"."""
+
+    channel = CONTENT
+
+    def feed(self, text: str) -> list[Fragment]:
+        if "!" in text:
+            raise KeyError("no such state")
+        return [Fragment(CONTENT, -1, text)]
+
+    def flush(self, cut: bool) -> list[Fragment]:
+        return []
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel_calls": False}])
+@pytest.mark.parametrize("text", ["! the water", "the water !"])
+def test_a_format_that_fails_fails_its_answer_alone(say: Any, monkeypatch: pytest.MonkeyPatch, text: str, changes: dict[str, Any]) -> None:
+    broken = FormatSpec(name="broken", api_level=1, role="tools", matches=lambda template: False, factory=lambda opening: _Broken())
+    monkeypatch.setitem(SPECS, "broken", broken)
+    bench, got = say(text, tools="broken", **changes)
+    assert got.reason == "error"
+    assert got.extras[-1].error == "The tokenizer or output format failed on this answer: KeyError: 'no such state'"
+    assert not bench.actor.ledger.requests
+    bench.scripts[seq_of(2, 0)] = [bench.tokenizer.eos_ids[0]]
+    bench.submit(2)
+    bench.run()
+    assert bench.received[2, 0].reason == "stop"
