@@ -48,6 +48,7 @@ class PenstockError(Exception):
     default_code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None) -> None:
+        message = message.encode("utf-8", "replace").decode()  # a template or a tokenizer may put half a surrogate pair into it
         super().__init__(message)
         self.message = message
         self.param = param

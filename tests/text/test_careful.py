@@ -154,3 +154,17 @@ def test_even_a_fault_of_our_own_leaves_nobody_waiting(monkeypatch: pytest.Monke
     first, second = serve(CarefulTokenizer(Odd()), "a", "b")
     assert first.error_status == second.error_status == 500
     assert "ZeroDivisionError: ours" in second.error
+
+
+def test_half_a_surrogate_pair_never_leaves_text() -> None:
+    """Frames are UTF-8: it would end the process that sends it."""
+
+    def bad(texts: list[str], *, add_special_tokens: bool) -> Any:
+        raise ValueError("bad \ud800 text")
+
+    first, second = serve(CarefulTokenizer(Odd(encode_batch=bad)), "a", "b")
+    for encoded in (first, second):
+        assert encoded.error_status == 400
+        assert "bad ? text" in encoded.error
+    careful = CarefulTokenizer(Odd(decode=lambda ids, skip_special_tokens: "a\ud800z"))
+    assert careful.decode([1], skip_special_tokens=True) == "a?z"

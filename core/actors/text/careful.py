@@ -79,7 +79,7 @@ class CarefulTokenizer:
         text = ordinary(lambda: self._own.decode(ids, skip_special_tokens=skip_special_tokens))
         if not isinstance(text, str):
             raise TokenizerFailed(f"decode() gave {type(text).__name__}, not a text")
-        return text
+        return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
     def info(self) -> dict[str, Any]:
         """See Tokenizer."""

@@ -184,7 +184,7 @@ class Receiver:
         self._metrics.count("hook_errors", "tokenizer")
         self.aborts.append(choice.seq)
         who = "tokenizer" if choice.splitter is None else "tokenizer or output format"
-        why = f"The {who} failed on this answer: {type(error).__name__}: {error}"[:300]
+        why = f"The {who} failed on this answer: {type(error).__name__}: {error}"[:300].encode("utf-8", "replace").decode()
         self._row(choice, "", "error", None, why, "internal_error")
 
     def take(self) -> Iterator[To]:
