@@ -21,6 +21,7 @@ from penstock.plugins.models.api import Attention, AttnCall, Columns, Ops, Plain
 from penstock.plugins.models.builder import Builder
 
 Tensor = torch.Tensor
+WHOLE = "A model of api_level 1 runs whole steps by its own program; nothing can be composed of it."
 
 
 def adapt(spec: ModelSpec) -> ModelSpec:
@@ -101,11 +102,11 @@ class Level1Model:
 
     def step(self, ops: Ops, caches: Sequence[Any], columns: Columns, taps: Sequence[int] = ()) -> Stream:
         """Level 1 cannot be composed."""
-        raise NotImplementedError(self.program.__doc__)
+        raise NotImplementedError(WHOLE)
 
     def final(self, ops: Ops, x: Tensor, residual: Tensor) -> Tensor:
         """Level 1 cannot be composed."""
-        raise NotImplementedError(self.program.__doc__)
+        raise NotImplementedError(WHOLE)
 
     def brief(self) -> Level1Model:
         """See Model."""
