@@ -4,7 +4,8 @@ What it is: the closed family of messages, one tagged union per edge of the acto
 Columns are numpy arrays of equal length unless a `*_counts` column says otherwise (then the payload is the concatenation of the rows:
 CSR with counts). One message a step per edge of the graph, never one a sequence.
 Evolution rule: append fields with defaults, never reorder, never reuse a tag; `tests/contract` keeps a snapshot.
-What it does not know: who handles a message (that is the wiring's table in `core/processes/kernel.py`), loops, sockets.
+What it does not know: who handles a message (`route` in `core/runtime/wiring.py` makes that table of what each actor takes and gives), loops, sockets.
+It is long because the contract of each edge is what its fields say, and both of its ends are read together.
 
 Identity: a request is `key` (int64, below 2**56, given by the edge: see `edge_key`); one of its `n` choices is `seq = key << 7 | choice`.
 `incarnation` counts re-admissions of the same sequence (after a preemption it stays, after an engine's death it grows).

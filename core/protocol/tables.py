@@ -99,13 +99,13 @@ class _Reader:
     def _load(self) -> dict[str, Any]:
         try:
             if not self._path.is_file():  # a pipe could be read once only, and might never end
-                raise self._wrong("there is no such file.")
+                raise self._wrong(_no_file(self._path))
             return tomllib.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             if isinstance(error, OSError):
                 raise self._wrong(f"the file cannot be read ({error.strerror or error}).") from None
             if isinstance(error, UnicodeDecodeError):
-                raise self._wrong(f"byte {error.start + 1} is not UTF-8.") from None
+                raise self._wrong(f"byte {error.start + 1} is not UTF-8, as TOML must be. Save the file as UTF-8.") from None
             raise self._wrong(f"it is not valid TOML: {error}.") from None
 
     def _tables(self, raw: dict[str, Any], kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -159,7 +159,7 @@ class _Reader:
                 raise self._wrong(f"{at}: file must be a path.")
             file = self._path.parent / os.path.expanduser(table["file"])
             if not file.is_file():
-                raise self._wrong(f"{at}: file {table['file']}: there is no such file.")
+                raise self._wrong(f"{at}: file {table['file']}: {_no_file(file)}")
             try:
                 return [digest_of(key.encode()) for key in dict.fromkeys(read_keys(str(file), self._note, name=f"{at}: file"))]
             except ConfigError as error:
@@ -170,3 +170,10 @@ class _Reader:
         if digest.lower() == digest_of(b""):
             raise self._wrong(f"{at}: sha256 is that of nothing: no key was given to the command that made it.")
         return [digest.lower()]
+
+
+def _no_file(path: Path) -> str:
+    """Why it is none."""
+    if path.is_dir():
+        return "that is a folder. Name the file in it."
+    return "that is no regular file." if path.exists() else "there is no such file."

@@ -102,6 +102,7 @@ def test_what_scopes_allow() -> None:
         ("[keys.a]\nsha256 = 5\n", "[keys.a]: sha256 must be 64 hexadecimal digits"),
         (f"[keys.a]\nsha256 = '{sha256().hexdigest()}'\n", "[keys.a]: sha256 is that of nothing"),
         ("[keys.a]\nfile = 'none'\n", "[keys.a]: file none: there is no such file"),
+        ("[keys.a]\nfile = '.'\n", "[keys.a]: file .: that is a folder. Name the file in it."),
         ("[keys.a]\nfile = ['x']\n", "[keys.a]: file must be a path"),
         ("[keys.a]\nfile = 'empty'\n", "empty: it holds no key"),
         (f"[keys.'a b']\nsha256 = '{DIGEST}'\n", "[keys.a b]: the name must be letters"),
@@ -131,7 +132,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     pipe, bytes_ = tmp_path / "pipe", tmp_path / "bytes"
     os.mkfifo(pipe)  # reading it would never end
     bytes_.write_bytes(b"a\xff")
-    for path, said in ((tmp_path / "none", "no such file"), (tmp_path, "no such file"), (pipe, "no such file"), (bytes_, "byte 2 is not")):
+    for path, said in (
+        (tmp_path / "none", "no such file"),
+        (tmp_path, "that is a folder. Name the file in it."),
+        (pipe, "no regular file"),
+        (bytes_, "byte 2 is not UTF-8, as TOML must be. Save the file as UTF-8"),
+    ):
         with pytest.raises(ConfigError, match=said):
             read_tables(str(path), print)
 
