@@ -5,7 +5,8 @@ the history, where the next step's Forward finds it, so that the host may launch
 up in one pinned copy (a second one in steps that place sequences, give blocks or mix in a prefill), tokens come back in one; `sample` returns
 a call that waits for that copy's event and is made on the waiter thread of the device queue.
 Graphs: a step of decode rows alone replays a graph of the smallest bucket that holds them; padding rows have slot -1, which reads zeros and
-writes nowhere. The draw is a second graph on the same inputs, for rows without penalties, lists or log-probabilities. Graphs are captured at
+writes nowhere. The draw is a second graph on the same inputs, for rows without penalties, lists or log-probabilities; under a step's masks it is a
+third one, which is captured once masks are used. Graphs are captured at
 warm-up, largest bucket first, within a time and a memory reservation; what is left is captured while nothing runs (`improve`), or in mid-service
 after a bucket was used LAZY_USES times and at most one every LAZY_PAUSE_S. Steps with prefill have graphs too, by sequences and tokens: which sequences compute one token is looked up on
 the device. Beyond MIXED_TOKENS tokens a step takes the device longer than the host needs to launch it piece by piece, and runs eagerly.
@@ -172,6 +173,11 @@ class DeviceRunner:
         self._buckets = buckets_for(max_num_seqs) if graphs else []
         self._forwards: dict[int, Graph] = {}
         self._samples: dict[tuple[int, bool], Graph] = {}
+        self._masked: dict[tuple[int, bool], Graph] = {}
+        """Draws under masks, by bucket and whether somebody is not greedy; and what they read: which row of the masks each row has, then the masks."""
+        self._masks: Upload | None = None
+        self._masked_uses: dict[tuple[int, bool], int] = {}
+        self._entries = entries
         self._uses: dict[Size, int] = {}
         self._capture_after = 0.0
         self.graph_reserve = 0
@@ -209,9 +215,11 @@ class DeviceRunner:
         """Bytes of what this runner keeps on the device beside weights and KV cache."""
         tensors = (self.history, self.table, self._rows, self._kept_logits, *self._whole)
         kept = (self._decode, self._columns, self._draws, self._ragged, self.sampler)
+        masks = 0 if self._masks is None else self._masks.nbytes
         return (
             sum(part.nbytes for part in tensors)
             + sum(part.nbytes for part in kept)
+            + masks
             + self._ops.workspace_bytes
             + self._model.attention.workspace_bytes
             + self._model.tables_bytes
@@ -233,6 +241,8 @@ class DeviceRunner:
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots):
             self._update(work)
         bucket = self._bucket(rows) if decode else 0
+        if self._masked_uses:
+            self._capture_masks()
         if rows == 0:
             self._launched = _Launched(work, 0, None, None)
         elif bucket:
@@ -326,11 +336,21 @@ class DeviceRunner:
     def _wanted(self, bucket: Size) -> bool:
         """Count a use of a bucket without a graph; whether it is to get one now."""
         self._uses[bucket] = used = self._uses.get(bucket, 0) + 1
+        return used >= LAZY_USES and self._may_capture()
+
+    def _may_capture(self) -> bool:
+        """In mid-service."""
         now = time.monotonic()
-        if used < LAZY_USES or now < self._capture_after or self._graph_bytes >= self.graph_reserve:
+        if now < self._capture_after or self._graph_bytes >= self.graph_reserve:
             return False
         self._capture_after = now + LAZY_PAUSE_S
         return True
+
+    def _capture_masks(self) -> None:
+        """A draw under masks that was asked for often enough."""
+        key, used = max(self._masked_uses.items(), key=lambda item: item[1])
+        if used >= LAZY_USES and self._may_capture():
+            self.capture_masked(*key)
 
     @torch.inference_mode()
     def improve(self) -> bool:
@@ -338,6 +358,11 @@ class DeviceRunner:
         tokens first. False: nothing is left to do until something is asked for."""
         if self._graph_bytes >= self.graph_reserve:
             return False
+        if self._masked_uses:
+            self._lane.bind()
+            self.capture_masked(*next(iter(self._masked_uses)))
+            self._lane.synchronize()
+            return True
         asked = [size for size in self._uses if not self._captured(size)]
         size: Size | None = max(asked, key=self._uses.__getitem__, default=None)
         if size is None and self._graph_bytes < AHEAD * self.graph_reserve:
@@ -409,10 +434,15 @@ class DeviceRunner:
         x, residual, _ = self._model.step(self._ops, self._caches, columns)
         return self._model.final(self._ops, x, residual), columns.kv_len
 
-    def _sample_body(self, bucket: int, hot: bool, hidden: Tensor, positions: Tensor) -> Outputs:
-        """The draw behind `_decode_body`, into the history."""
+    def _sample_body(self, bucket: int, hot: bool, hidden: Tensor, positions: Tensor, words: int = 0) -> Outputs:
+        """The draw behind `_decode_body`, into the history; with `words` (of a mask row) under the step's masks."""
         slots = self._decode.staging[:bucket]
-        tokens = self.sampler.draw(self._model.logits(hidden), slots, positions, hot)
+        logits = self._model.logits(hidden)
+        if words:
+            assert self._masks is not None
+            staging, rows = self._masks.staging, self._max_rows
+            self._ops.mask(logits, staging[rows : rows * (1 + words)].view(rows, words), staging[:bucket])
+        tokens = self.sampler.draw(logits, slots, positions, hot)
         self._ops.write_tokens(slots, positions, tokens, self.history)
         return (tokens,)
 
@@ -437,6 +467,41 @@ class DeviceRunner:
         self.counters.captures += 1
         self._graph_bytes += max(0, self._lane.used() - before)
 
+    def capture_masked(self, bucket: int, hot: bool) -> None:
+        """Capture a draw under masks behind the captured decode step of that bucket; see `capture`."""
+        before = self._lane.used()
+        self._masked_uses.pop((bucket, hot), None)
+        words = -(-self.facts.vocab_size // 32)
+        if self._masks is None:
+            self._masks = Upload(self._lane, self._entries, self._max_rows * (1 + words), fixed=True)
+        self._send_masks(EMPTY_I32, EMPTY_I32)
+        self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+        body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs, words)
+        body()
+        self._masked[bucket, hot] = graph = self._lane.capture(body)
+        if not graph.outputs:
+            graph.replay()
+        self.counters.captures += 1
+        self._graph_bytes += max(0, self._lane.used() - before)
+
+    def _send_masks(self, mask: Column, mask_rows: Column) -> None:
+        assert self._masks is not None
+        self._masks.send_parts((mask_rows, self._max_rows, -1), (mask, mask.size, 0))
+
+    def _draw_graph(self, work: Sample, launched: _Launched) -> Graph | None:
+        """The captured draw of a decode step, its masks sent; or None where rows want more than such a draw does."""
+        masked = len(work.mask_rows) > 0
+        if not launched.bucket or not self._follows(work, launched.work) or not self.sampler.plain(work.slots):
+            return None
+        key = launched.bucket, self.sampler.hot(work.slots)
+        if not masked:
+            return self._samples[key]
+        if key not in self._masked:  # a capture now would overwrite the inputs of the draw that waits: the next Forward sees to it
+            self._masked_uses[key] = self._masked_uses.get(key, 0) + 1
+            return None
+        self._send_masks(work.mask, work.mask_rows)
+        return self._masked[key]
+
     @property
     def graphs_planned(self) -> int:
         """Step sizes that memory is reserved for: every batch size, and steps with prefill at two numbers of sequences."""
@@ -454,6 +519,8 @@ class DeviceRunner:
         """Forget every graph and the memory that they took."""
         self._forwards.clear()
         self._samples.clear()
+        self._masked.clear()
+        self._masked_uses.clear()
         self._mixed.clear()
         self._lane.forget()
         self._launched = None
@@ -491,14 +558,13 @@ class DeviceRunner:
         rows, found = len(work.rows), None
         if rows:
             assert launched.hidden is not None
-            masked = len(work.mask_rows) > 0
-            if launched.bucket and not masked and self._follows(work, launched.work) and self.sampler.plain(work.slots):
-                graph = self._samples[launched.bucket, self.sampler.hot(work.slots)]
+            graph = self._draw_graph(work, launched)
+            if graph is not None:
                 graph.replay()
                 tokens = graph.outputs[0][:rows]
             else:
                 logits, slots, positions = self._logits_for(work, launched)
-                mask = (work.mask, work.mask_rows) if masked else None
+                mask = (work.mask, work.mask_rows) if len(work.mask_rows) else None
                 tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
             landing.bring(tokens)
@@ -703,12 +769,14 @@ class DeviceRunner:
         self._lane.synchronize()
         self._forwards.clear()
         self._samples.clear()
+        self._masked.clear()
+        self._masked_uses.clear()
         self._mixed.clear()
         self._launched = None
 
 
-def _bound(function: Callable[[int, bool, Tensor, Tensor], Outputs], bucket: int, hot: bool, a: Tensor, b: Tensor) -> Callable[[], Outputs]:
-    return lambda: function(bucket, hot, a, b)
+def _bound(body: Callable[..., Outputs], *given: object) -> Callable[[], Outputs]:
+    return lambda: body(*given)
 
 
 def _joined(parts: list[LogprobColumns]) -> LogprobColumns:

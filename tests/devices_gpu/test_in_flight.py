@@ -124,8 +124,47 @@ def decode(runner: Any, step: int, starts: list[int]) -> None:
     )
 
 
+def once(function: Any) -> Any:
+    """Of what may be called a single time."""
+    calls: list[int] = []
+
+    def called(*args: Any) -> Any:
+        assert not calls
+        calls.append(1)
+        return function(*args)
+
+    return called
+
+
+def test_draws_under_masks_are_captured_once_masks_are_used(folder: Path, host_runner: Make) -> None:
+    """In mid-service after a few uses, and by `improve` at once; a mask differs from step to step, and so do the rows that have one."""
+    prompts, params = [[1, 2, 3], [4, 5, 6]], [GREEDY, SamplingParams(temperature=1.0, seed=8)]
+
+    def tokens(runner: Any, improve_at: int) -> list[list[int]]:
+        start(runner, prompts, params)
+        places = [SlotSampling(slot=i, choice=i, prompt_len=3, params=one) for i, one in enumerate(params)]
+        drawn = [sample(runner, 1, [3, 3], places)().tokens.tolist()]
+        for step in range(2, 14):
+            if step == improve_at:
+                runner.improve()
+            decode(runner, step, [step + 1, step + 1])
+            masks = even([0, -1] if step % 2 else [-1, 0], runner.facts.vocab_size) if step != 5 else {}
+            drawn.append(sample(runner, step, [step + 2, step + 2], **masks)().tokens.tolist())
+        return drawn
+
+    eager = host_runner(folder, enforce_eager=True)
+    truth = tokens(eager, 0)
+    for improve_at in (0, 4):
+        runner = host_runner(folder)
+        runner.capture_all(lambda phase: None)
+        had, runner.graph_reserve = runner.counters.captures, 1 << 40
+        assert tokens(runner, improve_at) == truth
+        assert runner.counters.captures == had + 1
+    assert eager.counters.captures == 0
+
+
 @pytest.mark.parametrize(("eager", "masked"), [(False, False), (True, False), (False, True)])
-def test_the_next_step_needs_no_host(eager: bool, masked: bool, folder: Path, host_runner: Make) -> None:
+def test_the_next_step_needs_no_host(eager: bool, masked: bool, folder: Path, host_runner: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are launched two deep, and no result is looked at before all are launched twice over. With masks too, which do what a list of allowed tokens
     does."""
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
@@ -141,6 +180,9 @@ def test_the_next_step_needs_no_host(eager: bool, masked: bool, folder: Path, ho
     LateEvent.late = False
     runner = host_runner(folder, lane=lane, enforce_eager=eager)
     runner.capture_all(lambda phase: None)
+    if masked:
+        runner.capture_masked(4, True)
+        monkeypatch.setattr(runner.sampler, "sample", once(runner.sampler.sample))  # the first draw follows the prompts, and is eager
     LateEvent.late = True
     launching = threading.get_ident()
     start(runner, prompts, params)
