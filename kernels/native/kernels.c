@@ -172,6 +172,37 @@ EXPORT void ps_argmax(const float *logits, int32_t *out, int64_t rows, int64_t n
     run_alone(rows < 4 ? 1 : (int)threads, rows, argmax_unit, &j);
 }
 
+typedef struct {
+    float *logits;
+    const int32_t *mask, *mask_rows;
+    long n, words;
+} masking;
+static void masking_unit(const void *job, long row) {
+    const masking *j = job;
+    if (j->mask_rows[row] < 0) return;
+    float *x = j->logits + row * j->n;
+    const uint32_t *m = (const uint32_t *)j->mask + j->mask_rows[row] * j->words;
+    for (long w = 0; w < j->words; w++, x += 32) {
+        const uint32_t word = m[w];
+        const long left = j->n - w * 32;
+        if (left >= 32) {
+            if (word != UINT32_MAX) {
+#pragma omp simd
+                for (int i = 0; i < 32; i++) x[i] = word >> i & 1 ? x[i] : -INFINITY;
+            }
+        } else {
+            for (int i = 0; i < left; i++) x[i] = word >> i & 1 ? x[i] : -INFINITY;
+        }
+    }
+}
+/* 0, or 8: a row names no mask. Bit t % 32 of word t / 32 of mask[mask_rows[r]]: token t stays as it is, else it becomes -inf; below 0: all stay. */
+EXPORT int64_t ps_mask(float *logits, int64_t rows, int64_t n, const int32_t *mask, int64_t masks, const int32_t *mask_rows, int64_t threads) {
+    if (!inside(mask_rows, rows, INT32_MIN, masks)) return 8;
+    masking j = {.logits = logits, .mask = mask, .mask_rows = mask_rows, .n = n, .words = (n + 31) / 32};
+    run_alone(rows * n < 131072 ? 1 : (int)threads, rows, masking_unit, &j);
+    return 0;
+}
+
 EXPORT int64_t ps_step_bytes(const program *p, const step *s) { return place(p, s).bytes; }
 EXPORT int64_t ps_step(const program *p, const step *s) { return run_step(p, s); }
 

@@ -3,6 +3,7 @@
     draw(logits[R, V], temperature[R], top_k[R], top_p[R], min_p[R], seeds[R], choices[R], positions[R]) -> tokens[R]
     penalise(logits[R, V], counts[R, V], in_prompt[R, V], repetition[R], frequency[R], presence[R]) -> logits[R, V]
     logprobs(logits[R, V], tokens[R], k) -> (ids[R, 1 + k], values[R, 1 + k], ranks[R])
+    mask_(logits[R, V], mask[Q, ceil(V / 32)], mask_rows[R])
 
 logits: contiguous float32, -inf allowed (masked tokens). Settings: temperature, top_p, min_p float32; top_k, choices, positions int32; seeds
 int64 (the 64-bit Philox key); a temperature of 0 is greedy; top_k <= 0, top_p >= 1 and min_p <= 0 are off. A token of -1: the row holds a
@@ -16,6 +17,7 @@ import torch
 
 from penstock.kernels import native
 from penstock.kernels.checks import require, tensor
+from penstock.kernels.native.bind import check
 from penstock.kernels.sampling import torch as portable
 
 
@@ -67,6 +69,19 @@ def penalise(
     for name, value in (("repetition", repetition), ("frequency", frequency), ("presence", presence)):
         tensor(name, value, (logits.shape[0],), torch.float32)
     return portable.penalise(logits, counts, in_prompt, repetition, frequency, presence)
+
+
+def mask_(logits: torch.Tensor, mask: torch.Tensor, mask_rows: torch.Tensor) -> None:
+    """In place: row r keeps the tokens t whose bit t % 32 of word t // 32 in mask[mask_rows[r]] (int32) is 1, the others become -inf; below 0: untouched.
+    Raises IndexError for a row that names no mask."""
+    tensor("logits", logits, (None, None), torch.float32)
+    tensor("mask", mask, (None, -(-logits.shape[1] // 32)), torch.int32)
+    tensor("mask_rows", mask_rows, (logits.shape[0],), torch.int32)
+    lib = native.library()
+    if lib is None:
+        portable.mask_(logits, mask, mask_rows)
+        return
+    check(lib.lib.ps_mask(logits.data_ptr(), *logits.shape, mask.data_ptr(), len(mask), mask_rows.data_ptr(), torch.get_num_threads()))
 
 
 def logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

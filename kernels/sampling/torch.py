@@ -64,6 +64,14 @@ def thresholds(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, m
     return limit
 
 
+def mask_(logits: torch.Tensor, mask: torch.Tensor, mask_rows: torch.Tensor) -> None:
+    """See api.mask_."""
+    words = mask.index_select(0, mask_rows.clamp_min(0).long())
+    bits = torch.arange(32, dtype=torch.int32, device=mask.device)
+    kept = ((words.unsqueeze(2) >> bits) & 1).view(len(words), -1)[:, : logits.shape[1]].bool()
+    logits.masked_fill_(~(kept | (mask_rows < 0).unsqueeze(1)), -torch.inf)
+
+
 def draw(
     logits: torch.Tensor,
     temperature: torch.Tensor,

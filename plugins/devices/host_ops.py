@@ -163,6 +163,10 @@ class HostOps(TorchOps):
         """See DeviceOps."""
         return argmax(logits)
 
+    def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
+        """See DeviceOps."""
+        sampling.mask_(logits, mask, mask_rows)
+
     def draw(self, logits: Tensor, settings: Settings, slots: Tensor, positions: Tensor) -> Tensor:
         """See DeviceOps."""
         s, at = settings, slots.numpy()

@@ -153,10 +153,7 @@ class TorchOps:
 
     def mask(self, logits: Tensor, mask: Tensor, mask_rows: Tensor) -> None:
         """See DeviceOps."""
-        words = mask.index_select(0, mask_rows.clamp_min(0).long())
-        bits = torch.arange(32, dtype=torch.int32, device=mask.device)
-        kept = ((words.unsqueeze(2) >> bits) & 1).view(len(words), -1)[:, : logits.shape[1]].bool()
-        logits.masked_fill_(~(kept | (mask_rows < 0).unsqueeze(1)), -torch.inf)
+        sampling.mask_(logits, mask, mask_rows)
 
     def ban_words(
         self,

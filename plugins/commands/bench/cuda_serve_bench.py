@@ -31,7 +31,7 @@ from typing import Any
 from penstock.plugins.commands.bench import cuda_bench
 from penstock.plugins.commands.bench.cuda_bench import LLAMA_1B, LLAMA_8B
 
-LIMITS_S = {"http_8b": 190, "timeline": 80, "weights": 90, "cold": 150}
+LIMITS_S = {"http_8b": 190, "timeline": 80, "weights": 90, "cold": 150, "schema_8b": 190}
 """Sections in order, and their longest time."""
 LOAD_SHARE = 0.7
 PUBLISHED = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "h200-engine.json"
@@ -159,6 +159,18 @@ def http_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     args += ["--max-num-batched-tokens", "2048", "--max-num-seqs", "512", "--edge-workers", os.environ.get("EDGES", "2")]
     args += shlex.split(os.environ.get("SERVE_ARGS", ""))
     return over_http(args, rate=rate, seconds=float(os.environ.get("HTTP_S", "65")), vocab=LLAMA_8B["vocab_size"])
+
+
+def schema_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """64 rows of the 8B shape that obey a JSON schema, beside 64 that are free, in turns on one server."""
+    from penstock.plugins.commands.bench.client import run as on_loop
+    from penstock.plugins.commands.bench.obeying import in_turns
+    from penstock.plugins.commands.bench.server import started
+
+    args = [synthetic_folder(LLAMA_8B, root, "llama-8b"), "--device", "cuda", "--load-format", "dummy", "--max-model-len", "4096"]
+    args += ["--max-num-seqs", "64", *shlex.split(os.environ.get("SERVE_ARGS", ""))]
+    with started(args) as url:
+        return on_loop(in_turns(url, vocab=LLAMA_8B["vocab_size"], rows=64, tokens=int(os.environ.get("TOKENS", "384")), turns=7))
 
 
 def offered_rate(known: dict[str, Any], published: Path | None = None) -> float:
