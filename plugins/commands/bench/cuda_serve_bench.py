@@ -167,7 +167,8 @@ def schema_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     from penstock.plugins.commands.bench.obeying import in_turns
     from penstock.plugins.commands.bench.server import started
 
-    args = [synthetic_folder(LLAMA_8B, root, "llama-8b"), "--device", "cuda", "--load-format", "dummy", "--max-model-len", "4096"]
+    shape = {**LLAMA_8B, "eos_token_id": 128_000}  # an end token that no JSON needs
+    args = [synthetic_folder(shape, root, "llama-8b"), "--device", "cuda", "--load-format", "dummy", "--max-model-len", "4096"]
     args += ["--max-num-seqs", "64", *shlex.split(os.environ.get("SERVE_ARGS", ""))]
     with started(args) as url:
         return on_loop(in_turns(url, vocab=LLAMA_8B["vocab_size"], rows=64, tokens=int(os.environ.get("TOKENS", "384")), turns=7))
