@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from penstock.core.contract.grammars import Grammars, Matcher
+from penstock.core.contract.grammars import Grammars, Matcher, Together
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import Message
 from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarOpen, MaskReady, MaskRequest, Vocabulary
@@ -44,6 +44,11 @@ class _Place:
             out[:] = 0
             return
         self.matcher.mask(out)
+        self.end(out)
+
+    def end(self, out: I32) -> None:
+        """Say of the end tokens in a mask what holds."""
+        assert self.matcher is not None
         _put(out, self.ends, False)
         if self.matcher.may_end() and (self.drawn >= self.min_tokens or not out.any()):
             _put(out, self.ends, True)
@@ -68,6 +73,7 @@ class Masks:
         self._vocab = vocab
         self._words = -(-vocab // 32)
         self._grammars: Grammars | None = None
+        self._together: Together | None = None
         self._places: dict[Key, _Place] = {}
         self._asked: deque[MaskRequest] = deque()
         """Those that wait for tokens of earlier steps."""
@@ -99,6 +105,7 @@ class Masks:
         tokens = tokens[: self._vocab] + [b""] * (self._vocab - len(tokens))
         try:
             self._grammars = self._make(tokens, [token for token in vocabulary.special.tolist() if token < self._vocab])
+            self._together = self._grammars if isinstance(self._grammars, Together) else None
         except Exception:
             log.exception("the grammar backend cannot use this vocabulary: requests with a grammar will fail")
 
@@ -118,6 +125,9 @@ class Masks:
 
     def _drawn(self, message: Drawn) -> None:
         self._undrawn.discard(message.step)
+        if self._together is not None and len(message.seqs) > 1:
+            self._drawn_together(message, self._together)
+            return
         for seq, incarnation, token in zip(message.seqs.tolist(), message.incarnations.tolist(), message.tokens.tolist(), strict=True):
             place = self._places.get((seq, incarnation))
             if place is not None and token >= 0:
@@ -126,15 +136,58 @@ class Masks:
                 except Exception as error:
                     self._fail(place, error)
 
+    def _drawn_together(self, message: Drawn, together: Together) -> None:
+        places, tokens = [], []
+        for seq, incarnation, token in zip(message.seqs.tolist(), message.incarnations.tolist(), message.tokens.tolist(), strict=True):
+            place = self._places.get((seq, incarnation))
+            if place is None or token < 0:
+                continue
+            place.drawn += 1
+            if place.matcher is not None and token not in place.ends:
+                places.append(place)
+                tokens.append(token)
+        try:
+            taken = together.consume([place.matcher for place in places], tokens)
+            for place, fine in zip(places, taken, strict=True):
+                if not fine:
+                    place.matcher = None
+        except Exception as error:  # of whom is not known
+            for place in places:
+                self._fail(place, error)
+
+    def _fill_together(self, places: list[_Place | None], mask: I32, together: Together) -> None:
+        rows = [row for row, place in enumerate(places) if place is not None and place.matcher is not None]
+        held = [place for place in places if place is not None and place.matcher is not None]
+        out = mask if len(rows) == len(mask) else np.empty((len(rows), self._words), np.int32)
+        try:
+            failed = set(together.masks([place.matcher for place in held], out))
+        except Exception as error:  # of whom is not known
+            mask[:] = 0
+            for place in held:
+                self._fail(place, error)
+            return
+        for at, place in enumerate(held):
+            if at in failed:
+                self._fail(place, ValueError("the grammar's backend gave up"))
+                out[at] = 0
+            else:
+                place.end(out[at])
+        if out is not mask:
+            mask[rows] = out
+
     def _ready(self) -> Iterator[Message]:
         while self._asked and not self._undrawn:
             request = self._asked.popleft()
             self._undrawn.add(request.step)
             mask = np.zeros((len(request.rows), self._words), np.int32)
-            for row, key in enumerate(zip(request.seqs.tolist(), request.incarnations.tolist(), strict=True)):
-                place = self._places.get(key)
+            keys = zip(request.seqs.tolist(), request.incarnations.tolist(), strict=True)
+            places = [self._places.get(key) for key in keys]  # None: it is over already, what is drawn for it is dropped
+            if self._together is not None and len(places) > 1:
+                self._fill_together(places, mask, self._together)
+                places = []
+            for row, place in enumerate(places):
                 if place is None:
-                    continue  # it is over already: what is drawn for it is dropped
+                    continue
                 try:
                     place.fill(mask[row])
                 except Exception as error:

@@ -1,12 +1,14 @@
 """What makes answers obey a grammar.
 
-What it is: two Protocols for plugins: `Grammars`, which compiles what a request brings, and `Matcher`, a sequence's place in it.
+What it is: two Protocols for plugins: `Grammars`, which compiles what a request brings, and `Matcher`, a sequence's place in it; and `Together`, what a
+Grammars may offer besides.
 What it does not know: tokenizers, requests, devices.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from penstock.core.protocol.columns import I32
 
@@ -38,4 +40,18 @@ class Grammars(Protocol):
 
     def matcher(self, compiled: bytes) -> Matcher:
         """At the beginning of an answer. Takes milliseconds; the same bytes come again."""
+        ...
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A Grammars that works for many sequences at once, on threads of its own and without the GIL: a step then waits for the slowest mask and not for the
+    sum of all. Matchers are its own, each at most once in a call."""
+
+    def masks(self, matchers: Sequence[Any], out: I32) -> Sequence[int]:
+        """Matcher.mask of matchers[i] into out[i] ([n, words], contiguous). Returns which of them failed."""
+        ...
+
+    def consume(self, matchers: Sequence[Any], tokens: Sequence[int]) -> Sequence[bool]:
+        """Matcher.consume of each."""
         ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import llguidance
@@ -18,11 +19,14 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.plugins.devices.host_limits import cores
 from penstock.plugins.grammars.bounds import Bounds, Starts
 from penstock.plugins.grammars.keywords import check_schema
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
+MOST_THREADS = 8
+"""For the masks of one step."""
 MOST_KEPT = 64
 """Compiled grammars that a process keeps."""
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"<>@!%:=,;'`])")
@@ -74,6 +78,8 @@ class LlGuidance:
         self._tokens = tokens
         self._starts: Starts | None = None
         self._kept: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
+        self._crew: llguidance.LLExecutor | None = None
+        self._room: I32 = np.zeros((0, 0), np.int32)
 
     def compile(self, kind: str, source: str) -> bytes:
         """See Grammars."""
@@ -101,6 +107,33 @@ class LlGuidance:
                 self._starts = Starts(self._tokens, self._words)
             bounds = Bounds(self._starts)
         return LlMatcher(inner.deep_copy(), self._tokens, bounds)
+
+    def _team(self) -> llguidance.LLExecutor:
+        if self._crew is None:
+            self._crew = llguidance.LLExecutor(max(1, min(MOST_THREADS, cores() // 2)))
+        return self._crew
+
+    def consume(self, matchers: Sequence[LlMatcher], tokens: Sequence[int]) -> list[bool]:
+        """See Together."""
+        for matcher, token in zip(matchers, tokens, strict=True):
+            if matcher._bounds is not None:
+                matcher._bounds.feed(self._tokens[token])
+        return list(self._team().consume_token_par([(m._inner, token) for m, token in zip(matchers, tokens, strict=True)]))
+
+    def masks(self, matchers: Sequence[LlMatcher], out: I32) -> list[int]:
+        """See Together."""
+        count, width = len(matchers), -(-(self._size + 1) // 32)
+        if len(self._room) < count:
+            self._room = np.zeros((count, width), np.int32)
+        room = self._room
+        self._team().unsafe_compute_mask_ptr([(m._inner, at) for at, m in enumerate(matchers)], room.ctypes.data, width * 4, len(room))
+        room[:count].view(np.uint32)[:, self._size // 32] &= np.uint32((1 << (self._size % 32)) - 1)
+        out[:] = room[:count, : out.shape[1]]
+        failed = [at for at, matcher in enumerate(matchers) if matcher._inner.is_error()]
+        for at, matcher in enumerate(matchers):
+            if matcher._bounds is not None and at not in failed:
+                matcher._bounds.narrow(out[at], matcher.may_end())
+        return failed
 
 
 class LlMatcher:

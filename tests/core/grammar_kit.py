@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,6 +43,22 @@ class Ranges:
 
     def matcher(self, compiled: bytes) -> Place:
         return Place(*json.loads(compiled))
+
+
+class RangesTogether(Ranges):
+    """See Together. Whoever's grammar is broken fails alone."""
+
+    def masks(self, matchers: Sequence[Place], out: I32) -> list[int]:
+        failed = []
+        for at, matcher in enumerate(matchers):
+            try:
+                matcher.mask(out[at])
+            except RuntimeError:
+                failed.append(at)
+        return failed
+
+    def consume(self, matchers: Sequence[Place], tokens: Sequence[int]) -> list[bool]:
+        return [matcher.consume(token) for matcher, token in zip(matchers, tokens, strict=True)]
 
 
 @hookimpl

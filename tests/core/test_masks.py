@@ -45,10 +45,12 @@ END = 7
 WORDS = Vocabulary(data=b"x" * VOCAB, counts=i32([1] * VOCAB))
 
 
-def ranges(tokens: list[bytes], special: list[int]) -> Any:
+@pytest.fixture(params=["Ranges", "RangesTogether"])
+def ranges(request: pytest.FixtureRequest) -> Any:
+    """A backend that is asked for one sequence at a time, and one that takes them together."""
     import grammar_kit
 
-    return grammar_kit.Ranges(tokens, special)
+    return getattr(grammar_kit, request.param)
 
 
 def opened(seq: int, source: bytes, outputs: tuple[int, ...] = (), min_tokens: int = 0) -> GrammarOpen:
@@ -77,7 +79,7 @@ def bits(ready: MaskReady) -> list[list[int]]:
     return [np.flatnonzero(row).tolist() for row in rows]
 
 
-def test_a_mask_waits_for_the_tokens_of_earlier_steps() -> None:
+def test_a_mask_waits_for_the_tokens_of_earlier_steps(ranges: Any) -> None:
     masks = Masks(ranges, vocab=VOCAB)
     for message in (WORDS, opened(5, b"[10,12,2]"), opened(6, b"[20,21,1]", outputs=(20,))):
         assert list(masks.handle(message)) == []
@@ -93,7 +95,7 @@ def test_a_mask_waits_for_the_tokens_of_earlier_steps() -> None:
     assert len(masks) == 0
 
 
-def test_who_is_over_or_broken_gets_nothing_and_nobody_else_feels_it() -> None:
+def test_who_is_over_or_broken_gets_nothing_and_nobody_else_feels_it(ranges: Any) -> None:
     masks = Masks(ranges, vocab=VOCAB)
     list(masks.handle(WORDS))
     for seq, source in ((1, b"no json"), (2, b"[13,14,3]"), (3, b"[3,4,1]"), (4, b"[3,4,1]")):
@@ -105,6 +107,21 @@ def test_who_is_over_or_broken_gets_nothing_and_nobody_else_feels_it() -> None:
     (ready,) = masks.handle(asked(2, 3, 4))
     assert isinstance(ready, MaskReady)
     assert bits(ready) == [[], [END]]
+
+
+def test_a_backend_that_raises_for_all_of_a_step_fails_them() -> None:
+    import grammar_kit
+
+    class Broken(grammar_kit.RangesTogether):  # type: ignore[misc, name-defined]
+        def masks(self, matchers: Any, out: Any) -> Any:
+            raise RuntimeError("no")
+
+    masks = Masks(Broken, vocab=VOCAB)
+    for message in (WORDS, opened(1, b"[3,4,1]"), opened(2, b"[3,4,1]")):
+        list(masks.handle(message))
+    (ready,) = masks.handle(asked(1, 1, 2))
+    assert isinstance(ready, MaskReady)
+    assert bits(ready) == [[], []]
 
 
 def test_a_vocabulary_that_the_backend_cannot_use_fails_sequences_only() -> None:
@@ -119,7 +136,7 @@ def test_a_vocabulary_that_the_backend_cannot_use_fails_sequences_only() -> None
     assert bits(ready) == [[]]
 
 
-def test_the_end_waits_for_min_tokens_unless_nothing_else_is_left() -> None:
+def test_the_end_waits_for_min_tokens_unless_nothing_else_is_left(ranges: Any) -> None:
     masks = Masks(ranges, vocab=VOCAB)
     list(masks.handle(WORDS))
     list(masks.handle(opened(1, b"[3,4,1]", min_tokens=5, outputs=(3,))))

@@ -149,3 +149,34 @@ def test_matchers_of_one_grammar_are_apart() -> None:
     assert not two.consume(ord("b"))
     assert one.consume(ord("b"))
     assert one.may_end()
+
+
+def test_many_at_once_get_what_each_alone_gets() -> None:
+    """On threads, with rows of different grammars, of which one is over and one is refused a token."""
+    schemas = [
+        {"type": "integer"},
+        {"enum": ["a", "bc"]},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "string", "maxLength": 9},
+    ]
+    sources = [("json", json.dumps(schema)) for schema in schemas] + [("regex", "[a-z]{0,40}"), ("choice", '["x", "yy"]')]
+    alone, together = ([GRAMMARS.matcher(GRAMMARS.compile(*source)) for source in sources] for _ in range(2))
+    rng = random.Random(5)
+    words = -(-len(TOKENS) // 32)
+    live = list(range(len(sources)))
+    for step in range(30):
+        out = np.full((len(live), words), -1, np.int32)
+        assert list(GRAMMARS.masks([together[i] for i in live], out)) == []
+        tokens = []
+        for at, i in enumerate(live):
+            one = np.zeros(words, np.int32)
+            alone[i].mask(one)
+            assert out[at].tolist() == one.tolist()
+            tokens.append(rng.choice(np.flatnonzero(np.unpackbits(one.view(np.uint8), bitorder="little")).tolist() or [SPECIAL]))
+        if step == 4:
+            tokens[0] = TOKENS.index(b"}}")  # a number does not go on so
+        fine = [alone[i].consume(token) for i, token in zip(live, tokens, strict=True)]
+        assert GRAMMARS.consume([together[i] for i in live], tokens) == fine
+        live = [i for i, one in zip(live, fine, strict=True) if one]
+    assert 0 not in live
+    assert live
