@@ -125,9 +125,6 @@ class Masks:
 
     def _drawn(self, message: Drawn) -> None:
         self._undrawn.discard(message.step)
-        if self._together is not None and len(message.seqs) > 1:
-            self._drawn_together(message, self._together)
-            return
         for seq, incarnation, token in zip(message.seqs.tolist(), message.incarnations.tolist(), message.tokens.tolist(), strict=True):
             place = self._places.get((seq, incarnation))
             if place is not None and token >= 0:
@@ -136,29 +133,12 @@ class Masks:
                 except Exception as error:
                     self._fail(place, error)
 
-    def _drawn_together(self, message: Drawn, together: Together) -> None:
-        places, tokens = [], []
-        for seq, incarnation, token in zip(message.seqs.tolist(), message.incarnations.tolist(), message.tokens.tolist(), strict=True):
-            place = self._places.get((seq, incarnation))
-            if place is None or token < 0:
-                continue
-            place.drawn += 1
-            if place.matcher is not None and token not in place.ends:
-                places.append(place)
-                tokens.append(token)
-        try:
-            taken = together.consume([place.matcher for place in places], tokens)
-            for place, fine in zip(places, taken, strict=True):
-                if not fine:
-                    place.matcher = None
-        except Exception as error:  # of whom is not known
-            for place in places:
-                self._fail(place, error)
-
     def _fill_together(self, places: list[_Place | None], mask: I32, together: Together) -> None:
         rows = [row for row, place in enumerate(places) if place is not None and place.matcher is not None]
         held = [place for place in places if place is not None and place.matcher is not None]
         out = mask if len(rows) == len(mask) else np.empty((len(rows), self._words), np.int32)
+        if out is not mask:
+            mask[:] = 0
         try:
             failed = set(together.masks([place.matcher for place in held], out))
         except Exception as error:  # of whom is not known
@@ -179,9 +159,9 @@ class Masks:
         while self._asked and not self._undrawn:
             request = self._asked.popleft()
             self._undrawn.add(request.step)
-            mask = np.zeros((len(request.rows), self._words), np.int32)
             keys = zip(request.seqs.tolist(), request.incarnations.tolist(), strict=True)
             places = [self._places.get(key) for key in keys]  # None: it is over already, what is drawn for it is dropped
+            mask = (np.zeros if None in places else np.empty)((len(places), self._words), np.int32)
             if self._together is not None and len(places) > 1:
                 self._fill_together(places, mask, self._together)
                 places = []

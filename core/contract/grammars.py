@@ -51,7 +51,3 @@ class Together(Protocol):
     def masks(self, matchers: Sequence[Any], out: I32) -> Sequence[int]:
         """Matcher.mask of matchers[i] into out[i] ([n, words], contiguous). Returns which of them failed."""
         ...
-
-    def consume(self, matchers: Sequence[Any], tokens: Sequence[int]) -> Sequence[bool]:
-        """Matcher.consume of each."""
-        ...

@@ -57,6 +57,10 @@ class Lane(Protocol):
 
     def capture(self, body: Callable[[], Outputs]) -> Graph: ...
 
+    def copy_beside(self, target: torch.Tensor, source: torch.Tensor, free: Event, done: Event) -> None:
+        """Copy while the lane is at work, as soon as `free` has happened; what is enqueued from here on comes after `done`."""
+        ...
+
     def forget(self) -> None:
         """All graphs are gone: the next one takes memory of its own."""
         ...
@@ -79,6 +83,7 @@ class CudaLane:
         self.device = device
         self.waits = 0
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._beside: torch.cuda.Stream | None = None
         self._pool: Any = None
 
     def bind(self) -> None:
@@ -102,6 +107,17 @@ class CudaLane:
             graph.capture_end()
         return _CudaGraph(graph, outputs)
 
+    def copy_beside(self, target: torch.Tensor, source: torch.Tensor, free: Event, done: Event) -> None:
+        assert isinstance(free, _CudaEvent)
+        assert isinstance(done, _CudaEvent)
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        free.hold(self._beside)
+        with torch.cuda.stream(self._beside):
+            target.copy_(source, non_blocking=True)
+        done.record_on(self._beside)
+        done.hold(self._stream)
+
     def forget(self) -> None:
         self._pool = None
 
@@ -121,6 +137,13 @@ class _CudaEvent:
 
     def record(self) -> None:
         self._event.record(self._stream)
+
+    def record_on(self, stream: torch.cuda.Stream) -> None:
+        self._event.record(stream)
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """What comes next on that stream waits for the event, if it was ever recorded."""
+        self._event.wait(stream)
 
     def query(self) -> bool:
         return bool(self._event.query())  # type: ignore[no-untyped-call]
@@ -162,6 +185,10 @@ class HostLane:
 
     def capture(self, body: Callable[[], Outputs]) -> Graph:
         return _HostGraph(body)
+
+    def copy_beside(self, target: torch.Tensor, source: torch.Tensor, free: Event, done: Event) -> None:
+        target.copy_(source)
+        done.record()
 
     def forget(self) -> None:
         """Graphs take no memory here."""

@@ -35,11 +35,13 @@ class _Entry:
 
 class Upload:
     """int32 columns to the device in one copy. What `send` returns is overwritten by the next `send`, in the lane's order. Grows when a
-    step needs more (placing long histories); with `fixed` it never moves, so that graphs may read it."""
+    step needs more (placing long histories); with `fixed` it never moves, so that graphs may read it. With `beside` large columns travel while the lane
+    computes, once all that was enqueued before `done_reading` has happened."""
 
-    def __init__(self, lane: Lane, entries: int, size: int, *, fixed: bool = False) -> None:
+    def __init__(self, lane: Lane, entries: int, size: int, *, fixed: bool = False, beside: bool = False) -> None:
         self._lane = lane
         self._fixed = fixed
+        self._read: Event | None = lane.event() if beside else None
         self._entries = [_Entry(lane, size) for _ in range(entries)]
         self.staging = torch.zeros(0 if lane.direct else size, dtype=torch.int32, device=lane.device)
         self._next = 0
@@ -101,10 +103,18 @@ class Upload:
         self._copy(entry, total)
 
     def _copy(self, entry: _Entry, total: int) -> None:
-        self.staging[:total].copy_(entry.pinned[:total], non_blocking=True)
-        entry.event.record()
+        if self._read is not None:
+            self._lane.copy_beside(self.staging[:total], entry.pinned[:total], self._read, entry.event)
+        else:
+            self.staging[:total].copy_(entry.pinned[:total], non_blocking=True)
+            entry.event.record()
         entry.used = True
         self.copies += 1
+
+    def done_reading(self) -> None:
+        """Everything that reads the columns is enqueued: the next ones may come when it has run."""
+        if self._read is not None:
+            self._read.record()
 
 
 class Download:

@@ -473,11 +473,12 @@ class DeviceRunner:
         self._masked_uses.pop((bucket, hot), None)
         words = -(-self.facts.vocab_size // 32)
         if self._masks is None:
-            self._masks = Upload(self._lane, self._entries, self._max_rows * (1 + words), fixed=True)
+            self._masks = Upload(self._lane, self._entries, self._max_rows * (1 + words), fixed=True, beside=True)
         self._send_masks(EMPTY_I32, EMPTY_I32)
         self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
         body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs, words)
         body()
+        self._masks.done_reading()
         self._masked[bucket, hot] = graph = self._lane.capture(body)
         if not graph.outputs:
             graph.replay()
@@ -561,6 +562,8 @@ class DeviceRunner:
             graph = self._draw_graph(work, launched)
             if graph is not None:
                 graph.replay()
+                if self._masks is not None:
+                    self._masks.done_reading()
                 tokens = graph.outputs[0][:rows]
             else:
                 logits, slots, positions = self._logits_for(work, launched)

@@ -113,13 +113,6 @@ class LlGuidance:
             self._crew = llguidance.LLExecutor(max(1, min(MOST_THREADS, cores() // 2)))
         return self._crew
 
-    def consume(self, matchers: Sequence[LlMatcher], tokens: Sequence[int]) -> list[bool]:
-        """See Together."""
-        for matcher, token in zip(matchers, tokens, strict=True):
-            if matcher._bounds is not None:
-                matcher._bounds.feed(self._tokens[token])
-        return list(self._team().consume_token_par([(m._inner, token) for m, token in zip(matchers, tokens, strict=True)]))
-
     def masks(self, matchers: Sequence[LlMatcher], out: I32) -> list[int]:
         """See Together."""
         count, width = len(matchers), -(-(self._size + 1) // 32)

@@ -57,9 +57,6 @@ class RangesTogether(Ranges):
                 failed.append(at)
         return failed
 
-    def consume(self, matchers: Sequence[Place], tokens: Sequence[int]) -> list[bool]:
-        return [matcher.consume(token) for matcher, token in zip(matchers, tokens, strict=True)]
-
 
 @hookimpl
 def register_grammars() -> list[GrammarSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -258,17 +259,21 @@ def test_blocks_go_to_the_host_and_back(folder: Path, on_device: Make) -> None:
 
 
 def test_masked_steps_draw_what_a_list_of_allowed_tokens_draws(folder: Path, on_device: Make) -> None:
-    """Between replayed steps, greedy and hot, on the kernels."""
+    """Between replayed steps, greedy and hot, on the kernels, launched one by one and captured."""
     vocab = on_device(folder).facts.vocab_size
     bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
     bits[:vocab:2] = 1
     mask = np.packbits(bits, bitorder="little").view(np.int32)
     prompt = np.arange(3, 20, dtype=np.int32)
-    for params in (GREEDY, SamplingParams(temperature=1.0, seed=4)):
+    for params, captured in itertools.product((GREEDY, SamplingParams(temperature=1.0, seed=4)), (False, True)):
         listed = msgspec.structs.replace(params, allowed_token_ids=list(range(0, vocab, 2)))
         truth = Job(prompt=prompt, params=listed, max_tokens=6)
         Driver(on_device(folder)).run([truth])
         runner = on_device(folder)
+        if captured:
+            with torch.inference_mode():
+                runner.capture(1)
+                runner.capture_masked(1, not params.greedy)
         zero, row = i32([0]), {"engine": 1, "epoch": 1}
         tokens: list[int] = []
         for step in range(1, 7):
