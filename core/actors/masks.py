@@ -17,7 +17,8 @@ import numpy as np
 from penstock.core.contract.grammars import Grammars, Matcher
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import Message
-from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarOpen, MaskReady, MaskRequest, Vocabulary
+from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarFailed, GrammarOpen, MaskReady, MaskRequest, Vocabulary
 
 log = logging.getLogger("penstock.engine.masks")
 Key = tuple[int, int]
@@ -61,7 +62,7 @@ class Masks:
 
     name = "masks"
     takes: frozenset[type[Message]] = frozenset({Vocabulary, GrammarOpen, GrammarClose, MaskRequest, Drawn})
-    gives: frozenset[type[Message]] = frozenset({MaskReady})
+    gives: frozenset[type[Message]] = frozenset({MaskReady, GrammarFailed})
 
     def __init__(self, make: Callable[[list[bytes], list[int]], Grammars], *, vocab: int) -> None:
         self._make = make
@@ -73,6 +74,7 @@ class Masks:
         """Those that wait for tokens of earlier steps."""
         self._undrawn: set[int] = set()
         """Steps that were asked for and whose tokens have not come."""
+        self._blamed: list[GrammarFailed] = []
 
     def __len__(self) -> int:
         return len(self._places)
@@ -106,14 +108,15 @@ class Masks:
         at = 0
         ends = message.ends[(message.ends >= 0) & (message.ends < self._vocab)]
         for seq, count in zip(message.seqs.tolist(), message.output_counts.tolist() or [0] * len(message.seqs), strict=True):
-            place = self._places[seq, message.incarnation] = _Place(None, ends, message.min_tokens)
+            key = seq, message.incarnation
+            place = self._places[key] = _Place(None, ends, message.min_tokens)
             try:
                 if self._grammars is not None:
                     place.matcher = self._grammars.matcher(message.grammar)
                 for token in message.outputs[at : at + count].tolist():
                     place.advance(token)
             except Exception as error:
-                self._fail(place, error)
+                self._fail(key, place, error)
             at += count
 
     def _drawn(self, message: Drawn) -> None:
@@ -124,7 +127,7 @@ class Masks:
                 try:
                     place.advance(token)
                 except Exception as error:
-                    self._fail(place, error)
+                    self._fail((seq, incarnation), place, error)
 
     def _ready(self) -> Iterator[Message]:
         while self._asked and not self._undrawn:
@@ -138,10 +141,16 @@ class Masks:
                 try:
                     place.fill(mask[row])
                 except Exception as error:
-                    self._fail(place, error)
+                    self._fail(key, place, error)
                     mask[row] = 0
+            if self._blamed:
+                yield from self._blamed
+                self._blamed.clear()
             yield MaskReady(step=request.step, rows=request.rows, mask=mask.ravel())
 
-    def _fail(self, place: _Place, error: Exception) -> None:
+    def _fail(self, key: Key, place: _Place, error: Exception) -> None:
         place.matcher = None
+        if isinstance(error, InvalidRequest):
+            self._blamed.append(GrammarFailed(seq=key[0], incarnation=key[1], error=error.message))
+            return
         log.warning("a sequence's grammar failed (%s: %s): the sequence fails", type(error).__name__, error)

@@ -12,7 +12,8 @@ from penstock.core.protocol.columns import I32
 
 
 class Matcher(Protocol):
-    """One sequence. After an exception, or a `consume` that says no, it is used no more."""
+    """One sequence. After an exception, or a `consume` that says no, it is used no more. InvalidRequest: the grammar is too much for the backend here, which
+    ends the answer as the client's error; any other exception is the backend's own."""
 
     def consume(self, token: int) -> bool:
         """The sequence goes on with this token, which is no end token. False: the grammar does not allow it."""

@@ -22,6 +22,8 @@ class Place:
     def mask(self, out: I32) -> None:
         if self.low == 13:
             raise RuntimeError("thirteen")
+        if self.low == 17:
+            raise InvalidRequest("It is seventeen.")
         bits = np.zeros(len(out) * 32, np.uint8)
         if self.left:
             bits[self.low : self.high] = 1

@@ -8,12 +8,14 @@ import re
 from typing import Any
 
 import jsonschema_rs
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.plugins.grammars import llguidance as backend
 from penstock.plugins.grammars.bounds import LONGEST_NUMBER
 from penstock.plugins.grammars.llguidance import LlGuidance
 
@@ -149,3 +151,55 @@ def test_matchers_of_one_grammar_are_apart() -> None:
     assert not two.consume(ord("b"))
     assert one.consume(ord("b"))
     assert one.may_end()
+
+
+def wide(count: int, *, required: bool) -> tuple[str, bytes]:
+    """A schema, and an answer."""
+    names = {f"property_{i}": {"type": "string" if i % 2 else "integer"} for i in range(count)}
+    schema = {"type": "object", "properties": names, "required": list(names) if required else [], "additionalProperties": False}
+    return json.dumps(schema), json.dumps({name: "ab" if i % 2 else i for i, name in enumerate(names)}).encode()
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("count", [500, 1000])
+def test_an_object_of_many_properties(count: int, required: bool) -> None:
+    source, answer = wide(count, required=required)
+    matcher = GRAMMARS.matcher(GRAMMARS.compile("json", source))
+    for at, byte in enumerate(answer):
+        if at < 400 or at % 97 == 0:
+            assert byte in allowed(matcher)
+        assert matcher.consume(byte)
+    assert matcher.may_end()
+
+
+@pytest.mark.parametrize("limits", [{"max_items_in_row": 100}, {"step_max_items": 300}, {"max_lexer_states": 60}, {"step_lexer_fuel": 60}])
+def test_a_limit_that_is_reached_blames_the_grammar(monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]) -> None:
+    """While it is compiled, or else in the midst of an answer: never a mask, or a no, that is not true."""
+    monkeypatch.setattr(backend, "_limits", lambda: llguidance.LLParserLimits(verbose_errors=False, **limits))
+    source, answer = wide(100, required=False)
+    small = LlGuidance(TOKENS, [SPECIAL])
+    out = np.zeros(-(-len(TOKENS) // 32), np.int32)
+
+    def walk() -> None:
+        matcher = small.matcher(small.compile("json", source))
+        for byte in answer:
+            matcher.mask(out)
+            assert matcher.consume(byte)
+
+    with pytest.raises(InvalidRequest, match=r"too (large|big|many|complex)"):
+        walk()
+    (matcher := GRAMMARS.matcher(GRAMMARS.compile("json", '{"type":"integer"}'))).mask(out)
+    assert not matcher.consume(ord("x"))
+
+
+def test_a_token_that_may_not_follow_is_no_limit() -> None:
+    matcher = GRAMMARS.matcher(GRAMMARS.compile("json", wide(500, required=False)[0]))
+    assert matcher.consume(ord("{"))
+    assert not matcher.consume(ord("x"))
+
+
+@pytest.mark.parametrize(("budget", "says"), [("PREPARE_S", "seconds to be prepared"), ("STEP_S", "seconds for a token")])
+def test_a_grammar_that_would_hold_up_others_is_refused(monkeypatch: pytest.MonkeyPatch, budget: str, says: str) -> None:
+    monkeypatch.setattr(backend, budget, 0.0)
+    with pytest.raises(InvalidRequest, match=says):
+        LlGuidance(TOKENS, [SPECIAL]).compile("json", wide(600, required=False)[0])
