@@ -59,9 +59,9 @@ NUMBERS |= frozenset(["minProperties", "maxProperties"])
 DRAFTS = ("draft-07", "draft-06", "2019-09", "2020-12")
 DEEPEST = 64
 """Levels of a schema."""
-MOST_PROPERTIES = 2000
+MOST_PROPERTIES = 1500
 """Of a schema, in all places together: each costs time before the first token, in which other requests wait."""
-MOST_OPTIONAL = 1000
+MOST_OPTIONAL = 750
 """Properties of one object that need not be there: any of them may come next, which each step has to look at."""
 
 

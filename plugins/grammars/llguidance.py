@@ -27,7 +27,7 @@ WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
 MOST_KEPT = 64
 """Compiled grammars that a process keeps."""
-MOST_ITEMS = 8000
+MOST_ITEMS = 6000
 """Of a row of the parser: twice what an object with `keywords.MOST_OPTIONAL` properties takes."""
 STEP_ITEMS = 1_000_000
 """Of all rows that a mask looks at: up to a tenth of a second."""
