@@ -339,7 +339,7 @@ def grammars() -> list[str]:
         "",
         f"JSON schemas may hold {', '.join(f'`{word}`' for word in words)}, and what only describes:"
         f" {', '.join(f'`{word}`' for word in sorted(keywords.NOTES))}. Of `format`: {', '.join(f'`{word}`' for word in sorted(keywords.FORMATS))}."
-        " `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword or format is a 400"
+        " No date, host or other format is drawn that is none (leap seconds in UTC only, mail without quotes). `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword or format is a 400"
         " `unsupported_feature` that names it: nothing is ignored. Where a schema leaves them open, numbers have at most"
         f" {bounded.LONGEST_NUMBER} characters and no exponent, strings {bounded.LONGEST_STRING} bytes, and white space between two parts 40"
         f" characters, as far as tokens allow. A schema has at most {keywords.MOST_PROPERTIES} properties, and one object at most"

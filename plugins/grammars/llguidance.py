@@ -22,6 +22,7 @@ from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.grammars.bounds import Bounds, Starts, mask_of
 from penstock.plugins.grammars.keywords import check_schema
+from penstock.plugins.grammars.spelling import spelled
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
@@ -136,7 +137,7 @@ class LlGuidance:
         if inner is None:
             inner = llguidance.LLMatcher(self._tokenizer, compiled[1:].decode(), log_level=0, limits=_limits())
             if inner.is_error():
-                raise InvalidRequest(" ".join(inner.get_error().split())[:400])  # too large, or wrong
+                raise _wrong(" ".join(inner.get_error().split())[:400])
         self._kept[compiled] = inner
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
@@ -182,6 +183,15 @@ class LlMatcher:
         return bool(self._inner.is_accepting())
 
 
+def _wrong(said: str) -> InvalidRequest:
+    """What the library says of a grammar that it does not take."""
+    if said.startswith("Unsatisfiable schema"):
+        return InvalidRequest(f"Nothing can satisfy it: {said.partition(': ')[2]}.")
+    if " not supported" in said or " not disjoint" in said:
+        return UnsupportedFeature(said.partition(" Enable ")[0])  # what may be enabled would be approximate
+    return InvalidRequest(said)
+
+
 def _affordable(what: str, took_s: float, most_s: float) -> None:
     if took_s > most_s:
         raise InvalidRequest(f"It takes {took_s:.2f} seconds {what}, but may take {most_s:g}, in which others wait. Make it smaller.")
@@ -199,7 +209,7 @@ def _grammar(kind: str, source: str) -> str:
             raise InvalidRequest("Nothing can satisfy it.")
         options: Any = {"whitespace_pattern": WHITE}
         try:
-            made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=options)
+            made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else spelled(schema), overrides=options)
         except ValueError as error:  # a number beyond 64 bits, say
             raise InvalidRequest(f"The schema cannot be used: {error}."[:300]) from None
         return made

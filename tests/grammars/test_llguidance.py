@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.plugins.grammars import llguidance as backend
 from penstock.plugins.grammars.bounds import LONGEST_NUMBER
+from penstock.plugins.grammars.keywords import FORMATS
 from penstock.plugins.grammars.llguidance import LlGuidance
 
 WORDS = [b"hello", b'{"', b'":', b"123", b"0000", b"1e5", b"9e", b" 5E3", b", ", b"true", b"}}", b"\n  ", "ü".encode(), b"<end>", b""]
@@ -203,3 +205,39 @@ def test_a_grammar_that_would_hold_up_others_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(backend, budget, 0.0)
     with pytest.raises(InvalidRequest, match=says):
         LlGuidance(TOKENS, [SPECIAL]).compile("json", wide(600, required=False)[0])
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_whatever_is_drawn_for_a_format_is_of_it(format: str) -> None:
+    """By the second implementation, which knows leap years and how long a host's name may be. However odd a model's taste is."""
+    schema = {"type": "string", "format": format}
+    check = jsonschema_rs.validator_for(schema, validate_formats=True)
+    ends = 0
+    for seed, like in itertools.product(range(8), (b"", b"0123456789", b"abcXYZ", b"-.:@", b"23T:+9", b"0")):
+        said, ended = draw("json", json.dumps(schema), seed, like=like)
+        ends += ended
+        assert not ended or check.is_valid(json.loads(said)), said
+    assert ends > 10
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"format": "date"}, ["2024-02-29", "2000-02-29", "1900-02-28", 5], ["2023-02-29", "1900-02-29", "2026-04-31", "2026-13-01"]),
+        ({"format": "time"}, ["23:59:60Z", "10:00:00.25+02:00", "10:00:00z"], ["24:00:00Z", "10:59:60Z", "10:00:00", "10:00Z"]),
+        ({"format": "date-time"}, ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z", "2024-02-29 00:00:00Z"]),
+        ({"format": "hostname"}, ["a", "xn--nxasmq6b", "a-b.c1", "a" * 63], ["-a", "a-", "a..b", "a" * 64, "ab--c"]),
+        ({"format": "email", "maxLength": 8}, ["a.b+@d.e"], ["a.b+c@d.efg", "a", "a..b@c"]),
+        ({"format": "date", "pattern": "^2024"}, ["2024-02-29"], ["2025-01-01", "2024-02-30"]),
+        ({"properties": {"format": {"format": "date"}}}, [{"format": "2024-02-29"}], [{"format": "x"}]),
+        ({"enum": [{"format": "date"}]}, [{"format": "date"}], [{"format": "2024-02-29"}]),
+        ({"anyOf": [{"maxItems": 1.0, "type": "array"}, {"minLength": 2.0, "type": "string"}]}, [[1], "ab"], [[1, 2], "a"]),
+    ],
+)
+def test_what_a_schema_says_in_other_words(schema: dict[str, Any], right: list[Any], wrong: list[Any]) -> None:
+    check = jsonschema_rs.validator_for(schema, validate_formats=True)
+    compiled = GRAMMARS.compile("json", json.dumps(schema))
+    for value in [*right, *wrong]:
+        matcher = GRAMMARS.matcher(compiled)
+        can = all(matcher.consume(byte) for byte in json.dumps(value).encode()) and matcher.may_end()
+        assert (can, check.is_valid(value)) == (value in right, value in right) or (value == "xn--nxasmq6b" and not can), value
