@@ -41,8 +41,8 @@ LARGE = 4096
 TRIED = 48
 """So many."""
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"<>@!%:=,;'`])")
-_REFUSAL = "doesn't satisfy the grammar"
-"""What the library says of a token that may not follow, as opposed to a limit that is reached."""
+_REFUSALS = ("doesn't satisfy the grammar", "parser stopped")
+"""What the library says of a token that may not follow; all else is a limit that is reached."""
 _DIRECTIVE = re.compile(r"^\s*%(?!ignore\b|regex\b|import\b)|%json\b|%lark\b", re.MULTILINE)
 
 
@@ -163,7 +163,7 @@ class LlMatcher:
         if self._inner.consume_token(token):
             return True
         said = self._inner.get_error()
-        if said and _REFUSAL not in said:
+        if not any(words in said for words in _REFUSALS):
             raise _limit(said)
         return False
 

@@ -21,7 +21,24 @@ from penstock.plugins.grammars.bounds import LONGEST_NUMBER
 from penstock.plugins.grammars.keywords import FORMATS
 from penstock.plugins.grammars.llguidance import LlGuidance
 
-WORDS = [b"hello", b'{"', b'":', b"123", b"0000", b"1e5", b"9e", b" 5E3", b", ", b"true", b"}}", b"\n  ", "ü".encode(), b"<end>", b""]
+WORDS = [
+    b"hello",
+    b"limit",
+    b'{"',
+    b'":',
+    b"123",
+    b"0000",
+    b"1e5",
+    b"9e",
+    b" 5E3",
+    b", ",
+    b"true",
+    b"}}",
+    b"\n  ",
+    "ü".encode(),
+    b"<end>",
+    b"",
+]
 TOKENS = [bytes([byte]) for byte in range(256)] + WORDS
 SPECIAL = TOKENS.index(b"<end>")
 GRAMMARS = LlGuidance(TOKENS, [SPECIAL])
@@ -198,6 +215,14 @@ def test_a_token_that_may_not_follow_is_no_limit() -> None:
     matcher = GRAMMARS.matcher(GRAMMARS.compile("json", wide(500, required=False)[0]))
     assert matcher.consume(ord("{"))
     assert not matcher.consume(ord("x"))
+    over = GRAMMARS.matcher(GRAMMARS.compile("choice", '["a limit"]'))
+    assert all(over.consume(byte) for byte in b"a limit")
+    assert not allowed(over)
+    assert not over.consume(ord("x"))
+    other = GRAMMARS.matcher(GRAMMARS.compile("choice", '["a limit, too many"]'))
+    assert all(other.consume(byte) for byte in b"a limit, too ")
+    assert not other.consume(ord("x"))
+    assert not GRAMMARS.matcher(GRAMMARS.compile("choice", '["a"]')).consume(TOKENS.index(b"limit"))
 
 
 @pytest.mark.parametrize(("budget", "says"), [("PREPARE_S", "seconds to be prepared"), ("STEP_S", "seconds for a token")])
