@@ -24,6 +24,7 @@ from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.plugins.grammars import bounds as bounded
 from penstock.plugins.grammars import keywords
+from penstock.plugins.grammars import llguidance as schemas
 from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
 from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply
@@ -338,14 +339,17 @@ def grammars() -> list[str]:
         "",
         f"JSON schemas may hold {', '.join(f'`{word}`' for word in words)}, and what only describes:"
         f" {', '.join(f'`{word}`' for word in sorted(keywords.NOTES))}. Of `format`: {', '.join(f'`{word}`' for word in sorted(keywords.FORMATS))}."
-        " `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword or format is a 400"
+        " No date, host or other format is drawn that is none (leap seconds in UTC only, mail without quotes). `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword or format is a 400"
         " `unsupported_feature` that names it: nothing is ignored. Where a schema leaves them open, numbers have at most"
         f" {bounded.LONGEST_NUMBER} characters and no exponent, strings {bounded.LONGEST_STRING} bytes, and white space between two parts 40"
-        " characters, as far as tokens allow.",
+        f" characters, as far as tokens allow. A schema has at most {keywords.MOST_PROPERTIES} properties, and one object at most"
+        f" {keywords.MOST_OPTIONAL} that are not required.",
         "",
         "Regular expressions are Rust's, for the whole answer; they have no look-around. Grammars are GBNF (rules with `::=`) or Lark without"
         f" directives but `%ignore`, `%regex` and `%import`. A source has at most {obedience.MOST_CHARS} characters. It is compiled in a process of its"
-        f" own: what takes more than {compiling.COMPILE_S:g} s or 1 GiB is a 400.",
+        f" own: what takes more than {compiling.COMPILE_S:g} s or 1 GiB is a 400. So is"
+        f" what would hold up other requests: {schemas.PREPARE_S:g} s to be prepared, or {schemas.STEP_S:g} s for a token in the first {schemas.TRIED}. One"
+        " that becomes too much only later ends its answer with an error that names it.",
         "",
     ]
 

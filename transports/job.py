@@ -29,7 +29,7 @@ def row_error(extra: RowExtra | None) -> PenstockError:
     if code in ("engine_unavailable", "draining", "queue_full"):
         return EngineUnavailable(message, code=code, retry_after_s=1.0)
     if code == InvalidRequest.default_code:  # the request's own settings made it impossible to go on
-        return InvalidRequest(message)
+        return InvalidRequest(message, param=extra.error_param if extra else None)
     if code == Cancelled.default_code:
         return Cancelled(message)
     return EngineFailure(message, code=code)

@@ -17,7 +17,8 @@ import numpy as np
 from penstock.core.contract.grammars import Grammars, Matcher, Together
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import Message
-from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarOpen, MaskReady, MaskRequest, Vocabulary
+from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarFailed, GrammarOpen, MaskReady, MaskRequest, Vocabulary
 
 log = logging.getLogger("penstock.engine.masks")
 Key = tuple[int, int]
@@ -66,7 +67,7 @@ class Masks:
 
     name = "masks"
     takes: frozenset[type[Message]] = frozenset({Vocabulary, GrammarOpen, GrammarClose, MaskRequest, Drawn})
-    gives: frozenset[type[Message]] = frozenset({MaskReady})
+    gives: frozenset[type[Message]] = frozenset({MaskReady, GrammarFailed})
 
     def __init__(self, make: Callable[[list[bytes], list[int]], Grammars], *, vocab: int) -> None:
         self._make = make
@@ -79,6 +80,7 @@ class Masks:
         """Those that wait for tokens of earlier steps."""
         self._undrawn: set[int] = set()
         """Steps that were asked for and whose tokens have not come."""
+        self._blamed: list[GrammarFailed] = []
 
     def __len__(self) -> int:
         return len(self._places)
@@ -113,14 +115,15 @@ class Masks:
         at = 0
         ends = message.ends[(message.ends >= 0) & (message.ends < self._vocab)]
         for seq, count in zip(message.seqs.tolist(), message.output_counts.tolist() or [0] * len(message.seqs), strict=True):
-            place = self._places[seq, message.incarnation] = _Place(None, ends, message.min_tokens)
+            key = seq, message.incarnation
+            place = self._places[key] = _Place(None, ends, message.min_tokens)
             try:
                 if self._grammars is not None:
                     place.matcher = self._grammars.matcher(message.grammar)
                 for token in message.outputs[at : at + count].tolist():
                     place.advance(token)
             except Exception as error:
-                self._fail(place, error)
+                self._fail(key, place, error)
             at += count
 
     def _drawn(self, message: Drawn) -> None:
@@ -131,50 +134,53 @@ class Masks:
                 try:
                     place.advance(token)
                 except Exception as error:
-                    self._fail(place, error)
+                    self._fail((seq, incarnation), place, error)
 
-    def _fill_together(self, places: list[_Place | None], mask: I32, together: Together) -> None:
+    def _ready(self) -> Iterator[Message]:
+        while self._asked and not self._undrawn:
+            request = self._asked.popleft()
+            self._undrawn.add(request.step)
+            keys = list(zip(request.seqs.tolist(), request.incarnations.tolist(), strict=True))
+            places = [self._places.get(key) for key in keys]  # None: it is over already, what is drawn for it is dropped
+            mask = np.zeros((len(keys), self._words), np.int32)
+            if self._together is not None and len(keys) > 1:
+                self._fill_together(keys, places, mask, self._together)
+            else:
+                for key, place, out in zip(keys, places, mask, strict=True):
+                    if place is not None:
+                        self._fill(key, place, out)
+            if self._blamed:
+                yield from self._blamed
+                self._blamed.clear()
+            yield MaskReady(step=request.step, rows=request.rows, mask=mask.ravel())
+
+    def _fill(self, key: Key, place: _Place, out: I32) -> None:
+        try:
+            place.fill(out)
+        except Exception as error:
+            self._fail(key, place, error)
+            out[:] = 0
+
+    def _fill_together(self, keys: list[Key], places: list[_Place | None], mask: I32, together: Together) -> None:
         rows = [row for row, place in enumerate(places) if place is not None and place.matcher is not None]
         held = [place for place in places if place is not None and place.matcher is not None]
         out = mask if len(rows) == len(mask) else np.empty((len(rows), self._words), np.int32)
-        if out is not mask:
-            mask[:] = 0
         try:
-            failed = set(together.masks([place.matcher for place in held], out))
+            failed = together.masks([place.matcher for place in held], out)
         except Exception as error:  # of whom is not known
-            mask[:] = 0
-            for place in held:
-                self._fail(place, error)
-            return
+            failed = dict.fromkeys(range(len(held)), error)
         for at, place in enumerate(held):
             if at in failed:
-                self._fail(place, ValueError("the grammar's backend gave up"))
+                self._fail(keys[rows[at]], place, failed[at])
                 out[at] = 0
             else:
                 place.end(out[at])
         if out is not mask:
             mask[rows] = out
 
-    def _ready(self) -> Iterator[Message]:
-        while self._asked and not self._undrawn:
-            request = self._asked.popleft()
-            self._undrawn.add(request.step)
-            keys = zip(request.seqs.tolist(), request.incarnations.tolist(), strict=True)
-            places = [self._places.get(key) for key in keys]  # None: it is over already, what is drawn for it is dropped
-            mask = (np.zeros if None in places else np.empty)((len(places), self._words), np.int32)
-            if self._together is not None and len(places) > 1:
-                self._fill_together(places, mask, self._together)
-                places = []
-            for row, place in enumerate(places):
-                if place is None:
-                    continue
-                try:
-                    place.fill(mask[row])
-                except Exception as error:
-                    self._fail(place, error)
-                    mask[row] = 0
-            yield MaskReady(step=request.step, rows=request.rows, mask=mask.ravel())
-
-    def _fail(self, place: _Place, error: Exception) -> None:
+    def _fail(self, key: Key, place: _Place, error: Exception) -> None:
         place.matcher = None
+        if isinstance(error, InvalidRequest):
+            self._blamed.append(GrammarFailed(seq=key[0], incarnation=key[1], error=error.message))
+            return
         log.warning("a sequence's grammar failed (%s: %s): the sequence fails", type(error).__name__, error)

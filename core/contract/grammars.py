@@ -7,14 +7,15 @@ What it does not know: tokenizers, requests, devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from penstock.core.protocol.columns import I32
 
 
 class Matcher(Protocol):
-    """One sequence. After an exception, or a `consume` that says no, it is used no more."""
+    """One sequence. After an exception, or a `consume` that says no, it is used no more. InvalidRequest: the grammar is too much for the backend here, which
+    ends the answer as the client's error; any other exception is the backend's own."""
 
     def consume(self, token: int) -> bool:
         """The sequence goes on with this token, which is no end token. False: the grammar does not allow it."""
@@ -48,6 +49,6 @@ class Together(Protocol):
     """A Grammars that works for many sequences at once, on threads of its own and without the GIL: a step then waits for the slowest mask and not for the
     sum of all. Matchers are its own, each at most once in a call."""
 
-    def masks(self, matchers: Sequence[Any], out: I32) -> Sequence[int]:
-        """Matcher.mask of matchers[i] into out[i] ([n, words], contiguous). Returns which of them failed."""
+    def masks(self, matchers: Sequence[Any], out: I32) -> Mapping[int, Exception]:
+        """Matcher.mask of matchers[i] into out[i] ([n, words], contiguous). Returns what those that failed would have raised."""
         ...

@@ -213,6 +213,7 @@ class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """With those: the bytes of the prompt's first token, which has no entry in prompt_logprobs."""
     call_id: str = ""
     """In a row of channel NAME: what the call is called in the conversation."""
+    error_param: str | None = None
 
 
 class TextDelta(Message, frozen=True, kw_only=True):
@@ -577,6 +578,14 @@ class GrammarClose(Message, frozen=True, kw_only=True):
 
     seqs: Column
     incarnations: Column
+
+
+class GrammarFailed(Message, frozen=True, kw_only=True):
+    """Masks -> scheduler: a sequence cannot go on, since its grammar is too much for the backend: `error` says why. Comes before the mask of zeros."""
+
+    seq: int
+    incarnation: int
+    error: str
 
 
 class MaskRequest(Message, frozen=True, kw_only=True):

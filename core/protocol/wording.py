@@ -59,3 +59,5 @@ def plain(what: str) -> str:
 
 NOTHING_ALLOWED = "There is no token that the request's grammar and its other settings both allow here."
 """Why an engine ends a sequence that has a grammar; text looks for whose fault it is."""
+GRAMMAR_FAILED = "The request's grammar could not be followed further. "
+"""How that begins where the grammar itself is to blame: the client's own."""

@@ -22,21 +22,23 @@ LONGEST_STRING = 32768
 _EXPONENT = re.compile(rb"[\s,:\[]*-?[0-9][0-9.]*[eE]")
 
 
+def mask_of(chosen: list[bool], words: int) -> I32:
+    """A mask of these tokens."""
+    bits = np.zeros(words * 32, np.uint8)
+    bits[: len(chosen)] = chosen
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
 class Starts:
     """Masks of a vocabulary: tokens that do `not` begin with a part of a number; not with an exponent (in a number, or bringing one of their own); those
     that begin with a quote."""
 
     def __init__(self, tokens: Sequence[bytes], words: int) -> None:
-        def mask(chosen: list[bool]) -> I32:
-            bits = np.zeros(words * 32, np.uint8)
-            bits[: len(chosen)] = chosen
-            return np.packbits(bits, bitorder="little").view(np.int32)
-
         number = frozenset(b"0123456789.eE+-")
-        self.no_number = mask([not (token and token[0] in number) for token in tokens])
-        self.no_exponent = mask([re.match(rb"[0-9.]*[eE]", token) is None for token in tokens])
-        self.no_own_exponent = mask([_EXPONENT.match(token) is None for token in tokens])
-        self.quote = mask([token[:1] == b'"' for token in tokens])
+        self.no_number = mask_of([not (token and token[0] in number) for token in tokens], words)
+        self.no_exponent = mask_of([re.match(rb"[0-9.]*[eE]", token) is None for token in tokens], words)
+        self.no_own_exponent = mask_of([_EXPONENT.match(token) is None for token in tokens], words)
+        self.quote = mask_of([token[:1] == b'"' for token in tokens], words)
 
 
 class Bounds:

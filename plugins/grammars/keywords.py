@@ -59,26 +59,34 @@ NUMBERS |= frozenset(["minProperties", "maxProperties"])
 DRAFTS = ("draft-07", "draft-06", "2019-09", "2020-12")
 DEEPEST = 64
 """Levels of a schema."""
+MOST_PROPERTIES = 1500
+"""Of a schema, in all places together: each costs time before the first token, in which other requests wait."""
+MOST_OPTIONAL = 750
+"""Properties of one object that need not be there: any of them may come next, which each step has to look at."""
 
 
 def check_schema(schema: Any) -> None:
-    """Raises UnsupportedFeature naming the keyword and its place, or InvalidRequest for a schema that is none."""
+    """Raises UnsupportedFeature naming the keyword and its place, or InvalidRequest for a schema that is none, or that is too large."""
     if isinstance(schema, dict) and not any(draft in str(schema.get("$schema", DRAFTS[0])) for draft in DRAFTS):
         raise UnsupportedFeature(f"The schema's $schema {str(schema['$schema'])[:80]!r} is not one of the drafts 6 to 2020-12.")
-    _check(schema, "", 0)
+    found = _check(schema, "", 0)
+    if found > MOST_PROPERTIES:
+        raise InvalidRequest(f"The schema has {found} properties, but may have {MOST_PROPERTIES}.")
 
 
 def _refuse(keyword: str, at: str, why: str = "is not supported") -> PenstockError:
     return UnsupportedFeature(f"The schema's keyword {keyword[:80]!r} at {(at or '/')[:200]} {why}.")
 
 
-def _check(schema: Any, at: str, depth: int) -> None:
+def _check(schema: Any, at: str, depth: int) -> int:
+    """How many properties it has."""
     if isinstance(schema, bool):
-        return
+        return 0
     if not isinstance(schema, dict):
         raise InvalidRequest(f"The schema is wrong at {(at or '/')[:200]}: a schema is an object, or true or false.")
     if depth > DEEPEST:
         raise UnsupportedFeature(f"The schema is nested more than {DEEPEST} levels deep at {at[:200]}.")
+    found = 0
     for keyword, value in schema.items():
         here = f"{at}/{keyword}"
         if keyword in PLAIN:
@@ -86,19 +94,34 @@ def _check(schema: Any, at: str, depth: int) -> None:
         elif keyword in ONE:
             if isinstance(value, list):
                 raise _refuse(keyword, at, "with a list is not supported: use prefixItems")
-            _check(value, here, depth + 1)
+            found += _check(value, here, depth + 1)
         elif keyword in MANY:
             if not isinstance(value, list) or not value:
                 raise InvalidRequest(f"The schema is wrong at {here[:200]}: it must be a list that is not empty.")
             for index, one in enumerate(value):
-                _check(one, f"{here}/{index}", depth + 1)
+                found += _check(one, f"{here}/{index}", depth + 1)
         elif keyword in NAMED:
             if not isinstance(value, dict):
                 raise InvalidRequest(f"The schema is wrong at {here[:200]}: it must be an object.")
             for name, one in value.items():
-                _check(one, f"{here}/{name}", depth + 1)
+                found += _check(one, f"{here}/{name}", depth + 1)
+            if keyword == "properties":
+                found += len(value)
+                _check_optional(schema, value, at)
         elif keyword not in NOTES:
             raise _refuse(keyword, at)
+    return found
+
+
+def _check_optional(schema: dict[str, Any], properties: dict[str, Any], at: str) -> None:
+    required = schema.get("required")
+    if not isinstance(required, list):
+        required = []
+    optional = len(properties.keys() - {name for name in required if isinstance(name, str)})
+    if optional > MOST_OPTIONAL:
+        raise InvalidRequest(
+            f"The object at {(at or '/')[:200]} has {optional} properties that are not required, but may have {MOST_OPTIONAL}."
+        )
 
 
 def _check_plain(keyword: str, value: Any, at: str) -> None:

@@ -8,7 +8,9 @@ What it does not know: end tokens (whoever uses the mask decides about them), pr
 from __future__ import annotations
 
 import json
+import random
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -20,21 +22,41 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.devices.host_limits import cores
-from penstock.plugins.grammars.bounds import Bounds, Starts
+from penstock.plugins.grammars.bounds import Bounds, Starts, mask_of
 from penstock.plugins.grammars.keywords import check_schema
+from penstock.plugins.grammars.spelling import spelled
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
-MOST_THREADS = 8
-"""For the masks of one step."""
+MOST_THREADS = 4
+"""For the masks of one step: half of the cores, if they are not fewer. More bring nothing: waking them takes as long as the masks."""
 MOST_KEPT = 64
 """Compiled grammars that a process keeps."""
+MOST_ITEMS = 6000
+"""Of a row of the parser: twice what an object with `keywords.MOST_OPTIONAL` properties takes."""
+STEP_ITEMS = 1_000_000
+"""Of all rows that a mask looks at: up to a tenth of a second."""
+PREPARE_S = 0.2
+"""CPU time that a grammar may take to be prepared, in which an engine makes no other masks."""
+STEP_S = 0.08
+"""The same for a mask."""
+LARGE = 4096
+"""Bytes of a compiled grammar from which on a few masks are tried before it is taken."""
+TRIED = 48
+"""So many."""
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"<>@!%:=,;'`])")
+_REFUSALS = ("doesn't satisfy the grammar", "parser stopped")
+"""What the library says of a token that may not follow; all else is a limit that is reached."""
 _DIRECTIVE = re.compile(r"^\s*%(?!ignore\b|regex\b|import\b)|%json\b|%lark\b", re.MULTILINE)
 
 
 def _limits() -> Any:
-    return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    return llguidance.LLParserLimits(max_lexer_states=50_000, max_items_in_row=MOST_ITEMS, step_max_items=STEP_ITEMS, verbose_errors=False)
+
+
+def _limit(said: str) -> InvalidRequest:
+    """The library says that it gives up."""
+    return InvalidRequest(f"It is too large or too complex: {said.split(chr(10))[0].split(';')[0][:160]}. Make it smaller.")
 
 
 class _Tokens:
@@ -76,55 +98,93 @@ class LlGuidance:
         wrapper = llguidance.TokenizerWrapper(_Tokens([*tokens, b"<|end|>"], [*special, end]))
         self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=end + 1)
         self._tokens = tokens
-        self._starts: Starts | None = None
-        self._kept: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
+        self._starts = Starts(tokens, self._words)
+        self._going_on: tuple[I32, I32] | None = None
+        self._kept: OrderedDict[bytes, list[llguidance.LLMatcher]] = OrderedDict()
+        """Matchers at the beginning. Copies of one share its lexer and a lock: there are as many as threads use at once, of large grammars one."""
+        self._turn = 0
+        self._threads = min(MOST_THREADS, cores() // 2)
         self._crew: llguidance.LLExecutor | None = None
         self._room: I32 = np.zeros((0, 0), np.int32)
 
     def compile(self, kind: str, source: str) -> bytes:
         """See Grammars."""
         compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
+        began = time.thread_time()
         matcher = self.matcher(compiled)
+        _affordable("to be prepared", time.thread_time() - began, PREPARE_S)
         out = np.zeros(self._words, np.int32)
         matcher.mask(out)
         if not out.any() and not matcher.may_end():
             raise InvalidRequest("Nothing can satisfy it.")
+        if len(compiled) >= LARGE:
+            self._try(matcher, out)
         return compiled
+
+    def _try(self, matcher: LlMatcher, out: I32) -> None:
+        """Walk some way into the grammar, on to where the most may follow: through names, into values and out of them. Raises InvalidRequest."""
+        if self._going_on is None:
+            on = [bool(token) and token[:1] not in b" \t\n\r}]" for token in self._tokens]
+            self._going_on = mask_of(on, self._words), mask_of([token[:1] == b'"' for token in self._tokens], self._words)
+        draw = random.Random(0)
+        going_on, quote = self._going_on
+        for step in range(TRIED):
+            some = [out & going_on & quote, out & going_on, out] if step % 2 else [out & going_on, out]
+            left = next((one for one in some if one.any()), None)
+            if left is None:
+                return
+            token = draw.choice(np.flatnonzero(np.unpackbits(left.view(np.uint8), bitorder="little")).tolist())
+            began = time.thread_time()
+            if not matcher.consume(token):
+                return
+            matcher.mask(out)
+            _affordable("for a token", time.thread_time() - began, STEP_S)
 
     def matcher(self, compiled: bytes) -> LlMatcher:
         """See Grammars."""
-        inner = self._kept.pop(compiled, None)
-        if inner is None:
+        kept = self._kept.pop(compiled, [])
+        if not kept or (len(kept) < self._threads and len(compiled) < LARGE):
             inner = llguidance.LLMatcher(self._tokenizer, compiled[1:].decode(), log_level=0, limits=_limits())
             if inner.is_error():
-                raise InvalidRequest(" ".join(inner.get_error().split())[:400])
-        self._kept[compiled] = inner
+                raise _wrong(" ".join(inner.get_error().split())[:400])
+            kept.append(inner)
+            which = len(kept) - 1
+        else:
+            self._turn += 1
+            which = self._turn % len(kept)
+        self._kept[compiled] = kept
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
         bounds = None
         if compiled[:1] == b"j":
-            if self._starts is None:
-                self._starts = Starts(self._tokens, self._words)
             bounds = Bounds(self._starts)
-        return LlMatcher(inner.deep_copy(), self._tokens, bounds)
+        return LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
 
-    def _team(self) -> llguidance.LLExecutor:
-        if self._crew is None:
-            self._crew = llguidance.LLExecutor(max(1, min(MOST_THREADS, cores() // 2)))
-        return self._crew
-
-    def masks(self, matchers: Sequence[LlMatcher], out: I32) -> list[int]:
+    def masks(self, matchers: Sequence[LlMatcher], out: I32) -> dict[int, Exception]:
         """See Together."""
+        failed: dict[int, Exception] = {}
+        if self._threads < 2:
+            for at, matcher in enumerate(matchers):
+                try:
+                    matcher.mask(out[at])
+                except Exception as error:
+                    failed[at] = error
+            return failed
+        if self._crew is None:
+            self._crew = llguidance.LLExecutor(self._threads)
         count, width = len(matchers), -(-(self._size + 1) // 32)
         if len(self._room) < count:
             self._room = np.zeros((count, width), np.int32)
         room = self._room
-        self._team().unsafe_compute_mask_ptr([(m._inner, at) for at, m in enumerate(matchers)], room.ctypes.data, width * 4, len(room))
+        # Neighbours in the list go to the same thread: those that share a lock had better be neighbours.
+        jobs = sorted(range(count), key=lambda at: matchers[at].group)
+        self._crew.unsafe_compute_mask_ptr([(matchers[at]._inner, at) for at in jobs], room.ctypes.data, width * 4, len(room))
         room[:count].view(np.uint32)[:, self._size // 32] &= np.uint32((1 << (self._size % 32)) - 1)
         out[:] = room[:count, : out.shape[1]]
-        failed = [at for at, matcher in enumerate(matchers) if matcher._inner.is_error()]
         for at, matcher in enumerate(matchers):
-            if matcher._bounds is not None and at not in failed:
+            if matcher._inner.is_error():
+                failed[at] = _limit(matcher._inner.get_error())
+            elif matcher._bounds is not None:
                 matcher._bounds.narrow(out[at], matcher.may_end())
         return failed
 
@@ -132,7 +192,9 @@ class LlGuidance:
 class LlMatcher:
     """See Matcher."""
 
-    def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | None) -> None:
+    def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | None, group: int = 0) -> None:
+        """`group`: which of the grammar's matchers `inner` is a copy of."""
+        self.group = group
         self._inner = inner
         self._tokens = tokens
         self._bounds = bounds
@@ -142,14 +204,19 @@ class LlMatcher:
         """See Matcher."""
         if self._bounds is not None:
             self._bounds.feed(self._tokens[token])
-        return bool(self._inner.consume_token(token))
+        if self._inner.consume_token(token):
+            return True
+        said = self._inner.get_error()
+        if not any(words in said for words in _REFUSALS):
+            raise _limit(said)
+        return False
 
     def mask(self, out: I32) -> None:
-        """See Matcher. Raises ValueError where the library gives up."""
+        """See Matcher."""
         room, size = self._room, len(self._tokens)
         self._inner.unsafe_compute_mask_ptr(room.ctypes.data, room.nbytes)
         if self._inner.is_error():
-            raise ValueError(self._inner.get_error()[:200])
+            raise _limit(self._inner.get_error())
         room.view(np.uint32)[size // 32] &= np.uint32((1 << (size % 32)) - 1)
         out[:] = room[: len(out)]
         if self._bounds is not None:
@@ -158,6 +225,20 @@ class LlMatcher:
     def may_end(self) -> bool:
         """See Matcher."""
         return bool(self._inner.is_accepting())
+
+
+def _wrong(said: str) -> InvalidRequest:
+    """What the library says of a grammar that it does not take."""
+    if said.startswith("Unsatisfiable schema"):
+        return InvalidRequest(f"Nothing can satisfy it: {said.partition(': ')[2]}.")
+    if " not supported" in said or " not disjoint" in said:
+        return UnsupportedFeature(said.partition(" Enable ")[0])  # what may be enabled would be approximate
+    return InvalidRequest(said)
+
+
+def _affordable(what: str, took_s: float, most_s: float) -> None:
+    if took_s > most_s:
+        raise InvalidRequest(f"It takes {took_s:.2f} seconds {what}, but may take {most_s:g}, in which others wait. Make it smaller.")
 
 
 def _grammar(kind: str, source: str) -> str:
@@ -172,7 +253,7 @@ def _grammar(kind: str, source: str) -> str:
             raise InvalidRequest("Nothing can satisfy it.")
         options: Any = {"whitespace_pattern": WHITE}
         try:
-            made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=options)
+            made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else spelled(schema), overrides=options)
         except ValueError as error:  # a number beyond 64 bits, say
             raise InvalidRequest(f"The schema cannot be used: {error}."[:300]) from None
         return made

@@ -23,6 +23,8 @@ class Place:
     def mask(self, out: I32) -> None:
         if self.low == 13:
             raise RuntimeError("thirteen")
+        if self.low == 17:
+            raise InvalidRequest("It is seventeen.")
         bits = np.zeros(len(out) * 32, np.uint8)
         if self.left:
             bits[self.low : self.high] = 1
@@ -48,13 +50,13 @@ class Ranges:
 class RangesTogether(Ranges):
     """See Together. Whoever's grammar is broken fails alone."""
 
-    def masks(self, matchers: Sequence[Place], out: I32) -> list[int]:
-        failed = []
+    def masks(self, matchers: Sequence[Place], out: I32) -> dict[int, Exception]:
+        failed: dict[int, Exception] = {}
         for at, matcher in enumerate(matchers):
             try:
                 matcher.mask(out[at])
-            except RuntimeError:
-                failed.append(at)
+            except Exception as error:
+                failed[at] = error
         return failed
 
 

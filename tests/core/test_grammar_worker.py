@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import queue
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,3 +127,38 @@ def test_a_child_knows_what_it_is_told() -> None:
     assert checker.do(Job("regex", "a+")).compiled
     assert checker.do(Job("regex", "a+", verify=True, ids=[97, 97], text="aa")).error == ""
     assert checker.do(Job("json", "[")).error
+
+
+def test_nothing_that_a_schema_names_is_read(tmp_path: Path) -> None:
+    """Neither from the network, in which the server may reach what the client does not, nor from files."""
+    asked: list[str] = []
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"$id":"x","type":"integer"}')
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    (tmp_path / "secret.json").write_text('{"type":"integer"}')
+    tokens = [bytes([byte]) for byte in range(256)]
+    checker = load(Setup([], b"".join(tokens), [1] * 256, []))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        schemas: list[dict[str, Any]] = [
+            {"$ref": f"{base}/ref"},
+            {"$ref": (tmp_path / "secret.json").as_uri()},
+            {"$schema": f"{base}/draft-07/schema", "type": "string"},
+            {"$id": f"{base}/id/", "$ref": "#/definitions/x", "definitions": {"x": {"$ref": "part.json"}}},
+            {"$id": f"{base}/id/", "$dynamicRef": "part.json"},
+            {"properties": {"a": {"$ref": f"{base}/inner"}}},
+        ]
+        for schema in schemas:
+            for verify in (False, True):
+                assert checker.do(Job("json", json.dumps(schema), verify=verify, text="1")).error, schema
+        server.shutdown()
+    assert asked == []

@@ -29,6 +29,7 @@ from penstock.core.protocol.messages import (
     DeviceWork,
     Drawn,
     GrammarClose,
+    GrammarFailed,
     GrammarOpen,
     MaskReady,
     MaskRequest,
@@ -38,6 +39,7 @@ from penstock.core.protocol.messages import (
     seq_of,
 )
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.wording import GRAMMAR_FAILED
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 VOCAB = 211
@@ -122,6 +124,19 @@ def test_a_backend_that_raises_for_all_of_a_step_fails_them() -> None:
     (ready,) = masks.handle(asked(1, 1, 2))
     assert isinstance(ready, MaskReady)
     assert bits(ready) == [[], []]
+
+
+def test_a_grammar_that_is_too_much_is_told_before_its_mask_of_zeros(ranges: Any) -> None:
+    masks = Masks(ranges, vocab=VOCAB)
+    for message in (WORDS, opened(1, b"[17,18,3]"), opened(2, b"[3,4,1]")):
+        list(masks.handle(message))
+    why, ready = masks.handle(asked(1, 1, 2))
+    assert isinstance(why, GrammarFailed)
+    assert isinstance(ready, MaskReady)
+    assert ((why.seq, why.incarnation, why.error), bits(ready)) == ((1, 1, "It is seventeen."), [[], [3]])
+    list(masks.handle(drawn(1, s1=-1, s2=3)))
+    (ready,) = masks.handle(asked(2, 2))  # told once
+    assert isinstance(ready, MaskReady)
 
 
 def test_a_vocabulary_that_the_backend_cannot_use_fails_sequences_only() -> None:
@@ -271,3 +286,10 @@ def test_a_grammar_that_fails_costs_its_own_sequence_alone() -> None:
     assert found[seq_of(2, 0)][1] == STOP
     assert set(found[-1]) == {"There is no token that the request's grammar and its other settings both allow here."}
     assert len(found[seq_of(4, 0)][0]) == 30 or found[seq_of(4, 0)][1] == STOP
+
+
+def test_a_grammar_that_is_too_much_is_blamed_by_name() -> None:
+    found = run([admit(1, b"[17,90,3]", n=2), admit(2, b"[50,90,3]")])
+    assert [found[seq_of(1, choice)][1] for choice in (0, 1)] == [FAILED, FAILED]
+    assert found[seq_of(2, 0)][1] == STOP
+    assert found[-1] == [f"{GRAMMAR_FAILED}It is seventeen."] * 2

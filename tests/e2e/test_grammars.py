@@ -23,6 +23,11 @@ SCHEMA = {
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 
 
+def wide(count: int, *, required: bool = True, kind: str = "string") -> dict[str, Any]:
+    names = {f"property_{i}": {"type": kind} for i in range(count)}
+    return {"type": "object", "properties": names, "required": list(names) if required else [], "additionalProperties": False}
+
+
 def chat(server: Any, **fields: Any) -> Any:
     return server.client.post("/v1/chat/completions", json={"messages": ASK, "max_tokens": 200, **fields})
 
@@ -40,6 +45,14 @@ def test_json_schema(server: Any) -> None:
             assert reason in ("stop", "length")
             if reason == "stop":
                 assert check.is_valid(json.loads(text)), text
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize(("count", "kind"), [(500, "integer"), (500, "string"), (740, "string"), (740, "integer")])
+def test_an_object_of_many_properties(server: Any, count: int, kind: str, required: bool) -> None:
+    [(text, reason)] = choices(server, guided_json=wide(count, required=required, kind=kind), temperature=1.0, seed=3, max_tokens=60)
+    assert text.lstrip().startswith("{")
+    assert reason in ("stop", "length")
 
 
 def test_a_stream_is_the_whole_reply(server: Any) -> None:
@@ -76,8 +89,11 @@ def test_other_kinds(server: Any, fields: dict[str, Any], pattern: str) -> None:
         ({"guided_regex": "("}, "guided_regex", "invalid_value"),
         ({"guided_grammar": "nonsense"}, "guided_grammar", "invalid_value"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "invalid_value"),
-        ({"guided_choice": ["yes", "no"], "allowed_token_ids": [5]}, None, "invalid_value"),
-        ({"response_format": FORMAT, "stop": ['"age"']}, None, "invalid_value"),
+        ({"guided_choice": ["yes", "no"], "allowed_token_ids": [5]}, "allowed_token_ids", "invalid_value"),
+        ({"response_format": FORMAT, "stop": ['"age"']}, "stop", "invalid_value"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "invalid_value"),
+        ({"guided_json": wide(1500, required=False)}, "guided_json", "invalid_value"),
+        ({"guided_json": wide(5000)}, "guided_json", "invalid_value"),
     ],
 )
 def test_what_cannot_be_obeyed_is_a_400(server: Any, fields: dict[str, Any], param: str | None, code: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import httpx
@@ -14,12 +15,27 @@ import pytest
 WAIT_S = 0.25
 """Longest wait of a small request beside a heavy one, above what it takes alone."""
 TINY = {"model": "brook", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+NEW = "~~"
+"""Becomes another text each time that the body is sent."""
 HI = [{"role": "user", "content": "hi"}]
 
 
 def many(count: int, name: str = "z") -> dict[str, int]:
     """So many fields that nobody knows."""
     return {f"{name}{i}": 1 for i in range(count)}
+
+
+def schema(count: int, required: bool, nested: bool) -> dict[str, Any]:
+    """One that is new each time that it is sent."""
+    size = 19 if nested else count
+    objects = [object_of([f"field_{NEW}_{at + i}" for i in range(size)], {"type": "string"}, required) for at in range(0, count, size)]
+    whole = object_of([f"part_{i}" for i in range(len(objects))], objects, required) if nested else objects[0]
+    return {"messages": HI, "max_tokens": 30, "temperature": 1.0, "guided_json": whole}
+
+
+def object_of(names: list[str], parts: Any, required: bool) -> dict[str, Any]:
+    properties = dict(zip(names, parts if isinstance(parts, list) else [parts] * len(names), strict=True))
+    return {"type": "object", "properties": properties, "required": names if required else [], "additionalProperties": False}
 
 
 HEAVY: dict[str, tuple[str, Any, set[int]]] = {
@@ -80,6 +96,25 @@ HEAVY: dict[str, tuple[str, Any, set[int]]] = {
         {200, 400, 413},
     ),
     "a refused field of 3M values": ("/v1/completions", lambda: {"prompt": "a", "grammar": [1] * 3_000_000}, {400}),
+    **{
+        f"a schema of {count} {'required' if required else 'optional'} properties": (
+            "/v1/chat/completions",
+            partial(schema, count, required, nested),
+            statuses,
+        )
+        for count, required, nested, statuses in (
+            (740, False, False, {200}),
+            (1490, True, False, {200}),
+            (5000, False, False, {400}),
+            (5000, True, False, {400}),
+            (1400, False, True, {200}),
+        )
+    },
+    "a schema of 740 properties and any others": (
+        "/v1/chat/completions",
+        lambda: schema(740, False, False) | {"guided_json": {**schema(740, False, False)["guided_json"], "additionalProperties": True}},
+        {200, 400},
+    ),
     "a prompt of 30 MB": ("/v1/completions", lambda: {"prompt": "the water runs " * 2_000_000}, {400, 413}),
 }
 
@@ -112,7 +147,8 @@ def test_a_small_request_hardly_waits(server: Any, bodies: dict[str, bytes], nam
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             going = pool.submit(beside)
-            replies = [heavy.post(path, content=bodies[name], headers={"content-type": "application/json"}) for _ in range(3)]
+            sent = [bodies[name].replace(NEW.encode(), str(number).encode()) for number in range(3)]
+            replies = [heavy.post(path, content=body, headers={"content-type": "application/json"}) for body in sent]
             over.set()
             going.result(30)
     assert {reply.status_code for reply in replies} <= statuses, replies[0].text[:300]

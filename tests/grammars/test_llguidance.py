@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
 from typing import Any
 
 import jsonschema_rs
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.plugins.grammars import llguidance as backend
 from penstock.plugins.grammars.bounds import LONGEST_NUMBER
+from penstock.plugins.grammars.keywords import FORMATS
 from penstock.plugins.grammars.llguidance import LlGuidance
 
-WORDS = [b"hello", b'{"', b'":', b"123", b"0000", b"1e5", b"9e", b" 5E3", b", ", b"true", b"}}", b"\n  ", "ü".encode(), b"<end>", b""]
+WORDS = [
+    b"hello",
+    b"limit",
+    b'{"',
+    b'":',
+    b"123",
+    b"0000",
+    b"1e5",
+    b"9e",
+    b" 5E3",
+    b", ",
+    b"true",
+    b"}}",
+    b"\n  ",
+    "ü".encode(),
+    b"<end>",
+    b"",
+]
 TOKENS = [bytes([byte]) for byte in range(256)] + WORDS
 SPECIAL = TOKENS.index(b"<end>")
 GRAMMARS = LlGuidance(TOKENS, [SPECIAL])
@@ -151,8 +172,9 @@ def test_matchers_of_one_grammar_are_apart() -> None:
     assert one.may_end()
 
 
-def test_many_at_once_get_what_each_alone_gets() -> None:
-    """On threads, with rows of different grammars, of which one is over and one is refused a token."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_at_once_get_what_each_alone_gets(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """On threads too, with rows of different grammars, of which one is over and one is refused a token."""
     schemas = [
         {"type": "integer"},
         {"enum": ["a", "bc"]},
@@ -160,13 +182,14 @@ def test_many_at_once_get_what_each_alone_gets() -> None:
         {"type": "string", "maxLength": 9},
     ]
     sources = [("json", json.dumps(schema)) for schema in schemas] + [("regex", "[a-z]{0,40}"), ("choice", '["x", "yy"]')]
+    monkeypatch.setattr(GRAMMARS, "_threads", threads)
     alone, together = ([GRAMMARS.matcher(GRAMMARS.compile(*source)) for source in sources] for _ in range(2))
     rng = random.Random(5)
     words = -(-len(TOKENS) // 32)
     live = list(range(len(sources)))
     for step in range(30):
         out = np.full((len(live), words), -1, np.int32)
-        assert list(GRAMMARS.masks([together[i] for i in live], out)) == []
+        assert not GRAMMARS.masks([together[i] for i in live], out)
         tokens = []
         for at, i in enumerate(live):
             one = np.zeros(words, np.int32)
@@ -180,3 +203,99 @@ def test_many_at_once_get_what_each_alone_gets() -> None:
         live = [i for i, one in zip(live, fine, strict=True) if one]
     assert 0 not in live
     assert live
+
+
+def wide(count: int, *, required: bool) -> tuple[str, bytes]:
+    """A schema, and an answer."""
+    names = {f"property_{i}": {"type": "string" if i % 2 else "integer"} for i in range(count)}
+    schema = {"type": "object", "properties": names, "required": list(names) if required else [], "additionalProperties": False}
+    return json.dumps(schema), json.dumps({name: "ab" if i % 2 else i for i, name in enumerate(names)}).encode()
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("count", [500, 750])
+def test_an_object_of_many_properties(count: int, required: bool) -> None:
+    source, answer = wide(count, required=required)
+    matcher = GRAMMARS.matcher(GRAMMARS.compile("json", source))
+    for at, byte in enumerate(answer):
+        if at < 400 or at % 97 == 0:
+            assert byte in allowed(matcher)
+        assert matcher.consume(byte)
+    assert matcher.may_end()
+
+
+@pytest.mark.parametrize("limits", [{"max_items_in_row": 100}, {"step_max_items": 300}, {"max_lexer_states": 60}, {"step_lexer_fuel": 60}])
+def test_a_limit_that_is_reached_blames_the_grammar(monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]) -> None:
+    """While it is compiled, or else in the midst of an answer: never a mask, or a no, that is not true."""
+    monkeypatch.setattr(backend, "_limits", lambda: llguidance.LLParserLimits(verbose_errors=False, **limits))
+    source, answer = wide(100, required=False)
+    small = LlGuidance(TOKENS, [SPECIAL])
+    out = np.zeros(-(-len(TOKENS) // 32), np.int32)
+
+    def walk() -> None:
+        matcher = small.matcher(small.compile("json", source))
+        for byte in answer:
+            matcher.mask(out)
+            assert matcher.consume(byte)
+
+    with pytest.raises(InvalidRequest, match=r"too (large|big|many|complex)"):
+        walk()
+    (matcher := GRAMMARS.matcher(GRAMMARS.compile("json", '{"type":"integer"}'))).mask(out)
+    assert not matcher.consume(ord("x"))
+
+
+def test_a_token_that_may_not_follow_is_no_limit() -> None:
+    matcher = GRAMMARS.matcher(GRAMMARS.compile("json", wide(500, required=False)[0]))
+    assert matcher.consume(ord("{"))
+    assert not matcher.consume(ord("x"))
+    over = GRAMMARS.matcher(GRAMMARS.compile("choice", '["a limit"]'))
+    assert all(over.consume(byte) for byte in b"a limit")
+    assert not allowed(over)
+    assert not over.consume(ord("x"))
+    other = GRAMMARS.matcher(GRAMMARS.compile("choice", '["a limit, too many"]'))
+    assert all(other.consume(byte) for byte in b"a limit, too ")
+    assert not other.consume(ord("x"))
+    assert not GRAMMARS.matcher(GRAMMARS.compile("choice", '["a"]')).consume(TOKENS.index(b"limit"))
+
+
+@pytest.mark.parametrize(("budget", "says"), [("PREPARE_S", "seconds to be prepared"), ("STEP_S", "seconds for a token")])
+def test_a_grammar_that_would_hold_up_others_is_refused(monkeypatch: pytest.MonkeyPatch, budget: str, says: str) -> None:
+    monkeypatch.setattr(backend, budget, 0.0)
+    with pytest.raises(InvalidRequest, match=says):
+        LlGuidance(TOKENS, [SPECIAL]).compile("json", wide(600, required=False)[0])
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_whatever_is_drawn_for_a_format_is_of_it(format: str) -> None:
+    """By the second implementation, which knows leap years and how long a host's name may be. However odd a model's taste is."""
+    schema = {"type": "string", "format": format}
+    check = jsonschema_rs.validator_for(schema, validate_formats=True)
+    ends = 0
+    for seed, like in itertools.product(range(8), (b"", b"0123456789", b"abcXYZ", b"-.:@", b"23T:+9", b"0")):
+        said, ended = draw("json", json.dumps(schema), seed, like=like)
+        ends += ended
+        assert not ended or check.is_valid(json.loads(said)), said
+    assert ends > 10
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"format": "date"}, ["2024-02-29", "2000-02-29", "1900-02-28", 5], ["2023-02-29", "1900-02-29", "2026-04-31", "2026-13-01"]),
+        ({"format": "time"}, ["23:59:60Z", "10:00:00.25+02:00", "10:00:00z"], ["24:00:00Z", "10:59:60Z", "10:00:00", "10:00Z"]),
+        ({"format": "date-time"}, ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z", "2024-02-29 00:00:00Z"]),
+        ({"format": "hostname"}, ["a", "xn--nxasmq6b", "a-b.c1", "a" * 63], ["-a", "a-", "a..b", "a" * 64, "ab--c"]),
+        ({"format": "email", "maxLength": 8}, ["a.b+@d.e"], ["a.b+c@d.efg", "a", "a..b@c"]),
+        ({"format": "date", "pattern": "^2024"}, ["2024-02-29"], ["2025-01-01", "2024-02-30"]),
+        ({"properties": {"format": {"format": "date"}}}, [{"format": "2024-02-29"}], [{"format": "x"}]),
+        ({"enum": [{"format": "date"}]}, [{"format": "date"}], [{"format": "2024-02-29"}]),
+        ({"anyOf": [{"maxItems": 1.0, "type": "array"}, {"minLength": 2.0, "type": "string"}]}, [[1], "ab"], [[1, 2], "a"]),
+    ],
+)
+def test_what_a_schema_says_in_other_words(schema: dict[str, Any], right: list[Any], wrong: list[Any]) -> None:
+    check = jsonschema_rs.validator_for(schema, validate_formats=True)
+    compiled = GRAMMARS.compile("json", json.dumps(schema))
+    for value in [*right, *wrong]:
+        matcher = GRAMMARS.matcher(compiled)
+        can = all(matcher.consume(byte) for byte in json.dumps(value).encode()) and matcher.may_end()
+        assert (can, check.is_valid(value)) == (value in right, value in right) or (value == "xn--nxasmq6b" and not can), value

@@ -121,13 +121,13 @@ def test_attributes_are_read_once_and_checked_at_start() -> None:
         CarefulTokenizer(type("Bare", (), {})())
 
 
-def serve(tokenizer: Any, *texts: str) -> list[Encoded]:
+def serve(tokenizer: Any, *texts: str, **more: Any) -> list[Encoded]:
     done: queue.SimpleQueue[Encoded] = queue.SimpleQueue()
     worker = TokenizerWorker(tokenizer, object(), done.put)  # type: ignore[arg-type]
     try:
         found = []
         for job, text in enumerate(texts):
-            worker.submit(Encode(job=job, kind="completion", prompt=text))
+            worker.submit(Encode(job=job, kind="completion", prompt=text, **more))
             found.append(done.get(timeout=20))
         return found
     finally:
@@ -144,6 +144,8 @@ def test_a_real_panic_fails_one_request_and_the_next_is_served() -> None:
     assert bad.error_status == 400
     assert "cannot be encoded" in bad.error
     assert (good.error, len(good.ids)) == ("", 6)
+    (bad,) = serve(CarefulTokenizer(HuggingFaceTokenizer(fast, {}, [0], "odd")), "a word", bad_words=["ab", "word " * 500 + "!"])
+    assert (bad.error_status, bad.error_param, bad.error.startswith("bad_words cannot be encoded")) == (400, "bad_words", True)
 
 
 def test_even_a_fault_of_our_own_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

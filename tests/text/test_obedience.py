@@ -20,7 +20,7 @@ from penstock.core.protocol.messages import (
     seq_of,
 )
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.core.protocol.wording import NOTHING_ALLOWED
+from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
 
 WORD = Grammar(kind="regex", source="[a-z]+", field="guided_regex")
 
@@ -130,16 +130,28 @@ def test_a_stop_string_ends_a_part_and_that_is_the_clients_own(bench: Any) -> No
     assert (check.verify, check.stop) == (True, "te")
     bench.send(GrammarChecked(job=check.job, error="It ended too early."))
     got = bench.received[1, 0]
-    assert (got.text, got.reason, got.extras[-1].error_code) == ("wa", "error", "invalid_value")
+    assert (got.text, got.reason, got.extras[-1].error_code, got.extras[-1].error_param) == ("wa", "error", "invalid_value", "stop")
 
 
-@pytest.mark.parametrize(("settings", "code"), [({"allowed_token_ids": [70, 71]}, "invalid_value"), ({}, "engine_failure")])
-def test_settings_that_leave_nothing_of_the_grammar_are_the_clients_own(bench: Any, settings: dict[str, Any], code: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "said", "code", "param"),
+    [
+        ({"allowed_token_ids": [70, 71]}, NOTHING_ALLOWED, "invalid_value", "allowed_token_ids"),
+        ({"stop_token_ids": [70], "logit_bias": {71: -100.0}}, NOTHING_ALLOWED, "invalid_value", "logit_bias"),
+        ({}, GRAMMAR_FAILED + "It is too large.", "invalid_value", "guided_regex"),
+        ({"allowed_token_ids": [70, 71]}, GRAMMAR_FAILED + "It is too large.", "invalid_value", "guided_regex"),
+        ({}, NOTHING_ALLOWED, "engine_failure", None),
+        ({"allowed_token_ids": [70, 71]}, "The device is gone.", "engine_failure", None),
+    ],
+)
+def test_whose_fault_it_is_that_nothing_can_be_drawn(bench: Any, settings: dict[str, Any], said: str, code: str, param: str | None) -> None:
     bench.submit(1, grammar=WORD, sampling=SamplingParams(**settings))
     compiled(bench)
-    bench.rows([(seq_of(1, 0), 0, 0, -1, FAILED)], errors=[NOTHING_ALLOWED])
+    bench.rows([(seq_of(1, 0), 0, 0, -1, FAILED)], errors=[said])
     got = bench.received[1, 0]
-    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", NOTHING_ALLOWED, code)
+    assert (got.reason, got.extras[-1].error_code, got.extras[-1].error_param) == ("error", code, param)
+    assert "guided_regex" in got.extras[-1].error or code == "engine_failure"
+    assert "It is too large." in got.extras[-1].error or not said.startswith(GRAMMAR_FAILED)
 
 
 def test_length_and_errors_need_no_verifying(bench: Any) -> None:

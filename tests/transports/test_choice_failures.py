@@ -11,7 +11,7 @@ from edge_kit import Edge, delta, events, finished
 from penstock.core.protocol.messages import Message, Submit
 
 WHY = "allowed_token_ids and bad_words leave no token that could be drawn after 1 tokens of the answer."
-BLAMED = {"error": WHY, "error_code": "invalid_value"}
+BLAMED = {"error": WHY, "error_code": "invalid_value", "error_param": "allowed_token_ids"}
 PATH = "/v1/completions"
 
 
@@ -42,7 +42,7 @@ def test_the_only_choice_is_the_request(edge: Edge) -> None:
     edge.text.script = script(failing={0})
     reply = ask(edge)
     assert reply.status_code == 400
-    assert reply.json()["error"] == {"message": WHY, "type": "invalid_request_error", "param": None, "code": "invalid_value"}
+    assert reply.json()["error"] == {"message": WHY, "type": "invalid_request_error", "param": "allowed_token_ids", "code": "invalid_value"}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -99,6 +99,8 @@ class Board:
         self.failures: list[tuple[Sequence, str]] = []
         self.closed: list[tuple[int, int]] = []
         """Sequences with a grammar that are over, for GrammarClose: seq, incarnation."""
+        self.given_up: dict[tuple[int, int], str] = {}
+        """Living ones whose grammar is too much, by the same: why."""
         # --- steps
         self.step = 0
         self.done_step = 0

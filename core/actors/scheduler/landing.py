@@ -26,7 +26,7 @@ from penstock.core.protocol.messages import (
     StepDone,
     StepTokens,
 )
-from penstock.core.protocol.wording import NOTHING_ALLOWED
+from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
 from penstock.core.runtime.actor import Out
 
 NOT_A_NUMBER = "The model's output for this sequence is not a number."
@@ -74,7 +74,7 @@ class Landing:
         if bad.size:
             tokens = tokens.copy()
             tokens[bad] = -1
-            obeying = slots.grammar[index[bad]].tolist()
+            errors = self._blamed(index[bad], rows.seqs[bad], rows.incarnations[bad])
             reasons[bad] = FAILED
             slots.poisoned[index[bad]] = True
             fine = reasons != FAILED
@@ -109,7 +109,7 @@ class Landing:
             columns["started_seqs"] = i64([seq for seq, _ in flight.started])
             columns["started_cached"] = i32([cached for _, cached in flight.started])
         if bad.size:
-            columns["errors"] = [NOTHING_ALLOWED if obeys else NOT_A_NUMBER for obeys in obeying]
+            columns["errors"] = errors
         yield StepTokens(
             engine=settings.engine,
             epoch=settings.epoch,
@@ -127,6 +127,14 @@ class Landing:
             **columns,
         )
         yield from board.wake()
+
+    def _blamed(self, index: Column, seqs: Column, incarnations: Column) -> list[str]:
+        """Why nothing could be drawn for these rows."""
+        obeying, why = self._board.slots.grammar[index].tolist(), self._board.given_up
+        return [
+            GRAMMAR_FAILED + why[key] if key in why else NOTHING_ALLOWED if obeys else NOT_A_NUMBER
+            for obeys, key in zip(obeying, zip(seqs.tolist(), incarnations.tolist(), strict=True), strict=True)
+        ]
 
     def _expand(self, flight: Flight, done: StepDone) -> tuple[Rows, I32, I32, I32, LogprobColumns | None, Column]:
         """A step of several tokens a row as if each were a row: what follows a row's first stop is dropped. Rows (repeated), positions, offsets, tokens,

@@ -45,6 +45,7 @@ class Release:
         if request.grammar:
             board.obeying -= 1
             board.closed.append((sequence.seq, request.incarnation))
+            board.given_up.pop(board.closed[-1], None)
         if not request.live and board.requests.get(request.key) is request:
             del board.requests[request.key]
         if sequence.entry is not None:

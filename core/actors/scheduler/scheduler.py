@@ -43,6 +43,7 @@ from penstock.core.protocol.messages import (
     Drawn,
     Forward,
     GrammarClose,
+    GrammarFailed,
     GrammarOpen,
     KvGrant,
     KvStep,
@@ -73,6 +74,7 @@ class Scheduler:
             raise ValueError("max_num_seqs, max_num_batched_tokens, max_model_len and depth must be at least 1")
         if settings.grammars:
             self.gives = self.gives | {GrammarOpen, GrammarClose, MaskRequest, Drawn}
+            self.takes = self.takes | {GrammarFailed}
         self._board = board = Board(settings, policy, clock)
         self._release = Release(board)
         self._line = Line(board, self._release)
@@ -94,6 +96,11 @@ class Scheduler:
             return self._park(message.key, True)
         if type(message) is Unpark:
             return self._park(message.key, False)
+        if type(message) is GrammarFailed:
+            sequence = board.live.get(message.seq)
+            if sequence is not None and sequence.request.incarnation == message.incarnation:
+                board.given_up[message.seq, message.incarnation] = message.error
+            return ()
         if type(message) is Drain:
             board.draining = True
             return board.wake()

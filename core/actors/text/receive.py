@@ -19,7 +19,7 @@ from penstock.core.actors.text.detokenizer import Tables
 from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.ledger import GENERAL, QUIET, SPLIT, Choice, Held, Ledger, Request, fast_mode
 from penstock.core.actors.text.offsets import prompt_offsets
-from penstock.core.actors.text.resolve import narrows, nothing_left, nothing_to_draw
+from penstock.core.actors.text.resolve import nothing_left, nothing_obeys, nothing_to_draw
 from penstock.core.actors.text.splitting import StopReason, quick_row, taken_apart
 from penstock.core.actors.text.stops import StopMatcher, StopSet
 from penstock.core.contract.formats import CONTENT, NAME, REASONING, Fragment
@@ -27,7 +27,6 @@ from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs, Vocabulary
-from penstock.core.protocol.wording import NOTHING_ALLOWED
 from penstock.core.runtime.actor import To
 from penstock.core.telemetry.metrics import Metrics
 from penstock.core.telemetry.series import Series
@@ -241,16 +240,16 @@ class Receiver:
                     text += hit
             if finish:
                 text += matcher.flush()
-        error, code = self._failure(choice, row) if finish == "error" else (None, None)
+        error, code, param = self._failure(choice, row) if finish == "error" else (None, None, None)
         if finish == "stop" and request.grammar:
             self._hold(choice, text, stop_reason, reason)
         elif choice.splitter is not None:
             if token >= 0 and choice.splitter.channel == REASONING:
                 choice.reasoned += 1
-            self._split(choice, text, finish, stop_reason, error, code)
+            self._split(choice, text, finish, stop_reason, error, code, param)
             finish = choice.finish
         elif finish or request.stream:
-            self._row(choice, text, finish, stop_reason, error, code)
+            self._row(choice, text, finish, stop_reason, error, code, param=param)
         elif text:
             choice.parts.append(text)
         if not finish:
@@ -265,10 +264,11 @@ class Receiver:
 
     def verified(self, held: Held, error: str) -> None:
         """`error` "": its last row may go out."""
-        choice = held.choice
+        choice, names = held.choice, held.choice.request.submit.names
         if self._ledger.has(choice.request):
             if error:  # a stop string that cuts it is the client's own
-                self._row(choice, held.text, "error", None, error, "invalid_value" if held.stop else "engine_failure")
+                code, param = (InvalidRequest.default_code, names.get("stop", "stop")) if held.stop else ("engine_failure", None)
+                self._row(choice, held.text, "error", None, error, code, param=param)
             else:
                 self._row(choice, held.text, "stop", held.stop_reason, None, None)
         else:  # nobody listens any more
@@ -280,18 +280,18 @@ class Receiver:
         special = i32(sorted(self._tokenizer.special_ids))
         return Vocabulary(data=b"".join(data), counts=i32([len(token) for token in data]), special=special)
 
-    def _failure(self, choice: Choice, row: int) -> tuple[str, str]:
-        """Why the engine ended a sequence with an error: (message, code). If the request's own settings left it no token to draw, that is the
-        reason, and the client's to mend."""
+    def _failure(self, choice: Choice, row: int) -> tuple[str, str, str | None]:
+        """Why the engine ended a sequence with an error: (message, code, param). If the request's own settings, or its grammar, left it no token to draw, that is the reason, and
+        the client's to mend."""
         request = choice.request
         history = np.concatenate([request.prompt, np.frombuffer(bytes(choice.outputs), np.int32)])
         blamed = nothing_left(request.params, self.ends, self.vocab_size, history, len(choice.outputs))
         if blamed:
             error = nothing_to_draw(blamed, len(choice.outputs))
-            return error.message, error.code
-        if self._errors.get(row) == NOTHING_ALLOWED and narrows(request.params):
-            return NOTHING_ALLOWED, InvalidRequest.default_code
-        return self._errors.get(row, "The engine failed while this request ran."), "engine_failure"
+            return error.message, error.code, error.param
+        said, grammar = self._errors.get(row, "The engine failed while this request ran."), request.submit.grammar
+        own = None if grammar is None else nothing_obeys(said, grammar.field, request.params)
+        return (said, "engine_failure", None) if own is None else (own.message, own.code, own.param)
 
     def _rest(self, choice: Choice, end: int, *, flush_stops: bool = True) -> str:
         """The text of outputs[undecoded:end] and of what the decoder, and the stop matcher, still hold."""
@@ -301,7 +301,16 @@ class Receiver:
             text = choice.matcher.flush() + text
         return text
 
-    def _split(self, choice: Choice, text: str, finish: str, stop_reason: int | str | None, error: str | None, code: str | None) -> None:
+    def _split(
+        self,
+        choice: Choice,
+        text: str,
+        finish: str,
+        stop_reason: int | str | None,
+        error: str | None,
+        code: str | None,
+        param: str | None = None,
+    ) -> None:
         """Rows of a text that is taken apart, one a fragment; the end is a row of its own."""
         fragments, ended, stop_reason = taken_apart(choice, text, finish, stop_reason)
         if ended and not finish:
@@ -309,7 +318,7 @@ class Receiver:
         for fragment in fragments:
             self._row(choice, fragment.text, "", None, None, None, fragment)
         if ended or not fragments:
-            self._row(choice, "", ended, stop_reason, error, code)
+            self._row(choice, "", ended, stop_reason, error, code, param=param)
 
     def _row(
         self,
@@ -320,6 +329,8 @@ class Receiver:
         error: str | None,
         code: str | None,
         fragment: Fragment | None = None,
+        *,
+        param: str | None = None,
     ) -> None:
         request = choice.request
         batch = choice.batch
@@ -346,6 +357,7 @@ class Receiver:
                     prompt_logprobs=self._prompt_columns(request) if extra else None,
                     error=error,
                     error_code=code,
+                    error_param=param,
                     prompt_text=extra.prompt_text if extra else None,
                     prompt_offsets=offsets,
                     prompt_first=self._table.data[request.prompt[0]] if offsets else b"",

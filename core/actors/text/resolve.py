@@ -26,6 +26,7 @@ from penstock.core.protocol.generation import overridden, override_of, settings
 from penstock.core.protocol.hashing import CacheKey
 from penstock.core.protocol.messages import Submit
 from penstock.core.protocol.sampling import SamplingParams, check_tokens, not_a_token
+from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
 
 
 def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
@@ -120,9 +121,20 @@ def check_words(sequences: list[list[int]], vocab_size: int) -> None:
                 )
 
 
-def narrows(params: SamplingParams) -> bool:
-    """May these settings leave nothing of what a grammar allows?"""
-    return params.allowed_token_ids is not None or bool(params.bad_words_token_ids or params.logit_bias or params.stop_token_ids)
+def nothing_obeys(said: str, field: str, params: SamplingParams) -> InvalidRequest | None:
+    """The error of a request with the grammar `field` whose engine `said` that nothing could be drawn. None: it is not the request's own doing."""
+    if said.startswith(GRAMMAR_FAILED):
+        return InvalidRequest(f"{field} is too much to be followed further. {said.removeprefix(GRAMMAR_FAILED)}", param=field)
+    narrowing = {
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": params.bad_words_token_ids,
+        "logit_bias": params.logit_bias,
+        "stop_token_ids": params.stop_token_ids,
+    }
+    blamed = [name for name, given in narrowing.items() if given]
+    if said != NOTHING_ALLOWED or not blamed:
+        return None
+    return InvalidRequest(f"There is no token that both {field} and {' and '.join(blamed)} allow here.", param=blamed[0])
 
 
 def nothing_left(params: SamplingParams, eos: Column, vocab_size: int, history: Column, outputs: int) -> list[str]:

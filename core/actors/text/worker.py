@@ -153,13 +153,14 @@ def _param(job: _Job) -> str:
     return "messages" if job.encode.kind == "chat" else "prompt"
 
 
-def _guarded(job: _Job, work: Callable[[_Job], None]) -> None:
+def _guarded(job: _Job, work: Callable[[_Job], None], param: str = "") -> None:
     try:
         ordinary(lambda: work(job))
     except PenstockError as error:
         job.error = error
     except Exception as error:  # whatever a template, a tokenizer or strange text does, only this request feels it
-        job.error = InvalidRequest(f"The prompt cannot be encoded: {type(error).__name__}: {error}"[:500], param=_param(job))
+        what = f"{param} cannot" if param else "The prompt cannot"
+        job.error = InvalidRequest(f"{what} be encoded: {type(error).__name__}: {error}"[:500], param=param or _param(job))
 
 
 def _render(job: _Job, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
@@ -224,7 +225,7 @@ def _finish(job: _Job, tokenizer: Tokenizer, clock: Clock) -> Encoded:
         if encode.block_size:
             hashes = chain(encode.root_hash, job.ids, encode.block_size)
         if encode.bad_words:
-            _guarded(job, lambda job: bad_words.extend(bad_word_ids(tokenizer, encode.bad_words)))
+            _guarded(job, lambda job: bad_words.extend(bad_word_ids(tokenizer, encode.bad_words)), "bad_words")
         if encode.want_text and (encode.keep or len(encode.ids)):
             _guarded(job, lambda job: setattr(job, "rendered", tokenizer.decode(job.ids.tolist(), skip_special_tokens=True)))
     error = job.error

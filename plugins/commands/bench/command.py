@@ -1,4 +1,4 @@
-"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process).
+"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars.
 
 What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
 """
@@ -397,3 +397,64 @@ def footprint(repeats: int, idle: float, json_file: str | None, serve_args: tupl
         f" {result['processes']} processes, idle {result['idle_cpu_share']:.2%} of a core"
     )
     write_json(json_file, "footprint", {"serve_args": list(serve_args)}, result)
+
+
+@bench.command()
+@click.option("--schemas", type=COUNT, default=400, show_default=True, help="How many schemas are made.")
+@click.option(
+    "--suite", "suite_folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="`tests` of JSON-Schema-Test-Suite."
+)
+@click.option(
+    "--tokenizer", "tokenizer_file", type=click.Path(exists=True, dir_okay=False), help="A tokenizer.json; default: the demo model's."
+)
+@click.option("--train", type=COUNT, help="Learn a vocabulary of so many tokens from the Python files that are installed here instead.")
+@click.option(
+    "--turns", type=click.IntRange(min=0), default=0, show_default=True, help="Pairs of bursts, free and with a schema, against a server."
+)
+@click.option("--rows", type=COUNT, default=16, show_default=True, help="Requests of a burst.")
+@click.option("--output-len", type=COUNT, default=256, show_default=True, help="Tokens of each.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the schemas.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
+@click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
+def grammars(
+    schemas: int,
+    suite_folder: Path | None,
+    tokenizer_file: str | None,
+    train: int | None,
+    turns: int,
+    rows: int,
+    output_len: int,
+    seed: int,
+    json_file: str | None,
+    serve_args: tuple[str, ...],
+) -> None:
+    """Masks over many schemas; with --turns also a batch that obeys one against a batch that is free (words after -- go to `penstock serve`)."""
+    import sysconfig
+
+    from tokenizers import Tokenizer
+
+    from penstock.core.protocol.model_folder import demo_folder
+    from penstock.plugins.commands.bench.grammars import in_turns, masks, trained
+    from penstock.plugins.commands.bench.schemas import generated, suite
+    from penstock.plugins.commands.bench.server import started
+
+    if train is not None:
+        tokenizer = trained(train, [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))])
+    else:
+        tokenizer = Tokenizer.from_file(tokenizer_file or str(Path(demo_folder()) / "tokenizer.json"))
+    pairs = [*generated(schemas, seed), *(suite(suite_folder) if suite_folder is not None else ())]
+    result: dict[str, Any] = masks(tokenizer, pairs)
+    mask, cpu, first = result["mask_us"], result["mask_cpu_us"], result["first_mask_ms"]
+    click.echo(f"{result['vocabulary']} tokens, {result['schemas']} schemas ({result['kinds']}), {result['masks']} masks")
+    click.echo(
+        f"a mask: p50 {mask['p50']:.1f} us, p99 {mask['p99']:.1f} us (CPU time {cpu['p50']:.1f}, {cpu['p99']:.1f}; longest {cpu['max']:.0f})"
+    )
+    click.echo(
+        f"until the first mask: p50 {first['p50']:.2f} ms, p99 {first['p99']:.2f} ms, of which the compiling process {result['compile_ms']['p50']:.2f}"
+    )
+    if turns:
+        with started([*serve_args]) as base:
+            result["turns"] = found = in_turns(base, rows=rows, tokens=output_len, turns=turns)
+        pairs_said = ", ".join(f"{ratio:.3f}" for ratio in found["ratios"])
+        click.echo(f"batch {rows}: a schema's tokens/s over free ones: {found['schema_over_free']:.3f} (pairs: {pairs_said})")
+    write_json(json_file, "grammars", {"schemas": schemas, "seed": seed, "train": train, "serve_args": list(serve_args)}, result)
