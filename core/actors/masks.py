@@ -17,6 +17,7 @@ import numpy as np
 from penstock.core.contract.grammars import Grammars, Matcher
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import Message
+from penstock.core.protocol.errors import described, tamed
 from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarOpen, MaskReady, MaskRequest, Vocabulary
 
 log = logging.getLogger("penstock.engine.masks")
@@ -99,7 +100,8 @@ class Masks:
         tokens = tokens[: self._vocab] + [b""] * (self._vocab - len(tokens))
         try:
             self._grammars = self._make(tokens, [token for token in vocabulary.special.tolist() if token < self._vocab])
-        except Exception:
+        except BaseException as error:
+            tamed(error)
             log.exception("the grammar backend cannot use this vocabulary: requests with a grammar will fail")
 
     def _open(self, message: GrammarOpen) -> None:
@@ -112,7 +114,7 @@ class Masks:
                     place.matcher = self._grammars.matcher(message.grammar)
                 for token in message.outputs[at : at + count].tolist():
                     place.advance(token)
-            except Exception as error:
+            except BaseException as error:  # a library's panic is no Exception
                 self._fail(place, error)
             at += count
 
@@ -123,7 +125,7 @@ class Masks:
             if place is not None and token >= 0:
                 try:
                     place.advance(token)
-                except Exception as error:
+                except BaseException as error:
                     self._fail(place, error)
 
     def _ready(self) -> Iterator[Message]:
@@ -137,11 +139,11 @@ class Masks:
                     continue  # it is over already: what is drawn for it is dropped
                 try:
                     place.fill(mask[row])
-                except Exception as error:
+                except BaseException as error:
                     self._fail(place, error)
                     mask[row] = 0
             yield MaskReady(step=request.step, rows=request.rows, mask=mask.ravel())
 
-    def _fail(self, place: _Place, error: Exception) -> None:
+    def _fail(self, place: _Place, error: BaseException) -> None:
         place.matcher = None
-        log.warning("a sequence's grammar failed (%s: %s): the sequence fails", type(error).__name__, error)
+        log.warning("a sequence's grammar failed (%s): the sequence fails", described(tamed(error)))
