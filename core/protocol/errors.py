@@ -45,6 +45,15 @@ def sendable(text: str) -> str:
     return plain if plain.isascii() else plain.encode("utf-8", "replace").decode()
 
 
+def spelled(text: str) -> str:
+    """`text` for people, as UTF-8 can carry it: a name of the file system that is no UTF-8 shows its bytes (`m\\xff`)."""
+    plain = str.__str__(text)
+    try:
+        return plain.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return sendable(plain)
+
+
 def described(error: BaseException, most: int = 500) -> str:
     """ "ValueError: no such thing", cut after `most` characters. Whatever a stranger's exception does when it is asked for its text, this raises
     nothing, and what it returns can be sent."""
@@ -52,7 +61,7 @@ def described(error: BaseException, most: int = 500) -> str:
         said = str(error)
     except BaseException as second:  # it may be a panic of the same library
         said = f"(no text: asking for it raised {type(second).__name__})"
-    return sendable(f"{type(error).__name__}: {said}".rstrip(": ")[:most])
+    return spelled(f"{type(error).__name__}: {said}".rstrip(": ")[:most])
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -104,7 +113,7 @@ class PenstockError(Exception):
 
 def _text(value: Any) -> str:
     """A plugin may give anything: `InvalidRequest(KeyError("x"))`."""
-    return sendable(value if isinstance(value, str) else described(value) if isinstance(value, BaseException) else shown(value, 500))
+    return spelled(value if isinstance(value, str) else described(value) if isinstance(value, BaseException) else shown(value, 500))
 
 
 class FinalError(PenstockError):
