@@ -384,7 +384,7 @@ def page() -> str:
         "## Endpoints",
         "",
         *endpoints(),
-        "HEAD works wherever GET does, OPTIONS at every path above: 204 with `allow`, or what CORS allows. Another method of HTTP is a 405; a word that is"
+        "HEAD works wherever GET does, OPTIONS at every path above: 204 with `allow`, or what CORS allows. Another method of HTTP (TRACE, say) is a 405, without a key too; a word that is"
         " none, and whatever else is no valid HTTP/1.1, is a 400 (in the same shape as other errors). Any other path is a 404. Bodies are JSON; a `content-type` that says"
         " otherwise is a 415, none at all is taken as JSON.",
         "",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from litestar import Router
 from litestar.handlers.base import BaseRouteHandler
 
-from penstock.core.protocol.errors import PenstockError, PluginFault
+from penstock.core.protocol.errors import PenstockError, PluginFault, described
 from penstock.transports.gateway import Gateway
 from penstock.transports.request import Header, JsonReply, error_reply
 from penstock.transports.voice import VOICE, Voice
@@ -68,7 +68,7 @@ def said(handler: BaseRouteHandler | None, call: str, error: Exception) -> str:
     if isinstance(error, VoiceFault):
         call, what = error.call, error.what
     blame: Blame | None = None if handler is None else handler.opt.get(OWNER)
-    return blame(call, what).message if blame is not None else f"{call}(): {type(error).__name__}: {error}"
+    return blame(call, what).message if blame is not None else f"{call}(): {described(error)}"
 
 
 def refusal(

@@ -36,6 +36,7 @@ from penstock.transports.protocol import HEADERS_TOO_LARGE, REFUSED, HeadersTooL
 from penstock.transports.request import (
     CONTEXT,
     Disconnected,
+    Header,
     JsonReply,
     NoReply,
     Receive,
@@ -67,6 +68,10 @@ class MethodNotAllowed(FinalError):
     status = 405
     type = "invalid_request_error"
     default_code = "method_not_allowed"
+
+    def __init__(self, method: str, methods: list[str]) -> None:
+        super().__init__(f"{method} is not allowed here. Use {' or '.join(methods) or 'another method'}.")
+        self.headers: list[Header] = [(b"allow", ", ".join(methods).encode())]
 
 
 def paths_of(app: Litestar) -> Paths:
@@ -128,7 +133,9 @@ class Edge:
                 await preflight(scope, receive, send_with_headers)
             elif error is not None:
                 handler = self._paths.handler(scope["path"], inner["method"])
-                await refusal(handler, error, CLOSE if error.status == 431 else ())(scope, receive, send_with_headers)
+                await refusal(
+                    handler, error, error.headers if isinstance(error, MethodNotAllowed) else CLOSE if error.status == 431 else ()
+                )(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
         finally:
@@ -141,6 +148,9 @@ class Edge:
         if self.keyring.locked and scope["path"] not in PUBLIC and scope["method"] != "OPTIONS":  # a browser asks without credentials
             principal = self.keyring.find(context.headers)
             if principal is None:
+                methods = self._paths.methods(scope["path"])
+                if methods and scope["method"] not in methods:  # which there are is no secret: OPTIONS tells them
+                    return MethodNotAllowed(scope["method"], methods)
                 return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
             context.principal = principal
         return None
@@ -194,9 +204,8 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         return NoReply()
     if isinstance(error, MethodNotAllowedException):
         path, paths = request.scope["path"], paths_of(request.app)
-        methods = paths.methods(path)
-        wrong = MethodNotAllowed(f"{request.method} is not allowed here. Use {' or '.join(methods) or 'another method'}.")
-        return refusal(paths.handler(path, request.method), wrong, [(b"allow", ", ".join(methods).encode())])
+        wrong = MethodNotAllowed(request.method, paths.methods(path))
+        return refusal(paths.handler(path, request.method), wrong, wrong.headers)
     if isinstance(error, HTTPException) and error.status_code == 404:
         return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
     if isinstance(error, HTTPException) and error.status_code < 500:
@@ -273,7 +282,7 @@ def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[
             path="/schema",
             openapi_router=Router(path="/schema", route_handlers=[], include_in_schema=False, opt={SCOPE: None}),
             servers=[Server(url=gateway.config.root_path.rstrip("/") or "/")],
-            render_plugins=[SchemaPage(kind, public=PUBLIC, locked=keyring.locked) for kind in ("json", "html")],
+            render_plugins=[SchemaPage(kind, config=gateway.config, public=PUBLIC, locked=keyring.locked) for kind in ("json", "html")],
         ),
         logging_config=None,
         request_max_body_size=None,

@@ -15,9 +15,11 @@ import msgspec
 from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
+from penstock.core.protocol.config import Config
 from penstock.transports import anthropic_replies, openapi_replies, tgi_replies
 from penstock.transports.fields import OWN, about, about_reply
 from penstock.transports.openai_schema import REQUESTS
+from penstock.transports.openapi_bounds import bounded
 from penstock.transports.openapi_replies import (
     ERRORS,
     OWN_ERRORS,
@@ -56,14 +58,17 @@ summary{{cursor:pointer;padding:.3rem 0}} b{{display:inline-block;min-width:4rem
 class SchemaPage(OpenAPIRenderPlugin):
     """`json` at /schema/openapi.json; `html` at /schema itself."""
 
-    def __init__(self, kind: Literal["json", "html"], *, public: Collection[str] = (), locked: bool = False) -> None:
+    def __init__(
+        self, kind: Literal["json", "html"], *, config: Config | None = None, public: Collection[str] = (), locked: bool = False
+    ) -> None:
         super().__init__(path="/openapi.json" if kind == "json" else "/", media_type="application/json" if kind == "json" else "text/html")  # type: ignore[arg-type]
         self._kind = kind
+        self._config = config or Config()
         self._public = public
         self._locked = locked
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        document = complete(request.app, openapi_schema, public=self._public, locked=self._locked)
+        document = complete(request.app, openapi_schema, self._config, public=self._public, locked=self._locked)
         if self._kind == "json":
             return msgspec.json.encode(document)
         parts = []
@@ -85,7 +90,7 @@ class SchemaPage(OpenAPIRenderPlugin):
         ).encode()
 
 
-def complete(app: Any, document: dict[str, Any], *, public: Collection[str], locked: bool) -> dict[str, Any]:
+def complete(app: Any, document: dict[str, Any], config: Config, *, public: Collection[str], locked: bool) -> dict[str, Any]:
     """The document with what routes that read and write bytes themselves cannot tell: request bodies (of handlers whose opt names a struct), replies
     (openapi_replies.py), and, if keys are needed (`locked`), where. `public` are the paths that need none."""
     document = msgspec.json.decode(msgspec.json.encode(document))
@@ -101,6 +106,7 @@ def complete(app: Any, document: dict[str, Any], *, public: Collection[str], loc
     kinds = list(dict.fromkeys([*bodies.values(), *replies, ErrorReply, *OWN_ERRORS.values()]))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     described(components)
+    bounded(components, ASKED, config)
     schema_of = dict(zip(kinds, schemas, strict=True))
     for path, summary in SUMMARIES.items():
         document["paths"][path] = {"get": {"summary": summary, "tags": ["server"], "operationId": summary.replace(" ", "")}}

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from penstock.core.contract.grammars import Grammars, Matcher, Together
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import Message
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest, described, tamed
 from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarFailed, GrammarOpen, MaskReady, MaskRequest, Vocabulary
 
 log = logging.getLogger("penstock.engine.masks")
@@ -108,7 +108,8 @@ class Masks:
         try:
             self._grammars = self._make(tokens, [token for token in vocabulary.special.tolist() if token < self._vocab])
             self._together = self._grammars if isinstance(self._grammars, Together) else None
-        except Exception:
+        except BaseException as error:
+            tamed(error)
             log.exception("the grammar backend cannot use this vocabulary: requests with a grammar will fail")
 
     def _open(self, message: GrammarOpen) -> None:
@@ -122,7 +123,7 @@ class Masks:
                     place.matcher = self._grammars.matcher(message.grammar)
                 for token in message.outputs[at : at + count].tolist():
                     place.advance(token)
-            except Exception as error:
+            except BaseException as error:  # a library's panic is no Exception
                 self._fail(key, place, error)
             at += count
 
@@ -133,7 +134,7 @@ class Masks:
             if place is not None and token >= 0:
                 try:
                     place.advance(token)
-                except Exception as error:
+                except BaseException as error:
                     self._fail((seq, incarnation), place, error)
 
     def _ready(self) -> Iterator[Message]:
@@ -157,7 +158,7 @@ class Masks:
     def _fill(self, key: Key, place: _Place, out: I32) -> None:
         try:
             place.fill(out)
-        except Exception as error:
+        except BaseException as error:
             self._fail(key, place, error)
             out[:] = 0
 
@@ -166,8 +167,8 @@ class Masks:
         held = [place for place in places if place is not None and place.matcher is not None]
         out = mask if len(rows) == len(mask) else np.empty((len(rows), self._words), np.int32)
         try:
-            failed = together.masks([place.matcher for place in held], out)
-        except Exception as error:  # of whom is not known
+            failed: Mapping[int, BaseException] = together.masks([place.matcher for place in held], out)
+        except BaseException as error:  # of whom is not known
             failed = dict.fromkeys(range(len(held)), error)
         for at, place in enumerate(held):
             if at in failed:
@@ -178,9 +179,9 @@ class Masks:
         if out is not mask:
             mask[rows] = out
 
-    def _fail(self, key: Key, place: _Place, error: Exception) -> None:
+    def _fail(self, key: Key, place: _Place, error: BaseException) -> None:
         place.matcher = None
         if isinstance(error, InvalidRequest):
             self._blamed.append(GrammarFailed(seq=key[0], incarnation=key[1], error=error.message))
             return
-        log.warning("a sequence's grammar failed (%s: %s): the sequence fails", type(error).__name__, error)
+        log.warning("a sequence's grammar failed (%s): the sequence fails", described(tamed(error)))

@@ -17,15 +17,14 @@ from penstock.core.contract.actors import PLACES
 from penstock.core.contract.families import Family
 from penstock.core.contract.hookspecs import Spec
 from penstock.core.protocol.config import Config, nearest
-from penstock.core.protocol.errors import PenstockError, PluginFault
+from penstock.core.protocol.errors import PenstockError, PluginFault, described, tamed
 
 
 def fault(what: str, call: str, error: Exception | str, remedy: str) -> PluginFault:
     """`what` is "The device 'x' (plugin ... of package ...)"; `error` is an exception, or says what is wrong with what `call` gave."""
     if isinstance(error, str):
         return PluginFault(f"{what} is broken: {call}() {error}. {remedy}")
-    said = f"{type(error).__name__}: {error}".rstrip(": ")
-    return PluginFault(f"{what} is broken: {call}() failed with {said}{_place(error)}. {remedy}")
+    return PluginFault(f"{what} is broken: {call}() failed with {described(error)}{_place(error)}. {remedy}")
 
 
 def _place(error: Exception) -> str:
@@ -50,7 +49,8 @@ def guarded(
             result = function(*args, **kwargs)
         except PenstockError:
             raise
-        except Exception as error:
+        except BaseException as raised:
+            error = tamed(raised)
             wrong = blame(error)
             if skip is not None:
                 return skip(wrong)

@@ -39,7 +39,7 @@ from penstock.core.contract.hookspecs import (
     WeightSourceSpec,
 )
 from penstock.core.protocol.config import Config, nearest
-from penstock.core.protocol.errors import ConfigError, PluginError, PluginFault
+from penstock.core.protocol.errors import ConfigError, PluginError, PluginFault, described, tamed
 
 log = logging.getLogger("penstock.plugins")
 S = TypeVar("S", bound=Spec)
@@ -146,10 +146,11 @@ class PluginHost:
             self._infos[label] = info
             if info.package != BUILT_IN:
                 self._guard_hooks(plugin, info)
-        except Exception as error:  # whatever a stranger's import does
+        except BaseException as raised:  # whatever a stranger's import does
+            error = tamed(raised)
             if self.manager.has_plugin(label):
                 self.manager.unregister(name=label)
-            info.error = f"{type(error).__name__}: {error}"
+            info.error = described(error)
             if not self._skip_broken:
                 raise PluginError(
                     f"Plugin {info.name!r} of package {info.package!r} cannot be loaded ({info.error}). Fix or uninstall it, or {SKIP}."

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from penstock.core.protocol.columns import F32, I32, I64, Column, f32, i32, i64
+from penstock.core.protocol.errors import tamed
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,15 +78,15 @@ class CheckedPolicy:
     def order(self, waiting: Waiting) -> Any:
         try:
             keys = self._policy.order(waiting)
-        except Exception as error:
-            raise self._blame("order", error) from error
+        except BaseException as error:
+            raise self._blame("order", tamed(error)) from error
         return self._keys("order", keys, waiting.arrival_ns.size)
 
     def victims(self, running: Running) -> Any:
         try:
             keys = self._policy.victims(running)
-        except Exception as error:
-            raise self._blame("victims", error) from error
+        except BaseException as error:
+            raise self._blame("victims", tamed(error)) from error
         return self._keys("victims", keys, running.arrival_ns.size)
 
     def _keys(self, method: str, keys: Any, rows: int) -> Column:

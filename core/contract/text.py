@@ -13,7 +13,8 @@ from penstock.core.protocol.columns import I32
 
 class Tokenizer(Protocol):
     """Ids are int32. All methods may be called from several threads at once. `encode_batch` should release the GIL for its work: it runs on
-    worker threads, while the text loop streams. Any exception while a prompt is encoded fails that request alone (400)."""
+    worker threads, while the text loop streams. Any exception while a prompt is encoded fails that request alone (400), whatever its class; so does a result
+    of another type, or an id that is not below `vocab_size`."""
 
     vocab_size: int
     """The largest id + 1, added tokens included. The model's may be larger or smaller."""

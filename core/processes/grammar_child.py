@@ -24,7 +24,7 @@ from penstock.core.contract.grammars import Grammars
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.grammars import LENGTH, Done, Job, Setup
 from penstock.core.processes.spawn import PR_SET_PDEATHSIG, ignore_signals
-from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import PenstockError, UnsupportedFeature, described
 
 ROOM = 1 << 30
 """Bytes of address space that jobs may take besides what is taken when they begin."""
@@ -54,8 +54,8 @@ class Checker:
             return Done(error=error.message, unsupported=isinstance(error, UnsupportedFeature))
         except MemoryError:
             return Done(error="It takes too much memory.")
-        except Exception as error:
-            return Done(error=f"{type(error).__name__}: {error}"[:300])
+        except BaseException as error:
+            return Done(error=described(error, 300))
 
     def _verify(self, job: Job) -> str:
         """Why the answer does not obey; "": it does."""

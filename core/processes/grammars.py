@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.contract.text import Tokenizer
-from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, described
 from penstock.core.protocol.messages import CheckGrammar, Grammar, GrammarChecked, Vocabulary
 
 log = logging.getLogger("penstock.grammars")
@@ -171,8 +171,8 @@ class GrammarWorker:
         while (check := self._queues[lane].get()) is not None and not self._closed:
             try:
                 done = self._verify(lane, check, limit_s) if check.verify else self._compile(lane, check.grammar, limit_s)
-            except Exception as error:  # a tokenizer's, say: this request alone feels it
-                done = Done(error=f"It could not be checked ({type(error).__name__}: {error})."[:300])
+            except BaseException as error:  # a tokenizer's, say: this request alone feels it
+                done = Done(error=f"It could not be checked ({described(error, 300)}).")
             self._deliver(_checked(check, done))
         child = self._children[lane]
         if child is not None:

@@ -35,7 +35,7 @@ from penstock.core.processes.supervisor import ChildSpec, Supervisor
 from penstock.core.processes.tables_file import TablesFile
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Boot, Ready
-from penstock.core.protocol.errors import ConfigError, PenstockError
+from penstock.core.protocol.errors import ConfigError, PenstockError, spelled
 from penstock.core.protocol.model_folder import with_model
 from penstock.core.protocol.pools import PoolSpec, pools_of
 from penstock.core.runtime.clock import SystemClock
@@ -184,8 +184,9 @@ def bind(config: Config) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
         ]
-    except OSError as error:
-        raise ConfigError(f"--host {config.host}: the address cannot be resolved ({error.strerror or error}).", param="host") from None
+    except (OSError, ValueError) as error:  # the latter for what no name can be
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--host {config.host}: the address cannot be resolved ({why}).", param="host") from None
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a restart; never SO_REUSEPORT: two servers would share a port
@@ -246,13 +247,18 @@ def url_of(config: Config, listener: socket.socket) -> str:
 def make_run_dir() -> Path:
     """A private directory (0700) for the sockets between processes. Those of servers that were killed are removed."""
     places = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
-    usable = [Path(place) for place in places if place and len(os.fsencode(place)) <= LONGEST_BASE and os.access(place, os.W_OK | os.X_OK)]
+    usable = [Path(place) for place in places if place and _fits(place) and os.access(place, os.W_OK | os.X_OK)]
     if not usable:
         raise ConfigError("No writable directory with a short path for the sockets between processes: set XDG_RUNTIME_DIR.", param=None)
     base = usable[0]
     for old in base.glob(f"{RUN_PREFIX}*"):
         _remove_if_stale(old)
     return Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-", dir=base))
+
+
+def _fits(place: str) -> bool:
+    """The other processes are told it (so it must be UTF-8), and a socket's path has few bytes."""
+    return spelled(place) == place and len(os.fsencode(place)) <= LONGEST_BASE
 
 
 def _remove_if_stale(path: Path) -> None:

@@ -23,7 +23,7 @@ from penstock.core.processes.spawn import root_cause
 from penstock.core.processes.text_side import TextSide, no_engine
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts, EngineUp, Message, PeerUp
-from penstock.core.protocol.errors import EngineFailure, PenstockError
+from penstock.core.protocol.errors import EngineFailure, PenstockError, described
 from penstock.core.protocol.messages import Cancel, Extension, Query, StepTokens, Submit
 from penstock.core.protocol.model_folder import with_model
 from penstock.core.runtime.wiring import Dropped
@@ -127,9 +127,7 @@ class LocalServer:
             trio.run(self._main)
         except BaseException as error:  # this thread's end must be known to whoever waits for it
             cause = root_cause(error)
-            self.failure = (
-                cause if isinstance(cause, PenstockError) else EngineFailure(f"The server failed: {type(cause).__name__}: {cause}")
-            )
+            self.failure = cause if isinstance(cause, PenstockError) else EngineFailure(f"The server failed: {described(cause)}")
             self.failure.__cause__ = cause if self.failure is not cause else None
         finally:
             self._token = None

@@ -18,7 +18,7 @@ from penstock.core.contract.actors import ActorContext, Seat
 from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts, Message
-from penstock.core.protocol.errors import PenstockError, PluginFault
+from penstock.core.protocol.errors import PenstockError, PluginFault, tamed
 from penstock.core.runtime.actor import Handling
 from penstock.core.runtime.clock import Clock
 from penstock.core.runtime.seats import check_seat
@@ -87,7 +87,7 @@ class _Named:
         try:
             handling = self._actor.handle(message)
             yield from handling if isinstance(handling, GeneratorType) else (out for out in handling)
-        except PenstockError:
+        except (PenstockError, GeneratorExit):  # the latter is how a generator that nobody goes on with is closed
             raise
-        except Exception as error:
-            raise self._blame(error) from error
+        except BaseException as error:
+            raise self._blame(tamed(error)) from error

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import msgspec
 
@@ -46,6 +45,7 @@ from penstock.core.protocol.control import (
     Vital,
     Vitals,
 )
+from penstock.core.protocol.errors import FinalError, PenstockError, described
 from penstock.core.runtime.actor import To
 from penstock.core.runtime.clock import Clock
 
@@ -493,12 +493,10 @@ def _failure(detail: str) -> Failure | None:
 
 def failure_of(error: BaseException) -> str:
     """ChildDown.detail for an exception."""
-    known: Any = error
-    message = getattr(error, "message", None)
-    if message is not None:
-        from penstock.core.protocol.errors import FinalError
-
+    if isinstance(error, PenstockError):
         return msgspec.json.encode(
-            Failure(message=message, kind=type(error).__name__, code=known.code, param=known.param, final=isinstance(error, FinalError))
+            Failure(
+                message=error.message, kind=type(error).__name__, code=error.code, param=error.param, final=isinstance(error, FinalError)
+            )
         ).decode()
-    return msgspec.json.encode(Failure(message=f"failed with {type(error).__name__}: {error}", kind=type(error).__name__)).decode()
+    return msgspec.json.encode(Failure(message=f"failed with {described(error, 2000)}", kind=type(error).__name__)).decode()

@@ -16,7 +16,7 @@ import trio
 
 from penstock.core.actors.text import TextActor, resolve
 from penstock.core.actors.text.actor import FROM_ROOT, TO_ROOT
-from penstock.core.actors.text.careful import CarefulTokenizer
+from penstock.core.actors.text.careful import CarefulTokenizer, TokenizerFailed
 from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
@@ -28,7 +28,7 @@ from penstock.core.processes.grammars import GrammarWorker
 from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
-from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.errors import CheckpointError, PluginFault
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
@@ -121,21 +121,24 @@ class TextSide:
         formats = Formats.choose(plugins.output_formats(), template, config)
         self.traces = traces
         grammars = plugins.grammars(config.grammar_backend)
-        self.actor = TextActor(
-            config,
-            tokenizer,
-            names=config.served_model_name or [model],
-            model_path=model,
-            defaults=resolve.generation_defaults(config, model),
-            clock=self._clock,
-            traces=traces,
-            hooks=plugins.hook,
-            log=log,
-            shard=shard,
-            root=to_root is not None,
-            grammars="" if grammars is None else grammars.name,
-            formats=formats,
-        )
+        try:
+            self.actor = TextActor(
+                config,
+                tokenizer,
+                names=config.served_model_name or [model],
+                model_path=model,
+                defaults=resolve.generation_defaults(config, model),
+                clock=self._clock,
+                traces=traces,
+                hooks=plugins.hook,
+                log=log,
+                shard=shard,
+                root=to_root is not None,
+                grammars="" if grammars is None else grammars.name,
+                formats=formats,
+            )
+        except TokenizerFailed as error:  # its bytes are asked for every token
+            raise PluginFault(f"The tokenizer is broken: {error}.") from error
         self._grammars: GrammarWorker | None = None
         self._extra, self._backend = plugins.extra, config.grammar_backend
         stats = log is not None and config.log_stats

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.errors import ConfigError, spelled
 from penstock.core.protocol.foreign import FOREIGN, judge
 from penstock.core.protocol.generation import override_of
 from penstock.core.protocol.sampling import MAX_N
@@ -360,6 +360,7 @@ def _one(option: Option) -> Any:
 
 def from_text(option: Option, text: str, *, where: str) -> Any:
     """A value from the environment or the command line. Raises ConfigError naming `where`."""
+    _check_unicode(option, text, where)
     try:
         if option.is_list:
             secret = bool(option.extra.get("secret"))  # a key is what it is, whatever it looks like
@@ -402,6 +403,10 @@ def _object_text(text: str) -> str:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("it must be a JSON object")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds {error.object[error.start]!a}, half of a surrogate pair") from None
     return text
 
 
@@ -415,13 +420,32 @@ def typed(option: Option, value: Any, *, where: str) -> Any:
         return from_text(option, value, where=where)
     if isinstance(value, Mapping) and option.is_json:
         try:
+            json.dumps(value, ensure_ascii=False).encode()
             return json.dumps(value)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{where} cannot be written as JSON: {error}.", param=option.name) from None
+    for text in value if isinstance(value, list) else [value]:
+        _check_unicode(option, text, where)
     try:
         return msgspec.convert(value, option.type)
     except msgspec.ValidationError:
         raise ConfigError(f"{where} must be {type_words(option.type)}, but is {_shown(option, value)}.", param=option.name) from None
+
+
+def _check_unicode(option: Option, value: Any, where: str) -> None:
+    """The other processes are told every value, and names of files need not be text. Raises ConfigError."""
+    if not isinstance(value, str) or value.isascii():
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        secret = bool(option.extra.get("secret"))
+        shown = "(hidden)" if secret else f"'{spelled(value):.200}'"
+        remedy = LINK_IT if not secret and ("/" in value or os.path.lexists(value)) else "Write it in UTF-8."
+        raise ConfigError(f"{where}: {shown} is not valid UTF-8. {remedy}", param=where) from None
+
+
+LINK_IT = "Rename that file or folder, or give a symbolic link to it."
 
 
 class Values(dict[str, Any]):
@@ -438,6 +462,7 @@ def from_env(environ: Mapping[str, str] | None = None, note: Callable[[str], Non
     out = Values()
     environ = os.environ if environ is None else environ
     if VLLM_KEY in environ and "PENSTOCK_API_KEY" not in environ:
+        _check_unicode(OPTIONS["api_key"], environ[VLLM_KEY], VLLM_KEY)
         out["api_key"], out.source["api_key"] = [environ[VLLM_KEY]], f"by {VLLM_KEY}"
     links = [key for key, text in environ.items() if key.startswith("PENSTOCK_") and is_service_link(key, text)]
     if links:

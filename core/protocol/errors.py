@@ -1,12 +1,15 @@
 """The error families of Penstock.
 
 What it is: every error that may reach a user is a `PenstockError`. It knows the OpenAI error shape (type, code, the name of the
-offending field, HTTP status) and whether trying again can help. What it does not know: HTTP, sockets, or who raised it.
+offending field, HTTP status) and whether trying again can help. `described` and `tamed`: strangers' exceptions, made safe to speak of and to pass on.
+What it does not know: HTTP, sockets, or who raised it.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import signal
+import threading
+from typing import Any, ClassVar, Literal
 
 ErrorCode = Literal[
     "invalid_value",
@@ -36,6 +39,54 @@ QueueLimit = Literal["queue_requests", "queue_tokens"]
 """What a queue is full of; a label of metrics."""
 
 
+def sendable(text: str) -> str:
+    """`text` as UTF-8 can carry it: a template or a tokenizer may put half a surrogate pair into it, which becomes a question mark."""
+    plain = str.__str__(text)  # of a subclass, too
+    return plain if plain.isascii() else plain.encode("utf-8", "replace").decode()
+
+
+def spelled(text: str) -> str:
+    """`text` for people, as UTF-8 can carry it: a name of the file system that is no UTF-8 shows its bytes (`m\\xff`)."""
+    plain = str.__str__(text)
+    try:
+        return plain.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return sendable(plain)
+
+
+def described(error: BaseException, most: int = 500) -> str:
+    """ "ValueError: no such thing", cut after `most` characters. Whatever a stranger's exception does when it is asked for its text, this raises
+    nothing, and what it returns can be sent."""
+    try:
+        said = str(error)
+    except BaseException as second:  # it may be a panic of the same library
+        said = f"(no text: asking for it raised {type(second).__name__})"
+    return spelled(f"{type(error).__name__}: {said}".rstrip(": ")[:most])
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The beginning of its repr; as safe as `described`."""
+    try:
+        return sendable(repr(value)[:most])
+    except BaseException:
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+class Wild(Exception):
+    """A plugin raised what is no Exception: SystemExit, a library's panic (pyo3's PanicException is a BaseException)."""
+
+
+def tamed(error: BaseException) -> Exception:
+    """What a plugin's code raised, as an Exception: nothing that a plugin raises may end a thread or a process. Raises it again if it is Ctrl-C, which
+    comes to the main thread alone, and only where nobody ignores it. For plain calls: what a loop raises to cancel a task is not the plugin's."""
+    if isinstance(error, Exception):
+        return error
+    at_main = threading.current_thread() is threading.main_thread()
+    if isinstance(error, KeyboardInterrupt) and at_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        raise error
+    return Wild(described(error))
+
+
 class PenstockError(Exception):
     """An error with a place in the OpenAI error body.
 
@@ -46,14 +97,23 @@ class PenstockError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str] = "internal_error"
+    message: str = "It failed, and does not say why."  # of a plugin's class whose __init__ does not call this one
+    param: str | None = None
+    code: str = "internal_error"
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None) -> None:
-        message = message.encode("utf-8", "replace").decode()  # a template or a tokenizer may put half a surrogate pair into it
+        message = _text(message) or type(self).__name__  # none would look like success
         super().__init__(message)
         self.message = message
-        self.param = param
-        self.code = code or self.default_code
+        self.param = None if param is None else _text(param)
+        self.code = _text(code or self.default_code)
         self.retry_after_s = retry_after_s
+
+
+def _text(value: Any) -> str:
+    """A plugin may give anything: `InvalidRequest(KeyError("x"))`."""
+    return spelled(value if isinstance(value, str) else described(value) if isinstance(value, BaseException) else shown(value, 500))
 
 
 class FinalError(PenstockError):

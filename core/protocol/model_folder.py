@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.config import LINK_IT, Config
+from penstock.core.protocol.errors import ConfigError, spelled
 
 DEMO_FOLDER = "demo_model/brook"
 DEMO_NAME = "brook"
@@ -44,4 +44,8 @@ def with_model(config: Config) -> Config:
             raise ConfigError(
                 f"--model {config.model}: the folder holds no config.json, so it is no Hugging Face checkpoint.", param="model"
             )
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # a folder above it, or the name of the working directory
+        raise ConfigError(f"The model folder's path '{spelled(str(folder))}' is not valid UTF-8. {LINK_IT}", param="model") from None
     return msgspec.structs.replace(config, model=str(folder), served_model_name=config.served_model_name or [name])

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from penstock.core.contract.devices import Device, Runner, RunnerConfig
 from penstock.core.protocol.control import Message
-from penstock.core.protocol.errors import PenstockError, ProtocolError, UnsupportedFeature
+from penstock.core.protocol.errors import PenstockError, ProtocolError, UnsupportedFeature, described
 from penstock.core.protocol.messages import Control, DeviceLost, DeviceWork, Forward, Move, Sample, StepDone, WorkDone
 
 log = logging.getLogger("penstock.engine.device")
@@ -204,8 +204,8 @@ class ThreadDeviceQueue:
                 assert self._improve is not None
                 try:
                     self._may_improve = not self._lost.is_set() and self._improve()
-                except Exception as error:  # nobody asked for it; a device that is broken will say so at the next step
-                    log.warning("could not prepare for faster steps (%s: %s); serving goes on without", type(error).__name__, error)
+                except BaseException as error:  # nobody asked for it; a device that is broken will say so at the next step
+                    log.warning("could not prepare for faster steps (%s); serving goes on without", described(error))
                     self._improve, self._may_improve = None, False
         return self._jobs.get()
 
@@ -246,7 +246,7 @@ class ThreadDeviceQueue:
             if self._waits_here:
                 self._post(wait())
                 return
-        except Exception as error:
+        except BaseException as error:  # this thread goes on, and the engine's end is in order
             self._lose(_step_of(entry), error)
             return
         if self._waiter is None:
@@ -262,18 +262,18 @@ class ThreadDeviceQueue:
                 continue
             try:
                 done = wait()
-            except Exception as error:
+            except BaseException as error:
                 self._lose(step, error)
             else:
                 self._post(done)
             self._answered += 1
 
-    def _lose(self, step: int, error: Exception) -> None:
+    def _lose(self, step: int, error: BaseException) -> None:
         if not self._lost.is_set():
             self._lost.set()
             where = traceback.extract_tb(error.__traceback__)[-1:]
             at = f" at {where[0].filename.rsplit('/', 1)[-1]}:{where[0].lineno}" if where else ""
-            text = f"{type(error).__name__}: {error}{at}"
+            text = described(error, 2000) + at
             self._post(DeviceLost(engine=self._engine, epoch=self._epoch, step=step, error=text))
 
 
@@ -315,9 +315,7 @@ class InlineDeviceQueue:
                 self._finished.append(self._runner.sample(entry) if isinstance(entry, Sample) else begin(self._runner, entry))
             except Exception as error:
                 self._lost = True
-                self._post(
-                    DeviceLost(engine=self._engine, epoch=self._epoch, step=_step_of(entry), error=f"{type(error).__name__}: {error}")
-                )
+                self._post(DeviceLost(engine=self._engine, epoch=self._epoch, step=_step_of(entry), error=described(error)))
                 return
             if not self._manual:
                 self.step()

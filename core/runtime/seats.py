@@ -19,6 +19,7 @@ import trio
 
 from penstock.core.contract.actors import HOSTS, Seat
 from penstock.core.protocol.control import Message
+from penstock.core.protocol.errors import tamed
 from penstock.core.runtime.actor import Handling
 from penstock.core.runtime.hosts import FusedHost, TaskHost, make_host
 from penstock.core.runtime.wiring import Kinds, WiringError
@@ -211,6 +212,6 @@ class _Thread(_Apart):
             try:
                 for out in self._said(message):
                     self._house.say_soon(self.name, out)
-            except Exception as error:
-                self._house.fail_soon(error)
+            except BaseException as error:  # the loop, whose thread this is not, must hear of it
+                self._house.fail_soon(tamed(error))
                 return

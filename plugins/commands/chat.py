@@ -43,6 +43,13 @@ def stream_chat(url: str, key: str | None, body: dict[str, Any]) -> Iterator[str
         raise click.ClickException(f"No server answers at {url}. Start one with `penstock serve`, or name another with --url.") from None
     except httpx.HTTPError as error:
         raise click.ClickException(f"The connection to {url} broke: {error}.") from None
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise _unsayable(url, error) from None
+
+
+def _unsayable(url: str, error: Exception) -> click.ClickException:
+    """The terminal may give what is no address, and no UTF-8."""
+    return click.ClickException(f"{url!a} cannot be asked: {error}. See --url, --model and --api-key.")
 
 
 def error_text(status: int, body: str) -> str:
@@ -57,6 +64,8 @@ def first_model(url: str, key: str | None) -> str:
 
     try:
         response = httpx.get(url + "/v1/models", headers={"authorization": f"Bearer {key}"} if key else {}, timeout=5)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise _unsayable(url, error) from None
     except httpx.HTTPError:
         raise click.ClickException(f"No server answers at {url}. Start one with `penstock serve`, or name another with --url.") from None
     if response.status_code != 200:

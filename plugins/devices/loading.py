@@ -144,7 +144,7 @@ def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str, device
 def fingerprint(*parts: object) -> str:
     """A digest of everything that numerics depend on, version of Penstock and torch included."""
     text = "\n".join(str(part) for part in (__version__, torch.__version__, *parts))
-    return "pk_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    return "pk_" + hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
 
 def model_of(config: RunnerConfig) -> tuple[dict[str, Any], ModelSpec, ModelFacts]:

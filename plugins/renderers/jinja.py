@@ -28,7 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from penstock.core.actors.text.chat import Shape, cut_at_mark, mark_final, prepare
-from penstock.core.protocol.errors import CheckpointError, ConfigError, InvalidRequest
+from penstock.core.protocol.errors import CheckpointError, ConfigError, InvalidRequest, described
 from penstock.plugins.renderers.probe import shape_of
 
 MAX_RENDERED_CHARS = 32 << 20
@@ -225,9 +225,7 @@ class JinjaRenderer:
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"The chat template refused the conversation: {error}", param="messages") from None
         except FAILURES as error:
-            raise InvalidRequest(
-                f"The chat template failed on the conversation: {type(error).__name__}: {error}"[:500], param="messages"
-            ) from None
+            raise InvalidRequest(f"The chat template failed on the conversation: {described(error)}", param="messages") from None
 
     def _generate(self, template: jinja2.Template, values: dict[str, Any]) -> str:
         out: list[str] = []

@@ -65,6 +65,8 @@ def test_fixed_lengths_are_never_cut() -> None:
         ("latency --prefixes 0", "--prefixes"),
         ("latency --input-len 4090 --output-len 100 -- --kv-cache-memory-bytes 64M", "4190 tokens"),
         ("footprint --repeats 0", "--repeats"),
+        ("serve --url ftp://a", "no http(s) URL"),
+        ("serve --url http://a\udcff", "--url"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(line: str, said: str) -> None:

@@ -101,3 +101,11 @@ def test_no_server_is_one_clear_line() -> None:
     assert result.exit_code == 1
     assert "penstock serve" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("words", [["--url", "http://a\udcff"], ["--model", "a\udcff"], ["--api-key", "a\udcff", "--model", "m"]])
+def test_what_cannot_be_asked_is_one_clear_line(words: list[str]) -> None:
+    result = CliRunner().invoke(chat, ["Hi", "--url", "http://127.0.0.1:9", *words])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), "no traceback"
+    assert "cannot be asked" in result.output

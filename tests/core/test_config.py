@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from penstock.core import cli
 from penstock.core.protocol import config as cfg
 from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.model_folder import with_model
 from penstock.core.protocol.service_links import is_service_link
 
 
@@ -361,3 +363,44 @@ def test_what_no_browser_would_send_is_no_origin(name: str, value: str) -> None:
 def test_a_key_that_looks_like_a_list_is_a_key() -> None:
     for key in ("[]", '["a"]'):
         assert cfg.build(cfg.from_env({"PENSTOCK_API_KEY": key})).api_key == [key]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("model", "/m/a\udcff", r"'/m/a\xff' is not valid UTF-8. Rename that file or folder, or give a symbolic link to it."),
+        ("tokenizer", "/m/a\udcff", r"'/m/a\xff' is not valid UTF-8. Rename"),
+        ("chat_template", "/m/a\udcff", r"'/m/a\xff' is not valid UTF-8. Rename"),
+        ("tables", "/m/a\udcff", r"'/m/a\xff' is not valid UTF-8. Rename"),
+        ("api_key_file", "/m/a\udcff", r"'/m/a\xff' is not valid UTF-8. Rename"),
+        ("uds", "/m/a\udcff", r"'/m/a\xff' is not valid UTF-8. Rename"),
+        ("api_key", "a\udcff/", "(hidden) is not valid UTF-8. Write it in UTF-8."),
+        ("served_model_name", "a\udcff", r"'a\xff' is not valid UTF-8. Write it in UTF-8."),
+        ("default_chat_template_kwargs", '{"a": "\udcff"}', "is not valid UTF-8"),
+        ("default_chat_template_kwargs", r'{"a": "\ud800"}', "half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_utf_8_is_refused_from_wherever_it_comes(name: str, text: str, said: str) -> None:
+    """The other processes are told every value, in UTF-8."""
+    option = cfg.OPTIONS[name]
+    for refused, where in (
+        (lambda: cli.parse_serve_args([option.flag, text]), option.flag),
+        (lambda: cfg.build(cfg.from_env({option.env: text})), option.env),
+        (lambda: cfg.build({name: [text] if option.is_list else text}), name),
+    ):
+        with pytest.raises((ConfigError, click.UsageError)) as caught:
+            refused()  # type: ignore[no-untyped-call]
+        assert said in caught.value.message
+        assert where in caught.value.message
+        caught.value.message.encode()
+
+
+def test_a_folder_below_one_that_is_no_utf_8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a\udcff" / "m"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ConfigError, match=r"a\\xff/m' is not valid UTF-8. Rename"):
+        with_model(cfg.build({"model": "m"}))
+    (tmp_path / "link").symlink_to(folder)
+    assert with_model(cfg.build({"model": str(tmp_path / "link")})).model == str(tmp_path / "link")

@@ -213,6 +213,30 @@ def test_a_failing_step_is_reported_once_and_nothing_runs_after_it() -> None:
     assert device.calls[-1] == ("close", 0)
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(2), GeneratorExit()])
+@pytest.mark.parametrize("late", [False, True], ids=["in forward", "in the wait"])
+def test_whatever_a_runner_raises_is_a_loss_and_never_silence(raised: BaseException, late: bool) -> None:
+    class Wild(Recorder):
+        def forward(self, work: Forward) -> None:
+            if not late:
+                raise raised
+
+        def sample(self, work: Sample) -> Callable[[], StepDone]:
+            def wait() -> StepDone:
+                raise raised
+
+            return wait
+
+    device_queue, posted, _ = started(Wild(depth=2))
+    for work in works(1):
+        device_queue.deliver(work)
+    lost = posted.get(timeout=10)
+    assert isinstance(lost, DeviceLost)
+    assert type(raised).__name__ in lost.error
+    assert device_queue.call(lambda: 3).result(10) == 3, "the thread goes on"
+    device_queue.close()
+
+
 class Mover(Recorder):
     """A runner that has what most lack."""
 

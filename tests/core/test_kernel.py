@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def test_the_socket_is_bound_once_and_a_taken_port_is_an_error() -> None:
         pass
     with pytest.raises(ConfigError, match="cannot be resolved"):
         kernel.bind(build({"host": "no-such-host.invalid"}))
+    with pytest.raises(ConfigError, match="cannot be resolved"):  # what no name can be is no OSError
+        kernel.bind(build({"host": "a" * 64 + "é.invalid"}))
 
 
 def test_a_unix_socket_replaces_a_dead_one_but_not_a_living_one(tmp_path: Path) -> None:
@@ -339,3 +342,13 @@ def test_a_child_without_its_parent_leaves_at_once() -> None:
     code = "import penstock.core.processes.spawn as p; p.die_with(1, 'x') or print('still here')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_place_that_is_no_utf_8_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other processes are told where their sockets are."""
+    for name, variable in (("a\udcff", "XDG_RUNTIME_DIR"), ("b", "TMPDIR")):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(kernel, "LONGEST_BASE", 1000)
+    assert kernel.make_run_dir().parent == tmp_path / "b"

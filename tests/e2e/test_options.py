@@ -48,6 +48,11 @@ def test_a_request_brings_its_template_and_no_unknown_field(starter: Any) -> Non
     for fields, param in (({"chat_template": "{% if %}"}, "chat_template"), ({"zz": 1}, "zz")):
         reply = server.client.post("/v1/chat/completions", json={**ask, "messages": messages, **fields})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    # Half of a surrogate pair, in the body's JSON and in the template's own spelling: a refusal, and the server goes on.
+    for template in (r'"{{ raise_exception(\'\ud800\') }}"', r'"{{ raise_exception(\'\\ud800\') }}"', r'"{{ \'\\ud800\' }}"'):
+        content = '{"model": "brook", "messages": [{"role": "user", "content": "a"}], "chat_template": ' + template + "}"
+        reply = server.client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error"), reply.text
     best = server.client.post(
         "/v1/completions", json={"model": "brook", "prompt": "The", "temperature": 1, "seed": 1, "n": 2, "best_of": 8, "logprobs": 0}
     ).json()

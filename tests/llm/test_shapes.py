@@ -152,15 +152,15 @@ def test_chat_templates_are_applied_as_by_transformers(llm: LLM, theirs: Any) ->
     [
         (lambda t: t.encode(5), "text"),
         (lambda t: t.encode("\ud800"), "text"),
-        (lambda t: t(["x", 5]), "texts[1]"),
-        (lambda t: t(5), "texts"),
+        (lambda t: t(["x", 5]), "text[1]"),
+        (lambda t: t(5), "text"),
         (lambda t: t.decode([1, 10**9]), "token_ids[1]"),
         (lambda t: t.decode(-1), "token_ids[0]"),
         (lambda t: t.decode(["x"]), "token_ids"),
         (lambda t: t.apply_chat_template([]), "conversation"),
         (lambda t: t.apply_chat_template([{"role": "zzz", "content": ""}]), "conversation[0].role"),
         (lambda t: t.apply_chat_template(CONVERSATION, chat_template="x"), "chat_template"),
-        (lambda t: t.apply_chat_template(CONVERSATION, return_tensors="pt"), "return_dict"),
+        (lambda t: t.apply_chat_template(CONVERSATION, return_tensors="pt"), "return_tensors"),
     ],
 )
 def test_wrong_arguments_are_named(llm: LLM, call: Any, field: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -15,6 +17,7 @@ from penstock.core.actors.text.careful import CarefulTokenizer, TokenizerFailed,
 from penstock.core.actors.text.worker import TokenizerWorker
 from penstock.core.protocol.errors import PluginFault
 from penstock.core.protocol.messages import Encode, Encoded
+from penstock.core.runtime.clock import SystemClock
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer, byte_alphabet
 
 
@@ -78,8 +81,20 @@ def test_the_end_of_the_process_is_not_a_tokenizers_failure() -> None:
 
 @pytest.mark.parametrize(
     "result",
-    [[np.zeros((1, 2), np.int32)], [np.array([1.5])], [np.array(["a"])], [[2**40]], [], [np.zeros(1, np.int32)] * 2, [np.int32(3)], None],
-    ids=["two dimensions", "floats", "texts", "too large", "too few", "too many", "a number", "nothing"],
+    [
+        [np.zeros((1, 2), np.int32)],
+        [np.array([1.5])],
+        [np.array(["a"])],
+        [[2**40]],
+        [[3, -1]],
+        [np.array([3, 256], np.int32)],
+        [np.array([2**64 - 1], np.uint64)],
+        [],
+        [np.zeros(1, np.int32)] * 2,
+        [np.int32(3)],
+        None,
+    ],
+    ids=["two dimensions", "floats", "texts", "too large", "negative", "beyond", "unsigned", "too few", "too many", "a number", "nothing"],
 )
 def test_what_is_no_row_of_ids_is_refused(result: Any) -> None:
     with pytest.raises((TokenizerFailed, TypeError)):
@@ -114,9 +129,12 @@ def test_attributes_are_read_once_and_checked_at_start() -> None:
         "special_ids": {"a"},
         "name": 3,
         "max_chars_per_token": -1,
+        "bos_id ": 256,
+        "special_ids ": {-1},
+        "special_ids  ": {256},
     }.items():
-        with pytest.raises(PluginFault, match=f"its '{name}' must be"):
-            CarefulTokenizer(Odd(**{name: value}))
+        with pytest.raises(PluginFault, match=f"its '{name.strip()}' must be"):
+            CarefulTokenizer(Odd(**{name.strip(): value}))
     with pytest.raises(PluginFault, match="'vocab_size' cannot be read"):
         CarefulTokenizer(type("Bare", (), {})())
 
@@ -156,6 +174,80 @@ def test_even_a_fault_of_our_own_leaves_nobody_waiting(monkeypatch: pytest.Monke
     first, second = serve(CarefulTokenizer(Odd()), "a", "b")
     assert first.error_status == second.error_status == 500
     assert "ZeroDivisionError: ours" in second.error
+
+
+class Mute(Exception):
+    """Asked for its text, it fails."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, GeneratorExit, SystemExit, Panic, Mute])
+@pytest.mark.parametrize("careful", [True, False])
+def test_whatever_is_raised_fails_one_request_and_the_next_is_served(kind: type[BaseException], careful: bool) -> None:
+    def moody(texts: list[str], *, add_special_tokens: bool) -> Any:
+        if "bad" in texts:
+            raise kind("now")
+        return Odd().encode_batch(texts, add_special_tokens=add_special_tokens)
+
+    own = Odd(encode_batch=moody)
+    first, bad, last = serve(CarefulTokenizer(own) if careful else own, "a", "bad", "b")
+    assert (first.error, last.error) == ("", "")
+    assert (bad.error_status, "cannot be encoded" in bad.error) == (400, True)
+    assert kind.__name__ in bad.error
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Mute])
+def test_others_of_its_batch_are_served(kind: type[BaseException]) -> None:
+    def moody(texts: list[str], *, add_special_tokens: bool) -> Any:
+        if "bad" in texts:
+            raise kind
+        return Odd().encode_batch(texts, add_special_tokens=add_special_tokens)
+
+    batch = [Encode(job=job, kind="completion", prompt=text) for job, text in enumerate(["a", "bad", "b"])]
+    found: list[list[Encoded]] = []
+    thread = threading.Thread(
+        target=lambda: found.append(
+            worker_module.encode_batch(CarefulTokenizer(Odd(encode_batch=moody)), object(), batch, SystemClock())  # type: ignore[arg-type]
+        )
+    )
+    thread.start()
+    thread.join()
+    assert [encoded.error_status if encoded.error else 200 for encoded in found[0]] == [200, 400, 200]
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "what"),
+    [
+        ("token_bytes", "a", "not bytes"),
+        ("token_text", b"a", "not a text"),
+        ("token_text", None, "not a text"),
+        ("is_byte_exact", "yes", "not True or False"),
+        ("decode", b"a", "not a text"),
+        ("info", [], "not a dictionary"),
+        ("info", {"a": object()}, "no JSON"),
+        ("info", {(1, 2): 3}, "no JSON"),
+    ],
+)
+def test_results_of_another_type_are_refused(name: str, result: Any, what: str) -> None:
+    careful = CarefulTokenizer(Odd(**{name: lambda *args, **kwargs: result}))
+    arguments: dict[str, Any] = {"token_bytes": (1,), "token_text": (1,), "decode": ([1],)}
+    with pytest.raises(TokenizerFailed, match=what):
+        getattr(careful, name)(*arguments.get(name, ()), **({"skip_special_tokens": True} if name == "decode" else {}))
+
+
+def test_texts_of_a_tokenizer_can_be_sent() -> None:
+    class Text(str):
+        pass
+
+    odd = Odd(token_text=lambda token: Text("a\ud800"), info=lambda: {"a": ["\ud800", 10**30], "b": float("inf")})
+    careful = CarefulTokenizer(odd)
+    assert (careful.token_text(1), type(careful.token_text(1))) == ("a?", str)
+    assert msgspec.json.encode(careful.info()).startswith(b'{"a":["?",1000000000')
+    assert CarefulTokenizer(Odd(token_bytes=lambda token: bytearray(b"a"))).token_bytes(1) == b"a"
 
 
 def test_half_a_surrogate_pair_never_leaves_text() -> None:

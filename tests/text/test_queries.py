@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.core.actors.text.careful import CarefulTokenizer
 from penstock.core.protocol.columns import PIECE, i32_by_pieces
 from penstock.core.protocol.messages import Drain, EngineDown, Vital, Vitals, seq_of
 
@@ -79,6 +80,18 @@ def test_tokenizer_info(bench: Any) -> None:
     assert "<|eos|>" in info["special_tokens"]
     assert info["chat_template"]
     assert info["tokenizer_class"]
+
+
+@pytest.mark.parametrize("info", [lambda: {"a": object()}, lambda: 1 / 0, lambda: [].append], ids=["no JSON", "raises", "no dictionary"])
+def test_a_tokenizer_that_cannot_say_what_it_is_fails_that_question_alone(make_bench: Any, tokenizer: Any, info: Any) -> None:
+    class Odd:
+        def __getattr__(self, name: str) -> Any:
+            return info if name == "info" else getattr(tokenizer, name)
+
+    bench = make_bench(with_tokenizer=CarefulTokenizer(Odd()))  # type: ignore[arg-type]
+    answer = bench.query("tokenizer_info")
+    assert (answer.status, body(answer)["type"]) == (500, "server_error")
+    assert bench.query("server_info").status == 200
 
 
 def test_server_info(bench: Any) -> None:

@@ -64,7 +64,14 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
     routes = routes_of(edge)
     assert {path for _, path in routes} >= PUBLIC | {CHATS, COMPLETIONS, "/v1/models", "/metrics", "/version", "/schema", "/tokenize"}
     with edge.http() as http:
-        for method, path in [*routes, ("GET", "/nowhere"), ("POST", "/"), ("GET", "/health/"), ("GET", "//health"), ("GET", "/health/x")]:
+        for method, path in [
+            *routes,
+            ("GET", "/nowhere"),
+            ("POST", "/"),
+            ("GET", "/health/"),
+            ("GET", f"{edge.url}//health"),
+            ("GET", "/health/x"),
+        ]:
             for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "secret-"}, {"authorization": "Basic secret-1"}):
                 reply = http.request(method, path, headers=headers, json=CHAT if method == "POST" else None)
                 if path in PUBLIC or method == "OPTIONS":  # a browser asks without credentials

@@ -209,6 +209,27 @@ def test_preflights_are_documented(tmp_path: Path) -> None:
         edge.stop()
 
 
+def test_other_methods_are_405_without_a_key_too(tmp_path: Path) -> None:
+    """Which there are is no secret: OPTIONS tells them. What is there, and where nothing is, needs a key."""
+    edge = Edge(tmp_path, {"api_key": ["secret"]}).start()
+    try:
+        with edge.http() as http:
+            for path in sorted(replies.REPLIES):
+                real = path.replace("{model_id}", "x").replace("{request_id}", "x")
+                allowed = http.options(real).headers["allow"].split(", ")
+                for method in ("TRACE", "PROPFIND", "DELETE", "PATCH"):
+                    reply = http.request(method, real)
+                    if method in allowed:
+                        assert reply.status_code == 401
+                        continue
+                    assert (reply.status_code, reply.headers["allow"].split(", ")) == (405, allowed), (method, path)
+                    assert method in reply.text
+            assert http.request("TRACE", "/nope").status_code == 401
+            assert http.request("TRACE", CHATS, headers={"x-api-key": "secret"}).status_code == 405
+    finally:
+        edge.stop()
+
+
 @pytest.mark.parametrize("path", sorted(replies.REPLIES))
 @pytest.mark.parametrize("method", ["DELETE", "PUT", "PATCH", "TRACE", "GET", "POST"])
 def test_other_methods_are_405_with_allow(edge: Edge, path: str, method: str) -> None:

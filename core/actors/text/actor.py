@@ -30,7 +30,7 @@ from penstock.core.actors.text.ledger import ADMITTED, ENCODING, WAITING, Reques
 from penstock.core.actors.text.pool import Pool
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import Draining, EngineUnavailable, NotFound, PenstockError
+from penstock.core.protocol.errors import Draining, EngineUnavailable, NotFound, PenstockError, described
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
@@ -331,6 +331,8 @@ class TextActor:
             answer = self._answer(message)
         except PenstockError as error:
             answer = queries.failure(message, error)
+        except Exception as error:  # a tokenizer's, say: this question alone feels it
+            answer = queries.failure(message, PenstockError(f"The question could not be answered: {described(error, 300)}"))
         yield To(answer, message.edge)
 
     def _cancel_by_id(self, query: Query) -> Iterator[Outbound]:

@@ -13,7 +13,7 @@ from typing import Any
 from penstock.core.actors.text.admission import Admission
 from penstock.core.actors.text.ledger import Ledger
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import PenstockError, QueueFull
+from penstock.core.protocol.errors import PenstockError, QueueFull, described, tamed
 from penstock.core.protocol.messages import Message, Rejected
 from penstock.core.runtime.actor import To
 from penstock.core.runtime.clock import Clock
@@ -51,10 +51,11 @@ class Desk:
             return
         try:
             getattr(self._hooks, name)(**arguments)
-        except Exception as error:
+        except BaseException as raised:
+            error = tamed(raised)
             self.metrics.count("hook_errors", name)
             if self.log is not None:
-                self.log.warning("a plugin's hook failed", hook=name, error=repr(error))
+                self.log.warning("a plugin's hook failed", hook=name, error=described(error))
 
     def refuse(self, key: int, edge: int, error: PenstockError) -> Iterator[To]:
         """Tell an edge that a request never started."""

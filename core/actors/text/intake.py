@@ -22,7 +22,7 @@ from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.pool import Pool
 from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import EngineFacts
-from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, QueueFull
+from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, QueueFull, described
 from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import To
@@ -135,7 +135,11 @@ class Intake:
             if owner.submit.grammar is None:
                 self._pool.receiver.open(owner)
         except Exception as raised:  # only this request feels it
-            error = raised if isinstance(raised, PenstockError) else PenstockError(f"The prompt could not be taken in: {raised!r}"[:300])
+            error = (
+                raised
+                if isinstance(raised, PenstockError)
+                else PenstockError(f"The prompt could not be taken in: {described(raised, 300)}")
+            )
             yield from self._ending.abandon(owner, error)
             return
         if owner.submit.grammar is not None:

@@ -25,7 +25,7 @@ from penstock.core.actors.text.stops import StopMatcher, StopSet
 from penstock.core.contract.formats import CONTENT, NAME, REASONING, Fragment
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest, described, tamed
 from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs, Vocabulary
 from penstock.core.runtime.actor import To
 from penstock.core.telemetry.metrics import Metrics
@@ -136,7 +136,7 @@ class Receiver:
             if reason or mode == GENERAL or token < 0:
                 try:
                     self._general(choice, token, reason, row, at_ns)
-                except Exception as error:  # a tokenizer's, say: this answer cannot go on, all others do
+                except BaseException as error:  # a tokenizer's, say: this answer cannot go on, all others do
                     if choice.finish:
                         raise
                     self._spoil(choice, error)
@@ -151,7 +151,7 @@ class Receiver:
                 try:
                     for fragment in quick_row(choice, token, text):
                         self._row(choice, fragment.text, "", None, None, None, fragment)
-                except Exception as error:
+                except BaseException as error:
                     self._spoil(choice, error)
                 continue
             batch = choice.batch
@@ -171,19 +171,20 @@ class Receiver:
         """End a choice from here: a last row with whatever text was held back."""
         try:
             text = self._rest(choice, len(choice.outputs))
-        except Exception:  # the tokenizer fails: what it would have said is lost, the end is not
+        except BaseException as raised:  # the tokenizer fails: what it would have said is lost, the end is not
+            tamed(raised)
             text = ""
         if choice.splitter is None:
             self._row(choice, text, finish, None, error, code)
         else:
             self._split(choice, text, finish, None, error, code)
 
-    def _spoil(self, choice: Choice, error: Exception) -> None:
+    def _spoil(self, choice: Choice, error: BaseException) -> None:
         """The choice's tokens cannot become text: it ends as an error, and the engine need not go on."""
         self._metrics.count("hook_errors", "tokenizer")
         self.aborts.append(choice.seq)
         who = "tokenizer" if choice.splitter is None else "tokenizer or output format"
-        why = f"The {who} failed on this answer: {type(error).__name__}: {error}"[:300].encode("utf-8", "replace").decode()
+        why = f"The {who} failed on this answer: {described(tamed(error), 300)}"
         self._row(choice, "", "error", None, why, "internal_error")
 
     def take(self) -> Iterator[To]:

@@ -20,12 +20,12 @@ import msgspec
 
 from penstock.core.actors.text import queries
 from penstock.core.actors.text.bounds import check_chars
-from penstock.core.actors.text.careful import ordinary
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
-from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature, described
 from penstock.core.protocol.hashing import chain
 from penstock.core.protocol.messages import Encode, Encoded
+from penstock.core.protocol.sampling import check_text
 from penstock.core.runtime.clock import Clock, SystemClock
 
 log = logging.getLogger("penstock.text")
@@ -106,9 +106,9 @@ class TokenizerWorker:
                     break
             try:
                 done = encode_batch(self._tokenizer, self._renderer, batch, self._clock)
-            except Exception as error:  # ours, then: whoever waits for this thread must not wait for ever
+            except BaseException as error:  # ours, then: whoever waits for this thread must not wait for ever
                 log.exception("encoding failed")
-                said = f"Encoding failed: {type(error).__name__}: {error}"[:300]
+                said = f"Encoding failed: {described(error, 300)}"
                 done = [Encoded(job=encode.job, error=said, error_status=500) for encode in batch]
             for encoded in done:
                 self._deliver(encoded)
@@ -155,12 +155,12 @@ def _param(job: _Job) -> str:
 
 def _guarded(job: _Job, work: Callable[[_Job], None], param: str = "") -> None:
     try:
-        ordinary(lambda: work(job))
+        work(job)
     except PenstockError as error:
         job.error = error
-    except Exception as error:  # whatever a template, a tokenizer or strange text does, only this request feels it
+    except BaseException as error:  # whatever a template, a tokenizer or strange text does, only this request feels it
         what = f"{param} cannot" if param else "The prompt cannot"
-        job.error = InvalidRequest(f"{what} be encoded: {type(error).__name__}: {error}"[:500], param=param or _param(job))
+        job.error = InvalidRequest(f"{what} be encoded: {described(error)}"[:500], param=param or _param(job))
 
 
 def _render(job: _Job, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
@@ -173,13 +173,17 @@ def _render(job: _Job, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
         kwargs = _decoded(_mapping, encode.template_kwargs, "chat_template_kwargs", "must be an object") if encode.template_kwargs else {}
         if encode.chat_template:
             renderer = _templated(renderer, encode.chat_template)
-        job.rendered = renderer.render(
+        rendered = renderer.render(
             messages,
             tools=tools or None,
             add_generation_prompt=encode.add_generation_prompt,
             continue_final_message=encode.continue_final_message,
             kwargs=kwargs,
         )
+        if not isinstance(rendered, str):
+            raise TypeError(f"the chat renderer gave {type(rendered).__name__}, not a text")
+        check_text(rendered, "messages")
+        job.rendered = rendered
         if tokenizer.bos_id is not None and job.rendered.startswith(tokenizer.token_text(tokenizer.bos_id)):
             job.special = False  # the template wrote it already; twice would be another prompt
     else:
@@ -205,10 +209,10 @@ def _decoded(decoder: msgspec.json.Decoder[Any], raw: bytes, param: str, what: s
 
 def _tokenise(tokenizer: Tokenizer, jobs: list[_Job], special: bool) -> None:
     try:
-        found = ordinary(lambda: tokenizer.encode_batch([job.rendered for job in jobs], add_special_tokens=special))
+        found = tokenizer.encode_batch([job.rendered for job in jobs], add_special_tokens=special)
         for job, ids in zip(jobs, found, strict=True):
             job.ids = ids
-    except Exception:  # one text spoiled the batch: find out which
+    except BaseException:  # one text spoiled the batch: find out which
         for job in jobs:
             _guarded(job, lambda job: setattr(job, "ids", tokenizer.encode_batch([job.rendered], add_special_tokens=special)[0]))
 

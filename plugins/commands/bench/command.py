@@ -1,6 +1,7 @@
 """The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars.
 
 What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
+It is long because each command stands here with its options.
 """
 
 from __future__ import annotations
@@ -111,8 +112,19 @@ async def run_load(client: Client, load: Workload, concurrency: int | None, on_d
     return list(records), time.perf_counter() - start
 
 
+def _address(context: click.Context, option: click.Parameter, url: str) -> str:
+    from penstock.plugins.commands.bench.client import Client
+
+    try:
+        url.encode()
+        Client(url)
+    except ValueError as error:  # UnicodeError among them
+        raise click.BadParameter(f"{error}.") from None
+    return url
+
+
 @bench.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Base URL of an OpenAI server.")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, callback=_address, help="Base URL of an OpenAI server.")
 @click.option("--start", is_flag=True, help="Start a Penstock server for this run (words after -- go to `penstock serve`).")
 @click.option(
     "--naive", is_flag=True, help="Also measure naive serving (one request at a time, no prefix cache) and print the ratio; needs --start."
