@@ -14,6 +14,7 @@ import functools
 import json
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -217,7 +218,26 @@ class JinjaRenderer:
             if other == plain:
                 raise
             rendered = self._run(template, other, values, continue_final_message)
+        if shape.unclear:
+            self._check_clear(rendered, lambda other: self._run(template, other, values, continue_final_message), messages, shape)
         return cut_at_mark(rendered) if continue_final_message else rendered
+
+    @staticmethod
+    def _check_clear(rendered: str, run: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]], shape: Shape) -> None:
+        """Would arguments as a text give another prompt? Then nobody knows which the template means."""
+        as_text = prepare(messages, msgspec.structs.replace(shape, arguments="text"))
+        if as_text == prepare(messages, shape):
+            return
+        try:
+            same = run(as_text) == rendered
+        except InvalidRequest:
+            same = False
+        if not same:
+            raise InvalidRequest(
+                "This model's chat template looks into the arguments of earlier tool calls so that it may mean their text or the object in it,"
+                " which differ. Leave those calls out, or start the server with another --chat-template.",
+                param="messages",
+            )
 
     def _run(self, template: jinja2.Template, messages: list[dict[str, Any]], values: dict[str, Any], continues: bool) -> str:
         try:
