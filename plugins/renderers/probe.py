@@ -54,7 +54,7 @@ class _Object(dict[str, str]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __contains__(self, key: object) -> bool:
         self.asked.add("walk")
