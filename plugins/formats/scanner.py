@@ -40,6 +40,10 @@ class State(NamedTuple):
     """Of collected text: the state that follows, and the name of the call that begins ("" none); or None, if it is none of this format's."""
     bare: bool = False
     """An object that no mark announces: it is a call only if it has arguments."""
+    named: str = "name"
+    """Of an object that is a call: the member that names the function."""
+    keep: frozenset[str] = frozenset()
+    """Marks that end this text, but belong to what follows."""
     silent: bool = False
     """What led here is a mark whatever follows, and so is what is skipped or collected here if the answer ends in it."""
 
@@ -287,8 +291,9 @@ def read_text(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -
         return start
     if not mark:
         return splitter.wait(buf, start)
-    splitter.enter(splitter.place.state.on[mark], mark)
-    return start + len(mark)
+    state = splitter.place.state
+    splitter.enter(state.on[mark], mark)
+    return start if mark in state.keep else start + len(mark)
 
 
 def probe(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> int:
@@ -319,15 +324,17 @@ def collect(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> 
     """A name, or a head, up to a mark."""
     state = splitter.place.state
     start, mark = splitter.find(buf, at)
+    room = MAX_HEAD - sum(map(len, splitter.taken))
+    if start - at > room:
+        splitter.taken.append(buf[at : at + room])
+        splitter.fail("", out)
+        return at + room
     splitter.taken.append(buf[at:start])
     if start == len(buf) or (mark == "" and buf[start] not in state.chars):
-        if sum(map(len, splitter.taken)) > MAX_HEAD:
-            splitter.fail("", out)
-            return start
         return splitter.wait(buf, start) if start < len(buf) else start
     assert state.decide is not None
     head = "".join(splitter.taken)
-    decided = state.decide(head) if len(head) <= MAX_HEAD else None
+    decided = state.decide(head)
     if decided is None:
         splitter.fail("", out)
         return start

@@ -16,7 +16,7 @@ from penstock.plugins.formats import BUILT_IN
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
 
-from corpus import CASES, Calls, Case
+from corpus import CASES, Calls, Case, schema
 
 FORMATS = {spec.name: spec for spec in BUILT_IN}
 Folded = tuple[str, str, Calls]
@@ -53,8 +53,8 @@ def run(splitter: Splitter, pieces: list[str], cut: bool) -> Folded:
     return fold(out + splitter.flush(cut))
 
 
-def make(name: str, prompt: str = "") -> Splitter:
-    return FORMATS[name].factory(Opening(prompt, False))
+def make(name: str, prompt: str = "", tools: bytes = b"") -> Splitter:
+    return FORMATS[name].factory(Opening(prompt, False, tools))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.format}:{case.text[:40]}")
@@ -62,7 +62,7 @@ def test_the_corpus_at_once_by_character_and_by_token(case: Case) -> None:
     want = (case.content, case.reasoning, case.calls)
     for size in (max(1, len(case.text)), 1, 2, 3, 5, 7):
         pieces = [case.text[at : at + size] for at in range(0, len(case.text), size)]
-        assert run(make(case.format, case.prompt), pieces, case.cut) == want, size
+        assert run(make(case.format, case.prompt, case.tools), pieces, case.cut) == want, size
 
 
 # What the formats are made of, in any order: most of it is broken.
@@ -75,6 +75,24 @@ ATOMS = [
         '"name": "g"',
         "function",
         "analysis",
+        "<function=f>",
+        "<parameter=a>",
+        "</parameter>",
+        "</function>",
+        "</invoke>",
+        '<invoke name="f">',
+        '<parameter name="a">',
+        '<steptml:invoke name="f">',
+        '<steptml:parameter name="a">',
+        "</steptml:parameter>",
+        "<｜DSML｜function_calls>",
+        '<｜DSML｜invoke name="f">',
+        '<｜DSML｜parameter name="a" string="false">',
+        "</｜DSML｜parameter>",
+        "functools[",
+        "functions.f:0",
+        "Here is my thought process:",
+        "Here is my response:",
         "final",
     ),
     *("{", "}", "[", "]", '"', "\\", ",", ":", ";", "(", ")", "=", "'", "f(a=1)", "[f(", "null", "12", "```json", "```", "to=functions.f "),
@@ -92,14 +110,18 @@ def cut_at(text: str, edges: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(
-    text=TEXTS, edges=st.lists(st.integers(0, 400), max_size=30), cut=st.booleans(), prompt=st.sampled_from(["", "<think>\n", "</think>"])
+    text=TEXTS,
+    edges=st.lists(st.integers(0, 400), max_size=30),
+    cut=st.booleans(),
+    prompt=st.sampled_from(["", "<think>\n", "</think>"]),
+    tools=st.sampled_from([b"", schema(a={"type": "string"}), schema(a={"type": "integer"}), schema(a={"type": ["null", "string"]})]),
 )
 @settings(max_examples=300, deadline=None)
-@example(text='<tool_call>{"name": "f", "arguments": ""}', edges=[], cut=False, prompt="")
-def test_how_the_text_is_cut_does_not_matter(name: str, text: str, edges: list[int], cut: bool, prompt: str) -> None:
-    whole = run(make(name, prompt), [text] if text else [], cut)
-    assert run(make(name, prompt), cut_at(text, edges), cut) == whole
-    assert run(make(name, prompt), list(text), cut) == whole
+@example(text='<tool_call>{"name": "f", "arguments": ""}', edges=[], cut=False, prompt="", tools=b"")
+def test_how_the_text_is_cut_does_not_matter(name: str, text: str, edges: list[int], cut: bool, prompt: str, tools: bytes) -> None:
+    whole = run(make(name, prompt, tools), [text] if text else [], cut)
+    assert run(make(name, prompt, tools), cut_at(text, edges), cut) == whole
+    assert run(make(name, prompt, tools), list(text), cut) == whole
 
 
 UNQUOTED = st.lists(st.sampled_from([atom for atom in ATOMS if atom not in ('"', "[CALL_ID]")] + ["🙂"] * 20), max_size=14).map("".join)
@@ -120,7 +142,7 @@ def test_no_text_is_lost(name: str, text: str, cut: bool) -> None:
 def test_text_without_marks_goes_through(name: str, text: str) -> None:
     content, reasoning, calls = run(make(name), list(text), False)
     assert not calls
-    if name == "deepseek_r1":
+    if name in ("deepseek_r1", "ernie45_reasoning"):
         assert (content, reasoning.strip()) == ("", text.strip())
     else:
         assert (content, reasoning) == (text, "")
