@@ -265,6 +265,17 @@ class TableSplitter:
             hit = place.trigger.search(buf, start + 1)  # type: ignore[union-attr]
         return len(buf), None
 
+    def find_near(self, buf: str, at: int) -> tuple[int, str | None, bool]:
+        """As `find`, for what is collected, and False; or, if no mark comes within MAX_HEAD characters, the place after them, which are taken,
+        and True."""
+        room = MAX_HEAD - sum(map(len, self.taken))
+        end = at + room + self.place.longest
+        start, mark = self.find(buf, at) if len(buf) <= end else self.find(buf[:end], at)
+        if start - at <= room:
+            return start, mark, False
+        self.taken.append(buf[at : at + room])
+        return at + room, None, True
+
     def wait(self, buf: str, at: int) -> int:
         """See this again with what follows."""
         self.held = buf[at:]
@@ -323,12 +334,10 @@ def probe(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> in
 def collect(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> int:
     """A name, or a head, up to a mark."""
     state = splitter.place.state
-    start, mark = splitter.find(buf, at)
-    room = MAX_HEAD - sum(map(len, splitter.taken))
-    if start - at > room:
-        splitter.taken.append(buf[at : at + room])
+    start, mark, far = splitter.find_near(buf, at)
+    if far:
         splitter.fail("", out)
-        return at + room
+        return start
     splitter.taken.append(buf[at:start])
     if start == len(buf) or (mark == "" and buf[start] not in state.chars):
         return splitter.wait(buf, start) if start < len(buf) else start

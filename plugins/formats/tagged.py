@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 
 from penstock.core.contract.formats import Fragment, Opening
-from penstock.plugins.formats.scanner import FUNCTION, MAX_HEAD, State, Table, TableSplitter, probe, read_text, table
+from penstock.plugins.formats.scanner import FUNCTION, State, Table, TableSplitter, probe, read_text, table
 from penstock.plugins.formats.schemas import ANY, TEXT, TEXT_OR_NULL, Kinds, converted, kinds_of
 
 SPACE = " \t\r\n"
@@ -99,12 +99,10 @@ class TaggedSplitter(TableSplitter):
 
 def _head(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> tuple[int, str]:
     """What is collected up to a mark: (where, the mark), or (where to go on, "")."""
-    start, mark = splitter.find(buf, at)
-    room = MAX_HEAD - sum(map(len, splitter.taken))
-    if start - at > room:
-        splitter.taken.append(buf[at : at + room])
+    start, mark, far = splitter.find_near(buf, at)
+    if far:
         splitter.fail("", out)
-        return at + room, ""
+        return start, ""
     splitter.taken.append(buf[at:start])
     if mark:
         return start, mark
