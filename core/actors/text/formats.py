@@ -7,6 +7,7 @@ What it does not know: how formats look (plugins/formats), tokens, rows.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Mapping
 
@@ -65,7 +66,8 @@ class Formats:
         """A new call's."""
         own: Callable[[int, str], str] | None = getattr(splitter, "call_id", None)
         if own is not None:
-            return own(call, name)
+            with contextlib.suppress(Exception):  # a plugin's; an id of ours will do
+                return str(own(call, name))
         if self.tools is not None and self.tools.short_ids:
             return "".join(secrets.choice(_SHORT) for _ in range(9))
         return "call_" + secrets.token_hex(12)
