@@ -8,9 +8,9 @@ What it does not know: any model's marks.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+from json.encoder import encode_basestring
 
 from penstock.core.contract.formats import Fragment, Opening
 from penstock.plugins.formats.scanner import FUNCTION, State, Table, TableSplitter, probe, read_text, table
@@ -51,7 +51,7 @@ class TaggedSplitter(TableSplitter):
     def head(self) -> str:
         """What stands before the value."""
         before, self._first = "{" if self._first else ", ", False
-        return f"{before}{json.dumps(self.key, ensure_ascii=False)}: "
+        return f"{before}{encode_basestring(self.key)}: "
 
     def go(self, mark: str, at: int, out: list[Fragment]) -> int:
         """On, past a mark of the open call."""
@@ -183,30 +183,33 @@ def read_value(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) 
                 return at
     start, mark = splitter.find(buf, at)
     piece = buf[at:start]
-    text = value.begun or _is_text(splitter)
-    if not text and splitter.kinds == TEXT_OR_NULL:
-        value.bare += piece
-        text = len(value.bare) > MAX_BARE or not "null".startswith(value.bare.strip().lower())
-    if not text:
-        if piece:
-            splitter.pending.append(piece)
-        if mark:
-            whole = "".join(splitter.pending)
-            splitter.pending.clear()
-            splitter.argue(splitter.head() + converted(whole, splitter.kinds, splitter.loose), out)
-    else:
-        said = ""
-        if not value.begun and (piece or mark):
-            piece = "".join(splitter.pending) + piece
-            splitter.pending.clear()
-            value.begun = True
-            said = splitter.head() + '"'
-        said += _escaped(piece) + ('"' if mark else "")
+    if value.begun:
+        said = encode_basestring(piece)[1:] if mark else _escaped(piece)
         if said:
             splitter.argue(said, out)
+    elif piece or mark:
+        _unsaid(splitter, value, piece, bool(mark), out)
     if mark:
         return splitter.go(mark, start, out)
     return splitter.wait(buf, start) if start < len(buf) else start
+
+
+def _unsaid(splitter: TaggedSplitter, value: _Value, piece: str, ended: bool, out: list[Fragment]) -> None:
+    """More of a value of which nothing is out."""
+    text = _is_text(splitter)
+    if not text and splitter.kinds == TEXT_OR_NULL:
+        value.bare += piece
+        text = len(value.bare) > MAX_BARE or not "null".startswith(value.bare.strip().lower())
+    splitter.pending.append(piece)
+    if not text and not ended:
+        return
+    whole = "".join(splitter.pending)
+    splitter.pending.clear()
+    if not text:
+        splitter.argue(splitter.head() + converted(whole, splitter.kinds, splitter.loose), out)
+    else:
+        value.begun = True
+        splitter.argue(f'{splitter.head()}"{_escaped(whole)}' + ('"' if ended else ""), out)
 
 
 def _is_text(splitter: TaggedSplitter) -> bool:
@@ -215,7 +218,7 @@ def _is_text(splitter: TaggedSplitter) -> bool:
 
 
 def _escaped(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+    return encode_basestring(text)[1:-1]
 
 
 def _unquoted(text: str) -> str:
