@@ -71,7 +71,7 @@ QWEN3_CODER = FormatSpec(
 SEED_OSS = FormatSpec(
     name="seed_oss",
     api_level=_LEVEL,
-    doc="The same in <seed:tool_call> (Seed-OSS).",
+    doc="<function=...> and <parameter=...> tags in <seed:tool_call> (Seed-OSS).",
     role="tools",
     marks=["<seed:tool_call>", "</seed:tool_call>"],
     matches=lambda template: "<seed:tool_call>" in template,
