@@ -16,6 +16,7 @@ from penstock.core.cli import GROUP_TITLES
 from penstock.core.protocol import config, messages
 from penstock.core.protocol.foreign import FOREIGN
 from penstock.core.telemetry import names as telemetry
+from penstock.plugins.formats import BUILT_IN
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -57,7 +58,26 @@ def configuration() -> str:
                 doc += " (" + ", ".join(f"`{c}`" for c in o.choices) + ")"
             default = "" if o.default in (None, []) else f"`{o.default}`"
             out.append(f"| `{o.flag}` | {aliases} | {default} | {doc} |")
-    return "\n".join([*out, *foreign()]) + "\n"
+    return "\n".join([*out, *formats(), *foreign()]) + "\n"
+
+
+def formats() -> list[str]:
+    """Built-in output formats."""
+    out = [
+        "",
+        "## Output formats",
+        "",
+        "What `--tool-call-parser` and `--reasoning-parser` may name. Without them, the format is found from the chat template; `none` is no"
+        " format. A plugin may add others ([hooks](hooks.md)). Where a format writes arguments without quotes, a value has the types that the"
+        " tool's own schema gives it: a string stays one whatever it looks like, and what cannot be of these types is a string.",
+    ]
+    for title, roles in (("Calls of tools", ("tools", "both")), ("Reasoning", ("reasoning", "both"))):
+        out += ["", f"| {title} | other names | what it is |", "|---|---|---|"]
+        for spec in sorted((spec for spec in BUILT_IN if spec.role in roles), key=lambda spec: spec.name):
+            aliases = ", ".join(f"`{alias}`" for alias in spec.aliases)
+            doc = spec.doc.replace("|", "\\|").replace("<", "&lt;")
+            out.append(f"| `{spec.name}` | {aliases} | {doc} |")
+    return out
 
 
 def foreign() -> list[str]:

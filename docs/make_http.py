@@ -500,9 +500,9 @@ def page() -> str:
         "",
         "## Tools and reasoning",
         "",
-        "How the model writes them is found from its chat template, or named by --tool-call-parser and --reasoning-parser; calls are only looked for in answers to"
+        "How the model writes them is found from its chat template, or named by --tool-call-parser and --reasoning-parser ([formats](configuration.md#output-formats)); calls are only looked for in answers to"
         " requests with tools. A call's first chunk has its `index`, `id`, `type` and `function.name`, the following ones pieces of `function.arguments`; in one piece they are"
-        " `message.tool_calls`. Arguments are the model's own text: JSON that nothing makes obey a schema, and not valid where the answer was cut off (finish_reason"
+        " `message.tool_calls`. Arguments are the model's own text (where it writes them in tags, the JSON of that, with the types of the tool's schema): JSON that nothing makes obey a schema, and not valid where the answer was cut off (finish_reason"
         " `length`). What looks like a call and is none stays content, to the letter. White space beside calls and reasoning is left out.",
         "",
         "With `stream_options.tool_calls_done` a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",

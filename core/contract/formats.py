@@ -33,12 +33,14 @@ class Opening(NamedTuple):
     """The rendered prompt: a template may begin the answer's reasoning itself."""
     continues: bool
     """It ends within a message that the answer goes on with."""
+    tools: bytes = b""
+    """The request's, as JSON: for arguments whose types the model does not write."""
 
 
 class Splitter(Protocol):
     """One answer's. What comes out, joined by channel and call, must not depend on how the text was cut into pieces, and no text may be lost but the
     format's own marks and white space beside them: whatever turns out to be no call is CONTENT. It must not raise, and costs time in
-    proportion to the text."""
+    proportion to the text. Where the model's template reads ids of its own kind, it has `call_id(call, name)` besides, which gives a call's."""
 
     @property
     def channel(self) -> int:

@@ -88,6 +88,7 @@ class TemplatedRenderer(ChatRenderer, Protocol):
     """A ChatRenderer that also takes a request's own template, which it may if the server trusts requests so far (--trust-request-chat-template)."""
 
     def with_template(self, template: str) -> ChatRenderer:
-        """One that renders with `template`, a text of at most 65536 characters, instead of the model's. Called for each such request, on the worker's
-        threads: it should remember a few. Raises InvalidRequest (param "chat_template") for one that is not valid."""
+        """One that renders with `template`, a text of at most 65536 characters, instead of the model's. Called for each such request: it should
+        remember a few. Raises InvalidRequest (param "chat_template") for one that is not valid. It is called in a process that was made for it,
+        by the same factory, and is ended if this and `render` take more than 5 s together, or half a gigabyte."""
         ...

@@ -1,29 +1,22 @@
 """A process that compiles grammars and verifies answers, and may die of it.
 
-What it is: the main of the grammar worker's children (core/processes/grammars.py): reads Setup and then Jobs from standard input, answers each with a Done on
-standard output, until the input ends. Its memory is limited once the backend has learned the vocabulary.
-What it does not know: requests, time limits (who started it kills it).
+What it is: the main of the grammar worker's children (core/processes/grammars.py): takes Setup and then Jobs, and
+answers each with a Done (core/processes/fenced.py).
+What it does not know: requests, time limits (who started it kills it), pipes.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import resource
-import signal
-import sys
 from collections import OrderedDict
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jsonschema_rs
-import msgspec
 
 from penstock.core.contract.grammars import Grammars
 from penstock.core.contract.host import PluginHost
-from penstock.core.processes.grammars import LENGTH, Done, Job, Setup
-from penstock.core.processes.spawn import PR_SET_PDEATHSIG, ignore_signals
+from penstock.core.processes.fenced import serve
+from penstock.core.processes.grammars import Done, Job, Setup
 from penstock.core.protocol.errors import PenstockError, UnsupportedFeature, described
 
 ROOM = 1 << 30
@@ -93,42 +86,8 @@ def load(setup: Setup) -> Checker:
     return Checker(spec.factory(tokens, setup.special), spec.kinds)
 
 
-def limit_memory(room: int) -> None:
-    """Of the address space, from what is taken now. Nothing where the system does not say what that is."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    except (OSError, ValueError):
-        return
-    most = pages * resource.getpagesize() + room
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _receive(source: BinaryIO) -> bytes | None:
-    head = source.read(LENGTH.size)
-    return source.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else None
-
-
 def main() -> None:
-    ignore_signals()
-    if sys.platform == "linux":  # what is computed for nobody ends too
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a plugin prints is no answer
-
-    def say(done: Done) -> None:
-        body = msgspec.msgpack.encode(done)
-        sink.write(LENGTH.pack(len(body)) + body)
-        sink.flush()
-
-    body = _receive(sys.stdin.buffer)
-    if body is None:
-        return
-    checker = load(msgspec.msgpack.decode(body, type=Setup))
-    limit_memory(ROOM)
-    say(Done())
-    while (body := _receive(sys.stdin.buffer)) is not None:
-        say(checker.do(msgspec.msgpack.decode(body, type=Job)))
+    serve(Setup, Job, lambda setup: load(setup).do, Done(), room=ROOM)
 
 
 if __name__ == "__main__":

@@ -8,35 +8,26 @@ What it does not know: actors, loops (`deliver` is whatever thread-safe callback
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
-import select
-import struct
-import subprocess
-import sys
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
 from penstock.core.contract.text import Tokenizer
+from penstock.core.processes.fenced import Child, TooSlow
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, described
 from penstock.core.protocol.messages import CheckGrammar, Grammar, GrammarChecked, Vocabulary
 
 log = logging.getLogger("penstock.grammars")
 COMPILE_S = 4.0
 VERIFY_S = 4.0
-START_S = 60.0
-"""How long a child may take to import its backend and learn the vocabulary."""
+CHILD = "penstock.core.processes.grammar_child"
 MOST_KEPT = 256
 """Answers that are kept, and the bytes of their sources and results."""
 MOST_BYTES = 16 << 20
-LENGTH = struct.Struct("<I")
 
 
 class Setup(msgspec.Struct):
@@ -65,64 +56,6 @@ class Done(msgspec.Struct):
     unsupported: bool = False
 
 
-class TooSlow(Exception):
-    """The child did not answer in time."""
-
-
-class Child:
-    """One process. `start` comes first; it and `ask` raise TooSlow, or EOFError where the process has ended. `kill` may come from another thread."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "penstock.core.processes.grammar_child"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-
-    def start(self, setup: Setup) -> None:
-        self._ask(setup, START_S)
-
-    def ask(self, job: Job, limit_s: float) -> Done:
-        return self._ask(job, limit_s)
-
-    def _ask(self, message: Any, limit_s: float) -> Done:
-        body = msgspec.msgpack.encode(message)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(LENGTH.pack(len(body)) + body)
-            self._process.stdin.flush()
-        except OSError:
-            raise EOFError from None
-        deadline = time.monotonic() + limit_s
-        (size,) = LENGTH.unpack(self._read(LENGTH.size, deadline))
-        return msgspec.msgpack.decode(self._read(size, deadline), type=Done)
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        assert self._process.stdout is not None
-        fd = self._process.stdout.fileno()
-        found = b""
-        while len(found) < size:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([fd], [], [], left)[0]:
-                raise TooSlow
-            part = os.read(fd, size - len(found))
-            if not part:
-                raise EOFError
-            found += part
-        return found
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def bury(self) -> None:
-        """Kill it, and forget it."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
-
-
 class GrammarWorker:
     """`deliver(checked)` is called on the worker's threads, once for each submitted job. Call `close()` at the end; jobs that wait are dropped."""
 
@@ -144,7 +77,7 @@ class GrammarWorker:
         self._kept_bytes = 0
         self._closed = False
         self._queues: tuple[queue.SimpleQueue[CheckGrammar | None], ...] = (queue.SimpleQueue(), queue.SimpleQueue())
-        self._children: list[Child | None] = [None, None]
+        self._children: list[Child[Done] | None] = [None, None]
         self._threads = [
             threading.Thread(target=self._run, args=(lane, limit_s), name=f"penstock-grammars-{lane}", daemon=True)
             for lane, limit_s in enumerate((compile_s, verify_s))
@@ -207,7 +140,7 @@ class GrammarWorker:
         child = self._children[lane]
         try:
             if child is None:
-                child = self._children[lane] = Child()
+                child = self._children[lane] = Child(CHILD, Done)
                 if self._closed:
                     raise EOFError
                 child.start(self._setup)

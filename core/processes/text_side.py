@@ -26,6 +26,7 @@ from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.processes.grammars import GrammarWorker
 from penstock.core.processes.plugin_seats import PluginSeats
+from penstock.core.processes.templates import FencedRenderer, TemplateSetup
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
 from penstock.core.protocol.errors import CheckpointError, PluginFault
@@ -112,7 +113,12 @@ class TextSide:
         model = config.model or ""
         source = config.tokenizer or model
         tokenizer = CarefulTokenizer(first_match(plugins.tokenizers(), source, "tokenizer").factory(source))
-        renderer = first_match(plugins.chat_renderers(), source, "chat renderer").factory(source, config.chat_template)
+        spec = first_match(plugins.chat_renderers(), source, "chat renderer")
+        renderer = spec.factory(source, config.chat_template)
+        self._fenced: FencedRenderer | None = None
+        if config.trust_request_chat_template and hasattr(renderer, "with_template"):
+            setup = TemplateSetup(list(plugins.extra), config.skip_broken_plugins, spec.name, source, config.chat_template)
+            renderer = self._fenced = FencedRenderer(renderer, setup)
         if config.default_chat_template_kwargs:
             renderer = WithDefaults(renderer, json.loads(config.default_chat_template_kwargs))
         self.tokenizer: Tokenizer = tokenizer
@@ -207,6 +213,8 @@ class TextSide:
     def close(self) -> None:
         if self._house is not None:
             self._house.close()
+        if self._fenced is not None:
+            self._fenced.close()
         self._worker.close()
         if self._grammars is not None:
             self._grammars.close()

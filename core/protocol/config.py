@@ -153,7 +153,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trust_request_chat_template: Annotated[
         bool,
         opt(
-            "Take a chat template from a request (chat_template). It runs in the same sandbox as the model's; whoever may ask may use up the text process's time.",
+            "Take a chat template from a request (chat_template). It is rendered in a sandbox, two at a time in processes of their own, in at most 5 s and half a gigabyte.",
             "server",
         ),
     ] = False

@@ -26,9 +26,9 @@ def _make(opening: Opening) -> TableSplitter:
 HERMES = FormatSpec(
     name="hermes",
     api_level=API_LEVEL["output_formats"],
-    doc="JSON in <tool_call> tags (Hermes, Qwen, the demo model).",
+    doc="JSON in <tool_call> tags (Hermes, Qwen, Ernie 4.5, the demo model).",
     role="tools",
-    aliases=["qwen", "qwen25", "brook"],
+    aliases=["qwen", "qwen25", "brook", "ernie45"],
     marks=["<tool_call>", "</tool_call>"],
     matches=lambda template: "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template,
     factory=_make,

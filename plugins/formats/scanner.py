@@ -40,6 +40,10 @@ class State(NamedTuple):
     """Of collected text: the state that follows, and the name of the call that begins ("" none); or None, if it is none of this format's."""
     bare: bool = False
     """An object that no mark announces: it is a call only if it has arguments."""
+    named: str = "name"
+    """Of an object that is a call: the member that names the function."""
+    keep: frozenset[str] = frozenset()
+    """Marks that end this text, but belong to what follows."""
     silent: bool = False
     """What led here is a mark whatever follows, and so is what is skipped or collected here if the answer ends in it."""
 
@@ -261,6 +265,17 @@ class TableSplitter:
             hit = place.trigger.search(buf, start + 1)  # type: ignore[union-attr]
         return len(buf), None
 
+    def find_near(self, buf: str, at: int) -> tuple[int, str | None, bool]:
+        """As `find`, for what is collected, and False; or, if no mark comes within MAX_HEAD characters, the place after them, which are taken,
+        and True."""
+        room = MAX_HEAD - sum(map(len, self.taken))
+        end = at + room + self.place.longest
+        start, mark = self.find(buf, at) if len(buf) <= end else self.find(buf[:end], at)
+        if start - at <= room:
+            return start, mark, False
+        self.taken.append(buf[at : at + room])
+        return at + room, None, True
+
     def wait(self, buf: str, at: int) -> int:
         """See this again with what follows."""
         self.held = buf[at:]
@@ -287,8 +302,9 @@ def read_text(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -
         return start
     if not mark:
         return splitter.wait(buf, start)
-    splitter.enter(splitter.place.state.on[mark], mark)
-    return start + len(mark)
+    state = splitter.place.state
+    splitter.enter(state.on[mark], mark)
+    return start if mark in state.keep else start + len(mark)
 
 
 def probe(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> int:
@@ -318,16 +334,16 @@ def probe(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> in
 def collect(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> int:
     """A name, or a head, up to a mark."""
     state = splitter.place.state
-    start, mark = splitter.find(buf, at)
+    start, mark, far = splitter.find_near(buf, at)
+    if far:
+        splitter.fail("", out)
+        return start
     splitter.taken.append(buf[at:start])
     if start == len(buf) or (mark == "" and buf[start] not in state.chars):
-        if sum(map(len, splitter.taken)) > MAX_HEAD:
-            splitter.fail("", out)
-            return start
         return splitter.wait(buf, start) if start < len(buf) else start
     assert state.decide is not None
     head = "".join(splitter.taken)
-    decided = state.decide(head) if len(head) <= MAX_HEAD else None
+    decided = state.decide(head)
     if decided is None:
         splitter.fail("", out)
         return start

@@ -252,7 +252,7 @@ def _value(splitter: TableSplitter, mine: _Object, buf: str, at: int, out: list[
             splitter.argue(_plain("".join(splitter.pending)), out)
             splitter.pending.clear()
         splitter.close(out, complete=True)
-    elif mine.key == "name" and not mine.called:
+    elif mine.key == splitter.place.state.named and not mine.called:
         name = _string("".join(mine.text))
         if name is None or FUNCTION.fullmatch(name) is None:
             return _broken(splitter, mine, end, out)

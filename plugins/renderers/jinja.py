@@ -3,7 +3,8 @@
 What it is: a Jinja renderer in an immutable sandbox, with the environment that chat templates are written for (trim_blocks, lstrip_blocks,
 loop controls, `generation` blocks, tojson that keeps HTML characters, raise_exception, strftime_now, the tokenizer's special tokens as
 globals); plain data only; bounded in output size and, as far as Jinja lets us, in time: the clock is looked at on every call, attribute,
-item and output of the template, and products of strings are bounded.
+item and output of the template, and products of strings are bounded. That is enough for templates that come with a model; a request's may
+mean ill, and is rendered where it can do no harm (core/processes/templates.py).
 What it does not know: tokenizers, requests, which messages are sensible.
 Source of the environment: the "Chat templates" chapter of the Transformers documentation.
 """
@@ -14,6 +15,7 @@ import functools
 import json
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from penstock.core.actors.text.chat import Shape, cut_at_mark, mark_final, prepare
-from penstock.core.protocol.errors import CheckpointError, ConfigError, InvalidRequest, described
+from penstock.core.protocol.errors import CheckpointError, ConfigError, InvalidRequest, PenstockError, described
 from penstock.plugins.renderers.probe import shape_of
 
 MAX_RENDERED_CHARS = 32 << 20
@@ -41,6 +43,10 @@ MAX_PRODUCT = 1 << 22
 
 FAILURES = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError)
 """What a template's code may raise of its own."""
+
+
+class Refused(jinja2.TemplateError):
+    """The template's own raise_exception."""
 
 
 class TooSlow(jinja2.TemplateError):
@@ -130,7 +136,7 @@ def tojson(
 
 
 def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise Refused(message)
 
 
 def strftime_now(form: str) -> str:
@@ -154,18 +160,14 @@ class JinjaRenderer:
         self._special = special
         self._max_chars = max_chars
         self._timeout_s = timeout_s
+        self._at_fault = "chat_template" if whose == "request" else "messages"
         self.templates = templates
         self._compiled: dict[str, tuple[jinja2.Template, Shape]] = {}
         for name, source in templates.items():
             try:
                 compiled = self._environment.from_string(source)
-            except jinja2.TemplateSyntaxError as error:
-                why = f"is not valid Jinja: line {error.lineno}: {(error.message or '').rstrip('.')}."
-                if whose == "request":
-                    raise InvalidRequest(f"chat_template {why}", param="chat_template") from None
-                if whose == "option":
-                    raise ConfigError(f"--chat-template {why}", param="chat_template") from None
-                raise CheckpointError(f"The chat template {name!r} {why}") from None
+            except (jinja2.TemplateSyntaxError, *FAILURES) as error:
+                raise _not_jinja(error, name, whose) from None
             self._compiled[name] = (compiled, self._shape_of(compiled, source))
         self._others = functools.lru_cache(maxsize=REMEMBERED)(self._other)
 
@@ -217,15 +219,38 @@ class JinjaRenderer:
             if other == plain:
                 raise
             rendered = self._run(template, other, values, continue_final_message)
+        if shape.unclear:
+            self._check_clear(rendered, lambda other: self._run(template, other, values, continue_final_message), messages, shape)
         return cut_at_mark(rendered) if continue_final_message else rendered
+
+    @staticmethod
+    def _check_clear(rendered: str, run: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]], shape: Shape) -> None:
+        """Would arguments as a text give another prompt? Then nobody knows which the template means."""
+        as_text = prepare(messages, msgspec.structs.replace(shape, arguments="text"))
+        if as_text == prepare(messages, shape):
+            return
+        try:
+            same = run(as_text) == rendered
+        except InvalidRequest:
+            same = False
+        if not same:
+            raise InvalidRequest(
+                "This model's chat template looks into the arguments of earlier tool calls so that it may mean their text or the object in it,"
+                " which differ. Leave those calls out, or start the server with another --chat-template.",
+                param="messages",
+            )
 
     def _run(self, template: jinja2.Template, messages: list[dict[str, Any]], values: dict[str, Any], continues: bool) -> str:
         try:
             return self._generate(template, {**values, "messages": mark_final(messages) if continues else messages})
-        except jinja2.TemplateError as error:
+        except Refused as error:
             raise InvalidRequest(f"The chat template refused the conversation: {error}", param="messages") from None
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"The chat template refused the conversation: {error}", param=self._at_fault) from None
+        except MemoryError:
+            raise InvalidRequest("The chat template takes too much memory.", param=self._at_fault) from None
         except FAILURES as error:
-            raise InvalidRequest(f"The chat template failed on the conversation: {described(error)}", param="messages") from None
+            raise InvalidRequest(f"The chat template failed on the conversation: {described(error)}"[:500], param=self._at_fault) from None
 
     def _generate(self, template: jinja2.Template, values: dict[str, Any]) -> str:
         out: list[str] = []
@@ -259,6 +284,19 @@ class JinjaRenderer:
             return None
 
         return shape_of(render, source)
+
+
+def _not_jinja(error: Exception, name: str, whose: Literal["model", "option", "request"]) -> PenstockError:
+    """What is wrong with a template that cannot be compiled. (Jinja works out what is constant in it.)"""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        why = f"is not valid Jinja: line {error.lineno}: {(error.message or '').rstrip('.')}."
+    else:
+        why = f"cannot be compiled: {type(error).__name__}: {error}"[:500]
+    if whose == "request":
+        return InvalidRequest(f"chat_template {why}", param="chat_template")
+    if whose == "option":
+        return ConfigError(f"--chat-template {why}", param="chat_template")
+    return CheckpointError(f"The chat template {name!r} {why}")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ What it does not know: Jinja (it is given a function that renders), requests, ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from penstock.core.actors.text.chat import Empty, Form, Shape, formed, with_empty
 
@@ -30,13 +30,81 @@ SPELLED, CUT = "qzspelledout" * 4, 6
 
 class _Object(dict[str, str]):
     """Arguments as an object. Wherever a template makes a text of it as Python does (prints it, escapes it, joins it), that text is told from
-    any other, whatever becomes of it."""
+    any other, whatever becomes of it. `asked`: what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__({KEY: VALUE})
+        self.asked: set[Literal["field", "place", "walk"]] = set()
+        """A field, as objects have them; a place in a text; what both have: length, items in turn, what is in it."""
+
+    def __repr__(self) -> str:
+        return SPELLED
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, key: Any) -> str:
+        self.asked.add("field" if isinstance(key, str) else "place")
+        return super().__getitem__(key)
+
+    def __eq__(self, other: object) -> bool:
+        self.asked.add("place" if isinstance(other, str) else "field")
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add("walk")
+        return super().__contains__(key)
+
+    def __len__(self) -> int:
+        self.asked.add("walk")
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[str]:
+        self.asked.add("walk")
+        return super().__iter__()
+
+    def __reversed__(self) -> _Reversed:
+        self.asked.add("walk")
+        return _Reversed(self)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.add("field")
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        self.asked.add("field")
+        return super().keys()
+
+    def values(self) -> Any:
+        self.asked.add("field")
+        return super().values()
+
+    def items(self) -> Any:
+        self.asked.add("field")
+        return super().items()
+
+
+class _Reversed:
+    """What `| reverse` makes of it, which a template may print too."""
+
+    def __init__(self, what: dict[str, str]) -> None:
+        self._items = iter([*dict.keys(what)][::-1])
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._items)
 
     def __repr__(self) -> str:
         return SPELLED
 
 
-OBJECT = _Object({KEY: VALUE})
 TEXT = f'{{"{KEY}":  "{VALUE}"}}'
 """With a spacing that no serialiser writes: it comes out only if it is the text itself."""
 BROKEN = f'{{"{KEY}": "{VALUE}'
@@ -58,9 +126,11 @@ class _Probe:
         self._lost: set[str] = set()
         self._lost_later: set[str] = set()
         self._shown_empties: tuple[Empty, ...] = ()
-        self._arguments: Any = OBJECT
+        self._object = _Object()
+        self._arguments: Any = self._object
         self._spells = False
         """The template makes a text of an object."""
+        self._unclear = False
 
     def shape(self, reads_content: bool) -> Shape:
         for role in ("user", "system", "developer", "assistant"):
@@ -83,6 +153,8 @@ class _Probe:
             instead=instead,
             arguments="text" if text_only else "object",
             loose=text_only or self._is_loose(legacy),
+            unclear=self._unclear,
+            places=not text_only and "place" in self._object.asked,
             empty=self._shown_empties,
             calls_alone=self._calls_alone(),
             function_call=legacy,
@@ -171,7 +243,7 @@ class _Probe:
     # --- tool calls
 
     def _ask_calls(self) -> None:
-        for arguments in (OBJECT, TEXT):
+        for arguments in (self._object, TEXT):
             self._arguments = arguments
             shown: list[Empty] = []
             for empty in get_args(Empty):
@@ -183,8 +255,11 @@ class _Probe:
             if shown:
                 return
         # Neither comes out whole: cut, or only asked about. What an object is refused for, or is spelled out in, takes texts.
-        refused = {id(form): not self._renders(form) for form in (OBJECT, TEXT)}
-        self._arguments = TEXT if self._spells or (refused[id(OBJECT)] and not refused[id(TEXT)]) else OBJECT
+        refused = not self._renders(self._object), not self._renders(TEXT)
+        asked = self._object.asked
+        places = "place" in asked and "field" not in asked
+        self._arguments = TEXT if self._spells or places or refused == (True, False) else self._object
+        self._unclear = self._arguments is not TEXT and "walk" in asked and "field" not in asked
 
     def _renders(self, arguments: Any) -> bool:
         """Is there a prompt with a call whose arguments are these?"""
@@ -209,7 +284,7 @@ class _Probe:
     def _reads_function_call(self) -> bool:
         """If it reads only that, what arguments it takes is asked here."""
         before = self._arguments
-        for arguments in (before,) if self._shown_empties else (OBJECT, TEXT):
+        for arguments in (before,) if self._shown_empties else (self._object, TEXT):
             self._arguments = arguments
             if self._shown(_legacy(arguments)):
                 return True
@@ -239,9 +314,9 @@ class _Probe:
             self._spells = True
             return False
         words = KEY in seen and VALUE in seen
-        if not whole or self._arguments is OBJECT:
+        if not whole or self._arguments is self._object:
             return words
-        return TEXT in out or (self._spells and words)  # changed on the way: escaped, in capitals
+        return TEXT in out or TEXT[::-1] in out or (self._spells and words)  # changed on the way: escaped, in capitals
 
     def _call(self, empty: Empty, arguments: Any) -> Message:
         call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,24 @@ def test_a_request_brings_its_template_and_no_unknown_field(starter: Any) -> Non
         content = '{"model": "brook", "messages": [{"role": "user", "content": "a"}], "chat_template": ' + template + "}"
         reply = server.client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
         assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error"), reply.text
+    endless = "{% set a = 'a' * 4000000 %}{% for b in a %}{% for c in a %}{% endfor %}{% endfor %}"
+    threads = ThreadPoolExecutor()
+    hostile = [
+        threads.submit(
+            server.client.post, "/v1/chat/completions", json={**ask, "messages": messages, "chat_template": template}, timeout=60
+        )
+        for template in (endless, endless, "{{ 'x'.center(10**9) }}", "{{ 'a' * 4000000 * 300 }}")
+    ]
     best = server.client.post(
         "/v1/completions", json={"model": "brook", "prompt": "The", "temperature": 1, "seed": 1, "n": 2, "best_of": 8, "logprobs": 0}
     ).json()
     means = [sum(values) / len(values) for choice in best["choices"] if (values := choice["logprobs"]["token_logprobs"])]
     assert len(means) == 2
     assert means == sorted(means, reverse=True)
+    assert not any(waiting.done() for waiting in hostile), "nobody waits for a request's template"
+    for waiting in hostile:
+        reply = waiting.result()
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template")
     assert server.stop() == 0
 
 

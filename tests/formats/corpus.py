@@ -6,6 +6,7 @@ What it does not know: how formats are read.
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 Calls = list[tuple[str, str, bool]]
@@ -19,6 +20,7 @@ class Case(NamedTuple):
     calls: Calls = []  # noqa: RUF012  # never changed
     prompt: str = ""
     cut: bool = False
+    tools: bytes = b""
 
 
 NESTED = '{"a": {"b": [1, {"c": "} ] </tool_call> \\" {"}]}, "d": -1.5e3, "e": null}'
@@ -44,6 +46,55 @@ def _deepseek(*calls: str) -> str:
 def _harmony(name: str, arguments: str) -> str:
     return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}"
 
+
+def schema(**arguments: object) -> bytes:
+    """Tools of a request: the function f with these arguments."""
+    function = {"name": "f", "parameters": {"type": "object", "properties": arguments, "$defs": {"place": {"type": ["object", "null"]}}}}
+    return json.dumps([{"type": "function", "function": function}]).encode()
+
+
+TYPED = schema(
+    s={"type": "string"},
+    i={"type": "integer"},
+    n={"type": "number"},
+    b={"type": "boolean"},
+    o={"type": "object"},
+    a={"items": {}},
+    u={"anyOf": [{"type": "string"}, {"type": "null"}]},
+    e={"enum": [1, 2, "many"]},
+    r={"$ref": "#/$defs/place"},
+    x={},
+)
+
+
+def _coder(*arguments: tuple[str, str], name: str = "f") -> str:
+    """As Qwen 3 Coder writes a call."""
+    inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments)
+    return f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>"
+
+
+def _glm(*arguments: tuple[str, str], name: str = "f", line: str = "\n") -> str:
+    inside = line.join(f"<arg_key>{key}</arg_key>{line}<arg_value>{value}</arg_value>" for key, value in arguments)
+    return f"<tool_call>{name}{line}{inside}{line}</tool_call>"
+
+
+def _kimi(name: str, arguments: str) -> str:
+    return f"<|tool_call_begin|>{name}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+
+
+def _section(*calls: str) -> str:
+    return "<|tool_calls_section_begin|>" + "".join(calls) + "<|tool_calls_section_end|>"
+
+
+def _invoked(outer: str, prefix: str, between: str = "") -> str:
+    """A call of f with s, of the formats that say invoke and parameter."""
+    return f'<{outer}>\n{between}<{prefix}invoke name="f">\n<{prefix}parameter name="s">a\nb</{prefix}parameter>\n</{prefix}invoke>\n</{outer}>'
+
+
+_STEP = "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>{}<｜tool_call_end｜><｜tool_calls_end｜>"
+_LISTED = '[{"name": "f", "arguments": {"a": "]"}}, {"name": "g", "arguments": {}}]'
+_TWO: Calls = [("f", '{"a": "]"}', True), ("g", "{}", True)]
+_ACTIONS = '[\n    {"tool_call_id": "0", "tool_name": "f", "parameters": {"a": "]"}},\n    {"tool_call_id": "1", "tool_name": "g", "parameters": {}}\n]'
 
 THINK = "<think>\nHm, <tool_call> or not?\n</think>\n\nYes."
 
@@ -180,4 +231,129 @@ CASES = [
     Case("openai", _harmony("f", '{"a": 1'), calls=[("f", '{"a": 1', False)], cut=True),
     Case("openai", "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}", calls=[("f", "{}", True)]),
     Case("openai", "No channels.", "No channels."),
+    # --- arguments in tags
+    Case("qwen3_coder", _coder(), calls=[("f", "{}", True)]),
+    Case("qwen3_coder", _coder(("s", "5"), ("i", "5")), calls=[("f", '{"s": "5", "i": "5"}', True)]),
+    Case("qwen3_coder", _coder(("s", "5"), ("i", "5")), calls=[("f", '{"s": "5", "i": 5}', True)], tools=TYPED),
+    Case(
+        "qwen3_coder",
+        _coder(
+            ("n", "-2.5e3"), ("b", "True"), ("o", '{"k": [1]}'), ("a", "['x', None]"), ("u", "null"), ("e", "2"), ("r", "None"), ("x", "7")
+        ),
+        calls=[("f", '{"n": -2.5e3, "b": true, "o": {"k": [1]}, "a": ["x", null], "u": null, "e": 2, "r": null, "x": "7"}', True)],
+        tools=TYPED,
+    ),
+    Case(
+        "qwen3_coder",
+        _coder(("i", "five"), ("n", "nan"), ("b", "yes"), ("o", "[1]"), ("u", "nullable"), ("e", "many"), ("r", "x")),
+        calls=[("f", '{"i": "five", "n": "nan", "b": "yes", "o": "[1]", "u": "nullable", "e": "many", "r": "x"}', True)],
+        tools=TYPED,
+    ),
+    Case(
+        "qwen3_coder",
+        _coder(("s", '\n  if a < b:\n\treturn "</p>" \\ 🙂\n'), ("i", " 007 ")),
+        calls=[("f", '{"s": "\\n  if a < b:\\n\\treturn \\"</p>\\" \\\\ 🙂\\n", "i": 7}', True)],
+        tools=TYPED,
+    ),
+    Case("qwen3_coder", "Ok.\n" + _coder() + "\n" + _coder(name="g") + " end", "Ok.\n\n end", calls=[("f", "{}", True), ("g", "{}", True)]),
+    Case("qwen3_coder", _coder().removeprefix("<tool_call>\n"), calls=[("f", "{}", True)]),
+    Case("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=s>a</parameter></tool_call>", calls=[("f", '{"s": "a"}', True)]),
+    Case(
+        "qwen3_coder",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n<parameter=i>\n5\n</function>\n</tool_call>",
+        calls=[("f", '{"s": "a", "i": 5}', True)],
+        tools=TYPED,
+    ),
+    Case("qwen3_coder", _coder(("s", "abc")).split("</function")[0], calls=[("f", '{"s": "abc"}', True)]),
+    Case("qwen3_coder", _coder(("s", "abc")).split("rameter>\n</f")[0], calls=[("f", '{"s": "abc\\n</pa', False)], cut=True),
+    Case("qwen3_coder", _coder(("i", "12")).split("rameter>\n</f")[0], calls=[("f", '{"i": 12', False)], cut=True, tools=TYPED),
+    Case("qwen3_coder", _coder(("s", "abc")).split("abc")[0], calls=[("f", '{"s": "', False)], cut=True),
+    Case("qwen3_coder", "<tool_call>\n<function=f", "<tool_call>\n<function=f", cut=True),
+    Case("qwen3_coder", "<tool_call>\n<function=a b>\n", "<tool_call>\n<function=a b>\n"),
+    Case("qwen3_coder", "<tool_call>no</tool_call>", "<tool_call>no</tool_call>"),
+    Case("qwen3_coder", "<tool_call><function=f>what</function>", "what</function>", calls=[("f", "", False)]),
+    Case("seed_oss", _coder(("s", "a")).replace("tool_call", "seed:tool_call"), calls=[("f", '{"s": "a"}', True)]),
+    Case("minimax_m2", _invoked("minimax:tool_call", ""), calls=[("f", '{"s": "a\\nb"}', True)]),
+    Case("deepseek_v32", "Hm.\n\n" + _invoked("｜DSML｜function_calls", "｜DSML｜"), "Hm.", calls=[("f", '{"s": "a\\nb"}', True)]),
+    Case(
+        "deepseek_v32",
+        '<｜DSML｜function_calls><｜DSML｜invoke name="f"><｜DSML｜parameter name="s" string="true">5</｜DSML｜parameter>'
+        '<｜DSML｜parameter name="i" string="false">5</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜function_calls>',
+        calls=[("f", '{"s": "5", "i": 5}', True)],
+    ),
+    Case("step3", _STEP.format(_invoked("q", "steptml:")[4:-5]), calls=[("f", '{"s": "a\\nb"}', True)]),
+    Case("step3", _STEP.format("text"), _STEP.format("text")),
+    Case("glm45", _glm(), calls=[("f", "{}", True)]),
+    Case("glm45", _glm(line=""), calls=[("f", "{}", True)]),
+    Case("glm45", "A.\n" + _glm(("s", "5"), ("i", "5")), "A.", calls=[("f", '{"s": "5", "i": 5}', True)], tools=TYPED),
+    Case("glm45", _glm(("s", "5"), ("x", "[1]"), ("y", "z"), line=""), calls=[("f", '{"s": 5, "x": [1], "y": "z"}', True)]),
+    Case("glm45", _glm(("s", " a\n"), ("x", "true")), calls=[("f", '{"s": " a\\n", "x": true}', True)], tools=TYPED),
+    Case("glm45", _glm() + "\n" + _glm(name="g") + "B.", "B.", calls=[("f", "{}", True), ("g", "{}", True)]),
+    Case("glm45", _hermes("f", "{}"), _hermes("f", "{}")),
+    Case("glm45", _glm(("s", "abc")).split("</arg_value")[0], calls=[("f", '{"s": "abc', False)], cut=True, tools=TYPED),
+    # --- lists after marks
+    Case(
+        "kimi_k2", _section(_kimi("functions.f:0", NESTED), _kimi("functions.g.h:1", "")), calls=[("f", NESTED, True), ("g.h", "{}", True)]
+    ),
+    Case("kimi_k2", "A. " + _section(_kimi("f", "{}")) + "B.", "A. B.", calls=[("f", "{}", True)]),
+    Case("kimi_k2", _section("text"), _section("text")),
+    Case("kimi_k2", _section(_kimi("functions.f:0", "{}"))[:-40], calls=[("f", "{}", True)], cut=True),
+    *[
+        Case(name, before + _LISTED + after + " end", "end", calls=_TWO)
+        for name, before, after in (
+            ("granite", "<|tool_call|>", ""),
+            ("granite", "<tool_call>\n", "</tool_call>"),
+            ("jamba", "<tool_calls>", "</tool_calls>"),
+            ("jamba", "<tool_calls>\n", "\n</tool_calls>"),
+            ("phi4_mini_json", "<|tool_call|>", "<|/tool_call|>"),
+            ("xlam", "", ""),
+            ("xlam", "```json\n", "\n```"),
+            ("xlam", "[TOOL_CALLS]", ""),
+        )
+    ],
+    Case("granite", "<|tool_call|>", "<|tool_call|>"),
+    Case("granite", "<|tool_call|>[1]", "<|tool_call|>[1]"),
+    Case(
+        "jamba",
+        '<tool_calls>\n{"name": "f", "arguments": {}}\n{"name": "g", "arguments": {}}\n</tool_calls>',
+        calls=[("f", "{}", True), ("g", "{}", True)],
+    ),
+    Case("phi4_mini_json", "functools" + _LISTED, calls=_TWO),
+    Case("phi4_mini_json", "functools[1]", "functools[1]"),
+    Case(
+        "internlm",
+        'A<|action_start|><|plugin|>\n{"name": "f", "parameters": {"a": 1}}<|action_end|>\nB',
+        "A\nB",
+        calls=[("f", '{"a": 1}', True)],
+    ),
+    Case("internlm", "<|action_start|> <|interpreter|>", "<|action_start|> <|interpreter|>"),
+    Case("xlam", '[{"name": "Bob", "age": 3}]', '[{"name": "Bob", "age": 3}]'),
+    Case("xlam", "[1, 2]", "[1, 2]"),
+    # --- cohere
+    Case(
+        "cohere_command",
+        "<|START_THINKING|>Hm.<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>",
+        "Yes.",
+        "Hm.",
+    ),
+    Case("cohere_command", "Hm.<|END_THINKING|><|START_TEXT|>Yes.<|END_TEXT|>", "Yes.", "Hm.", prompt="<|START_THINKING|>"),
+    Case("cohere_command", "<|START_THINKING|>Hm.<|END_THINKING|><|START_ACTION|>" + _ACTIONS + "<|END_ACTION|>", "", "Hm.", _TWO),
+    Case("cohere_command", "Yes.<|END_RESPONSE|>", "Yes.", prompt="<|START_RESPONSE|>"),
+    Case("cohere_command", "<|START_ACTION|>" + _ACTIONS[:-1], calls=_TWO, cut=True),
+    Case("cohere_command", "Plain.", "Plain."),
+    # --- more reasoning
+    Case("mistral_reasoning", "[THINK]Hm.[/THINK]Yes.", "Yes.", "Hm."),
+    Case("mistral_reasoning", "Yes. [THINK] [/THINK]", "Yes. [THINK] [/THINK]"),
+    Case("seed_oss_reasoning", "<seed:think>Hm.</seed:think>Yes.", "Yes.", "Hm."),
+    Case("granite_reasoning", "Here is my thought process:\nHm.\n\nHere is my response: Yes.", "Yes.", "Hm."),
+    Case("granite_reasoning", "Here's my thought process: Hm. Here's my response:\nYes.", "Yes.", "Hm."),
+    Case("granite_reasoning", "Here is my answer.", "Here is my answer."),
+    Case("hunyuan_reasoning", "<think>\nHm.\n</think>\n<answer>\nYes.\n</answer>", "Yes.", "Hm."),
+    Case("hunyuan_reasoning", "<think>\nHm.\n</think>\nYes <answer>", "Yes <answer>", "Hm."),
+    Case("hunyuan_reasoning", "<answer>\nYes.\n</answer>", "Yes.", prompt="<think>\n\n</think>\n"),
+    Case("ernie45_reasoning", "Hm.\n</think>\n\n<response>\nYes.\n</response>\n", "Yes.\n", "Hm."),
+    Case("ernie45_reasoning", "Hm.\n</think>\n\nYes.", "Yes.", "Hm."),
+    Case("kimi_k2_reasoning", "<think>Hm." + _section(_kimi("functions.f:0", "{}")), _section(_kimi("functions.f:0", "{}")), "Hm."),
+    Case("kimi_k2_reasoning", "<think>Hm.</think>Yes.", "Yes.", "Hm."),
+    Case("kimi_reasoning", "◁think▷Hm.◁/think▷Yes.", "Yes.", "Hm."),
 ]

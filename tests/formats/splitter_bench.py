@@ -36,9 +36,26 @@ HEADS = {
     "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{",
     "openai": "<|channel|>commentary to=functions.f<|message|>{",
     "pythonic": "[f(a={",
-    "qwen3": "<think>",
-    "deepseek_r1": "<think>",
+    "deepseek_v32": '<｜DSML｜function_calls><｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="true">',
+    "qwen3_coder": "<tool_call><function=f><parameter=a>",
+    "seed_oss": "<seed:tool_call><function=f><parameter=a>",
+    "minimax_m2": '<minimax:tool_call><invoke name="f"><parameter name="a">',
+    "step3": '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="f"><steptml:parameter name="a">',
+    "glm45": "<tool_call>f<arg_key>a</arg_key><arg_value>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{",
+    "granite": '<|tool_call|>[{"name": "f", "arguments": {',
+    "jamba": '<tool_calls>[{"name": "f", "arguments": {',
+    "phi4_mini_json": 'functools[{"name": "f", "arguments": {',
+    "internlm": '<|action_start|><|plugin|>{"name": "f", "parameters": {',
+    "xlam": '[{"name": "f", "arguments": {',
+    "cohere_command": '<|START_ACTION|>[{"tool_name": "f", "parameters": {',
+    "kimi_reasoning": "◁think▷",
+    "seed_oss_reasoning": "<seed:think>",
+    "mistral_reasoning": "[THINK]",
+    "granite_reasoning": "Here is my thought process:",
 }
+"""Of reasoning, where it is not <think>."""
+TOOLS = b'[{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}]'
 
 
 def best(work: Callable[[], int]) -> float:
@@ -52,18 +69,18 @@ def best(work: Callable[[], int]) -> float:
 
 
 def splitters() -> None:
-    print(f"{'splitter':14} {'content':>8} {'call or reasoning':>18}  us a row")
+    print(f"{'splitter':18} {'content':>8} {'call or reasoning':>18}  us a row")
     for spec in BUILT_IN:
 
         def run(head: str, pieces: list[str], make: Callable[[Opening], object] = spec.factory) -> int:
-            feed = make(Opening("", False)).feed  # type: ignore[attr-defined]
+            feed = make(Opening("", False, TOOLS)).feed  # type: ignore[attr-defined]
             feed(head)
             for piece in pieces:
                 feed(piece)
             return len(pieces)
 
         inside = CONTENT if spec.role == "reasoning" else ARGUMENTS
-        print(f"{spec.name:14} {best(lambda: run('x ', CONTENT)):8.2f} {best(lambda: run(HEADS[spec.name], inside)):18.2f}")  # noqa: B023
+        print(f"{spec.name:18} {best(lambda: run('x ', CONTENT)):8.2f} {best(lambda: run(HEADS.get(spec.name, '<think>'), inside)):18.2f}")  # noqa: B023
 
 
 def way(formats: Formats, text: str, *, split: bool, streams: int = 64) -> float:

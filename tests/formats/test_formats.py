@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -16,7 +18,7 @@ from penstock.plugins.formats import BUILT_IN
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
 
-from corpus import CASES, Calls, Case
+from corpus import CASES, TYPED, Calls, Case, schema
 
 FORMATS = {spec.name: spec for spec in BUILT_IN}
 Folded = tuple[str, str, Calls]
@@ -53,8 +55,8 @@ def run(splitter: Splitter, pieces: list[str], cut: bool) -> Folded:
     return fold(out + splitter.flush(cut))
 
 
-def make(name: str, prompt: str = "") -> Splitter:
-    return FORMATS[name].factory(Opening(prompt, False))
+def make(name: str, prompt: str = "", tools: bytes = b"") -> Splitter:
+    return FORMATS[name].factory(Opening(prompt, False, tools))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.format}:{case.text[:40]}")
@@ -62,7 +64,7 @@ def test_the_corpus_at_once_by_character_and_by_token(case: Case) -> None:
     want = (case.content, case.reasoning, case.calls)
     for size in (max(1, len(case.text)), 1, 2, 3, 5, 7):
         pieces = [case.text[at : at + size] for at in range(0, len(case.text), size)]
-        assert run(make(case.format, case.prompt), pieces, case.cut) == want, size
+        assert run(make(case.format, case.prompt, case.tools), pieces, case.cut) == want, size
 
 
 # What the formats are made of, in any order: most of it is broken.
@@ -75,6 +77,24 @@ ATOMS = [
         '"name": "g"',
         "function",
         "analysis",
+        "<function=f>",
+        "<parameter=a>",
+        "</parameter>",
+        "</function>",
+        "</invoke>",
+        '<invoke name="f">',
+        '<parameter name="a">',
+        '<steptml:invoke name="f">',
+        '<steptml:parameter name="a">',
+        "</steptml:parameter>",
+        "<｜DSML｜function_calls>",
+        '<｜DSML｜invoke name="f">',
+        '<｜DSML｜parameter name="a" string="false">',
+        "</｜DSML｜parameter>",
+        "functools[",
+        "functions.f:0",
+        "Here is my thought process:",
+        "Here is my response:",
         "final",
     ),
     *("{", "}", "[", "]", '"', "\\", ",", ":", ";", "(", ")", "=", "'", "f(a=1)", "[f(", "null", "12", "```json", "```", "to=functions.f "),
@@ -92,14 +112,44 @@ def cut_at(text: str, edges: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(
-    text=TEXTS, edges=st.lists(st.integers(0, 400), max_size=30), cut=st.booleans(), prompt=st.sampled_from(["", "<think>\n", "</think>"])
+    text=TEXTS,
+    edges=st.lists(st.integers(0, 400), max_size=30),
+    cut=st.booleans(),
+    prompt=st.sampled_from(["", "<think>\n", "</think>"]),
+    tools=st.sampled_from([b"", schema(a={"type": "string"}), schema(a={"type": "integer"}), schema(a={"type": ["null", "string"]})]),
 )
 @settings(max_examples=300, deadline=None)
-@example(text='<tool_call>{"name": "f", "arguments": ""}', edges=[], cut=False, prompt="")
-def test_how_the_text_is_cut_does_not_matter(name: str, text: str, edges: list[int], cut: bool, prompt: str) -> None:
-    whole = run(make(name, prompt), [text] if text else [], cut)
-    assert run(make(name, prompt), cut_at(text, edges), cut) == whole
-    assert run(make(name, prompt), list(text), cut) == whole
+@example(text='<tool_call>{"name": "f", "arguments": ""}', edges=[], cut=False, prompt="", tools=b"")
+def test_how_the_text_is_cut_does_not_matter(name: str, text: str, edges: list[int], cut: bool, prompt: str, tools: bytes) -> None:
+    whole = run(make(name, prompt, tools), [text] if text else [], cut)
+    assert run(make(name, prompt, tools), cut_at(text, edges), cut) == whole
+    assert run(make(name, prompt, tools), list(text), cut) == whole
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_how_a_broken_answer_is_cut_does_not_matter(name: str, data: st.DataObject) -> None:
+    """Of what such models write, pieces in another order."""
+    own = [case.text for case in CASES if case.format == name and case.text]
+    pieces = []
+    for _ in range(data.draw(st.integers(1, 5))):
+        text = data.draw(st.sampled_from(own))
+        a, b = sorted((data.draw(st.integers(0, len(text))), data.draw(st.integers(0, len(text)))))
+        pieces.append(text[a:b] or text)
+    text = "".join(pieces)
+    cut, tools = data.draw(st.booleans()), data.draw(st.sampled_from([b"", TYPED]))
+    whole = run(make(name, "", tools), [text], cut)
+    assert run(make(name, "", tools), cut_at(text, data.draw(st.lists(st.integers(0, 400), max_size=30))), cut) == whole
+    assert run(make(name, "", tools), list(text), cut) == whole
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("size", range(509, 516))
+def test_the_longest_name_ends_at_the_same_place(name: str, size: int) -> None:
+    for mark in FORMATS[name].marks or ["["]:
+        text = mark + "\n<function=" + "x" * size + "<tool_call>" * 60 + ">" + mark
+        assert run(make(name), [text], False) == run(make(name), list(text), False)
 
 
 UNQUOTED = st.lists(st.sampled_from([atom for atom in ATOMS if atom not in ('"', "[CALL_ID]")] + ["🙂"] * 20), max_size=14).map("".join)
@@ -120,7 +170,7 @@ def test_no_text_is_lost(name: str, text: str, cut: bool) -> None:
 def test_text_without_marks_goes_through(name: str, text: str) -> None:
     content, reasoning, calls = run(make(name), list(text), False)
     assert not calls
-    if name == "deepseek_r1":
+    if name in ("deepseek_r1", "ernie45_reasoning"):
         assert (content, reasoning.strip()) == ("", text.strip())
     else:
         assert (content, reasoning) == (text, "")
@@ -138,6 +188,12 @@ JSON = st.recursive(
     max_leaves=8,
 )
 ARGUMENT_SETS = st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), JSON, max_size=3)
+
+
+def _list(calls: list[tuple[str, str]], name: str = '"name"') -> str:
+    return "[" + ", ".join(f'{{{name}: "{n}", "parameters": {a}}}' for n, a in calls) + "]"
+
+
 WRITTEN = {
     "hermes": lambda calls: "\n".join(f'<tool_call>\n{{"name": "{n}", "arguments": {a}}}\n</tool_call>' for n, a in calls),
     "llama3_json": lambda calls: "; ".join(f'{{"name": "{n}", "parameters": {a}}}' for n, a in calls),
@@ -145,6 +201,19 @@ WRITTEN = {
     "deepseek_v31": lambda calls: (
         "<｜tool▁calls▁begin｜>" + "".join(f"<｜tool▁call▁begin｜>{n}<｜tool▁sep｜>{a}<｜tool▁call▁end｜>" for n, a in calls)
     ),
+    "kimi_k2": lambda calls: (
+        "<|tool_calls_section_begin|>"
+        + "".join(f"<|tool_call_begin|>functions.{n}:{i}<|tool_call_argument_begin|>{a}<|tool_call_end|>" for i, (n, a) in enumerate(calls))
+        + "<|tool_calls_section_end|>"
+    ),
+    "granite": lambda calls: f"<|tool_call|>{_list(calls)}",
+    "jamba": lambda calls: f"<tool_calls>{_list(calls)}</tool_calls>",
+    "phi4_mini_json": lambda calls: f"functools{_list(calls)}",
+    "xlam": lambda calls: _list(calls),
+    "internlm": lambda calls: "\n".join(
+        f'<|action_start|><|plugin|>\n{{"name": "{n}", "parameters": {a}}}<|action_end|>' for n, a in calls
+    ),
+    "cohere_command": lambda calls: "<|START_ACTION|>" + _list(calls, '"tool_call_id": "0", "tool_name"') + "<|END_ACTION|>",
     "openai": lambda calls: "<|start|>assistant".join(
         f"<|channel|>commentary to=functions.{n} json<|message|>{a}<|call|>" for n, a in calls
     ),
@@ -163,9 +232,122 @@ def test_calls_come_out_as_they_were_written(name: str, calls: list[tuple[str, d
     assert run(make(name), list(text), False) == ("", "", [(n, a, True) for n, a in written])
 
 
+def _invoked(outer: str, mark: str) -> Callable[[str, dict[str, str]], str]:
+    def write(name: str, values: dict[str, str]) -> str:
+        inside = "".join(f'<{mark}parameter name="{key}">{value}</{mark}parameter>\n' for key, value in values.items())
+        return f'<{outer}>\n<{mark}invoke name="{name}">\n{inside}</{mark}invoke>\n</{outer}>'
+
+    return write
+
+
+def _functions(outer: str) -> Callable[[str, dict[str, str]], str]:
+    def write(name: str, values: dict[str, str]) -> str:
+        inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        return f"<{outer}>\n<function={name}>\n{inside}</function>\n</{outer}>"
+
+    return write
+
+
+def _glm(name: str, values: dict[str, str]) -> str:
+    return (
+        f"<tool_call>{name}" + "".join(f"\n<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>" for k, v in values.items()) + "</tool_call>"
+    )
+
+
+TAGGED = {
+    "qwen3_coder": _functions("tool_call"),
+    "seed_oss": _functions("seed:tool_call"),
+    "minimax_m2": _invoked("minimax:tool_call", ""),
+    "deepseek_v32": _invoked("｜DSML｜function_calls", "｜DSML｜"),
+    "glm45": _glm,
+    "step3": lambda name, values: (
+        "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>"
+        + _invoked("", "steptml:")(name, values)[3:-4]
+        + "<｜tool_call_end｜><｜tool_calls_end｜>"
+    ),
+}
+KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array", type(None): "null"}
+KEYS = st.text("abcdefghijklmnopqrstuvwxyz_-", min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("name", TAGGED)
+@given(values=st.dictionaries(KEYS, JSON, max_size=4), nullable=st.booleans(), edges=st.lists(st.integers(0, 400), max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_arguments_in_tags_have_the_schemas_types(name: str, values: dict[str, Any], nullable: bool, edges: list[int]) -> None:
+    """Each value comes back as it was, whatever a string looks like: number, JSON, white space."""
+    kinds = {key: KINDS[type(value)] for key, value in values.items()}
+    tools = schema(**{key: {"type": [kind, "null"] if nullable else kind} for key, kind in kinds.items()})
+    bare = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    if any(text.startswith("\n") for text in bare.values()) and name not in ("qwen3_coder", "seed_oss", "glm45"):
+        bare = {key: "\n" + text for key, text in bare.items()}  # the first line's end is the format's
+    if nullable and any(isinstance(values[key], str) and text.strip().lower() in ("null", "none") for key, text in bare.items()):
+        return
+    content, reasoning, [(called, arguments, done)] = run(make(name, "", tools), cut_at(TAGGED[name]("f", bare), edges), False)
+    assert (content, reasoning, called, done) == ("", "", "f", True)
+    got = json.loads(arguments)
+    assert got == {key: value.removesuffix("\n") if isinstance(value, str) and name in TRIMMED else value for key, value in values.items()}
+    assert [type(value) for value in got.values()] == [type(value) for value in values.values()]
+    assert list(got) == list(values)
+
+
+TRIMMED = {"minimax_m2", "deepseek_v32", "step3"}
+"""Of a value that ends in one, the last line's end is the format's too."""
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_a_string_in_tags_streams(name: str) -> None:
+    """It does not wait for its end, as a call may write a whole file."""
+    for kind in ("string", ["string", "null"]):
+        text = TAGGED[name]("f", {"a": "line of text " * 50})
+        splitter = make(name, "", schema(a={"type": kind}))
+        at = text.index("line") + 100
+        got = [fragment for piece in list(text[:at]) for fragment in splitter.feed(piece)]
+        assert len("".join(fragment.text for fragment in got if fragment.channel == ARGUMENTS)) > 90
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        b"",
+        b"nonsense",
+        b"[",
+        b"5",
+        b"[1, null, {}]",
+        b'[{"function": 5}, {"function": {"name": 5}}, {"function": {"name": "f", "parameters": 5}}]',
+        b'[{"function": {"name": "f", "parameters": {"properties": {"a": 5, "i": {"type": 5}, "s": {"$ref": "#/x"}}}}}]',
+        b'[{"function": {"name": "f", "parameters": {"properties": {"a": {"$ref": "#/properties/a"}, "i": {"anyOf": [5]}}}}}]',
+        b'[{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "widget"}, "i": {"enum": []}, "s": {"allOf": 1}}}}}]',
+    ],
+)
+def test_a_schema_that_is_none_says_nothing(tools: bytes) -> None:
+    text = TAGGED["qwen3_coder"]("f", {"a": "5", "i": "x"})
+    assert run(make("qwen3_coder", "", tools), list(text), False) == ("", "", [("f", '{"a": "5", "i": "x"}', True)])
+
+
+def test_kimis_ids_count_the_conversations_calls() -> None:
+    first, second = make("kimi_k2"), make("kimi_k2", "x<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>")
+    assert first.call_id(0, "f") == "functions.f:0"  # type: ignore[attr-defined]
+    assert second.call_id(1, "g") == "functions.g:2"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
-    "atom", ["<", "[", "{", '{"name": "f", "arguments": {', '{"name": "f", "arguments": "', "<tool_call>", "[f(", "<|channel|>", " ", '"']
+    "atom",
+    [
+        "<",
+        "[",
+        "{",
+        '{"name": "f", "arguments": {',
+        '{"name": "f", "arguments": "',
+        "<tool_call>",
+        "[f(",
+        "<|channel|>",
+        " ",
+        '"',
+        "<function=",
+        "\n",
+        "<arg_key>a",
+    ],
 )
 def test_long_answers_cost_in_proportion(name: str, atom: str) -> None:
     splitter = make(name)

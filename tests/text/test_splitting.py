@@ -163,7 +163,25 @@ def test_special_tokens_that_are_marks_are_seen_and_others_are_not(say: Any, mon
     [
         ("<tool_call>", "hermes", None),
         ("<tool_call> </think>", "hermes", "qwen3"),
-        ("<tool_call><function=", None, None),
+        ("<tool_call><function=", "qwen3_coder", None),
+        ("<tool_call><function=</think>", "qwen3_coder", "qwen3"),
+        ("<tool_call><arg_key></think>", "glm45", "qwen3"),
+        ("<seed:tool_call><function=<seed:think>", "seed_oss", "seed_oss_reasoning"),
+        ("<minimax:tool_call><invoke name=<think></think>", "minimax_m2", "qwen3"),
+        ("<minimax:tool_call><tool_calls>", "minimax_m2", None),
+        ("<｜tool_call_begin｜></think>", "step3", "qwen3"),
+        ("<｜DSML｜function_calls></think>", "deepseek_v32", "qwen3"),
+        ("<|tool_calls_section_begin|><|tool_call_begin|>", "kimi_k2", "kimi_k2_reasoning"),
+        ("<|tool_call|>", "granite", None),
+        ("Here is my thought process: Here is my response:<|tool_call|>", "granite", "granite_reasoning"),
+        ("<tool_calls>", "jamba", None),
+        ("<tool_calls><think></think><answer>", "jamba", "hunyuan_reasoning"),
+        ("<tool_call></think><response>", "hermes", "ernie45_reasoning"),
+        ("<|tool|><|/tool|>", "phi4_mini_json", None),
+        ("<|plugin|>", "internlm", None),
+        ("<|START_ACTION|><|START_THINKING|>", "cohere_command", "cohere_command"),
+        ("[TOOL_CALLS][THINK]", "mistral", "mistral_reasoning"),
+        ("◁think▷", None, "kimi_reasoning"),
         ("[TOOL_CALLS]", "mistral", None),
         ("<｜Assistant｜></think><｜tool▁call▁begin｜>```json", "deepseek_v3", "deepseek_r1"),
         ("<｜tool▁call▁begin｜>", "deepseek_v31", None),
@@ -190,6 +208,52 @@ def test_formats_by_name_alias_and_none() -> None:
     for option in ("tool_call_parser", "reasoning_parser"):
         with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} hermis: no such format"):
             chosen(**{option: "hermis"})
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        (
+            "tool_call_parser",
+            "deepseek_v3 deepseek_v31 deepseek_v32 ernie45 glm45 glm47 granite hermes hunyuan_a13b internlm jamba kimi_k2 llama3_json llama4_json"
+            " llama4_pythonic minimax minimax_m2 mistral openai phi4_mini_json pythonic qwen3_coder qwen3_xml seed_oss step3 step3p5 xlam",
+        ),
+        (
+            "reasoning_parser",
+            "cohere_command3 cohere_command4 deepseek_r1 deepseek_v3 ernie45 glm45 glm47 granite holo2 hunyuan_a13b kimi_k2 mimo minimax_m2"
+            " mistral nemotron_v3 olmo3 openai_gptoss qwen3 seed_oss step3 step3p5",
+        ),
+    ],
+)
+def test_formats_go_by_the_names_that_people_know(option: str, names: str) -> None:
+    for name in names.split():
+        found = Formats.choose(SPECS, "", Config(**{option: name}))  # type: ignore[arg-type]
+        assert (found.tools or found.reasoning) is not None, name
+
+
+def test_no_two_formats_have_one_name() -> None:
+    for role in ("tools", "reasoning"):
+        names = [name for spec in BUILT_IN if spec.role in (role, "both") for name in (spec.name, *spec.aliases)]
+        assert len(names) == len(set(names))
+
+
+def test_arguments_have_the_types_of_the_requests_own_tools(say: Any) -> None:
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    for kind, arguments in (("integer", '{"a": 1}'), ("string", '{"a": "1"}')):
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": kind}}}}}]
+        _, got = say(text, tools="qwen3_coder", tools_given=json.dumps(tools).encode())
+        assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, arguments), (DONE, 0, "")]
+        assert got.reason == "tool_calls"
+
+
+@pytest.mark.parametrize("reasoning", [None, "kimi_k2_reasoning"])
+def test_kimi_gets_ids_that_count(say: Any, reasoning: str | None) -> None:
+    one = "<|tool_call_begin|>functions.{}:7<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    text = "<think>Hm." if reasoning else ""
+    text += "<|tool_calls_section_begin|>" + one.format("f") + one.format("g") + "<|tool_calls_section_end|>"
+    _, got = say(text, tools="kimi_k2", reasoning=reasoning)
+    assert [extra.call_id for extra in got.extras if extra.call_id] == ["functions.f:0", "functions.g:1"]
+    assert [fragment for fragment in joined(got.fragments) if fragment[0] == REASONING] == ([(REASONING, -1, "Hm.")] if reasoning else [])
 
 
 class _Broken:

@@ -279,6 +279,71 @@ def test_whatever_looks_into_the_arguments_gets_the_object(use: str) -> None:
     assert ours(template, TURN) == theirs(template, with_arguments(json.loads(SPACED), ""))
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ c.function.arguments[0] }}",
+        "{{ c.function.arguments[-1] }}",
+        "{{ c.function.arguments[0] }}{{ c.function.arguments | length }}",
+        "{{ c.function.arguments | reverse }}",
+        "{{ c.function.arguments | reverse | join }}",
+        "{% if c.function.arguments == '{}' %}none{% else %}some{% endif %}",
+        "{% for x in c.function.arguments %}{{ x }}{% endfor %}",
+        "{{ c.function.arguments }}{{ c.function.arguments | first }}{{ c.function.arguments | last }}",
+        "{{ c.function.arguments }}{{ c.function.arguments | length }}{{ 'y' in c.function.arguments }}",
+        "{{ c.function.arguments }}{% for x in c.function.arguments %}{{ x }}.{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("arguments", [SPACED, "{}", '{"city": "Zür'])
+def test_whatever_asks_for_places_of_a_text_gets_the_clients(use: str, arguments: str) -> None:
+    template = t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use)
+    assert ours(template, with_arguments(arguments)) == theirs(template, with_arguments(arguments, ""))
+
+
+@pytest.mark.parametrize(
+    ("use", "gives"),
+    [
+        ("{{ c.function.arguments | tojson }}{{ c.function.arguments | length }}", '{"city": "Zürich", "n": 1}2'),
+        ("{{ c.function.arguments | tojson }}{{ c.function.arguments | first }}", '{"city": "Zürich", "n": 1}city'),
+        ("{{ c.function.arguments.city }}{{ 'n' in c.function.arguments }}{{ c.function.arguments | last }}", "ZürichTruen"),
+        ("{% for k in c.function.arguments %}{{ k }}={{ c.function.arguments[k] }};{% endfor %}", "city=Zürich;n=1;"),
+        ("{{ c.function.arguments[0] }}{{ c.function.arguments | tojson }}", '{{"city": "Zürich", "n": 1}'),
+        ("{{ c.function.arguments[-1] }}{{ c.function.arguments['city'] }}", "}Zürich"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [SPACED, json.loads(SPACED)])
+def test_beside_fields_a_question_is_about_the_object(use: str, gives: str, arguments: Any) -> None:
+    assert f"<call>look {gives}</call>" in ours(t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use), with_arguments(arguments))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ c.function.arguments | first }}",
+        "{{ c.function.arguments | last }}",
+        "{{ c.function.arguments | length }}",
+        "{{ c.function.arguments | list | length }}",
+        "{{ c.function.arguments | join(',') }}",
+        "{{ 'Z' in c.function.arguments }}",
+        "{% for x in c.function.arguments %}{{ x }}.{% endfor %}",
+        "{% for x in c.function.arguments | reverse %}{{ x }}.{% endfor %}",
+    ],
+)
+def test_a_question_that_means_two_things_is_refused_where_the_answers_differ(use: str) -> None:
+    template = t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use)
+    with pytest.raises(InvalidRequest, match="their text or the object in it") as refused:
+        ours(template, with_arguments(SPACED))
+    assert refused.value.param == "messages"
+    assert ours(template, TURN[:1]) == "<user>x"
+    assert ours(template, [TURN[0], said("assistant", "y")]) == "<user>x<assistant>y"
+    same = t.PRINTED_ARGUMENTS.replace(
+        ARGUMENTS, "{% if c.function.arguments | length > 0 %}some{% endif %}{{ 'x' in c.function.arguments }}"
+    )
+    assert "<call>look someFalse</call>" in ours(same, with_arguments(SPACED))
+    with pytest.raises(InvalidRequest, match="their text or the object in it"):
+        ours(same, with_arguments("{}"))
+
+
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize(
     "template",
@@ -327,6 +392,7 @@ def test_arguments_that_are_no_json_are_passed_on(arguments: str) -> None:
     ("use", "gives"),
     [
         ("{{ c.function.arguments.keys() | join(',') }}", "arguments"),
+        ("{{ c.function.arguments[0] + c.function.arguments.city[-1] + c.function.arguments.city }}", "ENDSTEXT"),
         ("{% for k in c.function.arguments.keys() %}{{ k }}={{ c.function.arguments[k] }}{% endfor %}", "arguments=TEXT"),
         ("{{ c.function.arguments.values() | join(',') }}", "TEXT"),
         ("{{ c.function.arguments.get('city') }}", "TEXT"),
@@ -349,7 +415,12 @@ def test_arguments_that_are_no_json_are_passed_on(arguments: str) -> None:
 )
 def test_no_template_refuses_a_history_for_arguments_that_are_no_object(use: str, gives: str, arguments: str) -> None:
     template = t.PRINTED_ARGUMENTS.replace(ARGUMENTS, use)
-    for word, value in (("TEXT", arguments), ("UPPER", arguments.upper()), ("DUMPED", json.dumps(arguments, ensure_ascii=False))):
+    for word, value in (
+        ("TEXT", arguments),
+        ("ENDS", arguments[0] + arguments[-1]),
+        ("UPPER", arguments.upper()),
+        ("DUMPED", json.dumps(arguments, ensure_ascii=False)),
+    ):
         gives = gives.replace(word, value)
     assert f"<call>look {gives}</call>" in ours(template, with_arguments(arguments, ""))
 

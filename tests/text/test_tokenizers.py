@@ -261,5 +261,7 @@ def test_the_worker_answers_every_job_from_its_thread(tokenizer: Any, renderer: 
         worker.submit(Encode(job=job, kind="chat", messages=b'[{"role":"user","content":"x"}]', chat_template="{{ messages[0].content }}"))
     assert ready.wait(30)
     worker.close()
-    assert threads == {"penstock-tokenizer", "penstock-tokenizer-long"}, "a template of a request takes its time where others do"
+    own = threads - {"penstock-tokenizer"}  # a template of a request takes its time where others do
+    assert own
+    assert own <= {"penstock-templates-0", "penstock-templates-1"}
     assert all(not e.error and e.finished_ns >= e.started_ns > 0 for e in done)

@@ -48,6 +48,10 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """Of earlier tool calls."""
     loose: bool = True
     """With objects: arguments that are none may be a string (`| tojson`, `is string`), else (`.items()`, `['name']`) they must be wrapped in one."""
+    unclear: bool = False
+    """It only asks what a text and an object both answer, and not alike (`| first`, `| length`, `'x' in`, `for`)."""
+    places: bool = False
+    """With objects: it asks for places of the text too (`[0]`, `[-1]`)."""
     empty: tuple[Empty, ...] = ()
     """The contents beside which tool calls come out, the best first; none: calls are not shown, and no text is like any other."""
     calls_alone: bool = False
@@ -235,14 +239,32 @@ def _arguments(arguments: str | dict[str, Any] | None, shape: Shape) -> str | di
     if shape.arguments == "text":
         return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     if isinstance(arguments, dict):
-        return arguments
+        return Spelled(arguments, json.dumps(arguments, ensure_ascii=False)) if shape.places else arguments
     try:
         decoded = msgspec.json.decode(arguments)
     except (msgspec.DecodeError, ValueError, RecursionError):
         decoded = None
     if isinstance(decoded, dict):
-        return decoded
+        return Spelled(decoded, arguments) if shape.places else decoded
     return arguments if shape.loose else PassedOn(arguments)
+
+
+class Spelled(dict[str, Any]):
+    """An object with the text that it is of, for a template that looks for the object's fields, and for places of the text."""
+
+    def __init__(self, fields: dict[str, Any], text: str) -> None:
+        super().__init__(fields)
+        self._text = text
+
+    def __missing__(self, key: Any) -> str:
+        if isinstance(key, (int, slice)):
+            return self._text[key]
+        raise KeyError(key)
+
+    def __repr__(self) -> str:
+        return self._text
+
+    __str__ = __repr__
 
 
 class _Whole(str):
@@ -272,7 +294,8 @@ class PassedOn(dict[str, str]):
         super().__init__(arguments=_Whole(text))
 
     def __missing__(self, key: Any) -> str:
-        return self["arguments"]
+        whole = self["arguments"]
+        return whole[key] if isinstance(key, (int, slice)) else whole
 
     def __repr__(self) -> str:
         return self["arguments"]

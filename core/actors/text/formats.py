@@ -7,8 +7,9 @@ What it does not know: how formats look (plugins/formats), tokens, rows.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from penstock.core.actors.text.ledger import Request
 from penstock.core.contract.formats import ARGUMENTS, CONTENT, NAME, REASONING, Fragment, Opening, Splitter
@@ -53,7 +54,7 @@ class Formats:
         if not submit.split:
             return None
         tools = self.tools if submit.tools else None
-        opening = Opening(request.prompt_text, submit.continue_final_message)
+        opening = Opening(request.prompt_text, submit.continue_final_message, submit.tools)
         if self.reasoning is None:
             return tools.factory(opening) if tools is not None else None
         first = self.reasoning.factory(opening)
@@ -61,8 +62,12 @@ class Formats:
             return first if tools is self.reasoning else _Then(first, tools.factory(opening) if tools is not None else None)
         return first if tools is None else _Then(first, tools.factory(opening))
 
-    def call_id(self) -> str:
+    def call_id(self, splitter: Splitter | None, call: int, name: str) -> str:
         """A new call's."""
+        own: Callable[[int, str], str] | None = getattr(splitter, "call_id", None)
+        if own is not None:
+            with contextlib.suppress(Exception):  # a plugin's; an id of ours will do
+                return str(own(call, name))
         if self.tools is not None and self.tools.short_ids:
             return "".join(secrets.choice(_SHORT) for _ in range(9))
         return "call_" + secrets.token_hex(12)
@@ -89,6 +94,8 @@ class _Then:
     def __init__(self, first: Splitter, second: Splitter | None) -> None:
         self._first = first
         self._second = second
+        if second is not None and hasattr(second, "call_id"):
+            self.call_id = second.call_id
 
     @property
     def channel(self) -> int:

@@ -339,7 +339,7 @@ class Receiver:
         if fragment is not None and fragment.channel != CONTENT:
             batch.marked.append((len(batch.slots), fragment.channel, fragment.call))
             if fragment.channel == NAME:
-                call_id = self._formats.call_id()
+                call_id = self._formats.call_id(choice.splitter, fragment.call, fragment.text)
         if choice.parts:
             text = "".join(choice.parts) + text
             choice.parts.clear()

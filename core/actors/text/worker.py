@@ -2,8 +2,8 @@
 
 What it is: the taker of Encode and giver of Encoded. Short jobs have a thread of their own, which takes all that wait as one batch; long ones
 (by the size of what is to be read) take turns on another, so that a short request overtakes them. The tokenizer releases the GIL for its
-part, so that the text loop goes on streaming meanwhile. A job that fails becomes an Encoded with `error`; it never takes others of its
-batch with it. After a long job the memory goes back to the system.
+part, so that the text loop goes on streaming meanwhile. Templates of requests, which may take their time, have threads of their own. A job that
+fails becomes an Encoded with `error`; it never takes others of its batch with it. After a long job the memory goes back to the system.
 What it does not know: actors, loops (`deliver` is whatever thread-safe callback the host hands in), what a request is.
 """
 
@@ -33,6 +33,8 @@ log = logging.getLogger("penstock.text")
 MAX_BATCH = 256
 LONG = 64 << 10
 """A job that reads so much (bytes or characters) takes about 50 ms, longer than others should wait for it."""
+TEMPLATED = 2
+"""Templates of requests that are rendered at once."""
 HUGE = 1 << 20
 """After a job that reads so much, memory is given back."""
 
@@ -72,21 +74,25 @@ class TokenizerWorker:
         self._clock: Clock = clock or SystemClock()
         self._short: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
         self._long: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
+        self._templated: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
+        lanes = [("tokenizer", self._short, MAX_BATCH), ("tokenizer-long", self._long, 1)]
+        lanes += [(f"templates-{number}", self._templated, 1) for number in range(TEMPLATED)]
         self._threads = [
-            threading.Thread(target=self._run, args=lane, name=f"penstock-{name}", daemon=True)
-            for name, lane in (("tokenizer", (self._short, MAX_BATCH)), ("tokenizer-long", (self._long, 1)))
+            threading.Thread(target=self._run, args=(lane, most), name=f"penstock-{name}", daemon=True) for name, lane, most in lanes
         ]
         for thread in self._threads:
             thread.start()
 
     def submit(self, encode: Encode) -> None:
         """Thread-safe; never blocks."""
-        long = size_of(encode) >= LONG or encode.chat_template  # a template of a request may take its time
-        (self._long if long else self._short).put(encode)
+        if encode.chat_template:
+            self._templated.put(encode)
+        else:
+            (self._long if size_of(encode) >= LONG else self._short).put(encode)
 
     def close(self) -> None:
-        self._short.put(None)
-        self._long.put(None)
+        for waiting in (self._short, self._long, *[self._templated] * TEMPLATED):
+            waiting.put(None)
         for thread in self._threads:
             thread.join()
 
