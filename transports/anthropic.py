@@ -33,8 +33,8 @@ from penstock.transports.request import JsonReply, context_of
 from penstock.transports.surface import Surface
 from penstock.transports.voice import VOICE
 
-VERSION = b"2023-06-01"
-"""Of the API: the only one whose streams are as here."""
+OLD = b"2023-01-01"
+"""The one version of the API (header anthropic-version) whose streams are others than here: each event repeats all of the text."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
 
@@ -94,12 +94,9 @@ def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Con
 
 
 def check_version(headers: Mapping[bytes, bytes]) -> None:
-    """Of the header anthropic-version, which may be missing. Raises InvalidRequest."""
-    version = headers.get(b"anthropic-version", VERSION)
-    if version != VERSION:
-        raise InvalidRequest(
-            f"anthropic-version must be {VERSION.decode()}, but is {version.decode('latin-1')[:40]!r}.", param="anthropic-version"
-        )
+    """Of the header anthropic-version, which may be missing, or be of a version that is newer than this code. Raises InvalidRequest."""
+    if headers.get(b"anthropic-version") == OLD:
+        raise InvalidRequest("anthropic-version 2023-01-01 is not spoken here. Use 2023-06-01 or a newer one.", param="anthropic-version")
 
 
 class _Count(msgspec.Struct):

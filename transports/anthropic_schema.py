@@ -57,11 +57,11 @@ NOT_YET: dict[str, Refused] = {
     "mcp_servers": Refused((None, []), "No tools run on this server: leave it out."),
     "container": Refused((None,), "No tools run on this server: leave it out."),
     "context_management": Refused(
-        (None, {}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
+        (None, {}, {"edits": []}, *({"edits": [{"type": "clear_thinking_20251015", "keep": every}]} for every in ("all", {"type": "all"}))),
         "Nothing is edited out of a conversation here: leave it out.",
     ),
     "compaction": Refused((None,)),
-    "thread": Refused((None,), "No conversations are kept here: send all of its messages."),
+    "thread": Refused((None,), "No conversation is kept here: leave it out, and send all messages."),
     "fallbacks": Refused((None, [])),
     "fallback_credit_token": Refused((None,)),
     "billing_policy": Refused((None,)),

@@ -97,7 +97,9 @@ def _content(texts: list[str]) -> str | list[dict[str, str]]:
 
 
 def _texts(blocks: list[Placed]) -> list[str]:
-    return [_text(where, block) for where, block in blocks if _kind(where, block, {"text"})]
+    for where, block in blocks:
+        _kind(where, block, {"text"})
+    return [_text(where, block) for where, block in blocks]
 
 
 def _kind(where: str, block: Block, kinds: set[str]) -> str:

@@ -28,6 +28,9 @@ OVERLOADED = 529
 BUSY = frozenset({"queue_full", "too_many_streams", "engine_unavailable", "draining"})
 """Codes of errors that are the server's state and nobody's mistake."""
 
+NO_THREADS = "thread_unsupported_request"
+"""With this code of an error about the field `thread`, Anthropic's clients send the whole conversation without it."""
+
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -50,7 +53,8 @@ def error_payload(error: PenstockError) -> bytes:
     """Anthropic's error shape, of replies and of events."""
     status = status_of(error)
     kind = "overloaded_error" if status == OVERLOADED else _TYPES.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
-    return _json({"type": "error", "error": {"type": kind, "message": error.message}})
+    details = {"details": {"error_code": NO_THREADS}} if error.param == "thread" and status == 400 else {}
+    return _json({"type": "error", "error": {"type": kind, "message": error.message, **details}})
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
