@@ -7,7 +7,7 @@ What it does not know: requests on their way (job.py), what stands around a payl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from penstock.core.protocol.errors import PenstockError
@@ -158,7 +158,7 @@ class Choice:
             self._others.append((len(self.pieces), last))
         last.append(text)
 
-    def parts(self) -> Iterator[tuple[int, str | ToolCall]]:
+    def parts(self) -> Iterable[tuple[int, str | ToolCall]]:
         """All that it says, in the order in which it said it: (CONTENT or REASONING, the text) or (NAME, the call)."""
         at = 0
         for before, other in self._others:
