@@ -28,7 +28,7 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "- The request becomes a chat like any other, and the chat template says how it looks. `system` is a system message, as are turns of the role system. If"
         " the last turn is the assistant's, the answer continues it.",
         "- Tools are those of chat completions: `tool_use` blocks are calls, `tool_result` blocks messages of the role tool. As in Anthropic's API each call has"
-        " its result in the turn that follows, before any text of that turn. Arguments that are no object come as `{\"arguments\": ...}`.",
+        ' its result in the turn that follows, before any text of that turn. Arguments that are no object come as `{"arguments": ...}`.',
         "- What a model says to itself is a `thinking` block, whether `thinking` was asked for or not, where its format is known (`--reasoning-parser`). A model"
         " that never thinks takes `thinking` all the same: there are no such blocks then.",
         f"- As Anthropic's own API does, it refuses every field that it does not know (400 `invalid_request_error` with its name), and these: {refused(NOT_YET)}.",
@@ -37,6 +37,7 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         '- Errors are `{"type": "error", "error": {"type", "message"}}`. A server that is full, starts or drains answers 529 `overloaded_error` with'
         " `retry-after`; Anthropic's clients then try again. That `thread` is refused has the code by which they send the whole conversation instead.",
         "- The prefix cache works by itself; `cache_read_input_tokens` says how much it saved, and `input_tokens` is the rest, so that the prompt has as many as both.",
+        "- `GET /v1/models` and `GET /v1/models/{model_id}` answer in Anthropic's shape, with its pages, where the header anthropic-version is sent.",
         "- There are no message batches (`/v1/messages/batches` is 404).",
         "",
         "### MessagesRequest",

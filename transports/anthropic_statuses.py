@@ -56,7 +56,9 @@ NESTED: dict[str, Status] = {
     "thinking adaptive": _WORKS,
     "thinking disabled": _WORKS,
     "thinking between_tools": Status("refused", "Chat templates do not know it."),
-    "thinking.budget_tokens": Status("no effect", "It is checked (from 1024, below max_tokens), but models here end their thinking themselves."),
+    "thinking.budget_tokens": Status(
+        "no effect", "It is checked (from 1024, below max_tokens), but models here end their thinking themselves."
+    ),
     "thinking.display": Status("works", "`summarized` is the whole."),
     # The answer's form
     "output_config.format": Status("works", "`json_schema`, not beside tools."),

@@ -18,6 +18,9 @@ from penstock.transports.anthropic_thinking import unsealed
 FAILED = "Error: "
 """Before the text of a tool_result with is_error: chats have no field for it, and the model should know."""
 
+_spaced = json.JSONEncoder(ensure_ascii=False).encode
+"""JSON with the spaces that models write: some templates take a call's arguments as they are."""
+
 Block = dict[str, Any]
 
 
@@ -185,8 +188,7 @@ def _tool_use(where: str, block: Block) -> dict[str, Any]:
     given = block.get("input")
     if not isinstance(given, dict):
         raise InvalidRequest(f"{where}.input must be an object.", param=f"{where}.input")
-    # Spaced as models write it: some templates take the text as it is.
-    function = {"name": text_of(block, where, "name"), "arguments": json.dumps(given, ensure_ascii=False)}
+    function = {"name": text_of(block, where, "name"), "arguments": _spaced(given)}
     return {"id": text_of(block, where, "id"), "type": "function", "function": function}
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from penstock.core.protocol.messages import Message, Query, Rejected, Submit
 from penstock.transports import anthropic_replies as replies
 from penstock.transports.anthropic import anthropic_routes
+from penstock.transports.anthropic_models import models_page
 from penstock.transports.anthropic_voice import MessagesVoice
 from penstock.transports.gateway import Batch
 from penstock.transports.outbox import Outbox
@@ -327,6 +328,45 @@ def test_counting_refuses_what_it_would_not_count(edge: Edge) -> None:
         reply = edge.kept.post(COUNT, json=body | more)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"].startswith(next(iter(more)))
+
+
+# ------------------------------------------------------------------ models
+
+CLIENT = {"anthropic-version": "2023-06-01"}
+ENTRIES = [{"id": name, "created": 86400 * index, "max_model_len": 64} for index, name in enumerate("abcde")]
+
+
+def test_models_for_anthropics_clients(edge: Edge) -> None:
+    one = {"type": "model", "id": "brook", "display_name": "brook", "created_at": "1970-01-01T00:00:01Z", "lifecycle": "active"}
+    one |= {"max_input_tokens": None, "max_tokens": None}
+    page = edge.kept.get("/v1/models", headers=CLIENT)
+    assert page.json() == {"data": [one], "has_more": False, "first_id": "brook", "last_id": "brook"}
+    assert edge.kept.get("/v1/models/brook", headers=CLIENT).json() == one
+    missing = edge.kept.get("/v1/models/claude", headers=CLIENT)
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+    for query in ("limit=0", "limit=1001", "limit=x", "limit=-1", "after_id=x", "before_id=x"):
+        wrong = edge.kept.get(f"/v1/models?{query}", headers=CLIENT)
+        assert wrong.status_code == 400
+        assert wrong.json()["error"]["message"].startswith(query.partition("=")[0])
+    for path in ("/v1/models", "/v1/models/brook"):
+        assert edge.kept.get(path).json()["object"] in ("list", "model")
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 20])
+def test_pages_of_models_are_the_list(limit: int) -> None:
+    for way, end in (("after_id", "last_id"), ("before_id", "first_id")):
+        seen: list[str] = []
+        asked: dict[str, Any] = {"limit": str(limit)} | ({way: "e"} if way == "before_id" else {})
+        while True:
+            page = models_page(ENTRIES, asked)
+            names = [one["id"] for one in page["data"]]
+            assert len(names) <= limit
+            seen = [*seen, *names] if way == "after_id" else [*names, *seen]
+            if not page["has_more"]:
+                break
+            asked[way] = page[end]
+        assert "".join(seen) == ("abcde" if way == "after_id" else "abcd")
+    assert models_page(ENTRIES, {"after_id": "e"}) == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
 
 # ------------------------------------------------------------------ errors

@@ -93,6 +93,21 @@ def refusal(kind: type[anthropic.APIStatusError], ask: Callable[[], object]) -> 
     raise SystemExit(f"no {kind.__name__} came")
 
 
+def models(client: anthropic.Anthropic) -> None:
+    listed = list(client.models.list(limit=1))
+    assert "brook" in [one.id for one in listed]
+    one = client.models.retrieve("brook")
+    assert one == next(other for other in listed if other.id == "brook")
+    assert (one.type, one.display_name, one.lifecycle, one.created_at.year > 2000, one.max_tokens > 0) == (
+        "model",
+        "brook",
+        "active",
+        True,
+        True,
+    )
+    assert refusal(anthropic.NotFoundError, partial(client.models.retrieve, "claude")).startswith("not_found_error: ")
+
+
 def tools(client: anthropic.Anthropic) -> None:
     """Question, call, result, answer; and every way in which the client helps with it."""
     whole = client.messages.create(**CALL, messages=OSLO)
@@ -147,7 +162,7 @@ def tools(client: anthropic.Anthropic) -> None:
 def forced(client: anthropic.Anthropic) -> None:
     """What makes the model call: it does, or is refused by the field's name."""
     for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
-        ask = partial(client.messages.create, **CALL, messages=TURNS, tool_choice=choice)
+        ask = partial(client.messages.create, **CALL, messages=OSLO, tool_choice=choice)
         try:
             said = ask()
         except anthropic.BadRequestError:
@@ -257,6 +272,7 @@ def main(url: str, thinking: bool) -> None:
             whole = sync(client)
             streams(client, whole)
             details(client, whole)
+            models(client)
             tools(client)
             forms(client)
             thinks_not(client, whole)
