@@ -522,3 +522,34 @@ def test_each_field_that_is_not_there_is_refused_by_name(edge: Edge, name: str) 
     code, said = told(edge, PATH, {**HI, name: {"x": 1}})
     assert (code, said.startswith(f"{name} is not supported here")) == (400, True)
     assert told(edge, PATH, {**HI, name: None}) == told(edge, PATH, HI)
+
+
+def test_a_request_as_coding_agents_send_it(edge: Edge) -> None:
+    """Much at once: cached system blocks, schemas with all their keywords, thinking, effort, hints, betas."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **SCHEMA, "additionalProperties": False}
+    reminder = {"type": "text", "text": "<system-reminder>Be careful.</system-reminder>"}
+    body = {
+        "model": "brook",
+        "max_tokens": 2000,
+        "stream": True,
+        "system": [{"type": "text", "text": "You are an agent."}, {"type": "text", "text": "Rules.", **CACHED}],
+        "messages": [
+            {"role": "user", "content": [reminder, {"type": "text", "text": "Oslo?", **CACHED}]},
+            {"role": "assistant", "content": [THINKS, {"type": "text", "text": "I look."}, USE, {**USE, "id": "toolu_2"}]},
+            {"role": "user", "content": [RESULT, {**RESULT, "tool_use_id": "toolu_2", "is_error": True}, {**reminder, **CACHED}]},
+        ],
+        "tools": [{**TOOL, "input_schema": schema}, {"name": "now", "description": "", "input_schema": {"type": "object"}, **CACHED}],
+        "metadata": {"user_id": "user_1"},
+        "thinking": {"type": "adaptive", "display": "summarized"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+    }
+    headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "interleaved-thinking-2025-05-14,context-management-2025-06-27"}
+    before = len(edge.text.received)
+    reply = edge.kept.post(f"{PATH}?beta=true", json=body, headers=headers)
+    assert reply.status_code == 200, reply.text
+    assert reply.text.endswith('data: {"type":"message_stop"}\n\n')
+    (submit,) = [one for one in edge.text.received[before:] if isinstance(one, Submit)]
+    assert [message["role"] for message in json.loads(submit.messages)] == ["system", "user", "assistant", "tool", "tool", "user"]
+    assert [tool["function"]["name"] for tool in json.loads(submit.tools)] == ["get_weather", "now"]
+    assert json.loads(submit.template_kwargs) == {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"}
