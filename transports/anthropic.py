@@ -19,7 +19,7 @@ from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, shorten
-from penstock.transports.anthropic_options import blamed, omits_thinking, options_of, renamed
+from penstock.transports.anthropic_options import blamed, form_of, names_a_tool, omits_thinking, options_of, renamed
 from penstock.transports.anthropic_schema import CountTokensRequest, MessagesRequest, decode_strictly
 from penstock.transports.anthropic_turns import chat_of
 from penstock.transports.anthropic_voice import MessagesVoice
@@ -52,7 +52,7 @@ def parse_messages(body: bytes, config: Config, limits: Limits | None = None) ->
             )
         fields["stop"] = request.stop_sequences
     generation = _understood(request, {**fields, "stream": bool(request.stream)}, config, request.max_tokens)
-    return generation, MessagesVoice(omit_thinking=omits_thinking(request))
+    return generation, MessagesVoice(omit_thinking=omits_thinking(request), tool_named=names_a_tool(request))
 
 
 def parse_count(body: bytes, config: Config, limits: Limits | None = None) -> tuple[str, bytes]:
@@ -75,6 +75,7 @@ def parse_count(body: bytes, config: Config, limits: Limits | None = None) -> tu
 def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Config, max_tokens: int | None) -> Generation:
     """The request as a chat, of which the chat's own parser says what is possible. Raises InvalidRequest or UnsupportedFeature naming the field."""
     check_messages(len(request.messages), config.max_messages)
+    form = form_of(request)
     try:
         chat = chat_of(request)
         fields |= options_of(request, max_tokens, chat.continued)
@@ -86,10 +87,11 @@ def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Con
     try:
         generation = parse_chat(body, config)
     except InvalidRequest as error:
-        raise blamed(error, request) from None
+        param = None if error.param is None else renamed(error.param, form)
+        raise type(error)(blamed(error, form), param=param, code=error.code) from None
     generation.names["stop"] = "stop_sequences"
     if generation.grammar is not None:
-        generation.grammar = msgspec.structs.replace(generation.grammar, field=renamed(generation.grammar.field, request))
+        generation.grammar = msgspec.structs.replace(generation.grammar, field=renamed(generation.grammar.field, form))
     return generation
 
 

@@ -1,7 +1,7 @@
 """Anthropic's tools, thinking and output formats as fields of the chat that text knows.
 
 What it is: `options_of`: `tools` and `tool_choice` become OpenAI's, `thinking` what chat templates call it, `output_config` a response_format and a
-reasoning_effort; and `renamed`, which gives the chat's errors about these fields Anthropic's names.
+reasoning_effort; and `blamed`, what the chat's errors about these fields say with Anthropic's names.
 What it does not know: conversations (anthropic_turns.py), what the chat can do of it (openai.py says no), chat templates.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.transports.anthropic_schema import CountTokensRequest, text_of, values_of
+
+FORMAT, OLD_FORMAT = "output_config.format", "output_format"
 
 LEAST_BUDGET = 1024
 """Tokens: of thinking.budget_tokens."""
@@ -129,6 +131,11 @@ def _check_budget(budget: Any, max_tokens: int | None) -> None:
         raise InvalidRequest(f"{param} must be less than max_tokens, which is {max_tokens}.", param=param)
 
 
+def names_a_tool(request: CountTokensRequest) -> bool:
+    """Of a request that was understood."""
+    return request.tool_choice is not None and request.tool_choice.get("type") == "tool"
+
+
 def omits_thinking(request: CountTokensRequest) -> bool:
     """Of a request that was understood."""
     return request.thinking is not None and request.thinking.get("display") == "omitted"
@@ -146,7 +153,7 @@ def _output(config: dict[str, Any] | None, old: dict[str, Any] | None) -> dict[s
         if not isinstance(effort, str) or effort not in EFFORTS:
             raise InvalidRequest(f"output_config.effort must be one of {', '.join(EFFORTS)}.", param="output_config.effort")
         out["reasoning_effort"] = EFFORTS[effort]
-    given = [(where, one) for where, one in (("output_config.format", config.get("format")), ("output_format", old)) if one is not None]
+    given = [(where, one) for where, one in ((FORMAT, config.get("format")), (OLD_FORMAT, old)) if one is not None]
     if len(given) > 1:
         raise InvalidRequest("output_format and output_config.format cannot both be given.", param="output_format")
     for where, one in given:
@@ -161,10 +168,14 @@ def _output(config: dict[str, Any] | None, old: dict[str, Any] | None) -> dict[s
 
 # ------------------------------------------------------------------ errors
 
-_NAMES = [
+_PLAIN = [
     (re.compile(r"(tools\[\d+\])\.function\.parameters"), r"\1.input_schema"),
     (re.compile(r"(tools\[\d+\])\.function"), r"\1"),
     (re.compile(r"response_format\.json_schema\.schema"), "{format}.schema"),
+]
+"""Names that no client of Anthropic's sends."""
+_NAMES = [
+    *_PLAIN,
     (re.compile(r"response_format(\.json_schema)?"), "{format}"),
     (re.compile(r"parallel_tool_calls"), "tool_choice.disable_parallel_tool_use"),
     (re.compile(r"chat_template_kwargs"), "thinking"),
@@ -173,18 +184,21 @@ _NAMES = [
 ]
 
 
-def renamed(name: str, request: CountTokensRequest) -> str:
-    """The chat's name of a field, or a text with such names in it, as Anthropic has it."""
-    form = "output_format" if request.output_format is not None else "output_config.format"
-    for pattern, own in _NAMES:
-        name = pattern.sub(own.replace("{format}", form), name)
-    return name
+def renamed(text: str, form: str = "") -> str:
+    """A text with the chat's names of fields, as Anthropic has them. `form` is what the request calls the answer's form; without it only what cannot be a
+    field that the client itself has sent (and that is unknown here) is renamed."""
+    for pattern, own in _NAMES if form else _PLAIN:
+        text = pattern.sub(own.replace("{format}", form or FORMAT), text)
+    return text
 
 
-def blamed(error: InvalidRequest, request: CountTokensRequest) -> InvalidRequest:
-    """The chat's error with Anthropic's name of the field, which its message has too: Anthropic's errors have no other place for it."""
-    param = None if error.param is None else renamed(error.param, request)
-    message = renamed(error.message, request)
-    if param is not None and param not in message:
-        message = f"{param}: {message}"
-    return type(error)(message, param=param, code=error.code)
+def form_of(request: CountTokensRequest) -> str:
+    """What it calls the answer's form."""
+    return OLD_FORMAT if request.output_format is not None else FORMAT
+
+
+def blamed(error: PenstockError, form: str = "") -> str:
+    """What an error of the chat, or of text, says, with Anthropic's name of the field: Anthropic's errors have no other place for it."""
+    message = renamed(error.message, form)
+    param = None if error.param is None else renamed(error.param, form)
+    return message if param is None or param in message else f"{param}: {message}"

@@ -61,7 +61,7 @@ NESTED: dict[str, Status] = {
     ),
     "thinking.display": Status("works", "`summarized` is the whole."),
     # The answer's form
-    "output_config.format": Status("works", "`json_schema`, not beside tools."),
+    "output_config.format": Status("works", "`json_schema`; beside tools as far as chat completions can."),
     "output_config.effort": Status("works", "For templates that know reasoning_effort; `xhigh` and `max` are `high`."),
     "output_format": Status("works", "The older name of output_config.format."),
 }

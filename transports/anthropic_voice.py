@@ -18,6 +18,7 @@ import msgspec
 
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, NAME, REASONING
+from penstock.transports.anthropic_options import blamed
 from penstock.transports.anthropic_thinking import UNSIGNED, sealed
 from penstock.transports.gateway import Batch
 from penstock.transports.request import Header, JsonReply, error_headers
@@ -54,7 +55,7 @@ def error_payload(error: PenstockError) -> bytes:
     status = status_of(error)
     kind = "overloaded_error" if status == OVERLOADED else _TYPES.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
     details = {"details": {"error_code": NO_THREADS}} if error.param == "thread" and status == 400 else {}
-    return _json({"type": "error", "error": {"type": kind, "message": error.message, **details}})
+    return _json({"type": "error", "error": {"type": kind, "message": blamed(error), **details}})
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -69,10 +70,11 @@ def usage_json(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _stop(reason: str, stop_reason: int | str | None) -> dict[str, str | None]:
+def _stop(reason: str, stop_reason: int | str | None, called: bool) -> dict[str, str | None]:
+    """`called`: there is a call of the tool that the request names; chats say "stop" then, as OpenAI does."""
     if reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if reason == "tool_calls":
+    if reason == "tool_calls" or (called and reason == "stop" and not isinstance(stop_reason, str)):
         return {"stop_reason": "tool_use", "stop_sequence": None}
     if isinstance(stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
@@ -132,13 +134,16 @@ def _ended(text: str) -> tuple[int, str]:
 
 class MessagesVoice:
     """/v1/messages: one prompt, one choice, its channels as blocks in their order; an empty block of text where there is nothing.
-    `omit_thinking`: thinking blocks have no text, but it is in their signatures."""
+    `omit_thinking`: thinking blocks have no text, but it is in their signatures. `tool_named`: the request names the one tool that is to be called."""
 
     plain = True
 
-    def __init__(self, *, omit_thinking: bool = False) -> None:
+    def __init__(self, *, omit_thinking: bool = False, tool_named: bool = False) -> None:
         self._omit = omit_thinking
+        self._named = tool_named
         self._stop: dict[str, str | None] = {}
+        self._called = False
+        """The tool that was named."""
         self._index = -1
         """Of the last block that began."""
         self._open: int | None = None
@@ -157,9 +162,10 @@ class MessagesVoice:
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
         (choice,) = choices
         content = [self._block(channel, said) for channel, said in choice.parts()] or [_text("")]
+        stop = _stop(choice.reason, choice.stop_reason, self._named and bool(choice.calls))
         more = {} if timings is None else {"metrics": timings}
         return _json(
-            {**self._head, "content": content, **_stop(choice.reason, choice.stop_reason), "usage": usage_json(usage), **more},
+            {**self._head, "content": content, **stop, "usage": usage_json(usage), **more},
         )
 
     # --- as events
@@ -178,6 +184,7 @@ class MessagesVoice:
         channel, _ = batch.channel(row)
         if channel == NAME:
             extra = batch.extra(row)
+            self._called = self._named
             yield from self._begin(NAME, {"type": "tool_use", "id": extra.call_id if extra else "", "name": text, "input": {}})
         elif channel == DONE:
             yield from self._end(done=True)
@@ -199,7 +206,7 @@ class MessagesVoice:
 
     def closed(self, index: int, reason: str, error: PenstockError | None, row: int, batch: Batch) -> Iterator[bytes]:
         extra = batch.extra(row)
-        self._stop = _stop(reason, extra.stop_reason if extra else None)
+        self._stop = _stop(reason, extra.stop_reason if extra else None, self._called)
         if self._index < 0:
             yield from self._begin(CONTENT, _text(""))
         yield from self._end()

@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.core.protocol.columns import i32
-from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, NAME, REASONING, Message, Submit
+from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, NAME, REASONING, Message, Submit, TextDelta
 from penstock.transports import anthropic_replies as replies
 from penstock.transports.anthropic_thinking import UNSIGNED, sealed, unsealed
-from penstock.transports.anthropic_voice import input_json
+from penstock.transports.anthropic_voice import MessagesVoice, input_json
+from penstock.transports.gateway import Batch
+from penstock.transports.voice import Choice, Head, Prompt, Usage
 
 PATH = "/v1/messages"
 TOOLS = [{"name": "f", "input_schema": {"type": "object"}}]
@@ -45,7 +47,7 @@ def edge(shared_edge: Edge) -> Edge:
     return shared_edge
 
 
-def batch(key: int, rows: list[Row]) -> Message:
+def batch(key: int, rows: list[Row]) -> TextDelta:
     """Rows of one delta; one without channels where all are text."""
     made = delta(
         *({"key": key, "text": text, **({"extra": {"call_id": f"call_{call}"}} if channel == NAME else {})} for channel, call, text in rows)
@@ -184,6 +186,37 @@ def test_thinking_alone_is_one_block(edge: Edge) -> None:
     whole, events = ask(edge, says(ROWS[:2], [], "length"))
     assert (whole["content"], whole["stop_reason"]) == (BLOCKS[:1], "max_tokens")
     assert folded(events) == whole
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "named", "expected"),
+    [(None, True, "tool_use"), (7, True, "tool_use"), ("x", True, "stop_sequence"), (None, False, "end_turn")],
+)
+def test_a_call_that_was_named_is_the_stop_reason(edge: Edge, stop_reason: Any, named: bool, expected: str) -> None:
+    """Chats end with "stop" where the request named the function."""
+
+    def voice(*batches: TextDelta) -> tuple[str, str]:
+        """stop_reason of the whole, and of the stream."""
+        one, two, choice = MessagesVoice(tool_named=named), MessagesVoice(tool_named=named), Choice()
+        head = Head("r0", 1, "brook", None)
+        one.begin(head)
+        two.begin(head)
+        for message in batches:
+            found = Batch(message)
+            for row, text in enumerate(message.texts):
+                choice.take(text, row, found)
+                list(two.piece(0, text, row, found))
+                if reason := message.reasons[row]:
+                    choice.reason, choice.stop_reason = reason, stop_reason
+                    list(two.closed(0, reason, None, row, found))
+        whole = json.loads(one.whole([Prompt()], [choice], Usage(1, 1, 0), None))
+        last = json.loads(next(iter(two.ended(Usage(1, 1, 0), None))))
+        return whole["stop_reason"], last["delta"]["stop_reason"]
+
+    end = delta({"key": 1, "tokens": [], "reason": "stop", "extra": {"stop_reason": stop_reason}})
+    assert voice(batch(1, ROWS[3:7]), end) == (expected, expected)
+    if stop_reason is None:
+        assert voice(batch(1, ROWS[2:3]), end) == ("end_turn", "end_turn")
 
 
 # ------------------------------------------------------------------ arguments

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest
-from penstock.core.protocol.messages import Query, Submit
+from penstock.core.protocol.messages import Query, Rejected, Submit
 from penstock.transports.anthropic import parse_count, parse_messages
 from penstock.transports.anthropic_schema import NOT_YET
 from penstock.transports.anthropic_statuses import NESTED
@@ -251,6 +251,35 @@ def test_forced_calls_are_the_chats(edge: Edge, choice: dict[str, Any], chats: A
         assert mine[1].startswith("tool_choice")
 
 
+@pytest.mark.parametrize("name", ["output_config.format", "output_format"])
+def test_a_form_beside_tools_is_the_chats(edge: Edge, name: str) -> None:
+    asks = {"output_format": FORM} if name == "output_format" else {"output_config": {"format": FORM}}
+    mine = told(edge, PATH, {**HI, "tools": [TOOL], **asks})
+    form = {"type": "json_schema", "json_schema": {"name": "output", "schema": SCHEMA}}
+    theirs = told(edge, CHAT, {**HI, "tools": [{"type": "function", "function": FUNCTION}], "response_format": form})
+    assert mine[0] == theirs[0]
+    if mine[0] == 400:
+        assert mine[1].startswith(f"{name}.schema ")
+    else:
+        assert mine[1]["grammar"].field == f"{name}.schema"
+
+
+def test_what_text_says_about_the_chats_fields_has_anthropics_names(edge: Edge) -> None:
+    for param, message, expected in (
+        ("tools[1].function.parameters", "tools[1].function.parameters: no.", "tools[1].input_schema: no."),
+        ("tools[1].function.strict", "Not strict.", "tools[1].strict: Not strict."),
+        ("response_format.json_schema.schema", "Too much.", "output_config.format.schema: Too much."),
+        (None, "Full stop.", "Full stop."),
+    ):
+        edge.text.script = lambda submit, said=message, param=param: [
+            Rejected(key=submit.key, status=400, type="x", code="invalid_value", message=said, param=param)
+        ]
+        try:
+            assert told(edge, PATH, HI) == (400, expected)
+        finally:
+            edge.text.script = hello_script
+
+
 def test_strict_is_the_chats(edge: Edge) -> None:
     mine = told(edge, PATH, {**HI, "tools": [{**TOOL, "strict": True}]})
     theirs = told(edge, CHAT, {**HI, "tools": [{"type": "function", "function": {**FUNCTION, "strict": True}}]})
@@ -286,8 +315,6 @@ def test_strict_is_the_chats(edge: Edge) -> None:
         ),
         ({"tools": [TOOL], "tool_choice": {"type": "auto", "disable_parallel_tool_use": 1}}, "tool_choice.disable_parallel_tool_use must"),
         ({"tool_choice": {"type": "auto"}}, "tool_choice is only allowed when tools are given"),
-        ({"tools": [TOOL], "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format.schema beside tools"),
-        ({"tools": [TOOL], "output_format": {"type": "json_schema", "schema": {}}}, "output_format.schema beside tools"),
     ],
 )
 def test_what_tools_may_not_be(fields: Any, where: str) -> None:
