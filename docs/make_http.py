@@ -544,7 +544,7 @@ def page() -> str:
         "",
         "| out | when |",
         "|---|---|",
-        "| `x-request-id`, `openai-processing-ms` | always, but for requests that were no HTTP or came too slowly |",
+        "| `x-request-id`, `request-id` (the same, for Anthropic's clients), `openai-processing-ms` | always, but for requests that were no HTTP or came too slowly |",
         "| `traceparent` | where there is a trace: the request's, or with tracing the server's span |",
         "| `x-penstock-ignored-fields` | fields were ignored |",
         "| `retry-after` | 429, 503 |",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from penstock.transports.anthropic_schema import NOT_YET, CountTokensRequest, InputMessage, MessagesRequest
+from penstock.transports.anthropic_statuses import NESTED
 from penstock.transports.refused import Refused
 from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
 
@@ -20,16 +21,24 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "## Anthropic's messages",
         "",
         "`POST /v1/messages` and `POST /v1/messages/count_tokens`, for Anthropic's clients: their base URL is this server, without `/v1`. The key comes as"
-        " `x-api-key`; `anthropic-version` and `anthropic-beta` may be there and change nothing.",
+        " `x-api-key` or `Authorization: Bearer`. `anthropic-version` may be missing or any but 2023-01-01, whose streams were others; sampling settings work with"
+        " each, also where Anthropic's 2026-10-21 has none. `anthropic-beta` may be there and changes nothing: what a field asks for is done or refused. Every reply"
+        " has the header `request-id`.",
         "",
-        "- The text becomes a chat like any other: `system` is a system message, and the chat template says how it looks. If the last turn is the"
-        " assistant's, the answer continues it.",
+        "- The request becomes a chat like any other, and the chat template says how it looks. `system` is a system message, as are turns of the role system. If"
+        " the last turn is the assistant's, the answer continues it.",
+        "- Tools are those of chat completions: `tool_use` blocks are calls, `tool_result` blocks messages of the role tool. As in Anthropic's API each call has"
+        ' its result in the turn that follows, before any text of that turn. Arguments that are no object come as `{"arguments": ...}`.',
+        "- What a model says to itself is a `thinking` block, whether `thinking` was asked for or not, where its format is known (`--reasoning-parser`). A model"
+        " that never thinks takes `thinking` all the same: there are no such blocks then.",
         f"- As Anthropic's own API does, it refuses every field that it does not know (400 `invalid_request_error` with its name), and these: {refused(NOT_YET)}.",
-        "- Streams have Anthropic's events: message_start, content_block_start, content_block_delta, content_block_stop, message_delta with stop_reason and usage,"
-        " message_stop; while nothing happens ping, and error if the stream fails.",
+        "- Streams have Anthropic's events: message_start; of each block content_block_start, content_block_delta and content_block_stop; message_delta with"
+        " stop_reason and usage, message_stop; while nothing happens ping, and error if the stream fails.",
         '- Errors are `{"type": "error", "error": {"type", "message"}}`. A server that is full, starts or drains answers 529 `overloaded_error` with'
-        " `retry-after`; Anthropic's clients then try again.",
+        " `retry-after`; Anthropic's clients then try again. That `thread` is refused has the code by which they send the whole conversation instead.",
         "- The prefix cache works by itself; `cache_read_input_tokens` says how much it saved, and `input_tokens` is the rest, so that the prompt has as many as both.",
+        "- `GET /v1/models` and `GET /v1/models/{model_id}` answer in Anthropic's shape, with its pages, where the header anthropic-version is sent.",
+        "- There are no message batches (`/v1/messages/batches` is 404).",
         "",
         "### MessagesRequest",
         "",
@@ -40,6 +49,12 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "### InputMessage",
         "",
         *asked(InputMessage),
+        "### Within Anthropic's fields",
+        "",
+        "| what | status | note |",
+        "|---|---|---|",
+        *(f"| `{name}` | {status.word} | {status.why} |" for name, status in NESTED.items()),
+        "",
         "## TGI's generate",
         "",
         "`POST /generate`, `POST /generate_stream`, `POST /` (either, by `stream`) and `GET /info`, for clients of Hugging Face's Text Generation Inference:"

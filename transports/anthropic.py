@@ -7,6 +7,7 @@ What it does not know: replies (anthropic_voice.py), how requests run, chat temp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,109 +16,89 @@ from litestar.types import ASGIApp
 
 from penstock.core.actors.text.bounds import check_messages
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Limits
-from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, shorten
+from penstock.core.protocol.sampling import INT_LIMIT, shorten
+from penstock.transports.anthropic_options import blamed, form_of, names_a_tool, omits_thinking, options_of, renamed
 from penstock.transports.anthropic_schema import CountTokensRequest, MessagesRequest, decode_strictly
+from penstock.transports.anthropic_turns import chat_of
 from penstock.transports.anthropic_voice import MessagesVoice
 from penstock.transports.frame import TypedSse
 from penstock.transports.gateway import Gateway
 from penstock.transports.generation import Generation
+from penstock.transports.openai import parse_chat
 from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
-from penstock.transports.request import JsonReply
+from penstock.transports.request import JsonReply, context_of
 from penstock.transports.surface import Surface
 from penstock.transports.voice import VOICE
 
-_BLOCK = frozenset({"type", "text", "cache_control", "citations"})
+OLD = b"2023-01-01"
+"""The one version of the API (header anthropic-version) whose streams are others than here: each event repeats all of the text."""
+
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
 
 
-def parse_messages(body: bytes, config: Config, limits: Limits | None = None) -> Generation:
+def parse_messages(body: bytes, config: Config, limits: Limits | None = None) -> tuple[Generation, MessagesVoice]:
     """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request = decode_strictly(body, MessagesRequest, limits)
     if not 1 <= request.max_tokens < INT_LIMIT:
         raise InvalidRequest(f"max_tokens must be from 1 to {INT_LIMIT - 1}, but is {shorten(request.max_tokens)}.", param="max_tokens")
-    values: dict[str, Any] = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
+    fields: dict[str, Any] = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     if request.stop_sequences:
         if len(request.stop_sequences) > config.max_stop or not all(request.stop_sequences):
             raise InvalidRequest(
                 f"stop_sequences may hold at most {config.max_stop} texts (--max-stop), none of them empty.", param="stop_sequences"
             )
-        values["stop"] = request.stop_sequences
-    return Generation(
-        kind="chat",
-        prompts=[_chat(request, config)],
-        sampling=SamplingParams(**values).validate(max_stop=config.max_stop),
-        explicit=sorted(values),
-        names={"stop": "stop_sequences"},
-        model=request.model,
-        add_special_tokens=False,
-        stream=bool(request.stream),
-    )
+        fields["stop"] = request.stop_sequences
+    generation = _understood(request, {**fields, "stream": bool(request.stream)}, config, request.max_tokens)
+    return generation, MessagesVoice(omit_thinking=omits_thinking(request), tool_named=names_a_tool(request))
 
 
 def parse_count(body: bytes, config: Config, limits: Limits | None = None) -> tuple[str, bytes]:
     """The model, and the body of text's "tokenize" question. Raises as `parse_messages`."""
     request = decode_strictly(body, CountTokensRequest, limits)
-    chat = _chat(request, config)
-    question = {**chat, "messages": msgspec.Raw(chat["messages"]), "add_special_tokens": False}
+    (prompt,) = _understood(request, {}, config, None).prompts
+    question: dict[str, Any] = {
+        "messages": msgspec.Raw(prompt["messages"]),
+        "add_generation_prompt": prompt["add_generation_prompt"],
+        "continue_final_message": prompt["continue_final_message"],
+        "add_special_tokens": False,
+    }
+    if prompt.get("tools"):
+        question["tools"] = msgspec.Raw(prompt["tools"])
+    if prompt["template_kwargs"]:
+        question["chat_template_kwargs"] = msgspec.Raw(prompt["template_kwargs"])
     return request.model, msgspec.json.encode(question)
 
 
-def _chat(request: CountTokensRequest, config: Config) -> dict[str, Any]:
-    """Submit's fields of the conversation."""
+def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Config, max_tokens: int | None) -> Generation:
+    """The request as a chat, of which the chat's own parser says what is possible. Raises InvalidRequest or UnsupportedFeature naming the field."""
     check_messages(len(request.messages), config.max_messages)
-    if not request.messages:
-        raise InvalidRequest("messages must not be empty.", param="messages")
-    turns: list[tuple[str, list[str]]] = []
-    if request.system:
-        turns.append(("system", _texts(request.system, "system")))
-    for index, message in enumerate(request.messages):
-        texts = _texts(message.content, f"messages[{index}].content")
-        if turns and turns[-1][0] == message.role:
-            turns[-1][1].extend(texts)
-        else:
-            turns.append((message.role, texts))
-    role, last = turns[-1]
-    continues = role == "assistant"
-    if continues and (not last or not last[-1] or last[-1][-1].isspace()):
-        where = f"messages[{len(request.messages) - 1}].content"
-        raise InvalidRequest(
-            f"{where}: the assistant's final words are continued, so they must not be empty or end with white space.", param=where
-        )
-    return {
-        "messages": msgspec.json.encode([{"role": role, "content": _content(texts)} for role, texts in turns]),
-        "add_generation_prompt": not continues,
-        "continue_final_message": continues,
-    }
+    form = form_of(request)
+    try:
+        chat = chat_of(request)
+        fields |= options_of(request, max_tokens, chat.continued)
+        fields |= {"model": request.model, "messages": chat.messages}
+        fields |= {"add_generation_prompt": not chat.continued, "continue_final_message": bool(chat.continued)}
+        body = msgspec.json.encode(fields)
+    except RecursionError:
+        raise InvalidRequest("The request body is nested too deeply: fewer levels of lists and objects are needed.") from None
+    try:
+        generation = parse_chat(body, config)
+    except InvalidRequest as error:
+        param = None if error.param is None else renamed(error.param, form)
+        raise type(error)(blamed(error, form), param=param, code=error.code) from None
+    generation.names["stop"] = "stop_sequences"
+    if generation.grammar is not None:
+        generation.grammar = msgspec.structs.replace(generation.grammar, field=renamed(generation.grammar.field, form))
+    return generation
 
 
-def _content(texts: list[str]) -> str | list[dict[str, str]]:
-    return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
-
-
-def _texts(content: str | list[dict[str, Any]], where: str) -> list[str]:
-    """Of a text, or of blocks."""
-    return [content] if isinstance(content, str) else [_block(block, f"{where}[{index}]") for index, block in enumerate(content)]
-
-
-def _block(block: dict[str, Any], where: str) -> str:
-    kind = block.get("type")
-    if not isinstance(kind, str):
-        raise InvalidRequest(f"{where}.type must be a text such as 'text'.", param=f"{where}.type")
-    if kind != "text":
-        raise UnsupportedFeature(f"{where}: content of type {kind[:80]!r} is not supported here: this server takes text only.", param=where)
-    text = block.get("text")
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{where}.text must be a text.", param=f"{where}.text")
-    if block.get("citations"):
-        raise UnsupportedFeature(f"{where}.citations is not supported here. Leave it out.", param=f"{where}.citations")
-    for name in block.keys() - _BLOCK:
-        raise InvalidRequest(f"{where}.{name[:80]} is not a field of a block of text. Leave it out.", param=f"{where}.{name[:80]}")
-    if not isinstance(block.get("cache_control"), dict | None):
-        raise InvalidRequest(f"{where}.cache_control must be an object.", param=f"{where}.cache_control")
-    return text
+def check_version(headers: Mapping[bytes, bytes]) -> None:
+    """Of the header anthropic-version, which may be missing, or be of a version that is newer than this code. Raises InvalidRequest."""
+    if headers.get(b"anthropic-version") == OLD:
+        raise InvalidRequest("anthropic-version 2023-01-01 is not spoken here. Use 2023-06-01 or a newer one.", param="anthropic-version")
 
 
 class _Count(msgspec.Struct):
@@ -137,8 +118,9 @@ def anthropic_routes(gateway: Gateway) -> list[Any]:
         opt={BODY: MessagesRequest, VOICE: MessagesVoice},
     )
     async def messages(request: Request[Any, Any, Any]) -> ASGIApp:
-        generation = parse_messages(await surface.body(request), config, gateway.limits)
-        return surface.answer(request, generation, MessagesVoice())
+        check_version(context_of(request.scope).headers)
+        generation, voice = parse_messages(await surface.body(request), config, gateway.limits)
+        return surface.answer(request, generation, voice)
 
     @post(
         "/v1/messages/count_tokens",
@@ -148,6 +130,7 @@ def anthropic_routes(gateway: Gateway) -> list[Any]:
         opt={BODY: CountTokensRequest, VOICE: MessagesVoice},
     )
     async def count_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
+        check_version(context_of(request.scope).headers)
         model, question = parse_count(await surface.body(request), config, gateway.limits)
         await find_model(gateway, model)
         answer = await gateway.query("tokenize", question, model=model)

@@ -11,16 +11,28 @@ from typing import Any, Literal
 import msgspec
 
 
-class MessageBlock(msgspec.Struct):
-    type: Literal["text"]
-    text: str
+class MessageBlock(msgspec.Struct, omit_defaults=True):
+    """A block of the answer: text (text), thinking (thinking, signature) or tool_use (id, name, input)."""
+
+    type: Literal["text", "thinking", "tool_use"]
+    text: str | None = None
+    thinking: str | None = None
+    signature: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
 
 
-class MessageUsage(msgspec.Struct):
+class MessageTokenDetails(msgspec.Struct):
+    thinking_tokens: int
+
+
+class MessageUsage(msgspec.Struct, omit_defaults=True):
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: MessageTokenDetails | None = None
 
 
 class MessageReply(msgspec.Struct, omit_defaults=True):
@@ -29,7 +41,7 @@ class MessageReply(msgspec.Struct, omit_defaults=True):
     role: Literal["assistant"]
     model: str
     content: list[MessageBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"] | None
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
     stop_sequence: str | None
     usage: MessageUsage
     metrics: dict[str, Any] | None = None
@@ -49,9 +61,10 @@ class MessageEvent(msgspec.Struct, omit_defaults=True):
     metrics: dict[str, Any] | None = None
 
 
-class MessageErrorFields(msgspec.Struct):
+class MessageErrorFields(msgspec.Struct, omit_defaults=True):
     type: str
     message: str
+    details: dict[str, Any] | None = None
 
 
 class MessageError(msgspec.Struct):

@@ -1,8 +1,8 @@
 """The structs of Anthropic's request bodies.
 
 What it is: /v1/messages and /v1/messages/count_tokens as msgspec structs, and `decode_strictly`: as Anthropic's own API does, it refuses every field that
-it does not know, so that nothing is left out of an answer in silence.
-What it does not know: what the fields mean (anthropic.py), replies, HTTP.
+it does not know, so that nothing is left out of an answer in silence; `values_of` and `text_of` do so within blocks, tools and other objects.
+What it does not know: what the fields mean (anthropic_turns.py, anthropic_options.py), replies, HTTP.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from penstock.transports.refused import Refused
 
 
 class InputMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. Content blocks are objects, looked at one by one (anthropic.py), so that errors can name them."""
+    """One turn. Content blocks are objects, looked at one by one (anthropic_turns.py), so that errors can name them."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
 
 
@@ -30,6 +30,11 @@ class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     messages: list[InputMessage]
     system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
 
 
@@ -49,14 +54,20 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
 ANTHROPIC_REQUESTS: tuple[type[CountTokensRequest], ...] = (MessagesRequest, CountTokensRequest)
 
 NOT_YET: dict[str, Refused] = {
-    "tools": Refused((None, []), "Calls in the answer are not taken apart yet: leave it out."),
-    "tool_choice": Refused((None, {"type": "none"}), "Tools are not supported yet: leave it out."),
-    "thinking": Refused((None,), "Thinking is not taken apart from the answer: leave it out."),
     "mcp_servers": Refused((None, []), "No tools run on this server: leave it out."),
-    "container": Refused((None,)),
-    "context_management": Refused((None,)),
-    "output_config": Refused((None,)),
-    "output_format": Refused((None,)),
+    "container": Refused((None,), "No tools run on this server: leave it out."),
+    "context_management": Refused(
+        (None, {}, {"edits": []}, *({"edits": [{"type": "clear_thinking_20251015", "keep": every}]} for every in ("all", {"type": "all"}))),
+        "Nothing is edited out of a conversation here: leave it out.",
+    ),
+    "compaction": Refused((None,)),
+    "thread": Refused((None,), "No conversation is kept here: leave it out, and send all messages."),
+    "fallbacks": Refused((None, [])),
+    "fallback_credit_token": Refused((None,)),
+    "billing_policy": Refused((None,)),
+    "diagnostics": Refused((None, {})),
+    "user_profile_id": Refused((None,)),
+    "workspace_id": Refused((None,)),
     "speed": Refused((None, "standard")),
     "inference_geo": Refused((None,)),
 }
@@ -76,3 +87,20 @@ def decode_strictly(body: bytes, kind: type[Kind], limits: Limits | None) -> Kin
         raise InvalidRequest(f"{name} is not a field of this endpoint. Leave it out.", param=name)
     assert isinstance(request, kind)
     return request
+
+
+def values_of(given: dict[str, Any], where: str, *known: str, kind: str, typed: bool = True) -> None:
+    """Look at an object's fields: only `known` ones (and its type, if `typed`), `cache_control` an object. Raises InvalidRequest naming the other."""
+    for name in given:
+        if name not in known and not (typed and name == "type"):
+            raise InvalidRequest(f"{where}.{name[:80]} is not a field of {kind}. Leave it out.", param=f"{where}.{name[:80]}")
+    if not isinstance(given.get("cache_control"), dict | None):
+        raise InvalidRequest(f"{where}.cache_control must be an object.", param=f"{where}.cache_control")
+
+
+def text_of(given: dict[str, Any], where: str, name: str, *, empty: bool = False) -> str:
+    """A field that must be there. Raises InvalidRequest."""
+    text = given.get(name)
+    if not isinstance(text, str) or not (text or empty):
+        raise InvalidRequest(f"{where}.{name} must be a text{'' if empty else ', and not an empty one'}.", param=f"{where}.{name}")
+    return text

@@ -14,11 +14,32 @@ _MODELS = "the model's, or "
 _COUNTED: dict[str, Field] = {
     "model": Field("A name of /v1/models. Another is 404 `not_found_error`.", _ANTHROPIC),
     "messages": Field(
-        "The conversation, oldest first. Turns of one role in a row are one. If the last is the assistant's, the answer continues it.",
+        "The conversation, oldest first. Turns of one role in a row are one. If the last is the assistant's, the answer continues it. Each tool_use has its"
+        " tool_result in the turn after it, before that turn's text.",
         _ANTHROPIC,
         "at most --max-messages messages",
     ),
     "system": Field("What the model is told before: a text, or blocks of text.", _ANTHROPIC),
+    "tools": Field("Functions that the model may call; see below. The server has none of its own.", _ANTHROPIC),
+    "tool_choice": Field(
+        '`{"type": ...}`: `auto`, `none`, and where the chat can force calls `any` and `tool` (with `name`); `disable_parallel_tool_use: true` for at'
+        " most one call.",
+        _ANTHROPIC,
+        default="auto",
+    ),
+    "thinking": Field(
+        '`{"type": ...}`: `enabled` (with `budget_tokens`, a target that models here do not know) and `adaptive` set `enable_thinking` and `thinking` of'
+        " the chat template to true, `disabled` to false. `display: omitted` leaves the text of thinking blocks out. A model whose template has no such switch"
+        " does as it always does.",
+        _ANTHROPIC,
+        default="what the template does without",
+    ),
+    "output_config": Field(
+        '`format`: `{"type": "json_schema", "schema": ...}`, which the answer obeys. `effort`: reasoning_effort of the chat template; `xhigh` and `max` are'
+        " `high`.",
+        _ANTHROPIC,
+    ),
+    "output_format": Field("The older name of output_config.format.", _ANTHROPIC),
     "cache_control": Field("No effect here, nor in blocks: prefixes are cached by themselves.", _ANTHROPIC),
 }
 
@@ -31,7 +52,7 @@ ASKED: dict[str, dict[str, Field]] = {
     "InputMessage": {
         "role": Field("Who speaks.", _ANTHROPIC),
         "content": Field(
-            'A text, or blocks `{"type": "text", "text": ...}`; `cache_control` in them is without effect. Other types of blocks are refused.',
+            "A text, or blocks: see below.",
             _ANTHROPIC,
         ),
     },
@@ -88,25 +109,36 @@ TOLD: dict[str, dict[str, str]] = {
         "type": "`message`.",
         "role": "`assistant`.",
         "model": "The request's name of it.",
-        "content": "The answer: one block.",
-        "stop_reason": "`end_turn`, `max_tokens` or `stop_sequence`; null while it goes on.",
+        "content": "The answer: its blocks, in their order; an empty one of text where there is nothing.",
+        "stop_reason": "`end_turn`, `max_tokens`, `stop_sequence` or `tool_use`; null while it goes on. Others of Anthropic's (`refusal`, `pause_turn`) do not occur.",
         "stop_sequence": "The one of stop_sequences that ended it.",
         "usage": "Tokens.",
         "metrics": "With `x-include-metrics: 1`: see Metrics; in a stream with message_delta.",
     },
-    "MessageBlock": {"type": "`text`.", "text": "The text."},
+    "MessageBlock": {
+        "type": "`text`, `thinking` or `tool_use`.",
+        "text": "Of text.",
+        "thinking": "Of thinking: what the model says to itself; empty with `display: omitted`.",
+        "signature": "Of thinking: nothing is signed here, but clients send it back; with `display: omitted` it holds the text.",
+        "id": "Of tool_use: the call's, for its tool_result.",
+        "name": "Of tool_use: the tool.",
+        "input": "Of tool_use: the arguments. Of a call that was cut off (`max_tokens`), as many as are complete.",
+    },
     "MessageUsage": {
         "input_tokens": "Of the prompt, without those that the prefix cache had.",
         "cache_creation_input_tokens": "0.",
         "cache_read_input_tokens": "Of the prompt: found in the prefix cache.",
         "output_tokens": "Drawn, the end token too.",
+        "output_tokens_details": "At the end.",
     },
+    "MessageTokenDetails": {"thinking_tokens": "Of output_tokens: drawn while the model thought."},
     "MessageEvent": {
         "type": "The event's name.",
         "message": "The reply as it begins: without content.",
-        "index": "0: there is one block.",
-        "content_block": "The block as it begins: empty.",
-        "delta": '`{"type": "text_delta", "text": ...}`; in message_delta stop_reason and stop_sequence.',
+        "index": "Which block, from 0.",
+        "content_block": "The block as it begins: empty, but for a tool_use's id and name.",
+        "delta": "`text_delta` (text), `thinking_delta` (thinking), `signature_delta` (signature, last in a thinking block), `input_json_delta` (partial_json: pieces"
+        " of input's JSON); in message_delta stop_reason and stop_sequence.",
         "usage": "Of the whole answer.",
         "error": "What went wrong: nothing comes after it.",
         "metrics": "As in MessageReply.",
@@ -115,6 +147,7 @@ TOLD: dict[str, dict[str, str]] = {
     "MessageErrorFields": {
         "type": "The error's family, as Anthropic names it.",
         "message": "What is wrong, with the field's name, and what to do about it.",
+        "details": "`error_code`, of errors that clients know what to do about.",
     },
     "CountTokensReply": {"input_tokens": "Of the prompt as the model would get it, the beginning of the answer's turn included."},
     "PrefillToken": {"id": "The token.", "text": "Its text.", "logprob": "Of raw logits; null for the first."},

@@ -14,9 +14,11 @@ from litestar import Request, get, post
 from litestar.types import ASGIApp
 
 from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.core.protocol.messages import Answer
 from penstock.transports.anthropic import anthropic_routes
+from penstock.transports.anthropic_models import model_json, models_page, speaks_anthropic
+from penstock.transports.anthropic_voice import MessagesVoice
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
 from penstock.transports.openai import check_messages, parse_chat, parse_completion
@@ -24,7 +26,7 @@ from penstock.transports.openai_schema import ChatRequest, CompletionRequest, De
 from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
-from penstock.transports.request import JsonReply, error_reply, ignored_header
+from penstock.transports.request import JsonReply, context_of, error_reply, ignored_header
 from penstock.transports.surface import Surface
 from penstock.transports.tgi import tgi_routes
 from penstock.transports.voice import VOICE
@@ -78,12 +80,26 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         return surface.answer(request, call, CompletionVoice(call))
 
     @get("/v1/models", summary="The models that requests may name", tags=["models"])
-    async def models() -> ASGIApp:
-        return relay(await gateway.query("models"))
+    async def models(request: AnyRequest) -> ASGIApp:
+        answer = await gateway.query("models")
+        if not speaks_anthropic(context_of(request.scope).headers):
+            return relay(answer)
+        try:
+            if answer.status != 200:
+                raise failure_of(answer)
+            return JsonReply(msgspec.json.encode(models_page(msgspec.json.decode(answer.body)["data"], request.query_params)))
+        except PenstockError as error:
+            return MessagesVoice.refuse(error)
 
     @get("/v1/models/{model_id:path}", summary="One model", tags=["models"])
     async def model(request: AnyRequest) -> ASGIApp:
-        return JsonReply(msgspec.json.encode(await find_model(gateway, str(request.path_params["model_id"]).lstrip("/"))))
+        asked = str(request.path_params["model_id"]).lstrip("/")
+        if not speaks_anthropic(context_of(request.scope).headers):
+            return JsonReply(msgspec.json.encode(await find_model(gateway, asked)))
+        try:
+            return JsonReply(msgspec.json.encode(model_json(await find_model(gateway, asked))))
+        except PenstockError as error:
+            return MessagesVoice.refuse(error)
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:

@@ -117,7 +117,8 @@ class Edge:
                 context.status = message["status"]
                 if scope["method"] == "OPTIONS":  # Litestar's own answer does not know of HEAD
                     message["headers"] = [(k, _with_head(v) if k.lower() == b"allow" else v) for k, v in message["headers"]]
-                extra = [(b"x-request-id", context.rid.encode()), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
+                own = context.rid.encode()
+                extra = [(b"x-request-id", own), (b"request-id", own), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
                 extra += self._cors.headers(headers.get(b"origin"))
                 if span.traceparent:
                     extra.append((b"traceparent", span.traceparent.encode()))

@@ -33,7 +33,7 @@ _json = msgspec.json.Encoder().encode
 class _StreamLeg:
     """One prompt's rows as payloads."""
 
-    __slots__ = ("_base", "_job", "_opened", "_plain", "_prompt", "_push")
+    __slots__ = ("_base", "_job", "_opened", "_prompt", "_push")
 
     def __init__(self, job: StreamReply, index: int) -> None:
         n = job.generation.sampling.n
@@ -42,7 +42,6 @@ class _StreamLeg:
         self._push = job.outbox.push
         self._opened = [False] * n
         self._prompt = Prompt()
-        self._plain = job.voice.plain
 
     def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
         job = self._job
@@ -55,12 +54,14 @@ class _StreamLeg:
         if not self._opened[choice]:
             self._opened[choice] = True
             job.say(job.voice.opened(index, self._prompt, row, batch))
-        if self._plain and (batch.channels is None or not batch.channels[row]):
+        frame = job.frames[index]
+        if frame is not None and (batch.channels is None or not batch.channels[row]):
             if text:
-                head, tail = job.frames[index]
-                self._push(head + _json(text) + tail)
+                self._push(frame[0] + _json(text) + frame[1])
         else:
             job.say(job.voice.piece(index, text, row, batch))
+            if job.moves:
+                job.frames[index] = job.around(index)
         if reason and not (job.alone and index in job.failed):  # that one's error is the request's, and comes next
             job.close_choice(index, reason, row, batch)
 
@@ -84,8 +85,14 @@ class StreamReply(Job):
         self.alone = generation.choices == 1
         """Is the request's fate that of its only choice?"""
         self.introduce()
-        self.frames = [frame.around(*voice.around(index)) for index in range(generation.choices)] if voice.plain else []
-        """What stands before and after the text of a plain row, by choice."""
+        self.frames = [self.around(index) if voice.plain else None for index in range(generation.choices)]
+        """What stands before and after the text of a plain row, by choice; None: no row is plain (now)."""
+        self.moves = voice.plain and None in self.frames
+        """May that change?"""
+
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        around = self.voice.around(index)
+        return None if around is None else self._frame.around(*around)
 
     def say(self, payloads: Iterable[bytes]) -> None:
         for payload in payloads:

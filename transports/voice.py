@@ -103,7 +103,7 @@ class ToolCall:
 class Choice:
     """One answer of a whole reply."""
 
-    __slots__ = ("calls", "error", "logprobs", "pieces", "reason", "reasoning", "stop_reason", "tokens")
+    __slots__ = ("_others", "calls", "error", "logprobs", "pieces", "reason", "reasoning", "stop_reason", "tokens")
 
     pieces: list[str]
     """Its text, in the pieces that came."""
@@ -131,27 +131,51 @@ class Choice:
         self.reason = ""
         self.stop_reason = None
         self.error = None
+        self._others: list[tuple[int, list[str] | ToolCall]] = []
+        """What is no text, each with the number of pieces of text before it."""
 
     def take(self, text: str, row: int, batch: Batch) -> None:
         """A row that may be of any channel."""
         channel, _ = batch.channel(row)
         if channel == CONTENT:
-            self.pieces.append(text)
+            if text:
+                self.pieces.append(text)
         elif channel == REASONING:
-            self.reasoning.append(text)
+            if text:
+                self._think(text)
         elif channel == NAME:
             extra = batch.extra(row)
             self.calls.append(ToolCall(extra.call_id if extra else "", text))
+            self._others.append((len(self.pieces), self.calls[-1]))
         elif channel == ARGUMENTS:
             self.calls[-1].arguments.append(text)
+
+    def _think(self, text: str) -> None:
+        self.reasoning.append(text)
+        at, last = self._others[-1] if self._others else (-1, None)
+        if not isinstance(last, list) or at != len(self.pieces):
+            last = []
+            self._others.append((len(self.pieces), last))
+        last.append(text)
+
+    def parts(self) -> Iterable[tuple[int, str | ToolCall]]:
+        """All that it says, in the order in which it said it: (CONTENT or REASONING, the text) or (NAME, the call)."""
+        at = 0
+        for before, other in self._others:
+            if at < before:
+                yield CONTENT, "".join(self.pieces[at:before])
+            at = before
+            yield (REASONING, "".join(other)) if isinstance(other, list) else (NAME, other)
+        if at < len(self.pieces):
+            yield CONTENT, "".join(self.pieces[at:])
 
 
 class Voice(Protocol):
     """One reply in one API's words; a voice serves one request. `index` counts choices over all prompts: n of the first prompt, n of the second. Every
     payload is the bytes of one message, without what a Frame puts around it. Of a row, `batch` knows at index `row` what its text does not say.
 
-    A whole reply: `begin`, `whole`. A stream: `begin`; `around` once a choice if `plain`; then of each choice `opened`, rows, `closed`; at last `ended`, or
-    `broken`. A request that fails before anything was sent: `refuse`.
+    A whole reply: `begin`, `whole`. A stream: `begin`; `around` once a choice if `plain` (see there); then of each choice `opened`, rows, `closed`; at last
+    `ended`, or `broken`. A request that fails before anything was sent: `refuse`.
     """
 
     plain: bool
@@ -165,8 +189,9 @@ class Voice(Protocol):
         """The body. `timings` (seconds, by name) if the client asked for them."""
         ...
 
-    def around(self, index: int) -> tuple[bytes, bytes]:
-        """What stands before and after the text, which is a JSON string, in the payload of a plain row."""
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """What stands before and after the text, which is a JSON string, in the payload of a plain row. None: not yet; a voice that says so at the
+        beginning is asked again after each `piece`, which is asked about every row until then (and what it says then may be another)."""
         ...
 
     def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterable[bytes]:

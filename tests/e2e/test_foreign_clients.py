@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from huggingface_hub import InferenceClient
@@ -18,10 +18,22 @@ CLIENTS = Path(__file__).parent / "clients"
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CLIENTS.glob("*.txt")))
 def test_an_official_client(server: Server, name: str) -> None:
+    run_client(name, server.url)
+
+
+@pytest.mark.slow
+def test_anthropics_client_with_a_model_that_thinks(starter: Any) -> None:
+    """The demo model does not, but its prompts may end with the mark that makes all that follows thoughts."""
+    thinks = "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content or '' }}\n{% endfor %}<think>\n"
+    server = starter("--reasoning-parser", "qwen3", "--chat-template", thinks)
+    run_client("anthropic", server.url, "thinking")
+
+
+def run_client(name: str, *arguments: str) -> None:
     python = ROOT / ".venv-clients" / name / "bin" / "python"
     if not python.exists():
         pytest.skip(f"{python.relative_to(ROOT)} is not there: `make test-clients` makes it")
-    command = [python, CLIENTS / f"{name}_client.py", server.url]
+    command = [python, CLIENTS / f"{name}_client.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all is well" in done.stdout

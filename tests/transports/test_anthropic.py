@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from penstock.core.protocol.messages import Message, Query, Rejected, Submit
 from penstock.transports import anthropic_replies as replies
 from penstock.transports.anthropic import anthropic_routes
+from penstock.transports.anthropic_models import models_page
 from penstock.transports.anthropic_voice import MessagesVoice
 from penstock.transports.gateway import Batch
 from penstock.transports.outbox import Outbox
@@ -75,12 +76,13 @@ def refused(edge: Edge, path: str = PATH, **fields: Any) -> tuple[int, str, str]
 def test_golden_whole(edge: Edge) -> None:
     headers = {"x-request-id": "r1", "anthropic-version": "2023-06-01", "x-api-key": "any"}
     reply = edge.kept.post(PATH, json=HI, headers=headers)
-    assert reply.headers["x-request-id"] == "r1"
+    assert reply.headers["x-request-id"] == reply.headers["request-id"] == "r1"
     assert "x-penstock-ignored-fields" not in reply.headers
     assert reply.text == (
         '{"id":"msg_r10","type":"message","role":"assistant","model":"brook","content":[{"type":"text","text":"Hello world"}],'
         '"stop_reason":"end_turn","stop_sequence":null,'
-        '"usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":2}}'
+        '"usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":2,'
+        '"output_tokens_details":{"thinking_tokens":0}}}'
     )
 
 
@@ -96,7 +98,8 @@ def test_golden_stream(edge: Edge) -> None:
         'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":" world"}}\n\n'
         'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\n'
         'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},'
-        '"usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":2}}\n\n'
+        '"usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":2,'
+        '"output_tokens_details":{"thinking_tokens":0}}}\n\n'
         'event: message_stop\ndata: {"type":"message_stop"}\n\n'
     )
 
@@ -170,21 +173,33 @@ def test_what_is_streamed_is_the_whole(script: Edge, texts: list[str], end: tupl
 
 
 def test_a_plain_row_costs_one_push_and_no_question(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the first of a block, which begins it."""
     pushed: list[bytes] = []
-    push = Outbox.push
+    asked: list[str] = []
+    push, piece = Outbox.push, MessagesVoice.piece
     monkeypatch.setattr(Outbox, "push", lambda self, data: (pushed.append(data), push(self, data))[1])
-    monkeypatch.setattr(MessagesVoice, "piece", None)
-    edge = make_edge(routes=[anthropic_routes])
+    monkeypatch.setattr(MessagesVoice, "piece", lambda self, index, text, *more: (asked.append(text), piece(self, index, text, *more))[1])
+
+    def play(submit: Submit) -> list[Message]:
+        rows = [delta({"key": submit.key, "text": str(i)}) for i in range(50)]
+        return [*rows, delta({"key": submit.key, "tokens": [], "reason": "stop"}), finished(submit.key)]
+
+    edge = make_edge(routes=[anthropic_routes], text=lambda t: setattr(t, "script", play))
     with edge.http() as http:
-        http.post(PATH, json={**HI, "stream": True})
-    assert sum(b"text_delta" in data for data in pushed) == 2
-    assert len(pushed) == 7
+        assert http.post(PATH, json={**HI, "stream": True}).text.encode() == b"".join(pushed)
+    assert asked == ["0"]
+    assert sum(b"text_delta" in data for data in pushed) == 50
+    assert len(pushed) == 50 + 5
 
 
 def test_a_voice_says_a_piece_as_a_plain_row_is_said(edge: Edge) -> None:
     voice = MessagesVoice()
     batch = Batch(delta({"key": 1}))
-    assert list(voice.piece(0, "a\u2028b", 0, batch)) == [b'"a\xe2\x80\xa8b"'.join(voice.around(0))]
+    assert voice.around(0) is None
+    *_, first = voice.piece(0, "a\u2028b", 0, batch)
+    around = voice.around(0)
+    assert around is not None
+    assert first == b'"a\xe2\x80\xa8b"'.join(around) == b"".join(voice.piece(0, "a\u2028b", 0, batch))
 
 
 # ------------------------------------------------------------------ what text is told
@@ -238,14 +253,12 @@ TEXT = {"type": "text", "text": "x"}
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"name": "f", "input_schema": {}}]),
         ("tool_choice", {"type": "any"}),
-        ("thinking", {"type": "enabled", "budget_tokens": 1024}),
-        ("thinking", {"type": "disabled"}),
-        ("output_config", {"effort": "low"}),
+        ("thread", {"type": "create"}),
         ("mcp_servers", [{"url": "x"}]),
         ("container", "c"),
-        ("context_management", {"edits": []}),
+        ("context_management", {"edits": [{"type": "clear_tool_uses_20250919"}]}),
+        ("context_management", {"edits": [{"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 2}}]}),
         ("stop", ["x"]),
         ("n", 2),
         ("seed", 1),
@@ -282,7 +295,6 @@ def test_what_is_required_is_named(edge: Edge, name: str) -> None:
     ("content", "where"),
     [
         ([TEXT, {"type": "image", "source": {}}], "messages[0].content[1]: content of type 'image'"),
-        ([{"type": "tool_result", "tool_use_id": "t"}], "messages[0].content[0]: content of type 'tool_result'"),
         ([{"type": "document"}], "messages[0].content[0]: content of type 'document'"),
         ([{"text": "x"}], "messages[0].content[0].type must"),
         ([{"type": "text"}], "messages[0].content[0].text must"),
@@ -299,21 +311,62 @@ def test_blocks_are_refused_by_name(edge: Edge, path: str, content: Any, where: 
     assert reply.json()["error"]["message"].startswith(where)
 
 
-@pytest.mark.parametrize("message", [{"role": "system", "content": "x"}, {"role": "user", "content": "x", "name": "n"}, {"role": "user"}])
+@pytest.mark.parametrize("message", [{"role": "tool", "content": "x"}, {"role": "user", "content": "x", "name": "n"}, {"role": "user"}])
 def test_messages_of_other_apis_are_refused(edge: Edge, message: Any) -> None:
     assert refused(edge, messages=[message])[:2] == (400, "invalid_request_error")
 
 
 def test_values_that_ask_for_nothing_are_taken(script: Edge) -> None:
     submitted(script, tools=[], tool_choice={"type": "none"}, thinking=None, mcp_servers=[], system=None, stop_sequences=[])
+    for keep in ("all", {"type": "all"}):
+        submitted(script, context_management={"edits": [{"type": "clear_thinking_20251015", "keep": keep}]})
 
 
 def test_counting_refuses_what_it_would_not_count(edge: Edge) -> None:
     body = {"model": "brook", "messages": HI["messages"]}
-    for more in ({"tools": [{"name": "f"}]}, {"thinking": {"type": "enabled"}}, {"max_tokens": 3}):
+    for more in ({"tools": [{"name": "f"}]}, {"thinking": {"type": "enabled"}}, {"output_config": {"effort": 1}}, {"max_tokens": 3}):
         reply = edge.kept.post(COUNT, json=body | more)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"].startswith(next(iter(more)))
+
+
+# ------------------------------------------------------------------ models
+
+CLIENT = {"anthropic-version": "2023-06-01"}
+ENTRIES = [{"id": name, "created": 86400 * index, "max_model_len": 64} for index, name in enumerate("abcde")]
+
+
+def test_models_for_anthropics_clients(edge: Edge) -> None:
+    one = {"type": "model", "id": "brook", "display_name": "brook", "created_at": "1970-01-01T00:00:01Z", "lifecycle": "active"}
+    one |= {"max_input_tokens": None, "max_tokens": None}
+    page = edge.kept.get("/v1/models", headers=CLIENT)
+    assert page.json() == {"data": [one], "has_more": False, "first_id": "brook", "last_id": "brook"}
+    assert edge.kept.get("/v1/models/brook", headers=CLIENT).json() == one
+    missing = edge.kept.get("/v1/models/claude", headers=CLIENT)
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+    for query in ("limit=0", "limit=1001", "limit=x", "limit=-1", "after_id=x", "before_id=x"):
+        wrong = edge.kept.get(f"/v1/models?{query}", headers=CLIENT)
+        assert wrong.status_code == 400
+        assert wrong.json()["error"]["message"].startswith(query.partition("=")[0])
+    for path in ("/v1/models", "/v1/models/brook"):
+        assert edge.kept.get(path).json()["object"] in ("list", "model")
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 20])
+def test_pages_of_models_are_the_list(limit: int) -> None:
+    for way, end in (("after_id", "last_id"), ("before_id", "first_id")):
+        seen: list[str] = []
+        asked: dict[str, Any] = {"limit": str(limit)} | ({way: "e"} if way == "before_id" else {})
+        while True:
+            page = models_page(ENTRIES, asked)
+            names = [one["id"] for one in page["data"]]
+            assert len(names) <= limit
+            seen = [*seen, *names] if way == "after_id" else [*names, *seen]
+            if not page["has_more"]:
+                break
+            asked[way] = page[end]
+        assert "".join(seen) == ("abcde" if way == "after_id" else "abcd")
+    assert models_page(ENTRIES, {"after_id": "e"}) == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
 
 # ------------------------------------------------------------------ errors
@@ -350,6 +403,20 @@ def test_a_busy_edge_is_overloaded(make_edge: MakeEdge) -> None:
         reply = http.post(PATH, json=HI)
     edge.text.call(edge.server.gateway.leave)
     assert (reply.status_code, reply.json()["error"]["type"]) == (529, "overloaded_error")
+
+
+def test_versions(edge: Edge) -> None:
+    for version in ("2023-06-01", "2026-10-21", "2031-01-01"):
+        assert edge.kept.post(PATH, json=HI, headers={"anthropic-version": version, "anthropic-beta": "a,b"}).status_code == 200
+    for path in (PATH, COUNT):
+        reply = edge.kept.post(path, json=HI, headers={"anthropic-version": "2023-01-01"})
+        assert (reply.status_code, reply.json()["error"]["message"][:17]) == (400, "anthropic-version")
+
+
+def test_that_there_are_no_threads_is_said_with_the_code_that_clients_look_for(edge: Edge) -> None:
+    error = edge.kept.post(PATH, json={**HI, "thread": {"type": "create"}}).json()["error"]
+    assert error["details"] == {"error_code": "thread_unsupported_request"}
+    assert "details" not in edge.kept.post(PATH, json={**HI, "container": "c"}).json()["error"]
 
 
 def test_what_is_refused_before_there_is_a_route_has_the_shape_too(make_edge: MakeEdge) -> None:
