@@ -40,7 +40,7 @@ PREPARE_S = 0.2
 """CPU time that a grammar may take to be prepared, in which an engine makes no other masks."""
 STEP_S = 0.08
 """The same for a mask."""
-LARGE = 4096
+LARGE = 16384
 """Bytes of a compiled grammar from which on a few masks are tried before it is taken."""
 TRIED = 48
 """So many."""
@@ -207,7 +207,7 @@ class LlMatcher:
         if self._inner.consume_token(token):
             return True
         said = self._inner.get_error()
-        if not any(words in said for words in _REFUSALS):
+        if said and not any(words in said for words in _REFUSALS):
             raise _limit(said)
         return False
 

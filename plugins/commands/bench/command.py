@@ -456,17 +456,20 @@ def grammars(
         tokenizer = Tokenizer.from_file(tokenizer_file or str(Path(demo_folder()) / "tokenizer.json"))
     pairs = [*generated(schemas, seed), *(suite(suite_folder) if suite_folder is not None else ())]
     result: dict[str, Any] = masks(tokenizer, pairs)
-    mask, cpu, first = result["mask_us"], result["mask_cpu_us"], result["first_mask_ms"]
+    mask, cpu, first, busy = (result[name] for name in ("mask_us", "mask_cpu_us", "first_mask_ms", "first_mask_cpu_ms"))
     click.echo(f"{result['vocabulary']} tokens, {result['schemas']} schemas ({result['kinds']}), {result['masks']} masks")
     click.echo(
         f"a mask: p50 {mask['p50']:.1f} us, p99 {mask['p99']:.1f} us (CPU time {cpu['p50']:.1f}, {cpu['p99']:.1f}; longest {cpu['max']:.0f})"
     )
     click.echo(
-        f"until the first mask: p50 {first['p50']:.2f} ms, p99 {first['p99']:.2f} ms, of which the compiling process {result['compile_ms']['p50']:.2f}"
+        f"until the first mask: p50 {first['p50']:.2f} ms, p99 {first['p99']:.2f} ms (CPU time {busy['p50']:.2f}, {busy['p99']:.2f}),"
+        f" of which the compiling process p50 {result['compile_ms']['p50']:.2f}"
     )
     if turns:
         with started([*serve_args]) as base:
             result["turns"] = found = in_turns(base, rows=rows, tokens=output_len, turns=turns)
         pairs_said = ", ".join(f"{ratio:.3f}" for ratio in found["ratios"])
         click.echo(f"batch {rows}: a schema's tokens/s over free ones: {found['schema_over_free']:.3f} (pairs: {pairs_said})")
+        cpu_said = ", ".join(f"{kind} {used:.2f}" for kind, used in found["cpu_ms_a_step"].items())
+        click.echo(f"CPU time of the server's processes, ms a step: {cpu_said}")
     write_json(json_file, "grammars", {"schemas": schemas, "seed": seed, "train": train, "serve_args": list(serve_args)}, result)

@@ -83,11 +83,12 @@ class _Waiter:
 def masks(tokenizer: Any, pairs: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
     """Each schema is compiled in the worker's process, then made again and walked along its answer as an engine does."""
     tokens, special = vocabulary_of(tokenizer)
-    engine, worker = LlGuidance(tokens, special), _Waiter(tokens, special)
+    engine, other, worker = LlGuidance(tokens, special), LlGuidance(tokens, special), _Waiter(tokens, special)
     out = np.zeros(-(-len(tokens) // 32), np.int32)
     took: list[float] = []
     busy: list[float] = []
     firsts: list[float] = []
+    firsts_busy: list[float] = []
     compiles: list[float] = []
     kinds: Counter[str] = Counter()
     seen: set[str] = set()
@@ -102,9 +103,12 @@ def masks(tokenizer: Any, pairs: Iterable[tuple[str, str, str]]) -> dict[str, An
             if checked.error:
                 kinds[f"{kind}, not taken"] += 1
                 continue
+            cpu = time.thread_time()
             matcher = engine.matcher(checked.compiled)
             matcher.mask(out)
             first = time.perf_counter()
+            other.compile("json", schema)
+            firsts_busy.append(time.thread_time() - cpu)
             kinds[kind] += 1
             compiles.append(compiled - began)
             firsts.append(first - began)
@@ -128,12 +132,21 @@ def masks(tokenizer: Any, pairs: Iterable[tuple[str, str, str]]) -> dict[str, An
         "mask_us": {name: percentile(took, share) * 1e6 for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))},
         "mask_cpu_us": {name: percentile(busy, share) * 1e6 for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))},
         "compile_ms": {name: percentile(compiles, share) * 1e3 for name, share in (("p50", 0.5), ("p99", 0.99))},
+        "first_mask_cpu_ms": {name: percentile(firsts_busy, share) * 1e3 for name, share in (("p50", 0.5), ("p99", 0.99))},
         "first_mask_ms": {name: percentile(firsts, share) * 1e3 for name, share in (("p50", 0.5), ("p99", 0.99))},
     }
 
 
+def _children_s() -> float:
+    import psutil
+
+    used = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    return sum(times.user + times.system for times in used)
+
+
 def in_turns(url: str, *, rows: int, tokens: int, turns: int) -> dict[str, Any]:
-    """Bursts of `rows` equal requests, free and with a schema in turns; a first pair is not counted. Raises ClickException where one ends early."""
+    """Bursts of `rows` equal requests, free and with a schema in turns, each first every second time; a first pair is not counted. CPU time is that of all
+    child processes of this one. Raises ClickException where an answer ends early."""
 
     def ask(body: dict[str, Any]) -> int:
         headers = {"content-type": "application/json"}
@@ -142,25 +155,28 @@ def in_turns(url: str, *, rows: int, tokens: int, turns: int) -> dict[str, Any]:
             return int(json.loads(reply.read())["usage"]["completion_tokens"])
 
     rates: dict[str, list[float]] = {"free": [], "schema": []}
+    cpu: dict[str, list[float]] = {"free": [], "schema": []}
     for turn in range(turns + 1):
-        for kind, found in rates.items():
+        for kind in sorted(rates, reverse=turn % 2 == 1):
             more: dict[str, Any] = {"ignore_eos": True} if kind == "free" else {"guided_json": FILLS}
             bodies = [
                 {"prompt": f"Tell of river {row}:", "max_tokens": tokens, "temperature": 1.0, "seed": turn * rows + row, **more}
                 for row in range(rows)
             ]
             with ThreadPoolExecutor(rows) as pool:
-                began = time.perf_counter()
+                before, began = _children_s(), time.perf_counter()
                 counts = list(pool.map(ask, bodies))
-                wall = time.perf_counter() - began
+                wall, used = time.perf_counter() - began, _children_s() - before
             if set(counts) != {tokens}:
                 raise click.ClickException(f"A {kind} answer has {min(counts)} tokens instead of {tokens}: nothing was measured.")
             if turn:
-                found.append(rows * tokens / wall)
+                rates[kind].append(rows * tokens / wall)
+                cpu[kind].append(used / tokens * 1e3)
     return {
         "rows": rows,
         "tokens_each": tokens,
         "tokens_per_s": rates,
-        "ratios": [schema / free for free, schema in zip(rates["free"], rates["schema"], strict=True)],
-        "schema_over_free": statistics.median(rates["schema"]) / statistics.median(rates["free"]),
+        "ratios": (ratios := [schema / free for free, schema in zip(rates["free"], rates["schema"], strict=True)]),
+        "schema_over_free": statistics.median(ratios),
+        "cpu_ms_a_step": {kind: statistics.median(some) for kind, some in cpu.items()},
     }
