@@ -20,11 +20,12 @@ from typing import Any, BinaryIO
 import jsonschema_rs
 import msgspec
 
+from penstock.core.contract import layouts
 from penstock.core.contract.grammars import Grammars
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.grammars import LENGTH, Done, Job, Setup
 from penstock.core.processes.spawn import PR_SET_PDEATHSIG, ignore_signals
-from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 
 ROOM = 1 << 30
 """Bytes of address space that jobs may take besides what is taken when they begin."""
@@ -46,16 +47,26 @@ class Checker:
                 return Done(error=self._verify(job))
             if job.kind not in self._kinds:
                 raise UnsupportedFeature(f"The grammar backend has no grammars of the kind {job.kind!r}.")
-            if job.kind == "json":
+            if job.kind == "layout":
+                self._check_leaves(job.source)
+            elif job.kind == "json":
                 self._validator(job.source)
             compiled = self._grammars.compile(job.kind, job.source)
             return Done(compiled=compiled, error="" if compiled else "The grammar backend made nothing of it.")
         except PenstockError as error:
-            return Done(error=error.message, unsupported=isinstance(error, UnsupportedFeature))
+            return Done(error=error.message, unsupported=isinstance(error, UnsupportedFeature), field=error.param or "")
         except MemoryError:
             return Done(error="It takes too much memory.")
         except Exception as error:
             return Done(error=f"{type(error).__name__}: {error}"[:300])
+
+    def _check_leaves(self, source: str) -> None:
+        """Each grammar in a layout for itself, so that an error names its own."""
+        for leaf in {(leaf.kind, leaf.source, leaf.field): leaf for leaf in layouts.leaves(layouts.decode(source))}.values():
+            done = self.do(Job(leaf.kind, leaf.source))
+            if done.error:
+                kind = UnsupportedFeature if done.unsupported else InvalidRequest
+                raise kind(done.error, param=leaf.field)
 
     def _verify(self, job: Job) -> str:
         """Why the answer does not obey; "": it does."""

@@ -63,6 +63,8 @@ class Done(msgspec.Struct):
     compiled: bytes = b""
     error: str = ""
     unsupported: bool = False
+    field: str = ""
+    """Of a part of a layout, or of an answer: what the client calls the grammar that the error is about."""
 
 
 class TooSlow(Exception):
@@ -193,6 +195,14 @@ class GrammarWorker:
         return done
 
     def _verify(self, lane: int, check: CheckGrammar, limit_s: float) -> Done:
+        for part in check.parts:
+            grammar, text = part.grammar, part.text
+            ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].tolist() if text and grammar.kind != "json" else []
+            done = self._ask(lane, Job(grammar.kind, grammar.source, verify=True, ids=ids, text=text), limit_s)[0]
+            if done.error:
+                return msgspec.structs.replace(done, field=grammar.field)
+        if check.parts:
+            return Done()
         ids = check.ids.tolist()
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         if check.stop:  # it was completed within the last token's text
@@ -227,7 +237,7 @@ class GrammarWorker:
 def _checked(check: CheckGrammar, done: Done) -> GrammarChecked:
     if not done.error:
         return GrammarChecked(job=check.job, compiled=done.compiled)
-    field = check.grammar.field
+    field = done.field or check.grammar.field
     if check.verify:
         return GrammarChecked(job=check.job, error=f"The answer does not obey {field}. {done.error}", error_status=PenstockError.status)
     error = InvalidRequest(f"{field} cannot be used: {done.error}", param=field)

@@ -7,7 +7,9 @@ What it does not know: calls.
 
 from __future__ import annotations
 
-from penstock.core.contract.formats import REASONING, Opening
+from typing import Literal
+
+from penstock.core.contract.formats import REASONING, Opening, Thinking
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import State, TableSplitter, probe, read_text, table
 
@@ -42,6 +44,14 @@ def _r1(template: str) -> bool:
     return END in template and "<｜Assistant｜>" in template
 
 
+def _thinking(without: str) -> Thinking:
+    def state(opening: Opening) -> Literal["open", "may", "over"]:
+        found = _state(opening, without)
+        return "may" if found == "start" else "over" if found == "content" else "open"
+
+    return Thinking(begin=BEGIN, end=END, state=state)
+
+
 _LEVEL = API_LEVEL["output_formats"]
 
 QWEN3 = FormatSpec(
@@ -53,6 +63,7 @@ QWEN3 = FormatSpec(
     marks=[BEGIN, END],
     matches=lambda template: END in template and not _r1(template),
     factory=_qwen3,
+    thinking=_thinking("start"),
 )
 DEEPSEEK_R1 = FormatSpec(
     name="deepseek_r1",
@@ -63,4 +74,5 @@ DEEPSEEK_R1 = FormatSpec(
     marks=[BEGIN, END],
     matches=_r1,
     factory=_deepseek_r1,
+    thinking=_thinking("at_once"),
 )

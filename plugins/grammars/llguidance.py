@@ -16,10 +16,12 @@ import llguidance
 import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from penstock.core.contract import layouts
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.grammars.bounds import Bounds, Starts
 from penstock.plugins.grammars.keywords import check_schema
+from penstock.plugins.grammars.layouts import Regions, lowered
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
@@ -72,12 +74,17 @@ class LlGuidance:
         wrapper = llguidance.TokenizerWrapper(_Tokens([*tokens, b"<|end|>"], [*special, end]))
         self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=end + 1)
         self._tokens = tokens
+        self._spelt = {tokens[token].decode(errors="replace"): token for token in reversed(special) if tokens[token]}
         self._starts: Starts | None = None
         self._kept: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
 
     def compile(self, kind: str, source: str) -> bytes:
         """See Grammars."""
-        compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
+        if kind == "layout":
+            openers, made = lowered(layouts.decode(source), self._spelt, _grammar)
+            compiled = b"l" + json.dumps(openers).encode() + b"\n" + made.encode()
+        else:
+            compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
         matcher = self.matcher(compiled)
         out = np.zeros(self._words, np.int32)
         matcher.mask(out)
@@ -88,25 +95,26 @@ class LlGuidance:
     def matcher(self, compiled: bytes) -> LlMatcher:
         """See Grammars."""
         inner = self._kept.pop(compiled, None)
+        openers, _, grammar = compiled[1:].partition(b"\n") if compiled[:1] == b"l" else (b"", b"", compiled[1:])
         if inner is None:
-            inner = llguidance.LLMatcher(self._tokenizer, compiled[1:].decode(), log_level=0, limits=_limits())
+            inner = llguidance.LLMatcher(self._tokenizer, grammar.decode(), log_level=0, limits=_limits())
             if inner.is_error():
                 raise InvalidRequest(" ".join(inner.get_error().split())[:400])
         self._kept[compiled] = inner
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
-        bounds = None
-        if compiled[:1] == b"j":
+        bounds: Bounds | Regions | None = None
+        if compiled[:1] in b"jl":
             if self._starts is None:
                 self._starts = Starts(self._tokens, self._words)
-            bounds = Bounds(self._starts)
+            bounds = Regions(self._starts, [text.encode() for text in json.loads(openers)]) if openers else Bounds(self._starts)
         return LlMatcher(inner.deep_copy(), self._tokens, bounds)
 
 
 class LlMatcher:
     """See Matcher."""
 
-    def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | None) -> None:
+    def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | Regions | None) -> None:
         self._inner = inner
         self._tokens = tokens
         self._bounds = bounds
