@@ -17,7 +17,7 @@ from penstock.plugins.grammars.bounds import Bounds, Starts
 
 ANYTHING = "(?s:.)*"
 SPACE = b" \t\r\n"
-_META = frozenset("\\.+*?()|[]{}^$#&-~/\"<>@!%:=,;'`")
+_META = frozenset("\\.+*?()|[]{}^$#&-~/\"")
 
 
 class _Lowering:
@@ -43,7 +43,7 @@ class _Lowering:
         if isinstance(part, Text):
             return _literal(part.text), before + part.text
         if isinstance(part, Mark):
-            return self._mark(part.text), part.text
+            return self._mark(part.text), before + part.text
         if isinstance(part, Chain):
             found = []
             for one in part.parts:
@@ -89,8 +89,9 @@ class _Lowering:
         key = part.kind, part.source
         if key not in self._names:
             self._names[key] = f"g{len(self._names)}"
-            (made,) = json.loads(self._grammar(*key))["grammars"]
-            self.grammars.append({**made, "name": self._names[key]})
+            made = self._grammar(*key)
+            (inner,) = json.loads(made)["grammars"] if part.kind != "grammar" else [{"lark_grammar": made}]
+            self.grammars.append({**inner, "name": self._names[key]})
         return self._names[key]
 
     def _tags(self, part: Tags) -> str:
@@ -150,16 +151,15 @@ class Regions:
         self._bounds = Bounds(self._starts)
         self._depth = -1
         self._scalar = False
-        self._tail = b""
 
     def feed(self, data: bytes) -> None:
         for at in range(len(data)):
+            byte = data[at : at + 1]
+            self._tail = self._tail[-self._longest :] + byte
             if self._bounds is not None:
-                self._value(data[at : at + 1])
-            if self._bounds is None:
-                self._tail = self._tail[-self._longest :] + data[at : at + 1]
-                if self._tail.endswith(self._openers):
-                    self._enter()
+                self._value(byte)
+            if self._bounds is None and self._tail.endswith(self._openers):
+                self._enter()
 
     def _value(self, byte: bytes) -> None:
         bounds = self._bounds

@@ -27,7 +27,7 @@ WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
 MOST_KEPT = 64
 """Compiled grammars that a process keeps."""
-_META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"<>@!%:=,;'`])")
+_META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"@!%:=,;'`])")
 _DIRECTIVE = re.compile(r"^\s*%(?!ignore\b|regex\b|import\b)|%json\b|%lark\b", re.MULTILINE)
 
 
