@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import resource
 import signal
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,11 +35,13 @@ MOST_KEPT = 64
 
 
 class Checker:
-    """What the child knows."""
+    """What the child knows. `tokens` are the vocabulary's bytes, without those of tokens that are no text."""
 
-    def __init__(self, grammars: Grammars, kinds: list[str]) -> None:
+    def __init__(self, grammars: Grammars, kinds: list[str], tokens: dict[bytes, int]) -> None:
         self._grammars = grammars
         self._kinds = kinds
+        self._tokens = tokens
+        self._longest = max(map(len, tokens), default=0)
         self._validators: OrderedDict[str, Any] = OrderedDict()
 
     def do(self, job: Job) -> Done:
@@ -75,12 +79,53 @@ class Checker:
                 answer = json.loads(job.text)
             except ValueError as error:
                 return f"It is not valid JSON: {error}."
-            wrong = next(iter(self._validator(job.source).iter_errors(answer)), None)
-            return "" if wrong is None else f"At /{'/'.join(map(str, wrong.instance_path))}: {wrong.message}"[:300]
+            return self._wrong(job.source, answer)
         matcher = self._grammars.matcher(self._grammars.compile(job.kind, job.source))
-        if not all(matcher.consume(token) for token in job.ids):
+        if not all(matcher.consume(token) for token in job.ids or self._spelt(job.text.encode())):
             return "Its text is not of the grammar."
-        return "" if matcher.may_end() else "It ended too early."
+        if not matcher.may_end():
+            return "It ended too early."
+        part = layouts.decode(job.source) if job.kind == "layout" else None
+        match part:
+            case layouts.Tags():
+                return self._tagged(part, job.text)
+            case layouts.Chain(parts=[layouts.Text(begin), layouts.Obey() as content, *end]):
+                tag = layouts.Tag(begin, content, "".join(one.text for one in end if isinstance(one, layouts.Text)))
+                return self._tagged(layouts.Tags([begin], [tag]), job.text)
+        return ""
+
+    def _spelt(self, text: bytes) -> Iterator[int]:
+        """Tokens that have this text; -1 where there are none."""
+        at = 0
+        while at < len(text):
+            sizes = range(min(self._longest, len(text) - at), 0, -1)
+            size = next((size for size in sizes if text[at : at + size] in self._tokens), 1)
+            yield self._tokens.get(text[at : at + size], -1)
+            at += size
+
+    def _tagged(self, part: layouts.Tags, text: str) -> str:
+        """What is wrong with the JSON in a text's tags."""
+        triggers = re.compile("|".join(map(re.escape, part.triggers)))
+        at = 0
+        while (found := triggers.search(text, at)) is not None:
+            at = found.end()
+            fitting = [tag for tag in part.tags if text.startswith(tag.begin, found.start())]
+            tag = max(fitting, key=lambda tag: len(tag.begin), default=None)
+            if tag is None or tag.content.kind != "json":
+                continue
+            begin = found.start() + len(tag.begin)
+            begin += len(text[begin:]) - len(text[begin:].lstrip())
+            try:
+                value, at = json.JSONDecoder().raw_decode(text, begin)
+            except ValueError as error:
+                return f"It is not valid JSON after {tag.begin[:80]!r}: {error}."
+            if (wrong := self._wrong(tag.content.source, value)) or not text.startswith(tag.end, at):
+                return wrong or f"{tag.end[:80]!r} does not follow."
+        return ""
+
+    def _wrong(self, source: str, value: Any) -> str:
+        wrong = next(iter(self._validator(source).iter_errors(value)), None)
+        return "" if wrong is None else f"At /{'/'.join(map(str, wrong.instance_path))}: {wrong.message}"[:300]
 
     def _validator(self, source: str) -> Any:
         found = self._validators.pop(source, None)
@@ -101,7 +146,9 @@ def load(setup: Setup) -> Checker:
     for count in setup.counts:
         tokens.append(setup.data[at : at + count])
         at += count
-    return Checker(spec.factory(tokens, setup.special), spec.kinds)
+    special = frozenset(setup.special)
+    spelt = {token: id for id, token in reversed(list(enumerate(tokens))) if token and id not in special}
+    return Checker(spec.factory(tokens, setup.special), spec.kinds, spelt)
 
 
 def limit_memory(room: int) -> None:

@@ -54,6 +54,7 @@ class Job(msgspec.Struct):
     source: str
     verify: bool = False
     ids: list[int] = []
+    """To verify: the answer's tokens; none: those of `text`, whichever they are."""
     text: str = ""
 
 
@@ -196,11 +197,9 @@ class GrammarWorker:
 
     def _verify(self, lane: int, check: CheckGrammar, limit_s: float) -> Done:
         for part in check.parts:
-            grammar, text = part.grammar, part.text
-            ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].tolist() if text and grammar.kind != "json" else []
-            done = self._ask(lane, Job(grammar.kind, grammar.source, verify=True, ids=ids, text=text), limit_s)[0]
+            done = self._ask(lane, Job(part.grammar.kind, part.grammar.source, verify=True, text=part.text), limit_s)[0]
             if done.error:
-                return msgspec.structs.replace(done, field=grammar.field)
+                return msgspec.structs.replace(done, field=part.grammar.field)
         if check.parts:
             return Done()
         ids = check.ids.tolist()

@@ -46,6 +46,25 @@ class Offered(NamedTuple):
     strict: bool
 
 
+class _Function(msgspec.Struct, frozen=True):
+    name: str
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(msgspec.Struct, frozen=True):
+    function: _Function
+
+
+def offered_of(tools: Any) -> list[Offered]:
+    """Of tools as Python gives them. Raises InvalidRequest."""
+    try:
+        found = msgspec.convert(tools, list[_Tool])
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"tools cannot be read: {error}."[:300], param="tools") from None
+    return [Offered(tool.function.name, tool.function.parameters, bool(tool.function.strict)) for tool in found]
+
+
 class _Name(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 

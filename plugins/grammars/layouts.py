@@ -17,7 +17,7 @@ from penstock.plugins.grammars.bounds import Bounds, Starts
 
 ANYTHING = "(?s:.)*"
 SPACE = b" \t\r\n"
-_META = frozenset("\\.+*?()|[]{}^$#&-~/\"")
+_META = frozenset('\\.+*?()|[]{}^$#&-~/"')
 
 
 class _Lowering:

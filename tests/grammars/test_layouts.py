@@ -26,7 +26,25 @@ from penstock.plugins.grammars.llguidance import LlGuidance
 
 FORMATS = {spec.name: spec for spec in BUILT_IN}
 MARKS = sorted({mark for spec in BUILT_IN for mark in spec.marks})
-WORDS = [b"hello", b'{"', b'": "', b"123", b"1e5", b"\n\n", b" the", b", ", b"}}", b"<thi", b"</", b"tool", b"<f", b"=1>", b"<g=", "ü".encode(), b"name"]
+WORDS = [
+    b"hello",
+    b'{"',
+    b'": "',
+    b"123",
+    b"1e5",
+    b"\n\n",
+    b" the",
+    b", ",
+    b"}}",
+    b"<thi",
+    b"</",
+    b"tool",
+    b"<f",
+    b"=1>",
+    b"<g=",
+    "ü".encode(),
+    b"name",
+]
 CITY: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 5}, "n": {"type": "integer"}},
@@ -170,7 +188,9 @@ def test_strict_under_auto(name: str, prompt: str | None, special: bool) -> None
     formats.check(request.submit)
     calls = contents = 0
     for seed in range(20):
-        text, ended = VOCABULARIES[special].draw(formats.grammar(request), seed, "{" if name == "llama3_json" else hides(formats), "</think>")
+        text, ended = VOCABULARIES[special].draw(
+            formats.grammar(request), seed, "{" if name == "llama3_json" else hides(formats), "</think>"
+        )
         said, done, _ = read(formats, request, text, ended)
         if ended:
             assert said.wrong(calling, None, True) == "", text

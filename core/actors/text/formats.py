@@ -73,7 +73,8 @@ class Formats:
                 raise UnsupportedFeature(
                     f"{field}: {calling.field} cannot be obeyed with a function of the name {function.name[:80]!r}.", param=field
                 )
-        if submit.grammar is not None and spelling.first and not calling.must:
+        told = not spelling.first and (submit.grammar is None or submit.grammar.kind != "layout")
+        if submit.grammar is not None and not told and not calling.must:
             raise UnsupportedFeature(
                 f"{submit.grammar.field} beside tools is not supported for this model: an answer could not be told from a call as the parser"
                 f" {tools.name!r} reads it. Leave one of them out.",
