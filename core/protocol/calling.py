@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 
 ANY = '{"type":"object"}'
 NONE = '{"type":"object","properties":{},"additionalProperties":false}'
@@ -133,7 +133,10 @@ def _wanted(choice: dict[str, Any], known: list[str]) -> tuple[bool, bool, set[s
                 raise InvalidRequest("tool_choice.allowed_tools.tools must not be empty.", param="tool_choice.allowed_tools.tools")
             names, must, named = [tool.function.name for tool in allowed.tools], allowed.mode == "required", False
         else:
-            raise InvalidRequest("tool_choice.type must be 'function' or 'allowed_tools'.", param="tool_choice.type")
+            raise UnsupportedFeature(
+                f"tool_choice of the type {str(kind)[:80]!r} is not supported. Its types here are function and allowed_tools.",
+                param="tool_choice",
+            )
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"tool_choice cannot be read: {error}."[:300], param="tool_choice") from None
     for name in names:
