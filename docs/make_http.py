@@ -339,7 +339,7 @@ def grammars() -> list[str]:
         "",
         "What is governed is the answer's content. A reasoning model reasons as it likes before it, up to its format's end of reasoning; only where a plugin's format does not"
         " say how reasoning is written, there is none. Beside `tools` an answer is content that obeys, or calls; where calls could not be told from such an answer"
-        " (llama3_json, structural tags) it is a 400 that names the field.",
+        " (llama3_json, pythonic, structural tags) it is a 400 that names the field.",
         "",
         "Structural tags are free text in which each of `triggers` begins one of the tags: its `begin`, JSON that obeys its `schema`, its `end`. xgrammar's `format` may be"
         " `triggered_tags` (without `at_least_one` and `stop_after_first`), `tag`, `json_schema`, `regex` or `grammar`, and a tag's `content` one of the last three; others"
@@ -515,7 +515,8 @@ def page() -> str:
         " `tools[i].function.parameters` and the keyword. Reasoning before the calls is free. Before the finish_reason is told, the calls are verified; if they do not obey, the answer ends as"
         " an error. With a named function it is `stop`, as OpenAI has it, else `tool_calls`. Formats that can be asked for: "
         + ", ".join(f"`{spec.name}`" for spec in sorted(BUILT_IN, key=lambda spec: spec.name) if spec.spelling is not None)
-        + "; with others these requests are a 400 that names tool_choice and the parser. gpt-oss's answers have one call.",
+        + "; with others these requests are a 400 that names tool_choice and the parser. gpt-oss's answers have one call; pythonic's arguments are keyword"
+        " arguments, so that `parameters` must be properties by name.",
         "",
         "With `stream_options.tool_calls_done` a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
         "",

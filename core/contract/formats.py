@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from penstock.core.contract.layouts import Part
+from penstock.core.protocol.calling import Function
 from penstock.core.protocol.messages import ARGUMENTS as ARGUMENTS
 from penstock.core.protocol.messages import CONTENT as CONTENT
 from penstock.core.protocol.messages import DONE as DONE
@@ -74,6 +76,9 @@ class Spelling(msgspec.Struct, frozen=True, kw_only=True):
     """Marks that content cannot have: there the splitter would read something else."""
     first: str = ""
     """For calls that begin with no mark: characters that content does not begin with, as it would be read as a call."""
+    arguments: Callable[[Function], Part] | None = None
+    """How a function's arguments are laid out where they are not a JSON object. Raises UnsupportedFeature naming the function's field for a schema that cannot be
+    written so. None: an object that obeys the function's schema."""
     names: str = r"[\w.:/-]{1,256}"
     """An expression for the functions' names that can be written so."""
 

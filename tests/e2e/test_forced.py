@@ -284,7 +284,7 @@ MARKS = {spec.name: spec.marks for spec in BUILT_IN}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("name", ["llama3_json", "mistral", "deepseek_v3", "deepseek_v31", "openai"])
+@pytest.mark.parametrize("name", ["llama3_json", "mistral", "deepseek_v3", "deepseek_v31", "openai", "pythonic"])
 def test_every_format(starter: Any, tmp_path: Path, name: str, special: bool) -> None:
     """Its marks special tokens of the vocabulary, or ordinary ones."""
     both = ["--reasoning-parser", name] if name == "openai" else []
@@ -308,22 +308,12 @@ def test_every_format(starter: Any, tmp_path: Path, name: str, special: bool) ->
     for choice in choices(server, **most, tools=STRICT):
         assert calls_of(choice) or choice["message"]["content"] or choice["finish_reason"] == "length" or name == "openai"
     reply = post(server, **most, response_format=FORMAT)
-    if name == "llama3_json":
+    if name in ("llama3_json", "pythonic"):
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "response_format.json_schema.schema")
     else:
         for choice in reply.json()["choices"]:
             if choice["finish_reason"] == "stop":
                 assert jsonschema_rs.validator_for(PERSON).is_valid(json.loads(choice["message"]["content"]))
-
-
-@pytest.mark.slow
-def test_a_format_that_cannot_be_asked_for(starter: Any) -> None:
-    server = starter("--tool-call-parser", "pythonic")
-    for fields, param in (({"tool_choice": "required"}, "tool_choice"), ({"tools": STRICT}, "tools[0].function.strict")):
-        error = post(server, **fields).json()["error"]
-        assert (error["param"], error["code"]) == (param, "unsupported_feature")
-        assert "'pythonic'" in error["message"]
-    assert choices(server)[0]["finish_reason"] == "stop"
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import jsonschema_rs
+import msgspec
 import numpy as np
 import pytest
 
@@ -52,10 +53,11 @@ CITY: dict[str, Any] = {
     "additionalProperties": False,
 }
 ZONE: dict[str, Any] = {"type": "object", "properties": {"zone": {"enum": ["CET", "UTC"]}}, "required": ["zone"]}
-OFFERED = [Offered("get_weather", CITY, True), Offered("now", None, True), Offered("get-time", ZONE, True)]
+OFFERED = [Offered("get_weather", CITY, True), Offered("now", None, True), Offered("get_time", ZONE, True)]
 ANSWER: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": False}
-TOOLS = ["hermes", "llama3_json", "mistral", "mistral-args", "deepseek_v3", "deepseek_v31", "openai"]
-MARKED = [name for name in TOOLS if name != "llama3_json"]
+TOOLS = ["hermes", "llama3_json", "mistral", "mistral-args", "deepseek_v3", "deepseek_v31", "openai", "pythonic", "pythonic-start"]
+MARKED = [name for name in TOOLS if name.partition("-")[0] not in ("llama3_json", "pythonic")]
+TEMPLATES = {"args": "[ARGS]", "start": "<|python_start|>"}
 
 
 class Vocabulary:
@@ -97,9 +99,10 @@ VOCABULARIES = {special: Vocabulary(special) for special in (True, False)}
 
 
 def formats_of(name: str, reasoning: str | None = None) -> Formats:
-    spec = FORMATS[name.removesuffix("-args")]
+    name, _, variant = name.partition("-")
+    spec = FORMATS[name]
     thinks = spec if spec.role == "both" else FORMATS[reasoning] if reasoning else None
-    return Formats(spec, thinks, "[ARGS]" if name.endswith("-args") else "")
+    return Formats(spec, thinks, TEMPLATES.get(variant, ""))
 
 
 def request_of(
@@ -140,6 +143,13 @@ def hides(formats: Formats) -> str:
     return formats.spelling.hides[0]
 
 
+def loved(formats: Formats) -> str:
+    """What calls begin with."""
+    assert formats.spelling is not None
+    begin = formats.spelling.begin + formats.spelling.before
+    return next((mark for mark in formats.spelling.hides if begin.startswith(mark)), begin[:1])
+
+
 def verified(said: Said, calling: Calling | None, answer: Grammar | None) -> None:
     for check in said.checks(calling, answer):
         assert check.grammar.kind == "json"
@@ -153,7 +163,7 @@ def verified(said: Said, calling: Calling | None, answer: Grammar | None) -> Non
     [
         ("required", True, ""),
         ("required", False, "<think>\n"),
-        ({"type": "function", "function": {"name": "get-time"}}, True, ""),
+        ({"type": "function", "function": {"name": "get_time"}}, True, ""),
         ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]}}, True, ""),
     ],
 )  # fmt: skip
@@ -188,9 +198,7 @@ def test_strict_under_auto(name: str, prompt: str | None, special: bool) -> None
     formats.check(request.submit)
     calls = contents = 0
     for seed in range(20):
-        text, ended = VOCABULARIES[special].draw(
-            formats.grammar(request), seed, "{" if name == "llama3_json" else hides(formats), "</think>"
-        )
+        text, ended = VOCABULARIES[special].draw(formats.grammar(request), seed, loved(formats), "</think>")
         said, done, _ = read(formats, request, text, ended)
         if ended:
             assert said.wrong(calling, None, True) == "", text
@@ -314,7 +322,10 @@ def test_a_layouts_json_form() -> None:
 @pytest.mark.parametrize(
     ("formats", "answer", "name", "param"),
     [
-        (Formats(FORMATS["pythonic"]), None, "f", "tool_choice"),
+        (Formats(msgspec.structs.replace(FORMATS["hermes"], spelling=None)), None, "f", "tool_choice"),
+        (Formats(FORMATS["pythonic"]), None, "get-time", "tools[0].function.name"),
+        (Formats(FORMATS["pythonic"]), None, "import", "tools[0].function.name"),
+        (Formats(FORMATS["pythonic"]), Grammar(kind="json", source="{}", field="response_format"), "f", "response_format"),
         (Formats(FORMATS["llama3_json"]), Grammar(kind="json", source="{}", field="response_format"), "f", "response_format"),
         (Formats(FORMATS["hermes"]), None, 'a"b', "tools[0].function.name"),
     ],
@@ -326,9 +337,45 @@ def test_what_cannot_be_asked_for(formats: Formats, answer: Grammar | None, name
     assert raised.value.param == param
 
 
-def test_a_format_that_cannot_be_spelt_leaves_the_grammar_to_the_whole_answer() -> None:
-    import msgspec
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [CITY]},
+        {"properties": {"a-b": {}}},
+        {"properties": {"class": {}}},
+        {"properties": {"a": {"$ref": "#/properties/b"}, "b": {}}},
+        {"required": ["a"]},
+        {"minProperties": 1},
+    ],
+)
+def test_schemas_that_keyword_arguments_cannot_express(schema: dict[str, Any]) -> None:
+    calling = calling_of([Offered("f", schema, False)], "required")
+    with pytest.raises(UnsupportedFeature) as raised:
+        Formats(FORMATS["pythonic"]).check(request_of(calling).submit)
+    assert raised.value.param == "tools[0].function.parameters"
 
+
+@pytest.mark.parametrize("seed", range(10))
+def test_values_of_keyword_arguments_are_what_json_says(seed: int) -> None:
+    values = {
+        "s": {"type": "string", "maxLength": 6},
+        "o": {"type": "object"},
+        "r": {"$ref": "#/$defs/r"},
+        "n": {"type": ["null", "boolean", "number"]},
+    }
+    schema = {"type": "object", "properties": values, "required": ["r"], "$defs": {"r": {"enum": [1, "ü", None]}}}
+    calling = calling_of([Offered("a.b", schema, False)], "required")
+    formats = Formats(FORMATS["pythonic"])
+    request = request_of(calling)
+    formats.check(request.submit)
+    text, ended = VOCABULARIES[True].draw(formats.grammar(request), seed)
+    if ended:
+        said, _, _ = read(formats, request, text, ended)
+        assert said.wrong(calling, None, True) == "", text
+        verified(said, calling, None)
+
+
+def test_a_format_that_cannot_be_spelt_leaves_the_grammar_to_the_whole_answer() -> None:
     formats = Formats(None, msgspec.structs.replace(FORMATS["qwen3"], thinking=None))
     answer = Grammar(kind="json", source="{}", field="response_format")
     request = request_of(None, answer)

@@ -44,7 +44,7 @@ def laid_out(
         if calling.must or answer is not None or before or not isinstance(mark, Mark):
             ways.append([*([] if state == "over" or before else [White()]), *calls])
         else:  # after content, perhaps of no characters
-            ways.append([Free(_hidden(spelling, thinking, state), then=mark.text), *calls[1:]])
+            ways.append([Free(_hidden(spelling, thinking, state), then=mark.text, never_first=spelling.first), *calls[1:]])
     body: list[Part] = ways[0] if len(ways) == 1 else [Either([_chain(way) for way in ways])]
     if thinking is None or state == "over":
         return _chain(body)
@@ -68,14 +68,10 @@ def _answer(grammar: Grammar) -> Part:
 
 
 def _calls(spelling: Spelling, calling: Calling, split: _Pieces, parallel: bool) -> list[Part]:
+    arguments = spelling.arguments or (lambda function: Obey("json", function.schema, function.field))
     call: list[Part] = [
         *split(spelling.before),
-        Either(
-            [
-                _chain([Text(function.name), *split(spelling.between), Obey("json", function.schema, function.field)])
-                for function in calling.functions
-            ]
-        ),
+        Either([_chain([Text(function.name), *split(spelling.between), arguments(function)]) for function in calling.functions]),
         *split(spelling.after),
     ]
     most = 1 if calling.named or not parallel else spelling.most

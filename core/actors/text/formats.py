@@ -73,6 +73,8 @@ class Formats:
                 raise UnsupportedFeature(
                     f"{field}: {calling.field} cannot be obeyed with a function of the name {function.name[:80]!r}.", param=field
                 )
+            if spelling.arguments is not None:
+                spelling.arguments(function)
         told = not spelling.first and (submit.grammar is None or submit.grammar.kind != "layout")
         if submit.grammar is not None and not told and not calling.must:
             raise UnsupportedFeature(

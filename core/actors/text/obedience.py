@@ -37,17 +37,15 @@ class Obedience:
         """What can be said before anything is compiled. Raises InvalidRequest or UnsupportedFeature naming the field."""
         if not obeys(submit):
             return
-        sources = [(grammar.field, grammar.source)] if (grammar := submit.grammar) is not None else []
+        sizes = [(grammar.field, len(grammar.source))] if (grammar := submit.grammar) is not None else []
         if submit.calling is not None:
-            sources += [(function.field, function.schema) for function in submit.calling.functions]
-        field = submit.calling.field if submit.calling is not None else sources[0][0]
+            sizes.append(("tools", sum(len(function.schema) for function in submit.calling.functions)))
+        field = submit.calling.field if submit.calling is not None else sizes[0][0]
         if not facts.grammars or facts.grammars != self._backend:
             raise UnsupportedFeature(f"This server cannot make an answer obey {field}. Leave it out.", param=field)
-        size = 0
-        for name, source in sources:
-            size += len(source)
+        for name, size in sizes:
             if size > MOST_CHARS:
-                raise InvalidRequest(f"{name} may have {MOST_CHARS} characters, but has {len(source)}.", param=name)
+                raise InvalidRequest(f"{name} may have {MOST_CHARS} characters, but has {size}.", param=name)
         if params.ignore_eos:
             raise InvalidRequest(f"ignore_eos and {field} cannot both be given: a grammar says where an answer ends.", param="ignore_eos")
         if not len(ends) and not params.stop_token_ids:
