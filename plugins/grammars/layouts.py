@@ -155,7 +155,8 @@ class Regions:
     def feed(self, data: bytes) -> None:
         for at in range(len(data)):
             byte = data[at : at + 1]
-            self._tail = self._tail[-self._longest :] + byte
+            if self._longest:
+                self._tail = (self._tail + byte)[-self._longest :]
             if self._bounds is not None:
                 self._value(byte)
             if self._bounds is None and self._tail.endswith(self._openers):

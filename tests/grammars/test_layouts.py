@@ -22,7 +22,8 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.formats import BUILT_IN
-from penstock.plugins.grammars.bounds import LONGEST_NUMBER
+from penstock.plugins.grammars.bounds import LONGEST_NUMBER, Starts
+from penstock.plugins.grammars.layouts import Regions
 from penstock.plugins.grammars.llguidance import LlGuidance
 
 FORMATS = {spec.name: spec for spec in BUILT_IN}
@@ -294,6 +295,35 @@ def test_numbers_are_bounded_in_values_and_nowhere_else() -> None:
     for token in [*b"}\n", vocabulary.tokens.index(b"</tool_call>")]:
         assert matcher.consume(token)
     assert matcher.may_end()
+
+
+@pytest.mark.parametrize(
+    ("openers", "said", "bounded"),
+    [
+        ([""], "1", True),
+        ([""], " [1", True),
+        ([""], '{"a": 1} 1', False),
+        ([""], "1 1", False),
+        (["x:"], "1", False),
+        (["x:"], "x:1", True),
+        (["x:"], 'x:"x:1', False),
+        (["x:"], 'x:"a" x:[[1], 1', True),
+        (["x:"], "x:[[1]] 1", False),
+        (["x:", "yx:"], "1yx: 1", True),
+        ([], "1", False),
+    ],
+)
+def test_regions(openers: list[str], said: str, bounded: bool) -> None:
+    """A number may go on for so long where a JSON value is, and nowhere else."""
+    vocabulary = VOCABULARIES[False]
+    words = -(-len(vocabulary.tokens) // 32)
+    regions = Regions(Starts(vocabulary.tokens, words), [opener.encode() for opener in openers])
+    regions.feed(said.encode() + b"1" * LONGEST_NUMBER)
+    out = np.full(words, -1, np.int32)
+    regions.narrow(out, False)
+    assert bool(out.view(np.uint32)[ord("1") // 32] >> np.uint32(ord("1") % 32) & np.uint32(1)) is not bounded
+    regions.feed(b"a" * 100_000)  # what is kept of it is no longer than an opener
+    assert len(regions._tail) <= max(map(len, openers), default=0)
 
 
 def test_structural_tags() -> None:
