@@ -92,5 +92,7 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True):
     """Where an answer begins: within reasoning, where there may be some, or after it."""
     again: bool = False
     """There may be more of it after its end."""
+    hides: list[str] = msgspec.field(default_factory=list)
+    """Marks besides `end` that it cannot have: there the splitter would read something else."""
     answer: str = ""
     """What stands before content that is no reasoning."""

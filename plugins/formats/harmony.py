@@ -48,6 +48,7 @@ THINKING = Thinking(
     end=f"{END}{START}assistant",
     state=lambda opening: "over" if opening.continues else "may",
     again=True,
+    hides=_MARKS,
     answer=f"{CHANNEL}final{MESSAGE}",
 )
 

@@ -49,8 +49,7 @@ def laid_out(
     if thinking is None or state == "over":
         return _chain(body)
     begin, end = split(thinking.begin), split(thinking.end)
-    hidden = [mark for mark in marks if mark != _first(end)] if thinking.again else []
-    reasons: list[Part] = [Free([_first(end), *hidden], then=_first(end)), *end[1:]]
+    reasons: list[Part] = [Free(list(dict.fromkeys([_first(end), *thinking.hides])), then=_first(end)), *end[1:]]
     if state == "open":
         return _chain([*reasons, *body])
     if thinking.again:
