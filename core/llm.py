@@ -13,14 +13,16 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from penstock.core.actors.text.prompts import CONVERSATION, Prompt, conversation_json, json_of, need, prompt_part, prompt_parts
 from penstock.core.actors.text.resolve import generation_defaults
+from penstock.core.actors.text.structured import obeyed
 from penstock.core.actors.text.tokenizing import LLMTokenizer
 from penstock.core.processes.local import LOCAL_EDGE, LocalServer
+from penstock.core.protocol.calling import Calling, calling_of, offered_of
 from penstock.core.protocol.config import OPTIONS, Config, build, from_env
 from penstock.core.protocol.control import EngineFacts, Message
 from penstock.core.protocol.errors import (
@@ -31,11 +33,22 @@ from penstock.core.protocol.errors import (
     PenstockError,
     UnsupportedFeature,
 )
-from penstock.core.protocol.messages import Finished, Rejected, Submit, TextDelta
+from penstock.core.protocol.messages import Finished, Grammar, Rejected, Submit, TextDelta
 from penstock.core.protocol.outputs import CHANNELS, CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
-from penstock.core.protocol.sampling import SamplingParams, from_python
+from penstock.core.protocol.sampling import GuidedDecodingParams, SamplingParams, StructuredOutputsParams, from_python
 
-__all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
+__all__ = [
+    "LLM",
+    "ChatMessage",
+    "CompletionOutput",
+    "GuidedDecodingParams",
+    "LLMTokenizer",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamDelta",
+    "StructuredOutputsParams",
+]
 
 ChatMessage = dict[str, Any]
 
@@ -57,6 +70,22 @@ class _Call:
         self.codes: dict[int, str | None] = {}
         """Of choices that failed."""
         self.wake = wake
+
+
+class _Choice(NamedTuple):
+    """Of a conversation: which calls there may or must be."""
+
+    tools: list[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+
+    def of(self, grammar: Grammar | None) -> Calling | None:
+        try:
+            offered = offered_of(self.tools or [])
+        except InvalidRequest:
+            if self.tool_choice in (None, "none", "auto") and grammar is None:
+                return None  # of a shape that only the template knows
+            raise
+        return calling_of(offered, self.tool_choice, grammar.field if grammar is not None else "")
 
 
 class LLM:
@@ -127,17 +156,21 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
         split: bool = False,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or many (a list of lists). `split` takes reasoning and calls of `tools` out of the texts.
-        Raises InvalidRequest if it is not known how the model writes calls."""
+        """Answer one conversation (a list of messages) or many (a list of lists). `split` takes reasoning and calls of `tools` out of the texts,
+        as a `tool_choice` beyond "auto", a strict function and structured_outputs do by themselves. Raises InvalidRequest if it is not known how the
+        model writes calls."""
         one = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
         shared = {
-            "tools": json_of(tools, "tools") if tools else b"",
+            "tools": _tools_json(tools, tool_choice),
+            "parallel_calls": parallel_tool_calls,
             "template_kwargs": json_of(chat_template_kwargs, "chat_template_kwargs") if chat_template_kwargs else b"",
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
@@ -148,7 +181,8 @@ class LLM:
         else:
             need(isinstance(messages, Sequence) and not isinstance(messages, str), f"messages {CONVERSATION}.", "messages")
             conversations = [conversation_json(conversation, f"messages[{i}]") for i, conversation in enumerate(messages)]
-        return self._run("chat", [{"messages": conversation, **shared} for conversation in conversations], sampling_params, use_tqdm)
+        parts = [{"messages": conversation, **shared} for conversation in conversations]
+        return self._run("chat", parts, sampling_params, use_tqdm, _Choice(tools, tool_choice))
 
     def _run(
         self,
@@ -156,6 +190,7 @@ class LLM:
         parts: list[dict[str, Any]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
+        choice: _Choice | None = None,
     ) -> list[RequestOutput]:
         params = self._params(sampling_params, len(parts))
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -163,7 +198,7 @@ class LLM:
         calls: list[_Call] = []
         try:
             for part, wanted in zip(parts, params, strict=True):
-                key, call = self._begin(kind, part, wanted, _on_end(ended, len(calls)))
+                key, call = self._begin(kind, part, wanted, _on_end(ended, len(calls)), choice)
                 keys.append(key)
                 calls.append(call)
             for at in _bar(iter(ended.get, -1), len(calls), progress):
@@ -209,17 +244,18 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
         split: bool = False,
     ) -> AsyncIterator[StreamDelta]:
-        """Stream one request in asyncio: a text, token ids, or a conversation; `tools` and `split` as in chat. Leaving the loop early cancels the request."""
+        """Stream one request in asyncio: a text, token ids, or a conversation; `tools`, `tool_choice` and `split` as in chat. Leaving the loop early cancels the request."""
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[StreamDelta | None] = asyncio.Queue()
 
         def wake(delta: StreamDelta | None) -> None:
             loop.call_soon_threadsafe(inbox.put_nowait, delta)
 
-        kind, part = _part_of(prompt, tools, split)
-        key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], wake)
+        kind, part = _part_of(prompt, tools, tool_choice, split)
+        key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], wake, _Choice(tools, tool_choice))
         try:
             while (delta := await inbox.get()) is not None:
                 yield delta
@@ -234,12 +270,13 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
         split: bool = False,
     ) -> Iterator[StreamDelta]:
         """Like `stream`, for code without a loop."""
         inbox: queue.SimpleQueue[StreamDelta | None] = queue.SimpleQueue()
-        kind, part = _part_of(prompt, tools, split)
-        key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], inbox.put)
+        kind, part = _part_of(prompt, tools, tool_choice, split)
+        key, call = self._begin(kind, part, self._params(sampling_params, 1)[0], inbox.put, _Choice(tools, tool_choice))
         try:
             while (delta := inbox.get()) is not None:
                 yield delta
@@ -264,9 +301,17 @@ class LLM:
         return from_python(given).validate(max_logprobs=config.max_logprobs, max_stop=config.max_stop)
 
     def _begin(
-        self, kind: str, part: dict[str, Any], given: SamplingParams | None, wake: Callable[[StreamDelta | None], None]
+        self,
+        kind: str,
+        part: dict[str, Any],
+        given: SamplingParams | None,
+        wake: Callable[[StreamDelta | None], None],
+        choice: _Choice | None = None,
     ) -> tuple[int, _Call]:
-        params = given if given is not None else SamplingParams()
+        params, grammar = obeyed(given if given is not None else SamplingParams())
+        calling = choice.of(grammar) if choice is not None and kind == "chat" else None
+        if kind == "chat" and (grammar is not None or calling is not None):
+            part = {**part, "split": True, "calling": calling}
         key = next(self._keys)
         rid = f"local-{key}"
         output = RequestOutput(
@@ -285,6 +330,7 @@ class LLM:
             explicit=list(params.__struct_fields__) if given is not None else [],
             stream=True,
             want_ids=True,
+            grammar=grammar,
             add_special_tokens=kind != "chat",  # a template writes what it wants
             **part,
         )
@@ -397,11 +443,16 @@ def _on_end(ended: queue.SimpleQueue[int], index: int) -> Callable[[StreamDelta 
     return wake
 
 
-def _part_of(prompt: Any, tools: list[dict[str, Any]] | None, split: bool) -> tuple[str, dict[str, Any]]:
+def _part_of(
+    prompt: Any, tools: list[dict[str, Any]] | None, tool_choice: str | dict[str, Any] | None, split: bool
+) -> tuple[str, dict[str, Any]]:
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-        given = json_of(tools, "tools") if tools else b""
-        return "chat", {"messages": conversation_json(prompt, "messages"), "tools": given, "split": split}
+        return "chat", {"messages": conversation_json(prompt, "messages"), "tools": _tools_json(tools, tool_choice), "split": split}
     return "completion", prompt_part(prompt, "prompt")
+
+
+def _tools_json(tools: list[dict[str, Any]] | None, tool_choice: str | dict[str, Any] | None) -> bytes:
+    return json_of(tools, "tools") if tools and tool_choice != "none" else b""
 
 
 def _bar(ends: Iterator[int], count: int, shown: bool) -> Iterator[int]:

@@ -19,7 +19,7 @@ import msgspec
 from penstock.core.contract import actors, devices, formats, grammars, hookspecs, policy
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
-from penstock.core.protocol import errors, messages, sampling
+from penstock.core.protocol import calling, errors, messages, sampling
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -76,6 +76,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 messages.Sample,
                 messages.SlotSampling,
                 sampling.SamplingParams,
+                sampling.StructuredOutputsParams,
                 messages.StepDone,
                 messages.LogprobColumns,
             ),
@@ -101,7 +102,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
         "tokenizers": (text_api.Tokenizer,),
         "chat_renderers": (text_api.ChatRenderer, text_api.TemplatedRenderer),
         "grammars": (grammars.Grammars, grammars.Matcher),
-        "output_formats": (formats.Splitter, formats.Fragment, formats.Opening),
+        "output_formats": (formats.Splitter, formats.Fragment, formats.Opening, formats.Spelling, formats.Thinking),
         "transports": (
             *(
                 (gateway.Gateway, GATEWAY),
@@ -109,6 +110,8 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 gateway.Batch,
                 messages.Submit,
                 messages.Grammar,
+                calling.Calling,
+                calling.Function,
                 messages.TextDelta,
                 messages.RowExtra,
             ),

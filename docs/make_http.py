@@ -22,6 +22,7 @@ from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
 from penstock.core.processes import grammars as compiling
 from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
+from penstock.plugins.formats import BUILT_IN
 from penstock.plugins.grammars import bounds as bounded
 from penstock.plugins.grammars import keywords
 from penstock.plugins.grammars import llguidance as schemas
@@ -337,6 +338,14 @@ def grammars() -> list[str]:
         " implementation of JSON schema, formats included); if it does not obey, it ends as an error, never silently. One that a stop string cuts"
         " short is such an error, too, and one that max_tokens cuts ends with `length`: it may be a part.",
         "",
+        "What is governed is the answer's content. A reasoning model reasons as it likes before it, up to its format's end of reasoning; only where a plugin's format does not"
+        " say how reasoning is written, there is none. Beside `tools` an answer is content that obeys, or calls; where calls could not be told from such an answer"
+        " (llama3_json, pythonic, structural tags) it is a 400 that names the field.",
+        "",
+        "Structural tags are free text in which each of `triggers` begins one of the tags: its `begin`, JSON that obeys its `schema`, its `end`. xgrammar's `format` may be"
+        " `triggered_tags` (without `at_least_one` and `stop_after_first`), `tag`, `json_schema`, `regex` or `grammar`, and a tag's `content` one of the last three; others"
+        " are a 400 `unsupported_feature` that names them. Tags are plain text: they are not spelt in special tokens.",
+        "",
         f"JSON schemas may hold {', '.join(f'`{word}`' for word in words)}, and what only describes:"
         f" {', '.join(f'`{word}`' for word in sorted(keywords.NOTES))}. Of `format`: {', '.join(f'`{word}`' for word in sorted(keywords.FORMATS))}."
         " No date, host or other format is drawn that is none (leap seconds in UTC only, mail without quotes). `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword or format is a 400"
@@ -502,8 +511,16 @@ def page() -> str:
         "",
         "How the model writes them is found from its chat template, or named by --tool-call-parser and --reasoning-parser ([formats](configuration.md#output-formats)); calls are only looked for in answers to"
         " requests with tools. A call's first chunk has its `index`, `id`, `type` and `function.name`, the following ones pieces of `function.arguments`; in one piece they are"
-        " `message.tool_calls`. Arguments are the model's own text (where it writes them in tags, the JSON of that, with the types of the tool's schema): JSON that nothing makes obey a schema, and not valid where the answer was cut off (finish_reason"
-        " `length`). What looks like a call and is none stays content, to the letter. White space beside calls and reasoning is left out.",
+        " `message.tool_calls`. Arguments are the model's own text (where it writes them in tags, the JSON of that, with the types of the tool's schema): with tool_choice `auto` JSON that nothing makes obey a schema, and not valid where the answer was cut off"
+        " (finish_reason `length`). What looks like a call and is none stays content, to the letter. White space beside calls and reasoning is left out.",
+        "",
+        "A grammar ([Grammars](#grammars)) governs calls that are asked for: with tool_choice `required`, a named function or allowed_tools, and where a function is `strict`. Only functions that are allowed are"
+        " called, and with `required`, a named function and `strict` their arguments obey `parameters` (an object; without `parameters` an empty one); a keyword that cannot be obeyed is a 400 that names"
+        " `tools[i].function.parameters` and the keyword. Reasoning before the calls is free. Before the finish_reason is told, the calls are verified; if they do not obey, the answer ends as"
+        " an error. With a named function it is `stop`, as OpenAI has it, else `tool_calls`. Formats that can be asked for: "
+        + ", ".join(f"`{spec.name}`" for spec in sorted(BUILT_IN, key=lambda spec: spec.name) if spec.spelling is not None)
+        + "; with others these requests are a 400 that names tool_choice and the parser. gpt-oss's answers have one call; pythonic's arguments are keyword"
+        " arguments, so that `parameters` must be properties by name.",
         "",
         "With `stream_options.tool_calls_done` a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
         "",

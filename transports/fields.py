@@ -37,7 +37,9 @@ FIELDS: dict[str, Field] = {
         "A text, or texts: the answer ends before the first that is completed. Each has 1 to 4096 characters.",
         allowed="at most --max-stop texts",
     ),
-    "response_format": Field("`text`, `json_object`, or `json_schema` with a schema that the answer obeys. See [Grammars](#grammars)."),
+    "response_format": Field(
+        "`text`, `json_object`, `json_schema` with a schema that the answer obeys, or `structural_tag`. See [Grammars](#grammars)."
+    ),
     "structured_outputs": Field("What the answer obeys. See [Grammars](#grammars).", VLLM),
     "guided_json": Field("As structured_outputs.json.", VLLM),
     "guided_regex": Field("As structured_outputs.regex.", VLLM),
@@ -96,10 +98,13 @@ FIELDS: dict[str, Field] = {
         " (--tool-call-parser)."
     ),
     "tool_choice": Field(
-        "`auto`, or `none`: then the template gets no tools. Only with tools. `required`, a function's name and allowed_tools are `unsupported_feature`.",
+        "`auto`; `none`: then the template gets no tools; `required`: at least one call and no content;"
+        ' `{"type": "function", "function": {"name": …}}`: one call, of that function;'
+        ' `{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": […]}}`: calls of these alone. Only with tools.'
+        " See [Tools](#tools-and-reasoning).",
         default="auto",
     ),
-    "parallel_tool_calls": Field("false: the answer ends with its first call.", default="true"),
+    "parallel_tool_calls": Field("false: at most one call.", default="true"),
     "reasoning_effort": Field("Passed to the chat template."),
     "add_generation_prompt": Field(
         "End the prompt with the beginning of an answer. Not together with continue_final_message.",
@@ -157,8 +162,16 @@ OWN: dict[str, dict[str, Field]] = {
         ),
     },
     "ResponseFormat": {
-        "type": Field("`text`, `json_object` or `json_schema`."),
+        "type": Field("`text`, `json_object`, `json_schema` or `structural_tag`."),
         "json_schema": Field("With the type json_schema."),
+        "structures": Field("With the type structural_tag: the tags.", VLLM),
+        "triggers": Field("With structures: the texts that begin a tag.", VLLM),
+        "format": Field("With the type structural_tag, instead of structures and triggers: see [Grammars](#grammars).", VLLM),
+    },
+    "Structure": {
+        "begin": Field("How the tag begins: with one of the triggers.", VLLM),
+        "schema": Field("The JSON schema of what stands in it.", VLLM, default="anything"),
+        "end": Field("What follows that.", VLLM),
     },
     "JsonSchema": {
         "name": Field("No effect."),
@@ -172,6 +185,7 @@ OWN: dict[str, dict[str, Field]] = {
         "choice": Field("Texts, one of which is the answer.", VLLM),
         "grammar": Field("A grammar for the whole answer: GBNF (rules with `::=`) or Lark.", VLLM),
         "json_object": Field("Any JSON object.", VLLM, default="false"),
+        "structural_tag": Field("A structural tag, as response_format has it, or one as text.", VLLM),
     },
     "ChatMessage": {
         "role": Field("Who speaks. A template that does not know developer gets system; function, tool."),
@@ -213,7 +227,7 @@ OWN: dict[str, dict[str, Field]] = {
         "name": Field("The function."),
         "description": Field("What it does."),
         "parameters": Field("JSON schema of its arguments."),
-        "strict": Field("Only false, but with tool_choice `none`: true is `unsupported_feature`.", default="false"),
+        "strict": Field("true: the arguments of every call obey `parameters`.", default="false"),
     },
 }
 OWN |= api_fields.ASKED

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from penstock.core.protocol.calling import Calling
 from penstock.core.protocol.messages import Grammar
 from penstock.core.protocol.sampling import SamplingParams
 
@@ -44,6 +45,7 @@ class Generation(msgspec.Struct, kw_only=True):
     stream: bool = False
     split: bool = False
     parallel_calls: bool = True
+    calling: Calling | None = None
     request_id: str | None = None
     """The client's own id for it, if it came in the body; a header goes before it."""
     ignored: list[str] = msgspec.field(default_factory=list)

@@ -104,6 +104,7 @@ class Job(abc.ABC):
             grammar=generation.grammar,
             split=generation.split,
             parallel_calls=generation.parallel_calls,
+            calling=generation.calling,
             tenant=context.tenant,
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,

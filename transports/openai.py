@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 
 from penstock.core.actors.text import bounds
+from penstock.core.protocol.calling import Calling, Offered, calling_of
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.protocol.messages import Limits
+from penstock.core.protocol.messages import Grammar, Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.generation import Generation
@@ -180,7 +181,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     assert isinstance(request, ChatRequest)
     fields = _shared(request, raw, ignored, config)
     check_messages(request.messages, config.max_messages)
-    _check_tools(request)
+    calling = _calling(request, fields["grammar"])
     if request.max_completion_tokens is not None:
         _check_max_tokens(request.max_completion_tokens, "max_completion_tokens")
         max_tokens: int | None = request.max_completion_tokens
@@ -216,10 +217,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         "continue_final_message": continues,
         **({"chat_template": _template(request.chat_template, config)} if request.chat_template else {}),
     }
-    grammar = fields["grammar"]
     if request.tools and request.tool_choice != "none":
-        if grammar is not None:  # the whole answer obeys it, so that no call could be in it
-            raise UnsupportedFeature(f"{grammar.field} beside tools is not supported. Leave one of them out.", param=grammar.field)
         prompt["tools"] = bytes(raw["tools"])
     return Call(
         kind="chat",
@@ -229,7 +227,8 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         names=names,
         add_special_tokens=bool(request.add_special_tokens),
         top_logprobs=logprobs,
-        split=grammar is None,
+        split=True,
+        calling=calling,
         parallel_calls=request.parallel_tool_calls is not False,
         calls_done=bool(request.stream_options and request.stream_options.tool_calls_done),
         **fields,
@@ -250,25 +249,10 @@ def _template(template: str, config: Config) -> str:
     return template
 
 
-def _check_tools(request: ChatRequest) -> None:
-    """Whether the model's calls can be taken apart, text knows. Raises InvalidRequest or UnsupportedFeature."""
-    choice = request.tool_choice
-    _need(
-        not isinstance(choice, str) or choice in ("none", "auto", "required"),
-        "tool_choice must be 'none', 'auto', 'required' or an object that names a function.",
-        "tool_choice",
-    )
-    _need(choice in (None, "none") or bool(request.tools), "tool_choice is only allowed when tools are given.", "tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise UnsupportedFeature(
-            "tool_choice can only be 'none' or 'auto' yet: nothing makes the model call a function. Leave it out.", param="tool_choice"
-        )
-    for i, tool in enumerate(request.tools or ()):
-        if tool.function.strict and choice != "none":
-            raise UnsupportedFeature(
-                "strict is not supported yet: nothing makes arguments obey a schema. Leave it out, or set it to false.",
-                param=f"tools[{i}].function.strict",
-            )
+def _calling(request: ChatRequest, grammar: Grammar | None) -> Calling | None:
+    """Whether the model's calls can be asked for, and taken apart, text knows. Raises InvalidRequest."""
+    offered = [Offered(tool.function.name, tool.function.parameters, bool(tool.function.strict)) for tool in request.tools or ()]
+    return calling_of(offered, request.tool_choice, grammar.field if grammar is not None else "")
 
 
 def check_messages(messages: list[ChatMessage], most: int) -> None:

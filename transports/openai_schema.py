@@ -85,9 +85,20 @@ class JsonSchema(msgspec.Struct, frozen=True):
     strict: bool | None = None
 
 
+class Structure(msgspec.Struct, frozen=True):
+    """vLLM's: a tag and the schema of what stands in it."""
+
+    begin: str
+    end: str
+    schema_: dict[str, Any] | bool | None = msgspec.field(default=None, name="schema")
+
+
 class ResponseFormat(msgspec.Struct, frozen=True):
     type: str
     json_schema: JsonSchema | None = None
+    structures: list[Structure] | None = None
+    triggers: list[str] | None = None
+    format: dict[str, Any] | None = None
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True):
@@ -98,6 +109,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
 
 
 LogitBias = Annotated[

@@ -298,5 +298,6 @@ def check_format(raw: msgspec.Raw, known: str, beside: frozenset[str]) -> None:
     if kind != known or more is not None:
         what = f"type {kind[:80]!r}" if kind != known else f"type {known!r} with {more[:80]!r}"  # type: ignore[index]
         raise UnsupportedFeature(
-            f"response_format of {what} is not supported. Its types here are text, json_object and json_schema.", param="response_format"
+            f"response_format of {what} is not supported. Its types here are text, json_object, json_schema and structural_tag.",
+            param="response_format",
         )

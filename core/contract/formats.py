@@ -1,13 +1,19 @@
 """What text needs of an output format: a splitter of an answer's text into channels.
 
-What it is: the channels, `Fragment`, the Protocol `Splitter`, and `Opening`, which a splitter begins from.
+What it is: the channels, `Fragment`, the Protocol `Splitter`, and `Opening`, which a splitter begins from; `Spelling` and `Thinking`, the same formats
+the other way round: how calls and reasoning are written, so that a grammar can ask for them.
 What it does not know: tokens, requests, which formats there are.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
 
+import msgspec
+
+from penstock.core.contract.layouts import Part
+from penstock.core.protocol.calling import Function
 from penstock.core.protocol.messages import ARGUMENTS as ARGUMENTS
 from penstock.core.protocol.messages import CONTENT as CONTENT
 from penstock.core.protocol.messages import DONE as DONE
@@ -54,3 +60,41 @@ class Splitter(Protocol):
     def flush(self, cut: bool) -> list[Fragment]:
         """The answer is over: what was held back. `cut`: it did not end by itself (max_tokens, an error), so a call that is not complete stays so."""
         ...
+
+
+class Spelling(msgspec.Struct, frozen=True, kw_only=True):
+    """How calls are written: `begin`, a call, `separator`, a call, ..., `end`. A call is `before`, the function's name, `between`, its arguments as a JSON object,
+    `after`. Texts as the splitter reads them; what of them is one of FormatSpec.marks is drawn as that token where it is a special one."""
+
+    begin: str = ""
+    before: str
+    between: str
+    after: str
+    separator: str = ""
+    end: str = ""
+    most: int | None = None
+    """Calls that an answer can have."""
+    hides: list[str]
+    """Marks that content cannot have: there the splitter would read something else."""
+    first: str = ""
+    """For calls that begin with no mark: characters that content does not begin with, as it would be read as a call."""
+    arguments: Callable[[Function], Part] | None = None
+    """How a function's arguments are laid out where they are not a JSON object. Raises UnsupportedFeature naming the function's field for a schema that cannot be
+    written so. None: an object that obeys the function's schema."""
+    names: str = r"[\w.:/-]{1,256}"
+    """An expression for the functions' names that can be written so."""
+
+
+class Thinking(msgspec.Struct, frozen=True, kw_only=True):
+    """How reasoning is written: `begin`, anything, `end`."""
+
+    begin: str
+    end: str
+    state: Callable[[Opening], Literal["open", "may", "over"]]
+    """Where an answer begins: within reasoning, where there may be some, or after it."""
+    again: bool = False
+    """There may be more of it after its end."""
+    hides: list[str] = msgspec.field(default_factory=list)
+    """Marks besides `end` that it cannot have: there the splitter would read something else."""
+    answer: str = ""
+    """What stands before content that is no reasoning."""

@@ -93,7 +93,7 @@ def wrong_field(spec: Spec) -> str | None:
     kinds = {name: kind for one in reversed(type(spec).__mro__) for name, kind in getattr(one, "__annotations__", {}).items()}
     for name in spec.__struct_fields__:
         value, kind = getattr(spec, name), str(kinds.get(name, ""))
-        if kind.startswith("Callable") and not callable(value):
+        if kind.startswith("Callable") and not (callable(value) or (value is None and kind.endswith("| None"))):
             wanted = "a function"
         elif kind == "str" and not isinstance(value, str):
             wanted = "a text"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from penstock.core.contract.actors import ActorContext, Seat
     from penstock.core.contract.devices import Device, ModelFacts
-    from penstock.core.contract.formats import Opening, Splitter
+    from penstock.core.contract.formats import Opening, Spelling, Splitter, Thinking
     from penstock.core.contract.grammars import Grammars
     from penstock.core.contract.policy import SchedulePolicy
 
@@ -149,8 +149,8 @@ class GrammarSpec(Spec, frozen=True, kw_only=True):
     """What makes answers obey JSON schemas, expressions and grammars. Text, its checking process and the engine each make their own, of the same spec."""
 
     kinds: list[str]
-    """What it can compile: "json" (the source is a JSON schema), "regex", "choice" (a JSON list of texts), "grammar" (the client's own language). Others are
-    refused."""
+    """What it can compile: "json" (the source is a JSON schema), "regex", "choice" (a JSON list of texts), "grammar" (the client's own language), "layout" (a Part of
+    core/contract/layouts.py as JSON: calls of tools, and answers after reasoning). Others are refused."""
     factory: Callable[[list[bytes], list[int]], Grammars]
     """`factory(tokens, special)`, when the first request needs it: `tokens` are the bytes of every id of the model's vocabulary (b"": no token), `special`
     the ids that are no text. Gives a Grammars. Runs on a thread of its own."""
@@ -174,6 +174,10 @@ class FormatSpec(Spec, frozen=True, kw_only=True):
     """Its marks, so far as they may be special tokens: the splitter sees them, though `skip_special_tokens` leaves them out of texts."""
     short_ids: bool = False
     """The model's template takes calls' ids only of nine letters and digits."""
+    spelling: Callable[[str], Spelling] | None = None
+    """`spelling(template)`: how the model writes calls, for grammars. None: calls cannot be asked for (tool_choice, strict), only taken apart."""
+    thinking: Thinking | None = None
+    """How it writes reasoning, for grammars. None: an answer that obeys a grammar has none, and is not taken apart."""
 
 
 class TransportSpec(Spec, frozen=True, kw_only=True):

@@ -8,16 +8,19 @@ What it does not know: requests, time limits (who started it kills it), pipes.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema_rs
 
+from penstock.core.contract import layouts
 from penstock.core.contract.grammars import Grammars
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.fenced import serve
 from penstock.core.processes.grammars import Done, Job, Setup
-from penstock.core.protocol.errors import PenstockError, UnsupportedFeature, described
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature, described
 
 ROOM = 1 << 30
 """Bytes of address space that jobs may take besides what is taken when they begin."""
@@ -25,11 +28,13 @@ MOST_KEPT = 64
 
 
 class Checker:
-    """What the child knows."""
+    """What the child knows. `tokens` are the vocabulary's bytes, without those of tokens that are no text."""
 
-    def __init__(self, grammars: Grammars, kinds: list[str]) -> None:
+    def __init__(self, grammars: Grammars, kinds: list[str], tokens: dict[bytes, int]) -> None:
         self._grammars = grammars
         self._kinds = kinds
+        self._tokens = tokens
+        self._longest = max(map(len, tokens), default=0)
         self._validators: OrderedDict[str, Any] = OrderedDict()
 
     def do(self, job: Job) -> Done:
@@ -39,16 +44,26 @@ class Checker:
                 return Done(error=self._verify(job))
             if job.kind not in self._kinds:
                 raise UnsupportedFeature(f"The grammar backend has no grammars of the kind {job.kind!r}.")
-            if job.kind == "json":
+            if job.kind == "layout":
+                self._check_leaves(job.source)
+            elif job.kind == "json":
                 self._validator(job.source)
             compiled = self._grammars.compile(job.kind, job.source)
             return Done(compiled=compiled, error="" if compiled else "The grammar backend made nothing of it.")
         except PenstockError as error:
-            return Done(error=error.message, unsupported=isinstance(error, UnsupportedFeature))
+            return Done(error=error.message, unsupported=isinstance(error, UnsupportedFeature), field=error.param or "")
         except MemoryError:
             return Done(error="It takes too much memory.")
         except BaseException as error:
             return Done(error=described(error, 300))
+
+    def _check_leaves(self, source: str) -> None:
+        """Each grammar in a layout for itself, so that an error names its own."""
+        for leaf in {(leaf.kind, leaf.source, leaf.field): leaf for leaf in layouts.leaves(layouts.decode(source))}.values():
+            done = self.do(Job(leaf.kind, leaf.source))
+            if done.error:
+                kind = UnsupportedFeature if done.unsupported else InvalidRequest
+                raise kind(done.error, param=leaf.field)
 
     def _verify(self, job: Job) -> str:
         """Why the answer does not obey; "": it does."""
@@ -57,12 +72,53 @@ class Checker:
                 answer = json.loads(job.text)
             except ValueError as error:
                 return f"It is not valid JSON: {error}."
-            wrong = next(iter(self._validator(job.source).iter_errors(answer)), None)
-            return "" if wrong is None else f"At /{'/'.join(map(str, wrong.instance_path))}: {wrong.message}"[:300]
+            return self._wrong(job.source, answer)
         matcher = self._grammars.matcher(self._grammars.compile(job.kind, job.source))
-        if not all(matcher.consume(token) for token in job.ids):
+        if not all(matcher.consume(token) for token in job.ids or self._spelt(job.text.encode())):
             return "Its text is not of the grammar."
-        return "" if matcher.may_end() else "It ended too early."
+        if not matcher.may_end():
+            return "It ended too early."
+        part = layouts.decode(job.source) if job.kind == "layout" else None
+        match part:
+            case layouts.Tags():
+                return self._tagged(part, job.text)
+            case layouts.Chain(parts=[layouts.Text(begin), layouts.Obey() as content, *end]):
+                tag = layouts.Tag(begin, content, "".join(one.text for one in end if isinstance(one, layouts.Text)))
+                return self._tagged(layouts.Tags([begin], [tag]), job.text)
+        return ""
+
+    def _spelt(self, text: bytes) -> Iterator[int]:
+        """Tokens that have this text; -1 where there are none."""
+        at = 0
+        while at < len(text):
+            sizes = range(min(self._longest, len(text) - at), 0, -1)
+            size = next((size for size in sizes if text[at : at + size] in self._tokens), 1)
+            yield self._tokens.get(text[at : at + size], -1)
+            at += size
+
+    def _tagged(self, part: layouts.Tags, text: str) -> str:
+        """What is wrong with the JSON in a text's tags."""
+        triggers = re.compile("|".join(map(re.escape, part.triggers)))
+        at = 0
+        while (found := triggers.search(text, at)) is not None:
+            at = found.end()
+            fitting = [tag for tag in part.tags if text.startswith(tag.begin, found.start())]
+            tag = max(fitting, key=lambda tag: len(tag.begin), default=None)
+            if tag is None or tag.content.kind != "json":
+                continue
+            begin = found.start() + len(tag.begin)
+            begin += len(text[begin:]) - len(text[begin:].lstrip())
+            try:
+                value, at = json.JSONDecoder().raw_decode(text, begin)
+            except ValueError as error:
+                return f"It is not valid JSON after {tag.begin[:80]!r}: {error}."
+            if (wrong := self._wrong(tag.content.source, value)) or not text.startswith(tag.end, at):
+                return wrong or f"{tag.end[:80]!r} does not follow."
+        return ""
+
+    def _wrong(self, source: str, value: Any) -> str:
+        wrong = next(iter(self._validator(source).iter_errors(value)), None)
+        return "" if wrong is None else f"At /{'/'.join(map(str, wrong.instance_path))}: {wrong.message}"[:300]
 
     def _validator(self, source: str) -> Any:
         found = self._validators.pop(source, None)
@@ -83,7 +139,9 @@ def load(setup: Setup) -> Checker:
     for count in setup.counts:
         tokens.append(setup.data[at : at + count])
         at += count
-    return Checker(spec.factory(tokens, setup.special), spec.kinds)
+    special = frozenset(setup.special)
+    spelt = {token: id for id, token in reversed(list(enumerate(tokens))) if token and id not in special}
+    return Checker(spec.factory(tokens, setup.special), spec.kinds, spelt)
 
 
 def main() -> None:

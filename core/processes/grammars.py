@@ -45,6 +45,7 @@ class Job(msgspec.Struct):
     source: str
     verify: bool = False
     ids: list[int] = []
+    """To verify: the answer's tokens; none: those of `text`, whichever they are."""
     text: str = ""
 
 
@@ -54,6 +55,8 @@ class Done(msgspec.Struct):
     compiled: bytes = b""
     error: str = ""
     unsupported: bool = False
+    field: str = ""
+    """Of a part of a layout, or of an answer: what the client calls the grammar that the error is about."""
 
 
 class GrammarWorker:
@@ -126,6 +129,12 @@ class GrammarWorker:
         return done
 
     def _verify(self, lane: int, check: CheckGrammar, limit_s: float) -> Done:
+        for part in check.parts:
+            done = self._ask(lane, Job(part.grammar.kind, part.grammar.source, verify=True, text=part.text), limit_s)[0]
+            if done.error:
+                return msgspec.structs.replace(done, field=part.grammar.field)
+        if check.parts:
+            return Done()
         ids = check.ids.tolist()
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         if check.stop:  # it was completed within the last token's text
@@ -160,7 +169,7 @@ class GrammarWorker:
 def _checked(check: CheckGrammar, done: Done) -> GrammarChecked:
     if not done.error:
         return GrammarChecked(job=check.job, compiled=done.compiled)
-    field = check.grammar.field
+    field = done.field or check.grammar.field
     if check.verify:
         return GrammarChecked(job=check.job, error=f"The answer does not obey {field}. {done.error}", error_status=PenstockError.status)
     error = InvalidRequest(f"{field} cannot be used: {done.error}", param=field)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from penstock.core.protocol.calling import Calling
 from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, EMPTY_I64, EMPTY_U8, Column
 from penstock.core.protocol.control import PROTOCOL_LEVEL as PROTOCOL_LEVEL
 from penstock.core.protocol.control import Boot as Boot
@@ -84,11 +85,18 @@ POOL_LAST, POOL_FIRST, POOL_MEAN = 0, 1, 2
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     """What an answer must obey. `source` of the kinds: "json": a JSON schema; "regex": an expression for the whole answer; "choice": a JSON list of texts;
-    "grammar": Lark or GBNF. `field` is what the client calls it, for errors."""
+    "grammar": Lark or GBNF; "layout": a Part of core/contract/layouts.py as JSON. `field` is what the client calls it, for errors."""
 
-    kind: Literal["json", "regex", "choice", "grammar"]
+    kind: Literal["json", "regex", "choice", "grammar", "layout"]
     source: str
     field: str = ""
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of an answer, and what it must obey."""
+
+    grammar: Grammar
+    text: str
 
 
 class Submit(Message, frozen=True, kw_only=True):
@@ -142,6 +150,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """Take the answer apart: reasoning, and with `tools` calls, come in channels of their own. Of `chat` only."""
     parallel_calls: bool = True
     """Otherwise the answer ends with its first call."""
+    calling: Calling | None = None
+    """With `split`: the calls that the answer may, or must, have. None: none, or whatever the model makes of `tools`."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -355,13 +365,15 @@ class Encoded(Message, frozen=True, kw_only=True):
 
 class CheckGrammar(Message, frozen=True, kw_only=True):
     """Text -> its grammar worker (off the loop): compile `grammar`; or, with `verify`, say whether an answer obeys it: its tokens `ids` (I32, without an
-    end token), whose text is cut before `stop` if a stop string ended it. `job` comes back."""
+    end token), whose text is cut before `stop` if a stop string ended it; of an answer that was taken apart, whether each of `parts` obeys its own. `job`
+    comes back."""
 
     job: int
     grammar: Grammar
     verify: bool = False
     ids: Column = EMPTY_I32
     stop: str = ""
+    parts: list[Check] = msgspec.field(default_factory=list)
 
 
 class GrammarChecked(Message, frozen=True, kw_only=True):

@@ -31,6 +31,24 @@ MAX_REPETITION = 100.0
 """Repetition penalties are from its inverse to it: logits stay finite in float32."""
 
 
+class StructuredOutputsParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """What an answer obeys, in Python, by vLLM's names: at most one of them."""
+
+    json: dict[str, Any] | bool | str | None = None
+    """A JSON schema, or one as text."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    """Texts, one of which is the answer."""
+    grammar: str | None = None
+    """GBNF or Lark."""
+    json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+
+
+GuidedDecodingParams = StructuredOutputsParams
+"""The name in older vLLM."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling settings of one request. Call `.validate()`; it raises InvalidRequest naming the field.
 
@@ -62,6 +80,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     prompt_logprobs: int | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
+    """Of the Python API alone: Submit.grammar is what becomes of it."""
+    guided_decoding: StructuredOutputsParams | None = None
+    """The same under its older name."""
 
     @property
     def greedy(self) -> bool:

@@ -6,7 +6,7 @@ What it does not know: other formats, reasoning (thinking.py).
 
 from __future__ import annotations
 
-from penstock.core.contract.formats import Opening
+from penstock.core.contract.formats import Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import FUNCTION, State, Table, TableSplitter, collect, probe, read_text, table
 from penstock.plugins.formats.values import read_arguments
@@ -47,6 +47,15 @@ def _make_v31(opening: Opening) -> TableSplitter:
     return TableSplitter(V31, "content")
 
 
+def _spelling(before: str, between: str, after: str) -> Spelling:
+    return Spelling(
+        begin=CALLS, before=CALL + before, between=between, after=after + CALL_END, separator="\n", end=CALLS_END, hides=[CALLS, CALL]
+    )
+
+
+SPELLING_V3 = _spelling(f"function{SEP}", "\n```json\n", "\n```")
+SPELLING_V31 = _spelling("", SEP, "")
+
 _LEVEL = API_LEVEL["output_formats"]
 _MARKS = [CALLS, CALL, SEP, CALL_END, CALLS_END]
 
@@ -59,6 +68,7 @@ DEEPSEEK_V3 = FormatSpec(
     marks=_MARKS,
     matches=lambda template: CALL in template and "```json" in template,
     factory=_make_v3,
+    spelling=lambda template: SPELLING_V3,
 )
 DEEPSEEK_V31 = FormatSpec(
     name="deepseek_v31",
@@ -69,4 +79,5 @@ DEEPSEEK_V31 = FormatSpec(
     marks=_MARKS,
     matches=lambda template: CALL in template and "```json" not in template,
     factory=_make_v31,
+    spelling=lambda template: SPELLING_V31,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from penstock.core.contract.formats import REASONING, Opening
+from penstock.core.contract.formats import REASONING, Opening, Spelling, Thinking
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import FUNCTION, State, TableSplitter, collect, probe, read_text, table
 from penstock.plugins.formats.values import read_arguments
@@ -41,13 +41,26 @@ def _make(opening: Opening) -> TableSplitter:
     return TableSplitter(TABLE, "content" if opening.continues else "start")
 
 
+_MARKS = [START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN]
+SPELLING = Spelling(before=f"{CHANNEL}commentary to=functions.", between=f" {CONSTRAIN}json{MESSAGE}", after="", most=1, hides=_MARKS)
+THINKING = Thinking(
+    begin=f"{CHANNEL}analysis{MESSAGE}",
+    end=f"{END}{START}assistant",
+    state=lambda opening: "over" if opening.continues else "may",
+    again=True,
+    hides=_MARKS,
+    answer=f"{CHANNEL}final{MESSAGE}",
+)
+
 OPENAI = FormatSpec(
     name="openai",
     api_level=API_LEVEL["output_formats"],
     doc="gpt-oss's channels.",
     role="both",
     aliases=["gpt-oss", "gpt_oss", "harmony", "openai_gptoss"],
-    marks=[START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN],
+    marks=_MARKS,
     matches=lambda template: CHANNEL in template and MESSAGE in template,
     factory=_make,
+    spelling=lambda template: SPELLING,
+    thinking=THINKING,
 )

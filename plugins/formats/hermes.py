@@ -6,7 +6,7 @@ What it does not know: other formats.
 
 from __future__ import annotations
 
-from penstock.core.contract.formats import Opening
+from penstock.core.contract.formats import Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import State, TableSplitter, probe, read_text, table
 from penstock.plugins.formats.values import read_object
@@ -23,6 +23,10 @@ def _make(opening: Opening) -> TableSplitter:
     return TableSplitter(TABLE, "content")
 
 
+SPELLING = Spelling(
+    before='<tool_call>\n{"name": "', between='", "arguments": ', after="}\n</tool_call>", separator="\n", hides=["<tool_call>"]
+)
+
 HERMES = FormatSpec(
     name="hermes",
     api_level=API_LEVEL["output_formats"],
@@ -32,4 +36,5 @@ HERMES = FormatSpec(
     marks=["<tool_call>", "</tool_call>"],
     matches=lambda template: "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template,
     factory=_make,
+    spelling=lambda template: SPELLING,
 )

@@ -6,7 +6,7 @@ What it does not know: other formats.
 
 from __future__ import annotations
 
-from penstock.core.contract.formats import Opening
+from penstock.core.contract.formats import Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import State, TableSplitter, probe, read_text, table
 from penstock.plugins.formats.values import read_object
@@ -27,6 +27,8 @@ def _make(opening: Opening) -> TableSplitter:
     return TableSplitter(TABLE, "start")
 
 
+SPELLING = Spelling(before='{"name": "', between='", "parameters": ', after="}", separator="; ", hides=["<|python_tag|>"], first="{")
+
 LLAMA3_JSON = FormatSpec(
     name="llama3_json",
     api_level=API_LEVEL["output_formats"],
@@ -36,4 +38,5 @@ LLAMA3_JSON = FormatSpec(
     marks=["<|python_tag|>"],
     matches=matches,
     factory=_make,
+    spelling=lambda template: SPELLING,
 )

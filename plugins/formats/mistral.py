@@ -6,7 +6,7 @@ What it does not know: other formats.
 
 from __future__ import annotations
 
-from penstock.core.contract.formats import Opening
+from penstock.core.contract.formats import Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import FUNCTION, State, TableSplitter, collect, probe, read_text, table
 from penstock.plugins.formats.values import read_arguments, read_object
@@ -35,6 +35,17 @@ def _make(opening: Opening) -> TableSplitter:
     return TableSplitter(TABLE, "content")
 
 
+LIST = Spelling(
+    begin="[TOOL_CALLS][",
+    before='{"name": "',
+    between='", "arguments": ',
+    after="}",
+    separator=", ",
+    end="]",
+    hides=["[TOOL_CALLS]"],
+)
+ARGS = Spelling(before="[TOOL_CALLS]", between="[ARGS]", after="", hides=["[TOOL_CALLS]"])
+
 MISTRAL = FormatSpec(
     name="mistral",
     api_level=API_LEVEL["output_formats"],
@@ -44,4 +55,5 @@ MISTRAL = FormatSpec(
     short_ids=True,
     matches=lambda template: "[TOOL_CALLS]" in template,
     factory=_make,
+    spelling=lambda template: ARGS if "[ARGS]" in template else LIST,
 )

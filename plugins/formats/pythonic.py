@@ -1,6 +1,6 @@
 """Calls written as Python, as Llama 4 and others write them: [get_weather(city="Oslo"), now()].
 
-What it is: the spec `pythonic`, and the reader of such a list. A call goes out when its closing bracket is there, its keyword arguments as JSON; what
+What it is: the spec `pythonic`, the reader of such a list, and the layout of a function's keyword arguments. A call goes out when its closing bracket is there, its keyword arguments as JSON; what
 is no list of calls with literals is content, as it was.
 What it does not know: other formats.
 """
@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import re
 from typing import Any
 
-from penstock.core.contract.formats import Fragment, Opening
+from penstock.core.contract.formats import Fragment, Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
+from penstock.core.contract.layouts import Chain, Either, Obey, Part, Repeat, Text
+from penstock.core.protocol.calling import Function
+from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.plugins.formats.scanner import FUNCTION, State, TableSplitter, probe, read_text, table
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
@@ -130,9 +134,14 @@ def parsed(source: str) -> tuple[str, str] | None:
         if _NAME.fullmatch(name) is None or FUNCTION.fullmatch(name) is None or any(keyword.arg is None for keyword in call.keywords):
             return None
         values = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
-        return name, json.dumps(values, ensure_ascii=False, allow_nan=False)
+        return name, _whole(json.dumps(values, ensure_ascii=False, allow_nan=False))
     except _FAILURES:
         return None
+
+
+def _whole(text: str) -> str:
+    """Two halves of a surrogate pair, which Python's \\u escapes may spell, are a character."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def _literal(node: ast.expr) -> Any:
@@ -171,6 +180,55 @@ def _make(opening: Opening) -> TableSplitter:
     return TableSplitter(TABLE, "start")
 
 
+# ------------------------------------------------------------------ the other way round
+
+_NOTES = frozenset(["title", "description", "$schema", "$id", "$comment", "examples", "default"])
+_DEFINED = ("$defs", "definitions")
+_WORD = rf"(?!(?:{'|'.join(keyword.kwlist)})\b)[A-Za-z_][A-Za-z_0-9]*"
+
+
+def arguments(function: Function) -> Part:
+    """Keyword arguments, those that are required first, whose values are JSON: what JSON's words and escapes mean, the reader knows."""
+    schema: dict[str, Any] = json.loads(function.schema)
+    properties: dict[str, Any] = schema.get("properties", {})
+    required: list[str] = schema.get("required", [])
+    odd = next(iter(schema.keys() - _NOTES - {"type", "properties", "required", "additionalProperties", *_DEFINED}), None)
+    odd = odd or next((name for name in properties if re.fullmatch(_WORD, name) is None), None)
+    odd = odd or next((name for name in required if name not in properties), None)
+    if odd is not None or re.search(r'"\$ref": *"#(?!/(\$defs|definitions)/)', function.schema):
+        what = f"{odd[:80]!r}" if odd is not None else "a $ref outside of $defs"
+        raise UnsupportedFeature(f"{function.field} holds {what}, which keyword arguments of Python cannot express.", param=function.field)
+    defined = {name: schema[name] for name in _DEFINED if name in schema}
+
+    def one(name: str, before: str) -> Part:
+        own = properties[name]
+        source = json.dumps({**own, **defined} if isinstance(own, dict) else own)
+        return Chain([Text(f"{before}{name}="), Obey("json", source, function.field)])
+
+    optional = [name for name in properties if name not in required]
+    if required:
+        first, *more = dict.fromkeys(required)
+        return Chain([one(first, ""), *(one(name, ", ") for name in more), *(Repeat(one(name, ", "), 1) for name in optional)])
+    ways = [Chain([one(name, ""), *(Repeat(one(other, ", "), 1) for other in optional[at + 1 :])]) for at, name in enumerate(optional)]
+    return Repeat(Either(list(ways)), 1) if ways else Text("")
+
+
+def _spelling(template: str) -> Spelling:
+    begin, end = ("<|python_start|>[", "]<|python_end|>") if "<|python_start|>" in template else ("[", "]")
+    return Spelling(
+        begin=begin,
+        before="",
+        between="(",
+        after=")",
+        separator=", ",
+        end=end,
+        hides=["<|python_start|>"],
+        first="[",
+        arguments=arguments,
+        names=rf"{_WORD}(\.{_WORD})*",
+    )
+
+
 PYTHONIC = FormatSpec(
     name="pythonic",
     api_level=API_LEVEL["output_formats"],
@@ -180,4 +238,5 @@ PYTHONIC = FormatSpec(
     marks=["<|python_start|>", "<|python_end|>"],
     matches=matches,
     factory=_make,
+    spelling=_spelling,
 )

@@ -9,8 +9,9 @@ What it does not know: calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-from penstock.core.contract.formats import REASONING, Opening
+from penstock.core.contract.formats import REASONING, Opening, Thinking
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.kimi import SECTION
 from penstock.plugins.formats.scanner import State, Table, TableSplitter, probe, read_text, table
@@ -43,19 +44,28 @@ def _make(states: Table, begin: str, end: str, without: str = "start") -> Callab
     """`without`: where an answer begins if the prompt has no mark at its end."""
 
     closed = "answer" if "answer" in states else "content"
+    return lambda opening: TableSplitter(states, _state(opening, begin, end, without, closed))
 
-    def make(opening: Opening) -> TableSplitter:
-        prompt = opening.prompt
-        if opening.continues:
-            return TableSplitter(states, "reasoning" if prompt.rfind(begin) > prompt.rfind(end) else "content")
-        last = prompt.rstrip()
-        return TableSplitter(states, "at_once" if last.endswith(begin) else closed if last.endswith(end) else without)
 
-    return make
+def _state(opening: Opening, begin: str, end: str, without: str, closed: str = "content") -> str:
+    """Where an answer begins."""
+    prompt = opening.prompt
+    if opening.continues:
+        return "reasoning" if prompt.rfind(begin) > prompt.rfind(end) else "content"
+    last = prompt.rstrip()
+    return "at_once" if last.endswith(begin) else closed if last.endswith(end) else without
 
 
 def _r1(template: str) -> bool:
     return END in template and "<｜Assistant｜>" in template
+
+
+def _thinking(begin: str = BEGIN, end: str = END, without: str = "start") -> Thinking:
+    def state(opening: Opening) -> Literal["open", "may", "over"]:
+        found = _state(opening, begin, end, without)
+        return "may" if found == "start" else "over" if found == "content" else "open"
+
+    return Thinking(begin=begin, end=end, state=state)
 
 
 _LEVEL = API_LEVEL["output_formats"]
@@ -81,6 +91,7 @@ QWEN3 = FormatSpec(
     marks=[BEGIN, END],
     matches=lambda template: END in template and not _r1(template),
     factory=_make(TABLE, BEGIN, END),
+    thinking=_thinking(),
 )
 DEEPSEEK_R1 = FormatSpec(
     name="deepseek_r1",
@@ -91,6 +102,7 @@ DEEPSEEK_R1 = FormatSpec(
     marks=[BEGIN, END],
     matches=_r1,
     factory=_make(TABLE, BEGIN, END, "at_once"),
+    thinking=_thinking(without="at_once"),
 )
 KIMI_K2_REASONING = FormatSpec(
     name="kimi_k2_reasoning",
@@ -111,6 +123,7 @@ KIMI = FormatSpec(
     marks=[OLD_KIMI_BEGIN, OLD_KIMI_END],
     matches=lambda template: OLD_KIMI_BEGIN in template,
     factory=_make(OLD_KIMI_TABLE, OLD_KIMI_BEGIN, OLD_KIMI_END),
+    thinking=_thinking(OLD_KIMI_BEGIN, OLD_KIMI_END),
 )
 HUNYUAN = FormatSpec(
     name="hunyuan_reasoning",
@@ -141,6 +154,7 @@ SEED_OSS_REASONING = FormatSpec(
     marks=[SEED_BEGIN, SEED_END],
     matches=lambda template: SEED_BEGIN in template,
     factory=_make(SEED_TABLE, SEED_BEGIN, SEED_END),
+    thinking=_thinking(SEED_BEGIN, SEED_END),
 )
 MISTRAL_REASONING = FormatSpec(
     name="mistral_reasoning",
@@ -151,6 +165,7 @@ MISTRAL_REASONING = FormatSpec(
     marks=["[THINK]", "[/THINK]"],
     matches=lambda template: "[THINK]" in template,
     factory=_make(MISTRAL_TABLE, "[THINK]", "[/THINK]"),
+    thinking=_thinking("[THINK]", "[/THINK]"),
 )
 GRANITE_REASONING = FormatSpec(
     name="granite_reasoning",

@@ -53,6 +53,10 @@ class Bounds:
         self._string = 0
         self._number = 0
 
+    @property
+    def in_string(self) -> bool:
+        return self._in_string
+
     def feed(self, data: bytes) -> None:
         for byte in data:
             if self._in_string:

@@ -19,11 +19,13 @@ import llguidance
 import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from penstock.core.contract import layouts
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.devices.host_limits import cores
 from penstock.plugins.grammars.bounds import Bounds, Starts, mask_of
 from penstock.plugins.grammars.keywords import check_schema
+from penstock.plugins.grammars.layouts import Regions, lowered
 from penstock.plugins.grammars.spelling import spelled
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
@@ -44,7 +46,7 @@ LARGE = 16384
 """Bytes of a compiled grammar from which on a few masks are tried before it is taken."""
 TRIED = 48
 """So many."""
-_META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"<>@!%:=,;'`])")
+_META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"@!%:=,;'`])")
 _REFUSALS = ("doesn't satisfy the grammar", "parser stopped")
 """What the library says of a token that may not follow; all else is a limit that is reached."""
 _DIRECTIVE = re.compile(r"^\s*%(?!ignore\b|regex\b|import\b)|%json\b|%lark\b", re.MULTILINE)
@@ -98,6 +100,7 @@ class LlGuidance:
         wrapper = llguidance.TokenizerWrapper(_Tokens([*tokens, b"<|end|>"], [*special, end]))
         self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=end + 1)
         self._tokens = tokens
+        self._spelt = {tokens[token].decode(errors="replace"): token for token in reversed(special) if tokens[token]}
         self._starts = Starts(tokens, self._words)
         self._going_on: tuple[I32, I32] | None = None
         self._kept: OrderedDict[bytes, list[llguidance.LLMatcher]] = OrderedDict()
@@ -109,7 +112,11 @@ class LlGuidance:
 
     def compile(self, kind: str, source: str) -> bytes:
         """See Grammars."""
-        compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
+        if kind == "layout":
+            openers, made = lowered(layouts.decode(source), self._spelt, _grammar)
+            compiled = b"l" + json.dumps(openers).encode() + b"\n" + made.encode()
+        else:
+            compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
         began = time.thread_time()
         matcher = self.matcher(compiled)
         _affordable("to be prepared", time.thread_time() - began, PREPARE_S)
@@ -143,8 +150,9 @@ class LlGuidance:
     def matcher(self, compiled: bytes) -> LlMatcher:
         """See Grammars."""
         kept = self._kept.pop(compiled, [])
+        openers, _, grammar = compiled[1:].partition(b"\n") if compiled[:1] == b"l" else (b"", b"", compiled[1:])
         if not kept or (len(kept) < self._threads and len(compiled) < LARGE):
-            inner = llguidance.LLMatcher(self._tokenizer, compiled[1:].decode(), log_level=0, limits=_limits())
+            inner = llguidance.LLMatcher(self._tokenizer, grammar.decode(), log_level=0, limits=_limits())
             if inner.is_error():
                 raise _wrong(" ".join(inner.get_error().split())[:400])
             kept.append(inner)
@@ -155,9 +163,9 @@ class LlGuidance:
         self._kept[compiled] = kept
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
-        bounds = None
-        if compiled[:1] == b"j":
-            bounds = Bounds(self._starts)
+        bounds: Bounds | Regions | None = None
+        if compiled[:1] in b"jl":
+            bounds = Regions(self._starts, [text.encode() for text in json.loads(openers)]) if openers else Bounds(self._starts)
         return LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
 
     def masks(self, matchers: Sequence[LlMatcher], out: I32) -> dict[int, Exception]:
@@ -192,7 +200,7 @@ class LlGuidance:
 class LlMatcher:
     """See Matcher."""
 
-    def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | None, group: int = 0) -> None:
+    def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | Regions | None, group: int = 0) -> None:
         """`group`: which of the grammar's matchers `inner` is a copy of."""
         self.group = group
         self._inner = inner

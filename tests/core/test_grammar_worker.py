@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from penstock.core.contract.layouts import Chain, Obey, Tag, Tags, Text, encode
 from penstock.core.processes.grammar_child import Checker, load
 from penstock.core.processes.grammars import GrammarWorker, Job, Setup
 from penstock.core.protocol.columns import i32
-from penstock.core.protocol.messages import CheckGrammar, Grammar, GrammarChecked, Vocabulary
+from penstock.core.protocol.messages import Check, CheckGrammar, Grammar, GrammarChecked, Vocabulary
 
 TOKENS = [bytes([byte]) for byte in range(256)] + [b"<end>"]
 VOCABULARY = Vocabulary(data=b"".join(TOKENS), counts=i32([len(token) for token in TOKENS]), special=i32([256]))
@@ -103,6 +104,85 @@ def test_grammars_are_compiled_and_answers_verified(ask: Ask) -> None:
     assert "too early" in verify(ask, "regex", "[a-z]{5}", "abc")
     assert verify(ask, "regex", "[a-z]+", "abcSTOP", stop="STOP") == ""
     assert verify(ask, "choice", '["yes","no"]', "yes") == ""
+
+
+NUMBER = '{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"],"additionalProperties":false}'
+
+
+def test_a_layout_is_compiled_and_its_errors_name_the_part(ask: Ask) -> None:
+    def layout(schema: str) -> str:
+        return encode(Chain([Text("<"), Obey("json", NUMBER, "one"), Obey("json", schema, "two")]))
+
+    assert ask("layout", layout(NUMBER)).compiled
+    wrong = ask("layout", layout('{"not":{}}'))
+    assert (wrong.error_code, wrong.error_param) == ("unsupported_feature", "two")
+    assert wrong.error == "two cannot be used: The schema's keyword 'not' at / is not supported."
+    assert ask("layout", layout('{"type":"nonsense"}')).error_param == "two"
+    assert ask("layout", layout("false")).error_param == "two"
+    assert ask("layout", '{"type":"nonsense"}').error_param == "f"
+
+
+def test_parts_of_an_answer_are_verified_each_by_its_own(ask: Ask) -> None:
+    def verify(*parts: tuple[Any, str, str]) -> str:
+        checks = [
+            Check(grammar=Grammar(kind=kind, source=source, field=f"f{i}"), text=text) for i, (kind, source, text) in enumerate(parts)
+        ]
+        return ask("layout", "", verify=True, parts=checks).error
+
+    good = ("json", NUMBER, '{"a": 1}')
+    assert verify(good, ("regex", "[a-z]+", "abc"), ("choice", '["ü<","b"]', "ü<")) == ""
+    assert verify(good, ("json", NUMBER, '{"a": "x"}')).startswith("The answer does not obey f1. At /a:")
+    assert verify(("regex", "[a-z]+", "ab1"), good) == "The answer does not obey f0. Its text is not of the grammar."
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("no tag", ""),
+        ('a <f>{"a": 1}</f> b <f>{"a":2}</f><g>12', ""),
+        ('<f>{"a": 1}', "too early"),
+        ('<f>{"a": "x"}</f>', "not of the grammar"),
+        ("<fx", "not of the grammar"),
+    ],
+)
+def test_structural_tags_are_verified(ask: Ask, text: str, wrong: str) -> None:
+    tags = Tags(["<f", "<g>"], [Tag("<f>", Obey("json", NUMBER), "</f>"), Tag("<g>", Obey("regex", "[0-9]{2}"), "")])
+    error = ask(
+        "layout", encode(tags), verify=True, parts=[Check(grammar=Grammar(kind="layout", source=encode(tags), field="f"), text=text)]
+    ).error
+    assert wrong in error
+    assert bool(wrong) == bool(error)
+
+
+def test_the_json_in_tags_is_verified_twice() -> None:
+    """By a backend that lets all through, and by JSON schema."""
+
+    class Anything:
+        def compile(self, kind: str, source: str) -> bytes:
+            return b"any"
+
+        def matcher(self, compiled: bytes) -> Any:
+            return self
+
+        def consume(self, token: int) -> bool:
+            return True
+
+        def may_end(self) -> bool:
+            return True
+
+    checker = Checker(Anything(), ["layout"], {})  # type: ignore[arg-type]
+    source = encode(Tags(["<"], [Tag("<f>", Obey("json", NUMBER), "!")]))
+    one = encode(Chain([Text("<f>"), Obey("json", NUMBER), Text("!")]))
+
+    def error(text: str, source: str = source) -> str:
+        return checker.do(Job("layout", source, verify=True, text=text)).error
+
+    assert error('x <f> {"a": 1}! <f>{"a": 2}!') == ""
+    assert error('<f>{"a": "x"}!').startswith("At /a")
+    assert error('<f>{"a": 1}?') == "'!' does not follow."
+    assert error('<f>{"a": ').startswith("It is not valid JSON after '<f>'")
+    assert error('<f>{"a": 1}!', one) == ""
+    assert error('<f>{"b": 1}!', one)
 
 
 def test_odd_backends_cost_one_request_each(ask: Ask) -> None:

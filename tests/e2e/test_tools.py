@@ -135,13 +135,6 @@ def test_an_answer_cut_off_in_a_call(client: openai.OpenAI) -> None:
         assert cut.message.content or cut.message.tool_calls  # nothing is lost
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_what_needs_a_grammar_is_refused(client: openai.OpenAI, choice: Any) -> None:
-    with pytest.raises(openai.BadRequestError) as raised:
-        client.chat.completions.create(model="brook", messages=OSLO, tools=[WEATHER], tool_choice=choice)
-    assert (raised.value.code, raised.value.param) == ("unsupported_feature", "tool_choice")
-
-
 @pytest.mark.slow
 def test_without_a_format_tools_are_refused(starter: Any) -> None:
     server = starter("--tool-call-parser", "none")

@@ -196,6 +196,7 @@ CASES = [
         calls=[("f", '{"a": 1, "b": "x)]\'", "c": [1, {"k": null}], "d": true, "e": -2.5}', True), ("g.h", '{"z": "東京 🙂"}', True)],
     ),
     Case("pythonic", "<|python_start|>[f(a=False)]<|python_end|>", calls=[("f", '{"a": false}', True)]),
+    Case("pythonic", '[f(a="\\ud83d\\ude42", b="\\u00e9\\n")]', calls=[("f", '{"a": "🙂", "b": "é\\n"}', True)]),
     Case("pythonic", "[f(a=1)] then", "then", calls=[("f", '{"a": 1}', True)]),
     Case("pythonic", "[1, 2, 3]", "[1, 2, 3]"),
     Case("pythonic", "[link](url)", "[link](url)"),

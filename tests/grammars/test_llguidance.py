@@ -132,6 +132,7 @@ def test_a_schemas_own_lengths_count() -> None:
         ("regex", "^[0-9]{2}$", "[0-9]{2}"),
         ("regex", "^a|b$", "a|b"),
         ("choice", '["yes", "no"]', "yes|no"),
+        ("choice", '["<a>", "b>c"]', "<a>|b>c"),
         ("choice", '["a+b [c]", "x/y\\n", "ü-!#\\"", "(", "\\\\d"]', r"a\+b \[c\]|x/y\n|ü-!#\"|\(|\\d"),
         ("grammar", 'root ::= "a" [0-9]', "a[0-9]"),
         ("grammar", 'start: "x" NUMBER | "y"\nNUMBER: /[0-9]{1,3}/', "x[0-9]{1,3}|y"),

@@ -234,12 +234,14 @@ def test_what_the_lines_say_about_tools_and_streams() -> None:
     function = {"type": "function", "function": {"name": "f"}}
     for given, code in (
         *(({"tool_choice": choice}, "invalid_value") for choice in ("auto", "required", function)),
-        *(({"tools": tools, "tool_choice": choice}, "unsupported_feature") for choice in ("required", function, {"type": "allowed_tools"})),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "unsupported_feature"),
+        ({"tools": tools, "tool_choice": {"type": "custom"}}, "unsupported_feature"),
     ):
         with pytest.raises(InvalidRequest) as raised:
             parse(ChatRequest, **given)
         assert raised.value.code == code
+    for choice in ("required", function):
+        assert parse(ChatRequest, tools=tools, tool_choice=choice).calling.must
+    assert not parse(ChatRequest, tools=[{"type": "function", "function": {"name": "f", "strict": True}}]).calling.must
     refused(ChatRequest, "stream_options", {"include_usage": True})
     refused(ChatRequest, "spaces_between_special_tokens", False)
     assert not parse(ChatRequest, stream=True, stream_options={"continuous_usage_stats": True}).continuous_usage

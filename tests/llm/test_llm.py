@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import shutil
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock import LLM, SamplingParams
+from penstock import LLM, GuidedDecodingParams, SamplingParams, StructuredOutputsParams
 from penstock.core.contract.hookspecs import WeightSourceSpec, hookimpl
 from penstock.core.protocol.errors import ConfigError, ContextLengthExceeded, EngineFailure, InvalidRequest
 from penstock.core.protocol.model_folder import demo_folder
@@ -497,3 +498,75 @@ def test_tools_of_a_model_whose_format_is_off_are_refused_only_where_they_are_to
             other.chat(question("x"), GREEDY, tools=[WEATHER], split=True)
         (plain,) = other.chat(question("What is the weather in Oslo?"), GREEDY, tools=[WEATHER])
         assert "get_weather" in plain.outputs[0].text
+
+
+# ------------------------------------------------------------------ what an answer obeys
+
+TIME: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"enum": ["CET", "UTC"]}},
+            "required": ["zone"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("params", "pattern"),
+    [
+        (StructuredOutputsParams(choice=["left", "right"]), "left|right"),
+        (StructuredOutputsParams(regex="[0-9]{3}"), "[0-9]{3}"),
+        (StructuredOutputsParams(json={"type": "boolean"}), "true|false"),
+        (StructuredOutputsParams(grammar='root ::= "x" [0-9]'), "x[0-9]"),
+        ({"json": '{"enum": [1, 2]}'}, "1|2"),
+    ],
+)
+def test_answers_obey(llm: LLM, params: Any, pattern: str) -> None:
+    for name in ("structured_outputs", "guided_decoding"):
+        asked = SamplingParams(n=2, temperature=1.0, seed=1, max_tokens=30, **{name: params})
+        for output in (llm.generate("Go", asked)[0], llm.chat(question("Hello!"), asked)[0]):
+            for choice in output.outputs:
+                assert re.fullmatch(pattern, choice.text)
+                assert choice.finish_reason == "stop"
+    assert GuidedDecodingParams is StructuredOutputsParams
+
+
+def test_calls_that_are_asked_for(llm: LLM) -> None:
+    asked = SamplingParams(temperature=0, max_tokens=80)
+    for choice, reason in (("required", "tool_calls"), ({"type": "function", "function": {"name": "get_time"}}, "stop")):
+        (output,) = llm.chat(question("Hello!"), asked, tools=[TIME], tool_choice=choice, parallel_tool_calls=False)
+        (call,) = output.outputs[0].tool_calls
+        assert (call.name, output.outputs[0].text, output.outputs[0].finish_reason) == ("get_time", "", reason)
+        assert json.loads(call.arguments)["zone"] in ("CET", "UTC")
+        deltas = list(llm.stream_sync(question("Hello!"), asked, tools=[TIME], tool_choice=choice))
+        assert "".join(delta.text for delta in deltas if delta.channel == "arguments").startswith(call.arguments)
+    (none,) = llm.chat(question("Hello!"), asked, tools=[TIME], tool_choice="none")
+    assert (none.prompt_token_ids, none.outputs[0].tool_calls) == (llm.chat(question("Hello!"), asked)[0].prompt_token_ids, [])
+    tag = {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": {"type": "boolean"}, "end": "</f>"}]}
+    free = SamplingParams(temperature=0, max_tokens=80, structured_outputs=StructuredOutputsParams(structural_tag=tag))
+    assert llm.chat(question("Hello!"), free)[0].outputs[0].text == llm.chat(question("Hello!"), asked)[0].outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("ask", "param"),
+    [
+        ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))}, "structured_outputs.regex"),
+        ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams(regex="a", json={}))}, "structured_outputs.regex"),
+        ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams(choice=[]))}, "structured_outputs.choice"),
+        ({"sampling_params": SamplingParams(guided_decoding=StructuredOutputsParams(json={"not": {}}))}, "guided_decoding.json"),
+        ({"sampling_params": SamplingParams(structured_outputs=5)}, "structured_outputs"),  # type: ignore[arg-type]
+        ({"sampling_params": SamplingParams(structured_outputs={"whitespace": 1})}, "structured_outputs"),  # type: ignore[arg-type]
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TIME], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [{"name": "f"}], "tool_choice": "required"}, "tools"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_told(llm: LLM, ask: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        llm.chat(question("Hello!"), **ask)
+    assert raised.value.param == param

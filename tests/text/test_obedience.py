@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import msgspec
 import pytest
 
+from penstock.core.actors.text.formats import Formats
+from penstock.core.contract.layouts import Chain, Free, Obey, White, decode
+from penstock.core.protocol.calling import calling_of, offered_of
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import (
+    ARGUMENTS,
+    CONTENT,
     FAILED,
+    REASONING,
     RUNNING,
     STOP,
+    Abort,
     Admit,
     Cancel,
     EngineDown,
@@ -21,6 +30,7 @@ from penstock.core.protocol.messages import (
 )
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
+from penstock.plugins.formats import BUILT_IN
 
 WORD = Grammar(kind="regex", source="[a-z]+", field="guided_regex")
 
@@ -203,3 +213,207 @@ def test_who_leaves_while_the_answer_is_verified_leaves_nothing_behind(bench: An
     bench.send(GrammarChecked(job=bench.checks.pop().job, error="No."))
     assert not bench.actor.ledger.requests
     assert bench.actor.ledger.free_slots == bench.actor.ledger.slots
+
+
+# ------------------------------------------------------------------ answers that are taken apart
+
+SPECS = {spec.name: spec for spec in BUILT_IN}
+SPECS["unspelt"] = msgspec.structs.replace(SPECS["hermes"], name="unspelt", spelling=None)
+MESSAGES = json.dumps([{"role": "user", "content": "the water"}]).encode()
+NUMBER = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": name, "parameters": NUMBER, "strict": True}} for name in ("f", "g")
+]
+OBJECT = Grammar(kind="json", source='{"type":"object"}', field="response_format")
+
+
+def spelt(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+@pytest.fixture
+def ask(make_bench: Any) -> Any:
+    """A bench whose request 1 is admitted: its answers may be said."""
+
+    def begin(
+        choice: Any = None, *, grammar: Grammar | None = None, tools: str | None = "hermes", reasoning: str | None = "qwen3", **more: Any
+    ) -> Any:
+        bench = make_bench(
+            up=False, grammars="some", formats=Formats(SPECS[tools] if tools else None, SPECS[reasoning] if reasoning else None)
+        )
+        bench.up(grammars="some")
+        calling = calling_of(offered_of(TOOLS), choice, grammar.field if grammar else "") if tools else None
+        given = {"tools": json.dumps(TOOLS).encode()} if tools else {}
+        bench.submit(1, kind="chat", messages=MESSAGES, split=True, grammar=grammar, calling=calling, **given, **more)
+        if 1 not in bench.rejected:
+            compiled(bench)
+        return bench
+
+    return begin
+
+
+def parts(bench: Any) -> list[tuple[str, str, str]]:
+    (check,) = bench.checks
+    assert check.verify
+    return [(part.grammar.kind, part.grammar.field, part.text) for part in check.parts]
+
+
+def settle(bench: Any, error: str = "") -> Any:
+    bench.send(GrammarChecked(job=bench.checks.pop(0).job, error=error))
+    return bench.received[1, 0]
+
+
+CHECKED = ("json", "tools[0].function.parameters", '{"a": 1}')
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("choice", "reason"), [("required", "tool_calls"), (None, "tool_calls"), ({"type": "function", "function": {"name": "f"}}, "stop")]
+)
+def test_calls_are_verified_before_the_end_is_told(ask: Any, choice: Any, reason: str, stream: bool) -> None:
+    bench = ask(choice, stream=stream)
+    tokens = answer(bench, 1, "<think>Hm</think>" + spelt("f", '{"a": 1}'))
+    assert (1 in bench.finished, bench.received[1, 0].reason) == (False, "")
+    assert parts(bench) == [CHECKED]
+    got = settle(bench)
+    assert (got.reason, 1 in bench.finished) == (reason, True)
+    assert got.tokens == [*tokens, bench.tokenizer.eos_ids[0]]
+    said = "".join(text for channel, _, text in got.fragments if channel == ARGUMENTS)
+    assert (said, bench.finished[1].reasoning_tokens > 0) == ('{"a": 1}', True)
+    assert bench.actor.ledger.free_slots == bench.actor.ledger.slots
+
+
+def test_a_call_that_does_not_obey_ends_as_an_error(ask: Any) -> None:
+    bench = ask("required")
+    answer(bench, 1, spelt("f", '{"a": "x"}'))
+    got = settle(bench, "No.")
+    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", "No.", "engine_failure")
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "wrong"),
+    [
+        ("required", "hello", "It calls no function."),
+        ("required", "hello " + spelt("f", "{}"), "It says more than its calls."),
+        ("required", spelt("h", "{}"), "It calls the function 'h', which may not be called."),
+        ({"type": "function", "function": {"name": "f"}}, spelt("g", "{}"), "It calls the function 'g', which may not be called."),
+        ({"type": "function", "function": {"name": "f"}}, spelt("f", "{}") + spelt("f", "{}"), "It has more than one call."),
+    ],
+)
+def test_an_answer_of_another_shape_ends_as_an_error(ask: Any, choice: Any, text: str, wrong: str) -> None:
+    """An engine that does not mask, say."""
+    bench = ask(choice)
+    answer(bench, 1, text)
+    got = bench.received[1, 0]
+    assert (got.reason, got.extras[-1].error, bench.checks) == ("error", f"The answer does not obey tool_choice. {wrong}", [])
+    assert 1 in bench.finished
+
+
+def test_content_alone_needs_no_verifying_where_only_calls_must_obey(ask: Any) -> None:
+    bench = ask()
+    answer(bench, 1, "hello")
+    assert (bench.received[1, 0].reason, bench.received[1, 0].text, bench.checks) == ("stop", "hello", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "checked"),
+    [
+        ('<think>{"no": </think>\n\n{"a": 2}', ("json", "response_format", '{"a": 2}')),
+        (spelt("f", '{"a": 1}'), CHECKED),
+    ],
+)
+def test_with_tools_and_a_grammar_an_answer_is_calls_or_obeys(ask: Any, text: str, checked: tuple[str, str, str]) -> None:
+    bench = ask(grammar=OBJECT)
+    answer(bench, 1, text)
+    assert parts(bench) == [checked]
+    assert settle(bench).reason == ("tool_calls" if checked == CHECKED else "stop")
+
+
+def test_the_grammar_is_the_answer_channels(ask: Any) -> None:
+    bench = ask(grammar=WORD, tools=None)
+    answer(bench, 1, "<think>ABC</think>\nwater")
+    assert parts(bench) == [("regex", "guided_regex", "water")]
+    got = settle(bench)
+    reasoning = "".join(text for channel, _, text in got.fragments if channel == REASONING)
+    content = "".join(text for channel, _, text in got.fragments if channel == CONTENT)
+    assert (reasoning, content, got.reason) == ("ABC", "water", "stop")
+
+
+def test_what_an_engine_is_told_depends_on_the_prompts_end(make_bench: Any) -> None:
+    bench = make_bench(up=False, grammars="some", formats=Formats(None, SPECS["deepseek_r1"]))
+    bench.up(grammars="some")
+    bench.submit(1, kind="chat", messages=MESSAGES, split=True, grammar=WORD)
+    (check,) = bench.checks
+    assert (check.grammar.kind, check.grammar.field) == ("layout", "guided_regex")
+    assert decode(check.grammar.source) == Chain([Free(["</think>"], then="</think>"), White(), Obey("regex", "[a-z]+", "guided_regex")])
+
+
+def test_one_call_at_most_ends_with_it(ask: Any) -> None:
+    bench = ask("required", parallel_calls=False)
+    text = spelt("f", '{"a": 1}')
+    answer(bench, 1, text + spelt("g", "{}"), end=False)
+    assert parts(bench) == [CHECKED]
+    assert any(isinstance(message, Abort) for message in bench.engine)
+    assert settle(bench).reason == "tool_calls"
+
+
+def test_a_stop_string_within_a_call_is_the_clients_own(ask: Any) -> None:
+    bench = ask("required", sampling=SamplingParams(stop=["1"]))
+    answer(bench, 1, spelt("f", '{"a": 1}'), end=False)
+    assert parts(bench) == [("json", "tools[0].function.parameters", '{"a": ')]
+    got = settle(bench, "It is not valid JSON.")
+    assert (got.reason, got.extras[-1].error_code) == ("error", "invalid_value")
+
+
+def test_a_call_that_max_tokens_cuts_is_a_part(ask: Any) -> None:
+    bench = ask("required", sampling=SamplingParams(max_tokens=9))
+    (ids,) = bench.tokenizer.encode_batch([spelt("f", '{"a": 1}')], add_special_tokens=False)
+    bench.scripts[seq_of(1, 0)] = ids.tolist()[:9]
+    bench.run()
+    assert (bench.received[1, 0].reason, bench.checks) == ("length", [])
+
+
+def test_two_choices_of_calls_over_an_engines_death(ask: Any) -> None:
+    """What a choice said stays with text; the engine walks its tokens again."""
+    bench = ask("required", sampling=SamplingParams(n=2))
+    answer(bench, 1, spelt("f", '{"a": 1}'))
+    (ids,) = bench.tokenizer.encode_batch([spelt("g", '{"a": 2}')], add_special_tokens=False)
+    tokens = [*ids.tolist(), bench.tokenizer.eos_ids[0]]
+    bench.scripts[seq_of(1, 1)] = tokens
+    for offset, token in enumerate(tokens[:20]):
+        bench.rows([(seq_of(1, 1), 0, offset, token, RUNNING)])
+    bench.admitted[seq_of(1, 1)] = (0, 20)
+    bench.send(EngineDown(engine=0, epoch=1, reason="gone"))
+    bench.up(grammars="some")
+    (admit,) = [m for m in bench.engine if isinstance(m, Admit)][1:]
+    assert (admit.choices.tolist(), admit.outputs.tolist(), admit.grammar) == ([1], tokens[:20], b"made")
+    bench.final = STOP
+    bench.run()
+    first, second = bench.checks
+    assert [part.text for check in (first, second) for part in check.parts] == ['{"a": 1}', '{"a": 2}']
+    for check in (second, first):
+        bench.send(GrammarChecked(job=check.job))
+    assert [bench.received[1, choice].reason for choice in (0, 1)] == ["tool_calls", "tool_calls"]
+    assert 1 in bench.finished
+
+
+def test_who_leaves_while_calls_are_verified_leaves_nothing_behind(ask: Any) -> None:
+    bench = ask("required")
+    answer(bench, 1, spelt("f", '{"a": 1}'))
+    bench.send(Cancel(key=1))
+    bench.send(GrammarChecked(job=bench.checks.pop().job))
+    assert not bench.actor.ledger.requests
+    assert bench.actor.ledger.free_slots == bench.actor.ledger.slots
+
+
+@pytest.mark.parametrize(("choice", "param"), [("required", "tool_choice"), (None, "tools[0].function.strict")])
+def test_calls_that_cannot_be_spelt_are_refused(ask: Any, choice: Any, param: str) -> None:
+    bench = ask(choice, tools="unspelt")
+    refused = bench.rejected[1]
+    assert (refused.status, refused.code, refused.param) == (400, "unsupported_feature", param)
+    assert "'unspelt'" in refused.message
+    assert not bench.checks
+
+
+def test_ignore_eos_and_calls_are_refused(ask: Any) -> None:
+    assert ask("required", sampling=SamplingParams(ignore_eos=True)).rejected[1].param == "ignore_eos"

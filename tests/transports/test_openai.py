@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from penstock.core.contract.layouts import Chain, Obey, Tag, Tags, Text, encode
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar
@@ -27,6 +29,7 @@ from penstock.transports.openai_schema import (
     JsonSchema,
     ResponseFormat,
     StreamOptions,
+    Structure,
     StructuredOutputs,
     TokenizeRequest,
     Tool,
@@ -39,6 +42,11 @@ from penstock.transports.request import ignored_header
 CONFIG = configuration.build()
 CHAT: dict[str, Any] = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "brook", "prompt": "hi"}
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}, "required": ["b"]}
+TEXT_OF_SCHEMA = msgspec.json.encode(SCHEMA).decode()
+TAG: dict[str, Any] = {"begin": "<f>", "schema": SCHEMA, "end": "</f>"}
+XTAG: dict[str, Any] = {"begin": "<x>", "content": {"type": "regex", "pattern": "a"}, "end": "!"}
 
 
 def chat(**fields: Any) -> Call:
@@ -85,6 +93,7 @@ WHOLE: dict[type[msgspec.Struct], dict[str, Any]] = {
     TokenizeRequest: {"prompt": "a"},
     DetokenizeRequest: {"tokens": [1]},
     ResponseFormat: {"type": "text"},
+    Structure: {"begin": "a", "end": "b"},
     JsonSchema: {},
     StructuredOutputs: {},
 }
@@ -239,6 +248,26 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
         ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "structural_tag", "structures": [], "triggers": []}}, "response_format.structures"),
+        ({"response_format": {"type": "structural_tag", "structures": [TAG]}}, "response_format.triggers"),
+        ({"response_format": {"type": "structural_tag", "structures": [TAG], "triggers": ["<g"]}}, "response_format.structures[0].begin"),
+        ({"response_format": {"type": "structural_tag", "structures": [TAG], "triggers": ["<f"], "stop": 1}}, "response_format"),
+        (
+            {"response_format": {"type": "structural_tag", "structures": [{**TAG, "more": 1}], "triggers": ["<f"]}},
+            "response_format.structures[0].more",
+        ),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "any_text"}}}, "response_format.format.type"),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "regex", "pattern": ""}}}, "response_format.format.pattern"),
+        (
+            {
+                "response_format": {
+                    "type": "structural_tag",
+                    "format": {"type": "triggered_tags", "tags": [XTAG], "triggers": ["<"], "at_least_one": True},
+                }
+            },
+            "response_format.format.at_least_one",
+        ),
+        ({"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag"),
     ],
 )
 def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -> None:
@@ -282,8 +311,6 @@ def test_wrong_completion_fields_are_named(fields: dict[str, Any], param: str) -
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
         ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "a", "prefix": True}]}, "messages[1].prefix"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
@@ -489,7 +516,6 @@ def test_what_clients_of_other_servers_send_by_default_is_taken() -> None:
         {"type": "json", "value": {"type": "object"}},  # TGI
         {"type": "regex", "value": "a*"},
         {"type": "grammar", "grammar": "root ::= 'a'"},  # Fireworks
-        {"type": "structural_tag", "structures": [], "triggers": []},
         {"type": "text", "schema": {"type": "object"}},
         {"type": "text", "json_schema": {"name": "a"}},
         {"type": "text", "grammar": "root ::= 'a'"},
@@ -499,10 +525,6 @@ def test_response_formats(given: dict[str, Any]) -> None:
     for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
         error = refusal(parse, base | {"response_format": given})
         assert (error.status, error.code, error.param) == (400, "unsupported_feature", "response_format")
-
-
-SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}, "required": ["b"]}
-TEXT_OF_SCHEMA = msgspec.json.encode(SCHEMA).decode()
 
 
 @pytest.mark.parametrize(
@@ -525,6 +547,42 @@ TEXT_OF_SCHEMA = msgspec.json.encode(SCHEMA).decode()
             Grammar(kind="json", source='{"type":"object"}', field="structured_outputs.json_object"),
         ),
         ({"response_format": {"type": "text"}, "guided_regex": "", "structured_outputs": {}}, None),
+        (
+            {"response_format": {"type": "structural_tag", "structures": [TAG], "triggers": ["<f", "<f>"]}},
+            Grammar(
+                kind="layout",
+                source=encode(Tags(["<f"], [Tag("<f>", Obey("json", TEXT_OF_SCHEMA, "response_format.structures[0].schema"), "</f>")])),
+                field="response_format",
+            ),
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "structural_tag": json.dumps(
+                        {"type": "structural_tag", "format": {"type": "triggered_tags", "tags": [XTAG], "triggers": ["<"]}}
+                    )
+                }
+            },
+            Grammar(
+                kind="layout",
+                source=encode(
+                    Tags(["<"], [Tag("<x>", Obey("regex", "a", "structured_outputs.structural_tag.format.tags[0].content.pattern"), "!")])
+                ),
+                field="structured_outputs.structural_tag",
+            ),
+        ),
+        (
+            {"response_format": {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": SCHEMA}}},
+            Grammar(kind="json", source=TEXT_OF_SCHEMA, field="response_format.format.json_schema"),
+        ),
+        (
+            {"response_format": {"type": "structural_tag", "format": {"type": "tag", **XTAG}}},
+            Grammar(
+                kind="layout",
+                source=encode(Chain([Text("<x>"), Obey("regex", "a", "response_format.format.content.pattern"), Text("!")])),
+                field="response_format",
+            ),
+        ),
     ],
 )
 def test_what_an_answer_must_obey(given: dict[str, Any], grammar: Grammar | None) -> None:
@@ -562,10 +620,11 @@ def test_stream_options_that_nobody_knows_are_named() -> None:
     [
         ("banana", "invalid_value"),
         ("", "invalid_value"),
-        ("required", "unsupported_feature"),
-        ({"type": "function"}, "unsupported_feature"),
-        ({"type": "function", "function": {"name": "f"}}, "unsupported_feature"),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "unsupported_feature"),
+        ({"type": "function"}, "invalid_value"),
+        ({"type": "function", "function": {"name": "g"}}, "invalid_value"),
+        ({"type": "custom", "custom": {"name": "f"}}, "unsupported_feature"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "name": "f"}]}}, "invalid_value"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": []}, "invalid_value"),
     ],
 )
 def test_tool_choices(choice: Any, code: str) -> None:
@@ -573,6 +632,64 @@ def test_tool_choices(choice: Any, code: str) -> None:
     error = refusal(parse_chat, CHAT | {"tools": tools, "tool_choice": choice})
     assert (error.status, error.code, error.param) == (400, code, "tool_choice")
     assert refusal(parse_chat, CHAT | {"tool_choice": choice}).code == "invalid_value"
+
+
+PARAMETERS: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def function(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [function(name) for name in names]}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "must", "named", "functions", "field"),
+    [
+        ({"tool_choice": "required"}, True, False, ["f", "g"], "tool_choice"),
+        ({"tool_choice": function("g")}, True, True, ["g"], "tool_choice"),
+        ({"tool_choice": allowed("required", "f")}, True, False, ["f"], "tool_choice"),
+        ({"tool_choice": allowed("auto", "f")}, False, False, ["f"], "tool_choice"),
+        ({"tools": [function("f"), function("g", strict=True)]}, False, False, ["f", "g"], "tools[1].function.strict"),
+        ({"guided_regex": "a"}, False, False, ["f", "g"], "guided_regex"),
+    ],
+)
+def test_calls_that_are_asked_for(fields: dict[str, Any], must: bool, named: bool, functions: list[str], field: str) -> None:
+    tools = [function("f", parameters=PARAMETERS), function("g")]
+    call = chat(**{"tools": tools, **fields})
+    assert call.calling is not None
+    assert (call.calling.must, call.calling.named, call.calling.field) == (must, named, field)
+    assert [one.name for one in call.calling.functions] == functions
+    schemas = {one.name: json.loads(one.schema) for one in call.calling.functions}
+    if must and "f" in schemas:
+        assert schemas["f"] == PARAMETERS
+    if must and "g" in schemas:
+        assert schemas["g"] == {"type": "object", "properties": {}, "additionalProperties": False}
+    if not must and "f" in schemas:
+        assert schemas["f"] == {"type": "object"}
+    assert json.loads(call.prompts[0]["tools"]) == fields.get("tools", tools)  # the template sees them all
+
+
+def test_calls_that_nobody_asks_for_have_no_grammar() -> None:
+    for fields in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"tool_choice": "none", "guided_regex": "a"}):
+        assert chat(tools=[function("f")], **fields).calling is None
+    assert chat(tools=[function("f", strict=True)], tool_choice="none").calling is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [function("f"), function("f")], "tool_choice": "required"}, "tools[1].function.name"),
+        ({"tools": [function("f", parameters={"type": "string"})], "tool_choice": "required"}, "tools[0].function.parameters"),
+        ({"tools": [function("f")], "tool_choice": allowed("none", "f")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": [function("f")], "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools"),
+    ],
+)
+def test_calls_that_cannot_be_asked_for(fields: dict[str, Any], param: str) -> None:
+    error = refusal(parse_chat, CHAT | fields)
+    assert (error.status, error.param) == (400, param)
 
 
 def test_tokenize_refuses_only_what_would_change_the_tokens() -> None:

@@ -49,7 +49,7 @@ EXAMPLES: dict[str, Any] = {
     "stream_options.continuous_usage_stats": True,
     "temperature": 0.5,
     "top_p": 0.5,
-    "tools": [],
+    "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "none",
     "parallel_tool_calls": False,
     "user": "u",
@@ -107,10 +107,9 @@ DOING = {"response_format", "structured_outputs"}
 TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
 REFUSED_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "chat_template": ({"chat_template": "{{ messages }}"}, "chat_template"),
-    "response_format": ({"response_format": {"type": "structural_tag"}}, "response_format"),
-    "structured_outputs": ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
-    "tool_choice": ({**TOOLS, "tool_choice": "required"}, "tool_choice"),
+    "response_format": ({"response_format": {"type": "json"}}, "response_format"),
+    "structured_outputs": ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+    "tool_choice": ({**TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice"),
     "spaces_between_special_tokens": ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
 }
 """Of each field that works in part: what is refused, and the field that is named."""

@@ -1,22 +1,26 @@
 """Which output formats a model's answers are taken apart by.
 
 What it is: `Formats`, a pool's choice of one format for reasoning and one for calls, by option or by the chat template, and the splitter of each
-request: calls are only looked for where the request has tools.
+request: calls are only looked for where the request has tools. Where its answers must obey something, `grammar` is what they obey as a whole.
 What it does not know: how formats look (plugins/formats), tokens, rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections.abc import Callable, Mapping
 
+from penstock.core.actors.text.answers import laid_out
 from penstock.core.actors.text.ledger import Request
 from penstock.core.contract.formats import ARGUMENTS, CONTENT, NAME, REASONING, Fragment, Opening, Splitter
 from penstock.core.contract.hookspecs import FormatSpec
+from penstock.core.contract.layouts import encode
+from penstock.core.protocol.calling import Calling
 from penstock.core.protocol.config import Config, nearest
 from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
-from penstock.core.protocol.messages import Submit
+from penstock.core.protocol.messages import Grammar, Submit
 
 OFF = "none"
 """The name of no format."""
@@ -26,9 +30,11 @@ _SHORT = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 class Formats:
     """`tools` and `reasoning`: the formats in use, if there are any; one spec may be both."""
 
-    def __init__(self, tools: FormatSpec | None = None, reasoning: FormatSpec | None = None) -> None:
+    def __init__(self, tools: FormatSpec | None = None, reasoning: FormatSpec | None = None, template: str = "") -> None:
         self.tools = tools
         self.reasoning = reasoning
+        self.spelling = tools.spelling(template) if tools is not None and tools.spelling is not None else None
+        """How calls are asked for; None: they cannot be."""
         self.marks = frozenset(mark for spec in (tools, reasoning) if spec is not None for mark in spec.marks)
 
     @classmethod
@@ -37,21 +43,73 @@ class Formats:
         return cls(
             _chosen(specs, "tools", config.tool_call_parser, "tool_call_parser", template),
             _chosen(specs, "reasoning", config.reasoning_parser, "reasoning_parser", template),
+            template,
         )
 
     def check(self, submit: Submit) -> None:
-        """Raises UnsupportedFeature if calls are to be taken out of answers, and nothing here can."""
+        """Raises UnsupportedFeature if calls are to be taken out of answers, or asked for, and nothing here can."""
         if submit.split and submit.tools and self.tools is None:
             raise UnsupportedFeature(
                 "How this model writes calls of tools is not known here. Leave tools out, set tool_choice to 'none', or start the server with"
                 " --tool-call-parser.",
                 param="tools",
             )
+        if submit.calling is not None:
+            self._check_calling(submit, submit.calling)
+
+    def _check_calling(self, submit: Submit, calling: Calling) -> None:
+        tools, reasoning = self.tools, self.reasoning
+        assert tools is not None
+        unspelt = tools if self.spelling is None else reasoning if reasoning is not None and reasoning.thinking is None else None
+        if unspelt is not None:
+            raise UnsupportedFeature(
+                f"{calling.field} needs a grammar of the model's answers, and what the parser {unspelt.name!r} reads has none here. Leave it out.",
+                param=calling.field,
+            )
+        spelling = self.spelling
+        assert spelling is not None
+        for function in calling.functions:
+            if re.fullmatch(spelling.names, function.name) is None:
+                field = function.field.replace(".parameters", ".name")
+                raise UnsupportedFeature(
+                    f"{field}: {calling.field} cannot be obeyed with a function of the name {function.name[:80]!r}.", param=field
+                )
+            if spelling.arguments is not None:
+                spelling.arguments(function)
+        told = not spelling.first and (submit.grammar is None or submit.grammar.kind != "layout")
+        if submit.grammar is not None and not told and not calling.must:
+            raise UnsupportedFeature(
+                f"{submit.grammar.field} beside tools is not supported for this model: an answer could not be told from a call as the parser"
+                f" {tools.name!r} reads it. Leave one of them out.",
+                param=submit.grammar.field,
+            )
+
+    def _whole(self, submit: Submit) -> bool:
+        """Does a grammar govern all of the answer, as it is not known how reasoning is written?"""
+        return submit.grammar is not None and self.reasoning is not None and self.reasoning.thinking is None
+
+    def grammar(self, request: Request) -> Grammar:
+        """What an answer obeys from its first token on, of a request that `obeys`."""
+        submit = request.submit
+        given, calling = submit.grammar, submit.calling
+        thinking = self.reasoning.thinking if self.reasoning is not None and submit.split else None
+        if given is not None and calling is None and thinking is None:
+            return given
+        part = laid_out(
+            Opening(request.prompt_text, submit.continue_final_message),
+            marks=sorted(self.marks),
+            thinking=thinking,
+            spelling=self.spelling,
+            calling=calling,
+            parallel=submit.parallel_calls,
+            answer=given,
+        )
+        return Grammar(kind="layout", source=encode(part), field=calling.field if calling is not None else given.field if given else "")
 
     def splitter(self, request: Request) -> Splitter | None:
         """For one of its answers; None where there is nothing to take apart."""
         submit = request.submit
-        if not submit.split:
+        if not submit.split or self._whole(submit):
             return None
         tools = self.tools if submit.tools else None
         opening = Opening(request.prompt_text, submit.continue_final_message, submit.tools)

@@ -19,6 +19,7 @@ from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ending import Ending
 from penstock.core.actors.text.lane import Lane
 from penstock.core.actors.text.ledger import Request
+from penstock.core.actors.text.obedience import obeys
 from penstock.core.actors.text.pool import Pool
 from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import EngineFacts
@@ -132,7 +133,7 @@ class Intake:
             if message.error:
                 raise queries.error_of(message)
             self._complete(owner, message, facts)
-            if owner.submit.grammar is None:
+            if not obeys(owner.submit):
                 self._pool.receiver.open(owner)
         except Exception as raised:  # only this request feels it
             error = (
@@ -142,7 +143,8 @@ class Intake:
             )
             yield from self._ending.abandon(owner, error)
             return
-        if owner.submit.grammar is not None:
+        if obeys(owner.submit):
+            owner.obeyed = self._pool.formats.grammar(owner)
             yield self._pool.obedience.compile(owner)
             return
         yield from self._place(owner).enter(owner)

@@ -158,7 +158,7 @@ class Lane:
         if aborts:
             yield To(Abort(seqs=i64(aborts)), self.engine)
         if held:
-            yield from self._pool.obedience.verify(held)
+            yield from self._pool.obedience.verify(held, receiver.verified)
         yield from self._ending.deliver()
         yield from self.pump()
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
+from penstock.core.actors.text.answers import Said
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder
 from penstock.core.actors.text.stops import StopMatcher
 from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
-from penstock.core.protocol.messages import Admit, RowExtra, Submit, TokenLogprobs, seq_of
+from penstock.core.protocol.messages import Admit, Grammar, RowExtra, Submit, TokenLogprobs, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.telemetry.series import Series
 
@@ -49,6 +50,7 @@ class Choice:
         "parts",
         "reasoned",
         "request",
+        "said",
         "sent",
         "seq",
         "series",
@@ -75,6 +77,8 @@ class Choice:
         self.matcher: StopMatcher | None = None
         self.splitter: Splitter | None = None
         """Takes its text apart; None: all of it is content."""
+        self.said: Said | None = None
+        """What it said, channel by channel; kept if that is to be verified."""
         self.reasoned = 0
         """Tokens of reasoning."""
         self.made = False
@@ -109,6 +113,7 @@ class Request:
         "last_ns",
         "mark",
         "max_tokens",
+        "obeyed",
         "open",
         "params",
         "parked",
@@ -145,8 +150,10 @@ class Request:
         self.hashes = b""
         self.root_hash = b""
         self.max_tokens = 0
+        self.obeyed: Grammar | None = None
+        """What its answers obey, from their first token on."""
         self.grammar = b""
-        """Compiled, for the engine."""
+        """That, compiled, for the engine."""
         self.lane: Lane | None = None
         """Where it waits or runs, once it is encoded."""
         self.queued_tokens = 0
@@ -221,13 +228,14 @@ class Request:
 
 class Held(NamedTuple):
     """A choice that has ended, and whose end is not told before it is known to obey its grammar: what its last row would be, and its tokens (I32, without
-    one that ended it), whose text a stop string has cut unless `stop` is ""."""
+    one that ended it; none of one that was taken apart), whose text a stop string has cut unless `stop` is ""."""
 
     choice: Choice
     text: str
     stop_reason: int | str | None
     ids: I32
     stop: str
+    finish: str = "stop"
 
 
 class Ledger:
@@ -315,5 +323,5 @@ def fast_mode(choice: Choice) -> int:
     if choice.matcher is not None or request.params.logprobs is not None or not isinstance(choice.decoder, ByteDecoder):
         return GENERAL
     if choice.splitter is not None:
-        return SPLIT if request.submit.parallel_calls else GENERAL
+        return SPLIT if request.submit.parallel_calls and choice.said is None else GENERAL
     return FAST if request.stream else QUIET

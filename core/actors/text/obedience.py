@@ -7,7 +7,7 @@ What it does not know: how a grammar is compiled, masks, what becomes of a reque
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from penstock.core.actors.text.ledger import Held, Request
 from penstock.core.protocol.columns import I32
@@ -20,6 +20,11 @@ MOST_CHARS = 1 << 18
 """Of a grammar's source."""
 
 
+def obeys(submit: Submit) -> bool:
+    """Must its answers obey anything?"""
+    return submit.grammar is not None or submit.calling is not None
+
+
 class Obedience:
     """`backend` is the name of text's own grammar backend; "": it has none."""
 
@@ -30,35 +35,45 @@ class Obedience:
 
     def check(self, submit: Submit, params: SamplingParams, facts: EngineFacts, ends: I32) -> None:
         """What can be said before anything is compiled. Raises InvalidRequest or UnsupportedFeature naming the field."""
-        grammar = submit.grammar
-        if grammar is None:
+        if not obeys(submit):
             return
+        sizes = [(grammar.field, len(grammar.source))] if (grammar := submit.grammar) is not None else []
+        if submit.calling is not None:
+            sizes.append(("tools", sum(len(function.schema) for function in submit.calling.functions)))
+        field = submit.calling.field if submit.calling is not None else sizes[0][0]
         if not facts.grammars or facts.grammars != self._backend:
-            raise UnsupportedFeature(f"This server cannot make an answer obey {grammar.field}. Leave it out.", param=grammar.field)
-        if len(grammar.source) > MOST_CHARS:
-            raise InvalidRequest(f"{grammar.field} may have {MOST_CHARS} characters, but has {len(grammar.source)}.", param=grammar.field)
+            raise UnsupportedFeature(f"This server cannot make an answer obey {field}. Leave it out.", param=field)
+        for name, size in sizes:
+            if size > MOST_CHARS:
+                raise InvalidRequest(f"{name} may have {MOST_CHARS} characters, but has {size}.", param=name)
         if params.ignore_eos:
-            raise InvalidRequest(
-                f"ignore_eos and {grammar.field} cannot both be given: a grammar says where an answer ends.", param="ignore_eos"
-            )
+            raise InvalidRequest(f"ignore_eos and {field} cannot both be given: a grammar says where an answer ends.", param="ignore_eos")
         if not len(ends) and not params.stop_token_ids:
             raise UnsupportedFeature(
-                f"The model has no end token, so that no answer could end where {grammar.field} says. Give stop_token_ids.",
-                param=grammar.field,
+                f"The model has no end token, so that no answer could end where {field} says. Give stop_token_ids.",
+                param=field,
             )
 
     def compile(self, request: Request) -> CheckGrammar:
         """The prompt of `request` is encoded: its grammar comes next."""
-        grammar = request.submit.grammar
-        assert grammar is not None
-        return CheckGrammar(job=self._new(request), grammar=grammar)
+        assert request.obeyed is not None
+        return CheckGrammar(job=self._new(request), grammar=request.obeyed)
 
-    def verify(self, held: Iterable[Held]) -> Iterator[CheckGrammar]:
-        """Answers that have ended."""
+    def verify(self, held: Iterable[Held], settled: Callable[[Held, str], None]) -> Iterator[CheckGrammar]:
+        """Answers that have ended. `settled(one, error)` for those of which nothing is left to be found out."""
         for one in held:
-            grammar = one.choice.request.submit.grammar
-            assert grammar is not None
-            yield CheckGrammar(job=self._new(one), grammar=grammar, verify=True, ids=one.ids, stop=one.stop)
+            request, said = one.choice.request, one.choice.said
+            assert request.obeyed is not None
+            if said is None:
+                yield CheckGrammar(job=self._new(one), grammar=request.obeyed, verify=True, ids=one.ids, stop=one.stop)
+                continue
+            submit = request.submit
+            wrong = said.wrong(submit.calling, submit.grammar, submit.parallel_calls)
+            parts = [] if wrong else said.checks(submit.calling, submit.grammar)
+            if parts:
+                yield CheckGrammar(job=self._new(one), grammar=request.obeyed, verify=True, parts=parts)
+            else:
+                settled(one, f"The answer does not obey {request.obeyed.field}. {wrong}" if wrong else "")
 
     def owner(self, checked: GrammarChecked) -> Request | Held | None:
         """Whose job that was."""

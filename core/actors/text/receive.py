@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from penstock.core.actors.text.answers import Said
 from penstock.core.actors.text.deltas import EdgeBatch, LogprobReader
 from penstock.core.actors.text.detokenizer import Tables
 from penstock.core.actors.text.formats import Formats
@@ -80,6 +81,8 @@ class Receiver:
         if marks:
             for choice, splitter in zip(request.choices, splitters, strict=True):
                 choice.splitter = splitter
+                if request.grammar:
+                    choice.said = Said()
 
     def forget_edge(self, edge: int) -> None:
         self._batches.pop(edge, None)
@@ -242,7 +245,7 @@ class Receiver:
             if finish:
                 text += matcher.flush()
         error, code, param = self._failure(choice, row) if finish == "error" else (None, None, None)
-        if finish == "stop" and request.grammar:
+        if choice.splitter is None and finish == "stop" and request.grammar:
             self._hold(choice, text, stop_reason, reason)
         elif choice.splitter is not None:
             if token >= 0 and choice.splitter.channel == REASONING:
@@ -271,7 +274,7 @@ class Receiver:
                 code, param = (InvalidRequest.default_code, names.get("stop", "stop")) if held.stop else ("engine_failure", None)
                 self._row(choice, held.text, "error", None, error, code, param=param)
             else:
-                self._row(choice, held.text, "stop", held.stop_reason, None, None)
+                self._row(choice, held.text, held.finish, held.stop_reason, None, None)
         else:  # nobody listens any more
             self._ledger.recycle(choice)
 
@@ -318,6 +321,12 @@ class Receiver:
             self.aborts.append(choice.seq)
         for fragment in fragments:
             self._row(choice, fragment.text, "", None, None, None, fragment)
+        if choice.said is not None:
+            choice.said.take(fragments)
+            if ended in ("stop", "tool_calls"):
+                self._ledger.hold(choice, ended)
+                self.held.append(Held(choice, "", stop_reason, EMPTY_I32, stop_reason if isinstance(stop_reason, str) else "", ended))
+                return
         if ended or not fragments:
             self._row(choice, "", ended, stop_reason, error, code, param=param)
 

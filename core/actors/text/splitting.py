@@ -27,7 +27,13 @@ def taken_apart(choice: Choice, text: str, finish: str, stop_reason: StopReason)
             finish, stop_reason = "stop", None
     if not choice.made:
         choice.made = any(fragment.channel == DONE for fragment in fragments)
-    return fragments, "tool_calls" if finish == "stop" and choice.made else finish, stop_reason
+    called = finish == "stop" and choice.made and not _named(choice)
+    return fragments, "tool_calls" if called else finish, stop_reason
+
+
+def _named(choice: Choice) -> bool:
+    calling = choice.request.submit.calling
+    return calling is not None and calling.named
 
 
 def quick_row(choice: Choice, token: int, text: str) -> list[Fragment]:
