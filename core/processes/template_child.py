@@ -32,16 +32,22 @@ def load(setup: TemplateSetup) -> Callable[[Rendering], Rendered]:
 def render(renderer: TemplatedRenderer, rendering: Rendering) -> Rendered:
     """Never raises for a bad template."""
     try:
-        text = renderer.with_template(rendering.template).render(**json.loads(rendering.arguments))
+        text = renderer.with_template(json.loads(rendering.template)).render(**json.loads(rendering.arguments))
         if len(text) > MOST_CHARS:
             raise InvalidRequest(f"chat_template cannot be used: the prompt is longer than {MOST_CHARS} characters.", param="chat_template")
         return Rendered(text=text.encode("utf-8", "surrogatepass"))
     except PenstockError as error:
-        return Rendered(error=error.message, param=error.param, unsupported=isinstance(error, UnsupportedFeature))
+        return Rendered(error=_sendable(error.message), param=error.param, unsupported=isinstance(error, UnsupportedFeature))
     except MemoryError:
         return Rendered(error="chat_template cannot be used: it takes too much memory.", param="chat_template")
     except Exception as error:
-        return Rendered(error=f"chat_template cannot be used: {type(error).__name__}: {error}"[:500], param="chat_template")
+        said = _sendable(f"chat_template cannot be used: {type(error).__name__}: {error}"[:500])
+        return Rendered(error=said, param="chat_template")
+
+
+def _sendable(text: str) -> str:
+    """Half a surrogate pair becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def main() -> None:

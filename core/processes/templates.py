@@ -39,10 +39,11 @@ class TemplateSetup(msgspec.Struct):
 
 
 class Rendering(msgspec.Struct):
-    """`arguments`: of ChatRenderer.render, by name, as JSON (numbers may be larger than msgpack has them)."""
+    """As JSON, whose numbers may be larger than msgpack's, and whose texts may hold half a surrogate pair."""
 
-    template: str
+    template: bytes
     arguments: bytes
+    """Of ChatRenderer.render, by name."""
 
 
 class Rendered(msgspec.Struct):
@@ -135,4 +136,4 @@ class _Theirs:
         self._template = template
 
     def render(self, messages: list[dict[str, Any]], **how: Any) -> str:
-        return self._fenced.ask(Rendering(self._template, json.dumps({"messages": messages, **how}).encode()))
+        return self._fenced.ask(Rendering(json.dumps(self._template).encode(), json.dumps({"messages": messages, **how}).encode()))

@@ -131,6 +131,8 @@ class _Probe:
         self._spells = False
         """The template makes a text of an object."""
         self._unclear = False
+        self._looked = False
+        """It asks about the arguments of tool calls, though it does not show them."""
 
     def shape(self, reads_content: bool) -> Shape:
         for role in ("user", "system", "developer", "assistant"):
@@ -254,18 +256,22 @@ class _Probe:
             self._shown_empties = tuple(shown)
             if shown:
                 return
-        # Neither comes out whole: cut, or only asked about. What an object is refused for, or is spelled out in, takes texts.
-        refused = not self._renders(self._object), not self._renders(TEXT)
+        self._looked = self._judge(lambda arguments: self._call("text", arguments))
+
+    def _judge(self, saying: Callable[[Any], Message]) -> bool:
+        """Neither comes out whole: cut, or only asked about. What an object is refused for, or is spelled out in, takes texts. Was there anything
+        to go by?"""
+        user = self._other("user")
+
+        def refused(arguments: Any) -> bool:
+            return all(self._render([user, saying(arguments)], tools) is None for tools in (None, TOOLS))
+
+        only_object_is = refused(self._object) and not refused(TEXT)
         asked = self._object.asked
         places = "place" in asked and "field" not in asked
-        self._arguments = TEXT if self._spells or places or refused == (True, False) else self._object
+        self._arguments = TEXT if self._spells or places or only_object_is else self._object
         self._unclear = self._arguments is not TEXT and "walk" in asked and "field" not in asked
-
-    def _renders(self, arguments: Any) -> bool:
-        """Is there a prompt with a call whose arguments are these?"""
-        user = self._other("user")
-        talks = [([user, self._call("text", arguments)], tools) for tools in (None, TOOLS)]
-        return any(self._render(messages, tools) is not None for messages, tools in talks)
+        return self._spells or only_object_is or bool(asked)
 
     def _is_loose(self, legacy: bool) -> bool:
         """Does a text come out where the template takes an object? Not if it asks for fields by their names, as if it had none of ours."""
@@ -289,7 +295,7 @@ class _Probe:
             if self._shown(_legacy(arguments)):
                 return True
         self._arguments = before
-        return False
+        return not self._shown_empties and not self._looked and self._judge(_legacy)
 
     def _shown(self, message: Message, *, whole: bool = True, before: list[Message] | None = None) -> bool:
         """Does the message's call come out in some conversation? `whole`: as it should; else at least its words."""

@@ -128,6 +128,17 @@ def test_who_is_at_fault_is_named(fenced: FencedRenderer) -> None:
         assert caught.value.param == param, template
 
 
+def test_half_a_surrogate_pair_harms_nothing(fenced: FencedRenderer) -> None:
+    assert rendered(fenced, "{{ messages[0].content }}") == "hi"
+    before = children()
+    assert rendered(fenced, "{{ '\\ud800' }}") == "\ud800", "the tokenizer's affair"
+    assert rendered(fenced, "{{ messages[0].content }}\ud800", "\udfff") == "\udfff\ud800"
+    for template in ("{{ raise_exception('\\ud800') }}", "{{ raise_exception('\ud800') }}", "{{ messages['\\ud800'].a }}", "{% \ud800 %}"):
+        with pytest.raises(InvalidRequest, match=r"\?|ud800"):
+            rendered(fenced, template)
+    assert children() == before, "no child died of it"
+
+
 def test_nobody_waits_for_somebodys_template(own: JinjaRenderer) -> None:
     before = children()
     renderer = FencedRenderer(own, SETUP, limit_s=20)

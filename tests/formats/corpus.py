@@ -312,6 +312,7 @@ CASES = [
             ("xlam", "[TOOL_CALLS]", ""),
         )
     ],
+    Case("granite", "<|tool_call|>" + _LISTED, calls=_TWO),
     Case("granite", "<|tool_call|>", "<|tool_call|>"),
     Case("granite", "<|tool_call|>[1]", "<|tool_call|>[1]"),
     Case(
@@ -341,6 +342,7 @@ CASES = [
     Case("cohere_command", "<|START_THINKING|>Hm.<|END_THINKING|><|START_ACTION|>" + _ACTIONS + "<|END_ACTION|>", "", "Hm.", _TWO),
     Case("cohere_command", "Yes.<|END_RESPONSE|>", "Yes.", prompt="<|START_RESPONSE|>"),
     Case("cohere_command", "<|START_ACTION|>" + _ACTIONS[:-1], calls=_TWO, cut=True),
+    Case("cohere_command", "<|START_ACTION|>" + _ACTIONS + "<|END_ACTION|>", calls=_TWO),
     Case("cohere_command", "Plain.", "Plain."),
     # --- more reasoning
     Case("mistral_reasoning", "[THINK]Hm.[/THINK]Yes.", "Yes.", "Hm."),

@@ -7,12 +7,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from penstock.core.actors.text.formats import Formats
 from penstock.core.contract.formats import ARGUMENTS, CONTENT, DONE, NAME, REASONING, Fragment, Opening, Splitter
 from penstock.plugins.formats import BUILT_IN
 
@@ -355,3 +357,45 @@ def test_long_answers_cost_in_proportion(name: str, atom: str) -> None:
         splitter.feed(atom)
     splitter.flush(False)
     make(name).feed(atom * 20_000)
+
+
+PAIRS = [
+    ("qwen3", "qwen3_coder"),
+    ("qwen3", "glm45"),
+    ("deepseek_r1", "minimax_m2"),
+    ("deepseek_r1", "step3"),
+    ("kimi_k2_reasoning", "kimi_k2"),
+    ("hunyuan_reasoning", "jamba"),
+    ("ernie45_reasoning", "hermes"),
+    ("seed_oss_reasoning", "seed_oss"),
+    ("mistral_reasoning", "mistral"),
+    ("granite_reasoning", "granite"),
+    ("cohere_command", "cohere_command"),
+]
+
+
+@pytest.mark.parametrize(("reasoning", "tools"), PAIRS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_reasoning_and_calls_of_one_model_keep_apart(reasoning: str, tools: str, data: st.DataObject) -> None:
+    """What one says in its part is in that part alone, however it is cut."""
+    thoughts = [case for case in CASES if case.format == reasoning and case.reasoning and case.content == "Yes." and not case.prompt]
+    calls = [
+        case for case in CASES if case.format == tools and case.calls and not (case.content or case.reasoning or case.cut or case.tools)
+    ]
+    thought, call = data.draw(st.sampled_from(thoughts)), data.draw(st.sampled_from(calls))
+    at = thought.text.rindex("Yes.") + len("Yes.")
+    text = thought.text[:at] + call.text + thought.text[at:]
+    formats = Formats(FORMATS[tools], FORMATS[reasoning])
+    submit = SimpleNamespace(split=True, tools=b"[]", continue_final_message=False)
+    whole = None
+    for pieces in ([text], list(text), cut_at(text, data.draw(st.lists(st.integers(0, 400), max_size=30)))):
+        splitter = formats.splitter(SimpleNamespace(submit=submit, prompt_text=""))  # type: ignore[arg-type]
+        assert splitter is not None
+        got = run(splitter, pieces, False)
+        assert whole in (None, got)
+        whole = got
+    assert whole is not None
+    assert whole[1] == thought.reasoning
+    assert whole[0].strip() == "Yes."
+    assert whole[2] == call.calls

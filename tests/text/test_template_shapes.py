@@ -547,6 +547,20 @@ def test_a_template_that_reads_function_call_keeps_it() -> None:
     assert CUT in ours(t.LEGACY_CALLS, cut)
 
 
+def test_a_template_that_asks_about_function_call_keeps_it_too() -> None:
+    spliced = "' ' + m.function_call.arguments"
+    asking = [LEGACY[0], said("assistant", None, function_call={"name": "look", "arguments": SPACED})]
+    for use, gives in (
+        ("m.function_call.arguments[0] ~ m.function_call.arguments[-1]", "look{}"),
+        ("m.function_call.arguments.city", "lookZürich"),
+        ("' ' + m.function_call.arguments[:8]", "look " + SPACED[:8]),
+    ):
+        template = t.LEGACY_CALLS.replace(spliced, use)
+        assert f"<call>{gives}</call>" in ours(template, asking)
+    with pytest.raises(InvalidRequest, match="their text or the object in it"):
+        ours(t.LEGACY_CALLS.replace(spliced, "(m.function_call.arguments | length | string)"), asking)
+
+
 @pytest.mark.parametrize(
     ("message", "where"),
     [
