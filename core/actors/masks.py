@@ -27,17 +27,18 @@ Key = tuple[int, int]
 class _Place:
     """A sequence's place in its grammar. `matcher` None: it has failed, or waits to be made."""
 
-    __slots__ = ("drawn", "ends", "matcher", "min_tokens")
+    __slots__ = ("drawn", "ends", "last", "matcher", "min_tokens")
 
     def __init__(self, matcher: Matcher | None, ends: I32, min_tokens: int) -> None:
         self.matcher = matcher
         self.ends = ends
+        self.last = frozenset(ends.tolist())
         self.min_tokens = min_tokens
         self.drawn = 0
 
     def advance(self, token: int) -> None:
         self.drawn += 1
-        if self.matcher is not None and token not in self.ends and not self.matcher.consume(token):
+        if self.matcher is not None and token not in self.last and not self.matcher.consume(token):
             self.matcher = None
 
     def fill(self, out: I32) -> None:

@@ -207,6 +207,9 @@ class LlMatcher:
         self._tokens = tokens
         self._bounds = bounds
         self._room: I32 = np.zeros(-(-(len(tokens) + 1) // 32), np.int32)
+        self._where = self._room.ctypes.data, self._room.nbytes
+        self._last = self._room[len(tokens) // 32 :]
+        """The word with the library's own end token, which is the first bit that is not ours."""
 
     def consume(self, token: int) -> bool:
         """See Matcher."""
@@ -221,12 +224,11 @@ class LlMatcher:
 
     def mask(self, out: I32) -> None:
         """See Matcher."""
-        room, size = self._room, len(self._tokens)
-        self._inner.unsafe_compute_mask_ptr(room.ctypes.data, room.nbytes)
+        self._inner.unsafe_compute_mask_ptr(*self._where)
         if self._inner.is_error():
             raise _limit(self._inner.get_error())
-        room.view(np.uint32)[size // 32] &= np.uint32((1 << (size % 32)) - 1)
-        out[:] = room[: len(out)]
+        self._last &= (1 << (len(self._tokens) % 32)) - 1
+        out[:] = self._room[: len(out)]
         if self._bounds is not None:
             self._bounds.narrow(out, self.may_end())
 
