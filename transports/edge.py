@@ -56,6 +56,7 @@ from penstock.transports.http import make_app
 from penstock.transports.keyring import Keyring
 from penstock.transports.link import Dialer, Link, adopt
 from penstock.transports.protocol import server_options
+from penstock.transports.store import open_store
 from penstock.transports.tracing import NO_TRACING, OtelTracing, Tracing
 
 log = logging.getLogger("penstock.edge")
@@ -85,7 +86,8 @@ class Server:
         tracing: Tracing = NO_TRACING,
         keyring: Keyring | None = None,
     ) -> None:
-        self.gateway = Gateway(config, edge, pools=pools, tracing=tracing)
+        self._store = open_store(config, run_dir)
+        self.gateway = Gateway(config, edge, pools=pools, tracing=tracing, store=self._store)
         self.app = make_app(self.gateway, factories, keyring)
         hello = make_hello("edge", edge, epoch)
         self._dialers = [_dialer(door, run_dir, hello) for door in self.gateway.doors.values()]
@@ -102,6 +104,8 @@ class Server:
         self._uvicorn.load()
         protocol: Any = self._uvicorn.http_protocol_class
         self._set_date()
+        if self._store is not None and self._store.place.lasting:
+            await self._store.open()  # a file that is no good is better known now than when somebody asks
         for dialer in self._dialers:
             dialer.start()
         # Edges share the listening socket: one that has not met text yet leaves connections to those that have.
@@ -181,6 +185,8 @@ class Server:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._store is not None:
+            self._store.close()
 
     async def _gone(self, limit_s: float) -> None:
         """Return when every connection is closed, or after `limit_s`."""

@@ -20,6 +20,8 @@ ErrorCode = Literal[
     "queue_full",
     "request_too_large",
     "too_many_streams",
+    "store_full",
+    "store_unavailable",
     "not_found",
     "method_not_allowed",
     "engine_unavailable",
