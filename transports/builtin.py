@@ -25,6 +25,7 @@ from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, error_reply, ignored_header
+from penstock.transports.responses_routes import responses_routes
 from penstock.transports.surface import Surface
 from penstock.transports.tgi import tgi_routes
 from penstock.transports.voice import VOICE
@@ -38,6 +39,9 @@ def register_transports() -> list[TransportSpec]:
         TransportSpec(name="openai", api_level=API_LEVEL["transports"], doc="OpenAI's API over HTTP and SSE.", factory=openai_routes),
         TransportSpec(
             name="anthropic", api_level=API_LEVEL["transports"], doc="Anthropic's messages over HTTP and SSE.", factory=anthropic_routes
+        ),
+        TransportSpec(
+            name="responses", api_level=API_LEVEL["transports"], doc="OpenAI's Responses over HTTP and SSE.", factory=responses_routes
         ),
         TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
     ]

@@ -158,7 +158,9 @@ class _Prompt:
         previous = request.previous_response_id
         if previous:
             if records is None:
-                raise InvalidRequest("previous_response_id: this server keeps no responses (--no-store). Send the items.", param="previous_response_id")
+                raise InvalidRequest(
+                    "previous_response_id: this server keeps no responses (--no-store). Send the items.", param="previous_response_id"
+                )
             for record in await records.history(tenant, previous, config.max_messages):
                 conversation.take(record.input, "previous_response_id")
                 conversation.take(record.response["output"], "previous_response_id")
@@ -173,7 +175,9 @@ class _Prompt:
             for number, item in enumerate(items):
                 if item["type"] == "item_reference":
                     if records is None:
-                        raise InvalidRequest(f"input[{number}]: this server keeps no items (--no-store). Send it whole.", param=f"input[{number}]")
+                        raise InvalidRequest(
+                            f"input[{number}]: this server keeps no items (--no-store). Send it whole.", param=f"input[{number}]"
+                        )
                     items[number] = await records.item(tenant, item["id"], f"input[{number}]")
             conversation.take(items, "input")
             self.input = items
@@ -203,7 +207,9 @@ class _Prompt:
                     )
         if request.text is not None:
             if request.text.verbosity not in (None, "medium"):
-                raise UnsupportedFeature("text.verbosity can only be 'medium' here. Say in instructions how long the answer should be.", param="text.verbosity")
+                raise UnsupportedFeature(
+                    "text.verbosity can only be 'medium' here. Say in instructions how long the answer should be.", param="text.verbosity"
+                )
             if request.text.format is not None:
                 self.fields["response_format"] = _format(request.text)
         if request.truncation == "auto":
@@ -223,9 +229,7 @@ def _format(text: TextOptions) -> dict[str, Any]:
 # ------------------------------------------------------------------ /v1/responses
 
 
-async def parse(
-    body: bytes, config: Config, limits: Limits | None, *, rid: str, core: str, tenant: str, records: Records | None
-) -> Asked:
+async def parse(body: bytes, config: Config, limits: Limits | None, *, rid: str, core: str, tenant: str, records: Records | None) -> Asked:
     """The response's id is `resp_CORE`. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, _, ignored = decoded(body, ResponsesRequest, config, limits)
     assert isinstance(request, ResponsesRequest)
@@ -251,7 +255,10 @@ async def parse(
     call.names = {**call.names, "max_tokens": "max_output_tokens"}
     call.ignored = check_unknown(sorted(ignored), strict=config.strict_fields)
     if call.grammar is not None:
-        call.grammar = msgspec.structs.replace(call.grammar, field=call.grammar.field.replace("response_format.json_schema", "text.format").replace("response_format", "text.format"))
+        call.grammar = msgspec.structs.replace(
+            call.grammar,
+            field=call.grammar.field.replace("response_format.json_schema", "text.format").replace("response_format", "text.format"),
+        )
     store = records is not None and request.store is not False
     options = request.stream_options
     shown = Shown(
@@ -305,7 +312,12 @@ def _echo(request: ResponsesRequest, store: bool) -> dict[str, Any]:
         given = text.format
         shape = {"type": given.type}
         if given.type == "json_schema":
-            shape |= {"name": given.name or "", "description": given.description, "schema": given.schema_, "strict": given.strict is not False}
+            shape |= {
+                "name": given.name or "",
+                "description": given.description,
+                "schema": given.schema_,
+                "strict": given.strict is not False,
+            }
     reasoning = request.reasoning
     return {
         "background": bool(request.background),
@@ -334,7 +346,9 @@ def _echo(request: ResponsesRequest, store: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------ /v1/responses/input_tokens
 
 
-async def parse_count(body: bytes, config: Config, limits: Limits | None, *, tenant: str, records: Records | None) -> tuple[str, bytes, list[str], list[str]]:
+async def parse_count(
+    body: bytes, config: Config, limits: Limits | None, *, tenant: str, records: Records | None
+) -> tuple[str, bytes, list[str], list[str]]:
     """The model, the body of text's "tokenize" question, where its messages came from, and the ignored fields. Raises as `parse`."""
     request, _, ignored = decoded(body, InputTokensRequest, config, limits)
     prompt = _Prompt(request)

@@ -22,10 +22,7 @@ SEAL = "pk1."
 readable to whoever holds it."""
 
 FOREIGN = frozenset(
-    "file_search_call computer_call computer_call_output web_search_call image_generation_call code_interpreter_call local_shell_call local_shell_call_output"
-    " shell_call shell_call_output apply_patch_call apply_patch_call_output mcp_list_tools mcp_approval_request mcp_approval_response mcp_call"
-    " custom_tool_call custom_tool_call_output tool_search_call tool_search_output additional_tools compaction compaction_trigger program program_output"
-    " configuration_update".split()
+    ["file_search_call", "computer_call", "computer_call_output", "web_search_call", "image_generation_call", "code_interpreter_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call", "custom_tool_call", "custom_tool_call_output", "tool_search_call", "tool_search_output", "additional_tools", "compaction", "compaction_trigger", "program", "program_output", "configuration_update"]
 )
 """Items of tools, and of other things, that do not exist here."""
 MEDIA = frozenset({"input_image", "input_file", "input_audio", "computer_screenshot", "image_url"})
@@ -237,7 +234,8 @@ class Conversation:
         else:
             if item["call_id"] not in self._calls:
                 raise InvalidRequest(
-                    f"{where}.call_id: there is no function call {item['call_id'][:80]!r} before it in the conversation.", param=f"{where}.call_id"
+                    f"{where}.call_id: there is no function call {item['call_id'][:80]!r} before it in the conversation.",
+                    param=f"{where}.call_id",
                 )
             output = item["output"]
             text_or_parts = output if isinstance(output, str) else _content(output)
@@ -263,7 +261,8 @@ def _content(parts: list[Item]) -> str | list[Item]:
         text: str = parts[0]["text"]
         return text
     return [
-        {"type": "refusal", "refusal": part["refusal"]} if part["type"] == "refusal" else {"type": "text", "text": part["text"]} for part in parts
+        {"type": "refusal", "refusal": part["refusal"]} if part["type"] == "refusal" else {"type": "text", "text": part["text"]}
+        for part in parts
     ]
 
 
@@ -294,7 +293,9 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
             param=f"{where}.type",
         )
     if "function" in tool and "name" not in tool:
-        raise InvalidRequest(f"{where}: here a function's name and parameters stand beside its type, not within 'function'.", param=f"{where}.name")
+        raise InvalidRequest(
+            f"{where}: here a function's name and parameters stand beside its type, not within 'function'.", param=f"{where}.name"
+        )
     for name in tool.keys() - _TOOL_FIELDS:
         if name not in _TOOL_HINTS:
             raise InvalidRequest(f"{where}.{name[:80]} is not a field of a function. Leave it out.", param=f"{where}.{name[:80]}")

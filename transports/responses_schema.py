@@ -97,9 +97,26 @@ class ResponsesRequest(InputTokensRequest, frozen=True, kw_only=True):
 RESPONSES_REQUESTS: tuple[type[InputTokensRequest], ...] = (ResponsesRequest, InputTokensRequest)
 
 LIKE_CHAT = (
-    "temperature top_p parallel_tool_calls frequency_penalty presence_penalty repetition_penalty logit_bias top_k min_p min_tokens seed stop stop_token_ids"
-    " include_stop_str_in_output ignore_eos skip_special_tokens priority cache_salt request_id chat_template_kwargs"
-).split()
+    "temperature",
+    "top_p",
+    "parallel_tool_calls",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "priority",
+    "cache_salt",
+    "request_id",
+)
 """Fields that chat has under the same name and with the same meaning."""
 
 _NONE = Refused((None,))

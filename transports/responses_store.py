@@ -129,7 +129,7 @@ class Records:
         while wanted is not None:
             record = await self.find(tenant, wanted)
             if record is None:
-                what = "" if wanted == id else f", which is before it,"
+                what = "" if wanted == id else ", which is before it,"
                 raise InvalidRequest(
                     f"previous_response_id: the response {wanted[:200]!r}{what} is not kept here (any more).", param="previous_response_id"
                 )

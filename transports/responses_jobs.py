@@ -1,0 +1,387 @@
+"""How responses run: in one piece, as a stream, or in the background.
+
+What it is: `WholeResponse` and `StreamedResponse`, the jobs of replies.py and stream.py that keep what they made before they say that it is complete; `Background`, a
+job without a connection, whose events are kept while they come; `Follow`, a stream of such events at whichever HTTP process, from wherever a client
+left off.
+What it does not know: what the rows say (responses_voice.py), how requests are understood, what SQLite does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from penstock.core.protocol.errors import Cancelled, Draining, PenstockError
+from penstock.core.protocol.messages import Finished
+from penstock.transports.frame import Frame
+from penstock.transports.gateway import Batch, Gateway
+from penstock.transports.job import Job, row_error, watch
+from penstock.transports.outbox import Pulse
+from penstock.transports.replies import WholeReply
+from penstock.transports.request import Header, Receive, RequestContext, Scope, Send
+from penstock.transports.responses import Asked
+from penstock.transports.responses_store import LEASE_S, Kept, Record, Records
+from penstock.transports.responses_voice import ResponsesVoice
+from penstock.transports.stream import StreamReply
+from penstock.transports.voice import Prompt
+
+log = logging.getLogger("penstock.edge.responses")
+
+FLUSH_S = 0.1
+"""Events of a response in the background are kept so often, at most."""
+FOLLOW_S = 0.2
+"""Who follows a response that runs in another process looks so often."""
+
+_json = msgspec.json.Encoder().encode
+_LAST = tuple(b'{"type":"response.%s"' % kind for kind in (b"completed", b"incomplete", b"failed"))
+"""How the last event of a stream begins."""
+
+
+def kept_of(asked: Asked, model: str) -> Kept:
+    return Kept(
+        input=msgspec.Raw(_json(asked.input)),
+        rid=asked.rid,
+        model=model,
+        previous=asked.previous,
+        background=asked.background,
+        stream=asked.call.stream,
+    )
+
+
+class _Leg:
+    """The rows of the one answer, told to the voice; what it says of them goes to `say`."""
+
+    def __init__(self, job: Job, voice: ResponsesVoice, say: Callable[[Iterable[bytes]], None]) -> None:
+        self._job = job
+        self._voice = voice
+        self._say = say
+        self._prompt = Prompt()
+        self._opened = False
+        self.reason = ""
+
+    def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
+        if reason in ("error", "abort") and (not self._job.choice_failed(0, row_error(batch.extra(row))) or not text):
+            return
+        if not self._opened:
+            self._opened = True
+            self._say(self._voice.opened(0, self._prompt, row, batch))
+        self._say(self._voice.piece(0, text, row, batch))
+        if reason and not self._job.failed:
+            self.reason = reason
+            self._say(self._voice.closed(0, reason, None, row, batch))
+
+    def finished(self, message: Finished) -> None:
+        self._job.leg_finished(message)
+
+    def failed(self, error: PenstockError) -> None:
+        self._job.leg_failed(error)
+
+
+def _unheard(payloads: Iterable[bytes]) -> None:
+    for _ in payloads:
+        pass
+
+
+async def keep(records: Records | None, asked: Asked, job: Job, voice: ResponsesVoice) -> None:
+    """Keep the finished response, if it is to be kept. If it cannot be, the reply says that it was not (`store` is false)."""
+    assert voice.final is not None
+    if records is None or not asked.store:
+        return
+    try:
+        await records.put(job.context.tenant, asked.id, _json(voice.final), kept_of(asked, job.model))
+    except PenstockError as error:
+        log.warning("response %s could not be kept: %s", asked.id, error.message)
+        voice.final["store"] = False
+
+
+class WholeResponse(WholeReply):
+    """The response in one piece."""
+
+    def __init__(self, gateway: Gateway, asked: Asked, records: Records | None, context: RequestContext) -> None:
+        self._says = ResponsesVoice(asked.shown)
+        super().__init__(gateway, asked.call, self._says, context)
+        self._asked = asked
+        self._records = records
+        self._row = _Leg(self, self._says, _unheard)
+        self._keeping: asyncio.Task[None] | None = None
+        self.introduce()
+
+    def leg(self, index: int) -> _Leg:  # type: ignore[override]
+        return self._row
+
+    def leg_failed(self, error: PenstockError) -> None:
+        super().leg_failed(self._asked.renamed(error))
+
+    def complete(self) -> None:
+        self._keeping = asyncio.get_running_loop().create_task(self._complete())
+
+    async def _complete(self) -> None:
+        try:
+            self._says.finish(self.usage(), self.timings())
+            await keep(self._records, self._asked, self, self._says)
+        except Exception:
+            log.exception("request %s: its response could not be made", self.context.rid)
+            self.leg_failed(PenstockError("The server made an error while it made the answer."))
+            return
+        super().complete()
+
+    def _body(self) -> bytes:
+        self.summarize([self._row.reason])
+        return _json(self._says.final)
+
+
+class StreamedResponse(StreamReply):
+    """The response as events."""
+
+    def __init__(
+        self, gateway: Gateway, asked: Asked, records: Records | None, frame: Frame, context: RequestContext, pulse: Pulse
+    ) -> None:
+        self._says = ResponsesVoice(asked.shown)
+        super().__init__(gateway, asked.call, self._says, frame, context, pulse)
+        self._asked = asked
+        self._records = records
+        self._row = _Leg(self, self._says, self.say)
+        self._keeping: asyncio.Task[None] | None = None
+
+    def leg(self, index: int) -> _Leg:  # type: ignore[override]
+        return self._row
+
+    def leg_failed(self, error: PenstockError) -> None:
+        super().leg_failed(self._asked.renamed(error))
+
+    def complete(self) -> None:
+        self._reasons.append(self._row.reason)
+        self._keeping = asyncio.get_running_loop().create_task(self._complete())
+
+    async def _complete(self) -> None:
+        try:
+            self._says.finish(self.usage(), self.timings())
+            await keep(self._records, self._asked, self, self._says)
+        except Exception:
+            log.exception("request %s: its response could not be made", self.context.rid)
+            self.leg_failed(PenstockError("The server made an error while it sent the answer."))
+            return
+        super().complete()
+
+
+class Background(Job):
+    """A response that nobody waits for. `await start()`; it ends by itself, or by `stop`."""
+
+    def __init__(
+        self, gateway: Gateway, asked: Asked, records: Records, context: RequestContext, running: dict[tuple[str, str], Background]
+    ) -> None:
+        self._says = ResponsesVoice(asked.shown)
+        super().__init__(gateway, asked.call, self._says, context)
+        self._asked = asked
+        self._records = records
+        self._running = running
+        self._row = _Leg(self, self._says, self._say)
+        self._events: list[bytes] = []
+        """Those that are not kept yet."""
+        self._pieces = 0
+        self._started = False
+        """Its first row is here, and the record does not say so yet."""
+        self._wake = asyncio.Event()
+        self.moved = asyncio.Event()
+        """Set, and replaced, whenever something of it was kept."""
+        self._ended = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.introduce()
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.context.tenant, self._asked.id
+
+    async def start(self) -> dict[str, object]:
+        """The response as it is now. Raises what `begin` raises, and what the store raises; then nothing is left behind."""
+        await self.gateway.soon_ready(self.model)
+        tenant, name = self.key
+        asked = self._asked
+        queued = self._says.response("queued")
+        if asked.call.stream:
+            self._events += [self._says.accepted("queued"), self._says.queued()]
+            await self._flush()
+        await self._records.renew(tenant, name)
+        await self._records.put(tenant, name, _json(queued), kept_of(asked, self.model))
+        try:
+            self.begin()
+        except BaseException:
+            await self._records.delete(tenant, name)
+            await self._records.release(tenant, name)
+            raise
+        self._running[self.key] = self
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"response {name}")
+        return queued
+
+    def stop(self) -> None:
+        """Cancel it."""
+        if self._says.final is None:
+            self.leg_failed(Cancelled("The response was cancelled."))
+
+    # --- Job
+
+    def leg(self, index: int) -> _Leg:
+        return self._row
+
+    def _say(self, payloads: Iterable[bytes]) -> None:
+        if not self._asked.call.stream:
+            _unheard(payloads)
+        else:
+            self._events += payloads
+        self._started = True
+        self._wake.set()
+
+    def leg_failed(self, error: PenstockError) -> None:
+        super().leg_failed(self._asked.renamed(error))
+
+    def complete(self) -> None:
+        self._end(lambda: self._says.ended(self.usage(), None))
+
+    def broken(self, error: PenstockError) -> None:
+        self._end(lambda: self._says.broken(error))
+        self._says.fail(error)
+
+    def _end(self, words: Callable[[], Iterable[bytes]]) -> None:
+        try:
+            self._events += words()
+        except Exception:
+            log.exception("request %s: its response could not be made", self.context.rid)
+            self._says.fail(PenstockError("The server made an error while it made the answer."))
+        self._ended.set()
+        self._wake.set()
+
+    # --- keeping
+
+    async def _run(self) -> None:
+        tenant, name = self.key
+        loop = asyncio.get_running_loop()
+        renewed, said = loop.time(), False
+        try:
+            while not self._ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LEASE_S / 3):
+                        await self._wake.wait()
+                self._wake.clear()
+                if loop.time() - renewed >= LEASE_S / 3:
+                    await self._records.renew(tenant, name)
+                    renewed = loop.time()
+                if self._started and not said and not self._ended.is_set():
+                    said = True
+                    await self._records.update(tenant, name, _json(self._says.response("in_progress")))
+                await self._flush()
+                with contextlib.suppress(TimeoutError):  # not more often than that
+                    async with asyncio.timeout(FLUSH_S):
+                        await self._ended.wait()
+        except PenstockError as error:
+            log.warning("response %s cannot be kept any more: %s", name, error.message)
+            self.cancel("client")
+            self._says.fail(error)
+        finally:
+            await self._close()
+
+    async def _flush(self) -> None:
+        events, self._events = self._events, []
+        if events and self._asked.call.stream:
+            await self._records.put_events(*self.key, self._pieces, events)
+            self._pieces += 1
+        moved, self.moved = self.moved, asyncio.Event()
+        moved.set()
+
+    async def _close(self) -> None:
+        """It is over: the events first, then the record, so that who sees that it is over finds all of them."""
+        tenant, name = self.key
+        try:
+            await self._flush()
+            if self._says.final is None:  # its task was cancelled
+                self._says.fail(Draining("The server is shutting down and could not finish this request."))
+            await self._records.update(tenant, name, _json(self._says.final))
+            await self._records.release(tenant, name)
+        except PenstockError as error:
+            log.warning("the end of response %s could not be kept: %s", name, error.message)
+        finally:
+            self._running.pop(self.key, None)
+            self.moved.set()
+            self.summarize([self._row.reason])
+            self.context.span.end(200, self.context.summary)
+            self.gateway.leave()
+
+
+class Follow:
+    """The events of a response in the background behind number `after`, as they come, or once more. An ASGI application."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        records: Records,
+        frame: Frame,
+        running: dict[tuple[str, str], Background],
+        tenant: str,
+        name: str,
+        after: int,
+        headers: Sequence[Header] = (),
+    ) -> None:
+        self._gateway = gateway
+        self._records = records
+        self._frame = frame
+        self._running = running
+        self._tenant = tenant
+        self._name = name
+        self._after = after
+        self._headers = [*frame.headers, *headers]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        gone = asyncio.get_running_loop().create_task(watch(receive))
+        try:
+            await self._stream(send, gone)
+        except PenstockError as error:
+            fields = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+            await send({"type": "http.response.body", "body": self._frame.wrap(_json(fields)), "more_body": True})
+        finally:
+            gone.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _stream(self, send: Send, gone: asyncio.Task[None]) -> None:
+        number = seen = 0
+        loop = asyncio.get_running_loop()
+        said = loop.time()
+        last = b""
+        record: Record | None = None
+        while not gone.done():
+            job = self._running.get((self._tenant, self._name))
+            moved = job.moved if job is not None else None  # before the look: what is kept after it is not missed
+            events = await self._records.events(self._tenant, self._name, number)
+            if events is not None:
+                skip = max(0, self._after + 1 - seen)
+                seen, number, last = seen + len(events), number + 1, events[-1]
+                data = b"".join(map(self._frame.wrap, events[skip:]))
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    said = loop.time()
+                continue
+            if record is not None and record.final:  # looked for events once more: its last ones were kept before it was
+                if not last.startswith(_LAST):  # nobody was left to say how it ended
+                    fields = {"type": "response.failed", "sequence_number": seen, "response": msgspec.Raw(record.body)}
+                    await send({"type": "http.response.body", "body": self._frame.wrap(_json(fields)), "more_body": True})
+                return
+            record = await self._records.find(self._tenant, self._name)
+            if record is None:  # deleted
+                return
+            if not record.final:
+                await _moved(moved, gone)
+            if loop.time() - said >= self._gateway.config.keep_alive_s:
+                await send({"type": "http.response.body", "body": self._frame.keep_alive, "more_body": True})
+                said = loop.time()
+
+
+async def _moved(event: asyncio.Event | None, gone: asyncio.Task[None]) -> None:
+    """Return after a while, or sooner: the event is set, or the client has gone."""
+    waiter = asyncio.get_running_loop().create_task((event or asyncio.Event()).wait())
+    try:
+        await asyncio.wait([gone, waiter], timeout=FOLLOW_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiter.cancel()
