@@ -8,7 +8,7 @@ It is long because every field stands here, once.
 
 from __future__ import annotations
 
-from penstock.transports import api_fields
+from penstock.transports import api_fields, responses_fields
 from penstock.transports.field import OPENAI as OPENAI
 from penstock.transports.field import SGLANG as SGLANG
 from penstock.transports.field import VLLM as VLLM
@@ -216,7 +216,7 @@ OWN: dict[str, dict[str, Field]] = {
         "strict": Field("Only false, but with tool_choice `none`: true is `unsupported_feature`.", default="false"),
     },
 }
-OWN |= api_fields.ASKED
+OWN |= api_fields.ASKED | responses_fields.ASKED
 """Lines of one struct alone: they go before those of FIELDS."""
 
 
@@ -320,7 +320,7 @@ REPLY_OWN |= {
     },
     "CancelReply": {"id": "As it was given.", "object": "`request`.", "cancelled": "true."},
 }
-REPLY_OWN |= api_fields.TOLD
+REPLY_OWN |= api_fields.TOLD | responses_fields.TOLD
 
 
 def about_reply(kind: str, name: str) -> str:

@@ -113,7 +113,8 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         return JsonReply(_json({"object": "response.input_tokens", "input_tokens": count}), headers=ignored_header(ignored))
 
     @get("/v1/responses/{response_id:str}", summary="A response that is kept; with stream its events", tags=["responses"])
-    async def retrieve(request: AnyRequest, response_id: str) -> ASGIApp:
+    async def retrieve(request: AnyRequest) -> ASGIApp:
+        response_id = str(request.path_params["response_id"])
         query = request.query_params
         stream = _flag(query, "stream")
         after = _number(query, "starting_after", -1, 0, 2**53)
@@ -134,7 +135,8 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         return Follow(gateway, kept(), frame, running, tenant, response_id, after)
 
     @delete("/v1/responses/{response_id:str}", summary="Delete a response; one in the background ends", tags=["responses"], status_code=200)
-    async def remove(request: AnyRequest, response_id: str) -> ASGIApp:
+    async def remove(request: AnyRequest) -> ASGIApp:
+        response_id = str(request.path_params["response_id"])
         tenant = context_of(request.scope).tenant
         record = await kept().get(tenant, response_id)
         if not record.final:
@@ -144,7 +146,8 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         return JsonReply(_json({"id": response_id, "object": "response", "deleted": True}))
 
     @post("/v1/responses/{response_id:str}/cancel", summary="End a response in the background", tags=["responses"], status_code=200)
-    async def cancel(request: AnyRequest, response_id: str) -> ASGIApp:
+    async def cancel(request: AnyRequest) -> ASGIApp:
+        response_id = str(request.path_params["response_id"])
         tenant = context_of(request.scope).tenant
         record = await kept().get(tenant, response_id)
         if not record.kept.background:
@@ -171,7 +174,8 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         return record
 
     @get("/v1/responses/{response_id:str}/input_items", summary="The items of a response's input", tags=["responses"])
-    async def input_items(request: AnyRequest, response_id: str) -> ASGIApp:
+    async def input_items(request: AnyRequest) -> ASGIApp:
+        response_id = str(request.path_params["response_id"])
         query = request.query_params
         limit = _number(query, "limit", 20, 1, MOST_LISTED)
         order = query.get("order", "desc")
