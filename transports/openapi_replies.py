@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
+from penstock.transports.storage_replies import StoredChat, StoredChatGone, StoredChatList, StoredMessageList
 from penstock.transports.tgi_replies import GenerateError, GenerateEvent, GenerateReply, InfoReply
 
 JSON = "application/json"
@@ -268,6 +269,8 @@ _TGI = (401, 403, 413, 415, 422, 424, 429, 499, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _GENERATING),
+    "/v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], (*_READING, 404)),
+    "/v1/chat/completions/{completion_id}/messages": ([Answer(200, {JSON: StoredMessageList}, "A page of them.")], (*_READING, 404)),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
     "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
@@ -299,6 +302,23 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
 }
 """path -> (its own answers, statuses of errors besides those of EVERYWHERE)."""
 
+OF_METHODS: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
+    "GET /v1/chat/completions": ([Answer(200, {JSON: StoredChatList}, "A page of them.")], _READING),
+    "POST /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], _ASKING),
+    "DELETE /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChatGone}, "It is gone.")], (*_READING, 404)),
+}
+"""The same of methods that answer otherwise than their path's entry in REPLIES says: "METHOD path" -> ..."""
+
+
+def replies_at(path: str, method: str) -> tuple[list[Answer], tuple[int, ...]]:
+    """`method` in any case."""
+    return OF_METHODS.get(f"{method.upper()} {path}") or REPLIES[path]
+
+
+def every_answer() -> list[Answer]:
+    return [answer for answers, _ in (*REPLIES.values(), *OF_METHODS.values()) for answer in answers]
+
+
 SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API as OpenAPI 3.1"}
 """Of paths that Litestar leaves out of its document."""
 
@@ -320,9 +340,9 @@ def error_bodies(path: str, status: int) -> list[type[msgspec.Struct]]:
     return [own, ErrorReply] if status in BEFORE_A_ROUTE else [own]
 
 
-def errors_of(path: str) -> list[int]:
+def errors_of(path: str, method: str = "") -> list[int]:
     """Every status with which an error may come from there."""
-    return sorted({*REPLIES[path][1], *EVERYWHERE})
+    return sorted({*replies_at(path, method)[1], *EVERYWHERE})
 
 
 OWN_STATUSES: dict[int, str] = {
