@@ -38,9 +38,10 @@ from penstock.transports.openai_schema import (
     TokenizeRequest,
 )
 from penstock.transports.openapi import BODY
-from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of
+from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of, every_answer, replies_at
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
 from penstock.transports.statuses import NAMED, status_of
+from penstock.transports.store import open_store
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -174,15 +175,15 @@ def _has_own_doc(kind: type[msgspec.Struct]) -> bool:
 
 
 def endpoints() -> list[str]:
-    app = make_app(gateway.Gateway(Config(), 0), [spec.factory for spec in register_transports()]).app
+    app = make_app(gateway.Gateway(Config(), 0, store=open_store(Config(), "unused")), [spec.factory for spec in register_transports()]).app
     out = ["| endpoint | what it does | body | reply | errors |", "|---|---|---|---|---|"]
     for route in sorted(app.routes, key=lambda route: route.path_format):
         for handler in getattr(route, "route_handlers", []):
             for method in sorted(str(m) for m in handler.http_methods if str(m) != "OPTIONS"):
                 if route.path_format.startswith("/schema"):
                     continue
-                body, (answers, _) = handler.opt.get(BODY), REPLIES[route.path_format]
-                wrong = errors_of(route.path_format)
+                body, (answers, _) = handler.opt.get(BODY), replies_at(route.path_format, method)
+                wrong = errors_of(route.path_format, method)
                 replies = [
                     f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in answer.content.items())}" for answer in answers
                 ]
@@ -365,7 +366,7 @@ def page() -> str:
     shared = GenerationRequest.__struct_fields__
     bodies = ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
     parts = structs_in(bodies)
-    answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values()]
+    answers = [kind for one in every_answer() for kind in one.content.values()]
     answers += OWN_ERRORS.values()
     whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))
@@ -374,7 +375,7 @@ def page() -> str:
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages), [OpenAI's Responses](#openais-responses) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
         " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",

@@ -12,6 +12,16 @@ import msgspec
 
 from penstock.transports.anthropic_schema import NOT_YET, CountTokensRequest, InputMessage, MessagesRequest
 from penstock.transports.refused import Refused
+from penstock.transports.responses_schema import (
+    ANSWER,
+    PROMPT,
+    InputTokensRequest,
+    ReasoningOptions,
+    ResponsesRequest,
+    ResponseStreamOptions,
+    TextFormat,
+    TextOptions,
+)
 from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
 
 
@@ -40,6 +50,38 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "### InputMessage",
         "",
         *asked(InputMessage),
+        "## OpenAI's Responses",
+        "",
+        "`POST /v1/responses`: a conversation goes in as items, and the answer comes out as items: reasoning, messages, calls. It is told the model as a chat is"
+        " (the same template, tools, grammars and checks); errors have OpenAI's shape and name the fields of this API.",
+        "",
+        "- Items that follow each other and are the assistant's (reasoning, a message, calls) are one message of the chat. `instructions` is a system message.",
+        "- Streams have OpenAI's events, numbered, without `[DONE]`; the deltas put together are the response that comes in one piece. What fails after the first"
+        " event ends with response.failed, before it with a plain error, or with the event error where a comment has been sent.",
+        "- With `store` (the default) the response and its input are kept, under an id that cannot be guessed, for the keys of one tenant alone: see"
+        " --store, --store-ttl-s and --no-store. What fails or is left by its client is not kept, unless it is in the background. If nothing more can be"
+        " kept the answer comes all the same, with `store` false. Prompts are in no log, and on a disk only where --store puts them.",
+        "- `previous_response_id` puts the input and output of that response, and of those before it, before the input; each time the whole is rendered anew (and"
+        " found in the prefix cache).",
+        "- `background` answers at once and goes on without a connection. `GET /v1/responses/{id}` tells how far it is; with stream, too,"
+        " `GET /v1/responses/{id}?stream=true&starting_after=N` has its events from any HTTP process; `POST /v1/responses/{id}/cancel` ends it. One whose process"
+        " was lost has failed.",
+        "- `GET /v1/responses/{id}/input_items` lists the items of the request itself, not those of previous_response_id.",
+        f"- Refused by name: {refused(PROMPT | ANSWER)}, and whatever chat refuses.",
+        "",
+        "### ResponsesRequest",
+        "",
+        *asked(ResponsesRequest),
+        "### InputTokensRequest",
+        "",
+        "`POST /v1/responses/input_tokens`.",
+        "",
+        *asked(InputTokensRequest),
+        *(
+            line
+            for kind in (ReasoningOptions, TextOptions, TextFormat, ResponseStreamOptions)
+            for line in (f"### {kind.__name__}", "", *asked(kind))
+        ),
         "## TGI's generate",
         "",
         "`POST /generate`, `POST /generate_stream`, `POST /` (either, by `stream`) and `GET /info`, for clients of Hugging Face's Text Generation Inference:"

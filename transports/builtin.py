@@ -17,6 +17,7 @@ from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Answer
 from penstock.transports.anthropic import anthropic_routes
+from penstock.transports.files import file_routes
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
 from penstock.transports.openai import check_messages, parse_chat, parse_completion
@@ -26,6 +27,7 @@ from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, error_reply, ignored_header
 from penstock.transports.responses_routes import responses_routes
+from penstock.transports.stored_chats import answer_kept, stored_chat_routes
 from penstock.transports.surface import Surface
 from penstock.transports.tgi import tgi_routes
 from penstock.transports.voice import VOICE
@@ -68,6 +70,8 @@ def openai_routes(gateway: Gateway) -> list[Any]:
     )
     async def chat_completions(request: AnyRequest) -> ASGIApp:
         call = parse_chat(await surface.body(request), config, gateway.limits)
+        if call.kept is not None:
+            return answer_kept(gateway, surface, request, call)
         return surface.answer(request, call, ChatVoice(call))
 
     @post(
@@ -115,7 +119,9 @@ def openai_routes(gateway: Gateway) -> list[Any]:
     async def tokenizer_info() -> ASGIApp:
         return relay(await gateway.query("tokenizer_info"))
 
-    return [chat_completions, completions, models, model, tokenize, detokenize, tokenizer_info]
+    stored = stored_chat_routes(gateway, surface)
+    stored += file_routes(gateway)
+    return [chat_completions, *stored, completions, models, model, tokenize, detokenize, tokenizer_info]
 
 
 def _with_ignored(reply: JsonReply, ignored: list[str]) -> JsonReply:

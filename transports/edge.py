@@ -51,6 +51,7 @@ from penstock.core.runtime.frames import make_hello
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure
 from penstock.transports.blame import Owned
+from penstock.transports.folder import Folder
 from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
 from penstock.transports.http import make_app
 from penstock.transports.keyring import Keyring
@@ -87,6 +88,7 @@ class Server:
         keyring: Keyring | None = None,
     ) -> None:
         self._store = open_store(config, run_dir)
+        self._folder = Folder(self._store.place.folder) if self._store is not None else None
         self.gateway = Gateway(config, edge, pools=pools, tracing=tracing, store=self._store)
         self.app = make_app(self.gateway, factories, keyring)
         hello = make_hello("edge", edge, epoch)
@@ -104,8 +106,10 @@ class Server:
         self._uvicorn.load()
         protocol: Any = self._uvicorn.http_protocol_class
         self._set_date()
-        if self._store is not None and self._store.place.lasting:
+        if self._store is not None and self._folder is not None and self._store.place.lasting:
             await self._store.open()  # a file that is no good is better known now than when somebody asks
+            if self.gateway.edge == 0:
+                self._folder.lock()
         for dialer in self._dialers:
             dialer.start()
         # Edges share the listening socket: one that has not met text yet leaves connections to those that have.
@@ -187,6 +191,8 @@ class Server:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._store is not None:
             self._store.close()
+        if self._folder is not None:
+            self._folder.unlock()
 
     async def _gone(self, limit_s: float) -> None:
         """Return when every connection is closed, or after `limit_s`."""

@@ -22,6 +22,7 @@ from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tok
 from penstock.transports import refused
 from penstock.transports.generation import Generation
 from penstock.transports.grammars import grammar_of
+from penstock.transports.metadata import check_metadata
 from penstock.transports.openai_schema import (
     ChatMessage,
     ChatRequest,
@@ -60,6 +61,16 @@ _SAMPLING = (
 )
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """What the store is to have of a request beside its answer."""
+
+    messages: bytes
+    """JSON, as they came."""
+    metadata: dict[str, str]
+    shown: dict[str, msgspec.Raw]
+    """Settings that a kept answer tells."""
+
+
 class Call(Generation, kw_only=True):
     """One understood request of OpenAI's API. Its own fields say what the reply is to show; only the voices read them."""
 
@@ -73,6 +84,8 @@ class Call(Generation, kw_only=True):
     tokens_as_ids: bool
     shown: int | None = None
     """Of the answers to a prompt, reply with so many, the likeliest; None: with all. Never with stream."""
+    kept: Kept | None = None
+    """The answer goes into the store."""
     calls_done: bool = False
     """A stream says when a call's arguments are complete."""
 
@@ -232,8 +245,18 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         split=grammar is None,
         parallel_calls=request.parallel_tool_calls is not False,
         calls_done=bool(request.stream_options and request.stream_options.tool_calls_done),
+        kept=_kept(request, raw) if request.store else None,
         **fields,
     )
+
+
+SHOWN = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "tools", "tool_choice", "response_format")
+"""Settings that a kept answer tells, where they were given."""
+
+
+def _kept(request: ChatRequest, raw: dict[str, msgspec.Raw]) -> Kept:
+    shown = {name: raw[name] for name in SHOWN if name in raw}
+    return Kept(bytes(raw["messages"]), check_metadata(request.metadata), shown)
 
 
 def _template(template: str, config: Config) -> str:

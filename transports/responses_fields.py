@@ -15,14 +15,18 @@ _PROMPT: dict[str, Field] = {
         allowed="at most --max-messages items",
     ),
     "instructions": Field("A system message at the beginning. Those of earlier responses are not carried over."),
-    "previous_response_id": Field("The conversation goes on from that response: its input, its answer, and what was before it. 400 if it is not kept."),
+    "previous_response_id": Field(
+        "The conversation goes on from that response: its input, its answer, and what was before it. 400 if it is not kept."
+    ),
     "reasoning": Field("See ReasoningOptions."),
     "text": Field("See TextOptions."),
     "tools": Field(
         "Functions: `type`, `name`, `parameters`, `description`, `strict`, as on chat but flat. Tools that would run on the server (web_search,"
         " file_search, code_interpreter, mcp, custom and so on) are `unsupported_feature`."
     ),
-    "tool_choice": Field('As on chat; `{"type": "function", "name": ...}` and `{"type": "allowed_tools", ...}` are flat here.', default="auto"),
+    "tool_choice": Field(
+        'As on chat; `{"type": "function", "name": ...}` and `{"type": "allowed_tools", ...}` are flat here.', default="auto"
+    ),
     "truncation": Field("Only `disabled`; `auto` is `unsupported_feature`.", default="disabled"),
 }
 
@@ -73,7 +77,8 @@ ASKED: dict[str, dict[str, Field]] = {
     },
     "ResponseStreamOptions": {
         "include_obfuscation": Field(
-            "Deltas have `obfuscation`, random letters that make their size tell nothing of the text to whoever can see it pass.", default="false"
+            "Deltas have `obfuscation`, random letters that make their size tell nothing of the text to whoever can see it pass.",
+            default="false",
         ),
     },
 }

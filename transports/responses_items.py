@@ -22,7 +22,34 @@ SEAL = "pk1."
 readable to whoever holds it."""
 
 FOREIGN = frozenset(
-    ["file_search_call", "computer_call", "computer_call_output", "web_search_call", "image_generation_call", "code_interpreter_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call", "custom_tool_call", "custom_tool_call_output", "tool_search_call", "tool_search_output", "additional_tools", "compaction", "compaction_trigger", "program", "program_output", "configuration_update"]
+    [
+        "file_search_call",
+        "computer_call",
+        "computer_call_output",
+        "web_search_call",
+        "image_generation_call",
+        "code_interpreter_call",
+        "local_shell_call",
+        "local_shell_call_output",
+        "shell_call",
+        "shell_call_output",
+        "apply_patch_call",
+        "apply_patch_call_output",
+        "mcp_list_tools",
+        "mcp_approval_request",
+        "mcp_approval_response",
+        "mcp_call",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "tool_search_call",
+        "tool_search_output",
+        "additional_tools",
+        "compaction",
+        "compaction_trigger",
+        "program",
+        "program_output",
+        "configuration_update",
+    ]
 )
 """Items of tools, and of other things, that do not exist here."""
 MEDIA = frozenset({"input_image", "input_file", "input_audio", "computer_screenshot", "image_url"})

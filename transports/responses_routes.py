@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 from litestar import Request, delete, get, post
@@ -17,11 +18,12 @@ from litestar.types import ASGIApp
 from penstock.core.protocol.errors import InvalidRequest, NotFound, PenstockError
 from penstock.transports.gateway import Gateway
 from penstock.transports.ids import SHARDS
+from penstock.transports.listing import LONGEST, QUERY, fields
 from penstock.transports.openapi import BODY
 from penstock.transports.outbox import Pulse
 from penstock.transports.questions import failure_of, find_model
-from penstock.transports.request import JsonReply, RequestContext, context_of, ignored_header, new_rid, sane_id
-from penstock.transports.responses import Asked, parse, parse_count, renamed
+from penstock.transports.request import JsonReply, RequestContext, Scope, context_of, ignored_header, new_rid, sane_id
+from penstock.transports.responses import INCLUDABLE, Asked, parse, parse_count, renamed
 from penstock.transports.responses_jobs import Background, Follow, StreamedResponse, WholeResponse
 from penstock.transports.responses_schema import InputTokensRequest, ResponsesRequest
 from penstock.transports.responses_store import Record, Records
@@ -34,6 +36,16 @@ AnyRequest = Request[Any, Any, Any]
 MOST_LISTED = 100
 CANCEL_S = 5.0
 """So long a cancel waits for the response to be over."""
+
+_INCLUDE = {"include": {"type": "string", "enum": sorted(INCLUDABLE), "description": "No effect: there is nothing more than comes."}}
+RETRIEVE: dict[str, dict[str, Any]] = {
+    "stream": {"type": "boolean", "default": False, "description": "Its events, if it was created with background and stream."},
+    "starting_after": {"type": "integer", "minimum": 0, "description": "With stream: the events behind this sequence_number alone."},
+    "include_obfuscation": {"type": "boolean", "default": False, "description": "Only false: events are kept as they were sent."},
+    **_INCLUDE,
+}
+ITEMS: dict[str, dict[str, Any]] = {**fields(limit=20, most=MOST_LISTED, order="desc"), **_INCLUDE}
+"""Fields of queries."""
 
 _json = msgspec.json.Encoder().encode
 
@@ -112,10 +124,15 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         count = msgspec.json.decode(answer.body, type=_Count).count
         return JsonReply(_json({"object": "response.input_tokens", "input_tokens": count}), headers=ignored_header(ignored))
 
-    @get("/v1/responses/{response_id:str}", summary="A response that is kept; with stream its events", tags=["responses"])
+    @get(
+        "/v1/responses/{response_id:str}",
+        summary="A response that is kept; with stream its events",
+        tags=["responses"],
+        opt={QUERY: RETRIEVE},
+    )
     async def retrieve(request: AnyRequest) -> ASGIApp:
         response_id = str(request.path_params["response_id"])
-        query = request.query_params
+        query = _query(request.scope, RETRIEVE)
         stream = _flag(query, "stream")
         after = _number(query, "starting_after", -1, 0, 2**53)
         if _flag(query, "include_obfuscation"):
@@ -173,10 +190,10 @@ def responses_routes(gateway: Gateway) -> list[Any]:
             record = await kept().get(tenant, response_id)
         return record
 
-    @get("/v1/responses/{response_id:str}/input_items", summary="The items of a response's input", tags=["responses"])
+    @get("/v1/responses/{response_id:str}/input_items", summary="The items of a response's input", tags=["responses"], opt={QUERY: ITEMS})
     async def input_items(request: AnyRequest) -> ASGIApp:
         response_id = str(request.path_params["response_id"])
-        query = request.query_params
+        query = _query(request.scope, ITEMS)
         limit = _number(query, "limit", 20, 1, MOST_LISTED)
         order = query.get("order", "desc")
         if order not in ("asc", "desc"):
@@ -208,6 +225,25 @@ def _model(body: bytes) -> str:
         return msgspec.json.decode(body, type=_Model).model or ""
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""  # what is wrong with it is said later
+
+
+def _query(scope: Scope, known: Mapping[str, Any]) -> dict[str, str]:
+    """What the query asks for, but for `include`, which finds nothing more than there is. Raises InvalidRequest naming the field."""
+    text = scope["query_string"].decode("latin-1")
+    if len(text) > LONGEST:
+        raise InvalidRequest(f"The query has more than {LONGEST} characters.")
+    found: dict[str, str] = {}
+    for name, value in parse_qsl(text, keep_blank_values=True):
+        if name in ("include", "include[]"):
+            if value not in INCLUDABLE:
+                raise InvalidRequest(f"include: {value[:80]!r} is none of {', '.join(sorted(INCLUDABLE))}.", param="include")
+        elif name in found:
+            raise InvalidRequest(f"{name} is given more than once.", param=name)
+        elif name not in known:
+            raise InvalidRequest(f"{name[:80]!r} is not known here. The query may have {', '.join(known)}.", param=name[:80])
+        else:
+            found[name] = value
+    return found
 
 
 def _flag(query: Mapping[str, str], name: str) -> bool:

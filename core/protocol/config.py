@@ -201,6 +201,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         opt("Most bytes kept, but for files' contents; when full, the oldest of the tenant with most is dropped.", "storage", size=True),
     ] = 256 * MiB
     store_max_rows: Annotated[int, opt("Most things kept.", "storage", size=True)] = 100_000
+    max_file_bytes: Annotated[int, opt("Largest file that may be handed in.", "storage", size=True)] = 200 * MiB
+    max_files: Annotated[int, opt("Most files of a tenant, those that batches make among them.", "storage")] = 1000
+    max_files_bytes: Annotated[int, opt("Beyond so many bytes in files no more are taken.", "storage", size=True)] = 4 * GiB
+    max_batch_lines: Annotated[int, opt("Most requests of a batch.", "storage")] = 50_000
+    batch_in_flight: Annotated[
+        int | None,
+        opt("Most requests of batches that run at once while nobody else asks. Default: a quarter of --max-num-seqs.", "storage"),
+    ] = None
 
     # --- limits
     max_body_bytes: Annotated[int, opt("Largest request body.", "limits", size=True)] = 32 * MiB
@@ -582,6 +590,10 @@ def check(config: Config) -> None:
         "stream_max_bytes",
         "store_max_bytes",
         "store_max_rows",
+        "max_file_bytes",
+        "max_files",
+        "max_files_bytes",
+        "max_batch_lines",
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
@@ -603,7 +615,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{OPTIONS[name].flag} must be at most {LONGEST_S} seconds (a week).", param=name)
     if config.priority_ageing_s == float("inf"):
         raise ConfigError("--priority-ageing-s must be finite; 0 is no ageing.", param="priority_ageing_s")
-    for name in ("threads", "num_gpu_blocks_override"):
+    for name in ("threads", "num_gpu_blocks_override", "batch_in_flight"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)

@@ -26,15 +26,16 @@ from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, Compl
 from penstock.transports.openapi import ASKED, described
 from penstock.transports.openapi_replies import REPLIES
 from penstock.transports.refused import MESSAGE_FIELDS
+from penstock.transports.responses_schema import RESPONSES_REQUESTS
 from penstock.transports.tgi_schema import TGI_REQUESTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *ANTHROPIC_REQUESTS, *TGI_REQUESTS)
+REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *ANTHROPIC_REQUESTS, *RESPONSES_REQUESTS, *TGI_REQUESTS)
 
 
 def schemas() -> dict[str, Any]:
     """Every struct that requests and replies are made of, by name, as the OpenAPI document has it."""
-    answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values() if isinstance(kind, type)]
+    answers = [kind for one in openapi_replies.every_answer() for kind in one.content.values() if isinstance(kind, type)]
     _, components = msgspec.json.schema_components(
         [*REQUESTS, *answers, openapi_replies.ErrorReply, *openapi_replies.OWN_ERRORS.values()], ref_template="#/components/schemas/{name}"
     )
