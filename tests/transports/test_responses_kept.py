@@ -16,6 +16,7 @@ from test_responses import named_events
 
 from penstock.core.protocol.messages import Cancel, Message, Query, Submit
 from penstock.transports import responses_replies as replies
+from penstock.transports.folder import Folder
 from penstock.transports.responses_store import LEASE, RESPONSE, Kept
 
 PATH = "/v1/responses"
@@ -409,7 +410,8 @@ def test_a_shutdown_ends_it_and_says_so(make_edge: MakeEdge, tmp_path: Path) -> 
 # ------------------------------------------------------------------ several HTTP processes
 
 
-def test_another_process_sees_follows_and_cancels_it(make_edge: MakeEdge, tmp_path: Path) -> None:
+def test_another_process_sees_follows_and_cancels_it(make_edge: MakeEdge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Folder, "lock", lambda _: None)  # both are of one server
     path = str(tmp_path / "kept.sqlite")
     one = make_edge(store=path, text=lambda text: setattr(text, "script", silent))
     two = make_edge(store=path)
