@@ -8,6 +8,7 @@ What it does not know: items (responses_items.py), replies (responses_voice.py),
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from penstock.core.protocol.errors import InvalidRequest, PenstockError, Unsuppo
 from penstock.core.protocol.messages import Limits
 from penstock.transports.openai import Call, parse_chat
 from penstock.transports.openai_schema import check_unknown, decode, fields_of
+from penstock.transports.responses_fit import fitted
 from penstock.transports.responses_items import Conversation, Item, chat_choice, chat_tools, items_of, tool_echo
 from penstock.transports.responses_schema import (
     LIKE_CHAT,
@@ -64,6 +66,10 @@ _RENAMED = [
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
 
 
+Length = Callable[[bytes, str], Awaitable[tuple[int, int | None]]]
+"""(a "tokenize" question, the model) -> how many tokens that has, and how many the context has."""
+
+
 class Asked(msgspec.Struct, kw_only=True):
     """One understood request."""
 
@@ -78,6 +84,7 @@ class Asked(msgspec.Struct, kw_only=True):
     previous: str | None = None
     store: bool = False
     background: bool = False
+    stream: bool = False
 
     @property
     def id(self) -> str:
@@ -184,6 +191,32 @@ class _Prompt:
         self.fields["messages"] = conversation.messages
         self._options()
 
+    @property
+    def places(self) -> list[str]:
+        return self.conversation.places
+
+    async def call(self, config: Config, limits: Limits | None, length: Length, room: int) -> Call:
+        """What chat makes of it. With truncation `auto` it leaves `room` tokens of the context."""
+        try:
+            if self.request.truncation == "auto":
+                await self._fit(config, limits, length, room)
+            return parse_chat(msgspec.json.encode(self.fields), config, limits)
+        except PenstockError as error:
+            raise renamed(error, self.places) from None
+
+    async def _fit(self, config: Config, limits: Limits | None, length: Length, room: int) -> None:
+        async def fits(messages: list[dict[str, Any]]) -> bool:
+            call = parse_chat(msgspec.json.encode({**self.fields, "messages": messages}), config, None)
+            count, context = await length(question(call), self.request.model or "")
+            return context is None or count + room <= context
+
+        parse_chat(msgspec.json.encode(self.fields), config, limits)  # what is wrong, or too large for anybody, is said first
+        conversation = self.conversation
+        instructed = int(bool(self.request.instructions))
+        found = await fitted(conversation.messages, conversation.places, instructed, fits)
+        conversation.messages, conversation.places = found
+        self.fields["messages"] = conversation.messages
+
     def _options(self) -> None:
         request = self.request
         if request.model:
@@ -212,8 +245,6 @@ class _Prompt:
                 )
             if request.text.format is not None:
                 self.fields["response_format"] = _format(request.text)
-        if request.truncation == "auto":
-            raise UnsupportedFeature("truncation can only be 'disabled' here. Leave items out of the input instead.", param="truncation")
 
 
 def _format(text: TextOptions) -> dict[str, Any]:
@@ -229,7 +260,17 @@ def _format(text: TextOptions) -> dict[str, Any]:
 # ------------------------------------------------------------------ /v1/responses
 
 
-async def parse(body: bytes, config: Config, limits: Limits | None, *, rid: str, core: str, tenant: str, records: Records | None) -> Asked:
+async def parse(
+    body: bytes,
+    config: Config,
+    limits: Limits | None,
+    *,
+    rid: str,
+    core: str,
+    tenant: str,
+    records: Records | None,
+    length: Length,
+) -> Asked:
     """The response's id is `resp_CORE`. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
     request, _, ignored = decoded(body, ResponsesRequest, config, limits)
     assert isinstance(request, ResponsesRequest)
@@ -245,13 +286,10 @@ async def parse(body: bytes, config: Config, limits: Limits | None, *, rid: str,
         fields["logprobs"] = True
     if request.top_logprobs is not None:
         fields["top_logprobs"] = request.top_logprobs
-    if request.stream:
+    if request.stream or request.background:  # of one in the background it is known how far it is
         fields["stream"] = True
-    places = prompt.conversation.places
-    try:
-        call = parse_chat(msgspec.json.encode(fields), config, limits)
-    except PenstockError as error:
-        raise renamed(error, places) from None
+    call = await prompt.call(config, limits, length, request.max_output_tokens or 1)
+    places = prompt.places
     call.names = {**call.names, "max_tokens": "max_output_tokens"}
     call.ignored = check_unknown(sorted(ignored), strict=config.strict_fields)
     if call.grammar is not None:
@@ -277,6 +315,7 @@ async def parse(body: bytes, config: Config, limits: Limits | None, *, rid: str,
         previous=request.previous_response_id or None,
         store=store,
         background=bool(request.background),
+        stream=bool(request.stream),
     )
 
 
@@ -347,21 +386,27 @@ def _echo(request: ResponsesRequest, store: bool) -> dict[str, Any]:
 
 
 async def parse_count(
-    body: bytes, config: Config, limits: Limits | None, *, tenant: str, records: Records | None
-) -> tuple[str, bytes, list[str], list[str]]:
-    """The model, the body of text's "tokenize" question, where its messages came from, and the ignored fields. Raises as `parse`."""
+    body: bytes, config: Config, limits: Limits | None, *, tenant: str, records: Records | None, length: Length
+) -> tuple[int, list[str]]:
+    """How many tokens the prompt has, and the ignored fields. Raises as `parse`, and what `length` raises."""
     request, _, ignored = decoded(body, InputTokensRequest, config, limits)
     prompt = _Prompt(request)
     await prompt.gather("0", ignored, records, tenant, config)
-    places = prompt.conversation.places
+    check_unknown(sorted(ignored), strict=config.strict_fields)
+    call = await prompt.call(config, limits, length, 1)
     try:
-        call = parse_chat(msgspec.json.encode(prompt.fields), config, limits)
+        count, _ = await length(question(call), request.model or "")
     except PenstockError as error:
-        raise renamed(error, places) from None
+        raise renamed(error, prompt.places) from None
+    return count, sorted(ignored)
+
+
+def question(call: Call) -> bytes:
+    """The body of text's "tokenize" about a chat."""
     (said,) = call.prompts
-    question: dict[str, Any] = {"messages": msgspec.Raw(said["messages"]), "add_generation_prompt": True, "add_special_tokens": False}
+    asked: dict[str, Any] = {"messages": msgspec.Raw(said["messages"]), "add_generation_prompt": True, "add_special_tokens": False}
     if said["template_kwargs"]:
-        question["chat_template_kwargs"] = msgspec.Raw(said["template_kwargs"])
+        asked["chat_template_kwargs"] = msgspec.Raw(said["template_kwargs"])
     if "tools" in said:
-        question["tools"] = msgspec.Raw(said["tools"])
-    return request.model or "", msgspec.json.encode(question), places, check_unknown(sorted(ignored), strict=config.strict_fields)
+        asked["tools"] = msgspec.Raw(said["tools"])
+    return msgspec.json.encode(asked)

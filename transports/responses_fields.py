@@ -27,7 +27,10 @@ _PROMPT: dict[str, Field] = {
     "tool_choice": Field(
         'As on chat; `{"type": "function", "name": ...}` and `{"type": "allowed_tools", ...}` are flat here.', default="auto"
     ),
-    "truncation": Field("Only `disabled`; `auto` is `unsupported_feature`.", default="disabled"),
+    "truncation": Field(
+        "`auto`: if the conversation does not fit, its oldest turns are left out (never instructions, or the last turn). `disabled`: it is a 400.",
+        default="disabled",
+    ),
 }
 
 ASKED: dict[str, dict[str, Field]] = {

@@ -18,11 +18,11 @@ import msgspec
 from penstock.core.protocol.errors import Cancelled, Draining, PenstockError
 from penstock.core.protocol.messages import Finished
 from penstock.transports.frame import Frame
-from penstock.transports.gateway import Batch, Gateway
+from penstock.transports.gateway import Batch, Gateway, TooManyStreams
 from penstock.transports.job import Job, row_error, watch
 from penstock.transports.outbox import Pulse
 from penstock.transports.replies import WholeReply
-from penstock.transports.request import Header, Receive, RequestContext, Scope, Send
+from penstock.transports.request import Header, Receive, RequestContext, Scope, Send, context_of
 from penstock.transports.responses import Asked
 from penstock.transports.responses_store import LEASE_S, Kept, Record, Records
 from penstock.transports.responses_voice import ResponsesVoice
@@ -48,7 +48,7 @@ def kept_of(asked: Asked, model: str) -> Kept:
         model=model,
         previous=asked.previous,
         background=asked.background,
-        stream=asked.call.stream,
+        stream=asked.stream,
     )
 
 
@@ -168,17 +168,28 @@ class StreamedResponse(StreamReply):
         super().complete()
 
 
+class Hub:
+    """What one HTTP process has in the background: the jobs that run, by tenant and id, and how many clients follow one."""
+
+    def __init__(self) -> None:
+        self.running: dict[tuple[str, str], Background] = {}
+        self.following = 0
+
+    def check(self, most: int) -> None:
+        """May one more client follow? Raises TooManyStreams."""
+        if self.following >= most:
+            raise TooManyStreams(f"{most} clients follow responses here already (--max-streams). Try again later.", retry_after_s=1.0)
+
+
 class Background(Job):
     """A response that nobody waits for. `await start()`; it ends by itself, or by `stop`."""
 
-    def __init__(
-        self, gateway: Gateway, asked: Asked, records: Records, context: RequestContext, running: dict[tuple[str, str], Background]
-    ) -> None:
+    def __init__(self, gateway: Gateway, asked: Asked, records: Records, context: RequestContext, hub: Hub) -> None:
         self._says = ResponsesVoice(asked.shown)
         super().__init__(gateway, asked.call, self._says, context)
         self._asked = asked
         self._records = records
-        self._running = running
+        self._hub = hub
         self._row = _Leg(self, self._says, self._say)
         self._events: list[bytes] = []
         """Those that are not kept yet."""
@@ -202,7 +213,7 @@ class Background(Job):
         tenant, name = self.key
         asked = self._asked
         queued = self._says.response("queued")
-        if asked.call.stream:
+        if asked.stream:
             self._events += [self._says.accepted("queued"), self._says.queued()]
             await self._flush()
         await self._records.renew(tenant, name)
@@ -213,7 +224,7 @@ class Background(Job):
             await self._records.delete(tenant, name)
             await self._records.release(tenant, name)
             raise
-        self._running[self.key] = self
+        self._hub.running[self.key] = self
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"response {name}")
         return queued
 
@@ -228,7 +239,7 @@ class Background(Job):
         return self._row
 
     def _say(self, payloads: Iterable[bytes]) -> None:
-        if not self._asked.call.stream:
+        if not self._asked.stream:
             _unheard(payloads)
         else:
             self._events += payloads
@@ -285,7 +296,7 @@ class Background(Job):
 
     async def _flush(self) -> None:
         events, self._events = self._events, []
-        if events and self._asked.call.stream:
+        if events and self._asked.stream:
             await self._records.put_events(*self.key, self._pieces, events)
             self._pieces += 1
         moved, self.moved = self.moved, asyncio.Event()
@@ -303,7 +314,7 @@ class Background(Job):
         except PenstockError as error:
             log.warning("the end of response %s could not be kept: %s", name, error.message)
         finally:
-            self._running.pop(self.key, None)
+            self._hub.running.pop(self.key, None)
             self.moved.set()
             self.summarize([self._row.reason])
             self.context.span.end(200, self.context.summary)
@@ -318,7 +329,7 @@ class Follow:
         gateway: Gateway,
         records: Records,
         frame: Frame,
-        running: dict[tuple[str, str], Background],
+        hub: Hub,
         tenant: str,
         name: str,
         after: int,
@@ -327,55 +338,73 @@ class Follow:
         self._gateway = gateway
         self._records = records
         self._frame = frame
-        self._running = running
+        self._hub = hub
         self._tenant = tenant
         self._name = name
         self._after = after
         self._headers = [*frame.headers, *headers]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        self._hub.check(self._gateway.config.max_streams)
+        context = context_of(scope)
         gone = asyncio.get_running_loop().create_task(watch(receive))
+        self._hub.following += 1
         try:
-            await self._stream(send, gone)
-        except PenstockError as error:
-            fields = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-            await send({"type": "http.response.body", "body": self._frame.wrap(_json(fields)), "more_body": True})
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            try:
+                await self._stream(send, gone)
+            except PenstockError as error:
+                await self._push(send, [_json({"type": "error", "code": error.code, "message": error.message, "param": error.param})])
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log.warning("response %s: a client reads too slowly, its stream is cut", self._name)
+            self._gateway.counters.add("penstock_edge_cuts_total")
+            context.status = 499
+            if context.abort is not None:
+                context.abort()
         finally:
+            self._hub.following -= 1
             gone.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if context.status == 200 and gone.done() and not gone.cancelled():
+                context.status = 499
+
+    async def _push(self, send: Send, payloads: Sequence[bytes]) -> None:
+        """Raises TimeoutError if the client takes nothing for too long."""
+        await self._write(send, b"".join(map(self._frame.wrap, payloads)))
+
+    async def _write(self, send: Send, data: bytes) -> None:
+        if data:
+            async with asyncio.timeout(self._gateway.config.stream_stall_s):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            self._said = asyncio.get_running_loop().time()
 
     async def _stream(self, send: Send, gone: asyncio.Task[None]) -> None:
         number = seen = 0
         loop = asyncio.get_running_loop()
-        said = loop.time()
+        self._said = loop.time()
         last = b""
         record: Record | None = None
         while not gone.done():
-            job = self._running.get((self._tenant, self._name))
+            job = self._hub.running.get((self._tenant, self._name))
             moved = job.moved if job is not None else None  # before the look: what is kept after it is not missed
             events = await self._records.events(self._tenant, self._name, number)
             if events is not None:
                 skip = max(0, self._after + 1 - seen)
                 seen, number, last = seen + len(events), number + 1, events[-1]
-                data = b"".join(map(self._frame.wrap, events[skip:]))
-                if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                    said = loop.time()
+                await self._push(send, events[skip:])
                 continue
             if record is not None and record.final:  # looked for events once more: its last ones were kept before it was
                 if not last.startswith(_LAST):  # nobody was left to say how it ended
-                    fields = {"type": "response.failed", "sequence_number": seen, "response": msgspec.Raw(record.body)}
-                    await send({"type": "http.response.body", "body": self._frame.wrap(_json(fields)), "more_body": True})
+                    failed = {"type": "response.failed", "sequence_number": seen, "response": msgspec.Raw(record.body)}
+                    await self._push(send, [_json(failed)])
                 return
             record = await self._records.find(self._tenant, self._name)
             if record is None:  # deleted
                 return
             if not record.final:
                 await _moved(moved, gone)
-            if loop.time() - said >= self._gateway.config.keep_alive_s:
-                await send({"type": "http.response.body", "body": self._frame.keep_alive, "more_body": True})
-                said = loop.time()
+            if loop.time() - self._said >= self._gateway.config.keep_alive_s:
+                await self._write(send, self._frame.keep_alive)
 
 
 async def _moved(event: asyncio.Event | None, gone: asyncio.Task[None]) -> None:

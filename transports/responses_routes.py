@@ -23,8 +23,8 @@ from penstock.transports.openapi import BODY
 from penstock.transports.outbox import Pulse
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, RequestContext, Scope, context_of, ignored_header, new_rid, sane_id
-from penstock.transports.responses import INCLUDABLE, Asked, parse, parse_count, renamed
-from penstock.transports.responses_jobs import Background, Follow, StreamedResponse, WholeResponse
+from penstock.transports.responses import INCLUDABLE, Asked, parse, parse_count
+from penstock.transports.responses_jobs import Background, Follow, Hub, StreamedResponse, WholeResponse
 from penstock.transports.responses_schema import InputTokensRequest, ResponsesRequest
 from penstock.transports.responses_store import Record, Records
 from penstock.transports.responses_voice import EventSse, ResponsesVoice
@@ -54,8 +54,9 @@ class _Model(msgspec.Struct):
     model: str | None = None
 
 
-class _Count(msgspec.Struct):
+class _Length(msgspec.Struct):
     count: int
+    max_model_len: int | None = None
 
 
 def responses_routes(gateway: Gateway) -> list[Any]:
@@ -65,12 +66,21 @@ def responses_routes(gateway: Gateway) -> list[Any]:
     surface = Surface(gateway, frame)
     pulse = Pulse(config)
     records = Records(gateway.store) if gateway.store is not None else None
-    running: dict[tuple[str, str], Background] = {}
+    hub = Hub()
 
     def kept() -> Records:
         if records is None:
             raise NotFound("This server keeps no responses (--no-store).", param="response_id")
         return records
+
+    async def length(question: bytes, model: str) -> tuple[int, int | None]:
+        if model:
+            await find_model(gateway, model)
+        answer = await gateway.query("tokenize", question, model=model)
+        if answer.status != 200:
+            raise failure_of(answer)
+        found = msgspec.json.decode(answer.body, type=_Length)
+        return found.count, found.max_model_len
 
     @post(
         "/v1/responses",
@@ -85,24 +95,26 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         own = sane_id(context.headers.get(b"x-request-id", b"").decode("latin-1")) is None
         rid = context.rid if own else new_rid()  # a client's own id can be guessed, and may come twice
         core = rid + SHARDS[gateway.door(_model(body)).pool.text]
-        asked = await parse(body, config, gateway.limits, rid=rid, core=core, tenant=context.tenant, records=records)
+        asked = await parse(body, config, gateway.limits, rid=rid, core=core, tenant=context.tenant, records=records, length=length)
         if asked.background:
             return await in_background(asked, context)
-        if asked.call.stream:
+        if asked.stream:
             return StreamedResponse(gateway, asked, records, frame, context, pulse)
         return WholeResponse(gateway, asked, records, context)
 
     async def in_background(asked: Asked, context: RequestContext) -> ASGIApp:
+        if asked.stream:
+            hub.check(config.max_streams)
         asked.call.request_id = None
         span = gateway.tracing.begin(context.span.traceparent, context.span.tracestate)
         alone = RequestContext(asked.rid, span, {}, context.raw_send, None)
         alone.principal = context.principal
         try:
-            queued = await Background(gateway, asked, kept(), alone, running).start()
+            queued = await Background(gateway, asked, kept(), alone, hub).start()
         except PenstockError as error:
             raise asked.renamed(error) from None
-        if asked.call.stream:
-            return Follow(gateway, kept(), frame, running, context.tenant, asked.id, -1, ignored_header(asked.call.ignored))
+        if asked.stream:
+            return Follow(gateway, kept(), frame, hub, context.tenant, asked.id, -1, ignored_header(asked.call.ignored))
         return JsonReply(_json(queued), headers=ignored_header(asked.call.ignored))
 
     @post(
@@ -115,13 +127,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
     async def input_tokens(request: AnyRequest) -> ASGIApp:
         body = await surface.body(request)
         tenant = context_of(request.scope).tenant
-        model, question, places, ignored = await parse_count(body, config, gateway.limits, tenant=tenant, records=records)
-        if model:
-            await find_model(gateway, model)
-        answer = await gateway.query("tokenize", question, model=model)
-        if answer.status != 200:
-            raise renamed(failure_of(answer), places)
-        count = msgspec.json.decode(answer.body, type=_Count).count
+        count, ignored = await parse_count(body, config, gateway.limits, tenant=tenant, records=records, length=length)
         return JsonReply(_json({"object": "response.input_tokens", "input_tokens": count}), headers=ignored_header(ignored))
 
     @get(
@@ -149,7 +155,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
             raise InvalidRequest(
                 "stream: only responses that were created with both background and stream have events to be followed.", param="stream"
             )
-        return Follow(gateway, kept(), frame, running, tenant, response_id, after)
+        return Follow(gateway, kept(), frame, hub, tenant, response_id, after)
 
     @delete("/v1/responses/{response_id:str}", summary="Delete a response; one in the background ends", tags=["responses"], status_code=200)
     async def remove(request: AnyRequest) -> ASGIApp:
@@ -175,7 +181,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
 
     async def end(tenant: str, response_id: str, record: Record) -> Record:
         """Have it end, wherever it runs. The record afterwards. Raises NotFound where it is gone."""
-        job = running.get((tenant, response_id))
+        job = hub.running.get((tenant, response_id))
         if job is not None:
             job.stop()
         else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.responses import input_token_count_params, response_create_params
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import (
@@ -29,7 +32,9 @@ from penstock.core.protocol.messages import (
     TokenLogprobs,
 )
 from penstock.transports import responses_replies as replies
+from penstock.transports.responses_fit import fitted
 from penstock.transports.responses_items import place_of, seal, unseal
+from penstock.transports.responses_schema import REFUSED, InputTokensRequest, ResponsesRequest
 
 PATH, COUNT = "/v1/responses", "/v1/responses/input_tokens"
 HI: dict[str, Any] = {"model": "brook", "input": "hi"}
@@ -494,7 +499,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": {"id": "pmpt_1"}}, "prompt"),
     ({"context_management": [{"type": "compaction"}]}, "context_management"),
     ({"moderation": {"model": "x"}}, "moderation"),
-    ({"truncation": "auto"}, "truncation"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"text": {"format": {"type": "grammar"}}}, "text.format"),
     ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
@@ -516,6 +520,15 @@ def test_a_wrong_field_is_named(edge: Edge, fields: dict[str, Any], name: str) -
         assert (status, code, param) == (400, "invalid_value", name), message
         assert "messages" not in message
         assert "response_format" not in message
+
+
+def test_every_field_of_the_official_client_is_known() -> None:
+    """Taken, or refused by name: none is ignored."""
+    names = set(typing.get_type_hints(response_create_params.ResponseCreateParamsBase)) | {"stream"}
+    assert len(names) > 25
+    assert names <= set(ResponsesRequest.__struct_fields__) | REFUSED[ResponsesRequest].keys()
+    names = set(typing.get_type_hints(input_token_count_params.InputTokenCountParams))
+    assert names <= set(InputTokensRequest.__struct_fields__) | REFUSED[InputTokensRequest].keys()
 
 
 def test_stream_options_need_a_stream(edge: Edge) -> None:
@@ -650,3 +663,60 @@ def test_silence_is_kept_alive_with_comments(make_edge: MakeEdge) -> None:
         "message": "No.",
         "param": None,
     }
+
+
+# ------------------------------------------------------------------ truncation
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool", "system"]), st.integers(1, 9)), min_size=1),
+    st.booleans(),
+    st.integers(0, 60),
+)
+def test_as_few_of_the_oldest_turns_as_possible_are_left_out(turns: list[tuple[str, int]], instructed: bool, context: int) -> None:
+    messages: list[Any] = [{"role": role, "size": size} for role, size in turns]
+    first = int(instructed)
+    asked = 0
+
+    async def fits(some: list[Any]) -> bool:
+        nonlocal asked
+        asked += 1
+        return sum(message["size"] for message in some) <= context
+
+    def size(some: list[Any]) -> int:
+        return sum(message["size"] for message in some)
+
+    found, places = asyncio.run(fitted(messages, [str(at) for at in range(len(messages))], first, fits))
+    assert [messages[int(place)] for place in places] == found
+    choices = [messages] + [messages[:first] + messages[at:] for at in range(first + 1, len(messages)) if messages[at]["role"] == "user"]
+    assert found == next((one for one in choices if size(one) <= context), messages)
+    assert asked <= 2 + len(messages).bit_length()
+
+
+def test_truncation_leaves_room_for_the_answer(script: Edge) -> None:
+    def tokens(body: bytes) -> tuple[int, bytes]:
+        return 200, b'{"count":%d,"max_model_len":64,"tokens":[]}' % (10 * len(json.loads(body)["messages"]))
+
+    before = script.text.answers["tokenize"]
+    script.text.answers["tokenize"] = tokens
+    items = [{"role": role, "content": f"{role}{number}"} for number in range(4) for role in ("user", "assistant")] + [
+        {"role": "user", "content": "last"}
+    ]
+    try:
+        told = {
+            room: messages(script, input=items, instructions="Be brief.", truncation="auto", max_output_tokens=room)
+            for room in (1, 4, 5, 14, 24, 64)
+        }
+        whole = messages(script, input=items, instructions="Be brief.")
+        assert (
+            refused(script, input=[*items, {"role": "user", "content": [{"type": "input_image"}]}], truncation="auto")[2]
+            == "input[9].content[0].type"
+        )
+    finally:
+        script.text.answers["tokenize"] = before
+    assert len(whole) == 10
+    assert {room: len(some) for room, some in told.items()} == {1: 6, 4: 6, 5: 4, 14: 4, 24: 4, 64: 10}, "text says that nothing fits"
+    for room in (1, 5):
+        assert told[room][0] == whole[0]
+        assert told[room][1:] == whole[-len(told[room]) + 1 :]

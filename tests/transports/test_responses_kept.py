@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -405,6 +406,39 @@ def test_a_shutdown_ends_it_and_says_so(make_edge: MakeEdge, tmp_path: Path) -> 
     edge.wait(lambda: edge.server.gateway.active == 0)
     found = edge.kept.get(f"{PATH}/{name}").json()
     assert (found["status"], found["error"]["code"]) == ("failed", "server_error")
+
+
+def test_followers_have_a_bound(make_edge: MakeEdge) -> None:
+    edge = make_edge(max_streams=1, text=lambda text: setattr(text, "script", silent))
+    with edge.kept.stream("POST", PATH, json=BACKGROUND | {"stream": True}) as reply:
+        name = json.loads(next(reply.iter_text()).split("data: ")[1].split("\n")[0])["response"]["id"]
+        with edge.http() as http:
+            assert error(http.get(f"{PATH}/{name}?stream=true"))[:2] == (429, "too_many_streams")
+            assert error(http.post(PATH, json=BACKGROUND | {"stream": True}))[:2] == (429, "too_many_streams")
+            http.post(f"{PATH}/{name}/cancel")
+    assert edge.kept.get(f"{PATH}/{name}?stream=true").status_code == 200
+
+
+def test_a_follower_that_reads_nothing_is_cut(make_edge: MakeEdge) -> None:
+    edge = make_edge(stream_stall_s=0.3, keep_alive_s=0.3, text=lambda text: setattr(text, "script", silent))
+    name = create_stream(edge)
+    key = edge.text.wait_for(Submit)[0].key
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", edge.port))
+        sock.sendall(b"GET %s/%s?stream=true HTTP/1.1\r\nhost: x\r\n\r\n" % (PATH.encode(), name.encode()))
+        for _ in range(60):
+            say(edge, key, "x" * 200_000)
+        edge.wait(lambda: edge.server.gateway.counters.read().get("penstock_edge_cuts_total", 0) == 1, "the cut")
+    stop(edge, key)
+    assert len(until(edge, name, "completed")["output"][0]["content"][0]["text"]) == 12_000_000, "the response itself goes on"
+
+
+def create_stream(edge: Edge) -> str:
+    """One in the background whose client has gone."""
+    with edge.http() as http, http.stream("POST", PATH, json=BACKGROUND | {"stream": True}) as reply:
+        name: str = json.loads(next(reply.iter_text()).split("data: ")[1].split("\n")[0])["response"]["id"]
+    return name
 
 
 # ------------------------------------------------------------------ several HTTP processes
