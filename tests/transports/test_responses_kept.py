@@ -411,7 +411,8 @@ def test_a_shutdown_ends_it_and_says_so(make_edge: MakeEdge, tmp_path: Path) -> 
 def test_followers_have_a_bound(make_edge: MakeEdge) -> None:
     edge = make_edge(max_streams=1, text=lambda text: setattr(text, "script", silent))
     with edge.kept.stream("POST", PATH, json=BACKGROUND | {"stream": True}) as reply:
-        name = json.loads(next(reply.iter_text()).split("data: ")[1].split("\n")[0])["response"]["id"]
+        pieces = reply.iter_text()  # kept: without it the connection is closed
+        name = json.loads(next(pieces).split("data: ")[1].split("\n")[0])["response"]["id"]
         with edge.http() as http:
             assert error(http.get(f"{PATH}/{name}?stream=true"))[:2] == (429, "too_many_streams")
             assert error(http.post(PATH, json=BACKGROUND | {"stream": True}))[:2] == (429, "too_many_streams")
