@@ -55,14 +55,12 @@ class BatchRunner:
         self._works: dict[str, asyncio.Task[None]] = {}
         self._busy: dict[str, str] = {}
         """Tenant -> the batch of theirs whose turn it is."""
-        self._stopping = False
 
     def start(self) -> None:
         self._main = asyncio.get_running_loop().create_task(self._run(), name="batches")
 
     async def stop(self) -> None:
         """Leave everything as it is: a store that stays has it all."""
-        self._stopping = True
         tasks = [*self._works.values(), *([self._main] if self._main is not None else [])]
         for task in tasks:
             task.cancel()
