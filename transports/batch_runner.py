@@ -122,6 +122,7 @@ class BatchRunner:
         self.gateway.batch_news.set()
 
     async def _sweep(self) -> None:
+        await self.store.sweep()
         known = {row.id for row in await self.store.list(files.KIND, None, limit=10_000_000)}
         for row in await self.store.list(KIND, None, limit=10_000_000, where={"open": "1"}):
             private = msgspec.json.decode(row.extra, type=Private)
