@@ -24,7 +24,7 @@ from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.plugins.grammars import bounds as bounded
 from penstock.plugins.grammars import keywords
-from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
+from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
 from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
@@ -60,6 +60,9 @@ WHEN: dict[str, str] = {
     "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
     f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503, and it is one where the text process does not keep up.",
     "too_many_streams": "--max-streams are in progress at this HTTP process.",
+    "store_full": "The server keeps as much as it may (--store-max-bytes, --store-max-rows, --max-files, --max-files-bytes) and nothing of that may be dropped.",
+    "store_unavailable": "What the server keeps cannot be read or written: a full disk, a server that ends.",
+    "batch_over": "The batch is over and cannot be cancelled.",
     "cancelled": "Somebody cancelled it: `DELETE /v1/requests/{request_id}`. A stream ends with this error.",
     "internal_error": "The server's mistake; it is logged with the request id.",
     "engine_failure": "The engine failed on this very request, so that trying again would not help.",
@@ -71,7 +74,7 @@ WHEN: dict[str, str] = {
 NOT_HTTP = (errors.ConfigError, errors.PluginError, errors.PluginFault, errors.CheckpointError, errors.ProtocolError)
 """Errors of the start, of plugins and of links: no client gets them under this name."""
 
-DEFINE = (errors, decoding, gateway, http, link, protocol, request)
+DEFINE = (errors, batches, decoding, gateway, http, link, protocol, request, store)
 """Modules that define errors which clients get."""
 
 
@@ -90,7 +93,7 @@ def _count(number: float, size: bool) -> str:
     for unit, name in ((1 << 20, "Mi"), (1 << 10, "Ki")):
         if size and number >= unit and number % unit == 0:
             return f"{number // unit} {name}"
-    return f"{number:g}"
+    return f"{number:g}" if number < 1e6 or number != int(number) else str(int(number))
 
 
 # ------------------------------------------------------------------ types
@@ -178,7 +181,8 @@ def endpoints() -> list[str]:
     app = make_app(gateway.Gateway(Config(), 0, store=open_store(Config(), "unused")), [spec.factory for spec in register_transports()]).app
     out = ["| endpoint | what it does | body | reply | errors |", "|---|---|---|---|---|"]
     for route in sorted(app.routes, key=lambda route: route.path_format):
-        for handler in getattr(route, "route_handlers", []):
+        handlers = getattr(route, "route_handlers", [])
+        for handler in sorted(handlers, key=lambda handler: sorted(map(str, handler.http_methods))):
             for method in sorted(str(m) for m in handler.http_methods if str(m) != "OPTIONS"):
                 if route.path_format.startswith("/schema"):
                     continue
@@ -291,6 +295,8 @@ def limits() -> list[str]:
         ("stop strings, alternatives of logprobs", "--max-stop, --max-logprobs", "400"),
         ("encodings of a body on top of each other", str(decoding.MOST), "415"),
         ("gzip members or zstd frames of a body, the window of zstd", f"{decoding.MEMBERS}, {decoding.ZSTD_WINDOW} bytes", "400"),
+        ("a file, files of a tenant, all files' bytes", "--max-file-bytes; --max-files, --max-files-bytes", "413; 429 `store_full`"),
+        ("requests of a batch", "--max-batch-lines", "the batch fails with `too_many_tasks`"),
         ("requests in progress at one HTTP process", "--max-streams", "429 `too_many_streams`"),
         ("requests and prompt tokens that wait", "--max-num-queued-reqs, --max-num-queued-tokens", "429 `queue_full`"),
         (

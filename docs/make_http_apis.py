@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from penstock.transports.anthropic_schema import NOT_YET, CountTokensRequest, InputMessage, MessagesRequest
+from penstock.transports.openai_schema import MetadataRequest
 from penstock.transports.refused import Refused
 from penstock.transports.responses_schema import (
     ANSWER,
@@ -22,11 +23,48 @@ from penstock.transports.responses_schema import (
     TextFormat,
     TextOptions,
 )
+from penstock.transports.storage_schema import BatchRequest, ExpiresAfter, FileUpload
 from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
+
+
+def storage(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
+    return [
+        "## What is kept",
+        "",
+        "Chat completions with `store: true`, files, and batches, as OpenAI has them; [storage](storage.md) says where it is and for how long. Nothing of one tenant"
+        " ([tables](tables.md)) is seen by another. With `--no-store` none of these endpoints is there.",
+        "",
+        "- A list has `after` (the id of the last one before), `limit` and, but for batches, `order` in its query; chat completions also `model` and"
+        " `metadata[KEY]`, files `purpose`. A field that is not known is a 400: without it the list would be another.",
+        "- A streamed answer is kept as the whole reply that it would have been. It is in the store before the last event leaves. The same id again takes the"
+        " place of the first.",
+        "- A batch reads a file of lines such as"
+        ' `{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}`; all are for one endpoint and one model. Each'
+        " is answered as a request of its own would be, never as a stream. Answers are lines of the output file, in the order in which they came;"
+        " those with another status than 200 are in the error file. 429 and 503 are tried again until the batch's time is over.",
+        "- Requests of batches wait for those of others: they have the lowest priority, and at most `--batch-in-flight` of them run at once, half as many when"
+        " somebody else asks, and so on.",
+        "",
+        "### MetadataRequest",
+        "",
+        *asked(MetadataRequest),
+        "### FileUpload",
+        "",
+        "A form (`multipart/form-data`), read as it comes.",
+        "",
+        *asked(FileUpload),
+        "### BatchRequest",
+        "",
+        *asked(BatchRequest),
+        "### ExpiresAfter",
+        "",
+        *asked(ExpiresAfter),
+    ]
 
 
 def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
     return [
+        *storage(asked),
         "## Anthropic's messages",
         "",
         "`POST /v1/messages` and `POST /v1/messages/count_tokens`, for Anthropic's clients: their base URL is this server, without `/v1`. The key comes as"

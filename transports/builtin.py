@@ -17,6 +17,7 @@ from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Answer
 from penstock.transports.anthropic import anthropic_routes
+from penstock.transports.batches import batch_routes
 from penstock.transports.files import file_routes
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
@@ -120,7 +121,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         return relay(await gateway.query("tokenizer_info"))
 
     stored = stored_chat_routes(gateway, surface)
-    stored += file_routes(gateway)
+    stored += [*file_routes(gateway), *batch_routes(gateway, surface)]
     return [chat_completions, *stored, completions, models, model, tokenize, detokenize, tokenizer_info]
 
 

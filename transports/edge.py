@@ -50,6 +50,8 @@ from penstock.core.protocol.pools import PoolSpec
 from penstock.core.runtime.frames import make_hello
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure
+from penstock.transports.batch_runner import BatchRunner
+from penstock.transports.batches import served
 from penstock.transports.blame import Owned
 from penstock.transports.folder import Folder
 from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
@@ -91,6 +93,8 @@ class Server:
         self._folder = Folder(self._store.place.folder) if self._store is not None else None
         self.gateway = Gateway(config, edge, pools=pools, tracing=tracing, store=self._store)
         self.app = make_app(self.gateway, factories, keyring)
+        runs_batches = self._store is not None and edge == 0 and served(self.app.app)
+        self._runner = BatchRunner(self.gateway, self.app.app, self._store) if runs_batches and self._store is not None else None
         hello = make_hello("edge", edge, epoch)
         self._dialers = [_dialer(door, run_dir, hello) for door in self.gateway.doors.values()]
         options = server_options(config.max_header_bytes, config.receive_timeout_s)
@@ -124,6 +128,8 @@ class Server:
             )
             self._servers.append(server)
         self._ticker = loop.create_task(self._tick(), name="edge tick")
+        if self._runner is not None:
+            self._runner.start()
 
     def _set_date(self) -> None:
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
@@ -138,6 +144,8 @@ class Server:
         """Refuse new requests, return when none is in progress; at the deadline (seconds) end the rest and return how many they were."""
         self.gateway.draining = True
         self.drain_within(deadline_s)
+        if self._runner is not None:
+            await self._runner.stop()
         cut = 0
         try:
             async with asyncio.timeout_at(self._drain_until) as self._drain_timeout:
@@ -168,6 +176,8 @@ class Server:
     async def stop(self) -> None:
         """Close everything. What still runs is cut, and told so."""
         self.gateway.draining = True
+        if self._runner is not None:
+            await self._runner.stop()
         self._end_all()
         if self._ticker is not None:
             self._ticker.cancel()

@@ -239,6 +239,7 @@ def file_routes(gateway: Gateway) -> list[Any]:
             await coming.finish()
             file = await files.put(tenant, coming.id, clean_name(form.filename), purpose, form.size, ttl_s)
             kept = True
+            gateway.batch_news.set()  # it has an end, which somebody must see to
         finally:
             coming.close(keep=kept)
         return JsonReply(msgspec.json.encode(file))

@@ -19,7 +19,8 @@ from penstock.core.protocol.errors import ConfigError
 
 PART = ".part"
 """What is still being written ends so."""
-LOCK = "lock"
+LOCK, NEWS = "lock", "news"
+NEVER = -1
 _ID = re.compile(r"[a-z]+[-_][0-9A-Za-z]+")
 
 
@@ -52,7 +53,7 @@ class Folder:
         return os.open(self.writing(id), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def finish(self, id: str) -> int:
-        """It is whole: `of(id)` is there from now on. Returns its size. May be called again."""
+        """It is whole: `of(id)` is there from now on. Returns its size, 0 where there is none. May be called again."""
         source, target = self.writing(id), self.of(id)
         if source.exists():
             descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
@@ -61,7 +62,7 @@ class Folder:
             finally:
                 os.close(descriptor)
             source.rename(target)
-        return target.stat().st_size
+        return target.stat().st_size if target.exists() else 0
 
     def remove(self, id: str) -> None:
         """Whatever there is of it."""
@@ -91,6 +92,20 @@ class Folder:
                     path.unlink()
                     gone.append(name)
         return gone
+
+    def touch_news(self) -> None:
+        """Tell the other edges that there is something to do."""
+        self.make()
+        descriptor = os.open(self.path / NEWS, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.close(descriptor)
+        os.utime(self.path / NEWS)
+
+    def news(self) -> int:
+        """When that was last done; it only matters whether it changed."""
+        try:
+            return (self.path / NEWS).stat().st_mtime_ns
+        except FileNotFoundError:
+            return NEVER
 
     def lock(self) -> None:
         """Until this process ends the folder is this server's. Raises ConfigError if it is another's."""

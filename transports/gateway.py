@@ -91,6 +91,8 @@ class Gateway:
         self.tracing = tracing
         self.clock: Clock = clock or SystemClock()
         self.counters = Counters()
+        self.batch_news = asyncio.Event()
+        """Set when there may be a batch to be run."""
         self.next_key = EdgeKeys(edge)
         self.draining = False
         self.active = 0

@@ -22,7 +22,7 @@ from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tok
 from penstock.transports import refused
 from penstock.transports.generation import Generation
 from penstock.transports.grammars import grammar_of
-from penstock.transports.metadata import check_metadata
+from penstock.transports.kept import Kept, kept_of
 from penstock.transports.openai_schema import (
     ChatMessage,
     ChatRequest,
@@ -59,16 +59,6 @@ _SAMPLING = (
     "seed",
     "n",
 )
-
-
-class Kept(msgspec.Struct, frozen=True):
-    """What the store is to have of a request beside its answer."""
-
-    messages: bytes
-    """JSON, as they came."""
-    metadata: dict[str, str]
-    shown: dict[str, msgspec.Raw]
-    """Settings that a kept answer tells."""
 
 
 class Call(Generation, kw_only=True):
@@ -245,18 +235,9 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         split=grammar is None,
         parallel_calls=request.parallel_tool_calls is not False,
         calls_done=bool(request.stream_options and request.stream_options.tool_calls_done),
-        kept=_kept(request, raw) if request.store else None,
+        kept=kept_of(request, raw) if request.store else None,
         **fields,
     )
-
-
-SHOWN = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "tools", "tool_choice", "response_format")
-"""Settings that a kept answer tells, where they were given."""
-
-
-def _kept(request: ChatRequest, raw: dict[str, msgspec.Raw]) -> Kept:
-    shown = {name: raw[name] for name in SHOWN if name in raw}
-    return Kept(bytes(raw["messages"]), check_metadata(request.metadata), shown)
 
 
 def _template(template: str, config: Config) -> str:

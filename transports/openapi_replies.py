@@ -13,13 +13,15 @@ import msgspec
 
 from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
 from penstock.transports.responses_replies import InputTokensReply, ResponseEvent, ResponseGone, ResponseItems, ResponseReply
-from penstock.transports.storage_replies import StoredChat, StoredChatGone, StoredChatList, StoredMessageList
+from penstock.transports.storage_replies import BatchList, FileGone, FileList, StoredChat, StoredChatGone, StoredChatList, StoredMessageList
+from penstock.transports.storage_schema import Batch, FileObject
 from penstock.transports.tgi_replies import GenerateError, GenerateEvent, GenerateReply, InfoReply
 
 JSON = "application/json"
 SSE = "text/event-stream"
 PLAIN = "text/plain"
 HTML = "text/html"
+BYTES = "application/octet-stream"
 
 
 class ErrorFields(msgspec.Struct):
@@ -272,6 +274,12 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _GENERATING),
     "/v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], (*_READING, 404)),
     "/v1/chat/completions/{completion_id}/messages": ([Answer(200, {JSON: StoredMessageList}, "A page of them.")], (*_READING, 404)),
+    "/v1/files": ([Answer(200, {JSON: FileObject}, "The file is kept.")], _ASKING),
+    "/v1/files/{file_id}": ([Answer(200, {JSON: FileObject}, "The file.")], (*_READING, 404)),
+    "/v1/files/{file_id}/content": ([Answer(200, {BYTES: None}, "Its contents.")], (*_READING, 404)),
+    "/v1/batches": ([Answer(200, {JSON: Batch}, "The batch, which is going to be validated.")], _ASKING),
+    "/v1/batches/{batch_id}": ([Answer(200, {JSON: Batch}, "The batch.")], (*_READING, 404)),
+    "/v1/batches/{batch_id}/cancel": ([Answer(200, {JSON: Batch}, "It is being cancelled.")], (*_READING, 404, 409)),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
     "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
@@ -312,6 +320,9 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
 """path -> (its own answers, statuses of errors besides those of EVERYWHERE)."""
 
 OF_METHODS: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
+    "GET /v1/files": ([Answer(200, {JSON: FileList}, "A page of them.")], _READING),
+    "DELETE /v1/files/{file_id}": ([Answer(200, {JSON: FileGone}, "It is gone.")], (*_READING, 404)),
+    "GET /v1/batches": ([Answer(200, {JSON: BatchList}, "A page of them.")], _READING),
     "GET /v1/chat/completions": ([Answer(200, {JSON: StoredChatList}, "A page of them.")], _READING),
     "POST /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], _ASKING),
     "DELETE /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChatGone}, "It is gone.")], (*_READING, 404)),
@@ -369,6 +380,7 @@ ERRORS: dict[int, str] = {
     404: "No such model, or nothing at this path.",
     405: "This method is not allowed here.",
     408: "The request did not arrive in time.",
+    409: "What is over cannot be changed.",
     413: "The request is too large.",
     415: "The content type or content encoding is not understood.",
     429: "The server is busy; Retry-After says when to come back.",

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from penstock.transports.storage_schema import Batch, FileObject
+
 
 class StoredChat(msgspec.Struct, omit_defaults=True):
     """A chat completion that is kept: the reply as it was, and what was asked."""
@@ -68,3 +70,25 @@ class StoredChatGone(msgspec.Struct):
     object: Literal["chat.completion.deleted"]
     id: str
     deleted: bool
+
+
+class FileList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileGone(msgspec.Struct):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class BatchList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

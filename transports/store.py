@@ -223,6 +223,15 @@ class Store:
 
         return await self._read(work)
 
+    async def sweep(self) -> None:
+        """Remove what has come to its end now, and not when something is put the next time."""
+
+        def work(db: sqlite3.Connection) -> None:
+            self._swept = -math.inf
+            self._sweep(db, self._now())
+
+        await self._do(work)
+
     def close(self) -> None:
         """What is asked afterwards fails. Returns when the thread is done with what it had."""
         self._closed = True

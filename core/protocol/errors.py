@@ -22,6 +22,7 @@ ErrorCode = Literal[
     "too_many_streams",
     "store_full",
     "store_unavailable",
+    "batch_over",
     "not_found",
     "method_not_allowed",
     "engine_unavailable",

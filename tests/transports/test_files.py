@@ -22,6 +22,7 @@ from penstock.core.protocol.config import build
 from penstock.core.protocol.control import Tables
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.tables import KeyTable, Principal, digest_of
+from penstock.transports import batch_runner
 from penstock.transports.files import LONGEST_NAME, clean_name
 from penstock.transports.folder import Folder, new_id
 
@@ -319,3 +320,15 @@ def test_forms_are_read_however_they_are_cut(data: st.DataObject) -> None:
     found = asyncio.run(read_form(scope, receive, 1000, take, flag="--x"))
     assert b"".join(came) == payload
     assert (found.fields, found.filename, found.size) == ({"purpose": "batch"}, "x", len(payload))
+
+
+def test_contents_whose_time_is_over_are_removed(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_runner, "SWEEP_S", 0.02)
+    monkeypatch.setattr(batch_runner, "ORPHAN_S", 0.2)
+    edge = make_edge(store_ttl_s=0.3)
+    with edge.client() as client:
+        made = client.files.create(file=("x", LINES), purpose="batch")
+        assert client.files.content(made.id).read() == LINES
+        edge.wait(lambda: contents(edge) == [], "the contents to go")
+        with pytest.raises(openai.NotFoundError):
+            client.files.retrieve(made.id)

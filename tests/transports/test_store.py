@@ -128,6 +128,11 @@ def test_rows_end_by_themselves() -> None:
         rows = await store._do(lambda db: db.execute("SELECT count(*), (SELECT sum(rows) FROM held) FROM rows").fetchone())
         assert rows == (3, 3)
 
+        clock.advance(2000)
+        await store.sweep()
+        rows = await store._do(lambda db: db.execute("SELECT count(*), (SELECT sum(rows) FROM held) FROM rows").fetchone())
+        assert rows == (2, 2)
+
     in_store(work)
 
 
