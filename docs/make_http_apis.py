@@ -97,8 +97,8 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "- Streams have OpenAI's events, numbered, without `[DONE]`; the deltas put together are the response that comes in one piece. What fails after the first"
         " event ends with response.failed, before it with a plain error, or with the event error where a comment has been sent.",
         "- With `store` (the default) the response and its input are kept, under an id that cannot be guessed, for the keys of one tenant alone: see"
-        " --store, --store-ttl-s and --no-store. What fails or is left by its client is not kept, unless it is in the background. If nothing more can be"
-        " kept the answer comes all the same, with `store` false. Prompts are in no log, and on a disk only where --store puts them.",
+        " `--store`, `--store-ttl-s` and `--no-store`. What fails or is left by its client is not kept, unless it is in the background. If nothing more can be"
+        " kept the answer comes all the same, with `store` false. Prompts are in no log, and on a disk only where `--store` puts them.",
         "- `previous_response_id` puts the input and output of that response, and of those before it, before the input; each time the whole is rendered anew (and"
         " found in the prefix cache).",
         "- `background` answers at once and goes on without a connection. `GET /v1/responses/{id}` tells how far it is; with stream, too,"

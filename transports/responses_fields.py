@@ -56,7 +56,7 @@ ASKED: dict[str, dict[str, Field]] = {
         "safety_identifier": Field("A hint without effect."),
         "service_tier": Field("A hint without effect: there is one tier, and the reply says `default`."),
         "store": Field(
-            "Keep the response and its input, so that it can be asked for and continued. With --no-store nothing is kept, and the reply says false.",
+            "Keep the response and its input, so that it can be asked for and continued. With `--no-store` nothing is kept, and the reply says false.",
             default="true",
         ),
         "stream_options": Field("See ResponseStreamOptions. Only with stream."),
