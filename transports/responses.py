@@ -1,25 +1,23 @@
 """From a request of OpenAI's Responses API to what text is told.
 
-What it is: `parse`, which checks the fields of a request, puts the conversation together and has chat's parser make a Call of it, so that what is true of chat is true
-here; `Asked`, what came of it. Errors name the fields of this API.
-What it does not know: items (responses_items.py), replies (responses_voice.py), routes, where responses are kept.
+What it is: `parse`, which checks the fields of a request, and has a Call of chat made of them, so that what is true of chat is true here; `Asked`, what came of it. Errors name the fields of this API.
+What it does not know: conversations (responses_prompt.py), replies (responses_voice.py), routes, where responses are kept.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
-from penstock.transports.openai import Call, parse_chat
+from penstock.transports.metadata import check_metadata
+from penstock.transports.openai import Call
 from penstock.transports.openai_schema import check_unknown, decode, fields_of
-from penstock.transports.responses_fit import fitted
-from penstock.transports.responses_items import Conversation, Item, chat_choice, chat_tools, items_of, tool_echo
+from penstock.transports.responses_items import Item, tool_echo
+from penstock.transports.responses_prompt import LOGPROBS, Length, Prompt, need, question, renamed
 from penstock.transports.responses_schema import (
     LIKE_CHAT,
     InputTokensRequest,
@@ -31,7 +29,7 @@ from penstock.transports.responses_schema import (
 from penstock.transports.responses_store import Records
 from penstock.transports.responses_voice import Shown
 
-LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"
+SEALED = "reasoning.encrypted_content"
 INCLUDABLE = frozenset(
     {
         LOGPROBS,
@@ -46,28 +44,8 @@ INCLUDABLE = frozenset(
 )
 """Those of tools and images find nothing to include here."""
 TIERS = frozenset({"auto", "default", "flex", "scale", "priority", "fast", "ultrafast"})
-PAIRS, KEY_CHARS, VALUE_CHARS, ID_CHARS = 16, 64, 512, 512
-"""Bounds of metadata, and of identifiers that are shown again."""
-
-_RENAMED = [
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"response_format\.json_schema\.schema", "text.format.schema"),
-        (r"response_format(\.json_schema)?", "text.format"),
-        (r"max_completion_tokens", "max_output_tokens"),
-        (r"reasoning_effort", "reasoning.effort"),
-        (r"(tools\[[^\]]*\])\.function", r"\1"),
-        (r"tool_choice\.function", "tool_choice"),
-        (r"tool_choice\.allowed_tools", "tool_choice"),
-        (r"top_logprobs needs logprobs to be true", f"top_logprobs needs {LOGPROBS} in include"),
-    )
-]
-"""Chat's names -> those of this API."""
-_MESSAGE = re.compile(r"messages\[(\d+)\]")
-
-
-Length = Callable[[bytes, str], Awaitable[tuple[int, int | None]]]
-"""(a "tokenize" question, the model) -> how many tokens that has, and how many the context has."""
+ID_CHARS = 512
+"""Most characters of identifiers that are shown again."""
 
 
 class Asked(msgspec.Struct, kw_only=True):
@@ -92,27 +70,6 @@ class Asked(msgspec.Struct, kw_only=True):
 
     def renamed(self, error: PenstockError) -> PenstockError:
         return renamed(error, self.places)
-
-
-def renamed(error: PenstockError, places: list[str]) -> PenstockError:
-    """An error of chat's in this API's names."""
-
-    def place(found: re.Match[str]) -> str:
-        number = int(found.group(1))
-        return places[number] if number < len(places) else "input"
-
-    def said(text: str) -> str:
-        for pattern, name in _RENAMED:
-            text = pattern.sub(name, text)
-        return _MESSAGE.sub(place, text)
-
-    error.message = said(error.message)
-    if error.param is not None:
-        error.param = said(error.param)
-        if error.param == "messages":
-            error.param = "input"
-            error.message = re.sub(r"^messages\b", "input", error.message)
-    return error
 
 
 def decoded(
@@ -141,122 +98,6 @@ def _neutral(name: str, value: msgspec.Raw) -> str:
     return ""
 
 
-def _need(ok: bool, message: str, param: str) -> None:
-    if not ok:
-        raise InvalidRequest(message, param=param)
-
-
-# ------------------------------------------------------------------ what is common to both endpoints
-
-
-class _Prompt:
-    """The part of a request that the model reads, as fields of chat's."""
-
-    def __init__(self, request: InputTokensRequest) -> None:
-        self.request = request
-        self.conversation = Conversation()
-        self.input: list[Item] = []
-        self.fields: dict[str, Any] = {}
-
-    async def gather(self, core: str, ignored: list[str], records: Records | None, tenant: str, config: Config) -> None:
-        request, conversation = self.request, self.conversation
-        if request.instructions:
-            conversation.instruct(request.instructions)
-        previous = request.previous_response_id
-        if previous:
-            if records is None:
-                raise InvalidRequest(
-                    "previous_response_id: this server keeps no responses (--no-store). Send the items.", param="previous_response_id"
-                )
-            for record in await records.history(tenant, previous, config.max_messages):
-                conversation.take(record.input, "previous_response_id")
-                conversation.take(record.response["output"], "previous_response_id")
-        _need(request.input is not None or bool(previous), "input is required.", "input")
-        if request.input is not None:
-            items = items_of(request.input, core, ignored)
-            _need(
-                len(items) <= config.max_messages,
-                f"input has {len(items)} items; this server takes at most {config.max_messages} (--max-messages). Send fewer.",
-                "input",
-            )
-            for number, item in enumerate(items):
-                if item["type"] == "item_reference":
-                    if records is None:
-                        raise InvalidRequest(
-                            f"input[{number}]: this server keeps no items (--no-store). Send it whole.", param=f"input[{number}]"
-                        )
-                    items[number] = await records.item(tenant, item["id"], f"input[{number}]")
-            conversation.take(items, "input")
-            self.input = items
-        self.fields["messages"] = conversation.messages
-        self._options()
-
-    @property
-    def places(self) -> list[str]:
-        return self.conversation.places
-
-    async def call(self, config: Config, limits: Limits | None, length: Length, room: int) -> Call:
-        """What chat makes of it. With truncation `auto` it leaves `room` tokens of the context."""
-        try:
-            if self.request.truncation == "auto":
-                await self._fit(config, limits, length, room)
-            return parse_chat(msgspec.json.encode(self.fields), config, limits)
-        except PenstockError as error:
-            raise renamed(error, self.places) from None
-
-    async def _fit(self, config: Config, limits: Limits | None, length: Length, room: int) -> None:
-        async def fits(messages: list[dict[str, Any]]) -> bool:
-            call = parse_chat(msgspec.json.encode({**self.fields, "messages": messages}), config, None)
-            count, context = await length(question(call), self.request.model or "")
-            return context is None or count + room <= context
-
-        parse_chat(msgspec.json.encode(self.fields), config, limits)  # what is wrong, or too large for anybody, is said first
-        conversation = self.conversation
-        instructed = int(bool(self.request.instructions))
-        found = await fitted(conversation.messages, conversation.places, instructed, fits)
-        conversation.messages, conversation.places = found
-        self.fields["messages"] = conversation.messages
-
-    def _options(self) -> None:
-        request = self.request
-        if request.model:
-            self.fields["model"] = request.model
-        if request.chat_template_kwargs:
-            self.fields["chat_template_kwargs"] = request.chat_template_kwargs
-        if request.tools:
-            self.fields["tools"] = chat_tools(request.tools)
-        choice = request.tool_choice
-        if choice is not None and not (choice == "auto" and not request.tools):
-            self.fields["tool_choice"] = chat_choice(choice)
-        reasoning = request.reasoning
-        if reasoning is not None:
-            if reasoning.effort is not None:
-                self.fields["reasoning_effort"] = reasoning.effort
-            for name in ("summary", "generate_summary"):
-                if getattr(reasoning, name) not in (None, "auto"):
-                    raise UnsupportedFeature(
-                        f"reasoning.{name} can only be 'auto' here: reasoning comes whole, as reasoning_text, and nothing sums it up.",
-                        param=f"reasoning.{name}",
-                    )
-        if request.text is not None:
-            if request.text.verbosity not in (None, "medium"):
-                raise UnsupportedFeature(
-                    "text.verbosity can only be 'medium' here. Say in instructions how long the answer should be.", param="text.verbosity"
-                )
-            if request.text.format is not None:
-                self.fields["response_format"] = _format(request.text)
-
-
-def _format(text: TextOptions) -> dict[str, Any]:
-    given = text.format
-    assert given is not None
-    if given.type != "json_schema":
-        return {"type": given.type}
-    _need(given.schema_ is not None, "text.format of type json_schema needs text.format.schema.", "text.format.schema")
-    more = {name: value for name in ("name", "description", "strict") if (value := getattr(given, name)) is not None}
-    return {"type": "json_schema", "json_schema": {"schema": given.schema_, **more}}
-
-
 # ------------------------------------------------------------------ /v1/responses
 
 
@@ -275,7 +116,7 @@ async def parse(
     request, _, ignored = decoded(body, ResponsesRequest, config, limits)
     assert isinstance(request, ResponsesRequest)
     _check(request, records)
-    prompt = _Prompt(request)
+    prompt = Prompt(request)
     await prompt.gather(core, ignored, records, tenant, config)
     include = frozenset(request.include or ())
     fields = prompt.fields
@@ -322,25 +163,21 @@ async def parse(
 def _check(request: ResponsesRequest, records: Records | None) -> None:
     """Fields that chat has not, or that only this API bounds."""
     for name in request.include or ():
-        _need(name in INCLUDABLE, f"include: {name[:80]!r} is none of {', '.join(sorted(INCLUDABLE))}.", "include")
-    if request.metadata:
-        _need(len(request.metadata) <= PAIRS, f"metadata may have at most {PAIRS} pairs, but has {len(request.metadata)}.", "metadata")
-        for key, value in request.metadata.items():
-            _need(len(key) <= KEY_CHARS, f"metadata: keys may have at most {KEY_CHARS} characters.", "metadata")
-            _need(len(value) <= VALUE_CHARS, f"metadata.{key}: values may have at most {VALUE_CHARS} characters.", f"metadata.{key}")
+        need(name in INCLUDABLE, f"include: {name[:80]!r} is none of {', '.join(sorted(INCLUDABLE))}.", "include")
+    check_metadata(request.metadata)
     for name in ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "previous_response_id"):
         value = getattr(request, name)
-        _need(value is None or len(value) <= ID_CHARS, f"{name} may have at most {ID_CHARS} characters.", name)
-    _need(
+        need(value is None or len(value) <= ID_CHARS, f"{name} may have at most {ID_CHARS} characters.", name)
+    need(
         request.service_tier is None or request.service_tier in TIERS,
         f"service_tier must be one of {', '.join(sorted(TIERS))}.",
         "service_tier",
     )
-    _need(request.max_tool_calls is None or request.max_tool_calls >= 1, "max_tool_calls must be at least 1.", "max_tool_calls")
-    _need(request.stream_options is None or bool(request.stream), "stream_options is only allowed when stream is true.", "stream_options")
+    need(request.max_tool_calls is None or request.max_tool_calls >= 1, "max_tool_calls must be at least 1.", "max_tool_calls")
+    need(request.stream_options is None or bool(request.stream), "stream_options is only allowed when stream is true.", "stream_options")
     if request.background:
-        _need(records is not None, "background needs a store, and this server has none (--no-store). Leave it out.", "background")
-        _need(request.store is not False, "background needs store to be true: what becomes of it can only be kept.", "background")
+        need(records is not None, "background needs a store, and this server has none (--no-store). Leave it out.", "background")
+        need(request.store is not False, "background needs store to be true: what becomes of it can only be kept.", "background")
 
 
 def _echo(request: ResponsesRequest, store: bool) -> dict[str, Any]:
@@ -390,7 +227,7 @@ async def parse_count(
 ) -> tuple[int, list[str]]:
     """How many tokens the prompt has, and the ignored fields. Raises as `parse`, and what `length` raises."""
     request, _, ignored = decoded(body, InputTokensRequest, config, limits)
-    prompt = _Prompt(request)
+    prompt = Prompt(request)
     await prompt.gather("0", ignored, records, tenant, config)
     check_unknown(sorted(ignored), strict=config.strict_fields)
     call = await prompt.call(config, limits, length, 1)
@@ -399,14 +236,3 @@ async def parse_count(
     except PenstockError as error:
         raise renamed(error, prompt.places) from None
     return count, sorted(ignored)
-
-
-def question(call: Call) -> bytes:
-    """The body of text's "tokenize" about a chat."""
-    (said,) = call.prompts
-    asked: dict[str, Any] = {"messages": msgspec.Raw(said["messages"]), "add_generation_prompt": True, "add_special_tokens": False}
-    if said["template_kwargs"]:
-        asked["chat_template_kwargs"] = msgspec.Raw(said["template_kwargs"])
-    if "tools" in said:
-        asked["tools"] = msgspec.Raw(said["tools"])
-    return msgspec.json.encode(asked)

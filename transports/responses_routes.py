@@ -1,7 +1,7 @@
 """OpenAI's Responses API: its routes.
 
 What it is: /v1/responses, and what is asked of a response that is kept: itself, its events, its input, its end.
-What it does not know: what requests mean (responses.py), how responses run (responses_jobs.py), what they say (responses_voice.py).
+What it does not know: what requests mean (responses.py), how responses run (responses_jobs.py, responses_background.py), what they say (responses_voice.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from penstock.transports.outbox import Pulse
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, RequestContext, Scope, context_of, ignored_header, new_rid, sane_id
 from penstock.transports.responses import INCLUDABLE, Asked, parse, parse_count
-from penstock.transports.responses_jobs import Background, Follow, Hub, StreamedResponse, WholeResponse
+from penstock.transports.responses_background import Background, Follow, Hub
+from penstock.transports.responses_jobs import StreamedResponse, WholeResponse
 from penstock.transports.responses_schema import InputTokensRequest, ResponsesRequest
 from penstock.transports.responses_store import Record, Records
 from penstock.transports.responses_voice import EventSse, ResponsesVoice

@@ -63,7 +63,7 @@ class ResponsesRequest(InputTokensRequest, frozen=True, kw_only=True):
     include: list[str] | None = None
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
