@@ -37,6 +37,8 @@ AnyRequest = Request[Any, Any, Any]
 MOST_LISTED = 100
 CANCEL_S = 5.0
 """So long a cancel waits for the response to be over."""
+LOOK_S = 0.02
+"""So often it looks."""
 
 _INCLUDE = {"include": {"type": "string", "enum": sorted(INCLUDABLE), "description": "No effect: there is nothing more than comes."}}
 RETRIEVE: dict[str, dict[str, Any]] = {
@@ -185,15 +187,17 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         job = hub.running.get((tenant, response_id))
         if job is not None:
             job.stop()
-        else:
-            question = _json({"rid": record.kept.rid, "tenant": tenant})
-            answer = await gateway.query("cancel", question, model=record.kept.model)
-            if answer.status not in (200, 404):
-                raise failure_of(answer)
+        question = _json({"rid": record.kept.rid, "tenant": tenant})
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CANCEL_S
+        told = job is not None
         while not record.final and loop.time() < deadline:
-            await asyncio.sleep(0.02)
+            if not told:  # text may not have it yet: it came by another process
+                answer = await gateway.query("cancel", question, model=record.kept.model)
+                if answer.status not in (200, 404):
+                    raise failure_of(answer)
+                told = answer.status == 200
+            await asyncio.sleep(LOOK_S)
             record = await kept().get(tenant, response_id)
         return record
 

@@ -503,7 +503,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": {"type": "grammar"}}}, "text.format"),
     ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
     ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
-    ({"text": {"format": {"type": "json_object"}}, "tools": [WEATHER]}, "text.format"),
     ({"max_tokens": 5}, "max_tokens"),
     ({"maxOutputTokens": 5}, "maxOutputTokens"),
     ({"n": 2}, "n"),
