@@ -37,11 +37,14 @@ def test_every_http_process_sees_the_same(starter: Starter, tmp_path: Path, kept
         assert ask(server, "GET", f"{PATH}/{one['id']}").json() == one
         more = ask(server, "POST", PATH, HI | {"previous_response_id": one["id"]}).json()
         assert more["usage"]["input_tokens"] > one["usage"]["input_tokens"]
-    for _ in range(6):
+    cancelled = 0
+    for _ in range(8):
         queued = ask(server, "POST", PATH, LONG).json()
         gone = ask(server, "POST", f"{PATH}/{queued['id']}/cancel").json()
-        assert gone["status"] == "cancelled"
+        assert gone["status"] in ("cancelled", "incomplete"), "it may have ended before"
         assert ask(server, "GET", f"{PATH}/{queued['id']}").json() == gone
+        cancelled += gone["status"] == "cancelled"
+    assert cancelled
     with httpx.stream("POST", server.url + PATH, json=LONG | {"stream": True, "max_output_tokens": 200}, timeout=60) as reply:
         for line in reply.iter_lines():
             if line.startswith("data: "):
