@@ -28,6 +28,7 @@ GROUP_TITLES = {
     "plugins": "Plugins",
     "server": "Server",
     "limits": "Limits",
+    "storage": "Storage",
     "observability": "Observability",
     "machinery": "Machinery",
     "later": "Known, not supported yet (neutral values are accepted)",

@@ -26,7 +26,7 @@ from penstock.plugins.formats import BUILT_IN
 from penstock.plugins.grammars import bounds as bounded
 from penstock.plugins.grammars import keywords
 from penstock.plugins.grammars import llguidance as schemas
-from penstock.transports import cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request
+from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
 from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
@@ -40,9 +40,10 @@ from penstock.transports.openai_schema import (
     TokenizeRequest,
 )
 from penstock.transports.openapi import BODY
-from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of
+from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of, every_answer, replies_at
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
 from penstock.transports.statuses import NAMED, status_of
+from penstock.transports.store import open_store
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
@@ -61,6 +62,9 @@ WHEN: dict[str, str] = {
     "queue_full": f"--max-num-queued-reqs or --max-num-queued-tokens wait already. Retry-After tells when half of them will have started, as things go:"
     f" {admission.MIN_RETRY_S:g} to {admission.MAX_RETRY_S:g} s. Or too many tokenizer questions at once. `--queue-full-status 503` makes it a 503, and it is one where the text process does not keep up.",
     "too_many_streams": "--max-streams are in progress at this HTTP process.",
+    "store_full": "The server keeps as much as it may (--store-max-bytes, --store-max-rows, --max-files, --max-files-bytes) and nothing of that may be dropped.",
+    "store_unavailable": "What the server keeps cannot be read or written: a full disk, a server that ends.",
+    "batch_over": "The batch is over and cannot be cancelled.",
     "cancelled": "Somebody cancelled it: `DELETE /v1/requests/{request_id}`. A stream ends with this error.",
     "internal_error": "The server's mistake; it is logged with the request id.",
     "engine_failure": "The engine failed on this very request, so that trying again would not help.",
@@ -72,7 +76,7 @@ WHEN: dict[str, str] = {
 NOT_HTTP = (errors.ConfigError, errors.PluginError, errors.PluginFault, errors.CheckpointError, errors.ProtocolError)
 """Errors of the start, of plugins and of links: no client gets them under this name."""
 
-DEFINE = (errors, decoding, gateway, http, link, protocol, request)
+DEFINE = (errors, batches, decoding, gateway, http, link, protocol, request, store)
 """Modules that define errors which clients get."""
 
 
@@ -91,7 +95,7 @@ def _count(number: float, size: bool) -> str:
     for unit, name in ((1 << 20, "Mi"), (1 << 10, "Ki")):
         if size and number >= unit and number % unit == 0:
             return f"{number // unit} {name}"
-    return f"{number:g}"
+    return f"{number:g}" if number < 1e6 or number != int(number) else str(int(number))
 
 
 # ------------------------------------------------------------------ types
@@ -176,15 +180,16 @@ def _has_own_doc(kind: type[msgspec.Struct]) -> bool:
 
 
 def endpoints() -> list[str]:
-    app = make_app(gateway.Gateway(Config(), 0), [spec.factory for spec in register_transports()]).app
+    app = make_app(gateway.Gateway(Config(), 0, store=open_store(Config(), "unused")), [spec.factory for spec in register_transports()]).app
     out = ["| endpoint | what it does | body | reply | errors |", "|---|---|---|---|---|"]
     for route in sorted(app.routes, key=lambda route: route.path_format):
-        for handler in getattr(route, "route_handlers", []):
+        handlers = getattr(route, "route_handlers", [])
+        for handler in sorted(handlers, key=lambda handler: sorted(map(str, handler.http_methods))):
             for method in sorted(str(m) for m in handler.http_methods if str(m) != "OPTIONS"):
                 if route.path_format.startswith("/schema"):
                     continue
-                body, (answers, _) = handler.opt.get(BODY), REPLIES[route.path_format]
-                wrong = errors_of(route.path_format)
+                body, (answers, _) = handler.opt.get(BODY), replies_at(route.path_format, method)
+                wrong = errors_of(route.path_format, method)
                 replies = [
                     f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in answer.content.items())}" for answer in answers
                 ]
@@ -292,6 +297,8 @@ def limits() -> list[str]:
         ("stop strings, alternatives of logprobs", "--max-stop, --max-logprobs", "400"),
         ("encodings of a body on top of each other", str(decoding.MOST), "415"),
         ("gzip members or zstd frames of a body, the window of zstd", f"{decoding.MEMBERS}, {decoding.ZSTD_WINDOW} bytes", "400"),
+        ("a file, files of a tenant, all files' bytes", "--max-file-bytes; --max-files, --max-files-bytes", "413; 429 `store_full`"),
+        ("requests of a batch", "--max-batch-lines", "the batch fails with `too_many_tasks`"),
         ("requests in progress at one HTTP process", "--max-streams", "429 `too_many_streams`"),
         ("requests and prompt tokens that wait", "--max-num-queued-reqs, --max-num-queued-tokens", "429 `queue_full`"),
         (
@@ -378,7 +385,7 @@ def page() -> str:
     shared = GenerationRequest.__struct_fields__
     bodies = ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
     parts = structs_in(bodies)
-    answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values()]
+    answers = [kind for one in every_answer() for kind in one.content.values()]
     answers += OWN_ERRORS.values()
     whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))
@@ -387,7 +394,7 @@ def page() -> str:
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages), [OpenAI's Responses](#openais-responses) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
         " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",

@@ -12,12 +12,60 @@ import msgspec
 
 from penstock.transports.anthropic_schema import NOT_YET, CountTokensRequest, InputMessage, MessagesRequest
 from penstock.transports.anthropic_statuses import NESTED
+from penstock.transports.openai_schema import MetadataRequest
 from penstock.transports.refused import Refused
+from penstock.transports.responses_schema import (
+    ANSWER,
+    PROMPT,
+    InputTokensRequest,
+    ReasoningOptions,
+    ResponsesRequest,
+    ResponseStreamOptions,
+    TextFormat,
+    TextOptions,
+)
+from penstock.transports.storage_schema import BatchRequest, ExpiresAfter, FileUpload
 from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
+
+
+def storage(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
+    return [
+        "## What is kept",
+        "",
+        "Chat completions with `store: true`, files, and batches, as OpenAI has them; [storage](storage.md) says where it is and for how long. Nothing of one tenant"
+        " ([tables](tables.md)) is seen by another. With `--no-store` none of these endpoints is there.",
+        "",
+        "- A list has `after` (the id of the last one before), `limit` and, but for batches, `order` in its query; chat completions also `model` and"
+        " `metadata[KEY]`, files `purpose`. A field that is not known is a 400: without it the list would be another.",
+        "- A streamed answer is kept as the whole reply that it would have been. It is in the store before the last event leaves. The same id again takes the"
+        " place of the first.",
+        "- A batch reads a file of lines such as"
+        ' `{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}`; all are for one endpoint and one model. Each'
+        " is answered as a request of its own would be, never as a stream. Answers are lines of the output file, in the order in which they came;"
+        " those with another status than 200 are in the error file. 429 and 503 are tried again until the batch's time is over.",
+        "- Requests of batches wait for those of others: they have the lowest priority, and at most `--batch-in-flight` of them run at once, half as many when"
+        " somebody else asks, and so on.",
+        "",
+        "### MetadataRequest",
+        "",
+        *asked(MetadataRequest),
+        "### FileUpload",
+        "",
+        "A form (`multipart/form-data`), read as it comes.",
+        "",
+        *asked(FileUpload),
+        "### BatchRequest",
+        "",
+        *asked(BatchRequest),
+        "### ExpiresAfter",
+        "",
+        *asked(ExpiresAfter),
+    ]
 
 
 def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
     return [
+        *storage(asked),
         "## Anthropic's messages",
         "",
         "`POST /v1/messages` and `POST /v1/messages/count_tokens`, for Anthropic's clients: their base URL is this server, without `/v1`. The key comes as"
@@ -55,6 +103,38 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "|---|---|---|",
         *(f"| `{name}` | {status.word} | {status.why} |" for name, status in NESTED.items()),
         "",
+        "## OpenAI's Responses",
+        "",
+        "`POST /v1/responses`: a conversation goes in as items, and the answer comes out as items: reasoning, messages, calls. It is told the model as a chat is"
+        " (the same template, tools, grammars and checks); errors have OpenAI's shape and name the fields of this API.",
+        "",
+        "- Items that follow each other and are the assistant's (reasoning, a message, calls) are one message of the chat. `instructions` is a system message.",
+        "- Streams have OpenAI's events, numbered, without `[DONE]`; the deltas put together are the response that comes in one piece. What fails after the first"
+        " event ends with response.failed, before it with a plain error, or with the event error where a comment has been sent.",
+        "- With `store` (the default) the response and its input are kept, under an id that cannot be guessed, for the keys of one tenant alone: see"
+        " `--store`, `--store-ttl-s` and `--no-store`. What fails or is left by its client is not kept, unless it is in the background. If nothing more can be"
+        " kept the answer comes all the same, with `store` false. Prompts are in no log, and on a disk only where `--store` puts them.",
+        "- `previous_response_id` puts the input and output of that response, and of those before it, before the input; each time the whole is rendered anew (and"
+        " found in the prefix cache).",
+        "- `background` answers at once and goes on without a connection. `GET /v1/responses/{id}` tells how far it is; with stream, too,"
+        " `GET /v1/responses/{id}?stream=true&starting_after=N` has its events from any HTTP process; `POST /v1/responses/{id}/cancel` ends it. One whose process"
+        " was lost has failed.",
+        "- `GET /v1/responses/{id}/input_items` lists the items of the request itself, not those of previous_response_id.",
+        f"- Refused by name: {refused(PROMPT | ANSWER)}, and whatever chat refuses.",
+        "",
+        "### ResponsesRequest",
+        "",
+        *asked(ResponsesRequest),
+        "### InputTokensRequest",
+        "",
+        "`POST /v1/responses/input_tokens`.",
+        "",
+        *asked(InputTokensRequest),
+        *(
+            line
+            for kind in (ReasoningOptions, TextOptions, TextFormat, ResponseStreamOptions)
+            for line in (f"### {kind.__name__}", "", *asked(kind))
+        ),
         "## TGI's generate",
         "",
         "`POST /generate`, `POST /generate_stream`, `POST /` (either, by `stream`) and `GET /info`, for clients of Hugging Face's Text Generation Inference:"

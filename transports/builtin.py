@@ -19,6 +19,8 @@ from penstock.core.protocol.messages import Answer
 from penstock.transports.anthropic import anthropic_routes
 from penstock.transports.anthropic_models import model_json, models_page, speaks_anthropic
 from penstock.transports.anthropic_voice import MessagesVoice
+from penstock.transports.batches import batch_routes
+from penstock.transports.files import file_routes
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
 from penstock.transports.openai import check_messages, parse_chat, parse_completion
@@ -27,6 +29,8 @@ from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, context_of, error_reply, ignored_header
+from penstock.transports.responses_routes import responses_routes
+from penstock.transports.stored_chats import answer_kept, stored_chat_routes
 from penstock.transports.surface import Surface
 from penstock.transports.tgi import tgi_routes
 from penstock.transports.voice import VOICE
@@ -40,6 +44,9 @@ def register_transports() -> list[TransportSpec]:
         TransportSpec(name="openai", api_level=API_LEVEL["transports"], doc="OpenAI's API over HTTP and SSE.", factory=openai_routes),
         TransportSpec(
             name="anthropic", api_level=API_LEVEL["transports"], doc="Anthropic's messages over HTTP and SSE.", factory=anthropic_routes
+        ),
+        TransportSpec(
+            name="responses", api_level=API_LEVEL["transports"], doc="OpenAI's Responses over HTTP and SSE.", factory=responses_routes
         ),
         TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
     ]
@@ -66,6 +73,8 @@ def openai_routes(gateway: Gateway) -> list[Any]:
     )
     async def chat_completions(request: AnyRequest) -> ASGIApp:
         call = parse_chat(await surface.body(request), config, gateway.limits)
+        if call.kept is not None:
+            return answer_kept(gateway, surface, request, call)
         return surface.answer(request, call, ChatVoice(call))
 
     @post(
@@ -127,7 +136,9 @@ def openai_routes(gateway: Gateway) -> list[Any]:
     async def tokenizer_info() -> ASGIApp:
         return relay(await gateway.query("tokenizer_info"))
 
-    return [chat_completions, completions, models, model, tokenize, detokenize, tokenizer_info]
+    stored = stored_chat_routes(gateway, surface)
+    stored += [*file_routes(gateway), *batch_routes(gateway, surface)]
+    return [chat_completions, *stored, completions, models, model, tokenize, detokenize, tokenizer_info]
 
 
 def _with_ignored(reply: JsonReply, ignored: list[str]) -> JsonReply:

@@ -50,12 +50,16 @@ from penstock.core.protocol.pools import PoolSpec
 from penstock.core.runtime.frames import make_hello
 from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure
+from penstock.transports.batch_runner import BatchRunner
+from penstock.transports.batches import served
 from penstock.transports.blame import Owned
+from penstock.transports.folder import Folder
 from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
 from penstock.transports.http import make_app
 from penstock.transports.keyring import Keyring
 from penstock.transports.link import Dialer, Link, adopt
 from penstock.transports.protocol import server_options
+from penstock.transports.store import open_store
 from penstock.transports.tracing import NO_TRACING, OtelTracing, Tracing
 
 log = logging.getLogger("penstock.edge")
@@ -85,8 +89,12 @@ class Server:
         tracing: Tracing = NO_TRACING,
         keyring: Keyring | None = None,
     ) -> None:
-        self.gateway = Gateway(config, edge, pools=pools, tracing=tracing)
+        self._store = open_store(config, run_dir)
+        self._folder = Folder(self._store.place.folder) if self._store is not None else None
+        self.gateway = Gateway(config, edge, pools=pools, tracing=tracing, store=self._store)
         self.app = make_app(self.gateway, factories, keyring)
+        runs_batches = self._store is not None and edge == 0 and served(self.app.app)
+        self._runner = BatchRunner(self.gateway, self.app.app, self._store) if runs_batches and self._store is not None else None
         hello = make_hello("edge", edge, epoch)
         self._dialers = [_dialer(door, run_dir, hello) for door in self.gateway.doors.values()]
         options = server_options(config.max_header_bytes, config.receive_timeout_s)
@@ -102,6 +110,10 @@ class Server:
         self._uvicorn.load()
         protocol: Any = self._uvicorn.http_protocol_class
         self._set_date()
+        if self._store is not None and self._folder is not None and self._store.place.lasting:
+            await self._store.open()  # a file that is no good is better known now than when somebody asks
+            if self.gateway.edge == 0:
+                self._folder.lock()
         for dialer in self._dialers:
             dialer.start()
         # Edges share the listening socket: one that has not met text yet leaves connections to those that have.
@@ -116,6 +128,8 @@ class Server:
             )
             self._servers.append(server)
         self._ticker = loop.create_task(self._tick(), name="edge tick")
+        if self._runner is not None:
+            self._runner.start()
 
     def _set_date(self) -> None:
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
@@ -130,6 +144,8 @@ class Server:
         """Refuse new requests, return when none is in progress; at the deadline (seconds) end the rest and return how many they were."""
         self.gateway.draining = True
         self.drain_within(deadline_s)
+        if self._runner is not None:
+            await self._runner.stop()
         cut = 0
         try:
             async with asyncio.timeout_at(self._drain_until) as self._drain_timeout:
@@ -160,6 +176,8 @@ class Server:
     async def stop(self) -> None:
         """Close everything. What still runs is cut, and told so."""
         self.gateway.draining = True
+        if self._runner is not None:
+            await self._runner.stop()
         self._end_all()
         if self._ticker is not None:
             self._ticker.cancel()
@@ -181,6 +199,10 @@ class Server:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._store is not None:
+            self._store.close()
+        if self._folder is not None:
+            self._folder.unlock()
 
     async def _gone(self, limit_s: float) -> None:
         """Return when every connection is closed, or after `limit_s`."""

@@ -8,7 +8,7 @@ It is long because every field stands here, once.
 
 from __future__ import annotations
 
-from penstock.transports import api_fields
+from penstock.transports import api_fields, responses_fields, storage_fields
 from penstock.transports.field import OPENAI as OPENAI
 from penstock.transports.field import SGLANG as SGLANG
 from penstock.transports.field import VLLM as VLLM
@@ -135,7 +135,13 @@ FIELDS: dict[str, Field] = {
 }
 
 OWN: dict[str, dict[str, Field]] = {
-    "ChatRequest": {"logprobs": Field("Add log-probabilities of the answer.", default="false")},
+    "ChatRequest": {
+        "logprobs": Field("Add log-probabilities of the answer.", default="false"),
+        "store": Field("Keep the answer ([storage](storage.md)). With `--no-store` true is `unsupported_feature`.", default="false"),
+        "metadata": Field(
+            "With store, to find the answer by: at most 16 pairs of texts, of 64 and 512 characters. Else a hint without effect."
+        ),
+    },
     "CompletionRequest": {
         "logprobs": Field(
             "Add log-probabilities of the answer (with echo of the prompt too), with so many alternatives.", allowed="0 to --max-logprobs"
@@ -230,7 +236,7 @@ OWN: dict[str, dict[str, Field]] = {
         "strict": Field("true: the arguments of every call obey `parameters`.", default="false"),
     },
 }
-OWN |= api_fields.ASKED
+OWN |= api_fields.ASKED | responses_fields.ASKED | storage_fields.ASKED
 """Lines of one struct alone: they go before those of FIELDS."""
 
 
@@ -334,7 +340,7 @@ REPLY_OWN |= {
     },
     "CancelReply": {"id": "As it was given.", "object": "`request`.", "cancelled": "true."},
 }
-REPLY_OWN |= api_fields.TOLD
+REPLY_OWN |= api_fields.TOLD | responses_fields.TOLD | storage_fields.TOLD
 
 
 def about_reply(kind: str, name: str) -> str:

@@ -26,6 +26,7 @@ from penstock.transports.door import Door as Door
 from penstock.transports.door import Sink as Sink
 from penstock.transports.door import make_error as make_error
 from penstock.transports.link import LinkBusy
+from penstock.transports.store import Store
 from penstock.transports.tracing import NO_TRACING, Tracing
 
 log = logging.getLogger("penstock.edge.gateway")
@@ -81,12 +82,17 @@ class Gateway:
         pools: Sequence[PoolSpec] = (),
         tracing: Tracing = NO_TRACING,
         clock: Clock | None = None,
+        store: Store | None = None,
     ) -> None:
         self.config = config
+        self.store = store
+        """What is kept between requests; None: nothing (--no-store)."""
         self.edge = edge
         self.tracing = tracing
         self.clock: Clock = clock or SystemClock()
         self.counters = Counters()
+        self.batch_news = asyncio.Event()
+        """Set when there may be a batch to be run."""
         self.next_key = EdgeKeys(edge)
         self.draining = False
         self.active = 0

@@ -13,7 +13,7 @@ SHARDS = string.digits + string.ascii_lowercase
 """The last character, by the shard's index."""
 
 
-PREFIXES = ("chatcmpl-", "cmpl-", "msg_")
+PREFIXES = ("chatcmpl-", "cmpl-", "msg_", "resp_")
 """What public ids begin with, by API. (Those of APIs whose replies have no id begin with nothing, and nobody knows them.)"""
 
 

@@ -21,6 +21,9 @@ from penstock.transports.ids import public_id
 from penstock.transports.request import Receive, RequestContext, sane_id
 from penstock.transports.voice import Head, Usage, Voice
 
+BACKGROUND = 1 << 20
+"""The priority of what nobody waits for: lower ones go first."""
+
 
 def row_error(extra: RowExtra | None) -> PenstockError:
     """The error of a row that ended its choice with "error" or with an "abort" that the client did not ask for."""
@@ -94,7 +97,7 @@ class Job(abc.ABC):
             sampling=generation.sampling,
             explicit=generation.explicit,
             names=generation.names,
-            priority=generation.priority,
+            priority=BACKGROUND if context.background else generation.priority,
             cache_salt=generation.cache_salt,
             truncate_prompt_tokens=generation.truncate_prompt_tokens,
             add_special_tokens=generation.add_special_tokens,

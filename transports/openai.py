@@ -23,6 +23,7 @@ from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tok
 from penstock.transports import refused
 from penstock.transports.generation import Generation
 from penstock.transports.grammars import grammar_of
+from penstock.transports.kept import Kept, kept_of
 from penstock.transports.openai_schema import (
     ChatMessage,
     ChatRequest,
@@ -74,6 +75,8 @@ class Call(Generation, kw_only=True):
     tokens_as_ids: bool
     shown: int | None = None
     """Of the answers to a prompt, reply with so many, the likeliest; None: with all. Never with stream."""
+    kept: Kept | None = None
+    """The answer goes into the store."""
     calls_done: bool = False
     """A stream says when a call's arguments are complete."""
 
@@ -231,6 +234,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         calling=calling,
         parallel_calls=request.parallel_tool_calls is not False,
         calls_done=bool(request.stream_options and request.stream_options.tool_calls_done),
+        kept=kept_of(request, raw) if request.store else None,
         **fields,
     )
 

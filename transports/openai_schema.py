@@ -181,6 +181,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -213,6 +215,12 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
+class MetadataRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/chat/completions/{completion_id}: `metadata` takes the place of what is there."""
+
+    metadata: dict[str, Any] | None
+
+
 HINTS: dict[str, str] = {
     "user": "Whoever asks is told by the API key.",
     "metadata": "Nothing is stored that it could be found by.",
@@ -225,7 +233,7 @@ HINTS: dict[str, str] = {
 """Fields that clients send as hints: nothing of the answer depends on them here, so they are taken in silence. Why, of each."""
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
-PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1, "system": 1, "inputs": 1}
+PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1, "system": 1, "inputs": 1, "input": 1, "instructions": 1}
 
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
 OBJECTS = frozenset({"stream_options", "response_format", "structured_outputs", "chat_template_kwargs", "parameters"})
@@ -235,7 +243,7 @@ MOST_NAMED = 8
 """Unknown fields that an error names."""
 
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
-REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MetadataRequest)
 
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
 _known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fields__) for t in _decoders}
@@ -244,6 +252,7 @@ REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
     CompletionRequest: refused.GENERATION,
     TokenizeRequest: refused.PROMPT,  # what only the answer would depend on may be there: people send what they would ask with
     DetokenizeRequest: {},
+    MetadataRequest: {},
 }
 _tables = {
     kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if rows is refused.GENERATION else ())

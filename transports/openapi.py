@@ -16,8 +16,9 @@ from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
 from penstock.core.protocol.config import Config
-from penstock.transports import anthropic_replies, openapi_replies, tgi_replies
+from penstock.transports import anthropic_replies, openapi_replies, responses_replies, storage_replies, storage_schema, tgi_replies
 from penstock.transports.fields import OWN, about, about_reply
+from penstock.transports.listing import QUERY
 from penstock.transports.openai_schema import REQUESTS
 from penstock.transports.openapi_bounds import bounded
 from penstock.transports.openapi_replies import (
@@ -31,15 +32,19 @@ from penstock.transports.openapi_replies import (
     ErrorReply,
     error_bodies,
     errors_of,
+    every_answer,
+    replies_at,
 )
 
 BODY = "body"
 """The key in a handler's `opt` that names its request struct."""
+FORM = "form"
+"""The same of a request that is a form (multipart/form-data)."""
 
 ASKED = {kind.__name__ for kind in REQUESTS} | OWN.keys()
 TOLD = {
     kind.__name__
-    for module in (openapi_replies, anthropic_replies, tgi_replies)
+    for module in (openapi_replies, anthropic_replies, responses_replies, storage_replies, storage_schema, tgi_replies)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 }
@@ -95,15 +100,23 @@ def complete(app: Any, document: dict[str, Any], config: Config, *, public: Coll
     (openapi_replies.py), and, if keys are needed (`locked`), where. `public` are the paths that need none."""
     document = msgspec.json.decode(msgspec.json.encode(document))
     bodies = {
-        (route.path_format, str(method).lower()): handler.opt[BODY]
+        (route.path_format, str(method).lower()): (media, handler.opt[key])
         for route in app.routes
         for handler in getattr(route, "route_handlers", [])
-        if BODY in handler.opt
+        for key, media in ((BODY, "application/json"), (FORM, "multipart/form-data"))
+        if key in handler.opt
         for method in handler.http_methods
         if method != "OPTIONS"
     }
-    replies = [kind for answers, _ in REPLIES.values() for answer in answers for kind in answer.content.values() if kind is not None]
-    kinds = list(dict.fromkeys([*bodies.values(), *replies, ErrorReply, *OWN_ERRORS.values()]))
+    queries = {
+        (route.path_format, str(method).lower()): handler.opt[QUERY]
+        for route in app.routes
+        for handler in getattr(route, "route_handlers", [])
+        if QUERY in handler.opt
+        for method in handler.http_methods
+    }
+    replies = [kind for answer in every_answer() for kind in answer.content.values() if kind is not None]
+    kinds = list(dict.fromkeys([*(kind for _, kind in bodies.values()), *replies, ErrorReply, *OWN_ERRORS.values()]))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     described(components)
     bounded(components, ASKED, config)
@@ -111,19 +124,21 @@ def complete(app: Any, document: dict[str, Any], config: Config, *, public: Coll
     for path, summary in SUMMARIES.items():
         document["paths"][path] = {"get": {"summary": summary, "tags": ["server"], "operationId": summary.replace(" ", "")}}
     for path, item in document["paths"].items():
-        answers = REPLIES[path][0] if path in REPLIES else []
         for method, operation in item.items():
+            answers = replies_at(path, method)[0] if path in REPLIES else []
             body = bodies.get((path, method))
             if body is not None:
-                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[body]}}}
+                operation["requestBody"] = {"required": True, "content": {body[0]: {"schema": schema_of[body[1]]}}}
             if answers:
-                operation["responses"] = _responses(path, answers, schema_of)
+                operation["responses"] = _responses(path, method, answers, schema_of)
+            if (path, method) in queries:
+                operation.setdefault("parameters", []).extend(_query(queries[path, method]))
             for parameter in operation.get("parameters", []):
                 if parameter["in"] == "path":  # Litestar calls a path that may hold slashes a URI
                     parameter["schema"] = {"type": "string"}
             if locked and path not in public:
                 operation["security"] = [{"bearer": []}, {"key": []}]
-        if answers:
+        if path in REPLIES:
             item |= _without_bodies(item)
     parts = document.setdefault("components", {})
     parts.setdefault("schemas", {}).update(components)
@@ -152,7 +167,8 @@ SILENT = ("head", "options")
 def _without_bodies(item: dict[str, Any]) -> dict[str, Any]:
     """HEAD, where there is GET, and OPTIONS, of an endpoint's other operations."""
     first = next(iter(item.values()))
-    parameters = {"parameters": first["parameters"]} if first.get("parameters") else {}
+    of_path = [parameter for parameter in first.get("parameters", []) if parameter["in"] == "path"]
+    parameters = {"parameters": of_path} if of_path else {}
     added = {}
     if "get" in item:
         get = item["get"]
@@ -175,7 +191,17 @@ def _without_bodies(item: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-def _responses(path: str, answers: Sequence[Answer], schema_of: dict[Any, Any]) -> dict[str, Any]:
+def _query(fields: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parameters that a query may have."""
+    out: list[dict[str, Any]] = []
+    for name, schema in fields.items():
+        how = {"style": "deepObject", "explode": True} if schema.get("type") == "object" else {}
+        schema = {key: value for key, value in schema.items() if key != "description"}
+        out.append({"name": name, "in": "query", "required": False, "description": fields[name]["description"], "schema": schema, **how})
+    return out
+
+
+def _responses(path: str, method: str, answers: Sequence[Answer], schema_of: dict[Any, Any]) -> dict[str, Any]:
     text = {"schema": {"type": "string"}}
     own = {
         str(answer.status): {
@@ -188,7 +214,7 @@ def _responses(path: str, answers: Sequence[Answer], schema_of: dict[Any, Any]) 
         for answer in answers
     }
     wrong = {}
-    for status in errors_of(path):
+    for status in errors_of(path, method):
         shapes = [schema_of[kind] for kind in error_bodies(path, status)]
         shape = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
         said = ERRORS.get(status) or OWN_STATUSES[status]

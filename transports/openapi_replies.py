@@ -12,12 +12,16 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
+from penstock.transports.responses_replies import InputTokensReply, ResponseEvent, ResponseGone, ResponseItems, ResponseReply
+from penstock.transports.storage_replies import BatchList, FileGone, FileList, StoredChat, StoredChatGone, StoredChatList, StoredMessageList
+from penstock.transports.storage_schema import Batch, FileObject
 from penstock.transports.tgi_replies import GenerateError, GenerateEvent, GenerateReply, InfoReply
 
 JSON = "application/json"
 SSE = "text/event-stream"
 PLAIN = "text/plain"
 HTML = "text/html"
+BYTES = "application/octet-stream"
 
 
 class ErrorFields(msgspec.Struct):
@@ -268,9 +272,25 @@ _TGI = (401, 403, 413, 415, 422, 424, 429, 499, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _GENERATING),
+    "/v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], (*_READING, 404)),
+    "/v1/chat/completions/{completion_id}/messages": ([Answer(200, {JSON: StoredMessageList}, "A page of them.")], (*_READING, 404)),
+    "/v1/files": ([Answer(200, {JSON: FileObject}, "The file is kept.")], _ASKING),
+    "/v1/files/{file_id}": ([Answer(200, {JSON: FileObject}, "The file.")], (*_READING, 404)),
+    "/v1/files/{file_id}/content": ([Answer(200, {BYTES: None}, "Its contents.")], (*_READING, 404)),
+    "/v1/batches": ([Answer(200, {JSON: Batch}, "The batch, which is going to be validated.")], _ASKING),
+    "/v1/batches/{batch_id}": ([Answer(200, {JSON: Batch}, "The batch.")], (*_READING, 404)),
+    "/v1/batches/{batch_id}/cancel": ([Answer(200, {JSON: Batch}, "It is being cancelled.")], (*_READING, 404, 409)),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
     "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
+    "/v1/responses": ([Answer(200, {JSON: ResponseReply, SSE: ResponseEvent}, "The answer; with stream true as events.")], _GENERATING),
+    "/v1/responses/input_tokens": ([Answer(200, {JSON: InputTokensReply}, "How many tokens.")], _ASKING),
+    "/v1/responses/{response_id}": (
+        [Answer(200, {JSON: ResponseReply, SSE: ResponseEvent}, "The response; with stream true its events.")],
+        (*_READING, 404),
+    ),
+    "/v1/responses/{response_id}/cancel": ([Answer(200, {JSON: ResponseReply}, "The response, which is over.")], (*_READING, 404)),
+    "/v1/responses/{response_id}/input_items": ([Answer(200, {JSON: ResponseItems}, "A page of them.")], (*_READING, 404)),
     "/generate": ([Answer(200, {JSON: GenerateReply}, "The text.")], _TGI),
     "/generate_stream": ([Answer(200, {SSE: GenerateEvent}, "The text as events.")], _TGI),
     "/": ([Answer(200, {JSON: list[GenerateReply], SSE: GenerateEvent}, "The text, in a list of one; with stream true as events.")], _TGI),
@@ -299,6 +319,27 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
 }
 """path -> (its own answers, statuses of errors besides those of EVERYWHERE)."""
 
+OF_METHODS: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
+    "GET /v1/files": ([Answer(200, {JSON: FileList}, "A page of them.")], _READING),
+    "DELETE /v1/files/{file_id}": ([Answer(200, {JSON: FileGone}, "It is gone.")], (*_READING, 404)),
+    "GET /v1/batches": ([Answer(200, {JSON: BatchList}, "A page of them.")], _READING),
+    "GET /v1/chat/completions": ([Answer(200, {JSON: StoredChatList}, "A page of them.")], _READING),
+    "POST /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], _ASKING),
+    "DELETE /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChatGone}, "It is gone.")], (*_READING, 404)),
+    "DELETE /v1/responses/{response_id}": ([Answer(200, {JSON: ResponseGone}, "It is gone.")], (*_READING, 404)),
+}
+"""The same of methods that answer otherwise than their path's entry in REPLIES says: "METHOD path" -> ..."""
+
+
+def replies_at(path: str, method: str) -> tuple[list[Answer], tuple[int, ...]]:
+    """`method` in any case."""
+    return OF_METHODS.get(f"{method.upper()} {path}") or REPLIES[path]
+
+
+def every_answer() -> list[Answer]:
+    return [answer for answers, _ in (*REPLIES.values(), *OF_METHODS.values()) for answer in answers]
+
+
 SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API as OpenAPI 3.1"}
 """Of paths that Litestar leaves out of its document."""
 
@@ -320,9 +361,9 @@ def error_bodies(path: str, status: int) -> list[type[msgspec.Struct]]:
     return [own, ErrorReply] if status in BEFORE_A_ROUTE else [own]
 
 
-def errors_of(path: str) -> list[int]:
+def errors_of(path: str, method: str = "") -> list[int]:
     """Every status with which an error may come from there."""
-    return sorted({*REPLIES[path][1], *EVERYWHERE})
+    return sorted({*replies_at(path, method)[1], *EVERYWHERE})
 
 
 OWN_STATUSES: dict[int, str] = {
@@ -339,6 +380,7 @@ ERRORS: dict[int, str] = {
     404: "No such model, or nothing at this path.",
     405: "This method is not allowed here.",
     408: "The request did not arrive in time.",
+    409: "What is over cannot be changed.",
     413: "The request is too large.",
     415: "The content type or content encoding is not understood.",
     429: "The server is busy; Retry-After says when to come back.",

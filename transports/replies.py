@@ -89,7 +89,11 @@ class WholeReply(Job):
         if self.error is not None:
             await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
             return
-        await JsonReply(self._body(), headers=ignored_header(self.generation.ignored))(scope, receive, send)
+        await self.send(self._body(), scope, receive, send)
+
+    async def send(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """The answer is known: give it to the client."""
+        await JsonReply(body, headers=ignored_header(self.generation.ignored))(scope, receive, send)
 
     def _gone(self, watcher: asyncio.Task[None]) -> None:
         if not watcher.cancelled() and not self._done.done():

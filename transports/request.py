@@ -56,7 +56,19 @@ class RequestContext:
     metrics count), `include_metrics` (bool), `abort` (closes the connection at once, or None), `raw_send` (to the server directly, past the outer
     application, which adds headers)."""
 
-    __slots__ = ("abort", "headers", "include_metrics", "principal", "raw_send", "rid", "span", "started_ns", "status", "summary")
+    __slots__ = (
+        "abort",
+        "background",
+        "headers",
+        "include_metrics",
+        "principal",
+        "raw_send",
+        "rid",
+        "span",
+        "started_ns",
+        "status",
+        "summary",
+    )
 
     def __init__(self, rid: str, span: RequestSpan, headers: dict[bytes, bytes], raw_send: Send, abort: Callable[[], None] | None) -> None:
         self.rid = rid
@@ -69,6 +81,8 @@ class RequestContext:
         self.status = 0
         """What metrics count; 499 when the client left."""
         self.principal = ANYBODY
+        self.background = False
+        """Others go first, whatever priority it asks for."""
         self.summary: dict[str, Any] = {}
         """Span attributes of the reply."""
 

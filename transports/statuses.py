@@ -43,6 +43,9 @@ IN_PART: dict[str, str] = {
 }
 """Fields that the requests have and that refuse some values by name: which are taken."""
 
+KEPT = ("metadata",)
+"""Hints that say something where the requests have them as fields."""
+
 NO_EFFECT: dict[str, str] = {}
 """Fields that the requests have and that change nothing: why. HINTS are such, too."""
 
@@ -57,6 +60,8 @@ def status_of(kind: type[msgspec.Struct], name: str) -> Status:
     """Of a request of this struct. Raises KeyError for a field that nobody knows (it is ignored and named in a header)."""
     outer, _, inner = name.partition(".")
     if outer in kind.__struct_fields__ and (not inner or inner in StreamOptions.__struct_fields__):
+        if name in KEPT:
+            return Status("works")
         if name in HINTS or name in NO_EFFECT:
             return Status("no effect", HINTS.get(name) or NO_EFFECT[name])
         return Status("in part", IN_PART[name]) if name in IN_PART else Status("works")

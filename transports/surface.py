@@ -26,8 +26,8 @@ class Surface:
 
     def __init__(self, gateway: Gateway, frame: Frame) -> None:
         self._gateway = gateway
-        self._frame = frame
-        self._pulse = Pulse(gateway.config)
+        self.frame = frame
+        self.pulse = Pulse(gateway.config)
 
     async def body(self, request: Request[Any, Any, Any]) -> bytes:
         """The request's JSON, not parsed yet. Raises InvalidRequest (415 for another content type) or RequestTooLarge."""
@@ -38,5 +38,5 @@ class Surface:
         """What the route returns: it runs the generation and says in `voice` what came of it."""
         context = context_of(request.scope)
         if generation.stream:
-            return StreamReply(self._gateway, generation, voice, self._frame, context, self._pulse)
+            return StreamReply(self._gateway, generation, voice, self.frame, context, self.pulse)
         return WholeReply(self._gateway, generation, voice, context)

@@ -15,7 +15,7 @@ from penstock.core.contract.host import PluginHost
 from penstock.core.contract.text import TemplatedRenderer
 from penstock.core.processes.fenced import serve
 from penstock.core.processes.templates import MOST_CHARS, Rendered, Rendering, TemplateSetup
-from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature, described
 
 ROOM = 512 << 20
 NICE = 5
@@ -40,8 +40,8 @@ def render(renderer: TemplatedRenderer, rendering: Rendering) -> Rendered:
         return Rendered(error=_sendable(error.message), param=error.param, unsupported=isinstance(error, UnsupportedFeature))
     except MemoryError:
         return Rendered(error="chat_template cannot be used: it takes too much memory.", param="chat_template")
-    except Exception as error:
-        said = _sendable(f"chat_template cannot be used: {type(error).__name__}: {error}"[:500])
+    except BaseException as error:
+        said = _sendable(f"chat_template cannot be used: {described(error)}"[:500])
         return Rendered(error=said, param="chat_template")
 
 

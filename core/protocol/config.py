@@ -140,7 +140,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     grammar_backend: Annotated[str | None, opt("Grammar plugin; default: the one of the highest priority.", "plugins")] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
-        default_factory=lambda: ["openai", "anthropic", "tgi"]
+        default_factory=lambda: ["openai", "anthropic", "responses", "tgi"]
     )
 
     # --- server
@@ -185,6 +185,30 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 30.0
     queue_full_status: Annotated[Literal[429, 503], opt("Status of a refused admission.", "server")] = 429
     metrics_compat: Annotated[Literal["vllm", "none"], opt("Also export vllm:* metric names.", "server")] = "vllm"
+
+    # --- what is kept between requests
+    enable_store: Annotated[
+        bool, opt("Keep what requests ask to be kept (store: true), files and batches (docs/storage.md).", "storage", no="no-store")
+    ] = True
+    store: Annotated[
+        str | None, opt("SQLite file in which it is kept. Default: in memory, or until the end in a private folder.", "storage")
+    ] = None
+    store_ttl_s: Annotated[float, opt("Seconds that it is kept, at most; 0: until it is deleted. Default: 30 days.", "storage")] = (
+        30 * 86400.0
+    )
+    store_max_bytes: Annotated[
+        int,
+        opt("Most bytes kept, but for files' contents; when full, the oldest of the tenant with most is dropped.", "storage", size=True),
+    ] = 256 * MiB
+    store_max_rows: Annotated[int, opt("Most things kept.", "storage", size=True)] = 100_000
+    max_file_bytes: Annotated[int, opt("Largest file that may be handed in.", "storage", size=True)] = 200 * MiB
+    max_files: Annotated[int, opt("Most files of a tenant, those that batches make among them.", "storage")] = 1000
+    max_files_bytes: Annotated[int, opt("Beyond so many bytes in files no more are taken.", "storage", size=True)] = 4 * GiB
+    max_batch_lines: Annotated[int, opt("Most requests of a batch.", "storage")] = 50_000
+    batch_in_flight: Annotated[
+        int | None,
+        opt("Most requests of batches that run at once while nobody else asks. Default: a quarter of --max-num-seqs.", "storage"),
+    ] = None
 
     # --- limits
     max_body_bytes: Annotated[int, opt("Largest request body.", "limits", size=True)] = 32 * MiB
@@ -589,12 +613,18 @@ def check(config: Config) -> None:
         "max_streams",
         "stream_park_bytes",
         "stream_max_bytes",
+        "store_max_bytes",
+        "store_max_rows",
+        "max_file_bytes",
+        "max_files",
+        "max_files_bytes",
+        "max_batch_lines",
     ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
     if config.max_prompt_chars is not None and config.max_prompt_chars < 1:
         raise ConfigError("--max-prompt-chars must be at least 1.", param="max_prompt_chars")
-    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s", "watchdog_timeout"):
+    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s", "watchdog_timeout", "store_ttl_s"):
         if not getattr(config, name) >= 0:  # "not": what is no number fails too
             raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)
     for name in ("receive_timeout_s", "stream_stall_s", "keep_alive_s"):
@@ -610,10 +640,12 @@ def check(config: Config) -> None:
             raise ConfigError(f"{OPTIONS[name].flag} must be at most {LONGEST_S} seconds (a week).", param=name)
     if config.priority_ageing_s == float("inf"):
         raise ConfigError("--priority-ageing-s must be finite; 0 is no ageing.", param="priority_ageing_s")
-    for name in ("threads", "num_gpu_blocks_override"):
+    for name in ("threads", "num_gpu_blocks_override", "batch_in_flight"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
+    if config.store is not None and not config.store.strip():
+        raise ConfigError("--store must name a file.", param="store")
     _check_pairs(config)
     _check_cors(config)
     if not all(name.strip() for name in config.served_model_name):
@@ -660,6 +692,8 @@ def _check_cors(config: Config) -> None:
 
 def _check_pairs(config: Config) -> None:
     """Options that cannot both be as they are. Each error says which to change, and to what."""
+    if config.store is not None and not config.enable_store:
+        raise ConfigError("--store names a file, but --no-store says that nothing is to be kept. Leave one of them out.", param="store")
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise ConfigError(
             f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-num-seqs {config.max_num_seqs}: not every running"

@@ -22,19 +22,41 @@ from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOut
 from penstock.transports import fields, openapi_replies
 from penstock.transports.anthropic_schema import ANTHROPIC_REQUESTS
 from penstock.transports.openai import Call, parse_chat, parse_completion
-from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from penstock.transports.openai_schema import (
+    HINTS,
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    MetadataRequest,
+    TokenizeRequest,
+    decode,
+)
 from penstock.transports.openapi import ASKED, described
 from penstock.transports.openapi_replies import REPLIES
 from penstock.transports.refused import MESSAGE_FIELDS
+from penstock.transports.responses_schema import RESPONSES_REQUESTS
+from penstock.transports.storage_schema import BatchRequest, FileUpload
 from penstock.transports.tgi_schema import TGI_REQUESTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *ANTHROPIC_REQUESTS, *TGI_REQUESTS)
+REQUESTS = (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    MetadataRequest,
+    FileUpload,
+    BatchRequest,
+    *ANTHROPIC_REQUESTS,
+    *RESPONSES_REQUESTS,
+    *TGI_REQUESTS,
+)
 
 
 def schemas() -> dict[str, Any]:
     """Every struct that requests and replies are made of, by name, as the OpenAPI document has it."""
-    answers = [kind for some, _ in REPLIES.values() for one in some for kind in one.content.values() if isinstance(kind, type)]
+    answers = [kind for one in openapi_replies.every_answer() for kind in one.content.values() if isinstance(kind, type)]
     _, components = msgspec.json.schema_components(
         [*REQUESTS, *answers, openapi_replies.ErrorReply, *openapi_replies.OWN_ERRORS.values()], ref_template="#/components/schemas/{name}"
     )
@@ -58,7 +80,7 @@ def test_each_field_of_each_request_and_reply_has_its_line(http_page: str, kind:
     if kind in ("ChatRequest", "CompletionRequest"):
         text += section(http_page, "Fields of both generation requests")
     for name in schemas()[kind]["properties"]:
-        assert re.search(rf"(?m)^\| `{name}` \| [^|]+ \| [^|\s]", text), f"{kind}.{name}"
+        assert re.search(rf"(?m)^\| `{re.escape(name)}` \| [^|]+ \| [^|\s]", text), f"{kind}.{name}"
 
 
 def test_no_line_is_left_over() -> None:

@@ -56,6 +56,7 @@ EXAMPLES: dict[str, Any] = {
     "reasoning_effort": "low",
     "service_tier": "flex",
     "metadata": {"a": "b"},
+    "store": True,
     "prediction": {"type": "content", "content": "x"},
     "prompt_cache_key": "k",
     "prompt_cache_retention": "24h",
@@ -88,11 +89,12 @@ EXAMPLES: dict[str, Any] = {
     "no_stop_trim": True,
 }
 """A value of each field that is taken, other than what counts without it if there is one."""
-COMPLETION = {"add_special_tokens": False}
+COMPLETION = {"add_special_tokens": False, "store": False}
 CHAT = {"logprobs": True}
 """The same where one endpoint differs."""
 
 BESIDE: dict[str, dict[str, Any]] = {
+    "metadata": {"store": True},
     "top_logprobs": {"logprobs": True},
     "return_tokens_as_token_ids": {"logprobs": 1},
     "stream_options": STREAM,
@@ -126,8 +128,8 @@ def with_field(base: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     return base | {outer: base.get(outer, {}) | {inner: value} if inner else value}
 
 
-def ask(edge: Edge, path: str, body: dict[str, Any]) -> tuple[list[Any], str]:
-    """What text was told, and the reply; both without what differs from one request to the next."""
+def ask(edge: Edge, path: str, body: dict[str, Any]) -> tuple[list[Any], str, str]:
+    """What text was told, the reply, and what is kept of it; all without what differs from one request to the next."""
     before = len(edge.text.received)
     reply = edge.kept.post(path, json=body)
     assert (reply.status_code, reply.headers.get("x-penstock-ignored-fields")) == (200, None), reply.text
@@ -138,7 +140,9 @@ def ask(edge: Edge, path: str, body: dict[str, Any]) -> tuple[list[Any], str]:
         if re.fullmatch("[0-9a-f]{32}", one["rid"]):
             del one["rid"]
         one["prompt_ids"] = None if one["prompt_ids"] is None else one["prompt_ids"].tolist()
-    return told, re.sub(r'"(id|created)":("[^"]*"|\d+)', "", reply.text)
+    id = re.search(r'"id":"(chatcmpl-[^"]*)"', reply.text)
+    kept = edge.kept.get(f"/v1/chat/completions/{id.group(1)}").json().get("metadata", "nothing") if id else "nothing"
+    return told, re.sub(r'"(id|created)":("[^"]*"|\d+)', "", reply.text), str(kept)
 
 
 def refuse(edge: Edge, path: str, body: dict[str, Any], param: str) -> None:

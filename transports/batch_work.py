@@ -1,0 +1,322 @@
+"""One batch, from validating to its end.
+
+What it is: `Work`. It asks the application as a client would (inside.py) and appends each answer to the batch's output or error file as it comes; those files are
+the journal, so that a server that was killed goes on where it was, and no line comes twice or is missing.
+What it does not know: which batches there are and whose turn it is (batch_runner.py); what the files' lines look like (batch_lines.py); HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+from litestar import Litestar
+
+from penstock.core.protocol.errors import ModelNotFound
+from penstock.transports import batch_lines, files
+from penstock.transports.batches import Private, Record
+from penstock.transports.files import Files
+from penstock.transports.gateway import Gateway
+from penstock.transports.inside import Reply, ask
+from penstock.transports.places import Places
+from penstock.transports.questions import find_model
+from penstock.transports.storage_schema import Batch, BatchError, BatchErrors
+
+log = logging.getLogger("penstock.edge.batches")
+
+PROGRESS_S = 1.0
+"""How often a running batch is looked at: counts are told, a cancel and the end of its time are seen."""
+RETRY_S = (1.0, 10.0)
+"""Pause before a request that the server could not take is asked again: the first, and the longest."""
+
+
+def now_s() -> int:
+    return int(time.time())
+
+
+class Bench(NamedTuple):
+    """What every batch is worked at with."""
+
+    gateway: Gateway
+    app: Litestar
+    files: Files
+    places: Places
+
+
+def failed(errors: list[BatchError]) -> Callable[[Batch, Private], None]:
+    def change(batch: Batch, _: Private) -> None:
+        batch.status, batch.failed_at = "failed", now_s()
+        batch.errors = BatchErrors(object="list", data=errors)
+
+    return change
+
+
+class Work:
+    """One batch in hand."""
+
+    def __init__(self, bench: Bench, record: Record) -> None:
+        self._bench = bench
+        self._record = record
+        self._files = bench.files
+        self._config = bench.gateway.config
+        self._done: set[str] = set()
+        self._counts = record.batch.request_counts
+        self._writing = asyncio.Lock()
+        self._output = self._errors = -1
+        self._end = ""
+        """Why no more is to be run: cancelled or expired."""
+        self._trouble: BaseException | None = None
+        """A line could not be written: nothing more is."""
+        self._asking: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Raises Gone, or PenstockError where the store or the disk fails; then it may be run again."""
+        batch = self._record.batch
+        if batch.status == "validating":
+            await self._validate()
+        if batch.status in ("in_progress", "cancelling") and not self._record.private.final:
+            await self._work()
+        if self._record.batch.status in ("finalizing", "cancelling"):
+            await self._finish()
+
+    def _over(self) -> str:
+        batch = self._record.batch
+        if batch.status == "cancelling":
+            return "cancelled"
+        return "expired" if now_s() >= batch.expires_at else ""
+
+    # --- validating
+
+    async def _validate(self) -> None:
+        config, batch = self._config, self._record.batch
+        check = batch_lines.Check(batch.endpoint, config.max_batch_lines, config.max_body_bytes)
+        reader = await self._reader()
+        if reader is None:
+            return
+        try:
+            while not (reader.over or check.hopeless):
+                await self._files.disk(lambda: check.take(reader.window()))
+        finally:
+            reader.close()
+        check.end()
+        if check.model and not check.errors:
+            try:
+                await find_model(self._bench.gateway, check.model)
+            except ModelNotFound as error:
+                check.wrong("model_not_found", error.message, "body.model", 1)
+        if check.errors:
+            await self._record.change(failed(check.errors))
+            return
+
+        def go(batch: Batch, _: Private) -> None:
+            batch.model = check.model
+            batch.request_counts.total = check.total
+            if batch.status == "validating":
+                batch.status, batch.in_progress_at = "in_progress", now_s()
+
+        await self._record.change(go)
+
+    async def _reader(self) -> batch_lines.Reader | None:
+        """Of the input file. Without it the batch fails."""
+        batch = self._record.batch
+        try:
+            file = await self._files.find(self._record.tenant, batch.input_file_id)
+            if file is not None:
+                return await asyncio.to_thread(batch_lines.Reader, self._files.folder.of(file.id), self._config.max_body_bytes)
+        except FileNotFoundError:
+            pass
+        wrong = BatchError(code="file_not_found", message="The input file is no longer there.", param="input_file_id", line=None)
+        await self._record.change(failed([wrong]))
+        return None
+
+    # --- running
+
+    async def _work(self) -> None:
+        folder, private = self._files.folder, self._record.private
+        output = await self._files.disk(batch_lines.finished_lines, folder.writing(private.output_id))
+        errors = await self._files.disk(batch_lines.finished_lines, folder.writing(private.error_id))
+        self._done = output | errors
+        self._counts = self._record.batch.request_counts
+        self._counts.completed, self._counts.failed = len(output), len(errors)
+        reader = await self._reader()
+        if reader is None:
+            return
+        watcher = asyncio.get_running_loop().create_task(self._watch())
+        try:
+            self._output = await self._files.disk(folder.create, private.output_id)
+            self._errors = await self._files.disk(folder.create, private.error_id)
+            self._end = self._over()
+            await self._all(reader, watcher)
+        finally:
+            watcher.cancel()
+            for task in self._asking:
+                task.cancel()
+            await asyncio.gather(watcher, *self._asking, return_exceptions=True)
+            reader.close()
+            for descriptor in (self._output, self._errors):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._output = self._errors = -1
+
+        def end(batch: Batch, private: Private) -> None:
+            batch.request_counts = self._counts
+            private.final = "cancelled" if batch.status == "cancelling" else self._end or "completed"
+            if batch.status == "in_progress":
+                batch.status, batch.finalizing_at = "finalizing", now_s()
+
+        await self._record.change(end)
+
+    async def _all(self, reader: batch_lines.Reader, watcher: asyncio.Task[None]) -> None:
+        """Every line that has no answer yet; raises what the watcher found."""
+        places = self._bench.places
+        while not reader.over:
+            for _, raw in await self._files.disk(reader.window):
+                assert raw is not None  # or it had not been validated
+                if self._done and batch_lines.id_of(raw) in self._done:
+                    continue
+                if self._end:
+                    if self._end == "expired":
+                        await self._expire(raw)
+                    continue
+                await places.take(lambda: bool(self._end) or watcher.done() or self._trouble is not None)
+                if watcher.done() or self._trouble is not None:
+                    places.give()
+                    break
+                if self._end:
+                    places.give()
+                    if self._end == "expired":
+                        await self._expire(raw)
+                    continue
+                task = asyncio.get_running_loop().create_task(self._one(raw))
+                self._asking.add(task)
+                task.add_done_callback(self._asked)
+            if watcher.done() or self._end == "cancelled" or self._trouble is not None:
+                break
+        while self._asking and not watcher.done() and self._trouble is None:
+            await asyncio.wait([*self._asking, watcher], return_when=asyncio.FIRST_COMPLETED)
+        if watcher.done():
+            await watcher
+        if self._trouble is not None:
+            raise self._trouble
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        self._asking.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._trouble = task.exception()
+        self._bench.places.give()
+
+    async def _expire(self, raw: bytes) -> None:
+        message = "This request could not be answered before the batch's time was over."
+        await self._write(batch_lines.not_run(batch_lines.id_of(raw), "batch_expired", message), ok=False)
+
+    async def _one(self, raw: bytes) -> None:
+        """One request, until it has an answer or the batch's end came first."""
+        line = batch_lines.read_line(raw)
+        try:
+            reply = await self._answer(line.url, bytes(line.body))
+        except asyncio.CancelledError:
+            if self._end == "expired":
+                await self._expire(raw)
+            raise
+        except Exception:
+            log.exception("a request of batch %s failed", self._record.id)
+            said = "The server made an error. It is logged."
+            await self._write(batch_lines.not_run(line.custom_id, "internal_error", said), ok=False)
+            return
+        written = batch_lines.answered(line.custom_id, reply.status, reply.request_id, reply.body)
+        await self._write(written, ok=reply.status == 200)
+
+    async def _answer(self, url: str, body: bytes) -> Reply:
+        wrong = unfit(body)
+        if wrong is not None:
+            return wrong
+        pause, longest = RETRY_S
+        while True:
+            with self._bench.places.asking():
+                reply = await ask(self._bench.app, url, body, self._record.tenant)
+            if reply.status not in (429, 503) or b'"store_full"' in reply.body:
+                return reply
+            told = reply.headers.get(b"retry-after", b"")
+            await asyncio.sleep(max(pause, min(float(told), 60.0) if told.isdigit() else 0.0))
+            pause = min(2 * pause, longest)
+
+    async def _write(self, line: bytes, *, ok: bool) -> None:
+        async with self._writing:
+            if self._trouble is not None:
+                raise self._trouble
+            write = asyncio.get_running_loop().create_task(self._files.disk(batch_lines.append, self._output if ok else self._errors, line))
+            cancelled = False
+            while not write.done():
+                try:
+                    await asyncio.wait([write])
+                except asyncio.CancelledError:  # a line is written whole
+                    cancelled = True
+            self._trouble = write.exception()
+            write.result()
+            if ok:
+                self._counts.completed += 1
+            else:
+                self._counts.failed += 1
+            if cancelled:
+                raise asyncio.CancelledError
+
+    async def _watch(self) -> None:
+        """Tell the counts, see a cancel, see that the time is over. Ends with an exception only."""
+        told = (-1, -1)
+        record, counts = self._record, self._counts
+
+        def tell(batch: Batch, _: Private) -> None:
+            batch.request_counts = counts
+
+        while True:
+            if (counts.completed, counts.failed) != told:
+                told = counts.completed, counts.failed
+                await record.change(tell)
+            else:
+                await record.read()
+            end = self._over()
+            if end and not self._end:
+                self._end = end
+                for task in self._asking:
+                    task.cancel()
+            await self._bench.places.look()
+            await asyncio.sleep(PROGRESS_S)
+
+    # --- finishing
+
+    async def _finish(self) -> None:
+        record, private = self._record, self._record.private
+        found: dict[str, str] = {}
+        for name, id in (("output", private.output_id), ("error", private.error_id)):
+            size = await self._files.disk(self._files.folder.finish, id)
+            if size:
+                await self._files.put(record.tenant, id, f"{record.id}_{name}.jsonl", files.OUTPUT, size, private.output_ttl_s)
+                found[name] = id
+            else:
+                await self._files.disk(self._files.folder.remove, id)
+
+        def end(batch: Batch, private: Private) -> None:
+            batch.status = private.final  # type: ignore[assignment]
+            batch.output_file_id, batch.error_file_id = found.get("output"), found.get("error")
+            setattr(batch, f"{private.final}_at", now_s())
+
+        await record.change(end)
+        log.info("batch %s is %s: %s", record.id, private.final, record.batch.request_counts)
+
+
+_UNFIT = {"stream": "Answers of a batch come whole.", "background": "A batch is in the background anyway."}
+
+
+def unfit(body: bytes) -> Reply | None:
+    """The refusal of a request that no batch can have answered; None: it can."""
+    fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    for name, why in _UNFIT.items():
+        if name in fields and bytes(fields[name]) not in (b"null", b"false"):
+            said = {"message": f"{name} is not supported in a batch. {why} Leave it out.", "type": "invalid_request_error"}
+            return Reply(400, {}, msgspec.json.encode({"error": {**said, "param": name, "code": "unsupported_feature"}}), "")
+    return None

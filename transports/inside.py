@@ -1,0 +1,67 @@
+"""Requests that the server makes of itself.
+
+What it is: `ask`, which has the application answer a POST as if a client had sent it, without a socket: the same routes, checks and errors. Whoever asks waits for
+the whole answer; if that is cancelled, so is the request.
+What it does not know: why it is asked, what the answer says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, NamedTuple
+
+from litestar.types import ASGIApp
+
+from penstock.core.protocol.tables import INFERENCE, Principal
+from penstock.transports.request import CONTEXT, RequestContext, new_rid
+from penstock.transports.tracing import NO_TRACING
+
+LONGEST_WAIT_S = 30.0
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[bytes, bytes]
+    body: bytes
+    request_id: str
+
+
+async def ask(app: ASGIApp, path: str, body: bytes, tenant: str) -> Reply:
+    """In the background: of the lowest priority."""
+    headers = {b"content-type": b"application/json", b"content-length": b"%d" % len(body), b"host": b"inside"}
+    start: dict[str, Any] = {"status": 500, "headers": []}
+    pieces: list[bytes] = []
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        if parts:
+            return parts.pop()
+        return await asyncio.get_running_loop().create_future()  # nobody leaves
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+        else:
+            pieces.append(message.get("body", b""))
+
+    context = RequestContext(new_rid(), NO_TRACING.begin("", ""), headers, send, None)
+    context.principal = Principal(tenant=tenant, scopes=frozenset({INFERENCE}))
+    context.background = True
+    scope: Any = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": list(headers.items()),
+        "client": None,
+        "server": None,
+        "extensions": {},
+        "state": {CONTEXT: context},
+    }
+    await app(scope, receive, send)
+    return Reply(start["status"], {name.lower(): value for name, value in start["headers"]}, b"".join(pieces), context.rid)

@@ -1,0 +1,238 @@
+"""From a request of OpenAI's Responses API to what text is told.
+
+What it is: `parse`, which checks the fields of a request, and has a Call of chat made of them, so that what is true of chat is true here; `Asked`, what came of it. Errors name the fields of this API.
+What it does not know: conversations (responses_prompt.py), replies (responses_voice.py), routes, where responses are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
+from penstock.core.protocol.messages import Limits
+from penstock.transports.metadata import check_metadata
+from penstock.transports.openai import Call
+from penstock.transports.openai_schema import check_unknown, decode, fields_of
+from penstock.transports.responses_items import Item, tool_echo
+from penstock.transports.responses_prompt import LOGPROBS, Length, Prompt, need, question, renamed
+from penstock.transports.responses_schema import (
+    LIKE_CHAT,
+    InputTokensRequest,
+    ReasoningOptions,
+    ResponsesRequest,
+    ResponseStreamOptions,
+    TextOptions,
+)
+from penstock.transports.responses_store import Records
+from penstock.transports.responses_voice import Shown
+
+SEALED = "reasoning.encrypted_content"
+INCLUDABLE = frozenset(
+    {
+        LOGPROBS,
+        SEALED,
+        "file_search_call.results",
+        "web_search_call.results",
+        "web_search_call.action.sources",
+        "message.input_image.image_url",
+        "computer_call_output.output.image_url",
+        "code_interpreter_call.outputs",
+    }
+)
+"""Those of tools and images find nothing to include here."""
+TIERS = frozenset({"auto", "default", "flex", "scale", "priority", "fast", "ultrafast"})
+ID_CHARS = 512
+"""Most characters of identifiers that are shown again."""
+
+
+class Asked(msgspec.Struct, kw_only=True):
+    """One understood request."""
+
+    call: Call
+    shown: Shown
+    places: list[str]
+    """Where each message came from."""
+    input: list[Item]
+    """As it is kept."""
+    rid: str
+    """Unguessable; the response's id is made of it."""
+    previous: str | None = None
+    store: bool = False
+    background: bool = False
+    stream: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.shown.id
+
+    def renamed(self, error: PenstockError) -> PenstockError:
+        return renamed(error, self.places)
+
+
+def decoded(
+    body: bytes, kind: type[InputTokensRequest], config: Config, limits: Limits | None
+) -> tuple[InputTokensRequest, dict[str, msgspec.Raw], list[str]]:
+    """The request, its raw fields, and the names of fields that nobody knows. Raises InvalidRequest, UnsupportedFeature or RequestTooLarge."""
+    request, raw, ignored = decode(body, kind, limits)
+    assert isinstance(request, InputTokensRequest)
+    parts: dict[str, type[msgspec.Struct]] = {"reasoning": ReasoningOptions, "text": TextOptions, "stream_options": ResponseStreamOptions}
+    for name, struct in parts.items():
+        if getattr(request, name, None) is not None:
+            known = struct.__struct_fields__
+            for inner, value in fields_of(raw[name], name).items():
+                if inner not in known:
+                    ignored.append(_neutral(f"{name}.{inner}", value))
+    return request, raw, [name for name in ignored if name]
+
+
+def _neutral(name: str, value: msgspec.Raw) -> str:
+    """A field within an object: "" if its value asks for nothing, else the name of one that nobody knows. Raises UnsupportedFeature for a known one."""
+    neutral = {"reasoning.context": (b"null", b'"auto"'), "reasoning.mode": (b"null", b'"standard"')}.get(name)
+    if neutral is None:
+        return name[:200]
+    if bytes(value).strip() not in neutral:
+        raise UnsupportedFeature(f"{name} is not supported here. Leave it out.", param=name)
+    return ""
+
+
+# ------------------------------------------------------------------ /v1/responses
+
+
+async def parse(
+    body: bytes,
+    config: Config,
+    limits: Limits | None,
+    *,
+    rid: str,
+    core: str,
+    tenant: str,
+    records: Records | None,
+    length: Length,
+) -> Asked:
+    """The response's id is `resp_CORE`. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
+    request, _, ignored = decoded(body, ResponsesRequest, config, limits)
+    assert isinstance(request, ResponsesRequest)
+    _check(request, records)
+    prompt = Prompt(request)
+    await prompt.gather(core, ignored, records, tenant, config)
+    include = frozenset(request.include or ())
+    fields = prompt.fields
+    fields |= {name: value for name in LIKE_CHAT if (value := getattr(request, name)) is not None}
+    if request.max_output_tokens is not None:
+        fields["max_completion_tokens"] = request.max_output_tokens
+    if LOGPROBS in include:
+        fields["logprobs"] = True
+    if request.top_logprobs is not None:
+        fields["top_logprobs"] = request.top_logprobs
+    if request.stream or request.background:  # of one in the background it is known how far it is
+        fields["stream"] = True
+    call = await prompt.call(config, limits, length, request.max_output_tokens or 1)
+    places = prompt.places
+    call.names = {**call.names, "max_tokens": "max_output_tokens"}
+    call.ignored = check_unknown(sorted(ignored), strict=config.strict_fields)
+    if call.grammar is not None:
+        call.grammar = msgspec.structs.replace(
+            call.grammar,
+            field=call.grammar.field.replace("response_format.json_schema", "text.format").replace("response_format", "text.format"),
+        )
+    store = records is not None and request.store is not False
+    options = request.stream_options
+    shown = Shown(
+        id=f"resp_{core}",
+        echo=_echo(request, store),
+        logprobs=LOGPROBS in include,
+        sealed=SEALED in include,
+        obfuscate=bool(options and options.include_obfuscation),
+    )
+    return Asked(
+        call=call,
+        shown=shown,
+        places=places,
+        input=prompt.input,
+        rid=rid,
+        previous=request.previous_response_id or None,
+        store=store,
+        background=bool(request.background),
+        stream=bool(request.stream),
+    )
+
+
+def _check(request: ResponsesRequest, records: Records | None) -> None:
+    """Fields that chat has not, or that only this API bounds."""
+    for name in request.include or ():
+        need(name in INCLUDABLE, f"include: {name[:80]!r} is none of {', '.join(sorted(INCLUDABLE))}.", "include")
+    check_metadata(request.metadata)
+    for name in ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "previous_response_id"):
+        value = getattr(request, name)
+        need(value is None or len(value) <= ID_CHARS, f"{name} may have at most {ID_CHARS} characters.", name)
+    need(
+        request.service_tier is None or request.service_tier in TIERS,
+        f"service_tier must be one of {', '.join(sorted(TIERS))}.",
+        "service_tier",
+    )
+    need(request.max_tool_calls is None or request.max_tool_calls >= 1, "max_tool_calls must be at least 1.", "max_tool_calls")
+    need(request.stream_options is None or bool(request.stream), "stream_options is only allowed when stream is true.", "stream_options")
+    if request.background:
+        need(records is not None, "background needs a store, and this server has none (--no-store). Leave it out.", "background")
+        need(request.store is not False, "background needs store to be true: what becomes of it can only be kept.", "background")
+
+
+def _echo(request: ResponsesRequest, store: bool) -> dict[str, Any]:
+    """What the reply repeats of the request, as OpenAI's does. What was left out and is the model's to say is null."""
+    text = request.text
+    shape: dict[str, Any] = {"type": "text"}
+    if text is not None and text.format is not None:
+        given = text.format
+        shape = {"type": given.type}
+        if given.type == "json_schema":
+            shape |= {
+                "name": given.name or "",
+                "description": given.description,
+                "schema": given.schema_,
+                "strict": given.strict is not False,
+            }
+    reasoning = request.reasoning
+    return {
+        "background": bool(request.background),
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "max_tool_calls": request.max_tool_calls,
+        "metadata": request.metadata or {},
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "previous_response_id": request.previous_response_id or None,
+        "prompt_cache_key": request.prompt_cache_key,
+        "reasoning": {"effort": reasoning and reasoning.effort, "summary": reasoning and reasoning.summary},
+        "safety_identifier": request.safety_identifier,
+        "service_tier": "default",
+        "store": store,
+        "temperature": request.temperature,
+        "text": {"format": shape, "verbosity": "medium"},
+        "tool_choice": request.tool_choice or "auto",
+        "tools": [tool_echo(tool) for tool in request.tools or ()],
+        "top_logprobs": request.top_logprobs or 0,
+        "top_p": request.top_p,
+        "truncation": request.truncation or "disabled",
+        "user": request.user,
+    }
+
+
+# ------------------------------------------------------------------ /v1/responses/input_tokens
+
+
+async def parse_count(
+    body: bytes, config: Config, limits: Limits | None, *, tenant: str, records: Records | None, length: Length
+) -> tuple[int, list[str]]:
+    """How many tokens the prompt has, and the ignored fields. Raises as `parse`, and what `length` raises."""
+    request, _, ignored = decoded(body, InputTokensRequest, config, limits)
+    prompt = Prompt(request)
+    await prompt.gather("0", ignored, records, tenant, config)
+    check_unknown(sorted(ignored), strict=config.strict_fields)
+    call = await prompt.call(config, limits, length, 1)
+    try:
+        count, _ = await length(question(call), request.model or "")
+    except PenstockError as error:
+        raise renamed(error, prompt.places) from None
+    return count, sorted(ignored)
