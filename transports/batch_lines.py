@@ -197,14 +197,10 @@ def finished_lines(path: Path) -> set[str]:
     return done
 
 
-def append(descriptor: int, line: bytes) -> None:
-    view = memoryview(line)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
 def answered(custom_id: str, status: int, request_id: str, body: bytes) -> bytes:
     """The line of a request that the server answered, well or not."""
+    if b"\n" in body:
+        body = msgspec.json.format(body, indent=-1)
     response = {"status_code": status, "request_id": request_id, "body": msgspec.Raw(body)}
     return _json({"id": new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": None}) + b"\n"
 

@@ -18,7 +18,7 @@ import msgspec
 from litestar import Litestar
 
 from penstock.core.protocol.errors import ModelNotFound
-from penstock.transports import batch_lines, files
+from penstock.transports import batch_lines, files, folder
 from penstock.transports.batches import Private, Record
 from penstock.transports.files import Files
 from penstock.transports.gateway import Gateway
@@ -137,9 +137,9 @@ class Work:
     # --- running
 
     async def _work(self) -> None:
-        folder, private = self._files.folder, self._record.private
-        output = await self._files.disk(batch_lines.finished_lines, folder.writing(private.output_id))
-        errors = await self._files.disk(batch_lines.finished_lines, folder.writing(private.error_id))
+        place, private = self._files.folder, self._record.private
+        output = await self._files.disk(batch_lines.finished_lines, place.writing(private.output_id))
+        errors = await self._files.disk(batch_lines.finished_lines, place.writing(private.error_id))
         self._done = output | errors
         self._counts = self._record.batch.request_counts
         self._counts.completed, self._counts.failed = len(output), len(errors)
@@ -148,8 +148,8 @@ class Work:
             return
         watcher = asyncio.get_running_loop().create_task(self._watch())
         try:
-            self._output = await self._files.disk(folder.create, private.output_id)
-            self._errors = await self._files.disk(folder.create, private.error_id)
+            self._output = await self._files.disk(place.create, private.output_id)
+            self._errors = await self._files.disk(place.create, private.error_id)
             self._end = self._over()
             await self._all(reader, watcher)
         finally:
@@ -239,6 +239,8 @@ class Work:
         while True:
             with self._bench.places.asking():
                 reply = await ask(self._bench.app, url, body, self._record.tenant)
+            if not reply.headers.get(b"content-type", b"").startswith(b"application/json"):
+                raise RuntimeError(f"{url} did not answer in JSON")
             if reply.status not in (429, 503) or b'"store_full"' in reply.body:
                 return reply
             told = reply.headers.get(b"retry-after", b"")
@@ -249,7 +251,7 @@ class Work:
         async with self._writing:
             if self._trouble is not None:
                 raise self._trouble
-            write = asyncio.get_running_loop().create_task(self._files.disk(batch_lines.append, self._output if ok else self._errors, line))
+            write = asyncio.get_running_loop().create_task(self._files.disk(folder.write, self._output if ok else self._errors, line))
             cancelled = False
             while not write.done():
                 try:

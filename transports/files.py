@@ -21,7 +21,7 @@ from litestar.types import ASGIApp
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, NotFound, UnsupportedFeature
 from penstock.transports import listing
-from penstock.transports.folder import Folder, new_id
+from penstock.transports.folder import Folder, new_id, write
 from penstock.transports.form import read_form
 from penstock.transports.gateway import Gateway
 from penstock.transports.openapi import FORM
@@ -136,9 +136,7 @@ class Upload:
     def _append(self, data: bytes) -> None:
         if self._descriptor < 0:
             self._descriptor = self._files.folder.create(self.id)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+        write(self._descriptor, data)
 
     async def finish(self) -> None:
         await self._write()

@@ -28,6 +28,13 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(16)
 
 
+def write(descriptor: int, data: bytes) -> None:
+    """All of it, or OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,6 +118,7 @@ class Folder:
         """Until this process ends the folder is this server's. Raises ConfigError if it is another's."""
         try:
             self.make()
+            self.path.chmod(0o700)
             descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise ConfigError(f"--store: the folder {self.path} cannot be used ({error.strerror}).", param="store") from None

@@ -115,8 +115,9 @@ class Edge:
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
-                if scope["method"] == "OPTIONS":  # Litestar's own answer does not know of HEAD
-                    message["headers"] = [(k, _with_head(v) if k.lower() == b"allow" else v) for k, v in message["headers"]]
+                if scope["method"] == "OPTIONS":  # Litestar's own answer knows of one handler's methods, and not of HEAD
+                    allow = ", ".join(self._paths.methods(scope["path"])).encode()
+                    message["headers"] = [(k, allow if allow and k.lower() == b"allow" else v) for k, v in message["headers"]]
                 own = context.rid.encode()
                 extra = [(b"x-request-id", own), (b"request-id", own), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
                 extra += self._cors.headers(headers.get(b"origin"))
@@ -214,12 +215,6 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     name = "route" if handler is None else handler.handler_name
     log.error("request %s failed: %s", request.scope["state"][CONTEXT].rid, said(handler, name, error), exc_info=error)
     return refusal(handler, PenstockError("The server made an error. It is logged with the request id."))
-
-
-def _with_head(allowed: bytes) -> bytes:
-    """The value of an Allow header, with HEAD where there is GET."""
-    methods = {method.strip() for method in allowed.split(b",")}
-    return b", ".join(sorted(methods | {b"HEAD"} if b"GET" in methods else methods))
 
 
 # ------------------------------------------------------------------ routes that are always there

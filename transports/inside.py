@@ -16,8 +16,6 @@ from penstock.core.protocol.tables import INFERENCE, Principal
 from penstock.transports.request import CONTEXT, RequestContext, new_rid
 from penstock.transports.tracing import NO_TRACING
 
-LONGEST_WAIT_S = 30.0
-
 
 class Reply(NamedTuple):
     status: int

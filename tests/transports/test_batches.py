@@ -19,7 +19,7 @@ from openai import OpenAI
 from penstock.core.protocol.control import Tables
 from penstock.core.protocol.messages import Cancel, Message, Rejected, Submit
 from penstock.core.protocol.tables import KeyTable, Principal, digest_of
-from penstock.transports import batch_lines, batch_runner, batch_work, batches
+from penstock.transports import batch_lines, batch_runner, batch_work, batches, folder
 from penstock.transports.batch_lines import Check, Reader, answered, finished_lines, not_run
 from penstock.transports.batches import Record
 from penstock.transports.files import Files
@@ -381,7 +381,7 @@ def test_the_end_may_be_interrupted_anywhere(make_edge: MakeEdge, monkeypatch: p
 def test_a_line_that_cannot_be_written_is_asked_again(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of it is there: nothing is written behind that before it is cut off."""
     monkeypatch.setattr(batch_runner, "TROUBLE_S", 0.01)
-    whole = batch_lines.append
+    whole = folder.write
     calls: list[int] = []
 
     def half(descriptor: int, data: bytes) -> None:
@@ -391,7 +391,7 @@ def test_a_line_that_cannot_be_written_is_asked_again(make_edge: MakeEdge, monke
             raise OSError(28, "No space left on device")
         whole(descriptor, data)
 
-    monkeypatch.setattr(batch_lines, "append", half)
+    monkeypatch.setattr(folder, "write", half)
     with make_edge(batch_in_flight=4).client() as client:
         batch = wait(client, begin(client, jsonl(*(line(str(i)) for i in range(12)))).id)
         assert batch.request_counts.to_dict() == {"total": 12, "completed": 12, "failed": 0}
@@ -475,6 +475,21 @@ def test_what_was_written_in_part_is_cut_off(tmp_path_factory: pytest.TempPathFa
     kept = max(i for i, end in enumerate(ends) if end <= size)
     assert finished_lines(path) == set(["a\n\u2028", "b", "c"][:kept])
     assert path.read_bytes() == b"".join(lines[:kept])
+
+
+def test_an_answer_is_one_line_whatever_its_body_looks_like() -> None:
+    one = answered("a", 200, "r", b'{\n "x": [1,\n 2]\n}')
+    assert one.count(b"\n") == 1
+    assert json.loads(one)["response"]["body"] == {"x": [1, 2]}
+
+
+def test_an_answer_that_is_no_json_is_an_error_of_its_line(edge: Edge, client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a field that asks for a stream had not been found."""
+    monkeypatch.setattr(batch_work, "unfit", lambda _: None)
+    batch = wait(client, begin(client, jsonl(line("a", stream=True), line("b"))).id)
+    assert lines_of(client, batch.output_file_id).keys() == {"b"}
+    (wrong,) = lines_of(client, batch.error_file_id).values()
+    assert (wrong["response"], wrong["error"]["code"]) == (None, "internal_error")
 
 
 def test_a_row_that_comes_late_is_no_trouble(edge: Edge, client: OpenAI) -> None:

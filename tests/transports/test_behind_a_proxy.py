@@ -21,7 +21,7 @@ def test_every_route_is_there_with_and_without_the_path(make_edge: MakeEdge, giv
     answer = http.post(f"{prefix}/v1/chat/completions", json=CHAT)
     assert answer.json()["choices"][0]["message"]["content"] == "Hello world"
     assert http.head(f"{prefix}/v1/models").status_code == 200
-    refused = http.get(f"{prefix}/v1/chat/completions")
+    refused = http.get(f"{prefix}/v1/completions")
     assert (refused.status_code, refused.headers["allow"]) == (405, "OPTIONS, POST")
     assert http.get(f"{prefix}/nothing").status_code == 404
     document = http.get(f"{prefix}/schema/openapi.json").json()

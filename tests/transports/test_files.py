@@ -22,7 +22,7 @@ from penstock.core.protocol.config import build
 from penstock.core.protocol.control import Tables
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.tables import KeyTable, Principal, digest_of
-from penstock.transports import batch_runner
+from penstock.transports import batch_runner, files
 from penstock.transports.files import LONGEST_NAME, clean_name
 from penstock.transports.folder import Folder, new_id
 
@@ -193,6 +193,20 @@ def test_a_client_that_leaves_half_way_leaves_nothing(edge: Edge) -> None:
         http.post("/v1/files", headers=headers, content=half())
     edge.wait(lambda: not edge.server._state.tasks, "the request's end")
     assert contents(edge) == []
+
+
+def test_a_full_disk_is_a_503_that_leaves_nothing(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    headers, body = form((PURPOSE, b"batch"), (FILE, b"x" * 3_000_000))
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", full)
+        reply = edge.kept.post("/v1/files", headers=headers, content=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "store_unavailable")
+    assert "No space left" in reply.json()["error"]["message"]
+    assert contents(edge) == []
+    assert edge.kept.post("/v1/files", headers=headers, content=body).status_code == 200
 
 
 def test_a_tenant_has_so_many_files_and_all_together_so_many_bytes(make_edge: MakeEdge) -> None:

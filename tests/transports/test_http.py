@@ -117,7 +117,7 @@ def test_without_keys_nothing_is_protected(http: httpx.Client) -> None:
         ("GET", "/nowhere", 404, "not_found"),
         ("GET", "/v1", 404, "not_found"),
         ("GET", "/v1/models/other/one", 404, "model_not_found"),
-        ("GET", CHATS, 405, "method_not_allowed"),
+        ("GET", COMPLETIONS, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
         ("PUT", "/v1/models/brook", 405, "method_not_allowed"),
@@ -753,9 +753,9 @@ def test_small_pages(http: httpx.Client, shared_edge: Edge) -> None:
     ("path", "status"),
     [
         *((path, 200) for path in ("/health", "/health/live", "/health/ready", "/health/decode", "/version", "/metrics")),
-        *((path, 200) for path in ("/v1/models", "/v1/models/brook", "/schema")),
+        *((path, 200) for path in (CHATS, "/v1/models", "/v1/models/brook", "/schema")),
         *((path, 404) for path in ("/nowhere", "/v1/models/nobody")),
-        *((path, 405) for path in (CHATS, COMPLETIONS, "/tokenize")),
+        *((path, 405) for path in (COMPLETIONS, "/tokenize")),
     ],
 )
 def test_head_is_get_without_the_body(http: httpx.Client, shared_edge: Edge, path: str, status: int) -> None:
