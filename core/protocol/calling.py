@@ -20,11 +20,13 @@ NONE = '{"type":"object","properties":{},"additionalProperties":false}'
 
 
 class Function(msgspec.Struct, frozen=True, kw_only=True):
-    """One that may be called. `schema` (JSON) is what its arguments obey, `field` what the client calls that."""
+    """One that may be called. `schema` (JSON) is what its arguments obey, `field` what the client calls that. `hint`: of arguments that need not obey it, the
+    function's own schema all the same, for formats that spell arguments by their names."""
 
     name: str
     schema: str
     field: str
+    hint: str = ""
 
 
 class Calling(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +113,11 @@ def calling_of(offered: Sequence[Offered], choice: Any, answer: str = "") -> Cal
         seen.add(function.name)
         if wanted is None or function.name in wanted:
             field = f"tools[{i}].function.parameters"
-            functions.append(Function(name=function.name, schema=_schema(function, field) if must or function.strict else ANY, field=field))
+            if must or function.strict:
+                functions.append(Function(name=function.name, schema=_schema(function, field), field=field))
+            else:
+                hint = msgspec.json.encode(function.parameters or {}).decode()
+                functions.append(Function(name=function.name, schema=ANY, field=field, hint=hint))
     asks = "tool_choice" if choice not in (None, "auto") else answer if strict is None else f"tools[{strict}].function.strict"
     return Calling(functions=functions, must=must, named=named, field=asks)
 

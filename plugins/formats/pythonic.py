@@ -189,6 +189,8 @@ _WORD = rf"(?!(?:{'|'.join(keyword.kwlist)})\b)[A-Za-z_][A-Za-z_0-9]*"
 
 def arguments(function: Function) -> Part:
     """Keyword arguments, those that are required first, whose values are JSON: what JSON's words and escapes mean, the reader knows."""
+    if function.hint:
+        return _keywords([(name, "{}") for name in named_in(function.hint) if re.fullmatch(_WORD, name)], 0, function.field)
     schema: dict[str, Any] = json.loads(function.schema)
     properties: dict[str, Any] = schema.get("properties", {})
     required: list[str] = schema.get("required", [])
@@ -199,18 +201,31 @@ def arguments(function: Function) -> Part:
         what = f"{odd[:80]!r}" if odd is not None else "a $ref outside of $defs"
         raise UnsupportedFeature(f"{function.field} holds {what}, which keyword arguments of Python cannot express.", param=function.field)
     defined = {name: schema[name] for name in _DEFINED if name in schema}
+    order = dict.fromkeys([*required, *properties])
+    sources = [(name, json.dumps({**own, **defined} if isinstance(own := properties[name], dict) else own)) for name in order]
+    return _keywords(sources, len(dict.fromkeys(required)), function.field)
 
-    def one(name: str, before: str) -> Part:
-        own = properties[name]
-        source = json.dumps({**own, **defined} if isinstance(own, dict) else own)
-        return Chain([Text(f"{before}{name}="), Obey("json", source, function.field)])
 
-    optional = [name for name in properties if name not in required]
+def named_in(hint: str) -> list[str]:
+    """The names of a function's arguments, of whose schema nothing is certain."""
+    schema = json.loads(hint)
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return list(properties) if isinstance(properties, dict) else []
+
+
+def _keywords(sources: list[tuple[str, str]], required: int, field: str) -> Part:
+    """Arguments (name, schema), of which the first `required` must be there."""
+
+    def one(at: int, before: str) -> Part:
+        name, source = sources[at]
+        return Chain([Text(f"{before}{name}="), Obey("json", source, field)])
+
+    def more(start: int) -> list[Part]:
+        return [one(at, ", ") if at < required else Repeat(one(at, ", "), 1) for at in range(start, len(sources))]
+
     if required:
-        first, *more = dict.fromkeys(required)
-        return Chain([one(first, ""), *(one(name, ", ") for name in more), *(Repeat(one(name, ", "), 1) for name in optional)])
-    ways = [Chain([one(name, ""), *(Repeat(one(other, ", "), 1) for other in optional[at + 1 :])]) for at, name in enumerate(optional)]
-    return Repeat(Either(list(ways)), 1) if ways else Text("")
+        return Chain([one(0, ""), *more(1)])
+    return Repeat(Either([Chain([one(at, ""), *more(at + 1)]) for at in range(len(sources))]), 1) if sources else Text("")
 
 
 def _spelling(template: str) -> Spelling:

@@ -405,6 +405,26 @@ def test_values_of_keyword_arguments_are_what_json_says(seed: int) -> None:
         verified(said, calling, None)
 
 
+def test_functions_that_are_not_strict_have_arguments_of_any_type_by_their_names() -> None:
+    """Beside one that is: keyword arguments are spelt by names."""
+    calling = calling_of(
+        [Offered("f", CITY, False), Offered("g", {"allOf": [], "properties": {"a-b": 1, "x": 2}}, False)], "auto", "response_format"
+    )
+    assert calling is not None
+    assert [json.loads(function.schema) for function in calling.functions] == [{"type": "object"}] * 2
+    formats = Formats(FORMATS["pythonic"])
+    request = request_of(calling)
+    formats.check(request.submit)
+    seen = set()
+    for seed in range(40):
+        text, ended = VOCABULARIES[True].draw(formats.grammar(request), seed, "[")
+        said, _, _ = read(formats, request, text, ended)
+        if ended:
+            assert said.wrong(calling, None, True) == "", text
+            seen |= {(name, key) for name, arguments in said.calls for key in json.loads("".join(arguments))}
+    assert seen == {("f", "city"), ("f", "n"), ("g", "x")}
+
+
 def test_a_format_that_cannot_be_spelt_leaves_the_grammar_to_the_whole_answer() -> None:
     formats = Formats(None, msgspec.structs.replace(FORMATS["qwen3"], thinking=None))
     answer = Grammar(kind="json", source="{}", field="response_format")
