@@ -81,16 +81,17 @@ class Background(Job):
         tenant, name = self.key
         asked = self._asked
         queued = self._says.response("queued")
-        if asked.stream:
-            self._events += [self._says.accepted("queued"), self._says.queued()]
-            await self._flush()
-        await self._records.renew(tenant, name)
-        await self._records.put(tenant, name, _json(queued), kept_of(asked, self.model))
         try:
+            if asked.stream:
+                self._events += [self._says.accepted("queued"), self._says.queued()]
+                await self._flush()
+            await self._records.renew(tenant, name)
+            await self._records.put(tenant, name, _json(queued), kept_of(asked, self.model))
             self.begin()
         except BaseException:
-            await self._records.delete(tenant, name)
-            await self._records.release(tenant, name)
+            with contextlib.suppress(PenstockError):
+                await self._records.delete(tenant, name)
+                await self._records.release(tenant, name)
             raise
         self._hub.running[self.key] = self
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"response {name}")

@@ -89,24 +89,26 @@ class Prompt:
                 raise InvalidRequest(
                     "previous_response_id: this server keeps no responses (--no-store). Send the items.", param="previous_response_id"
                 )
-            for record in await records.history(tenant, previous, config.max_messages):
+            for record in await records.history(tenant, previous, config.max_messages, config.max_body_bytes):
                 conversation.take(record.input, "previous_response_id")
                 conversation.take(record.response["output"], "previous_response_id")
-        need(request.input is not None or bool(previous), "input is required.", "input")
-        if request.input is not None:
-            items = items_of(request.input, core, ignored)
+        given = request.input
+        need(given is not None or bool(previous), "input is required.", "input")
+        if given is not None:
             need(
-                len(items) <= config.max_messages,
-                f"input has {len(items)} items; this server takes at most {config.max_messages} (--max-messages). Send fewer.",
+                isinstance(given, str) or len(given) <= config.max_messages,
+                f"input has {len(given)} items; this server takes at most {config.max_messages} (--max-messages). Send fewer.",
                 "input",
             )
-            for number, item in enumerate(items):
-                if item["type"] == "item_reference":
-                    if records is None:
-                        raise InvalidRequest(
-                            f"input[{number}]: this server keeps no items (--no-store). Send it whole.", param=f"input[{number}]"
-                        )
-                    items[number] = await records.item(tenant, item["id"], f"input[{number}]")
+            items = items_of(given, core, ignored)
+            referred = [(number, f"input[{number}]") for number, item in enumerate(items) if item["type"] == "item_reference"]
+            if referred:
+                if records is None:
+                    where = referred[0][1]
+                    raise InvalidRequest(f"{where}: this server keeps no items (--no-store). Send it whole.", param=where)
+                names = [(items[number]["id"], where) for number, where in referred]
+                for (number, _), item in zip(referred, await records.items(tenant, names, config.max_body_bytes), strict=True):
+                    items[number] = item
             conversation.take(items, "input")
             self.input = items
         self.fields["messages"] = conversation.messages

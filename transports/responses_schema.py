@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.transports import refused
-from penstock.transports.openai_schema import LogitBias, declare
+from penstock.transports.openai_schema import ChatRequest, CompletionRequest, LogitBias, declare
 from penstock.transports.refused import Refused
 
 
@@ -147,8 +147,15 @@ ANSWER: dict[str, Refused] = {
 """Fields that ask for what does not exist here, or that have another name here, besides those that chat refuses: what the model reads, and what becomes of
 it."""
 
+_OTHERS: dict[str, Refused] = {
+    name: Refused((None, False, [], {}, ""), "It is a field of /v1/chat/completions.")
+    for name in (*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__)
+    if name not in ResponsesRequest.__struct_fields__
+}
+"""What chat knows and this API does not would change the answer here, too."""
+
 REFUSED: dict[type[InputTokensRequest], dict[str, Refused]] = {
-    ResponsesRequest: refused.GENERATION | PROMPT | ANSWER,
+    ResponsesRequest: _OTHERS | refused.GENERATION | PROMPT | ANSWER,
     InputTokensRequest: refused.PROMPT | PROMPT,
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.protocol.errors import InvalidRequest, NotFound
+from penstock.core.protocol.errors import InvalidRequest, NotFound, RequestTooLarge
 from penstock.transports.responses_items import Item, place_of
 from penstock.transports.responses_voice import FINAL
 from penstock.transports.store import Store
@@ -54,8 +54,12 @@ class Record:
         return msgspec.json.decode(self.kept.input, type=list[dict[str, Any]])
 
     @property
+    def status(self) -> str:
+        return msgspec.json.decode(self.body, type=_Status).status
+
+    @property
     def final(self) -> bool:
-        return msgspec.json.decode(self.body, type=_Status).status in FINAL
+        return self.status in FINAL
 
 
 class _Status(msgspec.Struct):
@@ -122,35 +126,53 @@ class Records:
 
     # --- conversations
 
-    async def history(self, tenant: str, id: str, most: int) -> list[Record]:
-        """The responses that led to `id`, and itself, the oldest first. Raises InvalidRequest where one is missing, is not over, or there are more than `most`."""
+    async def history(self, tenant: str, id: str, most: int, most_bytes: int) -> list[Record]:
+        """The responses that led to `id`, and itself, the oldest first. Raises InvalidRequest where one is missing, is not over, or failed, or there are more than
+        `most`; RequestTooLarge where they have more than `most_bytes`."""
         found: list[Record] = []
         wanted: str | None = id
+        size = 0
         while wanted is not None:
             record = await self.find(tenant, wanted)
             if record is None:
                 what = "" if wanted == id else ", which is before it,"
-                raise InvalidRequest(
-                    f"previous_response_id: the response {wanted[:200]!r}{what} is not kept here (any more).", param="previous_response_id"
-                )
-            if not record.final:
-                raise InvalidRequest(f"previous_response_id: the response {wanted!r} is not over yet.", param="previous_response_id")
+                raise _wrong(f"the response {wanted[:200]!r}{what} is not kept here (any more).")
+            if record.status not in FINAL - {"failed"}:
+                raise _wrong(f"the response {wanted!r} {'failed' if record.status == 'failed' else 'is not over yet'}.")
             found.append(record)
+            size += len(record.body) + len(record.kept.input)
             if len(found) > most:
-                raise InvalidRequest(
-                    f"previous_response_id: more than {most} responses lead to it (--max-messages). Begin a new conversation.",
-                    param="previous_response_id",
-                )
+                raise _wrong(f"more than {most} responses lead to it (--max-messages). Begin a new conversation.")
+            check_size(size, most_bytes, "previous_response_id")
             wanted = record.kept.previous
         return found[::-1]
 
-    async def item(self, tenant: str, name: str, where: str) -> Item:
-        """An item that a request refers to. Raises InvalidRequest."""
-        place = place_of(name)
-        record = None if place is None else await self.find(tenant, place[0])
-        if place is not None and record is not None:
-            items: list[Item] = record.input if place[1] else record.response["output"]
-            for item in items:
-                if item["id"] == name:
-                    return item
-        raise InvalidRequest(f"{where}.id: there is no item {name[:200]!r} here (any more).", param=f"{where}.id")
+    async def items(self, tenant: str, names: list[tuple[str, str]], most_bytes: int) -> list[Item]:
+        """Those that a request refers to: (id, where it stands). Raises InvalidRequest or RequestTooLarge."""
+        known: dict[str, dict[str, Item]] = {}
+        size = 0
+        found = []
+        for name, where in names:
+            place = place_of(name)
+            if place is not None and place[0] not in known:
+                record = await self.find(tenant, place[0])
+                if record is not None:
+                    size += len(record.body) + len(record.kept.input)
+                    check_size(size, most_bytes, "input")
+                known[place[0]] = {} if record is None else {item["id"]: item for item in (*record.input, *record.response["output"])}
+            item = known[place[0]].get(name) if place is not None else None
+            if item is None:
+                raise InvalidRequest(f"{where}.id: there is no item {name[:200]!r} here (any more).", param=f"{where}.id")
+            found.append(item)
+        return found
+
+
+def check_size(size: int, most: int, param: str) -> None:
+    if size > most:
+        raise RequestTooLarge(
+            f"{param}: what is kept of that conversation has more than {most} bytes (--max-body-bytes). Begin a new one.", param=param
+        )
+
+
+def _wrong(what: str) -> InvalidRequest:
+    return InvalidRequest(f"previous_response_id: {what}", param="previous_response_id")

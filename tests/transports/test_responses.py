@@ -32,6 +32,7 @@ from penstock.core.protocol.messages import (
     TokenLogprobs,
 )
 from penstock.transports import responses_replies as replies
+from penstock.transports.openai_schema import ChatRequest, CompletionRequest
 from penstock.transports.responses_fit import fitted
 from penstock.transports.responses_items import place_of, seal, unseal
 from penstock.transports.responses_schema import REFUSED, InputTokensRequest, ResponsesRequest
@@ -508,6 +509,11 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"n": 2}, "n"),
     ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"allowed_token_ids": [5]}, "allowed_token_ids"),
+    ({"bad_words": ["x"]}, "bad_words"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"return_token_ids": True}, "return_token_ids"),
+    ({"documents": [{"text": "x"}]}, "documents"),
     ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
 ]  # fmt: skip
 
@@ -526,6 +532,8 @@ def test_every_field_of_the_official_client_is_known() -> None:
     names = set(typing.get_type_hints(response_create_params.ResponseCreateParamsBase)) | {"stream"}
     assert len(names) > 25
     assert names <= set(ResponsesRequest.__struct_fields__) | REFUSED[ResponsesRequest].keys()
+    chats = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
+    assert chats <= set(ResponsesRequest.__struct_fields__) | REFUSED[ResponsesRequest].keys(), "nor is one that chat has"
     names = set(typing.get_type_hints(input_token_count_params.InputTokenCountParams))
     assert names <= set(InputTokensRequest.__struct_fields__) | REFUSED[InputTokensRequest].keys()
 

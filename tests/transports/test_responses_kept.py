@@ -134,8 +134,9 @@ def test_what_cannot_be_kept_is_answered_and_says_so(make_edge: MakeEdge) -> Non
     assert (said["store"], said["output"][0]["content"][0]["text"]) == (False, "Hello world")
     assert named_events(edge.kept.post(PATH, json=HI | {"stream": True}).text)[-1]["response"]["store"] is False
     edge.text.received.clear()
-    reply = edge.kept.post(PATH, json=BACKGROUND)
-    assert error(reply)[:2] == (429, "store_full")
+    for more in ({}, {"stream": True}):
+        assert error(edge.kept.post(PATH, json=BACKGROUND | more))[:2] == (429, "store_full")
+    assert not edge.text.call(lambda: edge.server.gateway.store.list(LEASE, ""))  # type: ignore[union-attr]
     assert not [one for one in edge.text.received if isinstance(one, Submit)]
     assert edge.server.gateway.active == 0
 
@@ -185,6 +186,19 @@ def test_a_conversation_has_an_end(make_edge: MakeEdge) -> None:
     create(edge, previous_response_id=second["id"])
     third = create(edge, previous_response_id=second["id"])
     assert error(edge.kept.post(PATH, json=HI | {"previous_response_id": third["id"]}))[0] == 400
+
+
+def test_a_conversation_has_a_size(make_edge: MakeEdge) -> None:
+    """What many requests brought is not gathered by one."""
+    edge = make_edge(max_body_bytes=6000)
+    name, sizes = create(edge, input="x" * 2000)["id"], 1
+    while (reply := edge.kept.post(PATH, json=HI | {"previous_response_id": name, "input": "x" * 2000})).status_code == 200:
+        name, sizes = reply.json()["id"], sizes + 1
+    assert (error(reply), sizes) == ((413, "request_too_large", "previous_response_id"), 2)
+    items = [edge.kept.get(f"{PATH}/{create(edge, input='x' * 3000)['id']}/input_items").json()["data"][0]["id"] for _ in range(3)]
+    some = [{"type": "item_reference", "id": item} for item in items]
+    assert edge.kept.post(PATH, json=HI | {"input": some[:1] * 30}).status_code == 200, "one response is read once"
+    assert error(edge.kept.post(PATH, json=HI | {"input": some})) == (413, "request_too_large", "input")
 
 
 def test_items_are_referred_to(edge: Edge) -> None:
@@ -290,6 +304,8 @@ def test_one_that_fails_is_kept_so(quiet: Edge) -> None:
         quiet.text.send(delta({"key": key, "tokens": [], "reason": "error", "extra": extra}), finished(key))
         found = until(quiet, name, "failed")
         assert found["error"] == {"code": "server_error", "message": "The engine failed."}
+        reply = quiet.kept.post(PATH, json=HI | {"previous_response_id": name})
+        assert error(reply) == (400, "invalid_value", "previous_response_id")
         if stream:
             assert named_events(quiet.kept.get(f"{PATH}/{name}?stream=true").text)[-1]["response"] == found
 
