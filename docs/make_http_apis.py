@@ -43,8 +43,8 @@ def storage(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         ' `{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}`; all are for one endpoint and one model. Each'
         " is answered as a request of its own would be, never as a stream. Answers are lines of the output file, in the order in which they came;"
         " those with another status than 200 are in the error file. 429 and 503 are tried again until the batch's time is over.",
-        "- Requests of batches wait for those of others: they have the lowest priority, and at most `--batch-in-flight` of them run at once, half as many when"
-        " somebody else asks, and so on.",
+        "- Requests of batches wait for those of others: they have the lowest priority, and at most `--batch-in-flight` of them run at once, a single one"
+        " while somebody else asks: the others stand still meanwhile.",
         "",
         "### MetadataRequest",
         "",

@@ -237,8 +237,7 @@ class Work:
             return wrong
         pause, longest = RETRY_S
         while True:
-            with self._bench.places.asking():
-                reply = await ask(self._bench.app, url, body, self._record.tenant)
+            reply = await ask(self._bench.app, url, body, self._record.tenant, self._bench.places.asking)
             if not reply.headers.get(b"content-type", b"").startswith(b"application/json"):
                 raise RuntimeError(f"{url} did not answer in JSON")
             if reply.status not in (429, 503) or b'"store_full"' in reply.body:

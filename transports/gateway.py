@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import Draining, EngineUnavailable, PenstockError, RetryableError
@@ -97,6 +97,8 @@ class Gateway:
         self.draining = False
         self.active = 0
         """HTTP requests in progress that hold a place."""
+        self.entered: Callable[[], None] | None = None
+        """Told of each request that takes a place."""
         self._refused = 0
         self._refused_at_ns = -(10**18)
         self._over = False
@@ -197,6 +199,8 @@ class Gateway:
                 retry_after_s=1.0,
             )
         self.active += 1
+        if self.entered is not None:
+            self.entered()
 
     def _note_refused(self) -> None:
         """One log line for all that were refused within LOG_PERIOD_S."""

@@ -8,6 +8,8 @@ What it does not know: why it is asked, what the answer says.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from litestar.types import ASGIApp
@@ -24,8 +26,8 @@ class Reply(NamedTuple):
     request_id: str
 
 
-async def ask(app: ASGIApp, path: str, body: bytes, tenant: str) -> Reply:
-    """In the background: of the lowest priority."""
+async def ask(app: ASGIApp, path: str, body: bytes, tenant: str, around: Callable[[RequestContext], AbstractContextManager[None]]) -> Reply:
+    """In the background: of the lowest priority. It happens within `around(its context)`."""
     headers = {b"content-type": b"application/json", b"content-length": b"%d" % len(body), b"host": b"inside"}
     start: dict[str, Any] = {"status": 500, "headers": []}
     pieces: list[bytes] = []
@@ -61,5 +63,6 @@ async def ask(app: ASGIApp, path: str, body: bytes, tenant: str) -> Reply:
         "extensions": {},
         "state": {CONTEXT: context},
     }
-    await app(scope, receive, send)
+    with around(context):
+        await app(scope, receive, send)
     return Reply(start["status"], {name.lower(): value for name, value in start["headers"]}, b"".join(pieces), context.rid)

@@ -72,6 +72,7 @@ class Job(abc.ABC):
         """Take a place and submit every prompt. Raises the error to answer with; then nothing is left behind."""
         gateway, context = self.gateway, self.context
         gateway.enter(self.model)
+        context.keys = self.keys
         sent_ns = time.monotonic_ns()
         try:
             for index in range(len(self.generation.prompts)):

@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -61,6 +61,7 @@ class RequestContext:
         "background",
         "headers",
         "include_metrics",
+        "keys",
         "principal",
         "raw_send",
         "rid",
@@ -83,6 +84,8 @@ class RequestContext:
         self.principal = ANYBODY
         self.background = False
         """Others go first, whatever priority it asks for."""
+        self.keys: Sequence[int] = ()
+        """Of what text was asked for it (Submit.key)."""
         self.summary: dict[str, Any] = {}
         """Span attributes of the reply."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 
 from penstock.core.protocol.control import Tables
-from penstock.core.protocol.messages import Cancel, Message, Rejected, Submit
+from penstock.core.protocol.messages import Cancel, Message, Park, Rejected, Submit, Unpark
 from penstock.core.protocol.tables import KeyTable, Principal, digest_of
 from penstock.transports import batch_lines, batch_runner, batch_work, batches, folder
 from penstock.transports.batch_lines import Check, Reader, answered, finished_lines, not_run
@@ -109,6 +110,7 @@ def test_a_batch_runs_to_its_end(edge: Edge, client: OpenAI) -> None:
     assert {submit.priority for submit in edge.text.wait_for(Submit)} == {BACKGROUND}
     assert [one.id for one in client.batches.list()] == [batch.id]
     assert edge.server.gateway.active == 0
+    assert edge.server.gateway.entered is None, "nothing is left that others would pay for"
 
 
 def test_without_failures_there_is_no_error_file_and_the_other_way_round(client: OpenAI) -> None:
@@ -284,16 +286,20 @@ def test_so_many_run_at_once_and_fewer_while_others_ask(make_edge: MakeEdge) -> 
         edge.wait(lambda: edge.server.gateway.active == 4)
         places = edge.server._runner._bench.places  # type: ignore[union-attr]
         assert places.limit() == 4
-        edge.server.gateway.active += 1  # somebody else asks
-        assert places.limit() == 2
-        for submit in first[:3]:
-            edge.text.send(*hello_script(submit))
-        edge.wait(lambda: places.taken == 2)
-        assert len(edge.text.wait_for(Submit)) == 5
-        edge.server.gateway.active += 100
-        assert places.limit() == 1
-        edge.server.gateway.active -= 101
-        edge.text.wait_for(Submit, 7)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(client.completions.create, model="brook", prompt="I ask")
+            (mine,) = [one for one in edge.text.wait_for(Submit, 5) if one not in first]
+            assert [one.key for one in edge.text.wait_for(Park, 3)] == [one.key for one in first[1:]], "the oldest goes on"
+            assert places.limit() == 1
+            edge.text.send(*hello_script(first[0]))
+            assert edge.text.wait_for(Unpark, 1)[0].key == first[1].key, "then the next"
+            assert len(edge.text.wait_for(Submit)) == 5, "no other is begun"
+            edge.text.send(*hello_script(mine))
+            assert other.result(10).choices[0].text == "Hello world"
+        assert {one.key for one in edge.text.wait_for(Unpark, 3)} == {one.key for one in first[1:]}
+        edge.text.wait_for(Submit, 6)
+        assert places.limit() == 4
+        assert edge.server.gateway.entered is not None
 
 
 def test_a_batch_without_its_input_fails(make_edge: MakeEdge) -> None:
