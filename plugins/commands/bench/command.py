@@ -1,6 +1,7 @@
 """The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars.
 
 What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
+It is long because each command stands here with its options.
 """
 
 from __future__ import annotations
