@@ -128,8 +128,6 @@ class Client:
         self.key = key
         self.timeout_s = timeout_s
         self.plain = plain
-        self.extra: dict[str, Any] = {}
-        """More fields of each request."""
 
     def _head(self, method: str, path: str, length: int) -> bytes:
         auth = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
@@ -174,7 +172,6 @@ class Client:
         ask |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
         if not self.plain:
             ask |= {"return_token_ids": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        ask |= self.extra
         body = json.dumps(ask).encode()
         record.want = output
         record.sent = time.perf_counter() - start

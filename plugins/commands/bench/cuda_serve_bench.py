@@ -163,15 +163,14 @@ def http_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
 
 def schema_8b(root: Path, known: dict[str, Any]) -> dict[str, Any]:
     """64 rows of the 8B shape that obey a JSON schema, beside 64 that are free, in turns on one server."""
-    from penstock.plugins.commands.bench.client import run as on_loop
-    from penstock.plugins.commands.bench.obeying import in_turns
+    from penstock.plugins.commands.bench.grammars import in_turns
     from penstock.plugins.commands.bench.server import started
 
     shape = {**LLAMA_8B, "eos_token_id": 128_000}  # an end token that no JSON needs
     args = [synthetic_folder(shape, root, "llama-8b"), "--device", "cuda", "--load-format", "dummy", "--max-model-len", "4096"]
     args += ["--max-num-seqs", "64", *shlex.split(os.environ.get("SERVE_ARGS", ""))]
     with started(args) as url:
-        return on_loop(in_turns(url, vocab=LLAMA_8B["vocab_size"], rows=64, tokens=int(os.environ.get("TOKENS", "384")), turns=7))
+        return in_turns(url, rows=64, tokens=int(os.environ.get("TOKENS", "384")), turns=9)
 
 
 def offered_rate(known: dict[str, Any], published: Path | None = None) -> float:
