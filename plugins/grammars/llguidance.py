@@ -30,8 +30,8 @@ from penstock.plugins.grammars.spelling import spelled
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
-MOST_THREADS = 4
-"""For the masks of one step: half of the cores, if they are not fewer. More bring nothing: waking them takes as long as the masks."""
+MOST_THREADS = 8
+"""For the masks of one step: at most half of the cores. Waking more takes as long as they save."""
 MOST_KEPT = 64
 """Compiled grammars that a process keeps."""
 MOST_ITEMS = 6000
