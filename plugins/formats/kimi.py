@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from penstock.core.contract.formats import Opening
+from penstock.core.contract.formats import Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import FUNCTION, State, TableSplitter, collect, probe, read_text, table
 from penstock.plugins.formats.values import read_arguments
@@ -47,6 +47,15 @@ class KimiSplitter(TableSplitter):
         return f"functions.{name}:{self._before + call}"
 
 
+SPELLING = Spelling(
+    begin=SECTION,
+    before=f"{CALL}functions.",
+    between=f":0{SEP}",
+    after=CALL_END,
+    end=SECTION_END,
+    hides=[SECTION, CALL],
+)
+
 KIMI_K2 = FormatSpec(
     name="kimi_k2",
     api_level=API_LEVEL["output_formats"],
@@ -56,4 +65,5 @@ KIMI_K2 = FormatSpec(
     marks=[SECTION, CALL, SEP, CALL_END, SECTION_END],
     matches=lambda template: SECTION in template,
     factory=KimiSplitter,
+    spelling=lambda template: SPELLING,
 )

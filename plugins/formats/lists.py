@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from penstock.core.contract.formats import REASONING, Opening
+from penstock.core.contract.formats import REASONING, Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.plugins.formats.scanner import State, Table, TableSplitter, probe, read_text, table
 from penstock.plugins.formats.values import read_object
@@ -80,6 +80,16 @@ def _cohere(opening: Opening) -> TableSplitter:
     return TableSplitter(COHERE_TABLE, "at_once" if end.endswith(THINKING) else "start")
 
 
+_CALL = {"before": '{"name": "', "between": '", "arguments": ', "after": "}", "separator": ", "}
+GRANITE_SPELLING = Spelling(begin="<|tool_call|>[", end="]", hides=["<|tool_call|>", "<tool_call>"], **_CALL)  # type: ignore[arg-type]
+JAMBA_SPELLING = Spelling(begin="<tool_calls>[", end="]</tool_calls>", hides=["<tool_calls>"], **_CALL)  # type: ignore[arg-type]
+INTERNLM_SPELLING = Spelling(
+    before='<|action_start|><|plugin|>{"name": "',
+    between='", "parameters": ',
+    after="}<|action_end|>",
+    hides=["<|action_start|>"],
+)
+
 GRANITE = FormatSpec(
     name="granite",
     api_level=_LEVEL,
@@ -88,6 +98,7 @@ GRANITE = FormatSpec(
     marks=["<|tool_call|>", "<tool_call>", "</tool_call>"],
     matches=lambda template: "<|tool_call|>" in template,
     factory=lambda opening: TableSplitter(GRANITE_TABLE, "content"),
+    spelling=lambda template: GRANITE_SPELLING,
 )
 JAMBA = FormatSpec(
     name="jamba",
@@ -98,6 +109,7 @@ JAMBA = FormatSpec(
     marks=["<tool_calls>", "</tool_calls>"],
     matches=lambda template: "<tool_calls>" in template,
     factory=lambda opening: TableSplitter(JAMBA_TABLE, "content"),
+    spelling=lambda template: JAMBA_SPELLING,
 )
 PHI4_MINI = FormatSpec(
     name="phi4_mini_json",
@@ -118,6 +130,7 @@ INTERNLM = FormatSpec(
     marks=["<|action_start|>", "<|plugin|>", "<|action_end|>"],
     matches=lambda template: "<|plugin|>" in template,
     factory=lambda opening: TableSplitter(INTERNLM_TABLE, "content"),
+    spelling=lambda template: INTERNLM_SPELLING,
 )
 XLAM = FormatSpec(
     name="xlam",

@@ -44,28 +44,35 @@ def _make(states: Table, begin: str, end: str, without: str = "start") -> Callab
     """`without`: where an answer begins if the prompt has no mark at its end."""
 
     closed = "answer" if "answer" in states else "content"
-    return lambda opening: TableSplitter(states, _state(opening, begin, end, without, closed))
+
+    def make(opening: Opening) -> TableSplitter:
+        place = _place(opening, begin, end, without)
+        return TableSplitter(states, closed if place == "over" else place)
+
+    return make
 
 
-def _state(opening: Opening, begin: str, end: str, without: str, closed: str = "content") -> str:
-    """Where an answer begins."""
+def _place(opening: Opening, begin: str, end: str, without: str) -> str:
+    """Where an answer begins: a state's name, or "over" after a mark that closed the reasoning."""
     prompt = opening.prompt
     if opening.continues:
         return "reasoning" if prompt.rfind(begin) > prompt.rfind(end) else "content"
     last = prompt.rstrip()
-    return "at_once" if last.endswith(begin) else closed if last.endswith(end) else without
+    return "at_once" if last.endswith(begin) else "over" if last.endswith(end) else without
+
+
+def _thinking(begin: str, end: str, without: str = "start", *, hides: Sequence[str] = ()) -> Thinking:
+    """The same for grammars."""
+
+    def state(opening: Opening) -> Literal["open", "may", "over"]:
+        place = _place(opening, begin, end, without)
+        return "may" if place == "start" else "open" if place in ("at_once", "reasoning") else "over"
+
+    return Thinking(begin=begin, end=end, state=state, hides=list(hides))
 
 
 def _r1(template: str) -> bool:
     return END in template and "<｜Assistant｜>" in template
-
-
-def _thinking(begin: str = BEGIN, end: str = END, without: str = "start") -> Thinking:
-    def state(opening: Opening) -> Literal["open", "may", "over"]:
-        found = _state(opening, begin, end, without)
-        return "may" if found == "start" else "over" if found == "content" else "open"
-
-    return Thinking(begin=begin, end=end, state=state)
 
 
 _LEVEL = API_LEVEL["output_formats"]
@@ -91,7 +98,7 @@ QWEN3 = FormatSpec(
     marks=[BEGIN, END],
     matches=lambda template: END in template and not _r1(template),
     factory=_make(TABLE, BEGIN, END),
-    thinking=_thinking(),
+    thinking=_thinking(BEGIN, END),
 )
 DEEPSEEK_R1 = FormatSpec(
     name="deepseek_r1",
@@ -102,7 +109,7 @@ DEEPSEEK_R1 = FormatSpec(
     marks=[BEGIN, END],
     matches=_r1,
     factory=_make(TABLE, BEGIN, END, "at_once"),
-    thinking=_thinking(without="at_once"),
+    thinking=_thinking(BEGIN, END, "at_once"),
 )
 KIMI_K2_REASONING = FormatSpec(
     name="kimi_k2_reasoning",
@@ -113,6 +120,7 @@ KIMI_K2_REASONING = FormatSpec(
     marks=[BEGIN, END, SECTION],
     matches=lambda template: SECTION in template,
     factory=_make(KIMI_TABLE, BEGIN, END),
+    thinking=_thinking(BEGIN, END, hides=[SECTION]),
 )
 KIMI = FormatSpec(
     name="kimi_reasoning",

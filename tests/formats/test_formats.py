@@ -387,7 +387,7 @@ def test_reasoning_and_calls_of_one_model_keep_apart(reasoning: str, tools: str,
     at = thought.text.rindex("Yes.") + len("Yes.")
     text = thought.text[:at] + call.text + thought.text[at:]
     formats = Formats(FORMATS[tools], FORMATS[reasoning])
-    submit = SimpleNamespace(split=True, tools=b"[]", continue_final_message=False)
+    submit = SimpleNamespace(split=True, grammar=None, tools=b"[]", continue_final_message=False)
     whole = None
     for pieces in ([text], list(text), cut_at(text, data.draw(st.lists(st.integers(0, 400), max_size=30)))):
         splitter = formats.splitter(SimpleNamespace(submit=submit, prompt_text=""))  # type: ignore[arg-type]

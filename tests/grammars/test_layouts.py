@@ -57,6 +57,7 @@ ZONE: dict[str, Any] = {"type": "object", "properties": {"zone": {"enum": ["CET"
 OFFERED = [Offered("get_weather", CITY, True), Offered("now", None, True), Offered("get_time", ZONE, True)]
 ANSWER: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": False}
 TOOLS = ["hermes", "llama3_json", "mistral", "mistral-args", "deepseek_v3", "deepseek_v31", "openai", "pythonic", "pythonic-start"]
+TOOLS += ["kimi_k2", "granite", "jamba", "internlm"]
 MARKED = [name for name in TOOLS if name.partition("-")[0] not in ("llama3_json", "pythonic")]
 TEMPLATES = {"args": "[ARGS]", "start": "<|python_start|>"}
 
@@ -106,6 +107,11 @@ def formats_of(name: str, reasoning: str | None = None) -> Formats:
     return Formats(spec, thinks, TEMPLATES.get(variant, ""))
 
 
+def tools_of(calling: Calling) -> bytes:
+    functions = [{"name": one.name, "parameters": json.loads(one.schema)} for one in calling.functions]
+    return json.dumps([{"type": "function", "function": function} for function in functions]).encode()
+
+
 def request_of(
     calling: Calling | None, answer: Grammar | None = None, *, prompt: str = "", parallel: bool = True, continues: bool = False
 ) -> Request:
@@ -117,7 +123,7 @@ def request_of(
         model="m",
         sampling=SamplingParams(),
         messages=b"[]",
-        tools=b"[]" if calling is not None else b"",
+        tools=tools_of(calling) if calling is not None else b"",
         split=True,
         calling=calling,
         grammar=answer,

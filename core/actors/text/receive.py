@@ -293,7 +293,7 @@ class Receiver:
         if blamed:
             error = nothing_to_draw(blamed, len(choice.outputs))
             return error.message, error.code, error.param
-        said, grammar = self._errors.get(row, "The engine failed while this request ran."), request.submit.grammar
+        said, grammar = self._errors.get(row, "The engine failed while this request ran."), request.obeyed
         own = None if grammar is None else nothing_obeys(said, grammar.field, request.params)
         return (said, "engine_failure", None) if own is None else (own.message, own.code, own.param)
 
