@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -29,6 +29,41 @@ MAX_TEMPERATURE = 1000.0
 """Beyond it every token is as likely as any other; float32 could not hold the largest numbers that JSON can."""
 MAX_REPETITION = 100.0
 """Repetition penalties are from its inverse to it: logits stay finite in float32."""
+
+
+MAX_LENGTH_PENALTY = 10.0
+"""Lengths to its power stay finite."""
+
+
+class Beam(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """A beam search, as transformers' generate does it: the `width` likeliest continuations are followed together, and the n answers are the best that
+    ended: by the sum of their log-probabilities / length ** length_penalty, the best first. `early_stopping`: end as soon as `width` have ended (True);
+    or when no better one is likely, as judged at the length so far (False) or at the longest there may be ("never")."""
+
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def blocks(self, prompt: int, tokens: int, size: int) -> int:
+        """KV blocks of `size` tokens for beams of so many tokens each (the `prompt` included) that have nothing else in common."""
+        shared = prompt // size
+        return shared + self.width * (-(-tokens // size) - shared)
+
+
+_APART = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": {},
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "bad_words_token_ids": [],
+    "stop": [],
+}
+"""What a beam search has none of."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +97,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     prompt_logprobs: int | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     skip_special_tokens: bool = True
+    beam: Beam | None = None
+    """Search with beams instead of drawing: temperature and seed have no effect then."""
 
     @property
     def greedy(self) -> bool:
@@ -111,7 +148,24 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         check_tokens(self.stop_token_ids, "stop_token_ids", vocab_size)
         for index, sequence in enumerate(self.bad_words_token_ids):
             check_tokens(sequence, f"bad_words_token_ids[{index}]", vocab_size)
+        if self.beam is not None:
+            self._check_beam(self.beam)
         return self
+
+    def _check_beam(self, beam: Beam) -> None:
+        if not self.n <= beam.width <= MAX_N:
+            raise InvalidRequest(
+                f"beam.width must be between n ({self.n}) and {MAX_N}, but is {shorten(beam.width)}.", param="beam.width"
+            )
+        penalty = beam.length_penalty
+        if not (math.isfinite(penalty) and abs(penalty) <= MAX_LENGTH_PENALTY):
+            raise InvalidRequest(
+                f"length_penalty must be between {-MAX_LENGTH_PENALTY:g} and {MAX_LENGTH_PENALTY:g}, but is {penalty!r}.",
+                param="length_penalty",
+            )
+        for param, neutral in _APART.items():
+            if getattr(self, param) != neutral and not (param == "top_k" and self.top_k == -1):
+                raise InvalidRequest(f"{param} and a beam search cannot both be given. Leave one of them out.", param=param)
 
     def _check_bias(self, vocab_size: int | None) -> None:
         """logit_bias, without a look at each entry where all are well: there may be as many as tokens."""
