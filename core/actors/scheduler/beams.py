@@ -88,7 +88,6 @@ class Beams:
     def __init__(self, board: Board, release: Release) -> None:
         self._board = board
         self._release = release
-        self._told: Told | None = None
 
     # ------------------------------------------------------------------ a step that is planned
 
@@ -119,8 +118,7 @@ class Beams:
             assert good, "a beam's blocks could not be shared"
             group.moves = []
             board.slots.given[target] = board.slots.given[source]
-            outline.forked.add(target)
-            outline.sources.add(source)
+            outline.forked |= {target, source}
 
     def unaffordable(self, short: list[int]) -> list[int]:
         """Of slots that ask for blocks those of groups whose first forks memory does not allow: all of a group's or none."""
@@ -158,10 +156,11 @@ class Beams:
 
     # ------------------------------------------------------------------ a step that has landed
 
-    def land(self, rows: Rows, mine: Column, logprobs: LogprobColumns | None, bad: Column, error: str) -> None:
-        """Rows under the mask `mine` are beams'. `bad` are rows whose logits are not numbers; `error` says so."""
+    def land(self, mine: Column, rows: Rows, logprobs: LogprobColumns | None, bad: Column, error: str) -> Told | None:
+        """Rows under the mask `mine` are beams'. `bad` are rows whose logits are not numbers; `error` says so. What searches that are over have to tell."""
         board = self._board
         board.rows = None
+        told: Told | None = None
         row_of = {slot: row for row, slot in enumerate(rows.slots.tolist()) if mine[row]}
         groups = {id(holder.request): holder.request.group for slot in row_of if (holder := board.slots.holder[slot]) is not None}
         for group in groups.values():
@@ -170,26 +169,21 @@ class Beams:
             if any(row_of.get(slot) in bad for slot in group.slots()):
                 for slot in group.slots():
                     board.slots.poisoned[slot] = True
-                self._tell().fail(group, error)
-                self._end(group)
+                told = told or Told()
+                told.fail(group, error)
             else:
                 assert logprobs is not None
-                self._advance(group, row_of, logprobs)
-
-    def take(self) -> Told | None:
-        """What searches that ended in this step tell."""
-        told, self._told = self._told, None
+                if self._advance(group, row_of, logprobs):
+                    continue
+                told = told or Told()
+                for choice in group.wanted:
+                    told.add(group, choice, group.search.done[choice])
+            for member in group.members:
+                self._release.end(member)
         return told
 
-    def _tell(self) -> Told:
-        self._told = self._told or Told()
-        return self._told
-
-    def _end(self, group: Group) -> None:
-        for member in group.members:
-            self._release.end(member)
-
-    def _advance(self, group: Group, row_of: dict[int, int], logprobs: LogprobColumns) -> None:
+    def _advance(self, group: Group, row_of: dict[int, int], logprobs: LogprobColumns) -> bool:
+        """Does the search go on?"""
         slots, search = self._board.slots, group.search
         first = search.length == 0
         order = [member.slot for member in group.members] if first else group.order
@@ -202,11 +196,7 @@ class Beams:
         begin = group.request.prompt_len
         step = search.advance(ids, values, lambda beam: slots.history[order[beam], begin:at])
         if step is None:
-            told = self._tell()
-            for choice in group.wanted:
-                told.add(group, choice, search.done[choice])
-            self._end(group)
-            return
+            return False
         parents, tokens = step
         if first:
             group.order, starts = order, dict.fromkeys(order, at)
@@ -216,6 +206,7 @@ class Beams:
         slots.history[index, at] = tokens
         slots.known[index] = at + 1
         group.writes = [(slot, starts[slot], slots.history[slot, starts[slot] : at + 1].copy()) for slot in group.order]
+        return True
 
     def _branch(self, group: Group, parents: list[int], at: int) -> tuple[list[int], dict[int, int]]:
         """Slots for the next beams, by rank, and from which position on each has other tokens than before."""

@@ -56,10 +56,10 @@ class Landing:
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
         board.done_step = done.step
         beams = slots.solo[rows.index] if board.groups else None
+        everything = rows, logprobs, bad
         if board.leaving or beams is not None:
             counted = slots.phase[rows.index] != ENDED
-            if beams is not None and beams.any():
-                self._beams.land(rows, beams, logprobs, bad, NOT_A_NUMBER)
+            if beams is not None:
                 counted &= ~beams
             kept = np.flatnonzero(counted)
             if kept.size < tokens.size:  # the others had already stopped, or are beams: what was drawn for them is dropped
@@ -110,9 +110,11 @@ class Landing:
             incarnations = np.concatenate([incarnations, i32([s.request.incarnation for s in scored])])
             offsets, tokens = np.concatenate([offsets, zeros]), np.concatenate([tokens, zeros - 1])
             reasons = np.concatenate([reasons, np.full(len(scored), LENGTH, np.uint8)])
+        told = None
+        if beams is not None and beams.any():
+            told = self._beams.land(beams, *everything, NOT_A_NUMBER)
         if board.leaving:
             self._release.settle()
-        told = self._beams.take() if beams is not None else None
         if told is not None:
             logprobs = told.logprobs(logprobs, seqs.size)
             seqs, incarnations, offsets, tokens, reasons = told.behind((seqs, incarnations, offsets, tokens, reasons))

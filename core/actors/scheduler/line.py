@@ -108,8 +108,9 @@ class Line:
         entries = [e for e in board.waiting.ordered(board.clock.now_ns()) if not e.request.parked]
         if not entries:
             return [], 0
-        if not board.slots.free:
-            self._release.evict_parked(outline)
+        need = 1 if entries[0].request.group is None else len(entries[0].seqs)
+        while len(board.slots.free) < need and self._release.evict_parked(outline):
+            pass
         return entries, self.room()
 
     def room(self) -> int:

@@ -128,7 +128,10 @@ class Memory:
                 slots.hashed[slot] = slots.hashed[source]
                 slots.given[slot] = slots.prompt[slot] // board.block
                 outline.forked.add(slot)
-                outline.sources.add(source)
+                if slots.solo[slot] and board.groups:  # a beam's, which is in the same steps as its source, or in none
+                    outline.forked.add(source)
+                else:
+                    outline.sources.add(source)
             else:  # it holds nothing that waiting could save: it computes its prompt again, later
                 outline.stalled.add(slot)
                 self._release.preempt(slot)
