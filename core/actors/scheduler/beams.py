@@ -162,10 +162,10 @@ class Beams:
         board.rows = None
         told: Told | None = None
         row_of = {slot: row for row, slot in enumerate(rows.slots.tolist()) if mine[row]}
-        groups = {id(holder.request): holder.request.group for slot in row_of if (holder := board.slots.holder[slot]) is not None}
+        holders = [board.slots.holder[slot] for slot in row_of if board.slots.phase[slot] == DECODE]  # not those given up meanwhile
+        groups = {holder.request.key: holder.request.group for holder in holders if holder is not None}
         for group in groups.values():
-            if group is None or any(board.slots.phase[slot] != DECODE for slot in group.slots()):
-                continue  # it was given up meanwhile
+            assert group is not None
             if any(row_of.get(slot) in bad for slot in group.slots()):
                 for slot in group.slots():
                     board.slots.poisoned[slot] = True

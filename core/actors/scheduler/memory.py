@@ -49,6 +49,7 @@ class Memory:
                 yield from self.ask(outline, NOBODY, [])
                 refused = self._beams.unaffordable(short.tolist())
             short = short[~np.isin(short, refused)]
+            entries = [] if refused else entries  # nobody who waits goes before those that run
         slots, listed = board.slots, short.tolist()
         ask: dict[str, Any] = {}
         if entries:  # blocks need a name only before somebody looks for them (or when they are given back)

@@ -331,7 +331,9 @@ class Scheduler:
         else:
             assert not outline.places
             assert not outline.copies
-            board.carried += outline.blocks
+            for seqs, index, ids in outline.blocks:  # not of those who were preempted since
+                kept = np.array([board.slot_of(seq) >= 0 for seq in seqs.tolist()], bool)
+                board.carried.append((seqs[kept], index[kept], ids[kept]))
             return False
         return True
 
