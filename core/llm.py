@@ -32,10 +32,20 @@ from penstock.core.protocol.errors import (
     UnsupportedFeature,
 )
 from penstock.core.protocol.messages import Finished, Rejected, Submit, TextDelta
-from penstock.core.protocol.outputs import CHANNELS, CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
-from penstock.core.protocol.sampling import SamplingParams, from_python
+from penstock.core.protocol.outputs import (
+    CHANNELS,
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    StreamDelta,
+    prompt_positions,
+    verdict,
+)
+from penstock.core.protocol.sampling import Beam, BeamSearchParams, SamplingParams, from_python
 
-__all__ = ["LLM", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
+__all__ = ["LLM", "Beam", "BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
 
 ChatMessage = dict[str, Any]
 
@@ -149,6 +159,14 @@ class LLM:
             need(isinstance(messages, Sequence) and not isinstance(messages, str), f"messages {CONVERSATION}.", "messages")
             conversations = [conversation_json(conversation, f"messages[{i}]") for i, conversation in enumerate(messages)]
         return self._run("chat", [{"messages": conversation, **shared} for conversation in conversations], sampling_params, use_tqdm)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations of each prompt that a beam search finds; prompts and errors as in `generate`."""
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequest(f"params must be BeamSearchParams, but is {type(params).__name__}.", param="params")
+        found = self._run("completion", prompt_parts(prompts, "prompts"), params.sampling(), use_tqdm)
+        tokenizer = self.get_tokenizer()
+        return [BeamSearchOutput(sequences=[_hypothesis(one, output, params, tokenizer) for output in one.outputs]) for one in found]
 
     def _run(
         self,
@@ -387,6 +405,21 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _hypothesis(request: RequestOutput, output: CompletionOutput, params: BeamSearchParams, tokenizer: LLMTokenizer) -> BeamSearchSequence:
+    own = output.token_ids
+    if output.finish_reason == "stop" and not params.include_stop_str_in_output:
+        own = own[:-1]
+    tokens = [*request.prompt_token_ids, *own]
+    return BeamSearchSequence(
+        tokens=tokens,
+        text=tokenizer.decode(tokens),
+        cum_logprob=output.cumulative_logprob or 0.0,
+        logprobs=output.logprobs or [],
+        finish_reason=output.finish_reason,
+        stop_reason=output.stop_reason,
+    )
 
 
 def _on_end(ended: queue.SimpleQueue[int], index: int) -> Callable[[StreamDelta | None], None]:

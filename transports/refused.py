@@ -133,7 +133,8 @@ ANSWER: dict[str, Refused] = {
     "verbosity": Refused((None, "medium")),
     # Other ways to search
     **_all(_OFF, "use_beam_search early_stopping"),
-    **_all(_ONE, "beam_width num_beams num_beam_groups length_penalty best_of"),
+    **_all(_use(_ONE, "Use use_beam_search and best_of, on OpenAI's routes."), "beam_width num_beams"),
+    **_all(_ONE, "num_beam_groups length_penalty best_of"),
     **_all(_ZERO, "beam_search_diversity_rate diversity_penalty penalty_alpha"),
     # Other ways to draw
     **_all(_ONE, "typical_p typ_p typical tfs_z tfs top_p_decay guidance_scale cfg_scale encoder_repetition_penalty"),

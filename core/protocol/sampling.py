@@ -183,6 +183,40 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
                 raise InvalidRequest(not_a_token(f"{name}: the key", token, vocab_size), param=name)
 
 
+class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `LLM.beam_search` takes, as in vLLM; `early_stopping` as in Beam. `temperature` has no effect."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    early_stopping: bool | Literal["never"] = False
+
+    def sampling(self) -> SamplingParams:
+        """The same as settings of a request. Raises InvalidRequest naming the field."""
+        try:
+            params = msgspec.convert(msgspec.structs.asdict(self), BeamSearchParams)
+        except msgspec.ValidationError as error:
+            what, _, at = str(error).partition(" - at `$.")
+            field = at.rstrip("`") or "params"
+            raise InvalidRequest(f"{field} {plain(what)}." if plain(what) != what else f"{field}: {what}.", param=field) from None
+        if not 1 <= params.beam_width <= MAX_N:
+            raise InvalidRequest(f"beam_width must be between 1 and {MAX_N}, but is {shorten(params.beam_width)}.", param="beam_width")
+        if params.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be 1 or more, but is {shorten(params.max_tokens)}.", param="max_tokens")
+        beam = Beam(width=params.beam_width, length_penalty=params.length_penalty, early_stopping=params.early_stopping)
+        return SamplingParams(
+            n=params.beam_width,
+            max_tokens=params.max_tokens,
+            ignore_eos=params.ignore_eos,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            logprobs=0,
+            beam=beam,
+        )
+
+
 _TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams, include_extras=True)
 _DEFAULTS: dict[str, Any] = {field: getattr(SamplingParams(), field) for field in SamplingParams.__struct_fields__}
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.version import __version__
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Beam", "BeamSearchParams", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from penstock.core.llm import LLM
-    from penstock.core.protocol.sampling import SamplingParams
+    from penstock.core.protocol.sampling import Beam, BeamSearchParams, SamplingParams
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +19,8 @@ def __getattr__(name: str) -> Any:
         from penstock.core.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from penstock.core.protocol.sampling import SamplingParams
+    if name in ("Beam", "BeamSearchParams", "SamplingParams"):
+        from penstock.core.protocol import sampling
 
-        return SamplingParams
+        return getattr(sampling, name)
     raise AttributeError(f"module 'penstock' has no attribute {name!r}")
