@@ -45,7 +45,20 @@ from penstock.core.protocol.outputs import (
 )
 from penstock.core.protocol.sampling import Beam, BeamSearchParams, SamplingParams, from_python
 
-__all__ = ["LLM", "Beam", "BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence", "ChatMessage", "CompletionOutput", "LLMTokenizer", "Logprob", "RequestOutput", "SamplingParams", "StreamDelta"]
+__all__ = [
+    "LLM",
+    "Beam",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
+    "ChatMessage",
+    "CompletionOutput",
+    "LLMTokenizer",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamDelta",
+]
 
 ChatMessage = dict[str, Any]
 
@@ -160,7 +173,9 @@ class LLM:
             conversations = [conversation_json(conversation, f"messages[{i}]") for i, conversation in enumerate(messages)]
         return self._run("chat", [{"messages": conversation, **shared} for conversation in conversations], sampling_params, use_tqdm)
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False) -> list[BeamSearchOutput]:
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
         """The `beam_width` likeliest continuations of each prompt that a beam search finds; prompts and errors as in `generate`."""
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequest(f"params must be BeamSearchParams, but is {type(params).__name__}.", param="params")

@@ -58,7 +58,9 @@ FIELDS: dict[str, Field] = {
     "stop_token_ids": Field("Further tokens that end the answer.", VLLM, "at most 256 ids"),
     "include_stop_str_in_output": Field("Leave the stop string or token that ended the answer in its text.", VLLM, default="false"),
     "ignore_eos": Field("The model's end tokens do not end the answer.", VLLM, default="false"),
-    "use_beam_search": Field("Search for the n likeliest answers instead of drawing. See [Beam search](#beam-search).", VLLM, default="false"),
+    "use_beam_search": Field(
+        "Search for the n likeliest answers instead of drawing. See [Beam search](#beam-search).", VLLM, default="false"
+    ),
     "length_penalty": Field(
         "With use_beam_search: answers compare by their log-probability divided by their number of tokens to this power.",
         VLLM,

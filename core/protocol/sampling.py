@@ -154,9 +154,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     def _check_beam(self, beam: Beam) -> None:
         if not self.n <= beam.width <= MAX_N:
-            raise InvalidRequest(
-                f"beam.width must be between n ({self.n}) and {MAX_N}, but is {shorten(beam.width)}.", param="beam.width"
-            )
+            raise InvalidRequest(f"beam.width must be between n ({self.n}) and {MAX_N}, but is {shorten(beam.width)}.", param="beam.width")
         penalty = beam.length_penalty
         if not (math.isfinite(penalty) and abs(penalty) <= MAX_LENGTH_PENALTY):
             raise InvalidRequest(

@@ -137,7 +137,9 @@ def _likely(history: bytes, top: int) -> list[tuple[int, float]]:
         tokens = np.frombuffer(history, np.int32)
         size = tokens.size + 1
         runner = make_runner(
-            SchedulerSettings(engine=0, epoch=1, max_num_seqs=1, max_num_batched_tokens=size, max_model_len=size, block_size=size, num_blocks=1)
+            SchedulerSettings(
+                engine=0, epoch=1, max_num_seqs=1, max_num_batched_tokens=size, max_model_len=size, block_size=size, num_blocks=1
+            )
         )
         zero, all_of_it = i32([0]), i32([tokens.size])
         runner.forward(

@@ -239,7 +239,9 @@ class Scheduler:
     def _park(self, key: int, parked: bool) -> Iterable[Out]:
         board = self._board
         request = board.requests.get(key)
-        if request is None or request.parked == parked or request.group is not None:  # beams say nothing that a slow client could be late for
+        if (
+            request is None or request.parked == parked or request.group is not None
+        ):  # beams say nothing that a slow client could be late for
             return ()
         request.parked = parked
         board.parked_live += request.live if parked else -request.live
