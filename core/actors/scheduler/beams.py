@@ -63,7 +63,7 @@ class Told:
     def behind(self, columns: tuple[Column, Column, Column, Column, Column]) -> tuple[Column, ...]:
         """seqs, incarnations, offsets, tokens and reasons of a step, with these rows behind."""
         mine = (i64(self.seqs), i32(self.incarnations), i32(self.offsets), i32(self.tokens), np.array(self.reasons, np.uint8))
-        return tuple(np.concatenate(pair) for pair in zip(columns, mine, strict=True))
+        return tuple(np.concatenate([step, more]) for step, more in zip(columns, mine, strict=True))
 
     def logprobs(self, before: LogprobColumns | None, rows: int) -> LogprobColumns | None:
         """The step's log-probabilities, of its `rows` rows, and these."""
