@@ -285,7 +285,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
-            if not refused.check(_tables[kind], name, raw[name], raw) and name not in HINTS:
+            if not refused.check(_tables[kind], name, raw[name]) and name not in HINTS:
                 unknown.append(name)
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)
@@ -307,7 +307,7 @@ def check_options(raw: msgspec.Raw) -> list[str]:
     """The unknown fields of stream_options, as paths. Raises UnsupportedFeature for a known one in another spelling."""
     given = fields_of(raw, "stream_options")
     unknown = given.keys() - set(StreamOptions.__struct_fields__)
-    return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], given, "stream_options."))
+    return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], "stream_options."))
 
 
 def check_unknown(names: list[str], *, strict: bool) -> list[str]:

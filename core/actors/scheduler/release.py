@@ -108,7 +108,8 @@ class Release:
             beams = holder.request.group.slots()
             for one in beams:
                 board.forking.pop(one, None)
-            return all([self._preempt(one) for one in beams])
+            done = [self._preempt(one) for one in beams]  # each of them, whatever the first says
+            return all(done)
         return self._preempt(slot)
 
     def _preempt(self, slot: int) -> bool:
