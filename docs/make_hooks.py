@@ -76,6 +76,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 messages.Sample,
                 messages.SlotSampling,
                 sampling.SamplingParams,
+                sampling.Beam,
                 messages.StepDone,
                 messages.LogprobColumns,
             ),

@@ -18,8 +18,9 @@ from penstock.core.protocol.columns import I32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
-from penstock.core.protocol.sampling import INT_LIMIT, Beam, SamplingParams, check_tokens, shorten
+from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
+from penstock.transports.beams import beam_names, beam_of, check_best_of
 from penstock.transports.generation import Generation
 from penstock.transports.grammars import grammar_of
 from penstock.transports.openai_schema import (
@@ -103,39 +104,10 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
     _need(1 <= n <= config.max_n, f"n must be between 1 and {config.max_n} (--max-n), but is {n}.", "n")
     seed = request.seed
     _need(seed is None or -(2**63) <= seed < 2**63, "seed must fit 64 bits.", "seed")
-    if request.use_beam_search:
-        values["beam"] = _beam(request, n, config)
-        explicit.append("beam")
-    else:
-        _need(request.length_penalty in (None, 1), "length_penalty needs use_beam_search to be true.", "length_penalty")
-        _need(request.early_stopping in (None, False), "early_stopping needs use_beam_search to be true.", "early_stopping")
+    values["beam"] = beam_of(request, n, config)
     sampling = SamplingParams(**values)
     sampling.validate(max_logprobs=config.max_logprobs, max_stop=config.max_stop)
     return sampling, explicit
-
-
-def _beam(request: GenerationRequest, n: int, config: Config) -> Beam:
-    """How many beams, and how hypotheses compare. Raises InvalidRequest."""
-    width = n if request.best_of is None else request.best_of
-    _check_best_of(width, n, config)
-    early = request.early_stopping
-    if isinstance(early, str) and early != "never":
-        raise InvalidRequest(f"early_stopping must be true, false or 'never', but is {early[:40]!r}.", param="early_stopping")
-    penalty = 1.0 if request.length_penalty is None else request.length_penalty
-    return Beam(width=width, length_penalty=penalty, early_stopping="never" if isinstance(early, str) else bool(early))
-
-
-def _beam_names(request: GenerationRequest) -> dict[str, str]:
-    """What the client calls a beam search and its width."""
-    return {"beam": "use_beam_search", "beam.width": "n" if request.best_of is None else "best_of"} if request.use_beam_search else {}
-
-
-def _check_best_of(best_of: int, n: int, config: Config) -> None:
-    _need(
-        n <= best_of <= config.max_n,
-        f"best_of must be between n ({n}) and {config.max_n} (--max-n), but is {shorten(best_of)}.",
-        "best_of",
-    )
 
 
 def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
@@ -227,7 +199,7 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
     sampling, explicit = _sampling(request, config, max_tokens, logprobs)
     if request.best_of not in (None, 1, sampling.n) and sampling.beam is None:
         raise UnsupportedFeature("best_of is taken here with use_beam_search only. Use n.", param="best_of")
-    names |= _beam_names(request)
+    names |= beam_names(request)
     kwargs = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", request.reasoning_effort)
@@ -373,7 +345,7 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         prompts=prompts,
         sampling=sampling,
         explicit=explicit,
-        names=_beam_names(request),
+        names=beam_names(request),
         add_special_tokens=request.add_special_tokens is not False,
         echo=echo,
         top_logprobs=request.logprobs,
@@ -384,7 +356,7 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
 
 def _best_of(request: CompletionRequest, best_of: int, sampling: SamplingParams, config: Config) -> SamplingParams:
     """To draw more answers than are shown, with what is needed to compare them. Raises InvalidRequest."""
-    _check_best_of(best_of, sampling.n, config)
+    check_best_of(best_of, sampling.n, config)
     _need(
         not request.stream, "best_of above n is not available when stream is true: which answers are shown is known at the end.", "best_of"
     )

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
-from penstock.core.contract.fake_draws import FakeDraws, Mask, Script
+from penstock.core.contract.fake_draws import FakeDraws, Mask, Script, fall_of
 from penstock.core.contract.fake_pool import FakePool
-from penstock.core.contract.fake_slots import FakeSlots, FakeViolation, mix
+from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
 from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, f32, i32
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest, UnsupportedFeature
@@ -374,11 +374,6 @@ class FakeRunner:
             ids=i32([(w[2] + k) % vocab for w in wanted for k in (0, *range(w[3]))]),
             values=f32([-0.5 - k * fall for w, fall in zip(wanted, falls, strict=True) for k in (0, *range(w[3]))]),
         )
-
-
-def fall_of(digest: np.uint64) -> float:
-    """By how much each of the likeliest tokens behind a history of that digest is less likely than the one before."""
-    return 0.25 + int(mix(np.array([digest], np.uint64))[0] >> np.uint64(33)) % 16 / 8
 
 
 def _vocab_of(model_path: str) -> int | None:
