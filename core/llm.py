@@ -34,11 +34,32 @@ from penstock.core.protocol.errors import (
     UnsupportedFeature,
 )
 from penstock.core.protocol.messages import Finished, Grammar, Rejected, Submit, TextDelta
-from penstock.core.protocol.outputs import CHANNELS, CompletionOutput, Logprob, RequestOutput, StreamDelta, prompt_positions, verdict
-from penstock.core.protocol.sampling import GuidedDecodingParams, SamplingParams, StructuredOutputsParams, from_python
+from penstock.core.protocol.outputs import (
+    CHANNELS,
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    StreamDelta,
+    prompt_positions,
+    verdict,
+)
+from penstock.core.protocol.sampling import (
+    Beam,
+    BeamSearchParams,
+    GuidedDecodingParams,
+    SamplingParams,
+    StructuredOutputsParams,
+    from_python,
+)
 
 __all__ = [
     "LLM",
+    "Beam",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "ChatMessage",
     "CompletionOutput",
     "GuidedDecodingParams",
@@ -183,6 +204,16 @@ class LLM:
             conversations = [conversation_json(conversation, f"messages[{i}]") for i, conversation in enumerate(messages)]
         parts = [{"messages": conversation, **shared} for conversation in conversations]
         return self._run("chat", parts, sampling_params, use_tqdm, _Choice(tools, tool_choice))
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations of each prompt that a beam search finds; prompts and errors as in `generate`."""
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequest(f"params must be BeamSearchParams, but is {type(params).__name__}.", param="params")
+        found = self._run("completion", prompt_parts(prompts, "prompts"), params.sampling(), use_tqdm)
+        tokenizer = self.get_tokenizer()
+        return [BeamSearchOutput(sequences=[_hypothesis(one, output, params, tokenizer) for output in one.outputs]) for one in found]
 
     def _run(
         self,
@@ -433,6 +464,21 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _hypothesis(request: RequestOutput, output: CompletionOutput, params: BeamSearchParams, tokenizer: LLMTokenizer) -> BeamSearchSequence:
+    own = output.token_ids
+    if output.finish_reason == "stop" and not params.include_stop_str_in_output:
+        own = own[:-1]
+    tokens = [*request.prompt_token_ids, *own]
+    return BeamSearchSequence(
+        tokens=tokens,
+        text=tokenizer.decode(tokens),
+        cum_logprob=output.cumulative_logprob or 0.0,
+        logprobs=output.logprobs or [],
+        finish_reason=output.finish_reason,
+        stop_reason=output.stop_reason,
+    )
 
 
 def _on_end(ended: queue.SimpleQueue[int], index: int) -> Callable[[StreamDelta | None], None]:

@@ -77,6 +77,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 messages.SlotSampling,
                 sampling.SamplingParams,
                 sampling.StructuredOutputsParams,
+                sampling.Beam,
                 messages.StepDone,
                 messages.LogprobColumns,
             ),

@@ -334,6 +334,21 @@ def times() -> list[str]:
     return ["| what | time | then |", "|---|---|---|", *(f"| {what} | {flags(time)} | {then} |" for what, time, then in rows), ""]
 
 
+def beams() -> list[str]:
+    return [
+        "## Beam search",
+        "",
+        "With use_beam_search the n answers are the likeliest that a search with `best_of` beams (n without it) finds, best first: the hypotheses of"
+        " transformers' `generate` with `num_beams`, `length_penalty` and `early_stopping`. An answer's score is the sum of its tokens' log-probabilities divided"
+        " by its number of tokens, the end token included, to the power of length_penalty. Beams share their KV blocks as far as they agree."
+        " `temperature` and `seed` have no effect, and the model's sampling defaults do not count. min_tokens, stop_token_ids, ignore_eos and log-probabilities"
+        " work; what would change which tokens may be drawn (top_p, top_k, min_p, penalties, logit_bias, allowed_token_ids, bad_words, grammars) and `stop` are"
+        " a 400 that names the field, as is a search for which the KV cache may be too small. No answer is known before the search is over: with stream, each"
+        " comes in one piece at the end. usage counts the tokens of the n answers. Each beam counts against --max-choices and --max-num-seqs.",
+        "",
+    ]
+
+
 def grammars() -> list[str]:
     words = sorted(keywords.PLAIN | keywords.ONE | keywords.MANY | keywords.NAMED)
     return [
@@ -442,7 +457,7 @@ def page() -> str:
     ]
     for kind in parts:
         out += [f"### {kind.__name__}", "", *asked(kind)]
-    out += grammars()
+    out += grammars() + beams()
     out += [
         "Further fields of a message reach the chat template as they are. One of these in another spelling (`toolCalls`) is refused.",
         "",

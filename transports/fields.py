@@ -60,6 +60,22 @@ FIELDS: dict[str, Field] = {
     "stop_token_ids": Field("Further tokens that end the answer.", VLLM, "at most 256 ids"),
     "include_stop_str_in_output": Field("Leave the stop string or token that ended the answer in its text.", VLLM, default="false"),
     "ignore_eos": Field("The model's end tokens do not end the answer.", VLLM, default="false"),
+    "use_beam_search": Field(
+        "Search for the n likeliest answers instead of drawing. See [Beam search](#beam-search).", VLLM, default="false"
+    ),
+    "length_penalty": Field(
+        "With use_beam_search: answers compare by their log-probability divided by their number of tokens to this power.",
+        VLLM,
+        "-10 to 10",
+        "1",
+    ),
+    "early_stopping": Field(
+        "With use_beam_search: true ends the search as soon as so many answers as there are beams have ended; false, when no better one is likely;"
+        " `never`, when none is possible.",
+        VLLM,
+        "true, false, `never`",
+        "false",
+    ),
     "skip_special_tokens": Field("Leave special tokens out of the text.", VLLM, default="true"),
     "spaces_between_special_tokens": Field("Only true, which is what happens; false is `unsupported_feature`.", VLLM, default="true"),
     "truncate_prompt_tokens": Field(
@@ -123,7 +139,7 @@ FIELDS: dict[str, Field] = {
     ),
     # Completions
     "best_of": Field(
-        "Draw so many answers a prompt and reply with the n whose tokens are the likeliest on average (by log-probability, the best first). All are counted"
+        "With use_beam_search, the number of beams. Else, on /v1/completions: draw so many answers a prompt and reply with the n whose tokens are the likeliest on average (by log-probability, the best first). All are counted"
         " in usage, against --max-choices too. Not below n, and above it not with stream.",
         allowed="1 to --max-n",
         default="n",

@@ -21,6 +21,7 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar, Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
+from penstock.transports.beams import beam_names, beam_of, check_best_of
 from penstock.transports.generation import Generation
 from penstock.transports.grammars import grammar_of
 from penstock.transports.kept import Kept, kept_of
@@ -107,6 +108,7 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
     _need(1 <= n <= config.max_n, f"n must be between 1 and {config.max_n} (--max-n), but is {n}.", "n")
     seed = request.seed
     _need(seed is None or -(2**63) <= seed < 2**63, "seed must fit 64 bits.", "seed")
+    values["beam"] = beam_of(request, n, config)
     sampling = SamplingParams(**values)
     sampling.validate(max_logprobs=config.max_logprobs, max_stop=config.max_stop)
     return sampling, explicit
@@ -199,6 +201,9 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Cal
         _need(bool(request.logprobs) or top == 0, "top_logprobs needs logprobs to be true.", "top_logprobs")
     logprobs = (top or 0) if request.logprobs else None
     sampling, explicit = _sampling(request, config, max_tokens, logprobs)
+    if request.best_of not in (None, 1, sampling.n) and sampling.beam is None:
+        raise UnsupportedFeature("best_of is taken here with use_beam_search only. Use n.", param="best_of")
+    names |= beam_names(request)
     kwargs = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", request.reasoning_effort)
@@ -313,20 +318,22 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
     if echo and request.logprobs is not None and sampling.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
     shown = None
-    if request.best_of is not None and request.best_of != sampling.n:
+    if request.best_of is not None and request.best_of != sampling.n and sampling.beam is None:
         sampling, shown = _best_of(request, request.best_of, sampling, config), sampling.n
     prompts = _prompts(request.prompt, config)
+    sequences = len(prompts) * (sampling.n if sampling.beam is None else sampling.beam.width)
+    many = "n" if shown is None and (sampling.beam is None or request.best_of is None) else "best_of"
     _need(
-        len(prompts) * sampling.n <= config.max_choices,
-        f"prompts times {'n' if shown is None else 'best_of'} may be at most {config.max_choices} (--max-choices),"
-        f" but is {len(prompts) * sampling.n}.",
-        "n" if shown is None else "best_of",
+        sequences <= config.max_choices,
+        f"prompts times {many} may be at most {config.max_choices} (--max-choices), but is {sequences}.",
+        many,
     )
     return Call(
         kind="completion",
         prompts=prompts,
         sampling=sampling,
         explicit=explicit,
+        names=beam_names(request),
         add_special_tokens=request.add_special_tokens is not False,
         echo=echo,
         top_logprobs=request.logprobs,
@@ -337,11 +344,7 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
 
 def _best_of(request: CompletionRequest, best_of: int, sampling: SamplingParams, config: Config) -> SamplingParams:
     """To draw more answers than are shown, with what is needed to compare them. Raises InvalidRequest."""
-    _need(
-        sampling.n <= best_of <= config.max_n,
-        f"best_of must be between n ({sampling.n}) and {config.max_n} (--max-n), but is {shorten(best_of)}.",
-        "best_of",
-    )
+    check_best_of(best_of, sampling.n, config)
     _need(
         not request.stream, "best_of above n is not available when stream is true: which answers are shown is known at the end.", "best_of"
     )

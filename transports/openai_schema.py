@@ -143,6 +143,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    best_of: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
@@ -191,7 +195,6 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
-    best_of: int | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -303,7 +306,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> t
     unknown: list[str] = []
     if not raw.keys() <= _known[kind]:
         for name in raw.keys() - _known[kind]:
-            if not refused.check(_tables[kind], name, raw[name], raw) and name not in HINTS:
+            if not refused.check(_tables[kind], name, raw[name]) and name not in HINTS:
                 unknown.append(name)
     try:
         return _decoders[kind].decode(body), raw, sorted(unknown)
@@ -325,7 +328,7 @@ def check_options(raw: msgspec.Raw) -> list[str]:
     """The unknown fields of stream_options, as paths. Raises UnsupportedFeature for a known one in another spelling."""
     given = fields_of(raw, "stream_options")
     unknown = given.keys() - set(StreamOptions.__struct_fields__)
-    return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], given, "stream_options."))
+    return sorted(f"stream_options.{name}" for name in unknown if not refused.check(_options, name, given[name], "stream_options."))
 
 
 def check_unknown(names: list[str], *, strict: bool) -> list[str]:

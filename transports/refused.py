@@ -132,8 +132,8 @@ ANSWER: dict[str, Refused] = {
     "response_modalities": Refused((None, ["text"], ["TEXT"], [])),
     "verbosity": Refused((None, "medium")),
     # Other ways to search
-    **_all(_OFF, "use_beam_search early_stopping"),
-    **_all(_ONE, "beam_width num_beams num_beam_groups length_penalty best_of"),
+    **_all(_use(_ONE, "Use use_beam_search and best_of, on OpenAI's routes."), "beam_width num_beams"),
+    "num_beam_groups": _ONE,
     **_all(_ZERO, "beam_search_diversity_rate diversity_penalty penalty_alpha"),
     # Other ways to draw
     **_all(_ONE, "typical_p typ_p typical tfs_z tfs top_p_decay guidance_scale cfg_scale encoder_repetition_penalty"),
@@ -234,13 +234,13 @@ MOST = 1024
 """Bytes of a value that may ask for nothing. What is longer asks for something, and is not read."""
 
 
-def check(table: Table, name: str, raw: msgspec.Raw, fields: Mapping[str, msgspec.Raw], where: str = "") -> bool:
+def check(table: Table, name: str, raw: msgspec.Raw, where: str = "") -> bool:
     """Is this a field of the table (with a value that asks for nothing)? Raises UnsupportedFeature naming it (within `where`) if it asks for something."""
     entry = table.find(name)
     if entry is None:
         return False
     asks = len(bytes(raw)) > MOST or not _neutral(entry, _read(raw))
-    if asks and not (name == "best_of" and bytes(fields.get("n", msgspec.Raw())).strip() == bytes(raw).strip()):
+    if asks:
         raise refusal(where + name, entry)
     return True
 

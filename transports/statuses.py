@@ -12,14 +12,14 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from penstock.transports.fields import OPENAI, SGLANG, VLLM
-from penstock.transports.openai_schema import HINTS, REFUSED, StreamOptions
+from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, StreamOptions
 
 _KNOWN: dict[str, str] = {
     OPENAI: """messages prompt model frequency_penalty presence_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n best_of
         echo suffix response_format seed stop stream stream_options stream_options.include_usage stream_options.include_obfuscation temperature
         top_p tools tool_choice parallel_tool_calls functions function_call user reasoning_effort service_tier metadata store prediction modalities
         audio web_search_options prompt_cache_key prompt_cache_retention safety_identifier verbosity moderation""",
-    VLLM: """use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
+    VLLM: """use_beam_search length_penalty early_stopping top_k min_p repetition_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
         skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side prompt_logprobs allowed_token_ids bad_words
         add_generation_prompt continue_final_message add_special_tokens documents chat_template chat_template_kwargs mm_processor_kwargs
         media_io_kwargs structured_outputs guided_json guided_regex guided_choice guided_grammar priority request_id logits_processors
@@ -45,6 +45,8 @@ IN_PART: dict[str, str] = {
 
 KEPT = ("metadata",)
 """Hints that say something where the requests have them as fields."""
+IN_PART_OF_CHAT: dict[str, str] = {"best_of": "With use_beam_search; else only as many as n."}
+"""The same, of fields that work at the other endpoint."""
 
 NO_EFFECT: dict[str, str] = {}
 """Fields that the requests have and that change nothing: why. HINTS are such, too."""
@@ -64,7 +66,8 @@ def status_of(kind: type[msgspec.Struct], name: str) -> Status:
             return Status("works")
         if name in HINTS or name in NO_EFFECT:
             return Status("no effect", HINTS.get(name) or NO_EFFECT[name])
-        return Status("in part", IN_PART[name]) if name in IN_PART else Status("works")
+        part = IN_PART.get(name) or (IN_PART_OF_CHAT.get(name) if kind is ChatRequest else None)
+        return Status("in part", part) if part else Status("works")
     if name in HINTS:
         return Status("no effect", HINTS[name])
     return Status("refused", REFUSED[kind][name].instead or "Leave it out.")

@@ -84,8 +84,6 @@ def decode_generate(body: bytes, kind: type[Kind], limits: Limits | None) -> tup
         check_fields(len(given), "parameters")
         strange = given.keys() - set(GenerateParameters.__struct_fields__)
         unknown += sorted(
-            f"parameters.{name}"
-            for name in strange
-            if not check(_parameters, name, given[name], given, "parameters.") and name not in HINTS
+            f"parameters.{name}" for name in strange if not check(_parameters, name, given[name], "parameters.") and name not in HINTS
         )
     return request, unknown

@@ -128,6 +128,8 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Kinds of Sample.pool_kinds that its runner serves."""
     masks: bool = False
     """Its runner serves Sample.mask: answers can be made to obey a grammar."""
+    writes: bool = False
+    """Its runner serves Forward.write_*: a beam search can be made with it, if it has no lookahead."""
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,11 +178,12 @@ _FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "
 _SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
 
 
-def refuse_columns(work: Forward | Sample, *, masks: bool = False) -> None:
-    """For a runner that serves no optional column (but masks, if it says so): raises UnsupportedFeature naming the one that `work` has."""
+def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False) -> None:
+    """For a runner that serves no optional column (but masks and writes, if it says so): raises UnsupportedFeature naming the one that `work` has."""
     name = "lookahead" if work.lookahead else ""
     for column in _FORWARD_COLUMNS if isinstance(work, Forward) else _SAMPLE_COLUMNS:
-        if len(getattr(work, column)) and not (masks and column == "mask_rows"):
+        served = (masks and column == "mask_rows") or (writes and column == "write_slots")
+        if len(getattr(work, column)) and not served:
             name = column
             break
     if name:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
-from penstock.core.contract.fake_draws import FakeDraws, Mask, Script
+from penstock.core.contract.fake_draws import FakeDraws, Mask, Script, fall_of
 from penstock.core.contract.fake_pool import FakePool
 from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
@@ -87,6 +87,7 @@ class FakeDevice:
             embeddings=options.embeddings,
             pool_kinds=options.pool_kinds,
             masks=True,
+            writes=True,
         )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> FakeRunner:
@@ -336,15 +337,17 @@ class FakeRunner:
     def _logprobs(
         self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
     ) -> LogprobColumns | None:
-        """-0.5 for the drawn token, then -1, -2, ... for its successors in the vocabulary."""
+        """-0.5 for the drawn token, then less and less for its successors in the vocabulary: how much, the history decides."""
         if self._draws.plain[into].all():
             return None
         wanted: list[tuple[int, int, int, int]] = []
+        falls: list[float] = []
         for i, slot in enumerate(into.tolist()):
             state = self._sampling[slot]
             if state is not None and state.params.logprobs is not None:
-                wanted.append((i, int(positions[i]), int(tokens[i]), state.params.logprobs))
-        return self._columns(wanted)
+                wanted.append((i, int(positions[i]), int(tokens[i]), min(state.params.logprobs, self.facts.vocab_size)))
+                falls.append(fall_of(self._digest[slot, positions[i] - 1]))
+        return self._columns(wanted, falls)
 
     def _prompt_logprobs(
         self, work: Sample, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
@@ -358,17 +361,18 @@ class FakeRunner:
                 wanted.append((i, position, int(self._history[slot, position]), top))
         return self._columns(wanted)
 
-    def _columns(self, wanted: list[tuple[int, int, int, int]]) -> LogprobColumns | None:
+    def _columns(self, wanted: list[tuple[int, int, int, int]], falls: list[float] | None = None) -> LogprobColumns | None:
         if not wanted:
             return None
         vocab = self.facts.vocab_size
+        falls = falls or [1.0] * len(wanted)
         return LogprobColumns(
             rows=i32([w[0] for w in wanted]),
             positions=i32([w[1] for w in wanted]),
             counts=i32([1 + w[3] for w in wanted]),
             ranks=i32([1] * len(wanted)),
             ids=i32([(w[2] + k) % vocab for w in wanted for k in (0, *range(w[3]))]),
-            values=f32([-0.5 - k for w in wanted for k in (0, *range(w[3]))]),
+            values=f32([-0.5 - k * fall for w, fall in zip(wanted, falls, strict=True) for k in (0, *range(w[3]))]),
         )
 
 

@@ -22,6 +22,11 @@ Script = Callable[[list[int], int], int | None]
 """(history, prompt length) -> the next token, or None for the hash's."""
 
 
+def fall_of(digest: np.uint64) -> float:
+    """By how much each of the likeliest tokens behind a history of that digest is less likely than the one before."""
+    return 0.25 + int(mix(np.array([digest], np.uint64))[0] >> np.uint64(33)) % 16 / 8
+
+
 class Mask:
     """What Sample.mask allows. `impossible`: rows for which that is nothing."""
 

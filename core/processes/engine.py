@@ -93,6 +93,7 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         enable_prefix_caching=config.enable_prefix_caching,
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
+        beams=device.writes and not device.lookahead,
     )
 
 
@@ -162,6 +163,7 @@ class Engine:
             vocab=runner.facts.vocab_size,
             clones=device.capabilities.clones,
             grammars=grammars is not None,
+            beams=device.capabilities.writes,
             lookahead=device.capabilities.lookahead,
         )
         assert self._queue is not None

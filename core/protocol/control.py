@@ -96,6 +96,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """See DeviceCapabilities."""
     grammars: str = ""
     """Whose grammars it can obey: the name of the plugin that makes the masks; "": nobody's."""
+    beams: bool = False
+    """Can it search with beams."""
 
 
 class EngineUp(Message, frozen=True, kw_only=True):

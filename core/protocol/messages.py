@@ -522,7 +522,8 @@ class KvStep(Message, frozen=True, kw_only=True):
        each. The grant says how many tokens were hit: whole blocks, at most `lookup_max` tokens (length - 1; 0 for seqs with
        prompt_logprobs). A look-up takes effect together with the sequence's reserve row, and a denied one keeps nothing. -1: the next
        block is just being computed by another sequence; ask again next step. A denied row still tells what was found. `lookup_again` is 1 where the request was already counted.
-    4. fork: `fork_dst` shares all full blocks of `fork_src`'s first `fork_lens` tokens and gets its own copy of a partial last one.
+    4. fork: `fork_dst` shares all full blocks of `fork_src`'s first `fork_lens` tokens and gets its own copy of a partial last one. If it has
+       blocks already (both are beams of one search, equally long), those that differ go back, and its own partial last one takes the copy.
     5. reserve: each sequence must hold blocks for `reserve_lens` tokens. Granted row by row in order; a denied row changes nothing.
        Rows of looked-up sequences come last, leave at least `keep_free` blocks, and after the first of them that memory denies the
        rest are denied too (nobody overtakes).

@@ -83,6 +83,24 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     decode_s: float = 0.0
 
 
+class BeamSearchSequence(msgspec.Struct, kw_only=True):
+    """One hypothesis. `tokens` are the prompt's and its own, without the end token unless include_stop_str_in_output; `text` is theirs. `cum_logprob` is the
+    sum over its own tokens, the end token included; `logprobs` has one entry for each of them."""
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    logprobs: list[PositionLogprobs]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class BeamSearchOutput(msgspec.Struct, kw_only=True):
+    """One prompt's hypotheses, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
 class StreamDelta(msgspec.Struct, frozen=True, kw_only=True):
     """What one step brought for one choice of a streamed request."""
 

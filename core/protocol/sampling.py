@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -47,6 +47,39 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, omit_defaults=True, k
 
 GuidedDecodingParams = StructuredOutputsParams
 """The name in older vLLM."""
+MAX_LENGTH_PENALTY = 10.0
+"""Lengths to its power stay finite."""
+
+
+class Beam(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """A beam search, as transformers' generate does it: the `width` likeliest continuations are followed together, and the n answers are the best that
+    ended: by the sum of their log-probabilities / length ** length_penalty, the best first. `early_stopping`: end as soon as `width` have ended (True);
+    or when no better one is likely, as judged at the length so far (False) or at the longest there may be ("never")."""
+
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def blocks(self, prompt: int, tokens: int, size: int) -> int:
+        """KV blocks of `size` tokens for beams of so many tokens each (the `prompt` included) that have nothing else in common."""
+        shared = prompt // size
+        return shared + self.width * (-(-tokens // size) - shared)
+
+
+_APART = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": {},
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "bad_words_token_ids": [],
+    "stop": [],
+}
+"""What a beam search has none of."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +117,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     """Of the Python API alone: Submit.grammar is what becomes of it."""
     guided_decoding: StructuredOutputsParams | None = None
     """The same under its older name."""
+    beam: Beam | None = None
+    """Search with beams instead of drawing: temperature and seed have no effect then."""
 
     @property
     def greedy(self) -> bool:
@@ -133,7 +168,22 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         check_tokens(self.stop_token_ids, "stop_token_ids", vocab_size)
         for index, sequence in enumerate(self.bad_words_token_ids):
             check_tokens(sequence, f"bad_words_token_ids[{index}]", vocab_size)
+        if self.beam is not None:
+            self._check_beam(self.beam)
         return self
+
+    def _check_beam(self, beam: Beam) -> None:
+        if not self.n <= beam.width <= MAX_N:
+            raise InvalidRequest(f"beam.width must be between n ({self.n}) and {MAX_N}, but is {shorten(beam.width)}.", param="beam.width")
+        penalty = beam.length_penalty
+        if not (math.isfinite(penalty) and abs(penalty) <= MAX_LENGTH_PENALTY):
+            raise InvalidRequest(
+                f"length_penalty must be between {-MAX_LENGTH_PENALTY:g} and {MAX_LENGTH_PENALTY:g}, but is {penalty!r}.",
+                param="length_penalty",
+            )
+        for param, neutral in _APART.items():
+            if getattr(self, param) != neutral and not (param == "top_k" and self.top_k == -1):
+                raise InvalidRequest(f"{param} and a beam search cannot both be given. Leave one of them out.", param=param)
 
     def _check_bias(self, vocab_size: int | None) -> None:
         """logit_bias, without a look at each entry where all are well: there may be as many as tokens."""
@@ -149,6 +199,40 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
                 raise InvalidRequest(f"{name} must be between -100 and 100, but is {bias!r}.", param=name)
             if not 0 <= token < limit:
                 raise InvalidRequest(not_a_token(f"{name}: the key", token, vocab_size), param=name)
+
+
+class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `LLM.beam_search` takes, as in vLLM; `early_stopping` as in Beam. `temperature` has no effect."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    early_stopping: bool | Literal["never"] = False
+
+    def sampling(self) -> SamplingParams:
+        """The same as settings of a request. Raises InvalidRequest naming the field."""
+        try:
+            params = msgspec.convert(msgspec.structs.asdict(self), BeamSearchParams)
+        except msgspec.ValidationError as error:
+            what, _, at = str(error).partition(" - at `$.")
+            field = at.rstrip("`") or "params"
+            raise InvalidRequest(f"{field} {plain(what)}." if plain(what) != what else f"{field}: {what}.", param=field) from None
+        if not 1 <= params.beam_width <= MAX_N:
+            raise InvalidRequest(f"beam_width must be between 1 and {MAX_N}, but is {shorten(params.beam_width)}.", param="beam_width")
+        if params.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be 1 or more, but is {shorten(params.max_tokens)}.", param="max_tokens")
+        beam = Beam(width=params.beam_width, length_penalty=params.length_penalty, early_stopping=params.early_stopping)
+        return SamplingParams(
+            n=params.beam_width,
+            max_tokens=params.max_tokens,
+            ignore_eos=params.ignore_eos,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            logprobs=0,
+            beam=beam,
+        )
 
 
 _TYPES: dict[str, Any] = typing.get_type_hints(SamplingParams, include_extras=True)

@@ -31,7 +31,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class CpuDevice:
     """See core/contract/devices.py: Device. Depth 1: forward and sample run on the calling thread and are over when they return."""
 
-    capabilities = DeviceCapabilities(name="cpu", depth=2, synchronous=True, dtypes=list(DTYPES), deterministic=True, masks=True)
+    capabilities = DeviceCapabilities(
+        name="cpu", depth=2, synchronous=True, dtypes=list(DTYPES), deterministic=True, masks=True, writes=True
+    )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:
         """Raises ConfigError, CheckpointError or UnsupportedFeature naming the flag or field."""

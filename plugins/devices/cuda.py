@@ -47,6 +47,7 @@ class CudaDevice:
         mixed_prefill_tokens=MIXED_PREFILL_TOKENS,
         bounded_steps=True,
         masks=True,
+        writes=True,
     )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:

@@ -230,7 +230,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work)
+        refuse_columns(work, writes=True)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         rows = len(work.slots)
@@ -238,7 +238,7 @@ class DeviceRunner:
         if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
             self._update_known(work)
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
-        if len(work.copy_src) or len(work.place_slots) or len(work.block_slots):
+        if len(work.copy_src) or len(work.place_slots) or len(work.block_slots) or len(work.write_slots):
             self._update(work)
         bucket = self._bucket(rows) if decode else 0
         if self._masked_uses:
@@ -270,7 +270,7 @@ class DeviceRunner:
             raise EngineFailure("A step names positions whose blocks were never given to their slot.")
 
     def _update(self, work: Forward) -> None:
-        """Copies, places and blocks, in this order, with one copy up."""
+        """Copies, places, writes and blocks, in this order, with one copy up."""
         place_at = np.zeros(len(work.place_counts), np.int32)
         np.cumsum(work.place_counts[:-1], out=place_at[1:])
         sent = self._columns.send(
@@ -283,11 +283,16 @@ class DeviceRunner:
             work.block_slots,
             work.block_index,
             work.block_ids,
+            work.write_slots,
+            work.write_positions,
+            work.write_tokens,
         )
         if len(work.copy_src):
             self._model.attention.copy(self._pool, sent[0], sent[1])
         if len(work.place_slots):
             self._ops.place(self.history, self.table, sent[2], sent[3], sent[4], sent[5])
+        if len(work.write_slots):
+            self._ops.write_tokens(sent[9], sent[10], sent[11], self.history)
         if len(work.block_slots):
             self._ops.set_blocks(self.table, sent[6], sent[7], sent[8])
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.version import __version__
 
-__all__ = ["LLM", "GuidedDecodingParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = ["LLM", "Beam", "BeamSearchParams", "GuidedDecodingParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 if TYPE_CHECKING:
     from penstock.core.llm import LLM
-    from penstock.core.protocol.sampling import GuidedDecodingParams, SamplingParams, StructuredOutputsParams
+    from penstock.core.protocol.sampling import Beam, BeamSearchParams, GuidedDecodingParams, SamplingParams, StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,7 @@ from penstock.core.protocol.messages import (
     Message,
     Plan,
     Sample,
+    SlotSampling,
     StepTokens,
     key_of,
     seq_of,
@@ -77,8 +78,6 @@ def solo(prompt: Column, params: SamplingParams, choice: int, max_tokens: int, s
     )
     runner = make_runner(settings)
     out: list[int] = []
-    from penstock.core.protocol.messages import SlotSampling
-
     banned = i32(sorted(stops)) if params.min_tokens else i32([])
     while prompt.size + len(out) < limit:
         start, count = (0, prompt.size) if not out else (prompt.size + len(out) - 1, 1)
@@ -100,6 +99,60 @@ def solo(prompt: Column, params: SamplingParams, choice: int, max_tokens: int, s
         if out[-1] in stops and len(out) > params.min_tokens:
             break
     return out
+
+
+def beam_search(prompt: Column, params: SamplingParams, max_tokens: int, stops: set[int], longest: int) -> list[tuple[list[int], bool]]:
+    """What a beam search must say, best first, and whether a token ended it: the search as transformers defines it, over histories that are each computed
+    alone."""
+    beam = params.beam
+    assert beam is not None
+    width, penalty = beam.width, beam.length_penalty
+    most = min(max_tokens, longest - prompt.size)
+    running: list[tuple[float, list[int]]] = [(0.0, [])]
+    done: list[tuple[float, list[int], bool]] = []
+    for length in range(1, most + 1):
+        found: list[tuple[float, list[int], bool]] = []
+        for score, said in running:
+            for token, value in _likely(prompt.tobytes() + i32(said).tobytes(), width + len(stops)):
+                if not (token in stops and length <= params.min_tokens):
+                    found.append((score + value, [*said, token], token in stops))
+        found.sort(key=lambda one: -one[0])
+        for score, said, over in found[:width]:
+            if over or length == most:
+                done.append((score / length**penalty, said, over))
+        done = sorted(done, key=lambda one: -one[0])[:width]
+        running = [(score, said) for score, said, over in found if not over][:width]
+        if len(done) == width:
+            far = most if beam.early_stopping == "never" and penalty > 0 else length
+            if beam.early_stopping is True or running[0][0] / far**penalty <= done[-1][0]:
+                break
+    return [(said, over) for _, said, over in done]
+
+
+_LIKELY: dict[tuple[bytes, int], list[tuple[int, float]]] = {}
+
+
+def _likely(history: bytes, top: int) -> list[tuple[int, float]]:
+    if (history, top) not in _LIKELY:
+        tokens = np.frombuffer(history, np.int32)
+        size = tokens.size + 1
+        runner = make_runner(
+            SchedulerSettings(
+                engine=0, epoch=1, max_num_seqs=1, max_num_batched_tokens=size, max_model_len=size, block_size=size, num_blocks=1
+            )
+        )
+        zero, all_of_it = i32([0]), i32([tokens.size])
+        runner.forward(
+            Forward(
+                engine=0, epoch=1, step=1, slots=zero, starts=zero, counts=all_of_it, num_decode=0, place_slots=zero, place_counts=all_of_it,
+                place_tokens=tokens, block_slots=zero, block_index=zero, block_ids=zero,
+            )
+        )  # fmt: skip
+        places = [SlotSampling(slot=0, choice=0, prompt_len=tokens.size, params=SamplingParams(temperature=0, seed=0, logprobs=top))]
+        done = runner.sample(Sample(engine=0, epoch=1, step=1, rows=zero, slots=zero, positions=all_of_it, places=places))()
+        assert done.logprobs is not None
+        _LIKELY[history, top] = list(zip(done.logprobs.ids[1:].tolist(), done.logprobs.values[1:].tolist(), strict=True))
+    return _LIKELY[history, top]
 
 
 class Ledger:
@@ -357,7 +410,8 @@ class EngineSim:
             if reason:
                 ledger.reason = reason
                 ledger.error = next(errors) if reason == 4 else ""
-            assert (reason == ABORTED) <= ledger.aborted
+            family = [other for other in self.ledgers.values() if other.admit.key == ledger.admit.key]
+            assert (reason == ABORTED) <= (any(one.aborted for one in family) if ledger.admit.sampling.beam else ledger.aborted)
             if reason != 4:
                 expected = self.expected(seq)
                 assert ledger.outputs == expected[: len(ledger.outputs)], "a wrong token"
@@ -389,10 +443,17 @@ _SOLO: dict[Any, list[int]] = {}
 
 def cached_solo(prompt: bytes, params: bytes, choice: int, max_tokens: int, stops: frozenset[int], longest: int) -> list[int]:
     decoded = msgspec.msgpack.decode(params, type=SamplingParams)
-    key = (prompt, params, choice if not decoded.greedy else 0, max_tokens, stops, longest)
+    beam = decoded.beam if max_tokens else None
+    key = (prompt, params, choice if not decoded.greedy or beam else 0, max_tokens, stops, longest)
     if key not in _SOLO:
         if len(_SOLO) > 5000:
             _SOLO.clear()
+            _LIKELY.clear()
+        if beam is not None:
+            found = beam_search(np.frombuffer(prompt, np.int32), decoded, max_tokens, set(stops), longest)
+            for rank, (said, _) in enumerate(found):
+                _SOLO[(prompt, params, rank, max_tokens, stops, longest)] = said
+            return _SOLO[key]
         _SOLO[key] = solo(np.frombuffer(prompt, np.int32), decoded, choice, max_tokens, set(stops), longest)
     return _SOLO[key]
 
@@ -408,6 +469,7 @@ def settings_of(**changes: Any) -> SchedulerSettings:
         "num_blocks": 64,
         "depth": 1,
         "vocab": VOCAB,
+        "beams": True,
     }
     return SchedulerSettings(**(base | changes))
 

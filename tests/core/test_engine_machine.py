@@ -11,25 +11,35 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from penstock.core.protocol.messages import Drain, Park, Unpark, key_of, seq_of
+from penstock.core.protocol.sampling import Beam
 
+PARAMS = ("temperature", "seed", "min_tokens", "logprobs", "prompt_logprobs", "beam")
+BEAMS = [
+    Beam(width=2),
+    Beam(width=3, length_penalty=0.0, early_stopping=True),
+    Beam(width=4, length_penalty=2.0, early_stopping="never"),
+    Beam(width=4, length_penalty=-1.0),
+]
 PREFIXES = [[], [3] * 4, [3] * 4 + [5] * 4, [3] * 9, [3, 4] * 8, list(range(1, 14))]
 
 
-def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStateMachine]:
+def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = False) -> type[RuleBasedStateMachine]:
+    """`searching`: engines that beams fit in, and many of them."""
+
     class EngineMachine(RuleBasedStateMachine):
         @initialize(
             depth=st.integers(1, 3),
-            slots=st.integers(1, 5),
-            budget=st.integers(1, 24),
-            blocks=st.integers(4, 24),
-            chunked=st.booleans(),
+            slots=st.integers(4, 9) if searching else st.integers(1, 5),
+            budget=st.integers(4 if searching else 1, 24),
+            blocks=st.integers(8, 16) if searching else st.integers(4, 24),
+            chunked=st.just(True) if searching else st.booleans(),
             mixed=st.sampled_from([0, 0, 1, 3]),
             gives_way=st.booleans(),
             caching=st.booleans(),
             block=st.sampled_from([1, 2, 4]),
             policy=st.integers(0, len(policies) - 1),
             clones=st.booleans(),
-            lookahead=st.sampled_from([0, 0, 1, 2, 5]),
+            lookahead=st.just(0) if searching else st.sampled_from([0, 0, 1, 2, 5]),
         )
         def start(
             self,
@@ -79,6 +89,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
             priority=st.integers(-1, 2),
             prompt_logprobs=st.sampled_from([None, None, None, 2]),
             logprobs=st.sampled_from([None, None, 1]),
+            beam=st.sampled_from([None, *BEAMS] if searching else [None, None, *BEAMS]),
             wait=st.booleans(),
         )
         def admit(
@@ -94,10 +105,13 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
             priority: int,
             prompt_logprobs: int | None,
             logprobs: int | None,
+            beam: Beam | None,
             wait: bool,
         ) -> None:
             if len(self.sim.live()) > 12:
                 return
+            if beam is not None:
+                n = min(n, beam.width)
             key = self.sim.admit(
                 [*prefix, *tail],
                 max_tokens=max_tokens,
@@ -109,6 +123,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
                 priority=priority,
                 prompt_logprobs=prompt_logprobs,
                 logprobs=logprobs,
+                beam=beam,
                 post=not wait,
             )
             self.keys.append(key)
@@ -163,7 +178,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
                     new.ledgers[seq] = ledger
             for key, seqs in by_key.items():
                 admit = old.ledgers[seqs[0]].admit
-                params = {f: getattr(admit.sampling, f) for f in ("temperature", "seed", "min_tokens", "logprobs", "prompt_logprobs")}
+                params = {f: getattr(admit.sampling, f) for f in PARAMS}
                 new.admit(
                     admit.prompt.tolist(),
                     key=key,
@@ -212,8 +227,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any) -> type[RuleBasedStat
     return EngineMachine
 
 
-def run(engine_sim: Any, examples: int, *, derandomize: bool) -> None:
-    case = build(*engine_sim).TestCase
+def run(engine_sim: Any, examples: int, *, derandomize: bool, searching: bool = False) -> None:
+    case = build(*engine_sim, searching).TestCase
     case.settings = settings(
         max_examples=examples,
         stateful_step_count=40,
@@ -229,6 +244,11 @@ def test_everything_at_once(engine_sim: Any) -> None:
     run(engine_sim, 40, derandomize=True)
 
 
+def test_beam_searches_among_others(engine_sim: Any) -> None:
+    run(engine_sim, 40, derandomize=True, searching=True)
+
+
 @pytest.mark.slow
 def test_everything_at_once_with_other_examples_every_time(engine_sim: Any) -> None:
     run(engine_sim, 60, derandomize=False)
+    run(engine_sim, 60, derandomize=False, searching=True)

@@ -336,3 +336,17 @@ def test_columns_are_typed() -> None:
     assert grant.granted.dtype == np.uint8
     assert {grant.block_index.dtype, grant.block_ids.dtype, grant.lookup_cached.dtype} == {np.dtype(np.int32)}
     assert grant.block_seqs.dtype == np.int64
+
+
+def test_a_beam_branches_into_another_without_a_new_block() -> None:
+    pool = Pool(9)
+    pool.enter(1, tokens=[TEN[:6]])
+    pool.ask(fork_src=i64([1, 1]), fork_dst=i64([2, 3]), fork_lens=i32([6, 6]))
+    pool.ask(reserve_seqs=i64([1, 2, 3]), reserve_lens=i32([10, 10, 10]))
+    before = sum(pool.kv.counts()[:2])
+    grant = pool.ask(fork_src=i64([1]), fork_dst=i64([3]), fork_lens=i32([10]))
+    assert grant.forked.tolist() == [1]
+    assert grant.block_index.tolist() == [1], "what they had in common is not named again"
+    assert (len(grant.copy_src), sum(pool.kv.counts()[:2])) == (1, before + 1)
+    assert pool.ask(fork_src=i64([1]), fork_dst=i64([2]), fork_lens=i32([8])).copy_src.size == 0, "nothing to copy between blocks"
+    assert pool.ask(fork_src=i64([9]), fork_dst=i64([2]), fork_lens=i32([8])).forked.tolist() == [0]

@@ -82,7 +82,15 @@ def test_a_reason_is_a_sentence(doc: str, says: bool) -> None:
 def test_public_surface() -> None:
     import penstock
 
-    assert penstock.__all__ == ["LLM", "GuidedDecodingParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
+    assert penstock.__all__ == [
+        "LLM",
+        "Beam",
+        "BeamSearchParams",
+        "GuidedDecodingParams",
+        "SamplingParams",
+        "StructuredOutputsParams",
+        "__version__",
+    ]
     for name in penstock.__all__:
         assert getattr(penstock, name) is not None
 

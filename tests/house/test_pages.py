@@ -184,8 +184,9 @@ def numeric() -> Iterator[tuple[type[msgspec.Struct], str, str]]:
 def parse(kind: type[msgspec.Struct], **given: Any) -> Call:
     if kind is ChatRequest:
         more = {"logprobs": True} if "top_logprobs" in given else {}
+        more |= {"use_beam_search": True} if given.keys() & {"length_penalty", "best_of"} else {}
         return parse_chat(json.dumps({"messages": [{"role": "user", "content": "hi"}], **more, **given}).encode(), Config())
-    more = {"max_tokens": 2**31 - 1} if "min_tokens" in given else {}
+    more = {"max_tokens": 2**31 - 1} if "min_tokens" in given else {"use_beam_search": True} if "length_penalty" in given else {}
     return parse_completion(json.dumps({"prompt": "hi", **more, **given}).encode(), Config())
 
 
@@ -215,7 +216,7 @@ def test_the_ranges_are_those_of_every_number() -> None:
     assert {name for _, name, _ in RANGES} == {
         *("n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "priority"),
         *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens", "truncate_prompt_tokens"),
-        *("logprobs", "top_logprobs", "prompt_logprobs", "best_of"),
+        *("logprobs", "top_logprobs", "prompt_logprobs", "best_of", "length_penalty"),
     }
 
 

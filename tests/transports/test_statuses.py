@@ -67,6 +67,9 @@ EXAMPLES: dict[str, Any] = {
     "stop_token_ids": [5],
     "include_stop_str_in_output": True,
     "ignore_eos": True,
+    "use_beam_search": True,
+    "length_penalty": 2,
+    "early_stopping": "never",
     "min_tokens": 2,
     "skip_special_tokens": False,
     "spaces_between_special_tokens": True,
@@ -95,6 +98,9 @@ CHAT = {"logprobs": True}
 
 BESIDE: dict[str, dict[str, Any]] = {
     "metadata": {"store": True},
+    "best_of": {"use_beam_search": True},
+    "length_penalty": {"use_beam_search": True},
+    "early_stopping": {"use_beam_search": True},
     "top_logprobs": {"logprobs": True},
     "return_tokens_as_token_ids": {"logprobs": 1},
     "stream_options": STREAM,
@@ -104,10 +110,11 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 """Fields that a field means nothing without: they are there in both requests that are compared."""
 
-DOING = {"response_format", "structured_outputs"}
+DOING = {"response_format", "structured_outputs", "best_of"}
 """Fields that work in part and change something where they do."""
 TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
 REFUSED_VALUES: dict[str, tuple[dict[str, Any], str]] = {
+    "best_of": ({"best_of": 3, "n": 2, "use_beam_search": False}, "best_of"),
     "chat_template": ({"chat_template": "{{ messages }}"}, "chat_template"),
     "response_format": ({"response_format": {"type": "json"}}, "response_format"),
     "structured_outputs": ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),

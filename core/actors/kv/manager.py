@@ -248,7 +248,9 @@ class KvManager:
     def _fork(self, src: int, dst: int, length: int, rows: _Rows, copy_src: list[int], copy_dst: list[int]) -> int:
         parent = self._tables.get(src)
         full, rest = divmod(length, self.block_size)
-        if parent is None or dst in self._tables or len(parent.blocks) < full + bool(rest) or (rest and not self._available()):
+        if parent is not None and dst in self._tables:
+            return self._branch(parent, dst, self._tables[dst], full, bool(rest), rows, copy_src, copy_dst)
+        if parent is None or len(parent.blocks) < full + bool(rest) or (rest and not self._available()):
             return DENIED
         child = _Table(parent.incarnation, parent.root, parent.chain[:full])
         child.hashed = min(parent.hashed, full)
@@ -261,6 +263,30 @@ class KvManager:
             child.blocks += own
         self._tables[dst] = child
         rows.add(dst, 0, child.blocks)
+        return GRANTED
+
+    def _branch(
+        self, parent: _Table, dst: int, child: _Table, full: int, rest: bool, rows: _Rows, copy_src: list[int], copy_dst: list[int]
+    ) -> int:
+        """A fork into a sequence that has blocks, as long as its parent's: beams of one search. What it had where they differ goes back, its own last
+        block takes the copy: it costs nothing."""
+        count = full + rest
+        mine, theirs = child.blocks, parent.blocks
+        if child.incarnation != parent.incarnation or len(mine) < count or len(theirs) < count or (rest and self._refs[mine[full]] != 1):
+            return DENIED
+        first = full
+        while first and mine[first - 1] != theirs[first - 1]:  # they never meet again behind where they part
+            first -= 1
+        self._share(theirs[first:full])
+        for block in reversed(mine[first:full]):
+            self._unref(block)
+        mine[first:full] = theirs[first:full]
+        child.chain = parent.chain[:full]
+        child.hashed = min(parent.hashed, full)
+        rows.add(dst, first, mine[first:full])
+        if rest:
+            copy_src.append(theirs[full])
+            copy_dst.append(mine[full])
         return GRANTED
 
     # -------------------------------------------------------------- reserve and look-up

@@ -16,7 +16,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.outline import Blocks, Flight
 from penstock.core.actors.scheduler.slots import Commit, Index, Rows, Slots
-from penstock.core.actors.scheduler.waiting import Request, Sequence, WaitingRoom
+from penstock.core.actors.scheduler.waiting import Group, Request, Sequence, WaitingRoom
 from penstock.core.contract.policy import SchedulePolicy
 from penstock.core.protocol.columns import EMPTY_I64, I32, Column, i32, i64, u8
 from penstock.core.protocol.messages import (
@@ -54,6 +54,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The device clones slots: see Forward.clone_src."""
     grammars: bool = False
     """There is somebody who makes masks, and the device takes them."""
+    beams: bool = False
+    """The device takes Forward.write_*, which a beam search needs."""
     lookahead: int = 0
     """Drafts of the device that a decoding row computes along: see Forward.lookahead."""
 
@@ -82,6 +84,8 @@ class Board:
         self.requests: dict[int, Request] = {}
         self.live: dict[int, Sequence] = {}
         """Every sequence that has not ended, by seq."""
+        self.groups: dict[int, Group] = {}
+        """Of beams, by key."""
         self.held: set[int] = set()
         """Sequences whose blocks were not released yet, ended ones included."""
         self.waiting = WaitingRoom(policy)
@@ -155,6 +159,7 @@ class Board:
             "flights": len(self.flights),
             "parked": self.parked_live,
             "obeying": self.obeying,
+            "groups": len(self.groups),
         }
         return {name: count for name, count in counts.items() if count}
 

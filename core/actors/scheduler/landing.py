@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.outline import Flight, pick_logprobs, select_logprobs
 from penstock.core.actors.scheduler.release import Release
@@ -33,9 +34,10 @@ NOT_A_NUMBER = "The model's output for this sequence is not a number."
 
 
 class Landing:
-    def __init__(self, board: Board, release: Release) -> None:
+    def __init__(self, board: Board, release: Release, beams: Beams) -> None:
         self._board = board
         self._release = release
+        self._beams = beams
 
     def step_done(self, done: StepDone) -> Iterable[Out]:
         board = self._board
@@ -53,9 +55,14 @@ class Landing:
         elif tokens.size != rows.slots.size or done.counts.size:
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
         board.done_step = done.step
-        if board.leaving:
-            kept = np.flatnonzero(slots.phase[rows.index] != ENDED)
-            if kept.size < tokens.size:  # the others had already stopped: what was drawn for them is dropped
+        beams = slots.solo[rows.index] if board.groups else None
+        everything = rows, logprobs, bad
+        if board.leaving or beams is not None:
+            counted = slots.phase[rows.index] != ENDED
+            if beams is not None:
+                counted &= ~beams
+            kept = np.flatnonzero(counted)
+            if kept.size < tokens.size:  # the others had already stopped, or are beams: what was drawn for them is dropped
                 if logprobs is not None:
                     logprobs = select_logprobs(logprobs, kept, tokens.size)
                 bad = np.flatnonzero(np.isin(kept, bad))
@@ -103,13 +110,21 @@ class Landing:
             incarnations = np.concatenate([incarnations, i32([s.request.incarnation for s in scored])])
             offsets, tokens = np.concatenate([offsets, zeros]), np.concatenate([tokens, zeros - 1])
             reasons = np.concatenate([reasons, np.full(len(scored), LENGTH, np.uint8)])
+        told = None
+        if beams is not None and beams.any():
+            told = self._beams.land(beams, *everything, NOT_A_NUMBER)
         if board.leaving:
             self._release.settle()
+        if told is not None:
+            logprobs = told.logprobs(logprobs, seqs.size)
+            seqs, incarnations, offsets, tokens, reasons = told.behind((seqs, incarnations, offsets, tokens, reasons))
         if flight.started:
             columns["started_seqs"] = i64([seq for seq, _ in flight.started])
             columns["started_cached"] = i32([cached for _, cached in flight.started])
         if bad.size:
             columns["errors"] = errors
+        if told is not None and told.errors:
+            columns["errors"] = columns.get("errors", []) + told.errors
         yield StepTokens(
             engine=settings.engine,
             epoch=settings.epoch,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board, Planning
 from penstock.core.actors.scheduler.outline import Flight, Outline
 from penstock.core.actors.scheduler.release import Release
@@ -25,9 +26,10 @@ from penstock.core.protocol.messages import (
 
 
 class Launch:
-    def __init__(self, board: Board, release: Release) -> None:
+    def __init__(self, board: Board, release: Release, beams: Beams) -> None:
         self._board = board
         self._release = release
+        self._beams = beams
 
     def launch_decodes(self, rows: Rows, columns: dict[str, Any], outline: Outline | None) -> Planning:
         """A step of decodes only: every row takes one token, or as many of its drafts besides as turn out right."""
@@ -43,7 +45,7 @@ class Launch:
         counts = rows.counts if slots.lookahead else ones
         rows.starts = positions
         rows.left -= 1
-        if rows.left <= 0 or slots.lookahead:
+        if rows.left <= 0 or slots.lookahead or board.groups:
             board.rows = None
         extra: dict[str, Any] = {}
         if outline is not None:
@@ -125,7 +127,11 @@ class Launch:
         sharing = [slot]
         others, lead.attached = lead.attached, []
         prompt = lead.request.prompt
-        while others and slots.free:
+        room = len(slots.free)
+        if board.groups and lead.request.group is None:  # what is promised to beams, they get
+            room -= sum(len(holder.attached) for one in board.prefilling if (holder := slots.holder[one]) and holder.request.group)
+        while others and room > 0:
+            room -= 1
             other = others.pop(0)
             other.lead = None
             place = slots.enter(other, prompt, prompt.size, DECODE)
@@ -144,7 +150,10 @@ class Launch:
     def _columns(self, outline: Outline) -> dict[str, Any]:
         board = self._board
         carried, board.carried = board.carried, []
-        return outline.columns(carried, board.slot_of)
+        columns = outline.columns(carried, board.slot_of)
+        if board.groups:
+            columns |= self._beams.writes(outline.rows)
+        return columns
 
     def _emit(
         self,

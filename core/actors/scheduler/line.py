@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import numpy as np
 
+from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
 from penstock.core.actors.scheduler.waiting import Entry
+from penstock.core.protocol.columns import i32
 
 
 class Line:
-    def __init__(self, board: Board, release: Release) -> None:
+    def __init__(self, board: Board, release: Release, beams: Beams) -> None:
         self._board = board
         self._release = release
+        self._beams = beams
 
     def gather(self) -> Rows:
         """Every sequence that can take one token."""
         board = self._board
         slots = board.slots
         ready = (slots.phase == DECODE) & (slots.length < slots.limit)
-        if slots.lookahead:
+        if slots.lookahead or board.groups:
             ready &= ~slots.solo | (slots.last_step <= board.done_step)
         if board.parked_live:
             parked = slots.parked.copy()
@@ -47,7 +50,8 @@ class Line:
             rows.narrow()
         if rows.slots.size > most:  # those that waited longest, then those that have least
             order = np.lexsort((rows.starts - rows.prompts, board.slots.last_step[rows.index]))[:most]
-            rows = board.slots.gather(rows.slots[np.sort(order)])
+            chosen = rows.slots[np.sort(order)]
+            rows = board.slots.gather(i32(self._beams.whole(chosen.tolist())) if board.groups else chosen)
             rows.narrow()
             board.rows = None
         if rows.slots.size:
@@ -104,8 +108,9 @@ class Line:
         entries = [e for e in board.waiting.ordered(board.clock.now_ns()) if not e.request.parked]
         if not entries:
             return [], 0
-        if not board.slots.free:
-            self._release.evict_parked(outline)
+        need = 1 if entries[0].request.group is None else len(entries[0].seqs)
+        while len(board.slots.free) < need and self._release.evict_parked(outline):
+            pass
         return entries, self.room()
 
     def room(self) -> int:
@@ -122,8 +127,12 @@ class Line:
         for entry in entries:
             if room <= 0 or tokens >= budget:
                 break
+            if entry.request.group is not None and room < len(entry.seqs):
+                break  # all of its beams or none; nobody overtakes
             count += 1
-            if entry.seqs[0].seq in board.held:  # an earlier life of it is still in flight
+            if any(
+                sequence.seq in board.held for sequence in (entry.seqs[:1] if entry.request.group is None else entry.seqs)
+            ):  # an earlier life of it is still in flight
                 continue
             room -= len(entry.seqs)
             tokens += max(1.0, entry.tokens.size * board.uncached)

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import NOBODY, Board, Planning
 from penstock.core.actors.scheduler.line import Line
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, PREFILL, Index
 from penstock.core.actors.scheduler.waiting import Entry
-from penstock.core.protocol.columns import I32, i32, i64, u8
+from penstock.core.protocol.columns import I32, Column, i32, i64, u8
 from penstock.core.protocol.hashing import HASH_BYTES
 from penstock.core.protocol.messages import (
     KvGrant,
@@ -31,15 +32,24 @@ _MAX_ROUNDS = 4
 
 
 class Memory:
-    def __init__(self, board: Board, release: Release, line: Line) -> None:
+    def __init__(self, board: Board, release: Release, line: Line, beams: Beams) -> None:
         self._board = board
         self._release = release
         self._line = line
+        self._beams = beams
 
     def ask(self, outline: Outline, short: Index, entries: list[Entry]) -> Generator[Out, Any, list[int]]:
         """One KvStep: what is pending, blocks for decoding slots (which may first have to fork), look-ups for entries (which are placed if
         granted). Gives the denied slots."""
         board = self._board
+        refused: list[int] = []
+        if board.groups and board.forking:
+            refused = self._beams.unaffordable(short.tolist())
+            if refused and board.releases:  # what comes back may be enough
+                yield from self.ask(outline, NOBODY, [])
+                refused = self._beams.unaffordable(short.tolist())
+            short = short[~np.isin(short, refused)]
+            entries = [] if refused else entries  # nobody who waits goes before those that run
         slots, listed = board.slots, short.tolist()
         ask: dict[str, Any] = {}
         if entries:  # blocks need a name only before somebody looks for them (or when they are given back)
@@ -56,10 +66,13 @@ class Memory:
             ask["release_drop"] = u8([r[2] for r in board.releases])
             board.releases = []
         forks = [slot for slot in listed if slot in board.forking] if board.forking else []
-        if forks:
-            ask["fork_src"] = slots.seq[[board.forking[slot] for slot in forks]]
-            ask["fork_dst"] = slots.seq[forks]
-            ask["fork_lens"] = slots.prompt[forks]
+        moves = self._beams.moves(outline.rows) if board.groups else []
+        if forks and board.groups:  # beams' first, for whom there is enough
+            forks.sort(key=lambda slot: slots.solo.item(slot), reverse=True)
+        if forks or moves:
+            ask["fork_src"] = slots.seq[[source for _, _, source in moves] + [board.forking[slot] for slot in forks]]
+            ask["fork_dst"] = slots.seq[[target for _, target, _ in moves] + forks]
+            ask["fork_lens"] = np.concatenate([slots.computed[[target for _, target, _ in moves]], slots.prompt[forks]])
         reach = slots.reach(short)
         if short.size:
             ask["reserve_seqs"] = slots.seq[short]
@@ -70,11 +83,13 @@ class Memory:
         used = grant.total_blocks - grant.free_blocks - grant.cached_blocks
         board.kv = (used, grant.cached_blocks, grant.total_blocks, grant.prefix_queries, grant.prefix_hits, grant.quarantined)
         outline.take(grant)
-        denied: list[int] = []
+        denied: list[int] = refused
+        if moves:
+            self._beams.moved(outline, moves, grant.forked[: len(moves)])
         if forks:
-            self._take_forks(outline, forks, grant)
+            self._take_forks(outline, forks, grant.forked[len(moves) :])
         if short.size:
-            denied = self._take_grants(outline, listed, grant.granted.tolist(), reach.tolist())
+            denied = refused + self._take_grants(outline, listed, grant.granted.tolist(), reach.tolist())
         if entries:
             self._take_entries(outline, entries, grant, short.size)
         return denied
@@ -101,12 +116,12 @@ class Memory:
             return 0
         return int(entry.tokens.size) - 1
 
-    def _take_forks(self, outline: Outline, forks: list[int], grant: KvGrant) -> None:
+    def _take_forks(self, outline: Outline, forks: list[int], granted: Column) -> None:
         board = self._board
         slots = board.slots
         board.rows = None  # a parked one may have been let in to fork
         board.again = True
-        for slot, forked in zip(forks, grant.forked.tolist(), strict=True):
+        for slot, forked in zip(forks, granted.tolist(), strict=True):
             if forked:
                 source = board.forking.pop(slot)
                 board.held.add(int(slots.seq[slot]))
@@ -114,7 +129,10 @@ class Memory:
                 slots.hashed[slot] = slots.hashed[source]
                 slots.given[slot] = slots.prompt[slot] // board.block
                 outline.forked.add(slot)
-                outline.sources.add(source)
+                if slots.solo[slot] and board.groups:  # a beam's, which is in the same steps as its source, or in none
+                    outline.forked.add(source)
+                else:
+                    outline.sources.add(source)
             else:  # it holds nothing that waiting could save: it computes its prompt again, later
                 outline.stalled.add(slot)
                 self._release.preempt(slot)
@@ -201,27 +219,38 @@ class Memory:
                 break  # blocks are on their way back
             order = self._release.victims((slots.phase == PREFILL) | (slots.phase == DECODE))
             if order and not slots.parked[order[-1]]:
-                order.pop()  # the oldest always goes on
-            victim = next((slot for slot in order if slot not in outline.forked and slot not in outline.sources), None)
+                kept = self._family(order[-1])  # the oldest always goes on
+                order = [slot for slot in order if slot not in kept]
+            busy = outline.forked | outline.sources
+            victim = next((slot for slot in order if busy.isdisjoint(self._family(slot))), None)
             if victim is None:
-                if len(denied) == 1 and len(slots.free) == slots.count - 1 and not outline.forked:
-                    sequence = slots.holder[denied[0]]
-                    assert sequence is not None
-                    board.failures.append((sequence, "The KV cache is exhausted by this sequence alone."))
+                alone = self._family(denied[0])
+                if alone.issuperset(denied) and len(slots.free) == slots.count - len(alone) and not outline.forked:
+                    holders = [holder for slot in alone if (holder := slots.holder[slot]) is not None]
+                    board.failures += [(holder, "The KV cache is exhausted by this sequence alone.") for holder in holders]
                 break
+            gone = self._family(victim)
             if not self._release.preempt(victim):
                 break
             board.blocked = True  # what it gave is not for those who wait
-            denied = [slot for slot in denied if slot != victim]
+            denied = [slot for slot in denied if slot not in gone]
             if denied:
                 denied = yield from self.ask(outline, np.array(denied, np.intp), [])
         outline.stalled.update(denied)
+
+    def _family(self, slot: int) -> set[int]:
+        """The slot, with those of all beams of its group."""
+        holder = self._board.slots.holder[slot]
+        return {slot} if holder is None or holder.request.group is None else set(holder.request.group.slots())
 
     def drop_stalled(self, outline: Outline) -> None:
         """After a want of memory: only rows that are still running and have what they need."""
         board = self._board
         phase = board.slots.phase
         board.rows = None
+        for group in board.groups.values():
+            if not outline.stalled.isdisjoint(group.slots()):
+                outline.stalled.update(group.slots())
         outline.chunks = [c for c in outline.chunks if phase[c[0]] == PREFILL]
         if outline.rows is not None:
             fine = [slot for slot in outline.rows.slots.tolist() if phase[slot] == DECODE and slot not in outline.stalled]

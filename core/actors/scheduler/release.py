@@ -48,6 +48,8 @@ class Release:
             board.given_up.pop(board.closed[-1], None)
         if not request.live and board.requests.get(request.key) is request:
             del board.requests[request.key]
+        if request.group is not None and board.groups.get(request.key) is request.group:
+            del board.groups[request.key]
         if sequence.entry is not None:
             board.waiting.drop(sequence)
             board.blocked = False
@@ -100,7 +102,18 @@ class Release:
         board.blocked = False
 
     def preempt(self, slot: int) -> bool:
-        """The sequence has to wait again: now (True), or as soon as no step in flight names it."""
+        """The sequence (with all beams of its group) has to wait again: now (True), or as soon as no step in flight names it."""
+        board = self._board
+        holder = board.slots.holder[slot]
+        if holder is not None and holder.request.group is not None:
+            beams = holder.request.group.slots()
+            for one in beams:
+                board.forking.pop(one, None)
+            done = [self._preempt(one) for one in beams]  # each of them, whatever the first says
+            return all(done)
+        return self._preempt(slot)
+
+    def _preempt(self, slot: int) -> bool:
         board = self._board
         if board.slots.last_step[slot] <= board.done_step:
             self.requeue(slot)
@@ -116,14 +129,23 @@ class Release:
         board = self._board
         sequence = board.slots.holder[slot]
         assert sequence is not None
-        sequence.outputs = board.slots.outputs(slot)
+        group = sequence.request.group
+        if group is None:
+            sequence.outputs = board.slots.outputs(slot)
         others, sequence.attached = sequence.attached, []
         if board.slots.phase[slot] == PREFILL:
             board.prefilling.remove(slot)
         board.forking.pop(slot, None)
         self._free(slot)
-        self.enqueue([sequence, *others])
         board.again = True
+        if group is not None:
+            group.home += [sequence, *others]
+            if len(group.home) < len(group.members):
+                return
+            group.reset()
+            sequence = group.members[0]
+            others = group.members[1:]
+        self.enqueue([sequence, *others])
         board.preemptions += 1
         board.preempted.append(sequence.seq)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import NOBODY, Board, Planning, SchedulerSettings
 from penstock.core.actors.scheduler.landing import Landing
 from penstock.core.actors.scheduler.launch import Launch
@@ -27,7 +28,7 @@ from penstock.core.actors.scheduler.line import Line
 from penstock.core.actors.scheduler.memory import Memory
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
-from penstock.core.actors.scheduler.waiting import Request, Sequence
+from penstock.core.actors.scheduler.waiting import Group, Request, Sequence
 from penstock.core.contract.policy import SchedulePolicy
 from penstock.core.protocol.columns import i32, i64
 from penstock.core.protocol.hashing import HASH_BYTES
@@ -58,6 +59,7 @@ from penstock.core.protocol.messages import (
     Unpark,
     seq_of,
 )
+from penstock.core.protocol.sampling import Beam
 from penstock.core.runtime.actor import Out
 from penstock.core.runtime.clock import Clock
 
@@ -77,10 +79,11 @@ class Scheduler:
             self.takes = self.takes | {GrammarFailed}
         self._board = board = Board(settings, policy, clock)
         self._release = Release(board)
-        self._line = Line(board, self._release)
-        self._memory = Memory(board, self._release, self._line)
-        self._launch = Launch(board, self._release)
-        self._landing = Landing(board, self._release)
+        self._beams = Beams(board, self._release)
+        self._line = Line(board, self._release, self._beams)
+        self._memory = Memory(board, self._release, self._line, self._beams)
+        self._launch = Launch(board, self._release, self._beams)
+        self._landing = Landing(board, self._release, self._beams)
 
     def handle(self, message: Message) -> Iterable[Out]:
         board = self._board
@@ -132,6 +135,10 @@ class Scheduler:
         over: list[tuple[int, int, int, int]] = []
         at = 0
         counts = admit.output_counts.tolist() or [0] * len(choices)
+        if request.group is not None:  # there is a sequence for each beam, wanted or not
+            choices = list(range(request.group.search.beam.width))
+            counts = [0] * len(choices)
+            board.groups[request.key] = request.group
         obeying: list[Sequence] = []
         for choice, count in zip(choices, counts, strict=True):
             sequence = Sequence(request, choice, admit.outputs[at : at + count])
@@ -149,6 +156,8 @@ class Scheduler:
             else:
                 fresh.append(sequence)
         if fresh:
+            if request.group is not None:
+                request.group.members = list(fresh)
             self._release.enqueue(fresh)
         if obeying:
             board.obeying += len(obeying)
@@ -190,8 +199,26 @@ class Scheduler:
             return "max_tokens must be 0 or more."
         if admit.prefill_only or admit.kv_handle or admit.adapter:
             return "Disaggregated prefill and adapters are not supported yet."
+        if admit.sampling.beam is not None and admit.max_tokens:
+            return self._beam_refusal(admit, admit.sampling.beam)
         if admit.grammar and (not settings.grammars or settings.lookahead):
             return "This engine cannot make an answer obey a grammar."
+        return None
+
+    def _beam_refusal(self, admit: Admit, beam: Beam) -> str | None:
+        board = self._board
+        settings, width = board.settings, beam.width
+        if not settings.beams or settings.lookahead:
+            return "This engine cannot search with beams."
+        if admit.grammar or admit.outputs.size:
+            return "A beam search obeys no grammar, and does not go on in its middle."
+        if not max(admit.choices.tolist()) < width <= min(settings.max_num_seqs, settings.max_num_batched_tokens):
+            return f"A search with {width} beams does not fit the engine's {settings.max_num_seqs} sequences."
+        limit = min(admit.prompt.size + admit.max_tokens, board.longest)
+        if beam.blocks(admit.prompt.size, limit, board.block) > settings.num_blocks:
+            return f"The KV cache of {settings.num_blocks} blocks may not hold {width} beams of {limit} tokens."
+        if width + admit.eos.size + len(admit.sampling.stop_token_ids) > settings.vocab:
+            return f"The vocabulary of {settings.vocab} tokens is too small for {width} beams."
         return None
 
     def _abort(self, seqs: list[int]) -> Iterable[Out]:
@@ -199,17 +226,29 @@ class Scheduler:
         rows: list[tuple[int, int, int, int]] = []
         for seq in seqs:
             sequence = board.live.get(seq)
-            if sequence is not None:
-                rows.append((seq, sequence.request.incarnation, board.received(sequence), ABORTED))
-                self._release.end(sequence)
+            if sequence is None:
+                continue
+            if sequence.request.group is not None:  # one of its answers or all: they end together
+                rows += self._end_group(sequence.request.group, ABORTED)
+                continue
+            rows.append((seq, sequence.request.incarnation, board.received(sequence), ABORTED))
+            self._release.end(sequence)
         if rows:
             yield board.report(rows)
             yield from board.wake()
 
+    def _end_group(self, group: Group, reason: int) -> list[tuple[int, int, int, int]]:
+        """Beams end, before there was anything to tell of them: rows for `report`."""
+        for member in group.members:
+            self._release.end(member)
+        return [(seq_of(group.request.key, choice), group.request.incarnation, 0, reason) for choice in group.wanted]
+
     def _park(self, key: int, parked: bool) -> Iterable[Out]:
         board = self._board
         request = board.requests.get(key)
-        if request is None or request.parked == parked:
+        if (
+            request is None or request.parked == parked or request.group is not None
+        ):  # beams say nothing that a slow client could be late for
             return ()
         request.parked = parked
         board.parked_live += request.live if parked else -request.live
@@ -253,10 +292,19 @@ class Scheduler:
     def _fail(self) -> Iterable[Out]:
         board = self._board
         failures, board.failures = board.failures, []
-        rows = [(s.seq, s.request.incarnation, board.received(s), FAILED) for s, _ in failures]
-        for sequence, _ in failures:
-            self._release.end(sequence)
-        yield board.report(rows, [error for _, error in failures])
+        rows: list[tuple[int, int, int, int]] = []
+        errors: list[str] = []
+        for sequence, error in failures:
+            if sequence.seq not in board.live:
+                continue  # a beam, ended with its group
+            if sequence.request.group is not None:
+                ended = self._end_group(sequence.request.group, FAILED)
+            else:
+                ended = [(sequence.seq, sequence.request.incarnation, board.received(sequence), FAILED)]
+                self._release.end(sequence)
+            rows += ended
+            errors += [error] * len(ended)
+        yield board.report(rows, errors)
 
     def _plan_step(self) -> Generator[Out, Any, bool]:
         """Plan one step; False if there is nothing to compute now."""
@@ -266,6 +314,8 @@ class Scheduler:
         due = bool(board.releases)
         short = rows.index[board.slots.short(rows)]
         quiet = not (short.size or due or board.prefilling or board.carried or self._line.may_admit())
+        if quiet and board.groups:
+            quiet = not self._beams.pending()
         if quiet and 0 < rows.tokens <= budget:
             yield from self._launch.launch_decodes(rows, {}, None)
             return True
@@ -276,7 +326,7 @@ class Scheduler:
         asked = self._line.next_entries(entries, outline.budget, room)
         if outline.rows is not rows:
             short = outline.rows.index[board.slots.short(outline.rows)] if outline.rows is not None else NOBODY
-        if short.size or asked or due:
+        if short.size or asked or due or (board.groups and self._beams.moves(outline.rows)):
             denied = yield from self._memory.ask(outline, short, asked)
             if denied or outline.stalled:
                 yield from self._memory.relieve(outline, denied)
@@ -290,7 +340,9 @@ class Scheduler:
         else:
             assert not outline.places
             assert not outline.copies
-            board.carried += outline.blocks
+            for seqs, index, ids in outline.blocks:  # not of those who were preempted since
+                kept = np.array([board.slot_of(seq) >= 0 for seq in seqs.tolist()], bool)
+                board.carried.append((seqs[kept], index[kept], ids[kept]))
             return False
         return True
 

@@ -124,7 +124,7 @@ class Slots:
         self.limit[slot] = request.limit
         self.min_tokens[slot] = request.params.min_tokens
         self.parked[slot] = request.parked
-        self.solo[slot] = self.lookahead > 0
+        self.solo[slot] = self.lookahead > 0 or request.group is not None
         self.grammar[slot] = request.grammar
         stops = request.stop_ids
         if len(stops) > self.stops.shape[0]:

@@ -1,17 +1,20 @@
 """Requests and sequences as the scheduler holds them, and the room where they wait.
 
-What it is: `Request` (what Admit said, once), `Sequence` (one choice), `Entry` (choices that wait together because they have the same
-tokens so far) and `WaitingRoom`, which keeps the policy's columns in numpy, so that ordering a thousand waiting requests is one call.
+What it is: `Request` (what Admit said, once), `Sequence` (one choice), `Group` (the beams of a search), `Entry` (choices that wait together because they
+have the same tokens so far) and `WaitingRoom`, which keeps the policy's columns in numpy, so that ordering a thousand waiting requests is one call.
 What it does not know: slots, blocks, steps.
 """
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
+from penstock.core.actors.scheduler.search import Search
 from penstock.core.contract.policy import SchedulePolicy, Waiting
 from penstock.core.protocol.columns import EMPTY_I32, F32, I32, I64, Column
 from penstock.core.protocol.messages import Admit, seq_of
+from penstock.core.protocol.sampling import Beam, SamplingParams
 
 
 class Request:
@@ -24,6 +27,7 @@ class Request:
         "banned_ids",
         "draws_nothing",
         "grammar",
+        "group",
         "hashes",
         "incarnation",
         "key",
@@ -60,6 +64,47 @@ class Request:
         self.parked = False
         self.looked_up = False
         self.prompt_logprobs_next = self.prompt_len if admit.sampling.prompt_logprobs is None else 1
+        self.group: Group | None = None
+        """Of beams; None: each choice goes its own way."""
+        if admit.sampling.beam is not None and not self.draws_nothing:
+            self._search(admit, admit.sampling.beam)
+
+    def _search(self, admit: Admit, beam: Beam) -> None:
+        """Its ends are the search's business, and what the device is asked for are the likeliest tokens."""
+        asked = admit.sampling
+        search = Search(beam, self.stop_ids, asked.min_tokens, self.limit - self.prompt_len, asked.logprobs)
+        self.group = Group(self, search, admit.choices.tolist())
+        self.stop_ids, self.banned_ids = [], EMPTY_I32
+        plain = SamplingParams(temperature=0, seed=asked.seed, logprobs=search.top, prompt_logprobs=asked.prompt_logprobs)
+        self.params = msgspec.structs.replace(plain, n=beam.width)
+
+
+class Group:
+    """The beams of one request: `members` are their sequences, of which `order` is the slots by rank once the first step has landed. The hypothesis of
+    rank c is told as choice c, for the `wanted` ones."""
+
+    __slots__ = ("home", "members", "moves", "order", "request", "search", "wanted", "writes")
+
+    def __init__(self, request: Request, search: Search, wanted: list[int]) -> None:
+        self.request = request
+        self.search = search
+        self.wanted = wanted
+        self.members: list[Sequence] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """The search begins anew."""
+        self.search.reset()
+        self.order: list[int] = []
+        self.moves: list[tuple[int, int]] = []
+        """Target and source slot of branches that KV does not know of yet."""
+        self.writes: list[tuple[int, int, I32]] = []
+        """Slot, first position, tokens: to be written before the group goes on."""
+        self.home: list[Sequence] = []
+        """Preempted members that have left their slots."""
+
+    def slots(self) -> list[int]:
+        return [member.slot for member in self.members if member.slot >= 0]
 
 
 class Sequence:

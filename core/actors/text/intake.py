@@ -59,6 +59,7 @@ class Intake:
             resolve.check_submit(message, pool.names)
             pool.formats.check(message)
             params = resolve.sampling_of(message, pool.defaults, desk.config, facts.vocab_size)
+            resolve.check_beam(message, params, facts, pool.receiver.ends)
             pool.obedience.check(message, params, facts, pool.receiver.ends)
             keep = resolve.keep_of(message, params, facts)
             self._check_size(message, params, facts, keep)

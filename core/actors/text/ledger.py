@@ -140,7 +140,8 @@ class Request:
         self.submit = submit
         self.key = submit.key
         self.edge = submit.edge
-        self.stream = submit.stream
+        self.stream = submit.stream and params.beam is None
+        """Rows go out as they are made. Beams have one each, at the end."""
         self.params = params
         self.series = series
         """Whose figures it adds to: those of its pool and class."""

@@ -21,7 +21,7 @@ from penstock.core.actors.text.stops import MAX_STOP_CHARS
 from penstock.core.protocol.columns import I32, Column, i32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts
-from penstock.core.protocol.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound
+from penstock.core.protocol.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound, UnsupportedFeature
 from penstock.core.protocol.generation import overridden, override_of, settings
 from penstock.core.protocol.hashing import CacheKey
 from penstock.core.protocol.messages import Submit
@@ -168,6 +168,11 @@ def sampling_of(submit: Submit, defaults: dict[str, Any], config: Config, vocab_
     """The request's sampling settings with the model's defaults under what the client gave, validated. Raises InvalidRequest."""
     params = submit.sampling
     missing = {name: value for name, value in defaults.items() if name not in submit.explicit}
+    if params.beam is not None:  # the others are for drawing
+        missing = {name: value for name, value in missing.items() if name == "max_tokens"}
+        if params.beam.width > config.max_n:
+            field = submit.names.get("beam.width", "beam.width")
+            raise InvalidRequest(f"{field} must be at most {config.max_n} (--max-n), but is {params.beam.width}.", param=field)
     if "max_tokens" in missing and params.min_tokens > missing["max_tokens"]:
         del missing["max_tokens"]  # the model's default must not contradict what the client did ask
     if missing:
@@ -179,6 +184,28 @@ def sampling_of(submit: Submit, defaults: dict[str, Any], config: Config, vocab_
         if len(stop) > MAX_STOP_CHARS:
             raise InvalidRequest(f"A stop string may have at most {MAX_STOP_CHARS} characters, but one has {len(stop)}.", param="stop")
     return params
+
+
+def check_beam(submit: Submit, params: SamplingParams, facts: EngineFacts, ends: I32) -> None:
+    """Can the engine search so? Raises InvalidRequest or UnsupportedFeature naming the field."""
+    beam = params.beam
+    if beam is None:
+        return
+    field = submit.names.get("beam", "beam")
+    if not facts.beams:
+        raise UnsupportedFeature(f"This server cannot search with beams. Leave {field} out.", param=field)
+    governed = submit.grammar or submit.calling
+    if governed is not None:
+        name = governed.field
+        raise InvalidRequest(f"{name} and a beam search cannot both be given. Leave one of them out.", param=name)
+    field = submit.names.get("beam.width", "beam.width")
+    for most, what in (
+        (facts.max_num_seqs, "run at once here (--max-num-seqs)"),
+        (facts.max_num_batched_tokens, "fit in a step (--max-num-batched-tokens)"),
+        (facts.vocab_size - len(ends) - len(params.stop_token_ids), "can begin with a token of their own"),
+    ):
+        if beam.width > most:
+            raise InvalidRequest(f"{field} is {beam.width}, but only {most} beams {what}.", param=field)
 
 
 def context_of(facts: EngineFacts) -> int:
@@ -225,13 +252,21 @@ def max_tokens_of(prompt_tokens: int, params: SamplingParams, facts: EngineFacts
     param = prompt_name(submit)
     check_fits(prompt_tokens, params, facts, param)
     limit, pool = facts.max_model_len, facts.num_blocks * facts.block_size
+    if params.beam is not None and params.max_tokens != 0:  # every beam may come to need blocks of its own for all but the prompt
+        shared = prompt_tokens // facts.block_size
+        pool = min(pool, (shared + (facts.num_blocks - shared) // params.beam.width) * facts.block_size)
     room = min(limit, pool) - prompt_tokens
+    if room < 1 and params.beam is not None and params.max_tokens != 0:
+        field = submit.names.get("beam.width", "beam.width")
+        raise InvalidRequest(f"The KV cache does not hold {params.beam.width} beams of a prompt of {prompt_tokens} tokens.", param=field)
     asked = params.max_tokens
     if asked is not None and asked > room and "max_tokens" in submit.explicit:
         field = submit.names.get("max_tokens", "max_tokens")
-        what = f"This model's maximum context length is {limit}" if limit <= pool else f"This server's KV cache holds {pool}"
+        what = f"This model's maximum context length is {limit} tokens" if limit <= pool else f"This server's KV cache holds {pool} tokens"
+        if params.beam is not None and limit > pool:
+            what += f" for each of {params.beam.width} beams"
         raise ContextLengthExceeded(
-            f"{what} tokens. However, you requested {prompt_tokens + asked} tokens ({prompt_tokens} in the {param}, {asked} by {field})."
+            f"{what}. However, you requested {prompt_tokens + asked} tokens ({prompt_tokens} in the {param}, {asked} by {field})."
             f" Lower {field} to at most {room}, leave it out to use what is left, or shorten the {param}.",
             param=field,
         )
