@@ -27,7 +27,9 @@ class SlotLists:
         self._ids = i32(list(params.logit_bias))
         self._values: F32 = np.asarray(list(params.logit_bias.values()), np.float32)
         self._ends = place.prompt_len + params.min_tokens
-        self.words = [i32(word) for word in words if len(word) > 1]
+        self.words = [i32(word) for word in dict.fromkeys(map(tuple, words)) if len(word) > 1]
+        self.sizes = i32([len(word) for word in self.words])
+        self.word_tokens: I32 = np.concatenate(self.words) if self.words else EMPTY_I32
         self.mask: I32 | None = None if params.allowed_token_ids is None else _mask(params.allowed_token_ids, vocab)
 
     def holds_back(self, position: int) -> bool:
@@ -60,12 +62,14 @@ class Entries:
         self.ids: I32 = np.concatenate([ids for ids, _ in found]) if found else EMPTY_I32
         self.values: F32 = np.concatenate([values for _, values in found]) if found else EMPTY_F32
         self.masked = [(row, one.mask) for row, one in zip(rows, lists, strict=True) if one.mask is not None]
-        words = [(row, word) for row, one in zip(rows, lists, strict=True) for word in one.words]
-        self.word_rows = i32([row for row, _ in words])
-        self.sizes = i32([len(word) for _, word in words])
-        self.words: I32 = np.concatenate([word for _, word in words]) if words else EMPTY_I32
-        self.starts: I32 = (np.cumsum(self.sizes) - self.sizes).astype(np.int32) if words else EMPTY_I32
-        self.longest = int(self.sizes.max()) if words else 0
+        wordy = [(row, one) for row, one in zip(rows, lists, strict=True) if one.words]
+        self.word_rows = self.sizes = self.words = self.starts = EMPTY_I32
+        if wordy:
+            self.word_rows = np.repeat(i32([row for row, _ in wordy]), [len(one.words) for _, one in wordy])
+            self.sizes = np.concatenate([one.sizes for _, one in wordy])
+            self.words = np.concatenate([one.word_tokens for _, one in wordy])
+            self.starts = (np.cumsum(self.sizes) - self.sizes).astype(np.int32)
+        self.longest = int(self.sizes.max()) if wordy else 0
 
     def masks(self, count: int) -> tuple[Column, Column]:
         """(mask rows one after the other, which of them each of `count` rows has, -1: none)."""

@@ -168,13 +168,17 @@ class TorchOps:
         longest: int,
     ) -> None:
         """See DeviceOps."""
-        for row, start, size in zip(rows.tolist(), starts.tolist(), sizes.tolist(), strict=True):
-            if row < 0 or slots[row] < 0:
-                continue
-            before = int(positions[row]) - (size - 1)
-            word = words[start : start + size]
-            if before >= 0 and torch.equal(history[slots[row], before : before + size - 1], word[:-1]):
-                logits[row, word[-1]] = -torch.inf
+        row = rows.clamp_min(0).long()
+        slot, ends, last = slots[row].long(), positions[row].long(), (starts + sizes - 1).long()
+        left = torch.nonzero((rows >= 0) & (slot >= 0) & (ends >= sizes - 1)).flatten()
+        back = 1  # one token after the other, backwards: words that still fit become few at once
+        while left.numel():
+            whole = sizes[left] <= back
+            banned = left[whole]
+            logits[row[banned], words[last[banned]].long()] = -torch.inf
+            left = left[~whole]
+            left = left[history[slot[left], ends[left] - back] == words[last[left] - back]]
+            back += 1
 
     def start_counts(
         self, counts: Tensor, in_prompt: Tensor, counted: Tensor, slots: Tensor, history: Tensor, splits: Tensor, ends: Tensor

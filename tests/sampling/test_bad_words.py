@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import SlotSampling
@@ -50,3 +52,34 @@ def test_a_ban_comes_before_a_bias_and_stop_tokens_come_back() -> None:
     assert early == {2: float("-inf"), 1: float("-inf"), 3: float("-inf")}
     assert late == {2: float("-inf"), 3: 1.0}
     assert (lists.holds_back(5), lists.holds_back(6)) == (True, False)
+
+
+def test_a_word_given_often_is_looked_for_once() -> None:
+    params = SamplingParams(bad_words_token_ids=[[1, 2]] * 500 + [[3]] * 9 + [[1, 2, 4]])
+    lists = SlotLists(SlotSampling(slot=0, choice=0, prompt_len=1, params=params), VOCAB)
+    entries = Entries([0, 2], [lists, lists], [4, 4])
+    assert entries.word_rows.tolist() == [0, 0, 2, 2]
+    assert entries.words.tolist() == [1, 2, 1, 2, 4] * 2
+    assert entries.sizes.tolist() == [2, 3] * 2
+
+
+def test_many_words_cost_few_operations() -> None:
+    """Counted: comparing is done for all words of a step at once, and ends where none fits any more."""
+    words = [[a, b, c] for a in range(5, 15) for b in range(5, 15) for c in range(5, 15)]
+    lists = SlotLists(SlotSampling(slot=0, choice=0, prompt_len=1, params=SamplingParams(bad_words_token_ids=words)), 16)
+    entries = Entries(list(range(8)), [lists] * 8, [3] * 8)
+    logits, history = torch.zeros(8, 16), torch.tensor([[1, 6, 7, 0]] * 8, dtype=torch.int32)
+    calls = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal calls
+            calls += 1
+            return function(*args, **(kwargs or {}))
+
+    columns = (entries.word_rows, np.arange(8, dtype=np.int32), i32([3] * 8), entries.words, entries.starts, entries.sizes)
+    tensors = [torch.from_numpy(column) for column in columns]
+    with Counting():
+        TorchOps().ban_words(logits, history, *tensors, entries.longest)
+    assert calls < 100
+    assert torch.isinf(logits).sum(dim=1).tolist() == [10] * 8
