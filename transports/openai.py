@@ -19,7 +19,7 @@ from penstock.core.protocol.columns import I32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar, Limits
-from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
+from penstock.core.protocol.sampling import INT_LIMIT, MOST_PROMPT_LOGPROBS, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.beams import beam_names, beam_of, check_best_of
 from penstock.transports.generation import Generation
@@ -315,8 +315,10 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
     sampling, explicit = _sampling(request, config, max_tokens, request.logprobs)
     if request.max_tokens is None:
         explicit.remove("max_tokens")
+    names = beam_names(request)
     if echo and request.logprobs is not None and sampling.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
+        names = {**names, "prompt_logprobs": "logprobs"}
     shown = None
     if request.best_of is not None and request.best_of != sampling.n and sampling.beam is None:
         sampling, shown = _best_of(request, request.best_of, sampling, config), sampling.n
@@ -328,17 +330,32 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         f"prompts times {many} may be at most {config.max_choices} (--max-choices), but is {sequences}.",
         many,
     )
+    _check_prompt_logprobs(prompts, sampling, names)
     return Call(
         kind="completion",
         prompts=prompts,
         sampling=sampling,
         explicit=explicit,
-        names=beam_names(request),
+        names=names,
         add_special_tokens=request.add_special_tokens is not False,
         echo=echo,
         top_logprobs=request.logprobs,
         shown=shown,
         **fields,
+    )
+
+
+def _check_prompt_logprobs(prompts: list[dict[str, Any]], sampling: SamplingParams, names: dict[str, str]) -> None:
+    """Text bounds those of one prompt, of which it knows the tokens; several are one reply. Two letters count as a token."""
+    if sampling.prompt_logprobs is None or len(prompts) == 1:
+        return
+    tokens = sum(len(prompt["prompt_ids"]) if "prompt_ids" in prompt else len(prompt["prompt"]) // 2 for prompt in prompts)
+    told, field = tokens * (sampling.prompt_logprobs + 1) * sampling.n, names.get("prompt_logprobs", "prompt_logprobs")
+    _need(
+        told <= MOST_PROMPT_LOGPROBS,
+        f"{field} {sampling.prompt_logprobs} of {len(prompts)} prompts for {sampling.n} answers each are up to {told} log-probabilities, but a request may ask"
+        f" for {MOST_PROMPT_LOGPROBS}. Send the prompts one by one.",
+        field,
     )
 
 

@@ -235,7 +235,7 @@ class ChatVoice(_OpenAIVoice):
         (prompt,) = prompts
         out: dict[str, Any] = {}
         if self.call.prompt_logprobs:
-            out["prompt_logprobs"] = prompt_logprobs_json(prompt.logprobs)
+            out["prompt_logprobs"] = _shown(prompt)
         if self.call.want_ids:
             out["prompt_token_ids"] = prompt.ids
         return out
@@ -263,6 +263,13 @@ class ChatVoice(_OpenAIVoice):
         return {"index": index, "delta": {}}
 
 
+def _shown(prompt: Prompt) -> msgspec.Raw:
+    """Its prompt_logprobs, made once for all choices."""
+    if not prompt.made:
+        prompt.made = _json(prompt_logprobs_json(prompt.logprobs))
+    return msgspec.Raw(prompt.made)
+
+
 class CompletionVoice(_OpenAIVoice):
     """/v1/completions."""
 
@@ -285,7 +292,7 @@ class CompletionVoice(_OpenAIVoice):
             logprobs = completion_logprobs(positions, call.tokens_as_ids, [min(offset, end) for offset in offsets])
         out = {"index": index, "text": before + text, "logprobs": logprobs, "finish_reason": choice.reason}
         if call.prompt_logprobs:
-            out["prompt_logprobs"] = prompt_logprobs_json(prompt.logprobs)
+            out["prompt_logprobs"] = _shown(prompt)
         if call.want_ids:
             out["prompt_token_ids"] = prompt.ids
         return out

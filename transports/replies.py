@@ -7,6 +7,7 @@ What it does not know: what the body says (its Voice), streams (stream.py is the
 from __future__ import annotations
 
 import asyncio
+import functools
 
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import Finished
@@ -16,6 +17,9 @@ from penstock.transports.generation import Generation
 from penstock.transports.job import Job, row_error, watch
 from penstock.transports.request import JsonReply, Receive, RequestContext, Scope, Send, ignored_header
 from penstock.transports.voice import Choice, Prompt, Voice
+
+LONG = 1000
+"""Positions with log-probabilities from which on a body is made on another thread: others wait for it no longer than threads take turns."""
 
 
 class _WholeLeg:
@@ -89,7 +93,7 @@ class WholeReply(Job):
         if self.error is not None:
             await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
             return
-        await self.send(self._body(), scope, receive, send)
+        await self.send(await self._body(), scope, receive, send)
 
     async def send(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """The answer is known: give it to the client."""
@@ -101,11 +105,14 @@ class WholeReply(Job):
             self.cancel("disconnect")
             self._done.set_result(None)
 
-    def _body(self) -> bytes:
+    async def _body(self) -> bytes:
         choices = [choice for leg in self._legs for choice in leg.choices]
         for index, error in self.failed.items():
             choices[index].error = error
         self.introduce()
-        body = must(self.voice.whole([leg.prompt for leg in self._legs], choices, self.usage(), self.timings()), bytes, "whole")
+        prompts = [leg.prompt for leg in self._legs]
+        make = functools.partial(self.voice.whole, prompts, choices, self.usage(), self.timings())
+        positions = sum(len(prompt.logprobs) for prompt in prompts) + sum(len(choice.logprobs) for choice in choices)
+        body = must(make() if positions < LONG else await asyncio.to_thread(make), bytes, "whole")
         self.summarize([choice.reason for choice in choices])
         return body

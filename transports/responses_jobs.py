@@ -120,7 +120,7 @@ class WholeResponse(WholeReply):
             return
         super().complete()
 
-    def _body(self) -> bytes:
+    async def _body(self) -> bytes:
         self.summarize([self._row.reason])
         return _json(self._says.final)
 

@@ -48,7 +48,7 @@ class Usage(NamedTuple):
 class Prompt:
     """What came back about one prompt itself, with the first row(s) of whichever choice."""
 
-    __slots__ = ("first", "ids", "logprobs", "offsets", "text")
+    __slots__ = ("first", "ids", "logprobs", "made", "offsets", "text")
 
     ids: list[int] | None
     """Its tokens, with Generation.want_ids or echo."""
@@ -61,7 +61,11 @@ class Prompt:
     first: bytes
     """The first token's own bytes; as `offsets`."""
 
+    made: bytes
+    """A voice's JSON of `logprobs`, where all choices show it."""
+
     def __init__(self) -> None:
+        self.made = b""
         self.ids = None
         self.text = ""
         self.logprobs = []

@@ -31,6 +31,10 @@ MAX_REPETITION = 100.0
 """Repetition penalties are from its inverse to it: logits stay finite in float32."""
 
 
+MOST_PROMPT_LOGPROBS = 1_000_000
+"""Log-probabilities of a request's prompt tokens, over all its choices: some 70 MB of JSON."""
+
+
 class StructuredOutputsParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """What an answer obeys, in Python, by vLLM's names: at most one of them."""
 

@@ -282,3 +282,27 @@ def test_a_decoder_that_fails_ends_its_own_answer(make_bench: Any, pieces: Any) 
     assert bench.received[2, 0].tokens == [20, 21, 22, 23]
     assert any(isinstance(m, Abort) and m.seqs.tolist() == [seq_of(1, 0)] for m in bench.engine)
     nothing_stays(bench)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "names", "param"),
+    [
+        ("completion", 64, {}, "prompt_logprobs"),
+        ("completion", 64, {"prompt_logprobs": "logprobs"}, "logprobs"),
+        ("completion", 1, {}, None),
+    ],
+)
+def test_more_log_probabilities_of_a_prompt_than_can_be_told(
+    make_bench: Any, kind: str, n: int, names: dict[str, str], param: str | None
+) -> None:
+    """A reply of hundreds of megabytes, by a small request."""
+    bench = make_bench(up=False)
+    bench.up(max_model_len=2048, num_blocks=4096)
+    ids = i32([1] * 1000)
+    bench.submit(1, None, kind=kind, prompt_ids=ids, sampling=SamplingParams(n=n, max_tokens=1, prompt_logprobs=20), names=names)
+    if param is None:
+        assert not bench.rejected
+    else:
+        refused = bench.rejected[1]
+        assert (refused.status, refused.param) == (400, param)
+        assert f"{1000 * 21 * 64}" in refused.message

@@ -909,6 +909,17 @@ def test_echo_asks_for_the_prompts_logprobs() -> None:
     assert (only.echo, only.sampling.max_tokens) == (True, 0)
 
 
+def test_prompts_whose_log_probabilities_together_are_too_many() -> None:
+    ids = [list(range(1000))] * 4
+    assert completion(prompt=ids, prompt_logprobs=20, n=8).sampling.prompt_logprobs == 20
+    for fields, param in (({"prompt_logprobs": 20}, "prompt_logprobs"), ({"echo": True, "logprobs": 20}, "logprobs")):
+        with pytest.raises(InvalidRequest, match=f"{4000 * 21 * 16} log-probabilities") as found:
+            completion(prompt=ids, n=16, **fields)
+        assert found.value.param == param
+    with pytest.raises(InvalidRequest, match="one by one"):
+        completion(prompt=["ab" * 4000] * 4, n=4, prompt_logprobs=20)
+
+
 def test_limits_come_from_the_configuration() -> None:
     narrow = configuration.build({"max_n": 2, "max_stop": 1, "max_logprobs": 3, "max_prompts": 1})
     for fields, param in (

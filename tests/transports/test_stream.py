@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import Cancel, EdgeStats, Message, Rejected, Submit, TokenLogprobs
+from penstock.transports import openai_voice, replies
+from penstock.transports.openai_voice import CompletionVoice
 
 CHAT = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -377,6 +380,24 @@ def test_prompt_logprobs_as_vllm_gives_them(logprob_edge: Edge) -> None:
     ]
     assert chat["prompt_logprobs"] == want
     assert completion["choices"][0]["prompt_logprobs"] == want
+
+
+def test_a_long_reply_is_made_beside_the_loop(logprob_edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its prompt's log-probabilities once for all choices."""
+    threads, made = [], []
+    whole, shown = CompletionVoice.whole, openai_voice.prompt_logprobs_json
+    monkeypatch.setattr(CompletionVoice, "whole", lambda *given: (threads.append(threading.current_thread()), whole(*given))[1])
+    monkeypatch.setattr(openai_voice, "prompt_logprobs_json", lambda positions: (made.append(1), shown(positions))[1])
+    monkeypatch.setattr(replies, "LONG", 3)
+    ask = {"model": "brook", "prompt": "p", "prompt_logprobs": 1, "n": 3}
+    with logprob_edge.http() as http:
+        beside = http.post("/v1/completions", json=ask).json()["choices"]
+        monkeypatch.setattr(replies, "LONG", 1000)
+        at_once = http.post("/v1/completions", json=ask).json()["choices"]
+    assert [choice["prompt_logprobs"] for choice in beside] == [choice["prompt_logprobs"] for choice in at_once]
+    assert beside[0]["prompt_logprobs"] == beside[2]["prompt_logprobs"] != []
+    assert len(set(threads)) == 2
+    assert len(made) == 2
 
 
 def test_return_token_ids(logprob_edge: Edge) -> None:

@@ -167,6 +167,7 @@ class Intake:
         prompt = message.ids
         resolve.check_prompt(prompt, facts.vocab_size, pool.tokenizer.token_text, resolve.prompt_name(submit))
         resolve.check_words(message.bad_words_ids, facts.vocab_size)
+        resolve.check_prompt_logprobs(len(prompt), params, submit)
         request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, submit)
         self._desk.admission.check_tokens(len(prompt), self._desk.clock.now_ns())
         changes: dict[str, Any] = {}
