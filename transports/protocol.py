@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -46,11 +46,24 @@ class TooSlow(InvalidRequest):
         super().__init__(f"The {what} did not arrive within {limit_s:g} s (--receive-timeout-s). Send it faster, or send less.")
 
 
-def wrong_head(headers: Iterable[tuple[bytes, bytes]]) -> PenstockError | None:
-    """What is wrong with the head of an HTTP/1.1 request that the parser takes (RFC 9112, section 3.2)."""
+class UnknownCoding(InvalidRequest):
+    status = 501
+
+    def __init__(self, given: str) -> None:
+        super().__init__(
+            f"transfer-encoding: {given[:80]!r} is not understood: 'chunked' alone is. Say how the body is compressed in content-encoding.",
+            param="transfer-encoding",
+        )
+
+
+def wrong_head(headers: Sequence[tuple[bytes, bytes]]) -> PenstockError | None:
+    """What is wrong with the head of an HTTP/1.1 request that the parser takes (RFC 9112, sections 3.2 and 6.1)."""
     hosts = sum(name == b"host" for name, _ in headers)
     if hosts != 1:
         return InvalidRequest(f"An HTTP/1.1 request has one Host header, but this has {hosts}. Send one.", param="host")
+    codings = [coding.strip().lower() for name, value in headers if name == b"transfer-encoding" for coding in value.split(b",")]
+    if any(codings) and codings != [b"chunked"]:
+        return UnknownCoding(b", ".join(codings).decode("latin-1"))
     return None
 
 

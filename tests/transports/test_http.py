@@ -213,6 +213,18 @@ def test_a_request_has_one_host(shared_edge: Edge, hosts: tuple[bytes, ...]) -> 
     assert (status, error["param"], error["type"]) == (b"400 Bad Request", "host", "invalid_request_error")
 
 
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip\r\nTransfer-Encoding: chunked", b"deflate,Chunked"])
+def test_only_chunked_is_a_transfer_coding(shared_edge: Edge, coding: bytes) -> None:
+    status, error = told(shared_edge, b"POST /v1/completions HTTP/1.1", b"Host: x", b"Transfer-Encoding: " + coding)
+    assert (status, error["param"], error["type"]) == (b"501 Not Implemented", "transfer-encoding", "invalid_request_error")
+
+
+def test_chunked_in_any_spelling(shared_edge: Edge) -> None:
+    body = json.dumps({"model": "brook", "prompt": "a"}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: Chunked\r\n\r\n"
+    assert raw(shared_edge, head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)).startswith(b"HTTP/1.1 200")
+
+
 def test_http_1_0_needs_no_host(shared_edge: Edge) -> None:
     assert raw(shared_edge, b"GET /version HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
 
