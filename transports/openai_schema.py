@@ -274,7 +274,9 @@ _options = refused.Table({}, StreamOptions.__struct_fields__)
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 
 
-def decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None, most: int = ALL_FIELDS) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
+def decode(
+    body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None, most: int = ALL_FIELDS
+) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
     """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature; RequestTooLarge for
     what `limits` forbid, and for more than `most` fields in all, before it is parsed."""
     try:
