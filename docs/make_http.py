@@ -49,7 +49,7 @@ NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
 WHEN: dict[str, str] = {
     "invalid_value": "A field is wrong, or its settings leave no token to draw; `param` names it. Or the body is no JSON, the request no HTTP/1.1."
-    " 415: content type or content encoding.",
+    " 415: content type or content encoding. 501: a transfer coding that is not chunked.",
     "context_length_exceeded": "The prompt, or it and the answer that was asked for, do not fit the context. The message has the numbers.",
     "unsupported_feature": "A field, or a value of one, that would change the answer and does not exist here.",
     "invalid_api_key": "No valid key was sent.",

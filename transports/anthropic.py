@@ -119,7 +119,7 @@ def anthropic_routes(gateway: Gateway) -> list[Any]:
     )
     async def messages(request: Request[Any, Any, Any]) -> ASGIApp:
         check_version(context_of(request.scope).headers)
-        generation, voice = parse_messages(await surface.body(request), config, gateway.limits)
+        generation, voice = await surface.understood(await surface.body(request), parse_messages, config, gateway.limits)
         return surface.answer(request, generation, voice)
 
     @post(
@@ -131,7 +131,7 @@ def anthropic_routes(gateway: Gateway) -> list[Any]:
     )
     async def count_tokens(request: Request[Any, Any, Any]) -> ASGIApp:
         check_version(context_of(request.scope).headers)
-        model, question = parse_count(await surface.body(request), config, gateway.limits)
+        model, question = await surface.understood(await surface.body(request), parse_count, config, gateway.limits)
         await find_model(gateway, model)
         answer = await gateway.query("tokenize", question, model=model)
         if answer.status != 200:

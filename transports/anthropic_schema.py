@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from penstock.core.actors.text.bounds import TRANSLATED_FIELDS
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Limits
 from penstock.transports.openai_schema import declare, decode
@@ -81,7 +82,7 @@ Kind = TypeVar("Kind", bound=CountTokensRequest)
 
 def decode_strictly(body: bytes, kind: type[Kind], limits: Limits | None) -> Kind:
     """Raises InvalidRequest or UnsupportedFeature naming the field; RequestTooLarge."""
-    request, _, unknown = decode(body, kind, limits)
+    request, _, unknown = decode(body, kind, limits, TRANSLATED_FIELDS)  # of the client's own, before anything is made of them
     if unknown:
         name = unknown[0][:80]
         raise InvalidRequest(f"{name} is not a field of this endpoint. Leave it out.", param=name)

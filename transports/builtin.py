@@ -72,7 +72,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         opt={BODY: ChatRequest, VOICE: ChatVoice},
     )
     async def chat_completions(request: AnyRequest) -> ASGIApp:
-        call = parse_chat(await surface.body(request), config, gateway.limits)
+        call = await surface.understood(await surface.body(request), parse_chat, config, gateway.limits)
         if call.kept is not None:
             return answer_kept(gateway, surface, request, call)
         return surface.answer(request, call, ChatVoice(call))
@@ -85,7 +85,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         opt={BODY: CompletionRequest, VOICE: CompletionVoice},
     )
     async def completions(request: AnyRequest) -> ASGIApp:
-        call = parse_completion(await surface.body(request), config, gateway.limits)
+        call = await surface.understood(await surface.body(request), parse_completion, config, gateway.limits)
         return surface.answer(request, call, CompletionVoice(call))
 
     @get("/v1/models", summary="The models that requests may name", tags=["models"])
@@ -112,7 +112,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = decode(await surface.body(request), TokenizeRequest, gateway.limits)
+        parsed, raw, ignored = await surface.understood(await surface.body(request), decode, TokenizeRequest, gateway.limits)
         check_unknown(ignored, strict=config.strict_fields)
         if (parsed.prompt is None) == (parsed.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
@@ -125,7 +125,7 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = decode(await surface.body(request), DetokenizeRequest, gateway.limits)
+        parsed, raw, ignored = await surface.understood(await surface.body(request), decode, DetokenizeRequest, gateway.limits)
         check_unknown(ignored, strict=config.strict_fields)
         if parsed.model:
             await find_model(gateway, parsed.model)

@@ -173,7 +173,7 @@ def decode_body(body: bytes, names: list[str], limit: int) -> bytes:
     as soon as more than `limit` bytes come out."""
     pieces: Pieces = iter((body,))
     for name in reversed(names):
-        pieces = _stage(name, pieces, packed_limit(limit))
+        pieces = _stage(name, pieces, limit)
     out: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -184,13 +184,14 @@ def decode_body(body: bytes, names: list[str], limit: int) -> bytes:
     return b"".join(out)
 
 
-def _stage(name: str, pieces: Pieces, most: int) -> Pieces:
+def _stage(name: str, pieces: Pieces, limit: int) -> Pieces:
+    most = packed_limit(limit)  # it may be the input of another stage
     size = 0
     try:
         for piece in DECODERS[name](pieces):
             size += len(piece)
             if size > most:
-                raise _too_large(most)
+                raise _too_large(limit)
             if piece:
                 yield piece
     except (zlib.error, _Bad) as error:

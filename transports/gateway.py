@@ -93,6 +93,8 @@ class Gateway:
         self.counters = Counters()
         self.batch_news = asyncio.Event()
         """Set when there may be a batch to be run."""
+        self.parsing = asyncio.Lock()
+        """Held while a large body is parsed: see Surface.understood."""
         self.next_key = EdgeKeys(edge)
         self.draining = False
         self.active = 0

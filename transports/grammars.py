@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from penstock.core.actors.text.structured import given, json_text, only, tagged
+from penstock.core.actors.text.structured import given, json_text, only, some, tagged
 from penstock.core.protocol.calling import ANY
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar
@@ -61,4 +61,4 @@ def _outputs(outputs: StructuredOutputs, raw: msgspec.Raw) -> Iterator[Grammar]:
         if name not in _OUTPUTS and bytes(value).strip() not in (b"null", b"false"):
             field = f"structured_outputs.{name[:80]}"
             raise UnsupportedFeature(f"{field} is not supported here. Leave it out.", param=field)
-    yield from given("structured_outputs.", StructuredOutputsParams(**{name: getattr(outputs, name) for name in _OUTPUTS}))
+    yield from some("structured_outputs", StructuredOutputsParams(**{name: getattr(outputs, name) for name in _OUTPUTS}))

@@ -32,7 +32,7 @@ from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.paths import Paths
-from penstock.transports.protocol import HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
+from penstock.transports.protocol import BAD_HEAD, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
 from penstock.transports.request import (
     CONTEXT,
     Disconnected,
@@ -133,10 +133,12 @@ class Edge:
             preflight = self._cors.preflight(headers) if scope["method"] == "OPTIONS" else None
             if preflight is not None and error is None:
                 await preflight(scope, receive, send_with_headers)
+            elif error is None and scope["method"] == "OPTIONS" and scope["path"] == "*":  # of the server (RFC 9110, section 9.3.7)
+                await JsonReply(b"", 204, [(b"allow", ", ".join(self._paths.everywhere()).encode())])(scope, receive, send_with_headers)
             elif error is not None:
                 handler = self._paths.handler(scope["path"], inner["method"])
                 await refusal(
-                    handler, error, error.headers if isinstance(error, MethodNotAllowed) else CLOSE if error.status == 431 else ()
+                    handler, error, error.headers if isinstance(error, MethodNotAllowed) else CLOSE if error.status != 401 else ()
                 )(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
@@ -147,6 +149,9 @@ class Edge:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
         if limit is not None:
             return HeadersTooLarge(limit)
+        wrong: PenstockError | None = scope["state"].get(BAD_HEAD)
+        if wrong is not None:
+            return wrong
         if self.keyring.locked and scope["path"] not in PUBLIC and scope["method"] != "OPTIONS":  # a browser asks without credentials
             principal = self.keyring.find(context.headers)
             if principal is None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.actors.text.bounds import FIELDS, SMALL, check_body, check_fields, check_raw
+from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, SMALL, check_body, check_fields, check_raw
 from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.wording import LONGEST_NAME, plain, type_words
@@ -274,18 +274,20 @@ _options = refused.Table({}, StreamOptions.__struct_fields__)
 _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 
 
-def decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
+def decode(
+    body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None, most: int = ALL_FIELDS
+) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
     """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature; RequestTooLarge for
-    what `limits` forbid, before it is parsed."""
+    what `limits` forbid, and for more than `most` fields in all, before it is parsed."""
     try:
-        return _decode(body, kind, limits)
+        return _decode(body, kind, limits, most)
     except RecursionError:  # the parser's own bound, which also holds for what it skips
         raise InvalidRequest("The request body is nested too deeply: fewer levels of lists and objects are needed.") from None
 
 
-def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
+def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None, most: int) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
     try:
-        check_body(body)
+        check_body(body, most)
     except RequestTooLarge:
         _blame(body, kind, limits)
         raise

@@ -180,7 +180,7 @@ def _without_bodies(item: dict[str, Any]) -> dict[str, Any]:
             "responses": bare,
         }
     allow = {"allow": {"schema": {"type": "string"}, "description": "The methods."}}
-    wrong = {status: answer for status, answer in first["responses"].items() if status in ("400", "408", "431")}
+    wrong = {status: answer for status, answer in first["responses"].items() if status in ("400", "408", "431", "501")}
     added["options"] = {
         "summary": "Which methods there are; of a web page of another origin: what it may send",
         "tags": first.get("tags", []),

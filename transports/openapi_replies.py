@@ -262,7 +262,7 @@ class Answer(NamedTuple):
     what: str
 
 
-EVERYWHERE = (400, 405, 408, 431)
+EVERYWHERE = (400, 405, 408, 431, 501)
 """Errors of every endpoint: what arrives is no valid HTTP, has another method, comes too slowly, or has too large headers."""
 _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
@@ -387,5 +387,6 @@ ERRORS: dict[int, str] = {
     431: "The request's headers are too large.",
     499: "The request was cancelled by DELETE /v1/requests.",
     500: "The server made an error.",
+    501: "The transfer coding is not understood.",
     503: "The server is starting, draining, or lost a process; Retry-After says when to come back.",
 }

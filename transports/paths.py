@@ -27,6 +27,10 @@ class Paths:
             return sorted(methods | {"HEAD"} if "GET" in methods else methods)
         return []
 
+    def everywhere(self) -> list[str]:
+        """What may be done somewhere on the server."""
+        return sorted({"HEAD"}.union(*({str(m) for m in getattr(route, "methods", [])} for _, route in self._routes)))
+
     def handler(self, path: str, method: str) -> BaseRouteHandler | None:
         """The handler of that method, else of another one at that path; None where there is nothing."""
         for route in self._at(path):

@@ -1,6 +1,6 @@
 """uvicorn's HTTP/1.1 protocol with Penstock's limits and error bodies.
 
-What it is: a subclass of uvicorn's httptools protocol that bounds the header block (431) and the time that a client takes to send a request
+What it is: a subclass of uvicorn's httptools protocol that bounds the header block (431), finds heads that are none of HTTP/1.1, bounds the time that a client takes to send a request
 (408), answers malformed HTTP with OpenAI's error shape, and gives the application `scope["state"]["abort"]`, which closes a connection without waiting for what it has not taken.
 What it does not know: the application.
 """
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +22,8 @@ from penstock.transports.request import error_body, error_headers
 
 HEADERS_TOO_LARGE = "headers_too_large"
 """Key in scope["state"]: the application answers 431."""
+BAD_HEAD = "bad_head"
+"""Key in scope["state"]: the application answers this error, and closes."""
 REFUSED = "refused"
 """Key in scope["state"]: the status that a request got here while it was still being sent; the application finds its client disconnected."""
 SLOWEST_BODY = 1024
@@ -41,6 +44,27 @@ class TooSlow(InvalidRequest):
 
     def __init__(self, what: str, limit_s: float) -> None:
         super().__init__(f"The {what} did not arrive within {limit_s:g} s (--receive-timeout-s). Send it faster, or send less.")
+
+
+class UnknownCoding(InvalidRequest):
+    status = 501
+
+    def __init__(self, given: str) -> None:
+        super().__init__(
+            f"transfer-encoding: {given[:80]!r} is not understood: 'chunked' alone is. Say how the body is compressed in content-encoding.",
+            param="transfer-encoding",
+        )
+
+
+def wrong_head(headers: Sequence[tuple[bytes, bytes]]) -> PenstockError | None:
+    """What is wrong with the head of an HTTP/1.1 request that the parser takes (RFC 9112, sections 3.2 and 6.1)."""
+    hosts = sum(name == b"host" for name, _ in headers)
+    if hosts != 1:
+        return InvalidRequest(f"An HTTP/1.1 request has one Host header, but this has {hosts}. Send one.", param="host")
+    codings = [coding.strip().lower() for name, value in headers if name == b"transfer-encoding" for coding in value.split(b",")]
+    if any(codings) and codings != [b"chunked"]:
+        return UnknownCoding(b", ".join(codings).decode("latin-1"))
+    return None
 
 
 def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -137,6 +161,8 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > max_header_bytes:
                 self.scope["state"][HEADERS_TOO_LARGE] = max_header_bytes
+            if self.parser.get_http_version() == "1.1" and (wrong := wrong_head(self.headers)) is not None:
+                self.scope["state"][BAD_HEAD] = wrong
             self._expect()
             super().on_headers_complete()
 

@@ -97,8 +97,9 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         context = context_of(request.scope)
         own = sane_id(context.headers.get(b"x-request-id", b"").decode("latin-1")) is None
         rid = context.rid if own else new_rid()  # a client's own id can be guessed, and may come twice
-        core = rid + SHARDS[gateway.door(_model(body)).pool.text]
-        asked = await parse(body, config, gateway.limits, rid=rid, core=core, tenant=context.tenant, records=records, length=length)
+        async with surface.turn(body):
+            core = rid + SHARDS[gateway.door(_model(body)).pool.text]
+            asked = await parse(body, config, gateway.limits, rid=rid, core=core, tenant=context.tenant, records=records, length=length)
         if asked.background:
             return await in_background(asked, context)
         if asked.stream:
@@ -130,7 +131,8 @@ def responses_routes(gateway: Gateway) -> list[Any]:
     async def input_tokens(request: AnyRequest) -> ASGIApp:
         body = await surface.body(request)
         tenant = context_of(request.scope).tenant
-        count, ignored = await parse_count(body, config, gateway.limits, tenant=tenant, records=records, length=length)
+        async with surface.turn(body):
+            count, ignored = await parse_count(body, config, gateway.limits, tenant=tenant, records=records, length=length)
         return JsonReply(_json({"object": "response.input_tokens", "input_tokens": count}), headers=ignored_header(ignored))
 
     @get(

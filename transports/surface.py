@@ -1,16 +1,20 @@
 """What the routes of one API share.
 
-What it is: `Surface`, which reads a route's JSON body and answers a Generation in a Voice: as a stream of the surface's Frame, or in one piece.
+What it is: `Surface`, which reads a route's JSON body, has it parsed without holding the loop up, and answers a Generation in a Voice: as a stream of the surface's Frame, or in one piece.
 What it does not know: which API it is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 from litestar import Request
 from litestar.types import ASGIApp
 
+from penstock.core.actors.text.bounds import SMALL
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Gateway
 from penstock.transports.generation import Generation
@@ -19,6 +23,8 @@ from penstock.transports.replies import WholeReply
 from penstock.transports.request import check_json, context_of, read_body
 from penstock.transports.stream import StreamReply
 from penstock.transports.voice import Voice
+
+Result = TypeVar("Result")
 
 
 class Surface:
@@ -33,6 +39,24 @@ class Surface:
         """The request's JSON, not parsed yet. Raises InvalidRequest (415 for another content type) or RequestTooLarge."""
         check_json(context_of(request.scope).headers)
         return await read_body(request.scope, request.receive, self._gateway.config.max_body_bytes)
+
+    async def understood(self, body: bytes, parse: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """What `parse(body, ...)` gives or raises. A large body is parsed on a thread, so that the loop has its turns meanwhile, and one at a time in the
+        whole process, so that the loop competes with one thread however many of them came; small ones go past it."""
+        if len(body) <= SMALL:
+            return parse(body, *arguments, **named)
+        async with self._gateway.parsing:
+            return await asyncio.to_thread(parse, body, *arguments, **named)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, body: bytes) -> AsyncIterator[None]:
+        """For a parser that must run on the loop: the loop has had a turn since the large body before this one, and none is parsed beside it."""
+        if len(body) <= SMALL:
+            yield
+            return
+        async with self._gateway.parsing:
+            await asyncio.sleep(0)
+            yield
 
     def answer(self, request: Request[Any, Any, Any], generation: Generation, voice: Voice) -> ASGIApp:
         """What the route returns: it runs the generation and says in `voice` what came of it."""

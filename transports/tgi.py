@@ -131,7 +131,7 @@ def tgi_routes(gateway: Gateway) -> list[Any]:
     surface = Surface(gateway, Sse())
 
     async def answer(request: Request[Any, Any, Any], stream: bool | None) -> ASGIApp:
-        asked = parse_generate(await surface.body(request), config, gateway.limits, stream=stream)
+        asked = await surface.understood(await surface.body(request), parse_generate, config, gateway.limits, stream=stream)
         return surface.answer(request, asked, GenerateVoice(asked))
 
     @post(

@@ -557,6 +557,8 @@ def test_calls_that_are_asked_for(llm: LLM) -> None:
     [
         ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))}, "structured_outputs.regex"),
         ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams(regex="a", json={}))}, "structured_outputs.regex"),
+        ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams())}, "structured_outputs"),
+        ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams(regex=""))}, "structured_outputs.regex"),
         ({"sampling_params": SamplingParams(structured_outputs=StructuredOutputsParams(choice=[]))}, "structured_outputs.choice"),
         ({"sampling_params": SamplingParams(guided_decoding=StructuredOutputsParams(json={"not": {}}))}, "guided_decoding.json"),
         ({"sampling_params": SamplingParams(structured_outputs=5)}, "structured_outputs"),  # type: ignore[arg-type]

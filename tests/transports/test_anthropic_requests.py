@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Query, Rejected, Submit
 from penstock.transports.anthropic import parse_count, parse_messages
 from penstock.transports.anthropic_schema import NOT_YET
@@ -580,3 +580,18 @@ def test_a_request_as_coding_agents_send_it(edge: Edge) -> None:
     assert [message["role"] for message in json.loads(submit.messages)] == ["system", "user", "assistant", "tool", "tool", "user"]
     assert [tool["function"]["name"] for tool in json.loads(submit.tools)] == ["get_weather", "now"]
     assert json.loads(submit.template_kwargs) == {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"}
+
+
+@pytest.mark.parametrize("parse", [parse_messages, parse_count])
+def test_fields_are_counted_as_the_client_sent_them(parse: Any) -> None:
+    tools = [{"name": f"tool_{i}", "input_schema": {}} for i in range(15_000)]
+    body = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]} | ({"max_tokens": 5} if parse is parse_messages else {})
+    parse(json.dumps(body | {"tools": tools}).encode(), CONFIG, None)  # five fields each as a chat
+    with pytest.raises(RequestTooLarge) as caught:
+        parse(
+            json.dumps(body | {"tools": [*tools, *({"name": f"other_{i}", "input_schema": {}} for i in range(15_000))]}).encode(),
+            CONFIG,
+            None,
+        )
+    count = 60_000 + 5 + (parse is parse_messages)
+    assert f" {count} fields; this server takes at most 32000." in caught.value.message

@@ -200,6 +200,43 @@ def test_malformed_http(shared_edge: Edge) -> None:
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+def told(edge: Edge, line: bytes, *headers: bytes) -> tuple[bytes, dict[str, Any]]:
+    """The status line's rest and the error of a request that must end the connection."""
+    head, _, body = raw(edge, b"\r\n".join((line, *headers, b"", b""))).partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    return head.split(b"\r\n")[0].removeprefix(b"HTTP/1.1 "), json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("hosts", [(), (b"Host: a", b"Host: a"), (b"Host: a", b"host: b")])
+def test_a_request_has_one_host(shared_edge: Edge, hosts: tuple[bytes, ...]) -> None:
+    status, error = told(shared_edge, b"GET /version HTTP/1.1", *hosts)
+    assert (status, error["param"], error["type"]) == (b"400 Bad Request", "host", "invalid_request_error")
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip\r\nTransfer-Encoding: chunked", b"deflate,Chunked"])
+def test_only_chunked_is_a_transfer_coding(shared_edge: Edge, coding: bytes) -> None:
+    status, error = told(shared_edge, b"POST /v1/completions HTTP/1.1", b"Host: x", b"Transfer-Encoding: " + coding)
+    assert (status, error["param"], error["type"]) == (b"501 Not Implemented", "transfer-encoding", "invalid_request_error")
+
+
+def test_chunked_in_any_spelling(shared_edge: Edge) -> None:
+    body = json.dumps({"model": "brook", "prompt": "a"}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: Chunked\r\n\r\n"
+    assert raw(shared_edge, head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)).startswith(b"HTTP/1.1 200")
+
+
+def test_http_1_0_needs_no_host(shared_edge: Edge) -> None:
+    assert raw(shared_edge, b"GET /version HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_options_of_the_whole_server(make_edge: MakeEdge) -> None:
+    for edge in (make_edge(), make_edge(api_key="secret")):
+        head, _, body = raw(edge, b"OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 204")
+        assert b"allow: DELETE, GET, HEAD, OPTIONS, POST" in head.split(b"\r\n")
+        assert not body
+
+
 def test_an_error_in_a_route_is_a_500_that_tells_nothing(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
     edge = make_edge(text=lambda t: t.answers.update(models=lambda _: (200, b"this is no JSON")))
     with edge.http() as http:

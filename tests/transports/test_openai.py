@@ -247,6 +247,10 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"guided_choice": []}, "guided_choice"),
+        *(({f"guided_{name}": ""}, f"guided_{name}") for name in ("json", "regex", "grammar")),
+        *(({"structured_outputs": {name: ""}}, f"structured_outputs.{name}") for name in ("json", "regex", "grammar", "structural_tag")),
+        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag.structures"),
+        *(({"structured_outputs": empty}, "structured_outputs") for empty in ({}, {"regex": None}, {"json_object": False})),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
         ({"response_format": {}}, "response_format.type"),
@@ -548,7 +552,7 @@ def test_response_formats(given: dict[str, Any]) -> None:
             {"structured_outputs": {"json_object": True, "whitespace_pattern": None}},
             Grammar(kind="json", source='{"type":"object"}', field="structured_outputs.json_object"),
         ),
-        ({"response_format": {"type": "text"}, "guided_regex": "", "structured_outputs": {}}, None),
+        ({"response_format": {"type": "text"}, "guided_regex": None, "structured_outputs": None}, None),
         (
             {"response_format": {"type": "structural_tag", "structures": [TAG], "triggers": ["<f", "<f>"]}},
             Grammar(

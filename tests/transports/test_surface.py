@@ -6,11 +6,13 @@ and a busy server is 529.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import httpx
 import msgspec
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from litestar import Request, post
 from litestar.types import ASGIApp
 
+from penstock.core.actors.text.bounds import SMALL
 from penstock.core.contract.hookspecs import TransportSpec, hookimpl
 from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.config import build
@@ -500,3 +503,101 @@ def test_other_routes_keep_their_shape(office: Edge) -> None:
     assert office.kept.post("/v1/completions", json={"prompt": 3}).json()["error"]["param"] == "prompt"
     assert office.kept.get("/nowhere").json()["error"]["code"] == "not_found"
     assert events(office.kept.post("/v1/completions", json={"prompt": "p", "stream": True}).text)[-1] == "[DONE]"
+
+
+# ------------------------------------------------------------------ large bodies
+
+
+LARGE, LITTLE = bytes(SMALL + 1), bytes(SMALL)
+
+
+def test_large_bodies_are_parsed_one_at_a_time_beside_the_loop() -> None:
+    """A small one goes past them, and what their parser raises comes to their own request."""
+    loops_thread = threading.get_ident()
+    running = most = 0
+    going, on = threading.Event(), threading.Event()
+
+    def parse(body: bytes, number: int, *, wrong: int) -> int:
+        nonlocal running, most
+        if body is LITTLE:
+            return number
+        assert threading.get_ident() != loops_thread
+        running += 1
+        most = max(most, running)
+        going.set()
+        assert on.wait(10)
+        running -= 1
+        if number == wrong:
+            raise InvalidRequest("No.")
+        return number
+
+    async def main() -> list[Any]:
+        surface = Surface(Gateway(build({}), 0), Sse())
+        large = [asyncio.create_task(surface.understood(LARGE, parse, number, wrong=5)) for number in range(8)]
+        while not going.is_set():
+            await asyncio.sleep(0)
+        assert await surface.understood(LITTLE, parse, 99, wrong=5) == 99
+        assert not any(task.done() for task in large)
+        on.set()
+        return await asyncio.gather(*large, return_exceptions=True)
+
+    found = asyncio.run(main())
+    assert most == 1
+    assert isinstance(found[5], InvalidRequest)
+    assert [*found[:5], *found[6:]] == [0, 1, 2, 3, 4, 6, 7]
+
+
+def test_the_loop_has_a_turn_between_two_large_bodies_that_are_parsed_on_it() -> None:
+    seen: list[str] = []
+
+    async def main() -> None:
+        surface = Surface(Gateway(build({}), 0), Sse())
+
+        async def one(body: bytes, name: str) -> None:
+            async with surface.turn(body):
+                seen.append(name)
+
+        async def small() -> None:
+            while len(seen) < 15:
+                seen.append("turn")
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(one(LARGE, "large") for _ in range(5)), small(), one(LITTLE, "little"))
+
+    asyncio.run(main())
+    assert seen.count("large") == 5
+    assert seen.index("little") < seen.index("large")
+    assert "large large" not in " ".join(seen)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * SMALL}]}),
+        ("/v1/completions", {"prompt": "x" * SMALL}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x" * SMALL}], "max_tokens": 5}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x" * SMALL}]}),
+        ("/v1/responses", {"input": "x" * SMALL}),
+        ("/v1/responses/input_tokens", {"input": "x" * SMALL}),
+        ("/tokenize", {"prompt": "x" * SMALL}),
+        ("/detokenize", {"tokens": [1] * SMALL}),
+        ("/generate", {"inputs": "x" * SMALL}),
+    ],
+)
+def test_each_route_parses_large_bodies_in_turn(make_edge: MakeEdge, path: str, body: dict[str, Any]) -> None:
+    edge = make_edge()
+    lock, taken = edge.server.gateway.parsing, 0
+
+    class Counted(asyncio.Lock):
+        async def acquire(self) -> Literal[True]:
+            nonlocal taken
+            taken += 1
+            return await super().acquire()
+
+    assert not lock.locked()
+    edge.server.gateway.parsing = Counted()
+    with edge.http() as http:
+        http.post(path, json={"model": "brook", **body})
+        assert taken == 1
+        http.post(path, json={"model": "brook"})
+        assert taken == 1

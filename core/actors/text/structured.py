@@ -23,9 +23,13 @@ _CONTENTS = {"json_schema": ("json", "json_schema"), "regex": ("regex", "pattern
 
 
 def given(prefix: str, asked: StructuredOutputsParams) -> Iterator[Grammar]:
-    """One for each that is asked for; their fields are called `prefix` and their names."""
+    """One for each that is asked for; their fields are called `prefix` and their names. Raises InvalidRequest for one that is empty: an answer without bounds
+    would be none to it."""
     schema, choice = asked.json, asked.choice
-    if schema is not None and schema != "":
+    for name in ("json", "regex", "grammar", "structural_tag"):
+        if getattr(asked, name) == "":
+            raise InvalidRequest(f"{prefix}{name} must not be empty.", param=f"{prefix}{name}")
+    if schema is not None:
         yield Grammar(kind="json", source=schema if isinstance(schema, str) else json_text(schema), field=f"{prefix}json")
     if asked.regex:
         yield Grammar(kind="regex", source=asked.regex, field=f"{prefix}regex")
@@ -37,8 +41,16 @@ def given(prefix: str, asked: StructuredOutputsParams) -> Iterator[Grammar]:
         yield Grammar(kind="grammar", source=asked.grammar, field=f"{prefix}grammar")
     if asked.json_object:
         yield Grammar(kind="json", source=ANY, field=f"{prefix}json_object")
-    if asked.structural_tag:
+    if asked.structural_tag is not None:
         yield tagged(asked.structural_tag, f"{prefix}structural_tag")
+
+
+def some(field: str, asked: StructuredOutputsParams) -> list[Grammar]:
+    """As `given`, of the object `field`, which must ask for something. Raises InvalidRequest."""
+    found = list(given(f"{field}.", asked))
+    if not found:
+        raise InvalidRequest(f"{field} must hold one of {', '.join(StructuredOutputsParams.__struct_fields__)}.", param=field)
+    return found
 
 
 def only(grammars: Iterable[Grammar]) -> Grammar | None:
@@ -57,7 +69,7 @@ def obeyed(params: SamplingParams) -> tuple[SamplingParams, Grammar | None]:
         grammar
         for name in ("structured_outputs", "guided_decoding")
         if (asked := getattr(params, name)) is not None
-        for grammar in given(f"{name}.", asked)
+        for grammar in some(name, asked)
     )
     return msgspec.structs.replace(params, structured_outputs=None, guided_decoding=None), found
 
