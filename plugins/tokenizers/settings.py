@@ -34,7 +34,7 @@ def apply(fast: FastTokenizer, config: dict[str, Any]) -> None:
     else:
         raise CheckpointError(f"{CONFIG}: added_tokens_decoder must be an object of token ids, but holds {listed!r:.80}.")
     named = {key: _token(key, config[key], special=True) for key in config if _is_name(key, config[key])}
-    extra = next((config[key] for key in _EXTRA if config.get(key)), [])
+    extra: Any = next((config[key] for key in _EXTRA if config.get(key)), [])
     if isinstance(extra, dict):
         named.update({key: _token(_EXTRA[0], value, special=True) for key, value in extra.items()})
         extra = []
@@ -53,6 +53,9 @@ def apply(fast: FastTokenizer, config: dict[str, Any]) -> None:
     if kind == "Qwen2Tokenizer":  # it adds its special tokens once more, without their flags
         plain = [*names, *(_token(_EXTRA[0], value, special=True).content for value in extra)]
         fast.add_tokens([AddedToken(content, special=True) for content in plain])
+    begin = named.get("bos_token")
+    if config.get("add_bos_token") is True and begin and fast.token_to_id(begin.content) not in fast.encode("").ids:
+        log.warning("%s: add_bos_token is ignored: the post-processor of tokenizer.json writes no begin token, and it decides.", CONFIG)
     fast.encode_special_tokens = config.get("split_special_tokens") is True
     if kind in _REBUILT and config.get("add_prefix_space") is True and not _prefixes(fast):
         log.warning("%s: add_prefix_space is ignored: the pre-tokenizer of tokenizer.json says false, and it decides.", CONFIG)

@@ -73,6 +73,13 @@ def test_a_prefix_space_that_is_not_written_is_named(tmp_path: Path, kind: str, 
     ]
 
 
+def test_a_begin_token_that_is_not_written_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    HuggingFaceTokenizer.load(str(checkpoint(tmp_path, {"add_bos_token": True})))
+    assert [record.getMessage() for record in caplog.records if "add_bos_token" in record.getMessage()] == [
+        "tokenizer_config.json: add_bos_token is ignored: the post-processor of tokenizer.json writes no begin token, and it decides."
+    ]
+
+
 @pytest.mark.parametrize("field", ["added_tokens_decoder", "extra_special_tokens", "eos_token"])
 def test_what_is_no_token_is_refused_by_name(tmp_path: Path, field: str) -> None:
     with pytest.raises(CheckpointError, match=field):

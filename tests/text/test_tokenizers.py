@@ -73,7 +73,8 @@ def test_the_post_processor_alone_writes_a_begin_token(tokenizer: HuggingFaceTok
     config = {"bos_token": "<|bos|>", "add_bos_token": True}
     made = HuggingFaceTokenizer(fresh(tokenizer), config)
     bos = made.bos_id
-    assert bos is not None and bos not in made.encode_batch(["x"], add_special_tokens=True)[0].tolist()
+    assert bos is not None
+    assert bos not in made.encode_batch(["x"], add_special_tokens=True)[0].tolist()
     fast = fresh(tokenizer)
     fast.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
     once = HuggingFaceTokenizer(fast, config)
