@@ -57,8 +57,8 @@ def test_ids_and_special_tokens_are_those_of_transformers(tmp_path: Path, name: 
         for special in (True, False):
             (ids,) = mine.encode_batch([text], add_special_tokens=special)
             assert ids.tolist() == theirs(text, add_special_tokens=special)["input_ids"]
-    ids = [0, 1988, 7, 4, 2, 477]
-    assert mine.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+    answer = [0, 1988, 7, 4, 2, 477]
+    assert mine.decode(answer, skip_special_tokens=True) == theirs.decode(answer, skip_special_tokens=True)
     if "tokenizer_class" in SETTINGS[name]:
         return  # that class forgets what tokenizer.json adds and the configuration does not list: here the reserved tokens
     special_ids = {token for token, item in theirs._tokenizer.get_added_tokens_decoder().items() if item.special}
