@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
 from penstock.core.protocol.columns import I32, i32_by_pieces
 from penstock.core.protocol.errors import CheckpointError
+from penstock.plugins.tokenizers.settings import apply
 
 BytesOf = Callable[[str], bytes]
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
@@ -89,6 +89,7 @@ class HuggingFaceTokenizer:
         self._config = config or {}
         fast.no_truncation()
         fast.no_padding()
+        apply(fast, self._config)
         vocab = fast.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self._spelling: list[str] = [""] * self.vocab_size
@@ -106,7 +107,6 @@ class HuggingFaceTokenizer:
         swallows = fast.normalizer is not None or any(item.lstrip or item.rstrip for item in added.values())
         unknown = getattr(fast.model, "unk_token", "?") is not None and not getattr(fast.model, "byte_fallback", False)
         self.max_chars_per_token = 0 if swallows or unknown else max((len(text) for text in self._spelling), default=0)
-        self._prepend_bos = self._needs_bos()
 
     @classmethod
     def load(cls, model_path: str) -> HuggingFaceTokenizer:
@@ -125,15 +125,14 @@ class HuggingFaceTokenizer:
             if wrong is not None or None in found:
                 raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
             ends.extend(found)
-        return cls(fast, _json(folder / "tokenizer_config.json"), ends, folder.name)
+        config = _json(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # the older file counts only beside the older kind of configuration, and then first
+            config.update(_json(folder / "special_tokens_map.json"))
+        return cls(fast, config, ends, folder.name)
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        out = [i32_by_pieces(encoding.ids) for encoding in encodings]
-        if add_special_tokens and self._prepend_bos:
-            bos = np.array([self.bos_id], dtype=np.int32)
-            out = [ids if len(ids) and ids[0] == self.bos_id else np.concatenate([bos, ids]) for ids in out]
-        return out
+        return [i32_by_pieces(encoding.ids) for encoding in encodings]
 
     def token_bytes(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
@@ -167,12 +166,6 @@ class HuggingFaceTokenizer:
         if isinstance(value, dict):
             value = value.get("content")
         return self._fast.token_to_id(value) if isinstance(value, str) else None
-
-    def _needs_bos(self) -> bool:
-        """Does the configuration ask for a begin token that the post-processor does not write?"""
-        if self._config.get("add_bos_token") is not True or self.bos_id is None:
-            return False
-        return self.bos_id not in self._fast.encode("", add_special_tokens=True).ids
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from penstock import LLM, SamplingParams
@@ -115,9 +116,12 @@ def test_a_conversation_gets_no_tokens_that_its_template_does_not_write(tmp_path
     folder = tmp_path / "begins"
     shutil.copytree(demo_folder(), folder)
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"add_bos_token": True, "chat_template": "{{ messages[0]['content'] }}"}
+    settings = json.loads(path.read_text()) | {"chat_template": "{{ messages[0]['content'] }}"}
     path.write_text(json.dumps(settings))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    fast.save(str(folder / "tokenizer.json"))
     conversation = [{"role": "user", "content": "What is 2 + 2?"}]
     want = AutoTokenizer.from_pretrained(str(folder)).apply_chat_template(conversation, tokenize=True, return_dict=False)
     with LLM(str(folder), kv_cache_memory_bytes=64 << 20) as model:
