@@ -346,10 +346,12 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
 
 
 def _check_prompt_logprobs(prompts: list[dict[str, Any]], sampling: SamplingParams, names: dict[str, str]) -> None:
-    """Text bounds those of one prompt, of which it knows the tokens; several are one reply. Two letters count as a token."""
+    """Text bounds those of one prompt, of which it knows the tokens; several are one reply. No text has more tokens than bytes."""
     if sampling.prompt_logprobs is None or len(prompts) == 1:
         return
-    tokens = sum(len(prompt["prompt_ids"]) if "prompt_ids" in prompt else len(prompt["prompt"]) // 2 for prompt in prompts)
+    tokens = sum(
+        len(prompt["prompt_ids"]) if "prompt_ids" in prompt else len(prompt["prompt"].encode("utf-8", "replace")) for prompt in prompts
+    )
     told, field = tokens * (sampling.prompt_logprobs + 1) * sampling.n, names.get("prompt_logprobs", "prompt_logprobs")
     _need(
         told <= MOST_PROMPT_LOGPROBS,

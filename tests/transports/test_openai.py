@@ -921,7 +921,7 @@ def test_prompts_whose_log_probabilities_together_are_too_many() -> None:
             completion(prompt=ids, n=16, **fields)
         assert found.value.param == param
     with pytest.raises(InvalidRequest, match="one by one"):
-        completion(prompt=["ab" * 4000] * 4, n=4, prompt_logprobs=20)
+        completion(prompt=["\U0001f9e9" * 900] * 8, n=12, prompt_logprobs=20)  # four tokens a letter
 
 
 def test_limits_come_from_the_configuration() -> None:
