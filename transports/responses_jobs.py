@@ -89,6 +89,24 @@ async def keep(records: Records | None, asked: Asked, job: Job, voice: Responses
         voice.final["store"] = False
 
 
+def complete(
+    job: Job, asked: Asked, records: Records | None, voice: ResponsesVoice, done: Callable[[], None], doing: str
+) -> asyncio.Task[None]:
+    """Make the finished response and keep it, then call `done`. `doing` is told if that fails."""
+
+    async def work() -> None:
+        try:
+            voice.finish(job.usage(), job.timings())
+            await keep(records, asked, job, voice)
+        except Exception:
+            log.exception("request %s: its response could not be made", job.context.rid)
+            job.leg_failed(PenstockError(f"The server made an error while it {doing} the answer."))
+            return
+        done()
+
+    return asyncio.get_running_loop().create_task(work())
+
+
 class WholeResponse(WholeReply):
     """The response in one piece."""
 
@@ -108,17 +126,7 @@ class WholeResponse(WholeReply):
         super().leg_failed(self._asked.renamed(error))
 
     def complete(self) -> None:
-        self._keeping = asyncio.get_running_loop().create_task(self._complete())
-
-    async def _complete(self) -> None:
-        try:
-            self._says.finish(self.usage(), self.timings())
-            await keep(self._records, self._asked, self, self._says)
-        except Exception:
-            log.exception("request %s: its response could not be made", self.context.rid)
-            self.leg_failed(PenstockError("The server made an error while it made the answer."))
-            return
-        super().complete()
+        self._keeping = complete(self, self._asked, self._records, self._says, super().complete, "made")
 
     async def _body(self) -> bytes:
         self.summarize([self._row.reason])
@@ -146,14 +154,4 @@ class StreamedResponse(StreamReply):
 
     def complete(self) -> None:
         self._reasons.append(self._row.reason)
-        self._keeping = asyncio.get_running_loop().create_task(self._complete())
-
-    async def _complete(self) -> None:
-        try:
-            self._says.finish(self.usage(), self.timings())
-            await keep(self._records, self._asked, self, self._says)
-        except Exception:
-            log.exception("request %s: its response could not be made", self.context.rid)
-            self.leg_failed(PenstockError("The server made an error while it sent the answer."))
-            return
-        super().complete()
+        self._keeping = complete(self, self._asked, self._records, self._says, super().complete, "sent")

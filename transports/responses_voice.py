@@ -193,8 +193,8 @@ class ResponsesVoice:
     def queued(self) -> bytes:
         return self._event(b"response.queued", response=self.response("queued"))
 
-    def around(self, index: int) -> tuple[bytes, bytes]:
-        raise NotImplementedError  # no row is plain: each has its number
+    def around(self, index: int) -> None:
+        """No row is plain: each has its number."""
 
     def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes]:
         if not self._created:

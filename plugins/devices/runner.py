@@ -567,7 +567,7 @@ class DeviceRunner:
             graph = self._draw_graph(work, launched)
             if graph is not None:
                 graph.replay()
-                if self._masks is not None:
+                if self._masks is not None and len(work.mask_rows):
                     self._masks.done_reading()
                 tokens = graph.outputs[0][:rows]
             else:

@@ -104,7 +104,8 @@ class LlGuidance:
         self._starts = Starts(tokens, self._words)
         self._going_on: tuple[I32, I32] | None = None
         self._kept: OrderedDict[bytes, list[llguidance.LLMatcher]] = OrderedDict()
-        """Matchers at the beginning. Copies of one share its lexer and a lock: there are as many as threads use at once, of large grammars one."""
+        """Matchers at the beginning. Copies of one share its lexer and a lock: once masks are made together there are as many as threads use at once, of
+        large grammars one."""
         self._turn = 0
         self._threads = min(MOST_THREADS, cores() // 2)
         self._crew: llguidance.LLExecutor | None = None
@@ -151,7 +152,7 @@ class LlGuidance:
         """See Grammars."""
         kept = self._kept.pop(compiled, [])
         openers, _, grammar = compiled[1:].partition(b"\n") if compiled[:1] == b"l" else (b"", b"", compiled[1:])
-        if not kept or (len(kept) < self._threads and len(compiled) < LARGE):
+        if not kept or (self._crew is not None and len(kept) < self._threads and len(compiled) < LARGE):
             inner = llguidance.LLMatcher(self._tokenizer, grammar.decode(), log_level=0, limits=_limits())
             if inner.is_error():
                 raise _wrong(" ".join(inner.get_error().split())[:400])

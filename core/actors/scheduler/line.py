@@ -130,9 +130,8 @@ class Line:
             if entry.request.group is not None and room < len(entry.seqs):
                 break  # all of its beams or none; nobody overtakes
             count += 1
-            if any(
-                sequence.seq in board.held for sequence in (entry.seqs[:1] if entry.request.group is None else entry.seqs)
-            ):  # an earlier life of it is still in flight
+            starting = entry.seqs[:1] if entry.request.group is None else entry.seqs
+            if any(sequence.seq in board.held for sequence in starting):  # an earlier life of it is still in flight
                 continue
             room -= len(entry.seqs)
             tokens += max(1.0, entry.tokens.size * board.uncached)
