@@ -145,7 +145,7 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "- Streams have an event a token, and the whole text with the last one; there is no `[DONE]`. Each has its log-probability.",
         '- Errors are `{"error", "error_type"}`: 422 `validation`, 424 `generation`, 429 `overloaded`, 503 `unhealthy`.',
         "- Fields of other APIs that would change the answer are refused by name, within parameters and beside them; others are ignored and named in"
-        " `x-penstock-ignored-fields`.",
+        " `x-penstock-warning`.",
         "",
         "### GenerateRequest",
         "",

@@ -60,14 +60,14 @@ class Usage(msgspec.Struct, omit_defaults=True):
 
 
 class Metrics(msgspec.Struct):
-    """With the request header `x-include-metrics: 1`. Seconds."""
+    """With the request header `x-include-metrics: 1`. Milliseconds."""
 
-    queue_s: float
-    prefill_s: float
-    decode_s: float
-    time_to_first_token_s: float | None
-    total_s: float
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
     preemptions: int
+    time_to_first_token_ms: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class CalledFunction(msgspec.Struct):

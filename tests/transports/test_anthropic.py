@@ -77,7 +77,7 @@ def test_golden_whole(edge: Edge) -> None:
     headers = {"x-request-id": "r1", "anthropic-version": "2023-06-01", "x-api-key": "any"}
     reply = edge.kept.post(PATH, json=HI, headers=headers)
     assert reply.headers["x-request-id"] == reply.headers["request-id"] == "r1"
-    assert "x-penstock-ignored-fields" not in reply.headers
+    assert "x-penstock-warning" not in reply.headers
     assert reply.text == (
         '{"id":"msg_r10","type":"message","role":"assistant","model":"brook","content":[{"type":"text","text":"Hello world"}],'
         '"stop_reason":"end_turn","stop_sequence":null,'

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from edge_kit import Edge, MakeEdge, delta, finished, silent
+from edge_kit import Edge, MakeEdge, delta, events, finished, silent
 
 from penstock.core.protocol.messages import Cancel, EdgeStats, Limits, Query, Submit, TextReady
 from penstock.transports import edge as edge_module
@@ -750,8 +750,8 @@ def test_strict_fields_refuses_what_nobody_knows(make_edge: MakeEdge, path: str,
 def test_ignored_fields_are_named(http: httpx.Client) -> None:
     reply = http.post(CHATS, json=CHAT | {"temprature": 0.5, "evil\r\nheader": 1})
     assert reply.status_code == 200
-    assert reply.headers["x-penstock-ignored-fields"] == "?, temprature"
-    assert "x-penstock-ignored-fields" not in http.post(CHATS, json=CHAT).headers
+    assert reply.headers["x-penstock-warning"] == "?, temprature"
+    assert "x-penstock-warning" not in http.post(CHATS, json=CHAT).headers
 
 
 def test_processing_time_and_date(http: httpx.Client) -> None:
@@ -763,8 +763,10 @@ def test_processing_time_and_date(http: httpx.Client) -> None:
 
 def test_metrics_in_the_reply_on_request(http: httpx.Client) -> None:
     got = http.post(CHATS, json=CHAT, headers={"x-include-metrics": "1"}).json()["metrics"]
-    assert (got["queue_s"], got["prefill_s"], got["decode_s"], got["preemptions"]) == (0.001, 0.002, 0.003, 0)
+    assert (got["queue_ms"], got["prefill_ms"], got["decode_ms"], got["preemptions"]) == (1, 2, 3, 0)
     assert "metrics" not in http.post(CHATS, json=CHAT).json()
+    *_, last, done = events(http.post(CHATS, json=CHAT | {"stream": True}, headers={"x-include-metrics": "1"}).text)
+    assert (last["choices"], last["metrics"]["queue_ms"], "usage" in last, done) == ([], 1, False, "[DONE]")
 
 
 def test_several_prompts_in_one_reply(http: httpx.Client) -> None:
@@ -778,7 +780,7 @@ def test_small_pages(http: httpx.Client, shared_edge: Edge) -> None:
     assert http.get("/version").json() == {"version": __version__}
     assert http.get("/tokenizer_info").json() == {"tokenizer_class": "Fake"}
     assert http.post("/detokenize", json={"tokens": [1, 2]}).json()["prompt"] == "x"
-    assert http.post("/tokenize", json={"prompt": "a", "model": "brook", "zz": 1}).headers["x-penstock-ignored-fields"] == "zz"
+    assert http.post("/tokenize", json={"prompt": "a", "model": "brook", "zz": 1}).headers["x-penstock-warning"] == "zz"
     query = [q for q in shared_edge.text.wait_for(Query) if q.what == "tokenize"][-1]
     assert json.loads(query.body) == {"prompt": "a", "model": "brook"}
     for body in ({}, {"prompt": "a", "messages": CHAT["messages"]}):

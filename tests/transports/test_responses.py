@@ -562,7 +562,7 @@ def test_what_does_not_exist_here_is_refused_by_name(edge: Edge, fields: dict[st
 def test_what_asks_for_nothing_is_taken_in_silence(edge: Edge, fields: dict[str, Any]) -> None:
     reply = edge.kept.post(PATH, json=HI | fields)
     assert reply.status_code == 200, reply.text
-    assert "x-penstock-ignored-fields" not in reply.headers
+    assert "x-penstock-warning" not in reply.headers
 
 
 def test_unknown_fields_are_named_in_a_header_or_refused(edge: Edge, make_edge: MakeEdge) -> None:
@@ -570,7 +570,7 @@ def test_unknown_fields_are_named_in_a_header_or_refused(edge: Edge, make_edge: 
     names = "colour, input[0].mood, reasoning.depth"
     for more in ({}, {"stream": True}, {"background": True}, {"background": True, "stream": True}):
         reply = edge.kept.post(PATH, json=body | more)
-        assert (reply.status_code, reply.headers["x-penstock-ignored-fields"].replace("?", "input[0].mood")) == (200, names)
+        assert (reply.status_code, reply.headers["x-penstock-warning"].replace("?", "input[0].mood")) == (200, names)
     strict = make_edge(strict_fields=True)
     assert strict.kept.post(PATH, json=HI).status_code == 200
     reply = strict.kept.post(PATH, json=body)

@@ -139,7 +139,7 @@ def ask(edge: Edge, path: str, body: dict[str, Any]) -> tuple[list[Any], str, st
     """What text was told, the reply, and what is kept of it; all without what differs from one request to the next."""
     before = len(edge.text.received)
     reply = edge.kept.post(path, json=body)
-    assert (reply.status_code, reply.headers.get("x-penstock-ignored-fields")) == (200, None), reply.text
+    assert (reply.status_code, reply.headers.get("x-penstock-warning")) == (200, None), reply.text
     told = [msgspec.structs.asdict(message) for message in edge.text.received[before:] if isinstance(message, Submit)]
     for one in told:
         for name in ("key", "received_ns", "sent_ns", "to_wall_ns", "traceparent"):
