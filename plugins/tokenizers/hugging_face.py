@@ -8,6 +8,7 @@ What it does not know: chat templates, streaming, requests.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,12 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from penstock.core.protocol.columns import I32, i32_by_pieces
 from penstock.core.protocol.errors import CheckpointError
-from penstock.plugins.tokenizers.settings import apply
+from penstock.plugins.tokenizers import settings as tokens
+from penstock.plugins.tokenizers.classes import AS_IT_IS, FOREIGN, OTHER, class_of, own_code
+from penstock.plugins.tokenizers.rebuild import RECIPES, finish, mend_mistral, rebuilt
+from penstock.plugins.tokenizers.settings import ADDED, CONFIG, MAP, TokenSettings, added_token
 
+log = logging.getLogger("penstock.tokenizers")
 BytesOf = Callable[[str], bytes]
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 
@@ -84,12 +89,30 @@ def bytes_rule(decoder: dict[str, Any] | None) -> BytesOf | None:
 class HuggingFaceTokenizer:
     """See core/contract/text.py's Tokenizer. `config` is tokenizer_config.json; `eos` are further end tokens in order of authority."""
 
-    def __init__(self, fast: FastTokenizer, config: dict[str, Any] | None = None, eos: list[int] | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        config: dict[str, Any] | None = None,
+        eos: list[int] | None = None,
+        name: str = "",
+        *,
+        kind: str = AS_IT_IS,
+        settings: TokenSettings | None = None,
+        model: dict[str, Any] | None = None,
+    ) -> None:
+        """`kind` is a name of classes.py; `settings` are read from `config` where they are not given; `model` is config.json."""
+        config = config or {}
+        if settings is None:
+            settings = tokens.read(config, fast.get_added_tokens_decoder(), absent=_padding(fast.padding))
         self._fast = fast
-        self._config = config or {}
+        self._config = {**config, **{key: tokens.text_of(token) for key, token in settings.named.items()}}
         fast.no_truncation()
         fast.no_padding()
-        apply(fast, self._config)
+        tokens.apply(fast, settings)
+        mend_mistral(fast, config, model or {})
+        finish(kind, fast, settings, config)
+        fast.encode_special_tokens = config.get("split_special_tokens") is True
+        _say_what_does_not_count(fast, config, settings)
         vocab = fast.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self._spelling: list[str] = [""] * self.vocab_size
@@ -113,10 +136,27 @@ class HuggingFaceTokenizer:
         """From a checkpoint folder. Raises CheckpointError naming the file."""
         folder = Path(model_path)
         path = folder / "tokenizer.json"
+        config, model = _json(folder / CONFIG), _json(folder / "config.json")
+        older = {"older": _json(folder / MAP), "added": _json(folder / ADDED)}
+        kind = class_of(config, model, lambda: '"ByteLevel"' in path.read_text(encoding="utf-8", errors="replace"))
         try:
-            fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{path} cannot be read: {error}.") from None
+            if kind in RECIPES:
+                recipe, described = RECIPES[kind], json.loads(path.read_text(encoding="utf-8"))
+                listed = {item["id"]: added_token("added_tokens", item) for item in described.get("added_tokens") or []}
+                absent = {**_padding(described.get("padding")), **recipe.named}
+                settings = tokens.read(config, listed, absent=absent, first=recipe.own, **older)
+                fast = rebuilt(recipe, described, config, settings)
+            else:
+                fast = FastTokenizer.from_file(str(path))
+                settings = tokens.read(config, fast.get_added_tokens_decoder(), absent=_padding(fast.padding), **older)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises plain Exception; what is read here, whatever its shape may lead to
+            raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}.") from None
+        if kind in FOREIGN or kind == OTHER:
+            log.warning("%s: transformers makes %s of it, which is not reproduced here: token ids may differ from its ids.", path, kind)
+        if own_code(config):
+            log.warning("%s: auto_map names the folder's own tokenizer code, which is not run: tokenizer.json counts.", folder / CONFIG)
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
             value = _json(folder / name).get("eos_token_id")
@@ -125,10 +165,7 @@ class HuggingFaceTokenizer:
             if wrong is not None or None in found:
                 raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
             ends.extend(found)
-        config = _json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # the older file counts only beside the older kind of configuration, and then first
-            config.update(_json(folder / "special_tokens_map.json"))
-        return cls(fast, config, ends, folder.name)
+        return cls(fast, config, ends, folder.name, kind=kind, settings=settings, model=model)
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -166,6 +203,20 @@ class HuggingFaceTokenizer:
         if isinstance(value, dict):
             value = value.get("content")
         return self._fast.token_to_id(value) if isinstance(value, str) else None
+
+
+def _padding(padding: dict[str, Any] | None) -> dict[str, str | None]:
+    """The pad token of tokenizer.json's padding, which is one where the files name none."""
+    return {"pad_token": str(padding["pad_token"])} if padding and "pad_token" in padding else {}
+
+
+def _say_what_does_not_count(fast: FastTokenizer, config: dict[str, Any], settings: TokenSettings) -> None:
+    begin = settings.text("bos_token")
+    if config.get("add_bos_token") is True and begin and fast.token_to_id(begin) not in fast.encode("").ids:
+        log.warning("%s: add_bos_token is ignored: the post-processor of tokenizer.json writes no begin token, and it decides.", CONFIG)
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
+    if config.get("clean_up_tokenization_spaces") is True and (forced or type(fast.model).__name__ != "BPE"):
+        log.warning("%s: clean_up_tokenization_spaces is ignored: spaces before signs stay as the tokens have them.", CONFIG)
 
 
 def _json(path: Path) -> dict[str, Any]:
