@@ -18,11 +18,11 @@ OTHER = "another"
 
 _FAMILIES = {
     "BartTokenizer": "florence2",
-    "BertTokenizer": "align bark bert blip bros chinese_clip convbert distilbert electra ernie flava git grounding-dino layoutlm "
-    "megatron-bert mm-grounding-dino nezha nomic_bert qdqbert realm retribert squeezebert tvp vilt visual_bert",
-    "CodeLlamaTokenizer": "code_llama",
+    "BertTokenizer": "align bark bert blip bros chinese_clip convbert distilbert electra ernie flava git grounding-dino layoutlm megatron-bert "
+    "mm-grounding-dino nomic_bert squeezebert tvp vilt visual_bert",
     "CohereTokenizer": "aya_vision cohere cohere2",
-    "GPT2Tokenizer": "blip-2 codegen dbrx emu3 gpt2 gpt_neo gptj hyperclovax_vision_v2 instructblip instructblipvideo jais2 opt phi starcoder2",
+    "GPT2Tokenizer": "blip-2 codegen dbrx emu3 gpt-sw3 gpt2 gpt_neo gptj hyperclovax_vision_v2 instructblip instructblipvideo jais2 opt phi "
+    "starcoder2",
     "GPTNeoXTokenizer": "falcon_mamba gpt_neox mamba mamba2 mpt olmo olmoe rwkv xlstm",
     "GemmaTokenizer": "diffusion_gemma gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text recurrent_gemma shieldgemma2 t5gemma zaya",
     "LEDTokenizer": "led",
@@ -31,48 +31,65 @@ _FAMILIES = {
     "MobileBertTokenizer": "mobilebert",
     "MvpTokenizer": "mvp",
     "ParakeetTokenizer": "granite_speech5_ctc nemotron3_5_asr nemotron_asr_streaming parakeet_ctc parakeet_rnnt parakeet_tdt",
-    "Qwen2Tokenizer": "audioflamingo3 colqwen2 cosmos3_omni dots3_note fun_asr_nano hunyuan_vl internvl lighton_ocr moss_transcribe_diarize "
-    "ovis2 qianfan_ocr qwen2 qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe "
+    "Qwen2Tokenizer": "audioflamingo3 colqwen2 cosmos3_omni dots3_note fun_asr_nano hunyuan_vl internvl lighton_ocr moss_transcribe_diarize ovis2 "
+    "qianfan_ocr qwen2 qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe "
     "qwen3_vl qwen3_vl_moe vibevoice",
     "Qwen3_5Tokenizer": "qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen4_exp",
-    "RobertaTokenizer": "bart bridgetower clap data2vec-text ibert lilt longformer mega mra roberta roberta-prelayernorm",
+    "RobertaTokenizer": "bart bridgetower clap data2vec-text ibert lilt longformer mra roberta roberta-prelayernorm",
     AS_IT_IS: "EvollaModel arctic aria beam bigbird_pegasus camembertv2-base canary chatlm cohere_asr ernie4_5 ernie4_5_moe flex_olmo fuyu "
     "glm glm4 glm4_moe glm4_moe_lite glm4v glm4v_moe glm_image glmasr got_ocr2 gpt_bigcode gradium_phonon_tts granite granitemoe "
-    "granitemoehybrid granitemoeshared h2ovl_chat hyperclovax hyperclovax_vlm internlm2 internlm3 iquestcoder jamba kimi_k25 kimi_linear "
-    "kosmos-2 llava llava_next mimo_v2_flash minicpm3 minicpm_ocr minicpmv minicpmv4_6 minicpmv4_7 minimax_m2 ministral ministral3 mistral "
-    "mistral3 mistral_large4 mixtral modernbert modernbert-decoder molmo molmo2 nemo_speechlm nemotron nvfp4 nystromformer olmo2 olmo3 "
-    "olmo_hybrid opencua openvla paddleocr_vl pegasus_x persimmon phi3 phi3_v phimoe pix2struct pixtral pocket_tts smolvlm stablelm "
-    "step3_vl umt5 vipllava voxtral voxtral_realtime xlm-roberta-xl",
-    OTHER: "aimv2 albert barthez bartpho bert-japanese bertweet big_bird biogpt blenderbot blenderbot-small byt5 camembert canine clip "
-    "clipseg clvp cpm cpmant ctrl data2vec-audio deberta deberta-v2 dia dpr esm esmc esmfold2 flaubert fnet fsmt funnel gpt_neox_japanese "
-    "groupvit gte herbert hubert jina_embeddings_v3 lasr_ctc lasr_encoder layoutlmv2 layoutlmv3 layoutxlm luke markuplm mbart mbart50 "
-    "metaclip_2 mgp-str mpnet mt5 musicgen musicgen_melody myt5 nllb nllb-moe nougat omdet-turbo oneformer openai-gpt owlv2 owlvit pegasus "
-    "perceiver phobert plbart pp_formulanet prophetnet rag reformer rembert roc_bert roformer sam3 sam3_video seamless_m4t seamless_m4t_v2 "
-    "siglip2 splinter switch_transformers t5 tapas trocr udop unispeech unispeech-sat videoprism vits wav2vec2 wav2vec2-bert "
-    "wav2vec2-conformer wav2vec2_phoneme whisper xclip xglm xlm xlm-roberta xlnet xmod yoso",
+    "granitemoehybrid granitemoeshared h2ovl_chat hyperclovax hyperclovax_vlm internlm2 internlm3 iquestcoder jamba kimi_k25 "
+    "kimi_linear kosmos-2 llava llava_next mimo_v2_flash minicpm3 minicpm_ocr minicpmv minicpmv4_6 minicpmv4_7 minimax_m2 ministral "
+    "ministral3 mistral mistral3 mistral_large4 mixtral modernbert modernbert-decoder molmo molmo2 nemo_speechlm nemotron nvfp4 "
+    "nystromformer olmo2 olmo3 olmo_hybrid opencua openvla paddleocr_vl pegasus_x persimmon phi3 phi3_v phimoe pix2struct pixtral "
+    "pocket_tts smolvlm stablelm step3_vl umt5 vipllava voxtral voxtral_realtime xlm-roberta-xl",
+    OTHER: "aimv2 albert big_bird biogpt blenderbot blenderbot-small camembert canine clip clipseg clvp cpmant ctrl data2vec-audio deberta "
+    "deberta-v2 dia dpr esm esmc esmfold2 flaubert fnet fsmt funnel gpt_neox_japanese groupvit gte hubert jina_embeddings_v3 "
+    "lasr_ctc lasr_encoder layoutlmv2 layoutlmv3 layoutxlm luke markuplm mbart metaclip_2 mgp-str mpnet mt5 musicgen "
+    "musicgen_melody nllb-moe omdet-turbo oneformer openai-gpt owlv2 owlvit pegasus perceiver plbart pp_formulanet prophetnet rag "
+    "reformer rembert roc_bert roformer sam3 sam3_video seamless_m4t seamless_m4t_v2 siglip2 splinter switch_transformers t5 tapas "
+    "trocr udop unispeech unispeech-sat videoprism vits wav2vec2 wav2vec2-bert wav2vec2-conformer whisper xclip xglm xlm "
+    "xlm-roberta xlnet xmod yoso",
 }
 REGISTERED = {model_type: name for name, types in _FAMILIES.items() for model_type in types.split()}
-"""`model_type` -> the class that transformers has registered for it. Llamas are not among them: what their files say counts."""
+"""`model_type` -> the class that transformers has registered for it. Types that are not among them (Llamas)
+have none, or share the configuration of one that has none: what their files say counts."""
 
-MISTAKEN = frozenset(
+REBUILT = frozenset(
+    (
+        "BertTokenizer",
+        "CodeGenTokenizer",
+        "CodeLlamaTokenizer",
+        "CohereTokenizer",
+        "GPT2Tokenizer",
+        "GPTNeoXTokenizer",
+        "GemmaTokenizer",
+        "LlamaTokenizer",
+        "Qwen2Tokenizer",
+        "Qwen3_5Tokenizer",
+        "RobertaTokenizer",
+    )
+)
+"""Classes that make the tokenizer anew: rebuild.py has a recipe for each."""
+
+_MISTAKEN = (
     "arctic camembertv2-base chatlm cohere_asr ernie4_5 ernie4_5_moe fuyu h2ovl_chat hyperclovax hyperclovax_vision_v2 hyperclovax_vlm "
     "internlm2 internlm3 iquestcoder jamba llava llava_next minicpm3 minicpmv minimax_m2 modernbert modernbert-decoder molmo molmo2 nemotron "
     "nvfp4 opencua openvla paddleocr_vl phi3 phi3_v phimoe qwen2 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen4_exp siglip2 smolvlm step3_vl "
-    "vipllava".split()
+    "vipllava"
 )
+MISTAKEN = frozenset(_MISTAKEN.split())
 """Model types whose folders often name a wrong class: the registered one counts, whatever they say."""
 
-FOREIGN = frozenset(
-    name + "Tokenizer"
-    for name in (
-        "Albert Barthez Bartpho Basic BertGeneration BertJapanese Bertweet BigBird BioGpt BlenderbotSmall Blenderbot ByT5 CLIP CTRL Camembert "
-        "Canine Character Clvp ConvBert CpmAnt Cpm DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia DistilBert Esm Esmc "
-        "FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoXJapanese GPTSw3 Herbert Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke M2M100 "
-        "MBart50 MBart MLuke MPNet Marian MarkupLM Mecab Mgpstr MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver Phobert Pop2Piano "
-        "ProphetNet Rag Reformer RemBert RoCBert RoFormer SeamlessM4T Siglip2 Siglip Speech2Text SpeechT5 Splinter T5 Tapas Tipsv2 Udop "
-        "VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper Wordpiece XGLM XLMRoberta XLM XLNet"
-    ).split()
+_FOREIGN = (
+    "Albert Barthez Bartpho Basic BertGeneration BertJapanese Bertweet BigBird BioGpt BlenderbotSmall Blenderbot ByT5 CLIP CTRL Camembert "
+    "Canine Character Clvp ConvBert CpmAnt Cpm DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia DistilBert Esm Esmc "
+    "FNet FSMT FastSpeech2Conformer Flaubert Funnel GPTNeoXJapanese GPTSw3 Herbert Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke M2M100 "
+    "MBart50 MBart MLuke MPNet Marian MarkupLM Mecab Mgpstr MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver Phobert Pop2Piano "
+    "ProphetNet Rag Reformer RemBert RoCBert RoFormer SeamlessM4T Siglip2 Siglip Speech2Text SpeechT5 Splinter T5 Tapas Tipsv2 Udop "
+    "VideoPrism Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper Wordpiece XGLM XLMRoberta XLM XLNet"
 )
+FOREIGN = frozenset(name + "Tokenizer" for name in _FOREIGN.split())
 """Classes that do more, or other things, than tokenizer.json says, and are not reproduced here."""
 
 ALIASES = {
@@ -114,9 +131,3 @@ def _text(source: Mapping[str, Any], name: str) -> str:
 def _known(name: str) -> str:
     name = ALIASES.get(name, name)
     return name if name in FOREIGN or name in REBUILT or name == OTHER else AS_IT_IS
-
-
-REBUILT = frozenset(
-    name + "Tokenizer" for name in "Bert CodeGen CodeLlama Cohere GPT2 GPTNeoX Gemma Llama Qwen2 Qwen3_5 Roberta".split()
-)
-"""Classes that make the tokenizer anew: rebuild.py has a recipe for each."""

@@ -109,7 +109,7 @@ class HuggingFaceTokenizer:
         fast.no_truncation()
         fast.no_padding()
         tokens.apply(fast, settings)
-        mend_mistral(fast, config, model or {})
+        mend_mistral(fast, config, model)
         finish(kind, fast, settings, config)
         fast.encode_special_tokens = config.get("split_special_tokens") is True
         _say_what_does_not_count(fast, config, settings)
@@ -120,6 +120,8 @@ class HuggingFaceTokenizer:
             self._spelling[token] = text
         added = fast.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, item in added.items() if item.special)
+        # An added token that is looked for in normalised text is decoded as the normaliser writes it ("▁<tool>").
+        self._decoded = {token: fast.id_to_token(token) or "" for token, item in added.items() if item.normalized}
         # The decoder's part of tokenizer.json; writing the whole of it would cost a start with a large vocabulary 0.3 s.
         self._rule = bytes_rule(json.loads(fast.decoder.__getstate__()) if fast.decoder is not None else None)
         self.name = name
@@ -165,7 +167,9 @@ class HuggingFaceTokenizer:
             if wrong is not None or None in found:
                 raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
             ends.extend(found)
-        return cls(fast, config, ends, folder.name, kind=kind, settings=settings, model=model)
+        return cls(
+            fast, config, ends, folder.name, kind=kind, settings=settings, model=model if (folder / "config.json").is_file() else None
+        )
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -175,7 +179,7 @@ class HuggingFaceTokenizer:
         if not 0 <= token < self.vocab_size:
             return b""
         if self._rule is not None:
-            return self._rule(self._spelling[token])
+            return self._rule(self._decoded.get(token, self._spelling[token]))
         return self._fast.decode([token], skip_special_tokens=False).encode()
 
     def token_text(self, token: int) -> str:

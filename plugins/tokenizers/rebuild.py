@@ -17,15 +17,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from penstock.core.protocol.errors import CheckpointError
-from penstock.plugins.tokenizers.classes import REBUILT
 from penstock.plugins.tokenizers.settings import TokenSettings, text_of
 
 END = "<|endoftext|>"
 SPACE = "▁"
 # The split of Qwen's byte-level tokenizers: contractions, words with one character before them, single digits, other signs, line ends, blanks.
-_QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}| ?[^\s{others}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}| ?[^\s{others}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_SPLIT = _QWEN.format(letters=r"\p{L}", others=r"\p{L}")
 QWEN3_5_SPLIT = _QWEN.format(letters=r"[\p{L}\p{M}]", others=r"\p{L}\p{M}")
 
@@ -86,7 +83,8 @@ def _vocab(described: Mapping[str, Any]) -> dict[str, int]:
 
 def _merges(described: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = described["model"].get("merges") or []
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in found]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in found)
+    return [(left, right) for left, right in pairs]
 
 
 def _without_vocabulary(described: Mapping[str, Any]) -> FastTokenizer:
@@ -226,7 +224,6 @@ RECIPES = {
         },
     ),
 }
-assert set(RECIPES) == REBUILT
 
 
 def finish(kind: str, fast: FastTokenizer, settings: TokenSettings, config: Mapping[str, Any]) -> None:
@@ -270,15 +267,16 @@ _MISTRAL_SPLIT = (
 )
 
 
-def mend_mistral(fast: FastTokenizer, config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """`fix_mistral_regex` of tokenizer_config.json: another split in large vocabularies of Mistral's that transformers 4 has written."""
+def mend_mistral(fast: FastTokenizer, config: Mapping[str, Any], model: Mapping[str, Any] | None) -> None:
+    """`fix_mistral_regex` of tokenizer_config.json: another split in large vocabularies of Mistral's that transformers 4 has written, by
+    config.json (None: there is none, and nothing to mend)."""
+    if config.get("fix_mistral_regex") is not True or model is None or model.get("model_type") not in (None, *MISTRALS):
+        return
     version = model.get("transformers_version")
     major = version.split(".")[0] if isinstance(version, str) else "0"
     old = not major.isdecimal() or int(major) < 5
-    if config.get("fix_mistral_regex") is not True or not old or not model or model.get("model_type") not in (None, *MISTRALS):
-        return
     before = fast.pre_tokenizer
-    if before is None or fast.get_vocab_size() <= 100_000:
+    if not old or before is None or fast.get_vocab_size() <= 100_000:
         return
     split = pre_tokenizers.Split(Regex(_MISTRAL_SPLIT), behavior="isolated")
     if isinstance(before, pre_tokenizers.Sequence):

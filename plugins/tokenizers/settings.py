@@ -65,6 +65,7 @@ def read(
     settled = EXTRA in config or OLD_EXTRA in config
     if isinstance(extra, dict):
         own, extra, settled = {**own, **extra}, None, False
+    extra = _listed(EXTRA, extra)
     if not own and isinstance(config.get(OWN), dict):
         own = dict(config[OWN])
     front: dict[str, Any] = dict(first or {})
@@ -74,20 +75,18 @@ def read(
                 if isinstance(value, dict):
                     own.update(value)
                 elif value:
-                    extra, settled = [*(extra or []), *(item for item in value if item not in (extra or []))], True
+                    extra, settled = [*extra, *(item for item in _listed(EXTRA, value) if item not in extra)], True
             elif key in NAMED:
                 fields[key] = _marked(value)
             elif _is_name(key, value):
                 front[key] = _marked(value)
     marked = {text_of(_token(key, value)) for key, value in fields.items() if value}
-    marked |= {text_of(_token(EXTRA, value)) for value in extra or [] if settled}
+    marked |= {text_of(_token(EXTRA, value)) for value in extra if settled}
     if not settled and config.get("added_tokens_decoder") is None:
-        extra = (older or {}).get(OLD_EXTRA)
+        extra = _listed(OLD_EXTRA, (older or {}).get(OLD_EXTRA))
     if first and not settled:
-        extra = [*(extra or []), *(front[key] for key in first)]
-    if extra is not None and not isinstance(extra, list):
-        raise CheckpointError(f"{CONFIG}: {EXTRA} must be a list or an object of tokens, but holds {extra!r:.80}.", param=EXTRA)
-    extras = [_token(EXTRA, value) for value in extra or []]
+        extra = [*extra, *(front[key] for key in first)]
+    extras = [_token(EXTRA, value) for value in extra]
     known = _known(config, described, added or {}, marked)
     by_text = {item.content: item for item in known.values()}
     named: dict[str, Token] = {}
@@ -100,7 +99,9 @@ def read(
     return TokenSettings(named, extras, known)
 
 
-def _known(config: Mapping[str, Any], described: Mapping[int, AddedToken], added: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:
+def _known(
+    config: Mapping[str, Any], described: Mapping[int, AddedToken], added: Mapping[str, Any], special: set[str]
+) -> dict[int, AddedToken]:
     listed = config.get("added_tokens_decoder")
     if listed is None:
         if not all(type(token) is int for token in added.values()):
@@ -129,6 +130,12 @@ def apply(fast: FastTokenizer, settings: TokenSettings) -> None:
     lines = [f"{text!r} is {own}, not {token}" for text, own, token in moved if own != token]
     if lines:
         log.warning("%d added tokens get other ids than the files say, as in transformers: %s", len(lines), "; ".join(lines[:5]))
+
+
+def _listed(field: str, value: Any) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise CheckpointError(f"{CONFIG}: {field} must be a list or an object of tokens, but holds {value!r:.80}.", param=field)
+    return value or []
 
 
 def _is_name(key: str, value: Any) -> bool:
