@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from penstock.core.protocol.columns import I32, i32_by_pieces
@@ -141,6 +142,7 @@ class HuggingFaceTokenizer:
         config, model = _json(folder / CONFIG), _json(folder / "config.json")
         older = {"older": _json(folder / MAP), "added": _json(folder / ADDED)}
         kind = class_of(config, model, lambda: '"ByteLevel"' in path.read_text(encoding="utf-8", errors="replace"))
+        listed: dict[int, AddedToken] = {}
         try:
             if kind in RECIPES:
                 recipe, described = RECIPES[kind], json.loads(path.read_text(encoding="utf-8"))
@@ -167,9 +169,20 @@ class HuggingFaceTokenizer:
             if wrong is not None or None in found:
                 raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
             ends.extend(found)
-        return cls(
+        made = cls(
             fast, config, ends, folder.name, kind=kind, settings=settings, model=model if (folder / "config.json").is_file() else None
         )
+        there = {item.content for item in fast.get_added_tokens_decoder().values()}
+        gone = [item.content for item in listed.values() if item.content not in there]
+        if gone:
+            log.warning(
+                "%s: %s has no use for %d added tokens of tokenizer.json that added_tokens_decoder does not list, as in transformers: %s",
+                folder / CONFIG,
+                kind,
+                len(gone),
+                ", ".join(map(repr, gone[:5])),
+            )
+        return made
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
