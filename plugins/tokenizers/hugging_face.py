@@ -20,9 +20,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from penstock.core.protocol.columns import I32, i32_by_pieces
 from penstock.core.protocol.errors import CheckpointError
 from penstock.plugins.tokenizers import settings as tokens
-from penstock.plugins.tokenizers.classes import AS_IT_IS, FOREIGN, OTHER, class_of, own_code
-from penstock.plugins.tokenizers.rebuild import RECIPES, finish, mend_mistral, rebuilt
-from penstock.plugins.tokenizers.settings import ADDED, CONFIG, MAP, TokenSettings, added_token
+from penstock.plugins.tokenizers.classes import AS_IT_IS, FOREIGN, OTHER, own_code
+from penstock.plugins.tokenizers.folder import Folder, json_of, pad_token
+from penstock.plugins.tokenizers.rebuild import finish, mend_mistral, rebuilt
+from penstock.plugins.tokenizers.settings import CONFIG, TokenSettings, added_token
 
 log = logging.getLogger("penstock.tokenizers")
 BytesOf = Callable[[str], bytes]
@@ -104,7 +105,7 @@ class HuggingFaceTokenizer:
         """`kind` is a name of classes.py; `settings` are read from `config` where they are not given; `model` is config.json."""
         config = config or {}
         if settings is None:
-            settings = tokens.read(config, fast.get_added_tokens_decoder(), absent=_padding(fast.padding))
+            settings = tokens.read(config, fast.get_added_tokens_decoder(), absent=pad_token(fast.padding))
         self._fast = fast
         self._config = {**config, **{key: tokens.text_of(token) for key, token in settings.named.items()}}
         fast.no_truncation()
@@ -137,51 +138,32 @@ class HuggingFaceTokenizer:
     @classmethod
     def load(cls, model_path: str) -> HuggingFaceTokenizer:
         """From a checkpoint folder. Raises CheckpointError naming the file."""
-        folder = Path(model_path)
-        path = folder / "tokenizer.json"
-        config, model = _json(folder / CONFIG), _json(folder / "config.json")
-        older = {"older": _json(folder / MAP), "added": _json(folder / ADDED)}
-        kind = class_of(config, model, lambda: '"ByteLevel"' in path.read_text(encoding="utf-8", errors="replace"))
+        path = Path(model_path)
+        folder = Folder(path)
         listed: dict[int, AddedToken] = {}
         try:
-            if kind in RECIPES:
-                recipe, described = RECIPES[kind], json.loads(path.read_text(encoding="utf-8"))
+            if folder.recipe is not None:
+                described = json.loads(folder.tokenizer.read_text(encoding="utf-8"))
                 listed = {item["id"]: added_token("added_tokens", item) for item in described.get("added_tokens") or []}
-                absent = {**_padding(described.get("padding")), **recipe.named}
-                settings = tokens.read(config, listed, absent=absent, first=recipe.own, **older)
-                fast = rebuilt(recipe, described, config, settings)
+                settings = folder.settings(listed, described.get("padding"))
+                fast = rebuilt(folder.recipe, described, folder.config, settings)
             else:
-                fast = FastTokenizer.from_file(str(path))
-                settings = tokens.read(config, fast.get_added_tokens_decoder(), absent=_padding(fast.padding), **older)
+                fast = FastTokenizer.from_file(str(folder.tokenizer))
+                settings = folder.settings(fast.get_added_tokens_decoder(), fast.padding)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises plain Exception; what is read here, whatever its shape may lead to
-            raise CheckpointError(f"{path} cannot be read: {error or type(error).__name__}.") from None
-        if kind in FOREIGN or kind == OTHER:
-            log.warning("%s: transformers makes %s of it, which is not reproduced here: token ids may differ from its ids.", path, kind)
-        if own_code(config):
-            log.warning("%s: auto_map names the folder's own tokenizer code, which is not run: tokenizer.json counts.", folder / CONFIG)
+            raise CheckpointError(f"{folder.tokenizer} cannot be read: {error or type(error).__name__}.") from None
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value = _json(folder / name).get("eos_token_id")
+            value = json_of(path / name).get("eos_token_id")
             found = value if isinstance(value, list) else [] if value is None else [value]
             wrong = next((one for one in found if type(one) is not int), None)
             if wrong is not None or None in found:
-                raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
+                raise CheckpointError(f"{path / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
             ends.extend(found)
-        made = cls(
-            fast, config, ends, folder.name, kind=kind, settings=settings, model=model if (folder / "config.json").is_file() else None
-        )
-        there = {item.content for item in fast.get_added_tokens_decoder().values()}
-        gone = [item.content for item in listed.values() if item.content not in there]
-        if gone:
-            log.warning(
-                "%s: %s has no use for %d added tokens of tokenizer.json that added_tokens_decoder does not list, as in transformers: %s",
-                folder / CONFIG,
-                kind,
-                len(gone),
-                ", ".join(map(repr, gone[:5])),
-            )
+        made = cls(fast, folder.config, ends, path.name, kind=folder.kind, settings=settings, model=folder.model)
+        _say_what_may_differ(folder, fast, listed)
         return made
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
@@ -222,11 +204,6 @@ class HuggingFaceTokenizer:
         return self._fast.token_to_id(value) if isinstance(value, str) else None
 
 
-def _padding(padding: dict[str, Any] | None) -> dict[str, str | None]:
-    """The pad token of tokenizer.json's padding, which is one where the files name none."""
-    return {"pad_token": str(padding["pad_token"])} if padding and "pad_token" in padding else {}
-
-
 def _say_what_does_not_count(fast: FastTokenizer, config: dict[str, Any], settings: TokenSettings) -> None:
     begin = settings.text("bos_token")
     if config.get("add_bos_token") is True and begin and fast.token_to_id(begin) not in fast.encode("").ids:
@@ -236,11 +213,19 @@ def _say_what_does_not_count(fast: FastTokenizer, config: dict[str, Any], settin
         log.warning("%s: clean_up_tokenization_spaces is ignored: spaces before signs stay as the tokens have them.", CONFIG)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    return value if isinstance(value, dict) else {}
+def _say_what_may_differ(folder: Folder, fast: FastTokenizer, listed: dict[int, AddedToken]) -> None:
+    path = folder.tokenizer
+    if folder.kind in FOREIGN or folder.kind == OTHER:
+        log.warning("%s: transformers makes %s of it, which is not reproduced here: token ids may differ from its ids.", path, folder.kind)
+    if own_code(folder.config):
+        log.warning("%s: auto_map names the folder's own tokenizer code, which is not run: tokenizer.json counts.", path.parent / CONFIG)
+    there = {item.content for item in fast.get_added_tokens_decoder().values()}
+    gone = [item.content for item in listed.values() if item.content not in there]
+    if gone:
+        log.warning(
+            "%s: %s has no use for %d added tokens of tokenizer.json that added_tokens_decoder does not list, as in transformers: %s",
+            path.parent / CONFIG,
+            folder.kind,
+            len(gone),
+            ", ".join(map(repr, gone[:5])),
+        )

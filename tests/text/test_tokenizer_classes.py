@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from penstock.core.protocol.errors import CheckpointError
 from penstock.plugins.tokenizers.classes import ALIASES, AS_IT_IS, FOREIGN, OTHER, REBUILT, class_of
+from penstock.plugins.tokenizers.folder import special_texts
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 from penstock.plugins.tokenizers.rebuild import RECIPES
 
@@ -208,6 +209,8 @@ def compare(path: Path, seed: int, where: str) -> bool:
     mine = HuggingFaceTokenizer.load(str(path))
     assert flags_of(mine._fast) == flags_of(theirs._tokenizer), where
     assert mine.vocab_size == max(theirs.get_vocab().values()) + 1, where
+    special = {name: str(token) for name, token in theirs._special_tokens_map.items() if token is not None}
+    assert special_texts(path) == special, where
     assert mine.bos_id == theirs.bos_token_id, where
     assert mine.eos_ids == ([] if theirs.eos_token_id is None else [theirs.eos_token_id]), where
     for text in texts(seed):
