@@ -28,7 +28,7 @@ from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.models.api import Attention, Model
 from penstock.plugins.models.builder import Builder
 from penstock.plugins.models.config import architecture_of, check_model_type, read_config
-from penstock.plugins.weights.checkpoint import sample_of, stored_dtype
+from penstock.plugins.weights.checkpoint import EXPLICIT, sample_of, stored_dtype
 from penstock.version import __version__
 
 WHERE = {"cpu": "the CPU", "cuda": "the GPU"}
@@ -150,6 +150,8 @@ def fingerprint(*parts: object) -> str:
 def model_of(config: RunnerConfig) -> tuple[dict[str, Any], ModelSpec, ModelFacts]:
     """(config.json with what overrides and files add to it, the family that serves it, its facts). Raises CheckpointError and
     UnsupportedFeature naming the field."""
+    if EXPLICIT in (config.hf_overrides or {}):
+        raise ConfigError(f"--hf-overrides: {EXPLICIT} counts in config.json alone, which says what the folder holds.", param=EXPLICIT)
     raw = read_config(config.model_path, config.hf_overrides)
     check_model_type(raw)
     spec = model_for(architecture_of(raw), models_of(config))

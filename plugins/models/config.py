@@ -238,7 +238,6 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
             raise UnsupportedFeature(f"{CONFIG}: '{name}' (method {method!r}): quantised checkpoints are not supported yet.", param=name)
     for name, why in (
         ("per_layer_config", "layers of different shapes are not supported yet"),
-        ("transformers_weights", "a name of its own for the weights' file is not supported yet: call it model.safetensors"),
         ("configuration_files", "which of several files counts depends on a version of transformers: keep config.json alone"),
         ("text_config", "a model inside another one's configuration is not supported here: give the text model's own config.json"),
     ):

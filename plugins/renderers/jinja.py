@@ -174,11 +174,13 @@ class JinjaRenderer:
     @classmethod
     def load(cls, model_path: str, template: str | None) -> JinjaRenderer:
         """From a checkpoint folder; `template` (a file, or the text itself) replaces the model's."""
+        from penstock.plugins.tokenizers.folder import special_texts  # late: it brings the tokenizers library
+
         folder = Path(model_path)
         config = _json(folder / "tokenizer_config.json")
         return cls(
             {"default": _given(template)} if template else _own(folder, config),
-            special_tokens(config, _json(folder / "special_tokens_map.json")),
+            special_texts(folder),
             whose="option" if template else "model",
         )
 
@@ -344,16 +346,3 @@ def _own(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if own.is_file():
         found["default"] = own.read_text(encoding="utf-8")
     return found
-
-
-def special_tokens(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... as strings, however the files spell them."""
-    out: dict[str, str] = {}
-    for source in (legacy, config):
-        for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-            value = source.get(name)
-            if isinstance(value, dict):
-                value = value.get("content")
-            if isinstance(value, str):
-                out[name] = value
-    return out

@@ -8,17 +8,24 @@ What it does not know: chat templates, streaming, requests.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from penstock.core.protocol.columns import I32, i32_by_pieces
 from penstock.core.protocol.errors import CheckpointError
-from penstock.plugins.tokenizers.settings import apply
+from penstock.plugins.tokenizers import settings as tokens
+from penstock.plugins.tokenizers.classes import AS_IT_IS, FOREIGN, OTHER, own_code
+from penstock.plugins.tokenizers.folder import Folder, json_of, pad_token
+from penstock.plugins.tokenizers.rebuild import finish, mend_mistral, rebuilt
+from penstock.plugins.tokenizers.settings import CONFIG, TokenSettings, added_token
 
+log = logging.getLogger("penstock.tokenizers")
 BytesOf = Callable[[str], bytes]
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 
@@ -84,12 +91,30 @@ def bytes_rule(decoder: dict[str, Any] | None) -> BytesOf | None:
 class HuggingFaceTokenizer:
     """See core/contract/text.py's Tokenizer. `config` is tokenizer_config.json; `eos` are further end tokens in order of authority."""
 
-    def __init__(self, fast: FastTokenizer, config: dict[str, Any] | None = None, eos: list[int] | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        config: dict[str, Any] | None = None,
+        eos: list[int] | None = None,
+        name: str = "",
+        *,
+        kind: str = AS_IT_IS,
+        settings: TokenSettings | None = None,
+        model: dict[str, Any] | None = None,
+    ) -> None:
+        """`kind` is a name of classes.py; `settings` are read from `config` where they are not given; `model` is config.json."""
+        config = config or {}
+        if settings is None:
+            settings = tokens.read(config, fast.get_added_tokens_decoder(), absent=pad_token(fast.padding))
         self._fast = fast
-        self._config = config or {}
+        self._config = {**config, **{key: tokens.text_of(token) for key, token in settings.named.items()}}
         fast.no_truncation()
         fast.no_padding()
-        apply(fast, self._config)
+        tokens.apply(fast, settings)
+        mend_mistral(fast, config, model)
+        finish(kind, fast, settings, config)
+        fast.encode_special_tokens = config.get("split_special_tokens") is True
+        _say_what_does_not_count(fast, config, settings)
         vocab = fast.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self._spelling: list[str] = [""] * self.vocab_size
@@ -97,6 +122,8 @@ class HuggingFaceTokenizer:
             self._spelling[token] = text
         added = fast.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, item in added.items() if item.special)
+        # An added token that is looked for in normalised text is decoded as the normaliser writes it ("▁<tool>").
+        self._decoded = {token: fast.id_to_token(token) or "" for token, item in added.items() if item.normalized}
         # The decoder's part of tokenizer.json; writing the whole of it would cost a start with a large vocabulary 0.3 s.
         self._rule = bytes_rule(json.loads(fast.decoder.__getstate__()) if fast.decoder is not None else None)
         self.name = name
@@ -111,24 +138,33 @@ class HuggingFaceTokenizer:
     @classmethod
     def load(cls, model_path: str) -> HuggingFaceTokenizer:
         """From a checkpoint folder. Raises CheckpointError naming the file."""
-        folder = Path(model_path)
-        path = folder / "tokenizer.json"
+        path = Path(model_path)
+        folder = Folder(path)
+        listed: dict[int, AddedToken] = {}
         try:
-            fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{path} cannot be read: {error}.") from None
+            if folder.recipe is not None:
+                described = json.loads(folder.tokenizer.read_text(encoding="utf-8"))
+                listed = {item["id"]: added_token("added_tokens", item) for item in described.get("added_tokens") or []}
+                settings = folder.settings(listed, described.get("padding"))
+                fast = rebuilt(folder.recipe, described, folder.config, settings)
+            else:
+                fast = FastTokenizer.from_file(str(folder.tokenizer))
+                settings = folder.settings(fast.get_added_tokens_decoder(), fast.padding)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises plain Exception; what is read here, whatever its shape may lead to
+            raise CheckpointError(f"{folder.tokenizer} cannot be read: {error or type(error).__name__}.") from None
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value = _json(folder / name).get("eos_token_id")
+            value = json_of(path / name).get("eos_token_id")
             found = value if isinstance(value, list) else [] if value is None else [value]
             wrong = next((one for one in found if type(one) is not int), None)
             if wrong is not None or None in found:
-                raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
+                raise CheckpointError(f"{path / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
             ends.extend(found)
-        config = _json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # the older file counts only beside the older kind of configuration, and then first
-            config.update(_json(folder / "special_tokens_map.json"))
-        return cls(fast, config, ends, folder.name)
+        made = cls(fast, folder.config, ends, path.name, kind=folder.kind, settings=settings, model=folder.model)
+        _say_what_may_differ(folder, fast, listed)
+        return made
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -138,7 +174,7 @@ class HuggingFaceTokenizer:
         if not 0 <= token < self.vocab_size:
             return b""
         if self._rule is not None:
-            return self._rule(self._spelling[token])
+            return self._rule(self._decoded.get(token, self._spelling[token]))
         return self._fast.decode([token], skip_special_tokens=False).encode()
 
     def token_text(self, token: int) -> str:
@@ -168,11 +204,28 @@ class HuggingFaceTokenizer:
         return self._fast.token_to_id(value) if isinstance(value, str) else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    return value if isinstance(value, dict) else {}
+def _say_what_does_not_count(fast: FastTokenizer, config: dict[str, Any], settings: TokenSettings) -> None:
+    begin = settings.text("bos_token")
+    if config.get("add_bos_token") is True and begin and fast.token_to_id(begin) not in fast.encode("").ids:
+        log.warning("%s: add_bos_token is ignored: the post-processor of tokenizer.json writes no begin token, and it decides.", CONFIG)
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
+    if config.get("clean_up_tokenization_spaces") is True and (forced or type(fast.model).__name__ != "BPE"):
+        log.warning("%s: clean_up_tokenization_spaces is ignored: spaces before signs stay as the tokens have them.", CONFIG)
+
+
+def _say_what_may_differ(folder: Folder, fast: FastTokenizer, listed: dict[int, AddedToken]) -> None:
+    path = folder.tokenizer
+    if folder.kind in FOREIGN or folder.kind == OTHER:
+        log.warning("%s: transformers makes %s of it, which is not reproduced here: token ids may differ from its ids.", path, folder.kind)
+    if own_code(folder.config):
+        log.warning("%s: auto_map names the folder's own tokenizer code, which is not run: tokenizer.json counts.", path.parent / CONFIG)
+    there = {item.content for item in fast.get_added_tokens_decoder().values()}
+    gone = [item.content for item in listed.values() if item.content not in there]
+    if gone:
+        log.warning(
+            "%s: %s has no use for %d added tokens of tokenizer.json that added_tokens_decoder does not list, as in transformers: %s",
+            path.parent / CONFIG,
+            folder.kind,
+            len(gone),
+            ", ".join(map(repr, gone[:5])),
+        )

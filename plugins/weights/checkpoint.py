@@ -1,7 +1,7 @@
 """Tensors of a Hugging Face folder's safetensors files, taken one by one.
 
-What it is: memory-mapped reading of `model.safetensors` or, where there is none, of the shards that `model.safetensors.index.json` names, with
-checks that name the tensor and the file. Which files are read, and which of two tensors of one name, is as in transformers; what lies there
+What it is: memory-mapped reading of the file that config.json's `transformers_weights` names, else of `model.safetensors` or, where there is
+none, of the shards that `model.safetensors.index.json` names, with checks that name the tensor and the file. Which files are read, and which of two tensors of one name, is as in transformers; what lies there
 unread is said. A tensor is converted to the wanted dtype when it is taken, so that beside the packed weights only one layer's tensors exist
 at a time.
 What it does not know: what the names mean, but for the prefix of a base model (BASE).
@@ -24,7 +24,11 @@ from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
 
 log = logging.getLogger("penstock.weights")
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = "model" + INDEX_SUFFIX
+EXPLICIT = "transformers_weights"
+"""A field of config.json: the file, or the index, that counts before SINGLE and INDEX."""
+ADAPTER = "adapter_config.json"
 BASE = "model."
 """What names begin with if a whole model was saved, but not if its base model alone was. As in transformers each name is found with it or without."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,20 +37,42 @@ STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The files that hold the checkpoint: the whole one if it is there, else the shards of the index. Raises CheckpointError."""
+    """The files that hold the checkpoint: what config.json names, the whole one if it is there, else the shards of the index. Raises
+    CheckpointError."""
     folder = Path(path)
-    if (folder / SINGLE).is_file():
+    named = _explicit(folder)
+    if named is not None and not named.endswith(INDEX_SUFFIX):
+        return [folder / named]
+    if named is None and (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        return _shards(folder)
+    if named is not None or (folder / INDEX).is_file():
+        return _shards(folder, folder / (named or INDEX))
     beside = unread(folder, [])
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
     hint = f" ({_list(others)} cannot be read: only safetensors are)" if others else f" (only {_list(beside)})" if beside else ""
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}.", param="model")
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX
+def _explicit(folder: Path) -> str | None:
+    """The name in config.json, checked. Raises CheckpointError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # said where the configuration is read
+        return None
+    named = config.get(EXPLICIT) if isinstance(config, dict) else None
+    if named is None:
+        return None
+    where = f"{folder / 'config.json'}: {EXPLICIT}"
+    if not isinstance(named, str) or not named.endswith((".safetensors", INDEX_SUFFIX)):
+        raise CheckpointError(f"{where} must name a safetensors file or its index, but is {named!r:.80}.", param=EXPLICIT)
+    if not Path(os.path.normpath(folder / named)).is_relative_to(os.path.normpath(folder)):
+        raise CheckpointError(f"{where} names {named}, which lies outside the folder.", param=EXPLICIT)
+    if not (folder / named).is_file():
+        raise CheckpointError(f"{where} names {named}, which does not exist.", param=EXPLICIT)
+    return named
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         named = sorted({os.path.normpath(folder / file) for file in table.values()})
@@ -69,9 +95,11 @@ def _shards(folder: Path) -> list[Path]:
 
 def unread(path: str | Path, files: Sequence[Path]) -> list[str]:
     """Names in the folder that look like a part of the checkpoint, but are none."""
-    folder, read = Path(path), {file.name for file in files}
-    beside = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in read)
-    return ([INDEX] if SINGLE in read and (folder / INDEX).exists() else []) + beside
+    folder, read = Path(path), {os.path.normpath(file) for file in files}
+    named = _explicit(folder)
+    followed = named == INDEX or (named is None and os.path.normpath(folder / SINGLE) not in read)
+    beside = sorted(file.name for file in folder.glob("*.safetensors") if os.path.normpath(file) not in read)
+    return ([INDEX] if files and not followed and (folder / INDEX).exists() else []) + beside
 
 
 def stored_dtype(path: str | Path) -> str | None:
@@ -105,6 +133,10 @@ class Checkpoint:
         self._unread = unread(path, self._files)
         if self._unread:
             log.warning("%s: weights are read from %s; ignored: %s", path, _list([f.name for f in self._files]), _list(self._unread))
+        if (self._folder / ADAPTER).is_file():
+            log.warning(
+                "%s: the adapter that lies beside the weights is not applied: merge it into them, or take it away.", self._folder / ADAPTER
+            )
         if twice:
             log.warning("%s: several files hold %s; the last one's counts", path, _list(sorted(set(twice))))
         self._left = set(self._where)

@@ -264,7 +264,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config"),
     ("llama", {"text_config": {"hidden_size": 32}}, "text_config"),
     ("llama", {"per_layer_config": {"0": {"intermediate_size": 48}}}, "per_layer_config"),
-    ("llama", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
     ("llama", {"configuration_files": ["config.5.0.0.json"]}, "configuration_files"),
     ("llama", {"is_causal": False}, "is_causal"),
     ("llama", {"torch_dtype": "float8_e4m3fn"}, "dtype"),

@@ -65,14 +65,6 @@ def test_ids_and_special_tokens_are_those_of_transformers(tmp_path: Path, name: 
     assert mine.special_ids == special_ids
 
 
-@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2TokenizerFast"])
-def test_a_prefix_space_that_is_not_written_is_named(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    HuggingFaceTokenizer.load(str(checkpoint(tmp_path, {"tokenizer_class": kind, "add_prefix_space": True})))
-    assert [record.getMessage() for record in caplog.records if "add_prefix_space" in record.getMessage()] == [
-        "tokenizer_config.json: add_prefix_space is ignored: the pre-tokenizer of tokenizer.json says false, and it decides."
-    ]
-
-
 def test_a_begin_token_that_is_not_written_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     HuggingFaceTokenizer.load(str(checkpoint(tmp_path, {"add_bos_token": True})))
     assert [record.getMessage() for record in caplog.records if "add_bos_token" in record.getMessage()] == [
