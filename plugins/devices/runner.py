@@ -167,7 +167,16 @@ class DeviceRunner:
         state = Upload(lane, entries, 16 * max_num_seqs)
         lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
         self.sampler = SlotSampler(
-            ops, max_num_seqs, facts.vocab_size, self.history, state, lists, masks, self._to_device, deterministic=deterministic
+            ops,
+            max_num_seqs,
+            facts.vocab_size,
+            self.history,
+            state,
+            lists,
+            masks,
+            self._to_device,
+            deterministic=deterministic,
+            direct=lane.direct,
         )
         self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
         self._buckets = buckets_for(max_num_seqs) if graphs else []
