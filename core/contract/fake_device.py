@@ -192,6 +192,7 @@ class FakeRunner:
         ends = starts + work.counts
         self._compute(slots, starts, ends, work.num_decode, work.lookahead)
         self._rows = (slots, starts, ends)
+        self._asked: list[int] = work.prompt_rows.tolist()
 
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         self._device.launches["sample"] += 1
@@ -219,6 +220,7 @@ class FakeRunner:
             tokens = self._draws.draw(slots[rows], into, positions)
             self._slots.append(into, positions, tokens)
             logprobs = self._logprobs(into, positions, tokens)
+        self._need(work.prompt_rows.tolist() == self._asked, "prompt log-probabilities of other rows than Forward said")
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32
         if mask is not None:

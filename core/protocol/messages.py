@@ -640,7 +640,7 @@ class Forward(Message, frozen=True, kw_only=True):
     table[p // block_size] at offset p % block_size. What is computed must be written there before `sample`. `engine`, `epoch` and `step` go
     into StepDone as they are.
 
-    The columns behind `block_ids` are optional: a device gets only those that its DeviceCapabilities name, and a runner refuses the others by name.
+    The columns behind `block_ids` but `prompt_rows` are optional: a device gets only those that its DeviceCapabilities name, and a runner refuses the others by name.
     """
 
     engine: int
@@ -683,6 +683,9 @@ class Forward(Message, frozen=True, kw_only=True):
     embed_starts: Column = EMPTY_I32
     embed_counts: Column = EMPTY_I32
     embed_rows: Column = EMPTY_I32
+    prompt_rows: Column = EMPTY_I32
+    """Rows whose prompt log-probabilities the step's Sample asks for (its prompt_rows): of them the hidden states of all tokens are wanted, not only of
+    the last. Every device gets it."""
 
 
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):
