@@ -152,6 +152,11 @@ class Submit(Message, frozen=True, kw_only=True):
     """Otherwise the answer ends with its first call."""
     calling: Calling | None = None
     """With `split`: the calls that the answer may, or must, have. None: none, or whatever the model makes of `tools`."""
+    group: int = 0
+    """Of several prompts that one reply answers, the key of the first; 0: this is its only one."""
+    tells: int = -1
+    """How many of the answers tell the prompt's log-probabilities: what is told in one reply is bounded. -1: all of them, and a chat's reply once. 0: no
+    reply is made of them, and there is no bound (the Python API)."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):

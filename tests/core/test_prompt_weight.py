@@ -23,7 +23,8 @@ DEVICE = DeviceCapabilities(name="some", depth=1, dtypes=["float32"], determinis
 
 
 @pytest.mark.parametrize(
-    ("vocab", "work", "weight"), [(1000, 0, 1 + 0.1 / 0.9), (9000, 0, 2.0), (9000, 100, 3.0), (10**6, 0, MOST_WEIGHT), (1, 0, 1 + 0.0001 / 0.9)]
+    ("vocab", "work", "weight"),
+    [(1000, 0, 1 + 0.1 / 0.9), (9000, 0, 2.0), (9000, 100, 3.0), (10**6, 0, MOST_WEIGHT), (1, 0, 1 + 0.0001 / 0.9)],
 )
 def test_it_is_the_head_over_the_layers_besides_one(vocab: int, work: int, weight: float) -> None:
     facts = msgspec.structs.replace(FACTS, vocab_size=vocab)
