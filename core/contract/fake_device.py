@@ -148,8 +148,7 @@ class FakeRunner:
         self._pool = FakePool(self._slots, self._kv, self.facts.hidden_size, options.pool_kinds, self._need)
         self._pages = np.zeros((0, self.block_size), np.uint64)
         self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
-        self._asked = EMPTY_I32
-        self._step = self._started = 0
+        self._asked, self._step, self._started = EMPTY_I32, 0, 0
         self._engine = (0, 0)
         self.closed = False
 
