@@ -363,6 +363,7 @@ class LLM:
             want_ids=True,
             grammar=grammar,
             add_special_tokens=kind != "chat",  # a template writes what it wants
+            tells=0,
             **part,
         )
         try:

@@ -127,7 +127,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 request.error_headers,
             ),
             *((surface.Surface, ("__init__", "body", "answer")), generation.Generation, voice.Voice, voice.Head, voice.Usage, voice.Prompt),
-            *(voice.Choice, voice.ToolCall, frame.Frame, frame.Sse),
+            *(voice.Pieces, voice.Choice, voice.ToolCall, frame.Frame, frame.Sse),
         ),
         "actors": (
             *(actors.Seat, actors.ActorContext, actors.Actor, actors.ActorPort, (actor.Ask, ("__init__",)), (actor.To, ("__init__",))),

@@ -46,6 +46,8 @@ class Generation(msgspec.Struct, kw_only=True):
     split: bool = False
     parallel_calls: bool = True
     calling: Calling | None = None
+    tells: int = -1
+    """How many answers to a prompt tell its log-probabilities; -1: all, and a conversation's reply once."""
     request_id: str | None = None
     """The client's own id for it, if it came in the body; a header goes before it."""
     ignored: list[str] = msgspec.field(default_factory=list)

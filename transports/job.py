@@ -76,7 +76,7 @@ class Job(abc.ABC):
         sent_ns = time.monotonic_ns()
         try:
             for index in range(len(self.generation.prompts)):
-                submit = self._submit(index, sent_ns)
+                submit = self._submit(index, sent_ns, gateway.next_key())
                 gateway.submit(submit, self.leg(index))
                 self.keys.append(submit.key)
         except BaseException:
@@ -87,10 +87,10 @@ class Job(abc.ABC):
         if gateway.tracing.enabled:
             self._name_span()
 
-    def _submit(self, index: int, sent_ns: int) -> Submit:
+    def _submit(self, index: int, sent_ns: int, key: int) -> Submit:
         gateway, generation, context = self.gateway, self.generation, self.context
         return Submit(
-            key=gateway.next_key(),
+            key=key,
             edge=gateway.edge,
             rid=context.rid,
             kind=generation.kind,
@@ -109,6 +109,8 @@ class Job(abc.ABC):
             split=generation.split,
             parallel_calls=generation.parallel_calls,
             calling=generation.calling,
+            group=(self.keys or [key])[0] if len(generation.prompts) > 1 else 0,
+            tells=generation.tells,
             tenant=context.tenant,
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,

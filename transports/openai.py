@@ -19,7 +19,7 @@ from penstock.core.protocol.columns import I32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar, Limits
-from penstock.core.protocol.sampling import INT_LIMIT, MOST_PROMPT_LOGPROBS, SamplingParams, check_tokens, shorten
+from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports import refused
 from penstock.transports.beams import beam_names, beam_of, check_best_of
 from penstock.transports.generation import Generation
@@ -330,7 +330,6 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         f"prompts times {many} may be at most {config.max_choices} (--max-choices), but is {sequences}.",
         many,
     )
-    _check_prompt_logprobs(prompts, sampling, names)
     return Call(
         kind="completion",
         prompts=prompts,
@@ -341,23 +340,8 @@ def parse_completion(body: bytes, config: Config, limits: Limits | None = None) 
         echo=echo,
         top_logprobs=request.logprobs,
         shown=shown,
+        tells=-1 if shown is None else shown,
         **fields,
-    )
-
-
-def _check_prompt_logprobs(prompts: list[dict[str, Any]], sampling: SamplingParams, names: dict[str, str]) -> None:
-    """Text bounds those of one prompt, of which it knows the tokens; several are one reply. No text has more tokens than bytes."""
-    if sampling.prompt_logprobs is None or len(prompts) == 1:
-        return
-    tokens = sum(
-        len(prompt["prompt_ids"]) if "prompt_ids" in prompt else len(prompt["prompt"].encode("utf-8", "replace")) for prompt in prompts
-    )
-    told, field = tokens * (sampling.prompt_logprobs + 1) * sampling.n, names.get("prompt_logprobs", "prompt_logprobs")
-    _need(
-        told <= MOST_PROMPT_LOGPROBS,
-        f"{field} {sampling.prompt_logprobs} of {len(prompts)} prompts for {sampling.n} answers each are up to {told} log-probabilities, but a request may ask"
-        f" for {MOST_PROMPT_LOGPROBS}. Send the prompts one by one.",
-        field,
     )
 
 

@@ -20,11 +20,12 @@ import msgspec
 
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import ARGUMENTS, NAME, REASONING
+from penstock.transports.echo import Shared, echo_pieces, is_small
 from penstock.transports.gateway import Batch
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
 from penstock.transports.openai import Call
 from penstock.transports.request import Header, JsonReply, error_body, error_reply
-from penstock.transports.voice import Choice, Head, Prompt, Usage
+from penstock.transports.voice import Choice, Head, Pieces, Prompt, Usage
 
 DONE = b"[DONE]"
 SIZE_STEP = 64
@@ -125,9 +126,12 @@ class _OpenAIVoice(abc.ABC):
     # --- as events
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None, **more: Any) -> bytes:
-        said = _json(choices)
+        return self._said(_json(choices), usage, **more)
+
+    def _said(self, said: bytes, usage: Usage | None, **more: Any) -> bytes:
+        """An event with these choices, as JSON."""
         body = self._head + b',"choices":' + said
-        if self.call.obfuscate and choices:
+        if self.call.obfuscate and said != b"[]":
             padding = (self._least - len(said)) % SIZE_STEP
             body += b',"obfuscation":"%s"' % secrets.token_urlsafe(padding)[:padding].encode()
         for name, value in more.items():
@@ -246,12 +250,19 @@ class ChatVoice(_OpenAIVoice):
             b'},"logprobs":null,"finish_reason":null}]' + self._tail,
         )
 
-    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes]:
+    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes | Pieces]:
         """The role, and the prompt's ids if asked for."""
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         usage = self._usage(row, batch)
-        more = {"prompt_token_ids": prompt.ids} if self.call.want_ids and index == 0 else {}
-        yield self._event([choice], usage and usage._replace(output=0), **more)
+        before = usage and usage._replace(output=0)
+        if self.call.want_ids and index == 0:
+            made = (self._event([choice], before, prompt_token_ids=ids) for ids in (prompt.ids,))
+            if is_small("", 0, len(prompt.ids or ()), 1):
+                yield from made
+            else:
+                yield Pieces(made)
+        else:
+            yield self._event([choice], before)
 
     def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
         return chat_logprobs(positions, self.call.tokens_as_ids)
@@ -306,19 +317,31 @@ class CompletionVoice(_OpenAIVoice):
             b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + self._tail,
         )
 
-    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes]:
+    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterator[bytes | Pieces]:
         """The prompt's ids and the prompt, if asked for."""
         call = self.call
+        if not (call.want_ids or call.echo):
+            return
         usage = self._usage(row, batch)
-        before = usage and usage._replace(output=0)
-        if call.want_ids:
-            yield self._event([{**self._chunk(index, "", None), "prompt_token_ids": prompt.ids, "token_ids": []}], before)
-        if call.echo:
-            logprobs = None
-            if call.top_logprobs is not None:
-                self._offsets[index] = TextOffsets(len(prompt.text))
-                logprobs = completion_logprobs(prompt.echoed(), call.tokens_as_ids, prompt.offsets)
-            yield self._event([self._chunk(index, prompt.text, logprobs)], before)
+        tops = call.top_logprobs if call.echo else None
+        if tops is not None:
+            self._offsets[index] = TextOffsets(len(prompt.text))
+        if call.echo and prompt.echo is None:
+            made = echo_pieces(prompt.text, None if tops is None else prompt.echoed(), prompt.offsets, as_ids=call.tokens_as_ids)
+            prompt.echo = made if call.sampling.n == 1 else Shared(made)
+        said = self._before(index, prompt, usage and usage._replace(output=0))
+        logprobs = 0 if tops is None else len(prompt.logprobs) * (tops + 1)
+        if is_small(prompt.text, logprobs, len(prompt.ids or ()) if call.want_ids else 0, call.choices):
+            yield from said
+        else:
+            yield Pieces(said)
+
+    def _before(self, index: int, prompt: Prompt, usage: Usage | None) -> Iterator[bytes]:
+        """Events of a choice before its answer."""
+        if self.call.want_ids:
+            yield self._event([{**self._chunk(index, "", None), "prompt_token_ids": prompt.ids, "token_ids": []}], usage)
+        for members in prompt.echo or ():
+            yield self._said(b'[{"index":%d,%b]' % (index, members), usage)
 
     def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:
         return completion_logprobs(positions, self.call.tokens_as_ids, self._offsets[index].of(positions))

@@ -1,14 +1,15 @@
 """The bounded buffer of one stream.
 
 What it is: `Outbox` holds the bytes that a client has not taken yet: it parks the request when they become many, and cuts the stream when they are
-too many or do not move; `Pulse` ticks all outboxes of an edge (keep-alives, stalls).
+too many or do not move; what the server itself has to say at once, however much, is not made before the client takes it; `Pulse` ticks all outboxes of an edge (keep-alives, stalls).
 What it does not know: what the bytes say, HTTP, requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 from penstock.core.protocol.config import Config
 
@@ -17,13 +18,14 @@ WRITE_BYTES = 64 << 10
 
 
 class Outbox:
-    """Bytes of one stream that the socket has not taken yet.
+    """Bytes of one stream that the socket has not taken yet, and what is made only when it takes them.
 
     `park()` is called when they reach park_bytes, `unpark()` when they are down to half of it, `cut()` when they exceed max_bytes or nothing
     moved for stall_s. `keep_alive` is what leaves when nothing else does. One writer takes, anybody on the loop pushes.
     """
 
     __slots__ = (
+        "_behind",
         "_cut",
         "_half",
         "_keep_alive",
@@ -32,6 +34,7 @@ class Outbox:
         "_park",
         "_park_at",
         "_parts",
+        "_tail",
         "_unpark",
         "_waker",
         "closed",
@@ -52,6 +55,10 @@ class Outbox:
         self._keep_alive = keep_alive
         self._loop = asyncio.get_running_loop()
         self._parts: list[bytes] = []
+        self._behind: deque[tuple[Iterator[bytes], list[bytes]]] = deque()
+        """Behind the parts: what is made while it leaves, each with the parts that were pushed behind it."""
+        self._tail = self._parts
+        """Where the next part goes."""
         self._waker: asyncio.Future[None] | None = None
         self.unsent = 0
         self.parked = False
@@ -62,9 +69,9 @@ class Outbox:
     def push(self, data: bytes) -> None:
         if self.closed:
             return
-        if not self.unsent:
+        if not self.unsent and not self._behind:
             self.moved = self._loop.time()
-        self._parts.append(data)
+        self._tail.append(data)
         self.unsent += len(data)
         if self.unsent >= self._park_at:
             if self.unsent > self._max:
@@ -75,15 +82,42 @@ class Outbox:
         if self._waker is not None:
             self._wake()
 
+    def push_later(self, made: Iterator[bytes]) -> None:
+        """What the writer is to make when it comes to it, part by part (`later`): it is never unsent, however large it is as a whole."""
+        if self.closed:
+            return
+        if not self.unsent and not self._behind:
+            self.moved = self._loop.time()
+        self._tail = []
+        self._behind.append((made, self._tail))
+        if self._waker is not None:
+            self._wake()
+
+    @property
+    def later(self) -> Iterator[bytes] | None:
+        """What comes next, if that is to be made; until `no_more` of it."""
+        return self._behind[0][0] if self._behind and not self._parts else None
+
+    def no_more(self, made: Iterator[bytes]) -> None:
+        """`later` is at its end: what was pushed behind it comes next."""
+        if self._behind and self._behind[0][0] is made:
+            _, self._parts = self._behind.popleft()
+
     def close(self) -> None:
         """Nothing more is pushed; what is here still leaves."""
         self.closed = True
         self._wake()
 
+    def forget(self) -> None:
+        """Forget what is here."""
+        self._behind.clear()
+        self._parts.clear()
+        self._tail = self._parts
+        self.unsent = 0
+
     def drop(self) -> None:
         """Forget what is here and close."""
-        self._parts.clear()
-        self.unsent = 0
+        self.forget()
         self.close()
 
     def _wake(self) -> None:
@@ -93,7 +127,7 @@ class Outbox:
 
     async def wait(self) -> None:
         """Return when there is something to take, or nothing will come any more."""
-        if not self._parts and not self.closed:
+        if not self._parts and not self._behind and not self.closed:
             self._waker = self._loop.create_future()
             await self._waker
 
@@ -117,7 +151,7 @@ class Outbox:
     @property
     def last(self) -> bool:
         """Was what `take` gave the last of the stream?"""
-        return self.closed and not self._parts
+        return self.closed and not self._parts and not self._behind
 
     def sent(self, size: int) -> None:
         self.unsent = max(0, self.unsent - size)
@@ -128,9 +162,9 @@ class Outbox:
 
     def tick(self, now: float, keep_alive_s: float, stall_s: float) -> None:
         """From the pulse: `now` in seconds of the loop's clock."""
-        if self.closed and not self.unsent:
+        if self.closed and not self.unsent and not self._behind:
             return
-        if self.unsent:
+        if self.unsent or self._behind:
             if now - self.moved > stall_s:
                 self._cut()
         elif now - self.moved >= keep_alive_s:

@@ -32,7 +32,7 @@ from penstock.transports.request import Header, JsonReply, Receive, RequestConte
 from penstock.transports.store import Row, Store
 from penstock.transports.stream import StreamReply
 from penstock.transports.surface import Surface
-from penstock.transports.voice import Choice, Head, Prompt, Usage
+from penstock.transports.voice import Choice, Head, Pieces, Prompt, Usage
 
 log = logging.getLogger("penstock.edge.store")
 
@@ -128,7 +128,7 @@ class Folding:
     def around(self, index: int) -> tuple[bytes, bytes]:
         return self._voice.around(index)
 
-    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterable[bytes]:
+    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterable[bytes | Pieces]:
         self._prompt = prompt
         return self._voice.opened(index, prompt, row, batch)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -23,7 +23,7 @@ from penstock.transports.generation import Generation
 from penstock.transports.job import Job, row_error, watch
 from penstock.transports.outbox import Outbox, Pulse
 from penstock.transports.request import Receive, RequestContext, Scope, Send, ignored_header
-from penstock.transports.voice import Prompt, Voice
+from penstock.transports.voice import Pieces, Prompt, Voice
 
 log = logging.getLogger("penstock.edge.stream")
 
@@ -94,9 +94,12 @@ class StreamReply(Job):
         around = self.voice.around(index)
         return None if around is None else self._frame.around(*around)
 
-    def say(self, payloads: Iterable[bytes]) -> None:
+    def say(self, payloads: Iterable[bytes | Pieces]) -> None:
         for payload in payloads:
-            self.outbox.push(self._frame.wrap(payload))
+            if isinstance(payload, Pieces):
+                self.outbox.push_later(map(self._frame.wrap, payload.payloads))
+            else:
+                self.outbox.push(self._frame.wrap(payload))
 
     def close_choice(self, index: int, reason: str, row: int, batch: Batch) -> None:
         self._reasons.append(reason)
@@ -184,11 +187,29 @@ class StreamReply(Job):
         outbox = self.outbox
         while True:
             await outbox.wait()
-            data = outbox.take()
+            if outbox.later is not None:
+                data, made = await self._made(outbox.later), True
+            else:
+                data, made = outbox.take(), False
             last = outbox.last
             if self.context.status == 499:
                 return
+            if not data and not last:
+                continue
             await send({"type": "http.response.body", "body": data, "more_body": not last})
             if last:
                 return
-            outbox.sent(len(data))
+            outbox.sent(0 if made else len(data))
+
+    async def _made(self, later: Iterator[bytes]) -> bytes:
+        """The next of what is made while it leaves; b"" behind its last."""
+        try:
+            data = await asyncio.to_thread(next, later, b"")
+        except Exception:  # a voice's mistake: what would come behind it makes no sense without it
+            log.exception("request %s: what comes before its answer could not be said", self.context.rid)
+            self.outbox.forget()
+            self.leg_failed(PenstockError("The server made an error while it sent the answer."))
+            return b""
+        if not data:
+            self.outbox.no_more(later)
+        return data

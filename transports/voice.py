@@ -7,7 +7,7 @@ What it does not know: requests on their way (job.py), what stands around a payl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from penstock.core.protocol.errors import PenstockError
@@ -45,10 +45,20 @@ class Usage(NamedTuple):
         return cls(batch.column("prompt_tokens")[row], batch.column("output_tokens")[row], batch.column("cached_tokens")[row])
 
 
+class Pieces:
+    """Payloads of a stream that are made while they leave: each on another thread, once the client has taken those before it, so that nobody waits for them
+    and nothing of them counts as unsent. Payloads that are said later come behind them all. Making them must change nothing that the voice needs for these."""
+
+    __slots__ = ("payloads",)
+
+    def __init__(self, payloads: Iterator[bytes]) -> None:
+        self.payloads = payloads
+
+
 class Prompt:
     """What came back about one prompt itself, with the first row(s) of whichever choice."""
 
-    __slots__ = ("first", "ids", "logprobs", "made", "offsets", "text")
+    __slots__ = ("echo", "first", "ids", "logprobs", "made", "offsets", "text")
 
     ids: list[int] | None
     """Its tokens, with Generation.want_ids or echo."""
@@ -63,9 +73,12 @@ class Prompt:
 
     made: bytes
     """A voice's JSON of `logprobs`, where all choices show it."""
+    echo: Iterable[bytes] | None
+    """A voice's parts of what all choices of a stream say of the prompt."""
 
     def __init__(self) -> None:
         self.made = b""
+        self.echo = None
         self.ids = None
         self.text = ""
         self.logprobs = []
@@ -198,8 +211,8 @@ class Voice(Protocol):
         beginning is asked again after each `piece`, which is asked about every row until then (and what it says then may be another)."""
         ...
 
-    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterable[bytes]:
-        """The choice's first row is here; what it says follows."""
+    def opened(self, index: int, prompt: Prompt, row: int, batch: Batch) -> Iterable[bytes | Pieces]:
+        """The choice's first row is here; what it says follows. What may be large here (about the prompt) comes in Pieces."""
         ...
 
     def piece(self, index: int, text: str, row: int, batch: Batch) -> Iterable[bytes]:

@@ -130,6 +130,23 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Its runner serves Sample.mask: answers can be made to obey a grammar."""
     writes: bool = False
     """Its runner serves Forward.write_*: a beam search can be made with it, if it has no lookahead."""
+    logit_work: int = 0
+    """What a log-probability costs besides the output head, in multiply-adds a logit: sum of exponentials, rank, likeliest tokens. The scheduler makes
+    steps with such prompt tokens smaller by it: see `prompt_logprobs_weight`."""
+
+
+MOST_WEIGHT = 16.0
+"""However small the layers are beside the vocabulary, a step takes a sixteenth of its tokens."""
+
+
+def prompt_logprobs_weight(facts: ModelFacts, device: DeviceCapabilities) -> float:
+    """How many plain prompt tokens one with a log-probability counts for in a step's budget, at least 1: what it costs over what a plain one costs, in
+    multiply-adds. A plain prompt token passes the layers; only the last one of a prompt needs the output head, which for all of them multiplies
+    hidden_size x vocab_size numbers each. Attention over the context is left out: both kinds pay it."""
+    heads, kv_heads = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
+    layers = facts.num_layers * facts.hidden_size * (2 * heads + 2 * kv_heads + 3 * facts.intermediate_size)
+    head = facts.vocab_size * (facts.hidden_size + device.logit_work)
+    return max(1.0, min(MOST_WEIGHT, 1.0 + head / max(1, layers)))
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,7 +238,7 @@ class Runner(Protocol):
     """Names the order of bytes in a KV block; equal texts mean that blocks could be exchanged."""
 
     def forward(self, work: Forward) -> None:
-        """Run (CPU) or enqueue (GPU) the model's step; keeps the rows' last hidden states for `sample`."""
+        """Run (CPU) or enqueue (GPU) the model's step; keeps the rows' last hidden states for `sample`, and all of the rows `prompt_rows`."""
         ...
 
     def sample(self, work: Sample) -> Callable[[], StepDone]:

@@ -148,8 +148,7 @@ class FakeRunner:
         self._pool = FakePool(self._slots, self._kv, self.facts.hidden_size, options.pool_kinds, self._need)
         self._pages = np.zeros((0, self.block_size), np.uint64)
         self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
-        self._step = 0
-        self._started = 0
+        self._asked, self._step, self._started = EMPTY_I32, 0, 0
         self._engine = (0, 0)
         self.closed = False
 
@@ -191,7 +190,7 @@ class FakeRunner:
         starts = work.starts.astype(np.int64)
         ends = starts + work.counts
         self._compute(slots, starts, ends, work.num_decode, work.lookahead)
-        self._rows = (slots, starts, ends)
+        self._rows, self._asked = (slots, starts, ends), work.prompt_rows
 
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         self._device.launches["sample"] += 1
@@ -219,6 +218,7 @@ class FakeRunner:
             tokens = self._draws.draw(slots[rows], into, positions)
             self._slots.append(into, positions, tokens)
             logprobs = self._logprobs(into, positions, tokens)
+        self._need(np.array_equal(work.prompt_rows, self._asked), "prompt log-probabilities of other rows than Forward said")
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32
         if mask is not None:

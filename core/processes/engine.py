@@ -21,7 +21,7 @@ from penstock.core.actors.masks import Masks
 from penstock.core.actors.sampler import Sampler
 from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
 from penstock.core.contract.actors import Seat
-from penstock.core.contract.devices import Device, DeviceCapabilities, Runner, RunnerConfig
+from penstock.core.contract.devices import Device, DeviceCapabilities, Runner, RunnerConfig, prompt_logprobs_weight
 from penstock.core.contract.hookspecs import GrammarSpec, SchedulePolicySpec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
@@ -154,6 +154,7 @@ class Engine:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             mixed_prefill_tokens=advised if own is None else own,
             mixed_prefill_gives_way=own is None,
+            prompt_logprobs_weight=prompt_logprobs_weight(runner.facts, device.capabilities),
             max_model_len=runner.max_model_len,
             block_size=self.config.block_size,
             num_blocks=runner.num_blocks,

@@ -152,6 +152,11 @@ class Submit(Message, frozen=True, kw_only=True):
     """Otherwise the answer ends with its first call."""
     calling: Calling | None = None
     """With `split`: the calls that the answer may, or must, have. None: none, or whatever the model makes of `tools`."""
+    group: int = 0
+    """Of several prompts that one reply answers, the key of the first; 0: this is its only one."""
+    tells: int = -1
+    """How many of the answers tell the prompt's log-probabilities: what is told in one reply is bounded. -1: all of them, and a chat's reply once. 0: no
+    reply is made of them, and there is no bound (the Python API)."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -640,7 +645,7 @@ class Forward(Message, frozen=True, kw_only=True):
     table[p // block_size] at offset p % block_size. What is computed must be written there before `sample`. `engine`, `epoch` and `step` go
     into StepDone as they are.
 
-    The columns behind `block_ids` are optional: a device gets only those that its DeviceCapabilities name, and a runner refuses the others by name.
+    The columns behind `block_ids` but `prompt_rows` are optional: a device gets only those that its DeviceCapabilities name, and a runner refuses the others by name.
     """
 
     engine: int
@@ -683,6 +688,9 @@ class Forward(Message, frozen=True, kw_only=True):
     embed_starts: Column = EMPTY_I32
     embed_counts: Column = EMPTY_I32
     embed_rows: Column = EMPTY_I32
+    prompt_rows: Column = EMPTY_I32
+    """Rows whose prompt log-probabilities the step's Sample asks for (its prompt_rows): of them the hidden states of all tokens are wanted, not only of
+    the last. Every device gets it."""
 
 
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):

@@ -54,16 +54,16 @@ static long padded(long n) { return (n + 15) / 16 * 16 + 16; } /* the odd 16 kee
 
 static space place(const program *p, const step *s) {
     space w = {.ldx = padded(p->hidden), .lda = padded(MAX(p->hidden, p->heads * p->dim)), .ldq = padded((p->heads + 2 * p->kv_heads) * p->dim)};
-    long t = s->token_count, l = s->row_count, at = 0;
+    long t = s->token_count, l = s->row_count, most = MAX(t, l), at = 0; /* a token may be wanted twice: more rows than tokens */
     char *base = s->workspace;
     w.ldi = padded(p->inter);
 #define TAKE(field, count, type) w.field = (type *)(base + at); at += ((long)(count) * (long)sizeof(type) + 63) / 64 * 64
-    TAKE(phases, p->layers_count * (6 + 2 * ((t + MLP_ROWS - 1) / MLP_ROWS)) + 8, phase);
+    TAKE(phases, p->layers_count * (6 + 2 * ((most + MLP_ROWS - 1) / MLP_ROWS)) + 8, phase);
     TAKE(units, s->sequences + 1, int32_t);
     TAKE(x, t * w.ldx, float);
     TAKE(a, t * w.lda, float);
     TAKE(qkv, t * w.ldq, float);
-    TAKE(act, MIN(t, MLP_ROWS) * w.ldi, float);
+    TAKE(act, MIN(most, MLP_ROWS) * w.ldi, float);
     TAKE(x_rows, l * w.ldx, float);
     TAKE(a_rows, l * w.lda, float);
     TAKE(logits, s->greedy && !s->logits ? l * p->vocab : 0, float);

@@ -7,6 +7,7 @@ What it does not know: slots, histories, requests.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from penstock.kernels.sampling.reference import DRAW
@@ -121,7 +122,10 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[torch.
     """Raw logits [R, V] float32 and chosen tokens [R] -> (ids [R, 1 + k] int64, log-probabilities [R, 1 + k] float32, ranks [R] int64): the
     chosen token first, then the k most likely."""
     chosen = logits.gather(1, tokens[:, None])
-    ranks = (logits > chosen).sum(dim=-1) + 1
+    if logits.device.type == "cpu":  # torch counts by adding up int64, eight times slower
+        ranks = torch.from_numpy(np.count_nonzero(logits.numpy() > chosen.numpy(), axis=1)) + 1
+    else:
+        ranks = (logits > chosen).sum(dim=-1) + 1
     if k:
         values, ids = logits.topk(k, dim=-1)
         ids, values = torch.cat([tokens[:, None], ids], 1), torch.cat([chosen, values], 1)

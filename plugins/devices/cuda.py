@@ -36,6 +36,11 @@ SMALLEST = 0.5
 """The cache is not made smaller than this share of what was planned: then something else is wrong."""
 
 
+LOGIT_WORK = 8192
+"""Multiply-adds. Measured on an H100, 256 rows of 128,256 logits and 4,096 hidden numbers: the head takes 0.48 ms, the rest of a log-probability 0.63 ms
+(none likeliest) to 1.12 ms (20)."""
+
+
 class CudaDevice:
     """See core/contract/devices.py: Device. Depth 2: the host launches step n+1 while the device computes step n."""
 
@@ -48,6 +53,7 @@ class CudaDevice:
         bounded_steps=True,
         masks=True,
         writes=True,
+        logit_work=LOGIT_WORK,
     )
 
     def load(self, config: RunnerConfig, progress: Callable[[str, float], None]) -> Runner:

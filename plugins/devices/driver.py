@@ -155,6 +155,7 @@ class Driver:
         rows.sort(key=lambda row: row[1] != 1)
         places = [np.concatenate([job.prompt, i32(job.tokens)]) for job in fresh]
         sizes = [len(job.blocks) for job in fresh]
+        asks = [index for index, (job, _) in enumerate(rows) if job.params.prompt_logprobs is not None and job.computed < len(job.prompt)]
         self.steps += 1
         self.runner.forward(
             Forward(
@@ -171,10 +172,10 @@ class Driver:
                 block_slots=np.repeat(i32([job.slot for job in fresh]), sizes),
                 block_index=i32([index for n in sizes for index in range(n)]),
                 block_ids=i32([block for job in fresh for block in job.blocks]),
+                prompt_rows=i32(asks),
             )
         )
         draw = [index for index, (job, count) in enumerate(rows) if job.computed + count == job.known]
-        asks = [index for index, (job, _) in enumerate(rows) if job.params.prompt_logprobs is not None and job.computed < len(job.prompt)]
         done = self.runner.sample(
             Sample(
                 engine=0,

@@ -2,7 +2,8 @@
 
 What it is: bias, allowed tokens, bad words and held-back stop tokens of one slot as host arrays, made once when it is placed; and `Entries`, which puts those of a step's
 rows together for three launches, however many rows and words there are: additions to single logits (a ban adds -inf), masks over whole rows, and
-words whose last token is banned where the history ends with the rest. Histories and positions are looked at on the device alone.
+words whose last token is banned where the history ends with the rest. Histories are looked at on the device alone; only where they lie in the host's
+memory anyway, `Entries` gets them, looks the words up itself (words.py), and what it finds are additions.
 What it does not know: logits, other settings, which request a slot serves.
 """
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, F32, I32, Column, i32
 from penstock.core.protocol.messages import SlotSampling
+from penstock.plugins.devices.words import WordTable
 
 
 class SlotLists:
-    """Of one slot. Token ids are below `vocab`."""
+    """Of one slot. Token ids are below `vocab`. `looked_up`: Entries will get this slot's history."""
 
-    def __init__(self, place: SlotSampling, vocab: int) -> None:
+    def __init__(self, place: SlotSampling, vocab: int, *, looked_up: bool = False) -> None:
         params = place.params
         words = params.bad_words_token_ids
         self._banned = np.unique(i32([word[0] for word in words if len(word) == 1]))
@@ -28,6 +30,9 @@ class SlotLists:
         self._values: F32 = np.asarray(list(params.logit_bias.values()), np.float32)
         self._ends = place.prompt_len + params.min_tokens
         self.words = [i32(word) for word in dict.fromkeys(map(tuple, words)) if len(word) > 1]
+        self._table: WordTable | None = None
+        if looked_up and self.words:
+            self._table, self.words = WordTable(self.words), []
         self.sizes = i32([len(word) for word in self.words])
         self.word_tokens: I32 = np.concatenate(self.words) if self.words else EMPTY_I32
         self.mask: I32 | None = None if params.allowed_token_ids is None else _mask(params.allowed_token_ids, vocab)
@@ -36,9 +41,14 @@ class SlotLists:
         """Are there too few tokens yet for the stop tokens?"""
         return len(self._stops) > 0 and position < self._ends
 
-    def additions(self, position: int) -> tuple[I32, F32]:
-        """(ids, what is added to their logits) for a draw at `position`; no id twice, a ban before a bias."""
+    def additions(self, position: int, history: I32 | None = None) -> tuple[I32, F32]:
+        """(ids, what is added to their logits) for a draw at `position` behind `history` (its tokens from 0 on, and maybe more), if that is known here;
+        no id twice, a ban before a bias."""
         banned = np.union1d(self._banned, self._stops) if self.holds_back(position) else self._banned
+        if self._table is not None:
+            assert history is not None
+            completed = self._table.banned(history[max(0, position - self._table.reach) : position])
+            banned = np.union1d(banned, completed) if len(completed) else banned
         if not len(banned):
             return self._ids, self._values
         kept = ~np.isin(self._ids, banned)
@@ -53,10 +63,13 @@ def _mask(allowed: Sequence[int], vocab: int) -> I32:
 
 
 class Entries:
-    """A step's: rows index its logits."""
+    """A step's: rows index its logits. `histories`, where the host has them: one a row."""
 
-    def __init__(self, rows: Sequence[int], lists: Sequence[SlotLists], positions: Sequence[int]) -> None:
-        found = [one.additions(position) for one, position in zip(lists, positions, strict=True)]
+    def __init__(
+        self, rows: Sequence[int], lists: Sequence[SlotLists], positions: Sequence[int], histories: Sequence[I32] | None = None
+    ) -> None:
+        known = [None] * len(rows) if histories is None else histories
+        found = [one.additions(position, history) for one, position, history in zip(lists, positions, known, strict=True)]
         counts = [len(ids) for ids, _ in found]
         self.rows: I32 = np.repeat(i32(rows), counts).astype(np.int32)
         self.ids: I32 = np.concatenate([ids for ids, _ in found]) if found else EMPTY_I32

@@ -11,8 +11,7 @@ warm-up, largest bucket first, within a time and a memory reservation; what is l
 after a bucket was used LAZY_USES times and at most one every LAZY_PAUSE_S. Steps with prefill have graphs too, by sequences and tokens: which sequences compute one token is looked up on
 the device. Beyond MIXED_TOKENS tokens a step takes the device longer than the host needs to launch it piece by piece, and runs eagerly.
 A direct lane (the CPU) has neither copies nor graphs; where its operations can fuse the model, a step is one call of theirs. That call keeps one hidden
-state a row: where Sample asks for prompt log-probabilities the row is computed again with all of them kept (the same values are written to the
-cache again), so that other steps never pay for them.
+state a row, and all of the rows whose prompt log-probabilities Sample will ask for (Forward.prompt_rows), so that other steps never pay for them.
 `--deterministic` keeps to the same code with operations whose rows do not depend on each other, behind a self-test at start-up.
 What it does not know: requests, scheduling, Triton, which model family it drives.
 
@@ -93,9 +92,9 @@ class _Launched:
     bucket: int
     """0: eager."""
     hidden: Tensor | None
-    """[rows, H] normalised, padded rows included."""
+    """[rows, H] normalised, padded rows included; behind them, where a program ran, all tokens of Forward.prompt_rows, in their order."""
     whole: tuple[Tensor, Tensor] | None
-    """(x, residual) of every token of an eager step; None where a program kept the rows alone."""
+    """(x, residual) of every token of an eager step; None where a program kept what was asked for alone."""
 
 
 class DeviceRunner:
@@ -167,7 +166,16 @@ class DeviceRunner:
         state = Upload(lane, entries, 16 * max_num_seqs)
         lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
         self.sampler = SlotSampler(
-            ops, max_num_seqs, facts.vocab_size, self.history, state, lists, masks, self._to_device, deterministic=deterministic
+            ops,
+            max_num_seqs,
+            facts.vocab_size,
+            self.history,
+            state,
+            lists,
+            masks,
+            self._to_device,
+            deterministic=deterministic,
+            direct=lane.direct,
         )
         self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
         self._buckets = buckets_for(max_num_seqs) if graphs else []
@@ -300,7 +308,9 @@ class DeviceRunner:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
         columns, last = self._columns_of(work.slots, work.starts, work.counts, work.num_decode)
         if self._program is not None:
-            hidden = torch.empty(rows, self.facts.hidden_size, dtype=self._torch_dtype)
+            if len(work.prompt_rows):
+                last = torch.cat([last, torch.from_numpy(_tokens_of(work))])
+            hidden = torch.empty(len(last), self.facts.hidden_size, dtype=self._torch_dtype)
             self._run(columns, last, hidden)
             self._launched = _Launched(work, 0, hidden, None)
             return
@@ -650,15 +660,15 @@ class DeviceRunner:
     def _hidden_of(self, launched: _Launched, row: int, first: int, count: int) -> Tensor:
         """Normalised hidden states of `count` tokens of a sequence in the step, from its token `first` on."""
         work = launched.work
-        if launched.whole is None and int(work.counts[row]) == 1:
-            assert launched.hidden is not None
-            return launched.hidden[row : row + 1].clone()
         if launched.whole is None:
-            one = slice(row, row + 1)
-            columns, _ = self._columns_of(work.slots[one], work.starts[one] + first, i32([count]), 0)
-            hidden = torch.empty(count, self.facts.hidden_size, dtype=self._torch_dtype)
-            self._run(columns, torch.from_numpy(self._range[:count]), hidden)
-            return hidden
+            assert launched.hidden is not None
+            if int(work.counts[row]) == 1:
+                return launched.hidden[row : row + 1].clone()
+            if row not in work.prompt_rows:
+                raise EngineFailure(f"A Sample asks for prompt log-probabilities of row {row}, of which its Forward did not say so.")
+            before = work.prompt_rows[: int(np.flatnonzero(work.prompt_rows == row)[0])]
+            at = len(work.slots) + int(work.counts[before].sum()) + first
+            return launched.hidden[at : at + count]
         x, residual = launched.whole
         at = int(work.counts[:row].sum()) + first
         return self._model.final(self._ops, x[at : at + count].clone(), residual[at : at + count].clone())
@@ -785,6 +795,13 @@ class DeviceRunner:
 
 def _bound(body: Callable[..., Outputs], *given: object) -> Callable[[], Outputs]:
     return lambda: body(*given)
+
+
+def _tokens_of(work: Forward) -> I32:
+    """Token rows of the step that belong to its prompt_rows, one of these after the other."""
+    ends = np.cumsum(work.counts)
+    found = [np.arange(ends[row] - work.counts[row], ends[row], dtype=np.int32) for row in work.prompt_rows.tolist()]
+    return np.concatenate(found)
 
 
 def _joined(parts: list[LogprobColumns]) -> LogprobColumns:

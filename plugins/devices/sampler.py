@@ -75,12 +75,15 @@ class SlotSampler:
         to_device: Callable[[Column], Tensor],
         *,
         deterministic: bool = False,
+        direct: bool = False,
     ) -> None:
-        """`upload` is for what places and penalties bring, `columns` for lists, `masks` for a step's masks: one copy of each a step. `deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows."""
+        """`upload` is for what places and penalties bring, `columns` for lists, `masks` for a step's masks: one copy of each a step. `deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows.
+        `direct`: the history is in the host's memory, and complete whenever `sample` is called."""
         device = history.device
         self._ops = ops
         self._vocab = vocab
         self._history = history
+        self._here = history.numpy() if direct else None
         self._upload = upload
         self._columns = columns
         self._masks = masks
@@ -133,7 +136,7 @@ class SlotSampler:
             if masks_stops:
                 flags |= MINIMUM
             if flags & (LISTS | MINIMUM):
-                self._lists[slot] = SlotLists(place, self._vocab)
+                self._lists[slot] = SlotLists(place, self._vocab, looked_up=self._here is not None)
             if not params.greedy:
                 flags |= HOT
             if params.logprobs is not None:
@@ -250,7 +253,8 @@ class SlotSampler:
     def _apply(self, logits: Tensor, rows: Column, slots: Column, positions: Column, at: Tensor, where: Tensor) -> None:
         """Lists of these rows, in one copy up and at most three launches."""
         lists = [self._lists[int(slots[row])] for row in rows]
-        entries = Entries(rows.tolist(), lists, positions[rows].tolist())
+        histories = None if self._here is None else [self._here[slot] for slot in slots[rows].tolist()]
+        entries = Entries(rows.tolist(), lists, positions[rows].tolist(), histories)
         for slot, one, position in zip(slots[rows].tolist(), lists, positions[rows].tolist(), strict=True):
             if not one.holds_back(position):
                 self._flags[slot] &= ~MINIMUM

@@ -67,6 +67,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                 "mixed_prefill_gives_way": gives_way,
                 "enable_prefix_caching": caching,
                 "max_model_len": 40,
+                "prompt_logprobs_weight": (1.0, 2.5)[policy % 2],
                 "clones": clones,
                 "lookahead": lookahead,
             }

@@ -221,7 +221,7 @@ def test_logprobs_and_prompt_logprobs_have_their_shape() -> None:
     fake = runner()
     params = SamplingParams(temperature=0, logprobs=2, prompt_logprobs=1)
     blocks = {"block_slots": [0], "block_index": [0], "block_ids": [0]}
-    fake.forward(forward(1, [(0, 0, 3)], place_slots=[0], place_counts=[3], place_tokens=[5, 6, 7], **blocks))
+    fake.forward(forward(1, [(0, 0, 3)], place_slots=[0], place_counts=[3], place_tokens=[5, 6, 7], prompt_rows=[0], **blocks))
     done: StepDone = fake.sample(sample(1, [(0, 0, 3)], {0: (3, params)}, prompt_rows=i32([0]), prompt_topk=i32([1])))()
     assert done.logprobs is not None
     assert done.logprobs.counts.tolist() == [3]

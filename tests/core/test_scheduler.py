@@ -948,3 +948,69 @@ def step(sim: Any, message: Message, flying: deque[Sample]) -> None:
                 queue.append(out)
             elif type(out) is Sample:
                 flying.append(out)
+
+
+# ------------------------------------------------------------------ prompt tokens with log-probabilities
+
+
+def rows_of(sim: Any, slot_of_interest: int) -> list[int]:
+    """Tokens of that slot in each step that has any of its prompt (its last token alone counts as a decode)."""
+    return [int(f.counts[f.slots == slot_of_interest][0]) for f in sim.forwards if slot_of_interest in f.slots[f.num_decode :]]
+
+
+@pytest.mark.parametrize(("weight", "chunks"), [(1.0, [11, 9]), (2.5, [4, 4, 4, 4, 4]), (16.0, [1] * 19)])
+def test_a_step_takes_as_many_prompt_tokens_with_logprobs_as_its_budget_pays_for(make_sim: Make, weight: float, chunks: list[int]) -> None:
+    sim = make_sim(max_num_batched_tokens=12, prompt_logprobs_weight=weight)
+    runs = sim.admit([1, 2], max_tokens=40)
+    sim.finish()
+    asks = sim.admit(list(range(1, 21)), max_tokens=1, prompt_logprobs=2)
+    sim.run()
+    assert rows_of(sim, 1) == chunks
+    assert sim.ledgers[asks << 7].prompt_logprobs == list(range(1, 20))
+    assert sim.output(runs) == sim.expected(runs << 7)
+    assert all(f.prompt_rows.tolist() == s.prompt_rows.tolist() for f, s in zip(sim.forwards, sim.samples, strict=True))
+    sim.check_idle()
+
+
+def test_who_does_not_ask_pays_nothing_and_fills_what_is_left(make_sim: Make) -> None:
+    sim = make_sim(max_num_batched_tokens=12, prompt_logprobs_weight=4.0)
+    asks = sim.admit(list(range(1, 8)), max_tokens=1, prompt_logprobs=0, post=False)
+    plain = sim.admit(list(range(30, 50)), max_tokens=1, post=False)
+    sim.drain()
+    sim.run()
+    assert rows_of(sim, 0) == [3, 3]
+    assert rows_of(sim, 1) == [11, 9], "the last token of the first prompt predicts none of it, and weighs what others weigh"
+    assert (sim.reason(asks), sim.reason(plain)) == (LENGTH, LENGTH)
+
+
+def test_only_prompt_logprobs_that_are_still_to_be_told_weigh_more(make_sim: Make) -> None:
+    """A sequence that comes with outputs (after a restart) told them before."""
+    sim = make_sim(max_num_batched_tokens=12, prompt_logprobs_weight=4.0, enable_prefix_caching=False)
+    prompt = list(range(1, 12))
+    first = sim.admit(prompt, max_tokens=1)
+    sim.run()
+    before = len(sim.forwards)
+    sim.admit(prompt, max_tokens=4, prompt_logprobs=0, outputs={0: sim.output(first)})
+    sim.run()
+    assert sim.forwards[before].counts.tolist() == [12]
+
+
+def test_without_chunks_a_prompt_is_taken_whole_whatever_it_weighs(make_sim: Make) -> None:
+    sim = make_sim(max_num_batched_tokens=24, prompt_logprobs_weight=4.0, enable_chunked_prefill=False)
+    sim.admit([1, 2], max_tokens=12)
+    sim.finish()
+    sim.admit(list(range(1, 21)), max_tokens=1, prompt_logprobs=2)
+    sim.run()
+    assert rows_of(sim, 1) == [20]
+
+
+def test_a_prompt_with_logprobs_ends_where_decodes_leave_next_to_nothing(make_sim: Make) -> None:
+    sim = make_sim(max_num_seqs=4, max_num_batched_tokens=4, prompt_logprobs_weight=8.0)
+    for first in range(3):
+        sim.admit([first + 1], max_tokens=30)
+    sim.finish(2)
+    asks = sim.admit([9] * 6, max_tokens=2, prompt_logprobs=0)
+    sim.run()
+    assert rows_of(sim, 3)[:5] == [1] * 5
+    assert sim.reason(asks) == LENGTH
+    sim.check_idle()

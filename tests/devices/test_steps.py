@@ -322,3 +322,35 @@ def test_presence_penalty_stops_repetition(folder: Path, load: Load) -> None:
     again = Job(prompt=job.prompt, params=job.params, max_tokens=40)
     Driver(load(folder), Options(preempt=0.2, seed=4)).run([again])
     assert again.tokens == job.tokens
+
+
+def test_prompt_logprobs_cost_no_second_pass_through_the_layers(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: one call of the model a step, which keeps all hidden states of the rows that are asked about, and of no other."""
+    runner = load(folder)
+    assert runner._program is not None
+    kept: list[int] = []
+    program = runner._program
+
+    def counting(columns: Any, rows: torch.Tensor, hidden: torch.Tensor) -> None:
+        kept.append(len(rows))
+        program(columns, rows, hidden)
+
+    monkeypatch.setattr(runner, "_program", counting)
+    prompts = [np.arange(3, 13, dtype=np.int32), np.arange(20, 27, dtype=np.int32), np.arange(30, 36, dtype=np.int32)]
+    asks = SamplingParams(temperature=0.0, prompt_logprobs=1)
+    params = [asks, SamplingParams(temperature=0.0), asks]
+    jobs = [Job(prompt=prompt, params=one, max_tokens=2) for prompt, one in zip(prompts, params, strict=True)]
+    Driver(runner).run(jobs)
+    assert kept == [3 + 10 + 6, 3]
+    alone = [Job(prompt=prompt, params=one, max_tokens=2) for prompt, one in zip(prompts, params, strict=True)]
+    for job in alone:
+        Driver(load(folder)).run([job])
+    assert [job.prompt_logprobs for job in jobs] == [job.prompt_logprobs for job in alone]
+    assert [job.tokens for job in jobs] == [job.tokens for job in alone]
+
+
+def test_a_row_that_forward_was_not_told_of_has_no_prompt_logprobs(folder: Path, load: Load) -> None:
+    runner = load(folder)
+    forward(runner, [(0, 0, 3)], place_slots=[0], place_counts=[3], place_tokens=[4, 5, 6], block_slots=[0], block_index=[0], block_ids=[0])
+    with pytest.raises(EngineFailure, match="of which its Forward did not say so"):
+        sample(runner, [0], [0], [3], places=[place(0, 3)], prompt_rows=i32([0]), prompt_topk=i32([0]))

@@ -148,7 +148,7 @@ def test_no_synchronising_call_in_the_step_loop(make_folder: Make, on_device: Ma
                     Forward(
                         engine=0, epoch=0, step=1, slots=slots, starts=i32([0] * count), counts=i32([5] * count), num_decode=0,
                         place_slots=slots, place_counts=i32([5] * count), place_tokens=i32(range(5 * count)), block_slots=slots,
-                        block_index=i32([0] * count), block_ids=slots, copy_src=i32([8]), copy_dst=i32([9]),
+                        block_index=i32([0] * count), block_ids=slots, copy_src=i32([8]), copy_dst=i32([9]), prompt_rows=asks,
                     )
                 )  # fmt: skip
                 waits.append(

@@ -155,6 +155,18 @@ def test_more_rows_than_one_mlp_chunk(dtype: torch.dtype) -> None:
     torch.testing.assert_close(together, apart, rtol=0, atol=0 if program._cpu is not None else 0.1)
 
 
+def test_more_rows_than_tokens(dtype: torch.dtype) -> None:
+    """A token's result may be wanted more than once; the workspace holds that too."""
+    program = build(CASES["llama"], dtype, blocks=64)
+    sequence = Sequence(program, 40, torch.randperm(64).tolist())
+    every = arguments([(sequence, 0, 40)])
+    truth = run(program, every)
+    rows = torch.cat([torch.tensor([39]), torch.arange(40), torch.arange(40)]).int()
+    got = run(program, [*every[:-1], rows])
+    for mine, theirs in zip(got, truth, strict=True):
+        torch.testing.assert_close(mine, theirs[rows.long()], rtol=0, atol=0)
+
+
 def test_agrees_with_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model against torch alone (separate operations without the C library)."""
     from penstock.kernels.native import bind

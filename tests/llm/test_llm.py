@@ -323,6 +323,15 @@ def test_more_than_the_context_is_the_error_that_the_server_gives(llm: LLM) -> N
     assert "4086" in caught.value.message
 
 
+def test_prompt_logprobs_have_no_bound_in_python(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is of replies over HTTP, which a server's other clients pay for."""
+    monkeypatch.setattr("penstock.core.actors.text.told.MOST_PROMPT_LOGPROBS", 3)
+    outs = llm.generate(["Hello there", "The water"], SamplingParams(temperature=0, max_tokens=1, n=2, prompt_logprobs=2))
+    for out in outs:
+        assert out.prompt_logprobs is not None
+        assert len(out.prompt_logprobs) == len(out.prompt_token_ids)
+
+
 def test_a_prompt_that_fills_the_context_can_be_scored(llm: LLM) -> None:
     ids = [20 + 7 * i % 300 for i in range(48)]
     (want,) = llm.generate(prompt_token_ids=[ids], sampling_params=SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))

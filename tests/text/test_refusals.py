@@ -6,15 +6,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.actors.text.resolve import drawable, nothing_left
+from penstock.core.actors.text.told import Tellers
 from penstock.core.protocol.columns import i32
-from penstock.core.protocol.messages import FAILED, RUNNING, Abort, Admit, Drain, Drained, seq_of
-from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.messages import FAILED, RUNNING, Abort, Admit, Drain, Drained, Submit, seq_of
+from penstock.core.protocol.sampling import MOST_PROMPT_LOGPROBS, SamplingParams
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
 ADDED = "<tool call>"
@@ -306,3 +308,54 @@ def test_more_log_probabilities_of_a_prompt_than_can_be_told(
         refused = bench.rejected[1]
         assert (refused.status, refused.param) == (400, param)
         assert f"{1000 * 21 * 64}" in refused.message
+
+
+def _asks(bench: Any, key: int, tokens: int, n: int = 1, **changes: Any) -> None:
+    sampling = SamplingParams(n=n, max_tokens=1, prompt_logprobs=20)
+    bench.submit(key, None, prompt_ids=i32([1] * tokens), sampling=sampling, prompt_name=f"prompt[{key}]", **changes)
+
+
+def test_prompts_of_one_reply_share_the_bound_of_what_is_told(make_bench: Any) -> None:
+    """Each is fair; the third is one too many, by name. Other requests have bounds of their own."""
+    bench = make_bench(up=False)
+    bench.up(max_model_len=2048, num_blocks=4096)
+    for key in (1, 2, 3):
+        _asks(bench, key, 1500, n=12, group=1)
+    _asks(bench, 4, 1500, n=12, group=4)
+    _asks(bench, 5, 1500, n=12)
+    assert list(bench.rejected) == [3]
+    refused = bench.rejected[3]
+    assert (refused.status, refused.param) == (400, "prompt_logprobs")
+    assert f"of 3 prompts of 4500 tokens together for 12 answers are {4500 * 21 * 12} log-probabilities" in refused.message
+    assert "send fewer prompts" in refused.message
+
+
+def test_texts_are_counted_in_tokens_once_they_are_tokens(make_bench: Any) -> None:
+    """Letters of many bytes and few tokens: counted by bytes they would be too many."""
+    bench = make_bench(up=False)
+    bench.up(max_model_len=2048, num_blocks=4096)
+    text = "the water " * 100
+    assert len(text) * 8 * 21 * 8 > MOST_PROMPT_LOGPROBS
+    for key in range(1, 9):
+        bench.submit(key, text, sampling=SamplingParams(n=8, max_tokens=1, prompt_logprobs=20), group=1)
+    assert not bench.rejected
+
+
+def test_what_is_told_once_counts_once_and_what_is_not_told_has_no_bound(make_bench: Any) -> None:
+    bench = make_bench(up=False)
+    bench.up(max_model_len=2048, num_blocks=4096)
+    _asks(bench, 1, 1500, n=64, tells=1)
+    _asks(bench, 2, 1500, n=64, tells=0)
+    assert not bench.rejected
+    _asks(bench, 3, 1500, n=64, tells=40)
+    assert list(bench.rejected) == [3]
+
+
+def test_the_count_of_a_reply_goes_with_its_prompts() -> None:
+    tellers = Tellers()
+    submit = Submit(key=7, edge=0, rid="r", kind="completion", model="", sampling=SamplingParams(), group=7)
+    told = tellers.of(submit)
+    assert tellers.of(msgspec.structs.replace(submit, key=8)) is told
+    assert tellers.of(msgspec.structs.replace(submit, edge=1)) is not told
+    del told
+    assert not tellers._told

@@ -913,15 +913,11 @@ def test_echo_asks_for_the_prompts_logprobs() -> None:
     assert (only.echo, only.sampling.max_tokens) == (True, 0)
 
 
-def test_prompts_whose_log_probabilities_together_are_too_many() -> None:
-    ids = [list(range(1000))] * 4
-    assert completion(prompt=ids, prompt_logprobs=20, n=8).sampling.prompt_logprobs == 20
-    for fields, param in (({"prompt_logprobs": 20}, "prompt_logprobs"), ({"echo": True, "logprobs": 20}, "logprobs")):
-        with pytest.raises(InvalidRequest, match=f"{4000 * 21 * 16} log-probabilities") as found:
-            completion(prompt=ids, n=16, **fields)
-        assert found.value.param == param
-    with pytest.raises(InvalidRequest, match="one by one"):
-        completion(prompt=["\U0001f9e9" * 900] * 8, n=12, prompt_logprobs=20)  # four tokens a letter
+def test_text_is_told_how_many_answers_tell_the_prompts_logprobs() -> None:
+    """And bounds them, since only it knows the tokens: letters of four bytes are not four tokens."""
+    assert completion(prompt=["\U0001f9e9" * 900] * 8, n=12, prompt_logprobs=20).tells == -1
+    assert completion(echo=True, logprobs=20, n=1, best_of=20).tells == 1
+    assert chat(prompt_logprobs=2).tells == -1
 
 
 def test_limits_come_from_the_configuration() -> None:

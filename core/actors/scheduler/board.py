@@ -47,6 +47,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens in a step that also decodes; 0: what the budget leaves."""
     mixed_prefill_gives_way: bool = False
     """Whether that bound rises where many sequences wait for each that runs: see `Line._mixed_most`."""
+    prompt_logprobs_weight: float = 1.0
+    """What a prompt token with a log-probability takes of a step's budget, in tokens; see contract/devices.py. Without chunked prefill all weigh 1: a prompt
+    must fit into a step."""
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     vocab: int = 2**31 - 1

@@ -105,11 +105,12 @@ class Launch:
         extra: dict[str, Any] = {}
         if outline.samplings:
             extra["places"] = outline.samplings
+        columns = self._columns(outline)
         if prompt_rows:
-            extra["prompt_rows"] = i32(prompt_rows)
+            columns["prompt_rows"] = extra["prompt_rows"] = i32(prompt_rows)
             extra["prompt_topk"] = i32([request.params.prompt_logprobs or 0 for _, request in prompts])
         sample_rows = np.concatenate([board.range[: decodes.size], i32(finals)])
-        return self._emit(flight, rows, starts, counts, num_decode, sample_rows, self._columns(outline), extra)
+        return self._emit(flight, rows, starts, counts, num_decode, sample_rows, columns, extra)
 
     def _is_last_token(self, chunk: tuple[int, int, int]) -> bool:
         board = self._board

@@ -1,11 +1,14 @@
 """Who takes part in the next step.
 
 What it is: within a budget of tokens: one token of each running sequence first, then chunks of prompts that are being computed, then whoever
-waits, in the policy's order.
+waits, in the policy's order. A prompt token whose log-probability is wanted takes as much of the budget as it costs, so that steps with such tokens
+take those who decode beside them no longer than others.
 What it does not know: blocks, launches.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -23,6 +26,8 @@ class Line:
         self._board = board
         self._release = release
         self._beams = beams
+        settings = board.settings
+        self._weight = settings.prompt_logprobs_weight if settings.enable_chunked_prefill else 1.0
 
     def gather(self) -> Rows:
         """Every sequence that can take one token."""
@@ -85,14 +90,19 @@ class Line:
         board = self._board
         start = int(board.slots.computed[slot])
         left = int(board.slots.length[slot]) - start
-        count = min(left, outline.budget)
+        holder = board.slots.holder[slot]
+        weight = self._weight if holder is not None and holder.request.tells_prompt else 1.0
+        most = outline.budget
+        if weight > 1.0:
+            most = min(most, max(1, int(most / weight)))  # one at least, however little is left: a prompt must come to its end
+        count = min(left, most)
         if count < left and not board.settings.enable_chunked_prefill and left <= board.settings.max_num_batched_tokens:
             board.prefill_turn = not outline.prefill_turn  # whole or not at all: next time it goes before the decodes
             return False
         if count <= 0:
             return False
         outline.chunks.append((slot, start, count))
-        outline.budget -= count
+        outline.budget -= min(outline.budget, math.ceil(count * weight))
         return True
 
     def may_admit(self) -> bool:
@@ -134,7 +144,8 @@ class Line:
             if any(sequence.seq in board.held for sequence in starting):  # an earlier life of it is still in flight
                 continue
             room -= len(entry.seqs)
-            tokens += max(1.0, entry.tokens.size * board.uncached)
+            share = self._weight if entry.request.tells_prompt else board.uncached  # of those the cache is not asked
+            tokens += max(1.0, entry.tokens.size * share)
             taken.append(entry)
         del entries[:count]
         return taken

@@ -112,7 +112,7 @@ class Memory:
     def _lookup_max(self, entry: Entry) -> int:
         board = self._board
         request = entry.request
-        if not board.caching or request.prompt_logprobs_next < request.prompt_len:
+        if not board.caching or request.tells_prompt:
             return 0
         return int(entry.tokens.size) - 1
 

@@ -69,6 +69,11 @@ class Request:
         if admit.sampling.beam is not None and not self.draws_nothing:
             self._search(admit, admit.sampling.beam)
 
+    @property
+    def tells_prompt(self) -> bool:
+        """Are log-probabilities of its prompt still to be delivered?"""
+        return self.prompt_logprobs_next < self.prompt_len
+
     def _search(self, admit: Admit, beam: Beam) -> None:
         """Its ends are the search's business, and what the device is asked for are the likeliest tokens."""
         asked = admit.sampling

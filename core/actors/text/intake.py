@@ -21,6 +21,7 @@ from penstock.core.actors.text.lane import Lane
 from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.obedience import obeys
 from penstock.core.actors.text.pool import Pool
+from penstock.core.actors.text.told import Tellers
 from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import EngineFacts
 from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, QueueFull, described
@@ -44,6 +45,7 @@ class Intake:
         self._rng = rng
         self._jobs: dict[int, Request | Query] = {}
         self._job = 0
+        self._tellers = Tellers()
         self._questions = 0
         """Those that the worker has."""
 
@@ -70,6 +72,8 @@ class Intake:
         request = Request(message, params, pool.series, now)
         request.traced = desk.traces.active
         request.root_hash = pool.root_hash(request, facts)
+        if params.prompt_logprobs is not None and message.tells:
+            request.told = self._tellers.of(message)
         desk.ledger.add(request)
         desk.admission.enter()
         yield Encode(
@@ -167,7 +171,8 @@ class Intake:
         prompt = message.ids
         resolve.check_prompt(prompt, facts.vocab_size, pool.tokenizer.token_text, resolve.prompt_name(submit))
         resolve.check_words(message.bad_words_ids, facts.vocab_size)
-        resolve.check_prompt_logprobs(len(prompt), params, submit)
+        if request.told is not None:
+            request.told.add(len(prompt), params, submit)
         request.max_tokens = resolve.max_tokens_of(len(prompt), params, facts, submit)
         self._desk.admission.check_tokens(len(prompt), self._desk.clock.now_ns())
         changes: dict[str, Any] = {}

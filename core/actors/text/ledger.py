@@ -17,6 +17,7 @@ import numpy as np
 from penstock.core.actors.text.answers import Said
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder
 from penstock.core.actors.text.stops import StopMatcher
+from penstock.core.actors.text.told import Told
 from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.messages import Admit, Grammar, RowExtra, Submit, TokenLogprobs, seq_of
@@ -133,6 +134,7 @@ class Request:
         "stream",
         "strikes",
         "submit",
+        "told",
         "traced",
     )
 
@@ -185,6 +187,8 @@ class Request:
         self.extra: RowExtra | None = None
         """What the first row to the edge must carry besides text."""
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}
+        self.told: Told | None = None
+        """With prompt_logprobs: the count of its reply, which other prompts share."""
         self.traced = False
         self.events: list[tuple[str, int]] = []
         """(name, ns) for spans; only filled when traced."""

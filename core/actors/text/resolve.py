@@ -25,7 +25,7 @@ from penstock.core.protocol.errors import CheckpointError, ContextLengthExceeded
 from penstock.core.protocol.generation import overridden, override_of, settings
 from penstock.core.protocol.hashing import CacheKey
 from penstock.core.protocol.messages import Submit
-from penstock.core.protocol.sampling import MOST_PROMPT_LOGPROBS, SamplingParams, check_tokens, not_a_token
+from penstock.core.protocol.sampling import SamplingParams, check_tokens, not_a_token
 from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
 
 
@@ -243,21 +243,6 @@ def check_fits(prompt_tokens: int, params: SamplingParams, facts: EngineFacts, p
             f"The prompt of {prompt_tokens} tokens needs {needed} KV blocks, but this server has only {facts.num_blocks} blocks of"
             f" {facts.block_size} tokens. Shorten it, or start the server with a larger --kv-cache-memory-bytes.",
             param=param,
-        )
-
-
-def check_prompt_logprobs(prompt_tokens: int, params: SamplingParams, submit: Submit) -> None:
-    """Are those of the prompt few enough to be told? Raises InvalidRequest."""
-    if params.prompt_logprobs is None:
-        return
-    answers = 1 if submit.kind == "chat" else params.n  # a chat's reply tells them once
-    told = prompt_tokens * (params.prompt_logprobs + 1) * answers
-    if told > MOST_PROMPT_LOGPROBS:
-        field = submit.names.get("prompt_logprobs", "prompt_logprobs")
-        raise InvalidRequest(
-            f"{field} {params.prompt_logprobs} of a prompt of {prompt_tokens} tokens for {answers} answers are {told} log-probabilities, but a request"
-            f" may ask for {MOST_PROMPT_LOGPROBS}. Lower {field} or n, or shorten the prompt.",
-            param=field,
         )
 
 
