@@ -162,6 +162,8 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "truncate_prompt_tokens": cut,
         "want_ids": bool(request.return_token_ids),
         "stream": bool(request.stream),
+        "retain_s": request.retain_s,
+        "on_disconnect": request.on_disconnect,
         "request_id": request.request_id or request.rid,
         "ignored": check_unknown(ignored, strict=config.strict_fields),
         "include_usage": bool(options and options.include_usage),

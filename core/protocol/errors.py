@@ -157,6 +157,18 @@ class NotFound(FinalError):
     default_code = "not_found"
 
 
+class Conflict(FinalError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+
+class Gone(FinalError):
+    status = 410
+    type = "invalid_request_error"
+    default_code = "gone"
+
+
 class Unauthorized(FinalError):
     status = 401
     type = "invalid_request_error"

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.actors.text import queries
-from penstock.core.actors.text.desk import Desk, Outbound
+from penstock.core.actors.text.desk import Desk, Outbound, rejected
 from penstock.core.actors.text.ending import Ending
 from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.health import Health
@@ -28,15 +28,19 @@ from penstock.core.actors.text.intake import Intake
 from penstock.core.actors.text.lane import MAX_STRIKES, Lane
 from penstock.core.actors.text.ledger import ADMITTED, ENCODING, WAITING, Request
 from penstock.core.actors.text.pool import Pool
+from penstock.core.actors.text.queries import no_stream
+from penstock.core.actors.text.retained import Kept
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import Draining, EngineUnavailable, NotFound, PenstockError, described
+from penstock.core.protocol.errors import Conflict, Draining, EngineUnavailable, NotFound, PenstockError, described
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
     Answer,
+    Attach,
     Cancel,
     CheckGrammar,
+    Detach,
     Drain,
     Drained,
     EdgeStats,
@@ -48,6 +52,7 @@ from penstock.core.protocol.messages import (
     GrammarChecked,
     Message,
     Park,
+    ParkCause,
     PeerDown,
     PeerUp,
     Query,
@@ -89,6 +94,8 @@ class TextActor:
             Cancel,
             Park,
             Unpark,
+            Attach,
+            Detach,
             Query,
             EdgeStats,
             StepTokens,
@@ -136,6 +143,7 @@ class TextActor:
         self.metrics = metrics or Metrics([names[0]], compat=config.metrics_compat == "vllm")
         self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)
         self.ledger, self.admission = desk.ledger, desk.admission
+        self._streams = desk.streams
         parts: dict[str, Any] = {"grammars": grammars, "formats": formats}
         self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret, **parts)
         self._ending = Ending(desk, self._pool)
@@ -153,6 +161,8 @@ class TextActor:
             Cancel: self._cancel,
             Park: self._park,
             Unpark: self._park,
+            Attach: self._attach,
+            Detach: self._detach,
             Query: self._query,
             EdgeStats: self._edge_stats,
             StepTokens: self._step,
@@ -196,16 +206,76 @@ class TextActor:
 
     def _park(self, message: Park | Unpark) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
-        if request is None or request.parked is isinstance(message, Park):
+        return () if request is None else self._hold(request, message.why, isinstance(message, Park))
+
+    def _hold(self, request: Request, why: ParkCause, on: bool) -> Iterable[Outbound]:
+        """A reason to produce nothing for it comes or goes."""
+        before = request.parked
+        request.parked = before | {why} if on else before - {why}
+        if bool(before) is bool(request.parked):
             return ()
-        request.parked = not request.parked
+        if on:
+            request.series.count("parks", why)
         if request.traced:
-            request.events.append(("parked" if request.parked else "resumed", self._clock.now_ns()))
-        return (To(message, request.lane.engine),) if request.state == ADMITTED and request.lane is not None else ()
+            request.events.append(("parked" if on else "resumed", self._clock.now_ns()))
+        if request.state != ADMITTED or request.lane is None:
+            return ()
+        return (To(Park(key=request.key, why=why) if on else Unpark(key=request.key, why=why), request.lane.engine),)
 
     def _cancel(self, message: Cancel) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
-        return () if request is None else self._ending.drop(request, message.cause)
+        if request is None:
+            return ()
+        return self._ending.drop(request, message.cause) if request.kept is None else self._ending.revoke(request, message.cause)
+
+    # --- retained streams
+
+    def _attach(self, message: Attach) -> Iterator[Outbound]:
+        yield from self._greet(message.edge)
+        kept = self._streams.find(message.rid, message.tenant)
+        if kept is None or kept.log is None or kept.keys != message.keys:
+            for key in message.keys:
+                yield To(rejected(key, no_stream(message.rid)), message.edge)
+            return
+        if kept.edge is not None and kept.edge != message.edge:
+            for key in kept.requests:
+                yield To(rejected(key, Conflict("Another connection has taken this stream over.", code="stream_taken")), kept.edge)
+        kept.edge = message.edge
+        for request in kept.requests.values():
+            request.edge = message.edge
+        yield from kept.again()
+        for request in kept.requests.values():
+            yield from self._hold(request, "detached", False)
+
+    def _detach(self, message: Detach) -> Iterator[Outbound]:
+        kept = self._streams.of_key(message.key)
+        if kept is None:  # it could not be retained: as any other
+            if (request := self.ledger.requests.get(message.key)) is not None and request.kept is None:
+                yield from self._ending.drop(request, "disconnect")
+        elif kept.edge == message.edge:
+            yield from self._left(kept)
+
+    def _left(self, kept: Kept) -> Iterator[Outbound]:
+        """Nobody listens to a retained stream any more."""
+        kept.edge = None
+        kept.since_ns = self._clock.now_ns()
+        for request in list(kept.requests.values()):
+            yield from self._hold(request, "slow", False)  # that was the connection
+            if kept.on_disconnect == "cancel" or kept.log is None:
+                yield from self._ending.revoke(request, "disconnect")
+            elif kept.on_disconnect == "park" or kept.full:
+                yield from self._hold(request, "detached", True)
+
+    def _tend(self, now_ns: int) -> Iterator[Outbound]:
+        """What time does to retained streams."""
+        for kept in self._streams:
+            if kept.edge is None and kept.full:
+                for request in kept.requests.values():
+                    yield from self._hold(request, "detached", True)
+        for kept in self._streams.overdue(now_ns):
+            for request in list(kept.requests.values()):
+                yield from self._ending.revoke(request, "timeout")
+            self._streams.forget(kept)
 
     def _grammar_checked(self, message: GrammarChecked) -> Iterator[Outbound]:
         owner = self._pool.obedience.owner(message)
@@ -259,6 +329,7 @@ class TextActor:
             yield from self._ending.everything("error", error)
         for lane in lanes:
             yield from lane.pump()
+        yield from self._tend(now)
         yield from self._say_ready(again=True)
 
     def _drain(self, message: Drain) -> Handling:
@@ -299,11 +370,14 @@ class TextActor:
             yield from self._lose(message.id, message.epoch, "its link broke")
         elif message.role == "edge":
             self._edges.discard(message.id)
-            for request in [request for request in self.ledger.requests.values() if request.edge == message.id]:
+            for kept in self._streams:
+                if kept.edge == message.id:
+                    yield from self._left(kept)
+            for request in [request for request in self.ledger.requests.values() if request.kept is None and request.edge == message.id]:
                 for out in self._ending.drop(request, "disconnect"):
                     if not (isinstance(out, To) and isinstance(out.message, TO_EDGE) and out.index == message.id):
                         yield out
-            self._pool.receiver.forget_edge(message.id)
+            self._pool.receiver.forget(message.id)
 
     def _edge_stats(self, message: EdgeStats) -> Iterator[Outbound]:
         self.metrics.edge(message.edge, message.counters)
@@ -325,8 +399,8 @@ class TextActor:
             if message.what in queries.LABOUR:
                 yield self._intake.question(message)
                 return
-            if message.what == "cancel":
-                yield from self._cancel_by_id(message)
+            if message.what in ("cancel", "control"):
+                yield from self._control(message)
                 return
             answer = self._answer(message)
         except PenstockError as error:
@@ -335,9 +409,9 @@ class TextActor:
             answer = queries.failure(message, PenstockError(f"The question could not be answered: {described(error, 300)}"))
         yield To(answer, message.edge)
 
-    def _cancel_by_id(self, query: Query) -> Iterator[Outbound]:
-        """End every prompt of the request, which may be another edge's. To other tenants it does not exist."""
-        asked = queries.cancel_args(query)
+    def _control(self, query: Query) -> Iterator[Outbound]:
+        """Something is to happen to every prompt of a request, which may be another edge's. To other tenants it does not exist."""
+        asked = queries.control_args(query)
         found = [
             request
             for request in self.ledger.requests.values()
@@ -346,8 +420,13 @@ class TextActor:
         if not found:
             raise NotFound("No request of that id is running.")
         for request in found:
-            yield from self._ending.revoke(request)
-        yield To(queries.cancelled(query, len(found)), query.edge)
+            if asked.do == "cancel":
+                yield from self._ending.revoke(request)
+            elif asked.do == "stop":
+                yield from self._ending.stop(request)
+            else:
+                yield from self._hold(request, "user", asked.do == "pause")
+        yield To(queries.controlled(query, len(found)), query.edge)
 
     def _answer(self, query: Query) -> Answer:
         pool, facts = self._pool, self._pool.facts
@@ -360,6 +439,8 @@ class TextActor:
                 return queries.server_info(query, pool.names, self._desk.config, facts, self._health.epoch)
             case "health":
                 return self._health.answer(query)
+            case "stream":
+                return queries.stream(query, self._streams)
             case "metrics":
                 self._set_gauges()
                 return Answer(id=query.id, body=self.metrics.render())
@@ -379,6 +460,8 @@ class TextActor:
                 states["running" if request.started else "queued"] += 1
         for state, count in states.items():
             metrics.set("requests", count, state)
+        metrics.set("retained_streams", len(self._streams))
+        metrics.set("retained_bytes", self._streams.bytes)
         metrics.set("ready", float(self._health.readiness().ready))
         metrics.set("pending_requests", self.admission.requests)
         metrics.set("pending_prompt_tokens", self.admission.tokens)
