@@ -14,7 +14,7 @@ import msgspec
 from litestar import Litestar, Request, get, post
 from litestar.types import ASGIApp
 
-from penstock.core.protocol.errors import Conflict, InvalidRequest, NotFound
+from penstock.core.protocol.errors import FinalError, InvalidRequest, NotFound
 from penstock.transports import files as filing
 from penstock.transports import listing
 from penstock.transports.files import Files, seconds_of
@@ -41,6 +41,12 @@ OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 AnyRequest = Request[Any, Any, Any]
 
 declare(BatchRequest, {})
+
+
+class Conflict(FinalError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "batch_over"
 
 
 class Private(msgspec.Struct, kw_only=True):
@@ -189,7 +195,7 @@ def batch_routes(gateway: Gateway, surface: Surface) -> list[Any]:
 def cancelling(batch: Batch, _: Private) -> None:
     """Raises Conflict for one that is over."""
     if batch.status not in OPEN:
-        raise Conflict(f"This batch is {batch.status} already: it cannot be cancelled.", code="batch_over")
+        raise Conflict(f"This batch is {batch.status} already: it cannot be cancelled.")
     if batch.status in ("validating", "in_progress"):
         batch.status = "cancelling"
         batch.cancelling_at = int(time.time())

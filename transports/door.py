@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from penstock.core.protocol.errors import Conflict, EngineUnavailable, PenstockError
+from penstock.core.protocol.errors import EngineUnavailable, PenstockError, StreamTaken
 from penstock.core.protocol.messages import (
     CONTENT,
     Answer,
@@ -287,7 +287,7 @@ class Door:
         if not self.connected:
             raise self.unavailable()
         before = [sink for key, _ in sinks if (sink := self._sinks.pop(key, None)) is not None]
-        taken = Conflict("Another connection has taken this stream over.", code="stream_taken")
+        taken = StreamTaken()
         for sink in before:
             sink.failed(taken)
         self._sinks.update(sinks)

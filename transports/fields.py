@@ -105,7 +105,7 @@ FIELDS: dict[str, Field] = {
     "retain_s": Field(
         "Of a stream: it can be resumed until so many seconds after its end, or after its last reader left. The header x-penstock-retain says the same.",
         PENSTOCK,
-        "above 0, to --max-retain-s",
+        "0 to --max-retain-s",
     ),
     "on_disconnect": Field(
         "With retain_s: once nobody listens, `cancel` ends it, `continue` goes on, `park` waits. Without: 60 s are implied.",

@@ -11,7 +11,7 @@ import abc
 import time
 from typing import Any
 
-from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, Gone, InvalidRequest, PenstockError
+from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError, StreamNotFound
 from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.blame import must
@@ -19,7 +19,8 @@ from penstock.transports.gateway import CancelCause, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.ids import public_id
 from penstock.transports.request import Receive, RequestContext, sane_id
-from penstock.transports.retained import Again, beginning_of, retention
+from penstock.transports.retained import Again, beginning_of
+from penstock.transports.retention import retention
 from penstock.transports.voice import Head, Usage, Voice
 
 BACKGROUND = 1 << 20
@@ -99,9 +100,7 @@ class Job(abc.ABC):
     def _attach(self, again: Again) -> None:
         """Listen to what runs already."""
         if len(again.keys) != len(self.generation.prompts):
-            raise Gone(
-                "This stream is understood otherwise than when it began. Send the request again.", param="stream", code="stream_not_found"
-            )
+            raise StreamNotFound(again.rid)  # it is understood otherwise now than when it began
         self.keys += again.keys
         self.door.follow(again.rid, again.tenant, [(key, self.leg(index)) for index, key in enumerate(again.keys)])
 

@@ -34,6 +34,7 @@ from penstock.transports.openai_schema import (
     check_unknown,
     decode,
 )
+from penstock.transports.retention import check_seconds
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
@@ -150,6 +151,8 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "truncate_prompt_tokens must be -1, or from 1 to 2147483647.",
         "truncate_prompt_tokens",
     )
+    if request.retain_s is not None:
+        check_seconds(request.retain_s, "retain_s", config)
     priority = request.priority or 0
     _need(-(2**31) <= priority < 2**31, "priority must fit 32 bits.", "priority")
     options = request.stream_options

@@ -1,44 +1,42 @@
 """Streams that can be resumed, at the edge.
 
-What it is: `Retention`, what a client asks for by retain_s or the header x-penstock-retain; `Beginning`, what text keeps so that any edge can answer the same stream again;
-and the routes that resume a stream, and that pause, resume or stop what runs. To resume, the request's body goes through its own route once more: the reply that comes of
+What it is: `Beginning`, what text keeps so that any edge can answer the same stream again, and the routes that resume a stream, and that pause, resume or stop what runs. To resume, the request's body goes through its own route once more: the reply that comes of
 it listens to the rows that are there instead of asking for new ones, numbers its events as the first one did, and leaves out those that the client has.
-What it does not know: APIs, rows, what a frame looks like, how text keeps a stream.
+What it does not know: APIs, what a client may ask for (retention.py), rows, what a frame looks like, how text keeps a stream.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import msgspec
 from litestar import Request, get, post
 from litestar.types import ASGIApp
 
-from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest, NotFound
-from penstock.core.protocol.messages import OnDisconnect
+from penstock.core.protocol.errors import InvalidRequest, NotFound, StreamNotFound
 from penstock.core.protocol.tables import ADMIN
 from penstock.transports.gateway import Gateway
-from penstock.transports.generation import Generation
+from penstock.transports.listing import QUERY
 from penstock.transports.questions import failure_of, places_of
 from penstock.transports.request import JsonReply, Receive, RequestContext, Scope, Send, context_of
+from penstock.transports.retention import ON_DISCONNECT, RETAIN
 
-RETAIN, ON_DISCONNECT = b"x-penstock-retain", b"x-penstock-on-disconnect"
-IMPLIED_S = 60.0
-"""How long a stream is kept whose client says what is to happen when it leaves, but not for how long."""
-MODES: tuple[OnDisconnect, ...] = ("cancel", "continue", "park")
 _KEPT = (b"accept", b"x-include-metrics", b"anthropic-version", b"anthropic-beta", RETAIN, ON_DISCONNECT)
 """Headers that a reply may depend on."""
 _PASSED = ("type", "asgi", "http_version", "scheme", "client", "server", "extensions", "state")
 """What of its scope a request that resumes shares with the one that began."""
 
 
-class Retention(NamedTuple):
-    """`seconds`: kept so long after its end, or after its last reader left."""
-
-    seconds: float
-    on_disconnect: OnDisconnect
+CONTROLS = ("pause", "resume", "stop")
+RESUME: dict[str, dict[str, Any]] = {
+    "after": {
+        "type": "integer",
+        "minimum": 0,
+        "default": 0,
+        "description": "The events behind this one alone. The header Last-Event-ID goes before it.",
+    }
+}
+"""Fields of the query."""
 
 
 class Beginning(msgspec.Struct, frozen=True, array_like=True):
@@ -73,35 +71,6 @@ class _Found(msgspec.Struct):
     tenant: str
     keys: list[int]
     context: bytes
-
-
-def retention(generation: Generation, headers: dict[bytes, bytes], config: Config) -> Retention | None:
-    """What the client asks for; the body goes before the headers. Raises InvalidRequest."""
-    seconds, name = generation.retain_s, generation.names.get("retain_s", "retain_s")
-    if seconds is None and (text := headers.get(RETAIN)) is not None:
-        name = RETAIN.decode()
-        try:
-            seconds = float(text)
-        except ValueError:
-            raise InvalidRequest(f"{name} must be a number of seconds.", param=name) from None
-    mode, how = generation.on_disconnect, "on_disconnect"
-    if mode is None and (said := headers.get(ON_DISCONNECT)) is not None:
-        mode, how = said.decode("latin-1"), ON_DISCONNECT.decode()
-    if mode is not None and mode not in MODES:
-        raise InvalidRequest(f"{how} must be one of {', '.join(MODES)}.", param=how)
-    if seconds is None:
-        if mode is None or mode == "cancel":
-            return None
-        seconds, name = min(IMPLIED_S, config.max_retain_s), how
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise InvalidRequest(f"{name} must be a number of seconds, 0 or more.", param=name)
-    if seconds > config.max_retain_s or (not seconds and mode not in (None, "cancel")):
-        raise InvalidRequest(f"{name} may be at most {config.max_retain_s:g} s at this server (--max-retain-s), and above 0.", param=name)
-    if not seconds:
-        return None
-    if not generation.stream:
-        raise InvalidRequest(f"{name} is for streams alone: send stream: true with it.", param=name)
-    return Retention(seconds, mode or "continue")
 
 
 def beginning_of(context: RequestContext, created: int) -> bytes:
@@ -153,7 +122,7 @@ def after_of(request: Request[Any, Any, Any]) -> int:
 
 
 async def find_stream(gateway: Gateway, wanted: str, tenant: str | None, after: int) -> Again:
-    """The retained stream of that id, wherever it began. Raises NotFound (to other tenants it does not exist), or Gone."""
+    """The retained stream of that id, wherever it began. Raises StreamNotFound (to other tenants it does not exist), or what text says of it."""
     for rid, door in places_of(gateway, wanted):
         answer = await door.query("stream", msgspec.json.encode({"rid": rid, "tenant": tenant}))
         if answer.status == 200:
@@ -161,11 +130,7 @@ async def find_stream(gateway: Gateway, wanted: str, tenant: str | None, after: 
             return Again(_beginning(found.context), found.rid, found.tenant, found.keys, after)
         if answer.status != 404:
             raise failure_of(answer)
-    raise NotFound(
-        f"There is no stream {wanted[:200]!r} here: it was not retained (retain_s), or its time is over.",
-        param="stream",
-        code="stream_not_found",
-    )
+    raise StreamNotFound(wanted)
 
 
 async def control(gateway: Gateway, wanted: str, tenant: str | None, do: str) -> None:
@@ -187,24 +152,23 @@ def asker(context: RequestContext) -> str | None:
 def stream_routes(gateway: Gateway) -> list[Any]:
     """Handlers that share one gateway."""
 
-    @get("/v1/streams/{stream_id:path}", summary="Resume a retained stream", tags=["generate"])
+    @get("/v1/streams/{stream_id:path}", summary="Resume a retained stream", tags=["generate"], opt={QUERY: RESUME})
     async def resume(request: Request[Any, Any, Any]) -> ASGIApp:
         context = context_of(request.scope)
         wanted = str(request.path_params["stream_id"]).removeprefix("/")
         return Resumed(request.app, await find_stream(gateway, wanted, asker(context), after_of(request)))
 
-    def controls(do: str, summary: str) -> Any:
-        @post(f"/v1/requests/{{request_id:path}}/{do}", summary=summary, tags=["server"], status_code=200, name=f"{do} request")
-        async def handler(request: Request[Any, Any, Any]) -> ASGIApp:
-            wanted = str(request.path_params["request_id"]).removeprefix("/")
-            await control(gateway, wanted, asker(context_of(request.scope)), do)
-            return JsonReply(msgspec.json.encode({"id": wanted, "object": "request", "done": do}))
+    @post(
+        "/v1/requests/{request_id:path}",
+        summary="Pause, resume or stop a running request: its id, then /pause, /resume or /stop",
+        tags=["server"],
+        status_code=200,
+    )
+    async def steer(request: Request[Any, Any, Any]) -> ASGIApp:
+        wanted, _, do = str(request.path_params["request_id"]).removeprefix("/").rpartition("/")
+        if not wanted or do not in CONTROLS:
+            raise NotFound(f"What is to happen to the request? POST /v1/requests/ID/{' or /'.join(CONTROLS)}.", param="id")
+        await control(gateway, wanted, asker(context_of(request.scope)), do)
+        return JsonReply(msgspec.json.encode({"id": wanted, "object": "request", "done": do}))
 
-        return handler
-
-    return [
-        resume,
-        controls("pause", "Produce nothing for a running request until it is resumed"),
-        controls("resume", "Go on with a paused request"),
-        controls("stop", "End a running request with what there is"),
-    ]
+    return [resume, steer]

@@ -131,6 +131,7 @@ class StreamReply(Job):
         self.push = self.outbox.push  # whoever resumes the stream finds no such event in it
         if self.retention is not None:
             self.cancel("disconnect")
+            self.keys.clear()  # they may be another reader's now
         super().lost(error)
 
     def broken(self, error: PenstockError) -> None:

@@ -157,16 +157,43 @@ class NotFound(FinalError):
     default_code = "not_found"
 
 
-class Conflict(FinalError):
+class StreamNotFound(NotFound):
+    default_code = "stream_not_found"
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(f"There is no stream {stream[:200]!r} here: it was not retained (retain_s), or its time is over.", param="stream")
+
+
+class StreamExists(FinalError):
     status = 409
     type = "invalid_request_error"
-    default_code = "conflict"
+    default_code = "stream_exists"
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(
+            f"There is a stream of the id {stream!r} already. Read it at GET /v1/streams/{stream}, or send another x-request-id.",
+            param="x-request-id",
+        )
 
 
-class Gone(FinalError):
+class StreamTaken(FinalError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "stream_taken"
+
+    def __init__(self) -> None:
+        super().__init__("Another connection has taken this stream over.")
+
+
+class StreamTooLong(FinalError):
     status = 410
     type = "invalid_request_error"
-    default_code = "gone"
+    default_code = "stream_too_long"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This stream grew too long to be kept (--retained-stream-bytes, --retained-bytes). Send the request again.", param="stream"
+        )
 
 
 class Unauthorized(FinalError):

@@ -20,19 +20,18 @@ from typing import Any
 import msgspec
 
 from penstock.core.actors.text import queries
-from penstock.core.actors.text.desk import Desk, Outbound, rejected
+from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ending import Ending
 from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.health import Health
 from penstock.core.actors.text.intake import Intake
 from penstock.core.actors.text.lane import MAX_STRIKES, Lane
-from penstock.core.actors.text.ledger import ADMITTED, ENCODING, WAITING, Request
+from penstock.core.actors.text.ledger import ENCODING, WAITING, Request
 from penstock.core.actors.text.pool import Pool
-from penstock.core.actors.text.queries import no_stream
-from penstock.core.actors.text.retained import Kept
+from penstock.core.actors.text.readers import Readers
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import Conflict, Draining, EngineUnavailable, NotFound, PenstockError, described
+from penstock.core.protocol.errors import Draining, EngineUnavailable, NotFound, PenstockError, described
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
@@ -52,7 +51,6 @@ from penstock.core.protocol.messages import (
     GrammarChecked,
     Message,
     Park,
-    ParkCause,
     PeerDown,
     PeerUp,
     Query,
@@ -148,6 +146,7 @@ class TextActor:
         self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret, **parts)
         self._ending = Ending(desk, self._pool)
         self._intake = Intake(desk, self._pool, self._ending, place=self._lane_for, rng=rng or random.SystemRandom())
+        self._readers = Readers(desk, self._ending)
         self._lanes: dict[int, Lane] = {}
         self._max_strikes = max_strikes
         self._shard = shard
@@ -162,7 +161,7 @@ class TextActor:
             Park: self._park,
             Unpark: self._park,
             Attach: self._attach,
-            Detach: self._detach,
+            Detach: self._readers.detach,
             Query: self._query,
             EdgeStats: self._edge_stats,
             StepTokens: self._step,
@@ -206,21 +205,7 @@ class TextActor:
 
     def _park(self, message: Park | Unpark) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
-        return () if request is None else self._hold(request, message.why, isinstance(message, Park))
-
-    def _hold(self, request: Request, why: ParkCause, on: bool) -> Iterable[Outbound]:
-        """A reason to produce nothing for it comes or goes."""
-        before = request.parked
-        request.parked = before | {why} if on else before - {why}
-        if bool(before) is bool(request.parked):
-            return ()
-        if on:
-            request.series.count("parks", why)
-        if request.traced:
-            request.events.append(("parked" if on else "resumed", self._clock.now_ns()))
-        if request.state != ADMITTED or request.lane is None:
-            return ()
-        return (To(Park(key=request.key, why=why) if on else Unpark(key=request.key, why=why), request.lane.engine),)
+        return () if request is None else self._readers.hold(request, message.why, isinstance(message, Park))
 
     def _cancel(self, message: Cancel) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
@@ -228,54 +213,9 @@ class TextActor:
             return ()
         return self._ending.drop(request, message.cause) if request.kept is None else self._ending.revoke(request, message.cause)
 
-    # --- retained streams
-
     def _attach(self, message: Attach) -> Iterator[Outbound]:
         yield from self._greet(message.edge)
-        kept = self._streams.find(message.rid, message.tenant)
-        if kept is None or kept.log is None or kept.keys != message.keys:
-            for key in message.keys:
-                yield To(rejected(key, no_stream(message.rid)), message.edge)
-            return
-        if kept.edge is not None and kept.edge != message.edge:
-            for key in kept.requests:
-                yield To(rejected(key, Conflict("Another connection has taken this stream over.", code="stream_taken")), kept.edge)
-        kept.edge = message.edge
-        for request in kept.requests.values():
-            request.edge = message.edge
-        yield from kept.again()
-        for request in kept.requests.values():
-            yield from self._hold(request, "detached", False)
-
-    def _detach(self, message: Detach) -> Iterator[Outbound]:
-        kept = self._streams.of_key(message.key)
-        if kept is None:  # it could not be retained: as any other
-            if (request := self.ledger.requests.get(message.key)) is not None and request.kept is None:
-                yield from self._ending.drop(request, "disconnect")
-        elif kept.edge == message.edge:
-            yield from self._left(kept)
-
-    def _left(self, kept: Kept) -> Iterator[Outbound]:
-        """Nobody listens to a retained stream any more."""
-        kept.edge = None
-        kept.since_ns = self._clock.now_ns()
-        for request in list(kept.requests.values()):
-            yield from self._hold(request, "slow", False)  # that was the connection
-            if kept.on_disconnect == "cancel" or kept.log is None:
-                yield from self._ending.revoke(request, "disconnect")
-            elif kept.on_disconnect == "park" or kept.full:
-                yield from self._hold(request, "detached", True)
-
-    def _tend(self, now_ns: int) -> Iterator[Outbound]:
-        """What time does to retained streams."""
-        for kept in self._streams:
-            if kept.edge is None and kept.full:
-                for request in kept.requests.values():
-                    yield from self._hold(request, "detached", True)
-        for kept in self._streams.overdue(now_ns):
-            for request in list(kept.requests.values()):
-                yield from self._ending.revoke(request, "timeout")
-            self._streams.forget(kept)
+        yield from self._readers.attach(message)
 
     def _grammar_checked(self, message: GrammarChecked) -> Iterator[Outbound]:
         owner = self._pool.obedience.owner(message)
@@ -329,7 +269,7 @@ class TextActor:
             yield from self._ending.everything("error", error)
         for lane in lanes:
             yield from lane.pump()
-        yield from self._tend(now)
+        yield from self._readers.tend(now)
         yield from self._say_ready(again=True)
 
     def _drain(self, message: Drain) -> Handling:
@@ -370,9 +310,7 @@ class TextActor:
             yield from self._lose(message.id, message.epoch, "its link broke")
         elif message.role == "edge":
             self._edges.discard(message.id)
-            for kept in self._streams:
-                if kept.edge == message.id:
-                    yield from self._left(kept)
+            yield from self._readers.lose(message.id)
             for request in [request for request in self.ledger.requests.values() if request.kept is None and request.edge == message.id]:
                 for out in self._ending.drop(request, "disconnect"):
                     if not (isinstance(out, To) and isinstance(out.message, TO_EDGE) and out.index == message.id):
@@ -425,7 +363,7 @@ class TextActor:
             elif asked.do == "stop":
                 yield from self._ending.stop(request)
             else:
-                yield from self._hold(request, "user", asked.do == "pause")
+                yield from self._readers.hold(request, "user", asked.do == "pause")
         yield To(queries.controlled(query, len(found)), query.edge)
 
     def _answer(self, query: Query) -> Answer:

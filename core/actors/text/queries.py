@@ -19,7 +19,7 @@ from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import PIECE, Column
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts
-from penstock.core.protocol.errors import Gone, InvalidRequest, NotFound, PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, StreamNotFound, StreamTooLong
 from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query
 from penstock.version import __version__
 
@@ -165,24 +165,14 @@ def controlled(query: Query, prompts: int) -> Answer:
     return Answer(id=query.id, body=msgspec.json.encode({"prompts": prompts}))
 
 
-def no_stream(rid: str) -> PenstockError:
-    return NotFound(
-        f"There is no stream of the id {rid!r}. It was not retained, or its time is over.", param="stream", code="stream_not_found"
-    )
-
-
 def stream(query: Query, streams: Streams) -> Answer:
-    """Raises NotFound, or Gone."""
+    """Raises StreamNotFound, or StreamTooLong."""
     asked: StreamArgs = _arguments("stream", query.body, StreamArgs)
     kept = streams.find(asked.rid, asked.tenant)
     if kept is None:
-        raise no_stream(asked.rid)
+        raise StreamNotFound(asked.rid)
     if kept.log is None:
-        raise Gone(
-            "This stream grew too long to be kept (--retained-stream-bytes). Send the request again.",
-            param="stream",
-            code="stream_too_long",
-        )
+        raise StreamTooLong
     found = StreamFound(rid=kept.rid, tenant=kept.tenant, model=kept.model, keys=kept.keys, context=kept.context, ended=kept.ended)
     return Answer(id=query.id, body=msgspec.json.encode(found))
 

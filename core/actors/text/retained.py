@@ -19,7 +19,7 @@ from penstock.core.actors.text.deltas import EdgeBatch
 from penstock.core.actors.text.ledger import Ledger, Request
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import Conflict
+from penstock.core.protocol.errors import StreamExists
 from penstock.core.protocol.messages import Finished, Rejected, RowExtra, Submit, TextDelta
 from penstock.core.runtime.actor import To
 
@@ -202,18 +202,14 @@ class Streams:
         return sum(kept.bytes for kept in self._streams.values())
 
     def open(self, request: Request) -> Kept:
-        """The stream that a request belongs to. Raises Conflict if another one has its id."""
+        """The stream that a request belongs to. Raises StreamExists if another one has its id."""
         submit = request.submit
         kept = self._streams.get((submit.tenant, submit.rid))
         if kept is None:
             self._make_room()
             kept = self._streams[submit.tenant, submit.rid] = Kept(submit, self._most)
         elif submit.context:  # every stream has one, and its first request brings it
-            raise Conflict(
-                f"There is a stream of the id {submit.rid!r} already. Read it at GET /v1/streams/{submit.rid}, or send another x-request-id.",
-                param="x-request-id",
-                code="stream_exists",
-            )
+            raise StreamExists(submit.rid)
         kept.requests[request.key] = request
         kept.keys.append(request.key)
         self._by_key[request.key] = kept
