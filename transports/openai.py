@@ -3,6 +3,7 @@
 What it is: `parse_chat` and `parse_completion` check what the fields of a request mean together and give a `Call`: a Generation, and what its reply
 is to show.
 What it does not know: JSON decoding (openai_schema.py), HTTP, replies (openai_voice.py), keys, the chat template.
+It is long because what fields mean together is checked in one place.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.health import Health
 from penstock.core.actors.text.intake import Intake
 from penstock.core.actors.text.lane import MAX_STRIKES, Lane
-from penstock.core.actors.text.ledger import ENCODING, WAITING, Request
+from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.pool import Pool
 from penstock.core.actors.text.readers import Readers
 from penstock.core.contract.text import Tokenizer
@@ -380,32 +380,9 @@ class TextActor:
             case "stream":
                 return queries.stream(query, self._streams)
             case "metrics":
-                self._set_gauges()
+                self._health.set_gauges()
                 return Answer(id=query.id, body=self.metrics.render())
         raise NotFound(f"This server cannot answer {query.what!r}.")
-
-    def _set_gauges(self) -> None:
-        metrics = self.metrics
-        states = dict.fromkeys(("encoding", "queued", "running", "parked", "replaying"), 0)
-        for request in self.ledger.requests.values():
-            if request.state == ENCODING:
-                states["encoding"] += 1
-            elif request.replays and (request.state == WAITING or request.replaying):
-                states["replaying"] += 1
-            elif request.parked:
-                states["parked"] += 1
-            else:
-                states["running" if request.started else "queued"] += 1
-        for state, count in states.items():
-            metrics.set("requests", count, state)
-        metrics.set("retained_streams", len(self._streams))
-        metrics.set("retained_bytes", self._streams.bytes)
-        metrics.set("ready", float(self._health.readiness().ready))
-        metrics.set("pending_requests", self.admission.requests)
-        metrics.set("pending_prompt_tokens", self.admission.tokens)
-        metrics.set("uptime_seconds", (self._clock.now_ns() - self._health.started_ns) / 1e9)
-        metrics.put("otel_spans_exported", self._desk.traces.exported)
-        metrics.put("otel_spans_failed", self._desk.traces.failed)
 
 
 TO_EDGE = (TextDelta, Finished, Rejected, Answer, TextReady)
