@@ -44,6 +44,7 @@ WORDS = {
     "Message": "any message of the [actors page](actors.md), from `penstock.core.protocol.messages`",
     "Config": "every option by its name (docs/configuration.md, underscores for hyphens), from `penstock.core.protocol.config`",
     "RopeType": ", ".join(f'"{name}"' for name in get_args(devices.RopeType)),
+    "OnDisconnect": ", ".join(f'"{name}"' for name in get_args(messages.OnDisconnect)),
     "CancelCause": '"disconnect", "slow_client", "timeout", "drain" or "client"',
     "Scope, Receive, Send, Header": "ASGI's; a header is a pair of bytes",
     "Request, ASGIApp": "Litestar's",

@@ -1,6 +1,6 @@
 """A door: the edge's way to one pool's text process.
 
-What it is: it sends Submit, Cancel, Park, Unpark and Query over the link, hands each row of a TextDelta to the sink that owns its key, answers
+What it is: it sends Submit, Cancel, Attach, Detach, Park, Unpark and Query over the link, hands each row of a TextDelta to the sink that owns its key, answers
 queries, knows whether text is ready, and fails everything as retryable when the link is lost.
 What it does not know: other pools, places and keys of requests (gateway.py), HTTP, JSON, SSE.
 """
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from penstock.core.protocol.errors import EngineUnavailable, PenstockError
+from penstock.core.protocol.errors import EngineUnavailable, PenstockError, StreamTaken
 from penstock.core.protocol.messages import (
     CONTENT,
     Answer,
+    Attach,
     Cancel,
+    Detach,
     Extension,
     Finished,
     Hello,
@@ -279,6 +281,22 @@ class Door:
             raise self.unavailable()
         self.send(submit)
         self._sinks[submit.key] = sink
+
+    def follow(self, rid: str, tenant: str, sinks: Sequence[tuple[int, Sink]]) -> None:
+        """Listen to a retained stream: what belongs to its keys comes to these sinks, from the beginning. Who listened here before is told that it is over."""
+        if not self.connected:
+            raise self.unavailable()
+        before = [sink for key, _ in sinks if (sink := self._sinks.pop(key, None)) is not None]
+        taken = StreamTaken()
+        for sink in before:
+            sink.failed(taken)
+        self._sinks.update(sinks)
+        self.send(Attach(rid=rid, tenant=tenant, edge=self._edge, keys=[key for key, _ in sinks]))
+
+    def detach(self, key: int) -> None:
+        """The client of a retained stream left. Unknown keys (finished ones) are ignored."""
+        if self._sinks.pop(key, None) is not None:
+            self.send(Detach(key=key, edge=self._edge))
 
     def cancel(self, key: int, cause: CancelCause) -> None:
         """Forget a key and tell text. Unknown keys (finished ones) are ignored."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-OPENAI, VLLM, SGLANG = "OpenAI", "vLLM", "SGLang"
+OPENAI, VLLM, SGLANG, PENSTOCK = "OpenAI", "vLLM", "SGLang", "Penstock"
 
 
 class Field(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from penstock.transports import api_fields, responses_fields, storage_fields
 from penstock.transports.field import OPENAI as OPENAI
+from penstock.transports.field import PENSTOCK as PENSTOCK
 from penstock.transports.field import SGLANG as SGLANG
 from penstock.transports.field import VLLM as VLLM
 from penstock.transports.field import Field as Field
@@ -101,6 +102,17 @@ FIELDS: dict[str, Field] = {
         default="made by the server",
     ),
     "cache_salt": Field("Cached prefixes are shared only among requests with the same salt (and the same API key).", VLLM),
+    "retain_s": Field(
+        "Of a stream: it can be resumed until so many seconds after its end, or after its last reader left. The header x-penstock-retain says the same.",
+        PENSTOCK,
+        "0 to --max-retain-s",
+    ),
+    "on_disconnect": Field(
+        "With retain_s: once nobody listens, `cancel` ends it, `continue` goes on, `park` waits. Without: 60 s are implied.",
+        PENSTOCK,
+        "`cancel`, `continue`, `park`",
+        "`continue` with retain_s, else `cancel`",
+    ),
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
     "rid": Field("The same as request_id, which wins over it.", SGLANG),

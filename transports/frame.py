@@ -25,6 +25,10 @@ class Frame(Protocol):
         """A payload as it goes out."""
         ...
 
+    def numbered(self, number: int, message: bytes) -> bytes:
+        """What `wrap` gave, as event `number` of a stream that can be resumed; from 1."""
+        ...
+
     def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
         """(head, tail), so that head + text + tail == wrap(before + text + after) for every JSON string `text`."""
         ...
@@ -42,6 +46,9 @@ class Sse:
 
     def wrap(self, payload: bytes) -> bytes:
         return b"data: " + payload + b"\n\n"
+
+    def numbered(self, number: int, message: bytes) -> bytes:
+        return b"id: %d\n" % number + message
 
     def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
         return b"data: " + before, after + b"\n\n"

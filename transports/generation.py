@@ -48,6 +48,9 @@ class Generation(msgspec.Struct, kw_only=True):
     calling: Calling | None = None
     tells: int = -1
     """How many answers to a prompt tell its log-probabilities; -1: all, and a conversation's reply once."""
+    retain_s: float | None = None
+    """The stream can be resumed until so long after its end, or after its last reader left; None: the body does not say."""
+    on_disconnect: str | None = None
     request_id: str | None = None
     """The client's own id for it, if it came in the body; a header goes before it."""
     ignored: list[str] = msgspec.field(default_factory=list)

@@ -11,7 +11,7 @@ import abc
 import time
 from typing import Any
 
-from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
+from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError, StreamNotFound
 from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
 from penstock.transports.blame import must
@@ -19,6 +19,8 @@ from penstock.transports.gateway import CancelCause, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.ids import public_id
 from penstock.transports.request import Receive, RequestContext, sane_id
+from penstock.transports.retained import Again, beginning_of
+from penstock.transports.retention import retention
 from penstock.transports.voice import Head, Usage, Voice
 
 BACKGROUND = 1 << 20
@@ -56,7 +58,12 @@ class Job(abc.ABC):
         """The reply's, once its voice was told what to speak of."""
         self.model = generation.model or gateway.model_name
         self.door = gateway.door(self.model)
-        self._created = time.time_ns() // 1_000_000_000
+        again = context.again
+        self._created = time.time_ns() // 1_000_000_000 if again is None else again.beginning.created
+        self.retention = retention(generation, context.headers, gateway.config)
+        """None: whoever leaves has left."""
+        self._context = beginning_of(context, self._created) if self.retention is not None and again is None else b""
+        context.body = b""
         self.keys: list[int] = []
         self.ended: list[Finished] = []
         self.error: PenstockError | None = None
@@ -75,10 +82,13 @@ class Job(abc.ABC):
         context.keys = self.keys
         sent_ns = time.monotonic_ns()
         try:
-            for index in range(len(self.generation.prompts)):
-                submit = self._submit(index, sent_ns, gateway.next_key())
-                gateway.submit(submit, self.leg(index))
-                self.keys.append(submit.key)
+            if context.again is not None:
+                self._attach(context.again)
+            else:
+                for index in range(len(self.generation.prompts)):
+                    submit = self._submit(index, sent_ns, gateway.next_key())
+                    gateway.submit(submit, self.leg(index))
+                    self.keys.append(submit.key)
         except BaseException:
             self.cancel("client")
             gateway.leave()
@@ -87,8 +97,19 @@ class Job(abc.ABC):
         if gateway.tracing.enabled:
             self._name_span()
 
+    def _attach(self, again: Again) -> None:
+        """Listen to what runs already."""
+        if len(again.keys) != len(self.generation.prompts):
+            raise StreamNotFound(again.rid)  # it is understood otherwise now than when it began
+        self.keys += again.keys
+        self.door.follow(again.rid, again.tenant, [(key, self.leg(index)) for index, key in enumerate(again.keys)])
+
     def _submit(self, index: int, sent_ns: int, key: int) -> Submit:
         gateway, generation, context = self.gateway, self.generation, self.context
+        kept: dict[str, Any] = {}
+        if self.retention is not None:
+            kept = {"retain_s": self.retention.seconds, "on_disconnect": self.retention.on_disconnect}
+            kept["context"] = b"" if index else self._context
         return Submit(
             key=key,
             edge=gateway.edge,
@@ -117,6 +138,7 @@ class Job(abc.ABC):
             received_ns=context.started_ns,
             sent_ns=sent_ns,
             to_wall_ns=context.span.to_wall_ns,
+            **kept,
             **generation.prompts[index],
         )
 
@@ -155,6 +177,10 @@ class Job(abc.ABC):
             self.cancel("client")
             self.broken(error)
 
+    def lost(self, error: PenstockError) -> None:
+        """The same of what no row says: the request was refused, or nobody can go on with it here."""
+        self.leg_failed(error)
+
     @abc.abstractmethod
     def complete(self) -> None:
         """Every prompt is answered."""
@@ -164,6 +190,11 @@ class Job(abc.ABC):
         """The request failed; its keys are cancelled."""
 
     def cancel(self, cause: CancelCause) -> None:
+        """Nobody here waits for it any more. A retained stream is left to whoever comes, unless it is ended on purpose."""
+        if self.retention is not None and cause in ("disconnect", "slow_client"):
+            for key in self.keys:
+                self.door.detach(key)
+            return
         for key in self.keys:
             self.gateway.cancel(key, cause)
 

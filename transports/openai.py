@@ -3,6 +3,7 @@
 What it is: `parse_chat` and `parse_completion` check what the fields of a request mean together and give a `Call`: a Generation, and what its reply
 is to show.
 What it does not know: JSON decoding (openai_schema.py), HTTP, replies (openai_voice.py), keys, the chat template.
+It is long because what fields mean together is checked in one place.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from penstock.transports.openai_schema import (
     check_unknown,
     decode,
 )
+from penstock.transports.retention import check_seconds
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
@@ -150,6 +152,8 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "truncate_prompt_tokens must be -1, or from 1 to 2147483647.",
         "truncate_prompt_tokens",
     )
+    if request.retain_s is not None:
+        check_seconds(request.retain_s, "retain_s", config)
     priority = request.priority or 0
     _need(-(2**31) <= priority < 2**31, "priority must fit 32 bits.", "priority")
     options = request.stream_options
@@ -162,6 +166,8 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "truncate_prompt_tokens": cut,
         "want_ids": bool(request.return_token_ids),
         "stream": bool(request.stream),
+        "retain_s": request.retain_s,
+        "on_disconnect": request.on_disconnect,
         "request_id": request.request_id or request.rid,
         "ignored": check_unknown(ignored, strict=config.strict_fields),
         "include_usage": bool(options and options.include_usage),

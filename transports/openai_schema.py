@@ -157,6 +157,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int | None = None
     request_id: str | None = None
     cache_salt: str | None = None
+    retain_s: float | None = None
+    on_disconnect: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     # SGLang's

@@ -3,6 +3,7 @@
 What it is: msgspec structs of the reply bodies, and which endpoint gives which with which status and content type. Tests hold real replies
 against them; nothing is encoded from them.
 What it does not know: how replies are made (openai_voice.py, http.py, text's queries).
+It is long because it is one table of all endpoints, and what they say.
 """
 
 from __future__ import annotations
@@ -254,6 +255,12 @@ class CancelReply(msgspec.Struct):
     cancelled: bool
 
 
+class ControlReply(msgspec.Struct):
+    id: str
+    object: Literal["request"]
+    done: Literal["pause", "resume", "stop"]
+
+
 class Answer(NamedTuple):
     """One status of an endpoint: content type -> the body's struct (None: free text; dict: any object)."""
 
@@ -266,9 +273,9 @@ EVERYWHERE = (400, 405, 408, 431, 501)
 """Errors of every endpoint: what arrives is no valid HTTP, has another method, comes too slowly, or has too large headers."""
 _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
-_GENERATING = (*_ASKING, 499)
+_GENERATING = (*_ASKING, 409, 499)
 _ANTHROPIC = (401, 403, 404, 413, 415, 429, 500, 529)
-_TGI = (401, 403, 413, 415, 422, 424, 429, 499, 500, 503)
+_TGI = (401, 403, 409, 413, 415, 422, 424, 429, 499, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/chat/completions": ([Answer(200, {JSON: ChatReply, SSE: ChatChunk}, "The answer; with stream true as events.")], _GENERATING),
@@ -281,7 +288,10 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/batches/{batch_id}": ([Answer(200, {JSON: Batch}, "The batch.")], (*_READING, 404)),
     "/v1/batches/{batch_id}/cancel": ([Answer(200, {JSON: Batch}, "It is being cancelled.")], (*_READING, 404, 409)),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
-    "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
+    "/v1/messages": (
+        [Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")],
+        (*_ANTHROPIC, 409, 499),
+    ),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
     "/v1/responses": ([Answer(200, {JSON: ResponseReply, SSE: ResponseEvent}, "The answer; with stream true as events.")], _GENERATING),
     "/v1/responses/input_tokens": ([Answer(200, {JSON: InputTokensReply}, "How many tokens.")], _ASKING),
@@ -312,6 +322,13 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     ),
     "/server_info": ([Answer(200, {JSON: ServerInfoReply}, "What is served.")], _READING),
     "/v1/requests/{request_id}": ([Answer(200, {JSON: CancelReply}, "It is cancelled.")], (*_READING, 404)),
+    "/v1/streams/{stream_id}": (
+        [
+            Answer(200, {SSE: None}, "Its events from there on, as the endpoint that it was asked of sends them."),
+            Answer(204, {}, "There is nothing more: it is over."),
+        ],
+        (*_READING, 404, 409, 410, 499),
+    ),
     "/version": ([Answer(200, {JSON: VersionReply}, "Penstock's version.")], (401,)),
     "/metrics": ([Answer(200, {PLAIN: None}, "Prometheus text format.")], _READING),
     "/schema": ([Answer(200, {HTML: None}, "This API as a page.")], (401, 500)),
@@ -322,6 +339,7 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
 OF_METHODS: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "GET /v1/files": ([Answer(200, {JSON: FileList}, "A page of them.")], _READING),
     "DELETE /v1/files/{file_id}": ([Answer(200, {JSON: FileGone}, "It is gone.")], (*_READING, 404)),
+    "POST /v1/requests/{request_id}": ([Answer(200, {JSON: ControlReply}, "It is so.")], (*_READING, 404)),
     "GET /v1/batches": ([Answer(200, {JSON: BatchList}, "A page of them.")], _READING),
     "GET /v1/chat/completions": ([Answer(200, {JSON: StoredChatList}, "A page of them.")], _READING),
     "POST /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], _ASKING),
@@ -380,7 +398,8 @@ ERRORS: dict[int, str] = {
     404: "No such model, or nothing at this path.",
     405: "This method is not allowed here.",
     408: "The request did not arrive in time.",
-    409: "What is over cannot be changed.",
+    409: "What is over cannot be changed; or a stream has this id already, or has another reader now.",
+    410: "The stream is not kept any more.",
     413: "The request is too large.",
     415: "The content type or content encoding is not understood.",
     429: "The server is busy; Retry-After says when to come back.",

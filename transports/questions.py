@@ -12,7 +12,8 @@ import msgspec
 
 from penstock.core.protocol.errors import ModelNotFound, PenstockError
 from penstock.core.protocol.messages import Answer
-from penstock.transports.gateway import Gateway, make_error
+from penstock.transports.gateway import Door, Gateway, make_error
+from penstock.transports.ids import split
 
 
 class _Failure(msgspec.Struct):
@@ -32,6 +33,14 @@ def failure_of(answer: Answer) -> PenstockError:
     except msgspec.MsgspecError:
         f = _Failure(message=answer.body.decode(errors="replace") or _Failure().message)
     return make_error(answer.status, f.type, f.code, f.message, f.param, f.retry_after_s)
+
+
+def places_of(gateway: Gateway, wanted: str) -> list[tuple[str, Door]]:
+    """Which request that may be, and who may have it: a reply's id names its text process; a request's own id (x-request-id) may be anywhere."""
+    doors = list(gateway.doors.values())
+    found = split(wanted)
+    named = [(found[0], door) for door in doors if door.pool.text == found[1]] if found is not None else []
+    return [*named, *((wanted, door) for door in doors)]
 
 
 async def find_model(gateway: Gateway, wanted: str) -> dict[str, Any]:

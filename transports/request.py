@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -21,6 +21,9 @@ from penstock.core.protocol.errors import InvalidRequest, PenstockError, Request
 from penstock.core.protocol.tables import Principal
 from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_body, encodings_of, packed_limit
 from penstock.transports.tracing import RequestSpan
+
+if TYPE_CHECKING:
+    from penstock.transports.retained import Again
 
 Scope: TypeAlias = Any
 """An ASGI scope: a dict, as the server made it. Litestar and uvicorn type it in ways that do not fit each other."""
@@ -58,10 +61,14 @@ class RequestContext:
 
     __slots__ = (
         "abort",
+        "again",
         "background",
+        "body",
         "headers",
         "include_metrics",
+        "inner",
         "keys",
+        "path",
         "principal",
         "raw_send",
         "rid",
@@ -82,6 +89,14 @@ class RequestContext:
         self.status = 0
         """What metrics count; 499 when the client left."""
         self.principal = ANYBODY
+        self.path = ""
+        """Of the route."""
+        self.body = b""
+        """As it was read, until a reply is made of it."""
+        self.inner = ""
+        """What the reply's ids are made of, if that is not `rid`."""
+        self.again: Again | None = None
+        """The stream that it resumes."""
         self.background = False
         """Others go first, whatever priority it asks for."""
         self.keys: Sequence[int] = ()

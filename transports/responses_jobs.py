@@ -69,7 +69,7 @@ class Leg:
         self._job.leg_finished(message)
 
     def failed(self, error: PenstockError) -> None:
-        self._job.leg_failed(error)
+        self._job.lost(error)
 
 
 def unheard(payloads: Iterable[bytes]) -> None:

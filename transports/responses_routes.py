@@ -96,7 +96,8 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         body = await surface.body(request)
         context = context_of(request.scope)
         own = sane_id(context.headers.get(b"x-request-id", b"").decode("latin-1")) is None
-        rid = context.rid if own else new_rid()  # a client's own id can be guessed, and may come twice
+        rid = context.inner or (context.rid if own else new_rid())  # a client's own id can be guessed, and may come twice
+        context.inner = rid
         async with surface.turn(body):
             core = rid + SHARDS[gateway.door(_model(body)).pool.text]
             asked = await parse(body, config, gateway.limits, rid=rid, core=core, tenant=context.tenant, records=records, length=length)

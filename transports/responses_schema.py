@@ -91,6 +91,8 @@ class ResponsesRequest(InputTokensRequest, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    retain_s: float | None = None
+    on_disconnect: str | None = None
     request_id: str | None = None
 
 
@@ -115,6 +117,8 @@ LIKE_CHAT = (
     "skip_special_tokens",
     "priority",
     "cache_salt",
+    "retain_s",
+    "on_disconnect",
     "request_id",
 )
 """Fields that chat has under the same name and with the same meaning."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -29,6 +29,9 @@ log = logging.getLogger("penstock.edge.stream")
 
 _json = msgspec.json.Encoder().encode
 
+MOST_PIECES = 1 << 16
+"""Events that something large about a prompt may be made of: more than there ever are."""
+
 
 class _StreamLeg:
     """One prompt's rows as payloads."""
@@ -39,7 +42,7 @@ class _StreamLeg:
         n = job.generation.sampling.n
         self._job = job
         self._base = index * n
-        self._push = job.outbox.push
+        self._push = job.push
         self._opened = [False] * n
         self._prompt = Prompt()
 
@@ -69,7 +72,7 @@ class _StreamLeg:
         self._job.leg_finished(message)
 
     def failed(self, error: PenstockError) -> None:
-        self._job.leg_failed(error)
+        self._job.lost(error)
 
 
 class StreamReply(Job):
@@ -80,7 +83,12 @@ class StreamReply(Job):
         self._frame = frame
         self._pulse = pulse
         self.outbox = Outbox(gateway.config, self._park, self._unpark, self._cut, keep_alive=frame.keep_alive)
-        self._started = False
+        again = context.again
+        self.push: Callable[[bytes], None] = self.outbox.push if self.retention is None else self._push_numbered
+        self._number = 0
+        self._after = 0 if again is None else again.after
+        """Events up to this one are not sent."""
+        self._started = again is not None
         self._reasons: list[str] = []
         self.alone = generation.choices == 1
         """Is the request's fate that of its only choice?"""
@@ -97,9 +105,26 @@ class StreamReply(Job):
     def say(self, payloads: Iterable[bytes | Pieces]) -> None:
         for payload in payloads:
             if isinstance(payload, Pieces):
-                self.outbox.push_later(map(self._frame.wrap, payload.payloads))
+                self._say_later(payload)
             else:
-                self.outbox.push(self._frame.wrap(payload))
+                self.push(self._frame.wrap(payload))
+
+    def _say_later(self, pieces: Pieces) -> None:
+        messages: Iterator[bytes] = map(self._frame.wrap, pieces.payloads)
+        if self.retention is not None:  # how many they are is known once they are made: they have numbers to spare
+            messages = self._numbered(messages, self._number)
+            self._number += MOST_PIECES
+        self.outbox.push_later(messages)
+
+    def _numbered(self, messages: Iterable[bytes], before: int) -> Iterator[bytes]:
+        for number, message in enumerate(messages, before + 1):
+            if number > self._after:
+                yield self._frame.numbered(number, message)
+
+    def _push_numbered(self, message: bytes) -> None:
+        self._number += 1
+        if self._number > self._after:
+            self.outbox.push(self._frame.numbered(self._number, message))
 
     def close_choice(self, index: int, reason: str, row: int, batch: Batch) -> None:
         self._reasons.append(reason)
@@ -119,6 +144,13 @@ class StreamReply(Job):
             return
         self.summarize(self._reasons)
         self.outbox.close()
+
+    def lost(self, error: PenstockError) -> None:
+        self.push = self.outbox.push  # whoever resumes the stream finds no such event in it
+        if self.retention is not None:
+            self.cancel("disconnect")
+            self.keys.clear()  # they may be another reader's now
+        super().lost(error)
 
     def broken(self, error: PenstockError) -> None:
         if not self._started:
@@ -168,8 +200,12 @@ class StreamReply(Job):
             await outbox.wait()
             if self.context.status == 499:
                 return
-            if self.error is not None:
+            if self.error is not None and not self._started:
                 await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
+                return
+            if self._after and outbox.last and not outbox.unsent:  # it has all of it (and, as the HTML standard says, need not come again)
+                await send({"type": "http.response.start", "status": 204, "headers": []})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
             self._started = True
             headers = [*self._frame.headers, *ignored_header(self.generation.ignored)]

@@ -37,8 +37,11 @@ class Surface:
 
     async def body(self, request: Request[Any, Any, Any]) -> bytes:
         """The request's JSON, not parsed yet. Raises InvalidRequest (415 for another content type) or RequestTooLarge."""
-        check_json(context_of(request.scope).headers)
-        return await read_body(request.scope, request.receive, self._gateway.config.max_body_bytes)
+        context = context_of(request.scope)
+        check_json(context.headers)
+        context.path = request.scope["path"]
+        context.body = await read_body(request.scope, request.receive, self._gateway.config.max_body_bytes)
+        return context.body
 
     async def understood(self, body: bytes, parse: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """What `parse(body, ...)` gives or raises. A large body is parsed on a thread, so that the loop has its turns meanwhile, and one at a time in the

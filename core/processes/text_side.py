@@ -34,8 +34,10 @@ from penstock.core.protocol.messages import (
     Abort,
     Admit,
     Answer,
+    Attach,
     Cancel,
     CheckGrammar,
+    Detach,
     EdgeStats,
     Encode,
     Encoded,
@@ -59,7 +61,7 @@ from penstock.core.telemetry.traces import NO_TRACES, Traces
 S = TypeVar("S", bound=Spec)
 TICK_S = 1.0
 
-FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, Query, EdgeStats, PeerUp, PeerDown})
+FROM_EDGES: frozenset[type[Message]] = frozenset({Submit, Cancel, Park, Unpark, Attach, Detach, Query, EdgeStats, PeerUp, PeerDown})
 TO_EDGES: frozenset[type[Message]] = frozenset({TextDelta, Finished, Rejected, Answer, TextReady})
 FROM_ENGINES: frozenset[type[Message]] = frozenset({EngineUp, StepTokens, PeerUp, PeerDown})
 TO_ENGINES: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark, Vocabulary})

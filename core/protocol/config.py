@@ -232,6 +232,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
     keep_alive_s: Annotated[float, opt("SSE comment after this long without an event.", "limits")] = 10.0
+    max_retain_s: Annotated[float, opt("Longest retain_s of a stream that can be resumed; 0: none can.", "limits")] = 600.0
+    retained_stream_bytes: Annotated[int, opt("Most that is kept of one retained stream.", "limits", size=True)] = 8 * MiB
+    retained_bytes: Annotated[int, opt("Most that is kept of all retained streams.", "limits", size=True)] = 256 * MiB
 
     # --- observability
     log_level: Annotated[Literal["debug", "info", "warning", "error"], opt("Least level that is logged.", "observability")] = "info"
@@ -613,6 +616,8 @@ def check(config: Config) -> None:
         "max_streams",
         "stream_park_bytes",
         "stream_max_bytes",
+        "retained_stream_bytes",
+        "retained_bytes",
         "store_max_bytes",
         "store_max_rows",
         "max_file_bytes",
@@ -624,7 +629,16 @@ def check(config: Config) -> None:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
     if config.max_prompt_chars is not None and config.max_prompt_chars < 1:
         raise ConfigError("--max-prompt-chars must be at least 1.", param="max_prompt_chars")
-    for name in ("max_stop", "max_logprobs", "engine_restarts", "shutdown_timeout", "priority_ageing_s", "watchdog_timeout", "store_ttl_s"):
+    for name in (
+        "max_stop",
+        "max_logprobs",
+        "engine_restarts",
+        "shutdown_timeout",
+        "priority_ageing_s",
+        "watchdog_timeout",
+        "store_ttl_s",
+        "max_retain_s",
+    ):
         if not getattr(config, name) >= 0:  # "not": what is no number fails too
             raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)
     for name in ("receive_timeout_s", "stream_stall_s", "keep_alive_s"):
@@ -635,7 +649,7 @@ def check(config: Config) -> None:
             f"--watchdog-timeout must be 0 (never) or at least {WATCHDOG_LEAST_S}: processes give a sign of life every second.",
             param="watchdog_timeout",
         )
-    for name in ("shutdown_timeout", "receive_timeout_s", "stream_stall_s", "keep_alive_s", "watchdog_timeout"):
+    for name in ("shutdown_timeout", "receive_timeout_s", "stream_stall_s", "keep_alive_s", "watchdog_timeout", "max_retain_s"):
         if not getattr(config, name) <= LONGEST_S:
             raise ConfigError(f"{OPTIONS[name].flag} must be at most {LONGEST_S} seconds (a week).", param=name)
     if config.priority_ageing_s == float("inf"):

@@ -27,6 +27,10 @@ ErrorCode = Literal[
     "store_unavailable",
     "batch_over",
     "not_found",
+    "stream_not_found",
+    "stream_exists",
+    "stream_taken",
+    "stream_too_long",
     "method_not_allowed",
     "engine_unavailable",
     "engine_failure",
@@ -155,6 +159,45 @@ class NotFound(FinalError):
     status = 404
     type = "invalid_request_error"
     default_code = "not_found"
+
+
+class StreamNotFound(NotFound):
+    default_code = "stream_not_found"
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(f"There is no stream {stream[:200]!r} here: it was not retained (retain_s), or its time is over.", param="stream")
+
+
+class StreamExists(FinalError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "stream_exists"
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(
+            f"There is a stream of the id {stream!r} already. Read it at GET /v1/streams/{stream}, or send another x-request-id.",
+            param="x-request-id",
+        )
+
+
+class StreamTaken(FinalError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "stream_taken"
+
+    def __init__(self) -> None:
+        super().__init__("Another connection has taken this stream over.")
+
+
+class StreamTooLong(FinalError):
+    status = 410
+    type = "invalid_request_error"
+    default_code = "stream_too_long"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This stream grew too long to be kept (--retained-stream-bytes, --retained-bytes). Send the request again.", param="stream"
+        )
 
 
 class Unauthorized(FinalError):

@@ -99,6 +99,10 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
+OnDisconnect = Literal["cancel", "continue", "park"]
+ParkCause = Literal["slow", "user", "detached"]
+
+
 class Submit(Message, frozen=True, kw_only=True):
     """One prompt of one request. Exactly one of `messages`, `prompt`, `prompt_ids` (I32) is given.
 
@@ -157,6 +161,12 @@ class Submit(Message, frozen=True, kw_only=True):
     tells: int = -1
     """How many of the answers tell the prompt's log-probabilities: what is told in one reply is bounded. -1: all of them, and a chat's reply once. 0: no
     reply is made of them, and there is no bound (the Python API)."""
+    retain_s: float = 0.0
+    """Keep the stream's rows, under `rid`, until so long after its end or after its last reader left; 0: do not. All requests of a `rid` are one stream."""
+    on_disconnect: OnDisconnect = "cancel"
+    """With `retain_s`, once nobody listens: end it, go on, or wait for somebody."""
+    context: bytes = b""
+    """With `retain_s`: what an edge needs to answer it again. The first request of a stream brings it."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -167,19 +177,39 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 class Park(Message, frozen=True, kw_only=True):
-    """The client reads too slowly: stop producing for this request, keep its state. Travels edge -> text -> engine."""
+    """Stop producing for this request, keep its state. Travels edge -> text -> engine. `why`: the client reads too slowly, said so, or is not there; text goes on once
+    no reason is left, and an engine is told of the first and the last only."""
 
     key: int
+    why: ParkCause = "slow"
 
 
 class Unpark(Message, frozen=True, kw_only=True):
     key: int
+    why: ParkCause = "slow"
+
+
+class Attach(Message, frozen=True, kw_only=True):
+    """From now on this edge listens to a retained stream; another one that did is told, by a Rejected. All its rows come again, and then the rest. A stream that is not
+    there any more is a Rejected for each of `keys`."""
+
+    rid: str
+    tenant: str
+    edge: int
+    keys: list[int]
+
+
+class Detach(Message, frozen=True, kw_only=True):
+    """The client of a retained stream went away (`key` is any of its keys). Ignored from an edge that does not listen to it."""
+
+    key: int
+    edge: int
 
 
 class Query(Message, frozen=True, kw_only=True):
     """A question of an edge that is answered by one `Answer` with the same `id`.
 
-    what: "models" | "tokenize" | "detokenize" | "tokenizer_info" | "metrics" | "health" | "server_info" | "cancel"; `body` is its JSON argument.
+    what: "models" | "tokenize" | "detokenize" | "tokenizer_info" | "metrics" | "health" | "server_info" | "cancel" | "control" | "stream"; `body` is its JSON argument.
     """
 
     id: int
@@ -827,7 +857,7 @@ def message_types() -> list[type[Message]]:
 
 
 # The unions that links decode: one per edge of the graph.
-EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Extension
+EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Extension | Attach | Detach
 TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension
 TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension | Vocabulary
 EngineToText = Hello | EngineUp | StepTokens | Extension

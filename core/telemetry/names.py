@@ -51,6 +51,10 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
         "Prompts that text dropped before they were done: their client left (or its edge died), read too slowly, or gave them up"
         " (with the other prompts of a failed request); drain: the server shut down.",
     ),
+    "parks": (
+        ("why",),
+        "Prompts that nothing was produced for, for a while: their client read too slowly (slow), said so (user), or was not there (detached).",
+    ),
     "tokens": (("source",), "Tokens: prompt_computed, prompt_cached, generated, replayed."),
     "replays": ((), "Requests that were re-admitted after an engine died."),
     "requests_condemned": ((), "Requests that were failed because engines died under them again and again."),
@@ -60,13 +64,14 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "otel_spans_exported": ((), "Spans that the collector took."),
     "otel_spans_failed": ((), "Spans that could not be exported."),
 }
-OF_REQUESTS = frozenset({"requests_finished", "cancellations", "tokens", "replays", "requests_condemned"})
+OF_REQUESTS = frozenset({"requests_finished", "cancellations", "parks", "tokens", "replays", "requests_condemned"})
 """Counters that are kept by pool and class, as they count what happened to accepted requests."""
 # Label values that are known before anything happened.
 KNOWN: dict[str, tuple[str, ...]] = {
     "requests_finished": ("stop", "length", "tool_calls", "abort", "error"),
     "admission_rejections": ("queue_requests", "queue_tokens"),
     "cancellations": ("disconnect", "slow_client", "timeout", "drain", "client"),
+    "parks": ("slow", "user", "detached"),
     "tokens": ("prompt_computed", "prompt_cached", "generated", "replayed"),
     "dropped_rows": ("stale", "duplicate", "gap"),
 }
@@ -82,6 +87,8 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "pending_requests": ((), "Accepted requests that have not had their first step."),
     "pending_prompt_tokens": ((), "Their prompt tokens."),
     "requests": (("state",), "Requests in the server, by state."),
+    "retained_streams": ((), "Streams that are kept, so that they can be resumed."),
+    "retained_bytes": ((), "About what they take."),
     "engine_up": (("engine",), "1 while the engine can take requests."),
     "engine_epoch": (("engine",), "How often the engine was started."),
     "sequences": (("engine", "state"), "Sequences in the engine, by state."),

@@ -123,7 +123,10 @@ class FakeText:
         self.beats = True
         self.answers: dict[str, Callable[[bytes], tuple[int, bytes]]] = {
             "server_info": lambda _: (200, SERVER_INFO),
-            "cancel": lambda _: (404, b'{"message":"No request of that id is running.","type":"invalid_request_error","code":"not_found"}'),
+            "control": lambda _: (
+                404,
+                b'{"message":"No request of that id is running.","type":"invalid_request_error","code":"not_found"}',
+            ),
             "models": lambda _: (200, b'{"object":"list","data":[{"id":"brook","object":"model","created":1,"owned_by":"penstock"}]}'),
             "metrics": lambda _: (200, b"penstock_up 1\n"),
             "health": lambda _: (200, b'{"status":"ok"}'),

@@ -34,7 +34,7 @@ def found(asked: bytes) -> tuple[int, bytes]:
 @pytest.fixture
 def edge(make_edge: MakeEdge) -> Edge:
     edge = make_edge(text=lambda t: setattr(t, "script", lambda submit: [delta({"key": submit.key, "text": "Hel"})]))
-    edge.text.answers["cancel"] = found
+    edge.text.answers["control"] = found
     return edge
 
 
@@ -102,7 +102,7 @@ def test_a_whole_reply_that_is_cancelled_is_499(edge: Edge, path: str, body: dic
 )
 def test_which_request_an_id_names(edge: Edge, name: str, asked: list[str]) -> None:
     reply = edge.kept.delete(f"/v1/requests/{name}")
-    assert [json.loads(query.body)["rid"] for query in edge.text.wait_for(Query) if query.what == "cancel"] == asked
+    assert [json.loads(query.body)["rid"] for query in edge.text.wait_for(Query) if query.what == "control"] == asked
     if asked[0] == "r1":
         assert msgspec.convert(reply.json(), replies.CancelReply) == replies.CancelReply(id=name, object="request", cancelled=True)
     else:
@@ -114,7 +114,7 @@ def test_an_id_may_be_as_long_as_it_likes(edge: Edge) -> None:
 
 
 def test_an_error_of_text_is_passed_on(edge: Edge) -> None:
-    edge.text.answers["cancel"] = lambda _: (400, b'{"message":"Strange.","type":"x","code":"invalid_value"}')
+    edge.text.answers["control"] = lambda _: (400, b'{"message":"Strange.","type":"x","code":"invalid_value"}')
     assert edge.kept.delete("/v1/requests/r1").status_code == 400
 
 
@@ -132,7 +132,7 @@ def test_text_is_told_in_whose_name(edge: Edge, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(Keyring, "find", lambda *_: principal)
     monkeypatch.setattr(edge.server.app.keyring, "locked", True)
     edge.kept.delete("/v1/requests/r1")
-    assert json.loads(edge.text.wait_for(Query)[-1].body) == {"rid": "r1", "tenant": tenant}
+    assert json.loads(edge.text.wait_for(Query)[-1].body) == {"rid": "r1", "tenant": tenant, "do": "cancel"}
 
 
 def test_every_voices_ids_are_known(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.health import Health
 from penstock.core.actors.text.intake import Intake
 from penstock.core.actors.text.lane import MAX_STRIKES, Lane
-from penstock.core.actors.text.ledger import ADMITTED, ENCODING, WAITING, Request
+from penstock.core.actors.text.ledger import Request
 from penstock.core.actors.text.pool import Pool
+from penstock.core.actors.text.readers import Readers
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import Draining, EngineUnavailable, NotFound, PenstockError, described
@@ -35,8 +36,10 @@ from penstock.core.protocol.messages import (
     Abort,
     Admit,
     Answer,
+    Attach,
     Cancel,
     CheckGrammar,
+    Detach,
     Drain,
     Drained,
     EdgeStats,
@@ -89,6 +92,8 @@ class TextActor:
             Cancel,
             Park,
             Unpark,
+            Attach,
+            Detach,
             Query,
             EdgeStats,
             StepTokens,
@@ -136,10 +141,12 @@ class TextActor:
         self.metrics = metrics or Metrics([names[0]], compat=config.metrics_compat == "vllm")
         self._desk = desk = Desk(config, clock=self._clock, metrics=self.metrics, traces=traces, hooks=hooks, log=log)
         self.ledger, self.admission = desk.ledger, desk.admission
+        self._streams = desk.streams
         parts: dict[str, Any] = {"grammars": grammars, "formats": formats}
         self._pool = Pool(desk, tokenizer, names=names, model_path=model_path, defaults=defaults, secret=secret, **parts)
         self._ending = Ending(desk, self._pool)
         self._intake = Intake(desk, self._pool, self._ending, place=self._lane_for, rng=rng or random.SystemRandom())
+        self._readers = Readers(desk, self._ending)
         self._lanes: dict[int, Lane] = {}
         self._max_strikes = max_strikes
         self._shard = shard
@@ -153,6 +160,8 @@ class TextActor:
             Cancel: self._cancel,
             Park: self._park,
             Unpark: self._park,
+            Attach: self._attach,
+            Detach: self._readers.detach,
             Query: self._query,
             EdgeStats: self._edge_stats,
             StepTokens: self._step,
@@ -196,16 +205,17 @@ class TextActor:
 
     def _park(self, message: Park | Unpark) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
-        if request is None or request.parked is isinstance(message, Park):
-            return ()
-        request.parked = not request.parked
-        if request.traced:
-            request.events.append(("parked" if request.parked else "resumed", self._clock.now_ns()))
-        return (To(message, request.lane.engine),) if request.state == ADMITTED and request.lane is not None else ()
+        return () if request is None else self._readers.hold(request, message.why, isinstance(message, Park))
 
     def _cancel(self, message: Cancel) -> Iterable[Outbound]:
         request = self.ledger.requests.get(message.key)
-        return () if request is None else self._ending.drop(request, message.cause)
+        if request is None:
+            return ()
+        return self._ending.drop(request, message.cause) if request.kept is None else self._ending.revoke(request, message.cause)
+
+    def _attach(self, message: Attach) -> Iterator[Outbound]:
+        yield from self._greet(message.edge)
+        yield from self._readers.attach(message)
 
     def _grammar_checked(self, message: GrammarChecked) -> Iterator[Outbound]:
         owner = self._pool.obedience.owner(message)
@@ -259,6 +269,7 @@ class TextActor:
             yield from self._ending.everything("error", error)
         for lane in lanes:
             yield from lane.pump()
+        yield from self._readers.tend(now)
         yield from self._say_ready(again=True)
 
     def _drain(self, message: Drain) -> Handling:
@@ -299,11 +310,12 @@ class TextActor:
             yield from self._lose(message.id, message.epoch, "its link broke")
         elif message.role == "edge":
             self._edges.discard(message.id)
-            for request in [request for request in self.ledger.requests.values() if request.edge == message.id]:
+            yield from self._readers.lose(message.id)
+            for request in [request for request in self.ledger.requests.values() if request.kept is None and request.edge == message.id]:
                 for out in self._ending.drop(request, "disconnect"):
                     if not (isinstance(out, To) and isinstance(out.message, TO_EDGE) and out.index == message.id):
                         yield out
-            self._pool.receiver.forget_edge(message.id)
+            self._pool.receiver.forget(message.id)
 
     def _edge_stats(self, message: EdgeStats) -> Iterator[Outbound]:
         self.metrics.edge(message.edge, message.counters)
@@ -325,8 +337,8 @@ class TextActor:
             if message.what in queries.LABOUR:
                 yield self._intake.question(message)
                 return
-            if message.what == "cancel":
-                yield from self._cancel_by_id(message)
+            if message.what in ("cancel", "control"):
+                yield from self._control(message)
                 return
             answer = self._answer(message)
         except PenstockError as error:
@@ -335,9 +347,9 @@ class TextActor:
             answer = queries.failure(message, PenstockError(f"The question could not be answered: {described(error, 300)}"))
         yield To(answer, message.edge)
 
-    def _cancel_by_id(self, query: Query) -> Iterator[Outbound]:
-        """End every prompt of the request, which may be another edge's. To other tenants it does not exist."""
-        asked = queries.cancel_args(query)
+    def _control(self, query: Query) -> Iterator[Outbound]:
+        """Something is to happen to every prompt of a request, which may be another edge's. To other tenants it does not exist."""
+        asked = queries.control_args(query)
         found = [
             request
             for request in self.ledger.requests.values()
@@ -346,8 +358,13 @@ class TextActor:
         if not found:
             raise NotFound("No request of that id is running.")
         for request in found:
-            yield from self._ending.revoke(request)
-        yield To(queries.cancelled(query, len(found)), query.edge)
+            if asked.do == "cancel":
+                yield from self._ending.revoke(request)
+            elif asked.do == "stop":
+                yield from self._ending.stop(request)
+            else:
+                yield from self._readers.hold(request, "user", asked.do == "pause")
+        yield To(queries.controlled(query, len(found)), query.edge)
 
     def _answer(self, query: Query) -> Answer:
         pool, facts = self._pool, self._pool.facts
@@ -360,31 +377,12 @@ class TextActor:
                 return queries.server_info(query, pool.names, self._desk.config, facts, self._health.epoch)
             case "health":
                 return self._health.answer(query)
+            case "stream":
+                return queries.stream(query, self._streams)
             case "metrics":
-                self._set_gauges()
+                self._health.set_gauges()
                 return Answer(id=query.id, body=self.metrics.render())
         raise NotFound(f"This server cannot answer {query.what!r}.")
-
-    def _set_gauges(self) -> None:
-        metrics = self.metrics
-        states = dict.fromkeys(("encoding", "queued", "running", "parked", "replaying"), 0)
-        for request in self.ledger.requests.values():
-            if request.state == ENCODING:
-                states["encoding"] += 1
-            elif request.replays and (request.state == WAITING or request.replaying):
-                states["replaying"] += 1
-            elif request.parked:
-                states["parked"] += 1
-            else:
-                states["running" if request.started else "queued"] += 1
-        for state, count in states.items():
-            metrics.set("requests", count, state)
-        metrics.set("ready", float(self._health.readiness().ready))
-        metrics.set("pending_requests", self.admission.requests)
-        metrics.set("pending_prompt_tokens", self.admission.tokens)
-        metrics.set("uptime_seconds", (self._clock.now_ns() - self._health.started_ns) / 1e9)
-        metrics.put("otel_spans_exported", self._desk.traces.exported)
-        metrics.put("otel_spans_failed", self._desk.traces.failed)
 
 
 TO_EDGE = (TextDelta, Finished, Rejected, Answer, TextReady)

@@ -7,12 +7,15 @@ What it does not know: which rows are right to send, the ledger's entries beyond
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from penstock.core.actors.text.detokenizer import TokenTable
 from penstock.core.actors.text.ledger import Ledger
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, i32
 from penstock.core.protocol.messages import LogprobColumns, RowExtra, TextDelta, TokenLogprobs
+from penstock.core.runtime.actor import To
 
 
 class EdgeBatch:
@@ -34,6 +37,10 @@ class EdgeBatch:
         self.extras: list[RowExtra] = []
         self.marked: list[tuple[int, int, int]] = []
         """(row, channel, call) of those that are not plain content."""
+
+    def out(self, ledger: Ledger) -> Iterable[To]:
+        """What they become for whoever listens."""
+        return (To(self.take(ledger), self.edge),)
 
     def take(self, ledger: Ledger) -> TextDelta:
         """The rows as one message; the batch is empty again."""

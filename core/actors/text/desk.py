@@ -12,6 +12,7 @@ from typing import Any
 
 from penstock.core.actors.text.admission import Admission
 from penstock.core.actors.text.ledger import Ledger
+from penstock.core.actors.text.retained import Streams
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import PenstockError, QueueFull, described, tamed
 from penstock.core.protocol.messages import Message, Rejected
@@ -21,6 +22,18 @@ from penstock.core.telemetry.metrics import Metrics
 from penstock.core.telemetry.traces import Traces
 
 Outbound = Message | To
+
+
+def rejected(key: int, error: PenstockError) -> Rejected:
+    return Rejected(
+        key=key,
+        status=error.status,
+        type=error.type,
+        code=error.code,
+        message=error.message,
+        param=error.param,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 class Desk:
@@ -34,6 +47,7 @@ class Desk:
         self.log = log
         self._hooks = hooks
         self.ledger = Ledger()
+        self.streams = Streams(config)
         self.admission = Admission(
             max_requests=config.max_num_queued_reqs, max_tokens=config.max_num_queued_tokens, status=config.queue_full_status
         )
@@ -59,18 +73,11 @@ class Desk:
 
     def refuse(self, key: int, edge: int, error: PenstockError) -> Iterator[To]:
         """Tell an edge that a request never started."""
+        yield To(self.refusal(key, error), edge)
+
+    def refusal(self, key: int, error: PenstockError) -> Rejected:
+        """The word for it; it counts."""
         if isinstance(error, QueueFull):
             self.metrics.count("admission_rejections", error.reason)
         self.metrics.count("requests_rejected", error.code)
-        yield To(
-            Rejected(
-                key=key,
-                status=error.status,
-                type=error.type,
-                code=error.code,
-                message=error.message,
-                param=error.param,
-                retry_after_s=error.retry_after_s,
-            ),
-            edge,
-        )
+        return rejected(key, error)

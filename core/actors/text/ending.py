@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from penstock.core.actors.text import spans
 from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ledger import Request
+from penstock.core.actors.text.obedience import obeys
 from penstock.core.actors.text.pool import Pool
 from penstock.core.contract.hookspecs import RequestSummary
 from penstock.core.protocol.errors import Cancelled, PenstockError
-from penstock.core.protocol.messages import Finished
+from penstock.core.protocol.messages import Finished, Rejected
 from penstock.core.runtime.actor import To
 
 
@@ -42,7 +43,8 @@ class Ending:
         if request.lane is not None:
             request.lane.release(request)
         times = _times(request)
-        yield To(
+        yield from self._tell(
+            request,
             Finished(
                 key=request.key,
                 prompt_tokens=len(request.prompt),
@@ -56,12 +58,21 @@ class Ending:
                 done_ns=now,
                 reasoning_tokens=request.reasoning_tokens,
             ),
-            request.edge,
         )
         self._measure(request, now, times)
         if request.traced:
             fingerprint = self._pool.facts.fingerprint if self._pool.facts else ""
             spans.record(desk.traces, request, self._pool.names[0], fingerprint, now, desk.clock.wall_ns() - desk.clock.now_ns())
+
+    def _tell(self, request: Request, message: Finished | Rejected) -> Iterator[To]:
+        """Its end, to whoever listens."""
+        kept = request.kept
+        if kept is None:
+            yield To(message, request.edge)
+            return
+        yield from kept.end(request.key, message, self._desk.clock.now_ns())
+        if kept.ended:
+            self._pool.receiver.forget(kept)
 
     def drop(self, request: Request, cause: str) -> Iterator[Outbound]:
         """End a request that nobody waits for any more."""
@@ -76,10 +87,10 @@ class Ending:
         if lane is not None:  # it may have been the one that others waited for, and no step follows
             yield from lane.pump()
 
-    def revoke(self, request: Request) -> Iterator[Outbound]:
-        """End a request because somebody said so; whoever waits for it is told."""
+    def revoke(self, request: Request, cause: str = "client") -> Iterator[Outbound]:
+        """End a request because somebody said so; whoever waits for it, now or later, is told."""
         lane = request.lane
-        self._note_cancelled(request, "client")
+        self._note_cancelled(request, cause)
         yield from self.abandon(request, Cancelled("The request was cancelled."), finish="abort")
         if lane is not None:  # as in `drop`
             yield from lane.pump()
@@ -95,7 +106,7 @@ class Ending:
         if not request.choices:
             self._desk.ledger.remove(request)
             self._desk.admission.leave(request.queued_tokens)
-            yield from self._desk.refuse(request.key, request.edge, error)
+            yield from self._tell(request, self._desk.refusal(request.key, error))
             return
         running = request.running
         if request.lane is not None:
@@ -103,6 +114,21 @@ class Ending:
         for choice in running:
             self._pool.receiver.end(choice, finish, error.message, error.code)
         yield from self.deliver()
+
+    def stop(self, request: Request) -> Iterator[Outbound]:
+        """End it with what there is, as if a stop string had come now. What must obey a grammar is cut off, and says so."""
+        if not request.choices:
+            yield from self.revoke(request)
+            return
+        lane, running = request.lane, request.running
+        if lane is not None:
+            yield from lane.stop(request, running)
+        finish, why = ("length", None) if obeys(request.submit) else ("stop", "client")
+        for choice in running:
+            self._pool.receiver.end(choice, finish, stop_reason=why)
+        yield from self.deliver()
+        if lane is not None:  # as in `drop`
+            yield from lane.pump()
 
     def condemn(self, request: Request) -> Iterator[Outbound]:
         """It is what kills engines, as far as anybody can tell."""

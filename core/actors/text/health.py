@@ -13,7 +13,7 @@ from typing import Any
 from penstock.core.actors.text import queries
 from penstock.core.actors.text.desk import Desk
 from penstock.core.actors.text.lane import Lane
-from penstock.core.actors.text.ledger import ADMITTED
+from penstock.core.actors.text.ledger import ADMITTED, ENCODING, WAITING
 from penstock.core.actors.text.pool import Pool
 from penstock.core.protocol.messages import Answer, Query, TextReady, Vitals
 
@@ -98,3 +98,28 @@ class Health:
                 for vital in self.vitals.rows
             ]
         return queries.health(query, status, details)
+
+    def set_gauges(self) -> None:
+        """What /metrics shows of this moment."""
+        desk = self._desk
+        metrics = desk.metrics
+        states = dict.fromkeys(("encoding", "queued", "running", "parked", "replaying"), 0)
+        for request in desk.ledger.requests.values():
+            if request.state == ENCODING:
+                states["encoding"] += 1
+            elif request.replays and (request.state == WAITING or request.replaying):
+                states["replaying"] += 1
+            elif request.parked:
+                states["parked"] += 1
+            else:
+                states["running" if request.started else "queued"] += 1
+        for state, count in states.items():
+            metrics.set("requests", count, state)
+        metrics.set("retained_streams", len(desk.streams))
+        metrics.set("retained_bytes", desk.streams.bytes)
+        metrics.set("ready", float(self.readiness().ready))
+        metrics.set("pending_requests", desk.admission.requests)
+        metrics.set("pending_prompt_tokens", desk.admission.tokens)
+        metrics.set("uptime_seconds", (desk.clock.now_ns() - self.started_ns) / 1e9)
+        metrics.put("otel_spans_exported", desk.traces.exported)
+        metrics.put("otel_spans_failed", desk.traces.failed)

@@ -66,10 +66,12 @@ class Intake:
             keep = resolve.keep_of(message, params, facts)
             self._check_size(message, params, facts, keep)
             desk.admission.check_request(now)
+            request = Request(message, params, pool.series, now)
+            if message.retain_s:
+                request.kept = desk.streams.open(request)
         except PenstockError as error:
             yield from desk.refuse(message.key, message.edge, error)
             return
-        request = Request(message, params, pool.series, now)
         request.traced = desk.traces.active
         request.root_hash = pool.root_hash(request, facts)
         if params.prompt_logprobs is not None and message.tells:

@@ -111,7 +111,7 @@ class Lane:
             yield To(self._pool.receiver.vocabulary(), self.engine)
         yield To(request.admit(self._pool.receiver.ends, replay=request.replays > 0), self.engine)
         if request.parked:
-            yield To(Park(key=request.key), self.engine)
+            yield To(Park(key=request.key, why=sorted(request.parked)[0]), self.engine)
 
     def stop(self, request: Request, choices: list[Choice]) -> Iterator[To]:
         """The engine need not go on with these choices, if it knows them."""

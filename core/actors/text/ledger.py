@@ -20,12 +20,13 @@ from penstock.core.actors.text.stops import StopMatcher
 from penstock.core.actors.text.told import Told
 from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
-from penstock.core.protocol.messages import Admit, Grammar, RowExtra, Submit, TokenLogprobs, seq_of
+from penstock.core.protocol.messages import Admit, Grammar, ParkCause, RowExtra, Submit, TokenLogprobs, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.telemetry.series import Series
 
 if TYPE_CHECKING:
     from penstock.core.actors.text.lane import Lane
+    from penstock.core.actors.text.retained import Kept
 
 # Request.state
 ENCODING, WAITING, ADMITTED = "encoding", "waiting", "admitted"
@@ -109,6 +110,7 @@ class Request:
         "grammar",
         "hashes",
         "incarnation",
+        "kept",
         "key",
         "lane",
         "last_ns",
@@ -166,7 +168,10 @@ class Request:
         """Choices that still run."""
         self.incarnation = 0
         self.started = False
-        self.parked = False
+        self.parked: frozenset[ParkCause] = frozenset()
+        """Why nothing is produced for it."""
+        self.kept: Kept | None = None
+        """The retained stream that it belongs to."""
         self.cached = 0
         self.preemptions = 0
         self.replays = 0

@@ -14,11 +14,12 @@ import msgspec
 
 from penstock.core.actors.text.bounds import check_count
 from penstock.core.actors.text.resolve import as_ids
+from penstock.core.actors.text.retained import Streams
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import PIECE, Column
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts
-from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, StreamNotFound, StreamTooLong
 from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query
 from penstock.version import __version__
 
@@ -40,11 +41,28 @@ class DetokenizeArgs(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
-class CancelArgs(msgspec.Struct, kw_only=True):
-    """Body of "cancel": whose id it is, and in whose name it is asked (null: an administrator's)."""
+class StreamArgs(msgspec.Struct, kw_only=True):
+    """Body of "stream": whose id it is, and in whose name it is asked (null: an administrator's)."""
 
     rid: str
     tenant: str | None = None
+
+
+class ControlArgs(StreamArgs, kw_only=True):
+    """Body of "cancel" and "control": and what is to happen to it. "stop": end with what there is."""
+
+    do: Literal["cancel", "stop", "pause", "resume"] = "cancel"
+
+
+class StreamFound(msgspec.Struct, kw_only=True):
+    """The answer to "stream": what an edge needs to attach to it, and to answer its client."""
+
+    rid: str
+    tenant: str
+    model: str
+    keys: list[int]
+    context: bytes
+    ended: bool
 
 
 LABOUR: dict[str, Literal["tokenize", "detokenize"]] = {"tokenize": "tokenize", "detokenize": "detokenize"}
@@ -137,14 +155,26 @@ def detokenize(question: Encode, tokenizer: Tokenizer) -> bytes:
     return msgspec.json.encode({"prompt": tokenizer.decode(ids.tolist(), skip_special_tokens=False)})
 
 
-def cancel_args(query: Query) -> CancelArgs:
+def control_args(query: Query) -> ControlArgs:
     """Raises InvalidRequest."""
-    found: CancelArgs = _arguments("cancel", query.body, CancelArgs)
+    found: ControlArgs = _arguments(query.what, query.body, ControlArgs)
     return found
 
 
-def cancelled(query: Query, prompts: int) -> Answer:
+def controlled(query: Query, prompts: int) -> Answer:
     return Answer(id=query.id, body=msgspec.json.encode({"prompts": prompts}))
+
+
+def stream(query: Query, streams: Streams) -> Answer:
+    """Raises StreamNotFound, or StreamTooLong."""
+    asked: StreamArgs = _arguments("stream", query.body, StreamArgs)
+    kept = streams.find(asked.rid, asked.tenant)
+    if kept is None:
+        raise StreamNotFound(asked.rid)
+    if kept.log is None:
+        raise StreamTooLong
+    found = StreamFound(rid=kept.rid, tenant=kept.tenant, model=kept.model, keys=kept.keys, context=kept.context, ended=kept.ended)
+    return Answer(id=query.id, body=msgspec.json.encode(found))
 
 
 def models(query: Query, names: list[str], root: str, created_s: int, facts: EngineFacts | None) -> Answer:

@@ -21,6 +21,7 @@ from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.ledger import GENERAL, QUIET, SPLIT, Choice, Held, Ledger, Request, fast_mode
 from penstock.core.actors.text.offsets import prompt_offsets
 from penstock.core.actors.text.resolve import nothing_left, nothing_obeys, nothing_to_draw
+from penstock.core.actors.text.retained import Kept
 from penstock.core.actors.text.splitting import StopReason, quick_row, taken_apart
 from penstock.core.actors.text.stops import StopMatcher, StopSet
 from penstock.core.contract.formats import CONTENT, NAME, REASONING, Fragment
@@ -45,7 +46,7 @@ class Receiver:
         """The model's end tokens; the actor finds out which can be drawn."""
         self._tables = Tables(tokenizer, formats.marks)
         self._table = self._tables.whole
-        self._batches: dict[int, EdgeBatch] = {}
+        self._batches: dict[int | Kept, EdgeBatch] = {}
         self._closed: list[Choice] = []
         self._step_ns = -1
         self._reader: LogprobReader | None = None
@@ -74,9 +75,11 @@ class Receiver:
         marks = splitters[0] is not None
         decoders = [self._tables.decoder(request.prompt, params.skip_special_tokens, marks) for _ in splitters]
         matchers = [StopMatcher(stops) if stops else None for _ in decoders]
-        batch = self._batches.get(request.edge)
+        kept = request.kept
+        whose = request.edge if kept is None else kept
+        batch = self._batches.get(whose)
         if batch is None:
-            batch = self._batches[request.edge] = EdgeBatch(request.edge)
+            batch = self._batches[whose] = EdgeBatch(request.edge) if kept is None else kept.batch
         self._ledger.open(request, decoders, matchers, batch)
         if marks:
             for choice, splitter in zip(request.choices, splitters, strict=True):
@@ -84,8 +87,9 @@ class Receiver:
                 if request.grammar:
                     choice.said = Said()
 
-    def forget_edge(self, edge: int) -> None:
-        self._batches.pop(edge, None)
+    def forget(self, reader: int | Kept) -> None:
+        """No rows come for that edge, or for that stream, any more."""
+        self._batches.pop(reader, None)
 
     # --- one step
 
@@ -170,7 +174,9 @@ class Receiver:
             series.tally(generated, unsteady, gap_s)
         self._reader = None
 
-    def end(self, choice: Choice, finish: str, error: str | None = None, code: str | None = None) -> None:
+    def end(
+        self, choice: Choice, finish: str, error: str | None = None, code: str | None = None, *, stop_reason: str | None = None
+    ) -> None:
         """End a choice from here: a last row with whatever text was held back."""
         try:
             text = self._rest(choice, len(choice.outputs))
@@ -178,9 +184,9 @@ class Receiver:
             tamed(raised)
             text = ""
         if choice.splitter is None:
-            self._row(choice, text, finish, None, error, code)
+            self._row(choice, text, finish, stop_reason, error, code)
         else:
-            self._split(choice, text, finish, None, error, code)
+            self._split(choice, text, finish, stop_reason, error, code)
 
     def _spoil(self, choice: Choice, error: BaseException) -> None:
         """The choice's tokens cannot become text: it ends as an error, and the engine need not go on."""
@@ -194,7 +200,7 @@ class Receiver:
         """The rows collected so far, one TextDelta an edge."""
         for batch in self._batches.values():
             if batch.slots:
-                yield To(batch.take(self._ledger), batch.edge)
+                yield from batch.out(self._ledger)
         for choice in self._closed:
             self._ledger.recycle(choice)
         self._closed.clear()

@@ -1,0 +1,226 @@
+"""Retained streams at the edge: events are numbered, and any edge sends those that a client lacks, as the first one would have."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
+
+from penstock.core.protocol.messages import Attach, Cancel, Detach, Message, Query, Rejected, Submit
+
+CHATS = "/v1/chat/completions"
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+SURFACES = [
+    (CHATS, HI),
+    (CHATS, HI | {"n": 2, "stream_options": {"include_usage": True}}),
+    ("/v1/completions", {"prompt": ["a", "b"], "stream": True}),
+    ("/v1/messages", {"model": "brook", "max_tokens": 9, "messages": HI["messages"], "stream": True}),
+    ("/v1/responses", {"input": "hi", "stream": True}),
+    ("/generate_stream", {"inputs": "hi"}),
+]
+
+
+class Stream:
+    """What a text process would keep of the streams that it was sent."""
+
+    def __init__(self, edge: Edge) -> None:
+        self.edge = edge
+        edge.text.answers["stream"] = self.found
+        edge.text.answers["control"] = lambda body: (200, b'{"prompts":1}') if json.loads(body)["rid"] == "r1" else (404, b"{}")
+
+    @property
+    def submits(self) -> list[Submit]:
+        return [message for message in self.edge.text.received if isinstance(message, Submit)]
+
+    def found(self, body: bytes) -> tuple[int, bytes]:
+        asked = json.loads(body)
+        mine = [submit for submit in self.submits if submit.rid == asked["rid"] and submit.retain_s]
+        if not mine:
+            return 404, b'{"message":"No.","code":"stream_not_found"}'
+        keys = [submit.key for submit in mine]
+        context = mine[0].context
+        return 200, msgspec.json.encode({"rid": asked["rid"], "tenant": "", "model": "", "keys": keys, "context": context, "ended": True})
+
+    def again(self, script: Any = hello_script) -> list[Message]:
+        """All frames of the last stream."""
+        rid = self.submits[-1].rid
+        return [frame for submit in self.submits if submit.rid == rid for frame in script(submit)]
+
+
+@pytest.fixture
+def edge(make_edge: MakeEdge) -> Edge:
+    return make_edge()
+
+
+@pytest.fixture
+def stream(edge: Edge) -> Stream:
+    """Whoever attaches gets the rows of hello_script again."""
+    stream = Stream(edge)
+    own = edge.text._on_message
+
+    def on_message(link: Any, message: Message) -> None:
+        own(link, message)
+        if isinstance(message, Attach):
+            for frame in stream.again():
+                link.send(frame)
+
+    edge.text._on_message = on_message  # type: ignore[method-assign]
+    return stream
+
+
+def blocks(text: str) -> list[str]:
+    """Events, without the one second that is the clock's."""
+    return [re.sub(r'"completed_at":\d+', "", block) for block in text.split("\n\n") if block and not block.startswith(":")]
+
+
+@pytest.mark.parametrize(("path", "body"), SURFACES)
+def test_every_surface_resumes_at_every_event(edge: Edge, stream: Stream, path: str, body: dict[str, Any]) -> None:
+    whole = edge.kept.post(path, json=body, headers={"x-penstock-retain": "30"})
+    rid, events = whole.headers["x-request-id"], blocks(whole.text)
+    assert [block.split("\n")[0] for block in events] == [f"id: {number}" for number in range(1, len(events) + 1)]
+    for after in range(len(events) + 1):
+        rest = edge.kept.get(f"/v1/streams/{rid}", headers={"last-event-id": str(after)})
+        assert rest.status_code == (204 if after == len(events) else 200)
+        assert blocks(rest.text) == events[after:]
+        assert rest.headers["x-request-id"] == rid
+    assert edge.kept.get(f"/v1/streams/{rid}?after=1").text == edge.kept.get(f"/v1/streams/{rid}", headers={"last-event-id": "1"}).text
+    assert edge.server.gateway.active == 0
+
+
+def test_events_are_those_of_a_stream_that_is_not_retained(edge: Edge, stream: Stream) -> None:
+    plain, kept = (edge.kept.post(CHATS, json=HI | more) for more in ({}, {"retain_s": 5}))
+    ids = [reply.headers["x-request-id"] for reply in (plain, kept)]
+    said = ["\n".join(line for line in block.split("\n") if not line.startswith("id: ")) for block in blocks(kept.text)]
+    assert [block.replace(ids[1], "ID") for block in said] == [block.replace(ids[0], "ID") for block in blocks(plain.text)]
+    assert "id: " not in plain.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "more", "expected"),
+    [
+        ({}, {}, (0.0, "cancel")),
+        ({}, {"retain_s": 5}, (5.0, "continue")),
+        ({}, {"retain_s": 5, "on_disconnect": "park"}, (5.0, "park")),
+        ({}, {"on_disconnect": "continue"}, (60.0, "continue")),
+        ({}, {"on_disconnect": "cancel"}, (0.0, "cancel")),
+        ({}, {"retain_s": 0}, (0.0, "cancel")),
+        ({"x-penstock-retain": "7.5"}, {}, (7.5, "continue")),
+        ({"x-penstock-retain": "7", "x-penstock-on-disconnect": "park"}, {}, (7.0, "park")),
+        ({"x-penstock-retain": "7"}, {"retain_s": 3}, (3.0, "continue")),
+    ],
+)
+def test_what_is_asked_for(edge: Edge, headers: dict[str, str], more: dict[str, Any], expected: tuple[float, str]) -> None:
+    assert edge.kept.post(CHATS, json=HI | more, headers=headers).status_code == 200
+    submit = edge.text.wait_for(Submit)[0]
+    assert (submit.retain_s, submit.on_disconnect) == expected
+    assert bool(submit.context) is bool(expected[0])
+
+
+@pytest.mark.parametrize(
+    ("headers", "more", "param"),
+    [
+        ({}, {"retain_s": -1}, "retain_s"),
+        ({}, {"retain_s": 601}, "retain_s"),
+        ({}, {"retain_s": True}, "retain_s"),
+        ({}, {"retain_s": 5, "stream": False}, "retain_s"),
+        ({}, {"on_disconnect": "stay"}, "on_disconnect"),
+        ({}, {"on_disconnect": "park", "retain_s": 0}, "retain_s"),
+        ({"x-penstock-retain": "soon"}, {}, "x-penstock-retain"),
+        ({"x-penstock-retain": "nan"}, {}, "x-penstock-retain"),
+        ({"x-penstock-retain": "1e9"}, {}, "x-penstock-retain"),
+        ({"x-penstock-retain": "5", "x-penstock-on-disconnect": "x"}, {}, "x-penstock-on-disconnect"),
+    ],
+)
+def test_what_cannot_be(edge: Edge, headers: dict[str, str], more: dict[str, Any], param: str) -> None:
+    reply = edge.kept.post(CHATS, json=HI | more, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert not [message for message in edge.text.received if isinstance(message, Submit)]
+
+
+@pytest.mark.parametrize(("given", "status"), [("x", 400), ("-1", 400), ("1.5", 400), ("9" * 30, 400), ("0", 200), ("", 200)])
+def test_the_number_of_the_last_event(edge: Edge, stream: Stream, given: str, status: int) -> None:
+    rid = edge.kept.post(CHATS, json=HI | {"retain_s": 5}).headers["x-request-id"]
+    reply = edge.kept.get(f"/v1/streams/{rid}", headers={"last-event-id": given})
+    assert reply.status_code == status
+    if status == 400:
+        assert reply.json()["error"]["param"] == "last-event-id"
+
+
+def test_one_that_is_not_there(edge: Edge, stream: Stream) -> None:
+    rid = edge.kept.post(CHATS, json=HI).headers["x-request-id"]
+    reply = edge.kept.get(f"/v1/streams/{rid}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "stream_not_found")
+
+
+def opened(http: httpx.Client, edge: Edge, count: int) -> httpx.Response:
+    """A stream whose first row was sent."""
+    request = http.build_request("POST", CHATS, json=HI | {"retain_s": 5})
+    reply = http.send(request, stream=True)
+    edge.text.wait_for(Submit, count)
+    return reply
+
+
+def test_who_leaves_detaches_and_ends_nothing(make_edge: MakeEdge) -> None:
+    edge = make_edge(text=lambda text: setattr(text, "script", lambda submit: [delta({"key": submit.key, "text": "Hel"})]))
+    with edge.http() as http:
+        opened(http, edge, 1).close()
+        detached = edge.text.wait_for(Detach)[0]
+    assert detached == Detach(key=edge.text.wait_for(Submit)[0].key, edge=0)
+    assert not [message for message in edge.text.received if isinstance(message, Cancel)]
+
+
+def test_who_comes_takes_the_stream_over(make_edge: MakeEdge) -> None:
+    """The first connection is told by an event that no stream has: it has no number. Nothing is cancelled."""
+    edge = make_edge(text=lambda text: setattr(text, "script", lambda submit: [delta({"key": submit.key, "text": "Hel"})]))
+    Stream(edge)
+    with edge.http() as http, edge.http() as other:
+        first = opened(http, edge, 1)
+        key, rid = edge.text.wait_for(Submit)[0].key, first.headers["x-request-id"]
+        request = other.build_request("GET", f"/v1/streams/{rid}", headers={"last-event-id": "1"})
+        edge.text.script = silent
+        got: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: got.append(other.send(request)))
+        thread.start()
+        assert edge.text.wait_for(Attach)[0] == Attach(rid=rid, tenant="", edge=0, keys=[key])
+        text = first.read().decode()
+        edge.text.send(
+            delta({"key": key, "text": "Hel"}), delta({"key": key, "text": "lo"}), delta({"key": key, "reason": "stop"}), finished(key)
+        )
+        thread.join(20)
+    assert '"code":"stream_taken"' in blocks(text)[-1]
+    assert not blocks(text)[-1].startswith("id: ")
+    assert [block.split("\n")[0] for block in blocks(got[0].text)] == ["id: 2", "id: 3", "id: 4", "id: 5"]
+    assert '"content":"Hel"' in blocks(got[0].text)[0]
+    assert not [message for message in edge.text.received if isinstance(message, (Cancel, Detach))]
+
+
+def test_one_that_is_gone_meanwhile(make_edge: MakeEdge) -> None:
+    edge = make_edge()
+    Stream(edge)
+    own = edge.text._on_message
+
+    def on_message(link: Any, message: Message) -> None:
+        own(link, message)
+        if isinstance(message, Attach):
+            link.send(Rejected(key=message.keys[0], status=404, type="invalid_request_error", code="stream_not_found", message="Gone."))
+
+    edge.text._on_message = on_message  # type: ignore[method-assign]
+    rid = edge.kept.post(CHATS, json=HI | {"retain_s": 5}).headers["x-request-id"]
+    text = edge.kept.get(f"/v1/streams/{rid}").text
+    assert ('"code":"stream_not_found"' in text, "id: " in text) == (True, False)
+    assert edge.server.gateway.active == 0
+
+
+@pytest.mark.parametrize("do", ["pause", "resume", "stop"])
+def test_controls(edge: Edge, stream: Stream, do: str) -> None:
+    reply = edge.kept.post(f"/v1/requests/r1/{do}")
+    assert (reply.status_code, reply.json()) == (200, {"id": "r1", "object": "request", "done": do})
+    asked = [json.loads(query.body) for query in edge.text.wait_for(Query) if query.what == "control"]
+    assert asked == [{"rid": "r1", "tenant": None, "do": do}]
+    assert edge.kept.post(f"/v1/requests/other/{do}").status_code == 404
