@@ -512,7 +512,7 @@ def page() -> str:
         "### A choice that fails alone",
         "",
         "If a request's own settings leave one choice no token to draw, that choice ends with finish_reason `error` and an `error`"
-        " ([ChoiceError](#choiceerror)) that names them; the others are whole, and the status is 200. If every choice fails so, the request does, with 400.",
+        " ([ErrorFields](#errorfields)) that names them; the others are whole, and the status is 200. If every choice fails so, the request does, with 400.",
         "",
         "## Streams",
         "",

@@ -37,12 +37,6 @@ class ErrorReply(msgspec.Struct):
     error: ErrorFields
 
 
-class ChoiceError(msgspec.Struct):
-    message: str
-    type: str
-    code: str
-
-
 class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
@@ -97,7 +91,7 @@ class ChatChoice(msgspec.Struct, omit_defaults=True):
     finish_reason: str
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
-    error: ChoiceError | None = None
+    error: ErrorFields | None = None
 
 
 class ChatReply(msgspec.Struct, omit_defaults=True):
@@ -141,7 +135,7 @@ class ChatChunkChoice(msgspec.Struct, omit_defaults=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
-    error: ChoiceError | None = None
+    error: ErrorFields | None = None
 
 
 class ChatChunk(msgspec.Struct, omit_defaults=True):
@@ -168,7 +162,7 @@ class TextChoice(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: list[Any] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
-    error: ChoiceError | None = None
+    error: ErrorFields | None = None
 
 
 class CompletionReply(msgspec.Struct, omit_defaults=True):

@@ -141,9 +141,14 @@ class NoReply:
         return None
 
 
+def error_fields(error: PenstockError) -> dict[str, Any]:
+    """OpenAI's error object: of a whole request, and of one choice of several."""
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+
+
 def error_body(error: PenstockError) -> bytes:
     """OpenAI's error shape."""
-    return msgspec.json.encode({"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}})
+    return msgspec.json.encode({"error": error_fields(error)})
 
 
 def error_headers(error: PenstockError) -> list[Header]:
