@@ -287,6 +287,12 @@ def limits() -> list[str]:
         ("fields of a request", str(bounds.FIELDS), "413"),
         ("the same and those of the objects in it", f"{bounds.ALL_FIELDS} (asked of bodies above {bounds.SMALL} bytes)", "413"),
         (
+            "fields of a request of Anthropic's API or of Responses, which becomes one of chat, with those of the objects in it, as the client wrote them",
+            f"{bounds.TRANSLATED_FIELDS} (asked of bodies above {bounds.SMALL} bytes)",
+            "413",
+        ),
+        ("fields of the items that previous_response_id stands for", str(bounds.ALL_FIELDS), "413"),
+        (
             "any other field",
             f"{bounds.FIELD_BYTES} bytes; {bounds.ITEMS} values and keys (asked of bodies above {bounds.SMALL} bytes)",
             "413",

@@ -23,9 +23,18 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.spec import Server
 from litestar.types import ASGIApp
 
-from penstock.core.protocol.errors import EngineUnavailable, FinalError, Forbidden, InvalidRequest, NotFound, PenstockError, Unauthorized
+from penstock.core.protocol.errors import (
+    EngineUnavailable,
+    FinalError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    PenstockError,
+    Unauthorized,
+    tamed,
+)
 from penstock.core.protocol.tables import INFERENCE, METRICS, Principal
-from penstock.transports.blame import refusal, said
+from penstock.transports.blame import failed, ours, refusal
 from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
@@ -142,6 +151,13 @@ class Edge:
                 )(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
+        except BaseException as raised:  # what no handler of Litestar's sees: SystemExit, a panic, or an exception that came too late
+            if ours(raised):
+                raise
+            reply = failed(inner, raised)
+            if context.status:  # there is no other way to say it than to close the connection, which the server does for what is raised
+                raise tamed(raised) from None
+            await reply(scope, receive, send_with_headers)
         finally:
             self._done(inner.get("path_template") or "other", scope, context)
 
@@ -217,9 +233,7 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
     if isinstance(error, HTTPException) and error.status_code < 500:
         return refusal(handler, InvalidRequest(error.detail))
-    name = "route" if handler is None else handler.handler_name
-    log.error("request %s failed: %s", request.scope["state"][CONTEXT].rid, said(handler, name, error), exc_info=error)
-    return refusal(handler, PenstockError("The server made an error. It is logged with the request id."))
+    return failed(request.scope, error)
 
 
 # ------------------------------------------------------------------ routes that are always there

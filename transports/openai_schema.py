@@ -7,6 +7,7 @@ What it does not know: what the fields mean together (openai.py), HTTP.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import types
 import typing
@@ -246,6 +247,14 @@ MOST_NAMED = 8
 """Unknown fields that an error names."""
 
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+DEEPER = 160
+MAYBE_DEEP = 500
+"""Brackets; with fewer than those no body is deep."""
+_nested: Any = msgspec.Raw
+for _ in range(DEEPER):
+    _nested = list[_nested]
+_deeper: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_nested)
+
 REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MetadataRequest)
 
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
@@ -292,6 +301,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None, most
         _blame(body, kind, limits)
         raise
     try:
+        _check_depth(body)
         raw = _raw_fields.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.") from None
@@ -316,6 +326,14 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None, most
         raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
+
+
+def _check_depth(body: bytes) -> None:
+    """Raises RecursionError for a body that is nested too deeply. The parser's own bound is how much of the interpreter's stack is left, and so is that of whatever
+    parses or writes parts of the body later, on more of that stack: so it must be able to parse it DEEPER levels deeper."""
+    if body.count(b"{") + body.count(b"[") >= MAYBE_DEEP:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what else is wrong with it is said by whoever parses it
+            _deeper.decode(b"".join((b"[" * DEEPER, body, b"]" * DEEPER)))
 
 
 def fields_of(raw: msgspec.Raw, name: str) -> dict[str, msgspec.Raw]:

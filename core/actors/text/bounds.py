@@ -8,6 +8,7 @@ What it does not know: HTTP, templates, what the fields mean.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 
 from penstock.core.protocol.errors import ContextLengthExceeded, InvalidRequest, RequestTooLarge
@@ -34,6 +35,8 @@ ALL_FIELDS = 100_000
 """Most fields of a whole request, with those of the objects in it."""
 TRANSLATED_FIELDS = 32_000
 """The same of a request that is rewritten as another API's before it is understood, which costs thrice as much and may make five fields of two."""
+COUNTED = sys.maxsize
+"""The same of what such a request became: what the client wrote was counted."""
 PROMPT, DECODED, CUT = "prompt", "tokens", "truncate_prompt_tokens"
 """Names of the fields that hold ids of one prompt and ids to be decoded, and of the one by which a prompt is cut."""
 SMALL = 64 << 10
@@ -108,13 +111,18 @@ def items(raw: bytes, most: int) -> int:
     return 1 + bare.count(b",") + bare.count(b"{") + bare.count(b"[")
 
 
+def fields_in(raw: bytes, most: int) -> int:
+    """How many fields a piece of JSON has at most, with those of the objects in it. Only a piece that could have more than `most` is looked at more closely."""
+    colons = raw.count(b":")  # each field has its colon
+    if colons <= most:
+        return colons
+    return min(colons, raw.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2)  # and its name is a string
+
+
 def check_body(body: bytes, most: int = ALL_FIELDS) -> None:
     """A whole request before it is split into its fields, which costs a third of a microsecond each. Raises RequestTooLarge."""
-    if len(body) <= SMALL or body.count(b":") <= most:  # each field has its colon
-        return
-    names = body.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2  # and its name is a string
-    if names > most:
-        count = min(names, body.count(b":"))
+    count = 0 if len(body) <= SMALL else fields_in(body, most)
+    if count > most:
         raise RequestTooLarge(f"The request and the objects in it have {count} fields; this server takes at most {most}. Send fewer.")
 
 
