@@ -308,6 +308,11 @@ def limits() -> list[str]:
         ("requests in progress at one HTTP process", "--max-streams", "429 `too_many_streams`"),
         ("requests and prompt tokens that wait", "--max-num-queued-reqs, --max-num-queued-tokens", "429 `queue_full`"),
         (
+            "requests with a chat_template of their own that wait for it to be rendered: of everybody, and of one key or address",
+            f"{admission.MAX_TEMPLATES}, {admission.MAX_TEMPLATES_EACH}",
+            "429 `queue_full`",
+        ),
+        (
             "unsent bytes of a stream",
             "--stream-park-bytes: its request is parked; --stream-max-bytes: it is cut",
             "the connection is reset",

@@ -119,6 +119,7 @@ class Edge:
         tracing = NO_TRACING if scope["path"] in UNTRACED else self._tracing
         span = tracing.begin(traceparent.decode(), headers.get(b"tracestate", b"").decode("latin-1") if traceparent else "")
         context = RequestContext(rid, span, headers, send, state.get("abort"))
+        context.peer = scope["client"][0] if scope.get("client") else ""
         state[CONTEXT] = context
 
         async def send_with_headers(message: Any) -> None:

@@ -114,6 +114,7 @@ class Job(abc.ABC):
             parallel_calls=generation.parallel_calls,
             calling=generation.calling,
             tenant=context.tenant,
+            peer=context.peer if "chat_template" in generation.prompts[index] else "",
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,
             received_ns=context.started_ns,

@@ -7,7 +7,6 @@ What it does not know: what the fields mean together (openai.py), HTTP.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import types
 import typing
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, SMALL, check_body, check_fields, check_raw
+from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, SMALL, check_body, check_depth, check_fields, check_raw
 from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.wording import LONGEST_NAME, plain, type_words
@@ -247,14 +246,6 @@ MOST_NAMED = 8
 """Unknown fields that an error names."""
 
 _raw_fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
-DEEPER = 160
-MAYBE_DEEP = 500
-"""Brackets; with fewer than those no body is deep."""
-_nested: Any = msgspec.Raw
-for _ in range(DEEPER):
-    _nested = list[_nested]
-_deeper: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_nested)
-
 REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MetadataRequest)
 
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
@@ -301,7 +292,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None, most
         _blame(body, kind, limits)
         raise
     try:
-        _check_depth(body)
+        check_depth(body)
         raw = _raw_fields.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.") from None
@@ -326,14 +317,6 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None, most
         raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-
-
-def _check_depth(body: bytes) -> None:
-    """Raises RecursionError for a body that is nested too deeply. The parser's own bound is how much of the interpreter's stack is left, and so is that of whatever
-    parses or writes parts of the body later, on more of that stack: so it must be able to parse it DEEPER levels deeper."""
-    if body.count(b"{") + body.count(b"[") >= MAYBE_DEEP:
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what else is wrong with it is said by whoever parses it
-            _deeper.decode(b"".join((b"[" * DEEPER, body, b"]" * DEEPER)))
 
 
 def fields_of(raw: msgspec.Raw, name: str) -> dict[str, msgspec.Raw]:

@@ -62,6 +62,7 @@ class RequestContext:
         "headers",
         "include_metrics",
         "keys",
+        "peer",
         "principal",
         "raw_send",
         "rid",
@@ -82,6 +83,8 @@ class RequestContext:
         self.status = 0
         """What metrics count; 499 when the client left."""
         self.principal = ANYBODY
+        self.peer = ""
+        """The address that it came from; of a proxy, if there is one."""
         self.background = False
         """Others go first, whatever priority it asks for."""
         self.keys: Sequence[int] = ()

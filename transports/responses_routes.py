@@ -116,7 +116,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         asked.call.request_id = None
         span = gateway.tracing.begin(context.span.traceparent, context.span.tracestate)
         alone = RequestContext(asked.rid, span, {}, context.raw_send, None)
-        alone.principal = context.principal
+        alone.principal, alone.peer = context.principal, context.peer
         try:
             queued = await Background(gateway, asked, kept(), alone, hub).start()
         except PenstockError as error:

@@ -152,6 +152,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """Otherwise the answer ends with its first call."""
     calling: Calling | None = None
     """With `split`: the calls that the answer may, or must, have. None: none, or whatever the model makes of `tools`."""
+    peer: str = ""
+    """With chat_template: where it came from (an address), for turns among those who have no tenant."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -342,6 +344,8 @@ class Encode(Message, frozen=True, kw_only=True):
     vocab_size: int = 0
     """Of the model, or of the tokenizer while no model is known: ids beyond are no tokens."""
     chat_template: str = ""
+    owner: str = ""
+    """With chat_template: whose turn it takes."""
 
 
 class Encoded(Message, frozen=True, kw_only=True):

@@ -8,8 +8,12 @@ What it does not know: HTTP, templates, what the fields mean.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
 
 from penstock.core.protocol.errors import ContextLengthExceeded, InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
@@ -41,6 +45,15 @@ PROMPT, DECODED, CUT = "prompt", "tokens", "truncate_prompt_tokens"
 """Names of the fields that hold ids of one prompt and ids to be decoded, and of the one by which a prompt is cut."""
 SMALL = 64 << 10
 """Bytes of a body that are not worth a look: whatever is in them is cheap."""
+
+
+DEEPER = 160
+MAYBE_DEEP = 500
+"""Brackets; JSON with fewer than those is not deep."""
+_nested: Any = msgspec.Raw
+for _ in range(DEEPER):
+    _nested = list[_nested]
+_deeper: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_nested)
 
 
 def limits_of(max_model_len: int, chars_per_token: int, max_prompt_chars: int | None) -> Limits:
@@ -124,6 +137,14 @@ def check_body(body: bytes, most: int = ALL_FIELDS) -> None:
     count = 0 if len(body) <= SMALL else fields_in(body, most)
     if count > most:
         raise RequestTooLarge(f"The request and the objects in it have {count} fields; this server takes at most {most}. Send fewer.")
+
+
+def check_depth(body: bytes) -> None:
+    """Raises RecursionError for JSON that is nested too deeply. The parser's own bound is how much of the interpreter's stack is left, and so is that of whatever
+    parses or writes parts of it later, on more of that stack: so the parser must be able to take it DEEPER levels deeper."""
+    if body.count(b"{") + body.count(b"[") >= MAYBE_DEEP:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what else is wrong with it is said by whoever parses it
+            _deeper.decode(b"".join((b"[" * DEEPER, body, b"]" * DEEPER)))
 
 
 def check_fields(count: int, param: str | None = None) -> None:

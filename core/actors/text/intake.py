@@ -64,6 +64,9 @@ class Intake:
             keep = resolve.keep_of(message, params, facts)
             self._check_size(message, params, facts, keep)
             desk.admission.check_request(now)
+            owner = message.tenant or message.peer
+            if message.chat_template:
+                desk.admission.check_template(owner)
         except PenstockError as error:
             yield from desk.refuse(message.key, message.edge, error)
             return
@@ -72,6 +75,8 @@ class Intake:
         request.root_hash = pool.root_hash(request, facts)
         desk.ledger.add(request)
         desk.admission.enter()
+        if message.chat_template:
+            desk.admission.template_enters(owner)
         yield Encode(
             job=self._new_job(request),
             kind=message.kind,
@@ -90,6 +95,7 @@ class Intake:
             root_hash=request.root_hash,
             block_size=facts.block_size if facts.enable_prefix_caching else 0,
             chat_template=message.chat_template,
+            owner=owner if message.chat_template else "",
         )
 
     def _open_facts(self) -> EngineFacts:
@@ -126,7 +132,11 @@ class Intake:
             self._questions -= 1
             yield _worked_out(owner, message)
             return
-        if owner is None or not self._desk.ledger.has(owner):
+        if owner is None:
+            return
+        if owner.submit.chat_template:
+            self._desk.admission.template_leaves(owner.submit.tenant or owner.submit.peer)
+        if not self._desk.ledger.has(owner):
             return  # cancelled meanwhile
         facts = self._pool.facts
         assert facts is not None  # no request is accepted before an engine was there

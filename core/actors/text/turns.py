@@ -1,0 +1,100 @@
+"""Whose turn it is, where few jobs run at once and somebody else's may take long: templates that requests bring.
+
+What it is: `Turns`, a line of jobs that have an owner and a name (the template's digest). Jobs of a name that was quick lately have places that no other
+job gets, so that they wait for each other alone; of the others as many run as are left, and the owner who took the least time lately comes first.
+What it does not know: threads, what a job is, how long it may take, how many may wait (admission.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Container, Hashable
+from typing import Generic, TypeVar
+
+from penstock.core.runtime.clock import Clock
+
+QUICK_S = 0.5
+"""A name whose last job took no longer is quick."""
+REMEMBERED = 1024
+"""Names that are known to be quick; the one that was not seen for longest is forgotten."""
+TAU_S = 30.0
+"""Memory of the time that an owner took."""
+NOTHING_S = 1e-3
+"""An owner who took less lately is as good as new."""
+
+Job = TypeVar("Job")
+
+
+class _Waiting(Generic[Job]):
+    __slots__ = ("job", "name", "owner", "started_ns")
+
+    def __init__(self, job: Job, owner: str, name: Hashable) -> None:
+        self.job = job
+        self.owner = owner
+        self.name = name
+        self.started_ns = 0
+
+
+class Turns(Generic[Job]):
+    """`places`: jobs that run at once. All but one of them are for quick names, unless there is but one; the one is for the others first."""
+
+    def __init__(self, places: int, clock: Clock) -> None:
+        self._places = places
+        self._clock = clock
+        self._lines: dict[str, list[_Waiting[Job]]] = {}
+        """By owner, each in the order in which they came; the owners in that of their turns."""
+        self._running: dict[int, _Waiting[Job]] = {}
+        self._quick: OrderedDict[Hashable, None] = OrderedDict()
+        self._took: dict[str, tuple[float, int]] = {}
+        """By owner: seconds, as they counted at that time (ns)."""
+
+    def put(self, job: Job, owner: str, name: Hashable) -> None:
+        """It waits."""
+        self._lines.setdefault(owner, []).append(_Waiting(job, owner, name))
+
+    def next(self) -> Job | None:
+        """A job that may begin now; `done` is to be told when it is over. None: there is no place for any that waits."""
+        if len(self._running) >= self._places:
+            return None
+        if self._places == 1:
+            found = self._first((False, True))
+        else:
+            strange = any(one.name not in self._quick for one in self._running.values())
+            found = (None if strange else self._first((False,))) or self._first((True,))
+        if found is None:
+            return None
+        line = self._lines.pop(found.owner)
+        line.remove(found)
+        if line:  # last of those who took as much
+            self._lines[found.owner] = line
+        found.started_ns = self._clock.now_ns()
+        self._running[id(found.job)] = found
+        return found.job
+
+    def done(self, job: Job) -> None:
+        """It is over, however."""
+        one = self._running.pop(id(job))
+        now = self._clock.now_ns()
+        seconds = (now - one.started_ns) / 1e9
+        self._took[one.owner] = (self._lately(one.owner, now) + seconds, now)
+        self._quick.pop(one.name, None)
+        if seconds <= QUICK_S:
+            self._quick[one.name] = None
+            if len(self._quick) > REMEMBERED:
+                self._quick.popitem(last=False)
+        for owner in [owner for owner in self._took if not self._lately(owner, now)]:
+            del self._took[owner]
+
+    def _first(self, quick: Container[bool]) -> _Waiting[Job] | None:
+        """The first whose name is quick, or not, in the line of the owner who took the least; those who took the same take turns."""
+        now = self._clock.now_ns()
+        firsts = [next((one for one in line if (one.name in self._quick) in quick), None) for line in self._lines.values()]
+        return min((one for one in firsts if one is not None), key=lambda one: self._lately(one.owner, now), default=None)
+
+    def _lately(self, owner: str, now: int) -> float:
+        """Seconds that an owner took, with those of jobs that still run."""
+        seconds, at = self._took.get(owner, (0.0, now))
+        running = sum(now - one.started_ns for one in self._running.values() if one.owner == owner)
+        total = seconds * math.exp((at - now) / 1e9 / TAU_S) + running / 1e9
+        return total if total >= NOTHING_S else 0.0
