@@ -8,6 +8,7 @@ What it does not know: what the transports' routes do, sockets, processes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -41,7 +42,7 @@ from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.paths import Paths
-from penstock.transports.protocol import BAD_HEAD, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
+from penstock.transports.protocol import BAD_HEAD, HEADERS, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
 from penstock.transports.request import (
     CONTEXT,
     Disconnected,
@@ -119,6 +120,7 @@ class Edge:
         tracing = NO_TRACING if scope["path"] in UNTRACED else self._tracing
         span = tracing.begin(traceparent.decode(), headers.get(b"tracestate", b"").decode("latin-1") if traceparent else "")
         context = RequestContext(rid, span, headers, send, state.get("abort"))
+        state[HEADERS] = functools.partial(self.headers, context)
         context.peer = scope["client"][0] if scope.get("client") else ""
         state[CONTEXT] = context
 
@@ -128,12 +130,7 @@ class Edge:
                 if scope["method"] == "OPTIONS":  # Litestar's own answer knows of one handler's methods, and not of HEAD
                     allow = ", ".join(self._paths.methods(scope["path"])).encode()
                     message["headers"] = [(k, allow if allow and k.lower() == b"allow" else v) for k, v in message["headers"]]
-                own = context.rid.encode()
-                extra = [(b"x-request-id", own), (b"request-id", own), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
-                extra += self._cors.headers(headers.get(b"origin"))
-                if span.traceparent:
-                    extra.append((b"traceparent", span.traceparent.encode()))
-                message["headers"] = [*message["headers"], *extra]
+                message["headers"] = [*message["headers"], *self.headers(context)]
             await send(message)
 
         # HEAD is GET without the body, which uvicorn leaves out (it looks at its own scope).
@@ -161,6 +158,15 @@ class Edge:
             await reply(scope, receive, send_with_headers)
         finally:
             self._done(inner.get("path_template") or "other", scope, context)
+
+    def headers(self, context: RequestContext) -> list[Header]:
+        """What every reply has, whoever makes it."""
+        own = context.rid.encode()
+        found = [(b"x-request-id", own), (b"request-id", own), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
+        found += self._cors.headers(context.headers.get(b"origin"))
+        if context.span.traceparent:
+            found.append((b"traceparent", context.span.traceparent.encode()))
+        return found
 
     def _refusal(self, scope: Scope, context: RequestContext) -> PenstockError | None:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
