@@ -333,7 +333,7 @@ def blamed(sink: Sink, key: int, raised: BaseException) -> PenstockError:
     error = tamed(raised)
     say = getattr(sink, "said", None)
     who = f"{type(sink).__module__}.{type(sink).__qualname__}: {described(error)}" if say is None else say(error)
-    log.error("request %d could not be told what became of it: %s", key, who, exc_info=raised)
+    log.error("what came for request %d could not be delivered: %s", key, who, exc_info=raised)
     return PenstockError("The server made an error while it sent the answer.")
 
 

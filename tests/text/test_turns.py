@@ -123,6 +123,33 @@ def test_a_name_that_is_slow_once_is_strange_again() -> None:
     assert line.begin() == ["other"]
 
 
+def test_who_was_slow_has_no_place_among_the_quick() -> None:
+    """A template can be quick with one conversation and slow with another: an owner holds the others up by it once."""
+    line = Line()
+    line.known("good", "hot")
+    for number in range(3):
+        line.known("bad", f"trap{number}")
+        line.put("bad", f"trap{number}")
+        line.put("bad", "slow")
+        begun = line.begin()
+        assert begun == (["slow", "trap0"] if number == 0 else [f"trap{number}"])
+        line.put("good", "hot")
+        assert line.begin() == ([] if number == 0 else ["hot"])
+        if number:
+            line.end("hot")
+        line.clock.advance(SLOW_S)
+        for name in begun:
+            line.end(name)
+        line.begin()
+        for _, name, _ in list(line.running):
+            line.end(name)
+    line.clock.advance(5 * TAU_S)
+    line.known("bad", "trap")
+    line.put("bad", "slow")
+    line.put("bad", "trap")
+    assert line.begin() == ["slow", "trap"], "it is forgotten in time"
+
+
 def test_strange_names_are_not_kept_waiting_by_quick_ones() -> None:
     line = Line()
     line.known("good", "hot")
@@ -156,4 +183,5 @@ def test_nothing_is_remembered_without_end(what: str) -> None:
     line.clock.advance(20 * TAU_S)
     line.known("o", "n")
     assert len(line.turns._took) <= 1
+    assert not line.turns._slow
     assert not line.turns._lines

@@ -1,7 +1,8 @@
 """Whose turn it is, where few jobs run at once and somebody else's may take long: templates that requests bring.
 
 What it is: `Turns`, a line of jobs that have an owner and a name (the template's digest). Jobs of a name that was quick lately have places that no other
-job gets, so that they wait for each other alone; of the others as many run as are left, and the owner who took the least time lately comes first.
+job gets, so that they wait for each other alone, unless their owner had slow ones lately (what is quick once may be slow with other messages); of the
+others one runs at a time, and the owner who took the least time lately comes first.
 What it does not know: threads, what a job is, how long it may take, how many may wait (admission.py).
 """
 
@@ -27,13 +28,14 @@ Job = TypeVar("Job")
 
 
 class _Waiting(Generic[Job]):
-    __slots__ = ("job", "name", "owner", "started_ns")
+    __slots__ = ("job", "name", "owner", "started_ns", "strange")
 
     def __init__(self, job: Job, owner: str, name: Hashable) -> None:
         self.job = job
         self.owner = owner
         self.name = name
         self.started_ns = 0
+        self.strange = True
 
 
 class Turns(Generic[Job]):
@@ -46,8 +48,10 @@ class Turns(Generic[Job]):
         """By owner, each in the order in which they came; the owners in that of their turns."""
         self._running: dict[int, _Waiting[Job]] = {}
         self._quick: OrderedDict[Hashable, None] = OrderedDict()
-        self._took: dict[str, tuple[float, int]] = {}
-        """By owner: seconds, as they counted at that time (ns)."""
+        self._took: dict[str, float] = {}
+        self._slow: dict[str, float] = {}
+        """By owner: seconds of all jobs, and of slow ones, as they counted at `_at_ns`."""
+        self._at_ns = clock.now_ns()
 
     def put(self, job: Job, owner: str, name: Hashable) -> None:
         """It waits."""
@@ -60,7 +64,7 @@ class Turns(Generic[Job]):
         if self._places == 1:
             found = self._first((False, True))
         else:
-            strange = any(one.name not in self._quick for one in self._running.values())
+            strange = any(one.strange for one in self._running.values())
             found = (None if strange else self._first((False,))) or self._first((True,))
         if found is None:
             return None
@@ -69,6 +73,7 @@ class Turns(Generic[Job]):
         if line:  # last of those who took as much
             self._lines[found.owner] = line
         found.started_ns = self._clock.now_ns()
+        found.strange = not self._is_quick(found)
         self._running[id(found.job)] = found
         return found.job
 
@@ -76,25 +81,38 @@ class Turns(Generic[Job]):
         """It is over, however."""
         one = self._running.pop(id(job))
         now = self._clock.now_ns()
+        self._decay(now)
         seconds = (now - one.started_ns) / 1e9
-        self._took[one.owner] = (self._lately(one.owner, now) + seconds, now)
+        self._took[one.owner] = self._took.get(one.owner, 0.0) + seconds
         self._quick.pop(one.name, None)
-        if seconds <= QUICK_S:
-            self._quick[one.name] = None
-            if len(self._quick) > REMEMBERED:
-                self._quick.popitem(last=False)
-        for owner in [owner for owner in self._took if not self._lately(owner, now)]:
-            del self._took[owner]
+        if seconds > QUICK_S:
+            self._slow[one.owner] = self._slow.get(one.owner, 0.0) + seconds
+            return
+        self._quick[one.name] = None
+        if len(self._quick) > REMEMBERED:
+            self._quick.popitem(last=False)
+
+    def _decay(self, now: int) -> None:
+        factor = math.exp((self._at_ns - now) / 1e9 / TAU_S)
+        self._at_ns = now
+        for seconds in (self._took, self._slow):
+            for owner, taken in list(seconds.items()):
+                if taken * factor < NOTHING_S:
+                    del seconds[owner]
+                else:
+                    seconds[owner] = taken * factor
+
+    def _is_quick(self, one: _Waiting[Job]) -> bool:
+        return one.name in self._quick and self._slow.get(one.owner, 0.0) <= QUICK_S
 
     def _first(self, quick: Container[bool]) -> _Waiting[Job] | None:
         """The first whose name is quick, or not, in the line of the owner who took the least; those who took the same take turns."""
         now = self._clock.now_ns()
-        firsts = [next((one for one in line if (one.name in self._quick) in quick), None) for line in self._lines.values()]
+        self._decay(now)
+        firsts = [next((one for one in line if self._is_quick(one) in quick), None) for line in self._lines.values()]
         return min((one for one in firsts if one is not None), key=lambda one: self._lately(one.owner, now), default=None)
 
     def _lately(self, owner: str, now: int) -> float:
         """Seconds that an owner took, with those of jobs that still run."""
-        seconds, at = self._took.get(owner, (0.0, now))
         running = sum(now - one.started_ns for one in self._running.values() if one.owner == owner)
-        total = seconds * math.exp((at - now) / 1e9 / TAU_S) + running / 1e9
-        return total if total >= NOTHING_S else 0.0
+        return self._took.get(owner, 0.0) + running / 1e9
