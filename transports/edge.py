@@ -334,11 +334,11 @@ def to_its_end(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, int]) 
         try:
             return loop.run_until_complete(task)
         except (SystemExit, KeyboardInterrupt) as raised:
-            error = tamed(raised)
+            tamed(raised)  # Ctrl-C, where somebody minds it
             if task.done():
                 raise
             log.error(
-                "a task or callback of a plugin raised %s (%s); the server goes on", described(raised), raised_in(raised), exc_info=error
+                "a task or callback of a plugin raised %s (%s); the server goes on", described(raised), raised_in(raised), exc_info=raised
             )
 
 

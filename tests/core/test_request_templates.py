@@ -117,6 +117,26 @@ def test_a_template_that_takes_all_time_is_refused(own: JinjaRenderer) -> None:
         rendered(renderer, "{{ messages[0].content }}")
 
 
+def test_who_breaks_a_child_waits_for_the_next(own: JinjaRenderer) -> None:
+    """And nobody is blamed for the time that a first start takes."""
+    before = children()
+    renderer = FencedRenderer(own, SETUP, limit_s=0.5)
+    try:
+        assert renderer.starting_s() == 0
+        assert rendered(renderer, "{{ messages[0].content }}") == "hi"
+        assert renderer.starting_s() > 0
+        assert rendered(renderer, "{{ messages[0].content }}") == "hi"
+        assert renderer.starting_s() == 0
+        [first] = children() - before
+        with pytest.raises(InvalidRequest):
+            rendered(renderer, ENDLESS)
+        [second] = children() - before
+        assert second != first
+        assert renderer.starting_s() == 0, "it was its own fault"
+    finally:
+        renderer.close()
+
+
 def test_who_is_at_fault_is_named(fenced: FencedRenderer) -> None:
     for template, param in (
         ("{{ raise_exception('no') }}", "messages"),

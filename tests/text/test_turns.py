@@ -150,6 +150,39 @@ def test_who_was_slow_has_no_place_among_the_quick() -> None:
     assert line.begin() == ["slow", "trap"], "it is forgotten in time"
 
 
+def test_an_owner_that_is_many_people_is_not_punished_for_one() -> None:
+    """All that comes by one proxy without keys, say."""
+    line = Line()
+    line.known("proxy", "hot")
+    for number in range(3):
+        line.put("proxy", f"slow{number}")
+    assert line.begin() == ["slow0"]
+    for number in range(3):
+        line.put("proxy", "hot")
+        assert line.begin() == ["hot"], "though others of that owner are slow"
+        line.end("hot")
+        line.clock.advance(SLOW_S)
+        line.end(f"slow{number}")
+        line.begin()
+
+
+def test_of_a_mistrusted_owner_what_was_quick_comes_first() -> None:
+    line = Line()
+    line.known("proxy", "hot", "trap")
+    line.put("proxy", "trap")
+    line.put("proxy", "slow0")
+    assert line.begin() == ["slow0", "trap"]
+    line.put("proxy", "slow1")
+    line.put("proxy", "hot")
+    line.clock.advance(SLOW_S)
+    line.end("trap")
+    assert line.begin() == []
+    line.end("slow0")
+    assert line.begin() == ["hot"]
+    line.end("hot")
+    assert line.begin() == ["slow1"]
+
+
 def test_strange_names_are_not_kept_waiting_by_quick_ones() -> None:
     line = Line()
     line.known("good", "hot")

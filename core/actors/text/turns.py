@@ -1,8 +1,8 @@
 """Whose turn it is, where few jobs run at once and somebody else's may take long: templates that requests bring.
 
 What it is: `Turns`, a line of jobs that have an owner and a name (the template's digest). Jobs of a name that was quick lately have places that no other
-job gets, so that they wait for each other alone, unless their owner had slow ones lately (what is quick once may be slow with other messages); of the
-others one runs at a time, and the owner who took the least time lately comes first.
+job gets, so that they wait for each other alone, unless a job of their owner was slow in such a place lately (what is quick once may be slow with other
+messages). Of the others one runs at a time: the owner who took the least time lately comes first, and of one owner's what was quick.
 What it does not know: threads, what a job is, how long it may take, how many may wait (admission.py).
 """
 
@@ -17,6 +17,8 @@ from penstock.core.runtime.clock import Clock
 
 QUICK_S = 0.5
 """A name whose last job took no longer is quick."""
+MISTRUST_S = 2.0
+"""An owner whose slow jobs in places for quick ones took more lately gets none of those places."""
 REMEMBERED = 1024
 """Names that are known to be quick; the one that was not seen for longest is forgotten."""
 TAU_S = 30.0
@@ -50,7 +52,7 @@ class Turns(Generic[Job]):
         self._quick: OrderedDict[Hashable, None] = OrderedDict()
         self._took: dict[str, float] = {}
         self._slow: dict[str, float] = {}
-        """By owner: seconds of all jobs, and of slow ones, as they counted at `_at_ns`."""
+        """By owner: seconds of all jobs, and of slow ones in a place for quick ones, as they counted at `_at_ns`."""
         self._at_ns = clock.now_ns()
 
     def put(self, job: Job, owner: str, name: Hashable) -> None:
@@ -77,16 +79,17 @@ class Turns(Generic[Job]):
         self._running[id(found.job)] = found
         return found.job
 
-    def done(self, job: Job) -> None:
-        """It is over, however."""
+    def done(self, job: Job, idle_s: float = 0.0) -> None:
+        """It is over, however. So many of its seconds are not its own."""
         one = self._running.pop(id(job))
         now = self._clock.now_ns()
         self._decay(now)
-        seconds = (now - one.started_ns) / 1e9
+        seconds = max((now - one.started_ns) / 1e9 - idle_s, 0.0)
         self._took[one.owner] = self._took.get(one.owner, 0.0) + seconds
         self._quick.pop(one.name, None)
         if seconds > QUICK_S:
-            self._slow[one.owner] = self._slow.get(one.owner, 0.0) + seconds
+            if not one.strange:
+                self._slow[one.owner] = self._slow.get(one.owner, 0.0) + seconds
             return
         self._quick[one.name] = None
         if len(self._quick) > REMEMBERED:
@@ -103,14 +106,18 @@ class Turns(Generic[Job]):
                     seconds[owner] = taken * factor
 
     def _is_quick(self, one: _Waiting[Job]) -> bool:
-        return one.name in self._quick and self._slow.get(one.owner, 0.0) <= QUICK_S
+        return one.name in self._quick and self._slow.get(one.owner, 0.0) <= MISTRUST_S
 
     def _first(self, quick: Container[bool]) -> _Waiting[Job] | None:
         """The first whose name is quick, or not, in the line of the owner who took the least; those who took the same take turns."""
         now = self._clock.now_ns()
         self._decay(now)
-        firsts = [next((one for one in line if self._is_quick(one) in quick), None) for line in self._lines.values()]
-        return min((one for one in firsts if one is not None), key=lambda one: self._lately(one.owner, now), default=None)
+        firsts = []
+        for line in self._lines.values():
+            mine = [one for one in line if self._is_quick(one) in quick]
+            if mine:
+                firsts.append(next((one for one in mine if one.name in self._quick), mine[0]))
+        return min(firsts, key=lambda one: self._lately(one.owner, now), default=None)
 
     def _lately(self, owner: str, now: int) -> float:
         """Seconds that an owner took, with those of jobs that still run."""

@@ -131,6 +131,7 @@ class TokenizerWorker:
                 give_memory_back()
 
     def _run_templates(self) -> None:
+        starting_s: Callable[[], float] | None = getattr(self._renderer, "starting_s", None)
         while True:
             with self._turn:
                 while (encode := self._turns.next()) is None:
@@ -139,7 +140,7 @@ class TokenizerWorker:
                     self._turn.wait()
             self._work([encode])
             with self._turn:
-                self._turns.done(encode)
+                self._turns.done(encode, idle_s=0.0 if starting_s is None else starting_s())
                 self._turn.notify_all()
             if size_of(encode) >= HUGE:
                 give_memory_back()
