@@ -291,6 +291,12 @@ def limits() -> list[str]:
         ("fields of a request", str(bounds.FIELDS), "413"),
         ("the same and those of the objects in it", f"{bounds.ALL_FIELDS} (asked of bodies above {bounds.SMALL} bytes)", "413"),
         (
+            "fields of a request of Anthropic's API or of Responses, which becomes one of chat, with those of the objects in it, as the client wrote them",
+            f"{bounds.TRANSLATED_FIELDS} (asked of bodies above {bounds.SMALL} bytes)",
+            "413",
+        ),
+        ("fields of the items that previous_response_id stands for", str(bounds.ALL_FIELDS), "413"),
+        (
             "any other field",
             f"{bounds.FIELD_BYTES} bytes; {bounds.ITEMS} values and keys (asked of bodies above {bounds.SMALL} bytes)",
             "413",
@@ -305,6 +311,11 @@ def limits() -> list[str]:
         ("requests of a batch", "--max-batch-lines", "the batch fails with `too_many_tasks`"),
         ("requests in progress at one HTTP process", "--max-streams", "429 `too_many_streams`"),
         ("requests and prompt tokens that wait", "--max-num-queued-reqs, --max-num-queued-tokens", "429 `queue_full`"),
+        (
+            "requests with a chat_template of their own that wait for it to be rendered: of everybody, and of one key or address",
+            f"{admission.MAX_TEMPLATES}, {admission.MAX_TEMPLATES_EACH}",
+            "429 `queue_full`",
+        ),
         (
             "unsent bytes of a stream",
             "--stream-park-bytes: its request is parked; --stream-max-bytes: it is cut",
@@ -516,7 +527,7 @@ def page() -> str:
         "### A choice that fails alone",
         "",
         "If a request's own settings leave one choice no token to draw, that choice ends with finish_reason `error` and an `error`"
-        " ([ChoiceError](#choiceerror)) that names them; the others are whole, and the status is 200. If every choice fails so, the request does, with 400.",
+        " ([ErrorFields](#errorfields)) that names them; the others are whole, and the status is 200. If every choice fails so, the request does, with 400.",
         "",
         "## Streams",
         "",

@@ -14,7 +14,7 @@ import msgspec
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from penstock.core.actors.text.bounds import check_messages
+from penstock.core.actors.text.bounds import COUNTED, check_messages
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Limits
@@ -85,7 +85,7 @@ def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Con
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply: fewer levels of lists and objects are needed.") from None
     try:
-        generation = parse_chat(body, config)
+        generation = parse_chat(body, config, most=COUNTED)
     except InvalidRequest as error:
         param = None if error.param is None else renamed(error.param, form)
         raise type(error)(blamed(error, form), param=param, code=error.code) from None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 from litestar import Litestar
 
-from penstock.core.protocol.errors import ModelNotFound
+from penstock.core.protocol.errors import ModelNotFound, described, tamed
 from penstock.transports import batch_lines, files, folder
 from penstock.transports.batches import Private, Record
 from penstock.transports.files import Files
@@ -223,8 +223,8 @@ class Work:
             if self._end == "expired":
                 await self._expire(raw)
             raise
-        except Exception:
-            log.exception("a request of batch %s failed", self._record.id)
+        except BaseException as raised:
+            log.error("a request of batch %s failed: %s", self._record.id, described(tamed(raised)), exc_info=raised)
             said = "The server made an error. It is logged."
             await self._write(batch_lines.not_run(line.custom_id, "internal_error", said), ok=False)
             return

@@ -148,7 +148,7 @@ def batch_routes(gateway: Gateway, surface: Surface) -> list[Any]:
 
     @post("/v1/batches", summary="Have the requests of a file answered", tags=["storage"], status_code=200, opt={BODY: BatchRequest})
     async def create(request: AnyRequest) -> ASGIApp:
-        asked, _, ignored = decode(await surface.body(request), BatchRequest)
+        asked, _, ignored = await surface.understood(await surface.body(request), decode, BatchRequest)
         check_unknown(ignored, strict=gateway.config.strict_fields)
         after = asked.output_expires_after
         ttl_s = None if after is None else seconds_of(after.seconds, after.anchor, "output_expires_after")

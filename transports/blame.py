@@ -1,22 +1,25 @@
 """Whose mistake it is: what a surface's own code does wrong carries its plugin's name to the log, and costs its request alone.
 
 What it is: `Owned`, a transport's factory whose routes know whose they are; `must`, which checks what a voice gave; `said`, the log's sentence; `refusal`, an
-error in a route's voice, or plainly where that voice fails.
+error in a route's voice, or plainly where that voice fails; `failed`, the reply to a request whose route raised; `beside`, work on a thread.
 What it does not know: plugins' hosts, which voices there are, what is said.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from litestar import Router
+from litestar.exceptions import LitestarException
 from litestar.handlers.base import BaseRouteHandler
 
-from penstock.core.protocol.errors import PenstockError, PluginFault, described
+from penstock.core.protocol.errors import PenstockError, PluginFault, described, tamed
 from penstock.transports.gateway import Gateway
-from penstock.transports.request import Header, JsonReply, error_reply
+from penstock.transports.request import Header, JsonReply, Scope, context_of, error_reply
 from penstock.transports.voice import VOICE, Voice
 
 log = logging.getLogger("penstock.edge.http")
@@ -81,6 +84,45 @@ def refusal(
         return error_reply(error, headers)
     try:
         return must(speaker.refuse(error, headers), JsonReply, "refuse")
-    except Exception as wrong:
-        log.exception("an error could not be said in its route's voice: %s", said(handler, "refuse", wrong))
+    except BaseException as raised:
+        log.error("an error could not be said in its route's voice: %s", said(handler, "refuse", tamed(raised)), exc_info=raised)
         return error_reply(error, headers)
+
+
+def failed(scope: Scope, raised: BaseException) -> JsonReply:
+    """The reply to a request whose route raised what it must not, which is logged."""
+    handler: BaseRouteHandler | None = scope.get("route_handler")
+    name = "route" if handler is None else handler.handler_name
+    late = isinstance(raised, LitestarException)  # Litestar's word for what came after the answer had begun
+    cause = raised.__cause__ if late and raised.__cause__ is not None else raised
+    log.error("request %s failed: %s", context_of(scope).rid, said(handler, name, tamed(cause)), exc_info=raised)
+    return refusal(handler, PenstockError("The server made an error. It is logged with the request id."))
+
+
+def ours(raised: BaseException) -> bool:
+    """Is it how a loop ends this very task, which is nobody's mistake?"""
+    if isinstance(raised, GeneratorExit):
+        return True
+    task = asyncio.current_task()
+    return isinstance(raised, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def raised_in(raised: BaseException) -> str:
+    """The innermost place that it came through, for the log."""
+    frames = traceback.extract_tb(raised.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "nobody knows where"
+
+
+async def beside(work: Callable[[], T]) -> T:
+    """`work` on a thread. What it raises is an Exception here: a future that is given something else ends the loop, or (StopIteration) is never done."""
+
+    def kept() -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except BaseException as raised:
+            return None, tamed(raised)
+
+    found, error = await asyncio.to_thread(kept)
+    if error is not None:
+        raise error
+    return cast(T, found)

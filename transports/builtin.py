@@ -7,6 +7,7 @@ What it does not know: how requests run (gateway.py), the schema's rules (openai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -14,8 +15,9 @@ from litestar import Request, get, post
 from litestar.types import ASGIApp
 
 from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
+from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
-from penstock.core.protocol.messages import Answer
+from penstock.core.protocol.messages import Answer, Limits
 from penstock.transports.anthropic import anthropic_routes
 from penstock.transports.anthropic_models import model_json, models_page, speaks_anthropic
 from penstock.transports.anthropic_voice import MessagesVoice
@@ -57,6 +59,28 @@ def relay(answer: Answer) -> JsonReply:
     if answer.status == 200:
         return JsonReply(answer.body)
     return error_reply(failure_of(answer))
+
+
+def parse_tokenize(body: bytes, config: Config, limits: Limits | None = None) -> tuple[str, bytes, list[str]]:
+    """The model, the body of text's question, and the ignored fields. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
+    parsed, raw, ignored = decode(body, TokenizeRequest, limits)
+    check_unknown(ignored, strict=config.strict_fields)
+    if (parsed.prompt is None) == (parsed.messages is None):
+        raise InvalidRequest("Give either prompt or messages.", param="prompt")
+    if parsed.messages is not None:
+        check_messages(parsed.messages, config.max_messages)
+    return parsed.model or "", _question(TokenizeRequest, raw), ignored
+
+
+def parse_detokenize(body: bytes, config: Config, limits: Limits | None = None) -> tuple[str, bytes, list[str]]:
+    """As `parse_tokenize`."""
+    parsed, raw, ignored = decode(body, DetokenizeRequest, limits)
+    check_unknown(ignored, strict=config.strict_fields)
+    return parsed.model or "", _question(DetokenizeRequest, raw), ignored
+
+
+def _question(kind: type[msgspec.Struct], raw: Mapping[str, msgspec.Raw]) -> bytes:
+    return msgspec.json.encode({name: value for name, value in raw.items() if name in kind.__struct_fields__})
 
 
 def openai_routes(gateway: Gateway) -> list[Any]:
@@ -112,25 +136,18 @@ def openai_routes(gateway: Gateway) -> list[Any]:
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = await surface.understood(await surface.body(request), decode, TokenizeRequest, gateway.limits)
-        check_unknown(ignored, strict=config.strict_fields)
-        if (parsed.prompt is None) == (parsed.messages is None):
-            raise InvalidRequest("Give either prompt or messages.", param="prompt")
-        fields = {name: value for name, value in raw.items() if name in TokenizeRequest.__struct_fields__}
-        if parsed.messages is not None:
-            check_messages(parsed.messages, config.max_messages)
-        if parsed.model:
-            await find_model(gateway, parsed.model)
-        return _with_ignored(relay(await gateway.query("tokenize", msgspec.json.encode(fields), model=parsed.model or "")), ignored)
+        model, question, ignored = await surface.understood(await surface.body(request), parse_tokenize, config, gateway.limits)
+        return await ask("tokenize", model, question, ignored)
 
     @post("/detokenize", summary="Tokens to text", tags=["tokens"], status_code=200, opt={BODY: DetokenizeRequest})
     async def detokenize(request: AnyRequest) -> ASGIApp:
-        parsed, raw, ignored = await surface.understood(await surface.body(request), decode, DetokenizeRequest, gateway.limits)
-        check_unknown(ignored, strict=config.strict_fields)
-        if parsed.model:
-            await find_model(gateway, parsed.model)
-        fields = {name: value for name, value in raw.items() if name in DetokenizeRequest.__struct_fields__}
-        return _with_ignored(relay(await gateway.query("detokenize", msgspec.json.encode(fields), model=parsed.model or "")), ignored)
+        model, question, ignored = await surface.understood(await surface.body(request), parse_detokenize, config, gateway.limits)
+        return await ask("detokenize", model, question, ignored)
+
+    async def ask(what: str, model: str, question: bytes, ignored: list[str]) -> JsonReply:
+        if model:
+            await find_model(gateway, model)
+        return _with_ignored(relay(await gateway.query(what, question, model=model)), ignored)
 
     @get("/tokenizer_info", summary="The tokenizer's facts and chat template", tags=["tokens"])
     async def tokenizer_info() -> ASGIApp:

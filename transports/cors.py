@@ -9,7 +9,11 @@ from __future__ import annotations
 from penstock.core.protocol.config import Config
 from penstock.transports.request import Header, JsonReply
 
-EXPOSED = b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-warning, traceparent"
+EXPOSED = (
+    b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-warning, traceparent, content-disposition, allow,"
+    b" www-authenticate, accept-encoding"
+)
+"""All that replies may have and that pages may not read anyway."""
 PREFLIGHT_S = 600
 """So long a browser may remember a preflight's answer."""
 

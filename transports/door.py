@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from penstock.core.protocol.errors import EngineUnavailable, PenstockError, StreamTaken
+from penstock.core.protocol.errors import EngineUnavailable, PenstockError, StreamTaken, described, tamed
 from penstock.core.protocol.messages import (
     CONTENT,
     Answer,
@@ -90,7 +90,7 @@ class Batch:
 
 class Sink(Protocol):
     """Who gets what belongs to one key. Calls come from the loop, never re-entrantly; after `finished` or `failed` none follows. They must not
-    block; an exception in `row` fails the request."""
+    block; an exception fails the request. A sink may have `said(error) -> str`: whose mistake an exception of its own is, for the log."""
 
     def row(self, choice: int, text: str, reason: str, row: int, batch: Batch) -> None:
         """A step brought something for one choice (0 to n - 1): `text` to append (may be ""), and `reason`: "" (goes on), or why the choice ended: "stop",
@@ -156,10 +156,9 @@ class Door:
         self._ready, self._ages = False, {}
         self._reason = f"the text process is gone ({reason})"
         sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink.failed(
-                EngineUnavailable("The server lost its text process while this request ran. Send the request again.", retry_after_s=1.0)
-            )
+        for key, sink in sinks.items():
+            lost = EngineUnavailable("The server lost its text process while this request ran. Send the request again.", retry_after_s=1.0)
+            told(sink, key, sink.failed, lost)
         queries, self._queries = self._queries, {}
         for future in queries.values():
             if not future.done():
@@ -171,12 +170,12 @@ class Door:
             self._deliver(message)
         elif type(message) is Finished:
             sink = self._sinks.pop(message.key, None)
-            if sink is not None:
-                sink.finished(message)
+            if sink is not None and (wrong := told(sink, message.key, sink.finished, message)):
+                told(sink, message.key, sink.failed, wrong)
         elif type(message) is Rejected:
             sink = self._sinks.pop(message.key, None)
             if sink is not None:
-                sink.failed(error_of(message))
+                told(sink, message.key, sink.failed, error_of(message))
         elif type(message) is Answer:
             future = self._queries.pop(message.id, None)
             if future is not None and not future.done():
@@ -208,10 +207,10 @@ class Door:
             if sink is not None:  # else: cancelled while the row was under way
                 try:
                     sink.row(choices[row], texts[row], reasons[row], row, batch)
-                except Exception:  # one request fails, not the link with all the others
-                    log.exception("a row of request %d could not be delivered", key)
+                except BaseException as raised:  # one request fails, not the link with all the others
+                    wrong = blamed(sink, key, raised)
                     self.cancel(key, "client")
-                    sink.failed(PenstockError("The server made an error while it sent the answer."))
+                    told(sink, key, sink.failed, wrong)
 
     def send(self, message: Message) -> None:
         link = self._link()
@@ -315,7 +314,7 @@ class Door:
         """End every request and question with `error`."""
         for key, sink in list(self._sinks.items()):
             self.cancel(key, cause)
-            sink.failed(error)
+            told(sink, key, sink.failed, error)
         for future in list(self._queries.values()):
             if not future.done():
                 future.set_exception(error)
@@ -336,6 +335,24 @@ class Door:
             raise EngineUnavailable(f"The text process did not answer within {timeout:g} s. Try again.", retry_after_s=1.0) from None
         finally:
             self._queries.pop(mine, None)
+
+
+def told(sink: Sink, key: int, call: Callable[..., None], *arguments: Any) -> PenstockError | None:
+    """Tell a sink something. What it raises is its own request's end, and not the link's with all the others: then the error that its client gets."""
+    try:
+        call(*arguments)
+    except BaseException as raised:
+        return blamed(sink, key, raised)
+    return None
+
+
+def blamed(sink: Sink, key: int, raised: BaseException) -> PenstockError:
+    """Log what a sink raised, with what it says of that (`said`, which none needs), or its class's name. The error that its client gets."""
+    error = tamed(raised)
+    say = getattr(sink, "said", None)
+    who = f"{type(sink).__module__}.{type(sink).__qualname__}: {described(error)}" if say is None else say(error)
+    log.error("what came for request %d could not be delivered: %s", key, who, exc_info=raised)
+    return PenstockError("The server made an error while it sent the answer.")
 
 
 class ServerInfo(msgspec.Struct, frozen=True):

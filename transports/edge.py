@@ -20,7 +20,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from email.utils import formatdate
 from typing import Any
 
@@ -32,7 +32,7 @@ from penstock.core.contract.host import BUILT_IN, PluginHost
 from penstock.core.processes.spawn import HTTP, control_hello, settle, socket_of
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import RootToChild
-from penstock.core.protocol.errors import Draining
+from penstock.core.protocol.errors import Draining, described, tamed
 from penstock.core.protocol.messages import (
     Boot,
     ChildUp,
@@ -52,7 +52,7 @@ from penstock.core.telemetry.logs import configure_logging
 from penstock.core.telemetry.traces import configure
 from penstock.transports.batch_runner import BatchRunner
 from penstock.transports.batches import served
-from penstock.transports.blame import Owned
+from penstock.transports.blame import Owned, raised_in
 from penstock.transports.folder import Folder
 from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
 from penstock.transports.http import make_app
@@ -326,6 +326,22 @@ class _Process:
             os._exit(1)
 
 
+def to_its_end(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, int]) -> int:
+    """Run the loop until `main` is over. SystemExit and KeyboardInterrupt stop a loop wherever they are raised: in a task that a plugin began by itself, or in a
+    callback of its. Nobody means this process by them (root decides, and INT is ignored), so the loop goes on."""
+    task = loop.create_task(main)
+    while True:
+        try:
+            return loop.run_until_complete(task)
+        except (SystemExit, KeyboardInterrupt) as raised:
+            tamed(raised)  # Ctrl-C, where somebody minds it
+            if task.done():
+                raise
+            log.error(
+                "a task or callback of a plugin raised %s (%s); the server goes on", described(raised), raised_in(raised), exc_info=raised
+            )
+
+
 def run(boot: Boot, control: socket.socket) -> int:
     """The role's main, for core/processes/spawn.py. `control` is the inherited socket to root, from which Boot was read. Returns the exit status."""
     started = time.monotonic()
@@ -336,6 +352,6 @@ def run(boot: Boot, control: socket.socket) -> int:
     tracing = OtelTracing(traces.provider) if traces.active else NO_TRACING
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Process(boot, started).main(control, tracing))
+            return to_its_end(runner.get_loop(), _Process(boot, started).main(control, tracing))
     finally:
         traces.shutdown()

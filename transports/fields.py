@@ -341,7 +341,6 @@ REPLY_FIELDS: dict[str, str] = {
 REPLY_OWN: dict[str, dict[str, str]] = {
     "ErrorReply": {"error": "What is wrong."},
     "ErrorFields": {"message": "What is wrong and what to do about it."},
-    "ChoiceError": {"message": "Why."},
     "CalledTool": {"id": "What to send back as tool_call_id.", "type": "`function`."},
     "ToolCallDelta": {
         "index": "Which of the answer's calls, from 0.",

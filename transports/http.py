@@ -8,6 +8,7 @@ What it does not know: what the transports' routes do, sockets, processes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -23,16 +24,25 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.spec import Server
 from litestar.types import ASGIApp
 
-from penstock.core.protocol.errors import EngineUnavailable, FinalError, Forbidden, InvalidRequest, NotFound, PenstockError, Unauthorized
+from penstock.core.protocol.errors import (
+    EngineUnavailable,
+    FinalError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    PenstockError,
+    Unauthorized,
+    tamed,
+)
 from penstock.core.protocol.tables import INFERENCE, METRICS, Principal
-from penstock.transports.blame import refusal, said
+from penstock.transports.blame import failed, ours, refusal
 from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.paths import Paths
-from penstock.transports.protocol import BAD_HEAD, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
+from penstock.transports.protocol import BAD_HEAD, HEADERS, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
 from penstock.transports.request import (
     CONTEXT,
     Disconnected,
@@ -110,6 +120,8 @@ class Edge:
         tracing = NO_TRACING if scope["path"] in UNTRACED else self._tracing
         span = tracing.begin(traceparent.decode(), headers.get(b"tracestate", b"").decode("latin-1") if traceparent else "")
         context = RequestContext(rid, span, headers, send, state.get("abort"))
+        state[HEADERS] = functools.partial(self.headers, context)
+        context.peer = scope["client"][0] if scope.get("client") else ""
         state[CONTEXT] = context
 
         async def send_with_headers(message: Any) -> None:
@@ -118,12 +130,7 @@ class Edge:
                 if scope["method"] == "OPTIONS":  # Litestar's own answer knows of one handler's methods, and not of HEAD
                     allow = ", ".join(self._paths.methods(scope["path"])).encode()
                     message["headers"] = [(k, allow if allow and k.lower() == b"allow" else v) for k, v in message["headers"]]
-                own = context.rid.encode()
-                extra = [(b"x-request-id", own), (b"request-id", own), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
-                extra += self._cors.headers(headers.get(b"origin"))
-                if span.traceparent:
-                    extra.append((b"traceparent", span.traceparent.encode()))
-                message["headers"] = [*message["headers"], *extra]
+                message["headers"] = [*message["headers"], *self.headers(context)]
             await send(message)
 
         # HEAD is GET without the body, which uvicorn leaves out (it looks at its own scope).
@@ -142,8 +149,24 @@ class Edge:
                 )(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
+        except BaseException as raised:  # what no handler of Litestar's sees: SystemExit, a panic, or an exception that came too late
+            if ours(raised):
+                raise
+            reply = failed(inner, raised)
+            if context.status:  # there is no other way to say it than to close the connection, which the server does for what is raised
+                raise tamed(raised) from None
+            await reply(scope, receive, send_with_headers)
         finally:
             self._done(inner.get("path_template") or "other", scope, context)
+
+    def headers(self, context: RequestContext) -> list[Header]:
+        """What every reply has, whoever makes it."""
+        own = context.rid.encode()
+        found = [(b"x-request-id", own), (b"request-id", own), (b"openai-processing-ms", b"%d" % context.elapsed_ms())]
+        found += self._cors.headers(context.headers.get(b"origin"))
+        if context.span.traceparent:
+            found.append((b"traceparent", context.span.traceparent.encode()))
+        return found
 
     def _refusal(self, scope: Scope, context: RequestContext) -> PenstockError | None:
         limit = scope["state"].get(HEADERS_TOO_LARGE)
@@ -217,9 +240,7 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
     if isinstance(error, HTTPException) and error.status_code < 500:
         return refusal(handler, InvalidRequest(error.detail))
-    name = "route" if handler is None else handler.handler_name
-    log.error("request %s failed: %s", request.scope["state"][CONTEXT].rid, said(handler, name, error), exc_info=error)
-    return refusal(handler, PenstockError("The server made an error. It is logged with the request id."))
+    return failed(request.scope, error)
 
 
 # ------------------------------------------------------------------ routes that are always there

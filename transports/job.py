@@ -11,10 +11,12 @@ import abc
 import time
 from typing import Any
 
-from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError, StreamNotFound
+from litestar.handlers.base import BaseRouteHandler
+
+from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError, StreamNotFound, tamed
 from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
-from penstock.transports.blame import must
+from penstock.transports.blame import must, said
 from penstock.transports.gateway import CancelCause, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.ids import public_id
@@ -69,6 +71,8 @@ class Job(abc.ABC):
         self.error: PenstockError | None = None
         self.failed: dict[int, PenstockError] = {}
         """Choices (by their index in the reply) that failed for the client's reasons; the others go on."""
+        self.handler: BaseRouteHandler | None = None
+        """Whose request it is, once it is answered."""
 
     def introduce(self) -> None:
         """Tell the voice what it speaks of; before anything else is asked of it."""
@@ -133,6 +137,7 @@ class Job(abc.ABC):
             group=(self.keys or [key])[0] if len(generation.prompts) > 1 else 0,
             tells=generation.tells,
             tenant=context.tenant,
+            peer=context.peer if "chat_template" in generation.prompts[index] else "",
             traceparent=context.span.traceparent,
             tracestate=context.span.tracestate,
             received_ns=context.started_ns,
@@ -188,6 +193,10 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def broken(self, error: PenstockError) -> None:
         """The request failed; its keys are cancelled."""
+
+    def said(self, raised: BaseException) -> str:
+        """Whose mistake it is that something of this request raised that."""
+        return said(self.handler, "route" if self.handler is None else self.handler.handler_name, tamed(raised))
 
     def cancel(self, cause: CancelCause) -> None:
         """Nobody here waits for it any more. A retained stream is left to whoever comes, unless it is ended on purpose."""

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from penstock.core.actors.text import bounds
+from penstock.core.actors.text.bounds import ALL_FIELDS
 from penstock.core.protocol.calling import Calling, Offered, calling_of
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.config import Config
@@ -186,9 +187,9 @@ def _check_max_tokens(value: int | None, param: str) -> None:
 # ------------------------------------------------------------------ chat
 
 
-def parse_chat(body: bytes, config: Config, limits: Limits | None = None) -> Call:
-    """Raises InvalidRequest (or UnsupportedFeature) naming the field."""
-    request, raw, ignored = decode(body, ChatRequest, limits)
+def parse_chat(body: bytes, config: Config, limits: Limits | None = None, *, most: int = ALL_FIELDS) -> Call:
+    """`most`: fields in all. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
+    request, raw, ignored = decode(body, ChatRequest, limits, most)
     assert isinstance(request, ChatRequest)
     fields = _shared(request, raw, ignored, config)
     check_messages(request.messages, config.max_messages)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, SMALL, check_body, check_fields, check_raw
+from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, SMALL, check_body, check_depth, check_fields, check_raw
 from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.wording import LONGEST_NAME, plain, type_words
@@ -294,6 +294,7 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None, most
         _blame(body, kind, limits)
         raise
     try:
+        check_depth(body)
         raw = _raw_fields.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("The request body must be a JSON object.") from None

@@ -24,7 +24,7 @@ from penstock.transports.echo import Shared, echo_pieces, is_small
 from penstock.transports.gateway import Batch
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
 from penstock.transports.openai import Call
-from penstock.transports.request import Header, JsonReply, error_body, error_reply
+from penstock.transports.request import Header, JsonReply, error_body, error_fields, error_reply
 from penstock.transports.voice import Choice, Head, Pieces, Prompt, Usage
 
 DONE = b"[DONE]"
@@ -32,11 +32,6 @@ SIZE_STEP = 64
 """Bytes. With stream_options.include_obfuscation the sizes of events differ by multiples of it: few tokens are longer."""
 
 _json = msgspec.json.Encoder().encode
-
-
-def error_fields(error: PenstockError) -> dict[str, Any]:
-    """What a choice that failed alone says about itself."""
-    return {"message": error.message, "type": error.type, "code": error.code}
 
 
 def likeliness(choice: Choice) -> float:

@@ -38,12 +38,6 @@ class ErrorReply(msgspec.Struct):
     error: ErrorFields
 
 
-class ChoiceError(msgspec.Struct):
-    message: str
-    type: str
-    code: str
-
-
 class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
@@ -98,7 +92,7 @@ class ChatChoice(msgspec.Struct, omit_defaults=True):
     finish_reason: str
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
-    error: ChoiceError | None = None
+    error: ErrorFields | None = None
 
 
 class ChatReply(msgspec.Struct, omit_defaults=True):
@@ -142,7 +136,7 @@ class ChatChunkChoice(msgspec.Struct, omit_defaults=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
-    error: ChoiceError | None = None
+    error: ErrorFields | None = None
 
 
 class ChatChunk(msgspec.Struct, omit_defaults=True):
@@ -169,7 +163,7 @@ class TextChoice(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: list[Any] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
-    error: ChoiceError | None = None
+    error: ErrorFields | None = None
 
 
 class CompletionReply(msgspec.Struct, omit_defaults=True):

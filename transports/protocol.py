@@ -26,6 +26,8 @@ BAD_HEAD = "bad_head"
 """Key in scope["state"]: the application answers this error, and closes."""
 REFUSED = "refused"
 """Key in scope["state"]: the status that a request got here while it was still being sent; the application finds its client disconnected."""
+HEADERS = "headers"
+"""Key in scope["state"]: the application's function for the headers that it gives to every reply, and that a request gets which is refused here after that."""
 SLOWEST_BODY = 1024
 """Bytes per second: a body that comes in drops is late however often they fall."""
 
@@ -179,11 +181,15 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             if self.cycle is not None and not self.cycle.response_complete and self.cycle.response_started:
                 self.transport.abort()  # an answer is under way: nothing sensible can be said in between
                 return
+            more: list[tuple[bytes, bytes]] = []
             if self._answering():
-                self.cycle.scope["state"][REFUSED] = error.status
+                state = self.cycle.scope["state"]
+                state[REFUSED] = error.status
+                if HEADERS in state:
+                    more = state[HEADERS]()
             body = error_body(error)
             head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-            lines = b"".join(b"%s: %s\r\n" % header for header in head + error_headers(error))
+            lines = b"".join(b"%s: %s\r\n" % header for header in head + error_headers(error) + more)
             self.transport.write(b"HTTP/1.1 %d %s\r\n%s\r\n%s" % (error.status, HTTPStatus(error.status).phrase.encode(), lines, body))
             self.transport.close()
 

@@ -11,7 +11,7 @@ import functools
 
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import Finished
-from penstock.transports.blame import must, refusal
+from penstock.transports.blame import beside, must, refusal
 from penstock.transports.gateway import Batch, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.job import Job, row_error, watch
@@ -57,6 +57,9 @@ class _WholeLeg:
     def failed(self, error: PenstockError) -> None:
         self._job.leg_failed(error)
 
+    def said(self, error: Exception) -> str:
+        return self._job.said(error)
+
 
 class WholeReply(Job):
     """Gathers everything, then answers once. An ASGI application; raises what `begin` raises before it sends anything."""
@@ -78,6 +81,7 @@ class WholeReply(Job):
             self._done.set_result(None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.handler = scope.get("route_handler")
         await self.gateway.soon_ready(self.model)
         self.begin()
         watcher = asyncio.get_running_loop().create_task(watch(receive))
@@ -113,6 +117,6 @@ class WholeReply(Job):
         prompts = [leg.prompt for leg in self._legs]
         make = functools.partial(self.voice.whole, prompts, choices, self.usage(), self.timings())
         positions = sum(len(prompt.logprobs) for prompt in prompts) + sum(len(choice.logprobs) for choice in choices)
-        body = must(make() if positions < LONG else await asyncio.to_thread(make), bytes, "whole")
+        body = must(make() if positions < LONG else await beside(make), bytes, "whole")
         self.summarize([choice.reason for choice in choices])
         return body

@@ -69,6 +69,7 @@ class RequestContext:
         "inner",
         "keys",
         "path",
+        "peer",
         "principal",
         "raw_send",
         "rid",
@@ -97,6 +98,8 @@ class RequestContext:
         """What the reply's ids are made of, if that is not `rid`."""
         self.again: Again | None = None
         """The stream that it resumes."""
+        self.peer = ""
+        """The address that it came from; of a proxy, if there is one."""
         self.background = False
         """Others go first, whatever priority it asks for."""
         self.keys: Sequence[int] = ()
@@ -156,9 +159,14 @@ class NoReply:
         return None
 
 
+def error_fields(error: PenstockError) -> dict[str, Any]:
+    """OpenAI's error object: of a whole request, and of one choice of several."""
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+
+
 def error_body(error: PenstockError) -> bytes:
     """OpenAI's error shape."""
-    return msgspec.json.encode({"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}})
+    return msgspec.json.encode({"error": error_fields(error)})
 
 
 def error_headers(error: PenstockError) -> list[Header]:

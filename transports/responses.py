@@ -6,10 +6,12 @@ What it does not know: conversations (responses_prompt.py), replies (responses_v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from penstock.core.actors.text.bounds import TRANSLATED_FIELDS
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
@@ -17,7 +19,7 @@ from penstock.transports.metadata import check_metadata
 from penstock.transports.openai import Call
 from penstock.transports.openai_schema import check_unknown, decode, fields_of
 from penstock.transports.responses_items import Item, tool_echo
-from penstock.transports.responses_prompt import LOGPROBS, Length, Prompt, need, question, renamed
+from penstock.transports.responses_prompt import LOGPROBS, Length, Prompt, Work, need, question, renamed
 from penstock.transports.responses_schema import (
     LIKE_CHAT,
     InputTokensRequest,
@@ -76,7 +78,7 @@ def decoded(
     body: bytes, kind: type[InputTokensRequest], config: Config, limits: Limits | None
 ) -> tuple[InputTokensRequest, dict[str, msgspec.Raw], list[str]]:
     """The request, its raw fields, and the names of fields that nobody knows. Raises InvalidRequest, UnsupportedFeature or RequestTooLarge."""
-    request, raw, ignored = decode(body, kind, limits)
+    request, raw, ignored = decode(body, kind, limits, TRANSLATED_FIELDS)  # of the client's own, before anything is made of them
     assert isinstance(request, InputTokensRequest)
     parts: dict[str, type[msgspec.Struct]] = {"reasoning": ReasoningOptions, "text": TextOptions, "stream_options": ResponseStreamOptions}
     for name, struct in parts.items():
@@ -107,60 +109,100 @@ async def parse(
     limits: Limits | None,
     *,
     rid: str,
-    core: str,
+    core: Callable[[str], str],
     tenant: str,
     records: Records | None,
     length: Length,
+    work: Work,
 ) -> Asked:
-    """The response's id is `resp_CORE`. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
-    request, _, ignored = decoded(body, ResponsesRequest, config, limits)
-    assert isinstance(request, ResponsesRequest)
-    _check(request, records)
-    prompt = Prompt(request)
-    await prompt.gather(core, ignored, records, tenant, config)
-    include = frozenset(request.include or ())
-    fields = prompt.fields
-    fields |= {name: value for name in LIKE_CHAT if (value := getattr(request, name)) is not None}
-    if request.max_output_tokens is not None:
-        fields["max_completion_tokens"] = request.max_output_tokens
-    if LOGPROBS in include:
-        fields["logprobs"] = True
-    if request.top_logprobs is not None:
-        fields["top_logprobs"] = request.top_logprobs
-    if request.stream or request.background:  # of one in the background it is known how far it is
-        fields["stream"] = True
-    call = await prompt.call(config, limits, length, request.max_output_tokens or 1)
-    places = prompt.places
-    call.names = {**call.names, "max_tokens": "max_output_tokens"}
-    call.ignored = check_unknown(sorted(ignored), strict=config.strict_fields)
-    if call.grammar is not None:
-        call.grammar = msgspec.structs.replace(
-            call.grammar,
-            field=call.grammar.field.replace("response_format.json_schema", "text.format").replace("response_format", "text.format"),
+    """The response's id is `resp_CORE`, of which `core` makes CORE from the model's name. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
+
+    def begin() -> _Reading:
+        reading = _Reading(body, config, limits, core, kept=records is not None)
+        if reading.prompt.whole:
+            reading.gather()
+            reading.finish(rid)
+        return reading
+
+    reading: _Reading = await work(len(body), begin)
+    if reading.asked is None:
+        prompt = reading.prompt
+        await prompt.fetch(records, tenant)
+        size = len(body) + prompt.fetched
+        await work(size, reading.gather)
+        if reading.request.truncation == "auto":
+            await prompt.fit(limits, length, reading.request.max_output_tokens or 1, work, size)
+        await work(size, lambda: reading.finish(rid))
+    assert reading.asked is not None
+    return reading.asked
+
+
+class _Reading:
+    """A request that is being understood, in steps that wait for nothing."""
+
+    def __init__(self, body: bytes, config: Config, limits: Limits | None, core: Callable[[str], str], *, kept: bool) -> None:
+        request, _, ignored = decoded(body, ResponsesRequest, config, limits)
+        assert isinstance(request, ResponsesRequest)
+        _check(request, kept=kept)
+        self.request = request
+        self.asked: Asked | None = None
+        self._config = config
+        self._limits = limits
+        self._core = core(request.model or "")
+        self._ignored = ignored
+        self._kept = kept
+        self.prompt = Prompt(request, self._core, ignored, config, kept=kept)
+
+    def gather(self) -> None:
+        """Make chat's fields of it. What it speaks of has been fetched."""
+        request = self.request
+        self.prompt.gather()
+        fields = self.prompt.fields
+        fields |= {name: value for name in LIKE_CHAT if (value := getattr(request, name)) is not None}
+        if request.max_output_tokens is not None:
+            fields["max_completion_tokens"] = request.max_output_tokens
+        if LOGPROBS in (request.include or ()):
+            fields["logprobs"] = True
+        if request.top_logprobs is not None:
+            fields["top_logprobs"] = request.top_logprobs
+        if request.stream or request.background:  # of one in the background it is known how far it is
+            fields["stream"] = True
+
+    def finish(self, rid: str) -> None:
+        """Find out what is asked. It has been gathered."""
+        request = self.request
+        call = self.prompt.call(self._limits)
+        call.names = {**call.names, "max_tokens": "max_output_tokens"}
+        call.ignored = check_unknown(sorted(self._ignored), strict=self._config.strict_fields)
+        if call.grammar is not None:
+            call.grammar = msgspec.structs.replace(
+                call.grammar,
+                field=call.grammar.field.replace("response_format.json_schema", "text.format").replace("response_format", "text.format"),
+            )
+        store = self._kept and request.store is not False
+        options = request.stream_options
+        include = frozenset(request.include or ())
+        shown = Shown(
+            id=f"resp_{self._core}",
+            echo=_echo(request, store),
+            logprobs=LOGPROBS in include,
+            sealed=SEALED in include,
+            obfuscate=bool(options and options.include_obfuscation),
         )
-    store = records is not None and request.store is not False
-    options = request.stream_options
-    shown = Shown(
-        id=f"resp_{core}",
-        echo=_echo(request, store),
-        logprobs=LOGPROBS in include,
-        sealed=SEALED in include,
-        obfuscate=bool(options and options.include_obfuscation),
-    )
-    return Asked(
-        call=call,
-        shown=shown,
-        places=places,
-        input=prompt.input,
-        rid=rid,
-        previous=request.previous_response_id or None,
-        store=store,
-        background=bool(request.background),
-        stream=bool(request.stream),
-    )
+        self.asked = Asked(
+            call=call,
+            shown=shown,
+            places=self.prompt.places,
+            input=self.prompt.input,
+            rid=rid,
+            previous=request.previous_response_id or None,
+            store=store,
+            background=bool(request.background),
+            stream=bool(request.stream),
+        )
 
 
-def _check(request: ResponsesRequest, records: Records | None) -> None:
+def _check(request: ResponsesRequest, *, kept: bool) -> None:
     """Fields that chat has not, or that only this API bounds."""
     for name in request.include or ():
         need(name in INCLUDABLE, f"include: {name[:80]!r} is none of {', '.join(sorted(INCLUDABLE))}.", "include")
@@ -176,7 +218,7 @@ def _check(request: ResponsesRequest, records: Records | None) -> None:
     need(request.max_tool_calls is None or request.max_tool_calls >= 1, "max_tool_calls must be at least 1.", "max_tool_calls")
     need(request.stream_options is None or bool(request.stream), "stream_options is only allowed when stream is true.", "stream_options")
     if request.background:
-        need(records is not None, "background needs a store, and this server has none (--no-store). Leave it out.", "background")
+        need(kept, "background needs a store, and this server has none (--no-store). Leave it out.", "background")
         need(request.store is not False, "background needs store to be true: what becomes of it can only be kept.", "background")
 
 
@@ -223,16 +265,32 @@ def _echo(request: ResponsesRequest, store: bool) -> dict[str, Any]:
 
 
 async def parse_count(
-    body: bytes, config: Config, limits: Limits | None, *, tenant: str, records: Records | None, length: Length
+    body: bytes, config: Config, limits: Limits | None, *, tenant: str, records: Records | None, length: Length, work: Work
 ) -> tuple[int, list[str]]:
     """How many tokens the prompt has, and the ignored fields. Raises as `parse`, and what `length` raises."""
-    request, _, ignored = decoded(body, InputTokensRequest, config, limits)
-    prompt = Prompt(request)
-    await prompt.gather("0", ignored, records, tenant, config)
-    check_unknown(sorted(ignored), strict=config.strict_fields)
-    call = await prompt.call(config, limits, length, 1)
+    ignored: list[str] = []
+
+    def begin() -> tuple[Prompt, bytes]:
+        request, _, unknown = decoded(body, InputTokensRequest, config, limits)
+        prompt = Prompt(request, "0", unknown, config, kept=records is not None)
+        ignored.extend(check_unknown(sorted(unknown), strict=config.strict_fields))
+        return prompt, finish(prompt) if prompt.whole else b""
+
+    def finish(prompt: Prompt) -> bytes:
+        if prompt.whole:
+            prompt.gather()
+        return question(prompt.call(limits))
+
+    prompt, asked = await work(len(body), begin)
+    if not prompt.whole:
+        await prompt.fetch(records, tenant)
+        size = len(body) + prompt.fetched
+        await work(size, prompt.gather)
+        if prompt.request.truncation == "auto":
+            await prompt.fit(limits, length, 1, work, size)
+        asked = await work(size, lambda: finish(prompt))
     try:
-        count, _ = await length(question(call), request.model or "")
+        count, _ = await length(asked, prompt.request.model or "")
     except PenstockError as error:
         raise renamed(error, prompt.places) from None
-    return count, sorted(ignored)
+    return count, ignored

@@ -13,14 +13,15 @@ from typing import Any
 
 import msgspec
 
+from penstock.core.actors.text.bounds import ALL_FIELDS, COUNTED
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, RequestTooLarge, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
 from penstock.transports.openai import Call, parse_chat
 from penstock.transports.responses_fit import fitted
 from penstock.transports.responses_items import Conversation, Item, chat_choice, chat_tools, items_of
 from penstock.transports.responses_schema import InputTokensRequest, TextOptions
-from penstock.transports.responses_store import Records
+from penstock.transports.responses_store import Record, Records, items_among
 
 LOGPROBS = "message.output_text.logprobs"
 _RENAMED = [
@@ -40,6 +41,8 @@ _RENAMED = [
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
 
 
+Work = Callable[[int, Callable[[], Any]], Awaitable[Any]]
+"""(bytes that are read, what reads them) -> what that gives, without holding others up: Surface.worked."""
 Length = Callable[[bytes, str], Awaitable[tuple[int, int | None]]]
 """(a "tokenize" question, the model) -> how many tokens that has, and how many the context has."""
 
@@ -71,46 +74,69 @@ def renamed(error: PenstockError, places: list[str]) -> PenstockError:
 
 
 class Prompt:
-    """The part of a request that the model reads, as fields of chat's."""
+    """The part of a request that the model reads, as fields of chat's: read when it is made, then `fetch`, `gather` and `call`. `core` is that of its items' ids, `kept`: there is a
+    store. Only `fetch` waits for it. Raises InvalidRequest or UnsupportedFeature naming the field; names that nobody knows are added to `ignored`."""
 
-    def __init__(self, request: InputTokensRequest) -> None:
+    def __init__(self, request: InputTokensRequest, core: str, ignored: list[str], config: Config, *, kept: bool) -> None:
         self.request = request
         self.conversation = Conversation()
         self.input: list[Item] = []
         self.fields: dict[str, Any] = {}
-
-    async def gather(self, core: str, ignored: list[str], records: Records | None, tenant: str, config: Config) -> None:
-        request, conversation = self.request, self.conversation
-        if request.instructions:
-            conversation.instruct(request.instructions)
-        previous = request.previous_response_id
-        if previous:
-            if records is None:
-                raise InvalidRequest(
-                    "previous_response_id: this server keeps no responses (--no-store). Send the items.", param="previous_response_id"
-                )
-            for record in await records.history(tenant, previous, config.max_messages, config.max_body_bytes):
-                conversation.take(record.input, "previous_response_id")
-                conversation.take(record.response["output"], "previous_response_id")
+        self.fetched = 0
+        """Bytes of what is kept of the conversation."""
+        self._config = config
+        self._history: list[Record] = []
+        self._sources: list[Record] = []
         given = request.input
-        need(given is not None or bool(previous), "input is required.", "input")
+        if request.previous_response_id and not kept:
+            raise InvalidRequest(
+                "previous_response_id: this server keeps no responses (--no-store). Send the items.", param="previous_response_id"
+            )
+        need(given is not None or bool(request.previous_response_id), "input is required.", "input")
         if given is not None:
             need(
                 isinstance(given, str) or len(given) <= config.max_messages,
                 f"input has {len(given)} items; this server takes at most {config.max_messages} (--max-messages). Send fewer.",
                 "input",
             )
-            items = items_of(given, core, ignored)
-            referred = [(number, f"input[{number}]") for number, item in enumerate(items) if item["type"] == "item_reference"]
-            if referred:
-                if records is None:
-                    where = referred[0][1]
-                    raise InvalidRequest(f"{where}: this server keeps no items (--no-store). Send it whole.", param=where)
-                names = [(items[number]["id"], where) for number, where in referred]
-                for (number, _), item in zip(referred, await records.items(tenant, names, config.max_body_bytes), strict=True):
-                    items[number] = item
-            conversation.take(items, "input")
-            self.input = items
+            self.input = items_of(given, core, ignored)
+        self._referred = [number for number, item in enumerate(self.input) if item["type"] == "item_reference"]
+        self._names = [(self.input[number]["id"], f"input[{number}]") for number in self._referred]
+        if self._names and not kept:
+            where = self._names[0][1]
+            raise InvalidRequest(f"{where}: this server keeps no items (--no-store). Send it whole.", param=where)
+
+    @property
+    def whole(self) -> bool:
+        """Nothing of it has to be fetched, nor left out: there is nothing to wait for."""
+        return not (self.request.previous_response_id or self._names or self.request.truncation == "auto")
+
+    async def fetch(self, records: Records | None, tenant: str) -> None:
+        """What it speaks of, from the store. Raises InvalidRequest, or RequestTooLarge."""
+        most = self._config.max_body_bytes
+        if records is not None and self.request.previous_response_id:
+            self._history = await records.history(tenant, self.request.previous_response_id, self._config.max_messages, most)
+        if records is not None and self._names:
+            self._sources = await records.sources(tenant, [name for name, _ in self._names], most)
+        self.fetched = sum(record.size for record in (*self._history, *self._sources))
+
+    def gather(self) -> None:
+        """Make chat's fields of it. Raises InvalidRequest, UnsupportedFeature or RequestTooLarge."""
+        conversation = self.conversation
+        if self.request.instructions:
+            conversation.instruct(self.request.instructions)
+        count = sum(record.fields(ALL_FIELDS) for record in self._history)
+        if count > ALL_FIELDS:
+            raise RequestTooLarge(
+                f"previous_response_id: what is kept of that conversation has {count} fields; this server takes at most {ALL_FIELDS}. Begin a new one.",
+                param="previous_response_id",
+            )
+        for record in self._history:
+            conversation.take(record.input, "previous_response_id")
+            conversation.take(record.output, "previous_response_id")
+        for number, item in zip(self._referred, items_among(self._sources, self._names), strict=True):
+            self.input[number] = item
+        conversation.take(self.input, "input")
         self.fields["messages"] = conversation.messages
         self._options()
 
@@ -118,26 +144,34 @@ class Prompt:
     def places(self) -> list[str]:
         return self.conversation.places
 
-    async def call(self, config: Config, limits: Limits | None, length: Length, room: int) -> Call:
-        """What chat makes of it. With truncation `auto` it leaves `room` tokens of the context."""
+    def call(self, limits: Limits | None) -> Call:
+        """What chat makes of it."""
         try:
-            if self.request.truncation == "auto":
-                await self._fit(config, limits, length, room)
-            return parse_chat(msgspec.json.encode(self.fields), config, limits)
+            return self._chat(self.fields, limits)
         except PenstockError as error:
             raise renamed(error, self.places) from None
 
-    async def _fit(self, config: Config, limits: Limits | None, length: Length, room: int) -> None:
+    def _chat(self, fields: dict[str, Any], limits: Limits | None) -> Call:
+        return parse_chat(msgspec.json.encode(fields), self._config, limits, most=COUNTED)
+
+    async def fit(self, limits: Limits | None, length: Length, room: int, work: Work, size: int) -> None:
+        """With truncation `auto` leave out what does not leave `room` tokens of the context. `size` in bytes, of the request and what was fetched. Raises as `call`,
+        and what `length` raises."""
+
         async def fits(messages: list[dict[str, Any]]) -> bool:
-            call = parse_chat(msgspec.json.encode({**self.fields, "messages": messages}), config, None)
-            count, context = await length(question(call), self.request.model or "")
+            def asked() -> bytes:
+                return question(self._chat({**self.fields, "messages": messages}, None))
+
+            count, context = await length(await work(size, asked), self.request.model or "")
             return context is None or count + room <= context
 
-        parse_chat(msgspec.json.encode(self.fields), config, limits)  # what is wrong, or too large for anybody, is said first
+        await work(size, lambda: self.call(limits))  # what is wrong, or too large for anybody, is said first
         conversation = self.conversation
         instructed = int(bool(self.request.instructions))
-        found = await fitted(conversation.messages, conversation.places, instructed, fits)
-        conversation.messages, conversation.places = found
+        try:
+            conversation.messages, conversation.places = await fitted(conversation.messages, conversation.places, instructed, fits)
+        except PenstockError as error:
+            raise renamed(error, self.places) from None
         self.fields["messages"] = conversation.messages
 
     def _options(self) -> None:

@@ -53,10 +53,6 @@ ITEMS: dict[str, dict[str, Any]] = {**fields(limit=20, most=MOST_LISTED, order="
 _json = msgspec.json.Encoder().encode
 
 
-class _Model(msgspec.Struct):
-    model: str | None = None
-
-
 class _Length(msgspec.Struct):
     count: int
     max_model_len: int | None = None
@@ -98,9 +94,17 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         own = sane_id(context.headers.get(b"x-request-id", b"").decode("latin-1")) is None
         rid = context.inner or (context.rid if own else new_rid())  # a client's own id can be guessed, and may come twice
         context.inner = rid
-        async with surface.turn(body):
-            core = rid + SHARDS[gateway.door(_model(body)).pool.text]
-            asked = await parse(body, config, gateway.limits, rid=rid, core=core, tenant=context.tenant, records=records, length=length)
+        asked = await parse(
+            body,
+            config,
+            gateway.limits,
+            rid=rid,
+            core=lambda model: rid + SHARDS[gateway.door(model).pool.text],  # which text process has it
+            tenant=context.tenant,
+            records=records,
+            length=length,
+            work=surface.worked,
+        )
         if asked.background:
             return await in_background(asked, context)
         if asked.stream:
@@ -113,7 +117,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         asked.call.request_id = None
         span = gateway.tracing.begin(context.span.traceparent, context.span.tracestate)
         alone = RequestContext(asked.rid, span, {}, context.raw_send, None)
-        alone.principal = context.principal
+        alone.principal, alone.peer = context.principal, context.peer
         try:
             queued = await Background(gateway, asked, kept(), alone, hub).start()
         except PenstockError as error:
@@ -132,8 +136,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
     async def input_tokens(request: AnyRequest) -> ASGIApp:
         body = await surface.body(request)
         tenant = context_of(request.scope).tenant
-        async with surface.turn(body):
-            count, ignored = await parse_count(body, config, gateway.limits, tenant=tenant, records=records, length=length)
+        count, ignored = await parse_count(body, config, gateway.limits, tenant=tenant, records=records, length=length, work=surface.worked)
         return JsonReply(_json({"object": "response.input_tokens", "input_tokens": count}), headers=ignored_header(ignored))
 
     @get(
@@ -213,7 +216,9 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         if order not in ("asc", "desc"):
             raise InvalidRequest(f"order must be 'asc' or 'desc', but is {order[:80]!r}.", param="order")
         record = await kept().get(context_of(request.scope).tenant, response_id)
-        items = record.input if order == "asc" else record.input[::-1]
+        items = await surface.worked(record.size, lambda: record.input)
+        if order == "desc":
+            items.reverse()
         after = query.get("after")
         if after is not None:
             at = next((number for number, item in enumerate(items) if item["id"] == after), None)
@@ -231,14 +236,6 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         return JsonReply(_json(body))
 
     return [create, input_tokens, retrieve, remove, cancel, input_items]
-
-
-def _model(body: bytes) -> str:
-    """Which model a request means, before it is understood: its id says which text process has it."""
-    try:
-        return msgspec.json.decode(body, type=_Model).model or ""
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return ""  # what is wrong with it is said later
 
 
 def _query(scope: Scope, known: Mapping[str, Any]) -> dict[str, str]:

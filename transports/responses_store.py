@@ -7,10 +7,12 @@ What it does not know: how a response comes to be (responses_jobs.py), HTTP, wha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
+from penstock.core.actors.text.bounds import fields_in
 from penstock.core.protocol.errors import InvalidRequest, NotFound, RequestTooLarge
 from penstock.transports.responses_items import Item, place_of
 from penstock.transports.responses_voice import FINAL
@@ -54,6 +56,23 @@ class Record:
         return msgspec.json.decode(self.kept.input, type=list[dict[str, Any]])
 
     @property
+    def output(self) -> list[Item]:
+        return msgspec.json.decode(self._output, type=list[dict[str, Any]])
+
+    @property
+    def _output(self) -> msgspec.Raw:
+        return msgspec.json.decode(self.body, type=_Output).output
+
+    @property
+    def size(self) -> int:
+        """In bytes, with its input."""
+        return len(self.body) + len(self.kept.input)
+
+    def fields(self, most: int) -> int:
+        """How many its items have (bounds.fields_in)."""
+        return fields_in(bytes(self.kept.input), most) + fields_in(bytes(self._output), most)
+
+    @property
     def status(self) -> str:
         return msgspec.json.decode(self.body, type=_Status).status
 
@@ -64,6 +83,10 @@ class Record:
 
 class _Status(msgspec.Struct):
     status: str
+
+
+class _Output(msgspec.Struct):
+    output: msgspec.Raw
 
 
 class Records:
@@ -140,31 +163,36 @@ class Records:
             if record.status not in FINAL - {"failed"}:
                 raise _wrong(f"the response {wanted!r} {'failed' if record.status == 'failed' else 'is not over yet'}.")
             found.append(record)
-            size += len(record.body) + len(record.kept.input)
+            size += record.size
             if len(found) > most:
                 raise _wrong(f"more than {most} responses lead to it (--max-messages). Begin a new conversation.")
             check_size(size, most_bytes, "previous_response_id")
             wanted = record.kept.previous
         return found[::-1]
 
-    async def items(self, tenant: str, names: list[tuple[str, str]], most_bytes: int) -> list[Item]:
-        """Those that a request refers to: (id, where it stands). Raises InvalidRequest or RequestTooLarge."""
-        known: dict[str, dict[str, Item]] = {}
+    async def sources(self, tenant: str, names: Iterable[str], most_bytes: int) -> list[Record]:
+        """The responses whose items those are, without such as are not there. Raises RequestTooLarge."""
+        found: list[Record] = []
         size = 0
-        found = []
-        for name, where in names:
-            place = place_of(name)
-            if place is not None and place[0] not in known:
-                record = await self.find(tenant, place[0])
-                if record is not None:
-                    size += len(record.body) + len(record.kept.input)
-                    check_size(size, most_bytes, "input")
-                known[place[0]] = {} if record is None else {item["id"]: item for item in (*record.input, *record.response["output"])}
-            item = known[place[0]].get(name) if place is not None else None
-            if item is None:
-                raise InvalidRequest(f"{where}.id: there is no item {name[:200]!r} here (any more).", param=f"{where}.id")
-            found.append(item)
+        for id in dict.fromkeys(place[0] for place in map(place_of, names) if place is not None):
+            record = await self.find(tenant, id)
+            if record is not None:
+                found.append(record)
+                size += record.size
+                check_size(size, most_bytes, "input")
         return found
+
+
+def items_among(sources: Iterable[Record], names: Iterable[tuple[str, str]]) -> list[Item]:
+    """Those that a request refers to: (id, where it stands), of `sources`. Raises InvalidRequest."""
+    known = {item["id"]: item for record in sources for item in (*record.input, *record.output)}
+    found = []
+    for name, where in names:
+        item = known.get(name)
+        if item is None:
+            raise InvalidRequest(f"{where}.id: there is no item {name[:200]!r} here (any more).", param=f"{where}.id")
+        found.append(item)
+    return found
 
 
 def check_size(size: int, most: int, param: str) -> None:

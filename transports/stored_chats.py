@@ -207,7 +207,7 @@ def stored_chat_routes(gateway: Gateway, surface: Surface) -> list[Any]:
         opt={BODY: MetadataRequest},
     )
     async def change(request: AnyRequest) -> ASGIApp:
-        parsed, _, ignored = decode(await surface.body(request), MetadataRequest)
+        parsed, _, ignored = await surface.understood(await surface.body(request), decode, MetadataRequest)
         check_unknown(ignored, strict=gateway.config.strict_fields)
         metadata = check_metadata(parsed.metadata)
         while True:

@@ -74,6 +74,9 @@ class _StreamLeg:
     def failed(self, error: PenstockError) -> None:
         self._job.lost(error)
 
+    def said(self, error: Exception) -> str:
+        return self._job.said(error)
+
 
 class StreamReply(Job):
     """Answers with a stream. An ASGI application; raises what `begin` raises before it sends anything."""
@@ -138,8 +141,8 @@ class StreamReply(Job):
     def complete(self) -> None:
         try:
             self.say(self.voice.ended(self.usage(), self.timings()))
-        except Exception:  # a voice's mistake is this request's end, not the link's
-            log.exception("request %s: the end of its stream could not be said", self.context.rid)
+        except BaseException as raised:  # a voice's mistake is this request's end, not the link's
+            log.error("request %s: the end of its stream could not be said: %s", self.context.rid, self.said(raised), exc_info=raised)
             self.leg_failed(PenstockError("The server made an error while it sent the answer."))
             return
         self.summarize(self._reasons)
@@ -158,8 +161,8 @@ class StreamReply(Job):
             return
         try:
             self.say(self.voice.broken(error))
-        except Exception:
-            log.exception("request %s: the error of its stream could not be said", self.context.rid)
+        except BaseException as raised:
+            log.error("request %s: the error of its stream could not be said: %s", self.context.rid, self.said(raised), exc_info=raised)
         self.outbox.close()
 
     # --- a slow or lost client
@@ -191,6 +194,7 @@ class StreamReply(Job):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outbox = self.outbox
+        self.handler = scope.get("route_handler")
         await self.gateway.soon_ready(self.model)
         self.begin()
         watcher = asyncio.get_running_loop().create_task(watch(receive))

@@ -6,15 +6,15 @@ What it does not know: which API it is.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from litestar import Request
 from litestar.types import ASGIApp
 
 from penstock.core.actors.text.bounds import SMALL
+from penstock.transports.blame import beside
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Gateway
 from penstock.transports.generation import Generation
@@ -46,20 +46,14 @@ class Surface:
     async def understood(self, body: bytes, parse: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """What `parse(body, ...)` gives or raises. A large body is parsed on a thread, so that the loop has its turns meanwhile, and one at a time in the
         whole process, so that the loop competes with one thread however many of them came; small ones go past it."""
-        if len(body) <= SMALL:
-            return parse(body, *arguments, **named)
-        async with self._gateway.parsing:
-            return await asyncio.to_thread(parse, body, *arguments, **named)
+        return await self.worked(len(body), functools.partial(parse, body, *arguments, **named))
 
-    @contextlib.asynccontextmanager
-    async def turn(self, body: bytes) -> AsyncIterator[None]:
-        """For a parser that must run on the loop: the loop has had a turn since the large body before this one, and none is parsed beside it."""
-        if len(body) <= SMALL:
-            yield
-            return
+    async def worked(self, size: int, work: Callable[[], Result]) -> Result:
+        """The same of any work that reads `size` bytes. It must not wait for anything: all large bodies wait for it."""
+        if size <= SMALL:
+            return work()
         async with self._gateway.parsing:
-            await asyncio.sleep(0)
-            yield
+            return await beside(work)
 
     def answer(self, request: Request[Any, Any, Any], generation: Generation, voice: Voice) -> ASGIApp:
         """What the route returns: it runs the generation and says in `voice` what came of it."""

@@ -2,7 +2,7 @@
 
 What it is: `FencedRenderer`, a chat renderer in front of the model's, whose `with_template` renders in a child (core/processes/template_child.py) that
 has the same plugins. A template that takes too long has its child killed, one that takes too much memory fails there; either is that
-request's 400. Children are started when they are needed, and kept.
+request's 400, and it waits until another child is there in its place. Children are started when they are needed, and kept.
 What it does not know: templates, threads (as many renderings at once as there are children; whoever comes later waits).
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import threading
+import time
 from typing import Any
 
 import msgspec
@@ -65,6 +67,7 @@ class FencedRenderer:
         self._places: queue.LifoQueue[_Place] = queue.LifoQueue()
         self._all = [_Place() for _ in range(MOST_CHILDREN)]
         self._closed = False
+        self._threads = threading.local()
         for place in self._all:
             self._places.put(place)
 
@@ -88,12 +91,24 @@ class FencedRenderer:
             return done.text.decode("utf-8", "surrogatepass")
         raise (UnsupportedFeature if done.unsupported else InvalidRequest)(done.error, param=done.param)
 
+    def starting_s(self) -> float:
+        """Seconds that this thread's renderings waited for a child that nobody had needed before, since this was last asked: no template's fault."""
+        seconds: float = getattr(self._threads, "starting_s", 0.0)
+        self._threads.starting_s = 0.0
+        return seconds
+
+    def _start(self, place: _Place) -> None:
+        if not self._closed:
+            place.child = Child(CHILD, Rendered)
+        if not self._closed and place.child is not None:
+            place.child.start(self._setup)
+
     def _rendered(self, place: _Place, rendering: Rendering) -> Rendered:
         try:
-            if place.child is None and not self._closed:
-                place.child = Child(CHILD, Rendered)
-                if not self._closed:
-                    place.child.start(self._setup)
+            if place.child is None:
+                began = time.monotonic()
+                self._start(place)
+                self._threads.starting_s = time.monotonic() - began
             if place.child is None or self._closed:
                 raise EOFError
             return place.child.ask(rendering, self._limit_s)
@@ -103,10 +118,18 @@ class FencedRenderer:
             why = "the process that rendered it ended: it may take too much memory"
         if not self._closed:
             log.warning("the process for a request's chat template is given up: %s", why)
+        self._bury(place)
+        try:
+            self._start(place)  # now, so that the next one does not wait for what this one did
+        except (TooSlow, EOFError, OSError):
+            self._bury(place)
+        return Rendered(error=f"chat_template cannot be used: {why}.", param="chat_template")
+
+    @staticmethod
+    def _bury(place: _Place) -> None:
         if place.child is not None:
             place.child.bury()
             place.child = None
-        return Rendered(error=f"chat_template cannot be used: {why}.", param="chat_template")
 
     def close(self) -> None:
         self._closed = True
@@ -114,10 +137,7 @@ class FencedRenderer:
             if (child := place.child) is not None:
                 child.kill()
         for _ in self._all:
-            place = self._places.get()
-            if place.child is not None:
-                place.child.bury()
-                place.child = None
+            self._bury(self._places.get())
         for place in self._all:
             self._places.put(place)
 

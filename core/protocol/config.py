@@ -153,7 +153,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trust_request_chat_template: Annotated[
         bool,
         opt(
-            "Take a chat template from a request (chat_template). It is rendered in a sandbox, two at a time in processes of their own, in at most 5 s and half a gigabyte.",
+            "Take a chat template from a request (chat_template). It is rendered in a sandbox, two at a time in processes of their own, in at most 5 s and half a gigabyte. Keys (or addresses) take turns, and what was quick lately waits for no other.",
             "server",
         ),
     ] = False

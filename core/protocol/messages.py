@@ -167,6 +167,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """With `retain_s`, once nobody listens: end it, go on, or wait for somebody."""
     context: bytes = b""
     """With `retain_s`: what an edge needs to answer it again. The first request of a stream brings it."""
+    peer: str = ""
+    """With chat_template: where it came from (an address), for turns among those who have no tenant."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -377,6 +379,8 @@ class Encode(Message, frozen=True, kw_only=True):
     vocab_size: int = 0
     """Of the model, or of the tokenizer while no model is known: ids beyond are no tokens."""
     chat_template: str = ""
+    owner: str = ""
+    """With chat_template: whose turn it takes."""
 
 
 class Encoded(Message, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from penstock.core.processes.templates import MOST_CHARS, FencedRenderer, Templa
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Encode, Encoded
 from penstock.core.protocol.model_folder import demo_folder
+from penstock.core.runtime.clock import FakeClock
 from penstock.plugins.renderers.jinja import JinjaRenderer
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
@@ -115,6 +117,26 @@ def test_a_template_that_takes_all_time_is_refused(own: JinjaRenderer) -> None:
         rendered(renderer, "{{ messages[0].content }}")
 
 
+def test_who_breaks_a_child_waits_for_the_next(own: JinjaRenderer) -> None:
+    """And nobody is blamed for the time that a first start takes."""
+    before = children()
+    renderer = FencedRenderer(own, SETUP, limit_s=0.5)
+    try:
+        assert renderer.starting_s() == 0
+        assert rendered(renderer, "{{ messages[0].content }}") == "hi"
+        assert renderer.starting_s() > 0
+        assert rendered(renderer, "{{ messages[0].content }}") == "hi"
+        assert renderer.starting_s() == 0
+        [first] = children() - before
+        with pytest.raises(InvalidRequest):
+            rendered(renderer, ENDLESS)
+        [second] = children() - before
+        assert second != first
+        assert renderer.starting_s() == 0, "it was its own fault"
+    finally:
+        renderer.close()
+
+
 def test_who_is_at_fault_is_named(fenced: FencedRenderer) -> None:
     for template, param in (
         ("{{ raise_exception('no') }}", "messages"),
@@ -160,3 +182,62 @@ def test_nobody_waits_for_somebodys_template(own: JinjaRenderer) -> None:
     late = [done.get(timeout=5) for _ in range(5)]
     assert {encoded.error_param for encoded in late} == {"chat_template"}
     assert children() <= before
+
+
+class Gate:
+    """A renderer whose templates take as long as a test says."""
+
+    templates = {"default": "own"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.began: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.gates: dict[str, threading.Event] = {}
+
+    def render(self, messages: list[dict[str, Any]], **how: Any) -> str:
+        return "own"
+
+    def with_template(self, template: str) -> Any:
+        self.began.put(template)
+        if template.startswith("slow"):
+            assert self.gates.setdefault(template, threading.Event()).wait(20)
+        return self
+
+
+def test_templates_take_turns() -> None:
+    """One client's slow templates have one of the places; what is known to be quick has the other, and another client comes after the one that runs."""
+    gate = Gate()
+    for number in range(4):
+        gate.gates[f"slow{number}"] = threading.Event()
+    done: queue.SimpleQueue[Encoded] = queue.SimpleQueue()
+    clock = FakeClock()
+    worker = TokenizerWorker(HuggingFaceTokenizer.load(FOLDER), gate, done.put, clock=clock)
+    jobs = 0
+
+    def submit(template: str, owner: str) -> int:
+        nonlocal jobs
+        jobs += 1
+        worker.submit(Encode(job=jobs, kind="chat", messages=b'[{"role":"user","content":"a"}]', chat_template=template, owner=owner))
+        return jobs
+
+    try:
+        hot = submit("hot", "good")
+        assert done.get(timeout=10).job == hot
+        for number in range(3):
+            submit(f"slow{number}", "bad")
+        assert [gate.began.get(timeout=10) for _ in range(2)] == ["hot", "slow0"]
+        for _ in range(3):
+            hot = submit("hot", "good")
+            assert done.get(timeout=10).job == hot
+            assert gate.began.get(timeout=10) == "hot"
+        own = submit("own", "good")
+        assert done.get(timeout=10).job == own, "the model's own template waits for no turn"
+        submit("new", "good")
+        clock.advance(5)
+        gate.gates["slow0"].set()
+        assert gate.began.get(timeout=10) == "new"
+        assert gate.began.get(timeout=10) == "slow1"
+    finally:
+        for event in gate.gates.values():
+            event.set()
+        worker.close()
+    assert done.qsize() == 4, "what waits at the end is still answered"

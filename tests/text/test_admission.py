@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from penstock.core.actors.text.admission import Admission
+from penstock.core.actors.text.admission import MAX_TEMPLATES, MAX_TEMPLATES_EACH, Admission
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import QueueFull
@@ -99,3 +99,37 @@ def test_retry_after_follows_the_drain_rate() -> None:
     with pytest.raises(QueueFull) as stuck:
         admission.check_request(now + 3600 * S)
     assert stuck.value.retry_after_s <= 120
+
+
+def test_templates_of_requests_wait_only_up_to_the_limit(make_bench: Any) -> None:
+    """Of one owner, and of all; owners are tenants, or addresses where there are none."""
+    bench = make_bench(Config(trust_request_chat_template=True))
+    bench.hold_encodes = True
+    messages = b'[{"role":"user","content":"a"}]'
+    asked: dict[str, Any] = {"kind": "chat", "prompt": None, "messages": messages, "chat_template": "{{ messages[0].content }}"}
+    key = 0
+
+    def ask(**owner: str) -> Any:
+        nonlocal key
+        key += 1
+        bench.submit(key, **asked, **owner)
+        return bench.rejected.get(key)
+
+    for _ in range(MAX_TEMPLATES_EACH):
+        assert ask(tenant="a") is None
+    refused = ask(tenant="a", peer="10.0.0.1")
+    assert (refused.status, refused.type, refused.code) == (429, "rate_limit_error", "queue_full")
+    assert refused.retry_after_s >= 1
+    assert "chat_template" in refused.message
+    for _ in range(MAX_TEMPLATES - MAX_TEMPLATES_EACH):
+        assert ask(peer="10.0.0.1") is None
+    assert ask(peer="10.0.0.1") is not None
+    assert ask(peer="10.0.0.2") is not None
+    bench.submit(key := key + 1, prompt_ids=i32([1]))
+    assert key not in bench.rejected, "without a template of its own it waits for nothing of that"
+    assert {encode.owner for encode in bench.held if encode.chat_template} == {"a", "10.0.0.1"}
+    bench.send(Cancel(key=1))
+    assert ask(tenant="a") is not None, "the worker still has it"
+    bench.release()
+    assert ask(tenant="a") is None
+    assert ask(peer="10.0.0.2") is None

@@ -82,7 +82,7 @@ def test_neighbours_are_unhurt(edge: Edge, more: dict[str, Any], failing: set[in
     choices = whole.json()["choices"]
     assert [c["finish_reason"] for c in choices] == ["stop", "error", "stop"]
     assert [c["text"] for c in choices] == ["Hello"] * 3
-    assert choices[1]["error"] == {"message": WHY, "type": "invalid_request_error", "code": "invalid_value"}
+    assert choices[1]["error"] == {"message": WHY, "type": "invalid_request_error", "param": "allowed_token_ids", "code": "invalid_value"}
     assert "error" not in choices[0]
 
     streamed = events(ask(edge, stream=True, **more).text)
@@ -90,6 +90,18 @@ def test_neighbours_are_unhurt(edge: Edge, more: dict[str, Any], failing: set[in
     ends = {c["index"]: c for e in streamed[:-1] for c in e["choices"] if c["finish_reason"]}
     assert {index: c["finish_reason"] for index, c in ends.items()} == {0: "stop", 1: "error", 2: "stop"}
     assert ends[1]["error"] == choices[1]["error"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_chat_too(edge: Edge, stream: bool) -> None:
+    edge.text.script = script(failing={1})
+    with edge.http() as http:
+        body = {"model": "brook", "messages": [{"role": "user", "content": "a"}], "n": 2, "stream": stream}
+        reply = http.post("/v1/chat/completions", json=body)
+    told = [c for e in events(reply.text)[:-1] for c in e["choices"]] if stream else reply.json()["choices"]
+    [failed] = [choice for choice in told if "error" in choice]
+    assert (failed["index"], failed["finish_reason"]) == (1, "error")
+    assert failed["error"] == {"message": WHY, "type": "invalid_request_error", "param": "allowed_token_ids", "code": "invalid_value"}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.responses import input_token_count_params, response_create_params
 
+from penstock.core.actors.text.bounds import SMALL, TRANSLATED_FIELDS
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import (
     ARGUMENTS,
@@ -727,3 +728,32 @@ def test_truncation_leaves_room_for_the_answer(script: Edge) -> None:
     for room in (1, 5):
         assert told[room][0] == whole[0]
         assert told[room][1:] == whole[-len(told[room]) + 1 :]
+
+
+# ------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize("path", [PATH, COUNT])
+def test_fields_are_counted_as_the_client_wrote_them(edge: Edge, path: str) -> None:
+    """Not those of the chat that they become, which are more: here thrice as many."""
+    tool: dict[str, Any] = {"type": "function", "name": "f", "parameters": {}}
+    within = (TRANSLATED_FIELDS - 5) // 3
+    said = {"x": "y" * SMALL}  # small bodies are not counted
+    legal = HI | {"tools": [tool | {"name": f"f{number}"} for number in range(within)], "chat_template_kwargs": said}
+    reply = edge.kept.post(path, json=legal)
+    assert reply.status_code == 200, reply.text[:300]
+    more = HI | {"tools": [*legal["tools"], tool, tool], "chat_template_kwargs": said}
+    error = edge.kept.post(path, json=more).json()["error"]
+    count = 3 * (within + 2) + 5
+    assert f" {count} fields; this server takes at most {TRANSLATED_FIELDS}." in error["message"]
+
+
+@pytest.mark.parametrize("path", [PATH, COUNT])
+@pytest.mark.parametrize("size", [0, SMALL])
+@pytest.mark.parametrize("depth", range(880, 1010, 10))
+def test_deep_bodies_are_the_clients_mistake(edge: Edge, path: str, size: int, depth: int) -> None:
+    schema = '{"a":' * depth + "1" + "}" * depth
+    more = ',"stream":false' if path == PATH else ""
+    body = f'{{"model":"brook","input":"{"x" * size}","text":{{"format":{{"type":"json_schema","name":"a","schema":{schema}}}}}{more}}}'
+    reply = edge.kept.post(path, content=body.encode(), headers={"content-type": "application/json"})
+    assert reply.status_code in (200, 400), reply.text[:300]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import msgspec
@@ -15,6 +16,7 @@ import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
 from test_responses import named_events
 
+from penstock.core.actors.text.bounds import SMALL
 from penstock.core.protocol.messages import Cancel, Message, Query, Submit
 from penstock.transports import responses_replies as replies
 from penstock.transports.folder import Folder
@@ -199,6 +201,64 @@ def test_a_conversation_has_a_size(make_edge: MakeEdge) -> None:
     some = [{"type": "item_reference", "id": item} for item in items]
     assert edge.kept.post(PATH, json=HI | {"input": some[:1] * 30}).status_code == 200, "one response is read once"
     assert error(edge.kept.post(PATH, json=HI | {"input": some})) == (413, "request_too_large", "input")
+
+
+def test_nobody_waits_for_the_store(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large bodies are parsed one at a time, and a request whose conversation is being fetched is not parsed."""
+    edge = make_edge()
+    gateway = edge.server.gateway
+    long = "x" * SMALL
+    first = create(edge, input=long)
+    held: list[bool] = []
+    store = gateway.store
+    assert store is not None
+    row = type(store).row
+
+    async def slow(self: Any, *asked: Any) -> Any:
+        held.append(gateway.parsing.locked())
+        found = await row(self, *asked)
+        held.append(gateway.parsing.locked())
+        return found
+
+    monkeypatch.setattr(type(store), "row", slow)
+    create(edge, previous_response_id=first["id"], input=long)
+    item = edge.kept.get(f"{PATH}/{first['id']}/input_items").json()["data"][0]["id"]
+    create(edge, input=[{"type": "item_reference", "id": item}, {"role": "user", "content": long}])
+    assert edge.kept.post(f"{PATH}/input_tokens", json=HI | {"previous_response_id": first["id"], "input": long}).status_code == 200
+    assert held
+    assert not any(held)
+
+
+@pytest.mark.parametrize("more", [{"input": "x"}, {"input": "x", "truncation": "auto"}])
+def test_what_was_fetched_counts_as_the_body_does(make_edge: MakeEdge, more: dict[str, Any]) -> None:
+    """A small request that brings a long conversation with it is work for a thread."""
+    edge = make_edge()
+    first = create(edge, input="x" * SMALL)
+    taken = 0
+
+    class Counted(asyncio.Lock):
+        async def acquire(self) -> Literal[True]:
+            nonlocal taken
+            taken += 1
+            return await super().acquire()
+
+    edge.server.gateway.parsing = Counted()
+    create(edge, previous_response_id=first["id"], **more)
+    assert taken > 1
+    before = taken
+    assert edge.kept.get(f"{PATH}/{first['id']}/input_items").status_code == 200
+    assert taken == before + 1
+
+
+def test_a_conversation_has_so_many_fields(edge: Edge) -> None:
+    part = {"type": "input_text", "text": "a"}
+    one = create(edge, input=[{"role": "user", "content": [part] * 15_000}])
+    two = create(edge, previous_response_id=one["id"], input=[{"role": "user", "content": [part] * 15_000}])
+    three = create(edge, previous_response_id=two["id"], input=[{"role": "user", "content": [part] * 15_000}])
+    create(edge, previous_response_id=three["id"])
+    four = create(edge, previous_response_id=three["id"], input=[{"role": "user", "content": [part] * 5_001}])
+    reply = edge.kept.post(PATH, json=HI | {"previous_response_id": four["id"]})
+    assert error(reply) == (413, "request_too_large", "previous_response_id")
 
 
 def test_items_are_referred_to(edge: Edge) -> None:

@@ -547,29 +547,6 @@ def test_large_bodies_are_parsed_one_at_a_time_beside_the_loop() -> None:
     assert [*found[:5], *found[6:]] == [0, 1, 2, 3, 4, 6, 7]
 
 
-def test_the_loop_has_a_turn_between_two_large_bodies_that_are_parsed_on_it() -> None:
-    seen: list[str] = []
-
-    async def main() -> None:
-        surface = Surface(Gateway(build({}), 0), Sse())
-
-        async def one(body: bytes, name: str) -> None:
-            async with surface.turn(body):
-                seen.append(name)
-
-        async def small() -> None:
-            while len(seen) < 15:
-                seen.append("turn")
-                await asyncio.sleep(0)
-
-        await asyncio.gather(*(one(LARGE, "large") for _ in range(5)), small(), one(LITTLE, "little"))
-
-    asyncio.run(main())
-    assert seen.count("large") == 5
-    assert seen.index("little") < seen.index("large")
-    assert "large large" not in " ".join(seen)
-
-
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -601,3 +578,31 @@ def test_each_route_parses_large_bodies_in_turn(make_edge: MakeEdge, path: str, 
         assert taken == 1
         http.post(path, json={"model": "brook"})
         assert taken == 1
+
+
+DEEP: list[tuple[str, str]] = [
+    (
+        "/v1/chat/completions",
+        '"messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_schema","json_schema":{"schema":%s}}',
+    ),
+    ("/v1/chat/completions", '"messages":[{"role":"user","content":"a"}],"tools":[{"function":{"name":"f","parameters":%s}}],"store":true'),
+    ("/v1/completions", '"prompt":"a","guided_json":%s'),
+    ("/v1/messages", '"max_tokens":5,"messages":[{"role":"user","content":"a"}],"output_format":{"type":"json_schema","schema":%s}'),
+    ("/v1/messages", '"max_tokens":5,"messages":[{"role":"user","content":"a"}],"tools":[{"name":"f","input_schema":%s}]'),
+    ("/v1/responses", '"input":"a","tools":[{"type":"function","name":"f","parameters":%s}]'),
+    ("/tokenize", '"messages":[{"role":"user","content":"a"}],"tools":[{"function":{"name":"f","parameters":%s}}]'),
+    ("/generate", '"inputs":"a","other":%s'),
+]
+
+
+@pytest.mark.parametrize(("path", "more"), DEEP)
+def test_a_deep_body_is_the_clients_mistake_however_deep(shared_edge: Edge, path: str, more: str) -> None:
+    """What parses a body leaves room for those that parse and write parts of it later, on more of the stack."""
+    statuses = []
+    for depth in range(700, 1010, 5):
+        body = ("{" if path == "/generate" else '{"model":"brook",') + more % ('{"a":' * depth + "1" + "}" * depth) + "}"
+        reply = shared_edge.kept.post(path, content=body.encode(), headers={"content-type": "application/json"})
+        assert reply.status_code < 500, (depth, reply.text[:300])
+        statuses.append(reply.status_code)
+    assert statuses[0] == 200 < statuses[-1]
+    assert statuses == sorted(statuses)

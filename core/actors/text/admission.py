@@ -8,6 +8,7 @@ What it does not know: requests themselves, KV blocks, HTTP.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from penstock.core.protocol.errors import QueueFull, QueueLimit
 
@@ -16,6 +17,10 @@ RATE_TAU_S = 20.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 120.0
 UNKNOWN_RETRY_S = 5.0
 """While nothing has started yet there is no rate."""
+MAX_TEMPLATES = 256
+"""Requests with a template of their own that may wait for it to be rendered at a time: a few at once are, and each may take seconds (turns.py)."""
+MAX_TEMPLATES_EACH = 128
+"""The same, of one owner: there is room for others."""
 
 
 class Admission:
@@ -27,6 +32,8 @@ class Admission:
         self.status = status
         self.requests = 0
         self.tokens = 0
+        self._templates: Counter[str] = Counter()
+        """Requests with a template of their own that is not rendered yet, by owner."""
         self._rate = 0.0
         """Requests started per second, exponentially decayed."""
         self._tokens_rate = 0.0
@@ -51,6 +58,22 @@ class Admission:
                 min(self.tokens, self.tokens + tokens - self.max_tokens),
                 self.rate(now_ns)[1],
             )
+
+    def check_template(self, owner: str) -> None:
+        """Raises QueueFull if one more request with its own template is too many: for everybody, or for this owner."""
+        waiting, own = self._templates.total(), self._templates[owner]
+        if own >= MAX_TEMPLATES_EACH:
+            raise self._full("queue_requests", f"{own} requests of yours wait for their own chat_template to be rendered", 0, 0)
+        if waiting >= MAX_TEMPLATES:
+            raise self._full("queue_requests", f"{waiting} requests wait for their own chat_template to be rendered", 0, 0)
+
+    def template_enters(self, owner: str) -> None:
+        self._templates[owner] += 1
+
+    def template_leaves(self, owner: str) -> None:
+        self._templates[owner] -= 1
+        if not self._templates[owner]:
+            del self._templates[owner]
 
     def enter(self) -> None:
         self.requests += 1

@@ -8,7 +8,12 @@ What it does not know: HTTP, templates, what the fields mean.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
 
 from penstock.core.protocol.errors import ContextLengthExceeded, InvalidRequest, RequestTooLarge
 from penstock.core.protocol.messages import Limits
@@ -34,10 +39,21 @@ ALL_FIELDS = 100_000
 """Most fields of a whole request, with those of the objects in it."""
 TRANSLATED_FIELDS = 32_000
 """The same of a request that is rewritten as another API's before it is understood, which costs thrice as much and may make five fields of two."""
+COUNTED = sys.maxsize
+"""The same of what such a request became: what the client wrote was counted."""
 PROMPT, DECODED, CUT = "prompt", "tokens", "truncate_prompt_tokens"
 """Names of the fields that hold ids of one prompt and ids to be decoded, and of the one by which a prompt is cut."""
 SMALL = 64 << 10
 """Bytes of a body that are not worth a look: whatever is in them is cheap."""
+
+
+DEEPER = 160
+MAYBE_DEEP = 500
+"""Brackets; JSON with fewer than those is not deep."""
+_nested: Any = msgspec.Raw
+for _ in range(DEEPER):
+    _nested = list[_nested]
+_deeper: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_nested)
 
 
 def limits_of(max_model_len: int, chars_per_token: int, max_prompt_chars: int | None) -> Limits:
@@ -108,14 +124,27 @@ def items(raw: bytes, most: int) -> int:
     return 1 + bare.count(b",") + bare.count(b"{") + bare.count(b"[")
 
 
+def fields_in(raw: bytes, most: int) -> int:
+    """How many fields a piece of JSON has at most, with those of the objects in it. Only a piece that could have more than `most` is looked at more closely."""
+    colons = raw.count(b":")  # each field has its colon
+    if colons <= most:
+        return colons
+    return min(colons, raw.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2)  # and its name is a string
+
+
 def check_body(body: bytes, most: int = ALL_FIELDS) -> None:
     """A whole request before it is split into its fields, which costs a third of a microsecond each. Raises RequestTooLarge."""
-    if len(body) <= SMALL or body.count(b":") <= most:  # each field has its colon
-        return
-    names = body.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2  # and its name is a string
-    if names > most:
-        count = min(names, body.count(b":"))
+    count = 0 if len(body) <= SMALL else fields_in(body, most)
+    if count > most:
         raise RequestTooLarge(f"The request and the objects in it have {count} fields; this server takes at most {most}. Send fewer.")
+
+
+def check_depth(body: bytes) -> None:
+    """Raises RecursionError for JSON that is nested too deeply. The parser's own bound is how much of the interpreter's stack is left, and so is that of whatever
+    parses or writes parts of it later, on more of that stack: so the parser must be able to take it DEEPER levels deeper."""
+    if body.count(b"{") + body.count(b"[") >= MAYBE_DEEP:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what else is wrong with it is said by whoever parses it
+            _deeper.decode(b"".join((b"[" * DEEPER, body, b"]" * DEEPER)))
 
 
 def check_fields(count: int, param: str | None = None) -> None:

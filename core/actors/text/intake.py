@@ -66,6 +66,9 @@ class Intake:
             keep = resolve.keep_of(message, params, facts)
             self._check_size(message, params, facts, keep)
             desk.admission.check_request(now)
+            owner = message.tenant or message.peer
+            if message.chat_template:
+                desk.admission.check_template(owner)
             request = Request(message, params, pool.series, now)
             if message.retain_s:
                 request.kept = desk.streams.open(request)
@@ -78,6 +81,8 @@ class Intake:
             request.told = self._tellers.of(message)
         desk.ledger.add(request)
         desk.admission.enter()
+        if message.chat_template:
+            desk.admission.template_enters(owner)
         yield Encode(
             job=self._new_job(request),
             kind=message.kind,
@@ -96,6 +101,7 @@ class Intake:
             root_hash=request.root_hash,
             block_size=facts.block_size if facts.enable_prefix_caching else 0,
             chat_template=message.chat_template,
+            owner=owner if message.chat_template else "",
         )
 
     def _open_facts(self) -> EngineFacts:
@@ -132,7 +138,11 @@ class Intake:
             self._questions -= 1
             yield _worked_out(owner, message)
             return
-        if owner is None or not self._desk.ledger.has(owner):
+        if owner is None:
+            return
+        if owner.submit.chat_template:
+            self._desk.admission.template_leaves(owner.submit.tenant or owner.submit.peer)
+        if not self._desk.ledger.has(owner):
             return  # cancelled meanwhile
         facts = self._pool.facts
         assert facts is not None  # no request is accepted before an engine was there

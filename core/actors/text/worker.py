@@ -2,7 +2,8 @@
 
 What it is: the taker of Encode and giver of Encoded. Short jobs have a thread of their own, which takes all that wait as one batch; long ones
 (by the size of what is to be read) take turns on another, so that a short request overtakes them. The tokenizer releases the GIL for its
-part, so that the text loop goes on streaming meanwhile. Templates of requests, which may take their time, have threads of their own. A job that
+part, so that the text loop goes on streaming meanwhile. Templates of requests, which may take their time, have threads of their own, and take turns
+(turns.py); one that is the model's own template is none. A job that
 fails becomes an Encoded with `error`; it never takes others of its batch with it. After a long job the memory goes back to the system.
 What it does not know: actors, loops (`deliver` is whatever thread-safe callback the host hands in), what a request is.
 """
@@ -10,6 +11,7 @@ What it does not know: actors, loops (`deliver` is whatever thread-safe callback
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import queue
 import threading
@@ -20,6 +22,7 @@ import msgspec
 
 from penstock.core.actors.text import queries
 from penstock.core.actors.text.bounds import check_chars
+from penstock.core.actors.text.turns import Turns
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature, described
@@ -74,25 +77,36 @@ class TokenizerWorker:
         self._clock: Clock = clock or SystemClock()
         self._short: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
         self._long: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
-        self._templated: queue.SimpleQueue[Encode | None] = queue.SimpleQueue()
-        lanes = [("tokenizer", self._short, MAX_BATCH), ("tokenizer-long", self._long, 1)]
-        lanes += [(f"templates-{number}", self._templated, 1) for number in range(TEMPLATED)]
+        self._turns: Turns[Encode] = Turns(TEMPLATED, self._clock)
+        self._turn = threading.Condition()
+        self._closing = False
+        lanes: list[tuple[str, Callable[..., None], tuple[Any, ...]]]
+        lanes = [("tokenizer", self._run, (self._short, MAX_BATCH)), ("tokenizer-long", self._run, (self._long, 1))]
+        lanes += [(f"templates-{number}", self._run_templates, ()) for number in range(TEMPLATED)]
         self._threads = [
-            threading.Thread(target=self._run, args=(lane, most), name=f"penstock-{name}", daemon=True) for name, lane, most in lanes
+            threading.Thread(target=target, args=arguments, name=f"penstock-{name}", daemon=True) for name, target, arguments in lanes
         ]
         for thread in self._threads:
             thread.start()
 
     def submit(self, encode: Encode) -> None:
         """Thread-safe; never blocks."""
+        if encode.chat_template and getattr(self._renderer, "templates", None) == {"default": encode.chat_template}:
+            encode = msgspec.structs.replace(encode, chat_template="")  # it is the model's own
         if encode.chat_template:
-            self._templated.put(encode)
+            name = hashlib.blake2b(encode.chat_template.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            with self._turn:
+                self._turns.put(encode, encode.owner, name)
+                self._turn.notify_all()
         else:
             (self._long if size_of(encode) >= LONG else self._short).put(encode)
 
     def close(self) -> None:
-        for waiting in (self._short, self._long, *[self._templated] * TEMPLATED):
+        for waiting in (self._short, self._long):
             waiting.put(None)
+        with self._turn:
+            self._closing = True
+            self._turn.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -110,18 +124,36 @@ class TokenizerWorker:
                     first = lane.get_nowait()
                 except queue.Empty:
                     break
-            try:
-                done = encode_batch(self._tokenizer, self._renderer, batch, self._clock)
-            except BaseException as error:  # ours, then: whoever waits for this thread must not wait for ever
-                log.exception("encoding failed")
-                said = f"Encoding failed: {described(error, 300)}"
-                done = [Encoded(job=encode.job, error=said, error_status=500) for encode in batch]
-            for encoded in done:
-                self._deliver(encoded)
+            self._work(batch)
             if first is None:
                 return
             if size >= HUGE:
                 give_memory_back()
+
+    def _run_templates(self) -> None:
+        starting_s: Callable[[], float] | None = getattr(self._renderer, "starting_s", None)
+        while True:
+            with self._turn:
+                while (encode := self._turns.next()) is None:
+                    if self._closing:  # what still waits is another thread's
+                        return
+                    self._turn.wait()
+            self._work([encode])
+            with self._turn:
+                self._turns.done(encode, idle_s=0.0 if starting_s is None else starting_s())
+                self._turn.notify_all()
+            if size_of(encode) >= HUGE:
+                give_memory_back()
+
+    def _work(self, batch: list[Encode]) -> None:
+        try:
+            done = encode_batch(self._tokenizer, self._renderer, batch, self._clock)
+        except BaseException as error:  # ours, then: whoever waits for this thread must not wait for ever
+            log.exception("encoding failed")
+            said = f"Encoding failed: {described(error, 300)}"
+            done = [Encoded(job=encode.job, error=said, error_status=500) for encode in batch]
+        for encoded in done:
+            self._deliver(encoded)
 
 
 def give_memory_back() -> None:
