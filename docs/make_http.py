@@ -409,7 +409,7 @@ def page() -> str:
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages), [OpenAI's Responses](#openais-responses) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages), [OpenAI's Responses](#openais-responses), [TGI's generate](#tgis-generate) and vLLM's [tokens in, tokens out](#tokens-in-tokens-out). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
         " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",
@@ -504,9 +504,9 @@ def page() -> str:
         " (token to number, the drawn one among them) and `text_offset` (characters from the beginning of `text`); with echo the prompt's tokens come"
         f" first, the very first with null. JSON has no minus infinity: the least is {logprobs.LOWEST_LOGPROB:g}.",
         "",
-        "### Tokens in, tokens out",
+        "### Token ids",
         "",
-        "`/v1/completions` with `prompt` as a list of ids computes exactly these (add_special_tokens adds none to ids), and `return_token_ids` shows the prompt's"
+        "[/inference/v1/generate](#tokens-in-tokens-out) knows nothing else. `/v1/completions` with `prompt` as a list of ids computes exactly these (add_special_tokens adds none to ids), and `return_token_ids` shows the prompt's"
         " and the answer's, the end token too; with `logprobs` and `return_tokens_as_token_ids` log-probabilities name ids. Chat shows the ids of its rendered prompt.",
         "",
         "### A choice that fails alone",

@@ -26,6 +26,7 @@ from penstock.transports.responses_schema import (
 )
 from penstock.transports.storage_schema import BatchRequest, ExpiresAfter, FileUpload
 from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
+from penstock.transports.tokens_schema import IDLE, OF_RENDERING, TokensRequest, TokensSampling
 
 
 def storage(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
@@ -60,6 +61,32 @@ def storage(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "### ExpiresAfter",
         "",
         *asked(ExpiresAfter),
+    ]
+
+
+def tokens(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
+    return [
+        "## Tokens in, tokens out",
+        "",
+        "`POST /inference/v1/generate`, with vLLM's fields: ids go in, ids come out, with log-probabilities by id, streamed or not. Nothing is rendered, tokenised or"
+        " detokenised, which is for callers that have the tokenizer themselves: trainers, routers, gateways.",
+        "",
+        "- token_ids is computed as it is, and token_ids of a choice are all that was drawn, the token that ended it too.",
+        "- Settings that are left out are neutral (temperature 1, no top_p), as in vLLM: the model's own defaults do not count, but for max_new_tokens.",
+        "- Log-probabilities have chat's shape, with `token_id:ID` for a token and null for its bytes.",
+        "- In a stream each choice has chunks with its new tokens, then one with none and the finish_reason; with include_usage one with no choices and the usage;"
+        " then `data: [DONE]`. The pieces put together are what comes without stream.",
+        "- Errors have OpenAI's shape; `param` is `token_ids[7]` or `sampling_params.top_p`.",
+        f"- Without effect: {', '.join(f'`{name}`' for name in IDLE)} of sampling_params, and {', '.join(f'`{name}`' for name in OF_RENDERING)}, which vLLM's"
+        " rendering adds. Refused by name: `features`, `kv_transfer_params`, stop strings, and whatever the other generation requests refuse.",
+        "- `DELETE /v1/requests/{request_id}` ends it.",
+        "",
+        "### TokensRequest",
+        "",
+        *asked(TokensRequest),
+        "### TokensSampling",
+        "",
+        *asked(TokensSampling),
     ]
 
 
@@ -156,6 +183,7 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "### GenerateParameters",
         "",
         *asked(GenerateParameters),
+        *tokens(asked),
     ]
 
 

@@ -8,7 +8,7 @@ It is long because every field stands here, once.
 
 from __future__ import annotations
 
-from penstock.transports import api_fields, responses_fields, storage_fields
+from penstock.transports import api_fields, responses_fields, storage_fields, tokens_fields
 from penstock.transports.field import OPENAI as OPENAI
 from penstock.transports.field import SGLANG as SGLANG
 from penstock.transports.field import VLLM as VLLM
@@ -252,7 +252,7 @@ OWN: dict[str, dict[str, Field]] = {
         "strict": Field("true: the arguments of every call obey `parameters`.", default="false"),
     },
 }
-OWN |= api_fields.ASKED | responses_fields.ASKED | storage_fields.ASKED
+OWN |= api_fields.ASKED | responses_fields.ASKED | storage_fields.ASKED | tokens_fields.ASKED
 """Lines of one struct alone: they go before those of FIELDS."""
 
 
@@ -356,7 +356,7 @@ REPLY_OWN |= {
     },
     "CancelReply": {"id": "As it was given.", "object": "`request`.", "cancelled": "true."},
 }
-REPLY_OWN |= api_fields.TOLD | responses_fields.TOLD | storage_fields.TOLD
+REPLY_OWN |= api_fields.TOLD | responses_fields.TOLD | storage_fields.TOLD | tokens_fields.TOLD
 
 
 def about_reply(kind: str, name: str) -> str:

@@ -236,7 +236,17 @@ HINTS: dict[str, str] = {
 """Fields that clients send as hints: nothing of the answer depends on them here, so they are taken in silence. Why, of each."""
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
-PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1, "system": 1, "inputs": 1, "input": 1, "instructions": 1}
+PROMPTS = {
+    "prompt": 128,
+    "messages": 1,
+    "documents": 1,
+    "tokens": 1,
+    "system": 1,
+    "inputs": 1,
+    "input": 1,
+    "instructions": 1,
+    "token_ids": 1,
+}
 
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
 OBJECTS = frozenset({"stream_options", "response_format", "structured_outputs", "chat_template_kwargs", "parameters"})

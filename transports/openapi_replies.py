@@ -16,6 +16,7 @@ from penstock.transports.responses_replies import InputTokensReply, ResponseEven
 from penstock.transports.storage_replies import BatchList, FileGone, FileList, StoredChat, StoredChatGone, StoredChatList, StoredMessageList
 from penstock.transports.storage_schema import Batch, FileObject
 from penstock.transports.tgi_replies import GenerateError, GenerateEvent, GenerateReply, InfoReply
+from penstock.transports.tokens_replies import TokensChunk, TokensReply
 
 JSON = "application/json"
 SSE = "text/event-stream"
@@ -281,6 +282,10 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/batches/{batch_id}": ([Answer(200, {JSON: Batch}, "The batch.")], (*_READING, 404)),
     "/v1/batches/{batch_id}/cancel": ([Answer(200, {JSON: Batch}, "It is being cancelled.")], (*_READING, 404, 409)),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
+    "/inference/v1/generate": (
+        [Answer(200, {JSON: TokensReply, SSE: TokensChunk}, "The tokens; with stream true as events.")],
+        _GENERATING,
+    ),
     "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
     "/v1/responses": ([Answer(200, {JSON: ResponseReply, SSE: ResponseEvent}, "The answer; with stream true as events.")], _GENERATING),

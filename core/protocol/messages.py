@@ -152,6 +152,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """Otherwise the answer ends with its first call."""
     calling: Calling | None = None
     """With `split`: the calls that the answer may, or must, have. None: none, or whatever the model makes of `tools`."""
+    detokenize: bool = True
+    """False: the tokens are all that is wanted. No text is made of them, nor spellings of log-probabilities; there can be no stop strings then."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):

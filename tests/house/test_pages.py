@@ -38,6 +38,7 @@ from penstock.transports.refused import MESSAGE_FIELDS
 from penstock.transports.responses_schema import RESPONSES_REQUESTS
 from penstock.transports.storage_schema import BatchRequest, FileUpload
 from penstock.transports.tgi_schema import TGI_REQUESTS
+from penstock.transports.tokens_schema import TokensRequest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REQUESTS = (
@@ -51,6 +52,7 @@ REQUESTS = (
     *ANTHROPIC_REQUESTS,
     *RESPONSES_REQUESTS,
     *TGI_REQUESTS,
+    TokensRequest,
 )
 
 
