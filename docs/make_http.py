@@ -123,7 +123,7 @@ def json_type(hint: Any) -> str:
         elif isinstance(one, type) and issubclass(one, msgspec.Struct):
             words.append(f"[{one.__name__}](#{one.__name__.lower()})")
         else:
-            words.append({str: "string", int: "integer", float: "number", bool: "boolean", Any: "any"}[one])
+            words.append({str: "string", int: "integer", float: "number", bool: "boolean", Any: "any", msgspec.Raw: "object"}[one])
     return " or ".join(words)
 
 

@@ -11,7 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
+from penstock.transports.anthropic_replies import (
+    CountTokensReply,
+    MessageBatch,
+    MessageBatchGone,
+    MessageBatchList,
+    MessageError,
+    MessageEvent,
+    MessageReply,
+)
 from penstock.transports.responses_replies import InputTokensReply, ResponseEvent, ResponseGone, ResponseItems, ResponseReply
 from penstock.transports.storage_replies import BatchList, FileGone, FileList, StoredChat, StoredChatGone, StoredChatList, StoredMessageList
 from penstock.transports.storage_schema import Batch, FileObject
@@ -23,6 +31,7 @@ SSE = "text/event-stream"
 PLAIN = "text/plain"
 HTML = "text/html"
 BYTES = "application/octet-stream"
+JSONL = "application/x-jsonl"
 
 
 class ErrorFields(msgspec.Struct):
@@ -269,6 +278,7 @@ _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
 _GENERATING = (*_ASKING, 499)
 _ANTHROPIC = (401, 403, 404, 413, 415, 429, 500, 529)
+_ANTHROPIC_KEPT = (401, 403, 404, 500, 529)
 _TGI = (401, 403, 413, 415, 422, 424, 429, 499, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
@@ -288,6 +298,13 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     ),
     "/v1/messages": ([Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")], (*_ANTHROPIC, 499)),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
+    "/v1/messages/batches": ([Answer(200, {JSON: MessageBatch}, "The batch, which has begun.")], _ANTHROPIC),
+    "/v1/messages/batches/{message_batch_id}": ([Answer(200, {JSON: MessageBatch}, "The batch.")], _ANTHROPIC_KEPT),
+    "/v1/messages/batches/{message_batch_id}/results": ([Answer(200, {JSONL: None}, "A result a line.")], _ANTHROPIC_KEPT),
+    "/v1/messages/batches/{message_batch_id}/cancel": (
+        [Answer(200, {JSON: MessageBatch}, "It is being cancelled.")],
+        (*_ANTHROPIC_KEPT, 409),
+    ),
     "/v1/responses": ([Answer(200, {JSON: ResponseReply, SSE: ResponseEvent}, "The answer; with stream true as events.")], _GENERATING),
     "/v1/responses/input_tokens": ([Answer(200, {JSON: InputTokensReply}, "How many tokens.")], _ASKING),
     "/v1/responses/{response_id}": (
@@ -328,6 +345,8 @@ OF_METHODS: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "GET /v1/files": ([Answer(200, {JSON: FileList}, "A page of them.")], _READING),
     "DELETE /v1/files/{file_id}": ([Answer(200, {JSON: FileGone}, "It is gone.")], (*_READING, 404)),
     "GET /v1/batches": ([Answer(200, {JSON: BatchList}, "A page of them.")], _READING),
+    "GET /v1/messages/batches": ([Answer(200, {JSON: MessageBatchList}, "A page of them.")], _ANTHROPIC_KEPT),
+    "DELETE /v1/messages/batches/{message_batch_id}": ([Answer(200, {JSON: MessageBatchGone}, "It is gone.")], (*_ANTHROPIC_KEPT, 409)),
     "GET /v1/chat/completions": ([Answer(200, {JSON: StoredChatList}, "A page of them.")], _READING),
     "POST /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], _ASKING),
     "DELETE /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChatGone}, "It is gone.")], (*_READING, 404)),
@@ -350,7 +369,7 @@ SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API 
 
 
 OWN_ERRORS: dict[str, type[msgspec.Struct]] = {
-    **dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), MessageError),
+    **dict.fromkeys((path for path in REPLIES if path.startswith("/v1/messages")), MessageError),
     **dict.fromkeys(("/generate", "/generate_stream", "/", "/info"), GenerateError),
 }
 """Of endpoints whose errors have another shape than ErrorReply."""
