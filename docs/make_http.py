@@ -390,7 +390,7 @@ data: {"id":"chatcmpl-7f…","object":"chat.completion.chunk",…,"choices":[{"i
 
 data: {…,"choices":[{"index":0,"delta":{"content":"Hello"},"logprobs":null,"finish_reason":null}]}
 
-data: {…,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}
+data: {…,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,"matched_stop":null}]}
 
 data: [DONE]
 ```"""

@@ -79,6 +79,8 @@ class Work:
         self._trouble: BaseException | None = None
         """A line could not be written: nothing more is."""
         self._asking: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()
+        """Those of them that wait for an answer: the batch's end cancels these, and no other, which would lose its line."""
 
     async def run(self) -> None:
         """Raises Gone, or PenstockError where the store or the disk fails; then it may be run again."""
@@ -226,8 +228,17 @@ class Work:
     async def _one(self, raw: bytes) -> None:
         """One request, until it has an answer or the batch's end came first."""
         line = batch_lines.read_line(raw)
+        if self._end:
+            await self._leave(raw)
+            return
+        mine = asyncio.current_task()
+        assert mine is not None
+        self._waiting.add(mine)
         try:
-            reply = await self._answer(line.url, bytes(line.body))
+            try:
+                reply = await self._answer(line.url, bytes(line.body))
+            finally:
+                self._waiting.discard(mine)
         except asyncio.CancelledError:
             if self._end:
                 await self._leave(raw)
@@ -292,7 +303,7 @@ class Work:
             end = self._over()
             if end and not self._end:
                 self._end = end
-                for task in self._asking:
+                for task in self._waiting:
                     task.cancel()
             await self._bench.places.look()
             await asyncio.sleep(PROGRESS_S)

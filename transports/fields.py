@@ -283,6 +283,7 @@ REPLY_FIELDS: dict[str, str] = {
     "logprobs": "With logprobs; see below.",
     "finish_reason": "`stop`, `tool_calls` (it ended, and called), `length` (max_tokens, or the context is full), or `error`. null while it goes on.",
     "stop_reason": "The stop string, or the id of stop_token_ids, that ended it; else null.",
+    "matched_stop": "The same, by SGLang's name. (The id of one of the model's own end tokens, which SGLang tells here, it is not.)",
     "token_ids": "With return_token_ids: the tokens of the answer, or of this chunk.",
     "error": "With finish_reason `error`: why this choice could not go on.",
     "role": "`assistant`.",

@@ -38,6 +38,11 @@ def error_fields(error: PenstockError) -> dict[str, Any]:
     return {"message": error.message, "type": error.type, "code": error.code}
 
 
+def _stopped(by: int | str | None) -> dict[str, Any]:
+    """What ended a choice, as vLLM and as SGLang call it."""
+    return {"stop_reason": by, "matched_stop": by}
+
+
 def likeliness(choice: Choice) -> float:
     """The mean log-probability of its tokens; of one that failed, or that has none, less than of any other."""
     if choice.error is not None or not choice.logprobs:
@@ -107,7 +112,7 @@ class _OpenAIVoice(abc.ABC):
 
     def _ended_choice(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
         out = self._answer(index, prompt, choice)
-        out["stop_reason"] = choice.stop_reason
+        out |= _stopped(choice.stop_reason)
         if choice.error is not None:
             out["error"] = error_fields(choice.error)
         if self.call.want_ids:
@@ -179,7 +184,7 @@ class _OpenAIVoice(abc.ABC):
         """The one chunk with a finish_reason; it carries no content."""
         extra = batch.extra(row)
         choice = self._silence(index)
-        choice |= {"logprobs": None, "finish_reason": reason, "stop_reason": extra.stop_reason if extra else None}
+        choice |= {"logprobs": None, "finish_reason": reason, **_stopped(extra.stop_reason if extra else None)}
         if error is not None:
             choice["error"] = error_fields(error)
         yield self._event([choice], self._usage(row, batch))

@@ -106,6 +106,7 @@ class ChatChoice(msgspec.Struct, omit_defaults=True):
     logprobs: dict[str, Any] | None
     finish_reason: str
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
     token_ids: list[int] | None = None
     error: ChoiceError | None = None
 
@@ -150,6 +151,7 @@ class ChatChunkChoice(msgspec.Struct, omit_defaults=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
     token_ids: list[int] | None = None
     error: ChoiceError | None = None
 
@@ -175,6 +177,7 @@ class TextChoice(msgspec.Struct, omit_defaults=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
     prompt_logprobs: list[Any] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from edge_kit import Edge, MakeEdge, hello_script, silent
 from penstock.core.protocol.control import Tables
 from penstock.core.protocol.messages import Message, Rejected, Submit
 from penstock.core.protocol.tables import KeyTable, Principal, digest_of
-from penstock.transports import batch_runner, batch_work, batches
+from penstock.transports import batch_runner, batch_work, batches, folder
 from penstock.transports.anthropic_replies import MessageBatch, MessageBatchGone, MessageBatchList
 from penstock.transports.folder import Folder
 from penstock.transports.job import BACKGROUND
@@ -146,6 +147,33 @@ def test_a_cancel_ends_what_runs_and_keeps_what_is_done(make_edge: MakeEdge) -> 
     assert {name: one["type"] for name, one in results(edge, id).items()} == {"a": "succeeded", **dict.fromkeys("bcdef", "canceled")}
     again = edge.kept.post(f"{PATH}/{id}/cancel")
     assert (again.status_code, again.json()["type"]) == (409, "error")
+
+
+def test_what_is_answered_as_the_cancel_comes_keeps_its_line(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that wait for each other's lines to be written."""
+    may_write, ends = threading.Event(), []
+    write, over = folder.write, batch_work.Work._over
+
+    def slow(descriptor: int, data: bytes) -> None:
+        may_write.wait(20)
+        write(descriptor, data)
+
+    def noted(work: batch_work.Work) -> str:
+        end = over(work)
+        ends.extend([end] if end else [])
+        return end
+
+    monkeypatch.setattr(batch_work.Work, "_over", noted)
+    edge = make_edge(batch_in_flight=8)
+    id = begin(edge, *(entry(name) for name in "abcd"))
+    monkeypatch.setattr(folder, "write", slow)
+    edge.wait(lambda: len(edge.text.received) >= 4)
+    edge.kept.post(f"{PATH}/{id}/cancel")
+    edge.wait(lambda: bool(ends))
+    may_write.set()
+    batch = wait(edge, id)
+    assert results(edge, id).keys() == set("abcd")
+    assert counts(batch).keys() <= {"succeeded", "canceled"}
 
 
 def test_a_batch_whose_time_is_over_says_so_of_every_request_that_is_left(make_edge: MakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
