@@ -27,7 +27,9 @@ from penstock.plugins.grammars import bounds as bounded
 from penstock.plugins.grammars import keywords
 from penstock.plugins.grammars import llguidance as schemas
 from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
+from penstock.transports.abilities import ABILITIES
 from penstock.transports.builtin import register_transports
+from penstock.transports.elsewhere import KNOWN
 from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
 from penstock.transports.openai_schema import (
@@ -42,6 +44,7 @@ from penstock.transports.openai_schema import (
 from penstock.transports.openapi import BODY
 from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of, every_answer, replies_at
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
+from penstock.transports.responses_schema import ResponsesRequest
 from penstock.transports.statuses import NAMED, status_of
 from penstock.transports.store import open_store
 
@@ -241,12 +244,23 @@ def unused() -> list[str]:
 
 
 def statuses() -> list[str]:
-    """Of every field that clients know, at both endpoints."""
-    out = ["| field | spelling | chat | completions | which values, why, or what instead |", "|---|---|---|---|---|"]
+    """Of every field that clients know, at each of OpenAI's endpoints."""
+    out = ["| field | spelling | chat | completions | Responses | which values, why, or what instead |", "|---|---|---|---|---|---|"]
     for name, whose in sorted(NAMED.items()):
-        both = [status_of(kind, name) for kind in (ChatRequest, CompletionRequest)]
-        whys = dict.fromkeys(one.why for one in both if one.why)
-        out.append(f"| `{name}` | {whose} | {both[0].word} | {both[1].word} | {flags(' '.join(whys))} |")
+        each = [status_of(kind, name) for kind in (ChatRequest, CompletionRequest, ResponsesRequest)]
+        whys = dict.fromkeys(one.why for one in each if one.why)
+        out.append(f"| `{name}` | {whose} | {' | '.join(one.word for one in each)} | {flags(' '.join(whys))} |")
+    return [*out, ""]
+
+
+def elsewhere(rows: list[str]) -> list[str]:
+    """Of every endpoint that clients know: is it there? `rows` is the table of those that are."""
+    there = {cell.strip(" `") for row in rows for cell in row.split("|")[1:2]}
+    out = ["| endpoint | is there | else |", "|---|---|---|"]
+    for known, instead in KNOWN.items():
+        has = known in there
+        assert has or instead, f"{known} is not there, and nothing says what to use"
+        out.append(f"| `{known}` | {'yes' if has else 'no'} | {'' if has else instead} |")
     return [*out, ""]
 
 
@@ -415,6 +429,9 @@ def page() -> str:
         "## Endpoints",
         "",
         *endpoints(),
+        "Of the endpoints that clients of other servers know:",
+        "",
+        *elsewhere(endpoints()),
         "HEAD works wherever GET does, OPTIONS at every path above: 204 with `allow`, or what CORS allows. Another method of HTTP (TRACE, say) is a 405, without a key too; a word that is"
         " none, and whatever else is no valid HTTP/1.1, is a 400 (in the same shape as other errors). Any other path is a 404. Bodies are JSON; a `content-type` that says"
         " otherwise is a 415, none at all is taken as JSON.",
@@ -467,6 +484,12 @@ def page() -> str:
         " taken without effect; or it is refused by name.",
         "",
         *statuses(),
+        "And what a request may ask for at all, whatever the field is called:",
+        "",
+        "| what | status | |",
+        "|---|---|---|",
+        *(flags(f"| {one.what} | {one.status.word} | {one.status.why} |") for one in ABILITIES),
+        "",
         f"Hints, taken without effect: {', '.join(f'`{name}`' for name in sorted(HINTS))}.",
         "",
         "Refused by name (400 `unsupported_feature`), unless their value asks for nothing, since ignoring them would give another answer than was asked"

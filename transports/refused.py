@@ -106,7 +106,11 @@ PROMPT: dict[str, Refused] = {
 ANSWER: dict[str, Refused] = {
     # An answer that must obey something
     **_all(_EMPTY, "structured guided_json_object guided_decoding"),
-    **_all(_EMPTY, "guided_decoding_backend guided_decoding_params guided_whitespace_pattern structural_tag json_schema regex ebnf choice"),
+    **_all(_EMPTY, "guided_decoding_backend guided_decoding_params guided_whitespace_pattern choice"),
+    "json_schema": _use(_EMPTY, "Use response_format, or structured_outputs.json."),
+    "structural_tag": _use(_EMPTY, "Use response_format, or structured_outputs.structural_tag."),
+    "regex": _use(_EMPTY, "Use structured_outputs.regex."),
+    "ebnf": _use(_EMPTY, "Use structured_outputs.grammar."),
     **_all(
         _EMPTY, "grammar grammar_string grammar_triggers lark_grammar regex_pattern format output_format output_config schema json_object"
     ),
