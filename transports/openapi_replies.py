@@ -3,6 +3,7 @@
 What it is: msgspec structs of the reply bodies, and which endpoint gives which with which status and content type. Tests hold real replies
 against them; nothing is encoded from them.
 What it does not know: how replies are made (openai_voice.py, http.py, text's queries).
+It is long because every endpoint of every API has its entry here.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from penstock.core.protocol.generation import NAMES
 from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from penstock.transports import fields, openapi_replies
 from penstock.transports.anthropic_schema import ANTHROPIC_REQUESTS
+from penstock.transports.message_batches import MessageBatchRequest
 from penstock.transports.openai import Call, parse_chat, parse_completion
 from penstock.transports.openai_schema import (
     HINTS,
@@ -53,6 +54,7 @@ REQUESTS = (
     *RESPONSES_REQUESTS,
     *TGI_REQUESTS,
     TokensRequest,
+    MessageBatchRequest,
 )
 
 
