@@ -9,7 +9,7 @@ from __future__ import annotations
 from penstock.core.protocol.config import Config
 from penstock.transports.request import Header, JsonReply
 
-EXPOSED = b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-ignored-fields, traceparent"
+EXPOSED = b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-ignored-fields, x-penstock-warning, traceparent"
 PREFLIGHT_S = 600
 """So long a browser may remember a preflight's answer."""
 

@@ -188,17 +188,17 @@ class Job(abc.ABC):
             }
 
     def timings(self) -> dict[str, Any] | None:
-        """For `x-include-metrics: 1`; else None. Seconds; of several prompts the longest."""
+        """For `x-include-metrics: 1`; else None. Milliseconds; of several prompts the longest."""
         if not self.context.include_metrics:
             return None
         start = self.context.started_ns
         first = [m.first_token_ns for m in self.ended if m.first_token_ns]
         return {
-            "queue_s": max(m.queue_ns for m in self.ended) / 1e9,
-            "prefill_s": max(m.prefill_ns for m in self.ended) / 1e9,
-            "decode_s": max(m.decode_ns for m in self.ended) / 1e9,
-            "time_to_first_token_s": (min(first) - start) / 1e9 if first else None,
-            "total_s": (time.monotonic_ns() - start) / 1e9,
+            "queue_ms": max(m.queue_ns for m in self.ended) / 1e6,
+            "prefill_ms": max(m.prefill_ns for m in self.ended) / 1e6,
+            "decode_ms": max(m.decode_ns for m in self.ended) / 1e6,
+            **({"time_to_first_token_ms": (min(first) - start) / 1e6} if first else {}),
+            "total_ms": (time.monotonic_ns() - start) / 1e6,
             "preemptions": sum(m.preemptions for m in self.ended),
         }
 

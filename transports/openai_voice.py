@@ -194,8 +194,9 @@ class _OpenAIVoice(abc.ABC):
         """A choice that says nothing more."""
 
     def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterator[bytes]:
-        if self.call.include_usage:
-            yield self._event([], usage, **({} if timings is None else {"metrics": timings}))
+        if self.call.include_usage or timings is not None:
+            told = usage if self.call.include_usage else None
+            yield self._event([], told, **({} if timings is None else {"metrics": timings}))
         yield DONE
 
     def broken(self, error: PenstockError) -> Iterable[bytes]:

@@ -70,15 +70,15 @@ class Usage(msgspec.Struct, omit_defaults=True):
     completion_tokens_details: CompletionTokensDetails | None = None
 
 
-class Metrics(msgspec.Struct):
-    """With the request header `x-include-metrics: 1`. Seconds."""
+class Metrics(msgspec.Struct, omit_defaults=True):
+    """With the request header `x-include-metrics: 1`. Milliseconds."""
 
-    queue_s: float
-    prefill_s: float
-    decode_s: float
-    time_to_first_token_s: float | None
-    total_s: float
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
     preemptions: int
+    time_to_first_token_ms: float | None = None
 
 
 class CalledFunction(msgspec.Struct):

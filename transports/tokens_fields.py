@@ -81,9 +81,9 @@ TOLD: dict[str, dict[str, str]] = {
     },
     "TokensChunk": {
         "request_id": "As in TokensReply.",
-        "choices": "One of them; none in the last one, with include_usage.",
+        "choices": "One of them; none in the last one, with include_usage or x-include-metrics.",
         "usage": "With include_usage: in the last one; with continuous_usage_stats in each, of its choice so far.",
-        "metrics": "With `x-include-metrics: 1` and include_usage: in the last one.",
+        "metrics": "With `x-include-metrics: 1`: in the last one, which has no choices.",
     },
     "TokensChoice": {
         "token_ids": "Its tokens, the one that ended it too; in a stream those that are new.",

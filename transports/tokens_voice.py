@@ -123,8 +123,9 @@ class TokensVoice:
         yield self._event([choice], self._usage(row, batch))
 
     def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterator[bytes]:
-        if self._asked.include_usage:
-            yield self._event([], usage, **({} if timings is None else {"metrics": timings}))
+        if self._asked.include_usage or timings is not None:
+            told = usage if self._asked.include_usage else None
+            yield self._event([], told, **({} if timings is None else {"metrics": timings}))
         yield DONE
 
     def broken(self, error: PenstockError) -> Iterable[bytes]:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from edge_kit import Edge, MakeEdge, delta, finished, silent
+from edge_kit import Edge, MakeEdge, delta, events, finished, silent
 
 from penstock.core.protocol.messages import Cancel, EdgeStats, Limits, Query, Submit, TextReady
 from penstock.transports import edge as edge_module
@@ -751,6 +751,7 @@ def test_ignored_fields_are_named(http: httpx.Client) -> None:
     reply = http.post(CHATS, json=CHAT | {"temprature": 0.5, "evil\r\nheader": 1})
     assert reply.status_code == 200
     assert reply.headers["x-penstock-ignored-fields"] == "?, temprature"
+    assert reply.headers["x-penstock-warning"] == "ignored, as nobody here knows them: ?, temprature"
     assert "x-penstock-ignored-fields" not in http.post(CHATS, json=CHAT).headers
 
 
@@ -763,8 +764,18 @@ def test_processing_time_and_date(http: httpx.Client) -> None:
 
 def test_metrics_in_the_reply_on_request(http: httpx.Client) -> None:
     got = http.post(CHATS, json=CHAT, headers={"x-include-metrics": "1"}).json()["metrics"]
-    assert (got["queue_s"], got["prefill_s"], got["decode_s"], got["preemptions"]) == (0.001, 0.002, 0.003, 0)
+    assert (got["queue_ms"], got["prefill_ms"], got["decode_ms"], got["preemptions"]) == (1.0, 2.0, 3.0, 0)
+    assert all(isinstance(value, int | float) for value in got.values())
     assert "metrics" not in http.post(CHATS, json=CHAT).json()
+
+
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS])
+def test_metrics_in_a_stream_need_nothing_else(http: httpx.Client, path: str) -> None:
+    body = (CHAT if path == CHATS else {"prompt": "hi"}) | {"stream": True}
+    *_, last, done = events(http.post(path, json=body, headers={"x-include-metrics": "1"}).text)
+    assert (last["choices"], last["metrics"]["queue_ms"], "usage" in last, done) == ([], 1.0, False, "[DONE]")
+    *_, last, done = events(http.post(path, json=body).text)
+    assert last["choices"][0]["finish_reason"] == "stop"
 
 
 def test_several_prompts_in_one_reply(http: httpx.Client) -> None:

@@ -272,7 +272,9 @@ def test_a_prompt_of_many_ids_is_no_large_field(edge: Edge) -> None:
 def test_metrics_come_with_the_header(script: Edge) -> None:
     head = {"x-include-metrics": "1"}
     whole = script.kept.post(PATH, json=IDS, headers=head).json()
-    body = {**IDS, "stream": True, "stream_options": {"include_usage": True}}
-    *_, last, _ = events(script.kept.post(PATH, json=body, headers=head).text)
-    assert whole["metrics"].keys() == last["metrics"].keys()
-    assert whole["metrics"]["queue_s"] == 0.001
+    for options in ({"include_usage": True}, {}):
+        body = {**IDS, "stream": True, "stream_options": options}
+        *_, last, _ = events(script.kept.post(PATH, json=body, headers=head).text)
+        assert whole["metrics"].keys() == last["metrics"].keys()
+        assert ("usage" in last, last["choices"]) == (bool(options), [])
+    assert whole["metrics"]["queue_ms"] == 1.0
