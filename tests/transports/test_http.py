@@ -63,6 +63,7 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
     edge = make_edge(api_key=["secret-1", "schlüssel-2"])
     routes = routes_of(edge)
     assert {path for _, path in routes} >= PUBLIC | {CHATS, COMPLETIONS, "/v1/models", "/metrics", "/version", "/schema", "/tokenize"}
+    own = {re.sub(r"\{[^}]*\}", "brook", path) for path in OWN_ERRORS}
     with edge.http() as http:
         for method, path in [
             *routes,
@@ -79,7 +80,7 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
                 else:
                     assert reply.status_code == 401, (method, path, headers)
                     assert reply.headers["www-authenticate"] == "Bearer"
-                    assert reply.url.path in OWN_ERRORS or error_of(reply)["code"] == "invalid_api_key"
+                    assert reply.url.path in own or error_of(reply)["code"] == "invalid_api_key"
             for good in (
                 {"authorization": "Bearer secret-1"},
                 {"authorization": "bearer  secret-1"},
