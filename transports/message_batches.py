@@ -126,6 +126,15 @@ def shown(record: Record, base: str) -> MessageBatch:
     )
 
 
+def own_url(scope: Scope, root_path: str) -> str:
+    """The server's URL as the client of this request knows it, without a slash at its end; "" for one that does not say. A proxy that ended TLS says so in
+    x-forwarded-proto: whoever else says it misleads only itself."""
+    headers = context_of(scope).headers
+    host, proto = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"x-forwarded-proto"))
+    scheme = "https" if proto.partition(",")[0].strip().lower() == "https" else scope["scheme"]
+    return f"{scheme}://{host}{root_path.rstrip('/')}" if host else root_path.rstrip("/")
+
+
 class Query:
     """What a list is asked for. Raises InvalidRequest naming the field."""
 
@@ -184,7 +193,7 @@ def message_batch_routes(gateway: Gateway, surface: Surface) -> list[Any]:
         return Record(store, row, MESSAGES)
 
     def reply(request: AnyRequest, record: Record) -> JsonReply:
-        return JsonReply(msgspec.json.encode(shown(record, str(request.base_url).rstrip("/"))))
+        return JsonReply(msgspec.json.encode(shown(record, own_url(request.scope, config.root_path))))
 
     def keep_requests(id: str, lines: bytes) -> None:
         descriptor = files.folder.create(id)
@@ -242,7 +251,7 @@ def message_batch_routes(gateway: Gateway, surface: Surface) -> list[Any]:
         more, rows = len(rows) > asked.limit, rows[: asked.limit]
         if asked.before is not None:
             rows.reverse()
-        base = str(request.base_url).rstrip("/")
+        base = own_url(request.scope, config.root_path)
         page = {
             "data": [shown(Record(store, row, MESSAGES), base) for row in rows],
             "has_more": more,

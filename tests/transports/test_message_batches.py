@@ -109,6 +109,25 @@ def test_a_batch_runs_to_its_end(edge: Edge) -> None:
     assert {submit.priority for submit in edge.text.wait_for(Submit)} == {BACKGROUND}
 
 
+@pytest.mark.parametrize(
+    ("headers", "url"),
+    [
+        ({"host": "llm.example"}, "http://llm.example/api"),
+        ({"host": "llm.example", "x-forwarded-proto": "https"}, "https://llm.example/api"),
+        ({"host": "llm.example:8443", "x-forwarded-proto": "HTTPS, http"}, "https://llm.example:8443/api"),
+        ({"host": "llm.example", "x-forwarded-proto": "ftp"}, "http://llm.example/api"),
+    ],
+)
+def test_results_are_where_the_client_finds_the_server(make_edge: MakeEdge, headers: dict[str, str], url: str) -> None:
+    edge = make_edge(root_path="/api")
+    id = begin(edge, entry("a"))
+    for prefix in ("", "/api"):
+        assert wait(edge, id).results_url is not None
+        assert edge.kept.get(f"{prefix}{PATH}/{id}", headers=headers).json()["results_url"] == f"{url}{PATH}/{id}/results"
+        assert edge.kept.get(f"{prefix}{PATH}", headers=headers).json()["data"][0]["results_url"] == f"{url}{PATH}/{id}/results"
+    assert edge.kept.get(f"/api{PATH}/{id}/results").status_code == 200
+
+
 def test_requests_are_gone_with_the_end_and_results_with_the_batch(make_edge: MakeEdge, tmp_path: Path) -> None:
     edge = make_edge(store=str(tmp_path / "s"))
     id = begin(edge, entry("a"), entry("b", temperature=-1))
