@@ -495,7 +495,10 @@ def page() -> str:
         "Refused by name (400 `unsupported_feature`), unless their value asks for nothing, since ignoring them would give another answer than was asked"
         " for. Some are fields of the other endpoint, where they are not refused. In both generation requests:",
         "",
-        *refusals(REFUSED[ChatRequest]),
+        *refusals(REFUSED[CompletionRequest]),
+        "On chat, where reasoning is taken apart, these differ:",
+        "",
+        *refusals({name: entry for name, entry in REFUSED[ChatRequest].items() if entry != REFUSED[CompletionRequest][name]}),
         f"So is any other field whose name begins with {', '.join(f'`{name}`' for name in FAMILIES)}. Names are compared without case, hyphens and"
         " underscores, those of known fields too: `maxTokens` is refused and told that it is `max_tokens` here.",
         "",

@@ -261,14 +261,14 @@ REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, To
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
 _known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fields__) for t in _decoders}
 REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
-    ChatRequest: refused.GENERATION,
+    ChatRequest: refused.APART,
     CompletionRequest: refused.GENERATION,
     TokenizeRequest: refused.PROMPT,  # what only the answer would depend on may be there: people send what they would ask with
     DetokenizeRequest: {},
     MetadataRequest: {},
 }
 _tables = {
-    kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if rows is refused.GENERATION else ())
+    kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if kind in (ChatRequest, CompletionRequest) else ())
     for kind, rows in REFUSED.items()
 }
 

@@ -200,6 +200,13 @@ ANSWER: dict[str, Refused] = {
 
 GENERATION: dict[str, Refused] = {**PROMPT, **ANSWER}
 """What a request for an answer may not hold."""
+_SPLIT = "What a model says to itself comes apart from its answer, where its format is known (--reasoning-parser)."
+APART: dict[str, Refused] = {
+    **GENERATION,
+    **_all(_use(_ON, _SPLIT), "separate_reasoning parse_reasoning"),
+    "reasoning_format": Refused((None, "parsed", "deepseek", "auto"), _SPLIT),
+}
+"""The same of one for an answer that is taken apart: there the opposite asks for nothing."""
 FAMILIES = ("guided_", "structured_", "grammar_", "constrained_", "json_", "tool_", "lora", "adapter", "peft")
 """Beginnings of names: whatever else servers call so makes the answer obey something, is about calls, or about other weights."""
 _FAMILY = Refused((None, False, [], {}, ""))
