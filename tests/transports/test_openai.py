@@ -824,11 +824,13 @@ def test_a_large_value_of_a_refused_field_asks_for_something_unread() -> None:
 
 
 def test_the_header_of_ignored_fields_is_bounded() -> None:
-    [(_, short)] = ignored_header([f"a{i}" for i in range(100)])
+    [(_, short), (_, said)] = ignored_header([f"a{i}" for i in range(100)])
     assert short.count(b", ") == 31
-    [(_, long)] = ignored_header([f"{i:03}" + "x" * 120 for i in range(100)])
+    assert said.endswith(b": " + short)
+    [(_, long), (_, said)] = ignored_header([f"{i:03}" + "x" * 120 for i in range(100)])
     assert len(long) <= 1024
     assert long.endswith(b"x, ...")
+    assert len(said) <= 1100
 
 
 def test_tools_reach_the_template_unless_no_call_is_wanted() -> None:
