@@ -27,7 +27,9 @@ from penstock.plugins.grammars import bounds as bounded
 from penstock.plugins.grammars import keywords
 from penstock.plugins.grammars import llguidance as schemas
 from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
+from penstock.transports.abilities import ABILITIES
 from penstock.transports.builtin import register_transports
+from penstock.transports.elsewhere import KNOWN
 from penstock.transports.fields import about, about_reply
 from penstock.transports.http import make_app
 from penstock.transports.openai_schema import (
@@ -42,6 +44,7 @@ from penstock.transports.openai_schema import (
 from penstock.transports.openapi import BODY
 from penstock.transports.openapi_replies import OWN_ERRORS, REPLIES, errors_of, every_answer, replies_at
 from penstock.transports.refused import FAMILIES, MESSAGE_FIELDS, Refused
+from penstock.transports.responses_schema import ResponsesRequest
 from penstock.transports.statuses import NAMED, status_of
 from penstock.transports.store import open_store
 
@@ -127,7 +130,7 @@ def json_type(hint: Any) -> str:
         elif isinstance(one, type) and issubclass(one, msgspec.Struct):
             words.append(f"[{one.__name__}](#{one.__name__.lower()})")
         else:
-            words.append({str: "string", int: "integer", float: "number", bool: "boolean", Any: "any"}[one])
+            words.append({str: "string", int: "integer", float: "number", bool: "boolean", Any: "any", msgspec.Raw: "object"}[one])
     return " or ".join(words)
 
 
@@ -245,12 +248,23 @@ def unused() -> list[str]:
 
 
 def statuses() -> list[str]:
-    """Of every field that clients know, at both endpoints."""
-    out = ["| field | spelling | chat | completions | which values, why, or what instead |", "|---|---|---|---|---|"]
+    """Of every field that clients know, at each of OpenAI's endpoints."""
+    out = ["| field | spelling | chat | completions | Responses | which values, why, or what instead |", "|---|---|---|---|---|---|"]
     for name, whose in sorted(NAMED.items()):
-        both = [status_of(kind, name) for kind in (ChatRequest, CompletionRequest)]
-        whys = dict.fromkeys(one.why for one in both if one.why)
-        out.append(f"| `{name}` | {whose} | {both[0].word} | {both[1].word} | {flags(' '.join(whys))} |")
+        each = [status_of(kind, name) for kind in (ChatRequest, CompletionRequest, ResponsesRequest)]
+        whys = dict.fromkeys(one.why for one in each if one.why)
+        out.append(f"| `{name}` | {whose} | {' | '.join(one.word for one in each)} | {flags(' '.join(whys))} |")
+    return [*out, ""]
+
+
+def elsewhere(rows: list[str]) -> list[str]:
+    """Of every endpoint that clients know: is it there? `rows` is the table of those that are."""
+    there = {cell.strip(" `") for row in rows for cell in row.split("|")[1:2]}
+    out = ["| endpoint | is there | else |", "|---|---|---|"]
+    for known, instead in KNOWN.items():
+        has = known in there
+        assert has or instead, f"{known} is not there, and nothing says what to use"
+        out.append(f"| `{known}` | {'yes' if has else 'no'} | {'' if has else instead} |")
     return [*out, ""]
 
 
@@ -405,7 +419,7 @@ data: {"id":"chatcmpl-7f…","object":"chat.completion.chunk",…,"choices":[{"i
 
 data: {…,"choices":[{"index":0,"delta":{"content":"Hello"},"logprobs":null,"finish_reason":null}]}
 
-data: {…,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}
+data: {…,"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,"matched_stop":null}]}
 
 data: [DONE]
 ```"""
@@ -424,12 +438,15 @@ def page() -> str:
     out = [
         "# HTTP",
         NOTE,
-        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages), [OpenAI's Responses](#openais-responses) and [TGI's generate](#tgis-generate). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
+        "OpenAI's chat completions and completions, with vLLM's further fields, [Anthropic's messages](#anthropics-messages), [OpenAI's Responses](#openais-responses), [TGI's generate](#tgis-generate) and vLLM's [tokens in, tokens out](#tokens-in-tokens-out). `make run` serves on 127.0.0.1:8000; `/schema` is the same as OpenAPI."
         " Numbers in parentheses are an option's default ([configuration](configuration.md); Ki and Mi are 1024 and 1024 times that).",
         "",
         "## Endpoints",
         "",
         *endpoints(),
+        "Of the endpoints that clients of other servers know:",
+        "",
+        *elsewhere(endpoints()),
         "HEAD works wherever GET does, OPTIONS at every path above: 204 with `allow`, or what CORS allows. Another method of HTTP (TRACE, say) is a 405, without a key too; a word that is"
         " none, and whatever else is no valid HTTP/1.1, is a 400 (in the same shape as other errors). Any other path is a 404. Bodies are JSON; a `content-type` that says"
         " otherwise is a 415, none at all is taken as JSON.",
@@ -482,12 +499,21 @@ def page() -> str:
         " taken without effect; or it is refused by name.",
         "",
         *statuses(),
+        "And what a request may ask for at all, whatever the field is called:",
+        "",
+        "| what | status | |",
+        "|---|---|---|",
+        *(flags(f"| {one.what} | {one.status.word} | {one.status.why} |") for one in ABILITIES),
+        "",
         f"Hints, taken without effect: {', '.join(f'`{name}`' for name in sorted(HINTS))}.",
         "",
         "Refused by name (400 `unsupported_feature`), unless their value asks for nothing, since ignoring them would give another answer than was asked"
         " for. Some are fields of the other endpoint, where they are not refused. In both generation requests:",
         "",
-        *refusals(REFUSED[ChatRequest]),
+        *refusals(REFUSED[CompletionRequest]),
+        "On chat, where reasoning is taken apart, these differ:",
+        "",
+        *refusals({name: entry for name, entry in REFUSED[ChatRequest].items() if entry != REFUSED[CompletionRequest][name]}),
         f"So is any other field whose name begins with {', '.join(f'`{name}`' for name in FAMILIES)}. Names are compared without case, hyphens and"
         " underscores, those of known fields too: `maxTokens` is refused and told that it is `max_tokens` here.",
         "",
@@ -519,9 +545,9 @@ def page() -> str:
         " (token to number, the drawn one among them) and `text_offset` (characters from the beginning of `text`); with echo the prompt's tokens come"
         f" first, the very first with null. JSON has no minus infinity: the least is {logprobs.LOWEST_LOGPROB:g}.",
         "",
-        "### Tokens in, tokens out",
+        "### Token ids",
         "",
-        "`/v1/completions` with `prompt` as a list of ids computes exactly these (add_special_tokens adds none to ids), and `return_token_ids` shows the prompt's"
+        "[/inference/v1/generate](#tokens-in-tokens-out) knows nothing else. `/v1/completions` with `prompt` as a list of ids computes exactly these (add_special_tokens adds none to ids), and `return_token_ids` shows the prompt's"
         " and the answer's, the end token too; with `logprobs` and `return_tokens_as_token_ids` log-probabilities name ids. Chat shows the ids of its rendered prompt.",
         "",
         "### A choice that fails alone",
@@ -537,7 +563,7 @@ def page() -> str:
         "2. chunks with text (where log-probabilities or ids were asked for, also with those alone), with reasoning, or with calls;",
         "3. one chunk with an empty delta (or text) and the finish_reason;",
         "",
-        "and after all of them, with `include_usage`, a chunk without choices and with the usage; then `data: [DONE]`.",
+        "and after all of them, with `include_usage` or the header `x-include-metrics`, a chunk without choices and with the usage, or the metrics; then `data: [DONE]`.",
         "",
         EVENTS,
         "",
@@ -601,7 +627,7 @@ def page() -> str:
         "|---|---|",
         "| `x-request-id`, `request-id` (the same, for Anthropic's clients), `openai-processing-ms` | always, but for requests that were no HTTP or came too slowly |",
         "| `traceparent` | where there is a trace: the request's, or with tracing the server's span |",
-        "| `x-penstock-warning` | fields were ignored |",
+        "| `x-penstock-ignored-fields`, `x-penstock-warning` | fields were ignored: their names alone, and as a sentence |",
         "| `retry-after` | 429, 503 |",
         "| `allow` | 405, OPTIONS |",
         "| `www-authenticate` | 401 |",

@@ -12,6 +12,7 @@ import msgspec
 
 from penstock.transports.anthropic_schema import NOT_YET, CountTokensRequest, InputMessage, MessagesRequest
 from penstock.transports.anthropic_statuses import NESTED
+from penstock.transports.message_batches import MessageBatchEntry, MessageBatchRequest
 from penstock.transports.openai_schema import MetadataRequest
 from penstock.transports.refused import Refused
 from penstock.transports.responses_schema import (
@@ -26,6 +27,7 @@ from penstock.transports.responses_schema import (
 )
 from penstock.transports.storage_schema import BatchRequest, ExpiresAfter, FileUpload
 from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest
+from penstock.transports.tokens_schema import IDLE, OF_RENDERING, TokensRequest, TokensSampling
 
 
 def storage(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
@@ -63,6 +65,32 @@ def storage(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
     ]
 
 
+def tokens(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
+    return [
+        "## Tokens in, tokens out",
+        "",
+        "`POST /inference/v1/generate`, with vLLM's fields: ids go in, ids come out, with log-probabilities by id, streamed or not. Nothing is rendered, tokenised or"
+        " detokenised, which is for callers that have the tokenizer themselves: trainers, routers, gateways.",
+        "",
+        "- token_ids is computed as it is, and token_ids of a choice are all that was drawn, the token that ended it too.",
+        "- Settings that are left out are neutral (temperature 1, no top_p), as in vLLM: the model's own defaults do not count, but for max_new_tokens.",
+        "- Log-probabilities have chat's shape, with `token_id:ID` for a token and null for its bytes.",
+        "- In a stream each choice has chunks with its new tokens, then one with none and the finish_reason; with include_usage one with no choices and the usage;"
+        " then `data: [DONE]`. The pieces put together are what comes without stream.",
+        "- Errors have OpenAI's shape; `param` is `token_ids[7]` or `sampling_params.top_p`.",
+        f"- Without effect: {', '.join(f'`{name}`' for name in IDLE)} of sampling_params, and {', '.join(f'`{name}`' for name in OF_RENDERING)}, which vLLM's"
+        " rendering adds. Refused by name: `features`, `kv_transfer_params`, stop strings, and whatever the other generation requests refuse.",
+        "- `DELETE /v1/requests/{request_id}` ends it.",
+        "",
+        "### TokensRequest",
+        "",
+        *asked(TokensRequest),
+        "### TokensSampling",
+        "",
+        *asked(TokensSampling),
+    ]
+
+
 def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
     return [
         *storage(asked),
@@ -86,7 +114,8 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         " `retry-after`; Anthropic's clients then try again. That `thread` is refused has the code by which they send the whole conversation instead.",
         "- The prefix cache works by itself; `cache_read_input_tokens` says how much it saved, and `input_tokens` is the rest, so that the prompt has as many as both.",
         "- `GET /v1/models` and `GET /v1/models/{model_id}` answer in Anthropic's shape, with its pages, where the header anthropic-version is sent.",
-        "- There are no message batches (`/v1/messages/batches` is 404).",
+        "- `cache_control` is taken without effect, in the request, in blocks and in tools: prefixes are cached by themselves, and nothing pins one for a time."
+        " `cache_creation_input_tokens` is 0.",
         "",
         "### MessagesRequest",
         "",
@@ -97,6 +126,24 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "### InputMessage",
         "",
         *asked(InputMessage),
+        "### Message batches",
+        "",
+        "`/v1/messages/batches`, as Anthropic has it, on the machinery of [OpenAI's batches](#what-is-kept): the same lowest priority, the same `--batch-in-flight`, the same"
+        " store, so that with `--store` a restart goes on where the server was. A batch of a tenant is seen by that tenant alone. With `--no-store` there are none.",
+        "",
+        "- Each request is answered as a POST to /v1/messages would be, and may name its own model; what is wrong within params is that request's result. 429 and 529 are tried again"
+        " until the batch's time is over, after 24 hours.",
+        '- A result is a line `{"custom_id", "result": {"type", ...}}` of the type `succeeded` (with `message`), `errored` (with `error`, in Anthropic\'s shape), `canceled` or `expired`, in'
+        " any order. They are there once processing_status is `ended`, until the batch is deleted or `--store-ttl-s` has passed since it was made.",
+        "- Cancelling ends what runs; what has been answered stays. A batch that has not ended cannot be deleted (409).",
+        "- The list has `limit` (1 to 1000), `after_id` and `before_id` in its query, the newest first.",
+        "",
+        "### MessageBatchRequest",
+        "",
+        *asked(MessageBatchRequest),
+        "### MessageBatchEntry",
+        "",
+        *asked(MessageBatchEntry),
         "### Within Anthropic's fields",
         "",
         "| what | status | note |",
@@ -156,6 +203,7 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "### GenerateParameters",
         "",
         *asked(GenerateParameters),
+        *tokens(asked),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Anthropic's API: /v1/messages and /v1/messages/count_tokens.
+"""Anthropic's API: /v1/messages and /v1/messages/count_tokens; message_batches.py has its batches.
 
 What it is: `parse_messages` and `parse_count`, which translate a conversation into the chat that text knows, and the routes. The system prompt becomes a
 system message; turns of one role in a row are one turn; a conversation that ends with the assistant's words is continued, as there.
@@ -26,6 +26,7 @@ from penstock.transports.anthropic_voice import MessagesVoice
 from penstock.transports.frame import TypedSse
 from penstock.transports.gateway import Gateway
 from penstock.transports.generation import Generation
+from penstock.transports.message_batches import message_batch_routes
 from penstock.transports.openai import parse_chat
 from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
@@ -138,4 +139,4 @@ def anthropic_routes(gateway: Gateway) -> list[Any]:
             raise failure_of(answer)
         return JsonReply(msgspec.json.encode({"input_tokens": msgspec.json.decode(answer.body, type=_Count).count}))
 
-    return [messages, count_tokens]
+    return [messages, count_tokens, *message_batch_routes(gateway, surface)]

@@ -76,3 +76,36 @@ class MessageError(msgspec.Struct):
 
 class CountTokensReply(msgspec.Struct):
     input_tokens: int
+
+
+class MessageBatchCounts(msgspec.Struct):
+    processing: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+
+
+class MessageBatch(msgspec.Struct):
+    id: str
+    type: Literal["message_batch"]
+    processing_status: Literal["in_progress", "canceling", "ended"]
+    request_counts: MessageBatchCounts
+    ended_at: str | None
+    created_at: str
+    expires_at: str
+    archived_at: str | None
+    cancel_initiated_at: str | None
+    results_url: str | None
+
+
+class MessageBatchList(msgspec.Struct):
+    data: list[MessageBatch]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class MessageBatchGone(msgspec.Struct):
+    id: str
+    type: Literal["message_batch_deleted"]

@@ -83,11 +83,15 @@ Kind = TypeVar("Kind", bound=CountTokensRequest)
 def decode_strictly(body: bytes, kind: type[Kind], limits: Limits | None) -> Kind:
     """Raises InvalidRequest or UnsupportedFeature naming the field; RequestTooLarge."""
     request, _, unknown = decode(body, kind, limits, TRANSLATED_FIELDS)  # of the client's own, before anything is made of them
-    if unknown:
-        name = unknown[0][:80]
-        raise InvalidRequest(f"{name} is not a field of this endpoint. Leave it out.", param=name)
+    refuse_unknown(unknown)
     assert isinstance(request, kind)
     return request
+
+
+def refuse_unknown(names: list[str]) -> None:
+    """Of fields: raises InvalidRequest naming the first."""
+    if names:
+        raise InvalidRequest(f"{names[0][:80]} is not a field of this endpoint. Leave it out.", param=names[0][:80])
 
 
 def values_of(given: dict[str, Any], where: str, *known: str, kind: str, typed: bool = True) -> None:

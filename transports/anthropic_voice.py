@@ -26,7 +26,7 @@ from penstock.transports.voice import Choice, Head, Prompt, ToolCall, Usage
 
 OVERLOADED = 529
 """Anthropic's status for a server that cannot take the request now; its clients try again."""
-BUSY = frozenset({"queue_full", "too_many_streams", "engine_unavailable", "draining"})
+BUSY = frozenset({"queue_full", "too_many_streams", "engine_unavailable", "draining", "store_unavailable"})
 """Codes of errors that are the server's state and nobody's mistake."""
 
 NO_THREADS = "thread_unsupported_request"

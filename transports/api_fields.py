@@ -72,6 +72,13 @@ ASKED: dict[str, dict[str, Field]] = {
         "metadata": Field("A hint without effect.", _ANTHROPIC),
         "service_tier": Field("No effect.", _ANTHROPIC),
     },
+    "MessageBatchRequest": {
+        "requests": Field("The requests, of which each has its own result. At most --max-batch-lines, not empty.", _ANTHROPIC),
+    },
+    "MessageBatchEntry": {
+        "custom_id": Field("What its result is found by: 1 to 64 letters, digits, hyphens and underscores, once in a batch.", _ANTHROPIC),
+        "params": Field("A [MessagesRequest](#messagesrequest), without stream. What is wrong in it is its result.", _ANTHROPIC),
+    },
     "GenerateRequest": _INPUTS,
     "RootRequest": {**_INPUTS, "stream": Field("Answer as server-sent events; else with a list of one.", _TGI, default="false")},
     "GenerateParameters": {
@@ -150,6 +157,32 @@ TOLD: dict[str, dict[str, str]] = {
         "details": "`error_code`, of errors that clients know what to do about.",
     },
     "CountTokensReply": {"input_tokens": "Of the prompt as the model would get it, the beginning of the answer's turn included."},
+    "MessageBatch": {
+        "id": "`msgbatch_` and 32 digits.",
+        "type": "`message_batch`.",
+        "processing_status": "`in_progress`, `canceling`, `ended`.",
+        "request_counts": "As many as there are requests.",
+        "ended_at": "When it ended, in UTC; null before.",
+        "created_at": "When it was asked for.",
+        "expires_at": "When its time is over: after 24 hours.",
+        "archived_at": "null: the results go with the batch.",
+        "cancel_initiated_at": "When somebody cancelled it.",
+        "results_url": "Where the results are; null before it has ended.",
+    },
+    "MessageBatchCounts": {
+        "processing": "All, until the batch has ended.",
+        "succeeded": "Then: answered.",
+        "errored": "Refused, or failed.",
+        "canceled": "Not answered as the batch was cancelled.",
+        "expired": "Not answered within the batch's time.",
+    },
+    "MessageBatchList": {
+        "data": "A page of them, the newest first.",
+        "has_more": "Are there more in that direction?",
+        "first_id": "Of the first one of the page: `before_id` for newer ones; null where it is empty.",
+        "last_id": "Of the last one: `after_id` for older ones.",
+    },
+    "MessageBatchGone": {"id": "What is gone.", "type": "`message_batch_deleted`."},
     "PrefillToken": {"id": "The token.", "text": "Its text.", "logprob": "Of raw logits; null for the first."},
     "GeneratedToken": {
         "id": "The token.",

@@ -21,7 +21,7 @@ from litestar import Litestar
 from penstock.core.protocol.errors import PenstockError
 from penstock.transports import files
 from penstock.transports.batch_work import Bench, Work, failed, now_s
-from penstock.transports.batches import KIND, Gone, Private, Record
+from penstock.transports.batches import KIND, MESSAGES, Gone, Private, Record
 from penstock.transports.files import Files
 from penstock.transports.gateway import Gateway
 from penstock.transports.places import Places
@@ -30,6 +30,7 @@ from penstock.transports.store import Store
 
 log = logging.getLogger("penstock.edge.batches")
 
+KINDS = (KIND, MESSAGES)
 NEWS_S = 1.0
 """How often the first edge looks whether another one took a batch."""
 SWEEP_S = 600.0
@@ -101,10 +102,11 @@ class BatchRunner:
 
     async def _look(self) -> None:
         """Start what can be started, tell what was cancelled."""
-        for row in await self.store.list(KIND, None, limit=100_000, order="asc", where={"open": "1"}):
+        rows = [(row, kind) for kind in KINDS for row in await self.store.list(kind, None, limit=100_000, order="asc", where={"open": "1"})]
+        for row, kind in sorted(rows, key=lambda one: one[0].created):
             if row.id in self._works:
                 continue
-            record = Record(self.store, row)
+            record = Record(self.store, row, kind)
             batch = record.batch
             ending = batch.status in ("finalizing", "cancelling") or now_s() >= batch.expires_at
             if not ending and row.tenant in self._busy:
@@ -124,9 +126,9 @@ class BatchRunner:
     async def _sweep(self) -> None:
         await self.store.sweep()
         known = {row.id for row in await self.store.list(files.KIND, None, limit=10_000_000)}
-        for row in await self.store.list(KIND, None, limit=10_000_000, where={"open": "1"}):
-            private = msgspec.json.decode(row.extra, type=Private)
-            known |= {private.output_id, private.error_id}
+        for kind, where in ((KIND, {"open": "1"}), (MESSAGES, {})):  # the results of the latter are in no list of files
+            for row in await self.store.list(kind, None, limit=10_000_000, where=where):
+                known |= msgspec.json.decode(row.extra, type=Private).contents()
         await self.files.disk(self.files.folder.sweep, known, time.time() - ORPHAN_S)
 
     async def _drive(self, record: Record) -> None:
@@ -152,6 +154,6 @@ class BatchRunner:
                 await record.read()
 
     async def _forget(self, record: Record) -> None:
-        for id in (record.private.output_id, record.private.error_id):
+        for id in record.private.contents():
             with contextlib.suppress(PenstockError):
                 await self.files.disk(self.files.folder.remove, id)

@@ -2,7 +2,7 @@
 
 What it is: `Work`. It asks the application as a client would (inside.py) and appends each answer to the batch's output or error file as it comes; those files are
 the journal, so that a server that was killed goes on where it was, and no line comes twice or is missing.
-What it does not know: which batches there are and whose turn it is (batch_runner.py); what the files' lines look like (batch_lines.py); HTTP.
+What it does not know: which batches there are and whose turn it is (batch_runner.py); what the files' lines look like (batch_lines.py, batch_forms.py); HTTP.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 from litestar import Litestar
 
-from penstock.core.protocol.errors import ModelNotFound, described, tamed
+from penstock.core.protocol.errors import ModelNotFound, UnsupportedFeature, described, tamed
 from penstock.transports import batch_lines, files, folder
+from penstock.transports.batch_forms import FORMS
 from penstock.transports.batches import Private, Record
 from penstock.transports.files import Files
 from penstock.transports.gateway import Gateway
@@ -31,6 +32,10 @@ log = logging.getLogger("penstock.edge.batches")
 
 PROGRESS_S = 1.0
 """How often a running batch is looked at: counts are told, a cancel and the end of its time are seen."""
+FRAME_BYTES = 4096
+"""What a line of contents of the server's own has around a request."""
+BUSY = (429, 503, 529)
+"""Statuses of what the server could not take now."""
 RETRY_S = (1.0, 10.0)
 """Pause before a request that the server could not take is asked again: the first, and the longest."""
 
@@ -62,6 +67,7 @@ class Work:
     def __init__(self, bench: Bench, record: Record) -> None:
         self._bench = bench
         self._record = record
+        self._form = FORMS[record.kind]
         self._files = bench.files
         self._config = bench.gateway.config
         self._done: set[str] = set()
@@ -73,6 +79,8 @@ class Work:
         self._trouble: BaseException | None = None
         """A line could not be written: nothing more is."""
         self._asking: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()
+        """Those of them that wait for an answer: the batch's end cancels these, and no other, which would lose its line."""
 
     async def run(self) -> None:
         """Raises Gone, or PenstockError where the store or the disk fails; then it may be run again."""
@@ -123,8 +131,10 @@ class Work:
 
     async def _reader(self) -> batch_lines.Reader | None:
         """Of the input file. Without it the batch fails."""
-        batch = self._record.batch
+        batch, own = self._record.batch, self._record.private.input_id
         try:
+            if own:
+                return await asyncio.to_thread(batch_lines.Reader, self._files.folder.of(own), self._config.max_body_bytes + FRAME_BYTES)
             file = await self._files.find(self._record.tenant, batch.input_file_id)
             if file is not None:
                 return await asyncio.to_thread(batch_lines.Reader, self._files.folder.of(file.id), self._config.max_body_bytes)
@@ -180,8 +190,7 @@ class Work:
                 if self._done and batch_lines.id_of(raw) in self._done:
                     continue
                 if self._end:
-                    if self._end == "expired":
-                        await self._expire(raw)
+                    await self._leave(raw)
                     continue
                 await places.take(lambda: bool(self._end) or watcher.done() or self._trouble is not None)
                 if watcher.done() or self._trouble is not None:
@@ -189,13 +198,13 @@ class Work:
                     break
                 if self._end:
                     places.give()
-                    if self._end == "expired":
-                        await self._expire(raw)
+                    await self._leave(raw)
                     continue
                 task = asyncio.get_running_loop().create_task(self._one(raw))
                 self._asking.add(task)
                 task.add_done_callback(self._asked)
-            if watcher.done() or self._end == "cancelled" or self._trouble is not None:
+            silent = self._end == "cancelled" and not self._form.tells_cancelled
+            if watcher.done() or silent or self._trouble is not None:
                 break
         while self._asking and not watcher.done() and self._trouble is None:
             await asyncio.wait([*self._asking, watcher], return_when=asyncio.FIRST_COMPLETED)
@@ -210,37 +219,48 @@ class Work:
             self._trouble = task.exception()
         self._bench.places.give()
 
-    async def _expire(self, raw: bytes) -> None:
-        message = "This request could not be answered before the batch's time was over."
-        await self._write(batch_lines.not_run(batch_lines.id_of(raw), "batch_expired", message), ok=False)
+    async def _leave(self, raw: bytes) -> None:
+        """The batch ends without an answer to this one."""
+        line = self._form.left(batch_lines.id_of(raw), self._end)
+        if line:
+            await self._write(line, ok=False)
 
     async def _one(self, raw: bytes) -> None:
         """One request, until it has an answer or the batch's end came first."""
         line = batch_lines.read_line(raw)
+        if self._end:
+            await self._leave(raw)
+            return
+        mine = asyncio.current_task()
+        assert mine is not None
+        self._waiting.add(mine)
         try:
-            reply = await self._answer(line.url, bytes(line.body))
+            try:
+                reply = await self._answer(line.url, bytes(line.body))
+            finally:
+                self._waiting.discard(mine)
         except asyncio.CancelledError:
-            if self._end == "expired":
-                await self._expire(raw)
+            if self._end:
+                await self._leave(raw)
             raise
         except BaseException as raised:
             log.error("a request of batch %s failed: %s", self._record.id, described(tamed(raised)), exc_info=raised)
             said = "The server made an error. It is logged."
-            await self._write(batch_lines.not_run(line.custom_id, "internal_error", said), ok=False)
+            await self._write(self._form.failed(line.custom_id, said), ok=False)
             return
-        written = batch_lines.answered(line.custom_id, reply.status, reply.request_id, reply.body)
+        written = self._form.answered(line.custom_id, reply.status, reply.request_id, reply.body)
         await self._write(written, ok=reply.status == 200)
 
     async def _answer(self, url: str, body: bytes) -> Reply:
         wrong = unfit(body)
         if wrong is not None:
-            return wrong
+            return Reply(400, {}, self._form.error(wrong), "")
         pause, longest = RETRY_S
         while True:
             reply = await ask(self._bench.app, url, body, self._record.tenant, self._bench.places.asking)
             if not reply.headers.get(b"content-type", b"").startswith(b"application/json"):
                 raise RuntimeError(f"{url} did not answer in JSON")
-            if reply.status not in (429, 503) or b'"store_full"' in reply.body:
+            if reply.status not in BUSY or b'"store_full"' in reply.body:
                 return reply
             told = reply.headers.get(b"retry-after", b"")
             await asyncio.sleep(max(pause, min(float(told), 60.0) if told.isdigit() else 0.0))
@@ -283,7 +303,7 @@ class Work:
             end = self._over()
             if end and not self._end:
                 self._end = end
-                for task in self._asking:
+                for task in self._waiting:
                     task.cancel()
             await self._bench.places.look()
             await asyncio.sleep(PROGRESS_S)
@@ -293,31 +313,38 @@ class Work:
     async def _finish(self) -> None:
         record, private = self._record, self._record.private
         found: dict[str, str] = {}
+        tally: dict[str, int] = {}
         for name, id in (("output", private.output_id), ("error", private.error_id)):
             size = await self._files.disk(self._files.folder.finish, id)
-            if size:
-                await self._files.put(record.tenant, id, f"{record.id}_{name}.jsonl", files.OUTPUT, size, private.output_ttl_s)
-                found[name] = id
-            else:
+            if not size:
                 await self._files.disk(self._files.folder.remove, id)
+                continue
+            if self._form.files:
+                await self._files.put(record.tenant, id, f"{record.id}_{name}.jsonl", files.OUTPUT, size, private.output_ttl_s)
+            else:
+                tally |= await self._files.disk(self._form.tally, self._files.folder.of(id))
+            found[name] = id
 
         def end(batch: Batch, private: Private) -> None:
             batch.status = private.final  # type: ignore[assignment]
             batch.output_file_id, batch.error_file_id = found.get("output"), found.get("error")
             setattr(batch, f"{private.final}_at", now_s())
+            private.tally, private.input_id = tally, ""
 
+        own = private.input_id
         await record.change(end)
+        if own:
+            await self._files.disk(self._files.folder.remove, own)
         log.info("batch %s is %s: %s", record.id, private.final, record.batch.request_counts)
 
 
 _UNFIT = {"stream": "Answers of a batch come whole.", "background": "A batch is in the background anyway."}
 
 
-def unfit(body: bytes) -> Reply | None:
-    """The refusal of a request that no batch can have answered; None: it can."""
+def unfit(body: bytes) -> UnsupportedFeature | None:
+    """Why no batch can have this request answered; None: it can."""
     fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     for name, why in _UNFIT.items():
         if name in fields and bytes(fields[name]) not in (b"null", b"false"):
-            said = {"message": f"{name} is not supported in a batch. {why} Leave it out.", "type": "invalid_request_error"}
-            return Reply(400, {}, msgspec.json.encode({"error": {**said, "param": name, "code": "unsupported_feature"}}), "")
+            return UnsupportedFeature(f"{name} is not supported in a batch. {why} Leave it out.", param=name)
     return None

@@ -28,7 +28,8 @@ from penstock.transports.storage_schema import Batch, BatchRequest
 from penstock.transports.store import Row, Store, StoreFull
 from penstock.transports.surface import Surface
 
-KIND = "batch"
+KIND, MESSAGES = "batch", "message_batch"
+"""Of rows: OpenAI's batches, and Anthropic's, which the runner sees to as well."""
 CANDIDATES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 """Endpoints that batches may be for, where they are served."""
 WINDOW = "24h"
@@ -58,6 +59,14 @@ class Private(msgspec.Struct, kw_only=True):
     output_ttl_s: float | None = None
     final: str = ""
     """The state in which it ends, once that is known."""
+    input_id: str = ""
+    """Of contents of the server's own that hold the requests, instead of a client's file; they go with the batch's end."""
+    tally: dict[str, int] = {}
+    """Of a batch that is over: how many requests ended how, where its form tells them apart."""
+
+    def contents(self) -> set[str]:
+        """Ids of what it has in the folder."""
+        return {self.output_id, self.error_id, *([self.input_id] if self.input_id else [])}
 
 
 class Gone(Exception):
@@ -67,8 +76,9 @@ class Gone(Exception):
 class Record:
     """A batch in the store, as it was when it was last read or written."""
 
-    def __init__(self, store: Store, row: Row) -> None:
+    def __init__(self, store: Store, row: Row, kind: str = KIND) -> None:
         self._store = store
+        self.kind = kind
         self.tenant = row.tenant
         self.id = row.id
         self._take(row)
@@ -80,7 +90,7 @@ class Record:
 
     async def read(self) -> None:
         """Raises Gone."""
-        row = await self._store.row(KIND, self.tenant, self.id)
+        row = await self._store.row(self.kind, self.tenant, self.id)
         if row is None:
             raise Gone
         self._take(row)
@@ -90,7 +100,9 @@ class Record:
         while True:
             change(self.batch, self.private)
             body, extra = msgspec.json.encode(self.batch), msgspec.json.encode(self.private)
-            if await self._store.update(KIND, self.tenant, self.id, body, extra=extra, meta=meta_of(self.batch), version=self._version):
+            if await self._store.update(
+                self.kind, self.tenant, self.id, body, extra=extra, meta=meta_of(self.batch), version=self._version
+            ):
                 self._version += 1
                 return
             await self.read()
@@ -104,6 +116,12 @@ def served(app: Litestar) -> list[str]:
     """The endpoints that batches may be for."""
     paths = {route.path for route in app.routes if "POST" in getattr(route, "methods", ())}
     return [path for path in CANDIDATES if path in paths]
+
+
+async def tell(files: Files, gateway: Gateway) -> None:
+    """There is something to do for whichever edge sees to batches."""
+    await files.disk(files.folder.touch_news)
+    gateway.batch_news.set()
 
 
 def batch_routes(gateway: Gateway, surface: Surface) -> list[Any]:
@@ -159,12 +177,8 @@ def batch_routes(gateway: Gateway, surface: Surface) -> list[Any]:
         private = Private(output_id=new_id("file-"), error_id=new_id("file-"), output_ttl_s=ttl_s)
         body = msgspec.json.encode(batch)
         await store.put(KIND, tenant, batch.id, body, extra=msgspec.json.encode(private), meta=meta_of(batch), keep=True)
-        await news()
+        await tell(files, gateway)
         return JsonReply(body, headers=ignored_header(ignored))
-
-    async def news() -> None:
-        await files.disk(files.folder.touch_news)
-        gateway.batch_news.set()
 
     @get(
         "/v1/batches",
@@ -186,7 +200,7 @@ def batch_routes(gateway: Gateway, surface: Surface) -> list[Any]:
     async def cancel(request: AnyRequest) -> ASGIApp:
         record = await find(request)
         await record.change(cancelling)
-        await news()
+        await tell(files, gateway)
         return JsonReply(msgspec.json.encode(record.batch))
 
     return [create, batches, one, cancel]

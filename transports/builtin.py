@@ -35,6 +35,7 @@ from penstock.transports.responses_routes import responses_routes
 from penstock.transports.stored_chats import answer_kept, stored_chat_routes
 from penstock.transports.surface import Surface
 from penstock.transports.tgi import tgi_routes
+from penstock.transports.tokens import tokens_routes
 from penstock.transports.voice import VOICE
 
 AnyRequest = Request[Any, Any, Any]
@@ -49,6 +50,9 @@ def register_transports() -> list[TransportSpec]:
         ),
         TransportSpec(
             name="responses", api_level=API_LEVEL["transports"], doc="OpenAI's Responses over HTTP and SSE.", factory=responses_routes
+        ),
+        TransportSpec(
+            name="tokens", api_level=API_LEVEL["transports"], doc="Tokens in, tokens out (vLLM's) over HTTP and SSE.", factory=tokens_routes
         ),
         TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
     ]

@@ -10,7 +10,7 @@ from penstock.core.protocol.config import Config
 from penstock.transports.request import Header, JsonReply
 
 EXPOSED = (
-    b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-warning, traceparent, content-disposition, allow,"
+    b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-ignored-fields, x-penstock-warning, traceparent, content-disposition, allow,"
     b" www-authenticate, accept-encoding"
 )
 """All that replies may have and that pages may not read anyway."""

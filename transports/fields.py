@@ -8,7 +8,7 @@ It is long because every field stands here, once.
 
 from __future__ import annotations
 
-from penstock.transports import api_fields, responses_fields, storage_fields
+from penstock.transports import api_fields, responses_fields, storage_fields, tokens_fields
 from penstock.transports.field import OPENAI as OPENAI
 from penstock.transports.field import PENSTOCK as PENSTOCK
 from penstock.transports.field import SGLANG as SGLANG
@@ -264,7 +264,7 @@ OWN: dict[str, dict[str, Field]] = {
         "strict": Field("true: the arguments of every call obey `parameters`.", default="false"),
     },
 }
-OWN |= api_fields.ASKED | responses_fields.ASKED | storage_fields.ASKED
+OWN |= api_fields.ASKED | responses_fields.ASKED | storage_fields.ASKED | tokens_fields.ASKED
 """Lines of one struct alone: they go before those of FIELDS."""
 
 
@@ -295,6 +295,7 @@ REPLY_FIELDS: dict[str, str] = {
     "logprobs": "With logprobs; see below.",
     "finish_reason": "`stop`, `tool_calls` (it ended, and called), `length` (max_tokens, or the context is full), or `error`. null while it goes on.",
     "stop_reason": "The stop string, or the id of stop_token_ids, that ended it; else null.",
+    "matched_stop": "The same, by SGLang's name. (The id of one of the model's own end tokens, which SGLang tells here, it is not.)",
     "token_ids": "With return_token_ids: the tokens of the answer, or of this chunk.",
     "error": "With finish_reason `error`: why this choice could not go on.",
     "role": "`assistant`.",
@@ -317,7 +318,7 @@ REPLY_FIELDS: dict[str, str] = {
     "queue_ms": "Until the first step.",
     "prefill_ms": "From there to the first token.",
     "decode_ms": "From there to the last.",
-    "time_to_first_token_ms": "Since the request arrived; left out if there was none.",
+    "time_to_first_token_ms": "Since the request arrived; not there if there was none.",
     "total_ms": "Since the request arrived.",
     "preemptions": "How often it had to make room for others.",
     "type": "The error's family.",
@@ -367,7 +368,7 @@ REPLY_OWN |= {
     },
     "CancelReply": {"id": "As it was given.", "object": "`request`.", "cancelled": "true."},
 }
-REPLY_OWN |= api_fields.TOLD | responses_fields.TOLD | storage_fields.TOLD
+REPLY_OWN |= api_fields.TOLD | responses_fields.TOLD | storage_fields.TOLD | tokens_fields.TOLD
 
 
 def about_reply(kind: str, name: str) -> str:

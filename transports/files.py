@@ -78,6 +78,10 @@ class Files:
         most = self._config.max_files
         if await self.store.count(KIND, tenant) >= most:
             raise StoreFull(f"There are {most} files already (--max-files). Delete some first.")
+        await self.check_bytes()
+
+    async def check_bytes(self) -> None:
+        """May more come into the folder? Raises StoreFull."""
         if await self.disk(self.folder.used) >= self._config.max_files_bytes:
             raise StoreFull(f"Files take {self._config.max_files_bytes} bytes already (--max-files-bytes). Delete some first.")
 

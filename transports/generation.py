@@ -40,6 +40,7 @@ class Generation(msgspec.Struct, kw_only=True):
     """The answer begins with the prompt."""
     want_ids: bool = False
     """The reply shows token ids: the prompt's come with the first row, and a whole reply's choices keep theirs."""
+    detokenize: bool = True
     grammar: Grammar | None = None
     """What every answer must obey."""
     stream: bool = False

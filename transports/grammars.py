@@ -31,7 +31,7 @@ def _all(request: GenerationRequest, raw: dict[str, msgspec.Raw]) -> Iterator[Gr
     if request.response_format is not None:
         yield from _format(request.response_format, raw["response_format"])
     if request.structured_outputs is not None:
-        yield from _outputs(request.structured_outputs, raw["structured_outputs"])
+        yield from outputs_of(request.structured_outputs, raw["structured_outputs"])
     guided = StructuredOutputsParams(
         json=request.guided_json, regex=request.guided_regex, choice=request.guided_choice, grammar=request.guided_grammar
     )
@@ -56,7 +56,8 @@ def _format(asked: ResponseFormat, raw: msgspec.Raw) -> Iterator[Grammar]:
         refused.check_format(raw, "text", frozenset())
 
 
-def _outputs(outputs: StructuredOutputs, raw: msgspec.Raw) -> Iterator[Grammar]:
+def outputs_of(outputs: StructuredOutputs, raw: msgspec.Raw) -> Iterator[Grammar]:
+    """The field structured_outputs. Raises as `grammar_of`."""
     for name, value in fields_of(raw, "structured_outputs").items():
         if name not in _OUTPUTS and bytes(value).strip() not in (b"null", b"false"):
             field = f"structured_outputs.{name[:80]}"

@@ -38,6 +38,7 @@ from penstock.core.protocol.tables import INFERENCE, METRICS, Principal
 from penstock.transports.blame import failed, ours, refusal
 from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
+from penstock.transports.elsewhere import instead_of
 from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
 from penstock.transports.openapi import SchemaPage
@@ -237,7 +238,8 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         wrong = MethodNotAllowed(request.method, paths.methods(path))
         return refusal(paths.handler(path, request.method), wrong, wrong.headers)
     if isinstance(error, HTTPException) and error.status_code == 404:
-        return error_reply(NotFound(f"There is nothing at {request.scope['path'][:200]!r}. See /schema for what there is."))
+        path = request.scope["path"]
+        return error_reply(NotFound(f"There is nothing at {path[:200]!r}. {instead_of(path) or 'See /schema for what there is.'}"))
     if isinstance(error, HTTPException) and error.status_code < 500:
         return refusal(handler, InvalidRequest(error.detail))
     return failed(request.scope, error)

@@ -129,6 +129,7 @@ class Job(abc.ABC):
             add_special_tokens=generation.add_special_tokens,
             echo=generation.echo,
             want_ids=generation.want_ids,
+            detokenize=generation.detokenize,
             stream=generation.stream,
             grammar=generation.grammar,
             split=generation.split,

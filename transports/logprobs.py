@@ -1,6 +1,6 @@
 """Log-probabilities in the three shapes that clients know.
 
-What it is: TokenLogprobs of core/protocol/messages.py as chat's, completions' and vLLM's prompt JSON.
+What it is: TokenLogprobs of core/protocol/messages.py as chat's (with texts, or ids alone), completions' and vLLM's prompt JSON.
 What it does not know: requests, streams.
 """
 
@@ -30,6 +30,18 @@ def chat_logprobs(positions: list[TokenLogprobs], as_ids: bool) -> dict[str, Any
         ]
         content.append({**entries[0], "top_logprobs": entries[1:]})
     return {"content": content, "refusal": None}
+
+
+def token_logprobs(positions: list[TokenLogprobs]) -> dict[str, Any]:
+    """Chat's shape of tokens that have an id and no text: `token` is `token_id:ID`, and there are no bytes."""
+    content = []
+    for p in positions:
+        entries = [
+            {"token": f"token_id:{token}", "logprob": max(logprob, LOWEST_LOGPROB), "bytes": None}
+            for token, logprob in zip(p.ids, p.logprobs, strict=True)
+        ]
+        content.append({**entries[0], "top_logprobs": entries[1:]})
+    return {"content": content}
 
 
 class TextOffsets:
@@ -74,7 +86,7 @@ def completion_logprobs(positions: Sequence[TokenLogprobs | None], as_ids: bool,
 
 
 def prompt_logprobs_json(positions: list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
-    """vLLM's shape: per prompt token null or {token id: {logprob, rank, decoded_token}}."""
+    """vLLM's shape: per prompt token null or {token id: {logprob, rank, decoded_token}}, of which the last is null where tokens have no texts."""
     return [
         None
         if p is None or not p.logprobs
@@ -82,7 +94,7 @@ def prompt_logprobs_json(positions: list[TokenLogprobs | None]) -> list[dict[str
             str(p.ids[i]): {
                 "logprob": max(p.logprobs[i], LOWEST_LOGPROB),
                 "rank": p.ranks[i] if i < len(p.ranks) else None,
-                "decoded_token": p.texts[i],
+                "decoded_token": p.texts[i] if p.texts else None,
             }
             for i in range(len(p.ids))
         }

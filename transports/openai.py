@@ -103,7 +103,7 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
     if max_tokens is not None:
         values["max_tokens"] = max_tokens
     if request.logit_bias:
-        values["logit_bias"] = _logit_bias(request.logit_bias)
+        values["logit_bias"] = logit_bias_of(request.logit_bias)
     explicit = sorted(values)
     if logprobs is not None:
         values["logprobs"] = logprobs
@@ -117,8 +117,8 @@ def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None
     return sampling, explicit
 
 
-def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
-    """Raises InvalidRequest naming key and value."""
+def logit_bias_of(given: dict[str, Any]) -> dict[int, float]:
+    """`given` is the field logit_bias. Raises InvalidRequest naming key and value."""
     bias: dict[int, float] = {}
     for key, value in given.items():
         if type(value) in (int, float) and -100 <= value <= 100 and key.isascii() and key.isdecimal() and len(key) < 10:
@@ -366,7 +366,7 @@ def _prompts(prompt: str | list[str | int | list[int]], config: Config) -> list[
         return [{"prompt": prompt}]
     _need(bool(prompt), "prompt must not be an empty list.", "prompt")
     if isinstance(prompt[0], int):
-        return [{"prompt_ids": _ids(prompt, "prompt")}]
+        return [{"prompt_ids": ids_of(prompt, "prompt")}]
     _need(
         len(prompt) <= config.max_prompts,
         f"prompt may hold at most {config.max_prompts} prompts (--max-prompts), but holds {len(prompt)}.",
@@ -376,10 +376,11 @@ def _prompts(prompt: str | list[str | int | list[int]], config: Config) -> list[
     _need(all(type(p) is first for p in prompt), "prompt must hold only texts, only token ids, or only lists of token ids.", "prompt")
     if first is str:
         return [{"prompt": p, "prompt_name": f"prompt[{i}]"} for i, p in enumerate(prompt)]
-    return [{"prompt_ids": _ids(p, f"prompt[{i}]"), "prompt_name": f"prompt[{i}]"} for i, p in enumerate(prompt)]
+    return [{"prompt_ids": ids_of(p, f"prompt[{i}]"), "prompt_name": f"prompt[{i}]"} for i, p in enumerate(prompt)]
 
 
-def _ids(values: Any, param: str) -> I32:
+def ids_of(values: Any, param: str) -> I32:
+    """A list of token ids that a client sent as `param`. Raises InvalidRequest."""
     _need(bool(values), f"{param} must not be empty.", param)
     if set(map(type, values)) != {int}:
         other = next(i for i, v in enumerate(values) if type(v) is not int)

@@ -3,6 +3,7 @@
 What it is: OpenAI's fields and vLLM's extras as msgspec structs; `decode`, whose errors name the field. Fields that would change what the answer
 is and do not exist here are 400 `unsupported_feature` (refused.py); other unknown ones are ignored and named, so that the reply can warn.
 What it does not know: what the fields mean together (openai.py), HTTP.
+It is long because both requests have many fields.
 """
 
 from __future__ import annotations
@@ -238,7 +239,17 @@ HINTS: dict[str, str] = {
 """Fields that clients send as hints: nothing of the answer depends on them here, so they are taken in silence. Why, of each."""
 
 # Fields that hold prompts, and how many texts of a prompt's length each may hold.
-PROMPTS = {"prompt": 128, "messages": 1, "documents": 1, "tokens": 1, "system": 1, "inputs": 1, "input": 1, "instructions": 1}
+PROMPTS = {
+    "prompt": 128,
+    "messages": 1,
+    "documents": 1,
+    "tokens": 1,
+    "system": 1,
+    "inputs": 1,
+    "input": 1,
+    "instructions": 1,
+    "token_ids": 1,
+}
 
 # Known fields that are objects whose fields are looked at one by one, and the fewest bytes of a field.
 OBJECTS = frozenset({"stream_options", "response_format", "structured_outputs", "chat_template_kwargs", "parameters"})
@@ -253,14 +264,14 @@ REQUESTS: tuple[type[msgspec.Struct], ...] = (ChatRequest, CompletionRequest, To
 _decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in REQUESTS}
 _known: dict[type[msgspec.Struct], frozenset[str]] = {t: frozenset(t.__struct_fields__) for t in _decoders}
 REFUSED: dict[type[msgspec.Struct], Mapping[str, refused.Refused]] = {
-    ChatRequest: refused.GENERATION,
+    ChatRequest: refused.APART,
     CompletionRequest: refused.GENERATION,
     TokenizeRequest: refused.PROMPT,  # what only the answer would depend on may be there: people send what they would ask with
     DetokenizeRequest: {},
     MetadataRequest: {},
 }
 _tables = {
-    kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if rows is refused.GENERATION else ())
+    kind: refused.Table(rows, _known[kind] - HINTS.keys(), refused.FAMILIES if kind in (ChatRequest, CompletionRequest) else ())
     for kind, rows in REFUSED.items()
 }
 

@@ -34,6 +34,11 @@ SIZE_STEP = 64
 _json = msgspec.json.Encoder().encode
 
 
+def _stopped(by: int | str | None) -> dict[str, Any]:
+    """What ended a choice, as vLLM and as SGLang call it."""
+    return {"stop_reason": by, "matched_stop": by}
+
+
 def likeliness(choice: Choice) -> float:
     """The mean log-probability of its tokens; of one that failed, or that has none, less than of any other."""
     if choice.error is not None or not choice.logprobs:
@@ -103,7 +108,7 @@ class _OpenAIVoice(abc.ABC):
 
     def _ended_choice(self, index: int, prompt: Prompt, choice: Choice) -> dict[str, Any]:
         out = self._answer(index, prompt, choice)
-        out["stop_reason"] = choice.stop_reason
+        out |= _stopped(choice.stop_reason)
         if choice.error is not None:
             out["error"] = error_fields(choice.error)
         if self.call.want_ids:
@@ -178,7 +183,7 @@ class _OpenAIVoice(abc.ABC):
         """The one chunk with a finish_reason; it carries no content."""
         extra = batch.extra(row)
         choice = self._silence(index)
-        choice |= {"logprobs": None, "finish_reason": reason, "stop_reason": extra.stop_reason if extra else None}
+        choice |= {"logprobs": None, "finish_reason": reason, **_stopped(extra.stop_reason if extra else None)}
         if error is not None:
             choice["error"] = error_fields(error)
         yield self._event([choice], self._usage(row, batch))
@@ -189,7 +194,8 @@ class _OpenAIVoice(abc.ABC):
 
     def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterator[bytes]:
         if self.call.include_usage or timings is not None:
-            yield self._event([], usage if self.call.include_usage else None, **({} if timings is None else {"metrics": timings}))
+            told = usage if self.call.include_usage else None
+            yield self._event([], told, **({} if timings is None else {"metrics": timings}))
         yield DONE
 
     def broken(self, error: PenstockError) -> Iterable[bytes]:

@@ -16,7 +16,15 @@ from litestar import Request
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 
 from penstock.core.protocol.config import Config
-from penstock.transports import anthropic_replies, openapi_replies, responses_replies, storage_replies, storage_schema, tgi_replies
+from penstock.transports import (
+    anthropic_replies,
+    openapi_replies,
+    responses_replies,
+    storage_replies,
+    storage_schema,
+    tgi_replies,
+    tokens_replies,
+)
 from penstock.transports.fields import OWN, about, about_reply
 from penstock.transports.listing import QUERY
 from penstock.transports.openai_schema import REQUESTS
@@ -44,7 +52,7 @@ FORM = "form"
 ASKED = {kind.__name__ for kind in REQUESTS} | OWN.keys()
 TOLD = {
     kind.__name__
-    for module in (openapi_replies, anthropic_replies, responses_replies, storage_replies, storage_schema, tgi_replies)
+    for module in (openapi_replies, anthropic_replies, responses_replies, storage_replies, storage_schema, tgi_replies, tokens_replies)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 }

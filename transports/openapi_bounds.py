@@ -27,6 +27,7 @@ STOP = {"minLength": 1, "maxLength": MAX_STOP_CHARS}
 HERE: dict[str, dict[str, Any]] = {
     "messages": {"minItems": 1},
     "tokens": {"items": TOKEN},
+    "token_ids": {"minItems": 1, "items": TOKEN},
     "stop": {**STOP, "items": STOP},
     "stop_sequences": {"items": STOP},
     "stop_token_ids": {"items": TOKEN},

@@ -3,7 +3,7 @@
 What it is: msgspec structs of the reply bodies, and which endpoint gives which with which status and content type. Tests hold real replies
 against them; nothing is encoded from them.
 What it does not know: how replies are made (openai_voice.py, http.py, text's queries).
-It is long because it is one table of all endpoints, and what they say.
+It is long because every endpoint of every API has its entry here.
 """
 
 from __future__ import annotations
@@ -12,17 +12,27 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from penstock.transports.anthropic_replies import CountTokensReply, MessageError, MessageEvent, MessageReply
+from penstock.transports.anthropic_replies import (
+    CountTokensReply,
+    MessageBatch,
+    MessageBatchGone,
+    MessageBatchList,
+    MessageError,
+    MessageEvent,
+    MessageReply,
+)
 from penstock.transports.responses_replies import InputTokensReply, ResponseEvent, ResponseGone, ResponseItems, ResponseReply
 from penstock.transports.storage_replies import BatchList, FileGone, FileList, StoredChat, StoredChatGone, StoredChatList, StoredMessageList
 from penstock.transports.storage_schema import Batch, FileObject
 from penstock.transports.tgi_replies import GenerateError, GenerateEvent, GenerateReply, InfoReply
+from penstock.transports.tokens_replies import TokensChunk, TokensReply
 
 JSON = "application/json"
 SSE = "text/event-stream"
 PLAIN = "text/plain"
 HTML = "text/html"
 BYTES = "application/octet-stream"
+JSONL = "application/x-jsonl"
 
 
 class ErrorFields(msgspec.Struct):
@@ -54,7 +64,7 @@ class Usage(msgspec.Struct, omit_defaults=True):
     completion_tokens_details: CompletionTokensDetails | None = None
 
 
-class Metrics(msgspec.Struct):
+class Metrics(msgspec.Struct, omit_defaults=True):
     """With the request header `x-include-metrics: 1`. Milliseconds."""
 
     queue_ms: float
@@ -62,7 +72,7 @@ class Metrics(msgspec.Struct):
     decode_ms: float
     total_ms: float
     preemptions: int
-    time_to_first_token_ms: float | msgspec.UnsetType = msgspec.UNSET
+    time_to_first_token_ms: float | None = None
 
 
 class CalledFunction(msgspec.Struct):
@@ -91,6 +101,7 @@ class ChatChoice(msgspec.Struct, omit_defaults=True):
     logprobs: dict[str, Any] | None
     finish_reason: str
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
     token_ids: list[int] | None = None
     error: ErrorFields | None = None
 
@@ -135,6 +146,7 @@ class ChatChunkChoice(msgspec.Struct, omit_defaults=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
     token_ids: list[int] | None = None
     error: ErrorFields | None = None
 
@@ -160,6 +172,7 @@ class TextChoice(msgspec.Struct, omit_defaults=True):
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    matched_stop: int | str | None = None
     prompt_logprobs: list[Any] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
@@ -269,6 +282,7 @@ _READING = (401, 403, 500, 503)
 _ASKING = (401, 403, 404, 413, 415, 429, 500, 503)
 _GENERATING = (*_ASKING, 409, 499)
 _ANTHROPIC = (401, 403, 404, 413, 415, 429, 500, 529)
+_ANTHROPIC_KEPT = (401, 403, 404, 500, 529)
 _TGI = (401, 403, 409, 413, 415, 422, 424, 429, 499, 500, 503)
 
 REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
@@ -282,11 +296,22 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/v1/batches/{batch_id}": ([Answer(200, {JSON: Batch}, "The batch.")], (*_READING, 404)),
     "/v1/batches/{batch_id}/cancel": ([Answer(200, {JSON: Batch}, "It is being cancelled.")], (*_READING, 404, 409)),
     "/v1/completions": ([Answer(200, {JSON: CompletionReply, SSE: CompletionReply}, "The text; with stream true as events.")], _GENERATING),
+    "/inference/v1/generate": (
+        [Answer(200, {JSON: TokensReply, SSE: TokensChunk}, "The tokens; with stream true as events.")],
+        _GENERATING,
+    ),
     "/v1/messages": (
         [Answer(200, {JSON: MessageReply, SSE: MessageEvent}, "The answer; with stream true as events.")],
         (*_ANTHROPIC, 409, 499),
     ),
     "/v1/messages/count_tokens": ([Answer(200, {JSON: CountTokensReply}, "How many tokens.")], _ANTHROPIC),
+    "/v1/messages/batches": ([Answer(200, {JSON: MessageBatch}, "The batch, which has begun.")], _ANTHROPIC),
+    "/v1/messages/batches/{message_batch_id}": ([Answer(200, {JSON: MessageBatch}, "The batch.")], _ANTHROPIC_KEPT),
+    "/v1/messages/batches/{message_batch_id}/results": ([Answer(200, {JSONL: None}, "A result a line.")], _ANTHROPIC_KEPT),
+    "/v1/messages/batches/{message_batch_id}/cancel": (
+        [Answer(200, {JSON: MessageBatch}, "It is being cancelled.")],
+        (*_ANTHROPIC_KEPT, 409),
+    ),
     "/v1/responses": ([Answer(200, {JSON: ResponseReply, SSE: ResponseEvent}, "The answer; with stream true as events.")], _GENERATING),
     "/v1/responses/input_tokens": ([Answer(200, {JSON: InputTokensReply}, "How many tokens.")], _ASKING),
     "/v1/responses/{response_id}": (
@@ -335,6 +360,8 @@ OF_METHODS: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "DELETE /v1/files/{file_id}": ([Answer(200, {JSON: FileGone}, "It is gone.")], (*_READING, 404)),
     "POST /v1/requests/{request_id}": ([Answer(200, {JSON: ControlReply}, "It is so.")], (*_READING, 404)),
     "GET /v1/batches": ([Answer(200, {JSON: BatchList}, "A page of them.")], _READING),
+    "GET /v1/messages/batches": ([Answer(200, {JSON: MessageBatchList}, "A page of them.")], _ANTHROPIC_KEPT),
+    "DELETE /v1/messages/batches/{message_batch_id}": ([Answer(200, {JSON: MessageBatchGone}, "It is gone.")], (*_ANTHROPIC_KEPT, 409)),
     "GET /v1/chat/completions": ([Answer(200, {JSON: StoredChatList}, "A page of them.")], _READING),
     "POST /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChat}, "The answer.")], _ASKING),
     "DELETE /v1/chat/completions/{completion_id}": ([Answer(200, {JSON: StoredChatGone}, "It is gone.")], (*_READING, 404)),
@@ -357,7 +384,7 @@ SUMMARIES = {"/schema": "This API as a page", "/schema/openapi.json": "This API 
 
 
 OWN_ERRORS: dict[str, type[msgspec.Struct]] = {
-    **dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), MessageError),
+    **dict.fromkeys((path for path in REPLIES if path.startswith("/v1/messages")), MessageError),
     **dict.fromkeys(("/generate", "/generate_stream", "/", "/info"), GenerateError),
 }
 """Of endpoints whose errors have another shape than ErrorReply."""

@@ -106,7 +106,11 @@ PROMPT: dict[str, Refused] = {
 ANSWER: dict[str, Refused] = {
     # An answer that must obey something
     **_all(_EMPTY, "structured guided_json_object guided_decoding"),
-    **_all(_EMPTY, "guided_decoding_backend guided_decoding_params guided_whitespace_pattern structural_tag json_schema regex ebnf choice"),
+    **_all(_EMPTY, "guided_decoding_backend guided_decoding_params guided_whitespace_pattern choice"),
+    "json_schema": _use(_EMPTY, "Use response_format, or structured_outputs.json."),
+    "structural_tag": _use(_EMPTY, "Use response_format, or structured_outputs.structural_tag."),
+    "regex": _use(_EMPTY, "Use structured_outputs.regex."),
+    "ebnf": _use(_EMPTY, "Use structured_outputs.grammar."),
     **_all(
         _EMPTY, "grammar grammar_string grammar_triggers lark_grammar regex_pattern format output_format output_config schema json_object"
     ),
@@ -196,6 +200,13 @@ ANSWER: dict[str, Refused] = {
 
 GENERATION: dict[str, Refused] = {**PROMPT, **ANSWER}
 """What a request for an answer may not hold."""
+_SPLIT = "What a model says to itself comes apart from its answer, where its format is known (--reasoning-parser)."
+APART: dict[str, Refused] = {
+    **GENERATION,
+    **_all(_use(_ON, _SPLIT), "separate_reasoning parse_reasoning"),
+    "reasoning_format": Refused((None, "parsed", "deepseek", "auto"), _SPLIT),
+}
+"""The same of one for an answer that is taken apart: there the opposite asks for nothing."""
 FAMILIES = ("guided_", "structured_", "grammar_", "constrained_", "json_", "tool_", "lora", "adapter", "peft")
 """Beginnings of names: whatever else servers call so makes the answer obey something, is about calls, or about other weights."""
 _FAMILY = Refused((None, False, [], {}, ""))

@@ -187,13 +187,13 @@ def error_reply(error: PenstockError, headers: Iterable[Header] = ()) -> JsonRep
 
 
 def ignored_header(names: list[str]) -> list[Header]:
-    """`x-penstock-warning`: unknown request fields, so that a typing error does not go unseen."""
+    """`x-penstock-ignored-fields`: unknown request fields, so that a typing error does not go unseen; and `x-penstock-warning`, the same for people."""
     if not names:
         return []
     text = ", ".join(name if sane_id(name) else "?" for name in names[:32])
     if len(text) > MAX_NAMED:
         text = text[: text.rfind(", ", 0, MAX_NAMED - 3)] + ", ..."
-    return [(b"x-penstock-warning", text.encode())]
+    return [(b"x-penstock-ignored-fields", text.encode()), (b"x-penstock-warning", b"ignored, as nobody here knows them: " + text.encode())]
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -92,7 +92,14 @@ def decoded(
 
 def _neutral(name: str, value: msgspec.Raw) -> str:
     """A field within an object: "" if its value asks for nothing, else the name of one that nobody knows. Raises UnsupportedFeature for a known one."""
-    neutral = {"reasoning.context": (b"null", b'"auto"'), "reasoning.mode": (b"null", b'"standard"')}.get(name)
+    if name == "stream_options.include_usage":  # the last event has it in any case
+        return ""
+    neutral = {
+        "reasoning.context": (b"null", b'"auto"'),
+        "reasoning.mode": (b"null", b'"standard"'),
+        "stream_options.continuous_usage_stats": (b"null", b"false"),
+        "stream_options.tool_calls_done": (b"null", b"false"),
+    }.get(name)
     if neutral is None:
         return name[:200]
     if bytes(value).strip() not in neutral:

@@ -159,7 +159,7 @@ _OTHERS: dict[str, Refused] = {
 """What chat knows and this API does not would change the answer here, too."""
 
 REFUSED: dict[type[InputTokensRequest], dict[str, Refused]] = {
-    ResponsesRequest: _OTHERS | refused.GENERATION | PROMPT | ANSWER,
+    ResponsesRequest: _OTHERS | refused.APART | PROMPT | ANSWER,
     InputTokensRequest: refused.PROMPT | PROMPT,
 }
 

@@ -7,18 +7,24 @@ What it does not know: how a field is obeyed or refused (openai.py, refused.py),
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from penstock.transports.fields import OPENAI, SGLANG, VLLM
-from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, StreamOptions
+from penstock.transports.fields import OPENAI, PENSTOCK, SGLANG, VLLM
+from penstock.transports.openai_schema import HINTS, REFUSED, ChatRequest, CompletionRequest, StreamOptions
+from penstock.transports.refused import Refused
+from penstock.transports.responses_schema import REFUSED as OF_RESPONSES
+from penstock.transports.responses_schema import ResponsesRequest, ResponseStreamOptions
 
 _KNOWN: dict[str, str] = {
     OPENAI: """messages prompt model frequency_penalty presence_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n best_of
         echo suffix response_format seed stop stream stream_options stream_options.include_usage stream_options.include_obfuscation temperature
         top_p tools tool_choice parallel_tool_calls functions function_call user reasoning_effort service_tier metadata store prediction modalities
-        audio web_search_options prompt_cache_key prompt_cache_retention safety_identifier verbosity moderation""",
+        audio web_search_options prompt_cache_key prompt_cache_retention safety_identifier verbosity moderation
+        input instructions previous_response_id reasoning text truncation background include max_output_tokens max_tool_calls conversation
+        context_management""",
     VLLM: """use_beam_search length_penalty early_stopping top_k min_p repetition_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
         skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side prompt_logprobs allowed_token_ids bad_words
         add_generation_prompt continue_final_message add_special_tokens documents chat_template chat_template_kwargs mm_processor_kwargs
@@ -28,6 +34,7 @@ _KNOWN: dict[str, str] = {
     SGLANG: """regex ebnf json_schema structural_tag lora_path session_params separate_reasoning stream_reasoning rid no_stop_trim
         custom_logit_processor custom_params return_hidden_states min_new_tokens stop_regex input_ids input_embeds image_data audio_data
         bootstrap_host bootstrap_port bootstrap_room""",
+    PENSTOCK: "retain_s on_disconnect",
 }
 NAMED: dict[str, str] = {name: whose for whose, names in _KNOWN.items() for name in names.split()}
 """Field -> whose it is first. A dot leads into an object."""
@@ -45,11 +52,33 @@ IN_PART: dict[str, str] = {
 
 KEPT = ("metadata",)
 """Hints that say something where the requests have them as fields."""
-IN_PART_OF_CHAT: dict[str, str] = {"best_of": "With use_beam_search; else only as many as n."}
-"""The same, of fields that work at the other endpoint."""
+IN_PART_OF: dict[type[msgspec.Struct], dict[str, str]] = {
+    ChatRequest: {"best_of": "With use_beam_search; else only as many as n."},
+    ResponsesRequest: {
+        "input": "A text, or items of text, of functions and of reasoning; others are refused.",
+        "text": "`format`, and `verbosity` medium; another is refused.",
+        "tools": "Functions; tools that would run on the server are refused.",
+        "reasoning": "`effort`, and `summary` auto; another is refused.",
+    },
+}
+"""The same, of fields that work elsewhere, or are nowhere else."""
 
-NO_EFFECT: dict[str, str] = {}
+NO_EFFECT_OF: dict[type[msgspec.Struct], dict[str, str]] = {
+    ResponsesRequest: {
+        "max_tool_calls": "It bounds calls of tools that run on the server, of which there are none.",
+        "stream_options.include_usage": "The last event has the usage in any case.",
+    },
+}
 """Fields that the requests have and that change nothing: why. HINTS are such, too."""
+
+
+OPTIONS: dict[type[msgspec.Struct], type[msgspec.Struct]] = {
+    ChatRequest: StreamOptions,
+    CompletionRequest: StreamOptions,
+    ResponsesRequest: ResponseStreamOptions,
+}
+"""What stream_options may hold."""
+REFUSED_BY: dict[type[msgspec.Struct], Mapping[str, Refused]] = {**REFUSED, ResponsesRequest: OF_RESPONSES[ResponsesRequest]}
 
 
 class Status(NamedTuple):
@@ -61,13 +90,14 @@ class Status(NamedTuple):
 def status_of(kind: type[msgspec.Struct], name: str) -> Status:
     """Of a request of this struct. Raises KeyError for a field that nobody knows (it is ignored and named in a header)."""
     outer, _, inner = name.partition(".")
-    if outer in kind.__struct_fields__ and (not inner or inner in StreamOptions.__struct_fields__):
+    idle = HINTS.get(name) or NO_EFFECT_OF.get(kind, {}).get(name)
+    if outer in kind.__struct_fields__ and (not inner or inner in OPTIONS[kind].__struct_fields__):
         if name in KEPT:
             return Status("works")
-        if name in HINTS or name in NO_EFFECT:
-            return Status("no effect", HINTS.get(name) or NO_EFFECT[name])
-        part = IN_PART.get(name) or (IN_PART_OF_CHAT.get(name) if kind is ChatRequest else None)
+        if idle:
+            return Status("no effect", idle)
+        part = IN_PART_OF.get(kind, {}).get(name) or IN_PART.get(name)
         return Status("in part", part) if part else Status("works")
-    if name in HINTS:
-        return Status("no effect", HINTS[name])
-    return Status("refused", REFUSED[kind][name].instead or "Leave it out.")
+    if idle:
+        return Status("no effect", idle)
+    return Status("refused", REFUSED_BY[kind][outer].instead or "Leave it out." if not inner else "Leave it out.")

@@ -203,7 +203,7 @@ class Voice(Protocol):
         ...
 
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
-        """The body. `timings` (seconds, by name) if the client asked for them."""
+        """The body. `timings` (milliseconds, by name) if the client asked for them."""
         ...
 
     def around(self, index: int) -> tuple[bytes, bytes] | None:

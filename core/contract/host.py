@@ -52,7 +52,7 @@ BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "attention_backend": ("engine", ("native", "torch", "triton")),
     "grammar_backend": ("text", ("llguidance",)),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
-    "transports": ("edge", ("openai", "anthropic", "responses", "tgi")),
+    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens")),
 }
 """option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
 

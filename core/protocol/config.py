@@ -140,7 +140,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     grammar_backend: Annotated[str | None, opt("Grammar plugin; default: the one of the highest priority.", "plugins")] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
-        default_factory=lambda: ["openai", "anthropic", "responses", "tgi"]
+        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens"]
     )
 
     # --- server

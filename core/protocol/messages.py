@@ -169,6 +169,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """With `retain_s`: what an edge needs to answer it again. The first request of a stream brings it."""
     peer: str = ""
     """With chat_template: where it came from (an address), for turns among those who have no tenant."""
+    detokenize: bool = True
+    """False: the tokens are all that is wanted. No text is made of them, nor spellings of log-probabilities; there can be no stop strings then."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):

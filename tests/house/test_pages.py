@@ -21,6 +21,7 @@ from penstock.core.protocol.generation import NAMES
 from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
 from penstock.transports import fields, openapi_replies
 from penstock.transports.anthropic_schema import ANTHROPIC_REQUESTS
+from penstock.transports.message_batches import MessageBatchRequest
 from penstock.transports.openai import Call, parse_chat, parse_completion
 from penstock.transports.openai_schema import (
     HINTS,
@@ -38,6 +39,7 @@ from penstock.transports.refused import MESSAGE_FIELDS
 from penstock.transports.responses_schema import RESPONSES_REQUESTS
 from penstock.transports.storage_schema import BatchRequest, FileUpload
 from penstock.transports.tgi_schema import TGI_REQUESTS
+from penstock.transports.tokens_schema import TokensRequest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REQUESTS = (
@@ -51,6 +53,8 @@ REQUESTS = (
     *ANTHROPIC_REQUESTS,
     *RESPONSES_REQUESTS,
     *TGI_REQUESTS,
+    TokensRequest,
+    MessageBatchRequest,
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.core.actors.text.detokenizer import Tables
 from penstock.core.actors.text.stops import cut
 from penstock.core.protocol.columns import f32, i32, i64
 from penstock.core.protocol.hashing import chain
@@ -408,6 +409,41 @@ def test_logprobs_are_aligned_with_their_tokens(bench: Any) -> None:
     assert entry.bytes_[1:] == [b"a", b"b"]
     assert entry.bytes_[0] == bench.tokenizer.token_bytes(part)
     assert not bench.received[2, 0].logprobs
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_where_tokens_are_all_that_is_wanted_no_text_is_made(
+    make_bench: Any, pieces: Any, monkeypatch: pytest.MonkeyPatch, exact: bool, stream: bool
+) -> None:
+    bench = make_bench(with_tokenizer=None if exact else pieces)
+    assert bench.tokenizer.is_byte_exact() is exact
+    monkeypatch.setattr(Tables, "decoder", lambda *_: pytest.fail("a decoder"))
+    bench.submit(1, prompt_ids=i32([5, 6]), want_ids=True, detokenize=False, stream=stream, sampling=SamplingParams(max_tokens=4))
+    bench.scripts[seq_of(1, 0)] = [7, 8, 9, 10]
+    bench.run()
+    got = bench.received[1, 0]
+    assert (got.tokens, got.text, got.reason) == ([7, 8, 9, 10], "", "length")
+    assert [extra.prompt_token_ids.tolist() for extra in got.extras if extra.prompt_token_ids is not None] == [[5, 6]]
+
+
+def test_where_no_text_is_wanted_log_probabilities_have_no_spellings(bench: Any) -> None:
+    bench.submit(1, prompt_ids=i32([5, 6]), detokenize=False, sampling=SamplingParams(logprobs=1, prompt_logprobs=0))
+    seq = seq_of(1, 0)
+    prompt = LogprobColumns(rows=i32([0]), positions=i32([1]), counts=i32([1]), ranks=i32([4]), ids=i32([6]), values=f32([-2.0]))
+    drawn = LogprobColumns(rows=i32([0]), positions=i32([2]), counts=i32([2]), ranks=i32([3]), ids=i32([9, 8]), values=f32([-1.0, -0.5]))
+    bench.rows([], started=[(seq, 0)], prompt_seqs=i64([seq]), prompt_logprobs=prompt)
+    bench.rows([(seq, 0, 0, 9, LENGTH)], logprobs=drawn)
+    [extra] = bench.received[1, 0].extras
+    [entry], [_, before] = extra.logprobs, extra.prompt_logprobs
+    assert (entry.ids, entry.logprobs, entry.ranks, entry.texts, entry.bytes_) == ([9, 8], [-1.0, -0.5], [3, 1], [], [])
+    assert (before.ids, before.logprobs, before.ranks, before.texts, before.bytes_) == ([6], [-2.0], [4], [], [])
+
+
+def test_stop_strings_need_text(bench: Any) -> None:
+    bench.submit(1, prompt_ids=i32([5, 6]), detokenize=False, sampling=SamplingParams(stop=["x"]), names={"stop": "its.stop"})
+    rejected = bench.rejected[1]
+    assert (rejected.status, rejected.code, rejected.param) == (400, "unsupported_feature", "its.stop")
 
 
 def test_prompt_logprobs_gather_over_chunks_and_keep_what_came_first(bench: Any) -> None:

@@ -63,6 +63,7 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
     edge = make_edge(api_key=["secret-1", "schlüssel-2"])
     routes = routes_of(edge)
     assert {path for _, path in routes} >= PUBLIC | {CHATS, COMPLETIONS, "/v1/models", "/metrics", "/version", "/schema", "/tokenize"}
+    own = {re.sub(r"\{[^}]*\}", "brook", path) for path in OWN_ERRORS}
     with edge.http() as http:
         for method, path in [
             *routes,
@@ -79,7 +80,7 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
                 else:
                     assert reply.status_code == 401, (method, path, headers)
                     assert reply.headers["www-authenticate"] == "Bearer"
-                    assert reply.url.path in OWN_ERRORS or error_of(reply)["code"] == "invalid_api_key"
+                    assert reply.url.path in own or error_of(reply)["code"] == "invalid_api_key"
             for good in (
                 {"authorization": "Bearer secret-1"},
                 {"authorization": "bearer  secret-1"},
@@ -750,8 +751,9 @@ def test_strict_fields_refuses_what_nobody_knows(make_edge: MakeEdge, path: str,
 def test_ignored_fields_are_named(http: httpx.Client) -> None:
     reply = http.post(CHATS, json=CHAT | {"temprature": 0.5, "evil\r\nheader": 1})
     assert reply.status_code == 200
-    assert reply.headers["x-penstock-warning"] == "?, temprature"
-    assert "x-penstock-warning" not in http.post(CHATS, json=CHAT).headers
+    assert reply.headers["x-penstock-ignored-fields"] == "?, temprature"
+    assert reply.headers["x-penstock-warning"] == "ignored, as nobody here knows them: ?, temprature"
+    assert "x-penstock-ignored-fields" not in http.post(CHATS, json=CHAT).headers
 
 
 def test_processing_time_and_date(http: httpx.Client) -> None:
@@ -763,10 +765,20 @@ def test_processing_time_and_date(http: httpx.Client) -> None:
 
 def test_metrics_in_the_reply_on_request(http: httpx.Client) -> None:
     got = http.post(CHATS, json=CHAT, headers={"x-include-metrics": "1"}).json()["metrics"]
-    assert (got["queue_ms"], got["prefill_ms"], got["decode_ms"], got["preemptions"]) == (1, 2, 3, 0)
+    assert (got["queue_ms"], got["prefill_ms"], got["decode_ms"], got["preemptions"]) == (1.0, 2.0, 3.0, 0)
+    assert all(isinstance(value, int | float) for value in got.values())
     assert "metrics" not in http.post(CHATS, json=CHAT).json()
     *_, last, done = events(http.post(CHATS, json=CHAT | {"stream": True}, headers={"x-include-metrics": "1"}).text)
     assert (last["choices"], last["metrics"]["queue_ms"], "usage" in last, done) == ([], 1, False, "[DONE]")
+
+
+@pytest.mark.parametrize("path", [CHATS, COMPLETIONS])
+def test_metrics_in_a_stream_need_nothing_else(http: httpx.Client, path: str) -> None:
+    body = (CHAT if path == CHATS else {"prompt": "hi"}) | {"stream": True}
+    *_, last, done = events(http.post(path, json=body, headers={"x-include-metrics": "1"}).text)
+    assert (last["choices"], last["metrics"]["queue_ms"], "usage" in last, done) == ([], 1.0, False, "[DONE]")
+    *_, last, done = events(http.post(path, json=body).text)
+    assert last["choices"][0]["finish_reason"] == "stop"
 
 
 def test_several_prompts_in_one_reply(http: httpx.Client) -> None:
@@ -780,7 +792,7 @@ def test_small_pages(http: httpx.Client, shared_edge: Edge) -> None:
     assert http.get("/version").json() == {"version": __version__}
     assert http.get("/tokenizer_info").json() == {"tokenizer_class": "Fake"}
     assert http.post("/detokenize", json={"tokens": [1, 2]}).json()["prompt"] == "x"
-    assert http.post("/tokenize", json={"prompt": "a", "model": "brook", "zz": 1}).headers["x-penstock-warning"] == "zz"
+    assert http.post("/tokenize", json={"prompt": "a", "model": "brook", "zz": 1}).headers["x-penstock-ignored-fields"] == "zz"
     query = [q for q in shared_edge.text.wait_for(Query) if q.what == "tokenize"][-1]
     assert json.loads(query.body) == {"prompt": "a", "model": "brook"}
     for body in ({}, {"prompt": "a", "messages": CHAT["messages"]}):

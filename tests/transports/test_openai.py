@@ -366,7 +366,7 @@ def test_fields_that_would_change_the_answer(name: str) -> None:
     for parse, base, kind in ((parse_chat, CHAT, ChatRequest), (parse_completion, TEXT, CompletionRequest)):
         if name in known[kind]:
             continue
-        for neutral in GENERATION[name].neutral:
+        for neutral in REFUSED[kind][name].neutral:
             assert parse(msgspec.json.encode(base | {name: neutral}), CONFIG).ignored == []
         for other in ({"x": 1}, 7, "yes"):
             error = refusal(parse, base | {name: other})
@@ -397,7 +397,6 @@ def test_what_asks_for_nothing_is_told_from_what_looks_like_it() -> None:
         ("instructions", "Be brief."),
         ("output_format", {"type": "json_schema"}),  # Anthropic
         ("stop_regex", "[0-9]"),  # SGLang
-        ("separate_reasoning", True),
         ("sampling_params", {"json_schema": "{}"}),
         ("truncation_side", "right"),  # vLLM
         ("watermarking", True),
@@ -412,6 +411,17 @@ def test_what_other_servers_know(field: str, value: Any) -> None:
     for parse, base in ((parse_chat, CHAT), (parse_completion, TEXT)):
         error = refusal(parse, base | {field: value})
         assert (error.status, error.code, error.param) == (400, "unsupported_feature", field)
+
+
+@pytest.mark.parametrize(
+    ("name", "apart", "whole"),
+    [("separate_reasoning", True, False), ("parse_reasoning", True, False), ("reasoning_format", "parsed", "none")],
+)
+def test_reasoning_comes_apart_on_chat_and_never_on_completions(name: str, apart: Any, whole: Any) -> None:
+    assert parse_chat(msgspec.json.encode(CHAT | {name: apart}), CONFIG).ignored == []
+    assert parse_completion(msgspec.json.encode(TEXT | {name: whole}), CONFIG).ignored == []
+    for error in (refusal(parse_chat, CHAT | {name: whole}), refusal(parse_completion, TEXT | {name: apart})):
+        assert (error.code, error.param) == ("unsupported_feature", name)
 
 
 @pytest.mark.parametrize(
@@ -814,11 +824,13 @@ def test_a_large_value_of_a_refused_field_asks_for_something_unread() -> None:
 
 
 def test_the_header_of_ignored_fields_is_bounded() -> None:
-    [(_, short)] = ignored_header([f"a{i}" for i in range(100)])
+    [(_, short), (_, said)] = ignored_header([f"a{i}" for i in range(100)])
     assert short.count(b", ") == 31
-    [(_, long)] = ignored_header([f"{i:03}" + "x" * 120 for i in range(100)])
+    assert said.endswith(b": " + short)
+    [(_, long), (_, said)] = ignored_header([f"{i:03}" + "x" * 120 for i in range(100)])
     assert len(long) <= 1024
     assert long.endswith(b"x, ...")
+    assert len(said) <= 1100
 
 
 def test_tools_reach_the_template_unless_no_call_is_wanted() -> None:

@@ -571,7 +571,7 @@ def test_unknown_fields_are_named_in_a_header_or_refused(edge: Edge, make_edge: 
     names = "colour, input[0].mood, reasoning.depth"
     for more in ({}, {"stream": True}, {"background": True}, {"background": True, "stream": True}):
         reply = edge.kept.post(PATH, json=body | more)
-        assert (reply.status_code, reply.headers["x-penstock-warning"].replace("?", "input[0].mood")) == (200, names)
+        assert (reply.status_code, reply.headers["x-penstock-ignored-fields"].replace("?", "input[0].mood")) == (200, names)
     strict = make_edge(strict_fields=True)
     assert strict.kept.post(PATH, json=HI).status_code == 200
     reply = strict.kept.post(PATH, json=body)

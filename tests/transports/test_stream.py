@@ -45,7 +45,7 @@ def test_golden_chat(shared_edge: Edge) -> None:
         h + ',"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
         + h + ',"choices":[{"index":0,"delta":{"content":"Hello"},"logprobs":null,"finish_reason":null}]}\n\n'
         + h + ',"choices":[{"index":0,"delta":{"content":" world"},"logprobs":null,"finish_reason":null}]}\n\n'
-        + h + ',"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}\n\n'
+        + h + ',"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","stop_reason":null,"matched_stop":null}]}\n\n'
         + "data: [DONE]\n\n"
     )  # fmt: skip
 
@@ -75,9 +75,9 @@ def test_golden_completion_of_two_prompts(shared_edge: Edge) -> None:
     h = head("completion")
     lines = [line for line in normal(reply.text).split("\n\n") if line]
     assert sorted(lines[:-1]) == sorted(
-        h + f',"choices":[{{"index":{i},"text":"{text}","logprobs":null,"finish_reason":{reason},"stop_reason":null}}]}}'
+        h + f',"choices":[{{"index":{i},"text":"{text}","logprobs":null,"finish_reason":{reason},"stop_reason":null{more}}}]}}'
         for i in (0, 1)
-        for text, reason in (("Hello", "null"), (" world", "null"), ("", '"stop"'))
+        for text, reason, more in (("Hello", "null", ""), (" world", "null", ""), ("", '"stop"', ',"matched_stop":null'))
     )
     assert lines[-1] == "data: [DONE]"
 
@@ -160,8 +160,8 @@ def test_stop_reason_and_unicode(make_edge: MakeEdge) -> None:
         chunks = events(http.post("/v1/chat/completions", json=CHAT | {"stream": True}).text)
         whole = http.post("/v1/chat/completions", json=CHAT).json()
     assert chunks[1]["choices"][0]["delta"]["content"] == 'é"\n\u2028😀'
-    assert chunks[2]["choices"][0]["stop_reason"] == "END"
-    assert whole["choices"][0]["stop_reason"] == "END"
+    for choice in (chunks[2]["choices"][0], whole["choices"][0]):
+        assert (choice["stop_reason"], choice["matched_stop"]) == ("END", "END")
 
 
 def test_keep_alive_comments(make_edge: MakeEdge) -> None:

@@ -267,7 +267,7 @@ def test_what_asks_for_nothing_is_taken_and_what_nobody_knows_is_told(script: Ed
     body = {**HI, "stream": False, "speed": 1, "parameters": {"best_of": 1, "watermark": False, "typical_p": None, "colour": "red"}}
     reply = script.kept.post(WHOLE, json=body)
     assert reply.status_code == 200
-    assert reply.headers["x-penstock-warning"] == "speed, parameters.colour"
+    assert reply.headers["x-penstock-ignored-fields"] == "speed, parameters.colour"
 
 
 # ------------------------------------------------------------------ errors

@@ -41,7 +41,7 @@ TRANSLATED_FIELDS = 32_000
 """The same of a request that is rewritten as another API's before it is understood, which costs thrice as much and may make five fields of two."""
 COUNTED = sys.maxsize
 """The same of what such a request became: what the client wrote was counted."""
-PROMPT, DECODED, CUT = "prompt", "tokens", "truncate_prompt_tokens"
+PROMPTS, DECODED, CUT = ("prompt", "token_ids"), "tokens", "truncate_prompt_tokens"
 """Names of the fields that hold ids of one prompt and ids to be decoded, and of the one by which a prompt is cut."""
 SMALL = 64 << 10
 """Bytes of a body that are not worth a look: whatever is in them is cheap."""
@@ -162,7 +162,7 @@ def check_raw(fields: Mapping[str, bytes], limits: Limits, *, known: Iterable[st
             continue
         prompts = texts.get(name)
         if prompts is not None and raw[:1] != b'"' and b'"' not in raw:
-            if name in (PROMPT, DECODED) and raw.count(b"[") == 1:
+            if name in (*PROMPTS, DECODED) and raw.count(b"[") == 1:
                 _check_flat(name, raw.count(b",") + 1, limits, cut=fields.get(CUT, b"null") != b"null")
             most, what = max(IDS, limits.max_ids) + ITEMS, "token ids"
         else:

@@ -82,18 +82,19 @@ class LogprobReader:
         self.positions: list[int] = columns.positions.tolist()
         self._of_row: dict[int, int] | None = None
 
-    def of_row(self, row: int) -> TokenLogprobs | None:
-        """The (last) entry for step row `row`."""
+    def of_row(self, row: int, *, spelled: bool) -> TokenLogprobs | None:
+        """The (last) entry for step row `row`; see `entry`."""
         if self._of_row is None:
             self._of_row = {row: index for index, row in enumerate(self.rows)}
         index = self._of_row.get(row)
-        return None if index is None else self.entry(index)
+        return None if index is None else self.entry(index, spelled=spelled)
 
-    def entry(self, index: int) -> TokenLogprobs:
+    def entry(self, index: int, *, spelled: bool) -> TokenLogprobs:
+        """`spelled`: with the tokens' texts and bytes."""
         start, stop = self._starts[index], self._starts[index + 1]
         ids = self._ids[start:stop]
         data = self._table.data
-        pieces = [data[token] if 0 <= token < len(data) else b"" for token in ids]
+        pieces = [data[token] if 0 <= token < len(data) else b"" for token in ids] if spelled else []
         return TokenLogprobs(
             ids=ids,
             logprobs=self._values[start:stop],

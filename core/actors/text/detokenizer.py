@@ -1,6 +1,6 @@
 """From tokens to text, a token at a time, byte for byte.
 
-What it is: two incremental decoders. `ByteDecoder` is for tokenizers whose text is the concatenation of their tokens' bytes (byte-level
+What it is: incremental decoders. `ByteDecoder` is for tokenizers whose text is the concatenation of their tokens' bytes (byte-level
 BPE; sentencepiece with byte fallback, once a prompt stands in front): a table look-up, and an incremental UTF-8 decoder for tokens that
 hold part of a code point. `WindowDecoder` is for all others: it decodes a short window of tokens twice and takes the difference
 (the way of Hugging Face's text-generation-inference), bounded, so that a token costs O(1) whatever the length of the output.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from codecs import utf_8_decode
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import I32
@@ -104,6 +104,31 @@ class ByteDecoder:
     def flush(self) -> str:
         text, self.pending = self.pending.decode("utf-8", "replace"), b""
         return text
+
+
+class _NoTexts(list[str | None]):
+    """ "" of every token."""
+
+    def __getitem__(self, token: Any) -> Any:
+        return ""
+
+
+class SilentDecoder(ByteDecoder):
+    """For answers of which nobody wants the text: it makes none."""
+
+    __slots__ = ()
+
+    _NONE = TokenTable([])
+    _NONE.texts = _NoTexts()
+
+    def __init__(self) -> None:
+        super().__init__(self._NONE)
+
+    def feed(self, token: int) -> str:
+        return ""
+
+    def feed_all(self, tokens: Sequence[int]) -> str:
+        return ""
 
 
 class WindowDecoder:

@@ -16,7 +16,7 @@ import numpy as np
 
 from penstock.core.actors.text.answers import Said
 from penstock.core.actors.text.deltas import EdgeBatch, LogprobReader
-from penstock.core.actors.text.detokenizer import Tables
+from penstock.core.actors.text.detokenizer import Decoder, SilentDecoder, Tables
 from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.ledger import GENERAL, QUIET, SPLIT, Choice, Held, Ledger, Request, fast_mode
 from penstock.core.actors.text.offsets import prompt_offsets
@@ -73,7 +73,11 @@ class Receiver:
         splitters = [self._formats.splitter(request) for _ in range(params.n)]
         request.prompt_text = ""  # only they wanted it
         marks = splitters[0] is not None
-        decoders = [self._tables.decoder(request.prompt, params.skip_special_tokens, marks) for _ in splitters]
+        decoders: list[Decoder] = (
+            [self._tables.decoder(request.prompt, params.skip_special_tokens, marks) for _ in splitters]
+            if request.submit.detokenize
+            else [SilentDecoder() for _ in splitters]
+        )
         matchers = [StopMatcher(stops) if stops else None for _ in decoders]
         kept = request.kept
         whose = request.edge if kept is None else kept
@@ -225,7 +229,7 @@ class Receiver:
             if request.replaying or not request.started:  # an engine that did not say so
                 self._begin(request, at_ns, 0)
             if params.logprobs is not None and self._reader is not None:
-                entry = self._reader.of_row(row)
+                entry = self._reader.of_row(row, spelled=request.submit.detokenize)
                 if entry is not None:
                     if params.skip_special_tokens and token in self._tokenizer.special_ids:
                         entry = msgspec.structs.replace(entry, silent=True)
@@ -448,7 +452,7 @@ class Receiver:
             if choice is not None and choice.request.params.prompt_logprobs is not None:
                 kept = choice.request.prompt_logprobs
                 if position not in kept:  # what was received once is not replaced by what was computed again
-                    kept[position] = reader.entry(index)
+                    kept[position] = reader.entry(index, spelled=choice.request.submit.detokenize)
 
     def _prompt_columns(self, request: Request) -> list[TokenLogprobs | None] | None:
         if request.params.prompt_logprobs is None:

@@ -72,6 +72,9 @@ def check_submit(submit: Submit, names: Sequence[str]) -> None:
             raise InvalidRequest("messages is required.", param="messages")
     elif (submit.prompt is None) == (submit.prompt_ids is None):
         raise InvalidRequest("Give exactly one of a text prompt and token ids.", param="prompt")
+    if submit.sampling.stop and not submit.detokenize:
+        field = submit.names.get("stop", "stop")
+        raise UnsupportedFeature(f"{field} needs the answer's text, and none is made here. Use stop_token_ids.", param=field)
     if submit.truncate_prompt_tokens is not None and submit.truncate_prompt_tokens != -1 and submit.truncate_prompt_tokens < 1:
         raise InvalidRequest(
             f"truncate_prompt_tokens must be at least 1, or -1 for what fits, but is {submit.truncate_prompt_tokens}.",

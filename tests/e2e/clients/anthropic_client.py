@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -237,6 +238,42 @@ def errors(client: anthropic.Anthropic) -> None:
         assert refusal(lost, ask).startswith("not_found_error: ")
 
 
+def batches(client: anthropic.Anthropic, whole: anthropic.types.Message) -> None:
+    good = {"model": "brook", "max_tokens": 24, "messages": TURNS, "system": "Be brief.", **GREEDY}
+    wrong = {**good, "max_tokens": 0}
+    made = client.messages.batches.create(requests=[{"custom_id": "good", "params": good}, {"custom_id": "wrong", "params": wrong}])
+    assert (made.type, made.processing_status, made.request_counts.processing) == ("message_batch", "in_progress", 2)
+    batch = ended(client, made.id)
+    assert (batch.request_counts.succeeded, batch.request_counts.errored, batch.request_counts.processing) == (1, 1, 0)
+    assert batch.ended_at is not None
+    assert batch.created_at <= batch.ended_at < batch.expires_at
+    found = {one.custom_id: one.result for one in client.messages.batches.results(made.id)}
+    assert found["good"].type == "succeeded"
+    assert found["good"].message.content[0].text == whole.content[0].text
+    assert (found["wrong"].type, found["wrong"].error.error.type) == ("errored", "invalid_request_error")
+    assert "max_tokens" in found["wrong"].error.error.message
+    long = {**good, "max_tokens": 3000, "stop_sequences": ["no such text"]}
+    other = client.beta.messages.batches.create(requests=[{"custom_id": str(i), "params": long} for i in range(40)])
+    assert client.beta.messages.batches.cancel(other.id).cancel_initiated_at is not None
+    cancelled = ended(client, other.id)
+    assert cancelled.request_counts.canceled + cancelled.request_counts.succeeded == 40
+    assert {one.result.type for one in client.beta.messages.batches.results(other.id)} <= {"canceled", "succeeded"}
+    assert [one.id for one in client.messages.batches.list(limit=1)][:2] == [other.id, made.id]
+    assert [one.id for one in client.messages.batches.list(before_id=made.id, limit=1)] == [other.id]
+    for id in (made.id, other.id):
+        assert client.messages.batches.delete(id).type == "message_batch_deleted"
+    refusal(anthropic.NotFoundError, partial(client.messages.batches.retrieve, made.id))
+    refusal(anthropic.BadRequestError, partial(client.messages.batches.create, requests=[]))
+
+
+def ended(client: anthropic.Anthropic, id: str) -> anthropic.types.messages.MessageBatch:
+    until = time.monotonic() + 60
+    while (batch := client.messages.batches.retrieve(id)).processing_status != "ended":
+        assert time.monotonic() < until, batch
+        time.sleep(0.1)
+    return batch
+
+
 async def asynchronous(url: str, whole: anthropic.types.Message) -> None:
     async with anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
         again, count = await asyncio.gather(
@@ -277,6 +314,7 @@ def main(url: str, thinking: bool) -> None:
             forms(client)
             thinks_not(client, whole)
             errors(client)
+            batches(client, whole)
             asyncio.run(asynchronous(url, whole))
     print(f"anthropic {anthropic.__version__}: all is well")
 
