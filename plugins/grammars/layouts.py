@@ -1,7 +1,7 @@
 """Layouts as grammars of llguidance.
 
 What it is: `lowered` makes of a layout one grammar: rules for how its parts follow each other, and each grammar in it as a grammar of its own, which they
-refer to. `Regions` keeps the bounds of JSON values (bounds.py) to where there are values: after a text that stands before one.
+refer to. `Regions` keeps the bounds of values (bounds.py) to where there are values: after a text that stands before one.
 What it does not know: schemas, whether a layout can be satisfied.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from penstock.core.contract.layouts import Chain, Either, Free, Mark, Obey, Part, Repeat, Tags, Text
+from penstock.core.contract.layouts import Bare, Chain, Either, Free, Mark, Obey, Part, Repeat, Tags, Text
 from penstock.core.protocol.columns import I32
-from penstock.plugins.grammars.bounds import Bounds, Starts
+from penstock.plugins.grammars.bare import ANYTHING, escaped, terminal
+from penstock.plugins.grammars.bounds import Bounds, Starts, ended
 
-ANYTHING = "(?s:.)*"
 SPACE = b" \t\r\n"
-_META = frozenset('\\.+*?()|[]{}^$#&-~/"')
+_FIRSTS = {"number": "-0123456789", "nested": "{["}
 
 
 class _Lowering:
@@ -32,6 +33,8 @@ class _Lowering:
         self._free: dict[str, str] = {}
         self.openers: dict[str, None] = {}
         """What stands before a JSON value."""
+        self.bare: dict[str, tuple[str, set[str]]] = {}
+        """What stands before a string without quotes, what ends that, and what it never begins with, so that it must be a value of JSON there."""
 
     def rule(self, body: str, options: str = "") -> str:
         name = f"r{len(self.rules)}"
@@ -61,6 +64,10 @@ class _Lowering:
             if part.kind == "json":
                 self.openers[before] = None
             return "@" + self._named(part), ""
+        if isinstance(part, Bare):
+            firsts = {char for kind in part.unlike for char in _FIRSTS.get(kind, "")}
+            self.bare[before] = part.then, firsts & set(self.bare[before][1]) if before in self.bare else firsts
+            return self._until(self._named_terminal(terminal(part)), part.then), part.then
         if isinstance(part, Tags):
             return self._tags(part), ""
         return "WHITE?", before
@@ -70,19 +77,34 @@ class _Lowering:
         return _literal(text) if token is None else f"<[{token}]>"
 
     def _text(self, part: Free) -> tuple[str, str]:
-        terminal = self._terminal(part.without, part.never_first)
-        if not part.then:
-            return terminal, ""
-        if part.then in self._tokens:
-            return f"{terminal} {self._mark(part.then)}", part.then
-        return self.rule(f"{terminal} {_literal(part.then)}", "[lazy]"), part.then
+        within = next((token for token in self._tokens if token in part.then and token != part.then), "")
+        if within:
+            return self._split(part, *part.then.split(within, 1), within), part.then
+        text = self._terminal(part.without, part.never_first)
+        return self._until(text, part.then) if part.then else text, part.then
+
+    def _split(self, part: Free, before: str, after: str, token: str) -> str:
+        """Text up to an end with a special token within it. No terminal goes over a token: so the text comes in pieces, each of which may be the last before
+        what stands in front of the token."""
+        assert len(before) == 1
+        assert all(mark.startswith(before) for mark in part.without)
+        no = f"[^{escaped(before)}]"
+        first = self._named_terminal(f"/{no}+/" + (f" & ~/[ \\t\\r\\n]*({'|'.join(map(escaped, part.never_first))}){ANYTHING}/" if part.never_first else ""))
+        more = self._named_terminal(f"/{escaped(before)}{no}*/ & ~/({'|'.join(map(escaped, part.without))}){ANYTHING}/")
+        return f"{first}? {more}* {_literal(before)} {self._mark(token)} {_literal(after)}"
+
+    def _until(self, text: str, end: str) -> str:
+        return f"{text} {self._mark(end)}" if end in self._tokens else self.rule(f"{text} {_literal(end)}", "[lazy]")
 
     def _terminal(self, without: Sequence[str], never_first: str = "") -> str:
         body = f"/{ANYTHING}/"
         if without:
-            body += f" & ~/{ANYTHING}({'|'.join(map(_escaped, without))}){ANYTHING}/"
+            body += f" & ~/{ANYTHING}({'|'.join(map(escaped, without))}){ANYTHING}/"
         if never_first:
-            body += f" & ~/[ \\t\\r\\n]*({'|'.join(map(_escaped, never_first))}){ANYTHING}/"
+            body += f" & ~/[ \\t\\r\\n]*({'|'.join(map(escaped, never_first))}){ANYTHING}/"
+        return self._named_terminal(body)
+
+    def _named_terminal(self, body: str) -> str:
         return self._free.setdefault(body, f"TEXT{len(self._free)}")
 
     def _named(self, part: Obey) -> str:
@@ -115,35 +137,47 @@ class _Lowering:
         return json.dumps({"grammars": [{"name": "layout", "lark_grammar": lark}, *self.grammars]})
 
 
-def lowered(part: Part, tokens: Mapping[str, int], grammar: Callable[[str, str], str]) -> tuple[list[str], str]:
-    """(the texts after which a JSON value begins, the grammar). The text "" is the answer's beginning."""
+class Lowered(NamedTuple):
+    """`openers`: the texts after which a JSON value begins (the text "" is the answer's beginning); `bare`: those after which a string without quotes does,
+    what ends it, and characters with which a JSON value in its place begins instead."""
+
+    openers: list[str]
+    bare: dict[str, tuple[str, str]]
+    grammar: str
+
+
+def lowered(part: Part, tokens: Mapping[str, int], grammar: Callable[[str, str], str]) -> Lowered:
+    """See Grammars.compile, also for what it raises."""
     lowering = _Lowering(tokens, grammar)
     start, _ = lowering.lower(part, "")
-    return list(lowering.openers), lowering.grammar(start)
+    bare = {before: (then, "".join(sorted(firsts))) for before, (then, firsts) in lowering.bare.items()}
+    return Lowered(list(lowering.openers), bare, lowering.grammar(start))
 
 
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def _escaped(text: str) -> str:
-    return "".join("\\" + char if char in _META else char for char in text)
-
-
 class Regions:
-    """The bounds of one answer with a layout: as `Bounds`, within its JSON values."""
+    """The bounds of one answer with a layout: as `Bounds`, within its JSON values, and of the length of its `bare` strings."""
 
-    __slots__ = ("_bounds", "_depth", "_longest", "_openers", "_scalar", "_starts", "_tail")
+    __slots__ = ("_bare", "_bounds", "_count", "_depth", "_longest", "_openers", "_scalar", "_starts", "_tail", "_then", "_unlike", "_values")
 
-    def __init__(self, starts: Starts, openers: Sequence[bytes]) -> None:
+    def __init__(self, starts: Starts, openers: Sequence[bytes], bare: Mapping[bytes, tuple[bytes, bytes]] = MappingProxyType({})) -> None:
         self._starts = starts
-        self._openers = tuple(opener for opener in openers if opener)
-        self._longest = max(map(len, self._openers), default=0)
+        self._values = frozenset(openers)
+        self._bare = bare
+        self._openers = tuple(opener for opener in {*openers, *bare} if opener)
+        self._longest = max(map(len, (*self._openers, *(then for then, _ in bare.values()))), default=0)
         self._tail = b""
         self._bounds: Bounds | None = None
         self._depth = -1
         """Lists and objects that are open; -1: the value has not begun."""
         self._scalar = False
+        self._then = b""
+        """What ends the string without quotes that goes on."""
+        self._unlike = b""
+        self._count = 0
         if b"" in openers:
             self._enter()
 
@@ -157,10 +191,33 @@ class Regions:
             byte = data[at : at + 1]
             if self._longest:
                 self._tail = (self._tail + byte)[-self._longest :]
+            if self._then and not self._text(byte):
+                continue
             if self._bounds is not None:
                 self._value(byte)
-            if self._bounds is None and self._tail.endswith(self._openers):
-                self._enter()
+            if self._bounds is None and not self._then and self._tail.endswith(self._openers):
+                self._opened()
+
+    def _opened(self) -> None:
+        opener = max((one for one in self._openers if self._tail.endswith(one)), key=len)
+        self._then, self._unlike = self._bare.get(opener, (b"", b""))
+        self._count = 0
+        if opener in self._values:
+            self._enter()
+
+    def _text(self, byte: bytes) -> bool:
+        """One of a string without quotes. False: that is all; it may be the first one of a value that may stand in its place."""
+        if self._bounds is not None and not self._count:
+            if byte in SPACE:
+                return False
+            if byte in self._unlike:
+                self._then = b""
+                return True
+            self._bounds = None
+        self._count += 1
+        if self._tail.endswith(self._then):
+            self._then = b""
+        return False
 
     def _value(self, byte: bytes) -> None:
         bounds = self._bounds
@@ -185,5 +242,7 @@ class Regions:
 
     def narrow(self, out: I32, may_end: bool) -> None:
         """See Bounds. What follows a value at once is none of it."""
-        if self._bounds is not None:
+        if self._then:
+            ended(self._starts, out, self._tail, self._then, self._count)
+        elif self._bounds is not None:
             self._bounds.narrow(out, may_end)

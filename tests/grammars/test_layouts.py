@@ -57,9 +57,9 @@ ZONE: dict[str, Any] = {"type": "object", "properties": {"zone": {"enum": ["CET"
 OFFERED = [Offered("get_weather", CITY, True), Offered("now", None, True), Offered("get_time", ZONE, True)]
 ANSWER: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": False}
 TOOLS = ["hermes", "llama3_json", "mistral", "mistral-args", "deepseek_v3", "deepseek_v31", "openai", "pythonic", "pythonic-start"]
-TOOLS += ["kimi_k2", "granite", "jamba", "internlm"]
+TOOLS += ["kimi_k2", "granite", "jamba", "internlm", "qwen3_coder", "seed_oss", "minimax_m2", "deepseek_v32", "step3", "glm45", "glm45-short"]
 MARKED = [name for name in TOOLS if name.partition("-")[0] not in ("llama3_json", "pythonic")]
-TEMPLATES = {"args": "[ARGS]", "start": "<|python_start|>"}
+TEMPLATES = {"args": "[ARGS]", "start": "<|python_start|>", "short": "</arg_key><arg_value>"}
 
 
 class Vocabulary:
@@ -150,11 +150,11 @@ def hides(formats: Formats) -> str:
     return formats.spelling.hides[0]
 
 
-def loved(formats: Formats) -> str:
+def loved(formats: Formats) -> list[str]:
     """What calls begin with."""
     assert formats.spelling is not None
     begin = formats.spelling.begin + formats.spelling.before
-    return next((mark for mark in formats.spelling.hides if begin.startswith(mark)), begin[:1])
+    return [mark for mark in MARKS if begin.startswith(mark)] or [begin[:1], *(mark for mark in MARKS if mark in begin[:10])]
 
 
 def verified(said: Said, calling: Calling | None, answer: Grammar | None) -> None:
@@ -205,7 +205,7 @@ def test_strict_under_auto(name: str, prompt: str | None, special: bool) -> None
     formats.check(request.submit)
     calls = contents = 0
     for seed in range(20):
-        text, ended = VOCABULARIES[special].draw(formats.grammar(request), seed, loved(formats), "</think>")
+        text, ended = VOCABULARIES[special].draw(formats.grammar(request), seed, *loved(formats), "</think>")
         said, done, _ = read(formats, request, text, ended)
         if ended:
             assert said.wrong(calling, None, True) == "", text

@@ -40,11 +40,11 @@ def laid_out(
     if calling is not None:
         assert spelling is not None
         calls = _calls(spelling, calling, split, parallel)
-        mark = calls[0]
-        if calling.must or answer is not None or before or not isinstance(mark, Mark):
+        mark = calls[0].text if isinstance(calls[0], Mark) else _begun(spelling)
+        if calling.must or answer is not None or before or not mark:
             ways.append([*([] if state == "over" or before else [White()]), *calls])
         else:  # after content, perhaps of no characters
-            ways.append([Free(_hidden(spelling, thinking, state), then=mark.text, never_first=spelling.first), *calls[1:]])
+            ways.append([Free(_hidden(spelling, thinking, state), then=mark, never_first=spelling.first), *_after(calls, len(mark))])
     body: list[Part] = ways[0] if len(ways) == 1 else [Either([_chain(way) for way in ways])]
     if thinking is None or state == "over":
         return _chain(body)
@@ -60,6 +60,21 @@ def laid_out(
 def _hidden(spelling: Spelling, thinking: Thinking | None, state: str) -> list[str]:
     """Marks that content does not have. Where there may be reasoning, what begins that."""
     return [*spelling.hides, *([thinking.begin] if thinking is not None and state == "may" and not thinking.again else [])]
+
+
+def _begun(spelling: Spelling) -> str:
+    """What content does not have, as calls begin with it; "": nothing."""
+    begin = spelling.begin + spelling.before
+    return next((mark for mark in spelling.hides if begin.startswith(mark)), "")
+
+
+def _after(parts: list[Part], size: int) -> list[Part]:
+    """Without the first `size` characters, which are texts and marks."""
+    first, *rest = parts
+    assert isinstance(first, (Text, Mark))
+    if len(first.text) <= size:
+        return _after(rest, size - len(first.text)) if size > len(first.text) else rest
+    return [Text(first.text[size:]), *rest]
 
 
 def _answer(grammar: Grammar) -> Part:
