@@ -67,45 +67,37 @@ class _Lowering:
         if isinstance(part, Bare):
             firsts = {char for kind in part.unlike for char in _FIRSTS.get(kind, "")}
             self.bare[before] = part.then, firsts & set(self.bare[before][1]) if before in self.bare else firsts
-            return self._until(self._named_terminal(terminal(part)), part.then), part.then
+            return self._until(terminal(part), part.then), part.then
         if isinstance(part, Tags):
             return self._tags(part), ""
         return "WHITE?", before
 
     def _mark(self, text: str) -> str:
-        token = self._tokens.get(text)
-        return _literal(text) if token is None else f"<[{token}]>"
+        if text in self._tokens:
+            return f"<[{self._tokens[text]}]>"
+        token = self._within(text)
+        return " ".join(filter(None, (_literal(text.split(token, 1)[0]), self._mark(token), _literal(text.split(token, 1)[1])))) if token else _literal(text)
 
     def _text(self, part: Free) -> tuple[str, str]:
-        within = next((token for token in self._tokens if token in part.then and token != part.then), "")
-        if within:
-            return self._split(part, *part.then.split(within, 1), within), part.then
-        text = self._terminal(part.without, part.never_first)
-        return self._until(text, part.then) if part.then else text, part.then
-
-    def _split(self, part: Free, before: str, after: str, token: str) -> str:
-        """Text up to an end with a special token within it. No terminal goes over a token: so the text comes in pieces, each of which may be the last before
-        what stands in front of the token."""
-        assert len(before) == 1
-        assert all(mark.startswith(before) for mark in part.without)
-        no = f"[^{escaped(before)}]"
-        first = self._named_terminal(f"/{no}+/" + (f" & ~/[ \\t\\r\\n]*({'|'.join(map(escaped, part.never_first))}){ANYTHING}/" if part.never_first else ""))
-        more = self._named_terminal(f"/{escaped(before)}{no}*/ & ~/({'|'.join(map(escaped, part.without))}){ANYTHING}/")
-        return f"{first}? {more}* {_literal(before)} {self._mark(token)} {_literal(after)}"
+        text = _without(part.without, part.never_first)
+        return self._until(text, part.then) if part.then else self._terminal(text), part.then
 
     def _until(self, text: str, end: str) -> str:
-        return f"{text} {self._mark(end)}" if end in self._tokens else self.rule(f"{text} {_literal(end)}", "[lazy]")
+        """A terminal's text, and what ends it."""
+        if end in self._tokens:
+            return f"{self._terminal(text)} {self._mark(end)}"
+        token = self._within(end)
+        if not token:
+            return self.rule(f"{self._terminal(text)} {_literal(end)}", "[lazy]")
+        before, after = end.split(token, 1)  # no terminal goes over a token: what stands before that is the text's own end
+        return f"{self._terminal(f'({text}) /{escaped(before)}/')} {self._mark(token)} {_literal(after)}"
 
-    def _terminal(self, without: Sequence[str], never_first: str = "") -> str:
-        body = f"/{ANYTHING}/"
-        if without:
-            body += f" & ~/{ANYTHING}({'|'.join(map(escaped, without))}){ANYTHING}/"
-        if never_first:
-            body += f" & ~/[ \\t\\r\\n]*({'|'.join(map(escaped, never_first))}){ANYTHING}/"
-        return self._named_terminal(body)
-
-    def _named_terminal(self, body: str) -> str:
+    def _terminal(self, body: str) -> str:
         return self._free.setdefault(body, f"TEXT{len(self._free)}")
+
+    def _within(self, text: str) -> str:
+        """The special token in it, if there is one."""
+        return max((token for token in self._tokens if token in text), key=len, default="")
 
     def _named(self, part: Obey) -> str:
         key = part.kind, part.source
@@ -117,7 +109,7 @@ class _Lowering:
         return self._names[key]
 
     def _tags(self, part: Tags) -> str:
-        text = self._terminal(part.triggers)
+        text = self._terminal(_without(part.triggers))
         ways = []
         for trigger in part.triggers:
             rest = []
@@ -152,6 +144,15 @@ def lowered(part: Part, tokens: Mapping[str, int], grammar: Callable[[str, str],
     start, _ = lowering.lower(part, "")
     bare = {before: (then, "".join(sorted(firsts))) for before, (then, firsts) in lowering.bare.items()}
     return Lowered(list(lowering.openers), bare, lowering.grammar(start))
+
+
+def _without(marks: Sequence[str], never_first: str = "") -> str:
+    body = f"/{ANYTHING}/"
+    if marks:
+        body += f" & ~/{ANYTHING}({'|'.join(map(escaped, marks))}){ANYTHING}/"
+    if never_first:
+        body += f" & ~/[ \\t\\r\\n]*({'|'.join(map(escaped, never_first))}){ANYTHING}/"
+    return body
 
 
 def _literal(text: str) -> str:

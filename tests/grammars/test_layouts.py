@@ -69,6 +69,7 @@ class Vocabulary:
         self.tokens = [bytes([byte]) for byte in range(256)] + WORDS + [mark.encode() for mark in MARKS] + [b"<end>"]
         first = 256 + len(WORDS)
         self.special = [*(range(first, first + len(MARKS)) if special else ()), len(self.tokens) - 1]
+        self.known = frozenset(self.tokens)
         self.grammars = LlGuidance(self.tokens, self.special)
 
     def allowed(self, matcher: Any) -> list[int]:
@@ -81,13 +82,17 @@ class Vocabulary:
         """A random model's answer: (what it said, did it end). It loves letters, ends what it can, and often tries a mark, those that begin with one of `love` above all."""
         rng = random.Random(seed)
         matcher = self.grammars.matcher(self.grammars.compile(grammar.kind, grammar.source))
-        said, hearts = b"", tuple(text.encode() for text in love)
+        said, hearts = b"", [text.encode() for text in love]
         for _ in range(most):
             ids = self.allowed(matcher)
-            if matcher.may_end() and (not ids or rng.random() < 0.15):
+            begun: list[int] = []
+            for heart in set(hearts) - self.known:  # of several tokens
+                there = next(size for size in range(len(heart) - 1, -1, -1) if said.endswith(heart[:size]))
+                begun += [id for id in ids if heart.startswith(self.tokens[id], there) and rng.random() < (0.98 if there else 0.15)]
+            if matcher.may_end() and not begun and (not ids or rng.random() < 0.15):
                 return said.decode(errors="replace"), True
             assert ids, said
-            loved = [id for id in ids if self.tokens[id].startswith(hearts) and rng.random() < 0.15]
+            loved = begun or [id for id in ids if self.tokens[id].startswith(tuple(hearts)) and rng.random() < 0.15]
             marks = [id for id in ids if id >= 256 + len(WORDS)]
             closing = [id for id in ids if self.tokens[id][:1] in b'"}])<']
             plain = [id for id in ids if self.tokens[id].isascii() and self.tokens[id].isalpha()]
@@ -154,7 +159,7 @@ def loved(formats: Formats) -> list[str]:
     """What calls begin with."""
     assert formats.spelling is not None
     begin = formats.spelling.begin + formats.spelling.before
-    return [mark for mark in MARKS if begin.startswith(mark)] or [begin[:1], *(mark for mark in MARKS if mark in begin[:10])]
+    return [mark for mark in MARKS if begin.startswith(mark)] or [next((mark for mark in formats.spelling.hides if begin.startswith(mark)), begin[:1])]
 
 
 def verified(said: Said, calling: Calling | None, answer: Grammar | None) -> None:
@@ -204,7 +209,7 @@ def test_strict_under_auto(name: str, prompt: str | None, special: bool) -> None
     request = request_of(calling, prompt=prompt or "")
     formats.check(request.submit)
     calls = contents = 0
-    for seed in range(20):
+    for seed in range(30 if name == "deepseek_v32" else 20):  # whose calls begin with a character that is no mark
         text, ended = VOCABULARIES[special].draw(formats.grammar(request), seed, *loved(formats), "</think>")
         said, done, _ = read(formats, request, text, ended)
         if ended:
