@@ -133,7 +133,7 @@ class _Argument:
 
     # --- strings
 
-    def strings(self, schema: Any, depth: int = 0) -> dict[str, Any] | None:
+    def strings(self, schema: Any, unlike: Sequence[Like] = (), depth: int = 0) -> dict[str, Any] | None:
         """What the schema asks of a string, for Bare; None: it is to be none."""
         if schema is True:
             return {}
@@ -145,18 +145,18 @@ class _Argument:
         parts: list[Any] = []
         for keyword, value in schema.items():
             if keyword == "$ref":
-                parts.append(self.strings(resolved(str(value), self._all.definitions), depth + 1))
+                parts.append(self.strings(resolved(str(value), self._all.definitions), unlike, depth + 1))
             elif keyword in ("enum", "const"):
                 values = [one for one in (value if keyword == "enum" else [value]) if isinstance(one, str)]
                 for one in values:
-                    self._writable(one, keyword)
+                    self._writable(one, keyword, unlike)
                 parts.append({"enum": values} if values else None)
             elif keyword in _OF_STRINGS:
                 made[keyword] = value
             elif keyword == "allOf":
-                parts += [self.strings(one, depth + 1) for one in value]
+                parts += [self.strings(one, unlike, depth + 1) for one in value]
             elif keyword in ("anyOf", "oneOf"):
-                each = [one for one in (self.strings(one, depth + 1) for one in value) if one is not None]
+                each = [one for one in (self.strings(one, unlike, depth + 1) for one in value) if one is not None]
                 if keyword == "oneOf" and len(each) > 1 and not _apart(each):
                     raise self._refused("the keyword 'oneOf' with several ways to be a string")
                 parts.append({"anyOf": each} if each else None)
@@ -169,10 +169,10 @@ class _Argument:
         parts = [one for one in parts if one]
         return {**made, "allOf": parts} if parts else made
 
-    def _writable(self, text: str, keyword: str) -> None:
+    def _writable(self, text: str, keyword: str, unlike: Sequence[Like] = ()) -> None:
         tagging = self._tagging
-        trimmed = tagging.trimmed and (text.startswith("\n") or text.endswith("\n"))
-        if trimmed or any(end in text for end in tagging.without):
+        lost = tagging.trimmed and (text.startswith("\n") or text.endswith("\n"))
+        if lost or any(end in text for end in tagging.without) or any(_like(text.strip(), what) for what in unlike):
             raise self._refused(f"the value {text[:_LONG]!r} of the keyword {keyword!r}")
 
     # --- values that may be strings or something else
@@ -188,7 +188,7 @@ class _Argument:
         unlike += ["number"] if found & {"number", "integer"} else []
         unlike += ["nested"] if found & {"object", "array"} else []
         unlike += ["quoted"] if quoted else []
-        strings = self.strings(self._schema)
+        strings = self.strings(self._schema, unlike)
         others = found & {"number", "integer", "object", "array"}
         ways: list[Part] = []
         if strings is not None:
@@ -253,6 +253,21 @@ class _Argument:
         if "number" in names & types:
             names.discard("integer")
         return {**own, "type": sorted(names & types)}
+
+
+def _like(text: str, what: Like) -> bool:
+    """As Bare.unlike."""
+    first = text[:1]
+    match what:
+        case "null":
+            return text.lower() in ("null", "none")
+        case "boolean":
+            return text.lower() in ("true", "false")
+        case "number":
+            return first.isdecimal() or first in tuple("-+.")
+        case "nested":
+            return first in tuple("[{(#\\")
+    return first == '"'
 
 
 def _apart(each: list[dict[str, Any]]) -> bool:

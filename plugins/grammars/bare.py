@@ -49,12 +49,13 @@ def terminal(part: Bare) -> str:
         body = _string(spelled(json.loads(part.schema)))
     except PenstockError as error:
         raise UnsupportedFeature(error.message, param=part.field or None) from None
-    if body is None:
-        body = f"/{ANYTHING}/"
-    elif part.trimmed:
-        body = f"/\\n?/ ({body} & ~/\\n{ANYTHING}/ & ~/{ANYTHING}\\n/) /\\n?/"
-    body = _met(body, (_UNLIKE[kind] for kind in part.unlike))
-    body = " | ".join([body, *(f"/{escaped(word)}/" for word in part.words)])
+    trimmed = part.trimmed and body is not None
+    body = _met(f"/{ANYTHING}/" if body is None else body, (_UNLIKE[kind] for kind in part.unlike))
+    if trimmed:
+        body = _met(body, [f"\\n{ANYTHING}", f"{ANYTHING}\\n"])
+    body = " | ".join([body, *(f"/({escaped(word)})/" for word in part.words)])
+    if part.trimmed and (trimmed or part.words):
+        body = f"/\\n?/ ({body}) /\\n?/"
     ends = "|".join(map(escaped, part.without))
     return _met(body, [f"{ANYTHING}({ends}){ANYTHING}"] if ends else [])
 
@@ -71,7 +72,7 @@ def _string(schema: Any) -> str | None:
             continue
         if keyword in ("enum", "const"):
             values = value if keyword == "enum" else [value]
-            found.append(" | ".join(f"/{escaped(one)}/" for one in values if isinstance(one, str)))
+            found.append(" | ".join(f"/({escaped(one)})/" for one in values if isinstance(one, str)))
         elif keyword == "pattern":
             found.append(f"/{_searched(value)}/")
         elif keyword == "format":

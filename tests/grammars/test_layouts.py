@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import json
-import random
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
-import jsonschema_rs
 import msgspec
 import numpy as np
 import pytest
 
-from penstock.core.actors.text.answers import Said, laid_out
+from penstock.core.actors.text.answers import laid_out
 from penstock.core.actors.text.formats import Formats
-from penstock.core.actors.text.ledger import Request
-from penstock.core.contract.formats import DONE, Opening
+from penstock.core.contract.formats import Opening
 from penstock.core.contract.layouts import Chain, Free, Mark, Obey, Tag, Tags, Text, decode, encode, leaves
-from penstock.core.protocol.calling import Calling, Offered, calling_of
+from penstock.core.protocol.calling import Offered, calling_of
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.protocol.messages import Grammar, Submit
-from penstock.core.protocol.sampling import SamplingParams
-from penstock.plugins.formats import BUILT_IN
+from penstock.core.protocol.messages import Grammar
 from penstock.plugins.grammars.bounds import LONGEST_NUMBER, Starts
 from penstock.plugins.grammars.layouts import Regions
-from penstock.plugins.grammars.llguidance import LlGuidance
 
-FORMATS = {spec.name: spec for spec in BUILT_IN}
-MARKS = sorted({mark for spec in BUILT_IN for mark in spec.marks})
-WORDS = [
-    b"hello",
-    b'{"',
-    b'": "',
-    b"123",
-    b"1e5",
-    b"\n\n",
-    b" the",
-    b", ",
-    b"}}",
-    b"<thi",
-    b"</",
-    b"tool",
-    b"<f",
-    b"=1>",
-    b"<g=",
-    "ü".encode(),
-    b"name",
-]
+sys.path.insert(0, str(Path(__file__).parent))  # for layout_kit.py: pytest's importlib mode does not
+
+from layout_kit import FORMATS, VOCABULARIES, formats_of, hides, loved, read, request_of, verified
+
 CITY: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 5}, "n": {"type": "integer"}},
@@ -59,114 +38,6 @@ ANSWER: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "number
 TOOLS = ["hermes", "llama3_json", "mistral", "mistral-args", "deepseek_v3", "deepseek_v31", "openai", "pythonic", "pythonic-start"]
 TOOLS += ["kimi_k2", "granite", "jamba", "internlm", "qwen3_coder", "seed_oss", "minimax_m2", "deepseek_v32", "step3", "glm45", "glm45-short"]
 MARKED = [name for name in TOOLS if name.partition("-")[0] not in ("llama3_json", "pythonic")]
-TEMPLATES = {"args": "[ARGS]", "start": "<|python_start|>", "short": "</arg_key><arg_value>"}
-
-
-class Vocabulary:
-    """All bytes, some words, and the formats' marks: as special tokens, or as ordinary ones."""
-
-    def __init__(self, special: bool) -> None:
-        self.tokens = [bytes([byte]) for byte in range(256)] + WORDS + [mark.encode() for mark in MARKS] + [b"<end>"]
-        first = 256 + len(WORDS)
-        self.special = [*(range(first, first + len(MARKS)) if special else ()), len(self.tokens) - 1]
-        self.known = frozenset(self.tokens)
-        self.grammars = LlGuidance(self.tokens, self.special)
-
-    def allowed(self, matcher: Any) -> list[int]:
-        out = np.zeros(-(-len(self.tokens) // 32), np.int32)
-        matcher.mask(out)
-        found: list[int] = np.flatnonzero(np.unpackbits(out.view(np.uint8), bitorder="little")).tolist()
-        return found
-
-    def draw(self, grammar: Grammar, seed: int, *love: str, most: int = 600) -> tuple[str, bool]:
-        """A random model's answer: (what it said, did it end). It loves letters, ends what it can, and often tries a mark, those that begin with one of `love` above all."""
-        rng = random.Random(seed)
-        matcher = self.grammars.matcher(self.grammars.compile(grammar.kind, grammar.source))
-        said, hearts = b"", [text.encode() for text in love]
-        for _ in range(most):
-            ids = self.allowed(matcher)
-            begun: list[int] = []
-            for heart in set(hearts) - self.known:  # of several tokens
-                there = next(size for size in range(len(heart) - 1, -1, -1) if said.endswith(heart[:size]))
-                begun += [id for id in ids if heart.startswith(self.tokens[id], there) and rng.random() < (0.98 if there else 0.15)]
-            if matcher.may_end() and not begun and (not ids or rng.random() < 0.15):
-                return said.decode(errors="replace"), True
-            assert ids, said
-            loved = begun or [id for id in ids if self.tokens[id].startswith(tuple(hearts)) and rng.random() < 0.15]
-            marks = [id for id in ids if id >= 256 + len(WORDS)]
-            closing = [id for id in ids if self.tokens[id][:1] in b'"}])<']
-            plain = [id for id in ids if self.tokens[id].isascii() and self.tokens[id].isalpha()]
-            token = rng.choice(loved or rng.choice([marks or ids, closing or ids, plain or ids, ids]))
-            assert matcher.consume(token)
-            said += self.tokens[token]
-        return said.decode(errors="replace"), False
-
-
-VOCABULARIES = {special: Vocabulary(special) for special in (True, False)}
-
-
-def formats_of(name: str, reasoning: str | None = None) -> Formats:
-    name, _, variant = name.partition("-")
-    spec = FORMATS[name]
-    thinks = spec if spec.role == "both" else FORMATS[reasoning] if reasoning else None
-    return Formats(spec, thinks, TEMPLATES.get(variant, ""))
-
-
-def tools_of(calling: Calling) -> bytes:
-    functions = [{"name": one.name, "parameters": json.loads(one.schema)} for one in calling.functions]
-    return json.dumps([{"type": "function", "function": function} for function in functions]).encode()
-
-
-def request_of(
-    calling: Calling | None, answer: Grammar | None = None, *, prompt: str = "", parallel: bool = True, continues: bool = False
-) -> Request:
-    submit = Submit(
-        key=1,
-        edge=0,
-        rid="r",
-        kind="chat",
-        model="m",
-        sampling=SamplingParams(),
-        messages=b"[]",
-        tools=tools_of(calling) if calling is not None else b"",
-        split=True,
-        calling=calling,
-        grammar=answer,
-        parallel_calls=parallel,
-        continue_final_message=continues,
-    )
-    request = Request(submit, submit.sampling, None, 0)  # type: ignore[arg-type]
-    request.prompt_text = prompt
-    return request
-
-
-def read(formats: Formats, request: Request, text: str, ended: bool) -> tuple[Said, int, str]:
-    """(what it said, complete calls, its reasoning): by characters, as it may come."""
-    splitter = formats.splitter(request)
-    assert splitter is not None
-    fragments = [fragment for char in text for fragment in splitter.feed(char)] + splitter.flush(not ended)
-    said = Said()
-    said.take(fragments)
-    return said, sum(f.channel == DONE for f in fragments), "".join(f.text for f in fragments if f.channel == 1)
-
-
-def hides(formats: Formats) -> str:
-    assert formats.spelling is not None
-    return formats.spelling.hides[0]
-
-
-def loved(formats: Formats) -> list[str]:
-    """What calls begin with."""
-    assert formats.spelling is not None
-    begin = formats.spelling.begin + formats.spelling.before
-    return [mark for mark in MARKS if begin.startswith(mark)] or [next((mark for mark in formats.spelling.hides if begin.startswith(mark)), begin[:1])]
-
-
-def verified(said: Said, calling: Calling | None, answer: Grammar | None) -> None:
-    for check in said.checks(calling, answer):
-        assert check.grammar.kind == "json"
-        assert jsonschema_rs.validator_for(json.loads(check.grammar.source)).is_valid(json.loads(check.text)), check
-
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", TOOLS)
