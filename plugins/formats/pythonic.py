@@ -221,6 +221,7 @@ def _spelling(template: str) -> Spelling:
         end=end,
         hides=["<|python_start|>"],
         first="[",
+        told=lambda schema: "",  # in JSON no name stands before a bracket
         arguments=arguments,
         names=rf"{_WORD}(\.{_WORD})*",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,3 +149,17 @@ def verified(said: Said, calling: Calling | None, answer: Grammar | None) -> Non
     for check in said.checks(calling, answer):
         assert check.grammar.kind == "json"
         assert jsonschema_rs.validator_for(json.loads(check.grammar.source), validate_formats=True).is_valid(json.loads(check.text)), check
+
+
+def follows(vocabulary: Vocabulary, matcher: Any, text: str) -> bool:
+    """Special tokens first, else the longest token."""
+    ids = {token: id for id, token in enumerate(vocabulary.tokens)}
+    special = [vocabulary.tokens[id] for id in vocabulary.special]
+    for data in re.split(b"(" + b"|".join(map(re.escape, sorted(special, key=len, reverse=True))) + b")", text.encode()):
+        at = 0
+        while at < len(data):
+            size = next(size for size in range(min(len(data) - at, 40), 0, -1) if data[at : at + size] in ids)
+            if not matcher.consume(ids[data[at : at + size]]):
+                return False
+            at += size
+    return True

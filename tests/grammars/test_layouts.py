@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from penstock.core.actors.text.answers import laid_out
+from penstock.core.actors.text.answers import MOST_CALLS, laid_out
 from penstock.core.actors.text.formats import Formats
 from penstock.core.contract.formats import Opening
 from penstock.core.contract.layouts import Chain, Free, Mark, Obey, Tag, Tags, Text, decode, encode, leaves
@@ -24,7 +24,7 @@ from penstock.plugins.grammars.layouts import Regions
 
 sys.path.insert(0, str(Path(__file__).parent))  # for layout_kit.py: pytest's importlib mode does not
 
-from layout_kit import FORMATS, VOCABULARIES, formats_of, hides, loved, read, request_of, verified
+from layout_kit import FORMATS, VOCABULARIES, follows, formats_of, hides, loved, read, request_of, verified
 
 CITY: dict[str, Any] = {
     "type": "object",
@@ -37,7 +37,6 @@ OFFERED = [Offered("get_weather", CITY, True), Offered("now", None, True), Offer
 ANSWER: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": False}
 TOOLS = ["hermes", "llama3_json", "mistral", "mistral-args", "deepseek_v3", "deepseek_v31", "openai", "pythonic", "pythonic-start"]
 TOOLS += ["kimi_k2", "granite", "jamba", "internlm", "qwen3_coder", "seed_oss", "minimax_m2", "deepseek_v32", "step3", "glm45", "glm45-short"]
-MARKED = [name for name in TOOLS if name.partition("-")[0] not in ("llama3_json", "pythonic")]
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", TOOLS)
@@ -95,7 +94,7 @@ def test_strict_under_auto(name: str, prompt: str | None, special: bool) -> None
 
 
 @pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", TOOLS)
 @pytest.mark.parametrize("prompt", [None, "", "<think>"])
 def test_a_call_or_an_answer_that_obeys(name: str, prompt: str | None, special: bool) -> None:
     formats = formats_of(name, None if prompt is None else "qwen3")
@@ -237,7 +236,8 @@ def test_a_layouts_json_form() -> None:
         (Formats(msgspec.structs.replace(FORMATS["hermes"], spelling=None)), None, "f", "tool_choice"),
         (Formats(FORMATS["pythonic"]), None, "get-time", "tools[0].function.name"),
         (Formats(FORMATS["pythonic"]), None, "import", "tools[0].function.name"),
-        (Formats(FORMATS["pythonic"]), Grammar(kind="json", source="{}", field="response_format"), "f", "response_format"),
+        (Formats(FORMATS["pythonic"]), Grammar(kind="regex", source="a", field="response_format"), "f", "response_format"),
+        (Formats(FORMATS["hermes"]), Grammar(kind="layout", source="{}", field="response_format"), "f", "response_format"),
         (Formats(FORMATS["llama3_json"]), Grammar(kind="json", source="{}", field="response_format"), "f", "response_format"),
         (Formats(FORMATS["hermes"]), None, 'a"b', "tools[0].function.name"),
     ],
@@ -322,3 +322,97 @@ def test_the_prompts_end_decides() -> None:
     assert isinstance(open_, Chain)
     assert open_.parts[0] == Free(["</think>"], then="</think>")
     assert over == Obey("json", "{}", "")
+
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+PLACE: dict[str, Any] = {"type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "required": ["at"], "$defs": {"at": {"enum": ["here", 1]}}}
+LISTS: dict[str, Any] = {"type": "array", "items": {"enum": ["f()", "now", None, True, [], {}]}, "maxItems": 3}
+
+
+@pytest.mark.parametrize(("name", "schema"), [("llama3_json", PERSON), ("llama3_json", LISTS), ("pythonic", PERSON), ("pythonic", LISTS), ("pythonic", {})])
+def test_an_answer_that_begins_like_a_call(name: str, schema: Any) -> None:
+    formats = formats_of(name)
+    answer = Grammar(kind="json", source=json.dumps(schema), field="response_format")
+    calling = calling_of([Offered("now", None, True), Offered("name", PLACE, True)], "auto", answer.field)
+    assert calling is not None
+    request = request_of(calling, answer)
+    formats.check(request.submit)
+    calls = answers = several = 0
+    for seed in range(60):
+        text, ended = VOCABULARIES[False].draw(formats.grammar(request), seed, "[now", '{"name": "now", "par', "; ")
+        said, done, _ = read(formats, request, text, ended)
+        if ended:
+            assert said.wrong(calling, answer, True) == "", text
+            assert done == len(said.calls), text
+            verified(said, calling, answer)
+            calls += bool(said.calls)
+            several += len(said.calls) > 1
+            answers += not said.calls
+    assert calls
+    assert answers
+    assert several
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        (PERSON, True),
+        ({"type": "object"}, False),
+        ({}, False),
+        (True, False),
+        ({"type": ["array", "string"]}, True),
+        ({"properties": {"name": {}, "parameters": {}}, "additionalProperties": False}, False),
+        ({"properties": {"name": {}, "arguments": {}}, "additionalProperties": False}, False),
+        ({"properties": {"parameters": {}}, "additionalProperties": False}, True),
+        ({"properties": {"name": {}}, "patternProperties": {"^p": {}}, "additionalProperties": False}, False),
+        ({"anyOf": [PERSON, {"type": "null"}]}, True),
+        ({"anyOf": [PERSON, {"type": "object"}]}, False),
+        ({"$ref": "#/$defs/p", "$defs": {"p": PERSON}}, True),
+        ({"$ref": "#"}, False),
+        ({"enum": [{"name": "f", "parameters": {}}, 1]}, False),
+        ({"const": {"name": "f"}}, True),
+    ],
+)
+def test_which_answers_could_be_read_as_bare_json_calls(schema: Any, told: bool) -> None:
+    answer = Grammar(kind="json", source=json.dumps(schema), field="response_format")
+    submit = request_of(calling_of([Offered("f", {}, False)], "auto", answer.field), answer).submit
+    if told:
+        formats_of("llama3_json").check(submit)
+    else:
+        with pytest.raises(UnsupportedFeature, match="could not be told from a call") as raised:
+            formats_of("llama3_json").check(submit)
+        assert raised.value.param == "response_format"
+
+
+def test_a_bare_json_call_beside_an_answer_refers_to_definitions_alone() -> None:
+    answer = Grammar(kind="json", source=json.dumps(PERSON), field="response_format")
+    looped = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    with pytest.raises(UnsupportedFeature) as raised:
+        formats_of("llama3_json").check(request_of(calling_of([Offered("f", looped, True)], "auto", answer.field), answer).submit)
+    assert raised.value.param == "tools[0].function.parameters"
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_an_answer_has_so_many_calls_and_no_more(name: str) -> None:
+    formats = formats_of(name)
+    calling = calling_of([Offered("f", None, True)], "required")
+    request = request_of(calling)
+    assert formats.spelling is not None
+    whole = Grammar(kind="layout", source=formats.grammar(request).source)
+    spelling = formats.spelling
+    call = f"{spelling.before}f{spelling.between}{'' if spelling.arguments else '{}'}{spelling.after}"
+    vocabulary = VOCABULARIES[True]
+    compiled = vocabulary.grammars.compile("layout", whole.source)
+    most = spelling.most or MOST_CALLS
+    for count, may in ((1, True), (most, True), (most + 1, False)):
+        text = spelling.begin + spelling.separator.join([call] * count) + spelling.end
+        matcher = vocabulary.grammars.matcher(compiled)
+        assert (follows(vocabulary, matcher, text) and matcher.may_end()) is may, count
+        if may:
+            said, done, _ = read(formats, request, text, True)
+            assert done == len(said.calls) == count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from penstock.plugins.grammars.bounds import LONGEST_STRING
 
 sys.path.insert(0, str(Path(__file__).parent))  # for layout_kit.py: pytest's importlib mode does not
 
-from layout_kit import WORDS, Vocabulary, formats_of, read, request_of, verified
+from layout_kit import WORDS, Vocabulary, follows, formats_of, read, request_of, verified
 
 NAMES = ["qwen3_coder", "seed_oss", "minimax_m2", "deepseek_v32", "step3", "glm45", "glm45-short"]
 TAGS = [b"</parameter>", b"\n</parameter>", b"<parameter=", b"\n<parameter=a>", b"</arg_value>", b"\n<arg_key>", b"parameter>", b"\n</function>", b'" string="true">']
@@ -185,20 +184,6 @@ WRITTEN = {
     "glm45": [_glm("f0", LINES, "\n"), _glm("f0", {"city": "x"}, "\n") + "\n" + _glm("f1", {}, "\n")],
     "glm45-short": [_glm("f0", LINES, "")],
 }
-
-
-def follows(vocabulary: Vocabulary, matcher: Any, text: str) -> bool:
-    """Special tokens first, else the longest token."""
-    ids = {token: id for id, token in enumerate(vocabulary.tokens)}
-    special = [vocabulary.tokens[id] for id in vocabulary.special]
-    for data in re.split(b"(" + b"|".join(map(re.escape, sorted(special, key=len, reverse=True))) + b")", text.encode()):
-        at = 0
-        while at < len(data):
-            size = next(size for size in range(min(len(data) - at, 40), 0, -1) if data[at : at + size] in ids)
-            if not matcher.consume(ids[data[at : at + size]]):
-                return False
-            at += size
-    return True
 
 
 @pytest.mark.parametrize("special", [True, False])

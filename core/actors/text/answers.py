@@ -7,13 +7,18 @@ What it does not know: which formats the model has (formats.py), grammar backend
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 
 from penstock.core.contract.formats import ARGUMENTS, CONTENT, NAME, Fragment, Opening, Spelling, Thinking
 from penstock.core.contract.layouts import Chain, Either, Free, Mark, Obey, Part, Repeat, Text, White, decode
-from penstock.core.protocol.calling import Calling
+from penstock.core.protocol.calling import Calling, Function
+from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.core.protocol.messages import Check, Grammar
+
+MOST_CALLS = 64
+"""Of an answer that a grammar governs: it ends some time."""
 
 
 def laid_out(
@@ -39,7 +44,7 @@ def laid_out(
             ways.append([*before, Free(_hidden(spelling, thinking, state), never_first=spelling.first)])
     if calling is not None:
         assert spelling is not None
-        calls = _calls(spelling, calling, split, parallel)
+        calls = _calls(spelling, calling, split, parallel, whole=answer is not None and not calling.must and one_object(spelling))
         mark = calls[0].text if isinstance(calls[0], Mark) else _begun(spelling)
         if calling.must or answer is not None or before or not mark:
             ways.append([*([] if state == "over" or before else [White()]), *calls])
@@ -81,16 +86,37 @@ def _answer(grammar: Grammar) -> Part:
     return decode(grammar.source) if grammar.kind == "layout" else Obey(grammar.kind, grammar.source, grammar.field)
 
 
-def _calls(spelling: Spelling, calling: Calling, split: _Pieces, parallel: bool) -> list[Part]:
+def _calls(spelling: Spelling, calling: Calling, split: _Pieces, parallel: bool, whole: bool) -> list[Part]:
+    """`whole`: each as one object of JSON, beside which an answer may be another: two texts that begin alike would be one to a backend."""
     arguments = spelling.arguments or (lambda function: Obey("json", function.schema, function.field))
-    call: list[Part] = [
-        *split(spelling.before),
-        Either([_chain([Text(function.name), *split(spelling.between), arguments(function)]) for function in calling.functions]),
-        *split(spelling.after),
-    ]
-    most = 1 if calling.named or not parallel else spelling.most
-    more: list[Part] = [] if most == 1 else [Repeat(_chain([*split(spelling.separator), *call]), None if most is None else most - 1)]
+    call: list[Part]
+    if whole:
+        call = [Either([Obey("json", object_of(spelling, function), function.field) for function in calling.functions])]
+    else:
+        call = [
+            *split(spelling.before),
+            Either([_chain([Text(function.name), *split(spelling.between), arguments(function)]) for function in calling.functions]),
+            *split(spelling.after),
+        ]
+    most = 1 if calling.named or not parallel else min(spelling.most or MOST_CALLS, MOST_CALLS)
+    more: list[Part] = [] if most == 1 else [Repeat(_chain([*split(spelling.separator), *call]), most - 1)]
     return [*split(spelling.begin), *call, *more, *split(spelling.end)]
+
+
+def one_object(spelling: Spelling) -> bool:
+    """Is a call a bare object of JSON?"""
+    return spelling.first == "{" and spelling.arguments is None and not spelling.begin
+
+
+def object_of(spelling: Spelling, function: Function) -> str:
+    """The schema of a call of it, of a format that writes one as a bare object. Raises UnsupportedFeature for a schema that refers to its own root."""
+    if re.search(r'"\$ref": *"#(?!/(\$defs|definitions)/)', function.schema):
+        raise UnsupportedFeature(f"{function.field} holds a $ref outside of $defs, which cannot be obeyed where an answer may obey a schema, too.", param=function.field)
+    schema = json.loads(function.schema)
+    members = json.loads(f"{spelling.before}{function.name}{spelling.between}null{spelling.after}")
+    defined = {name: schema.pop(name) for name in ("$defs", "definitions") if name in schema}
+    properties = {name: schema if value is None else {"const": value} for name, value in members.items()}
+    return json.dumps({"type": "object", "properties": properties, "required": list(members), "additionalProperties": False, **defined})
 
 
 def _chain(parts: list[Part]) -> Part:
