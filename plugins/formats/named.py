@@ -44,7 +44,14 @@ def named(function: Function, names: str, writer: str) -> Arguments:
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise InvalidRequest(f"{function.field}: properties must be an object, and required a list of names.", param=function.field)
-    odd = next((f"the keyword {key[:80]!r}" for key in schema if key not in {*NOTES, *DEFINED, "type", "properties", "required", "additionalProperties"}), None)
+    odd = next(
+        (
+            f"the keyword {key[:80]!r}"
+            for key in schema
+            if key not in {*NOTES, *DEFINED, "type", "properties", "required", "additionalProperties"}
+        ),
+        None,
+    )
     odd = odd or next((f"a property of the name {name[:80]!r}" for name in properties if re.fullmatch(names, name) is None), None)
     odd = odd or next((f"{name[:80]!r} in required, but not in properties" for name in required if name not in properties), None)
     if odd is None and re.search(r'"\$ref": *"#(?!/(\$defs|definitions)/)', function.schema):
@@ -57,8 +64,9 @@ def named(function: Function, names: str, writer: str) -> Arguments:
     )
 
 
-def unstrict(function: Function, names: str) -> list[str]:
-    """Names of arguments of whose schema (`hint`) nothing is certain."""
+def unstrict(function: Function, names: str) -> list[tuple[str, Any, Any]]:
+    """Arguments of whose schema (`hint`) nothing is certain: name, own schema, the function's."""
     schema = json.loads(function.hint)
     properties = schema.get("properties") if isinstance(schema, dict) else None
-    return [name for name in properties if re.fullmatch(names, name)] if isinstance(properties, dict) else []
+    found = properties.items() if isinstance(properties, dict) else ()
+    return [(name, own, schema) for name, own in found if re.fullmatch(names, name)]

@@ -188,7 +188,7 @@ _WORD = rf"(?!(?:{'|'.join(keyword.kwlist)})\b)[A-Za-z_][A-Za-z_0-9]*"
 def arguments(function: Function) -> Part:
     """Keyword arguments, those that are required first, whose values are JSON: what JSON's words and escapes mean, the reader knows."""
     if function.hint:
-        return _keywords([(name, "{}") for name in unstrict(function, _WORD)], 0, function.field)
+        return _keywords([(name, "{}") for name, _, _ in unstrict(function, _WORD)], 0, function.field)
     found = named(function, _WORD, "keyword arguments of Python")
     order = sorted(found.arguments, key=lambda argument: not argument.required)
     sources = [(argument.name, found.whole(argument.schema)) for argument in order]

@@ -55,9 +55,9 @@ def arguments(tagging: Tagging) -> Callable[[Function], Part]:
 
     def laid_out(function: Function) -> Part:
         if function.hint:
-            hint = json.loads(function.hint)
-            own = hint.get("properties") if isinstance(hint, dict) else None
-            return Chain([Repeat(_unstrict(tagging, name, kinds_in(own[name], hint, 0), function), 1) for name in unstrict(function, NAMES)])
+            return Chain(
+                [Repeat(_unstrict(tagging, name, kinds_in(own, hint, 0), function), 1) for name, own, hint in unstrict(function, NAMES)]
+            )
         found = named(function, NAMES, WRITER)
         parts: list[Part] = []
         for name, schema, required in found.arguments:
@@ -182,7 +182,11 @@ class _Argument:
         values = self._finite()
         if values is not None:
             return self._one_of([self._bare({"enum": [self._spelt(value) for value in values]})] if values else [])
-        words = [word for word, value in (("null", None), ("true", True), ("false", False)) if kind_of(value) in found and self._takes(self._schema, value)]
+        words = [
+            word
+            for word, value in (("null", None), ("true", True), ("false", False))
+            if kind_of(value) in found and self._takes(self._schema, value)
+        ]
         unlike: list[Like] = ["null"] if "null" in found else []
         unlike += ["boolean"] if "boolean" in found else []
         unlike += ["number"] if found & {"number", "integer"} else []
@@ -272,6 +276,8 @@ def _like(text: str, what: Like) -> bool:
 
 def _apart(each: list[dict[str, Any]]) -> bool:
     """Are these lists of values without one in common?"""
-    lists = [one["allOf"][0]["enum"] for one in each if one.keys() == {"allOf"} and len(one["allOf"]) == 1 and one["allOf"][0].keys() == {"enum"}]
+    lists = [
+        one["allOf"][0]["enum"] for one in each if one.keys() == {"allOf"} and len(one["allOf"]) == 1 and one["allOf"][0].keys() == {"enum"}
+    ]
     values = [value for one in lists for value in one]
     return len(lists) == len(each) and len(values) == len(set(values))

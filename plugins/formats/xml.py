@@ -7,8 +7,8 @@ What it does not know: how such calls are read (tagged.py) and asked for (unquot
 
 from __future__ import annotations
 
-from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.core.contract.formats import Spelling
+from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.core.contract.layouts import Mark, Part, Text
 from penstock.plugins.formats.scanner import State, collect, probe, read_text, table
 from penstock.plugins.formats.tagged import SPACE, TaggedSplitter, read_called, read_fields, read_key, read_value, tags

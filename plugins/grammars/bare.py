@@ -96,7 +96,9 @@ def _searched(pattern: str) -> str:
     body, choices, opened = ported(pattern)
     begins, ends = body.startswith("^"), body.endswith("$") and opened
     if (begins or ends) and choices:  # an anchor of one choice alone
-        raise UnsupportedFeature(f"The schema's pattern {pattern[:80]!r} cannot be obeyed by text without quotes: put ^ and $ around a group.")
+        raise UnsupportedFeature(
+            f"The schema's pattern {pattern[:80]!r} cannot be obeyed by text without quotes: put ^ and $ around a group."
+        )
     body = body[1:] if begins else body
     body = body[:-1] if ends else body
     return f"{'' if begins else ANYTHING}({body}){'' if ends else ANYTHING}"

@@ -47,7 +47,9 @@ class Starts:
     def way(self, text: bytes) -> I32:
         """Tokens that this text begins with, or that begin with it."""
         if text not in self._ways:
-            self._ways[text] = mask_of([bool(token) and (token.startswith(text) or text.startswith(token)) for token in self._tokens], self._words)
+            self._ways[text] = mask_of(
+                [bool(token) and (token.startswith(text) or text.startswith(token)) for token in self._tokens], self._words
+            )
         return self._ways[text]
 
 

@@ -76,7 +76,11 @@ class _Lowering:
         if text in self._tokens:
             return f"<[{self._tokens[text]}]>"
         token = self._within(text)
-        return " ".join(filter(None, (_literal(text.split(token, 1)[0]), self._mark(token), _literal(text.split(token, 1)[1])))) if token else _literal(text)
+        return (
+            " ".join(filter(None, (_literal(text.split(token, 1)[0]), self._mark(token), _literal(text.split(token, 1)[1]))))
+            if token
+            else _literal(text)
+        )
 
     def _text(self, part: Free) -> tuple[str, str]:
         text = _without(part.without, part.never_first)
@@ -162,7 +166,20 @@ def _literal(text: str) -> str:
 class Regions:
     """The bounds of one answer with a layout: as `Bounds`, within its JSON values, and of the length of its `bare` strings."""
 
-    __slots__ = ("_bare", "_bounds", "_count", "_depth", "_longest", "_openers", "_scalar", "_starts", "_tail", "_then", "_unlike", "_values")
+    __slots__ = (
+        "_bare",
+        "_bounds",
+        "_count",
+        "_depth",
+        "_longest",
+        "_openers",
+        "_scalar",
+        "_starts",
+        "_tail",
+        "_then",
+        "_unlike",
+        "_values",
+    )
 
     def __init__(self, starts: Starts, openers: Sequence[bytes], bare: Mapping[bytes, tuple[bytes, bytes]] = MappingProxyType({})) -> None:
         self._starts = starts

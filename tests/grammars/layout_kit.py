@@ -142,7 +142,9 @@ def loved(formats: Formats) -> list[str]:
     """What calls begin with."""
     assert formats.spelling is not None
     begin = formats.spelling.begin + formats.spelling.before
-    return [mark for mark in MARKS if begin.startswith(mark)] or [next((mark for mark in formats.spelling.hides if begin.startswith(mark)), begin[:1])]
+    return [mark for mark in MARKS if begin.startswith(mark)] or [
+        next((mark for mark in formats.spelling.hides if begin.startswith(mark)), begin[:1])
+    ]
 
 
 def verified(said: Said, calling: Calling | None, answer: Grammar | None) -> None:

@@ -36,7 +36,20 @@ ZONE: dict[str, Any] = {"type": "object", "properties": {"zone": {"enum": ["CET"
 OFFERED = [Offered("get_weather", CITY, True), Offered("now", None, True), Offered("get_time", ZONE, True)]
 ANSWER: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": False}
 TOOLS = ["hermes", "llama3_json", "mistral", "mistral-args", "deepseek_v3", "deepseek_v31", "openai", "pythonic", "pythonic-start"]
-TOOLS += ["kimi_k2", "granite", "jamba", "internlm", "qwen3_coder", "seed_oss", "minimax_m2", "deepseek_v32", "step3", "glm45", "glm45-short"]
+TOOLS += [
+    "kimi_k2",
+    "granite",
+    "jamba",
+    "internlm",
+    "qwen3_coder",
+    "seed_oss",
+    "minimax_m2",
+    "deepseek_v32",
+    "step3",
+    "glm45",
+    "glm45-short",
+]
+
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", TOOLS)
@@ -330,11 +343,18 @@ PERSON: dict[str, Any] = {
     "required": ["name"],
     "additionalProperties": False,
 }
-PLACE: dict[str, Any] = {"type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "required": ["at"], "$defs": {"at": {"enum": ["here", 1]}}}
+PLACE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"at": {"$ref": "#/$defs/at"}},
+    "required": ["at"],
+    "$defs": {"at": {"enum": ["here", 1]}},
+}
 LISTS: dict[str, Any] = {"type": "array", "items": {"enum": ["f()", "now", None, True, [], {}]}, "maxItems": 3}
 
 
-@pytest.mark.parametrize(("name", "schema"), [("llama3_json", PERSON), ("llama3_json", LISTS), ("pythonic", PERSON), ("pythonic", LISTS), ("pythonic", {})])
+@pytest.mark.parametrize(
+    ("name", "schema"), [("llama3_json", PERSON), ("llama3_json", LISTS), ("pythonic", PERSON), ("pythonic", LISTS), ("pythonic", {})]
+)
 def test_an_answer_that_begins_like_a_call(name: str, schema: Any) -> None:
     formats = formats_of(name)
     answer = Grammar(kind="json", source=json.dumps(schema), field="response_format")

@@ -111,7 +111,10 @@ def one_object(spelling: Spelling) -> bool:
 def object_of(spelling: Spelling, function: Function) -> str:
     """The schema of a call of it, of a format that writes one as a bare object. Raises UnsupportedFeature for a schema that refers to its own root."""
     if re.search(r'"\$ref": *"#(?!/(\$defs|definitions)/)', function.schema):
-        raise UnsupportedFeature(f"{function.field} holds a $ref outside of $defs, which cannot be obeyed where an answer may obey a schema, too.", param=function.field)
+        raise UnsupportedFeature(
+            f"{function.field} holds a $ref outside of $defs, which cannot be obeyed where an answer may obey a schema, too.",
+            param=function.field,
+        )
     schema = json.loads(function.schema)
     members = json.loads(f"{spelling.before}{function.name}{spelling.between}null{spelling.after}")
     defined = {name: schema.pop(name) for name in ("$defs", "definitions") if name in schema}
