@@ -133,7 +133,7 @@ def test_several_calls_have_ids_and_indexes(server: Any) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     weather = {"name": "get_weather", "description": "Get the current weather in a city"}
     given = [{"type": "function", "function": {**weather, "parameters": schema}}]
-    asked = {"messages": TWO, "max_tokens": 300, "temperature": 0}
+    asked: dict[str, Any] = {"messages": TWO, "max_tokens": 300, "temperature": 0}
     with server.client.stream(
         "POST", "/v1/chat/completions", json={**asked, "tools": given, "tool_choice": "required", "stream": True}
     ) as reply:
@@ -150,12 +150,14 @@ def test_several_calls_have_ids_and_indexes(server: Any) -> None:
     assert all(jsonschema_rs.validator_for(schema).is_valid(json.loads(text)) for text in texts.values())
 
     tools = [{**weather, "input_schema": schema}]
+    asked["model"] = server.client.get("/v1/models").json()["data"][0]["id"]
     blocks: dict[int, Any] = {}
     inputs: dict[int, str] = {}
     events = []
     with server.client.stream(
         "POST", "/v1/messages", json={**asked, "tools": tools, "tool_choice": {"type": "any"}, "stream": True}
     ) as reply:
+        assert reply.status_code == 200, reply.read()
         for line in reply.iter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line[6:])

@@ -48,6 +48,8 @@ TOOLS += [
     "step3",
     "glm45",
     "glm45-short",
+    "phi4_mini_json",
+    "xlam",
 ]
 
 
