@@ -19,8 +19,8 @@ from make_http_apis import apis
 
 from penstock.core.actors.text import admission, bounds, health, lane, obedience
 from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
-from penstock.core.processes import grammars as compiling
 from penstock.core.actors.text.answers import MOST_CALLS
+from penstock.core.processes import grammars as compiling
 from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.plugins.formats import BUILT_IN

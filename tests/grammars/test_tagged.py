@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema_rs
 import pytest
 
 from penstock.core.protocol.calling import Calling, Offered, calling_of
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
-from penstock.plugins.grammars.bare import ported
 from penstock.plugins.grammars.bounds import LONGEST_STRING
 
 sys.path.insert(0, str(Path(__file__).parent))  # for layout_kit.py: pytest's importlib mode does not
@@ -372,63 +370,3 @@ def test_a_string_without_quotes_ends(name: str, special: bool) -> None:
     assert allowed
     assert all(end.startswith(token) for token in allowed), allowed
     assert follows(vocabulary, matcher, end.split(">", 1)[0] + ">")
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "^a$",
-        "a",
-        "^a",
-        "b$",
-        r"\d+",
-        r"^[\d-]+$",
-        r"[^\w]",
-        r"\s",
-        r"[^\s]",
-        r"\S\S",
-        r"^\/a",
-        "^(?:x|y)$",
-        "x|y",
-        r"\u0041\x42",
-        r"[a&&b]",
-        r"^[(/]",
-        r"\$$",
-        "^$",
-        "",
-    ],
-)
-def test_patterns_mean_what_json_schema_says(pattern: str) -> None:
-    """The backend's words for the same, over texts in which they differ; where it allows less, that is the white space of other scripts."""
-    formats, vocabulary = formats_of("glm45"), VOCABULARIES[False]
-    request = request_of(strictly({"properties": {"s": {"type": "string", "pattern": pattern}}, "required": ["s"]}))
-    compiled = vocabulary.grammars.compile("layout", formats.grammar(request).source)
-    validator = jsonschema_rs.validator_for({"pattern": pattern})
-    for text in [
-        "",
-        "a",
-        "b",
-        "ab",
-        "ba",
-        "a1",
-        "٣",
-        "é",
-        "_",
-        "-",
-        " ",
-        "\n",
-        "\u2003",
-        "/a",
-        "x",
-        "xy",
-        "AB",
-        "&",
-        "(",
-        "$",
-        "^",
-        "a\n",
-        "1-2",
-    ]:
-        allowed = follows(vocabulary, vocabulary.grammars.matcher(compiled), _glm("f0", {"s": text}, "\n"))
-        assert allowed == validator.is_valid(text) or (text == "\u2003" and not allowed), text
-    assert ported(pattern)
