@@ -49,15 +49,37 @@ def terminal(part: Bare) -> str:
         body = _string(spelled(json.loads(part.schema)))
     except PenstockError as error:
         raise UnsupportedFeature(error.message, param=part.field or None) from None
-    trimmed = part.trimmed and body is not None
+    tame = finite(json.loads(part.schema))
+    trimmed = part.trimmed and body is not None and not tame
     body = _met(f"/{ANYTHING}/" if body is None else body, (_UNLIKE[kind] for kind in part.unlike))
     if trimmed:
         body = _met(body, [f"\\n{ANYTHING}", f"{ANYTHING}\\n"])
     body = " | ".join([body, *(f"/({escaped(word)})/" for word in part.words)])
-    if part.trimmed and (trimmed or part.words):
+    if part.trimmed and (trimmed or tame or part.words):
         body = f"/\\n?/ ({body}) /\\n?/"
+    if tame:
+        return body
     ends = "|".join(map(escaped, part.without))
     return _met(body, [f"{ANYTHING}({ends}){ANYTHING}"] if ends else [])
+
+
+def finite(schema: Any) -> bool:
+    """Is it of listed values (of which whoever lists them says that they can be written so), or of a format, none of which has a tag or a line's end in it? To
+    exclude such again costs the backend much."""
+    if not isinstance(schema, dict):
+        return False
+    if not schema.keys().isdisjoint(("enum", "const", "format")):
+        return True
+    return any(map(finite, schema.get("allOf", ()))) or ("anyOf" in schema and all(map(finite, schema["anyOf"])))
+
+
+def endless(schema: Any) -> bool:
+    """May a string that obeys go on with any character?"""
+    if not isinstance(schema, dict):
+        return True
+    if not schema.keys().isdisjoint(("enum", "const", "format", "maxLength")) or str(schema.get("pattern", "")).endswith("$"):
+        return False
+    return all(map(endless, [*schema.get("allOf", ()), *schema.get("anyOf", ())]))
 
 
 def _met(body: str, not_these: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from penstock.core.contract.layouts import Bare, Chain, Either, Free, Mark, Obey, Part, Repeat, Tags, Text
 from penstock.core.protocol.columns import I32
-from penstock.plugins.grammars.bare import ANYTHING, escaped, terminal
+from penstock.core.protocol.errors import UnsupportedFeature
+from penstock.plugins.grammars.bare import ANYTHING, endless, escaped, finite, terminal
 from penstock.plugins.grammars.bounds import Bounds, Starts, ended
 
 SPACE = b" \t\r\n"
@@ -67,7 +68,7 @@ class _Lowering:
         if isinstance(part, Bare):
             firsts = {char for kind in part.unlike for char in _FIRSTS.get(kind, "")}
             self.bare[before] = part.then, firsts & set(self.bare[before][1]) if before in self.bare else firsts
-            return self._until(terminal(part), part.then), part.then
+            return self._until(terminal(part), part.then, part), part.then
         if isinstance(part, Tags):
             return self._tags(part), ""
         return "WHITE?", before
@@ -86,15 +87,22 @@ class _Lowering:
         text = _without(part.without, part.never_first)
         return self._until(text, part.then) if part.then else self._terminal(text), part.then
 
-    def _until(self, text: str, end: str) -> str:
+    def _until(self, text: str, end: str, bare: Bare | None = None) -> str:
         """A terminal's text, and what ends it."""
         if end in self._tokens:
             return f"{self._terminal(text)} {self._mark(end)}"
         token = self._within(end)
         if not token:
             return self.rule(f"{self._terminal(text)} {_literal(end)}", "[lazy]")
-        before, after = end.split(token, 1)  # no terminal goes over a token: what stands before that is the text's own end
-        return f"{self._terminal(f'({text}) /{escaped(before)}/')} {self._mark(token)} {_literal(after)}"
+        # No terminal goes over a token: what stands before that is the text's own end. Text that may go on however it was so far is ended by the token alone;
+        # other text may be unable to go on, which the library takes no token after: it ends at once, and so cannot hold what stands before the token.
+        before, after = end.split(token, 1)
+        if bare is None or endless(json.loads(bare.schema)):
+            return f"{self._terminal(f'({text}) /{escaped(before)}/')} {self._mark(token)} {_literal(after)}"
+        if before in bare.schema:
+            raise UnsupportedFeature(f"A string with {before!r} in it cannot be asked for here.", param=bare.field or None)
+        plain = self._terminal(text if finite(json.loads(bare.schema)) else f"({text}) & ~/{ANYTHING}{escaped(before)}{ANYTHING}/")
+        return f"{self.rule(f'{plain} {_literal(before)}', '[lazy]')} {self._mark(token)} {_literal(after)}"
 
     def _terminal(self, body: str) -> str:
         return self._free.setdefault(body, f"TEXT{len(self._free)}")
