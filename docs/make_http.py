@@ -553,7 +553,7 @@ def page() -> str:
         f" (at most {bounded.LONGEST_STRING} bytes; it cannot hold the tag), and anything else is JSON. An argument that may be a string or something else is a string only if it"
         " could not be read as the other: `12` is the number. `enum`, `const`, `pattern`, `minLength`, `maxLength` and of `format` date, time, date-time, email, hostname, ipv4 and uuid hold for"
         " such text, too; what it cannot obey exactly is a 400 that names it: a value of `enum` that holds the end tag or would be read as another, a pattern with look-around,"
-        " `^` or `$` of one choice alone, `\\b` or `\\p`, other formats, `oneOf` with several ways to be a string.",
+        " `^` or `$` of one choice alone, `\\b` or `\\p`, other formats, `oneOf` with several ways to be a string. In `deepseek_v32`, whose end tag has a special token within it, a string whose length, values or end the schema bounds cannot hold `</`.",
         "",
         "With `stream_options.tool_calls_done` a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
         "",
