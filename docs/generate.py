@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from penstock.core.cli import GROUP_TITLES
+from penstock.core.contract.hookspecs import FormatSpec
 from penstock.core.protocol import config, messages
 from penstock.core.protocol.foreign import FOREIGN
 from penstock.core.telemetry import names as telemetry
@@ -69,15 +70,31 @@ def formats() -> list[str]:
         "",
         "What `--tool-call-parser` and `--reasoning-parser` may name. Without them, the format is found from the chat template; `none` is no"
         " format. A plugin may add others ([hooks](hooks.md)). Where a format writes arguments without quotes, a value has the types that the"
-        " tool's own schema gives it: a string stays one whatever it looks like, and what cannot be of these types is a string.",
+        " tool's own schema gives it: a string stays one whatever it looks like, and what cannot be of these types is a string. The last column"
+        " says in which formats calls may be asked for (`tool_choice`, `strict`: [tools](http.md#tools-and-reasoning)); with `properties by name`"
+        " a function's `parameters` must be properties by name.",
     ]
     for title, roles in (("Calls of tools", ("tools", "both")), ("Reasoning", ("reasoning", "both"))):
-        out += ["", f"| {title} | other names | what it is |", "|---|---|---|"]
+        calls = title == "Calls of tools"
+        out += ["", f"| {title} | other names | what it is |{' asked for |' if calls else ''}", "|---|---|---|" + ("---|" if calls else "")]
         for spec in sorted((spec for spec in BUILT_IN if spec.role in roles), key=lambda spec: spec.name):
             aliases = ", ".join(f"`{alias}`" for alias in spec.aliases)
             doc = spec.doc.replace("|", "\\|").replace("<", "&lt;")
-            out.append(f"| `{spec.name}` | {aliases} | {doc} |")
+            out.append(f"| `{spec.name}` | {aliases} | {doc} |" + (f" {asked(spec)} |" if calls else ""))
     return out
+
+
+def asked(spec: FormatSpec) -> str:
+    """May calls be asked for in this format (tool_choice, strict), and what is to be known of it?"""
+    if spec.spelling is None:
+        return "no"
+    spelling = spec.spelling("")
+    notes = ["yes"]
+    if spelling.most is not None:
+        notes.append(f"{spelling.most} call" if spelling.most == 1 else f"{spelling.most} calls")
+    if spelling.arguments is not None:
+        notes.append("properties by name")
+    return "; ".join(notes)
 
 
 def foreign() -> list[str]:

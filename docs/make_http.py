@@ -19,6 +19,7 @@ from make_http_apis import apis
 
 from penstock.core.actors.text import admission, bounds, health, lane, obedience
 from penstock.core.actors.text.actor import REPLAY_TIMEOUT_S
+from penstock.core.actors.text.answers import MOST_CALLS
 from penstock.core.processes import grammars as compiling
 from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
@@ -390,8 +391,10 @@ def grammars() -> list[str]:
         " short is such an error, too, and one that max_tokens cuts ends with `length`: it may be a part.",
         "",
         "What is governed is the answer's content. A reasoning model reasons as it likes before it, up to its format's end of reasoning; only where a plugin's format does not"
-        " say how reasoning is written, there is none. Beside `tools` an answer is content that obeys, or calls; where calls could not be told from such an answer"
-        " (llama3_json, pythonic, structural tags) it is a 400 that names the field.",
+        " say how reasoning is written, there is none. Beside `tools` an answer is content that obeys, or calls; where a call could not be told from such an answer it is a 400 that names the field and says why:"
+        " beside structural tags always (the text between them is free, and what a tag holds may be spelt like a call); in formats whose calls begin with no mark"
+        " (`llama3_json`, `pythonic`, `xlam`) for whatever is no JSON schema, in `xlam` for every answer, and in `llama3_json`, whose calls are bare objects, where the"
+        " schema leaves open which members an object has (`additionalProperties: false` closes it) or has `name` beside `parameters` or `arguments`.",
         "",
         "Structural tags are free text in which each of `triggers` begins one of the tags: its `begin`, JSON that obeys its `schema`, its `end`. xgrammar's `format` may be"
         " `triggered_tags` (without `at_least_one` and `stop_after_first`), `tag`, `json_schema`, `regex` or `grammar`, and a tag's `content` one of the last three; others"
@@ -582,8 +585,16 @@ def page() -> str:
         " `tools[i].function.parameters` and the keyword. Reasoning before the calls is free. Before the finish_reason is told, the calls are verified; if they do not obey, the answer ends as"
         " an error. With a named function it is `stop`, as OpenAI has it, else `tool_calls`. Formats that can be asked for: "
         + ", ".join(f"`{spec.name}`" for spec in sorted(BUILT_IN, key=lambda spec: spec.name) if spec.spelling is not None)
-        + "; with others these requests are a 400 that names tool_choice and the parser. gpt-oss's answers have one call; pythonic's arguments are keyword"
-        " arguments, so that `parameters` must be properties by name.",
+        + f"; with others these requests are a 400 that names tool_choice and the parser. An answer has at most {MOST_CALLS} calls, gpt-oss's one"
+        " (its model ends its turn with a call); `parallel_tool_calls: false` makes it one everywhere.",
+        "",
+        "Where a format spells each argument for itself (keyword arguments of Python, tags), `parameters` must be properties by name: beside `properties`, `required` and"
+        " `additionalProperties` (of which none are drawn) only `$defs` that the properties refer to; any other keyword is named in a 400. In tags the arguments come in the order of"
+        " `properties`, a string is text as it is up to its end tag"
+        f" (at most {bounded.LONGEST_STRING} bytes; it cannot hold the tag), and anything else is JSON. An argument that may be a string or something else is a string only if it"
+        " could not be read as the other: `12` is the number. `enum`, `const`, `pattern`, `minLength`, `maxLength` and of `format` date, time, date-time, email, hostname, ipv4 and uuid hold for"
+        " such text, too; what it cannot obey exactly is a 400 that names it: a value of `enum` that holds the end tag or would be read as another, a pattern with look-around,"
+        " `^` or `$` of one choice alone, `\\b` or `\\p`, other formats, `oneOf` with several ways to be a string. In `deepseek_v32`, whose end tag has a special token within it, a string whose length, values or end the schema bounds cannot hold `</`.",
         "",
         "With `stream_options.tool_calls_done` a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
         "",

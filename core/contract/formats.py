@@ -8,7 +8,7 @@ What it does not know: tokens, requests, which formats there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -73,11 +73,13 @@ class Spelling(msgspec.Struct, frozen=True, kw_only=True):
     separator: str = ""
     end: str = ""
     most: int | None = None
-    """Calls that an answer can have."""
+    """Calls that an answer can have. None: as many as there may be (MOST_CALLS of core/actors/text/answers.py)."""
     hides: list[str]
     """Marks that content cannot have: there the splitter would read something else."""
     first: str = ""
     """For calls that begin with no mark: characters that content does not begin with, as it would be read as a call."""
+    told: Callable[[Any], str] | None = None
+    """For the same: `told(schema)` says why an answer of JSON that obeys this schema could be read as a call; "": it could not. None: any could."""
     arguments: Callable[[Function], Part] | None = None
     """How a function's arguments are laid out where they are not a JSON object. Raises UnsupportedFeature naming the function's field for a schema that cannot be
     written so. None: an object that obeys the function's schema."""

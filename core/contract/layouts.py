@@ -49,6 +49,24 @@ class Obey(msgspec.Struct, frozen=True, tag="obey"):
     field: str = ""
 
 
+class Bare(msgspec.Struct, frozen=True, tag="bare"):
+    """A string that obeys a schema, as it is: without quotes, nothing escaped. It goes up to `then` (a mark, or a text), which belongs to it."""
+
+    schema: str
+    """Of strings alone, as JSON: minLength, maxLength, pattern, format, enum, const, and allOf and anyOf of such schemas."""
+    then: str
+    without: list[str]
+    """Texts that it may not hold: there a reader would take it to have ended."""
+    words: list[str] = msgspec.field(default_factory=list)
+    """Texts that may stand instead, whatever the schema says."""
+    unlike: list[Literal["null", "boolean", "number", "nested", "quoted"]] = msgspec.field(default_factory=list)
+    """What it may not look like (it begins so, or is so, white space aside), as it would be read as that."""
+    trimmed: bool = False
+    """A line's end on either side is none of it, and may be there."""
+    field: str = ""
+    """What the client calls the schema, for errors."""
+
+
 class Chain(msgspec.Struct, frozen=True, tag="chain"):
     """One after the other."""
 
@@ -81,7 +99,7 @@ class Tags(msgspec.Struct, frozen=True, tag="tags"):
     tags: list[Tag]
 
 
-Part = Text | Mark | Free | White | Obey | Chain | Either | Repeat | Tags
+Part = Text | Mark | Free | White | Obey | Bare | Chain | Either | Repeat | Tags
 _decoder: msgspec.json.Decoder[Part] = msgspec.json.Decoder(Part)
 
 
@@ -101,6 +119,8 @@ def leaves(part: Part) -> Iterator[Obey]:
     """The grammars in it."""
     if isinstance(part, Obey):
         yield part
+    elif isinstance(part, Bare):
+        yield Obey("json", part.schema, part.field)
     elif isinstance(part, (Chain, Either)):
         for one in part.parts:
             yield from leaves(one)

@@ -83,6 +83,8 @@ def _cohere(opening: Opening) -> TableSplitter:
 _CALL = {"before": '{"name": "', "between": '", "arguments": ', "after": "}", "separator": ", "}
 GRANITE_SPELLING = Spelling(begin="<|tool_call|>[", end="]", hides=["<|tool_call|>", "<tool_call>"], **_CALL)  # type: ignore[arg-type]
 JAMBA_SPELLING = Spelling(begin="<tool_calls>[", end="]</tool_calls>", hides=["<tool_calls>"], **_CALL)  # type: ignore[arg-type]
+PHI_SPELLING = Spelling(begin="functools[", end="]", hides=["functools[", "<|tool_call|>"], **_CALL)  # type: ignore[arg-type]
+XLAM_SPELLING = Spelling(begin="[", end="]", hides=["<tool_call>", "[TOOL_CALLS]"], first="[`", **_CALL)  # type: ignore[arg-type]
 INTERNLM_SPELLING = Spelling(
     before='<|action_start|><|plugin|>{"name": "',
     between='", "parameters": ',
@@ -120,6 +122,7 @@ PHI4_MINI = FormatSpec(
     marks=["<|tool_call|>", "<|/tool_call|>"],
     matches=lambda template: "<|/tool|>" in template or "functools[" in template,
     factory=lambda opening: TableSplitter(PHI_TABLE, "content"),
+    spelling=lambda template: PHI_SPELLING,
 )
 INTERNLM = FormatSpec(
     name="internlm",
@@ -140,6 +143,7 @@ XLAM = FormatSpec(
     marks=["<tool_call>", "</tool_call>", "[TOOL_CALLS]"],
     matches=lambda template: False,
     factory=lambda opening: TableSplitter(XLAM_TABLE, "start"),
+    spelling=lambda template: XLAM_SPELLING,
 )
 COHERE = FormatSpec(
     name="cohere_command",

@@ -17,7 +17,7 @@ from penstock.core.contract.formats import Fragment, Opening, Spelling
 from penstock.core.contract.hookspecs import API_LEVEL, FormatSpec
 from penstock.core.contract.layouts import Chain, Either, Obey, Part, Repeat, Text
 from penstock.core.protocol.calling import Function
-from penstock.core.protocol.errors import UnsupportedFeature
+from penstock.plugins.formats.named import named, unstrict
 from penstock.plugins.formats.scanner import FUNCTION, State, TableSplitter, probe, read_text, table
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
@@ -182,35 +182,17 @@ def _make(opening: Opening) -> TableSplitter:
 
 # ------------------------------------------------------------------ the other way round
 
-_NOTES = frozenset(["title", "description", "$schema", "$id", "$comment", "examples", "default"])
-_DEFINED = ("$defs", "definitions")
 _WORD = rf"(?!(?:{'|'.join(keyword.kwlist)})\b)[A-Za-z_][A-Za-z_0-9]*"
 
 
 def arguments(function: Function) -> Part:
     """Keyword arguments, those that are required first, whose values are JSON: what JSON's words and escapes mean, the reader knows."""
     if function.hint:
-        return _keywords([(name, "{}") for name in named_in(function.hint) if re.fullmatch(_WORD, name)], 0, function.field)
-    schema: dict[str, Any] = json.loads(function.schema)
-    properties: dict[str, Any] = schema.get("properties", {})
-    required: list[str] = schema.get("required", [])
-    odd = next(iter(schema.keys() - _NOTES - {"type", "properties", "required", "additionalProperties", *_DEFINED}), None)
-    odd = odd or next((name for name in properties if re.fullmatch(_WORD, name) is None), None)
-    odd = odd or next((name for name in required if name not in properties), None)
-    if odd is not None or re.search(r'"\$ref": *"#(?!/(\$defs|definitions)/)', function.schema):
-        what = f"{odd[:80]!r}" if odd is not None else "a $ref outside of $defs"
-        raise UnsupportedFeature(f"{function.field} holds {what}, which keyword arguments of Python cannot express.", param=function.field)
-    defined = {name: schema[name] for name in _DEFINED if name in schema}
-    order = dict.fromkeys([*required, *properties])
-    sources = [(name, json.dumps({**own, **defined} if isinstance(own := properties[name], dict) else own)) for name in order]
-    return _keywords(sources, len(dict.fromkeys(required)), function.field)
-
-
-def named_in(hint: str) -> list[str]:
-    """The names of a function's arguments, of whose schema nothing is certain."""
-    schema = json.loads(hint)
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    return list(properties) if isinstance(properties, dict) else []
+        return _keywords([(name, "{}") for name, _, _ in unstrict(function, _WORD)], 0, function.field)
+    found = named(function, _WORD, "keyword arguments of Python")
+    order = sorted(found.arguments, key=lambda argument: not argument.required)
+    sources = [(argument.name, found.whole(argument.schema)) for argument in order]
+    return _keywords(sources, sum(argument.required for argument in order), function.field)
 
 
 def _keywords(sources: list[tuple[str, str]], required: int, field: str) -> Part:
@@ -239,6 +221,7 @@ def _spelling(template: str) -> Spelling:
         end=end,
         hides=["<|python_start|>"],
         first="[",
+        told=lambda schema: "",  # in JSON no name stands before a bracket
         arguments=arguments,
         names=rf"{_WORD}(\.{_WORD})*",
     )

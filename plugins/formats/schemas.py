@@ -1,6 +1,6 @@
 """What a function's schema says of its arguments' types, for formats that write values without quotes.
 
-What it is: `kinds_of`, the JSON types of each argument of each of a request's tools, and `converted`, a value's text as JSON of these types.
+What it is: `kinds_of`, the JSON types of each argument of each of a request's tools (`kinds_in`: of one schema), and `converted`, a value's text as JSON of these types.
 What it does not know: formats, how values stand in an answer.
 """
 
@@ -50,7 +50,7 @@ def kinds_of(tools: bytes) -> Mapping[str, Mapping[str, Kinds]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             continue
         schema = function.get("parameters")
-        out[function["name"]] = {key: _kinds(of, schema, 0) for key, of in _properties(schema).items()}
+        out[function["name"]] = {key: kinds_in(of, schema, 0) for key, of in _properties(schema).items()}
     return out
 
 
@@ -59,11 +59,11 @@ def _properties(schema: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kinds(schema: Any, root: Any, depth: int) -> Kinds:
+def kinds_in(schema: Any, root: Any, depth: int) -> Kinds:
     if not isinstance(schema, dict) or depth > MAX_DEPTH:
         return ANY
     if isinstance(reference := schema.get("$ref"), str):
-        return _kinds(_resolved(reference, root), root, depth + 1)
+        return kinds_in(resolved(reference, root), root, depth + 1)
     named = schema.get("type")
     if named is not None:
         names = named if isinstance(named, list) else [named]
@@ -71,18 +71,18 @@ def _kinds(schema: Any, root: Any, depth: int) -> Kinds:
         return kinds if kinds <= _KNOWN else ANY
     values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else []
     if values:
-        return frozenset(map(_kind, values))
+        return frozenset(map(kind_of, values))
     for word in ("anyOf", "oneOf"):
         if isinstance(members := schema.get(word), list) and members:
-            each = [_kinds(member, root, depth + 1) for member in members]
+            each = [kinds_in(member, root, depth + 1) for member in members]
             return frozenset().union(*each) if all(each) else ANY
     for member in schema["allOf"] if isinstance(schema.get("allOf"), list) else []:
-        if kinds := _kinds(member, root, depth + 1):
+        if kinds := kinds_in(member, root, depth + 1):
             return kinds
     return frozenset({"object"}) if "properties" in schema else frozenset({"array"}) if "items" in schema else ANY
 
 
-def _resolved(reference: str, root: Any) -> Any:
+def resolved(reference: str, root: Any) -> Any:
     if not reference.startswith("#/"):
         return None
     at = root
@@ -91,7 +91,7 @@ def _resolved(reference: str, root: Any) -> Any:
     return at
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     match value:
         case None:
             return "null"

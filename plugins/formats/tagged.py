@@ -161,14 +161,59 @@ def read_key(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) ->
     return splitter.go(mark, at, out)
 
 
-class _Value:
-    """`begun`: it is a string, of which something is out. `bare`: what is kept, while that may still become null."""
+_WITHIN = re.compile(r'["\\\n]')
 
-    __slots__ = ("bare", "begun")
+
+class _Value:
+    """`begun`: it is a string, of which something is out. `bare`: what is kept, while that may still become null. `nested`: it is a list or an object, if that
+    is known; then a mark in a string of JSON in it is text, unless a line has ended there: the model forgot a quote."""
+
+    __slots__ = ("_escaped", "_quoted", "bare", "begun", "nested")
 
     def __init__(self) -> None:
         self.begun = False
         self.bare = ""
+        self.nested: bool | None = None
+        self._quoted = False
+        self._escaped = False
+
+    def end(self, splitter: TaggedSplitter, buf: str, at: int) -> tuple[int, str | None]:
+        """See TableSplitter.find."""
+        start, mark = splitter.find(buf, at)
+        if self.nested is None and (first := buf[at:start].lstrip()[:1]):
+            self.nested = first in "{[" and _may_nest(splitter)
+        while self.nested and start < len(buf):
+            self._walk(buf, at, start)
+            if not self._quoted or buf[start] == "\n":
+                return start, mark
+            at = start
+            self._walk(buf, at, at + 1)
+            start, mark = splitter.find(buf, at + 1)
+            at += 1
+        if self.nested:
+            self._walk(buf, at, start)
+        return start, mark
+
+    def _walk(self, buf: str, at: int, end: int) -> None:
+        while at < end:
+            if self._escaped:
+                self._escaped = False
+                at += 1
+                continue
+            hit = _WITHIN.search(buf, at, end)
+            if hit is None:
+                return
+            char, at = hit.group(), hit.end()
+            if char == '"':
+                self._quoted = not self._quoted
+            elif char == "\n":
+                self._quoted = False
+            else:
+                self._escaped = self._quoted
+
+
+def _may_nest(splitter: TaggedSplitter) -> bool:
+    return splitter.loose if not splitter.kinds else not splitter.kinds.isdisjoint(("object", "array"))
 
 
 def read_value(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> int:
@@ -181,7 +226,7 @@ def read_value(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) 
             at += 1
             if at == len(buf):
                 return at
-    start, mark = splitter.find(buf, at)
+    start, mark = value.end(splitter, buf, at)
     piece = buf[at:start]
     if value.begun:
         said = encode_basestring(piece)[1:] if mark else _escaped(piece)

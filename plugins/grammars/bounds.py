@@ -1,7 +1,8 @@
 """Numbers and strings of JSON that end.
 
 What it is: `Bounds` follows the bytes of an answer in JSON and takes from a mask what would make a number or a string longer than anybody needs, if
-something else is allowed too: what is left is still of the grammar. (White space is bounded by the grammar itself.)
+something else is allowed too: what is left is still of the grammar. (White space is bounded by the grammar itself.) `ended` does the same for strings
+without quotes.
 What it does not know: schemas, the grammar's state.
 """
 
@@ -39,6 +40,17 @@ class Starts:
         self.no_exponent = mask_of([re.match(rb"[0-9.]*[eE]", token) is None for token in tokens], words)
         self.no_own_exponent = mask_of([_EXPONENT.match(token) is None for token in tokens], words)
         self.quote = mask_of([token[:1] == b'"' for token in tokens], words)
+        self._tokens = tokens
+        self._words = words
+        self._ways: dict[bytes, I32] = {}
+
+    def way(self, text: bytes) -> I32:
+        """Tokens that this text begins with, or that begin with it."""
+        if text not in self._ways:
+            self._ways[text] = mask_of(
+                [bool(token) and (token.startswith(text) or text.startswith(token)) for token in self._tokens], self._words
+            )
+        return self._ways[text]
 
 
 class Bounds:
@@ -84,6 +96,13 @@ class Bounds:
             _keep(out, starts.no_number, may_end)
         else:
             _keep(out, starts.no_exponent if self._number else starts.no_own_exponent, may_end)
+
+
+def ended(starts: Starts, out: I32, tail: bytes, then: bytes, count: int) -> None:
+    """In place, for a string without quotes, of which there are `count` bytes and that `then` ends. `tail` is what was drawn last."""
+    if count >= LONGEST_STRING:
+        there = next(size for size in range(len(then) - 1, -1, -1) if tail.endswith(then[:size]))
+        _keep(out, starts.way(then[there:]), False)
 
 
 def _keep(out: I32, mask: I32, may_be_empty: bool) -> None:

@@ -114,8 +114,8 @@ class LlGuidance:
     def compile(self, kind: str, source: str) -> bytes:
         """See Grammars."""
         if kind == "layout":
-            openers, made = lowered(layouts.decode(source), self._spelt, _grammar)
-            compiled = b"l" + json.dumps(openers).encode() + b"\n" + made.encode()
+            made = lowered(layouts.decode(source), self._spelt, _grammar)
+            compiled = b"l" + json.dumps([made.openers, made.bare]).encode() + b"\n" + made.grammar.encode()
         else:
             compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
         began = time.thread_time()
@@ -166,7 +166,7 @@ class LlGuidance:
             self._kept.popitem(last=False)
         bounds: Bounds | Regions | None = None
         if compiled[:1] in b"jl":
-            bounds = Regions(self._starts, [text.encode() for text in json.loads(openers)]) if openers else Bounds(self._starts)
+            bounds = _regions(self._starts, *json.loads(openers)) if openers else Bounds(self._starts)
         return LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
 
     def masks(self, matchers: Sequence[LlMatcher], out: I32) -> dict[int, Exception]:
@@ -236,6 +236,14 @@ class LlMatcher:
     def may_end(self) -> bool:
         """See Matcher."""
         return bool(self._inner.is_accepting())
+
+
+def _regions(starts: Starts, openers: list[str], bare: dict[str, tuple[str, str]]) -> Regions:
+    return Regions(
+        starts,
+        [text.encode() for text in openers],
+        {begin.encode(): (end.encode(), firsts.encode()) for begin, (end, firsts) in bare.items()},
+    )
 
 
 def _wrong(said: str) -> InvalidRequest:

@@ -291,6 +291,21 @@ CASES = [
     Case("glm45", _glm(("s", " a\n"), ("x", "true")), calls=[("f", '{"s": " a\\n", "x": true}', True)], tools=TYPED),
     Case("glm45", _glm() + "\n" + _glm(name="g") + "B.", "B.", calls=[("f", "{}", True), ("g", "{}", True)]),
     Case("glm45", _hermes("f", "{}"), _hermes("f", "{}")),
+    Case("glm45", _glm(("o", ' {"k": "</arg_value>\\""}')), calls=[("f", '{"o": {"k": "</arg_value>\\""}}', True)], tools=TYPED),
+    Case("qwen3_coder", _coder(("a", '["</parameter>"]')), calls=[("f", '{"a": ["</parameter>"]}', True)], tools=TYPED),
+    Case(
+        "qwen3_coder",
+        _coder(("a", '["never closed]'), ("s", "x")),
+        calls=[("f", '{"a": "[\\"never closed]", "s": "x"}', True)],
+        tools=TYPED,
+    ),
+    Case(
+        "qwen3_coder",
+        _coder(("s", '["</parameter>')),
+        "</parameter>\n</function>\n</tool_call>",
+        calls=[("f", '{"s": "[\\""', False)],
+        tools=TYPED,
+    ),
     Case("glm45", _glm(("s", "abc")).split("</arg_value")[0], calls=[("f", '{"s": "abc', False)], cut=True, tools=TYPED),
     # --- lists after marks
     Case(

@@ -7,13 +7,18 @@ What it does not know: which formats the model has (formats.py), grammar backend
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 
 from penstock.core.contract.formats import ARGUMENTS, CONTENT, NAME, Fragment, Opening, Spelling, Thinking
 from penstock.core.contract.layouts import Chain, Either, Free, Mark, Obey, Part, Repeat, Text, White, decode
-from penstock.core.protocol.calling import Calling
+from penstock.core.protocol.calling import Calling, Function
+from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.core.protocol.messages import Check, Grammar
+
+MOST_CALLS = 64
+"""Of an answer that a grammar governs: it ends some time."""
 
 
 def laid_out(
@@ -39,12 +44,12 @@ def laid_out(
             ways.append([*before, Free(_hidden(spelling, thinking, state), never_first=spelling.first)])
     if calling is not None:
         assert spelling is not None
-        calls = _calls(spelling, calling, split, parallel)
-        mark = calls[0]
-        if calling.must or answer is not None or before or not isinstance(mark, Mark):
+        calls = _calls(spelling, calling, split, parallel, whole=answer is not None and not calling.must and one_object(spelling))
+        mark = calls[0].text if isinstance(calls[0], Mark) else _begun(spelling)
+        if calling.must or answer is not None or before or not mark:
             ways.append([*([] if state == "over" or before else [White()]), *calls])
         else:  # after content, perhaps of no characters
-            ways.append([Free(_hidden(spelling, thinking, state), then=mark.text, never_first=spelling.first), *calls[1:]])
+            ways.append([Free(_hidden(spelling, thinking, state), then=mark, never_first=spelling.first), *_after(calls, len(mark))])
     body: list[Part] = ways[0] if len(ways) == 1 else [Either([_chain(way) for way in ways])]
     if thinking is None or state == "over":
         return _chain(body)
@@ -62,20 +67,59 @@ def _hidden(spelling: Spelling, thinking: Thinking | None, state: str) -> list[s
     return [*spelling.hides, *([thinking.begin] if thinking is not None and state == "may" and not thinking.again else [])]
 
 
+def _begun(spelling: Spelling) -> str:
+    """What content does not have, as calls begin with it; "": nothing."""
+    begin = spelling.begin + spelling.before
+    return next((mark for mark in spelling.hides if begin.startswith(mark)), "")
+
+
+def _after(parts: list[Part], size: int) -> list[Part]:
+    """Without the first `size` characters, which are texts and marks."""
+    first, *rest = parts
+    assert isinstance(first, (Text, Mark))
+    if len(first.text) <= size:
+        return _after(rest, size - len(first.text)) if size > len(first.text) else rest
+    return [Text(first.text[size:]), *rest]
+
+
 def _answer(grammar: Grammar) -> Part:
     return decode(grammar.source) if grammar.kind == "layout" else Obey(grammar.kind, grammar.source, grammar.field)
 
 
-def _calls(spelling: Spelling, calling: Calling, split: _Pieces, parallel: bool) -> list[Part]:
+def _calls(spelling: Spelling, calling: Calling, split: _Pieces, parallel: bool, whole: bool) -> list[Part]:
+    """`whole`: each as one object of JSON, beside which an answer may be another: two texts that begin alike would be one to a backend."""
     arguments = spelling.arguments or (lambda function: Obey("json", function.schema, function.field))
-    call: list[Part] = [
-        *split(spelling.before),
-        Either([_chain([Text(function.name), *split(spelling.between), arguments(function)]) for function in calling.functions]),
-        *split(spelling.after),
-    ]
-    most = 1 if calling.named or not parallel else spelling.most
-    more: list[Part] = [] if most == 1 else [Repeat(_chain([*split(spelling.separator), *call]), None if most is None else most - 1)]
+    call: list[Part]
+    if whole:
+        call = [Either([Obey("json", object_of(spelling, function), function.field) for function in calling.functions])]
+    else:
+        call = [
+            *split(spelling.before),
+            Either([_chain([Text(function.name), *split(spelling.between), arguments(function)]) for function in calling.functions]),
+            *split(spelling.after),
+        ]
+    most = 1 if calling.named or not parallel else min(spelling.most or MOST_CALLS, MOST_CALLS)
+    more: list[Part] = [] if most == 1 else [Repeat(_chain([*split(spelling.separator), *call]), most - 1)]
     return [*split(spelling.begin), *call, *more, *split(spelling.end)]
+
+
+def one_object(spelling: Spelling) -> bool:
+    """Is a call a bare object of JSON?"""
+    return spelling.first == "{" and spelling.arguments is None and not spelling.begin
+
+
+def object_of(spelling: Spelling, function: Function) -> str:
+    """The schema of a call of it, of a format that writes one as a bare object. Raises UnsupportedFeature for a schema that refers to its own root."""
+    if re.search(r'"\$ref": *"#(?!/(\$defs|definitions)/)', function.schema):
+        raise UnsupportedFeature(
+            f"{function.field} holds a $ref outside of $defs, which cannot be obeyed where an answer may obey a schema, too.",
+            param=function.field,
+        )
+    schema = json.loads(function.schema)
+    members = json.loads(f"{spelling.before}{function.name}{spelling.between}null{spelling.after}")
+    defined = {name: schema.pop(name) for name in ("$defs", "definitions") if name in schema}
+    properties = {name: schema if value is None else {"const": value} for name, value in members.items()}
+    return json.dumps({"type": "object", "properties": properties, "required": list(members), "additionalProperties": False, **defined})
 
 
 def _chain(parts: list[Part]) -> Part:

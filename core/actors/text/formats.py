@@ -8,13 +8,14 @@ What it does not know: how formats look (plugins/formats), tokens, rows.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import secrets
 from collections.abc import Callable, Mapping
 
-from penstock.core.actors.text.answers import laid_out
+from penstock.core.actors.text.answers import laid_out, object_of, one_object
 from penstock.core.actors.text.ledger import Request
-from penstock.core.contract.formats import ARGUMENTS, CONTENT, NAME, REASONING, Fragment, Opening, Splitter
+from penstock.core.contract.formats import ARGUMENTS, CONTENT, NAME, REASONING, Fragment, Opening, Spelling, Splitter
 from penstock.core.contract.hookspecs import FormatSpec
 from penstock.core.contract.layouts import encode
 from penstock.core.protocol.calling import Calling
@@ -76,13 +77,19 @@ class Formats:
                 )
             if spelling.arguments is not None:
                 spelling.arguments(function)
-        told = not spelling.first and (submit.grammar is None or submit.grammar.kind != "layout")
-        if submit.grammar is not None and not told and not calling.must:
+        grammar = submit.grammar
+        if grammar is None or calling.must:
+            return
+        why = _untold(spelling, grammar)
+        if why:
             raise UnsupportedFeature(
-                f"{submit.grammar.field} beside tools is not supported for this model: an answer could not be told from a call as the parser"
-                f" {tools.name!r} reads it. Leave one of them out.",
-                param=submit.grammar.field,
+                f"{grammar.field} beside tools is not supported for this model: {why}, as the parser {tools.name!r} reads it."
+                " Leave one of them out.",
+                param=grammar.field,
             )
+        if one_object(spelling):
+            for function in calling.functions:
+                object_of(spelling, function)
 
     def _whole(self, submit: Submit) -> bool:
         """Does a grammar govern all of the answer, as it is not known how reasoning is written?"""
@@ -129,6 +136,20 @@ class Formats:
         if self.tools is not None and self.tools.short_ids:
             return "".join(secrets.choice(_SHORT) for _ in range(9))
         return "call_" + secrets.token_hex(12)
+
+
+def _untold(spelling: Spelling, answer: Grammar) -> str:
+    """Why an answer that obeys could be read as a call; "": it could not."""
+    if answer.kind == "layout":
+        return "the text around and in structural tags could not be told from a call"
+    if not spelling.first:
+        return ""
+    if spelling.told is None or answer.kind != "json":
+        return "an answer could not be told from a call"
+    try:
+        return spelling.told(json.loads(answer.source))
+    except (ValueError, RecursionError):
+        return ""  # it is no schema, which is said when it is compiled
 
 
 def _chosen(specs: Mapping[str, FormatSpec], role: str, wanted: str | None, option: str, template: str) -> FormatSpec | None:
