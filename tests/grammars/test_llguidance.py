@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.plugins.grammars import llguidance as backend
+from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.bounds import LONGEST_NUMBER
 from penstock.plugins.grammars.keywords import FORMATS
 from penstock.plugins.grammars.llguidance import LlGuidance
@@ -261,7 +262,7 @@ def test_a_token_that_may_not_follow_is_no_limit() -> None:
 
 @pytest.mark.parametrize(("budget", "says"), [("PREPARE_S", "seconds to be prepared"), ("STEP_S", "seconds for a token")])
 def test_a_grammar_that_would_hold_up_others_is_refused(monkeypatch: pytest.MonkeyPatch, budget: str, says: str) -> None:
-    monkeypatch.setattr(backend, budget, 0.0)
+    monkeypatch.setattr(trial, budget, 0.0)
     with pytest.raises(InvalidRequest, match=says):
         LlGuidance(TOKENS, [SPECIAL]).compile("json", wide(600, required=False)[0])
 
