@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def mask_of(chosen: list[bool], words: int) -> I32:
 
 class Starts:
     """Masks of a vocabulary: tokens that do `not` begin with a part of a number; not with an exponent (in a number, or bringing one of their own); those
-    that begin with a quote."""
+    that begin with a quote; those that have no escape of a character's code in them, and no `u` at their beginning."""
 
     def __init__(self, tokens: Sequence[bytes], words: int) -> None:
         number = frozenset(b"0123456789.eE+-")
@@ -39,6 +40,8 @@ class Starts:
         self.no_exponent = mask_of([re.match(rb"[0-9.]*[eE]", token) is None for token in tokens], words)
         self.no_own_exponent = mask_of([_EXPONENT.match(token) is None for token in tokens], words)
         self.quote = mask_of([token[:1] == b'"' for token in tokens], words)
+        self.no_code = mask_of([b"\\u" not in token for token in tokens], words)
+        self.no_u = mask_of([token[:1] != b"u" for token in tokens], words)
 
 
 class Bounds:
@@ -52,6 +55,12 @@ class Bounds:
         self._escaped = False
         self._string = 0
         self._number = 0
+
+    def copy(self) -> Self:
+        """Another answer that has come as far."""
+        other = type(self)(self._starts)
+        other._in_string, other._escaped, other._string, other._number = self._in_string, self._escaped, self._string, self._number
+        return other
 
     @property
     def in_string(self) -> bool:
@@ -84,6 +93,17 @@ class Bounds:
             _keep(out, starts.no_number, may_end)
         else:
             _keep(out, starts.no_exponent if self._number else starts.no_own_exponent, may_end)
+
+
+class TameBounds(Bounds):
+    """Bounds under which no character is said by its code (\\u0061), so that a name is spelt in one way only."""
+
+    __slots__ = ()
+
+    def narrow(self, out: I32, may_end: bool) -> None:
+        """See Bounds."""
+        super().narrow(out, may_end)
+        _keep(out, self._starts.no_u if self._escaped and self._in_string else self._starts.no_code, may_end)
 
 
 def _keep(out: I32, mask: I32, may_be_empty: bool) -> None:

@@ -26,7 +26,7 @@ from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.bounds import Bounds, Starts
 from penstock.plugins.grammars.keywords import check_schema
 from penstock.plugins.grammars.layouts import Regions, lowered
-from penstock.plugins.grammars.spelling import spelled
+from penstock.plugins.grammars.spelling import spelled, whole
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
@@ -239,7 +239,7 @@ def _grammar(kind: str, source: str) -> str:
             raise InvalidRequest(f"The schema cannot be used: {error}."[:300]) from None
         return made
     if kind == "regex":
-        return str(llguidance.LLMatcher.grammar_from_regex(_whole(source)))
+        return str(llguidance.LLMatcher.grammar_from_regex(whole(source)))
     if kind == "choice":
         choices = json.loads(source)
         return str(llguidance.LLMatcher.grammar_from_regex("|".join(_META.sub(r"\\\1", choice) for choice in choices)))
@@ -251,12 +251,3 @@ def _grammar(kind: str, source: str) -> str:
         except Exception as error:  # its own are no more than Exception
             raise InvalidRequest(f"The grammar is no GBNF: {error}."[:300]) from None
     return str(llguidance.LLMatcher.grammar_from_lark(source))
-
-
-def _whole(source: str) -> str:
-    """An expression is for the whole answer, with or without anchors at its ends."""
-    if source.startswith("^") and "|" not in source:
-        source = source[1:]
-    if source.endswith("$") and not source.endswith("\\$") and "|" not in source:
-        source = source[:-1]
-    return source
