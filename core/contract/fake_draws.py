@@ -27,6 +27,14 @@ def fall_of(digest: np.uint64) -> float:
     return 0.25 + int(mix(np.array([digest], np.uint64))[0] >> np.uint64(33)) % 16 / 8
 
 
+def likeliest(token: int, top: int, fall: float, vocab: int, allowed: npt.NDArray[np.bool_] | None = None) -> tuple[list[int], list[float]]:
+    """Log-probabilities behind a history: the drawn `token` first, then the `top` likeliest of the allowed ones (-inf where there are no more)."""
+    order = [k for k in range(vocab if allowed is not None else top) if allowed is None or allowed[(token + k) % vocab]][:top]
+    falls = [0, *order, *[0] * (top - len(order))]
+    values = [-0.5 - k * fall for k in falls[: 1 + len(order)]] + [-float("inf")] * (top - len(order))
+    return [(token + k) % vocab for k in falls], values
+
+
 class Mask:
     """What Sample.mask allows. `impossible`: rows for which that is nothing."""
 
@@ -39,6 +47,12 @@ class Mask:
         self._rows = work.mask_rows
         masked = np.nonzero(work.mask_rows >= 0)[0]
         self.impossible: I32Array = i32(masked[~self._allowed[work.mask_rows[masked]].any(axis=1)])
+
+    def of(self, i: int) -> npt.NDArray[np.bool_]:
+        """Which tokens row `i` may draw: a flag for each of the vocabulary."""
+        row = int(self._rows[i])
+        allowed: npt.NDArray[np.bool_] = np.ones_like(self._allowed[0]) if row < 0 else self._allowed[row]
+        return allowed
 
     def apply(self, tokens: I32Array, value: U64) -> None:
         """In place; a row that may draw nothing keeps its token."""

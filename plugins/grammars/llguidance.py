@@ -187,6 +187,10 @@ class LlMatcher:
         self._last = self._room[len(tokens) // 32 :]
         """The word with the library's own end token, which is the first bit that is not ours."""
 
+    def fork(self) -> LlMatcher:
+        """See Forks."""
+        return LlMatcher(self._inner.deep_copy(), self._tokens, None if self._bounds is None else self._bounds.copy(), self.group)
+
     def consume(self, token: int) -> bool:
         """See Matcher."""
         if self._bounds is not None:

@@ -129,11 +129,19 @@ def _values(said: dict[str, Any], schema: dict[str, Any], at: str, root: Any) ->
     values = [value for value in values if check.is_valid(value)]
     if not values:
         raise _refuse(f"the schema at {(at or '/')[:200]}, which no value satisfies,")
-    for value in values:
-        text = json.dumps(value, ensure_ascii=False)
-        if "\\u" in text or isinstance(value, float) or "e" in text and isinstance(value, int) and not isinstance(value, bool):
-            raise _at(keyword, at)
+    text = json.dumps(values, ensure_ascii=False)
+    if "\\u" in text or "\x7f" in text or not _spelt_as_it_is(values):
+        raise _at(keyword, at)
     return {"enum": values}
+
+
+def _spelt_as_it_is(value: Any) -> bool:
+    """Will the library's own JSON have the same numbers?"""
+    if isinstance(value, dict):
+        return all(map(_spelt_as_it_is, value.values()))
+    if isinstance(value, list):
+        return all(map(_spelt_as_it_is, value))
+    return not isinstance(value, float) and (not isinstance(value, int) or abs(value) <= MOST_DIGITS)
 
 
 def _typed(kind: str, said: dict[str, Any], at: str, root: Any) -> dict[str, Any]:
@@ -212,7 +220,8 @@ def _string(told: dict[str, Any], at: str) -> dict[str, Any]:
 def _integer(told: dict[str, Any], at: str) -> dict[str, Any]:
     if "multipleOf" in told:
         raise _at("multipleOf", at)
-    lows, highs = [], []
+    lows: list[int] = []
+    highs: list[int] = []
     for keyword, into, step in (
         ("minimum", lows, 0),
         ("exclusiveMinimum", lows, 1),

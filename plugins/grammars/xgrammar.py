@@ -30,7 +30,7 @@ from penstock.plugins.grammars.spelling import spelled, whole
 
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")  # its bindings would build an extension for torch, which is not used here
 
-import xgrammar  # noqa: E402
+import xgrammar
 
 MOST_WHITE = 40
 """White space between two parts of JSON, as llguidance.WHITE."""
