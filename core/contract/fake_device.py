@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
-from penstock.core.contract.fake_draws import FakeDraws, Mask, Script, fall_of, likeliest
+from penstock.core.contract.fake_draws import FakeDraws, Mask, Script, columns_of, fall_of
 from penstock.core.contract.fake_pool import FakePool
 from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
-from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, f32, i32
+from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, i32
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 
@@ -351,7 +351,7 @@ class FakeRunner:
                 falls.append(fall_of(self._digest[slot, positions[i] - 1]))
                 if mask is not None and state.params.beam is not None:
                     allowed[i] = mask.of(i)
-        return self._columns(wanted, falls, allowed)
+        return columns_of(wanted, self.facts.vocab_size, falls, allowed)
 
     def _prompt_logprobs(
         self, work: Sample, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
@@ -363,27 +363,7 @@ class FakeRunner:
             limit = int(self._length[slot]) if state is None else state.prompt_len
             for position in range(int(starts[row]) + 1, min(int(ends[row]) + 1, limit)):
                 wanted.append((i, position, int(self._history[slot, position]), top))
-        return self._columns(wanted)
-
-    def _columns(
-        self,
-        wanted: list[tuple[int, int, int, int]],
-        falls: list[float] | None = None,
-        allowed: dict[int, npt.NDArray[np.bool_]] | None = None,
-    ) -> LogprobColumns | None:
-        if not wanted:
-            return None
-        vocab, allowed = self.facts.vocab_size, allowed or {}
-        falls = falls or [1.0] * len(wanted)
-        found = [likeliest(w[2], w[3], fall, vocab, allowed.get(w[0])) for w, fall in zip(wanted, falls, strict=True)]
-        return LogprobColumns(
-            rows=i32([w[0] for w in wanted]),
-            positions=i32([w[1] for w in wanted]),
-            counts=i32([1 + w[3] for w in wanted]),
-            ranks=i32([1] * len(wanted)),
-            ids=i32([id for ids, _ in found for id in ids]),
-            values=f32([value for _, values in found for value in values]),
-        )
+        return columns_of(wanted, self.facts.vocab_size)
 
 
 def _vocab_of(model_path: str) -> int | None:

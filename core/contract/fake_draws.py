@@ -1,7 +1,7 @@
 """The fake device's draws: which token follows which history.
 
 What it is: `FakeDraws`, a deterministic function of the KV entry before a position, of seed and choice (unless greedy) and of the sampling settings
-that a test may use; the check of drafts against it; and what a mask allows.
+that a test may use; the check of drafts against it; what a mask allows; and the log-probabilities that are told.
 What it does not know: rows that draw nothing, prompts, how columns are refereed (fake_slots.py, fake_device.py).
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.fake_slots import U64, FakeSlots, mix
-from penstock.core.protocol.columns import i32
-from penstock.core.protocol.messages import Sample, SlotSampling
+from penstock.core.protocol.columns import f32, i32
+from penstock.core.protocol.messages import LogprobColumns, Sample, SlotSampling
 
 I32Array = npt.NDArray[np.int32]
 I64Array = npt.NDArray[np.int64]
@@ -33,6 +33,27 @@ def likeliest(token: int, top: int, fall: float, vocab: int, allowed: npt.NDArra
     falls = [0, *order, *[0] * (top - len(order))]
     values = [-0.5 - k * fall for k in falls[: 1 + len(order)]] + [-float("inf")] * (top - len(order))
     return [(token + k) % vocab for k in falls], values
+
+
+def columns_of(
+    wanted: list[tuple[int, int, int, int]],
+    vocab: int,
+    falls: list[float] | None = None,
+    allowed: dict[int, npt.NDArray[np.bool_]] | None = None,
+) -> LogprobColumns | None:
+    """Of each (row, position, token, top) that is wanted: see `likeliest`, with `falls` by place and `allowed` by row."""
+    if not wanted:
+        return None
+    falls, allowed = falls or [1.0] * len(wanted), allowed or {}
+    found = [likeliest(w[2], w[3], fall, vocab, allowed.get(w[0])) for w, fall in zip(wanted, falls, strict=True)]
+    return LogprobColumns(
+        rows=i32([w[0] for w in wanted]),
+        positions=i32([w[1] for w in wanted]),
+        counts=i32([1 + w[3] for w in wanted]),
+        ranks=i32([1] * len(wanted)),
+        ids=i32([id for ids, _ in found for id in ids]),
+        values=f32([value for _, values in found for value in values]),
+    )
 
 
 class Mask:

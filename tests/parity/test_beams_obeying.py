@@ -82,7 +82,7 @@ def reference(model: Any, admit: Admit, follow: Following) -> list[tuple[list[in
         end = next((at for at, token in enumerate(row) if token == END), len(row) - 1)
         if np.isfinite(score) and score > -1e6 and VOCAB - 1 not in row[: end + 1]:
             found.append((row[: end + 1], score))
-    return found[: admit.sampling.n]
+    return found
 
 
 GRAMMARS = [
@@ -104,18 +104,16 @@ def test_hypotheses_are_those_of_transformers(kind: str, source: str, backend: t
     compiled = grammars.compile(kind, source)
     rng = np.random.default_rng(len(source))
     asked: list[Admit] = []
-    for size in (1, 16, 33):
-        for width, penalty, early in ((2, 1.0, False), (4, 0.0, True), (6, 2.0, "never"), (5, -1.0, False)):
+    for size in (1, 17):
+        for width, penalty, early in ((2, 1.0, False), (6, 2.0, "never"), (4, -1.0, True)):
             beam = Beam(width=width, length_penalty=penalty, early_stopping=early)
             admit = test_beams.ask(len(asked) + 1, rng.integers(0, VOCAB - 2, size).tolist(), beam, n=1, most=14, eos=[END])
             asked.append(msgspec.structs.replace(admit, grammar=compiled))
     expected = [reference(model, admit, Following(grammars, compiled, admit.prompt.size)) for admit in asked]
-    n = [max(1, min(len(one), admit.sampling.beam.width)) for one, admit in zip(expected, asked, strict=True) if admit.sampling.beam]
-    expected = [
-        reference(model, admit_of(admit, count), Following(grammars, compiled, admit.prompt.size))
-        for admit, count in zip(asked, n, strict=True)
+    asked = [
+        msgspec.structs.replace(admit, choices=i32(range(len(one))), sampling=msgspec.structs.replace(admit.sampling, n=len(one)))
+        for admit, one in zip(asked, expected, strict=True)
     ]
-    asked = [admit_of(admit, count) for admit, count in zip(asked, n, strict=True)]
     found = test_beams.search(folder, asked, vocabulary=WORDS, grammar_backend=name)
     for admit, mine, theirs in zip(asked, found, expected, strict=True):
         beam = admit.sampling.beam
@@ -128,7 +126,3 @@ def test_hypotheses_are_those_of_transformers(kind: str, source: str, backend: t
             said = tokens[:-1] if stopped else tokens
             assert all(matcher.consume(token) for token in said)
             assert matcher.may_end() or not stopped
-
-
-def admit_of(admit: Admit, n: int) -> Admit:
-    return msgspec.structs.replace(admit, choices=i32(range(n)), sampling=msgspec.structs.replace(admit.sampling, n=n))
