@@ -344,7 +344,7 @@ def beams() -> list[str]:
         " `temperature` and `seed` have no effect, and the model's sampling defaults do not count. min_tokens, stop_token_ids, ignore_eos and log-probabilities"
         " work, and so does what answers obey ([grammars](#grammars), calls of tools): of each beam the likeliest tokens that may follow are looked at, as with"
         " transformers' `prefix_allowed_tokens_fn`, and the likeliest that `logprobs` tells are among these. Answers differ in their tokens, which may spell the same"
-        " text; where the search finds fewer than n that obey, that is a 400. What would else change which tokens may be drawn (top_p, top_k, min_p, penalties,"
+        " text; where the search finds fewer than n that obey, the others end as errors that say so. What would else change which tokens may be drawn (top_p, top_k, min_p, penalties,"
         " logit_bias, allowed_token_ids, bad_words) and `stop` are a 400 that names the field, as is a search for which the KV cache may be too small. No answer is known before the search is over: with stream, each"
         " comes in one piece at the end. usage counts the tokens of the n answers. Each beam counts against --max-choices and --max-num-seqs.",
         "",

@@ -112,7 +112,7 @@ def test_a_request_that_kills_engines_is_failed_alone(begin: Any, stream: Any) -
 
 def test_a_search_whose_engine_dies_finds_the_same(begin: Any, stream: Any) -> None:
     """It begins anew in the next engine, and nobody can tell: with a grammar too, whose places are made anew."""
-    server = begin({"step_s": 0.02}).ready()
+    server = begin({"step_s": 0.02}, max_num_seqs=12).ready()
     plain = {"prompt": "Count:", "max_tokens": 80, "use_beam_search": True, "best_of": 4, "n": 3, "ignore_eos": True}
     obeying = {
         "prompt": "Say:",
@@ -120,7 +120,7 @@ def test_a_search_whose_engine_dies_finds_the_same(begin: Any, stream: Any) -> N
         "use_beam_search": True,
         "best_of": 4,
         "n": 2,
-        "guided_regex": "[a-z]{70,75}",
+        "guided_regex": "[a-z]{600,605}",
         "logprobs": 1,
     }
 
@@ -135,7 +135,7 @@ def test_a_search_whose_engine_dies_finds_the_same(begin: Any, stream: Any) -> N
             thread.start()
         if kill:
             beside = stream(server, 150)
-            beside.reached(40)  # in the midst of both searches, which have 75 steps and more
+            beside.reached(40)  # in the midst of both searches, which have 80 steps
             assert all(thread.is_alive() for thread in threads)
             server.children()["engine"].kill()
             beside.join(30)

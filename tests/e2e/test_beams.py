@@ -98,13 +98,12 @@ def test_choices(server: Any) -> None:
     assert {choice["finish_reason"] for choice in reply["choices"]} == {"stop"}
 
 
-def test_more_answers_than_the_grammar_has_is_an_error_that_says_so(server: Any) -> None:
-    asked = {"prompt": ASK, "max_tokens": 24, "use_beam_search": True, "n": 12, "guided_choice": ["x", "y"]}
-    refused = server.client.post("/v1/completions", json=asked)
-    assert refused.status_code == 400, refused.text
-    error = refused.json()["error"]
-    assert error["param"] == "n"
-    assert "answers that obey guided_choice" in error["message"]
+def test_answers_that_the_grammar_does_not_have_are_errors_that_say_so(server: Any) -> None:
+    *there, last = search(server, n=12, best_of=12, guided_choice=["x", "y"])["choices"]
+    assert {choice["text"] for choice in there if choice["finish_reason"] == "stop"} == {"x", "y"}
+    assert last["finish_reason"] == "error"
+    assert (last["error"]["type"], last["error"]["code"]) == ("invalid_request_error", "invalid_value")
+    assert "answers that obey guided_choice" in last["error"]["message"]
 
 
 def test_a_call_that_is_asked_for_can_be_searched(server: Any) -> None:
