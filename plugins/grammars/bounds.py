@@ -21,6 +21,8 @@ LONGEST_STRING = 32768
 """Bytes between quotes. A schema's own maxLength may be smaller."""
 
 _EXPONENT = re.compile(rb"[\s,:\[]*-?[0-9][0-9.]*[eE]")
+_WILD = re.compile(rb"[\x00-\x1f]|\\u|^u")
+"""What a token must have that is not tame."""
 
 
 def mask_of(chosen: list[bool], words: int) -> I32:
@@ -32,7 +34,7 @@ def mask_of(chosen: list[bool], words: int) -> I32:
 
 class Starts:
     """Masks of a vocabulary: tokens that do `not` begin with a part of a number; not with an exponent (in a number, or bringing one of their own); those
-    that begin with a quote; those that have no escape of a character's code in them, and no `u` at their beginning."""
+    that begin with a quote."""
 
     def __init__(self, tokens: Sequence[bytes], words: int) -> None:
         number = frozenset(b"0123456789.eE+-")
@@ -40,8 +42,6 @@ class Starts:
         self.no_exponent = mask_of([re.match(rb"[0-9.]*[eE]", token) is None for token in tokens], words)
         self.no_own_exponent = mask_of([_EXPONENT.match(token) is None for token in tokens], words)
         self.quote = mask_of([token[:1] == b'"' for token in tokens], words)
-        self.no_code = mask_of([b"\\u" not in token for token in tokens], words)
-        self.no_u = mask_of([token[:1] != b"u" for token in tokens], words)
 
 
 class Bounds:
@@ -58,7 +58,8 @@ class Bounds:
 
     def copy(self) -> Self:
         """Another answer that has come as far."""
-        other = type(self)(self._starts)
+        other = type(self).__new__(type(self))
+        other._starts = self._starts
         other._in_string, other._escaped, other._string, other._number = self._in_string, self._escaped, self._string, self._number
         return other
 
@@ -95,15 +96,52 @@ class Bounds:
             _keep(out, starts.no_exponent if self._number else starts.no_own_exponent, may_end)
 
 
-class TameBounds(Bounds):
-    """Bounds under which no character is said by its code (\\u0061), so that a name is spelt in one way only."""
+class TameStarts(Starts):
+    """And tokens that are `tame` outside of a string, in one, and behind a backslash in one: they put no control character into a string, and say no
+    character by its code."""
 
-    __slots__ = ()
+    def __init__(self, tokens: Sequence[bytes], words: int) -> None:
+        super().__init__(tokens, words)
+        states = ((False, False), (True, False), (True, True))
+        self.tame = [mask_of([_tame(token, *state) for token in tokens], words) for state in states]
+
+
+def _tame(token: bytes, in_string: bool, escaped: bool) -> bool:
+    if _WILD.search(token) is None:
+        return True
+    for byte in token:
+        if not in_string:
+            in_string = byte == 0x22
+        elif byte < 0x20 or (escaped and byte == 0x75):
+            return False
+        elif escaped:
+            escaped = False
+        elif byte == 0x22:
+            in_string = False
+        else:
+            escaped = byte == 0x5C
+    return True
+
+
+class TameBounds(Bounds):
+    """Bounds under which what stands in a string is JSON whatever the grammar says of it, and a name is spelt in one way only."""
+
+    __slots__ = ("_tame",)
+
+    def __init__(self, starts: TameStarts) -> None:
+        super().__init__(starts)
+        self._tame = starts.tame
+
+    def copy(self) -> Self:
+        """See Bounds."""
+        other = super().copy()
+        other._tame = self._tame
+        return other
 
     def narrow(self, out: I32, may_end: bool) -> None:
         """See Bounds."""
         super().narrow(out, may_end)
-        _keep(out, self._starts.no_u if self._escaped and self._in_string else self._starts.no_code, may_end)
+        out &= self._tame[self._in_string + (self._in_string and self._escaped)]
 
 
 def _keep(out: I32, mask: I32, may_be_empty: bool) -> None:

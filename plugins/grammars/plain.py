@@ -130,17 +130,15 @@ def _values(said: dict[str, Any], schema: dict[str, Any], at: str, root: Any) ->
     if not values:
         raise _refuse(f"the schema at {(at or '/')[:200]}, which no value satisfies,")
     text = json.dumps(values, ensure_ascii=False)
-    if "\\u" in text or "\x7f" in text or not _spelt_as_it_is(values):
+    if any(isinstance(value, (dict, list)) and value for value in values):  # which can be spelt in many ways
+        raise _at(keyword, at)
+    if "\\u" in text or "\x7f" in text or not all(map(_spelt_as_it_is, values)):
         raise _at(keyword, at)
     return {"enum": values}
 
 
 def _spelt_as_it_is(value: Any) -> bool:
-    """Will the library's own JSON have the same numbers?"""
-    if isinstance(value, dict):
-        return all(map(_spelt_as_it_is, value.values()))
-    if isinstance(value, list):
-        return all(map(_spelt_as_it_is, value))
+    """Will the library's own JSON have the same number?"""
     return not isinstance(value, float) and (not isinstance(value, int) or abs(value) <= MOST_DIGITS)
 
 
@@ -202,19 +200,10 @@ def _counts(told: dict[str, Any], least: str, most: str, at: str) -> dict[str, A
 
 
 def _string(told: dict[str, Any], at: str) -> dict[str, Any]:
-    if "format" in told:
-        raise _at("format", at)
-    if "pattern" not in told:
-        return _counts(told, "minLength", "maxLength", at)
-    if len(told) > 1:
-        raise _at("pattern", at)
-    pattern = told["pattern"]
-    if not isinstance(pattern, str) or not pattern.startswith("^") or not pattern.endswith("$") or pattern.endswith("\\$"):
-        raise _at("pattern", at)
-    try:
-        return {"pattern": f"^{_Regex(pattern[1:-1], quoted=True).read()}$"}
-    except UnsupportedFeature:
-        raise _at("pattern", at) from None
+    for keyword in ("format", "pattern"):
+        if keyword in told:  # the library's patterns let through what does not match: ^a(\\.[0-9]{1,9})?Z$ takes a1Z
+            raise _at(keyword, at)
+    return _counts(told, "minLength", "maxLength", at)
 
 
 def _integer(told: dict[str, Any], at: str) -> dict[str, Any]:
@@ -249,12 +238,10 @@ def _integer(told: dict[str, Any], at: str) -> dict[str, Any]:
 
 
 class _Regex:
-    """A regular expression read and said again in the words that mean the same everywhere. `quoted`: it is for the inside of a JSON string, where nothing
-    may need a backslash."""
+    """A regular expression read and said again in the words that mean the same everywhere."""
 
-    def __init__(self, source: str, *, quoted: bool = False) -> None:
+    def __init__(self, source: str) -> None:
         self._source = source
-        self._quoted = quoted
         self._at = 0
 
     def read(self) -> str:
@@ -317,8 +304,6 @@ class _Regex:
         if char == "[":
             return self._set()
         if char == ".":
-            if self._quoted:
-                raise self._no()
             self._at += 1
             return "[^\\n]"
         if char == "\\":
@@ -328,7 +313,7 @@ class _Regex:
         return self._plain(self._take())
 
     def _plain(self, char: str) -> str:
-        if char < " " or (self._quoted and (char in '"\\' or not " " <= char <= "~")) or "\ud800" <= char <= "\udfff":
+        if char < " " or "\ud800" <= char <= "\udfff":
             self._at -= 1
             raise self._no()
         return f"\\{char}" if char in "\\.+*?()|[]{}^$-/" else char
@@ -337,13 +322,10 @@ class _Regex:
         self._at += 1
         char = self._take()
         if char in _CLASSES:
-            if self._quoted and char == "s":
-                self._at -= 2
-                raise self._no()
             return _CLASSES[char] if within else f"[{_CLASSES[char]}]"
-        if char in _CONTROL and not self._quoted:
+        if char in _CONTROL:
             return _CONTROL[char]
-        if char and char in _LITERAL and not (self._quoted and char in '"\\'):
+        if char and char in _LITERAL:
             return self._plain(char)
         self._at -= 2
         raise self._no()
@@ -352,8 +334,6 @@ class _Regex:
         self._at += 1
         no = self._next() == "^"
         if no:
-            if self._quoted:
-                raise self._no()
             self._at += 1
         made: list[str] = []
         while (char := self._next()) != "]" or not made:
@@ -366,10 +346,6 @@ class _Regex:
                 if len(first.lstrip("\\") or first) != 1 or len(last.lstrip("\\") or last) != 1 or first[-1] > last[-1]:
                     raise self._no()
                 first = f"{first}-{last}"
-                if self._quoted and ord(first.lstrip("\\")[0]) <= 0x5C <= ord(last[-1]):
-                    raise self._no()  # the backslash is between them
-                if self._quoted and ord(first.lstrip("\\")[0]) <= 0x22 <= ord(last[-1]):
-                    raise self._no()
             made.append(first)
         self._at += 1
         return f"[{'^' if no else ''}{''.join(made)}]"
@@ -381,8 +357,8 @@ class _Regex:
 
 
 def plain_regex(source: str) -> str:
-    """For the whole of an answer. Raises UnsupportedFeature."""
-    return _Regex(source).read()
+    """For the whole of an answer, as GBNF. Raises UnsupportedFeature."""
+    return f"root ::= {_Ebnf(_Regex(source).read()).read()}"
 
 
 # ------------------------------------------------------------------ grammars
@@ -450,7 +426,7 @@ def plain_lark(source: str) -> str:
         elif kind == "name":
             rules.append(f" r_{text} ")
         elif kind == "regex":
-            rules.append(f" {_Ebnf(plain_regex(text[1:-1].replace(chr(92) + '/', '/'))).read()} ")
+            rules.append(f" {_Ebnf(_Regex(text[1:-1]).read()).read()} ")
         elif kind == "text":
             rules.append(f" {literal(json.loads(text))} ")
         elif kind == "sign":

@@ -22,7 +22,7 @@ from penstock.core.contract.grammars import Matcher
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.plugins.grammars import trial
-from penstock.plugins.grammars.bounds import Bounds, Starts, TameBounds
+from penstock.plugins.grammars.bounds import Bounds, TameBounds, TameStarts
 from penstock.plugins.grammars.keywords import check_schema
 from penstock.plugins.grammars.llguidance import LlGuidance
 from penstock.plugins.grammars.plain import choices, plain_ebnf, plain_lark, plain_regex, plain_schema
@@ -53,7 +53,7 @@ class XGrammar:
         self._info = xgrammar.TokenizerInfo(
             text, xgrammar.VocabType.RAW, vocab_size=self._end + 1, stop_token_ids=[self._end], add_prefix_space=False
         )
-        self._starts = Starts(tokens, self._words)
+        self._starts = TameStarts(tokens, self._words)
         self._trial = trial.Trial(tokens)
         self._kept: OrderedDict[bytes, Any] = OrderedDict()
         self._other: LlGuidance | None = None
@@ -95,7 +95,7 @@ class XGrammar:
             plain = plain_schema(spelled(schema))
             return compiler.compile_json_schema(json.dumps(plain, ensure_ascii=False), strict_mode=False, max_whitespace_cnt=MOST_WHITE)
         if kind == "regex":
-            return compiler.compile_regex(plain_regex(whole(source)))
+            return compiler.compile_grammar(plain_regex(whole(source)))
         if kind == "choice":
             return compiler.compile_grammar(choices(json.loads(source)))
         if kind == "grammar":

@@ -54,6 +54,7 @@ def test_built_ins_come_through_entry_points() -> None:
 
 def test_the_names_that_root_knows_are_those_that_come_with_penstock() -> None:
     engine, edge = PluginHost("engine").load(), PluginHost("edge").load()
+    engine.grammars()
     families = {
         "device": {"auto", *engine.devices()},
         "attention_backend": set(engine.attention_backends()),
