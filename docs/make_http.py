@@ -26,6 +26,7 @@ from penstock.plugins.formats import BUILT_IN
 from penstock.plugins.grammars import bounds as bounded
 from penstock.plugins.grammars import keywords
 from penstock.plugins.grammars import llguidance as schemas
+from penstock.plugins.grammars import trial
 from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
 from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply
@@ -366,6 +367,11 @@ def grammars() -> list[str]:
         " say how reasoning is written, there is none. Beside `tools` an answer is content that obeys, or calls; where calls could not be told from such an answer"
         " (llama3_json, pythonic, structural tags) it is a 400 that names the field.",
         "",
+        "`--grammar-backend xgrammar` (or `--structured-outputs-config.backend`, `--guided-decoding-backend`; it comes with `pip install 'penstock[xgrammar]'`) has xgrammar"
+        " obey what it expresses exactly: choices, expressions, GBNF and Lark of rules, texts, sets and repetitions, and schemas of types, properties, items, lengths,"
+        " bounds of integers, enum, anyOf and `$ref`. All else, patterns and formats among it, llguidance obeys as it does without the option, under the same list of"
+        " keywords; what is not on the list is the same 400.",
+        "",
         "Structural tags are free text in which each of `triggers` begins one of the tags: its `begin`, JSON that obeys its `schema`, its `end`. xgrammar's `format` may be"
         " `triggered_tags` (without `at_least_one` and `stop_after_first`), `tag`, `json_schema`, `regex` or `grammar`, and a tag's `content` one of the last three; others"
         " are a 400 `unsupported_feature` that names them. Tags are plain text: they are not spelt in special tokens.",
@@ -381,7 +387,7 @@ def grammars() -> list[str]:
         "Regular expressions are Rust's, for the whole answer; they have no look-around. Grammars are GBNF (rules with `::=`) or Lark without"
         f" directives but `%ignore`, `%regex` and `%import`. A source has at most {obedience.MOST_CHARS} characters. It is compiled in a process of its"
         f" own: what takes more than {compiling.COMPILE_S:g} s or 1 GiB is a 400. So is"
-        f" what would hold up other requests: {schemas.PREPARE_S:g} s to be prepared, or {schemas.STEP_S:g} s for a token in the first {schemas.TRIED}. One"
+        f" what would hold up other requests: {trial.PREPARE_S:g} s to be prepared, or {trial.STEP_S:g} s for a token in the first {trial.TRIED}. One"
         " that becomes too much only later ends its answer with an error that names it.",
         "",
     ]

@@ -36,8 +36,8 @@ MOST_WHITE = 40
 """White space between two parts of JSON, as llguidance.WHITE."""
 MOST_KEPT = 64
 """Compiled grammars that a process keeps."""
-MOST_BYTES = 32 << 20
-"""Of a compiled grammar before it is packed."""
+MOST_BYTES = 8 << 20
+"""Of a compiled grammar before it is packed: what an engine unpacks within `trial.PREPARE_S`, or nearly."""
 
 
 class XGrammar:
@@ -76,6 +76,13 @@ class XGrammar:
         body = made.serialize_json().encode()
         if len(body) > MOST_BYTES:
             return self._beside().compile(kind, source)
+        try:
+            return self._tried(kind, body)
+        except InvalidRequest:  # nothing can satisfy it, or it costs too much here
+            return self._beside().compile(kind, source)
+
+    def _tried(self, kind: str, body: bytes) -> bytes:
+        """Packed, if an engine can afford it."""
         compiled = (b"X" if kind == "json" else b"x") + zlib.compress(body, 1)
         began = time.thread_time()
         matcher = self.matcher(compiled)
