@@ -24,9 +24,7 @@ from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.plugins.formats import BUILT_IN
 from penstock.plugins.grammars import bounds as bounded
-from penstock.plugins.grammars import keywords
-from penstock.plugins.grammars import llguidance as schemas
-from penstock.plugins.grammars import trial
+from penstock.plugins.grammars import keywords, trial
 from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
 from penstock.transports.builtin import register_transports
 from penstock.transports.fields import about, about_reply

@@ -1,7 +1,8 @@
 """What xgrammar expresses exactly, and how it is told.
 
 What it is: `plain_schema`, `plain_regex`, `plain_lark` and `plain_ebnf`: the part of each language that means the same there as it says, in a form in which it does.
-All else is an UnsupportedFeature that names the keyword or the part: the library takes much of it without a word and then ignores it.
+All else is an UnsupportedFeature that names the keyword or the part: the library takes much of it without a word and then ignores it. It is long because
+each language is read here for itself.
 What it does not know: backends (nothing of the library is imported here), which keywords there may be at all (see keywords.py).
 """
 
@@ -29,8 +30,10 @@ OF_TYPE = {
 SAID = frozenset().union(*OF_TYPE.values())
 MOST_DIGITS = 10**15
 """Bounds of integers are below this."""
-MOST_COUNT = 10_000
-"""minItems, maxLength and their like are at most this."""
+MOST_COUNT = 16
+"""minItems, maxLength and their like are at most this: the library prepares masks for each of so many places, which takes seconds for hundreds."""
+MOST_PARTS = 100
+"""Schemas within a schema, for the same reason."""
 _TAME = re.compile(r'[^"\\/\x00-\x1f]*')
 """Names of properties that JSON can spell in one way only, once \\u is not said (see TameBounds)."""
 _REF = re.compile(r"#(/(\$defs|definitions)/[A-Za-z0-9_.-]+)?")
@@ -51,6 +54,8 @@ def _refuse(what: str) -> UnsupportedFeature:
 
 def plain_schema(schema: Any) -> Any:
     """`schema` has passed `check_schema` and `spelled`. Raises UnsupportedFeature naming the keyword; InvalidRequest if nothing can satisfy it."""
+    if json.dumps(schema).count("{") > MOST_PARTS:
+        raise _refuse(f"a schema of more than {MOST_PARTS} parts")
     made = _schema(schema, "", schema)
     if isinstance(schema, dict):
         for place in ("$defs", "definitions"):
