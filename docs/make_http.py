@@ -25,8 +25,7 @@ from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.plugins.formats import BUILT_IN
 from penstock.plugins.grammars import bounds as bounded
-from penstock.plugins.grammars import keywords
-from penstock.plugins.grammars import llguidance as schemas
+from penstock.plugins.grammars import keywords, trial
 from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
 from penstock.transports.abilities import ABILITIES
 from penstock.transports.builtin import register_transports
@@ -372,8 +371,10 @@ def beams() -> list[str]:
         " transformers' `generate` with `num_beams`, `length_penalty` and `early_stopping`. An answer's score is the sum of its tokens' log-probabilities divided"
         " by its number of tokens, the end token included, to the power of length_penalty. Beams share their KV blocks as far as they agree."
         " `temperature` and `seed` have no effect, and the model's sampling defaults do not count. min_tokens, stop_token_ids, ignore_eos and log-probabilities"
-        " work; what would change which tokens may be drawn (top_p, top_k, min_p, penalties, logit_bias, allowed_token_ids, bad_words, grammars) and `stop` are"
-        " a 400 that names the field, as is a search for which the KV cache may be too small. No answer is known before the search is over: with stream, each"
+        " work, and so does what answers obey ([grammars](#grammars), calls of tools): of each beam the likeliest tokens that may follow are looked at, as with"
+        " transformers' `prefix_allowed_tokens_fn`, and the likeliest that `logprobs` tells are among these. Answers differ in their tokens, which may spell the same"
+        " text; where the search finds fewer than n that obey, the others end as errors that say so. What would else change which tokens may be drawn (top_p, top_k, min_p, penalties,"
+        " logit_bias, allowed_token_ids, bad_words) and `stop` are a 400 that names the field, as is a search for which the KV cache may be too small. No answer is known before the search is over: with stream, each"
         " comes in one piece at the end. usage counts the tokens of the n answers. Each beam counts against --max-choices and --max-num-seqs.",
         "",
     ]
@@ -396,6 +397,11 @@ def grammars() -> list[str]:
         " (`llama3_json`, `pythonic`, `xlam`) for whatever is no JSON schema, in `xlam` for every answer, and in `llama3_json`, whose calls are bare objects, where the"
         " schema leaves open which members an object has (`additionalProperties: false` closes it) or has `name` beside `parameters` or `arguments`.",
         "",
+        "`--grammar-backend xgrammar` (or `--structured-outputs-config.backend`, `--guided-decoding-backend`; it comes with `pip install 'penstock[xgrammar]'`) has xgrammar"
+        " obey what it expresses exactly: choices, expressions, GBNF and Lark of rules, texts, sets and repetitions, and schemas of types, properties, items, lengths,"
+        " bounds of integers, enum, anyOf and `$ref`. All else, patterns and formats among it, llguidance obeys as it does without the option, under the same list of"
+        " keywords; what is not on the list is the same 400.",
+        "",
         "Structural tags are free text in which each of `triggers` begins one of the tags: its `begin`, JSON that obeys its `schema`, its `end`. xgrammar's `format` may be"
         " `triggered_tags` (without `at_least_one` and `stop_after_first`), `tag`, `json_schema`, `regex` or `grammar`, and a tag's `content` one of the last three; others"
         " are a 400 `unsupported_feature` that names them. Tags are plain text: they are not spelt in special tokens.",
@@ -411,7 +417,7 @@ def grammars() -> list[str]:
         "Regular expressions are Rust's, for the whole answer; they have no look-around. Grammars are GBNF (rules with `::=`) or Lark without"
         f" directives but `%ignore`, `%regex` and `%import`. A source has at most {obedience.MOST_CHARS} characters. It is compiled in a process of its"
         f" own: what takes more than {compiling.COMPILE_S:g} s or 1 GiB is a 400. So is"
-        f" what would hold up other requests: {schemas.PREPARE_S:g} s to be prepared, or {schemas.STEP_S:g} s for a token in the first {schemas.TRIED}. One"
+        f" what would hold up other requests: {trial.PREPARE_S:g} s to be prepared, or {trial.STEP_S:g} s for a token in the first {trial.TRIED}. One"
         " that becomes too much only later ends its answer with an error that names it.",
         "",
     ]

@@ -1,7 +1,7 @@
 """The masks: which tokens each sequence with a grammar may draw next.
 
 What it is: an actor with a thread of its own. It keeps one matcher a sequence, advances it with every token that was drawn, and makes the mask of a
-step as soon as all earlier steps' tokens are known, while the device runs the step's Forward. A sequence whose grammar fails gets a mask
+step as soon as all earlier steps' tokens are known, while the device runs the step's Forward. Beams that branch take a copy of another's place along. A sequence whose grammar fails gets a mask
 of zeros: it alone fails, in the device's own order.
 What it does not know: grammars' languages (a plugin's), logits, what a sequence is for.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from penstock.core.contract.grammars import Grammars, Matcher, Together
+from penstock.core.contract.grammars import Forks, Grammars, Matcher, Together
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import Message
 from penstock.core.protocol.errors import InvalidRequest, described, tamed
@@ -27,7 +27,7 @@ Key = tuple[int, int]
 class _Place:
     """A sequence's place in its grammar. `matcher` None: it has failed, or waits to be made."""
 
-    __slots__ = ("drawn", "ends", "last", "matcher", "min_tokens")
+    __slots__ = ("drawn", "ends", "last", "matcher", "min_tokens", "past")
 
     def __init__(self, matcher: Matcher | None, ends: I32, min_tokens: int) -> None:
         self.matcher = matcher
@@ -35,9 +35,28 @@ class _Place:
         self.last = frozenset(ends.tolist())
         self.min_tokens = min_tokens
         self.drawn = 0
+        self.past: tuple[bytes, list[int]] | None = None
+        """Of a beam whose matcher cannot be copied: its grammar, and its tokens."""
+
+    def fork(self, grammars: Grammars) -> _Place:
+        """Another beam that has come as far."""
+        other = _Place(None, self.ends, self.min_tokens)
+        other.drawn = self.drawn
+        if self.past is not None:
+            grammar, tokens = self.past
+            other.past = grammar, list(tokens)
+        if isinstance(self.matcher, Forks):
+            other.matcher = self.matcher.fork()
+        elif self.matcher is not None and self.past is not None:
+            other.matcher = grammars.matcher(self.past[0])
+            if not all(other.matcher.consume(token) for token in self.past[1]):
+                other.matcher = None
+        return other
 
     def advance(self, token: int) -> None:
         self.drawn += 1
+        if self.past is not None:
+            self.past[1].append(token)
         if self.matcher is not None and token not in self.last and not self.matcher.consume(token):
             self.matcher = None
 
@@ -122,6 +141,8 @@ class Masks:
             try:
                 if self._grammars is not None:
                     place.matcher = self._grammars.matcher(message.grammar)
+                    if message.beams and not isinstance(place.matcher, Forks):
+                        place.past = message.grammar, []
                 for token in message.outputs[at : at + count].tolist():
                     place.advance(token)
             except BaseException as error:  # a library's panic is no Exception
@@ -130,6 +151,8 @@ class Masks:
 
     def _drawn(self, message: Drawn) -> None:
         self._undrawn.discard(message.step)
+        if message.sources.size:
+            self._branch(message)
         for seq, incarnation, token in zip(message.seqs.tolist(), message.incarnations.tolist(), message.tokens.tolist(), strict=True):
             place = self._places.get((seq, incarnation))
             if place is not None and token >= 0:
@@ -137,6 +160,21 @@ class Masks:
                     place.advance(token)
                 except BaseException as error:
                     self._fail((seq, incarnation), place, error)
+
+    def _branch(self, message: Drawn) -> None:
+        """Beams go on from where others were: all from before this step."""
+        assert self._grammars is not None
+        moved: dict[Key, _Place] = {}
+        for seq, incarnation, source in zip(message.seqs.tolist(), message.incarnations.tolist(), message.sources.tolist(), strict=True):
+            place = self._places.get((source, incarnation))
+            if seq == source or place is None or (seq, incarnation) not in self._places:
+                continue
+            try:
+                moved[seq, incarnation] = place.fork(self._grammars)
+            except BaseException as error:
+                moved[seq, incarnation] = _Place(None, place.ends, place.min_tokens)
+                self._fail((seq, incarnation), moved[seq, incarnation], error)
+        self._places |= moved
 
     def _ready(self) -> Iterator[Message]:
         while self._asked and not self._undrawn:

@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
-from penstock.core.contract.fake_draws import FakeDraws, Mask, Script, fall_of
+from penstock.core.contract.fake_draws import FakeDraws, Mask, Script, columns_of, fall_of
 from penstock.core.contract.fake_pool import FakePool
 from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
-from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, f32, i32
+from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, i32
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 
@@ -217,7 +217,7 @@ class FakeRunner:
         else:
             tokens = self._draws.draw(slots[rows], into, positions)
             self._slots.append(into, positions, tokens)
-            logprobs = self._logprobs(into, positions, tokens)
+            logprobs = self._logprobs(into, positions, tokens, mask)
         self._need(np.array_equal(work.prompt_rows, self._asked), "prompt log-probabilities of other rows than Forward said")
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32
@@ -335,19 +335,23 @@ class FakeRunner:
         self._need(all(slots.sampling[s] is not None for s in into.tolist()), "a slot without sampling state is drawn for")
 
     def _logprobs(
-        self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]
+        self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32], mask: Mask | None = None
     ) -> LogprobColumns | None:
-        """-0.5 for the drawn token, then less and less for its successors in the vocabulary: how much, the history decides."""
+        """-0.5 for the drawn token, then less and less for its successors in the vocabulary: how much, the history decides. Beams are told of those that
+        `mask` allows."""
         if self._draws.plain[into].all():
             return None
         wanted: list[tuple[int, int, int, int]] = []
         falls: list[float] = []
+        allowed: dict[int, npt.NDArray[np.bool_]] = {}
         for i, slot in enumerate(into.tolist()):
             state = self._sampling[slot]
             if state is not None and state.params.logprobs is not None:
                 wanted.append((i, int(positions[i]), int(tokens[i]), min(state.params.logprobs, self.facts.vocab_size)))
                 falls.append(fall_of(self._digest[slot, positions[i] - 1]))
-        return self._columns(wanted, falls)
+                if mask is not None and state.params.beam is not None:
+                    allowed[i] = mask.of(i)
+        return columns_of(wanted, self.facts.vocab_size, falls, allowed)
 
     def _prompt_logprobs(
         self, work: Sample, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
@@ -359,21 +363,7 @@ class FakeRunner:
             limit = int(self._length[slot]) if state is None else state.prompt_len
             for position in range(int(starts[row]) + 1, min(int(ends[row]) + 1, limit)):
                 wanted.append((i, position, int(self._history[slot, position]), top))
-        return self._columns(wanted)
-
-    def _columns(self, wanted: list[tuple[int, int, int, int]], falls: list[float] | None = None) -> LogprobColumns | None:
-        if not wanted:
-            return None
-        vocab = self.facts.vocab_size
-        falls = falls or [1.0] * len(wanted)
-        return LogprobColumns(
-            rows=i32([w[0] for w in wanted]),
-            positions=i32([w[1] for w in wanted]),
-            counts=i32([1 + w[3] for w in wanted]),
-            ranks=i32([1] * len(wanted)),
-            ids=i32([(w[2] + k) % vocab for w in wanted for k in (0, *range(w[3]))]),
-            values=f32([-0.5 - k * fall for w, fall in zip(wanted, falls, strict=True) for k in (0, *range(w[3]))]),
-        )
+        return columns_of(wanted, self.facts.vocab_size)
 
 
 def _vocab_of(model_path: str) -> int | None:

@@ -1,7 +1,7 @@
 """The fake device's draws: which token follows which history.
 
 What it is: `FakeDraws`, a deterministic function of the KV entry before a position, of seed and choice (unless greedy) and of the sampling settings
-that a test may use; the check of drafts against it; and what a mask allows.
+that a test may use; the check of drafts against it; what a mask allows; and the log-probabilities that are told.
 What it does not know: rows that draw nothing, prompts, how columns are refereed (fake_slots.py, fake_device.py).
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.fake_slots import U64, FakeSlots, mix
-from penstock.core.protocol.columns import i32
-from penstock.core.protocol.messages import Sample, SlotSampling
+from penstock.core.protocol.columns import f32, i32
+from penstock.core.protocol.messages import LogprobColumns, Sample, SlotSampling
 
 I32Array = npt.NDArray[np.int32]
 I64Array = npt.NDArray[np.int64]
@@ -25,6 +25,35 @@ Script = Callable[[list[int], int], int | None]
 def fall_of(digest: np.uint64) -> float:
     """By how much each of the likeliest tokens behind a history of that digest is less likely than the one before."""
     return 0.25 + int(mix(np.array([digest], np.uint64))[0] >> np.uint64(33)) % 16 / 8
+
+
+def likeliest(token: int, top: int, fall: float, vocab: int, allowed: npt.NDArray[np.bool_] | None = None) -> tuple[list[int], list[float]]:
+    """Log-probabilities behind a history: the drawn `token` first, then the `top` likeliest of the allowed ones (-inf where there are no more)."""
+    order = [k for k in range(vocab if allowed is not None else top) if allowed is None or allowed[(token + k) % vocab]][:top]
+    falls = [0, *order, *[0] * (top - len(order))]
+    values = [-0.5 - k * fall for k in falls[: 1 + len(order)]] + [-float("inf")] * (top - len(order))
+    return [(token + k) % vocab for k in falls], values
+
+
+def columns_of(
+    wanted: list[tuple[int, int, int, int]],
+    vocab: int,
+    falls: list[float] | None = None,
+    allowed: dict[int, npt.NDArray[np.bool_]] | None = None,
+) -> LogprobColumns | None:
+    """Of each (row, position, token, top) that is wanted: see `likeliest`, with `falls` by place and `allowed` by row."""
+    if not wanted:
+        return None
+    falls, allowed = falls or [1.0] * len(wanted), allowed or {}
+    found = [likeliest(w[2], w[3], fall, vocab, allowed.get(w[0])) for w, fall in zip(wanted, falls, strict=True)]
+    return LogprobColumns(
+        rows=i32([w[0] for w in wanted]),
+        positions=i32([w[1] for w in wanted]),
+        counts=i32([1 + w[3] for w in wanted]),
+        ranks=i32([1] * len(wanted)),
+        ids=i32([id for ids, _ in found for id in ids]),
+        values=f32([value for _, values in found for value in values]),
+    )
 
 
 class Mask:
@@ -39,6 +68,12 @@ class Mask:
         self._rows = work.mask_rows
         masked = np.nonzero(work.mask_rows >= 0)[0]
         self.impossible: I32Array = i32(masked[~self._allowed[work.mask_rows[masked]].any(axis=1)])
+
+    def of(self, i: int) -> npt.NDArray[np.bool_]:
+        """Which tokens row `i` may draw: a flag for each of the vocabulary."""
+        row = int(self._rows[i])
+        allowed: npt.NDArray[np.bool_] = np.ones_like(self._allowed[0]) if row < 0 else self._allowed[row]
+        return allowed
 
     def apply(self, tokens: I32Array, value: U64) -> None:
         """In place; a row that may draw nothing keeps its token."""

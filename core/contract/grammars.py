@@ -1,7 +1,7 @@
 """What makes answers obey a grammar.
 
-What it is: two Protocols for plugins: `Grammars`, which compiles what a request brings, and `Matcher`, a sequence's place in it; and `Together`, what a
-Grammars may offer besides.
+What it is: two Protocols for plugins: `Grammars`, which compiles what a request brings, and `Matcher`, a sequence's place in it; and what they may offer
+besides: `Together` a Grammars, `Forks` a Matcher.
 What it does not know: tokenizers, requests, devices.
 """
 
@@ -41,6 +41,15 @@ class Grammars(Protocol):
 
     def matcher(self, compiled: bytes) -> Matcher:
         """At the beginning of an answer. Takes milliseconds; the same bytes come again."""
+        ...
+
+
+@runtime_checkable
+class Forks(Protocol):
+    """A Matcher that can be copied. Beams branch by it; those of other matchers walk their tokens again."""
+
+    def fork(self) -> Matcher:
+        """Another sequence that has come as far. Neither feels what becomes of the other."""
         ...
 
 

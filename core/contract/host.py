@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -50,11 +51,14 @@ SKIP = "start with --skip-broken-plugins"
 BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "device": ("engine", ("auto", "cpu", "cuda")),
     "attention_backend": ("engine", ("native", "torch", "triton")),
-    "grammar_backend": ("text", ("llguidance",)),
+    "grammar_backend": ("text", ("llguidance", "xgrammar")),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
     "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens")),
 }
 """option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
+
+EXTRAS = {"grammar_backend": {"xgrammar": "xgrammar"}}
+"""option -> names of these that a library brings which is installed only when it is asked for: the extra that does."""
 
 BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
     "load_format": ("engine", ("auto", "safetensors", "dummy")),
@@ -69,6 +73,10 @@ def check_names(config: Config, extra: Sequence[str] = ()) -> None:
     for option, (role, known) in {**BUILT_IN_NAMES, **BUILT_IN_WORDS}.items():
         given = getattr(config, option)
         wrong = [name for name in (given if isinstance(given, list) else [given]) if name is not None and name not in known]
+        lacking = EXTRAS.get(option, {}).get(given) if isinstance(given, str) else None
+        if lacking is not None and importlib.util.find_spec(lacking) is None:
+            flag = "--" + option.replace("_", "-")
+            raise ConfigError(f"{flag} {given}: {lacking} is not installed. It comes with pip install 'penstock[{lacking}]'.", param=option)
         if wrong and not extra and all(_package(entry) == BUILT_IN for entry in metadata.entry_points(group=f"penstock.{role}")):
             flag = "--" + option.replace("_", "-")
             lack = "no such plugin" if option in BUILT_IN_NAMES else "not known, and no plugin is installed that could bring it"

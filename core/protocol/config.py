@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from penstock.core.protocol.errors import ConfigError, spelled
-from penstock.core.protocol.foreign import FOREIGN, judge
+from penstock.core.protocol.foreign import BACKENDS, FOREIGN, judge, structured_outputs
 from penstock.core.protocol.generation import override_of
 from penstock.core.protocol.sampling import MAX_N
 from penstock.core.protocol.service_links import is_service_link
@@ -137,7 +137,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # --- plugins
     device: Annotated[str, opt("Device plugin: auto, cpu, ...", "plugins")] = "auto"
     attention_backend: Annotated[str | None, opt("Attention plugin; default: the best that fits.", "plugins")] = None
-    grammar_backend: Annotated[str | None, opt("Grammar plugin; default: the one of the highest priority.", "plugins")] = None
+    grammar_backend: Annotated[
+        str | None,
+        opt(
+            "Grammar plugin: llguidance, xgrammar where it is installed, or another's; default: llguidance.",
+            "plugins",
+            "guided-decoding-backend",
+        ),
+    ] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
         default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens"]
@@ -569,11 +576,18 @@ def build(*layers: Mapping[str, Any], note: Callable[[str], None] | None = None)
         if name in OPTIONS:
             merged[name] = typed(OPTIONS[name], merged[name], where=name)
         elif name in FOREIGN:
-            said = judge(name, merged.pop(name))
+            value = merged.pop(name)
+            if name == "structured_outputs_config":
+                backend, value = structured_outputs(value)
+                if backend is not None:
+                    merged.setdefault("grammar_backend", backend)
+            said = judge(name, value)
             if said is not None:
                 (note or logging.getLogger("penstock.config").warning)(said)
         else:
             raise ConfigError(f"{name!r} is not a known option.{nearest(name, OPTIONS)}", param=name)
+    if merged.get("grammar_backend") in BACKENDS:
+        merged["grammar_backend"] = BACKENDS[merged["grammar_backend"]]
     config = Config(**merged)
     try:
         check(config)

@@ -215,10 +215,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "formats are plugins of penstock.text here (docs/plugins.md). Leave it out.",
     ),
     ("reasoning-parser-plugin= reasoning-config={}", "formats are plugins of penstock.text here (docs/plugins.md). Leave it out."),
-    (
-        "structured-outputs-config={} guided-decoding-backend=auto",
-        "requests say what an answer obeys, and the backend is a plugin. Leave it out.",
-    ),
+    ("structured-outputs-config={}", "of it only the backend can be chosen; requests say what an answer obeys."),
     (
         "constrained-json-whitespace-pattern= constrained-json-disable-any-whitespace",
         "requests say what an answer obeys, and the backend is a plugin. Leave it out.",
@@ -299,6 +296,21 @@ def _rows(groups: Iterable[tuple[str, str]], refused: bool) -> Iterator[Foreign]
 
 
 FOREIGN: dict[str, Foreign] = {row.name: row for rows in (_rows(_NOTES, False), _rows(_REFUSED, True)) for row in rows}
+
+
+BACKENDS: dict[str, str | None] = {"auto": None, "guidance": "llguidance"}
+"""Grammar backends that have another name there."""
+
+
+def structured_outputs(value: Any) -> tuple[str | None, Any]:
+    """Of --structured-outputs-config the backend, if it names one, and what is left that asks for something."""
+    try:
+        told = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None, value
+    if not isinstance(told, dict) or not isinstance(told.get("backend", ""), str):
+        return None, value
+    return told.get("backend"), {name: one for name, one in told.items() if name != "backend" and one not in (None, False, "")}
 
 
 def judge(name: str, value: Any) -> str | None:

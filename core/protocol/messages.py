@@ -616,7 +616,7 @@ class KvGrant(Message, frozen=True, kw_only=True):
 
 class GrammarOpen(Message, frozen=True, kw_only=True):
     """Scheduler -> masks: sequences (I64) obey `grammar` from here on. `outputs` I32 (CSR by `output_counts`) are what they have so far. `ends` I32 end a
-    sequence, and may be drawn only where the grammar may end."""
+    sequence, and may be drawn only where the grammar may end. Said again of sequences that begin anew."""
 
     seqs: Column
     incarnation: int
@@ -625,6 +625,8 @@ class GrammarOpen(Message, frozen=True, kw_only=True):
     min_tokens: int = 0
     outputs: Column = EMPTY_I32
     output_counts: Column = EMPTY_I32
+    beams: bool = False
+    """They are beams of one search: any of them may go on from where another one was (Drawn.sources)."""
 
 
 class GrammarClose(Message, frozen=True, kw_only=True):
@@ -658,6 +660,8 @@ class Drawn(Message, frozen=True, kw_only=True):
     seqs: Column
     incarnations: Column
     tokens: Column
+    sources: Column = EMPTY_I64
+    """I64: whose place in the grammar, as it was before this step, each goes on from; empty: each from its own."""
 
 
 class MaskReady(Message, frozen=True, kw_only=True):
@@ -732,7 +736,8 @@ class Forward(Message, frozen=True, kw_only=True):
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling state of a sequence that enters a slot: it holds until another one comes, or until Forward places the slot anew. `choice` (which of
     the request's n) and `params.seed` (always set) make the draw's random numbers. `prompt_len` separates prompt from output in the slot's history (penalties look at
-    both as in vLLM: repetition at prompt and output, frequency and presence at output only). Order: penalties, logit_bias, allowed_token_ids,
+    both as in vLLM: repetition at prompt and output, frequency and presence at output only). `params.beam`: it is one of a search's, and of the tokens that
+    its masks leave the likeliest are told, with the log-probabilities that they have among all. Order: penalties, logit_bias, allowed_token_ids,
     bad_words_token_ids, stop_ids while less than min_tokens exist; then temperature, top_k, top_p, min_p."""
 
     slot: int

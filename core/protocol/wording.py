@@ -61,3 +61,5 @@ NOTHING_ALLOWED = "There is no token that the request's grammar and its other se
 """Why an engine ends a sequence that has a grammar; text looks for whose fault it is."""
 GRAMMAR_FAILED = "The request's grammar could not be followed further. "
 """How that begins where the grammar itself is to blame: the client's own."""
+FEWER_ANSWERS = "Answers that obey the grammar and that the search found: "
+"""The engine's words about a beam search with fewer answers than are asked for; their number follows."""

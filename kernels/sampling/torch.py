@@ -118,16 +118,18 @@ def penalise(
     return out - frequency[:, None] * counts - presence[:, None] * present
 
 
-def logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, k: int, shown: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Raw logits [R, V] float32 and chosen tokens [R] -> (ids [R, 1 + k] int64, log-probabilities [R, 1 + k] float32, ranks [R] int64): the
-    chosen token first, then the k most likely."""
+    chosen token first, then the k most likely. `shown` [R, V]: the same logits, -inf for those that are not to be among the latter."""
     chosen = logits.gather(1, tokens[:, None])
     if logits.device.type == "cpu":  # torch counts by adding up int64, eight times slower
         ranks = torch.from_numpy(np.count_nonzero(logits.numpy() > chosen.numpy(), axis=1)) + 1
     else:
         ranks = (logits > chosen).sum(dim=-1) + 1
     if k:
-        values, ids = logits.topk(k, dim=-1)
+        values, ids = (logits if shown is None else shown).topk(k, dim=-1)
         ids, values = torch.cat([tokens[:, None], ids], 1), torch.cat([chosen, values], 1)
     else:
         ids, values = tokens[:, None], chosen

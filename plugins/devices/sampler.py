@@ -23,10 +23,10 @@ from penstock.plugins.devices.ops import DeviceOps, Settings
 from penstock.plugins.devices.rings import Landing, Upload
 
 Tensor = torch.Tensor
-PENALTY, LISTS, MINIMUM, LOGPROBS, HOT = 1, 2, 4, 8, 16
+PENALTY, LISTS, MINIMUM, LOGPROBS, HOT, BEAM = 1, 2, 4, 8, 16, 32
 ADJUSTED = PENALTY | LISTS | MINIMUM
 """Bits of `flags`: needs counts; has bias, allowed tokens or bad words; has stop ids masked until min_tokens; wants log-probabilities; is not
-greedy. No bit set: the largest logit, and nothing else."""
+greedy; is a beam, whose likeliest tokens are those of its masks. No bit set: the largest logit, and nothing else."""
 
 WORD_SIZES = (4, 8)
 """Bad words up to so many tokens have kernels from the start."""
@@ -140,7 +140,7 @@ class SlotSampler:
             if not params.greedy:
                 flags |= HOT
             if params.logprobs is not None:
-                flags |= LOGPROBS
+                flags |= LOGPROBS if params.beam is None else LOGPROBS | BEAM
             self._flags[slot] = flags
             if self._pool_row[slot] >= 0:
                 self._free_rows.append(int(self._pool_row[slot]))
@@ -190,23 +190,34 @@ class SlotSampler:
         if mask is not None:
             words, mask_rows = self._masks.send(*mask)
             self._ops.mask(logits, words.view(-1, -(-self._vocab // 32)), mask_rows)
+        shown = raw
+        if raw is not None and mask is not None and (searching := np.flatnonzero(flags[rows] & BEAM)).size:
+            masked = logits.index_select(0, self._to_device(rows[searching]))
+            shown = raw.index_copy(0, self._to_device(searching.astype(np.int32)).long(), masked)
         tokens = self.draw(logits, at, where, bool((flags & HOT).any()))
         if counted is not None:
             self._ops.count(self._counts, counted, tokens)
-        if raw is None:
+        if raw is None or shown is None:
             return tokens, None
         chosen = tokens if rows.size == len(slots) else tokens.index_select(0, self._to_device(rows))
-        return tokens, self.wanted(raw, chosen, rows, positions[rows].astype(np.int32), self._logprobs[slots[rows]], landing)
+        return tokens, self.wanted(raw, chosen, rows, positions[rows].astype(np.int32), self._logprobs[slots[rows]], landing, shown)
 
-    def wanted(self, raw: Tensor, chosen: Tensor, rows: I32, positions: I32, wants: I32, landing: Landing) -> Wanted:
-        """Log-probabilities of raw logits [r, V] at `chosen` [r] and of the most likely tokens, put on their way."""
+    def wanted(
+        self, raw: Tensor, chosen: Tensor, rows: I32, positions: I32, wants: I32, landing: Landing, shown: Tensor | None = None
+    ) -> Wanted:
+        """Log-probabilities of raw logits [r, V] at `chosen` [r] and of the most likely tokens (in `shown`, without it in `raw`), put on their way."""
+        if shown is raw:
+            shown = None
         wants = np.minimum(wants, self._vocab).astype(np.int32)
         most, named = int(wants.max()), chosen.clamp_min(0).long()
         if self._alone and len(rows) > 1:
-            every = [portable.logprobs(raw[i : i + 1], named[i : i + 1], most) for i in range(len(rows))]
+            every = [
+                portable.logprobs(raw[i : i + 1], named[i : i + 1], most, None if shown is None else shown[i : i + 1])
+                for i in range(len(rows))
+            ]
             ids, values, ranks = (torch.cat(parts) for parts in zip(*every, strict=True))
         else:
-            ids, values, ranks = portable.logprobs(raw, named, most)
+            ids, values, ranks = portable.logprobs(raw, named, most, shown)
         return Wanted(landing.also(ids.int()), landing.also(values), landing.also(ranks.int()), rows, positions, wants, ids.shape[1])
 
     def adjust_nobody(self, none: Tensor) -> None:

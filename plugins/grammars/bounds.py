@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -21,6 +22,8 @@ LONGEST_STRING = 32768
 """Bytes between quotes. A schema's own maxLength may be smaller."""
 
 _EXPONENT = re.compile(rb"[\s,:\[]*-?[0-9][0-9.]*[eE]")
+_WILD = re.compile(rb"[\x00-\x1f]|\\u|^u")
+"""What a token must have that is not tame."""
 
 
 def mask_of(chosen: list[bool], words: int) -> I32:
@@ -65,6 +68,13 @@ class Bounds:
         self._string = 0
         self._number = 0
 
+    def copy(self) -> Self:
+        """Another answer that has come as far."""
+        other = type(self).__new__(type(self))
+        other._starts = self._starts
+        other._in_string, other._escaped, other._string, other._number = self._in_string, self._escaped, self._string, self._number
+        return other
+
     @property
     def in_string(self) -> bool:
         return self._in_string
@@ -103,6 +113,54 @@ def ended(starts: Starts, out: I32, tail: bytes, then: bytes, count: int) -> Non
     if count >= LONGEST_STRING:
         there = next(size for size in range(len(then) - 1, -1, -1) if tail.endswith(then[:size]))
         _keep(out, starts.way(then[there:]), False)
+
+
+class TameStarts(Starts):
+    """And tokens that are `tame` outside of a string, in one, and behind a backslash in one: they put no control character into a string, and say no
+    character by its code."""
+
+    def __init__(self, tokens: Sequence[bytes], words: int) -> None:
+        super().__init__(tokens, words)
+        states = ((False, False), (True, False), (True, True))
+        self.tame = [mask_of([_tame(token, *state) for token in tokens], words) for state in states]
+
+
+def _tame(token: bytes, in_string: bool, escaped: bool) -> bool:
+    if _WILD.search(token) is None:
+        return True
+    for byte in token:
+        if not in_string:
+            in_string = byte == 0x22
+        elif byte < 0x20 or (escaped and byte == 0x75):
+            return False
+        elif escaped:
+            escaped = False
+        elif byte == 0x22:
+            in_string = False
+        else:
+            escaped = byte == 0x5C
+    return True
+
+
+class TameBounds(Bounds):
+    """Bounds under which what stands in a string is JSON whatever the grammar says of it, and a name is spelt in one way only."""
+
+    __slots__ = ("_tame",)
+
+    def __init__(self, starts: TameStarts) -> None:
+        super().__init__(starts)
+        self._tame = starts.tame
+
+    def copy(self) -> Self:
+        """See Bounds."""
+        other = super().copy()
+        other._tame = self._tame
+        return other
+
+    def narrow(self, out: I32, may_end: bool) -> None:
+        """See Bounds."""
+        super().narrow(out, may_end)
+        out &= self._tame[self._in_string + (self._in_string and self._escaped)]
 
 
 def _keep(out: I32, mask: I32, may_be_empty: bool) -> None:

@@ -207,6 +207,13 @@ class Regions:
         if b"" in openers:
             self._enter()
 
+    def copy(self) -> Regions:
+        """Another answer that has come as far."""
+        other = Regions(self._starts, self._openers)
+        other._tail, other._depth, other._scalar = self._tail, self._depth, self._scalar
+        other._bounds = None if self._bounds is None else self._bounds.copy()
+        return other
+
     def _enter(self) -> None:
         self._bounds = Bounds(self._starts)
         self._depth = -1

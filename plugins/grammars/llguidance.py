@@ -8,7 +8,6 @@ What it does not know: end tokens (whoever uses the mask decides about them), pr
 from __future__ import annotations
 
 import json
-import random
 import re
 import time
 from collections import OrderedDict
@@ -23,10 +22,11 @@ from penstock.core.contract import layouts
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.devices.host_limits import cores
-from penstock.plugins.grammars.bounds import Bounds, Starts, mask_of
+from penstock.plugins.grammars import trial
+from penstock.plugins.grammars.bounds import Bounds, Starts
 from penstock.plugins.grammars.keywords import check_schema
 from penstock.plugins.grammars.layouts import Regions, lowered
-from penstock.plugins.grammars.spelling import spelled
+from penstock.plugins.grammars.spelling import spelled, whole
 
 WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between two parts of JSON: enough for ten levels of indentation."""
@@ -38,14 +38,8 @@ MOST_ITEMS = 6000
 """Of a row of the parser: twice what an object with `keywords.MOST_OPTIONAL` properties takes."""
 STEP_ITEMS = 1_000_000
 """Of all rows that a mask looks at: up to a tenth of a second."""
-PREPARE_S = 0.2
-"""CPU time that a grammar may take to be prepared, in which an engine makes no other masks."""
-STEP_S = 0.08
-"""The same for a mask."""
 LARGE = 16384
 """Bytes of a compiled grammar from which on a few masks are tried before it is taken."""
-TRIED = 48
-"""So many."""
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"@!%:=,;'`])")
 _REFUSALS = ("doesn't satisfy the grammar", "parser stopped")
 """What the library says of a token that may not follow; all else is a limit that is reached."""
@@ -102,7 +96,7 @@ class LlGuidance:
         self._tokens = tokens
         self._spelt = {tokens[token].decode(errors="replace"): token for token in reversed(special) if tokens[token]}
         self._starts = Starts(tokens, self._words)
-        self._going_on: tuple[I32, I32] | None = None
+        self._trial = trial.Trial(tokens)
         self._kept: OrderedDict[bytes, list[llguidance.LLMatcher]] = OrderedDict()
         """Matchers at the beginning. Copies of one share its lexer and a lock: once masks are made together there are as many as threads use at once, of
         large grammars one."""
@@ -120,33 +114,14 @@ class LlGuidance:
             compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
         began = time.thread_time()
         matcher = self.matcher(compiled)
-        _affordable("to be prepared", time.thread_time() - began, PREPARE_S)
+        trial.affordable("to be prepared", time.thread_time() - began, trial.PREPARE_S)
         out = np.zeros(self._words, np.int32)
         matcher.mask(out)
         if not out.any() and not matcher.may_end():
             raise InvalidRequest("Nothing can satisfy it.")
         if len(compiled) >= LARGE:
-            self._try(matcher, out)
+            self._trial.walk(matcher, out)
         return compiled
-
-    def _try(self, matcher: LlMatcher, out: I32) -> None:
-        """Walk some way into the grammar, on to where the most may follow: through names, into values and out of them. Raises InvalidRequest."""
-        if self._going_on is None:
-            on = [bool(token) and token[:1] not in b" \t\n\r}]" for token in self._tokens]
-            self._going_on = mask_of(on, self._words), mask_of([token[:1] == b'"' for token in self._tokens], self._words)
-        draw = random.Random(0)
-        going_on, quote = self._going_on
-        for step in range(TRIED):
-            some = [out & going_on & quote, out & going_on, out] if step % 2 else [out & going_on, out]
-            left = next((one for one in some if one.any()), None)
-            if left is None:
-                return
-            token = draw.choice(np.flatnonzero(np.unpackbits(left.view(np.uint8), bitorder="little")).tolist())
-            began = time.thread_time()
-            if not matcher.consume(token):
-                return
-            matcher.mask(out)
-            _affordable("for a token", time.thread_time() - began, STEP_S)
 
     def matcher(self, compiled: bytes) -> LlMatcher:
         """See Grammars."""
@@ -212,6 +187,10 @@ class LlMatcher:
         self._last = self._room[len(tokens) // 32 :]
         """The word with the library's own end token, which is the first bit that is not ours."""
 
+    def fork(self) -> LlMatcher:
+        """See Forks."""
+        return LlMatcher(self._inner.deep_copy(), self._tokens, None if self._bounds is None else self._bounds.copy(), self.group)
+
     def consume(self, token: int) -> bool:
         """See Matcher."""
         if self._bounds is not None:
@@ -255,11 +234,6 @@ def _wrong(said: str) -> InvalidRequest:
     return InvalidRequest(said)
 
 
-def _affordable(what: str, took_s: float, most_s: float) -> None:
-    if took_s > most_s:
-        raise InvalidRequest(f"It takes {took_s:.2f} seconds {what}, but may take {most_s:g}, in which others wait. Make it smaller.")
-
-
 def _grammar(kind: str, source: str) -> str:
     """What llguidance compiles. Raises InvalidRequest or UnsupportedFeature."""
     if kind == "json":
@@ -277,7 +251,7 @@ def _grammar(kind: str, source: str) -> str:
             raise InvalidRequest(f"The schema cannot be used: {error}."[:300]) from None
         return made
     if kind == "regex":
-        return str(llguidance.LLMatcher.grammar_from_regex(_whole(source)))
+        return str(llguidance.LLMatcher.grammar_from_regex(whole(source)))
     if kind == "choice":
         choices = json.loads(source)
         return str(llguidance.LLMatcher.grammar_from_regex("|".join(_META.sub(r"\\\1", choice) for choice in choices)))
@@ -289,12 +263,3 @@ def _grammar(kind: str, source: str) -> str:
         except Exception as error:  # its own are no more than Exception
             raise InvalidRequest(f"The grammar is no GBNF: {error}."[:300]) from None
     return str(llguidance.LLMatcher.grammar_from_lark(source))
-
-
-def _whole(source: str) -> str:
-    """An expression is for the whole answer, with or without anchors at its ends."""
-    if source.startswith("^") and "|" not in source:
-        source = source[1:]
-    if source.endswith("$") and not source.endswith("\\$") and "|" not in source:
-        source = source[:-1]
-    return source

@@ -61,3 +61,12 @@ def spelled(schema: Any) -> Any:
         else:
             made["pattern"] = pattern
     return made
+
+
+def whole(source: str) -> str:
+    """An expression is for the whole answer, with or without anchors at its ends."""
+    if source.startswith("^") and "|" not in source:
+        source = source[1:]
+    if source.endswith("$") and not source.endswith("\\$") and "|" not in source:
+        source = source[:-1]
+    return source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from typing import Any
 
@@ -107,6 +108,51 @@ def test_a_request_that_kills_engines_is_failed_alone(begin: Any, stream: Any) -
     server.process.send_signal(signal.SIGTERM)
     assert server.wait() == 0
     gone_within(server, 2.0)
+
+
+def test_a_search_whose_engine_dies_finds_the_same(begin: Any, stream: Any) -> None:
+    """It begins anew in the next engine, and nobody can tell: with a grammar too, whose places are made anew."""
+    server = begin({"step_s": 0.02}, max_num_seqs=12).ready()
+    plain = {"prompt": "Count:", "max_tokens": 80, "use_beam_search": True, "best_of": 4, "n": 3, "ignore_eos": True}
+    obeying = {
+        "prompt": "Say:",
+        "max_tokens": 80,
+        "use_beam_search": True,
+        "best_of": 4,
+        "n": 2,
+        "guided_regex": "[a-z]{600,605}",
+        "logprobs": 1,
+    }
+
+    def ask(body: dict[str, Any], into: list[Any]) -> None:
+        with server.client() as client:
+            into.append(client.post("/v1/completions", json={"model": "brook", **body}))
+
+    def both(*, kill: bool) -> list[Any]:
+        found: list[list[Any]] = [[], []]
+        threads = [threading.Thread(target=ask, args=pair) for pair in zip((plain, obeying), found, strict=True)]
+        for thread in threads:
+            thread.start()
+        if kill:
+            beside = stream(server, 150)
+            beside.reached(40)  # in the midst of both searches, which have 80 steps
+            assert all(thread.is_alive() for thread in threads)
+            server.children()["engine"].kill()
+            beside.join(30)
+            assert len(beside.tokens) == 150
+        for thread in threads:
+            thread.join(60)
+        for (reply,) in found:
+            assert reply.status_code == 200, reply.text
+        return [reply.json() for (reply,) in found]
+
+    undisturbed = both(kill=False)
+    interrupted = both(kill=True)
+    server.wait_event("recovered", 1)
+    for mine, theirs in zip(interrupted, undisturbed, strict=True):
+        assert mine["choices"] == theirs["choices"]
+        assert mine["usage"]["completion_tokens"] == theirs["usage"]["completion_tokens"]
+    assert all(len(choice["text"]) >= 60 for choice in undisturbed[1]["choices"])
 
 
 def test_a_hung_engine_is_ended_and_its_streams_go_on(begin: Any, stream: Any) -> None:

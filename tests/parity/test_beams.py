@@ -10,10 +10,11 @@ import pytest
 import torch
 import trio
 
+from penstock.core.contract.host import PluginHost
 from penstock.core.processes.engine import Engine
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.config import build
-from penstock.core.protocol.messages import STOP, Admit, StepTokens
+from penstock.core.protocol.messages import STOP, Admit, StepTokens, Vocabulary
 from penstock.core.protocol.sampling import Beam, SamplingParams
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
@@ -31,8 +32,8 @@ def ask(key: int, prompt: list[int], beam: Beam, *, n: int, most: int, eos: list
     )  # fmt: skip
 
 
-def search(folder: Any, asked: list[Admit], **options: Any) -> list[Found]:
-    """What the engine finds for each of these, all at once."""
+def search(folder: Any, asked: list[Admit], vocabulary: Vocabulary | None = None, **options: Any) -> list[Found]:
+    """What the engine finds for each of these, all at once. `vocabulary`: for grammars."""
     found: dict[int, tuple[list[int], list[float], list[bool]]] = {}
     left = {admit.key << 7 | choice for admit in asked for choice in range(admit.choices.size)}
 
@@ -59,10 +60,11 @@ def search(folder: Any, asked: list[Admit], **options: Any) -> list[Found]:
                 done.set()
 
         config = build({"model": str(folder), "max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 23, "threads": 1, **options})
-        engine = Engine(config, output=output, device=CpuDevice(), policy=FirstComeFirstServed())
+        plugins = None if vocabulary is None else PluginHost("engine").load()
+        engine = Engine(config, output=output, device=CpuDevice(), policy=FirstComeFirstServed(), plugins=plugins)
         async with trio.open_nursery() as nursery:
             await engine.start(nursery)
-            engine.post(*asked)
+            engine.post(*([] if vocabulary is None else [vocabulary]), *asked)
             with trio.fail_after(100):
                 await done.wait()
             nursery.cancel_scope.cancel()

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.messages import Admit, Grammar
+from penstock.core.protocol.messages import Admit
 from penstock.core.protocol.sampling import Beam, SamplingParams
 
 NAMES = {"beam": "use_beam_search", "beam.width": "best_of"}
@@ -34,7 +34,6 @@ def admitted(bench: Any) -> Admit:
         ({}, {"bad_words": ["x"]}, {}, "bad_words", "invalid_value"),
         ({}, {"logit_bias": {3: 1.0}}, {}, "logit_bias", "invalid_value"),
         ({}, {"repetition_penalty": 1.1}, {}, "repetition_penalty", "invalid_value"),
-        ({}, {}, {"grammar": Grammar(kind="regex", source="a", field="guided_regex")}, "guided_regex", "invalid_value"),
     ],
 )
 def test_what_does_not_go_with_a_search_is_refused_by_name(

@@ -11,7 +11,7 @@ What it does not know: which beams are followed (search.py), how memory is found
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from penstock.core.actors.scheduler.slots import DECODE, MANY, Rows
 from penstock.core.actors.scheduler.waiting import Group
 from penstock.core.protocol.columns import I32, Column, f32, i32, i64
 from penstock.core.protocol.messages import FAILED, LENGTH, STOP, LogprobColumns, seq_of
+from penstock.core.protocol.wording import FEWER_ANSWERS
 
 Move = tuple[Group, int, int]
 """A beam that branches: its group, the slot that it goes to, the slot that it comes from."""
@@ -51,8 +52,8 @@ class Told:
         self.reasons += [0] * (count - 1) + [STOP if found.stopped else LENGTH]
         self.marks += [(first + at, request.prompt_len + at, mark) for at, mark in enumerate(marks_of(found.mark))]
 
-    def fail(self, group: Group, error: str) -> None:
-        for choice in group.wanted:
+    def fail(self, group: Group, error: str, choices: Iterable[int]) -> None:
+        for choice in choices:
             self.seqs.append(seq_of(group.request.key, choice))
             self.incarnations.append(group.request.incarnation)
             self.offsets.append(0)
@@ -88,6 +89,8 @@ class Beams:
     def __init__(self, board: Board, release: Release) -> None:
         self._board = board
         self._release = release
+        self.steps: dict[int, tuple[int, int]] = {}
+        """Of the step that landed last, for each beam with a grammar that goes on: whose place in it it goes on from, and the token."""
 
     # ------------------------------------------------------------------ a step that is planned
 
@@ -156,43 +159,66 @@ class Beams:
 
     # ------------------------------------------------------------------ a step that has landed
 
-    def land(self, mine: Column, rows: Rows, logprobs: LogprobColumns | None, bad: Column, error: str) -> Told | None:
-        """Rows under the mask `mine` are beams'. `bad` are rows whose logits are not numbers; `error` says so. What searches that are over have to tell."""
+    def land(self, mine: Column, rows: Rows, logprobs: LogprobColumns | None, bad: Column, blame: Callable[[int], str]) -> Told | None:
+        """Rows under the mask `mine` are beams'. `bad` are rows of which nothing could be drawn; `blame(slot)` says why. What searches that are over have to
+        tell. `steps` is then what each beam with a grammar goes on with."""
         board = self._board
         board.rows = None
+        self.steps = {}
         told: Told | None = None
         row_of = {slot: row for row, slot in enumerate(rows.slots.tolist()) if mine[row]}
+        lost = set(rows.slots[bad].tolist()) if bad.size else set()
         holders = [board.slots.holder[slot] for slot in row_of if board.slots.phase[slot] == DECODE]  # not those given up meanwhile
         groups = {holder.request.key: holder.request.group for holder in holders if holder is not None}
         for group in groups.values():
             assert group is not None
-            if any(row_of.get(slot) in bad for slot in group.slots()):
-                for slot in group.slots():
-                    board.slots.poisoned[slot] = True
+            failed = self._failed(group, lost)
+            if failed >= 0:
                 told = told or Told()
-                told.fail(group, error)
+                told.fail(group, blame(failed), group.wanted)
             else:
                 assert logprobs is not None
-                if self._advance(group, row_of, logprobs):
+                if self._advance(group, row_of, lost, logprobs):
                     continue
                 told = told or Told()
-                for choice in group.wanted:
-                    told.add(group, choice, group.search.done[choice])
+                self._tell(group, told)
             for member in group.members:
                 self._release.end(member)
         return told
 
-    def _advance(self, group: Group, row_of: dict[int, int], logprobs: LogprobColumns) -> bool:
+    def _failed(self, group: Group, lost: set[int]) -> int:
+        """The slot of a beam that costs its group the search, or -1. One whose grammar allows nothing more is only a beam that nothing follows."""
+        slots, given_up = self._board.slots, self._board.given_up
+        for member in group.members:
+            if member.slot in lost and (not group.grammar or (member.seq, group.request.incarnation) in given_up):
+                if not group.grammar:
+                    slots.poisoned[group.slots()] = True
+                return member.slot
+        return -1
+
+    def _tell(self, group: Group, told: Told) -> None:
+        found = group.search.done
+        for choice in group.wanted:
+            if choice < len(found):
+                told.add(group, choice, found[choice])
+        missing = [choice for choice in group.wanted if choice >= len(found)]
+        told.fail(group, f"{FEWER_ANSWERS}{len(found)}", missing)
+
+    def _advance(self, group: Group, row_of: dict[int, int], lost: set[int], logprobs: LogprobColumns) -> bool:
         """Does the search go on?"""
         slots, search = self._board.slots, group.search
         first = search.length == 0
         order = [member.slot for member in group.members] if first else group.order
         if first:
+            slots.poisoned[order[0]] = order[0] in lost
             self._release.commit(order[:1])
             slots.hashed[order] = MANY  # from here on a block's tokens are not final before the search is over
         at = group.request.prompt_len + search.length
         found = [_likeliest(logprobs, row_of[slot]) for slot in order[: search.beams]]
         ids, values = (np.stack([pair[part] for pair in found]) for part in range(2))
+        for beam, slot in enumerate(order[: search.beams]):
+            if slot in lost:
+                values[beam] = -np.inf
         begin = group.request.prompt_len
         step = search.advance(ids, values, lambda beam: slots.history[order[beam], begin:at])
         if step is None:
@@ -206,6 +232,10 @@ class Beams:
         slots.history[index, at] = tokens
         slots.known[index] = at + 1
         group.writes = [(slot, starts[slot], slots.history[slot, starts[slot] : at + 1].copy()) for slot in group.order]
+        if group.grammar:
+            whence = dict(group.moves)
+            for slot, token in zip(group.order, tokens, strict=True):
+                self.steps[int(slots.seq[slot])] = int(slots.seq[whence.get(slot, slot)]), token
         return True
 
     def _branch(self, group: Group, parents: list[int], at: int) -> tuple[list[int], dict[int, int]]:

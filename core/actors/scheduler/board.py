@@ -106,6 +106,8 @@ class Board:
         self.failures: list[tuple[Sequence, str]] = []
         self.closed: list[tuple[int, int]] = []
         """Sequences with a grammar that are over, for GrammarClose: seq, incarnation."""
+        self.anew: list[Group] = []
+        """Searches with a grammar that begin anew: their places in it do too."""
         self.given_up: dict[tuple[int, int], str] = {}
         """Living ones whose grammar is too much, by the same: why."""
         # --- steps

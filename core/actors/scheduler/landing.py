@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from penstock.core.actors.scheduler.beams import Beams
@@ -48,14 +49,15 @@ class Landing:
         flight = board.flights.popleft()
         rows, positions, offsets, tokens, logprobs = flight.rows, flight.positions, flight.offsets, done.tokens, done.logprobs
         bad = done.bad_rows
-        if flight.masked.size:
+        searching = bool(board.groups)
+        if flight.masked.size and not searching:
             yield _drawn(flight, done)
         if settings.lookahead:
             rows, positions, offsets, tokens, logprobs, bad = self._expand(flight, done)
         elif tokens.size != rows.slots.size or done.counts.size:
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
         board.done_step = done.step
-        beams = slots.solo[rows.index] if board.groups else None
+        beams = slots.solo[rows.index] if searching else None
         everything = rows, logprobs, bad
         if board.leaving or beams is not None:
             counted = slots.phase[rows.index] != ENDED
@@ -112,7 +114,10 @@ class Landing:
             reasons = np.concatenate([reasons, np.full(len(scored), LENGTH, np.uint8)])
         told = None
         if beams is not None and beams.any():
-            told = self._beams.land(beams, *everything, NOT_A_NUMBER)
+            told = self._beams.land(beams, *everything, self._blame)
+        if searching and flight.masked.size:  # what beams go on with is known now
+            assert beams is not None
+            yield self._searched(flight, done, beams)
         if board.leaving:
             self._release.settle()
         if told is not None:
@@ -142,6 +147,20 @@ class Landing:
             **columns,
         )
         yield from board.wake()
+
+    def _searched(self, flight: Flight, done: StepDone, beams: Column) -> Drawn:
+        """As `_drawn`, where some of the rows may be beams: not what was drawn for them counts, but what they go on with."""
+        drawn = _drawn(flight, done)
+        sources, tokens = drawn.seqs.copy(), drawn.tokens.copy()
+        for at in np.flatnonzero(beams[flight.masked]).tolist():
+            sources[at], tokens[at] = self._beams.steps.get(int(drawn.seqs[at]), (drawn.seqs[at], -1))
+        return msgspec.structs.replace(drawn, sources=sources, tokens=tokens)
+
+    def _blame(self, slot: int) -> str:
+        """Why nothing could be drawn for this beam."""
+        slots = self._board.slots
+        index = np.array([slot])
+        return self._blamed(index, slots.seq[index], slots.incarnation[index])[0]
 
     def _blamed(self, index: Column, seqs: Column, incarnations: Column) -> list[str]:
         """Why nothing could be drawn for these rows."""

@@ -143,6 +143,8 @@ class Release:
             if len(group.home) < len(group.members):
                 return
             group.reset()
+            if group.grammar:
+                board.anew.append(group)
             sequence = group.members[0]
             others = group.members[1:]
         self.enqueue([sequence, *others])

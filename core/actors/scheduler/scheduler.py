@@ -166,10 +166,11 @@ class Scheduler:
                 seqs=i64([sequence.seq for sequence in obeying]),
                 incarnation=request.incarnation,
                 grammar=admit.grammar,
-                ends=i32(request.stop_ids),
+                ends=i32(request.stop_ids) if request.group is None else request.group.search.ends,
                 min_tokens=admit.grammar_min_tokens,
                 outputs=np.concatenate([sequence.outputs for sequence in obeying]),
                 output_counts=i32([sequence.outputs.size for sequence in obeying]),
+                beams=request.group is not None,
             )
         if request.live:
             board.requests[admit.key] = request
@@ -210,8 +211,10 @@ class Scheduler:
         settings, width = board.settings, beam.width
         if not settings.beams or settings.lookahead:
             return "This engine cannot search with beams."
-        if admit.grammar or admit.outputs.size:
-            return "A beam search obeys no grammar, and does not go on in its middle."
+        if admit.grammar and not settings.grammars:
+            return "This engine cannot make an answer obey a grammar."
+        if admit.outputs.size:
+            return "A beam search does not go on in its middle."
         if not max(admit.choices.tolist()) < width <= min(settings.max_num_seqs, settings.max_num_batched_tokens):
             return f"A search with {width} beams does not fit the engine's {settings.max_num_seqs} sequences."
         limit = min(admit.prompt.size + admit.max_tokens, board.longest)
@@ -269,6 +272,8 @@ class Scheduler:
         giving = bool(board.releases)
         while len(board.flights) < board.settings.depth:
             board.again = False
+            if board.anew:
+                yield from self._open_anew()
             made = yield from self._plan_step()
             if board.failures:
                 yield from self._fail()
@@ -288,6 +293,22 @@ class Scheduler:
         closed, self._board.closed = self._board.closed, []
         if closed:
             yield GrammarClose(seqs=i64([seq for seq, _ in closed]), incarnations=i32([incarnation for _, incarnation in closed]))
+
+    def _open_anew(self) -> Iterable[Out]:
+        """Searches that were preempted stand at the beginning of their grammars again."""
+        groups, self._board.anew = self._board.anew, []
+        for group in groups:
+            members = [member.seq for member in group.members if self._board.live.get(member.seq) is member]
+            if members:
+                yield GrammarOpen(
+                    seqs=i64(members),
+                    incarnation=group.request.incarnation,
+                    grammar=group.grammar,
+                    ends=group.search.ends,
+                    min_tokens=group.grammar_min_tokens,
+                    output_counts=i32([0] * len(members)),
+                    beams=True,
+                )
 
     def _fail(self) -> Iterable[Out]:
         board = self._board

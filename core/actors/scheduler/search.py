@@ -3,7 +3,8 @@
 What it is: the arithmetic alone. From the likeliest tokens behind each beam it takes the best that go on, keeps the best that ended, and says when
 no better one is to be had. Equal to transformers' generate with num_beams, length_penalty and early_stopping, whose rules these are: of a step's
 best `width` continuations those that end are kept as hypotheses, with their log-probabilities' sum / length ** length_penalty as score; the best
-`width` that do not end are followed.
+`width` that do not end are followed. A continuation whose log-probability is -inf is none: where there are fewer than `width`, the best beam is
+followed several times over, as beams of which nothing can come.
 What it does not know: slots, blocks, messages.
 """
 
@@ -43,7 +44,7 @@ class Search:
 
     def __init__(self, beam: Beam, ends: list[int], min_tokens: int, max_tokens: int, logprobs: int | None) -> None:
         self.beam = beam
-        self._ends = i32(ends)
+        self.ends = i32(ends)
         self._min_tokens = min_tokens
         self._max_tokens = max_tokens
         self._logprobs = logprobs
@@ -70,8 +71,9 @@ class Search:
         The beams from here on, best first: of each the beam that it continues, and its token. None: it is over."""
         width, most = self.beam.width, self._max_tokens
         total = (values.astype(np.float64) + self._scores[:, None]).ravel()
-        ends = np.isin(ids, self._ends).ravel()
+        ends = np.isin(ids, self.ends).ravel()
         order = np.argsort(-total, kind="stable")
+        order = order[: np.count_nonzero(total > -np.inf)]
         if self.length < self._min_tokens:
             order = order[~ends[order]]
         self.length += 1
@@ -79,11 +81,16 @@ class Search:
         best = order[:width]
         self._keep(best if last else best[ends[best]], ids, values, total, ends, history)
         going = order[~ends[order]][:width]
-        if last or self._over(total[going[0]]):
+        if last or not going.size or self._over(total[going[0]]):
             return None
+        idle = width - going.size
+        if idle:
+            going = np.concatenate([going, np.repeat(going[:1], idle)])
         parents, tokens = (going // ids.shape[1]).tolist(), ids.ravel()[going].tolist()
         self._marks = [self._mark(place, ids, values) for place in going.tolist()]
         self._scores = total[going]
+        if idle:
+            self._scores[-idle:] = -np.inf
         return parents, tokens
 
     def _keep(self, places: Column, ids: I32, values: Column, total: Column, ends: Column, history: Callable[[int], I32]) -> None:
@@ -99,7 +106,7 @@ class Search:
         if self._logprobs is None:
             return None
         beam, at = divmod(place, ids.shape[1])
-        shown = [at, *range(min(self._logprobs, ids.shape[1]))]
+        shown = [at, *range(min(self._logprobs, int(np.count_nonzero(values[beam] > -np.inf))))]
         return Mark(self._marks[beam], at + 1, ids[beam, shown], values[beam, shown])
 
     def _over(self, running: float) -> bool:

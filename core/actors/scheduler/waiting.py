@@ -78,22 +78,30 @@ class Request:
         """Its ends are the search's business, and what the device is asked for are the likeliest tokens."""
         asked = admit.sampling
         search = Search(beam, self.stop_ids, asked.min_tokens, self.limit - self.prompt_len, asked.logprobs)
-        self.group = Group(self, search, admit.choices.tolist())
+        self.group = Group(self, search, admit.choices.tolist(), admit.grammar, admit.grammar_min_tokens)
         self.stop_ids, self.banned_ids = [], EMPTY_I32
-        plain = SamplingParams(temperature=0, seed=asked.seed, logprobs=search.top, prompt_logprobs=asked.prompt_logprobs)
+        plain = SamplingParams(
+            temperature=0,
+            seed=asked.seed,
+            logprobs=search.top,
+            prompt_logprobs=asked.prompt_logprobs,
+            beam=beam if admit.grammar else None,
+        )
         self.params = msgspec.structs.replace(plain, n=beam.width)
 
 
 class Group:
     """The beams of one request: `members` are their sequences, of which `order` is the slots by rank once the first step has landed. The hypothesis of
-    rank c is told as choice c, for the `wanted` ones."""
+    rank c is told as choice c, for the `wanted` ones. `grammar` is what they obey, b"": nothing."""
 
-    __slots__ = ("home", "members", "moves", "order", "request", "search", "wanted", "writes")
+    __slots__ = ("grammar", "grammar_min_tokens", "home", "members", "moves", "order", "request", "search", "wanted", "writes")
 
-    def __init__(self, request: Request, search: Search, wanted: list[int]) -> None:
+    def __init__(self, request: Request, search: Search, wanted: list[int], grammar: bytes, grammar_min_tokens: int) -> None:
         self.request = request
         self.search = search
         self.wanted = wanted
+        self.grammar = grammar
+        self.grammar_min_tokens = grammar_min_tokens
         self.members: list[Sequence] = []
         self.reset()
 

@@ -26,7 +26,7 @@ from penstock.core.protocol.generation import overridden, override_of, settings
 from penstock.core.protocol.hashing import CacheKey
 from penstock.core.protocol.messages import Submit
 from penstock.core.protocol.sampling import SamplingParams, check_tokens, not_a_token
-from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
+from penstock.core.protocol.wording import FEWER_ANSWERS, GRAMMAR_FAILED, NOTHING_ALLOWED
 
 
 def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
@@ -126,6 +126,9 @@ def check_words(sequences: list[list[int]], vocab_size: int) -> None:
 
 def nothing_obeys(said: str, field: str, params: SamplingParams) -> InvalidRequest | None:
     """The error of a request with the grammar `field` whose engine `said` that nothing could be drawn. None: it is not the request's own doing."""
+    if said.startswith(FEWER_ANSWERS):
+        found = said.removeprefix(FEWER_ANSWERS)
+        return InvalidRequest(f"n is {params.n}, but the search found only {found} answers that obey {field}. Lower n.", param="n")
     if said.startswith(GRAMMAR_FAILED):
         return InvalidRequest(f"{field} is too much to be followed further. {said.removeprefix(GRAMMAR_FAILED)}", param=field)
     narrowing = {
@@ -197,10 +200,6 @@ def check_beam(submit: Submit, params: SamplingParams, facts: EngineFacts, ends:
     field = submit.names.get("beam", "beam")
     if not facts.beams:
         raise UnsupportedFeature(f"This server cannot search with beams. Leave {field} out.", param=field)
-    governed = submit.grammar or submit.calling
-    if governed is not None:
-        name = governed.field
-        raise InvalidRequest(f"{name} and a beam search cannot both be given. Leave one of them out.", param=name)
     field = submit.names.get("beam.width", "beam.width")
     for most, what in (
         (facts.max_num_seqs, "run at once here (--max-num-seqs)"),

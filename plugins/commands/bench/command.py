@@ -426,6 +426,9 @@ def footprint(repeats: int, idle: float, json_file: str | None, serve_args: tupl
 @click.option("--rows", type=COUNT, default=16, show_default=True, help="Requests of a burst.")
 @click.option("--output-len", type=COUNT, default=256, show_default=True, help="Tokens of each.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the schemas.")
+@click.option(
+    "--backend", "backends", multiple=True, default=["llguidance"], show_default=True, help="One after the other (several times)."
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
 @click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
 def grammars(
@@ -437,6 +440,7 @@ def grammars(
     rows: int,
     output_len: int,
     seed: int,
+    backends: tuple[str, ...],
     json_file: str | None,
     serve_args: tuple[str, ...],
 ) -> None:
@@ -455,16 +459,22 @@ def grammars(
     else:
         tokenizer = Tokenizer.from_file(tokenizer_file or str(Path(demo_folder()) / "tokenizer.json"))
     pairs = [*generated(schemas, seed), *(suite(suite_folder) if suite_folder is not None else ())]
-    result: dict[str, Any] = masks(tokenizer, pairs)
-    mask, cpu, first, busy = (result[name] for name in ("mask_us", "mask_cpu_us", "first_mask_ms", "first_mask_cpu_ms"))
-    click.echo(f"{result['vocabulary']} tokens, {result['schemas']} schemas ({result['kinds']}), {result['masks']} masks")
-    click.echo(
-        f"a mask: p50 {mask['p50']:.1f} us, p99 {mask['p99']:.1f} us (CPU time {cpu['p50']:.1f}, {cpu['p99']:.1f}; longest {cpu['max']:.0f})"
-    )
-    click.echo(
-        f"until the first mask: p50 {first['p50']:.2f} ms, p99 {first['p99']:.2f} ms (CPU time {busy['p50']:.2f}, {busy['p99']:.2f}),"
-        f" of which the compiling process p50 {result['compile_ms']['p50']:.2f}"
-    )
+    result: dict[str, Any] = {}
+    for backend in backends:
+        result = masks(tokenizer, pairs, backend)
+        mask, cpu, first, busy = (result[name] for name in ("mask_us", "mask_cpu_us", "first_mask_ms", "first_mask_cpu_ms"))
+        click.echo(f"{backend}: {result['vocabulary']} tokens, {result['schemas']} schemas ({result['kinds']}), {result['masks']} masks")
+        if result["by_xgrammar"]:
+            click.echo(f"{result['by_xgrammar']} of the schemas by xgrammar itself, the others by llguidance")
+        click.echo(
+            f"a mask: p50 {mask['p50']:.1f} us, p99 {mask['p99']:.1f} us (CPU time {cpu['p50']:.1f}, {cpu['p99']:.1f}; longest {cpu['max']:.0f})"
+        )
+        click.echo(
+            f"until the first mask: p50 {first['p50']:.2f} ms, p99 {first['p99']:.2f} ms (CPU time {busy['p50']:.2f}, {busy['p99']:.2f}),"
+            f" of which the compiling process p50 {result['compile_ms']['p50']:.2f}"
+        )
+        if backend != backends[-1]:
+            write_json(json_file, "grammars", {"schemas": schemas, "seed": seed, "train": train, "serve_args": []}, result)
     if turns:
         with started([*serve_args]) as base:
             result["turns"] = found = in_turns(base, rows=rows, tokens=output_len, turns=turns)

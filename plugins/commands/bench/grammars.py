@@ -21,12 +21,12 @@ from typing import Any
 import click
 import numpy as np
 
+from penstock.core.contract.host import PluginHost
 from penstock.core.processes.grammars import GrammarWorker
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import CheckGrammar, Grammar, GrammarChecked, Vocabulary
 from penstock.plugins.commands.bench.report import percentile
-from penstock.plugins.grammars.llguidance import LlGuidance
 from penstock.plugins.tokenizers.hugging_face import byte_alphabet
 
 MOST_TOKENS = 200
@@ -66,10 +66,10 @@ def vocabulary_of(tokenizer: Any) -> tuple[list[bytes], list[int]]:
 class _Waiter:
     """A grammar worker that is waited for."""
 
-    def __init__(self, tokens: list[bytes], special: list[int]) -> None:
+    def __init__(self, tokens: list[bytes], special: list[int], backend: str) -> None:
         self._answers: queue.SimpleQueue[GrammarChecked] = queue.SimpleQueue()
         vocabulary = Vocabulary(data=b"".join(tokens), counts=i32([len(token) for token in tokens]), special=i32(special))
-        self._worker = GrammarWorker(None, vocabulary, self._answers.put)  # type: ignore[arg-type]
+        self._worker = GrammarWorker(None, vocabulary, self._answers.put, backend=backend)  # type: ignore[arg-type]
         self.compile("{}")  # its process has started
 
     def compile(self, source: str) -> GrammarChecked:
@@ -80,10 +80,14 @@ class _Waiter:
         self._worker.close()
 
 
-def masks(tokenizer: Any, pairs: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
-    """Each schema is compiled in the worker's process, then made again and walked along its answer as an engine does."""
+def masks(tokenizer: Any, pairs: Iterable[tuple[str, str, str]], backend: str = "llguidance") -> dict[str, Any]:
+    """Each schema is compiled in the worker's process, then made again and walked along its answer as an engine does. Raises ConfigError for a backend that
+    is not there."""
     tokens, special = vocabulary_of(tokenizer)
-    engine, other, worker = LlGuidance(tokens, special), LlGuidance(tokens, special), _Waiter(tokens, special)
+    spec = PluginHost("text").load().grammars(backend)
+    assert spec is not None
+    engine, other, worker = spec.factory(tokens, special), spec.factory(tokens, special), _Waiter(tokens, special, backend)
+    own = 0
     out = np.zeros(-(-len(tokens) // 32), np.int32)
     took: list[float] = []
     busy: list[float] = []
@@ -110,6 +114,7 @@ def masks(tokenizer: Any, pairs: Iterable[tuple[str, str, str]]) -> dict[str, An
             other.compile("json", schema)
             firsts_busy.append(time.thread_time() - cpu)
             kinds[kind] += 1
+            own += checked.compiled[:1] in (b"x", b"X")
             compiles.append(compiled - began)
             firsts.append(first - began)
             for token in tokenizer.encode(answer, add_special_tokens=False).ids[:MOST_TOKENS]:
@@ -125,6 +130,8 @@ def masks(tokenizer: Any, pairs: Iterable[tuple[str, str, str]]) -> dict[str, An
     finally:
         worker.close()
     return {
+        "backend": backend,
+        "by_xgrammar": own,
         "vocabulary": len(tokens),
         "schemas": len(firsts),
         "kinds": dict(sorted(kinds.items())),
