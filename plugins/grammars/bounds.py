@@ -1,7 +1,7 @@
-"""Numbers and strings of JSON that end.
+"""Numbers and strings of JSON that end, and names that come once.
 
 What it is: `Bounds` follows the bytes of an answer in JSON and takes from a mask what would make a number or a string longer than anybody needs, if
-something else is allowed too: what is left is still of the grammar. (White space is bounded by the grammar itself.)
+something else is allowed too: what is left is still of the grammar; and, by names.py, what would say a name again. (White space is bounded by the grammar.)
 What it does not know: schemas, the grammar's state.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from penstock.core.protocol.columns import I32
+from penstock.plugins.grammars.names import Names, NameTokens
 
 LONGEST_NUMBER = 24
 """Characters: every 64-bit integer and double can be written so."""
@@ -39,15 +40,18 @@ class Starts:
         self.no_exponent = mask_of([re.match(rb"[0-9.]*[eE]", token) is None for token in tokens], words)
         self.no_own_exponent = mask_of([_EXPONENT.match(token) is None for token in tokens], words)
         self.quote = mask_of([token[:1] == b'"' for token in tokens], words)
+        self.names = NameTokens(tokens)
 
 
 class Bounds:
     """One answer."""
 
-    __slots__ = ("_escaped", "_in_string", "_number", "_starts", "_string")
+    __slots__ = ("_escaped", "_in_string", "_names", "_number", "_starts", "_string")
 
-    def __init__(self, starts: Starts) -> None:
+    def __init__(self, starts: Starts, *, free_names: bool = True) -> None:
+        """`free_names`: there may be objects whose names the grammar does not say one by one."""
         self._starts = starts
+        self._names = Names(starts.names) if free_names else None
         self._in_string = False
         self._escaped = False
         self._string = 0
@@ -58,6 +62,8 @@ class Bounds:
         return self._in_string
 
     def feed(self, data: bytes) -> None:
+        if self._names is not None:
+            self._names.feed(data)
         for byte in data:
             if self._in_string:
                 self._string += 1
@@ -77,6 +83,8 @@ class Bounds:
     def narrow(self, out: I32, may_end: bool) -> None:
         """In place. `may_end`: the answer may end here, so that nothing need be left."""
         starts = self._starts
+        if self._names is not None:
+            self._names.narrow(out)
         if self._in_string:
             if self._string >= LONGEST_STRING and not self._escaped:
                 _keep(out, starts.quote, False)

@@ -24,12 +24,14 @@ from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.devices.host_limits import cores
 from penstock.plugins.grammars.bounds import Bounds, Starts, mask_of
-from penstock.plugins.grammars.keywords import check_schema
+from penstock.plugins.grammars.keywords import check_schema, free_names
 from penstock.plugins.grammars.layouts import Regions, lowered
 from penstock.plugins.grammars.spelling import spelled
 
-WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
-"""White space between two parts of JSON: enough for ten levels of indentation."""
+SEPARATORS = {"item_separator": r",\x20?", "key_separator": r":\x20?", "whitespace_flexible": False}
+"""White space of JSON: at most one space, after a comma and after a colon. A model that may begin new lines can fill an answer with them."""
+ESCAPES = 'nrbtf\\"'
+"""Of texts in JSON: each character is written in one way only, so that two names are the same if they look the same."""
 MOST_THREADS = 8
 """For the masks of one step: at most half of the cores. Waking more takes as long as they save."""
 MOST_KEPT = 64
@@ -49,7 +51,20 @@ TRIED = 48
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"@!%:=,;'`])")
 _REFUSALS = ("doesn't satisfy the grammar", "parser stopped")
 """What the library says of a token that may not follow; all else is a limit that is reached."""
+_CONTROL = re.compile(r"\\u00[01][0-9a-fA-F]|\\\\(x[01]|u00|u\{|c|0|s|S)")
+"""Of a schema's source: a control character, which has to be written by its number, or a pattern that may ask for one."""
 _DIRECTIVE = re.compile(r"^\s*%(?!ignore\b|regex\b|import\b)|%json\b|%lark\b", re.MULTILINE)
+
+
+_KEYWORDS = (
+    ("oneOf constraints", "'oneOf'", "is supported only where no value can be of two of its schemas"),
+    ("not disjoint", "'patternProperties'", "is supported only with patterns of which no name can have two"),
+    ("min/maxProperties only", "'minProperties' or 'maxProperties'", "is supported only where all names in 'properties' are required"),
+    ("lookarounds", "'pattern'", "has an anchor where it cannot be obeyed"),
+    ("Unable to determine if regex is empty", "'pattern'", "is too complex, alone or with 'allOf', 'format' and lengths"),
+    ("Pointer", "'$ref'", "points to nothing"),
+)
+"""What the library says of a schema, and what that means."""
 
 
 def _limits() -> Any:
@@ -117,7 +132,8 @@ class LlGuidance:
             openers, made = lowered(layouts.decode(source), self._spelt, _grammar)
             compiled = b"l" + json.dumps(openers).encode() + b"\n" + made.encode()
         else:
-            compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
+            made = _grammar(kind, source)
+            compiled = (b"t" if kind != "json" else b"j" if free_names(json.loads(source)) else b"n") + made.encode()
         began = time.thread_time()
         matcher = self.matcher(compiled)
         _affordable("to be prepared", time.thread_time() - began, PREPARE_S)
@@ -165,8 +181,10 @@ class LlGuidance:
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
         bounds: Bounds | Regions | None = None
-        if compiled[:1] in b"jl":
-            bounds = Regions(self._starts, [text.encode() for text in json.loads(openers)]) if openers else Bounds(self._starts)
+        if openers:
+            bounds = Regions(self._starts, [text.encode() for text in json.loads(openers)])
+        elif compiled[:1] in b"jn":
+            bounds = Bounds(self._starts, free_names=compiled[:1] == b"j")
         return LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
 
     def masks(self, matchers: Sequence[LlMatcher], out: I32) -> dict[int, Exception]:
@@ -242,7 +260,10 @@ def _wrong(said: str) -> InvalidRequest:
     """What the library says of a grammar that it does not take."""
     if said.startswith("Unsatisfiable schema"):
         return InvalidRequest(f"Nothing can satisfy it: {said.partition(': ')[2]}.")
-    if " not supported" in said or " not disjoint" in said:
+    for words, keyword, why in _KEYWORDS:
+        if words in said:
+            return UnsupportedFeature(f"The schema's keyword {keyword} {why}.")
+    if " not supported" in said:
         return UnsupportedFeature(said.partition(" Enable ")[0])  # what may be enabled would be approximate
     return InvalidRequest(said)
 
@@ -262,7 +283,7 @@ def _grammar(kind: str, source: str) -> str:
         check_schema(schema)
         if schema is False:
             raise InvalidRequest("Nothing can satisfy it.")
-        options: Any = {"whitespace_pattern": WHITE}
+        options: Any = SEPARATORS | {"json_allowed_escapes": ESCAPES + ("u" if _CONTROL.search(source) else "")}
         try:
             made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else spelled(schema), overrides=options)
         except ValueError as error:  # a number beyond 64 bits, say
