@@ -27,6 +27,22 @@ ROOM = 1 << 30
 MOST_KEPT = 64
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)[:80]!r} comes twice in an object")
+    return made
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+"""As strict parsers read answers."""
+
+
 class Checker:
     """What the child knows. `tokens` are the vocabulary's bytes, without those of tokens that are no text."""
 
@@ -69,7 +85,7 @@ class Checker:
         """Why the answer does not obey; "": it does."""
         if job.kind == "json":
             try:
-                answer = json.loads(job.text)
+                answer = _STRICT.decode(job.text)
             except ValueError as error:
                 return f"It is not valid JSON: {error}."
             return self._wrong(job.source, answer)
@@ -109,7 +125,7 @@ class Checker:
             begin = found.start() + len(tag.begin)
             begin += len(text[begin:]) - len(text[begin:].lstrip())
             try:
-                value, at = json.JSONDecoder().raw_decode(text, begin)
+                value, at = _STRICT.raw_decode(text, begin)
             except ValueError as error:
                 return f"It is not valid JSON after {tag.begin[:80]!r}: {error}."
             if (wrong := self._wrong(tag.content.source, value)) or not text.startswith(tag.end, at):

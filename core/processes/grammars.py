@@ -55,6 +55,8 @@ class Done(msgspec.Struct):
     compiled: bytes = b""
     error: str = ""
     unsupported: bool = False
+    ours: bool = False
+    """An error of the process that worked on it."""
     field: str = ""
     """Of a part of a layout, or of an answer: what the client calls the grammar that the error is about."""
 
@@ -108,7 +110,7 @@ class GrammarWorker:
             try:
                 done = self._verify(lane, check, limit_s) if check.verify else self._compile(lane, check.grammar, limit_s)
             except BaseException as error:  # a tokenizer's, say: this request alone feels it
-                done = Done(error=f"It could not be checked ({described(error, 300)}).")
+                done = Done(error=f"It could not be checked ({described(error, 300)}).", ours=True)
             self._deliver(_checked(check, done))
         child = self._children[lane]
         if child is not None:
@@ -155,9 +157,9 @@ class GrammarWorker:
                 child.start(self._setup)
             return child.ask(job, limit_s), True
         except TooSlow:
-            done, certain = Done(error=f"It takes more than {limit_s:g} seconds to work out."), True
+            done, certain = Done(error=f"It takes more than {limit_s:g} seconds to work out.", ours=True), True
         except (EOFError, OSError, msgspec.MsgspecError):
-            done, certain = Done(error="The process that worked on it ended: it may take too much memory."), False
+            done, certain = Done(error="The process that worked on it ended: it may take too much memory.", ours=True), False
         if not self._closed:
             log.warning("a grammar's process is given up: %s", done.error)
         self._children[lane] = None
@@ -171,7 +173,8 @@ def _checked(check: CheckGrammar, done: Done) -> GrammarChecked:
         return GrammarChecked(job=check.job, compiled=done.compiled)
     field = done.field or check.grammar.field
     if check.verify:
-        return GrammarChecked(job=check.job, error=f"The answer does not obey {field}. {done.error}", error_status=PenstockError.status)
+        status = PenstockError.status if done.ours else InvalidRequest.status
+        return GrammarChecked(job=check.job, error=f"The answer does not obey {field}. {done.error}", error_status=status)
     error = InvalidRequest(f"{field} cannot be used: {done.error}", param=field)
     return GrammarChecked(
         job=check.job,

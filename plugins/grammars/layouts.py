@@ -17,6 +17,8 @@ from penstock.plugins.grammars.bounds import Bounds, Starts
 
 ANYTHING = "(?s:.)*"
 SPACE = b" \t\r\n"
+_MAYBE_WHITE = "\0"
+"""At the end of a text that has been drawn: behind it there may be white space, which a value may begin with but no other text."""
 _META = frozenset('\\.+*?()|[]{}^$#&-~/"')
 
 
@@ -41,9 +43,9 @@ class _Lowering:
     def lower(self, part: Part, before: str) -> tuple[str, str]:
         """(an expression, the text that has just been drawn when what follows begins). `before` is that of this part."""
         if isinstance(part, Text):
-            return _literal(part.text), before + part.text
+            return _literal(part.text), _after(before, part.text)
         if isinstance(part, Mark):
-            return self._mark(part.text), before + part.text
+            return self._mark(part.text), _after(before, part.text)
         if isinstance(part, Chain):
             found = []
             for one in part.parts:
@@ -59,11 +61,11 @@ class _Lowering:
             return self._text(part)
         if isinstance(part, Obey):
             if part.kind == "json":
-                self.openers[before] = None
+                self.openers[before.removesuffix(_MAYBE_WHITE)] = None
             return "@" + self._named(part), ""
         if isinstance(part, Tags):
             return self._tags(part), ""
-        return "WHITE?", before
+        return "WHITE?", before + _MAYBE_WHITE
 
     def _mark(self, text: str) -> str:
         token = self._tokens.get(text)
@@ -120,6 +122,11 @@ def lowered(part: Part, tokens: Mapping[str, int], grammar: Callable[[str, str],
     lowering = _Lowering(tokens, grammar)
     start, _ = lowering.lower(part, "")
     return list(lowering.openers), lowering.grammar(start)
+
+
+def _after(before: str, text: str) -> str:
+    """What stands before a value is known from where white space may be on."""
+    return text if before.endswith(_MAYBE_WHITE) else before + text
 
 
 def _literal(text: str) -> str:

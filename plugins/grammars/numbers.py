@@ -22,6 +22,8 @@ MOST_LEFT_OUT = Fraction(1, 2**20)
 """Of a range."""
 FINER = 9
 """Decimal places by which what is left out at an open end is smaller than the range, or than 1."""
+MOST_FRACTION = 2**53
+"""Where there may be fractions: doubles up to here are what they look like."""
 OPEN_FROM = 10**18
 """Without the other bound, the backend's numbers overflow from here on."""
 MOST_MULTIPLE = 10**15
@@ -94,8 +96,8 @@ def bounded(schema: dict[str, Any], at: str) -> dict[str, int | float]:
 
 def _cannot(keyword: str, at: str) -> UnsupportedFeature:
     return UnsupportedFeature(
-        f"The schema's keyword {keyword!r} at {at or '/'} has a value that cannot be obeyed exactly: numbers are drawn between -{MOST} and {MOST}, and their "
-        "bounds must be numbers that a double holds."
+        f"The schema's keyword {keyword!r} at {at or '/'} has a value that cannot be obeyed exactly: where there are bounds, integers are drawn up to {MOST}, other "
+        f"numbers up to {MOST_FRACTION}, and a bound must be a number that a double holds."
     )
 
 
@@ -109,9 +111,10 @@ def _moved(end: _End, other: _End, whole: bool, up: bool, at: str) -> int | floa
         if end.open and value == end.value:
             value += 1 if up else -1
         end.open = False
-    limit = Fraction(-MOST if up else MOST)
+    most = MOST if whole else MOST_FRACTION
+    limit = Fraction(-most if up else most)
     beyond = value < limit if up else value > limit
-    if (value > MOST) if up else (value < -MOST):
+    if (value > most) if up else (value < -most):
         raise _cannot(end.keyword, at)
     if beyond:
         end.open = False
@@ -128,7 +131,7 @@ def _moved(end: _End, other: _End, whole: bool, up: bool, at: str) -> int | floa
 def _finer(end: _End, value: float, other: float | None, sign: int, at: str) -> float:
     """A closed end in the place of an open one, close to it: the backend may take an open one itself, and its digits need not come to an end."""
     from_ = _exact(value)
-    gap = abs(_exact(MOST * sign if other is None else other) - from_)
+    gap = abs(_exact(MOST_FRACTION * sign if other is None else other) - from_)
     if not gap:
         raise _cannot(end.keyword, at)
     step = Fraction(1, 10 ** (math.ceil(-math.log10(min(gap, Fraction(1)))) + FINER))
