@@ -116,7 +116,8 @@ def test_numbers_and_white_space_end(schema: str, like: bytes) -> None:
         said, _ = draw("json", schema, seed, like=like, most=200)
         outside = re.sub(rb'"(\\.|[^"\\])*("|$)', b'""', said)
         assert max(map(len, re.findall(rb"[0-9.eE+-]+", outside)), default=0) <= LONGEST_NUMBER + 5
-        assert max(map(len, re.findall(rb"\s+", outside)), default=0) <= 40
+        assert not re.search(rb"(?<![,:])\s|\s\s", outside)
+        assert not re.search(rb"[\n\r\t]", outside)
         assert not re.search(rb"[0-9.][eE]", outside)
 
 
@@ -219,8 +220,8 @@ def test_an_object_of_many_properties(count: int, required: bool) -> None:
     source, answer = wide(count, required=required)
     matcher = GRAMMARS.matcher(GRAMMARS.compile("json", source))
     for at, byte in enumerate(answer):
-        if at < 400 or at % 97 == 0:
-            assert byte in allowed(matcher)
+        if at < 400 or at % 97 == 0:  # what must follow is said in the longest tokens
+            assert any(answer[at : at + len(TOKENS[id])] == TOKENS[id] or TOKENS[id][:1] == answer[at : at + 1] for id in allowed(matcher))
         assert matcher.consume(byte)
     assert matcher.may_end()
 
@@ -283,10 +284,13 @@ def test_whatever_is_drawn_for_a_format_is_of_it(format: str) -> None:
     ("schema", "right", "wrong"),
     [
         ({"format": "date"}, ["2024-02-29", "2000-02-29", "1900-02-28", 5], ["2023-02-29", "1900-02-29", "2026-04-31", "2026-13-01"]),
-        ({"format": "time"}, ["23:59:60Z", "10:00:00.25+02:00", "10:00:00z"], ["24:00:00Z", "10:59:60Z", "10:00:00", "10:00Z"]),
+        ({"format": "time"}, ["23:59:59Z", "10:00:00.25+02:00", "10:00:00z"], ["24:00:00Z", "10:59:60Z", "10:00:00", "10:00Z"]),
         ({"format": "date-time"}, ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z", "2024-02-29 00:00:00Z"]),
         ({"format": "hostname"}, ["a", "xn--nxasmq6b", "a-b.c1", "a" * 63], ["-a", "a-", "a..b", "a" * 64, "ab--c"]),
         ({"format": "email", "maxLength": 8}, ["a.b+@d.e"], ["a.b+c@d.efg", "a", "a..b@c"]),
+        ({"format": "duration"}, ["P1Y2M3DT4H5M6S", "PT36S", "P2W"], ["P", "P1D2W", "PT", "1D"]),
+        ({"format": "ipv6"}, ["::1", "::", "1:2:3:4:5:6:7:8", "fe80::a:b"], ["1:2:3", "1::2::3", ":1", "12345::"]),
+        ({"format": "uri"}, ["https://example.org/a?b=c#d", "http://10.0.0.1:80", "http://a"], ["http://", "a/b", "http://a b", "http://a/%zz"]),
         ({"format": "date", "pattern": "^2024"}, ["2024-02-29"], ["2025-01-01", "2024-02-30"]),
         ({"properties": {"format": {"format": "date"}}}, [{"format": "2024-02-29"}], [{"format": "x"}]),
         ({"enum": [{"format": "date"}]}, [{"format": "date"}], [{"format": "2024-02-29"}]),
