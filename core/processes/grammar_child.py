@@ -62,7 +62,7 @@ class Checker:
                 raise UnsupportedFeature(f"The grammar backend has no grammars of the kind {job.kind!r}.")
             if job.kind == "layout":
                 self._check_leaves(job.source)
-            elif job.kind == "json":
+            elif job.kind in layouts.JSON:
                 self._validator(job.source)
             compiled = self._grammars.compile(job.kind, job.source)
             return Done(compiled=compiled, error="" if compiled else "The grammar backend made nothing of it.")
@@ -83,7 +83,7 @@ class Checker:
 
     def _verify(self, job: Job) -> str:
         """Why the answer does not obey; "": it does."""
-        if job.kind == "json":
+        if job.kind in layouts.JSON:
             try:
                 answer = _STRICT.decode(job.text)
             except ValueError as error:
@@ -120,7 +120,7 @@ class Checker:
             at = found.end()
             fitting = [tag for tag in part.tags if text.startswith(tag.begin, found.start())]
             tag = max(fitting, key=lambda tag: len(tag.begin), default=None)
-            if tag is None or tag.content.kind != "json":
+            if tag is None or tag.content.kind not in layouts.JSON:
                 continue
             begin = found.start() + len(tag.begin)
             begin += len(text[begin:]) - len(text[begin:].lstrip())

@@ -23,7 +23,7 @@ def register_grammars() -> list[GrammarSpec]:
             name="llguidance",
             api_level=1,
             doc="JSON schemas, expressions, choices, Lark and GBNF grammars, by llguidance.",
-            kinds=["json", "regex", "choice", "grammar", "layout"],
+            kinds=["json", "compact_json", "regex", "choice", "grammar", "layout"],
             factory=_llguidance,
         )
     ]

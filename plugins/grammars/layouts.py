@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from penstock.core.contract.layouts import Chain, Either, Free, Mark, Obey, Part, Repeat, Tags, Text
+from penstock.core.contract.layouts import JSON, Chain, Either, Free, Mark, Obey, Part, Repeat, Tags, Text
 from penstock.core.protocol.columns import I32
 from penstock.plugins.grammars.bounds import Bounds, Starts
 
@@ -60,7 +60,7 @@ class _Lowering:
         if isinstance(part, Free):
             return self._text(part)
         if isinstance(part, Obey):
-            if part.kind == "json":
+            if part.kind in JSON:
                 self.openers[before.removesuffix(_MAYBE_WHITE)] = None
             return "@" + self._named(part), ""
         if isinstance(part, Tags):
@@ -103,7 +103,7 @@ class _Lowering:
             rest = []
             for tag in part.tags:
                 if tag.begin.startswith(trigger):
-                    if tag.content.kind == "json":
+                    if tag.content.kind in JSON:
                         self.openers[tag.begin] = None
                     pieces = (_literal(tag.begin[len(trigger) :]), "@" + self._named(tag.content), _literal(tag.end))
                     rest.append(self.rule(" ".join(piece for piece in pieces if piece)))

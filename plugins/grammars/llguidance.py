@@ -30,6 +30,7 @@ from penstock.plugins.grammars.spelling import spelled
 
 SEPARATORS = {"item_separator": r",\x20?", "key_separator": r":\x20?", "whitespace_flexible": False}
 """White space of JSON: at most one space, after a comma and after a colon. A model that may begin new lines can fill an answer with them."""
+COMPACT = {"item_separator": ",", "key_separator": ":"}
 ESCAPES = 'nrbtf\\"'
 """Of texts in JSON: each character is written in one way only, so that two names are the same if they look the same."""
 MOST_THREADS = 8
@@ -133,7 +134,7 @@ class LlGuidance:
             compiled = b"l" + json.dumps(openers).encode() + b"\n" + made.encode()
         else:
             made = _grammar(kind, source)
-            compiled = (b"t" if kind != "json" else b"j" if free_names(json.loads(source)) else b"n") + made.encode()
+            compiled = (b"t" if kind not in layouts.JSON else b"j" if free_names(json.loads(source)) else b"n") + made.encode()
         began = time.thread_time()
         matcher = self.matcher(compiled)
         _affordable("to be prepared", time.thread_time() - began, PREPARE_S)
@@ -275,7 +276,7 @@ def _affordable(what: str, took_s: float, most_s: float) -> None:
 
 def _grammar(kind: str, source: str) -> str:
     """What llguidance compiles. Raises InvalidRequest or UnsupportedFeature."""
-    if kind == "json":
+    if kind in layouts.JSON:
         try:
             schema = json.loads(source)
         except ValueError as error:
@@ -283,7 +284,11 @@ def _grammar(kind: str, source: str) -> str:
         check_schema(schema)
         if schema is False:
             raise InvalidRequest("Nothing can satisfy it.")
-        options: Any = SEPARATORS | {"json_allowed_escapes": ESCAPES + ("u" if _CONTROL.search(source) else "")}
+        options: Any = (
+            SEPARATORS
+            | (COMPACT if kind == "compact_json" else {})
+            | {"json_allowed_escapes": ESCAPES + ("u" if _CONTROL.search(source) else "")}
+        )
         try:
             made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else spelled(schema), overrides=options)
         except ValueError as error:  # a number beyond 64 bits, say

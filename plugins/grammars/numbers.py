@@ -28,6 +28,8 @@ OPEN_FROM = 10**18
 """Without the other bound, the backend's numbers overflow from here on."""
 MOST_MULTIPLE = 10**15
 """Of multipleOf, where no bound says more."""
+SMALLEST = 1e-20
+"""Of const and enum, besides 0: numbers are drawn without exponents."""
 LARGEST_STEP = 50_000
 """Digits of multipleOf without its point: the backend counts remainders."""
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
@@ -68,9 +70,8 @@ def bounded(schema: dict[str, Any], at: str) -> dict[str, int | float]:
     if not any(name in schema for name in (*BOUNDS, "multipleOf")):
         return {}
     low, high = _End(schema, "minimum", "exclusiveMinimum", 1), _End(schema, "maximum", "exclusiveMaximum", -1)
-    if low.value is not None and high.value is not None:
-        if low.value > high.value or (low.value == high.value and (low.open or high.open)):
-            raise InvalidRequest(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no number.")
+    if low.value is not None and high.value is not None and (low.value, low.open or high.open) > (high.value, False):
+        raise InvalidRequest(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no number.")
     types = schema.get("type")
     whole = (types == "integer" or types == ["integer"]) or ("integer" in (types or []) and "number" not in (types or []))
     left = _moved(low, high, whole, True, at)
@@ -150,11 +151,9 @@ def drawable(value: Any) -> Iterator[int | float]:
         for one in value:
             yield from drawable(one)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value) or abs(value) > MOST or (value and abs(value) < 1e-20):
-            yield value
-        elif isinstance(value, int) and int(float(value)) != value:
-            yield value
-        elif isinstance(value, float) and value.is_integer() and abs(value) > 2**53:
+        size = abs(value)
+        whole = int(float(value)) == value if isinstance(value, int) and size <= MOST else size <= MOST_FRACTION
+        if not math.isfinite(value) or not whole or 0 < size < SMALLEST:
             yield value
 
 
@@ -162,7 +161,7 @@ def check_step(step: int | float, at: str) -> None:
     """Raises UnsupportedFeature for a multipleOf that the backend cannot count."""
     if step <= 0:
         raise InvalidRequest(f"The schema is wrong at {at}/multipleOf: it must be more than 0.")
-    sign, digits, exponent = Decimal(repr(step)).normalize().as_tuple()
+    _, digits, exponent = Decimal(repr(step)).normalize().as_tuple()
     count = int("".join(map(str, digits))) * (10 ** max(0, int(exponent)) if int(exponent) < 10 else LARGEST_STEP)
     if count > LARGEST_STEP or not _counts(float(step)):
         raise UnsupportedFeature(
@@ -177,4 +176,4 @@ def _counts(step: float) -> bool:
     while value % 1:
         value *= 10
         places += 1
-    return Fraction(value) / 10**places == _exact(step)
+    return bool(Fraction(value) / 10**places == _exact(step))

@@ -41,7 +41,9 @@ def spelled(schema: Any, at: str = "") -> Any:
             value = _pattern("pattern", value, at)
         elif keyword in ("const", "enum"):
             if (number := next(drawable(value), None)) is not None:
-                raise refused(keyword, at, f"has {number!r}, which cannot be drawn exactly: give it as a text, or a number that a double holds")
+                raise refused(
+                    keyword, at, f"has {number!r}, which cannot be drawn exactly: give it as a text, or a number that a double holds"
+                )
         elif keyword == "multipleOf":
             check_step(value, at)
         if keyword not in BOUNDS:
@@ -103,7 +105,7 @@ def _counted(made: dict[str, Any], at: str) -> dict[str, Any]:
     keyword = "minProperties" if least > len(required) else "maxProperties"
     if made.get("additionalProperties") is not False or "patternProperties" in made:
         raise refused(keyword, at, "is supported only where all names in 'properties' are required, or where there are no others")
-    if least <= len(required) + 1 and most in (None, len(required) + 1) or not set(required) <= named.keys():
+    if (least <= len(required) + 1 and most in (None, len(required) + 1)) or not set(required) <= named.keys():
         return made  # the backend can do that, or nothing can
     more = range(max(0, least - len(required)), min(len(optional), len(optional) if most is None else most - len(required)) + 1)
     sizes = more if most is not None else more[:1]

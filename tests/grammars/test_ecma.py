@@ -84,14 +84,37 @@ def test_what_is_no_pattern_of_ecma_262_or_cannot_be_drawn_is_refused_by_name(pa
     ],
 )
 def test_what_a_pattern_means(pattern: str, allowed: list[str], not_: list[str]) -> None:
-    rust = jsonschema_rs.validator_for({"pattern": f"^(?:{translated(pattern)})$" if pattern[:1] == "^" and "|" not in pattern else translated(pattern)})
+    rust = jsonschema_rs.validator_for(
+        {"pattern": f"^(?:{translated(pattern)})$" if pattern[:1] == "^" and "|" not in pattern else translated(pattern)}
+    )
     for text in allowed:
         assert rust.is_valid(text), repr(text)
     for text in not_:
         assert not rust.is_valid(text), repr(text)
 
 
-_atoms = st.sampled_from(["a", "b", "[ab]", "[^a]", "\\d", "\\w", "\\s", "[\\s\\d-]", ".", "\\.", "\\n", "[a-c&]", "\\u0041", "\\x22", "\\\\", "é", "\\u2028", '"'])
+_atoms = st.sampled_from(
+    [
+        "a",
+        "b",
+        "[ab]",
+        "[^a]",
+        "\\d",
+        "\\w",
+        "\\s",
+        "[\\s\\d-]",
+        ".",
+        "\\.",
+        "\\n",
+        "[a-c&]",
+        "\\u0041",
+        "\\x22",
+        "\\\\",
+        "é",
+        "\\u2028",
+        '"',
+    ]
+)
 _patterns = st.recursive(
     _atoms,
     lambda inner: st.one_of(

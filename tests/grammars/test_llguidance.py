@@ -125,6 +125,13 @@ def test_numbers_and_white_space_end(schema: str, like: bytes) -> None:
         assert not re.search(rb"[0-9.][eE]", outside)
 
 
+@pytest.mark.parametrize("schema", ["{}", '{"type":"object"}'])
+def test_compact_json_has_no_white_space(schema: str) -> None:
+    for seed, like in itertools.product(range(10), (b"", b" ,:", b' "{[')):
+        said, _ = draw("compact_json", schema, seed, like=like, most=80)
+        assert not re.search(rb"\s", re.sub(rb'"(\\.|[^"\\])*("|$)', b'""', said)), said
+
+
 def test_a_schemas_own_lengths_count() -> None:
     assert draw("json", '{"type":"string","minLength":60,"pattern":"^[0-9]+$"}', like=b"0123456789", most=90)[0][1:60].isdigit()
     assert draw("json", '{"const":"12345678901234567890123456789012345"}')[0] == b'"12345678901234567890123456789012345"'

@@ -13,7 +13,25 @@ import pytest
 from penstock.plugins.grammars.keywords import free_names
 from penstock.plugins.grammars.llguidance import LlGuidance
 
-WORDS = [b'":', b'a":', b'"a', b'"a"', b'","', b'","a":', b'":1,"a":2', b'b"', b', "', b'{"', b'{"a":1,"a":', b"\\u0061", b'\\"', b'""', b'"}', b"},", b"u0061"]
+WORDS = [
+    b'":',
+    b'a":',
+    b'"a',
+    b'"a"',
+    b'","',
+    b'","a":',
+    b'":1,"a":2',
+    b'b"',
+    b', "',
+    b'{"',
+    b'{"a":1,"a":',
+    b"\\u0061",
+    b'\\"',
+    b'""',
+    b'"}',
+    b"},",
+    b"u0061",
+]
 TOKENS = [bytes([byte]) for byte in range(256)] + WORDS
 GRAMMARS = LlGuidance(TOKENS, [])
 LIKED = [id for id, token in enumerate(TOKENS) if set(token) <= set(b'ab":,{} 1u\\06[]')]

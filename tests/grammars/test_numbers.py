@@ -56,6 +56,7 @@ def test_whatever_is_drawn_is_within_bounds(seed: int) -> None:
     """As decimal numbers, and as the second implementation reads them. A range is refused by keyword, or there is none."""
     rng = random.Random(seed)
     drawn = 0
+    said = set()
     for _ in range(150):
         schema: dict[str, Any] = {"type": rng.choice(["integer", "number"])}
         for name in BOUNDS:
@@ -68,11 +69,8 @@ def test_whatever_is_drawn_is_within_bounds(seed: int) -> None:
             schema["allOf"] = [{name: schema.pop(name)}]
         try:
             compiled = BYTES.compile("json", json.dumps(schema))
-        except UnsupportedFeature as error:
-            assert "keyword" in error.message
-            continue
         except InvalidRequest as error:
-            assert error.message.startswith("Nothing can satisfy it")
+            said.add(error.message.partition(" at ")[0].partition(":")[0])
             continue
         check = jsonschema_rs.validator_for(schema)
         for like in (b"0", b"9.", b"0123456789.-"):
@@ -81,6 +79,7 @@ def test_whatever_is_drawn_is_within_bounds(seed: int) -> None:
             assert check.is_valid(json.loads(text)), (schema, text)
             drawn += 1
     assert drawn > 100
+    assert said <= {"Nothing can satisfy it", *(f"The schema's keyword {name!r}" for name in BOUNDS)}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,11 @@ def test_what_cannot_be_drawn_exactly_is_refused_by_keyword(schema: Any, keyword
 @pytest.mark.parametrize(
     ("schema", "right", "wrong"),
     [
-        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["0", "-9223372036854774784", "9007199254740993"], ["9223372036854775808"]),
+        (
+            {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+            ["0", "-9223372036854774784", "9007199254740993"],
+            ["9223372036854775808"],
+        ),
         ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, ["0", "9223372036854774784"], ["-1", "18446744073709551616"]),
         ({"type": "number", "minimum": 0, "maximum": 1e308}, ["0", "1.5"], ["-1"]),
         ({"const": 2**53}, ["9007199254740992"], ["9007199254740993"]),

@@ -272,7 +272,11 @@ class Receiver:
         if self._ledger.has(choice.request):
             if error:  # a stop string that cuts it is the client's own
                 field = obeyed.field if (obeyed := choice.request.obeyed) is not None else None
-                code, param = (InvalidRequest.default_code, names.get("stop", "stop") if held.stop else field) if disobeys else ("engine_failure", None)
+                code, param = (
+                    (InvalidRequest.default_code, names.get("stop", "stop") if held.stop else field)
+                    if disobeys
+                    else ("engine_failure", None)
+                )
                 self._row(choice, held.text, "error", None, error, code, param=param)
             else:
                 self._row(choice, held.text, held.finish, held.stop_reason, None, None)
