@@ -117,10 +117,10 @@ class GrammarWorker:
             child.bury()
 
     def _compile(self, lane: int, grammar: Grammar, limit_s: float) -> Done:
-        key = grammar.kind, grammar.source
+        key = grammar.form, grammar.source
         done = self._kept.pop(key, None)
         if done is None:
-            done, certain = self._ask(lane, Job(grammar.kind, grammar.source), limit_s)
+            done, certain = self._ask(lane, Job(grammar.form, grammar.source), limit_s)
             if not certain:
                 return done
             self._kept_bytes += len(grammar.source) + len(done.compiled)
@@ -132,7 +132,7 @@ class GrammarWorker:
 
     def _verify(self, lane: int, check: CheckGrammar, limit_s: float) -> Done:
         for part in check.parts:
-            done = self._ask(lane, Job(part.grammar.kind, part.grammar.source, verify=True, text=part.text), limit_s)[0]
+            done = self._ask(lane, Job(part.grammar.form, part.grammar.source, verify=True, text=part.text), limit_s)[0]
             if done.error:
                 return msgspec.structs.replace(done, field=part.grammar.field)
         if check.parts:
@@ -144,7 +144,7 @@ class GrammarWorker:
             at = text.find(check.stop, max(0, from_))
             text = text[:at] if at >= 0 else text
             ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].tolist() if text else []
-        return self._ask(lane, Job(check.grammar.kind, check.grammar.source, verify=True, ids=ids, text=text), limit_s)[0]
+        return self._ask(lane, Job(check.grammar.form, check.grammar.source, verify=True, ids=ids, text=text), limit_s)[0]
 
     def _ask(self, lane: int, job: Job, limit_s: float) -> tuple[Done, bool]:
         """What the child says, and whether it would say the same again."""

@@ -84,12 +84,19 @@ POOL_LAST, POOL_FIRST, POOL_MEAN = 0, 1, 2
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """What an answer must obey. `source` of the kinds: "json": a JSON schema; "compact_json": the same, and no white space; "regex": an expression for the whole answer; "choice": a JSON list of texts;
+    """What an answer must obey. `source` of the kinds: "json": a JSON schema; "regex": an expression for the whole answer; "choice": a JSON list of texts;
     "grammar": Lark or GBNF; "layout": a Part of core/contract/layouts.py as JSON. `field` is what the client calls it, for errors."""
 
-    kind: Literal["json", "compact_json", "regex", "choice", "grammar", "layout"]
+    kind: Literal["json", "regex", "choice", "grammar", "layout"]
     source: str
     field: str = ""
+    compact: bool = False
+    """Of the kind "json": without white space."""
+
+    @property
+    def form(self) -> Literal["json", "compact_json", "regex", "choice", "grammar", "layout"]:
+        """Its kind as backends have it."""
+        return "compact_json" if self.compact and self.kind == "json" else self.kind
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

@@ -63,7 +63,8 @@ def _hidden(spelling: Spelling, thinking: Thinking | None, state: str) -> list[s
 
 
 def _answer(grammar: Grammar) -> Part:
-    return decode(grammar.source) if grammar.kind == "layout" else Obey(grammar.kind, grammar.source, grammar.field)
+    form = grammar.form
+    return decode(grammar.source) if form == "layout" else Obey(form, grammar.source, grammar.field)
 
 
 def _calls(spelling: Spelling, calling: Calling, split: _Pieces, parallel: bool) -> list[Part]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from penstock.core.actors.text.ledger import Held, Request
-from penstock.core.contract.layouts import JSON
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import EngineFacts
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
@@ -47,7 +46,7 @@ class Obedience:
         for name, size in sizes:
             if size > MOST_CHARS:
                 raise InvalidRequest(f"{name} may have {MOST_CHARS} characters, but has {size}.", param=name)
-        if submit.continue_final_message and submit.grammar is not None and submit.grammar.kind in JSON:
+        if submit.continue_final_message and submit.grammar is not None and submit.grammar.kind == "json":
             raise InvalidRequest(
                 f"{submit.grammar.field} cannot be given where the answer's beginning is given too (continue_final_message, or a last message of the "
                 "assistant's): the answer would be a whole JSON value of its own. Leave out one of the two.",

@@ -8,7 +8,7 @@ What it does not know: HTTP, output formats, backends.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -27,12 +27,12 @@ def given(prefix: str, asked: StructuredOutputsParams) -> Iterator[Grammar]:
     """One for each that is asked for; their fields are called `prefix` and their names. Raises InvalidRequest for one that is empty: an answer without bounds
     would be none to it."""
     schema, choice = asked.json, asked.choice
-    json_kind: Literal["json", "compact_json"] = "compact_json" if asked.disable_any_whitespace else "json"
+    compact = bool(asked.disable_any_whitespace)
     for name in ("json", "regex", "grammar", "structural_tag"):
         if getattr(asked, name) == "":
             raise InvalidRequest(f"{prefix}{name} must not be empty.", param=f"{prefix}{name}")
     if schema is not None:
-        yield Grammar(kind=json_kind, source=schema if isinstance(schema, str) else json_text(schema), field=f"{prefix}json")
+        yield Grammar(kind="json", source=schema if isinstance(schema, str) else json_text(schema), field=f"{prefix}json", compact=compact)
     if asked.regex:
         yield Grammar(kind="regex", source=asked.regex, field=f"{prefix}regex")
     if choice is not None:
@@ -42,7 +42,7 @@ def given(prefix: str, asked: StructuredOutputsParams) -> Iterator[Grammar]:
     if asked.grammar:
         yield Grammar(kind="grammar", source=asked.grammar, field=f"{prefix}grammar")
     if asked.json_object:
-        yield Grammar(kind=json_kind, source=ANY, field=f"{prefix}json_object")
+        yield Grammar(kind="json", source=ANY, field=f"{prefix}json_object", compact=compact)
     if asked.structural_tag is not None:
         yield tagged(asked.structural_tag, f"{prefix}structural_tag")
 
