@@ -377,7 +377,7 @@ def grammars() -> list[str]:
         f" holds (bounds of at least 2^63 are as if they were {numbers.MOST}, of numbers that are no integers {numbers.MOST_FRACTION}), a `multipleOf` of more than"
         f" {numbers.LARGEST_STEP} without its point, `minProperties` and `maxProperties` with names that need not be there beside names that are free. `multipleOf` counts as"
         " decimal numbers do: 0.07 is a multiple of 0.01, though what divides doubles may say no. `pattern` and `patternProperties` are ECMA-262's with the flag `u`, without"
-        " looking around, references and `\\\\b`. Where a schema leaves them open, numbers have at most"
+        " looking around, references and `\\b`. Where a schema leaves them open, numbers have at most"
         f" {bounded.LONGEST_NUMBER} characters and no exponent, strings {bounded.LONGEST_STRING} bytes, as far as"
         f" tokens allow. White space is at most one space, after a comma or a colon; with structured_outputs' `disable_any_whitespace` there is none. A schema has at most {keywords.MOST_PROPERTIES} properties, and one object at most"
         f" {keywords.MOST_OPTIONAL} that are not required.",

@@ -18,6 +18,8 @@ import msgspec
 from penstock.core.protocol.errors import UnsupportedFeature
 
 LAST = 0x10FFFF
+NUL = r"\x{0}"
+"""Not drawn where a class has it and not both the quote and the backslash: of a class with all control characters the backend takes those two for members in JSON."""
 MOST_REPEATED = 1000
 MOST_NESTED = 50
 Ranges = list[tuple[int, int]]
@@ -295,6 +297,10 @@ def parsed(pattern: str) -> Node:
     return made
 
 
+def _holds(ranges: Ranges, code: int) -> bool:
+    return any(first <= code <= last for first, last in ranges)
+
+
 def _code(code: int) -> str:
     char = chr(code)
     return char if char.isascii() and char.isalnum() else f"\\x{{{code:x}}}"
@@ -315,13 +321,17 @@ def _said(node: Node) -> str:
         return f"(?:{_said(node.part)}){counts}"
     ranges = node.ranges
     if not node.properties:
-        ranges = complement(ranges) if node.but else [part for part in ranges if part != SURROGATES]
+        ranges = complement(ranges) if node.but else ranges
+        if not (_holds(ranges, 0x22) and _holds(ranges, 0x5C)):
+            ranges = [(max(first, 1), last) for first, last in ranges if last]  # see NUL
         if not ranges:
             return r"[a&&b]"  # nothing
         if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
             return _code(ranges[0][0])
     inside = "".join(_code(first) if first == last else f"{_code(first)}-{_code(last)}" for first, last in ranges)
-    return f"[{'^' if node.but and node.properties else ''}{inside}{''.join(node.properties)}]"
+    if not node.properties:
+        return f"[{inside}]"
+    return f"[[{'^' if node.but else ''}{inside}{''.join(node.properties)}]&&[^{NUL}]]"
 
 
 def translated(pattern: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.plugins.grammars.ecma import SPACE, translated, words
-from tests.grammars.test_llguidance import draw
+from tests.grammars.test_llguidance import GRAMMARS, draw
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,11 @@ def test_what_is_no_pattern_of_ecma_262_or_cannot_be_drawn_is_refused_by_name(pa
     ],
 )
 def test_what_a_pattern_means(pattern: str, allowed: list[str], not_: list[str]) -> None:
-    rust = jsonschema_rs.validator_for(
-        {"pattern": f"^(?:{translated(pattern)})$" if pattern[:1] == "^" and "|" not in pattern else translated(pattern)}
-    )
-    for text in allowed:
-        assert rust.is_valid(text), repr(text)
-    for text in not_:
-        assert not rust.is_valid(text), repr(text)
+    compiled = GRAMMARS.compile("json", json.dumps({"type": "string", "pattern": pattern}))
+    for text in [*allowed, *not_]:
+        matcher = GRAMMARS.matcher(compiled)
+        can = all(matcher.consume(byte) for byte in json.dumps(text, ensure_ascii=False).encode()) and matcher.may_end()
+        assert can is (text in allowed), repr(text)
 
 
 _atoms = st.sampled_from(
@@ -112,6 +110,9 @@ _atoms = st.sampled_from(
         "\\\\",
         "é",
         "\\u2028",
+        '[^"]',
+        "[\\x00-\\x1f]",
+        '[^"\\\\]',
         '"',
     ]
 )
@@ -144,6 +145,15 @@ def test_whatever_is_drawn_matches(pattern: str, seed: int) -> None:
         text = json.loads(said)
         assert re.fullmatch(in_python(pattern), text), (pattern, text)
         assert jsonschema_rs.validator_for(schema).is_valid(text), (pattern, text)
+
+
+@pytest.mark.parametrize("inside", ['[^"]', r"[^\x5c]", r"[\x00-\x1f]", r"[\x00-\x10]|[\x11-\x1fx]", r"\p{Cc}", r"[^\p{L}\x22]", '[^"<>]'])
+def test_a_class_with_all_control_characters_has_no_more(inside: str) -> None:
+    schema = {"type": "string", "pattern": f"^(?:{inside}){{3}}$"}
+    check = jsonschema_rs.validator_for(schema)
+    for seed in range(20):
+        said, ended = draw("json", json.dumps(schema), seed, like=b'\\"nu0')
+        assert not ended or check.is_valid(json.loads(said)), said
 
 
 def test_words() -> None:
