@@ -95,7 +95,8 @@ def tagged(given: Any, field: str) -> Grammar:
         _only(given, {"type", "format"}, field)
         part = _format(given["format"], f"{field}.format")
         if isinstance(part, Obey):
-            return Grammar(kind=part.kind, source=part.source, field=part.field)
+            kind = "json" if part.kind == "compact_json" else part.kind
+            return Grammar(kind=kind, source=part.source, field=part.field, compact=kind != part.kind)
         return Grammar(kind="layout", source=encode(part), field=field)
     _only(given, {"type", "structures", "triggers"}, field)
     tags = [_structure(one, f"{field}.structures[{i}]") for i, one in enumerate(_list(given, "structures", field))]
