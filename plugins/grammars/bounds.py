@@ -58,6 +58,10 @@ class Bounds:
         self._number = 0
 
     @property
+    def names(self) -> Names | None:
+        return self._names
+
+    @property
     def in_string(self) -> bool:
         return self._in_string
 

@@ -355,6 +355,20 @@ def words(pattern: str, most: int) -> list[str] | None:
     return sorted(found)
 
 
+def extendable(pattern: str) -> bool:
+    """Can every text that it allows be made longer, again and again? False where that is not plain. Raises UnsupportedFeature."""
+    node = parsed(pattern)
+    for way in node.ways if isinstance(node, Either) else [node]:
+        parts = way.parts if isinstance(way, Chain) else [way]
+        if parts and parts[-1] == Anchor("$"):
+            last = parts[-2] if len(parts) > 1 else None
+            if not (isinstance(last, Repeat) and last.most is None and isinstance(last.part, Chars)):
+                return False
+        elif any(isinstance(part, Either) for part in parts):  # an anchor may be in it
+            return False
+    return True
+
+
 def _words(node: Node, most: int) -> set[str] | None:
     if isinstance(node, Anchor):
         return None

@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llguidance
@@ -26,7 +26,8 @@ from penstock.plugins.devices.host_limits import cores
 from penstock.plugins.grammars.bounds import Bounds, Starts, mask_of
 from penstock.plugins.grammars.keywords import check_schema, free_names
 from penstock.plugins.grammars.layouts import Regions, lowered
-from penstock.plugins.grammars.spelling import spelled
+from penstock.plugins.grammars.names import Names
+from penstock.plugins.grammars.spelling import closed_names, spelled
 
 SEPARATORS = {"item_separator": r",\x20?", "key_separator": r":\x20?", "whitespace_flexible": False}
 """White space of JSON: at most one space, after a comma and after a colon. A model that may begin new lines can fill an answer with them."""
@@ -113,7 +114,8 @@ class LlGuidance:
         self._size = len(tokens)
         self._words = -(-self._size // 32)
         end = len(tokens)  # one of its own, behind the vocabulary: ours are none of its business
-        wrapper = llguidance.TokenizerWrapper(_Tokens([*tokens, b"<|end|>"], [*special, end]))
+        self._spelling = _Tokens([*tokens, b"<|end|>"], [*special, end])
+        wrapper = llguidance.TokenizerWrapper(self._spelling)
         self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=end + 1)
         self._tokens = tokens
         self._spelt = {tokens[token].decode(errors="replace"): token for token in reversed(special) if tokens[token]}
@@ -134,7 +136,7 @@ class LlGuidance:
             compiled = b"l" + json.dumps(openers).encode() + b"\n" + made.encode()
         else:
             made = _grammar(kind, source)
-            compiled = (b"t" if kind not in layouts.JSON else b"j" if free_names(json.loads(source)) else b"n") + made.encode()
+            compiled = (_names(json.loads(source)) if kind in layouts.JSON else b"t") + made.encode()
         began = time.thread_time()
         matcher = self.matcher(compiled)
         _affordable("to be prepared", time.thread_time() - began, PREPARE_S)
@@ -184,9 +186,12 @@ class LlGuidance:
         bounds: Bounds | Regions | None = None
         if openers:
             bounds = Regions(self._starts, [text.encode() for text in json.loads(openers)])
-        elif compiled[:1] in b"jn":
-            bounds = Bounds(self._starts, free_names=compiled[:1] == b"j")
-        return LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
+        elif compiled[:1] in b"jcn":
+            bounds = Bounds(self._starts, free_names=compiled[:1] != b"n")
+        made = LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
+        if compiled[:1] == b"c" and isinstance(bounds, Bounds) and bounds.names is not None:
+            made.closed_names = bounds.names, self._spelling
+        return made
 
     def masks(self, matchers: Sequence[LlMatcher], out: I32) -> dict[int, Exception]:
         """See Together."""
@@ -212,8 +217,8 @@ class LlGuidance:
         for at, matcher in enumerate(matchers):
             if matcher._inner.is_error():
                 failed[at] = _limit(matcher._inner.get_error())
-            elif matcher._bounds is not None:
-                matcher._bounds.narrow(out[at], matcher.may_end())
+            else:
+                matcher.narrow(out[at])
         return failed
 
 
@@ -223,6 +228,8 @@ class LlMatcher:
     def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | Regions | None, group: int = 0) -> None:
         """`group`: which of the grammar's matchers `inner` is a copy of."""
         self.group = group
+        self.closed_names: tuple[Names, Callable[[bytes], list[int]]] | None = None
+        """Where names may come to an end: these, and how a text is spelt in tokens."""
         self._inner = inner
         self._tokens = tokens
         self._bounds = bounds
@@ -249,8 +256,24 @@ class LlMatcher:
             raise _limit(self._inner.get_error())
         self._last &= (1 << (len(self._tokens) % 32)) - 1
         out[:] = self._room[: len(out)]
+        self.narrow(out)
+
+    def narrow(self, out: I32) -> None:
+        """The bounds in a mask of the library's."""
         if self._bounds is not None:
             self._bounds.narrow(out, self.may_end())
+        if self.closed_names is not None:
+            self.closed_names[0].lead_on(out, self._ahead)
+
+    def _ahead(self, text: bytes) -> I32:
+        assert self.closed_names is not None
+        inner = self._inner.deep_copy()
+        if not all(inner.consume_token(token) for token in self.closed_names[1](text)):
+            return np.zeros_like(self._room)
+        room = np.zeros_like(self._room)
+        inner.unsafe_compute_mask_ptr(room.ctypes.data, room.nbytes)
+        room[len(self._tokens) // 32 :] &= (1 << (len(self._tokens) % 32)) - 1
+        return room[: -(-len(self._tokens) // 32)]
 
     def may_end(self) -> bool:
         """See Matcher."""
@@ -267,6 +290,11 @@ def _wrong(said: str) -> InvalidRequest:
     if " not supported" in said:
         return UnsupportedFeature(said.partition(" Enable ")[0])  # what may be enabled would be approximate
     return InvalidRequest(said)
+
+
+def _names(schema: Any) -> bytes:
+    """How much of the names in objects has to be looked at, as the first byte of what is compiled."""
+    return b"n" if not free_names(schema) else b"c" if closed_names(schema) else b"j"
 
 
 def _affordable(what: str, took_s: float, most_s: float) -> None:

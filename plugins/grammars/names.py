@@ -2,15 +2,17 @@
 
 What it is: `Names` follows the bytes of an answer in JSON, knows which names each open object has, and takes from a mask what would end a name that its object
 has already. A grammar cannot say that. Names look the same if they are the same: they are written without escapes by number, which are taken from masks too.
-What it does not know: schemas, the grammar's state, what names there may be: where only a name that is used could follow, the mask is left as it is, and whoever
-looks at the whole answer finds the fault.
+Where the names that there may be come to an end, `lead_on` looks ahead, so that no name begins that could only become a used one.
+What it does not know: schemas, the grammar's state (but what a mask will be). Where nothing else could follow, the mask is left as it is, and whoever looks at the
+whole answer finds the fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.core.protocol.columns import I32
 
@@ -30,12 +32,26 @@ class NameTokens:
             end = _end(tokens[id])
             if end > 0:
                 self.last.setdefault(tokens[id][:end], []).append(id)
+        self.by_text: dict[bytes, list[int]] = {}
+        for id, token in enumerate(tokens):
+            self.by_text.setdefault(token, []).append(id)
+        self.opening: dict[bytes, list[int]] = {}
+        """What a text begins with that a token leaves open, and the tokens."""
+        for id, token in enumerate(tokens):
+            if QUOTE in token and (begun := token.rpartition(b'"')[2]):
+                self.opening.setdefault(begun, []).append(id)
+        self._firsts = np.array([token[0] if token else 0 for token in tokens], np.uint8)
         self.no_quote_first = ~self._of(id for id in quoted if tokens[id][0] == QUOTE)
         self.quotes = self._of(quoted)
         self.no_number = ~self._of(id for id, token in enumerate(tokens) if b"\\u" in token)
         self.no_u_first = ~self._of(id for id, token in enumerate(tokens) if token[:1] == b"u")
         self.whole = tuple(self._of(id for id in quoted if _holds_name(tokens[id], in_text=in_text)) for in_text in (False, True))
         """Outside a text, and within one."""
+
+    def firsts(self, mask: I32) -> list[int]:
+        """The bytes that its tokens begin with."""
+        found: list[int] = np.unique(self._firsts[_ids(mask)]).tolist()
+        return found
 
     def _of(self, ids: Iterable[int]) -> I32:
         bits = np.zeros(self.words * 32, np.uint8)
@@ -136,7 +152,7 @@ class Names:
         held = held & (out if left is None else left)
         if held.any():
             left = out.copy() if left is None else left
-            for token in np.flatnonzero(np.unpackbits(held.view(np.uint8), bitorder="little")).tolist():
+            for token in _ids(held).tolist():
                 ahead = self._copy()
                 ahead.feed(tokens.tokens[token])
                 if ahead.again:
@@ -158,12 +174,55 @@ class Names:
             for token in some:
                 _drop(left, token)
 
+    def lead_on(self, out: I32, look: Callable[[bytes], I32]) -> None:
+        """In place, after `narrow`: nothing after which only used names could follow. `look(text)`: the mask once `text` has been said."""
+        left: I32 | None = None
+        for token, names, name in self._ways():
+            if out[token // 32] >> (token % 32) & 1 and self._dead(self._tokens.tokens[token], names, name, look):
+                left = out.copy() if left is None else left
+                _drop(left, token)
+        if left is not None and left.any():
+            out[:] = left
+
+    def _ways(self) -> Iterator[tuple[int, set[bytes], bytes]]:
+        """(a token, its object's names, what there is of a name behind it), where a used name begins with that."""
+        tokens = self._tokens
+        if self._in_name:
+            names, name = self._open[-1], bytes(self._name)
+            assert names is not None
+            for used in [] if self._escaped else list(names):
+                if used.startswith(name):
+                    for end in range(len(name) + 1, len(used) + 1):
+                        for token in tokens.by_text.get(used[len(name) : end], ()):
+                            yield token, names, used[:end]
+            return
+        for begun in {used[:end] for names in self._open if names for used in names for end in range(1, len(used) + 1)}:
+            for token in tokens.opening.get(begun, ()):
+                ahead = self._copy()
+                ahead.feed(tokens.tokens[token])
+                inner = ahead._open[-1] if ahead._in_name else None
+                if inner and ahead._name == begun:
+                    yield token, inner, begun
+
+    def _dead(self, said: bytes, names: set[bytes], name: bytes, look: Callable[[bytes], I32]) -> bool:
+        """Behind `said`, which ends in `name`: could it become no other than a used one?"""
+        if not any(used.startswith(name) for used in names):
+            return False
+        firsts = self._tokens.firsts(look(said))
+        if QUOTE in firsts and name not in names:
+            return False
+        return all(self._dead(said + bytes([byte]), names, name + bytes([byte]), look) for byte in firsts if byte != QUOTE)
+
     def _copy(self) -> Names:
         made = Names(self._tokens)
         made._open = [None if names is None else set(names) for names in self._open]
         made._in_text, made._escaped, made._in_name, made._wants_name = self._in_text, self._escaped, self._in_name, self._wants_name
         made._name = bytearray(self._name)
         return made
+
+
+def _ids(mask: I32) -> npt.NDArray[np.intp]:
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
 
 
 def _drop(mask: I32, token: int) -> None:

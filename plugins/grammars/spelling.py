@@ -53,6 +53,19 @@ def spelled(schema: Any, at: str = "") -> Any:
     return _counted(_named(made, at), at)
 
 
+def closed_names(schema: Any) -> bool:
+    """Is there an object whose names follow patterns and cannot always be made longer, so that only used ones might be left? `schema` as for `spelled`."""
+    if not isinstance(schema, dict):
+        return False
+    patterns = schema.get("patternProperties", {})
+    if schema.get("additionalProperties") is False and not all(map(ecma.extendable, patterns)):
+        return True
+    inner = [schema[keyword] for keyword in ONE if keyword in schema]
+    inner += [one for keyword in MANY for one in schema.get(keyword, ())]
+    inner += [one for keyword in NAMED for one in schema.get(keyword, {}).values()]
+    return any(map(closed_names, inner))
+
+
 def _pattern(keyword: str, pattern: str, at: str) -> str:
     try:
         return ecma.translated(pattern)
@@ -91,6 +104,13 @@ def _named(made: dict[str, Any], at: str) -> dict[str, Any]:
     if names is not None:
         made = {keyword: value for keyword, value in made.items() if keyword != "patternProperties"}
         return made | {"properties": names}
+    if (
+        made.get("additionalProperties") is False
+        and not all(map(ecma.extendable, patterns))
+        and made.get("properties", {}).keys() <= set(made.get("required", []))
+    ):
+        most = max(MOST_NAMES, made.get("minProperties", 0))  # so many at least there are
+        made["maxProperties"] = min(made.get("maxProperties", most), most)
     return made | {"patternProperties": translated}
 
 
