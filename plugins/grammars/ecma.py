@@ -4,7 +4,7 @@ What it is: `translated` says a pattern in the syntax of Rust's regex-syntax, wi
 another thing there; `words` are the texts that a pattern allows, if they are few. What ECMA-262 has not, and what no grammar can express, is refused by name.
 Escapes of signs that need none (`\\-`, `\\@`) are taken for the sign, as browsers take them without u.
 Source: ECMA-262, "RegExp (Regular Expression) Objects" (https://tc39.es/ecma262/#sec-patterns).
-What it does not know: schemas, JSON's own escapes.
+What it does not know: schemas, JSON's own escapes. It is long because a pattern is read, said again and counted in one piece.
 """
 
 from __future__ import annotations
