@@ -282,6 +282,8 @@ class LlMatcher:
 
 def _wrong(said: str) -> InvalidRequest:
     """What the library says of a grammar that it does not take."""
+    if "Regex is empty" in said:
+        return InvalidRequest("Nothing can satisfy it: no text is of a 'pattern' together with its 'allOf', 'format' and lengths.")
     if said.startswith("Unsatisfiable schema"):
         return InvalidRequest(f"Nothing can satisfy it: {said.partition(': ')[2]}.")
     for words, keyword, why in _KEYWORDS:
