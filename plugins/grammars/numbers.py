@@ -30,8 +30,9 @@ MOST_MULTIPLE = 10**15
 """Of multipleOf, where no bound says more."""
 SMALLEST = 1e-20
 """Of const and enum, besides 0: numbers are drawn without exponents."""
-LARGEST_STEP = 50_000
-"""Digits of multipleOf without its point: the backend counts remainders."""
+LARGEST_STEP = 5000
+"""Digits of multipleOf without its point: the backend keeps remainders, for each length of a number, and gives up at 50,000."""
+CHEAP_STEPS = (10**4,)
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 
@@ -163,7 +164,7 @@ def check_step(step: int | float, at: str) -> None:
         raise InvalidRequest(f"The schema is wrong at {at}/multipleOf: it must be more than 0.")
     _, digits, exponent = Decimal(repr(step)).normalize().as_tuple()
     count = int("".join(map(str, digits))) * (10 ** max(0, int(exponent)) if int(exponent) < 10 else LARGEST_STEP)
-    if count > LARGEST_STEP or not _counts(float(step)):
+    if (count > LARGEST_STEP and count not in CHEAP_STEPS) or not _counts(float(step)):
         raise UnsupportedFeature(
             f"The schema's keyword 'multipleOf' at {at or '/'} with the value {step!r} is not supported: without its point it may be at most {LARGEST_STEP}."
         )

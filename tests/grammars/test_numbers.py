@@ -112,6 +112,14 @@ def test_what_cannot_be_drawn_exactly_is_refused_by_keyword(schema: Any, keyword
         BYTES.compile("json", json.dumps(schema))
 
 
+def test_multiples_do_not_use_up_what_a_grammar_may_take() -> None:
+    """Answers share what is known of a grammar, and its limit."""
+    rng = random.Random(1)
+    compiled = BYTES.compile("json", '{"type":"integer","multipleOf":4999}')
+    for _ in range(300):
+        assert int(draw(compiled, b"0123456789", rng)) % 4999 == 0
+
+
 @pytest.mark.parametrize(
     ("schema", "right", "wrong"),
     [
@@ -128,6 +136,8 @@ def test_what_cannot_be_drawn_exactly_is_refused_by_keyword(schema: Any, keyword
         ({"type": "number", "exclusiveMinimum": 3, "exclusiveMaximum": 4}, ["3.5", "3.001"], ["3", "3.0", "4", "4.0"]),
         ({"type": "number", "exclusiveMinimum": -0.5, "exclusiveMaximum": 0}, ["-0.25"], ["0", "-0", "-0.5"]),
         ({"type": "number", "multipleOf": 0.01}, ["0.07", "3"], ["0.005"]),
+        ({"type": "integer", "multipleOf": 3600}, ["0", "-3600", "7200"], ["3601"]),
+        ({"type": "integer", "multipleOf": 10000}, ["0", "120000"], ["1000"]),
     ],
 )
 def test_what_can_be_drawn(schema: Any, right: list[str], wrong: list[str]) -> None:
