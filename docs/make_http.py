@@ -25,7 +25,7 @@ from penstock.core.protocol import errors
 from penstock.core.protocol.config import OPTIONS, Config
 from penstock.plugins.formats import BUILT_IN
 from penstock.plugins.grammars import bounds as bounded
-from penstock.plugins.grammars import keywords, trial
+from penstock.plugins.grammars import keywords, numbers, trial
 from penstock.transports import batches, cors, decoding, gateway, http, link, logprobs, openapi_replies, protocol, request, store
 from penstock.transports.abilities import ABILITIES
 from penstock.transports.builtin import register_transports
@@ -388,7 +388,8 @@ def grammars() -> list[str]:
         "One of response_format, structured_outputs and guided_* may say what every answer of a request obeys (with n, streams, log-probabilities, stop"
         " strings too): tokens that would break it are never drawn, and the answer can end only where it is whole. `min_tokens` gives way where a grammar"
         " allows nothing but the end; with `ignore_eos` it is a 400. Before finish_reason `stop` is told the answer is verified (JSON by a second"
-        " implementation of JSON schema, formats included); if it does not obey, it ends as an error, never silently. One that a stop string cuts"
+        " implementation of JSON schema, formats included, and no name twice in an object); if it does not obey, it ends as an error, never silently: with `n` that"
+        " choice alone, and a request of one answer is a 400. A schema and the beginning of the answer (`continue_final_message`, or a last message of the assistant's to `/v1/messages`) cannot both be given. One that a stop string cuts"
         " short is such an error, too, and one that max_tokens cuts ends with `length`: it may be a part.",
         "",
         "What is governed is the answer's content. A reasoning model reasons as it likes before it, up to its format's end of reasoning; only where a plugin's format does not"
@@ -408,10 +409,15 @@ def grammars() -> list[str]:
         "",
         f"JSON schemas may hold {', '.join(f'`{word}`' for word in words)}, and what only describes:"
         f" {', '.join(f'`{word}`' for word in sorted(keywords.NOTES))}. Of `format`: {', '.join(f'`{word}`' for word in sorted(keywords.FORMATS))}."
-        " No date, host or other format is drawn that is none (leap seconds in UTC only, mail without quotes). `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword or format is a 400"
-        " `unsupported_feature` that names it: nothing is ignored. Where a schema leaves them open, numbers have at most"
-        f" {bounded.LONGEST_NUMBER} characters and no exponent, strings {bounded.LONGEST_STRING} bytes, and white space between two parts 40"
-        f" characters, as far as tokens allow. A schema has at most {keywords.MOST_PROPERTIES} properties, and one object at most"
+        " No date, host or other format is drawn that is none, or that types of clients refuse: no year 0, no leap second, durations of at most four digits a number, mail"
+        " without quotes and to hosts with a dot, URIs of http and https. `$ref` stays within the schema. `oneOf` needs parts that exclude each other plainly. Any other keyword"
+        " or format is a 400 `unsupported_feature` that names it: nothing is ignored. So is what cannot be drawn exactly: an integer of `const`, `enum` or a bound that no double"
+        f" holds (bounds of at least 2^63 are as if they were {numbers.MOST}, of numbers that are no integers {numbers.MOST_FRACTION}), a `multipleOf` of more than"
+        f" {numbers.LARGEST_STEP} without its point, `minProperties` and `maxProperties` with names that need not be there beside names that are free. `multipleOf` counts as"
+        " decimal numbers do: 0.07 is a multiple of 0.01, though what divides doubles may say no. `pattern` and `patternProperties` are ECMA-262's with the flag `u`, without"
+        " looking around, references and `\\b`. Where a schema leaves them open, numbers have at most"
+        f" {bounded.LONGEST_NUMBER} characters and no exponent, strings {bounded.LONGEST_STRING} bytes, as far as"
+        f" tokens allow. White space is at most one space, after a comma or a colon; with structured_outputs' `disable_any_whitespace` there is none. A schema has at most {keywords.MOST_PROPERTIES} properties, and one object at most"
         f" {keywords.MOST_OPTIONAL} that are not required.",
         "",
         "Regular expressions are Rust's, for the whole answer; they have no look-around. Grammars are GBNF (rules with `::=`) or Lark without"

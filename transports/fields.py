@@ -219,6 +219,11 @@ OWN: dict[str, dict[str, Field]] = {
         "choice": Field("Texts, one of which is the answer.", VLLM),
         "grammar": Field("A grammar for the whole answer: GBNF (rules with `::=`) or Lark.", VLLM),
         "json_object": Field("Any JSON object.", VLLM, default="false"),
+        "disable_any_whitespace": Field(
+            "With `json` or `json_object`: no white space between the parts of the JSON; else there may be one space after a comma or a colon.",
+            VLLM,
+            default="false",
+        ),
         "structural_tag": Field("A structural tag, as response_format has it, or one as text.", VLLM),
     },
     "ChatMessage": {

@@ -111,6 +111,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True):
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool | None = None
 
 
 LogitBias = Annotated[

@@ -44,7 +44,7 @@ Word = Literal["works", "in part", "no effect", "refused"]
 IN_PART: dict[str, str] = {
     "chat_template": "With --trust-request-chat-template; else refused.",
     "response_format": "`text`, `json_object`, `json_schema` and `structural_tag`; other types are refused.",
-    "structured_outputs": "`json`, `json_object`, `regex`, `choice`, `grammar` and `structural_tag`; the others are refused.",
+    "structured_outputs": "`json`, `json_object`, `regex`, `choice`, `grammar`, `structural_tag` and `disable_any_whitespace`; the others are refused.",
     "tool_choice": "`none`, `auto`, `required`, a function and allowed_tools, where the model's output format can be asked for; else refused, as are other types.",
     "spaces_between_special_tokens": "true; false is refused.",
 }

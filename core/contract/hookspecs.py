@@ -149,7 +149,7 @@ class GrammarSpec(Spec, frozen=True, kw_only=True):
     """What makes answers obey JSON schemas, expressions and grammars. Text, its checking process and the engine each make their own, of the same spec."""
 
     kinds: list[str]
-    """What it can compile: "json" (the source is a JSON schema), "regex", "choice" (a JSON list of texts), "grammar" (the client's own language), "layout" (a Part of
+    """What it can compile: "json" (the source is a JSON schema), "compact_json" (the same, without white space), "regex", "choice" (a JSON list of texts), "grammar" (the client's own language), "layout" (a Part of
     core/contract/layouts.py as JSON: calls of tools, and answers after reasoning). Others are refused."""
     factory: Callable[[list[bytes], list[int]], Grammars]
     """`factory(tokens, special)`, when the first request needs it: `tokens` are the bytes of every id of the model's vocabulary (b"": no token), `special`

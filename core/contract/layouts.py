@@ -14,6 +14,9 @@ import msgspec
 
 from penstock.core.protocol.errors import InvalidRequest
 
+JSON = frozenset({"json", "compact_json"})
+"""Kinds of grammars whose source is a JSON schema."""
+
 
 class Text(msgspec.Struct, frozen=True, tag="text"):
     """Exactly this text."""
@@ -44,7 +47,7 @@ class White(msgspec.Struct, frozen=True, tag="white"):
 class Obey(msgspec.Struct, frozen=True, tag="obey"):
     """Text that obeys a grammar of another kind. `field` is what the client calls it, for errors."""
 
-    kind: Literal["json", "regex", "choice", "grammar"]
+    kind: Literal["json", "compact_json", "regex", "choice", "grammar"]
     source: str
     field: str = ""
 

@@ -27,6 +27,22 @@ ROOM = 1 << 30
 MOST_KEPT = 64
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)[:80]!r} comes twice in an object")
+    return made
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+"""As strict parsers read answers."""
+
+
 class Checker:
     """What the child knows. `tokens` are the vocabulary's bytes, without those of tokens that are no text."""
 
@@ -46,7 +62,7 @@ class Checker:
                 raise UnsupportedFeature(f"The grammar backend has no grammars of the kind {job.kind!r}.")
             if job.kind == "layout":
                 self._check_leaves(job.source)
-            elif job.kind == "json":
+            elif job.kind in layouts.JSON:
                 self._validator(job.source)
             compiled = self._grammars.compile(job.kind, job.source)
             return Done(compiled=compiled, error="" if compiled else "The grammar backend made nothing of it.")
@@ -67,9 +83,9 @@ class Checker:
 
     def _verify(self, job: Job) -> str:
         """Why the answer does not obey; "": it does."""
-        if job.kind == "json":
+        if job.kind in layouts.JSON:
             try:
-                answer = json.loads(job.text)
+                answer = _STRICT.decode(job.text)
             except ValueError as error:
                 return f"It is not valid JSON: {error}."
             return self._wrong(job.source, answer)
@@ -104,12 +120,12 @@ class Checker:
             at = found.end()
             fitting = [tag for tag in part.tags if text.startswith(tag.begin, found.start())]
             tag = max(fitting, key=lambda tag: len(tag.begin), default=None)
-            if tag is None or tag.content.kind != "json":
+            if tag is None or tag.content.kind not in layouts.JSON:
                 continue
             begin = found.start() + len(tag.begin)
             begin += len(text[begin:]) - len(text[begin:].lstrip())
             try:
-                value, at = json.JSONDecoder().raw_decode(text, begin)
+                value, at = _STRICT.raw_decode(text, begin)
             except ValueError as error:
                 return f"It is not valid JSON after {tag.begin[:80]!r}: {error}."
             if (wrong := self._wrong(tag.content.source, value)) or not text.startswith(tag.end, at):

@@ -55,6 +55,8 @@ class Done(msgspec.Struct):
     compiled: bytes = b""
     error: str = ""
     unsupported: bool = False
+    ours: bool = False
+    """An error of the process that worked on it."""
     field: str = ""
     """Of a part of a layout, or of an answer: what the client calls the grammar that the error is about."""
 
@@ -108,17 +110,17 @@ class GrammarWorker:
             try:
                 done = self._verify(lane, check, limit_s) if check.verify else self._compile(lane, check.grammar, limit_s)
             except BaseException as error:  # a tokenizer's, say: this request alone feels it
-                done = Done(error=f"It could not be checked ({described(error, 300)}).")
+                done = Done(error=f"It could not be checked ({described(error, 300)}).", ours=True)
             self._deliver(_checked(check, done))
         child = self._children[lane]
         if child is not None:
             child.bury()
 
     def _compile(self, lane: int, grammar: Grammar, limit_s: float) -> Done:
-        key = grammar.kind, grammar.source
+        key = grammar.form, grammar.source
         done = self._kept.pop(key, None)
         if done is None:
-            done, certain = self._ask(lane, Job(grammar.kind, grammar.source), limit_s)
+            done, certain = self._ask(lane, Job(grammar.form, grammar.source), limit_s)
             if not certain:
                 return done
             self._kept_bytes += len(grammar.source) + len(done.compiled)
@@ -130,7 +132,7 @@ class GrammarWorker:
 
     def _verify(self, lane: int, check: CheckGrammar, limit_s: float) -> Done:
         for part in check.parts:
-            done = self._ask(lane, Job(part.grammar.kind, part.grammar.source, verify=True, text=part.text), limit_s)[0]
+            done = self._ask(lane, Job(part.grammar.form, part.grammar.source, verify=True, text=part.text), limit_s)[0]
             if done.error:
                 return msgspec.structs.replace(done, field=part.grammar.field)
         if check.parts:
@@ -142,7 +144,7 @@ class GrammarWorker:
             at = text.find(check.stop, max(0, from_))
             text = text[:at] if at >= 0 else text
             ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].tolist() if text else []
-        return self._ask(lane, Job(check.grammar.kind, check.grammar.source, verify=True, ids=ids, text=text), limit_s)[0]
+        return self._ask(lane, Job(check.grammar.form, check.grammar.source, verify=True, ids=ids, text=text), limit_s)[0]
 
     def _ask(self, lane: int, job: Job, limit_s: float) -> tuple[Done, bool]:
         """What the child says, and whether it would say the same again."""
@@ -155,9 +157,9 @@ class GrammarWorker:
                 child.start(self._setup)
             return child.ask(job, limit_s), True
         except TooSlow:
-            done, certain = Done(error=f"It takes more than {limit_s:g} seconds to work out."), True
+            done, certain = Done(error=f"It takes more than {limit_s:g} seconds to work out.", ours=True), True
         except (EOFError, OSError, msgspec.MsgspecError):
-            done, certain = Done(error="The process that worked on it ended: it may take too much memory."), False
+            done, certain = Done(error="The process that worked on it ended: it may take too much memory.", ours=True), False
         if not self._closed:
             log.warning("a grammar's process is given up: %s", done.error)
         self._children[lane] = None
@@ -171,7 +173,8 @@ def _checked(check: CheckGrammar, done: Done) -> GrammarChecked:
         return GrammarChecked(job=check.job, compiled=done.compiled)
     field = done.field or check.grammar.field
     if check.verify:
-        return GrammarChecked(job=check.job, error=f"The answer does not obey {field}. {done.error}", error_status=PenstockError.status)
+        status = PenstockError.status if done.ours else InvalidRequest.status
+        return GrammarChecked(job=check.job, error=f"The answer does not obey {field}. {done.error}", error_status=status)
     error = InvalidRequest(f"{field} cannot be used: {done.error}", param=field)
     return GrammarChecked(
         job=check.job,

@@ -90,6 +90,13 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["json", "regex", "choice", "grammar", "layout"]
     source: str
     field: str = ""
+    compact: bool = False
+    """Of the kind "json": without white space."""
+
+    @property
+    def form(self) -> Literal["json", "compact_json", "regex", "choice", "grammar", "layout"]:
+        """Its kind as backends have it."""
+        return "compact_json" if self.compact and self.kind == "json" else self.kind
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

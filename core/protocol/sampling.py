@@ -36,7 +36,7 @@ MOST_PROMPT_LOGPROBS = 1_000_000
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
-    """What an answer obeys, in Python, by vLLM's names: at most one of them."""
+    """What an answer obeys, in Python, by vLLM's names: at most one of them, perhaps with `disable_any_whitespace`."""
 
     json: dict[str, Any] | bool | str | None = None
     """A JSON schema, or one as text."""
@@ -47,6 +47,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, omit_defaults=True, k
     """GBNF or Lark."""
     json_object: bool | None = None
     structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool | None = None
+    """With `json` or `json_object`: no white space between the parts of the JSON."""
 
 
 GuidedDecodingParams = StructuredOutputsParams

@@ -25,7 +25,7 @@ def _xgrammar(tokens: list[bytes], special: list[int]) -> Grammars:
     return XGrammar(tokens, special)
 
 
-KINDS = ["json", "regex", "choice", "grammar", "layout"]
+KINDS = ["json", "compact_json", "regex", "choice", "grammar", "layout"]
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from typing import Any
 
 from penstock.core.contract.layouts import Bare
 from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
-from penstock.plugins.grammars.spelling import spelled
+from penstock.plugins.grammars import texts
 
 ANYTHING = "(?s:.)*"
 _SPACE = r"[\s\x1c-\x1f]*"
@@ -26,13 +26,9 @@ _UNLIKE = {
     "nested": f"{_SPACE}[\\[{{(\\#\\\\]{ANYTHING}",  # a list or an object, of JSON or of Python, there perhaps after a remark
     "quoted": f'{_SPACE}\\"{ANYTHING}',
 }
-_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-_FORMATS = {
-    "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
-    "ipv4": f"{_OCTET}(\\.{_OCTET}){{3}}",
-}
 _ASKS = frozenset(["minLength", "maxLength", "pattern", "format", "enum", "const", "allOf", "anyOf"])
 _META = frozenset('\\.+*?()|[]{}^$#&-~/"')
+_SIGNS = re.compile("[/&~]")
 _ENDS = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_", "s": "\\t\\n\\x0b\\x0c\\r "}
 _PATTERN = re.compile(r"\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)|\[\^?|\]|\(\?(?!:)|[()^$|/&~]", re.DOTALL)
@@ -46,7 +42,7 @@ def escaped(text: str) -> str:
 def terminal(part: Bare) -> str:
     """Raises UnsupportedFeature naming the keyword that bare text cannot obey."""
     try:
-        body = _string(spelled(json.loads(part.schema)))
+        body = _string(json.loads(part.schema))
     except PenstockError as error:
         raise UnsupportedFeature(error.message, param=part.field or None) from None
     tame = finite(json.loads(part.schema))
@@ -98,9 +94,11 @@ def _string(schema: Any) -> str | None:
         elif keyword == "pattern":
             found.append(f"/{_searched(value)}/")
         elif keyword == "format":
-            if value not in _FORMATS:
+            if value not in texts.PATTERNS:
                 raise UnsupportedFeature(f"The schema's format {str(value)[:80]!r} cannot be obeyed by text without quotes.")
-            found.append(f"/{_FORMATS[value]}/")
+            found.append(f"/{_terminals(texts.PATTERNS[value])}/")
+            if value in texts.LONGEST:
+                found.append(f"/(?s:.){{0,{texts.LONGEST[value]}}}/")
         elif keyword in ("allOf", "anyOf"):
             each = [_string(one) for one in value]
             if keyword == "allOf":
@@ -109,8 +107,13 @@ def _string(schema: Any) -> str | None:
                 found.append(" | ".join(f"({one})" for one in each))
     least, most = (schema.get(word) for word in ("minLength", "maxLength")) if isinstance(schema, dict) else (None, None)
     if least or most is not None:
-        found.append(f"/(?s:.){{{least or 0},{'' if most is None else most}}}/")
+        found.append(f"/(?s:.){{{int(least or 0)},{'' if most is None else int(most)}}}/")
     return " & ".join(f"({one})" for one in found) if found else None
+
+
+def _terminals(pattern: str) -> str:
+    """A pattern of texts.py within a terminal, where some more signs are no letters."""
+    return _SIGNS.sub(r"\\\g<0>", pattern)
 
 
 def _searched(pattern: str) -> str:

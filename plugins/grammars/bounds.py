@@ -1,8 +1,8 @@
-"""Numbers and strings of JSON that end.
+"""Numbers and strings of JSON that end, and names that come once.
 
 What it is: `Bounds` follows the bytes of an answer in JSON and takes from a mask what would make a number or a string longer than anybody needs, if
-something else is allowed too: what is left is still of the grammar. (White space is bounded by the grammar itself.) `ended` does the same for strings
-without quotes.
+something else is allowed too: what is left is still of the grammar; and, by names.py, what would say a name again. (White space is bounded by the grammar.)
+`ended` does the same for strings without quotes.
 What it does not know: schemas, the grammar's state.
 """
 
@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 
 from penstock.core.protocol.columns import I32
+from penstock.plugins.grammars.names import Names, NameTokens
 
 LONGEST_NUMBER = 24
 """Characters: every 64-bit integer and double can be written so."""
@@ -43,6 +44,7 @@ class Starts:
         self.no_exponent = mask_of([re.match(rb"[0-9.]*[eE]", token) is None for token in tokens], words)
         self.no_own_exponent = mask_of([_EXPONENT.match(token) is None for token in tokens], words)
         self.quote = mask_of([token[:1] == b'"' for token in tokens], words)
+        self.names = NameTokens(tokens)
         self._tokens = tokens
         self._words = words
         self._ways: dict[bytes, I32] = {}
@@ -59,10 +61,12 @@ class Starts:
 class Bounds:
     """One answer."""
 
-    __slots__ = ("_escaped", "_in_string", "_number", "_starts", "_string")
+    __slots__ = ("_escaped", "_in_string", "_names", "_number", "_starts", "_string")
 
-    def __init__(self, starts: Starts) -> None:
+    def __init__(self, starts: Starts, *, free_names: bool = True) -> None:
+        """`free_names`: there may be objects whose names the grammar does not say one by one."""
         self._starts = starts
+        self._names = Names(starts.names) if free_names else None
         self._in_string = False
         self._escaped = False
         self._string = 0
@@ -72,14 +76,21 @@ class Bounds:
         """Another answer that has come as far."""
         other = type(self).__new__(type(self))
         other._starts = self._starts
+        other._names = None if self._names is None else self._names.copy()
         other._in_string, other._escaped, other._string, other._number = self._in_string, self._escaped, self._string, self._number
         return other
+
+    @property
+    def names(self) -> Names | None:
+        return self._names
 
     @property
     def in_string(self) -> bool:
         return self._in_string
 
     def feed(self, data: bytes) -> None:
+        if self._names is not None:
+            self._names.feed(data)
         for byte in data:
             if self._in_string:
                 self._string += 1
@@ -99,6 +110,8 @@ class Bounds:
     def narrow(self, out: I32, may_end: bool) -> None:
         """In place. `may_end`: the answer may end here, so that nothing need be left."""
         starts = self._starts
+        if self._names is not None:
+            self._names.narrow(out)
         if self._in_string:
             if self._string >= LONGEST_STRING and not self._escaped:
                 _keep(out, starts.quote, False)

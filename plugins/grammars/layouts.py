@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from penstock.core.contract.layouts import Bare, Chain, Either, Free, Mark, Obey, Part, Repeat, Tags, Text
+from penstock.core.contract.layouts import JSON, Bare, Chain, Either, Free, Mark, Obey, Part, Repeat, Tags, Text
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.plugins.grammars.bare import ANYTHING, endless, escaped, finite, terminal
@@ -20,6 +20,9 @@ from penstock.plugins.grammars.bounds import Bounds, Starts, ended
 
 SPACE = b" \t\r\n"
 _FIRSTS = {"number": "-0123456789", "nested": "{["}
+_MAYBE_WHITE = "\0"
+"""At the end of a text that has been drawn: behind it there may be white space, which a value may begin with but no other text."""
+_META = frozenset('\\.+*?()|[]{}^$#&-~/"')
 
 
 class _Lowering:
@@ -45,9 +48,9 @@ class _Lowering:
     def lower(self, part: Part, before: str) -> tuple[str, str]:
         """(an expression, the text that has just been drawn when what follows begins). `before` is that of this part."""
         if isinstance(part, Text):
-            return _literal(part.text), before + part.text
+            return _literal(part.text), _after(before, part.text)
         if isinstance(part, Mark):
-            return self._mark(part.text), before + part.text
+            return self._mark(part.text), _after(before, part.text)
         if isinstance(part, Chain):
             found = []
             for one in part.parts:
@@ -62,8 +65,8 @@ class _Lowering:
         if isinstance(part, Free):
             return self._text(part)
         if isinstance(part, Obey):
-            if part.kind == "json":
-                self.openers[before] = None
+            if part.kind in JSON:
+                self.openers[before.removesuffix(_MAYBE_WHITE)] = None
             return "@" + self._named(part), ""
         if isinstance(part, Bare):
             firsts = {char for kind in part.unlike for char in _FIRSTS.get(kind, "")}
@@ -71,7 +74,7 @@ class _Lowering:
             return self._until(terminal(part), part.then, part), part.then
         if isinstance(part, Tags):
             return self._tags(part), ""
-        return "WHITE?", before
+        return "WHITE?", before + _MAYBE_WHITE
 
     def _mark(self, text: str) -> str:
         if text in self._tokens:
@@ -127,7 +130,7 @@ class _Lowering:
             rest = []
             for tag in part.tags:
                 if tag.begin.startswith(trigger):
-                    if tag.content.kind == "json":
+                    if tag.content.kind in JSON:
                         self.openers[tag.begin] = None
                     pieces = (_literal(tag.begin[len(trigger) :]), "@" + self._named(tag.content), _literal(tag.end))
                     rest.append(self.rule(" ".join(piece for piece in pieces if piece)))
@@ -165,6 +168,11 @@ def _without(marks: Sequence[str], never_first: str = "") -> str:
     if never_first:
         body += f" & ~/[ \\t\\r\\n]*({'|'.join(map(escaped, never_first))}){ANYTHING}/"
     return body
+
+
+def _after(before: str, text: str) -> str:
+    """What stands before a value is known from where white space may be on."""
+    return text if before.endswith(_MAYBE_WHITE) else before + text
 
 
 def _literal(text: str) -> str:

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llguidance
@@ -24,12 +24,15 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.devices.host_limits import cores
 from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.bounds import Bounds, Starts
-from penstock.plugins.grammars.keywords import check_schema
+from penstock.plugins.grammars.keywords import check_schema, free_names
 from penstock.plugins.grammars.layouts import Regions, lowered
-from penstock.plugins.grammars.spelling import spelled, whole
+from penstock.plugins.grammars.spelling import closed_names, spelled, whole
 
-WHITE = r"[\x20\x0A\x0D\x09]{0,40}"
-"""White space between two parts of JSON: enough for ten levels of indentation."""
+SEPARATORS = {"item_separator": r",\x20?", "key_separator": r":\x20?", "whitespace_flexible": False}
+"""White space of JSON: at most one space, after a comma and after a colon. A model that may begin new lines can fill an answer with them."""
+COMPACT = {"item_separator": ",", "key_separator": ":"}
+ESCAPES = 'nrbtf\\"'
+"""Of texts in JSON: each character is written in one way only, so that two names are the same if they look the same."""
 MOST_THREADS = 8
 """For the masks of one step: at most half of the cores. Waking more takes as long as they save."""
 MOST_KEPT = 64
@@ -43,7 +46,20 @@ LARGE = 16384
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&\-~/\"@!%:=,;'`])")
 _REFUSALS = ("doesn't satisfy the grammar", "parser stopped")
 """What the library says of a token that may not follow; all else is a limit that is reached."""
+_CONTROL = re.compile(r"\\u00[01][0-9a-fA-F]|\\\\(x[01]|u00|u\{|c|0|s|S)")
+"""Of a schema's source: a control character, which has to be written by its number, or a pattern that may ask for one."""
 _DIRECTIVE = re.compile(r"^\s*%(?!ignore\b|regex\b|import\b)|%json\b|%lark\b", re.MULTILINE)
+
+
+_KEYWORDS = (
+    ("oneOf constraints", "'oneOf'", "is supported only where no value can be of two of its schemas"),
+    ("not disjoint", "'patternProperties'", "is supported only with patterns of which no name can have two"),
+    ("min/maxProperties only", "'minProperties' or 'maxProperties'", "is supported only where all names in 'properties' are required"),
+    ("lookarounds", "'pattern'", "has an anchor where it cannot be obeyed"),
+    ("Unable to determine if regex is empty", "'pattern'", "is too complex, alone or with 'allOf', 'format' and lengths"),
+    ("Pointer", "'$ref'", "points to nothing"),
+)
+"""What the library says of a schema, and what that means."""
 
 
 def _limits() -> Any:
@@ -91,7 +107,8 @@ class LlGuidance:
         self._size = len(tokens)
         self._words = -(-self._size // 32)
         end = len(tokens)  # one of its own, behind the vocabulary: ours are none of its business
-        wrapper = llguidance.TokenizerWrapper(_Tokens([*tokens, b"<|end|>"], [*special, end]))
+        self._spelling = _Tokens([*tokens, b"<|end|>"], [*special, end])
+        wrapper = llguidance.TokenizerWrapper(self._spelling)
         self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=end + 1)
         self._tokens = tokens
         self._spelt = {tokens[token].decode(errors="replace"): token for token in reversed(special) if tokens[token]}
@@ -111,7 +128,8 @@ class LlGuidance:
             made = lowered(layouts.decode(source), self._spelt, _grammar)
             compiled = b"l" + json.dumps([made.openers, made.bare]).encode() + b"\n" + made.grammar.encode()
         else:
-            compiled = (b"j" if kind == "json" else b"t") + _grammar(kind, source).encode()
+            text = _grammar(kind, source)
+            compiled = (_names(json.loads(source)) if kind in layouts.JSON else b"t") + text.encode()
         began = time.thread_time()
         matcher = self.matcher(compiled)
         trial.affordable("to be prepared", time.thread_time() - began, trial.PREPARE_S)
@@ -140,9 +158,14 @@ class LlGuidance:
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
         bounds: Bounds | Regions | None = None
-        if compiled[:1] in b"jl":
-            bounds = _regions(self._starts, *json.loads(openers)) if openers else Bounds(self._starts)
-        return LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
+        if openers:
+            bounds = _regions(self._starts, *json.loads(openers))
+        elif compiled[:1] in b"jcn":
+            bounds = Bounds(self._starts, free_names=compiled[:1] != b"n")
+        made = LlMatcher(kept[which].deep_copy(), self._tokens, bounds, which)
+        if compiled[:1] == b"c":
+            made.spelling = self._spelling
+        return made
 
     def masks(self, matchers: Sequence[LlMatcher], out: I32) -> dict[int, Exception]:
         """See Together."""
@@ -168,8 +191,8 @@ class LlGuidance:
         for at, matcher in enumerate(matchers):
             if matcher._inner.is_error():
                 failed[at] = _limit(matcher._inner.get_error())
-            elif matcher._bounds is not None:
-                matcher._bounds.narrow(out[at], matcher.may_end())
+            else:
+                matcher.narrow(out[at])
         return failed
 
 
@@ -179,6 +202,8 @@ class LlMatcher:
     def __init__(self, inner: llguidance.LLMatcher, tokens: list[bytes], bounds: Bounds | Regions | None, group: int = 0) -> None:
         """`group`: which of the grammar's matchers `inner` is a copy of."""
         self.group = group
+        self.spelling: Callable[[bytes], list[int]] | None = None
+        """Where names may come to an end: how a text is spelt in tokens."""
         self._inner = inner
         self._tokens = tokens
         self._bounds = bounds
@@ -189,7 +214,9 @@ class LlMatcher:
 
     def fork(self) -> LlMatcher:
         """See Forks."""
-        return LlMatcher(self._inner.deep_copy(), self._tokens, None if self._bounds is None else self._bounds.copy(), self.group)
+        other = LlMatcher(self._inner.deep_copy(), self._tokens, None if self._bounds is None else self._bounds.copy(), self.group)
+        other.spelling = self.spelling
+        return other
 
     def consume(self, token: int) -> bool:
         """See Matcher."""
@@ -209,8 +236,24 @@ class LlMatcher:
             raise _limit(self._inner.get_error())
         self._last &= (1 << (len(self._tokens) % 32)) - 1
         out[:] = self._room[: len(out)]
+        self.narrow(out)
+
+    def narrow(self, out: I32) -> None:
+        """The bounds in a mask of the library's."""
         if self._bounds is not None:
             self._bounds.narrow(out, self.may_end())
+        if self.spelling is not None and isinstance(self._bounds, Bounds) and self._bounds.names is not None:
+            self._bounds.names.lead_on(out, self._ahead)
+
+    def _ahead(self, text: bytes) -> I32:
+        assert self.spelling is not None
+        inner = self._inner.deep_copy()
+        if not all(inner.consume_token(token) for token in self.spelling(text)):
+            return np.zeros_like(self._room)
+        room = np.zeros_like(self._room)
+        inner.unsafe_compute_mask_ptr(room.ctypes.data, room.nbytes)
+        room[len(self._tokens) // 32 :] &= (1 << (len(self._tokens) % 32)) - 1
+        return room[: -(-len(self._tokens) // 32)]
 
     def may_end(self) -> bool:
         """See Matcher."""
@@ -227,16 +270,26 @@ def _regions(starts: Starts, openers: list[str], bare: dict[str, tuple[str, str]
 
 def _wrong(said: str) -> InvalidRequest:
     """What the library says of a grammar that it does not take."""
+    if "Regex is empty" in said:
+        return InvalidRequest("Nothing can satisfy it: no text is of a 'pattern' together with its 'allOf', 'format' and lengths.")
     if said.startswith("Unsatisfiable schema"):
         return InvalidRequest(f"Nothing can satisfy it: {said.partition(': ')[2]}.")
-    if " not supported" in said or " not disjoint" in said:
+    for words, keyword, why in _KEYWORDS:
+        if words in said:
+            return UnsupportedFeature(f"The schema's keyword {keyword} {why}.")
+    if " not supported" in said:
         return UnsupportedFeature(said.partition(" Enable ")[0])  # what may be enabled would be approximate
     return InvalidRequest(said)
 
 
+def _names(schema: Any) -> bytes:
+    """How much of the names in objects has to be looked at, as the first byte of what is compiled."""
+    return b"n" if not free_names(schema) else b"c" if closed_names(schema) else b"j"
+
+
 def _grammar(kind: str, source: str) -> str:
     """What llguidance compiles. Raises InvalidRequest or UnsupportedFeature."""
-    if kind == "json":
+    if kind in layouts.JSON:
         try:
             schema = json.loads(source)
         except ValueError as error:
@@ -244,7 +297,11 @@ def _grammar(kind: str, source: str) -> str:
         check_schema(schema)
         if schema is False:
             raise InvalidRequest("Nothing can satisfy it.")
-        options: Any = {"whitespace_pattern": WHITE}
+        options: Any = (
+            SEPARATORS
+            | (COMPACT if kind == "compact_json" else {})
+            | {"json_allowed_escapes": ESCAPES + ("u" if _CONTROL.search(source) else "")}
+        )
         try:
             made: str = llguidance.LLMatcher.grammar_from_json_schema({} if schema is True else spelled(schema), overrides=options)
         except ValueError as error:  # a number beyond 64 bits, say

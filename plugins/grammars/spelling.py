@@ -1,66 +1,146 @@
 """A JSON schema as the backend is to see it: the same, said so that it is obeyed exactly.
 
-What it is: `spelled` replaces the formats of dates, times, hosts and addresses by patterns that know their rules (the backend's own allow 31 February, which the
-final validation then finds), and counts like 2.0 by 2.
+What it is: `spelled` says a schema again: patterns in the backend's syntax (ecma.py), formats as patterns (texts.py), bounds as numbers that it keeps exactly
+(numbers.py), names that are few one by one, so that none comes twice, and how many properties there may be as the ways to choose them.
 What it does not know: which keywords there may be (see keywords.py), backends.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
-from penstock.plugins.grammars.keywords import MANY, NAMED, ONE
+from penstock.core.protocol.errors import UnsupportedFeature
+from penstock.plugins.grammars import ecma, texts
+from penstock.plugins.grammars.keywords import COUNTS, MANY, NAMED, ONE, refused
+from penstock.plugins.grammars.numbers import BOUNDS, bounded, check_step, drawable
 
-_MONTHS = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])"
-_LEAP_YEAR = "[0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00"
-DATE = f"([0-9]{{4}}-({_MONTHS})|({_LEAP_YEAR})-02-29)"
-_HOURS = "([01][0-9]|2[0-3]):[0-5][0-9]"
-_FRACTION = r"(\.[0-9]{1,9})?"
-TIME = f"({_HOURS}:[0-5][0-9]{_FRACTION}([Zz]|[+-]{_HOURS})|23:59:60{_FRACTION}([Zz]|[+-]00:00))"
-"""A leap second in UTC alone."""
-_ANY, _LABEL_ANY = "[A-Za-z0-9]", "[A-Za-z0-9-]"
-LABEL = f"{_ANY}({_ANY}|{_LABEL_ANY}{_ANY}|{_LABEL_ANY}{{2}}{_ANY}|{_LABEL_ANY}({_ANY}{_LABEL_ANY}|-{_ANY}){_LABEL_ANY}{{0,58}}{_ANY})?"
-"""Of a host's name: at most 63 characters, and two hyphens in the third and fourth place are for encoded names."""
-HOST = f"{LABEL}(\\.{LABEL})*"
-_ATOM = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
-LOCAL = f"{_ATOM}(\\.?{_ATOM}){{0,31}}"
-"""At most 64 characters, without quotes."""
-PATTERNS = {
-    "date": f"^{DATE}$",
-    "time": f"^{TIME}$",
-    "date-time": f"^{DATE}[Tt]{TIME}$",
-    "hostname": f"^{HOST}$",
-    "email": f"^{LOCAL}@{HOST}$",
-}
-LONGEST = {"hostname": 253, "email": 254}
-COUNTS = frozenset(["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"])
+MOST_NAMES = 64
+"""Names that a pattern allows and that are said one by one."""
+MOST_WAYS = 64
+"""To choose properties."""
 
 
-def spelled(schema: Any) -> Any:
-    """`schema` has passed `check_schema`. What was given is left as it is."""
+def spelled(schema: Any, at: str = "") -> Any:
+    """`schema` has passed `check_schema`. What was given is left as it is. Raises UnsupportedFeature naming the keyword and its place `at`."""
     if not isinstance(schema, dict):
         return schema
     made: dict[str, Any] = {}
     for keyword, value in schema.items():
+        here = f"{at}/{keyword}"
         if keyword in ONE:
-            value = spelled(value)
+            value = spelled(value, here)
         elif keyword in MANY:
-            value = [spelled(one) for one in value]
+            value = [spelled(one, f"{here}/{i}") for i, one in enumerate(value)]
         elif keyword in NAMED:
-            value = {name: spelled(one) for name, one in value.items()}
+            value = {name: spelled(one, f"{here}/{name}") for name, one in value.items()}
         elif keyword in COUNTS and isinstance(value, float) and value.is_integer():
             value = int(value)
-        made[keyword] = value
-    pattern = PATTERNS.get(str(made.get("format")))
-    if pattern is not None:
-        longest = LONGEST.get(made.pop("format"))
-        if longest is not None:
-            made["maxLength"] = min(made.get("maxLength", longest), longest)
-        if "pattern" in made:
-            made["allOf"] = [*made.get("allOf", []), {"pattern": pattern}]
-        else:
-            made["pattern"] = pattern
-    return made
+        elif keyword == "pattern" and isinstance(value, str):
+            value = _pattern("pattern", value, at)
+        elif keyword in ("const", "enum"):
+            if (number := next(drawable(value), None)) is not None:
+                raise refused(
+                    keyword, at, f"has {number!r}, which cannot be drawn exactly: give it as a text, or a number that a double holds"
+                )
+        elif keyword == "multipleOf":
+            check_step(value, at)
+        if keyword not in BOUNDS:
+            made[keyword] = value
+    made |= bounded(schema, at)
+    _format(made)
+    return _counted(_named(made, at), at)
+
+
+def closed_names(schema: Any) -> bool:
+    """Is there an object whose names follow patterns and cannot always be made longer, so that only used ones might be left? `schema` as for `spelled`."""
+    if not isinstance(schema, dict):
+        return False
+    patterns = schema.get("patternProperties", {})
+    if schema.get("additionalProperties") is False and not all(map(ecma.extendable, patterns)):
+        return True
+    inner = [schema[keyword] for keyword in ONE if keyword in schema]
+    inner += [one for keyword in MANY for one in schema.get(keyword, ())]
+    inner += [one for keyword in NAMED for one in schema.get(keyword, {}).values()]
+    return any(map(closed_names, inner))
+
+
+def _pattern(keyword: str, pattern: str, at: str) -> str:
+    try:
+        return ecma.translated(pattern)
+    except UnsupportedFeature as error:
+        raise refused(keyword, at, f"with {pattern[:80]!r} cannot be obeyed exactly: {error.message[:-1]}") from None
+
+
+def _format(made: dict[str, Any]) -> None:
+    pattern = texts.PATTERNS.get(str(made.get("format")))
+    if pattern is None:
+        return
+    longest = texts.LONGEST.get(made.pop("format"))
+    if longest is not None:
+        made["maxLength"] = min(made.get("maxLength", longest), longest)
+    if "pattern" in made:
+        made["allOf"] = [*made.get("allOf", []), {"pattern": f"^(?:{pattern})$"}]
+    else:
+        made["pattern"] = f"^(?:{pattern})$"
+
+
+def _named(made: dict[str, Any], at: str) -> dict[str, Any]:
+    """Patterns of names: those of few names, of an object that has no others, one by one."""
+    patterns = made.get("patternProperties")
+    if not isinstance(patterns, dict):
+        return made
+    names: dict[str, Any] | None = dict(made.get("properties", {})) if made.get("additionalProperties") is False else None
+    translated = {}
+    for pattern, schema in patterns.items():
+        translated[_pattern("patternProperties", pattern, at)] = schema
+        found = ecma.words(pattern, MOST_NAMES) if names is not None else None
+        if names is None or found is None or len(names) + len(found) > MOST_NAMES:
+            names = None
+            continue
+        for name in found:
+            names[name] = {"allOf": [names[name], schema]} if name in names else schema
+    if names is not None:
+        made = {keyword: value for keyword, value in made.items() if keyword != "patternProperties"}
+        return made | {"properties": names}
+    if (
+        made.get("additionalProperties") is False
+        and not all(map(ecma.extendable, patterns))
+        and made.get("properties", {}).keys() <= set(made.get("required", []))
+    ):
+        most = max(MOST_NAMES, made.get("minProperties", 0))  # so many at least there are
+        made["maxProperties"] = min(made.get("maxProperties", most), most)
+    return made | {"patternProperties": translated}
+
+
+def _counted(made: dict[str, Any], at: str) -> dict[str, Any]:
+    """How many properties, where not all of those that are named must be there: as the sets that there may be."""
+    least, most = made.get("minProperties", 0), made.get("maxProperties")
+    named = made.get("properties", {})
+    required = [name for name in made.get("required", []) if isinstance(name, str)]
+    optional = [name for name in named if name not in required]
+    if not optional or (least <= len(required) and most is None):
+        return made
+    keyword = "minProperties" if least > len(required) else "maxProperties"
+    if made.get("additionalProperties") is not False or "patternProperties" in made:
+        raise refused(keyword, at, "is supported only where all names in 'properties' are required, or where there are no others")
+    if (least <= len(required) + 1 and most in (None, len(required) + 1)) or not set(required) <= named.keys():
+        return made  # the backend can do that, or nothing can
+    more = range(max(0, least - len(required)), min(len(optional), len(optional) if most is None else most - len(required)) + 1)
+    sizes = more if most is not None else more[:1]
+    if sum(math.comb(len(optional), size) for size in sizes) > MOST_WAYS:
+        raise refused(keyword, at, f"would allow more than {MOST_WAYS} sets of properties, and is not supported for so many")
+    ways: list[dict[str, Any]] = []
+    for size in sizes:
+        for chosen in itertools.combinations(optional, size):
+            needed = [*required, *chosen]
+            kept = named if most is None else {name: one for name, one in named.items() if name in needed}
+            ways.append({"properties": kept, "required": needed, "additionalProperties": False})
+    if not ways:
+        return made
+    rest = {keyword: value for keyword, value in made.items() if keyword not in ("minProperties", "maxProperties")}
+    return rest | {"allOf": [*rest.get("allOf", []), {"anyOf": ways}]}
 
 
 def whole(source: str) -> str:

@@ -32,8 +32,6 @@ os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")  # its bindings wou
 
 import xgrammar
 
-MOST_WHITE = 40
-"""White space between two parts of JSON, as llguidance.WHITE."""
 MOST_KEPT = 64
 """Compiled grammars that a process keeps."""
 MOST_BYTES = 8 << 20
@@ -100,7 +98,8 @@ class XGrammar:
             schema = json.loads(source)
             check_schema(schema)
             plain = plain_schema(spelled(schema))
-            return compiler.compile_json_schema(json.dumps(plain, ensure_ascii=False), strict_mode=False, max_whitespace_cnt=MOST_WHITE)
+            source = json.dumps(plain, ensure_ascii=False)
+            return compiler.compile_json_schema(source, strict_mode=False, any_whitespace=False, separators=(", ", ": "))
         if kind == "regex":
             return compiler.compile_grammar(plain_regex(whole(source)))
         if kind == "choice":

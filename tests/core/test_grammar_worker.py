@@ -98,6 +98,8 @@ def test_grammars_are_compiled_and_answers_verified(ask: Ask) -> None:
     assert verify(ask, "json", schema, '{"a": 1}') == ""
     assert verify(ask, "json", schema, '{"a": "x"}').startswith("The answer does not obey f. At /a:")
     assert "not valid JSON" in verify(ask, "json", schema, '{"a": 1')
+    assert "'a' comes twice" in verify(ask, "json", schema, '{"a": 1, "\\u0061": 2}')
+    assert "no number" in verify(ask, "json", '{"type":"number"}', "NaN")
     assert "2026-02-31" in verify(ask, "json", '{"type":"string","format":"date"}', '"2026-02-31"')
     assert verify(ask, "regex", "[a-z]+", "abc") == ""
     assert "not of the grammar" in verify(ask, "regex", "[a-z]+", "ab1")

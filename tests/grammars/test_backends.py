@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
+import ipaddress
 import itertools
 import json
 import random
 import re
+import unicodedata
+import uuid
 from typing import Any
 
 import jsonschema_rs
 import numpy as np
+import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,8 +131,16 @@ def test_numbers_and_white_space_end(schema: str, like: bytes, grammars: Grammar
         said, _ = draw(grammars, "json", schema, seed, like=like, most=200)
         outside = re.sub(rb'"(\\.|[^"\\])*("|$)', b'""', said)
         assert max(map(len, re.findall(rb"[0-9.eE+-]+", outside)), default=0) <= LONGEST_NUMBER + 5
-        assert max(map(len, re.findall(rb"\s+", outside)), default=0) <= 40
+        assert not re.search(rb"(?<![,:])\s|\s\s", outside)
+        assert not re.search(rb"[\n\r\t]", outside)
         assert not re.search(rb"[0-9.][eE]", outside)
+
+
+@pytest.mark.parametrize("schema", ["{}", '{"type":"object"}'])
+def test_compact_json_has_no_white_space(schema: str, grammars: Grammars) -> None:
+    for seed, like in itertools.product(range(10), (b"", b" ,:", b' "{[')):
+        said, _ = draw(grammars, "compact_json", schema, seed, like=like, most=80)
+        assert not re.search(rb"\s", re.sub(rb'"(\\.|[^"\\])*("|$)', b'""', said)), said
 
 
 def test_a_schemas_own_lengths_count(grammars: Grammars) -> None:
@@ -198,8 +211,8 @@ def test_an_object_of_many_properties(count: int, required: bool, grammars: Gram
     source, answer = wide(count, required=required)
     matcher = grammars.matcher(grammars.compile("json", source))
     for at, byte in enumerate(answer):
-        if at < 400 or at % 97 == 0:
-            assert byte in allowed(matcher)
+        if at < 400 or at % 97 == 0:  # what must follow is said in the longest tokens
+            assert any(answer[at : at + len(TOKENS[id])] == TOKENS[id] or TOKENS[id][:1] == answer[at : at + 1] for id in allowed(matcher))
         assert matcher.consume(byte)
     assert matcher.may_end()
 
@@ -217,12 +230,46 @@ def test_whatever_is_drawn_for_a_format_is_of_it(format: str, grammars: Grammars
     assert ends > 10
 
 
+def test_no_date_is_of_year_0(grammars: Grammars) -> None:
+    matcher = grammars.matcher(grammars.compile("json", '{"type":"string","format":"date"}'))
+    assert all(matcher.consume(byte) for byte in b'"000')
+    assert {TOKENS[id] for id in allowed(matcher)} & {b"0", b"1"} == {b"1"}
+
+
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [
+        ("date", datetime.date),
+        ("time", datetime.time),
+        ("date-time", datetime.datetime),
+        ("duration", datetime.timedelta),
+        ("ipv4", ipaddress.IPv4Address),
+        ("ipv6", ipaddress.IPv6Address),
+        ("uuid", uuid.UUID),
+        ("uri", pydantic.HttpUrl),
+    ],
+)
+def test_types_of_a_client_take_whatever_is_drawn_for_their_format(format: str, kind: Any, grammars: Grammars) -> None:
+    """Year 0, a leap second or a duration of a thousand million weeks would be of the format, and of no use."""
+    adapter = pydantic.TypeAdapter(kind)
+    ends = 0
+    for seed, like in itertools.product(range(12), (b"", b"0123456789", b"abc.", b"-.:@/?#", b"09-:TZ", b"0", b"P9YMD")):
+        said, ended = draw(grammars, "json", json.dumps({"type": "string", "format": format}), seed, like=like)
+        ends += ended
+        if ended:
+            adapter.validate_python(json.loads(said))
+    assert ends > 10
+
+
 @pytest.mark.parametrize(
     ("schema", "right", "wrong"),
     [
         ({"format": "date"}, ["2024-02-29", "2000-02-29", "1900-02-28", 5], ["2023-02-29", "1900-02-29", "2026-04-31", "2026-13-01"]),
-        ({"format": "time"}, ["23:59:60Z", "10:00:00.25+02:00", "10:00:00z"], ["24:00:00Z", "10:59:60Z", "10:00:00", "10:00Z"]),
+        ({"format": "time"}, ["23:59:59Z", "10:00:00.25+02:00", "10:00:00z"], ["24:00:00Z", "10:59:60Z", "10:00:00", "10:00Z"]),
         ({"format": "date-time"}, ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z", "2024-02-29 00:00:00Z"]),
+        ({"format": "duration"}, ["P1Y2M3DT4H5M6S", "PT36S", "P2W"], ["P", "P1D2W", "PT", "1D"]),
+        ({"format": "ipv6"}, ["::1", "::", "1:2:3:4:5:6:7:8", "fe80::a:b"], ["1:2:3", "1::2::3", ":1", "12345::"]),
+        ({"format": "uri"}, ["https://example.org/a?b=c#d", "http://10.0.0.1:80", "http://a"], ["a/b", "http://a b", "http://a/%zz"]),
         ({"format": "hostname"}, ["a", "xn--nxasmq6b", "a-b.c1", "a" * 63], ["-a", "a-", "a..b", "a" * 64, "ab--c"]),
         ({"format": "email", "maxLength": 8}, ["a.b+@d.e"], ["a.b+c@d.efg", "a", "a..b@c"]),
         ({"format": "date", "pattern": "^2024"}, ["2024-02-29"], ["2025-01-01", "2024-02-30"]),
@@ -302,4 +349,5 @@ def test_expressions_are_those_of_python(source: str, texts: list[str], seed: in
         can = all(matcher.consume(byte) for byte in text.encode()) and matcher.may_end()
         assert can == (re.fullmatch(source, text) is not None), (source, text)
     said, ended = draw(grammars, "regex", source, seed, like=b"ab.-", most=12)
-    assert not ended or re.fullmatch(source, said.decode()), (source, said)
+    known = all(unicodedata.category(char) != "Cn" for char in said.decode(errors="replace"))  # the library's Unicode may be a newer one
+    assert not ended or not known or re.fullmatch(source, said.decode()), (source, said)

@@ -128,8 +128,38 @@ def test_an_answer_that_does_not_obey_ends_as_an_error(bench: Any) -> None:
     answer(bench, 1)
     bench.send(GrammarChecked(job=bench.checks.pop().job, error="No."))
     got = bench.received[1, 0]
-    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", "No.", "engine_failure")
+    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", "No.", "invalid_value")
     assert 1 in bench.finished
+
+
+def test_one_choice_that_does_not_obey_ends_alone(bench: Any) -> None:
+    bench.submit(1, grammar=WORD, sampling=SamplingParams(n=2))
+    compiled(bench)
+    answer(bench, 1)
+    answer(bench, 1, choice=1)
+    first, second = bench.checks
+    bench.send(GrammarChecked(job=first.job, error="No."))
+    bench.send(GrammarChecked(job=second.job))
+    bad, good = bench.received[1, 0], bench.received[1, 1]
+    assert (bad.reason, bad.extras[-1].error_code, bad.extras[-1].error_param) == ("error", "invalid_value", "guided_regex")
+    assert (good.reason, good.text, 1 in bench.finished) == ("stop", "water", True)
+
+
+def test_an_answer_that_could_not_be_looked_at_is_no_fault_of_the_clients(bench: Any) -> None:
+    bench.submit(1, grammar=WORD)
+    compiled(bench)
+    answer(bench, 1)
+    bench.send(GrammarChecked(job=bench.checks.pop().job, error="It takes too long.", error_status=500))
+    assert bench.received[1, 0].extras[-1].error_code == "engine_failure"
+
+
+def test_a_schema_and_the_beginning_of_the_answer_cannot_both_be_given(bench: Any) -> None:
+    schema = Grammar(kind="json", source="{}", field="output_config.format.schema")
+    messages = b'[{"role":"user","content":"a"},{"role":"assistant","content":"{"}]'
+    bench.submit(1, kind="chat", messages=messages, prompt=None, grammar=schema, continue_final_message=True)
+    refused = bench.rejected[1]
+    assert (refused.status, refused.code, refused.param) == (400, "invalid_value", "output_config.format.schema")
+    assert "continue_final_message" in refused.message
 
 
 def test_a_stop_string_ends_a_part_and_that_is_the_clients_own(bench: Any) -> None:
@@ -287,7 +317,7 @@ def test_a_call_that_does_not_obey_ends_as_an_error(ask: Any) -> None:
     bench = ask("required")
     answer(bench, 1, spelt("f", '{"a": "x"}'))
     got = settle(bench, "No.")
-    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", "No.", "engine_failure")
+    assert (got.reason, got.extras[-1].error, got.extras[-1].error_code) == ("error", "No.", "invalid_value")
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,10 @@ def test_prompt_forms(prompt: Any, want: list[dict[str, Any]]) -> None:
         *(({f"guided_{name}": ""}, f"guided_{name}") for name in ("json", "regex", "grammar")),
         *(({"structured_outputs": {name: ""}}, f"structured_outputs.{name}") for name in ("json", "regex", "grammar", "structural_tag")),
         ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag.structures"),
-        *(({"structured_outputs": empty}, "structured_outputs") for empty in ({}, {"regex": None}, {"json_object": False})),
+        *(
+            ({"structured_outputs": empty}, "structured_outputs")
+            for empty in ({}, {"regex": None}, {"json_object": False}, {"disable_any_whitespace": True})
+        ),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
         ({"response_format": {}}, "response_format.type"),
@@ -561,6 +564,10 @@ def test_response_formats(given: dict[str, Any]) -> None:
         (
             {"structured_outputs": {"json_object": True, "whitespace_pattern": None}},
             Grammar(kind="json", source='{"type":"object"}', field="structured_outputs.json_object"),
+        ),
+        (
+            {"structured_outputs": {"json": "{}", "disable_any_whitespace": True}},
+            Grammar(kind="json", source="{}", field="structured_outputs.json", compact=True),
         ),
         ({"response_format": {"type": "text"}, "guided_regex": None, "structured_outputs": None}, None),
         (

@@ -31,7 +31,7 @@ from penstock.core.actors.text.pool import Pool
 from penstock.core.actors.text.readers import Readers
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import Draining, EngineUnavailable, NotFound, PenstockError, described
+from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, NotFound, PenstockError, described
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
@@ -222,7 +222,7 @@ class TextActor:
         if isinstance(owner, Request):
             yield from self._intake.compiled(owner, message)
         elif owner is not None:
-            self._pool.receiver.verified(owner, message.error)
+            self._pool.receiver.verified(owner, message.error, disobeys=message.error_status == InvalidRequest.status)
             yield from self._ending.deliver()
             if (lane := owner.choice.request.lane) is not None:
                 yield from lane.pump()

@@ -83,7 +83,8 @@ def _after(parts: list[Part], size: int) -> list[Part]:
 
 
 def _answer(grammar: Grammar) -> Part:
-    return decode(grammar.source) if grammar.kind == "layout" else Obey(grammar.kind, grammar.source, grammar.field)
+    form = grammar.form
+    return decode(grammar.source) if form == "layout" else Obey(form, grammar.source, grammar.field)
 
 
 def _calls(spelling: Spelling, calling: Calling, split: _Pieces, parallel: bool, whole: bool) -> list[Part]:

@@ -46,6 +46,12 @@ class Obedience:
         for name, size in sizes:
             if size > MOST_CHARS:
                 raise InvalidRequest(f"{name} may have {MOST_CHARS} characters, but has {size}.", param=name)
+        if submit.continue_final_message and submit.grammar is not None and submit.grammar.kind == "json":
+            raise InvalidRequest(
+                f"{submit.grammar.field} cannot be given where the answer's beginning is given too (continue_final_message, or a last message of the "
+                "assistant's): the answer would be a whole JSON value of its own. Leave out one of the two.",
+                param=submit.grammar.field,
+            )
         if params.ignore_eos:
             raise InvalidRequest(f"ignore_eos and {field} cannot both be given: a grammar says where an answer ends.", param="ignore_eos")
         if not len(ends) and not params.stop_token_ids:

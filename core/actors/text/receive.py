@@ -276,12 +276,17 @@ class Receiver:
         self._ledger.hold(choice, "stop")
         self.held.append(Held(choice, text, stop_reason, np.frombuffer(bytes(ids), np.int32), stop))
 
-    def verified(self, held: Held, error: str) -> None:
-        """`error` "": its last row may go out."""
+    def verified(self, held: Held, error: str, *, disobeys: bool = True) -> None:
+        """`error` "": its last row may go out. `disobeys`: the answer is not as asked for, which ends it alone; else it could not be looked at."""
         choice, names = held.choice, held.choice.request.submit.names
         if self._ledger.has(choice.request):
             if error:  # a stop string that cuts it is the client's own
-                code, param = (InvalidRequest.default_code, names.get("stop", "stop")) if held.stop else ("engine_failure", None)
+                field = obeyed.field if (obeyed := choice.request.obeyed) is not None else None
+                code, param = (
+                    (InvalidRequest.default_code, names.get("stop", "stop") if held.stop else field)
+                    if disobeys
+                    else ("engine_failure", None)
+                )
                 self._row(choice, held.text, "error", None, error, code, param=param)
             else:
                 self._row(choice, held.text, held.finish, held.stop_reason, None, None)

@@ -18,6 +18,7 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar
 from penstock.core.protocol.sampling import SamplingParams, StructuredOutputsParams
 
+_GRAMMARS = [name for name in StructuredOutputsParams.__struct_fields__ if name != "disable_any_whitespace"]
 _CONTENTS = {"json_schema": ("json", "json_schema"), "regex": ("regex", "pattern"), "grammar": ("grammar", "grammar")}
 """Of a format: the grammar's kind, and the field that holds it."""
 
@@ -26,11 +27,12 @@ def given(prefix: str, asked: StructuredOutputsParams) -> Iterator[Grammar]:
     """One for each that is asked for; their fields are called `prefix` and their names. Raises InvalidRequest for one that is empty: an answer without bounds
     would be none to it."""
     schema, choice = asked.json, asked.choice
+    compact = bool(asked.disable_any_whitespace)
     for name in ("json", "regex", "grammar", "structural_tag"):
         if getattr(asked, name) == "":
             raise InvalidRequest(f"{prefix}{name} must not be empty.", param=f"{prefix}{name}")
     if schema is not None:
-        yield Grammar(kind="json", source=schema if isinstance(schema, str) else json_text(schema), field=f"{prefix}json")
+        yield Grammar(kind="json", source=schema if isinstance(schema, str) else json_text(schema), field=f"{prefix}json", compact=compact)
     if asked.regex:
         yield Grammar(kind="regex", source=asked.regex, field=f"{prefix}regex")
     if choice is not None:
@@ -40,7 +42,7 @@ def given(prefix: str, asked: StructuredOutputsParams) -> Iterator[Grammar]:
     if asked.grammar:
         yield Grammar(kind="grammar", source=asked.grammar, field=f"{prefix}grammar")
     if asked.json_object:
-        yield Grammar(kind="json", source=ANY, field=f"{prefix}json_object")
+        yield Grammar(kind="json", source=ANY, field=f"{prefix}json_object", compact=compact)
     if asked.structural_tag is not None:
         yield tagged(asked.structural_tag, f"{prefix}structural_tag")
 
@@ -49,7 +51,7 @@ def some(field: str, asked: StructuredOutputsParams) -> list[Grammar]:
     """As `given`, of the object `field`, which must ask for something. Raises InvalidRequest."""
     found = list(given(f"{field}.", asked))
     if not found:
-        raise InvalidRequest(f"{field} must hold one of {', '.join(StructuredOutputsParams.__struct_fields__)}.", param=field)
+        raise InvalidRequest(f"{field} must hold one of {', '.join(_GRAMMARS)}.", param=field)
     return found
 
 
@@ -93,7 +95,8 @@ def tagged(given: Any, field: str) -> Grammar:
         _only(given, {"type", "format"}, field)
         part = _format(given["format"], f"{field}.format")
         if isinstance(part, Obey):
-            return Grammar(kind=part.kind, source=part.source, field=part.field)
+            kind = "json" if part.kind == "compact_json" else part.kind
+            return Grammar(kind=kind, source=part.source, field=part.field, compact=kind != part.kind)
         return Grammar(kind="layout", source=encode(part), field=field)
     _only(given, {"type", "structures", "triggers"}, field)
     tags = [_structure(one, f"{field}.structures[{i}]") for i, one in enumerate(_list(given, "structures", field))]
