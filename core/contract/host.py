@@ -252,6 +252,8 @@ class PluginHost:
                 wrong = checks.get(field)
                 check = functools.partial(_check, wrong, blame) if wrong is not None else None
                 functions[field] = guarded(function, blame, skip, check)
+        if family.careful:
+            functions["factory"] = _careful(functions["factory"], family, functools.partial(_blame, spec, family, info))
         return msgspec.structs.replace(spec, **functions)
 
     def blame(self, family: str, name: str, call: str, error: Exception | str) -> PluginFault:
@@ -352,6 +354,19 @@ def _blame(spec: Spec, family: Family, info: PluginInfo, call: str, can_skip: bo
     what = f"The {family.noun} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
     other = SKIP if can_skip else f"choose another with {family.flag}" if family.flag else ""
     return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
+
+
+def _careful(factory: Callable[..., Any], family: Family, blame: Callable[..., PluginFault]) -> Callable[..., Any]:
+    """`factory`, whose results are called through the family's own checks."""
+
+    def say(call: str, error: Exception | str) -> PluginFault:
+        return blame(call, False, error)
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return family.wrap(factory(*args, **kwargs), say)
+
+    return make
 
 
 def _check(wrong: Callable[[Any], str | None], blame: Any, result: Any) -> None:
