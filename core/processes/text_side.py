@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import trio
 
 from penstock.core.actors.text import TextActor, resolve
@@ -21,8 +22,8 @@ from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
 from penstock.core.contract.actors import Seat
-from penstock.core.contract.hookspecs import Spec
-from penstock.core.contract.host import PluginHost
+from penstock.core.contract.hookspecs import GrammarSpec, Spec
+from penstock.core.contract.host import BUILT_IN, PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.processes.grammars import GrammarWorker
 from penstock.core.processes.plugin_seats import PluginSeats
@@ -145,6 +146,8 @@ class TextSide:
             )
         except TokenizerFailed as error:  # its bytes are asked for every token
             raise PluginFault(f"The tokenizer is broken: {error}.") from error
+        if grammars is not None and plugins.package_of("grammars", grammars.name) != BUILT_IN:
+            _try_grammars(grammars, self.actor.vocabulary())
         self._grammars: GrammarWorker | None = None
         self._extra, self._backend = plugins.extra, config.grammar_backend
         stats = log is not None and config.log_stats
@@ -219,6 +222,13 @@ class TextSide:
         if self._grammars is not None:
             self._grammars.close()
         self.traces.shutdown()
+
+
+def _try_grammars(spec: GrammarSpec, vocabulary: Vocabulary) -> None:
+    """A stranger's factory is called once at start, so that one that is broken is known before the first request. Raises PluginFault."""
+    ends = np.cumsum(vocabulary.counts).tolist()
+    tokens = [vocabulary.data[end - count : end] for end, count in zip(ends, vocabulary.counts.tolist(), strict=True)]
+    spec.factory(tokens, vocabulary.special.tolist())
 
 
 def no_engine(lost: Dropped, kind: str, index: int | None) -> None:

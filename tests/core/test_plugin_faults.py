@@ -17,6 +17,7 @@ from penstock.core.contract.families import FAMILIES
 from penstock.core.contract.hookspecs import (
     AttentionSpec,
     DeviceSpec,
+    GrammarSpec,
     ModelSpec,
     SchedulePolicySpec,
     TokenizerSpec,
@@ -26,11 +27,12 @@ from penstock.core.contract.hookspecs import (
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.policy import CheckedPolicy, probe
 from penstock.core.processes.engine import Engine
-from penstock.core.processes.text_side import first_match
+from penstock.core.processes.text_side import TextSide, first_match
 from penstock.core.protocol.columns import EMPTY_I32, i32
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import CheckpointError, ConfigError, PenstockError, PluginError, PluginFault
 from penstock.core.protocol.messages import Admit
+from penstock.core.protocol.model_folder import demo_folder
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 from penstock.plugins.policies.priority import PriorityWithAgeing
@@ -361,3 +363,14 @@ def test_members_are_those_of_the_protocols() -> None:
     assert {"step", "logits", "plain"} <= set(FAMILIES["models"].members())
     assert {"store", "attend", "copy"} <= set(FAMILIES["attention_backends"].members())
     assert FAMILIES["weight_sources"].members() == []
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"), [(lambda tokens, special: 1 / 0, "failed with ZeroDivisionError"), (lambda tokens, special: None, "NoneType")]
+)
+def test_a_grammar_backend_whose_factory_is_broken_is_known_at_start(add: Add, factory: Any, said: str) -> None:
+    name = add("register_grammars", lambda: [GrammarSpec(name="odd", api_level=1, kinds=["choice"], factory=factory, priority=99)])
+    plugins = PluginHost("text", extra=[name]).load()
+    config = build({"model": str(demo_folder())})
+    with pytest.raises(PluginFault, match=f"The grammar backend 'odd' .*'strange'.*factory.*{said}"):
+        TextSide(config, plugins, to_edges=lambda *_: None, to_engines=lambda *_: None, to_root=None)
