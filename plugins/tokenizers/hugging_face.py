@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from penstock.core.protocol.columns import I32, i32_by_pieces
 from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.model_files import optional_object
 from penstock.plugins.tokenizers.settings import apply
 
 BytesOf = Callable[[str], bytes]
@@ -119,15 +120,15 @@ class HuggingFaceTokenizer:
             raise CheckpointError(f"{path} cannot be read: {error}.") from None
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value = _json(folder / name).get("eos_token_id")
+            value = optional_object(folder / name).get("eos_token_id")
             found = value if isinstance(value, list) else [] if value is None else [value]
             wrong = next((one for one in found if type(one) is not int), None)
             if wrong is not None or None in found:
                 raise CheckpointError(f"{folder / name}: eos_token_id must be a token id or a list of them, but holds {wrong!r:.80}.")
             ends.extend(found)
-        config = _json(folder / "tokenizer_config.json")
+        config = optional_object(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # the older file counts only beside the older kind of configuration, and then first
-            config.update(_json(folder / "special_tokens_map.json"))
+            config.update(optional_object(folder / "special_tokens_map.json"))
         return cls(fast, config, ends, folder.name)
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:
@@ -166,13 +167,3 @@ class HuggingFaceTokenizer:
         if isinstance(value, dict):
             value = value.get("content")
         return self._fast.token_to_id(value) if isinstance(value, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    return value if isinstance(value, dict) else {}

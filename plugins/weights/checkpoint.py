@@ -10,7 +10,6 @@ What it does not know: what the names mean, but for the prefix of a base model (
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os.path
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
+from penstock.core.protocol.model_files import read_object, unreadable
 
 log = logging.getLogger("penstock.weights")
 SINGLE = "model.safetensors"
@@ -39,6 +39,10 @@ def files_of(path: str | Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _shards(folder)
+    for name in (SINGLE, INDEX):
+        if (folder / name).is_symlink() or (folder / name).exists():  # and it is no file
+            gone = IsADirectoryError() if (folder / name).is_dir() else FileNotFoundError()
+            raise unreadable(folder / name, gone)
     beside = unread(folder, [])
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
     hint = f" ({_list(others)} cannot be read: only safetensors are)" if others else f" (only {_list(beside)})" if beside else ""
@@ -47,15 +51,15 @@ def files_of(path: str | Path) -> list[Path]:
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = sorted({os.path.normpath(folder / file) for file in table.values()})
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read ({error.strerror}).", param="weight_map") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index} has no usable 'weight_map' ({error}).", param="weight_map") from None
-    if not named:
-        raise CheckpointError(f"{index} has no usable 'weight_map' (it is empty).", param="weight_map")
+    table = read_object(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(file, str) and file for file in table.values()):
+        wrong = (
+            "it is empty" if table == {} else "it is missing" if table is None else "it must be an object: tensors' names and their files"
+        )
+        raise CheckpointError(
+            f"{index} has no usable 'weight_map' ({wrong}). Copy the index again from where the model came from.", param="weight_map"
+        )
+    named = sorted({os.path.normpath(folder / file) for file in table.values()})
     files = [Path(file) for file in named]
     for file in files:
         if not file.is_relative_to(os.path.normpath(folder)):
@@ -82,6 +86,11 @@ def stored_dtype(path: str | Path) -> str | None:
 
 
 def _open(file: Path) -> Any:
+    try:
+        with file.open("rb"):  # says why better than what follows
+            pass
+    except OSError as error:
+        raise unreadable(file, error) from None
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path

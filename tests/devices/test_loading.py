@@ -153,8 +153,9 @@ def into_shards(
         ('{"weight_map": {"a": 3}}', "no usable"),
         ('{"weight_map": {}}', "no usable"),
         ("{}", "no usable"),
-        ('{"weight_map": {"a"', "no usable"),
-        ("[" * 100_000, "no usable"),
+        ('{"weight_map": {"a"', "index.json is not valid JSON"),
+        ("[" * 100_000, "index.json is nested too deeply"),
+        ('{"weight_map": 3}', r"no usable 'weight_map' \(it must be an object"),
         ('{"weight_map": {"a": "config.json"}}', "no readable safetensors file"),
     ],
 )
@@ -377,3 +378,31 @@ def test_the_self_test_looks_beyond_a_seam(folder: Path, load: Load) -> None:
     self_test(runner, said.append)
     with pytest.raises(EngineFailure, match="a sequence run long and batched differs from itself alone"):
         self_test(runner, said.append, seam)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path: path.symlink_to("gone"), r"model.safetensors cannot be read: it is a link to gone, which does not exist"),
+        (lambda path: path.mkdir(), r"model.safetensors cannot be read: it is a folder"),
+    ],
+)
+def test_a_checkpoint_that_is_no_file_is_named(folder: Path, load: Load, make: Any, what: str) -> None:
+    (folder / "model.safetensors").unlink()
+    make(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=what):
+        load(folder)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_named(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so somebody has to say no."""
+    whole = Path.open
+
+    def refuse(self: Path, *arguments: Any, **more: Any) -> Any:
+        if self.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied")
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: permission denied"):
+        load(folder)

@@ -30,6 +30,7 @@ from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, PluginFault
 from penstock.core.protocol.messages import Message, Rejected, Submit
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.transports.blame import Owned
 from penstock.transports.builtin import openai_routes
 from penstock.transports.edge import transport_factories
 from penstock.transports.frame import Sse
@@ -601,3 +602,39 @@ def test_each_route_parses_large_bodies_in_turn(make_edge: MakeEdge, path: str, 
         assert taken == 1
         http.post(path, json={"model": "brook"})
         assert taken == 1
+
+
+class _NoStatic(Telegraph):
+    def refuse(self, error: PenstockError, headers: Iterable[tuple[bytes, bytes]] = ()) -> JsonReply:  # type: ignore[override]
+        raise NotImplementedError
+
+
+class _Half:
+    @staticmethod
+    def refuse(error: PenstockError, headers: Iterable[tuple[bytes, bytes]] = ()) -> JsonReply:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("voice", "said"),
+    [
+        (_NoStatic, r"refuse\(\) must be a @staticmethod"),
+        (_Half, r"it has no begin\(\) and no whole\(\)"),
+        (3, "is 3, which is no Voice"),
+        (Telegraph, ""),
+        (JsonLines, r"no refuse\(\)"),
+    ],
+)
+def test_a_routes_voice_is_looked_at_when_the_edge_starts(voice: Any, said: str) -> None:
+    @post("/telegraph", opt={VOICE: voice})
+    async def telegraph() -> None: ...
+
+    def blame(call: str, error: Exception | str) -> PluginFault:
+        return PluginFault(f"The transport 'odd' is broken: {call}() {error}")
+
+    routes = Owned(lambda gateway: [telegraph], blame)
+    if not said:
+        assert routes(None) == [telegraph]  # type: ignore[arg-type]
+        return
+    with pytest.raises(PluginFault, match=f"The transport 'odd' .*{said}"):
+        routes(None)  # type: ignore[arg-type]

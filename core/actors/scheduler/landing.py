@@ -147,7 +147,7 @@ class Landing:
         """Why nothing could be drawn for these rows."""
         obeying, why = self._board.slots.grammar[index].tolist(), self._board.given_up
         return [
-            why[key] if key in why else NOTHING_ALLOWED if obeys else NOT_A_NUMBER
+            why.get(key, NOTHING_ALLOWED if obeys else NOT_A_NUMBER)
             for obeys, key in zip(obeying, zip(seqs.tolist(), incarnations.tolist(), strict=True), strict=True)
         ]
 
