@@ -7,6 +7,7 @@ What it does not know: pluggy, how plugins are found, what a factory's result is
 
 from __future__ import annotations
 
+import ast
 import functools
 import traceback
 from collections.abc import Callable
@@ -99,6 +100,8 @@ def wrong_field(spec: Spec) -> str | None:
             wanted = "a text"
         elif kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
             wanted = "a whole number"
+        elif kind.startswith("Literal[") and value not in (known := ast.literal_eval(f"[{kind[8:-1]}]")):
+            wanted = " or ".join(map(repr, known))
         elif kind.startswith("list") and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
             wanted = "a list of texts"
         else:

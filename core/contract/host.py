@@ -142,6 +142,8 @@ class PluginHost:
                 plugin = plugin()
             self.manager.register(plugin, name=label)
             self.manager.check_pending()
+            if info.package != BUILT_IN and not self.manager.get_hookcallers(plugin):
+                log.warning("plugin %s of package %s has no function with @hookimpl: it does nothing", info.name, info.package)
             info.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(plugin) or [])
             self._infos[label] = info
             if info.package != BUILT_IN:
@@ -201,6 +203,8 @@ class PluginHost:
                 if found is not None and not isinstance(found, (list, tuple)):
                     self._reject(info, f"{hook}() must return a list of {kind.__name__}, not {_a(found)}")
                     continue
+                if found is None and info.error is None and info.package != BUILT_IN:
+                    log.warning("plugin %s of package %s: %s() returned None: it registers nothing", info.name, info.package, hook)
                 for spec in found or []:
                     if not self._fits(spec, family, info):
                         continue
@@ -212,6 +216,14 @@ class PluginHost:
                             info,
                             f"two plugins register the {name} name {spec.name!r}: packages {other!r} and {info.package!r}",
                             "Uninstall one of them",
+                        )
+                        continue
+                    namesake = _namesake(spec, specs)
+                    if namesake is not None:
+                        self._reject(
+                            info,
+                            f"the {family.noun} {spec.name!r} takes a name of the {family.noun} {namesake!r} of package {specs[namesake][1].package!r}",
+                            "Rename it, or leave out that alias",
                         )
                         continue
                     specs[spec.name] = (self._guard_spec(spec, family, info), info)
@@ -255,6 +267,11 @@ class PluginHost:
         if family.careful:
             functions["factory"] = _careful(functions["factory"], family, functools.partial(_blame, spec, family, info))
         return msgspec.structs.replace(spec, **functions)
+
+    def who(self, family: str, name: str) -> str:
+        """ "The tokenizer 'x' (plugin 'y' of package 'z')"."""
+        spec, info = self._families[family][name]
+        return _who(spec, FAMILIES[family], info)
 
     def blame(self, family: str, name: str, call: str, error: Exception | str) -> PluginFault:
         """For a fault in what the factory of a spec gave: an exception in `call`, or what is wrong with its answer."""
@@ -350,8 +367,12 @@ class PluginHost:
         ]
 
 
+def _who(spec: Spec, family: Family, info: PluginInfo) -> str:
+    return f"The {family.noun} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
+
+
 def _blame(spec: Spec, family: Family, info: PluginInfo, call: str, can_skip: bool, error: Exception | str) -> PluginFault:
-    what = f"The {family.noun} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
+    what = _who(spec, family, info)
     other = SKIP if can_skip else f"choose another with {family.flag}" if family.flag else ""
     return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
 
@@ -367,6 +388,18 @@ def _careful(factory: Callable[..., Any], family: Family, blame: Callable[..., P
         return family.wrap(factory(*args, **kwargs), say)
 
     return make
+
+
+def _namesake(spec: Spec, specs: Mapping[str, tuple[Spec, PluginInfo]]) -> str | None:
+    """The spec of a role that this one has too, which is chosen by one of its names."""
+    if not isinstance(spec, FormatSpec):
+        return None
+    for name, (other, _) in specs.items():
+        assert isinstance(other, FormatSpec)
+        roles = {"tools", "reasoning"} if other.role == "both" else {other.role}
+        if (spec.role == "both" or spec.role in roles) and {spec.name, *spec.aliases} & {other.name, *other.aliases}:
+            return name
+    return None
 
 
 def _check(wrong: Callable[[Any], str | None], blame: Any, result: Any) -> None:

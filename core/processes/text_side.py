@@ -30,7 +30,7 @@ from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.processes.templates import FencedRenderer, TemplateSetup
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
-from penstock.core.protocol.errors import CheckpointError, PluginFault
+from penstock.core.protocol.errors import CheckpointError, PluginFault, shown
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
@@ -113,9 +113,14 @@ class TextSide:
         self._house: House | None = None
         model = config.model or ""
         source = config.tokenizer or model
-        tokenizer = CarefulTokenizer(first_match(plugins.tokenizers(), source, "tokenizer").factory(source))
+        reads = first_match(plugins.tokenizers(), source, "tokenizer")
+        tokenizer = CarefulTokenizer(reads.factory(source), plugins.who("tokenizers", reads.name))
         spec = first_match(plugins.chat_renderers(), source, "chat renderer")
         renderer = spec.factory(source, config.chat_template)
+        sources = getattr(renderer, "templates", {})
+        if not isinstance(sources, Mapping) or not all(isinstance(text, str) for text in sources.values()):
+            wrong = f"gave a renderer whose 'templates' are {shown(sources)}: they must be texts by their names"
+            raise plugins.blame("chat_renderers", spec.name, "factory", wrong)
         self._fenced: FencedRenderer | None = None
         if config.trust_request_chat_template and hasattr(renderer, "with_template"):
             setup = TemplateSetup(list(plugins.extra), config.skip_broken_plugins, spec.name, source, config.chat_template)
@@ -145,7 +150,7 @@ class TextSide:
                 formats=formats,
             )
         except TokenizerFailed as error:  # its bytes are asked for every token
-            raise PluginFault(f"The tokenizer is broken: {error}.") from error
+            raise PluginFault(f"{plugins.who('tokenizers', reads.name)} is broken: {error}.") from error
         if grammars is not None and plugins.package_of("grammars", grammars.name) != BUILT_IN:
             _try_grammars(grammars, self.actor.vocabulary())
         self._grammars: GrammarWorker | None = None
