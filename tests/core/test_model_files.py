@@ -108,3 +108,13 @@ def test_a_template_that_is_none_is_refused(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"chat_template": 3}')
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template must be a text or a list of named ones, but is 3"):
         JinjaRenderer.load(str(folder), None)
+
+
+def test_generation_settings_that_are_not_obeyed_are_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = folder / "generation_config.json"
+    file.write_text('{"num_beams": 4, "stop_strings": ["x"], "min_new_tokens": 0, "typical_p": 1.0, "suppress_tokens": null, "top_p": 0.5}')
+    with caplog.at_level(logging.WARNING):
+        assert generation_defaults(build({"model": str(folder)}), str(folder)) == {"top_p": 0.5}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}: these are not obeyed: num_beams, stop_strings. Requests may say what they want instead."
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from penstock.core.protocol.columns import I32, Column, i32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts
 from penstock.core.protocol.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound, UnsupportedFeature
-from penstock.core.protocol.generation import overridden, override_of, settings
+from penstock.core.protocol.generation import overridden, override_of, settings, unused
 from penstock.core.protocol.hashing import CacheKey
 from penstock.core.protocol.messages import Submit
 from penstock.core.protocol.model_files import optional_object, read_object
 from penstock.core.protocol.sampling import MOST_PROMPT_LOGPROBS, SamplingParams, check_tokens, not_a_token
 from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
+
+log = logging.getLogger("penstock.models")
 
 
 def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
@@ -36,6 +39,8 @@ def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
     Raises CheckpointError if the file cannot be read or holds impossible values.
     """
     raw, path = _generation_config(config, model_path)
+    if ignored := unused(raw):
+        log.warning("%s: these are not obeyed: %s. Requests may say what they want instead.", path, ", ".join(ignored))
     override = override_of(config.override_generation_config) if config.override_generation_config is not None else {}
     try:
         settings(raw)
