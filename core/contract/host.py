@@ -23,7 +23,7 @@ import pluggy
 
 from penstock.core.contract import hookspecs
 from penstock.core.contract.families import FAMILIES, Family, Role
-from penstock.core.contract.guard import fault, guarded, wrong_field, wrong_reason, wrong_result
+from penstock.core.contract.guard import careful, fault, guarded, namesake_of, wrong_field, wrong_reason, wrong_result
 from penstock.core.contract.hookspecs import (
     ActorSpec,
     AttentionSpec,
@@ -218,7 +218,7 @@ class PluginHost:
                             "Uninstall one of them",
                         )
                         continue
-                    namesake = _namesake(spec, specs)
+                    namesake = namesake_of(spec, {key: one for key, (one, _) in specs.items()})
                     if namesake is not None:
                         self._reject(
                             info,
@@ -265,7 +265,7 @@ class PluginHost:
                 check = functools.partial(_check, wrong, blame) if wrong is not None else None
                 functions[field] = guarded(function, blame, skip, check)
         if family.careful:
-            functions["factory"] = _careful(functions["factory"], family, functools.partial(_blame, spec, family, info))
+            functions["factory"] = careful(functions["factory"], family, functools.partial(_blame, spec, family, info))
         return msgspec.structs.replace(spec, **functions)
 
     def who(self, family: str, name: str) -> str:
@@ -375,31 +375,6 @@ def _blame(spec: Spec, family: Family, info: PluginInfo, call: str, can_skip: bo
     what = _who(spec, family, info)
     other = SKIP if can_skip else f"choose another with {family.flag}" if family.flag else ""
     return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
-
-
-def _careful(factory: Callable[..., Any], family: Family, blame: Callable[..., PluginFault]) -> Callable[..., Any]:
-    """`factory`, whose results are called through the family's own checks."""
-
-    def say(call: str, error: Exception | str) -> PluginFault:
-        return blame(call, False, error)
-
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        return family.wrap(factory(*args, **kwargs), say)
-
-    return make
-
-
-def _namesake(spec: Spec, specs: Mapping[str, tuple[Spec, PluginInfo]]) -> str | None:
-    """The spec of a role that this one has too, which is chosen by one of its names."""
-    if not isinstance(spec, FormatSpec):
-        return None
-    for name, (other, _) in specs.items():
-        assert isinstance(other, FormatSpec)
-        roles = {"tools", "reasoning"} if other.role == "both" else {other.role}
-        if (spec.role == "both" or spec.role in roles) and {spec.name, *spec.aliases} & {other.name, *other.aliases}:
-            return name
-    return None
 
 
 def _check(wrong: Callable[[Any], str | None], blame: Any, result: Any) -> None:
