@@ -206,8 +206,9 @@ class Door:
             if sink is not None:  # else: cancelled while the row was under way
                 try:
                     sink.row(choices[row], texts[row], reasons[row], row, batch)
-                except Exception:  # one request fails, not the link with all the others
-                    log.exception("a row of request %d could not be delivered", key)
+                except Exception as error:  # one request fails, not the link with all the others
+                    told = getattr(sink, "told", None)
+                    log.exception("%s", told(error) if told is not None else f"a row of request {key} could not be delivered")
                     self.cancel(key, "client")
                     sink.failed(PenstockError("The server made an error while it sent the answer."))
 

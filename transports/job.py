@@ -11,6 +11,8 @@ import abc
 import time
 from typing import Any
 
+from litestar.handlers import BaseRouteHandler
+
 from penstock.core.protocol.errors import Cancelled, EngineFailure, EngineUnavailable, InvalidRequest, PenstockError
 from penstock.core.protocol.messages import Finished, RowExtra, Submit
 from penstock.core.telemetry.traces import gen_ai_attributes
@@ -52,6 +54,8 @@ class Job(abc.ABC):
         rid = sane_id(asked) if asked and b"x-request-id" not in context.headers else None
         if rid is not None:
             context.rid = rid
+        self.handler: BaseRouteHandler | None = None
+        """The route's, which knows whose it is: for the log."""
         self.id = ""
         """The reply's, once its voice was told what to speak of."""
         self.model = generation.model or gateway.model_name

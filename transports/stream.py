@@ -16,7 +16,7 @@ import msgspec
 
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import Finished
-from penstock.transports.blame import refusal
+from penstock.transports.blame import refusal, said
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Batch, CancelCause, Gateway
 from penstock.transports.generation import Generation
@@ -65,6 +65,11 @@ class _StreamLeg:
         if reason and not (job.alone and index in job.failed):  # that one's error is the request's, and comes next
             job.close_choice(index, reason, row, batch)
 
+    def told(self, error: Exception) -> str:
+        """For the log: a row that its voice could not say."""
+        job = self._job
+        return f"request {job.context.rid}: a row could not be delivered: {said(job.handler, 'its voice', error)}"
+
     def finished(self, message: Finished) -> None:
         self._job.leg_finished(message)
 
@@ -110,8 +115,8 @@ class StreamReply(Job):
     def complete(self) -> None:
         try:
             self.say(self.voice.ended(self.usage(), self.timings()))
-        except Exception:  # a voice's mistake is this request's end, not the link's
-            log.exception("request %s: the end of its stream could not be said", self.context.rid)
+        except Exception as error:  # a voice's mistake is this request's end, not the link's
+            log.exception("request %s: the end of its stream could not be said: %s", self.context.rid, said(self.handler, "ended", error))
             self.leg_failed(PenstockError("The server made an error while it sent the answer."))
             return
         self.summarize(self._reasons)
@@ -123,8 +128,10 @@ class StreamReply(Job):
             return
         try:
             self.say(self.voice.broken(error))
-        except Exception:
-            log.exception("request %s: the error of its stream could not be said", self.context.rid)
+        except Exception as wrong:
+            log.exception(
+                "request %s: the error of its stream could not be said: %s", self.context.rid, said(self.handler, "broken", wrong)
+            )
         self.outbox.close()
 
     # --- a slow or lost client

@@ -417,6 +417,18 @@ def test_what_a_voice_gives_wrongly_is_its_plugins_fault(
     assert any(BLAME + said in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("method", ["piece", "closed", "opened", "ended", "broken"])
+def test_what_a_voice_fails_at_in_a_stream_is_logged_with_plugin_and_request(
+    method: str, make_edge: MakeEdge, strangers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    methods = {method: fail} | ({"ended": fail} if method == "broken" else {})
+    edge = make_edge(routes=strangers(broken_voice(**methods)))
+    with edge.http() as http:
+        body = {"wire": "p", "drop_by_drop": True, "numbered": True}
+        http.post("/telegraph", json=body, headers={"x-request-id": "slip-7"})
+    assert any("request slip-7" in message and BLAME in message and "no wire" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("refuse", [fail, lambda *_: None])
 def test_an_error_that_a_voice_cannot_say_is_said_plainly(
