@@ -211,7 +211,9 @@ def build_cli() -> click.Group:
     """The group with the commands of root plugins added."""
     from penstock.core.contract.host import PluginHost
 
-    host = PluginHost("root", skip_broken="--skip-broken-plugins" in sys.argv).load()
+    shows = sys.argv[1:2] in ([], ["plugins"], ["--help"])  # what is broken must not hide what is broken
+    skip = "--skip-broken-plugins" in sys.argv or os.environ.get("PENSTOCK_SKIP_BROKEN_PLUGINS", "").lower() in ("1", "true", "yes")
+    host = PluginHost("root", skip_broken=skip or shows).load()
     host.hook.register_commands(group=cli)
     return cli
 

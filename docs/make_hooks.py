@@ -187,7 +187,8 @@ def signature(node: ast.FunctionDef | ast.AsyncFunctionDef, where: Any) -> str:
     node.args.defaults = [plain(value, where) for value in node.args.defaults]
     node.args.kw_defaults = [value and plain(value, where) for value in node.args.kw_defaults]
     awaited = "async " if isinstance(node, ast.AsyncFunctionDef) else ""
-    return f"{awaited}{name}({ast.unparse(node.args)}){result}"
+    called = "".join(f"@{kind} " for kind in map(ast.unparse, node.decorator_list) if kind in ("staticmethod", "classmethod"))
+    return f"{called}{awaited}{name}({ast.unparse(node.args)}){result}"
 
 
 def described(what: Any) -> list[str]:

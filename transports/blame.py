@@ -8,6 +8,7 @@ What it does not know: plugins' hosts, which voices there are, what is said.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import traceback
 from collections.abc import Callable, Iterable
@@ -51,11 +52,28 @@ class Owned:
     def __call__(self, gateway: Gateway) -> list[Any]:
         routes = self._factory(gateway)
         for route in routes:
+            wrong = wrong_voice((getattr(route, "opt", None) or {}).get(VOICE))
+            if wrong:
+                raise self._blame("factory", f"returned a route whose opt {VOICE!r} {wrong}")
             if isinstance(route, (BaseRouteHandler, Router)):
                 route.opt.setdefault(OWNER, self._blame)
             elif not isinstance(route, type):  # a Controller, which Litestar looks into
                 raise self._blame("factory", f"returned a list with {route!r:.80} in it, which is no Litestar route handler")
         return routes
+
+
+def wrong_voice(voice: Any) -> str | None:
+    """What is wrong with what a route's opt names as its Voice, or None. A class is made into an object for each request, but for `refuse`, which is asked
+    of the class, as there may be no request yet."""
+    if voice is None:
+        return None
+    names = [name for name in vars(Voice) if not name.startswith("_") and callable(getattr(Voice, name))]
+    lacking = [name for name in names if not callable(getattr(voice, name, None))]
+    if lacking:
+        return f"is {voice!r:.80}, which is no Voice: it has no {'() and no '.join(lacking)}()"
+    if isinstance(voice, type) and not isinstance(inspect.getattr_static(voice, "refuse"), (staticmethod, classmethod)):
+        return f"is {voice!r:.80}, whose refuse() must be a @staticmethod or @classmethod: it is called without an object"
+    return None
 
 
 def must(value: object, kind: type[T], call: str) -> T:

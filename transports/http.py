@@ -176,6 +176,9 @@ class Edge:
         wrong: PenstockError | None = scope["state"].get(BAD_HEAD)
         if wrong is not None:
             return wrong
+        for name in (b"authorization", b"x-api-key"):
+            if self.keyring.locked and sum(given == name for given, _ in scope["headers"]) > 1:  # a proxy may have looked at the other one
+                return Unauthorized(f"The header {name.decode()} is given more than once. Send one key.")
         if self.keyring.locked and scope["path"] not in PUBLIC and scope["method"] != "OPTIONS":  # a browser asks without credentials
             principal = self.keyring.find(context.headers)
             if principal is None:

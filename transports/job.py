@@ -56,6 +56,8 @@ class Job(abc.ABC):
         rid = sane_id(asked) if asked and b"x-request-id" not in context.headers else None
         if rid is not None:
             context.rid = rid
+        self.handler: BaseRouteHandler | None = None
+        """The route's, which knows whose it is: for the log."""
         self.id = ""
         """The reply's, once its voice was told what to speak of."""
         self.model = generation.model or gateway.model_name
@@ -71,8 +73,6 @@ class Job(abc.ABC):
         self.error: PenstockError | None = None
         self.failed: dict[int, PenstockError] = {}
         """Choices (by their index in the reply) that failed for the client's reasons; the others go on."""
-        self.handler: BaseRouteHandler | None = None
-        """Whose request it is, once it is answered."""
 
     def introduce(self) -> None:
         """Tell the voice what it speaks of; before anything else is asked of it."""

@@ -58,7 +58,7 @@ class _WholeLeg:
         self._job.leg_failed(error)
 
     def said(self, error: Exception) -> str:
-        return self._job.said(error)
+        return f"request {self._job.context.rid}: {self._job.said(error)}"
 
 
 class WholeReply(Job):

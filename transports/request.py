@@ -135,7 +135,8 @@ class JsonReply:
     def __init__(self, body: bytes, status: int = 200, headers: Iterable[Header] = (), media_type: bytes = b"application/json") -> None:
         self._body = body
         self._status = status
-        self._headers = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *headers]
+        what = () if status == 204 else ((b"content-type", media_type), (b"content-length", b"%d" % len(body)))  # RFC 9110, section 8.6
+        self._headers = [*what, *headers]
 
     def to_asgi_response(self, *_: Any, **__: Any) -> JsonReply:
         """Litestar asks this of what an exception handler returns."""

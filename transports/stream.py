@@ -75,7 +75,7 @@ class _StreamLeg:
         self._job.lost(error)
 
     def said(self, error: Exception) -> str:
-        return self._job.said(error)
+        return f"request {self._job.context.rid}: {self._job.said(error)}"
 
 
 class StreamReply(Job):

@@ -59,5 +59,7 @@ class Surface:
         """What the route returns: it runs the generation and says in `voice` what came of it."""
         context = context_of(request.scope)
         if generation.stream:
-            return StreamReply(self._gateway, generation, voice, self.frame, context, self.pulse)
+            reply = StreamReply(self._gateway, generation, voice, self.frame, context, self.pulse)
+            reply.handler = request.scope.get("route_handler")
+            return reply
         return WholeReply(self._gateway, generation, voice, context)

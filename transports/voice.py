@@ -193,6 +193,9 @@ class Voice(Protocol):
 
     A whole reply: `begin`, `whole`. A stream: `begin`; `around` once a choice if `plain` (see there); then of each choice `opened`, rows, `closed`; at last
     `ended`, or `broken`. A request that fails before anything was sent: `refuse`.
+
+    A route names its class in its `opt`, under VOICE (the word "voice"): `@post("/plain", opt={"voice": Plain})`. Then its errors are said by that class's
+    `refuse`, also those of what is refused at its path before it is asked: for the key, the method, the size of headers. All members are looked for at start.
     """
 
     plain: bool
@@ -233,5 +236,5 @@ class Voice(Protocol):
 
     @staticmethod
     def refuse(error: PenstockError, headers: Iterable[Header] = ()) -> JsonReply:
-        """The reply that an error is, as long as nothing was sent. `request.error_headers` gives the headers that belong to an error; `headers` are more."""
+        """The reply that an error is, as long as nothing was sent; called on the class, as there may be no request yet. `request.error_headers` gives the headers that belong to an error; `headers` are more."""
         ...

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from penstock.core.contract.grammars import Forks, Grammars, Matcher, Together
 from penstock.core.protocol.columns import I32
 from penstock.core.protocol.control import Message
-from penstock.core.protocol.errors import InvalidRequest, described, tamed
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, described, shown, tamed
 from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarFailed, GrammarOpen, MaskReady, MaskRequest, Vocabulary
 
 log = logging.getLogger("penstock.engine.masks")
@@ -57,8 +58,8 @@ class _Place:
         self.drawn += 1
         if self.past is not None:
             self.past[1].append(token)
-        if self.matcher is not None and token not in self.last and not self.matcher.consume(token):
-            self.matcher = None
+        if self.matcher is not None and token not in self.last and not _yes("consume", self.matcher.consume(token)):
+            raise ValueError(f"consume() said no to token {token}, which mask() had allowed")
 
     def fill(self, out: I32) -> None:
         if self.matcher is None:
@@ -71,8 +72,14 @@ class _Place:
         """Say of the end tokens in a mask what holds."""
         assert self.matcher is not None
         _put(out, self.ends, False)
-        if self.matcher.may_end() and (self.drawn >= self.min_tokens or not out.any()):
+        if _yes("may_end", self.matcher.may_end()) and (self.drawn >= self.min_tokens or not out.any()):
             _put(out, self.ends, True)
+
+
+def _yes(call: str, said: Any) -> bool:
+    if not isinstance(said, (bool, np.bool_)):
+        raise TypeError(f"{call}() gave {shown(said)}, which is neither True nor False")
+    return bool(said)
 
 
 def _put(out: I32, tokens: I32, bit: bool) -> None:
@@ -83,14 +90,23 @@ def _put(out: I32, tokens: I32, bit: bool) -> None:
 
 
 class Masks:
-    """`make(tokens, special)` is GrammarSpec.factory; `vocab` is the model's."""
+    """`make(tokens, special)` is GrammarSpec.factory; `vocab` is the model's; `blame(call, error)` words whose fault it is if the backend fails."""
 
     name = "masks"
     takes: frozenset[type[Message]] = frozenset({Vocabulary, GrammarOpen, GrammarClose, MaskRequest, Drawn})
     gives: frozenset[type[Message]] = frozenset({MaskReady, GrammarFailed})
 
-    def __init__(self, make: Callable[[list[bytes], list[int]], Grammars], *, vocab: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[list[bytes], list[int]], Grammars],
+        *,
+        vocab: int,
+        blame: Callable[[str, Exception | str], PenstockError] | None = None,
+    ) -> None:
         self._make = make
+        self._blame = blame or _plain
+        self._unusable = ""
+        """Why no sequence can have a grammar."""
         self._vocab = vocab
         self._words = -(-vocab // 32)
         self._grammars: Grammars | None = None
@@ -129,8 +145,8 @@ class Masks:
             self._grammars = self._make(tokens, [token for token in vocabulary.special.tolist() if token < self._vocab])
             self._together = self._grammars if isinstance(self._grammars, Together) else None
         except BaseException as error:
-            tamed(error)
-            log.exception("the grammar backend cannot use this vocabulary: requests with a grammar will fail")
+            self._unusable = _said(self._blame, "factory", tamed(error))
+            log.exception("requests with a grammar will fail: %s", self._unusable)
 
     def _open(self, message: GrammarOpen) -> None:
         at = 0
@@ -140,13 +156,15 @@ class Masks:
             place = self._places[key] = _Place(None, ends, message.min_tokens)
             try:
                 if self._grammars is not None:
-                    place.matcher = self._grammars.matcher(message.grammar)
+                    place.matcher = _usable(self._grammars.matcher(message.grammar))
                     if message.beams and not isinstance(place.matcher, Forks):
                         place.past = message.grammar, []
                 for token in message.outputs[at : at + count].tolist():
                     place.advance(token)
             except BaseException as error:  # a library's panic is no Exception
-                self._fail(key, place, error)
+                self._fail(key, place, "matcher" if place.matcher is None else "consume", error)
+            if self._unusable:
+                self._blamed.append(GrammarFailed(seq=key[0], incarnation=key[1], error=self._unusable, broken=True))
             at += count
 
     def _drawn(self, message: Drawn) -> None:
@@ -159,7 +177,7 @@ class Masks:
                 try:
                     place.advance(token)
                 except BaseException as error:
-                    self._fail((seq, incarnation), place, error)
+                    self._fail((seq, incarnation), place, "consume", error)
 
     def _branch(self, message: Drawn) -> None:
         """Beams go on from where others were: all from before this step."""
@@ -173,7 +191,7 @@ class Masks:
                 moved[seq, incarnation] = place.fork(self._grammars)
             except BaseException as error:
                 moved[seq, incarnation] = _Place(None, place.ends, place.min_tokens)
-                self._fail((seq, incarnation), moved[seq, incarnation], error)
+                self._fail((seq, incarnation), moved[seq, incarnation], "fork", error)
         self._places |= moved
 
     def _ready(self) -> Iterator[Message]:
@@ -198,7 +216,7 @@ class Masks:
         try:
             place.fill(out)
         except BaseException as error:
-            self._fail(key, place, error)
+            self._fail(key, place, "mask", error)
             out[:] = 0
 
     def _fill_together(self, keys: list[Key], places: list[_Place | None], mask: I32, together: Together) -> None:
@@ -211,16 +229,37 @@ class Masks:
             failed = dict.fromkeys(range(len(held)), error)
         for at, place in enumerate(held):
             if at in failed:
-                self._fail(keys[rows[at]], place, failed[at])
+                self._fail(keys[rows[at]], place, "masks", failed[at])
                 out[at] = 0
-            else:
+                continue
+            try:
                 place.end(out[at])
+            except BaseException as error:
+                self._fail(keys[rows[at]], place, "may_end", error)
+                out[at] = 0
         if out is not mask:
             mask[rows] = out
 
-    def _fail(self, key: Key, place: _Place, error: BaseException) -> None:
+    def _fail(self, key: Key, place: _Place, call: str, error: BaseException) -> None:
         place.matcher = None
         if isinstance(error, InvalidRequest):
             self._blamed.append(GrammarFailed(seq=key[0], incarnation=key[1], error=error.message))
             return
-        log.warning("a sequence's grammar failed (%s): the sequence fails", described(tamed(error)))
+        said = _said(self._blame, call, tamed(error))
+        log.error("a sequence's grammar failed, and the sequence with it: %s", said)
+        self._blamed.append(GrammarFailed(seq=key[0], incarnation=key[1], error=said, broken=True))
+
+
+def _usable(matcher: Matcher) -> Matcher:
+    lacking = [name for name in ("consume", "mask", "may_end") if not hasattr(matcher, name)]
+    if lacking:
+        raise TypeError(f"matcher() gave {shown(matcher)}, which has no {' and no '.join(lacking)}")
+    return matcher
+
+
+def _plain(call: str, error: Exception | str) -> PenstockError:
+    return PenstockError(f"The grammar backend is broken: {call}() failed with {error if isinstance(error, str) else described(error)}.")
+
+
+def _said(blame: Callable[[str, Exception | str], PenstockError], call: str, error: Exception) -> str:
+    return error.message if isinstance(error, PenstockError) else blame(call, error).message

@@ -49,6 +49,8 @@ class Family(NamedTuple):
     """Functions of the spec whose failure can be skipped, and what is taken for their answer then."""
     adapt: Callable[[Any], Spec] | None = None
     """Makes a spec of the level before one of the current level. Where there is none, the level before is not spoken."""
+    careful: str = ""
+    """`module:class` that a stranger's factory's result is called through, made of it and of what blames the plugin."""
     also: tuple[Role, ...] = ()
     """Further processes that load it."""
 
@@ -75,6 +77,11 @@ class Family(NamedTuple):
         module, _, name = self.protocol.partition(":")
         protocol = getattr(importlib.import_module(module), name)
         return sorted(member for member in {*vars(protocol), *protocol.__annotations__} if not member.startswith("_"))
+
+    def wrap(self, result: Any, blame: Callable[[str, Exception | str], Exception]) -> Any:
+        """What a stranger's factory gave, as it is called: see `careful`."""
+        module, _, name = self.careful.partition(":")
+        return getattr(importlib.import_module(module), name)(result, blame) if module else result
 
 
 _CONTRACT = "penstock.core.contract"
@@ -146,6 +153,7 @@ FAMILIES: dict[str, Family] = {
             "output format",
             protocol=f"{_CONTRACT}.formats:Splitter",
             without={"matches": False},
+            careful=f"{_CONTRACT}.splitters:CarefulSplitter",
         ),
         Family("transports", "edge", TransportSpec, "transport", "--transports", returns_list=True),
         Family("actors", "engine", ActorSpec, "actor", protocol=f"{_CONTRACT}.actors:Seat", also=("text",)),

@@ -36,7 +36,7 @@ class Grammars(Protocol):
 
     def compile(self, kind: str, source: str) -> bytes:
         """What `matcher` needs. Raises InvalidRequest for a source that is wrong, UnsupportedFeature naming the part that it cannot express
-        exactly: what is not certain must be refused. Whatever else it raises is a 400 too."""
+        exactly: what is not certain must be refused. Whatever else it raises, or gives, is taken for the plugin's own mistake (500)."""
         ...
 
     def matcher(self, compiled: bytes) -> Matcher:

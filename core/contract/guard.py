@@ -7,15 +7,16 @@ What it does not know: pluggy, how plugins are found, what a factory's result is
 
 from __future__ import annotations
 
+import ast
 import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from penstock.core.contract.actors import PLACES
 from penstock.core.contract.families import Family
-from penstock.core.contract.hookspecs import Spec
+from penstock.core.contract.hookspecs import FormatSpec, Spec
 from penstock.core.protocol.config import Config, nearest
 from penstock.core.protocol.errors import PenstockError, PluginFault, described, tamed
 
@@ -99,6 +100,8 @@ def wrong_field(spec: Spec) -> str | None:
             wanted = "a text"
         elif kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
             wanted = "a whole number"
+        elif kind.startswith("Literal[") and value not in (known := ast.literal_eval(f"[{kind[8:-1]}]")):
+            wanted = " or ".join(map(repr, known))
         elif kind.startswith("list") and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
             wanted = "a list of texts"
         else:
@@ -112,4 +115,29 @@ def wrong_field(spec: Spec) -> str | None:
     for option in getattr(spec, "options", ()):
         if option not in Config.__struct_fields__:
             return f"its field 'options' names {option!r}, which is no option of this Penstock.{nearest(option, Config.__struct_fields__)}"
+    return None
+
+
+def careful(factory: Callable[..., Any], family: Family, blame: Callable[..., PluginFault]) -> Callable[..., Any]:
+    """`factory`, whose results are called through the family's own checks."""
+
+    def say(call: str, error: Exception | str) -> PluginFault:
+        return blame(call, False, error)
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return family.wrap(factory(*args, **kwargs), say)
+
+    return make
+
+
+def namesake_of(spec: Spec, others: Mapping[str, Spec]) -> str | None:
+    """The output format of a role that this one has too, which is chosen by one of its names."""
+    if not isinstance(spec, FormatSpec):
+        return None
+    for name, other in others.items():
+        assert isinstance(other, FormatSpec)
+        roles = {"tools", "reasoning"} if other.role == "both" else {other.role}
+        if (spec.role == "both" or spec.role in roles) and {spec.name, *spec.aliases} & {other.name, *other.aliases}:
+            return name
     return None

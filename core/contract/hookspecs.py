@@ -181,8 +181,8 @@ class FormatSpec(Spec, frozen=True, kw_only=True):
 
 
 class TransportSpec(Spec, frozen=True, kw_only=True):
-    """Routes of the edges' HTTP application. Only those that `--transports` names are used ("openai" when nobody says; give it too to keep it:
-    `--transports openai,mine`)."""
+    """Routes of the edges' HTTP application. Only those that `--transports` names are used (`openai`, `anthropic`, `responses`, `tgi`, `tokens` when nobody says;
+    give those too that are to stay: `--transports openai,mine`)."""
 
     factory: Callable[..., list[Any]]
     """`factory(gateway)`, once in each edge, on its event loop: a list of Litestar route handlers, which share that Gateway. A handler's

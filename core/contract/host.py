@@ -5,6 +5,7 @@ the api_level check, one name -> spec map per family, and the report behind `pen
 unless broken plugins are to be skipped (then it is named in the report). Hooks and specs of other packages are called through
 core/contract/guard.py, so that their exceptions name them.
 What it does not know: what a spec's factory makes, the step loop (which never comes here).
+It is long because a family is checked in one place, whatever it is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pluggy
 
 from penstock.core.contract import hookspecs
 from penstock.core.contract.families import FAMILIES, Family, Role
-from penstock.core.contract.guard import fault, guarded, wrong_field, wrong_reason, wrong_result
+from penstock.core.contract.guard import careful, fault, guarded, namesake_of, wrong_field, wrong_reason, wrong_result
 from penstock.core.contract.hookspecs import (
     ActorSpec,
     AttentionSpec,
@@ -150,6 +151,8 @@ class PluginHost:
                 plugin = plugin()
             self.manager.register(plugin, name=label)
             self.manager.check_pending()
+            if info.package != BUILT_IN and not self.manager.get_hookcallers(plugin):
+                log.warning("plugin %s of package %s has no function with @hookimpl: it does nothing", info.name, info.package)
             info.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(plugin) or [])
             self._infos[label] = info
             if info.package != BUILT_IN:
@@ -209,6 +212,8 @@ class PluginHost:
                 if found is not None and not isinstance(found, (list, tuple)):
                     self._reject(info, f"{hook}() must return a list of {kind.__name__}, not {_a(found)}")
                     continue
+                if found is None and info.error is None and info.package != BUILT_IN:
+                    log.warning("plugin %s of package %s: %s() returned None: it registers nothing", info.name, info.package, hook)
                 for spec in found or []:
                     if not self._fits(spec, family, info):
                         continue
@@ -220,6 +225,14 @@ class PluginHost:
                             info,
                             f"two plugins register the {name} name {spec.name!r}: packages {other!r} and {info.package!r}",
                             "Uninstall one of them",
+                        )
+                        continue
+                    namesake = namesake_of(spec, {key: one for key, (one, _) in specs.items()})
+                    if namesake is not None:
+                        self._reject(
+                            info,
+                            f"the {family.noun} {spec.name!r} takes a name of the {family.noun} {namesake!r} of package {specs[namesake][1].package!r}",
+                            "Rename it, or leave out that alias",
                         )
                         continue
                     specs[spec.name] = (self._guard_spec(spec, family, info), info)
@@ -260,7 +273,14 @@ class PluginHost:
                 wrong = checks.get(field)
                 check = functools.partial(_check, wrong, blame) if wrong is not None else None
                 functions[field] = guarded(function, blame, skip, check)
+        if family.careful:
+            functions["factory"] = careful(functions["factory"], family, functools.partial(_blame, spec, family, info))
         return msgspec.structs.replace(spec, **functions)
+
+    def who(self, family: str, name: str) -> str:
+        """ "The tokenizer 'x' (plugin 'y' of package 'z')"."""
+        spec, info = self._families[family][name]
+        return _who(spec, FAMILIES[family], info)
 
     def blame(self, family: str, name: str, call: str, error: Exception | str) -> PluginFault:
         """For a fault in what the factory of a spec gave: an exception in `call`, or what is wrong with its answer."""
@@ -356,8 +376,12 @@ class PluginHost:
         ]
 
 
+def _who(spec: Spec, family: Family, info: PluginInfo) -> str:
+    return f"The {family.noun} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
+
+
 def _blame(spec: Spec, family: Family, info: PluginInfo, call: str, can_skip: bool, error: Exception | str) -> PluginFault:
-    what = f"The {family.noun} {spec.name!r} (plugin {info.name!r} of package {info.package!r})"
+    what = _who(spec, family, info)
     other = SKIP if can_skip else f"choose another with {family.flag}" if family.flag else ""
     return fault(what, call, error, f"Fix or uninstall it{', or ' if other else ''}{other}.")
 

@@ -9,13 +9,15 @@ What it does not know: the scheduler's state, KV, messages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
 from penstock.core.protocol.columns import F32, I32, I64, Column, f32, i32, i64
 from penstock.core.protocol.errors import tamed
+
+R = TypeVar("R", bound=msgspec.Struct)
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +51,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulePolicy(Protocol):
-    """Both methods get columns and give one key a row: a 1-D numpy array of the same length, int64, int32 or float32, without NaN. They run in
+    """Both methods get columns and give one key a row: a 1-D numpy array of the same length, of integers or floats, without NaN. They run in
     the engine's step loop, on its one thread: vectorised numpy, no waiting. An exception or an answer of another form ends the engine with
     a message that names the plugin (which is why they are tried before the first request)."""
 
@@ -95,15 +97,17 @@ class CheckedPolicy:
         if keys.shape != (rows,):
             raise self._blame(method, f"must return an array of shape ({rows},) for {rows} rows, not {keys.shape}")
         if keys.dtype.kind not in "iuf":
-            raise self._blame(method, f"must return an array of numbers (int64, int32 or float32), not of {keys.dtype}")
+            raise self._blame(method, f"must return an array of numbers (integers or floats), not of {keys.dtype}")
+        if keys.dtype.kind == "f" and np.isnan(keys).any():
+            raise self._blame(method, f"must return keys that can be compared, and there is a NaN among its {rows}")
         return keys
 
 
 def probe(policy: SchedulePolicy) -> None:
-    """Ask for keys of one row and of four made-up rows; raises what the policy raises."""
+    """Ask for keys of one row and of four made-up rows, whose columns cannot be written to; raises what the policy raises."""
     for rows in (1, 4):
         step = np.arange(rows)
-        policy.order(
+        waiting = _locked(
             Waiting(
                 arrival_ns=i64(10**15 + step * 10**9),
                 priority=i32(step % 3),
@@ -112,7 +116,7 @@ def probe(policy: SchedulePolicy) -> None:
                 cached_tokens=i32(16 * (step % 2)),
             )
         )
-        policy.victims(
+        running = _locked(
             Running(
                 arrival_ns=i64(10**15 + step * 10**9),
                 priority=i32(step % 3),
@@ -121,3 +125,11 @@ def probe(policy: SchedulePolicy) -> None:
                 blocks=i32(1 + 6 * step),
             )
         )
+        policy.order(waiting)
+        policy.victims(running)
+
+
+def _locked(rows: R) -> R:
+    for name in rows.__struct_fields__:
+        getattr(rows, name).setflags(write=False)
+    return rows

@@ -180,7 +180,10 @@ class Engine:
         )
         masks = []
         if grammars is not None:  # with a queue that has no thread, in tests, nothing else has one
-            masks.append(Seat(party=Masks(grammars.factory, vocab=facts.vocab_size), host="thread" if self._make_queue is None else "cell"))
+            assert self._plugins is not None
+            blame = functools.partial(self._plugins.blame, "grammars", grammars.name)
+            party = Masks(grammars.factory, vocab=facts.vocab_size, blame=blame)
+            masks.append(Seat(party=party, host="thread" if self._make_queue is None else "cell"))
         mine = self._plugin_seats(facts)
         seats = [*(Seat(party=party) for party in parties), *masks, Seat(party=self._queue, host="thread"), *mine.seats]
         self._house = House(seats, link="text", wiring=self.config.wiring, blame=mine.blame)

@@ -39,18 +39,23 @@ class TooSlow(Exception):
     """The child did not answer in time."""
 
 
+class Unusable(Exception):
+    """The child could not be set up; says why."""
+
+
 class Child(Generic[A]):
     """One process that runs `module`, and answers with `answer`s. `start` comes first; it and `ask` raise TooSlow, or EOFError where the process has
     ended. `kill` may come from another thread."""
 
     def __init__(self, module: str, answer: type[A]) -> None:
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
         command = [sys.executable, "-m", module]
         self._answer = answer
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
 
-    def start(self, setup: Any) -> None:
-        self.ask(setup, START_S)
+    def start(self, setup: Any) -> A:
+        """What it says when it is set up; `serve` decides what that is where it cannot be."""
+        return self.ask(setup, START_S)
 
     def ask(self, question: Any, limit_s: float) -> A:
         body = msgspec.msgpack.encode(question)
@@ -91,9 +96,23 @@ class Child(Generic[A]):
                 pipe.close()
 
 
-def serve(setup: type[S], question: type[Q], load: Callable[[S], Callable[[Q], Any]], ready: Any, *, room: int) -> None:
-    """The main of a child: what `load` makes of the setup answers each question. `ready` is the answer to the setup; `room`: bytes of address
-    space that questions may take besides what is taken when they begin."""
+def import_path() -> str:
+    """Where this process finds modules, for PYTHONPATH: a child loads the same plugins, though a program had put their folder on sys.path."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(str(Path(entry or ".").absolute()) for entry in [*sys.path, *filter(None, given)]))
+
+
+def serve(
+    setup: type[S],
+    question: type[Q],
+    load: Callable[[S], Callable[[Q], Any]],
+    ready: Any,
+    *,
+    room: int,
+    failed: Callable[[BaseException], Any] | None = None,
+) -> None:
+    """The main of a child: what `load` makes of the setup answers each question. `ready` is the answer to the setup, `failed` makes the one that is
+    given where `load` raises; `room`: bytes of address space that questions may take besides what is taken when they begin."""
     ignore_signals()
     if sys.platform == "linux":  # what is computed for nobody ends too
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -108,7 +127,12 @@ def serve(setup: type[S], question: type[Q], load: Callable[[S], Callable[[Q], A
     body = _receive(sys.stdin.buffer)
     if body is None:
         return
-    do = load(msgspec.msgpack.decode(body, type=setup))
+    try:
+        do = load(msgspec.msgpack.decode(body, type=setup))
+    except BaseException as error:
+        if failed is not None:
+            say(failed(error))
+        raise
     limit_memory(room)
     say(ready)
     while (body := _receive(sys.stdin.buffer)) is not None:

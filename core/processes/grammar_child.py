@@ -7,24 +7,26 @@ What it does not know: requests, time limits (who started it kills it), pipes.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jsonschema_rs
 
 from penstock.core.contract import layouts
 from penstock.core.contract.grammars import Grammars
-from penstock.core.contract.host import PluginHost
+from penstock.core.contract.host import BUILT_IN, PluginHost
 from penstock.core.processes.fenced import serve
 from penstock.core.processes.grammars import Done, Job, Setup
-from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature, described
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, PluginFault, UnsupportedFeature, described, shown, tamed
 
 ROOM = 1 << 30
 """Bytes of address space that jobs may take besides what is taken when they begin."""
 MOST_KEPT = 64
+Blame = Callable[[str, Exception | str], PluginFault]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -46,8 +48,10 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
 class Checker:
     """What the child knows. `tokens` are the vocabulary's bytes, without those of tokens that are no text."""
 
-    def __init__(self, grammars: Grammars, kinds: list[str], tokens: dict[bytes, int]) -> None:
+    def __init__(self, grammars: Grammars, kinds: list[str], tokens: dict[bytes, int], blame: Blame | None = None) -> None:
+        """`blame(call, error)` words a fault of a backend that is a stranger's; None: what it raises is about the grammar."""
         self._grammars = grammars
+        self._blame = blame
         self._kinds = kinds
         self._tokens = tokens
         self._longest = max(map(len, tokens), default=0)
@@ -64,19 +68,40 @@ class Checker:
                 self._check_leaves(job.source)
             elif job.kind in layouts.JSON:
                 self._validator(job.source)
-            compiled = self._grammars.compile(job.kind, job.source)
+            compiled = self._compile(job)
             return Done(compiled=compiled, error="" if compiled else "The grammar backend made nothing of it.")
         except PenstockError as error:
-            return Done(error=error.message, unsupported=isinstance(error, UnsupportedFeature), field=error.param or "")
+            return Done(
+                error=error.message,
+                unsupported=isinstance(error, UnsupportedFeature),
+                broken=isinstance(error, PluginFault),
+                field=error.param or "",
+            )
         except MemoryError:
             return Done(error="It takes too much memory.")
         except BaseException as error:
             return Done(error=described(error, 300))
 
+    def _compile(self, job: Job) -> bytes:
+        blame = self._blame
+        if blame is None:
+            return self._grammars.compile(job.kind, job.source)
+        try:
+            compiled = self._grammars.compile(job.kind, job.source)
+        except (PenstockError, MemoryError):
+            raise
+        except BaseException as error:
+            raise blame("compile", tamed(error)) from error
+        if not (isinstance(compiled, bytes) and compiled):
+            raise blame("compile", f"gave {shown(compiled)}: it must be bytes, and some")
+        return compiled
+
     def _check_leaves(self, source: str) -> None:
         """Each grammar in a layout for itself, so that an error names its own."""
         for leaf in {(leaf.kind, leaf.source, leaf.field): leaf for leaf in layouts.leaves(layouts.decode(source))}.values():
             done = self.do(Job(leaf.kind, leaf.source))
+            if done.broken:
+                raise PluginFault(done.error)
             if done.error:
                 kind = UnsupportedFeature if done.unsupported else InvalidRequest
                 raise kind(done.error, param=leaf.field)
@@ -89,7 +114,7 @@ class Checker:
             except ValueError as error:
                 return f"It is not valid JSON: {error}."
             return self._wrong(job.source, answer)
-        matcher = self._grammars.matcher(self._grammars.compile(job.kind, job.source))
+        matcher = self._grammars.matcher(self._compile(job))
         if not all(matcher.consume(token) for token in job.ids or self._spelt(job.text.encode())):
             return "Its text is not of the grammar."
         if not matcher.may_end():
@@ -157,11 +182,13 @@ def load(setup: Setup) -> Checker:
         at += count
     special = frozenset(setup.special)
     spelt = {token: id for id, token in reversed(list(enumerate(tokens))) if token and id not in special}
-    return Checker(spec.factory(tokens, setup.special), spec.kinds, spelt)
+    stranger = plugins.package_of("grammars", spec.name) != BUILT_IN
+    blame = functools.partial(plugins.blame, "grammars", spec.name) if stranger else None
+    return Checker(spec.factory(tokens, setup.special), spec.kinds, spelt, blame)
 
 
 def main() -> None:
-    serve(Setup, Job, lambda setup: load(setup).do, Done(), room=ROOM)
+    serve(Setup, Job, lambda setup: load(setup).do, Done(), room=ROOM, failed=lambda error: Done(error=described(error), broken=True))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from penstock.core.contract.text import Tokenizer
-from penstock.core.processes.fenced import Child, TooSlow
+from penstock.core.processes.fenced import Child, TooSlow, Unusable
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, described
 from penstock.core.protocol.messages import CheckGrammar, Grammar, GrammarChecked, Vocabulary
 
@@ -57,6 +57,8 @@ class Done(msgspec.Struct):
     unsupported: bool = False
     ours: bool = False
     """An error of the process that worked on it."""
+    broken: bool = False
+    """The backend is to blame, or whoever brings it: no client."""
     field: str = ""
     """Of a part of a layout, or of an answer: what the client calls the grammar that the error is about."""
 
@@ -154,12 +156,19 @@ class GrammarWorker:
                 child = self._children[lane] = Child(CHILD, Done)
                 if self._closed:
                     raise EOFError
-                child.start(self._setup)
-            return child.ask(job, limit_s), True
+                ready = child.start(self._setup)
+                if ready.error:
+                    raise Unusable(ready.error)
+            done = child.ask(job, limit_s)
+            if done.broken:
+                log.error("%s", done.error)
+            return done, not done.broken
         except TooSlow:
             done, certain = Done(error=f"It takes more than {limit_s:g} seconds to work out.", ours=True), True
         except (EOFError, OSError, msgspec.MsgspecError):
             done, certain = Done(error="The process that worked on it ended: it may take too much memory.", ours=True), False
+        except Unusable as error:
+            done, certain = Done(error=f"Grammars cannot be worked on in a process of their own: {error}", broken=True), False
         if not self._closed:
             log.warning("a grammar's process is given up: %s", done.error)
         self._children[lane] = None
@@ -171,6 +180,8 @@ class GrammarWorker:
 def _checked(check: CheckGrammar, done: Done) -> GrammarChecked:
     if not done.error:
         return GrammarChecked(job=check.job, compiled=done.compiled)
+    if done.broken:
+        return GrammarChecked(job=check.job, error=done.error, error_code=PenstockError.default_code, error_status=PenstockError.status)
     field = done.field or check.grammar.field
     if check.verify:
         status = PenstockError.status if done.ours else InvalidRequest.status

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import trio
 
 from penstock.core.actors.text import TextActor, resolve
@@ -21,15 +22,15 @@ from penstock.core.actors.text.formats import Formats
 from penstock.core.actors.text.log_line import StatsLine
 from penstock.core.actors.text.worker import TokenizerWorker
 from penstock.core.contract.actors import Seat
-from penstock.core.contract.hookspecs import Spec
-from penstock.core.contract.host import PluginHost
+from penstock.core.contract.hookspecs import GrammarSpec, Spec
+from penstock.core.contract.host import BUILT_IN, PluginHost
 from penstock.core.contract.text import ChatRenderer, Tokenizer
 from penstock.core.processes.grammars import GrammarWorker
 from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.processes.templates import FencedRenderer, TemplateSetup
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineUp, Message, PeerDown, PeerUp, Tick
-from penstock.core.protocol.errors import CheckpointError, PluginFault
+from penstock.core.protocol.errors import CheckpointError, PluginFault, shown
 from penstock.core.protocol.messages import (
     Abort,
     Admit,
@@ -114,9 +115,14 @@ class TextSide:
         self._house: House | None = None
         model = config.model or ""
         source = config.tokenizer or model
-        tokenizer = CarefulTokenizer(first_match(plugins.tokenizers(), source, "tokenizer").factory(source))
+        reads = first_match(plugins.tokenizers(), source, "tokenizer")
+        tokenizer = CarefulTokenizer(reads.factory(source), plugins.who("tokenizers", reads.name))
         spec = first_match(plugins.chat_renderers(), source, "chat renderer")
         renderer = spec.factory(source, config.chat_template)
+        sources = getattr(renderer, "templates", {})
+        if not isinstance(sources, Mapping) or not all(isinstance(text, str) for text in sources.values()):
+            wrong = f"gave a renderer whose 'templates' are {shown(sources)}: they must be texts by their names"
+            raise plugins.blame("chat_renderers", spec.name, "factory", wrong)
         self._fenced: FencedRenderer | None = None
         if config.trust_request_chat_template and hasattr(renderer, "with_template"):
             setup = TemplateSetup(list(plugins.extra), config.skip_broken_plugins, spec.name, source, config.chat_template)
@@ -146,7 +152,9 @@ class TextSide:
                 formats=formats,
             )
         except TokenizerFailed as error:  # its bytes are asked for every token
-            raise PluginFault(f"The tokenizer is broken: {error}.") from error
+            raise PluginFault(f"{plugins.who('tokenizers', reads.name)} is broken: {error}.") from error
+        if grammars is not None and plugins.package_of("grammars", grammars.name) != BUILT_IN:
+            _try_grammars(grammars, self.actor.vocabulary())
         self._grammars: GrammarWorker | None = None
         self._extra, self._backend = plugins.extra, config.grammar_backend
         stats = log is not None and config.log_stats
@@ -221,6 +229,13 @@ class TextSide:
         if self._grammars is not None:
             self._grammars.close()
         self.traces.shutdown()
+
+
+def _try_grammars(spec: GrammarSpec, vocabulary: Vocabulary) -> None:
+    """A stranger's factory is called once at start, so that one that is broken is known before the first request. Raises PluginFault."""
+    ends = np.cumsum(vocabulary.counts).tolist()
+    tokens = [vocabulary.data[end - count : end] for end, count in zip(ends, vocabulary.counts.tolist(), strict=True)]
+    spec.factory(tokens, vocabulary.special.tolist())
 
 
 def no_engine(lost: Dropped, kind: str, index: int | None) -> None:

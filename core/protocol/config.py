@@ -708,8 +708,13 @@ def _check_cors(config: Config) -> None:
     for origin in config.allowed_origins:
         if origin not in ("*", "null") and not ORIGIN.fullmatch(origin):
             raise ConfigError(
-                f"--allowed-origins {origin!r:.200} is not an origin: it must be *, or scheme, host and port without anything after them, in"
+                f"--allowed-origins {origin!r:.200} is not an origin: it must be *, null, or scheme, host and port without anything after them, in"
                 " lower case, such as https://app.example or http://localhost:3000.",
+                param="allowed_origins",
+            )
+        if origin.endswith((":443", ":80")) and origin.startswith("https://" if origin.endswith(":443") else "http://"):
+            raise ConfigError(
+                f"--allowed-origins {origin!r:.200} would never match: browsers leave out a scheme's own port. Write {origin.rpartition(':')[0]}.",
                 param="allowed_origins",
             )
     for name in ("allowed_methods", "allowed_headers"):

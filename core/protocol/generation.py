@@ -29,6 +29,36 @@ NAMES = {
 DO_SAMPLE = "do_sample"
 
 
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": ((), []),
+    "begin_suppress_tokens": ((), []),
+    "diversity_penalty": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": ({},),
+    "stop_strings": ([], ""),
+    "suppress_tokens": ([],),
+    "top_h": (1,),
+    "typical_p": (1,),
+}
+"""Names of that file that change answers in transformers and have no place here, with the values that mean nothing besides null."""
+
+
+def unused(raw: Mapping[str, Any]) -> list[str]:
+    """The names of a generation_config.json that would change answers, and are not obeyed."""
+    return [name for name, plain in UNUSED.items() if raw.get(name) is not None and raw[name] not in plain]
+
+
 def settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a generation_config.json by our names. `"do_sample": false` means temperature 0, as in transformers: said in so many
     words, this model is to be greedy unless a request asks otherwise. Raises ValueError for impossible values."""

@@ -644,11 +644,13 @@ class GrammarClose(Message, frozen=True, kw_only=True):
 
 
 class GrammarFailed(Message, frozen=True, kw_only=True):
-    """Masks -> scheduler: a sequence cannot go on, since its grammar is too much for the backend: `error` says why. Comes before the mask of zeros."""
+    """Masks -> scheduler: a sequence cannot go on, since its grammar is too much for the backend: `error` says why. Comes before the mask of zeros.
+    `broken`: the backend itself is to blame, not the request."""
 
     seq: int
     incarnation: int
     error: str
+    broken: bool = False
 
 
 class MaskRequest(Message, frozen=True, kw_only=True):

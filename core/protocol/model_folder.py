@@ -26,6 +26,21 @@ def demo_folder() -> Path:
     return Path(places[0]) / DEMO_FOLDER if places else Path(DEMO_FOLDER)
 
 
+def _look(folder: Path) -> None:
+    """Raises ConfigError for a folder that may not be looked into, or a config.json that may not be read."""
+    try:
+        if folder.is_dir():
+            (folder / "config.json").stat()
+            next(folder.iterdir(), None)
+    except PermissionError:
+        raise ConfigError(
+            f"--model {spelled(str(folder))}: permission denied. Let the user that Penstock runs as read the folder, and those above it.",
+            param="model",
+        ) from None
+    except OSError:  # it is said below what is missing
+        pass
+
+
 def with_model(config: Config) -> Config:
     """`config` with `model` as an absolute folder and a first served name. Raises ConfigError."""
     if config.model is None:
@@ -35,6 +50,7 @@ def with_model(config: Config) -> Config:
     else:
         folder = Path(config.model).expanduser().absolute()
         name = folder.name
+        _look(folder)
         if not folder.is_dir():
             raise ConfigError(
                 f"--model {config.model}: there is no such folder. Penstock downloads nothing: give the path of a Hugging Face checkpoint.",

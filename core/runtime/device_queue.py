@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from penstock.core.contract.devices import Device, Runner, RunnerConfig
 from penstock.core.protocol.control import Message
-from penstock.core.protocol.errors import PenstockError, ProtocolError, UnsupportedFeature, described
+from penstock.core.protocol.errors import CheckpointError, PenstockError, ProtocolError, UnsupportedFeature, described
 from penstock.core.protocol.messages import Control, DeviceLost, DeviceWork, Forward, Move, Sample, StepDone, WorkDone
 
 log = logging.getLogger("penstock.engine.device")
@@ -152,7 +152,10 @@ class ThreadDeviceQueue:
 
         def build() -> Runner:
             runner = device.load(config, progress)
-            runner.warm_up(lambda phase: progress(phase, 1.0))
+            try:
+                runner.warm_up(lambda phase: progress(phase, 1.0))
+            except CheckpointError as error:  # a runner knows no folder
+                raise CheckpointError(f"{config.model_path}: {error.message}", param=error.param) from error
             self._runner = runner
             self._improve = getattr(runner, "improve", None)
             self._may_improve = self._improve is not None

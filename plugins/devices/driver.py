@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from penstock.core.protocol.columns import I32, i32
+from penstock.core.protocol.errors import CheckpointError
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
 
@@ -190,7 +191,11 @@ class Driver:
             )
         )()
         if len(done.bad_rows):
-            raise ValueError(f"rows {done.bad_rows.tolist()} have logits that are not finite")
+            raise CheckpointError(
+                "The model's logits are not finite (NaN or infinite) when it is tried at start: its weights are broken, or overflow in this dtype. Copy the"
+                " checkpoint again, or give another --dtype.",
+                param="model",
+            )
         for job, count in rows:
             job.computed += count
             if self.options.share:

@@ -8,6 +8,7 @@ What it does not know: sizes of caches, how a device computes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.models.api import Attention, Model
 from penstock.plugins.models.builder import Builder
 from penstock.plugins.models.config import architecture_of, check_model_type, read_config
+from penstock.plugins.weights.checked import CheckedWeights
 from penstock.plugins.weights.checkpoint import EXPLICIT, sample_of, stored_dtype
 from penstock.version import __version__
 
@@ -88,7 +90,8 @@ def load_model(
     )
     check_attention(config, choice, attention)
     progress("loading weights", 0.0)
-    weights = weights_for(config).factory(
+    source = weights_for(config)
+    weights = source.factory(
         config.model_path,
         config.load_format,
         dtype=dtype,
@@ -96,7 +99,8 @@ def load_model(
         std=float(choice.raw.get("initializer_range") or 0.02),
         **({} if device.type == "cpu" else {"device": device}),
     )
-    builder = Builder(weights, ops, dtype, device, lambda fraction: progress("loading weights", fraction))
+    taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
+    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction))
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
     for name in ("weights_bytes", "tables_bytes"):
         if type(getattr(model, name)) is not int:

@@ -80,7 +80,20 @@ def _compare(runner: Drivable, progress: Callable[[str], None], lengths: list[in
         together = run(options, everybody)
         for index in everybody:
             if (alone[index].tokens, alone[index].logprobs) != (together[index].tokens, together[index].logprobs):
+                backend = getattr(runner, "attention", "")
+                of = f" with the attention backend {backend!r}" if backend else ""
                 raise EngineFailure(
-                    f"--deterministic: the self-test failed on this machine: a sequence run {name} differs from itself alone"
-                    f" (tokens {together[index].tokens} and {alone[index].tokens}). Start without --deterministic."
+                    f"--deterministic: the self-test failed on this machine{of}: a sequence run {name} differs from itself alone"
+                    f" ({_difference(together[index], alone[index])}). Start without --deterministic, or with another --attention-backend."
                 )
+
+
+def _difference(one: Job, other: Job) -> str:
+    if one.tokens != other.tokens:
+        return f"tokens {one.tokens} and {other.tokens}"
+    at = next((at for at, pair in enumerate(zip(one.logprobs, other.logprobs, strict=False)) if pair[0] != pair[1]), 0)
+    first, second = (np.frombuffer(job.logprobs[at], np.float32) for job in (one, other))
+    if first.shape != second.shape:
+        return f"the tokens are equal, the log-probabilities of token {at + 1} are {first.size} and {second.size} numbers"
+    worst = float(np.max(np.abs(first.astype(np.float64) - second)))
+    return f"the tokens are equal, the log-probabilities are not: at token {at + 1} by up to {worst:.3g}"

@@ -20,7 +20,7 @@ MAX_SPACE = 64
 """A longer run of white space is text."""
 MAX_HEAD = 512
 """Characters of a call's name, or of what else is collected before its arguments."""
-FUNCTION = re.compile(r"[^\s\"'{}()\[\]<>|,;]{1,256}")
+FUNCTION = re.compile(r"[^\s\"'{}()\[\]<>|,;\ud800-\udfff]{1,256}")
 """What a function may be called."""
 
 

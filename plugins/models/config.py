@@ -9,7 +9,6 @@ What it does not know: torch, tensors, devices.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 from penstock.core.contract.devices import ModelFacts, RopeFacts, RopeType
 from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
+from penstock.core.protocol.model_files import read_object
 
 log = logging.getLogger("penstock.models")
 CONFIG = "config.json"
@@ -63,15 +63,9 @@ def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = No
     """
     path = Path(model_path) / CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        raw = read_object(path)
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): is --model a Hugging Face folder?", param="model") from None
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.", param="model") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(raw).__name__}.", param="model")
     return merge(_respelled(raw, overrides or {}), overrides or {})
 
 

@@ -15,9 +15,10 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import jinja2
@@ -31,6 +32,7 @@ from jinja2.utils import Namespace
 
 from penstock.core.actors.text.chat import Shape, cut_at_mark, mark_final, prepare
 from penstock.core.protocol.errors import CheckpointError, ConfigError, InvalidRequest, PenstockError, described
+from penstock.core.protocol.model_files import optional_object, read_text
 from penstock.plugins.renderers.probe import shape_of
 
 MAX_RENDERED_CHARS = 32 << 20
@@ -155,6 +157,7 @@ class JinjaRenderer:
         max_chars: int = MAX_RENDERED_CHARS,
         timeout_s: float = RENDER_TIMEOUT_S,
         whose: Literal["model", "option", "request"] = "model",
+        origins: Mapping[str, Path] | None = None,
     ) -> None:
         self._environment = ChatEnvironment()
         self._special = special
@@ -167,7 +170,7 @@ class JinjaRenderer:
             try:
                 compiled = self._environment.from_string(source)
             except (jinja2.TemplateSyntaxError, *FAILURES) as error:
-                raise _not_jinja(error, name, whose) from None
+                raise _not_jinja(error, name, whose, (origins or {}).get(name)) from None
             self._compiled[name] = (compiled, self._shape_of(compiled, source))
         self._others = functools.lru_cache(maxsize=REMEMBERED)(self._other)
 
@@ -177,11 +180,13 @@ class JinjaRenderer:
         from penstock.plugins.tokenizers.folder import special_texts  # late: it brings the tokenizers library
 
         folder = Path(model_path)
-        config = _json(folder / "tokenizer_config.json")
+        config = optional_object(folder / "tokenizer_config.json")
+        found, origins = ({"default": _given(template)}, {}) if template else _own(folder, config)
         return cls(
-            {"default": _given(template)} if template else _own(folder, config),
+            found,
             special_texts(folder),
             whose="option" if template else "model",
+            origins={name: origins.get(name, folder / "tokenizer_config.json") for name in found},
         )
 
     def with_template(self, template: str) -> JinjaRenderer:
@@ -288,7 +293,7 @@ class JinjaRenderer:
         return shape_of(render, source)
 
 
-def _not_jinja(error: Exception, name: str, whose: Literal["model", "option", "request"]) -> PenstockError:
+def _not_jinja(error: Exception, name: str, whose: Literal["model", "option", "request"], origin: Path | None = None) -> PenstockError:
     """What is wrong with a template that cannot be compiled. (Jinja works out what is constant in it.)"""
     if isinstance(error, jinja2.TemplateSyntaxError):
         why = f"is not valid Jinja: line {error.lineno}: {(error.message or '').rstrip('.')}."
@@ -298,17 +303,8 @@ def _not_jinja(error: Exception, name: str, whose: Literal["model", "option", "r
         return InvalidRequest(f"chat_template {why}", param="chat_template")
     if whose == "option":
         return ConfigError(f"--chat-template {why}", param="chat_template")
-    return CheckpointError(f"The chat template {name!r} {why}")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    return value if isinstance(value, dict) else {}
+    source = f" in {origin}" if origin is not None else ""
+    return CheckpointError(f"The chat template {name!r}{source} {why} Mend it there, or give another with --chat-template.", param="model")
 
 
 def _given(template: str) -> str:
@@ -325,10 +321,17 @@ def _given(template: str) -> str:
     return template
 
 
-def _own(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """chat_template.jinja wins over tokenizer_config.json, as in Transformers; named templates come as a list."""
+def _own(folder: Path, config: dict[str, Any]) -> tuple[dict[str, str], dict[str, Path]]:
+    """Templates, and the files that they come from where that is not tokenizer_config.json. chat_template.jinja wins over it, as in Transformers; named
+    templates come as a list."""
     found: dict[str, str] = {}
+    origins: dict[str, Path] = {}
     listed = config.get("chat_template")
+    if not isinstance(listed, (str, list, NoneType)):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of named ones, but is {listed!r:.80}.",
+            param="model",
+        )
     if isinstance(listed, str):
         found["default"] = listed
     elif isinstance(listed, list):
@@ -336,13 +339,14 @@ def _own(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             {item["name"]: item["template"] for item in listed if isinstance(item, dict) and "name" in item and "template" in item}
         )
     else:
-        legacy = _json(folder / "chat_template.json").get("chat_template")
+        legacy = optional_object(folder / "chat_template.json").get("chat_template")
         if isinstance(legacy, str):
-            found["default"] = legacy
+            found["default"], origins["default"] = legacy, folder / "chat_template.json"
     more = folder / "additional_chat_templates"
     if more.is_dir():
-        found.update({path.stem: path.read_text(encoding="utf-8") for path in sorted(more.glob("*.jinja"))})
+        for path in sorted(more.glob("*.jinja")):
+            found[path.stem], origins[path.stem] = read_text(path), path
     own = folder / "chat_template.jinja"
     if own.is_file():
-        found["default"] = own.read_text(encoding="utf-8")
-    return found
+        found["default"], origins["default"] = read_text(own), own
+    return found, origins

@@ -7,14 +7,13 @@ What it does not know: tokenizer.json's contents, ends of answers, chat template
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
-from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.model_files import optional_object
 from penstock.plugins.tokenizers.classes import AS_IT_IS, class_of
 from penstock.plugins.tokenizers.rebuild import RECIPES
 from penstock.plugins.tokenizers.settings import ADDED, CONFIG, MAP, TokenSettings, read
@@ -25,9 +24,9 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.tokenizer = path / "tokenizer.json"
-        self.config = json_of(path / CONFIG)
-        self.model = json_of(path / "config.json") if (path / "config.json").exists() else None
-        self._older, self._added = json_of(path / MAP), json_of(path / ADDED)
+        self.config = optional_object(path / CONFIG)
+        self.model = optional_object(path / "config.json") if (path / "config.json").exists() else None
+        self._older, self._added = optional_object(path / MAP), optional_object(path / ADDED)
         self.kind = class_of(self.config, self.model or {}, self._byte_level) if self.tokenizer.is_file() else AS_IT_IS
         self.recipe = RECIPES.get(self.kind)
 
@@ -50,14 +49,3 @@ def special_texts(path: Path) -> dict[str, str]:
     """Text of each special token that has a field ("bos_token"), as chat templates know them. Raises CheckpointError."""
     settings = Folder(path).settings({})
     return {name: text for name in settings.named if (text := settings.text(name)) is not None}
-
-
-def json_of(path: Path) -> dict[str, Any]:
-    """An object in a file; {} where there is no file, or something else in it. Raises CheckpointError if it is no JSON."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    return value if isinstance(value, dict) else {}

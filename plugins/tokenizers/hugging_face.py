@@ -19,9 +19,10 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from penstock.core.protocol.columns import I32, i32_by_pieces
 from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.model_files import optional_object
 from penstock.plugins.tokenizers import settings as tokens
 from penstock.plugins.tokenizers.classes import AS_IT_IS, FOREIGN, OTHER, own_code
-from penstock.plugins.tokenizers.folder import Folder, json_of, pad_token
+from penstock.plugins.tokenizers.folder import Folder, pad_token
 from penstock.plugins.tokenizers.rebuild import finish, mend_mistral, rebuilt
 from penstock.plugins.tokenizers.settings import CONFIG, TokenSettings, added_token
 
@@ -156,7 +157,7 @@ class HuggingFaceTokenizer:
             raise CheckpointError(f"{folder.tokenizer} cannot be read: {error or type(error).__name__}.") from None
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            value = json_of(path / name).get("eos_token_id")
+            value = optional_object(path / name).get("eos_token_id")
             found = value if isinstance(value, list) else [] if value is None else [value]
             wrong = next((one for one in found if type(one) is not int), None)
             if wrong is not None or None in found:

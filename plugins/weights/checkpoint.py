@@ -10,7 +10,6 @@ What it does not know: what the names mean, but for the prefix of a base model (
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os.path
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
+from penstock.core.protocol.model_files import read_object, unreadable
 
 log = logging.getLogger("penstock.weights")
 SINGLE = "model.safetensors"
@@ -47,6 +47,10 @@ def files_of(path: str | Path) -> list[Path]:
         return [folder / SINGLE]
     if named is not None or (folder / INDEX).is_file():
         return _shards(folder, folder / (named or INDEX))
+    for name in (SINGLE, INDEX):
+        if (folder / name).is_symlink() or (folder / name).exists():  # and it is no file
+            gone = IsADirectoryError() if (folder / name).is_dir() else FileNotFoundError()
+            raise unreadable(folder / name, gone)
     beside = unread(folder, [])
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
     hint = f" ({_list(others)} cannot be read: only safetensors are)" if others else f" (only {_list(beside)})" if beside else ""
@@ -56,10 +60,10 @@ def files_of(path: str | Path) -> list[Path]:
 def _explicit(folder: Path) -> str | None:
     """The name in config.json, checked. Raises CheckpointError."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # said where the configuration is read
+        config = read_object(folder / "config.json")
+    except (CheckpointError, FileNotFoundError):  # said where the configuration is read
         return None
-    named = config.get(EXPLICIT) if isinstance(config, dict) else None
+    named = config.get(EXPLICIT)
     if named is None:
         return None
     where = f"{folder / 'config.json'}: {EXPLICIT}"
@@ -73,15 +77,15 @@ def _explicit(folder: Path) -> str | None:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = sorted({os.path.normpath(folder / file) for file in table.values()})
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read ({error.strerror}).", param="weight_map") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index} has no usable 'weight_map' ({error}).", param="weight_map") from None
-    if not named:
-        raise CheckpointError(f"{index} has no usable 'weight_map' (it is empty).", param="weight_map")
+    table = read_object(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(file, str) and file for file in table.values()):
+        wrong = (
+            "it is empty" if table == {} else "it is missing" if table is None else "it must be an object: tensors' names and their files"
+        )
+        raise CheckpointError(
+            f"{index} has no usable 'weight_map' ({wrong}). Copy the index again from where the model came from.", param="weight_map"
+        )
+    named = sorted({os.path.normpath(folder / file) for file in table.values()})
     files = [Path(file) for file in named]
     for file in files:
         if not file.is_relative_to(os.path.normpath(folder)):
@@ -110,6 +114,11 @@ def stored_dtype(path: str | Path) -> str | None:
 
 
 def _open(file: Path) -> Any:
+    try:
+        with file.open("rb"):  # says why better than what follows
+            pass
+    except OSError as error:
+        raise unreadable(file, error) from None
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:

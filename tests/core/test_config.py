@@ -348,6 +348,7 @@ def test_origins_come_alone_by_commas_or_as_json(text: str, wanted: list[str]) -
             ("allowed_origins", value)
             for value in ("https://app.example/", "app.example", "https://App.example", "https://a.example/x", "[1]")
         ),
+        *(("allowed_origins", value) for value in ("https://a.example:443", "http://a.example:80", "http://[::1]:80")),
         *(("allowed_origins", value) for value in ("https://*.example", "https://a.example\r\nx-evil: 1", "//a.example", '["a"')),
         *(("allowed_methods", value) for value in ("GE T", "GET\r\nx: y")),
         *(("allowed_headers", value) for value in ("x-a:", "x a", "é")),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +42,12 @@ class Odd:
             os._exit(3)
         if source == "grow":
             bytearray(3 << 30)
+        if source == "raise":
+            1 / 0
+        if source == "text":
+            return "x"
+        if source == "nothing":
+            return None
         print("said by a plugin")
         return f"{os.getpid()}".encode()
     def matcher(self, compiled):
@@ -62,7 +67,7 @@ def ask(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     extra: list[str] = []
     if request.node.get_closest_marker("odd") or "odd" in request.node.name:
         (tmp_path / "odd_grammars.py").write_text(SLOW)
-        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(path for path in sys.path if path)}")
+        monkeypatch.syspath_prepend(tmp_path)
         extra = ["odd_grammars"]
     answers: queue.Queue[GrammarChecked] = queue.Queue()
     worker = GrammarWorker(TOKENIZER, VOCABULARY, answers.put, extra=extra, compile_s=1.5, verify_s=5.0)
@@ -201,6 +206,27 @@ def test_odd_backends_cost_one_request_each(ask: Ask) -> None:
     assert ask("regex", "a").compiled == one.compiled  # kept, though its process is gone
     assert ask("json", "{}").error_code == "unsupported_feature"
     assert "no matcher" in verify(ask, "regex", "a", "a")
+    assert ask("regex", "a").error_status == 400
+    for source, said in {
+        "raise": "compile() failed with ZeroDivisionError",
+        "text": "compile() gave 'x': it must be bytes",
+        "nothing": "compile() gave None: it must be bytes",
+    }.items():
+        answer = ask("regex", source)
+        assert answer.error_status == 500
+        assert answer.error_param is None
+        assert answer.error.startswith("The grammar backend 'odd' (plugin 'odd_grammars' of package 'odd_grammars') is broken: " + said)
+    assert ask("regex", "a").compiled
+
+
+def test_a_plugin_that_its_process_cannot_load_is_no_clients_mistake() -> None:
+    answers: queue.Queue[GrammarChecked] = queue.Queue()
+    worker = GrammarWorker(TOKENIZER, VOCABULARY, answers.put, extra=["no_such_grammars"])
+    worker.submit(CheckGrammar(job=1, grammar=Grammar(kind="regex", source="a", field="f")))
+    answer = answers.get(timeout=60)
+    worker.close()
+    assert answer.error_status == 500
+    assert "'no_such_grammars' of package 'no_such_grammars' cannot be loaded (ModuleNotFoundError" in answer.error
 
 
 def test_a_child_knows_what_it_is_told() -> None:

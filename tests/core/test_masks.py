@@ -20,7 +20,7 @@ from penstock.core.contract.host import PluginHost
 from penstock.core.processes.engine import Engine
 from penstock.core.protocol.columns import EMPTY_I32, i32, i64
 from penstock.core.protocol.config import build
-from penstock.core.protocol.errors import ProtocolError
+from penstock.core.protocol.errors import PluginFault, ProtocolError, described
 from penstock.core.protocol.messages import (
     FAILED,
     LENGTH,
@@ -103,11 +103,14 @@ def test_who_is_over_or_broken_gets_nothing_and_nobody_else_feels_it(ranges: Any
     list(masks.handle(WORDS))
     for seq, source in ((1, b"no json"), (2, b"[13,14,3]"), (3, b"[3,4,1]"), (4, b"[3,4,1]")):
         list(masks.handle(opened(seq, source)))
-    (ready,) = masks.handle(asked(1, 1, 2, 3, 4, 99))
+    *why, ready = masks.handle(asked(1, 1, 2, 3, 4, 99))
     assert isinstance(ready, MaskReady)
     assert bits(ready) == [[], [], [3], [3], []]
+    assert [(one.seq, one.broken) for one in why if isinstance(one, GrammarFailed)] == [(1, True), (2, True)]
     list(masks.handle(drawn(1, s3=9, s4=3)))  # 9 is not of the grammar
-    (ready,) = masks.handle(asked(2, 3, 4))
+    why, ready = masks.handle(asked(2, 3, 4))
+    assert isinstance(why, GrammarFailed)
+    assert "consume() said no to token 9" in why.error
     assert isinstance(ready, MaskReady)
     assert bits(ready) == [[], [END]]
 
@@ -122,9 +125,43 @@ def test_a_backend_that_raises_for_all_of_a_step_fails_them() -> None:
     masks = Masks(Broken, vocab=VOCAB)
     for message in (WORDS, opened(1, b"[3,4,1]"), opened(2, b"[3,4,1]")):
         list(masks.handle(message))
-    (ready,) = masks.handle(asked(1, 1, 2))
+    *why, ready = masks.handle(asked(1, 1, 2))
     assert isinstance(ready, MaskReady)
     assert bits(ready) == [[], []]
+    assert [isinstance(one, GrammarFailed) and one.broken for one in why] == [True, True]
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "consume raises": ({"consume": lambda self, token: 1 / 0}, "consume() failed with ZeroDivisionError"),
+    "consume says nothing": ({"consume": lambda self, token: None}, "consume() gave None, which is neither True nor False"),
+    "mask raises": ({"mask": lambda self, out: 1 / 0}, "mask() failed with ZeroDivisionError"),
+    "may_end raises": ({"may_end": lambda self: 1 / 0}, "ZeroDivisionError"),
+    "may_end says a text": ({"may_end": lambda self: "no"}, "may_end() gave 'no', which is neither True nor False"),
+    "no matcher": ({"made": None}, "matcher() gave None, which has no consume and no mask and no may_end"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_backend_that_fails_is_blamed_itself(ranges: Any, odd: str) -> None:
+    import grammar_kit
+
+    changes, said = ODD[odd]
+    place = type("Odd", (grammar_kit.Place,), changes)
+
+    class Backend(ranges):  # type: ignore[misc]
+        def matcher(self, compiled: bytes) -> Any:
+            return None if "made" in changes else place(3, 4, 2)
+
+    masks = Masks(
+        Backend, vocab=VOCAB, blame=lambda call, error: PluginFault(f"The backend 'odd': {call}() failed with {described(error)}")
+    )  # type: ignore[arg-type]
+    out: list[Any] = []
+    for message in (WORDS, opened(1, b""), opened(2, b""), asked(1, 1, 2), drawn(1, s1=3, s2=3), asked(2, 1, 2)):
+        out += masks.handle(message)
+    failed = [one for one in out if isinstance(one, GrammarFailed)]
+    assert [(one.seq, one.broken) for one in failed] == [(1, True), (2, True)]
+    assert all("The backend 'odd'" in one.error and said in one.error.replace("masks()", "mask()") for one in failed)
+    assert bits(out[-1]) == [[], []]
 
 
 def test_a_grammar_that_is_too_much_is_told_before_its_mask_of_zeros(ranges: Any) -> None:
@@ -147,9 +184,12 @@ def test_a_vocabulary_that_the_backend_cannot_use_fails_sequences_only() -> None
     masks = Masks(no, vocab=VOCAB)
     list(masks.handle(WORDS))
     list(masks.handle(opened(1, b"[3,4,1]")))
-    (ready,) = masks.handle(asked(1, 1))
+    why, ready = masks.handle(asked(1, 1))
     assert isinstance(ready, MaskReady)
     assert bits(ready) == [[]]
+    assert isinstance(why, GrammarFailed)
+    assert why.broken
+    assert "factory() failed with RuntimeError: no" in why.error
 
 
 def test_the_end_waits_for_min_tokens_unless_nothing_else_is_left(ranges: Any) -> None:
@@ -285,7 +325,8 @@ def test_a_grammar_that_fails_costs_its_own_sequence_alone() -> None:
     found = run([admit(1, b"[13,90,3]"), admit(2, b"[50,90,3]"), admit(3, b"garbage"), admit(4, temperature=0.0)])
     assert [found[seq_of(key, 0)][1] for key in (1, 3)] == [FAILED, FAILED]
     assert found[seq_of(2, 0)][1] == STOP
-    assert set(found[-1]) == {"There is no token that the request's grammar and its other settings both allow here."}
+    assert sorted(text.split("failed with ")[1][:12] for text in found[-1]) == ["JSONDecodeEr", "RuntimeError"]
+    assert all("The grammar backend 'ranges' (plugin 'grammar_kit' of package 'grammar_kit') is broken" in text for text in found[-1])
     assert len(found[seq_of(4, 0)][0]) == 30 or found[seq_of(4, 0)][1] == STOP
 
 
@@ -358,7 +399,8 @@ def test_a_place_that_cannot_be_copied_costs_its_beam_alone() -> None:
         list(masks.handle(message))
     list(masks.handle(asked(1, 1, 2)))
     list(masks.handle(Drawn(step=1, seqs=i64([1, 2]), incarnations=i32([1, 1]), tokens=i32([10, 11]), sources=i64([1, 1]))))
-    (ready,) = masks.handle(asked(2, 1, 2))
+    *failed, ready = masks.handle(asked(2, 1, 2))
+    assert len(failed) == 1
     assert bits(ready) == [[10, 11], []]
 
 

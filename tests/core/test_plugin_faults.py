@@ -16,7 +16,10 @@ from penstock.core.contract.fake_device import FakeDevice, FakeOptions
 from penstock.core.contract.families import FAMILIES
 from penstock.core.contract.hookspecs import (
     AttentionSpec,
+    ChatRendererSpec,
     DeviceSpec,
+    FormatSpec,
+    GrammarSpec,
     ModelSpec,
     SchedulePolicySpec,
     TokenizerSpec,
@@ -26,14 +29,16 @@ from penstock.core.contract.hookspecs import (
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.policy import CheckedPolicy, probe
 from penstock.core.processes.engine import Engine
-from penstock.core.processes.text_side import first_match
+from penstock.core.processes.text_side import TextSide, first_match
 from penstock.core.protocol.columns import EMPTY_I32, i32
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import CheckpointError, ConfigError, PenstockError, PluginError, PluginFault
 from penstock.core.protocol.messages import Admit
+from penstock.core.protocol.model_folder import demo_folder
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 from penstock.plugins.policies.priority import PriorityWithAgeing
+from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
 
 Add = Callable[..., str]
 
@@ -170,7 +175,7 @@ POLICIES: dict[Any, str] = {
     Scalar: r"order\(\) must return a numpy array of 1 keys for 1 rows, not int64",
     ScalarOfOne: r"victims\(\) must return an array of shape \(1,\) for 1 rows, not \(\)",
     Listed: r"victims\(\) must return a numpy array of 1 keys for 1 rows, not list",
-    Texts: r"order\(\) must return an array of numbers \(int64, int32 or float32\), not of <U21",
+    Texts: r"order\(\) must return an array of numbers \(integers or floats\), not of <U21",
     NoVictims: r"factory\(\) returned a NoVictims, which is no scheduling policy: it has no 'victims'",
     raising: r"factory\(\) failed with RuntimeError: no licence \(test_plugin_faults.py, line \d+\)",
     (lambda: None): r"factory\(\) returned NoneType, which is no scheduling policy: it has no 'name' and no 'order' and no 'victims'",
@@ -361,3 +366,109 @@ def test_members_are_those_of_the_protocols() -> None:
     assert {"step", "logits", "plain"} <= set(FAMILIES["models"].members())
     assert {"store", "attend", "copy"} <= set(FAMILIES["attention_backends"].members())
     assert FAMILIES["weight_sources"].members() == []
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"), [(lambda tokens, special: 1 / 0, "failed with ZeroDivisionError"), (lambda tokens, special: None, "NoneType")]
+)
+def test_a_grammar_backend_whose_factory_is_broken_is_known_at_start(add: Add, factory: Any, said: str) -> None:
+    name = add("register_grammars", lambda: [GrammarSpec(name="odd", api_level=1, kinds=["choice"], factory=factory, priority=99)])
+    plugins = PluginHost("text", extra=[name]).load()
+    config = build({"model": str(demo_folder())})
+    with pytest.raises(PluginFault, match=f"The grammar backend 'odd' .*'strange'.*factory.*{said}"):
+        TextSide(config, plugins, to_edges=lambda *_: None, to_engines=lambda *_: None, to_root=None)
+
+
+def _format(**fields: Any) -> Callable[[], list[FormatSpec]]:
+    values = {"name": "odd", "api_level": 1, "role": "tools", "matches": lambda template: False, "factory": lambda opening: None}
+    return lambda: [FormatSpec(**{**values, **fields})]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"role": "thoughts"}, "its field 'role' must be 'tools' or 'reasoning' or 'both', not 'thoughts'"),
+        ({"aliases": ["hermes"]}, "takes a name of the output format 'hermes' of package 'penstock'"),
+        ({"aliases": ["deepseekv3"]}, "takes a name of the output format 'deepseek_v3' of package 'penstock'"),
+    ],
+)
+def test_a_format_that_could_not_be_chosen_or_takes_anothers_name(add: Add, fields: dict[str, Any], said: str) -> None:
+    name = add("register_output_formats", _format(**fields))
+    with pytest.raises(PluginError, match=said):
+        PluginHost("text", extra=[name]).load().output_formats()
+    role = {"role": "reasoning", "aliases": ["hermes"]}  # names of calls alone are free for reasoning
+    assert "odd" in PluginHost("text", extra=[add("register_output_formats", _format(**role), "other")]).load().output_formats()
+
+
+@pytest.mark.parametrize("what", ["none", "plain"])
+def test_a_plugin_that_does_nothing_is_said(add: Add, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str) -> None:
+    if what == "plain":
+        module = types.ModuleType("plain")
+        module.register_devices = list  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "plain", module)
+        name, said = "plain", "plugin plain of package plain has no function with @hookimpl"
+    else:
+        name, said = add("register_devices", lambda: None), "register_devices() returned None: it registers nothing"
+    with caplog.at_level("WARNING"):
+        engine_host(name).devices()
+    assert said in caplog.text
+
+
+class NotNumbers(Keys):
+    def order(self, waiting: Any) -> Any:
+        return np.full(waiting.arrival_ns.shape, np.nan)
+
+
+class Writes(Keys):
+    def order(self, waiting: Any) -> Any:
+        keys = waiting.arrival_ns
+        keys += 1
+        return keys
+
+
+@pytest.mark.parametrize(("factory", "said"), [(NotNumbers, "NaN"), (Writes, "read-only")])
+def test_a_policy_whose_keys_are_no_numbers_or_that_writes_is_known_at_start(factory: Any, said: str) -> None:
+    def blame(call: str, error: Exception | str) -> Exception:
+        return PluginFault(f"{call}() {error}")
+
+    with pytest.raises(PluginFault, match=rf"order\(\).*{said}"):
+        probe(CheckedPolicy(factory(), blame))
+
+
+def _side(name: str) -> None:
+    TextSide(
+        build({"model": str(demo_folder())}),
+        PluginHost("text", extra=[name]).load(),
+        to_edges=lambda *_: None,
+        to_engines=lambda *_: None,
+        to_root=None,
+    )
+
+
+def test_templates_that_are_none_name_the_renderer(add: Add) -> None:
+    class Odd:
+        templates = 3
+
+        def render(self, *arguments: Any, **more: Any) -> str:
+            return ""
+
+    spec = ChatRendererSpec(name="odd", api_level=1, matches=lambda folder: True, factory=lambda folder, template: Odd())
+    with pytest.raises(PluginFault, match=r"The chat renderer 'odd' \(plugin 'strange'.*'templates' are 3"):
+        _side(add("register_chat_renderers", lambda: [spec]))
+
+
+def test_an_attribute_that_is_none_names_the_tokenizer(add: Add) -> None:
+    class Odd(HuggingFaceTokenizer):
+        vocab_size = None  # type: ignore[assignment]
+
+        def __init__(self) -> None: ...
+
+        bos_id = None
+        name = "odd"
+        eos_ids: list[int] = []  # noqa: RUF012
+        special_ids = frozenset()
+        max_chars_per_token = 0
+
+    spec = TokenizerSpec(name="odd", api_level=1, matches=lambda folder: True, factory=lambda folder: Odd())
+    with pytest.raises(PluginFault, match=r"The tokenizer 'odd' \(plugin 'strange' of package 'strange'\) is broken: its 'vocab_size'"):
+        _side(add("register_tokenizers", lambda: [spec]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -219,3 +221,19 @@ def test_built_ins_register_by_hooks(role: Any, hook: str, names: set[str]) -> N
 )
 def test_built_in_families_are_not_empty(role: Any, hook: str) -> None:
     assert any(getattr(PluginHost(role).load().hook, hook)())
+
+
+@pytest.mark.parametrize("arguments", [["plugins", "--json"], ["--help"]])
+def test_a_broken_root_plugin_is_listed_and_hides_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    info = tmp_path / "brk-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brk\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[penstock.root]\nbrk = brk_gone\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock", *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout if arguments[0] == "plugins" else done.stderr
+    assert "brk" in said
+    assert "No module named 'brk_gone'" in said

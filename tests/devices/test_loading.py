@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from penstock.core.contract.hookspecs import AttentionSpec
+from penstock.core.protocol.columns import i32
 from penstock.core.protocol.errors import CheckpointError, ConfigError, EngineFailure, UnsupportedFeature
 from penstock.core.protocol.messages import Forward
 from penstock.core.protocol.sampling import SamplingParams
@@ -21,7 +23,7 @@ from penstock.plugins.attention import register_attention_backends
 from penstock.plugins.attention.native import NativeAttention
 from penstock.plugins.devices import host_limits, register_devices
 from penstock.plugins.devices.driver import Driver, Job
-from penstock.plugins.devices.self_test import self_test
+from penstock.plugins.devices.self_test import _difference, self_test
 from penstock.plugins.models import register_models
 from penstock.plugins.models.api import Columns
 from penstock.plugins.weights import register_weight_sources
@@ -153,8 +155,9 @@ def into_shards(
         ('{"weight_map": {"a": 3}}', "no usable"),
         ('{"weight_map": {}}', "no usable"),
         ("{}", "no usable"),
-        ('{"weight_map": {"a"', "no usable"),
-        ("[" * 100_000, "no usable"),
+        ('{"weight_map": {"a"', "index.json is not valid JSON"),
+        ("[" * 100_000, "index.json is nested too deeply"),
+        ('{"weight_map": 3}', r"no usable 'weight_map' \(it must be an object"),
         ('{"weight_map": {"a": "config.json"}}', "no readable safetensors file"),
     ],
 )
@@ -353,7 +356,9 @@ def test_warm_up_and_self_test(folder: Path, load: Load, monkeypatch: pytest.Mon
         hidden.mul_(1.0 + 1e-6 * (columns.kv_len.shape[0] > 1))  # numerics that depend on the batch
 
     runner._program = sensitive
-    with pytest.raises(EngineFailure, match="self-test failed on this machine"):
+    with pytest.raises(
+        EngineFailure, match=r"self-test failed on this machine with the attention backend 'native': .*the log-probabilities are not"
+    ):
         runner.warm_up(said.append)
 
 
@@ -377,3 +382,50 @@ def test_the_self_test_looks_beyond_a_seam(folder: Path, load: Load) -> None:
     self_test(runner, said.append)
     with pytest.raises(EngineFailure, match="a sequence run long and batched differs from itself alone"):
         self_test(runner, said.append, seam)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path: path.symlink_to("gone"), r"model.safetensors cannot be read: it is a link to gone, which does not exist"),
+        (lambda path: path.mkdir(), r"model.safetensors cannot be read: it is a folder"),
+    ],
+)
+def test_a_checkpoint_that_is_no_file_is_named(folder: Path, load: Load, make: Any, what: str) -> None:
+    (folder / "model.safetensors").unlink()
+    make(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=what):
+        load(folder)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_named(folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so somebody has to say no."""
+    whole = Path.open
+
+    def refuse(self: Path, *arguments: Any, **more: Any) -> Any:
+        if self.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied")
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: permission denied"):
+        load(folder)
+
+
+def test_weights_that_are_no_numbers_are_told_so_and_the_self_test_says_what_differs(folder: Path, load: Load) -> None:
+    runner = load(folder)
+    real = runner.sample
+    runner.attention = "odd"
+
+    def bad(work: Any) -> Any:
+        done = real(work)
+        return lambda: msgspec.structs.replace(done(), bad_rows=i32([0]))
+
+    runner.sample = bad
+    with pytest.raises(CheckpointError, match=r"logits are not finite .* its weights are broken"):
+        runner.warm_up(lambda phase: None)
+    one, other = (
+        Job(prompt=i32([1]), params=SamplingParams(), max_tokens=1, tokens=[5], logprobs=[np.float32([-1.0, value]).tobytes()])
+        for value in (-2.0, -2.5)
+    )
+    assert _difference(one, other) == "the tokens are equal, the log-probabilities are not: at token 1 by up to 0.5"

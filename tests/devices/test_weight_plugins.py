@@ -16,11 +16,12 @@ from penstock.core.contract.hookspecs import ModelSpec, WeightSourceSpec, hookim
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.engine import runner_config
 from penstock.core.protocol.config import build
-from penstock.core.protocol.errors import CheckpointError, ConfigError
+from penstock.core.protocol.errors import CheckpointError, ConfigError, PluginFault
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.devices.driver import Driver, Job
 from penstock.plugins.devices.loading import model_for
 from penstock.plugins.models import register_models
+from penstock.plugins.weights.checked import CheckedWeights
 
 Load = Callable[..., Any]
 Offer = Callable[..., Any]
@@ -149,3 +150,32 @@ def test_a_plugins_model_comes_before_the_built_in_one() -> None:
     mine = ModelSpec(name="mine", api_level=1, architectures=["LlamaForCausalLM"], facts=specs["llama"].facts, factory=lambda **_: None)
     assert model_for("LlamaForCausalLM", {**specs, "mine": mine}) is mine
     assert model_for("Qwen2ForCausalLM", {**specs, "mine": mine}) is specs["qwen2"]
+
+
+@pytest.mark.parametrize(
+    ("take", "said"),
+    [
+        (lambda value: None, "gave NoneType for the tensor '[a-z._]+', which is no torch.Tensor"),
+        (lambda value: value.numpy(), "which is no torch.Tensor"),
+        (lambda value: value[:-1], r"of shape \[96, 32\] and torch.float32, and was asked for \[97, 32\]"),
+        (lambda value: value.half(), r"and torch.float16, and was asked for \[97, 32\] and torch.float32"),
+        (lambda value: {}[3], r"failed for the tensor '[a-z._]+' with KeyError: 3"),
+    ],
+)
+def test_what_a_source_gives_is_looked_at_once(take: Any, said: str) -> None:
+    class Source:
+        def take(self, name: str, shape: Any) -> Any:
+            return take(torch.zeros(*shape))
+
+        def has(self, name: str) -> bool:
+            return name == "a"
+
+    def blame(what: Exception | str) -> Exception:
+        return PluginFault(f"The weight source 'odd' is broken: take() {what}")
+
+    checked = CheckedWeights(Source(), torch.float32, blame)
+    assert checked.has("a")
+    with pytest.raises(PluginFault, match=f"The weight source 'odd' is broken: .*{said}"):
+        checked.take("model.embed_tokens.weight", (97, 32))
+    turned = CheckedWeights(types.SimpleNamespace(take=lambda name, shape: torch.zeros(3, 2).t()), torch.float32, blame)
+    assert turned.take("a", (2, 3)).is_contiguous()

@@ -381,3 +381,14 @@ def test_the_pod_starts_what_is_known_and_waits_for_the_drain(
 def test_a_wrong_option_would_be_seen() -> None:
     with pytest.raises(click.UsageError):
         understood(["serve", "--no-such-option", "1"])
+
+
+@pytest.mark.parametrize("name", ["nginx.conf", "Caddyfile"])
+def test_the_proxies_hide_metrics_however_the_path_is_spelt(name: str) -> None:
+    """As the server takes it: it knows no difference between these."""
+    text = (FILES / name).read_text(encoding="utf-8")
+    (hidden,) = re.findall(r"(?:location ~|@hidden path_regexp) (\S*metrics\S*)", text)
+    for path in ("/metrics", "/metrics/", "/metrics//", "//metrics", "//metrics/", "/llm/metrics", "/llm/metrics/", "/llm//metrics"):
+        assert re.search(hidden, path), path
+    for path in ("/v1/models", "/metricsx", "/v1/metrics", "/llm/v1/models", "/"):
+        assert not re.search(hidden, path), path

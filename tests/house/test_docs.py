@@ -16,6 +16,7 @@ from penstock.core.contract import actors, devices, formats, grammars, hookspecs
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors
+from penstock.core.protocol.config import Config
 from penstock.plugins.models import api
 from penstock.transports import gateway
 
@@ -133,3 +134,24 @@ def test_the_rooms_page_has_every_file_and_says_what_it_is(generate: ModuleType)
                 folder = page.split(f"`{path.parent.relative_to(ROOT).as_posix()}/`\n")[1].split("\n#")[0]
                 row = next((line for line in folder.splitlines() if line.startswith(f"| `{path.name}` |")), "")
                 assert row.split("|")[2].strip(), path
+
+
+def test_the_pages_know_which_transports_are_used_when_nobody_says() -> None:
+    words = ", ".join(f"`{name}`" for name in Config().transports)
+    assert f"| transports | `--transports NAME,NAME` | {words} |" in (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    assert words in (hookspecs.TransportSpec.__doc__ or "")
+
+
+def test_the_groups_name_the_hooks_of_every_family_that_they_load() -> None:
+    rows = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8").splitlines()
+    for family in FAMILIES.values():
+        for role in family.roles:
+            (row,) = [row for row in rows if row.startswith(f"| `penstock.{role}` |")]
+            assert f"`{family.hook}`" in row
+
+
+def test_what_is_called_on_a_class_is_shown_so() -> None:
+    page = sections()
+    assert "@staticmethod refuse(" in page["Voice"]
+    assert 'opt={"voice":' in page["Voice"]
+    assert "@classmethod at(" in page["Usage"]

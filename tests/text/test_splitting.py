@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +12,13 @@ import pytest
 
 from penstock.core.actors.text.formats import Formats
 from penstock.core.contract.formats import Fragment
-from penstock.core.contract.hookspecs import FormatSpec
+from penstock.core.contract.hookspecs import FormatSpec, hookimpl
+from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import ConfigError
-from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, LENGTH, NAME, REASONING, STOP, Abort, seq_of
+from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, LENGTH, NAME, REASONING, STOP, Abort, Drain, Tick, seq_of, union_of
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.runtime.frames import FrameDecoder, encode
 from penstock.plugins.formats import BUILT_IN
 from penstock.plugins.formats.scanner import State, TableSplitter, read_text, table
 
@@ -283,3 +287,125 @@ def test_a_format_that_fails_fails_its_answer_alone(say: Any, monkeypatch: pytes
     bench.submit(2)
     bench.run()
     assert bench.received[2, 0].reason == "stop"
+
+
+# ------------------------------------------------------------------ a stranger's format
+
+
+def strange(monkeypatch: pytest.MonkeyPatch, *answers: Any, flush: Any = ()) -> FormatSpec:
+    """A plugin's format as the plugin host gives it: `feed` gives the answers one after the other, then content."""
+
+    class Odd:
+        channel = CONTENT
+
+        def __init__(self, opening: Any) -> None:
+            self.left = list(answers)
+
+        def feed(self, text: str) -> Any:
+            return self.left.pop(0) if self.left else [Fragment(CONTENT, -1, text)]
+
+        def flush(self, cut: bool) -> Any:
+            return list(flush) if isinstance(flush, tuple) else flush
+
+    module = types.ModuleType("strange")
+    spec = FormatSpec(name="odd", api_level=1, role="tools", matches=lambda template: False, factory=Odd)
+    module.register_output_formats = hookimpl(_named("register_output_formats", lambda: [spec]))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "strange", module)
+    return PluginHost("text", extra=["strange"]).load().output_formats()["odd"]
+
+
+def _named(name: str, function: Any) -> Any:
+    function.__name__ = name
+    return function
+
+
+ONE = Fragment(CONTENT, -1, "x")
+WRONG_FRAGMENTS: dict[str, tuple[Any, str]] = {
+    "bytes": ([Fragment(CONTENT, -1, b"x")], "its text must be a str"),
+    "no text": ([Fragment(CONTENT, -1, None)], "its text must be a str"),
+    "half a pair": ([Fragment(CONTENT, -1, "\ud83d")], "half a surrogate pair"),
+    "no channel": ([Fragment(77, -1, "x")], "no such channel"),
+    "a channel as text": ([Fragment("content", -1, "x")], "must be int"),
+    "a call of content": ([Fragment(CONTENT, 0, "x")], "belong to no call"),
+    "arguments of nothing": ([Fragment(ARGUMENTS, 0, "{}")], "call 0 has no NAME yet"),
+    "done of nothing": ([Fragment(DONE, 0, "")], "call 0 has no NAME yet"),
+    "a second call first": ([Fragment(NAME, 1, "f")], "a NAME must begin call 0"),
+    "a call twice": ([Fragment(NAME, 0, "f"), Fragment(NAME, 0, "f")], "a NAME must begin call 1"),
+    "a name that is none": ([Fragment(NAME, 0, "")], "must be a function's"),
+    "after the end": ([Fragment(NAME, 0, "f"), Fragment(DONE, 0, ""), Fragment(ARGUMENTS, 0, "x")], "call 0 has had its DONE"),
+    "a text": ("x", "no list of Fragments"),
+    "nothing": (None, "no list of Fragments"),
+    "texts": (["x"], "this is no Fragment"),
+}
+
+
+@pytest.mark.parametrize("where", ["first", "later", "flush"])
+@pytest.mark.parametrize("wrong", WRONG_FRAGMENTS)
+def test_what_a_strangers_format_gives_is_checked_and_ends_its_answer_alone(
+    say: Any, monkeypatch: pytest.MonkeyPatch, wrong: str, where: str
+) -> None:
+    answer, said = WRONG_FRAGMENTS[wrong]
+    given = {"first": [answer], "later": [[ONE], [ONE], answer], "flush": []}[where]
+    spec = strange(monkeypatch, *given, flush=(tuple(answer) if isinstance(answer, list) else answer) if where == "flush" else ())
+    monkeypatch.setitem(SPECS, "odd", spec)
+    bench, got = say("the water runs down the hill", tools="odd", stream=True)
+    assert got.reason == "error"
+    call = "flush" if where == "flush" else "feed"
+    assert f"The output format 'odd' (plugin 'strange' of package 'strange') is broken: {call}() gave " in got.extras[-1].error
+    assert said in got.extras[-1].error
+    assert not bench.actor.ledger.requests
+    bench.scripts[seq_of(2, 0)] = [bench.tokenizer.eos_ids[0]]
+    bench.submit(2)
+    bench.run()
+    assert bench.received[2, 0].reason == "stop"
+
+
+def test_a_strangers_format_that_is_well_is_not_felt(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = [Fragment(NAME, 0, "f"), Fragment(ARGUMENTS, 0, "{"), Fragment(ARGUMENTS, 0, "}"), Fragment(DONE, 0, "")]
+    monkeypatch.setitem(SPECS, "odd", strange(monkeypatch, [ONE], [], call, [Fragment(REASONING, -1, "\u00e4")]))
+    _, got = say("the water runs down", tools="odd", stream=True)
+    assert joined(got.fragments)[:5] == [(CONTENT, -1, "x"), (NAME, 0, "f"), (ARGUMENTS, 0, "{}"), (DONE, 0, ""), (REASONING, -1, "\u00e4")]
+    assert got.reason == "tool_calls"
+
+
+def test_an_answer_that_is_ended_from_here_ends_though_its_format_fails(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server stops: what the format held back is lost, the end is not."""
+    bench = make_bench(formats=Formats(strange(monkeypatch, flush=None)))
+    bench.scripts[seq_of(1, 0)] = list(range(40, 60))
+    bench.submit(1, kind="chat", messages=MESSAGES, tools=TOOLS, split=True, stream=True)
+    bench.step()
+    bench.send(Drain(deadline_s=5.0))
+    bench.send(Tick(now_ns=bench.clock.now_ns() + 6_000_000_000))
+    assert bench.received[1, 0].reason == "abort"
+    assert not bench.actor.ledger.requests
+
+
+@pytest.mark.parametrize("text", [b"x", "\ud83d", None])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_a_row_that_cannot_be_sent_ends_its_answer_and_not_the_edges_link(
+    say: Any, monkeypatch: pytest.MonkeyPatch, text: Any, at_end: bool
+) -> None:
+    """Whoever made it: here a format that nobody checked."""
+
+    class Odd(_Broken):
+        def feed(self, piece: str) -> list[Fragment]:
+            return [Fragment(CONTENT, -1, piece if at_end else text)]
+
+        def flush(self, cut: bool) -> list[Fragment]:
+            return [Fragment(CONTENT, -1, text)] if at_end else []
+
+    spec = FormatSpec(name="odd", api_level=1, role="tools", matches=lambda template: False, factory=lambda opening: Odd())
+    monkeypatch.setitem(SPECS, "odd", spec)
+    bench, got = say("the water runs", tools="odd", stream=True)
+    assert got.reason == "error"
+    assert "half a surrogate pair" in got.extras[-1].error
+    assert not bench.actor.ledger.requests
+    for message in [message for _, message in bench.out if type(message).__name__ == "TextDelta"]:
+        FrameDecoder(union_of("text>edge")).feed(encode(message))
+
+
+def test_a_format_that_cannot_begin_refuses_its_request(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = FormatSpec(name="odd", api_level=1, role="tools", matches=lambda template: False, factory=lambda opening: 1 / 0)  # type: ignore[arg-type,return-value]
+    monkeypatch.setitem(SPECS, "odd", spec)
+    bench, _ = say("the water runs", tools="odd")
+    assert "ZeroDivisionError" in bench.rejected[1].message

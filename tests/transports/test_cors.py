@@ -46,6 +46,7 @@ def test_an_allowed_page_may_ask_and_send(make_edge: MakeEdge, origins: list[str
     with edge.http() as http:
         asked = http.options(CHATS, headers=ASK)
         assert asked.status_code == 204
+        assert not {"content-length", "content-type"} & set(asked.headers)
         assert asked.headers["access-control-allow-origin"] == ("*" if "*" in origins else PAGE)
         assert asked.headers["access-control-allow-methods"] == "POST"
         assert asked.headers["access-control-allow-headers"] == "authorization, content-type"
@@ -181,3 +182,16 @@ def test_a_page_may_read_that_it_was_too_slow(make_edge: MakeEdge) -> None:
     assert answer.startswith(b"http/1.1 408 ")
     assert f"access-control-allow-origin: {PAGE}\r\n".encode() in answer
     assert b"x-request-id: " in answer
+
+
+@pytest.mark.parametrize("name", ["authorization", "x-api-key"])
+def test_a_key_that_is_given_twice_opens_nothing(make_edge: MakeEdge, name: str) -> None:
+    """Whoever stands before the server may have looked at the other one."""
+    edge = make_edge(api_key=["secret"])
+    good, bad = ("Bearer secret", "Bearer other") if name == "authorization" else ("secret", "other")
+    with edge.http() as http:
+        assert http.get("/v1/models", headers=[(name, good)]).status_code == 200
+        for pair in ((good, bad), (bad, good), (good, good)):
+            reply = http.get("/v1/models", headers=[(name, one) for one in pair])
+            assert reply.status_code == 401
+            assert f"{name} is given more than once" in reply.text

@@ -30,6 +30,7 @@ from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, PluginFault
 from penstock.core.protocol.messages import Message, Rejected, Submit
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.transports.blame import Owned
 from penstock.transports.builtin import openai_routes
 from penstock.transports.edge import transport_factories
 from penstock.transports.frame import Sse
@@ -416,6 +417,18 @@ def test_what_a_voice_gives_wrongly_is_its_plugins_fault(
     assert any(BLAME + said in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("method", ["piece", "closed", "opened", "ended", "broken"])
+def test_what_a_voice_fails_at_in_a_stream_is_logged_with_plugin_and_request(
+    method: str, make_edge: MakeEdge, strangers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    methods = {method: fail} | ({"ended": fail} if method == "broken" else {})
+    edge = make_edge(routes=strangers(broken_voice(**methods)))
+    with edge.http() as http:
+        body = {"wire": "p", "drop_by_drop": True, "numbered": True}
+        http.post("/telegraph", json=body, headers={"x-request-id": "slip-7"})
+    assert any("request slip-7" in message and BLAME in message and "no wire" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("refuse", [fail, lambda *_: None])
 def test_an_error_that_a_voice_cannot_say_is_said_plainly(
@@ -606,3 +619,39 @@ def test_a_deep_body_is_the_clients_mistake_however_deep(shared_edge: Edge, path
         statuses.append(reply.status_code)
     assert statuses[0] == 200 < statuses[-1]
     assert statuses == sorted(statuses)
+
+
+class _NoStatic(Telegraph):
+    def refuse(self, error: PenstockError, headers: Iterable[tuple[bytes, bytes]] = ()) -> JsonReply:  # type: ignore[override]
+        raise NotImplementedError
+
+
+class _Half:
+    @staticmethod
+    def refuse(error: PenstockError, headers: Iterable[tuple[bytes, bytes]] = ()) -> JsonReply:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("voice", "said"),
+    [
+        (_NoStatic, r"refuse\(\) must be a @staticmethod"),
+        (_Half, r"it has no begin\(\) and no whole\(\)"),
+        (3, "is 3, which is no Voice"),
+        (Telegraph, ""),
+        (JsonLines, r"no refuse\(\)"),
+    ],
+)
+def test_a_routes_voice_is_looked_at_when_the_edge_starts(voice: Any, said: str) -> None:
+    @post("/telegraph", opt={VOICE: voice})
+    async def telegraph() -> None: ...
+
+    def blame(call: str, error: Exception | str) -> PluginFault:
+        return PluginFault(f"The transport 'odd' is broken: {call}() {error}")
+
+    routes = Owned(lambda gateway: [telegraph], blame)
+    if not said:
+        assert routes(None) == [telegraph]  # type: ignore[arg-type]
+        return
+    with pytest.raises(PluginFault, match=f"The transport 'odd' .*{said}"):
+        routes(None)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from penstock.core.protocol.messages import (
     StepDone,
     StepTokens,
 )
-from penstock.core.protocol.wording import GRAMMAR_FAILED, NOTHING_ALLOWED
+from penstock.core.protocol.wording import NOTHING_ALLOWED
 from penstock.core.runtime.actor import Out
 
 NOT_A_NUMBER = "The model's output for this sequence is not a number."
@@ -166,7 +166,7 @@ class Landing:
         """Why nothing could be drawn for these rows."""
         obeying, why = self._board.slots.grammar[index].tolist(), self._board.given_up
         return [
-            GRAMMAR_FAILED + why[key] if key in why else NOTHING_ALLOWED if obeys else NOT_A_NUMBER
+            why.get(key, NOTHING_ALLOWED if obeys else NOT_A_NUMBER)
             for obeys, key in zip(obeying, zip(seqs.tolist(), incarnations.tolist(), strict=True), strict=True)
         ]
 

@@ -60,6 +60,7 @@ from penstock.core.protocol.messages import (
     seq_of,
 )
 from penstock.core.protocol.sampling import Beam
+from penstock.core.protocol.wording import GRAMMAR_FAILED
 from penstock.core.runtime.actor import Out
 from penstock.core.runtime.clock import Clock
 
@@ -102,7 +103,7 @@ class Scheduler:
         if type(message) is GrammarFailed:
             sequence = board.live.get(message.seq)
             if sequence is not None and sequence.request.incarnation == message.incarnation:
-                board.given_up[message.seq, message.incarnation] = message.error
+                board.given_up[message.seq, message.incarnation] = ("" if message.broken else GRAMMAR_FAILED) + message.error
             return ()
         if type(message) is Drain:
             board.draining = True

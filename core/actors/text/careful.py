@@ -39,8 +39,10 @@ def ordinary(call: Callable[[], T]) -> T:
 class CarefulTokenizer:
     """See core/contract/text.py: Tokenizer. Raises PluginFault for attributes that cannot be used."""
 
-    def __init__(self, own: Tokenizer) -> None:
+    def __init__(self, own: Tokenizer, who: str = "The tokenizer") -> None:
+        """`who` begins what is said of it."""
         self._own = own
+        self._who = who
         self.vocab_size: int = self._read("vocab_size", lambda value: type(value) is int and value >= 0, "a number")
         self.bos_id: int | None = self._read(
             "bos_id", lambda value: value is None or self._known([value]), "an id of its vocabulary or None"
@@ -57,9 +59,9 @@ class CarefulTokenizer:
         try:
             value = ordinary(lambda: getattr(self._own, name))
         except Exception as error:
-            raise PluginFault(f"The tokenizer is broken: its {name!r} cannot be read ({described(error)}).") from error
+            raise PluginFault(f"{self._who} is broken: its {name!r} cannot be read ({described(error)}).") from error
         if not good(value):
-            raise PluginFault(f"The tokenizer is broken: its {name!r} must be {what}, not {shown(value)}.")
+            raise PluginFault(f"{self._who} is broken: its {name!r} must be {what}, not {shown(value)}.")
         return value
 
     def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[I32]:

@@ -14,6 +14,7 @@ import numpy as np
 from penstock.core.actors.text.detokenizer import TokenTable
 from penstock.core.actors.text.ledger import Ledger
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, i32
+from penstock.core.protocol.errors import sendable
 from penstock.core.protocol.messages import LogprobColumns, RowExtra, TextDelta, TokenLogprobs
 from penstock.core.runtime.actor import To
 
@@ -41,6 +42,23 @@ class EdgeBatch:
     def out(self, ledger: Ledger) -> Iterable[To]:
         """What they become for whoever listens."""
         return (To(self.take(ledger), self.edge),)
+
+    def unsendable(self) -> list[int]:
+        """Rows whose texts cannot be sent: a plugin gave them, and the link would end over them for everybody. Next to nothing where there are none."""
+        try:
+            joined = "".join(self.texts)
+            if not joined.isascii():
+                joined.encode()
+        except (TypeError, UnicodeEncodeError):
+            return [row for row, text in enumerate(self.texts) if not isinstance(text, str) or sendable(text) != text]
+        return []
+
+    def fail(self, slot: int, why: str) -> None:
+        """The last row of this slot, which ends it, ends it as an error."""
+        row = max(at for at, one in enumerate(self.slots) if one == slot)
+        self.reasons[row] = "error"
+        self.extras = [extra for extra in self.extras if extra.row != row]
+        self.extras.append(RowExtra(row=row, error=why, error_code="internal_error"))
 
     def take(self, ledger: Ledger) -> TextDelta:
         """The rows as one message; the batch is empty again."""

@@ -20,7 +20,7 @@ from penstock.core.contract.hookspecs import FormatSpec
 from penstock.core.contract.layouts import encode
 from penstock.core.protocol.calling import Calling
 from penstock.core.protocol.config import Config, nearest
-from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
+from penstock.core.protocol.errors import ConfigError, UnsupportedFeature, sendable
 from penstock.core.protocol.messages import Grammar, Submit
 
 OFF = "none"
@@ -132,7 +132,7 @@ class Formats:
         own: Callable[[int, str], str] | None = getattr(splitter, "call_id", None)
         if own is not None:
             with contextlib.suppress(Exception):  # a plugin's; an id of ours will do
-                return str(own(call, name))
+                return sendable(str(own(call, name)))
         if self.tools is not None and self.tools.short_ids:
             return "".join(secrets.choice(_SHORT) for _ in range(9))
         return "call_" + secrets.token_hex(12)

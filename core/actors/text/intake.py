@@ -8,6 +8,7 @@ What it does not know: what an engine does with a request, how it ends.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,10 +25,12 @@ from penstock.core.actors.text.pool import Pool
 from penstock.core.actors.text.told import Tellers
 from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import EngineFacts
-from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, QueueFull, described
+from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, PluginFault, QueueFull, described
 from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import To
+
+log = logging.getLogger("penstock.plugins")
 
 STARTING_RETRY_S = 2.0
 MAX_QUERIES = 64
@@ -150,18 +153,14 @@ class Intake:
             if message.error:
                 raise queries.error_of(message)
             self._complete(owner, message, facts)
-            if not obeys(owner.submit):
+            if obeys(owner.submit):
+                owner.obeyed = self._pool.formats.grammar(owner)
+            else:
                 self._pool.receiver.open(owner)
         except Exception as raised:  # only this request feels it
-            error = (
-                raised
-                if isinstance(raised, PenstockError)
-                else PenstockError(f"The prompt could not be taken in: {described(raised, 300)}")
-            )
-            yield from self._ending.abandon(owner, error)
+            yield from self._ending.abandon(owner, _not_taken(raised))
             return
-        if obeys(owner.submit):
-            owner.obeyed = self._pool.formats.grammar(owner)
+        if owner.obeyed is not None:
             yield self._pool.obedience.compile(owner)
             return
         yield from self._place(owner).enter(owner)
@@ -174,7 +173,11 @@ class Intake:
             yield from self._ending.abandon(request, queries.error_of(checked))
             return
         request.grammar = checked.compiled
-        self._pool.receiver.open(request)
+        try:
+            self._pool.receiver.open(request)
+        except Exception as raised:
+            yield from self._ending.abandon(request, _not_taken(raised))
+            return
         yield from self._place(request).enter(request)
 
     def _complete(self, request: Request, message: Encoded, facts: EngineFacts) -> None:
@@ -233,3 +236,9 @@ def _worked_out(query: Query, encoded: Encoded) -> To:
     if encoded.error:
         return To(queries.failure(query, queries.error_of(encoded)), query.edge)
     return To(Answer(id=query.id, body=encoded.body), query.edge)
+
+
+def _not_taken(raised: Exception) -> PenstockError:
+    if isinstance(raised, PluginFault):
+        log.error("%s", raised.message)
+    return raised if isinstance(raised, PenstockError) else PenstockError(f"The prompt could not be taken in: {described(raised, 300)}")

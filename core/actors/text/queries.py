@@ -84,7 +84,8 @@ def failure(query: Query, error: PenstockError) -> Answer:
 
 def error_of(encoded: Encoded | GrammarChecked) -> PenstockError:
     """The error that a worker's answer carries."""
-    error = InvalidRequest(encoded.error, param=encoded.error_param, code=encoded.error_code or None)
+    kind = InvalidRequest if encoded.error_status < PenstockError.status else PenstockError
+    error = kind(encoded.error, param=encoded.error_param, code=encoded.error_code or None)
     error.status = encoded.error_status  # type: ignore[misc]  # the class says the usual one
     return error
 

@@ -9,6 +9,7 @@ It is long because the paths share the state of a step, and what one of them lea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import msgspec
@@ -27,11 +28,13 @@ from penstock.core.actors.text.stops import StopMatcher, StopSet
 from penstock.core.contract.formats import CONTENT, NAME, REASONING, Fragment
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
-from penstock.core.protocol.errors import InvalidRequest, described, tamed
+from penstock.core.protocol.errors import InvalidRequest, PluginFault, described, tamed
 from penstock.core.protocol.messages import FAILED, REASON_NAMES, STOP, RowExtra, StepTokens, TokenLogprobs, Vocabulary
 from penstock.core.runtime.actor import To
 from penstock.core.telemetry.metrics import Metrics
 from penstock.core.telemetry.series import Series
+
+log = logging.getLogger("penstock.plugins")
 
 
 class Receiver:
@@ -189,25 +192,54 @@ class Receiver:
             text = ""
         if choice.splitter is None:
             self._row(choice, text, finish, stop_reason, error, code)
-        else:
+            return
+        try:
             self._split(choice, text, finish, stop_reason, error, code)
+        except BaseException as raised:  # as above: the format's
+            if choice.finish:
+                raise
+            self._why(choice, raised)
+            self._row(choice, "", finish, None, error, code)
 
     def _spoil(self, choice: Choice, error: BaseException) -> None:
         """The choice's tokens cannot become text: it ends as an error, and the engine need not go on."""
-        self._metrics.count("hook_errors", "tokenizer")
         self.aborts.append(choice.seq)
-        who = "tokenizer" if choice.splitter is None else "tokenizer or output format"
-        why = f"The {who} failed on this answer: {described(tamed(error), 300)}"
+        why = self._why(choice, error)
         self._row(choice, "", "error", None, why, "internal_error")
+
+    def _why(self, choice: Choice, error: BaseException) -> str:
+        """What the client reads, and the log where the plugin is known."""
+        if isinstance(error, PluginFault):
+            self._metrics.count("hook_errors", "output_format")
+            log.error("request %s: %s", choice.request.submit.rid, error.message)
+            return error.message
+        self._metrics.count("hook_errors", "tokenizer")
+        who = "tokenizer" if choice.splitter is None else "tokenizer or output format"
+        return f"The {who} failed on this answer: {described(tamed(error), 300)}"
 
     def take(self) -> Iterator[To]:
         """The rows collected so far, one TextDelta an edge."""
         for batch in self._batches.values():
             if batch.slots:
+                if rows := batch.unsendable():
+                    self._unsend(batch, rows)
                 yield from batch.out(self._ledger)
         for choice in self._closed:
             self._ledger.recycle(choice)
         self._closed.clear()
+
+    def _unsend(self, batch: EdgeBatch, rows: list[int]) -> None:
+        """Texts that nobody could read at the other end: their answers end, and nobody else's."""
+        slots = {batch.slots[row] for row in rows}
+        for row in rows:
+            batch.texts[row] = ""
+        wrong = TypeError("its text is no str, or has half a surrogate pair in it")
+        for choice in [one for one in self._ledger.choices.values() if one.batch is batch and one.slot in slots]:
+            self._spoil(choice, wrong)
+            slots.discard(choice.slot)
+        for choice in self._closed:  # its end is in the batch, and now another one
+            if choice.batch is batch and choice.slot in slots:
+                batch.fail(choice.slot, self._why(choice, wrong))
 
     def close(self, choice: Choice) -> None:
         """End a choice without a row: nobody listens."""

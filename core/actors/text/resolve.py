@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from penstock.core.protocol.columns import I32, Column, i32
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import EngineFacts
 from penstock.core.protocol.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, ModelNotFound, UnsupportedFeature
-from penstock.core.protocol.generation import overridden, override_of, settings
+from penstock.core.protocol.generation import overridden, override_of, settings, unused
 from penstock.core.protocol.hashing import CacheKey
 from penstock.core.protocol.messages import Submit
+from penstock.core.protocol.model_files import optional_object, read_object
 from penstock.core.protocol.sampling import SamplingParams, check_tokens, not_a_token
 from penstock.core.protocol.wording import FEWER_ANSWERS, GRAMMAR_FAILED, NOTHING_ALLOWED
+
+log = logging.getLogger("penstock.models")
 
 
 def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
@@ -36,6 +39,8 @@ def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
     Raises CheckpointError if the file cannot be read or holds impossible values.
     """
     raw, path = _generation_config(config, model_path)
+    if ignored := unused(raw):
+        log.warning("%s: these are not obeyed: %s. Requests may say what they want instead.", path, ", ".join(ignored))
     override = override_of(config.override_generation_config) if config.override_generation_config is not None else {}
     try:
         settings(raw)
@@ -47,20 +52,13 @@ def generation_defaults(config: Config, model_path: str) -> dict[str, Any]:
 def _generation_config(config: Config, model_path: str) -> tuple[dict[str, Any], Path]:
     own = config.generation_config in ("auto", "model")
     folder = Path(model_path if own else config.generation_config)
-    path = folder if folder.suffix == ".json" else folder / "generation_config.json"
+    path = folder if not own and folder.suffix == ".json" and not folder.is_dir() else folder / "generation_config.json"
     if config.generation_config in ("vllm", "openai"):
         return {}, path
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return optional_object(path) if own else read_object(path), path
     except FileNotFoundError:
-        if own:
-            return {}, path
         raise CheckpointError(f"{path} does not exist (--generation-config).", param="generation_config") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
-    return raw, path
 
 
 def check_submit(submit: Submit, names: Sequence[str]) -> None:
