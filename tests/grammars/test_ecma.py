@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.plugins.grammars.ecma import SPACE, translated, words
-from tests.grammars.test_llguidance import GRAMMARS, draw
+from penstock.plugins.grammars.llguidance import LlGuidance
+from tests.grammars.test_backends import SPECIAL, TOKENS, draw
+
+GRAMMARS = LlGuidance(TOKENS, [SPECIAL])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def in_python(pattern: str) -> str:
 @given(_patterns, st.integers(0, 2**32))
 def test_whatever_is_drawn_matches(pattern: str, seed: int) -> None:
     schema = {"type": "string", "pattern": f"^{pattern}$", "maxLength": 30}
-    said, ended = draw("json", json.dumps(schema), seed)
+    said, ended = draw(GRAMMARS, "json", json.dumps(schema), seed)
     if ended:
         text = json.loads(said)
         assert re.fullmatch(in_python(pattern), text), (pattern, text)
@@ -152,7 +155,7 @@ def test_a_class_with_all_control_characters_has_no_more(inside: str) -> None:
     schema = {"type": "string", "pattern": f"^(?:{inside}){{3}}$"}
     check = jsonschema_rs.validator_for(schema)
     for seed in range(20):
-        said, ended = draw("json", json.dumps(schema), seed, like=b'\\"nu0')
+        said, ended = draw(GRAMMARS, "json", json.dumps(schema), seed, like=b'\\"nu0')
         assert not ended or check.is_valid(json.loads(said)), said
 
 
