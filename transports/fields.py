@@ -113,6 +113,12 @@ FIELDS: dict[str, Field] = {
         "`cancel`, `continue`, `park`",
         "`continue` with retain_s, else `cancel`",
     ),
+    "stream_interval": Field(
+        "Of a stream: after the first token, which comes at once, an event is so many tokens, and the last one what is left. See [Streams](streams.md#less-often).",
+        PENSTOCK,
+        "1 to 1024",
+        "--stream-interval",
+    ),
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
     "rid": Field("The same as request_id, which wins over it.", SGLANG),
@@ -193,6 +199,13 @@ OWN: dict[str, dict[str, Field]] = {
             " so that the tool can start before the answer ends.",
             "Penstock",
             default="false",
+        ),
+        "events": Field(
+            "What else the stream tells: `arguments_done` (as tool_calls_done), `json_value` (values of an answer that is JSON, as each is complete; it needs"
+            " response_format json_object or json_schema, or another field that asks for JSON). See [Streams](streams.md#values-of-a-json-answer).",
+            "Penstock",
+            "`arguments_done`, `json_value`",
+            "none",
         ),
     },
     "ResponseFormat": {
