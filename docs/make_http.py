@@ -566,7 +566,7 @@ def page() -> str:
         "",
         "## Streams",
         "",
-        "With `stream: true` the reply is `text/event-stream`. In this order, for each choice (those of several choices interleave):",
+        "With `stream: true` the reply is `text/event-stream`, or with `accept: application/x-ndjson` [lines](streams.md#in-lines). In this order, for each choice (those of several choices interleave):",
         "",
         "1. chat: a chunk with the role; completions: with return_token_ids a chunk with the prompt's ids, with echo a chunk with the prompt;",
         "2. chunks with text (where log-probabilities or ids were asked for, also with those alone), with reasoning, or with calls;",
@@ -602,7 +602,7 @@ def page() -> str:
         " such text, too; what it cannot obey exactly is a 400 that names it: a value of `enum` that holds the end tag or would be read as another, a pattern with look-around,"
         " `^` or `$` of one choice alone, `\\b` or `\\p`, other formats, `oneOf` with several ways to be a string. In `deepseek_v32`, whose end tag has a special token within it, a string whose length, values or end the schema bounds cannot hold `</`.",
         "",
-        "With `stream_options.tool_calls_done` a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
+        "With `arguments_done` in `stream_options.events` (or `stream_options.tool_calls_done`) a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
         "",
         "```",
         'data: {..., "choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "done": true}]}, "logprobs": null, "finish_reason": null}]}',

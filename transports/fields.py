@@ -195,7 +195,7 @@ OWN: dict[str, dict[str, Field]] = {
             default="false",
         ),
         "tool_calls_done": Field(
-            'A chunk with `{"index": i, "done": true}` in its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
+            'The older name of arguments_done in events: a chunk with `{"index": i, "done": true}` in its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
             " so that the tool can start before the answer ends.",
             "Penstock",
             default="false",
@@ -310,6 +310,7 @@ REPLY_FIELDS: dict[str, str] = {
     "stop_reason": "The stop string, or the id of stop_token_ids, that ended it; else null.",
     "matched_stop": "The same, by SGLang's name. (The id of one of the model's own end tokens, which SGLang tells here, it is not.)",
     "token_ids": "With return_token_ids: the tokens of the answer, or of this chunk.",
+    "json_value": "Of a stream with stream_options.events json_value: a value of the answer that is complete. Such a chunk has no text.",
     "error": "With finish_reason `error`: why this choice could not go on.",
     "role": "`assistant`.",
     "content": "The text; null where there is none beside tool_calls or reasoning.",
@@ -319,7 +320,7 @@ REPLY_FIELDS: dict[str, str] = {
     "function": "What is called.",
     "name": "The function; in a stream only in the call's first chunk.",
     "arguments": "JSON as a text, as the model wrote it: not valid if the answer was cut off. In a stream what is new.",
-    "done": "With stream_options.tool_calls_done: the arguments are complete and valid.",
+    "done": "With stream_options.events arguments_done: the arguments are complete and valid.",
     "refusal": "null.",
     "prompt_tokens": "Of the prompts, each counted once.",
     "completion_tokens": "Drawn, the end token too.",
@@ -354,6 +355,12 @@ REPLY_FIELDS: dict[str, str] = {
 
 REPLY_OWN: dict[str, dict[str, str]] = {
     "ErrorReply": {"error": "What is wrong."},
+    "JsonValue": {
+        "path": "Where it stands in the answer: a JSON Pointer (RFC 6901), such as `/people/0/name`.",
+        "index": "Which item it is, where the answer is a list and this one of its items.",
+        "value": "The value.",
+        "too_large": "true: its text is longer than 65536 characters, so that it is not repeated.",
+    },
     "ErrorFields": {"message": "What is wrong and what to do about it."},
     "CalledTool": {"id": "What to send back as tool_call_id.", "type": "`function`."},
     "ToolCallDelta": {
