@@ -636,6 +636,7 @@ def page() -> str:
         f"| `content-encoding` | {decoding.ACCEPTED.decode()}; another is a 415 with `accept-encoding` |",
         "| `x-request-id` | the id of reply, logs and traces, if it is plain (as [request_id](#fields-of-both-generation-requests)); else one is made |",
         "| `x-penstock-retain`, `x-penstock-on-disconnect`, `last-event-id` | [streams](streams.md) that outlive their connection |",
+        "| `accept` | `application/x-ndjson`: a stream comes [in lines](streams.md#in-lines) |",
         "| `traceparent`, `tracestate` | W3C trace context: spans go on from it |",
         "| `x-include-metrics` | `1` or `true`: the reply has `metrics`, in milliseconds (a stream in its last chunk, which has no choices) |",
         "| `origin` and a preflight's | CORS, below |",
