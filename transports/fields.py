@@ -113,6 +113,12 @@ FIELDS: dict[str, Field] = {
         "`cancel`, `continue`, `park`",
         "`continue` with retain_s, else `cancel`",
     ),
+    "stream_interval": Field(
+        "Of a stream: after the first token, which comes at once, an event is so many tokens, and the last one what is left. See [Streams](streams.md#less-often).",
+        PENSTOCK,
+        "1 to 1024",
+        "--stream-interval",
+    ),
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),
     "rid": Field("The same as request_id, which wins over it.", SGLANG),
@@ -189,10 +195,17 @@ OWN: dict[str, dict[str, Field]] = {
             default="false",
         ),
         "tool_calls_done": Field(
-            'A chunk with `{"index": i, "done": true}` in its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
+            'The older name of arguments_done in events: a chunk with `{"index": i, "done": true}` in its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
             " so that the tool can start before the answer ends.",
             "Penstock",
             default="false",
+        ),
+        "events": Field(
+            "What else the stream tells: `arguments_done` (as tool_calls_done), `json_value` (values of an answer that is JSON, as each is complete; it needs"
+            " response_format json_object or json_schema, or another field that asks for JSON). See [Streams](streams.md#values-of-a-json-answer).",
+            "Penstock",
+            "`arguments_done`, `json_value`",
+            "none",
         ),
     },
     "ResponseFormat": {
@@ -302,6 +315,7 @@ REPLY_FIELDS: dict[str, str] = {
     "stop_reason": "The stop string, or the id of stop_token_ids, that ended it; else null.",
     "matched_stop": "The same, by SGLang's name. (The id of one of the model's own end tokens, which SGLang tells here, it is not.)",
     "token_ids": "With return_token_ids: the tokens of the answer, or of this chunk.",
+    "json_value": "Of a stream with stream_options.events json_value: a value of the answer that is complete. Such a chunk has no text.",
     "error": "With finish_reason `error`: why this choice could not go on.",
     "role": "`assistant`.",
     "content": "The text; null where there is none beside tool_calls or reasoning.",
@@ -311,7 +325,7 @@ REPLY_FIELDS: dict[str, str] = {
     "function": "What is called.",
     "name": "The function; in a stream only in the call's first chunk.",
     "arguments": "JSON as a text, as the model wrote it: not valid if the answer was cut off. In a stream what is new.",
-    "done": "With stream_options.tool_calls_done: the arguments are complete and valid.",
+    "done": "With stream_options.events arguments_done: the arguments are complete and valid.",
     "refusal": "null.",
     "prompt_tokens": "Of the prompts, each counted once.",
     "completion_tokens": "Drawn, the end token too.",
@@ -346,6 +360,12 @@ REPLY_FIELDS: dict[str, str] = {
 
 REPLY_OWN: dict[str, dict[str, str]] = {
     "ErrorReply": {"error": "What is wrong."},
+    "JsonValue": {
+        "path": "Where it stands in the answer: a JSON Pointer (RFC 6901), such as `/people/0/name`.",
+        "index": "Which item it is, where the answer is a list and this one of its items.",
+        "value": "The value.",
+        "too_large": "true: its text is longer than 65536 characters, so that it is not repeated.",
+    },
     "ErrorFields": {"message": "What is wrong and what to do about it."},
     "CalledTool": {"id": "What to send back as tool_call_id.", "type": "`function`."},
     "ToolCallDelta": {

@@ -1,6 +1,6 @@
 """What stands around the payloads of a stream.
 
-What it is: `Frame`, the bytes that make payloads a stream of their kind, and `Sse` and `TypedSse`, server-sent events. A frame is asked before the stream begins for what
+What it is: `Frame`, the bytes that make payloads a stream of their kind; `Sse` and `TypedSse`, server-sent events, and `NdJson`, lines; `chosen`, what a client's Accept asks for. A frame is asked before the stream begins for what
 goes around the text of plain rows, so that such a row is one JSON string and one append.
 What it does not know: what a payload says (voice.py), who sends it (stream.py).
 """
@@ -21,8 +21,11 @@ class Frame(Protocol):
     keep_alive: bytes
     """What an idle stream sends, so that nobody on the way takes it for dead. Clients skip it."""
 
+    tells_numbers: bool
+    """Does `numbered` say the number? Else a client counts what it gets, so that none may be left out."""
+
     def wrap(self, payload: bytes) -> bytes:
-        """A payload as it goes out."""
+        """A payload as it goes out; b"": not at all."""
         ...
 
     def numbered(self, number: int, message: bytes) -> bytes:
@@ -43,6 +46,7 @@ class Sse:
         (b"x-accel-buffering", b"no"),
     )
     keep_alive = b": keep-alive\n\n"
+    tells_numbers = True
 
     def wrap(self, payload: bytes) -> bytes:
         return b"data: " + payload + b"\n\n"
@@ -69,3 +73,48 @@ class TypedSse(Sse):
     def _named(self, payload: bytes) -> bytes:
         start = len(b'{"type":"')
         return b"event: " + payload[start : payload.index(b'"', start)] + b"\n"
+
+
+class NdJson:
+    """A payload a line, and nothing else: the mark of the end is the end. An event's number is that of its line; empty ones do not count."""
+
+    headers: Sequence[Header] = (
+        (b"content-type", b"application/x-ndjson"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+    )
+    keep_alive = b"\n"
+    tells_numbers = False
+
+    def wrap(self, payload: bytes) -> bytes:
+        return b"" if payload == DONE else payload + b"\n"
+
+    def numbered(self, number: int, message: bytes) -> bytes:
+        return message
+
+    def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        return before, after + b"\n"
+
+
+DONE = b"[DONE]"
+"""What ends a stream of OpenAI's, where that is told."""
+NDJSON = b"application/x-ndjson"
+_ndjson = NdJson()
+
+
+def chosen(accept: bytes | None, usual: Frame) -> Frame:
+    """The frame for the header Accept: lines where they are asked for by name, and not less than server-sent events."""
+    if accept is None or NDJSON not in accept.lower():
+        return usual
+    wanted: dict[bytes, float] = {}
+    for part in accept.lower().split(b","):
+        name, *parameters = (piece.strip() for piece in part.split(b";"))
+        wanted.setdefault(name, next((_weight(one[2:]) for one in parameters if one.startswith(b"q=")), 1.0))
+    return _ndjson if wanted.get(NDJSON, 0.0) > 0 and wanted[NDJSON] >= wanted.get(b"text/event-stream", 0.0) else usual
+
+
+def _weight(text: bytes) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

@@ -44,6 +44,8 @@ class Generation(msgspec.Struct, kw_only=True):
     grammar: Grammar | None = None
     """What every answer must obey."""
     stream: bool = False
+    stream_interval: int = 1
+    """A stream's rows are passed once they are so many tokens, from the second on."""
     split: bool = False
     parallel_calls: bool = True
     calling: Calling | None = None

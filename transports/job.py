@@ -20,6 +20,7 @@ from penstock.transports.blame import must, said
 from penstock.transports.gateway import CancelCause, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.ids import public_id
+from penstock.transports.merging import Merging
 from penstock.transports.request import Receive, RequestContext, sane_id
 from penstock.transports.retained import Again, beginning_of
 from penstock.transports.retention import retention
@@ -91,7 +92,7 @@ class Job(abc.ABC):
             else:
                 for index in range(len(self.generation.prompts)):
                     submit = self._submit(index, sent_ns, gateway.next_key())
-                    gateway.submit(submit, self.leg(index))
+                    gateway.submit(submit, self._sink(index))
                     self.keys.append(submit.key)
         except BaseException:
             self.cancel("client")
@@ -106,7 +107,7 @@ class Job(abc.ABC):
         if len(again.keys) != len(self.generation.prompts):
             raise StreamNotFound(again.rid)  # it is understood otherwise now than when it began
         self.keys += again.keys
-        self.door.follow(again.rid, again.tenant, [(key, self.leg(index)) for index, key in enumerate(again.keys)])
+        self.door.follow(again.rid, again.tenant, [(key, self._sink(index)) for index, key in enumerate(again.keys)])
 
     def _submit(self, index: int, sent_ns: int, key: int) -> Submit:
         gateway, generation, context = self.gateway, self.generation, self.context
@@ -152,6 +153,12 @@ class Job(abc.ABC):
         generation = self.generation
         attributes = gen_ai_attributes(generation.kind, self.model, generation.sampling, stream=generation.stream)
         self.context.span.name(f"{attributes['gen_ai.operation.name']} {self.model}", {**attributes, "gen_ai.output.type": "text"})
+
+    def _sink(self, index: int) -> Any:
+        interval = self.generation.stream_interval
+        if interval == 1 or not self.generation.stream:
+            return self.leg(index)
+        return Merging(self.leg(index), interval, self.generation.sampling.n, tells_end=self.retention is None)
 
     @abc.abstractmethod
     def leg(self, index: int) -> Any:

@@ -37,6 +37,7 @@ from penstock.transports.openai_schema import (
     decode,
 )
 from penstock.transports.retention import check_seconds
+from penstock.transports.stream_events import ARGUMENTS_DONE, JSON_VALUE, events_of, interval_of
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
@@ -83,6 +84,8 @@ class Call(Generation, kw_only=True):
     """The answer goes into the store."""
     calls_done: bool = False
     """A stream says when a call's arguments are complete."""
+    values: bool = False
+    """A stream says when a value within the answer, which is JSON, is complete."""
 
 
 def _need(ok: bool, message: str, param: str) -> None:
@@ -160,6 +163,8 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
     options = request.stream_options
     if options is not None:
         ignored = [*ignored, *check_options(raw["stream_options"])]
+    grammar = grammar_of(request, raw)
+    events = events_of(options, grammar)
     return {
         "model": request.model or None,
         "priority": priority,
@@ -169,6 +174,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "stream": bool(request.stream),
         "retain_s": request.retain_s,
         "on_disconnect": request.on_disconnect,
+        "stream_interval": interval_of(request.stream_interval, config),
         "request_id": request.request_id or request.rid,
         "ignored": check_unknown(ignored, strict=config.strict_fields),
         "include_usage": bool(options and options.include_usage),
@@ -176,7 +182,9 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "obfuscate": bool(options and options.include_obfuscation),
         "prompt_logprobs": request.prompt_logprobs is not None,
         "tokens_as_ids": bool(request.return_tokens_as_token_ids),
-        "grammar": grammar_of(request, raw),
+        "grammar": grammar,
+        "calls_done": ARGUMENTS_DONE in events or bool(options and options.tool_calls_done),
+        "values": JSON_VALUE in events,
     }
 
 
@@ -245,7 +253,6 @@ def parse_chat(body: bytes, config: Config, limits: Limits | None = None, *, mos
         split=True,
         calling=calling,
         parallel_calls=request.parallel_tool_calls is not False,
-        calls_done=bool(request.stream_options and request.stream_options.tool_calls_done),
         kept=kept_of(request, raw) if request.store else None,
         **fields,
     )

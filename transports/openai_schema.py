@@ -28,6 +28,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
     tool_calls_done: bool | None = None
+    events: list[str] | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -161,6 +162,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     retain_s: float | None = None
     on_disconnect: str | None = None
+    stream_interval: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     # SGLang's

@@ -21,13 +21,14 @@ import msgspec
 from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import ARGUMENTS, NAME, REASONING
 from penstock.transports.echo import Shared, echo_pieces, is_small
+from penstock.transports.frame import DONE as DONE
 from penstock.transports.gateway import Batch
+from penstock.transports.json_values import JsonValues, Value
 from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
 from penstock.transports.openai import Call
 from penstock.transports.request import Header, JsonReply, error_body, error_fields, error_reply
 from penstock.transports.voice import Choice, Head, Pieces, Prompt, Usage
 
-DONE = b"[DONE]"
 SIZE_STEP = 64
 """Bytes. With stream_options.include_obfuscation the sizes of events differ by multiples of it: few tokens are longer."""
 
@@ -67,7 +68,8 @@ class _OpenAIVoice(abc.ABC):
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.plain = not (call.want_ids or call.continuous_usage or call.obfuscate or call.top_logprobs is not None)
+        self.plain = not (call.want_ids or call.continuous_usage or call.obfuscate or call.values or call.top_logprobs is not None)
+        self._values = [JsonValues() for _ in range(call.choices)] if call.values else []
         self._least = len(_json([self._chunk(0, "", None)]))
         self._tail = b',"usage":null}' if call.include_usage else b"}"
 
@@ -157,6 +159,20 @@ class _OpenAIVoice(abc.ABC):
             if tokens is not None:
                 choice["token_ids"] = tokens
             yield self._event([choice], self._usage(row, batch))
+            if self._values and delta is None:
+                for value in self._values[index].feed(text):
+                    yield self._event([self._complete(index, value)], self._usage(row, batch))
+
+    def _complete(self, index: int, value: Value) -> dict[str, Any]:
+        """That a value of a choice's answer is."""
+        told: dict[str, Any] = {"path": value.path}
+        if value.item is not None:
+            told["index"] = value.item
+        if value.text is None:
+            told["too_large"] = True
+        else:
+            told["value"] = msgspec.Raw(value.text.encode())
+        return {**self._silence(index), "logprobs": None, "finish_reason": None, "json_value": told}
 
     @abc.abstractmethod
     def _logprobs(self, index: int, positions: list[Any]) -> dict[str, Any]:

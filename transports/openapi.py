@@ -8,7 +8,7 @@ What it does not know: the routes.
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -31,6 +31,7 @@ from penstock.transports.openai_schema import REQUESTS
 from penstock.transports.openapi_bounds import bounded
 from penstock.transports.openapi_replies import (
     ERRORS,
+    NDJSON,
     OWN_ERRORS,
     OWN_STATUSES,
     REPLIES,
@@ -215,8 +216,8 @@ def _responses(path: str, method: str, answers: Sequence[Answer], schema_of: dic
         str(answer.status): {
             "description": answer.what,
             "content": {
-                media: text if kind is None else {"schema": _events(path, schema_of[kind], schema_of) if media == SSE else schema_of[kind]}
-                for media, kind in answer.content.items()
+                media: text if kind is None else {"schema": _schema(path, media, schema_of[kind], schema_of)}
+                for media, kind in _with_lines(answer.content).items()
             },
         }
         for answer in answers
@@ -230,10 +231,17 @@ def _responses(path: str, method: str, answers: Sequence[Answer], schema_of: dic
     return {**wrong, **own}
 
 
-def _events(path: str, payload: Any, schema_of: dict[Any, Any]) -> Any:
-    """The schema of a stream, which is that of one event. (OpenAI's last event is no JSON, so there the payload stands for it.)"""
-    if path not in OWN_ERRORS:
+def _with_lines(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Whatever streams, streams in lines, too."""
+    return {**content, NDJSON: content[SSE]} if SSE in content else dict(content)
+
+
+def _schema(path: str, media: str, payload: Any, schema_of: dict[Any, Any]) -> Any:
+    """Of a body; that of a stream is that of one event or line. (OpenAI's last event is no JSON, so there the payload stands for it.)"""
+    if media not in (SSE, NDJSON) or path not in OWN_ERRORS:
         return payload
     either = {"anyOf": [payload, schema_of[OWN_ERRORS[path]]]}
+    if media == NDJSON:
+        return either
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": either}
     return {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}

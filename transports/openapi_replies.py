@@ -29,6 +29,8 @@ from penstock.transports.tokens_replies import TokensChunk, TokensReply
 
 JSON = "application/json"
 SSE = "text/event-stream"
+NDJSON = "application/x-ndjson"
+"""The same, an event's data a line, for who asks for it."""
 PLAIN = "text/plain"
 HTML = "text/html"
 BYTES = "application/octet-stream"
@@ -140,6 +142,13 @@ class ChatDelta(msgspec.Struct, omit_defaults=True):
     tool_calls: list[ToolCallDelta] | None = None
 
 
+class JsonValue(msgspec.Struct, omit_defaults=True):
+    path: str
+    index: int | None = None
+    value: Any = None
+    too_large: bool | None = None
+
+
 class ChatChunkChoice(msgspec.Struct, omit_defaults=True):
     index: int
     delta: ChatDelta
@@ -148,6 +157,7 @@ class ChatChunkChoice(msgspec.Struct, omit_defaults=True):
     stop_reason: int | str | None = None
     matched_stop: int | str | None = None
     token_ids: list[int] | None = None
+    json_value: JsonValue | None = None
     error: ErrorFields | None = None
 
 
@@ -176,6 +186,7 @@ class TextChoice(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: list[Any] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
+    json_value: JsonValue | None = None
     error: ErrorFields | None = None
 
 

@@ -99,6 +99,7 @@ def _neutral(name: str, value: msgspec.Raw) -> str:
         "reasoning.mode": (b"null", b'"standard"'),
         "stream_options.continuous_usage_stats": (b"null", b"false"),
         "stream_options.tool_calls_done": (b"null", b"false"),
+        "stream_options.events": (b"null", b"[]"),
     }.get(name)
     if neutral is None:
         return name[:200]

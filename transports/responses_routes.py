@@ -61,8 +61,7 @@ class _Length(msgspec.Struct):
 def responses_routes(gateway: Gateway) -> list[Any]:
     """TransportSpec.factory."""
     config = gateway.config
-    frame = EventSse()
-    surface = Surface(gateway, frame)
+    surface = Surface(gateway, EventSse())
     pulse = Pulse(config)
     records = Records(gateway.store) if gateway.store is not None else None
     hub = Hub()
@@ -108,7 +107,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         if asked.background:
             return await in_background(asked, context)
         if asked.stream:
-            return StreamedResponse(gateway, asked, records, frame, context, pulse)
+            return StreamedResponse(gateway, asked, records, surface.framed(context), context, pulse)
         return WholeResponse(gateway, asked, records, context)
 
     async def in_background(asked: Asked, context: RequestContext) -> ASGIApp:
@@ -123,7 +122,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
         except PenstockError as error:
             raise asked.renamed(error) from None
         if asked.stream:
-            return Follow(gateway, kept(), frame, hub, context.tenant, asked.id, -1, ignored_header(asked.call.ignored))
+            return Follow(gateway, kept(), surface.framed(context), hub, context.tenant, asked.id, -1, ignored_header(asked.call.ignored))
         return JsonReply(_json(queued), headers=ignored_header(asked.call.ignored))
 
     @post(
@@ -154,7 +153,8 @@ def responses_routes(gateway: Gateway) -> list[Any]:
             raise InvalidRequest(
                 "include_obfuscation: events are kept as they were sent. Ask for it in stream_options.", param="include_obfuscation"
             )
-        tenant = context_of(request.scope).tenant
+        context = context_of(request.scope)
+        tenant = context.tenant
         record = await kept().get(tenant, response_id)
         if not stream:
             if "starting_after" in query:
@@ -164,7 +164,7 @@ def responses_routes(gateway: Gateway) -> list[Any]:
             raise InvalidRequest(
                 "stream: only responses that were created with both background and stream have events to be followed.", param="stream"
             )
-        return Follow(gateway, kept(), frame, hub, tenant, response_id, after)
+        return Follow(gateway, kept(), surface.framed(context), hub, tenant, response_id, after)
 
     @delete("/v1/responses/{response_id:str}", summary="Delete a response; one in the background ends", tags=["responses"], status_code=200)
     async def remove(request: AnyRequest) -> ASGIApp:

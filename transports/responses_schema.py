@@ -93,6 +93,7 @@ class ResponsesRequest(InputTokensRequest, frozen=True, kw_only=True):
     cache_salt: str | None = None
     retain_s: float | None = None
     on_disconnect: str | None = None
+    stream_interval: int | None = None
     request_id: str | None = None
 
 
@@ -119,6 +120,7 @@ LIKE_CHAT = (
     "cache_salt",
     "retain_s",
     "on_disconnect",
+    "stream_interval",
     "request_id",
 )
 """Fields that chat has under the same name and with the same meaning."""

@@ -167,7 +167,7 @@ def answer_kept(gateway: Gateway, surface: Surface, request: AnyRequest, call: C
         raise UnsupportedFeature("store: this server keeps nothing (--no-store). Leave it out, or set it to false.", param="store")
     context = context_of(request.scope)
     if call.stream:
-        return KeptStream(gateway, call, surface.frame, context, surface.pulse, gateway.store)
+        return KeptStream(gateway, call, surface.framed(context), context, surface.pulse, gateway.store)
     return KeptWhole(gateway, call, context, gateway.store)
 
 

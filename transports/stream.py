@@ -109,10 +109,13 @@ class StreamReply(Job):
         for payload in payloads:
             if isinstance(payload, Pieces):
                 self._say_later(payload)
-            else:
-                self.push(self._frame.wrap(payload))
+            elif message := self._frame.wrap(payload):
+                self.push(message)
 
     def _say_later(self, pieces: Pieces) -> None:
+        if self.retention is not None and not self._frame.tells_numbers:  # the client counts: so must we
+            self.say(pieces.payloads)
+            return
         messages: Iterator[bytes] = map(self._frame.wrap, pieces.payloads)
         if self.retention is not None:  # how many they are is known once they are made: they have numbers to spare
             messages = self._numbered(messages, self._number)

@@ -15,12 +15,12 @@ from litestar.types import ASGIApp
 
 from penstock.core.actors.text.bounds import SMALL
 from penstock.transports.blame import beside
-from penstock.transports.frame import Frame
+from penstock.transports.frame import Frame, chosen
 from penstock.transports.gateway import Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.outbox import Pulse
 from penstock.transports.replies import WholeReply
-from penstock.transports.request import check_json, context_of, read_body
+from penstock.transports.request import RequestContext, check_json, context_of, read_body
 from penstock.transports.stream import StreamReply
 from penstock.transports.voice import Voice
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Surface:
-    """One an API and edge, made by the factory of its routes; `frame` is that of its streams."""
+    """One an API and edge, made by the factory of its routes; `frame` is that of its streams, unless they are asked for as lines."""
 
     def __init__(self, gateway: Gateway, frame: Frame) -> None:
         self._gateway = gateway
@@ -55,11 +55,15 @@ class Surface:
         async with self._gateway.parsing:
             return await beside(work)
 
+    def framed(self, context: RequestContext) -> Frame:
+        """The frame of a stream that answers this request."""
+        return chosen(context.headers.get(b"accept"), self.frame)
+
     def answer(self, request: Request[Any, Any, Any], generation: Generation, voice: Voice) -> ASGIApp:
         """What the route returns: it runs the generation and says in `voice` what came of it."""
         context = context_of(request.scope)
         if generation.stream:
-            reply = StreamReply(self._gateway, generation, voice, self.frame, context, self.pulse)
+            reply = StreamReply(self._gateway, generation, voice, self.framed(context), context, self.pulse)
             reply.handler = request.scope.get("route_handler")
             return reply
         return WholeReply(self._gateway, generation, voice, context)

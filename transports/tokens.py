@@ -75,6 +75,7 @@ def parse_tokens(body: bytes, config: Config, limits: Limits | None = None) -> T
         detokenize=False,
         grammar=grammar,
         stream=bool(request.stream),
+        stream_interval=config.stream_interval,
         request_id=request.request_id,
         ignored=check_unknown(unknown, strict=config.strict_fields),
         include_usage=bool(options and options.include_usage),
@@ -88,7 +89,7 @@ def _check(request: TokensRequest) -> None:
         if getattr(request, name) not in (None, {}, []):
             raise UnsupportedFeature(f"{name} is not supported here. Leave it out.", param=name)
     _need(request.stream_options is None or bool(request.stream), "stream_options", "is only allowed when stream is true")
-    for name in ("include_obfuscation", "tool_calls_done"):
+    for name in ("include_obfuscation", "tool_calls_done", "events"):
         if request.stream_options is not None and getattr(request.stream_options, name):
             param = f"stream_options.{name}"
             raise UnsupportedFeature(f"{param} is about text, of which there is none here. Leave it out.", param=param)

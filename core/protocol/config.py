@@ -33,6 +33,8 @@ from penstock.core.protocol.wording import type_words
 
 MiB = 1 << 20
 GiB = 1 << 30
+MOST_INTERVAL = 1024
+"""Tokens an event of a stream: what waits for one counts as nobody's unsent bytes."""
 LONGEST_S = 7 * 24 * 3600
 """Most seconds of an option that is a time: timers take no infinity."""
 WATCHDOG_LEAST_S = 10
@@ -239,6 +241,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
     keep_alive_s: Annotated[float, opt("SSE comment after this long without an event.", "limits")] = 10.0
+    stream_interval: Annotated[int, opt("Tokens an event of a stream, after the first; a request may say another number.", "limits")] = 1
     max_retain_s: Annotated[float, opt("Longest retain_s of a stream that can be resumed; 0: none can.", "limits")] = 600.0
     retained_stream_bytes: Annotated[int, opt("Most that is kept of one retained stream.", "limits", size=True)] = 8 * MiB
     retained_bytes: Annotated[int, opt("Most that is kept of all retained streams.", "limits", size=True)] = 256 * MiB
@@ -280,7 +283,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None, json=True, short="-sc")] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
     trust_remote_code: Annotated[bool, opt("Not supported: model code is never run.", "later", neutral=False)] = False
-    stream_interval: Annotated[int, opt("Steps per event; only 1 so far.", "later", neutral=1)] = 1
     download_dir: Annotated[str | None, opt("Not supported: nothing is downloaded.", "later", neutral=None)] = None
     revision: Annotated[str | None, opt("Not supported: nothing is downloaded; name the folder.", "later", neutral=None)] = None
     max_total_tokens: Annotated[int | None, opt("Not supported yet: use --kv-cache-memory-bytes.", "later", neutral=None)] = None
@@ -672,6 +674,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
+    if not 1 <= config.stream_interval <= MOST_INTERVAL:
+        raise ConfigError(f"--stream-interval must be from 1 to {MOST_INTERVAL}.", param="stream_interval")
     if config.store is not None and not config.store.strip():
         raise ConfigError("--store must name a file.", param="store")
     _check_pairs(config)

@@ -79,7 +79,7 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
         ({"root_path": "api"}, "root_path", "like /api/llm"),
         ({"root_path": "/a?b"}, "root_path", "like /api/llm"),
         ({"root_path": "//evil.example"}, "root_path", "like /api/llm"),
-        ({"stream_interval": 2}, "stream_interval", "only 1 is accepted"),
+        ({"stream_interval": 1025}, "stream_interval", "from 1 to 1024"),
     ],
 )
 def test_wrong_values_name_the_option(layer: dict[str, object], param: str, hint: str) -> None:

@@ -73,7 +73,11 @@ def test_every_operation_tells_its_replies(edge: Edge) -> None:
         assert ("head" in item) is ("get" in item)
     names = [operation["operationId"] for item in found["paths"].values() for operation in item.values()]
     assert len(set(names)) == len(names)
-    assert set(found["paths"][CHATS]["post"]["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(found["paths"][CHATS]["post"]["responses"]["200"]["content"]) == {
+        "application/json",
+        "text/event-stream",
+        "application/x-ndjson",
+    }
     assert set(found["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     assert "securitySchemes" not in found["components"]
 

@@ -19,6 +19,7 @@ HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "stream":
 SURFACES = [
     (CHATS, HI),
     (CHATS, HI | {"n": 2, "stream_options": {"include_usage": True}}),
+    (CHATS, HI | {"n": 2, "stream_interval": 2}),
     ("/v1/completions", {"prompt": ["a", "b"], "stream": True}),
     ("/v1/messages", {"model": "brook", "max_tokens": 9, "messages": HI["messages"], "stream": True}),
     ("/v1/responses", {"input": "hi", "stream": True}),
@@ -91,6 +92,20 @@ def test_every_surface_resumes_at_every_event(edge: Edge, stream: Stream, path: 
         assert rest.headers["x-request-id"] == rid
     assert edge.kept.get(f"/v1/streams/{rid}?after=1").text == edge.kept.get(f"/v1/streams/{rid}", headers={"last-event-id": "1"}).text
     assert edge.server.gateway.active == 0
+
+
+@pytest.mark.parametrize(("path", "body"), [*SURFACES, ("/v1/completions", {"prompt": ["a" * 9000, "b"], "stream": True, "echo": True})])
+def test_a_stream_in_lines_resumes_behind_the_lines_that_came(edge: Edge, stream: Stream, path: str, body: dict[str, Any]) -> None:
+    whole = edge.kept.post(path, json=body, headers={"x-penstock-retain": "30", "accept": "application/x-ndjson"})
+    rid, lines = whole.headers["x-request-id"], whole.text.split("\n")
+    assert lines.pop() == ""
+    for after in range(len(lines) + 1):
+        rest = edge.kept.get(f"/v1/streams/{rid}?after={after}", headers={"accept": "text/event-stream"})
+        assert rest.status_code == (204 if after == len(lines) else 200)
+        assert re.sub(r'"completed_at":\d+', "", rest.text) == re.sub(
+            r'"completed_at":\d+', "", "".join(line + "\n" for line in lines[after:])
+        )
+        assert after == len(lines) or rest.headers["content-type"] == "application/x-ndjson", "as it began"
 
 
 def test_events_are_those_of_a_stream_that_is_not_retained(edge: Edge, stream: Stream) -> None:

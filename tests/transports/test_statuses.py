@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from edge_kit import Edge, full_script
+from edge_kit import Edge, delta, full_script
 
-from penstock.core.protocol.messages import Submit
+from penstock.core.protocol.messages import Message, Submit
 from penstock.transports.abilities import ABILITIES, Ability
 from penstock.transports.elsewhere import KNOWN
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest
@@ -51,6 +51,8 @@ EXAMPLES: dict[str, Any] = {
     "stream_options.include_usage": True,
     "retain_s": 5,
     "on_disconnect": "park",
+    "stream_interval": 3,
+    "stream_options.events": ["json_value"],
     "stream_options.include_obfuscation": True,
     "stream_options.continuous_usage_stats": True,
     "temperature": 0.5,
@@ -128,6 +130,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "stream_options.include_usage": STREAM,
     "retain_s": STREAM,
     "on_disconnect": STREAM,
+    "stream_interval": STREAM,
+    "stream_options.events": {**STREAM, "response_format": {"type": "json_object"}},
     "stream_options.include_obfuscation": STREAM,
     "stream_options.continuous_usage_stats": USAGE,
 }
@@ -140,6 +144,7 @@ BESIDE_OF: dict[type[msgspec.Struct], dict[str, dict[str, Any]]] = {
         "stream_options": STREAM,
         "store": {},
         "previous_response_id": {},
+        "stream_options.events": STREAM,
         "best_of": {},
         "length_penalty": {},
         "early_stopping": {},
@@ -178,9 +183,23 @@ TELLS = {"metadata", "store", "truncation"}
 """Fields of Responses whose work is, where nothing is too long, to be told again."""
 
 
+def script(submit: Submit) -> list[Message]:
+    """full_script; where JSON is asked for, a list in three tokens, and where a stream is, more of it."""
+    first, *rest = full_script(submit)
+    texts = ["B", "C"]
+    if submit.grammar is not None and submit.grammar.kind == "json":
+        texts = ["[1", ",2", "]"]
+        first = msgspec.structs.replace(first, texts=["" for _ in range(submit.sampling.n)])
+    more = [
+        delta(*({"key": submit.key, "choice": choice, "text": text, "tokens": [], "output": count} for choice in range(submit.sampling.n)))
+        for count, text in enumerate(texts, 2)
+    ]
+    return [first, *more, *rest] if submit.stream else [first, *rest]
+
+
 @pytest.fixture(scope="module")
 def edge(shared_edge: Edge) -> Edge:
-    shared_edge.text.script = full_script
+    shared_edge.text.script = script
     return shared_edge
 
 
