@@ -127,6 +127,7 @@ class FakeText:
                 404,
                 b'{"message":"No request of that id is running.","type":"invalid_request_error","code":"not_found"}',
             ),
+            "stream": lambda _: (404, b'{"message":"There is no such stream.","type":"invalid_request_error","code":"stream_not_found"}'),
             "models": lambda _: (200, b'{"object":"list","data":[{"id":"brook","object":"model","created":1,"owned_by":"penstock"}]}'),
             "metrics": lambda _: (200, b"penstock_up 1\n"),
             "health": lambda _: (200, b'{"status":"ok"}'),

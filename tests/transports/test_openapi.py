@@ -60,7 +60,7 @@ def test_every_operation_tells_its_replies(edge: Edge) -> None:
             assert ("405" in operation["responses"]) is (method != "options"), path
             for status, answer in operation["responses"].items():
                 assert answer["description"]
-                silent = method == "head" or (method, status) == ("options", "204")
+                silent = method == "head" or status == "204"
                 assert bool(answer.get("content")) is not silent, (path, method, status)
                 if silent:
                     continue
@@ -68,7 +68,7 @@ def test_every_operation_tells_its_replies(edge: Edge) -> None:
                     shapes = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in replies.error_bodies(path, int(status))]
                     shape = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
                     assert answer["content"]["application/json"]["schema"] == shape
-            assert ("requestBody" in operation) is (method == "post" and not path.endswith("/cancel"))
+            assert ("requestBody" in operation) is (method == "post" and not path.endswith("/cancel") and path != "/v1/requests/{request_id}")
         assert "options" in item
         assert ("head" in item) is ("get" in item)
     names = [operation["operationId"] for item in found["paths"].values() for operation in item.values()]
