@@ -6,15 +6,29 @@ fake clock's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from penstock.core.protocol.messages import LENGTH, Park, Plan, Unpark, seq_of
-from penstock.core.protocol.sampling import Beam
+sys.path.insert(0, str(Path(__file__).parent))  # for grammar_kit.py: pytest's importlib mode does not
+
+from penstock.core.actors.kv import KvManager
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.contract.host import PluginHost
+from penstock.core.processes import engine as engine_module
+from penstock.core.processes.engine import Engine
+from penstock.core.protocol.columns import i32
+from penstock.core.protocol.config import build
+from penstock.core.protocol.messages import LENGTH, Admit, Park, Plan, StepTokens, Unpark, Vocabulary, seq_of
+from penstock.core.protocol.sampling import Beam, SamplingParams
+from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 Make = Callable[..., Any]
+VOCAB = 61
 
 
 def held(sim: Any) -> int:
@@ -159,3 +173,51 @@ def test_who_is_not_parked_costs_a_plan_nothing(make_sim: Make) -> None:
     sim.clock.now_ns = lambda: read.append(1) or now()
     sim.finish(3)
     assert read == []
+
+
+# ------------------------------------------------------------------ the whole engine
+
+
+def test_an_idle_engine_sees_to_it_and_a_grammar_is_obeyed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs, so nothing but the engine's own look at the clock can make the parked one give up. Its place in the grammar it keeps."""
+    monkeypatch.setattr(engine_module, "PARKS_S", 0.002)
+    heard: list[StepTokens] = []
+    request = Admit(
+        key=1, incarnation=1, prompt=i32([1, 2, 3]), hashes=b"", root_hash=b"r" * 16, choices=i32([0]),
+        sampling=SamplingParams(temperature=1.0, seed=1), max_tokens=40, eos=i32([2]), grammar=b"[20,30,24]",
+    )  # fmt: skip
+
+    async def main() -> None:
+        plugins = PluginHost("engine", extra=["grammar_kit"]).load()
+        config = build({"max_num_seqs": 2, "block_size": 4, "park_kv_s": 0.01})
+        device = FakeDevice(FakeOptions(vocab_size=VOCAB, depth=2, step_s=0.002))
+        engine = Engine(config, output=lambda m: heard.append(m) if isinstance(m, StepTokens) else None,
+                        device=device, policy=FirstComeFirstServed(), plugins=plugins)  # fmt: skip
+        try:
+            async with trio.open_nursery() as nursery:
+                await engine.start(nursery)
+                assert engine.host is not None
+                engine.post(Vocabulary(data=b"x" * VOCAB, counts=i32([1] * VOCAB)), request)
+                with trio.fail_after(20):
+                    while sum(sent.tokens.size for sent in heard) < 6:
+                        await trio.sleep(0.001)
+                    engine.post(Park(key=1))
+                    kv = engine.host._actors["kv"]
+                    assert isinstance(kv, KvManager)
+                    while kv.counts()[2]:
+                        await trio.sleep(0.001)
+                    assert kv.check() == []
+                    assert heard[-1].stats.blocks_used == 0
+                    engine.post(Unpark(key=1))
+                    while not any(sent.reasons.any() for sent in heard):
+                        await trio.sleep(0.001)
+                nursery.cancel_scope.cancel()
+        finally:
+            engine.close()
+
+    trio.run(main)
+    tokens = [token for sent in heard for token in sent.tokens.tolist() if token >= 0]
+    assert len(tokens) == 25
+    assert all(20 <= token < 30 for token in tokens[:24])
+    assert tokens[24] == 2
+    assert [seq for sent in heard for seq in sent.preempted_seqs.tolist()] == [seq_of(1, 0)]
