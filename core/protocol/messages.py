@@ -100,6 +100,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OnDisconnect = Literal["cancel", "continue", "park"]
+CancelCause = Literal["disconnect", "slow_client", "timeout", "drain", "client"]
 ParkCause = Literal["slow", "user", "detached"]
 
 
@@ -177,7 +178,7 @@ class Cancel(Message, frozen=True, kw_only=True):
     """The client went away, or the edge gave the stream up. Idempotent. `cause` is a metric label."""
 
     key: int
-    cause: Literal["disconnect", "slow_client", "timeout", "drain", "client"] = "disconnect"
+    cause: CancelCause = "disconnect"
 
 
 class Park(Message, frozen=True, kw_only=True):
@@ -204,10 +205,12 @@ class Attach(Message, frozen=True, kw_only=True):
 
 
 class Detach(Message, frozen=True, kw_only=True):
-    """The client of a retained stream went away (`key` is any of its keys). Ignored from an edge that does not listen to it."""
+    """The client of a retained stream went away (`key` is any of its keys), or was cut off. Ignored from an edge that does not listen to it. `cause` is what
+    the metrics say if that ends it."""
 
     key: int
     edge: int
+    cause: CancelCause = "disconnect"
 
 
 class Query(Message, frozen=True, kw_only=True):

@@ -105,8 +105,9 @@ EDGE_METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "penstock_edge_parks_total": ("counter", (), "Streams that were parked because their client read too slowly."),
     "penstock_edge_cuts_total": (
         "counter",
-        (),
-        "Streams that were cut because their client did not read; each of their prompts is a cancellation too.",
+        ("why",),
+        "Streams that were cut because their client did not read: nothing for too long (stalled), or too little (full); each of their prompts is a"
+        " cancellation too, but for streams that can be resumed.",
     ),
     "penstock_edge_refused_total": ("counter", (), "Requests refused with 429 because the edge had --max-streams in progress."),
 }

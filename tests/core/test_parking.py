@@ -170,7 +170,12 @@ def test_who_is_not_parked_costs_a_plan_nothing(make_sim: Make) -> None:
     sim.finish(3)
     read: list[int] = []
     now = sim.clock.now_ns
-    sim.clock.now_ns = lambda: read.append(1) or now()
+
+    def now_ns() -> int:
+        read.append(1)
+        return int(now())
+
+    sim.clock.now_ns = now_ns
     sim.finish(3)
     assert read == []
 

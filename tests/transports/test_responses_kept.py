@@ -506,7 +506,7 @@ def test_a_follower_that_reads_nothing_is_cut(make_edge: MakeEdge) -> None:
         sock.sendall(b"GET %s/%s?stream=true HTTP/1.1\r\nhost: x\r\n\r\n" % (PATH.encode(), name.encode()))
         for _ in range(60):
             say(edge, key, "x" * 200_000)
-        edge.wait(lambda: edge.server.gateway.counters.read().get("penstock_edge_cuts_total", 0) == 1, "the cut")
+        edge.wait(lambda: edge.server.gateway.counters.read().get('penstock_edge_cuts_total{why="stalled"}', 0) == 1, "the cut")
     stop(edge, key)
     assert len(until(edge, name, "completed")["output"][0]["content"][0]["text"]) == 12_000_000, "the response itself goes on"
 
