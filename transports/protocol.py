@@ -29,6 +29,8 @@ REFUSED = "refused"
 """Key in scope["state"]: the status that a request got here while it was still being sent; the application finds its client disconnected."""
 HEADERS = "headers"
 """Key in scope["state"]: the application's function for the headers that it gives to every reply, and that a request gets which is refused here after that."""
+UNSENT_BYTES = 64 << 10
+"""At most so much that the client's side has no room for waits in the kernel: it would take 4 MiB, and a client that reads nothing would be noticed that much later."""
 SLOWEST_BODY = 1024
 """Bytes per second: a body that comes in drops is late however often they fall."""
 
@@ -87,6 +89,10 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            sock = transport.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):  # it is none of TCP
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             self._expect()
 
         def connection_lost(self, exc: Exception | None) -> None:
