@@ -100,7 +100,6 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OnDisconnect = Literal["cancel", "continue", "park"]
-CancelCause = Literal["disconnect", "slow_client", "timeout", "drain", "client"]
 ParkCause = Literal["slow", "user", "detached"]
 
 
@@ -178,7 +177,7 @@ class Cancel(Message, frozen=True, kw_only=True):
     """The client went away, or the edge gave the stream up. Idempotent. `cause` is a metric label."""
 
     key: int
-    cause: CancelCause = "disconnect"
+    cause: Literal["disconnect", "slow_client", "timeout", "drain", "client"] = "disconnect"
 
 
 class Park(Message, frozen=True, kw_only=True):
@@ -210,7 +209,7 @@ class Detach(Message, frozen=True, kw_only=True):
 
     key: int
     edge: int
-    cause: CancelCause = "disconnect"
+    cause: Literal["disconnect", "slow_client"] = "disconnect"
 
 
 class Query(Message, frozen=True, kw_only=True):

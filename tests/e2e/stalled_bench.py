@@ -139,6 +139,7 @@ async def main(url: str, stalled: int, readers: int) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("PENSTOCK_LOG_LEVEL", "error")  # each cut is a warning
     given = [int(word) for word in sys.argv[1:]]
     print(f"load {os.getloadavg()[0]:.1f} before the start")
     with started(FLAGS) as address:

@@ -14,7 +14,7 @@ from penstock.core.actors.text.ending import Ending
 from penstock.core.actors.text.ledger import ADMITTED, Request
 from penstock.core.actors.text.retained import Kept
 from penstock.core.protocol.errors import StreamNotFound, StreamTaken
-from penstock.core.protocol.messages import Attach, CancelCause, Detach, Park, ParkCause, Unpark
+from penstock.core.protocol.messages import Attach, Detach, Park, ParkCause, Unpark
 from penstock.core.runtime.actor import To
 
 
@@ -71,7 +71,7 @@ class Readers:
             if kept.edge == edge:
                 yield from self._left(kept, "disconnect")
 
-    def _left(self, kept: Kept, cause: CancelCause) -> Iterator[Outbound]:
+    def _left(self, kept: Kept, cause: str) -> Iterator[Outbound]:
         """Nobody listens to it any more."""
         kept.edge = None
         kept.since_ns = self._desk.clock.now_ns()
