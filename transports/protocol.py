@@ -176,6 +176,18 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             if self._linger is None:
                 self._linger = self.loop.call_later(seconds, self._abort)
 
+        def timeout_keep_alive_handler(self) -> None:
+            """Close an idle connection; one whose client has not even read its last answer, and does not begin to, is not kept for that."""
+            super().timeout_keep_alive_handler()
+            self._flush(-1)
+
+        def _flush(self, before: int) -> None:
+            left = self.transport.get_write_buffer_size()
+            if left == before:
+                self._abort()
+            elif left:
+                self._linger = self.loop.call_later(receive_timeout_s, self._flush, left)
+
         def _abort(self) -> None:
             sock = self.transport.get_extra_info("socket")
             if sock is not None:

@@ -77,7 +77,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
 }
 ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
     "engine_steps": ("steps", "Steps of the engine."),
-    "preemptions": ("preemptions", "Sequences that were preempted."),
+    "preemptions": ("preemptions", "Sequences that were preempted, or gave their memory up while they were parked."),
     "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
     "engine_prompt_computed": ("prompt_computed", "Prompt tokens computed, recomputation included."),

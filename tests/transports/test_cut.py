@@ -191,3 +191,22 @@ def test_a_reply_that_is_over_cancels_nothing(make_edge: MakeEdge) -> None:
             leave(sock)
     edge.wait(lambda: edge.server.gateway.active == 0, "the places")
     assert not [m for m in edge.text.received if isinstance(m, Cancel)]
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_whole_answer_that_nobody_reads_does_not_outlive_an_idle_connection(make_edge: MakeEdge, reads: bool) -> None:
+    def script(submit: Submit) -> list[Message]:
+        return [delta({"key": submit.key, "text": "x" * (ENOUGH << 10), "reason": "stop"}), finished(submit.key)]
+
+    edge = make_edge(text=lambda t: setattr(t, "script", script), receive_timeout_s=1.0)
+    with ask(edge, stream=False) as sock:
+        edge.text.wait_for(Submit)
+        edge.wait(lambda: edge.server.gateway.active == 0, "the answer")
+        (connection,) = edge.server._state.connections
+        edge.text.call(connection.timeout_keep_alive_handler)  # type: ignore[union-attr]
+        if reads:
+            assert b"".join(iter(lambda: sock.recv(1 << 20), b"")).count(b"x" * 1024) == ENOUGH
+        else:
+            edge.wait(lambda: not edge.server._state.connections, "the connection's end")
+            with pytest.raises(ConnectionResetError):
+                b"".join(iter(lambda: sock.recv(1 << 20), b""))
