@@ -76,7 +76,16 @@ ChatMessage = dict[str, Any]
 
 SERVER_ONLY = frozenset(option.name for option in OPTIONS.values() if option.group == "server") | {
     *("max_body_bytes", "max_header_bytes", "receive_timeout_s", "max_prompts", "max_choices", "max_streams"),
-    *("stream_park_bytes", "stream_max_bytes", "stream_stall_s", "keep_alive_s", "transports", "engine_restarts", "watchdog_timeout"),
+    *(
+        "stream_park_bytes",
+        "stream_max_bytes",
+        "stream_stall_s",
+        "park_kv_s",
+        "keep_alive_s",
+        "transports",
+        "engine_restarts",
+        "watchdog_timeout",
+    ),
     *("max_num_queued_reqs", "max_num_queued_tokens", "log_level", "log_format", "uvicorn_log_level", "otlp_traces_endpoint"),
 }
 """Options that mean nothing without HTTP, processes or a queue to protect."""

@@ -70,6 +70,7 @@ WHEN: dict[str, str] = {
     "batch_over": "The batch is over and cannot be cancelled.",
     "stream_not_found": "There is no such [retained stream](streams.md).",
     "stream_exists": "A retained stream has this x-request-id already.",
+    "slow_client": "The last event of a stream whose client did not read it: nothing for `--stream-stall-s`, or too little. See [Streams](streams.md#slow-readers).",
     "stream_taken": "Another connection resumed this stream: it goes on there.",
     "stream_too_long": "The stream outgrew --retained-stream-bytes, or there were too many of them (--retained-bytes).",
     "cancelled": "Somebody cancelled it: `DELETE /v1/requests/{request_id}`. A stream ends with this error.",
@@ -242,7 +243,7 @@ def codes() -> list[str]:
 
 
 def unused() -> list[str]:
-    """Codes that no error class has: kept for what does not exist yet, or of what nobody is left to be told."""
+    """Codes that no error class has: kept for what does not exist yet."""
     used = {kind.default_code for kind in error_classes()}
     return [code for code in get_args(errors.ErrorCode) if code not in used]
 
@@ -350,7 +351,11 @@ def times() -> list[str]:
         ("a connection without a request", f"{idle} s", "closed"),
         ("a generation", "none", "it runs to its end; whoever closes the connection cancels it"),
         ("a stream without an event", "--keep-alive-s", "the comment `: keep-alive`"),
-        ("a stream whose client reads nothing", "--stream-stall-s", "the connection is reset"),
+        (
+            "a stream whose client reads nothing",
+            "--stream-stall-s",
+            "it is cut: `slow_client` is its last event, for as long again; then the connection is reset (see [Streams](streams.md#slow-readers))",
+        ),
         ("questions (/v1/models, /tokenize, /detokenize, /tokenizer_info)", f"{gateway.QUERY_TIMEOUT_S:g} s", "503 `engine_unavailable`"),
         ("a server that starts", f"{gateway.SOON_S:g} s", "503 `engine_unavailable`"),
         (
@@ -622,7 +627,7 @@ def page() -> str:
         " seconds of `retry-after` where there is one.",
         "",
         *codes(),
-        f"Codes that no reply has: {', '.join(f'`{code}`' for code in unused())} (the last is a cut stream's in the logs; the others are kept)."
+        f"Codes that no reply has: {', '.join(f'`{code}`' for code in unused())} (they are kept)."
         " A client that went away is counted as 499 in the metrics.",
         "",
         "## Limits",

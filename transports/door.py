@@ -292,10 +292,10 @@ class Door:
         self._sinks.update(sinks)
         self.send(Attach(rid=rid, tenant=tenant, edge=self._edge, keys=[key for key, _ in sinks]))
 
-    def detach(self, key: int) -> None:
-        """The client of a retained stream left. Unknown keys (finished ones) are ignored."""
+    def detach(self, key: int, cause: CancelCause = "disconnect") -> None:
+        """The client of a retained stream left, or was cut off. Unknown keys (finished ones) are ignored."""
         if self._sinks.pop(key, None) is not None:
-            self.send(Detach(key=key, edge=self._edge))
+            self.send(Detach(key=key, edge=self._edge, cause=cause))
 
     def cancel(self, key: int, cause: CancelCause) -> None:
         """Forget a key and tell text. Unknown keys (finished ones) are ignored."""

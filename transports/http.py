@@ -120,7 +120,7 @@ class Edge:
             traceparent = b""
         tracing = NO_TRACING if scope["path"] in UNTRACED else self._tracing
         span = tracing.begin(traceparent.decode(), headers.get(b"tracestate", b"").decode("latin-1") if traceparent else "")
-        context = RequestContext(rid, span, headers, send, state.get("abort"))
+        context = RequestContext(rid, span, headers, send, state.get("abort"), state.get("hang_up"))
         state[HEADERS] = functools.partial(self.headers, context)
         context.peer = scope["client"][0] if scope.get("client") else ""
         state[CONTEXT] = context

@@ -210,7 +210,7 @@ class Job(abc.ABC):
         """Nobody here waits for it any more. A retained stream is left to whoever comes, unless it is ended on purpose."""
         if self.retention is not None and cause in ("disconnect", "slow_client"):
             for key in self.keys:
-                self.door.detach(key)
+                self.door.detach(key, cause)
             return
         for key in self.keys:
             self.gateway.cancel(key, cause)

@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from penstock.core.protocol.config import Config
+
+CutCause = Literal["stalled", "full"]
 
 WRITE_BYTES = 64 << 10
 """At most so much is handed to the server in one write, so that the rest stays where it is counted."""
@@ -20,8 +23,8 @@ WRITE_BYTES = 64 << 10
 class Outbox:
     """Bytes of one stream that the socket has not taken yet, and what is made only when it takes them.
 
-    `park()` is called when they reach park_bytes, `unpark()` when they are down to half of it, `cut()` when they exceed max_bytes or nothing
-    moved for stall_s. `keep_alive` is what leaves when nothing else does. One writer takes, anybody on the loop pushes.
+    `park()` is called when they reach park_bytes, `unpark()` when they are down to half of it, `cut("full")` when they exceed max_bytes, `cut("stalled")`
+    when nothing moved for stall_s. `keep_alive` is what leaves when nothing else does. One writer takes, anybody on the loop pushes.
     """
 
     __slots__ = (
@@ -44,7 +47,7 @@ class Outbox:
     )
 
     def __init__(
-        self, config: Config, park: Callable[[], None], unpark: Callable[[], None], cut: Callable[[], None], *, keep_alive: bytes
+        self, config: Config, park: Callable[[], None], unpark: Callable[[], None], cut: Callable[[CutCause], None], *, keep_alive: bytes
     ) -> None:
         self._park_at = config.stream_park_bytes
         self._half = config.stream_park_bytes // 2
@@ -75,7 +78,7 @@ class Outbox:
         self.unsent += len(data)
         if self.unsent >= self._park_at:
             if self.unsent > self._max:
-                self._cut()
+                self._cut("full")
             elif not self.parked:
                 self.parked = True
                 self._park()
@@ -109,11 +112,12 @@ class Outbox:
         self._wake()
 
     def forget(self) -> None:
-        """Forget what is here."""
+        """Forget what is here, and that it was too much."""
         self._behind.clear()
         self._parts.clear()
         self._tail = self._parts
         self.unsent = 0
+        self.parked = False
 
     def drop(self) -> None:
         """Forget what is here and close."""
@@ -166,7 +170,7 @@ class Outbox:
             return
         if self.unsent or self._behind:
             if now - self.moved > stall_s:
-                self._cut()
+                self._cut("stalled")
         elif now - self.moved >= keep_alive_s:
             self.push(self._keep_alive)
 

@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1 protocol with Penstock's limits and error bodies.
 
 What it is: a subclass of uvicorn's httptools protocol that bounds the header block (431), finds heads that are none of HTTP/1.1, bounds the time that a client takes to send a request
-(408), answers malformed HTTP with OpenAI's error shape, and gives the application `scope["state"]["abort"]`, which closes a connection without waiting for what it has not taken.
+(408), answers malformed HTTP with OpenAI's error shape, and gives the application `scope["state"]["abort"]`, which closes a connection without waiting for what it has not taken, and
+`scope["state"]["hang_up"]`, which waits so many seconds for that.
 What it does not know: the application.
 """
 
@@ -28,6 +29,8 @@ REFUSED = "refused"
 """Key in scope["state"]: the status that a request got here while it was still being sent; the application finds its client disconnected."""
 HEADERS = "headers"
 """Key in scope["state"]: the application's function for the headers that it gives to every reply, and that a request gets which is refused here after that."""
+UNSENT_BYTES = 64 << 10
+"""At most so much that the client's side has no room for waits in the kernel: it would take 4 MiB, and a client that reads nothing would be noticed that much later."""
 SLOWEST_BODY = 1024
 """Bytes per second: a body that comes in drops is late however often they fall."""
 
@@ -81,10 +84,15 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
         _in_head = True
         _in_message = False  # between a request's first byte and its last
         _deadline: float | None = None
+        _linger: asyncio.TimerHandle | None = None
         _timer: asyncio.TimerHandle | None = None  # one a connection, looking at the deadline when it fires
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            sock = transport.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):  # it is none of TCP
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             self._expect()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -92,6 +100,17 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             self._deadline = None
             if self._timer is not None:
                 self._timer.cancel()
+            if self._linger is not None:
+                self._linger.cancel()
+
+        def eof_received(self) -> None:
+            """Who sends no more has left, as from here a half-closed connection cannot be told from a closed one. The loop closes it once all that was written
+            has left, which whoever waits for the answer must not wait for."""
+            if self._answering():
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+                self.flow.resume_writing()
+                self._hang_up(receive_timeout_s)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -138,6 +157,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             self._in_head = self._in_message = True
             self._head_bytes = 0
             self.scope["state"]["abort"] = self._abort
+            self.scope["state"]["hang_up"] = self._hang_up
             self._expect()
 
         def on_body(self, body: bytes) -> None:
@@ -149,6 +169,24 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             super().on_message_complete()
             self._in_message = False
             self._deadline = None
+
+        def _hang_up(self, seconds: float) -> None:
+            """Close in order: what was written leaves first, if the client takes it within that time."""
+            self.transport.close()
+            if self._linger is None:
+                self._linger = self.loop.call_later(seconds, self._abort)
+
+        def timeout_keep_alive_handler(self) -> None:
+            """Close an idle connection; one whose client has not even read its last answer, and does not begin to, is not kept for that."""
+            super().timeout_keep_alive_handler()
+            self._flush(-1)
+
+        def _flush(self, before: int) -> None:
+            left = self.transport.get_write_buffer_size()
+            if left == before:
+                self._abort()
+            elif left:
+                self._linger = self.loop.call_later(receive_timeout_s, self._flush, left)
 
         def _abort(self) -> None:
             sock = self.transport.get_extra_info("socket")

@@ -56,7 +56,8 @@ class Disconnected(Exception):
 class RequestContext:
     """One HTTP request: `rid` (str, its id: the client's x-request-id, or a new one), `headers` (dict[bytes, bytes], names in lower case),
     `principal` (Principal: whose key it came with; `tenant`, a str, is its tenant), `started_ns` (CLOCK_MONOTONIC), `span` (its trace; `span.traceparent`, `span.tracestate`), `status` (what
-    metrics count), `include_metrics` (bool), `abort` (closes the connection at once, or None), `raw_send` (to the server directly, past the outer
+    metrics count), `include_metrics` (bool), `abort` (closes the connection at once, or None), `hang_up` (closes it once what was written has left, or after so many
+    seconds; or None), `raw_send` (to the server directly, past the outer
     application, which adds headers)."""
 
     __slots__ = (
@@ -64,6 +65,7 @@ class RequestContext:
         "again",
         "background",
         "body",
+        "hang_up",
         "headers",
         "include_metrics",
         "inner",
@@ -79,12 +81,21 @@ class RequestContext:
         "summary",
     )
 
-    def __init__(self, rid: str, span: RequestSpan, headers: dict[bytes, bytes], raw_send: Send, abort: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        rid: str,
+        span: RequestSpan,
+        headers: dict[bytes, bytes],
+        raw_send: Send,
+        abort: Callable[[], None] | None,
+        hang_up: Callable[[float], None] | None = None,
+    ) -> None:
         self.rid = rid
         self.span = span
         self.headers = headers
         self.raw_send = raw_send
         self.abort = abort
+        self.hang_up = hang_up
         self.started_ns = time.monotonic_ns()
         self.include_metrics = headers.get(b"x-include-metrics", b"") in (b"1", b"true")
         self.status = 0

@@ -23,6 +23,7 @@ from penstock.transports.responses import Asked
 from penstock.transports.responses_jobs import Leg, kept_of, unheard
 from penstock.transports.responses_store import LEASE_S, Record, Records
 from penstock.transports.responses_voice import ResponsesVoice
+from penstock.transports.stream import cut_error
 
 log = logging.getLogger("penstock.edge.responses")
 
@@ -227,15 +228,27 @@ class Follow:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.warning("response %s: a client reads too slowly, its stream is cut", self._name)
-            self._gateway.counters.add("penstock_edge_cuts_total")
-            context.status = 499
-            if context.abort is not None:
-                context.abort()
+            self._gateway.counters.add('penstock_edge_cuts_total{why="stalled"}')
+            await self._say_cut(send, context)
         finally:
             self._hub.following -= 1
             gone.cancel()
             if context.status == 200 and gone.done() and not gone.cancelled():
                 context.status = 499
+
+    async def _say_cut(self, send: Send, context: RequestContext) -> None:
+        """As far as it can still be said."""
+        config = self._gateway.config
+        error = cut_error("stalled", config, kept=True)
+        try:
+            await self._push(send, [_json({"type": "error", "code": error.code, "message": error.message, "param": error.param})])
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if context.hang_up is not None:
+                context.hang_up(config.stream_stall_s)
+        except TimeoutError:
+            if context.abort is not None:
+                context.abort()
+        context.status = 499
 
     async def _push(self, send: Send, payloads: Sequence[bytes]) -> None:
         """Raises TimeoutError if the client takes nothing for too long."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.core.protocol.errors import Cancelled, InvalidRequest, PenstockError
+from penstock.core.protocol.errors import Cancelled, InvalidRequest, PenstockError, SlowClient, StreamTaken
 from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, NAME, REASONING
 from penstock.transports.frame import Sse, TypedSse
 from penstock.transports.gateway import Batch
@@ -299,7 +299,7 @@ class ResponsesVoice:
         yield self._event(b"response.%s" % self.status.encode(), response=final)
 
     def broken(self, error: PenstockError) -> Iterable[bytes]:
-        if not self._created:
+        if not self._created or isinstance(error, SlowClient | StreamTaken):  # the connection's end, not the response's
             fields = {"code": error.code, "message": error.message, "param": error.param}
             return (self._event(b"error", **fields),)
         return (self._event(b"response.failed", response=self.fail(error)),)

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
-from penstock.core.protocol.errors import PenstockError
+from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import PenstockError, SlowClient
 from penstock.core.protocol.messages import Finished
 from penstock.transports.blame import refusal
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Batch, CancelCause, Gateway
 from penstock.transports.generation import Generation
 from penstock.transports.job import Job, row_error, watch
-from penstock.transports.outbox import Outbox, Pulse
+from penstock.transports.outbox import CutCause, Outbox, Pulse
 from penstock.transports.request import Receive, RequestContext, Scope, Send, ignored_header
 from penstock.transports.voice import Pieces, Prompt, Voice
 
@@ -31,6 +32,16 @@ _json = msgspec.json.Encoder().encode
 
 MOST_PIECES = 1 << 16
 """Events that something large about a prompt may be made of: more than there ever are."""
+
+
+def cut_error(why: CutCause, config: Config, *, kept: bool) -> SlowClient:
+    """The last event of a stream whose client does not read. `kept`: the stream can be resumed."""
+    what = (
+        f"Nothing of this stream was read for {config.stream_stall_s:g} s (--stream-stall-s), so it ends here."
+        if why == "stalled"
+        else f"More than {config.stream_max_bytes} bytes of this stream waited to be read (--stream-max-bytes), so it ends here."
+    )
+    return SlowClient(what + (" It can be resumed behind the last event that you have." if kept else " Read faster, or ask with retain_s."))
 
 
 class _StreamLeg:
@@ -93,6 +104,10 @@ class StreamReply(Job):
         """Events up to this one are not sent."""
         self._started = again is not None
         self._reasons: list[str] = []
+        self._left = False
+        """Has the client gone?"""
+        self._linger: asyncio.TimerHandle | None = None
+        """Once the stream was cut: its last word must leave until then."""
         self.alone = generation.choices == 1
         """Is the request's fate that of its only choice?"""
         self.introduce()
@@ -179,18 +194,38 @@ class StreamReply(Job):
         for key in self.keys:
             self.gateway.unpark(key)
 
-    def _cut(self) -> None:
-        log.warning("request %s: the client reads too slowly, the stream is cut with %d bytes unsent", self.context.rid, self.outbox.unsent)
-        self.gateway.counters.add("penstock_edge_cuts_total")
-        self._abandon("slow_client")
+    def _cut(self, why: CutCause) -> None:
+        """The request ends, and with it what waits here; of what the socket has already comes the rest, if it is read at all, and then why."""
+        if self._linger is not None:
+            return
+        outbox, seconds = self.outbox, self.gateway.config.stream_stall_s
+        log.warning("request %s: the client reads too slowly, the stream is cut with %d bytes unsent", self.context.rid, outbox.unsent)
+        self.gateway.counters.add(f'penstock_edge_cuts_total{{why="{why}"}}')
+        self._linger = asyncio.get_running_loop().call_later(seconds, self._abort)
+        self._pulse.discard(outbox)
+        self.cancel("slow_client")
+        self.keys.clear()  # they may be another reader's soon
+        self.gateway.leave()  # nobody is to wait for this client
+        self.push = outbox.push  # as in `lost`
+        outbox.forget()
+        self._started = True
+        self.broken(cut_error(why, self.gateway.config, kept=self.retention is not None))
+
+    def _abort(self) -> None:
         if self.context.abort is not None:
             self.context.abort()
 
+    def _hang_up(self) -> None:
+        """The last word of a stream that was cut is written: its connection closes once that has left."""
+        if self._linger is not None and self.context.hang_up is not None:
+            self.context.hang_up(max(0.0, self._linger.when() - asyncio.get_running_loop().time()))
+
     def _gone(self, watcher: asyncio.Task[None]) -> None:
-        if not watcher.cancelled() and self.context.status != 499:
+        if not watcher.cancelled():
             self._abandon("disconnect")
 
     def _abandon(self, cause: CancelCause) -> None:
+        self._left = True
         self.context.status = 499
         self.cancel(cause)
         self.outbox.drop()
@@ -205,7 +240,7 @@ class StreamReply(Job):
         self._pulse.add(outbox)
         try:
             await outbox.wait()
-            if self.context.status == 499:
+            if self._left:
                 return
             if self.error is not None and not self._started:
                 await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
@@ -224,7 +259,11 @@ class StreamReply(Job):
             self._pulse.discard(outbox)
             outbox.drop()
             self.cancel("disconnect")  # of what still runs, if this was cancelled
-            self.gateway.leave()
+            if self._linger is None:
+                self.gateway.leave()
+            else:
+                self._linger.cancel()
+                self.context.status = 499
 
     async def _write(self, send: Send) -> None:
         outbox = self.outbox
@@ -235,12 +274,13 @@ class StreamReply(Job):
             else:
                 data, made = outbox.take(), False
             last = outbox.last
-            if self.context.status == 499:
+            if self._left:
                 return
             if not data and not last:
                 continue
             await send({"type": "http.response.body", "body": data, "more_body": not last})
             if last:
+                self._hang_up()
                 return
             outbox.sent(0 if made else len(data))
 

@@ -29,7 +29,7 @@ from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.protocol.errors import EngineFailure
-from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, StepTokens, Unpark, Vocabulary
+from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, Plan, StepTokens, Unpark, Vocabulary
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.core.runtime.hosts import FusedHost, TaskHost
@@ -95,6 +95,10 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         grammars="" if grammars is None else grammars.name,
         beams=device.writes and not device.lookahead,
     )
+
+
+PARKS_S = 0.5
+"""So often an engine looks whether somebody has been parked for too long."""
 
 
 class Engine:
@@ -166,6 +170,7 @@ class Engine:
             grammars=grammars is not None,
             beams=device.capabilities.writes,
             lookahead=device.capabilities.lookahead,
+            park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None
         self._scheduler = Scheduler(settings, policy, self._clock)
@@ -189,6 +194,7 @@ class Engine:
         self._house = House(seats, link="text", wiring=self.config.wiring, blame=mine.blame)
         self.host = self._house.host
         await nursery.start(self._house.run)
+        nursery.start_soon(self._watch_parks)
         self.facts = facts
         return self.facts
 
@@ -226,7 +232,7 @@ class Engine:
         more: set[type[Message]] = {Vocabulary} if grammars else set()
         return (
             CallPort("text", self._emit, takes={StepTokens}, gives={Admit, Abort, Park, Unpark, PeerDown, *more}),
-            CallPort("root", self._emit, takes={Drained}, gives={Drain}),
+            CallPort("root", self._emit, takes={Drained}, gives={Drain, Plan}),
         )
 
     async def _load(self, device: Device, config: RunnerConfig) -> Runner:
@@ -258,6 +264,16 @@ class Engine:
     async def room(self) -> None:
         assert self.host is not None
         await self.host.room()
+
+    async def _watch_parks(self) -> None:
+        """Have it planned when somebody who is parked has to give memory up, for where nothing runs nothing is planned. Until the nursery ends."""
+        assert self._scheduler is not None
+        assert self.host is not None
+        while True:
+            await trio.sleep(PARKS_S)
+            until = self._scheduler.parks_until_ns
+            if until is not None and until <= self._clock.now_ns() and not self.host.closed:
+                self.host.post(Plan())
 
     def _emit(self, message: Message, index: int | None) -> None:
         self._output(message)

@@ -238,6 +238,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_logprobs: Annotated[int, opt("Largest logprobs and top_logprobs.", "limits")] = 20
     max_streams: Annotated[int, opt("Most requests in progress at one edge; more are refused with 429.", "limits")] = 4096
     stream_park_bytes: Annotated[int, opt("Unsent bytes of a stream at which its sequence is parked.", "limits", size=True)] = 256 << 10
+    park_kv_s: Annotated[
+        float, opt("A request that is parked for so long gives its KV cache to others, and is computed again when it goes on.", "limits")
+    ] = 5.0
     stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
     keep_alive_s: Annotated[float, opt("SSE comment after this long without an event.", "limits")] = 10.0
@@ -654,6 +657,7 @@ def check(config: Config) -> None:
         "watchdog_timeout",
         "store_ttl_s",
         "max_retain_s",
+        "park_kv_s",
     ):
         if not getattr(config, name) >= 0:  # "not": what is no number fails too
             raise ConfigError(f"{OPTIONS[name].flag} must be 0 or more.", param=name)
@@ -665,7 +669,15 @@ def check(config: Config) -> None:
             f"--watchdog-timeout must be 0 (never) or at least {WATCHDOG_LEAST_S}: processes give a sign of life every second.",
             param="watchdog_timeout",
         )
-    for name in ("shutdown_timeout", "receive_timeout_s", "stream_stall_s", "keep_alive_s", "watchdog_timeout", "max_retain_s"):
+    for name in (
+        "shutdown_timeout",
+        "receive_timeout_s",
+        "stream_stall_s",
+        "keep_alive_s",
+        "watchdog_timeout",
+        "max_retain_s",
+        "park_kv_s",
+    ):
         if not getattr(config, name) <= LONGEST_S:
             raise ConfigError(f"{OPTIONS[name].flag} must be at most {LONGEST_S} seconds (a week).", param=name)
     if config.priority_ageing_s == float("inf"):

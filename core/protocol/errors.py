@@ -200,6 +200,14 @@ class StreamTooLong(FinalError):
         )
 
 
+class SlowClient(FinalError):
+    """A stream's last event, where its client took nothing for too long, or left too much."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "slow_client"
+
+
 class Unauthorized(FinalError):
     status = 401
     type = "invalid_request_error"

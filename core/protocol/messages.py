@@ -211,10 +211,12 @@ class Attach(Message, frozen=True, kw_only=True):
 
 
 class Detach(Message, frozen=True, kw_only=True):
-    """The client of a retained stream went away (`key` is any of its keys). Ignored from an edge that does not listen to it."""
+    """The client of a retained stream went away (`key` is any of its keys), or was cut off. Ignored from an edge that does not listen to it. `cause` is what
+    the metrics say if that ends it."""
 
     key: int
     edge: int
+    cause: Literal["disconnect", "slow_client"] = "disconnect"
 
 
 class Query(Message, frozen=True, kw_only=True):

@@ -77,7 +77,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
 }
 ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
     "engine_steps": ("steps", "Steps of the engine."),
-    "preemptions": ("preemptions", "Sequences that were preempted."),
+    "preemptions": ("preemptions", "Sequences that were preempted, or gave their memory up while they were parked."),
     "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
     "engine_prompt_computed": ("prompt_computed", "Prompt tokens computed, recomputation included."),
@@ -105,8 +105,9 @@ EDGE_METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "penstock_edge_parks_total": ("counter", (), "Streams that were parked because their client read too slowly."),
     "penstock_edge_cuts_total": (
         "counter",
-        (),
-        "Streams that were cut because their client did not read; each of their prompts is a cancellation too.",
+        ("why",),
+        "Streams that were cut because their client did not read: nothing for too long (stalled), or too little (full); each of their prompts is a"
+        " cancellation too, but for streams that can be resumed.",
     ),
     "penstock_edge_refused_total": ("counter", (), "Requests refused with 429 because the edge had --max-streams in progress."),
 }

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.core.protocol.messages import Drain, Park, Unpark, key_of, seq_of
+from penstock.core.protocol.messages import Drain, Park, Plan, Unpark, key_of, seq_of
 from penstock.core.protocol.sampling import Beam
 
 PARAMS = ("temperature", "seed", "min_tokens", "logprobs", "prompt_logprobs", "beam")
@@ -40,6 +40,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             policy=st.integers(0, len(policies) - 1),
             clones=st.booleans(),
             lookahead=st.just(0) if searching else st.sampled_from([0, 0, 1, 2, 5]),
+            park=st.integers(0, 2),
         )
         def start(
             self,
@@ -55,6 +56,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             policy: int,
             clones: bool,
             lookahead: int,
+            park: int,
         ) -> None:
             self.options = {
                 "depth": depth,
@@ -70,6 +72,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                 "prompt_logprobs_weight": (1.0, 2.5)[policy % 2],
                 "clones": clones,
                 "lookahead": lookahead,
+                "park_kv_s": (0.0, 0.03, 5.0)[park],
             }
             self.policy = policies[policy]
             self.sim = sim_class(settings_of(**self.options), self.policy())
@@ -155,6 +158,13 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             self.parked.discard(key)
             self.sim.post(Unpark(key=key))
 
+        @precondition(lambda self: self.parked)
+        @rule()
+        def time_passes(self) -> None:
+            """So much that who is parked gives its memory up."""
+            self.sim.clock.advance(5.0)
+            self.sim.post(Plan())
+
         @precondition(lambda self: self.sim.flying)
         @rule(row=st.integers(0, 3))
         def bad_row(self, row: int) -> None:
@@ -208,6 +218,10 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             sim = self.sim
             sim.drain()
             sim.run(limit=3000)
+            sim.clock.advance(6.0)
+            sim.post(Plan())
+            sim.run(limit=3000)
+            assert sim.kv.counts()[2] == 0, "only parked ones are left, and none of them gave its memory up"
             assert sim.scheduler.progress[1] == 0, "a watchdog would end an engine that only waits for slow clients"
             for key in sorted(self.parked):
                 sim.fifo.append(Unpark(key=key))

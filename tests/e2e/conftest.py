@@ -125,8 +125,8 @@ def starter(tmp_path: Path) -> Iterator[Starter]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the tests of a module that leave it as it was."""
-    running = start(tmp_path_factory.mktemp("server"), "--deterministic")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the tests of a module that leave it as it was; with the module's FLAGS, if it has some."""
+    running = start(tmp_path_factory.mktemp("server"), "--deterministic", *getattr(request.module, "FLAGS", ()))
     yield running
     assert running.stop() == 0, running.log.read_text()

@@ -223,6 +223,28 @@ def test_reasons_to_wait_are_kept_apart(kept: Any) -> None:
     assert [type(message) for message in kept.engine] == [Park, Unpark]
 
 
+@pytest.mark.parametrize("cause", ["disconnect", "slow_client"])
+def test_one_that_ends_with_its_reader_says_how_it_left(kept: Any, cause: Any) -> None:
+    begin(kept, on_disconnect="cancel")
+    kept.step()
+    kept.send(Park(key=1))
+    kept.send(Detach(key=1, edge=0, cause=cause))
+    assert kept.actor.metrics.value("cancellations", cause) == 1
+    assert not kept.actor.ledger.requests
+    assert rows(kept, 2, attach(kept, 2))[-1][5] == "abort"
+
+
+def test_a_slow_reader_that_is_cut_off_leaves_a_stream_that_goes_on(kept: Any) -> None:
+    begin(kept, on_disconnect="continue")
+    kept.step()
+    kept.send(Park(key=1))
+    kept.send(Detach(key=1, edge=0, cause="slow_client"))
+    assert type(kept.engine[-1]) is Unpark, "nobody is slow any more"
+    kept.run()
+    assert len([row for row in rows(kept, 2, attach(kept, 2)) if row[3]]) == 6
+    assert kept.actor.metrics.value("cancellations", "slow_client") == 0
+
+
 def test_what_outgrows_its_bound_waits_for_a_reader(make_bench: Any) -> None:
     bench = listening(make_bench(Config(retained_stream_bytes=600)))
     begin(bench, 30)

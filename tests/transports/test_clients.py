@@ -126,7 +126,7 @@ def test_unpark_at_half(make_edge: MakeEdge) -> None:
 
 
 def test_a_reader_that_takes_nothing_is_cut_at_the_limit(make_edge: MakeEdge) -> None:
-    edge = make_edge(text=lambda t: setattr(t, "script", say_a), stream_park_bytes=64 << 10, stream_max_bytes=256 << 10)
+    edge = make_edge(text=lambda t: setattr(t, "script", say_a), stream_park_bytes=64 << 10, stream_max_bytes=256 << 10, stream_stall_s=0.5)
     with request(edge, stream=True) as sock:
         key = edge.text.wait_for(Submit)[0].key
         most = 0
@@ -143,7 +143,7 @@ def test_a_reader_that_takes_nothing_is_cut_at_the_limit(make_edge: MakeEdge) ->
         with pytest.raises(ConnectionResetError):
             b"".join(iter(lambda: sock.recv(1 << 20), b""))
     assert status_499(edge) == 1
-    assert edge.counters()["penstock_edge_cuts_total"] == 1
+    assert edge.counters()['penstock_edge_cuts_total{why="full"}'] == 1
 
 
 def test_a_reader_that_stalls_is_cut_in_time(make_edge: MakeEdge) -> None:
@@ -172,8 +172,8 @@ class Hand:
     def __init__(self, **options: Any) -> None:
         self.calls: list[str] = []
         config = configuration.build({"stream_park_bytes": 100, "stream_max_bytes": 300} | options)
-        park, unpark, cut = (functools.partial(self.calls.append, name) for name in ("park", "unpark", "cut"))
-        self.box = Outbox(config, park, unpark, cut, keep_alive=KEEP_ALIVE)
+        park, unpark = (functools.partial(self.calls.append, name) for name in ("park", "unpark"))
+        self.box = Outbox(config, park, unpark, self.calls.append, keep_alive=KEEP_ALIVE)
 
 
 def on_loop(function: Any) -> None:
@@ -200,7 +200,7 @@ def test_outbox_thresholds() -> None:
         box.push(b"b" * 190)
         assert hand.calls == ["park", "unpark", "park"]
         box.push(b"b")
-        assert hand.calls[-1] == "cut"
+        assert hand.calls[-1] == "full"
 
     on_loop(run)
 
@@ -235,7 +235,7 @@ def test_pulse_keeps_alive_only_what_is_idle_and_open() -> None:
         box.tick(box.moved + 59.0, 10.0, 60.0)  # what waits is not kept alive by more of it
         assert box.unsent == len(KEEP_ALIVE)
         box.tick(box.moved + 61.0, 10.0, 60.0)
-        assert hand.calls == ["cut"]
+        assert hand.calls == ["stalled"]
         box.drop()
         box.tick(box.moved + 1000.0, 10.0, 60.0)
         assert box.unsent == 0

@@ -68,7 +68,9 @@ def test_every_operation_tells_its_replies(edge: Edge) -> None:
                     shapes = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in replies.error_bodies(path, int(status))]
                     shape = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
                     assert answer["content"]["application/json"]["schema"] == shape
-            assert ("requestBody" in operation) is (method == "post" and not path.endswith("/cancel") and path != "/v1/requests/{request_id}")
+            assert ("requestBody" in operation) is (
+                method == "post" and not path.endswith("/cancel") and path != "/v1/requests/{request_id}"
+            )
         assert "options" in item
         assert ("head" in item) is ("get" in item)
     names = [operation["operationId"] for item in found["paths"].values() for operation in item.values()]

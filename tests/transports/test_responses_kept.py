@@ -497,16 +497,21 @@ def test_followers_have_a_bound(make_edge: MakeEdge) -> None:
 
 
 def test_a_follower_that_reads_nothing_is_cut(make_edge: MakeEdge) -> None:
-    edge = make_edge(stream_stall_s=0.3, keep_alive_s=0.3, text=lambda text: setattr(text, "script", silent))
+    """And told so, if it reads on in time."""
+    edge = make_edge(stream_stall_s=1.0, keep_alive_s=0.3, text=lambda text: setattr(text, "script", silent))
     name = create_stream(edge)
     key = edge.text.wait_for(Submit)[0].key
     with socket.socket() as sock:
+        sock.settimeout(10)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", edge.port))
         sock.sendall(b"GET %s/%s?stream=true HTTP/1.1\r\nhost: x\r\n\r\n" % (PATH.encode(), name.encode()))
         for _ in range(60):
             say(edge, key, "x" * 200_000)
-        edge.wait(lambda: edge.server.gateway.counters.read().get("penstock_edge_cuts_total", 0) == 1, "the cut")
+        edge.wait(lambda: edge.server.gateway.counters.read().get('penstock_edge_cuts_total{why="stalled"}', 0) == 1, "the cut")
+        said = b"".join(iter(lambda: sock.recv(1 << 20), b""))
+    assert said.endswith(b"\r\n0\r\n\r\n")
+    assert b'"type":"error","code":"slow_client"' in said[-600:]
     stop(edge, key)
     assert len(until(edge, name, "completed")["output"][0]["content"][0]["text"]) == 12_000_000, "the response itself goes on"
 

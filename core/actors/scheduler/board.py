@@ -61,6 +61,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The device takes Forward.write_*, which a beam search needs."""
     lookahead: int = 0
     """Drafts of the device that a decoding row computes along: see Forward.lookahead."""
+    park_kv_s: float = 5.0
+    """A request that is parked for so long (seconds) gives its slots and blocks up."""
 
 
 class Board:
@@ -122,6 +124,8 @@ class Board:
         self.lost = False
         # --- counters
         self.parked_live = 0
+        self.parks: dict[int, int] = {}
+        """Requests that are parked and may hold slots: until when, in ns of the clock; the longest parked first."""
         self.obeying = 0
         """Living sequences with a grammar."""
         self.preemptions = 0
@@ -163,6 +167,7 @@ class Board:
             "carried": len(self.carried),
             "flights": len(self.flights),
             "parked": self.parked_live,
+            "parks": len(self.parks),
             "obeying": self.obeying,
             "groups": len(self.groups),
         }

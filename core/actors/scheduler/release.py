@@ -1,11 +1,13 @@
 """How sequences leave their slots.
 
-What it is: the end of a sequence, preemption (it waits again with what was received), and whose turn it is to leave when memory runs out. A slot
-and its blocks return when no step in flight names them any more.
+What it is: the end of a sequence, preemption (it waits again with what was received), and whose turn it is to leave: when memory runs out, or when
+its client has been slow for too long. A slot and its blocks return when no step in flight names them any more.
 What it does not know: budgets, KV's answers, messages.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
@@ -48,6 +50,7 @@ class Release:
             board.given_up.pop(board.closed[-1], None)
         if not request.live and board.requests.get(request.key) is request:
             del board.requests[request.key]
+            board.parks.pop(request.key, None)
         if request.group is not None and board.groups.get(request.key) is request.group:
             del board.groups[request.key]
         if sequence.entry is not None:
@@ -194,3 +197,26 @@ class Release:
         if order:
             self.requeue(order[0])
         return bool(order)
+
+    def note_parked(self, key: int, parked: bool) -> None:
+        board = self._board
+        if parked:
+            board.parks[key] = board.clock.now_ns() + round(board.settings.park_kv_s * 1e9)
+        else:
+            board.parks.pop(key, None)
+
+    def give_up_parked(self, now_ns: int) -> None:
+        """Requests that have been parked for long enough leave their slots, as if they were preempted; most of their blocks can be had from the prefix
+        cache for a while. What cannot leave yet, since others fork from it, is tried again in the next plan."""
+        board = self._board
+        parks = board.parks
+        for key in list(itertools.takewhile(lambda key: parks[key] <= now_ns, parks)):
+            request = board.requests[key]
+            slots = [slot for slot, sequence in enumerate(board.slots.holder) if sequence is not None and sequence.request is request]
+            running = [slot for slot in slots if board.slots.phase[slot] in (PREFILL, DECODE)]
+            for slot in sorted(running, key=lambda slot: slot not in board.forking):  # first those that the others must stay for
+                if slot not in board.forking.values():
+                    self._preempt(slot)
+            board.rows = None
+            if all(board.slots.phase[slot] not in (PREFILL, DECODE) for slot in running):
+                del parks[key]

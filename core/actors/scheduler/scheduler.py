@@ -259,6 +259,7 @@ class Scheduler:
         for slot, sequence in enumerate(board.slots.holder):
             if sequence is not None and sequence.request is request:
                 board.slots.parked[slot] = parked
+        self._release.note_parked(key, parked)
         board.rows = None
         board.blocked = False
         return board.wake()
@@ -270,6 +271,8 @@ class Scheduler:
             return
         if board.closed:
             yield from self._close()
+        if board.parks:
+            self._release.give_up_parked(board.clock.now_ns())
         giving = bool(board.releases)
         while len(board.flights) < board.settings.depth:
             board.again = False
@@ -377,6 +380,11 @@ class Scheduler:
     @property
     def progress(self) -> tuple[int, int]:
         return self._board.progress
+
+    @property
+    def parks_until_ns(self) -> int | None:
+        """When a Plan is due although nothing may run: somebody who is parked gives memory up then."""
+        return next(iter(self._board.parks.values()), None)
 
     @property
     def done_step(self) -> int:

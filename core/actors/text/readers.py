@@ -61,24 +61,24 @@ class Readers:
         if kept is None:  # it could not be retained: as any other
             request = self._desk.ledger.requests.get(message.key)
             if request is not None and request.kept is None:
-                yield from self._ending.drop(request, "disconnect")
+                yield from self._ending.drop(request, message.cause)
         elif kept.edge == message.edge:
-            yield from self._left(kept)
+            yield from self._left(kept, message.cause)
 
     def lose(self, edge: int) -> Iterator[Outbound]:
         """An edge is gone, with all its connections."""
         for kept in self._streams:
             if kept.edge == edge:
-                yield from self._left(kept)
+                yield from self._left(kept, "disconnect")
 
-    def _left(self, kept: Kept) -> Iterator[Outbound]:
+    def _left(self, kept: Kept, cause: str) -> Iterator[Outbound]:
         """Nobody listens to it any more."""
         kept.edge = None
         kept.since_ns = self._desk.clock.now_ns()
         for request in list(kept.requests.values()):
             yield from self.hold(request, "slow", False)  # that was the connection
             if kept.on_disconnect == "cancel" or kept.log is None:
-                yield from self._ending.revoke(request, "disconnect")
+                yield from self._ending.revoke(request, cause)
             elif kept.on_disconnect == "park" or kept.full:
                 yield from self.hold(request, "detached", True)
 
