@@ -83,15 +83,17 @@ def _stop(reason: str, stop_reason: int | str | None, called: bool) -> dict[str,
 
 def input_json(text: str) -> dict[str, Any]:
     """A call's arguments as an object. What is valid JSON, but none, is its only member, as in a stream (`_WRAP`). Of what is no JSON, as the model was cut
-    off or made a mistake, there is as much as has ended."""
+    off or made a mistake, there is as much as clients make of a stream's pieces: what has ended, and a number as far as it goes."""
     text = text.lstrip()
     if text and text[0] != "{":
         text = _WRAP + text + "}" if _read(text) is not None else _WRAP + text
     found = _read(text)
     if isinstance(found, dict):
         return found
-    cut, closing = _ended(text)
-    found = _read(text[:cut] + closing)
+    cut, closing, rest = _ended(text)
+    found = _read(text + rest)
+    if found is None:
+        found = _read(text[:cut] + closing)
     return found if isinstance(found, dict) else {}
 
 
@@ -103,8 +105,8 @@ def _read(text: str) -> Any:
         return None
 
 
-def _ended(text: str) -> tuple[int, str]:
-    """How much of the beginning of a JSON text has ended, and what closes it there."""
+def _ended(text: str) -> tuple[int, str, str]:
+    """How much of the beginning of a JSON text has ended, what closes it there, and what closes all of it."""
     open_: list[str] = []
     cut, closing = 0, ""
     quoted = escaped = False
@@ -129,7 +131,7 @@ def _ended(text: str) -> tuple[int, str]:
             case _:
                 continue
         closing = "".join(reversed(open_))
-    return cut, closing
+    return cut, closing, "".join(reversed(open_))
 
 
 class MessagesVoice:

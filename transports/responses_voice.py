@@ -223,11 +223,11 @@ class ResponsesVoice:
 
     def _content(self, text: str, row: int, batch: Batch) -> Iterator[bytes]:
         extra = batch.extra(row) if self._shown.logprobs else None
+        logprobs = chat_logprobs(extra.logprobs, False)["content"] if extra is not None and extra.logprobs else []
         is_open = self._open is not None and self._open.data["type"] == "message"
-        if text or (is_open and extra is not None and extra.logprobs):
+        if text or (is_open and logprobs):
             if not is_open:
                 yield from self._begin("message")
-            logprobs = chat_logprobs(extra.logprobs, False)["content"] if extra is not None and extra.logprobs else []
             yield from self._more(b"response.output_text.delta", text, logprobs)
 
     def _more(self, kind: bytes, text: str, logprobs: list[Any] | None = None) -> Iterator[bytes]:
@@ -245,7 +245,7 @@ class ResponsesVoice:
         if self._open is not None:
             if self._open.data["type"] == kind != "function_call":
                 return
-            yield from self._end("completed")
+            yield from self._end("incomplete" if self._open.part is None else "completed")  # a call that is complete was ended already
         index = len(self._items)
         name = item_id(kind, self._core, index)
         data: Item = {"id": name, "type": kind, "status": "in_progress"}

@@ -268,7 +268,10 @@ TAGGED = {
         + "<｜tool_call_end｜><｜tool_calls_end｜>"
     ),
 }
-_SECOND = {"deepseek_v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>', "pythonic": "[%s(a=1)]"}
+_SECOND = {
+    "deepseek_v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>',
+    "pythonic": "[%s(a=1)]",
+}
 
 
 def _calling(name: str, function: str) -> str:
