@@ -37,6 +37,9 @@ from penstock.transports.voice import VOICE
 OLD = b"2023-01-01"
 """The one version of the API (header anthropic-version) whose streams are others than here: each event repeats all of the text."""
 
+LONGEST_NAME = 128
+"""Characters of a tool's name."""
+
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
 
 
@@ -86,7 +89,7 @@ def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Con
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply: fewer levels of lists and objects are needed.") from None
     try:
-        generation = parse_chat(body, config, most=COUNTED)
+        generation = parse_chat(body, config, most=COUNTED, longest_name=LONGEST_NAME)
     except InvalidRequest as error:
         param = None if error.param is None else renamed(error.param, form)
         raise type(error)(blamed(error, form), param=param, code=error.code) from None

@@ -17,6 +17,7 @@ from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
 from penstock.transports.metadata import check_metadata
 from penstock.transports.openai import Call
+from penstock.transports.openai_messages import TIERS
 from penstock.transports.openai_schema import check_unknown, decode, fields_of
 from penstock.transports.responses_items import Item, tool_echo
 from penstock.transports.responses_prompt import LOGPROBS, Length, Prompt, Work, need, question, renamed
@@ -45,7 +46,6 @@ INCLUDABLE = frozenset(
     }
 )
 """Those of tools and images find nothing to include here."""
-TIERS = frozenset({"auto", "default", "flex", "scale", "priority", "fast", "ultrafast"})
 ID_CHARS = 512
 """Most characters of identifiers that are shown again."""
 

@@ -118,6 +118,9 @@ class ResponsesVoice:
         self._calls: dict[int, _Item] = {}
         self._reason = ""
         self._created = False
+        self._told: Usage | None = None
+        """Of the answer so far."""
+        self._thought = 0
         self.status = "in_progress"
         self.final: dict[str, Any] | None = None
         """The response, once nothing of it changes any more."""
@@ -165,7 +168,8 @@ class ResponsesVoice:
                     item.data["status"] = "incomplete"
             cancelled = isinstance(error, Cancelled) or error.code == Cancelled.default_code
             self.status = "cancelled" if cancelled else "failed"
-            self.final = self.response(self.status, error=None if cancelled else error_json(error))
+            usage = None if self._told is None else usage_json(self._told._replace(reasoning=self._thought))
+            self.final = self.response(self.status, error=None if cancelled else error_json(error), usage=usage)
         return self.final
 
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
@@ -203,6 +207,9 @@ class ResponsesVoice:
 
     def piece(self, index: int, text: str, row: int, batch: Batch) -> Iterator[bytes]:
         channel, call = batch.channel(row)
+        before, self._told = self._told, Usage.at(row, batch)
+        if channel == REASONING:
+            self._thought += self._told.output - (before.output if before is not None else 0)
         if channel == CONTENT:
             yield from self._content(text, row, batch)
         elif channel == REASONING:
