@@ -189,7 +189,7 @@ OWN: dict[str, dict[str, Field]] = {
             default="false",
         ),
         "tool_calls_done": Field(
-            'A chunk with `{"index": i, "done": true}` in its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
+            'A chunk with `"done": true` at index i of its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
             " so that the tool can start before the answer ends.",
             "Penstock",
             default="false",

@@ -173,7 +173,8 @@ class _OpenAIVoice(abc.ABC):
             return {"tool_calls": [{"index": call, "id": extra.call_id if extra else "", "type": "function", "function": function}]}
         if channel == ARGUMENTS:
             return {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
-        return {"tool_calls": [{"index": call, "done": True}]} if self.call.calls_done else {}
+        # clients that put calls together want pieces of a function in each
+        return {"tool_calls": [{"index": call, "function": {"arguments": ""}, "done": True}]} if self.call.calls_done else {}
 
     @abc.abstractmethod
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:

@@ -416,6 +416,7 @@ def test_it_is_cancelled(quiet: Edge, begun: bool) -> None:
         found = reply.json()
         assert (reply.status_code, found["status"], found["error"]) == (200, "cancelled", None)
     assert [item["content"][0]["text"] for item in found["output"]] == (["Hel"] if begun else [])
+    assert (found["usage"] and found["usage"]["total_tokens"]) == (4 if begun else None)
     assert quiet.kept.get(f"{PATH}/{name}").json() == found
     assert quiet.text.wait_for(Cancel)[0].key == key
     quiet.wait(lambda: quiet.server.gateway.active == 0, "the place to be given back")
