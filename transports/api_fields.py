@@ -150,7 +150,7 @@ TOLD: dict[str, dict[str, str]] = {
         "error": "What went wrong: nothing comes after it.",
         "metrics": "As in MessageReply.",
     },
-    "MessageError": {"type": "`error`.", "error": "What is wrong."},
+    "MessageError": {"type": "`error`.", "error": "What is wrong.", "request_id": "The request's, as the header request-id has it."},
     "MessageErrorFields": {
         "type": "The error's family, as Anthropic names it.",
         "message": "What is wrong, with the field's name, and what to do about it.",

@@ -757,3 +757,35 @@ def test_deep_bodies_are_the_clients_mistake(edge: Edge, path: str, size: int, d
     body = f'{{"model":"brook","input":"{"x" * size}","text":{{"format":{{"type":"json_schema","name":"a","schema":{schema}}}}}{more}}}'
     reply = edge.kept.post(path, content=body.encode(), headers={"content-type": "application/json"})
     assert reply.status_code in (200, 400), reply.text[:300]
+
+
+CALLED = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "7"}
+SAID = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("items", "param", "said"),
+    [
+        ([SAID, CALLED], "input", "No tool output found for function call call_1."),
+        ([SAID, CALLED, SAID], "input", "No tool output found for function call call_1."),
+        ([SAID, CALLED, CALLED, OUTPUT], "input[2].call_id", "there is a function call 'call_1' already"),
+        ([SAID, CALLED, OUTPUT, CALLED, OUTPUT], "input[3].call_id", "there is a function call 'call_1' already"),
+        ([SAID, CALLED, OUTPUT, OUTPUT], "input[3].call_id", "has an output already"),
+    ],
+)
+def test_each_call_has_one_output(edge: Edge, items: list[Any], param: str, said: str) -> None:
+    for path in (PATH, COUNT):
+        reply = edge.kept.post(path, json=HI | {"input": items})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        assert said in reply.json()["error"]["message"]
+
+
+def test_names_and_effort_are_checked_as_on_chat(edge: Edge) -> None:
+    for fields, param in (
+        ({"tools": [{"type": "function", "name": "get weather"}]}, "tools[0].name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
+        ({"reasoning": {"effort": "foo"}}, "reasoning.effort"),
+    ):
+        reply = edge.kept.post(PATH, json=HI | fields)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
