@@ -504,7 +504,7 @@ def page() -> str:
         "",
         "## Other fields",
         "",
-        "What becomes of each field that clients of OpenAI, vLLM and SGLang know: it works; it works in part, and other values are refused by name; it is"
+        "What becomes of each field that clients of OpenAI, vLLM and SGLang know: it works; it works in part, and other values are refused by name (or it needs an option); it is"
         " taken without effect; or it is refused by name.",
         "",
         *statuses(),

@@ -52,7 +52,7 @@ def parse_messages(body: bytes, config: Config, limits: Limits | None = None) ->
     if not 1 <= request.max_tokens < INT_LIMIT:
         raise InvalidRequest(f"max_tokens must be from 1 to {INT_LIMIT - 1}, but is {shorten(request.max_tokens)}.", param="max_tokens")
     if request.temperature is not None and not 0 <= request.temperature <= 1:
-        raise InvalidRequest(f"temperature must be from 0 to 1, but is {shorten(request.temperature)}.", param="temperature")
+        raise InvalidRequest(f"temperature must be from 0 to 1, but is {request.temperature}.", param="temperature")
     _check_metadata(request.metadata)
     fields: dict[str, Any] = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     if request.stop_sequences:

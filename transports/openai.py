@@ -22,7 +22,7 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar, Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports.beams import beam_names, beam_of, check_best_of
-from penstock.transports.generation import Generation
+from penstock.transports.generation import Generation, idle
 from penstock.transports.grammars import grammar_of
 from penstock.transports.kept import Kept, kept_of
 from penstock.transports.openai_messages import LONGEST_NAME, check_effort, check_hints, check_messages, check_tools
@@ -167,7 +167,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "retain_s": request.retain_s,
         "on_disconnect": request.on_disconnect,
         "request_id": request.request_id or request.rid,
-        "ignored": check_unknown(ignored, strict=config.strict_fields),
+        "ignored": [*check_unknown(ignored, strict=config.strict_fields), *idle(priority, config)],
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.include_usage and options.continuous_usage_stats),
         "obfuscate": bool(options and options.include_obfuscation),

@@ -39,8 +39,8 @@ class _Call(AnyCall, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class _Message(ChatMessage, frozen=True, kw_only=True):
-    content: str | list[_Part] | msgspec.UnsetType | None = msgspec.UNSET
-    tool_calls: list[_Call] | None = None
+    content: str | list[_Part] | msgspec.UnsetType | None = msgspec.UNSET  # type: ignore[assignment]
+    tool_calls: list[_Call] | None = None  # type: ignore[assignment]
     function_call: _Called | None = None
 
 
@@ -63,7 +63,7 @@ class _Structure(Structure, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class _Format(ResponseFormat, frozen=True, kw_only=True):
     json_schema: _Schema | None = None
-    structures: list[_Structure] | None = None
+    structures: list[_Structure] | None = None  # type: ignore[assignment]
 
 
 KINDS: dict[str, Any] = {

@@ -15,6 +15,7 @@ from penstock.core.actors.text.bounds import TRANSLATED_FIELDS
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
+from penstock.transports.generation import idle
 from penstock.transports.metadata import check_metadata
 from penstock.transports.openai import Call
 from penstock.transports.openai_messages import TIERS
@@ -180,7 +181,10 @@ class _Reading:
         request = self.request
         call = self.prompt.call(self._limits)
         call.names = {**call.names, "max_tokens": "max_output_tokens"}
-        call.ignored = check_unknown(sorted(self._ignored), strict=self._config.strict_fields)
+        call.ignored = [
+            *check_unknown(sorted(self._ignored), strict=self._config.strict_fields),
+            *idle(call.priority, self._config),
+        ]
         if call.grammar is not None:
             call.grammar = msgspec.structs.replace(
                 call.grammar,
