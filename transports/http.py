@@ -234,6 +234,8 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         return NoReply()
     if isinstance(error, MethodNotAllowedException):
         path, paths = request.scope["path"], paths_of(request.app)
+        if instead := instead_of(path):  # its last word is no id
+            return refusal(paths.handler(path, request.method), NotFound(f"There is nothing at {path[:200]!r}. {instead}"))
         wrong = MethodNotAllowed(request.method, paths.methods(path))
         return refusal(paths.handler(path, request.method), wrong, wrong.headers)
     if isinstance(error, HTTPException) and error.status_code == 404:

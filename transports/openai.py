@@ -25,7 +25,7 @@ from penstock.transports.beams import beam_names, beam_of, check_best_of
 from penstock.transports.generation import Generation, idle
 from penstock.transports.grammars import grammar_of
 from penstock.transports.kept import Kept, kept_of
-from penstock.transports.openai_messages import LONGEST_NAME, check_effort, check_hints, check_messages, check_tools
+from penstock.transports.openai_messages import LONGEST_NAME, check_effort, check_hints, check_kinds, check_messages, check_tools
 from penstock.transports.openai_messages import need as _need
 from penstock.transports.openai_nested import unknown_within
 from penstock.transports.openai_schema import (
@@ -188,7 +188,12 @@ def parse_chat(
     body: bytes, config: Config, limits: Limits | None = None, *, most: int = ALL_FIELDS, longest_name: int = LONGEST_NAME
 ) -> Call:
     """`most`: fields in all. `longest_name`: of a function, in characters. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
-    request, raw, ignored = decode(body, ChatRequest, limits, most)
+    try:
+        request, raw, ignored = decode(body, ChatRequest, limits, most)
+    except InvalidRequest as error:
+        if (error.param or "").startswith("tools["):
+            check_kinds(body)
+        raise
     assert isinstance(request, ChatRequest)
     fields = _shared(request, raw, ignored, config)
     check_messages(request.messages, config.max_messages)

@@ -88,6 +88,28 @@ def _check_results(messages: list[ChatMessage]) -> None:
                 need(id in known, f"{field}: no message before it has a call with the id {(id or '')[:80]!r}.", field)
 
 
+class _Kind(msgspec.Struct, frozen=True):
+    type: str | None = None
+
+
+class _Kinds(msgspec.Struct, frozen=True):
+    tools: list[_Kind]
+
+
+def check_kinds(body: bytes) -> None:
+    """Of a request whose tools are none of chat's: raises UnsupportedFeature if they are of another type."""
+    try:
+        tools = msgspec.json.decode(body, type=_Kinds).tools
+    except msgspec.ValidationError:
+        return
+    for i, tool in enumerate(tools):
+        if tool.type not in (None, "function"):
+            field = f"tools[{i}].type"
+            raise UnsupportedFeature(
+                f"{field}: tools of type {tool.type[:80]!r} are not supported here: only functions may be called.", param=field
+            )
+
+
 def check_tools(tools: Sequence[Tool], longest: int = LONGEST_NAME) -> None:
     """Names of at most `longest` characters that can be called. Raises InvalidRequest."""
     names: set[str] = set()

@@ -154,13 +154,17 @@ def text_part(text: str, role: str) -> Item:
     return {"type": "output_text", "text": text, "annotations": []} if role == "assistant" else {"type": "input_text", "text": text}
 
 
+_PARTS = {"assistant": ("output_text", "text", "refusal"), "tool": ("input_text", "output_text", "text")}
+"""Types of parts by role; of all others input_text and text."""
+
+
 def _part(part: Any, role: str, where: str) -> Item:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise InvalidRequest(f"{where} must be an object with a type.", param=where)
     if kind in MEDIA:
         raise UnsupportedFeature(f"{where}: content of type {kind!r} is not supported: this server takes text only.", param=f"{where}.type")
-    known = ("output_text", "input_text", "text", "refusal") if role == "assistant" else ("input_text", "output_text", "text")
+    known = _PARTS.get(role, ("input_text", "text"))
     if kind not in known:
         raise InvalidRequest(f"{where}.type must be one of {', '.join(known)}, but is {kind[:80]!r}.", param=f"{where}.type")
     for name in part.keys() - _PART_FIELDS:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.transports.openai import parse_chat, parse_completion
 
 USER = {"role": "user", "content": "x"}
@@ -128,3 +128,11 @@ def test_unknown_fields_within_objects_are_named() -> None:
         parse(Config(strict_fields=True), **NESTED)
     assert caught.value.param in NAMES
     parse(Config(strict_fields=True), messages=[USER | {"mood": "good"}], tools=[TOOL])
+
+
+def test_tools_of_other_types_are_unsupported() -> None:
+    for tool in ({"type": "custom", "custom": {"name": "f"}}, {"type": "web_search"}, {"type": "custom", "function": {"name": "f"}}):
+        with pytest.raises(UnsupportedFeature) as caught:
+            parse(tools=[TOOL, tool])
+        assert caught.value.param == "tools[1].type"
+    assert blamed(tools=[TOOL, {"type": "function"}]) is not None

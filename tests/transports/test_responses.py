@@ -789,3 +789,10 @@ def test_names_and_effort_are_checked_as_on_chat(edge: Edge) -> None:
     ):
         reply = edge.kept.post(PATH, json=HI | fields)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(("role", "kind"), [("user", "output_text"), ("system", "output_text"), ("assistant", "input_text")])
+def test_parts_are_of_whoever_speaks(edge: Edge, role: str, kind: str) -> None:
+    items = [SAID, {"role": role, "content": [{"type": kind, "text": "x"}]}]
+    reply = edge.kept.post(PATH, json=HI | {"input": items})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input[1].content[0].type")

@@ -295,18 +295,11 @@ def test_a_pin_is_told_to_nobody(edge: Edge) -> None:
     assert edge.kept.post("/v1/messages", json=pinned).json()["usage"]["cache_creation_input_tokens"] == 0
 
 
-IDS = {"POST /v1/responses/compact", "POST /v1/chat/completions/render"}
-"""Known paths that are not there, but whose last word is at its place an id."""
-
-
-@pytest.mark.parametrize("known", KNOWN)
+@pytest.mark.parametrize("known", [known for known in KNOWN if known != "POST /v1/chat/completions/render"])  # there it is an id
 def test_an_endpoint_is_there_or_says_what_to_use(edge: Edge, known: str) -> None:
     """Of one that is there something is known about the (empty) request; the other says what the table says."""
     method, path = known.split()
     reply = edge.kept.request(method, re.sub(r"{\w+}", "x", path), json={} if method == "POST" else None)
-    if known in IDS:
-        assert reply.status_code in (400, 405), "no such id, or it takes no POST"
-        return
     missing = reply.status_code == 404 and "There is nothing at" in reply.text
     assert missing is bool(KNOWN[known]), reply.text
     if missing:
