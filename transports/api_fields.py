@@ -101,11 +101,22 @@ ASKED: dict[str, dict[str, Field]] = {
         "return_full_text": Field("generated_text begins with the prompt.", _TGI, default="false"),
         "details": Field("Add `details`.", _TGI, default="false"),
         "decoder_input_details": Field("Add them with the prompt's tokens. Not in a stream.", _TGI, default="false"),
-        "best_of": Field("Only 1.", _TGI),
+        "best_of": Field(
+            "Draw so many answers and give the likeliest, by the mean log-probability of its tokens; `details` has the others. Not in a stream.",
+            _TGI,
+            "1 to --max-n",
+            "1",
+        ),
+        "top_n_tokens": Field(
+            "Add so many of the likeliest tokens at each place to `details` and to events.", _TGI, "0 to --max-logprobs", "0"
+        ),
+        "grammar": Field(
+            'What the answer obeys: `{"type": "json", "value": schema}`, `{"type": "json_schema", "value": {"schema": schema}}`,'
+            ' `{"type": "regex", "value": text}`. See [Grammars](#grammars).',
+            _TGI,
+        ),
         "typical_p": Field("Only 1.", _TGI),
         "watermark": Field("Only false.", _TGI),
-        "top_n_tokens": Field("Only 0.", _TGI),
-        "grammar": Field("Refused.", _TGI),
         "adapter_id": Field("Refused.", _TGI),
     },
 }
@@ -196,10 +207,19 @@ TOLD: dict[str, dict[str, str]] = {
         "seed": "The request's.",
         "prefill": "With decoder_input_details: the prompt.",
         "tokens": "The answer.",
+        "top_tokens": "With top_n_tokens: the likeliest at each place, most likely first.",
+        "best_of_sequences": "With best_of: the other answers.",
+    },
+    "BestOfSequence": {
+        "generated_text": "As in GenerateReply.",
+        **dict.fromkeys(
+            ("finish_reason", "generated_tokens", "seed", "prefill", "tokens", "top_tokens"),
+            "As in GenerateDetails.",
+        ),
     },
     "GenerateReply": {
         "generated_text": "The answer; with return_full_text the prompt before it.",
-        "details": "With details; else null.",
+        "details": "With details.",
         "metrics": "With `x-include-metrics: 1`: see Metrics.",
     },
     "GenerateStreamDetails": {
@@ -213,6 +233,7 @@ TOLD: dict[str, dict[str, str]] = {
         "token": "The token.",
         "generated_text": "With the last token: the whole answer; else null.",
         "details": "With the last token, if asked for; else null.",
+        "top_tokens": "With top_n_tokens: the likeliest at this place.",
     },
     "GenerateError": {
         "error": "What is wrong, with the field's name, and what to do about it.",
@@ -224,7 +245,7 @@ TOLD: dict[str, dict[str, str]] = {
         "model_device_type": "Where it runs.",
         "model_pipeline_tag": "`text-generation`.",
         "max_concurrent_requests": "--max-streams of one HTTP process.",
-        "max_best_of": "1.",
+        "max_best_of": "--max-n.",
         "max_stop_sequences": "--max-stop.",
         "max_input_tokens": "The context, less a token of answer.",
         "max_total_tokens": "The context.",
