@@ -796,3 +796,35 @@ def test_parts_are_of_whoever_speaks(edge: Edge, role: str, kind: str) -> None:
     items = [SAID, {"role": role, "content": [{"type": kind, "text": "x"}]}]
     reply = edge.kept.post(PATH, json=HI | {"input": items})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input[1].content[0].type")
+
+
+def test_a_call_that_is_not_complete_says_so_wherever_it_stands(script: Edge) -> None:
+    parts = [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a"'), (NAME, 1, "g"), (ARGUMENTS, 1, "{}"), (DONE, 1, "")]
+    script.text.script = rows(*parts, reason="length")
+    whole = script.kept.post(PATH, json=HI).json()
+    assert (whole["status"], [item["status"] for item in whole["output"]]) == ("incomplete", ["incomplete", "completed"])
+
+
+def test_tokens_that_are_no_text_have_no_log_probabilities(script: Edge) -> None:
+    silent = msgspec.structs.replace(POSITION, silent=True)
+    script.text.script = rows((CONTENT, -1, "A"), extra={"logprobs": [POSITION, silent]})
+    fields = {"include": ["message.output_text.logprobs"]}
+    whole = script.kept.post(PATH, json=HI | fields).json()
+    (part,) = whole["output"][0]["content"]
+    assert [one["token"] for one in part["logprobs"]] == ["A"]
+    chat = {"model": "brook", "messages": [{"role": "user", "content": "x"}], "logprobs": True}
+    content = script.kept.post("/v1/chat/completions", json=chat).json()["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in content] == ["A"]
+    text = {"model": "brook", "prompt": "x", "logprobs": 1}
+    logprobs = script.kept.post("/v1/completions", json=text).json()["choices"][0]["logprobs"]
+    assert (logprobs["tokens"], logprobs["text_offset"]) == (["A"], [0])
+
+
+def test_a_priority_that_nobody_looks_at_is_named(edge: Edge) -> None:
+    for path, body in ((PATH, HI), ("/v1/completions", {"model": "brook", "prompt": "x"})):
+        headers = edge.kept.post(path, json=body | {"priority": 3}).headers
+        assert headers["x-penstock-ignored-fields"] == "priority"
+        assert headers["x-penstock-warning"] == "priority has no effect without --scheduling-policy priority"
+        headers = edge.kept.post(path, json=body | {"priority": 3, "zz": 1}).headers
+        assert headers["x-penstock-warning"].startswith("ignored, as nobody here knows them: zz; priority has no effect")
+        assert "x-penstock-warning" not in edge.kept.post(path, json=body | {"priority": 0}).headers

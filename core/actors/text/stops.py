@@ -1,7 +1,7 @@
 """Stop strings with hold-back.
 
 What it is: an Aho-Corasick automaton over a request's stop strings (Aho and Corasick, "Efficient string matching", CACM 18(6), 1975), and
-the per-sequence matcher that lets text out only once it cannot be the start of a stop string any more. The automaton knows how many
+the per-sequence matcher that lets text out only once it cannot be the start of a stop string any more; `Withheld`, what goes with that text. The automaton knows how many
 characters to hold back, so that a character costs amortised O(1) however many strings there are.
 Which stop string wins does not depend on how the text was cut into tokens: the one that is completed first; of those completed by the
 same character, the longest. The matcher sees all text; the caller says from when on a completed stop string ends it (`min_tokens`), and one
