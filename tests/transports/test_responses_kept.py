@@ -396,6 +396,8 @@ def test_it_outlives_its_clients_connection_and_is_followed_from_anywhere(quiet:
         rest = quiet.kept.get(f"{PATH}/{name}?stream=true&starting_after={after}").text
         blocks = [block for block in rest.split("\n\n") if block]
         assert [json.loads(block.split("data: ")[1]) for block in blocks] == events[after + 1 :]
+    beyond = quiet.kept.get(f"{PATH}/{name}?stream=true&starting_after={len(events)}")
+    assert error(beyond) == (400, "invalid_value", "starting_after")
 
 
 def test_one_without_a_stream_has_no_events(quiet: Edge) -> None:
