@@ -515,7 +515,7 @@ def page() -> str:
         "",
         "## Other fields",
         "",
-        "What becomes of each field that clients of OpenAI, vLLM and SGLang know: it works; it works in part, and other values are refused by name; it is"
+        "What becomes of each field that clients of OpenAI, vLLM and SGLang know: it works; it works in part, and other values are refused by name (or it needs an option); it is"
         " taken without effect; or it is refused by name.",
         "",
         *statuses(),
@@ -560,7 +560,8 @@ def page() -> str:
     out += [
         "### Log-probabilities",
         "",
-        "Of raw logits: before penalties, filters and temperature. Chat: `logprobs.content` has for each token `token`, `logprob`, `bytes` (of its UTF-8,"
+        "Of raw logits: before penalties, filters and temperature. Of the tokens that are text: those of the stop string and the end token are left out (with"
+        " include_stop_str_in_output they are text), so that the tokens joined are the answer; one that is text up to the stop string is there whole. Chat: `logprobs.content` has for each token `token`, `logprob`, `bytes` (of its UTF-8,"
         " which may be a part of a character) and `top_logprobs`, a list of the same. Completions: the lists `tokens`, `token_logprobs`, `top_logprobs`"
         " (token to number, the drawn one among them) and `text_offset` (characters from the beginning of `text`); with echo the prompt's tokens come"
         f" first, the very first with null. JSON has no minus infinity: the least is {logprobs.LOWEST_LOGPROB:g}.",
@@ -595,7 +596,8 @@ def page() -> str:
         "How the model writes them is found from its chat template, or named by --tool-call-parser and --reasoning-parser ([formats](configuration.md#output-formats)); calls are only looked for in answers to"
         " requests with tools. A call's first chunk has its `index`, `id`, `type` and `function.name`, the following ones pieces of `function.arguments`; in one piece they are"
         " `message.tool_calls`. Arguments are the model's own text (where it writes them in tags, the JSON of that, with the types of the tool's schema): with tool_choice `auto` JSON that nothing makes obey a schema, and not valid where the answer was cut off"
-        " (finish_reason `length`). What looks like a call and is none stays content, to the letter. White space beside calls and reasoning is left out.",
+        " (finish_reason `length`, too where a stop string or the model itself ended it within a call: with `tool_calls` and `stop` arguments are JSON). What looks like a call and is none, one of a function"
+        " that is not among `tools` too, stays content, to the letter. Where there must be a call there is no content: of one that is cut off before its name is known there is nothing. White space beside calls and reasoning is left out.",
         "",
         "A grammar ([Grammars](#grammars)) governs calls that are asked for: with tool_choice `required`, a named function or allowed_tools, and where a function is `strict`. Only functions that are allowed are"
         " called, and with `required`, a named function and `strict` their arguments obey `parameters` (an object; without `parameters` an empty one); a keyword that cannot be obeyed is a 400 that names"
@@ -616,7 +618,7 @@ def page() -> str:
         "With `arguments_done` in `stream_options.events` (or `stream_options.tool_calls_done`) a chunk tells when a call's arguments are complete and valid, so that the tool can start while the answer goes on:",
         "",
         "```",
-        'data: {..., "choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "done": true}]}, "logprobs": null, "finish_reason": null}]}',
+        'data: {..., "choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "function": {"arguments": ""}, "done": true}]}, "logprobs": null, "finish_reason": null}]}',
         "```",
         "",
         "Send the assistant's message back as it came, and the results as messages of role `tool` with its `tool_call_id`.",

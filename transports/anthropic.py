@@ -20,7 +20,7 @@ from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, shorten
 from penstock.transports.anthropic_options import blamed, form_of, names_a_tool, omits_thinking, options_of, renamed
-from penstock.transports.anthropic_schema import CountTokensRequest, MessagesRequest, decode_strictly
+from penstock.transports.anthropic_schema import CountTokensRequest, MessagesRequest, check_cache, decode_strictly
 from penstock.transports.anthropic_turns import chat_of
 from penstock.transports.anthropic_voice import MessagesVoice
 from penstock.transports.frame import TypedSse
@@ -37,6 +37,12 @@ from penstock.transports.voice import VOICE
 OLD = b"2023-01-01"
 """The one version of the API (header anthropic-version) whose streams are others than here: each event repeats all of the text."""
 
+LONGEST_NAME = 128
+"""Characters of a tool's name."""
+
+LONGEST_USER = 512
+"""Characters of metadata.user_id."""
+
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
 
 
@@ -45,6 +51,9 @@ def parse_messages(body: bytes, config: Config, limits: Limits | None = None) ->
     request = decode_strictly(body, MessagesRequest, limits)
     if not 1 <= request.max_tokens < INT_LIMIT:
         raise InvalidRequest(f"max_tokens must be from 1 to {INT_LIMIT - 1}, but is {shorten(request.max_tokens)}.", param="max_tokens")
+    if request.temperature is not None and not 0 <= request.temperature <= 1:
+        raise InvalidRequest(f"temperature must be from 0 to 1, but is {request.temperature}.", param="temperature")
+    _check_metadata(request.metadata)
     fields: dict[str, Any] = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     if request.stop_sequences:
         if len(request.stop_sequences) > config.max_stop or not all(request.stop_sequences):
@@ -54,6 +63,15 @@ def parse_messages(body: bytes, config: Config, limits: Limits | None = None) ->
         fields["stop"] = request.stop_sequences
     generation = _understood(request, {**fields, "stream": bool(request.stream)}, config, request.max_tokens)
     return generation, MessagesVoice(omit_thinking=omits_thinking(request), tool_named=names_a_tool(request))
+
+
+def _check_metadata(given: dict[str, Any] | None) -> None:
+    for name in given or {}:
+        if name != "user_id":
+            raise InvalidRequest(f"metadata.{name[:80]} is not a field of metadata. Leave it out.", param=f"metadata.{name[:80]}")
+    user = (given or {}).get("user_id")
+    if user is not None and not (isinstance(user, str) and len(user) <= LONGEST_USER):
+        raise InvalidRequest(f"metadata.user_id must be a text of at most {LONGEST_USER} characters.", param="metadata.user_id")
 
 
 def parse_count(body: bytes, config: Config, limits: Limits | None = None) -> tuple[str, bytes]:
@@ -76,6 +94,7 @@ def parse_count(body: bytes, config: Config, limits: Limits | None = None) -> tu
 def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Config, max_tokens: int | None) -> Generation:
     """The request as a chat, of which the chat's own parser says what is possible. Raises InvalidRequest or UnsupportedFeature naming the field."""
     check_messages(len(request.messages), config.max_messages)
+    check_cache(request.cache_control, "cache_control")
     form = form_of(request)
     try:
         chat = chat_of(request)
@@ -86,7 +105,7 @@ def _understood(request: CountTokensRequest, fields: dict[str, Any], config: Con
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply: fewer levels of lists and objects are needed.") from None
     try:
-        generation = parse_chat(body, config, most=COUNTED)
+        generation = parse_chat(body, config, most=COUNTED, longest_name=LONGEST_NAME)
     except InvalidRequest as error:
         param = None if error.param is None else renamed(error.param, form)
         raise type(error)(blamed(error, form), param=param, code=error.code) from None

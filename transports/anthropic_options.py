@@ -184,6 +184,10 @@ _NAMES = [
 ]
 
 
+_LEAVE_OUT = ", leave it out to use what is left"
+"""What text says of a max_tokens that does not fit: here it is required."""
+
+
 def renamed(text: str, form: str = "") -> str:
     """A text with the chat's names of fields, as Anthropic has them. `form` is what the request calls the answer's form; without it only what cannot be a
     field that the client itself has sent (and that is unknown here) is renamed."""
@@ -199,6 +203,6 @@ def form_of(request: CountTokensRequest) -> str:
 
 def blamed(error: PenstockError, form: str = "") -> str:
     """What an error of the chat, or of text, says, with Anthropic's name of the field: Anthropic's errors have no other place for it."""
-    message = renamed(error.message, form)
+    message = renamed(error.message, form).replace(_LEAVE_OUT, "")
     param = None if error.param is None else renamed(error.param, form)
     return message if param is None or param in message else f"{param}: {message}"

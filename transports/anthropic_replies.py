@@ -72,6 +72,7 @@ class MessageError(msgspec.Struct):
 
     type: Literal["error"]
     error: MessageErrorFields
+    request_id: str | None = None
 
 
 class CountTokensReply(msgspec.Struct):

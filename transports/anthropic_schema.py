@@ -99,8 +99,25 @@ def values_of(given: dict[str, Any], where: str, *known: str, kind: str, typed: 
     for name in given:
         if name not in known and not (typed and name == "type"):
             raise InvalidRequest(f"{where}.{name[:80]} is not a field of {kind}. Leave it out.", param=f"{where}.{name[:80]}")
-    if not isinstance(given.get("cache_control"), dict | None):
-        raise InvalidRequest(f"{where}.cache_control must be an object.", param=f"{where}.cache_control")
+    check_cache(given.get("cache_control"), f"{where}.cache_control")
+
+
+TTLS = ("5m", "1h")
+
+
+def check_cache(given: Any, where: str) -> None:
+    """A `cache_control`, which has no effect. Raises InvalidRequest."""
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"{where} must be an object.", param=where)
+    if given.get("type") != "ephemeral":
+        raise InvalidRequest(f"{where}.type must be 'ephemeral'.", param=f"{where}.type")
+    if given.get("ttl") not in (None, *TTLS):
+        raise InvalidRequest(f"{where}.ttl must be {' or '.join(map(repr, TTLS))}.", param=f"{where}.ttl")
+    for name in given:
+        if name not in ("type", "ttl"):
+            raise InvalidRequest(f"{where}.{name[:80]} is not a field of cache_control. Leave it out.", param=f"{where}.{name[:80]}")
 
 
 def text_of(given: dict[str, Any], where: str, name: str, *, empty: bool = False) -> str:

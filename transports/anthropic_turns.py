@@ -8,6 +8,7 @@ What it does not know: JSON decoding (anthropic_schema.py), other fields (anthro
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from penstock.transports.anthropic_thinking import unsealed
 
 FAILED = "Error: "
 """Before the text of a tool_result with is_error: chats have no field for it, and the model should know."""
+
+_ID = re.compile(r"[a-zA-Z0-9_.:-]+")
+"""Of a call. Anthropic's have no dots and colons, those of models that count their calls (functions.f:0) do."""
 
 _spaced = json.JSONEncoder(ensure_ascii=False).encode
 """JSON with the spaces that models write: some templates take a call's arguments as they are."""
@@ -69,6 +73,11 @@ def _turns(request: CountTokensRequest) -> list[Turn]:
     if request.system:
         turns.append(Turn("system", _placed(request.system, "system")))
     for index, message in enumerate(request.messages):
+        if not message.content:
+            if index == len(request.messages) - 1 > 0 and message.role == "assistant":
+                break  # as there: an answer that begins with nothing
+            where = f"messages[{index}].content"
+            raise InvalidRequest(f"{where} must not be empty, but for that of a last message of the assistant.", param=where)
         blocks = _placed(message.content, f"messages[{index}].content")
         if turns and turns[-1].role == message.role:
             turns[-1].blocks.extend(blocks)
@@ -99,10 +108,10 @@ def _content(texts: list[str]) -> str | list[dict[str, str]]:
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
 
 
-def _texts(blocks: list[Placed]) -> list[str]:
+def _texts(blocks: list[Placed], *, empty: bool = False) -> list[str]:
     for where, block in blocks:
         _kind(where, block, {"text"})
-    return [_text(where, block) for where, block in blocks]
+    return [_text(where, block, empty=empty) for where, block in blocks]
 
 
 def _kind(where: str, block: Block, kinds: set[str]) -> str:
@@ -119,11 +128,16 @@ def _kind(where: str, block: Block, kinds: set[str]) -> str:
 # ------------------------------------------------------------------ blocks
 
 
-def _text(where: str, block: Block) -> str:
+def _text(where: str, block: Block, *, empty: bool = False) -> str:
     values_of(block, where, "text", "cache_control", "citations", kind="a block of text")
     if block.get("citations"):
         raise UnsupportedFeature(f"{where}.citations is not supported here. Leave it out.", param=f"{where}.citations")
-    return text_of(block, where, "text", empty=True)
+    return text_of(block, where, "text", empty=empty)
+
+
+def _said_text(where: str, block: Block) -> str:
+    """Of the assistant, whose answers here have an empty one where they say nothing."""
+    return _text(where, block, empty=True)
 
 
 def _thinking(where: str, block: Block) -> str:
@@ -148,7 +162,7 @@ def _unsealed(where: str, signature: Any) -> str | None:
         raise InvalidRequest(f"{where} was changed: send it back as it came.", param=where) from None
 
 
-_SAID: dict[str, Callable[[str, Block], str]] = {"text": _text, "thinking": _thinking, "redacted_thinking": _redacted}
+_SAID: dict[str, Callable[[str, Block], str]] = {"text": _said_text, "thinking": _thinking, "redacted_thinking": _redacted}
 _BLOCKS = {*_SAID, "tool_use", "tool_result"}
 
 
@@ -189,39 +203,41 @@ def _tool_use(where: str, block: Block) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InvalidRequest(f"{where}.input must be an object.", param=f"{where}.input")
     function = {"name": text_of(block, where, "name"), "arguments": _spaced(given)}
-    return {"id": text_of(block, where, "id"), "type": "function", "function": function}
+    if _ID.fullmatch(text_of(block, where, "id")) is None:
+        raise InvalidRequest(f"{where}.id must be letters, digits, underscores, hyphens, dots and colons.", param=f"{where}.id")
+    return {"id": block["id"], "type": "function", "function": function}
 
 
 def _user(turn: Turn, asked: dict[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """Takes out of `asked` what is answered."""
     texts: list[str] = []
-    results = 0
+    answered: set[str] = set()
     for where, block in turn.blocks:
         if _kind(where, block, {"text", "tool_result"}) == "text":
             texts.append(_text(where, block))
             continue
         if texts:
             raise InvalidRequest(f"{where}: a tool_result must stand before the text of its turn.", param=where)
-        results += 1
-        yield _tool_result(where, block, asked)
-    if texts or not results:
+        yield _tool_result(where, block, asked, answered)
+    if texts or not answered:
         yield {"role": "user", "content": _content(texts)}
 
 
-def _tool_result(where: str, block: Block, asked: dict[str, tuple[str, str]]) -> dict[str, Any]:
+def _tool_result(where: str, block: Block, asked: dict[str, tuple[str, str]], answered: set[str]) -> dict[str, Any]:
     values_of(block, where, "tool_use_id", "content", "is_error", "cache_control", "toolset_name", kind="a tool_result")
     if block.get("toolset_name") is not None:
         raise UnsupportedFeature(f"{where}.toolset_name is not supported here: no tools run on this server.", param=f"{where}.toolset_name")
     asked_by = asked.pop(text_of(block, where, "tool_use_id"), None)
     if asked_by is None:
-        raise InvalidRequest(
-            f"{where}.tool_use_id {block['tool_use_id'][:80]!r} is no tool_use of the turn before, or is answered already.",
-            param=f"{where}.tool_use_id",
-        )
+        name = block["tool_use_id"]
+        why = "is no tool_use of the turn before" if asked or answered else "answers nothing: the turn before has no tool_use"
+        why = "has a tool_result already" if name in answered else why
+        raise InvalidRequest(f"{where}.tool_use_id {name[:80]!r} {why}.", param=f"{where}.tool_use_id")
+    answered.add(block["tool_use_id"])
     content = block.get("content")
     if not isinstance(content, str | list | None) or (isinstance(content, list) and not all(isinstance(one, dict) for one in content)):
         raise InvalidRequest(f"{where}.content must be a text or a list of blocks.", param=f"{where}.content")
-    texts = _texts(_placed(content or "", f"{where}.content")) or [""]
+    texts = _texts(_placed(content or "", f"{where}.content"), empty=True) or [""]
     failed = block.get("is_error")
     if not isinstance(failed, bool | None):
         raise InvalidRequest(f"{where}.is_error must be true or false.", param=f"{where}.is_error")

@@ -21,7 +21,7 @@ from penstock.core.protocol.messages import ARGUMENTS, CONTENT, DONE, NAME, REAS
 from penstock.transports.anthropic_options import blamed
 from penstock.transports.anthropic_thinking import UNSIGNED, sealed
 from penstock.transports.gateway import Batch
-from penstock.transports.request import Header, JsonReply, error_headers
+from penstock.transports.request import CONTEXT, Header, JsonReply, Receive, Scope, Send, error_headers
 from penstock.transports.voice import Choice, Head, Prompt, ToolCall, Usage
 
 OVERLOADED = 529
@@ -50,12 +50,34 @@ def status_of(error: PenstockError) -> int:
     return OVERLOADED if error.code in BUSY else error.status
 
 
-def error_payload(error: PenstockError) -> bytes:
+def error_payload(error: PenstockError, request_id: str = "") -> bytes:
     """Anthropic's error shape, of replies and of events."""
     status = status_of(error)
     kind = "overloaded_error" if status == OVERLOADED else _TYPES.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
     details = {"details": {"error_code": NO_THREADS}} if error.param == "thread" and status == 400 else {}
-    return _json({"type": "error", "error": {"type": kind, "message": blamed(error), **details}})
+    return _json(
+        {
+            "type": "error",
+            "error": {"type": kind, "message": blamed(error), **details},
+            **({"request_id": request_id} if request_id else {}),
+        }
+    )
+
+
+class _Refusal(JsonReply):
+    """An error as a reply, whose body has the request's id."""
+
+    __slots__ = ("_error", "_more")
+
+    def __init__(self, error: PenstockError, headers: list[Header]) -> None:
+        super().__init__(error_payload(error), status_of(error), headers)
+        self._error, self._more = error, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = scope.get("state", {}).get(CONTEXT)
+        if context is not None:
+            super().__init__(error_payload(self._error, context.rid), status_of(self._error), self._more)
+        await super().__call__(scope, receive, send)
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -83,15 +105,17 @@ def _stop(reason: str, stop_reason: int | str | None, called: bool) -> dict[str,
 
 def input_json(text: str) -> dict[str, Any]:
     """A call's arguments as an object. What is valid JSON, but none, is its only member, as in a stream (`_WRAP`). Of what is no JSON, as the model was cut
-    off or made a mistake, there is as much as has ended."""
+    off or made a mistake, there is as much as clients make of a stream's pieces: what has ended, and a number as far as it goes."""
     text = text.lstrip()
     if text and text[0] != "{":
         text = _WRAP + text + "}" if _read(text) is not None else _WRAP + text
     found = _read(text)
     if isinstance(found, dict):
         return found
-    cut, closing = _ended(text)
-    found = _read(text[:cut] + closing)
+    cut, closing, rest = _ended(text)
+    found = _read(text + rest)
+    if found is None:
+        found = _read(text[:cut] + closing)
     return found if isinstance(found, dict) else {}
 
 
@@ -103,8 +127,8 @@ def _read(text: str) -> Any:
         return None
 
 
-def _ended(text: str) -> tuple[int, str]:
-    """How much of the beginning of a JSON text has ended, and what closes it there."""
+def _ended(text: str) -> tuple[int, str, str]:
+    """How much of the beginning of a JSON text has ended, what closes it there, and what closes all of it."""
     open_: list[str] = []
     cut, closing = 0, ""
     quoted = escaped = False
@@ -129,7 +153,7 @@ def _ended(text: str) -> tuple[int, str]:
             case _:
                 continue
         closing = "".join(reversed(open_))
-    return cut, closing
+    return cut, closing, "".join(reversed(open_))
 
 
 class MessagesVoice:
@@ -217,11 +241,11 @@ class MessagesVoice:
         yield _json({"type": "message_stop"})
 
     def broken(self, error: PenstockError) -> Iterable[bytes]:
-        return (error_payload(error),)
+        return (error_payload(error, self._id[len("msg_") : -1]),)
 
     @staticmethod
     def refuse(error: PenstockError, headers: Iterable[Header] = ()) -> JsonReply:
-        return JsonReply(error_payload(error), status_of(error), [*error_headers(error), *headers])
+        return _Refusal(error, [*error_headers(error), *headers])
 
     # --- blocks
 

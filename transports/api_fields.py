@@ -15,12 +15,16 @@ _COUNTED: dict[str, Field] = {
     "model": Field("A name of /v1/models. Another is 404 `not_found_error`.", _ANTHROPIC),
     "messages": Field(
         "The conversation, oldest first. Turns of one role in a row are one. If the last is the assistant's, the answer continues it. Each tool_use has its"
-        " tool_result in the turn after it, before that turn's text.",
+        " tool_result in the turn after it, before that turn's text. Content and its texts are not empty, but for those of the assistant: an empty last message"
+        " is left out.",
         _ANTHROPIC,
         "at most --max-messages messages",
     ),
     "system": Field("What the model is told before: a text, or blocks of text.", _ANTHROPIC),
-    "tools": Field("Functions that the model may call; see below. The server has none of its own.", _ANTHROPIC),
+    "tools": Field(
+        "Functions that the model may call; see below. Names: 1 to 128 letters, digits, underscores and hyphens. The server has none of its own.",
+        _ANTHROPIC,
+    ),
     "tool_choice": Field(
         '`{"type": ...}`: `auto`, `none`, and where the chat can force calls `any` and `tool` (with `name`); `disable_parallel_tool_use: true` for at'
         " most one call.",
@@ -40,7 +44,10 @@ _COUNTED: dict[str, Field] = {
         _ANTHROPIC,
     ),
     "output_format": Field("The older name of output_config.format.", _ANTHROPIC),
-    "cache_control": Field("No effect here, nor in blocks: prefixes are cached by themselves.", _ANTHROPIC),
+    "cache_control": Field(
+        '`{"type": "ephemeral"}`, with a `ttl` of `5m` or `1h`. No effect here, nor in blocks: prefixes are cached by themselves.',
+        _ANTHROPIC,
+    ),
 }
 
 _INPUTS: dict[str, Field] = {
@@ -66,10 +73,10 @@ ASKED: dict[str, dict[str, Field]] = {
             "at most --max-stop texts",
         ),
         "stream": Field("Answer as server-sent events.", _ANTHROPIC, default="false"),
-        "temperature": Field("0 is greedy (anything below 0.00001).", _ANTHROPIC, "0 to 1000", _MODELS + "1"),
+        "temperature": Field("0 is greedy (anything below 0.00001).", _ANTHROPIC, "0 to 1", _MODELS + "1"),
         "top_p": Field("Keep the most likely tokens that together reach it.", _ANTHROPIC, "above 0 to 1", _MODELS + "1"),
         "top_k": Field("Keep so many of the most likely tokens; 0 and -1 keep all.", _ANTHROPIC, "-1 to 2^31-1", _MODELS + "0"),
-        "metadata": Field("A hint without effect.", _ANTHROPIC),
+        "metadata": Field("`user_id`, a hint without effect; other fields are 400.", _ANTHROPIC),
         "service_tier": Field("No effect.", _ANTHROPIC),
     },
     "MessageBatchRequest": {
@@ -101,11 +108,22 @@ ASKED: dict[str, dict[str, Field]] = {
         "return_full_text": Field("generated_text begins with the prompt.", _TGI, default="false"),
         "details": Field("Add `details`.", _TGI, default="false"),
         "decoder_input_details": Field("Add them with the prompt's tokens. Not in a stream.", _TGI, default="false"),
-        "best_of": Field("Only 1.", _TGI),
+        "best_of": Field(
+            "Draw so many answers and give the likeliest, by the mean log-probability of its tokens; `details` has the others. Not in a stream.",
+            _TGI,
+            "1 to --max-n",
+            "1",
+        ),
+        "top_n_tokens": Field(
+            "Add so many of the likeliest tokens at each place to `details` and to events.", _TGI, "0 to --max-logprobs", "0"
+        ),
+        "grammar": Field(
+            'What the answer obeys: `{"type": "json", "value": schema}`, `{"type": "json_schema", "value": {"schema": schema}}`,'
+            ' `{"type": "regex", "value": text}`. See [Grammars](#grammars).',
+            _TGI,
+        ),
         "typical_p": Field("Only 1.", _TGI),
         "watermark": Field("Only false.", _TGI),
-        "top_n_tokens": Field("Only 0.", _TGI),
-        "grammar": Field("Refused.", _TGI),
         "adapter_id": Field("Refused.", _TGI),
     },
 }
@@ -129,7 +147,7 @@ TOLD: dict[str, dict[str, str]] = {
         "signature": "Of thinking: nothing is signed here, but clients send it back; with `display: omitted` it holds the text.",
         "id": "Of tool_use: the call's, for its tool_result.",
         "name": "Of tool_use: the tool.",
-        "input": "Of tool_use: the arguments. Of a call that was cut off (`max_tokens`), as many as are complete.",
+        "input": "Of tool_use: the arguments. Of a call that was cut off (`max_tokens`, also by a stop sequence within it), what is there.",
     },
     "MessageUsage": {
         "input_tokens": "Of the prompt, without those that the prefix cache had.",
@@ -150,7 +168,7 @@ TOLD: dict[str, dict[str, str]] = {
         "error": "What went wrong: nothing comes after it.",
         "metrics": "As in MessageReply.",
     },
-    "MessageError": {"type": "`error`.", "error": "What is wrong."},
+    "MessageError": {"type": "`error`.", "error": "What is wrong.", "request_id": "The request's, as the header request-id has it."},
     "MessageErrorFields": {
         "type": "The error's family, as Anthropic names it.",
         "message": "What is wrong, with the field's name, and what to do about it.",
@@ -196,10 +214,19 @@ TOLD: dict[str, dict[str, str]] = {
         "seed": "The request's.",
         "prefill": "With decoder_input_details: the prompt.",
         "tokens": "The answer.",
+        "top_tokens": "With top_n_tokens: the likeliest at each place, most likely first.",
+        "best_of_sequences": "With best_of: the other answers.",
+    },
+    "BestOfSequence": {
+        "generated_text": "As in GenerateReply.",
+        **dict.fromkeys(
+            ("finish_reason", "generated_tokens", "seed", "prefill", "tokens", "top_tokens"),
+            "As in GenerateDetails.",
+        ),
     },
     "GenerateReply": {
         "generated_text": "The answer; with return_full_text the prompt before it.",
-        "details": "With details; else null.",
+        "details": "With details.",
         "metrics": "With `x-include-metrics: 1`: see Metrics.",
     },
     "GenerateStreamDetails": {
@@ -213,6 +240,7 @@ TOLD: dict[str, dict[str, str]] = {
         "token": "The token.",
         "generated_text": "With the last token: the whole answer; else null.",
         "details": "With the last token, if asked for; else null.",
+        "top_tokens": "With top_n_tokens: the likeliest at this place.",
     },
     "GenerateError": {
         "error": "What is wrong, with the field's name, and what to do about it.",
@@ -224,7 +252,7 @@ TOLD: dict[str, dict[str, str]] = {
         "model_device_type": "Where it runs.",
         "model_pipeline_tag": "`text-generation`.",
         "max_concurrent_requests": "--max-streams of one HTTP process.",
-        "max_best_of": "1.",
+        "max_best_of": "--max-n.",
         "max_stop_sequences": "--max-stop.",
         "max_input_tokens": "The context, less a token of answer.",
         "max_total_tokens": "The context.",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.transports.folder import new_id
-from penstock.transports.storage_schema import BatchError
+from penstock.transports.storage_schema import BatchError, BatchUsage
 
 WINDOW = 1 << 18
 MOST_ERRORS = 100
@@ -209,3 +209,59 @@ def not_run(custom_id: str, code: str, message: str) -> bytes:
     """The line of a request that was never answered."""
     error: dict[str, Any] = {"code": code, "message": message}
     return _json({"id": new_id("batch_req_"), "custom_id": custom_id, "response": None, "error": error}) + b"\n"
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class _Usage(msgspec.Struct):
+    """Of a reply of whichever API."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+
+
+class _UsageBody(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+class _UsageResponse(msgspec.Struct):
+    body: _UsageBody
+
+
+class _UsageLine(msgspec.Struct):
+    response: _UsageResponse
+
+
+_usages = msgspec.json.Decoder(_UsageLine)
+
+
+def usage_of(path: Path) -> BatchUsage:
+    """Of all answers that are written there. Waits for the disk."""
+    total = BatchUsage()
+    rest = b""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        while data := os.read(descriptor, WINDOW):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                usage = _usages.decode(line).response.body.usage
+                if usage is not None:
+                    total.input_tokens += usage.prompt_tokens + usage.input_tokens
+                    total.output_tokens += usage.completion_tokens + usage.output_tokens
+                    read = usage.prompt_tokens_details or usage.input_tokens_details
+                    drawn = usage.completion_tokens_details or usage.output_tokens_details
+                    total.input_tokens_details.cached_tokens += read.cached_tokens if read is not None else 0
+                    total.output_tokens_details.reasoning_tokens += drawn.reasoning_tokens if drawn is not None else 0
+    finally:
+        os.close(descriptor)
+    total.total_tokens = total.input_tokens + total.output_tokens
+    return total

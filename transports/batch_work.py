@@ -26,7 +26,7 @@ from penstock.transports.gateway import Gateway
 from penstock.transports.inside import Reply, ask
 from penstock.transports.places import Places
 from penstock.transports.questions import find_model
-from penstock.transports.storage_schema import Batch, BatchError, BatchErrors
+from penstock.transports.storage_schema import Batch, BatchError, BatchErrors, BatchUsage
 
 log = logging.getLogger("penstock.edge.batches")
 
@@ -314,12 +314,15 @@ class Work:
         record, private = self._record, self._record.private
         found: dict[str, str] = {}
         tally: dict[str, int] = {}
+        usage = BatchUsage() if self._form.files else None
         for name, id in (("output", private.output_id), ("error", private.error_id)):
             size = await self._files.disk(self._files.folder.finish, id)
             if not size:
                 await self._files.disk(self._files.folder.remove, id)
                 continue
             if self._form.files:
+                if name == "output":
+                    usage = await self._files.disk(batch_lines.usage_of, self._files.folder.of(id))
                 await self._files.put(record.tenant, id, f"{record.id}_{name}.jsonl", files.OUTPUT, size, private.output_ttl_s)
             else:
                 tally |= await self._files.disk(self._form.tally, self._files.folder.of(id))
@@ -329,7 +332,7 @@ class Work:
             batch.status = private.final  # type: ignore[assignment]
             batch.output_file_id, batch.error_file_id = found.get("output"), found.get("error")
             setattr(batch, f"{private.final}_at", now_s())
-            private.tally, private.input_id = tally, ""
+            private.tally, private.input_id, batch.usage = tally, "", usage
 
         own = private.input_id
         await record.change(end)

@@ -25,7 +25,8 @@ from penstock.transports.batches import batch_routes
 from penstock.transports.files import file_routes
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
-from penstock.transports.openai import check_messages, parse_chat, parse_completion
+from penstock.transports.openai import parse_chat, parse_completion
+from penstock.transports.openai_messages import check_messages
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, check_unknown, decode
 from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY

@@ -139,7 +139,7 @@ FIELDS: dict[str, Field] = {
         default="auto",
     ),
     "parallel_tool_calls": Field("false: at most one call.", default="true"),
-    "reasoning_effort": Field("Passed to the chat template."),
+    "reasoning_effort": Field("Passed to the chat template.", allowed="none, minimal, low, medium, high, xhigh, max"),
     "add_generation_prompt": Field(
         "End the prompt with the beginning of an answer. Not together with continue_final_message.",
         VLLM,
@@ -195,7 +195,7 @@ OWN: dict[str, dict[str, Field]] = {
             default="false",
         ),
         "tool_calls_done": Field(
-            'The older name of arguments_done in events: a chunk with `{"index": i, "done": true}` in its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
+            'The older name of arguments_done in events: a chunk with `"done": true` at index i of its `tool_calls` as soon as the arguments of call i are complete and valid JSON,'
             " so that the tool can start before the answer ends.",
             "Penstock",
             default="false",
@@ -247,7 +247,9 @@ OWN: dict[str, dict[str, Field]] = {
         ),
         "name": Field("Given to the chat template."),
         "tool_calls": Field("Calls of an earlier answer; [] is none."),
-        "tool_call_id": Field("Of a tool's message: whose result it is. Given to the chat template."),
+        "tool_call_id": Field(
+            "Of a tool's message: the id of a call before it (required, unless calls there have none). Given to the chat template."
+        ),
         "function_call": Field("OpenAI's older form of one call."),
         "refusal": Field("What the assistant said instead of an answer."),
         "prefix": Field("Refused: use continue_final_message.", "other servers"),
@@ -276,7 +278,7 @@ OWN: dict[str, dict[str, Field]] = {
     },
     "Tool": {"function": Field("What may be called."), "type": Field("`function`.", default="function")},
     "FunctionSpec": {
-        "name": Field("The function."),
+        "name": Field("The function, once among the tools: 1 to 64 letters (a to z, A to Z), digits, underscores and hyphens."),
         "description": Field("What it does."),
         "parameters": Field("JSON schema of its arguments."),
         "strict": Field("true: the arguments of every call obey `parameters`.", default="false"),
@@ -311,7 +313,7 @@ REPLY_FIELDS: dict[str, str] = {
     "delta": "What is new; empty with the finish_reason.",
     "text": "The answer; in a stream what is new.",
     "logprobs": "With logprobs; see below.",
-    "finish_reason": "`stop`, `tool_calls` (it ended, and called), `length` (max_tokens, or the context is full), or `error`. null while it goes on.",
+    "finish_reason": "`stop`, `tool_calls` (it ended, and called), `length` (max_tokens, or the context is full; or it ended within a call), or `error`. null while it goes on.",
     "stop_reason": "The stop string, or the id of stop_token_ids, that ended it; else null.",
     "matched_stop": "The same, by SGLang's name. (The id of one of the model's own end tokens, which SGLang tells here, it is not.)",
     "token_ids": "With return_token_ids: the tokens of the answer, or of this chunk.",

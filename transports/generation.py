@@ -12,8 +12,15 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.protocol.calling import Calling
+from penstock.core.protocol.config import Config
 from penstock.core.protocol.messages import Grammar
 from penstock.core.protocol.sampling import SamplingParams
+from penstock.transports.request import PRIORITY
+
+
+def idle(priority: int, config: Config) -> list[str]:
+    """The name of a priority that the scheduling policy does not look at, if it asks for something: the reply says so (request.ignored_header)."""
+    return [PRIORITY] if priority and config.scheduling_policy == "fcfs" else []
 
 
 class Generation(msgspec.Struct, kw_only=True):

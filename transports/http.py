@@ -55,7 +55,6 @@ from penstock.transports.request import (
     Scope,
     Send,
     context_of,
-    error_reply,
     new_rid,
     sane_id,
 )
@@ -238,11 +237,14 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         return NoReply()
     if isinstance(error, MethodNotAllowedException):
         path, paths = request.scope["path"], paths_of(request.app)
+        if instead := instead_of(path):  # its last word is no id
+            return refusal(paths.handler(path, request.method), NotFound(f"There is nothing at {path[:200]!r}. {instead}"))
         wrong = MethodNotAllowed(request.method, paths.methods(path))
         return refusal(paths.handler(path, request.method), wrong, wrong.headers)
     if isinstance(error, HTTPException) and error.status_code == 404:
         path = request.scope["path"]
-        return error_reply(NotFound(f"There is nothing at {path[:200]!r}. {instead_of(path) or 'See /schema for what there is.'}"))
+        nothing = NotFound(f"There is nothing at {path[:200]!r}. {instead_of(path) or 'See /schema for what there is.'}")
+        return refusal(paths_of(request.app).nearest(path), nothing)
     if isinstance(error, HTTPException) and error.status_code < 500:
         return refusal(handler, InvalidRequest(error.detail))
     return failed(request.scope, error)

@@ -20,10 +20,15 @@ def _name(position: TokenLogprobs, i: int, as_ids: bool) -> str:
     return f"token_id:{position.ids[i]}" if as_ids else position.texts[i]
 
 
+def spoken(positions: Sequence[TokenLogprobs | None]) -> list[Any]:
+    """Those of tokens that are part of the text."""
+    return [position for position in positions if position is None or not position.silent]
+
+
 def chat_logprobs(positions: list[TokenLogprobs], as_ids: bool) -> dict[str, Any]:
-    """Chat's shape: {"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}."""
+    """Chat's shape: {"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}. Its tokens joined are the text."""
     content = []
-    for p in positions:
+    for p in spoken(positions):
         entries = [
             {"token": _name(p, i, as_ids), "logprob": max(p.logprobs[i], LOWEST_LOGPROB), "bytes": list(p.bytes_[i])}
             for i in range(len(p.ids))

@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from penstock.core.actors.text import bounds
 from penstock.core.actors.text.bounds import ALL_FIELDS
 from penstock.core.protocol.calling import Calling, Offered, calling_of
 from penstock.core.protocol.columns import I32
@@ -22,13 +21,14 @@ from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar, Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
-from penstock.transports import refused
 from penstock.transports.beams import beam_names, beam_of, check_best_of
-from penstock.transports.generation import Generation
+from penstock.transports.generation import Generation, idle
 from penstock.transports.grammars import grammar_of
 from penstock.transports.kept import Kept, kept_of
+from penstock.transports.openai_messages import LONGEST_NAME, check_effort, check_hints, check_kinds, check_messages, check_tools
+from penstock.transports.openai_messages import need as _need
+from penstock.transports.openai_nested import unknown_within
 from penstock.transports.openai_schema import (
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -86,11 +86,6 @@ class Call(Generation, kw_only=True):
     """A stream says when a call's arguments are complete."""
     values: bool = False
     """A stream says when a value within the answer, which is JSON, is complete."""
-
-
-def _need(ok: bool, message: str, param: str) -> None:
-    if not ok:
-        raise InvalidRequest(message, param=param)
 
 
 def _sampling(request: GenerationRequest, config: Config, max_tokens: int | None, logprobs: int | None) -> tuple[SamplingParams, list[str]]:
@@ -160,6 +155,8 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         check_seconds(request.retain_s, "retain_s", config)
     priority = request.priority or 0
     _need(-(2**31) <= priority < 2**31, "priority must fit 32 bits.", "priority")
+    check_hints(raw)
+    ignored = [*ignored, *unknown_within(raw)]
     options = request.stream_options
     if options is not None:
         ignored = [*ignored, *check_options(raw["stream_options"])]
@@ -176,7 +173,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "on_disconnect": request.on_disconnect,
         "stream_interval": interval_of(request.stream_interval, config),
         "request_id": request.request_id or request.rid,
-        "ignored": check_unknown(ignored, strict=config.strict_fields),
+        "ignored": [*check_unknown(ignored, strict=config.strict_fields), *idle(priority, config)],
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.include_usage and options.continuous_usage_stats),
         "obfuscate": bool(options and options.include_obfuscation),
@@ -195,12 +192,21 @@ def _check_max_tokens(value: int | None, param: str) -> None:
 # ------------------------------------------------------------------ chat
 
 
-def parse_chat(body: bytes, config: Config, limits: Limits | None = None, *, most: int = ALL_FIELDS) -> Call:
-    """`most`: fields in all. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
-    request, raw, ignored = decode(body, ChatRequest, limits, most)
+def parse_chat(
+    body: bytes, config: Config, limits: Limits | None = None, *, most: int = ALL_FIELDS, longest_name: int = LONGEST_NAME
+) -> Call:
+    """`most`: fields in all. `longest_name`: of a function, in characters. Raises InvalidRequest (or UnsupportedFeature) naming the field."""
+    try:
+        request, raw, ignored = decode(body, ChatRequest, limits, most)
+    except InvalidRequest as error:
+        if (error.param or "").startswith("tools["):
+            check_kinds(body)
+        raise
     assert isinstance(request, ChatRequest)
     fields = _shared(request, raw, ignored, config)
     check_messages(request.messages, config.max_messages)
+    check_tools(request.tools or (), longest_name)
+    check_effort(request.reasoning_effort)
     calling = _calling(request, fields["grammar"])
     if request.max_completion_tokens is not None:
         _check_max_tokens(request.max_completion_tokens, "max_completion_tokens")
@@ -276,36 +282,6 @@ def _calling(request: ChatRequest, grammar: Grammar | None) -> Calling | None:
     """Whether the model's calls can be asked for, and taken apart, text knows. Raises InvalidRequest."""
     offered = [Offered(tool.function.name, tool.function.parameters, bool(tool.function.strict)) for tool in request.tools or ()]
     return calling_of(offered, request.tool_choice, grammar.field if grammar is not None else "")
-
-
-def check_messages(messages: list[ChatMessage], most: int) -> None:
-    """What can be said about messages (`most` of them) without a template. Raises InvalidRequest or UnsupportedFeature naming the part."""
-    _need(bool(messages), "messages must not be empty.", "messages")
-    bounds.check_messages(len(messages), most)
-    for i, message in enumerate(messages):
-        refused.check_message(message, f"messages[{i}]")
-        content = message.content
-        if isinstance(content, list):
-            for j, part in enumerate(content):
-                if part.type == "refusal" and message.role == "assistant":
-                    _need(part.refusal is not None, "A refusal part needs its refusal.", f"messages[{i}].content[{j}].refusal")
-                    continue
-                if part.type not in ("text", "input_text", "output_text"):
-                    raise UnsupportedFeature(
-                        f"Content of type {part.type!r} is not supported: this server takes text only.",
-                        param=f"messages[{i}].content[{j}].type",
-                    )
-                _need(part.text is not None, "A text part needs its text.", f"messages[{i}].content[{j}].text")
-        elif not isinstance(content, str):
-            _need(_may_be_without(message), f"messages[{i}].content is required.", f"messages[{i}].content")
-
-
-def _may_be_without(message: ChatMessage) -> bool:
-    """Is it a message without content? Of the assistant, null is one that said nothing, as clients send back what they were sent."""
-    if message.role == "assistant":
-        said = message.tool_calls, message.function_call, message.refusal
-        return message.content is None or any(one is not None for one in said)
-    return message.role == "function"
 
 
 # ------------------------------------------------------------------ completions

@@ -24,7 +24,7 @@ from penstock.transports.echo import Shared, echo_pieces, is_small
 from penstock.transports.frame import DONE as DONE
 from penstock.transports.gateway import Batch
 from penstock.transports.json_values import JsonValues, Value
-from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json
+from penstock.transports.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs_json, spoken
 from penstock.transports.openai import Call
 from penstock.transports.request import Header, JsonReply, error_body, error_fields, error_reply
 from penstock.transports.voice import Choice, Head, Pieces, Prompt, Usage
@@ -148,8 +148,8 @@ class _OpenAIVoice(abc.ABC):
         logprobs: dict[str, Any] | None = None
         if call.top_logprobs is not None:
             extra = batch.extra(row)
-            if extra is not None and extra.logprobs:
-                logprobs = self._logprobs(index, extra.logprobs)
+            if extra is not None and extra.logprobs and (positions := spoken(extra.logprobs)):
+                logprobs = self._logprobs(index, positions)
         tokens = batch.tokens(row) if call.want_ids else None
         delta = self._delta(text, row, batch) if batch.channels is not None and batch.channels[row] else None
         if text or logprobs or tokens or delta:
@@ -189,7 +189,8 @@ class _OpenAIVoice(abc.ABC):
             return {"tool_calls": [{"index": call, "id": extra.call_id if extra else "", "type": "function", "function": function}]}
         if channel == ARGUMENTS:
             return {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
-        return {"tool_calls": [{"index": call, "done": True}]} if self.call.calls_done else {}
+        # clients that put calls together want pieces of a function in each
+        return {"tool_calls": [{"index": call, "function": {"arguments": ""}, "done": True}]} if self.call.calls_done else {}
 
     @abc.abstractmethod
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -314,10 +315,10 @@ class CompletionVoice(_OpenAIVoice):
         before = prompt.text if call.echo else ""
         logprobs = None
         if call.top_logprobs is not None:
-            positions = [*(prompt.echoed() if call.echo else ()), *choice.logprobs]
-            offsets = [*(prompt.offsets if call.echo else ()), *TextOffsets(len(before)).of(choice.logprobs)]
-            end = len(before) + len(text)  # tokens that stopped the answer are no part of it
-            logprobs = completion_logprobs(positions, call.tokens_as_ids, [min(offset, end) for offset in offsets])
+            answer = spoken(choice.logprobs)
+            positions = [*(prompt.echoed() if call.echo else ()), *answer]
+            offsets = [*(prompt.offsets if call.echo else ()), *TextOffsets(len(before)).of(answer)]
+            logprobs = completion_logprobs(positions, call.tokens_as_ids, offsets)
         out = {"index": index, "text": before + text, "logprobs": logprobs, "finish_reason": choice.reason}
         if call.prompt_logprobs:
             out["prompt_logprobs"] = _shown(prompt)

@@ -40,6 +40,15 @@ class Paths:
             return found
         return None
 
+    def nearest(self, path: str) -> BaseRouteHandler | None:
+        """Whose API a path where there is nothing belongs to: a handler above it; None where that would be of any."""
+        parts = path.rstrip("/").split("/")
+        for size in range(len(parts) - 1, 2, -1):
+            found = self.handler("/".join(parts[:size]), "POST")
+            if found is not None:
+                return found
+        return None
+
     def _at(self, path: str) -> Iterator[Any]:
         path = path.rstrip("/") or "/"
         return (route for pattern, route in self._routes if pattern.fullmatch(path))

@@ -37,6 +37,9 @@ CONTEXT = "penstock"
 MAX_NAMED = 1024
 """Bytes of the header that names ignored fields: some proxies take no more than 4 KiB of headers."""
 
+PRIORITY = "priority"
+"""The one known field whose name stands among the ignored ones: where the scheduling policy looks at none."""
+
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
 
 
@@ -202,10 +205,17 @@ def ignored_header(names: list[str]) -> list[Header]:
     """`x-penstock-ignored-fields`: unknown request fields, so that a typing error does not go unseen; and `x-penstock-warning`, the same for people."""
     if not names:
         return []
+    text = _listed(names)
+    unknown = [name for name in names if name != PRIORITY]
+    warnings = [f"ignored, as nobody here knows them: {_listed(unknown)}"] if unknown else []
+    if PRIORITY in names:
+        warnings.append("priority has no effect without --scheduling-policy priority")
+    return [(b"x-penstock-ignored-fields", text.encode()), (b"x-penstock-warning", "; ".join(warnings).encode())]
+
+
+def _listed(names: list[str]) -> str:
     text = ", ".join(name if sane_id(name) else "?" for name in names[:32])
-    if len(text) > MAX_NAMED:
-        text = text[: text.rfind(", ", 0, MAX_NAMED - 3)] + ", ..."
-    return [(b"x-penstock-ignored-fields", text.encode()), (b"x-penstock-warning", b"ignored, as nobody here knows them: " + text.encode())]
+    return text if len(text) <= MAX_NAMED else text[: text.rfind(", ", 0, MAX_NAMED - 3)] + ", ..."
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -15,8 +15,10 @@ from penstock.core.actors.text.bounds import TRANSLATED_FIELDS
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
 from penstock.core.protocol.messages import Limits
+from penstock.transports.generation import idle
 from penstock.transports.metadata import check_metadata
 from penstock.transports.openai import Call
+from penstock.transports.openai_messages import TIERS
 from penstock.transports.openai_schema import check_unknown, decode, fields_of
 from penstock.transports.responses_items import Item, tool_echo
 from penstock.transports.responses_prompt import LOGPROBS, Length, Prompt, Work, need, question, renamed
@@ -45,7 +47,6 @@ INCLUDABLE = frozenset(
     }
 )
 """Those of tools and images find nothing to include here."""
-TIERS = frozenset({"auto", "default", "flex", "scale", "priority", "fast", "ultrafast"})
 ID_CHARS = 512
 """Most characters of identifiers that are shown again."""
 
@@ -181,7 +182,10 @@ class _Reading:
         request = self.request
         call = self.prompt.call(self._limits)
         call.names = {**call.names, "max_tokens": "max_output_tokens"}
-        call.ignored = check_unknown(sorted(self._ignored), strict=self._config.strict_fields)
+        call.ignored = [
+            *check_unknown(sorted(self._ignored), strict=self._config.strict_fields),
+            *idle(call.priority, self._config),
+        ]
         if call.grammar is not None:
             call.grammar = msgspec.structs.replace(
                 call.grammar,

@@ -21,7 +21,7 @@ _PROMPT: dict[str, Field] = {
     "reasoning": Field("See ReasoningOptions."),
     "text": Field("See TextOptions."),
     "tools": Field(
-        "Functions: `type`, `name`, `parameters`, `description`, `strict`, as on chat but flat. Tools that would run on the server (web_search,"
+        "Functions: `type`, `name`, `parameters`, `description`, `strict` (false where it is left out, while OpenAI's own API then takes true; the reply says which), as on chat but flat. Tools that would run on the server (web_search,"
         " file_search, code_interpreter, mcp, custom and so on) are `unsupported_feature`."
     ),
     "tool_choice": Field(

@@ -154,13 +154,17 @@ def text_part(text: str, role: str) -> Item:
     return {"type": "output_text", "text": text, "annotations": []} if role == "assistant" else {"type": "input_text", "text": text}
 
 
+_PARTS = {"assistant": ("output_text", "text", "refusal"), "tool": ("input_text", "output_text", "text")}
+"""Types of parts by role; of all others input_text and text."""
+
+
 def _part(part: Any, role: str, where: str) -> Item:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise InvalidRequest(f"{where} must be an object with a type.", param=where)
     if kind in MEDIA:
         raise UnsupportedFeature(f"{where}: content of type {kind!r} is not supported: this server takes text only.", param=f"{where}.type")
-    known = ("output_text", "input_text", "text", "refusal") if role == "assistant" else ("input_text", "output_text", "text")
+    known = _PARTS.get(role, ("input_text", "text"))
     if kind not in known:
         raise InvalidRequest(f"{where}.type must be one of {', '.join(known)}, but is {kind[:80]!r}.", param=f"{where}.type")
     for name in part.keys() - _PART_FIELDS:
@@ -226,6 +230,10 @@ class Conversation:
         """What each message came from, as the client names it."""
         self._open: dict[str, Any] | None = None
         self._calls: set[str] = set()
+        self._unanswered: dict[str, str] = {}
+        """Calls that have no output so far, with what they came from."""
+        self._given: set[str] = set()
+        """Calls of the request's own items."""
 
     def instruct(self, text: str) -> None:
         """The request's instructions."""
@@ -257,16 +265,36 @@ class Conversation:
                 self._begin(where)
             function = {"name": item["name"], "arguments": item["arguments"]}
             self._last.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
-            self._calls.add(item["call_id"])
+            self._called(item, where)
         else:
             if item["call_id"] not in self._calls:
                 raise InvalidRequest(
                     f"{where}.call_id: there is no function call {item['call_id'][:80]!r} before it in the conversation.",
                     param=f"{where}.call_id",
                 )
+            if item["call_id"] not in self._unanswered:
+                raise InvalidRequest(
+                    f"{where}.call_id: the function call {item['call_id'][:80]!r} has an output already.", param=f"{where}.call_id"
+                )
+            del self._unanswered[item["call_id"]]
             output = item["output"]
             text_or_parts = output if isinstance(output, str) else _content(output)
             self._add({"role": "tool", "tool_call_id": item["call_id"], "content": text_or_parts}, where)
+
+    def _called(self, item: Item, where: str) -> None:
+        name, own = item["call_id"], where.startswith("input")
+        if name in self._unanswered or (own and name in self._given):
+            raise InvalidRequest(f"{where}.call_id: there is a function call {name[:80]!r} already.", param=f"{where}.call_id")
+        if own:
+            self._given.add(name)
+        self._calls.add(name)
+        if item.get("status") != "incomplete":  # one that was cut off cannot be run
+            self._unanswered[name] = where
+
+    def check(self) -> None:
+        """All has been taken. Raises InvalidRequest if a call has no output."""
+        for name in self._unanswered:
+            raise InvalidRequest(f"No tool output found for function call {name[:80]}.", param="input")
 
     @property
     def _last(self) -> dict[str, Any]:

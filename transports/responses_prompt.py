@@ -137,6 +137,7 @@ class Prompt:
         for number, item in zip(self._referred, items_among(self._sources, self._names), strict=True):
             self.input[number] = item
         conversation.take(self.input, "input")
+        conversation.check()
         self.fields["messages"] = conversation.messages
         self._options()
 

@@ -164,6 +164,10 @@ def responses_routes(gateway: Gateway) -> list[Any]:
             raise InvalidRequest(
                 "stream: only responses that were created with both background and stream have events to be followed.", param="stream"
             )
+        if record.final and after >= 0 and after >= (count := await kept().count_events(tenant, response_id)):
+            raise InvalidRequest(
+                f"starting_after must be less than {count}: there are no more events, and none will come.", param="starting_after"
+            )
         return Follow(gateway, kept(), surface.framed(context), hub, tenant, response_id, after)
 
     @delete("/v1/responses/{response_id:str}", summary="Delete a response; one in the background ends", tags=["responses"], status_code=200)

@@ -147,6 +147,13 @@ class Records:
         body = await self._store.get(EVENTS, tenant, f"{id}/{number}")
         return None if body is None else msgspec.msgpack.decode(body, type=list[bytes])
 
+    async def count_events(self, tenant: str, id: str) -> int:
+        """How many are kept."""
+        count = number = 0
+        while (events := await self.events(tenant, id, number)) is not None:
+            count, number = count + len(events), number + 1
+        return count
+
     # --- conversations
 
     async def history(self, tenant: str, id: str, most: int, most_bytes: int) -> list[Record]:

@@ -118,6 +118,9 @@ class ResponsesVoice:
         self._calls: dict[int, _Item] = {}
         self._reason = ""
         self._created = False
+        self._told: Usage | None = None
+        """Of the answer so far."""
+        self._thought = 0
         self.status = "in_progress"
         self.final: dict[str, Any] | None = None
         """The response, once nothing of it changes any more."""
@@ -165,7 +168,8 @@ class ResponsesVoice:
                     item.data["status"] = "incomplete"
             cancelled = isinstance(error, Cancelled) or error.code == Cancelled.default_code
             self.status = "cancelled" if cancelled else "failed"
-            self.final = self.response(self.status, error=None if cancelled else error_json(error))
+            usage = None if self._told is None else usage_json(self._told._replace(reasoning=self._thought))
+            self.final = self.response(self.status, error=None if cancelled else error_json(error), usage=usage)
         return self.final
 
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
@@ -203,6 +207,9 @@ class ResponsesVoice:
 
     def piece(self, index: int, text: str, row: int, batch: Batch) -> Iterator[bytes]:
         channel, call = batch.channel(row)
+        before, self._told = self._told, Usage.at(row, batch)
+        if channel == REASONING:
+            self._thought += self._told.output - (before.output if before is not None else 0)
         if channel == CONTENT:
             yield from self._content(text, row, batch)
         elif channel == REASONING:
@@ -223,11 +230,11 @@ class ResponsesVoice:
 
     def _content(self, text: str, row: int, batch: Batch) -> Iterator[bytes]:
         extra = batch.extra(row) if self._shown.logprobs else None
+        logprobs = chat_logprobs(extra.logprobs, False)["content"] if extra is not None and extra.logprobs else []
         is_open = self._open is not None and self._open.data["type"] == "message"
-        if text or (is_open and extra is not None and extra.logprobs):
+        if text or (is_open and logprobs):
             if not is_open:
                 yield from self._begin("message")
-            logprobs = chat_logprobs(extra.logprobs, False)["content"] if extra is not None and extra.logprobs else []
             yield from self._more(b"response.output_text.delta", text, logprobs)
 
     def _more(self, kind: bytes, text: str, logprobs: list[Any] | None = None) -> Iterator[bytes]:
@@ -245,7 +252,7 @@ class ResponsesVoice:
         if self._open is not None:
             if self._open.data["type"] == kind != "function_call":
                 return
-            yield from self._end("completed")
+            yield from self._end("incomplete" if self._open.part is None else "completed")  # a call that is complete was ended already
         index = len(self._items)
         name = item_id(kind, self._core, index)
         data: Item = {"id": name, "type": kind, "status": "in_progress"}

@@ -47,6 +47,7 @@ IN_PART: dict[str, str] = {
     "structured_outputs": "`json`, `json_object`, `regex`, `choice`, `grammar`, `structural_tag` and `disable_any_whitespace`; the others are refused.",
     "tool_choice": "`none`, `auto`, `required`, a function and allowed_tools, where the model's output format can be asked for; else refused, as are other types.",
     "spaces_between_special_tokens": "true; false is refused.",
+    "priority": "No effect without --scheduling-policy priority (or a plugin's that looks at it); a header says so.",
 }
 """Fields that the requests have and that refuse some values by name: which are taken."""
 

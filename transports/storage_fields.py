@@ -86,7 +86,8 @@ TOLD: dict[str, dict[str, str]] = {
         "completion_window": "`24h`.",
         "status": "validating, in_progress, finalizing, completed; or failed (the file was wrong), expired, cancelling, cancelled.",
         "output_file_id": "The answers with status 200, in the order in which they came; null where there is none.",
-        "error_file_id": "The others, and what was not answered; null where there is none.",
+        "error_file_id": "The others, and what was not answered before its time was over (`batch_expired`); null where there is none. What a cancel left"
+        " unanswered is in neither file.",
         "created_at": "When it was asked for, in seconds since 1970.",
         "in_progress_at": "When its file had been found good.",
         "expires_at": "When its time is over.",
@@ -97,6 +98,7 @@ TOLD: dict[str, dict[str, str]] = {
         "cancelling_at": "When somebody cancelled it.",
         "cancelled_at": "When nothing of it ran any more.",
         "request_counts": "How far it is; told once a second.",
+        "usage": "Tokens of all answers of the output file; null before it has ended.",
         "metadata": "The request's.",
     },
     "BatchErrors": {"object": "`list`.", "data": "The first 100."},
@@ -108,5 +110,14 @@ TOLD: dict[str, dict[str, str]] = {
         "param": "The field of the line.",
         "line": "Its number, from 1.",
     },
+    "BatchUsage": {
+        "input_tokens": "Of prompts.",
+        "input_tokens_details": "Of these.",
+        "output_tokens": "Drawn.",
+        "output_tokens_details": "Of these.",
+        "total_tokens": "Both.",
+    },
+    "BatchInputDetails": {"cached_tokens": "Found in the prefix cache."},
+    "BatchOutputDetails": {"reasoning_tokens": "Of reasoning."},
     "RequestCounts": {"total": "Lines.", "completed": "Answered with status 200.", "failed": "The others that are over."},
 }

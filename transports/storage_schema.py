@@ -67,6 +67,22 @@ class RequestCounts(msgspec.Struct):
     failed: int = 0
 
 
+class BatchInputDetails(msgspec.Struct):
+    cached_tokens: int = 0
+
+
+class BatchOutputDetails(msgspec.Struct):
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(msgspec.Struct):
+    input_tokens: int = 0
+    input_tokens_details: BatchInputDetails = msgspec.field(default_factory=BatchInputDetails)
+    output_tokens: int = 0
+    output_tokens_details: BatchOutputDetails = msgspec.field(default_factory=BatchOutputDetails)
+    total_tokens: int = 0
+
+
 class Batch(msgspec.Struct, kw_only=True):
     id: str
     object: Literal["batch"] = "batch"
@@ -88,4 +104,5 @@ class Batch(msgspec.Struct, kw_only=True):
     cancelling_at: int | None = None
     cancelled_at: int | None = None
     request_counts: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    usage: BatchUsage | None = None
     metadata: dict[str, str] | None = None

@@ -13,9 +13,10 @@ import msgspec
 from litestar import Request, get, post
 from litestar.types import ASGIApp
 
+from penstock.core.actors.text.structured import json_text
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
-from penstock.core.protocol.messages import Limits
+from penstock.core.protocol.messages import Grammar, Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, shorten
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
@@ -32,11 +33,8 @@ MAX_NEW_TOKENS = 100
 """TGI's default."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
     "typical_p": (None, 1.0),
     "watermark": (None, False),
-    "top_n_tokens": (None, 0),
-    "grammar": (None,),
     "adapter_id": (None, ""),
 }
 """Parameters that ask for what does not exist here, with the values that ask for nothing."""
@@ -62,6 +60,8 @@ def parse_generate(body: bytes, config: Config, limits: Limits | None = None, *,
             raise UnsupportedFeature(f"parameters.{name} is not supported here. Leave it out.", param=f"parameters.{name}")
     if streams and given.decoder_input_details:
         raise InvalidRequest("parameters.decoder_input_details is not available in a stream.", param="parameters.decoder_input_details")
+    if streams and given.best_of not in (None, 1):
+        raise InvalidRequest("parameters.best_of is not available in a stream.", param="parameters.best_of")
     details = bool(given.details or given.decoder_input_details)
     prefill = bool(given.decoder_input_details)
     return Telling(
@@ -69,7 +69,11 @@ def parse_generate(body: bytes, config: Config, limits: Limits | None = None, *,
         prompts=[{"prompt": request.inputs, "prompt_name": "inputs"}],
         sampling=_sampling(given, config, logprobs=details or streams, prefill=prefill),
         explicit=list(_OURS),
-        names={"max_tokens": "max_new_tokens", "truncate_prompt_tokens": "truncate"},
+        names={
+            "max_tokens": "max_new_tokens",
+            "truncate_prompt_tokens": "truncate",
+            **({"n": "parameters.best_of"} if given.best_of not in (None, 1) else {}),
+        },
         truncate_prompt_tokens=given.truncate,
         echo=prefill,
         want_ids=streams or prefill,
@@ -79,7 +83,42 @@ def parse_generate(body: bytes, config: Config, limits: Limits | None = None, *,
         prefill=prefill,
         before=request.inputs if given.return_full_text else "",
         listed=listed,
+        top=given.top_n_tokens or 0,
+        grammar=_grammar(given.grammar),
     )
+
+
+class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: str
+    value: Any
+
+
+def _grammar(given: Any) -> Grammar | None:
+    """Raises InvalidRequest."""
+    field = "parameters.grammar"
+    if given is None:
+        return None
+    try:
+        asked = msgspec.convert(given, _Asked)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{field} must be an object of a type and a value: {error}."[:300], param=field) from None
+    value = asked.value
+    if asked.type == "regex":
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{field}.value must be a text.", param=f"{field}.value")
+        return Grammar(kind="regex", source=value, field=field)
+    if asked.type not in ("json", "json_schema"):
+        raise InvalidRequest(f"{field}.type must be json, json_schema or regex, but is {asked.type[:80]!r}.", param=f"{field}.type")
+    if asked.type == "json_schema":
+        value = value.get("schema") if isinstance(value, dict) else None
+    if isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value)
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise InvalidRequest(f"{field}.value is not valid JSON: {error}.", param=f"{field}.value") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{field}.value must be a JSON schema.", param=f"{field}.value")
+    return Grammar(kind="json", source=json_text(value), field=field)
 
 
 def _sampling(given: GenerateParameters, config: Config, *, logprobs: bool, prefill: bool) -> SamplingParams:
@@ -93,8 +132,19 @@ def _sampling(given: GenerateParameters, config: Config, *, logprobs: bool, pref
     _need(given.seed is None or 0 <= given.seed < 2**63, "seed", "must be from 0 to 2^63-1")
     stop = given.stop or []
     _need(len(stop) <= config.max_stop and all(stop), "stop", f"may hold at most {config.max_stop} texts (--max-stop), none of them empty")
+    best, top = given.best_of or 1, given.top_n_tokens or 0
+    _need(
+        1 <= best <= config.max_n and given.best_of != 0,
+        "best_of",
+        f"must be from 1 to {config.max_n} (--max-n), but is {shorten(given.best_of or 0)}",
+    )
+    _need(
+        0 <= top <= config.max_logprobs, "top_n_tokens", f"must be from 0 to {config.max_logprobs} (--max-logprobs), but is {shorten(top)}"
+    )
     draws = bool(given.do_sample) or given.temperature not in (None, 1.0) or given.top_k is not None or given.top_p not in (None, 1.0)
+    _need(best == 1 or draws, "best_of", "needs an answer that is drawn: give do_sample true")
     values: dict[str, Any] = {
+        "n": best,
         "temperature": (1.0 if given.temperature is None else given.temperature) if draws else 0.0,
         "top_p": given.top_p,
         "top_k": given.top_k,
@@ -104,7 +154,7 @@ def _sampling(given: GenerateParameters, config: Config, *, logprobs: bool, pref
         "max_tokens": most,
         "stop": stop,
         "include_stop_str_in_output": True,
-        "logprobs": 0 if logprobs else None,
+        "logprobs": top if logprobs or best > 1 else None,
         "prompt_logprobs": 0 if prefill else None,
     }
     sampling = SamplingParams(**{name: value for name, value in values.items() if value is not None})
@@ -171,7 +221,7 @@ def tgi_routes(gateway: Gateway) -> list[Any]:
             "model_device_type": engine and engine.device,
             "model_pipeline_tag": "text-generation",
             "max_concurrent_requests": config.max_streams,
-            "max_best_of": 1,
+            "max_best_of": config.max_n,
             "max_stop_sequences": config.max_stop,
             "max_input_tokens": engine and engine.max_model_len - 1,
             "max_total_tokens": engine and engine.max_model_len,

@@ -24,17 +24,29 @@ class GeneratedToken(msgspec.Struct):
     special: bool
 
 
-class GenerateDetails(msgspec.Struct):
+class BestOfSequence(msgspec.Struct, omit_defaults=True, kw_only=True):
+    generated_text: str
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     generated_tokens: int
     seed: int | None
     prefill: list[PrefillToken]
     tokens: list[GeneratedToken]
+    top_tokens: list[list[GeneratedToken]] | None = None
+
+
+class GenerateDetails(msgspec.Struct, omit_defaults=True):
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[GeneratedToken]
+    top_tokens: list[list[GeneratedToken]] | None = None
+    best_of_sequences: list[BestOfSequence] | None = None
 
 
 class GenerateReply(msgspec.Struct, omit_defaults=True):
     generated_text: str
-    details: GenerateDetails | None
+    details: GenerateDetails | None = None
     metrics: dict[str, Any] | None = None
 
 
@@ -45,13 +57,14 @@ class GenerateStreamDetails(msgspec.Struct):
     seed: int | None
 
 
-class GenerateEvent(msgspec.Struct):
+class GenerateEvent(msgspec.Struct, omit_defaults=True):
     """The data of one event: one token. That of a failed stream is a GenerateError."""
 
     index: int
     token: GeneratedToken
     generated_text: str | None
     details: GenerateStreamDetails | None
+    top_tokens: list[GeneratedToken] | None = None
 
 
 class GenerateError(msgspec.Struct):

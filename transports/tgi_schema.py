@@ -33,12 +33,12 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     return_full_text: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
-    # Refused where they ask for something
     best_of: int | None = None
-    typical_p: float | None = None
-    watermark: bool | None = None
     top_n_tokens: int | None = None
     grammar: Any = None
+    # Refused where they ask for something
+    typical_p: float | None = None
+    watermark: bool | None = None
     adapter_id: str | None = None
 
 

@@ -10,6 +10,7 @@ special, so that the tokens' texts, without special ones, are the text. A failed
 from __future__ import annotations
 
 from codecs import utf_8_decode
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from penstock.core.protocol.messages import TokenLogprobs
 from penstock.transports.gateway import Batch
 from penstock.transports.generation import Generation
 from penstock.transports.logprobs import LOWEST_LOGPROB
+from penstock.transports.openai_voice import likeliness
 from penstock.transports.request import Header, JsonReply, error_headers
 from penstock.transports.voice import Choice, Head, Prompt, Usage
 
@@ -35,6 +37,8 @@ class Telling(Generation, kw_only=True):
     """What generated_text begins with: the prompt, with return_full_text."""
     listed: bool
     """The whole reply is a list of one."""
+    top: int = 0
+    """With details, or in a stream: so many of the likeliest tokens at each place."""
 
 
 OVERLOADED = frozenset({"queue_full", "too_many_streams"})
@@ -76,6 +80,13 @@ def _logprob(position: TokenLogprobs) -> float | None:
     return max(position.logprobs[0], LOWEST_LOGPROB) if position.logprobs else None
 
 
+def _top(position: TokenLogprobs) -> list[dict[str, Any]]:
+    """The likeliest tokens at a place."""
+    return [
+        _token(position.ids[i], position.texts[i], max(position.logprobs[i], LOWEST_LOGPROB), False) for i in range(1, len(position.ids))
+    ]
+
+
 def tokens_of(positions: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
     """An answer's tokens; the text of a character stands with the token that completes it. Special tokens have their own spelling."""
     out, pending = [], b""
@@ -100,27 +111,43 @@ class GenerateVoice:
         self._asked = asked
         self._pieces = [asked.before]
         self._count = 0
+        self._tops: deque[list[dict[str, Any]]] = deque()
+        """The likeliest at each place, of tokens that are still to be told."""
         self._last = _token(0, "", None, True)
 
     def begin(self, head: Head) -> str:
         return head.rid
 
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
-        (prompt,), (choice,), asked = prompts, choices, self._asked
-        details = None
+        (prompt,), asked = prompts, self._asked
+        choice, *others = sorted(choices, key=likeliness, reverse=True)
+        body: dict[str, Any] = {"generated_text": asked.before + "".join(choice.pieces)}
         if asked.details:
             prefill = prompt.echoed() if asked.prefill else []
-            details = {
-                "finish_reason": finish_reason(choice.reason, choice.stop_reason),
-                "generated_tokens": usage.output,
-                "seed": asked.sampling.seed,
-                "prefill": [{"id": p.ids[0], "text": p.texts[0], "logprob": _logprob(p)} for p in prefill if p is not None],
-                "tokens": tokens_of(choice.logprobs),
-            }
-        body = {"generated_text": asked.before + "".join(choice.pieces), "details": details}
+            before = [{"id": p.ids[0], "text": p.texts[0], "logprob": _logprob(p)} for p in prefill if p is not None]
+            details = self._details(choice, usage.output if not others else len(choice.logprobs), before)
+            if others:
+                details["best_of_sequences"] = [
+                    {"generated_text": asked.before + "".join(one.pieces), **self._details(one, len(one.logprobs), before)}
+                    for one in others
+                ]
+            body["details"] = details
         if timings is not None:
             body["metrics"] = timings
         return _json([body] if asked.listed else body)
+
+    def _details(self, choice: Choice, count: int, prefill: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of an answer of `count` tokens."""
+        asked = self._asked
+        more = {"top_tokens": [_top(position) for position in choice.logprobs]} if asked.top else {}
+        return {
+            "finish_reason": finish_reason(choice.reason, choice.stop_reason),
+            "generated_tokens": count,
+            "seed": asked.sampling.seed,
+            "prefill": prefill,
+            "tokens": tokens_of(choice.logprobs),
+            **more,
+        }
 
     def around(self, index: int) -> tuple[bytes, bytes]:
         raise AssertionError("a voice whose rows are not plain is never asked")
@@ -144,6 +171,8 @@ class GenerateVoice:
         positions = extra.logprobs if extra is not None else None
         if positions:
             tokens = [_token(p.ids[0], p.texts[0] if p.silent else "", _logprob(p), p.silent) for p in positions]
+            if self._asked.top:
+                self._tops.extend(map(_top, positions))
         else:
             tokens = [_token(id_, "", None, False) for id_ in batch.tokens(row)]
         if text and tokens:
@@ -153,7 +182,8 @@ class GenerateVoice:
 
     def _event(self, token: dict[str, Any], text: str | None = None, details: dict[str, Any] | None = None) -> bytes:
         self._count += 1
-        return _json({"index": self._count, "token": token, "generated_text": text, "details": details})
+        top = {"top_tokens": self._tops.popleft()} if self._tops else {}
+        return _json({"index": self._count, "token": token, **top, "generated_text": text, "details": details})
 
     def closed(self, index: int, reason: str, error: PenstockError | None, row: int, batch: Batch) -> Iterator[bytes]:
         details = None

@@ -19,6 +19,7 @@ from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, shorten
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
+from penstock.transports.generation import idle
 from penstock.transports.grammars import outputs_of
 from penstock.transports.openai import ids_of, logit_bias_of
 from penstock.transports.openai_schema import check_unknown
@@ -77,7 +78,7 @@ def parse_tokens(body: bytes, config: Config, limits: Limits | None = None) -> T
         stream=bool(request.stream),
         stream_interval=config.stream_interval,
         request_id=request.request_id,
-        ignored=check_unknown(unknown, strict=config.strict_fields),
+        ignored=[*check_unknown(unknown, strict=config.strict_fields), *idle(request.priority or 0, config)],
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
     )

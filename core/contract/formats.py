@@ -40,12 +40,13 @@ class Opening(NamedTuple):
     continues: bool
     """It ends within a message that the answer goes on with."""
     tools: bytes = b""
-    """The request's, as JSON: for arguments whose types the model does not write."""
+    """The request's, as JSON: a call is one of these functions (any other is content), and arguments have their types where the model does not write
+    them. Empty: not known."""
 
 
 class Splitter(Protocol):
     """One answer's. What comes out, joined by channel and call, must not depend on how the text was cut into pieces, and no text may be lost but the
-    format's own marks and white space beside them: whatever turns out to be no call is CONTENT. It must not raise, and costs time in
+    format's own marks and white space beside them: whatever turns out to be no call, one of a function that is not among the tools too, is CONTENT. It must not raise, and costs time in
     proportion to the text. Where the model's template reads ids of its own kind, it has `call_id(call, name)` besides, which gives a call's."""
 
     @property

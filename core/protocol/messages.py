@@ -250,7 +250,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     texts: list[str]
     bytes_: list[bytes]
     silent: bool = False
-    """The chosen token adds nothing to the text: a special token that is left out."""
+    """The chosen token adds nothing to the text: a special token that is left out, one that ended the answer, or one of the stop string that did."""
 
 
 class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

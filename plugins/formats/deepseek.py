@@ -40,11 +40,11 @@ V31 = _around(call=State(collect, {SEP: "arguments"}, decide=_named))
 
 
 def _make_v3(opening: Opening) -> TableSplitter:
-    return TableSplitter(V3, "content")
+    return TableSplitter(V3, "content", opening.tools)
 
 
 def _make_v31(opening: Opening) -> TableSplitter:
-    return TableSplitter(V31, "content")
+    return TableSplitter(V31, "content", opening.tools)
 
 
 def _spelling(before: str, between: str, after: str) -> Spelling:

@@ -38,7 +38,7 @@ TABLE = table(
 
 
 def _make(opening: Opening) -> TableSplitter:
-    return TableSplitter(TABLE, "content" if opening.continues else "start")
+    return TableSplitter(TABLE, "content" if opening.continues else "start", opening.tools)
 
 
 _MARKS = [START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN]

@@ -20,7 +20,7 @@ TABLE = table(
 
 
 def _make(opening: Opening) -> TableSplitter:
-    return TableSplitter(TABLE, "content")
+    return TableSplitter(TABLE, "content", opening.tools)
 
 
 SPELLING = Spelling(

@@ -39,7 +39,7 @@ class KimiSplitter(TableSplitter):
     __slots__ = ("_before",)
 
     def __init__(self, opening: Opening) -> None:
-        super().__init__(TABLE, "content")
+        super().__init__(TABLE, "content", opening.tools)
         self._before = opening.prompt.count(CALL)
 
     def call_id(self, call: int, name: str) -> str:

@@ -76,8 +76,8 @@ COHERE_TABLE = listed(
 def _cohere(opening: Opening) -> TableSplitter:
     end = opening.prompt.rstrip()
     if opening.continues or end.endswith((RESPONSE, TEXT)):
-        return TableSplitter(COHERE_TABLE, "content")
-    return TableSplitter(COHERE_TABLE, "at_once" if end.endswith(THINKING) else "start")
+        return TableSplitter(COHERE_TABLE, "content", opening.tools)
+    return TableSplitter(COHERE_TABLE, "at_once" if end.endswith(THINKING) else "start", opening.tools)
 
 
 _CALL = {"before": '{"name": "', "between": '", "arguments": ', "after": "}", "separator": ", "}
@@ -99,7 +99,7 @@ GRANITE = FormatSpec(
     role="tools",
     marks=["<|tool_call|>", "<tool_call>", "</tool_call>"],
     matches=lambda template: "<|tool_call|>" in template,
-    factory=lambda opening: TableSplitter(GRANITE_TABLE, "content"),
+    factory=lambda opening: TableSplitter(GRANITE_TABLE, "content", opening.tools),
     spelling=lambda template: GRANITE_SPELLING,
 )
 JAMBA = FormatSpec(
@@ -110,7 +110,7 @@ JAMBA = FormatSpec(
     aliases=["hunyuan_a13b", "hunyuan", "minimax"],
     marks=["<tool_calls>", "</tool_calls>"],
     matches=lambda template: "<tool_calls>" in template,
-    factory=lambda opening: TableSplitter(JAMBA_TABLE, "content"),
+    factory=lambda opening: TableSplitter(JAMBA_TABLE, "content", opening.tools),
     spelling=lambda template: JAMBA_SPELLING,
 )
 PHI4_MINI = FormatSpec(
@@ -121,7 +121,7 @@ PHI4_MINI = FormatSpec(
     aliases=["phi4_mini"],
     marks=["<|tool_call|>", "<|/tool_call|>"],
     matches=lambda template: "<|/tool|>" in template or "functools[" in template,
-    factory=lambda opening: TableSplitter(PHI_TABLE, "content"),
+    factory=lambda opening: TableSplitter(PHI_TABLE, "content", opening.tools),
     spelling=lambda template: PHI_SPELLING,
 )
 INTERNLM = FormatSpec(
@@ -132,7 +132,7 @@ INTERNLM = FormatSpec(
     aliases=["internlm2"],
     marks=["<|action_start|>", "<|plugin|>", "<|action_end|>"],
     matches=lambda template: "<|plugin|>" in template,
-    factory=lambda opening: TableSplitter(INTERNLM_TABLE, "content"),
+    factory=lambda opening: TableSplitter(INTERNLM_TABLE, "content", opening.tools),
     spelling=lambda template: INTERNLM_SPELLING,
 )
 XLAM = FormatSpec(
@@ -142,7 +142,7 @@ XLAM = FormatSpec(
     role="tools",
     marks=["<tool_call>", "</tool_call>", "[TOOL_CALLS]"],
     matches=lambda template: False,
-    factory=lambda opening: TableSplitter(XLAM_TABLE, "start"),
+    factory=lambda opening: TableSplitter(XLAM_TABLE, "start", opening.tools),
     spelling=lambda template: XLAM_SPELLING,
 )
 COHERE = FormatSpec(

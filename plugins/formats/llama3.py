@@ -27,7 +27,7 @@ def matches(template: str) -> bool:
 
 
 def _make(opening: Opening) -> TableSplitter:
-    return TableSplitter(TABLE, "start")
+    return TableSplitter(TABLE, "start", opening.tools)
 
 
 def told(schema: Any) -> str:

@@ -114,7 +114,7 @@ def _call(splitter: TableSplitter, mine: _List, out: list[Fragment]) -> bool:
     """Tell of the call that is complete. False: it is none."""
     found = parsed("".join(mine.source))
     mine.source.clear()
-    if found is None:
+    if found is None or not splitter.callable(found[0]):
         splitter.fail("", out)
         return False
     name, arguments = found
@@ -177,7 +177,7 @@ def matches(template: str) -> bool:
 
 
 def _make(opening: Opening) -> TableSplitter:
-    return TableSplitter(TABLE, "start")
+    return TableSplitter(TABLE, "start", opening.tools)
 
 
 # ------------------------------------------------------------------ the other way round

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from penstock.core.contract.formats import ARGUMENTS, CONTENT, DONE, NAME, REASONING, Fragment
+from penstock.plugins.formats.schemas import names_of
 
 MAX_SPACE = 64
 """A longer run of white space is text."""
@@ -99,6 +100,7 @@ class TableSplitter:
         "_said",
         "_space",
         "_table",
+        "_tools",
         "channel",
         "held",
         "memory",
@@ -107,8 +109,10 @@ class TableSplitter:
         "taken",
     )
 
-    def __init__(self, states: Table, start: str) -> None:
+    def __init__(self, states: Table, start: str, tools: bytes = b"") -> None:
+        """`tools` as in Opening."""
         self._table = states
+        self._tools = tools
         self._place = states[start]
         self.channel = self._place.state.channel
         self.held = ""
@@ -207,6 +211,13 @@ class TableSplitter:
             self.raw += self.taken
         self.taken.clear()
         self.channel = place.state.channel
+
+    def callable(self, name: str) -> bool:
+        """Is there a function of this name? Else it is no call."""
+        if FUNCTION.fullmatch(name) is None:
+            return False
+        known = names_of(self._tools) if self._tools else None
+        return not known or name in known
 
     def begin(self, name: str, out: list[Fragment]) -> None:
         """It is a call."""
@@ -344,7 +355,7 @@ def collect(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) -> 
     assert state.decide is not None
     head = "".join(splitter.taken)
     decided = state.decide(head)
-    if decided is None:
+    if decided is None or (decided[1] and not splitter.callable(decided[1])):
         splitter.fail("", out)
         return start
     following, name = decided

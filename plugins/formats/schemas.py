@@ -54,6 +54,26 @@ def kinds_of(tools: bytes) -> Mapping[str, Mapping[str, Kinds]]:
     return out
 
 
+class _Named(msgspec.Struct, frozen=True):
+    name: str
+
+
+class _Tool(msgspec.Struct, frozen=True):
+    function: _Named
+
+
+_read_tools = msgspec.json.Decoder(list[_Tool]).decode
+
+
+@lru_cache(maxsize=32)
+def names_of(tools: bytes) -> frozenset[str]:
+    """Of the functions of a request's `tools`, as JSON; none where they cannot be read."""
+    try:
+        return frozenset(tool.function.name for tool in _read_tools(tools))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return frozenset()
+
+
 def _properties(schema: Any) -> dict[str, Any]:
     found = schema.get("properties") if isinstance(schema, dict) else None
     return found if isinstance(found, dict) else {}

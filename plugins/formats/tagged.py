@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from json.encoder import encode_basestring
 
 from penstock.core.contract.formats import Fragment, Opening
-from penstock.plugins.formats.scanner import FUNCTION, State, Table, TableSplitter, probe, read_text, table
+from penstock.plugins.formats.scanner import State, Table, TableSplitter, probe, read_text, table
 from penstock.plugins.formats.schemas import ANY, TEXT, TEXT_OR_NULL, Kinds, converted, kinds_of
 
 SPACE = " \t\r\n"
@@ -26,11 +26,10 @@ INSIDE = frozenset({"fields", "key", "between", "value"})
 class TaggedSplitter(TableSplitter):
     """`loose`: a value of unknown type is what JSON says it is, else a string."""
 
-    __slots__ = ("_arguments", "_first", "_tools", "key", "kinds", "loose")
+    __slots__ = ("_arguments", "_first", "key", "kinds", "loose")
 
     def __init__(self, states: Table, start: str, opening: Opening, *, loose: bool = False) -> None:
-        super().__init__(states, start)
-        self._tools = opening.tools
+        super().__init__(states, start, opening.tools)
         self._arguments: Mapping[str, Kinds] = {}
         self._first = True
         self.loose = loose
@@ -116,7 +115,7 @@ def read_called(splitter: TableSplitter, buf: str, at: int, out: list[Fragment])
     if not mark:
         return at
     name = _unquoted("".join(splitter.taken))
-    if FUNCTION.fullmatch(name) is None:
+    if not splitter.callable(name):
         splitter.fail("", out)
         return at
     splitter.begin(name, out)

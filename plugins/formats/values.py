@@ -13,7 +13,7 @@ import json
 import re
 
 from penstock.core.contract.formats import Fragment
-from penstock.plugins.formats.scanner import FUNCTION, Place, TableSplitter
+from penstock.plugins.formats.scanner import Place, TableSplitter
 
 _STRING = re.compile(r'["\\\n]')
 _SPACE = " \t\r\n"
@@ -254,7 +254,7 @@ def _value(splitter: TableSplitter, mine: _Object, buf: str, at: int, out: list[
         splitter.close(out, complete=True)
     elif mine.key == splitter.place.state.named and not mine.called:
         name = _string("".join(mine.text))
-        if name is None or FUNCTION.fullmatch(name) is None:
+        if name is None or not splitter.callable(name):
             return _broken(splitter, mine, end, out)
         mine.name = name
         if mine.later is not None:

@@ -168,15 +168,16 @@ def test_an_echo_says_where_each_token_is(server: Any, prompt: Any, stream: bool
     else:
         (choice,) = answer.json()["choices"]
         text, names, offsets = choice["text"], choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
-    assert len(names) == len(offsets) == len(ids) + 2
+    assert len(names) == len(offsets)
+    assert len(ids) <= len(names) <= len(ids) + 2, "special tokens that are drawn are no text"
     assert offsets == sorted(offsets)
     assert offsets[0] == 0
     assert offsets[-1] <= len(text)
     whole = [(name, offset) for name, offset in zip(names, offsets, strict=True) if "\ufffd" not in name and not name.startswith("<|")]
     assert all(text.startswith(name, offset) for name, offset in whole)
     if prompt == "Three é":
-        assert (names[0], names[-4:-2]) == ("Th", ["\ufffd", "\ufffd"])
-        assert offsets[-4:-2] == [6, 6]
+        assert (names[0], names[len(ids) - 2 : len(ids)]) == ("Th", ["\ufffd", "\ufffd"])
+        assert offsets[len(ids) - 2 : len(ids)] == [6, 6]
 
 
 def test_a_prompt_that_fills_the_context_is_scored(server: Any, client: OpenAI) -> None:

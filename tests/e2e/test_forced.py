@@ -224,7 +224,7 @@ def test_what_is_cut_off_is_a_part(server: Any) -> None:
     [
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}], "tool_choice": "required"}, "tools[0].function.parameters", "unsupported_feature", "'not'"),
         ({"tools": [TOOLS[0], {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"properties": {"a": {"format": "odd"}}}}}]}, "tools[1].function.parameters", "unsupported_feature", "'format'"),
-        ({"tools": [{"type": "function", "function": {"name": 'a"b'}}], "tool_choice": "required"}, "tools[0].function.name", "unsupported_feature", "name"),
+        ({"tools": [{"type": "function", "function": {"name": 'a"b'}}], "tool_choice": "required"}, "tools[0].function.name", "invalid_value", "name"),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos", "invalid_value", "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice", "invalid_value", "'h'"),
     ],

@@ -268,6 +268,36 @@ TAGGED = {
         + "<｜tool_call_end｜><｜tool_calls_end｜>"
     ),
 }
+_SECOND = {
+    "deepseek_v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>',
+    "pythonic": "[%s(a=1)]",
+}
+
+
+def _calling(name: str, function: str) -> str:
+    """An answer that is one call."""
+    if name in WRITTEN:
+        return WRITTEN[name]([(function, '{"a": 1}')])
+    return TAGGED[name](function, {"a": "1"}) if name in TAGGED else _SECOND[name] % function
+
+
+@pytest.mark.parametrize("name", sorted({*WRITTEN, *TAGGED, *_SECOND}))
+def test_a_function_that_does_not_exist_is_not_called(name: str) -> None:
+    """Of a request's tools alone; without any (a splitter that is asked by itself) every name is one."""
+    known, tools = _calling(name, "f"), schema(a={"type": "integer"})
+    unknown = _calling(name, "get_paris")
+    assert [call[0] for call in run(make(name), [unknown], False)[2]] == ["get_paris"]
+    assert run(make(name, "", tools), [known], False)[2] == [("f", '{"a": 1}', True)]
+    content, reasoning, calls = run(make(name, "", tools), [unknown], False)
+    assert (reasoning, calls) == ("", [])
+    assert content == unknown or name == "openai", "as it was, but for the marks of gpt-oss's heads"
+    assert "get_paris" in content
+    assert run(make(name, "", tools), list(unknown), False) == (content, "", [])
+    after = run(make(name, "", tools), list(f"{unknown}\n{known}"), False)
+    assert "get_paris" in after[0]
+    assert {call[0] for call in after[2]} <= {"f"}
+
+
 KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array", type(None): "null"}
 KEYS = st.text("abcdefghijklmnopqrstuvwxyz_-", min_size=1, max_size=6)
 

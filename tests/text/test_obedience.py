@@ -16,6 +16,7 @@ from penstock.core.protocol.messages import (
     ARGUMENTS,
     CONTENT,
     FAILED,
+    LENGTH,
     REASONING,
     RUNNING,
     STOP,
@@ -325,7 +326,7 @@ def test_a_call_that_does_not_obey_ends_as_an_error(ask: Any) -> None:
     [
         ("required", "hello", "It calls no function."),
         ("required", "hello " + spelt("f", "{}"), "It says more than its calls."),
-        ("required", spelt("h", "{}"), "It calls the function 'h', which may not be called."),
+        ("required", spelt("h", "{}"), "It calls no function."),
         ({"type": "function", "function": {"name": "f"}}, spelt("g", "{}"), "It calls the function 'g', which may not be called."),
         ({"type": "function", "function": {"name": "f"}}, spelt("f", "{}") + spelt("f", "{}"), "It has more than one call."),
     ],
@@ -337,6 +338,21 @@ def test_an_answer_of_another_shape_ends_as_an_error(ask: Any, choice: Any, text
     got = bench.received[1, 0]
     assert (got.reason, got.extras[-1].error, bench.checks) == ("error", f"The answer does not obey tool_choice. {wrong}", [])
     assert 1 in bench.finished
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_an_answer_that_is_cut_off_before_its_call_begins_says_nothing(ask: Any, choice: Any, stream: bool) -> None:
+    """Content is not allowed: the beginning of a call's markup is none, either."""
+    text = spelt("f", '{"a": 1}')
+    for size in range(1, len(text)):
+        bench = ask(choice, stream=stream)
+        (ids,) = bench.tokenizer.encode_batch(["<think>Hm</think>" + text[:size]], add_special_tokens=False)
+        bench.admitted.pop(seq_of(1, 0), None)
+        for offset, token in enumerate(ids.tolist()):
+            bench.rows([(seq_of(1, 0), 0, offset, token, LENGTH if offset == len(ids) - 1 else RUNNING)])
+        got = bench.received[1, 0]
+        assert (got.reason, [part for channel, _, part in got.fragments if channel == CONTENT and part]) == ("length", [])
 
 
 def test_content_alone_needs_no_verifying_where_only_calls_must_obey(ask: Any) -> None:

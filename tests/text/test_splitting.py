@@ -127,7 +127,36 @@ def test_without_parallel_calls_the_answer_ends_with_the_first(say: Any) -> None
 def test_a_stop_string_within_a_call_leaves_it_incomplete(say: Any) -> None:
     _, got = say(CALL, sampling=SamplingParams(stop=["1"]))
     assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a": ')]
-    assert (got.reason, got.stop_reason) == ("stop", "1")
+    assert (got.reason, got.stop_reason) == ("length", "1")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [(CALL[:-20], 1), (CALL[:-15] + "</tool_call>", 1), (CALL[:-15] + "</tool_call>" + CALL, 2)],
+    ids=["its own end", "broken", "one of two"],
+)
+def test_arguments_that_are_no_json_come_with_length_alone(say: Any, text: str, calls: int, stream: bool) -> None:
+    """Whatever ended the answer: a client must not take the call for a finished one."""
+    _, got = say(text, stream=stream)
+    names = [fragment for fragment in joined(got.fragments) if fragment[0] == NAME]
+    done = [fragment for fragment in joined(got.fragments) if fragment[0] == DONE]
+    assert (len(names), len(done), got.reason) == (calls, calls - 1, "length")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic"])
+def test_a_function_that_is_not_among_the_tools_stays_content(say: Any, name: str, stream: bool) -> None:
+    text = {
+        "hermes": '<tool_call>\n{"name": "get_paris", "arguments": {"a": 1}}\n</tool_call>',
+        "llama3_json": '{"name": "get_paris", "parameters": {"a": 1}}',
+        "mistral": '[TOOL_CALLS]get_paris[ARGS]{"a": 1}',
+        "qwen3_coder": "<tool_call>\n<function=get_paris>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+        "pythonic": "[get_paris(a=1)]",
+    }[name]
+    _, got = say(text, tools=name, stream=stream)
+    assert joined(got.fragments) == [(CONTENT, -1, text)]
+    assert got.reason == "stop"
 
 
 def test_plain_answers_have_no_columns_of_channels(say: Any) -> None:
@@ -255,7 +284,8 @@ def test_kimi_gets_ids_that_count(say: Any, reasoning: str | None) -> None:
     one = "<|tool_call_begin|>functions.{}:7<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
     text = "<think>Hm." if reasoning else ""
     text += "<|tool_calls_section_begin|>" + one.format("f") + one.format("g") + "<|tool_calls_section_end|>"
-    _, got = say(text, tools="kimi_k2", reasoning=reasoning)
+    tools = json.dumps([{"type": "function", "function": {"name": name}} for name in ("f", "g")]).encode()
+    _, got = say(text, tools="kimi_k2", reasoning=reasoning, tools_given=tools)
     assert [extra.call_id for extra in got.extras if extra.call_id] == ["functions.f:0", "functions.g:1"]
     assert [fragment for fragment in joined(got.fragments) if fragment[0] == REASONING] == ([(REASONING, -1, "Hm.")] if reasoning else [])
 

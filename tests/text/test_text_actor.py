@@ -391,8 +391,54 @@ def test_echo_and_ids_come_with_the_first_row(bench: Any) -> None:
     assert extras[1][0].prompt_token_ids.tolist() == ids_of(bench, "the water")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "stop_ids"),
+    [
+        ([], False),
+        ([], True),
+        (["end of"], False),
+        (["of text", "nothing"], False),
+        ([" stop here"], False),
+        (["\U0001f9ff"], False),
+        (["never"], False),
+    ],
+)
+def test_the_tokens_of_logprobs_joined_are_the_text(bench: Any, stop: list[str], stop_ids: bool, kept: bool, stream: bool) -> None:
+    """Neither the end token is among them, nor those of the stop string; each comes once it is known that its text does."""
+    text = "The end of text -- \U0001f9ff stop here."
+    ids = [*ids_of(bench, text), bench.tokenizer.eos_ids[0]]
+    ends = [ids.pop(), ids.pop()][1:] if stop_ids else []
+    ids += ends
+    sampling = SamplingParams(logprobs=0, stop=stop, stop_token_ids=ends, include_stop_str_in_output=kept)
+    bench.submit(1, sampling=sampling, stream=stream)
+    seq = seq_of(1, 0)
+    out: list[str] = []
+    for offset, token in enumerate(ids):
+        if bench.received.get((1, 0)) and bench.received[1, 0].reason:
+            break
+        columns = LogprobColumns(
+            rows=i32([0]), positions=i32([offset]), counts=i32([1]), ranks=i32([1]), ids=i32([token]), values=f32([-1.0])
+        )
+        last = STOP if offset == len(ids) - 1 else RUNNING
+        bench.rows([(seq, 0, offset, token, last)], started=[(seq, 0)] if not offset else [], logprobs=columns)
+        got = bench.received.get((1, 0))
+        if got is not None:
+            out = [entry.bytes_[0].decode("utf-8", "surrogateescape") for entry in got.logprobs if not entry.silent]
+            so_far = "".join(out).encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
+            assert kept or not stream or got.text.startswith(so_far) or so_far.startswith(got.text)
+    got = bench.received[1, 0]
+    joined = b"".join(entry.bytes_[0] for entry in got.logprobs if not entry.silent).decode()
+    assert got.reason == "stop"
+    assert joined.startswith(got.text)
+    over = joined.removeprefix(got.text)  # a token that is text up to the stop string is there whole
+    assert not over or (not kept and len(over) < len(stop[0]) and stop[0].startswith(over))
+    assert len(got.logprobs) == len(got.tokens)
+
+
 def test_logprobs_are_aligned_with_their_tokens(bench: Any) -> None:
-    bench.submit(1, sampling=SamplingParams(logprobs=2, stop=["never"]))
+    bench.submit(1, sampling=SamplingParams(logprobs=2))
     bench.submit(2)
     seqs = [seq_of(1, 0), seq_of(2, 0)]
     a, b = ids_of(bench, "a")[0], ids_of(bench, "b")[0]

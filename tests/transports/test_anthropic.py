@@ -105,10 +105,10 @@ def test_golden_stream(edge: Edge) -> None:
 
 
 def test_golden_error(edge: Edge) -> None:
-    reply = edge.kept.post(PATH, json={**HI, "max_tokens": 0})
+    reply = edge.kept.post(PATH, json={**HI, "max_tokens": 0}, headers={"x-request-id": "mine"})
     assert (reply.status_code, reply.text) == (
         400,
-        '{"type":"error","error":{"type":"invalid_request_error","message":"max_tokens must be from 1 to 2147483647, but is 0."}}',
+        '{"type":"error","error":{"type":"invalid_request_error","message":"max_tokens must be from 1 to 2147483647, but is 0."},"request_id":"mine"}',
     )
 
 
@@ -239,10 +239,83 @@ def test_the_assistants_final_words_are_continued(script: Edge) -> None:
     turns = [{"role": "user", "content": "Answer with JSON."}, {"role": "assistant", "content": "{"}]
     submit = submitted(script, messages=turns)
     assert (submit.add_generation_prompt, submit.continue_final_message) == (False, True)
-    for content in ("{ ", "", []):
+    for content in ("", []):  # it begins with nothing
+        submit = submitted(script, messages=[turns[0], {"role": "assistant", "content": content}])
+        assert (submit.add_generation_prompt, submit.continue_final_message) == (True, False)
+    for content in ("{ ", [{"type": "text", "text": ""}]):
         status, kind, message = refused(script, messages=[turns[0], {"role": "assistant", "content": content}])
         assert (status, kind) == (400, "invalid_request_error")
         assert message.startswith("messages[1].content: ")
+
+
+@pytest.mark.parametrize(
+    ("turns", "where"),
+    [
+        ([("user", "")], "messages[0].content"),
+        ([("user", [])], "messages[0].content"),
+        ([("user", [{"type": "text", "text": ""}])], "messages[0].content[0].text"),
+        ([("user", "x"), ("user", "")], "messages[1].content"),
+        ([("user", "x"), ("assistant", ""), ("user", "y")], "messages[1].content"),
+        ([("user", "x"), ("assistant", []), ("user", "y")], "messages[1].content"),
+        ([("assistant", "")], "messages[0].content"),
+    ],
+)
+def test_what_says_nothing_is_refused(script: Edge, turns: list[tuple[str, Any]], where: str) -> None:
+    status, kind, message = refused(script, messages=[{"role": role, "content": content} for role, content in turns])
+    assert (status, kind) == (400, "invalid_request_error")
+    assert message.startswith(where)
+
+
+def test_an_empty_answer_of_this_server_may_be_sent_back(script: Edge) -> None:
+    empty = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+    submitted(script, messages=[*HI["messages"], empty, *HI["messages"]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"temperature": 1.5}, "temperature must be from 0 to 1"),
+        ({"temperature": -0.1}, "temperature must be from 0 to 1"),
+        ({"metadata": {"user": "x"}}, "metadata.user is not a field"),
+        ({"metadata": {"user_id": 3}}, "metadata.user_id must be a text"),
+        ({"cache_control": {"type": "x"}}, "cache_control.type must be 'ephemeral'"),
+        ({"cache_control": {}}, "cache_control.type must be 'ephemeral'"),
+        ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, "cache_control.ttl must be '5m' or '1h'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral", "ttl": 3}}]}]},
+            "messages[0].content[0].cache_control.ttl must be",
+        ),
+        ({"tools": [{"name": "a" * 129, "input_schema": {"type": "object"}}]}, "tools[0].name must be 1 to 128"),
+        ({"tools": [{"name": "get weather", "input_schema": {"type": "object"}}]}, "tools[0].name must be 1 to 128"),
+    ],
+)
+def test_what_anthropic_itself_refuses(script: Edge, fields: dict[str, Any], where: str) -> None:
+    status, kind, message = refused(script, **fields)
+    assert (status, kind) == (400, "invalid_request_error")
+    assert message.startswith(where)
+
+
+def test_what_anthropic_itself_takes(script: Edge) -> None:
+    tools = [{"name": "a" * 128, "input_schema": {"type": "object"}}]
+    fields: dict[str, Any] = {"metadata": {"user_id": None}, "cache_control": {"type": "ephemeral", "ttl": "1h"}, "temperature": 1}
+    submitted(script, tools=tools, **fields)
+    submitted(script, metadata={"user_id": "u"}, cache_control={"type": "ephemeral"}, temperature=0)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/nothing", "/v1/messages/batches/a/b/c", "/v1/messages/batches/msgbatch_1"])
+def test_where_there_is_nothing_the_error_has_anthropics_shape(script: Edge, path: str) -> None:
+    reply = script.kept.get(path)
+    assert (reply.status_code, reply.json()["type"], reply.json()["error"]["type"]) == (404, "error", "not_found_error")
+    assert script.kept.get("/v1/nothing").json().keys() == {"error"}
+
+
+def test_a_max_tokens_that_does_not_fit_cannot_be_left_out(script: Edge) -> None:
+    said = "You requested 99 tokens. Lower max_tokens to at most 7, leave it out to use what is left, or shorten the messages."
+    script.text.script = lambda submit: [
+        Rejected(key=submit.key, status=400, type="x", code="context_length_exceeded", message=said, param="max_tokens", retry_after_s=None)
+    ]
+    message = script.kept.post(PATH, json=HI).json()["error"]["message"]
+    assert message == "You requested 99 tokens. Lower max_tokens to at most 7, or shorten the messages."
 
 
 # ------------------------------------------------------------------ what is refused, by name
@@ -392,7 +465,8 @@ def test_refusals_of_text(script: Edge, stream: bool, status: int, code: str, ex
         Rejected(key=submit.key, status=status, type="x", code=code, message="No.", param=None, retry_after_s=3.0)
     ]
     reply = script.kept.post(PATH, json={**HI, "stream": stream})
-    assert (reply.status_code, reply.json()) == (expected[0], {"type": "error", "error": {"type": expected[1], "message": "No."}})
+    said = {"type": "error", "error": {"type": expected[1], "message": "No."}, "request_id": reply.headers["request-id"]}
+    assert (reply.status_code, reply.json()) == (expected[0], said)
     assert ("retry-after" in reply.headers) is (status in (429, 503))
 
 
@@ -461,7 +535,8 @@ def test_a_stream_that_breaks_ends_with_an_error_event(script: Edge) -> None:
         first = next(rest)
         script.text.send(*kept)
         said = named_events(first + "".join(rest))
-    assert said[-1] == {"type": "error", "error": {"type": "api_error", "message": "It broke."}}
+    error = {"type": "api_error", "message": "It broke."}
+    assert said[-1] == {"type": "error", "error": error, "request_id": reply.headers["request-id"]}
     assert "message_stop" not in {event["type"] for event in said}
 
 

@@ -130,10 +130,13 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
 @pytest.mark.parametrize(
     ("turns", "where"),
     [
+        ([("user", "x"), ("assistant", "y"), ("user", [RESULT])], "messages[2].content[0].tool_use_id 'toolu_1' answers nothing"),
+        ([*ASKED, ("user", [RESULT, RESULT])], "messages[2].content[1].tool_use_id 'toolu_1' has a tool_result already"),
+        ([("user", "x"), ("assistant", [{**USE, "id": "a b"}]), ("user", "y")], "messages[1].content[0].id must be letters"),
         ([*ASKED, ("user", "y")], "messages[1].content[0]: this tool_use has no tool_result"),
         ([*ASKED, ("system", "y"), ("user", [RESULT])], "messages[1].content[0]: this tool_use has no tool_result"),
         (ASKED, "messages[1].content: the last turn has a tool_use"),
-        ([("user", [RESULT])], "messages[0].content[0].tool_use_id 'toolu_1' is no tool_use"),
+        ([("user", [RESULT])], "messages[0].content[0].tool_use_id 'toolu_1' answers nothing"),
         ([*ASKED, ("user", [RESULT, RESULT])], "messages[2].content[1].tool_use_id 'toolu_1'"),
         ([*ASKED, ("user", [RESULT]), ("assistant", "z"), ("user", [RESULT])], "messages[4].content[0].tool_use_id"),
         ([*ASKED, ("user", [{"type": "text", "text": "y"}, RESULT])], "messages[2].content[1]: a tool_result must stand before"),

@@ -82,6 +82,10 @@ def lines_of(client: OpenAI, id: str | None) -> dict[str, Any]:
     return by_id
 
 
+def usages(client: OpenAI, batch: Any) -> list[dict[str, Any]]:
+    return [one["response"]["body"]["usage"] for one in lines_of(client, batch.output_file_id).values()]
+
+
 def test_a_batch_runs_to_its_end(edge: Edge, client: OpenAI) -> None:
     made = begin(client, jsonl(line("a"), line("b", n=2), line("c", temperature=-1)), metadata={"night": "ly"})
     assert (made.object, made.status, made.endpoint, made.completion_window) == ("batch", "validating", CHATS, "24h")
@@ -91,6 +95,7 @@ def test_a_batch_runs_to_its_end(edge: Edge, client: OpenAI) -> None:
     assert batch.request_counts.to_dict() == {"total": 3, "completed": 2, "failed": 1}
     assert batch.metadata == {"night": "ly"}
     assert batch.model == "brook"
+    assert (made.usage, batch.usage and batch.usage.total_tokens) == (None, sum(usage["total_tokens"] for usage in usages(client, batch)))
     assert None not in (batch.in_progress_at, batch.finalizing_at, batch.completed_at)
     assert (batch.errors, batch.failed_at, batch.cancelled_at, batch.expired_at) == (None,) * 4
     output = lines_of(client, batch.output_file_id)

@@ -337,7 +337,10 @@ def test_wrong_chat_fields_are_named(fields: dict[str, Any], param: str) -> None
             {"messages": [{"role": "zzz", "content": "x"}]},
             "messages[0].role must be one of 'system', 'developer', 'user', 'assistant', 'tool', 'function', but is 'zzz'.",
         ),
-        ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type must be 'function', but is 'web'."),
+        (
+            {"tools": [{"type": "web", "function": {"name": "f"}}]},
+            "tools[0].type: tools of type 'web' are not supported here: only functions may be called.",
+        ),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"type": "x", "function": {"name": "f"}}]}]},
             "messages[0].tool_calls[0].type must be 'function', but is 'x'.",

@@ -757,3 +757,74 @@ def test_deep_bodies_are_the_clients_mistake(edge: Edge, path: str, size: int, d
     body = f'{{"model":"brook","input":"{"x" * size}","text":{{"format":{{"type":"json_schema","name":"a","schema":{schema}}}}}{more}}}'
     reply = edge.kept.post(path, content=body.encode(), headers={"content-type": "application/json"})
     assert reply.status_code in (200, 400), reply.text[:300]
+
+
+CALLED = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "7"}
+SAID = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("items", "param", "said"),
+    [
+        ([SAID, CALLED], "input", "No tool output found for function call call_1."),
+        ([SAID, CALLED, SAID], "input", "No tool output found for function call call_1."),
+        ([SAID, CALLED, CALLED, OUTPUT], "input[2].call_id", "there is a function call 'call_1' already"),
+        ([SAID, CALLED, OUTPUT, CALLED, OUTPUT], "input[3].call_id", "there is a function call 'call_1' already"),
+        ([SAID, CALLED, OUTPUT, OUTPUT], "input[3].call_id", "has an output already"),
+    ],
+)
+def test_each_call_has_one_output(edge: Edge, items: list[Any], param: str, said: str) -> None:
+    for path in (PATH, COUNT):
+        reply = edge.kept.post(path, json=HI | {"input": items})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        assert said in reply.json()["error"]["message"]
+
+
+def test_names_and_effort_are_checked_as_on_chat(edge: Edge) -> None:
+    for fields, param in (
+        ({"tools": [{"type": "function", "name": "get weather"}]}, "tools[0].name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
+        ({"reasoning": {"effort": "foo"}}, "reasoning.effort"),
+    ):
+        reply = edge.kept.post(PATH, json=HI | fields)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(("role", "kind"), [("user", "output_text"), ("system", "output_text"), ("assistant", "input_text")])
+def test_parts_are_of_whoever_speaks(edge: Edge, role: str, kind: str) -> None:
+    items = [SAID, {"role": role, "content": [{"type": kind, "text": "x"}]}]
+    reply = edge.kept.post(PATH, json=HI | {"input": items})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input[1].content[0].type")
+
+
+def test_a_call_that_is_not_complete_says_so_wherever_it_stands(script: Edge) -> None:
+    parts = [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a"'), (NAME, 1, "g"), (ARGUMENTS, 1, "{}"), (DONE, 1, "")]
+    script.text.script = rows(*parts, reason="length")
+    whole = script.kept.post(PATH, json=HI).json()
+    assert (whole["status"], [item["status"] for item in whole["output"]]) == ("incomplete", ["incomplete", "completed"])
+
+
+def test_tokens_that_are_no_text_have_no_log_probabilities(script: Edge) -> None:
+    silent = msgspec.structs.replace(POSITION, silent=True)
+    script.text.script = rows((CONTENT, -1, "A"), extra={"logprobs": [POSITION, silent]})
+    fields = {"include": ["message.output_text.logprobs"]}
+    whole = script.kept.post(PATH, json=HI | fields).json()
+    (part,) = whole["output"][0]["content"]
+    assert [one["token"] for one in part["logprobs"]] == ["A"]
+    chat = {"model": "brook", "messages": [{"role": "user", "content": "x"}], "logprobs": True}
+    content = script.kept.post("/v1/chat/completions", json=chat).json()["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in content] == ["A"]
+    text = {"model": "brook", "prompt": "x", "logprobs": 1}
+    logprobs = script.kept.post("/v1/completions", json=text).json()["choices"][0]["logprobs"]
+    assert (logprobs["tokens"], logprobs["text_offset"]) == (["A"], [0])
+
+
+def test_a_priority_that_nobody_looks_at_is_named(edge: Edge) -> None:
+    for path, body in ((PATH, HI), ("/v1/completions", {"model": "brook", "prompt": "x"})):
+        headers = edge.kept.post(path, json=body | {"priority": 3}).headers
+        assert headers["x-penstock-ignored-fields"] == "priority"
+        assert headers["x-penstock-warning"] == "priority has no effect without --scheduling-policy priority"
+        headers = edge.kept.post(path, json=body | {"priority": 3, "zz": 1}).headers
+        assert headers["x-penstock-warning"].startswith("ignored, as nobody here knows them: zz; priority has no effect")
+        assert "x-penstock-warning" not in edge.kept.post(path, json=body | {"priority": 0}).headers

@@ -396,6 +396,8 @@ def test_it_outlives_its_clients_connection_and_is_followed_from_anywhere(quiet:
         rest = quiet.kept.get(f"{PATH}/{name}?stream=true&starting_after={after}").text
         blocks = [block for block in rest.split("\n\n") if block]
         assert [json.loads(block.split("data: ")[1]) for block in blocks] == events[after + 1 :]
+    beyond = quiet.kept.get(f"{PATH}/{name}?stream=true&starting_after={len(events)}")
+    assert error(beyond) == (400, "invalid_value", "starting_after")
 
 
 def test_one_without_a_stream_has_no_events(quiet: Edge) -> None:
@@ -416,6 +418,7 @@ def test_it_is_cancelled(quiet: Edge, begun: bool) -> None:
         found = reply.json()
         assert (reply.status_code, found["status"], found["error"]) == (200, "cancelled", None)
     assert [item["content"][0]["text"] for item in found["output"]] == (["Hel"] if begun else [])
+    assert (found["usage"] and found["usage"]["total_tokens"]) == (4 if begun else None)
     assert quiet.kept.get(f"{PATH}/{name}").json() == found
     assert quiet.text.wait_for(Cancel)[0].key == key
     quiet.wait(lambda: quiet.server.gateway.active == 0, "the place to be given back")

@@ -69,7 +69,7 @@ def submitted(edge: Edge, **parameters: Any) -> Submit:
 def test_golden_whole(edge: Edge) -> None:
     reply = edge.kept.post(WHOLE, json=HI, headers={"x-request-id": "r1"})
     assert reply.headers["x-request-id"] == "r1"
-    assert reply.text == '{"generated_text":"Hello world","details":null}'
+    assert reply.text == '{"generated_text":"Hello world"}'
 
 
 def test_golden_details(script: Edge) -> None:
@@ -96,7 +96,7 @@ def test_golden_stream(script: Edge) -> None:
 
 
 def test_golden_root(edge: Edge) -> None:
-    assert edge.kept.post("/", json=HI).text == '[{"generated_text":"Hello world","details":null}]'
+    assert edge.kept.post("/", json=HI).text == '[{"generated_text":"Hello world"}]'
     assert edge.kept.post("/", json={**HI, "stream": True}).text == edge.kept.post(STREAM, json=HI).text
 
 
@@ -198,17 +198,75 @@ def test_fields_reach_text(script: Edge) -> None:
     assert submitted(script, details=True).sampling.logprobs == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "kind", "source"),
+    [
+        ({"type": "regex", "value": "[a-z]+"}, "regex", "[a-z]+"),
+        ({"type": "json", "value": {"type": "object"}}, "json", '{"type":"object"}'),
+        ({"type": "json", "value": '{"type": "object"}'}, "json", '{"type":"object"}'),
+        ({"type": "json_schema", "value": {"name": "n", "schema": {"type": "object"}}}, "json", '{"type":"object"}'),
+    ],
+)
+def test_grammars_reach_text(script: Edge, given: Any, kind: str, source: str) -> None:
+    grammar = submitted(script, grammar=given).grammar
+    assert grammar is not None
+    assert (grammar.kind, grammar.source, grammar.field) == (kind, source, "parameters.grammar")
+
+
+def test_the_likeliest_of_several_answers_and_the_likeliest_tokens(script: Edge) -> None:
+    """And the others in `details`."""
+
+    def answers(submit: Submit) -> list[Message]:
+        rows = []
+        for choice, logprob in enumerate((-2.0, -0.5)):
+            entry = TokenLogprobs(ids=[10, 11], logprobs=[logprob, -0.25], ranks=[2, 1], texts=["a", "b"], bytes_=[b"a", b"b"])
+            rows.append(
+                {
+                    "key": submit.key,
+                    "choice": choice,
+                    "text": f"answer {choice}",
+                    "tokens": [10],
+                    "reason": "length",
+                    "extra": {"logprobs": [entry]},
+                }
+            )
+        return [delta(*rows), finished(submit.key)]
+
+    script.text.script = answers
+    asked = {"do_sample": True, "best_of": 2, "top_n_tokens": 1, "details": True}
+    body = script.kept.post(WHOLE, json={**HI, "parameters": asked}).json()
+    reply = msgspec.convert(body, replies.GenerateReply)
+    assert (reply.generated_text, reply.details and reply.details.generated_tokens) == ("answer 1", 1)
+    assert reply.details is not None
+    assert reply.details.best_of_sequences is not None
+    assert [one.generated_text for one in reply.details.best_of_sequences] == ["answer 0"]
+    assert body["details"]["top_tokens"] == [[{"id": 11, "text": "b", "logprob": -0.25, "special": False}]]
+    script.text.script = answers
+    refused = script.kept.post(STREAM, json={**HI, "parameters": asked})
+    assert (refused.status_code, refused.json()["error"]) == (422, "parameters.best_of is not available in a stream.")
+    script.text.script = told
+    for line in script.kept.post(STREAM, json={**HI, "parameters": {"top_n_tokens": 1}}).text.split("\n\n")[:-1]:
+        assert "top_tokens" in json.loads(line.removeprefix("data: "))
+
+
 # ------------------------------------------------------------------ what is refused, by name
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("best_of", 2),
+        ("best_of", 2),  # of a greedy answer
+        ("best_of", 0),
+        ("best_of", 10**6),
+        ("top_n_tokens", -1),
+        ("top_n_tokens", 10**6),
+        ("grammar", {"type": "lark", "value": ""}),
+        ("grammar", {"type": "regex", "value": 3}),
+        ("grammar", {"type": "json", "value": "{"}),
+        ("grammar", {"type": "json_schema", "value": {}}),
+        ("grammar", "x"),
         ("typical_p", 0.9),
         ("watermark", True),
-        ("top_n_tokens", 3),
-        ("grammar", {"type": "json", "value": {}}),
         ("adapter_id", "a"),
         ("max_new_tokens", 0),
         ("max_new_tokens", 2**31),

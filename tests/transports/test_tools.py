@@ -107,3 +107,22 @@ def test_streamed_in_the_order_of_the_rows(edge: Edge, options: Any) -> None:
         {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
     ]
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
+
+
+def test_the_mark_of_a_complete_call_is_read_by_openais_own_helper(edge: Edge) -> None:
+    """It wants a function in every piece of a call."""
+    edge.text.script = apart(2, 3)
+    with edge.client() as client:
+        stream = client.chat.completions.stream(
+            model=MODEL,
+            messages=MESSAGES,
+            tools=TOOLS,
+            stream_options={"include_usage": True},
+            extra_body={"stream_options": {"tool_calls_done": True}},
+        )
+        with stream as events:
+            for _ in events:
+                pass
+            (choice,) = events.get_final_completion().choices
+    assert choice.message.tool_calls is not None
+    assert [(call.function.name, call.function.arguments) for call in choice.message.tool_calls] == [("f", '{"a":"ä"}'), ("g", "{}")]

@@ -16,7 +16,7 @@ import numpy as np
 
 from penstock.core.actors.text.answers import Said
 from penstock.core.actors.text.detokenizer import ByteDecoder, Decoder
-from penstock.core.actors.text.stops import StopMatcher
+from penstock.core.actors.text.stops import StopMatcher, Withheld
 from penstock.core.actors.text.told import Told
 from penstock.core.contract.formats import Splitter
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
@@ -59,6 +59,8 @@ class Choice:
         "slot",
         "splitter",
         "undecoded",
+        "undone",
+        "withheld",
     )
 
     def __init__(self, request: Request, index: int) -> None:
@@ -74,6 +76,8 @@ class Choice:
         """Outputs from here on have no text yet (in QUIET mode until the end)."""
         self.parts: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.withheld: Withheld | None = None
+        """Those of tokens that may turn out to be no text, as a stop string may end there."""
         self.decoder: Any = None
         """ByteDecoder (all paths but GENERAL need it) or any Decoder."""
         self.matcher: StopMatcher | None = None
@@ -85,6 +89,8 @@ class Choice:
         """Tokens of reasoning."""
         self.made = False
         """Has a call of a tool been complete?"""
+        self.undone = 0
+        """Calls that began and are not complete."""
         self.mode = GENERAL
         self.batch: Any = None
         """The EdgeBatch of the request's edge."""

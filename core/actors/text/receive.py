@@ -24,7 +24,7 @@ from penstock.core.actors.text.offsets import prompt_offsets
 from penstock.core.actors.text.resolve import nothing_left, nothing_obeys, nothing_to_draw
 from penstock.core.actors.text.retained import Kept
 from penstock.core.actors.text.splitting import StopReason, quick_row, taken_apart
-from penstock.core.actors.text.stops import StopMatcher, StopSet
+from penstock.core.actors.text.stops import StopMatcher, StopSet, Withheld
 from penstock.core.contract.formats import CONTENT, NAME, REASONING, Fragment
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import EMPTY_I32, I32, i32
@@ -260,14 +260,14 @@ class Receiver:
                 request.first_ns = at_ns
             if request.replaying or not request.started:  # an engine that did not say so
                 self._begin(request, at_ns, 0)
-            if params.logprobs is not None and self._reader is not None:
-                entry = self._reader.of_row(row, spelled=request.submit.detokenize)
-                if entry is not None:
-                    if params.skip_special_tokens and token in self._tokenizer.special_ids:
-                        entry = msgspec.structs.replace(entry, silent=True)
-                    choice.logprobs.append(entry)
         # The token that stopped the sequence is no text, unless asked for.
-        text_end = len(outputs) - (reason == STOP and token >= 0 and not params.include_stop_str_in_output)
+        stopped = reason == STOP and token >= 0 and not params.include_stop_str_in_output
+        text_end = len(outputs) - stopped
+        entry = None
+        if token >= 0 and params.logprobs is not None and self._reader is not None:
+            entry = self._reader.of_row(row, spelled=request.submit.detokenize)
+            if entry is not None and (stopped or (params.skip_special_tokens and token in self._tokenizer.special_ids)):
+                entry = _silent(entry)
         if finish:
             text = self._rest(choice, text_end, flush_stops=False)
             if reason == STOP and token in params.stop_token_ids and (params.ignore_eos or token not in self.ends):
@@ -276,8 +276,18 @@ class Receiver:
             text = choice.decoder.feed_all(outputs[choice.undecoded :])
             choice.undecoded = len(outputs)
         matcher = choice.matcher
+        if matcher is None or params.include_stop_str_in_output:
+            if entry is not None:
+                choice.logprobs.append(entry)
+        elif entry is not None:
+            choice.withheld = choice.withheld or Withheld()
+            choice.withheld.add(entry, len(text))
         if matcher is not None:
             text, hit = matcher.feed(text, len(outputs) > params.min_tokens)
+            if choice.withheld is not None:
+                choice.logprobs += choice.withheld.let_out(len(text))
+                if hit is not None:
+                    choice.logprobs += map(_silent, choice.withheld.rest())
             if hit is not None:
                 if not finish:
                     self.aborts.append(choice.seq)
@@ -366,8 +376,10 @@ class Receiver:
         fragments, ended, stop_reason = taken_apart(choice, text, finish, stop_reason)
         if ended and not finish:
             self.aborts.append(choice.seq)
+        calling = choice.request.submit.calling
         for fragment in fragments:
-            self._row(choice, fragment.text, "", None, None, None, fragment)
+            if calling is None or not calling.must or fragment.channel != CONTENT:  # there is none: it is a call's beginning, cut off
+                self._row(choice, fragment.text, "", None, None, None, fragment)
         if choice.said is not None:
             choice.said.take(fragments)
             if ended in ("stop", "tool_calls"):
@@ -396,6 +408,8 @@ class Receiver:
             batch.marked.append((len(batch.slots), fragment.channel, fragment.call))
             if fragment.channel == NAME:
                 call_id = self._formats.call_id(choice.splitter, fragment.call, fragment.text)
+        if finish and choice.withheld is not None:
+            choice.logprobs += choice.withheld.rest()
         if choice.parts:
             text = "".join(choice.parts) + text
             choice.parts.clear()
@@ -496,3 +510,7 @@ class Receiver:
             return None
         kept = request.prompt_logprobs
         return [kept.get(position) for position in range(len(request.prompt))]
+
+
+def _silent(entry: TokenLogprobs) -> TokenLogprobs:
+    return msgspec.structs.replace(entry, silent=True)

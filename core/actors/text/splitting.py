@@ -15,7 +15,8 @@ StopReason = int | str | None
 
 def taken_apart(choice: Choice, text: str, finish: str, stop_reason: StopReason) -> tuple[list[Fragment], str, StopReason]:
     """What goes out now, why the choice ends ("" it goes on), and its stop reason. `finish` non-empty: it ends anyway, and all that was held back comes.
-    A stop string cuts an answer off, an end token does not. An answer that may have one call ends with that."""
+    A stop string cuts an answer off, an end token does not. An answer that may have one call ends with that. One that has a call whose arguments are
+    not complete did not end as it should, whatever ended it ("length"); where a grammar governs it, whoever verifies it says so."""
     splitter = choice.splitter
     assert splitter is not None
     fragments = splitter.feed(text) if text else []
@@ -25,10 +26,21 @@ def taken_apart(choice: Choice, text: str, finish: str, stop_reason: StopReason)
         del fragments[end:]
         if finish not in ("error", "abort"):
             finish, stop_reason = "stop", None
-    if not choice.made:
-        choice.made = any(fragment.channel == DONE for fragment in fragments)
+    _count(choice, fragments)
+    if finish == "stop" and choice.said is None and choice.undone:
+        finish = "length"
     called = finish == "stop" and choice.made and not _named(choice)
     return fragments, "tool_calls" if called else finish, stop_reason
+
+
+def _count(choice: Choice, fragments: list[Fragment]) -> None:
+    """Calls that began, and those that are complete."""
+    for fragment in fragments:
+        if fragment.channel == DONE:
+            choice.made = True
+            choice.undone -= 1
+        elif fragment.channel == NAME:
+            choice.undone += 1
 
 
 def _named(choice: Choice) -> bool:
@@ -48,8 +60,7 @@ def quick_row(choice: Choice, token: int, text: str) -> list[Fragment]:
     if fragments:
         channel, call, text = fragments[0]
         if len(fragments) > 1 or channel in (NAME, DONE):
-            if not choice.made:
-                choice.made = any(fragment.channel == DONE for fragment in fragments)
+            _count(choice, fragments)
             return fragments
     else:
         channel, call, text = CONTENT, -1, ""

@@ -1,7 +1,7 @@
 """Stop strings with hold-back.
 
 What it is: an Aho-Corasick automaton over a request's stop strings (Aho and Corasick, "Efficient string matching", CACM 18(6), 1975), and
-the per-sequence matcher that lets text out only once it cannot be the start of a stop string any more. The automaton knows how many
+the per-sequence matcher that lets text out only once it cannot be the start of a stop string any more; `Withheld`, what goes with that text. The automaton knows how many
 characters to hold back, so that a character costs amortised O(1) however many strings there are.
 Which stop string wins does not depend on how the text was cut into tokens: the one that is completed first; of those completed by the
 same character, the longest. The matcher sees all text; the caller says from when on a completed stop string ends it (`min_tokens`), and one
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 MAX_STOP_CHARS = 4096
 """Longest stop string that a request may bring (it bounds the hold-back and the automaton)."""
@@ -102,6 +103,40 @@ class StopMatcher:
         """The sequence has ended: what was held back was no stop string."""
         held, self.held, self._state = self.held, "", 0
         return held
+
+
+class Withheld:
+    """What goes with tokens (their log-probabilities) while a matcher holds their text back: it is out with the first character of the token's."""
+
+    __slots__ = ("_begins", "_items", "_out", "_seen")
+
+    def __init__(self) -> None:
+        self._items: deque[Any] = deque()
+        self._begins: deque[int] = deque()
+        self._seen = 0
+        self._out = 0
+
+    def add(self, item: Any, chars: int) -> None:
+        """Of the next token, which adds `chars` characters to what the matcher sees."""
+        self._items.append(item)
+        self._begins.append(self._seen)
+        self._seen += chars
+
+    def let_out(self, chars: int) -> list[Any]:
+        """The matcher lets so many more characters out."""
+        self._out += chars
+        out = []
+        while self._begins and self._begins[0] < self._out:
+            self._begins.popleft()
+            out.append(self._items.popleft())
+        return out
+
+    def rest(self) -> list[Any]:
+        """All that is left."""
+        out = [*self._items]
+        self._items.clear()
+        self._begins.clear()
+        return out
 
 
 def cut(text: str, stops: Sequence[str], after: int = 0) -> tuple[str, str | None]:
