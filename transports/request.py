@@ -23,6 +23,7 @@ from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_b
 from penstock.transports.tracing import RequestSpan
 
 if TYPE_CHECKING:
+    from penstock.transports.frame import Carrier
     from penstock.transports.retained import Again
 
 Scope: TypeAlias = Any
@@ -64,6 +65,7 @@ class RequestContext:
         "again",
         "background",
         "body",
+        "carrier",
         "headers",
         "include_metrics",
         "inner",
@@ -100,6 +102,8 @@ class RequestContext:
         """The stream that it resumes."""
         self.peer = ""
         """The address that it came from; of a proxy, if there is one."""
+        self.carrier: Carrier | None = None
+        """Where the reply goes, if that is no HTTP response."""
         self.background = False
         """Others go first, whatever priority it asks for."""
         self.keys: Sequence[int] = ()
@@ -130,11 +134,11 @@ def context_of(scope: Scope) -> RequestContext:
 class JsonReply:
     """A whole response, as an ASGI application, which a Litestar handler annotated `-> ASGIApp` may return."""
 
-    __slots__ = ("_body", "_headers", "_status")
+    __slots__ = ("_headers", "body", "status")
 
     def __init__(self, body: bytes, status: int = 200, headers: Iterable[Header] = (), media_type: bytes = b"application/json") -> None:
-        self._body = body
-        self._status = status
+        self.body = body
+        self.status = status
         self._headers = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *headers]
 
     def to_asgi_response(self, *_: Any, **__: Any) -> JsonReply:
@@ -145,8 +149,8 @@ class JsonReply:
         self._headers += headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self._status, "headers": self._headers})
-        await send({"type": "http.response.body", "body": self._body, "more_body": False})
+        await send({"type": "http.response.start", "status": self.status, "headers": self._headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 
 class NoReply:

@@ -33,6 +33,10 @@ MOST_PIECES = 1 << 16
 """Events that something large about a prompt may be made of: more than there ever are."""
 
 
+def _unsaid(_: bytes) -> None:
+    """Where an error stands outside of the stream."""
+
+
 class _StreamLeg:
     """One prompt's rows as payloads."""
 
@@ -83,11 +87,16 @@ class StreamReply(Job):
 
     def __init__(self, gateway: Gateway, generation: Generation, voice: Voice, frame: Frame, context: RequestContext, pulse: Pulse) -> None:
         super().__init__(gateway, generation, voice, context)
-        self._frame = frame
+        carrier = context.carrier
+        self._carrier = carrier
+        self._frame = frame if carrier is None else carrier.frame
         self._pulse = pulse
-        self.outbox = Outbox(gateway.config, self._park, self._unpark, self._cut, keep_alive=frame.keep_alive)
+        self.outbox = Outbox(gateway.config, self._park, self._unpark, self._cut, keep_alive=self._frame.keep_alive)
         again = context.again
-        self.push: Callable[[bytes], None] = self.outbox.push if self.retention is None else self._push_numbered
+        self.push: Callable[[bytes], None] = self.outbox.push
+        self._counted = self.retention is not None or carrier is not None
+        if self._counted:
+            self.push = self._push_numbered
         self._number = 0
         self._after = 0 if again is None else again.after
         """Events up to this one are not sent."""
@@ -114,7 +123,7 @@ class StreamReply(Job):
 
     def _say_later(self, pieces: Pieces) -> None:
         messages: Iterator[bytes] = map(self._frame.wrap, pieces.payloads)
-        if self.retention is not None:  # how many they are is known once they are made: they have numbers to spare
+        if self._counted:  # how many they are is known once they are made: they have numbers to spare
             messages = self._numbered(messages, self._number)
             self._number += MOST_PIECES
         self.outbox.push_later(messages)
@@ -149,7 +158,8 @@ class StreamReply(Job):
         self.outbox.close()
 
     def lost(self, error: PenstockError) -> None:
-        self.push = self.outbox.push  # whoever resumes the stream finds no such event in it
+        # Whoever resumes the stream finds no such event in it.
+        self.push = self.outbox.push if self._carrier is None else _unsaid
         if self.retention is not None:
             self.cancel("disconnect")
             self.keys.clear()  # they may be another reader's now
@@ -163,6 +173,8 @@ class StreamReply(Job):
             self.say(self.voice.broken(error))
         except BaseException as raised:
             log.error("request %s: the error of its stream could not be said: %s", self.context.rid, self.said(raised), exc_info=raised)
+        if self._carrier is not None:
+            self._carrier.broke(refusal(self.handler, error, voice=self.voice))
         self.outbox.close()
 
     # --- a slow or lost client
@@ -180,6 +192,8 @@ class StreamReply(Job):
         log.warning("request %s: the client reads too slowly, the stream is cut with %d bytes unsent", self.context.rid, self.outbox.unsent)
         self.gateway.counters.add("penstock_edge_cuts_total")
         self._abandon("slow_client")
+        if self._carrier is not None:
+            self._carrier.cut()
         if self.context.abort is not None:
             self.context.abort()
 

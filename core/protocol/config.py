@@ -147,7 +147,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
-        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens"]
+        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens", "websocket"]
     )
 
     # --- server
@@ -235,6 +235,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_stop: Annotated[int, opt("Most stop strings.", "limits")] = 16
     max_logprobs: Annotated[int, opt("Largest logprobs and top_logprobs.", "limits")] = 20
     max_streams: Annotated[int, opt("Most requests in progress at one edge; more are refused with 429.", "limits")] = 4096
+    max_socket_streams: Annotated[int, opt("Most streams of one WebSocket at once.", "limits")] = 256
     stream_park_bytes: Annotated[int, opt("Unsent bytes of a stream at which its sequence is parked.", "limits", size=True)] = 256 << 10
     stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
@@ -628,6 +629,7 @@ def check(config: Config) -> None:
         "max_n",
         "max_choices",
         "max_streams",
+        "max_socket_streams",
         "stream_park_bytes",
         "stream_max_bytes",
         "retained_stream_bytes",
