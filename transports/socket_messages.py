@@ -23,7 +23,8 @@ BAD_DATA, BAD_TYPE, NO_KEY, TOO_LATE = 1007, 1003, 4401, 1008
 CONTROLS = ("cancel", "pause", "resume", "stop")
 OPS = ("start", "attach", "auth", *CONTROLS)
 OURS = re.compile(
-    r"(accept|authorization|connection|content-.*|cookie|expect|host|keep-alive|origin|proxy-.*|sec-.*|te|trailer|transfer-encoding|upgrade|x-api-key)", re.I
+    r"(accept|authorization|connection|content-.*|cookie|expect|host|keep-alive|origin|proxy-.*|sec-.*|te|trailer|transfer-encoding|upgrade|x-api-key)",
+    re.I,
 )
 """Headers that a start cannot bring: they are the connection's, or say what the message is."""
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")

@@ -31,6 +31,11 @@ MOST_PONGS = 1 << 20
 _quiet = logging.getLogger("penstock.edge.websocket")
 _quiet.setLevel(logging.WARNING)
 
+_WRONG = b'{"error":{"message":"This is not a valid WebSocket handshake.","type":"invalid_request_error","param":null,"code":null}}'
+_NO_HANDSHAKE = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(_WRONG) + _WRONG
+)
+
 _SHORT = [bytes((0x81, size)) for size in range(126)]
 
 
@@ -71,7 +76,7 @@ class PenstockSocket(WebSocketsSansIOProtocol):
         if self.handshake_complete and not self.close_sent and self.going is not None:
             self.going()
         else:
-            super().shutdown()
+            self.hang_up(1001, "The server is shutting down.")
 
     def refuse(self, error: PenstockError) -> None:
         """The server cannot wait any longer."""
@@ -86,6 +91,12 @@ class PenstockSocket(WebSocketsSansIOProtocol):
             self.transport.close()
 
     # --- what comes
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.handshake_initiated:  # the head is none that a handshake may have; what `websockets` says of it waits to be sent
+            self.transport.write(b"".join(self.conn.data_to_send()) or _NO_HANDSHAKE)
+            self.transport.close()
 
     def send_receive_event_to_app(self) -> None:
         if self.curr_msg_data_type == "text" and not self.close_sent:
@@ -107,13 +118,3 @@ class PenstockSocket(WebSocketsSansIOProtocol):
         super().handle_ping()
         if self.transport.get_write_buffer_size() > MOST_PONGS:
             self.transport.abort()
-
-    def handle_parser_exception(self) -> None:
-        if self.conn.close_sent is not None:
-            super().handle_parser_exception()
-            return
-        if not self.handshake_initiated:  # the head is none that a handshake may have
-            body = b'{"error":{"message":"This is not a valid WebSocket handshake.","type":"invalid_request_error","param":null,"code":null}}'
-            head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.transport.write(head + body)
-        self.transport.close()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import socket as sockets
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,8 +168,6 @@ def test_what_does_not_run_cannot_be_steered(edge: Edge, ws: ClientConnection) -
         ({"op": "attach", "id": "a", "stream": "r", "after": -1}, "after"),
         ({"op": "start", "id": 3}, None),
         ({"op": "start", "id": "a", "surprise": 1}, None),
-        ([], None),
-        (3, None),
     ],
 )
 def test_a_bad_message_is_an_error_and_the_socket_lives(edge: Edge, ws: ClientConnection, message: Any, param: str | None) -> None:
@@ -188,7 +185,7 @@ def test_a_bad_message_is_an_error_and_the_socket_lives(edge: Edge, ws: ClientCo
         (CHATS, {"messages": []}, 400),
         (CHATS, HI | {"model": 3}, 400),
         ("/v1/messages", {}, 400),
-        ("/generate_stream", {}, 400),
+        ("/generate_stream", {}, 422),
         ("/nowhere", {}, 404),
         ("/v1/stream", {}, 405),
         ("/v1/chat/completions/../../health", {}, 404),
@@ -200,7 +197,7 @@ def test_errors_are_the_surface_s_own(edge: Edge, ws: ClientConnection, path: st
     last = until_end(ws)[-1]
     over_http = edge.kept.post(path.replace("/..", "/%2e%2e"), json=body).json()
     assert last["status"] == status
-    if status == 400:
+    if status in (400, 422):
         assert last["error"] == (over_http["error"] if isinstance(over_http["error"], dict) else over_http)
 
 
@@ -228,7 +225,7 @@ def test_streams_of_a_socket_are_bounded(make_edge: MakeEdge) -> None:
 
 @pytest.mark.parametrize(
     ("raw", "code"),
-    [("{", 1007), ("", 1007), ("[" * 200_000, 1007), (b"\x00", 1003)],
+    [("{", 1007), ("", 1007), ("[]", 1007), ("3", 1007), ("[" * 200_000, 1007), (b"\x00", 1003)],
 )
 def test_what_is_no_message_closes_the_socket(edge: Edge, ws: ClientConnection, raw: Any, code: int) -> None:
     ws.send(raw)
@@ -264,7 +261,7 @@ HANDSHAKE = (
 
 def raw(edge: Edge, more: bytes = b"") -> tuple[sockets.socket, bytes]:
     conn = sockets.create_connection(("127.0.0.1", edge.port), timeout=10)
-    conn.sendall(HANDSHAKE % more)
+    conn.sendall(HANDSHAKE % more + b"hello" * (b"Length" in more))
     return conn, conn.recv(4096)
 
 
@@ -309,12 +306,13 @@ def test_pings_that_nobody_reads_the_answers_of(edge: Edge) -> None:
     with conn:
         conn.settimeout(5)
         with pytest.raises((ConnectionError, TimeoutError)):
-            for _ in range(1000):
-                conn.sendall(flood)
+            conn.sendall(flood * 1000)
     edge.wait(lambda: not [c for c in edge.server._state.connections if "Socket" in type(c).__name__], "the socket's end")
 
 
-@pytest.mark.parametrize("more", [b"Content-Length: 5\r\n", b"X: " + b"y" * 9000 + b"\r\n", b"Host: y\r\n", b"X: " + b"y" * 70000 + b"\r\n"])
+@pytest.mark.parametrize(
+    "more", [b"Content-Length: 5\r\n", b"X: " + b"y" * 9000 + b"\r\n", b"Host: y\r\n", b"X: " + b"y" * 70000 + b"\r\n"]
+)
 def test_a_handshake_that_is_none(edge: Edge, more: bytes) -> None:
     conn, head = raw(edge, more)
     with conn:
@@ -332,11 +330,10 @@ def test_an_upgrade_elsewhere_is_ignored(edge: Edge) -> None:
 def test_a_socket_outlives_the_time_that_a_head_may_take(make_edge: MakeEdge) -> None:
     edge = make_edge(receive_timeout_s=0.2)
     with dial(edge) as ws:
-        (handle,) = [c for c in edge.server._state.connections if "Socket" in type(c).__name__]
-        edge.wait(lambda: edge.loop.time() > started + 0.7) if (started := edge.text.call(edge.loop.time)) else None
+        started = edge.text.call(edge.loop.time)
+        edge.wait(lambda: edge.loop.time() > started + 0.5)
         say(ws, op="start", id="a", path=CHATS, body=HI)
         assert until_end(ws)[-1]["done"]
-        assert handle in edge.server._state.connections
 
 
 def test_who_answers_no_ping_is_let_go(make_edge: MakeEdge) -> None:
@@ -475,7 +472,7 @@ def test_an_error_in_the_middle(edge: Edge, ws: ClientConnection) -> None:
     assert "Hello" in json.dumps(heard)
     say(ws, op="start", id="b", path=CHATS, body=HI)
     key = edge.text.wait_for(Submit, 2)[1].key
-    edge.text.send(Rejected(key=key, kind="retryable", status=429, code="queue_full", message="Later.", retry_after_s=3))
+    edge.text.send(Rejected(key=key, status=429, type="rate_limit_error", code="queue_full", message="Later.", retry_after_s=3.0))
     last = until_end(ws, "b")[-1]
     assert (last["status"], last["error"]["code"], last["retry_after_s"]) == (429, "queue_full", 3)
 
@@ -494,7 +491,7 @@ def test_a_slow_reader_parks_its_own_stream_and_is_told_of_the_cut(make_edge: Ma
             if any(isinstance(message, Park) for message in edge.text.received):
                 break
         assert [park.key for park in edge.text.wait_for(Park)] == [slow_key]
-        edge.text.send(*[message for message in hello_script(Submit_(quick_key))])
+        edge.text.send(delta({"key": quick_key, "text": "Hi", "reason": "stop"}), finished(quick_key))
         assert until_end(quick, "quick")[-1]["done"]
         for _ in range(60):
             edge.text.send(delta({"key": slow_key, "text": text}))
@@ -503,16 +500,6 @@ def test_a_slow_reader_parks_its_own_stream_and_is_told_of_the_cut(make_edge: Ma
         say(slow, op="start", id="next", path=CHATS, body=HI)  # the socket lives
         assert "stream" in hear(slow)
     assert not [message for message in edge.text.received if isinstance(message, Unpark) and message.key == quick_key]
-
-
-def Submit_(key: int) -> Any:
-    class Fake:
-        class sampling:
-            n = 1
-
-    fake = Fake()
-    fake.key = key  # type: ignore[attr-defined]
-    return fake
 
 
 def test_the_end_of_the_server_comes_behind_the_streams(make_edge: MakeEdge) -> None:
