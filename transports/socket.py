@@ -57,7 +57,7 @@ class UpgradeRequired(FinalError):
 def socket_routes(gateway: Gateway) -> list[Any]:
     """TransportSpec.factory. The route is for who comes without a WebSocket; it also says that they are served."""
 
-    @get(PATH, summary="Many streams on one WebSocket (subprotocol penstock.v1)", tags=["generate"], opt={SOCKETS: True, SCOPE: None})
+    @get(PATH, opt={SOCKETS: True, SCOPE: None}, include_in_schema=False)  # /schema/asyncapi.json has it
     async def stream() -> ASGIApp:
         raise UpgradeRequired(f"This is a WebSocket: connect to it with the subprotocol {PROTOCOL} (docs/streams.md).")
 
