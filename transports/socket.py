@@ -23,7 +23,7 @@ from penstock.core.protocol.errors import FinalError, Forbidden, InvalidRequest,
 from penstock.transports.blame import beside
 from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
-from penstock.transports.request import Header, Receive, Scope, Send, error_body, error_fields, error_headers
+from penstock.transports.request import Header, JsonReply, Receive, Scope, Send, error_body, error_fields, error_headers
 from penstock.transports.server_routes import SCOPE
 from penstock.transports.socket_messages import (
     BAD_DATA,
@@ -37,10 +37,12 @@ from penstock.transports.socket_messages import (
     Said,
     StreamExistsHere,
     TooManyHere,
+    encode,
     line,
     understood,
 )
 from penstock.transports.socket_protocol import HANDLE, PenstockSocket
+from penstock.transports.socket_schema import ASYNCAPI
 from penstock.transports.socket_stream import SocketStream
 
 SOCKETS = "sockets"
@@ -61,7 +63,11 @@ def socket_routes(gateway: Gateway) -> list[Any]:
     async def stream() -> ASGIApp:
         raise UpgradeRequired(f"This is a WebSocket: connect to it with the subprotocol {PROTOCOL} (docs/streams.md).")
 
-    return [stream]
+    @get("/schema/asyncapi.json", opt={SCOPE: None}, include_in_schema=False)
+    async def asyncapi() -> ASGIApp:
+        return JsonReply(encode(ASYNCAPI))
+
+    return [stream, asyncapi]
 
 
 class Offer(NamedTuple):

@@ -9,6 +9,7 @@ import socket as sockets
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
 from test_retained import Stream, stream  # noqa: F401
@@ -518,3 +519,42 @@ def test_the_end_of_the_server_comes_behind_the_streams(make_edge: MakeEdge) -> 
                 one.recv(timeout=10)
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == 1001
+
+
+# --- the document
+
+
+def test_what_is_said_is_in_the_document(make_edge: MakeEdge) -> None:
+    """Every message, of both sides, obeys exactly one of those that /schema/asyncapi.json names."""
+    edge = make_edge(api_key=["k"])
+    document = edge.kept.get("/schema/asyncapi.json", headers={"x-api-key": "k"}).json()
+    channel = document["channels"]["stream"]
+    assert (document["asyncapi"], channel["address"]) == ("3.0.0", "/v1/stream")
+    kinds = {
+        side: [jsonschema_rs.validator_for(channel["messages"][ref["$ref"].rsplit("/", 1)[1]]["payload"]) for ref in operation["messages"]]
+        for side, operation in document["operations"].items()
+    }
+    assert sum(map(len, kinds.values())) == len(channel["messages"])
+    sent: list[dict[str, Any]] = [
+        {"op": "auth", "key": "k"},
+        {"op": "start", "id": "a", "path": CHATS, "body": HI | {"surprise": 1}, "headers": {"x-request-id": "r"}},
+        {"op": "start", "id": "b", "path": CHATS, "body": {}},
+        {"op": "attach", "id": "c", "stream": "none", "after": 3},
+        {"op": "pause", "id": "d"},
+    ]
+    heard: list[dict[str, Any]] = []
+    edge.text.answers["stream"] = lambda _: (404, b"{}")
+    edge.text.answers["control"] = lambda _: (200, b"{}")
+    with dial(edge) as ws:
+        for message in sent:
+            ws.send(json.dumps(message))
+        while len([said for said in heard if "done" in said or "error" in said]) < 4:
+            heard.append(hear(ws))
+        edge.text.script = silent
+        for message in ({"op": "start", "id": "a", "path": CHATS, "body": HI}, {"op": "resume", "id": "a"}):
+            ws.send(json.dumps(message))
+            heard.append(hear(ws))
+    for side, messages in (("ask", sent), ("answer", heard)):
+        for said in messages:
+            assert sum(kind.is_valid(said) for kind in kinds[side]) == 1, said
+    assert {key for said in heard for key in said} >= {"stream", "ignored", "seq", "data", "done", "error", "ok", "op"}
