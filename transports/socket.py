@@ -49,6 +49,10 @@ SOCKETS = "sockets"
 """The key in a handler's `opt`: WebSockets are served at its path."""
 
 
+LARGEST_KEY = 4096
+"""Bytes of a message from somebody of whom nothing is known yet."""
+
+
 class UpgradeRequired(FinalError):
     status = 426
     type = "invalid_request_error"
@@ -184,6 +188,7 @@ class Socket:
         self._send = send
         late = None
         if not self._may:
+            self._handle.bound(LARGEST_KEY)
             loop = asyncio.get_running_loop()
             late = loop.call_later(self._gateway.config.receive_timeout_s, self._handle.hang_up, NO_KEY, "No API key came in time.")
         try:
@@ -245,6 +250,7 @@ class Socket:
                 raise _Closed(NO_KEY, "The API key is not valid.")
             self._credentials = [(b"x-api-key", key.strip())]
         self._may = True
+        self._handle.bound(self._gateway.config.max_body_bytes)
         await self.write(b'{"op":"auth","ok":true}\n')
 
     def _begin(self, said: Said) -> None:

@@ -64,6 +64,10 @@ class PenstockSocket(WebSocketsSansIOProtocol):
         self.logger = _quiet
         self.going: Callable[[], None] | None = None
 
+    def bound(self, message_bytes: int) -> None:
+        """From the next message on; a larger one is a 1009."""
+        self.conn.max_message_size = message_bytes
+
     async def write(self, lines: bytes) -> None:
         """Send each line as a message, once the client has taken enough of what came before. A socket that is closed takes nothing."""
         await self.writable.wait()

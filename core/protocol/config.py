@@ -218,7 +218,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
 
     # --- limits
-    max_body_bytes: Annotated[int, opt("Largest request body.", "limits", size=True)] = 32 * MiB
+    max_body_bytes: Annotated[int, opt("Largest request body, and message of a WebSocket.", "limits", size=True)] = 32 * MiB
     max_header_bytes: Annotated[int, opt("Largest request header block.", "limits", size=True)] = 64 << 10
     receive_timeout_s: Annotated[
         float,
@@ -239,7 +239,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_park_bytes: Annotated[int, opt("Unsent bytes of a stream at which its sequence is parked.", "limits", size=True)] = 256 << 10
     stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
-    keep_alive_s: Annotated[float, opt("SSE comment after this long without an event.", "limits")] = 10.0
+    keep_alive_s: Annotated[float, opt("SSE comment after this long without an event; a WebSocket's ping.", "limits")] = 10.0
     max_retain_s: Annotated[float, opt("Longest retain_s of a stream that can be resumed; 0: none can.", "limits")] = 600.0
     retained_stream_bytes: Annotated[int, opt("Most that is kept of one retained stream.", "limits", size=True)] = 8 * MiB
     retained_bytes: Annotated[int, opt("Most that is kept of all retained streams.", "limits", size=True)] = 256 * MiB

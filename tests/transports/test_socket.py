@@ -11,12 +11,13 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
+from edge_kit import Edge, MakeEdge, delta, finished, full_script, hello_script, silent
 from test_retained import Stream, stream  # noqa: F401
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from penstock.core.protocol.messages import Attach, Cancel, Detach, Park, Query, Rejected, Submit, Unpark
+from penstock.transports.socket_protocol import PenstockSocket
 
 CHATS = "/v1/chat/completions"
 HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -64,6 +65,10 @@ def edge(make_edge: MakeEdge) -> Edge:
 def ws(edge: Edge) -> Iterator[ClientConnection]:
     with dial(edge) as connection:
         yield connection
+
+
+def sockets_of(edge: Edge) -> list[Any]:
+    return [one for one in edge.server._state.connections if isinstance(one, PenstockSocket)]
 
 
 def payloads_of(edge: Edge, path: str, body: dict[str, Any], **headers: str) -> list[Any]:
@@ -298,7 +303,7 @@ def test_wild_frames_end_their_socket_alone(edge: Edge, frames: bytes, code: int
         if end:
             assert int.from_bytes(end[2:4], "big") == code
     assert edge.kept.get("/health").status_code == 200
-    edge.wait(lambda: not [c for c in edge.server._state.connections if "Socket" in type(c).__name__], "the socket's end")
+    edge.wait(lambda: not sockets_of(edge), "the socket's end")
 
 
 def test_pings_that_nobody_reads_the_answers_of(edge: Edge) -> None:
@@ -308,7 +313,7 @@ def test_pings_that_nobody_reads_the_answers_of(edge: Edge) -> None:
         conn.settimeout(5)
         with pytest.raises((ConnectionError, TimeoutError)):
             conn.sendall(flood * 1000)
-    edge.wait(lambda: not [c for c in edge.server._state.connections if "Socket" in type(c).__name__], "the socket's end")
+    edge.wait(lambda: not sockets_of(edge), "the socket's end")
 
 
 @pytest.mark.parametrize(
@@ -519,6 +524,59 @@ def test_the_end_of_the_server_comes_behind_the_streams(make_edge: MakeEdge) -> 
                 one.recv(timeout=10)
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == 1001
+
+
+# --- corners of surfaces
+
+
+def test_a_response_in_the_background_and_large_beginnings(edge: Edge, ws: ClientConnection) -> None:
+    body = {"input": "hi", "stream": True, "background": True, "store": True}
+    say(ws, op="start", id="a", path="/v1/responses", body=body)
+    heard = until_end(ws)
+    assert [message["data"]["type"] for message in heard[1:-1]] == [event["type"] for event in payloads_of(edge, "/v1/responses", body)]
+    assert heard[-1]["done"]
+    edge.text.script = full_script
+    asked = {"prompt": "hi!", "stream": True, "echo": True, "logprobs": 1}
+    say(ws, op="start", id="b", path="/v1/completions", body=asked)
+    heard = until_end(ws, "b")
+    assert plain([message["data"] for message in heard[1:-1]]) == plain(payloads_of(edge, "/v1/completions", asked))
+    numbers = [message["seq"] for message in heard[1:-1]]
+    assert numbers == sorted(set(numbers))
+
+
+def test_below_a_root_path(make_edge: MakeEdge) -> None:
+    edge = make_edge(root_path="/api/llm")
+    with connect(f"ws://127.0.0.1:{edge.port}/api/llm/v1/stream", subprotocols=["penstock.v1"], proxy=None) as ws:  # type: ignore[list-item]
+        for id, path in (("a", CHATS), ("b", "/api/llm" + CHATS)):
+            say(ws, op="start", id=id, path=path, body=HI)
+            assert until_end(ws, id)[-1]["done"]
+
+
+def test_a_flood_that_nobody_reads_the_answers_of_is_held_back(edge: Edge) -> None:
+    conn, _ = raw(edge)
+    with conn:
+        conn.settimeout(1)
+        with pytest.raises(TimeoutError):
+            conn.sendall(frame(1, b'{"op":"dance","id":"a"}') * 2_000_000)
+        (handle,) = sockets_of(edge)
+        assert edge.text.call(handle.transport.get_write_buffer_size) < 1 << 20
+        assert edge.text.call(handle.queue.qsize) < 100_000
+    assert edge.kept.get("/health").status_code == 200
+
+
+def test_a_stranger_cannot_send_much(make_edge: MakeEdge) -> None:
+    edge = make_edge(api_key=["secret"])
+    with dial(edge) as ws:
+        ws.send("x" * 5000)
+        with pytest.raises(ConnectionClosed) as closed:
+            ws.recv(timeout=10)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+    with dial(edge) as ws:
+        say(ws, op="auth", key="secret")
+        hear(ws)
+        say(ws, op="start", id="a", path=CHATS, body=HI | {"messages": [{"role": "user", "content": "x" * 5000}]})
+        assert until_end(ws)[-1]["done"]
 
 
 # --- the document
