@@ -70,9 +70,16 @@ class PenstockSocket(WebSocketsSansIOProtocol):
 
     async def write(self, lines: bytes) -> None:
         """Send each line as a message, once the client has taken enough of what came before. A socket that is closed takes nothing."""
-        await self.writable.wait()
+        while not self.put(lines):
+            await self.writable.wait()
+
+    def put(self, lines: bytes) -> bool:
+        """The same at once; False: the client must take something first."""
+        if not self.writable.is_set():
+            return False
         if not (self.disconnected or self.close_sent) and self.conn.state is State.OPEN:
             self.transport.write(framed(lines))
+        return True
 
     # --- the end
 
