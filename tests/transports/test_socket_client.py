@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, silent
+from socket_kit import dial
 from test_retained import Stream, stream  # noqa: F401
 
 from penstock.client import Client, StreamError
@@ -139,7 +140,7 @@ def test_the_page_s_examples(edge: Edge) -> None:
     exec(compile(code.replace("http://127.0.0.1:8000", edge.url), "streams.md", "exec"), names)
     assert "".join(said) == "Hello world"
     (shown,) = re.findall(r"```json\n(.*?)```", page, re.S)
-    from test_socket import dial  # the same messages over a bare connection
+    # The same messages over a bare connection.
 
     edge.text.script = silent
     edge.text.answers["control"] = lambda _: (200, b"{}")
