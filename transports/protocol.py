@@ -224,7 +224,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
 
 
 def server_options(
-    max_header_bytes: int, receive_timeout_s: float, *, max_message_bytes: int, ping_s: float, pong_s: float
+    max_header_bytes: int, receive_timeout_s: float, *, max_message_bytes: int = 1 << 20, ping_s: float = 20.0, pong_s: float = 20.0
 ) -> dict[str, Any]:
     """uvicorn.Config arguments that every Penstock server uses. A WebSocket is asked for a sign of life after each `ping_s`, and closed without one for `pong_s`."""
     return {
