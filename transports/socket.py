@@ -172,6 +172,7 @@ class Socket:
         self._scope = scope
         self._handle: PenstockSocket = scope["state"][HANDLE]
         self._turn = asyncio.Lock()  # first come, first served: streams take turns
+        self._waiting = 0
         self._streams: dict[str, SocketStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._may = not keyring.locked or bool(credentials)
@@ -180,10 +181,14 @@ class Socket:
 
     async def write(self, lines: bytes) -> None:
         """Send each line as a message, when it is this caller's turn."""
-        if not self._turn.locked() and self._handle.put(lines):  # nobody waits: most of the time
+        if not self._waiting and self._handle.put(lines):  # most of the time
             return
-        async with self._turn:
-            await self._handle.write(lines)
+        self._waiting += 1
+        try:
+            async with self._turn:
+                await self._handle.write(lines)
+        finally:
+            self._waiting -= 1
 
     async def run(self, receive: Receive, send: Send) -> None:
         self._handle.going = self._leave_soon

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -54,7 +54,7 @@ class SocketFrame:
 class SocketStream:
     """A Carrier (frame.py). `write` takes lines in turn with the socket's other streams."""
 
-    def __init__(self, id: str, app: ASGIApp, gateway: Gateway, write: Callable[[bytes], Awaitable[None]]) -> None:
+    def __init__(self, id: str, app: ASGIApp, gateway: Gateway, write: Callable[[bytes], Coroutine[Any, Any, None]]) -> None:
         self.id = id
         self.frame = SocketFrame(id)
         self._app = app
@@ -65,7 +65,7 @@ class SocketStream:
         self._ready = asyncio.Event()
         """It runs in text, or is over."""
         self._context: RequestContext | None = None
-        self._greeted = False
+        self._greeting: asyncio.Task[None] | None = None
         self._asked: deque[str] = deque()
         self._steering: asyncio.Task[None] | None = None
         self._status = 0
@@ -81,8 +81,8 @@ class SocketStream:
 
     def begun(self, context: RequestContext) -> None:
         self._context = context
+        self._greet(context.rid)
         self._ready.set()
-        asyncio.get_running_loop().create_task(self._greet(context.rid))
 
     def broke(self, reply: JsonReply) -> None:
         self._status = reply.status
@@ -112,9 +112,13 @@ class SocketStream:
             self._ready.set()
             if self._steering is not None and not self._steering.done():
                 self._asked.clear()
+        if self._greeting is not None:
+            await self._greeting
         if self._error is not None:
             wait = self._headers.get(b"retry-after")
-            await self._write(line(id=self.id, error=self._error, status=self._status, retry_after_s=int(wait) if wait else None))
+            await self._write(
+                line(id=self.id, error=self._error, status=self._status, retry_after_s=int(wait) if wait and wait.isdigit() else None)
+            )
         elif self._complete:
             await self._write(line(id=self.id, done=True))
         elif not self._gone.done() or self._cancelled:
@@ -132,10 +136,11 @@ class SocketStream:
         await asyncio.shield(self._gone)
         return {"type": "http.disconnect"}
 
-    async def _greet(self, rid: str) -> None:
-        if not self._greeted:
-            self._greeted = True
-            await self._write(line(id=self.id, stream=rid))
+    def _greet(self, rid: str) -> asyncio.Task[None]:
+        """Its first message: whatever comes next waits for it."""
+        if self._greeting is None:
+            self._greeting = asyncio.get_running_loop().create_task(self._write(line(id=self.id, stream=rid)))
+        return self._greeting
 
     async def _send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
@@ -200,6 +205,8 @@ class SocketStream:
                 return
             op = self._asked.popleft()
             try:
+                if self._greeting is not None:
+                    await self._greeting
                 await self._have(op)
             except PenstockError as error:
                 await self._write(line(id=self.id, op=op, error=error_fields(error), status=error.status))

@@ -219,6 +219,28 @@ def test_who_leaves_a_retained_stream_detaches_and_attaches_again(edge: Edge, st
     assert edge.text.wait_for(Attach)
 
 
+def test_who_takes_a_stream_over_ends_the_other_one(edge: Edge) -> None:
+    held = Stream(edge)
+    edge.text.script = silent
+    with dial(edge) as ws:
+        say(ws, op="start", id="a", path=CHATS, body=HI | {"retain_s": 30})
+        rid = hear(ws)["stream"]
+        key = edge.text.wait_for(Submit)[0].key
+        edge.text.send(delta({"key": key, "text": "Hel"}))
+        assert [hear(ws)["seq"], hear(ws)["seq"]] == [1, 2]
+        say(ws, op="attach", id="b", stream=rid, after=2)
+        edge.text.wait_for(Attach)
+        edge.text.send(delta({"key": key, "text": "Hel"}), delta({"key": key, "text": "lo", "reason": "stop"}), finished(key))
+        heard: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
+        while not (heard["a"] and heard["b"] and "done" in heard["b"][-1]):
+            said = hear(ws)
+            heard[said["id"]].append(said)
+    assert [message["error"]["code"] for message in heard["a"]] == ["stream_taken"]
+    assert [message.get("seq") for message in heard["b"]] == [None, 3, 4, None]
+    assert not [message for message in edge.text.received if isinstance(message, (Cancel, Detach))]
+    assert held.submits
+
+
 def test_an_error_in_the_middle(edge: Edge, ws: ClientConnection) -> None:
     edge.text.script = silent
     say(ws, op="start", id="a", path=CHATS, body=HI)
