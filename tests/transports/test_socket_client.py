@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import re
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, silent
 from socket_kit import dial
 from test_retained import Stream, stream  # noqa: F401
+from websockets.exceptions import InvalidHandshake
 
 from penstock.client import Client, StreamError
 from penstock.core.protocol.messages import Attach, Submit
@@ -161,3 +164,59 @@ def test_the_page_s_examples(edge: Edge) -> None:
             heard.append(json.loads(ws.recv(timeout=10)))
     assert [set(message) for message in heard] == [set(message) for message in expected]
     assert [message.get("seq") for message in heard] == [message.get("seq") for message in expected]
+
+
+def test_cut_at_any_byte_a_kept_stream_says_everything_once(edge: Edge) -> None:
+    """A proxy between them cuts each connection after so many bytes of the server's; text keeps the rows, as it does."""
+    words = [f"w{number} " for number in range(60)]
+    kept = Stream(edge)
+    edge.text.script = silent
+    own = edge.text._on_message
+
+    def rows(key: int) -> list[Any]:
+        return [delta({"key": key, "text": word}) for word in words] + [delta({"key": key, "reason": "stop", "tokens": []}), finished(key)]
+
+    def on_message(link: Any, message: Any) -> None:
+        own(link, message)
+        if isinstance(message, (Submit, Attach)):
+            key = message.key if isinstance(message, Submit) else message.keys[0]
+            for row in rows(key):
+                link.send(row)
+
+    edge.text._on_message = on_message  # type: ignore[method-assign]
+    chance = random.Random(7)
+    cuts = 0
+
+    async def through(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal cuts
+        inner, outer = await asyncio.open_connection("127.0.0.1", edge.port)
+        left = chance.randrange(1, 1500)
+
+        async def up() -> None:
+            while data := await reader.read(4096):
+                outer.write(data)
+
+        sending = asyncio.ensure_future(up())
+        while left and (data := await inner.read(min(left, 100))):
+            left -= len(data)
+            writer.write(data)
+        cuts += not left
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        for one in (writer, outer):
+            one.close()
+            await asyncio.gather(one.wait_closed(), return_exceptions=True)
+
+    async def story() -> str:
+        server = await asyncio.start_server(through, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, asyncio.timeout(60):
+            for _ in range(100):  # the first handshake may be cut, too, of which its caller is told
+                with contextlib.suppress(InvalidHandshake):
+                    async with Client(url, proxy=None, attempts=100) as client:
+                        return text_of([chunk async for chunk in await client.start(CHATS, HI | {"retain_s": 30})])
+        raise AssertionError("no handshake came through")
+
+    assert asyncio.run(story()) == "".join(words)
+    assert len(kept.submits) == 1
+    assert cuts > 10
