@@ -261,3 +261,29 @@ def test_a_slow_reader_parks_its_own_stream_and_is_told_of_the_cut(make_edge: Ma
         say(slow, op="start", id="next", path=CHATS, body=HI)  # the socket lives
         assert "stream" in hear(slow)
     assert not [message for message in edge.text.received if isinstance(message, Unpark) and message.key == quick_key]
+
+
+def test_a_stream_that_says_much_holds_no_other_up(make_edge: MakeEdge) -> None:
+    edge = make_edge(stream_max_bytes=64 << 20)
+    edge.text.script = silent
+    with dial(edge, max_queue=1) as ws:
+        for id in ("much", "little"):
+            say(ws, op="start", id=id, path=CHATS, body=HI)
+        rids = {said["id"]: said["stream"] for said in (hear(ws), hear(ws))}
+        keys = {submit.rid: submit.key for submit in edge.text.wait_for(Submit, 2)}
+        much, little = keys[rids["much"]], keys[rids["little"]]
+        edge.text.send(*[delta({"key": much, "text": "x" * 10_000}) for _ in range(2000)])
+        edge.text.wait_for(Park)
+        edge.text.send(delta({"key": little, "text": "Hi", "reason": "stop"}), finished(little))
+        edge.text.send(delta({"key": much, "reason": "stop", "tokens": []}), finished(much))
+        edge.wait(lambda: edge.server.gateway.delivered == 2002, "the last row")
+        ends: dict[str, int] = {}
+        seqs: list[int] = []
+        while len(ends) < 2:
+            said = hear(ws)
+            if said.get("done"):
+                ends[said["id"]] = len(seqs)
+            elif said["id"] == "much":
+                seqs.append(said["seq"])
+    assert seqs == list(range(1, len(seqs) + 1))
+    assert ends["little"] < ends["much"] - 500
