@@ -75,7 +75,7 @@ ChatMessage = dict[str, Any]
 
 
 SERVER_ONLY = frozenset(option.name for option in OPTIONS.values() if option.group == "server") | {
-    *("max_body_bytes", "max_header_bytes", "receive_timeout_s", "max_prompts", "max_choices", "max_streams"),
+    *("max_body_bytes", "max_header_bytes", "receive_timeout_s", "max_prompts", "max_choices", "max_streams", "max_socket_streams"),
     *(
         "stream_park_bytes",
         "stream_max_bytes",

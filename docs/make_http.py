@@ -194,7 +194,7 @@ def endpoints() -> list[str]:
         handlers = getattr(route, "route_handlers", [])
         for handler in sorted(handlers, key=lambda handler: sorted(map(str, handler.http_methods))):
             for method in sorted(str(m) for m in handler.http_methods if str(m) != "OPTIONS"):
-                if route.path_format.startswith("/schema"):
+                if route.path_format.startswith("/schema") or handler.include_in_schema is False:
                     continue
                 body, (answers, _) = handler.opt.get(BODY), replies_at(route.path_format, method)
                 wrong = errors_of(route.path_format, method)

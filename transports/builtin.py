@@ -33,6 +33,7 @@ from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, context_of, error_reply, ignored_header
 from penstock.transports.responses_routes import responses_routes
+from penstock.transports.socket import socket_routes
 from penstock.transports.stored_chats import answer_kept, stored_chat_routes
 from penstock.transports.surface import Surface
 from penstock.transports.tgi import tgi_routes
@@ -54,6 +55,9 @@ def register_transports() -> list[TransportSpec]:
         ),
         TransportSpec(
             name="tokens", api_level=API_LEVEL["transports"], doc="Tokens in, tokens out (vLLM's) over HTTP and SSE.", factory=tokens_routes
+        ),
+        TransportSpec(
+            name="websocket", api_level=API_LEVEL["transports"], doc="Any of them, many at once, over a WebSocket.", factory=socket_routes
         ),
         TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
     ]

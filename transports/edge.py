@@ -97,7 +97,13 @@ class Server:
         self._runner = BatchRunner(self.gateway, self.app.app, self._store) if runs_batches and self._store is not None else None
         hello = make_hello("edge", edge, epoch)
         self._dialers = [_dialer(door, run_dir, hello) for door in self.gateway.doors.values()]
-        options = server_options(config.max_header_bytes, config.receive_timeout_s)
+        options = server_options(
+            config.max_header_bytes,
+            config.receive_timeout_s,
+            max_message_bytes=config.max_body_bytes,
+            ping_s=config.keep_alive_s,
+            pong_s=config.stream_stall_s,
+        )
         self._uvicorn = uvicorn.Config(self.app, **options, log_level=config.uvicorn_log_level)
         self._state = ServerState()
         self._servers: list[asyncio.Server] = []

@@ -8,9 +8,13 @@ What it does not know: what a payload says (voice.py), who sends it (stream.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from penstock.transports.request import Header
+if TYPE_CHECKING:
+    from penstock.transports.request import Header, JsonReply, RequestContext
+
+CARRIER = "carrier"
+"""Key in scope["state"] of a request that no HTTP response answers: its Carrier."""
 
 
 class Frame(Protocol):
@@ -34,6 +38,25 @@ class Frame(Protocol):
 
     def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
         """(head, tail), so that head + text + tail == wrap(before + text + after) for every JSON string `text`."""
+        ...
+
+
+class Carrier(Protocol):
+    """What a reply goes to where that is no HTTP response. Its streams' messages have numbers, and its `frame` goes before that of a surface."""
+
+    @property
+    def frame(self) -> Frame: ...
+
+    def begun(self, context: RequestContext) -> None:
+        """The request runs."""
+        ...
+
+    def broke(self, reply: JsonReply) -> None:
+        """Its stream ended with this error, which comes behind what was said."""
+        ...
+
+    def cut(self) -> None:
+        """Its stream was cut: too much of it is not taken."""
         ...
 
 

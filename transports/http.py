@@ -39,6 +39,7 @@ from penstock.transports.blame import failed, ours, refusal
 from penstock.transports.cors import Cors
 from penstock.transports.counters import RequestCounts
 from penstock.transports.elsewhere import instead_of
+from penstock.transports.frame import CARRIER
 from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
 from penstock.transports.openapi import SchemaPage
@@ -59,6 +60,8 @@ from penstock.transports.request import (
     sane_id,
 )
 from penstock.transports.server_routes import SCOPE, server_routes
+from penstock.transports.socket import SOCKETS, Sockets, UpgradeRequired
+from penstock.transports.socket_messages import PATH as SOCKET_PATH
 from penstock.transports.tracing import NO_TRACING
 from penstock.version import __version__
 
@@ -103,14 +106,19 @@ class Edge:
         self._root = gateway.config.root_path.rstrip("/")
         self._tracing = gateway.tracing
         self._paths = paths_of(app)
+        served = self._paths.handler(SOCKET_PATH, "GET")
+        self._sockets = Sockets(self, gateway, keyring, served=served is not None and SOCKETS in served.opt)
         self._requests = RequestCounts()
         gateway.counters.sources.append(self._requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise RuntimeError(f"The edge serves HTTP, not {scope['type']}.")
+        if scope["type"] not in ("http", "websocket"):
+            raise RuntimeError(f"The edge serves HTTP and WebSockets, not {scope['type']}.")
         if self._root:
             scope = below(scope, self._root)
+        if scope["type"] == "websocket":
+            await self._sockets(scope, receive, send)
+            return
         state = scope["state"]
         headers = dict(scope["headers"])
         rid = sane_id(headers.get(b"x-request-id", b"").decode("latin-1")) or new_rid()
@@ -121,6 +129,7 @@ class Edge:
         span = tracing.begin(traceparent.decode(), headers.get(b"tracestate", b"").decode("latin-1") if traceparent else "")
         context = RequestContext(rid, span, headers, send, state.get("abort"), state.get("hang_up"))
         state[HEADERS] = functools.partial(self.headers, context)
+        context.carrier = state.get(CARRIER)
         context.peer = scope["client"][0] if scope.get("client") else ""
         state[CONTEXT] = context
 
@@ -230,6 +239,8 @@ def below(scope: Scope, root: str) -> Scope:
 def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     """Every exception of a route, and Litestar's own, as an error of the route's API; OpenAI's where there is none."""
     handler = request.scope.get("route_handler")
+    if isinstance(error, UpgradeRequired):
+        return refusal(handler, error, error.headers)
     if isinstance(error, PenstockError):
         return refusal(handler, error, CLOSE if error.status == 413 else ())
     if isinstance(error, Disconnected):

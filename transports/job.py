@@ -98,6 +98,8 @@ class Job(abc.ABC):
             self.cancel("client")
             gateway.leave()
             raise
+        if context.carrier is not None:
+            context.carrier.begun(context)
         context.span.submitted(sent_ns)
         if gateway.tracing.enabled:
             self._name_span()

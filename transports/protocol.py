@@ -20,6 +20,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.transports.request import error_body, error_headers
+from penstock.transports.socket_messages import PATH
+from penstock.transports.socket_protocol import PenstockSocket
+
+SOCKET_PATH = PATH.encode()
 
 HEADERS_TOO_LARGE = "headers_too_large"
 """Key in scope["state"]: the application answers 431."""
@@ -85,6 +89,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
         _in_message = False  # between a request's first byte and its last
         _deadline: float | None = None
         _linger: asyncio.TimerHandle | None = None
+        _upgraded = False
         _timer: asyncio.TimerHandle | None = None  # one a connection, looking at the deadline when it fires
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -114,12 +119,34 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            if self._upgraded:
+                return
             if self._in_head and self.parser is not None:
                 self._head_bytes += len(data)
                 if self._head_bytes > max_header_bytes:
                     self.refuse(HeadersTooLarge(max_header_bytes))
             if self._deadline is None and not self._in_message and not self._answering() and not self.transport.is_closing():
                 self._expect()  # something that is no request yet (empty lines): it stopped uvicorn's idle timer
+
+        # --- another protocol on the same connection
+
+        def _should_upgrade(self) -> bool:
+            """Elsewhere an Upgrade header is ignored, as HTTP allows."""
+            wanted = self.parser.get_method() == b"GET" and self.url.partition(b"?")[0].endswith(SOCKET_PATH)
+            return wanted and super()._should_upgrade()
+
+        def handle_websocket_upgrade(self) -> None:
+            state = self.scope["state"]
+            wrong = HeadersTooLarge(max_header_bytes) if HEADERS_TOO_LARGE in state else state.get(BAD_HEAD)
+            self._upgraded = True
+            self._deadline = None  # the socket keeps its own time
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if wrong is not None:
+                self.refuse(wrong)
+                return
+            super().handle_websocket_upgrade()
 
         # --- time
 
@@ -234,11 +261,17 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
     return PenstockProtocol
 
 
-def server_options(max_header_bytes: int, receive_timeout_s: float) -> dict[str, Any]:
-    """uvicorn.Config arguments that every Penstock server uses."""
+def server_options(
+    max_header_bytes: int, receive_timeout_s: float, *, max_message_bytes: int = 1 << 20, ping_s: float = 20.0, pong_s: float = 20.0
+) -> dict[str, Any]:
+    """uvicorn.Config arguments that every Penstock server uses. A WebSocket is asked for a sign of life after each `ping_s`, and closed without one for `pong_s`."""
     return {
         "http": protocol_class(max_header_bytes, receive_timeout_s),
-        "ws": "none",
+        "ws": PenstockSocket,
+        "ws_max_size": max_message_bytes,
+        "ws_ping_interval": ping_s,
+        "ws_ping_timeout": pong_s,
+        "ws_per_message_deflate": False,  # tokens are small, and a core's time is worth more
         "lifespan": "off",
         "log_config": None,
         "access_log": False,

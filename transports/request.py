@@ -23,6 +23,7 @@ from penstock.transports.decoding import ACCEPTED, UnsupportedEncoding, decode_b
 from penstock.transports.tracing import RequestSpan
 
 if TYPE_CHECKING:
+    from penstock.transports.frame import Carrier
     from penstock.transports.retained import Again
 
 Scope: TypeAlias = Any
@@ -68,6 +69,7 @@ class RequestContext:
         "again",
         "background",
         "body",
+        "carrier",
         "hang_up",
         "headers",
         "include_metrics",
@@ -114,6 +116,8 @@ class RequestContext:
         """The stream that it resumes."""
         self.peer = ""
         """The address that it came from; of a proxy, if there is one."""
+        self.carrier: Carrier | None = None
+        """Where the reply goes, if that is no HTTP response."""
         self.background = False
         """Others go first, whatever priority it asks for."""
         self.keys: Sequence[int] = ()
@@ -144,11 +148,11 @@ def context_of(scope: Scope) -> RequestContext:
 class JsonReply:
     """A whole response, as an ASGI application, which a Litestar handler annotated `-> ASGIApp` may return."""
 
-    __slots__ = ("_body", "_headers", "_status")
+    __slots__ = ("_headers", "body", "status")
 
     def __init__(self, body: bytes, status: int = 200, headers: Iterable[Header] = (), media_type: bytes = b"application/json") -> None:
-        self._body = body
-        self._status = status
+        self.body = body
+        self.status = status
         what = () if status == 204 else ((b"content-type", media_type), (b"content-length", b"%d" % len(body)))  # RFC 9110, section 8.6
         self._headers = [*what, *headers]
 
@@ -160,8 +164,8 @@ class JsonReply:
         self._headers += headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self._status, "headers": self._headers})
-        await send({"type": "http.response.body", "body": self._body, "more_body": False})
+        await send({"type": "http.response.start", "status": self.status, "headers": self._headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 
 class NoReply:

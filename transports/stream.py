@@ -44,6 +44,10 @@ def cut_error(why: CutCause, config: Config, *, kept: bool) -> SlowClient:
     return SlowClient(what + (" It can be resumed behind the last event that you have." if kept else " Read faster, or ask with retain_s."))
 
 
+def _unsaid(_: bytes) -> None:
+    """Where an error stands outside of the stream."""
+
+
 class _StreamLeg:
     """One prompt's rows as payloads."""
 
@@ -94,11 +98,16 @@ class StreamReply(Job):
 
     def __init__(self, gateway: Gateway, generation: Generation, voice: Voice, frame: Frame, context: RequestContext, pulse: Pulse) -> None:
         super().__init__(gateway, generation, voice, context)
-        self._frame = frame
+        carrier = context.carrier
+        self._carrier = carrier
+        self._frame = frame if carrier is None else carrier.frame
         self._pulse = pulse
-        self.outbox = Outbox(gateway.config, self._park, self._unpark, self._cut, keep_alive=frame.keep_alive)
+        self.outbox = Outbox(gateway.config, self._park, self._unpark, self._cut, keep_alive=self._frame.keep_alive)
         again = context.again
-        self.push: Callable[[bytes], None] = self.outbox.push if self.retention is None else self._push_numbered
+        self.push: Callable[[bytes], None] = self.outbox.push
+        self._counted = self.retention is not None or carrier is not None
+        if self._counted:
+            self.push = self._push_numbered
         self._number = 0
         self._after = 0 if again is None else again.after
         """Events up to this one are not sent."""
@@ -132,7 +141,7 @@ class StreamReply(Job):
             self.say(pieces.payloads)
             return
         messages: Iterator[bytes] = map(self._frame.wrap, pieces.payloads)
-        if self.retention is not None:  # how many they are is known once they are made: they have numbers to spare
+        if self._counted:  # how many they are is known once they are made: they have numbers to spare
             messages = self._numbered(messages, self._number)
             self._number += MOST_PIECES
         self.outbox.push_later(messages)
@@ -167,7 +176,8 @@ class StreamReply(Job):
         self.outbox.close()
 
     def lost(self, error: PenstockError) -> None:
-        self.push = self.outbox.push  # whoever resumes the stream finds no such event in it
+        # Whoever resumes the stream finds no such event in it.
+        self.push = self.outbox.push if self._carrier is None else _unsaid
         if self.retention is not None:
             self.cancel("disconnect")
             self.keys.clear()  # they may be another reader's now
@@ -181,6 +191,8 @@ class StreamReply(Job):
             self.say(self.voice.broken(error))
         except BaseException as raised:
             log.error("request %s: the error of its stream could not be said: %s", self.context.rid, self.said(raised), exc_info=raised)
+        if self._carrier is not None:
+            self._carrier.broke(refusal(self.handler, error, voice=self.voice))
         self.outbox.close()
 
     # --- a slow or lost client
@@ -201,6 +213,10 @@ class StreamReply(Job):
         outbox, seconds = self.outbox, self.gateway.config.stream_stall_s
         log.warning("request %s: the client reads too slowly, the stream is cut with %d bytes unsent", self.context.rid, outbox.unsent)
         self.gateway.counters.add(f'penstock_edge_cuts_total{{why="{why}"}}')
+        if self._carrier is not None:
+            self._abandon("slow_client")
+            self._carrier.cut()
+            return
         self._linger = asyncio.get_running_loop().call_later(seconds, self._abort)
         self._pulse.discard(outbox)
         self.cancel("slow_client")

@@ -54,7 +54,7 @@ BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "attention_backend": ("engine", ("native", "torch", "triton")),
     "grammar_backend": ("text", ("llguidance", "xgrammar")),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
-    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens")),
+    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens", "websocket")),
 }
 """option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
 

@@ -149,7 +149,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
-        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens"]
+        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens", "websocket"]
     )
 
     # --- server
@@ -220,7 +220,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
 
     # --- limits
-    max_body_bytes: Annotated[int, opt("Largest request body.", "limits", size=True)] = 32 * MiB
+    max_body_bytes: Annotated[int, opt("Largest request body, and message of a WebSocket.", "limits", size=True)] = 32 * MiB
     max_header_bytes: Annotated[int, opt("Largest request header block.", "limits", size=True)] = 64 << 10
     receive_timeout_s: Annotated[
         float,
@@ -237,13 +237,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_stop: Annotated[int, opt("Most stop strings.", "limits")] = 16
     max_logprobs: Annotated[int, opt("Largest logprobs and top_logprobs.", "limits")] = 20
     max_streams: Annotated[int, opt("Most requests in progress at one edge; more are refused with 429.", "limits")] = 4096
+    max_socket_streams: Annotated[int, opt("Most streams of one WebSocket at once.", "limits")] = 256
     stream_park_bytes: Annotated[int, opt("Unsent bytes of a stream at which its sequence is parked.", "limits", size=True)] = 256 << 10
     park_kv_s: Annotated[
         float, opt("A request that is parked for so long gives its KV cache to others, and is computed again when it goes on.", "limits")
     ] = 5.0
     stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
-    keep_alive_s: Annotated[float, opt("SSE comment after this long without an event.", "limits")] = 10.0
+    keep_alive_s: Annotated[float, opt("SSE comment after this long without an event; a WebSocket's ping.", "limits")] = 10.0
     stream_interval: Annotated[int, opt("Tokens an event of a stream, after the first; a request may say another number.", "limits")] = 1
     max_retain_s: Annotated[float, opt("Longest retain_s of a stream that can be resumed; 0: none can.", "limits")] = 600.0
     retained_stream_bytes: Annotated[int, opt("Most that is kept of one retained stream.", "limits", size=True)] = 8 * MiB
@@ -633,6 +634,7 @@ def check(config: Config) -> None:
         "max_n",
         "max_choices",
         "max_streams",
+        "max_socket_streams",
         "stream_park_bytes",
         "stream_max_bytes",
         "retained_stream_bytes",

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -23,6 +24,9 @@ import httpx
 import pytest
 import yaml
 from proxy_kit import FILES, Origin, caddy, nginx
+from websockets.sync.client import connect
+from websockets.typing import Origin as Origin_
+from websockets.typing import Subprotocol
 
 from penstock.core import cli
 from penstock.core.processes import kernel, supervisor
@@ -103,6 +107,22 @@ def test_the_servers_own_errors_pass(front: httpx.Client) -> None:
     wrong = front.post("/v1/completions", json={**BODY, "max_tokens": -1})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
     assert front.post("/v1/completions", json={**BODY, "model": "other"}).json()["error"]["code"] == "model_not_found"
+
+
+def test_websockets_pass(front: httpx.Client) -> None:
+    port = front.base_url.port
+    trust = ssl.create_default_context()
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+    for path in ("/v1/stream", "/llm/v1/stream"):
+        url = f"wss://127.0.0.1:{port}{path}"
+        with connect(
+            url, subprotocols=[Subprotocol("penstock.v1")], origin=Origin_(f"https://127.0.0.1:{port}"), ssl=trust, proxy=None
+        ) as ws:
+            ws.send(json.dumps({"op": "start", "id": "a", "path": "/v1/completions", "body": {**BODY, "stream": True}}))
+            heard = [json.loads(ws.recv(timeout=20))]
+            while "done" not in heard[-1]:
+                heard.append(json.loads(ws.recv(timeout=20)))
+            assert [said["seq"] for said in heard[1:-1]] == list(range(1, len(heard) - 1))
 
 
 def test_request_ids_are_the_clients_or_the_servers(front: httpx.Client) -> None:
