@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import msgspec
 
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import PenstockError, SlowClient
 from penstock.core.protocol.messages import Finished
+from penstock.transports.backlog import Backlog
 from penstock.transports.blame import refusal
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Batch, CancelCause, Gateway
@@ -111,6 +113,7 @@ class StreamReply(Job):
         self._number = 0
         self._after = 0 if again is None else again.after
         """Events up to this one are not sent."""
+        self._backlog = Backlog(self.outbox, gateway.config.stream_park_bytes, self._not_said) if again is not None else None
         self._started = again is not None
         self._reasons: list[str] = []
         self._left = False
@@ -155,6 +158,14 @@ class StreamReply(Job):
         self._number += 1
         if self._number > self._after:
             self.outbox.push(self._frame.numbered(self._number, message))
+
+    def behind(self, sink: Any) -> Any:
+        """See Job."""
+        return sink if self._backlog is None else self._backlog.sink(sink)
+
+    def _not_said(self, raised: BaseException) -> None:
+        log.error("request %s: its stream could not be resumed: %s", self.context.rid, self.said(raised), exc_info=raised)
+        self.lost(PenstockError("The server made an error while it sent the answer."))
 
     def close_choice(self, index: int, reason: str, row: int, batch: Batch) -> None:
         self._reasons.append(reason)
@@ -211,6 +222,8 @@ class StreamReply(Job):
         if self._linger is not None:
             return
         outbox, seconds = self.outbox, self.gateway.config.stream_stall_s
+        if self._backlog is not None:
+            self._backlog.clear()
         log.warning("request %s: the client reads too slowly, the stream is cut with %d bytes unsent", self.context.rid, outbox.unsent)
         self.gateway.counters.add(f'penstock_edge_cuts_total{{why="{why}"}}')
         if self._carrier is not None:
@@ -284,6 +297,8 @@ class StreamReply(Job):
     async def _write(self, send: Send) -> None:
         outbox = self.outbox
         while True:
+            if self._backlog is not None:
+                self._backlog.refill()
             await outbox.wait()
             if outbox.later is not None:
                 data, made = await self._made(outbox.later), True

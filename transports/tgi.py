@@ -20,6 +20,7 @@ from penstock.core.protocol.messages import Grammar, Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, shorten
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
+from penstock.transports.openai_schema import check_unknown
 from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of
 from penstock.transports.request import JsonReply
@@ -78,7 +79,7 @@ def parse_generate(body: bytes, config: Config, limits: Limits | None = None, *,
         echo=prefill,
         want_ids=streams or prefill,
         stream=streams,
-        ignored=ignored,
+        ignored=check_unknown(ignored, strict=config.strict_fields),
         details=details,
         prefill=prefill,
         before=request.inputs if given.return_full_text else "",

@@ -179,7 +179,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             secret=True,
         ),
     ] = []
-    api_key_file: Annotated[str | None, opt("File with such keys, one a line; # begins a comment.", "server")] = None
+    api_key_file: Annotated[list[str], opt("File(s) with such keys, one a line; # begins a comment.", "server")] = []
     tables: Annotated[
         str | None, opt("TOML file of keys, each with its tenant, tier and scopes; read again on SIGHUP (docs/tables.md).", "server")
     ] = None

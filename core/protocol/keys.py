@@ -27,9 +27,9 @@ def with_keys(config: Config, note: Callable[[str], None], *, typed: bool = Fals
     """`config` with all its keys. `typed`: some came by the command line. Raises ConfigError naming the file."""
     if typed:
         note(IN_COMMAND_LINE)
-    if config.api_key_file is None:
+    if not config.api_key_file:
         return config
-    keys = list(dict.fromkeys([*config.api_key, *read_keys(config.api_key_file, note)]))
+    keys = list(dict.fromkeys([*config.api_key, *(key for path in config.api_key_file for key in read_keys(path, note))]))
     return msgspec.structs.replace(config, api_key=keys)
 
 

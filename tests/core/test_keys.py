@@ -73,12 +73,21 @@ def test_keys_of_file_and_option_add_up(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_text("b\na\n")
     file.chmod(0o600)
     notes: list[str] = []
-    config = cli.load_config(None, {"api_key": ["a"], "api_key_file": str(file)}, notes.append)
+    config = cli.load_config(None, {"api_key": ["a"], "api_key_file": [str(file)]}, notes.append)
     assert config.api_key == ["a", "b"]
     assert notes == [IN_COMMAND_LINE]
     monkeypatch.setenv("PENSTOCK_API_KEY_FILE", str(file))
     assert cli.load_config(None, {}, notes.append).api_key == ["b", "a"]
     assert len(notes) == 1
+
+
+def test_keys_of_several_files_add_up(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_text(f"key-of-{file.name}\n")
+        file.chmod(0o600)
+    config = cli.load_config(None, {"api_key_file": [str(file) for file in files]}, lambda _: None)
+    assert config.api_key == ["key-of-a", "key-of-b"]
 
 
 def test_keys_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,10 @@ def test_an_id_is_one_stream_and_belongs_to_one_tenant(kept: Any) -> None:
     kept.submit(2, **KEPT, tenant="a")
     (refused,) = of(kept, 0, Rejected)
     assert (refused.key, refused.status, refused.code, refused.param) == (2, 409, "stream_exists", "x-request-id")
+    kept.submit(3, rid="r", tenant="a")  # a retry that forgot to ask for it
+    assert [(one.key, one.code) for one in of(kept, 0, Rejected)][1:] == [(3, "stream_exists")]
+    kept.submit(4, rid="r", tenant="other")
+    assert len(of(kept, 0, Rejected)) == 2
     assert kept.query("stream", {"rid": "r", "tenant": "b"}).status == 404
     found = json.loads(kept.query("stream", {"rid": "r", "tenant": "a"}).body)
     assert (found["keys"], found["ended"]) == ([1], False)

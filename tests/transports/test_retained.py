@@ -239,3 +239,29 @@ def test_controls(edge: Edge, stream: Stream, do: str) -> None:
     asked = [json.loads(query.body) for query in edge.text.wait_for(Query) if query.what == "control"]
     assert asked == [{"rid": "r1", "tenant": None, "do": do}]
     assert edge.kept.post(f"/v1/requests/other/{do}").status_code == 404
+
+
+@pytest.mark.parametrize("after", [0, 3, 250])
+def test_all_that_was_kept_comes_as_the_client_takes_it(make_edge: MakeEdge, after: int) -> None:
+    """However much more it is than may wait unsent, and all at once from text."""
+    edge = make_edge(stream_park_bytes=2048, stream_max_bytes=4096)
+    stream = Stream(edge)
+    own = edge.text._on_message
+
+    def on_message(link: Any, message: Message) -> None:
+        own(link, message)
+        if isinstance(message, Attach):
+            key = message.keys[0]
+            link.send(delta(*({"key": key, "text": f"{number:0100}"} for number in range(500))))
+            link.send(delta({"key": key, "reason": "stop"}))
+            link.send(finished(key))
+
+    edge.text._on_message = on_message  # type: ignore[method-assign]
+    rid = edge.kept.post(CHATS, json=HI | {"retain_s": 5}).headers["x-request-id"]
+    assert stream.submits
+    found = blocks(edge.kept.get(f"/v1/streams/{rid}", headers={"last-event-id": str(after)}).text)
+    assert [block.split("\n")[0] for block in found] == [f"id: {number}" for number in range(after + 1, 504)]
+    assert [f"{number:0100}" in block for number, block in enumerate(found[-502:-2], 0 if after < 2 else after - 1)] == [True] * len(
+        found[-502:-2]
+    )
+    assert edge.server.gateway.active == 0

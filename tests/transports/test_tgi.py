@@ -382,3 +382,11 @@ def test_a_stream_that_breaks_ends_with_an_error_event(script: Edge) -> None:
 
 def test_timings_on_demand(edge: Edge) -> None:
     assert edge.kept.post(WHOLE, json=HI, headers={"x-include-metrics": "1"}).json()["metrics"]["preemptions"] == 0
+
+
+@pytest.mark.parametrize("body", [HI | {"speed": 1}, HI | {"parameters": {"colour": 1}}])
+def test_strict_fields_refuses_what_nobody_knows(make_edge: MakeEdge, body: dict[str, Any]) -> None:
+    edge = make_edge(strict_fields=True)
+    reply = edge.kept.post(WHOLE, json=body)
+    assert (reply.status_code, reply.json()["error_type"]) == (422, "validation")
+    assert ("speed" if "speed" in body else "parameters.colour") in reply.json()["error"]

@@ -97,7 +97,7 @@ class Health:
                 {"role": vital.role, "id": vital.id, "up": vital.up, "age_s": vital.age_s, "stalled_s": vital.stalled_s}
                 for vital in self.vitals.rows
             ]
-        return queries.health(query, status, details)
+        return queries.health(query, status, self.readiness().ready, details)
 
     def set_gauges(self) -> None:
         """What /metrics shows of this moment."""

@@ -25,7 +25,16 @@ from penstock.core.actors.text.pool import Pool
 from penstock.core.actors.text.told import Tellers
 from penstock.core.protocol.columns import EMPTY_I32
 from penstock.core.protocol.control import EngineFacts
-from penstock.core.protocol.errors import Draining, EngineUnavailable, InvalidRequest, PenstockError, PluginFault, QueueFull, described
+from penstock.core.protocol.errors import (
+    Draining,
+    EngineUnavailable,
+    InvalidRequest,
+    PenstockError,
+    PluginFault,
+    QueueFull,
+    StreamExists,
+    described,
+)
 from penstock.core.protocol.messages import Answer, Encode, Encoded, GrammarChecked, Query, RowExtra, Submit
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.runtime.actor import To
@@ -75,6 +84,8 @@ class Intake:
             request = Request(message, params, pool.series, now)
             if message.retain_s:
                 request.kept = desk.streams.open(request)
+            elif desk.streams.find(message.rid, message.tenant) is not None:
+                raise StreamExists(message.rid)
         except PenstockError as error:
             yield from desk.refuse(message.key, message.edge, error)
             return

@@ -214,8 +214,8 @@ def server_info(query: Query, names: list[str], config: Config, facts: EngineFac
     return Answer(id=query.id, body=msgspec.json.encode(body))
 
 
-def health(query: Query, status: Status, details: dict[str, Any]) -> Answer:
+def health(query: Query, status: Status, ready: bool, details: dict[str, Any]) -> Answer:
     """200 while decoding is all right: idle, busy, or draining with progress. `live`, `ready` and `decode` say which probes pass."""
     passes = status in ("idle", "busy", "draining")
-    body = {"status": status, "live": True, "ready": status in ("idle", "busy", "stalled"), "decode": passes, **details}
+    body = {"status": status, "live": True, "ready": ready and status in ("idle", "busy", "stalled"), "decode": passes, **details}
     return Answer(id=query.id, body=msgspec.json.encode(body), status=200 if passes else 503)
