@@ -37,7 +37,8 @@ BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 
 def _exact(value: int | float) -> Fraction:
-    return Fraction(value) if isinstance(value, int) else Fraction(Decimal(repr(value)))
+    """What is meant by it: of a fraction the digits that it is written with."""
+    return Fraction(value) if isinstance(value, int) or value.is_integer() else Fraction(Decimal(repr(value)))
 
 
 def _double(value: Fraction, *, up: bool) -> float:
@@ -75,6 +76,8 @@ def bounded(schema: dict[str, Any], at: str) -> dict[str, int | float]:
         raise InvalidRequest(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no number.")
     types = schema.get("type")
     whole = (types == "integer" or types == ["integer"]) or ("integer" in (types or []) and "number" not in (types or []))
+    if whole and low.value is not None and high.value is not None and _whole(low, True) > _whole(high, False):
+        raise InvalidRequest(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no integer.")
     left = _moved(low, high, whole, True, at)
     right = _moved(high, low, whole, False, at)
     if left is not None and right is None and left >= OPEN_FROM:
@@ -103,15 +106,20 @@ def _cannot(keyword: str, at: str) -> UnsupportedFeature:
     )
 
 
+def _whole(end: _End, up: bool) -> int:
+    """The first integer within."""
+    assert end.value is not None
+    value = math.ceil(end.value) if up else math.floor(end.value)
+    return value + (1 if up else -1) if end.open and value == end.value else value
+
+
 def _moved(end: _End, other: _End, whole: bool, up: bool, at: str) -> int | float | None:
     """The bound as the backend may have it, moved inward where it must be."""
     if end.value is None:
         return None
     value = end.value
     if whole:  # integers alone: a closed end
-        value = Fraction(math.ceil(value) if up else math.floor(value))
-        if end.open and value == end.value:
-            value += 1 if up else -1
+        value = Fraction(_whole(end, up))
         end.open = False
     most = MOST if whole else MOST_FRACTION
     limit = Fraction(-most if up else most)

@@ -145,3 +145,18 @@ def test_what_can_be_drawn(schema: Any, right: list[str], wrong: list[str]) -> N
     for text in [*right, *wrong]:
         matcher = BYTES.matcher(compiled)
         assert (all(matcher.consume(byte) for byte in text.encode()) and matcher.may_end()) is (text in right), text
+
+
+@pytest.mark.parametrize(("low", "high"), [(2**55, 2**55 + 8), (2**60, 2**60 + 256), (2**62, 2**62 + 1024), (-(2**62) - 1024, -(2**62))])
+def test_bounds_that_doubles_hold_are_obeyed(low: int, high: int) -> None:
+    compiled = BYTES.compile("json", json.dumps({"type": "integer", "minimum": low, "maximum": high}))
+    for value in (low - 1, low, low + 1, high, high + 1):
+        matcher = BYTES.matcher(compiled)
+        can = all(matcher.consume(byte) for byte in str(value).encode()) and matcher.may_end()
+        assert can is (low <= value <= high), value
+
+
+def test_no_integer_between_open_ends() -> None:
+    with pytest.raises(InvalidRequest, match="Nothing can satisfy it") as raised:
+        BYTES.compile("json", '{"type":"integer","exclusiveMinimum":3,"exclusiveMaximum":4}')
+    assert not isinstance(raised.value, UnsupportedFeature)
