@@ -164,7 +164,12 @@ class Checker:
     def _validator(self, source: str) -> Any:
         found = self._validators.pop(source, None)
         if found is None:
-            found = jsonschema_rs.validator_for(json.loads(source), validate_formats=True, offline=True)  # never reads what it names
+            try:
+                found = jsonschema_rs.validator_for(json.loads(source), validate_formats=True, offline=True)  # never reads what it names
+            except jsonschema_rs.ValidationError as error:
+                if error.message.endswith('is not a "regex"'):  # to it: whether it is one was seen before
+                    raise UnsupportedFeature(f"The schema's pattern {error.message[:-17][:80]} is not supported.") from None
+                raise
         self._validators[source] = found
         if len(self._validators) > MOST_KEPT:
             self._validators.popitem(last=False)
