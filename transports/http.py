@@ -166,6 +166,7 @@ class Edge:
                 raise tamed(raised) from None
             await reply(scope, receive, send_with_headers)
         finally:
+            context.body = b""  # an idle connection keeps its last request
             self._done(inner.get("path_template") or "other", scope, context)
 
     def headers(self, context: RequestContext) -> list[Header]:

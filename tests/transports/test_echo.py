@@ -172,7 +172,7 @@ def test_an_outbox_keeps_the_order_and_counts_only_what_was_pushed() -> None:
     async def run() -> None:
         cuts: list[str] = []
         config = configuration.build({"stream_park_bytes": 10, "stream_max_bytes": 20})
-        box = Outbox(config, lambda: None, lambda: None, lambda: cuts.append("cut"), keep_alive=b"")
+        box = Outbox(config, lambda: None, lambda: None, lambda _: cuts.append("cut"), keep_alive=b"")
         made = [iter([b"2" * 50, b"3" * 50]), iter([b"5" * 50])]
         box.push(b"1")
         box.push_later(made[0])
@@ -200,7 +200,7 @@ def test_an_outbox_keeps_the_order_and_counts_only_what_was_pushed() -> None:
 def test_a_reader_who_takes_no_piece_is_cut_in_time_and_one_who_does_is_not() -> None:
     async def run() -> None:
         cuts: list[str] = []
-        box = Outbox(configuration.build({}), lambda: None, lambda: None, lambda: cuts.append("cut"), keep_alive=b"alive")
+        box = Outbox(configuration.build({}), lambda: None, lambda: None, lambda _: cuts.append("cut"), keep_alive=b"alive")
         box.push_later(iter([b"a", b"b"]))
         box.close()
         begun = box.moved
