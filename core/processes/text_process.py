@@ -13,6 +13,7 @@ from pathlib import Path
 
 import trio
 
+from penstock.core.actors.text.worker import keep_large_apart
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.child import Control, accept, bind_unix
 from penstock.core.processes.spawn import settle, socket_of
@@ -188,5 +189,6 @@ class TextProcess:
 def run(boot: Boot, control: socket.socket) -> int:
     """Role main."""
     sys.setswitchinterval(SWITCH_S)
+    keep_large_apart()
     trio.run(TextProcess(boot, control).main)
     return 0

@@ -42,7 +42,9 @@ def spelled(schema: Any, at: str = "") -> Any:
         elif keyword in ("const", "enum"):
             if (number := next(drawable(value), None)) is not None:
                 raise refused(
-                    keyword, at, f"has {number!r}, which cannot be drawn exactly: give it as a text, or a number below 2^63 that a double holds"
+                    keyword,
+                    at,
+                    f"has {number!r}, which cannot be drawn exactly: give it as a text, or a number below 2^63 that a double holds",
                 )
         elif keyword == "multipleOf":
             check_step(value, at)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for test_beams.py: pytest's importlib mode does not
 
 from penstock.core.contract.grammars import Grammars
 from penstock.core.contract.host import PluginHost
@@ -97,7 +93,7 @@ GRAMMARS = [
 
 @pytest.mark.parametrize(("kind", "source"), GRAMMARS)
 def test_hypotheses_are_those_of_transformers(kind: str, source: str, backend: tuple[str, Grammars], sharp: tuple[Any, Any]) -> None:
-    import test_beams
+    from tests.parity import test_beams
 
     folder, model = sharp
     name, grammars = backend

@@ -152,7 +152,13 @@ def test_nothing_undocumented_comes(edge: Edge, path: str) -> None:
             def run(case: Any) -> None:
                 nonlocal tried
                 tried += 1
-                case.validate_response(case.call(base_url=base), checks=CHECKS)
+                reply = case.call(base_url=base)
+                streams = "text/event-stream" in str(
+                    reply.headers.get("content-type")
+                )  # it takes the schema of an event's data for one of the event
+                case.validate_response(
+                    reply, checks=[check for check in CHECKS if not (streams and check is openapi_checks.response_schema_conformance)]
+                )
 
             try:
                 run()

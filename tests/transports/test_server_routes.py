@@ -54,7 +54,7 @@ def ended(key: int) -> list[Message]:
         (
             "/v1/messages",
             {"model": "brook", "max_tokens": 9, "messages": HI, "stream": True},
-            'data: {"type":"error","error":{"type":"invalid_request_error","message":"The request was cancelled."}}\n\n',
+            'data: {"type":"error","error":{"type":"invalid_request_error","message":"The request was cancelled."},"request_id":"r1"}\n\n',
         ),
         ("/generate_stream", {"inputs": "hi"}, 'data: {"error":"The request was cancelled.","error_type":"cancelled"}\n\n'),
     ],

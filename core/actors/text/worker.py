@@ -40,6 +40,11 @@ TEMPLATED = 2
 """Templates of requests that are rendered at once."""
 HUGE = 1 << 20
 """After a job that reads so much, memory is given back."""
+M_MMAP_THRESHOLD = -3
+MAPPED = 256 << 10
+"""Bytes of a large block."""
+IDLE_S = 0.5
+"""And once more when nothing came for so long."""
 
 _messages = msgspec.json.Decoder(list[dict[str, Any]])
 _mapping = msgspec.json.Decoder(dict[str, Any])
@@ -111,8 +116,14 @@ class TokenizerWorker:
             thread.join()
 
     def _run(self, lane: queue.SimpleQueue[Encode | None], most: int) -> None:
+        much = False
         while True:
-            first = lane.get()
+            try:
+                first = lane.get(timeout=IDLE_S if much else None)
+            except queue.Empty:  # by now whoever was told has let go of it, too
+                much = False
+                give_memory_back()
+                continue
             batch: list[Encode] = []
             size = 0
             while first is not None:
@@ -128,6 +139,8 @@ class TokenizerWorker:
             if first is None:
                 return
             if size >= HUGE:
+                much = True
+                batch.clear()
                 give_memory_back()
 
     def _run_templates(self) -> None:
@@ -154,6 +167,14 @@ class TokenizerWorker:
             done = [Encoded(job=encode.job, error=said, error_status=500) for encode in batch]
         for encoded in done:
             self._deliver(encoded)
+
+
+def keep_large_apart() -> None:
+    """Large blocks are mapped, and go back to the system as soon as they are free. glibc would stop doing so after the first ones, and keep what lies between
+    others (mallopt(3), M_MMAP_THRESHOLD)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED)
 
 
 def give_memory_back() -> None:
