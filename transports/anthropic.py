@@ -83,6 +83,7 @@ def parse_count(body: bytes, config: Config, limits: Limits | None = None) -> tu
         "add_generation_prompt": prompt["add_generation_prompt"],
         "continue_final_message": prompt["continue_final_message"],
         "add_special_tokens": False,
+        "model_has": "messages",
     }
     if prompt.get("tools"):
         question["tools"] = msgspec.Raw(prompt["tools"])

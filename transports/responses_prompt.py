@@ -219,6 +219,7 @@ def question(call: Call) -> bytes:
     """The body of text's "tokenize" about a chat."""
     (said,) = call.prompts
     asked: dict[str, Any] = {"messages": msgspec.Raw(said["messages"]), "add_generation_prompt": True, "add_special_tokens": False}
+    asked["model_has"] = "input"
     if said["template_kwargs"]:
         asked["chat_template_kwargs"] = msgspec.Raw(said["template_kwargs"])
     if "tools" in said:

@@ -5,7 +5,6 @@ the api_level check, one name -> spec map per family, and the report behind `pen
 unless broken plugins are to be skipped (then it is named in the report). Hooks and specs of other packages are called through
 core/contract/guard.py, so that their exceptions name them.
 What it does not know: what a spec's factory makes, the step loop (which never comes here).
-It is long because a family is checked in one place, whatever it is.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Any, TypeVar, cast
 
@@ -40,48 +39,15 @@ from penstock.core.contract.hookspecs import (
     TransportSpec,
     WeightSourceSpec,
 )
-from penstock.core.protocol.config import Config, nearest
+from penstock.core.contract.known import BUILT_IN as BUILT_IN
+from penstock.core.contract.known import package_of
+from penstock.core.protocol.config import nearest
 from penstock.core.protocol.errors import ConfigError, PluginError, PluginFault, described, tamed
 
 log = logging.getLogger("penstock.plugins")
 S = TypeVar("S", bound=Spec)
 
-BUILT_IN = "penstock"
-
 SKIP = "start with --skip-broken-plugins"
-BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
-    "device": ("engine", ("auto", "cpu", "cuda")),
-    "attention_backend": ("engine", ("native", "torch", "triton")),
-    "grammar_backend": ("text", ("llguidance", "xgrammar")),
-    "scheduling_policy": ("engine", ("fcfs", "priority")),
-    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens", "websocket")),
-}
-"""option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
-
-EXTRAS = {"grammar_backend": {"xgrammar": "xgrammar"}}
-"""option -> names of these that a library brings which is installed only when it is asked for: the extra that does."""
-
-BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
-    "load_format": ("engine", ("auto", "safetensors", "dummy")),
-    "dtype": ("engine", ("auto", "bfloat16", "float16", "half", "float32", "float")),
-}
-"""The same for words that are no plugin's name, but that plugins bring: a weight source's formats, a device's dtypes."""
-
-
-def check_names(config: Config, extra: Sequence[str] = ()) -> None:
-    """Refuse a name that no installed plugin can bring, before any process starts. Imports no plugin: where other packages' plugins are
-    installed their names are unknown here, and the process that loads them says no. Raises ConfigError with the known names."""
-    for option, (role, known) in {**BUILT_IN_NAMES, **BUILT_IN_WORDS}.items():
-        given = getattr(config, option)
-        wrong = [name for name in (given if isinstance(given, list) else [given]) if name is not None and name not in known]
-        lacking = EXTRAS.get(option, {}).get(given) if isinstance(given, str) else None
-        if lacking is not None and importlib.util.find_spec(lacking) is None:
-            flag = "--" + option.replace("_", "-")
-            raise ConfigError(f"{flag} {given}: {lacking} is not installed. It comes with pip install 'penstock[{lacking}]'.", param=option)
-        if wrong and not extra and all(_package(entry) == BUILT_IN for entry in metadata.entry_points(group=f"penstock.{role}")):
-            flag = "--" + option.replace("_", "-")
-            lack = "no such plugin" if option in BUILT_IN_NAMES else "not known, and no plugin is installed that could bring it"
-            raise ConfigError(f"{flag} {wrong[0]}: {lack}.{nearest(wrong[0], known)} Known: {', '.join(known)}.", param=option)
 
 
 class PluginInfo(msgspec.Struct, kw_only=True):
@@ -131,9 +97,11 @@ class PluginHost:
 
     def load(self) -> PluginHost:
         """Import and register everything once. Raises PluginError naming package and reason."""
-        found = sorted(metadata.entry_points(group=f"penstock.{self.role}"), key=lambda e: (_package(e) != BUILT_IN, _package(e), e.name))
+        found = sorted(
+            metadata.entry_points(group=f"penstock.{self.role}"), key=lambda e: (package_of(e) != BUILT_IN, package_of(e), e.name)
+        )
         for entry in found:
-            info = PluginInfo(name=entry.name, package=_package(entry), version=_version(entry), role=self.role, target=entry.value)
+            info = PluginInfo(name=entry.name, package=package_of(entry), version=_version(entry), role=self.role, target=entry.value)
             self._register(info, entry.load)
         for dotted in self._extra:
             info = PluginInfo(name=dotted, package=dotted.split(".")[0], version="-", role=self.role, target=dotted)
@@ -394,10 +362,6 @@ def _check(wrong: Callable[[Any], str | None], blame: Any, result: Any) -> None:
 
 def _a(found: Any) -> str:
     return f"{type(found).__name__} ({str(found)[:60]!r})" if isinstance(found, (str, int, float)) else type(found).__name__
-
-
-def _package(entry: metadata.EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "?"
 
 
 def _version(entry: metadata.EntryPoint) -> str:

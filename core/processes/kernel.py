@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from penstock.core.contract.host import check_names
+from penstock.core.contract.known import check_names
 from penstock.core.processes.spawn import HTTP, spawn
 from penstock.core.processes.supervisor import ChildSpec, Supervisor
 from penstock.core.processes.tables_file import TablesFile

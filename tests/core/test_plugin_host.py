@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
-from penstock.core.contract.host import BUILT_IN_NAMES, BUILT_IN_WORDS, PluginHost, check_names
+from penstock.core.contract.host import PluginHost
+from penstock.core.contract.known import BUILT_IN_NAMES, BUILT_IN_WORDS, check_names
 from penstock.core.processes import kernel
 from penstock.core.processes.engine import DTYPES as ALIASES
 from penstock.core.protocol.config import OPTIONS, build

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any
 
 import llguidance
 import numpy as np
@@ -14,42 +13,9 @@ from penstock.core.protocol.errors import InvalidRequest
 from penstock.plugins.grammars import llguidance as backend
 from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.llguidance import LlGuidance
+from tests.grammars.test_backends import SPECIAL, TOKENS, allowed, wide
 
-WORDS = [
-    b"hello",
-    b"limit",
-    b'{"',
-    b'":',
-    b"123",
-    b"0000",
-    b"1e5",
-    b"9e",
-    b" 5E3",
-    b", ",
-    b"true",
-    b"}}",
-    b"\n  ",
-    "ü".encode(),
-    b"<end>",
-    b"",
-]
-TOKENS = [bytes([byte]) for byte in range(256)] + WORDS
-SPECIAL = TOKENS.index(b"<end>")
 GRAMMARS = LlGuidance(TOKENS, [SPECIAL])
-
-
-def allowed(matcher: Any) -> list[int]:
-    out = np.zeros(-(-len(TOKENS) // 32), np.int32)
-    matcher.mask(out)
-    found: list[int] = np.flatnonzero(np.unpackbits(out.view(np.uint8), bitorder="little")).tolist()
-    return found
-
-
-def wide(count: int, *, required: bool) -> tuple[str, bytes]:
-    """A schema, and an answer."""
-    names = {f"property_{i}": {"type": "string" if i % 2 else "integer"} for i in range(count)}
-    schema = {"type": "object", "properties": names, "required": list(names) if required else [], "additionalProperties": False}
-    return json.dumps(schema), json.dumps({name: "ab" if i % 2 else i for i, name in enumerate(names)}).encode()
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -152,3 +152,24 @@ def test_answers_go_back_to_who_asked(bench: Any) -> None:
     bench.query("models", edge=6)
     assert bench.out[-1][0] == 6
     assert msgspec.json.decode(bench.out[-1][1].body)
+
+
+def test_a_count_that_is_for_a_request_refuses_what_the_request_would(make_bench: Any) -> None:
+    """The tokenizer knows a token for which the model has no row: /tokenize tells it, who counts for a request hears what the request would."""
+    bench = make_bench(up=False)
+    last = bench.tokenizer.vocab_size - 1
+    bench.up(vocab_size=last)
+    text = bench.tokenizer.token_text(last)
+    assert body(bench.query("tokenize", {"prompt": text}))["tokens"] == [last]
+    answer = bench.query("tokenize", {"prompt": text, "model_has": "input"})
+    assert (answer.status, body(answer)["param"]) == (400, "input")
+    assert str(last) in body(answer)["message"]
+    assert body(bench.query("tokenize", {"prompt": "the water", "model_has": "input"}))["count"] > 0
+
+
+def test_tokenizer_info_names_the_end_tokens_that_the_model_can_draw(make_bench: Any, tokenizer: Any) -> None:
+    bench = make_bench(up=False)
+    ends = tokenizer.info()["eos_token_ids"]
+    assert len(ends) > 1
+    bench.up(vocab_size=max(ends))
+    assert body(bench.query("tokenizer_info"))["eos_token_ids"] == [token for token in ends if token < max(ends)]

@@ -53,3 +53,12 @@ def shared_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     one = Edge(tmp_path_factory.mktemp("edge"), {}).start()
     yield one
     one.stop()
+
+
+@pytest.fixture
+def script(edge: Edge) -> Iterator[Edge]:
+    """The edge, whose script a test may change."""
+    before = edge.text.script
+    edge.text.received.clear()
+    yield edge
+    edge.text.script = before

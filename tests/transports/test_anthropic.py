@@ -33,15 +33,6 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     one.stop()
 
 
-@pytest.fixture
-def script(edge: Edge) -> Iterator[Edge]:
-    """The edge, whose script a test may change."""
-    before = edge.text.script
-    edge.text.received.clear()
-    yield edge
-    edge.text.script = before
-
-
 def named_events(text: str) -> list[Any]:
     """The data of a stream whose events are named after their types."""
     out = []
@@ -123,6 +114,7 @@ def test_golden_count(edge: Edge) -> None:
         "add_generation_prompt": True,
         "continue_final_message": False,
         "add_special_tokens": False,
+        "model_has": "messages",
     }
 
 

@@ -437,6 +437,7 @@ def test_counting_asks_for_what_would_be_sent(edge: Edge) -> None:
         "add_generation_prompt": True,
         "continue_final_message": False,
         "add_special_tokens": False,
+        "model_has": "messages",
     }
     with pytest.raises(InvalidRequest, match=r"budget_tokens must be a number"):
         parse_count(json.dumps({"model": "m", "messages": messages, "tools": [TOOL], "thinking": {"type": "enabled"}}).encode(), CONFIG)

@@ -57,15 +57,6 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     one.stop()
 
 
-@pytest.fixture
-def script(edge: Edge) -> Iterator[Edge]:
-    """The edge, whose script a test may change."""
-    before = edge.text.script
-    edge.text.received.clear()
-    yield edge
-    edge.text.script = before
-
-
 def named_events(text: str) -> list[Any]:
     """The data of a stream whose events are named after their types, and numbered."""
     out = []

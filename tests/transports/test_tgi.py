@@ -27,15 +27,6 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     one.stop()
 
 
-@pytest.fixture
-def script(edge: Edge) -> Iterator[Edge]:
-    """The edge, whose script a test may change."""
-    before = edge.text.script
-    edge.text.received.clear()
-    yield edge
-    edge.text.script = before
-
-
 def position(token: int, text: str, *, silent: bool = False) -> TokenLogprobs:
     return TokenLogprobs(ids=[token], logprobs=[-0.5], ranks=[1], texts=[text], bytes_=[text.encode()], silent=silent)
 

@@ -28,15 +28,6 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     one.stop()
 
 
-@pytest.fixture
-def script(edge: Edge) -> Iterator[Edge]:
-    """The edge, whose script a test may change."""
-    before = edge.text.script
-    edge.text.received.clear()
-    yield edge
-    edge.text.script = before
-
-
 def position(*tokens: int) -> TokenLogprobs:
     """As text tells it where no text is wanted."""
     return TokenLogprobs(ids=list(tokens), logprobs=[-0.5 - i for i in range(len(tokens))], ranks=[1] * len(tokens), texts=[], bytes_=[])

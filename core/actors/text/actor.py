@@ -372,7 +372,7 @@ class TextActor:
             case "models":
                 return queries.models(query, pool.names, pool.model_path, self._created_s, facts)
             case "tokenizer_info":
-                return Answer(id=query.id, body=msgspec.json.encode(pool.tokenizer.info()))
+                return Answer(id=query.id, body=msgspec.json.encode(queries.tokenizer_info(pool.tokenizer, facts)))
             case "server_info":
                 return queries.server_info(query, pool.names, self._desk.config, facts, self._health.epoch)
             case "health":

@@ -233,12 +233,13 @@ class Intake:
         if self._questions >= MAX_QUERIES:
             raise QueueFull(f"{self._questions} questions are being worked on already. Try again in a second.", retry_after_s=1.0)
         self._questions += 1
+        facts = self._pool.facts
         return Encode(
             job=self._new_job(query),
             kind=queries.LABOUR[query.what],
             body=query.body,
             limits=self._pool.limits,
-            vocab_size=self._pool.receiver.vocab_size,
+            vocab_size=facts.vocab_size if facts is not None and query.what == "tokenize" else self._pool.receiver.vocab_size,
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.core.actors.text.bounds import check_count
-from penstock.core.actors.text.resolve import as_ids
+from penstock.core.actors.text.resolve import as_ids, check_prompt, drawable
 from penstock.core.actors.text.retained import Streams
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import PIECE, Column
@@ -35,6 +35,8 @@ class TokenizeArgs(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
+    model_has: str | None = None
+    """Refuse tokens that the model does not have, as a request would, and say that they are in this field."""
 
 
 class DetokenizeArgs(msgspec.Struct, kw_only=True):
@@ -108,6 +110,8 @@ class Tokenize:
         if (args.prompt is None) == (not messages):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
         self._strings = bool(args.return_token_strs)
+        self._model_has = args.model_has
+        self._vocab_size = question.vocab_size
         self._limits = question.limits
         continues = bool(args.continue_final_message)
         self.encode = Encode(
@@ -125,7 +129,9 @@ class Tokenize:
         )
 
     def answer(self, ids: Column, tokenizer: Tokenizer) -> bytes:
-        """As vLLM's /tokenize answers."""
+        """As vLLM's /tokenize answers. Raises InvalidRequest."""
+        if self._model_has is not None:
+            check_prompt(ids, self._vocab_size, tokenizer.token_text, self._model_has)
         body = {
             "count": len(ids),
             "max_model_len": (self._limits.max_model_len or None) if self._limits else None,
@@ -193,6 +199,14 @@ def models(query: Query, names: list[str], root: str, created_s: int, facts: Eng
         for name in names
     ]
     return Answer(id=query.id, body=msgspec.json.encode({"object": "list", "data": data}))
+
+
+def tokenizer_info(tokenizer: Tokenizer, facts: EngineFacts | None) -> dict[str, Any]:
+    """The tokenizer's own word; of its end tokens those that the model can draw."""
+    info = dict(tokenizer.info())
+    if facts is not None and isinstance(ends := info.get("eos_token_ids"), list):
+        info["eos_token_ids"] = drawable(ends, facts.vocab_size)[0].tolist()
+    return info
 
 
 def server_info(query: Query, names: list[str], config: Config, facts: EngineFacts | None, epoch: int) -> Answer:
