@@ -652,6 +652,7 @@ def page() -> str:
         "| `accept` | `application/x-ndjson`: a stream comes [in lines](streams.md#in-lines) |",
         "| `traceparent`, `tracestate` | W3C trace context: spans go on from it |",
         "| `x-include-metrics` | `1` or `true`: the reply has `metrics`, in milliseconds (a stream in its last chunk, which has no choices) |",
+        "| `x-penstock-trace-chunks` | `1` or `true`: an event stream says when each write left, in comments (`: sent SECONDS`, counted from the request's arrival), and its header of that name in which version of HTTP the request arrived; [`penstock doctor stream`](streams.md#what-lies-between) reads it |",
         "| `origin` and a preflight's | CORS, below |",
         "",
         "| out | when |",

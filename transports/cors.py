@@ -11,7 +11,7 @@ from penstock.transports.request import Header, JsonReply
 
 EXPOSED = (
     b"x-request-id, request-id, openai-processing-ms, retry-after, x-penstock-ignored-fields, x-penstock-warning, traceparent, content-disposition, allow,"
-    b" www-authenticate, accept-encoding"
+    b" www-authenticate, accept-encoding, x-penstock-trace-chunks"
 )
 """All that replies may have and that pages may not read anyway."""
 PREFLIGHT_S = 600

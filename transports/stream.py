@@ -26,6 +26,7 @@ from penstock.transports.generation import Generation
 from penstock.transports.job import Job, row_error, watch
 from penstock.transports.outbox import CutCause, Outbox, Pulse
 from penstock.transports.request import Receive, RequestContext, Scope, Send, ignored_header
+from penstock.transports.stamps import stamped, trace_header, with_stamps
 from penstock.transports.voice import Pieces, Prompt, Voice
 
 log = logging.getLogger("penstock.edge.stream")
@@ -280,8 +281,12 @@ class StreamReply(Job):
                 return
             self._started = True
             headers = [*self._frame.headers, *ignored_header(self.generation.ignored)]
+            raw = self.context.raw_send
+            if stamped(self.context, self._frame):
+                headers.append(trace_header(scope))
+                raw = with_stamps(raw, self.context)
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await self._write(self.context.raw_send)
+            await self._write(raw)
         finally:
             watcher.remove_done_callback(self._gone)
             watcher.cancel()

@@ -1,4 +1,4 @@
-"""Commands that come as root plugins: `penstock chat` and `penstock bench`.
+"""Commands that come as root plugins: `penstock chat`, `penstock bench` and `penstock doctor`.
 
 What it is: the hook that adds them. What it does not know: what they import when they run (nothing of it is imported here).
 """
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def register_commands(group: click.Group) -> None:
     from penstock.plugins.commands.bench.command import bench
     from penstock.plugins.commands.chat import chat
+    from penstock.plugins.commands.doctor.command import doctor
 
     group.add_command(bench)
     group.add_command(chat)
+    group.add_command(doctor)
