@@ -1,7 +1,7 @@
 """The `penstock` command.
 
 What it is: `serve` with one flag for every option of core/protocol/config.py (and the spellings of vLLM and SGLang), `plugins`, `config`, and
-whatever commands root plugins add (`chat`, `bench` are such plugins). Imports nothing heavy before a command runs.
+whatever commands root plugins add (`chat`, `bench`, `doctor` are such plugins). Imports nothing heavy before a command runs.
 What it does not know: processes, models, HTTP.
 """
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.transports.request import error_body, error_headers
@@ -74,6 +74,23 @@ def wrong_head(headers: Sequence[tuple[bytes, bytes]]) -> PenstockError | None:
     if any(codings) and codings != [b"chunked"]:
         return UnknownCoding(b", ".join(codings).decode("latin-1"))
     return None
+
+
+def until_closed(cycle: RequestResponseCycle) -> None:
+    """Have it answer a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1): a body whose length is not told ends with the connection."""
+    send = cycle.send
+    told = False
+
+    async def unchunked(message: Any) -> None:
+        nonlocal told
+        if message["type"] == "http.response.start":
+            told = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            cycle.chunked_encoding = None if told else False
+        elif not told:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = unchunked  # type: ignore[method-assign]
 
 
 def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[HttpToolsProtocol]:
@@ -232,6 +249,8 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
                 self.scope["state"][BAD_HEAD] = wrong
             self._expect()
             super().on_headers_complete()
+            if self.scope["http_version"] == "1.0" and self.cycle is not None and self.cycle.scope is self.scope:
+                until_closed(self.cycle)
 
         def send_400_response(self, msg: str) -> None:
             self.refuse(InvalidRequest("This is not a valid HTTP/1.1 request."))

@@ -66,18 +66,37 @@ def nginx(folder: Path, *ports: int, body_limit: str = "64m") -> Iterator[httpx.
         "client_max_body_size    64m": f"client_max_body_size {body_limit}",
     }.items():
         text = replaced(text, old, new)
+    with _nginx(program, folder, text, front):
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        with httpx.Client(base_url=f"https://127.0.0.1:{front}", verify=trusted, timeout=30) as client:
+            yield client
+
+
+@contextlib.contextmanager
+def _nginx(program: str, folder: Path, http: str, front: int) -> Iterator[None]:
     scratch = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    around = f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}} http {{ {scratch} {text} }}"
+    around = f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}} http {{ {scratch} {http} }}"
     (folder / "nginx.conf").write_text(around, encoding="utf-8")
     process = subprocess.Popen([program, "-p", str(folder), "-c", str(folder / "nginx.conf")])
     try:
         listening(front, process)
-        trusted = ssl.create_default_context(cafile=str(certificate))
-        with httpx.Client(base_url=f"https://127.0.0.1:{front}", verify=trusted, timeout=30) as client:
-            yield client
+        yield
     finally:
         process.terminate()
         process.wait(20)
+
+
+@contextlib.contextmanager
+def nginx_before(folder: Path, port: int, servers: dict[str, str]) -> Iterator[dict[str, str]]:
+    """One nginx before what listens on `port`, with a server for each of these: name -> what stands in its `location /`; yields name -> its address."""
+    program = need("nginx")
+    ports = {name: free_port() for name in servers}
+    http = "access_log off;" + "".join(
+        f"server {{ listen 127.0.0.1:{ports[name]}; location / {{ proxy_pass http://127.0.0.1:{port}; {lines} }} }}"
+        for name, lines in servers.items()
+    )
+    with _nginx(program, folder, http, next(iter(ports.values()))):
+        yield {name: f"http://127.0.0.1:{one}" for name, one in ports.items()}
 
 
 @contextlib.contextmanager

@@ -22,8 +22,12 @@ def doctor() -> None:
 @click.option("--api-key", envvar="OPENAI_API_KEY", show_envvar=True, help="Key for the server; others can read a command line.")
 @click.option("--model", help="Model name; default: the server's first.")
 @click.option("--tokens", type=click.IntRange(1), help="Length of the streamed answer; default: as many as take a few seconds.")
-@click.option("--idle-s", type=click.FloatRange(0), default=12.0, show_default=True, help="How long a stream is kept silent; 0: not at all.")
-@click.option("--timeout-s", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Longest wait for the next byte.")
+@click.option(
+    "--idle-s", type=click.FloatRange(0), default=12.0, show_default=True, help="How long a stream is kept silent; 0: not at all."
+)
+@click.option(
+    "--timeout-s", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Longest wait for the next byte."
+)
 @click.option("--insecure", is_flag=True, help="Trust any certificate.")
 @click.option("--direct", metavar="URL", help="The server itself, without what lies between, to compare with.")
 @click.option("--json", "wants_json", is_flag=True, help="JSON instead of a report.")

@@ -94,6 +94,8 @@ class Evidence:
     """To a request with a wrong field."""
     socket: Refusal | None = None
     """To a WebSocket's handshake; 101: it is one."""
+    page_socket: Refusal | None = None
+    """The same as a page of that address would ask, with its Origin."""
     direct_socket: Refusal | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     """What was not looked at, and why."""

@@ -43,7 +43,14 @@ _HEADERS = (
     ("x-akamai-transformed", "Akamai"),
     ("ngrok-agent-ips", "ngrok"),
 )
-_VIA = (("cloudfront", "CloudFront"), ("varnish", "Varnish"), ("squid", "Squid"), ("caddy", "Caddy"), ("google", "Google front end"), ("kong", "Kong"))
+_VIA = (
+    ("cloudfront", "CloudFront"),
+    ("varnish", "Varnish"),
+    ("squid", "Squid"),
+    ("caddy", "Caddy"),
+    ("google", "Google front end"),
+    ("kong", "Kong"),
+)
 CACHES = ("x-cache", "cf-cache-status", "age")
 """Headers of who keeps copies."""
 
@@ -73,7 +80,9 @@ def unbuffer(layers: list[str], *, said_no: bool) -> list[str]:
     for layer in layers:
         name = layer.partition("/")[0]
         if name == "nginx" and said_no:
-            lines.append("nginx: take X-Accel-Buffering out of proxy_ignore_headers (the server sends 'no', which nginx obeys unless told not to), or say so itself:")
+            lines.append(
+                "nginx: take X-Accel-Buffering out of proxy_ignore_headers (the server sends 'no', which nginx obeys unless told not to), or say so itself:"
+            )
         lines += _UNBUFFER.get(name, [f"{name}: switch response buffering and compression of text/event-stream off."])
     return lines or [
         "Nothing in the reply's headers says who it is. Ask each layer itself, from the inside out (--direct names the server): the first",
@@ -99,5 +108,7 @@ _UNBUFFER = {
     "IIS": ['IIS (ARR): <proxy responseBufferLimit="0" />, and no dynamic compression of text/event-stream.'],
     "Azure Application Gateway": ["Azure Application Gateway: switch 'response buffer' off."],
     "Kong": ["Kong: on the route, response_buffering: false."],
-    "Squid": ["Squid: it should not stand before a server of streams; if it must, `cache deny` and no adaptation (ICAP, eCAP) for this host."],
+    "Squid": [
+        "Squid: it should not stand before a server of streams; if it must, `cache deny` and no adaptation (ICAP, eCAP) for this host."
+    ],
 }

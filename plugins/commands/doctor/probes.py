@@ -24,6 +24,7 @@ PACE = 40
 """Events a second: the time between two is what a machine's own hiccups are not."""
 LASTS_S = 2.5
 MOST_TOKENS = 4096
+HANDSHAKE_S = 5.0
 _HANDSHAKE = {
     "Connection": "Upgrade",
     "Upgrade": "websocket",
@@ -48,7 +49,11 @@ def examine(target: Target, direct: Target | None, asked: Asked, note: Callable[
     if model is not None:
         question["model"] = model
     note("asking for a short answer")
-    fields = _paced(_stream(target, {**question, "max_tokens": asked.tokens or FIRST_TOKENS}), asked.tokens, longest)
+    many = asked.tokens or FIRST_TOKENS
+    first = _stream(target, {**question, "max_tokens": many})
+    if asked.tokens is None and first.arrived_as and _lasted(first) < LASTS_S / 8:  # over in a moment: its pace is that moment's
+        first = _stream(target, {**question, "max_tokens": min(longest, 8 * many), "ignore_eos": True})
+    fields = _paced(first, asked.tokens, longest)
     note("streaming a longer one")
     found = Evidence(url="", stream=_stream(target, {**question, **fields}))
     found.layers = layers_of(found.stream.headers)
@@ -64,13 +69,18 @@ def examine(target: Target, direct: Target | None, asked: Asked, note: Callable[
         if asked.idle_s > 0:
             found.idle = _idle(target, {**question, "max_tokens": longest, "ignore_eos": True}, asked.idle_s)
         if found.idle is None:
-            found.skipped["idle connections"] = "--idle-s is 0" if asked.idle_s <= 0 else "a stream could not be paused (POST /v1/requests/ID/pause)"
+            found.skipped["idle connections"] = (
+                "--idle-s is 0" if asked.idle_s <= 0 else "a stream could not be paused (POST /v1/requests/ID/pause)"
+            )
         note("resuming a stream")
         found.resumed = _resumed(target, question)
         if found.resumed is None:
             found.skipped["resuming"] = "the server keeps no streams, or takes no retain_s"
         found.socket = _handshake(target)
-        found.direct_socket = _handshake(direct) if direct is not None else None
+        if found.socket.status == 101:
+            found.page_socket = _handshake(target, Origin=f"http{'s' * target.tls}://{target.authority}")
+        elif direct is not None:
+            found.direct_socket = _handshake(direct)
     found.error = _wrong(target, question)
     return found
 
@@ -139,13 +149,16 @@ def _why_not(target: Target, exchange: Exchange) -> str:
     return f"{target.chat} answered {exchange.status}: {said}{advice.get(exchange.status, '')}"
 
 
+def _lasted(stream: Stream) -> float:
+    first, last = stream.timeline.events[0], stream.timeline.events[-1]
+    return last.came - first.came if first.sent is None or last.sent is None else last.sent - first.sent
+
+
 def _paced(first: Stream, tokens: int | None, longest: int) -> dict[str, Any]:
     """What to ask for so that the answer lasts long enough, in events that are far enough apart to be told from each other."""
     if tokens is not None:
         return {"max_tokens": tokens}
-    events = first.timeline.events
-    times = [event.sent if event.sent is not None and first.timeline.timed else event.came for event in events]
-    rate = len(events) / max(times[-1] - times[0], 1e-3)  # 48 tokens that came at once say that it is fast
+    rate = len(first.timeline.events) / max(_lasted(first), 1e-3)  # what came at once says that it is fast
     many = max(FIRST_TOKENS, min(longest, int(rate * LASTS_S)))
     if not first.arrived_as:
         return {"max_tokens": many}
@@ -169,6 +182,7 @@ def _idle(target: Target, body: dict[str, Any], seconds: float) -> Idle | None:
         deadline = time.monotonic() + 5
         while Exchange(target, "POST", f"{target.base}/v1/requests/{rid}/pause", body=b"").all().status != 200:
             exchange.step(0.02)
+            rid = exchange.header("x-request-id") or rid  # if ours did not come through
             if time.monotonic() > deadline or exchange.end:
                 return None
         while exchange.step(0.2):  # what was under way
@@ -193,7 +207,7 @@ def _resumed(target: Target, question: dict[str, Any]) -> Resumed | None:
     numbers = [event.id for event in events_of(first.reads).events if event.id]
     if first.status != 200 or len(numbers) < 3:
         return None
-    path = f"{target.base}/v1/streams/{rid}"
+    path = f"{target.base}/v1/streams/{first.header('x-request-id') or rid}"
     again = Exchange(target, "GET", path, {"last-event-id": numbers[1], "accept": "text/event-stream"}).all()
     events = events_of(again.reads).events
     told = "" if events else f"{again.status} {again.header('content-type')}".strip()
@@ -214,8 +228,9 @@ def _wrong(target: Target, question: dict[str, Any]) -> Refusal:
     return _refusal(_post(target, target.chat, {**question, "max_tokens": -1}).all())
 
 
-def _handshake(target: Target) -> Refusal:
-    exchange = Exchange(target, "GET", f"{target.base}/v1/stream", {**_HANDSHAKE, "Origin": f"http{'s' * target.tls}://{target.authority}"})
+def _handshake(target: Target, **headers: str) -> Refusal:
+    target = target._replace(timeout_s=min(target.timeout_s, HANDSHAKE_S))
+    exchange = Exchange(target, "GET", f"{target.base}/v1/stream", {**_HANDSHAKE, **headers})
     while not exchange.status and exchange.step():
         pass
     if exchange.status != 101:

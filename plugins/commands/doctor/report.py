@@ -23,7 +23,7 @@ CHECKS = {
     "idle connections": ("idle", "heartbeats", "no-heartbeat"),
     "request ids and headers": ("request-id", "headers"),
     "resuming": ("resume", "last-event-id"),
-    "WebSocket": ("websocket",),
+    "WebSocket": ("websocket", "origin"),
     "the server's own errors": ("error-page",),
 }
 """What was looked at, and which findings speak of it."""
@@ -55,7 +55,7 @@ def summary(evidence: Evidence) -> str:
     told = f"{len(stream.timeline.events)} events, {stream.size} bytes"
     if stream.timeline.timed and pattern.kind != "short":
         told += f"; at most {pattern.worst_s * 1e3:.0f} ms later than the fastest"
-    if stream.extra_s is not None and pattern.kind != "short":
+    if stream.extra_s is not None and pattern.healthy:
         told += f", which took {stream.extra_s * 1e3:.0f} ms more than a round trip to the next hop ({stream.connect_s * 1e3:.0f} ms)"
     return told
 
@@ -79,9 +79,6 @@ def rows(evidence: Evidence, found: list[Finding], unknown: str | None) -> list[
 
 
 def show(console: Console, evidence: Evidence, found: list[Finding], unknown: str | None) -> None:
-    from rich import box
-    from rich.table import Table
-
     encoding = (getattr(console.file, "encoding", None) or "ascii").lower()
     plain = not encoding.startswith("utf")
 
@@ -92,20 +89,31 @@ def show(console: Console, evidence: Evidence, found: list[Finding], unknown: st
     for line in picture(evidence.stream, plain=plain):
         say(line)
     say(f"         {summary(evidence)}", "dim")
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal and not plain else None, show_header=False, pad_edge=False)
-    colours = {"ok": "green", "finding": "red", "note": "yellow"}
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    from rich.text import Text
-
-    for name, state in rows(evidence, found, unknown):
-        table.add_row(name, Text(state, style=colours.get(state, "dim")))
-    console.print(table)
+    looked = rows(evidence, found, unknown)
+    if console.is_terminal:
+        _table(console, looked)
+    else:
+        for name, state in looked:
+            say(f"{name:<35}{state}")
     for finding in found:
         say("")
         say(f"{'note' if finding.note else 'finding'} {finding.id}: {finding.what}", "yellow" if finding.note else "bold red")
         for line in finding.do:
             say(f"  {line}")
+
+
+def _table(console: Console, looked: list[tuple[str, str]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "finding": "red", "note": "yellow"}
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, state in looked:
+        table.add_row(name, Text(state, style=colours.get(state, "dim")))
+    console.print(table)
 
 
 def as_json(evidence: Evidence, found: list[Finding], unknown: str | None) -> dict[str, Any]:
@@ -135,5 +143,5 @@ def as_json(evidence: Evidence, found: list[Finding], unknown: str | None) -> di
         "stream": one(evidence.stream),
         "direct": one(evidence.direct) if evidence.direct is not None else None,
         "checks": dict(rows(evidence, found, unknown)),
-        "findings": [{"id": f.id, "note": f.note, "what": f.what, "do": f.do} for f in found],
+        "findings": [{"id": f.id, "note": f.note, "what": f.what, "do": list(f.do)} for f in found],
     }

@@ -6,7 +6,7 @@ What it does not know: how the evidence came about, how findings are shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from penstock.plugins.commands.doctor.evidence import Evidence
@@ -23,7 +23,7 @@ class Finding(NamedTuple):
 
     id: str
     what: str
-    do: list[str] = []
+    do: Sequence[str]
     note: bool = False
 
 
@@ -57,8 +57,12 @@ def _held(evidence: Evidence) -> Finding | None:
         "interval": f"{culprit} passes the stream on every {pattern.every_s:.2f} s ({at}).",
         "uneven": f"{culprit} holds events back ({at}).",
     }[pattern.kind]
-    if direct is not None and direct.pattern.holds:
-        return Finding(pattern.kind, f"The stream is held back even without what lies between: {what}", ["Look at the host's own network, or what --direct goes through."])
+    if direct is not None and direct.pattern.holds and direct.pattern.worst_s > pattern.worst_s / 2:
+        return Finding(
+            pattern.kind,
+            f"The stream is held back even without what lies between: {what}",
+            ["Look at the host's own network, or what --direct goes through."],
+        )
     do = unbuffer(evidence.layers, said_no=says_no(evidence))
     if stream.coding:
         do = [f"It is compressed on the way ({stream.coding}), which needs blocks: switch that off for text/event-stream first.", *do]
@@ -82,7 +86,9 @@ def _late(evidence: Evidence) -> Finding | None:
     elif extra <= LATE_S:
         return None
     else:
-        told = f"Every event takes {extra * 1e3:.0f} ms longer than a round trip to the next hop ({evidence.stream.connect_s * 1e3:.0f} ms)."
+        told = (
+            f"Every event takes {extra * 1e3:.0f} ms longer than a round trip to the next hop ({evidence.stream.connect_s * 1e3:.0f} ms)."
+        )
     return Finding(
         "late",
         told,
@@ -99,8 +105,15 @@ def _compressed(evidence: Evidence) -> Finding | None:
         return None
     do = ["nginx: gzip off; in this location, or no text/event-stream in gzip_types. Others: no compression for text/event-stream."]
     if stream.pattern.holds:
-        return Finding("compressed", f"The stream is compressed on the way ({stream.coding}); a compressor holds events until it has enough.", do)
-    return Finding("compressed", f"The stream is compressed on the way ({stream.coding}), flushed with each event: it works, and gains little.", do, note=True)
+        return Finding(
+            "compressed", f"The stream is compressed on the way ({stream.coding}); a compressor holds events until it has enough.", do
+        )
+    return Finding(
+        "compressed",
+        f"The stream is compressed on the way ({stream.coding}), flushed with each event: it works, and gains little.",
+        do,
+        note=True,
+    )
 
 
 def _http_1_0_here(evidence: Evidence) -> Finding | None:
@@ -132,7 +145,9 @@ def _cut(evidence: Evidence) -> Finding | None:
     return Finding(
         "cut",
         f"The stream did not come to its end: {how} after {seen} events.",
-        ["Look for limits of time or size of a response (send timeouts, maximum body sizes) in what lies between, and at the server's own log."],
+        [
+            "Look for limits of time or size of a response (send timeouts, maximum body sizes) in what lies between, and at the server's own log."
+        ],
     )
 
 
@@ -232,7 +247,12 @@ def _socket(evidence: Evidence) -> Finding | None:
     if socket.status == 426:
         what = "The WebSocket's handshake reaches the server without its Upgrade header (426)."
     elif socket.ours and socket.status in (401, 403, 404):
-        return Finding("websocket", f"The server itself refuses the WebSocket ({socket.status} {socket.code}).", ["See --allowed-origins, --api-key and --transports."], note=True)
+        return Finding(
+            "websocket",
+            f"The server itself refuses the WebSocket ({socket.status} {socket.code}).",
+            ["See --allowed-origins, --api-key and --transports."],
+            note=True,
+        )
     else:
         what = f"The WebSocket's handshake is refused on the way ({socket.status or 'no answer'})."
     return Finding(
@@ -247,6 +267,21 @@ def _socket(evidence: Evidence) -> Finding | None:
     )
 
 
+def _pages(evidence: Evidence) -> Finding | None:
+    socket = evidence.page_socket
+    if socket is None or socket.status == 101:
+        return None
+    return Finding(
+        "origin",
+        f"A page at this address may not open a WebSocket ({socket.status} {socket.code}); programs may.".replace(" )", ")"),
+        [
+            "The server compares the page's Origin with Host, which has to come through: nginx: proxy_set_header Host $http_host; Or name the page in --allowed-origins",
+            "(needed for any name but localhost while the server takes no keys).",
+        ],
+        note=True,
+    )
+
+
 def _error_page(evidence: Evidence) -> Finding | None:
     error = evidence.error
     if error is None or (400 <= error.status < 500 and (error.ours or (not evidence.is_penstock and "json" in error.kind))):
@@ -254,7 +289,9 @@ def _error_page(evidence: Evidence) -> Finding | None:
     return Finding(
         "error-page",
         f"A wrong request gets {error.status or 'no answer'} ({error.kind or 'no content type'}) instead of the server's own words: clients cannot tell what is wrong.",
-        [f"{who(evidence)} answers in the server's place. nginx: proxy_intercept_errors off;   Cloudflare: no custom error page for 4xx of this host."],
+        [
+            f"{who(evidence)} answers in the server's place. nginx: proxy_intercept_errors off;   Cloudflare: no custom error page for 4xx of this host."
+        ],
     )
 
 
@@ -263,7 +300,9 @@ def _cached(evidence: Evidence) -> Finding | None:
     hit = any("hit" in one.lower() or one.startswith("age") for one in found)
     if not hit:
         return None
-    return Finding("cache", f"A cache answers ({', '.join(found)}): another client's stream may be given to yours.", ["Bypass the cache for /v1/."])
+    return Finding(
+        "cache", f"A cache answers ({', '.join(found)}): another client's stream may be given to yours.", ["Bypass the cache for /v1/."]
+    )
 
 
 RULES = (
@@ -281,6 +320,7 @@ RULES = (
     Rule("headers", "Headers are taken out.", _trace),
     Rule("resume", "Streams cannot be resumed.", _resume),
     Rule("websocket", "WebSockets are refused.", _socket),
+    Rule("origin", "The page's own host is not passed on.", _pages),
     Rule("error-page", "Errors are replaced.", _error_page),
     Rule("cache", "Streams are cached.", _cached),
 )

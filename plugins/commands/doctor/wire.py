@@ -115,10 +115,14 @@ class Exchange:
             secured = context.wrap_socket(raw, server_hostname=target.host)
         except ssl.SSLCertVerificationError as error:
             raw.close()
-            raise Unmeasurable(f"The certificate of {target.host} is not trusted: {error.verify_message}. --insecure measures all the same.") from None
+            raise Unmeasurable(
+                f"The certificate of {target.host} is not trusted: {error.verify_message}. --insecure measures all the same."
+            ) from None
         except OSError as error:
             raw.close()
-            raise Unmeasurable(f"{target.host} port {target.port} speaks no TLS that is understood here ({error}). Is it http://?") from None
+            raise Unmeasurable(
+                f"{target.host} port {target.port} speaks no TLS that is understood here ({error}). Is it http://?"
+            ) from None
         self.tls = secured.version() or "TLS"
         return secured
 
