@@ -23,6 +23,7 @@ def times(gaps: list[float]) -> list[float]:
 
 
 @given(gaps, clocks, st.floats(0, 5), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_what_comes_within_the_tolerance_is_steady_whatever_the_clocks_say(gaps, clock, way, random) -> None:  # type: ignore[no-untyped-def]
     sent = times(gaps)
     came = [clock + way + at + random.uniform(0, 0.9 * TOLERANCE_S) for at in sent]
@@ -33,6 +34,7 @@ def test_what_comes_within_the_tolerance_is_steady_whatever_the_clocks_say(gaps,
 
 
 @given(gaps, clocks)
+@settings(deadline=None)
 def test_what_comes_at_the_end_is_held_as_a_whole(gaps: list[float], clock: float) -> None:
     sent = times(gaps)
     came = [clock + sent[-1] + 0.0001 * i for i in range(len(sent))]
@@ -54,7 +56,7 @@ def stored(sent: list[float], sizes: list[int], block: int) -> tuple[list[float]
 
 
 @given(st.sampled_from([1024, 4096, 8192, 16384]), st.integers(150, 420), st.integers(0, 40), st.floats(0.02, 0.06))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_blocks_are_measured(block: int, size: int, more: int, gap: float) -> None:
     count = 6 * block // size + 10
     sent = times([gap] * count)
@@ -65,7 +67,7 @@ def test_blocks_are_measured(block: int, size: int, more: int, gap: float) -> No
 
 
 @given(st.floats(0.15, 1.0), st.floats(0.01, 0.03))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_flush_interval_is_measured(every: float, gap: float) -> None:
     sent = times([gap] * int(8 * every / gap))
     came = [(at // every + 1) * every for at in sent]
@@ -95,6 +97,7 @@ BODY = (
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.sampled_from([b"\n", b"\r\n"]))
+@settings(deadline=None)
 def test_events_are_the_same_however_they_are_cut(cuts: list[int], ending: bytes) -> None:
     body = BODY.replace(b"\n", ending)
     reads, at = [], 0
@@ -132,6 +135,7 @@ def test_what_is_compressed_is_read_as_it_comes(pack) -> None:  # type: ignore[n
 
 
 @given(st.lists(st.floats(0, 10), max_size=50))
+@settings(deadline=None)
 def test_a_picture_has_a_mark_where_something_came(times: list[float]) -> None:
     line = spark(times, 0, 10, width=20, levels=PLAIN)
     assert len(line) == 20
