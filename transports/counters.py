@@ -1,13 +1,14 @@
 """What an edge counts.
 
-What it is: flat cumulative counters as EdgeStats carries them (text adds them up over all edges for /metrics), and the HTTP request counts and
-durations, which become names only when somebody reads them.
+What it is: flat cumulative counters as EdgeStats carries them (text adds them up over all edges for /metrics), the HTTP request counts and
+durations, which become names only when somebody reads them, and what there is of something now.
 What it does not know: links, routes, Prometheus beyond its flat names.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Protocol
 
 DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -16,7 +17,8 @@ DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.
 class CounterSource(Protocol):
     """Counts that are put into names only when somebody reads them; `changed` since they were read."""
 
-    changed: bool
+    @property
+    def changed(self) -> bool: ...
 
     def __call__(self) -> dict[str, float]: ...
 
@@ -50,6 +52,22 @@ class Counters:
 
     def text(self) -> str:
         return "".join(f"{name} {value:g}\n" for name, value in sorted(self.read().items()))
+
+
+class Gauges:
+    """`now` tells how many there are, by flat name; it is asked each second, and must take no time."""
+
+    def __init__(self, now: Callable[[], dict[str, float]]) -> None:
+        self._now = now
+        self._told: dict[str, float] = {}
+
+    @property
+    def changed(self) -> bool:
+        return self._now() != self._told
+
+    def __call__(self) -> dict[str, float]:
+        self._told = self._now()
+        return dict(self._told)
 
 
 class RequestCounts:

@@ -53,6 +53,7 @@ from penstock.core.telemetry.traces import configure
 from penstock.transports.batch_runner import BatchRunner
 from penstock.transports.batches import served
 from penstock.transports.blame import Owned, raised_in
+from penstock.transports.counters import Gauges
 from penstock.transports.folder import Folder
 from penstock.transports.gateway import STATS_PERIOD_S, Door, Gateway
 from penstock.transports.http import make_app
@@ -106,6 +107,7 @@ class Server:
         )
         self._uvicorn = uvicorn.Config(self.app, **options, log_level=config.uvicorn_log_level)
         self._state = ServerState()
+        self.gateway.counters.sources.append(Gauges(self._now))
         self._servers: list[asyncio.Server] = []
         self._ticker: asyncio.Task[None] | None = None
         self._drain_until = math.inf
@@ -136,6 +138,15 @@ class Server:
         self._ticker = loop.create_task(self._tick(), name="edge tick")
         if self._runner is not None:
             self._runner.start()
+
+    def _now(self) -> dict[str, float]:
+        """What is open."""
+        sockets = self.app.sockets.open
+        return {
+            'penstock_edge_connections{kind="http"}': max(0, len(self._state.connections) - sockets),
+            'penstock_edge_connections{kind="websocket"}': sockets,
+            "penstock_edge_streams": self.gateway.active,
+        }
 
     def _set_date(self) -> None:
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]

@@ -107,7 +107,7 @@ class Edge:
         self._tracing = gateway.tracing
         self._paths = paths_of(app)
         served = self._paths.handler(SOCKET_PATH, "GET")
-        self._sockets = Sockets(self, gateway, keyring, served=served is not None and SOCKETS in served.opt)
+        self.sockets = Sockets(self, gateway, keyring, served=served is not None and SOCKETS in served.opt)
         self._requests = RequestCounts()
         gateway.counters.sources.append(self._requests)
 
@@ -117,7 +117,7 @@ class Edge:
         if self._root:
             scope = below(scope, self._root)
         if scope["type"] == "websocket":
-            await self._sockets(scope, receive, send)
+            await self.sockets(scope, receive, send)
             return
         state = scope["state"]
         headers = dict(scope["headers"])

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.transports.request import error_body, error_headers
 from penstock.transports.socket_messages import PATH
 from penstock.transports.socket_protocol import PenstockSocket
+
+log = logging.getLogger("penstock.edge.protocol")
 
 SOCKET_PATH = PATH.encode()
 
@@ -35,6 +41,9 @@ HEADERS = "headers"
 """Key in scope["state"]: the application's function for the headers that it gives to every reply, and that a request gets which is refused here after that."""
 UNSENT_BYTES = 64 << 10
 """At most so much that the client's side has no room for waits in the kernel: it would take 4 MiB, and a client that reads nothing would be noticed that much later."""
+PIECE = 16 << 10
+"""Bytes that are parsed in one go; a head is found to be too large within so many bytes."""
+LOG_PERIOD_S = 10.0
 SLOWEST_BODY = 1024
 """Bytes per second: a body that comes in drops is late however often they fall."""
 
@@ -65,8 +74,12 @@ class UnknownCoding(InvalidRequest):
         )
 
 
-def wrong_head(headers: Sequence[tuple[bytes, bytes]]) -> PenstockError | None:
-    """What is wrong with the head of an HTTP/1.1 request that the parser takes (RFC 9112, sections 3.2 and 6.1)."""
+def wrong_head(headers: Sequence[tuple[bytes, bytes]], version: str) -> PenstockError | None:
+    """What is wrong with the head of a request that the parser takes (RFC 9112, sections 2.3, 3.2 and 6.1)."""
+    if version == "1.0":
+        return None
+    if version != "1.1":
+        return InvalidRequest(f"HTTP/{version} is not spoken here. Send HTTP/1.1.")
     hosts = sum(name == b"host" for name, _ in headers)
     if hosts != 1:
         return InvalidRequest(f"An HTTP/1.1 request has one Host header, but this has {hosts}. Send one.", param="host")
@@ -93,12 +106,30 @@ def until_closed(cycle: RequestResponseCycle) -> None:
     cycle.send = unchunked  # type: ignore[method-assign]
 
 
+class Garbled:
+    """Counts connections that brought no HTTP: one line in the log for all of some time, as anybody may send them by the thousand."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._told = -math.inf
+
+    def __call__(self) -> None:
+        self._count += 1
+        now = time.monotonic()
+        if now - self._told >= LOG_PERIOD_S:
+            log.warning("a connection brought what is no HTTP/1.1 request (%d since the last such line)", self._count)
+            self._count, self._told = 0, now
+
+
 def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[HttpToolsProtocol]:
     """The protocol with its limits: uvicorn makes instances itself.
 
     A client has `receive_timeout_s` to send a head, from its first byte (or from the connection's beginning), and as long for each pause in a
     body, which must come at SLOWEST_BODY or faster. Idle connections between requests are uvicorn's business (timeout_keep_alive).
     """
+
+    piece = min(PIECE, max_header_bytes)
+    garbled = Garbled()
 
     class PenstockProtocol(HttpToolsProtocol):
         _head_bytes = 0  # of a header block that is still incomplete
@@ -107,6 +138,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
         _deadline: float | None = None
         _linger: asyncio.TimerHandle | None = None
         _upgraded = False
+        _ignored = False  # the head that was read asks for a protocol that is not spoken here
         _timer: asyncio.TimerHandle | None = None  # one a connection, looking at the deadline when it fires
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -135,15 +167,39 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
                 self._hang_up(receive_timeout_s)
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._upgraded:
-                return
-            if self._in_head and self.parser is not None:
+            self._unset_keepalive_if_required()
+            for at in range(0, len(data), piece):
+                if not self._feed(data[at : at + piece] if len(data) > piece else data):
+                    return
+            if self._deadline is None and not self._in_message and not self._answering() and not self.transport.is_closing():
+                self._expect()  # something that is no request yet (empty lines): it stopped uvicorn's idle timer
+
+        def _feed(self, data: bytes) -> bool:
+            """Have it parsed; False: nothing more of this connection is."""
+            begun = self._in_head and self._in_message
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    if self._should_upgrade():
+                        self.handle_websocket_upgrade()
+                        return False
+                    if not self._ignored:
+                        break
+                    self._ignored = False
+                    data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                except httptools.HttpParserError:
+                    garbled()
+                    self.send_400_response("")
+                    return False
+            if begun and self._in_head:  # what a head begins with may be the end of what came before it
                 self._head_bytes += len(data)
                 if self._head_bytes > max_header_bytes:
                     self.refuse(HeadersTooLarge(max_header_bytes))
-            if self._deadline is None and not self._in_message and not self._answering() and not self.transport.is_closing():
-                self._expect()  # something that is no request yet (empty lines): it stopped uvicorn's idle timer
+            return not self.transport.is_closing()
 
         # --- another protocol on the same connection
 
@@ -151,6 +207,14 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             """Elsewhere an Upgrade header is ignored, as HTTP allows."""
             wanted = self.parser.get_method() == b"GET" and self.url.partition(b"?")[0].endswith(SOCKET_PATH)
             return wanted and super()._should_upgrade()
+
+        def _ignores_upgrade(self) -> bool:
+            return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT" and not self._should_upgrade()
+
+        def _head_without_upgrade(self) -> bytes:
+            """The parser leaves the rest to another protocol, body and all, where one is asked for; clients ask for HTTP/2 in this way (RFC 7540, section 3.2), and go on in HTTP/1.1 without it."""
+            lines = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+            return b"%b %b HTTP/1.1\r\n%b\r\n" % (self.parser.get_method(), self.url, lines)
 
         def handle_websocket_upgrade(self) -> None:
             state = self.scope["state"]
@@ -210,6 +274,8 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
                 self._deadline = min(self._deadline + len(body) / SLOWEST_BODY, self.loop.time() + receive_timeout_s)
 
         def on_message_complete(self) -> None:
+            if self._ignored:
+                return
             super().on_message_complete()
             self._in_message = False
             self._deadline = None
@@ -241,11 +307,14 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             self.transport.abort()
 
         def on_headers_complete(self) -> None:
+            if self._ignores_upgrade():
+                self._ignored = True  # it is parsed once more
+                return
             self._in_head = False
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > max_header_bytes:
                 self.scope["state"][HEADERS_TOO_LARGE] = max_header_bytes
-            if self.parser.get_http_version() == "1.1" and (wrong := wrong_head(self.headers)) is not None:
+            if (wrong := wrong_head(self.headers, self.parser.get_http_version())) is not None:
                 self.scope["state"][BAD_HEAD] = wrong
             self._expect()
             super().on_headers_complete()

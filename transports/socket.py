@@ -89,6 +89,8 @@ class Sockets:
         self._gateway = gateway
         self._keyring = keyring
         self._served = served
+        self.open = 0
+        """Sockets that are open, after their handshakes."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`scope["path"]` is below --root-path."""
@@ -108,7 +110,11 @@ class Sockets:
             await reject(error, send)
             return
         await send({"type": "websocket.accept", "subprotocol": PROTOCOL, "headers": []})
-        await Socket(self._app, self._gateway, self._keyring, scope, credentials).run(receive, send)
+        self.open += 1
+        try:
+            await Socket(self._app, self._gateway, self._keyring, scope, credentials).run(receive, send)
+        finally:
+            self.open -= 1
 
 
 def credentials_of(headers: Mapping[bytes, bytes], offered: list[str]) -> list[Header]:

@@ -25,8 +25,12 @@ _PAIR = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*"'
 _FLAT = re.compile(rf"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{{{_PAIR}(?:,{_PAIR})*\}})?\Z")
 
 
+_COUNTS = ("_total", "_bucket", "_sum", "_count")
+"""What names of counts end with; any other is a gauge's."""
+
+
 class Cumulative:
-    """Sums of counters whose senders may restart from zero: a value that falls begins a new life on top of the old one."""
+    """Sums of counters whose senders may restart from zero: a value that falls begins a new life on top of the old one. A gauge's value is its last one."""
 
     def __init__(self) -> None:
         self._base: dict[str, float] = {}
@@ -35,7 +39,7 @@ class Cumulative:
     def update(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             last = self._last.get(name, 0.0)
-            if value < last:
+            if value < last and name.split("{")[0].endswith(_COUNTS):
                 self._base[name] = self._base.get(name, 0.0) + last
             self._last[name] = value
 
