@@ -204,8 +204,12 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
         # --- another protocol on the same connection
 
         def _should_upgrade(self) -> bool:
-            """Elsewhere an Upgrade header is ignored, as HTTP allows."""
-            wanted = self.parser.get_method() == b"GET" and self.url.partition(b"?")[0].endswith(SOCKET_PATH)
+            """Elsewhere an Upgrade header is ignored, as HTTP allows, and in HTTP/1.0 demands (RFC 9110, section 7.8)."""
+            wanted = (
+                self.parser.get_http_version() == "1.1"
+                and self.parser.get_method() == b"GET"
+                and self.url.partition(b"?")[0].endswith(SOCKET_PATH)
+            )
             return wanted and super()._should_upgrade()
 
         def _ignores_upgrade(self) -> bool:
@@ -214,7 +218,8 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
         def _head_without_upgrade(self) -> bytes:
             """The parser leaves the rest to another protocol, body and all, where one is asked for; clients ask for HTTP/2 in this way (RFC 7540, section 3.2), and go on in HTTP/1.1 without it."""
             lines = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
-            return b"%b %b HTTP/1.1\r\n%b\r\n" % (self.parser.get_method(), self.url, lines)
+            version = self.parser.get_http_version().encode()
+            return b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, lines)
 
         def handle_websocket_upgrade(self) -> None:
             state = self.scope["state"]

@@ -103,7 +103,11 @@ EDGE_METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "http_requests_total": ("counter", ("handler", "method", "status"), "HTTP requests; 499: the client left."),
     "http_request_duration_seconds": ("histogram", ("handler", "method"), "HTTP request duration."),
     "penstock_edge_connections": ("gauge", ("kind",), "Connections of clients that are open: http, busy or idle, and websocket."),
-    "penstock_edge_streams": ("gauge", (), "Requests in progress, streamed or not, that hold one of the places which --max-streams bounds for each edge."),
+    "penstock_edge_streams": (
+        "gauge",
+        (),
+        "Requests in progress, streamed or not, that hold one of the places which --max-streams bounds for each edge.",
+    ),
     "penstock_edge_parks_total": ("counter", (), "Streams that were parked because their client read too slowly."),
     "penstock_edge_cuts_total": (
         "counter",
