@@ -137,6 +137,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
         _in_message = False  # between a request's first byte and its last
         _deadline: float | None = None
         _linger: asyncio.TimerHandle | None = None
+        _running: RequestResponseCycle | None = None  # the request that is being answered, or was last; others may wait behind it
         _upgraded = False
         _ignored = False  # the head that was read asks for a protocol that is not spoken here
         _timer: asyncio.TimerHandle | None = None  # one a connection, looking at the deadline when it fires
@@ -149,8 +150,21 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             self._expect()
 
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+            self._running = cycle
+            super()._start_asgi_task(cycle, app)
+
+        def _all_left(self) -> None:
+            """uvicorn tells only the request that came last, but others may be running and waiting before it."""
+            for cycle in (self._running, *(waiting for waiting, _ in self.pipeline)):
+                if cycle is not None and not cycle.response_complete:
+                    cycle.disconnected = True
+                    cycle.message_event.set()
+            self.pipeline.clear()
+
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
+            self._all_left()
             self._deadline = None
             if self._timer is not None:
                 self._timer.cancel()
@@ -161,8 +175,7 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             """Who sends no more has left, as from here a half-closed connection cannot be told from a closed one. The loop closes it once all that was written
             has left, which whoever waits for the answer must not wait for."""
             if self._answering():
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
+                self._all_left()
                 self.flow.resume_writing()
                 self._hang_up(receive_timeout_s)
 
@@ -336,7 +349,8 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             """Answer with `error` and close, whatever the connection was doing."""
             if self.transport.is_closing():
                 return
-            if self.cycle is not None and not self.cycle.response_complete and self.cycle.response_started:
+            running = self._running
+            if running is not None and not running.response_complete and running.response_started:
                 self.transport.abort()  # an answer is under way: nothing sensible can be said in between
                 return
             more: list[tuple[bytes, bytes]] = []

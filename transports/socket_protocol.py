@@ -64,6 +64,11 @@ class PenstockSocket(WebSocketsSansIOProtocol):
         self.logger = _quiet
         self.going: Callable[[], None] | None = None
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True  # it was refused, which is an end too: uvicorn would call it an error of the application's
+
     def bound(self, message_bytes: int) -> None:
         """From the next message on; a larger one is a 1009."""
         self.conn.max_message_size = message_bytes
