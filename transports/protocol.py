@@ -43,6 +43,8 @@ UNSENT_BYTES = 64 << 10
 """At most so much that the client's side has no room for waits in the kernel: it would take 4 MiB, and a client that reads nothing would be noticed that much later."""
 PIECE = 16 << 10
 """Bytes that are parsed in one go; a head is found to be too large within so many bytes."""
+MOST_WAITING = 16
+"""Requests that are read while an earlier one of their connection is answered."""
 LOG_PERIOD_S = 10.0
 SLOWEST_BODY = 1024
 """Bytes per second: a body that comes in drops is late however often they fall."""
@@ -338,6 +340,8 @@ def protocol_class(max_header_bytes: int, receive_timeout_s: float) -> type[Http
             super().on_headers_complete()
             if self.scope["http_version"] == "1.0" and self.cycle is not None and self.cycle.scope is self.scope:
                 until_closed(self.cycle)
+            if 0 < len(self.pipeline) <= MOST_WAITING:  # who does not read does not see who leaves
+                self.flow.resume_reading()
 
         def send_400_response(self, msg: str) -> None:
             self.refuse(InvalidRequest("This is not a valid HTTP/1.1 request."))

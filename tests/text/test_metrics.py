@@ -130,12 +130,14 @@ def test_edges_are_summed_and_survive_their_restart(bench: Any) -> None:
     hit = 'http_requests_total{handler="/v1/models",method="GET",status="200"}'
     bucket = 'http_request_duration_seconds_bucket{handler="a\\"b",le="0.1"}'
     bench.send(EdgeStats(edge=0, counters={hit: 5, bucket: 2, 'http_request_duration_seconds_sum{handler="a\\"b"}': 0.25}))
-    bench.send(EdgeStats(edge=1, counters={hit: 7, "penstock_edge_streams": 3}))
-    bench.send(EdgeStats(edge=0, counters={hit: 2}))  # it began again
+    bench.send(EdgeStats(edge=1, counters={hit: 7, "penstock_edge_streams": 5}))
+    bench.send(EdgeStats(edge=1, counters={hit: 7, "penstock_edge_streams": 2}))  # a gauge may fall
+    bench.send(EdgeStats(edge=0, counters={hit: 2, "penstock_edge_streams": 1}))  # it began again
     got = scrape(bench)
     assert got["http_requests_total"] == {(("handler", "/v1/models"), ("method", "GET"), ("status", "200")): 14}
     assert got["http_request_duration_seconds_bucket"] == {(("handler", 'a"b'), ("le", "0.1")): 2}
     assert got["penstock_edge_streams"][()] == 3
+    assert b"# TYPE penstock_edge_streams gauge" in bench.query("metrics").body
     assert b"# TYPE http_requests_total counter" in bench.query("metrics").body
     assert b"# TYPE http_request_duration_seconds histogram" in bench.query("metrics").body
 

@@ -169,6 +169,36 @@ def test_a_client_that_leaves_is_cancelled_as_such(make_edge: MakeEdge, leave: A
     assert not [name for name in edge.counters() if "cuts" in name]
 
 
+@pytest.mark.parametrize("leave", [fin, rst, half])
+def test_a_client_that_leaves_is_cancelled_though_it_asked_for_more(
+    make_edge: MakeEdge, leave: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requests that wait behind a stream on the same connection do not hide that its client has gone, though nothing more is said to it."""
+    edge = slow(make_edge)
+    more = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\nPOST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"
+    with ask(edge) as sock:
+        key = edge.text.wait_for(Submit)[0].key
+        assert b"200 OK" in sock.recv(1 << 16)
+        sock.sendall(more)
+        edge.wait(lambda: any(connection.pipeline for connection in edge.server._state.connections), "the requests behind it")  # type: ignore[union-attr]
+        leave(sock)
+        assert [(m.key, m.cause) for m in edge.text.wait_for(Cancel)] == [(key, "disconnect")]
+        edge.wait(lambda: edge.server.gateway.active == 0 and not edge.server._state.tasks, "the request's end")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_garbage_behind_a_waiting_request_is_not_answered_within_a_stream(make_edge: MakeEdge) -> None:
+    edge = slow(make_edge)
+    with ask(edge) as sock:
+        edge.text.wait_for(Submit)
+        data = sock.recv(1 << 16)
+        sock.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\nNONSENSE\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            data += b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        assert edge.text.wait_for(Cancel)[0].cause == "disconnect"
+    assert data.count(b"HTTP/1.1 ") == 1
+
+
 def test_a_shutdown_is_the_drain(make_edge: MakeEdge) -> None:
     edge = slow(make_edge)
     with ask(edge) as sock:

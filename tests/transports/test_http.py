@@ -230,6 +230,44 @@ def test_http_1_0_needs_no_host(shared_edge: Edge) -> None:
     assert raw(shared_edge, b"GET /version HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("path", ["/v1/models", CHATS])
+def test_http_1_0_gets_no_chunks(shared_edge: Edge, path: str) -> None:
+    """It knows none: what a length is not told of ends with the connection."""
+    body = json.dumps({**CHAT, "stream": True}).encode() if path == CHATS else b""
+    line = b"%s %s HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % (b"POST" if body else b"GET", path.encode(), len(body))
+    head, _, reply = raw(shared_edge, line + body).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert (b"content-length" in head.lower()) is (path != CHATS)
+    assert reply.startswith(b"data: {") and reply.endswith(b"\n\ndata: [DONE]\n\n") if body else json.loads(reply)["object"] == "list"
+    assert raw(shared_edge, b"HEAD /schema HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("version", [b"0.9", b"2.0"])
+def test_other_versions_are_named(shared_edge: Edge, version: bytes) -> None:
+    line = b"GET /version" if version == b"0.9" else b"GET /version HTTP/2.0"
+    status, error = told(shared_edge, line, b"host: x") if version != b"0.9" else told(shared_edge, line)
+    assert status == b"400 Bad Request"
+    assert version.decode() in error["message"]
+
+
+@pytest.mark.parametrize("offer", [b"websocket", b"h2c"])
+def test_a_request_that_offers_another_protocol_keeps_its_body(shared_edge: Edge, offer: bytes) -> None:
+    """As Java's and curl's clients do; what follows on the connection is answered too."""
+    body = json.dumps({"model": "brook", "prompt": "a"}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: %b\r\n" % offer
+    last = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    plain = head + b"content-length: %d\r\n\r\n" % len(body) + body
+    chunked = head + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    assert raw(shared_edge, plain + chunked + last).count(b"HTTP/1.1 200 OK") == 3
+
+
+def test_garbage_writes_one_line_for_many(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
+    edge = make_edge()
+    for _ in range(20):
+        assert raw(edge, b"NONSENSE\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
 def test_options_of_the_whole_server(make_edge: MakeEdge) -> None:
     for edge in (make_edge(), make_edge(api_key="secret")):
         head, _, body = raw(edge, b"OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").partition(b"\r\n\r\n")

@@ -190,6 +190,27 @@ def test_who_leaves_cancels(edge: Edge) -> None:
     edge.wait(lambda: edge.server.gateway.active == 0)
 
 
+def test_open_connections_are_counted(edge: Edge) -> None:
+    edge.text.script = silent
+
+    def now() -> dict[str, float]:
+        return {name: value for name, value in edge.server.gateway.counters.read().items() if name.startswith("penstock_edge_")}
+
+    sockets, http, streams = (
+        'penstock_edge_connections{kind="websocket"}',
+        'penstock_edge_connections{kind="http"}',
+        "penstock_edge_streams",
+    )
+    assert edge.text.call(now) == {sockets: 0, http: 0, streams: 0}
+    with dial(edge) as ws:
+        say(ws, op="start", id="a", path=CHATS, body=HI)
+        edge.kept.get("/version")
+        edge.text.wait_for(Submit)
+        assert edge.text.call(now) == {sockets: 1, http: 1, streams: 1}
+        assert not edge.server.gateway.counters.changed
+    edge.wait(lambda: now() == {sockets: 0, http: 1, streams: 0}, "the socket's end")
+
+
 def test_who_leaves_a_retained_stream_detaches_and_attaches_again(edge: Edge, stream: Stream) -> None:  # noqa: F811
     edge.text.script = silent
     with dial(edge) as ws:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket as sockets
 from collections.abc import Iterator
 from typing import Any
@@ -192,7 +193,7 @@ def test_origins(make_edge: MakeEdge, options: dict[str, Any], origin: str | Non
         assert int(conn.recv(4096).split(b" ")[1]) == status
 
 
-def test_handshakes_that_are_refused(make_edge: MakeEdge) -> None:
+def test_handshakes_that_are_refused(make_edge: MakeEdge, caplog: pytest.LogCaptureFixture) -> None:
     edge = make_edge()
     with pytest.raises(InvalidStatus) as refused:
         dial(edge, subprotocols=None)
@@ -201,6 +202,7 @@ def test_handshakes_that_are_refused(make_edge: MakeEdge) -> None:
     with pytest.raises(InvalidStatus) as refused:
         dial(other)
     assert refused.value.response.status_code == 404
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_below_a_root_path(make_edge: MakeEdge) -> None:
