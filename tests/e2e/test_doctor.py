@@ -62,11 +62,11 @@ def found(said: dict[str, Any], *, notes: bool = False) -> set[str]:
     return {finding["id"] for finding in said["findings"] if notes or not finding["note"]}
 
 
-def quietly(*args: str) -> tuple[int, dict[str, Any]]:
-    """The same where nobody holds anything back: a machine that is too busy may look as if somebody did, but not again and again."""
+def quietly(*args: str, pattern: str = "steady") -> tuple[int, dict[str, Any]]:
+    """The same again where the pattern is another one: on a machine that is too busy it may be, but not again and again."""
     for _ in range(4):
         code, said = ask(*args)
-        if said["stream"]["pattern"] == "steady":
+        if said["stream"]["pattern"] == pattern:
             break
     return code, said
 
@@ -86,10 +86,10 @@ def test_an_nginx_that_is_set_up_well(proxies: dict[str, str], server: Any) -> N
 
 def test_buffers_that_ignore_what_the_server_says(proxies: dict[str, str]) -> None:
     """nginx passes chunked bodies on as they come; one of HTTP/1.0 it stores, unless the server's X-Accel-Buffering is obeyed, as it is here in "old"."""
-    code, said = ask(proxies["ignores"], "--idle-s", "0")
+    code, said = quietly(proxies["ignores"], "--idle-s", "0", pattern="blocks")
     assert code == 1
     assert found(said) == {"blocks", "http-1.0-upstream", "websocket"}
-    assert said["stream"]["block_bytes"] == 4096
+    assert said["stream"]["block_bytes"] % 4096 == 0, "two that came at once look like a larger one"
     (held,) = (finding for finding in said["findings"] if finding["id"] == "blocks")
     assert held["what"].startswith("nginx/")
     assert "proxy_ignore_headers" in held["do"][0]
@@ -103,7 +103,7 @@ def test_http_1_0_and_no_upgrades(proxies: dict[str, str]) -> None:
 
 
 def test_a_compressor_holds_all_of_it(proxies: dict[str, str]) -> None:
-    code, said = ask(proxies["gzip"], "--idle-s", "0")
+    code, said = quietly(proxies["gzip"], "--idle-s", "0", pattern="whole")
     assert code == 1
     assert found(said) >= {"whole", "compressed"}
     assert said["stream"]["content_encoding"] == "gzip"
@@ -179,9 +179,9 @@ class Storing:
 @pytest.mark.parametrize(("size", "pattern"), [(4096, "blocks"), (None, "whole")])
 def test_a_proxy_that_stores(server: Any, size: int | None, pattern: str) -> None:
     with contextlib.closing(Storing(server.port, size)) as proxy:
-        code, said = ask(proxy.url, "--idle-s", "0", "--direct", server.url)
-    assert code == 1
-    assert (said["stream"]["pattern"], said["stream"]["block_bytes"]) == (pattern, size)
+        code, said = quietly(proxy.url, "--idle-s", "0", "--direct", server.url, pattern=pattern)
+    assert (code, said["stream"]["pattern"]) == (1, pattern)
+    assert (said["stream"]["block_bytes"] or 0) % (size or 1) == 0
     assert pattern in found(said)
     assert said["direct"]["block_bytes"] is None
 
@@ -210,10 +210,11 @@ def test_too_short_an_answer_is_said_to_be(server: Any) -> None:
 
 
 def test_a_plain_report_has_no_colours_and_lines_to_copy(proxies: dict[str, str]) -> None:
-    result = CliRunner().invoke(doctor, ["stream", proxies["ignores"], "--idle-s", "0"])
+    result = CliRunner().invoke(doctor, ["stream", proxies["old"], "--idle-s", "0"])
     lines = result.stdout.splitlines()
+    assert result.exit_code == 1
     assert "\x1b" not in result.stdout
     assert lines[0].startswith("way      HTTP/1.1 > nginx/")
     assert (lines[1][:9], lines[2][:9]) == ("sent     ", "arrived  ")
-    assert any(line.strip() == "proxy_buffering off;" for line in lines)
-    assert any(line.startswith("finding blocks: nginx/") for line in lines)
+    assert any(line.strip() == "proxy_set_header Upgrade $http_upgrade;" for line in lines)
+    assert any(line.startswith("finding websocket: The WebSocket's handshake reaches the server without") for line in lines)

@@ -56,6 +56,9 @@ def examine(target: Target, direct: Target | None, asked: Asked, note: Callable[
     fields = _paced(first, asked.tokens, longest)
     note("streaming a longer one")
     found = Evidence(url="", stream=_stream(target, {**question, **fields}))
+    if found.stream.pattern.kind == "short" and asked.tokens is None:  # the server was faster than before
+        fields = _paced(found.stream, None, longest, fields.get("stream_interval", 1))
+        found.stream = _stream(target, {**question, **fields})
     found.layers = layers_of(found.stream.headers)
     if direct is not None:
         note("streaming one from the server itself")
@@ -154,11 +157,11 @@ def _lasted(stream: Stream) -> float:
     return last.came - first.came if first.sent is None or last.sent is None else last.sent - first.sent
 
 
-def _paced(first: Stream, tokens: int | None, longest: int) -> dict[str, Any]:
-    """What to ask for so that the answer lasts long enough, in events that are far enough apart to be told from each other."""
+def _paced(first: Stream, tokens: int | None, longest: int, interval: int = 1) -> dict[str, Any]:
+    """What to ask for so that the answer lasts long enough, in events that are far enough apart to be told from each other. `first` had events of `interval` tokens."""
     if tokens is not None:
         return {"max_tokens": tokens}
-    rate = len(first.timeline.events) / max(_lasted(first), 1e-3)  # what came at once says that it is fast
+    rate = interval * len(first.timeline.events) / max(_lasted(first), 1e-3)  # what came at once says that it is fast
     many = max(FIRST_TOKENS, min(longest, int(rate * LASTS_S)))
     if not first.arrived_as:
         return {"max_tokens": many}
