@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import select
-import socket
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from penstock.plugins.commands.doctor.command import doctor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # pytest's importlib mode does not
 
-from proxy_kit import nginx_before
+from proxy_kit import Storing, nginx_before
 
 FLAGS = ("--keep-alive-s", "0.5")
 UP = "proxy_http_version 1.1; "
@@ -136,44 +133,6 @@ def test_pages_need_their_host(proxies: dict[str, str]) -> None:
 
 
 # ------------------------------------------------------------------ a proxy that stores
-
-
-class Storing:
-    """Passes requests on at once, and replies in blocks of `size` bytes; None: at their end."""
-
-    def __init__(self, upstream: int, size: int | None) -> None:
-        self._upstream, self._size = upstream, size
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        server = socket.create_connection(("127.0.0.1", self._upstream))
-        stored = b""
-        with client, server, contextlib.suppress(OSError):
-            while True:
-                for ready in select.select([client, server], [], [], 30)[0]:
-                    data = ready.recv(65536)
-                    if ready is client:
-                        if not data:
-                            return
-                        server.sendall(data)
-                        continue
-                    stored += data
-                    if not data:
-                        client.sendall(stored)
-                        return
-                    while self._size and len(stored) >= self._size:
-                        client.sendall(stored[: self._size])
-                        stored = stored[self._size :]
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 @pytest.mark.parametrize(("size", "pattern"), [(4096, "blocks"), (None, "whole")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import shutil
 import socket
 import ssl
@@ -157,3 +158,41 @@ def _some(connection: socket.socket) -> bytes:
     if not part:
         raise OSError("closed")
     return part
+
+
+class Storing:
+    """Passes requests on at once, and replies in blocks of `size` bytes; None: at their end."""
+
+    def __init__(self, upstream: int, size: int | None) -> None:
+        self._upstream, self._size = upstream, size
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        server = socket.create_connection(("127.0.0.1", self._upstream))
+        stored = b""
+        with client, server, contextlib.suppress(OSError):
+            while True:
+                for ready in select.select([client, server], [], [], 30)[0]:
+                    data = ready.recv(65536)
+                    if ready is client:
+                        if not data:
+                            return
+                        server.sendall(data)
+                        continue
+                    stored += data
+                    if not data:
+                        client.sendall(stored)
+                        return
+                    while self._size and len(stored) >= self._size:
+                        client.sendall(stored[: self._size])
+                        stored = stored[self._size :]
+
+    def close(self) -> None:
+        self._listener.close()

@@ -7,10 +7,11 @@ What it does not know: what the findings mean (rules.py), how they are shown.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from penstock.plugins.commands.doctor.arrivals import decoded, events_of, pattern_alone, pattern_of
@@ -68,24 +69,48 @@ def examine(target: Target, direct: Target | None, asked: Asked, note: Callable[
         why = "the server does not say that it is Penstock"
         found.skipped |= dict.fromkeys(("idle connections", "resuming", "WebSocket"), why)
     else:
+        _of_penstock(found, target, direct, asked, question, longest, note)
+    with _or_skip(found, "the server's own errors"):
+        found.error = _wrong(target, question)
+    return found
+
+
+@contextlib.contextmanager
+def _or_skip(found: Evidence, what: str) -> Iterator[None]:
+    """What was measured before stands, though this is not."""
+    try:
+        yield
+    except Unmeasurable as error:
+        found.skipped[what] = str(error)
+
+
+def _of_penstock(
+    found: Evidence,
+    target: Target,
+    direct: Target | None,
+    asked: Asked,
+    question: dict[str, Any],
+    longest: int,
+    note: Callable[[str], None],
+) -> None:
+    with _or_skip(found, "idle connections"):
         note(f"keeping a stream silent for {asked.idle_s:g} s")
         if asked.idle_s > 0:
             found.idle = _idle(target, {**question, "max_tokens": longest, "ignore_eos": True}, asked.idle_s)
         if found.idle is None:
-            found.skipped["idle connections"] = (
-                "--idle-s is 0" if asked.idle_s <= 0 else "a stream could not be paused (POST /v1/requests/ID/pause)"
-            )
+            why = "--idle-s is 0" if asked.idle_s <= 0 else "a stream could not be paused (POST /v1/requests/ID/pause)"
+            found.skipped["idle connections"] = why
+    with _or_skip(found, "resuming"):
         note("resuming a stream")
         found.resumed = _resumed(target, question)
         if found.resumed is None:
             found.skipped["resuming"] = "the server keeps no streams, or takes no retain_s"
+    with _or_skip(found, "WebSocket"):
         found.socket = _handshake(target)
         if found.socket.status == 101:
             found.page_socket = _handshake(target, Origin=f"http{'s' * target.tls}://{target.authority}")
         elif direct is not None:
             found.direct_socket = _handshake(direct)
-    found.error = _wrong(target, question)
-    return found
 
 
 def _post(target: Target, path: str, body: Any, **headers: str) -> Exchange:
@@ -113,7 +138,7 @@ def _stream(target: Target, body: dict[str, Any]) -> Stream:
     coding = exchange.header("content-encoding").strip().lower()
     reads = decoded(exchange.reads, coding)
     if reads is None:
-        raise Unmeasurable(f"The stream is encoded as {coding!r}, which was not asked for and cannot be read here.")
+        raise Unmeasurable(f"The stream is encoded as {coding!r}, and as such cannot be read here.")
     timeline = events_of(reads)
     if not timeline.events:
         kind = exchange.header("content-type") or "nothing"
