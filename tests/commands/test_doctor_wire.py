@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import ssl
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ from penstock.plugins.commands.doctor.wire import Exchange, Target, Unmeasurable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # pytest's importlib mode does not
 
-from proxy_kit import Origin
+from proxy_kit import Origin, need
 
 Answer = Callable[[Callable[[socket.socket, bytes], None]], Target]
 
@@ -112,3 +115,28 @@ def test_what_is_no_address(url: str) -> None:
 def test_a_key_that_no_header_holds() -> None:
     with pytest.raises(Unmeasurable, match="--api-key"):
         target_of("http://h", key="a\r\nb")
+
+
+def test_tls_is_checked_unless_told_otherwise(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=x"]
+    subprocess.run([need("openssl"), *request, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+
+    def serve() -> None:
+        for _ in range(2):
+            with contextlib.suppress(OSError), listener.accept()[0] as raw, context.wrap_socket(raw, server_side=True) as conn:
+                conn.recv(65536)
+                conn.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    with listener:
+        with pytest.raises(Unmeasurable, match=r"is not trusted: .*--insecure"):
+            Exchange(target_of(url), "GET", "/")
+        exchange = Exchange(target_of(url, insecure=True), "GET", "/").all()
+        thread.join(10)
+    assert (exchange.status, exchange.body, exchange.tls[:5]) == (200, b"ok", "TLSv1")
