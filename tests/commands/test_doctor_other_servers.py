@@ -7,7 +7,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ PACE_S = 0.03
 TRACED = b"x-penstock-trace-chunks: HTTP/1.1\r\n"
 
 
-def served(headers: bytes, events: list[bytes], status: bytes = b"200 OK") -> Origin:
-    """An OpenAI server that streams these events, one after the other, and knows nothing else."""
+def served(
+    headers: bytes, events: list[bytes], status: bytes = b"200 OK", arrives_s: Callable[[float], float] = lambda sent_s: sent_s
+) -> Origin:
+    """An OpenAI server that streams these events, one after the other, and knows nothing else. `arrives_s` says when the one arrives that is sent so late."""
 
     def answer(connection: socket.socket, request: bytes) -> None:
+        begun = time.monotonic()
+
         def say(status: bytes, body: bytes) -> None:
             kind = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             connection.sendall(b"HTTP/1.1 " + status + b"\r\n" + kind + body)
@@ -40,9 +44,9 @@ def served(headers: bytes, events: list[bytes], status: bytes = b"200 OK") -> Or
             say(b"400 Bad Request", b'{"detail":"max_tokens"}')
         else:
             connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n" + headers + b"\r\n")
-            for event in events:
+            for number, event in enumerate(events):
+                time.sleep(max(0.0, begun + arrives_s(number * PACE_S) - time.monotonic()))
                 connection.sendall(event)
-                time.sleep(PACE_S)
 
     return Origin(answer)
 
@@ -101,6 +105,27 @@ def test_what_changes_a_stream_is_found(headers: bytes, events: list[bytes], fin
         code, said = ask(url(origin))
     assert code == 1
     assert finding in {found["id"] for found in said["findings"]}
+
+
+@pytest.mark.parametrize(
+    ("arrives_s", "finding"),
+    [
+        (lambda sent_s: sent_s + 0.3, "late"),
+        (lambda sent_s: (sent_s // 0.25 + 1) * 0.25, "interval"),
+        (lambda sent_s: 32 * PACE_S, "whole"),
+    ],
+)
+def test_what_delays_a_stream_is_found(arrives_s: Callable[[float], float], finding: str) -> None:
+    stamped = [b": sent %.6f\n\n" % (number * PACE_S) + event for number, event in enumerate([*EVENTS, *EVENTS, DONE])]
+    with contextlib.closing(served(TRACED, stamped, arrives_s=arrives_s)) as origin:
+        for _ in range(4):  # a machine that is too busy adds delays of its own
+            code, said = ask(url(origin))
+            found = {one["id"] for one in said["findings"]} & {"late", "interval", "whole", "blocks", "uneven"}
+            if found == {finding}:
+                break
+    assert (code, found) == (1, {finding})
+    if finding == "interval":
+        assert said["stream"]["every_s"] == pytest.approx(0.25, rel=0.2)
 
 
 @pytest.mark.parametrize(
