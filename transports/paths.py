@@ -27,6 +27,10 @@ class Paths:
             return sorted(methods | {"HEAD"} if "GET" in methods else methods)
         return []
 
+    def marked(self, key: str) -> frozenset[str]:
+        """The paths that have a handler with `key` in its opt."""
+        return frozenset(route.path for _, route in self._routes if any(key in one.opt for one in getattr(route, "route_handlers", [])))
+
     def everywhere(self) -> list[str]:
         """What may be done somewhere on the server."""
         return sorted({"HEAD"}.union(*({str(m) for m in getattr(route, "methods", [])} for _, route in self._routes)))
