@@ -153,7 +153,8 @@ export class Shown {
     const gaps = seen.arrivals.slice(1).map((at, index) => at - seen.arrivals[index]).sort((a, b) => a - b);
     const at = (share) => gaps[Math.min(gaps.length - 1, Math.floor(share * gaps.length))];
     const tokens = fold.usage?.completion_tokens;
-    const speed = tokens > 1 && seen.total > seen.first ? ((tokens - 1) * 1000) / (seen.total - seen.first - seen.paused) : null;
+    const streamed = seen.arrivals.at(-1) - seen.first - seen.paused;
+    const speed = tokens > 1 && streamed > 0 ? ((tokens - 1) * 1000) / streamed : null;
     const facts = [
       ["TTFT", seen.first == null ? null : duration(seen.first), "Time to the first token, measured here"],
       ["ITL P50", gaps.length ? duration(at(0.5)) : null, "Median time between two pieces, measured here"],

@@ -257,6 +257,7 @@ function show(id) {
 }
 
 function starter(kind, text) {
+  if (kind === "schema" || kind === "tools") $("format").value = $("tools").value = "";
   if (kind === "schema") {
     $("format").value = "json_schema";
     $("schema").value = JSON.stringify(SCHEMA, null, 2);
@@ -354,7 +355,7 @@ function begin() {
     if ($("state-text").textContent !== words) $("state-text").textContent = words;
     if (changed && state === "locked") show("key");
     if (changed && (state === "dead" || state === "locked")) known = false;
-    if (!known && (state === "ready" || state === "busy")) known = await models();
+    if (!known && (state === "ready" || state === "busy")) known = (await models()) && state === "ready"; // before, the context is not known
   });
   $("key").addEventListener("change", () => {
     stored(key());

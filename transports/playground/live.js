@@ -26,7 +26,7 @@ class Gauge {
     const drawing = kinds.length
       ? svg("svg", { class: "meter", viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true" }, svg("rect", { class: "bar-rest", width: 100, height: 6 }), ...this.bars)
       : null;
-    const spark = svg("svg", { class: "spark", viewBox: `0 0 ${KEPT - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, this.line);
+    const spark = svg("svg", { class: "spark", viewBox: `0 0 ${KEPT - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, svg("polyline", { class: "base", points: `0,19 ${KEPT - 1},19` }), this.line);
     this.element = h("div", { class: "gauge" }, h("p", {}, h("span", {}, name), this.value), spark, drawing, this.more);
   }
 
@@ -58,7 +58,7 @@ const whole = (number) => Math.round(number).toLocaleString("en");
 export function watch(key, onState) {
   const gauges = {
     tokens: new Gauge("Tokens a second"),
-    running: new Gauge("Running", ["used"]),
+    running: new Gauge("Running"),
     waiting: new Gauge("Waiting"),
     kv: new Gauge("KV cache", ["used", "cached"]),
   };
@@ -82,14 +82,14 @@ export function watch(key, onState) {
     if (before && made >= before.made) {
       const seconds = (now - before.now) / 1000;
       const speed = (made - before.made) / seconds;
-      gauges.tokens.show(speed, whole(speed), `${whole((prompts - before.prompts) / seconds)} of prompts a second`, [], 10);
+      gauges.tokens.show(speed, whole(speed), `and ${whole((prompts - before.prompts) / seconds)} of prompts`, [], 10);
     }
     before = { made, prompts, now };
-    gauges.running.show(running, whole(running), seats ? `of ${whole(seats)} places${parked ? `, ${whole(parked)} parked` : ""}` : "", [seats ? running / seats : 0], seats || 1);
-    gauges.waiting.show(waiting, whole(waiting), `${whole(read("penstock_pending_prompt_tokens"))} prompt tokens`);
+    gauges.running.show(running, whole(running), seats ? `of ${whole(seats)}${parked ? `, ${whole(parked)} parked` : ""}` : "", [], Math.min(seats || 4, 4));
+    gauges.waiting.show(waiting, whole(waiting), `${whole(read("penstock_pending_prompt_tokens"))} tokens of prompts`);
     const share = total ? used / total : 0;
     const percent = share && share < 0.1 ? (100 * share).toFixed(1) : whole(100 * share);
-    const hits = prompts + kept ? `, ${whole((100 * kept) / (prompts + kept))}% of prompts came from it` : "";
+    const hits = prompts + kept ? `. ${whole((100 * kept) / (prompts + kept))}% of prompt tokens were in it` : "";
     gauges.kv.show(share, `${percent}%`, `${whole(used)} of ${whole(total)} blocks, ${whole(cached)} cached${hits}`, [share, total ? cached / total : 0]);
   }
 

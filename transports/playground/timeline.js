@@ -30,7 +30,7 @@ export function timeline(metrics, seen) {
   let at = 0;
   const server = phases.map(([name, ms]) => [name, (at += ms) - ms, ms]).filter(([, , ms]) => ms > 0);
   const first = seen.first ?? seen.total;
-  const browser = [["waiting", 0, first], ["stream", first, seen.total - first], ...seen.pauses.map(([from, to]) => ["paused", from, to - from])];
+  const browser = [["waiting", 0, first], ["stream", first, (seen.arrivals.at(-1) ?? first) - first], ...seen.pauses.map(([from, to]) => ["paused", from, to - from])];
   const step = Math.ceil(seen.arrivals.length / MOST_MARKS) || 1;
   const marks = seen.arrivals.filter((_, index) => index % step === 0);
   const paused = seen.pauses.reduce((sum, [from, to]) => sum + to - from, 0);
