@@ -61,7 +61,9 @@ def register_transports() -> list[TransportSpec]:
             name="websocket", api_level=API_LEVEL["transports"], doc="Any of them, many at once, over a WebSocket.", factory=socket_routes
         ),
         TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
-        TransportSpec(name="playground", api_level=API_LEVEL["transports"], doc="A page to try the server in, at /.", factory=playground_routes),
+        TransportSpec(
+            name="playground", api_level=API_LEVEL["transports"], doc="A page to try the server in, at /.", factory=playground_routes
+        ),
     ]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from litestar import Litestar
 from litestar.handlers.base import BaseRouteHandler
 
+from penstock.transports.voice import VOICE
+
 
 class Paths:
     """Paths are those below --root-path."""
@@ -36,11 +38,11 @@ class Paths:
         return sorted({"HEAD"}.union(*({str(m) for m in getattr(route, "methods", [])} for _, route in self._routes)))
 
     def handler(self, path: str, method: str) -> BaseRouteHandler | None:
-        """The handler of that method, else of another one at that path; None where there is nothing."""
+        """The handler of that method, else of another one at that path, first of those of an API; None where there is nothing."""
         for route in self._at(path):
             handlers = getattr(route, "route_handlers", [])
             mine = [handler for handler in handlers if method in getattr(handler, "http_methods", ())]
-            found: BaseRouteHandler | None = next(iter([*mine, *handlers]), None)
+            found: BaseRouteHandler | None = next(iter([*mine, *(one for one in handlers if VOICE in one.opt), *handlers]), None)
             return found
         return None
 

@@ -124,7 +124,9 @@ def test_what_resumes_tells_the_timings_of_the_stream_and_not_its_own(edge: Edge
     assert there.keys() == here.keys()
     assert there["time_to_first_token_ms"] == here["time_to_first_token_ms"]
     assert here["total_ms"] <= there["total_ms"] <= passed  # this text has no word of when it was done
-    assert told(edge.kept.get("/v1/streams/r1", headers={"last-event-id": str(len(first) - 2)}).text)[0][0].startswith(again[-2].split("\n")[0])
+    assert told(edge.kept.get("/v1/streams/r1", headers={"last-event-id": str(len(first) - 2)}).text)[0][0].startswith(
+        again[-2].split("\n")[0]
+    )
 
 
 def test_events_are_those_of_a_stream_that_is_not_retained(edge: Edge, stream: Stream) -> None:

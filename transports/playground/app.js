@@ -3,7 +3,7 @@
 
 import { Fold, Shown } from "./answer.js";
 import { $, duration, h } from "./dom.js";
-import { bodyOf, curlOf, look, SCHEMA, TOOLS, Wrong } from "./form.js";
+import { bodyOf, build, curlOf, look, SCHEMA, TOOLS, Wrong } from "./form.js";
 import { watch } from "./live.js";
 import { timeline } from "./timeline.js";
 import { askSocket, askSse, call, Failure, newId } from "./wire.js";
@@ -151,7 +151,7 @@ function finish(run, failure, undo) {
   const first = fold.choices[0];
   const cancelled = failure?.code === "cancelled" || run.ending === "cancel";
   const stopped = run.ending === "stop" && !failure;
-  const reason = failure ? (cancelled ? "cancelled" : "error") : stopped ? "stopped" : first?.reason;
+  const reason = failure ? (cancelled ? "cancelled" : "") : stopped ? "stopped" : first?.reason;
   shown.end(fold, seen, reason);
   if (failure && !cancelled) shown.fail(wordsOf(failure));
   else if (first?.error) shown.fail(first.error.message);
@@ -254,6 +254,7 @@ function show(id) {
   for (let place = $(id); place; place = place.parentElement) if (place.localName === "details") place.open = true;
   if ($(id).closest("#settings") && $("show-settings").offsetParent) drawer("settings", true);
   $(id).focus();
+  $(id).scrollIntoView({ block: "center" });
 }
 
 function starter(kind, text) {
@@ -344,6 +345,7 @@ function wire() {
 }
 
 function begin() {
+  build();
   wire();
   look();
   controls();

@@ -1,8 +1,20 @@
 // The settings: what is typed into them becomes a request's body, or a word about what is wrong.
 
-import { $ } from "./dom.js";
+import { $, h } from "./dom.js";
 
-const NUMBERS = ["temperature", "max_tokens", "top_p", "top_k", "min_p", "seed", "n", "presence_penalty", "frequency_penalty", "repetition_penalty"];
+/** Field of the request: what it may be, and what it is where it is left empty. */
+const NUMBERS = {
+  temperature: { min: 0, max: 1000, step: "any", placeholder: "model’s" },
+  max_tokens: { min: 1, placeholder: "what fits" },
+  top_p: { min: 0, max: 1, step: "any", placeholder: "model’s" },
+  top_k: { min: -1, placeholder: "model’s" },
+  min_p: { min: 0, max: 1, step: "any", placeholder: "model’s" },
+  seed: { placeholder: "any" },
+  n: { min: 1, max: 8, placeholder: "1" },
+  presence_penalty: { min: -2, max: 2, step: "any", placeholder: "0" },
+  frequency_penalty: { min: -2, max: 2, step: "any", placeholder: "0" },
+  repetition_penalty: { min: 0, step: "any", placeholder: "model’s" },
+};
 
 export const SCHEMA = {
   type: "object",
@@ -20,6 +32,14 @@ export const TOOLS = [
     },
   },
 ];
+
+export function build() {
+  for (const [id, more] of Object.entries(NUMBERS)) {
+    const [name, penalty] = id.split("_penalty");
+    const field = h("div", { class: "field" }, h("label", { for: id }, name), h("input", { id, type: "number", ...more }));
+    $(penalty === undefined ? "numbers" : "penalties").append(field);
+  }
+}
 
 /** A field holds something that cannot be sent. */
 export class Wrong extends Error {
@@ -74,7 +94,7 @@ export function look() {
 export function bodyOf(messages) {
   const system = $("system").value.trim();
   const body = { model: $("model").value, messages: system ? [{ role: "system", content: system }, ...messages] : messages };
-  for (const name of NUMBERS) {
+  for (const name of Object.keys(NUMBERS)) {
     const input = $(name);
     if (input.validity.badInput) throw new Wrong(name, `${name} is no number.`);
     if (input.value !== "") body[name] = Number(input.value); // whether it is a good one, the server says

@@ -4,6 +4,7 @@ import { $, h, svg } from "./dom.js";
 import { call, Failure } from "./wire.js";
 
 const EVERY_MS = 1000;
+const LONGEST_MS = 5000;
 const KEPT = 60;
 
 /** Prometheus text -> a function: the sum of what is called `name`, of all label sets or of those that hold `label` (state="used"). */
@@ -86,7 +87,7 @@ export function watch(key, onState) {
     }
     before = { made, prompts, now };
     gauges.running.show(running, whole(running), seats ? `of ${whole(seats)}${parked ? `, ${whole(parked)} parked` : ""}` : "", [], Math.min(seats || 4, 4));
-    gauges.waiting.show(waiting, whole(waiting), `${whole(read("penstock_pending_prompt_tokens"))} tokens of prompts`);
+    gauges.waiting.show(waiting, whole(waiting), `${whole(read("penstock_pending_prompt_tokens"))} tokens`);
     const share = total ? used / total : 0;
     const percent = share && share < 0.1 ? (100 * share).toFixed(1) : whole(100 * share);
     const hits = prompts + kept ? `. ${whole((100 * kept) / (prompts + kept))}% of prompt tokens were in it` : "";
@@ -114,12 +115,12 @@ export function watch(key, onState) {
       Object.values(gauges).forEach((gauge) => gauge.blank());
       before = null;
       const refused = error instanceof Failure && error.status;
-      again = refused ? 0 : again + 1;
+      again = refused ? LONGEST_MS : again + 1; // a key that is typed in is tried at once
       if (refused === 401) onState("locked", "Needs an API key");
       else if (refused === 403) onState("ready", "Ready; this key may not see figures");
       else onState("dead", refused ? error.message : "The server does not answer. Trying again");
     }
-    timer = setTimeout(look, Math.min(EVERY_MS * 2 ** Math.max(0, again - 2), 5000));
+    timer = setTimeout(look, Math.min(EVERY_MS * 2 ** Math.max(0, again - 2), LONGEST_MS));
   }
 
   document.addEventListener("visibilitychange", look);

@@ -90,7 +90,9 @@ def playground_routes(gateway: Gateway) -> list[Any]:
     if not gateway.config.enable_playground:
         return []
     page = Document.read(FOLDER / PAGE)
-    files = {f"/playground/{path.name}": Document.read(path) for path in sorted(FOLDER.iterdir()) if path.suffix in KINDS and path.name != PAGE}
+    files = {
+        f"/playground/{path.name}": Document.read(path) for path in sorted(FOLDER.iterdir()) if path.suffix in KINDS and path.name != PAGE
+    }
 
     @get("/", opt={SCOPE: None, OPEN: True}, include_in_schema=False)
     async def index(request: Request[Any, Any, Any]) -> ASGIApp:

@@ -24,7 +24,8 @@ export const silent = () => new Failure("The server does not answer.", 0);
 /** 32 hexadecimal digits. (randomUUID is there on HTTPS and localhost only.) */
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
 
-const keyed = (key, headers = {}) => (key ? { ...headers, authorization: `Bearer ${key}` } : headers);
+/** Headers are bytes: a key beyond ASCII travels as UTF-8. */
+const keyed = (key, headers = {}) => (key ? { ...headers, authorization: `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}` } : headers);
 
 /** A plain request; the reply if it is good. Throws a Failure. */
 export async function call(method, path, { key, headers, body, signal } = {}) {
