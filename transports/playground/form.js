@@ -37,7 +37,8 @@ export function build() {
   for (const [id, more] of Object.entries(NUMBERS)) {
     const [name, penalty] = id.split("_penalty");
     const field = h("div", { class: "field" }, h("label", { for: id }, name), h("input", { id, type: "number", ...more }));
-    $(penalty === undefined ? "numbers" : "penalties").append(field);
+    if (penalty === undefined) $("numbers").lastElementChild.before(field); // the last one, stop, is a text
+    else $("penalties").append(field);
   }
 }
 

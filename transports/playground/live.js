@@ -114,10 +114,12 @@ export function watch(key, onState) {
       if (round !== rounds) return;
       Object.values(gauges).forEach((gauge) => gauge.blank());
       before = null;
-      const refused = error instanceof Failure && error.status;
+      let refused = error instanceof Failure && error.status;
       again = refused ? LONGEST_MS : again + 1; // a key that is typed in is tried at once
-      if (refused === 401) onState("locked", "Needs an API key");
-      else if (refused === 403) onState("ready", "Ready; this key may not see figures");
+      if (refused === 403 || refused === 404) refused = await call("GET", "health/ready").then(() => 200, (health) => health.status);
+      if (refused === 200) onState("ready", "Ready; its figures are not for everybody"); // a key without that scope, or a proxy that hides them
+      else if (refused === 401) onState("locked", "Needs an API key");
+      else if (refused === 503) onState("busy", "Up, but not ready");
       else onState("dead", refused ? error.message : "The server does not answer. Trying again");
     }
     timer = setTimeout(look, Math.min(EVERY_MS * 2 ** Math.max(0, again - 2), LONGEST_MS));
