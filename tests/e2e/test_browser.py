@@ -84,7 +84,7 @@ def test_pause_resume_and_stop(page: Page, server: Server, transport: str) -> No
     held = page.said()
     assert page.said() == held
     page.click("pause")
-    page.wait(f"document.querySelector('.turn.assistant.streaming .text').textContent.length > {len(held)}", "it does not go on")
+    page.wait(f"document.querySelector('.turn.assistant.streaming .text')?.textContent.length > {len(held)}", "it does not go on")
     page.click("stop-button")
     page.wait("document.querySelector('.turn.assistant.over')", "it does not stop")
     assert page.said().startswith(held)
@@ -128,7 +128,7 @@ def test_a_tool_is_called_and_its_result_goes_back(page: Page) -> None:
     assert page.texts(".call .name") == ["get_weather"]
     assert [json.loads(text) for text in page.texts(".call pre")] == [{"city": "Oslo"}]
     assert "end tool_calls" in page.texts(".stats li")
-    page.js("document.querySelector('.results textarea').value = '{\"temperature\": 7, \"condition\": \"rainy\"}'")
+    page.js('document.querySelector(\'.results textarea\').value = \'{"temperature": 7, "condition": "rainy"}\'')
     page.js("document.querySelector('.results button').click()")
     page.wait("document.querySelectorAll('.turn.assistant.over').length === 2", "no answer to the result")
     assert "7" in page.said()
@@ -287,7 +287,9 @@ def test_gauges_follow_the_server(page: Page, server: Server) -> None:
     page.set(format="json_schema", schema=json.dumps(LONG), max_tokens=3000)
     page.type("Numbers, please.")
     page.click("pause")
-    page.wait("[...document.querySelectorAll('.gauge')].some(e => /^Running1/.test(e.textContent) && /1 parked/.test(e.textContent))", "no gauge")
+    page.wait(
+        "[...document.querySelectorAll('.gauge')].some(e => /^Running1/.test(e.textContent) && /1 parked/.test(e.textContent))", "no gauge"
+    )
     total = server.metric("penstock_kv_blocks", 'state="total"')
     page.wait(f"[...document.querySelectorAll('.gauge')].some(e => e.textContent.includes('of {total:,.0f} blocks'))", "no KV cache")
     page.click("cancel")
@@ -304,7 +306,9 @@ def test_by_keyboard_alone(page: Page) -> None:
     page.wait("document.querySelector('.turn.assistant.over')", "no answer")
     page.set(format="json_schema", schema=json.dumps(LONG), max_tokens=3000)
     page.js("document.getElementById('prompt').focus()")
-    ActionChains(page.browser).send_keys("Numbers").key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).send_keys("please.", Keys.ENTER).perform()
+    ActionChains(page.browser).send_keys("Numbers").key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).send_keys(
+        "please.", Keys.ENTER
+    ).perform()
     page.wait("document.querySelector('.turn.assistant.streaming')", "nothing came")
     assert page.texts(".user article")[-1] == "Numbers\nplease."
     ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
@@ -331,15 +335,28 @@ def test_names_and_contrast(page: Page, scheme: str) -> None:
     page.look(scheme)
     page.js("document.querySelector('[data-starter=tools]').click()")
     page.wait("document.querySelector('.turn.assistant.over .results')", "no call")
-    page.set(temperature=-1, format="json_schema", schema="{", logprobs=True)
+    page.set(temperature=-1, logprobs=True)
     page.ask("hello")
-    page.set(temperature="", format="", tools="")
+    page.set(temperature="", tools="", schema="{")
     page.js("document.getElementById('prompt').value = ''")
     page.ask("What is Penstock?")
     page.js("document.querySelectorAll('details').forEach((e) => (e.open = true)); document.getElementById('schema-field').hidden = false")
     page.js("document.getElementById('notice').hidden = false; document.getElementById('notice').textContent = 'A word.'")
     nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    roles = {"button", "textbox", "combobox", "spinbutton", "checkbox", "link", "DisclosureTriangle", "image", "list", "form", "region", "article"}
+    roles = {
+        "button",
+        "textbox",
+        "combobox",
+        "spinbutton",
+        "checkbox",
+        "link",
+        "DisclosureTriangle",
+        "image",
+        "list",
+        "form",
+        "region",
+        "article",
+    }
     named = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in nodes if not node.get("ignored")]
     controls = [one for one in named if one[0] in roles - {"list", "form"}]
     assert len(controls) > 40
