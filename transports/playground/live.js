@@ -24,10 +24,11 @@ class Gauge {
     this.more = h("span", { class: "more" }, "");
     this.bars = kinds.map((kind) => svg("rect", { class: `bar-${kind}`, y: 0, height: 6, width: 0 }));
     this.line = svg("polyline", { points: "" });
+    this.area = svg("polygon", { points: "" });
     const drawing = kinds.length
       ? svg("svg", { class: "meter", viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true" }, svg("rect", { class: "bar-rest", width: 100, height: 6 }), ...this.bars)
       : null;
-    const spark = svg("svg", { class: "spark", viewBox: `0 0 ${KEPT - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, svg("polyline", { class: "base", points: `0,19 ${KEPT - 1},19` }), this.line);
+    const spark = svg("svg", { class: "spark", viewBox: `0 0 ${KEPT - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, svg("polyline", { class: "base", points: `0,19 ${KEPT - 1},19` }), this.area, this.line);
     this.element = h("div", { class: "gauge" }, h("p", {}, h("span", {}, name), this.value), spark, drawing, this.more);
   }
 
@@ -44,7 +45,9 @@ class Gauge {
     });
     const most = Math.max(top, ...this.past);
     const from = KEPT - this.past.length;
-    this.line.setAttribute("points", this.past.map((one, index) => `${from + index},${(19 - (18 * one) / most).toFixed(2)}`).join(" "));
+    const points = this.past.map((one, index) => `${from + index},${(19 - (18 * one) / most).toFixed(2)}`).join(" ");
+    this.line.setAttribute("points", points);
+    this.area.setAttribute("points", `${from},19 ${points} ${KEPT - 1},19`);
   }
 
   blank() {
