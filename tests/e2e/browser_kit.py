@@ -29,6 +29,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP penstock.test 127.0.0.1",
 )
 WIDE = (1440, 900)
 

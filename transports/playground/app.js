@@ -59,7 +59,7 @@ function starting(title, body) {
   $("welcome").hidden = true;
   $("turns").append(shown.element);
   toEnd();
-  running = { title, shown, fold: new Fold(), began: false, ending: "", pausedAt: null, pauses: [], arrivals: [], from: performance.now(), handle: null };
+  running = { title, shown, messages, fold: new Fold(), began: false, ending: "", pausedAt: null, pauses: [], arrivals: [], from: performance.now(), handle: null };
   controls();
   return running;
 }
@@ -156,14 +156,15 @@ function finish(run, failure, undo) {
   if (failure && !cancelled) shown.fail(wordsOf(failure));
   else if (first?.error) shown.fail(first.error.message);
   addRequest(run.title, fold.metrics, seen);
-  contextOf(fold.usage);
   running = null;
+  controls();
+  if (messages !== run.messages) return; // a new chat began meanwhile
+  contextOf(fold.usage);
   const message = fold.message();
   const calls = message?.tool_calls ?? [];
   if (message && (!failure || !calls.length)) messages.push(message);
   else undo();
   if (calls.length && !failure) askForResults(calls, shown);
-  controls();
   if (failure && !cancelled) announce(`Error: ${wordsOf(failure)}`);
   else announce([cancelled ? "Cancelled." : stopped ? "Stopped." : "Answer:", first?.content, ...calls.map((one) => `Calls ${one.function.name}.`)].filter(Boolean).join(" "));
   if (failure?.status === 401) show("key");

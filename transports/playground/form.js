@@ -94,7 +94,7 @@ export function look() {
 /** The body of a chat request with these messages. Throws Wrong. */
 export function bodyOf(messages) {
   const system = $("system").value.trim();
-  const body = { model: $("model").value, messages: system ? [{ role: "system", content: system }, ...messages] : messages };
+  const body = { model: $("model").value || undefined, messages: system ? [{ role: "system", content: system }, ...messages] : messages };
   for (const name of Object.keys(NUMBERS)) {
     const input = $(name);
     if (input.validity.badInput) throw new Wrong(name, `${name} is no number.`);

@@ -71,7 +71,7 @@ export function askSse({ path, body, headers, key, retained, on }) {
       after = event.id || after;
       if (event.data === "[DONE]") return true;
       const data = JSON.parse(event.data);
-      if (data.error) throw new Failure(data.error, data.error.code === "cancelled" ? 499 : 500);
+      if (data.error) throw new Failure(data.error, 0);
       on.data(data);
     }
     return false; // it ended without saying so
