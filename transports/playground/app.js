@@ -9,6 +9,8 @@ import { timeline } from "./timeline.js";
 import { askSocket, askSse, call, Failure, newId } from "./wire.js";
 
 const CHATS = "v1/chat/completions";
+const RETAIN = "x-penstock-retain";
+const ON_DISCONNECT = "x-penstock-on-disconnect";
 const KEPT_S = 30;
 const MOST_REQUESTS = 20;
 
@@ -91,9 +93,23 @@ function listeners(run) {
   };
 }
 
-/** Ask once; over SSE where the WebSocket is not let through. */
+/** Ask; once more where the server keeps no streams, or not for so long. */
 async function travel(run, body, headers, on) {
-  const asked = { path: CHATS, body, headers, key: key(), retained: $("retain").checked, on };
+  try {
+    return await ask(run, body, headers, on);
+  } catch (error) {
+    if (error.param !== RETAIN || !headers[RETAIN]) throw error;
+    $("retain").checked = false;
+    delete headers[RETAIN];
+    delete headers[ON_DISCONNECT];
+    notice("This server does not keep streams, so an answer ends with its connection.");
+    return await ask(run, body, headers, on);
+  }
+}
+
+/** Ask once; over SSE where the WebSocket is not let through. */
+async function ask(run, body, headers, on) {
+  const asked = { path: CHATS, body, headers, key: key(), retained: RETAIN in headers, on };
   if ($("transport").value === "websocket") {
     run.handle = askSocket(asked);
     try {
@@ -129,7 +145,7 @@ async function answer(title, undo) {
   notice();
   const run = starting(title, body);
   const headers = { "x-request-id": newId(), "x-include-metrics": "1" };
-  if ($("retain").checked) Object.assign(headers, { "x-penstock-retain": String(KEPT_S), "x-penstock-on-disconnect": "park" });
+  if ($("retain").checked) Object.assign(headers, { [RETAIN]: String(KEPT_S), [ON_DISCONNECT]: "park" });
   const on = listeners(run);
   let failure = null;
   try {
