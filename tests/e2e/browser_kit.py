@@ -66,6 +66,8 @@ class Page:
     def __init__(self, browser: Chrome, url: str, *, scheme: str = "light", size: tuple[int, int] = WIDE, scale: float = 1) -> None:
         self.browser = browser
         self.look(scheme, size, scale)
+        browser.get("about:blank")
+        self.complaints()  # the page before may have had some
         browser.get(url)
 
     def look(self, scheme: str = "light", size: tuple[int, int] = WIDE, scale: float = 1, motion: str = "no-preference") -> None:

@@ -14,6 +14,8 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+FLAGS = ("--edge-workers", "2", "--park-kv-s", "60")
+"""What the page asks for comes to either HTTP process; what is paused keeps its place for as long as somebody looks."""
 CHATS = "/v1/chat/completions"
 CHECKS = (Path(__file__).parent / "browser_checks.js").read_text(encoding="utf-8")
 LONG = {"type": "array", "items": {"type": "integer"}, "minItems": 900}
@@ -106,6 +108,17 @@ def test_cancel(page: Page, server: Server, transport: str) -> None:
     assert "end cancelled" in page.texts(".stats li")
     page.until(lambda: idle(server), "something still runs")
     assert page.js("return document.getElementById('send').hidden") is False
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_leaves_the_page_leaves_nothing_running(page: Page, server: Server, transport: str) -> None:
+    page.set(transport=transport, format="json_schema", schema=json.dumps(LONG), max_tokens=3000)
+    page.type("Numbers, please.")
+    page.wait("document.querySelector('.turn.assistant.streaming')", "nothing came")
+    page.click("pause")
+    page.wait("document.querySelector('.turn.assistant.paused')", "no pause")
+    page.browser.get("about:blank")
+    page.until(lambda: idle(server), "it waits for somebody")
 
 
 def test_a_new_chat_knows_nothing_of_the_one_before(page: Page, server: Server) -> None:
@@ -318,6 +331,7 @@ def test_gauges_follow_the_server(page: Page, server: Server) -> None:
     assert len(page.texts(".gauge")) == 4
     page.set(format="json_schema", schema=json.dumps(LONG), max_tokens=3000)
     page.type("Numbers, please.")
+    page.wait("document.querySelector('.turn.assistant.streaming')", "nothing came")
     page.click("pause")
     page.wait(
         "[...document.querySelectorAll('.gauge')].some(e => /^Running1/.test(e.textContent) && /1 parked/.test(e.textContent))", "no gauge"

@@ -352,6 +352,7 @@ function wire() {
       $(`show-${open.id}`).focus();
     } else if (running) steer("stop");
   });
+  addEventListener("pagehide", () => running && steer("cancel")); // who leaves needs no answer, nor a place for it
   $("form").addEventListener("submit", (event) => event.preventDefault());
   $("form").addEventListener("input", look);
   $("model").addEventListener("change", () => ($("welcome-model").textContent = $("model").value));

@@ -31,7 +31,7 @@ const keyed = (key, headers = {}) => (key ? { ...headers, authorization: `Bearer
 export async function call(method, path, { key, headers, body, signal } = {}) {
   let reply;
   try {
-    reply = await fetch(here(path), { method, headers: keyed(key, headers), body, signal, cache: "no-store" });
+    reply = await fetch(here(path), { method, headers: keyed(key, headers), body, signal, cache: "no-store", keepalive: method === "DELETE" });
   } catch (error) {
     throw signal?.aborted ? error : silent();
   }
