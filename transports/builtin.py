@@ -30,6 +30,7 @@ from penstock.transports.openai_messages import check_messages
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, check_unknown, decode
 from penstock.transports.openai_voice import ChatVoice, CompletionVoice
 from penstock.transports.openapi import BODY
+from penstock.transports.playground.routes import playground_routes
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, context_of, error_reply, ignored_header
 from penstock.transports.responses_routes import responses_routes
@@ -60,6 +61,9 @@ def register_transports() -> list[TransportSpec]:
             name="websocket", api_level=API_LEVEL["transports"], doc="Any of them, many at once, over a WebSocket.", factory=socket_routes
         ),
         TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
+        TransportSpec(
+            name="playground", api_level=API_LEVEL["transports"], doc="A page to try the server in, at /.", factory=playground_routes
+        ),
     ]
 
 

@@ -129,11 +129,17 @@ def chosen(accept: bytes | None, usual: Frame) -> Frame:
     """The frame for the header Accept: lines where they are asked for by name, and not less than server-sent events."""
     if accept is None or NDJSON not in accept.lower():
         return usual
+    wanted = weights(accept)
+    return _ndjson if wanted.get(NDJSON, 0.0) > 0 and wanted[NDJSON] >= wanted.get(b"text/event-stream", 0.0) else usual
+
+
+def weights(accept: bytes) -> dict[bytes, float]:
+    """What the header Accept names, in lower case, and its q."""
     wanted: dict[bytes, float] = {}
     for part in accept.lower().split(b","):
         name, *parameters = (piece.strip() for piece in part.split(b";"))
         wanted.setdefault(name, next((_weight(one[2:]) for one in parameters if one.startswith(b"q=")), 1.0))
-    return _ndjson if wanted.get(NDJSON, 0.0) > 0 and wanted[NDJSON] >= wanted.get(b"text/event-stream", 0.0) else usual
+    return wanted
 
 
 def _weight(text: bytes) -> float:

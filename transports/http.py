@@ -59,7 +59,7 @@ from penstock.transports.request import (
     new_rid,
     sane_id,
 )
-from penstock.transports.server_routes import SCOPE, server_routes
+from penstock.transports.server_routes import OPEN, SCOPE, server_routes
 from penstock.transports.socket import SOCKETS, Sockets, UpgradeRequired
 from penstock.transports.socket_messages import PATH as SOCKET_PATH
 from penstock.transports.tracing import NO_TRACING
@@ -106,6 +106,7 @@ class Edge:
         self._root = gateway.config.root_path.rstrip("/")
         self._tracing = gateway.tracing
         self._paths = paths_of(app)
+        self._open = self._paths.marked(OPEN)
         served = self._paths.handler(SOCKET_PATH, "GET")
         self.sockets = Sockets(self, gateway, keyring, served=served is not None and SOCKETS in served.opt)
         self._requests = RequestCounts()
@@ -188,7 +189,7 @@ class Edge:
         for name in (b"authorization", b"x-api-key"):
             if self.keyring.locked and sum(given == name for given, _ in scope["headers"]) > 1:  # a proxy may have looked at the other one
                 return Unauthorized(f"The header {name.decode()} is given more than once. Send one key.")
-        if self.keyring.locked and scope["path"] not in PUBLIC and scope["method"] != "OPTIONS":  # a browser asks without credentials
+        if self.keyring.locked and not self._free(scope["path"], scope["method"]):
             principal = self.keyring.find(context.headers)
             if principal is None:
                 methods = self._paths.methods(scope["path"])
@@ -197,6 +198,10 @@ class Edge:
                 return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
             context.principal = principal
         return None
+
+    def _free(self, path: str, method: str) -> bool:
+        """May anybody ask that, without a key? OPTIONS: browsers ask without credentials."""
+        return path in PUBLIC or method == "OPTIONS" or (path in self._open and method in ("GET", "HEAD"))
 
     def _done(self, handler: str, scope: Scope, context: RequestContext) -> None:
         seconds = (time.monotonic_ns() - context.started_ns) / 1e9
@@ -251,9 +256,12 @@ def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
         path, paths = request.scope["path"], paths_of(request.app)
         if instead := instead_of(path):  # its last word is no id
             return refusal(paths.handler(path, request.method), NotFound(f"There is nothing at {path[:200]!r}. {instead}"))
-        wrong = MethodNotAllowed(request.method, paths.methods(path))
-        return refusal(paths.handler(path, request.method), wrong, wrong.headers)
-    if isinstance(error, HTTPException) and error.status_code == 404:
+        unmeant = {"GET", "HEAD"} if handler is not None else set()  # a route's own word: it is for browsers, and this is none
+        methods = [method for method in paths.methods(path) if method not in unmeant]
+        if not unmeant or set(methods) - {"OPTIONS"}:
+            wrong = MethodNotAllowed(request.method, methods)
+            return refusal(paths.handler(path, methods[-1] if unmeant else request.method), wrong, wrong.headers)
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
         path = request.scope["path"]
         nothing = NotFound(f"There is nothing at {path[:200]!r}. {instead_of(path) or 'See /schema for what there is.'}")
         return refusal(paths_of(request.app).nearest(path), nothing)

@@ -243,17 +243,19 @@ class Job(abc.ABC):
             }
 
     def timings(self) -> dict[str, Any] | None:
-        """For `x-include-metrics: 1`; else None. Milliseconds; of several prompts the longest."""
+        """For `x-include-metrics: 1`; else None. Milliseconds; of several prompts the longest. Of a stream that is resumed they are those of its own time."""
         if not self.context.include_metrics:
             return None
-        start = self.context.started_ns
+        again = self.context.again
+        start = self.context.started_ns if again is None else again.beginning.started_ns
+        done = time.monotonic_ns() if again is None else max(m.done_ns for m in self.ended) or time.monotonic_ns()
         first = [m.first_token_ns for m in self.ended if m.first_token_ns]
         return {
             "queue_ms": max(m.queue_ns for m in self.ended) / 1e6,
             "prefill_ms": max(m.prefill_ns for m in self.ended) / 1e6,
             "decode_ms": max(m.decode_ns for m in self.ended) / 1e6,
             **({"time_to_first_token_ms": (min(first) - start) / 1e6} if first else {}),
-            "total_ms": (time.monotonic_ns() - start) / 1e6,
+            "total_ms": (done - start) / 1e6,
             "preemptions": sum(m.preemptions for m in self.ended),
         }
 

@@ -13,6 +13,8 @@ from typing import Any
 from litestar import Litestar
 from litestar.handlers.base import BaseRouteHandler
 
+from penstock.transports.voice import VOICE
+
 
 class Paths:
     """Paths are those below --root-path."""
@@ -27,16 +29,20 @@ class Paths:
             return sorted(methods | {"HEAD"} if "GET" in methods else methods)
         return []
 
+    def marked(self, key: str) -> frozenset[str]:
+        """The paths that have a handler with `key` in its opt."""
+        return frozenset(route.path for _, route in self._routes if any(key in one.opt for one in getattr(route, "route_handlers", [])))
+
     def everywhere(self) -> list[str]:
         """What may be done somewhere on the server."""
         return sorted({"HEAD"}.union(*({str(m) for m in getattr(route, "methods", [])} for _, route in self._routes)))
 
     def handler(self, path: str, method: str) -> BaseRouteHandler | None:
-        """The handler of that method, else of another one at that path; None where there is nothing."""
+        """The handler of that method, else of another one at that path, first of those of an API; None where there is nothing."""
         for route in self._at(path):
             handlers = getattr(route, "route_handlers", [])
             mine = [handler for handler in handlers if method in getattr(handler, "http_methods", ())]
-            found: BaseRouteHandler | None = next(iter([*mine, *handlers]), None)
+            found: BaseRouteHandler | None = next(iter([*mine, *(one for one in handlers if VOICE in one.opt), *handlers]), None)
             return found
         return None
 

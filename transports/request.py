@@ -60,7 +60,7 @@ class Disconnected(Exception):
 class RequestContext:
     """One HTTP request: `rid` (str, its id: the client's x-request-id, or a new one), `headers` (dict[bytes, bytes], names in lower case),
     `principal` (Principal: whose key it came with; `tenant`, a str, is its tenant), `started_ns` (CLOCK_MONOTONIC), `span` (its trace; `span.traceparent`, `span.tracestate`), `status` (what
-    metrics count), `include_metrics` (bool), `abort` (closes the connection at once, or None), `hang_up` (closes it once what was written has left, or after so many
+    metrics count), `abort` (closes the connection at once, or None), `hang_up` (closes it once what was written has left, or after so many
     seconds; or None), `raw_send` (to the server directly, past the outer
     application, which adds headers)."""
 
@@ -72,7 +72,6 @@ class RequestContext:
         "carrier",
         "hang_up",
         "headers",
-        "include_metrics",
         "inner",
         "keys",
         "path",
@@ -102,7 +101,6 @@ class RequestContext:
         self.abort = abort
         self.hang_up = hang_up
         self.started_ns = time.monotonic_ns()
-        self.include_metrics = headers.get(b"x-include-metrics", b"") in (b"1", b"true")
         self.status = 0
         """What metrics count; 499 when the client left."""
         self.principal = ANYBODY
@@ -129,6 +127,11 @@ class RequestContext:
     def tenant(self) -> str:
         """Who shares prefixes with whom (Submit.tenant)."""
         return self.principal.tenant
+
+    @property
+    def include_metrics(self) -> bool:
+        """Does the reply tell its timings?"""
+        return self.headers.get(b"x-include-metrics", b"") in (b"1", b"true")
 
     def elapsed_ms(self) -> int:
         return (time.monotonic_ns() - self.started_ns) // 1_000_000

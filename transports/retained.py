@@ -41,13 +41,14 @@ RESUME: dict[str, dict[str, Any]] = {
 
 class Beginning(msgspec.Struct, frozen=True, array_like=True):
     """Where a stream began: which route answered which body, what of the request's headers counts, and what a voice is told (`created`, in seconds since the Unix epoch;
-    `inner`, the id that the API's own ids are made of, "": the request's)."""
+    `inner`, the id that the API's own ids are made of, "": the request's). `started_ns`: CLOCK_MONOTONIC, one clock for all edges."""
 
     path: str
     body: bytes
     headers: list[tuple[bytes, bytes]]
     created: int
     inner: str = ""
+    started_ns: int = 0
 
 
 class Again(NamedTuple):
@@ -76,7 +77,7 @@ class _Found(msgspec.Struct):
 def beginning_of(context: RequestContext, created: int) -> bytes:
     """Of the request in hand, for Submit.context."""
     headers = [(name, context.headers[name]) for name in _KEPT if name in context.headers]
-    return _encode(Beginning(context.path, context.body, headers, created, context.inner))
+    return _encode(Beginning(context.path, context.body, headers, created, context.inner, context.started_ns))
 
 
 class Resumed:

@@ -22,6 +22,8 @@ from penstock.version import __version__
 
 SCOPE = "scope"
 """The key in a handler's `opt` that names the scope which a key needs for it."""
+OPEN = "open"
+"""The key in a handler's `opt`: GET and HEAD of its paths, spelt as they are, need no key. For what holds no secret and is asked before a key can be typed in."""
 
 
 def server_routes(gateway: Gateway) -> list[Any]:

@@ -181,7 +181,7 @@ class FormatSpec(Spec, frozen=True, kw_only=True):
 
 
 class TransportSpec(Spec, frozen=True, kw_only=True):
-    """Routes of the edges' HTTP application. Only those that `--transports` names are used (`openai`, `anthropic`, `responses`, `tgi`, `tokens`, `websocket` when nobody says;
+    """Routes of the edges' HTTP application. Only those that `--transports` names are used (`openai`, `anthropic`, `responses`, `tgi`, `tokens`, `websocket`, `playground` when nobody says;
     give those too that are to stay: `--transports openai,mine`)."""
 
     factory: Callable[..., list[Any]]

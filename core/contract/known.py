@@ -22,7 +22,7 @@ BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "attention_backend": ("engine", ("native", "torch", "triton")),
     "grammar_backend": ("text", ("llguidance", "xgrammar")),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
-    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens", "websocket")),
+    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens", "websocket", "playground")),
 }
 """option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
 

@@ -149,7 +149,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
-        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens", "websocket"]
+        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens", "websocket", "playground"]
     )
 
     # --- server
@@ -194,6 +194,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 30.0
     queue_full_status: Annotated[Literal[429, 503], opt("Status of a refused admission.", "server")] = 429
     metrics_compat: Annotated[Literal["vllm", "none"], opt("Also export vllm:* metric names.", "server")] = "vllm"
+    enable_playground: Annotated[
+        bool, opt("Serve a page to try the server in at / (docs/playground.md).", "server", no="no-playground")
+    ] = True
 
     # --- what is kept between requests
     enable_store: Annotated[

@@ -22,8 +22,9 @@ from edge_kit import Edge, MakeEdge, delta, events, finished, silent
 from penstock.core.protocol.messages import Cancel, EdgeStats, Limits, Query, Submit, TextReady
 from penstock.transports import edge as edge_module
 from penstock.transports import gateway
-from penstock.transports.http import PUBLIC
+from penstock.transports.http import PUBLIC, paths_of
 from penstock.transports.openapi_replies import OWN_ERRORS
+from penstock.transports.server_routes import OPEN
 from penstock.version import __version__
 
 CHAT = {"model": "brook", "messages": [{"role": "user", "content": "hi"}]}
@@ -77,6 +78,8 @@ def test_every_route_needs_a_key_unless_it_is_health(make_edge: MakeEdge) -> Non
                 reply = http.request(method, path, headers=headers, json=CHAT if method == "POST" else None)
                 if path in PUBLIC or method == "OPTIONS":  # a browser asks without credentials
                     assert reply.status_code in (200, 204), (method, path)
+                elif method in ("GET", "HEAD") and path in paths_of(edge.server.app.app).marked(OPEN):
+                    assert reply.status_code == (405 if path == "/" else 200), (method, path)
                 else:
                     assert reply.status_code == 401, (method, path, headers)
                     assert reply.headers["www-authenticate"] == "Bearer"

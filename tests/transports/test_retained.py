@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -106,6 +107,26 @@ def test_a_stream_in_lines_resumes_behind_the_lines_that_came(edge: Edge, stream
             r'"completed_at":\d+', "", "".join(line + "\n" for line in lines[after:])
         )
         assert after == len(lines) or rest.headers["content-type"] == "application/x-ndjson", "as it began"
+
+
+def test_what_resumes_tells_the_timings_of_the_stream_and_not_its_own(edge: Edge, stream: Stream) -> None:
+    def told(text: str) -> tuple[list[str], dict[str, float]]:
+        events = blocks(text)
+        return events, json.loads(events[-2].split("data: ")[1])["metrics"]
+
+    headers = {"x-penstock-retain": "9", "x-include-metrics": "1", "x-request-id": "r1"}
+    began = time.monotonic()
+    first, here = told(edge.kept.post(CHATS, json=HI, headers=headers).text)
+    again, there = told(edge.kept.get("/v1/streams/r1").text)
+    passed = 1e3 * (time.monotonic() - began)
+    assert [event.split("\n")[0] for event in again] == [event.split("\n")[0] for event in first]
+    assert first[:-2] == again[:-2]
+    assert there.keys() == here.keys()
+    assert there["time_to_first_token_ms"] == here["time_to_first_token_ms"]
+    assert here["total_ms"] <= there["total_ms"] <= passed  # this text has no word of when it was done
+    assert told(edge.kept.get("/v1/streams/r1", headers={"last-event-id": str(len(first) - 2)}).text)[0][0].startswith(
+        again[-2].split("\n")[0]
+    )
 
 
 def test_events_are_those_of_a_stream_that_is_not_retained(edge: Edge, stream: Stream) -> None:
