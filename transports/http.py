@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -306,14 +306,11 @@ def house_routes(gateway: Gateway) -> list[Any]:
     return [health, live, decode, version, metrics]
 
 
-def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (), keyring: Keyring | None = None) -> Edge:
-    """The whole application: `factories` are TransportSpec.factory of the allowed transports; `keyring` by default has the configuration's keys."""
+def make_app(gateway: Gateway, routes: Iterable[Any] = (), keyring: Keyring | None = None) -> Edge:
+    """The whole application: `routes` are those of the allowed transports; `keyring` by default has the configuration's keys."""
     keyring = keyring or Keyring(gateway.config)
-    routes: list[Any] = [*house_routes(gateway), *server_routes(gateway)]
-    for factory in factories:
-        routes += factory(gateway)
     app = Litestar(
-        route_handlers=routes,
+        route_handlers=[*house_routes(gateway), *server_routes(gateway), *routes],
         exception_handlers={Exception: _error_response, HTTPException: _error_response, PenstockError: _error_response},
         guards=[in_scope] if keyring.scoped else [],
         openapi_config=OpenAPIConfig(

@@ -44,14 +44,6 @@ class TooManyHere(FinalError):
     default_code = "too_many_streams"
 
 
-class SlowClient(FinalError):
-    """A stream whose client takes nothing."""
-
-    status = 499
-    type = "cancelled_error"
-    default_code = "slow_client"
-
-
 class Malformed(Exception):
     """It is no JSON object: there is nobody to tell but the socket itself."""
 
@@ -137,17 +129,6 @@ def _problem_of(headers: dict[str, str]) -> InvalidRequest | None:
         if len(value) > 4096 or not (value.isascii() and (value.isprintable() or not value)):
             return InvalidRequest(f"{where} must be at most 4096 printable ASCII characters.", param=where)
     return None
-
-
-def error_of(body: bytes) -> Any:
-    """The error object in an error's body, whichever API's it is."""
-    try:
-        said = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return {"message": body[:1000].decode("utf-8", "replace")}
-    if isinstance(said, dict) and isinstance(said.get("error"), dict):
-        return said["error"]
-    return said
 
 
 def line(**fields: Any) -> bytes:

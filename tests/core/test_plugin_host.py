@@ -86,7 +86,7 @@ def test_no_option_that_plugins_bring_words_for_has_a_fixed_list() -> None:
         ({"attention_backend": "tritn"}, "--attention-backend tritn: no such plugin. Did you mean 'triton'? Known: native, torch, triton."),
         ({"grammar_backend": "outlines"}, "--grammar-backend outlines: no such plugin. Known: llguidance, xgrammar."),
         ({"scheduling_policy": "lifo"}, "--scheduling-policy lifo: no such plugin."),
-        ({"transports": ["openai", "grpc"]}, "--transports grpc: no such plugin."),
+        ({"transports": ["openai", "quic"]}, "--transports quic: no such plugin."),
         (
             {"load_format": "safetensor"},
             "--load-format safetensor: not known, and no plugin is installed that could bring it. Did you mean 'saf",

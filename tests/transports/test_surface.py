@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import functools
 import sys
 import threading
 import types
@@ -25,6 +26,7 @@ from litestar.types import ASGIApp
 
 from penstock.core.actors.text.bounds import SMALL
 from penstock.core.contract.hookspecs import TransportSpec, hookimpl
+from penstock.core.contract.transports import Transport
 from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, PluginFault
@@ -371,7 +373,8 @@ def strangers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
     def make(voice: type[Telegraph] = Telegraph, factory: Any = None) -> list[Any]:
         module = types.ModuleType("strange")
-        spec = TransportSpec(name="wires", api_level=1, factory=factory or (lambda gateway: telegraph_routes(gateway, voice)))
+        telegraph = functools.partial(telegraph_routes, voice=voice)
+        spec = TransportSpec(name="wires", api_level=2, factory=lambda gateway: Transport((factory or telegraph)(gateway)))
         module.register_transports = hookimpl(lambda: [spec])  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "strange", module)
         config = build({"transports": ["wires", "openai"]})
@@ -458,7 +461,7 @@ def test_a_list_of_something_else_than_routes_is_its_plugins_fault(strangers: An
     factory, openai = strangers(factory=lambda gateway: [42])
     with pytest.raises(PluginFault, match=re.escape(BLAME + "factory() returned a list with 42 in it, which is no Litestar route handler")):
         factory(None)
-    assert openai is openai_routes, "built-in ones speak for themselves"
+    assert not isinstance(openai, Owned), "built-in ones speak for themselves"
 
 
 # ------------------------------------------------------------------ what it costs
@@ -649,9 +652,9 @@ def test_a_routes_voice_is_looked_at_when_the_edge_starts(voice: Any, said: str)
     def blame(call: str, error: Exception | str) -> PluginFault:
         return PluginFault(f"The transport 'odd' is broken: {call}() {error}")
 
-    routes = Owned(lambda gateway: [telegraph], blame)
+    owned = Owned(lambda gateway: Transport([telegraph]), blame)
     if not said:
-        assert routes(None) == [telegraph]  # type: ignore[arg-type]
+        assert owned(None).routes == [telegraph]  # type: ignore[arg-type]
         return
     with pytest.raises(PluginFault, match=f"The transport 'odd' .*{said}"):
-        routes(None)  # type: ignore[arg-type]
+        owned(None)  # type: ignore[arg-type]
