@@ -36,6 +36,13 @@ class SlowClient(FinalError):
     default_code = "slow_client"
 
 
+def wrong_path(path: str) -> InvalidRequest | None:
+    """What is wrong with a path that a client named."""
+    if path.startswith("/") and path.isascii() and path.isprintable() and " " not in path:
+        return None
+    return InvalidRequest("path must be that of an endpoint, such as /v1/chat/completions.", param="path")
+
+
 def request_scope(method: str, path: str, query: str = "", *, headers: Sequence[Header], body: bytes = b"", outer: Scope = None) -> Scope:
     """An ASGI scope. `path` may be percent-encoded; `outer` (scheme, client, server) is that of the connection. With a `body` it is JSON."""
     if body:

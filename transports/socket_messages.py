@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.protocol.errors import FinalError, InvalidRequest, PenstockError
+from penstock.transports.carried import wrong_path
 
 PATH = "/v1/stream"
 PROTOCOL = "penstock.v1"
@@ -108,8 +109,8 @@ def _problem(said: Said) -> InvalidRequest | None:
     if not 1 <= len(said.id) <= LONGEST_ID:
         return InvalidRequest(f"id must have 1 to {LONGEST_ID} characters.", param="id")
     if said.op == "start":
-        if not (said.path.startswith("/") and said.path.isascii() and said.path.isprintable() and " " not in said.path):
-            return InvalidRequest("path must be that of a POST endpoint, such as /v1/chat/completions.", param="path")
+        if (wrong := wrong_path(said.path)) is not None:
+            return wrong
         if not bytes(said.body):
             return InvalidRequest("body is missing: the JSON that the endpoint takes.", param="body")
         return _problem_of(said.headers)

@@ -124,8 +124,8 @@ def test_names_of_other_packages_are_left_to_the_process_that_loads_them(monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     check_names(config)
     assert "tpu_plugin" not in sys.modules
-    with pytest.raises(ConfigError, match="grpc"):
-        check_names(build({"transports": ["grpc"]}))
+    with pytest.raises(ConfigError, match="quic"):
+        check_names(build({"transports": ["quic"]}))
 
 
 def test_missing_module_stops_the_start_and_names_it() -> None:

@@ -1,0 +1,83 @@
+"""How a call fails: HTTP's statuses as those of gRPC.
+
+What it is: `status_of`, and `failure`, the status, message and trailing metadata that tell an API's error; `Failed`, an error that ends a call so.
+What it does not know: calls, connections, who found the error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+from grpclib.const import Status
+
+from penstock.core.protocol.errors import PenstockError, StreamTaken
+from penstock.transports.request import error_fields, error_headers
+
+STATUS = "penstock-status"
+ERROR = "penstock-error-bin"
+LONGEST_MESSAGE = 1024
+"""Bytes. Three times as many where all are percent-encoded; clients take 8 KiB of metadata."""
+LARGEST_ERROR = 3072
+"""Bytes, of which base64 makes a third more."""
+
+_STATUSES = {
+    401: Status.UNAUTHENTICATED,
+    403: Status.PERMISSION_DENIED,
+    404: Status.NOT_FOUND,
+    405: Status.UNIMPLEMENTED,
+    408: Status.DEADLINE_EXCEEDED,
+    409: Status.ALREADY_EXISTS,
+    410: Status.FAILED_PRECONDITION,
+    413: Status.RESOURCE_EXHAUSTED,
+    426: Status.UNIMPLEMENTED,
+    429: Status.RESOURCE_EXHAUSTED,
+    431: Status.RESOURCE_EXHAUSTED,
+    499: Status.CANCELLED,
+    501: Status.UNIMPLEMENTED,
+    503: Status.UNAVAILABLE,
+    504: Status.DEADLINE_EXCEEDED,
+    529: Status.UNAVAILABLE,
+}
+
+
+def status_of(status: int, code: object = None) -> Status:
+    """`code` is the error's own, where it has one."""
+    if code == StreamTaken.default_code:  # it goes on, elsewhere
+        return Status.ABORTED
+    return _STATUSES.get(status, Status.INVALID_ARGUMENT if 400 <= status < 500 else Status.INTERNAL)
+
+
+class Failure(NamedTuple):
+    """What the trailers say."""
+
+    status: Status
+    message: str
+    metadata: list[tuple[str, str | bytes]]
+
+
+class Failed(Exception):
+    """The call ends with this error."""
+
+    def __init__(self, status: int, error: Any, retry_after: str | None = None) -> None:
+        super().__init__(str(error))
+        self.failure = failure(status, error, retry_after)
+
+    @classmethod
+    def by(cls, error: PenstockError) -> Failed:
+        retry_after = dict(error_headers(error)).get(b"retry-after")
+        return cls(error.status, error_fields(error), retry_after.decode() if retry_after is not None else None)
+
+
+def failure(status: int, error: Any, retry_after: str | None = None) -> Failure:
+    """Of an API's error object, whichever API's it is, and the status that HTTP would have said."""
+    fields = error if isinstance(error, dict) else {}
+    said = next((text for name in ("message", "error", "detail") if isinstance(text := fields.get(name), str)), "The request failed.")
+    message = said.encode("utf-8", "replace")[:LONGEST_MESSAGE].decode("utf-8", "ignore")
+    metadata: list[tuple[str, str | bytes]] = [(STATUS, str(status))]
+    body = msgspec.json.encode(error)
+    if len(body) <= LARGEST_ERROR:
+        metadata.append((ERROR, body))
+    if retry_after is not None:
+        metadata.append(("retry-after", retry_after))
+    return Failure(status_of(status, fields.get("code")), message, metadata)
