@@ -16,9 +16,7 @@ from typing import Any
 
 import grpclib.server
 from grpclib.config import Configuration
-from grpclib.const import Status
 from grpclib.events import RecvRequest, listen
-from grpclib.exceptions import GRPCError
 from grpclib.protocol import AbstractHandler, Buffer, H2Protocol, Stream
 from grpclib.reflection.service import ServerReflection
 from h2.config import H2Configuration
@@ -26,9 +24,11 @@ from h2.events import AlternativeServiceAvailable, UnknownFrameReceived
 from h2.exceptions import H2Error
 
 from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
 from penstock.transports.gateway import Gateway
 from penstock.transports.grpc.service import HealthService, PenstockService
-from penstock.transports.protocol import SLOWEST_BODY, UNSENT_BYTES
+from penstock.transports.grpc.statuses import Failed
+from penstock.transports.protocol import SLOWEST_BODY, UNSENT_BYTES, TooSlow
 
 BACKLOG = 2048
 MOST_UNREAD = 4 << 20
@@ -40,7 +40,7 @@ logging.getLogger("grpclib").setLevel(logging.CRITICAL)  # it logs what clients 
 
 
 class Patient(Buffer):
-    """What a client sends of one call. No message is larger than `limit`, and none is waited for longer than `patience_s` and what its size needs at 1 KiB/s. Raises GRPCError."""
+    """What a client sends of one call. No message is larger than `limit`, and none is waited for longer than `patience_s` and what its size needs at 1 KiB/s. Raises Failed."""
 
     def __init__(self, acknowledge: Callable[[int], None], limit: int, patience_s: float) -> None:
         super().__init__(acknowledge)
@@ -49,15 +49,14 @@ class Patient(Buffer):
 
     async def read(self, size: int) -> bytes:
         if size > self._limit:
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, f"The message has {size} bytes, more than {self._limit} (--max-body-bytes). Send less.")
+            raise Failed.by(RequestTooLarge(f"The message has {size} bytes, more than {self._limit} (--max-body-bytes). Send less."))
         try:
             async with asyncio.timeout(self._patience_s + size / SLOWEST_BODY):
                 return await super().read(size)
         except TimeoutError:
-            told = f"The message did not arrive within {self._patience_s:g} s (--receive-timeout-s). Send it faster."
-            raise GRPCError(Status.DEADLINE_EXCEEDED, told) from None
+            raise Failed.by(TooSlow("message", self._patience_s)) from None
         except AssertionError:  # grpclib's word for it
-            raise GRPCError(Status.INVALID_ARGUMENT, "The message ended before it was complete.") from None
+            raise Failed.by(InvalidRequest("The message ended before it was complete.")) from None
 
 
 class Bounded(AbstractHandler):

@@ -50,6 +50,10 @@ WATCH_S = 1.0
 """How often it is looked whether health has changed."""
 
 
+class Compressed(InvalidRequest):
+    status = 501
+
+
 def headers_of(metadata: Any, request_id: str = "") -> list[Header]:
     """A call's metadata, as headers of a request; but for those that say what the message is, or are the connection's. Raises Failed."""
     found = [
@@ -77,6 +81,8 @@ async def received(stream: Stream[T, Any], kind: type[T]) -> T:
         message = await stream.recv_message()
     except DecodeError:
         raise Failed.by(InvalidRequest(f"The message is no {kind.__name__} (penstock_v1.proto).")) from None
+    except NotImplementedError:  # grpclib's word for it
+        raise Failed.by(Compressed("Compressed messages are not understood. Send them as they are.")) from None
     if message is None:
         raise Failed.by(InvalidRequest(f"The call has no message: send a {kind.__name__}."))
     return message
@@ -165,14 +171,11 @@ class PenstockService:
         return call
 
     async def reflects(self, event: RecvRequest) -> None:
-        """Before any method is called: reflection is for who has a key, where one is needed. Raises GRPCError."""
+        """Before any method is called: reflection is for who has a key, where one is needed. Raises Failed."""
         if event.method_name.startswith("/grpc.reflection."):
             call = WholeCall(self._app, self._limit)
             await followed(self._begun(call.run(request_scope("GET", "/version", headers=headers_of(event.metadata)), b"")), call)
-            try:
-                call.body()
-            except Failed as failed:
-                raise GRPCError(failed.failure.status, failed.failure.message) from None
+            call.body()
 
     def _begun(self, run: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(run, name="grpc call")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from grpclib.const import Status
+from grpclib.exceptions import GRPCError
 
 from penstock.core.protocol.errors import PenstockError, StreamTaken
 from penstock.transports.request import error_fields, error_headers
@@ -56,12 +57,12 @@ class Failure(NamedTuple):
     metadata: list[tuple[str, str | bytes]]
 
 
-class Failed(Exception):
-    """The call ends with this error."""
+class Failed(GRPCError):
+    """The call ends with this error. Without our own calls (calls.py), which tell all of it, grpclib tells status and message."""
 
     def __init__(self, status: int, error: Any, retry_after: str | None = None) -> None:
-        super().__init__(str(error))
         self.failure = failure(status, error, retry_after)
+        super().__init__(self.failure.status, self.failure.message)
 
     @classmethod
     def by(cls, error: PenstockError) -> Failed:
