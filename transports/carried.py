@@ -92,6 +92,10 @@ class Carried(abc.ABC):
         """Say first of all that it runs, and under which id."""
 
     @abc.abstractmethod
+    async def ignored(self, names: bytes) -> None:
+        """Say which fields of the body nobody knows; `names` is the header."""
+
+    @abc.abstractmethod
     async def write(self, data: bytes) -> None:
         """Send what the frame made, once there is room for it."""
 
@@ -119,7 +123,7 @@ class Carried(abc.ABC):
         scope["state"][CARRIER] = self
         self._body = [{"type": "http.request", "body": body, "more_body": False}]
         try:
-            await self._app(scope, self._receive, self._send)  # type: ignore[arg-type]
+            await self._app(scope, self._receive, self._send)
         except BaseException as raised:
             if ours(raised):
                 raise
@@ -151,9 +155,6 @@ class Carried(abc.ABC):
         if self._greeting is None:
             self._greeting = asyncio.get_running_loop().create_task(self.greet(rid))
         return self._greeting
-
-    async def ignored(self, names: bytes) -> None:
-        """Fields of the body that nobody knows, as the header has them."""
 
     async def _send(self, message: Any) -> None:
         if message["type"] == "http.response.start":

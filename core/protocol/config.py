@@ -377,7 +377,6 @@ ALIASES: dict[str, tuple[str, bool]] = {
 """Other spellings in Python: the option, and whether true means false of it."""
 
 
-
 def further_ports(config: Config) -> list[tuple[Option, int]]:
     """Ports that are asked for beside HTTP's, each with its option."""
     given = [(option, getattr(config, option.name)) for option in OPTIONS.values() if option.listener]

@@ -110,6 +110,8 @@ def test_a_backend_that_comes_with_an_extra_says_so_where_it_is_not_installed(mo
     check_names(build({}))
     with pytest.raises(ConfigError, match=r"--grammar-backend xgrammar: .* pip install 'penstock\[xgrammar\]'"):
         check_names(build({"grammar_backend": "xgrammar"}))
+    with pytest.raises(ConfigError, match=r"--grpc-port 5: grpclib is not installed. It comes with pip install 'penstock\[grpc\]'"):
+        check_names(build({"grpc_port": 5}))
 
 
 def test_names_of_other_packages_are_left_to_the_process_that_loads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_garbage_ends_its_connection_alone(edge: Edge) -> None:
 def test_unknown_frames_are_skipped(edge: Edge) -> None:
     bare = Bare(edge)
     with bare.sock:
-        bare.sock.sendall(b"\0\0\x03\xb0\0\0\0\0\0abc" + b"\0\0\x07\x0a\0\0\0\0\0\0\0h2=\"x")  # one of nobody's, and ALTSVC
+        bare.sock.sendall(b"\0\0\x03\xb0\0\0\0\0\0abc" + b'\0\0\x07\x0a\0\0\0\0\0\0\0h2="x')  # one of nobody's, and ALTSVC
         bare.ask(asked())
         assert bare.trailers()["grpc-status"] == "0"
 

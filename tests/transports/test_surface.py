@@ -7,8 +7,8 @@ and a busy server is 529.
 from __future__ import annotations
 
 import asyncio
-import re
 import functools
+import re
 import sys
 import threading
 import types
@@ -26,8 +26,8 @@ from litestar.types import ASGIApp
 
 from penstock.core.actors.text.bounds import SMALL
 from penstock.core.contract.hookspecs import TransportSpec, hookimpl
-from penstock.core.contract.transports import Transport
 from penstock.core.contract.host import PluginHost
+from penstock.core.contract.transports import Transport
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, PluginFault
 from penstock.core.protocol.messages import Message, Rejected, Submit

@@ -19,8 +19,8 @@ from litestar.types import ASGIApp
 
 from penstock.core.actors.text.bounds import SMALL
 from penstock.core.contract.hookspecs import TransportSpec, hookimpl
-from penstock.core.contract.transports import Transport
 from penstock.core.contract.host import PluginHost
+from penstock.core.contract.transports import Transport
 from penstock.core.protocol.config import build
 from penstock.core.protocol.messages import Message, Submit
 from penstock.transports import replies

@@ -75,6 +75,9 @@ class StreamCall(Carried):
     async def greet(self, rid: str) -> None:
         await self._careful(self._stream.send_initial_metadata(metadata={"x-request-id": rid}))
 
+    async def ignored(self, names: bytes) -> None:
+        """The trailers do."""
+
     async def write(self, data: bytes) -> None:
         await self._careful(self._stream._stream.send_data(data))
 
@@ -142,7 +145,7 @@ class WholeCall:
             await asyncio.shield(self._gone)
             return {"type": "http.disconnect"}
 
-        await self._app(scope, receive, self._send)  # type: ignore[arg-type]
+        await self._app(scope, receive, self._send)
 
     def leave(self) -> None:
         if not self._gone.done():
@@ -170,7 +173,11 @@ class WholeCall:
             return
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
-            self._refuse(RequestTooLarge(f"The reply is larger than {self._limit} bytes (--max-body-bytes). Fetch it over HTTP.", code="reply_too_large"))
+            self._refuse(
+                RequestTooLarge(
+                    f"The reply is larger than {self._limit} bytes (--max-body-bytes). Fetch it over HTTP.", code="reply_too_large"
+                )
+            )
             return
         self._parts.append(message.get("body", b""))
 

@@ -36,7 +36,9 @@ MOST_UNREAD = 4 << 20
 ENVELOPE = 64 << 10
 """Bytes of a message beside the body in it."""
 
-logging.getLogger("grpclib").setLevel(logging.CRITICAL)  # it logs what clients do wrong, with tracebacks; what our own calls do wrong they log themselves
+logging.getLogger("grpclib").setLevel(
+    logging.CRITICAL
+)  # it logs what clients do wrong, with tracebacks; what our own calls do wrong they log themselves
 
 
 class Patient(Buffer):
@@ -81,7 +83,9 @@ class Bounded(AbstractHandler):
 class Connection(H2Protocol):
     """One client. `all` holds those that are open."""
 
-    def __init__(self, handler: AbstractHandler, config: Configuration, h2_config: H2Configuration, limits: Config, all: set[Connection]) -> None:
+    def __init__(
+        self, handler: AbstractHandler, config: Configuration, h2_config: H2Configuration, limits: Config, all: set[Connection]
+    ) -> None:
         super().__init__(Bounded(handler, limits), config, h2_config)
         self._limits = limits
         self._all = all
@@ -156,6 +160,11 @@ class _Server(grpclib.server.Server):
         made = super()._protocol_factory()
         return Connection(made.handler, made.config, made.h2_config, self._limits, self.connections)
 
+    def refuse(self) -> None:
+        """Accept no more connections; what runs goes on (which grpclib's own `close` would end)."""
+        if self._server is not None:
+            self._server.close()
+
 
 class GrpcListener:
     """See Listener."""
@@ -178,7 +187,7 @@ class GrpcListener:
     async def stop(self, limit_s: float) -> None:
         if self._server is None or self._service is None:
             return
-        self._server._server.close()
+        self._server.refuse()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while self._service.tasks:  # each has its last word to say

@@ -133,7 +133,9 @@ class PenstockService:
     async def _attach(self, stream: Stream[AttachRequest, Event]) -> None:
         asked = await received(stream, AttachRequest)
         path = f"/v1/streams/{quote(named(asked.id))}"
-        await self._events(stream, request_scope("GET", path, f"after={asked.after}", headers=headers_of(stream.metadata), outer=outer_of(stream)))
+        await self._events(
+            stream, request_scope("GET", path, f"after={asked.after}", headers=headers_of(stream.metadata), outer=outer_of(stream))
+        )
 
     async def _events(self, stream: Stream[Any, Event], scope: Scope, body: bytes = b"") -> None:
         call = StreamCall(stream, self._app)
@@ -225,4 +227,3 @@ class HealthService(HealthBase):
                 await stream.send_message(HealthCheckResponse(status=status))
                 told = status
             await asyncio.sleep(WATCH_S)
-
