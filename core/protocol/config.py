@@ -241,7 +241,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_stop: Annotated[int, opt("Most stop strings.", "limits")] = 16
     max_logprobs: Annotated[int, opt("Largest logprobs and top_logprobs.", "limits")] = 20
     max_streams: Annotated[int, opt("Most requests in progress at one edge; more are refused with 429.", "limits")] = 4096
-    max_socket_streams: Annotated[int, opt("Most streams of one WebSocket at once.", "limits")] = 256
+    max_socket_streams: Annotated[int, opt("Most streams of one WebSocket, or calls of one gRPC connection, at once.", "limits")] = 256
     stream_park_bytes: Annotated[int, opt("Unsent bytes of a stream at which its sequence is parked.", "limits", size=True)] = 256 << 10
     park_kv_s: Annotated[
         float, opt("A request that is parked for so long gives its KV cache to others, and is computed again when it goes on.", "limits")

@@ -106,7 +106,7 @@ class Bare:
     def flush(self) -> None:
         self.sock.sendall(self.h2.data_to_send())
 
-    def ask(self, data: bytes, *, end: bool = True, drop: str = "", **headers: str) -> None:
+    def ask(self, data: bytes, *, id: int = 1, end: bool = True, drop: str = "", **headers: str) -> None:
         """A call whose DATA are these bytes."""
         named = {
             ":method": "POST",
@@ -118,9 +118,9 @@ class Bare:
         }
         named |= {name.replace("_", "-"): value for name, value in headers.items()}
         named.pop(drop, None)
-        self.h2.send_headers(1, list(named.items()))
+        self.h2.send_headers(id, list(named.items()))
         if data or end:
-            self.h2.send_data(1, data, end_stream=end)
+            self.h2.send_data(id, data, end_stream=end)
         self.flush()
 
     def events(self) -> Iterator[h2.events.Event]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import h2.events
+import h2.settings
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
 from grpc_kit import CHATS, HI, Bare, dial, failed, payloads, stubs, told
@@ -79,6 +80,28 @@ def test_requests_in_progress_are_bounded(make_edge: MakeEdge) -> None:
         code, error, metadata = failed(client.stream(CHATS, HI))
         assert (code, error["code"], metadata["retry-after"]) == (Code.RESOURCE_EXHAUSTED, "too_many_streams", "1")
         call.cancel()
+
+
+def test_calls_of_a_connection_are_bounded(make_edge: MakeEdge) -> None:
+    edge = make_edge(grpc_port=0, max_socket_streams=2, max_header_bytes=5000)
+    edge.text.script = silent
+    bare = Bare(edge)
+    with bare.sock:
+        for event in bare.events():
+            if isinstance(event, h2.events.RemoteSettingsChanged) and bare.h2.remote_settings.max_concurrent_streams == 2:
+                break
+        assert bare.h2.remote_settings.max_header_list_size == 5000
+        bare.flush()
+        for id in (1, 3):
+            bare.ask(asked(), id=id)
+        edge.text.wait_for(Submit, 2)
+        bare.h2.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 9
+        bare.h2.remote_settings.acknowledge()
+        bare.ask(asked(), id=5)
+        with contextlib.suppress(ConnectionError):
+            list(bare.events())
+    edge.wait(lambda: edge.server.gateway.active == 0)
+    assert len(edge.text.wait_for(Submit, 2)) == 2
 
 
 def test_metadata_are_bounded(make_edge: MakeEdge) -> None:
@@ -239,6 +262,23 @@ def test_a_slow_reader_parks_its_own_stream_and_is_told_of_the_cut(make_edge: Ma
 def lives_silently(edge: Edge) -> None:
     edge.text.script = hello_script
     lives(edge)
+
+
+def test_a_call_that_is_not_read_holds_no_other_of_its_connection_up(make_edge: MakeEdge) -> None:
+    edge = make_edge(grpc_port=0, stream_park_bytes=10_000, stream_max_bytes=64 << 20)
+    edge.text.script = silent
+    with dial(edge) as client:
+        unread = client.stream(CHATS, HI)
+        key = edge.text.wait_for(Submit)[0].key
+        edge.text.send(*[delta({"key": key, "text": "x" * 10_000}) for _ in range(2000)])
+        edge.text.wait_for(Park)
+        call = client.stream(CHATS, HI)
+        other = edge.text.wait_for(Submit, 2)[1].key
+        edge.text.send(delta({"key": other, "text": "Hi", "reason": "stop"}), finished(other))
+        assert len(payloads(call)) == 3
+        edge.text.send(delta({"key": key, "reason": "stop", "tokens": []}), finished(key))
+        events = list(unread)
+    assert [event.seq for event in events] == list(range(1, 2003))
 
 
 def test_a_stream_that_is_read_again_goes_on(make_edge: MakeEdge) -> None:

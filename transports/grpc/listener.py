@@ -22,6 +22,7 @@ from grpclib.reflection.service import ServerReflection
 from h2.config import H2Configuration
 from h2.events import AlternativeServiceAvailable, UnknownFrameReceived
 from h2.exceptions import H2Error
+from h2.settings import SettingCodes
 
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
@@ -32,7 +33,7 @@ from penstock.transports.protocol import SLOWEST_BODY, UNSENT_BYTES, TooSlow
 
 BACKLOG = 2048
 MOST_UNREAD = 4 << 20
-"""Bytes that wait for a client which asks (pings, resets) and does not read: as much as a hundred streams may have on their way."""
+"""Bytes that wait for a client which asks (pings, resets) and does not read: as much as 256 streams may have on their way, a frame each."""
 ENVELOPE = 64 << 10
 """Bytes of a message beside the body in it."""
 
@@ -101,7 +102,12 @@ class Connection(H2Protocol):
         super().connection_made(transport)
         self._transport = transport
         self._all.add(self)
-        self.connection._connection.decoder.max_header_list_size = self._limits.max_header_bytes
+        settings = {
+            SettingCodes.MAX_CONCURRENT_STREAMS: self._limits.max_socket_streams,
+            SettingCodes.MAX_HEADER_LIST_SIZE: self._limits.max_header_bytes,
+        }
+        self.connection._connection.decoder.max_header_list_size = self._limits.max_header_bytes  # at once, whether or not it agrees
+        self.say(lambda h2: h2.update_settings(settings))
         for kind in (UnknownFrameReceived, AlternativeServiceAvailable):  # to be ignored (RFC 9113, section 4.1)
             self.processor.processors[kind] = lambda event: None
         self._heard = asyncio.get_running_loop().time()
