@@ -51,6 +51,11 @@ class Client:
         asked = self.pb.StreamRequest(path=path, body=body if isinstance(body, bytes) else json.dumps(body).encode(), id=id)
         return self.stub.Stream(asked, timeout=timeout, metadata=self._metadata(metadata))
 
+    def generate(self, text: str = "", ids: list[int] | None = None, id: str = "", **sampling: Any) -> Any:
+        prompt = {"token_ids": self.pb.TokenIds(ids=ids)} if ids is not None else {"text": text} if text else {}
+        asked = self.pb.GenerateRequest(**prompt, id=id, sampling=self.pb.SamplingParams(**sampling))
+        return self.stub.Generate(asked, timeout=20, metadata=self._key)
+
     def attach(self, id: str, after: int = 0) -> Any:
         return self.stub.Attach(self.pb.AttachRequest(id=id, after=after), timeout=20, metadata=self._key)
 

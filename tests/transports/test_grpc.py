@@ -103,6 +103,39 @@ def test_events_are_written_as_protobuf_writes_them(client: Client, number: int,
     assert EventFrame().numbered(number, payload) == b"\0" + len(body).to_bytes(4, "big") + body
 
 
+def test_generate_is_completions_without_json(edge: Edge, client: Client) -> None:
+    call = client.generate("Once", n=2, temperature=0.5, seed=1 << 40, stop=["x", "y"], stop_token_ids=[7], min_tokens=1, id="mine")
+    said = list(call)
+    [submit] = edge.text.wait_for(Submit)
+    sampling = submit.sampling
+    assert (submit.rid, submit.prompt, sampling.n, sampling.temperature, sampling.seed) == ("mine", "Once", 2, 0.5, 1 << 40)
+    assert (sampling.stop, sampling.stop_token_ids, sampling.min_tokens) == (["x", "y"], [7], 1)
+    pieces = [(reply.index, reply.text, list(reply.token_ids), reply.finish_reason) for reply in said[:-1]]
+    one = [("Hello", [10], ""), (" world", [11], ""), ("", [], "stop")]
+    assert pieces == [(index, *piece) for piece in one for index in (0, 1)]
+    assert (said[-1].usage.prompt_tokens, said[-1].usage.completion_tokens) == (3, 4)
+    list(client.generate(ids=[5, 6]))
+    assert list(edge.text.wait_for(Submit, 2)[1].prompt_ids) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"), [({}, "prompt"), ({"text": "x", "temperature": -1}, "temperature"), ({"text": "x", "max_tokens": -1}, "max_tokens")]
+)
+def test_what_generate_cannot_do_is_named(client: Client, asked: dict[str, Any], param: str) -> None:
+    code, error, _ = failed(client.generate(**asked))
+    assert (code, error["param"]) == (Code.INVALID_ARGUMENT, param)
+
+
+def test_an_answer_of_generate_that_fails_says_why(edge: Edge, client: Client) -> None:
+    wrong = {"error": "It cannot go on.", "error_code": "invalid_value"}
+    edge.text.script = lambda submit: [
+        delta({"key": submit.key, "reason": "error", "extra": wrong}, {"key": submit.key, "choice": 1, "text": "A", "reason": "stop"}),
+        finished(submit.key),
+    ]
+    replies = [(reply.index, reply.text, reply.finish_reason, reply.error) for reply in client.generate("x", n=2)]
+    assert sorted(replies[:-1]) == [(0, "", "error", "It cannot go on."), (1, "A", "", ""), (1, "", "stop", "")]
+
+
 # ------------------------------------------------------------------ what is refused
 
 

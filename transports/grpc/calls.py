@@ -18,7 +18,7 @@ from litestar.types import ASGIApp
 
 from penstock.core.protocol.errors import Cancelled, InvalidRequest, PenstockError, RequestTooLarge
 from penstock.transports.carried import CARRIED, Carried, error_of
-from penstock.transports.frame import DONE
+from penstock.transports.frame import DONE, Frame
 from penstock.transports.grpc.statuses import Failed
 from penstock.transports.request import Header, Scope, error_fields
 
@@ -33,6 +33,11 @@ def varint(number: int) -> bytes:
         number >>= 7
     out.append(number)
     return bytes(out)
+
+
+def framed(message: bytes) -> bytes:
+    """As gRPC sends it."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
 
 
 _SHORT = [varint(number) for number in range(1 << 14)]
@@ -66,8 +71,8 @@ EVENTS = EventFrame()
 class StreamCall(Carried):
     """`stream` is the call's. What is not taken waits in the reply's Outbox, which parks and cuts as it does for everybody."""
 
-    def __init__(self, stream: Stream[Any, Any], app: ASGIApp) -> None:
-        super().__init__(EVENTS, app)
+    def __init__(self, stream: Stream[Any, Any], app: ASGIApp, frame: Frame) -> None:
+        super().__init__(frame, app)
         self._stream = stream
         self._writer: asyncio.Task[Any] | None = None
         self._over = False

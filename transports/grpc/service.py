@@ -26,7 +26,8 @@ from litestar.types import ASGIApp
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.transports.carried import request_scope, wrong_path
 from penstock.transports.gateway import Gateway
-from penstock.transports.grpc.calls import StreamCall, WholeCall, end, followed
+from penstock.transports.frame import Frame
+from penstock.transports.grpc.calls import EVENTS, StreamCall, WholeCall, end, followed
 from penstock.transports.grpc.penstock_v1_pb2 import (
     AttachRequest,
     CallReply,
@@ -34,9 +35,13 @@ from penstock.transports.grpc.penstock_v1_pb2 import (
     ControlReply,
     ControlRequest,
     Event,
+    GenerateReply,
+    GenerateRequest,
     StreamRequest,
 )
 from penstock.transports.grpc.statuses import Failed
+from penstock.transports.grpc.typed import PATH as COMPLETIONS
+from penstock.transports.grpc.typed import REPLIES, body_of
 from penstock.transports.request import Header, Scope, sane_id
 from penstock.transports.socket_messages import OURS
 
@@ -108,6 +113,7 @@ class PenstockService:
             f"/{SERVICE}/Attach": handler(self._attach, Cardinality.UNARY_STREAM, AttachRequest, Event),
             f"/{SERVICE}/Control": handler(self._control, Cardinality.UNARY_UNARY, ControlRequest, ControlReply),
             f"/{SERVICE}/Call": handler(self._call, Cardinality.UNARY_UNARY, CallRequest, CallReply),
+            f"/{SERVICE}/Generate": handler(self._generate, Cardinality.UNARY_STREAM, GenerateRequest, GenerateReply),
         }
 
     async def _told(self, work: Callable[[Stream[Any, Any]], Awaitable[None]], stream: Stream[Any, Any]) -> None:
@@ -137,8 +143,17 @@ class PenstockService:
             stream, request_scope("GET", path, f"after={asked.after}", headers=headers_of(stream.metadata), outer=outer_of(stream))
         )
 
-    async def _events(self, stream: Stream[Any, Event], scope: Scope, body: bytes = b"") -> None:
-        call = StreamCall(stream, self._app)
+    async def _generate(self, stream: Stream[GenerateRequest, GenerateReply]) -> None:
+        asked = await received(stream, GenerateRequest)
+        try:
+            body = body_of(asked)
+        except InvalidRequest as wrong:
+            raise Failed.by(wrong) from None
+        scope = request_scope("POST", COMPLETIONS, headers=headers_of(stream.metadata, asked.id), body=body, outer=outer_of(stream))
+        await self._events(stream, scope, body, REPLIES)
+
+    async def _events(self, stream: Stream[Any, Any], scope: Scope, body: bytes = b"", frame: Frame = EVENTS) -> None:
+        call = StreamCall(stream, self._app, frame)
         await followed(self._begun(call.run(scope, body)), call)
         await call.greeted()
         await stream.send_trailing_metadata(metadata=call.trailers())
