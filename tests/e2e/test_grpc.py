@@ -123,8 +123,7 @@ def test_a_server_over_grpc(starter: Any) -> None:
     (edge,) = edge_of(server, port)
     edge.kill()
     with pytest.raises(grpc.RpcError):
-        for event in running:
-            events.append(event)
+        events.extend(running)
     client.channel.close()
     client = fresh(port)
     events += client.attach("kept", events[-1].seq)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from test_socket import SURFACES, payloads_of, plain
 
 from penstock.core.protocol.messages import Attach, Cancel, Detach, Query, Rejected, Submit
 from penstock.transports.grpc.calls import EventFrame
-from penstock.transports.grpc.statuses import status_of
+from penstock.transports.grpc.statuses import _STATUSES, status_of
 
 Code = grpc.StatusCode
 
@@ -129,11 +130,14 @@ def test_what_generate_cannot_do_is_named(client: Client, asked: dict[str, Any],
 def test_an_answer_of_generate_that_fails_says_why(edge: Edge, client: Client) -> None:
     wrong = {"error": "It cannot go on.", "error_code": "invalid_value"}
     edge.text.script = lambda submit: [
-        delta({"key": submit.key, "reason": "error", "extra": wrong}, {"key": submit.key, "choice": 1, "text": "A", "reason": "stop"}),
+        delta(
+            {"key": submit.key, "tokens": [], "reason": "error", "extra": wrong},
+            {"key": submit.key, "choice": 1, "text": "A", "reason": "stop"},
+        ),
         finished(submit.key),
     ]
     replies = [(reply.index, reply.text, reply.finish_reason, reply.error) for reply in client.generate("x", n=2)]
-    assert sorted(replies[:-1]) == [(0, "", "error", "It cannot go on."), (1, "A", "", ""), (1, "", "stop", "")]
+    assert sorted(replies[:-1]) == [(0, "", "error", "It cannot go on."), (1, "", "stop", ""), (1, "A", "", "")]
 
 
 # ------------------------------------------------------------------ what is refused
@@ -403,6 +407,21 @@ def test_without_the_option_nothing_is_imported(make_edge: MakeEdge) -> None:
         "assert not {'grpclib', 'h2', 'google.protobuf'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_page_s_example(edge: Edge, client: Client) -> None:
+    page = (PROTO.parents[2] / "docs" / "grpc.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    said: list[str] = []
+    exec(
+        compile(code.replace("127.0.0.1:50051", f"127.0.0.1:{edge.ports['grpc']}"), "grpc.md", "exec"),
+        {"print": lambda *words, **_: said.append(words[0])},
+    )
+    assert "".join(said) == "Hello worldHello world"
+    rows = dict(re.findall(r"^\| ([\d, ]+?)(?:, other \dxx)? \| `(\w+)`", page, re.M))
+    told = {int(status): name for statuses, name in rows.items() for status in statuses.split(", ")}
+    assert told == {status: status_of(status).name for status in told}
+    assert told.keys() >= _STATUSES.keys()
 
 
 def test_the_generated_file_is_fresh() -> None:

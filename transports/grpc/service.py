@@ -25,8 +25,8 @@ from litestar.types import ASGIApp
 
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.transports.carried import request_scope, wrong_path
-from penstock.transports.gateway import Gateway
 from penstock.transports.frame import Frame
+from penstock.transports.gateway import Gateway
 from penstock.transports.grpc.calls import EVENTS, StreamCall, WholeCall, end, followed
 from penstock.transports.grpc.penstock_v1_pb2 import (
     AttachRequest,
