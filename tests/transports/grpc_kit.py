@@ -97,6 +97,12 @@ def told(error: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     return error.code(), body, metadata
 
 
+def call() -> dict[str, str]:
+    """Headers that every call has."""
+    pseudo = {":method": "POST", ":path": METHOD, ":scheme": "http", ":authority": "x"}
+    return pseudo | {"te": "trailers", "content-type": "application/grpc"}
+
+
 class Bare:
     """HTTP/2 by hand."""
 
@@ -113,15 +119,7 @@ class Bare:
 
     def ask(self, data: bytes, *, id: int = 1, end: bool = True, drop: str = "", **headers: str) -> None:
         """A call whose DATA are these bytes."""
-        named = {
-            ":method": "POST",
-            ":path": METHOD,
-            ":scheme": "http",
-            ":authority": "x",
-            "te": "trailers",
-            "content-type": "application/grpc",
-        }
-        named |= {name.replace("_", "-"): value for name, value in headers.items()}
+        named = call() | {name.replace("_", "-"): value for name, value in headers.items()}
         named.pop(drop, None)
         self.h2.send_headers(id, list(named.items()))
         if data or end:

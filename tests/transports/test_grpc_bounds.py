@@ -13,7 +13,7 @@ import h2.events
 import h2.settings
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
-from grpc_kit import CHATS, HI, Bare, dial, failed, payloads, stubs, told
+from grpc_kit import CHATS, HI, Bare, call, dial, failed, payloads, stubs, told
 
 from penstock.core.protocol.messages import Cancel, Park, Submit, Unpark
 
@@ -147,12 +147,33 @@ def test_requests_that_are_no_calls(edge: Edge, headers: dict[str, str], drop: s
     lives(edge)
 
 
-@pytest.mark.parametrize("drop", [":method", ":path"])
+@pytest.mark.parametrize("drop", [":method", ":path", ":scheme"])
 def test_requests_without_what_every_request_has(edge: Edge, drop: str) -> None:
     bare = Bare(edge)
     with bare.sock:
         bare.ask(asked(), drop=drop)
+        assert not any(isinstance(event, h2.events.ResponseReceived) for event in bare.events()), "it closes"
     lives(edge)
+
+
+@pytest.mark.parametrize("metadata", [{"x_bin": "!"}, {"x": "\xff"}, {"x_request_id": "\xff"}])
+def test_metadata_that_are_odd(edge: Edge, metadata: dict[str, str]) -> None:
+    bare = Bare(edge)
+    with bare.sock:
+        bare.h2.send_headers(1, [(name.encode(), value.encode("latin-1")) for name, value in (call() | metadata).items()])
+        bare.h2.send_data(1, asked(), end_stream=True)
+        bare.flush()
+        assert bare.trailers()["grpc-status"] == "0"
+
+
+def test_who_leaves_while_he_is_answered_costs_no_log(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(50):
+        bare = Bare(edge)
+        with bare.sock:
+            bare.ask(asked())
+            bare.sock.shutdown(socket.SHUT_WR)
+    lives(edge)
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 
 
 def test_garbage_ends_its_connection_alone(edge: Edge) -> None:

@@ -7,13 +7,10 @@ What it does not know: services, connections, how the edge answers (carried.py),
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from grpclib.exceptions import GRPCError, StreamTerminatedError
 from grpclib.server import Stream
-from h2.exceptions import H2Error
 from litestar.types import ASGIApp
 
 from penstock.core.protocol.errors import Cancelled, InvalidRequest, PenstockError, RequestTooLarge
@@ -98,7 +95,10 @@ class StreamCall(Carried):
             if not self._over or task is None:
                 raise
             task.uncancel()
-        except (StreamTerminatedError, H2Error):
+        except Exception:
+            self._writer = None
+            if not gone(self._stream):
+                raise
             self.leave()
         finally:
             self._writer = None
@@ -192,6 +192,11 @@ class WholeCall:
         self.leave()
 
 
+def gone(stream: Stream[Any, Any]) -> bool:
+    """Is there nobody any more who could be told something? Who tries then gets any of many exceptions."""
+    return not stream._stream.closable
+
+
 async def followed(task: asyncio.Task[None], call: StreamCall | WholeCall) -> None:
     """Return when the run of a call is over. If its client leaves meanwhile, the request learns of it and comes to its own end."""
     try:
@@ -204,5 +209,8 @@ async def followed(task: asyncio.Task[None], call: StreamCall | WholeCall) -> No
 async def end(stream: Stream[Any, Any], failed: Failed) -> None:
     """Say so, if anybody is there."""
     status, message, metadata = failed.failure
-    with contextlib.suppress(H2Error, StreamTerminatedError, GRPCError):
+    try:
         await stream.send_trailing_metadata(status=status, status_message=message, metadata=metadata)
+    except Exception:
+        if not gone(stream):
+            raise

@@ -72,7 +72,10 @@ class Bounded(AbstractHandler):
     def accept(self, stream: Stream, headers: Any, release_stream: Callable[[], None]) -> None:
         own, config = stream.buffer, self._config
         stream.buffer = Patient(own._ack_callback, config.max_body_bytes + ENVELOPE, config.receive_timeout_s)
-        self._handler.accept(stream, headers, release_stream)
+        plain = [
+            header for header in headers if not header[0].endswith("-bin")
+        ]  # none is used, and grpclib leaves a call whose are broken without an answer
+        self._handler.accept(stream, plain, release_stream)
 
     def cancel(self, stream: Stream) -> None:
         self._handler.cancel(stream)
@@ -159,6 +162,8 @@ class Connection(H2Protocol):
 class _Server(grpclib.server.Server):
     def __init__(self, services: Iterable[Any], limits: Config) -> None:
         super().__init__(list(services))
+        self._h2_config.validate_inbound_headers = True
+        self._h2_config.header_encoding = "latin-1"  # as HTTP's are read; what is no ASCII would else end the connection
         self.connections: set[Connection] = set()
         self._limits = limits
 

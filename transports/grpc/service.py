@@ -27,7 +27,7 @@ from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.transports.carried import request_scope, wrong_path
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Gateway
-from penstock.transports.grpc.calls import EVENTS, StreamCall, WholeCall, end, followed
+from penstock.transports.grpc.calls import EVENTS, StreamCall, WholeCall, end, followed, gone
 from penstock.transports.grpc.penstock_v1_pb2 import (
     AttachRequest,
     CallReply,
@@ -62,7 +62,7 @@ class Compressed(InvalidRequest):
 def headers_of(metadata: Any, request_id: str = "") -> list[Header]:
     """A call's metadata, as headers of a request; but for those that say what the message is, or are the connection's. Raises Failed."""
     found = [
-        (name.encode(), value.encode())
+        (name.encode("latin-1"), value.encode("latin-1"))
         for name, value in (metadata or {}).items()
         if isinstance(value, str) and (name in KEYS or not OURS.fullmatch(name))
     ]
@@ -125,6 +125,8 @@ class PenstockService:
         except (GRPCError, StreamTerminatedError):
             raise
         except Exception:
+            if gone(stream):
+                return
             log.exception("a call failed")
             await end(stream, Failed.by(PenstockError("The server made an error.")))
 
@@ -197,8 +199,13 @@ class PenstockService:
     def _begun(self, run: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(run, name="grpc call")
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._over)
         return task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still follows it tells; where nobody does, the edge has logged it
 
 
 def checked(path: str) -> str:
