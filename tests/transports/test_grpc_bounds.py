@@ -119,6 +119,7 @@ def test_metadata_are_bounded(make_edge: MakeEdge) -> None:
     [
         (b"\0\xff\xff\xff\xff", {}, "8"),  # a message of 4 GiB
         (b"\0\0\0\0\x09abc", {}, "3"),  # it ends before
+        (b"\0\0\0\0\x09", {}, "3"),
         (b"\0\0\0\0\x03abc", {}, "3"),  # no protobuf
         (b"\x01\0\0\0\x03abc", {"grpc_encoding": "gzip"}, "12"),
         (b"", {}, "3"),

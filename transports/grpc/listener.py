@@ -25,7 +25,7 @@ from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
+from penstock.core.protocol.errors import RequestTooLarge
 from penstock.transports.gateway import Gateway
 from penstock.transports.grpc.service import HealthService, PenstockService
 from penstock.transports.grpc.statuses import Failed
@@ -58,8 +58,6 @@ class Patient(Buffer):
                 return await super().read(size)
         except TimeoutError:
             raise Failed.by(TooSlow("message", self._patience_s)) from None
-        except AssertionError:  # grpclib's word for it
-            raise Failed.by(InvalidRequest("The message ended before it was complete.")) from None
 
 
 class Bounded(AbstractHandler):

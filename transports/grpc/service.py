@@ -86,7 +86,9 @@ async def received(stream: Stream[T, Any], kind: type[T]) -> T:
         message = await stream.recv_message()
     except DecodeError:
         raise Failed.by(InvalidRequest(f"The message is no {kind.__name__} (penstock_v1.proto).")) from None
-    except NotImplementedError:  # grpclib's word for it
+    except AssertionError:  # grpclib's word for it
+        raise Failed.by(InvalidRequest("The message ended before it was complete.")) from None
+    except NotImplementedError:
         raise Failed.by(Compressed("Compressed messages are not understood. Send them as they are.")) from None
     if message is None:
         raise Failed.by(InvalidRequest(f"The call has no message: send a {kind.__name__}."))
