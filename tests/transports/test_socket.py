@@ -219,6 +219,15 @@ def test_who_leaves_a_retained_stream_detaches_and_attaches_again(edge: Edge, st
     assert edge.text.wait_for(Attach)
 
 
+def test_a_kept_stream_with_a_large_beginning(edge: Edge, ws: ClientConnection) -> None:
+    edge.text.script = full_script
+    body = {"prompt": "a" * 9000, "stream": True, "echo": True, "logprobs": 1, "retain_s": 30}
+    say(ws, op="start", id="a", path="/v1/completions", body=body)
+    heard = until_end(ws)
+    assert heard[-1] == {"id": "a", "done": True}
+    assert len(heard) > 3
+
+
 def test_who_takes_a_stream_over_ends_the_other_one(edge: Edge) -> None:
     held = Stream(edge)
     edge.text.script = silent

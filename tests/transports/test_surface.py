@@ -420,6 +420,41 @@ def test_what_a_voice_gives_wrongly_is_its_plugins_fault(
     assert any(BLAME + said in message for message in caplog.messages)
 
 
+class Ear:
+    """A Listener of somebody's, without an option of its own."""
+
+    name = "ear"
+
+    def __init__(self, words: list[Any]) -> None:
+        self.words = words
+
+    async def start(self, sock: Any, app: Any) -> None:
+        self.words.append(("start", sock, callable(app)))
+
+    async def stop(self, limit_s: float) -> None:
+        self.words.append("stop")
+
+
+def test_a_listener_is_started_and_stopped_with_its_edge(make_edge: MakeEdge) -> None:
+    words: list[Any] = []
+    edge = make_edge(routes=[lambda gateway: Transport(listeners=[Ear(words)])])
+    assert words == [("start", None, True)]
+    edge.text.call(edge.server.stop)
+    assert words[1] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("transport", "said"),
+    [
+        (Transport(listeners=[3]), "returned the listener 3, which has no name and no start and no stop"),  # type: ignore[list-item]
+        (Transport(routes=7), "returned a transport whose routes are 7, which must be a list"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_wrong_with_a_transport_is_its_plugins_fault(transport: Transport, said: str) -> None:
+    with pytest.raises(PluginFault, match=f"factory.. {said}"):
+        Owned(lambda gateway: transport, lambda call, error: PluginFault(f"{call}() {error}"))(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", ["piece", "closed", "opened", "ended", "broken"])
 def test_what_a_voice_fails_at_in_a_stream_is_logged_with_plugin_and_request(
     method: str, make_edge: MakeEdge, strangers: Any, caplog: pytest.LogCaptureFixture
