@@ -95,6 +95,15 @@ def test_a_server_over_grpc(starter: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(both, range(8)))
 
+    # So is what comes without JSON.
+    client = fresh(port)
+    with client.channel:
+        *pieces, last = client.generate("Once", max_tokens=16, temperature=0)
+    asked = {"prompt": "Once", "max_tokens": 16, "temperature": 0}
+    assert "".join(piece.text for piece in pieces) == server.client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+    assert sum(len(piece.token_ids) for piece in pieces) == last.usage.completion_tokens > 0
+    assert pieces[-1].finish_reason in ("stop", "length")
+
     def idle() -> bool:
         return server.metric("penstock_sequences", 'state="running"') == 0 == server.metric("penstock_kv_blocks", 'state="used"')
 

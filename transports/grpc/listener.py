@@ -1,7 +1,7 @@
 """The port on which gRPC is spoken.
 
 What it is: `GrpcListener`, a transport's Listener: grpclib's server on the socket that root bound, with Penstock's limits (`Connection`, `Patient`), which grpclib lacks: how large a message may be and how long one may
-take, what a client may make the server hold without reading, signs of life, unknown frames.
+take, what a client may make the server hold without reading, signs of life, unknown frames. It leans on inner names of grpclib, hence the bound on its version.
 What it does not know: services (service.py), requests.
 """
 
@@ -37,9 +37,8 @@ MOST_UNREAD = 4 << 20
 ENVELOPE = 64 << 10
 """Bytes of a message beside the body in it."""
 
-logging.getLogger("grpclib").setLevel(
-    logging.CRITICAL
-)  # it logs what clients do wrong, with tracebacks; what our own calls do wrong they log themselves
+# It logs what clients do wrong, with tracebacks; what our own calls do wrong they log themselves.
+logging.getLogger("grpclib").setLevel(logging.CRITICAL)
 
 
 class Patient(Buffer):
@@ -70,9 +69,8 @@ class Bounded(AbstractHandler):
     def accept(self, stream: Stream, headers: Any, release_stream: Callable[[], None]) -> None:
         own, config = stream.buffer, self._config
         stream.buffer = Patient(own._ack_callback, config.max_body_bytes + ENVELOPE, config.receive_timeout_s)
-        plain = [
-            header for header in headers if not header[0].endswith("-bin")
-        ]  # none is used, and grpclib leaves a call whose are broken without an answer
+        # Nobody uses binary metadata, and grpclib leaves a call whose are broken without an answer.
+        plain = [header for header in headers if not header[0].endswith("-bin")]
         self._handler.accept(stream, plain, release_stream)
 
     def cancel(self, stream: Stream) -> None:
