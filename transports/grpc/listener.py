@@ -20,6 +20,7 @@ from grpclib.events import RecvRequest, listen
 from grpclib.protocol import AbstractHandler, Buffer, H2Protocol, Stream
 from grpclib.reflection.service import ServerReflection
 from h2.config import H2Configuration
+from h2.errors import ErrorCodes
 from h2.events import AlternativeServiceAvailable, UnknownFrameReceived
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes
@@ -67,6 +68,11 @@ class Bounded(AbstractHandler):
         self._config = config
 
     def accept(self, stream: Stream, headers: Any, release_stream: Callable[[], None]) -> None:
+        if not {":method", ":path"} <= {name for name, _ in headers}:  # malformed (RFC 9113, section 8.3.1)
+            if stream.closable:
+                stream.reset_nowait(ErrorCodes.PROTOCOL_ERROR)
+            release_stream()
+            return
         own, config = stream.buffer, self._config
         stream.buffer = Patient(own._ack_callback, config.max_body_bytes + ENVELOPE, config.receive_timeout_s)
         # Nobody uses binary metadata, and grpclib leaves a call whose are broken without an answer.
@@ -158,7 +164,6 @@ class Connection(H2Protocol):
 class _Server(grpclib.server.Server):
     def __init__(self, services: Iterable[Any], limits: Config) -> None:
         super().__init__(list(services))
-        self._h2_config.validate_inbound_headers = True
         self._h2_config.header_encoding = "latin-1"  # as HTTP's are read; what is no ASCII would else end the connection
         self.connections: set[Connection] = set()
         self._limits = limits
