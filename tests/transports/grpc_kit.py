@@ -38,6 +38,18 @@ def stubs() -> tuple[Any, Any]:
             sys.path.remove(folder)
 
 
+@contextlib.contextmanager
+def lent(edge: Edge) -> Iterator[Edge]:
+    """A running edge for one test, whose text is itself again afterwards."""
+    text = edge.text
+    before = text.script, dict(text.answers), text._on_message
+    text.received.clear()
+    yield edge
+    text.script, text.answers, text._on_message = before  # type: ignore[method-assign]
+    edge.server.gateway.draining = False
+    edge.wait(lambda: edge.server.gateway.active == 0, "the end of all requests")
+
+
 class Client:
     """A channel and what is asked on it."""
 

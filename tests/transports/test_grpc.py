@@ -15,7 +15,7 @@ import grpc
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, full_script, hello_script, silent
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from grpc_kit import CHATS, HI, PROTO, Client, dial, failed, payloads, told
+from grpc_kit import CHATS, HI, PROTO, Client, dial, failed, lent, payloads, stubs, told
 from grpc_tools import protoc
 from test_retained import Stream, stream  # noqa: F401
 from test_socket import SURFACES, payloads_of, plain
@@ -27,9 +27,17 @@ from penstock.transports.grpc.statuses import _STATUSES, status_of
 Code = grpc.StatusCode
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    edge = Edge(tmp_path_factory.mktemp("edge"), {"grpc_port": 0}).start()
+    yield edge
+    edge.stop()
+
+
 @pytest.fixture
-def edge(make_edge: MakeEdge) -> Edge:
-    return make_edge(grpc_port=0)
+def edge(one: Edge) -> Iterator[Edge]:
+    with lent(one) as edge:
+        yield edge
 
 
 @pytest.fixture
@@ -98,9 +106,9 @@ def test_large_beginnings_and_responses_in_the_background(edge: Edge, client: Cl
 
 @pytest.mark.parametrize("number", [1, 127, 128, 300, 16383, 16384, 1 << 40])
 @pytest.mark.parametrize("size", [1, 127, 128, 16383, 16384, 3_000_000])
-def test_events_are_written_as_protobuf_writes_them(client: Client, number: int, size: int) -> None:
+def test_events_are_written_as_protobuf_writes_them(number: int, size: int) -> None:
     payload = b"x" * size
-    body = client.pb.Event(seq=number, data=payload).SerializeToString()
+    body = stubs()[0].Event(seq=number, data=payload).SerializeToString()
     assert EventFrame().numbered(number, payload) == b"\0" + len(body).to_bytes(4, "big") + body
 
 

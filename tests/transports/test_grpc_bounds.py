@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -13,18 +14,27 @@ import h2.events
 import h2.settings
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
-from grpc_kit import CHATS, HI, Bare, call, dial, failed, payloads, stubs, told
+from grpc_kit import CHATS, HI, Bare, call, dial, failed, lent, payloads, stubs, told
 
 from penstock.core.protocol.messages import Cancel, Park, Submit, Unpark
+from penstock.transports.grpc import listener
 
 Code = grpc.StatusCode
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    edge = Edge(tmp_path_factory.mktemp("edge"), {"grpc_port": 0}).start()
+    yield edge
+    edge.stop()
+
+
 @pytest.fixture
-def edge(make_edge: MakeEdge) -> Edge:
-    return make_edge(grpc_port=0)
+def edge(one: Edge) -> Iterator[Edge]:
+    with lent(one) as edge:
+        yield edge
 
 
 def asked(**fields: Any) -> bytes:
@@ -34,8 +44,8 @@ def asked(**fields: Any) -> bytes:
 
 
 def connections(edge: Edge) -> set[Any]:
-    (listener,) = edge.server._listeners
-    return listener._server.connections
+    (own,) = edge.server._listeners
+    return own._server.connections
 
 
 def lives(edge: Edge) -> None:
@@ -251,9 +261,11 @@ def test_who_answers_pings_stays(make_edge: MakeEdge) -> None:
 # ------------------------------------------------------------------ slow clients
 
 
-def test_pings_that_nobody_reads_the_answers_of(edge: Edge) -> None:
+def test_pings_that_nobody_reads_the_answers_of(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MOST_UNREAD", 256 << 10)
     bare = Bare(edge)
     with bare.sock:
+        bare.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         bare.sock.settimeout(5)
         with pytest.raises((ConnectionError, TimeoutError)):
             bare.sock.sendall(b"\0\0\x08\x06\0\0\0\0\0penstock" * 2_000_000)
