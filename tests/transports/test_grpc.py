@@ -169,6 +169,7 @@ def test_errors_are_the_surface_s_own(edge: Edge, client: Client, path: str, bod
     over_http = edge.kept.post(path.replace("/..", "/%2e%2e"), json=body).json()
     own = over_http["error"] if isinstance(over_http["error"], dict) else over_http
     assert (said, error, metadata["penstock-status"]) == (code, own, str(status))
+    assert len(metadata["x-request-id"]) == 32
     assert call.details() == (own.get("message") or own.get("error"))
     with pytest.raises(grpc.RpcError) as refused:
         client.call(path, body)

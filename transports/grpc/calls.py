@@ -122,8 +122,7 @@ class StreamCall(Carried):
             cancelled = Cancelled("The request was cancelled.")
             self.status, self.error = cancelled.status, error_fields(cancelled)
         if self.error is not None:
-            wait = self.headers.get(b"retry-after")
-            raise Failed(self.status, self.error, wait.decode("latin-1") if wait else None)
+            raise Failed(self.status, self.error, self.headers.items())
         names = (b"x-penstock-ignored-fields", b"x-penstock-warning")
         return [(name.decode(), self.headers[name].decode("latin-1")) for name in names if name in self.headers]
 
@@ -133,7 +132,7 @@ class WholeCall:
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.status = 0
-        self.headers: dict[str, str] = {}
+        self.headers: dict[bytes, bytes] = {}
         self._app = app
         self._limit = limit
         self._parts: list[bytes] = []
@@ -164,7 +163,7 @@ class WholeCall:
         if not self.status:
             raise Failed.by(Cancelled("The request was cancelled."))
         if self.status >= 400:
-            raise Failed(self.status, error_of(whole), self.headers.get("retry-after"))
+            raise Failed(self.status, error_of(whole), self.headers.items())
         return whole
 
     async def _send(self, message: Any) -> None:
@@ -172,8 +171,8 @@ class WholeCall:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in message["headers"]}
-            if self.headers.get("content-type", "").split(";")[0].encode() in STREAMS:
+            self.headers = {name.lower(): value for name, value in message["headers"]}
+            if self.headers.get(b"content-type", b"").split(b";")[0] in STREAMS:
                 self._refuse(InvalidRequest("The reply is a stream: ask for it by the method Stream.", param="stream"))
             return
         self._size += len(message.get("body", b""))

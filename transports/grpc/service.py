@@ -180,16 +180,16 @@ class PenstockService:
         method = asked.method or ("POST" if asked.body else "GET")
         if method not in METHODS:
             raise Failed.by(InvalidRequest(f"method must be one of {', '.join(METHODS)}, but is {method[:80]!r}.", param="method"))
-        call = await self._whole(stream, method, path, query, asked.body)
-        await stream.send_message(CallReply(status=call.status, body=call.body(), headers=call.headers))
+        call, body = await self._whole(stream, method, path, query, asked.body)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in call.headers.items()}
+        await stream.send_message(CallReply(status=call.status, body=body, headers=headers))
 
-    async def _whole(self, stream: Stream[Any, Any], method: str, path: str, query: str = "", body: bytes = b"") -> WholeCall:
+    async def _whole(self, stream: Stream[Any, Any], method: str, path: str, query: str = "", body: bytes = b"") -> tuple[WholeCall, bytes]:
         """Raises Failed for an error."""
         call = WholeCall(self._app, self._limit)
         scope = request_scope(method, path, query, headers=headers_of(stream.metadata), body=body, outer=outer_of(stream))
         await followed(self._begun(call.run(scope, body)), call)
-        call.body()
-        return call
+        return call, call.body()
 
     async def reflects(self, event: RecvRequest) -> None:
         """Before any method is called: reflection is for who has a key, where one is needed. Raises Failed."""

@@ -6,6 +6,7 @@ What it does not know: calls, connections, who found the error.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,10 +14,12 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from penstock.core.protocol.errors import PenstockError, StreamTaken
-from penstock.transports.request import error_fields, error_headers
+from penstock.transports.request import Header, error_fields, error_headers
 
 STATUS = "penstock-status"
 ERROR = "penstock-error-bin"
+TOLD = (b"retry-after", b"x-request-id")
+"""Headers of an error that are told, too."""
 LONGEST_MESSAGE = 1024
 """Bytes. Three times as many where all are percent-encoded; clients take 8 KiB of metadata."""
 LARGEST_ERROR = 3072
@@ -60,18 +63,17 @@ class Failure(NamedTuple):
 class Failed(GRPCError):
     """The call ends with this error. Without our own calls (calls.py), which tell all of it, grpclib tells status and message."""
 
-    def __init__(self, status: int, error: Any, retry_after: str | None = None) -> None:
-        self.failure = failure(status, error, retry_after)
+    def __init__(self, status: int, error: Any, headers: Iterable[Header] = ()) -> None:
+        self.failure = failure(status, error, headers)
         super().__init__(self.failure.status, self.failure.message)
 
     @classmethod
     def by(cls, error: PenstockError) -> Failed:
-        retry_after = dict(error_headers(error)).get(b"retry-after")
-        return cls(error.status, error_fields(error), retry_after.decode() if retry_after is not None else None)
+        return cls(error.status, error_fields(error), error_headers(error))
 
 
-def failure(status: int, error: Any, retry_after: str | None = None) -> Failure:
-    """Of an API's error object, whichever API's it is, and the status that HTTP would have said."""
+def failure(status: int, error: Any, headers: Iterable[Header]) -> Failure:
+    """Of an API's error object, whichever API's it is, and the status and headers that HTTP would have had (names in lower case)."""
     fields = error if isinstance(error, dict) else {}
     said = next((text for name in ("message", "error", "detail") if isinstance(text := fields.get(name), str)), "The request failed.")
     message = said.encode("utf-8", "replace")[:LONGEST_MESSAGE].decode("utf-8", "ignore")
@@ -79,6 +81,5 @@ def failure(status: int, error: Any, retry_after: str | None = None) -> Failure:
     body = msgspec.json.encode(error)
     if len(body) <= LARGEST_ERROR:
         metadata.append((ERROR, body))
-    if retry_after is not None:
-        metadata.append(("retry-after", retry_after))
+    metadata += [(name.decode(), value.decode("latin-1")) for name, value in headers if name in TOLD]
     return Failure(status_of(status, fields.get("code")), message, metadata)
