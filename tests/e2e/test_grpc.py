@@ -127,9 +127,10 @@ def test_a_server_over_grpc(starter: Any) -> None:
     asked = chat("Count from 1 to 20.") | {"max_tokens": 600}
     whole = server.client.post(CHATS, json=asked).json()["choices"][0]["message"]["content"]
     client = fresh(port)
+    client.call("/version")
+    (edge,) = edge_of(server, port)
     running = client.stream(CHATS, asked | {"stream": True, "retain_s": 60}, timeout=60, id="kept")
     events = [next(running) for _ in range(5)]
-    (edge,) = edge_of(server, port)
     edge.kill()
     with pytest.raises(grpc.RpcError):
         events.extend(running)
