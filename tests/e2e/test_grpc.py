@@ -149,7 +149,7 @@ def test_a_server_over_grpc(starter: Any) -> None:
 
     # What runs at the end finishes; what comes then is refused.
     client = fresh(port)
-    running = client.stream(CHATS, asked | {"stream": True}, timeout=60)
+    running = client.stream(CHATS, asked | {"stream": True, "max_tokens": 1500}, timeout=60)
     next(running)
     stopped: list[int] = []
     server.process.send_signal(signal.SIGTERM)
@@ -157,7 +157,9 @@ def test_a_server_over_grpc(starter: Any) -> None:
     thread.start()
     assert server.until(lambda: server.client.get("/health/ready").status_code == 503)
     assert failed(client.stream(CHATS, asked))[0] is grpc.StatusCode.UNAVAILABLE
-    assert "".join(SURFACES[0][2](json.loads(event.data)) for event in running) == whole
+    chunks = [json.loads(event.data) for event in running]
+    assert "".join(map(SURFACES[0][2], chunks)).startswith(whole)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     client.channel.close()
     thread.join(40)
     assert stopped == [0], server.log.read_text()
