@@ -48,7 +48,7 @@ WORDS = {
     "CancelCause": '"disconnect", "slow_client", "timeout", "drain" or "client"',
     "Scope, Receive, Send, Header": "ASGI's; a header is a pair of bytes",
     "Request, ASGIApp": "Litestar's",
-    "Any, Awaitable, Callable, Sequence, Iterable, Literal, Annotated, AbstractContextManager": "Python's own (typing, collections.abc, contextlib)",
+    "Any, Callable, Mapping, Sequence, Iterable, Literal, Annotated, AbstractContextManager": "Python's own (typing, collections.abc, contextlib)",
 }
 """What stands in types and is no class of this page."""
 
@@ -106,7 +106,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
         "grammars": (grammars.Grammars, grammars.Matcher),
         "output_formats": (formats.Splitter, formats.Fragment, formats.Opening, formats.Spelling, formats.Thinking),
         "transports": (
-            *(transports.Transport, transports.Listener),
+            *(transports.Transport, transports.Listener, transports.Application),
             *(
                 (gateway.Gateway, GATEWAY),
                 gateway.Sink,

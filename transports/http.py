@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -41,7 +41,7 @@ from penstock.transports.counters import RequestCounts
 from penstock.transports.elsewhere import instead_of
 from penstock.transports.frame import CARRIER
 from penstock.transports.gateway import Gateway
-from penstock.transports.keyring import Keyring
+from penstock.transports.keyring import KEY_NEEDED, Keyring
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.paths import Paths
 from penstock.transports.protocol import BAD_HEAD, HEADERS, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
@@ -169,6 +169,10 @@ class Edge:
             context.body = b""  # an idle connection keeps its last request
             self._done(inner.get("path_template") or "other", scope, context)
 
+    def known(self, headers: Mapping[bytes, bytes]) -> bool:
+        """See Application."""
+        return not self.keyring.locked or self.keyring.find(headers) is not None
+
     def headers(self, context: RequestContext) -> list[Header]:
         """What every reply has, whoever makes it."""
         own = context.rid.encode()
@@ -194,7 +198,7 @@ class Edge:
                 methods = self._paths.methods(scope["path"])
                 if methods and scope["method"] not in methods:  # which there are is no secret: OPTIONS tells them
                     return MethodNotAllowed(scope["method"], methods)
-                return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
+                return Unauthorized(KEY_NEEDED)
             context.principal = principal
         return None
 

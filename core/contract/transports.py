@@ -7,8 +7,20 @@ What it does not know: Litestar, sockets' protocols, what is said on them.
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+
+class Application(Protocol):
+    """The edge's ASGI application. A scope's `state` may hold a Carrier (penstock.transports.frame), to which a stream then goes."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request."""
+        ...
+
+    def known(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Do these headers (names in lower case) bring a key, or is none needed? To be asked before much is read for somebody; every request is asked for its key in any case."""
+        ...
 
 
 class Listener(Protocol):
@@ -18,9 +30,8 @@ class Listener(Protocol):
     name: str
     """Of its socket, which root binds and all edges inherit: what the option of its port names as `listener` (core/protocol/config.py)."""
 
-    async def start(self, sock: socket.socket | None, app: Callable[..., Awaitable[None]]) -> None:
-        """The edge can answer: accept connections. `sock` listens already, shared with the other edges; None: no option speaks of that name, and the listener opens what it needs.
-        `app` is the edge's ASGI application; a scope's `state` may hold a Carrier (penstock.transports.frame) to which streams go."""
+    async def start(self, sock: socket.socket | None, app: Application) -> None:
+        """The edge can answer: accept connections. `sock` listens already, shared with the other edges; None: no option speaks of that name, and the listener opens what it needs."""
         ...
 
     async def stop(self, limit_s: float) -> None:

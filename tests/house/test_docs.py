@@ -61,7 +61,7 @@ PROTOCOLS: list[Any] = [
     *(devices.Device, devices.Runner, api.Weights, api.Attention, api.Model, api.Program, api.Ops, api.Linear),
     *(policy.SchedulePolicy, text_api.Tokenizer, text_api.ChatRenderer, text_api.TemplatedRenderer, gateway.Sink),
     *(actors.Seat, actors.Actor, actors.ActorPort, grammars.Grammars, grammars.Matcher, formats.Splitter),
-    *(transports.Transport, transports.Listener),
+    *(transports.Transport, transports.Listener, transports.Application),
 ]
 
 

@@ -72,6 +72,17 @@ def test_bodies_are_bounded_as_over_http(make_edge: MakeEdge) -> None:
     lives(edge)
 
 
+def test_strangers_cannot_send_much(make_edge: MakeEdge) -> None:
+    edge = make_edge(grpc_port=0, api_key=["secret"])
+    bare = Bare(edge)
+    with bare.sock:
+        bare.ask(b"\0" + (1 << 20).to_bytes(4, "big"), end=False)  # it is refused before it comes
+        assert (found := bare.trailers())["grpc-status"] == "16"
+        assert found["penstock-status"] == "401"
+    with dial(edge, "secret") as client:
+        assert len(payloads(client.stream(CHATS, HI | {"messages": [{"role": "user", "content": "x" * 200_000}]}))) == 4
+
+
 def test_a_reply_that_is_too_large_for_one_message(make_edge: MakeEdge) -> None:
     edge = make_edge(grpc_port=0, max_body_bytes=10_000)
     edge.text.script = lambda submit: [delta({"key": submit.key, "text": "x" * 20_000, "reason": "stop"}), finished(submit.key)]

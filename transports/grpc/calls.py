@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpclib.server import Stream
-from litestar.types import ASGIApp
 
+from penstock.core.contract.transports import Application
 from penstock.core.protocol.errors import Cancelled, InvalidRequest, PenstockError, RequestTooLarge
 from penstock.transports.carried import CARRIED, Carried, error_of
 from penstock.transports.frame import DONE, Frame
@@ -68,7 +68,7 @@ EVENTS = EventFrame()
 class StreamCall(Carried):
     """`stream` is the call's. What is not taken waits in the reply's Outbox, which parks and cuts as it does for everybody."""
 
-    def __init__(self, stream: Stream[Any, Any], app: ASGIApp, frame: Frame) -> None:
+    def __init__(self, stream: Stream[Any, Any], app: Application, frame: Frame) -> None:
         super().__init__(frame, app)
         self._stream = stream
         self._writer: asyncio.Task[Any] | None = None
@@ -130,7 +130,7 @@ class StreamCall(Carried):
 class WholeCall:
     """An ASGI client that gathers one reply of at most `limit` bytes."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: Application, limit: int) -> None:
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self._app = app

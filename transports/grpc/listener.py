@@ -25,34 +25,38 @@ from h2.events import AlternativeServiceAvailable, UnknownFrameReceived
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 
+from penstock.core.contract.transports import Application
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import RequestTooLarge
+from penstock.core.protocol.errors import RequestTooLarge, Unauthorized
 from penstock.transports.gateway import Gateway
 from penstock.transports.grpc.service import HealthService, PenstockService
 from penstock.transports.grpc.statuses import Failed
+from penstock.transports.keyring import KEY_NEEDED
 from penstock.transports.protocol import SLOWEST_BODY, UNSENT_BYTES, TooSlow
 
 BACKLOG = 2048
 MOST_UNREAD = 4 << 20
 """Bytes that wait for a client which asks (pings, resets) and does not read: as much as 256 streams may have on their way, a frame each."""
 ENVELOPE = 64 << 10
-"""Bytes of a message beside the body in it."""
+"""Bytes of a message beside the body in it, and of one from somebody who brings no key."""
 
 # It logs what clients do wrong, with tracebacks; what our own calls do wrong they log themselves.
 logging.getLogger("grpclib").setLevel(logging.CRITICAL)
 
 
 class Patient(Buffer):
-    """What a client sends of one call. No message is larger than `limit`, and none is waited for longer than `patience_s` and what its size needs at 1 KiB/s. Raises Failed."""
+    """What a client sends of one call. No message is larger than it may be, and none is waited for longer than --receive-timeout-s and what its size needs at 1 KiB/s. Raises Failed."""
 
-    def __init__(self, acknowledge: Callable[[int], None], limit: int, patience_s: float) -> None:
+    def __init__(self, acknowledge: Callable[[int], None], config: Config, *, known: bool) -> None:
         super().__init__(acknowledge)
-        self._limit = limit
-        self._patience_s = patience_s
+        self._limit = ENVELOPE + (config.max_body_bytes if known else 0)
+        self._patience_s = config.receive_timeout_s
+        self._known = known
 
     async def read(self, size: int) -> bytes:
         if size > self._limit:
-            raise Failed.by(RequestTooLarge(f"The message has {size} bytes, more than {self._limit} (--max-body-bytes). Send less."))
+            large = f"The message has {size} bytes, more than {self._limit} (--max-body-bytes). Send less."
+            raise Failed.by(RequestTooLarge(large) if self._known else Unauthorized(KEY_NEEDED))
         try:
             async with asyncio.timeout(self._patience_s + size / SLOWEST_BODY):
                 return await super().read(size)
@@ -63,9 +67,10 @@ class Patient(Buffer):
 class Bounded(AbstractHandler):
     """grpclib's handler of a connection's calls, which read no more than they may."""
 
-    def __init__(self, handler: AbstractHandler, config: Config) -> None:
+    def __init__(self, handler: AbstractHandler, config: Config, app: Application) -> None:
         self._handler = handler
         self._config = config
+        self._app = app
 
     def accept(self, stream: Stream, headers: Any, release_stream: Callable[[], None]) -> None:
         if not {":method", ":path"} <= {name for name, _ in headers}:  # malformed (RFC 9113, section 8.3.1)
@@ -73,8 +78,8 @@ class Bounded(AbstractHandler):
                 stream.reset_nowait(ErrorCodes.PROTOCOL_ERROR)
             release_stream()
             return
-        own, config = stream.buffer, self._config
-        stream.buffer = Patient(own._ack_callback, config.max_body_bytes + ENVELOPE, config.receive_timeout_s)
+        known = self._app.known({name.encode("latin-1"): value.encode("latin-1") for name, value in headers})
+        stream.buffer = Patient(stream.buffer._ack_callback, self._config, known=known)
         # Nobody uses binary metadata, and grpclib leaves a call whose are broken without an answer.
         plain = [header for header in headers if not header[0].endswith("-bin")]
         self._handler.accept(stream, plain, release_stream)
@@ -89,10 +94,8 @@ class Bounded(AbstractHandler):
 class Connection(H2Protocol):
     """One client. `all` holds those that are open."""
 
-    def __init__(
-        self, handler: AbstractHandler, config: Configuration, h2_config: H2Configuration, limits: Config, all: set[Connection]
-    ) -> None:
-        super().__init__(Bounded(handler, limits), config, h2_config)
+    def __init__(self, handler: Bounded, config: Configuration, h2_config: H2Configuration, limits: Config, all: set[Connection]) -> None:
+        super().__init__(handler, config, h2_config)
         self._limits = limits
         self._all = all
         self._transport: Any = None
@@ -162,15 +165,17 @@ class Connection(H2Protocol):
 
 
 class _Server(grpclib.server.Server):
-    def __init__(self, services: Iterable[Any], limits: Config) -> None:
+    def __init__(self, services: Iterable[Any], limits: Config, app: Application) -> None:
         super().__init__(list(services))
+        self._app = app
         self._h2_config.header_encoding = "latin-1"  # as HTTP's are read; what is no ASCII would else end the connection
         self.connections: set[Connection] = set()
         self._limits = limits
 
     def _protocol_factory(self) -> H2Protocol:
         made = super()._protocol_factory()
-        return Connection(made.handler, made.config, made.h2_config, self._limits, self.connections)
+        handler = Bounded(made.handler, self._limits, self._app)
+        return Connection(handler, made.config, made.h2_config, self._limits, self.connections)
 
     def refuse(self) -> None:
         """Accept no more connections; what runs goes on (which grpclib's own `close` would end)."""
@@ -188,10 +193,10 @@ class GrpcListener:
         self._service: PenstockService | None = None
         self._server: _Server | None = None
 
-    async def start(self, sock: socket.socket | None, app: Any) -> None:
+    async def start(self, sock: socket.socket | None, app: Application) -> None:
         assert sock is not None, "root binds --grpc-port"
         self._service = service = PenstockService(app, self._gateway)
-        self._server = _Server(ServerReflection.extend([service, HealthService(self._gateway)]), self._gateway.config)
+        self._server = _Server(ServerReflection.extend([service, HealthService(self._gateway)]), self._gateway.config, app)
         listen(self._server, RecvRequest, service.reflects)
         sock.setblocking(False)
         await self._server.start(sock=sock, backlog=BACKLOG)

@@ -21,9 +21,9 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 from grpclib.health.v1.health_grpc import HealthBase
 from grpclib.health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpclib.server import Stream
-from litestar.types import ASGIApp
 
-from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.core.contract.transports import Application
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, Unauthorized
 from penstock.transports.carried import request_scope, wrong_path
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Gateway
@@ -42,6 +42,7 @@ from penstock.transports.grpc.penstock_v1_pb2 import (
 from penstock.transports.grpc.statuses import Failed
 from penstock.transports.grpc.typed import PATH as COMPLETIONS
 from penstock.transports.grpc.typed import REPLIES, body_of
+from penstock.transports.keyring import KEY_NEEDED
 from penstock.transports.request import Header, Scope, sane_id
 from penstock.transports.socket_messages import OURS
 
@@ -98,7 +99,7 @@ async def received(stream: Stream[T, Any], kind: type[T]) -> T:
 class PenstockService:
     """One an edge. `app` is the edge's application."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+    def __init__(self, app: Application, gateway: Gateway) -> None:
         self._app = app
         self._limit = gateway.config.max_body_bytes
         self.tasks: set[asyncio.Task[None]] = set()
@@ -193,10 +194,8 @@ class PenstockService:
 
     async def reflects(self, event: RecvRequest) -> None:
         """Before any method is called: reflection is for who has a key, where one is needed. Raises Failed."""
-        if event.method_name.startswith("/grpc.reflection."):
-            call = WholeCall(self._app, self._limit)
-            await followed(self._begun(call.run(request_scope("GET", "/version", headers=headers_of(event.metadata)), b"")), call)
-            call.body()
+        if event.method_name.startswith("/grpc.reflection.") and not self._app.known(dict(headers_of(event.metadata))):
+            raise Failed.by(Unauthorized(KEY_NEEDED))
 
     def _begun(self, run: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(run, name="grpc call")
