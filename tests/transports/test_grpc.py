@@ -256,7 +256,7 @@ def test_who_leaves_cancels(edge: Edge, how: str, unary: bool) -> None:
     edge.text.script = silent
     with dial(edge) as client:
         ask = client.pb.CallRequest(path=CHATS, body=json.dumps(HI | {"stream": False}).encode())
-        timeout = 0.5 if how == "deadline" else 20
+        timeout = 1.0 if how == "deadline" else 20
         call = client.stub.Call.future(ask, timeout=timeout) if unary else client.stream(CHATS, HI, timeout=timeout)
         edge.text.wait_for(Submit)
         if how == "cancel":
