@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-clients test-gpu lint format docs bench clean
+.PHONY: help run test test-clients test-gpu lint format docs proto bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -66,6 +66,9 @@ format: $(VENV)/.dev ## Format the code
 
 docs: $(VENV)/.dev ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
+
+proto: $(VENV)/.dev ## Make the messages of gRPC from transports/grpc/penstock_v1.proto
+	$(BIN)/python -m grpc_tools.protoc -Itransports/grpc --python_out=transports/grpc --pyi_out=transports/grpc penstock_v1.proto
 
 bench: $(VENV)/.run ## Serve the demo model and measure it (flags: make bench ARGS="--requests 64")
 	@exec $(BIN)/penstock bench serve --start $(ARGS)

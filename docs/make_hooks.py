@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from penstock.core.contract import actors, devices, formats, grammars, hookspecs, policy
+from penstock.core.contract import actors, devices, formats, grammars, hookspecs, policy, transports
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import calling, errors, messages, sampling
@@ -48,7 +48,7 @@ WORDS = {
     "CancelCause": '"disconnect", "slow_client", "timeout", "drain" or "client"',
     "Scope, Receive, Send, Header": "ASGI's; a header is a pair of bytes",
     "Request, ASGIApp": "Litestar's",
-    "Any, Callable, Sequence, Iterable, Literal, Annotated, AbstractContextManager": "Python's own (typing, collections.abc, contextlib)",
+    "Any, Callable, Mapping, Sequence, Iterable, Literal, Annotated, AbstractContextManager": "Python's own (typing, collections.abc, contextlib)",
 }
 """What stands in types and is no class of this page."""
 
@@ -106,6 +106,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
         "grammars": (grammars.Grammars, grammars.Matcher),
         "output_formats": (formats.Splitter, formats.Fragment, formats.Opening, formats.Spelling, formats.Thinking),
         "transports": (
+            *(transports.Transport, transports.Listener, transports.Application),
             *(
                 (gateway.Gateway, GATEWAY),
                 gateway.Sink,
@@ -128,7 +129,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
                 request.error_headers,
             ),
             *((surface.Surface, ("__init__", "body", "answer")), generation.Generation, voice.Voice, voice.Head, voice.Usage, voice.Prompt),
-            *(voice.Pieces, voice.Choice, voice.ToolCall, frame.Frame, frame.Sse),
+            *(voice.Pieces, voice.Choice, voice.ToolCall, frame.Frame, frame.Sse, frame.Carrier),
         ),
         "actors": (
             *(actors.Seat, actors.ActorContext, actors.Actor, actors.ActorPort, (actor.Ask, ("__init__",)), (actor.To, ("__init__",))),

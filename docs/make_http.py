@@ -188,7 +188,8 @@ def _has_own_doc(kind: type[msgspec.Struct]) -> bool:
 
 
 def endpoints() -> list[str]:
-    app = make_app(gateway.Gateway(Config(), 0, store=open_store(Config(), "unused")), [spec.factory for spec in register_transports()]).app
+    gate = gateway.Gateway(Config(), 0, store=open_store(Config(), "unused"))
+    app = make_app(gate, [route for spec in register_transports() for route in spec.factory(gate).routes]).app
     out = ["| endpoint | what it does | body | reply | errors |", "|---|---|---|---|---|"]
     for route in sorted(app.routes, key=lambda route: route.path_format):
         handlers = getattr(route, "route_handlers", [])

@@ -127,7 +127,7 @@ class _Count(msgspec.Struct):
 
 
 def anthropic_routes(gateway: Gateway) -> list[Any]:
-    """TransportSpec.factory."""
+    """Litestar handlers that share one gateway."""
     config = gateway.config
     surface = Surface(gateway, TypedSse())
 

@@ -18,6 +18,7 @@ from litestar import Router
 from litestar.exceptions import LitestarException
 from litestar.handlers.base import BaseRouteHandler
 
+from penstock.core.contract.transports import Transport
 from penstock.core.protocol.errors import PenstockError, PluginFault, described, tamed
 from penstock.transports.gateway import Gateway
 from penstock.transports.request import Header, JsonReply, Scope, context_of, error_reply
@@ -43,15 +44,22 @@ class VoiceFault(Exception):
 
 
 class Owned:
-    """A TransportSpec.factory of a plugin. Raises PluginFault for a list that holds something else than routes."""
+    """A TransportSpec.factory of a plugin. Raises PluginFault for a Transport that holds something else than routes and listeners."""
 
-    def __init__(self, factory: Callable[[Gateway], list[Any]], blame: Blame) -> None:
+    def __init__(self, factory: Callable[[Gateway], Transport], blame: Blame) -> None:
         self._factory = factory
         self._blame = blame
 
-    def __call__(self, gateway: Gateway) -> list[Any]:
-        routes = self._factory(gateway)
-        for route in routes:
+    def __call__(self, gateway: Gateway) -> Transport:
+        transport = self._factory(gateway)
+        for name in ("routes", "listeners"):
+            if not isinstance(found := getattr(transport, name), (list, tuple)):
+                raise self._blame("factory", f"returned a transport whose {name} are {found!r:.80}, which must be a list")
+        for listener in transport.listeners:
+            lacking = [name for name in ("name", "start", "stop") if not hasattr(listener, name)]
+            if lacking:
+                raise self._blame("factory", f"returned the listener {listener!r:.80}, which has no {' and no '.join(lacking)}")
+        for route in transport.routes:
             wrong = wrong_voice((getattr(route, "opt", None) or {}).get(VOICE))
             if wrong:
                 raise self._blame("factory", f"returned a route whose opt {VOICE!r} {wrong}")
@@ -59,7 +67,7 @@ class Owned:
                 route.opt.setdefault(OWNER, self._blame)
             elif not isinstance(route, type):  # a Controller, which Litestar looks into
                 raise self._blame("factory", f"returned a list with {route!r:.80} in it, which is no Litestar route handler")
-        return routes
+        return transport
 
 
 def wrong_voice(voice: Any) -> str | None:

@@ -7,7 +7,7 @@ What it does not know: how requests run (gateway.py), the schema's rules (openai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from litestar import Request, get, post
 from litestar.types import ASGIApp
 
 from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
+from penstock.core.contract.transports import Transport
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, PenstockError
 from penstock.core.protocol.messages import Answer, Limits
@@ -25,6 +26,7 @@ from penstock.transports.batches import batch_routes
 from penstock.transports.files import file_routes
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
+from penstock.transports.grpc import grpc_transport
 from penstock.transports.openai import parse_chat, parse_completion
 from penstock.transports.openai_messages import check_messages
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, check_unknown, decode
@@ -47,24 +49,19 @@ AnyRequest = Request[Any, Any, Any]
 @hookimpl
 def register_transports() -> list[TransportSpec]:
     return [
-        TransportSpec(name="openai", api_level=API_LEVEL["transports"], doc="OpenAI's API over HTTP and SSE.", factory=openai_routes),
-        TransportSpec(
-            name="anthropic", api_level=API_LEVEL["transports"], doc="Anthropic's messages over HTTP and SSE.", factory=anthropic_routes
-        ),
-        TransportSpec(
-            name="responses", api_level=API_LEVEL["transports"], doc="OpenAI's Responses over HTTP and SSE.", factory=responses_routes
-        ),
-        TransportSpec(
-            name="tokens", api_level=API_LEVEL["transports"], doc="Tokens in, tokens out (vLLM's) over HTTP and SSE.", factory=tokens_routes
-        ),
-        TransportSpec(
-            name="websocket", api_level=API_LEVEL["transports"], doc="Any of them, many at once, over a WebSocket.", factory=socket_routes
-        ),
-        TransportSpec(name="tgi", api_level=API_LEVEL["transports"], doc="TGI's generate over HTTP and SSE.", factory=tgi_routes),
-        TransportSpec(
-            name="playground", api_level=API_LEVEL["transports"], doc="A page to try the server in, at /.", factory=playground_routes
-        ),
+        _over_http("openai", "OpenAI's API over HTTP and SSE.", openai_routes),
+        _over_http("anthropic", "Anthropic's messages over HTTP and SSE.", anthropic_routes),
+        _over_http("responses", "OpenAI's Responses over HTTP and SSE.", responses_routes),
+        _over_http("tokens", "Tokens in, tokens out (vLLM's) over HTTP and SSE.", tokens_routes),
+        _over_http("websocket", "Any of them, many at once, over a WebSocket.", socket_routes),
+        _over_http("tgi", "TGI's generate over HTTP and SSE.", tgi_routes),
+        _over_http("playground", "A page to try the server in, at /.", playground_routes),
+        TransportSpec(name="grpc", api_level=API_LEVEL["transports"], doc="Any of them over gRPC (--grpc-port).", factory=grpc_transport),
     ]
+
+
+def _over_http(name: str, doc: str, routes: Callable[[Gateway], list[Any]]) -> TransportSpec:
+    return TransportSpec(name=name, api_level=API_LEVEL["transports"], doc=doc, factory=lambda gateway: Transport(routes(gateway)))
 
 
 def relay(answer: Answer) -> JsonReply:
@@ -97,7 +94,7 @@ def _question(kind: type[msgspec.Struct], raw: Mapping[str, msgspec.Raw]) -> byt
 
 
 def openai_routes(gateway: Gateway) -> list[Any]:
-    """TransportSpec.factory: Litestar handlers that share one gateway."""
+    """Litestar handlers that share one gateway."""
     config = gateway.config
     surface = Surface(gateway, Sse())
 

@@ -1,7 +1,7 @@
 """The edge process.
 
 What it is: `run`, the process entry that root starts: uvloop, uvicorn's HTTP protocol on the inherited listening socket (several edges share
-it), the links to the pools' text processes, and the control link to root, which is also the lifeline. `Server` is the part without processes: tests and the
+it), transports' listeners on theirs, the links to the pools' text processes, and the control link to root, which is also the lifeline. `Server` is the part without processes: tests and the
 in-process wiring use it too.
 What it does not know: routes (http.py, transports), the supervisor's policy.
 
@@ -20,8 +20,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from email.utils import formatdate
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -29,6 +30,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from penstock.core.contract.host import BUILT_IN, PluginHost
+from penstock.core.contract.transports import Transport
 from penstock.core.processes.spawn import HTTP, control_hello, settle, socket_of
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import RootToChild
@@ -86,14 +88,16 @@ class Server:
         epoch: int = 1,
         pools: Sequence[PoolSpec],
         run_dir: str,
-        factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (),
+        factories: Iterable[Callable[[Gateway], Transport]] = (),
         tracing: Tracing = NO_TRACING,
         keyring: Keyring | None = None,
     ) -> None:
         self._store = open_store(config, run_dir)
         self._folder = Folder(self._store.place.folder) if self._store is not None else None
         self.gateway = Gateway(config, edge, pools=pools, tracing=tracing, store=self._store)
-        self.app = make_app(self.gateway, factories, keyring)
+        transports = [factory(self.gateway) for factory in factories]
+        self.app = make_app(self.gateway, [route for transport in transports for route in transport.routes], keyring)
+        self._listeners = [listener for transport in transports for listener in transport.listeners]
         runs_batches = self._store is not None and edge == 0 and served(self.app.app)
         self._runner = BatchRunner(self.gateway, self.app.app, self._store) if runs_batches and self._store is not None else None
         hello = make_hello("edge", edge, epoch)
@@ -113,7 +117,8 @@ class Server:
         self._drain_until = math.inf
         self._drain_timeout: asyncio.Timeout | None = None
 
-    async def start(self, sockets: Sequence[socket.socket]) -> None:
+    async def start(self, sockets: Sequence[socket.socket], further: Mapping[str, socket.socket] = MappingProxyType({})) -> None:
+        """`sockets` are HTTP's, `further` those of transports' listeners, by name; all listen already and stay the caller's."""
         loop = asyncio.get_running_loop()
         self._uvicorn.load()
         protocol: Any = self._uvicorn.http_protocol_class
@@ -135,6 +140,8 @@ class Server:
                 lambda: protocol(config=self._uvicorn, server_state=self._state, app_state={}, _loop=loop), sock=sock, backlog=BACKLOG
             )
             self._servers.append(server)
+        for listener in self._listeners:
+            await listener.start(further.get(listener.name), self.app)
         self._ticker = loop.create_task(self._tick(), name="edge tick")
         if self._runner is not None:
             self._runner.start()
@@ -203,7 +210,7 @@ class Server:
         for connection in list(self._state.connections):
             connection.shutdown()
         await asyncio.gather(*(dialer.stop() for dialer in self._dialers))
-        await self._gone(GOODBYE_S)
+        await asyncio.gather(self._gone(GOODBYE_S), *(listener.stop(GOODBYE_S) for listener in self._listeners))
         ours: list[Any] = list(self._state.connections)
         for connection in ours:
             connection.refuse(self._goodbye())  # who still sends a request is told, too
@@ -244,10 +251,10 @@ def _dialer(door: Door, run_dir: str, hello: Hello) -> Dialer:
     return dialer
 
 
-def transport_factories(host: PluginHost, config: Config) -> list[Callable[..., list[Any]]]:
+def transport_factories(host: PluginHost, config: Config) -> list[Callable[..., Transport]]:
     """The factories of the transports that `--transports` allows. Raises ConfigError naming an unknown one."""
     host.transports()
-    factories: list[Callable[..., list[Any]]] = []
+    factories: list[Callable[..., Transport]] = []
     for name in config.transports:
         factory = host.pick("transports", name, "transports").factory  # type: ignore[attr-defined]
         own = host.package_of("transports", name) == BUILT_IN
@@ -294,8 +301,9 @@ class _Process:
         )
         if config.tables is not None:  # nobody gets in before it is known who may
             await self._has_tables.wait()
-        with socket.socket(fileno=boot.listeners[HTTP]) as listener:
-            await server.start([listener])
+        with contextlib.ExitStack() as opened:
+            sockets = {name: opened.enter_context(socket.socket(fileno=number)) for name, number in boot.listeners.items()}
+            await server.start([sockets.pop(HTTP)], sockets)
             settle()
             self._say(StartupPhase(role="edge", id=boot.id, phase="listen", seconds=time.monotonic() - self._started))
             tasks = [asyncio.create_task(work(), name=work.__name__) for work in (self._beat, self._announce)]

@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -41,7 +41,7 @@ from penstock.transports.counters import RequestCounts
 from penstock.transports.elsewhere import instead_of
 from penstock.transports.frame import CARRIER
 from penstock.transports.gateway import Gateway
-from penstock.transports.keyring import Keyring
+from penstock.transports.keyring import KEY_NEEDED, Keyring
 from penstock.transports.openapi import SchemaPage
 from penstock.transports.paths import Paths
 from penstock.transports.protocol import BAD_HEAD, HEADERS, HEADERS_TOO_LARGE, REFUSED, HeadersTooLarge
@@ -170,6 +170,10 @@ class Edge:
             context.body = b""  # an idle connection keeps its last request
             self._done(inner.get("path_template") or "other", scope, context)
 
+    def known(self, headers: Mapping[bytes, bytes]) -> bool:
+        """See Application."""
+        return not self.keyring.locked or self.keyring.find(headers) is not None
+
     def headers(self, context: RequestContext) -> list[Header]:
         """What every reply has, whoever makes it."""
         own = context.rid.encode()
@@ -195,7 +199,7 @@ class Edge:
                 methods = self._paths.methods(scope["path"])
                 if methods and scope["method"] not in methods:  # which there are is no secret: OPTIONS tells them
                     return MethodNotAllowed(scope["method"], methods)
-                return Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
+                return Unauthorized(KEY_NEEDED)
             context.principal = principal
         return None
 
@@ -314,14 +318,11 @@ def house_routes(gateway: Gateway) -> list[Any]:
     return [health, live, decode, version, metrics]
 
 
-def make_app(gateway: Gateway, factories: Iterable[Callable[[Gateway], Sequence[Any]]] = (), keyring: Keyring | None = None) -> Edge:
-    """The whole application: `factories` are TransportSpec.factory of the allowed transports; `keyring` by default has the configuration's keys."""
+def make_app(gateway: Gateway, routes: Iterable[Any] = (), keyring: Keyring | None = None) -> Edge:
+    """The whole application: `routes` are those of the allowed transports; `keyring` by default has the configuration's keys."""
     keyring = keyring or Keyring(gateway.config)
-    routes: list[Any] = [*house_routes(gateway), *server_routes(gateway)]
-    for factory in factories:
-        routes += factory(gateway)
     app = Litestar(
-        route_handlers=routes,
+        route_handlers=[*house_routes(gateway), *server_routes(gateway), *routes],
         exception_handlers={Exception: _error_response, HTTPException: _error_response, PenstockError: _error_response},
         guards=[in_scope] if keyring.scoped else [],
         openapi_config=OpenAPIConfig(

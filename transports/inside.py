@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from litestar.types import ASGIApp
 
 from penstock.core.protocol.tables import INFERENCE, Principal
+from penstock.transports.carried import request_scope
 from penstock.transports.request import CONTEXT, RequestContext, new_rid
 from penstock.transports.tracing import NO_TRACING
 
@@ -47,22 +48,8 @@ async def ask(app: ASGIApp, path: str, body: bytes, tenant: str, around: Callabl
     context = RequestContext(new_rid(), NO_TRACING.begin("", ""), headers, send, None)
     context.principal = Principal(tenant=tenant, scopes=frozenset({INFERENCE}))
     context.background = True
-    scope: Any = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": list(headers.items()),
-        "client": None,
-        "server": None,
-        "extensions": {},
-        "state": {CONTEXT: context},
-    }
+    scope = request_scope("POST", path, headers=list(headers.items()))
+    scope["state"][CONTEXT] = context
     with around(context):
         await app(scope, receive, send)
     return Reply(start["status"], {name.lower(): value for name, value in start["headers"]}, b"".join(pieces), context.rid)

@@ -7,12 +7,15 @@ What it does not know: paths, which endpoint needs which scope (http.py), where 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import msgspec
 
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Tables
 from penstock.core.protocol.tables import KeyTable, Principal, digest_of
+
+KEY_NEEDED = "A valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
 
 
 class Keyring:
@@ -32,7 +35,7 @@ class Keyring:
             self._generation = tables.generation
             self._principals = msgspec.msgpack.decode(tables.body, type=KeyTable).keys | self._own
 
-    def find(self, headers: dict[bytes, bytes]) -> Principal | None:
+    def find(self, headers: Mapping[bytes, bytes]) -> Principal | None:
         """Whose key was given; None: nobody's."""
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         offered = [given.strip()] if scheme.lower() == b"bearer" else []

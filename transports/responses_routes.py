@@ -59,7 +59,7 @@ class _Length(msgspec.Struct):
 
 
 def responses_routes(gateway: Gateway) -> list[Any]:
-    """TransportSpec.factory."""
+    """Litestar handlers that share one gateway."""
     config = gateway.config
     surface = Surface(gateway, EventSse())
     pulse = Pulse(config)

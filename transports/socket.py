@@ -12,7 +12,7 @@ import contextlib
 import ipaddress
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from litestar import get
 from litestar.types import ASGIApp
@@ -21,6 +21,7 @@ from penstock.core.actors.text.bounds import SMALL
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import FinalError, Forbidden, InvalidRequest, NotFound, PenstockError, Unauthorized
 from penstock.transports.blame import beside
+from penstock.transports.carried import request_scope
 from penstock.transports.gateway import Gateway
 from penstock.transports.keyring import Keyring
 from penstock.transports.request import Header, JsonReply, Receive, Scope, Send, error_body, error_fields, error_headers
@@ -61,7 +62,7 @@ class UpgradeRequired(FinalError):
 
 
 def socket_routes(gateway: Gateway) -> list[Any]:
-    """TransportSpec.factory. The route is for who comes without a WebSocket; it also says that they are served."""
+    """The route is for who comes without a WebSocket; it also says that they are served."""
 
     @get(PATH, opt={SOCKETS: True, SCOPE: None}, include_in_schema=False)  # /schema/asyncapi.json has it
     async def stream() -> ASGIApp:
@@ -283,28 +284,15 @@ class Socket:
         body = bytes(said.body)
         path, _, query = said.path.partition("?")
         if said.op == "attach":
-            path, query, method = f"/v1/streams/{said.stream}", f"after={said.after}", "GET"
+            path, query, method = f"/v1/streams/{quote(said.stream)}", f"after={said.after}", "GET"
             headers: list[Header] = []
         else:
             method = "POST"
             headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in said.headers.items()]
-            headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        outer = self._scope
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": method,
-            "scheme": {"ws": "http", "wss": "https"}.get(outer["scheme"], outer["scheme"]),
-            "path": unquote(path) if method == "POST" else path,
-            "raw_path": quote(path, safe="/%:._~!$&'()*+,;=@-").encode(),
-            "query_string": query.encode(),
-            "root_path": "",
-            "headers": [*((name, value) for name, value in outer["headers"] if name == b"host"), *self._credentials, *headers],
-            "client": outer["client"],
-            "server": outer["server"],
-            "extensions": {},
-        }
+        outer = {name: self._scope[name] for name in ("client", "server")}
+        outer["scheme"] = {"ws": "http", "wss": "https"}.get(self._scope["scheme"], self._scope["scheme"])
+        host = [(name, value) for name, value in self._scope["headers"] if name == b"host"]
+        scope = request_scope(method, path, query, headers=[*host, *self._credentials, *headers], body=body, outer=outer)
         try:
             await stream.run(scope, body)
         finally:

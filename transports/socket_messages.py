@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from penstock.core.protocol.errors import FinalError, InvalidRequest, PenstockError
+from penstock.transports.carried import wrong_path
 
 PATH = "/v1/stream"
 PROTOCOL = "penstock.v1"
@@ -42,14 +43,6 @@ class TooManyHere(FinalError):
     status = 429
     type = "rate_limit_error"
     default_code = "too_many_streams"
-
-
-class SlowClient(FinalError):
-    """A stream whose client takes nothing."""
-
-    status = 499
-    type = "cancelled_error"
-    default_code = "slow_client"
 
 
 class Malformed(Exception):
@@ -116,8 +109,8 @@ def _problem(said: Said) -> InvalidRequest | None:
     if not 1 <= len(said.id) <= LONGEST_ID:
         return InvalidRequest(f"id must have 1 to {LONGEST_ID} characters.", param="id")
     if said.op == "start":
-        if not (said.path.startswith("/") and said.path.isascii() and said.path.isprintable() and " " not in said.path):
-            return InvalidRequest("path must be that of a POST endpoint, such as /v1/chat/completions.", param="path")
+        if (wrong := wrong_path(said.path)) is not None:
+            return wrong
         if not bytes(said.body):
             return InvalidRequest("body is missing: the JSON that the endpoint takes.", param="body")
         return _problem_of(said.headers)
@@ -137,17 +130,6 @@ def _problem_of(headers: dict[str, str]) -> InvalidRequest | None:
         if len(value) > 4096 or not (value.isascii() and (value.isprintable() or not value)):
             return InvalidRequest(f"{where} must be at most 4096 printable ASCII characters.", param=where)
     return None
-
-
-def error_of(body: bytes) -> Any:
-    """The error object in an error's body, whichever API's it is."""
-    try:
-        said = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return {"message": body[:1000].decode("utf-8", "replace")}
-    if isinstance(said, dict) and isinstance(said.get("error"), dict):
-        return said["error"]
-    return said
 
 
 def line(**fields: Any) -> bytes:

@@ -177,7 +177,7 @@ class _ServerInfo(msgspec.Struct):
 
 
 def tgi_routes(gateway: Gateway) -> list[Any]:
-    """TransportSpec.factory."""
+    """Litestar handlers that share one gateway."""
     config = gateway.config
     surface = Surface(gateway, Sse())
 

@@ -122,7 +122,7 @@ def _sampling(asked: TokensSampling, config: Config) -> tuple[SamplingParams, li
 
 
 def tokens_routes(gateway: Gateway) -> list[Any]:
-    """TransportSpec.factory."""
+    """Litestar handlers that share one gateway."""
     config = gateway.config
     surface = Surface(gateway, Sse())
 

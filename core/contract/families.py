@@ -43,8 +43,6 @@ class Family(NamedTuple):
     """The option that chooses another one of it."""
     protocol: str = ""
     """`module:class` whose members the factory's result must have; "" where that belongs to the device plugin."""
-    returns_list: bool = False
-    """The factory's result is a list."""
     without: Mapping[str, Any] = MappingProxyType({})
     """Functions of the spec whose failure can be skipped, and what is taken for their answer then."""
     adapt: Callable[[Any], Spec] | None = None
@@ -155,7 +153,15 @@ FAMILIES: dict[str, Family] = {
             without={"matches": False},
             careful=f"{_CONTRACT}.splitters:CarefulSplitter",
         ),
-        Family("transports", "edge", TransportSpec, "transport", "--transports", returns_list=True),
+        Family(
+            "transports",
+            "edge",
+            TransportSpec,
+            "transport",
+            "--transports",
+            f"{_CONTRACT}.transports:Transport",
+            adapt=_adapter("penstock.transports.level_1"),
+        ),
         Family("actors", "engine", ActorSpec, "actor", protocol=f"{_CONTRACT}.actors:Seat", also=("text",)),
     )
 }

@@ -70,8 +70,6 @@ def guarded(
 
 def wrong_result(family: Family, result: Any) -> str | None:
     """What is wrong with a factory's result, or None."""
-    if family.returns_list and not isinstance(result, (list, tuple)):
-        return f"must return a list of route handlers, not {type(result).__name__}"
     lacking = [name for name in family.members() if not hasattr(result, name)]
     if lacking:
         return f"returned {_a(type(result).__name__)}, which is no {family.noun}: it has no {' and no '.join(map(repr, lacking))}"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from penstock.core.contract.formats import Opening, Spelling, Splitter, Thinking
     from penstock.core.contract.grammars import Grammars
     from penstock.core.contract.policy import SchedulePolicy
+    from penstock.core.contract.transports import Transport
 
 PROJECT: Final = "penstock"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -42,7 +43,7 @@ API_LEVEL: Final[dict[str, int]] = {
     "chat_renderers": 1,
     "output_formats": 1,
     "grammars": 1,
-    "transports": 1,
+    "transports": 2,
     "actors": 1,
     "commands": 1,
 }
@@ -181,11 +182,11 @@ class FormatSpec(Spec, frozen=True, kw_only=True):
 
 
 class TransportSpec(Spec, frozen=True, kw_only=True):
-    """Routes of the edges' HTTP application. Only those that `--transports` names are used (`openai`, `anthropic`, `responses`, `tgi`, `tokens`, `websocket`, `playground` when nobody says;
-    give those too that are to stay: `--transports openai,mine`)."""
+    """Routes of the edges' HTTP application, and ports beside it. Only those that `--transports` names are used (`openai`, `anthropic`, `responses`, `tgi`, `tokens`, `websocket`, `grpc`, `playground` when
+    nobody says; give those too that are to stay: `--transports openai,mine`)."""
 
-    factory: Callable[..., list[Any]]
-    """`factory(gateway)`, once in each edge, on its event loop: a list of Litestar route handlers, which share that Gateway. A handler's
+    factory: Callable[..., Transport]
+    """`factory(gateway)`, once in each edge, on its event loop: a Transport, whose routes share that Gateway. A route handler's
     `opt={"scope": ...}` names the scope that a key of `--tables` needs for it: "inference" (also without a word), "metrics", "admin", or None for any key."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from penstock.core.contract.families import Role
-from penstock.core.protocol.config import Config, nearest
+from penstock.core.protocol.config import Config, further_ports, nearest
 from penstock.core.protocol.errors import ConfigError
 
 BUILT_IN = "penstock"
@@ -22,12 +22,15 @@ BUILT_IN_NAMES: dict[str, tuple[Role, tuple[str, ...]]] = {
     "attention_backend": ("engine", ("native", "torch", "triton")),
     "grammar_backend": ("text", ("llguidance", "xgrammar")),
     "scheduling_policy": ("engine", ("fcfs", "priority")),
-    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens", "websocket", "playground")),
+    "transports": ("edge", ("openai", "anthropic", "responses", "tgi", "tokens", "websocket", "grpc", "playground")),
 }
 """option -> the process that loads such plugins, and the names that come with Penstock (a test compares). Root knows them without an import."""
 
 EXTRAS = {"grammar_backend": {"xgrammar": "xgrammar"}}
 """option -> names of these that a library brings which is installed only when it is asked for: the extra that does."""
+
+PORTS = {"grpc": "grpclib"}
+"""Transports that listen on a port of their own: the library that such a one needs, which comes with the extra of the transport's name."""
 
 BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
     "load_format": ("engine", ("auto", "safetensors", "dummy")),
@@ -37,8 +40,13 @@ BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
 
 
 def check_names(config: Config, extra: Sequence[str] = ()) -> None:
-    """Refuse a name that no installed plugin can bring, before any process starts. Imports no plugin: where other packages' plugins are
-    installed their names are unknown here, and the process that loads them says no. Raises ConfigError with the known names."""
+    """Refuse a name that no installed plugin can bring, and a port of a transport whose library is not there, before any process starts. Imports no plugin:
+    where other packages' plugins are installed their names are unknown here, and the process that loads them says no. Raises ConfigError with the known names."""
+    for port, number in further_ports(config):
+        library = PORTS.get(port.listener)
+        if library is not None and importlib.util.find_spec(library) is None:
+            told = f"{port.flag} {number}: {library} is not installed. It comes with pip install 'penstock[{port.listener}]'."
+            raise ConfigError(told, param=port.name)
     for option, (role, known) in {**BUILT_IN_NAMES, **BUILT_IN_WORDS}.items():
         given = getattr(config, option)
         wrong = [name for name in (given if isinstance(given, list) else [given]) if name is not None and name not in known]

@@ -14,6 +14,7 @@ A *pool* is one served model: a text process and the engines behind it. Every ed
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -25,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,7 +35,7 @@ from penstock.core.contract.known import check_names
 from penstock.core.processes.spawn import HTTP, spawn
 from penstock.core.processes.supervisor import ChildSpec, Supervisor
 from penstock.core.processes.tables_file import TablesFile
-from penstock.core.protocol.config import Config
+from penstock.core.protocol.config import OPTIONS, Config, Option, further_ports
 from penstock.core.protocol.control import Boot, Ready
 from penstock.core.protocol.errors import ConfigError, PenstockError, spelled
 from penstock.core.protocol.model_folder import with_model
@@ -68,8 +70,9 @@ def child_specs(config: Config, pools: Sequence[PoolSpec]) -> list[ChildSpec]:
     texts = [
         ChildSpec(role="text", id=pool.text, module="penstock.core.processes.text_process", env=TEXT_ENV, pool=pool.name) for pool in pools
     ]
+    ports = [option.listener for option, _ in further_ports(config)]
     edges = [
-        ChildSpec(role="edge", id=index, module="penstock.transports.edge", env=EDGE_ENV, listeners=[HTTP])
+        ChildSpec(role="edge", id=index, module="penstock.transports.edge", env=EDGE_ENV, listeners=[HTTP, *ports])
         for index in range(config.edge_workers)
     ]
     return [*engines, *texts, *edges]
@@ -111,6 +114,7 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
     """
     run_dir: Path | None = None
     listener: socket.socket | None = None
+    further: dict[str, socket.socket] = {}
     started: dict[tuple[str, int], tuple[subprocess.Popen[bytes], socket.socket]] = {}
     try:
         if specs is None:
@@ -119,10 +123,12 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
         notes: list[str] = []
         tables = TablesFile(config.tables, notes.append) if config.tables is not None else None
         listener = bind(config)
+        further = bind_further(config)
         pools = pools_of(config)
         run_dir = make_run_dir()
         where = url_of(config, listener)
-        directory, listeners = str(run_dir), {HTTP: listener.fileno()}
+        also = {name: address_of(config, sock) for name, sock in further.items()}
+        directory, listeners = str(run_dir), {HTTP: listener.fileno(), **{name: sock.fileno() for name, sock in further.items()}}
 
         def launch(spec: ChildSpec, epoch: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
             boot = boot_of(spec, epoch, config, run_dir=directory, listeners=listeners, pools=pools, extra_plugins=extra_plugins)
@@ -149,7 +155,7 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
             supervisor,
             launch=launch,
             started=started,
-            ready=lambda message: ready_lines(config, where, message),
+            ready=lambda message: ready_lines(config, where, message, also),
             tables=tables,
             notes=notes,
         )
@@ -169,6 +175,8 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
                 process.wait()
         if listener is not None:
             forget(config, listener)
+        for sock in further.values():
+            sock.close()
         if run_dir is not None:
             shutil.rmtree(run_dir, ignore_errors=True)
 
@@ -177,13 +185,21 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
 
 
 def bind(config: Config) -> socket.socket:
-    """The one listening socket, which the edges inherit. Raises ConfigError when the place is taken or cannot be had."""
-    if config.uds is not None:
-        return _bind_unix(config.uds)
+    """The listening socket of HTTP, which the edges inherit. Raises ConfigError when the place is taken or cannot be had."""
+    return _bind_port(config, OPTIONS["port"], config.port) if config.uds is None else _bind_unix(config.uds)
+
+
+def bind_further(config: Config) -> dict[str, socket.socket]:
+    """Those of the ports beside it, by the names of their listeners. Raises as `bind`; then none is left open."""
+    with contextlib.ExitStack() as opened:
+        found = {option.listener: opened.enter_context(_bind_port(config, option, port)) for option, port in further_ports(config)}
+        opened.pop_all()
+        return found
+
+
+def _bind_port(config: Config, option: Option, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, ValueError) as error:  # the latter for what no name can be
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"--host {config.host}: the address cannot be resolved ({why}).", param="host") from None
@@ -196,9 +212,9 @@ def bind(config: Config) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            hint = "Another server runs there; choose another --port (0 picks a free one)."
-            raise ConfigError(f"Port {config.port} on {config.host} is in use. {hint}", param="port") from None
-        raise ConfigError(f"Cannot listen on {config.host} port {config.port}: {error.strerror}.", param="host") from None
+            hint = f"Another server runs there; choose another {option.flag} (0 picks a free one)."
+            raise ConfigError(f"Port {port} on {config.host} is in use. {hint}", param=option.name) from None
+        raise ConfigError(f"Cannot listen on {config.host} port {port}: {error.strerror}.", param="host") from None
     return sock
 
 
@@ -234,11 +250,13 @@ def forget(config: Config, listener: socket.socket) -> None:
 
 def url_of(config: Config, listener: socket.socket) -> str:
     """The address for people: the real port, and a host that can be typed into a client."""
-    if config.uds is not None:
-        return f"unix:{config.uds}"
-    port = listener.getsockname()[1]
+    return f"unix:{config.uds}" if config.uds is not None else f"http://{address_of(config, listener)}"
+
+
+def address_of(config: Config, listener: socket.socket) -> str:
+    """Of a port of --host."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(config.host, config.host)
-    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
+    return f"{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{listener.getsockname()[1]}"
 
 
 # ------------------------------------------------------------------ the runtime directory
@@ -277,12 +295,13 @@ def _remove_if_stale(path: Path) -> None:
 # ------------------------------------------------------------------ what is said when all is up
 
 
-def ready_lines(config: Config, where: str, message: Ready) -> list[str]:
-    """What stdout gets: the engines, their memory, where to go, a command that works."""
+def ready_lines(config: Config, where: str, message: Ready, also: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """What stdout gets: the engines, their memory, where to go (`also`: further listeners and their addresses), a command that works."""
     from penstock.core.processes.root import engine_lines
 
     lines = [line for facts in message.facts for line in engine_lines(facts)]
     name = config.served_model_name[0] if config.served_model_name else "default"
+    lines += [f"{listener} on {address}" for listener, address in also.items()]
     lines.append(f"Penstock is ready: {where} (model {name}) after {message.seconds:.1f} s. Try:")
     at = f"--unix-socket {config.uds} http://localhost" if config.uds is not None else where
     key = " -H 'Authorization: Bearer YOUR-KEY'" if config.api_key or config.tables else ""

@@ -149,13 +149,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     skip_broken_plugins: Annotated[bool, opt("Start without plugins that fail to load, instead of stopping.", "plugins")] = False
     transports: Annotated[list[str], opt("Allowed transport plugins.", "plugins")] = msgspec.field(
-        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens", "websocket", "playground"]
+        default_factory=lambda: ["openai", "anthropic", "responses", "tgi", "tokens", "websocket", "grpc", "playground"]
     )
 
     # --- server
     host: Annotated[str, opt("Address to listen on; loopback unless told otherwise.", "server")] = "127.0.0.1"
     port: Annotated[int, opt("Port to listen on; 0 picks a free one.", "server")] = 8000
     uds: Annotated[str | None, opt("Listen on this unix socket instead.", "server")] = None
+    grpc_port: Annotated[
+        int | None,
+        opt("Port of --host on which gRPC is spoken, too (docs/grpc.md); 0 picks a free one. Default: none.", "server", listener="grpc"),
+    ] = None
     strict_fields: Annotated[
         bool, opt("Refuse requests with fields that nobody knows (400), instead of naming them in a header of the reply.", "server")
     ] = False
@@ -223,7 +227,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
 
     # --- limits
-    max_body_bytes: Annotated[int, opt("Largest request body, and message of a WebSocket.", "limits", size=True)] = 32 * MiB
+    max_body_bytes: Annotated[int, opt("Largest request body, and message of a WebSocket or of gRPC.", "limits", size=True)] = 32 * MiB
     max_header_bytes: Annotated[int, opt("Largest request header block.", "limits", size=True)] = 64 << 10
     receive_timeout_s: Annotated[
         float,
@@ -240,14 +244,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_stop: Annotated[int, opt("Most stop strings.", "limits")] = 16
     max_logprobs: Annotated[int, opt("Largest logprobs and top_logprobs.", "limits")] = 20
     max_streams: Annotated[int, opt("Most requests in progress at one edge; more are refused with 429.", "limits")] = 4096
-    max_socket_streams: Annotated[int, opt("Most streams of one WebSocket at once.", "limits")] = 256
+    max_socket_streams: Annotated[int, opt("Most streams of one WebSocket, or calls of one gRPC connection, at once.", "limits")] = 256
     stream_park_bytes: Annotated[int, opt("Unsent bytes of a stream at which its sequence is parked.", "limits", size=True)] = 256 << 10
     park_kv_s: Annotated[
         float, opt("A request that is parked for so long gives its KV cache to others, and is computed again when it goes on.", "limits")
     ] = 5.0
     stream_max_bytes: Annotated[int, opt("Unsent bytes at which a stream is cut.", "limits", size=True)] = 4 * MiB
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
-    keep_alive_s: Annotated[float, opt("SSE comment after this long without an event; a WebSocket's ping.", "limits")] = 10.0
+    keep_alive_s: Annotated[float, opt("SSE comment after this long without an event; a ping of WebSockets and of gRPC.", "limits")] = 10.0
     stream_interval: Annotated[int, opt("Tokens an event of a stream, after the first; a request may say another number.", "limits")] = 1
     max_retain_s: Annotated[float, opt("Longest retain_s of a stream that can be resumed; 0: none can.", "limits")] = 600.0
     retained_stream_bytes: Annotated[int, opt("Most that is kept of one retained stream.", "limits", size=True)] = 8 * MiB
@@ -322,6 +326,11 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         return "PENSTOCK_" + self.name.upper()
 
     @property
+    def listener(self) -> str:
+        """Of a port beside HTTP's: the transport that listens there, by whose name edges find the socket."""
+        return str(self.extra.get("listener", ""))
+
+    @property
     def is_list(self) -> bool:
         return typing.get_origin(self.type) is list
 
@@ -369,6 +378,13 @@ ALIASES: dict[str, tuple[str, bool]] = {
     **{o.extra["no"].replace("-", "_"): (o.name, True) for o in OPTIONS.values() if o.extra.get("no")},
 }
 """Other spellings in Python: the option, and whether true means false of it."""
+
+
+def further_ports(config: Config) -> list[tuple[Option, int]]:
+    """Ports that are asked for beside HTTP's, each with its option."""
+    given = [(option, getattr(config, option.name)) for option in OPTIONS.values() if option.listener]
+    return [(option, port) for option, port in given if port is not None]
+
 
 _SUFFIX = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": MiB, "G": GiB, "KiB": 1024, "MiB": MiB, "GiB": GiB}
 
@@ -716,6 +732,16 @@ def check(config: Config) -> None:
         raise ConfigError("--gpu-memory-utilization must be above 0 and at most 1.", param="gpu_memory_utilization")
     if not 0 <= config.port <= 65535:
         raise ConfigError("--port must be between 0 and 65535.", param="port")
+    for option, port in further_ports(config):
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"{option.flag} must be between 0 and 65535.", param=option.name)
+        if port and port == config.port and config.uds is None:
+            raise ConfigError(f"{option.flag} {port} is the port of HTTP, too (--port). Give it another one.", param=option.name)
+        if option.listener not in config.transports:
+            raise ConfigError(
+                f"{option.flag} needs the transport {option.listener!r}, which --transports leaves out. Name it there, or leave {option.flag} out.",
+                param=option.name,
+            )
     if config.max_model_len is not None and config.max_model_len < 1:
         raise ConfigError("--max-model-len must be at least 1.", param="max_model_len")
     if config.mixed_prefill_tokens is not None and config.mixed_prefill_tokens < 0:

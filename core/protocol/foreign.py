@@ -199,7 +199,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     # --- the HTTP server
     ("ssl-ca-certs= enable-ssl-refresh ssl-cert-reqs=0 ssl-ciphers=", _TLS),
     ("middleware=", "nothing is imported by name. Write a transport plugin (docs/hooks.md)."),
-    ("grpc grpc-mode", "there is no gRPC surface yet. Leave it out."),
+    ("grpc grpc-mode", "gRPC is spoken beside HTTP, on a port of its own. Use --grpc-port (docs/grpc.md)."),
     ("tokens-only skip-tokenizer-init", "text is always tokenised here. Leave it out; clients may send and ask for token ids."),
     ("enable-force-include-usage", f"{_REQUESTS_SAY} Send stream_options.include_usage."),
     ("return-tokens-as-token-ids", f"{_REQUESTS_SAY} Send return_tokens_as_token_ids."),

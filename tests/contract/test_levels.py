@@ -30,6 +30,7 @@ from penstock.core.runtime.device_queue import InlineDeviceQueue
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.driver import Driver, Job, Options
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
+from penstock.transports.edge import transport_factories
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -110,8 +111,7 @@ def test_a_frozen_transport_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from edge_kit import Edge
 
     edge = Edge(tmp_path, {})
-    [spec] = strangers(host("edge", "frozen_transport"), "transports").values()
-    edge.factories = [spec.factory]
+    edge.factories = list(transport_factories(host("edge", "frozen_transport"), build({"transports": ["frozen"]})))
     edge.start()
     try:
         assert httpx.get(f"http://127.0.0.1:{edge.port}/frozen").json() == {"active": 0}

@@ -73,6 +73,19 @@ def test_the_socket_is_bound_once_and_a_taken_port_is_an_error() -> None:
         kernel.bind(build({"host": "a" * 64 + "é.invalid"}))
 
 
+def test_further_ports_are_bound_too_or_none_is() -> None:
+    assert kernel.bind_further(build({})) == {}
+    [(name, sock)] = kernel.bind_further(build({"grpc_port": 0, "uds": "/x"})).items()
+    with sock:
+        port = sock.getsockname()[1]
+        assert name == "grpc"
+        assert kernel.address_of(build({"host": "0.0.0.0"}), sock) == f"127.0.0.1:{port}"
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+        with pytest.raises(ConfigError, match=f"Port {port} on 127.0.0.1 is in use.*choose another --grpc-port"):
+            kernel.bind_further(build({"grpc_port": port}))
+
+
 def test_a_unix_socket_replaces_a_dead_one_but_not_a_living_one(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     config = build({"uds": path})
@@ -176,6 +189,7 @@ def test_the_ready_message_holds_a_curl_line_that_a_shell_understands() -> None:
     assert body["messages"][0]["role"] == "user"
     assert "secret" not in "\n".join(lines)
     assert "deterministic" in lines[0]
+    assert "grpc on 127.0.0.1:7" in kernel.ready_lines(config, "http://127.0.0.1:8000", ready, {"grpc": "127.0.0.1:7"})
 
 
 def test_the_memory_table_adds_up_and_lines_up() -> None:
@@ -199,6 +213,14 @@ def test_one_model_is_one_pool() -> None:
         ("edge", 0, "", ["http"]),
         ("edge", 1, "", ["http"]),
     ]
+
+
+def test_edges_inherit_further_ports() -> None:
+    config = build({"grpc_port": 0})
+    specs = kernel.child_specs(config, pools_of(config))
+    assert [(spec.role, spec.listeners) for spec in specs] == [("engine", []), ("text", []), ("edge", ["http", "grpc"])]
+    boots = [kernel.boot_of(spec, 1, config, run_dir="/r", listeners={"http": 7, "grpc": 8}, pools=pools_of(config)) for spec in specs]
+    assert [boot.listeners for boot in boots] == [{}, {}, {"http": 7, "grpc": 8}]
 
 
 def test_children_of_two_pools_have_their_own_names_and_sockets_and_only_edges_get_keys_and_listeners() -> None:

@@ -327,9 +327,12 @@ def test_tokenizers_are_named(add: Add) -> None:
         loaded.tokenizers()["odd"].factory("/x")
 
 
-def test_transports_are_named(add: Add) -> None:
-    name = add("register_transports", lambda: [TransportSpec(name="odd", api_level=1, factory=lambda gateway: None)])  # type: ignore[arg-type,return-value]
-    with pytest.raises(PluginFault, match=r"The transport 'odd' \(plugin 'strange'.*must return a list of route handlers, not NoneType"):
+@pytest.mark.parametrize(
+    ("level", "said"), [(1, "must return a list of route handlers, not NoneType"), (2, "returned NoneType, which is no transport")]
+)
+def test_transports_are_named(add: Add, level: int, said: str) -> None:
+    name = add("register_transports", lambda: [TransportSpec(name="odd", api_level=level, factory=lambda gateway: None)])  # type: ignore[arg-type,return-value]
+    with pytest.raises(PluginFault, match=rf"The transport 'odd' \(plugin 'strange'.*{said}"):
         PluginHost("edge", extra=[name]).load().transports()["odd"].factory(None)
 
 

@@ -86,7 +86,7 @@ def test_no_option_that_plugins_bring_words_for_has_a_fixed_list() -> None:
         ({"attention_backend": "tritn"}, "--attention-backend tritn: no such plugin. Did you mean 'triton'? Known: native, torch, triton."),
         ({"grammar_backend": "outlines"}, "--grammar-backend outlines: no such plugin. Known: llguidance, xgrammar."),
         ({"scheduling_policy": "lifo"}, "--scheduling-policy lifo: no such plugin."),
-        ({"transports": ["openai", "grpc"]}, "--transports grpc: no such plugin."),
+        ({"transports": ["openai", "quic"]}, "--transports quic: no such plugin."),
         (
             {"load_format": "safetensor"},
             "--load-format safetensor: not known, and no plugin is installed that could bring it. Did you mean 'saf",
@@ -110,6 +110,8 @@ def test_a_backend_that_comes_with_an_extra_says_so_where_it_is_not_installed(mo
     check_names(build({}))
     with pytest.raises(ConfigError, match=r"--grammar-backend xgrammar: .* pip install 'penstock\[xgrammar\]'"):
         check_names(build({"grammar_backend": "xgrammar"}))
+    with pytest.raises(ConfigError, match=r"--grpc-port 5: grpclib is not installed. It comes with pip install 'penstock\[grpc\]'"):
+        check_names(build({"grpc_port": 5}))
 
 
 def test_names_of_other_packages_are_left_to_the_process_that_loads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,8 +126,8 @@ def test_names_of_other_packages_are_left_to_the_process_that_loads_them(monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     check_names(config)
     assert "tpu_plugin" not in sys.modules
-    with pytest.raises(ConfigError, match="grpc"):
-        check_names(build({"transports": ["grpc"]}))
+    with pytest.raises(ConfigError, match="quic"):
+        check_names(build({"transports": ["quic"]}))
 
 
 def test_missing_module_stops_the_start_and_names_it() -> None:

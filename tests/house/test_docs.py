@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from penstock.core.contract import actors, devices, formats, grammars, hookspecs, policy
+from penstock.core.contract import actors, devices, formats, grammars, hookspecs, policy, transports
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
 from penstock.core.protocol import errors
@@ -61,6 +61,7 @@ PROTOCOLS: list[Any] = [
     *(devices.Device, devices.Runner, api.Weights, api.Attention, api.Model, api.Program, api.Ops, api.Linear),
     *(policy.SchedulePolicy, text_api.Tokenizer, text_api.ChatRenderer, text_api.TemplatedRenderer, gateway.Sink),
     *(actors.Seat, actors.Actor, actors.ActorPort, grammars.Grammars, grammars.Matcher, formats.Splitter),
+    *(transports.Transport, transports.Listener, transports.Application),
 ]
 
 

@@ -20,8 +20,10 @@ import msgspec
 import openai
 import uvloop
 
+from penstock.core.contract.transports import Transport
 from penstock.core.protocol import config as configuration
 from penstock.core.protocol.columns import i32, i64
+from penstock.core.protocol.config import further_ports
 from penstock.core.protocol.messages import (
     Answer,
     Extension,
@@ -39,6 +41,7 @@ from penstock.core.protocol.pools import pools_of
 from penstock.core.runtime.frames import make_hello
 from penstock.transports.builtin import register_transports
 from penstock.transports.edge import Server
+from penstock.transports.gateway import Gateway
 from penstock.transports.link import Link
 from penstock.transports.tracing import NO_TRACING, Tracing
 
@@ -220,6 +223,16 @@ class FakeText:
         return found
 
 
+def transport_of(factory: Any) -> Callable[[Gateway], Transport]:
+    """A TransportSpec's factory; of a function that gives routes alone, too."""
+
+    def made(gateway: Gateway) -> Transport:
+        found = factory(gateway)
+        return found if isinstance(found, Transport) else Transport(found)
+
+    return made
+
+
 class Edge:
     """A running edge with its fake text."""
 
@@ -235,6 +248,8 @@ class Edge:
         self.starting = threading.Event()
         self._error: BaseException | None = None
         self.port = 0
+        self.ports: dict[str, int] = {}
+        """Of listeners beside HTTP."""
 
     def start(self) -> Edge:
         self._thread.start()
@@ -265,9 +280,12 @@ class Edge:
             await self.text.listen()
             listener = socket.create_server(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
-            self.server = Server(self.config, pools=self.pools, run_dir=str(self.folder), factories=self.factories, tracing=self._tracing)
+            factories = [transport_of(factory) for factory in self.factories]
+            self.server = Server(self.config, pools=self.pools, run_dir=str(self.folder), factories=factories, tracing=self._tracing)
             self.starting.set()
-            await self.server.start([listener])
+            further = {option.listener: socket.create_server(("127.0.0.1", port)) for option, port in further_ports(self.config)}
+            self.ports = {name: sock.getsockname()[1] for name, sock in further.items()}
+            await self.server.start([listener], further)
         except BaseException as error:
             self._error = error
             self._up.set()

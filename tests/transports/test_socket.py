@@ -15,6 +15,7 @@ from test_retained import Stream, stream  # noqa: F401
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
+from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import Attach, Cancel, Detach, Query, Rejected, Submit
 
 SURFACES = [
@@ -238,6 +239,18 @@ def test_who_leaves_a_retained_stream_detaches_and_attaches_again(edge: Edge, st
         say(ws, op="attach", id="d", stream="other")
         assert until_end(ws, "d")[-1]["error"]["code"] == "stream_not_found"
     assert edge.text.wait_for(Attach)
+
+
+def test_a_kept_stream_with_a_large_beginning(edge: Edge, ws: ClientConnection) -> None:
+    prompt = "a" * 100_000
+    edge.text.script = lambda submit: [
+        delta({"key": submit.key, "text": "b", "reason": "stop", "extra": {"prompt_text": prompt, "prompt_token_ids": i32([1])}}),
+        finished(submit.key),
+    ]
+    say(ws, op="start", id="a", path="/v1/completions", body={"prompt": prompt, "stream": True, "echo": True, "retain_s": 30})
+    heard = until_end(ws)
+    assert heard[-1] == {"id": "a", "done": True}
+    assert "".join(message["data"]["choices"][0]["text"] for message in heard[1:-1]) == prompt + "b"
 
 
 def test_who_takes_a_stream_over_ends_the_other_one(edge: Edge) -> None:

@@ -7,6 +7,7 @@ and a busy server is 529.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import sys
 import threading
@@ -26,6 +27,7 @@ from litestar.types import ASGIApp
 from penstock.core.actors.text.bounds import SMALL
 from penstock.core.contract.hookspecs import TransportSpec, hookimpl
 from penstock.core.contract.host import PluginHost
+from penstock.core.contract.transports import Transport
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, PluginFault
 from penstock.core.protocol.messages import Message, Rejected, Submit
@@ -371,7 +373,8 @@ def strangers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
     def make(voice: type[Telegraph] = Telegraph, factory: Any = None) -> list[Any]:
         module = types.ModuleType("strange")
-        spec = TransportSpec(name="wires", api_level=1, factory=factory or (lambda gateway: telegraph_routes(gateway, voice)))
+        telegraph = functools.partial(telegraph_routes, voice=voice)
+        spec = TransportSpec(name="wires", api_level=2, factory=lambda gateway: Transport((factory or telegraph)(gateway)))
         module.register_transports = hookimpl(lambda: [spec])  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "strange", module)
         config = build({"transports": ["wires", "openai"]})
@@ -417,6 +420,41 @@ def test_what_a_voice_gives_wrongly_is_its_plugins_fault(
     assert any(BLAME + said in message for message in caplog.messages)
 
 
+class Ear:
+    """A Listener of somebody's, without an option of its own."""
+
+    name = "ear"
+
+    def __init__(self, words: list[Any]) -> None:
+        self.words = words
+
+    async def start(self, sock: Any, app: Any) -> None:
+        self.words.append(("start", sock, callable(app)))
+
+    async def stop(self, limit_s: float) -> None:
+        self.words.append("stop")
+
+
+def test_a_listener_is_started_and_stopped_with_its_edge(make_edge: MakeEdge) -> None:
+    words: list[Any] = []
+    edge = make_edge(routes=[lambda gateway: Transport(listeners=[Ear(words)])])
+    assert words == [("start", None, True)]
+    edge.text.call(edge.server.stop)
+    assert words[1] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("transport", "said"),
+    [
+        (Transport(listeners=[3]), "returned the listener 3, which has no name and no start and no stop"),  # type: ignore[list-item]
+        (Transport(routes=7), "returned a transport whose routes are 7, which must be a list"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_wrong_with_a_transport_is_its_plugins_fault(transport: Transport, said: str) -> None:
+    with pytest.raises(PluginFault, match=f"factory.. {said}"):
+        Owned(lambda gateway: transport, lambda call, error: PluginFault(f"{call}() {error}"))(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", ["piece", "closed", "opened", "ended", "broken"])
 def test_what_a_voice_fails_at_in_a_stream_is_logged_with_plugin_and_request(
     method: str, make_edge: MakeEdge, strangers: Any, caplog: pytest.LogCaptureFixture
@@ -458,7 +496,7 @@ def test_a_list_of_something_else_than_routes_is_its_plugins_fault(strangers: An
     factory, openai = strangers(factory=lambda gateway: [42])
     with pytest.raises(PluginFault, match=re.escape(BLAME + "factory() returned a list with 42 in it, which is no Litestar route handler")):
         factory(None)
-    assert openai is openai_routes, "built-in ones speak for themselves"
+    assert not isinstance(openai, Owned), "built-in ones speak for themselves"
 
 
 # ------------------------------------------------------------------ what it costs
@@ -649,9 +687,9 @@ def test_a_routes_voice_is_looked_at_when_the_edge_starts(voice: Any, said: str)
     def blame(call: str, error: Exception | str) -> PluginFault:
         return PluginFault(f"The transport 'odd' is broken: {call}() {error}")
 
-    routes = Owned(lambda gateway: [telegraph], blame)
+    owned = Owned(lambda gateway: Transport([telegraph]), blame)
     if not said:
-        assert routes(None) == [telegraph]  # type: ignore[arg-type]
+        assert owned(None).routes == [telegraph]  # type: ignore[arg-type]
         return
     with pytest.raises(PluginFault, match=f"The transport 'odd' .*{said}"):
-        routes(None)  # type: ignore[arg-type]
+        owned(None)  # type: ignore[arg-type]

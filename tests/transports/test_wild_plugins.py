@@ -20,6 +20,7 @@ from litestar.types import ASGIApp
 from penstock.core.actors.text.bounds import SMALL
 from penstock.core.contract.hookspecs import TransportSpec, hookimpl
 from penstock.core.contract.host import PluginHost
+from penstock.core.contract.transports import Transport
 from penstock.core.protocol.config import build
 from penstock.core.protocol.messages import Message, Submit
 from penstock.transports import replies
@@ -77,7 +78,7 @@ def wild(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
     def make(factory: Callable[[Gateway], list[Any]]) -> list[Any]:
         module = types.ModuleType("wilderness")
-        spec = TransportSpec(name="wild", api_level=1, factory=factory)
+        spec = TransportSpec(name="wild", api_level=2, factory=lambda gateway: Transport(factory(gateway)))
         module.register_transports = hookimpl(lambda: [spec])  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "wilderness", module)
         config = build({"transports": ["wild", "openai"]})
