@@ -115,6 +115,9 @@ class StreamReply(Job):
         """Events up to this one are not sent."""
         self._backlog = Backlog(self.outbox, gateway.config.stream_park_bytes, self._not_said) if again is not None else None
         self._started = again is not None
+        """Is an error an event of the stream? Before anything was sent it is a reply of its own; of one that is resumed, an error that its rows tell is an event in any case."""
+        self._replied = False
+        """Has the reply begun?"""
         self._reasons: list[str] = []
         self._left = False
         """Has the client gone?"""
@@ -187,6 +190,8 @@ class StreamReply(Job):
         self.outbox.close()
 
     def lost(self, error: PenstockError) -> None:
+        if self.error is None:  # what no row says is no part of the stream: before anything else was sent it has its status
+            self._started = self._replied
         # Whoever resumes the stream finds no such event in it.
         self.push = self.outbox.push if self._carrier is None else _unsaid
         if self.retention is not None:
@@ -275,10 +280,11 @@ class StreamReply(Job):
                 await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
                 return
             if self._after and outbox.last and not outbox.unsent:  # it has all of it (and, as the HTML standard says, need not come again)
+                self._replied = True
                 await send({"type": "http.response.start", "status": 204, "headers": []})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
-            self._started = True
+            self._started = self._replied = True
             headers = [*self._frame.headers, *ignored_header(self.generation.ignored)]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._write(self.context.raw_send)

@@ -202,7 +202,7 @@ def test_who_comes_takes_the_stream_over(make_edge: MakeEdge) -> None:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(other.send(request)))
         thread.start()
-        assert edge.text.wait_for(Attach)[0] == Attach(rid=rid, tenant="", edge=0, keys=[key])
+        assert edge.text.wait_for(Attach)[0] == Attach(rid=rid, tenant="", edge=0, keys=[key], mark=1)
         text = first.read().decode()
         edge.text.send(
             delta({"key": key, "text": "Hel"}), delta({"key": key, "text": "lo"}), delta({"key": key, "reason": "stop"}), finished(key)
@@ -227,8 +227,50 @@ def test_one_that_is_gone_meanwhile(make_edge: MakeEdge) -> None:
 
     edge.text._on_message = on_message  # type: ignore[method-assign]
     rid = edge.kept.post(CHATS, json=HI | {"retain_s": 5}).headers["x-request-id"]
-    text = edge.kept.get(f"/v1/streams/{rid}").text
-    assert ('"code":"stream_not_found"' in text, "id: " in text) == (True, False)
+    reply = edge.kept.get(f"/v1/streams/{rid}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "stream_not_found"), "nothing was sent yet: it has its status"
+    assert edge.server.gateway.active == 0
+
+
+@pytest.mark.parametrize("over", ["http", "ndjson"])
+def test_what_was_under_way_to_the_reader_before_is_not_taken_for_the_answer(edge: Edge, stream: Stream, over: str) -> None:
+    """Rows, an end or a refusal that text sent before it heard of the new reader, who listens on the same edge to the same keys."""
+    headers = {"accept": "application/x-ndjson"} if over == "ndjson" else {}
+    whole = edge.kept.post(CHATS, json=HI | {"retain_s": 5}, headers=headers)
+    key, rid = stream.submits[0].key, whole.headers["x-request-id"]
+    refusal = Rejected(key=key, status=409, type="invalid_request_error", code="stream_taken", message="Taken.")
+    for late in ([delta({"key": key, "text": " world"})], [delta({"key": key, "reason": "stop"}), finished(key)], [refusal]):
+        edge.text.late = list(late)
+        assert edge.kept.get(f"/v1/streams/{rid}").text == whole.text
+    assert edge.server.gateway.active == 0
+
+
+def test_who_comes_while_another_waits_for_text_is_the_one(edge: Edge) -> None:
+    """The one that waits is told at once, and what it waited for is nobody's."""
+    stream = Stream(edge)
+    whole = edge.kept.post(CHATS, json=HI | {"retain_s": 5})
+    rid = whole.headers["x-request-id"]
+    own = edge.text._on_message
+
+    def on_message(link: Any, message: Message) -> None:
+        first = isinstance(message, Attach) and message.mark == 1
+        if not first:  # the first is never answered
+            own(link, message)
+        else:
+            edge.text.received.append(message)
+        if isinstance(message, Attach) and not first:
+            for frame in stream.again():
+                link.send(frame)
+
+    edge.text._on_message = on_message  # type: ignore[method-assign]
+    got: list[httpx.Response] = []
+    with edge.http() as other:
+        thread = threading.Thread(target=lambda: got.append(other.get(f"/v1/streams/{rid}")))
+        thread.start()
+        edge.wait(lambda: any(isinstance(message, Attach) for message in edge.text.received))
+        assert edge.kept.get(f"/v1/streams/{rid}").text == whole.text
+        thread.join(20)
+    assert (got[0].status_code, got[0].json()["error"]["code"]) == (409, "stream_taken")
     assert edge.server.gateway.active == 0
 
 
