@@ -217,6 +217,7 @@ class Job(abc.ABC):
         if self.retention is not None and cause in ("disconnect", "slow_client"):
             for key in self.keys:
                 self.door.detach(key, cause)
+            self.keys.clear()  # from now on they may be another reader's
             return
         for key in self.keys:
             self.gateway.cancel(key, cause)

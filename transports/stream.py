@@ -198,7 +198,6 @@ class StreamReply(Job):
         self.push = self.outbox.push if self._carrier is None else _unsaid
         if self.retention is not None:
             self.cancel("disconnect")
-            self.keys.clear()  # they may be another reader's now
         super().lost(error)
 
     def broken(self, error: PenstockError) -> None:
@@ -240,7 +239,6 @@ class StreamReply(Job):
         self._linger = asyncio.get_running_loop().call_later(seconds, self._abort)
         self._pulse.discard(outbox)
         self.cancel("slow_client")
-        self.keys.clear()  # they may be another reader's soon
         self.gateway.leave()  # nobody is to wait for this client
         self.push = outbox.push  # as in `lost`
         outbox.forget()

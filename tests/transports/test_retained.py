@@ -245,6 +245,30 @@ def test_what_was_under_way_to_the_reader_before_is_not_taken_for_the_answer(edg
     assert edge.server.gateway.active == 0
 
 
+def test_who_left_takes_nothing_from_who_came_at_once(make_edge: MakeEdge) -> None:
+    """The next one listens before the reply to the one before has come to its end."""
+    edge = make_edge(text=lambda text: setattr(text, "script", lambda submit: [delta({"key": submit.key, "text": "Hel"})]))
+    Stream(edge)
+    with edge.http() as http:
+        first = opened(http, edge, 1)
+        key, rid, door = edge.text.wait_for(Submit)[0].key, first.headers["x-request-id"], edge.server.gateway.door()
+        failures: list[Any] = []
+
+        class Next:
+            failed = staticmethod(failures.append)
+
+        def both() -> None:
+            door._sinks[key]._job._abandon("disconnect")  # type: ignore[attr-defined]
+            door.follow(rid, "", [(key, Next())])  # type: ignore[list-item]
+
+        edge.text.call(both)
+        edge.wait(lambda: edge.server.gateway.active == 0, "the end of the first reply")
+        edge.text.wait_for(Attach)
+        assert edge.text.wait_for(Detach) == [Detach(key=key, edge=0)]
+        edge.text.send(Rejected(key=key, status=409, type="invalid_request_error", code="stream_taken", message="Taken."))
+        edge.wait(lambda: bool(failures), "it still listens")
+
+
 def test_who_comes_while_another_waits_for_text_is_the_one(edge: Edge) -> None:
     """The one that waits is told at once, and what it waited for is nobody's."""
     stream = Stream(edge)
