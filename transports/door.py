@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -290,23 +290,28 @@ class Door:
         self.send(submit)
         self._sinks[submit.key] = sink
 
-    def follow(self, rid: str, tenant: str, sinks: Sequence[tuple[int, Sink]]) -> None:
+    def follow(self, rid: str, tenant: str, sinks: Mapping[int, Sink]) -> None:
         """Listen to a retained stream: what belongs to its keys comes to these sinks, from the beginning. Who listened here before is told that it is over."""
         if not self.connected:
             raise self.unavailable()
-        before = [sink for key, _ in sinks if (sink := self._forget(key)) is not None]
+        before = [sink for key in sinks if (sink := self._forget(key)) is not None]
         taken = StreamTaken()
         for sink in before:
             sink.failed(taken)
         self._mark += 1
         self._awaited[self._mark] = dict(sinks)
-        self.send(Attach(rid=rid, tenant=tenant, edge=self._edge, keys=[key for key, _ in sinks], mark=self._mark))
+        self.send(Attach(rid=rid, tenant=tenant, edge=self._edge, keys=list(sinks), mark=self._mark))
+
+    def listener(self, key: int) -> Sink | None:
+        """Whoever listens to it, or will as soon as text says so."""
+        waiting = (some[key] for some in self._awaited.values() if key in some)  # most of the time there are none
+        return next(waiting, self._sinks.get(key))
 
     def _forget(self, key: int) -> Sink | None:
-        """Whoever listens to it, or will as soon as text says so."""
-        found = self._sinks.pop(key, None)
-        for some in self._awaited.values():  # most of the time there are none
-            found = some.pop(key, None) or found
+        found = self.listener(key)
+        self._sinks.pop(key, None)
+        for some in self._awaited.values():
+            some.pop(key, None)
         return found
 
     def detach(self, key: int, cause: CancelCause = "disconnect") -> None:

@@ -17,6 +17,8 @@ import pytest
 
 from penstock.plugins.commands.bench.server import free_port
 
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
+
 SMALL = ["--kv-cache-memory-bytes", "64M"]
 
 

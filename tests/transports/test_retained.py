@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
 
-from penstock.core.protocol.messages import Attach, Cancel, Detach, Message, Query, Rejected, Submit
+from penstock.core.protocol.messages import Attach, Attached, Cancel, Detach, Message, Query, Rejected, Submit
+from penstock.transports.job import Job
 
 CHATS = "/v1/chat/completions"
 HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -259,7 +260,7 @@ def test_who_left_takes_nothing_from_who_came_at_once(make_edge: MakeEdge) -> No
 
         def both() -> None:
             door._sinks[key]._job._abandon("disconnect")  # type: ignore[attr-defined]
-            door.follow(rid, "", [(key, Next())])  # type: ignore[list-item]
+            door.follow(rid, "", {key: Next()})  # type: ignore[dict-item]
 
         edge.text.call(both)
         edge.wait(lambda: edge.server.gateway.active == 0, "the end of the first reply")
@@ -267,6 +268,38 @@ def test_who_left_takes_nothing_from_who_came_at_once(make_edge: MakeEdge) -> No
         assert edge.text.wait_for(Detach) == [Detach(key=key, edge=0)]
         edge.text.send(Rejected(key=key, status=409, type="invalid_request_error", code="stream_taken", message="Taken."))
         edge.wait(lambda: bool(failures), "it still listens")
+
+
+def test_who_leaves_a_stream_that_has_ended_takes_nothing_from_who_reads_it_now(edge: Edge, stream: Stream) -> None:
+    """The first reader's process has the end of it, and still sends."""
+    failures: list[Any] = []
+    jobs: list[Any] = []
+    begin = Job.begin
+
+    class Next:
+        failed = staticmethod(failures.append)
+
+    def begun(job: Job) -> None:
+        jobs.append(job)
+        begin(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "begin", begun)
+        rid = edge.kept.post(CHATS, json=HI | {"retain_s": 5}).headers["x-request-id"]
+    key, door = stream.submits[0].key, edge.server.gateway.door()
+    edge.wait(lambda: key not in door._sinks)
+    assert jobs[0].keys == [key]
+
+    def both() -> None:
+        door.follow(rid, "", {key: Next()})  # type: ignore[dict-item]
+        jobs[0].cancel("disconnect")
+        jobs[0].cancel("client")
+
+    edge.text._on_message = lambda link, message: edge.text.received.append(message)  # type: ignore[method-assign]
+    edge.text.call(both)
+    assert not [message for message in edge.text.received if isinstance(message, (Detach, Cancel))]
+    edge.text.send(Attached(mark=1), Rejected(key=key, status=409, type="invalid_request_error", code="stream_taken", message="Taken."))
+    edge.wait(lambda: bool(failures), "it still listens")
 
 
 def test_who_comes_while_another_waits_for_text_is_the_one(edge: Edge) -> None:
