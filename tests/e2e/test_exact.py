@@ -6,15 +6,16 @@ import json
 import os
 import random
 import re
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from cutting import DONE, Torn, lines_of, normal, sse
+from cutting import DONE, Torn, dechunked, lines_of, normal, sse
 
-FLAGS = ["--edge-workers", "2"]
+FLAGS = ["--edge-workers", "2", "--engine-restarts", "9"]
 CHATS = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Count."}]
 COUNT = [{"role": "user", "content": "Count from 1 to 20."}]
@@ -40,7 +41,11 @@ STORIES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "calls": (CHATS, CALLS, {}),
     "responses": ("/v1/responses", {"input": "Count.", "max_output_tokens": 150, "stream": True, **DRAWN}, {}),
     "messages": ("/v1/messages", {"model": "brook", "max_tokens": 150, "messages": COUNT, "stream": True, "temperature": 0}, {}),
-    "tgi": ("/generate_stream", {"inputs": "Count from 1 to 20.", "parameters": {"max_new_tokens": 150, "details": True}}, {}),
+    "tgi": (
+        "/generate_stream",
+        {"inputs": "<|user|>Count from 1 to 20.<|end|><|assistant|>", "parameters": {"max_new_tokens": 150, "details": True}},
+        {},
+    ),
     "lines": (CHATS, {"messages": HI, "n": 2, "max_tokens": 120, "logprobs": True, "stream": True, **DRAWN}, LINES),
 }
 
@@ -53,6 +58,11 @@ def rng() -> Iterator[random.Random]:
     yield random.Random(seed)
 
 
+def _holds(pid: int, port: int) -> bool:
+    """Is the other end of that port's connection this process's?"""
+    return any(link.raddr and link.raddr.port == port for link in psutil.Process(pid).net_connections("tcp"))
+
+
 def generated(server: Any) -> float:
     return float(server.metric("penstock_tokens_total", 'source="generated"'))
 
@@ -62,7 +72,7 @@ def killer(server: Any, killed: list[int]) -> Callable[[int], None]:
 
     def kill(port: int) -> None:
         for edge in [] if killed else server.children()["edge"]:
-            if any(link.raddr and link.raddr.port == port for link in psutil.Process(edge.pid).net_connections("tcp")):
+            if _holds(edge.pid, port):
                 edge.kill()
                 killed.append(edge.pid)
 
@@ -151,3 +161,55 @@ def test_what_a_model_says_to_itself(starter: Any, rng: random.Random) -> None:
     body = {"messages": HI, "max_tokens": 150, "stream": True, **DRAWN}
     assert server.client.post(CHATS, json=body | {"stream": False}).json()["choices"][0]["message"]["reasoning_content"]
     story(server, rng, CHATS, body, {}, cuts=30)
+
+
+def test_a_response_in_the_background_is_followed_at_any_process(server: Any, rng: random.Random) -> None:
+    """By the number of its last event, at processes that did not create it, and once the one that did has died."""
+    assert server.until(lambda: len(server.children().get("edge", [])) == 2, 30)
+    before = generated(server)
+    body = {"input": "Count.", "max_output_tokens": 300, "background": True, **DRAWN}
+    _, creator, raw = _asked(server, b"POST /v1/responses", body | {"stream": True}, limit=2500)
+    found = _followed(raw, 0)
+    name = json.loads(found[0])["response"]["id"]
+    others: set[int] = set()
+    over = False
+    while not over:
+        limit = 300 + rng.randrange(6000)
+        over, edge, raw = _asked(server, f"GET /v1/responses/{name}?stream=true&starting_after={len(found) - 1}".encode(), None, limit)
+        others.add(edge)
+        found += _followed(raw, len(found))
+    assert others - {creator}, "others answered, too"
+    psutil.Process(creator).kill()
+    assert server.until(lambda: creator not in {edge.pid for edge in server.children().get("edge", [])})
+    for after in (-1, 3, len(found) - 2):
+        query = "" if after < 0 else f"&starting_after={after}"
+        over, edge, raw = _asked(server, f"GET /v1/responses/{name}?stream=true{query}".encode(), None, 1 << 30)
+        assert over
+        assert edge != creator
+        assert _followed(raw, after + 1) == found[after + 1 :]
+    whole = server.client.post("/v1/responses", json=body | {"background": False})
+    text = "".join(json.loads(one)["delta"] for one in found if b'"response.output_text.delta"' in one)
+    assert text == whole.json()["output"][0]["content"][0]["text"]
+    assert generated(server) - before == 2 * 300
+
+
+def _asked(server: Any, line: bytes, body: Any, limit: int) -> tuple[bool, int, bytes]:
+    """Whether that was all, whose answer it was (a process id), and its bytes up to the limit."""
+    data = b"" if body is None else json.dumps(body).encode()
+    head = b"%b HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (line, len(data))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        sock.sendall(head + data)
+        raw = b""
+        while len(raw) < limit and not raw.endswith(b"\r\n0\r\n\r\n"):
+            raw += sock.recv(min(65536, limit - len(raw)))
+        (edge,) = [edge.pid for edge in server.children()["edge"] if _holds(edge.pid, sock.getsockname()[1])]
+        return raw.endswith(b"\r\n0\r\n\r\n"), edge, raw
+
+
+def _followed(raw: bytes, first: int) -> list[bytes]:
+    """The whole events in it, whose numbers go on from `first`."""
+    head, _, chunks = raw.partition(b"\r\n\r\n")
+    assert raw.startswith(b"HTTP/1.1 200 "[: len(raw)]), raw
+    payloads = [one.payload for one in sse(dechunked(chunks)[0])]
+    assert [json.loads(payload)["sequence_number"] for payload in payloads] == list(range(first, first + len(payloads)))
+    return payloads
