@@ -7,6 +7,7 @@ What it does not know: what payloads say, how the server keeps streams.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -207,10 +208,8 @@ class Torn:
         way = self._rng.choice(WAYS)
         if way in ("half", "stay"):
             if way == "half":
-                try:
+                with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_WR)
-                except OSError:
-                    pass
             self._behind.append(sock)
             return
         if way == "reset":

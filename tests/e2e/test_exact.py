@@ -7,7 +7,7 @@ import os
 import random
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -51,11 +51,11 @@ STORIES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.fixture
-def rng() -> Iterator[random.Random]:
+def rng() -> random.Random:
     """Other cuts in every run; CUTS_SEED makes those of a run that failed again."""
     seed = int(os.environ.get("CUTS_SEED", random.SystemRandom().randrange(1 << 30)))
     print(f"CUTS_SEED={seed}")  # shown if the test fails
-    yield random.Random(seed)
+    return random.Random(seed)
 
 
 def _holds(pid: int, port: int) -> bool:
@@ -208,7 +208,7 @@ def _asked(server: Any, line: bytes, body: Any, limit: int) -> tuple[bool, int, 
 
 def _followed(raw: bytes, first: int) -> list[bytes]:
     """The whole events in it, whose numbers go on from `first`."""
-    head, _, chunks = raw.partition(b"\r\n\r\n")
+    _, _, chunks = raw.partition(b"\r\n\r\n")
     assert raw.startswith(b"HTTP/1.1 200 "[: len(raw)]), raw
     payloads = [one.payload for one in sse(dechunked(chunks)[0])]
     assert [json.loads(payload)["sequence_number"] for payload in payloads] == list(range(first, first + len(payloads)))
