@@ -528,6 +528,9 @@ def streams(
     settings = {"seconds": seconds, "serve_args": given}
     click.echo(f"load {os.getloadavg()[0]:.1f} before the start")
 
+    def once(work: Any) -> Any:
+        return on_loop(measured.bounded(work))
+
     def told(case: str, rows: list[dict[str, Any]], title: str) -> None:
         report.show_rows(title, rows)
         write_json(json_file, f"streams-{case}", settings, {"rows": rows})
@@ -535,24 +538,22 @@ def streams(
     try:
         if "latency" in cases:
             with measured.clocked(given, step_s=measured.STEP_S, streams=max(counts)) as url:
-                rows = [on_loop(measured.latency(measured.Server(url), count, seconds)) for count in counts]
+                rows = [once(measured.latency(measured.Server(url), count, seconds)) for count in counts]
             told("latency", rows, "ms from the device to the client")
         if "events" in cases:
             rows = []
             for number in edges:
                 with measured.clocked([*given, "--edge-workers", str(number)], step_s=0.0, streams=64) as url:
                     server = measured.Server(url)
-                    rows += [
-                        {"edges": number, **on_loop(measured.events(server, 64, seconds, carrier))} for carrier in ("sse", "websocket")
-                    ]
+                    rows += [{"edges": number, **once(measured.events(server, 64, seconds, carrier))} for carrier in ("sse", "websocket")]
             told("events", rows, "events a second, 64 streams")
         if "retained" in cases:
             with measured.clocked([*given, "--retained-bytes", "4G"], step_s=0.0, streams=50) as url:
-                rows = [on_loop(measured.retained(measured.Server(url), kept, kept))]
+                rows = [once(measured.retained(measured.Server(url), kept, kept))]
             told("retained", rows, "streams of 500 events that are kept")
         if "stalled" in cases:
             with measured.clocked([*measured.STALLED_FLAGS, *given], step_s=0.002, streams=256) as url:
-                rows = on_loop(measured.stalled(measured.Server(url), many, readers, seconds))
+                rows = once(measured.stalled(measured.Server(url), many, readers, seconds))
             told("stalled", rows, f"{readers} streams that are read, beside {many} that are not")
     except OSError as error:
         raise click.ClickException(str(error)) from None

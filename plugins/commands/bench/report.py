@@ -120,7 +120,7 @@ def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in flat:
         table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=max(80, 14 * max(map(len, flat)))).print(table)
+    Console(width=sum(max(len(name), 22 if name == "phase" else 12) + 3 for row in flat[:1] for name in row) + 2).print(table)
 
 
 def _flat(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:

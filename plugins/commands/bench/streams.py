@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,23 +18,29 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from penstock.core.protocol.model_folder import demo_folder
 from penstock.plugins.commands.bench import clock_device, report
-from penstock.plugins.commands.bench.footprint import cpu_seconds, pss_bytes, tree
+from penstock.plugins.commands.bench.footprint import pss_bytes, tree
 from penstock.plugins.commands.bench.server import started
 
+LIMIT_S = 170.0
+"""No measurement takes longer."""
 STEP_S = 0.02
 """Of the device, where streams are to be as quick as those of a model: 50 tokens a second each."""
 KEPT_TOKENS = 500
+ROUND_TOKENS = 2000
 SOCKETS = 8
 """That the streams of `events` share, over WebSockets."""
-STALL_S = 60.0
+PARK_S = 60.0
+STALL_S = 75.0
+"""Longer than until all are parked, and the row beside them."""
 SETTLE_S = 2.0
 ASK: dict[str, Any] = {"prompt": "Once", "stream": True, "ignore_eos": True, "temperature": 0}
 LONG: dict[str, Any] = {"max_tokens": 3000, "logprobs": 20}
 """Events of some kilobytes: a client that does not read them is noticed after a hundred tokens."""
+Result = TypeVar("Result")
 _TEXT = re.compile(rb'"text":"([^"]*)"')
 _SHAKE = (
     b"GET /v1/stream HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n"
@@ -81,7 +88,9 @@ class Server:
         return {role: pss_bytes(pids) / 2**20 for role, pids in self._pids.items()}
 
     def cpu(self, role: str) -> float:
-        return cpu_seconds(self._pids[role])
+        """Seconds of all threads, from the scheduler's own account: clock ticks are too coarse."""
+        tasks = [task for pid in self._pids[role] for task in Path(f"/proc/{pid}/task").iterdir()]
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     async def get(self, path: str) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -96,29 +105,44 @@ class Server:
 
 
 class Reading(asyncio.Protocol):
-    """What comes on one connection, with its times (ns, monotonic); to be understood later."""
+    """What comes on one connection, with its times (ns, monotonic), to be understood later; or only how much."""
 
     def __init__(self, asked: bytes) -> None:
         self._asked = asked
         self.came: list[tuple[int, bytes]] = []
-        self.count = 0
-        self.mark = b"data: "
-        self.keeps = True
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-        transport.write(self._asked)  # type: ignore[attr-defined]
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self._asked)
 
     def data_received(self, data: bytes) -> None:
-        now = time.monotonic_ns()
-        self.count += data.count(self.mark)
-        if self.keeps:
-            self.came.append((now, data))
+        self.came.append((time.monotonic_ns(), data))
 
     def connection_lost(self, _: Exception | None) -> None:
         if not self.over.done():
             self.over.set_result(None)
+
+
+class Counting(Reading):
+    """Counts `mark`; hangs up once `end` came `ends` times."""
+
+    def __init__(self, asked: bytes, mark: bytes, end: bytes, ends: int) -> None:
+        super().__init__(asked)
+        self.count = 0
+        self._mark, self._end, self._ends = mark, end, ends
+        self._tails = [b"", b""]
+
+    def data_received(self, data: bytes) -> None:
+        found = []
+        for at, mark in enumerate((self._mark, self._end)):  # which two reads may share
+            text = self._tails[at] + data
+            self._tails[at] = text[-len(mark) + 1 :]
+            found.append(text.count(mark))
+        self.count += found[0]
+        self._ends -= found[1]
+        if self._ends <= 0:
+            self.transport.close()
 
 
 def post(body: dict[str, Any], path: str = "/v1/completions", **headers: str) -> bytes:
@@ -128,8 +152,18 @@ def post(body: dict[str, Any], path: str = "/v1/completions", **headers: str) ->
     return head.encode() + data
 
 
+async def bounded(work: Awaitable[Result]) -> Result:
+    """Raises TimeoutError."""
+    async with asyncio.timeout(LIMIT_S):
+        return await work
+
+
+async def opened(port: int, reading: Callable[[], Reading]) -> Any:
+    return (await asyncio.get_running_loop().create_connection(reading, "127.0.0.1", port))[1]
+
+
 async def connect(port: int, asked: bytes) -> Reading:
-    _, made = await asyncio.get_running_loop().create_connection(lambda: Reading(asked), "127.0.0.1", port)
+    made: Reading = await opened(port, lambda: Reading(asked))
     return made
 
 
@@ -157,34 +191,42 @@ async def latency(server: Server, streams: int, seconds: float) -> dict[str, Any
 
 
 async def events(server: Server, streams: int, seconds: float, carrier: str) -> dict[str, Any]:
-    """As many as come."""
-    body = {"max_tokens": 4000}
-    if carrier == "sse":
-        readings = [await connect(server.port, post(body)) for _ in range(streams)]
-    else:
-        readings = [await connect(server.port, _SHAKE) for _ in range(min(SOCKETS, streams))]
-        await asyncio.sleep(0.5)
-        for number in range(streams):
-            said = json.dumps({"op": "start", "id": str(number), "path": "/v1/completions", "body": ASK | body}).encode()
-            one = readings[number % len(readings)]
-            one.mark = b'"seq":'
-            one.transport.write(b"\x81\xfe" + len(said).to_bytes(2, "big") + bytes(4) + said)  # type: ignore[attr-defined]
-    for one in readings:
-        one.keeps = False
-    await asyncio.sleep(1.0)
-    count, cpu, begun = sum(one.count for one in readings), server.cpu("edge"), time.perf_counter()
-    await asyncio.sleep(seconds)
-    came, used, wall = sum(one.count for one in readings) - count, server.cpu("edge") - cpu, time.perf_counter() - begun
-    for one in readings:
-        one.transport.close()
-    await asyncio.gather(*(one.over for one in readings))
+    """Rounds of so many streams at once, each read to its end, for about so long."""
+    count, used, wall = 0, 0.0, 0.0
+    round_ = _over_sse if carrier == "sse" else _over_sockets
+    await round_(server, streams, 200)
+    while wall < seconds:
+        cpu, begun = server.cpu("edge"), time.perf_counter()
+        count += await round_(server, streams, ROUND_TOKENS)
+        used += server.cpu("edge") - cpu
+        wall += time.perf_counter() - begun
     return {
         "carrier": carrier,
         "streams": streams,
-        "events_per_s": came / wall,
-        "edge_cpu_share": used / wall,
-        "events_per_cpu_s": came / used if used else 0.0,
+        "events": count,
+        "events_per_s": count / wall,
+        "edge_cores": used / wall,
+        "events_per_cpu_s": count / max(used, 1e-9),
     }
+
+
+async def _over_sse(server: Server, streams: int, tokens: int) -> int:
+    asked = post({"max_tokens": tokens})
+    readings = [await opened(server.port, lambda: Counting(asked, b"data: {", b"data: [DONE]", 1)) for _ in range(streams)]
+    await asyncio.gather(*(one.over for one in readings))
+    return sum(one.count for one in readings)
+
+
+async def _over_sockets(server: Server, streams: int, tokens: int) -> int:
+    shares = [len(range(first, streams, SOCKETS)) for first in range(min(SOCKETS, streams))]
+    readings = [await opened(server.port, functools.partial(Counting, _SHAKE, b'"seq":', b'"done":true', share)) for share in shares]
+    await asyncio.sleep(0.2)  # nothing may be sent before the handshake is answered
+    for number in range(streams):
+        body = ASK | {"max_tokens": tokens}
+        said = json.dumps({"op": "start", "id": str(number), "path": "/v1/completions", "body": body}).encode()
+        readings[number % SOCKETS].transport.write(b"\x81\xfe" + len(said).to_bytes(2, "big") + bytes(4) + said)
+    await asyncio.gather(*(one.over for one in readings))
+    return sum(one.count for one in readings)
 
 
 # ------------------------------------------------------------------ retained
@@ -193,8 +235,8 @@ async def events(server: Server, streams: int, seconds: float, carrier: str) -> 
 async def retained(server: Server, streams: int, resumes: int) -> dict[str, Any]:
     """Streams of 500 events, read to their ends; then some of them again, from the middle on, one after the other."""
     await asyncio.sleep(SETTLE_S)
-    warm = await connect(server.port, post({"max_tokens": KEPT_TOKENS}))
-    await warm.over
+    warm = [await connect(server.port, post({"max_tokens": KEPT_TOKENS})) for _ in range(50)]
+    await asyncio.gather(*(one.over for one in warm))
     before = server.memory()
     for first in range(0, streams, 50):
         some = [
@@ -223,15 +265,15 @@ async def _reader(port: int, number: int, gaps: list[float]) -> None:
     """One stream after the other, for ever."""
     while True:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(post({"max_tokens": 800, "seed": number}))
-        last = 0.0
-        while line := await reader.readline():
-            if line.startswith(b"data: {"):
-                now = time.perf_counter()
-                if last:
-                    gaps.append(now - last)
-                last = now
-        writer.close()
+        with contextlib.closing(writer):
+            writer.write(post({"max_tokens": 800, "seed": number}))
+            last = 0.0
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):
+                    now = time.perf_counter()
+                    if last:
+                        gaps.append(now - last)
+                    last = now
 
 
 def _stall(port: int, number: int) -> socket.socket:
@@ -283,7 +325,7 @@ async def stalled(server: Server, many: int, readers: int, seconds: float) -> li
         await asyncio.sleep(SETTLE_S)
         await phase("alone")
         clients = [_stall(server.port, number) for number in range(many)]
-        await _until(parked, "the park of all", STALL_S)
+        await _until(parked, "the park of all (fewer: --stalled)", PARK_S)
         await asyncio.sleep(SETTLE_S)
         await phase("beside those that stall")
         await _until(cut, "the cut of all", STALL_S + 30)
