@@ -103,8 +103,8 @@ class StreamReply(Job):
         carrier = context.carrier
         self._carrier = carrier
         self._frame = frame if carrier is None else carrier.frame
-        self._spares_numbers = frame.tells_numbers
-        """May numbers be left out? Not where whoever began the stream counts what comes, whatever carries it now."""
+        self._began_in = frame
+        """As it began, whatever carries it now: are its numbers told, or counted?"""
         self._pulse = pulse
         self.outbox = Outbox(gateway.config, self._park, self._unpark, self._cut, keep_alive=self._frame.keep_alive)
         again = context.again
@@ -145,7 +145,7 @@ class StreamReply(Job):
                 self.push(message)
 
     def _say_later(self, pieces: Pieces) -> None:
-        if self.retention is not None and not self._spares_numbers:
+        if self.retention is not None and not self._began_in.tells_numbers:
             self.say(pieces.payloads)
             return
         messages: Iterator[bytes] = map(self._frame.wrap, pieces.payloads)
