@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -19,6 +19,7 @@ from penstock.core.protocol.messages import (
     CONTENT,
     Answer,
     Attach,
+    Attached,
     Cancel,
     Detach,
     Extension,
@@ -133,6 +134,9 @@ class Door:
         self._ages: dict[str, float] = {}
         self._heard_ns = 0
         self._sinks: dict[int, Sink] = {}
+        self._awaited: dict[int, dict[int, Sink]] = {}
+        """By the mark of an Attach, the sinks that take its place once it is answered: what still comes until then was meant for who listened before."""
+        self._mark = 0
         self._link: Callable[[], Link | None] = lambda: None
         self._reason = "the text process is not connected yet"
         self._queries: dict[int, asyncio.Future[Answer]] = {}
@@ -156,6 +160,9 @@ class Door:
         self._ready, self._ages = False, {}
         self._reason = f"the text process is gone ({reason})"
         sinks, self._sinks = self._sinks, {}
+        for some in self._awaited.values():
+            sinks |= some
+        self._awaited.clear()
         for key, sink in sinks.items():
             lost = EngineUnavailable("The server lost its text process while this request ran. Send the request again.", retry_after_s=1.0)
             told(sink, key, sink.failed, lost)
@@ -172,6 +179,8 @@ class Door:
             sink = self._sinks.pop(message.key, None)
             if sink is not None and (wrong := told(sink, message.key, sink.finished, message)):
                 told(sink, message.key, sink.failed, wrong)
+        elif type(message) is Attached:
+            self._sinks.update(self._awaited.pop(message.mark, {}))
         elif type(message) is Rejected:
             sink = self._sinks.pop(message.key, None)
             if sink is not None:
@@ -281,25 +290,38 @@ class Door:
         self.send(submit)
         self._sinks[submit.key] = sink
 
-    def follow(self, rid: str, tenant: str, sinks: Sequence[tuple[int, Sink]]) -> None:
+    def follow(self, rid: str, tenant: str, sinks: Mapping[int, Sink]) -> None:
         """Listen to a retained stream: what belongs to its keys comes to these sinks, from the beginning. Who listened here before is told that it is over."""
         if not self.connected:
             raise self.unavailable()
-        before = [sink for key, _ in sinks if (sink := self._sinks.pop(key, None)) is not None]
+        before = [sink for key in sinks if (sink := self._forget(key)) is not None]
         taken = StreamTaken()
         for sink in before:
             sink.failed(taken)
-        self._sinks.update(sinks)
-        self.send(Attach(rid=rid, tenant=tenant, edge=self._edge, keys=[key for key, _ in sinks]))
+        self._mark += 1
+        self._awaited[self._mark] = dict(sinks)
+        self.send(Attach(rid=rid, tenant=tenant, edge=self._edge, keys=list(sinks), mark=self._mark))
+
+    def listener(self, key: int) -> Sink | None:
+        """Whoever listens to it, or will as soon as text says so."""
+        waiting = (some[key] for some in self._awaited.values() if key in some)  # most of the time there are none
+        return next(waiting, self._sinks.get(key))
+
+    def _forget(self, key: int) -> Sink | None:
+        found = self.listener(key)
+        self._sinks.pop(key, None)
+        for some in self._awaited.values():
+            some.pop(key, None)
+        return found
 
     def detach(self, key: int, cause: CancelCause = "disconnect") -> None:
         """The client of a retained stream left, or was cut off. Unknown keys (finished ones) are ignored."""
-        if self._sinks.pop(key, None) is not None:
+        if self._forget(key) is not None:
             self.send(Detach(key=key, edge=self._edge, cause=cause))
 
     def cancel(self, key: int, cause: CancelCause) -> None:
         """Forget a key and tell text. Unknown keys (finished ones) are ignored."""
-        if self._sinks.pop(key, None) is not None:
+        if self._forget(key) is not None:
             self.send(Cancel(key=key, cause=cause))
 
     def park(self, key: int) -> None:
@@ -312,7 +334,7 @@ class Door:
 
     def fail_all(self, error: PenstockError, cause: CancelCause) -> None:
         """End every request and question with `error`."""
-        for key, sink in list(self._sinks.items()):
+        for key, sink in [*self._sinks.items(), *(pair for some in self._awaited.values() for pair in some.items())]:
             self.cancel(key, cause)
             told(sink, key, sink.failed, error)
         for future in list(self._queries.values()):

@@ -70,6 +70,8 @@ class Job(abc.ABC):
         self._context = beginning_of(context, self._created) if self.retention is not None and again is None else b""
         context.body = b""
         self.keys: list[int] = []
+        self._sinks: dict[int, Any] = {}
+        """By key."""
         self.ended: list[Finished] = []
         self.error: PenstockError | None = None
         self.failed: dict[int, PenstockError] = {}
@@ -92,8 +94,10 @@ class Job(abc.ABC):
             else:
                 for index in range(len(self.generation.prompts)):
                     submit = self._submit(index, sent_ns, gateway.next_key())
-                    gateway.submit(submit, self._sink(index))
+                    sink = self._sink(index)
+                    gateway.submit(submit, sink)
                     self.keys.append(submit.key)
+                    self._sinks[submit.key] = sink
         except BaseException:
             self.cancel("client")
             gateway.leave()
@@ -109,7 +113,8 @@ class Job(abc.ABC):
         if len(again.keys) != len(self.generation.prompts):
             raise StreamNotFound(again.rid)  # it is understood otherwise now than when it began
         self.keys += again.keys
-        self.door.follow(again.rid, again.tenant, [(key, self.behind(self._sink(index))) for index, key in enumerate(again.keys)])
+        self._sinks = {key: self.behind(self._sink(index)) for index, key in enumerate(again.keys)}
+        self.door.follow(again.rid, again.tenant, self._sinks)
 
     def _submit(self, index: int, sent_ns: int, key: int) -> Submit:
         gateway, generation, context = self.gateway, self.generation, self.context
@@ -214,12 +219,14 @@ class Job(abc.ABC):
 
     def cancel(self, cause: CancelCause) -> None:
         """Nobody here waits for it any more. A retained stream is left to whoever comes, unless it is ended on purpose."""
-        if self.retention is not None and cause in ("disconnect", "slow_client"):
-            for key in self.keys:
+        keys = self.keys
+        if self.retention is not None:  # somebody else may read it by now, even where it has ended and is still being sent here
+            keys = [key for key in keys if self.door.listener(key) is self._sinks.get(key)]
+        for key in keys:
+            if self.retention is not None and cause in ("disconnect", "slow_client"):
                 self.door.detach(key, cause)
-            return
-        for key in self.keys:
-            self.gateway.cancel(key, cause)
+            else:
+                self.gateway.cancel(key, cause)
 
     def usage(self) -> Usage:
         return Usage(

@@ -19,6 +19,7 @@ from litestar.types import ASGIApp
 from penstock.core.protocol.errors import InvalidRequest, NotFound, PenstockError, UnsupportedFeature
 from penstock.transports import listing
 from penstock.transports.blame import refusal
+from penstock.transports.elsewhere import instead_of
 from penstock.transports.frame import Frame
 from penstock.transports.gateway import Batch, Gateway
 from penstock.transports.metadata import check_metadata, row_meta
@@ -207,7 +208,9 @@ def stored_chat_routes(gateway: Gateway, surface: Surface) -> list[Any]:
         opt={BODY: MetadataRequest},
     )
     async def change(request: AnyRequest) -> ASGIApp:
-        parsed, _, ignored = await surface.understood(await surface.body(request), decode, MetadataRequest)
+        raw = await surface.body(request)
+        await find(request)  # what is not there need not be asked for properly
+        parsed, _, ignored = await surface.understood(raw, decode, MetadataRequest)
         check_unknown(ignored, strict=gateway.config.strict_fields)
         metadata = check_metadata(parsed.metadata)
         while True:
@@ -252,6 +255,9 @@ def stored_chat_routes(gateway: Gateway, surface: Surface) -> list[Any]:
 
 
 def missing(request: AnyRequest) -> NotFound:
+    path = request.scope["path"]
+    if instead := instead_of(path):  # its last word is no id
+        return NotFound(f"There is nothing at {path[:200]!r}. {instead}")
     return NotFound(f"No answer {str(request.path_params['completion_id'])[:200]!r} is kept.", param="completion_id")
 
 

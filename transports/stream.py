@@ -104,6 +104,8 @@ class StreamReply(Job):
         carrier = context.carrier
         self._carrier = carrier
         self._frame = frame if carrier is None else carrier.frame
+        self._began_in = frame
+        """As it began, whatever carries it now: are its numbers told, or counted?"""
         self._pulse = pulse
         self.outbox = Outbox(gateway.config, self._park, self._unpark, self._cut, keep_alive=self._frame.keep_alive)
         again = context.again
@@ -116,6 +118,9 @@ class StreamReply(Job):
         """Events up to this one are not sent."""
         self._backlog = Backlog(self.outbox, gateway.config.stream_park_bytes, self._not_said) if again is not None else None
         self._started = again is not None
+        """Is an error an event of the stream? Before anything was sent it is a reply of its own; of one that is resumed, an error that its rows tell is an event in any case."""
+        self._replied = False
+        """Has the reply begun?"""
         self._reasons: list[str] = []
         self._left = False
         """Has the client gone?"""
@@ -141,7 +146,7 @@ class StreamReply(Job):
                 self.push(message)
 
     def _say_later(self, pieces: Pieces) -> None:
-        if self.retention is not None and not self._frame.tells_numbers:  # the client counts: so must we
+        if self.retention is not None and not self._began_in.tells_numbers:
             self.say(pieces.payloads)
             return
         messages: Iterator[bytes] = map(self._frame.wrap, pieces.payloads)
@@ -188,11 +193,12 @@ class StreamReply(Job):
         self.outbox.close()
 
     def lost(self, error: PenstockError) -> None:
+        if self.error is None:  # what no row says is no part of the stream: before anything else was sent it has its status
+            self._started = self._replied
         # Whoever resumes the stream finds no such event in it.
         self.push = self.outbox.push if self._carrier is None else _unsaid
         if self.retention is not None:
             self.cancel("disconnect")
-            self.keys.clear()  # they may be another reader's now
         super().lost(error)
 
     def broken(self, error: PenstockError) -> None:
@@ -234,7 +240,6 @@ class StreamReply(Job):
         self._linger = asyncio.get_running_loop().call_later(seconds, self._abort)
         self._pulse.discard(outbox)
         self.cancel("slow_client")
-        self.keys.clear()  # they may be another reader's soon
         self.gateway.leave()  # nobody is to wait for this client
         self.push = outbox.push  # as in `lost`
         outbox.forget()
@@ -276,10 +281,11 @@ class StreamReply(Job):
                 await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
                 return
             if self._after and outbox.last and not outbox.unsent:  # it has all of it (and, as the HTML standard says, need not come again)
+                self._replied = True
                 await send({"type": "http.response.start", "status": 204, "headers": []})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
-            self._started = True
+            self._started = self._replied = True
             headers = [*self._frame.headers, *ignored_header(self.generation.ignored)]
             raw = self.context.raw_send
             if stamped(self.context, self._frame):

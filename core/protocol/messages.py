@@ -201,13 +201,14 @@ class Unpark(Message, frozen=True, kw_only=True):
 
 
 class Attach(Message, frozen=True, kw_only=True):
-    """From now on this edge listens to a retained stream; another one that did is told, by a Rejected. All its rows come again, and then the rest. A stream that is not
-    there any more is a Rejected for each of `keys`."""
+    """From now on this edge listens to a retained stream; another one that did is told, by a Rejected. The answer is an Attached with the same `mark`, behind which all
+    its rows come again, and then the rest. A stream that is not there any more is a Rejected for each of `keys`."""
 
     rid: str
     tenant: str
     edge: int
     keys: list[int]
+    mark: int = 0
 
 
 class Detach(Message, frozen=True, kw_only=True):
@@ -295,6 +296,12 @@ class TextDelta(Message, frozen=True, kw_only=True):
     extras: list[RowExtra] = msgspec.field(default_factory=list)
     channels: Column = EMPTY_U8
     calls: Column = EMPTY_I32
+
+
+class Attached(Message, frozen=True, kw_only=True):
+    """What comes behind this for the keys of the Attach with this `mark` is its answer. What came before was meant for another reader, perhaps on the same edge."""
+
+    mark: int
 
 
 class Finished(Message, frozen=True, kw_only=True):
@@ -880,7 +887,7 @@ def message_types() -> list[type[Message]]:
 
 # The unions that links decode: one per edge of the graph.
 EdgeToText = Hello | Submit | Cancel | Park | Unpark | Query | EdgeStats | Extension | Attach | Detach
-TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension
+TextToEdge = Hello | TextDelta | Finished | Rejected | Answer | TextReady | Extension | Attached
 TextToEngine = Hello | Admit | Abort | Park | Unpark | Extension | Vocabulary
 EngineToText = Hello | EngineUp | StepTokens | Extension
 

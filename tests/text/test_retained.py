@@ -17,6 +17,7 @@ from penstock.core.protocol.messages import (
     Admit,
     Answer,
     Attach,
+    Attached,
     Cancel,
     Detach,
     EngineDown,
@@ -261,6 +262,68 @@ def test_what_outgrows_its_bound_waits_for_a_reader(make_bench: Any) -> None:
     assert len([row for row in rows(bench, 2, at) if row[3]]) == 30
     refused = bench.query("stream", {"rid": "r", "tenant": ""})
     assert (refused.status, json.loads(refused.body)["code"]) == (410, "stream_too_long")
+
+
+def test_one_that_nobody_reads_waits_as_soon_as_it_is_full(make_bench: Any) -> None:
+    """It outgrows its bound by what a step brings and no more, however long it is until somebody looks."""
+    bench = listening(make_bench(Config(retained_stream_bytes=600)))
+    begin(bench, 30)
+    bench.step()
+    bench.send(Detach(key=1, edge=0))
+    (held,) = bench.actor._streams
+    before = 0
+    while type(bench.engine[-1]) is not Park:
+        assert not held.full, "it was, and nobody was told to wait"
+        before = held.bytes
+        bench.step()
+    assert before < 600 <= held.bytes <= before + 160
+    assert bench.query("stream", {"rid": "r", "tenant": ""}).status == 200, "all of it is there"
+
+
+def test_the_bound_of_all_holds_for_those_that_grow(make_bench: Any) -> None:
+    """The longest that is read goes on without being kept, those without a reader wait."""
+    bench = listening(make_bench(Config(retained_bytes=1000)))
+    begin(bench, 30)
+    bench.step()
+    bench.send(Detach(key=1, edge=0))
+    for _ in range(8):
+        bench.step()
+    bench.engine.clear()
+    bench.send(Tick(now_ns=bench.clock.now_ns()))
+    assert [type(message) for message in bench.engine] == [Park]
+    at = attach(bench, 2)
+    bench.send(Tick(now_ns=bench.clock.now_ns()))
+    assert bench.query("stream", {"rid": "r", "tenant": ""}).status == 410
+    bench.run()
+    assert len([row for row in rows(bench, 2, at) if row[3]]) == 30
+
+
+def test_one_that_grew_too_long_after_it_was_found_says_so(make_bench: Any) -> None:
+    """An edge asks for a stream, and before it attaches the stream has outgrown its bound with the reader that it has."""
+    bench = listening(make_bench(Config(retained_stream_bytes=600)))
+    begin(bench, 30)
+    bench.step()
+    assert bench.query("stream", {"rid": "r", "tenant": ""}).status == 200
+    for _ in range(8):
+        bench.step()
+    at = attach(bench, 2)
+    (refused,) = of(bench, 2, Rejected, at)
+    assert (refused.status, refused.code) == (410, "stream_too_long")
+    bench.run()
+    assert len([row for row in rows(bench, 0) if row[3]]) == 30, "whoever reads it reads on"
+
+
+def test_an_answer_to_who_attaches_begins_with_its_mark(kept: Any) -> None:
+    begin(kept)
+    kept.step()
+    for mark in (1, 2):
+        at = len(kept.out)
+        kept.send(Attach(rid="r", tenant="", edge=0, keys=[1], mark=mark))
+        first = next(message for index, message in kept.out[at:] if index == 0)
+        assert first == Attached(mark=mark)
+    at = len(kept.out)
+    kept.send(Attach(rid="other", tenant="", edge=0, keys=[9], mark=3))
+    assert [type(message) for index, message in kept.out[at:] if index == 0] == [Attached, Rejected]
 
 
 def test_its_time(make_bench: Any) -> None:

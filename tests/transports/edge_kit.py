@@ -26,6 +26,8 @@ from penstock.core.protocol.columns import i32, i64
 from penstock.core.protocol.config import further_ports
 from penstock.core.protocol.messages import (
     Answer,
+    Attach,
+    Attached,
     Extension,
     Finished,
     Message,
@@ -138,6 +140,8 @@ class FakeText:
             "detokenize": lambda body: (200, b'{"prompt":"x","echo":' + body + b"}"),
             "tokenizer_info": lambda _: (200, b'{"tokenizer_class":"Fake"}'),
         }
+        self.late: list[Message] = []
+        """What is under way to the reader before when another one comes."""
         self.received: list[Message] = []
         self._changed = threading.Condition()
         self._links: list[Link] = []
@@ -184,6 +188,9 @@ class FakeText:
             self._changed.notify_all()
         if isinstance(message, Submit):
             for frame in self.script(message):
+                link.send(frame)
+        elif isinstance(message, Attach):
+            for frame in (*self.late, Attached(mark=message.mark)):
                 link.send(frame)
         elif isinstance(message, Query) and message.what in self.answers:
             status, body = self.answers[message.what](message.body)

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from edge_kit import Edge, MakeEdge, delta, finished, hello_script, silent
 
-from penstock.core.protocol.messages import Attach, Cancel, Detach, Message, Query, Rejected, Submit
+from penstock.core.protocol.messages import Attach, Attached, Cancel, Detach, Message, Query, Rejected, Submit
+from penstock.transports.job import Job
 
 CHATS = "/v1/chat/completions"
 HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -223,7 +224,7 @@ def test_who_comes_takes_the_stream_over(make_edge: MakeEdge) -> None:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(other.send(request)))
         thread.start()
-        assert edge.text.wait_for(Attach)[0] == Attach(rid=rid, tenant="", edge=0, keys=[key])
+        assert edge.text.wait_for(Attach)[0] == Attach(rid=rid, tenant="", edge=0, keys=[key], mark=1)
         text = first.read().decode()
         edge.text.send(
             delta({"key": key, "text": "Hel"}), delta({"key": key, "text": "lo"}), delta({"key": key, "reason": "stop"}), finished(key)
@@ -248,8 +249,106 @@ def test_one_that_is_gone_meanwhile(make_edge: MakeEdge) -> None:
 
     edge.text._on_message = on_message  # type: ignore[method-assign]
     rid = edge.kept.post(CHATS, json=HI | {"retain_s": 5}).headers["x-request-id"]
-    text = edge.kept.get(f"/v1/streams/{rid}").text
-    assert ('"code":"stream_not_found"' in text, "id: " in text) == (True, False)
+    reply = edge.kept.get(f"/v1/streams/{rid}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "stream_not_found"), "nothing was sent yet: it has its status"
+    assert edge.server.gateway.active == 0
+
+
+@pytest.mark.parametrize("over", ["http", "ndjson"])
+def test_what_was_under_way_to_the_reader_before_is_not_taken_for_the_answer(edge: Edge, stream: Stream, over: str) -> None:
+    """Rows, an end or a refusal that text sent before it heard of the new reader, who listens on the same edge to the same keys."""
+    headers = {"accept": "application/x-ndjson"} if over == "ndjson" else {}
+    whole = edge.kept.post(CHATS, json=HI | {"retain_s": 5}, headers=headers)
+    key, rid = stream.submits[0].key, whole.headers["x-request-id"]
+    refusal = Rejected(key=key, status=409, type="invalid_request_error", code="stream_taken", message="Taken.")
+    for late in ([delta({"key": key, "text": " world"})], [delta({"key": key, "reason": "stop"}), finished(key)], [refusal]):
+        edge.text.late = list(late)
+        assert edge.kept.get(f"/v1/streams/{rid}").text == whole.text
+    assert edge.server.gateway.active == 0
+
+
+def test_who_left_takes_nothing_from_who_came_at_once(make_edge: MakeEdge) -> None:
+    """The next one listens before the reply to the one before has come to its end."""
+    edge = make_edge(text=lambda text: setattr(text, "script", lambda submit: [delta({"key": submit.key, "text": "Hel"})]))
+    Stream(edge)
+    with edge.http() as http:
+        first = opened(http, edge, 1)
+        key, rid, door = edge.text.wait_for(Submit)[0].key, first.headers["x-request-id"], edge.server.gateway.door()
+        failures: list[Any] = []
+
+        class Next:
+            failed = staticmethod(failures.append)
+
+        def both() -> None:
+            door._sinks[key]._job._abandon("disconnect")  # type: ignore[attr-defined]
+            door.follow(rid, "", {key: Next()})  # type: ignore[dict-item]
+
+        edge.text.call(both)
+        edge.wait(lambda: edge.server.gateway.active == 0, "the end of the first reply")
+        edge.text.wait_for(Attach)
+        assert edge.text.wait_for(Detach) == [Detach(key=key, edge=0)]
+        edge.text.send(Rejected(key=key, status=409, type="invalid_request_error", code="stream_taken", message="Taken."))
+        edge.wait(lambda: bool(failures), "it still listens")
+
+
+def test_who_leaves_a_stream_that_has_ended_takes_nothing_from_who_reads_it_now(edge: Edge, stream: Stream) -> None:
+    """The first reader's process has the end of it, and still sends."""
+    failures: list[Any] = []
+    jobs: list[Any] = []
+    begin = Job.begin
+
+    class Next:
+        failed = staticmethod(failures.append)
+
+    def begun(job: Job) -> None:
+        jobs.append(job)
+        begin(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "begin", begun)
+        rid = edge.kept.post(CHATS, json=HI | {"retain_s": 5}).headers["x-request-id"]
+    key, door = stream.submits[0].key, edge.server.gateway.door()
+    edge.wait(lambda: key not in door._sinks)
+    assert jobs[0].keys == [key]
+
+    def both() -> None:
+        door.follow(rid, "", {key: Next()})  # type: ignore[dict-item]
+        jobs[0].cancel("disconnect")
+        jobs[0].cancel("client")
+
+    edge.text._on_message = lambda link, message: edge.text.received.append(message)  # type: ignore[method-assign]
+    edge.text.call(both)
+    assert not [message for message in edge.text.received if isinstance(message, (Detach, Cancel))]
+    edge.text.send(Attached(mark=1), Rejected(key=key, status=409, type="invalid_request_error", code="stream_taken", message="Taken."))
+    edge.wait(lambda: bool(failures), "it still listens")
+
+
+def test_who_comes_while_another_waits_for_text_is_the_one(edge: Edge) -> None:
+    """The one that waits is told at once, and what it waited for is nobody's."""
+    stream = Stream(edge)
+    whole = edge.kept.post(CHATS, json=HI | {"retain_s": 5})
+    rid = whole.headers["x-request-id"]
+    own = edge.text._on_message
+
+    def on_message(link: Any, message: Message) -> None:
+        first = isinstance(message, Attach) and message.mark == 1
+        if not first:  # the first is never answered
+            own(link, message)
+        else:
+            edge.text.received.append(message)
+        if isinstance(message, Attach) and not first:
+            for frame in stream.again():
+                link.send(frame)
+
+    edge.text._on_message = on_message  # type: ignore[method-assign]
+    got: list[httpx.Response] = []
+    with edge.http() as other:
+        thread = threading.Thread(target=lambda: got.append(other.get(f"/v1/streams/{rid}")))
+        thread.start()
+        edge.wait(lambda: any(isinstance(message, Attach) for message in edge.text.received))
+        assert edge.kept.get(f"/v1/streams/{rid}").text == whole.text
+        thread.join(20)
+    assert (got[0].status_code, got[0].json()["error"]["code"]) == (409, "stream_taken")
     assert edge.server.gateway.active == 0
 
 

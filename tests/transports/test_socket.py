@@ -17,6 +17,7 @@ from websockets.sync.client import ClientConnection
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.messages import Attach, Cancel, Detach, Query, Rejected, Submit
+from penstock.transports.stream import MOST_PIECES
 
 SURFACES = [
     (CHATS, HI),
@@ -358,3 +359,43 @@ def test_what_is_said_is_in_the_document(make_edge: MakeEdge) -> None:
         for said in messages:
             assert sum(kind.is_valid(said) for kind in kinds[side]) == 1, said
     assert {key for said in heard for key in said} >= {"stream", "ignored", "seq", "data", "done", "error", "ok", "op"}
+
+
+def test_numbers_are_those_that_a_stream_began_with(edge: Edge) -> None:
+    """Where lines are counted none may be left out, whatever carries the stream later; elsewhere what is large about a prompt has numbers to spare."""
+    held = Stream(edge)
+
+    def echoing(submit: Submit) -> list[Any]:
+        said = {"prompt_text": "a" * 300_000, "prompt_token_ids": i32([1])}
+        rows = [{"key": submit.key, "text": text, "extra": said if number == 0 else {}} for number, text in enumerate(("Hel", "lo"))]
+        return [delta(*rows, {"key": submit.key, "reason": "stop", "tokens": []}), finished(submit.key)]
+
+    own = edge.text._on_message
+
+    def on_message(link: Any, message: Any) -> None:
+        own(link, message)
+        if isinstance(message, Attach):
+            for frame in held.again(echoing):
+                link.send(frame)
+
+    edge.text._on_message = on_message  # type: ignore[method-assign]
+    edge.text.script = echoing
+    ask = {"prompt": "a" * 300_000, "stream": True, "echo": True, "retain_s": 30}
+    with dial(edge) as ws:
+        say(ws, op="start", id="a", path="/v1/completions", body=ask, headers={"x-request-id": "spared"})
+        began = [message for message in until_end(ws, "a") if "data" in message]
+        pieces = len(began) - 3
+        assert pieces > 2
+        assert [message["seq"] for message in began[:pieces]] == list(range(1, pieces + 1))
+        assert began[pieces]["seq"] == MOST_PIECES + 1
+        say(ws, op="attach", id="b", stream="spared", after=2)
+        assert [{**message, "id": "a"} for message in until_end(ws, "b") if "data" in message] == began[2:]
+        lines = edge.kept.post(
+            "/v1/completions", json=ask, headers={"accept": "application/x-ndjson", "x-request-id": "counted"}
+        ).text.splitlines()
+        assert len(lines) == len(began)
+        for after in (2, pieces + 1):
+            say(ws, op="attach", id="c", stream="counted", after=after)
+            rest = [message for message in until_end(ws, "c") if "data" in message]
+            assert [message["seq"] for message in rest] == list(range(after + 1, len(lines) + 1))
+            assert [message["data"] for message in rest] == [json.loads(line) for line in lines[after:]]

@@ -314,7 +314,7 @@ def test_a_pin_is_told_to_nobody(edge: Edge) -> None:
     assert edge.kept.post("/v1/messages", json=pinned).json()["usage"]["cache_creation_input_tokens"] == 0
 
 
-@pytest.mark.parametrize("known", [known for known in KNOWN if known != "POST /v1/chat/completions/render"])  # there it is an id
+@pytest.mark.parametrize("known", KNOWN)
 def test_an_endpoint_is_there_or_says_what_to_use(edge: Edge, known: str) -> None:
     """Of one that is there something is known about the (empty) request; the other says what the table says."""
     method, path = known.split()

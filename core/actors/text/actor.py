@@ -37,6 +37,7 @@ from penstock.core.protocol.messages import (
     Admit,
     Answer,
     Attach,
+    Attached,
     Cancel,
     CheckGrammar,
     Detach,
@@ -110,7 +111,7 @@ class TextActor:
         }
     )
     gives: frozenset[type[Message]] = frozenset(
-        {Encode, CheckGrammar, Vocabulary, Admit, Abort, Park, Unpark, TextDelta, Finished, Rejected, Answer, TextReady, Drained}
+        {Encode, CheckGrammar, Vocabulary, Admit, Abort, Park, Unpark, TextDelta, Attached, Finished, Rejected, Answer, TextReady, Drained}
     )
 
     def __init__(
@@ -239,7 +240,7 @@ class TextActor:
         if lane is None:
             self.metrics.count("dropped_rows", "stale", by=len(message.seqs))
             return ()
-        return lane.step(message)
+        return self._readers.told(lane.step(message)) if len(self._streams) else lane.step(message)
 
     def _engine_up(self, message: EngineUp) -> Iterator[Outbound]:
         lane = self._lanes.get(message.engine)
@@ -385,4 +386,4 @@ class TextActor:
         raise NotFound(f"This server cannot answer {query.what!r}.")
 
 
-TO_EDGE = (TextDelta, Finished, Rejected, Answer, TextReady)
+TO_EDGE = (TextDelta, Attached, Finished, Rejected, Answer, TextReady)

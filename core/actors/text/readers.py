@@ -13,8 +13,8 @@ from penstock.core.actors.text.desk import Desk, Outbound, rejected
 from penstock.core.actors.text.ending import Ending
 from penstock.core.actors.text.ledger import ADMITTED, Request
 from penstock.core.actors.text.retained import Kept
-from penstock.core.protocol.errors import StreamNotFound, StreamTaken
-from penstock.core.protocol.messages import Attach, Detach, Park, ParkCause, Unpark
+from penstock.core.protocol.errors import StreamNotFound, StreamTaken, StreamTooLong
+from penstock.core.protocol.messages import Attach, Attached, Detach, Park, ParkCause, Unpark
 from penstock.core.runtime.actor import To
 
 
@@ -40,10 +40,12 @@ class Readers:
 
     def attach(self, message: Attach) -> Iterator[Outbound]:
         """Everything so far goes to the new reader, and then what comes."""
+        yield To(Attached(mark=message.mark), message.edge)
         kept = self._streams.find(message.rid, message.tenant)
         if kept is None or kept.log is None or kept.keys != message.keys:
+            gone = kept is None or kept.keys != message.keys
             for key in message.keys:
-                yield To(rejected(key, StreamNotFound(message.rid)), message.edge)
+                yield To(rejected(key, StreamNotFound(message.rid) if gone else StreamTooLong()), message.edge)
             return
         if kept.edge is not None and kept.edge != message.edge:
             for key in kept.requests:
@@ -82,12 +84,24 @@ class Readers:
             elif kept.on_disconnect == "park" or kept.full:
                 yield from self.hold(request, "detached", True)
 
+    def told(self, out: Iterable[Outbound]) -> Iterator[Outbound]:
+        """What a step brought. Streams without a reader that it made too long wait for one from here on."""
+        yield from out
+        while self._streams.filled:
+            yield from self._wait(self._streams.filled.pop())
+
+    def _wait(self, kept: Kept) -> Iterator[Outbound]:
+        """For a reader, if it has none."""
+        if kept.edge is None:
+            for request in kept.requests.values():
+                yield from self.hold(request, "detached", True)
+
     def tend(self, now_ns: int) -> Iterator[Outbound]:
         """Time passes: who cannot be kept any longer without a reader waits for one, and whose time is over is forgotten."""
+        crowded = not self._streams.make_room()
         for kept in self._streams:
-            if kept.edge is None and kept.full:
-                for request in kept.requests.values():
-                    yield from self.hold(request, "detached", True)
+            if crowded or kept.full:
+                yield from self._wait(kept)
         for kept in self._streams.overdue(now_ns):
             for request in list(kept.requests.values()):
                 yield from self._ending.revoke(request, "timeout")

@@ -121,7 +121,8 @@ class KeptBatch(EdgeBatch):
 class Kept:
     """One retained stream: all prompts of one HTTP request. Times in ns on CLOCK_MONOTONIC."""
 
-    def __init__(self, submit: Submit, most_bytes: int) -> None:
+    def __init__(self, submit: Submit, most_bytes: int, filled: list[Kept]) -> None:
+        """`filled` gets it when it is full and nobody reads it."""
         self.rid = submit.rid
         self.tenant = submit.tenant
         self.model = submit.model
@@ -141,6 +142,7 @@ class Kept:
         self.since_ns = 0
         """When its last reader left, or it ended: from then on it is kept so long."""
         self._most = most_bytes
+        self._filled = filled
 
     @property
     def bytes(self) -> int:
@@ -159,8 +161,11 @@ class Kept:
         """Keep them, and pass them on."""
         if self.log is not None:
             self.log.take(delta)
-            if self.full and self.edge is not None:
-                self.log = None  # it can be read once, as any other
+            if self.full:
+                if self.edge is not None:
+                    self.log = None  # it can be read once, as any other
+                else:
+                    self._filled.append(self)
         if self.edge is not None:
             yield To(delta, self.edge)
 
@@ -190,6 +195,8 @@ class Streams:
         self._most_bytes = config.retained_bytes
         self._streams: dict[tuple[str, str], Kept] = {}
         self._by_key: dict[int, Kept] = {}
+        self.filled: list[Kept] = []
+        """Those that have grown full lately while nobody read them: they are to wait."""
 
     def __iter__(self) -> Iterator[Kept]:
         return iter(list(self._streams.values()))
@@ -206,8 +213,8 @@ class Streams:
         submit = request.submit
         kept = self._streams.get((submit.tenant, submit.rid))
         if kept is None:
-            self._make_room()
-            kept = self._streams[submit.tenant, submit.rid] = Kept(submit, self._most)
+            self.make_room()
+            kept = self._streams[submit.tenant, submit.rid] = Kept(submit, self._most, self.filled)
         elif submit.context:  # every stream has one, and its first request brings it
             raise StreamExists(submit.rid)
         kept.requests[request.key] = request
@@ -215,8 +222,9 @@ class Streams:
         self._by_key[request.key] = kept
         return kept
 
-    def _make_room(self) -> None:
-        """Of those that have ended, forget the oldest while there is too much; of the others, the longest loses what is kept of it."""
+    def make_room(self) -> bool:
+        """Of those that have ended, forget the oldest while there is too much; of the others that are read, the longest loses what is kept of it. False: there still
+        is too much."""
         while self.bytes > self._most_bytes:
             ended = [kept for kept in self._streams.values() if kept.ended]
             if ended:
@@ -224,8 +232,9 @@ class Streams:
                 continue
             held = [kept for kept in self._streams.values() if kept.log is not None and kept.edge is not None]
             if not held:
-                return
+                return False
             max(held, key=lambda kept: kept.bytes).log = None
+        return True
 
     def find(self, rid: str, tenant: str | None) -> Kept | None:
         """`tenant` None: an administrator asks."""

@@ -1,4 +1,4 @@
-"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars.
+"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars, streams.
 
 What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
 It is long because each command stands here with its options.
@@ -483,3 +483,78 @@ def grammars(
         cpu_said = ", ".join(f"{kind} {used:.2f}" for kind, used in found["cpu_ms_a_step"].items())
         click.echo(f"CPU time of the server's processes, ms a step: {cpu_said}")
     write_json(json_file, "grammars", {"schemas": schemas, "seed": seed, "train": train, "serve_args": list(serve_args)}, result)
+
+
+CASES = ("latency", "events", "retained", "stalled")
+
+
+@bench.command()
+@click.option(
+    "--case", "cases", type=click.Choice(CASES), multiple=True, default=CASES, show_default=True, help="What is measured (several times)."
+)
+@click.option(
+    "--streams",
+    "counts",
+    type=COUNT,
+    multiple=True,
+    default=(1, 64, 256),
+    show_default=True,
+    help="latency: streams at once (several times).",
+)
+@click.option("--edges", type=COUNT, multiple=True, default=(1, 2), show_default=True, help="events: HTTP processes (several times).")
+@click.option("--kept", type=COUNT, default=200, show_default=True, help="retained: streams of 500 events, and how often one is resumed.")
+@click.option("--stalled", "many", type=COUNT, default=1000, show_default=True, help="stalled: clients that read nothing.")
+@click.option("--readers", type=COUNT, default=8, show_default=True, help="stalled: streams that are read beside them.")
+@click.option("--seconds", type=POSITIVE, default=10.0, show_default=True, help="Of each row.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
+@click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
+def streams(
+    cases: tuple[str, ...],
+    counts: tuple[int, ...],
+    edges: tuple[int, ...],
+    kept: int,
+    many: int,
+    readers: int,
+    seconds: float,
+    json_file: str | None,
+    serve_args: tuple[str, ...],
+) -> None:
+    """Streams beside the model: servers of its own (words after -- go to `penstock serve`) with a device that computes nothing."""
+    from penstock.plugins.commands.bench import report
+    from penstock.plugins.commands.bench import streams as measured
+    from penstock.plugins.commands.bench.client import run as on_loop
+
+    given = [*serve_args]
+    settings = {"seconds": seconds, "serve_args": given}
+    click.echo(f"load {os.getloadavg()[0]:.1f} before the start")
+
+    def once(work: Any) -> Any:
+        return on_loop(measured.bounded(work))
+
+    def told(case: str, rows: list[dict[str, Any]], title: str) -> None:
+        report.show_rows(title, rows)
+        write_json(json_file, f"streams-{case}", settings, {"rows": rows})
+
+    try:
+        if "latency" in cases:
+            with measured.clocked(given, step_s=measured.STEP_S, streams=max(counts)) as url:
+                rows = [once(measured.latency(measured.Server(url), count, seconds)) for count in counts]
+            told("latency", rows, "ms from the device to the client")
+        if "events" in cases:
+            rows = []
+            for number in edges:
+                with measured.clocked([*given, "--edge-workers", str(number)], step_s=0.0, streams=64) as url:
+                    server = measured.Server(url)
+                    rows += [{"edges": number, **once(measured.events(server, 64, seconds, carrier))} for carrier in ("sse", "websocket")]
+            told("events", rows, "events a second, 64 streams")
+        if "retained" in cases:
+            with measured.clocked([*given, "--retained-bytes", "4G"], step_s=0.0, streams=50) as url:
+                rows = [once(measured.retained(measured.Server(url), kept, kept))]
+            told("retained", rows, "streams of 500 events that are kept")
+        if "stalled" in cases:
+            with measured.clocked([*measured.STALLED_FLAGS, *given], step_s=0.002, streams=256) as url:
+                rows = once(measured.stalled(measured.Server(url), many, readers, seconds))
+            told("stalled", rows, f"{readers} streams that are read, beside {many} that are not")
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"load {os.getloadavg()[0]:.1f} at the end")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from penstock.plugins.commands.bench.client import Record
@@ -107,3 +107,25 @@ def show(title: str, result: dict[str, Any]) -> None:
         console.print(f"goodput: {result['goodput_requests_per_s']:.2f} requests/s keep {result['slo_ms']} ({result['goodput_share']:.0%})")
     if result["failed"] or result["short"]:
         console.print(f"[red]failed: {result['failed']}, shorter or longer than asked: {result['short']}; {result['errors']}[/red]")
+
+
+def show_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Figures of several runs, a run a row; what a figure holds itself is columns of its own."""
+    from rich.console import Console
+    from rich.table import Table
+
+    flat = [dict(_flat(row)) for row in rows]
+    table = Table(title=title, title_justify="left")
+    for name in dict.fromkeys(name for row in flat for name in row):
+        table.add_column(name, justify="right")
+    for row in flat:
+        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=sum(max(len(name), 22 if name == "phase" else 12) + 3 for row in flat[:1] for name in row) + 2).print(table)
+
+
+def _flat(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{name} {inner}", one) for inner, one in value.items())
+        else:
+            yield name, value
