@@ -273,6 +273,11 @@ def _neutral(entry: Refused, value: Any) -> bool:
     return any(value == one and type(value) is type(one) for one in entry.neutral)
 
 
+def neutral(raw: msgspec.Raw) -> bool:
+    """Does a value ask for nothing, of a field that is not to be there at all?"""
+    return len(bytes(raw)) <= MOST and _neutral(_EMPTY, _read(raw))
+
+
 def refusal(name: str, entry: Refused) -> UnsupportedFeature:
     return UnsupportedFeature(f"{name} is not supported here. {entry.instead or 'Leave it out.'}", param=name)
 

@@ -25,7 +25,8 @@ _PROMPT: dict[str, Field] = {
         " file_search, code_interpreter, mcp, custom and so on) are `unsupported_feature`."
     ),
     "tool_choice": Field(
-        'As on chat; `{"type": "function", "name": ...}` and `{"type": "allowed_tools", ...}` are flat here.', default="auto"
+        'As on chat; `{"type": "function", "name": ...}` and `{"type": "allowed_tools", ...}` are flat here. Other members are refused.',
+        default="auto",
     ),
     "truncation": Field(
         "`auto`: if the conversation does not fit, its oldest turns are left out (never instructions, or the last turn). `disabled`: it is a 400.",
@@ -75,7 +76,9 @@ ASKED: dict[str, dict[str, Field]] = {
         "type": Field("`text`, `json_object` or `json_schema`. See [Grammars](#grammars)."),
         "name": Field("No effect."),
         "description": Field("No effect."),
-        "schema": Field("With json_schema: the schema, which the answer obeys."),
+        "schema": Field(
+            "With json_schema: the schema, which the answer obeys. With other types it is refused, as is anything else beside them."
+        ),
         "strict": Field("No effect: the schema is always obeyed.", default="true"),
     },
     "ResponseStreamOptions": {

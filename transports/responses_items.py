@@ -365,19 +365,25 @@ def tool_echo(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "name": tool["name"], "description": None, "parameters": None, "strict": False, **tool}
 
 
-def chat_choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
+_CHOICE_FIELDS = {"function": frozenset({"type", "name"}), "allowed_tools": frozenset({"type", "mode", "tools"})}
+
+
+def chat_choice(choice: str | dict[str, Any], where: str = "tool_choice") -> str | dict[str, Any]:
     """Raises InvalidRequest or UnsupportedFeature."""
     if isinstance(choice, str):
         return choice
     kind = choice.get("type")
+    for name in sorted(choice.keys() - _CHOICE_FIELDS.get(str(kind), choice.keys())):
+        raise InvalidRequest(f"{where}.{name[:80]} is not a field of a tool choice. Leave it out.", param=f"{where}.{name[:80]}")
     if kind == "function":
-        return {"type": "function", "function": {"name": _text(choice, "name", "tool_choice")}}
-    if kind == "allowed_tools":
+        return {"type": "function", "function": {"name": _text(choice, "name", where)}}
+    if kind == "allowed_tools" and where == "tool_choice":
         tools = choice.get("tools")
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise InvalidRequest("tool_choice.tools must be a list of tools.", param="tool_choice.tools")
-        allowed = [chat_choice(tool) for tool in tools]
-        return {"type": "allowed_tools", "allowed_tools": {"mode": _text(choice, "mode", "tool_choice"), "tools": allowed}}
+        allowed = [chat_choice(tool, f"tool_choice.tools[{number}]") for number, tool in enumerate(tools)]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": _text(choice, "mode", where), "tools": allowed}}
     if not isinstance(kind, str):
-        raise InvalidRequest("tool_choice.type must be 'function' or 'allowed_tools'.", param="tool_choice.type")
-    raise UnsupportedFeature(f"tool_choice of type {kind[:80]!r} is not supported here: only functions may be called.", param="tool_choice")
+        words = "'function' or 'allowed_tools'" if where == "tool_choice" else "'function'"
+        raise InvalidRequest(f"{where}.type must be {words}.", param=f"{where}.type")
+    raise UnsupportedFeature(f"{where} of type {kind[:80]!r} is not supported here: only functions may be called.", param=where)

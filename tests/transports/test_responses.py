@@ -431,6 +431,13 @@ def test_input_tokens(edge: Edge) -> None:
 
 # ------------------------------------------------------------------ refusals
 
+
+def allowed(tool: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A tool_choice of one tool, with changes of that."""
+    return {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather", **(tool or {})}]}
+
+
+SCHEMA: dict[str, Any] = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
     ({"input": None}, "input"),
@@ -475,6 +482,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {}, "tools": [WEATHER]}, "tool_choice.type"),
     ({"tool_choice": {"type": "function"}, "tools": [WEATHER]}, "tool_choice.name"),
     ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}, "tools": [WEATHER]}, "tool_choice.tools"),
+    ({"tool_choice": {"type": "function", "name": "weather", "foo": 1}, "tools": [WEATHER]}, "tool_choice.foo"),
+    ({"tool_choice": {"type": "function", "function": {"name": "weather"}}, "tools": [WEATHER]}, "tool_choice.function"),
+    ({"tool_choice": allowed() | {"bar": None}, "tools": [WEATHER]}, "tool_choice.bar"),
+    ({"tool_choice": allowed({"foo": 1}), "tools": [WEATHER]}, "tool_choice.tools[0].foo"),
+    ({"tool_choice": allowed({"name": 3}), "tools": [WEATHER]}, "tool_choice.tools[0].name"),
+    ({"tool_choice": allowed({"type": None}), "tools": [WEATHER]}, "tool_choice.tools[0].type"),
     ({"background": True, "store": False}, "background"),
     ({"previous_response_id": "resp_none"}, "previous_response_id"),
 ]
@@ -494,6 +507,18 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"moderation": {"model": "x"}}, "moderation"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"text": {"format": {"type": "grammar"}}}, "text.format"),
+    ({"text": {"format": {"type": "structural_tag"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_object", "schema": {"type": "object"}}}}, "text.format"),
+    ({"text": {"format": {"type": "json_object", "foo": 1}}}, "text.format"),
+    ({"text": {"format": {"type": "text", "schema": {"type": "object"}}}}, "text.format"),
+    ({"text": {"format": {"type": "text", "strict": True}}}, "text.format"),
+    ({"text": {"format": SCHEMA | {"Schema": {"type": "string"}}}}, "text.format.Schema"),
+    ({"text": {"format": SCHEMA | {"Strict": True}}}, "text.format.Strict"),
+    ({"text": {"format": SCHEMA | {"json_schema": {"schema": {"type": "string"}}}}}, "text.format.json_schema"),
+    ({"text": {"Format": SCHEMA}}, "text.Format"),
+    ({"reasoning": {"Effort": "low"}}, "reasoning.Effort"),
+    ({"stream": True, "stream_options": {"includeObfuscation": True}}, "stream_options.includeObfuscation"),
+    ({"tool_choice": allowed({"type": "mcp", "name": "weather"}), "tools": [WEATHER]}, "tool_choice.tools[0]"),
     ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
     ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
     ({"max_tokens": 5}, "max_tokens"),
@@ -549,6 +574,8 @@ def test_what_does_not_exist_here_is_refused_by_name(edge: Edge, fields: dict[st
         {"reasoning": {"summary": "auto", "context": "auto", "mode": "standard"}, "text": {"verbosity": "medium"}},
         {"input": [{"role": "assistant", "content": "a", "phase": "commentary"}, {"role": "user", "content": "b"}]},
         {"stream": False, "background": False, "metadata": None},
+        {"text": {"format": {"type": "json_object", "schema": None, "description": ""}}},
+        {"text": {"format": SCHEMA | {"json_schema": None}}, "stream": True, "stream_options": {"include_usage": True}},
     ],
 )
 def test_what_asks_for_nothing_is_taken_in_silence(edge: Edge, fields: dict[str, Any]) -> None:
@@ -559,7 +586,8 @@ def test_what_asks_for_nothing_is_taken_in_silence(edge: Edge, fields: dict[str,
 
 def test_unknown_fields_are_named_in_a_header_or_refused(edge: Edge, make_edge: MakeEdge) -> None:
     body = HI | {"colour": 1, "reasoning": {"depth": 3}, "input": [{"role": "user", "content": "x", "mood": 1}]}
-    names = "colour, input[0].mood, reasoning.depth"
+    body["text"] = {"format": SCHEMA | {"foo": 1}, "tone": "warm"}
+    names = "colour, input[0].mood, reasoning.depth, text.format.foo, text.tone"
     for more in ({}, {"stream": True}, {"background": True}, {"background": True, "stream": True}):
         reply = edge.kept.post(PATH, json=body | more)
         assert (reply.status_code, reply.headers["x-penstock-ignored-fields"].replace("?", "input[0].mood")) == (200, names)
