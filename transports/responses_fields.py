@@ -130,11 +130,14 @@ _RESPONSE: dict[str, str] = {
 TOLD: dict[str, dict[str, str]] = {
     "ResponseReply": _RESPONSE,
     "ResponseFailure": {"code": "The error's family, as OpenAI names it.", "message": "What went wrong."},
-    "IncompleteDetails": {"reason": "`max_output_tokens`: that many were drawn, or the context is full."},
+    "IncompleteDetails": {
+        "reason": "`max_output_tokens`: that many were drawn, or the context is full. `stop` (OpenAI's API has no stop strings, and no word for it): a stop string, or the"
+        " model itself, ended the answer within a call, whose arguments are not complete."
+    },
     "ResponseItem": {
         "id": "By which item_reference finds it.",
         "type": "What it is.",
-        "status": "`incomplete`: the answer was cut off in it.",
+        "status": "`incomplete`: the answer was cut off, or ended, in it. Such a call must not be run.",
         "role": "Of a message.",
         "content": "Of a message or of reasoning.",
         "summary": "Of reasoning: empty, as nothing sums it up.",

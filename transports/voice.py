@@ -120,7 +120,7 @@ class ToolCall:
 class Choice:
     """One answer of a whole reply."""
 
-    __slots__ = ("_others", "calls", "error", "logprobs", "pieces", "reason", "reasoning", "stop_reason", "tokens")
+    __slots__ = ("_others", "calls", "error", "logprobs", "pieces", "reason", "reasoning", "stop_reason", "tokens", "unfinished")
 
     pieces: list[str]
     """Its text, in the pieces that came."""
@@ -136,6 +136,8 @@ class Choice:
     """Why it ended, as in Sink.row."""
     stop_reason: int | str | None
     """Which stop string or token id it was, if one was asked for."""
+    unfinished: bool
+    """Its reason is `length`, but no tokens ran out: it ended within a call."""
     error: PenstockError | None
     """Why it failed, if it did so alone: another choice did not."""
 
@@ -147,6 +149,7 @@ class Choice:
         self.logprobs = []
         self.reason = ""
         self.stop_reason = None
+        self.unfinished = False
         self.error = None
         self._others: list[tuple[int, list[str] | ToolCall]] = []
         """What is no text, each with the number of pieces of text before it."""

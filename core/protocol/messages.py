@@ -272,6 +272,8 @@ class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     call_id: str = ""
     """In a row of channel NAME: what the call is called in the conversation."""
     error_param: str | None = None
+    unfinished: bool = False
+    """Of an end with the reason `length`: tokens did not run out; the answer ended (stop_reason says how) within a call, whose arguments are not complete."""
 
 
 class TextDelta(Message, frozen=True, kw_only=True):

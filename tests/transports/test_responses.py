@@ -98,7 +98,7 @@ class ErrorFields(msgspec.Struct):
     code: str
 
 
-def rows(*parts: tuple[int, int, str], reason: str = "stop", extra: dict[str, Any] | None = None) -> Any:
+def rows(*parts: tuple[int, int, str], reason: str = "stop", extra: dict[str, Any] | None = None, end: dict[str, Any] | None = None) -> Any:
     """A script: a row for each (channel, call, text), and one that ends the answer."""
 
     def play(submit: Submit) -> list[Message]:
@@ -109,7 +109,7 @@ def rows(*parts: tuple[int, int, str], reason: str = "stop", extra: dict[str, An
                 more = {"extra": extra}
             one = delta({"key": submit.key, "text": text, "output": number + 1, **more})
             found.append(msgspec.structs.replace(one, channels=_u8([channel]), calls=i32([call])))
-        found.append(delta({"key": submit.key, "tokens": [], "reason": reason}))
+        found.append(delta({"key": submit.key, "tokens": [], "reason": reason, **({"extra": end} if end else {})}))
         found.append(finished(submit.key, output=len(parts) + 1))
         return found
 
@@ -347,6 +347,25 @@ def test_the_events_add_up_to_the_whole(script: Edge, story: str, more: dict[str
         assert kinds == ["reasoning", "message", "function_call", "function_call", "message"]
     for item in whole["output"]:
         assert ("encrypted_content" in item) is (item["type"] == "reasoning" and bool(more))
+
+
+@pytest.mark.parametrize("stop_reason", [None, "x"])
+@pytest.mark.parametrize(
+    ("more", "statuses"),
+    [([], ["incomplete"]), ([(NAME, 1, "g"), (ARGUMENTS, 1, "{}"), (DONE, 1, "")], ["incomplete", "completed"]), ([(CONTENT, -1, "b")], ["incomplete", "completed"])],
+    ids=["alone", "before a call", "before words"],
+)  # fmt: skip
+def test_a_call_that_the_answer_ended_in_is_incomplete_though_tokens_are_left(
+    script: Edge, stop_reason: str | None, more: list[tuple[int, int, str]], statuses: list[str]
+) -> None:
+    broken = [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a"')]
+    script.text.script = rows(*broken, *more, reason="length", end={"stop_reason": stop_reason, "unfinished": True})
+    whole = script.kept.post(PATH, json=HI).json()
+    stream = named_events(script.kept.post(PATH, json=HI | {"stream": True}).text)
+    assert masked(fold(stream)) == masked(stream[-1]["response"]) == masked(whole)
+    msgspec.convert(whole, replies.ResponseReply)
+    assert (whole["status"], whole["incomplete_details"]) == ("incomplete", {"reason": "stop"})
+    assert [item["status"] for item in whole["output"]] == statuses
 
 
 @settings(max_examples=60, deadline=None)
