@@ -199,7 +199,8 @@ def endpoints() -> list[str]:
                 body, (answers, _) = handler.opt.get(BODY), replies_at(route.path_format, method)
                 wrong = errors_of(route.path_format, method)
                 replies = [
-                    f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in answer.content.items())}" for answer in answers
+                    f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in [*answer.content.items(), *also(answer)])}"
+                    for answer in answers
                 ]
                 asks = f"[{body.__name__}](#{body.__name__.lower()})" if body else ""
                 out.append(
@@ -209,6 +210,10 @@ def endpoints() -> list[str]:
         media = ", ".join(f"`{kind}`" for answer in REPLIES[path][0] for kind in answer.content)
         out.append(f"| `GET {path}` | {summary} |  | 200 {media} | {', '.join(map(str, errors_of(path)))} |")
     return [*out, ""]
+
+
+def also(answer: openapi_replies.Answer) -> list[tuple[str, Any]]:
+    return [] if answer.also is None else [(openapi_replies.JSON, answer.also)]
 
 
 def _medium(media: str, kind: Any) -> str:
@@ -449,7 +454,7 @@ def page() -> str:
     shared = GenerationRequest.__struct_fields__
     bodies = ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
     parts = structs_in(bodies)
-    answers = [kind for one in every_answer() for kind in one.content.values()]
+    answers = [kind for one in every_answer() for kind in one.kinds]
     answers += OWN_ERRORS.values()
     whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))

@@ -175,6 +175,21 @@ TOLD: dict[str, dict[str, str]] = {
         "details": "`error_code`, of errors that clients know what to do about.",
     },
     "CountTokensReply": {"input_tokens": "Of the prompt as the model would get it, the beginning of the answer's turn included."},
+    "MessageModel": {
+        "type": "`model`.",
+        "id": "The name for `model`.",
+        "display_name": "The same.",
+        "created_at": "When the server started, in UTC.",
+        "lifecycle": "`active`: models that are served are.",
+        "max_input_tokens": "The context.",
+        "max_tokens": "The context, which prompt and answer share.",
+    },
+    "MessageModelList": {
+        "data": "A page of the models.",
+        "has_more": "Are there more in that direction?",
+        "first_id": "Of the first one of the page: `before_id` for those before it; null where it is empty.",
+        "last_id": "Of the last one: `after_id` for those behind it.",
+    },
     "MessageBatch": {
         "id": "`msgbatch_` and 32 digits.",
         "type": "`message_batch`.",

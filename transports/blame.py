@@ -21,7 +21,7 @@ from litestar.handlers.base import BaseRouteHandler
 from penstock.core.protocol.errors import PenstockError, PluginFault, described, tamed
 from penstock.transports.gateway import Gateway
 from penstock.transports.request import Header, JsonReply, Scope, context_of, error_reply
-from penstock.transports.voice import VOICE, Voice
+from penstock.transports.voice import VOICE, VOICES, Voice
 
 log = logging.getLogger("penstock.edge.http")
 T = TypeVar("T")
@@ -52,9 +52,10 @@ class Owned:
     def __call__(self, gateway: Gateway) -> list[Any]:
         routes = self._factory(gateway)
         for route in routes:
-            wrong = wrong_voice((getattr(route, "opt", None) or {}).get(VOICE))
-            if wrong:
-                raise self._blame("factory", f"returned a route whose opt {VOICE!r} {wrong}")
+            opt = getattr(route, "opt", None) or {}
+            for key, voice in ((VOICE, opt.get(VOICE)), *((VOICES, one) for one in opt.get(VOICES, {}).values())):
+                if wrong := wrong_voice(voice):
+                    raise self._blame("factory", f"returned a route whose opt {key!r} {wrong}")
             if isinstance(route, (BaseRouteHandler, Router)):
                 route.opt.setdefault(OWNER, self._blame)
             elif not isinstance(route, type):  # a Controller, which Litestar looks into

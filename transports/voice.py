@@ -18,7 +18,10 @@ from penstock.transports.request import Header, JsonReply
 VOICE = "voice"
 """The key in a handler's `opt` that names its Voice class: errors of that route are said with its `refuse`, as those of a Job are, also
 what is refused at its path before it is asked: for the key, the method, the size of headers. (Where there is no route, errors have the shape of
-request.error_reply.)"""
+request.error_reply, or that of VOICES.)"""
+VOICES = "voices"
+"""The key in a handler's `opt` for Voices of clients that tell by a header which API they speak, where two APIs have one path: {name of the header: Voice class}. Errors of a
+route without a VOICE of its own are said with it, and, if any route names that header, those of paths where there is no route."""
 
 
 class Head(NamedTuple):
