@@ -400,7 +400,7 @@ def grammars() -> list[str]:
         " allows nothing but the end; with `ignore_eos` it is a 400. Before finish_reason `stop` is told the answer is verified (JSON by a second"
         " implementation of JSON schema, formats included, and no name twice in an object); if it does not obey, it ends as an error, never silently: with `n` that"
         " choice alone, and a request of one answer is a 400. A schema and the beginning of the answer (`continue_final_message`, or a last message of the assistant's to `/v1/messages`) cannot both be given. One that a stop string cuts"
-        " short is such an error, too, and one that max_tokens cuts ends with `length`: it may be a part.",
+        " short is such an error, too (one that stays in the answer, with include_stop_str_in_output or from TGI, is judged with it), and one that max_tokens cuts ends with `length`: it may be a part.",
         "",
         "What is governed is the answer's content. A reasoning model reasons as it likes before it, up to its format's end of reasoning; only where a plugin's format does not"
         " say how reasoning is written, there is none. Beside `tools` an answer is content that obeys, or calls; where a call could not be told from such an answer it is a 400 that names the field and says why:"
