@@ -24,7 +24,7 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.devices.host_limits import cores
 from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.bounds import Bounds, Starts
-from penstock.plugins.grammars.keywords import check_schema, free_names
+from penstock.plugins.grammars.keywords import check_schema, drafted, free_names
 from penstock.plugins.grammars.layouts import Regions, lowered
 from penstock.plugins.grammars.spelling import closed_names, spelled, whole
 
@@ -291,7 +291,7 @@ def _grammar(kind: str, source: str) -> str:
     """What llguidance compiles. Raises InvalidRequest or UnsupportedFeature."""
     if kind in layouts.JSON:
         try:
-            schema = json.loads(source)
+            schema = drafted(json.loads(source))
         except ValueError as error:
             raise InvalidRequest(f"The schema is not valid JSON: {error}.") from None
         check_schema(schema)
