@@ -547,7 +547,7 @@ def page() -> str:
         "In a message:",
         "",
         *refusals(MESSAGE_FIELDS),
-        "Any other field is ignored, and named in the reply's header `x-penstock-warning` (the first 32, at most 1024 bytes; `?` for a name that is no plain word);"
+        "Any other field is ignored, and named in the reply's header `x-penstock-warning` (the first 32, at most 1024 bytes; `?` for a name that is no plain word; within objects the path, `tools[0].function.foo`, where a known name in another spelling, `Strict`, is refused, too);"
         " with `--strict-fields` it is a 400 that names it. Fields of messages that nobody here knows go to the chat template either way.",
         "",
         "## Requests from outside",

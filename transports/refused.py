@@ -256,6 +256,14 @@ def check(table: Table, name: str, raw: msgspec.Raw, where: str = "") -> bool:
     return True
 
 
+def check_value(table: Table, name: str, value: Any, where: str = "") -> bool:
+    """As `check`, of a value that has been read."""
+    entry = table.find(name)
+    if entry is not None and not _neutral(entry, value):
+        raise refusal(where + name, entry)
+    return entry is not None
+
+
 class _Unreadable:
     """Of a value that nothing can be made of (1e999, text that is not UTF-8), which equals none."""
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.transports.refused import Table, check_value
 
 Item = dict[str, Any]
 
@@ -63,6 +64,8 @@ _FIELDS: dict[str, frozenset[str]] = {
     "reasoning": _ANYWHERE | {"summary", "content", "encrypted_content"},
     "item_reference": _ANYWHERE,
 }
+_SPELLINGS = {kind: Table({}, names - (_ANYWHERE - {"type"}) - {"phase"}) for kind, names in _FIELDS.items()}
+"""Who writes callId means call_id."""
 _PART_FIELDS = frozenset({"type", "text", "refusal", "annotations", "logprobs", "prompt_cache_breakpoint"})
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
@@ -120,8 +123,9 @@ def _item(item: dict[str, Any], where: str, core: str, number: int, ignored: lis
     for name in ("caller", "namespace", "async"):
         if item.get(name) not in (None, False, {"type": "direct"}):
             raise UnsupportedFeature(f"{where}.{name} is not supported here. Leave it out.", param=f"{where}.{name}")
-    if len(ignored) < 256:
-        ignored += [f"{where}.{name}" for name in item.keys() - _FIELDS[kind] - {"caller", "namespace", "async"}]
+    for name in sorted(item.keys() - _FIELDS[kind] - {"caller", "namespace", "async"}):
+        if not check_value(_SPELLINGS[kind], name, item[name], f"{where}.") and len(ignored) < 256:
+            ignored.append(f"{where}.{name}"[:200])
     if kind == "item_reference":
         return {"type": kind, "id": _text(item, "id", where)}
     found = {"id": item_id(kind, core, number, given=True), "type": kind, **_MAKERS[kind](item, where)}

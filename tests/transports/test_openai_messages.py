@@ -130,6 +130,28 @@ def test_unknown_fields_within_objects_are_named() -> None:
     parse(Config(strict_fields=True), messages=[USER | {"mood": "good"}], tools=[TOOL])
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "g", "Strict": True}}]}, "tools[0].function.Strict"),
+        ({"tools": [TOOL, {"Type": "web", "function": {"name": "g"}}]}, "tools[1].Type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "Text": "y"}]}]}, "messages[0].content[0].Text"),
+        ({"messages": [{**CALLED, "tool_calls": [CALL | {"ID": "x"}]}]}, "messages[0].tool_calls[0].ID"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "Schema": {"type": "null"}}}}, "response_format.json_schema.Schema"),
+    ],
+)  # fmt: skip
+def test_known_fields_within_objects_in_another_spelling_are_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(UnsupportedFeature) as caught:
+        parse(**fields)
+    assert caught.value.param == param
+    assert "Its name here is" in caught.value.message
+
+
+def test_spellings_that_ask_for_nothing_are_taken_and_those_of_hints_named() -> None:
+    assert parse(tools=[{"type": "function", "Type": None, "function": {"name": "g", "Strict": None}}]).ignored == []
+    assert parse(tools=[TOOL | {"cacheControl": {}}]).ignored == ["tools[0].cacheControl"]
+
+
 def test_tools_of_other_types_are_unsupported() -> None:
     for tool in ({"type": "custom", "custom": {"name": "f"}}, {"type": "web_search"}, {"type": "custom", "function": {"name": "f"}}):
         with pytest.raises(UnsupportedFeature) as caught:

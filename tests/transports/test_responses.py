@@ -535,6 +535,8 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": SCHEMA | {"Strict": True}}}, "text.format.Strict"),
     ({"text": {"format": SCHEMA | {"json_schema": {"schema": {"type": "string"}}}}}, "text.format.json_schema"),
     ({"text": {"Format": SCHEMA}}, "text.Format"),
+    ({"input": [{"role": "user", "content": "x", "Content": "y"}]}, "input[0].Content"),
+    ({"input": [{"type": "function_call", "callId": "c", "name": "f", "arguments": "{}"}]}, "input[0].callId"),
     ({"reasoning": {"Effort": "low"}}, "reasoning.Effort"),
     ({"stream": True, "stream_options": {"includeObfuscation": True}}, "stream_options.includeObfuscation"),
     ({"tool_choice": allowed({"type": "mcp", "name": "weather"}), "tools": [WEATHER]}, "tool_choice.tools[0]"),
@@ -609,7 +611,7 @@ def test_unknown_fields_are_named_in_a_header_or_refused(edge: Edge, make_edge: 
     names = "colour, input[0].mood, reasoning.depth, text.format.foo, text.tone"
     for more in ({}, {"stream": True}, {"background": True}, {"background": True, "stream": True}):
         reply = edge.kept.post(PATH, json=body | more)
-        assert (reply.status_code, reply.headers["x-penstock-ignored-fields"].replace("?", "input[0].mood")) == (200, names)
+        assert (reply.status_code, reply.headers["x-penstock-ignored-fields"]) == (200, names)
     strict = make_edge(strict_fields=True)
     assert strict.kept.post(PATH, json=HI).status_code == 200
     reply = strict.kept.post(PATH, json=body)
