@@ -73,10 +73,17 @@ KINDS: dict[str, Any] = {
     "response_format": _Format | None,
 }
 """The fields that are looked into. What clients send back as it came to them, and hints without effect, are known."""
-_tables = {
-    kind: refused.Table({}, kind.__bases__[0].__struct_encode_fields__)  # without those that are known as they have no effect
-    for kind in (_Part, _Called, _Call, _Spec, _Tool, _Schema, _Structure)
+_OF: dict[type[msgspec.Struct], type[msgspec.Struct]] = {
+    _Part: ContentPart,
+    _Called: FunctionCall,
+    _Call: AnyCall,
+    _Spec: FunctionSpec,
+    _Tool: AnyTool,
+    _Schema: JsonSchema,
+    _Structure: Structure,
 }
+"""What of them has an effect."""
+_tables = {kind: refused.Table({}, of.__struct_encode_fields__) for kind, of in _OF.items()}
 _readers = {name: msgspec.json.Decoder(kind) for name, kind in KINDS.items()}
 
 
