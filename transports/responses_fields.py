@@ -53,6 +53,7 @@ ASKED: dict[str, dict[str, Field]] = {
         "max_tool_calls": Field("Bounds calls of tools that run on the server, of which there are none: no effect.", allowed="1 to 2^63-1"),
         "metadata": Field("Texts by name, kept with the response and shown again.", allowed="at most 16 pairs of 64 and 512 characters"),
         "prompt_cache_key": Field("A hint without effect: equal prefixes are found without it."),
+        "prompt_cache_options": Field("A hint without effect: equal prefixes are found without it, wherever they end."),
         "prompt_cache_retention": Field("A hint without effect: prefixes stay as long as there is room."),
         "safety_identifier": Field("A hint without effect."),
         "service_tier": Field("A hint without effect: there is one tier, and the reply says `default`."),

@@ -84,6 +84,7 @@ def test_two_functions_of_a_name_are_refused() -> None:
         ({"metadata": {"a": "x" * 513}}, "metadata.a"),
         ({"safety_identifier": 3}, "safety_identifier"),
         ({"prompt_cache_key": []}, "prompt_cache_key"),
+        ({"prompt_cache_options": "explicit"}, "prompt_cache_options"),
     ],
 )
 def test_hints_of_another_form_are_named(fields: dict[str, Any], param: str) -> None:

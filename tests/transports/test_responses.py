@@ -487,6 +487,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metadata": {"k": "x" * 513}}, "metadata.k"),
     ({"metadata": {"k": 1}}, "metadata.k"),
     ({"user": "x" * 513}, "user"),
+    ({"prompt_cache_options": "explicit"}, "prompt_cache_options"),
     ({"service_tier": "gold"}, "service_tier"),
     ({"max_tool_calls": 0}, "max_tool_calls"),
     ({"truncation": "nope"}, "truncation"),
