@@ -14,6 +14,7 @@ from typing import Any
 
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.grammars import ecma, texts
+from penstock.plugins.grammars.endless import endless
 from penstock.plugins.grammars.keywords import COUNTS, MANY, NAMED, ONE, TYPES, pointed, refused
 from penstock.plugins.grammars.numbers import BOUNDS, NoNumber, bounded, check_step, drawable
 
@@ -28,27 +29,33 @@ def spelled(schema: Any) -> Any:
     """`schema` has passed `check_schema`. What was given is left as it is. Raises UnsupportedFeature naming the keyword and its place, or InvalidRequest if its
     bounds leave nothing at all."""
     made = _spelled(schema, "")
-    while (dead := _dead(made, made)) != made:  # what refers to nothing may be what others refer to
+    loops = endless(made)
+    if "" in loops:
+        raise InvalidRequest(
+            "Nothing can satisfy it: the schema refers to itself without end, as each value must hold another of its kind. Make the one within optional."
+        )
+    while (dead := _dead(made, made, loops)) != made:  # what refers to nothing may be what others refer to
         made = dead
     if isinstance(made, dict) and isinstance(made.get("$ref"), str) and pointed(made, made["$ref"]) is False:
         raise InvalidRequest("Nothing can satisfy it: its $ref points to a schema of no values.")
     return made
 
 
-def _dead(schema: Any, root: Any) -> Any:
-    """The backend takes a reference to a schema of no values for a mistake: such a one is false where it stands."""
+def _dead(schema: Any, root: Any, loops: frozenset[str]) -> Any:
+    """The backend takes a reference to a schema of no values for a mistake, and follows those of `loops`: such a one is false where it stands."""
     if not isinstance(schema, dict):
         return schema
-    if isinstance(schema.get("$ref"), str) and schema is not root and pointed(root, schema["$ref"]) is False:
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and schema is not root and (reference in loops or pointed(root, reference) is False):
         return False
     made = dict(schema)
     for keyword, value in schema.items():
         if keyword in ONE:
-            made[keyword] = _dead(value, root)
+            made[keyword] = _dead(value, root, loops)
         elif keyword in MANY:
-            made[keyword] = [_dead(one, root) for one in value]
+            made[keyword] = [_dead(one, root, loops) for one in value]
         elif keyword in NAMED:
-            made[keyword] = {name: _dead(one, root) for name, one in value.items()}
+            made[keyword] = {name: _dead(one, root, loops) for name, one in value.items()}
     return made
 
 
