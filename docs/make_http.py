@@ -200,7 +200,8 @@ def endpoints() -> list[str]:
                 body, (answers, _) = handler.opt.get(BODY), replies_at(route.path_format, method)
                 wrong = errors_of(route.path_format, method)
                 replies = [
-                    f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in answer.content.items())}" for answer in answers
+                    f"{answer.status} {' or '.join(_medium(media, kind) for media, kind in [*answer.content.items(), *also(answer)])}"
+                    for answer in answers
                 ]
                 asks = f"[{body.__name__}](#{body.__name__.lower()})" if body else ""
                 out.append(
@@ -210,6 +211,10 @@ def endpoints() -> list[str]:
         media = ", ".join(f"`{kind}`" for answer in REPLIES[path][0] for kind in answer.content)
         out.append(f"| `GET {path}` | {summary} |  | 200 {media} | {', '.join(map(str, errors_of(path)))} |")
     return [*out, ""]
+
+
+def also(answer: openapi_replies.Answer) -> list[tuple[str, Any]]:
+    return [] if answer.also is None else [(openapi_replies.JSON, answer.also)]
 
 
 def _medium(media: str, kind: Any) -> str:
@@ -396,7 +401,7 @@ def grammars() -> list[str]:
         " allows nothing but the end; with `ignore_eos` it is a 400. Before finish_reason `stop` is told the answer is verified (JSON by a second"
         " implementation of JSON schema, formats included, and no name twice in an object); if it does not obey, it ends as an error, never silently: with `n` that"
         " choice alone, and a request of one answer is a 400. A schema and the beginning of the answer (`continue_final_message`, or a last message of the assistant's to `/v1/messages`) cannot both be given. One that a stop string cuts"
-        " short is such an error, too, and one that max_tokens cuts ends with `length`: it may be a part.",
+        " short is such an error, too (one that stays in the answer, with include_stop_str_in_output or from TGI, is judged with it), and one that max_tokens cuts ends with `length`: it may be a part.",
         "",
         "What is governed is the answer's content. A reasoning model reasons as it likes before it, up to its format's end of reasoning; only where a plugin's format does not"
         " say how reasoning is written, there is none. Beside `tools` an answer is content that obeys, or calls; where a call could not be told from such an answer it is a 400 that names the field and says why:"
@@ -450,7 +455,7 @@ def page() -> str:
     shared = GenerationRequest.__struct_fields__
     bodies = ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
     parts = structs_in(bodies)
-    answers = [kind for one in every_answer() for kind in one.content.values()]
+    answers = [kind for one in every_answer() for kind in one.kinds]
     answers += OWN_ERRORS.values()
     whole = [kind for kind in dict.fromkeys(answers) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     replies = list(dict.fromkeys([*whole, *structs_in(whole), openapi_replies.ErrorReply, openapi_replies.ErrorFields]))
@@ -543,7 +548,7 @@ def page() -> str:
         "In a message:",
         "",
         *refusals(MESSAGE_FIELDS),
-        "Any other field is ignored, and named in the reply's header `x-penstock-warning` (the first 32, at most 1024 bytes; `?` for a name that is no plain word);"
+        "Any other field is ignored, and named in the reply's header `x-penstock-warning` (the first 32, at most 1024 bytes; `?` for a name that is no plain word; within objects the path, `tools[0].function.foo`, where a known name in another spelling, `Strict`, is refused, too);"
         " with `--strict-fields` it is a 400 that names it. Fields of messages that nobody here knows go to the chat template either way.",
         "",
         "## Requests from outside",

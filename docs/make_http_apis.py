@@ -113,7 +113,8 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         '- Errors are `{"type": "error", "error": {"type", "message"}}`. A server that is full, starts or drains answers 529 `overloaded_error` with'
         " `retry-after`; Anthropic's clients then try again. That `thread` is refused has the code by which they send the whole conversation instead.",
         "- The prefix cache works by itself; `cache_read_input_tokens` says how much it saved, and `input_tokens` is the rest, so that the prompt has as many as both.",
-        "- `GET /v1/models` and `GET /v1/models/{model_id}` answer in Anthropic's shape, with its pages, where the header anthropic-version is sent.",
+        "- `GET /v1/models` and `GET /v1/models/{model_id}` answer in Anthropic's shape, with its pages and `lifecycle`, where the header anthropic-version is sent. Any other query is a 400.",
+        "- Errors of these, and of paths where there is nothing, then have Anthropic's shape, too. Its Files API is not served: at `/v1/files` its clients get a 404.",
         "- `cache_control` is taken without effect, in the request, in blocks and in tools: prefixes are cached by themselves, and nothing pins one for a time."
         " `cache_creation_input_tokens` is 0.",
         "",

@@ -19,6 +19,7 @@ from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, shorten
+from penstock.transports.anthropic_models import ANTHROPICS
 from penstock.transports.anthropic_options import blamed, form_of, names_a_tool, omits_thinking, options_of, renamed
 from penstock.transports.anthropic_schema import CountTokensRequest, MessagesRequest, check_cache, decode_strictly
 from penstock.transports.anthropic_turns import chat_of
@@ -32,7 +33,7 @@ from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of, find_model
 from penstock.transports.request import JsonReply, context_of
 from penstock.transports.surface import Surface
-from penstock.transports.voice import VOICE
+from penstock.transports.voice import VOICE, VOICES
 
 OLD = b"2023-01-01"
 """The one version of the API (header anthropic-version) whose streams are others than here: each event repeats all of the text."""
@@ -136,7 +137,7 @@ def anthropic_routes(gateway: Gateway) -> list[Any]:
         summary="Answer a conversation (Anthropic)",
         tags=["generate"],
         status_code=200,
-        opt={BODY: MessagesRequest, VOICE: MessagesVoice},
+        opt={BODY: MessagesRequest, VOICE: MessagesVoice, VOICES: ANTHROPICS},
     )
     async def messages(request: Request[Any, Any, Any]) -> ASGIApp:
         check_version(context_of(request.scope).headers)

@@ -79,6 +79,23 @@ class CountTokensReply(msgspec.Struct):
     input_tokens: int
 
 
+class MessageModel(msgspec.Struct):
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None
+    max_tokens: int | None
+
+
+class MessageModelList(msgspec.Struct):
+    data: list[MessageModel]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class MessageBatchCounts(msgspec.Struct):
     processing: int
     succeeded: int

@@ -92,15 +92,15 @@ def usage_json(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _stop(reason: str, stop_reason: int | str | None, called: bool) -> dict[str, str | None]:
-    """`called`: there is a call of the tool that the request names; chats say "stop" then, as OpenAI does."""
-    if reason == "length":
+def _stop(reason: str, stop_reason: int | str | None, called: bool, unfinished: bool) -> dict[str, str | None]:
+    """`called`: there is a call of the tool that the request names; chats say "stop" then, as OpenAI does. `unfinished`: the answer ended within a call, and
+    chats say "length", so that nobody runs it. A stop sequence is named whenever one ended the answer: also where a complete call makes it `tool_use`."""
+    sequence = stop_reason if isinstance(stop_reason, str) else None
+    if reason == "length" and not unfinished:
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if reason == "tool_calls" or (called and reason == "stop" and not isinstance(stop_reason, str)):
-        return {"stop_reason": "tool_use", "stop_sequence": None}
-    if isinstance(stop_reason, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
-    return {"stop_reason": "end_turn", "stop_sequence": None}
+    if reason == "tool_calls" or (called and reason == "stop"):
+        return {"stop_reason": "tool_use", "stop_sequence": sequence}
+    return {"stop_reason": "end_turn" if sequence is None else "stop_sequence", "stop_sequence": sequence}
 
 
 def input_json(text: str) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class MessagesVoice:
     def whole(self, prompts: Sequence[Prompt], choices: Sequence[Choice], usage: Usage, timings: dict[str, Any] | None) -> bytes:
         (choice,) = choices
         content = [self._block(channel, said) for channel, said in choice.parts()] or [_text("")]
-        stop = _stop(choice.reason, choice.stop_reason, self._named and bool(choice.calls))
+        stop = _stop(choice.reason, choice.stop_reason, self._named and bool(choice.calls), choice.unfinished)
         more = {} if timings is None else {"metrics": timings}
         return _json(
             {**self._head, "content": content, **stop, "usage": usage_json(usage), **more},
@@ -230,7 +230,7 @@ class MessagesVoice:
 
     def closed(self, index: int, reason: str, error: PenstockError | None, row: int, batch: Batch) -> Iterator[bytes]:
         extra = batch.extra(row)
-        self._stop = _stop(reason, extra.stop_reason if extra else None, self._called)
+        self._stop = _stop(reason, extra.stop_reason if extra else None, self._called, bool(extra and extra.unfinished))
         if self._index < 0:
             yield from self._begin(CONTENT, _text(""))
         yield from self._end()

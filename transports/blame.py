@@ -22,7 +22,7 @@ from penstock.core.contract.transports import Transport
 from penstock.core.protocol.errors import PenstockError, PluginFault, described, tamed
 from penstock.transports.gateway import Gateway
 from penstock.transports.request import Header, JsonReply, Scope, context_of, error_reply
-from penstock.transports.voice import VOICE, Voice
+from penstock.transports.voice import VOICE, VOICES, Voice
 
 log = logging.getLogger("penstock.edge.http")
 T = TypeVar("T")
@@ -60,9 +60,10 @@ class Owned:
             if lacking:
                 raise self._blame("factory", f"returned the listener {listener!r:.80}, which has no {' and no '.join(lacking)}")
         for route in transport.routes:
-            wrong = wrong_voice((getattr(route, "opt", None) or {}).get(VOICE))
-            if wrong:
-                raise self._blame("factory", f"returned a route whose opt {VOICE!r} {wrong}")
+            opt = getattr(route, "opt", None) or {}
+            for key, voice in ((VOICE, opt.get(VOICE)), *((VOICES, one) for one in opt.get(VOICES, {}).values())):
+                if wrong := wrong_voice(voice):
+                    raise self._blame("factory", f"returned a route whose opt {key!r} {wrong}")
             if isinstance(route, (BaseRouteHandler, Router)):
                 route.opt.setdefault(OWNER, self._blame)
             elif not isinstance(route, type):  # a Controller, which Litestar looks into

@@ -17,16 +17,17 @@ from litestar.types import ASGIApp
 from penstock.core.contract.hookspecs import API_LEVEL, TransportSpec, hookimpl
 from penstock.core.contract.transports import Transport
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import InvalidRequest, PenstockError
+from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Answer, Limits
 from penstock.transports.anthropic import anthropic_routes
-from penstock.transports.anthropic_models import model_json, models_page, speaks_anthropic
-from penstock.transports.anthropic_voice import MessagesVoice
+from penstock.transports.anthropic_models import ANTHROPICS, model_json, models_page, read_query, speaks_anthropic
+from penstock.transports.anthropic_models import QUERY as MODELS_QUERY
 from penstock.transports.batches import batch_routes
 from penstock.transports.files import file_routes
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
 from penstock.transports.grpc import grpc_transport
+from penstock.transports.listing import QUERY
 from penstock.transports.openai import parse_chat, parse_completion
 from penstock.transports.openai_messages import check_messages
 from penstock.transports.openai_schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, check_unknown, decode
@@ -41,7 +42,7 @@ from penstock.transports.stored_chats import answer_kept, stored_chat_routes
 from penstock.transports.surface import Surface
 from penstock.transports.tgi import tgi_routes
 from penstock.transports.tokens import tokens_routes
-from penstock.transports.voice import VOICE
+from penstock.transports.voice import VOICE, VOICES
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -122,27 +123,21 @@ def openai_routes(gateway: Gateway) -> list[Any]:
         call = await surface.understood(await surface.body(request), parse_completion, config, gateway.limits)
         return surface.answer(request, call, CompletionVoice(call))
 
-    @get("/v1/models", summary="The models that requests may name", tags=["models"])
+    @get("/v1/models", summary="The models that requests may name", tags=["models"], opt={QUERY: MODELS_QUERY, VOICES: ANTHROPICS})
     async def models(request: AnyRequest) -> ASGIApp:
+        anthropic = speaks_anthropic(context_of(request.scope).headers)
+        asked = read_query(request.scope, anthropic=anthropic)
         answer = await gateway.query("models")
-        if not speaks_anthropic(context_of(request.scope).headers):
-            return relay(answer)
-        try:
-            if answer.status != 200:
-                raise failure_of(answer)
-            return JsonReply(msgspec.json.encode(models_page(msgspec.json.decode(answer.body)["data"], request.query_params)))
-        except PenstockError as error:
-            return MessagesVoice.refuse(error)
+        if answer.status != 200:
+            raise failure_of(answer)
+        if not anthropic:
+            return JsonReply(answer.body)
+        return JsonReply(msgspec.json.encode(models_page(msgspec.json.decode(answer.body)["data"], asked)))
 
-    @get("/v1/models/{model_id:path}", summary="One model", tags=["models"])
+    @get("/v1/models/{model_id:path}", summary="One model", tags=["models"], opt={VOICES: ANTHROPICS})
     async def model(request: AnyRequest) -> ASGIApp:
-        asked = str(request.path_params["model_id"]).lstrip("/")
-        if not speaks_anthropic(context_of(request.scope).headers):
-            return JsonReply(msgspec.json.encode(await find_model(gateway, asked)))
-        try:
-            return JsonReply(msgspec.json.encode(model_json(await find_model(gateway, asked))))
-        except PenstockError as error:
-            return MessagesVoice.refuse(error)
+        found = await find_model(gateway, str(request.path_params["model_id"]).lstrip("/"))
+        return JsonReply(msgspec.json.encode(model_json(found) if speaks_anthropic(context_of(request.scope).headers) else found))
 
     @post("/tokenize", summary="Text or messages to tokens", tags=["tokens"], status_code=200, opt={BODY: TokenizeRequest})
     async def tokenize(request: AnyRequest) -> ASGIApp:

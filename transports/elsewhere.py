@@ -15,6 +15,7 @@ _ADAPTERS = "There are no adapters: start a server with the merged weights."
 _SOUND = "This server takes text only."
 _OLLAMA = "Use /v1/chat/completions, /v1/completions and /v1/models."
 _KEPT = "Prefixes leave the cache by themselves; a start begins with an empty one."
+_SKILLS = "No tools run on this server, and there are no skills for them: say in system what is to be known."
 _CONVERSATIONS = "Use previous_response_id of /v1/responses."
 
 KNOWN: dict[str, str] = {
@@ -46,6 +47,9 @@ KNOWN: dict[str, str] = {
     "POST /v1/messages/count_tokens": "",
     "POST /v1/messages/batches": "",
     "GET /v1/messages/batches": "",
+    "POST /v1/complete": "Use /v1/messages or /v1/completions.",
+    "GET /v1/skills": _SKILLS,
+    "POST /v1/skills": _SKILLS,
     # vLLM's
     "POST /tokenize": "",
     "POST /detokenize": "",
@@ -106,7 +110,7 @@ KNOWN: dict[str, str] = {
 """Method and path -> what to use where there is nothing at it. "" is of those that this server always has (or, of what it keeps, has with a store)."""
 
 _INSTEAD = {known.partition(" ")[2]: instead for known, instead in KNOWN.items() if instead}
-_ID = re.compile(r"(/v1/conversations)/.*")
+_ID = re.compile(r"(/v1/(?:conversations|skills))/.*")
 
 
 def instead_of(path: str) -> str:

@@ -228,7 +228,10 @@ OWN: dict[str, dict[str, Field]] = {
     },
     "StructuredOutputs": {
         "json": Field("A JSON schema, or one as text.", VLLM),
-        "regex": Field("A regular expression for the whole answer (Rust's syntax).", VLLM),
+        "regex": Field(
+            "A regular expression for the whole answer (Rust's syntax; `^` and `$` at its ends alone, no look-around, `\\b`, `\\B` or back-references: a 400 that shows it).",
+            VLLM,
+        ),
         "choice": Field("Texts, one of which is the answer.", VLLM),
         "grammar": Field("A grammar for the whole answer: GBNF (rules with `::=`) or Lark.", VLLM),
         "json_object": Field("Any JSON object.", VLLM, default="false"),

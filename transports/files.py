@@ -16,11 +16,14 @@ from urllib.parse import quote
 
 import msgspec
 from litestar import Request, delete, get, post
+from litestar.connection import ASGIConnection
+from litestar.handlers.base import BaseRouteHandler
 from litestar.types import ASGIApp
 
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest, NotFound, UnsupportedFeature
 from penstock.transports import listing
+from penstock.transports.anthropic_models import ANTHROPICS, speaks_anthropic
 from penstock.transports.folder import Folder, new_id, write
 from penstock.transports.form import read_form
 from penstock.transports.gateway import Gateway
@@ -28,6 +31,7 @@ from penstock.transports.openapi import FORM
 from penstock.transports.request import JsonReply, Receive, Scope, Send, context_of
 from penstock.transports.storage_schema import FileObject, FileUpload
 from penstock.transports.store import Store, StoreFull, StoreUnavailable
+from penstock.transports.voice import VOICES
 
 KIND = "file"
 BATCH, OUTPUT = "batch", "batch_output"
@@ -212,12 +216,20 @@ def read_upload(fields: dict[str, str]) -> tuple[str, float | None]:
     return purpose, seconds_of(number, anchor, "expires_after")
 
 
+def for_openai_alone(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """A Litestar guard: Anthropic's clients have a Files API of another kind at these paths. Raises NotFound."""
+    if speaks_anthropic(context_of(connection.scope).headers):
+        raise NotFound("The Files API of Anthropic is not served here: files are OpenAI's, for batches. Send text in messages.")
+
+
 def file_routes(gateway: Gateway) -> list[Any]:
     """Handlers that share one gateway. Without a store there are none."""
     if gateway.store is None:
         return []
     config = gateway.config
     files = Files(gateway.store, config)
+    both: dict[str, Any] = {VOICES: ANTHROPICS}
+    guards = [for_openai_alone]
     listed = listing.fields(limit=10_000, most=10_000, order="desc", filters=("purpose",))
 
     async def find(request: AnyRequest) -> tuple[str, FileObject]:
@@ -227,7 +239,7 @@ def file_routes(gateway: Gateway) -> list[Any]:
             raise missing(id)
         return tenant, file
 
-    @post("/v1/files", summary="Hand a file in", tags=["storage"], status_code=200, opt={FORM: FileUpload})
+    @post("/v1/files", summary="Hand a file in", tags=["storage"], status_code=200, opt={FORM: FileUpload, **both}, guards=guards)
     async def upload(request: AnyRequest) -> ASGIApp:
         tenant = context_of(request.scope).tenant
         await files.check_room(tenant)
@@ -246,24 +258,24 @@ def file_routes(gateway: Gateway) -> list[Any]:
             coming.close(keep=kept)
         return JsonReply(msgspec.json.encode(file))
 
-    @get("/v1/files", summary="The files that are kept", tags=["storage"], opt={listing.QUERY: listed})
+    @get("/v1/files", summary="The files that are kept", tags=["storage"], opt={listing.QUERY: listed, **both}, guards=guards)
     async def all_files(request: AnyRequest) -> ASGIApp:
         page = listing.read_page(request.scope, limit=10_000, most=10_000, order="desc", filters=("purpose",))
         tenant = context_of(request.scope).tenant
         rows = await files.store.list(KIND, tenant, after=page.after, limit=page.limit + 1, order=page.order, where=page.where)
         return JsonReply(listing.page_body([row.body for row in rows], [row.id for row in rows], page.limit))
 
-    @get("/v1/files/{file_id:str}", summary="What a file is", tags=["storage"])
+    @get("/v1/files/{file_id:str}", summary="What a file is", tags=["storage"], opt=both, guards=guards)
     async def one(request: AnyRequest) -> ASGIApp:
         _, file = await find(request)
         return JsonReply(msgspec.json.encode(file))
 
-    @get("/v1/files/{file_id:str}/content", summary="What is in it", tags=["storage"])
+    @get("/v1/files/{file_id:str}/content", summary="What is in it", tags=["storage"], opt=both, guards=guards)
     async def content(request: AnyRequest) -> ASGIApp:
         _, file = await find(request)
         return FileReply(files, file)
 
-    @delete("/v1/files/{file_id:str}", summary="Forget it", tags=["storage"], status_code=200)
+    @delete("/v1/files/{file_id:str}", summary="Forget it", tags=["storage"], status_code=200, opt=both, guards=guards)
     async def forget(request: AnyRequest) -> ASGIApp:
         id = str(request.path_params["file_id"])
         if not await files.remove(context_of(request.scope).tenant, id):

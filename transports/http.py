@@ -2,7 +2,7 @@
 
 What it is: the outer ASGI application (request ids, keys, header limit, trace context, metrics, last-resort errors) around a Litestar
 application with the routes that are always there (health, metrics, version, OpenAPI, and those of server_routes.py) and those of the transports. Every error leaves in
-OpenAI's shape, or that of its route's voice. A path is protected unless it is named in PUBLIC: what is added later is protected without anybody thinking of it.
+OpenAI's shape, or that of its route's voice, or of the client's. A path is protected unless it is named in PUBLIC: what is added later is protected without anybody thinking of it.
 What it does not know: what the transports' routes do, sockets, processes.
 """
 
@@ -154,9 +154,8 @@ class Edge:
                 await JsonReply(b"", 204, [(b"allow", ", ".join(self._paths.everywhere()).encode())])(scope, receive, send_with_headers)
             elif error is not None:
                 handler = self._paths.handler(scope["path"], inner["method"])
-                await refusal(
-                    handler, error, error.headers if isinstance(error, MethodNotAllowed) else CLOSE if error.status != 401 else ()
-                )(scope, receive, send_with_headers)
+                more = error.headers if isinstance(error, MethodNotAllowed) else CLOSE if error.status != 401 else ()
+                await refusal(handler, error, more, self._paths.voice(handler, headers))(scope, receive, send_with_headers)
             else:
                 await self.app(inner, receive, send_with_headers)
         except BaseException as raised:  # what no handler of Litestar's sees: SystemExit, a panic, or an exception that came too late
@@ -248,29 +247,34 @@ def below(scope: Scope, root: str) -> Scope:
 
 def _error_response(request: Request[Any, Any, Any], error: Exception) -> Any:
     """Every exception of a route, and Litestar's own, as an error of the route's API; OpenAI's where there is none."""
-    handler = request.scope.get("route_handler")
+    handler, paths = request.scope.get("route_handler"), paths_of(request.app)
+    headers = context_of(request.scope).headers
+
+    def refused(handler: BaseRouteHandler | None, error: PenstockError, more: Iterable[Header] = ()) -> JsonReply:
+        return refusal(handler, error, more, paths.voice(handler, headers))
+
     if isinstance(error, UpgradeRequired):
-        return refusal(handler, error, error.headers)
+        return refused(handler, error, error.headers)
     if isinstance(error, PenstockError):
-        return refusal(handler, error, CLOSE if error.status == 413 else ())
+        return refused(handler, error, CLOSE if error.status == 413 else ())
     if isinstance(error, Disconnected):
         request.scope["state"][CONTEXT].status = request.scope["state"].get(REFUSED, 499)
         return NoReply()
     if isinstance(error, MethodNotAllowedException):
-        path, paths = request.scope["path"], paths_of(request.app)
+        path = request.scope["path"]
         if instead := instead_of(path):  # its last word is no id
-            return refusal(paths.handler(path, request.method), NotFound(f"There is nothing at {path[:200]!r}. {instead}"))
+            return refused(paths.handler(path, request.method), NotFound(f"There is nothing at {path[:200]!r}. {instead}"))
         unmeant = {"GET", "HEAD"} if handler is not None else set()  # a route's own word: it is for browsers, and this is none
         methods = [method for method in paths.methods(path) if method not in unmeant]
         if not unmeant or set(methods) - {"OPTIONS"}:
             wrong = MethodNotAllowed(request.method, methods)
-            return refusal(paths.handler(path, methods[-1] if unmeant else request.method), wrong, wrong.headers)
+            return refused(paths.handler(path, methods[-1] if unmeant else request.method), wrong, wrong.headers)
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         path = request.scope["path"]
         nothing = NotFound(f"There is nothing at {path[:200]!r}. {instead_of(path) or 'See /schema for what there is.'}")
-        return refusal(paths_of(request.app).nearest(path), nothing)
+        return refused(paths.nearest(path), nothing)
     if isinstance(error, HTTPException) and error.status_code < 500:
-        return refusal(handler, InvalidRequest(error.detail))
+        return refused(handler, InvalidRequest(error.detail))
     return failed(request.scope, error)
 
 

@@ -143,6 +143,8 @@ def check_hints(raw: Mapping[str, msgspec.Raw]) -> None:
     prediction = _read(raw.get("prediction"), _Prediction | None, "prediction")
     good = prediction is None or (isinstance(prediction, _Prediction) and prediction.type == "content")
     need(good, "prediction must be an object of the type 'content' with a content.", "prediction")
+    options = _read(raw.get("prompt_cache_options"), dict[str, Any] | None, "prompt_cache_options")
+    need(options is not ..., "prompt_cache_options must be an object.", "prompt_cache_options")
     metadata = _read(raw.get("metadata"), dict[str, Any] | None, "metadata")
     need(metadata is not ..., "metadata must be an object.", "metadata")
     check_metadata(metadata)

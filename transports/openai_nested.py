@@ -1,7 +1,7 @@
 """Unknown fields within the objects of a request of OpenAI's API.
 
-What it is: `unknown_within`, their paths (`tools[0].function.bar`), so that a typing error does not go unseen there either. Messages themselves may hold
-anything: that goes to the chat template.
+What it is: `unknown_within`, their paths (`tools[0].function.bar`), so that a typing error does not go unseen there either; known ones in another spelling (`Strict`)
+are refused, as they would change the answer. Messages themselves may hold anything: that goes to the chat template.
 What it does not know: unknown fields of the request itself (openai_schema.py), what becomes of the names.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from penstock.transports import refused
 from penstock.transports.openai_schema import ChatMessage, ContentPart, FunctionCall, FunctionSpec, JsonSchema, ResponseFormat, Structure
 from penstock.transports.openai_schema import Tool as AnyTool
 from penstock.transports.openai_schema import ToolCall as AnyCall
@@ -72,11 +73,22 @@ KINDS: dict[str, Any] = {
     "response_format": _Format | None,
 }
 """The fields that are looked into. What clients send back as it came to them, and hints without effect, are known."""
+_OF: dict[type[msgspec.Struct], type[msgspec.Struct]] = {
+    _Part: ContentPart,
+    _Called: FunctionCall,
+    _Call: AnyCall,
+    _Spec: FunctionSpec,
+    _Tool: AnyTool,
+    _Schema: JsonSchema,
+    _Structure: Structure,
+}
+"""What of them has an effect."""
+_tables = {kind: refused.Table({}, of.__struct_encode_fields__) for kind, of in _OF.items()}
 _readers = {name: msgspec.json.Decoder(kind) for name, kind in KINDS.items()}
 
 
 def unknown_within(raw: Mapping[str, msgspec.Raw]) -> list[str]:
-    """Of a request's raw fields, which were understood."""
+    """Of a request's raw fields, which were understood. Raises UnsupportedFeature."""
     out: list[str] = []
     for name, reader in _readers.items():
         if name not in raw:
@@ -100,5 +112,7 @@ def _walk(value: Any, kind: Any, where: str, out: list[str]) -> None:
             for name, inner in value.items():
                 if name in fields:
                     _walk(inner, hints[fields[name]], f"{where}.{name}", out)
-                elif one.__struct_config__.forbid_unknown_fields and len(out) < MOST:
-                    out.append(f"{where}.{name}"[:200])
+                elif one.__struct_config__.forbid_unknown_fields:
+                    known = refused.check_value(_tables[one], name, inner, f"{where}.")
+                    if not known and len(out) < MOST:
+                        out.append(f"{where}.{name}"[:200])

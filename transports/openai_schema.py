@@ -236,6 +236,7 @@ HINTS: dict[str, str] = {
     "safety_identifier": "Whoever asks is told by the API key.",
     "prompt_cache_key": "Equal prefixes are found without it; cache_salt keeps them apart.",
     "prompt_cache_retention": "Prefixes stay as long as there is room.",
+    "prompt_cache_options": "Equal prefixes are found without it, wherever they end.",
     "service_tier": "There is one; see priority.",
     "prediction": "It lets a server guess ahead and leaves the answer as it is.",
 }

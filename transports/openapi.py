@@ -124,7 +124,7 @@ def complete(app: Any, document: dict[str, Any], config: Config, *, public: Coll
         if QUERY in handler.opt
         for method in handler.http_methods
     }
-    replies = [kind for answer in every_answer() for kind in answer.content.values() if kind is not None]
+    replies = [kind for answer in every_answer() for kind in answer.kinds]
     kinds = list(dict.fromkeys([*(kind for _, kind in bodies.values()), *replies, ErrorReply, *OWN_ERRORS.values()]))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     described(components)
@@ -216,7 +216,7 @@ def _responses(path: str, method: str, answers: Sequence[Answer], schema_of: dic
         str(answer.status): {
             "description": answer.what,
             "content": {
-                media: text if kind is None else {"schema": _schema(path, media, schema_of[kind], schema_of)}
+                media: text if kind is None else {"schema": _schema(path, media, _shape(answer, kind, schema_of), schema_of)}
                 for media, kind in _with_lines(answer.content).items()
             },
         }
@@ -229,6 +229,10 @@ def _responses(path: str, method: str, answers: Sequence[Answer], schema_of: dic
         said = ERRORS.get(status) or OWN_STATUSES[status]
         wrong[str(status)] = {"description": said, "content": {"application/json": {"schema": shape}}}
     return {**wrong, **own}
+
+
+def _shape(answer: Answer, kind: Any, schema_of: dict[Any, Any]) -> Any:
+    return schema_of[kind] if answer.also is None else {"anyOf": [schema_of[kind], schema_of[answer.also]]}
 
 
 def _with_lines(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from penstock.transports.anthropic_replies import (
     MessageBatchList,
     MessageError,
     MessageEvent,
+    MessageModel,
+    MessageModelList,
     MessageReply,
 )
 from penstock.transports.responses_replies import InputTokensReply, ResponseEvent, ResponseGone, ResponseItems, ResponseReply
@@ -285,6 +287,13 @@ class Answer(NamedTuple):
     status: int
     content: dict[str, Any]
     what: str
+    also: Any = None
+    """Another struct that JSON may be, for clients of another API at the same path."""
+
+    @property
+    def kinds(self) -> list[Any]:
+        """Of its bodies."""
+        return [kind for kind in (*self.content.values(), self.also) if kind is not None]
 
 
 EVERYWHERE = (400, 405, 408, 431, 501)
@@ -335,8 +344,11 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
     "/generate_stream": ([Answer(200, {SSE: GenerateEvent}, "The text as events.")], _TGI),
     "/": ([Answer(200, {JSON: list[GenerateReply], SSE: GenerateEvent}, "The text, in a list of one; with stream true as events.")], _TGI),
     "/info": ([Answer(200, {JSON: InfoReply}, "Model and limits.")], _READING),
-    "/v1/models": ([Answer(200, {JSON: ModelList}, "Every name that requests may use.")], _READING),
-    "/v1/models/{model_id}": ([Answer(200, {JSON: Model}, "The model.")], (*_READING, 404)),
+    "/v1/models": (
+        [Answer(200, {JSON: ModelList}, "Every name that requests may use; for Anthropic's clients a page of them.", MessageModelList)],
+        (*_READING, 529),
+    ),
+    "/v1/models/{model_id}": ([Answer(200, {JSON: Model}, "The model.", MessageModel)], (*_READING, 404, 529)),
     "/tokenize": ([Answer(200, {JSON: TokenizeReply}, "The tokens.")], _ASKING),
     "/detokenize": ([Answer(200, {JSON: DetokenizeReply}, "The text.")], _ASKING),
     "/tokenizer_info": ([Answer(200, {JSON: dict[str, Any]}, "The tokenizer's configuration.")], _READING),
@@ -367,7 +379,7 @@ REPLIES: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
 """path -> (its own answers, statuses of errors besides those of EVERYWHERE)."""
 
 OF_METHODS: dict[str, tuple[list[Answer], tuple[int, ...]]] = {
-    "GET /v1/files": ([Answer(200, {JSON: FileList}, "A page of them.")], _READING),
+    "GET /v1/files": ([Answer(200, {JSON: FileList}, "A page of them.")], (*_READING, 404)),
     "DELETE /v1/files/{file_id}": ([Answer(200, {JSON: FileGone}, "It is gone.")], (*_READING, 404)),
     "POST /v1/requests/{request_id}": ([Answer(200, {JSON: ControlReply}, "It is so.")], (*_READING, 404)),
     "GET /v1/batches": ([Answer(200, {JSON: BatchList}, "A page of them.")], _READING),
@@ -399,6 +411,8 @@ OWN_ERRORS: dict[str, type[msgspec.Struct]] = {
     **dict.fromkeys(("/generate", "/generate_stream", "/", "/info"), GenerateError),
 }
 """Of endpoints whose errors have another shape than ErrorReply."""
+TWO_APIS = ("/v1/models", "/v1/files")
+"""Paths, and what is below them, whose errors have Anthropic's shape for Anthropic's clients."""
 BEFORE_A_ROUTE = (400, 408)
 """Statuses of what is no HTTP, or comes too slowly: they have OpenAI's shape at every path."""
 
@@ -407,7 +421,7 @@ def error_bodies(path: str, status: int) -> list[type[msgspec.Struct]]:
     """The shapes that an error of that status may have there."""
     own = OWN_ERRORS.get(path)
     if own is None:
-        return [ErrorReply]
+        return [ErrorReply, MessageError] if path.startswith(TWO_APIS) else [ErrorReply]
     return [own, ErrorReply] if status in BEFORE_A_ROUTE else [own]
 
 

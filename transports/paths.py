@@ -7,13 +7,13 @@ What it does not know: who may use it, errors, what a handler does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from litestar import Litestar
 from litestar.handlers.base import BaseRouteHandler
 
-from penstock.transports.voice import VOICE
+from penstock.transports.voice import VOICE, VOICES, Voice
 
 
 class Paths:
@@ -21,6 +21,10 @@ class Paths:
 
     def __init__(self, app: Litestar) -> None:
         self._routes = [(_pattern(route.path), route) for route in app.routes]
+        self._voices: dict[bytes, type[Voice]] = {}
+        for route in app.routes:
+            for handler in getattr(route, "route_handlers", []):
+                self._voices |= handler.opt.get(VOICES, {})
 
     def methods(self, path: str) -> list[str]:
         """What may be done there; [] where there is nothing."""
@@ -54,6 +58,13 @@ class Paths:
             if found is not None:
                 return found
         return None
+
+    def voice(self, handler: BaseRouteHandler | None, headers: Mapping[bytes, bytes]) -> type[Voice] | None:
+        """In which voice an error is said, if not in the route's own (or, without one, in the usual shape): that of a client that tells which API it speaks."""
+        if handler is not None and VOICE in handler.opt:
+            return None
+        voices: dict[bytes, type[Voice]] = self._voices if handler is None else handler.opt.get(VOICES, {})
+        return next((voice for header, voice in voices.items() if header in headers), None)
 
     def _at(self, path: str) -> Iterator[Any]:
         path = path.rstrip("/") or "/"

@@ -256,6 +256,14 @@ def check(table: Table, name: str, raw: msgspec.Raw, where: str = "") -> bool:
     return True
 
 
+def check_value(table: Table, name: str, value: Any, where: str = "") -> bool:
+    """As `check`, of a value that has been read."""
+    entry = table.find(name)
+    if entry is not None and not _neutral(entry, value):
+        raise refusal(where + name, entry)
+    return entry is not None
+
+
 class _Unreadable:
     """Of a value that nothing can be made of (1e999, text that is not UTF-8), which equals none."""
 
@@ -271,6 +279,11 @@ def _neutral(entry: Refused, value: Any) -> bool:
     if isinstance(value, dict) and {} in entry.neutral and all(one is None for one in value.values()):
         return True
     return any(value == one and type(value) is type(one) for one in entry.neutral)
+
+
+def neutral(raw: msgspec.Raw) -> bool:
+    """Does a value ask for nothing, of a field that is not to be there at all?"""
+    return len(bytes(raw)) <= MOST and _neutral(_EMPTY, _read(raw))
 
 
 def refusal(name: str, entry: Refused) -> UnsupportedFeature:

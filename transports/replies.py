@@ -47,7 +47,7 @@ class _WholeLeg:
         if reason:
             mine.reason = reason
             if extra is not None:
-                mine.stop_reason = extra.stop_reason
+                mine.stop_reason, mine.unfinished = extra.stop_reason, extra.unfinished
             if reason in ("error", "abort"):
                 self._job.choice_failed(self._base + choice, row_error(extra))
 

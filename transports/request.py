@@ -44,6 +44,10 @@ PRIORITY = "priority"
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
 
 
+_FIELD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:/+=\-\[\]]{0,199}")
+"""The name of a field, or its path (`tools[0].function.foo`), if it can go into a header as it is."""
+
+
 def sane_id(text: str | None) -> str | None:
     """A client's request id, if it can go into logs and headers as it is."""
     return text if text and _SANE_ID.fullmatch(text) else None
@@ -221,7 +225,7 @@ def ignored_header(names: list[str]) -> list[Header]:
 
 
 def _listed(names: list[str]) -> str:
-    text = ", ".join(name if sane_id(name) else "?" for name in names[:32])
+    text = ", ".join(name if _FIELD.fullmatch(name) else "?" for name in names[:32])
     return text if len(text) <= MAX_NAMED else text[: text.rfind(", ", 0, MAX_NAMED - 3)] + ", ..."
 
 

@@ -13,23 +13,17 @@ import msgspec
 
 from penstock.core.actors.text.bounds import TRANSLATED_FIELDS
 from penstock.core.protocol.config import Config
-from penstock.core.protocol.errors import PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import PenstockError
 from penstock.core.protocol.messages import Limits
 from penstock.transports.generation import idle
 from penstock.transports.metadata import check_metadata
 from penstock.transports.openai import Call
 from penstock.transports.openai_messages import TIERS
-from penstock.transports.openai_schema import check_unknown, decode, fields_of
+from penstock.transports.openai_schema import check_unknown, decode
 from penstock.transports.responses_items import Item, tool_echo
+from penstock.transports.responses_nested import unknown_within
 from penstock.transports.responses_prompt import LOGPROBS, Length, Prompt, Work, need, question, renamed
-from penstock.transports.responses_schema import (
-    LIKE_CHAT,
-    InputTokensRequest,
-    ReasoningOptions,
-    ResponsesRequest,
-    ResponseStreamOptions,
-    TextOptions,
-)
+from penstock.transports.responses_schema import LIKE_CHAT, InputTokensRequest, ResponsesRequest
 from penstock.transports.responses_store import Records
 from penstock.transports.responses_voice import Shown
 
@@ -81,32 +75,7 @@ def decoded(
     """The request, its raw fields, and the names of fields that nobody knows. Raises InvalidRequest, UnsupportedFeature or RequestTooLarge."""
     request, raw, ignored = decode(body, kind, limits, TRANSLATED_FIELDS)  # of the client's own, before anything is made of them
     assert isinstance(request, InputTokensRequest)
-    parts: dict[str, type[msgspec.Struct]] = {"reasoning": ReasoningOptions, "text": TextOptions, "stream_options": ResponseStreamOptions}
-    for name, struct in parts.items():
-        if getattr(request, name, None) is not None:
-            known = struct.__struct_fields__
-            for inner, value in fields_of(raw[name], name).items():
-                if inner not in known:
-                    ignored.append(_neutral(f"{name}.{inner}", value))
-    return request, raw, [name for name in ignored if name]
-
-
-def _neutral(name: str, value: msgspec.Raw) -> str:
-    """A field within an object: "" if its value asks for nothing, else the name of one that nobody knows. Raises UnsupportedFeature for a known one."""
-    if name == "stream_options.include_usage":  # the last event has it in any case
-        return ""
-    neutral = {
-        "reasoning.context": (b"null", b'"auto"'),
-        "reasoning.mode": (b"null", b'"standard"'),
-        "stream_options.continuous_usage_stats": (b"null", b"false"),
-        "stream_options.tool_calls_done": (b"null", b"false"),
-        "stream_options.events": (b"null", b"[]"),
-    }.get(name)
-    if neutral is None:
-        return name[:200]
-    if bytes(value).strip() not in neutral:
-        raise UnsupportedFeature(f"{name} is not supported here. Leave it out.", param=name)
-    return ""
+    return request, raw, [*ignored, *unknown_within(request, raw)]
 
 
 # ------------------------------------------------------------------ /v1/responses

@@ -25,7 +25,8 @@ _PROMPT: dict[str, Field] = {
         " file_search, code_interpreter, mcp, custom and so on) are `unsupported_feature`."
     ),
     "tool_choice": Field(
-        'As on chat; `{"type": "function", "name": ...}` and `{"type": "allowed_tools", ...}` are flat here.', default="auto"
+        'As on chat; `{"type": "function", "name": ...}` and `{"type": "allowed_tools", ...}` are flat here. Other members are refused.',
+        default="auto",
     ),
     "truncation": Field(
         "`auto`: if the conversation does not fit, its oldest turns are left out (never instructions, or the last turn). `disabled`: it is a 400.",
@@ -52,6 +53,7 @@ ASKED: dict[str, dict[str, Field]] = {
         "max_tool_calls": Field("Bounds calls of tools that run on the server, of which there are none: no effect.", allowed="1 to 2^63-1"),
         "metadata": Field("Texts by name, kept with the response and shown again.", allowed="at most 16 pairs of 64 and 512 characters"),
         "prompt_cache_key": Field("A hint without effect: equal prefixes are found without it."),
+        "prompt_cache_options": Field("A hint without effect: equal prefixes are found without it, wherever they end."),
         "prompt_cache_retention": Field("A hint without effect: prefixes stay as long as there is room."),
         "safety_identifier": Field("A hint without effect."),
         "service_tier": Field("A hint without effect: there is one tier, and the reply says `default`."),
@@ -75,7 +77,9 @@ ASKED: dict[str, dict[str, Field]] = {
         "type": Field("`text`, `json_object` or `json_schema`. See [Grammars](#grammars)."),
         "name": Field("No effect."),
         "description": Field("No effect."),
-        "schema": Field("With json_schema: the schema, which the answer obeys."),
+        "schema": Field(
+            "With json_schema: the schema, which the answer obeys. With other types it is refused, as is anything else beside them."
+        ),
         "strict": Field("No effect: the schema is always obeyed.", default="true"),
     },
     "ResponseStreamOptions": {
@@ -127,11 +131,14 @@ _RESPONSE: dict[str, str] = {
 TOLD: dict[str, dict[str, str]] = {
     "ResponseReply": _RESPONSE,
     "ResponseFailure": {"code": "The error's family, as OpenAI names it.", "message": "What went wrong."},
-    "IncompleteDetails": {"reason": "`max_output_tokens`: that many were drawn, or the context is full."},
+    "IncompleteDetails": {
+        "reason": "`max_output_tokens`: that many were drawn, or the context is full. `stop` (OpenAI's API has no stop strings, and no word for it): a stop string, or the"
+        " model itself, ended the answer within a call, whose arguments are not complete."
+    },
     "ResponseItem": {
         "id": "By which item_reference finds it.",
         "type": "What it is.",
-        "status": "`incomplete`: the answer was cut off in it.",
+        "status": "`incomplete`: the answer was cut off, or ended, in it. Such a call must not be run.",
         "role": "Of a message.",
         "content": "Of a message or of reasoning.",
         "summary": "Of reasoning: empty, as nothing sums it up.",

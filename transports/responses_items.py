@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.transports.refused import Table, check_value
 
 Item = dict[str, Any]
 
@@ -63,6 +64,8 @@ _FIELDS: dict[str, frozenset[str]] = {
     "reasoning": _ANYWHERE | {"summary", "content", "encrypted_content"},
     "item_reference": _ANYWHERE,
 }
+_SPELLINGS = {kind: Table({}, names - (_ANYWHERE - {"type"}) - {"phase"}) for kind, names in _FIELDS.items()}
+"""Who writes callId means call_id."""
 _PART_FIELDS = frozenset({"type", "text", "refusal", "annotations", "logprobs", "prompt_cache_breakpoint"})
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
@@ -120,8 +123,9 @@ def _item(item: dict[str, Any], where: str, core: str, number: int, ignored: lis
     for name in ("caller", "namespace", "async"):
         if item.get(name) not in (None, False, {"type": "direct"}):
             raise UnsupportedFeature(f"{where}.{name} is not supported here. Leave it out.", param=f"{where}.{name}")
-    if len(ignored) < 256:
-        ignored += [f"{where}.{name}" for name in item.keys() - _FIELDS[kind] - {"caller", "namespace", "async"}]
+    for name in sorted(item.keys() - _FIELDS[kind] - {"caller", "namespace", "async"}):
+        if not check_value(_SPELLINGS[kind], name, item[name], f"{where}.") and len(ignored) < 256:
+            ignored.append(f"{where}.{name}"[:200])
     if kind == "item_reference":
         return {"type": kind, "id": _text(item, "id", where)}
     found = {"id": item_id(kind, core, number, given=True), "type": kind, **_MAKERS[kind](item, where)}
@@ -365,19 +369,25 @@ def tool_echo(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "name": tool["name"], "description": None, "parameters": None, "strict": False, **tool}
 
 
-def chat_choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
+_CHOICE_FIELDS = {"function": frozenset({"type", "name"}), "allowed_tools": frozenset({"type", "mode", "tools"})}
+
+
+def chat_choice(choice: str | dict[str, Any], where: str = "tool_choice") -> str | dict[str, Any]:
     """Raises InvalidRequest or UnsupportedFeature."""
     if isinstance(choice, str):
         return choice
     kind = choice.get("type")
+    for name in sorted(choice.keys() - _CHOICE_FIELDS.get(str(kind), choice.keys())):
+        raise InvalidRequest(f"{where}.{name[:80]} is not a field of a tool choice. Leave it out.", param=f"{where}.{name[:80]}")
     if kind == "function":
-        return {"type": "function", "function": {"name": _text(choice, "name", "tool_choice")}}
-    if kind == "allowed_tools":
+        return {"type": "function", "function": {"name": _text(choice, "name", where)}}
+    if kind == "allowed_tools" and where == "tool_choice":
         tools = choice.get("tools")
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise InvalidRequest("tool_choice.tools must be a list of tools.", param="tool_choice.tools")
-        allowed = [chat_choice(tool) for tool in tools]
-        return {"type": "allowed_tools", "allowed_tools": {"mode": _text(choice, "mode", "tool_choice"), "tools": allowed}}
+        allowed = [chat_choice(tool, f"tool_choice.tools[{number}]") for number, tool in enumerate(tools)]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": _text(choice, "mode", where), "tools": allowed}}
     if not isinstance(kind, str):
-        raise InvalidRequest("tool_choice.type must be 'function' or 'allowed_tools'.", param="tool_choice.type")
-    raise UnsupportedFeature(f"tool_choice of type {kind[:80]!r} is not supported here: only functions may be called.", param="tool_choice")
+        words = "'function' or 'allowed_tools'" if where == "tool_choice" else "'function'"
+        raise InvalidRequest(f"{where}.type must be {words}.", param=f"{where}.type")
+    raise UnsupportedFeature(f"{where} of type {kind[:80]!r} is not supported here: only functions may be called.", param=where)

@@ -60,7 +60,7 @@ class ResponseFailure(msgspec.Struct):
 
 
 class IncompleteDetails(msgspec.Struct):
-    reason: Literal["max_output_tokens"]
+    reason: Literal["max_output_tokens", "stop"]
 
 
 class ResponseReply(msgspec.Struct, omit_defaults=True):

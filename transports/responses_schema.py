@@ -65,6 +65,7 @@ class ResponsesRequest(InputTokensRequest, frozen=True, kw_only=True):
     max_tool_calls: int | None = None
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
@@ -141,7 +142,6 @@ ANSWER: dict[str, Refused] = {
     "moderation": _NONE,
     "access_programs": _NONE,
     "background_options": _NONE,
-    "prompt_cache_options": Refused((None, {}), "Equal prefixes are found without it."),
     "modalities": Refused((None, ["text"])),
     "n": Refused((None, 1)),
     "logprobs": Refused((None, False), "Use include with message.output_text.logprobs."),

@@ -117,6 +117,8 @@ class ResponsesVoice:
         self._open: _Item | None = None
         self._calls: dict[int, _Item] = {}
         self._reason = ""
+        self._unfinished = False
+        """It ended within a call, though tokens had not run out."""
         self._created = False
         self._told: Usage | None = None
         """Of the answer so far."""
@@ -156,7 +158,7 @@ class ResponsesVoice:
             more = {} if timings is None else {"metrics": timings}
             cut = self._reason == "length"
             self.status = "incomplete" if cut else "completed"
-            details = {"reason": "max_output_tokens"} if cut else None
+            details = {"reason": "stop" if self._unfinished else "max_output_tokens"} if cut else None
             self.final = self.response(self.status, incomplete_details=details, usage=usage_json(usage), **more)
         return self.final
 
@@ -297,9 +299,12 @@ class ResponsesVoice:
 
     def closed(self, index: int, reason: str, error: PenstockError | None, row: int, batch: Batch) -> Iterator[bytes]:
         self._reason = reason
+        extra = batch.extra(row)
+        self._unfinished = reason == "length" and bool(extra and extra.unfinished)
         if not self._items and error is None:  # it said nothing: clients look for a message all the same
             yield from self._begin("message")
-        yield from self._end("incomplete" if reason == "length" or error is not None else "completed")
+        whole = self._unfinished and self._open is not None and self._open.part is not None  # what follows a broken call is not cut off
+        yield from self._end("incomplete" if error is not None or (reason == "length" and not whole) else "completed")
 
     def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterator[bytes]:
         final = self.finish(usage, timings)

@@ -22,7 +22,7 @@ _KNOWN: dict[str, str] = {
     OPENAI: """messages prompt model frequency_penalty presence_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n best_of
         echo suffix response_format seed stop stream stream_options stream_options.include_usage stream_options.include_obfuscation temperature
         top_p tools tool_choice parallel_tool_calls functions function_call user reasoning_effort service_tier metadata store prediction modalities
-        audio web_search_options prompt_cache_key prompt_cache_retention safety_identifier verbosity moderation
+        audio web_search_options prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier verbosity moderation
         input instructions previous_response_id reasoning text truncation background include max_output_tokens max_tool_calls conversation
         context_management""",
     VLLM: """use_beam_search length_penalty early_stopping top_k min_p repetition_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens

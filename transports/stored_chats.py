@@ -148,7 +148,7 @@ class Folding:
         choice.reason, choice.error = reason, error
         extra = batch.extra(row)
         if extra is not None:
-            choice.stop_reason = extra.stop_reason
+            choice.stop_reason, choice.unfinished = extra.stop_reason, extra.unfinished
         return self._voice.closed(index, reason, error, row, batch)
 
     def ended(self, usage: Usage, timings: dict[str, Any] | None) -> Iterable[bytes]:

@@ -18,7 +18,10 @@ from penstock.transports.request import Header, JsonReply
 VOICE = "voice"
 """The key in a handler's `opt` that names its Voice class: errors of that route are said with its `refuse`, as those of a Job are, also
 what is refused at its path before it is asked: for the key, the method, the size of headers. (Where there is no route, errors have the shape of
-request.error_reply.)"""
+request.error_reply, or that of VOICES.)"""
+VOICES = "voices"
+"""The key in a handler's `opt` for Voices of clients that tell by a header which API they speak, where two APIs have one path: {name of the header: Voice class}. Errors of a
+route without a VOICE of its own are said with it, and, if any route names that header, those of paths where there is no route."""
 
 
 class Head(NamedTuple):
@@ -120,7 +123,7 @@ class ToolCall:
 class Choice:
     """One answer of a whole reply."""
 
-    __slots__ = ("_others", "calls", "error", "logprobs", "pieces", "reason", "reasoning", "stop_reason", "tokens")
+    __slots__ = ("_others", "calls", "error", "logprobs", "pieces", "reason", "reasoning", "stop_reason", "tokens", "unfinished")
 
     pieces: list[str]
     """Its text, in the pieces that came."""
@@ -136,6 +139,8 @@ class Choice:
     """Why it ended, as in Sink.row."""
     stop_reason: int | str | None
     """Which stop string or token id it was, if one was asked for."""
+    unfinished: bool
+    """Its reason is `length`, but no tokens ran out: it ended within a call."""
     error: PenstockError | None
     """Why it failed, if it did so alone: another choice did not."""
 
@@ -147,6 +152,7 @@ class Choice:
         self.logprobs = []
         self.reason = ""
         self.stop_reason = None
+        self.unfinished = False
         self.error = None
         self._others: list[tuple[int, list[str] | ToolCall]] = []
         """What is no text, each with the number of pieces of text before it."""

@@ -144,8 +144,10 @@ class GrammarWorker:
         if check.stop:  # it was completed within the last token's text
             from_ = len(self._tokenizer.decode(ids[:-1], skip_special_tokens=True)) - len(check.stop) + 1
             at = text.find(check.stop, max(0, from_))
-            text = text[:at] if at >= 0 else text
-            ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].tolist() if text else []
+            end = at + len(check.stop) * check.stop_stays if at >= 0 else len(text)
+            if end < len(text):
+                text = text[:end]
+                ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].tolist() if text else []
         return self._ask(lane, Job(check.grammar.form, check.grammar.source, verify=True, ids=ids, text=text), limit_s)[0]
 
     def _ask(self, lane: int, job: Job, limit_s: float) -> tuple[Done, bool]:

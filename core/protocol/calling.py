@@ -158,4 +158,8 @@ def _schema(function: Offered, field: str) -> str:
     kind = function.parameters.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise InvalidRequest(f"{field} must be the schema of an object, but its type is {str(kind)[:80]!r}.", param=field)
-    return msgspec.json.encode({**function.parameters, "type": "object"}).decode()
+    schema = {**function.parameters, "type": "object"}
+    if "$ref" in schema and "/draft-0" in str(schema.get("$schema")):  # there what stands beside it says nothing
+        kept: dict[str, Any] = {name: schema[name] for name in ("$schema", "$defs", "definitions", "type") if name in schema}
+        schema = {**kept, "allOf": [{"$ref": schema["$ref"]}]}
+    return msgspec.json.encode(schema).decode()

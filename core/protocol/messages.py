@@ -273,6 +273,8 @@ class RowExtra(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     call_id: str = ""
     """In a row of channel NAME: what the call is called in the conversation."""
     error_param: str | None = None
+    unfinished: bool = False
+    """Of an end with the reason `length`: tokens did not run out; the answer ended (stop_reason says how) within a call, whose arguments are not complete."""
 
 
 class TextDelta(Message, frozen=True, kw_only=True):
@@ -422,7 +424,7 @@ class Encoded(Message, frozen=True, kw_only=True):
 
 class CheckGrammar(Message, frozen=True, kw_only=True):
     """Text -> its grammar worker (off the loop): compile `grammar`; or, with `verify`, say whether an answer obeys it: its tokens `ids` (I32, without an
-    end token), whose text is cut before `stop` if a stop string ended it; of an answer that was taken apart, whether each of `parts` obeys its own. `job`
+    end token), whose text is cut before `stop` (or behind it, `stop_stays`) if a stop string ended it; of an answer that was taken apart, whether each of `parts` obeys its own. `job`
     comes back."""
 
     job: int
@@ -431,6 +433,7 @@ class CheckGrammar(Message, frozen=True, kw_only=True):
     ids: Column = EMPTY_I32
     stop: str = ""
     parts: list[Check] = msgspec.field(default_factory=list)
+    stop_stays: bool = False
 
 
 class GrammarChecked(Message, frozen=True, kw_only=True):

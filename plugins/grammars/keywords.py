@@ -1,6 +1,6 @@
 """Which JSON schemas can be obeyed exactly.
 
-What it is: `check_schema`, which goes through every place of a schema and refuses the first keyword, format or reference that is not on the list: a
+What it is: `drafted`, a schema as its draft means it; `check_schema`, which goes through every place of a schema and refuses the first keyword, format or reference that is not on the list: a
 backend may ignore what it does not know, and the answer would then disobey.
 What it does not know: backends, whether the schema can be satisfied.
 """
@@ -59,12 +59,37 @@ NUMBERS = frozenset(
 NUMBERS |= frozenset(["minProperties", "maxProperties"])
 COUNTS = frozenset(["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"])
 DRAFTS = ("draft-07", "draft-06", "2019-09", "2020-12")
+ALONE = ("draft-07", "draft-06")
+"""In these what stands beside a $ref says nothing."""
 DEEPEST = 64
 """Levels of a schema."""
 MOST_PROPERTIES = 1500
 """Of a schema, in all places together: each costs time before the first token, in which other requests wait."""
 MOST_OPTIONAL = 750
 """Properties of one object that need not be there: any of them may come next, which each step has to look at."""
+
+
+def drafted(schema: Any) -> Any:
+    """The schema as its draft means it: without what stands beside a $ref, if that says nothing. What references point into stays."""
+    if isinstance(schema, dict) and any(draft in str(schema.get("$schema")) for draft in ALONE):
+        return _alone(schema, 0)
+    return schema
+
+
+def _alone(schema: Any, depth: int) -> Any:
+    if not isinstance(schema, dict) or depth > DEEPEST:
+        return schema
+    if isinstance(schema.get("$ref"), str):
+        schema = {keyword: value for keyword, value in schema.items() if keyword in ("$ref", "$schema", "$defs", "definitions")}
+    made = dict(schema)
+    for keyword, value in schema.items():
+        if keyword in ONE:
+            made[keyword] = _alone(value, depth + 1)
+        elif keyword in MANY and isinstance(value, list):
+            made[keyword] = [_alone(one, depth + 1) for one in value]
+        elif keyword in NAMED and isinstance(value, dict):
+            made[keyword] = {name: _alone(one, depth + 1) for name, one in value.items()}
+    return made
 
 
 def check_schema(schema: Any) -> None:
@@ -174,7 +199,7 @@ def _check_loops(root: Any) -> None:
                 raise refused("$ref", at, f"with the value {reference[:80]!r} leads back to itself")
             if len(open_) > DEEPEST:
                 raise refused("$ref", at, f"leads on more than {DEEPEST} times")
-            follow(_pointed(root, reference), at, (*open_, reference))
+            follow(pointed(root, reference), at, (*open_, reference))
             safe.add(reference)
         for keyword in ("allOf", "anyOf", "oneOf"):
             for one in schema.get(keyword, ()):
@@ -196,7 +221,7 @@ def _check_loops(root: Any) -> None:
     everywhere(root, "")
 
 
-def _pointed(root: Any, reference: str) -> Any:
+def pointed(root: Any, reference: str) -> Any:
     """What a reference within the schema points to; None: nothing."""
     if reference not in ("#", "") and not reference.startswith("#/"):
         return None  # by a name

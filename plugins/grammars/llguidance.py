@@ -20,11 +20,11 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from penstock.core.contract import layouts
 from penstock.core.protocol.columns import I32
-from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.plugins.devices.host_limits import cores
 from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.bounds import Bounds, Starts
-from penstock.plugins.grammars.keywords import check_schema, free_names
+from penstock.plugins.grammars.keywords import check_schema, drafted, free_names
 from penstock.plugins.grammars.layouts import Regions, lowered
 from penstock.plugins.grammars.spelling import closed_names, spelled, whole
 
@@ -56,6 +56,12 @@ _KEYWORDS = (
     ("not disjoint", "'patternProperties'", "is supported only with patterns of which no name can have two"),
     ("min/maxProperties only", "'minProperties' or 'maxProperties'", "is supported only where all names in 'properties' are required"),
     ("lookarounds", "'pattern'", "has an anchor where it cannot be obeyed"),
+    (
+        "stack level exceeded",
+        "'allOf' (or a $ref beside others)",
+        "puts schemas together that refer to themselves: write out what they are together",
+    ),
+    ("circular references", "'$ref'", "leads back to itself beside other keywords or in 'allOf', and is supported alone only"),
     ("Unable to determine if regex is empty", "'pattern'", "is too complex, alone or with 'allOf', 'format' and lengths"),
     ("Pointer", "'$ref'", "points to nothing"),
 )
@@ -66,9 +72,43 @@ def _limits() -> Any:
     return llguidance.LLParserLimits(max_lexer_states=50_000, max_items_in_row=MOST_ITEMS, step_max_items=STEP_ITEMS, verbose_errors=False)
 
 
+_EXPRESSION = re.compile(
+    r'invalid regex "((?:[^"\\]|\\.)*)" \(in regex\): (?:regex parse error: .*? error: (.*?) 1 \||lookarounds not supported yet; (\w+))'
+)
+"""What the library says of an expression: itself, and what is wrong, or which anchor it has."""
+_ANCHORS = {
+    "WordUnicode": "\\b",
+    "WordUnicodeNegate": "\\B",
+    "WordAscii": "\\b",
+    "WordAsciiNegate": "\\B",
+    "Start": "^",
+    "StartLF": "^",
+    "End": "$",
+    "EndLF": "$",
+}
+
+
 def _limit(said: str) -> InvalidRequest:
     """The library says that it gives up."""
-    return InvalidRequest(f"It is too large or too complex: {said.split(chr(10))[0].split(';')[0][:160]}. Make it smaller.")
+    if said.startswith("NoExtension"):  # there is nothing that may come
+        return InvalidRequest("Nothing can satisfy it.")
+    said = re.sub(r"\s*\([^)]*$", "", said.split("\n")[0].split(";")[0][:160])
+    return InvalidRequest(f"It is too large or too complex: {said}. Make it smaller.")
+
+
+def _expression(said: str) -> PenstockError | None:
+    """What is wrong with an expression of the client's own: that of a schema's pattern was read before (ecma.py)."""
+    found = _EXPRESSION.search(said)
+    if found is None:
+        return None
+    shown = found[1].replace("\\\\", "\\").replace('\\"', '"')[:80]
+    if found[2] is not None:
+        kind = UnsupportedFeature if "not supported" in found[2] else InvalidRequest
+        return kind(f"The expression /{shown}/ cannot be read: {found[2][:160]}.")
+    anchor = _ANCHORS.get(found[3], found[3])
+    return UnsupportedFeature(
+        f"The expression /{shown}/ has {anchor!s} where it cannot be obeyed: ^ and $ are taken at the ends of a whole expression alone, \\b and \\B nowhere."
+    )
 
 
 class _Tokens:
@@ -148,7 +188,7 @@ class LlGuidance:
         if not kept or (self._crew is not None and len(kept) < self._threads and len(compiled) < LARGE):
             inner = llguidance.LLMatcher(self._tokenizer, grammar.decode(), log_level=0, limits=_limits())
             if inner.is_error():
-                raise _wrong(" ".join(inner.get_error().split())[:400])
+                raise _wrong(" ".join(inner.get_error().split()), schema=compiled[:1] in b"jcn")
             kept.append(inner)
             which = len(kept) - 1
         else:
@@ -268,8 +308,11 @@ def _regions(starts: Starts, openers: list[str], bare: dict[str, tuple[str, str]
     )
 
 
-def _wrong(said: str) -> InvalidRequest:
-    """What the library says of a grammar that it does not take."""
+def _wrong(said: str, *, schema: bool) -> PenstockError:
+    """What the library says of a grammar that it does not take. `schema`: it is made of a schema."""
+    if not schema and (wrong := _expression(said)) is not None:
+        return wrong
+    said = said[:400]
     if "Regex is empty" in said:
         return InvalidRequest("Nothing can satisfy it: no text is of a 'pattern' together with its 'allOf', 'format' and lengths.")
     if said.startswith("Unsatisfiable schema"):
@@ -291,7 +334,7 @@ def _grammar(kind: str, source: str) -> str:
     """What llguidance compiles. Raises InvalidRequest or UnsupportedFeature."""
     if kind in layouts.JSON:
         try:
-            schema = json.loads(source)
+            schema = drafted(json.loads(source))
         except ValueError as error:
             raise InvalidRequest(f"The schema is not valid JSON: {error}.") from None
         check_schema(schema)

@@ -55,6 +55,10 @@ def _said(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
+class NoNumber(InvalidRequest):
+    """The bounds leave no number."""
+
+
 class _End:
     """One end of a range, or none of it; `sign` is 1 for the lower one."""
 
@@ -68,16 +72,18 @@ class _End:
 
 
 def bounded(schema: dict[str, Any], at: str) -> dict[str, int | float]:
-    """What `minimum`, `maximum` and their exclusive forms become. Raises UnsupportedFeature naming the keyword and its place, InvalidRequest for no range."""
+    """What `minimum`, `maximum` and their exclusive forms become. Raises UnsupportedFeature naming the keyword and its place, NoNumber for no range."""
+    types = schema.get("type")
+    if types is not None and not {"integer", "number"} & set([types] if isinstance(types, str) else types):
+        return {}  # they are of numbers alone
     if not any(name in schema for name in (*BOUNDS, "multipleOf")):
         return {}
     low, high = _End(schema, "minimum", "exclusiveMinimum", 1), _End(schema, "maximum", "exclusiveMaximum", -1)
     if low.value is not None and high.value is not None and (low.value, low.open or high.open) > (high.value, False):
-        raise InvalidRequest(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no number.")
-    types = schema.get("type")
+        raise NoNumber(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no number.")
     whole = (types == "integer" or types == ["integer"]) or ("integer" in (types or []) and "number" not in (types or []))
     if whole and low.value is not None and high.value is not None and _whole(low, True) > _whole(high, False):
-        raise InvalidRequest(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no integer.")
+        raise NoNumber(f"Nothing can satisfy it: {low.keyword} and {high.keyword} at {at or '/'} leave no integer.")
     left = _moved(low, high, whole, True, at)
     right = _moved(high, low, whole, False, at)
     if left is not None and right is None and left >= OPEN_FROM:

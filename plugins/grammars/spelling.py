@@ -1,7 +1,8 @@
 """A JSON schema as the backend is to see it: the same, said so that it is obeyed exactly.
 
 What it is: `spelled` says a schema again: patterns in the backend's syntax (ecma.py), formats as patterns (texts.py), bounds as numbers that it keeps exactly
-(numbers.py), names that are few one by one, so that none comes twice, and how many properties there may be as the ways to choose them.
+(numbers.py), names that are few one by one, so that none comes twice, and how many properties there may be as the ways to choose them. Where bounds leave no number
+there are values of other types, or there is none (false).
 What it does not know: which keywords there may be (see keywords.py), backends.
 """
 
@@ -11,30 +12,65 @@ import itertools
 import math
 from typing import Any
 
-from penstock.core.protocol.errors import UnsupportedFeature
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.grammars import ecma, texts
-from penstock.plugins.grammars.keywords import COUNTS, MANY, NAMED, ONE, refused
-from penstock.plugins.grammars.numbers import BOUNDS, bounded, check_step, drawable
+from penstock.plugins.grammars.endless import endless
+from penstock.plugins.grammars.keywords import COUNTS, MANY, NAMED, ONE, TYPES, pointed, refused
+from penstock.plugins.grammars.numbers import BOUNDS, NoNumber, bounded, check_step, drawable
 
 MOST_NAMES = 64
 """Names that a pattern allows and that are said one by one."""
 MOST_WAYS = 64
 """To choose properties."""
+_COUNTED = (("string", "minLength", "maxLength"), ("array", "minItems", "maxItems"), ("object", "minProperties", "maxProperties"))
 
 
-def spelled(schema: Any, at: str = "") -> Any:
-    """`schema` has passed `check_schema`. What was given is left as it is. Raises UnsupportedFeature naming the keyword and its place `at`."""
+def spelled(schema: Any) -> Any:
+    """`schema` has passed `check_schema`. What was given is left as it is. Raises UnsupportedFeature naming the keyword and its place, or InvalidRequest if its
+    bounds leave nothing at all."""
+    made = _spelled(schema, "")
+    loops = endless(made)
+    if "" in loops:
+        raise InvalidRequest(
+            "Nothing can satisfy it: the schema refers to itself without end, as each value must hold another of its kind. Make the one within optional."
+        )
+    while (dead := _dead(made, made, loops)) != made:  # what refers to nothing may be what others refer to
+        made = dead
+    if isinstance(made, dict) and isinstance(made.get("$ref"), str) and pointed(made, made["$ref"]) is False:
+        raise InvalidRequest("Nothing can satisfy it: its $ref points to a schema of no values.")
+    return made
+
+
+def _dead(schema: Any, root: Any, loops: frozenset[str]) -> Any:
+    """The backend takes a reference to a schema of no values for a mistake, and follows those of `loops`: such a one is false where it stands."""
+    if not isinstance(schema, dict):
+        return schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and schema is not root and (reference in loops or pointed(root, reference) is False):
+        return False
+    made = dict(schema)
+    for keyword, value in schema.items():
+        if keyword in ONE:
+            made[keyword] = _dead(value, root, loops)
+        elif keyword in MANY:
+            made[keyword] = [_dead(one, root, loops) for one in value]
+        elif keyword in NAMED:
+            made[keyword] = {name: _dead(one, root, loops) for name, one in value.items()}
+    return made
+
+
+def _spelled(schema: Any, at: str) -> Any:
     if not isinstance(schema, dict):
         return schema
     made: dict[str, Any] = {}
     for keyword, value in schema.items():
         here = f"{at}/{keyword}"
         if keyword in ONE:
-            value = spelled(value, here)
+            value = _spelled(value, here)
         elif keyword in MANY:
-            value = [spelled(one, f"{here}/{i}") for i, one in enumerate(value)]
+            value = [_spelled(one, f"{here}/{i}") for i, one in enumerate(value)]
         elif keyword in NAMED:
-            value = {name: spelled(one, f"{here}/{name}") for name, one in value.items()}
+            value = {name: _spelled(one, f"{here}/{name}") for name, one in value.items()}
         elif keyword in COUNTS and isinstance(value, float) and value.is_integer():
             value = int(value)
         elif keyword == "pattern" and isinstance(value, str):
@@ -50,8 +86,19 @@ def spelled(schema: Any, at: str = "") -> Any:
             check_step(value, at)
         if keyword not in BOUNDS:
             made[keyword] = value
-    made |= bounded(schema, at)
+    try:
+        made |= bounded(schema, at)
+    except NoNumber:
+        given = schema.get("type", sorted(TYPES))
+        others = [one for one in ([given] if isinstance(given, str) else given) if one not in ("integer", "number")]
+        if not others and not at:
+            raise
+        if not others:
+            return False
+        made["type"] = others
     _format(made)
+    if at and any(made.get("type") == kind and made.get(least, 0) > made.get(most, math.inf) for kind, least, most in _COUNTED):
+        return False
     return _counted(_named(made, at), at)
 
 

@@ -23,7 +23,7 @@ from penstock.core.protocol.columns import I32
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.bounds import Bounds, TameBounds, TameStarts
-from penstock.plugins.grammars.keywords import check_schema
+from penstock.plugins.grammars.keywords import check_schema, drafted
 from penstock.plugins.grammars.llguidance import LlGuidance
 from penstock.plugins.grammars.plain import choices, plain_ebnf, plain_lark, plain_regex, plain_schema
 from penstock.plugins.grammars.spelling import spelled, whole
@@ -95,7 +95,7 @@ class XGrammar:
     def _compiled(self, kind: str, source: str) -> Any:
         compiler = xgrammar.GrammarCompiler(self._info, max_threads=1, cache_enabled=False)
         if kind == "json":
-            schema = json.loads(source)
+            schema = drafted(json.loads(source))
             check_schema(schema)
             plain = plain_schema(spelled(schema))
             source = json.dumps(plain, ensure_ascii=False)

@@ -84,9 +84,9 @@ def ask(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     worker.close()
 
 
-def verify(ask: Ask, kind: str, source: str, text: str, stop: str = "") -> str:
+def verify(ask: Ask, kind: str, source: str, text: str, stop: str = "", *, stays: bool = False) -> str:
     ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    return ask(kind, source, verify=True, ids=ids, stop=stop).error
+    return ask(kind, source, verify=True, ids=ids, stop=stop, stop_stays=stays).error
 
 
 def test_grammars_are_compiled_and_answers_verified(ask: Ask) -> None:
@@ -111,6 +111,22 @@ def test_grammars_are_compiled_and_answers_verified(ask: Ask) -> None:
     assert "too early" in verify(ask, "regex", "[a-z]{5}", "abc")
     assert verify(ask, "regex", "[a-z]+", "abcSTOP", stop="STOP") == ""
     assert verify(ask, "choice", '["yes","no"]', "yes") == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "text", "stop", "whole", "cut"),
+    [
+        ("regex", "[a-z]+;", "abc;", ";", True, False),
+        ("regex", "[a-z]+", "abc;", ";", False, True),
+        ("json", '{"type":"object"}', '{"a": 1}', "}", True, False),
+        ("json", '{"type":"array"}', "[1", "1", False, False),
+    ],
+)
+def test_a_stop_string_that_stays_in_the_answer_is_judged_with_it(
+    ask: Ask, kind: str, source: str, text: str, stop: str, whole: bool, cut: bool
+) -> None:
+    assert (verify(ask, kind, source, text, stop, stays=True) == "") is whole
+    assert (verify(ask, kind, source, text, stop) == "") is cut
 
 
 NUMBER = '{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"],"additionalProperties":false}'

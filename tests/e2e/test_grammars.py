@@ -57,6 +57,19 @@ def test_an_object_of_many_properties(server: Any, count: int, kind: str, requir
     assert reason in ("stop", "length")
 
 
+def test_a_stop_string_that_stays_in_the_answer_is_part_of_what_obeys(server: Any) -> None:
+    """Also TGI's way, where it always stays."""
+    for text, reason in choices(
+        server, guided_regex="[a-d]{1,30}e", stop=["e"], include_stop_str_in_output=True, n=2, temperature=1.0, seed=2
+    ):
+        assert (re.fullmatch("[a-d]{1,30}e", text) is not None, reason) == (True, "stop")
+    parameters = {"grammar": {"type": "regex", "value": "[a-d]{1,30}e"}, "stop": ["e"], "max_new_tokens": 40}
+    reply = server.client.post("/generate", json={"inputs": "a", "parameters": parameters})
+    assert reply.status_code == 200, reply.text
+    assert re.fullmatch("[a-d]{1,30}e", reply.json()["generated_text"])
+    assert chat(server, guided_regex="[a-d]{1,30}e", stop=["e"]).json()["error"]["param"] == "stop"
+
+
 def test_a_stream_is_the_whole_reply(server: Any) -> None:
     asked = {"messages": ASK, "max_tokens": 200, "response_format": FORMAT, "temperature": 0, "stream": True}
     with server.client.stream("POST", "/v1/chat/completions", json=asked) as reply:

@@ -8,12 +8,14 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from penstock.core.protocol.calling import Offered, calling_of
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, UnsupportedFeature
 from penstock.plugins.grammars.keywords import MOST_OPTIONAL, MOST_PROPERTIES, NAMED, check_schema
 from penstock.plugins.grammars.llguidance import LlGuidance
 
 BYTES = LlGuidance([bytes([byte]) for byte in range(256)], [])
 
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 WORKS: list[tuple[Any, list[Any], list[Any]]] = [
     (True, [1, "a", None, {}], []),
     ({}, [1.5, "a", [1, {"x": None}]], []),
@@ -42,6 +44,20 @@ WORKS: list[tuple[Any, list[Any], list[Any]]] = [
     ({"allOf": [{"type": "integer", "minimum": 2}, {"maximum": 3}]}, [2, 3], [1, 4]),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "null"}}}, [None], [1]),
     ({"definitions": {"n": {"type": "object", "properties": {"n": {"$ref": "#/definitions/n"}}, "additionalProperties": False}}, "$ref": "#/definitions/n"}, [{}, {"n": {"n": {}}}], [{"m": 1}]),
+    ({"type": ["integer", "null"], "minimum": 5, "maximum": 3}, [None], [4]),
+    ({"type": ["string", "null"], "minimum": 10, "exclusiveMaximum": 0}, [None, "a"], [4]),
+    ({"type": "string", "minimum": 10, "maximum": 1e300}, ["a"], [11]),
+    ({"minimum": 10, "exclusiveMaximum": 0}, [None, "a", [], {}, True], [4]),
+    ({"enum": [4, "a"], "minimum": 5, "maximum": 3}, ["a"], [4]),
+    ({"anyOf": [{"type": "integer", "minimum": 5.5, "maximum": 5.7}, {"type": "null"}]}, [None], [5]),
+    ({"type": "array", "items": {"type": "number", "minimum": 5, "maximum": 3}, "maxItems": 2}, [[]], [[4]]),
+    ({"type": "array", "prefixItems": [{"type": "number", "minimum": 5, "maximum": 3}]}, [[]], [[4]]),
+    ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 5, "maximum": 3}}, "additionalProperties": False}, [{}], [{"a": 4}]),
+    ({"anyOf": [{"$ref": "#/$defs/x"}, {"type": "null"}], "$defs": {"x": {"type": "integer", "minimum": 5, "maximum": 3}}}, [None], [4]),
+    ({"anyOf": [{"$ref": "#/$defs/x"}, {"type": "null"}], "$defs": {"x": {"$ref": "#/$defs/y"}, "y": {"type": "string", "minLength": 5, "maxLength": 3}}}, [None], ["abcd"]),
+    ({"$schema": DRAFT_7, "$ref": "#/definitions/a", "type": "string", "definitions": {"a": {"type": "integer"}}}, [1], ["a"]),
+    ({"$schema": DRAFT_7, "type": "object", "properties": {"x": {"$ref": "#/definitions/a", "type": "null"}}, "required": ["x"], "additionalProperties": False, "definitions": {"a": {"type": "integer"}}}, [{"x": 1}], [{"x": None}]),
+    ({"$schema": DRAFT_7, "type": "object", "properties": {"$ref": {"type": "string"}, "type": {"type": "null"}}, "required": ["$ref"], "additionalProperties": False}, [{"$ref": "a", "type": None}], [{"$ref": 1}]),
     ({"type": "string", "title": "t", "description": "d", "default": "x", "examples": ["y"], "$comment": "c"}, ["a"], [1]),
 ]  # fmt: skip
 
@@ -134,6 +150,17 @@ def test_what_is_refused_is_named_wherever_it_stands(keyword: str, around: str) 
         check_schema(bad)
 
 
+@pytest.mark.parametrize("draft", [{}, {"$schema": DRAFT_7}])
+def test_arguments_are_an_object_whatever_their_schema_refers_to(draft: dict[str, Any]) -> None:
+    """In draft 7 nothing may stand beside the $ref of a function's parameters."""
+    parameters = {**draft, "$ref": "#/definitions/a", "definitions": {"a": {"type": ["object", "string"], "maxProperties": 0}}}
+    calling = calling_of([Offered("f", parameters, True)], "required")
+    assert calling is not None
+    schema = json.loads(calling.functions[0].schema)
+    assert accepts(schema, "{}")
+    assert not accepts(schema, '"a"')
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -148,6 +175,10 @@ def test_what_is_refused_is_named_wherever_it_stands(keyword: str, around: str) 
         {"oneOf": [{"type": "integer"}, {"type": "number"}]},
         {"enum": []},
         {"type": "integer", "minimum": 5, "maximum": 3},
+        {"type": ["integer", "number"], "minimum": 5, "maximum": 3},
+        {"type": "object", "properties": {"a": {"type": "integer", "minimum": 5, "maximum": 3}}, "required": ["a"]},
+        {"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer", "minimum": 5, "maximum": 3}}},
+        {"$ref": "#/$defs/x", "type": "string", "$defs": {"x": {"type": "integer"}}},
         {"type": "integer", "exclusiveMinimum": True},
         {"type": "int"},
         {"type": 5},

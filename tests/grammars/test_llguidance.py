@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from typing import Any
 
 import llguidance
 import numpy as np
 import pytest
 
-from penstock.core.protocol.errors import InvalidRequest
+from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.plugins.grammars import llguidance as backend
 from penstock.plugins.grammars import trial
 from penstock.plugins.grammars.llguidance import LlGuidance
@@ -83,6 +85,56 @@ def test_a_token_that_may_not_follow_is_no_limit() -> None:
     assert all(other.consume(byte) for byte in b"a limit, too ")
     assert not other.consume(ord("x"))
     assert not GRAMMARS.matcher(GRAMMARS.compile("choice", '["a"]')).consume(TOKENS.index(b"limit"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "says", "supported"),
+    [
+        ("regex", r"\bfoo", r"The expression /\bfoo/ has \b where", False),
+        ("regex", r"fo\Bo" * 100, r"The expression /fo\Bo", False),
+        ("regex", "a^b", "The expression /a^b/ has ^ where", False),
+        ("regex", "a$b", "The expression /a$b/ has $ where", False),
+        ("regex", '(?="a)b', 'The expression /(?="a)b/ cannot be read: look-around', False),
+        ("regex", "a(", "The expression /a(/ cannot be read: unclosed group.", True),
+        ("regex", r"[^\x00-\u{10ffff}]", "Nothing can satisfy it.", True),
+        ("grammar", r"start: /\bfoo/", r"The expression /\bfoo/ has \b where", False),
+        ("json", {"allOf": [{"$ref": "#/$defs/x"}, {"$ref": "#/$defs/y"}], "$defs": {n: {"type": "object", "properties": {"a": {"$ref": f"#/$defs/{n}"}}} for n in "xy"}}, "write out what they are together", False),
+        ("json", {"type": "object", "properties": {"a": {"allOf": [{"$ref": "#"}, {"minProperties": 1}]}}}, "'$ref' leads back to itself", False),
+        ("json", {"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 2}, "refers to itself without end", True),
+        ("json", {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 1, "$defs": {"a": {"type": "object", "properties": {"b": {"$ref": "#"}}, "required": ["b"]}}}, "refers to itself without end", True),
+        ("json", {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"allOf": [{"$ref": "#/$defs/b"}]}, False]}, "b": {"type": "object", "additionalProperties": {"$ref": "#/$defs/a"}, "required": ["c"]}}}, "refers to itself without end", True),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_refusal_names_what_was_sent_and_what_to_do(kind: str, source: Any, says: str, supported: bool) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(says)) as caught:
+        GRAMMARS.compile(kind, source if isinstance(source, str) else json.dumps(source))
+    assert isinstance(caught.value, UnsupportedFeature) is not supported
+    assert "keyword 'pattern'" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": "array", "prefixItems": [{"$ref": "#"}]}, ["[]", "[[]]", "[[[]]]"], ["[1]"]),
+        ({"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "additionalProperties": False, "$defs": {"x": {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "required": ["a"]}}}, ["{}"], ['{"a": {"a": {']),
+        ({"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/n"}, {"type": "null"}]}}, "required": ["next"], "additionalProperties": False}}}, ['{"next": null}', '{"next": {"next": null}}'], ["{}"]),
+        ({"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"], "additionalProperties": False}, ["null", '{"a": null}'], ["{}"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_what_can_come_to_an_end_may_and_nothing_begins_that_cannot(schema: Any, right: list[str], wrong: list[str]) -> None:
+    def goes(text: str) -> tuple[bool, bool]:
+        matcher = GRAMMARS.matcher(GRAMMARS.compile("json", json.dumps(schema)))
+        return all(matcher.consume(byte) for byte in text.encode()), matcher.may_end()
+
+    assert all(goes(text) == (True, True) for text in right)
+    assert not any(goes(text) == (True, True) or (text.endswith("{") and goes(text)[0]) for text in wrong)
+
+
+def test_what_a_limit_is_said_with_is_no_half_sentence() -> None:
+    said = backend._limit("Too many items (limit 1000000; try avoiding repetition)").message
+    assert said == "It is too large or too complex: Too many items. Make it smaller."
 
 
 @pytest.mark.parametrize(("budget", "says"), [("PREPARE_S", "seconds to be prepared"), ("STEP_S", "seconds for a token")])

@@ -60,7 +60,7 @@ REQUESTS = (
 
 def schemas() -> dict[str, Any]:
     """Every struct that requests and replies are made of, by name, as the OpenAPI document has it."""
-    answers = [kind for one in openapi_replies.every_answer() for kind in one.content.values() if isinstance(kind, type)]
+    answers = [kind for one in openapi_replies.every_answer() for kind in one.kinds if isinstance(kind, type)]
     _, components = msgspec.json.schema_components(
         [*REQUESTS, *answers, openapi_replies.ErrorReply, *openapi_replies.OWN_ERRORS.values()], ref_template="#/components/schemas/{name}"
     )

@@ -168,10 +168,21 @@ def test_a_stop_string_ends_a_part_and_that_is_the_clients_own(bench: Any) -> No
     compiled(bench)
     answer(bench, 1, end=False)
     (check,) = bench.checks
-    assert (check.verify, check.stop) == (True, "te")
+    assert (check.verify, check.stop, check.stop_stays) == (True, "te", False)
     bench.send(GrammarChecked(job=check.job, error="It ended too early."))
     got = bench.received[1, 0]
     assert (got.text, got.reason, got.extras[-1].error_code, got.extras[-1].error_param) == ("wa", "error", "invalid_value", "stop")
+
+
+def test_a_stop_string_that_stays_is_part_of_what_is_judged(bench: Any) -> None:
+    for key, stop in ((1, ["er"]), (2, [])):
+        bench.submit(key, grammar=WORD, sampling=SamplingParams(stop=stop, include_stop_str_in_output=True))
+        compiled(bench)
+        answer(bench, key, end=not stop)
+        check = bench.checks.pop()
+        assert (check.stop, check.stop_stays) == ("er" if stop else "", bool(stop))
+        bench.send(GrammarChecked(job=check.job))
+        assert (bench.received[key, 0].text, bench.received[key, 0].reason) == ("water", "stop")
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_an_answer_that_is_cut_off_in_a_call(say: Any) -> None:
     _, got = say(CALL[:-20], final=LENGTH)
     assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a": 1}'[: len(joined(got.fragments)[1][2])])]
     assert got.reason == "length"
+    assert not any(extra.unfinished for extra in got.extras)
 
 
 def test_without_parallel_calls_the_answer_ends_with_the_first(say: Any) -> None:
@@ -128,6 +129,13 @@ def test_a_stop_string_within_a_call_leaves_it_incomplete(say: Any) -> None:
     _, got = say(CALL, sampling=SamplingParams(stop=["1"]))
     assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a": ')]
     assert (got.reason, got.stop_reason) == ("length", "1")
+    assert got.extras[-1].unfinished, "for whom length means that tokens ran out"
+
+
+def test_a_stop_string_that_closes_a_call_leaves_it_complete(say: Any) -> None:
+    _, got = say(CALL, sampling=SamplingParams(stop=["</tool_call>"]))
+    assert joined(got.fragments) == [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a": 1}'), (DONE, 0, "")]
+    assert (got.reason, got.stop_reason, got.extras[-1].unfinished) == ("tool_calls", "</tool_call>", False)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -142,6 +150,7 @@ def test_arguments_that_are_no_json_come_with_length_alone(say: Any, text: str, 
     names = [fragment for fragment in joined(got.fragments) if fragment[0] == NAME]
     done = [fragment for fragment in joined(got.fragments) if fragment[0] == DONE]
     assert (len(names), len(done), got.reason) == (calls, calls - 1, "length")
+    assert got.extras[-1].unfinished
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from penstock.core.protocol.messages import Message, Query, Rejected, Submit
 from penstock.transports import anthropic_replies as replies
 from penstock.transports.anthropic import anthropic_routes
-from penstock.transports.anthropic_models import models_page
+from penstock.transports.anthropic_models import ModelsQuery, models_page
 from penstock.transports.anthropic_voice import MessagesVoice
 from penstock.transports.gateway import Batch
 from penstock.transports.outbox import Outbox
@@ -409,21 +409,100 @@ def test_models_for_anthropics_clients(edge: Edge) -> None:
     assert edge.kept.get("/v1/models/brook", headers=CLIENT).json() == one
     missing = edge.kept.get("/v1/models/claude", headers=CLIENT)
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
-    for query in ("limit=0", "limit=1001", "limit=x", "limit=-1", "after_id=x", "before_id=x"):
+    wrong_queries = (
+        "limit=0",
+        "limit=1001",
+        "limit=x",
+        "limit=-1",
+        "after_id=x",
+        "before_id=x",
+        "limit=1&limit=2",
+        "lifecycle=new",
+        "lifecycle[]=",
+    )
+    for query in wrong_queries:
         wrong = edge.kept.get(f"/v1/models?{query}", headers=CLIENT)
         assert wrong.status_code == 400
-        assert wrong.json()["error"]["message"].startswith(query.partition("=")[0])
+        assert wrong.json()["error"]["message"].startswith(query.partition("=")[0].removesuffix("[]"))
+    for query in ("order=asc", "Limit=3", "limit[]=3"):
+        unknown = edge.kept.get(f"/v1/models?{query}", headers=CLIENT)
+        assert (unknown.status_code, unknown.json()["type"]) == (400, "error")
+        assert f"{query.partition('=')[0]!r} is not known here" in unknown.json()["error"]["message"]
+    for query in ("limit=3", "lifecycle=active", "x=1"):  # OpenAI's list has no query
+        unknown = edge.kept.get(f"/v1/models?{query}")
+        assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, query.partition("=")[0])
     for path in ("/v1/models", "/v1/models/brook"):
         assert edge.kept.get(path).json()["object"] in ("list", "model")
+
+
+@pytest.mark.parametrize(
+    ("query", "shown"),
+    [
+        ("lifecycle[]=active", True),
+        ("lifecycle=active", True),
+        ("lifecycle[]=retired&lifecycle[]=active&lifecycle[]=deprecated", True),
+        ("lifecycle%5B%5D=deprecated", False),
+        ("lifecycle=retired&lifecycle=deprecated&limit=5", False),
+        ("lifecycle=retired&after_id=brook", False),
+        ("lifecycle=retired&before_id=brook", False),
+    ],
+)
+def test_a_list_of_other_stages_of_life_is_empty(edge: Edge, query: str, shown: bool) -> None:
+    page = edge.kept.get(f"/v1/models?{query}", headers=CLIENT)
+    assert [one["id"] for one in page.json()["data"]] == (["brook"] if shown else [])
+    assert (page.json()["has_more"], page.json()["first_id"]) == (False, "brook" if shown else None)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/files"),
+        ("POST", "/v1/files"),
+        ("GET", "/v1/files/file_1"),
+        ("DELETE", "/v1/files/file_1"),
+        ("GET", "/v1/files/file_1/content"),
+    ],
+)
+def test_anthropics_files_are_not_taken_for_openais(edge: Edge, method: str, path: str) -> None:
+    files = {"file": ("a.txt", b"a")} if method == "POST" else None
+    reply = edge.kept.request(method, path, headers=CLIENT, files=files)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (404, "not_found_error")
+    assert reply.json()["error"]["message"].startswith("The Files API of Anthropic is not served here")
+    assert edge.kept.request(method, path, files=files).json().get("type") != "error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/skills", 404),
+        ("POST", "/v1/skills/skill_1/versions", 404),
+        ("POST", "/v1/complete", 404),
+        ("GET", "/nothing", 404),
+        ("PATCH", "/v1/models", 405),
+        ("PUT", "/v1/files", 405),
+    ],
+)
+def test_what_is_refused_has_the_shape_of_the_client_where_no_route_has_its_own(edge: Edge, method: str, path: str, status: int) -> None:
+    reply = edge.kept.request(method, path, headers=CLIENT)
+    assert (reply.status_code, reply.json()["type"]) == (status, "error")
+    assert edge.kept.request(method, path).json().keys() == {"error"}
+    assert edge.kept.post("/v1/completions", json={}, headers=CLIENT).json().keys() == {"error"}, "it is OpenAI's"
+
+
+def test_a_missing_key_has_the_shape_of_the_client(make_edge: MakeEdge) -> None:
+    with make_edge(api_key=["secret"]).http() as http:
+        for path in ("/v1/models", "/v1/files", "/v1/skills"):
+            assert http.get(path, headers=CLIENT).json()["error"]["type"] == "authentication_error"
+            assert http.get(path).json()["error"]["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 20])
 def test_pages_of_models_are_the_list(limit: int) -> None:
     for way, end in (("after_id", "last_id"), ("before_id", "first_id")):
         seen: list[str] = []
-        asked: dict[str, Any] = {"limit": str(limit)} | ({way: "e"} if way == "before_id" else {})
+        asked: dict[str, Any] = {"limit": limit} | ({way: "e"} if way == "before_id" else {})
         while True:
-            page = models_page(ENTRIES, asked)
+            page = models_page(ENTRIES, ModelsQuery(**asked))
             names = [one["id"] for one in page["data"]]
             assert len(names) <= limit
             seen = [*seen, *names] if way == "after_id" else [*names, *seen]
@@ -431,7 +510,7 @@ def test_pages_of_models_are_the_list(limit: int) -> None:
                 break
             asked[way] = page[end]
         assert "".join(seen) == ("abcde" if way == "after_id" else "abcd")
-    assert models_page(ENTRIES, {"after_id": "e"}) == {"data": [], "has_more": False, "first_id": None, "last_id": None}
+    assert models_page(ENTRIES, ModelsQuery(after_id="e")) == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
 
 # ------------------------------------------------------------------ errors

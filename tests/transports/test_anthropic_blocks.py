@@ -57,7 +57,9 @@ def batch(key: int, rows: list[Row]) -> TextDelta:
     return msgspec.structs.replace(made, channels=np.array([row[0] for row in rows], np.uint8), calls=i32([row[1] for row in rows]))
 
 
-def says(rows: list[Row], sizes: list[int], reason: str = "tool_calls", reasoned: int = 2) -> Callable[[Submit], list[Message]]:
+def says(
+    rows: list[Row], sizes: list[int], reason: str = "tool_calls", reasoned: int = 2, extra: dict[str, Any] | None = None
+) -> Callable[[Submit], list[Message]]:
     """ROWS in deltas of so many rows, and the end."""
 
     def play(submit: Submit) -> list[Message]:
@@ -68,7 +70,7 @@ def says(rows: list[Row], sizes: list[int], reason: str = "tool_calls", reasoned
                 out.append(batch(submit.key, some))
             at += size
         end = msgspec.structs.replace(finished(submit.key, output=9), reasoning_tokens=reasoned)
-        return [*out, delta({"key": submit.key, "tokens": [], "reason": reason}), end]
+        return [*out, delta({"key": submit.key, "tokens": [], "reason": reason, **({"extra": extra} if extra else {})}), end]
 
     return play
 
@@ -190,7 +192,7 @@ def test_thinking_alone_is_one_block(edge: Edge) -> None:
 
 @pytest.mark.parametrize(
     ("stop_reason", "named", "expected"),
-    [(None, True, "tool_use"), (7, True, "tool_use"), ("x", True, "stop_sequence"), (None, False, "end_turn")],
+    [(None, True, "tool_use"), (7, True, "tool_use"), ("x", True, "tool_use"), (None, False, "end_turn")],
 )
 def test_a_call_that_was_named_is_the_stop_reason(edge: Edge, stop_reason: Any, named: bool, expected: str) -> None:
     """Chats end with "stop" where the request named the function."""
@@ -217,6 +219,25 @@ def test_a_call_that_was_named_is_the_stop_reason(edge: Edge, stop_reason: Any, 
     assert voice(batch(1, ROWS[3:7]), end) == (expected, expected)
     if stop_reason is None:
         assert voice(batch(1, ROWS[2:3]), end) == ("end_turn", "end_turn")
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason", "extra", "expected"),
+    [
+        (ROWS[3:5], "length", {}, ("max_tokens", None)),
+        (ROWS[3:5], "length", {"stop_reason": "x", "unfinished": True}, ("stop_sequence", "x")),
+        (ROWS[3:5], "length", {"unfinished": True}, ("end_turn", None)),
+        (ROWS[3:7], "tool_calls", {"stop_reason": "</tool_call>"}, ("tool_use", "</tool_call>")),
+        (ROWS[:3], "stop", {"stop_reason": "x"}, ("stop_sequence", "x")),
+        (ROWS[:3], "stop", {"stop_reason": 7}, ("end_turn", None)),
+    ],
+)
+def test_what_ended_an_answer_is_said_and_whether_its_call_may_be_run(
+    edge: Edge, rows: list[Row], reason: str, extra: dict[str, Any], expected: tuple[str, str | None]
+) -> None:
+    whole, events = ask(edge, says(rows, [1] * 9, reason, extra=extra))
+    assert (whole["stop_reason"], whole["stop_sequence"]) == expected
+    assert folded(events) == whole
 
 
 # ------------------------------------------------------------------ arguments

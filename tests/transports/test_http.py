@@ -790,6 +790,9 @@ def test_strict_fields_refuses_what_nobody_knows(make_edge: MakeEdge, path: str,
 
 
 def test_ignored_fields_are_named(http: httpx.Client) -> None:
+    tool = {"type": "function", "foo": 1, "function": {"name": "f", "bar-baz": 2, "a, b": 3}}
+    reply = http.post(CHATS, json=CHAT | {"tools": [tool]})
+    assert reply.headers["x-penstock-ignored-fields"] == "tools[0].foo, tools[0].function.bar-baz, ?"
     reply = http.post(CHATS, json=CHAT | {"temprature": 0.5, "evil\r\nheader": 1})
     assert reply.status_code == 200
     assert reply.headers["x-penstock-ignored-fields"] == "?, temprature"

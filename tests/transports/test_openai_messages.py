@@ -84,6 +84,7 @@ def test_two_functions_of_a_name_are_refused() -> None:
         ({"metadata": {"a": "x" * 513}}, "metadata.a"),
         ({"safety_identifier": 3}, "safety_identifier"),
         ({"prompt_cache_key": []}, "prompt_cache_key"),
+        ({"prompt_cache_options": "explicit"}, "prompt_cache_options"),
     ],
 )
 def test_hints_of_another_form_are_named(fields: dict[str, Any], param: str) -> None:
@@ -128,6 +129,28 @@ def test_unknown_fields_within_objects_are_named() -> None:
         parse(Config(strict_fields=True), **NESTED)
     assert caught.value.param in NAMES
     parse(Config(strict_fields=True), messages=[USER | {"mood": "good"}], tools=[TOOL])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "g", "Strict": True}}]}, "tools[0].function.Strict"),
+        ({"tools": [TOOL, {"Type": "web", "function": {"name": "g"}}]}, "tools[1].Type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "Text": "y"}]}]}, "messages[0].content[0].Text"),
+        ({"messages": [{**CALLED, "tool_calls": [CALL | {"ID": "x"}]}]}, "messages[0].tool_calls[0].ID"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "Schema": {"type": "null"}}}}, "response_format.json_schema.Schema"),
+    ],
+)  # fmt: skip
+def test_known_fields_within_objects_in_another_spelling_are_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(UnsupportedFeature) as caught:
+        parse(**fields)
+    assert caught.value.param == param
+    assert "Its name here is" in caught.value.message
+
+
+def test_spellings_that_ask_for_nothing_are_taken_and_those_of_hints_named() -> None:
+    assert parse(tools=[{"type": "function", "Type": None, "function": {"name": "g", "Strict": None}}]).ignored == []
+    assert parse(tools=[TOOL | {"cacheControl": {}}]).ignored == ["tools[0].cacheControl"]
 
 
 def test_tools_of_other_types_are_unsupported() -> None:

@@ -81,6 +81,9 @@ def test_every_operation_tells_its_replies(edge: Edge) -> None:
         "application/x-ndjson",
     }
     assert set(found["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    for path, names in (("/v1/models", ("ModelList", "MessageModelList")), ("/v1/models/{model_id}", ("Model", "MessageModel"))):
+        schema = found["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        assert schema == {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in names]}
     assert "securitySchemes" not in found["components"]
 
 
@@ -122,6 +125,12 @@ def test_replies_have_the_documented_shape(edge: Edge) -> None:
         exactly(replies.TextChoice, whole["choices"][0])
         exactly(replies.ReadyReply, http.get("/health").json())
         exactly(replies.ModelList, http.get("/v1/models").json())
+        version = {"anthropic-version": "2023-06-01"}
+        page = http.get("/v1/models", headers=version).json()
+        exactly(replies.MessageModelList, page)
+        exactly(replies.MessageModel, page["data"][0])
+        exactly(replies.MessageModel, http.get("/v1/models/brook", headers=version).json())
+        exactly(replies.MessageError, http.get("/v1/files", headers=version).json())
         exactly(replies.VersionReply, http.get("/version").json())
         wrong = http.post(TEXTS, json={}).json()
         exactly(replies.ErrorReply, wrong)

@@ -98,7 +98,7 @@ class ErrorFields(msgspec.Struct):
     code: str
 
 
-def rows(*parts: tuple[int, int, str], reason: str = "stop", extra: dict[str, Any] | None = None) -> Any:
+def rows(*parts: tuple[int, int, str], reason: str = "stop", extra: dict[str, Any] | None = None, end: dict[str, Any] | None = None) -> Any:
     """A script: a row for each (channel, call, text), and one that ends the answer."""
 
     def play(submit: Submit) -> list[Message]:
@@ -109,7 +109,7 @@ def rows(*parts: tuple[int, int, str], reason: str = "stop", extra: dict[str, An
                 more = {"extra": extra}
             one = delta({"key": submit.key, "text": text, "output": number + 1, **more})
             found.append(msgspec.structs.replace(one, channels=_u8([channel]), calls=i32([call])))
-        found.append(delta({"key": submit.key, "tokens": [], "reason": reason}))
+        found.append(delta({"key": submit.key, "tokens": [], "reason": reason, **({"extra": end} if end else {})}))
         found.append(finished(submit.key, output=len(parts) + 1))
         return found
 
@@ -349,6 +349,25 @@ def test_the_events_add_up_to_the_whole(script: Edge, story: str, more: dict[str
         assert ("encrypted_content" in item) is (item["type"] == "reasoning" and bool(more))
 
 
+@pytest.mark.parametrize("stop_reason", [None, "x"])
+@pytest.mark.parametrize(
+    ("more", "statuses"),
+    [([], ["incomplete"]), ([(NAME, 1, "g"), (ARGUMENTS, 1, "{}"), (DONE, 1, "")], ["incomplete", "completed"]), ([(CONTENT, -1, "b")], ["incomplete", "completed"])],
+    ids=["alone", "before a call", "before words"],
+)  # fmt: skip
+def test_a_call_that_the_answer_ended_in_is_incomplete_though_tokens_are_left(
+    script: Edge, stop_reason: str | None, more: list[tuple[int, int, str]], statuses: list[str]
+) -> None:
+    broken = [(NAME, 0, "f"), (ARGUMENTS, 0, '{"a"')]
+    script.text.script = rows(*broken, *more, reason="length", end={"stop_reason": stop_reason, "unfinished": True})
+    whole = script.kept.post(PATH, json=HI).json()
+    stream = named_events(script.kept.post(PATH, json=HI | {"stream": True}).text)
+    assert masked(fold(stream)) == masked(stream[-1]["response"]) == masked(whole)
+    msgspec.convert(whole, replies.ResponseReply)
+    assert (whole["status"], whole["incomplete_details"]) == ("incomplete", {"reason": "stop"})
+    assert [item["status"] for item in whole["output"]] == statuses
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.sampled_from([(CONTENT, "a"), (CONTENT, ""), (REASONING, "r"), (REASONING, "ü\n"), (NAME, "f"), (CONTENT, '\u2028"')])),
@@ -431,6 +450,13 @@ def test_input_tokens(edge: Edge) -> None:
 
 # ------------------------------------------------------------------ refusals
 
+
+def allowed(tool: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A tool_choice of one tool, with changes of that."""
+    return {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather", **(tool or {})}]}
+
+
+SCHEMA: dict[str, Any] = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
     ({"input": None}, "input"),
@@ -461,6 +487,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"metadata": {"k": "x" * 513}}, "metadata.k"),
     ({"metadata": {"k": 1}}, "metadata.k"),
     ({"user": "x" * 513}, "user"),
+    ({"prompt_cache_options": "explicit"}, "prompt_cache_options"),
     ({"service_tier": "gold"}, "service_tier"),
     ({"max_tool_calls": 0}, "max_tool_calls"),
     ({"truncation": "nope"}, "truncation"),
@@ -475,6 +502,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {}, "tools": [WEATHER]}, "tool_choice.type"),
     ({"tool_choice": {"type": "function"}, "tools": [WEATHER]}, "tool_choice.name"),
     ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}, "tools": [WEATHER]}, "tool_choice.tools"),
+    ({"tool_choice": {"type": "function", "name": "weather", "foo": 1}, "tools": [WEATHER]}, "tool_choice.foo"),
+    ({"tool_choice": {"type": "function", "function": {"name": "weather"}}, "tools": [WEATHER]}, "tool_choice.function"),
+    ({"tool_choice": allowed() | {"bar": None}, "tools": [WEATHER]}, "tool_choice.bar"),
+    ({"tool_choice": allowed({"foo": 1}), "tools": [WEATHER]}, "tool_choice.tools[0].foo"),
+    ({"tool_choice": allowed({"name": 3}), "tools": [WEATHER]}, "tool_choice.tools[0].name"),
+    ({"tool_choice": allowed({"type": None}), "tools": [WEATHER]}, "tool_choice.tools[0].type"),
     ({"background": True, "store": False}, "background"),
     ({"previous_response_id": "resp_none"}, "previous_response_id"),
 ]
@@ -494,6 +527,20 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"moderation": {"model": "x"}}, "moderation"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"text": {"format": {"type": "grammar"}}}, "text.format"),
+    ({"text": {"format": {"type": "structural_tag"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_object", "schema": {"type": "object"}}}}, "text.format"),
+    ({"text": {"format": {"type": "json_object", "foo": 1}}}, "text.format"),
+    ({"text": {"format": {"type": "text", "schema": {"type": "object"}}}}, "text.format"),
+    ({"text": {"format": {"type": "text", "strict": True}}}, "text.format"),
+    ({"text": {"format": SCHEMA | {"Schema": {"type": "string"}}}}, "text.format.Schema"),
+    ({"text": {"format": SCHEMA | {"Strict": True}}}, "text.format.Strict"),
+    ({"text": {"format": SCHEMA | {"json_schema": {"schema": {"type": "string"}}}}}, "text.format.json_schema"),
+    ({"text": {"Format": SCHEMA}}, "text.Format"),
+    ({"input": [{"role": "user", "content": "x", "Content": "y"}]}, "input[0].Content"),
+    ({"input": [{"type": "function_call", "callId": "c", "name": "f", "arguments": "{}"}]}, "input[0].callId"),
+    ({"reasoning": {"Effort": "low"}}, "reasoning.Effort"),
+    ({"stream": True, "stream_options": {"includeObfuscation": True}}, "stream_options.includeObfuscation"),
+    ({"tool_choice": allowed({"type": "mcp", "name": "weather"}), "tools": [WEATHER]}, "tool_choice.tools[0]"),
     ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
     ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
     ({"max_tokens": 5}, "max_tokens"),
@@ -549,6 +596,8 @@ def test_what_does_not_exist_here_is_refused_by_name(edge: Edge, fields: dict[st
         {"reasoning": {"summary": "auto", "context": "auto", "mode": "standard"}, "text": {"verbosity": "medium"}},
         {"input": [{"role": "assistant", "content": "a", "phase": "commentary"}, {"role": "user", "content": "b"}]},
         {"stream": False, "background": False, "metadata": None},
+        {"text": {"format": {"type": "json_object", "schema": None, "description": ""}}},
+        {"text": {"format": SCHEMA | {"json_schema": None}}, "stream": True, "stream_options": {"include_usage": True}},
     ],
 )
 def test_what_asks_for_nothing_is_taken_in_silence(edge: Edge, fields: dict[str, Any]) -> None:
@@ -559,10 +608,11 @@ def test_what_asks_for_nothing_is_taken_in_silence(edge: Edge, fields: dict[str,
 
 def test_unknown_fields_are_named_in_a_header_or_refused(edge: Edge, make_edge: MakeEdge) -> None:
     body = HI | {"colour": 1, "reasoning": {"depth": 3}, "input": [{"role": "user", "content": "x", "mood": 1}]}
-    names = "colour, input[0].mood, reasoning.depth"
+    body["text"] = {"format": SCHEMA | {"foo": 1}, "tone": "warm"}
+    names = "colour, input[0].mood, reasoning.depth, text.format.foo, text.tone"
     for more in ({}, {"stream": True}, {"background": True}, {"background": True, "stream": True}):
         reply = edge.kept.post(PATH, json=body | more)
-        assert (reply.status_code, reply.headers["x-penstock-ignored-fields"].replace("?", "input[0].mood")) == (200, names)
+        assert (reply.status_code, reply.headers["x-penstock-ignored-fields"]) == (200, names)
     strict = make_edge(strict_fields=True)
     assert strict.kept.post(PATH, json=HI).status_code == 200
     reply = strict.kept.post(PATH, json=body)

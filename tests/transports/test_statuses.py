@@ -76,6 +76,7 @@ EXAMPLES: dict[str, Any] = {
     "prediction": {"type": "content", "content": "x"},
     "prompt_cache_key": "k",
     "prompt_cache_retention": "24h",
+    "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
     "safety_identifier": "s",
     "top_k": 5,
     "min_p": 0.1,

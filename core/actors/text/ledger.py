@@ -60,6 +60,7 @@ class Choice:
         "splitter",
         "undecoded",
         "undone",
+        "unfinished",
         "withheld",
     )
 
@@ -91,6 +92,8 @@ class Choice:
         """Has a call of a tool been complete?"""
         self.undone = 0
         """Calls that began and are not complete."""
+        self.unfinished = False
+        """Did it end by itself, or by a stop string, while there were such?"""
         self.mode = GENERAL
         self.batch: Any = None
         """The EdgeBatch of the request's edge."""

@@ -71,7 +71,10 @@ class Obedience:
             request, said = one.choice.request, one.choice.said
             assert request.obeyed is not None
             if said is None:
-                yield CheckGrammar(job=self._new(one), grammar=request.obeyed, verify=True, ids=one.ids, stop=one.stop)
+                stays = request.params.include_stop_str_in_output
+                yield CheckGrammar(
+                    job=self._new(one), grammar=request.obeyed, verify=True, ids=one.ids, stop=one.stop, stop_stays=bool(one.stop) and stays
+                )
                 continue
             submit = request.submit
             wrong = said.wrong(submit.calling, submit.grammar, submit.parallel_calls)

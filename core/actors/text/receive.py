@@ -418,7 +418,8 @@ class Receiver:
         offsets: list[int] = []
         if extra is not None and extra.prompt_text is not None and request.params.prompt_logprobs is not None:
             offsets = prompt_offsets(request.prompt.tolist(), extra.prompt_text, self._table.data, self._tokenizer.special_ids)
-        if extra is not None or choice.logprobs or stop_reason is not None or error is not None or call_id:
+        unfinished = choice.unfinished and bool(finish)
+        if extra is not None or choice.logprobs or stop_reason is not None or error is not None or call_id or unfinished:
             batch.extras.append(
                 RowExtra(
                     row=len(batch.slots),
@@ -433,6 +434,7 @@ class Receiver:
                     prompt_offsets=offsets,
                     prompt_first=self._table.data[request.prompt[0]] if offsets else b"",
                     call_id=call_id,
+                    unfinished=unfinished,
                 )
             )
             request.extra = None

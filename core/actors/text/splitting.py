@@ -28,7 +28,7 @@ def taken_apart(choice: Choice, text: str, finish: str, stop_reason: StopReason)
             finish, stop_reason = "stop", None
     _count(choice, fragments)
     if finish == "stop" and choice.said is None and choice.undone:
-        finish = "length"
+        finish, choice.unfinished = "length", True
     called = finish == "stop" and choice.made and not _named(choice)
     return fragments, "tool_calls" if called else finish, stop_reason
 
