@@ -47,8 +47,12 @@ def settings(path: Path | str, **over: Any) -> RunnerConfig:
     return RunnerConfig(**{**fields, **over})
 
 
+def blamed(name: str, call: str, what: Exception | str) -> Exception:
+    return AssertionError(f"{name} {call} {what}")
+
+
 def reader(config: dict[str, Any]) -> Any:
-    made = quantizer_for(settings("."), {"quantization_config": config}, FACTS, "cpu")
+    made = quantizer_for(settings("."), {"quantization_config": config}, FACTS, "cpu", blamed)
     assert made is not None
     return made
 
@@ -191,7 +195,7 @@ QUANTIZATION: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("config", "kind", "param"), QUANTIZATION)
 def test_what_cannot_be_read_rightly_is_refused_by_name(config: dict[str, Any], kind: type[Any], param: str) -> None:
     with pytest.raises(kind) as error:
-        quantizer_for(settings("."), {"quantization_config": config}, FACTS, "cpu")
+        quantizer_for(settings("."), {"quantization_config": config}, FACTS, "cpu", blamed)
     assert error.value.param == param
     assert param in error.value.message
 
@@ -207,14 +211,14 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(config: dict[str, Any], 
 def test_wrong_options_are_said(word: str, config: dict[str, Any] | None, says: str) -> None:
     raw = {} if config is None else {"quantization_config": config}
     with pytest.raises(ConfigError, match=says) as error:
-        quantizer_for(settings(".", quantization=word), raw, FACTS, "cpu")
+        quantizer_for(settings(".", quantization=word), raw, FACTS, "cpu", blamed)
     assert error.value.param == "quantization"
 
 
 @pytest.mark.parametrize("word", ["awq", "awq_marlin"])
 def test_an_option_that_says_what_the_checkpoint_is_is_taken(word: str) -> None:
     raw = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 8}}
-    assert quantizer_for(settings(".", quantization=word), raw, FACTS, "cpu") is not None
+    assert quantizer_for(settings(".", quantization=word), raw, FACTS, "cpu", blamed) is not None
 
 
 def test_groups_of_act_order_must_have_the_size_that_is_said(tmp_path: Path) -> None:
