@@ -2,17 +2,13 @@
 
     y[m, n] = round(sum_g scales[g, n] * sum_{k in g} x[m, k] (value(code[n, k]) - zero[g, n]) + bias[n]),   x in bf16 or fp16, float32 sums
 
-What it is: `Weight`, the codes in the order in which the kernel reads them, and `matmul`. A tile of the product is computed transposed: the weight's rows are the
-rows of the matrix instruction, so that codes go from memory to registers as they are, are widened there (two at a time, by placing their bits in the mantissa or the
-exponent of a 16-bit float, as in Kim et al. 2022, arXiv 2211.10017), and never return to shared memory wide. Two codes of 4 bits lie in one byte: column j and column
-j + C of a step of 2 C columns, so that each half of the bytes is a contiguous run of inputs. Scales multiply the float32 sums of a group, so that a weight is never
-rounded. The K axis is cut as in kernels/linear/triton.py: pieces in a fixed order, whoever comes last adds them up.
+What it is: `matmul` over a `Weight` (layout.py). A tile of the product is computed transposed: the weight's rows are the rows of the matrix instruction, so that codes
+go from memory to registers as they are, are widened there (recipes.py), and never return to shared memory wide. Scales multiply the float32 sums of a group, so that a
+weight is never rounded. Beyond FEW rows pieces of the weight are widened into memory instead. The K axis is cut as in kernels/linear/triton.py: pieces in a fixed order, whoever comes last adds them up.
 What it does not know: layers, files.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -25,74 +21,17 @@ from penstock.kernels.activation.triton import activate
 from penstock.kernels.activation.triton import gated as activated
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
-from penstock.kernels.linear.scheme import NIBBLES, Quantised, Scheme, unpack_nibbles
 from penstock.kernels.linear.triton import COUNTERS
+from penstock.kernels.quantised.layout import KINDS, TILE, Weight
+from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
 
-KINDS = ("int8", "int4", "fp8_e4m3", "fp4")
-"""Kinds of codes that the kernel widens; their places are the kernel's KIND."""
-TILE = 64
-"""Rows of the weight that lie together."""
-COLUMNS = 128
-"""Most columns that are read at once."""
 ROWS = (16, 32, 64)
 """Heights of a tile: rows of x."""
 FEW = 64
 """Most rows for which codes are widened in registers."""
 PIECE = 16 << 20
 """Elements of a weight that are widened at once where nobody says."""
-
-_SPREAD = "prmt.b32 p, $IN, 0, 0x4140; prmt.b32 q, $IN, 0, 0x4342;"  # four bytes into the low halves of two words
-_RAISED = "prmt.b32 p, $IN, 0, 0x1404; prmt.b32 q, $IN, 0, 0x3424;"  # into the high halves
-
-
-def _asm(body: str, outputs: int) -> str:
-    return "{ .reg .b32 p, q, u, v, c; " + body.replace("$IN", f"${outputs}") + " }"
-
-
-def _recipes() -> dict[tuple[str, bool], str]:
-    """Instructions that widen four bytes, by (kind, whether to bfloat16)."""
-    out = {}
-    for wide, one, half in ((True, 0x43004300, 0x43084308), (False, 0x64006400, 0x64086408)):
-        kind = "bf16x2" if wide else "f16x2"
-        low = "".join(f"lop3.b32 ${i}, {r}, 0x000F000F, {one}, 0xEA; " for i, r in ((0, "p"), (1, "q")))
-        high = "".join(f"shr.b32 {r}, {r}, 4; lop3.b32 ${i}, {r}, 0x000F000F, {one}, 0xEA; " for i, r in ((2, "p"), (3, "q")))
-        less = f"mov.b32 c, {half}; " + "".join(f"sub.rn.{kind} ${i}, ${i}, c; " for i in range(4))
-        out["int4", wide] = _asm(_SPREAD + low + high + less, 4)
-        # with zero points: the second operand holds 128 (or 1024) more than that of the first half, the third of the second
-        less = "".join(f"sub.rn.{kind} ${i}, ${i}, ${5 + i}; " for i in range(4))
-        out["int4z", wide] = _asm(_SPREAD + low + high + less, 4)
-        if wide:  # low seven bits and sign apart: (128 + low) - (128 + 128 sign)
-            parts = "".join(
-                f"lop3.b32 u, {r}, 0x007F007F, {one}, 0xEA; lop3.b32 v, {r}, 0x00800080, {one}, 0xEA; sub.rn.{kind} ${i}, u, v; "
-                for i, r in ((0, "p"), (1, "q"))
-            )
-        else:
-            parts = "mov.b32 c, 0x64806480; " + "".join(
-                f"lop3.b32 u, {r}, 0x00800080, {one}, 0xBE; sub.rn.{kind} ${i}, u, c; " for i, r in ((0, "p"), (1, "q"))
-            )
-        out["int8", wide] = _asm(_SPREAD + parts, 2)
-        # sign, exponent and mantissa to their places; the exponents' bias by a multiplication with a power of two, which is exact
-        shift, mask, power = (4, 0x07F007F0, 0x7B807B80) if wide else (1, 0x3F803F80, 0x5C005C00)
-        out["fp8_e4m3", wide] = _asm(
-            _RAISED
-            + f"mov.b32 c, {power}; "
-            + "".join(
-                f"and.b32 u, {r}, 0x80008000; shr.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; mul.rn.{kind} ${i}, u, c; "
-                for i, r in ((0, "p"), (1, "q"))
-            ),
-            2,
-        )
-        shift, mask, power = (6, 0x01C001C0, 0x7E807E80) if wide else (9, 0x0E000E00, 0x74007400)
-        steps = ""
-        for i, r, first in ((0, "p", ""), (1, "q", ""), (2, "p", "shr.b32 p, p, 4; "), (3, "q", "shr.b32 q, q, 4; ")):
-            steps += first + f"shl.b32 u, {r}, 12; and.b32 u, u, 0x80008000; shl.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; "
-            steps += f"mul.rn.{kind} ${i}, u, c; "
-        out["fp4", wide] = _asm(_SPREAD + f"mov.b32 c, {power}; " + steps, 4)
-    return out
-
-
-RECIPES = _recipes()
 
 
 @triton.jit
@@ -292,86 +231,6 @@ def _widen(
         else:
             value = tl.inline_asm_elementwise(RECIPE, "=r,=r,r", [codes], dtype=like, is_pure=True, pack=4)
         tl.store(target, narrow(value.to(tl.float32) * s[:, None], like), mask=(n < N)[:, None] & (k < K)[None, :])
-
-
-class Weight(NamedTuple):
-    """A weight [n, k] in the kernel's order. Made by `allocate`, filled by `fill`."""
-
-    scheme: Scheme
-    n: int
-    k: int
-    columns: int
-    """C of the kernel."""
-    data: Tensor
-    """[ceil(n / 64) * steps * 64, C] uint8: tiles of 64 rows and one step, the steps of 64 rows one behind the other."""
-    scales: Tensor
-    """[groups, n] float32, or float16 (`tightened`)."""
-    zeros: Tensor | None
-    """[groups, n] float16: 0 to 16."""
-
-    @property
-    def steps(self) -> int:
-        """Along K."""
-        return self.data.shape[0] // (-(-self.n // TILE) * TILE)
-
-    @property
-    def nbytes(self) -> int:
-        """Held for it."""
-        return self.data.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
-
-
-def supports(scheme: Scheme) -> bool:
-    """Whether the kernel multiplies such a weight."""
-    group, nibble = scheme.group, scheme.kind in NIBBLES
-    return (
-        scheme.kind in KINDS
-        and not (scheme.zeros and not nibble)
-        and (group == 0 or (group >= 16 and (group & (group - 1) == 0 or group % COLUMNS == 0)))
-    )
-
-
-def allocate(scheme: Scheme, n: int, k: int, device: torch.device) -> Weight:
-    """Memory for a weight."""
-    require(supports(scheme), "the kernel does not multiply this scheme")
-    columns = min(COLUMNS, scheme.group or COLUMNS)
-    width = 2 * columns if scheme.bits == 4 else columns
-    steps = -(-k // width)
-    groups = -(-steps * width // scheme.group) if scheme.group else 1  # what lies behind the last input is read, and is 0
-    data = torch.zeros(-(-n // TILE) * steps * TILE, columns, dtype=torch.uint8, device=device)
-    scales = torch.zeros(groups, n, dtype=torch.float32, device=device)
-    zeros = torch.zeros(groups, n, dtype=torch.float16, device=device) if scheme.zeros else None
-    return Weight(scheme, n, k, columns, data, scales, zeros)
-
-
-def fill(weight: Weight, part: Quantised, first: int, every: int = 1) -> None:
-    """Put rows there: row i of `part` becomes row first + i * every."""
-    scheme, c = weight.scheme, weight.columns
-    rows = torch.arange(part.n, device=weight.data.device) * every + first
-    tiles = weight.data.view(-1, weight.steps, TILE, c)
-    device = weight.data.device
-    data = part.data.to(device)
-    if scheme.bits == 4:
-        low, high = _padded(unpack_nibbles(data, part.k), 2 * c).view(part.n, -1, 2, c).unbind(2)
-        tiles[rows // TILE, :, rows % TILE] = low | (high << 4)
-    else:
-        tiles[rows // TILE, :, rows % TILE] = _padded(data.view(torch.uint8), c).view(part.n, -1, c)
-    scales = part.scales.to(device)
-    for source, target in ((scales, weight.scales), (None if part.zeros is None else part.zeros.to(device), weight.zeros)):
-        if source is None or target is None:
-            continue
-        if scheme.rows != 1:
-            source = source.repeat_interleave(scheme.rows or part.n, 0)[: part.n]
-        target[: source.shape[1], rows] = source.t().to(target.dtype)
-
-
-def _padded(codes: Tensor, multiple: int) -> Tensor:
-    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % multiple))
-
-
-def tightened(weight: Weight) -> Weight:
-    """With scales in float16, if that holds each of them exactly; to be called when all is filled."""
-    half = weight.scales.half()
-    return weight._replace(scales=half) if torch.equal(half.float(), weight.scales) else weight
 
 
 def splits_of(n: int, steps: int, config: dict[str, int]) -> int:

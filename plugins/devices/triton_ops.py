@@ -21,6 +21,7 @@ from penstock.kernels.argmax.triton import argmax
 from penstock.kernels.embedding.triton import embedding, gather_rows
 from penstock.kernels.linear import triton as linear
 from penstock.kernels.linear.scheme import Quantised, Scheme
+from penstock.kernels.quantised import layout
 from penstock.kernels.quantised import triton as quantised
 from penstock.kernels.rmsnorm.triton import add_rms_norm, rms_norm
 from penstock.kernels.sampling import triton as sampling
@@ -88,7 +89,7 @@ class TritonQuantised:
         self._rows = rows
         self._left = len(rows)
         self._lock = threading.Lock()
-        self._weight = quantised.allocate(scheme, sum(rows), inputs, device)
+        self._weight = layout.allocate(scheme, sum(rows), inputs, device)
         self._perm = torch.empty(inputs, dtype=torch.int32, device=device) if scheme.permuted else None
         self._bias = bias
         self._joined: Tensor | None = None
@@ -101,14 +102,14 @@ class TritonQuantised:
         """See QuantisedLinear."""
         gated = self._activation is not None
         first, every = (index, 2) if gated else (sum(self._rows[:index]), 1)
-        quantised.fill(self._weight, part, first, every)
+        layout.fill(self._weight, part, first, every)
         if self._perm is not None and part.perm is not None:
             self._perm.copy_(part.perm)
         with self._lock:
             self._left -= 1
             done = self._left == 0
         if done:
-            self._weight = quantised.tightened(self._weight)
+            self._weight = layout.tightened(self._weight)
 
     def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
         """See Linear."""
@@ -178,7 +179,7 @@ class TritonOps:
         self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, activation: str = "", *, head: bool = False
     ) -> QuantisedLinear | None:
         """See Ops. Inputs are not rounded, whatever the scheme says of them."""
-        if not quantised.supports(scheme) or (scheme.permuted and len(rows) > 1):
+        if not layout.supports(scheme) or (scheme.permuted and len(rows) > 1):
             return None
         self._widest_quantised = max(self._widest_quantised, inputs)
         return TritonQuantised(scheme, rows, inputs, bias, self, device=self.linear_space.device, activation=activation, head=head)
@@ -186,7 +187,7 @@ class TritonOps:
     def wide_space(self, dtype: torch.dtype) -> Tensor:
         """Memory in which pieces of quantised weights are widened, shared by all layers: taken when it is first asked for."""
         if self._wide is None:
-            size = max(quantised.PIECE, quantised.TILE * self._widest_quantised)
+            size = max(quantised.PIECE, layout.TILE * self._widest_quantised)
             self._wide = torch.empty(size, dtype=dtype, device=self.linear_space.device)
             self.workspace_bytes += self._wide.nbytes
         return self._wide
