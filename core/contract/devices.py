@@ -184,11 +184,13 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of the host's computing. None: as many as it has cores."""
     max_logprobs: int
     """The most log-probabilities a position that anybody may ask for."""
+    quantization: str | None = None
+    """How wide weights are quantised while they load, or the method that config.json names anyway. None: as the checkpoint is."""
     hf_overrides: dict[str, Any] = {}
     """To be merged over config.json."""
     plugins: Any = None
-    """The engine's PluginHost (core/contract/host.py), from which the device takes models, attention backends and weight sources: `plugins.models()`,
-    `.attention_backends()`, `.weight_sources()` are name -> spec, built-in ones first. None: the built-ins only."""
+    """The engine's PluginHost (core/contract/host.py), from which the device takes models, attention backends, weight sources and quantizers: `plugins.models()`,
+    `.attention_backends()`, `.weight_sources()`, `.quantizers()` are name -> spec, built-in ones first. None: the built-ins only."""
 
 
 _FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "place_adapters", "embed_slots")

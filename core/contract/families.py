@@ -22,6 +22,7 @@ from penstock.core.contract.hookspecs import (
     FormatSpec,
     GrammarSpec,
     ModelSpec,
+    QuantizerSpec,
     SchedulePolicySpec,
     Spec,
     TokenizerSpec,
@@ -118,6 +119,7 @@ FAMILIES: dict[str, Family] = {
             adapt=_adapter("penstock.plugins.attention.level_1"),
         ),
         Family("weight_sources", "engine", WeightSourceSpec, "weight source", "--load-format"),
+        Family("quantizers", "engine", QuantizerSpec, "quantizer", "--quantization", "penstock.plugins.models.api:Quantizer"),
         Family(
             "schedule_policies",
             "engine",

@@ -7,7 +7,7 @@ in the processes that it names); built-ins enter through the same groups' door.
 What it does not know: any plugin.
 
 Order of start: root: register_commands | engine: register_devices, register_models, register_attention_backends,
-register_weight_sources, register_schedule_policies, then choose_*, register_grammars, register_actors | text: register_tokenizers,
+register_weight_sources, register_quantizers, register_schedule_policies, then choose_*, register_grammars, register_actors | text: register_tokenizers,
 register_chat_renderers, register_output_formats, register_grammars, register_actors | edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
 """
 
@@ -38,6 +38,7 @@ API_LEVEL: Final[dict[str, int]] = {
     "models": 2,
     "attention_backends": 2,
     "weight_sources": 1,
+    "quantizers": 1,
     "schedule_policies": 1,
     "tokenizers": 1,
     "chat_renderers": 1,
@@ -115,6 +116,20 @@ class WeightSourceSpec(Spec, frozen=True, kw_only=True):
     `device=torch.device` besides. `path` is the model's folder, absolute (it holds a config.json), `load_format` the word that the user gave, `dtype`
     what tensors are to be given in; `seed` (`--seed`) and `std` (config.json's initializer_range) are for sources that make tensors up. Take
     `**options` besides. A folder that lacks the source's files is a CheckpointError."""
+
+
+class QuantizerSpec(Spec, frozen=True, kw_only=True):
+    """A way to read, or to make, quantised weights: chosen by `quantization_config` in config.json, or by `--quantization WORD`."""
+
+    methods: list[str]
+    """Values of `quantization_config.quant_method` that it reads. Of several quantizers that read one method later plugins come before earlier and built-in
+    ones."""
+    schemes: list[str] = []
+    """Words of `--quantization` for which it makes quantised weights of wide ones while they load."""
+    factory: Callable[..., Any]
+    """Called by the device, once, before weights are loaded: `factory(method=str, config=dict, facts=ModelFacts, device=str)` gives a Quantizer
+    (plugins/models/api.py). `method` is one of `methods` and `config` its quantization_config, or one of `schemes` and {}. Raises CheckpointError for a configuration that
+    is wrong, UnsupportedFeature naming the field for one that it cannot read rightly. Take `**options` besides: a later device may say more."""
 
 
 class SchedulePolicySpec(Spec, frozen=True, kw_only=True):
@@ -229,6 +244,11 @@ def register_attention_backends() -> list[AttentionSpec]:  # type: ignore[empty-
 @hookspec
 def register_weight_sources() -> list[WeightSourceSpec]:  # type: ignore[empty-body]
     """When: an engine starts. Who: `penstock.engine`. Returns loaders for `--load-format`."""
+
+
+@hookspec
+def register_quantizers() -> list[QuantizerSpec]:  # type: ignore[empty-body]
+    """When: an engine starts. Who: `penstock.engine`. Returns readers and makers of quantised weights."""
 
 
 @hookspec

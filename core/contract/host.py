@@ -33,6 +33,7 @@ from penstock.core.contract.hookspecs import (
     FormatSpec,
     GrammarSpec,
     ModelSpec,
+    QuantizerSpec,
     SchedulePolicySpec,
     Spec,
     TokenizerSpec,
@@ -266,6 +267,9 @@ class PluginHost:
 
     def attention_backends(self) -> Mapping[str, AttentionSpec]:
         return self._of("attention_backends", AttentionSpec)
+
+    def quantizers(self) -> Mapping[str, QuantizerSpec]:
+        return self._of("quantizers", QuantizerSpec)
 
     def weight_sources(self) -> Mapping[str, WeightSourceSpec]:
         return self._of("weight_sources", WeightSourceSpec)

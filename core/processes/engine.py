@@ -64,6 +64,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
         seed=config.seed,
         threads=config.threads,
         max_logprobs=config.max_logprobs,
+        quantization=config.quantization,
         hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
         plugins=plugins,
     )

@@ -88,6 +88,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         opt("Longest sequence (prompt and output), in tokens; suffix k allowed.", "model", "context-length", size=True),
     ] = None
     load_format: Annotated[str, opt("How weights are read: auto, safetensors, dummy (random), or a plugin's.", "model")] = "auto"
+    quantization: Annotated[
+        str | None,
+        opt(
+            "Quantise wide weights while they load: int8, int4, fp8, nf4, mxfp4, or a plugin's. What a checkpoint is quantised with is read from its config.json.",
+            "model",
+            "quantize",
+            short="-q",
+        ),
+    ] = None
     hf_overrides: Annotated[str | None, opt("JSON merged over config.json.", "model", "json-model-override-args", json=True)] = None
     generation_config: Annotated[
         str,
@@ -289,7 +298,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pipeline_parallel_size: Annotated[int, opt("Pipeline stages; only 1 so far.", "later", "pp", "pp-size", neutral=1, short="-pp")] = 1
     data_parallel_size: Annotated[int, opt("Engine replicas; only 1 so far.", "later", "dp", "dp-size", neutral=1, short="-dp")] = 1
     enable_expert_parallel: Annotated[bool, opt("Not supported yet.", "later", neutral=False, short="-ep")] = False
-    quantization: Annotated[str | None, opt("Not supported yet.", "later", "quantize", neutral=None, short="-q")] = None
     kv_cache_dtype: Annotated[str, opt("Only auto so far.", "later", neutral="auto")] = "auto"
     speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None, json=True, short="-sc")] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False

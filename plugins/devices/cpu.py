@@ -58,7 +58,15 @@ class CpuDevice:
         ops = HostOps()
         model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=config.max_num_seqs, progress=progress)
         progress("allocating KV cache", 0.0)
-        parts = (native.describe(), torch.get_num_threads(), choice.dtype_name, choice.attention.name, max_len, sorted(choice.raw.items()))
+        parts = (
+            native.describe(),
+            torch.get_num_threads(),
+            choice.dtype_name,
+            choice.attention.name,
+            max_len,
+            config.quantization,
+            sorted(choice.raw.items()),
+        )
         try:
             runner = DeviceRunner(
                 facts=facts,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +27,15 @@ from penstock.plugins import attention as builtin_attention
 from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights
 from penstock.plugins.devices.ops import DeviceOps
-from penstock.plugins.models.api import Attention, Model
+from penstock.plugins.devices.quantising import quantizer_for, say_wide
+from penstock.plugins.models.api import Attention, Model, Quantizer
 from penstock.plugins.models.builder import Builder
 from penstock.plugins.models.config import architecture_of, check_model_type, read_config
 from penstock.plugins.weights.checked import CheckedWeights
 from penstock.plugins.weights.checkpoint import EXPLICIT, sample_of, stored_dtype
 from penstock.version import __version__
 
+log = logging.getLogger("penstock.weights")
 WHERE = {"cpu": "the CPU", "cuda": "the GPU"}
 """Devices in sentences."""
 
@@ -49,6 +52,7 @@ class Choice(NamedTuple):
     dtype_name: str
     dtype: torch.dtype
     attention: AttentionSpec
+    quantizer: Quantizer | None
 
 
 def choose(
@@ -65,7 +69,11 @@ def choose(
     raw, spec, facts = model_of(config)
     name = resolve_dtype(config.dtype, facts, dtypes, device, other)
     check(facts)
-    return Choice(device, raw, spec, facts, name, dtypes[name], attention or choose_attention(config, facts, name, device))
+    chosen = attention or choose_attention(config, facts, name, device)
+    quantizer = quantizer_for(config, raw, facts, device, functools.partial(blame, config, "quantizers"))
+    if quantizer is not None:
+        log.info("quantised weights: %s", quantizer.method)
+    return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer)
 
 
 def load_model(
@@ -100,8 +108,9 @@ def load_model(
         **({} if device.type == "cpu" else {"device": device}),
     )
     taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
-    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction))
+    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer)
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
+    say_wide(builder.wide, WHERE.get(device.type, device.type))
     for name in ("weights_bytes", "tables_bytes"):
         if type(getattr(model, name)) is not int:
             said = f"returned a model whose {name!r} is {getattr(model, name)!r:.60}, not a number of bytes"

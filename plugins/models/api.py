@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from penstock.core.contract.devices import ModelFacts
+from penstock.kernels.linear.scheme import Quantised, Scheme
 
 Tensor = torch.Tensor
 Progress = Callable[[float], None]
@@ -26,7 +27,8 @@ class Weights(Protocol):
 
     It may also have `has(name) -> bool`: whether the tensor is there, taken or not (without it, tied embeddings are one tensor,
     "model.embed_tokens.weight", whatever the files hold), and `identity() -> str`: a text that changes with the contents (without it, size and
-    ends of each of the folder's files stand for them); it is called after `finish`.
+    ends of each of the folder's files stand for them); it is called after `finish`. With `raw(name) -> Tensor`, the tensor as it is stored, of whatever
+    dtype and shape, it serves quantised checkpoints, too; then it has `has` as well.
     """
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
@@ -120,6 +122,27 @@ class Stacked(NamedTuple):
         return torch.cat(self.parts) if len(self.parts) > 1 else self.parts[0].clone()
 
 
+class Quantizer(Protocol):
+    """Reads the quantised layers of a checkpoint, or makes them of wide ones. A layer is named as in Builder's Part: without ".weight".
+
+    It may also have `linear(weights, layers, scheme, rows, inputs, bias, activation, device) -> Linear | None`, for what no Scheme expresses or a kernel of its
+    own multiplies: one layer of all `layers` (names), which read the same input and have `rows` outputs each and one `scheme`; with an activation they are gate and
+    up. None: it is made of what `read` gives.
+    """
+
+    method: str
+    """For people: what it reads or makes, with the fields that matter ("gptq, 4 bits, groups of 128")."""
+
+    def scheme(self, weights: Weights, layer: str, rows: int, inputs: int) -> Scheme | None:
+        """How the layer [rows, inputs] is stored; None: wide, as an ordinary tensor. Called before `read`, from one thread. Raises UnsupportedFeature."""
+        ...
+
+    def read(self, weights: Weights, layer: str, scheme: Scheme, rows: int, inputs: int, device: torch.device) -> Quantised:
+        """The layer, taken from `weights` once, on `device` or on the host. Called from several threads at once where `Weights.take` is. Raises
+        CheckpointError naming a tensor that is missing or wrong."""
+        ...
+
+
 class Attention(Protocol):
     """An attention backend: keys and values of all layers in one pool of pages, a page a block of tokens.
 
@@ -180,8 +203,21 @@ class Attention(Protocol):
         ...
 
 
+class QuantisedLinear(Linear, Protocol):
+    """A linear layer that gets its weights after it was made."""
+
+    def fill(self, index: int, part: Quantised) -> None:
+        """Part `index` of the layer, once each, all before the first call of the layer; from any thread. The part lies on the device or on the host."""
+        ...
+
+
 class Ops(Protocol):
-    """What a step is made of beside attention, on one device; the makers of its layers are called while weights load."""
+    """What a step is made of beside attention, on one device; the makers of its layers are called while weights load.
+
+    It may also have `quantised(scheme, rows, inputs, bias, activation="", *, head=False) -> QuantisedLinear | None`: a layer whose parts have `rows` outputs each
+    and one scheme (with an activation: gate and up; a head gives float32), or None for a scheme that it does not multiply. What it
+    does not multiply is dequantised while it loads.
+    """
 
     # --- layers
 

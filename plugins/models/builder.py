@@ -2,7 +2,9 @@
 
 What it is: a family names its tensors; the builder takes them and lets the device's `Ops` make layers of them. On the host each is packed as it is
 read; on another device memory is taken at once and filled at the end, several tensors at a time (reading, page faults and copies overlap).
-What it does not know: families, files, how a layer multiplies.
+Where the checkpoint has a layer in quantised form, or is to be quantised while it loads, the quantizer reads it, and the device multiplies it as it is, if it
+can; what it cannot is dequantised here, which `wide` counts. Parts of one layer that are stored in different ways become layers of their own.
+What it does not know: families, files, formats, how a layer multiplies.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import NamedTuple
 import torch
 
 from penstock.core.contract.devices import ModelFacts
-from penstock.plugins.models.api import Linear, Ops, Progress, Stacked, Weights
-from penstock.plugins.models.tied import ends_of
+from penstock.kernels.activation.reference import gated
+from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
+from penstock.plugins.models.api import Columns, Linear, Ops, Progress, QuantisedLinear, Quantizer, Stacked, Weights
+from penstock.plugins.models.tied import HEAD, ends_of
 
 Tensor = torch.Tensor
 READERS = 6
@@ -28,13 +32,41 @@ class Part(NamedTuple):
     rows: int
 
 
-class Builder:
-    """`nbytes` counts what was built, a tied head once."""
+class Beside:
+    """Layers that read one input, their outputs side by side: what one layer with as many parts would give. With an activation they are gate and up."""
 
-    def __init__(self, weights: Weights, ops: Ops, dtype: torch.dtype, device: torch.device, progress: Progress | None = None) -> None:
+    def __init__(self, layers: Sequence[Linear], activation: str = "") -> None:
+        self.n = layers[0].n if activation else sum(layer.n for layer in layers)
+        self.k = layers[0].k
+        self.nbytes = sum(layer.nbytes for layer in layers)
+        self._layers = layers
+        self._activation = activation
+
+    def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
+        """See Linear."""
+        y = torch.cat([layer(x, columns) for layer in self._layers], 1)
+        if self._activation:
+            y = gated(self._activation, y)
+        return y if out is None else out.copy_(y)
+
+
+class Builder:
+    """`nbytes` counts what was built, a tied head once; `wide` the layers that are quantised in the checkpoint, but not on the device."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+        quantizer: Quantizer | None = None,
+    ) -> None:
         self.device = device
         self.nbytes = 0
+        self.wide: dict[Scheme, int] = {}
         self.weights = weights
+        self._quantizer = quantizer
         self._ops = ops
         self.dtype = dtype
         self._tell = progress or (lambda fraction: None)
@@ -55,13 +87,11 @@ class Builder:
 
     def linear(self, parts: Sequence[Part], inputs: int, *, bias: bool = False) -> Linear:
         """One layer of one or several of the checkpoint's, which read the same input. Raises CheckpointError for missing or wrong-shaped tensors."""
-        weight, biases = self._weight_and_bias(parts, inputs, bias)
-        return self._counted(self._ops.linear(weight, biases))
+        return self._counted(self._layer(parts, inputs, bias))
 
     def gated(self, gate: Part, up: Part, inputs: int, activation: str, *, bias: bool = False) -> Linear:
         """act(gate(x)) * up(x) as one layer."""
-        weight, biases = self._weight_and_bias([gate, up], inputs, bias)
-        return self._counted(self._ops.gated(weight, biases, activation))
+        return self._counted(self._layer([gate, up], inputs, bias, activation))
 
     def ends(self, facts: ModelFacts) -> tuple[Tensor, Callable[[], Linear]]:
         """The embedding table [V, H], and a call that makes the output head, to be made last (tied or not: tied.py)."""
@@ -70,6 +100,9 @@ class Builder:
         table = self._kept(self._own(shape, ends.table))
 
         def head() -> Linear:
+            scheme = self._scheme(Part(HEAD.removesuffix(".weight"), shape[0]), shape[1])
+            if scheme is not None and ends.head is not None:
+                return self._counted(self._layer([Part(HEAD.removesuffix(".weight"), shape[0])], shape[1], False, head=True))
             if ends.head is None:
                 layer = self._ops.head(table)
                 self.nbytes += 0 if getattr(layer, "weight", None) is table else layer.nbytes
@@ -90,18 +123,69 @@ class Builder:
             torch.cuda.synchronize(self.device)  # the readers' threads copied on another stream than the one that will compute
         self.tell(1.0)
 
-    def _weight_and_bias(self, parts: Sequence[Part], inputs: int, bias: bool) -> tuple[Stacked, Stacked | None]:
-        weight = self._stacked([(f"{part.name}.weight", (part.rows, inputs)) for part in parts])
-        return weight, self._stacked([(f"{part.name}.bias", (part.rows,)) for part in parts]) if bias else None
+    def _scheme(self, part: Part, inputs: int) -> Scheme | None:
+        return None if self._quantizer is None else self._quantizer.scheme(self.weights, part.name, part.rows, inputs)
 
-    def _stacked(self, named: Sequence[tuple[str, tuple[int, ...]]]) -> Stacked:
+    def _layer(self, parts: Sequence[Part], inputs: int, bias: bool, activation: str = "", *, head: bool = False) -> Linear:
+        schemes = [self._scheme(part, inputs) for part in parts]
+        scheme = schemes[0]
+        if len(set(schemes)) > 1 or (len(parts) > 1 and scheme is not None and scheme.permuted):  # each part has an order of its own
+            return Beside([self._layer([part], inputs, bias) for part in parts], activation)
+        biases = self._stacked([(f"{part.name}.bias", (part.rows,)) for part in parts]) if bias else None
+        quantised = None if scheme is None else self._quantised(parts, scheme, inputs, biases, activation, head)
+        if quantised is not None:
+            return quantised
+        weight = self._stacked([(f"{part.name}.weight", (part.rows, inputs)) for part in parts], scheme)
+        if head:
+            return self._ops.head(weight.joined())
+        return self._ops.gated(weight, biases, activation) if activation else self._ops.linear(weight, biases)
+
+    def _quantised(
+        self, parts: Sequence[Part], scheme: Scheme, inputs: int, bias: Stacked | None, activation: str, head: bool
+    ) -> Linear | None:
+        own = getattr(self._quantizer, "linear", None)
+        if own is not None:
+            made: Linear | None = own(
+                self.weights, [part.name for part in parts], scheme, [part.rows for part in parts], inputs, bias, activation, self.device
+            )
+            if made is not None:
+                return made
+        make = getattr(self._ops, "quantised", None)
+        layer: QuantisedLinear | None = (
+            None if make is None else make(scheme, [part.rows for part in parts], inputs, bias, activation, head=head)
+        )
+        if layer is None:
+            self.wide[scheme] = self.wide.get(scheme, 0) + 1
+            return None
+        for index, part in enumerate(parts):
+            self._do(lambda index=index, part=part: layer.fill(index, self._read(part.name, scheme, part.rows, inputs)))  # type: ignore[misc]
+        return layer
+
+    def _read(self, name: str, scheme: Scheme, rows: int, inputs: int) -> Quantised:
+        assert self._quantizer is not None
+        return self._quantizer.read(self.weights, name, scheme, rows, inputs, self.device)
+
+    def _do(self, job: Callable[[], object]) -> None:
+        """Now, or where several are read at once."""
         if self._later is None:
-            return Stacked([self.weights.take(name, shape) for name, shape in named], None)
+            job()
+        else:
+            self._later.append(job)
+
+    def _take(self, name: str, shape: tuple[int, ...], scheme: Scheme | None) -> Tensor:
+        """As it is stored, or what is stored in a quantised form as the ordinary tensor that it means."""
+        if scheme is None:
+            return self.weights.take(name, shape)
+        return dequantise(self._read(name.removesuffix(".weight"), scheme, *shape), self.dtype)
+
+    def _stacked(self, named: Sequence[tuple[str, tuple[int, ...]]], scheme: Scheme | None = None) -> Stacked:
+        if self._later is None:
+            return Stacked([self._take(name, shape, scheme) for name, shape in named], None)
         whole = torch.empty(sum(shape[0] for _, shape in named), *named[0][1][1:], dtype=self.dtype, device=self.device)
         ends = [sum(shape[0] for _, shape in named[: index + 1]) for index in range(len(named))]
         parts = [whole[end - shape[0] : end] for end, (_, shape) in zip(ends, named, strict=True)]
         for (name, shape), target in zip(named, parts, strict=True):
-            self._later.append(lambda name=name, shape=shape, target=target: target.copy_(self.weights.take(name, shape)))  # type: ignore[misc]
+            self._later.append(lambda name=name, shape=shape, target=target: target.copy_(self._take(name, shape, scheme)))  # type: ignore[misc]
         return Stacked(parts, whole)
 
     def _own(self, shape: tuple[int, ...], take: Callable[[], Tensor]) -> Tensor:

@@ -226,10 +226,6 @@ def decoder_facts(config: dict[str, Any]) -> ModelFacts:
 
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
     """Raises for fields that make another model of it: those that transformers obeys whatever the family."""
-    for name in ("quantization_config", "compression_config"):
-        if config.get(name):
-            method = config[name].get("quant_method") if isinstance(config[name], dict) else None
-            raise UnsupportedFeature(f"{CONFIG}: '{name}' (method {method!r}): quantised checkpoints are not supported yet.", param=name)
     for name, why in (
         ("per_layer_config", "layers of different shapes are not supported yet"),
         ("configuration_files", "which of several files counts depends on a version of transformers: keep config.json alone"),

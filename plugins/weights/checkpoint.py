@@ -107,10 +107,10 @@ def unread(path: str | Path, files: Sequence[Path]) -> list[str]:
 
 
 def stored_dtype(path: str | Path) -> str | None:
-    """The dtype of the first floating tensor, as config.json would call it: what a configuration without a dtype means. None: another one."""
+    """The dtype of the first floating tensor of 16 bits or more, as config.json would call it: what a configuration without a dtype means. None: another one."""
     with _open(files_of(path)[0]) as handle:
         kinds = (str(handle.get_slice(name).get_dtype()) for name in handle.keys())  # noqa: SIM118 (not a dict)
-        return STORED.get(next((kind for kind in kinds if "F" in kind), ""))
+        return STORED.get(next((kind for kind in kinds if "F" in kind and "F8" not in kind), ""))
 
 
 def _open(file: Path) -> Any:
@@ -162,27 +162,34 @@ class Checkpoint:
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """See Weights.take."""
-        stored = self._stored(name)
-        if stored is None:
-            beside = f" (These files are there, but not read: {_list(self._unread)}.)" if self._unread else ""
-            raise CheckpointError(
-                f"{self._folder}: tensor {name!r} is missing; the configuration asks for one of shape {list(shape)}.{beside}", param=name
-            )
-        if stored != name:
-            self._renamed.add(stored)
-        file, name = self._where[stored], stored
-        self._left.discard(name)
-        try:
-            value: torch.Tensor = self._open[file].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}).", param=name) from None
+        file, value = self._read(name, f"; the configuration asks for one of shape {list(shape)}")
         if list(value.shape) != list(shape):
             raise CheckpointError(
                 f"{file}: tensor {name!r} has shape {list(value.shape)}, the configuration says {list(shape)}.", param=name
             )
         if value.dtype not in FLOATS:
-            raise UnsupportedFeature(f"{file}: tensor {name!r} is {value.dtype}: quantised weights are not supported yet.", param=name)
+            raise UnsupportedFeature(
+                f"{file}: tensor {name!r} is {value.dtype}, and config.json has no quantization_config that says what it means.", param=name
+            )
         return value.to(self._dtype).contiguous()
+
+    def raw(self, name: str) -> torch.Tensor:
+        """See Weights."""
+        return self._read(name, "")[1]
+
+    def _read(self, name: str, wanted: str) -> tuple[Path, torch.Tensor]:
+        stored = self._stored(name)
+        if stored is None:
+            beside = f" (These files are there, but not read: {_list(self._unread)}.)" if self._unread else ""
+            raise CheckpointError(f"{self._folder}: tensor {name!r} is missing{wanted}.{beside}", param=name)
+        if stored != name:
+            self._renamed.add(stored)
+        file = self._where[stored]
+        self._left.discard(stored)
+        try:
+            return file, self._open[file].get_tensor(stored)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: tensor {stored!r} cannot be read ({error}).", param=stored) from None
 
     def ignore(self, *names: str) -> None:
         """See Weights.ignore."""

@@ -1,0 +1,105 @@
+"""Which quantizer reads a checkpoint, or quantises it while it loads.
+
+What it is: the choice among what plugins registered, by `quantization_config` in config.json and `--quantization`, and the words for what cannot be.
+What it does not know: formats, devices' kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from penstock.core.contract.devices import ModelFacts, RunnerConfig
+from penstock.core.contract.hookspecs import QuantizerSpec
+from penstock.core.protocol.config import nearest
+from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
+from penstock.kernels.linear.scheme import Scheme
+from penstock.plugins import quantizers as builtin_quantizers
+from penstock.plugins.models.api import Quantizer
+from penstock.plugins.quantizers.checked import CheckedQuantizer
+
+log = logging.getLogger("penstock.weights")
+Blame = Callable[[str, str, Exception | str], Exception]
+CONFIGS = ("quantization_config", "compression_config")
+"""Names that config.json gives it, the one that counts first."""
+
+
+def quantizers_of(config: RunnerConfig) -> Mapping[str, QuantizerSpec]:
+    """Quantizers by name, built-in ones first."""
+    if config.plugins is not None:
+        return dict(config.plugins.quantizers())
+    return {spec.name: spec for spec in builtin_quantizers.register_quantizers()}
+
+
+def quantizer_for(config: RunnerConfig, raw: Mapping[str, Any], facts: ModelFacts, device: str, blame: Blame) -> Quantizer | None:
+    """`blame(name, call, what)`: the error that names the plugin. None: nothing is quantised. Raises ConfigError naming the option, CheckpointError or UnsupportedFeature naming the field."""
+    specs = list(quantizers_of(config).values())
+    wanted = config.quantization
+    method, own = method_of(raw)
+    if method is None:
+        if wanted is None:
+            return None
+        able = [spec for spec in reversed(specs) if wanted in spec.schemes]
+        if not able:
+            raise ConfigError(_unknown(wanted, specs), param="quantization")
+        return _made(able[0], wanted, {}, facts, device, blame)
+    if wanted is not None and _plain(wanted) != method:
+        raise ConfigError(
+            f"--quantization {wanted}: the checkpoint is quantised already (config.json: {method}). Leave the option out, or take the wide checkpoint.",
+            param="quantization",
+        )
+    able = [spec for spec in reversed(specs) if method in spec.methods]
+    if not able:
+        known = ", ".join(sorted({one for spec in specs for one in spec.methods}))
+        raise UnsupportedFeature(f"config.json: quant_method {method!r} is not supported yet. Known: {known}.", param="quant_method")
+    return _made(able[0], method, own, facts, device, blame)
+
+
+def method_of(raw: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """(quant_method, the configuration) of config.json; (None, {}) where it has none."""
+    name = next((name for name in CONFIGS if raw.get(name)), None)
+    if name is None:
+        return None, {}
+    own = raw[name]
+    if not isinstance(own, Mapping):
+        raise CheckpointError(f"config.json: '{name}' must be an object, but is {own!r:.60}.", param=name)
+    method = own.get("quant_method") or ("compressed-tensors" if "config_groups" in own else None)
+    if not isinstance(method, str):
+        raise CheckpointError(f"config.json: '{name}.quant_method' must name a method, but is {method!r:.60}.", param="quant_method")
+    return method.lower(), dict(own)
+
+
+def say_wide(wide: Mapping[Scheme, int], device: str) -> None:
+    """One warning a scheme for layers that the device multiplies as wide ones."""
+    for scheme, layers in wide.items():
+        log.warning(
+            "%d layers of %s (%s) are held in full width on %s, which has no kernel for them: their values are those of the checkpoint, the memory and the time"
+            " are those of an unquantised model.",
+            layers,
+            scheme.kind,
+            f"groups of {scheme.group}" if scheme.group else "no groups",
+            device,
+        )
+
+
+def _plain(word: str) -> str:
+    """Other servers name kernels beside methods: gptq_marlin is gptq."""
+    word = word.lower().replace("_marlin", "")
+    return {"compressed_tensors": "compressed-tensors", "auto_round": "auto-round", "modelopt_fp4": "modelopt"}.get(word, word)
+
+
+def _made(spec: QuantizerSpec, method: str, own: dict[str, Any], facts: ModelFacts, device: str, blame: Blame) -> Quantizer:
+    made = spec.factory(method=method, config=own, facts=facts, device=device)
+    return CheckedQuantizer(made, functools.partial(blame, spec.name))
+
+
+def _unknown(wanted: str, specs: list[QuantizerSpec]) -> str:
+    words = sorted({word for spec in specs for word in spec.schemes})
+    if any(_plain(wanted) in spec.methods for spec in specs):
+        return (
+            f"--quantization {wanted}: config.json has no quantization_config, so that the checkpoint is none of {wanted}. To quantise it while it loads"
+            f" use one of {', '.join(words)}."
+        )
+    return f"--quantization {wanted}: no plugin knows it.{nearest(wanted, words)} Known: {', '.join(words)}."
