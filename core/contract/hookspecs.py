@@ -115,6 +115,11 @@ class WeightSourceSpec(Spec, frozen=True, kw_only=True):
     `device=torch.device` besides. `path` is the model's folder, absolute (it holds a config.json), `load_format` the word that the user gave, `dtype`
     what tensors are to be given in; `seed` (`--seed`) and `std` (config.json's initializer_range) are for sources that make tensors up. Take
     `**options` besides. A folder that lacks the source's files is a CheckpointError."""
+    matches: Callable[[str], bool] | None = None
+    """`matches(path)`: can it read this? Looks at names. None: every folder, and no file (`--model` may be a .gguf file)."""
+    config: Callable[[str], dict[str, Any]] | None = None
+    """`config(path)`: what config.json would hold, for a path that matches and has its configuration elsewhere, whatever `--load-format` is. Raises
+    CheckpointError and UnsupportedFeature naming the field. None: it is read from config.json."""
 
 
 class QuantizerSpec(Spec, frozen=True, kw_only=True):
