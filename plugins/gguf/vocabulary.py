@@ -98,6 +98,8 @@ class Vocabulary:
             left, _, right = merge.partition(" ")
             if not left or not right or " " in right:
                 raise self.wrong("merges", f"must hold pairs with one blank between them, but merge {index} is {shown(merge)}")
+            if not {left, right, left + right} <= self.ids.keys():
+                raise self.wrong("merges", f"holds {shown(merge)} as merge {index}, and these or what they make are no tokens")
             pairs.append((left, right))
         return pairs
 
@@ -118,8 +120,10 @@ class Vocabulary:
         found: dict[str, str] = {}
         if TEMPLATE in fields:
             found["default"] = fields[TEMPLATE]
-        names = fields.get(TEMPLATES, [])
-        if not isinstance(names, Texts) and names != []:
+        names = fields.get(TEMPLATES)
+        if names is None:
+            names = ()
+        elif not isinstance(names, Texts):
             raise CheckpointError(f"{self.file.name}: '{TEMPLATES}' must be a list of texts, but is {shown(names)}.", param=TEMPLATES)
         for raw in names:
             name = decoded(raw, f"{self.file.name}: '{TEMPLATES}'")

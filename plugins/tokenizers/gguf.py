@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
-from penstock.core.protocol.errors import CheckpointError, PenstockError
+from penstock.core.protocol.errors import CheckpointError, PenstockError, described, tamed
 from penstock.plugins.gguf.container import GgufFile, shown
 from penstock.plugins.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER, Vocabulary
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
@@ -74,8 +74,9 @@ def load(model_path: str) -> HuggingFaceTokenizer:
         fast = _fast(vocabulary)
     except PenstockError:
         raise
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{vocabulary.file.name}: its tokenizer cannot be made: {error}.", param=vocabulary.key("model")) from None
+    except BaseException as error:  # the library raises plain Exception, and panics
+        why = described(tamed(error), 200)
+        raise CheckpointError(f"{vocabulary.file.name}: its tokenizer cannot be made: {why}.", param=vocabulary.key("model")) from None
     config = {**vocabulary.special(), "tokenizer_class": f"GGUF {vocabulary.model}"}
     return HuggingFaceTokenizer(fast, config, vocabulary.ends(), Path(model_path).stem)
 

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import quantize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ARCH = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 KIND = gguf.GGMLQuantizationType
@@ -117,9 +117,7 @@ def tokens_of(folder: Path, config: dict[str, Any], pre: str) -> dict[str, Any]:
     added = {item["id"]: item for item in described["added_tokens"]}
     count = max(*ids, *added, config["vocab_size"] - 1) + 1
     texts = [added[i]["content"] if i in added else ids.get(i, f"[PAD{i}]") for i in range(count)]
-    kinds = [
-        (CONTROL if added[i]["special"] else USER) if i in added else NORMAL if i in ids else UNUSED for i in range(count)
-    ]
+    kinds = [(CONTROL if added[i]["special"] else USER) if i in added else NORMAL if i in ids else UNUSED for i in range(count)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]]
     at = {text: token for token, text in enumerate(texts)}
     return {
@@ -138,6 +136,7 @@ def tokens_of(folder: Path, config: dict[str, Any], pre: str) -> dict[str, Any]:
 
 def made_up_tokens(count: int, pre: str) -> dict[str, Any]:
     texts = [chr(0x4E00 + i) for i in range(count)]
+    texts[2] = texts[0] + texts[1]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -171,3 +170,32 @@ def blocks_for(shape: tuple[int, ...], form: str, seed: int = 0) -> np.ndarray:
 
 def torch_rows(rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(rows, copy=True))
+
+
+def folder_of(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A Hugging Face folder of random weights for a configuration of one of the families. It has no tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner, width = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        linear = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
+        shapes |= {f"{at}self_attn.{name}_proj.weight": shape for name, shape in linear.items()}
+        shapes |= {f"{at}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes |= {f"{at}mlp.down_proj.weight": (hidden, inner)}
+        shapes |= {f"{at}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        biased = "qkv" if config["model_type"] == "qwen2" else "qkvo" if config.get("attention_bias") else ""
+        shapes |= {f"{at}self_attn.{name}_proj.bias": (linear[name][0],) for name in biased}
+        if config["model_type"] == "qwen3":
+            shapes |= {f"{at}self_attn.{name}_norm.weight": (width,) for name in "qk"}
+    tensors = {}
+    for name, shape in shapes.items():
+        value = torch.empty(*shape).normal_(0, 0.3, generator=generator)
+        tensors[name] = (value + 1.0 if name.endswith("norm.weight") else value).to(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
