@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,21 @@ def test_version_2_is_read_alike(small: bytes, tmp_path: Path) -> None:
     assert opened(tmp_path, older).tensors == opened(tmp_path, small).tensors
 
 
+def refusal(folder: Path, data: bytes) -> str:
+    """What is said against a file; "" where it is read."""
+    try:
+        opened(folder, data)
+    except PenstockError as error:
+        return error.message
+    return ""
+
+
 def test_wherever_a_file_is_cut_off_it_is_said(small: bytes, tmp_path: Path) -> None:
-    for end in range(0, len(small), 3):
-        whole = end >= len(small) - 8  # the last tensor's padding
-        try:
-            opened(tmp_path, small[:end])
-        except CheckpointError as error:
-            assert any(word in error.message for word in ("cut off", "no GGUF file", "empty")), (end, error.message)
-            assert "\n" not in error.message
-        else:
-            assert whole, end
+    assert refusal(tmp_path, small) == ""
+    for end in range(0, len(small) - 8, 3):  # the last tensor is 24 bytes and 8 of padding
+        said = refusal(tmp_path, small[:end])
+        assert any(word in said for word in ("cut off", "no GGUF file", "empty")), (end, said)
+        assert "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -139,7 +145,7 @@ def test_what_is_wrong_with_a_tensor_names_it(tmp_path: Path, tensors: list[tupl
 def test_alignments_are_powers_of_two(tmp_path: Path, align: int) -> None:
     key = b"general.alignment"
     head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<II", 4, align)
-    with pytest.raises(CheckpointError, match="'general.alignment' must be a power of two") as caught:
+    with pytest.raises(CheckpointError, match=r"'general\.alignment' must be a power of two") as caught:
         opened(tmp_path, head)
     assert caught.value.param == "general.alignment"
 
@@ -147,7 +153,7 @@ def test_alignments_are_powers_of_two(tmp_path: Path, align: int) -> None:
 def test_a_model_in_several_files_is_refused(tmp_path: Path) -> None:
     key = b"split.count"
     head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<IH", 2, 3)
-    with pytest.raises(UnsupportedFeature, match="in 3 files, .* Merge them") as caught:
+    with pytest.raises(UnsupportedFeature, match=r"in 3 files, .* Merge them") as caught:
         opened(tmp_path, head)
     assert caught.value.param == "split.count"
 
@@ -168,10 +174,17 @@ def everything(path: Path) -> None:
         if isinstance(value, Texts):
             list(value)
     for read in (lambda: config_of(str(path)), lambda: Vocabulary(file).merges()):
-        try:
+        with contextlib.suppress(PenstockError):
             read()
-        except PenstockError:
-            pass
+
+
+def complaint(path: Path) -> str:
+    """What a client could be told of it."""
+    try:
+        everything(path)
+    except PenstockError as error:
+        return error.message.encode().decode()
+    return ""
 
 
 EDGE = st.sampled_from([0, 1, 8, 9, 0xFF, 0xFFFF, 1 << 31, 0xFFFFFFFF, 1 << 62, (1 << 64) - 1])
@@ -189,11 +202,7 @@ def test_no_bytes_are_more_than_an_error(small: bytes, tmp_path: Path, data: st.
             changed[place : place + 8] = struct.pack("<Q", data.draw(EDGE))
     path = tmp_path / "z.gguf"
     path.write_bytes(bytes(changed[: data.draw(st.integers(24, len(changed)))]))
-    try:
-        everything(path)
-    except PenstockError as error:
-        error.message.encode()
-        assert len(error.message) < 1000
+    assert len(complaint(path)) < 1000
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -201,7 +210,4 @@ def test_no_bytes_are_more_than_an_error(small: bytes, tmp_path: Path, data: st.
 def test_no_made_up_file_is_more_than_an_error(tmp_path: Path, rest: bytes, tensors: int, fields: int) -> None:
     path = tmp_path / "z.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + rest)
-    try:
-        everything(path)
-    except PenstockError as error:
-        error.message.encode()
+    assert len(complaint(path)) < 1000

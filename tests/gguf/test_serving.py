@@ -117,7 +117,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         with_model(build({"model": str(tmp_path / "x.gguf")}))
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="a file, and none whose name ends in .gguf"):
+    with pytest.raises(ConfigError, match=r"a file, and none whose name ends in \.gguf"):
         with_model(build({"model": str(tmp_path / "x.bin")}))
     (tmp_path / "y.gguf").mkdir()
     with pytest.raises(ConfigError, match=r"no config\.json"):
@@ -149,11 +149,11 @@ def test_other_options_beside_a_file(tmp_path: Path, originals: Any) -> None:
     assert "42" in answers(path, quantization="int8")[0][2]
     assert [prompt for prompt, _, _ in answers(path, load_format="dummy")] == [prompt for prompt, _, _ in originals]
     with (
-        pytest.raises(ConfigError, match="--load-format safetensors: .*x.gguf is nothing that it reads"),
+        pytest.raises(ConfigError, match=r"--load-format safetensors: .*x\.gguf is nothing that it reads"),
         LLM(path, load_format="safetensors"),
     ):
         pass
-    with pytest.raises(ConfigError, match="--load-format gguf: .*brook is nothing that it reads"), LLM(load_format="gguf"):
+    with pytest.raises(ConfigError, match=r"--load-format gguf: .*brook is nothing that it reads"), LLM(load_format="gguf"):
         pass
     assert answers(path, hf_overrides='{"rope_theta": 1.5}') != originals
 
@@ -173,7 +173,7 @@ def test_sources_that_name_no_paths_never_see_a_file(tmp_path: Path) -> None:
             return {spec.name: spec for spec in (*loading.builtin_weights.register_weight_sources(), mine)}
 
     def chosen(path: str) -> str:
-        settings = {field: None for field in RunnerConfig.__struct_fields__}
+        settings = dict.fromkeys(RunnerConfig.__struct_fields__)
         return loading.weights_for(RunnerConfig(**{**settings, "model_path": path, "load_format": "auto", "plugins": Host()})).name
 
     (tmp_path / "x.gguf").write_bytes(b"")

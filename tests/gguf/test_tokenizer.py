@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +113,6 @@ def reference(pre: str) -> Tokenizer:
 
 
 def fields_from(fast: Tokenizer, pre: str) -> dict[str, Any]:
-    import json
-
     described = json.loads(fast.to_str())
     ids = {token: text for text, token in fast.get_vocab().items()}
     special = {item["id"] for item in described["added_tokens"]}
@@ -212,7 +212,7 @@ def by_scores(text: str, prefix: bool) -> list[int]:
     score = dict(zip(PIECES, SCORES, strict=True))
     parts = list((("▁" if prefix and text else "") + text).replace(" ", "▁"))
     while True:
-        best = max(((score[a + b], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in score), default=None)
+        best = max(((score[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in score), default=None)
         if best is None:
             break
         at = -best[1]

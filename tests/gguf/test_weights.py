@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from penstock.core.protocol.errors import CheckpointError
 from penstock.kernels.linear.scheme import dequantise
-from penstock.plugins.quantizers.gguf import Gguf
 from penstock.plugins.quantizers.ggml import SCHEMES
+from penstock.plugins.quantizers.gguf import Gguf
 from penstock.plugins.weights.gguf import GgufWeights
 
 HOST = torch.device("cpu")
