@@ -30,7 +30,7 @@ EXTRAS = {"grammar_backend": {"xgrammar": "xgrammar"}}
 """option -> names of these that a library brings which is installed only when it is asked for: the extra that does."""
 
 BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
-    "load_format": ("engine", ("auto", "safetensors", "dummy")),
+    "load_format": ("engine", ("auto", "safetensors", "gguf", "dummy")),
     "dtype": ("engine", ("auto", "bfloat16", "float16", "half", "float32", "float")),
 }
 """The same for words that are no plugin's name, but that plugins bring: a weight source's formats, a device's dtypes."""
