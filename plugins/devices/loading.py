@@ -287,7 +287,13 @@ def _reads(spec: WeightSourceSpec, path: str) -> bool:
 def own_config(config: RunnerConfig) -> dict[str, Any] | None:
     """The configuration of a model that has no config.json, from the source that reads it; None for every other."""
     path, specs = config.model_path, reversed(weights_of(config))
-    return next((spec.config(path) for spec in specs if spec.config is not None and _reads(spec, path)), None)
+    spec = next((spec for spec in specs if spec.config is not None and _reads(spec, path)), None)
+    if spec is None or spec.config is None:
+        return None
+    found = spec.config(path)
+    if not isinstance(found, dict):
+        raise blame(config, "weight_sources", spec.name, "config", f"returned {type(found).__name__}, not a dict of config.json's fields")
+    return found
 
 
 def identity(config: RunnerConfig, weights: Any) -> str:

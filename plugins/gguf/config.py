@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
-from penstock.plugins.gguf.container import GgufFile, shown
+from penstock.plugins.gguf.container import GgufFile, Texts, shown
 from penstock.plugins.gguf.names import EMBEDDING, HEAD, ROPE_FACTORS
 from penstock.plugins.gguf.types import FLOATS
 
@@ -209,6 +209,12 @@ def _vocabulary(file: GgufFile, hidden: int) -> int:
         raise CheckpointError(f"{file.name}: tensor {EMBEDDING!r} is missing.", param=EMBEDDING)
     if len(place.shape) != 2 or place.shape[1] != hidden:
         raise CheckpointError(f"{file.name}: tensor {EMBEDDING!r} has shape {list(place.shape)}, not [., {hidden}].", param=EMBEDDING)
+    tokens = file.fields.get("tokenizer.ggml.tokens", ())
+    if isinstance(tokens, Texts) and len(tokens) > place.shape[0]:
+        raise CheckpointError(
+            f"{file.name}: 'tokenizer.ggml.tokens' has {len(tokens)} tokens, and tensor {EMBEDDING!r} only {place.shape[0]} rows.",
+            param=EMBEDDING,
+        )
     return place.shape[0]
 
 

@@ -16,7 +16,7 @@ from penstock.plugins.gguf.container import GgufFile, Texts, decoded, shown
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens."""
 LONGEST = 4096
-"""Bytes of a token; the longest that models have are runs of some hundred blanks."""
+"""Characters of a token; the longest that models have are runs of some hundred blanks."""
 NAMED = {
     "bos_token": "bos",
     "eos_token": "eos",
@@ -44,7 +44,10 @@ class Vocabulary:
         tokens = self._texts("tokens")
         if not len(tokens):
             raise self.wrong("tokens", "holds none")
-        self.tokens = [self._token(index, raw) for index, raw in enumerate(tokens)]
+        self.tokens = self._decoded("tokens", tokens)
+        long = next((index for index, token in enumerate(self.tokens) if len(token) > LONGEST), None)
+        if long is not None:
+            raise self.wrong("tokens", f"holds a token of {len(self.tokens[long])} characters, as {long}")
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         if len(self.ids) < len(self.tokens):
             twice = next(index for index, token in enumerate(self.tokens) if self.ids[token] != index)
@@ -93,12 +96,12 @@ class Vocabulary:
     def merges(self) -> list[tuple[str, str]]:
         """Pairs of tokens in order of rank."""
         pairs: list[tuple[str, str]] = []
-        for index, raw in enumerate(self._texts("merges")):
-            merge = decoded(raw, f"{self.file.name}: merge {index} of '{self.key('merges')}'")
+        ids = self.ids
+        for index, merge in enumerate(self._decoded("merges", self._texts("merges"))):
             left, _, right = merge.partition(" ")
             if not left or not right or " " in right:
                 raise self.wrong("merges", f"must hold pairs with one blank between them, but merge {index} is {shown(merge)}")
-            if not {left, right, left + right} <= self.ids.keys():
+            if left not in ids or right not in ids or left + right not in ids:
                 raise self.wrong("merges", f"holds {shown(merge)} as merge {index}, and these or what they make are no tokens")
             pairs.append((left, right))
         return pairs
@@ -136,10 +139,14 @@ class Vocabulary:
             raise CheckpointError(f"{self.file.name}: the chat template {shown(wrong)} is no text.", param=TEMPLATE)
         return found
 
-    def _token(self, index: int, raw: bytes) -> str:
-        if len(raw) > LONGEST:
-            raise self.wrong("tokens", f"holds a token of {len(raw)} bytes, as {index}")
-        return decoded(raw, f"{self.file.name}: token {index}")
+    def _decoded(self, name: str, texts: Texts) -> list[str]:
+        found: list[str] = []
+        try:
+            for raw in texts:
+                found.append(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise self.wrong(name, f"holds what is no UTF-8, as {len(found)}: the file is damaged") from None
+        return found
 
     def _texts(self, name: str) -> Texts:
         value = self.file.fields.get(self.key(name))

@@ -58,7 +58,7 @@ SPLITS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2._replace(composed=False),
     "tekken": Split(_by(MISTRAL_SPLIT), whole=True, begins=True),
     "smollm": Split(lambda: [pre_tokenizers.Digits(individual_digits=True)], plain=False),
     "gpt-2": _GPT2,

@@ -35,7 +35,7 @@ class GgufWeights:
         self._dtype = dtype
         self._left = set(self._file.tensors)
         self._ignored = {ROPE_FACTORS}
-        self._wide: Counter[str] = Counter()
+        self._wide: list[str] = []  # appended to by several threads
         self._heads: dict[str, int] = {}
         architecture = architecture_of(self._file)
         if architecture == "llama":
@@ -67,7 +67,7 @@ class GgufWeights:
         if place.form.name in TORCH:
             return rows.view(TORCH[place.form.name]).reshape(*shape).to(self._dtype)
         if place.form.name not in SCHEMES and stored != EMBEDDING:
-            self._wide[place.form.name] += 1
+            self._wide.append(place.form.name)
         try:
             return widened(place.form.name, rows.reshape(math.prod(shape[:-1]), -1), self._dtype).reshape(*shape)
         except ValueError as error:
@@ -99,7 +99,7 @@ class GgufWeights:
                 "%s: %s are held in full width, because their blocks have minima: their values are those of the file, the memory and the time are those of"
                 " an unquantised model.",
                 self._file.name,
-                " and ".join(f"{count} tensors of {form}" for form, count in sorted(self._wide.items())),
+                " and ".join(f"{count} tensors of {form}" for form, count in sorted(Counter(self._wide).items())),
             )
         left = sorted(self._left - self._ignored)
         if left:

@@ -91,7 +91,7 @@ def test_beside_a_model_of_one_file_there_is_nothing(tmp_path: Path) -> None:
     assert generation_defaults(build({"model": str(file)}), str(file)) == {}
     with pytest.raises(FileNotFoundError):
         read_text(file / "config.json")
-    with pytest.raises(CheckpointError, match="does not exist .--generation-config"):
+    with pytest.raises(CheckpointError, match=r"does not exist \(--generation-config\)"):
         generation_defaults(build({"model": str(file), "generation_config": str(file)}), str(file))
 
 

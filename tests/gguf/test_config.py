@@ -196,6 +196,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, fields: dict[str, Any], said: st
         config_of(file_of(tmp_path / "x.gguf", FAMILIES["llama"], **fields))
 
 
+def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
+    tokens = [f"t{i}" for i in range(41)]
+    path = file_of(tmp_path / "x.gguf", FAMILIES["llama"], tokenizer__ggml__tokens=tokens)
+    with pytest.raises(CheckpointError, match=r"has 41 tokens, and tensor 'token_embd\.weight' only 40 rows"):
+        config_of(path)
+
+
 def test_a_file_of_no_model_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     set_fields(writer, fields_of(FAMILIES["llama"]), {})

@@ -17,7 +17,7 @@ from penstock import LLM, SamplingParams
 from penstock.core.contract.devices import RunnerConfig
 from penstock.core.contract.hookspecs import WeightSourceSpec
 from penstock.core.protocol.config import build
-from penstock.core.protocol.errors import CheckpointError, ConfigError, PenstockError, UnsupportedFeature
+from penstock.core.protocol.errors import CheckpointError, ConfigError, PenstockError, PluginFault, UnsupportedFeature
 from penstock.core.protocol.model_folder import demo_folder, with_model
 from penstock.plugins.devices import loading
 
@@ -166,15 +166,34 @@ def test_a_quantised_file_with_made_up_weights_and_with_a_quantisation(tmp_path:
         pass
 
 
+class Host:
+    """Built-in weight sources, and one more."""
+
+    def __init__(self, **fields: Any) -> None:
+        mine = WeightSourceSpec(name="mine", api_level=1, load_formats=["auto"], factory=lambda *_, **__: None, **fields)
+        self._specs = (*loading.builtin_weights.register_weight_sources(), mine)
+
+    def weight_sources(self) -> dict[str, WeightSourceSpec]:
+        return {spec.name: spec for spec in self._specs}
+
+
+def runner_config(path: Path, host: Host) -> RunnerConfig:
+    settings: dict[str, Any] = dict.fromkeys(RunnerConfig.__struct_fields__)
+    return RunnerConfig(**{**settings, "model_path": str(path), "load_format": "auto", "plugins": host})
+
+
 def test_sources_that_name_no_paths_never_see_a_file(tmp_path: Path) -> None:
-    class Host:
-        def weight_sources(self) -> dict[str, WeightSourceSpec]:
-            mine = WeightSourceSpec(name="mine", api_level=1, load_formats=["auto"], factory=lambda *_, **__: None)
-            return {spec.name: spec for spec in (*loading.builtin_weights.register_weight_sources(), mine)}
-
-    def chosen(path: str) -> str:
-        settings = dict.fromkeys(RunnerConfig.__struct_fields__)
-        return loading.weights_for(RunnerConfig(**{**settings, "model_path": path, "load_format": "auto", "plugins": Host()})).name
-
     (tmp_path / "x.gguf").write_bytes(b"")
-    assert (chosen(str(tmp_path)), chosen(str(tmp_path / "x.gguf"))) == ("mine", "gguf")
+    chosen = [loading.weights_for(runner_config(path, Host())).name for path in (tmp_path, tmp_path / "x.gguf")]
+    assert chosen == ["mine", "gguf"]
+
+
+def test_a_stranger_may_read_files_and_say_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"")
+    said: dict[str, Any] = {"model_type": "mine"}
+    config = runner_config(path, Host(matches=lambda path: path.endswith("x.gguf"), config=lambda path: said))
+    assert (loading.weights_for(config).name, loading.own_config(config)) == ("mine", said)
+    assert loading.own_config(runner_config(tmp_path, Host(matches=lambda path: False, config=lambda path: said))) is None
+    with pytest.raises(PluginFault, match=r"The weight source 'mine' is broken: config\(\) returned list, not a dict"):
+        loading.own_config(runner_config(path, Host(matches=lambda path: True, config=lambda path: [])))

@@ -260,7 +260,7 @@ def test_text_after_special_tokens_begins_with_a_blank(tmp_path: Path) -> None:
         ({"tokens": None}, CheckpointError, "'tokenizer.ggml.tokens' is missing"),
         ({"tokens": [1, 2]}, CheckpointError, "'tokenizer.ggml.tokens' must be a list of texts"),
         ({"tokens": ["a", "b", "a"]}, CheckpointError, "has 'a' twice, as 0 and 2"),
-        ({"tokens": ["a", "b" * 5000]}, CheckpointError, "holds a token of 5000 bytes, as 1"),
+        ({"tokens": ["a", "b" * 5000]}, CheckpointError, "holds a token of 5000 characters, as 1"),
         ({"token_type": [1, 1]}, CheckpointError, r"'tokenizer.ggml.token_type' must hold a number for each of the \d+ tokens"),
         ({"merges": None}, CheckpointError, "'tokenizer.ggml.merges' is missing"),
         ({"merges": ["ab"]}, CheckpointError, "must hold pairs with one blank between them, but merge 0 is 'ab'"),
