@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,11 @@ class GgufFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.name = spelled(str(path))
-        self.data = _mapped(self.path, self.name)
+        with _opened(self.path) as stream:
+            self._mark = _mark(stream)
+            if self._mark[0] == 0:
+                raise CheckpointError(f"{self.name} is empty: it is no GGUF file.", param="model")
+            self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.fields: dict[str, Any] = {}
         """Numbers, flags, texts, arrays of numbers, and `Texts`."""
         self.tensors: dict[str, Place] = {}
@@ -130,9 +135,15 @@ class GgufFile:
             self._place(name, form, shape, offset, align)
 
     def array(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes, mapped: [rows, bytes of a row] of a matrix, [bytes] of a vector."""
+        """A tensor's bytes, mapped: [rows, bytes of a row] of a matrix, [bytes] of a vector. What is written to them (by mistake) stays in this
+        process; so the kernel counts them as memory, and each tensor is mapped by itself. Raises CheckpointError if the file is another one by now."""
         place = self.tensors[name]
-        flat = np.frombuffer(self.data, np.uint8, place.nbytes, place.start)
+        before = place.start % mmap.ALLOCATIONGRANULARITY
+        with _opened(self.path) as stream:
+            if _mark(stream) != self._mark:
+                raise CheckpointError(f"{self.name} changed while it was read: tensor {shown(name)} would be another model's.", param=name)
+            mapped = mmap.mmap(stream.fileno(), before + place.nbytes, access=mmap.ACCESS_COPY, offset=place.start - before)
+        flat = np.frombuffer(mapped, np.uint8, place.nbytes, before)
         return flat if len(place.shape) < 2 else flat.reshape(math.prod(place.shape[:-1]), -1)
 
     def _header(self) -> tuple[int, int, _Cursor]:
@@ -216,15 +227,18 @@ class GgufFile:
         self.tensors[name] = Place(form, shape, start, nbytes)
 
 
-def _mapped(path: Path, name: str) -> mmap.mmap:
-    """Private to this process: what is written to it (by mistake) stays here."""
+def _opened(path: Path) -> BinaryIO:
+    """Raises CheckpointError."""
     try:
-        with path.open("rb") as stream:
-            if stream.seek(0, 2) == 0:
-                raise CheckpointError(f"{name} is empty: it is no GGUF file.", param="model")
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return path.open("rb")
     except OSError as error:
         raise unreadable(path, error) from None
+
+
+def _mark(stream: BinaryIO) -> tuple[int, int, int]:
+    """(size, number, time of its last change) of an open file."""
+    found = os.fstat(stream.fileno())
+    return found.st_size, found.st_ino, found.st_mtime_ns
 
 
 def _texts(cursor: _Cursor, count: int) -> Texts:

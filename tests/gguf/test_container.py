@@ -71,6 +71,17 @@ def test_version_2_is_read_alike(small: bytes, tmp_path: Path) -> None:
     assert opened(tmp_path, older).tensors == opened(tmp_path, small).tensors
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_said(small: bytes, tmp_path: Path) -> None:
+    file = opened(tmp_path, small)
+    first = file.array("v")
+    first[:] = 7  # stays here
+    assert np.array_equal(file.array("v").view(np.float32), np.arange(5))
+    (tmp_path / "new").write_bytes(small)
+    (tmp_path / "new").replace(tmp_path / "y.gguf")
+    with pytest.raises(CheckpointError, match="changed while it was read: tensor 'v'"):
+        file.array("v")
+
+
 def refusal(folder: Path, data: bytes) -> str:
     """What is said against a file; "" where it is read."""
     try:
