@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,14 @@ def test_a_stranger_may_read_files_and_say_what_they_are(tmp_path: Path) -> None
     assert loading.own_config(runner_config(tmp_path, Host(matches=lambda path: False, config=lambda path: said))) is None
     with pytest.raises(PluginFault, match=r"The weight source 'mine' is broken: config\(\) returned list, not a dict"):
         loading.own_config(runner_config(path, Host(matches=lambda path: True, config=lambda path: [])))
+
+
+def test_a_start_without_such_a_file_pays_nothing() -> None:
+    code = (
+        "import sys\n"
+        "from penstock.plugins import quantizers, renderers, tokenizers, weights\n"
+        "weights.register_weight_sources(), quantizers.register_quantizers(), tokenizers.register_tokenizers(), renderers.register_chat_renderers()\n"
+        "paid = {name for name in sys.modules if name.startswith('penstock.plugins.gguf.') or name in ('numpy', 'torch', 'tokenizers')}\n"
+        "assert not paid, paid"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
