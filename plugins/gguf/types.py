@@ -31,6 +31,8 @@ FORMS = {
     6: Form("Q5_0", 32, 22),
     7: Form("Q5_1", 32, 24),
     8: Form("Q8_0", 32, 34),
+    10: Form("Q2_K", 256, 84),
+    11: Form("Q3_K", 256, 110),
     12: Form("Q4_K", 256, 144),
     13: Form("Q5_K", 256, 176),
     14: Form("Q6_K", 256, 210),
@@ -40,8 +42,6 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Forms of plain numbers -> config.json's names."""
 OTHERS = {
     9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",

@@ -80,7 +80,7 @@ def register_quantizers() -> list[QuantizerSpec]:
         reader("fp8", "FP8 with a scale a tensor, row or block.", ["fp8", "fbgemm_fp8"], _fp8),
         reader("modelopt", "FP8 and NVFP4 of TensorRT Model Optimizer.", ["modelopt"], _modelopt),
         reader("bitsandbytes", "NF4 and LLM.int8().", ["bitsandbytes"], _bitsandbytes),
-        reader("gguf", "Q8_0, Q6_K, Q5_0 and Q4_0 of GGUF files.", ["gguf"], _gguf),
+        reader("gguf", "Q8_0, Q6_K, Q5_0, Q4_0 and Q3_K of GGUF files.", ["gguf"], _gguf),
         QuantizerSpec(
             name="online",
             api_level=1,

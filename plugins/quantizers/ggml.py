@@ -7,6 +7,8 @@ What it is: for each form, the values in float32 (`widened`), and for those with
     Q4_0, Q5_0    w = d (q - 8), d (q - 16)   32 values; the low half of byte i is value i, the high half value i + 16; fifth bits apart
     Q4_1, Q5_1    w = d q + m
     Q4_K, Q5_K    w = (d s) q - (m t)         256 values in 8 groups, s and t 6-bit numbers of a group
+    Q2_K          w = (d s) q - (m t)         256 values in 16 groups, s and t 4-bit numbers
+    Q3_K          w = (d s) (q - 4)           256 values in 16 groups, s a 6-bit number less 32; third bits apart
     Q6_K          w = (d s) (q - 32)          256 values in 16 groups, s int8
 
 What it does not know: files, devices, names of tensors.
@@ -22,7 +24,13 @@ from penstock.kernels.linear.scheme import Quantised, Scheme, pack_nibbles
 from penstock.plugins.gguf.types import FORMS
 
 Tensor = torch.Tensor
-SCHEMES = {"Q8_0": Scheme("int8", 32), "Q4_0": Scheme("int4", 32), "Q5_0": Scheme("int8", 32), "Q6_K": Scheme("int8", 16)}
+SCHEMES = {
+    "Q8_0": Scheme("int8", 32),
+    "Q4_0": Scheme("int4", 32),
+    "Q5_0": Scheme("int8", 32),
+    "Q3_K": Scheme("int8", 16),
+    "Q6_K": Scheme("int8", 16),
+}
 """Forms that are a Scheme; the others have a minimum a block, which no zero point is."""
 BLOCKS = {form.name: form for form in FORMS.values()}
 AT_ONCE = 1 << 22
@@ -89,17 +97,32 @@ def _q5_0(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return (codes.to(torch.int8) - 16).flatten(1), _half(blocks, 0).flatten(1)
 
 
+def _pairs(packed: Tensor) -> Tensor:
+    """64 bytes, 32 for four runs of 32 two-bit numbers: [N, B, 256]."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)[:, None]
+    return ((_split(packed, 2, 1, 32) >> shifts) & 3).flatten(2)
+
+
+def _q3_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    bits = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    third = ((blocks[..., None, :32] >> bits) & 1).flatten(2) << 2
+    codes = (_pairs(blocks[..., 32:96]) | third).to(torch.int8) - 4
+    low, high = blocks[..., 96:104], blocks[..., None, 104:108]
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)[:, None]
+    sixes = _nibbles(low) | (((high >> shifts) & 3).flatten(2) << 4)
+    scales = _half(blocks, 108).float() * (sixes.to(torch.int8) - 32).float()
+    return codes.flatten(1), scales.flatten(1)
+
+
 def _q6_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     low = _split(blocks[..., :128], 2, 1, 64)  # two halves of 128 values: 64 bytes of low bits, 32 bytes of two high bits
     low = torch.cat((low & 15, low >> 4), 3).flatten(2)  # the values in order: all low halves of 64 bytes, then all high ones
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)[:, None]
-    high = (_split(blocks[..., 128:192], 2, 1, 32) >> shifts) & 3
-    codes = (low | (high.flatten(2) << 4)).to(torch.int8) - 32
+    codes = (low | (_pairs(blocks[..., 128:192]) << 4)).to(torch.int8) - 32
     scales = _half(blocks, 208).float() * blocks[..., 192:208].contiguous().view(torch.int8).float()
     return codes.flatten(1), scales.flatten(1)
 
 
-CODES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q5_0": _q5_0, "Q6_K": _q6_k}
+CODES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q5_0": _q5_0, "Q3_K": _q3_k, "Q6_K": _q6_k}
 
 
 def _scaled(form: str) -> Callable[[Tensor], Tensor]:
@@ -120,6 +143,13 @@ def _q4_1(blocks: Tensor) -> Tensor:
 def _q5_1(blocks: Tensor) -> Tensor:
     codes = _nibbles(blocks[..., 8:]) | _fifth(blocks, 4)
     return _half(blocks, 0).float() * codes.float() + _half(blocks, 2).float()
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    fours = blocks[..., :16]
+    scale, least = _half(blocks, 80).float() * (fours & 15).float(), _half(blocks, 82).float() * (fours >> 4).float()
+    codes = _split(_pairs(blocks[..., 16:80]), 16, 16)
+    return (scale[..., None] * codes.float() - least[..., None]).flatten(2)
 
 
 def _sixes(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +187,7 @@ WIDE: dict[str, Callable[[Tensor], Tensor]] = {
     **{form: _scaled(form) for form in CODES},
     "Q4_1": _q4_1,
     "Q5_1": _q5_1,
+    "Q2_K": _q2_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
 }

@@ -1,6 +1,6 @@
 """The quantised layers of a GGUF file.
 
-What it is: a Quantizer. Which form a layer has is what the file holds; forms that are no Scheme (Q4_K, Q5_K, Q4_1, Q5_1: they have a minimum a block) are
+What it is: a Quantizer. Which form a layer has is what the file holds; forms that are no Scheme (Q2_K, Q4_K, Q5_K, Q4_1, Q5_1: they have a minimum a block) are
 read as ordinary weights, which the weight source says.
 What it does not know: what the bytes of a block mean (ggml.py), devices.
 """

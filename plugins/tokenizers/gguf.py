@@ -82,6 +82,11 @@ def load(model_path: str) -> HuggingFaceTokenizer:
 
 
 def _fast(vocabulary: Vocabulary) -> FastTokenizer:
+    for name in ("remove_extra_whitespaces", "add_sep_token"):
+        if vocabulary.flag(name, False):
+            raise vocabulary.refuse(name, "is not supported yet.")
+    if vocabulary.key("precompiled_charsmap") in vocabulary.file.fields:
+        raise vocabulary.refuse("precompiled_charsmap", "is there, which is not supported yet.")
     if vocabulary.model == "gpt2":
         fast, begins = _byte_level(vocabulary)
     elif vocabulary.model == "llama":

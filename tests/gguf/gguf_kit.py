@@ -153,7 +153,7 @@ def side_by_side(value: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(value.shape))
 
 
-RANDOM = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+RANDOM = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Forms that the package cannot write -> the places of 16-bit floats in a block, all else of which may be any bytes."""
 
 

@@ -141,7 +141,7 @@ def _tensor(name: bytes, dims: list[int], form: int, offset: int) -> bytes:
         ([(b"t", [1] * 5, 0, 0)], "has 5 dimensions"),
         ([(b"t", [4], 0, 7)], "no multiple of 32"),
         ([(b"t", [4], 0, 0), (b"t", [4], 0, 0)], "'t' is there twice"),
-        ([(b"t", [256], 10, 0)], "tensor 't' is stored as Q2_K, which is not supported yet, only F32, "),
+        ([(b"t", [256], 16, 0)], "tensor 't' is stored as IQ2_XXS, which is not supported yet, only F32, "),
         ([(b"t", [256], 4711, 0)], "form 4711"),
     ],
 )

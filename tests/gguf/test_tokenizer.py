@@ -269,6 +269,12 @@ def test_text_after_special_tokens_begins_with_a_blank(tmp_path: Path) -> None:
         ({"bos_token_id": 100000}, CheckpointError, r"'tokenizer.ggml.bos_token_id' must be one of the \d+ tokens, but is 100000"),
         ({"add_bos_token": 1}, CheckpointError, "'tokenizer.ggml.add_bos_token' must be true or false, but is 1"),
         ({"add_bos_token": True, "bos_token_id": None}, CheckpointError, "'tokenizer.ggml.bos_token_id' is missing, which"),
+        ({"remove_extra_whitespaces": True}, UnsupportedFeature, "'tokenizer.ggml.remove_extra_whitespaces' is not supported yet"),
+        (
+            {"precompiled_charsmap": [1, 2]},
+            UnsupportedFeature,
+            "'tokenizer.ggml.precompiled_charsmap' is there, which is not supported yet",
+        ),
         ({"add_space_prefix": True}, UnsupportedFeature, "'tokenizer.ggml.add_space_prefix' is not supported yet"),
     ],
 )

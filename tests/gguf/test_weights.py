@@ -77,7 +77,7 @@ def test_narrow_floats_are_kept_as_they_are(files: Any, form: str, dtype: torch.
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-@pytest.mark.parametrize("form", ["Q8_0", "Q4_0", "Q5_0", "Q6_K"])
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_0", "Q5_0", "Q3_K", "Q6_K"])
 def test_a_layer_is_read_in_its_scheme_and_in_order(files: Any, name: str, form: str) -> None:
     originals, path = files(name, form)
     weights, reader = GgufWeights(path, torch.float32), Gguf({"form": form})
