@@ -152,7 +152,7 @@ def cli() -> None:
 @config_options()
 @click.pass_context
 def serve(context: click.Context, /, **_: Any) -> None:
-    """Serve MODEL (a Hugging Face folder; without it the demo model) over the OpenAI API."""
+    """Serve MODEL (a Hugging Face folder or a GGUF file; without it the demo model) over the OpenAI API."""
     notes: list[str] = []
     config = _config_of(context, notes.append)
     if notes:

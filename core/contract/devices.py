@@ -153,7 +153,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a runner is built from: options of the same names, where nothing else is said. Sizes: tokens, rows, bytes."""
 
     model_path: str
-    """The model's folder, absolute; it holds a config.json."""
+    """The model's folder, absolute, which holds a config.json; or its file."""
     dtype: str
     """"auto" (the checkpoint's), "bfloat16", "float16", "float32", or another word of --dtype, which the device knows or refuses."""
     max_model_len: int | None

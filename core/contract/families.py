@@ -118,7 +118,7 @@ FAMILIES: dict[str, Family] = {
             without={"supports": "its check failed, see `penstock plugins`"},
             adapt=_adapter("penstock.plugins.attention.level_1"),
         ),
-        Family("weight_sources", "engine", WeightSourceSpec, "weight source", "--load-format"),
+        Family("weight_sources", "engine", WeightSourceSpec, "weight source", "--load-format", without={"matches": False}),
         Family("quantizers", "engine", QuantizerSpec, "quantizer", "--quantization", "penstock.plugins.models.api:Quantizer"),
         Family(
             "schedule_policies",

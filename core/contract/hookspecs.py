@@ -113,9 +113,14 @@ class WeightSourceSpec(Spec, frozen=True, kw_only=True):
     one which names "auto" (what is used when nobody says) stands in for safetensors."""
     factory: Callable[..., Any]
     """Called by the device, once: `factory(path, load_format, dtype=torch.dtype, seed=int, std=float)` gives a Weights; on "cuda" there is
-    `device=torch.device` besides. `path` is the model's folder, absolute (it holds a config.json), `load_format` the word that the user gave, `dtype`
+    `device=torch.device` besides. `path` is the model's, absolute: a folder that holds a config.json, or a file that `matches` takes; `load_format` the word that the user gave, `dtype`
     what tensors are to be given in; `seed` (`--seed`) and `std` (config.json's initializer_range) are for sources that make tensors up. Take
     `**options` besides. A folder that lacks the source's files is a CheckpointError."""
+    matches: Callable[[str], bool] | None = None
+    """`matches(path)`: can it read this? Looks at names. None: every folder, and no file (`--model` may be a .gguf file)."""
+    config: Callable[[str], dict[str, Any]] | None = None
+    """`config(path)`: what config.json would hold, for a path that matches and has its configuration elsewhere, whatever `--load-format` is. Raises
+    CheckpointError and UnsupportedFeature naming the field. None: it is read from config.json."""
 
 
 class QuantizerSpec(Spec, frozen=True, kw_only=True):
@@ -146,7 +151,7 @@ class TokenizerSpec(Spec, frozen=True, kw_only=True):
     """A tokenizer family. The first spec that matches is taken, later plugins before earlier and built-in ones."""
 
     matches: Callable[[str], bool]
-    """`matches(model_path)`: can it read this folder (`--tokenizer`, else the model's)? Looks at file names; reads little."""
+    """`matches(model_path)`: can it read this folder or file (`--tokenizer`, else the model's)? Looks at names; reads little."""
     factory: Callable[[str], Any]
     """`factory(model_path)` gives a Tokenizer. Raises CheckpointError naming the file."""
 
@@ -155,7 +160,7 @@ class ChatRendererSpec(Spec, frozen=True, kw_only=True):
     """What turns messages into a prompt. The first spec that matches is taken, later plugins before earlier and built-in ones."""
 
     matches: Callable[[str], bool]
-    """`matches(model_path)`: can it render for this folder (`--tokenizer`, else the model's)?"""
+    """`matches(model_path)`: can it render for this folder or file (`--tokenizer`, else the model's)?"""
     factory: Callable[[str, str | None], Any]
     """`factory(model_path, template)` gives a ChatRenderer. `template` is `--chat-template` as it was given (a path or a text), or None. Raises
     CheckpointError or, for a wrong `template`, ConfigError."""

@@ -33,7 +33,7 @@ PORTS = {"grpc": "grpclib"}
 """Transports that listen on a port of their own: the library that such a one needs, which comes with the extra of the transport's name."""
 
 BUILT_IN_WORDS: dict[str, tuple[Role, tuple[str, ...]]] = {
-    "load_format": ("engine", ("auto", "safetensors", "dummy")),
+    "load_format": ("engine", ("auto", "safetensors", "gguf", "dummy")),
     "dtype": ("engine", ("auto", "bfloat16", "float16", "half", "float32", "float")),
 }
 """The same for words that are no plugin's name, but that plugins bring: a weight source's formats, a device's dtypes."""

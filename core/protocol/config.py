@@ -59,10 +59,13 @@ def opt(doc: str, group: str, *aliases: str, **extra: Any) -> msgspec.Meta:
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # --- model
     model: Annotated[
-        str | None, opt("Folder of a Hugging Face checkpoint; without it the demo model Brook is served.", "model", "model-path")
+        str | None,
+        opt("Folder of a Hugging Face checkpoint, or a GGUF file; without it the demo model Brook is served.", "model", "model-path"),
     ] = None
     served_model_name: Annotated[list[str], opt("Name(s) that requests may use; the first is reported.", "model")] = []
-    tokenizer: Annotated[str | None, opt("Folder with the tokenizer, if not the model's.", "model", "tokenizer-path")] = None
+    tokenizer: Annotated[str | None, opt("Folder with the tokenizer, or a GGUF file, if not the model's.", "model", "tokenizer-path")] = (
+        None
+    )
     chat_template: Annotated[str | None, opt("Jinja file (or text) that replaces the model's chat template.", "model")] = None
     default_chat_template_kwargs: Annotated[
         str | None, opt("JSON object: chat_template_kwargs of requests that do not give them.", "model", json=True)
@@ -87,11 +90,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int | None,
         opt("Longest sequence (prompt and output), in tokens; suffix k allowed.", "model", "context-length", size=True),
     ] = None
-    load_format: Annotated[str, opt("How weights are read: auto, safetensors, dummy (random), or a plugin's.", "model")] = "auto"
+    load_format: Annotated[str, opt("How weights are read: auto, safetensors, gguf, dummy (random), or a plugin's.", "model")] = "auto"
     quantization: Annotated[
         str | None,
         opt(
-            "Quantise wide weights while they load: int8, int4, fp8, nf4, mxfp4, or a plugin's. What a checkpoint is quantised with is read from its config.json.",
+            "Quantise wide weights while they load: int8, int4, fp8, nf4, mxfp4, or a plugin's. What a checkpoint is quantised with is read from its config.json or GGUF file.",
             "model",
             "quantize",
             short="-q",

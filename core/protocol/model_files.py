@@ -39,6 +39,8 @@ def read_text(path: Path) -> str:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
             raise
+        if isinstance(error, NotADirectoryError) and path.parent.is_file():  # a model of one file has none beside it
+            raise FileNotFoundError(2, "No such file", str(path)) from None
         raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
         raise CheckpointError(

@@ -1,8 +1,9 @@
-"""Which folder is served, and under which name.
+"""Which folder or file is served, and under which name.
 
-What it is: the one place that turns `--model` (or its absence: the demo model that comes with the package) into an absolute folder and a served
-name, before any process starts, so that all of them agree and a typing error is one clear line.
-What it does not know: what is in config.json.
+What it is: the one place that turns `--model` (or its absence: the demo model that comes with the package) into an absolute path and a served
+name, before any process starts, so that all of them agree and a typing error is one clear line. The path is that of a Hugging Face folder, or of a
+GGUF file, which may be given by the folder that holds it.
+What it does not know: what is in config.json, what is in a GGUF file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from penstock.core.protocol.errors import ConfigError, spelled
 
 DEMO_FOLDER = "demo_model/brook"
 DEMO_NAME = "brook"
+GGUF = ".gguf"
+"""How the name of a file ends that is a whole model."""
 
 
 def demo_folder() -> Path:
@@ -41,8 +44,21 @@ def _look(folder: Path) -> None:
         pass
 
 
+def _single(folder: Path) -> Path | None:
+    """The GGUF file that a folder stands for: its only one, where no safetensors lie beside it. Raises ConfigError for several."""
+    files = sorted(file for file in folder.glob("*" + GGUF) if file.is_file())
+    if not files or next(folder.glob("*.safetensors"), None) is not None:
+        return None
+    if len(files) > 1:
+        names = ", ".join(spelled(file.name) for file in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+        raise ConfigError(
+            f"--model {spelled(str(folder))}: the folder holds several GGUF files ({names}). Name the one to serve.", param="model"
+        )
+    return files[0]
+
+
 def with_model(config: Config) -> Config:
-    """`config` with `model` as an absolute folder and a first served name. Raises ConfigError."""
+    """`config` with `model` as an absolute path and a first served name. Raises ConfigError."""
     if config.model is None:
         folder, name = demo_folder(), DEMO_NAME
         if not (folder / "config.json").is_file():
@@ -51,17 +67,29 @@ def with_model(config: Config) -> Config:
         folder = Path(config.model).expanduser().absolute()
         name = folder.name
         _look(folder)
-        if not folder.is_dir():
+        if folder.is_dir():
+            file = _single(folder)
+            if file is None and not (folder / "config.json").is_file():
+                raise ConfigError(
+                    f"--model {config.model}: the folder holds no config.json, so it is no Hugging Face checkpoint.", param="model"
+                )
+            folder = file or folder
+        elif folder.is_file() and folder.suffix == GGUF:
+            name = folder.stem
+        elif folder.is_file():
             raise ConfigError(
-                f"--model {config.model}: there is no such folder. Penstock downloads nothing: give the path of a Hugging Face checkpoint.",
+                f"--model {config.model}: a file, and none whose name ends in {GGUF}. Give the path of a Hugging Face folder or of a GGUF file.",
                 param="model",
             )
-        if not (folder / "config.json").is_file():
+        else:
+            what = "file" if folder.suffix == GGUF else "folder"
             raise ConfigError(
-                f"--model {config.model}: the folder holds no config.json, so it is no Hugging Face checkpoint.", param="model"
+                f"--model {config.model}: there is no such {what}. Penstock downloads nothing: give the path of a Hugging Face checkpoint, or of a"
+                " GGUF file.",
+                param="model",
             )
     try:
         str(folder).encode()
     except UnicodeEncodeError:  # a folder above it, or the name of the working directory
-        raise ConfigError(f"The model folder's path '{spelled(str(folder))}' is not valid UTF-8. {LINK_IT}", param="model") from None
+        raise ConfigError(f"The model's path '{spelled(str(folder))}' is not valid UTF-8. {LINK_IT}", param="model") from None
     return msgspec.structs.replace(config, model=str(folder), served_model_name=config.served_model_name or [name])

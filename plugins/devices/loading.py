@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from penstock.core.contract.families import FAMILIES
 from penstock.core.contract.guard import fault
 from penstock.core.contract.hookspecs import AttentionSpec, ModelSpec, WeightSourceSpec
 from penstock.core.protocol.config import nearest
-from penstock.core.protocol.errors import ConfigError, PluginFault, UnsupportedFeature
+from penstock.core.protocol.errors import ConfigError, PluginFault, UnsupportedFeature, spelled
 from penstock.plugins import attention as builtin_attention
 from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights
@@ -165,7 +166,7 @@ def model_of(config: RunnerConfig) -> tuple[dict[str, Any], ModelSpec, ModelFact
     UnsupportedFeature naming the field."""
     if EXPLICIT in (config.hf_overrides or {}):
         raise ConfigError(f"--hf-overrides: {EXPLICIT} counts in config.json alone, which says what the folder holds.", param=EXPLICIT)
-    raw = read_config(config.model_path, config.hf_overrides)
+    raw = read_config(config.model_path, config.hf_overrides, own_config(config))
     check_model_type(raw)
     spec = model_for(architecture_of(raw), models_of(config))
     if raw.get("dtype") is None and raw.get("torch_dtype") is None and weights_for(config).name == builtin_weights.SAFETENSORS:
@@ -257,29 +258,55 @@ def model_for(architecture: str, specs: Mapping[str, ModelSpec]) -> ModelSpec:
     raise UnsupportedFeature(f"config.json: architecture {architecture!r} is not supported yet. Known: {known}.", param="architectures")
 
 
+def weights_of(config: RunnerConfig) -> list[WeightSourceSpec]:
+    """Weight sources, built-in ones first."""
+    return list(config.plugins.weight_sources().values()) if config.plugins is not None else builtin_weights.register_weight_sources()
+
+
 def weights_for(config: RunnerConfig) -> WeightSourceSpec:
-    """The source that serves --load-format. Raises ConfigError listing the formats known."""
-    wanted = config.load_format
-    if config.plugins is not None:
-        specs: list[WeightSourceSpec] = list(config.plugins.weight_sources().values())
-    else:
-        specs = builtin_weights.register_weight_sources()
-    for spec in reversed(specs):
-        if wanted in spec.load_formats:
+    """The source that serves --load-format and reads the model's path. Raises ConfigError listing the formats known."""
+    wanted, specs = config.load_format, weights_of(config)
+    serving = [spec for spec in reversed(specs) if wanted in spec.load_formats]
+    for spec in serving:
+        if _reads(spec, config.model_path):
             return spec
     known = sorted({name for spec in specs for name in spec.load_formats})
+    if serving:
+        raise ConfigError(
+            f"--load-format {wanted}: {spelled(config.model_path)} is nothing that it reads. Leave the option out.", param="load_format"
+        )
     raise ConfigError(
         f"--load-format {wanted}: no plugin serves it.{nearest(wanted, known)} Known: {', '.join(known)}.", param="load_format"
     )
 
 
+def _reads(spec: WeightSourceSpec, path: str) -> bool:
+    return Path(path).is_dir() if spec.matches is None else spec.matches(path)
+
+
+def own_config(config: RunnerConfig) -> dict[str, Any] | None:
+    """The configuration of a model that has no config.json, from the source that reads it; None for every other."""
+    path, specs = config.model_path, reversed(weights_of(config))
+    spec = next((spec for spec in specs if spec.config is not None and _reads(spec, path)), None)
+    if spec is None or spec.config is None:
+        return None
+    found = spec.config(path)
+    if not isinstance(found, dict):
+        raise blame(config, "weight_sources", spec.name, "config", f"returned {type(found).__name__}, not a dict of config.json's fields")
+    return found
+
+
 def identity(config: RunnerConfig, weights: Any) -> str:
-    """A digest that changes with the checkpoint: config.json and what the weight source says of itself (`identity()`, a text), or else every
+    """A digest that changes with the checkpoint: its configuration and what the weight source says of itself (`identity()`, a text), or else every
     file of the folder."""
-    digest = hashlib.sha256((Path(config.model_path) / "config.json").read_bytes())
+    given = own_config(config)
+    whole = (Path(config.model_path) / "config.json").read_bytes() if given is None else json.dumps(given, sort_keys=True).encode()
+    digest = hashlib.sha256(whole)
     own = getattr(weights, "identity", None)
     if own is not None:
         digest.update(str(own()).encode())
+    elif Path(config.model_path).is_file():
+        digest.update(f"{config.load_format}".encode() + sample_of(Path(config.model_path)))
     else:
         for file in sorted(file for file in Path(config.model_path).iterdir() if file.is_file()):
             digest.update(f"{file.name} {config.load_format}".encode() + sample_of(file))

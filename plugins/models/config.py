@@ -56,11 +56,14 @@ ROPES = ("rope_scaling", "rope_parameters")
 YARN_NUMBERS = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 
 
-def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json with `overrides` (--hf-overrides) merged over it, nested objects key by key, whichever of two spellings each of them uses.
+def read_config(model_path: str | Path, overrides: Mapping[str, Any] | None = None, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.json with `overrides` (--hf-overrides) merged over it, nested objects key by key, whichever of two spellings each of them uses. `own`
+    stands for the file where a model has its configuration elsewhere.
 
     Raises CheckpointError if the file is missing or no JSON object.
     """
+    if own is not None:
+        return merge(_respelled(dict(own), overrides or {}), overrides or {})
     path = Path(model_path) / CONFIG
     try:
         raw = read_object(path)

@@ -181,7 +181,7 @@ class JinjaRenderer:
 
         folder = Path(model_path)
         config = optional_object(folder / "tokenizer_config.json")
-        found, origins = ({"default": _given(template)}, {}) if template else _own(folder, config)
+        found, origins = ({"default": given_template(template)}, {}) if template else _own(folder, config)
         return cls(
             found,
             special_texts(folder),
@@ -307,7 +307,7 @@ def _not_jinja(error: Exception, name: str, whose: Literal["model", "option", "r
     return CheckpointError(f"The chat template {name!r}{source} {why} Mend it there, or give another with --chat-template.", param="model")
 
 
-def _given(template: str) -> str:
+def given_template(template: str) -> str:
     """--chat-template: a readable file's content, or the text itself."""
     if "{" not in template and "\n" not in template:
         path = Path(template)

@@ -260,7 +260,7 @@ def _template(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> An
 
 
 MISTRALS = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
-_MISTRAL_SPLIT = (
+MISTRAL_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -278,7 +278,7 @@ def mend_mistral(fast: FastTokenizer, config: Mapping[str, Any], model: Mapping[
     before = fast.pre_tokenizer
     if not old or before is None or fast.get_vocab_size() <= 100_000:
         return
-    split = pre_tokenizers.Split(Regex(_MISTRAL_SPLIT), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(MISTRAL_SPLIT), behavior="isolated")
     if isinstance(before, pre_tokenizers.Sequence):
         before[0] = split
         fast.pre_tokenizer = before

@@ -52,7 +52,7 @@ def files_of(path: str | Path) -> list[Path]:
             gone = IsADirectoryError() if (folder / name).is_dir() else FileNotFoundError()
             raise unreadable(folder / name, gone)
     beside = unread(folder, [])
-    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth"))
     hint = f" ({_list(others)} cannot be read: only safetensors are)" if others else f" (only {_list(beside)})" if beside else ""
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}.", param="model")
 

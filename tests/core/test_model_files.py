@@ -84,6 +84,17 @@ def test_what_is_no_file_or_may_not_be_read(tmp_path: Path, monkeypatch: pytest.
         optional_object(tmp_path / "x")
 
 
+def test_beside_a_model_of_one_file_there_is_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    assert optional_object(file / "generation_config.json") == {}
+    assert generation_defaults(build({"model": str(file)}), str(file)) == {}
+    with pytest.raises(FileNotFoundError):
+        read_text(file / "config.json")
+    with pytest.raises(CheckpointError, match=r"does not exist \(--generation-config\)"):
+        generation_defaults(build({"model": str(file), "generation_config": str(file)}), str(file))
+
+
 def test_a_folder_that_may_not_be_looked_into_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(ConfigError, match=r"--model .*folder\.json: permission denied"):

@@ -104,7 +104,7 @@ def test_a_plugins_load_format_is_served(folder: Path, load: Load, make_tensors:
     runner = load(folder, load_format="npz", plugins=host)
     assert drawn(runner) == right
     with pytest.raises(
-        ConfigError, match=r"--load-format nzp: no plugin serves it\. Did you mean 'npz'\? Known: auto, dummy, npz, safetensors"
+        ConfigError, match=r"--load-format nzp: no plugin serves it\. Did you mean 'npz'\? Known: auto, dummy, gguf, npz, safetensors"
     ):
         load(folder, load_format="nzp", plugins=host)
     to_npz(folder, make_tensors(seed=1))

@@ -108,14 +108,16 @@ def test_which_decoders_are_byte_exact(decoder: Any, exact: bool) -> None:
 
 
 def test_plugins_register_with_the_current_level(tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
-    [spec] = tokenizers.register_tokenizers()
-    assert spec.api_level == API_LEVEL["tokenizers"]
+    specs = tokenizers.register_tokenizers()
+    assert [one.api_level for one in specs] == [API_LEVEL["tokenizers"]] * len(specs)
+    spec = specs[0]
     assert not spec.matches(str(tmp_path))
     path = folder(tmp_path, fresh(tokenizer), tokenizer_config={"chat_template": "{{ messages[0].content }}"})
     assert spec.matches(path)
     assert spec.factory(path).vocab_size == tokenizer.vocab_size
-    [chat] = renderers.register_chat_renderers()
-    assert chat.api_level == API_LEVEL["chat_renderers"]
+    chats = renderers.register_chat_renderers()
+    assert [one.api_level for one in chats] == [API_LEVEL["chat_renderers"]] * len(chats)
+    chat = chats[0]
     made = chat.factory(path, None)
     assert (
         made.render([{"role": "user", "content": "x"}], tools=None, add_generation_prompt=False, continue_final_message=False, kwargs={})
