@@ -34,7 +34,7 @@ def blocks() -> list[Block]:
     page = (Path(__file__).resolve().parents[2] / "docs" / "streams.md").read_text(encoding="utf-8")
     found = re.findall(r"(?ms)^( *)```(\w*)\n(.*?)^\1```$", page)
     assert len(found) * 2 == len(re.findall(r"(?m)^ *```", page)), "a block that does not end as it begins"
-    return [Block(kind, re.sub(rf"(?m)^{indent}", "", text)) for indent, kind, text in found]
+    return [Block("console" if text.startswith("$ ") else kind, re.sub(rf"(?m)^{indent}", "", text)) for indent, kind, text in found]
 
 
 BLOCKS = blocks()
@@ -133,12 +133,22 @@ def run_json(server: Any, text: str) -> None:
     assert any(covers(json.loads(line), told) for line in reply.text.splitlines()), reply.text
 
 
-RUN = {"sh": run_shell, "python": run_python, "json": run_json}
+def run_console(server: Any, text: str) -> None:
+    """What is typed is run against this server; what it prints begins with the word that is shown: the rest is the machine's own."""
+    command, *shown = text.splitlines()
+    words = re.sub(r"http://[\w.:]+", server.url, command.removeprefix("$ ")).split()
+    assert words[0] == "penstock"
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.split()[:1] == shown[0].split()[:1], done.stdout + done.stderr
+
+
+RUN = {"sh": run_shell, "python": run_python, "json": run_json, "console": run_console}
 
 
 def test_the_page_has_them_all() -> None:
-    assert {block.kind for block in BLOCKS} == set(RUN), "each block says what it is, and is of a kind that is run"
-    assert {ADDRESS in block.text for block in BLOCKS if block.kind != "json"} == {True}
+    kinds = {block.kind for block in BLOCKS}
+    assert {"sh", "python", "json"} <= kinds <= set(RUN), "each block says what it is, and is of a kind that is run"
+    assert {ADDRESS in block.text for block in BLOCKS if block.kind in ("sh", "python")} == {True}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.kind}-{block.text.splitlines()[0][:24]}")
