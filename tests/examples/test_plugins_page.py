@@ -279,3 +279,9 @@ def test_transport(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         edge.wait(lambda: edge.server.gateway.active == 0, "every place is given back")
     finally:
         edge.stop()
+
+
+def test_the_quantizer_rounds_while_a_model_loads(write: Write) -> None:
+    with LLM(extra_plugins=write("my_quantizer"), quantization="int8-whole") as llm, LLM() as wide:
+        rounded, whole = (each.generate("The harbour", SamplingParams(temperature=0, max_tokens=1, logprobs=1))[0] for each in (llm, wide))
+    assert rounded.outputs[0].logprobs != whole.outputs[0].logprobs
