@@ -567,9 +567,10 @@ def page() -> str:
         "### Log-probabilities",
         "",
         "Of raw logits: before penalties, filters and temperature. Of the tokens that are text: those of the stop string and the end token are left out (with"
-        " include_stop_str_in_output they are text), so that the tokens joined are the answer; one that is text up to the stop string is there whole. Chat: `logprobs.content` has for each token `token`, `logprob`, `bytes` (of its UTF-8,"
+        " include_stop_str_in_output they are text), so that the tokens joined are the answer (but for a character of several tokens: of each the text is `\ufffd`; in chat their `bytes` joined are the character); one that is text up to the stop string is there whole. Chat: `logprobs.content` has for each token `token`, `logprob`, `bytes` (of its UTF-8,"
         " which may be a part of a character) and `top_logprobs`, a list of the same. Completions: the lists `tokens`, `token_logprobs`, `top_logprobs`"
-        " (token to number, the drawn one among them) and `text_offset` (characters from the beginning of `text`); with echo the prompt's tokens come"
+        " (token to number, the drawn one among them; alternatives of one text, as two parts of characters, are one member: return_tokens_as_token_ids keeps them"
+        " apart) and `text_offset` (characters from the beginning of `text`; all tokens of a character are where that begins); with echo the prompt's tokens come"
         f" first, the very first with null. JSON has no minus infinity: the least is {logprobs.LOWEST_LOGPROB:g}.",
         "",
         "### Token ids",

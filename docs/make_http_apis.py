@@ -165,7 +165,7 @@ def apis(asked: Callable[[type[msgspec.Struct]], list[str]]) -> list[str]:
         "- `previous_response_id` puts the input and output of that response, and of those before it, before the input; each time the whole is rendered anew (and"
         " found in the prefix cache).",
         "- `background` answers at once and goes on without a connection. `GET /v1/responses/{id}` tells how far it is; with stream, too,"
-        " `GET /v1/responses/{id}?stream=true&starting_after=N` has its events from any HTTP process; `POST /v1/responses/{id}/cancel` ends it. One whose process"
+        " `GET /v1/responses/{id}?stream=true&starting_after=N` has its events from any HTTP process; `POST /v1/responses/{id}/cancel` ends it: its stream's last event is then response.failed, with a response whose status is `cancelled`, as OpenAI has no event for that. One whose process"
         " was lost has failed.",
         "- `GET /v1/responses/{id}/input_items` lists the items of the request itself, not those of previous_response_id.",
         f"- Refused by name: {refused(PROMPT | ANSWER)}, and whatever chat refuses.",

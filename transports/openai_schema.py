@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from penstock.core.actors.text.bounds import ALL_FIELDS, FIELDS, SMALL, check_body, check_depth, check_fields, check_raw
-from penstock.core.protocol.errors import InvalidRequest, RequestTooLarge
+from penstock.core.protocol.errors import InvalidRequest, ModelNotFound, RequestTooLarge
 from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.wording import LONGEST_NAME, plain, type_words
 from penstock.transports import refused
@@ -294,8 +294,8 @@ _AT = re.compile(r" - at (?:`key` in )?`\$?\.?([^`]*)`$")
 def decode(
     body: bytes, kind: type[msgspec.Struct], limits: Limits | None = None, most: int = ALL_FIELDS
 ) -> tuple[Any, dict[str, msgspec.Raw], list[str]]:
-    """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature; RequestTooLarge for
-    what `limits` forbid, and for more than `most` fields in all, before it is parsed."""
+    """The request, its raw top-level fields, and the names of unknown ones. Raises InvalidRequest or UnsupportedFeature; ModelNotFound for
+    a model without a name; RequestTooLarge for what `limits` forbid, and for more than `most` fields in all, before it is parsed."""
     try:
         return _decode(body, kind, limits, most)
     except RecursionError:  # the parser's own bound, which also holds for what it skips
@@ -329,7 +329,10 @@ def _decode(body: bytes, kind: type[msgspec.Struct], limits: Limits | None, most
             if not refused.check(_tables[kind], name, raw[name]) and name not in HINTS:
                 unknown.append(name)
     try:
-        return _decoders[kind].decode(body), raw, sorted(unknown)
+        request = _decoders[kind].decode(body)
+        if getattr(request, "model", None) == "":
+            raise ModelNotFound("The model '' does not exist here: name one of /v1/models, or leave model out.", param="model")
+        return request, raw, sorted(unknown)
     except msgspec.ValidationError as error:
         raise _bad_field(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

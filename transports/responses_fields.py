@@ -52,6 +52,11 @@ ASKED: dict[str, dict[str, Field]] = {
         ),
         "max_tool_calls": Field("Bounds calls of tools that run on the server, of which there are none: no effect.", allowed="1 to 2^63-1"),
         "metadata": Field("Texts by name, kept with the response and shown again.", allowed="at most 16 pairs of 64 and 512 characters"),
+        "request_id": Field(
+            "The id in the header x-request-id, logs and traces, if it is plain, as on chat; the header of the request wins. The response's own id is another, which"
+            " cannot be guessed. No effect with background.",
+            default="made by the server",
+        ),
         "prompt_cache_key": Field("A hint without effect: equal prefixes are found without it."),
         "prompt_cache_options": Field("A hint without effect: equal prefixes are found without it, wherever they end."),
         "prompt_cache_retention": Field("A hint without effect: prefixes stay as long as there is room."),

@@ -40,7 +40,13 @@ CANCEL_S = 5.0
 LOOK_S = 0.02
 """So often it looks."""
 
-_INCLUDE = {"include": {"type": "string", "enum": sorted(INCLUDABLE), "description": "No effect: there is nothing more than comes."}}
+_INCLUDE = {
+    "include": {
+        "type": "string",
+        "enum": sorted(INCLUDABLE),
+        "description": "No effect: log-probabilities and sealed reasoning are there if the response was asked for with them.",
+    }
+}
 RETRIEVE: dict[str, dict[str, Any]] = {
     "stream": {"type": "boolean", "default": False, "description": "Its events, if it was created with background and stream."},
     "starting_after": {"type": "integer", "minimum": 0, "description": "With stream: the events behind this sequence_number alone."},

@@ -880,10 +880,28 @@ def test_options_and_405_agree(http: httpx.Client, path: str) -> None:
     assert ("HEAD" in allowed) == (http.head(path).status_code != 405)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHATS, CHAT),
+        (COMPLETIONS, {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", CHAT | {"max_tokens": 5}),
+        ("/inference/v1/generate", {"token_ids": [1], "sampling_params": {}}),
+    ],
+)
+def test_a_model_without_a_name_is_none(http: httpx.Client, path: str, body: dict[str, Any], stream: bool) -> None:
+    reply = http.post(path, json={**body, "model": "", "stream": stream})
+    assert (reply.status_code, "'' does not exist here" in reply.json()["error"]["message"]) == (404, True)
+    assert http.post(path, json={**body, "model": "brook", "stream": stream}).status_code == 200
+
+
 @pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})])
 def test_the_token_pages_know_their_models(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
-    for model in ("brook", None, ""):
+    for model in ("brook", None):
         assert http.post(path, json={**body, "model": model}).status_code == 200
+    assert error_of(http.post(path, json={**body, "model": ""}))["code"] == "model_not_found"
     reply = http.post(path, json={**body, "model": "gpt-9"})
     assert reply.status_code == 404
     error = error_of(reply)

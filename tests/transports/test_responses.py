@@ -436,6 +436,15 @@ def test_metrics_when_asked_for(edge: Edge) -> None:
     assert stream[-1]["response"]["metrics"]["preemptions"] == 0
 
 
+def test_a_request_id_is_that_of_header_and_log_and_not_of_the_response(edge: Edge) -> None:
+    cases: list[tuple[dict[str, Any], bool]] = [({}, True), ({"stream": True}, True), ({"background": True}, False)]
+    for more, is_told in cases:
+        reply = edge.kept.post(PATH, json=HI | {"request_id": "mine"} | more)
+        assert (reply.headers["x-request-id"] == "mine") is is_told
+        assert "resp_mine" not in reply.text
+        assert edge.kept.post(PATH, json=HI | {"request_id": "mine"} | more, headers={"x-request-id": "r"}).headers["x-request-id"] == "r"
+
+
 def test_input_tokens(edge: Edge) -> None:
     edge.text.received.clear()
     reply = edge.kept.post(COUNT, json=HI | {"instructions": "Be brief.", "tools": [WEATHER], "max_output_tokens": 3})

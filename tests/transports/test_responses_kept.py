@@ -406,6 +406,15 @@ def test_one_without_a_stream_has_no_events(quiet: Edge) -> None:
     quiet.kept.post(f"{PATH}/{name}/cancel")
 
 
+def test_a_cancelled_ones_stream_ends_with_the_response_as_cancelled(quiet: Edge) -> None:
+    """OpenAI has no event of its own for that."""
+    name = create_stream(quiet)
+    say(quiet, quiet.text.wait_for(Submit)[-1].key, "Hel")
+    quiet.kept.post(f"{PATH}/{name}/cancel")
+    last = named_events(quiet.kept.get(f"{PATH}/{name}?stream=true").text)[-1]
+    assert (last["type"], last["response"]["status"], last["response"]["error"]) == ("response.failed", "cancelled", None)
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_it_is_cancelled(quiet: Edge, begun: bool) -> None:
     name = create(quiet, background=True)["id"]
