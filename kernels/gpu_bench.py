@@ -295,6 +295,47 @@ def invariant(bench: Bench) -> None:
                 bench.add("batch-invariant matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], by="torch", **work)
 
 
+def quantised(bench: Bench) -> None:
+    """Quantised weights in the shipped configurations beside bf16 ones; bytes are the weight's."""
+    from penstock.kernels.linear import triton as linear
+    from penstock.kernels.linear.scheme import Scheme
+    from penstock.kernels.quantised import layout
+    from penstock.kernels.quantised import triton as narrow
+
+    schemes = {
+        "int4 128": Scheme("int4", 128),
+        "int4 128 zeros": Scheme("int4", 128, zeros=True),
+        "int8": Scheme("int8"),
+        "fp8": Scheme("fp8_e4m3"),
+        "mxfp4": Scheme("fp4", 32),
+    }
+    workspace = torch.zeros(linear.workspace_elements(VOCAB), device="cuda")
+    wide = torch.empty(narrow.PIECE, dtype=BF16, device="cuda")
+    device = torch.device("cuda")
+    for name, (n, k) in WEIGHTS.items():
+        if name == "lm_head":
+            continue
+        plain = [randn(n, k) for _ in range(max(1, min(8, int(2.5e8 / (n * k * 2)))))]
+        packed: dict[str, list[layout.Weight]] = {}
+        for kind, scheme in schemes.items():
+            packed[kind] = []
+            for _ in range(max(1, min(8, int(2.5e8 / scheme.nbytes(n, k))))):
+                weight = layout.allocate(scheme, n, k, device)
+                weight.data.random_(0, 119)  # no code is NaN
+                weight = layout.tightened(weight._replace(scales=torch.full_like(weight.scales, 2.0**-7)))
+                if weight.zeros is not None:
+                    weight.zeros.fill_(7)
+                packed[kind].append(weight)
+        for rows in (1, 16, 64, 512) if bench.quick else (1, 16, 32, 64, 128, 512, 4096):
+            x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device="cuda")
+            case = f"{name} {n} x {k}, {rows} rows"
+            calls = [lambda w=w: linear.matmul(x, w, out=out, workspace=workspace) for w in plain]
+            bench.add("matmul bf16", case, calls, gigabytes=n * k * 2 / 1e9)
+            for kind, some in packed.items():
+                calls = [lambda w=w: narrow.matmul(x, w, out=out, workspace=workspace, wide=wide) for w in some]
+                bench.add(f"matmul {kind}", case, calls, gigabytes=some[0].nbytes / 1e9)
+
+
 def rows(bench: Bench) -> None:
     """Fused row-wise kernels at 8k tokens; bytes are inputs and outputs once."""
     from penstock.kernels.activation import triton as activation
@@ -425,6 +466,7 @@ def slots(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "roofs": roofs, "decode": decode, "prefill": prefill, "skinny": skinny, "rows": rows, "sampling": sampling, "slots": slots, "invariant": invariant,
+    "quantised": quantised,
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
 
 ROWS = (16, 32, 64)
 """Heights of a tile: rows of x."""
-FEW = 64
+FEW = 256
 """Most rows for which codes are widened in registers."""
 PIECE = 16 << 20
 """Elements of a weight that are widened at once where nobody says."""
