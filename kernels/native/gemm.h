@@ -1,24 +1,30 @@
 /* Linear layers: packing, the split into units, and what happens to a finished tile.
  *
  * What it is: Y[M][N] = A[M][K] W[N][K]^T for packed W, cut into units of (rows, panels) that never cut K. With few rows a unit streams
- * its panels once; with many it keeps a group of panels in the L2 cache and walks the rows. The epilogue stores, adds to the residual, or
+ * its panels once; with many it keeps a group of panels in the L2 cache and walks the rows. Panels of codes are widened in registers for few rows,
+ * for many into scratch memory on the stack, some of K at a time: both give the same bits. The epilogue stores, adds to the residual, or
  * gates: in a gated weight the panels alternate gate, up, gate, up.
  * What it does not know: layers, heads.
  */
 #ifndef PENSTOCK_GEMM_H
 #define PENSTOCK_GEMM_H
 
-#include "panel.h"
+#include "codes.h"
 #include "rows.h"
 
 #define GROUP_BYTES (192 * 1024) /* of weights held in a core's L2 */
+#define WIDE_K 1024   /* of a panel of codes that is widened at a time, */
+#define WIDE_PANELS 4 /* of so many panels, */
+#define WIDE_ROWS 192 /* for so many rows */
 
 enum { TO_F32 = 0, TO_BF16 = 1, TO_RESIDUAL = 2, TO_GATED = 3 };
 
 typedef struct {
     const char *w; /* [panels][panel_bytes] */
-    const float *bias; /* [panels * 16] in panel order, or NULL */
-    int64_t n, k, panels, panel_bytes, bf16, gated, act; /* n: outputs of the layer (gated: of one half) */
+    const float *bias;  /* [panels * 16] in panel order, or NULL */
+    const float *table; /* 16 values that 4-bit codes mean (codes.h), or NULL */
+    const int32_t *perm; /* column j of the weight belongs to input perm[j]; or NULL: to input j */
+    int64_t n, k, panels, panel_bytes, format, group, gated, act; /* n: outputs of the layer (gated: of one half); group: of codes, 1 to k */
 } weight;
 
 typedef struct {
@@ -138,10 +144,78 @@ static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int ste
                 .a = g->a + row * g->lda, .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
                 .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .ahead = AHEAD, .jump = (np - 1) * w->panel_bytes,
             };
-            tile_of(mr, np, (int)w->bf16)(&t);
+            tile_of(mr, np, w->format == P_BF16)(&t);
             q += np;
         }
         finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
+    }
+}
+
+/* The same for panels of codes. */
+static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
+    const weight *w = g->w;
+    const int step = w->gated ? MAX(2, CODES_WIDE(mr)) : CODES_WIDE(mr);
+    _Alignas(64) float c[MR * NP_MAX * PW];
+    const char *b[NP_MAX];
+    for (long p = p0; p < p1; p += step) {
+        const int panels = (int)MIN(step, p1 - p);
+        for (int q = 0; q < panels;) {
+            for (int j = q; j < panels; j++) b[j - q] = w->w + (p + j) * w->panel_bytes;
+            codes_args t = {
+                .a = g->a + row * g->lda, .lda = g->lda, .k = w->k, .group = w->group, .b = b, .table = w->table, .c = c + q * PW, .ldc = NP_MAX * PW,
+                .panel_bytes = w->panel_bytes,
+            };
+            q += codes_run((int)w->format, mr, panels - q, &t);
+        }
+        finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
+    }
+}
+
+/* Up to WIDE_ROWS rows times up to WIDE_PANELS panels of codes, widened WIDE_K at a time. A group that is cut goes on from `part`. */
+static __attribute__((noinline)) void codes_wide(const gemm *g, long row0, long rows, long panel, int panels) {
+    const weight *w = g->w;
+    const long ldc = WIDE_PANELS * PW, blocks = (rows + MR - 1) / MR;
+    _Alignas(64) float wide[WIDE_PANELS][WIDE_K * PW], total[WIDE_ROWS * WIDE_PANELS * PW], part[WIDE_ROWS * WIDE_PANELS * PW];
+    const long at_once = w->group < WIDE_K ? WIDE_K / w->group * w->group : w->group; /* whole groups, or one in pieces */
+    const long full = group_bytes((int)w->format, w->group);
+    for (long k0 = 0, k1; k0 < w->k; k0 = k1) {
+        k1 = MIN(MIN(k0 + WIDE_K, k0 / at_once * at_once + at_once), w->k);
+        for (int p = 0; p < panels; p++)
+            for (long k = k0, end; k < k1; k = end) {
+                const long group = k / w->group, begin = group * w->group;
+                end = MIN(begin + w->group, k1);
+                widen_group((int)w->format, w->w + (panel + p) * w->panel_bytes + group * full, begin, k, end, w->table, wide[p] + (k - k0) * PW);
+            }
+        for (long i = 0, row = 0; i < blocks; i++) {
+            const int mr = (int)(rows / blocks + (i < rows % blocks));
+            for (long k = k0, end; k < k1; k = end) {
+                const long group = k / w->group, begin = group * w->group, last = MIN(begin + w->group, w->k);
+                end = MIN(last, k1);
+                for (int q = 0, np; q < panels; q += np) {
+                    const char *b[NP_MAX];
+                    np = tile_width(mr, panels - q);
+                    for (int j = 0; j < np; j++) b[j] = (const char *)(wide[q + j] + (k - k0) * PW);
+                    tile_args t = {
+                        .a = g->a + (row0 + row) * g->lda + k, .lda = g->lda, .b = b, .segments = 1, .seg_k = end - k, .last_k = end - k,
+                        .c = part + row * ldc + q * PW, .ldc = ldc, .add = k > begin,
+                    };
+                    tile_of(mr, np, 0)(&t);
+                }
+                if (end < last) continue;
+                for (int p = 0; p < panels; p++) {
+                    const float *scales = (const float *)(w->w + (panel + p) * w->panel_bytes + group * full);
+                    for (int j = 0; j < PV; j++) {
+                        const vf scale = vload(scales + j * VL);
+                        for (long r = row; r < row + mr; r++) {
+                            const long at = r * ldc + p * PW + j * VL;
+                            vstore(total + at, vfma(vload(part + at), scale, begin ? vload(total + at) : vset(0.0f)));
+                        }
+                    }
+                }
+            }
+            if (k1 == w->k) finish_tile(g, total + row * ldc, ldc, row0 + row, mr, panel, panels);
+            row += mr;
+        }
     }
 }
 
@@ -151,6 +225,15 @@ static void gemm_unit(const void *job, long unit) {
     long r0 = unit % g->row_units * g->rows_per, r1 = MIN(r0 + g->rows_per, g->rows);
     long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
     long rows = r1 - r0, blocks = (rows + MR - 1) / MR;
+    if (CODED(w->format)) {
+        if (blocks == 1) {
+            codes_rows(g, r0, (int)rows, p0, p1);
+            return;
+        }
+        for (long r = r0; r < r1; r += WIDE_ROWS)
+            for (long p = p0; p < p1; p += WIDE_PANELS) codes_wide(g, r, MIN(WIDE_ROWS, r1 - r), p, (int)MIN(WIDE_PANELS, p1 - p));
+        return;
+    }
     if (blocks == 1) {
         gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, WIDTH[rows]) : WIDTH[rows]);
         return;

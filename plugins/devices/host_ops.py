@@ -18,13 +18,15 @@ from penstock.core.protocol.columns import I32
 from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
 from penstock.kernels.embedding import embedding
-from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
+from penstock.kernels.linear import PackedGated, PackedLinear, PackedQuantised, PackedQuantisedGated, pack, pack_gated
+from penstock.kernels.linear.scheme import Quantised, Scheme
 from penstock.kernels.rmsnorm import rms_norm
 from penstock.kernels.sampling import api as sampling
 from penstock.plugins.attention.native import NativeAttention
 from penstock.plugins.devices.ops import Settings
 from penstock.plugins.devices.torch_ops import TorchOps
-from penstock.plugins.models.api import Block, Columns, Linear, Model, Program, Stacked
+from penstock.plugins.models.api import Block, Columns, Linear, Model, Program, QuantisedLinear, Stacked
+from penstock.plugins.models.builder import Beside
 
 Tensor = torch.Tensor
 as_tensor = torch.from_numpy
@@ -43,6 +45,26 @@ class HostLinear:
         if self._wide and isinstance(self.packed, PackedLinear):
             return self.packed(x, out, torch.float32)
         return self.packed(x, out)
+
+
+class HostQuantised(HostLinear):
+    """Packed codes. See QuantisedLinear."""
+
+    def __init__(self, packed: PackedQuantised | PackedQuantisedGated, *, wide: bool = False) -> None:
+        super().__init__(packed, wide=wide)
+        self.fill = packed.fill
+
+
+class OwnOrders(Beside):
+    """Parts whose inputs are each stored in an order of its own, as layers of their own. See QuantisedLinear."""
+
+    def __init__(self, layers: Sequence[HostQuantised], activation: str) -> None:
+        super().__init__(layers, activation)
+        self._parts = layers
+
+    def fill(self, index: int, part: Quantised) -> None:
+        """See QuantisedLinear."""
+        self._parts[index].fill(0, part)
 
 
 class WholeStep:
@@ -71,7 +93,7 @@ class HostOps(TorchOps):
             return None
         layers = [layer for layer in map(_packed_layer, plain.blocks) if layer is not None]
         head = plain.head.packed
-        if len(layers) < len(plain.blocks) or not isinstance(head, PackedLinear) or len({b.call.scale for b in plain.blocks}) > 1:
+        if len(layers) < len(plain.blocks) or not isinstance(head, PackedLinear) or head.gathers or len({b.call.scale for b in plain.blocks}) > 1:
             return None
         whole = DecoderProgram(
             embedding=plain.embedding,
@@ -105,6 +127,17 @@ class HostOps(TorchOps):
     def head(self, weight: Tensor) -> Linear:
         """See Ops."""
         return HostLinear(pack(weight), wide=True)
+
+    def quantised(
+        self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, activation: str = "", *, head: bool = False
+    ) -> QuantisedLinear | None:
+        """See Ops. Inputs stay as they are, also where the scheme would have them rounded: that is more exact, and no slower here."""
+        biases = [None] * len(rows) if bias is None else bias.parts
+        if scheme.permuted and len(rows) > 1:
+            return OwnOrders([HostQuantised(PackedQuantised(scheme, [n], inputs, b)) for n, b in zip(rows, biases, strict=True)], activation)
+        if activation:
+            return HostQuantised(PackedQuantisedGated(scheme, rows[0], inputs, activation, *biases))  # type: ignore[arg-type]
+        return HostQuantised(PackedQuantised(scheme, rows, inputs, None if bias is None else bias.joined()), wide=head)
 
     # --- state of the slots
 
@@ -189,6 +222,6 @@ def _packed_layer(block: Block) -> DecoderLayer | None:
     if block.call.softcap or block.call.sinks is not None or not all(isinstance(layer, HostLinear) for layer in layers):
         return None
     qkv, o, gate_up, down = (layer.packed for layer in layers)  # type: ignore[attr-defined]
-    if not isinstance(gate_up, PackedGated):
+    if not isinstance(gate_up, PackedGated) or any(layer.gathers for layer in (qkv, o, gate_up, down)):
         return None
     return DecoderLayer(block.attn_norm, qkv, o, block.mlp_norm, gate_up, down, block.q_norm, block.k_norm, block.call.window)
