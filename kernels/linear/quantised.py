@@ -53,15 +53,16 @@ class _Codes(Panels):
 
     def fill(self, row: int, part: Quantised, half: int = 0) -> None:
         """Outputs from `row` on."""
-        scales, zeros = part.scales.float().contiguous(), None if part.zeros is None else part.zeros.contiguous()
+        scheme, scales, zeros = self._scheme, part.scales.float().contiguous(), part.zeros
+        if scheme.zeros and zeros is None:
+            zeros = torch.full_like(scales, 8 if scheme.kind == "int4" else 0, dtype=torch.int16)
         if self.perm is not None:
-            assert part.perm is not None
-            require(bool((self.perm == -1).all() | (self.perm == part.perm).all()), "the parts of one layer must have one order of inputs")
-            self.perm.copy_(part.perm)
-        data, zeros_at = part.data.contiguous(), None if zeros is None else zeros.data_ptr()
-        self._pack(
-            self.by_reference, data.data_ptr(), scales.data_ptr(), zeros_at, self._scheme.rows or part.n, row, part.n, half, torch.get_num_threads()
-        )
+            perm = torch.arange(part.k, dtype=torch.int32) if part.perm is None else part.perm
+            require(bool((self.perm == -1).all() | (self.perm == perm).all()), "the parts of one layer must have one order of inputs")
+            self.perm.copy_(perm)
+        zeros_at = None if zeros is None else zeros.data_ptr()
+        threads = torch.get_num_threads()
+        self._pack(self.by_reference, part.data.data_ptr(), scales.data_ptr(), zeros_at, scheme.rows or part.n, row, part.n, half, threads)
 
 
 def _checked(scheme: Scheme, part: Quantised, n: int, k: int) -> None:
@@ -71,7 +72,7 @@ def _checked(scheme: Scheme, part: Quantised, n: int, k: int) -> None:
     tensor("data", part.data, (n, bytes_of), scheme.dtype)
     blocks = (scheme.scale_rows(n), scheme.groups(k))
     require(part.scales.shape == blocks and part.scales.is_floating_point(), f"scales must be {list(blocks)}, floating")
-    require((part.zeros is not None) == scheme.zeros and (part.perm is not None) == scheme.permuted, f"zeros or perm do not fit {scheme}")
+    require((part.zeros is None or scheme.zeros) and (part.perm is None or scheme.permuted), f"zeros or perm do not fit {scheme}")
     if part.zeros is not None:
         tensor("zeros", part.zeros, blocks, torch.int16)
     if part.perm is not None:

@@ -15,11 +15,12 @@
 
 #include "panel.h"
 
-/* What a panel holds; native/bind.py has the same numbers. A table format looks its 4-bit codes up. */
-enum { P_F32, P_BF16, P_INT8, P_INT8_ZEROS, P_E4M3, P_E5M2, P_INT4, P_INT4_ZEROS, P_TABLE4, FORMATS };
+/* What a panel holds; native/bind.py has the same numbers. P_TABLE4 looks its 4-bit codes up; P_WIDENED is what codes become in scratch memory: float32
+ * values, a cache line a k, and the groups' scales. */
+enum { P_F32, P_BF16, P_INT8, P_INT8_ZEROS, P_E4M3, P_E5M2, P_INT4, P_INT4_ZEROS, P_TABLE4, P_WIDENED, FORMATS };
 #define CODED(format) ((format) >= P_INT8)
 #define ZEROED(format) ((format) == P_INT8_ZEROS || (format) == P_INT4_ZEROS)
-#define NIBBLES(format) ((format) >= P_INT4)
+#define NIBBLES(format) ((format) >= P_INT4 && (format) <= P_TABLE4)
 
 #define LINE 64
 #define CODES_AHEAD 1024 /* bytes that the prefetch of a streamed panel runs ahead */
@@ -129,28 +130,47 @@ typedef struct {
     const float *table;   /* 16 values */
     float *c;             /* [mr][ldc] */
     long ldc, panel_bytes;
+    int add; /* start from C instead of 0 */
 } codes_args;
+
+/* VL values of one k in the line at `from`: the `which`-th of it, the `half`-th vector of its 16. */
+INLINE vf code_value(const int format, const char *from, const int which, const int half, const vf *shift, const lookup *table) {
+    if (format == P_WIDENED) return vload((const float *)from + half * VL);
+    vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + half * VL * 4) >> (4 * which), table) : byte_value(format, from + which * PW + half * VL);
+    return shifted(format) ? v - *shift : v;
+}
 
 /* The k-th row of A times VL values, for each vector of the panels' row; `at` and `which`: where its codes lie. */
 INLINE void code_step(const int format, const int mr, const int nv, vf (*acc)[NP_MAX * PV], const float *const *row, long k, const char *const *b, long at,
                       const int which, const vf *shift, const lookup *table) {
-    vf a[MR];
+    if (mr <= 2) { /* wide and flat: the broadcasts stay in registers, the panels stream */
+        vf a[2];
 #pragma GCC unroll 8
-    for (int i = 0; i < mr; i++) a[i] = vset(row[i][k]);
+        for (int i = 0; i < mr; i++) a[i] = vset(row[i][k]);
 #pragma GCC unroll 32
-    for (int j = 0; j < nv; j++) {
-        const char *from = b[j / PV] + at;
-        vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + (j % PV) * VL * 4) >> (4 * which), table)
-                               : byte_value(format, from + which * PW + (j % PV) * VL);
-        if (shifted(format)) v -= shift[j];
+        for (int j = 0; j < nv; j++) {
+            const vf v = code_value(format, b[j / PV] + at, which, j % PV, shift + j, table);
 #pragma GCC unroll 8
-        for (int i = 0; i < mr; i++) acc[i][j] = vfma(a[i], v, acc[i][j]);
+            for (int i = 0; i < mr; i++) acc[i][j] = vfma(a[i], v, acc[i][j]);
+        }
+    } else {
+        vf v[NP_MAX * PV];
+#pragma GCC unroll 32
+        for (int j = 0; j < nv; j++) v[j] = code_value(format, b[j / PV] + at, which, j % PV, shift + j, table);
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) {
+            const vf a = vset(row[i][k]);
+#pragma GCC unroll 32
+            for (int j = 0; j < nv; j++) acc[i][j] = vfma(a, v[j], acc[i][j]);
+        }
     }
+    if (VL < 16) __asm__ volatile("" ::: "memory"); /* load a line again (a cache hit) rather than spill an accumulator */
 }
 
 INLINE void codes_kernel(const int format, const int mr, const int np, const codes_args *t) {
-    const int nv = np * PV, per = NIBBLES(format) ? 8 : 4; /* k's of one line */
-    const lookup table = lookup_of(t->table);
+    const int nv = np * PV, per = NIBBLES(format) ? 8 : format == P_WIDENED ? 1 : 4; /* k's of one line */
+    lookup table;
+    if (NIBBLES(format)) table = lookup_of(t->table);
     const char *b[NP_MAX];
     const float *row[MR];
 #pragma GCC unroll 8
@@ -167,22 +187,19 @@ INLINE void codes_kernel(const int format, const int mr, const int np, const cod
             for (int i = 0; i < mr; i++) acc[i][j] = vset(0.0f);
             if (shifted(format)) shift[j] = shift_of(format, b[j / PV] + at + LINE + (j % PV) * VL * 4);
         }
+        if (VL < 16 && mr > 4) __asm__ volatile("" : : "r"(shift) : "memory"); /* in memory, not in registers that the sums need */
         at += ZEROED(format) ? 2 * LINE : LINE;
         long k = k0;
         for (; k < whole; k += per, at += LINE) {
-            /* Further down the panel, then at the head of the panels that come next. */
-            const long ahead = at + CODES_AHEAD + (at + CODES_AHEAD < t->panel_bytes ? 0 : (np - 1) * t->panel_bytes);
+            if (format != P_WIDENED) { /* further down the panel, then at the head of the panels that come next */
+                const long ahead = at + CODES_AHEAD + (at + CODES_AHEAD < t->panel_bytes ? 0 : (np - 1) * t->panel_bytes);
 #pragma GCC unroll 8
-            for (int p = 0; p < np; p++) __builtin_prefetch(b[p] + ahead, 0, 3);
-            if (NIBBLES(format)) {
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; i++) code_step(format, mr, nv, acc, row, k + i, b, at, i, shift, &table);
-            } else {
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) code_step(format, mr, nv, acc, row, k + i, b, at, i, shift, &table);
+                for (int p = 0; p < np; p++) __builtin_prefetch(b[p] + ahead, 0, 3);
             }
+#pragma GCC unroll 8
+            for (int i = 0; i < per; i++) code_step(format, mr, nv, acc, row, k + i, b, at, i, shift, &table);
         }
-        if (k < k1) {
+        if (per > 1 && k < k1) {
             for (int i = 0; k + i < k1; i++) code_step(format, mr, nv, acc, row, k + i, b, at, i, shift, &table);
             at += LINE;
         }
@@ -192,7 +209,7 @@ INLINE void codes_kernel(const int format, const int mr, const int np, const cod
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++) {
                 float *c = t->c + i * t->ldc + j * VL;
-                vstore(c, vfma(acc[i][j], scale, k0 ? vload(c) : vset(0.0f)));
+                vstore(c, vfma(acc[i][j], scale, k0 || t->add ? vload(c) : vset(0.0f)));
             }
         }
     }
@@ -202,15 +219,15 @@ typedef void (*codes_fn)(const codes_args *);
 #define CODES_OF(name, format, mr, np) static void codes_##name##_##mr##x##np(const codes_args *t) { codes_kernel(format, mr, np, t); }
 /* Rows: widths of 1, 4 and 8 panels for one row, and so on; what is not there runs as several narrower ones. */
 #if VL == 16
-#define CODES_WIDE(mr) ((mr) == 1 ? 8 : (mr) <= 3 ? 4 : 2)
+#define CODES_WIDE(mr) ((mr) <= 2 ? 8 : (mr) <= 5 ? 4 : 2)
 #define CODES_ALL(name, format) \
-    CODES_OF(name, format, 1, 1) CODES_OF(name, format, 1, 4) CODES_OF(name, format, 1, 8) CODES_OF(name, format, 2, 1) CODES_OF(name, format, 2, 4) \
-    CODES_OF(name, format, 3, 1) CODES_OF(name, format, 3, 4) CODES_OF(name, format, 4, 1) CODES_OF(name, format, 4, 2) \
-    CODES_OF(name, format, 5, 1) CODES_OF(name, format, 5, 2) CODES_OF(name, format, 6, 1) CODES_OF(name, format, 6, 2)
+    CODES_OF(name, format, 1, 1) CODES_OF(name, format, 1, 4) CODES_OF(name, format, 1, 8) CODES_OF(name, format, 2, 1) CODES_OF(name, format, 2, 4) CODES_OF(name, format, 2, 8) \
+    CODES_OF(name, format, 3, 1) CODES_OF(name, format, 3, 4) CODES_OF(name, format, 4, 1) CODES_OF(name, format, 4, 4) \
+    CODES_OF(name, format, 5, 1) CODES_OF(name, format, 5, 4) CODES_OF(name, format, 6, 1) CODES_OF(name, format, 6, 2)
 #define CODES_ROW(name) \
-    {{0}, {codes_##name##_1x1, codes_##name##_1x4, codes_##name##_1x8}, {codes_##name##_2x1, codes_##name##_2x4}, {codes_##name##_3x1, codes_##name##_3x4}, \
-     {codes_##name##_4x1, codes_##name##_4x2}, {codes_##name##_5x1, codes_##name##_5x2}, {codes_##name##_6x1, codes_##name##_6x2}}
-static const int CODES_WIDTHS[MR + 1][3] = {{0}, {1, 4, 8}, {1, 4}, {1, 4}, {1, 2}, {1, 2}, {1, 2}};
+    {{0}, {codes_##name##_1x1, codes_##name##_1x4, codes_##name##_1x8}, {codes_##name##_2x1, codes_##name##_2x4, codes_##name##_2x8}, {codes_##name##_3x1, codes_##name##_3x4}, \
+     {codes_##name##_4x1, codes_##name##_4x4}, {codes_##name##_5x1, codes_##name##_5x4}, {codes_##name##_6x1, codes_##name##_6x2}}
+static const int CODES_WIDTHS[MR + 1][3] = {{0}, {1, 4, 8}, {1, 4, 8}, {1, 4}, {1, 4}, {1, 4}, {1, 2}};
 #else
 #define CODES_WIDE(mr) ((mr) == 1 ? 4 : (mr) == 2 ? 2 : 1)
 #define CODES_ALL(name, format) \
@@ -227,6 +244,7 @@ CODES_ALL(e4m3, P_E4M3)
 CODES_ALL(e5m2, P_E5M2)
 CODES_ALL(int4z, P_INT4_ZEROS)
 CODES_ALL(table4, P_TABLE4)
+CODES_ALL(widened, P_WIDENED)
 #if VL == 16
 #define CODES_INT4 CODES_ROW(table4)
 #else
@@ -234,7 +252,7 @@ CODES_ALL(int4, P_INT4)
 #define CODES_INT4 CODES_ROW(int4)
 #endif
 static const codes_fn CODES[FORMATS - P_INT8][MR + 1][3] = {
-    CODES_ROW(int8), CODES_ROW(int8z), CODES_ROW(e4m3), CODES_ROW(e5m2), CODES_INT4, CODES_ROW(int4z), CODES_ROW(table4),
+    CODES_ROW(int8), CODES_ROW(int8z), CODES_ROW(e4m3), CODES_ROW(e5m2), CODES_INT4, CODES_ROW(int4z), CODES_ROW(table4), CODES_ROW(widened),
 };
 
 /* Runs mr rows times as many of `panels` as the widest micro-kernel takes; returns how many. */
@@ -245,24 +263,27 @@ static int codes_run(int format, int mr, int panels, const codes_args *t) {
     return CODES_WIDTHS[mr][which];
 }
 
-/* --- Many rows: codes to a float32 panel. */
+/* --- Many rows: codes to float32 values. */
 
-/* Rows [k0, k1) of K, which lie in one group that begins at `begin` with `head`: to[k - k0][16]. */
+/* Rows [k0, k1) of K, which lie in one group that begins at `begin` with `head`, k0 a multiple of 8 behind it: to[k - k0][16]. */
 INLINE void widen_codes(const int format, const char *head, long begin, long k0, long k1, const float *values, float *to) {
-    const lookup table = lookup_of(values);
-    const char *codes = head + LINE * (ZEROED(format) ? 2 : 1);
+    const int per = NIBBLES(format) ? 8 : 4;
+    const char *from = head + LINE * (ZEROED(format) ? 2 : 1) + (k0 - begin) / per * LINE;
+    lookup table;
     vf shift[PV];
+    if (NIBBLES(format)) table = lookup_of(values);
 #pragma GCC unroll 4
     for (int j = 0; j < PV; j++)
         if (shifted(format)) shift[j] = shift_of(format, head + LINE + j * VL * 4);
-    for (long k = k0; k < k1; k++) {
-        const long q = k - begin;
+    for (long k = k0; k < k1; k += per, from += LINE, to += per * PW) {
+        const int count = (int)MIN(per, k1 - k);
+#pragma GCC unroll 8
+        for (int i = 0; i < per; i++) {
+            if (i >= count) return;
 #pragma GCC unroll 4
-        for (int j = 0; j < PV; j++) {
-            vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(codes + q / 8 * LINE + j * VL * 4) >> (uint32_t)(q % 8 * 4), &table)
-                                   : byte_value(format, codes + q * PW + j * VL);
-            if (shifted(format)) v -= shift[j];
-            vstore(to + (k - k0) * PW + j * VL, v);
+            for (int j = 0; j < PV; j++) {
+                vstore(to + i * PW + j * VL, code_value(format, from, i, j, shift + j, &table));
+            }
         }
     }
 }

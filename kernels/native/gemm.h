@@ -13,9 +13,12 @@
 #include "rows.h"
 
 #define GROUP_BYTES (192 * 1024) /* of weights held in a core's L2 */
-#define WIDE_K 1024   /* of a panel of codes that is widened at a time, */
-#define WIDE_PANELS 4 /* of so many panels, */
-#define WIDE_ROWS 192 /* for so many rows */
+/* Panels of codes. On a Zen 5 core, whose conversions have execution units of their own, scratch memory gains nothing below 500 rows (AVX-512) or 60
+ * (AVX2); where conversions take the multiplications' units, each block of rows in registers costs about a third more. */
+#define CODES_BLOCKS (VL == 16 ? 32 : 8) /* blocks of rows that widen codes in registers */
+#define WIDE_K 1024                      /* lines of a panel that scratch memory takes (codes_wide needs 512 KiB of stack), */
+#define WIDE_PANELS 4                    /* of so many panels, */
+#define WIDE_ROWS 512                    /* for so many rows */
 
 enum { TO_F32 = 0, TO_BF16 = 1, TO_RESIDUAL = 2, TO_GATED = 3 };
 
@@ -171,46 +174,53 @@ static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
     }
 }
 
-/* Up to WIDE_ROWS rows times up to WIDE_PANELS panels of codes, widened WIDE_K at a time. A group that is cut goes on from `part`. */
+/* Up to WIDE_ROWS rows times up to WIDE_PANELS panels of codes, widened WIDE_K at a time: several groups, or a piece of one. */
 static __attribute__((noinline)) void codes_wide(const gemm *g, long row0, long rows, long panel, int panels) {
     const weight *w = g->w;
-    const long ldc = WIDE_PANELS * PW, blocks = (rows + MR - 1) / MR;
+    const long ldc = WIDE_PANELS * PW, blocks = (rows + MR - 1) / MR, group = w->group, full = group_bytes((int)w->format, group);
+    const int pieces = group + 1 > WIDE_K; /* of a group: its chain goes on in `part`, and is scaled when the group ends */
+    const long at_once = pieces ? WIDE_K : WIDE_K / (group + 1) * group; /* a group's scales take a line, too */
     _Alignas(64) float wide[WIDE_PANELS][WIDE_K * PW], total[WIDE_ROWS * WIDE_PANELS * PW], part[WIDE_ROWS * WIDE_PANELS * PW];
-    const long at_once = w->group < WIDE_K ? WIDE_K / w->group * w->group : w->group; /* whole groups, or one in pieces */
-    const long full = group_bytes((int)w->format, w->group);
+    const char *b[NP_MAX];
     for (long k0 = 0, k1; k0 < w->k; k0 = k1) {
-        k1 = MIN(MIN(k0 + WIDE_K, k0 / at_once * at_once + at_once), w->k);
-        for (int p = 0; p < panels; p++)
+        const long begin = k0 / group * group, last = pieces ? MIN(begin + group, w->k) : w->k;
+        k1 = MIN(k0 + at_once, last);
+        for (int p = 0; p < panels; p++) {
+            float *to = wide[p];
             for (long k = k0, end; k < k1; k = end) {
-                const long group = k / w->group, begin = group * w->group;
-                end = MIN(begin + w->group, k1);
-                widen_group((int)w->format, w->w + (panel + p) * w->panel_bytes + group * full, begin, k, end, w->table, wide[p] + (k - k0) * PW);
+                const long first = k / group * group;
+                const char *head = w->w + (panel + p) * w->panel_bytes + k / group * full;
+                end = MIN(first + group, k1);
+                if (!pieces) {
+                    memcpy(to, head, LINE);
+                    to += PW;
+                }
+                widen_group((int)w->format, head, first, k, end, w->table, to);
+                to += (end - k) * PW;
             }
+        }
         for (long i = 0, row = 0; i < blocks; i++) {
             const int mr = (int)(rows / blocks + (i < rows % blocks));
-            for (long k = k0, end; k < k1; k = end) {
-                const long group = k / w->group, begin = group * w->group, last = MIN(begin + w->group, w->k);
-                end = MIN(last, k1);
-                for (int q = 0, np; q < panels; q += np) {
-                    const char *b[NP_MAX];
+            const float *a = g->a + (row0 + row) * g->lda + k0;
+            for (int q = 0, np; q < panels; q += np) {
+                for (int j = q; j < panels; j++) b[j - q] = (const char *)wide[j];
+                if (pieces) {
                     np = tile_width(mr, panels - q);
-                    for (int j = 0; j < np; j++) b[j] = (const char *)(wide[q + j] + (k - k0) * PW);
                     tile_args t = {
-                        .a = g->a + (row0 + row) * g->lda + k, .lda = g->lda, .b = b, .segments = 1, .seg_k = end - k, .last_k = end - k,
-                        .c = part + row * ldc + q * PW, .ldc = ldc, .add = k > begin,
+                        .a = a, .lda = g->lda, .b = b, .segments = 1, .seg_k = k1 - k0, .last_k = k1 - k0, .c = part + row * ldc + q * PW, .ldc = ldc,
+                        .add = k0 > begin,
                     };
                     tile_of(mr, np, 0)(&t);
+                } else {
+                    codes_args t = {.a = a, .lda = g->lda, .k = k1 - k0, .group = group, .b = b, .c = total + row * ldc + q * PW, .ldc = ldc, .add = k0 > 0};
+                    np = codes_run(P_WIDENED, mr, panels - q, &t);
                 }
-                if (end < last) continue;
-                for (int p = 0; p < panels; p++) {
-                    const float *scales = (const float *)(w->w + (panel + p) * w->panel_bytes + group * full);
-                    for (int j = 0; j < PV; j++) {
-                        const vf scale = vload(scales + j * VL);
-                        for (long r = row; r < row + mr; r++) {
-                            const long at = r * ldc + p * PW + j * VL;
-                            vstore(total + at, vfma(vload(part + at), scale, begin ? vload(total + at) : vset(0.0f)));
-                        }
-                    }
+            }
+            for (int v = 0; pieces && k1 == last && v < panels * PV; v++) {
+                const vf scale = vload((const float *)(w->w + (panel + v / PV) * w->panel_bytes + begin / group * full) + v % PV * VL);
+                for (long r = row; r < row + mr; r++) {
+                    float *c = total + r * ldc + v * VL;
+                    vstore(c, vfma(vload(part + r * ldc + v * VL), scale, begin ? vload(c) : vset(0.0f)));
                 }
             }
             if (k1 == w->k) finish_tile(g, total + row * ldc, ldc, row0 + row, mr, panel, panels);
@@ -226,8 +236,15 @@ static void gemm_unit(const void *job, long unit) {
     long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
     long rows = r1 - r0, blocks = (rows + MR - 1) / MR;
     if (CODED(w->format)) {
-        if (blocks == 1) {
-            codes_rows(g, r0, (int)rows, p0, p1);
+        if (blocks <= CODES_BLOCKS) {
+            const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
+            for (long p = p0; p < p1; p += group) {
+                for (long i = 0, row = r0; i < blocks; i++) {
+                    const int mr = (int)(rows / blocks + (i < rows % blocks));
+                    codes_rows(g, row, mr, p, MIN(p + group, p1));
+                    row += mr;
+                }
+            }
             return;
         }
         for (long r = r0; r < r1; r += WIDE_ROWS)
