@@ -25,6 +25,7 @@ NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
 CHOSEN = {
     "models": "config.json's `architectures`",
+    "quantizers": "config.json's `quantization_config`, or `--quantization`",
     "tokenizers": "`matches(folder)`",
     "chat_renderers": "`matches(folder)`",
     "output_formats": "`--tool-call-parser NAME` and `--reasoning-parser NAME`, else `matches(template)`",
@@ -58,6 +59,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
     from penstock.core.runtime import actor
     from penstock.kernels.attention import api as attention_api
     from penstock.kernels.attention import layout
+    from penstock.kernels.linear import scheme
     from penstock.plugins.attention import pages
     from penstock.plugins.models import api, builder
     from penstock.transports import frame, gateway, generation, request, surface, voice
@@ -100,6 +102,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
             *(layout, layout.read_kv, layout.write_kv, attention_api.paged_attention),
         ),
         "weight_sources": (api.Weights,),
+        "quantizers": (api.Quantizer, scheme.Scheme, scheme.Quantised),
         "schedule_policies": (policy.SchedulePolicy, policy.Waiting, policy.Running),
         "tokenizers": (text_api.Tokenizer,),
         "chat_renderers": (text_api.ChatRenderer, text_api.TemplatedRenderer),

@@ -94,7 +94,7 @@ _NOTES: tuple[tuple[str, str], ...] = (
         "prompts that wait are always tokenised together.",
     ),
     ("dynamic-batch-tokenizer-batch-size= dynamic-batch-tokenizer-batch-timeout=", "prompts that wait are always tokenised together."),
-    ("allow-deprecated-quantization", "quantisation does not exist here yet."),
+    ("allow-deprecated-quantization", "what a checkpoint is quantised with is read from its config.json."),
     ("safetensors-load-strategy= safetensors-prefetch-num-threads= safetensors-prefetch-block-size=", _LOADING),
     ("model-loader-extra-config={} use-tqdm-on-load! pt-load-map-location= max-parallel-loading-workers=", _LOADING),
     ("weight-loader-disable-mmap weight-loader-prefetch-checkpoints weight-loader-prefetch-num-threads=", _LOADING),
@@ -251,7 +251,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (
         "quantization-config= quantization-param-path= torchao-config= modelopt-quant=",
-        "quantisation does not exist here yet. Leave it out.",
+        "what a checkpoint is quantised with is read from its config.json. Leave it out, or see --quantization.",
     ),
     ("kv-cache-dtype-skip-layers=", "the KV cache has one type. Leave it out."),
     ("disable-sliding-window", "what a model attends to is as its config.json says. Use --max-model-len to stay below the window."),

@@ -70,7 +70,7 @@ def choose(
     name = resolve_dtype(config.dtype, facts, dtypes, device, other)
     check(facts)
     chosen = attention or choose_attention(config, facts, name, device)
-    quantizer = quantizer_for(config, raw, facts, device)
+    quantizer = quantizer_for(config, raw, facts, device, functools.partial(blame, config, "quantizers"))
     if quantizer is not None:
         log.info("quantised weights: %s", quantizer.method)
     return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer)

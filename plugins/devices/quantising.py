@@ -6,8 +6,9 @@ What it does not know: formats, devices' kernels.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from penstock.core.contract.devices import ModelFacts, RunnerConfig
@@ -17,8 +18,10 @@ from penstock.core.protocol.errors import CheckpointError, ConfigError, Unsuppor
 from penstock.kernels.linear.scheme import Scheme
 from penstock.plugins import quantizers as builtin_quantizers
 from penstock.plugins.models.api import Quantizer
+from penstock.plugins.quantizers.checked import CheckedQuantizer
 
 log = logging.getLogger("penstock.weights")
+Blame = Callable[[str, str, Exception | str], Exception]
 CONFIGS = ("quantization_config", "compression_config")
 """Names that config.json gives it, the one that counts first."""
 
@@ -30,8 +33,8 @@ def quantizers_of(config: RunnerConfig) -> Mapping[str, QuantizerSpec]:
     return {spec.name: spec for spec in builtin_quantizers.register_quantizers()}
 
 
-def quantizer_for(config: RunnerConfig, raw: Mapping[str, Any], facts: ModelFacts, device: str) -> Quantizer | None:
-    """None: nothing is quantised. Raises ConfigError naming the option, CheckpointError or UnsupportedFeature naming the field."""
+def quantizer_for(config: RunnerConfig, raw: Mapping[str, Any], facts: ModelFacts, device: str, blame: Blame) -> Quantizer | None:
+    """`blame(name, call, what)`: the error that names the plugin. None: nothing is quantised. Raises ConfigError naming the option, CheckpointError or UnsupportedFeature naming the field."""
     specs = list(quantizers_of(config).values())
     wanted = config.quantization
     method, own = method_of(raw)
@@ -41,7 +44,7 @@ def quantizer_for(config: RunnerConfig, raw: Mapping[str, Any], facts: ModelFact
         able = [spec for spec in reversed(specs) if wanted in spec.schemes]
         if not able:
             raise ConfigError(_unknown(wanted, specs), param="quantization")
-        return _made(able[0], wanted, {}, facts, device)
+        return _made(able[0], wanted, {}, facts, device, blame)
     if wanted is not None and _plain(wanted) != method:
         raise ConfigError(
             f"--quantization {wanted}: the checkpoint is quantised already (config.json: {method}). Leave the option out, or take the wide checkpoint.",
@@ -51,7 +54,7 @@ def quantizer_for(config: RunnerConfig, raw: Mapping[str, Any], facts: ModelFact
     if not able:
         known = ", ".join(sorted({one for spec in specs for one in spec.methods}))
         raise UnsupportedFeature(f"config.json: quant_method {method!r} is not supported yet. Known: {known}.", param="quant_method")
-    return _made(able[0], method, own, facts, device)
+    return _made(able[0], method, own, facts, device, blame)
 
 
 def method_of(raw: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -87,9 +90,9 @@ def _plain(word: str) -> str:
     return {"compressed_tensors": "compressed-tensors", "auto_round": "auto-round", "modelopt_fp4": "modelopt"}.get(word, word)
 
 
-def _made(spec: QuantizerSpec, method: str, own: dict[str, Any], facts: ModelFacts, device: str) -> Quantizer:
-    made: Quantizer = spec.factory(method=method, config=own, facts=facts, device=device)
-    return made
+def _made(spec: QuantizerSpec, method: str, own: dict[str, Any], facts: ModelFacts, device: str, blame: Blame) -> Quantizer:
+    made = spec.factory(method=method, config=own, facts=facts, device=device)
+    return CheckedQuantizer(made, functools.partial(blame, spec.name))
 
 
 def _unknown(wanted: str, specs: list[QuantizerSpec]) -> str:

@@ -123,7 +123,12 @@ class Stacked(NamedTuple):
 
 
 class Quantizer(Protocol):
-    """Reads the quantised layers of a checkpoint, or makes them of wide ones. A layer is named as in Builder's Part: without ".weight"."""
+    """Reads the quantised layers of a checkpoint, or makes them of wide ones. A layer is named as in Builder's Part: without ".weight".
+
+    It may also have `linear(weights, layers, scheme, rows, inputs, bias, activation, device) -> Linear | None`, for what no Scheme expresses or a kernel of its
+    own multiplies: one layer of all `layers` (names), which read the same input and have `rows` outputs each and one `scheme`; with an activation they are gate and
+    up. None: it is made of what `read` gives.
+    """
 
     method: str
     """For people: what it reads or makes, with the fields that matter ("gptq, 4 bits, groups of 128")."""

@@ -143,6 +143,13 @@ class Builder:
     def _quantised(
         self, parts: Sequence[Part], scheme: Scheme, inputs: int, bias: Stacked | None, activation: str, head: bool
     ) -> Linear | None:
+        own = getattr(self._quantizer, "linear", None)
+        if own is not None:
+            made: Linear | None = own(
+                self.weights, [part.name for part in parts], scheme, [part.rows for part in parts], inputs, bias, activation, self.device
+            )
+            if made is not None:
+                return made
         make = getattr(self._ops, "quantised", None)
         layer: QuantisedLinear | None = (
             None if make is None else make(scheme, [part.rows for part in parts], inputs, bias, activation, head=head)

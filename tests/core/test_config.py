@@ -30,7 +30,6 @@ def test_layers_command_line_over_environment_over_file(tmp_path: Path, monkeypa
     ("layer", "param", "hint"),
     [
         ({"max_model_length": 3}, "max_model_length", "max_model_len"),
-        ({"quantization": "fp8"}, "quantization", "not supported yet"),
         ({"tensor_parallel_size": 4}, "tensor_parallel_size", "not supported yet"),
         ({"max_num_seqs": 0}, "max_num_seqs", "at least 1"),
         ({"max_num_seqs": "x"}, "max_num_seqs", "max_num_seqs must be a whole number, but is 'x'"),
@@ -277,7 +276,8 @@ def test_aliases_and_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "name"), [("-tp 2", "--tensor-parallel-size"), ("-q awq", "--quantization"), ("--log-requests", "--enable-log-requests")]
+    ("words", "name"),
+    [("-tp 2", "--tensor-parallel-size"), ("-sc {}", "--speculative-config"), ("--log-requests", "--enable-log-requests")],
 )
 def test_flags_of_later_capabilities_are_known_and_refused(words: str, name: str) -> None:
     result = CliRunner().invoke(cli.cli, ["serve", "m", *words.split()])

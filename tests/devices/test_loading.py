@@ -117,7 +117,7 @@ def test_missing_wrong_and_left_over_tensors_are_named(folder: Path, load: Load,
     with pytest.raises(CheckpointError, match=r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias"):
         load(folder)
     rewrite(folder, {**whole, name: torch.zeros(48, 32, dtype=torch.int8)})
-    with pytest.raises(UnsupportedFeature, match="quantised"):
+    with pytest.raises(UnsupportedFeature, match="no quantization_config"):
         load(folder)
     rewrite(folder, {**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
     load(folder)
@@ -323,6 +323,7 @@ def test_parts_come_from_the_plugin_host(folder: Path, load: Load) -> None:
     host = SimpleNamespace(
         models=lambda: {spec.name: spec for spec in register_models()},
         weight_sources=lambda: {spec.name: spec for spec in register_weight_sources()},
+        quantizers=dict,
         attention_backends=lambda: {**builtin, "mine": strange, "cuda-only": elsewhere},
         hook=SimpleNamespace(choose_attention_backend=choose),
     )

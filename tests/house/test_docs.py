@@ -58,7 +58,7 @@ def sections() -> dict[str, str]:
 
 SPECS = [one.spec for one in FAMILIES.values()]
 PROTOCOLS: list[Any] = [
-    *(devices.Device, devices.Runner, api.Weights, api.Attention, api.Model, api.Program, api.Ops, api.Linear),
+    *(devices.Device, devices.Runner, api.Weights, api.Quantizer, api.Attention, api.Model, api.Program, api.Ops, api.Linear),
     *(policy.SchedulePolicy, text_api.Tokenizer, text_api.ChatRenderer, text_api.TemplatedRenderer, gateway.Sink),
     *(actors.Seat, actors.Actor, actors.ActorPort, grammars.Grammars, grammars.Matcher, formats.Splitter),
 ]

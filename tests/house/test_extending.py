@@ -26,7 +26,6 @@ def test_what_the_samples_import_exists() -> None:
 @pytest.mark.parametrize(
     ("title", "file", "hook", "spec"),
     [
-        ("A quantizer", "plugins/quantizers/NAME.py", "register_quantizers", "QuantizerSpec"),
         ("A drafter", "plugins/drafters/NAME.py", "register_drafters", "DrafterSpec"),
         ("A KV tier", "plugins/tiers/NAME.py", "register_actors", "ActorSpec"),
         ("A rank executor", "plugins/executors/NAME.py", "register_executors", "ExecutorSpec"),

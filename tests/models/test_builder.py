@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from penstock.core.contract.devices import ModelFacts
+from penstock.kernels.linear.scheme import Quantised, Scheme, quantise
 from penstock.plugins.attention.sdpa import TorchAttention
-from penstock.plugins.devices.torch_ops import TorchOps
+from penstock.plugins.devices.torch_ops import TorchLinear, TorchOps
 from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.decoder import build_decoder
 
@@ -111,3 +112,31 @@ def test_what_a_layer_multiplies() -> None:
     out = torch.empty(2, 8)
     assert layer(x, None, out) is out
     assert torch.equal(out, layer(x))
+
+
+class OwnLayers:
+    """A quantizer whose layers are its own, for some."""
+
+    method = "own"
+
+    def scheme(self, weights: Any, layer: str, rows: int, inputs: int) -> Scheme | None:
+        return Scheme("int8") if "mlp" in layer else None
+
+    def linear(
+        self, weights: Any, layers: list[str], scheme: Scheme, rows: list[int], inputs: int, bias: Any, activation: str, device: Any
+    ) -> Any:
+        return None if activation else TorchLinear(torch.full((sum(rows), inputs), float(len(layers))), None)
+
+    def read(self, weights: Any, layer: str, scheme: Scheme, rows: int, inputs: int, device: torch.device) -> Quantised:
+        return quantise(weights.take(f"{layer}.weight", (rows, inputs)), scheme)
+
+
+def test_a_quantizer_may_bring_layers_of_its_own() -> None:
+    shape = facts()
+    builder = Builder(Named(), TorchOps(), torch.float32, CPU, None, OwnLayers())
+    model = build_decoder(facts=shape, builder=builder, attention=TorchAttention(shape, torch.float32, CPU, 16), max_len=64)
+    assert model.plain is not None
+    for block in model.plain.blocks:
+        assert torch.equal(block.down.weight, torch.ones(24, 40))  # type: ignore[attr-defined]
+        assert block.qkv.weight.abs().max() > 1  # type: ignore[attr-defined]
+    assert builder.wide == {Scheme("int8"): 2}  # gate and up, which these operations hold wide

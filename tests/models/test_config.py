@@ -83,7 +83,6 @@ def test_wrong_fields_are_named(over: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize(
     ("over", "param"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "proportional"}}, "rope_scaling"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters"),

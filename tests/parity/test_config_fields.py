@@ -260,8 +260,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {"rope_type": "default", "full_attention": {"rope_theta": 9.0}}}, "rope_parameters"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("llama", {"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    ("llama", {"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config"),
     ("llama", {"text_config": {"hidden_size": 32}}, "text_config"),
     ("llama", {"per_layer_config": {"0": {"intermediate_size": 48}}}, "per_layer_config"),
     ("llama", {"configuration_files": ["config.5.0.0.json"]}, "configuration_files"),
