@@ -48,7 +48,15 @@ class Panels:
         panels = -(-n // PANEL) * (2 if gated else 1)
         self.data = arena.take(panels * panel_bytes)
         self.weight = native.Weight(
-            w=self.data.data_ptr(), n=n, k=k, panels=panels, panel_bytes=panel_bytes, format=FORMATS[format], group=group, gated=gated, act=act
+            w=self.data.data_ptr(),
+            n=n,
+            k=k,
+            panels=panels,
+            panel_bytes=panel_bytes,
+            format=FORMATS[format],
+            group=group,
+            gated=gated,
+            act=act,
         )
         self.by_reference = ctypes.byref(self.weight)
         self.nbytes = self.data.nbytes
@@ -63,7 +71,11 @@ class Panels:
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
         bf16 = torch.bfloat16
-        check(self._run(self.by_reference, x.data_ptr(), x.dtype == bf16, x.shape[0], out.data_ptr(), out.dtype == bf16, torch.get_num_threads()))
+        check(
+            self._run(
+                self.by_reference, x.data_ptr(), x.dtype == bf16, x.shape[0], out.data_ptr(), out.dtype == bf16, torch.get_num_threads()
+            )
+        )
         return out
 
 

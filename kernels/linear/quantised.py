@@ -26,8 +26,6 @@ from penstock.kernels.linear.scheme import E2M1, KINDS, NF4, NIBBLES, Quantised,
 from penstock.kernels.native.bind import FORMATS
 
 
-
-
 class _Codes(Panels):
     """A weight [n, k] in panels of codes, a gated one in two halves."""
 

@@ -18,7 +18,10 @@ from penstock.kernels.native.build import BuildError, build
 log = logging.getLogger("penstock.kernels")
 
 
-FORMATS = {name: number for number, name in enumerate(("f32", "bf16", "int8", "int8_zeros", "fp8_e4m3", "fp8_e5m2", "int4", "int4_zeros", "table4"))}
+FORMATS = {
+    name: number
+    for number, name in enumerate(("f32", "bf16", "int8", "int8_zeros", "fp8_e4m3", "fp8_e5m2", "int4", "int4_zeros", "table4"))
+}
 """What a panel holds: the numbers of codes.h."""
 
 

@@ -93,7 +93,12 @@ class HostOps(TorchOps):
             return None
         layers = [layer for layer in map(_packed_layer, plain.blocks) if layer is not None]
         head = plain.head.packed
-        if len(layers) < len(plain.blocks) or not isinstance(head, PackedLinear) or head.gathers or len({b.call.scale for b in plain.blocks}) > 1:
+        if (
+            len(layers) < len(plain.blocks)
+            or not isinstance(head, PackedLinear)
+            or head.gathers
+            or len({b.call.scale for b in plain.blocks}) > 1
+        ):
             return None
         whole = DecoderProgram(
             embedding=plain.embedding,
@@ -134,7 +139,9 @@ class HostOps(TorchOps):
         """See Ops. Inputs stay as they are, also where the scheme would have them rounded: that is more exact, and no slower here."""
         biases = [None] * len(rows) if bias is None else bias.parts
         if scheme.permuted and len(rows) > 1:
-            return OwnOrders([HostQuantised(PackedQuantised(scheme, [n], inputs, b)) for n, b in zip(rows, biases, strict=True)], activation)
+            return OwnOrders(
+                [HostQuantised(PackedQuantised(scheme, [n], inputs, b)) for n, b in zip(rows, biases, strict=True)], activation
+            )
         if activation:
             return HostQuantised(PackedQuantisedGated(scheme, rows[0], inputs, activation, *biases))  # type: ignore[arg-type]
         return HostQuantised(PackedQuantised(scheme, rows, inputs, None if bias is None else bias.joined()), wide=head)
