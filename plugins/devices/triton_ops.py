@@ -7,6 +7,7 @@ What it does not know: attention, slots' owners, graphs, steps.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,11 +20,14 @@ from penstock.kernels.activation.triton import gated
 from penstock.kernels.argmax.triton import argmax
 from penstock.kernels.embedding.triton import embedding, gather_rows
 from penstock.kernels.linear import triton as linear
+from penstock.kernels.linear.scheme import Quantised, Scheme
+from penstock.kernels.quantised import layout
+from penstock.kernels.quantised import triton as quantised
 from penstock.kernels.rmsnorm.triton import add_rms_norm, rms_norm
 from penstock.kernels.sampling import triton as sampling
 from penstock.kernels.slots import triton as slot_state
 from penstock.plugins.devices.ops import Settings
-from penstock.plugins.models.api import Columns, Linear, Model, Program, Stacked
+from penstock.plugins.models.api import Columns, Linear, Model, Program, QuantisedLinear, Stacked
 
 Tensor = torch.Tensor
 
@@ -66,6 +70,68 @@ class TritonLinear:
         return y if out is None else out.copy_(y)
 
 
+class TritonQuantised:
+    """A quantised weight in the kernel's own order. See QuantisedLinear. Gated: rows of gate and up alternate."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        rows: Sequence[int],
+        inputs: int,
+        bias: Stacked | None,
+        ops: TritonOps,
+        *,
+        device: torch.device,
+        activation: str,
+        head: bool,
+    ) -> None:
+        self.n, self.k = rows[0] if activation else sum(rows), inputs
+        self._rows = rows
+        self._left = len(rows)
+        self._lock = threading.Lock()
+        self._weight = layout.allocate(scheme, sum(rows), inputs, device)
+        self._perm = torch.empty(inputs, dtype=torch.int32, device=device) if scheme.permuted else None
+        self._bias = bias
+        self._joined: Tensor | None = None
+        self._ops = ops
+        self._activation = activation or None
+        self._out_dtype = torch.float32 if head else None
+        self.nbytes = self._weight.nbytes + (0 if bias is None else sum(part.nbytes for part in bias.parts))
+
+    def fill(self, index: int, part: Quantised) -> None:
+        """See QuantisedLinear."""
+        gated = self._activation is not None
+        first, every = (index, 2) if gated else (sum(self._rows[:index]), 1)
+        layout.fill(self._weight, part, first, every)
+        if self._perm is not None and part.perm is not None:
+            self._perm.copy_(part.perm)
+        with self._lock:
+            self._left -= 1
+            done = self._left == 0
+        if done:
+            self._weight = layout.tightened(self._weight)
+
+    def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
+        """See Linear."""
+        if self._bias is not None and self._joined is None:  # once, when all is read
+            joined = self._bias.joined()
+            self._joined = joined if self._activation is None else joined.view(2, -1).t().reshape(-1)
+        if self._perm is not None:
+            x = x.index_select(1, self._perm)
+        ops = self._ops
+        y = quantised.matmul(
+            x,
+            self._weight,
+            self._joined,
+            out_dtype=self._out_dtype,
+            gated=self._activation,
+            workspace=ops.linear_space,
+            wide=ops.wide_space(x.dtype) if x.shape[0] > quantised.FEW else None,
+            deterministic=ops.deterministic,
+        )
+        return y if out is None else out.copy_(y)
+
+
 class TritonOps:
     """See DeviceOps."""
 
@@ -76,10 +142,12 @@ class TritonOps:
         vocab = facts.vocab_size
         widest = max(facts.hidden_size, 2 * facts.intermediate_size, (facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim)
         self.deterministic = deterministic
-        self._linear = torch.zeros(linear.workspace_elements(max(widest, vocab)), dtype=torch.float32, device=device)
+        self.linear_space = torch.zeros(linear.workspace_elements(max(widest, vocab)), dtype=torch.float32, device=device)
         self._sampling = torch.empty(sampling.workspace_elements(max_rows, vocab), dtype=torch.float64, device=device)
         self._steps = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
-        self.workspace_bytes = self._linear.nbytes + self._sampling.nbytes
+        self._wide: Tensor | None = None
+        self._widest_quantised = 0
+        self.workspace_bytes = self.linear_space.nbytes + self._sampling.nbytes
 
     def compile_only(self) -> AbstractContextManager[None]:
         """See DeviceOps."""
@@ -93,7 +161,7 @@ class TritonOps:
 
     def _layer(self, weight: Tensor, bias: Stacked | None, activation: str = "", out_dtype: torch.dtype | None = None) -> Linear:
         joined = None if bias is None else bias.joined()
-        return TritonLinear(weight, joined, self._linear, deterministic=self.deterministic, activation=activation, out_dtype=out_dtype)
+        return TritonLinear(weight, joined, self.linear_space, deterministic=self.deterministic, activation=activation, out_dtype=out_dtype)
 
     def linear(self, weight: Stacked, bias: Stacked | None) -> Linear:
         """See Ops."""
@@ -106,6 +174,23 @@ class TritonOps:
     def head(self, weight: Tensor) -> Linear:
         """See Ops."""
         return self._layer(weight, None, out_dtype=torch.float32)
+
+    def quantised(
+        self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, activation: str = "", *, head: bool = False
+    ) -> QuantisedLinear | None:
+        """See Ops. Inputs are not rounded, whatever the scheme says of them."""
+        if not layout.supports(scheme) or (scheme.permuted and len(rows) > 1):
+            return None
+        self._widest_quantised = max(self._widest_quantised, inputs)
+        return TritonQuantised(scheme, rows, inputs, bias, self, device=self.linear_space.device, activation=activation, head=head)
+
+    def wide_space(self, dtype: torch.dtype) -> Tensor:
+        """Memory in which pieces of quantised weights are widened, shared by all layers: taken when it is first asked for."""
+        if self._wide is None:
+            size = max(quantised.PIECE, layout.TILE * self._widest_quantised)
+            self._wide = torch.empty(size, dtype=dtype, device=self.linear_space.device)
+            self.workspace_bytes += self._wide.nbytes
+        return self._wide
 
     # --- state of the slots
 

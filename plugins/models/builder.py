@@ -129,7 +129,7 @@ class Builder:
     def _layer(self, parts: Sequence[Part], inputs: int, bias: bool, activation: str = "", *, head: bool = False) -> Linear:
         schemes = [self._scheme(part, inputs) for part in parts]
         scheme = schemes[0]
-        if len(set(schemes)) > 1:
+        if len(set(schemes)) > 1 or (len(parts) > 1 and scheme is not None and scheme.permuted):  # each part has an order of its own
             return Beside([self._layer([part], inputs, bias) for part in parts], activation)
         biases = self._stacked([(f"{part.name}.bias", (part.rows,)) for part in parts]) if bias else None
         quantised = None if scheme is None else self._quantised(parts, scheme, inputs, biases, activation, head)

@@ -193,6 +193,7 @@ def test_a_plugins_weights_come_before_the_built_in_ones(folder: Path, host_runn
     )
     host = SimpleNamespace(
         models=lambda: {spec.name: spec for spec in register_models()},
+        quantizers=dict,
         weight_sources=lambda: {**{spec.name: spec for spec in register_weight_sources()}, "mine": mine},
     )
     right = host_runner(folder, load_format="dummy", seed=3)._model._blocks[0].qkv.weight

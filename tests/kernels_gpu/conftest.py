@@ -26,7 +26,7 @@ if _INSTALLED and not GPU:
         _before = os.environ.get("TRITON_INTERPRET")
         os.environ["TRITON_INTERPRET"] = "1"
         try:
-            for _name in ("attention", "linear", "rmsnorm", "rope", "activation", "embedding", "argmax", "sampling", "slots"):
+            for _name in ("attention", "linear", "rmsnorm", "rope", "activation", "embedding", "argmax", "sampling", "slots", "quantised"):
                 importlib.import_module(f"penstock.kernels.{_name}.triton")
         finally:
             if _before is None:

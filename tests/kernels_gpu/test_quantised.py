@@ -1,0 +1,112 @@
+"""The Triton matmuls over quantised weights against float64, on every kind of codes; padding is poisoned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from penstock.kernels.activation import reference as activation_reference
+from penstock.kernels.linear import triton as linear
+from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise, quantise
+from penstock.kernels.quantised import layout
+from penstock.kernels.quantised import triton as quantised
+
+SCHEMES = [
+    Scheme("int8"), Scheme("int8", 128), Scheme("int4", 128), Scheme("int4", 128, zeros=True), Scheme("int4", 32, zeros=True), Scheme("int4", zeros=True),
+    Scheme("int4", 256), Scheme("fp8_e4m3"), Scheme("fp8_e4m3", 128, 64), Scheme("fp8_e4m3", 0, 0), Scheme("fp4", 32), Scheme("fp4", 16),
+]  # fmt: skip
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+MANY = 5
+"""Times the tolerance, where a weight is rounded before it is multiplied."""
+
+
+def made(scheme: Scheme, n: int, k: int, device: str) -> tuple[Quantised, layout.Weight]:
+    q = quantise(torch.randn(n, k) / 8, scheme, torch.float16 if scheme.bits == 4 else torch.float32)
+    weight = layout.allocate(scheme, n, k, torch.device(device))
+    layout.fill(weight, q, 0)
+    return q, layout.tightened(weight)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    got = got.cpu().double()
+    assert not got.isnan().any()
+    assert (got - want).norm() <= tolerance * want.norm()
+
+
+def few(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if device != "cuda":  # the interpreter is slow: fewer rows are many there
+        monkeypatch.setattr(quantised, "FEW", 8)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 72, 300), (5, 96, 512)])
+def test_few_rows(scheme: Scheme, m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None:
+    q, weight = made(scheme, n, k, device)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    want = x.double() @ dequantise(q).double().T + bias.double()
+    x, bias = x.to(device), bias.to(device)
+    workspace = torch.zeros(linear.workspace_elements(n), device=device)
+    workspace[linear.COUNTERS :] = torch.nan
+    out = torch.full((m, n), torch.nan, dtype=dtype, device=device)
+    assert quantised.matmul(x, weight, bias, out=out, workspace=workspace) is out
+    close(out, want, TOLERANCE[dtype])
+    assert (workspace[: linear.COUNTERS] == 0).all()
+    close(quantised.matmul(x, weight, bias, out_dtype=torch.float32, workspace=workspace), want, 1e-5)
+    alone = quantised.matmul(x[m - 1 :], weight, bias, workspace=workspace)
+    assert torch.equal(alone[0], out[m - 1])
+    strided = torch.full((m, k + 8), torch.nan, dtype=dtype, device=device)
+    strided[:, :k] = x
+    assert torch.equal(quantised.matmul(strided[:, :k], weight, bias, workspace=workspace), out)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("offset", [False, True])
+def test_many_rows_in_pieces(scheme: Scheme, offset: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch, device)
+    m, n, k = quantised.FEW + 3, 200, 264
+    q, weight = made(scheme, n, k, device)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype) if offset else torch.zeros(n, dtype=dtype)
+    want = x.double() @ dequantise(q).double().T + bias.double()
+    given = bias.to(device) if offset else None
+    for tiles in (1, 2, 8):
+        wide = torch.full((tiles * layout.TILE * k,), torch.nan, dtype=dtype, device=device)
+        close(quantised.matmul(x.to(device), weight, given, wide=wide), want, MANY * TOLERANCE[dtype])
+        close(quantised.matmul(x.to(device), weight, given, wide=wide, out_dtype=torch.float32), want, MANY * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32, zeros=True), Scheme("fp4", 32)], ids=str)
+@pytest.mark.parametrize("many", [False, True])
+def test_gated(scheme: Scheme, many: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch, device)
+    m, inner, k = (quantised.FEW + 2) if many else 3, 100, 160
+    parts = [quantise(torch.randn(inner, k) / 8, scheme, torch.float16) for _ in range(2)]
+    weight = layout.allocate(scheme, 2 * inner, k, torch.device(device))
+    for index, part in enumerate(parts):
+        layout.fill(weight, part, index, 2)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(2 * inner).to(dtype)
+    gate_up = x.double() @ torch.cat([dequantise(part).double() for part in parts]).T + bias.double()
+    together = bias.view(2, -1).t().reshape(-1).to(device)
+    for wide in (None, torch.full((layout.TILE * k,), torch.nan, dtype=dtype, device=device)):
+        got = quantised.matmul(x.to(device), weight, together, gated="silu", wide=wide)
+        close(got, activation_reference.gated("silu", gate_up), 6 * TOLERANCE[dtype])
+
+
+def test_nothing_and_what_does_not_fit(device: str) -> None:
+    _, weight = made(Scheme("int8"), 64, 128, device)
+    assert quantised.matmul(torch.empty(0, 128, device=device, dtype=torch.bfloat16), weight).shape == (0, 64)
+    with pytest.raises(ValueError, match="must fit the weight"):
+        quantised.matmul(torch.zeros(1, 64, device=device, dtype=torch.bfloat16), weight)
+    for other in (Scheme("nf4", 64), Scheme("fp8_e5m2"), Scheme("int8", 128, zeros=True), Scheme("int4", 8), Scheme("int4", 48)):
+        assert not layout.supports(other)
+        with pytest.raises(ValueError, match="does not multiply"):
+            layout.allocate(other, 64, 96, torch.device(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rows_do_not_depend_on_the_batch_where_that_is_asked_for(scheme: Scheme) -> None:
+    _, weight = made(scheme, 256, 1024, "cuda")
+    x = torch.randn(200, 1024, device="cuda", dtype=torch.bfloat16)
+    whole = quantised.matmul(x, weight, deterministic=True)
+    for rows in (1, 7, 16, 20, 64, 65, 128):
+        assert torch.equal(quantised.matmul(x[:rows], weight, deterministic=True), whole[:rows]), rows
