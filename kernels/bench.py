@@ -20,8 +20,9 @@ from torch import Tensor
 from penstock.kernels import native
 from penstock.kernels.attention import allocate_cache, paged_attention
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
-from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated, pack_quantised, pack_quantised_gated
+from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
 from penstock.kernels.linear.scheme import Scheme, quantise
+from penstock.kernels.quantised.api import pack_quantised, pack_quantised_gated
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,5 @@
-"""Linear layers over packed weights, plain and gated, wide and quantised."""
+"""Linear layers over packed weights, plain and gated."""
 
 from penstock.kernels.linear.api import PackedGated, PackedLinear, pack, pack_gated
-from penstock.kernels.linear.quantised import PackedQuantised, PackedQuantisedGated, pack_quantised, pack_quantised_gated
 
-__all__ = [
-    "PackedGated",
-    "PackedLinear",
-    "PackedQuantised",
-    "PackedQuantisedGated",
-    "pack",
-    "pack_gated",
-    "pack_quantised",
-    "pack_quantised_gated",
-]
+__all__ = ["PackedGated", "PackedLinear", "pack", "pack_gated"]

@@ -18,8 +18,9 @@ from penstock.core.protocol.columns import I32
 from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
 from penstock.kernels.embedding import embedding
-from penstock.kernels.linear import PackedGated, PackedLinear, PackedQuantised, PackedQuantisedGated, pack, pack_gated
+from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
 from penstock.kernels.linear.scheme import Quantised, Scheme
+from penstock.kernels.quantised.api import PackedQuantised, PackedQuantisedGated
 from penstock.kernels.rmsnorm import rms_norm
 from penstock.kernels.sampling import api as sampling
 from penstock.plugins.attention.native import NativeAttention

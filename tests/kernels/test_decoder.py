@@ -10,8 +10,9 @@ from torch import Tensor
 
 from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram, reference
-from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated, pack_quantised, pack_quantised_gated
+from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
 from penstock.kernels.linear.scheme import Scheme, quantise
+from penstock.kernels.quantised.api import pack_quantised, pack_quantised_gated
 
 
 def i32(values: object) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from penstock.kernels import native
-from penstock.kernels.linear import PackedQuantised, pack_quantised, pack_quantised_gated
 from penstock.kernels.linear.scheme import KINDS, NIBBLES, Quantised, Scheme, dequantise, quantise
+from penstock.kernels.quantised.api import PackedQuantised, pack_quantised, pack_quantised_gated
 
 FORMATS = [(kind, zeros) for kind in KINDS for zeros in ((False, True) if kind in ("int4", "int8") else (False,))]
 SHAPES = [(16, 16, 0), (1, 1, 0), (50, 33, 7), (130, 257, 100), (48, 72, 1), (33, 1150, 1100), (17, 1300, 0), (64, 256, 32)]

@@ -4,7 +4,7 @@
     pack_quantised_gated(gate, up, kind, gate_bias=None, up_bias=None) -> PackedQuantisedGated
     PackedQuantised(scheme, rows, k, bias=None), PackedQuantisedGated(scheme, n, k, kind, ...): the same, to be filled part by part
 
-They are called like the layers of `api`, with inputs in bfloat16 or float32, and hold what `scheme.py` describes. Inputs stay as they are: what a scheme
+They are called like the layers of linear/api.py, with inputs in bfloat16 or float32, and hold what linear/scheme.py describes. Inputs stay as they are: what a scheme
 says of rounded activations is not done. A code minus its zero point is exact in float32 and is never rounded; a result is, over the
 groups of a row, the sum of scale times (sum of inputs times codes), in float32 and in a fixed order whatever the batch is, so that a row alone equals the row
 in any batch, bit for bit. Without the C library the weight is dequantised to float32. `nbytes` counts what is held: a group's scale takes four
