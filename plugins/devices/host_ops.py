@@ -19,7 +19,7 @@ from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
 from penstock.kernels.embedding import embedding
 from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
-from penstock.kernels.linear.scheme import Quantised, Scheme
+from penstock.kernels.linear.scheme import Scheme
 from penstock.kernels.quantised.api import PackedQuantised, PackedQuantisedGated
 from penstock.kernels.rmsnorm import rms_norm
 from penstock.kernels.sampling import api as sampling
@@ -27,7 +27,6 @@ from penstock.plugins.attention.native import NativeAttention
 from penstock.plugins.devices.ops import Settings
 from penstock.plugins.devices.torch_ops import TorchOps
 from penstock.plugins.models.api import Block, Columns, Linear, Model, Program, QuantisedLinear, Stacked
-from penstock.plugins.models.builder import Beside
 
 Tensor = torch.Tensor
 as_tensor = torch.from_numpy
@@ -54,18 +53,6 @@ class HostQuantised(HostLinear):
     def __init__(self, packed: PackedQuantised | PackedQuantisedGated, *, wide: bool = False) -> None:
         super().__init__(packed, wide=wide)
         self.fill = packed.fill
-
-
-class OwnOrders(Beside):
-    """Parts whose inputs are each stored in an order of its own, as layers of their own. See QuantisedLinear."""
-
-    def __init__(self, layers: Sequence[HostQuantised], activation: str) -> None:
-        super().__init__(layers, activation)
-        self._parts = layers
-
-    def fill(self, index: int, part: Quantised) -> None:
-        """See QuantisedLinear."""
-        self._parts[index].fill(0, part)
 
 
 class WholeStep:
@@ -138,13 +125,9 @@ class HostOps(TorchOps):
         self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, activation: str = "", *, head: bool = False
     ) -> QuantisedLinear | None:
         """See Ops. Inputs stay as they are, also where the scheme would have them rounded: that is more exact, and no slower here."""
-        biases = [None] * len(rows) if bias is None else bias.parts
-        if scheme.permuted and len(rows) > 1:
-            return OwnOrders(
-                [HostQuantised(PackedQuantised(scheme, [n], inputs, b)) for n, b in zip(rows, biases, strict=True)], activation
-            )
         if activation:
-            return HostQuantised(PackedQuantisedGated(scheme, rows[0], inputs, activation, *biases))  # type: ignore[arg-type]
+            gate_bias, up_bias = bias.parts if bias is not None else (None, None)
+            return HostQuantised(PackedQuantisedGated(scheme, rows[0], inputs, activation, gate_bias, up_bias))  # type: ignore[arg-type]
         return HostQuantised(PackedQuantised(scheme, rows, inputs, None if bias is None else bias.joined()), wide=head)
 
     # --- state of the slots
