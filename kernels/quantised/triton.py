@@ -85,7 +85,8 @@ def _matmul(
     steps = tl.cdiv(STEPS_ALL, SPLITS)
     first = piece * steps
     last = tl.minimum(first + steps, STEPS_ALL)
-    rows = w + ((n // 64).to(tl.int64) * STEPS_ALL * 64 + n % 64)[:, None] * C
+    tile = tl.minimum(n // 64, (N - 1) // 64).to(tl.int64)
+    rows = w + (tile * STEPS_ALL * 64 + n % 64)[:, None] * C
     if PDL and AHEAD > 0:
         early = tl.minimum(first * (64 * C) + tl.arange(0, AHEAD) * 128, STEPS_ALL * (64 * C) - 1)
         fetch_ahead(w + ((column * BLOCK_N) // 64).to(tl.int64) * (STEPS_ALL * 64 * C) + early)
@@ -280,7 +281,7 @@ def matmul(
     config = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS")}
     recipe = RECIPES[scheme.kind + ("z" if weight.zeros is not None else ""), x.dtype == torch.bfloat16]
     box = None
-    if config.pop("TMA", 0) and config["BLOCK_N"] == 64 and (interpreting() or chained()["PDL"]) and c >= 16:
+    if config.pop("TMA", 0) and config["BLOCK_N"] == 64 and weight.zeros is None and (interpreting() or chained()["PDL"]) and c >= 16:
         box = TensorDescriptor(weight.data, [weight.data.shape[0], c], [c, 1], [64, c])
     _matmul[(columns, splits, heights)](
         x, weight.data, box, weight.scales, weight.zeros, bias, out, counters, partial, rows, n, k, steps, x.stride(0), out.stride(0),
