@@ -1,7 +1,8 @@
 """Speed of the CPU kernels on this machine, against its own limits: `python -m penstock.kernels.bench [tiny|small ...]`.
 
 What it is: read bandwidth and float32 matmul rate measured first (the roofs), then linear layers, attention and whole decoder steps, each
-as the best of several runs (a shared machine only ever makes things slower), with GB/s, GFLOP/s and the share of the roof.
+as the best of several runs (a shared machine only ever makes things slower), with GB/s, GFLOP/s and the share of the roof; and layers and steps of
+quantised weights, taken in turns with bfloat16 ones and given as how many times as fast.
 What it does not know: servers, requests.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 from penstock.kernels import native
 from penstock.kernels.attention import allocate_cache, paged_attention
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
-from penstock.kernels.linear import pack, pack_gated
+from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
+from penstock.kernels.linear.scheme import Scheme, quantise
+from penstock.kernels.quantised.api import pack_quantised, pack_quantised_gated
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ SHAPES = {
     "tiny": Shape(hidden=256, layers=8, heads=8, kv_heads=4, dim=32, inter=1792, vocab=4096),
     "small": Shape(hidden=768, layers=24, heads=12, kv_heads=4, dim=64, inter=2048, vocab=16384),
 }
+SCHEMES = {
+    "bf16": None,
+    "int8": Scheme("int8"),
+    "fp8": Scheme("fp8_e4m3", 128, 128),
+    "int4": Scheme("int4", 128),
+    "int4 zeros": Scheme("int4", 128, 1, True),
+}
+BEYOND_CACHES = 160e6
+"""Bytes of bfloat16 weights that are streamed from memory."""
 
 
 def best(call: Callable[[], object], seconds: float = 0.6, least: int = 3) -> float:
@@ -63,17 +75,27 @@ def random(*shape: int, dtype: torch.dtype, scale: float = 0.05) -> Tensor:
     return (torch.randn(*shape) * scale).to(dtype)
 
 
-def model(shape: Shape, dtype: torch.dtype, num_blocks: int) -> tuple[DecoderProgram, int]:
-    """A random model and the bytes of weights that one step reads."""
+def linear(scheme: Scheme | None, n: int, k: int, dtype: torch.dtype) -> PackedLinear:
+    weight = random(n, k, dtype=dtype)
+    return pack(weight) if scheme is None else pack_quantised([quantise(weight, scheme)])
+
+
+def gated(scheme: Scheme | None, n: int, k: int, dtype: torch.dtype) -> PackedGated:
+    gate, up = random(n, k, dtype=dtype), random(n, k, dtype=dtype)
+    return pack_gated(gate, up, "silu") if scheme is None else pack_quantised_gated(quantise(gate, scheme), quantise(up, scheme), "silu")
+
+
+def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | None = None) -> tuple[DecoderProgram, int]:
+    """A random model and the bytes of weights that one step reads. The head stays wide."""
     width = (shape.heads + 2 * shape.kv_heads) * shape.dim
     layers = [
         DecoderLayer(
             attn_norm=random(shape.hidden, dtype=dtype),
-            qkv=pack(random(width, shape.hidden, dtype=dtype)),
-            o=pack(random(shape.hidden, shape.heads * shape.dim, dtype=dtype)),
+            qkv=linear(scheme, width, shape.hidden, dtype),
+            o=linear(scheme, shape.hidden, shape.heads * shape.dim, dtype),
             mlp_norm=random(shape.hidden, dtype=dtype),
-            gate_up=pack_gated(random(shape.inter, shape.hidden, dtype=dtype), random(shape.inter, shape.hidden, dtype=dtype), "silu"),
-            down=pack(random(shape.hidden, shape.inter, dtype=dtype)),
+            gate_up=gated(scheme, shape.inter, shape.hidden, dtype),
+            down=linear(scheme, shape.hidden, shape.inter, dtype),
         )
         for _ in range(shape.layers)
     ]
@@ -112,6 +134,47 @@ def line(name: str, seconds: float, gigabytes: float, gigaflop: float, roof_gb: 
         f"{name:44} {seconds * 1e3:9.3f} ms {gigabytes / seconds:7.1f} GB/s {gigaflop / seconds:7.1f} GFLOP/s {share:6.0%} of its roof",
         flush=True,
     )
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Shortest time of each, in seconds, all of them in every round: what slows the machine slows them alike."""
+    shortest = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            shortest[name] = min(shortest[name], time.perf_counter() - start)
+    return shortest
+
+
+def ratios(title: str, seconds: dict[str, float]) -> None:
+    wide = seconds["bf16"]
+    print(
+        f"{title:44} {wide * 1e3:9.3f} ms bf16;",
+        ", ".join(f"{name} {wide / took:.2f}x" for name, took in seconds.items() if name != "bf16"),
+        flush=True,
+    )
+
+
+def quantised(name: str, shape: Shape) -> None:
+    """Layers of one shape, so many that they come from memory, and whole steps."""
+    dtype = torch.bfloat16
+    for n, k in ((2 * shape.inter, shape.hidden), (shape.hidden, shape.inter)):
+        copies = -(-int(BEYOND_CACHES) // (2 * n * k))
+        held = {word: [linear(scheme, n, k, dtype) for _ in range(copies)] for word, scheme in SCHEMES.items()}
+        for rows in (1, 4, 16, 64, 512):
+            x, used = random(rows, k, dtype=dtype), copies if rows <= 16 else min(copies, 4)
+            out = torch.empty(rows, n, dtype=dtype)
+            calls = {
+                word: functools.partial(lambda layers, x, out: [layer(x, out) for layer in layers], held[word][:used], x, out)
+                for word in held
+            }
+            seconds = in_turns(calls, 10 if rows <= 64 else 4)
+            ratios(f"{name} linear {n}x{k}, {rows} rows", {word: took / used for word, took in seconds.items()})
+    programs = {word: model(shape, dtype, 64 * 40, scheme)[0] for word, scheme in SCHEMES.items()}
+    for sequences, rows, context in ((1, 1, 256), (4, 1, 256), (16, 1, 256), (1, 512, 512)):
+        steps = {word: step(program, sequences, rows, context) for word, program in programs.items()}
+        ratios(f"{name} step, {sequences} x {rows} tokens, context {context}", in_turns(steps, 10 if rows == 1 else 3))
 
 
 def main(names: list[str]) -> None:
@@ -154,6 +217,7 @@ def main(names: list[str]) -> None:
         attend = functools.partial(paged_attention, q, k_cache, v_cache, table, start, length, 0.1)
         seconds = best(attend)
         line(f"{name} prefill attention of one layer, 2048", seconds, 0.0, shape.heads * shape.dim * 4 * 2048**2 / 2 / 1e9, roof, flops)
+        quantised(name, shape)
 
 
 if __name__ == "__main__":

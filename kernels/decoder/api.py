@@ -67,7 +67,8 @@ class DecoderProgram:
                 (layer.down, hidden, layer.gate_up.n),
             )
             for weight, n, k in shapes:
-                require((weight.n, weight.k, weight.dtype) == (n, k, dtype), f"layer {index}: a weight is not [{n}, {k}] {dtype}")
+                fits = (weight.n, weight.k) == (n, k) and dtype in weight.dtypes and not weight.gathers
+                require(fits, f"layer {index}: a weight is not [{n}, {k}] for {dtype}, its columns in order")
             for name, norm, size in (
                 ("attn_norm", layer.attn_norm, hidden),
                 ("mlp_norm", layer.mlp_norm, hidden),
@@ -76,7 +77,7 @@ class DecoderProgram:
             ):
                 if norm is not None:
                     tensor(f"layer {index}: {name}", norm, (size,), dtype)
-        require((lm_head.k, lm_head.dtype) == (hidden, dtype), "lm_head does not fit the hidden size or dtype")
+        require(lm_head.k == hidden and dtype in lm_head.dtypes and not lm_head.gathers, "lm_head does not fit the hidden size or dtype")
         scale = head_dim**-0.5 if scale is None else scale
         self.parts = DecoderParts(
             embedding,

@@ -22,7 +22,7 @@ from penstock.kernels.activation import reference as activation_reference
 from penstock.kernels.activation.api import ACTIVATIONS, Activation
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.linear import arena, reference
-from penstock.kernels.native.bind import check
+from penstock.kernels.native.bind import FORMATS, check
 
 PANEL = 16
 
@@ -39,46 +39,76 @@ def _panel_order(bias: Tensor, second: Tensor | None) -> Tensor:
     return out.flatten()
 
 
-class _Packed:
-    """A weight in panel order and its C description: [N/16] panels of [K/2][16][2] bfloat16 or [K][16] float32, zeros where N or K end."""
+class Panels:
+    """Memory for a weight in panel order, and its C description. `act`: of a gated weight, whose panels alternate gate and up."""
 
     def __init__(
-        self, lib: native.Native, weight: Tensor, bias: Tensor | None, second: Tensor | None, second_bias: Tensor | None, act: int
+        self, lib: native.Native, n: int, k: int, panel_bytes: int, format: str, *, group: int = 0, gated: bool = False, act: int = 0
     ) -> None:
-        n, k = weight.shape
-        bf16 = weight.dtype == torch.bfloat16
-        panels = -(-n // PANEL) * (1 if second is None else 2)
-        panel_bytes = (-(-k // 2) if bf16 else k) * PANEL * 4
+        panels = -(-n // PANEL) * (2 if gated else 1)
         self.data = arena.take(panels * panel_bytes)
-        self.bias = None if bias is None else _panel_order(bias, second_bias)
-        address = self.data.data_ptr()
-        other = None if second is None else second.data_ptr()
-        lib.lib.ps_pack(weight.data_ptr(), other, address, n, k, bf16, panel_bytes, torch.get_num_threads())
         self.weight = native.Weight(
-            w=address, bias=None if self.bias is None else self.bias.data_ptr(), n=n, k=k, panels=panels, panel_bytes=panel_bytes,
-            bf16=bf16, gated=second is not None, act=act,
-        )  # fmt: skip
+            w=self.data.data_ptr(),
+            n=n,
+            k=k,
+            panels=panels,
+            panel_bytes=panel_bytes,
+            format=FORMATS[format],
+            group=group,
+            gated=gated,
+            act=act,
+        )
         self.by_reference = ctypes.byref(self.weight)
-        self.run = lib.lib.ps_linear
-        self.nbytes = self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        self.nbytes = self.data.nbytes
+        self._run = lib.lib.ps_linear
+        self._bias: Tensor | None = None
+
+    def add(self, bias: Tensor, second: Tensor | None = None) -> None:
+        """A bias [n]; of a gated weight both."""
+        self._bias = _panel_order(bias, second)
+        self.weight.bias = self._bias.data_ptr()
+        self.nbytes += self._bias.nbytes
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        check(self.run(self.by_reference, x.data_ptr(), x.shape[0], out.data_ptr(), out.dtype == torch.bfloat16, torch.get_num_threads()))
+        bf16 = torch.bfloat16
+        check(
+            self._run(
+                self.by_reference, x.data_ptr(), x.dtype == bf16, x.shape[0], out.data_ptr(), out.dtype == bf16, torch.get_num_threads()
+            )
+        )
         return out
+
+
+def _packed(lib: native.Native, weight: Tensor, bias: Tensor | None, second: Tensor | None, second_bias: Tensor | None, act: int) -> Panels:
+    """Panels of [K/2][16][2] bfloat16 or [K][16] float32, zeros where N or K end."""
+    n, k = weight.shape
+    bf16 = weight.dtype == torch.bfloat16
+    panel_bytes = (-(-k // 2) if bf16 else k) * PANEL * 4
+    panels = Panels(lib, n, k, panel_bytes, "bf16" if bf16 else "f32", gated=second is not None, act=act)
+    other = None if second is None else second.data_ptr()
+    lib.lib.ps_pack(weight.data_ptr(), other, panels.data.data_ptr(), n, k, bf16, panel_bytes, torch.get_num_threads())
+    if bias is not None:
+        panels.add(bias, second_bias)
+    return panels
 
 
 class PackedLinear:
     """A weight [n, k] with an optional bias, ready to be multiplied. Made by `pack`."""
 
+    dtypes: tuple[torch.dtype, ...]
+    """Of inputs."""
+    gathers = False
+    """Whether its columns are stored in another order than its inputs."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.n, self.k = weight.shape
-        self.dtype = weight.dtype
+        self.dtypes = (weight.dtype,)
         lib = native.library()
-        self.packed: _Packed | None = None
+        self.packed: Panels | None = None
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         if lib is not None:
-            self.packed = _Packed(lib, weight, bias, None, None, 0)
+            self.packed = _packed(lib, weight, bias, None, None, 0)
         else:
             self._weight = reference.prepare(weight)
             self._bias = None if bias is None else bias.clone()
@@ -92,9 +122,9 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [M, K] to [M, N]."""
-        tensor("x", x, (None, self.k), self.dtype)
-        out_dtype = out_dtype or (self.dtype if out is None else out.dtype)
-        require(out_dtype in (self.dtype, torch.float32), "out_dtype must be the weight's dtype or float32")
+        tensor("x", x, (None, self.k), *self.dtypes)
+        out_dtype = out_dtype or (x.dtype if out is None else out.dtype)
+        require(out_dtype in (x.dtype, torch.float32), "out_dtype must be x's dtype or float32")
         if out is None:
             out = torch.empty(x.shape[0], self.n, dtype=out_dtype)
         else:
@@ -108,15 +138,20 @@ class PackedLinear:
 class PackedGated:
     """Gate and up projections [n, k] fused with their activation. Made by `pack_gated`."""
 
+    dtypes: tuple[torch.dtype, ...]
+    """Of inputs."""
+    gathers = False
+    """Whether its columns are stored in another order than its inputs."""
+
     def __init__(self, gate: Tensor, up: Tensor, kind: Activation, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
         self.n, self.k = gate.shape
-        self.dtype = gate.dtype
+        self.dtypes = (gate.dtype,)
         self.kind = kind
         lib = native.library()
-        self.packed: _Packed | None = None
+        self.packed: Panels | None = None
         self._both: PackedLinear | None = None
         if lib is not None:
-            self.packed = _Packed(lib, gate, gate_bias, up, up_bias, ACTIVATIONS.index(kind))
+            self.packed = _packed(lib, gate, gate_bias, up, up_bias, ACTIVATIONS.index(kind))
         else:
             self._both = PackedLinear(
                 torch.cat((gate, up)), None if gate_bias is None or up_bias is None else torch.cat((gate_bias, up_bias))
@@ -131,11 +166,11 @@ class PackedGated:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [M, K] to [M, I]."""
-        tensor("x", x, (None, self.k), self.dtype)
+        tensor("x", x, (None, self.k), *self.dtypes)
         if out is None:
-            out = torch.empty(x.shape[0], self.n, dtype=self.dtype)
+            out = torch.empty(x.shape[0], self.n, dtype=x.dtype)
         else:
-            tensor("out", out, (x.shape[0], self.n), self.dtype)
+            tensor("out", out, (x.shape[0], self.n), x.dtype)
         if self.packed is not None:
             return self.packed(x, out)
         assert self._both is not None

@@ -18,12 +18,19 @@ from penstock.kernels.native.build import BuildError, build
 log = logging.getLogger("penstock.kernels")
 
 
+FORMATS = {
+    name: number
+    for number, name in enumerate(("f32", "bf16", "int8", "int8_zeros", "fp8_e4m3", "fp8_e5m2", "int4", "int4_zeros", "table4"))
+}
+"""What a panel holds: the numbers of codes.h."""
+
+
 class Weight(ctypes.Structure):
     """`weight` of gemm.h."""
 
     _fields_ = (
-        ("w", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("panels", c_int64), ("panel_bytes", c_int64),
-        ("bf16", c_int64), ("gated", c_int64), ("act", c_int64),
+        ("w", c_void_p), ("bias", c_void_p), ("table", c_void_p), ("perm", c_void_p), ("n", c_int64), ("k", c_int64), ("panels", c_int64),
+        ("panel_bytes", c_int64), ("format", c_int64), ("group", c_int64), ("gated", c_int64), ("act", c_int64),
     )  # fmt: skip
 
 
@@ -63,7 +70,9 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ps_isa": (ctypes.c_char_p, []),
     "ps_sizes": (_I, [_I]),
     "ps_pack": (None, [_P, _P, _P, _I, _I, _I, _I, _I]),
-    "ps_linear": (_I, [_P, _P, _I, _P, _I, _I]),
+    "ps_panel_bytes": (_I, [_I, _I, _I]),
+    "ps_pack_codes": (None, [_P, _P, _P, _P, _I, _I, _I, _I, _I]),
+    "ps_linear": (_I, [_P, _P, _I, _I, _P, _I, _I]),
     "ps_norm": (None, [_P, _P, _P, _P, _I, _I, _D, _I, _I]),
     "ps_gated": (None, [_P, _P, _I, _I, _I, _I, _I]),
     "ps_rope": (_I, [_P, _P, _P, _P, _P, _I, _P, _I]),

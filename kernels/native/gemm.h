@@ -1,24 +1,33 @@
 /* Linear layers: packing, the split into units, and what happens to a finished tile.
  *
  * What it is: Y[M][N] = A[M][K] W[N][K]^T for packed W, cut into units of (rows, panels) that never cut K. With few rows a unit streams
- * its panels once; with many it keeps a group of panels in the L2 cache and walks the rows. The epilogue stores, adds to the residual, or
+ * its panels once; with many it keeps a group of panels in the L2 cache and walks the rows. Panels of codes are widened in registers for few rows,
+ * for many into scratch memory on the stack, some of K at a time: both give the same bits. The epilogue stores, adds to the residual, or
  * gates: in a gated weight the panels alternate gate, up, gate, up.
  * What it does not know: layers, heads.
  */
 #ifndef PENSTOCK_GEMM_H
 #define PENSTOCK_GEMM_H
 
-#include "panel.h"
+#include "codes.h"
 #include "rows.h"
 
 #define GROUP_BYTES (192 * 1024) /* of weights held in a core's L2 */
+/* Panels of codes. On a Zen 5 core, whose conversions have execution units of their own, scratch memory gains nothing below 500 rows (AVX-512) or 60
+ * (AVX2); where conversions take the multiplications' units, each block of rows in registers costs about a third more. */
+#define CODES_BLOCKS (VL == 16 ? 32 : 8) /* blocks of rows that widen codes in registers */
+#define WIDE_K 1024                      /* lines of a panel that scratch memory takes (codes_wide needs 512 KiB of stack), */
+#define WIDE_PANELS 4                    /* of so many panels, */
+#define WIDE_ROWS 512                    /* for so many rows */
 
 enum { TO_F32 = 0, TO_BF16 = 1, TO_RESIDUAL = 2, TO_GATED = 3 };
 
 typedef struct {
     const char *w; /* [panels][panel_bytes] */
-    const float *bias; /* [panels * 16] in panel order, or NULL */
-    int64_t n, k, panels, panel_bytes, bf16, gated, act; /* n: outputs of the layer (gated: of one half) */
+    const float *bias;  /* [panels * 16] in panel order, or NULL */
+    const float *table; /* 16 values that 4-bit codes mean (codes.h), or NULL */
+    const int32_t *perm; /* column j of the weight belongs to input perm[j]; or NULL: to input j */
+    int64_t n, k, panels, panel_bytes, format, group, gated, act; /* n: outputs of the layer (gated: of one half); group: of codes, 1 to k */
 } weight;
 
 typedef struct {
@@ -138,10 +147,85 @@ static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int ste
                 .a = g->a + row * g->lda, .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
                 .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .ahead = AHEAD, .jump = (np - 1) * w->panel_bytes,
             };
-            tile_of(mr, np, (int)w->bf16)(&t);
+            tile_of(mr, np, w->format == P_BF16)(&t);
             q += np;
         }
         finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
+    }
+}
+
+/* The same for panels of codes. */
+static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
+    const weight *w = g->w;
+    const int step = w->gated ? MAX(2, CODES_WIDE(mr)) : CODES_WIDE(mr);
+    _Alignas(64) float c[MR * NP_MAX * PW];
+    const char *b[NP_MAX];
+    for (long p = p0; p < p1; p += step) {
+        const int panels = (int)MIN(step, p1 - p);
+        for (int q = 0; q < panels;) {
+            for (int j = q; j < panels; j++) b[j - q] = w->w + (p + j) * w->panel_bytes;
+            codes_args t = {
+                .a = g->a + row * g->lda, .lda = g->lda, .k = w->k, .group = w->group, .b = b, .table = w->table, .c = c + q * PW, .ldc = NP_MAX * PW,
+                .panel_bytes = w->panel_bytes,
+            };
+            q += codes_run((int)w->format, mr, panels - q, &t);
+        }
+        finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
+    }
+}
+
+/* Up to WIDE_ROWS rows times up to WIDE_PANELS panels of codes, widened WIDE_K at a time: several groups, or a piece of one. */
+static __attribute__((noinline)) void codes_wide(const gemm *g, long row0, long rows, long panel, int panels) {
+    const weight *w = g->w;
+    const long ldc = WIDE_PANELS * PW, blocks = (rows + MR - 1) / MR, group = w->group, full = group_bytes((int)w->format, group);
+    const int pieces = group + 1 > WIDE_K; /* of a group: its chain goes on in `part`, and is scaled when the group ends */
+    const long at_once = pieces ? WIDE_K : WIDE_K / (group + 1) * group; /* a group's scales take a line, too */
+    _Alignas(64) float wide[WIDE_PANELS][WIDE_K * PW], total[WIDE_ROWS * WIDE_PANELS * PW], part[WIDE_ROWS * WIDE_PANELS * PW];
+    const char *b[NP_MAX];
+    for (long k0 = 0, k1; k0 < w->k; k0 = k1) {
+        const long begin = k0 / group * group, last = pieces ? MIN(begin + group, w->k) : w->k;
+        k1 = MIN(k0 + at_once, last);
+        for (int p = 0; p < panels; p++) {
+            float *to = wide[p];
+            for (long k = k0, end; k < k1; k = end) {
+                const long first = k / group * group;
+                const char *head = w->w + (panel + p) * w->panel_bytes + k / group * full;
+                end = MIN(first + group, k1);
+                if (!pieces) {
+                    memcpy(to, head, LINE);
+                    to += PW;
+                }
+                widen_group((int)w->format, head, first, k, end, w->table, to);
+                to += (end - k) * PW;
+            }
+        }
+        for (long i = 0, row = 0; i < blocks; i++) {
+            const int mr = (int)(rows / blocks + (i < rows % blocks));
+            const float *a = g->a + (row0 + row) * g->lda + k0;
+            for (int q = 0, np; q < panels; q += np) {
+                for (int j = q; j < panels; j++) b[j - q] = (const char *)wide[j];
+                if (pieces) {
+                    np = tile_width(mr, panels - q);
+                    tile_args t = {
+                        .a = a, .lda = g->lda, .b = b, .segments = 1, .seg_k = k1 - k0, .last_k = k1 - k0, .c = part + row * ldc + q * PW, .ldc = ldc,
+                        .add = k0 > begin,
+                    };
+                    tile_of(mr, np, 0)(&t);
+                } else {
+                    codes_args t = {.a = a, .lda = g->lda, .k = k1 - k0, .group = group, .b = b, .c = total + row * ldc + q * PW, .ldc = ldc, .add = k0 > 0};
+                    np = codes_run(P_WIDENED, mr, panels - q, &t);
+                }
+            }
+            for (int v = 0; pieces && k1 == last && v < panels * PV; v++) {
+                const vf scale = vload((const float *)(w->w + (panel + v / PV) * w->panel_bytes + begin / group * full) + v % PV * VL);
+                for (long r = row; r < row + mr; r++) {
+                    float *c = total + r * ldc + v * VL;
+                    vstore(c, vfma(vload(part + r * ldc + v * VL), scale, begin ? vload(c) : vset(0.0f)));
+                }
+            }
+            if (k1 == w->k) finish_tile(g, total + row * ldc, ldc, row0 + row, mr, panel, panels);
+            row += mr;
+        }
     }
 }
 
@@ -151,6 +235,22 @@ static void gemm_unit(const void *job, long unit) {
     long r0 = unit % g->row_units * g->rows_per, r1 = MIN(r0 + g->rows_per, g->rows);
     long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
     long rows = r1 - r0, blocks = (rows + MR - 1) / MR;
+    if (CODED(w->format)) {
+        if (blocks <= CODES_BLOCKS) {
+            const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
+            for (long p = p0; p < p1; p += group) {
+                for (long i = 0, row = r0; i < blocks; i++) {
+                    const int mr = (int)(rows / blocks + (i < rows % blocks));
+                    codes_rows(g, row, mr, p, MIN(p + group, p1));
+                    row += mr;
+                }
+            }
+            return;
+        }
+        for (long r = r0; r < r1; r += WIDE_ROWS)
+            for (long p = p0; p < p1; p += WIDE_PANELS) codes_wide(g, r, MIN(WIDE_ROWS, r1 - r), p, (int)MIN(WIDE_PANELS, p1 - p));
+        return;
+    }
     if (blocks == 1) {
         gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, WIDTH[rows]) : WIDTH[rows]);
         return;

@@ -21,29 +21,48 @@ EXPORT void ps_pack(const void *rows_of, const void *second, void *to, int64_t n
     run_alone((int)threads, (n + PW - 1) / PW * (second ? 2 : 1), pack_unit, &j);
 }
 
+/* Columns of `half` of a weight whose panels were zeroed; where two parts meet in a panel, each writes its own columns. */
+EXPORT void ps_pack_codes(const weight *w, const void *data, const float *scales, const int16_t *zeros, int64_t scale_rows, int64_t row0, int64_t rows, int64_t half,
+                          int64_t threads) {
+    code_packing j = {
+        .data = data, .scales = scales, .zeros = zeros, .to = (char *)w->w, .rows = rows, .row0 = row0, .k = w->k, .group = w->group,
+        .groups = (w->k + w->group - 1) / w->group, .scale_rows = scale_rows, .panel_bytes = w->panel_bytes, .first = row0 / PW,
+        .format = (int)w->format, .halves = w->gated ? 2 : 1, .half = (int)half,
+    };
+    run_alone((int)threads, (row0 + rows - 1) / PW - row0 / PW + 1, pack_codes_unit, &j);
+}
+EXPORT int64_t ps_panel_bytes(int64_t format, int64_t k, int64_t group) {
+    const long whole = k / group, rest = k % group;
+    return whole * group_bytes((int)format, group) + (rest ? group_bytes((int)format, rest) : 0);
+}
+
 typedef struct {
     const void *from;
+    const int32_t *perm;
     float *to;
     long n, ld;
+    int bf16;
 } widening;
 static void widen_unit(const void *job, long row) {
     const widening *j = job;
-    const uint16_t *from = (const uint16_t *)j->from + row * j->n;
     float *to = j->to + row * j->ld;
-    for (long i = 0; i < j->n; i++) to[i] = widen(from[i]);
+    if (j->perm)
+        for (long i = 0; i < j->n; i++) to[i] = load_as(j->from, row * j->n + j->perm[i], j->bf16);
+    else
+        for (long i = 0; i < j->n; i++) to[i] = widen(((const uint16_t *)j->from)[row * j->n + i]);
 }
 
-EXPORT int64_t ps_linear(const weight *w, const void *x, int64_t rows, void *out, int64_t out_bf16, int64_t threads) {
+EXPORT int64_t ps_linear(const weight *w, const void *x, int64_t x_bf16, int64_t rows, void *out, int64_t out_bf16, int64_t threads) {
     gemm g = {
         .w = w, .a = x, .lda = w->k, .rows = rows, .kind = w->gated ? TO_GATED : out_bf16 ? TO_BF16 : TO_F32,
         .round = (int)out_bf16, .out_bf16 = (int)out_bf16, .out = out, .ldo = w->n,
     };
     float *wide = 0;
-    if (w->bf16) {
+    if (x_bf16 || w->perm) {
         g.lda = padded(w->k);
         wide = aligned_alloc(64, (size_t)(rows * g.lda * 4 + 63) / 64 * 64);
         if (!wide) return -1;
-        widening j = {.from = x, .to = wide, .n = w->k, .ld = g.lda};
+        widening j = {.from = x, .perm = w->perm, .to = wide, .n = w->k, .ld = g.lda, .bf16 = (int)x_bf16};
         run_alone(rows < 16 ? 1 : (int)threads, rows, widen_unit, &j);
         g.a = wide;
     }

@@ -19,12 +19,14 @@ from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
 from penstock.kernels.embedding import embedding
 from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
+from penstock.kernels.linear.scheme import Scheme
+from penstock.kernels.quantised.api import PackedQuantised, PackedQuantisedGated
 from penstock.kernels.rmsnorm import rms_norm
 from penstock.kernels.sampling import api as sampling
 from penstock.plugins.attention.native import NativeAttention
 from penstock.plugins.devices.ops import Settings
 from penstock.plugins.devices.torch_ops import TorchOps
-from penstock.plugins.models.api import Block, Columns, Linear, Model, Program, Stacked
+from penstock.plugins.models.api import Block, Columns, Linear, Model, Program, QuantisedLinear, Stacked
 
 Tensor = torch.Tensor
 as_tensor = torch.from_numpy
@@ -43,6 +45,14 @@ class HostLinear:
         if self._wide and isinstance(self.packed, PackedLinear):
             return self.packed(x, out, torch.float32)
         return self.packed(x, out)
+
+
+class HostQuantised(HostLinear):
+    """Packed codes. See QuantisedLinear."""
+
+    def __init__(self, packed: PackedQuantised | PackedQuantisedGated, *, wide: bool = False) -> None:
+        super().__init__(packed, wide=wide)
+        self.fill = packed.fill
 
 
 class WholeStep:
@@ -71,7 +81,12 @@ class HostOps(TorchOps):
             return None
         layers = [layer for layer in map(_packed_layer, plain.blocks) if layer is not None]
         head = plain.head.packed
-        if len(layers) < len(plain.blocks) or not isinstance(head, PackedLinear) or len({b.call.scale for b in plain.blocks}) > 1:
+        if (
+            len(layers) < len(plain.blocks)
+            or not isinstance(head, PackedLinear)
+            or head.gathers
+            or len({b.call.scale for b in plain.blocks}) > 1
+        ):
             return None
         whole = DecoderProgram(
             embedding=plain.embedding,
@@ -105,6 +120,15 @@ class HostOps(TorchOps):
     def head(self, weight: Tensor) -> Linear:
         """See Ops."""
         return HostLinear(pack(weight), wide=True)
+
+    def quantised(
+        self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, activation: str = "", *, head: bool = False
+    ) -> QuantisedLinear | None:
+        """See Ops. Inputs stay as they are, also where the scheme would have them rounded: that is more exact, and no slower here."""
+        if activation:
+            gate_bias, up_bias = bias.parts if bias is not None else (None, None)
+            return HostQuantised(PackedQuantisedGated(scheme, rows[0], inputs, activation, gate_bias, up_bias))  # type: ignore[arg-type]
+        return HostQuantised(PackedQuantised(scheme, rows, inputs, None if bias is None else bias.joined()), wide=head)
 
     # --- state of the slots
 
@@ -189,6 +213,6 @@ def _packed_layer(block: Block) -> DecoderLayer | None:
     if block.call.softcap or block.call.sinks is not None or not all(isinstance(layer, HostLinear) for layer in layers):
         return None
     qkv, o, gate_up, down = (layer.packed for layer in layers)  # type: ignore[attr-defined]
-    if not isinstance(gate_up, PackedGated):
+    if not isinstance(gate_up, PackedGated) or any(layer.gathers for layer in (qkv, o, gate_up, down)):
         return None
     return DecoderLayer(block.attn_norm, qkv, o, block.mlp_norm, gate_up, down, block.q_norm, block.k_norm, block.call.window)

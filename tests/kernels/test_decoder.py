@@ -1,8 +1,8 @@
-"""The decoder program: equal to the separate operations bit for bit, whatever shares the step."""
+"""The decoder program: equal to the separate operations bit for bit, whatever shares the step, over wide and quantised weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram, reference
-from penstock.kernels.linear import pack, pack_gated
+from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
+from penstock.kernels.linear.scheme import Scheme, quantise
+from penstock.kernels.quantised.api import pack_quantised, pack_quantised_gated
 
 
 def i32(values: object) -> Tensor:
@@ -32,13 +34,33 @@ class Case:
     block: int = 16
     rotary: int = 32
     act: str = "silu"
+    schemes: tuple[Scheme | None, ...] = (None, None, None, None, None)  # of qkv, o, gate and up, down, head
 
 
 CASES = {
     "llama": Case(),
     "qwen3": Case(qk_norm=True, heads=6, kv_heads=2, dim=16, rotary=16, act="gelu_tanh"),
     "qwen2-sliding": Case(bias=True, windows=(40, 0), hidden=50, heads=3, kv_heads=1, dim=80, rotary=40, block=32),
+    "int8": Case(bias=True, schemes=(Scheme("int8"),) * 5),
+    "mixed": Case(
+        qk_norm=True,
+        heads=6,
+        kv_heads=2,
+        dim=16,
+        rotary=16,
+        schemes=(Scheme("int4", 32, 1, True), None, Scheme("nf4", 24), Scheme("fp8_e4m3", 48, 64), None),
+    ),
 }
+
+
+def linear(scheme: Scheme | None, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    return pack(weight, bias) if scheme is None else pack_quantised([quantise(weight, scheme)], bias)
+
+
+def gated(scheme: Scheme | None, gate: Tensor, up: Tensor, act: str) -> PackedGated:
+    if scheme is None:
+        return pack_gated(gate, up, act)  # type: ignore[arg-type]
+    return pack_quantised_gated(quantise(gate, scheme), quantise(up, scheme), act)  # type: ignore[arg-type]
 
 
 def build(case: Case, dtype: torch.dtype, blocks: int = 24) -> DecoderProgram:
@@ -46,14 +68,15 @@ def build(case: Case, dtype: torch.dtype, blocks: int = 24) -> DecoderProgram:
         return (torch.randn(*shape) * scale).to(dtype)
 
     width = (case.heads + 2 * case.kv_heads) * case.dim
+    qkv, o, gate_up, down, head = case.schemes
     layers = [
         DecoderLayer(
             attn_norm=1 + rand(case.hidden),
-            qkv=pack(rand(width, case.hidden), rand(width) if case.bias else None),
-            o=pack(rand(case.hidden, case.heads * case.dim)),
+            qkv=linear(qkv, rand(width, case.hidden), rand(width) if case.bias else None),
+            o=linear(o, rand(case.hidden, case.heads * case.dim)),
             mlp_norm=1 + rand(case.hidden),
-            gate_up=pack_gated(rand(case.inter, case.hidden), rand(case.inter, case.hidden), case.act),  # type: ignore[arg-type]
-            down=pack(rand(case.hidden, case.inter)),
+            gate_up=gated(gate_up, rand(case.inter, case.hidden), rand(case.inter, case.hidden), case.act),
+            down=linear(down, rand(case.hidden, case.inter)),
             q_norm=1 + rand(case.dim) if case.qk_norm else None,
             k_norm=1 + rand(case.dim) if case.qk_norm else None,
             window=case.windows[index],
@@ -66,7 +89,7 @@ def build(case: Case, dtype: torch.dtype, blocks: int = 24) -> DecoderProgram:
     caches = [[pages[:, index, which] for index in range(case.layers)] for which in range(2)]
     angle = torch.rand(400, case.rotary // 2) * 6
     return DecoderProgram(
-        embedding=rand(case.vocab, case.hidden, scale=1.0), layers=layers, final_norm=1 + rand(case.hidden), lm_head=pack(rand(case.vocab, case.hidden)),
+        embedding=rand(case.vocab, case.hidden, scale=1.0), layers=layers, final_norm=1 + rand(case.hidden), lm_head=linear(head, rand(case.vocab, case.hidden)),
         num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, eps=1e-5, cos_sin=torch.cat((angle.cos(), angle.sin()), 1),
         k_caches=caches[0], v_caches=caches[1],
     )  # fmt: skip
@@ -225,3 +248,15 @@ def test_a_step_without_results_still_writes_the_cache(dtype: torch.dtype) -> No
     only = torch.empty(1, dtype=torch.int32)
     program(*arguments([(a, 39, 40)], every=False), greedy=only)
     assert torch.equal(only, greedy)
+
+
+def test_layers_that_gather_their_inputs_are_refused() -> None:
+    parts = build(CASES["llama"], torch.float32).parts
+    weight = quantise(torch.randn(64, 128), Scheme("int4", 32))
+    gathers = pack_quantised([weight._replace(scheme=Scheme("int4", 32, permuted=True), perm=torch.randperm(128).int())])
+    with pytest.raises(ValueError, match="in order"):
+        DecoderProgram(
+            embedding=parts.embedding, layers=[replace(layer, o=gathers) for layer in parts.layers], final_norm=parts.final_norm,
+            lm_head=parts.lm_head, num_heads=4, num_kv_heads=2, head_dim=32, eps=1e-5, cos_sin=parts.cos_sin, k_caches=parts.k_caches,
+            v_caches=parts.v_caches,
+        )  # fmt: skip
