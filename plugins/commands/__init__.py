@@ -1,4 +1,4 @@
-"""Commands that come as root plugins: `penstock chat`, `penstock bench` and `penstock doctor`.
+"""Commands that come as root plugins: `penstock chat`, `bench`, `doctor`, `quantize` and `quant report`.
 
 What it is: the hook that adds them. What it does not know: what they import when they run (nothing of it is imported here).
 """
@@ -18,7 +18,10 @@ def register_commands(group: click.Group) -> None:
     from penstock.plugins.commands.bench.command import bench
     from penstock.plugins.commands.chat import chat
     from penstock.plugins.commands.doctor.command import doctor
+    from penstock.plugins.commands.quant.command import quant, quantize
 
     group.add_command(bench)
     group.add_command(chat)
     group.add_command(doctor)
+    group.add_command(quant)
+    group.add_command(quantize)

@@ -1,0 +1,129 @@
+"""What a quantised model costs, as it was measured: quality.json beside the weights, and the gate that asks for it.
+
+What it is: the record that `penstock quant report` writes; its seal, which covers the record and samples of the weights' files (size, beginning and end),
+so that a changed record, or one beside other weights, is none; which checkpoints have 4 bits; and what `--quality-gate` says of one.
+What it does not know: how the figures are measured, what the weights mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from penstock.core.protocol.errors import CheckpointError, ConfigError
+from penstock.core.protocol.model_files import read_object
+
+NAME = "quality.json"
+SEAL = "record_sha256"
+FIGURES = ("scheme", "kl_mean", "kl_p99", "top1", "ppl", "ppl_full", "tokens", "text_sha256", "layers")
+"""Keys of a record, beside its seal."""
+SAMPLE = 1 << 16
+FOUR = ("int4", "nf4", "mxfp4")
+"""Words of --quantization that round to 4 bits."""
+FIELDS = ("num_bits", "bits", "w_bit", "wbits")
+"""Of a quantization_config, wherever in it: bits of a weight."""
+
+
+def record_file(model: Path) -> Path:
+    """Where the record of a folder, or of a GGUF file, lies."""
+    return model / NAME if model.is_dir() else model.with_name(f"{model.name}.{NAME}")
+
+
+def sealed(record: Mapping[str, Any], model: Path) -> dict[str, Any]:
+    """The record with its seal. Raises OSError."""
+    figures = {name: record[name] for name in FIGURES}
+    return {**figures, SEAL: _seal(figures, model)}
+
+
+def read_record(model: Path) -> tuple[dict[str, Any] | None, str]:
+    """(the record, ""), or (None, why there is none that counts)."""
+    file = record_file(model)
+    try:
+        record = read_object(file)
+    except FileNotFoundError:
+        return None, f"there is no {file.name}"
+    except (CheckpointError, OSError):
+        return None, f"{file.name} cannot be read"
+    if set(record) != {*FIGURES, SEAL}:
+        return None, f"{file.name} does not have the keys of a record"
+    try:
+        seal = _seal({name: record[name] for name in FIGURES}, model)
+    except (OSError, ValueError) as error:
+        return None, f"what {file.name} speaks of cannot be read ({type(error).__name__})"
+    if seal != record[SEAL]:
+        return None, f"{file.name} was changed, or lies beside other weights than it was measured with"
+    if not (isinstance(record["kl_mean"], int | float) and math.isfinite(record["kl_mean"])):
+        return None, f"{file.name} holds no kl_mean"
+    return record, ""
+
+
+def _seal(figures: Mapping[str, Any], model: Path) -> str:
+    digest = hashlib.sha256(json.dumps(figures, sort_keys=True, allow_nan=False).encode())
+    files = sorted(model.glob("*.safetensors")) if model.is_dir() else [model]
+    for file in [*files, *([model / "config.json"] if model.is_dir() else [])]:
+        size = file.stat().st_size
+        digest.update(f"{file.name if model.is_dir() else ''} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(SAMPLE))
+            stream.seek(max(0, size - SAMPLE))
+            digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def four_bits(model: Path, quantization: str | None) -> bool:
+    """Whether some of its weights have 4 bits, or may (a GGUF file's)."""
+    if quantization in FOUR or model.is_file():
+        return True
+    try:
+        config = read_object(model / "config.json")
+    except (CheckpointError, OSError):  # said where the configuration is read
+        return False
+    return _says_four(config.get("quantization_config") or config.get("compression_config"))
+
+
+def _says_four(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_says_four, value))
+    if not isinstance(value, Mapping):
+        return isinstance(value, str) and value.lower() in ("nvfp4", "mxfp4")
+    named = any(value.get(name) == 4 for name in FIELDS) or value.get("load_in_4bit") is True
+    return named or any(map(_says_four, value.values()))
+
+
+def gate(word: str, most_kl: float | None, model: Path, quantization: str | None) -> str | None:
+    """What to warn of, or None. Raises ConfigError where `word` is "strict" and the model has 4 bits and no record, or one past `most_kl`."""
+    if word == "off" or not four_bits(model, quantization):
+        return None
+    config = {} if model.is_file() else read_object(model / "config.json")
+    if quantization in FOUR and not (config.get("quantization_config") or model.is_file()):
+        why = (
+            f"--quantization {quantization} rounds to 4 bits while loading, of which no record is kept. Write the quantised model with"
+            f" `penstock quantize {model} --scheme w4a16 --out FOLDER`, measure it with `penstock quant report FOLDER --against {model} --text FILE`"
+            " and serve FOLDER"
+        )
+        return _judged(word, why)
+    record, missing = read_record(model)
+    if record is None:
+        why = (
+            f"{model} has 4-bit weights, and nobody has recorded what they cost ({missing}). Run `penstock quant report {model} --against FULL --text FILE`"
+            " with FULL the wide model and FILE texts like your own"
+        )
+        return _judged(word, why)
+    if most_kl is not None and record["kl_mean"] > most_kl:
+        why = (
+            f"{model} has a mean KL divergence of {record['kl_mean']:.4g} a token from the wide model, more than --quality-max-kl {most_kl:g}. Take more"
+            f" bits or another method (`penstock quantize --help`), raise the bound, or measure again with `penstock quant report {model} --against FULL"
+            " --text FILE`"
+        )
+        return _judged(word, why)
+    return None
+
+
+def _judged(word: str, why: str) -> str:
+    if word == "strict":
+        raise ConfigError(f"--quality-gate strict: {why}. --quality-gate warn starts anyway.", param="quality_gate")
+    return f"--quality-gate warn: {why}."

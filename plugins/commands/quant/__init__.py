@@ -1,0 +1,1 @@
+"""`penstock quantize` and `penstock quant report`: fewer bits for a checkpoint, and what they cost."""

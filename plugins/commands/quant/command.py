@@ -1,0 +1,185 @@
+"""The commands `penstock quantize` and `penstock quant report`.
+
+What it is: options, progress and output. What it does not know: formats, files, figures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from penstock.plugins.commands.quant.comparing import Loaded, Prompt
+    from penstock.plugins.commands.quant.writing import Plan, Round
+
+SCHEMES = ("w4a16", "w8a16", "int8", "fp8", "fp8-block", "mxfp4", "nf4")
+METHODS = ("rtn",)
+NF4 = (
+    "--scheme nf4: the compressed-tensors format has no NF4, so that there is no folder to write. `penstock serve MODEL --quantization nf4` rounds to it while"
+    " loading; `penstock quant report MODEL --quantization nf4` says what that costs."
+)
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--scheme", type=click.Choice(SCHEMES), required=True, help="How weights are stored.")
+@click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True, help="How they are rounded: rtn, to the nearest.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Layers that stay wide, by name with * and ?; may be given again.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
+def quantize(model: Path, scheme: str, method: str, ignore: tuple[str, ...], out: Path) -> None:
+    """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format. Ended early, it goes on where it was."""
+    if scheme == "nf4":
+        raise click.UsageError(NF4)
+    from penstock.plugins.commands.quant import writing
+
+    source = writing.open_source(model)
+    plan = writing.plan(source, scheme, ignore)
+    partial = writing.start(plan, out, {"method": method, "ignore": sorted(ignore)})
+    kept = _written(plan, partial, out, nearest(scheme))
+    said = f", {kept} of {len(plan.shards)} files were there already" if kept else ""
+    click.echo(f"{out}: {len(plan.schemes)} layers in {scheme} ({method}), {len(plan.wide)} wide{said}.")
+    click.echo(f"What it costs: penstock quant report {out} --against {model} --text FILE")
+
+
+def nearest(word: str) -> Round:
+    """Rounding to the nearest."""
+    from penstock.kernels.linear.scheme import quantise
+    from penstock.plugins.commands.quant.forms import scale_dtype_of
+
+    return lambda layer, wide, scheme: quantise(wide, scheme, scale_dtype_of(word, wide.dtype))
+
+
+def _written(plan: Plan, partial: Path, out: Path, rounded: Round) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from penstock.plugins.commands.quant import writing
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("quantising", total=len(plan.shards))
+
+        def tell(done: int, count: int, what: str) -> None:
+            progress.update(task, completed=done, total=count, description=what.rpartition(".")[0])
+
+        return writing.write(plan, partial, out, rounded, tell)
+
+
+@click.group()
+def quant() -> None:
+    """What quantised weights cost."""
+
+
+@quant.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--against", type=click.Path(exists=True, path_type=Path), help="The wide model. Not needed with --quantization.")
+@click.option(
+    "--quantization", metavar="WORD", help="Measure MODEL, a wide one, as `serve --quantization WORD` would round it; no record is written."
+)
+@click.option("--text", "text", default="builtin", show_default=True, help="File of texts like your own (.txt, .json, .jsonl), or builtin.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Longest text in tokens; the rest is cut off."
+)
+@click.option("--max-texts", type=click.IntRange(min=1), help="Only so many texts.")
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), help="Folder with tokenizer.json, if not the wide model's.")
+@click.option("--dtype", default="auto", show_default=True, help="What both models compute in: auto, bfloat16 or float32.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record instead of tables.")
+@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture of the layers' errors.")
+def report(
+    model: Path,
+    against: Path | None,
+    quantization: str | None,
+    text: str,
+    max_tokens: int,
+    max_texts: int | None,
+    tokenizer: Path | None,
+    dtype: str,
+    as_json: bool,
+    svg: Path | None,
+) -> None:
+    """Compare MODEL, a quantised one, with the wide model on texts, on the CPU; the figures are kept as quality.json beside it."""
+    if (against is None) == (quantization is None):
+        raise click.UsageError("Give the wide model with --against FULL; or, where MODEL is the wide one itself, --quantization WORD.")
+    from rich.console import Console
+
+    from penstock.core.protocol.quality import record_file, sealed
+    from penstock.plugins.commands.quant import comparing
+    from penstock.plugins.commands.quant import report as shown
+
+    full = against or model
+    texts = _texts(text)[:max_texts]
+    encode = _encoder([folder for folder in (tokenizer, full, model) if folder is not None])
+    ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full)
+    wide = comparing.Loaded(full, dtype=dtype, longest=max_tokens)
+    prompts = _compared(ours, wide, texts, encode)
+    found = comparing.summary(prompts)
+    layers = [] if ours.watched is None else ours.watched.layers
+    record = shown.record_of(ours.scheme, found, layers, prompts)
+    if svg is not None:
+        svg.write_text(shown.picture(ours.scheme, found, layers), encoding="utf-8")
+    if quantization is None:
+        record = sealed(record, model)
+        _kept(record_file(model), record)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    shown.show(Console(width=None if sys.stdout.isatty() else 120), ours.scheme, found, layers, prompts)
+    if quantization is None:
+        click.echo(f"Recorded in {record_file(model)}.")
+
+
+def _texts(text: str) -> list[str]:
+    from penstock.plugins.commands.quant import comparing
+
+    if text != "builtin":
+        return comparing.texts_of(Path(text))
+    click.echo(
+        "--text builtin: conversations of the kind that the demo model Brook knows. They are not yours, and say little about another model: give a file of"
+        " texts like those that you will serve.",
+        err=True,
+    )
+    return comparing.texts_of(Path(__file__).with_name("builtin.json"))
+
+
+def _encoder(folders: list[Path]) -> Callable[[str], Sequence[int]]:
+    from tokenizers import Tokenizer
+
+    files = [folder / "tokenizer.json" for folder in folders if (folder / "tokenizer.json").is_file()]
+    if not files:
+        raise click.UsageError(f"{folders[0]} holds no tokenizer.json. Name a folder that does with --tokenizer.")
+    tokenizer = Tokenizer.from_file(str(files[0]))
+
+    def encode(text: str) -> Sequence[int]:
+        ids: Sequence[int] = tokenizer.encode(text).ids
+        return ids
+
+    return encode
+
+
+def _compared(ours: Loaded, wide: Loaded, texts: list[str], encode: Callable[[str], Sequence[int]]) -> list[Prompt]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from penstock.plugins.commands.quant import comparing
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("comparing", total=len(texts))
+        return comparing.compare(ours, wide, texts, encode, lambda done, count: progress.update(task, completed=done))
+
+
+def _kept(file: Path, record: dict[str, object]) -> None:
+    """Whole or not at all."""
+    import os
+
+    written = file.with_name(file.name + ".tmp")
+    try:
+        written.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(written, file)
+    except OSError as error:
+        raise click.ClickException(f"The record cannot be written to {file} ({error.strerror}). Make the folder writable.") from None

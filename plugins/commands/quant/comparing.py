@@ -1,0 +1,257 @@
+"""Two models on the same texts: what is lost between them.
+
+What it is: loading of a model through the CPU device's own parts (the layers, kernels and quantizers that serve it), the logits of whole prompts,
+and what follows of them: the divergence of each token's distribution, agreement of the likeliest, perplexities; beside it the error of each quantised
+weight, seen while it is read. All sums are float64.
+What it does not know: the terminal, records, where texts come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from penstock.core.contract.devices import RunnerConfig
+from penstock.core.contract.host import PluginHost
+from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
+from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
+from penstock.plugins.devices.cpu import DTYPES, set_threads
+from penstock.plugins.devices.host_ops import HostOps
+from penstock.plugins.devices.loading import choose, load_model
+from penstock.plugins.models.api import Columns, Weights
+from penstock.plugins.weights.checkpoint import Checkpoint
+
+Tensor = torch.Tensor
+BLOCK = 16
+ROWS = 64
+"""Rows of logits that exist at once."""
+RESAMPLES = 1000
+
+
+class Layer(NamedTuple):
+    """A quantised layer: its bits, and ||quantised - wide|| / ||wide||."""
+
+    name: str
+    kind: str
+    bits: int
+    error: float
+
+
+class Prompt(NamedTuple):
+    """Of one text, a value a predicted token."""
+
+    text: str
+    kl: np.ndarray[Any, np.dtype[np.float64]]
+    """KL(full || quantised), nats."""
+    same: np.ndarray[Any, np.dtype[np.float64]]
+    """1 where both have the same likeliest token."""
+    loss: np.ndarray[Any, np.dtype[np.float64]]
+    """-log p of the text's own next token, quantised."""
+    loss_full: np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Summary(NamedTuple):
+    """Over all tokens. Intervals are of 95 %, resampled over texts."""
+
+    tokens: int
+    kl_mean: float
+    kl_p99: float
+    top1: float
+    ppl: float
+    ppl_full: float
+    kl_range: tuple[float, float]
+    ppl_range: tuple[float, float]
+    ppl_full_range: tuple[float, float]
+
+
+class Watched:
+    """A quantizer whose layers are compared with the wide ones as they are read."""
+
+    def __init__(self, own: Any, wide: Checkpoint | None) -> None:
+        self._own = own
+        self._wide = wide
+        self.layers: list[Layer] = []
+        self.method = own.method
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def scheme(self, weights: Weights, layer: str, rows: int, inputs: int) -> Scheme | None:
+        """See Quantizer."""
+        found: Scheme | None = self._own.scheme(weights, layer, rows, inputs)
+        return found
+
+    def read(self, weights: Weights, layer: str, scheme: Scheme, rows: int, inputs: int, device: torch.device) -> Quantised:
+        """See Quantizer."""
+        q: Quantised = self._own.read(weights, layer, scheme, rows, inputs, device)
+        name = f"{layer}.weight"
+        if self._wide is not None and self._wide.has(name):
+            self.layers.append(Layer(layer, scheme.kind, scheme.bits, relative_error(dequantise(q), self._wide.raw(name))))
+        return q
+
+
+def relative_error(found: Tensor, meant: Tensor) -> float:
+    """||found - meant|| / ||meant||, 0 where both are zero."""
+    meant = meant.double()
+    norm = float(meant.norm())
+    return float((found.double() - meant).norm()) / norm if norm else float(found.double().norm() > 0)
+
+
+class Loaded:
+    """A model on the host that gives logits of whole prompts."""
+
+    def __init__(
+        self, path: Path, *, quantization: str | None = None, dtype: str = "auto", longest: int, against: Path | None = None
+    ) -> None:
+        """Raises ConfigError, CheckpointError or UnsupportedFeature."""
+        config = _config(path, quantization, dtype)
+        choice = choose(config, "cpu", DTYPES, other="bfloat16")
+        self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against))
+        choice = choice._replace(quantizer=self.watched or choice.quantizer)
+        set_threads(None)
+        self.longest = min(longest, choice.facts.max_position)
+        self.vocab = choice.facts.vocab_size
+        self.scheme = "wide" if self.watched is None else str(self.watched.method)
+        self._ops = HostOps()
+        self.model, _ = load_model(
+            config, choice, self._ops, torch.device("cpu"), max_len=self.longest, max_rows=1, progress=lambda what, fraction: None
+        )
+        if self.model.plain is None and hasattr(self.model, "program"):
+            raise UnsupportedFeature(
+                f"{path}: its model family runs whole steps by itself, and gives no logits to compare.", param="architectures"
+            )
+        pool = self.model.attention.allocate(-(-self.longest // BLOCK))
+        self._caches = self.model.attention.caches(pool)
+
+    def logits(self, tokens: Sequence[int]) -> Callable[[int, int], Tensor]:
+        """After one pass over the prompt: rows `start` to `end` of its logits, [end - start, V] float32."""
+        count = len(tokens)
+        at = torch.arange(count, dtype=torch.int32)
+        table = torch.arange(-(-count // BLOCK), dtype=torch.int32)[None]
+
+        def one(value: int) -> Tensor:
+            return torch.tensor([value], dtype=torch.int32)
+
+        ends = torch.tensor([0, count], dtype=torch.int32)
+        columns = Columns(torch.tensor(tokens, dtype=torch.int32), at, at, one(0), one(count), ends, table, 0, True)
+        stream = self.model.step(self._ops, self._caches, columns)
+        hidden = self.model.final(self._ops, stream.x, stream.residual)
+        return lambda start, end: self.model.logits(hidden[start:end].contiguous())
+
+
+def _config(path: Path, quantization: str | None, dtype: str) -> RunnerConfig:
+    return RunnerConfig(
+        model_path=str(path.absolute()),
+        dtype=dtype,
+        max_model_len=None,
+        block_size=BLOCK,
+        max_num_seqs=1,
+        max_num_batched_tokens=1,
+        kv_cache_memory_bytes=None,
+        num_gpu_blocks_override=None,
+        gpu_memory_utilization=0.9,
+        load_format="auto",
+        deterministic=False,
+        enforce_eager=True,
+        attention_backend=None,
+        seed=0,
+        threads=None,
+        max_logprobs=0,
+        quantization=quantization,
+        plugins=PluginHost("engine").load(),
+    )
+
+
+def _checkpoint(path: Path | None) -> Checkpoint | None:
+    return Checkpoint(path, torch.float32) if path is not None and path.is_dir() and not any(path.glob("*.gguf")) else None
+
+
+def compare(
+    quantised: Loaded,
+    full: Loaded,
+    texts: Sequence[str],
+    encode: Callable[[str], Sequence[int]],
+    tell: Callable[[int, int], None] = lambda done, count: None,
+) -> list[Prompt]:
+    """One Prompt for each text of at least two tokens; longer ones are cut. Raises ConfigError where the models do not have one vocabulary."""
+    if quantised.vocab != full.vocab:
+        raise ConfigError(
+            f"--against: it has a vocabulary of {full.vocab} tokens, the quantised model one of {quantised.vocab}. Name the wide model that it was made of.",
+            param="against",
+        )
+    found = []
+    for index, text in enumerate(texts):
+        tokens = list(encode(text))[: min(quantised.longest, full.longest)]
+        if len(tokens) > 1:
+            found.append(_prompt(text, tokens, quantised.logits(tokens), full.logits(tokens)))
+        tell(index + 1, len(texts))
+    if not found:
+        raise ConfigError("--text: no text of two tokens or more. Give one, or --text builtin.", param="text")
+    return found
+
+
+def _prompt(text: str, tokens: Sequence[int], ours: Callable[[int, int], Tensor], theirs: Callable[[int, int], Tensor]) -> Prompt:
+    parts = []
+    for start in range(0, len(tokens) - 1, ROWS):
+        end = min(start + ROWS, len(tokens) - 1)
+        parts.append(divergence(ours(start, end), theirs(start, end), torch.tensor(tokens[start + 1 : end + 1])))
+    kl, same, loss, loss_full = (np.concatenate([part[index].numpy() for part in parts]) for index in range(4))
+    return Prompt(text, kl, same, loss, loss_full)
+
+
+def divergence(ours: Tensor, full: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(KL(full || ours), 1 where the likeliest is the same, -log ours of `following`, -log full of it), a row of logits each, float64."""
+    q, p = torch.log_softmax(ours.double(), 1), torch.log_softmax(full.double(), 1)
+    kl = (p.exp() * (p - q)).nan_to_num(0.0).sum(1).clamp_min(0)  # a token of logit -inf in both counts nothing
+    same = (q.argmax(1) == p.argmax(1)).double()
+    at = following.long()[:, None]
+    return kl, same, -q.gather(1, at)[:, 0], -p.gather(1, at)[:, 0]
+
+
+def summary(prompts: Sequence[Prompt], seed: int = 0) -> Summary:
+    """Figures over all tokens; intervals by resampling whole texts, whose tokens hang together."""
+    kl, same, loss, full = (np.concatenate([getattr(p, name) for p in prompts]) for name in ("kl", "same", "loss", "loss_full"))
+    counts = np.array([len(p.kl) for p in prompts], dtype=np.float64)
+    sums = np.array([[p.kl.sum(), p.loss.sum(), p.loss_full.sum()] for p in prompts])
+    drawn = np.random.default_rng(seed).integers(0, len(prompts), (RESAMPLES, len(prompts)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)[:, None]
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return Summary(
+        tokens=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.percentile(kl, 99)),
+        top1=float(same.mean()),
+        ppl=float(np.exp(loss.mean())),
+        ppl_full=float(np.exp(full.mean())),
+        kl_range=(float(low[0]), float(high[0])),
+        ppl_range=(float(np.exp(low[1])), float(np.exp(high[1]))),
+        ppl_full_range=(float(np.exp(low[2])), float(np.exp(high[2]))),
+    )
+
+
+def texts_of(file: Path) -> list[str]:
+    """Of a JSON file (a list of texts), of JSON lines with "text" or "prompt", or of plain text whose paragraphs are divided by empty lines. Raises ConfigError."""
+    try:
+        whole = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {file}: cannot be read as UTF-8 text ({type(error).__name__}).", param="text") from None
+    try:
+        if file.suffix == ".jsonl":
+            lines = [json.loads(line) for line in whole.splitlines() if line.strip()]
+            values = [line.get("text", line.get("prompt")) if isinstance(line, dict) else line for line in lines]
+        elif file.suffix == ".json":
+            values = json.loads(whole)
+        else:
+            values = [part.strip() for part in whole.replace("\r\n", "\n").split("\n\n")]
+    except ValueError as error:
+        raise ConfigError(f"--text {file}: no JSON ({error}).", param="text") from None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ConfigError(
+            f"--text {file}: must hold texts: a JSON list of them, or lines with a text under 'text' or 'prompt'.", param="text"
+        )
+    return [value for value in values if value]

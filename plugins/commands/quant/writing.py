@@ -1,0 +1,185 @@
+"""A quantised copy of a Hugging Face folder, written one layer at a time.
+
+What it is: which tensors are linear layers, the shards (what lies outside the layers, then each layer), and the folder beside the wanted one
+(OUT.partial) where finished shards wait: a run that was ended goes on with the first that is missing, and the folder gets its name when
+all is there.
+What it does not know: how a weight is rounded (its caller gives that), formats (forms.py), the terminal.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from penstock.core.protocol.errors import CheckpointError, ConfigError
+from penstock.core.protocol.model_files import read_object
+from penstock.kernels.linear.scheme import Quantised, Scheme
+from penstock.plugins.commands.quant.forms import configuration, scheme_of, tensors_of
+from penstock.plugins.weights.checkpoint import EXPLICIT, FLOATS, INDEX, files_of, sample_of
+
+Round = Callable[[str, torch.Tensor, Scheme], Quantised]
+"""(layer, its wide weight, scheme): called once a layer."""
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+SETTINGS = "penstock-run.json"
+"""In the unfinished folder: what the run was asked for."""
+COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+NOT_COPIED = ("config.json", "quality.json", SETTINGS)
+ROUTER = ".gate"
+"""The end of a router's name: a small layer that decides much."""
+
+
+class Source(NamedTuple):
+    """A wide checkpoint: where its tensors are, and their shapes."""
+
+    folder: Path
+    config: dict[str, Any]
+    where: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+    identity: str
+
+
+class Plan(NamedTuple):
+    """What will be written."""
+
+    source: Source
+    word: str
+    schemes: Mapping[str, Scheme]
+    """Of the layers that are quantised."""
+    wide: Sequence[str]
+    """Linear layers that are not."""
+    shards: Sequence[Sequence[str]]
+    """Names of the source's tensors, a file each."""
+
+
+def open_source(folder: Path) -> Source:
+    """Raises CheckpointError for what cannot be read, ConfigError for what is quantised already."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no config.json: give the folder of a wide Hugging Face checkpoint.", param="model")
+    config = read_object(folder / "config.json")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise ConfigError(f"{folder} is quantised already (config.json says so). Give the wide checkpoint.", param="model")
+    where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    files = files_of(folder)
+    for file in files:
+        with safe_open(str(file), framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                where[name], shapes[name] = file, tuple(handle.get_slice(name).get_shape())
+    digest = hashlib.sha256((folder / "config.json").read_bytes() + b"".join(sample_of(file) for file in files))
+    return Source(folder, config, where, shapes, digest.hexdigest())
+
+
+def plan(source: Source, word: str, ignore: Sequence[str] = ()) -> Plan:
+    """Every linear layer within the model's layers; embeddings and the output head stay wide. Raises ConfigError where nothing is left to quantise."""
+    schemes: dict[str, Scheme] = {}
+    wide = []
+    for name in sorted(source.shapes, key=_order):
+        layer, shape = name.removesuffix(".weight"), source.shapes[name]
+        if layer == name or len(shape) != 2 or "embed" in name:
+            continue
+        scheme = scheme_of(word, *shape) if LAYER.search(name) else None
+        if scheme is None or layer.endswith(ROUTER) or any(fnmatch.fnmatchcase(layer, pattern) for pattern in ignore):
+            wide.append(layer)
+        else:
+            schemes[layer] = scheme
+    if not schemes:
+        raise ConfigError(
+            f"--scheme {word}: {source.folder} has no linear layer that it could quantise. Look at --ignore, or take another scheme.",
+            param="scheme",
+        )
+    if "lm_head" not in wide:
+        wide.append("lm_head")  # a tied one has no tensor, but other programs make a layer of it
+    shards: dict[int, list[str]] = {}
+    for name in sorted(source.shapes, key=_order):
+        shards.setdefault(_order(name)[0], []).append(name)
+    return Plan(source, word, schemes, wide, list(shards.values()))
+
+
+def _order(name: str) -> tuple[int, str]:
+    found = LAYER.search(name)
+    return (int(found[1]) if found else -1, name)
+
+
+def start(plan: Plan, out: Path, settings: Mapping[str, Any]) -> Path:
+    """The folder to write in, new or an unfinished one of the same settings. Raises ConfigError where something else is in the way."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} holds something already, and nothing is overwritten. Name a new folder.", param="out")
+    partial = out.with_name(out.name + ".partial")
+    asked = json.dumps({**settings, "scheme": plan.word, "source": plan.source.identity}, sort_keys=True)
+    note = partial / SETTINGS
+    if partial.exists():
+        if not note.is_file() or note.read_text(encoding="utf-8") != asked:
+            raise ConfigError(
+                f"{partial} is there already, and not the unfinished part of this very run. Take it away, or give another --out.",
+                param="out",
+            )
+        return partial
+    partial.mkdir(parents=True)
+    note.write_text(asked, encoding="utf-8")
+    return partial
+
+
+def write(
+    plan: Plan, partial: Path, out: Path, rounded: Round, tell: Callable[[int, int, str], None] = lambda done, all, what: None
+) -> int:
+    """Write what is missing, then give the folder its name: the number of shards that were there already. `tell(done, all, what)` after each shard.
+    Raises CheckpointError naming a tensor that cannot be quantised."""
+    count, kept = len(plan.shards), 0
+    weight_map: dict[str, str] = {}
+    size = 0
+    for index, names in enumerate(plan.shards):
+        file = partial / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        if file.is_file():
+            kept += 1
+        else:
+            written = file.with_suffix(".tmp")
+            save_file(_shard(plan, names, rounded), written, {"format": "pt"})
+            os.replace(written, file)
+        with safe_open(str(file), framework="pt") as handle:
+            weight_map |= dict.fromkeys(handle.keys(), file.name)
+        size += file.stat().st_size
+        tell(index + 1, count, names[0])
+    index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}, indent=1)
+    (partial / INDEX).write_text(index_text, encoding="utf-8")
+    for file in sorted(plan.source.folder.iterdir()):
+        told = file.name.endswith(".index.json") or file.name in NOT_COPIED
+        if file.is_file() and not told and (file.suffix in COPIED or file.name.upper().startswith("LICENSE")):
+            shutil.copyfile(file, partial / file.name)
+    config = {key: value for key, value in plan.source.config.items() if key != EXPLICIT}
+    config["quantization_config"] = configuration(plan.word, plan.schemes, plan.wide)
+    (partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (partial / SETTINGS).unlink()
+    if out.is_dir():
+        out.rmdir()  # it is empty
+    os.replace(partial, out)
+    return kept
+
+
+def _shard(plan: Plan, names: Sequence[str], rounded: Round) -> dict[str, torch.Tensor]:
+    made: dict[str, torch.Tensor] = {}
+    for name in names:
+        with safe_open(str(plan.source.where[name]), framework="pt") as handle:
+            wide = handle.get_tensor(name)
+        layer = name.removesuffix(".weight")
+        scheme = plan.schemes.get(layer) if layer != name else None
+        if scheme is None:
+            made[name] = wide
+            continue
+        if wide.dtype not in FLOATS:
+            raise CheckpointError(f"tensor {name!r} is {wide.dtype}, not a wide one.", param=name)
+        try:
+            made |= tensors_of(plan.word, layer, rounded(layer, wide, scheme))
+        except ValueError as error:
+            raise CheckpointError(f"tensor {name!r} cannot be quantised: {error}.", param=name) from None
+    return {name: tensor.contiguous() for name, tensor in made.items()}

@@ -1,0 +1,205 @@
+"""`penstock quantize`: what is written is read again with the same values, by Penstock and by transformers; nothing is overwritten, and an ended run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from penstock.kernels.linear.scheme import dequantise
+from penstock.plugins.commands.quant import writing
+from penstock.plugins.commands.quant.command import nearest, quantize
+from penstock.plugins.commands.quant.forms import FORMATS
+from penstock.plugins.quantizers.compressed import CompressedTensors
+from penstock.plugins.weights.checkpoint import Checkpoint
+
+HIDDEN, INNER, VOCAB, LAYERS = 128, 256, 96, 2
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN),
+    "self_attn.v_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A random model's folder."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.1).bfloat16()
+
+    tensors = {"model.embed_tokens.weight": drawn(VOCAB, HIDDEN), "lm_head.weight": drawn(VOCAB, HIDDEN)}
+    tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
+    for index in range(LAYERS):
+        at = f"model.layers.{index}"
+        tensors |= {f"{at}.{name}.weight": drawn(*shape) for name, shape in SHAPES.items()}
+        tensors |= {f"{at}.{name}.weight": torch.ones(HIDDEN).bfloat16() for name in ("input_layernorm", "post_attention_layernorm")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": VOCAB,
+        "max_position_embeddings": 256, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"a": "tokenizer"}')
+    return folder
+
+
+def asked(*words: object) -> Result:
+    return CliRunner().invoke(quantize, [str(word) for word in words])
+
+
+def meant(folder: Path, name: str) -> torch.Tensor:
+    with safe_open(str(folder / "model.safetensors"), framework="pt") as handle:
+        tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+
+def read_back(out: Path) -> dict[str, torch.Tensor]:
+    """Every quantised layer as Penstock's reader has it."""
+    weights = Checkpoint(out, torch.float32)
+    quantizer = CompressedTensors(json.loads((out / "config.json").read_text())["quantization_config"])
+    found: dict[str, torch.Tensor] = {}
+    for index in range(LAYERS):
+        for name, shape in SHAPES.items():
+            layer = f"model.layers.{index}.{name}"
+            scheme = quantizer.scheme(weights, layer, *shape)
+            if scheme is not None:
+                found[layer] = dequantise(quantizer.read(weights, layer, scheme, *shape, torch.device("cpu")))
+    return found
+
+
+@pytest.mark.parametrize("word", FORMATS)
+def test_what_is_written_is_read_bit_for_bit(word: str, wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = asked(wide, "--scheme", word, "--out", out)
+    assert said.exit_code == 0, said.output
+    assert f"quant report {out} --against {wide}" in said.output
+    plan = writing.plan(writing.open_source(wide), word)
+    found = read_back(out)
+    assert set(found) == set(plan.schemes)
+    assert len(found) == LAYERS * len(SHAPES)
+    for layer, scheme in plan.schemes.items():
+        weight = meant(wide, f"{layer}.weight")
+        assert torch.equal(found[layer], dequantise(nearest(word)(layer, weight, scheme)))
+        assert not torch.equal(found[layer], weight.float())
+    weights = Checkpoint(out, torch.bfloat16)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(weights.raw(name), meant(wide, name))
+    assert (out / "tokenizer.json").read_text() == '{"a": "tokenizer"}'
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("word", ["w4a16", "w8a16", "int8", "fp8", "fp8-block"])
+def test_transformers_reads_the_same_weights(word: str, wide: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    out = tmp_path / "out"
+    assert asked(wide, "--scheme", word, "--out", out).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(
+        out, quantization_config=CompressedTensorsConfig(run_compressed=False), dtype=torch.bfloat16
+    )
+    theirs = dict(model.named_modules())
+    for layer, ours in read_back(out).items():
+        assert torch.equal(theirs[layer].weight.float(), ours.bfloat16().float()), layer
+
+
+def test_an_ended_run_goes_on_with_what_is_missing(wide: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "out", []
+    plan = writing.plan(writing.open_source(wide), "w4a16")
+    rounded = nearest("w4a16")
+
+    class Ended(Exception):
+        pass
+
+    def dies(layer: str, weight: torch.Tensor, scheme: Any) -> Any:
+        if ".layers.1." in layer:
+            raise Ended
+        return rounded(layer, weight, scheme)
+
+    partial = writing.start(plan, out, {})
+    with pytest.raises(Ended):
+        writing.write(plan, partial, out, dies)
+    assert not out.exists()
+    before = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    assert len(before) == 2
+
+    def notes(layer: str, weight: torch.Tensor, scheme: Any) -> Any:
+        seen.append(layer)
+        return rounded(layer, weight, scheme)
+
+    assert writing.write(plan, writing.start(plan, out, {}), out, notes) == 2
+    assert len(seen) == len(SHAPES)
+    assert all(".layers.1." in layer for layer in seen)
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    whole = tmp_path / "whole"
+    writing.write(plan, writing.start(plan, whole, {}), whole, rounded)
+    for file in whole.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_another_runs_part_is_not_continued(wide: Path, tmp_path: Path) -> None:
+    writing.start(writing.plan(writing.open_source(wide), "w4a16"), tmp_path / "out", {"method": "rtn", "ignore": []})
+    said = asked(wide, "--scheme", "int8", "--out", tmp_path / "out")
+    assert said.exit_code
+    assert "unfinished part of this very run" in str(said.exception)
+
+
+def test_nothing_is_overwritten(wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    said = asked(wide, "--scheme", "fp8", "--out", out)
+    assert said.exit_code
+    assert "holds something already" in str(said.exception)
+    assert [file.name for file in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    assert asked(wide, "--scheme", "fp8", "--out", out).exit_code == 0
+    again = asked(out, "--scheme", "fp8", "--out", tmp_path / "twice")
+    assert again.exit_code
+    assert "quantised already" in str(again.exception)
+
+
+def test_ignored_layers_stay_wide(wide: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert asked(wide, "--scheme", "w4a16", "--ignore", "*.down_proj", "--ignore", "model.layers.0.*", "--out", out).exit_code == 0
+    found = read_back(out)
+    assert len(found) == len(SHAPES) - 1
+    assert all(layer.startswith("model.layers.1.") for layer in found)
+    assert "model.layers.1.mlp.down_proj" in json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    everything = asked(wide, "--scheme", "w4a16", "--ignore", "*", "--out", tmp_path / "none")
+    assert everything.exit_code
+    assert "no linear layer" in str(everything.exception)
+
+
+def test_nf4_is_refused_with_what_to_do_instead(wide: Path, tmp_path: Path) -> None:
+    said = asked(wide, "--scheme", "nf4", "--out", tmp_path / "out")
+    assert said.exit_code == 2
+    assert "--quantization nf4" in said.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_named(wide: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = Checkpoint(wide, torch.bfloat16)
+    tensors = {one: meant(wide, one) for one in weights._where}
+    tensors[name] = tensors[name].clone().fill_(float("nan"))
+    save_file(tensors, wide / "model.safetensors", {"format": "pt"})
+    said = asked(wide, "--scheme", "w4a16", "--out", tmp_path / "out")
+    assert said.exit_code
+    assert name in str(said.exception)
+    assert not (tmp_path / "out").exists()
