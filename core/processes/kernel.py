@@ -40,6 +40,7 @@ from penstock.core.protocol.control import Boot, Ready
 from penstock.core.protocol.errors import ConfigError, PenstockError, spelled
 from penstock.core.protocol.model_folder import with_model
 from penstock.core.protocol.pools import PoolSpec, pools_of
+from penstock.core.protocol.quality import gate
 from penstock.core.runtime.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def serve(config: Config, *, extra_plugins: Sequence[str] = (), specs: Sequence[
         if specs is None:
             check_names(config, extra_plugins)
             config = with_model(config)
-        notes: list[str] = []
+        notes = [note] if (note := gate(config)) is not None else []
         tables = TablesFile(config.tables, notes.append) if config.tables is not None else None
         listener = bind(config)
         further = bind_further(config)

@@ -10,6 +10,7 @@ The engine starts first and text beside it; there are no restarts: an engine tha
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -26,9 +27,11 @@ from penstock.core.protocol.control import EngineFacts, EngineUp, Message, PeerU
 from penstock.core.protocol.errors import EngineFailure, PenstockError, described
 from penstock.core.protocol.messages import Cancel, Extension, Query, StepTokens, Submit
 from penstock.core.protocol.model_folder import with_model
+from penstock.core.protocol.quality import gate
 from penstock.core.runtime.wiring import Dropped
 from penstock.core.telemetry.traces import NO_TRACES, Traces
 
+log = logging.getLogger("penstock.config")
 LOCAL_EDGE = -1
 """The `edge` of requests from the same process."""
 
@@ -51,6 +54,9 @@ class LocalServer:
         traces: Traces = NO_TRACES,
     ) -> None:
         self.config = with_model(config)
+        note = gate(self.config)
+        if note is not None:
+            log.warning("%s", note)
         self._deliver = deliver
         self._on_failure = on_failure
         self._on_phase = on_phase

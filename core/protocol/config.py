@@ -100,6 +100,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             short="-q",
         ),
     ] = None
+    quality_gate: Annotated[
+        Literal["off", "warn", "strict"],
+        opt(
+            "What 4-bit weights without a record of what they cost (`penstock quant report`) mean: nothing, a warning, or no start (strict).",
+            "model",
+        ),
+    ] = "off"
+    quality_max_kl: Annotated[
+        float | None,
+        opt("The same for a record whose mean KL divergence from the wide model is larger, in nats a token.", "model"),
+    ] = None
     hf_overrides: Annotated[str | None, opt("JSON merged over config.json.", "model", "json-model-override-args", json=True)] = None
     generation_config: Annotated[
         str,
@@ -712,6 +723,12 @@ def check(config: Config) -> None:
     ):
         if not getattr(config, name) <= LONGEST_S:
             raise ConfigError(f"{OPTIONS[name].flag} must be at most {LONGEST_S} seconds (a week).", param=name)
+    if config.quality_max_kl is not None and not config.quality_max_kl >= 0:
+        raise ConfigError("--quality-max-kl must be 0 or more.", param="quality_max_kl")
+    if config.quality_max_kl is not None and config.quality_gate == "off":
+        raise ConfigError(
+            "--quality-max-kl has no effect with --quality-gate off. Give --quality-gate warn or strict.", param="quality_max_kl"
+        )
     if config.priority_ageing_s == float("inf"):
         raise ConfigError("--priority-ageing-s must be finite; 0 is no ageing.", param="priority_ageing_s")
     for name in ("threads", "num_gpu_blocks_override", "batch_in_flight"):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.core.protocol.model_files import read_object
 
@@ -94,12 +95,12 @@ def _says_four(value: Any) -> bool:
     return named or any(map(_says_four, value.values()))
 
 
-def gate(word: str, most_kl: float | None, model: Path, quantization: str | None) -> str | None:
-    """What to warn of, or None. Raises ConfigError where `word` is "strict" and the model has 4 bits and no record, or one past `most_kl`."""
-    if word == "off" or not four_bits(model, quantization):
+def gate(config: Config) -> str | None:
+    """What to warn of, or None. Raises ConfigError where the gate is strict and the model (a path) has 4 bits and no record, or one past the bound."""
+    word, most_kl, quantization = config.quality_gate, config.quality_max_kl, config.quantization
+    if word == "off" or config.model is None or not four_bits(model := Path(config.model), quantization):
         return None
-    config = {} if model.is_file() else read_object(model / "config.json")
-    if quantization in FOUR and not (config.get("quantization_config") or model.is_file()):
+    if quantization in FOUR and not four_bits(model, None):
         why = (
             f"--quantization {quantization} rounds to 4 bits while loading, of which no record is kept. Write the quantised model with"
             f" `penstock quantize {model} --scheme w4a16 --out FOLDER`, measure it with `penstock quant report FOLDER --against {model} --text FILE`"

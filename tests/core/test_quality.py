@@ -1,0 +1,139 @@
+"""The record of what a quantised model costs, and the gate that asks for it: before any process starts, with the command that helps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from penstock.core.protocol.config import Config, check
+from penstock.core.protocol.errors import ConfigError
+from penstock.core.protocol.quality import FIGURES, four_bits, gate, read_record, record_file, sealed
+
+RECORD: dict[str, Any] = {
+    "scheme": "w4a16", "kl_mean": 0.02, "kl_p99": 0.2, "top1": 0.9, "ppl": 2.1, "ppl_full": 2.0, "tokens": 10, "text_sha256": "00",
+    "layers": [{"name": "a", "error": 0.1}],
+}  # fmt: skip
+FOUR = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+CONFIGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "compressed-tensors": (FOUR, True),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, True),
+    "awq": ({"quant_method": "awq", "w_bit": 4}, True),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, True),
+    "modelopt": ({"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}, True),
+    "8 bits": ({"quant_method": "gptq", "bits": 8, "group_size": 4}, False),
+    "fp8": ({"quant_method": "fp8"}, False),
+    "wide": ({}, False),
+}
+
+
+def folder_of(tmp_path: Path, quantised: dict[str, Any]) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantised} if quantised else {}))
+    (tmp_path / "model.safetensors").write_bytes(b"w" * 100)
+    return tmp_path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return folder_of(tmp_path, FOUR)
+
+
+def keep(model: Path, record: dict[str, Any] = RECORD) -> None:
+    record_file(model).write_text(json.dumps(sealed(record, model)))
+
+
+def asked(model: Path, **options: Any) -> Config:
+    return Config(model=str(model), **{"quality_gate": "strict", **options})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_which_checkpoints_have_four_bits(name: str, tmp_path: Path) -> None:
+    quantised, four = CONFIGS[name]
+    assert four_bits(folder_of(tmp_path, quantised), None) is four
+
+
+def test_a_record_has_its_keys_and_counts(model: Path) -> None:
+    keep(model)
+    record, why = read_record(model)
+    assert record is not None
+    assert why == ""
+    assert set(record) == {*FIGURES, "record_sha256"}
+    assert {name: record[name] for name in FIGURES} == RECORD
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_changed_record_is_no_record(name: str, model: Path) -> None:
+    keep(model)
+    record = json.loads(record_file(model).read_text())
+    record[name] = 0.001
+    record_file(model).write_text(json.dumps(record))
+    assert read_record(model)[0] is None
+    with pytest.raises(ConfigError, match=r"quality\.json was changed.*penstock quant report .* --against FULL"):
+        gate(asked(model))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kl_mean": 0}', "\xff"])
+def test_what_is_no_record_does_not_count(text: str, model: Path) -> None:
+    record_file(model).write_bytes(text.encode("latin-1"))
+    assert read_record(model)[0] is None
+    with pytest.raises(ConfigError, match="penstock quant report"):
+        gate(asked(model))
+
+
+def test_a_record_counts_beside_its_own_weights_only(model: Path) -> None:
+    keep(model)
+    (model / "model.safetensors").write_bytes(b"v" * 100)
+    assert read_record(model)[0] is None
+
+
+def test_strict_asks_for_a_record_and_takes_it(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no quality\.json.*penstock quant report") as raised:
+        gate(asked(model))
+    assert raised.value.param == "quality_gate"
+    keep(model)
+    assert gate(asked(model)) is None
+
+
+def test_the_bound_is_on_the_mean(model: Path) -> None:
+    keep(model)
+    assert gate(asked(model, quality_max_kl=0.02)) is None
+    with pytest.raises(ConfigError, match=r"0\.02 a token.*--quality-max-kl 0\.01"):
+        gate(asked(model, quality_max_kl=0.01))
+
+
+def test_warn_starts_with_a_sentence_and_off_looks_at_nothing(model: Path) -> None:
+    said = gate(asked(model, quality_gate="warn"))
+    assert said is not None
+    assert "penstock quant report" in said
+    record_file(model).mkdir()
+    assert gate(asked(model, quality_gate="off")) is None
+    assert "cannot be read" in str(gate(asked(model, quality_gate="warn")))
+
+
+def test_rounding_while_loading_has_no_record(tmp_path: Path) -> None:
+    wide = folder_of(tmp_path, {})
+    assert gate(asked(wide)) is None
+    assert gate(asked(wide, quantization="int8")) is None
+    keep(wide)
+    with pytest.raises(ConfigError, match=r"--quantization int4 rounds.*penstock quantize .* --scheme w4a16"):
+        gate(asked(wide, quantization="int4"))
+
+
+def test_a_gguf_file_has_its_record_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" * 10)
+    with pytest.raises(ConfigError, match=r"model\.gguf\.quality\.json"):
+        gate(asked(file))
+    keep(file)
+    assert gate(asked(file)) is None
+
+
+def test_a_bound_without_a_gate_is_an_error() -> None:
+    check(Config(quality_gate="warn", quality_max_kl=0.1))
+    with pytest.raises(ConfigError, match="--quality-gate warn or strict"):
+        check(Config(quality_max_kl=0.1))
+    with pytest.raises(ConfigError, match="0 or more"):
+        check(msgspec.structs.replace(Config(quality_gate="warn"), quality_max_kl=-1.0))
