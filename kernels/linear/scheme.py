@@ -148,9 +148,9 @@ def _spread(blocks: Tensor, scheme: Scheme, n: int, k: int) -> Tensor:
     return blocks.expand(n, k)
 
 
-def quantise(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Quantised:
-    """Round a weight [N, K], floating and finite, to the nearest codes. Symmetric schemes reach to the largest magnitude of a block, those with
-    zero points from its least to its largest value, zero included. Raises ValueError for a weight with NaN or infinity."""
+def quantise(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32, scales: Tensor | None = None) -> Quantised:
+    """Round a weight [N, K], floating and finite, to the nearest codes. Symmetric schemes reach to the largest magnitude of a block, or have the `scales`
+    that are given; those with zero points reach from its least to its largest value, zero included. Raises ValueError for a weight with NaN or infinity."""
     require(weight.dim() == 2 and weight.is_floating_point(), "a weight is [N, K], floating")
     n, k = weight.shape
     wide = weight.float()
@@ -164,7 +164,7 @@ def quantise(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.fl
         span, least = ((15, 0), (255, -128))[scheme.kind == "int8"]
         scales = ((high - low) / span).clamp_min(SMALLEST).to(scale_dtype)
         zeros = (least - low / scales.float()).round().clamp(least, least + span).to(torch.int16)
-    else:
+    elif scales is None:
         scales = _scales(blocks.abs().amax(2), scheme.kind).to(scale_dtype)
     ratio = wide / _spread(scales.float(), scheme, n, k)
     if zeros is not None:
@@ -180,6 +180,12 @@ def _scales(largest: Tensor, kind: str) -> Tensor:
         return torch.exp2(torch.floor(torch.log2(largest.clamp_min(2.0**-100))) - 2)
     top = {"int4": 7.5, "int8": 127.0, "fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "nf4": 1.0}[kind]
     return (largest / top).clamp_min(SMALLEST)
+
+
+def nearest(ratio: Tensor, kind: str) -> Tensor:
+    """What numbers [N, K], already divided by their scales, become in a scheme without zero points: float32."""
+    raised = 8 if kind == "int4" else 0
+    return codes_to_values(kind, _codes(ratio + raised, kind), ratio.shape[1]) - raised
 
 
 def _codes(ratio: Tensor, kind: str) -> Tensor:

@@ -133,7 +133,7 @@ def test_an_ended_run_goes_on_with_what_is_missing(wide: Path, tmp_path: Path) -
 
     partial = writing.start(plan, out, {})
     with pytest.raises(Ended):
-        writing.write(plan, partial, out, dies)
+        writing.write(plan, partial, dies)
     assert not out.exists()
     before = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
     assert len(before) == 2
@@ -142,12 +142,14 @@ def test_an_ended_run_goes_on_with_what_is_missing(wide: Path, tmp_path: Path) -
         seen.append(layer)
         return rounded(layer, weight, scheme)
 
-    assert writing.write(plan, writing.start(plan, out, {}), out, notes) == 2
+    assert writing.write(plan, writing.start(plan, out, {}), notes) == 2
+    writing.finish(plan, partial, out)
     assert len(seen) == len(SHAPES)
     assert all(".layers.1." in layer for layer in seen)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     whole = tmp_path / "whole"
-    writing.write(plan, writing.start(plan, whole, {}), whole, rounded)
+    writing.write(plan, writing.start(plan, whole, {}), rounded)
+    writing.finish(plan, tmp_path / "whole.partial", whole)
     for file in whole.iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
 

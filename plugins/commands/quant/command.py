@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from penstock.plugins.commands.quant.writing import Plan, Round
 
 SCHEMES = ("w4a16", "w8a16", "int8", "fp8", "fp8-block", "mxfp4", "nf4")
-METHODS = ("rtn",)
+METHODS = ("rtn", "gptq")
+CALIBRATION, REPORTED = "calibration.json", "builtin.json"
+"""Built-in texts: none stands in both, so that a method is not measured on what it was fitted to."""
 NF4 = (
     "--scheme nf4: the compressed-tensors format has no NF4, so that there is no folder to write. `penstock serve MODEL --quantization nf4` rounds to it while"
     " loading; `penstock quant report MODEL --quantization nf4` says what that costs."
@@ -28,10 +30,27 @@ NF4 = (
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--scheme", type=click.Choice(SCHEMES), required=True, help="How weights are stored.")
-@click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True, help="How they are rounded: rtn, to the nearest.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="rtn",
+    show_default=True,
+    help="How they are rounded: rtn, to the nearest; gptq, for the inputs that calibration texts make.",
+)
+@click.option("--calibration", default="builtin", show_default=True, help="File of texts for gptq (.txt, .json, .jsonl), or builtin.")
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Most calibration texts.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="Longest calibration text in tokens; the rest is cut off.",
+)
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Layers that stay wide, by name with * and ?; may be given again.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
-def quantize(model: Path, scheme: str, method: str, ignore: tuple[str, ...], out: Path) -> None:
+def quantize(
+    model: Path, scheme: str, method: str, calibration: str, samples: int, max_tokens: int, ignore: tuple[str, ...], out: Path
+) -> None:
     """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format. Ended early, it goes on where it was."""
     if scheme == "nf4":
         raise click.UsageError(NF4)
@@ -39,8 +58,17 @@ def quantize(model: Path, scheme: str, method: str, ignore: tuple[str, ...], out
 
     source = writing.open_source(model)
     plan = writing.plan(source, scheme, ignore)
-    partial = writing.start(plan, out, {"method": method, "ignore": sorted(ignore)})
-    kept = _written(plan, partial, out, nearest(scheme))
+    asked: dict[str, object] = {"method": method, "ignore": sorted(ignore)}
+    prompts: list[Sequence[int]] = []
+    if method != "rtn":
+        encode = _encoder([model])
+        texts = _texts("--calibration", calibration, CALIBRATION)[:samples]
+        asked["prompts"] = prompts = [tokens for tokens in (encode(text)[:max_tokens] for text in texts) if tokens]
+        if not prompts:
+            raise click.UsageError(f"--calibration {calibration}: there is no text in it.")
+    partial = writing.start(plan, out, asked)
+    kept = _written(plan, partial, prompts)
+    writing.finish(plan, partial, out)
     said = f", {kept} of {len(plan.shards)} files were there already" if kept else ""
     click.echo(f"{out}: {len(plan.schemes)} layers in {scheme} ({method}), {len(plan.wide)} wide{said}.")
     click.echo(f"What it costs: penstock quant report {out} --against {model} --text FILE")
@@ -54,20 +82,24 @@ def nearest(word: str) -> Round:
     return lambda layer, wide, scheme: quantise(wide, scheme, scale_dtype_of(word, wide.dtype))
 
 
-def _written(plan: Plan, partial: Path, out: Path, rounded: Round) -> int:
+def _written(plan: Plan, partial: Path, prompts: Sequence[Sequence[int]]) -> int:
+    """The shards, with a bar: by GPTQ for the prompts, or without any to the nearest."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from penstock.plugins.commands.quant import writing
+    from penstock.plugins.commands.quant import calibrating, methods, writing
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantising", total=len(plan.shards))
 
         def tell(done: int, count: int, what: str) -> None:
-            progress.update(task, completed=done, total=count, description=what.rpartition(".")[0])
+            progress.update(task, completed=done, total=count, description=what)
 
-        return writing.write(plan, partial, out, rounded, tell)
+        if not prompts:
+            return writing.write(plan, partial, nearest(plan.word), tell)
+        longest = max(len(prompt) for prompt in prompts)
+        return calibrating.calibrate(plan, partial, methods.gptq_of(plan.word), prompts, tell, longest)
 
 
 @click.group()
@@ -112,7 +144,7 @@ def report(
     from penstock.plugins.commands.quant import report as shown
 
     full = against or model
-    texts = _texts(text)[:max_texts]
+    texts = _texts("--text", text, REPORTED)[:max_texts]
     encode = _encoder([folder for folder in (tokenizer, full, model) if folder is not None])
     ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full)
     wide = comparing.Loaded(full, dtype=dtype, longest=max_tokens)
@@ -133,17 +165,18 @@ def report(
         click.echo(f"Recorded in {record_file(model)}.")
 
 
-def _texts(text: str) -> list[str]:
+def _texts(option: str, text: str, own: str) -> list[str]:
+    """Of a file, or those that come with the command."""
     from penstock.plugins.commands.quant import comparing
 
     if text != "builtin":
-        return comparing.texts_of(Path(text))
+        return comparing.texts_of(Path(text), option)
     click.echo(
-        "--text builtin: conversations of the kind that the demo model Brook knows. They are not yours, and say little about another model: give a file of"
+        f"{option} builtin: conversations of the kind that the demo model Brook knows. They are not yours, and say little about another model: give a file of"
         " texts like those that you will serve.",
         err=True,
     )
-    return comparing.texts_of(Path(__file__).with_name("builtin.json"))
+    return comparing.texts_of(Path(__file__).with_name(own), option)
 
 
 def _encoder(folders: list[Path]) -> Callable[[str], Sequence[int]]:

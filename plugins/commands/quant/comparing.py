@@ -23,7 +23,7 @@ from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
 from penstock.plugins.devices.cpu import DTYPES, set_threads
 from penstock.plugins.devices.host_ops import HostOps
 from penstock.plugins.devices.loading import choose, load_model
-from penstock.plugins.models.api import Columns, Weights
+from penstock.plugins.models.api import Columns, Stream, Weights
 from penstock.plugins.weights.checkpoint import Checkpoint
 
 Tensor = torch.Tensor
@@ -106,13 +106,20 @@ class Loaded:
     """A model on the host that gives logits of whole prompts."""
 
     def __init__(
-        self, path: Path, *, quantization: str | None = None, dtype: str = "auto", longest: int, against: Path | None = None
+        self,
+        path: Path,
+        *,
+        quantization: str | None = None,
+        dtype: str = "auto",
+        longest: int,
+        against: Path | None = None,
+        quantizer: Any = None,
     ) -> None:
-        """Raises ConfigError, CheckpointError or UnsupportedFeature."""
+        """`quantizer`: in place of the checkpoint's own. Raises ConfigError, CheckpointError or UnsupportedFeature."""
         config = _config(path, quantization, dtype)
         choice = choose(config, "cpu", DTYPES, other="bfloat16")
         self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against))
-        choice = choice._replace(quantizer=self.watched or choice.quantizer)
+        choice = choice._replace(quantizer=quantizer or self.watched)
         set_threads(None)
         self.longest = min(longest, choice.facts.max_position)
         self.vocab = choice.facts.vocab_size
@@ -125,23 +132,37 @@ class Loaded:
             raise UnsupportedFeature(
                 f"{path}: its model family runs whole steps by itself, and gives no logits to compare.", param="architectures"
             )
-        pool = self.model.attention.allocate(-(-self.longest // BLOCK))
-        self._caches = self.model.attention.caches(pool)
 
     def logits(self, tokens: Sequence[int]) -> Callable[[int, int], Tensor]:
         """After one pass over the prompt: rows `start` to `end` of its logits, [end - start, V] float32."""
-        count = len(tokens)
-        at = torch.arange(count, dtype=torch.int32)
-        table = torch.arange(-(-count // BLOCK), dtype=torch.int32)[None]
-
-        def one(value: int) -> Tensor:
-            return torch.tensor([value], dtype=torch.int32)
-
-        ends = torch.tensor([0, count], dtype=torch.int32)
-        columns = Columns(torch.tensor(tokens, dtype=torch.int32), at, at, one(0), one(count), ends, table, 0, True)
-        stream = self.model.step(self._ops, self._caches, columns)
+        stream = self.run([tokens])
         hidden = self.model.final(self._ops, stream.x, stream.residual)
         return lambda start, end: self.model.logits(hidden[start:end].contiguous())
+
+    def run(self, prompts: Sequence[Sequence[int]]) -> Stream:
+        """All prompts as one step of as many sequences."""
+        counts = [len(prompt) for prompt in prompts]
+        widest, blocks = -(-max(counts) // BLOCK), [-(-count // BLOCK) for count in counts]
+        caches = self.model.attention.caches(self.model.attention.allocate(sum(blocks)))
+        table = torch.full((len(prompts), widest), -1, dtype=torch.int32)
+        places, first = [], 0
+        for row, (count, own) in enumerate(zip(counts, blocks, strict=True)):
+            table[row, :own] = torch.arange(first, first + own)
+            places.append(torch.arange(first * BLOCK, first * BLOCK + count, dtype=torch.int32))
+            first += own
+        lengths = torch.tensor(counts, dtype=torch.int32)
+        columns = Columns(
+            tokens=torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int32),
+            positions=torch.cat([torch.arange(count, dtype=torch.int32) for count in counts]),
+            places=torch.cat(places),
+            slots=torch.arange(len(prompts), dtype=torch.int32),
+            kv_len=lengths,
+            q_start=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            table=table,
+            num_decode=0,
+            dense=True,
+        )
+        return self.model.step(self._ops, caches, columns)
 
 
 def _config(path: Path, quantization: str | None, dtype: str) -> RunnerConfig:
@@ -234,12 +255,12 @@ def summary(prompts: Sequence[Prompt], seed: int = 0) -> Summary:
     )
 
 
-def texts_of(file: Path) -> list[str]:
+def texts_of(file: Path, option: str = "--text") -> list[str]:
     """Of a JSON file (a list of texts), of JSON lines with "text" or "prompt", or of plain text whose paragraphs are divided by empty lines. Raises ConfigError."""
     try:
         whole = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {file}: cannot be read as UTF-8 text ({type(error).__name__}).", param="text") from None
+        raise ConfigError(f"{option} {file}: cannot be read as UTF-8 text ({type(error).__name__}).", param=option[2:]) from None
     try:
         if file.suffix == ".jsonl":
             lines = [json.loads(line) for line in whole.splitlines() if line.strip()]
@@ -249,9 +270,9 @@ def texts_of(file: Path) -> list[str]:
         else:
             values = [part.strip() for part in whole.replace("\r\n", "\n").split("\n\n")]
     except ValueError as error:
-        raise ConfigError(f"--text {file}: no JSON ({error}).", param="text") from None
+        raise ConfigError(f"{option} {file}: no JSON ({error}).", param=option[2:]) from None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ConfigError(
-            f"--text {file}: must hold texts: a JSON list of them, or lines with a text under 'text' or 'prompt'.", param="text"
+            f"{option} {file}: must hold texts: a JSON list of them, or lines with a text under 'text' or 'prompt'.", param=option[2:]
         )
     return [value for value in values if value]

@@ -130,26 +130,41 @@ def start(plan: Plan, out: Path, settings: Mapping[str, Any]) -> Path:
     return partial
 
 
-def write(
-    plan: Plan, partial: Path, out: Path, rounded: Round, tell: Callable[[int, int, str], None] = lambda done, all, what: None
-) -> int:
-    """Write what is missing, then give the folder its name: the number of shards that were there already. `tell(done, all, what)` after each shard.
-    Raises CheckpointError naming a tensor that cannot be quantised."""
-    count, kept = len(plan.shards), 0
-    weight_map: dict[str, str] = {}
-    size = 0
+def shard_file(plan: Plan, partial: Path, index: int) -> Path:
+    """Where shard `index` lies; the file is there if, and only if, the shard is finished."""
+    return partial / f"model-{index + 1:05d}-of-{len(plan.shards):05d}.safetensors"
+
+
+def write(plan: Plan, partial: Path, rounded: Round, tell: Callable[[int, int, str], None] = lambda done, all, what: None) -> int:
+    """Write the shards that are missing: the number of those that were there already. `tell(done, all, what)` after each. Raises CheckpointError naming
+    a tensor that cannot be quantised."""
+    kept = 0
     for index, names in enumerate(plan.shards):
-        file = partial / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-        if file.is_file():
+        if shard_file(plan, partial, index).is_file():
             kept += 1
         else:
-            written = file.with_suffix(".tmp")
-            save_file(_shard(plan, names, rounded), written, {"format": "pt"})
-            os.replace(written, file)
+            write_shard(plan, partial, index, rounded)
+        tell(index + 1, len(plan.shards), names[0].rpartition(".")[0])
+    return kept
+
+
+def write_shard(plan: Plan, partial: Path, index: int, rounded: Round) -> None:
+    """One shard, whole or not at all. Raises CheckpointError."""
+    file = shard_file(plan, partial, index)
+    written = file.with_suffix(".tmp")
+    save_file(_shard(plan, plan.shards[index], rounded), written, {"format": "pt"})
+    os.replace(written, file)
+
+
+def finish(plan: Plan, partial: Path, out: Path) -> None:
+    """When all shards are there: index, configuration and tokenizer, then the folder's name."""
+    weight_map: dict[str, str] = {}
+    size = 0
+    for index in range(len(plan.shards)):
+        file = shard_file(plan, partial, index)
         with safe_open(str(file), framework="pt") as handle:
             weight_map |= dict.fromkeys(handle.keys(), file.name)
         size += file.stat().st_size
-        tell(index + 1, count, names[0])
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}, indent=1)
     (partial / INDEX).write_text(index_text, encoding="utf-8")
     for file in sorted(plan.source.folder.iterdir()):
@@ -163,7 +178,6 @@ def write(
     if out.is_dir():
         out.rmdir()  # it is empty
     os.replace(partial, out)
-    return kept
 
 
 def _shard(plan: Plan, names: Sequence[str], rounded: Round) -> dict[str, torch.Tensor]:
