@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from penstock.core.protocol.model_folder import demo_folder
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise, nearest, quantise
 from penstock.plugins.commands.quant import calibrating, methods, writing
 from penstock.plugins.commands.quant.command import quantize
-from penstock.plugins.commands.quant.methods import DAMP, factor, gptq, gram
+from penstock.plugins.commands.quant.methods import DAMP, Rounded, awq, factor, gptq, gram, narrowed
 
 SCHEMES = {
     "int4 groups": Scheme("int4", 32),
@@ -82,6 +83,42 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     assert bool(torch.isfinite(factor(torch.zeros(8, 8, dtype=torch.float64))).all())
 
 
+def lost(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:
+    return float((x.double() @ (found.double() - weight.double()).T).norm())
+
+
+def test_awq_moves_what_large_inputs_weigh_into_their_columns() -> None:
+    weight, x = drawn()
+    x[:, ::32] *= 30  # a few inputs are much larger than the others
+    norm = torch.rand(weight.shape[1]).add(0.5).bfloat16()
+    scheme = SCHEMES["int4 groups"]
+    rounded = awq(x, [weight, -weight], scheme, norm, torch.float32)
+    assert rounded.norm is not None
+    assert rounded.norm.dtype == norm.dtype
+    for q, meant in zip(rounded.weights, (weight, -weight), strict=True):
+        as_read = x.double() / norm.double() * rounded.norm.double()  # the inputs that the written norm makes
+        moved = float((as_read @ dequantise(q).double().T - x.double() @ meant.double().T).norm())
+        assert moved < 0.7 * lost(dequantise(quantise(meant, scheme)), meant, x)
+    assert float((rounded.norm / norm)[::32].mean()) < float((rounded.norm / norm).mean())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_ranges_that_are_searched_for_lose_no_more(name: str) -> None:
+    weight, x = drawn()
+    h = torch.diag(gram(x).diagonal())
+    found, plain = narrowed(weight, h, SCHEMES[name], torch.float32), quantise(weight, SCHEMES[name])
+    assert methods.loss(dequantise(found), weight, h) <= methods.loss(dequantise(plain), weight, h)
+    assert SCHEMES[name].kind == "fp4" or (found.scales <= plain.scales).all()
+
+
+def test_without_a_norm_awq_moves_nothing() -> None:
+    weight, x = drawn()
+    for norm in (None, torch.zeros(weight.shape[1])):
+        rounded = awq(x, [weight], SCHEMES["int4 groups"], norm, torch.float32)
+        assert rounded.norm is None
+        assert torch.equal(dequantise(rounded.weights[0]), dequantise(narrowed(weight, gram(x), SCHEMES["int4 groups"], torch.float32)))
+
+
 PROMPTS = [[5, 9, 200, 31, 7, 80, 12], [400, 3, 77], list(range(40, 90))]
 
 
@@ -96,40 +133,41 @@ def written(out: Path, method: methods.Method) -> Path:
 def test_layers_get_the_inputs_that_the_rounded_ones_before_them_make(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
-    def notes(x: torch.Tensor, weights: object, scheme: Scheme) -> list[Quantised]:
+    def notes(x: torch.Tensor, weights: Sequence[torch.Tensor], scheme: Scheme, norm: torch.Tensor | None) -> Rounded:
         seen.append(x.float())
-        return [quantise(weight, scheme, torch.bfloat16) for weight in weights]  # type: ignore[attr-defined]
+        return Rounded([quantise(weight, scheme, torch.bfloat16) for weight in weights])
 
     written(tmp_path / "out", notes)
     tokens = sum(map(len, PROMPTS))
     assert [tuple(x.shape) for x in seen] == [(tokens, 256), (tokens, 256), (tokens, 256), (tokens, 768)]  # qkv, o, gate and up, down
     again: list[torch.Tensor] = []
 
-    def worse(x: torch.Tensor, weights: object, scheme: Scheme) -> list[Quantised]:
+    def worse(x: torch.Tensor, weights: Sequence[torch.Tensor], scheme: Scheme, norm: torch.Tensor | None) -> Rounded:
         again.append(x.float())
-        return [quantise(weight * 2, scheme, torch.bfloat16) for weight in weights]  # type: ignore[attr-defined]
+        return Rounded([quantise(weight * 2, scheme, torch.bfloat16) for weight in weights])
 
     written(tmp_path / "worse", worse)
     assert torch.equal(seen[0], again[0])
     assert not torch.allclose(seen[1], again[1], rtol=0.1)
 
 
-def test_an_ended_calibration_gives_what_a_whole_one_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [methods.gptq_of, methods.awq_of])
+def test_an_ended_calibration_gives_what_a_whole_one_gives(make: Callable[[str], methods.Method], tmp_path: Path) -> None:
     plan = writing.plan(writing.open_source(demo_folder()), "w4a16", ["*layers.[2-7].*"])
-    method, calls = methods.gptq_of("w4a16"), []
+    method, calls = make("w4a16"), []
 
     class Ended(Exception):
         pass
 
-    def dies(x: torch.Tensor, weights: object, scheme: Scheme) -> object:
+    def dies(x: torch.Tensor, weights: Sequence[torch.Tensor], scheme: Scheme, norm: torch.Tensor | None) -> Rounded:
         calls.append(x)
         if len(calls) == 6:
             raise Ended
-        return method(x, weights, scheme)  # type: ignore[arg-type]
+        return method(x, weights, scheme, norm)
 
-    def run(out: Path, method: object) -> Path:
+    def run(out: Path, method: methods.Method) -> Path:
         partial = writing.start(plan, out, {})
-        calibrating.calibrate(plan, partial, method, PROMPTS, lambda done, count, what: None, 64)  # type: ignore[arg-type]
+        calibrating.calibrate(plan, partial, method, PROMPTS, lambda done, count, what: None, 64)
         writing.finish(plan, partial, out)
         return out
 

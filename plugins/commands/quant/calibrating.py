@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from penstock.kernels.activation.reference import gated
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
 from penstock.plugins.commands.quant.comparing import Loaded
-from penstock.plugins.commands.quant.forms import configuration
+from penstock.plugins.commands.quant.forms import configuration, norm_of
 from penstock.plugins.commands.quant.methods import Method
 from penstock.plugins.commands.quant.writing import Plan, shard_file, write, write_shard
 from penstock.plugins.models.api import Columns, Stacked, Weights
@@ -30,17 +30,25 @@ ROWS = 4096
 
 
 class Observer:
-    """See plugins/models/api.py: Quantizer. `stored(layer)` is what has been written of it; `keep(layer, quantised)` gets the others."""
+    """See plugins/models/api.py: Quantizer. `stored(layer)` is what has been written of it, `stored.tensor(name)` of a tensor;
+    `keep(layer, quantised)` gets the others, after `keep_norm(name, factor)`."""
 
     method = "calibration"
 
     def __init__(
-        self, plan: Plan, method: Method, stored: Callable[[str], Quantised | None], keep: Callable[[str, Quantised], None]
+        self,
+        plan: Plan,
+        method: Method,
+        stored: Written,
+        keep: Callable[[str, Quantised], None],
+        keep_norm: Callable[[str, Tensor], None],
     ) -> None:
         self._plan = plan
         self.round = method
         self.stored = stored
         self.keep = keep
+        self.keep_norm = keep_norm
+        self._architecture = (plan.source.config.get("architectures") or [""])[0]
 
     def scheme(self, weights: Weights, layer: str, rows: int, inputs: int) -> Scheme | None:
         """See Quantizer."""
@@ -63,7 +71,9 @@ class Observer:
     ) -> Observed:
         """See Quantizer."""
         wide = [weights.take(f"{layer}.weight", (n, inputs)) for layer, n in zip(layers, rows, strict=True)]
-        return Observed(self, layers, wide, scheme, None if bias is None else bias.joined().float(), activation)
+        name = norm_of(layers, self._architecture)
+        norm = None if name is None else (name, weights.raw(name))  # type: ignore[attr-defined]
+        return Observed(self, layers, wide, scheme, None if bias is None else bias.joined().float(), activation, norm)
 
 
 class Observed:
@@ -72,7 +82,14 @@ class Observed:
     nbytes = 0
 
     def __init__(
-        self, observer: Observer, layers: Sequence[str], wide: list[Tensor], scheme: Scheme, bias: Tensor | None, activation: str
+        self,
+        observer: Observer,
+        layers: Sequence[str],
+        wide: list[Tensor],
+        scheme: Scheme,
+        bias: Tensor | None,
+        activation: str,
+        norm: tuple[str, Tensor] | None,
     ) -> None:
         self.n, self.k = sum(w.shape[0] for w in wide) // (2 if activation else 1), wide[0].shape[1]
         self._observer = observer
@@ -81,17 +98,25 @@ class Observed:
         self._scheme = scheme
         self._bias = bias
         self._activation = activation
+        self._norm = norm
 
     def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
         """See Linear."""
-        found = [self._observer.stored(layer) for layer in self._layers]
+        observer = self._observer
+        found = [observer.stored(layer) for layer in self._layers]
+        norm = None if self._norm is None else observer.stored.tensor(self._norm[0])
         if any(q is None for q in found):
-            found = list(self._observer.round(x, self._wide, self._scheme))
+            rounded = observer.round(x, self._wide, self._scheme, None if self._norm is None else self._norm[1])
+            found, norm = list(rounded.weights), rounded.norm
+            if self._norm is not None and norm is not None:
+                observer.keep_norm(self._norm[0], norm)
             for layer, q in zip(self._layers, found, strict=True):
                 assert q is not None
-                self._observer.keep(layer, q)
+                observer.keep(layer, q)
         self._wide = []
         weight = torch.cat([dequantise(q) for q in found if q is not None])
+        if self._norm is not None and norm is not None:  # x has the old factor
+            weight = (weight.double() * (norm.double() / self._norm[1].double())).float()
         made = []
         for start in range(0, len(x), ROWS):
             piece = x[start : start + ROWS]
@@ -112,6 +137,7 @@ class Written:
             for name in names
             if shard_file(plan, partial, index).is_file()
         }
+        self._file_of = {name: shard_file(plan, partial, index) for index, names in enumerate(plan.shards) for name in names}
         self._reader = CompressedTensors(configuration(plan.word, plan.schemes, plan.wide))
 
     def __call__(self, layer: str) -> Quantised | None:
@@ -123,6 +149,11 @@ class Written:
         scheme = self._reader.scheme(tensors, layer, rows, inputs)
         assert scheme is not None
         return self._reader.read(tensors, layer, scheme, rows, inputs, torch.device("cpu"))
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A tensor that was not quantised, or None."""
+        file = self._file_of[name]
+        return load_file(file)[name] if name.removesuffix(".weight") in self._where else None
 
 
 class Tensors:
@@ -144,16 +175,18 @@ def calibrate(
     waiting = [{name.removesuffix(".weight") for name in names} & plan.schemes.keys() for names in plan.shards]
     index_of = {layer: index for index, layers in enumerate(waiting) for layer in layers}
     found: dict[str, Quantised] = {}
+    norms: dict[str, Tensor] = {}
 
     def keep(layer: str, q: Quantised) -> None:
         found[layer] = q
         index = index_of[layer]
         waiting[index].discard(layer)
         if not waiting[index]:
-            write_shard(plan, partial, index, lambda name, wide, scheme: found.pop(name))
+            write_shard(plan, partial, index, lambda name, wide, scheme: found.pop(name), norms)
+            norms.clear()
         tell(sum(not left for left in waiting), len(waiting), layer)
 
-    observer = Observer(plan, method, Written(plan, partial), keep)
+    observer = Observer(plan, method, Written(plan, partial), keep, norms.__setitem__)
     loaded = Loaded(plan.source.folder, longest=longest, quantizer=observer)
     loaded.run([prompt[: loaded.longest] for prompt in prompts])
     write(plan, partial, lambda name, wide, scheme: found.pop(name))  # what lies outside the layers

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from penstock.plugins.commands.quant.writing import Plan, Round
 
 SCHEMES = ("w4a16", "w8a16", "int8", "fp8", "fp8-block", "mxfp4", "nf4")
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "awq")
 CALIBRATION, REPORTED = "calibration.json", "builtin.json"
 """Built-in texts: none stands in both, so that a method is not measured on what it was fitted to."""
 NF4 = (
@@ -35,9 +35,11 @@ NF4 = (
     type=click.Choice(METHODS),
     default="rtn",
     show_default=True,
-    help="How they are rounded: rtn, to the nearest; gptq, for the inputs that calibration texts make.",
+    help="How they are rounded: rtn, to the nearest; gptq and awq, for the inputs that calibration texts make.",
 )
-@click.option("--calibration", default="builtin", show_default=True, help="File of texts for gptq (.txt, .json, .jsonl), or builtin.")
+@click.option(
+    "--calibration", default="builtin", show_default=True, help="File of texts for gptq and awq (.txt, .json, .jsonl), or builtin."
+)
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Most calibration texts.")
 @click.option(
     "--max-tokens",
@@ -67,7 +69,7 @@ def quantize(
         if not prompts:
             raise click.UsageError(f"--calibration {calibration}: there is no text in it.")
     partial = writing.start(plan, out, asked)
-    kept = _written(plan, partial, prompts)
+    kept = _written(plan, partial, method, prompts)
     writing.finish(plan, partial, out)
     said = f", {kept} of {len(plan.shards)} files were there already" if kept else ""
     click.echo(f"{out}: {len(plan.schemes)} layers in {scheme} ({method}), {len(plan.wide)} wide{said}.")
@@ -82,8 +84,8 @@ def nearest(word: str) -> Round:
     return lambda layer, wide, scheme: quantise(wide, scheme, scale_dtype_of(word, wide.dtype))
 
 
-def _written(plan: Plan, partial: Path, prompts: Sequence[Sequence[int]]) -> int:
-    """The shards, with a bar: by GPTQ for the prompts, or without any to the nearest."""
+def _written(plan: Plan, partial: Path, method: str, prompts: Sequence[Sequence[int]]) -> int:
+    """The shards, with a bar."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -96,10 +98,11 @@ def _written(plan: Plan, partial: Path, prompts: Sequence[Sequence[int]]) -> int
         def tell(done: int, count: int, what: str) -> None:
             progress.update(task, completed=done, total=count, description=what)
 
-        if not prompts:
+        if method == "rtn":
             return writing.write(plan, partial, nearest(plan.word), tell)
+        made = methods.gptq_of if method == "gptq" else methods.awq_of
         longest = max(len(prompt) for prompt in prompts)
-        return calibrating.calibrate(plan, partial, methods.gptq_of(plan.word), prompts, tell, longest)
+        return calibrating.calibrate(plan, partial, made(plan.word), prompts, tell, longest)
 
 
 @click.group()

@@ -20,6 +20,7 @@ from penstock.core.contract.devices import RunnerConfig
 from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
+from penstock.plugins.commands.quant.forms import norm_before
 from penstock.plugins.devices.cpu import DTYPES, set_threads
 from penstock.plugins.devices.host_ops import HostOps
 from penstock.plugins.devices.loading import choose, load_model
@@ -72,8 +73,9 @@ class Summary(NamedTuple):
 class Watched:
     """A quantizer whose layers are compared with the wide ones as they are read."""
 
-    def __init__(self, own: Any, wide: Checkpoint | None) -> None:
+    def __init__(self, own: Any, wide: Checkpoint | None, architecture: str) -> None:
         self._own = own
+        self._architecture = architecture
         self._wide = wide
         self.layers: list[Layer] = []
         self.method = own.method
@@ -91,8 +93,17 @@ class Watched:
         q: Quantised = self._own.read(weights, layer, scheme, rows, inputs, device)
         name = f"{layer}.weight"
         if self._wide is not None and self._wide.has(name):
-            self.layers.append(Layer(layer, scheme.kind, scheme.bits, relative_error(dequantise(q), self._wide.raw(name))))
+            found = dequantise(q) * self._moved(weights, layer)
+            self.layers.append(Layer(layer, scheme.kind, scheme.bits, relative_error(found, self._wide.raw(name))))
         return q
+
+    def _moved(self, weights: Weights, layer: str) -> Tensor | float:
+        """Factors that AWQ and SmoothQuant moved from the norm before a layer into its columns."""
+        norm = norm_before(layer, self._architecture)
+        if norm is None or self._wide is None or not self._wide.has(norm) or not hasattr(weights, "raw"):
+            return 1.0
+        ours, theirs = weights.raw(norm), self._wide.raw(norm)
+        return 1.0 if torch.equal(ours, theirs) else ours.float() / theirs.float()
 
 
 def relative_error(found: Tensor, meant: Tensor) -> float:
@@ -118,7 +129,7 @@ class Loaded:
         """`quantizer`: in place of the checkpoint's own. Raises ConfigError, CheckpointError or UnsupportedFeature."""
         config = _config(path, quantization, dtype)
         choice = choose(config, "cpu", DTYPES, other="bfloat16")
-        self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against))
+        self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against), choice.facts.architecture)
         choice = choice._replace(quantizer=quantizer or self.watched)
         set_threads(None)
         self.longest = min(longest, choice.facts.max_position)

@@ -112,3 +112,30 @@ def _activations(word: str) -> dict[str, Any] | None:
         return None
     said = {"num_bits": 8, "type": "int" if word == "int8" else "float", "symmetric": True, "dynamic": True}
     return {**said, "strategy": "group", "group_size": BLOCK} if word == "fp8-block" else {**said, "strategy": "token"}
+
+
+NORMS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""Norms of a plain decoder's layer, whose weight is a factor of what these layers read, and nothing else does."""
+PLAIN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Architectures of which that is so."""
+
+
+def norm_of(layers: Sequence[str], architecture: str) -> str | None:
+    """The tensor that is a factor of the inputs of these layers, if they are all that read it."""
+    for norm, readers in NORMS.items():
+        at = layers[0].removesuffix(readers[0])
+        if architecture in PLAIN and list(layers) == [at + reader for reader in readers]:
+            return f"{at}{norm}.weight"
+    return None
+
+
+def norm_before(layer: str, architecture: str) -> str | None:
+    """The tensor that is a factor of the inputs of one layer."""
+    for norm, readers in NORMS.items():
+        for reader in readers:
+            if architecture in PLAIN and layer.endswith("." + reader):
+                return f"{layer.removesuffix(reader)}{norm}.weight"
+    return None

@@ -1,6 +1,8 @@
 """How a weight is rounded when it is known what it will be multiplied by.
 
-What it is: GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and the error that each makes in the layer's outputs is taken
+What it is: AWQ (Lin et al. 2023, arXiv 2306.00978): inputs that are large on average are made smaller where they come from, and their columns larger, by a
+power of their size that is searched for; then each group gets the range that loses least. And
+GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and the error that each makes in the layer's outputs is taken
 over by those that follow, as far as the inputs' Gram matrix lets them. All sums are float64.
 What it does not know: layers, models, files.
 """
@@ -8,17 +10,31 @@ What it does not know: layers, models, files.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from penstock.kernels.linear.scheme import Quantised, Scheme, nearest, quantise
+from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise, nearest, quantise
 from penstock.plugins.commands.quant.forms import scale_dtype_of
 
 Tensor = torch.Tensor
-Method = Callable[[Tensor, Sequence[Tensor], Scheme], Sequence[Quantised]]
-"""(inputs [T, K], the weights [N, K] that read them, their scheme) -> each rounded."""
+
+
+class Rounded(NamedTuple):
+    """Weights that read one input. With a `norm` the weights are those of inputs that have it for a factor in place of the one they had."""
+
+    weights: Sequence[Quantised]
+    norm: Tensor | None = None
+
+
+Method = Callable[[Tensor, Sequence[Tensor], Scheme, Tensor | None], Rounded]
+"""(inputs [T, K], the weights [N, K] that read them, their scheme, the factor [K] that the inputs have from a norm if nothing else reads them) -> rounded."""
 DAMP = 0.01
 """Added to the diagonal of the Gram matrix, as a share of its mean: inputs that hardly vary would make it singular."""
+POWERS = tuple(step / 20 for step in range(21))
+"""Of the mean magnitude of an input, by which its column is made larger."""
+NARROWER = tuple(1 - step / 20 for step in range(11))
+"""Shares of a group's range. Those of scales that are powers of two are 1, 2 (the largest value may lie beyond the range) and 1/2."""
 LAZY = 128
 """Columns after which the rest of the weight is brought up to date, in one matmul."""
 
@@ -79,8 +95,63 @@ def _column(scales: Tensor, scheme: Scheme, j: int, n: int) -> Tensor:
 def gptq_of(word: str) -> Method:
     """For a word of --scheme."""
 
-    def rounded(x: Tensor, weights: Sequence[Tensor], scheme: Scheme) -> list[Quantised]:
+    def rounded(x: Tensor, weights: Sequence[Tensor], scheme: Scheme, norm: Tensor | None) -> Rounded:
         upper = factor(gram(x))
-        return [gptq(weight, upper, scheme, scale_dtype_of(word, weight.dtype)) for weight in weights]
+        return Rounded([gptq(weight, upper, scheme, scale_dtype_of(word, weight.dtype)) for weight in weights])
+
+    return rounded
+
+
+def loss(found: Tensor, meant: Tensor, h: Tensor) -> float:
+    """Sum of squares of what outputs lose, for inputs with the Gram matrix h: trace(d h d^T)."""
+    d = found.double() - meant.double()
+    return float(((d @ h) * d).sum())
+
+
+def narrowed(weight: Tensor, h: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantised:
+    """Rounded to the nearest with the share of each group's range that loses least, inputs taken as independent. Blocks of several rows keep theirs."""
+    plain = quantise(weight, scheme, scale_dtype)
+    if scheme.rows != 1:
+        return plain
+    best, least = plain.scales.clone(), torch.full(plain.scales.shape, torch.inf, dtype=torch.float64)
+    for share in (1.0, 2.0, 0.5) if scheme.kind == "fp4" else NARROWER:
+        scales = (plain.scales.float() * share).to(scale_dtype)
+        error = (dequantise(quantise(weight, scheme, scale_dtype, scales)).double() - weight.double()).square() * h.diagonal()
+        lost = error.view(len(weight), scheme.groups(weight.shape[1]), -1).sum(2)
+        best, least = torch.where(lost < least, scales, best), torch.minimum(lost, least)
+    return quantise(weight, scheme, scale_dtype, best)
+
+
+def awq(x: Tensor, weights: Sequence[Tensor], scheme: Scheme, norm: Tensor | None, scale_dtype: torch.dtype) -> Rounded:
+    """Weights rounded with the power that loses least of them all; without a norm, or where its factors are not all above 0, as they are."""
+    h = gram(x)
+    if norm is None or bool((norm <= 0).any()):
+        return Rounded([narrowed(weight, h, scheme, scale_dtype) for weight in weights])
+    sizes = x.float().abs().mean(0).double().clamp_min(1e-6)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for power in POWERS:
+        by = sizes**power
+        by = by / (by.max() * by.min()).sqrt()
+        other = (norm.double() / by).to(norm.dtype)  # what can be stored, from which the factor follows exactly
+        by = norm.double() / other.double()
+        if not bool(torch.isfinite(by).all()):
+            continue
+        lost = 0.0
+        for weight in weights:
+            wide = weight.double() * by
+            lost += loss(dequantise(quantise(wide.float(), scheme, scale_dtype)).double() / by, weight, h)
+        if best is None or lost < best[0]:
+            best = lost, by, other
+    assert best is not None  # the power 0 is always finite
+    _, by, other = best
+    scaled = h / by[:, None] / by
+    return Rounded([narrowed((weight.double() * by).float(), scaled, scheme, scale_dtype) for weight in weights], other)
+
+
+def awq_of(word: str) -> Method:
+    """For a word of --scheme."""
+
+    def rounded(x: Tensor, weights: Sequence[Tensor], scheme: Scheme, norm: Tensor | None) -> Rounded:
+        return awq(x, weights, scheme, norm, scale_dtype_of(word, weights[0].dtype))
 
     return rounded

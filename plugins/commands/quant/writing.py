@@ -30,6 +30,7 @@ from penstock.plugins.weights.checkpoint import EXPLICIT, FLOATS, INDEX, files_o
 
 Round = Callable[[str, torch.Tensor, Scheme], Quantised]
 """(layer, its wide weight, scheme): called once a layer."""
+NOTHING: Mapping[str, torch.Tensor] = {}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SETTINGS = "penstock-run.json"
 """In the unfinished folder: what the run was asked for."""
@@ -148,11 +149,11 @@ def write(plan: Plan, partial: Path, rounded: Round, tell: Callable[[int, int, s
     return kept
 
 
-def write_shard(plan: Plan, partial: Path, index: int, rounded: Round) -> None:
-    """One shard, whole or not at all. Raises CheckpointError."""
+def write_shard(plan: Plan, partial: Path, index: int, rounded: Round, other: Mapping[str, torch.Tensor] = NOTHING) -> None:
+    """One shard, whole or not at all; `other` tensors take the place of those of their name. Raises CheckpointError."""
     file = shard_file(plan, partial, index)
     written = file.with_suffix(".tmp")
-    save_file(_shard(plan, plan.shards[index], rounded), written, {"format": "pt"})
+    save_file(_shard(plan, plan.shards[index], rounded, other), written, {"format": "pt"})
     os.replace(written, file)
 
 
@@ -180,7 +181,7 @@ def finish(plan: Plan, partial: Path, out: Path) -> None:
     os.replace(partial, out)
 
 
-def _shard(plan: Plan, names: Sequence[str], rounded: Round) -> dict[str, torch.Tensor]:
+def _shard(plan: Plan, names: Sequence[str], rounded: Round, other: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     for name in names:
         with safe_open(str(plan.source.where[name]), framework="pt") as handle:
@@ -188,7 +189,7 @@ def _shard(plan: Plan, names: Sequence[str], rounded: Round) -> dict[str, torch.
         layer = name.removesuffix(".weight")
         scheme = plan.schemes.get(layer) if layer != name else None
         if scheme is None:
-            made[name] = wide
+            made[name] = other.get(name, wide)
             continue
         if wide.dtype not in FLOATS:
             raise CheckpointError(f"tensor {name!r} is {wide.dtype}, not a wide one.", param=name)
