@@ -14,7 +14,7 @@ from penstock.core.protocol.model_folder import demo_folder
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise, nearest, quantise
 from penstock.plugins.commands.quant import calibrating, methods, writing
 from penstock.plugins.commands.quant.command import quantize
-from penstock.plugins.commands.quant.methods import DAMP, Rounded, awq, factor, gptq, gram, narrowed
+from penstock.plugins.commands.quant.methods import DAMP, Rounded, awq, factor, gptq, gram, narrowed, smoothquant
 
 SCHEMES = {
     "int4 groups": Scheme("int4", 32),
@@ -117,6 +117,38 @@ def test_without_a_norm_awq_moves_nothing() -> None:
         rounded = awq(x, [weight], SCHEMES["int4 groups"], norm, torch.float32)
         assert rounded.norm is None
         assert torch.equal(dequantise(rounded.weights[0]), dequantise(narrowed(weight, gram(x), SCHEMES["int4 groups"], torch.float32)))
+
+
+def test_smoothquant_makes_inputs_that_round_better() -> None:
+    """Inputs in 8 bits a token with weights in 8 bits a row, in float64: as a server that rounds both multiplies them."""
+    weight, x = drawn()
+    x[:, ::32] *= 60
+    norm = torch.rand(weight.shape[1]).add(0.5).bfloat16()
+    scheme = SCHEMES["int8 rows"]
+
+    def rounded(inputs: torch.Tensor) -> torch.Tensor:
+        scales = inputs.abs().amax(1, keepdim=True) / 127
+        return (inputs / scales).round() * scales
+
+    meant = x.double() @ weight.double().T
+    found = smoothquant(x, [weight], scheme, norm, torch.float32)
+    assert found.norm is not None
+    as_read = x.double() / norm.double() * found.norm.double()
+    exact = as_read @ (weight.double() * norm.double() / found.norm.double()).T
+    torch.testing.assert_close(exact, meant)
+    smooth = float((rounded(as_read) @ dequantise(found.weights[0]).double().T - meant).norm())
+    plain = float((rounded(x.double()) @ dequantise(quantise(weight, scheme)).double().T - meant).norm())
+    assert smooth < 0.5 * plain
+    without = smoothquant(x, [weight], scheme, None, torch.float32)
+    assert without.norm is None
+    assert torch.equal(without.weights[0].data, quantise(weight, scheme).data)
+
+
+def test_smoothquant_is_for_rounded_inputs(tmp_path: Path) -> None:
+    words = [str(demo_folder()), "--scheme", "w4a16", "--method", "smoothquant", "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(quantize, words)
+    assert said.exit_code == 2
+    assert "take gptq or awq" in said.output
 
 
 PROMPTS = [[5, 9, 200, 31, 7, 80, 12], [400, 3, 77], list(range(40, 90))]

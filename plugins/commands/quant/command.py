@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from penstock.plugins.commands.quant.writing import Plan, Round
 
 SCHEMES = ("w4a16", "w8a16", "int8", "fp8", "fp8-block", "mxfp4", "nf4")
-METHODS = ("rtn", "gptq", "awq")
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
+ROUNDED_INPUTS = ("int8", "fp8", "fp8-block")
 CALIBRATION, REPORTED = "calibration.json", "builtin.json"
 """Built-in texts: none stands in both, so that a method is not measured on what it was fitted to."""
 NF4 = (
@@ -35,11 +36,9 @@ NF4 = (
     type=click.Choice(METHODS),
     default="rtn",
     show_default=True,
-    help="How they are rounded: rtn, to the nearest; gptq and awq, for the inputs that calibration texts make.",
+    help="How they are rounded: rtn, to the nearest; the others for the inputs that calibration texts make.",
 )
-@click.option(
-    "--calibration", default="builtin", show_default=True, help="File of texts for gptq and awq (.txt, .json, .jsonl), or builtin."
-)
+@click.option("--calibration", default="builtin", show_default=True, help="File of texts for the others (.txt, .json, .jsonl), or builtin.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Most calibration texts.")
 @click.option(
     "--max-tokens",
@@ -56,6 +55,10 @@ def quantize(
     """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format. Ended early, it goes on where it was."""
     if scheme == "nf4":
         raise click.UsageError(NF4)
+    if method == "smoothquant" and scheme not in ROUNDED_INPUTS:
+        raise click.UsageError(
+            f"--method smoothquant is for schemes whose inputs are rounded, too ({', '.join(ROUNDED_INPUTS)}). For --scheme {scheme} take gptq or awq."
+        )
     from penstock.plugins.commands.quant import writing
 
     source = writing.open_source(model)
@@ -100,9 +103,8 @@ def _written(plan: Plan, partial: Path, method: str, prompts: Sequence[Sequence[
 
         if method == "rtn":
             return writing.write(plan, partial, nearest(plan.word), tell)
-        made = methods.gptq_of if method == "gptq" else methods.awq_of
         longest = max(len(prompt) for prompt in prompts)
-        return calibrating.calibrate(plan, partial, made(plan.word), prompts, tell, longest)
+        return calibrating.calibrate(plan, partial, methods.METHODS[method](plan.word), prompts, tell, longest)
 
 
 @click.group()

@@ -1,15 +1,15 @@
 """How a weight is rounded when it is known what it will be multiplied by.
 
 What it is: AWQ (Lin et al. 2023, arXiv 2306.00978): inputs that are large on average are made smaller where they come from, and their columns larger, by a
-power of their size that is searched for; then each group gets the range that loses least. And
-GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and the error that each makes in the layer's outputs is taken
+power of their size that is searched for; then each group gets the range that loses least. SmoothQuant (Xiao et al. 2022,
+arXiv 2211.10438): the same move by a fixed rule, for servers that round inputs, too. And GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and the error that each makes in the layer's outputs is taken
 over by those that follow, as far as the inputs' Gram matrix lets them. All sums are float64.
 What it does not know: layers, models, files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ POWERS = tuple(step / 20 for step in range(21))
 """Of the mean magnitude of an input, by which its column is made larger."""
 NARROWER = tuple(1 - step / 20 for step in range(11))
 """Shares of a group's range. Those of scales that are powers of two are 1, 2 (the largest value may lie beyond the range) and 1/2."""
+SHARE = 0.5
+"""Of SmoothQuant: how much of an input's range goes into its column (alpha)."""
 LAZY = 128
 """Columns after which the rest of the weight is brought up to date, in one matmul."""
 
@@ -155,3 +157,30 @@ def awq_of(word: str) -> Method:
         return awq(x, weights, scheme, norm, scale_dtype_of(word, weights[0].dtype))
 
     return rounded
+
+
+def smoothquant(x: Tensor, weights: Sequence[Tensor], scheme: Scheme, norm: Tensor | None, scale_dtype: torch.dtype) -> Rounded:
+    """Rounded to the nearest, after an input's and its column's largest magnitudes were made alike; without a norm, or where that is no finite factor, as
+    they are."""
+    by = None
+    if norm is not None and not bool((norm == 0).any()):
+        columns = torch.stack([weight.double().abs().amax(0) for weight in weights]).amax(0)
+        factors = x.double().abs().amax(0).clamp_min(1e-5) ** SHARE / columns.clamp_min(1e-5) ** (1 - SHARE)
+        other = (norm.double() / factors).to(norm.dtype)  # what can be stored, from which the factor follows exactly
+        by = norm.double() / other.double()
+    if by is None or not bool(torch.isfinite(by).all()):
+        return Rounded([quantise(weight, scheme, scale_dtype) for weight in weights])
+    return Rounded([quantise((weight.double() * by).float(), scheme, scale_dtype) for weight in weights], other)
+
+
+def smoothquant_of(word: str) -> Method:
+    """For a word of --scheme."""
+
+    def rounded(x: Tensor, weights: Sequence[Tensor], scheme: Scheme, norm: Tensor | None) -> Rounded:
+        return smoothquant(x, weights, scheme, norm, scale_dtype_of(word, weights[0].dtype))
+
+    return rounded
+
+
+METHODS: Mapping[str, Callable[[str], Method]] = {"gptq": gptq_of, "awq": awq_of, "smoothquant": smoothquant_of}
+"""Those that look at inputs."""
