@@ -25,6 +25,8 @@ from penstock.kernels.tile import INTERPRETED, follow, launched, narrow, power
 
 STEP = 128
 """Columns of a step."""
+FEW, MANY = 128, 1024
+"""Rows up to which, and beyond which, tiles are lower and higher."""
 KINDS = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -137,7 +139,7 @@ def matmul(
         return out
     kind = weight.scheme.kind
     codes, x_scales = quantise_rows(x, kind)
-    config = dict(config or tuned("w8a8"))
+    config = dict(config or tuned("w8a8.few" if rows <= FEW else "w8a8" if rows <= MANY else "w8a8.many"))
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     require(weight.tile % block_n == 0, "BLOCK_N must divide the weight's tile")
     data = weight.data.view(KINDS[kind])

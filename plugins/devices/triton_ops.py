@@ -71,7 +71,7 @@ class TritonLinear:
         return y if out is None else out.copy_(y)
 
 
-EIGHT_FROM = 64
+EIGHT_FROM = 32
 """With more rows than these inputs are rounded to 8 bits, too, where a checkpoint means them to be: fewer wait for the weight's bytes in either case."""
 
 
