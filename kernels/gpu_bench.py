@@ -295,12 +295,19 @@ def invariant(bench: Bench) -> None:
                 bench.add("batch-invariant matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], by="torch", **work)
 
 
+EIGHT = [
+    {"BLOCK_M": m, "BLOCK_N": 128, "GROUP": g, "num_warps": w, "num_stages": s}
+    for m, g, w, s in ((128, 8, 8, 4), (128, 8, 4, 4), (256, 4, 8, 3), (64, 16, 4, 5))
+]
+
+
 def quantised(bench: Bench) -> None:
-    """Quantised weights in the shipped configurations beside bf16 ones; bytes are the weight's."""
+    """Quantised weights in the shipped configurations beside bf16 ones; bytes are the weight's. With 8-bit inputs Penstock's times hold the rounding of x, torch's do not."""
     from penstock.kernels.linear import triton as linear
     from penstock.kernels.linear.scheme import Scheme
     from penstock.kernels.quantised import layout
     from penstock.kernels.quantised import triton as narrow
+    from penstock.kernels.w8a8 import triton as w8a8
 
     schemes = {
         "int4 128": Scheme("int4", 128),
@@ -334,6 +341,17 @@ def quantised(bench: Bench) -> None:
             for kind, some in packed.items():
                 calls = [lambda w=w: narrow.matmul(x, w, out=out, workspace=workspace, wide=wide) for w in some]
                 bench.add(f"matmul {kind}", case, calls, gigabytes=some[0].nbytes / 1e9)
+            for kind in ("int8", "fp8"):
+                some = [w._replace(scheme=w.scheme._replace(activations="token")) for w in packed[kind]]
+                for config in EIGHT[:2] if bench.quick else EIGHT:
+                    calls = [lambda w=w, config=config: w8a8.matmul(x, w, out=out, config=config) for w in some]
+                    bench.add(f"matmul {kind}, inputs too", case, calls, teraflop=2 * rows * n * k / 1e12, config=config)
+            if rows >= 64 and not bench.compile_only:
+                codes = x.to(torch.float8_e4m3fn)
+                one = torch.ones((), device=device)
+                eight = [w.to(torch.float8_e4m3fn) for w in plain]
+                calls = [lambda w=w: torch._scaled_mm(codes, w.t(), one, one, out_dtype=BF16, out=out) for w in eight]
+                bench.add("matmul fp8, inputs too", case, calls, teraflop=2 * rows * n * k / 1e12, by="torch")
 
 
 def rows(bench: Bench) -> None:

@@ -1,7 +1,7 @@
 """A quantised weight in the order in which the Triton kernel reads it.
 
-What it is: `Weight`, `allocate` and `fill`, which puts what a reader gave (kernels/linear/scheme.py) there. Tiles of 64 rows and one step of the K axis are each one
-run of bytes, and the steps of 64 rows follow one another. A step is C columns of one byte; of 4-bit codes a byte holds two, column j of the step and column C + j, so
+What it is: `Weight`, `allocate` and `fill`, which puts what a reader gave (kernels/linear/scheme.py) there. Tiles of some rows (64, of 8-bit codes 128) and one step of the K axis are each
+one run of bytes, and the steps of these rows follow one another. A step is C columns of one byte; of 4-bit codes a byte holds two, column j of the step and column C + j, so
 that each half of the bytes is a contiguous run of inputs. Rows of gate and up alternate in a gated layer. What lies behind the last row or input is zeros.
 What it does not know: the kernel's arithmetic, layers.
 """
@@ -18,8 +18,8 @@ from penstock.kernels.linear.scheme import NIBBLES, Quantised, Scheme, unpack_ni
 
 KINDS = ("int8", "int4", "fp8_e4m3", "fp4")
 """Kinds of codes that the kernel widens; their places are the kernel's KIND."""
-TILE = 64
-"""Rows of the weight that lie together."""
+TILES = {4: 64, 8: 128}
+"""Rows of the weight that lie together, by bits of a code."""
 COLUMNS = 128
 """Most columns that are read at once."""
 
@@ -33,16 +33,21 @@ class Weight(NamedTuple):
     columns: int
     """C of the kernel."""
     data: Tensor
-    """[ceil(n / 64) * steps * 64, C] uint8: tiles of 64 rows and one step, the steps of 64 rows one behind the other."""
+    """[ceil(n / tile) * steps * tile, C] uint8: tiles of so many rows and one step, the steps of these rows one behind the other."""
     scales: Tensor
     """[groups, n] float32, or float16 (`tightened`)."""
     zeros: Tensor | None
     """[groups, n] float16: 0 to 16."""
 
     @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return TILES[self.scheme.bits]
+
+    @property
     def steps(self) -> int:
         """Along K."""
-        return self.data.shape[0] // (-(-self.n // TILE) * TILE)
+        return self.data.shape[0] // (-(-self.n // self.tile) * self.tile)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +72,8 @@ def allocate(scheme: Scheme, n: int, k: int, device: torch.device) -> Weight:
     width = 2 * columns if scheme.bits == 4 else columns
     steps = -(-k // width)
     groups = -(-steps * width // scheme.group) if scheme.group else 1  # what lies behind the last input is read, and is 0
-    data = torch.zeros(-(-n // TILE) * steps * TILE, columns, dtype=torch.uint8, device=device)
+    tile = TILES[scheme.bits]
+    data = torch.zeros(-(-n // tile) * steps * tile, columns, dtype=torch.uint8, device=device)
     scales = torch.zeros(groups, n, dtype=torch.float32, device=device)
     zeros = torch.zeros(groups, n, dtype=torch.float16, device=device) if scheme.zeros else None
     return Weight(scheme, n, k, columns, data, scales, zeros)
@@ -75,16 +81,16 @@ def allocate(scheme: Scheme, n: int, k: int, device: torch.device) -> Weight:
 
 def fill(weight: Weight, part: Quantised, first: int, every: int = 1) -> None:
     """Put rows there: row i of `part` becomes row first + i * every."""
-    scheme, c = weight.scheme, weight.columns
+    scheme, c, tile = weight.scheme, weight.columns, weight.tile
     rows = torch.arange(part.n, device=weight.data.device) * every + first
-    tiles = weight.data.view(-1, weight.steps, TILE, c)
+    tiles = weight.data.view(-1, weight.steps, tile, c)
     device = weight.data.device
     data = part.data.to(device)
     if scheme.bits == 4:
         low, high = _padded(unpack_nibbles(data, part.k), 2 * c).view(part.n, -1, 2, c).unbind(2)
-        tiles[rows // TILE, :, rows % TILE] = low | (high << 4)
+        tiles[rows // tile, :, rows % tile] = low | (high << 4)
     else:
-        tiles[rows // TILE, :, rows % TILE] = _padded(data.view(torch.uint8), c).view(part.n, -1, c)
+        tiles[rows // tile, :, rows % tile] = _padded(data.view(torch.uint8), c).view(part.n, -1, c)
     scales = part.scales.to(device)
     for source, target in ((scales, weight.scales), (None if part.zeros is None else part.zeros.to(device), weight.zeros)):
         if source is None or target is None:

@@ -22,7 +22,7 @@ from penstock.kernels.activation.triton import gated as activated
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.triton import COUNTERS
-from penstock.kernels.quantised.layout import KINDS, TILE, Weight
+from penstock.kernels.quantised.layout import KINDS, Weight
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
 
@@ -69,11 +69,11 @@ def _bytes(codes, KIND: tl.constexpr):
 @launched(do_not_specialize=["M"])
 def _matmul(
     x, w, box, scales, zeros, bias, out, counters, partial, M, N, K, STEPS_ALL, x_stride, out_stride,
-    KIND: tl.constexpr, RECIPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, RECIPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     SPLITS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr,
     INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BLOCK_N), SPLITS, ceil(M / ROWS)). w [ceil(N / 64), STEPS_ALL, 64, C] bytes; scales and zeros [groups, N]; GROUP 0: one a row. GATED: rows of w alternate
+    """Grid (ceil(N / BLOCK_N), SPLITS, ceil(M / ROWS)). w [ceil(N / TILE), STEPS_ALL, TILE, C] bytes; scales and zeros [groups, N]; GROUP 0: one a row. GATED: rows of w alternate
     gate, up."""
     NIBBLE: tl.constexpr = (KIND == 1) or (KIND == 3)
     WIDTH: tl.constexpr = 2 * C if NIBBLE else C
@@ -85,11 +85,11 @@ def _matmul(
     steps = tl.cdiv(STEPS_ALL, SPLITS)
     first = piece * steps
     last = tl.minimum(first + steps, STEPS_ALL)
-    tile = tl.minimum(n // 64, (N - 1) // 64).to(tl.int64)
-    rows = w + (tile * STEPS_ALL * 64 + n % 64)[:, None] * C
+    tile = tl.minimum(n // TILE, (N - 1) // TILE).to(tl.int64)
+    rows = w + (tile * STEPS_ALL * TILE + n % TILE)[:, None] * C
     if PDL and AHEAD > 0:
-        early = tl.minimum(first * (64 * C) + tl.arange(0, AHEAD) * 128, STEPS_ALL * (64 * C) - 1)
-        fetch_ahead(w + ((column * BLOCK_N) // 64).to(tl.int64) * (STEPS_ALL * 64 * C) + early)
+        early = tl.minimum(first * (TILE * C) + (column * BLOCK_N) % TILE * C + tl.arange(0, AHEAD) * 128, STEPS_ALL * (TILE * C) - 1)
+        fetch_ahead(w + ((column * BLOCK_N) // TILE).to(tl.int64) * (STEPS_ALL * TILE * C) + early)
     follow(PDL)
     here = (m < M)[None, :]
     left = x + tl.where(m < M, m, 0).to(tl.int64)[None, :] * x_stride
@@ -97,9 +97,9 @@ def _matmul(
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for step in range(first, last):
         if box is not None:
-            codes = box.load([(column * STEPS_ALL + step) * 64, 0])
+            codes = box.load([(column * BLOCK_N // TILE * STEPS_ALL + step) * TILE + column * BLOCK_N % TILE, 0])
         else:
-            codes = tl.load(rows + (step * (64 * C) + c)[None, :])
+            codes = tl.load(rows + (step * (TILE * C) + c)[None, :])
         k = step * WIDTH + c
         if EVEN:
             a = tl.load(left + k[:, None], mask=here, other=0.0)
@@ -189,26 +189,26 @@ def _matmul(
 @launched
 def _widen(
     w, scales, zeros, out, FIRST, N, K, STEPS_ALL, ROWS_OUT,
-    KIND: tl.constexpr, RECIPE: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
+    KIND: tl.constexpr, RECIPE: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, STEPS_ALL). Tile FIRST + i of w -> rows 64 i to 64 i + 63 of out [ROWS_OUT, K]; GATED: even rows to the first half, odd ones to the second."""
+    """Grid (tiles, STEPS_ALL). Tile FIRST + i of w -> rows TILE i and on of out [ROWS_OUT, K]; GATED: even rows to the first half, odd ones to the second."""
     NIBBLE: tl.constexpr = (KIND == 1) or (KIND == 3)
     WIDTH: tl.constexpr = 2 * C if NIBBLE else C
     tile = tl.program_id(0)
     step = tl.program_id(1)
-    r = tl.arange(0, 64)
+    r = tl.arange(0, TILE)
     c = tl.arange(0, C)
-    n = (FIRST + tile) * 64 + r
+    n = (FIRST + tile) * TILE + r
     like = out.dtype.element_ty
     follow(PDL)
-    codes = tl.load(w + (((FIRST + tile).to(tl.int64) * STEPS_ALL + step) * 64 + r)[:, None] * C + c[None, :])
+    codes = tl.load(w + (((FIRST + tile).to(tl.int64) * STEPS_ALL + step) * TILE + r)[:, None] * C + c[None, :])
     g = step * WIDTH // GROUP if GROUP > 0 else 0
     s = tl.load(scales + g * N + n, mask=n < N, other=0.0).to(tl.float32)
-    z = tl.zeros([64], tl.float32)
+    z = tl.zeros([TILE], tl.float32)
     if zeros is not None:
         z = 8 - tl.load(zeros + g * N + n, mask=n < N, other=0.0).to(tl.float32)
-    row = tile * 64 + r
+    row = tile * TILE + r
     if GATED:
         row = row // 2 + (row % 2) * (ROWS_OUT // 2)
     k = step * WIDTH + c
@@ -246,7 +246,7 @@ def matmul(
     config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """x [M, K] @ weight^T + bias -> [M, N] in x's dtype or `out_dtype`. gated "silu", "gelu_tanh" or "gelu": rows of the weight (and of the bias) alternate gate, up; the
-    result is [M, N / 2]. `workspace`: as kernels/linear/triton.py's, `wide`: at least 64 rows [K] of x's dtype as one run (the more, the fewer launches).
+    result is [M, N / 2]. `workspace`: as kernels/linear/triton.py's, `wide`: at least a tile's rows [K] of x's dtype as one run (the more, the fewer launches).
 
     Beyond FEW rows the weight is widened piece by piece, rounded to x's dtype, and multiplied by torch (cuBLAS): a piece is written and read again
     within the L2 cache. `deterministic`: never, and no K axis is cut, so that a row's result does not depend on the others."""
@@ -281,11 +281,17 @@ def matmul(
     config = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS")}
     recipe = RECIPES[scheme.kind + ("z" if weight.zeros is not None else ""), x.dtype == torch.bfloat16]
     box = None
-    if config.pop("TMA", 0) and config["BLOCK_N"] == 64 and weight.zeros is None and (interpreting() or chained()["PDL"]) and c >= 16:
-        box = TensorDescriptor(weight.data, [weight.data.shape[0], c], [c, 1], [64, c])
+    if (
+        config.pop("TMA", 0)
+        and weight.tile % config["BLOCK_N"] == 0
+        and weight.zeros is None
+        and (interpreting() or chained()["PDL"])
+        and c >= 16
+    ):
+        box = TensorDescriptor(weight.data, [weight.data.shape[0], c], [c, 1], [config["BLOCK_N"], c])
     _matmul[(columns, splits, heights)](
         x, weight.data, box, weight.scales, weight.zeros, bias, out, counters, partial, rows, n, k, steps, x.stride(0), out.stride(0),
-        KIND=KINDS.index(scheme.kind), RECIPE=recipe, ROWS=tall, C=c, GROUP=scheme.group, SPLITS=splits, EVEN=k % width == 0, BIAS=bias is not None,
+        KIND=KINDS.index(scheme.kind), RECIPE=recipe, ROWS=tall, TILE=weight.tile, C=c, GROUP=scheme.group, SPLITS=splits, EVEN=k % width == 0, BIAS=bias is not None,
         GATED=gated is not None, ACT=ACTIVATIONS.index(gated) if gated else 0, INTERPRET=interpreting(), **chained(), **{"AHEAD": 0, **config},
     )  # fmt: skip
     return out
@@ -294,19 +300,20 @@ def matmul(
 def _many(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, gated: str | None, wide: Tensor | None) -> Tensor:
     """As `matmul`, through pieces of the weight in full width."""
     scheme, (n, k) = weight.scheme, (weight.n, weight.k)
+    tile = weight.tile
+    tiles = -(-n // tile)
     if wide is None:
-        wide = torch.empty(max(TILE * k, min(PIECE, -(-n // TILE) * TILE * k)), dtype=x.dtype, device=x.device)
-    require(wide.dtype == x.dtype and wide.numel() >= TILE * k, "wide must hold 64 rows of the weight in x's dtype")
-    piece = wide.numel() // (TILE * k)
-    tiles = -(-n // TILE)
+        wide = torch.empty(max(tile * k, min(PIECE, tiles * tile * k)), dtype=x.dtype, device=x.device)
+    require(wide.dtype == x.dtype and wide.numel() >= tile * k, "wide must hold a tile of the weight in x's dtype")
+    piece = wide.numel() // (tile * k)
     recipe = RECIPES[scheme.kind, x.dtype == torch.bfloat16]
     for first in range(0, tiles, piece):
         some = min(piece, tiles - first)
-        start, rows = first * TILE, min(n - first * TILE, some * TILE)
+        start, rows = first * tile, min(n - first * tile, some * tile)
         part = wide[: rows * k].view(rows, k)
         _widen[(some, weight.steps)](
             weight.data, weight.scales, weight.zeros, part, first, n, k, weight.steps, rows, KIND=KINDS.index(scheme.kind), RECIPE=recipe,
-            C=weight.columns, GROUP=scheme.group, GATED=gated is not None, INTERPRET=interpreting(), num_warps=4, **chained(),
+            TILE=tile, C=weight.columns, GROUP=scheme.group, GATED=gated is not None, INTERPRET=interpreting(), num_warps=4 if scheme.bits == 4 else 8, **chained(),
         )  # fmt: skip
         own = None if bias is None else bias[start : start + rows]
         if gated:

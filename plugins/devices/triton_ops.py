@@ -26,6 +26,7 @@ from penstock.kernels.quantised import triton as quantised
 from penstock.kernels.rmsnorm.triton import add_rms_norm, rms_norm
 from penstock.kernels.sampling import triton as sampling
 from penstock.kernels.slots import triton as slot_state
+from penstock.kernels.w8a8 import triton as w8a8
 from penstock.plugins.devices.ops import Settings
 from penstock.plugins.models.api import Columns, Linear, Model, Program, QuantisedLinear, Stacked
 
@@ -70,6 +71,10 @@ class TritonLinear:
         return y if out is None else out.copy_(y)
 
 
+EIGHT_FROM = 32
+"""With more rows than these inputs are rounded to 8 bits, too, where a checkpoint means them to be: fewer wait for the weight's bytes in either case."""
+
+
 class TritonQuantised:
     """A quantised weight in the kernel's own order. See QuantisedLinear. Gated: rows of gate and up alternate."""
 
@@ -96,6 +101,7 @@ class TritonQuantised:
         self._ops = ops
         self._activation = activation or None
         self._out_dtype = torch.float32 if head else None
+        self._eight = w8a8.supports(scheme) and not ops.deterministic and gpu.chained()["PDL"]
         self.nbytes = self._weight.nbytes + (0 if bias is None else sum(part.nbytes for part in bias.parts))
 
     def fill(self, index: int, part: Quantised) -> None:
@@ -119,6 +125,9 @@ class TritonQuantised:
         if self._perm is not None:
             x = x.index_select(1, self._perm)
         ops = self._ops
+        if self._eight and x.shape[0] > EIGHT_FROM:
+            y = w8a8.matmul(x, self._weight, self._joined, out_dtype=self._out_dtype, gated=self._activation)
+            return y if out is None else out.copy_(y)
         y = quantised.matmul(
             x,
             self._weight,
@@ -178,7 +187,8 @@ class TritonOps:
     def quantised(
         self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, activation: str = "", *, head: bool = False
     ) -> QuantisedLinear | None:
-        """See Ops. Inputs are not rounded, whatever the scheme says of them."""
+        """See Ops. Inputs are rounded where the scheme says so and a step has many rows, each row with its own scale; never in deterministic mode, for then a row's
+        result would depend on what else is in the step."""
         if not layout.supports(scheme) or (scheme.permuted and len(rows) > 1):
             return None
         self._widest_quantised = max(self._widest_quantised, inputs)
@@ -187,7 +197,7 @@ class TritonOps:
     def wide_space(self, dtype: torch.dtype) -> Tensor:
         """Memory in which pieces of quantised weights are widened, shared by all layers: taken when it is first asked for."""
         if self._wide is None:
-            size = max(quantised.PIECE, layout.TILE * self._widest_quantised)
+            size = max(quantised.PIECE, max(layout.TILES.values()) * self._widest_quantised)
             self._wide = torch.empty(size, dtype=dtype, device=self.linear_space.device)
             self.workspace_bytes += self._wide.nbytes
         return self._wide

@@ -16,6 +16,8 @@ from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
 from penstock.kernels.linear.scheme import Quantised, Scheme, quantise
 
 Tensor = torch.Tensor
+EIGHT = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+"""Bits that are all set in a code that is no number."""
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -100,9 +102,16 @@ def stored(weights: Any, name: str, shape: Sequence[int] | None, *dtypes: torch.
         )
     if dtypes and value.dtype not in dtypes:
         raise CheckpointError(f"tensor {name!r} is {value.dtype}; this format stores {' or '.join(map(str, dtypes))} there.", param=name)
-    if value.dtype in FLOATING and not bool(torch.isfinite(value).all()):
+    if not _finite(value):
         raise CheckpointError(f"tensor {name!r} holds NaN or infinite values: the file is damaged.", param=name)
     return value
+
+
+def _finite(value: Tensor) -> bool:
+    if value.dtype in EIGHT:
+        bits = EIGHT[value.dtype]
+        return not bool(torch.eq(value.view(torch.uint8) & bits, bits).any())
+    return value.dtype not in FLOATING or bool(torch.isfinite(value).all())
 
 
 def scales_of(weights: Any, name: str, rows: int, groups: int) -> Tensor:

@@ -26,7 +26,19 @@ if _INSTALLED and not GPU:
         _before = os.environ.get("TRITON_INTERPRET")
         os.environ["TRITON_INTERPRET"] = "1"
         try:
-            for _name in ("attention", "linear", "rmsnorm", "rope", "activation", "embedding", "argmax", "sampling", "slots", "quantised"):
+            for _name in (
+                "attention",
+                "linear",
+                "rmsnorm",
+                "rope",
+                "activation",
+                "embedding",
+                "argmax",
+                "sampling",
+                "slots",
+                "quantised",
+                "w8a8",
+            ):
                 importlib.import_module(f"penstock.kernels.{_name}.triton")
         finally:
             if _before is None:

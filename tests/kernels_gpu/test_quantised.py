@@ -69,7 +69,7 @@ def test_many_rows_in_pieces(scheme: Scheme, offset: bool, dtype: torch.dtype, d
     want = x.double() @ dequantise(q).double().T + bias.double()
     given = bias.to(device) if offset else None
     for tiles in (1, 2, 8):
-        wide = torch.full((tiles * layout.TILE * k,), torch.nan, dtype=dtype, device=device)
+        wide = torch.full((tiles * weight.tile * k,), torch.nan, dtype=dtype, device=device)
         close(quantised.matmul(x.to(device), weight, given, wide=wide), want, MANY * TOLERANCE[dtype])
         close(quantised.matmul(x.to(device), weight, given, wide=wide, out_dtype=torch.float32), want, MANY * TOLERANCE[dtype])
 
@@ -86,7 +86,7 @@ def test_gated(scheme: Scheme, many: bool, dtype: torch.dtype, device: str, monk
     x, bias = torch.randn(m, k).to(dtype), torch.randn(2 * inner).to(dtype)
     gate_up = x.double() @ torch.cat([dequantise(part).double() for part in parts]).T + bias.double()
     together = bias.view(2, -1).t().reshape(-1).to(device)
-    for wide in (None, torch.full((layout.TILE * k,), torch.nan, dtype=dtype, device=device)):
+    for wide in (None, torch.full((weight.tile * k,), torch.nan, dtype=dtype, device=device)):
         got = quantised.matmul(x.to(device), weight, together, gated="silu", wide=wide)
         close(got, activation_reference.gated("silu", gate_up), 6 * TOLERANCE[dtype])
 
