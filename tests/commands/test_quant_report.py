@@ -176,3 +176,9 @@ def test_texts_of_one_token_are_no_texts(int4: Path, tmp_path: Path) -> None:
     said = asked(int4, "--against", BROOK, "--text", tmp_path / "short.json")
     assert said.exit_code
     assert "no text of two tokens" in str(said.exception)
+
+
+def test_what_is_no_checkpoint_is_said(texts: Path, tmp_path: Path) -> None:
+    said = asked(tmp_path, "--against", BROOK, "--text", texts)
+    assert said.exit_code
+    assert "holds no config.json" in str(said.exception)

@@ -205,3 +205,20 @@ def test_weights_that_are_not_finite_are_named(wide: Path, tmp_path: Path) -> No
     assert said.exit_code
     assert name in str(said.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_is_said(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    said = asked(wide, "--scheme", "fp8", "--out", tmp_path / "file" / "out")
+    assert said.exit_code
+    assert "Name a folder where you may write" in str(said.exception)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "save_file", full)
+    said = asked(wide, "--scheme", "fp8", "--out", tmp_path / "out")
+    assert said.exit_code
+    assert "Make room" in str(said.exception)
+    monkeypatch.undo()
+    assert asked(wide, "--scheme", "fp8", "--out", tmp_path / "out").exit_code == 0

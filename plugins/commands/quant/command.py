@@ -148,9 +148,10 @@ def report(
     from penstock.plugins.commands.quant import comparing
     from penstock.plugins.commands.quant import report as shown
 
-    full = against or model
+    model = _checkpoint(model)
+    full = model if against is None else _checkpoint(against)
     texts = _texts("--text", text, REPORTED)[:max_texts]
-    encode = _encoder([folder for folder in (tokenizer, full, model) if folder is not None])
+    encode = _encoder([folder for folder in (tokenizer, full, model, full.parent) if folder is not None])
     ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full)
     wide = comparing.Loaded(full, dtype=dtype, longest=max_tokens)
     prompts = _compared(ours, wide, texts, encode)
@@ -168,6 +169,14 @@ def report(
     shown.show(Console(width=None if sys.stdout.isatty() else 120), ours.scheme, found, layers, prompts)
     if quantization is None:
         click.echo(f"Recorded in {record_file(model)}.")
+
+
+def _checkpoint(path: Path) -> Path:
+    """The folder, or the GGUF file, as `serve` would take it. Raises ConfigError."""
+    from penstock.core.protocol.config import Config
+    from penstock.core.protocol.model_folder import with_model
+
+    return Path(str(with_model(Config(model=str(path))).model))
 
 
 def _texts(option: str, text: str, own: str) -> list[str]:

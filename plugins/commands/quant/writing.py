@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from penstock.core.protocol.errors import CheckpointError, ConfigError
@@ -36,8 +36,8 @@ SETTINGS = "penstock-run.json"
 """In the unfinished folder: what the run was asked for."""
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 NOT_COPIED = ("config.json", "quality.json", SETTINGS)
-ROUTER = ".gate"
-"""The end of a router's name: a small layer that decides much."""
+ROUTERS = (".gate", "_gate", ".router")
+"""Ends of routers' names: small layers that decide much."""
 
 
 class Source(NamedTuple):
@@ -90,7 +90,7 @@ def plan(source: Source, word: str, ignore: Sequence[str] = ()) -> Plan:
         if layer == name or len(shape) != 2 or "embed" in name:
             continue
         scheme = scheme_of(word, *shape) if LAYER.search(name) else None
-        if scheme is None or layer.endswith(ROUTER) or any(fnmatch.fnmatchcase(layer, pattern) for pattern in ignore):
+        if scheme is None or layer.endswith(ROUTERS) or any(fnmatch.fnmatchcase(layer, pattern) for pattern in ignore):
             wide.append(layer)
         else:
             schemes[layer] = scheme
@@ -126,8 +126,13 @@ def start(plan: Plan, out: Path, settings: Mapping[str, Any]) -> Path:
                 param="out",
             )
         return partial
-    partial.mkdir(parents=True)
-    note.write_text(asked, encoding="utf-8")
+    try:
+        partial.mkdir(parents=True)
+        note.write_text(asked, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: {partial} cannot be made ({error.strerror}). Name a folder where you may write.", param="out"
+        ) from None
     return partial
 
 
@@ -153,8 +158,14 @@ def write_shard(plan: Plan, partial: Path, index: int, rounded: Round, other: Ma
     """One shard, whole or not at all; `other` tensors take the place of those of their name. Raises CheckpointError."""
     file = shard_file(plan, partial, index)
     written = file.with_suffix(".tmp")
-    save_file(_shard(plan, plan.shards[index], rounded, other), written, {"format": "pt"})
-    os.replace(written, file)
+    tensors = _shard(plan, plan.shards[index], rounded, other)
+    try:
+        save_file(tensors, written, {"format": "pt"})
+        os.replace(written, file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{written} cannot be written ({error}). Make room, then run the same command again: it goes on here.", param="out"
+        ) from None
 
 
 def finish(plan: Plan, partial: Path, out: Path) -> None:
