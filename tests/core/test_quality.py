@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.core.processes.kernel import serve
+from penstock.core.processes.local import LocalServer
 from penstock.core.protocol.config import Config, check
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.quality import FIGURES, four_bits, gate, read_record, record_file, sealed
@@ -137,3 +139,15 @@ def test_a_bound_without_a_gate_is_an_error() -> None:
         check(Config(quality_max_kl=0.1))
     with pytest.raises(ConfigError, match="0 or more"):
         check(msgspec.structs.replace(Config(quality_gate="warn"), quality_max_kl=-1.0))
+
+
+def test_no_process_starts_past_a_strict_gate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve(asked(model)) == 1
+    assert "penstock quant report" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="penstock quant report"):
+        LocalServer(asked(model), lambda message: None)
+
+
+def test_a_warning_is_logged(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LocalServer(asked(model, quality_gate="warn"), lambda message: None)
+    assert "--quality-gate warn" in caplog.text
