@@ -19,6 +19,7 @@ from penstock.plugins.commands.quant import comparing
 from penstock.plugins.commands.quant.command import quant, quantize
 from penstock.plugins.commands.quant.comparing import Layer, Loaded, Prompt, divergence, relative_error, summary, texts_of
 from penstock.plugins.commands.quant.report import advice
+from penstock.plugins.weights.checkpoint import Checkpoint
 
 BROOK = demo_folder()
 TEXTS = ["<|bos|><|user|>What is 3 + 4?", "Hello there, Brook.", "The river flows to the sea."]
@@ -182,3 +183,31 @@ def test_what_is_no_checkpoint_is_said(texts: Path, tmp_path: Path) -> None:
     said = asked(tmp_path, "--against", BROOK, "--text", texts)
     assert said.exit_code
     assert "holds no config.json" in str(said.exception)
+
+
+def test_a_gguf_file_has_its_record_beside_it(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "gguf"))
+    import gguf_kit
+
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    gguf_kit.convert(BROOK, folder / "brook.gguf", "Q4_0")
+    said = asked(folder, "--against", BROOK, "--text", texts, "--json")
+    assert said.exit_code == 0, said.output
+    record = json.loads((folder / "brook.gguf.quality.json").read_text())
+    assert len(record["layers"]) >= 8 * 7
+    assert all(0.03 < layer["error"] < 0.2 for layer in record["layers"])
+
+
+def test_what_awq_moved_into_a_norm_is_no_error(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "awq"
+    words = ["--scheme", "w8a16", "--method", "awq", "--calibration", str(texts), "--out", str(out)]
+    assert CliRunner().invoke(quantize, [str(BROOK), *words]).exit_code == 0
+    moved = Checkpoint(out, torch.float32).raw("model.layers.0.input_layernorm.weight")
+    assert not torch.equal(moved, Checkpoint(BROOK, torch.float32).raw("model.layers.0.input_layernorm.weight"))
+    record = json.loads(asked(out, "--against", BROOK, "--text", texts, "--json").stdout)
+    after_norms = [
+        layer["error"] for layer in record["layers"] if layer["name"].endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    ]
+    assert len(after_norms) == 8 * 5
+    assert max(after_norms) < 0.02

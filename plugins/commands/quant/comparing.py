@@ -103,7 +103,10 @@ class Watched:
         if norm is None or self._wide is None or not self._wide.has(norm) or not hasattr(weights, "raw"):
             return 1.0
         ours, theirs = weights.raw(norm), self._wide.raw(norm)
-        return 1.0 if torch.equal(ours, theirs) else ours.float() / theirs.float()
+        if ours.shape != theirs.shape or torch.equal(ours, theirs):  # another shape: bytes of a GGUF file, whose maker moves nothing
+            return 1.0
+        factors: Tensor = ours.float() / theirs.float()
+        return factors
 
 
 def relative_error(found: Tensor, meant: Tensor) -> float:

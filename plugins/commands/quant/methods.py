@@ -30,7 +30,7 @@ class Rounded(NamedTuple):
 Method = Callable[[Tensor, Sequence[Tensor], Scheme, Tensor | None], Rounded]
 """(inputs [T, K], the weights [N, K] that read them, their scheme, the factor [K] that the inputs have from a norm if nothing else reads them) -> rounded."""
 DAMP = 0.01
-"""Added to the diagonal of the Gram matrix, as a share of its mean: inputs that hardly vary would make it singular."""
+"""Added to the diagonal of the Gram matrix, as a share of its mean: inputs that hardly vary would make it singular, or count for nothing."""
 POWERS = tuple(step / 20 for step in range(21))
 """Of the mean magnitude of an input, by which its column is made larger."""
 NARROWER = tuple(1 - step / 20 for step in range(11))
@@ -115,10 +115,11 @@ def narrowed(weight: Tensor, h: Tensor, scheme: Scheme, scale_dtype: torch.dtype
     plain = quantise(weight, scheme, scale_dtype)
     if scheme.rows != 1:
         return plain
+    weighs = h.diagonal() + DAMP * h.diagonal().mean()  # an input that few texts have is no free one
     best, least = plain.scales.clone(), torch.full(plain.scales.shape, torch.inf, dtype=torch.float64)
     for share in (1.0, 2.0, 0.5) if scheme.kind == "fp4" else NARROWER:
         scales = (plain.scales.float() * share).to(scale_dtype)
-        error = (dequantise(quantise(weight, scheme, scale_dtype, scales)).double() - weight.double()).square() * h.diagonal()
+        error = (dequantise(quantise(weight, scheme, scale_dtype, scales)).double() - weight.double()).square() * weighs
         lost = error.view(len(weight), scheme.groups(weight.shape[1]), -1).sum(2)
         best, least = torch.where(lost < least, scales, best), torch.minimum(lost, least)
     return quantise(weight, scheme, scale_dtype, best)
