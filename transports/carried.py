@@ -84,6 +84,8 @@ class Carried(abc.ABC):
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._greeting: asyncio.Task[None] | None = None
         self._kind = b""
+        self._reply = 0
+        """The status that it began with."""
         self._parts: list[bytes] = []
         self._number = 0
 
@@ -158,10 +160,12 @@ class Carried(abc.ABC):
 
     async def _send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self._reply = message["status"]
+            if self.error is None:  # else it is known already how it ended: what is attached to comes all at once
+                self.status = self._reply
             self.headers = {name.lower(): value for name, value in message["headers"]}
             self._kind = self.headers.get(b"content-type", b"").split(b";")[0]
-            if self.status < 400:
+            if self._reply < 400:
                 await self._greet(self.headers.get(b"x-request-id", b"").decode("latin-1"))
                 names = self.headers.get(b"x-penstock-ignored-fields")
                 if names is not None:
@@ -174,7 +178,7 @@ class Carried(abc.ABC):
                 await self.write(data)
         elif data:
             self._parts.append(data)
-        if self.status < 400 and self._kind == b"text/event-stream":
+        if self._reply < 400 and self._kind == b"text/event-stream":
             await self._events(last)
         elif last and self._kind != CARRIED:
             await self._whole(b"".join(self._parts))
@@ -191,7 +195,7 @@ class Carried(abc.ABC):
                 await self.write(data)
 
     async def _whole(self, body: bytes) -> None:
-        if self.status >= 400:
+        if self._reply >= 400:
             self.error = error_of(body)
         elif not body:
             return

@@ -108,7 +108,7 @@ FIELDS: dict[str, Field] = {
         "0 to --max-retain-s",
     ),
     "on_disconnect": Field(
-        "With retain_s: once nobody listens, `cancel` ends it, `continue` goes on, `park` waits. Without: 60 s are implied.",
+        "With retain_s: once nobody listens, `cancel` ends it, `continue` goes on, `park` waits. Without, `continue` and `park` imply 60 s.",
         PENSTOCK,
         "`cancel`, `continue`, `park`",
         "`continue` with retain_s, else `cancel`",

@@ -122,10 +122,10 @@ def after_of(request: Request[Any, Any, Any]) -> int:
     return 0
 
 
-async def find_stream(gateway: Gateway, wanted: str, tenant: str | None, after: int) -> Again:
+async def find_stream(gateway: Gateway, wanted: str, context: RequestContext, after: int) -> Again:
     """The retained stream of that id, wherever it began. Raises StreamNotFound (to other tenants it does not exist), or what text says of it."""
     for rid, door in places_of(gateway, wanted):
-        answer = await door.query("stream", msgspec.json.encode({"rid": rid, "tenant": tenant}))
+        answer = await door.query("stream", msgspec.json.encode({"rid": rid, "tenant": asker(context), "own": context.tenant}))
         if answer.status == 200:
             found = msgspec.json.decode(answer.body, type=_Found)
             return Again(_beginning(found.context), found.rid, found.tenant, found.keys, after)
@@ -157,7 +157,7 @@ def stream_routes(gateway: Gateway) -> list[Any]:
     async def resume(request: Request[Any, Any, Any]) -> ASGIApp:
         context = context_of(request.scope)
         wanted = str(request.path_params["stream_id"]).removeprefix("/")
-        return Resumed(request.app, await find_stream(gateway, wanted, asker(context), after_of(request)))
+        return Resumed(request.app, await find_stream(gateway, wanted, context, after_of(request)))
 
     @post(
         "/v1/requests/{request_id:path}",

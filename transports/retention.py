@@ -12,6 +12,7 @@ from penstock.core.protocol.config import Config
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import OnDisconnect
 from penstock.transports.generation import Generation
+from penstock.transports.request import sane_id
 
 RETAIN, ON_DISCONNECT = b"x-penstock-retain", b"x-penstock-on-disconnect"
 IMPLIED_S = 60.0
@@ -57,6 +58,12 @@ def retention(generation: Generation, headers: dict[bytes, bytes], config: Confi
         raise InvalidRequest(f"{how} {mode} needs {name} above 0: the stream is to be kept for whoever comes back.", param=name)
     if not seconds:
         return None
+    named = headers.get(b"x-request-id")
+    if named and sane_id(named.decode("latin-1")) is None:
+        raise InvalidRequest(
+            "x-request-id is the name of a stream that is kept: letters, digits and . _ : - alone, at most 128 of them.",
+            param="x-request-id",
+        )
     if not generation.stream:
         raise InvalidRequest(f"{name} is for streams alone: send stream: true with it.", param=name)
     return Retention(seconds, mode or "continue")

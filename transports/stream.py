@@ -44,7 +44,14 @@ def cut_error(why: CutCause, config: Config, *, kept: bool) -> SlowClient:
         if why == "stalled"
         else f"More than {config.stream_max_bytes} bytes of this stream waited to be read (--stream-max-bytes), so it ends here."
     )
-    return SlowClient(what + (" It can be resumed behind the last event that you have." if kept else " Read faster, or ask with retain_s."))
+    return SlowClient(
+        what
+        + (
+            " It can be resumed behind the last event that you have, unless it is too long to be kept."
+            if kept
+            else " Read faster, or ask with retain_s."
+        )
+    )
 
 
 def _unsaid(_: bytes) -> None:
@@ -280,7 +287,12 @@ class StreamReply(Job):
             if self.error is not None and not self._started:
                 await refusal(scope.get("route_handler"), self.error, voice=self.voice)(scope, receive, send)
                 return
-            if self._after and outbox.last and not outbox.unsent:  # it has all of it (and, as the HTML standard says, need not come again)
+            ahead = await self._first() if self._after else b""
+            if self._left:
+                return
+            if (
+                self._after and not ahead and outbox.last and not outbox.unsent
+            ):  # it has all of it (and, as the HTML standard says, need not come again)
                 self._replied = True
                 await send({"type": "http.response.start", "status": 204, "headers": []})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -292,6 +304,8 @@ class StreamReply(Job):
                 headers.append(trace_header(scope))
                 raw = with_stamps(raw, self.context)
             await send({"type": "http.response.start", "status": 200, "headers": headers})
+            if ahead:
+                await raw({"type": "http.response.body", "body": ahead, "more_body": True})
             await self._write(raw)
         finally:
             watcher.remove_done_callback(self._gone)
@@ -304,6 +318,15 @@ class StreamReply(Job):
             else:
                 self._linger.cancel()
                 self.context.status = 499
+
+    async def _first(self) -> bytes:
+        """Of what is made while it leaves, the first that the client does not have; b"" where other things come first, or nothing."""
+        outbox, data = self.outbox, b""
+        while not data and not self._left and outbox.later is not None:
+            data = await self._made(outbox.later)
+            if not data:
+                await outbox.wait()
+        return data
 
     async def _write(self, send: Send) -> None:
         outbox = self.outbox

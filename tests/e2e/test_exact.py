@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from cutting import DONE, Torn, dechunked, lines_of, normal, sse
+from websockets.sync.client import connect
 
 FLAGS = ["--edge-workers", "2", "--engine-restarts", "9"]
 CHATS = "/v1/chat/completions"
@@ -213,3 +214,50 @@ def _followed(raw: bytes, first: int) -> list[bytes]:
     payloads = [one.payload for one in sse(dechunked(chunks)[0])]
     assert [json.loads(payload)["sequence_number"] for payload in payloads] == list(range(first, first + len(payloads)))
     return payloads
+
+
+def test_behind_the_last_event_there_is_nothing_however_large_the_prompt(server: Any) -> None:
+    body = {"prompt": "a" * 3000, "echo": True, "logprobs": 3, "max_tokens": 5, "stream": True, "retain_s": 20}
+    whole = server.client.post("/v1/completions", json=body)
+    rid, ids = whole.headers["x-request-id"], [int(line[4:]) for line in whole.text.split("\n") if line.startswith("id: ")]
+    events = [block for block in whole.text.split("\n\n") if block.startswith("id: ")]
+    assert ids[-1] > len(ids), "the numbers leap behind what is large about a prompt"
+    for after, rest in (
+        (ids[-1], 0),
+        (ids[-1] + 100, 0),
+        (ids[-2], 1),
+        (ids[0], len(ids) - 1),
+        (ids[len(ids) // 2], len(ids) - len(ids) // 2 - 1),
+    ):
+        reply = server.client.get(f"/v1/streams/{rid}", headers={"last-event-id": str(after)})
+        assert reply.status_code == (200 if rest else 204)
+        assert [block for block in reply.text.split("\n\n") if block.startswith("id: ")] == events[len(events) - rest :]
+
+
+def test_a_retry_of_several_prompts_leaves_the_stream_that_it_repeats(server: Any) -> None:
+    body = {"prompt": ["Once upon", "The river"], "max_tokens": 40, "stream": True, "retain_s": 30, **DRAWN}
+    named = {"x-request-id": "twice"}
+    whole = server.client.post("/v1/completions", json=body, headers=named)
+    for _ in range(2):
+        again = server.client.post("/v1/completions", json=body, headers=named)
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "stream_exists")
+    assert server.client.get("/v1/streams/twice").text.split("\n\n")[:5] == whole.text.split("\n\n")[:5]
+    wrong = server.client.post("/v1/completions", json=body, headers={"x-request-id": "a b"})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-request-id")
+
+
+def test_one_that_was_cancelled_says_so_to_who_attaches(server: Any) -> None:
+    with connect(server.url.replace("http", "ws") + "/v1/stream", subprotocols=["penstock.v1"], proxy=None) as socket:  # type: ignore[list-item]
+        body = {"prompt": "Once", "max_tokens": 3000, "logprobs": 1, "stream": True, "retain_s": 30, **DRAWN}
+        socket.send(json.dumps({"op": "start", "id": "a", "path": "/v1/completions", "body": body}))
+        rid = json.loads(socket.recv(timeout=30))["stream"]
+        while "data" not in json.loads(socket.recv(timeout=30)):
+            pass
+        socket.send(json.dumps({"op": "cancel", "id": "a"}))
+        while "error" not in (live := json.loads(socket.recv(timeout=30))):
+            pass
+        socket.send(json.dumps({"op": "attach", "id": "b", "stream": rid}))
+        while "error" not in (later := json.loads(socket.recv(timeout=30))):
+            pass
+    assert (live["status"], live["error"]["code"]) == (499, "cancelled"), live
+    assert (later["id"], later["status"], later["error"]["code"]) == ("b", 499, "cancelled")

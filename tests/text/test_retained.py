@@ -123,7 +123,8 @@ def test_every_reader_gets_a_beginning_of_the_same_rows(make_bench: Any, plan: l
     for key in keys:
         for choice in range(n):
             bench.scripts[seq_of(key, choice)] = [40 + (key * 31 + choice * 7 + i) % 200 for i in range(4 + choice)]
-        bench.submit(key, sampling=SamplingParams(n=n), **{**KEPT, "on_disconnect": mode, "context": b"x" if key == 1 else b""})
+        many: dict[str, Any] = {"group": 1 if prompts > 1 else 0, "context": b"x" if key == 1 else b""}
+        bench.submit(key, sampling=SamplingParams(n=n), **{**KEPT, "on_disconnect": mode, **many})
     reader, edge, at = 0, 0, 0
     heard: list[list[Row]] = []
     for action in plan:
@@ -365,6 +366,26 @@ def test_an_id_is_one_stream_and_belongs_to_one_tenant(kept: Any) -> None:
     at = attach(kept, 5, tenant="b")
     assert [message.status for message in of(kept, 5, Rejected, at)] == [404]
     assert kept.query("control", {"rid": "r", "tenant": "b", "do": "pause"}).status == 404
+
+
+def test_no_prompt_of_a_retry_joins_the_stream_that_it_repeats(kept: Any) -> None:
+    begin(kept)
+    kept.submit(2, **{**KEPT, "group": 2})
+    kept.submit(3, **{**KEPT, "group": 2, "context": b""})
+    assert [(one.key, one.code) for one in of(kept, 0, Rejected)] == [(2, "stream_exists"), (3, "stream_exists")]
+    for key in (2, 3):
+        kept.send(Detach(key=key, edge=0))
+    kept.run()
+    assert texts(rows(kept, 0)) != ""
+    assert [message.key for message in of(kept, 0, Finished)] == [1]
+    assert json.loads(kept.query("stream", {"rid": "r", "tenant": ""}).body)["keys"] == [1]
+
+
+def test_an_administrators_own_stream_goes_before_those_of_others(kept: Any) -> None:
+    begin(kept, tenant="a")
+    kept.submit(2, **KEPT, tenant="b")
+    for own, keys in (("a", [1]), ("b", [2]), ("c", [1])):
+        assert json.loads(kept.query("stream", {"rid": "r", "tenant": None, "own": own}).body)["keys"] == keys
 
 
 def test_one_that_is_ended_on_purpose_says_so(kept: Any) -> None:

@@ -48,6 +48,8 @@ class StreamArgs(msgspec.Struct, kw_only=True):
 
     rid: str
     tenant: str | None = None
+    own: str = ""
+    """The tenant of who asks: its own goes first."""
 
 
 class ControlArgs(StreamArgs, kw_only=True):
@@ -175,7 +177,7 @@ def controlled(query: Query, prompts: int) -> Answer:
 def stream(query: Query, streams: Streams) -> Answer:
     """Raises StreamNotFound, or StreamTooLong."""
     asked: StreamArgs = _arguments("stream", query.body, StreamArgs)
-    kept = streams.find(asked.rid, asked.tenant)
+    kept = streams.find(asked.rid, asked.tenant, asked.own)
     if kept is None:
         raise StreamNotFound(asked.rid)
     if kept.log is None:

@@ -124,6 +124,7 @@ class Kept:
     def __init__(self, submit: Submit, most_bytes: int, filled: list[Kept]) -> None:
         """`filled` gets it when it is full and nobody reads it."""
         self.rid = submit.rid
+        self.group = submit.group or submit.key
         self.tenant = submit.tenant
         self.model = submit.model
         self.on_disconnect = submit.on_disconnect
@@ -215,7 +216,9 @@ class Streams:
         if kept is None:
             self.make_room()
             kept = self._streams[submit.tenant, submit.rid] = Kept(submit, self._most, self.filled)
-        elif submit.context:  # every stream has one, and its first request brings it
+        elif (
+            submit.context or submit.group != kept.group
+        ):  # every stream has a context, which its first request brings; the others name that one
             raise StreamExists(submit.rid)
         kept.requests[request.key] = request
         kept.keys.append(request.key)
@@ -236,10 +239,11 @@ class Streams:
             max(held, key=lambda kept: kept.bytes).log = None
         return True
 
-    def find(self, rid: str, tenant: str | None) -> Kept | None:
-        """`tenant` None: an administrator asks."""
-        if tenant is not None:
-            return self._streams.get((tenant, rid))
+    def find(self, rid: str, tenant: str | None, own: str = "") -> Kept | None:
+        """`tenant` None: an administrator asks, whose `own` stream goes before other tenants'."""
+        mine = self._streams.get((own if tenant is None else tenant, rid))
+        if tenant is not None or mine is not None:
+            return mine
         return next((kept for kept in self._streams.values() if kept.rid == rid), None)
 
     def of_key(self, key: int) -> Kept | None:
