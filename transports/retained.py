@@ -125,7 +125,7 @@ def after_of(request: Request[Any, Any, Any]) -> int:
 async def find_stream(gateway: Gateway, wanted: str, context: RequestContext, after: int) -> Again:
     """The retained stream of that id, wherever it began. Raises StreamNotFound (to other tenants it does not exist), or what text says of it."""
     for rid, door in places_of(gateway, wanted):
-        answer = await door.query("stream", msgspec.json.encode({"rid": rid, "tenant": asker(context), "own": context.tenant}))
+        answer = await door.query("stream", msgspec.json.encode({"rid": rid, "tenant": context.tenant}))
         if answer.status == 200:
             found = msgspec.json.decode(answer.body, type=_Found)
             return Again(_beginning(found.context), found.rid, found.tenant, found.keys, after)
@@ -134,10 +134,10 @@ async def find_stream(gateway: Gateway, wanted: str, context: RequestContext, af
     raise StreamNotFound(wanted)
 
 
-async def control(gateway: Gateway, wanted: str, tenant: str | None, do: str) -> None:
+async def control(gateway: Gateway, wanted: str, context: RequestContext, do: str) -> None:
     """Have something done to what runs under an id: "cancel", "stop", "pause", "resume". Raises NotFound."""
     for rid, door in places_of(gateway, wanted):
-        answer = await door.query("control", msgspec.json.encode({"rid": rid, "tenant": tenant, "do": do}))
+        answer = await door.query("control", msgspec.json.encode({"rid": rid, "tenant": asker(context), "own": context.tenant, "do": do}))
         if answer.status == 200:
             return
         if answer.status != 404:
@@ -169,7 +169,7 @@ def stream_routes(gateway: Gateway) -> list[Any]:
         wanted, _, do = str(request.path_params["request_id"]).removeprefix("/").rpartition("/")
         if not wanted or do not in CONTROLS:
             raise NotFound(f"What is to happen to the request? POST /v1/requests/ID/{' or /'.join(CONTROLS)}.", param="id")
-        await control(gateway, wanted, asker(context_of(request.scope)), do)
+        await control(gateway, wanted, context_of(request.scope), do)
         return JsonReply(msgspec.json.encode({"id": wanted, "object": "request", "done": do}))
 
     return [resume, steer]

@@ -17,7 +17,7 @@ from penstock.core.protocol.tables import METRICS
 from penstock.transports.gateway import Gateway
 from penstock.transports.questions import failure_of
 from penstock.transports.request import JsonReply, context_of
-from penstock.transports.retained import asker, control, stream_routes
+from penstock.transports.retained import control, stream_routes
 from penstock.version import __version__
 
 SCOPE = "scope"
@@ -49,7 +49,7 @@ def server_routes(gateway: Gateway) -> list[Any]:
     @delete("/v1/requests/{request_id:path}", summary="End a running request", tags=["server"], status_code=200)
     async def cancel(request: Request[Any, Any, Any]) -> ASGIApp:
         wanted = str(request.path_params["request_id"]).removeprefix("/")
-        await control(gateway, wanted, asker(context_of(request.scope)), "cancel")
+        await control(gateway, wanted, context_of(request.scope), "cancel")
         return JsonReply(msgspec.json.encode({"id": wanted, "object": "request", "cancelled": True}))
 
     return [server_info, cancel, *stream_routes(gateway)]

@@ -18,7 +18,7 @@ from penstock.core.protocol.errors import Cancelled, NotFound, PenstockError
 from penstock.transports.carried import CARRIED, Carried
 from penstock.transports.gateway import Gateway
 from penstock.transports.request import Header, RequestContext, Scope, error_fields
-from penstock.transports.retained import asker, control
+from penstock.transports.retained import control
 from penstock.transports.socket_messages import encode, line
 
 MOST_WAITING = 16
@@ -120,7 +120,7 @@ class SocketStream(Carried):
         if self.context is None:
             raise NotFound(f"No stream {self.id!r} is running.", param="id")
         try:
-            await control(self._gateway, self.context.rid, asker(self.context), op)
+            await control(self._gateway, self.context.rid, self.context, op)
         except NotFound:
             if op != "cancel":
                 raise

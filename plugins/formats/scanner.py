@@ -158,6 +158,8 @@ class TableSplitter:
         out: list[Fragment] = []
         held, self.held = self.held, ""
         if self._open:
+            if cut and held in self._place.prefixes:  # half a mark
+                held = ""
             rest = "".join([*self.pending, held])
             self.pending.clear()
             if rest:

@@ -71,6 +71,16 @@ class TaggedSplitter(TableSplitter):
         out: list[Fragment] = []
         reader, value = self.place.state.reader, self.memory
         rest, self.held = self.held, ""
+        if cut:  # arguments that end anywhere still begin as whole ones do: half a tag, half a name and what may yet become another value stay unsaid
+            if reader is read_value and value is not None and not value.begun:
+                kept = "".join(self.pending)
+                if _is_text(self):
+                    self.argue(f'{self.head()}"{_escaped(kept)}', out)
+                elif _INTEGER.fullmatch(kept):
+                    self.argue(self.head() + kept, out)
+            self.pending.clear()
+            self.close(out, complete=False)
+            return out
         if reader is read_value:
             kept = "".join(self.pending)
             self.pending.clear()
@@ -160,6 +170,7 @@ def read_key(splitter: TableSplitter, buf: str, at: int, out: list[Fragment]) ->
     return splitter.go(mark, at, out)
 
 
+_INTEGER = re.compile(r"-?[1-9][0-9]*")
 _WITHIN = re.compile(r'["\\\n]')
 
 

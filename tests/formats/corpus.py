@@ -266,7 +266,7 @@ CASES = [
         tools=TYPED,
     ),
     Case("qwen3_coder", _coder(("s", "abc")).split("</function")[0], calls=[("f", '{"s": "abc"}', True)]),
-    Case("qwen3_coder", _coder(("s", "abc")).split("rameter>\n</f")[0], calls=[("f", '{"s": "abc\\n</pa', False)], cut=True),
+    Case("qwen3_coder", _coder(("s", "abc")).split("rameter>\n</f")[0], calls=[("f", '{"s": "abc', False)], cut=True),
     Case("qwen3_coder", _coder(("i", "12")).split("rameter>\n</f")[0], calls=[("f", '{"i": 12', False)], cut=True, tools=TYPED),
     Case("qwen3_coder", _coder(("s", "abc")).split("abc")[0], calls=[("f", '{"s": "', False)], cut=True),
     Case("qwen3_coder", "<tool_call>\n<function=f", "<tool_call>\n<function=f", cut=True),

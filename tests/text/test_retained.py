@@ -381,11 +381,18 @@ def test_no_prompt_of_a_retry_joins_the_stream_that_it_repeats(kept: Any) -> Non
     assert json.loads(kept.query("stream", {"rid": "r", "tenant": ""}).body)["keys"] == [1]
 
 
-def test_an_administrators_own_stream_goes_before_those_of_others(kept: Any) -> None:
+def test_an_administrators_own_request_goes_before_those_of_others(kept: Any) -> None:
+    kept.scripts[seq_of(2, 0)] = [50] * 6
     begin(kept, tenant="a")
     kept.submit(2, **KEPT, tenant="b")
-    for own, keys in (("a", [1]), ("b", [2]), ("c", [1])):
-        assert json.loads(kept.query("stream", {"rid": "r", "tenant": None, "own": own}).body)["keys"] == keys
+    for tenant, keys in (("a", [1]), ("b", [2])):
+        assert json.loads(kept.query("stream", {"rid": "r", "tenant": tenant}).body)["keys"] == keys
+    assert kept.query("stream", {"rid": "r", "tenant": "c"}).status == 404
+    kept.step()
+    assert kept.query("control", {"rid": "r", "tenant": None, "own": "b", "do": "cancel"}).status == 200
+    assert [message.key for message in of(kept, 0, Finished)] == [2]
+    assert kept.query("control", {"rid": "r", "tenant": None, "own": "c", "do": "cancel"}).status == 200
+    assert [message.key for message in of(kept, 0, Finished)] == [2, 1]
 
 
 def test_one_that_is_ended_on_purpose_says_so(kept: Any) -> None:

@@ -356,6 +356,8 @@ class TextActor:
             for request in self.ledger.requests.values()
             if request.submit.rid == asked.rid and asked.tenant in (None, request.submit.tenant)
         ]
+        if asked.tenant is None:  # an administrator's own goes before others of that name
+            found = [request for request in found if request.submit.tenant == asked.own] or found
         if not found:
             raise NotFound("No request of that id is running.")
         for request in found:

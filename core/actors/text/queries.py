@@ -44,17 +44,19 @@ class DetokenizeArgs(msgspec.Struct, kw_only=True):
 
 
 class StreamArgs(msgspec.Struct, kw_only=True):
-    """Body of "stream": whose id it is, and in whose name it is asked (null: an administrator's)."""
+    """Body of "stream": whose id it is, and in whose name it is asked."""
+
+    rid: str
+    tenant: str = ""
+
+
+class ControlArgs(msgspec.Struct, kw_only=True):
+    """Body of "cancel" and "control": whose id it is, in whose name it is asked (null: an administrator's, whose `own` goes first), and what is to happen to it. "stop": end
+    with what there is."""
 
     rid: str
     tenant: str | None = None
     own: str = ""
-    """The tenant of who asks: its own goes first."""
-
-
-class ControlArgs(StreamArgs, kw_only=True):
-    """Body of "cancel" and "control": and what is to happen to it. "stop": end with what there is."""
-
     do: Literal["cancel", "stop", "pause", "resume"] = "cancel"
 
 
@@ -177,7 +179,7 @@ def controlled(query: Query, prompts: int) -> Answer:
 def stream(query: Query, streams: Streams) -> Answer:
     """Raises StreamNotFound, or StreamTooLong."""
     asked: StreamArgs = _arguments("stream", query.body, StreamArgs)
-    kept = streams.find(asked.rid, asked.tenant, asked.own)
+    kept = streams.find(asked.rid, asked.tenant)
     if kept is None:
         raise StreamNotFound(asked.rid)
     if kept.log is None:

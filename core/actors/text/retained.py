@@ -239,12 +239,9 @@ class Streams:
             max(held, key=lambda kept: kept.bytes).log = None
         return True
 
-    def find(self, rid: str, tenant: str | None, own: str = "") -> Kept | None:
-        """`tenant` None: an administrator asks, whose `own` stream goes before other tenants'."""
-        mine = self._streams.get((own if tenant is None else tenant, rid))
-        if tenant is not None or mine is not None:
-            return mine
-        return next((kept for kept in self._streams.values() if kept.rid == rid), None)
+    def find(self, rid: str, tenant: str) -> Kept | None:
+        """That tenant's."""
+        return self._streams.get((tenant, rid))
 
     def of_key(self, key: int) -> Kept | None:
         return self._by_key.get(key)
