@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from penstock.core.contract.layouts import Bare, Chain, Either, Mark, Obey, Part, Repeat, White
+from penstock.core.contract.layouts import Bare, Chain, Either, Mark, Obey, Part, Repeat, Text
 from penstock.core.protocol.calling import Function
 from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.plugins.formats.named import NOTES, Arguments, named, unstrict
@@ -115,7 +115,7 @@ class _Argument:
     def _json(self, types: Kinds) -> list[Part]:
         """Of these types alone."""
         tagging = self._tagging
-        space: list[Part] = [White()] if tagging.line else []
+        space: list[Part] = [Repeat(Text("\n"), 1)] if tagging.line else []
         return [*space, Obey("json", self._all.whole(self._of(types)), self._function.field), *space, Mark(tagging.end), *tagging.after]
 
     def _bare(self, strings: dict[str, Any], words: Iterable[str] = (), unlike: Iterable[Like] = ()) -> Part:
