@@ -277,7 +277,7 @@ def test_steering_asks_text_in_its_name(edge: Edge, client: Client, action: str,
     rid = dict(call.initial_metadata())["x-request-id"]
     client.control(rid, action)
     asked = [message for message in edge.text.received if isinstance(message, Query) and message.what == "control"]
-    assert json.loads(asked[-1].body) == {"rid": rid, "tenant": None, "do": do}
+    assert json.loads(asked[-1].body) == {"rid": rid, "tenant": None, "own": "", "do": do}
     call.cancel()
 
 

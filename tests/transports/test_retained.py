@@ -358,7 +358,7 @@ def test_controls(edge: Edge, stream: Stream, do: str) -> None:
     reply = edge.kept.post(f"/v1/requests/r1/{do}")
     assert (reply.status_code, reply.json()) == (200, {"id": "r1", "object": "request", "done": do})
     asked = [json.loads(query.body) for query in edge.text.wait_for(Query) if query.what == "control"]
-    assert asked == [{"rid": "r1", "tenant": None, "do": do}]
+    assert asked == [{"rid": "r1", "tenant": None, "own": "", "do": do}]
     assert edge.kept.post(f"/v1/requests/other/{do}").status_code == 404
 
 

@@ -132,7 +132,7 @@ def test_text_is_told_in_whose_name(edge: Edge, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(Keyring, "find", lambda *_: principal)
     monkeypatch.setattr(edge.server.app.keyring, "locked", True)
     edge.kept.delete("/v1/requests/r1")
-    assert json.loads(edge.text.wait_for(Query)[-1].body) == {"rid": "r1", "tenant": tenant, "do": "cancel"}
+    assert json.loads(edge.text.wait_for(Query)[-1].body) == {"rid": "r1", "tenant": tenant, "own": principal.tenant, "do": "cancel"}
 
 
 def test_every_voices_ids_are_known(tmp_path: Path) -> None:

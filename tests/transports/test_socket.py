@@ -103,7 +103,7 @@ def test_steering_asks_text_in_its_name(edge: Edge, ws: ClientConnection, op: st
     kinds = [message for message in edge.text.received if isinstance(message, (Submit, Query))]
     asked = [message for message in kinds if isinstance(message, Query) and message.what == "control"]
     assert isinstance(kinds[-2], Submit)
-    assert json.loads(asked[-1].body) == {"rid": rid, "tenant": None, "do": op}
+    assert json.loads(asked[-1].body) == {"rid": rid, "tenant": None, "own": "", "do": op}
 
 
 def test_a_cancel_that_text_knows_nothing_of_ends_the_stream(edge: Edge, ws: ClientConnection) -> None:
