@@ -216,9 +216,8 @@ class Streams:
         if kept is None:
             self.make_room()
             kept = self._streams[submit.tenant, submit.rid] = Kept(submit, self._most, self.filled)
-        elif (
-            submit.context or submit.group != kept.group
-        ):  # every stream has a context, which its first request brings; the others name that one
+        elif submit.context or submit.group != kept.group:
+            # its first request brings a context, the others name that one: this is another stream's
             raise StreamExists(submit.rid)
         kept.requests[request.key] = request
         kept.keys.append(request.key)
