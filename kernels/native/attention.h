@@ -151,7 +151,7 @@ INLINE void attention_rows_of(const int coded, const attention *a, long s, long 
                 v_scale[g] = a->v_scales + at;
             }
         }
-        if (rows <= MR) /* decode reads every block once: have the next tile's on the way */
+        if (rows <= (coded ? 16 : MR)) /* decode reads every block once: have the next tile's on the way */
             for (long key = tile + (coded ? KV_AHEAD : 1) * KEY_TILE; key < MIN(tile + (coded ? KV_AHEAD + 1 : 2) * KEY_TILE, last); key += 16) {
                 long at = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
                 if (coded) {
@@ -174,13 +174,13 @@ INLINE void attention_rows_of(const int coded, const attention *a, long s, long 
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
             for (long g = 0; g < groups;) {
-                int which = codes ? kv_width(mr, groups - g) : 0, np = codes ? CODES_WIDTHS[mr][which] : tile_width(mr, groups - g);
+                int np = tile_width(mr, groups - g);
                 for (int j = 0; j < np; j++) b[j] = k_group[g + j];
                 tile_args t = {
                     .a = q + row * dim, .lda = dim, .b = b, .segments = 1, .seg_k = dim, .last_k = dim,
                     .c = score + row * KEY_TILE + g * 16, .ldc = KEY_TILE, .add = 0,
                 };
-                (codes ? kv_tile_of(a->kv_format, mr, which) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
+                (codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
                 g += np;
             }
             row += mr;
@@ -208,14 +208,14 @@ INLINE void attention_rows_of(const int coded, const attention *a, long s, long 
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
             for (long d = 0; d < dim_panels;) {
-                int which = codes ? kv_width(mr, dim_panels - d) : 0, np = codes ? CODES_WIDTHS[mr][which] : tile_width(mr, dim_panels - d);
+                int np = tile_width(mr, dim_panels - d);
                 for (long g = 0; g < groups; g++)
                     for (int j = 0; j < np; j++) b[g * np + j] = v_group[g] + (d + j) * panel_bytes;
                 tile_args t = {
                     .a = score + row * KEY_TILE, .lda = KEY_TILE, .b = b, .segments = groups, .seg_k = 16, .last_k = keys - (groups - 1) * 16,
                     .c = o + row * dim + d * PW, .ldc = dim, .add = 1,
                 };
-                (codes ? kv_tile_of(a->kv_format, mr, which) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
+                (codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
                 d += np;
             }
             row += mr;

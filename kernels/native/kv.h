@@ -103,11 +103,7 @@ INLINE void kv_kernel(const int format, const int mr, const int np, const tile_a
 #pragma GCC unroll 8
         for (int p = 0; p < np; p++) b[p] = t->b[s * np + p];
         const long keys = s + 1 == t->segments ? t->last_k : t->seg_k;
-        long k = 0;
-        for (; k + 4 <= keys; k += 4)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) code_step(format, mr, nv, acc, row, k + i, b, k * PW, i, 0, 0);
-        for (; k < keys; k++) code_step(format, mr, nv, acc, row, k, b, k * PW, 0, 0, 0);
+        for (long k = 0; k < keys; k++) code_step(format, mr, nv, acc, row, k, b, k * PW, 0, 0, 0);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++) row[i] += keys;
     }
@@ -117,34 +113,32 @@ INLINE void kv_kernel(const int format, const int mr, const int np, const tile_a
         for (int j = 0; j < nv; j++) vstore(t->c + i * t->ldc + j * VL, acc[i][j]);
 }
 
+/* The same sizes as TILES of panel.h has, so that tile_width serves both. */
 #define KV_OF(name, format, mr, np) static void kv_##name##_##mr##x##np(const tile_args *t) { kv_kernel(format, mr, np, t); }
+#define KV_NARROW(name, format) \
+    KV_OF(name, format, 1, 1) KV_OF(name, format, 2, 1) KV_OF(name, format, 3, 1) KV_OF(name, format, 4, 1) KV_OF(name, format, 5, 1) KV_OF(name, format, 6, 1)
 #if VL == 16
 #define KV_ALL(name, format) \
-    KV_OF(name, format, 1, 1) KV_OF(name, format, 1, 4) KV_OF(name, format, 1, 8) KV_OF(name, format, 2, 1) KV_OF(name, format, 2, 4) KV_OF(name, format, 2, 8) \
-    KV_OF(name, format, 3, 1) KV_OF(name, format, 3, 4) KV_OF(name, format, 4, 1) KV_OF(name, format, 4, 4) KV_OF(name, format, 5, 1) KV_OF(name, format, 5, 4) \
-    KV_OF(name, format, 6, 1) KV_OF(name, format, 6, 2)
+    KV_NARROW(name, format) KV_OF(name, format, 1, 2) KV_OF(name, format, 1, 4) KV_OF(name, format, 1, 8) KV_OF(name, format, 2, 2) KV_OF(name, format, 2, 4) \
+    KV_OF(name, format, 3, 2) KV_OF(name, format, 3, 4) KV_OF(name, format, 4, 2) KV_OF(name, format, 4, 4) KV_OF(name, format, 5, 2) KV_OF(name, format, 5, 4) \
+    KV_OF(name, format, 6, 2) KV_OF(name, format, 6, 4)
 #define KV_ROW(name) \
-    {{0}, {kv_##name##_1x1, kv_##name##_1x4, kv_##name##_1x8}, {kv_##name##_2x1, kv_##name##_2x4, kv_##name##_2x8}, {kv_##name##_3x1, kv_##name##_3x4}, \
-     {kv_##name##_4x1, kv_##name##_4x4}, {kv_##name##_5x1, kv_##name##_5x4}, {kv_##name##_6x1, kv_##name##_6x2}}
+    {{0}, {kv_##name##_1x1, kv_##name##_1x2, kv_##name##_1x4, kv_##name##_1x8}, {kv_##name##_2x1, kv_##name##_2x2, kv_##name##_2x4}, \
+     {kv_##name##_3x1, kv_##name##_3x2, kv_##name##_3x4}, {kv_##name##_4x1, kv_##name##_4x2, kv_##name##_4x4}, \
+     {kv_##name##_5x1, kv_##name##_5x2, kv_##name##_5x4}, {kv_##name##_6x1, kv_##name##_6x2, kv_##name##_6x4}}
 #else
-#define KV_ALL(name, format) \
-    KV_OF(name, format, 1, 1) KV_OF(name, format, 1, 4) KV_OF(name, format, 2, 1) KV_OF(name, format, 2, 2) KV_OF(name, format, 3, 1) KV_OF(name, format, 4, 1) \
-    KV_OF(name, format, 5, 1) KV_OF(name, format, 6, 1)
+#define KV_ALL(name, format) KV_NARROW(name, format) KV_OF(name, format, 1, 2) KV_OF(name, format, 1, 4) KV_OF(name, format, 2, 2)
 #define KV_ROW(name) \
-    {{0}, {kv_##name##_1x1, kv_##name##_1x4}, {kv_##name##_2x1, kv_##name##_2x2}, {kv_##name##_3x1}, {kv_##name##_4x1}, {kv_##name##_5x1}, {kv_##name##_6x1}}
+    {{0}, {kv_##name##_1x1, kv_##name##_1x2, kv_##name##_1x4}, {kv_##name##_2x1, kv_##name##_2x2}, {kv_##name##_3x1}, {kv_##name##_4x1}, {kv_##name##_5x1}, \
+     {kv_##name##_6x1}}
 #endif
 KV_ALL(int8, P_INT8)
 KV_ALL(e4m3, P_E4M3)
 KV_ALL(e5m2, P_E5M2)
-static const tile_fn KV_TILES[3][MR + 1][3] = {KV_ROW(int8), KV_ROW(e4m3), KV_ROW(e5m2)}; /* as wide as CODES_WIDTHS says */
-
-/* Which of CODES_WIDTHS is the widest for mr rows that is not wider than `panels`. */
-INLINE int kv_width(int mr, long panels) {
-    int which = 2;
-    while (CODES_WIDTHS[mr][which] == 0 || CODES_WIDTHS[mr][which] > panels) which--;
-    return which;
+static const tile_fn KV_TILES[3][MR + 1][4] = {KV_ROW(int8), KV_ROW(e4m3), KV_ROW(e5m2)};
+INLINE tile_fn kv_tile_of(int format, int mr, int width) {
+    return KV_TILES[format == P_INT8 ? 0 : format == P_E4M3 ? 1 : 2][mr][width == 1 ? 0 : width == 2 ? 1 : width == 4 ? 2 : 3];
 }
-INLINE tile_fn kv_tile_of(int format, int mr, int which) { return KV_TILES[format == P_INT8 ? 0 : format == P_E4M3 ? 1 : 2][mr][which]; }
 
 /* --- Many rows: `count` rows of a panel of codes to float32. */
 INLINE void kv_widen_rows(const int format, const char *from, long count, float *to) {
