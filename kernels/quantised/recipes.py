@@ -16,6 +16,19 @@ def _asm(body: str, outputs: int) -> str:
     return "{ .reg .b32 p, q, u, v, c; " + body.replace("$IN", f"${outputs}") + " }"
 
 
+def _eight(shift: int, mask: int, last: str = "", power: int = 0) -> str:
+    """For FP8: the sign stays where it is, the rest moves; `last` multiplies u with c into $i, without it the power of two is left to whoever uses the numbers."""
+    body = f"mov.b32 c, {power}; " if last else ""
+    for i, r in ((0, "p"), (1, "q")):
+        body += f"and.b32 u, {r}, 0x80008000; shr.b32 v, {r}, {shift}; "
+        body += f"lop3.b32 {'u' if last else f'${i}'}, v, {mask}, u, 0xEA; " + last.replace("$i", f"${i}")
+    return _asm(_RAISED + body, 2)
+
+
+FOLDED = {("fp8_e4m3", True): 120, ("fp8_e4m3", False): 8, ("fp8_e5m2", True): 112, ("fp8_e5m2", False): 0, ("int8", True): 0, ("int8", False): 0}
+"""What the folded recipes leave out: their numbers times two to this are the codes' values."""
+
+
 def _recipes() -> dict[tuple[str, bool], str]:
     """Instructions that widen four bytes, by (kind, whether to bfloat16)."""
     out = {}
@@ -40,15 +53,11 @@ def _recipes() -> dict[tuple[str, bool], str]:
         out["int8", wide] = _asm(_SPREAD + parts, 2)
         # sign, exponent and mantissa to their places; the exponents' bias by a multiplication with a power of two, which is exact
         shift, mask, power = (4, 0x07F007F0, 0x7B807B80) if wide else (1, 0x3F803F80, 0x5C005C00)
-        out["fp8_e4m3", wide] = _asm(
-            _RAISED
-            + f"mov.b32 c, {power}; "
-            + "".join(
-                f"and.b32 u, {r}, 0x80008000; shr.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; mul.rn.{kind} ${i}, u, c; "
-                for i, r in ((0, "p"), (1, "q"))
-            ),
-            2,
-        )
+        out["fp8_e4m3", wide] = _eight(shift, mask, f"mul.rn.{kind} $i, u, c; ", power)
+        out["fp8_e4m3, folded", wide] = _eight(shift, mask)
+        shift, mask, power = (3, 0x0FE00FE0, 0x77807780) if wide else (0, 0x7F007F00, 0)
+        out["fp8_e5m2", wide] = _eight(shift, mask, f"mul.rn.{kind} $i, u, c; ", power) if wide else _asm(_RAISED + "mov.b32 $0, p; mov.b32 $1, q;", 2)
+        out["fp8_e5m2, folded", wide] = _eight(shift, mask) if wide else out["fp8_e5m2", wide]
         shift, mask, power = (6, 0x01C001C0, 0x7E807E80) if wide else (9, 0x0E000E00, 0x74007400)
         steps = ""
         for i, r, first in ((0, "p", ""), (1, "q", ""), (2, "p", "shr.b32 p, p, 4; "), (3, "q", "shr.b32 q, q, 4; ")):

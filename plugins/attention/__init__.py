@@ -12,6 +12,7 @@ from penstock.core.contract.devices import ModelFacts
 from penstock.core.contract.hookspecs import AttentionSpec, hookimpl
 
 GROUP = 16
+EIGHT_BITS = ("fp8_e4m3", "fp8_e5m2", "int8")
 
 
 def _supports(facts: ModelFacts, dtype: str) -> str | None:
@@ -34,10 +35,10 @@ def _torch_supports(facts: ModelFacts, dtype: str) -> str | None:
     return f"head_dim {facts.head_dim} is no multiple of {GROUP}" if facts.head_dim % GROUP else None
 
 
-def _torch(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, **options: Any) -> Any:
+def _torch(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, kv: str = "", **options: Any) -> Any:
     from penstock.plugins.attention.sdpa import TorchAttention
 
-    return TorchAttention(facts, dtype, device, block_size)
+    return TorchAttention(facts, dtype, device, block_size, kv)
 
 
 def _triton_supports(facts: ModelFacts, dtype: str) -> str | None:
@@ -74,6 +75,7 @@ def register_attention_backends() -> list[AttentionSpec]:
             devices=["cpu", "cuda"],
             supports=_torch_supports,
             factory=_torch,
+            kv_dtypes=EIGHT_BITS,
         ),
         AttentionSpec(
             name="triton",

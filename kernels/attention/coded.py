@@ -1,0 +1,292 @@
+"""Decode attention over a cache in 8 bits, in Triton: split KV as in triton.py, but with codes that go from memory to registers as they are.
+
+    s[j, h] = k_scale[j] * (value(K[j]) . q[h]);   out[h] = sum_j (w_j v_scale[j]) value(V[j]) / sum_j w_j,   w_j = exp(f(scale * s[j, h]))
+
+What it is: the kernel of one query row a sequence, where bits may depend on how the keys were cut (deterministic mode reads codes by triton.py's kernels).
+Both products are computed transposed: keys are the rows of the first one and dimensions those of the second, so that the codes are the operand which the
+matrix instructions take from registers. They are widened there to 16 bits, exactly (quantised/recipes.py), and never lie anywhere wide. For the second product
+a value's codes lie in the page by dimension, [Hkv, D, block_size]: a thread needs several keys of one dimension. Some kinds are widened up to a power of two
+(FOLDED), which q and the scales make up for.
+All sums are float32, and each piece of a row has its own: no sum is as long as the context.
+What it does not know: who owns a block, slots, layers.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return, attr-defined"
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.attention.codes import KINDS, decode, encode
+from penstock.kernels.attention.pieces import add_up
+from penstock.kernels.checks import require
+from penstock.kernels.gpu import interpreting, tuned
+from penstock.kernels.quantised.recipes import FOLDED, RECIPES
+from penstock.kernels.tile import INTERPRETED, fetch_ahead, launched, make_room, narrow, wait
+
+RAISE = 100
+"""bfloat16 queries and weighted probabilities are multiplied by two to this where the kind is folded, so that no product is too small for float32."""
+
+
+class Codes(NamedTuple):
+    """What caches of uint8 hold."""
+
+    kind: str
+    """One of codes.KINDS."""
+    k_scale: Tensor
+    """[num_blocks, Hkv, block_size] bfloat16, a block contiguous, the next one as far as in the caches."""
+    v_scale: Tensor
+
+
+@triton.jit
+def value_of(codes, KIND: tl.constexpr):
+    """What bytes mean, as float32, for the interpreter."""
+    code = codes.to(tl.int32)
+    if KIND == "int8":
+        return tl.where(code >= 128, code - 256, code).to(tl.float32)
+    else:
+        M: tl.constexpr = 3 if KIND == "fp8_e4m3" else 2
+        BIAS: tl.constexpr = 7 if KIND == "fp8_e4m3" else 15
+        exponent = (code & 127) >> M
+        mantissa = (code & ((1 << M) - 1)).to(tl.float32) / (1 << M)
+        size = tl.where(exponent == 0, mantissa * 2, 1 + mantissa) * tl.exp2((exponent - BIAS).to(tl.float32))
+        return tl.where(code >= 128, -size, size)
+
+
+@triton.jit
+def widen(codes, KIND: tl.constexpr, RECIPE: tl.constexpr, like: tl.constexpr):
+    """Bytes as numbers of the 16-bit dtype `like` that the recipe makes; float32 under the interpreter."""
+    if INTERPRETED:
+        return value_of(codes, KIND)
+    else:
+        return tl.inline_asm_elementwise(RECIPE, "=r,=r,r", [codes], dtype=like, is_pure=True, pack=4)
+
+
+@triton.jit
+def pages_of(table, at, limit, MASK: tl.constexpr, SIZE: tl.constexpr):
+    """The page of each position, the same for 16 neighbours; page 0 for those that lie wholly at `limit` and beyond: it is read, and counts for nothing."""
+    if MASK:
+        page = tl.load(table + at // SIZE, mask=at // 16 * 16 < limit, other=0)
+    else:
+        page = tl.load(table + at // SIZE)
+    return tl.max_constancy(page.to(tl.int64), [16])
+
+
+@triton.jit
+def scales_at(scales, page, sb, base, at, limit, MASK: tl.constexpr, SIZE: tl.constexpr):
+    """float32 scales of the positions; 0 for those at `limit` and beyond, where memory may hold NaN."""
+    where = page * sb + base + at % SIZE
+    if MASK:
+        return tl.load(scales + where, mask=at < limit, other=0.0).to(tl.float32)
+    else:
+        return tl.load(scales + where).to(tl.float32)
+
+
+@triton.jit
+def _keys(
+    acc, m, z, q, k, v, ks, vs, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
+    K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, V_FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [M]; q is [DP, M]."""
+    d = tl.arange(0, DP)
+    n = tl.arange(0, BLOCK_N)
+    for first in range(start, end, BLOCK_N):
+        at = first + n
+        page = pages_of(table, at, length, MASK, SIZE)
+        inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
+        where = (page * kb + base + inside * D)[:, None] + d[None, :]
+        where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
+        if DP == D:
+            codes = tl.load(k + where)
+            more = tl.load(v + where_v)
+        else:
+            codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
+            more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
+        k_scale = scales_at(ks, page, sb, sbase, at, length, MASK, SIZE)
+        v_scale = scales_at(vs, page, sb, sbase, at, length, MASK, SIZE)
+        if INTERPRETED:
+            s = tl.dot(widen(codes, KIND, K_RECIPE, tl.float32), q, input_precision="ieee")
+        else:
+            s = tl.dot(widen(codes, KIND, K_RECIPE, q.dtype), q)
+        s = s * k_scale[:, None]
+        if SOFTCAP:
+            s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
+        if MASK:
+            seen = at < length
+            if WINDOW:
+                seen = seen & (at >= length - window)
+            s = tl.where(seen[:, None], s, float("-inf"))
+        if SOFTCAP:
+            to2 = 1.4426950408889634
+        else:
+            to2 = scale2
+        top = tl.maximum(m, tl.max(s, 0) * to2)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(s * to2 - shift[None, :])
+        fade = tl.exp2(m - shift)
+        z = z * fade + tl.sum(p, 0)
+        acc = acc * fade[None, :]
+        weighted = p * (v_scale * V_FACTOR)[:, None]
+        if INTERPRETED:
+            acc = tl.dot(widen(more, KIND, V_RECIPE, tl.float32), weighted, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(widen(more, KIND, V_RECIPE, tl.bfloat16), weighted.to(tl.bfloat16), acc)
+        m = top
+    return acc, m, z
+
+
+@launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
+def split(
+    q, k, v, ks, vs, out, lse, partial, partial_lse, counters, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride,
+    table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, Q_FACTOR: tl.constexpr, V_FACTOR: tl.constexpr,
+    OUT_FACTOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
+    group = tl.program_id(0)
+    r = tl.program_id(1)
+    piece = tl.program_id(2)
+    make_room(PDL)
+    length = tl.load(kv_len + r, cache_modifier=".cg")
+    row = r.to(tl.int64)
+    mine = True
+    if ROWS:
+        table = tables + tl.load(table_rows + r, cache_modifier=".cg").to(tl.int64) * table_stride
+    else:
+        table = tables + row * table_stride
+    if MIXED:
+        row = tl.load(q_start + r, cache_modifier=".cg").to(tl.int64)
+        mine = tl.load(q_start + r + 1, cache_modifier=".cg") == row + 1
+        length = tl.where(mine, length, 0)
+    base = group.to(tl.int64) * kh
+    sbase = group * SIZE
+    low = 0
+    if WINDOW:
+        low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - low, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    span = length - low
+    start = low + piece * size
+    if PDL and AHEAD:  # noqa: SIM102 (known when compiled, the inner one is not)
+        if start < length:
+            token = start + tl.arange(0, BLOCK_N)
+            page = pages_of(table, token, length, True, SIZE)
+            line = tl.minimum(tl.arange(0, (DP + 127) // 128) * 128, D - 1)
+            fetch_ahead(k + (page * kb + base + token % SIZE * D)[:, None] + line[None, :])
+            fetch_ahead(v + (page * kb + base + token % SIZE * D)[:, None] + line[None, :])
+    wait(PDL)
+    if ((start < length) | (piece == 0)) & mine:
+        end = tl.minimum(start + size, length)
+        offs = tl.arange(0, BLOCK_M)
+        d = tl.arange(0, DP)
+        real = offs < GROUP
+        head = group * GROUP + offs
+        tile_mask = (d < D)[:, None] & real[None, :]
+        queries = tl.load(q + row * q_stride + (head * D)[None, :] + d[:, None], mask=tile_mask, other=0.0)
+        if INTERPRETED:
+            queries = queries.to(tl.float32)
+        elif Q_FACTOR != 1:
+            queries = (queries.to(tl.float32) * Q_FACTOR).to(queries.dtype)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        z = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([DP, BLOCK_M], tl.float32)
+        whole = start + (end - start) // BLOCK_N * BLOCK_N
+        if not WINDOW:
+            acc, m, z = _keys(
+                acc, m, z, queries, k, v, ks, vs, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
+                False, False, SOFTCAP, KIND, K_RECIPE, V_RECIPE, V_FACTOR,
+            )  # fmt: skip
+            start = whole
+        acc, m, z = _keys(
+            acc, m, z, queries, k, v, ks, vs, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
+            WINDOW, SOFTCAP, KIND, K_RECIPE, V_RECIPE, V_FACTOR,
+        )  # fmt: skip
+        acc = acc * OUT_FACTOR
+        if SINKS and span <= size:
+            sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
+            top = tl.maximum(m, sink)
+            fade = tl.exp2(m - top)
+            z = z * fade + tl.exp2(sink - top)
+            acc = acc * fade[None, :]
+            m = top
+        some = z > 0.0
+        safe = tl.where(some, z, 1.0)
+        result = acc / safe[None, :]
+        total = tl.where(some, m + tl.log2(safe), float("-inf"))
+        if span <= size:
+            tl.store(out + row * HEADS * D + (head * D)[None, :] + d[:, None], narrow(result, out.dtype.element_ty), mask=tile_mask)
+            if LSE:
+                tl.store(lse + row * HEADS + head, total * 0.6931471805599453, mask=real)
+        else:
+            at = (r * HEADS + head).to(tl.int64) * SPLITS + piece
+            tl.store(partial + (at * D)[None, :] + d[:, None], result, mask=tile_mask)
+            tl.store(partial_lse + at, total, mask=real)
+            if FUSED:
+                tl.debug_barrier()
+                pieces = tl.cdiv(span, size)
+                counter = counters + r * (HEADS // GROUP) + group
+                if tl.atomic_add(counter, 1, sem="acq_rel") == pieces - 1:
+                    tl.store(counter, 0)
+                    add_up(out, lse, partial, partial_lse, sinks, r, row, group, pieces, HEADS, GROUP, GROUP_P, D, DP, SPLITS, SINKS, LSE)
+
+
+def write_kv(k_cache: Tensor, v_cache: Tensor, codes: Codes, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """k, v [T, Hkv, D] into slots [T] (below 0: skipped). Torch; for tests and tools."""
+    keep, size = slots >= 0, k_cache.shape[2]
+    at, inside = slots[keep].long() // size, slots[keep].long() % size
+    k_cache[at, :, inside], codes.k_scale[at, :, inside] = encode(k[keep], codes.kind)
+    by_dimension(v_cache)[at, :, :, inside], codes.v_scale[at, :, inside] = encode(v[keep], codes.kind)
+
+
+def read_kv(k_cache: Tensor, v_cache: Tensor, codes: Codes, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """(keys, values) at slots [T], two [T, Hkv, D] float32. Torch; for tests and tools."""
+    size = k_cache.shape[2]
+    at, inside = slots.long() // size, slots.long() % size
+    keys = decode(k_cache[at, :, inside], codes.k_scale[at, :, inside], codes.kind)
+    return keys, decode(by_dimension(v_cache)[at, :, :, inside], codes.v_scale[at, :, inside], codes.kind)
+
+
+def by_dimension(v_cache: Tensor) -> Tensor:
+    """A cache of values [num_blocks, Hkv, block_size, D] as what it holds: [num_blocks, Hkv, D, block_size]."""
+    blocks, heads, size, dim = v_cache.shape
+    return v_cache.as_strided((blocks, heads, dim, size), (v_cache.stride(0), v_cache.stride(1), size, 1))
+
+
+def check(codes: Codes, q: Tensor, k_cache: Tensor) -> None:
+    """Raises ValueError unless the scales fit."""
+    require(codes.kind in KINDS, f"codes must be one of {', '.join(KINDS)}")
+    require(interpreting() or q.dtype in (torch.bfloat16, torch.float16), "with codes q must be bfloat16 or float16")
+    size = k_cache.shape[2]
+    for scales in (codes.k_scale, codes.v_scale):
+        require(scales.dtype == torch.bfloat16 and scales.shape == k_cache.shape[:3], "scales must be bfloat16, [num_blocks, Hkv, block_size]")
+        require(scales.stride()[1:] == (size, 1) and scales.stride() == codes.k_scale.stride(), "a block's scales must be contiguous")
+
+
+def config_of(dim: int) -> dict[str, int]:
+    """Of `split`."""
+    return tuned("attention.coded" if dim <= 128 else "attention.coded.wide")
+
+
+def exact(codes: Codes, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of triton.py's kernels."""
+    k_recipe, v_recipe = RECIPES[codes.kind, dtype == torch.bfloat16], RECIPES[codes.kind, True]
+    scales = {"ks": codes.k_scale, "vs": codes.v_scale, "sb": codes.k_scale.stride(0)}
+    return {**scales, "KIND": codes.kind, "K_RECIPE": k_recipe, "V_RECIPE": v_recipe}
+
+
+def folded(codes: Codes, dtype: torch.dtype, scale2: float, fold: bool) -> tuple[dict[str, Any], float]:
+    """(arguments of `split`, its scale2). `fold`: widened up to a power of two, with fewer instructions."""
+    kind, wide = codes.kind, dtype == torch.bfloat16
+    k_power, v_power = (FOLDED[kind, wide], FOLDED[kind, True]) if fold and not interpreting() else (0, 0)
+    q_power, raised = (RAISE if k_power and wide else 0), (RAISE if v_power else 0)
+    recipes = {
+        "K_RECIPE": RECIPES[f"{kind}, folded" if k_power else kind, wide],
+        "V_RECIPE": RECIPES[f"{kind}, folded" if v_power else kind, True],
+    }
+    factors = {"Q_FACTOR": 2.0**q_power, "V_FACTOR": 2.0**raised, "OUT_FACTOR": 2.0 ** (v_power - raised)}
+    return {"KIND": kind, **recipes, **factors}, scale2 * 2.0 ** (k_power - q_power)
