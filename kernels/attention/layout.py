@@ -26,7 +26,7 @@ from penstock.kernels.checks import blocks, require
 from penstock.kernels.native.bind import FORMATS, Layer, Program
 
 KV_LAYOUT = "cpu-panel16-v1"
-"""Name of this layout, part of the KV identity key; of codes: `KV_LAYOUT`, a dash and their name."""
+"""Name of this layout, part of the KV identity key."""
 GROUP = 16
 
 
@@ -64,11 +64,6 @@ def check_cache(k_cache: Tensor, v_cache: Tensor, num_kv_heads: int, dtype: torc
 def block_bytes(cache: Tensor) -> int:
     """From the beginning of one block to that of the next."""
     return cache.stride(0) * cache.element_size()
-
-
-def layout_name(kind: str) -> str:
-    """The layout's name where pages hold codes of that kind; "": the model's elements."""
-    return f"{KV_LAYOUT}-{kind}" if kind else KV_LAYOUT
 
 
 def describe(program: Program, layer: Layer, k_cache: Tensor, v_cache: Tensor, scales: Scales | None) -> None:

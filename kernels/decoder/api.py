@@ -2,7 +2,7 @@
 
     program = DecoderProgram(embedding=[V, H], layers=[DecoderLayer...], final_norm=[H], lm_head=PackedLinear, num_heads=..., num_kv_heads=...,
                              head_dim=..., eps=..., cos_sin=[P, r] float32, scale=None, k_caches=[...], v_caches=[...],
-                             scales=None | [...])
+                             scales=[])
     program(tokens[T], positions[T], slots[T], block_tables[R, B], q_start[R + 1], kv_len[R], rows[L],
             logits=None | [L, V] float32, hidden=None | [L, H], greedy=None | [L] int32) -> None
 
@@ -50,12 +50,12 @@ class DecoderProgram:
         k_caches: Sequence[Tensor],
         v_caches: Sequence[Tensor],
         scale: float | None = None,
-        scales: Sequence[Scales | None] | None = None,
+        scales: Sequence[Scales | None] = (),
     ) -> None:
         tensor("embedding", embedding, (None, None), *FLOATS)
         dtype, hidden = embedding.dtype, embedding.shape[1]
         require(len(layers) == len(k_caches) == len(v_caches) > 0, "there must be one K and one V cache for each layer")
-        of_codes = [None] * len(layers) if scales is None else list(scales)
+        of_codes = list(scales) or [None] * len(layers)
         require(len(of_codes) == len(layers), "there must be scales for the caches of each layer")
         require(len({None if one is None else one.kind for one in of_codes}) == 1, "the caches of all layers must hold the same codes")
         tensor("final_norm", final_norm, (hidden,), dtype)

@@ -25,10 +25,10 @@ def _supports(facts: ModelFacts, dtype: str) -> str | None:
     return None
 
 
-def _native(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, **options: Any) -> Any:
+def _native(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, kv: str = "", **options: Any) -> Any:
     from penstock.plugins.attention.native import NativeAttention
 
-    return NativeAttention(facts, dtype, device, block_size)
+    return NativeAttention(facts, dtype, device, block_size, kv)
 
 
 def _torch_supports(facts: ModelFacts, dtype: str) -> str | None:
@@ -67,6 +67,7 @@ def register_attention_backends() -> list[AttentionSpec]:
             supports=_supports,
             factory=_native,
             priority=10,
+            kv_dtypes=EIGHT_BITS,
         ),
         AttentionSpec(
             name="torch",
