@@ -31,6 +31,10 @@ RAISE = 100
 """bfloat16 queries and weighted probabilities are multiplied by two to this where the kind is folded, so that no product is too small for float32."""
 
 
+KV_LAYOUT = "paged-codes-v1"
+"""Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
+
+
 class Codes(NamedTuple):
     """What caches of uint8 hold."""
 

@@ -534,9 +534,9 @@ def _descriptors(new_k: Tensor | None, new_v: Tensor | None, dim: int, block_n: 
     return found[0], found[1]
 
 
-def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False) -> int:
-    """float32 elements that `decode_attention` needs for that many rows."""
-    pieces = SEGMENTS if deterministic else max(_split_config(head_dim)["SPLITS"], coded.config_of(head_dim)["SPLITS"])
+def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False, codes: bool = False) -> int:
+    """float32 elements that `decode_attention` needs for that many rows; `codes`: of a cache in 8 bits."""
+    pieces = SEGMENTS if deterministic else (coded.config_of(head_dim) if codes else _split_config(head_dim))["SPLITS"]
     return rows * num_heads * pieces * (head_dim + 2)
 
 
