@@ -31,6 +31,10 @@ RAISE = 100
 """bfloat16 queries and weighted probabilities are multiplied by two to this where the kind is folded, so that no product is too small for float32."""
 
 
+KV_LAYOUT = "paged-codes-v1"
+"""Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
+
+
 class Codes(NamedTuple):
     """What caches of uint8 hold."""
 
@@ -57,12 +61,45 @@ def value_of(codes, KIND: tl.constexpr):
 
 
 @triton.jit
-def widen(codes, KIND: tl.constexpr, RECIPE: tl.constexpr, like: tl.constexpr):
-    """Bytes as numbers of the 16-bit dtype `like` that the recipe makes; float32 under the interpreter."""
+def widen(codes, KIND: tl.constexpr, RECIPE: tl.constexpr, BF16: tl.constexpr):
+    """Bytes as numbers of the 16-bit dtype that the recipe makes; float32 under the interpreter."""
     if INTERPRETED:
         return value_of(codes, KIND)
+    elif BF16:
+        return tl.inline_asm_elementwise(RECIPE, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
-        return tl.inline_asm_elementwise(RECIPE, "=r,=r,r", [codes], dtype=like, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(RECIPE, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+
+
+@triton.jit
+def scale_of(size, broken, fixed, LARGEST: tl.constexpr):
+    """Scales of rows whose largest element is `size`, rounded up to bfloat16, as float32; NaN where `broken` is not 0. fixed: instead of their own."""
+    if fixed is None:
+        scale = tl.div_rn(tl.maximum(size, 7.888609052210118e-31), LARGEST)
+    else:
+        scale = size * 0.0 + fixed
+    up = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    return tl.where(broken == 0.0, up, float("nan"))
+
+
+@triton.jit
+def code_of(x, scale, KIND: tl.constexpr, LARGEST: tl.constexpr):
+    """Codes of float32 x, which codes.encode defines: to nearest, ties to even, by integers, so that every device rounds alike."""
+    y = tl.div_rn(x, scale)
+    y = tl.where(y == y, y, 0.0)
+    y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+    if KIND == "int8":
+        return ((y + 12582912.0).to(tl.int32, bitcast=True) & 255).to(tl.uint8)
+    else:
+        DROPPED: tl.constexpr = 20 if KIND == "fp8_e4m3" else 21  # bits of the mantissa
+        BIAS: tl.constexpr = 120 if KIND == "fp8_e4m3" else 112  # of float32's exponents, less that of the kind
+        MAGIC: tl.constexpr = 16384.0 if KIND == "fp8_e4m3" else 128.0  # its last bit is the kind's smallest number
+        size = tl.abs(y)
+        bits = size.to(tl.int32, bitcast=True)
+        normal = ((bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)) >> DROPPED) - (BIAS << (23 - DROPPED))
+        small = (size + MAGIC).to(tl.int32, bitcast=True) & 15
+        code = tl.where(bits < ((BIAS + 1) << 23), small, normal)
+        return (code | ((y.to(tl.int32, bitcast=True) >> 24) & 128)).to(tl.uint8)
 
 
 @triton.jit
@@ -109,9 +146,9 @@ def _keys(
         k_scale = scales_at(ks, page, sb, sbase, at, length, MASK, SIZE)
         v_scale = scales_at(vs, page, sb, sbase, at, length, MASK, SIZE)
         if INTERPRETED:
-            s = tl.dot(widen(codes, KIND, K_RECIPE, tl.float32), q, input_precision="ieee")
+            s = tl.dot(widen(codes, KIND, K_RECIPE, True), q, input_precision="ieee")
         else:
-            s = tl.dot(widen(codes, KIND, K_RECIPE, q.dtype), q)
+            s = tl.dot(widen(codes, KIND, K_RECIPE, q.dtype == tl.bfloat16), q)
         s = s * k_scale[:, None]
         if SOFTCAP:
             s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
@@ -132,9 +169,9 @@ def _keys(
         acc = acc * fade[None, :]
         weighted = p * (v_scale * V_FACTOR)[:, None]
         if INTERPRETED:
-            acc = tl.dot(widen(more, KIND, V_RECIPE, tl.float32), weighted, acc, input_precision="ieee")
+            acc = tl.dot(widen(more, KIND, V_RECIPE, True), weighted, acc, input_precision="ieee")
         else:
-            acc = tl.dot(widen(more, KIND, V_RECIPE, tl.bfloat16), weighted.to(tl.bfloat16), acc)
+            acc = tl.dot(widen(more, KIND, V_RECIPE, True), weighted.to(tl.bfloat16), acc)
         m = top
     return acc, m, z
 

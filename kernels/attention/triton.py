@@ -90,9 +90,9 @@ def _keys(
             where = (page * kb + base + inside * D)[:, None] + d[None, :]
             where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
             if DP == D:
-                keys = widen(tl.load(k + where), KIND, K_RECIPE, q.dtype)
+                keys = widen(tl.load(k + where), KIND, K_RECIPE, q.dtype == tl.bfloat16)
             else:
-                keys = widen(tl.load(k + where, mask=(d < D)[None, :], other=0), KIND, K_RECIPE, q.dtype)
+                keys = widen(tl.load(k + where, mask=(d < D)[None, :], other=0), KIND, K_RECIPE, q.dtype == tl.bfloat16)
         else:
             if MASK:
                 page = tl.load(table + at // SIZE, mask=at < limit, other=0).to(tl.int64)
@@ -137,9 +137,9 @@ def _keys(
                 values = tl.where((at < limit)[:, None], values, 0.0)
         elif KIND != "":
             if DP == D:
-                values = tl.trans(widen(tl.load(v + where_v), KIND, V_RECIPE, tl.bfloat16))
+                values = tl.trans(widen(tl.load(v + where_v), KIND, V_RECIPE, True))
             else:
-                values = tl.trans(widen(tl.load(v + where_v, mask=(d < D)[:, None], other=0), KIND, V_RECIPE, tl.bfloat16))
+                values = tl.trans(widen(tl.load(v + where_v, mask=(d < D)[:, None], other=0), KIND, V_RECIPE, True))
             p = p * scales_at(vs, page, sb, sbase, at, limit, MASK, SIZE)[None, :]
         elif MASK:
             values = tl.load(v + where, mask=exists, other=0.0)
@@ -534,9 +534,9 @@ def _descriptors(new_k: Tensor | None, new_v: Tensor | None, dim: int, block_n: 
     return found[0], found[1]
 
 
-def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False) -> int:
-    """float32 elements that `decode_attention` needs for that many rows."""
-    pieces = SEGMENTS if deterministic else max(_split_config(head_dim)["SPLITS"], coded.config_of(head_dim)["SPLITS"])
+def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False, codes: bool = False) -> int:
+    """float32 elements that `decode_attention` needs for that many rows; `codes`: of a cache in 8 bits."""
+    pieces = SEGMENTS if deterministic else (coded.config_of(head_dim) if codes else _split_config(head_dim))["SPLITS"]
     return rows * num_heads * pieces * (head_dim + 2)
 
 

@@ -49,10 +49,12 @@ def _triton_supports(facts: ModelFacts, dtype: str) -> str | None:
     return None
 
 
-def _triton(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, max_rows: int, deterministic: bool, **options: Any) -> Any:
+def _triton(
+    *, facts: ModelFacts, dtype: Any, device: Any, block_size: int, max_rows: int, deterministic: bool, kv: str = "", **options: Any
+) -> Any:
     from penstock.plugins.attention.triton import TritonAttention
 
-    return TritonAttention(facts, dtype, device, block_size, max_rows=max_rows, deterministic=deterministic)
+    return TritonAttention(facts, dtype, device, block_size, max_rows=max_rows, deterministic=deterministic, kv=kv)
 
 
 @hookimpl
@@ -86,5 +88,6 @@ def register_attention_backends() -> list[AttentionSpec]:
             supports=_triton_supports,
             factory=_triton,
             priority=10,
+            kv_dtypes=EIGHT_BITS,
         ),
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from penstock.core.contract.devices import ModelFacts
+from penstock.kernels.attention import coded
 from penstock.kernels.attention import triton as attention
 from penstock.kernels.rope.triton import rope_and_cache
 from penstock.kernels.slots import triton as slot_state
@@ -23,16 +24,24 @@ class TritonAttention(Pages):
     """See Attention."""
 
     name = "triton"
-    kv_layout = attention.KV_LAYOUT
     capturable = True
 
     def __init__(
-        self, facts: ModelFacts, dtype: torch.dtype, device: torch.device, block_size: int, *, max_rows: int, deterministic: bool = False
+        self,
+        facts: ModelFacts,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+        *,
+        max_rows: int,
+        deterministic: bool = False,
+        kv: str = "",
     ) -> None:
         """`max_rows`: of a decode step, padding included."""
-        super().__init__(facts, dtype, device, block_size)
+        super().__init__(facts, dtype, device, block_size, kv)
+        self.kv_layout = coded.KV_LAYOUT if kv else attention.KV_LAYOUT
         self.deterministic = deterministic
-        elements = attention.workspace_elements(max_rows, self.heads, self.dim, deterministic=deterministic)
+        elements = attention.workspace_elements(max_rows, self.heads, self.dim, deterministic=deterministic, codes=bool(kv))
         self._workspace = torch.empty(elements, dtype=torch.float32, device=device)
         self._arrivals = torch.zeros(max_rows * self.heads, dtype=torch.int32, device=device)
         self.workspace_bytes = self._workspace.nbytes
@@ -59,7 +68,12 @@ class TritonAttention(Pages):
         """See Attention. Outside deterministic mode a prefill's rotated keys also replace those in `qkv`, where `attend` reads them."""
         kept = self._own(qkv)[0] if self._reads_own(columns) else None
         at = (columns.positions, cos_sin, cache.k, cache.v, columns.places, self.heads, self.kv_heads)
-        return rope_and_cache(qkv, *at, q_norm=q_norm, k_norm=k_norm, eps=eps, k_out=kept)
+        return rope_and_cache(qkv, *at, q_norm=q_norm, k_norm=k_norm, eps=eps, k_out=kept, codes=self._codes(cache), fixed=cache.fixed)
+
+    def _codes(self, cache: Cache) -> coded.Codes | None:
+        if cache.k_scale is None or cache.v_scale is None:
+            return None
+        return coded.Codes(self.kv, cache.k_scale, cache.v_scale)
 
     def _reads_own(self, columns: Columns) -> bool:
         """Whether this step's keys are read from its projection: faster than through the pages, but bits then depend on how a prompt was cut."""
@@ -91,4 +105,5 @@ class TritonAttention(Pages):
             deterministic=self.deterministic,
             new_k=new_k,
             new_v=new_v,
+            codes=self._codes(cache),
         )
