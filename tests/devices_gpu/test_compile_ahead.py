@@ -67,7 +67,9 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC), ("fp8_e4m3", CODED), ("deterministic int8", DETERMINISTIC)])
+@pytest.mark.parametrize(
+    ("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC), ("fp8_e4m3", CODED), ("deterministic int8", DETERMINISTIC)]
+)
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
     folder = make_folder("qwen3", torch.bfloat16, **shape)
@@ -88,5 +90,7 @@ def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_fold
     assert found["untouched"], "nothing ran"
     assert found["late"] == 0, "an ordinary step finds all its kernels compiled"
     assert found["built"] == sum(found["compiled"].values()), "and their launchers built"
-    assert {"_gather", "_norm", "_rope", "split" if wanted is CODED else "_split", "_survey", "_choose", "_write", "_decode"} <= {name for name, _ in found["launched"]}
+    assert {"_gather", "_norm", "_rope", "split" if wanted is CODED else "_split", "_survey", "_choose", "_write", "_decode"} <= {
+        name for name, _ in found["launched"]
+    }
     assert all(mine for _, mine in found["launched"]), "launchers that threads loaded at the same time may be each other's"
