@@ -300,7 +300,9 @@ def check(codes: Codes, q: Tensor, k_cache: Tensor) -> None:
     require(interpreting() or q.dtype in (torch.bfloat16, torch.float16), "with codes q must be bfloat16 or float16")
     size = k_cache.shape[2]
     for scales in (codes.k_scale, codes.v_scale):
-        require(scales.dtype == torch.bfloat16 and scales.shape == k_cache.shape[:3], "scales must be bfloat16, [num_blocks, Hkv, block_size]")
+        require(
+            scales.dtype == torch.bfloat16 and scales.shape == k_cache.shape[:3], "scales must be bfloat16, [num_blocks, Hkv, block_size]"
+        )
         require(scales.stride()[1:] == (size, 1) and scales.stride() == codes.k_scale.stride(), "a block's scales must be contiguous")
 
 

@@ -501,7 +501,10 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, codes: Cod
     heads, dim = q.shape[1], q.shape[2]
     require(q.stride(2) == 1 and q.stride(1) == dim, "q's last two dimensions must be contiguous")
     require(k_cache.shape == v_cache.shape and k_cache.stride() == v_cache.stride(), "the caches must have one shape and stride")
-    require(k_cache.dtype == v_cache.dtype == (q.dtype if codes is None else torch.uint8), "q and the caches must have one dtype, or the caches codes")
+    require(
+        k_cache.dtype == v_cache.dtype == (q.dtype if codes is None else torch.uint8),
+        "q and the caches must have one dtype, or the caches codes",
+    )
     if codes is not None:
         coded.check(codes, q, k_cache)
     require(k_cache.shape[3] == dim and heads % k_cache.shape[1] == 0, "q and the caches do not fit each other")

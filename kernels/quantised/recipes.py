@@ -25,7 +25,14 @@ def _eight(shift: int, mask: int, last: str = "", power: int = 0) -> str:
     return _asm(_RAISED + body, 2)
 
 
-FOLDED = {("fp8_e4m3", True): 120, ("fp8_e4m3", False): 8, ("fp8_e5m2", True): 112, ("fp8_e5m2", False): 0, ("int8", True): 0, ("int8", False): 0}
+FOLDED = {
+    ("fp8_e4m3", True): 120,
+    ("fp8_e4m3", False): 8,
+    ("fp8_e5m2", True): 112,
+    ("fp8_e5m2", False): 0,
+    ("int8", True): 0,
+    ("int8", False): 0,
+}
 """What the folded recipes leave out: their numbers times two to this are the codes' values."""
 
 
@@ -56,7 +63,9 @@ def _recipes() -> dict[tuple[str, bool], str]:
         out["fp8_e4m3", wide] = _eight(shift, mask, f"mul.rn.{kind} $i, u, c; ", power)
         out["fp8_e4m3, folded", wide] = _eight(shift, mask)
         shift, mask, power = (3, 0x0FE00FE0, 0x77807780) if wide else (0, 0x7F007F00, 0)
-        out["fp8_e5m2", wide] = _eight(shift, mask, f"mul.rn.{kind} $i, u, c; ", power) if wide else _asm(_RAISED + "mov.b32 $0, p; mov.b32 $1, q;", 2)
+        out["fp8_e5m2", wide] = (
+            _eight(shift, mask, f"mul.rn.{kind} $i, u, c; ", power) if wide else _asm(_RAISED + "mov.b32 $0, p; mov.b32 $1, q;", 2)
+        )
         out["fp8_e5m2, folded", wide] = _eight(shift, mask) if wide else out["fp8_e5m2", wide]
         shift, mask, power = (6, 0x01C001C0, 0x7E807E80) if wide else (9, 0x0E000E00, 0x74007400)
         steps = ""

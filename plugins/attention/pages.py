@@ -52,7 +52,7 @@ class Pages:
         self._fixed: list[tuple[float, float] | None] = [None] * facts.num_layers
 
     def fix_scales(self, scales: list[tuple[float, float] | None]) -> None:
-        """See Attention."""
+        """See Attention: before `caches`."""
         self._fixed = list(scales)
 
     def allocate(self, num_blocks: int) -> Tensor:

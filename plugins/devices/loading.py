@@ -81,7 +81,9 @@ def choose(
     kv = kv_cache.wanted(config, raw, name)
     chosen = attention or choose_attention(config, facts, name, device, kv.kind if kv.asked else "")
     if kv.kind and kv.kind not in chosen.kv_dtypes:
-        log.warning("config.json: its KV cache of %s has the model's dtype here, since attention backend %s keeps no other.", kv.kind, chosen.name)
+        log.warning(
+            "config.json: its KV cache of %s has the model's dtype here, since attention backend %s keeps no other.", kv.kind, chosen.name
+        )
         kv = kv_cache.Wanted("", False, False)
     quantizer = quantizer_for(config, raw, facts, device, functools.partial(blame, config, "quantizers"))
     if quantizer is not None:
@@ -126,7 +128,16 @@ def load_model(
     taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
     given = kv_cache.scales(taken, facts.num_layers, choice.kv)
     if given is not None:
-        attention.fix_scales(given)
+        fix = getattr(attention, "fix_scales", None)
+        if fix is None:
+            raise blame(
+                config,
+                "attention_backends",
+                choice.attention.name,
+                "factory",
+                "returned an object without 'fix_scales', for a KV cache in 8 bits",
+            )
+        fix(given)
     builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer)
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
     say_wide(builder.wide, WHERE.get(device.type, device.type))

@@ -147,7 +147,9 @@ class Attention(Protocol):
     """An attention backend: keys and values of all layers in one pool of pages, a page a block of tokens.
 
     `AttentionSpec.factory(facts=, dtype=, device=, block_size=, max_rows=, deterministic=)` gives one, with `kv=` besides for a cache of one of the spec's
-    kv_dtypes: keys and values are then kept in 8 bits with a scale a token and head (kernels/attention/codes.py says what they mean). What a page looks like inside is the backend's own:
+    kv_dtypes: keys and values are then kept in 8 bits with a scale a token and head (kernels/attention/codes.py says what they mean), and it has
+    `fix_scales(scales: list[tuple[float, float] | None])`, called once before serving if the checkpoint has scales of keys and values: a pair a layer, or None, in place of
+    those of tokens. What a page looks like inside is the backend's own:
     it alone writes and reads. Everything runs on the device's thread; where `capturable` nothing may wait for the device or look at a value.
     """
 
@@ -161,10 +163,6 @@ class Attention(Protocol):
     """Of one layer."""
     workspace_bytes: int
     """What it has allocated for itself."""
-
-    def fix_scales(self, scales: list[tuple[float, float] | None]) -> None:
-        """The checkpoint's scales of keys and values, one pair a layer, in place of those of tokens; called before `allocate`, and only with `kv`."""
-        ...
 
     def allocate(self, num_blocks: int) -> Tensor:
         """The pool: [num_blocks, page bytes] uint8, a page contiguous, not initialised. Raises torch.OutOfMemoryError, on the host RuntimeError."""

@@ -55,7 +55,9 @@ class CompressedTensors:
         form = fields.word("format", "dense", *FORMATS)
         groups = fields.inner("config_groups")
         named = groups.config if groups is not None else {}
-        if not named and fields.config.get("kv_cache_scheme") is None:  # a checkpoint of wide weights may have scales for the KV cache alone
+        if (
+            not named and fields.config.get("kv_cache_scheme") is None
+        ):  # a checkpoint of wide weights may have scales for the KV cache alone
             raise CheckpointError("config.json: 'quantization_config.config_groups' names no group.", param="config_groups")
         self._groups = [] if groups is None else [_group(groups.inner(name), name, form) for name in named]
         self.method = f"compressed-tensors, {form}"

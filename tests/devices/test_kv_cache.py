@@ -34,7 +34,9 @@ def scored(runner: Any, options: Options | None = None) -> list[Job]:
 
 def drift(mine: list[Job], theirs: list[Job]) -> float:
     """The mean difference of a prompt token's log-probability (of weights made up, whose logits are wild)."""
-    pairs = [(a.prompt_logprobs[at][1][0], b.prompt_logprobs[at][1][0]) for a, b in zip(mine, theirs, strict=True) for at in b.prompt_logprobs]
+    pairs = [
+        (a.prompt_logprobs[at][1][0], b.prompt_logprobs[at][1][0]) for a, b in zip(mine, theirs, strict=True) for at in b.prompt_logprobs
+    ]
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 

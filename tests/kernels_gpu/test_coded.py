@@ -36,7 +36,16 @@ class Case:
     """Sequences of given (rows, length); `truth` in float64 of what the codes mean."""
 
     def __init__(
-        self, shape: list[tuple[int, int]], kind: str, *, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str, size: int = 16
+        self,
+        shape: list[tuple[int, int]],
+        kind: str,
+        *,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: str,
+        size: int = 16,
     ) -> None:
         self.shape, self.heads, self.kv_heads, self.scale = shape, heads, kv_heads, dim**-0.5
         width = max(1, max(-(-length // size) for _, length in shape))
