@@ -98,7 +98,7 @@ INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, 
     for (long d = 0; d < dim; d += VL) vstore(o + d, vload(o + d) * keep);
 }
 
-/* The bfloat16 scales of `groups` times 16 keys, as float32 times the codes' unit. */
+/* The bfloat16 scales of `groups` times 16 keys, as float32 times `unit`. */
 INLINE void load_scales(const char *const *group, long groups, float unit, float *to) {
     for (long g = 0; g < groups; g++)
         for (long j = 0; j < 16; j += VL) vstore(to + g * 16 + j, vload_as(group[g], j, 1) * unit);
@@ -119,7 +119,7 @@ INLINE void attention_rows_of(const int coded, const attention *a, long s, long 
     const long row0 = a->q_start[s] + first, rows = count * heads;
     const long length = a->kv_len[s], position0 = length - (a->q_start[s + 1] - a->q_start[s]) + first;
     const int32_t *table = a->tables + s * a->table_width;
-    const float scale = a->scale * 1.44269504088896341f;
+    const float lift = coded ? KV_LIFT(a->kv_format) : 1.0f, scale = a->scale * 1.44269504088896341f * lift;
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, from = (row0 + i) * a->ldq + (head0 + h) * dim;
@@ -195,7 +195,7 @@ INLINE void attention_rows_of(const int coded, const attention *a, long s, long 
             softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r, o + r * dim, dim);
         }
         if (coded) {
-            load_scales(v_scale, groups, unit, scales);
+            load_scales(v_scale, groups, lift, scales);
             scale_rows(score, rows, groups * 16, scales);
         }
         if (widened)
@@ -224,7 +224,7 @@ INLINE void attention_rows_of(const int coded, const attention *a, long s, long 
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, to = (row0 + i) * a->ldo + (head0 + h) * dim;
-            float inv = 1.0f / sum[r];
+            float inv = coded ? unit / sum[r] : 1.0f / sum[r];
             for (long d = 0; d < dim; d += VL) {
                 vf v = vrounded(vload(o + r * dim + d) * inv, a->round);
                 if (a->out_bf16)

@@ -12,8 +12,24 @@
 
 #include "codes.h"
 
-/* What a widened code must still be multiplied with. */
-#define KV_UNIT(format) ((format) == P_E4M3 ? E4M3_SCALE : 1.0f)
+
+/* A small float's bits stand in a float32's place for them, which means 2^-120 (E4M3) or 2^-112 (E5M2) of it and is as exact for subnormal codes: three
+ * cheap instructions. What they are multiplied with is lifted by KV_LIFT, so that products stay far from float32's own subnormal range, and what comes
+ * out is multiplied with KV_UNIT: powers of two, which round nothing. */
+#define KV_LIFT(format) ((format) == P_INT8 ? 1.0f : 0x1p96f)
+#define KV_UNIT(format) ((format) == P_INT8 ? 1.0f : (format) == P_E4M3 ? 0x1p24f : 0x1p16f)
+INLINE vf kv_value(const int format, const char *p) {
+#if VL == 16
+    const vu code = (vu)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif VL == 8
+    const vu code = (vu)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    const vu code = (vu)__builtin_convertvector(*(const vb_any *)p, vi);
+#endif
+    if (format == P_E4M3) return (vf)(code << 20 & 0x87f00000u);
+    if (format == P_E5M2) return (vf)(code << 21 & 0x8fe00000u);
+    return __builtin_convertvector((vi)code, vf);
+}
 
 /* --- Storing. */
 
@@ -87,6 +103,32 @@ static void write_codes(int format, const kv_block *to, long offset, const float
         kv_write(P_INT8, to, offset, k, v, dim);
 }
 
+/* One row of K of the panels. As code_step of codes.h. */
+INLINE void kv_step(const int format, const int mr, const int nv, vf (*acc)[NP_MAX * PV], const float *const *row, long k, const char *const *b) {
+    if (mr <= 2) { /* wide and flat: the broadcasts stay in registers, the panels stream */
+        vf a[2];
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) a[i] = vset(row[i][k]);
+#pragma GCC unroll 32
+        for (int j = 0; j < nv; j++) {
+            const vf v = kv_value(format, b[j / PV] + k * PW + j % PV * VL);
+#pragma GCC unroll 8
+            for (int i = 0; i < mr; i++) acc[i][j] = vfma(a[i], v, acc[i][j]);
+        }
+    } else {
+        vf v[NP_MAX * PV];
+#pragma GCC unroll 32
+        for (int j = 0; j < nv; j++) v[j] = kv_value(format, b[j / PV] + k * PW + j % PV * VL);
+#pragma GCC unroll 8
+        for (int i = 0; i < mr; i++) {
+            const vf a = vset(row[i][k]);
+#pragma GCC unroll 32
+            for (int j = 0; j < nv; j++) acc[i][j] = vfma(a, v[j], acc[i][j]);
+        }
+    }
+    if (VL < 16) __asm__ volatile("" ::: "memory"); /* load a line again (a cache hit) rather than spill an accumulator */
+}
+
 /* --- Few rows: codes to float32 in registers. As tile_kernel of panel.h; the caller prefetches. */
 INLINE void kv_kernel(const int format, const int mr, const int np, const tile_args *t) {
     const int nv = np * PV;
@@ -103,7 +145,7 @@ INLINE void kv_kernel(const int format, const int mr, const int np, const tile_a
 #pragma GCC unroll 8
         for (int p = 0; p < np; p++) b[p] = t->b[s * np + p];
         const long keys = s + 1 == t->segments ? t->last_k : t->seg_k;
-        for (long k = 0; k < keys; k++) code_step(format, mr, nv, acc, row, k, b, k * PW, 0, 0, 0);
+        for (long k = 0; k < keys; k++) kv_step(format, mr, nv, acc, row, k, b);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++) row[i] += keys;
     }
@@ -142,7 +184,7 @@ INLINE tile_fn kv_tile_of(int format, int mr, int width) {
 
 /* --- Many rows: `count` rows of a panel of codes to float32. */
 INLINE void kv_widen_rows(const int format, const char *from, long count, float *to) {
-    for (long k = 0; k < count * PV; k++) vstore(to + k * VL, byte_value(format, from + k * VL));
+    for (long k = 0; k < count * PV; k++) vstore(to + k * VL, kv_value(format, from + k * VL));
 }
 static void kv_widen(int format, const char *from, long count, float *to) {
     if (format == P_E4M3)
