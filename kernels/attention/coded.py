@@ -4,9 +4,12 @@
 
 What it is: the kernel of one query row a sequence, where bits may depend on how the keys were cut (deterministic mode reads codes by triton.py's kernels).
 Both products are computed transposed: keys are the rows of the first one and dimensions those of the second, so that the codes are the operand which the
-matrix instructions take from registers. They are widened there to 16 bits, exactly (quantised/recipes.py), and never lie anywhere wide. For the second product
-a value's codes lie in the page by dimension, [Hkv, D, block_size]: a thread needs several keys of one dimension. Some kinds are widened up to a power of two
-(FOLDED), which q and the scales make up for.
+matrix instructions take from registers. They are widened there to float16, exactly and with few instructions (quantised/recipes.py), and never lie anywhere wide.
+For the second product a value's codes lie in the page by dimension, [Hkv, D, block_size]: a thread needs several keys of one dimension. A head's queries
+are float16 in units of a power of two. A value's scale enters the exponent, so that what is rounded to float16 is at most 1 whatever the scales are:
+
+    p_j = 2 ** (s_j + log2 v_scale[j] - m),  m = max_j (s_j + log2 v_scale[j]);   out = sum_j p_j value(V[j]) / sum_j (p_j / v_scale[j])
+
 All sums are float32, and each piece of a row has its own: no sum is as long as the context.
 What it does not know: who owns a block, slots, layers.
 """
@@ -24,15 +27,11 @@ from penstock.kernels.attention.codes import KINDS, decode, encode
 from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import interpreting, tuned
-from penstock.kernels.quantised.recipes import FOLDED, RECIPES
+from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import INTERPRETED, fetch_ahead, launched, make_room, narrow, wait
 
-V_RAISE = 13
-"""The same for probabilities in float16, which are at most 2: small ones keep their digits."""
-RAISE = 100
-"""bfloat16 queries and weighted probabilities are multiplied by two to this where the kind is folded, so that no product is too small for float32."""
-
-
+RAISE = 14
+"""Weighted probabilities are at most two to this, so that as float16 small ones keep their digits."""
 KV_LAYOUT = "paged-codes-v1"
 """Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
 
@@ -143,14 +142,18 @@ def _power(x):
 
 @triton.jit
 def _keys(
-    acc, m, z, top_scale, q, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr,
-    DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, V_FACTOR: tl.constexpr, V_HALF: tl.constexpr,
+    acc, m, z, q, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
+    RECIPE: tl.constexpr, RAISE: tl.constexpr,
 ):  # fmt: skip
-    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [M]; q is [DP, M]. V_HALF: acc is in units of top_scale, a power
-    of two that no value's scale is twice as large as."""
+    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, M] in units of
+    q_power. Acc and z are 2**(m - RAISE) times smaller than they say."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
+    if SOFTCAP:
+        to2 = q_power * 0.0 + 1.4426950408889634
+    else:
+        to2 = scale2 * q_power
     for first in range(start, end, BLOCK_N):
         at = first + n
         page = pages_of(table, at, length, MASK, SIZE)
@@ -165,43 +168,34 @@ def _keys(
             more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
         k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
         if INTERPRETED:
-            s = tl.dot(widen(codes, KIND, K_RECIPE, True), q, input_precision="ieee")
+            s = tl.dot(widen(codes, KIND, RECIPE, False), q, input_precision="ieee")
         else:
-            s = tl.dot(widen(codes, KIND, K_RECIPE, q.dtype == tl.bfloat16), q)
+            s = tl.dot(widen(codes, KIND, RECIPE, False), q)
         s = s * k_scale[:, None]
         if SOFTCAP:
             s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * (scale2 * q_power)[None, :])))
+        v_scale = tl.where(
+            v_scale < 8.470329472543003e-22, 8.470329472543003e-22, v_scale
+        )  # 2**-70: z must not overflow where all values are 0
+        weight = tl.log2(v_scale)
         if MASK:
             seen = at < length
             if WINDOW:
                 seen = seen & (at >= length - window)
-            s = tl.where(seen[:, None], s, float("-inf"))
-        if SOFTCAP:
-            to2 = q_power * 0.0 + 1.4426950408889634
-        else:
-            to2 = scale2 * q_power
-        top = tl.maximum(m, tl.max(s, 0) * to2)
+            weight = tl.where(seen, weight, float("-inf"))
+        s = s * to2[None, :] + weight[:, None]
+        top = tl.maximum(m, tl.max(s, 0))
         shift = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(s * to2[None, :] - shift[None, :])
+        p = tl.exp2(s - (shift - RAISE)[None, :])
         fade = tl.exp2(m - shift)
-        z = z * fade + tl.sum(p, 0)
-        if V_HALF:
-            most, _ = _power(tl.max(v_scale, 0))
-            most = tl.maximum(most, top_scale)
-            _, inverse = _power(most)
-            fade = fade * (top_scale * inverse)
-            top_scale = most
-            v_scale = v_scale * inverse
+        z = z * fade[None, :] + p * (1.0 / v_scale)[:, None]
         acc = acc * fade[None, :]
-        weighted = p * (v_scale * V_FACTOR)[:, None]
         if INTERPRETED:
-            acc = tl.dot(widen(more, KIND, V_RECIPE, True), weighted, acc, input_precision="ieee")
-        elif V_HALF:
-            acc = tl.dot(widen(more, KIND, V_RECIPE, False), weighted.to(tl.float16), acc)
+            acc = tl.dot(widen(more, KIND, RECIPE, False), p, acc, input_precision="ieee")
         else:
-            acc = tl.dot(widen(more, KIND, V_RECIPE, True), weighted.to(tl.bfloat16), acc)
+            acc = tl.dot(widen(more, KIND, RECIPE, False), p.to(tl.float16), acc)
         m = top
-    return acc, m, z, top_scale
+    return acc, m, z
 
 
 @launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
@@ -210,8 +204,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, Q_FACTOR: tl.constexpr, V_FACTOR: tl.constexpr,
-    OUT_FACTOR: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -253,44 +246,38 @@ def split(
         head = group * GROUP + offs
         tile_mask = (d < D)[:, None] & real[None, :]
         queries = tl.load(q + row * q_stride + (head * D)[None, :] + d[:, None], mask=tile_mask, other=0.0)
-        q_power = tl.full([BLOCK_M], 1.0, tl.float32)
-        if K_HALF:  # a head's queries as float16 in units of a power of two: what is lost is below 2**-25 of the largest
-            wide = queries.to(tl.float32)
-            q_power, inverse = _power(tl.max(tl.abs(wide), 0))
-            queries = (wide * inverse[None, :]).to(tl.float16)
-        elif Q_FACTOR != 1:
-            queries = (queries.to(tl.float32) * Q_FACTOR).to(queries.dtype)
+        wide = queries.to(tl.float32)
+        q_power, inverse = _power(tl.max(tl.abs(wide), 0))
         if INTERPRETED:
-            queries = queries.to(tl.float32)
+            queries = wide * inverse[None, :]
+        else:  # what is lost is below 2**-24 of the head's largest
+            queries = (wide * inverse[None, :]).to(tl.float16)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        z = tl.zeros([BLOCK_M], tl.float32)
+        parts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         acc = tl.zeros([DP, BLOCK_M], tl.float32)
-        top_scale, _ = _power(tl.sum(z, 0))
         whole = start + (end - start) // BLOCK_N * BLOCK_N
         if not WINDOW:
-            acc, m, z, top_scale = _keys(
-                acc, m, z, top_scale, queries, q_power, k, v, scales, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
-                False, False, SOFTCAP, KIND, K_RECIPE, V_RECIPE, V_FACTOR, V_HALF,
+            acc, m, parts = _keys(
+                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
+                False, False, SOFTCAP, KIND, RECIPE, RAISE,
             )  # fmt: skip
             start = whole
-        acc, m, z, top_scale = _keys(
-            acc, m, z, top_scale, queries, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND, K_RECIPE, V_RECIPE, V_FACTOR, V_HALF,
+        acc, m, parts = _keys(
+                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
+            WINDOW, SOFTCAP, KIND, RECIPE, RAISE,
         )  # fmt: skip
-        acc = acc * OUT_FACTOR
-        if V_HALF:
-            acc = acc * top_scale
+        z = tl.sum(parts, 0)
         if SINKS and span <= size:
             sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
             top = tl.maximum(m, sink)
             fade = tl.exp2(m - top)
-            z = z * fade + tl.exp2(sink - top)
+            z = z * fade + tl.exp2(sink - top + RAISE)
             acc = acc * fade[None, :]
             m = top
         some = z > 0.0
         safe = tl.where(some, z, 1.0)
         result = acc / safe[None, :]
-        total = tl.where(some, m + tl.log2(safe), float("-inf"))
+        total = tl.where(some, m - RAISE + tl.log2(safe), float("-inf"))
         if span <= size:
             tl.store(out + row * HEADS * D + (head * D)[None, :] + d[:, None], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
@@ -354,18 +341,6 @@ def exact(codes: Codes, dtype: torch.dtype) -> dict[str, Any]:
     return {"scales": words, "sb": words.stride(0), "KIND": codes.kind, "K_RECIPE": k_recipe, "V_RECIPE": v_recipe}
 
 
-def arguments(codes: Codes, dtype: torch.dtype, scale2: float, config: dict[str, int]) -> tuple[dict[str, Any], float]:
-    """(arguments of `split`, its scale2); takes from `config` what says how codes are widened: K_HALF and V_HALF to float16, else to bfloat16 up to a power of
-    two."""
-    kind, wide = codes.kind, dtype == torch.bfloat16
-    k_half, v_half = bool(config.pop("K_HALF", 1)) or not wide, bool(config.pop("V_HALF", 0))
-    power = 0 if interpreting() else FOLDED[kind]
-    k_power, v_power = 0 if k_half else power, 0 if v_half else power
-    folded = f"{kind}, folded" if power else kind
-    recipes = {
-        "K_RECIPE": RECIPES[f"{kind}, short", False] if k_half else RECIPES[folded, True],
-        "V_RECIPE": RECIPES[f"{kind}, short", False] if v_half else RECIPES[folded, True],
-    }
-    raised = V_RAISE if v_half else RAISE if v_power else 0
-    factors = {"Q_FACTOR": 2.0 ** (RAISE if k_power else 0), "V_FACTOR": 2.0**raised, "OUT_FACTOR": 2.0 ** (v_power - raised)}
-    return {"KIND": kind, **recipes, **factors, "K_HALF": k_half, "V_HALF": v_half}, scale2 * 2.0 ** (k_power - RAISE if k_power else 0)
+def arguments(codes: Codes) -> dict[str, Any]:
+    """What `split` has to know of the codes."""
+    return {"KIND": codes.kind, "RECIPE": RECIPES[f"{codes.kind}, short", False], "RAISE": RAISE}

@@ -635,10 +635,9 @@ def decode_attention(
     where |= {"ROWS": table_rows is not None, "FUSED": fused, "GROUP_P": power(group), **common}
     settings = (soft, window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1))
     if codes is not None and not deterministic:
-        widening, scale2 = coded.arguments(codes, q.dtype, scale2, config)
         coded.split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.words.stride(0), **widening, **where, **chained(), **{"AHEAD": 0, **config},
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](

@@ -24,17 +24,6 @@ def _eight(shift: int, mask: int, kind: str, power: int) -> str:
     return _asm(_RAISED + body, 2)
 
 
-def _four(shift: int, high: int, low: int) -> str:
-    """For FP8 to bfloat16 without its power of two: the upper bytes of all four numbers, then the lower ones, then in pairs."""
-    upper = f"and.b32 u, $IN, 0x80808080; shr.b32 v, $IN, {shift}; lop3.b32 u, v, {high}, u, 0xEA; "
-    lower = f"shl.b32 v, $IN, {8 - shift}; and.b32 v, v, {low}; "
-    return _asm(upper + lower + "prmt.b32 $0, v, u, 0x5140; prmt.b32 $1, v, u, 0x7362;", 2)
-
-
-FOLDED = {"fp8_e4m3": 120, "fp8_e5m2": 112, "int8": 0}
-"""What the folded recipes to bfloat16 leave out: their numbers times two to this are the codes' values."""
-
-
 def _recipes() -> dict[tuple[str, bool], str]:
     """Instructions that widen four bytes, by (kind, whether to bfloat16)."""
     out = {}
@@ -67,7 +56,6 @@ def _recipes() -> dict[tuple[str, bool], str]:
             steps += first + f"shl.b32 u, {r}, 12; and.b32 u, u, 0x80008000; shl.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; "
             steps += f"mul.rn.{kind} ${i}, u, c; "
         out["fp4", wide] = _asm(_SPREAD + f"mov.b32 c, {power}; " + steps, 4)
-    out["fp8_e4m3, folded", True], out["fp8_e5m2, folded", True] = _four(4, 0x07070707, 0xF0F0F0F0), _four(3, 0x0F0F0F0F, 0xE0E0E0E0)
     # with fewer instructions, from Hopper on: one conversion of two numbers; 1024 + 128 + an integer by placing its bits
     halves = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }"
     out["fp8_e4m3, short", False], out["fp8_e5m2, short", False] = halves, out["fp8_e5m2", False]

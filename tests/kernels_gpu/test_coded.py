@@ -15,10 +15,6 @@ from penstock.kernels.attention.codes import KINDS, LARGEST, decode, encode
 from penstock.kernels.rope import triton as rope
 from penstock.plugins.attention.pages import Cache, Pages
 
-WIDENINGS = [
-    {"BLOCK_N": 16, "SPLITS": 4, "MIN_SPLIT": 16, "K_HALF": k_half, "V_HALF": v_half, "num_warps": 4, "num_stages": 2}
-    for k_half, v_half in ((0, 0), (1, 1))
-]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 5e-3}
 """Beside what the codes say: the product of a probability and a value's scale is rounded to bfloat16."""
 
@@ -150,7 +146,7 @@ def test_decode(kind: str, heads: int, kv_heads: int, dim: int, fused: bool, dty
     out = torch.full_like(case.q, torch.nan)
     counters = torch.zeros(4 * kv_heads, dtype=torch.int32, device=device) if fused else None
     at = (case.q, case.cache.k, case.cache.v, case.tables, case.kv_len, case.scale)
-    for config in (None, *WIDENINGS):
+    for config in (None, {"BLOCK_N": 16, "SPLITS": 4, "MIN_SPLIT": 16, "num_warps": 4, "num_stages": 2}):
         kernel.decode_attention(*at, out=out, counters=counters, codes=case.codes, config=config)
         close(out, case.truth(), TOLERANCE[dtype])
         assert counters is None or not counters.any()
