@@ -4,9 +4,12 @@
 
 What it is: the kernel of one query row a sequence, where bits may depend on how the keys were cut (deterministic mode reads codes by triton.py's kernels).
 Both products are computed transposed: keys are the rows of the first one and dimensions those of the second, so that the codes are the operand which the
-matrix instructions take from registers. They are widened there to 16 bits, exactly (quantised/recipes.py), and never lie anywhere wide. For the second product
-a value's codes lie in the page by dimension, [Hkv, D, block_size]: a thread needs several keys of one dimension. Some kinds are widened up to a power of two
-(FOLDED), which q and the scales make up for.
+matrix instructions take from registers. They are widened there to float16, exactly and with few instructions (quantised/recipes.py), and never lie anywhere wide.
+For the second product a value's codes lie in the page by dimension, [Hkv, D, block_size]: a thread needs several keys of one dimension. A head's queries
+are float16 in units of a power of two. A value's scale enters the exponent, so that what is rounded to float16 is at most 1 whatever the scales are:
+
+    p_j = 2 ** (s_j + log2 v_scale[j] - m),  m = max_j (s_j + log2 v_scale[j]);   out = sum_j p_j value(V[j]) / sum_j (p_j / v_scale[j])
+
 All sums are float32, and each piece of a row has its own: no sum is as long as the context.
 What it does not know: who owns a block, slots, layers.
 """
@@ -24,13 +27,11 @@ from penstock.kernels.attention.codes import KINDS, decode, encode
 from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import interpreting, tuned
-from penstock.kernels.quantised.recipes import FOLDED, RECIPES
+from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import INTERPRETED, fetch_ahead, launched, make_room, narrow, wait
 
-RAISE = 100
-"""bfloat16 queries and weighted probabilities are multiplied by two to this where the kind is folded, so that no product is too small for float32."""
-
-
+RAISE = 14
+"""Weighted probabilities are at most two to this, so that as float16 small ones keep their digits."""
 KV_LAYOUT = "paged-codes-v1"
 """Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
 
@@ -40,9 +41,18 @@ class Codes(NamedTuple):
 
     kind: str
     """One of codes.KINDS."""
-    k_scale: Tensor
-    """[num_blocks, Hkv, block_size] bfloat16, a block contiguous, the next one as far as in the caches."""
-    v_scale: Tensor
+    scales: Tensor
+    """[num_blocks, Hkv, block_size, 2 (K, V)] bfloat16, a block contiguous."""
+    words: Tensor
+    """The same as kernels read them, both at once: [num_blocks, Hkv, block_size] int32."""
+
+
+def codes_of(kind: str, k_scale: Tensor) -> Codes:
+    """In a page's room for a layer's scales: `k_scale` [num_blocks, Hkv, block_size], behind which there is as much for those of values. Here they lie in
+    pairs."""
+    blocks, heads, size = k_scale.shape
+    scales = k_scale.as_strided((blocks, heads, size, 2), (k_scale.stride(0), 2 * size, 2, 1))
+    return Codes(kind, scales, scales.view(torch.int32).squeeze(-1))
 
 
 @triton.jit
@@ -114,23 +124,36 @@ def pages_of(table, at, limit, MASK: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def scales_at(scales, page, sb, base, at, limit, MASK: tl.constexpr, SIZE: tl.constexpr):
-    """float32 scales of the positions; 0 for those at `limit` and beyond, where memory may hold NaN."""
+    """(of keys, of values), float32; 0 for positions at `limit` and beyond, where memory may hold NaN. One load of four bytes, which may be asynchronous."""
     where = page * sb + base + at % SIZE
     if MASK:
-        return tl.load(scales + where, mask=at < limit, other=0.0).to(tl.float32)
+        both = tl.load(scales + where, mask=at < limit, other=0)
     else:
-        return tl.load(scales + where).to(tl.float32)
+        both = tl.load(scales + where)
+    return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _power(x):
+    """Of each float32 above 0: (the power of two that is not larger, at least 2**-100; one over it)."""
+    bits = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 27 << 23)
+    return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _keys(
-    acc, m, z, q, k, v, ks, vs, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
+    acc, m, z, q, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
-    K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, V_FACTOR: tl.constexpr,
+    RECIPE: tl.constexpr, RAISE: tl.constexpr,
 ):  # fmt: skip
-    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [M]; q is [DP, M]."""
+    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, M] in units of
+    q_power. Acc and z are 2**(m - RAISE) times smaller than they say."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
+    if SOFTCAP:
+        to2 = q_power * 0.0 + 1.4426950408889634
+    else:
+        to2 = scale2 * q_power
     for first in range(start, end, BLOCK_N):
         at = first + n
         page = pages_of(table, at, length, MASK, SIZE)
@@ -143,47 +166,45 @@ def _keys(
         else:
             codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
             more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
-        k_scale = scales_at(ks, page, sb, sbase, at, length, MASK, SIZE)
-        v_scale = scales_at(vs, page, sb, sbase, at, length, MASK, SIZE)
+        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
         if INTERPRETED:
-            s = tl.dot(widen(codes, KIND, K_RECIPE, True), q, input_precision="ieee")
+            s = tl.dot(widen(codes, KIND, RECIPE, False), q, input_precision="ieee")
         else:
-            s = tl.dot(widen(codes, KIND, K_RECIPE, q.dtype == tl.bfloat16), q)
+            s = tl.dot(widen(codes, KIND, RECIPE, False), q)
         s = s * k_scale[:, None]
         if SOFTCAP:
-            s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
+            s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * (scale2 * q_power)[None, :])))
+        v_scale = tl.where(
+            v_scale < 8.470329472543003e-22, 8.470329472543003e-22, v_scale
+        )  # 2**-70: z must not overflow where all values are 0
+        weight = tl.log2(v_scale)
         if MASK:
             seen = at < length
             if WINDOW:
                 seen = seen & (at >= length - window)
-            s = tl.where(seen[:, None], s, float("-inf"))
-        if SOFTCAP:
-            to2 = 1.4426950408889634
-        else:
-            to2 = scale2
-        top = tl.maximum(m, tl.max(s, 0) * to2)
+            weight = tl.where(seen, weight, float("-inf"))
+        s = s * to2[None, :] + weight[:, None]
+        top = tl.maximum(m, tl.max(s, 0))
         shift = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(s * to2 - shift[None, :])
+        p = tl.exp2(s - (shift - RAISE)[None, :])
         fade = tl.exp2(m - shift)
-        z = z * fade + tl.sum(p, 0)
+        z = z * fade[None, :] + p * (1.0 / v_scale)[:, None]
         acc = acc * fade[None, :]
-        weighted = p * (v_scale * V_FACTOR)[:, None]
         if INTERPRETED:
-            acc = tl.dot(widen(more, KIND, V_RECIPE, True), weighted, acc, input_precision="ieee")
+            acc = tl.dot(widen(more, KIND, RECIPE, False), p, acc, input_precision="ieee")
         else:
-            acc = tl.dot(widen(more, KIND, V_RECIPE, True), weighted.to(tl.bfloat16), acc)
+            acc = tl.dot(widen(more, KIND, RECIPE, False), p.to(tl.float16), acc)
         m = top
     return acc, m, z
 
 
 @launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len", "table_rows", "tables"])
 def split(
-    q, k, v, ks, vs, out, lse, partial, partial_lse, counters, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride,
+    q, k, v, scales, out, lse, partial, partial_lse, counters, tables, q_start, kv_len, table_rows, sinks, scale2, soft, window, q_stride,
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, Q_FACTOR: tl.constexpr, V_FACTOR: tl.constexpr,
-    OUT_FACTOR: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -225,36 +246,38 @@ def split(
         head = group * GROUP + offs
         tile_mask = (d < D)[:, None] & real[None, :]
         queries = tl.load(q + row * q_stride + (head * D)[None, :] + d[:, None], mask=tile_mask, other=0.0)
+        wide = queries.to(tl.float32)
+        q_power, inverse = _power(tl.max(tl.abs(wide), 0))
         if INTERPRETED:
-            queries = queries.to(tl.float32)
-        elif Q_FACTOR != 1:
-            queries = (queries.to(tl.float32) * Q_FACTOR).to(queries.dtype)
+            queries = wide * inverse[None, :]
+        else:  # what is lost is below 2**-24 of the head's largest
+            queries = (wide * inverse[None, :]).to(tl.float16)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        z = tl.zeros([BLOCK_M], tl.float32)
+        parts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         acc = tl.zeros([DP, BLOCK_M], tl.float32)
         whole = start + (end - start) // BLOCK_N * BLOCK_N
         if not WINDOW:
-            acc, m, z = _keys(
-                acc, m, z, queries, k, v, ks, vs, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
-                False, False, SOFTCAP, KIND, K_RECIPE, V_RECIPE, V_FACTOR,
+            acc, m, parts = _keys(
+                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
+                False, False, SOFTCAP, KIND, RECIPE, RAISE,
             )  # fmt: skip
             start = whole
-        acc, m, z = _keys(
-            acc, m, z, queries, k, v, ks, vs, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND, K_RECIPE, V_RECIPE, V_FACTOR,
+        acc, m, parts = _keys(
+                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
+            WINDOW, SOFTCAP, KIND, RECIPE, RAISE,
         )  # fmt: skip
-        acc = acc * OUT_FACTOR
+        z = tl.sum(parts, 0)
         if SINKS and span <= size:
             sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
             top = tl.maximum(m, sink)
             fade = tl.exp2(m - top)
-            z = z * fade + tl.exp2(sink - top)
+            z = z * fade + tl.exp2(sink - top + RAISE)
             acc = acc * fade[None, :]
             m = top
         some = z > 0.0
         safe = tl.where(some, z, 1.0)
         result = acc / safe[None, :]
-        total = tl.where(some, m + tl.log2(safe), float("-inf"))
+        total = tl.where(some, m - RAISE + tl.log2(safe), float("-inf"))
         if span <= size:
             tl.store(out + row * HEADS * D + (head * D)[None, :] + d[:, None], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
@@ -276,16 +299,16 @@ def write_kv(k_cache: Tensor, v_cache: Tensor, codes: Codes, k: Tensor, v: Tenso
     """k, v [T, Hkv, D] into slots [T] (below 0: skipped). Torch; for tests and tools."""
     keep, size = slots >= 0, k_cache.shape[2]
     at, inside = slots[keep].long() // size, slots[keep].long() % size
-    k_cache[at, :, inside], codes.k_scale[at, :, inside] = encode(k[keep], codes.kind)
-    by_dimension(v_cache)[at, :, :, inside], codes.v_scale[at, :, inside] = encode(v[keep], codes.kind)
+    k_cache[at, :, inside], codes.scales[at, :, inside, 0] = encode(k[keep], codes.kind)
+    by_dimension(v_cache)[at, :, :, inside], codes.scales[at, :, inside, 1] = encode(v[keep], codes.kind)
 
 
 def read_kv(k_cache: Tensor, v_cache: Tensor, codes: Codes, slots: Tensor) -> tuple[Tensor, Tensor]:
     """(keys, values) at slots [T], two [T, Hkv, D] float32. Torch; for tests and tools."""
     size = k_cache.shape[2]
     at, inside = slots.long() // size, slots.long() % size
-    keys = decode(k_cache[at, :, inside], codes.k_scale[at, :, inside], codes.kind)
-    return keys, decode(by_dimension(v_cache)[at, :, :, inside], codes.v_scale[at, :, inside], codes.kind)
+    keys = decode(k_cache[at, :, inside], codes.scales[at, :, inside, 0], codes.kind)
+    return keys, decode(by_dimension(v_cache)[at, :, :, inside], codes.scales[at, :, inside, 1], codes.kind)
 
 
 def by_dimension(v_cache: Tensor) -> Tensor:
@@ -298,12 +321,12 @@ def check(codes: Codes, q: Tensor, k_cache: Tensor) -> None:
     """Raises ValueError unless the scales fit."""
     require(codes.kind in KINDS, f"codes must be one of {', '.join(KINDS)}")
     require(interpreting() or q.dtype in (torch.bfloat16, torch.float16), "with codes q must be bfloat16 or float16")
-    size = k_cache.shape[2]
-    for scales in (codes.k_scale, codes.v_scale):
-        require(
-            scales.dtype == torch.bfloat16 and scales.shape == k_cache.shape[:3], "scales must be bfloat16, [num_blocks, Hkv, block_size]"
-        )
-        require(scales.stride()[1:] == (size, 1) and scales.stride() == codes.k_scale.stride(), "a block's scales must be contiguous")
+    scales, size = codes.scales, k_cache.shape[2]
+    require(
+        scales.dtype == torch.bfloat16 and scales.shape == (*k_cache.shape[:3], 2),
+        "scales must be bfloat16, [num_blocks, Hkv, block_size, 2]",
+    )
+    require(scales.stride()[1:] == (2 * size, 2, 1) and scales.stride(0) % 2 == 0, "a block's scales must be contiguous")
 
 
 def config_of(dim: int) -> dict[str, int]:
@@ -314,18 +337,10 @@ def config_of(dim: int) -> dict[str, int]:
 def exact(codes: Codes, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of triton.py's kernels."""
     k_recipe, v_recipe = RECIPES[codes.kind, dtype == torch.bfloat16], RECIPES[codes.kind, True]
-    scales = {"ks": codes.k_scale, "vs": codes.v_scale, "sb": codes.k_scale.stride(0)}
-    return {**scales, "KIND": codes.kind, "K_RECIPE": k_recipe, "V_RECIPE": v_recipe}
+    words = codes.words
+    return {"scales": words, "sb": words.stride(0), "KIND": codes.kind, "K_RECIPE": k_recipe, "V_RECIPE": v_recipe}
 
 
-def folded(codes: Codes, dtype: torch.dtype, scale2: float, fold: bool) -> tuple[dict[str, Any], float]:
-    """(arguments of `split`, its scale2). `fold`: widened up to a power of two, with fewer instructions."""
-    kind, wide = codes.kind, dtype == torch.bfloat16
-    k_power, v_power = (FOLDED[kind, wide], FOLDED[kind, True]) if fold and not interpreting() else (0, 0)
-    q_power, raised = (RAISE if k_power and wide else 0), (RAISE if v_power else 0)
-    recipes = {
-        "K_RECIPE": RECIPES[f"{kind}, folded" if k_power else kind, wide],
-        "V_RECIPE": RECIPES[f"{kind}, folded" if v_power else kind, True],
-    }
-    factors = {"Q_FACTOR": 2.0**q_power, "V_FACTOR": 2.0**raised, "OUT_FACTOR": 2.0 ** (v_power - raised)}
-    return {"KIND": kind, **recipes, **factors}, scale2 * 2.0 ** (k_power - q_power)
+def arguments(codes: Codes) -> dict[str, Any]:
+    """What `split` has to know of the codes."""
+    return {"KIND": codes.kind, "RECIPE": RECIPES[f"{codes.kind}, short", False], "RAISE": RAISE}

@@ -70,13 +70,13 @@ def read_kv(cache: Tensor, slots: Tensor) -> Tensor:
 def _keys(
     acc, m, z, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-    DENSE: tl.constexpr = False, ks=None, vs=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "",
+    DENSE: tl.constexpr = False, scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "",
     V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into (acc, m, z); m in base-2 units. Keys at `limit` and beyond do not exist.
 
     Paged: k and v are pointers, table the sequence's pages, base the head's offset. DENSE: k and v are descriptors of [T, Hkv * D], table the row
-    that belongs to key 0, base the head's first column. KIND: k and v are codes as in coded.py, ks and vs their scales.
+    that belongs to key 0, base the head's first column. KIND: k and v are codes as in coded.py.
     """
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
@@ -111,7 +111,8 @@ def _keys(
         else:
             s = tl.dot(q, tl.trans(keys))
         if KIND != "":
-            s = s * scales_at(ks, page, sb, sbase, at, limit, MASK, SIZE)[None, :]
+            k_scale, v_scale = scales_at(scales, page, sb, sbase, at, limit, MASK, SIZE)
+            s = s * k_scale[None, :]
         if SOFTCAP:
             # tanh(y) = 1 - 2 / (1 + exp(2y)), exact at both ends; soft = softcap, scale2 = 2 scale / softcap * log2(e)
             s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
@@ -140,7 +141,7 @@ def _keys(
                 values = tl.trans(widen(tl.load(v + where_v), KIND, V_RECIPE, True))
             else:
                 values = tl.trans(widen(tl.load(v + where_v, mask=(d < D)[:, None], other=0), KIND, V_RECIPE, True))
-            p = p * scales_at(vs, page, sb, sbase, at, limit, MASK, SIZE)[None, :]
+            p = p * v_scale[None, :]
         elif MASK:
             values = tl.load(v + where, mask=exists, other=0.0)
         elif DP == D:
@@ -159,19 +160,19 @@ def _keys(
 def _range(
     acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr = False,
-    ks=None, vs=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
+    scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Fold the keys of [start, end) into (acc, m, z). All rows see those before `whole` (a multiple of BLOCK_N from `start` on, unless there is a
     window); the rest goes under a mask."""
     if not WINDOW:
         acc, m, z = _keys(
             acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, False,
-            False, SOFTCAP, WIDE, DENSE, ks, vs, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+            False, SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
         )  # fmt: skip
         start = whole
     return _keys(
         acc, m, z, q, k, v, table, base, position, valid, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True, WINDOW,
-        SOFTCAP, WIDE, DENSE, ks, vs, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+        SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
     )  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def _ragged(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, MIXED: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, new_k=None,
-    new_v=None, ks=None, vs=None, sb=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
+    new_v=None, scales=None, sb=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them.
     MIXED: sequences of one row are left to `_split`. SEGMENT: 0, or the keys after which sums begin anew (deterministic mode)."""
@@ -270,13 +271,13 @@ def _ragged(
                     part, part_m, part_z = _range(
                         part, part_m, part_z, queries, k, v, table, base, position, valid, begin,
                         tl.minimum(tl.maximum(whole, begin), last // BLOCK_N * BLOCK_N), last, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                        WINDOW, SOFTCAP, WIDE, False, ks, vs, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+                        WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
                     )  # fmt: skip
                     acc, m, z = _fold(acc, m, z, part, part_m, part_z)
             elif DENSE:
                 acc, m, z = _range(
                     acc, m, z, queries, k, v, table, base, position, valid, start, context // BLOCK_N * BLOCK_N, context, scale2, soft, window,
-                    kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, ks, vs, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+                    kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
                 )  # fmt: skip
                 column = group * D
                 start = 0
@@ -290,7 +291,7 @@ def _ragged(
             else:
                 acc, m, z = _range(
                     acc, m, z, queries, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                    WINDOW, SOFTCAP, WIDE, False, ks, vs, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+                    WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
                 )  # fmt: skip
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
@@ -304,7 +305,7 @@ def _split(
     table_stride, kb, kh, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, ks=None, vs=None, sb=None,
+    MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, scales=None, sb=None,
     KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here. AHEAD: ask for the first
@@ -364,7 +365,7 @@ def _split(
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
         acc, m, z = _range(
             acc, m, z, queries, k, v, table, base, position, real, start, start + (end - start) // BLOCK_N * BLOCK_N, end, scale2, soft, window,
-            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, ks, vs, sb, group * SIZE, KIND, K_RECIPE, V_RECIPE,
+            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, group * SIZE, KIND, K_RECIPE, V_RECIPE,
         )  # fmt: skip
         if span <= size:
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
@@ -634,10 +635,9 @@ def decode_attention(
     where |= {"ROWS": table_rows is not None, "FUSED": fused, "GROUP_P": power(group), **common}
     settings = (soft, window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1))
     if codes is not None and not deterministic:
-        folded, scale2 = coded.folded(codes, q.dtype, scale2, bool(config.pop("FOLD", 1)))
         coded.split[(kv_heads, rows, splits)](
-            q, k_cache, v_cache, codes.k_scale, codes.v_scale, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.k_scale.stride(0), **folded, **where, **chained(), **{"AHEAD": 0, **config},
+            q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](

@@ -99,7 +99,7 @@ def _turn(
             broken += tl.sum(rest - rest, 1)
         scale = scale_of(size, broken, fixed, LARGEST)
         stores = exists & (head >= HQ) & (slot >= 0)
-        tl.store(scales + (head - HQ) * SIZE, scale.to(tl.bfloat16), mask=stores)
+        tl.store(scales + (head - HQ) * (2 * SIZE), scale.to(tl.bfloat16), mask=stores)
         codes = (k_cache + entry + (head - HQ) * kh)[:, None]
         tl.store(codes + c, code_of(low, scale[:, None], KIND, LARGEST), mask=stores[:, None] & half)
         tl.store(codes + HALF + c, code_of(high, scale[:, None], KIND, LARGEST), mask=stores[:, None] & half)
@@ -111,7 +111,7 @@ def _turn(
 def _rope(
     qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, tokens, stride, k_stride, kb, kh, HQ: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, SIZE: tl.constexpr,
-    NORM: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr, ks=None, vs=None, sb=None, fixed_k=None,
+    NORM: tl.constexpr, KEEP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr, scales=None, sb=None, fixed_k=None,
     fixed_v=None, KIND: tl.constexpr = "", LARGEST: tl.constexpr = 0.0,
 ):  # fmt: skip
     """Grid (ceil(T / TOKENS), ceil((HQ + HKV) / HEADS) + ceil(HKV / HEADS)): programs of queries and keys, then of values."""
@@ -122,15 +122,14 @@ def _rope(
     block = tl.where(slot >= 0, slot, 0)
     entry = (block // SIZE).to(tl.int64) * kb + (block % SIZE) * D
     turning: tl.constexpr = (HQ + HKV + HEADS - 1) // HEADS
-    scales = None
-    if KIND != "":
-        at_scale = (block // SIZE).to(tl.int64) * sb + block % SIZE
-        scales = ks + at_scale
+    own = None
+    if KIND != "":  # pairs, of a key and a value
+        own = scales + (block // SIZE).to(tl.int64) * sb + block % SIZE * 2
     if tl.program_id(1) < turning:
         head = tl.program_id(1) * HEADS + row % HEADS
         _turn(
             qkv, positions, cos_sin, k_cache, entry, slot, q_norm, k_norm, out, k_out, eps, token, head, (head < HQ + HKV) & (token < tokens),
-            stride, k_stride, kh, HQ, D, HALF, HALF_P, REST_P, NORM, KEEP, PDL, scales, fixed_k, SIZE, KIND, LARGEST,
+            stride, k_stride, kh, HQ, D, HALF, HALF_P, REST_P, NORM, KEEP, PDL, own, fixed_k, SIZE, KIND, LARGEST,
         )  # fmt: skip
     else:
         wait(PDL)
@@ -141,7 +140,7 @@ def _rope(
         if KIND != "":
             wide = value.to(tl.float32)
             scale = scale_of(tl.max(tl.abs(wide), 1), tl.sum(wide - wide, 1), fixed_v, LARGEST)
-            tl.store(vs + at_scale + kv_head * SIZE, scale.to(tl.bfloat16), mask=(slot >= 0) & (kv_head < HKV))
+            tl.store(own + kv_head * (2 * SIZE) + 1, scale.to(tl.bfloat16), mask=(slot >= 0) & (kv_head < HKV))
             place = (block // SIZE).to(tl.int64) * kb + block % SIZE + kv_head * kh  # by dimension: see attention/coded.py
             tl.store((v_cache + place)[:, None] + d * SIZE, code_of(wide, scale[:, None], KIND, LARGEST), mask=there)
         else:
@@ -174,9 +173,8 @@ def rope_and_cache(
         rows = max(1, config.pop("ROWS") * 64 // (heads * power(half)))  # ROWS is for heads of 128: shorter ones make more rows
         coded: dict[str, Any] = {}
         if codes is not None:
-            scales = {"ks": codes.k_scale, "vs": codes.v_scale, "sb": codes.k_scale.stride(0)}
             own = {"fixed_k": fixed and fixed[0], "fixed_v": fixed and fixed[1]}
-            coded = {**scales, **own, "KIND": codes.kind, "LARGEST": LARGEST[codes.kind]}
+            coded = {"scales": codes.scales, "sb": codes.scales.stride(0), **own, "KIND": codes.kind, "LARGEST": LARGEST[codes.kind]}
         _rope[(-(-tokens // rows), -(-(num_heads + num_kv_heads) // heads) - (-num_kv_heads // heads))](
             qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm, out, k_out, eps, tokens, qkv.stride(0),
             0 if k_out is None else k_out.stride(0), k_cache.stride(0), k_cache.stride(1),

@@ -28,8 +28,7 @@ def cache_of(kind: str, heads: int, dim: int, blocks: int, device: str, size: in
     pages = Pages(facts, torch.bfloat16, torch.device(device), size, kind)
     cache: Cache = pages.caches(pages.allocate(blocks).fill_(0xFF))[1]
     assert cache.k_scale is not None
-    assert cache.v_scale is not None
-    return cache, coded.Codes(kind, cache.k_scale, cache.v_scale)
+    return cache, coded.codes_of(kind, cache.k_scale)
 
 
 class Case:
@@ -147,7 +146,7 @@ def test_decode(kind: str, heads: int, kv_heads: int, dim: int, fused: bool, dty
     out = torch.full_like(case.q, torch.nan)
     counters = torch.zeros(4 * kv_heads, dtype=torch.int32, device=device) if fused else None
     at = (case.q, case.cache.k, case.cache.v, case.tables, case.kv_len, case.scale)
-    for config in (None, {"BLOCK_N": 16, "SPLITS": 4, "MIN_SPLIT": 16, "FOLD": 0, "num_warps": 4, "num_stages": 2}):
+    for config in (None, {"BLOCK_N": 16, "SPLITS": 4, "MIN_SPLIT": 16, "num_warps": 4, "num_stages": 2}):
         kernel.decode_attention(*at, out=out, counters=counters, codes=case.codes, config=config)
         close(out, case.truth(), TOLERANCE[dtype])
         assert counters is None or not counters.any()
@@ -223,10 +222,10 @@ def test_stored_as_the_reference_does(
     other, own = cache_of(kind, kv_heads, dim, 3, device)
     keep = slots >= 0
     at, inside = slots[keep].long() // 16, slots[keep].long() % 16
-    other.k[at, :, inside], own.k_scale[at, :, inside] = encode(kept[keep], kind, fixed and fixed[0])
+    other.k[at, :, inside], own.scales[at, :, inside, 0] = encode(kept[keep], kind, fixed and fixed[0])
     values = qkv.view(tokens, -1, dim)[:, -kv_heads:]
-    coded.by_dimension(other.v)[at, :, :, inside], own.v_scale[at, :, inside] = encode(values[keep], kind, fixed and fixed[1])
-    for mine, theirs in ((cache.k, other.k), (cache.v, other.v), (codes.k_scale, own.k_scale), (codes.v_scale, own.v_scale)):
+    coded.by_dimension(other.v)[at, :, :, inside], own.scales[at, :, inside, 1] = encode(values[keep], kind, fixed and fixed[1])
+    for mine, theirs in ((cache.k, other.k), (cache.v, other.v), (codes.scales, own.scales)):
         if mine.dtype == torch.bfloat16:
             assert torch.equal(mine.isnan(), theirs.isnan())
             mine, theirs = mine.nan_to_num(0.0), theirs.nan_to_num(0.0)
