@@ -99,7 +99,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
         ),
         "attention_backends": (
             *(api.Attention, api.Columns, api.AttnCall, pages.Pages, pages.Cache),
-            *(layout, layout.read_kv, layout.write_kv, attention_api.paged_attention),
+            *(layout, layout.Scales, layout.read_kv, layout.write_kv, attention_api.paged_attention),
         ),
         "weight_sources": (api.Weights,),
         "quantizers": (api.Quantizer, scheme.Scheme, scheme.Quantised),

@@ -1,13 +1,15 @@
-"""Speed of the CPU kernels on this machine, against its own limits: `python -m penstock.kernels.bench [tiny|small ...]`.
+"""Speed of the CPU kernels on this machine, against its own limits: `python -m penstock.kernels.bench [tiny|small ...]`, or `... bench kv [...]`
+for the KV cache alone.
 
 What it is: read bandwidth and float32 matmul rate measured first (the roofs), then linear layers, attention and whole decoder steps, each
 as the best of several runs (a shared machine only ever makes things slower), with GB/s, GFLOP/s and the share of the roof; and layers and steps of
-quantised weights, taken in turns with bfloat16 ones and given as how many times as fast.
+quantised weights and of a KV cache of eight bits, taken in turns with bfloat16 ones and given as how many times as fast.
 What it does not know: servers, requests.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 import time
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 
 from penstock.kernels import native
-from penstock.kernels.attention import allocate_cache, paged_attention
+from penstock.kernels.attention import Scales, paged_attention
+from penstock.kernels.attention.codes import KINDS, encode
+from penstock.kernels.attention.layout import describe
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
 from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
 from penstock.kernels.linear.scheme import Scheme, quantise
@@ -49,6 +53,7 @@ SCHEMES = {
     "int4": Scheme("int4", 128),
     "int4 zeros": Scheme("int4", 128, 1, True),
 }
+CONTEXTS = (256, 1024, 4096, 8192)
 BEYOND_CACHES = 160e6
 """Bytes of bfloat16 weights that are streamed from memory."""
 
@@ -85,8 +90,19 @@ def gated(scheme: Scheme | None, n: int, k: int, dtype: torch.dtype) -> PackedGa
     return pack_gated(gate, up, "silu") if scheme is None else pack_quantised_gated(quantise(gate, scheme), quantise(up, scheme), "silu")
 
 
-def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | None = None) -> tuple[DecoderProgram, int]:
-    """A random model and the bytes of weights that one step reads. The head stays wide."""
+def pool(shape: Shape, num_blocks: int, kind: str) -> tuple[list[Tensor], list[Tensor], list[Scales]]:
+    """Caches of codes of random keys and values, as a pool has them: a block of all layers, scales behind its codes."""
+    page = (shape.layers, 2, shape.kv_heads, 16, shape.dim)
+    codes, scales = encode(torch.randn(num_blocks, *page), kind)
+    pages = torch.cat((codes.flatten(1), scales.view(torch.uint8).flatten(1)), 1)
+    k_v = pages[:, : codes[0].numel()].view(-1, *page)
+    of = pages[:, codes[0].numel() :].view(torch.bfloat16).view(-1, *page[:-1])
+    layers = range(shape.layers)
+    return [k_v[:, i, 0] for i in layers], [k_v[:, i, 1] for i in layers], [Scales(kind, of[:, i, 0], of[:, i, 1]) for i in layers]
+
+
+def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | None = None, kv: str = "") -> tuple[DecoderProgram, int]:
+    """A random model and the bytes of weights that one step reads. The head stays wide. `kv`: of codes.KINDS."""
     width = (shape.heads + 2 * shape.kv_heads) * shape.dim
     layers = [
         DecoderLayer(
@@ -100,11 +116,15 @@ def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | No
         for _ in range(shape.layers)
     ]
     head = pack(random(shape.vocab, shape.hidden, dtype=dtype))
-    caches = [[allocate_cache(num_blocks, shape.kv_heads, 16, shape.dim, dtype).zero_() for _ in layers] for _ in range(2)]
+    if kv:
+        k_caches, v_caches, scales = pool(shape, num_blocks, kv)
+    else:
+        wide = torch.randn(num_blocks, shape.layers, 2, shape.kv_heads, 16, shape.dim).to(dtype)
+        k_caches, v_caches, scales = [wide[:, i, 0] for i in range(shape.layers)], [wide[:, i, 1] for i in range(shape.layers)], []
     program = DecoderProgram(
         embedding=random(shape.vocab, shape.hidden, dtype=dtype), layers=layers, final_norm=random(shape.hidden, dtype=dtype), lm_head=head,
-        num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.dim, eps=1e-5, cos_sin=torch.randn(4096, shape.dim).tanh(),
-        k_caches=caches[0], v_caches=caches[1],
+        num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.dim, eps=1e-5, cos_sin=torch.randn(2 * max(CONTEXTS), shape.dim).tanh(),
+        k_caches=k_caches, v_caches=v_caches, scales=scales,
     )  # fmt: skip
     weights = [weight for layer in layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     return program, head.nbytes + sum(weight.nbytes for weight in weights)
@@ -177,8 +197,47 @@ def quantised(name: str, shape: Shape) -> None:
         ratios(f"{name} step, {sequences} x {rows} tokens, context {context}", in_turns(steps, 10 if rows == 1 else 3))
 
 
+def attention(program: DecoderProgram, context: int) -> Callable[[], None]:
+    """Attention of one row in every layer, without what Python costs."""
+    parts, lib = program.parts, native.library()
+    assert lib is not None, native.describe()
+    q = random(1, parts.num_heads, parts.head_dim, dtype=torch.bfloat16, scale=1.0)
+    out, table = torch.empty_like(q), torch.randperm(-(-context // 16)).int()
+    start, length = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
+    held = []
+    for k_cache, v_cache, scales in zip(parts.k_caches, parts.v_caches, parts.scales, strict=True):
+        whole = native.Program(heads=parts.num_heads, kv_heads=parts.num_kv_heads, dim=parts.head_dim, bf16=1, scale=parts.scale)
+        layer = native.Layer()
+        describe(whole, layer, k_cache, v_cache, scales)
+        held.append((whole, layer))
+    one = native.Step(
+        tables=table.data_ptr(), q_start=start.data_ptr(), kv_len=length.data_ptr(), token_count=1, sequences=1, table_width=len(table),
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+    def call(kept: object = (table, start, length)) -> None:
+        for whole, layer in held:
+            lib.lib.ps_attention(ctypes.byref(whole), ctypes.byref(layer), ctypes.byref(one), q.data_ptr(), out.data_ptr())
+
+    return call
+
+
+def cached(name: str, shape: Shape) -> None:
+    """A KV cache of eight bits: attention of one row, whole steps."""
+    programs = {kind or "bf16": model(shape, torch.bfloat16, max(CONTEXTS) // 16, kv=kind)[0] for kind in ("", *KINDS)}
+    for context in CONTEXTS:
+        ratios(f"{name} attention of a step, context {context}", in_turns({w: attention(p, context) for w, p in programs.items()}, 40))
+        ratios(f"{name} step, 1 token, context {context}", in_turns({w: step(p, 1, 1, context) for w, p in programs.items()}, 20))
+    ratios(f"{name} step, 1 x 1024 tokens", in_turns({w: step(p, 1, 1024, 1024) for w, p in programs.items()}, 4))
+
+
 def main(names: list[str]) -> None:
     """Print the tables."""
+    if names[:1] == ["kv"]:
+        print(f"{native.describe()}, {torch.get_num_threads()} threads")
+        for name in names[1:] or SHAPES:
+            cached(name, SHAPES[name])
+        return
     dtype = torch.bfloat16
     dram, cache = bandwidth(512), bandwidth(20)
     square = torch.randn(2048, 2048)
@@ -218,6 +277,7 @@ def main(names: list[str]) -> None:
         seconds = best(attend)
         line(f"{name} prefill attention of one layer, 2048", seconds, 0.0, shape.heads * shape.dim * 4 * 2048**2 / 2 / 1e9, roof, flops)
         quantised(name, shape)
+        cached(name, shape)
 
 
 if __name__ == "__main__":

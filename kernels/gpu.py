@@ -13,15 +13,16 @@ last three dimensions are contiguous. T tokens, R sequences (rows of the step), 
 attention.triton
     paged_attention(q[T, Hq, D], k_cache, v_cache, block_tables[R or S, W] i32, q_start[R + 1] i32, kv_len[R] i32, scale, window=0, *,
                     num_decode=0, softcap=0.0, sinks=None[Hq] f32, table_rows=None[R] i32, out=None, lse=None[T, Hq] f32, workspace=None, counters=None,
-                    deterministic=False, new_k=None[T, Hkv, D], new_v=None[T, Hkv, D]) -> out
+                    deterministic=False, new_k=None[T, Hkv, D], new_v=None[T, Hkv, D], codes=None) -> out
         The first `num_decode` sequences have one row each and go to the split-KV kernel, all others to the ragged one. deterministic=True: both
         give a row the same bits (segments of `segment_of` keys, which depends on W * block_size: keep W the same). q may have any stride
         between rows. table_rows[r]: the row of block_tables that sequence r uses (slots); without it row r. num_decode -1: who has one row is read from q_start on the device, so that a captured graph replays with any mixture; each of the two
         kernels takes the sequences that are its own. new_k, new_v: this step's own (rotated) keys and values, e.g. views of qkv: prefill reads them by TMA instead of through the
-        pages (ignored when deterministic). kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
+        pages (ignored when deterministic). codes: the caches are uint8, 8 bits with a scale a token and head (attention.coded: `codes_of`; values lie by
+        dimension there). kv_len 0: the row's output is zeros (lse -inf). Tokens T beyond q_start[R] are padding: their outputs are not written.
     decode_attention(q[R, Hq, D], k_cache, v_cache, block_tables, kv_len, scale, window=0, *, softcap, sinks, table_rows, out, lse, workspace, counters,
-                     deterministic=False)
-    workspace_elements(rows, num_heads, head_dim, *, deterministic=False) -> float32 elements that `workspace` must have for that many decode rows
+                     deterministic=False, codes=None)
+    workspace_elements(rows, num_heads, head_dim, *, deterministic=False, codes=False) -> float32 elements that `workspace` must have for that many decode rows
     merge(out_a[T, Hq, D], lse_a[T, Hq], out_b, lse_b, out=None, lse=None) -> out     exact softmax over the union of two key sets
     allocate_cache, write_kv, read_kv                                                 (torch; for tests and tools)
 linear.triton
@@ -33,8 +34,9 @@ rmsnorm.triton
     rms_norm(x[M, K], weight[K], eps, out=None);  add_rms_norm(x, residual, weight, eps, out=None)      (residual += x in place)
 rope.triton
     rope_and_cache(qkv[T, (Hq + 2 Hkv) * D], positions[T] i32, cos_sin[P, r] f32, k_cache, v_cache, slots[T] i32, num_heads, num_kv_heads,
-                   q_norm=None, k_norm=None, eps=1e-6, out=None, *, k_out=None[T, Hkv, D]) -> q [T, Hq, D]
-        k_out: also gets the rotated keys (may be the keys' columns of qkv itself), for paged_attention's new_k.
+                   q_norm=None, k_norm=None, eps=1e-6, out=None, *, k_out=None[T, Hkv, D], codes=None, fixed=None) -> q [T, Hq, D]
+        k_out: also gets the rotated keys (may be the keys' columns of qkv itself), for paged_attention's new_k. codes: of caches in 8 bits; fixed: (of keys, of
+        values), scales instead of tokens' own.
 activation.triton
     gated(kind, gate_up[T, 2I], out=None) -> [T, I]
 embedding.triton

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from penstock.kernels.kv_bench import kv8
+
 BF16 = torch.bfloat16
 HEADS, KV_HEADS, DIM, HIDDEN, INTER, VOCAB = 32, 8, 128, 4096, 14336, 128256  # Llama-3.1-8B (arXiv:2407.21783)
 
@@ -484,7 +486,7 @@ def slots(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "roofs": roofs, "decode": decode, "prefill": prefill, "skinny": skinny, "rows": rows, "sampling": sampling, "slots": slots, "invariant": invariant,
-    "quantised": quantised,
+    "quantised": quantised, "kv8": kv8,
 }  # fmt: skip
 
 

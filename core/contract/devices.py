@@ -102,6 +102,9 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Steps that may be in flight: 1, or 2 to have the next step planned while this one runs."""
     dtypes: list[str]
     """Words of --dtype that it computes in."""
+    kv_dtypes: tuple[str, ...] = ()
+    """Words of --kv-cache-dtype that it stores keys and values in, beside "auto" and those of --dtype: of "fp8_e4m3", "fp8_e5m2", "int8" ("fp8" is the first).
+    What its attention backends cannot it refuses itself."""
     deterministic: bool
     """Does it honour --deterministic."""
     load_formats: tuple[str, ...] = ("auto", "safetensors", "dummy")
@@ -184,6 +187,8 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of the host's computing. None: as many as it has cores."""
     max_logprobs: int
     """The most log-probabilities a position that anybody may ask for."""
+    kv_cache_dtype: str = "auto"
+    """"auto" (what the checkpoint says of its KV cache, else the dtype), "fp8_e4m3", "fp8_e5m2", "int8", or the dtype itself."""
     quantization: str | None = None
     """How wide weights are quantised while they load, or the method that config.json names anyway. None: as the checkpoint is."""
     hf_overrides: dict[str, Any] = {}
@@ -220,6 +225,8 @@ class Runner(Protocol):
     waits for the bytes as `sample`'s does. And `control(work: Control) -> bytes`: a named call between two steps. Who asks for either is answered
     by a WorkDone, also where the runner lacks it. A PenstockError from them is such an answer (UnsupportedFeature for a name that it does not know);
     any other exception ends the engine, as one of a step does.
+
+    It may have `kv_dtype`, the word of --kv-cache-dtype for what a block holds, where that is not the dtype.
     """
 
     facts: ModelFacts

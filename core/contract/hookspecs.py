@@ -103,6 +103,9 @@ class AttentionSpec(Spec, frozen=True, kw_only=True):
     later device may say more."""
     priority: int = 0
     """Of those that support the model the highest is taken (native and triton have 10, torch 0); of equal ones the first by name."""
+    kv_dtypes: tuple[str, ...] = ()
+    """In what it keeps keys and values beside the model's dtype: "fp8_e4m3", "fp8_e5m2", "int8". Where one of these is wanted, the others are not candidates,
+    the factory gets `kv=` with its name, and the Attention has `fix_scales`."""
 
 
 class WeightSourceSpec(Spec, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
-from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.errors import ConfigError, EngineFailure
 from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, Plan, StepTokens, Unpark, Vocabulary
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
@@ -64,6 +64,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
         seed=config.seed,
         threads=config.threads,
         max_logprobs=config.max_logprobs,
+        kv_cache_dtype="fp8_e4m3" if config.kv_cache_dtype == "fp8" else config.kv_cache_dtype,
         quantization=config.quantization,
         hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
         plugins=plugins,
@@ -95,6 +96,7 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
         beams=device.writes and not device.lookahead,
+        kv_dtype=getattr(runner, "kv_dtype", runner.dtype),
     )
 
 
@@ -149,6 +151,7 @@ class Engine:
         else:  # tests: a queue without a thread
             runner = device.load(config, self._progress)
             self._queue = self._make_queue(runner, engine=self.engine, epoch=self.epoch, post=self._device_says)
+        self._check_kv_dtype(device.capabilities, config.kv_cache_dtype)
         own = self.config.mixed_prefill_tokens
         advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
         grammars = self._grammars(device.capabilities)
@@ -220,6 +223,14 @@ class Engine:
             policy = CheckedPolicy(made, functools.partial(self._plugins.blame, "schedule_policies", spec.name))
             probe(policy)
         return device, policy
+
+    def _check_kv_dtype(self, device: DeviceCapabilities, wanted: str) -> None:
+        """A device that has never heard of the option must not make it mean nothing."""
+        if wanted not in ("auto", *device.dtypes, *device.kv_dtypes):
+            raise ConfigError(
+                f"--kv-cache-dtype {self.config.kv_cache_dtype}: the device {device.name} keeps keys and values as it computes them. Leave the option out.",
+                param="kv_cache_dtype",
+            )
 
     def _grammars(self, device: DeviceCapabilities) -> GrammarSpec | None:
         """Who makes masks, if the device takes them."""

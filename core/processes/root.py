@@ -295,7 +295,7 @@ def memory_table(facts: EngineFacts) -> list[str]:
     ]
     rows.append(("total", sum(size for _, size in rows)))
     lines = [f"  {name:<10} {size:>16,} bytes  {size / (1 << 20):>10,.1f} MiB" for name, size in rows]
-    lines[2] += f"  = {facts.num_blocks} blocks of {facts.block_size} tokens"
+    lines[2] += f"  = {facts.num_blocks} blocks of {facts.block_size} tokens in {facts.kv_dtype or facts.dtype}"
     return lines
 
 

@@ -134,6 +134,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gpu_memory_utilization: Annotated[float, opt("Share of a GPU's memory that the engine may fill.", "engine", "mem-fraction-static")] = (
         0.9
     )
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "bfloat16", "float16", "float32"],
+        opt(
+            "Keys and values in the KV cache: in 8 bits (fp8 is fp8_e4m3) with a scale a token and head, or as the model computes. auto: what the checkpoint says of its"
+            " cache, else the model's dtype (docs/quantisation.md).",
+            "engine",
+        ),
+    ] = "auto"
     num_gpu_blocks_override: Annotated[int | None, opt("Exact number of KV blocks (tests).", "engine")] = None
     max_num_seqs: Annotated[int, opt("Most sequences in one step.", "engine", "max-running-requests", "max-batch-size")] = 64
     max_num_batched_tokens: Annotated[
@@ -312,7 +320,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pipeline_parallel_size: Annotated[int, opt("Pipeline stages; only 1 so far.", "later", "pp", "pp-size", neutral=1, short="-pp")] = 1
     data_parallel_size: Annotated[int, opt("Engine replicas; only 1 so far.", "later", "dp", "dp-size", neutral=1, short="-dp")] = 1
     enable_expert_parallel: Annotated[bool, opt("Not supported yet.", "later", neutral=False, short="-ep")] = False
-    kv_cache_dtype: Annotated[str, opt("Only auto so far.", "later", neutral="auto")] = "auto"
     speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None, json=True, short="-sc")] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
     trust_remote_code: Annotated[bool, opt("Not supported: model code is never run.", "later", neutral=False)] = False

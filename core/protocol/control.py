@@ -98,6 +98,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Whose grammars it can obey: the name of the plugin that makes the masks; "": nobody's."""
     beams: bool = False
     """Can it search with beams."""
+    kv_dtype: str = ""
+    """What a KV block holds; "": the dtype."""
 
 
 class EngineUp(Message, frozen=True, kw_only=True):

@@ -1,12 +1,12 @@
 """Checked entry of ragged causal attention over the paged cache.
 
     paged_attention(q[T, Hq, D], k_cache, v_cache, block_tables[R, B] int32, q_start[R + 1] int32, kv_len[R] int32, scale,
-                    window=0, out=None) -> [T, Hq, D]
+                    window=0, out=None, scales=None) -> [T, Hq, D]
 
 Sequence r owns query rows q_start[r] .. q_start[r+1]-1 (T = q_start[R]; decode: one row), the last of which sits at position kv_len[r]-1:
 K and V of all kv_len[r] positions, this step's included, are in the cache already (`rope_and_cache`). block_tables[r] names its blocks
 in order; entries beyond ceil(kv_len/block_size) are not read. window > 0: a row sees only its last `window` positions, itself included.
-q and caches: bfloat16 or float32, alike; caches as in `attention.layout`. A row's result depends only on its own sequence and
+q and caches: bfloat16 or float32, alike, or caches of codes and `scales`; both as in `attention.layout`. A row's result depends only on its own sequence and
 position: not on the batch, nor on how a prefill was cut.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from penstock.kernels import native
 from penstock.kernels.attention import reference
-from penstock.kernels.attention.layout import block_bytes, check_cache
+from penstock.kernels.attention.layout import Scales, check_cache, describe
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.native.bind import check
 
@@ -57,10 +57,11 @@ def paged_attention(
     scale: float,
     window: int = 0,
     out: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Attention of every query row over its own sequence; see the module."""
     tensor("q", q, (None, None, None), *FLOATS)
-    check_cache(k_cache, v_cache, k_cache.shape[1], q.dtype)
+    check_cache(k_cache, v_cache, k_cache.shape[1], q.dtype, scales)
     require(q.shape[2] == k_cache.shape[3], "q and cache differ in head_dim")
     require(q.shape[2] <= 512, "head_dim must be at most 512")
     require(q.shape[1] % k_cache.shape[1] == 0, "the number of heads must be a multiple of the number of KV heads")
@@ -72,12 +73,12 @@ def paged_attention(
     lib = native.library()
     if lib is None:
         check(index_error(block_tables, q_start, kv_len, q.shape[0], k_cache.shape[0], k_cache.shape[2]))
-        return out.copy_(reference.paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window))
+        return out.copy_(reference.paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, scale, window, scales))
     program = native.Program(
-        heads=q.shape[1], kv_heads=k_cache.shape[1], dim=q.shape[2], bf16=q.dtype == torch.bfloat16, blocks=k_cache.shape[0],
-        block_size=k_cache.shape[2], block_bytes=block_bytes(k_cache), scale=scale,
+        heads=q.shape[1], kv_heads=k_cache.shape[1], dim=q.shape[2], bf16=q.dtype == torch.bfloat16, scale=scale
     )  # fmt: skip
-    layer = native.Layer(k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), window=window)
+    layer = native.Layer(window=window)
+    describe(program, layer, k_cache, v_cache, scales)
     step = native.Step(
         tables=block_tables.data_ptr(), q_start=q_start.data_ptr(), kv_len=kv_len.data_ptr(), token_count=q.shape[0],
         sequences=kv_len.shape[0], table_width=block_tables.shape[1], threads=torch.get_num_threads(),

@@ -11,11 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from penstock.kernels.attention.layout import read_kv
+from penstock.kernels.attention.layout import Scales, read_kv
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+    window: int,
+    scales: Scales | None = None,
 ) -> Tensor:
     """q [T, Hq, D]; [T, Hq, D] in q's dtype."""
     out = torch.empty_like(q)
@@ -28,8 +36,8 @@ def paged_attention(
             continue
         at = torch.arange(length)
         slots = block_tables[row].long()[at // size] * size + at % size
-        keys = read_kv(k_cache, slots, values=False).to(wide).repeat_interleave(group, dim=1).transpose(0, 1)
-        values = read_kv(v_cache, slots, values=True).to(wide).repeat_interleave(group, dim=1).transpose(0, 1)
+        keys = read_kv(k_cache, slots, values=False, scales=scales).to(wide).repeat_interleave(group, dim=1).transpose(0, 1)
+        values = read_kv(v_cache, slots, values=True, scales=scales).to(wide).repeat_interleave(group, dim=1).transpose(0, 1)
         position = torch.arange(length - (last - first), length)[:, None]
         allowed = at[None] <= position
         if window > 0:

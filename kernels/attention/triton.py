@@ -28,6 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from penstock.kernels.attention import coded
+from penstock.kernels.attention.coded import Codes, pages_of, scales_at, widen
+from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.tile import fetch_ahead, follow, launched, make_room, narrow, power, wait
@@ -67,12 +70,13 @@ def read_kv(cache: Tensor, slots: Tensor) -> Tensor:
 def _keys(
     acc, m, z, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-    DENSE: tl.constexpr = False,
+    DENSE: tl.constexpr = False, scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "",
+    V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into (acc, m, z); m in base-2 units. Keys at `limit` and beyond do not exist.
 
     Paged: k and v are pointers, table the sequence's pages, base the head's offset. DENSE: k and v are descriptors of [T, Hkv * D], table the row
-    that belongs to key 0, base the head's first column.
+    that belongs to key 0, base the head's first column. KIND: k and v are codes as in coded.py.
     """
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
@@ -80,6 +84,15 @@ def _keys(
         at = first + n
         if DENSE:
             keys = k.load([table + first, base])
+        elif KIND != "":
+            page = pages_of(table, at, limit, MASK, SIZE)
+            inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
+            where = (page * kb + base + inside * D)[:, None] + d[None, :]
+            where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
+            if DP == D:
+                keys = widen(tl.load(k + where), KIND, K_RECIPE, q.dtype == tl.bfloat16)
+            else:
+                keys = widen(tl.load(k + where, mask=(d < D)[None, :], other=0), KIND, K_RECIPE, q.dtype == tl.bfloat16)
         else:
             if MASK:
                 page = tl.load(table + at // SIZE, mask=at < limit, other=0).to(tl.int64)
@@ -97,6 +110,9 @@ def _keys(
             s = tl.dot(q, tl.trans(keys.to(tl.float32)), input_precision="ieee")
         else:
             s = tl.dot(q, tl.trans(keys))
+        if KIND != "":
+            k_scale, v_scale = scales_at(scales, page, sb, sbase, at, limit, MASK, SIZE)
+            s = s * k_scale[None, :]
         if SOFTCAP:
             # tanh(y) = 1 - 2 / (1 + exp(2y)), exact at both ends; soft = softcap, scale2 = 2 scale / softcap * log2(e)
             s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale2)))
@@ -120,6 +136,12 @@ def _keys(
             values = v.load([table + first, base])
             if MASK:  # rows of the next sequence, or padding that may hold anything: 0 * NaN would stay
                 values = tl.where((at < limit)[:, None], values, 0.0)
+        elif KIND != "":
+            if DP == D:
+                values = tl.trans(widen(tl.load(v + where_v), KIND, V_RECIPE, True))
+            else:
+                values = tl.trans(widen(tl.load(v + where_v, mask=(d < D)[:, None], other=0), KIND, V_RECIPE, True))
+            p = p * v_scale[None, :]
         elif MASK:
             values = tl.load(v + where, mask=exists, other=0.0)
         elif DP == D:
@@ -138,18 +160,19 @@ def _keys(
 def _range(
     acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr = False,
+    scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Fold the keys of [start, end) into (acc, m, z). All rows see those before `whole` (a multiple of BLOCK_N from `start` on, unless there is a
     window); the rest goes under a mask."""
     if not WINDOW:
         acc, m, z = _keys(
             acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, False,
-            False, SOFTCAP, WIDE, DENSE,
+            False, SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
         )  # fmt: skip
         start = whole
     return _keys(
         acc, m, z, q, k, v, table, base, position, valid, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True, WINDOW,
-        SOFTCAP, WIDE, DENSE,
+        SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
     )  # fmt: skip
 
 
@@ -186,7 +209,7 @@ def _ragged(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, MIXED: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, new_k=None,
-    new_v=None,
+    new_v=None, scales=None, sb=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them.
     MIXED: sequences of one row are left to `_split`. SEGMENT: 0, or the keys after which sums begin anew (deterministic mode)."""
@@ -228,6 +251,7 @@ def _ragged(
             else:
                 table = tables + r.to(tl.int64) * table_stride
             base = group.to(tl.int64) * kh
+            sbase = group * SIZE
             end = context + tl.minimum(t0 + BLOCK_Q, rows)
             start = 0
             if WINDOW:
@@ -247,13 +271,13 @@ def _ragged(
                     part, part_m, part_z = _range(
                         part, part_m, part_z, queries, k, v, table, base, position, valid, begin,
                         tl.minimum(tl.maximum(whole, begin), last // BLOCK_N * BLOCK_N), last, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                        WINDOW, SOFTCAP, WIDE,
+                        WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
                     )  # fmt: skip
                     acc, m, z = _fold(acc, m, z, part, part_m, part_z)
             elif DENSE:
                 acc, m, z = _range(
                     acc, m, z, queries, k, v, table, base, position, valid, start, context // BLOCK_N * BLOCK_N, context, scale2, soft, window,
-                    kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE,
+                    kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
                 )  # fmt: skip
                 column = group * D
                 start = 0
@@ -267,7 +291,7 @@ def _ragged(
             else:
                 acc, m, z = _range(
                     acc, m, z, queries, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                    WINDOW, SOFTCAP, WIDE,
+                    WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
                 )  # fmt: skip
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
@@ -281,7 +305,8 @@ def _split(
     table_stride, kb, kh, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, scales=None, sb=None,
+    KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here. AHEAD: ask for the first
     block's entries while the kernel before still runs (all but the newest token's were written in earlier steps). MIXED: sequence r's only row is
@@ -340,7 +365,7 @@ def _split(
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
         acc, m, z = _range(
             acc, m, z, queries, k, v, table, base, position, real, start, start + (end - start) // BLOCK_N * BLOCK_N, end, scale2, soft, window,
-            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE,
+            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, group * SIZE, KIND, K_RECIPE, V_RECIPE,
         )  # fmt: skip
         if span <= size:
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
@@ -363,29 +388,7 @@ def _split(
                 pieces = tl.cdiv(span, size)
                 if tl.atomic_add(counter, 1, sem="acq_rel") == pieces - 1:
                     tl.store(counter, 0)
-                    h = tl.arange(0, GROUP_P)
-                    s = tl.arange(0, SPLITS)
-                    ours = group * GROUP + h
-                    cells = (r * HEADS + ours).to(tl.int64)[:, None] * SPLITS + s[None, :]
-                    there = (h < GROUP)[:, None] & (s < pieces)[None, :]
-                    parts = tl.load(partial_lse + cells, mask=there, other=float("-inf"), cache_modifier=".cg")
-                    inside = there[:, :, None] & (d < D)[None, None, :]
-                    values = tl.load(partial + cells[:, :, None] * D + d[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
-                    top = tl.max(parts, 1)
-                    if SINKS:
-                        sink = tl.load(sinks + ours, mask=h < GROUP, other=0.0) * 1.4426950408889634
-                        top = tl.maximum(top, sink)
-                    top = tl.where(h < GROUP, top, 0.0)
-                    weight = tl.exp2(parts - top[:, None])
-                    whole_sum = tl.sum(weight, 1)
-                    if SINKS:
-                        whole_sum += tl.exp2(sink - top)
-                    whole_sum = tl.where(h < GROUP, whole_sum, 1.0)
-                    merged = tl.sum(values * weight[:, :, None], 1) / whole_sum[:, None]
-                    target = out + row * HEADS * D + (ours * D)[:, None] + d[None, :]
-                    tl.store(target, narrow(merged, out.dtype.element_ty), mask=(h < GROUP)[:, None] & (d < D)[None, :])
-                    if LSE:
-                        tl.store(lse + row * HEADS + ours, (top + tl.log2(whole_sum)) * 0.6931471805599453, mask=h < GROUP)
+                    add_up(out, lse, partial, partial_lse, sinks, r, row, group, pieces, HEADS, GROUP, GROUP_P, D, DP, SPLITS, SINKS, LSE)
 
 
 @launched(do_not_specialize=["window"], do_not_specialize_on_alignment=["kv_len"])
@@ -495,11 +498,16 @@ def _scales(scale: float, softcap: float) -> tuple[float, float]:
     return (2.0 * scale / softcap * LOG2E, softcap) if softcap > 0 else (scale * LOG2E, 0.0)
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, codes: Codes | None = None) -> None:
     heads, dim = q.shape[1], q.shape[2]
     require(q.stride(2) == 1 and q.stride(1) == dim, "q's last two dimensions must be contiguous")
     require(k_cache.shape == v_cache.shape and k_cache.stride() == v_cache.stride(), "the caches must have one shape and stride")
-    require(k_cache.dtype == v_cache.dtype == q.dtype, "q and the caches must have one dtype")
+    require(
+        k_cache.dtype == v_cache.dtype == (q.dtype if codes is None else torch.uint8),
+        "q and the caches must have one dtype, or the caches codes",
+    )
+    if codes is not None:
+        coded.check(codes, q, k_cache)
     require(k_cache.shape[3] == dim and heads % k_cache.shape[1] == 0, "q and the caches do not fit each other")
     size = k_cache.shape[2]
     require(size >= 16 and size & (size - 1) == 0, "block_size must be a power of two from 16")
@@ -530,9 +538,9 @@ def _descriptors(new_k: Tensor | None, new_v: Tensor | None, dim: int, block_n: 
     return found[0], found[1]
 
 
-def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False) -> int:
-    """float32 elements that `decode_attention` needs for that many rows."""
-    pieces = SEGMENTS if deterministic else _split_config(head_dim)["SPLITS"]
+def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False, codes: bool = False) -> int:
+    """float32 elements that `decode_attention` needs for that many rows; `codes`: of a cache in 8 bits."""
+    pieces = SEGMENTS if deterministic else (coded.config_of(head_dim) if codes else _split_config(head_dim))["SPLITS"]
     return rows * num_heads * pieces * (head_dim + 2)
 
 
@@ -545,16 +553,16 @@ def ragged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
     new_k: Tensor | None = None, new_v: Tensor | None = None, deterministic: bool = False, mixed: bool = False,
-    config: dict[str, int] | None = None,
+    codes: Codes | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The ragged kernel for all rows (mixed: for all sequences but those of one row) of q [T, Hq, D]; arguments as in kernels/gpu.py.
 
     new_k, new_v [T, Hkv, D] (last two dimensions contiguous), this step's own keys and values in token order: where they are given and D is a power
     of two they are read from there by the bulk copy engine, and only what lies before this step comes from the pages. Faster, but the blocks
     then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode. `deterministic`: by the tile
-    and the segments that chunks share with decode rows in that mode.
+    and the segments that chunks share with decode rows in that mode. `codes`: the caches hold 8 bits (coded.py); new_k and new_v are wide all the same.
     """
-    _check(q, k_cache, v_cache, scale)
+    _check(q, k_cache, v_cache, scale, codes)
     require(not deterministic or new_k is None, "deterministic attention reads all keys through the pages")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     tokens, heads, dim = q.shape
@@ -573,7 +581,7 @@ def ragged_attention(
         SIZE=k_cache.shape[2], BLOCK_M=block_m, BLOCK_Q=block_q, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
         LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32,
         DENSE=descriptors[0] is not None, MIXED=mixed, SEGMENT=segment_of(block_tables.shape[1] * k_cache.shape[2]) if deterministic else 0,
-        new_k=descriptors[0], new_v=descriptors[1], **chained(), **config,
+        new_k=descriptors[0], new_v=descriptors[1], **({} if codes is None else coded.exact(codes, q.dtype)), **chained(), **config,
     )  # fmt: skip
     return out
 
@@ -582,14 +590,14 @@ def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
     workspace: Tensor | None = None, counters: Tensor | None = None, q_start: Tensor | None = None, deterministic: bool = False,
-    config: dict[str, int] | None = None,
+    codes: Codes | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The split-KV kernel: one query row q [R, Hq, D] a sequence, at position kv_len[r] - 1; arguments as in kernels/gpu.py.
 
     counters [>= R * Hkv] int32, zero before and after every call: spares a launch where a row's pieces fit into one program's registers.
     q_start [R + 1] int32: q is [T, Hq, D], and those sequences that have one row there are computed; nothing else of `out` is written.
-    deterministic: bits as `ragged_attention` gives them (counters are not used)."""
-    _check(q, k_cache, v_cache, scale)
+    deterministic: bits as `ragged_attention` gives them (counters are not used). codes: the caches hold 8 bits (coded.py)."""
+    _check(q, k_cache, v_cache, scale, codes)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     (rows, heads, dim), mixed = (kv_len.shape[0], *q.shape[1:]), q_start is not None
     if rows == 0:
@@ -608,7 +616,7 @@ def decode_attention(
         }
         counters = None
     else:
-        config = dict(config or _split_config(dim))
+        config = dict(config or (_split_config(dim) if codes is None else coded.config_of(dim)))
     splits = config["SPLITS"]
     cells = rows * heads * splits
     if workspace is None:
@@ -617,19 +625,26 @@ def decode_attention(
     partial, partial_lse, partial_z = workspace[: cells * dim], workspace[cells * dim :][:cells], workspace[cells * (dim + 1) :][:cells]
     scale2, soft = _scales(scale, softcap)
     group, padded = heads // kv_heads, max(16, power(dim))
-    block_m = max(16, power(group), config.pop("BLOCK_M", 0))
+    block_m = max(16 if codes is None or deterministic else 8, power(group), config.pop("BLOCK_M", 0))
     fused = counters is not None and power(group) * splits * padded <= FUSED_ELEMENTS
     require(
         counters is None or (counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads), "counters must be int32, [R * Hkv]"
     )
     common = {"WINDOW": window > 0, "SINKS": sinks is not None, "LSE": lse is not None, "MIXED": mixed}
-    _split[(kv_heads, rows, splits)](
-        q, k_cache, v_cache, out, lse, partial, partial_lse, partial_z, counters, block_tables, q_start, kv_len, table_rows, sinks, scale2, soft,
-        window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1), HEADS=heads, GROUP=group, D=dim, DP=padded,
-        SIZE=k_cache.shape[2], BLOCK_M=block_m, SOFTCAP=softcap > 0, ROWS=table_rows is not None,
-        WIDE=interpreting() or q.dtype == torch.float32, FUSED=fused, GROUP_P=power(group), SEGMENT=segment, **common, **chained(),
-        **{"AHEAD": 0, **config},
-    )  # fmt: skip
+    where = {"HEADS": heads, "GROUP": group, "D": dim, "DP": padded, "SIZE": k_cache.shape[2], "BLOCK_M": block_m, "SOFTCAP": softcap > 0}
+    where |= {"ROWS": table_rows is not None, "FUSED": fused, "GROUP_P": power(group), **common}
+    settings = (soft, window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1))
+    if codes is not None and not deterministic:
+        coded.split[(kv_heads, rows, splits)](
+            q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
+        )  # fmt: skip
+    else:
+        _split[(kv_heads, rows, splits)](
+            q, k_cache, v_cache, out, lse, partial, partial_lse, partial_z, counters, block_tables, q_start, kv_len, table_rows, sinks, scale2,
+            *settings, WIDE=interpreting() or q.dtype == torch.float32, SEGMENT=segment,
+            **({} if codes is None else coded.exact(codes, q.dtype)), **where, **chained(), **{"AHEAD": 0, **config},
+        )  # fmt: skip
     if fused or splits == 1:
         return out
     sizes = {"HEADS": heads, "D": dim, "DP": padded, "BLOCK_N": config["BLOCK_N"], "SPLITS": splits, **common}
@@ -649,11 +664,11 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     num_decode: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None,
     lse: Tensor | None = None, workspace: Tensor | None = None, counters: Tensor | None = None, deterministic: bool = False,
-    new_k: Tensor | None = None, new_v: Tensor | None = None,
+    new_k: Tensor | None = None, new_v: Tensor | None = None, codes: Codes | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "out": out, "lse": lse, "deterministic": deterministic}
+    extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "out": out, "lse": lse, "deterministic": deterministic, "codes": codes}
     spaces: dict[str, Any] = {"workspace": workspace, "counters": counters}
     own: dict[str, Any] = {} if deterministic else {"new_k": new_k, "new_v": new_v}
     if num_decode < 0:

@@ -1,7 +1,8 @@
 """Checked entry of the whole-model program: a step of a Llama-like decoder in one call.
 
     program = DecoderProgram(embedding=[V, H], layers=[DecoderLayer...], final_norm=[H], lm_head=PackedLinear, num_heads=..., num_kv_heads=...,
-                             head_dim=..., eps=..., cos_sin=[P, r] float32, scale=None, k_caches=[...], v_caches=[...])
+                             head_dim=..., eps=..., cos_sin=[P, r] float32, scale=None, k_caches=[...], v_caches=[...],
+                             scales=[])
     program(tokens[T], positions[T], slots[T], block_tables[R, B], q_start[R + 1], kv_len[R], rows[L],
             logits=None | [L, V] float32, hidden=None | [L, H], greedy=None | [L] int32) -> None
 
@@ -10,7 +11,7 @@ the token rows (0..T-1) whose results are wanted; any of the three outputs may b
 dtype, the input of lm_head), `greedy` (as `kernels.argmax`: first maximum, -1 for a bad row). Prefill chunks and decode rows mix freely. A row's
 results do not depend on what else is in the step. Results equal the composition in `decoder.reference` bit for bit.
 
-Caches: one pair a layer, as in `attention.layout`; the program keeps references, the caller may zero or copy blocks between steps.
+Caches: one pair a layer, as in `attention.layout`, all of the model's elements or, with `scales` (one a layer), all of codes; the program keeps references, the caller may zero or copy blocks between steps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from penstock.kernels import native
 from penstock.kernels.argmax import argmax
 from penstock.kernels.attention.api import check_tables
-from penstock.kernels.attention.layout import check_cache
+from penstock.kernels.attention.layout import Scales, check_cache
 from penstock.kernels.checks import FLOATS, require, tensor
 from penstock.kernels.decoder import reference
 from penstock.kernels.decoder.cpu import CpuDecoder
@@ -49,17 +50,22 @@ class DecoderProgram:
         k_caches: Sequence[Tensor],
         v_caches: Sequence[Tensor],
         scale: float | None = None,
+        scales: Sequence[Scales | None] = (),
     ) -> None:
         tensor("embedding", embedding, (None, None), *FLOATS)
         dtype, hidden = embedding.dtype, embedding.shape[1]
         require(len(layers) == len(k_caches) == len(v_caches) > 0, "there must be one K and one V cache for each layer")
+        of_codes = list(scales) or [None] * len(layers)
+        require(len(of_codes) == len(layers), "there must be scales for the caches of each layer")
+        require(len({None if one is None else one.kind for one in of_codes}) == 1, "the caches of all layers must hold the same codes")
         tensor("final_norm", final_norm, (hidden,), dtype)
         tensor("cos_sin", cos_sin, (None, None), torch.float32)
         require(cos_sin.shape[1] % 2 == 0 and cos_sin.shape[1] <= head_dim, "cos_sin must have an even number of columns, at most head_dim")
         require(num_heads % num_kv_heads == 0, "the number of heads must be a multiple of the number of KV heads")
         for index, (layer, k_cache, v_cache) in enumerate(zip(layers, k_caches, v_caches, strict=True)):
-            check_cache(k_cache, v_cache, num_kv_heads, dtype)
-            require(k_cache.shape == k_caches[0].shape and k_cache.shape[3] == head_dim, f"layer {index}: the cache has another shape")
+            check_cache(k_cache, v_cache, num_kv_heads, dtype, of_codes[index])
+            alike = k_cache.shape == k_caches[0].shape and k_cache.stride() == k_caches[0].stride()
+            require(alike and k_cache.shape[3] == head_dim, f"layer {index}: the cache has another shape")
             shapes = (
                 (layer.qkv, (num_heads + 2 * num_kv_heads) * head_dim, hidden),
                 (layer.o, hidden, num_heads * head_dim),
@@ -92,6 +98,7 @@ class DecoderProgram:
             cos_sin,
             list(k_caches),
             list(v_caches),
+            of_codes,
         )
         lib = native.library()
         self._cpu = None if lib is None else CpuDecoder(lib, self.parts)

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from penstock.kernels.attention.layout import block_bytes
+from penstock.kernels.attention.layout import describe
 from penstock.kernels.decoder.parts import DecoderParts
 from penstock.kernels.linear import PackedGated, PackedLinear
 from penstock.kernels.native.bind import Layer, Native, Program, Step, check
@@ -27,7 +27,7 @@ class CpuDecoder:
         self._workspace = torch.empty(0, dtype=torch.uint8)
         bf16 = parts.embedding.dtype == torch.bfloat16
         self._layers = (Layer * len(parts.layers))()
-        for target, layer, k_cache, v_cache in zip(self._layers, parts.layers, parts.k_caches, parts.v_caches, strict=True):
+        for target, layer in zip(self._layers, parts.layers, strict=True):
             self._describe(target, "qkv", layer.qkv)
             self._describe(target, "o", layer.o)
             self._describe(target, "gate_up", layer.gate_up)
@@ -36,15 +36,16 @@ class CpuDecoder:
             target.mlp_norm = self._wide(layer.mlp_norm)
             target.q_norm = None if layer.q_norm is None else self._wide(layer.q_norm)
             target.k_norm = None if layer.k_norm is None else self._wide(layer.k_norm)
-            target.k_cache, target.v_cache, target.window = k_cache.data_ptr(), v_cache.data_ptr(), layer.window
+            target.window = layer.window
         self._program = Program(
             layers_count=len(parts.layers), hidden=parts.embedding.shape[1], heads=parts.num_heads, kv_heads=parts.num_kv_heads,
             dim=parts.head_dim, inter=parts.layers[0].gate_up.n, vocab=parts.lm_head.n, bf16=bf16, rotary=parts.cos_sin.shape[1],
-            table_rows=parts.cos_sin.shape[0], blocks=parts.k_caches[0].shape[0], block_size=parts.k_caches[0].shape[2],
-            block_bytes=block_bytes(parts.k_caches[0]), eps=parts.eps, scale=parts.scale, embedding_rows=parts.embedding.shape[0], embedding=parts.embedding.data_ptr(), final_norm=self._wide(parts.final_norm),
+            table_rows=parts.cos_sin.shape[0], eps=parts.eps, scale=parts.scale, embedding_rows=parts.embedding.shape[0], embedding=parts.embedding.data_ptr(), final_norm=self._wide(parts.final_norm),
             cos_sin=parts.cos_sin.data_ptr(), layers=self._layers,
         )  # fmt: skip
         self._describe(self._program, "lm_head", parts.lm_head)
+        for target, k_cache, v_cache, scales in zip(self._layers, parts.k_caches, parts.v_caches, parts.scales, strict=True):
+            describe(self._program, target, k_cache, v_cache, scales)
 
     def _describe(self, target: ctypes.Structure, name: str, linear: PackedLinear | PackedGated) -> None:
         assert linear.packed is not None, "weights were packed before the library was loaded"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from penstock.kernels.attention.layout import Scales
 from penstock.kernels.linear import PackedGated, PackedLinear
 
 
@@ -30,7 +31,8 @@ class DecoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class DecoderParts:
-    """A model bound to its caches. embedding [V, H]; final_norm [H]; cos_sin [P, r] float32; one K and one V cache a layer."""
+    """A model bound to its caches. embedding [V, H]; final_norm [H]; cos_sin [P, r] float32; one K and one V cache a layer,
+    and, where they hold codes, the scales of each."""
 
     embedding: Tensor
     layers: list[DecoderLayer]
@@ -44,3 +46,4 @@ class DecoderParts:
     cos_sin: Tensor
     k_caches: list[Tensor]
     v_caches: list[Tensor]
+    scales: list[Scales | None]

@@ -31,13 +31,13 @@ def hidden_states(
 ) -> Tensor:
     """Normalised last hidden states [L, H] of token rows `rows`."""
     x = embedding(tokens, parts.embedding)
-    for layer, k_cache, v_cache in zip(parts.layers, parts.k_caches, parts.v_caches, strict=True):
+    for layer, k_cache, v_cache, scales in zip(parts.layers, parts.k_caches, parts.v_caches, parts.scales, strict=True):
         qkv = layer.qkv(rms_norm(x, layer.attn_norm, parts.eps))
         q = rope_and_cache(
             qkv, positions, parts.cos_sin, k_cache, v_cache, slots, parts.num_heads, parts.num_kv_heads,
-            layer.q_norm, layer.k_norm, parts.eps,
+            layer.q_norm, layer.k_norm, parts.eps, None, scales,
         )  # fmt: skip
-        attended = paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, parts.scale, layer.window)
+        attended = paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, parts.scale, layer.window, None, scales)
         x = x + layer.o(attended.view(tokens.shape[0], -1))
         x = x + layer.down(layer.gate_up(rms_norm(x, layer.mlp_norm, parts.eps)))
     return rms_norm(x[rows.long()].contiguous(), parts.final_norm, parts.eps)

@@ -4,24 +4,29 @@
  * are taken in tiles of 64 at absolute positions 0, 64, 128...; the running maximum and sum (online softmax: Milakov and Gimelshein 2018,
  * arXiv:1805.02867; tiling: Dao et al. 2022, arXiv:2205.14135) are updated tile by tile. A row's arithmetic depends on its own position only:
  * keys that it may not see weigh exactly 0, tiles without visible keys leave it untouched, slots that nobody wrote are never read as values.
+ * A cache of codes (kv.h) is read by the same loop: a key's scale multiplies its scores, a value's scale its weights, after the sum of the weights.
  * What it does not know: how keys came into the cache.
  */
 #ifndef PENSTOCK_ATTENTION_H
 #define PENSTOCK_ATTENTION_H
 
-#include "panel.h"
+#include "kv.h"
 #include "rows.h"
 
 #define KEY_TILE 64
 #define ROW_TILE 48 /* (query, head) rows of a unit */
 #define DIM_MAX 512
+#define KV_REGISTERS (4 * MR) /* rows of a unit that widen codes in registers; for more, scratch memory */
+#define KV_AHEAD 2            /* tiles of codes that are fetched ahead */
 
 typedef struct {
     const void *q; /* [T][ldq], element type q_bf16; head h at h * dim */
     void *out;     /* [T][ldo], element type out_bf16 */
     long ldq, ldo;
     int q_bf16, out_bf16, cache_bf16, round;
+    int kv_format; /* of codes, or 0: then elements are as cache_bf16 says */
     const char *k_cache, *v_cache; /* [kv_heads][block_size * dim] every block_bytes */
+    const char *k_scales, *v_scales; /* of codes: [kv_heads][block_size] bfloat16 every block_bytes */
     const int32_t *tables, *q_start, *kv_len;
     long table_width, sequences, heads, kv_heads, dim, block_size, block_bytes, window;
     float scale;
@@ -93,15 +98,28 @@ INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, 
     for (long d = 0; d < dim; d += VL) vstore(o + d, vload(o + d) * keep);
 }
 
-static void attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
+/* The bfloat16 scales of `groups` times 16 keys, as float32 times `unit`. */
+INLINE void load_scales(const char *const *group, long groups, float unit, float *to) {
+    for (long g = 0; g < groups; g++)
+        for (long j = 0; j < 16; j += VL) vstore(to + g * 16 + j, vload_as(group[g], j, 1) * unit);
+}
+
+/* Times a factor a column, `lanes` of them. */
+INLINE void scale_rows(float *s, long rows, long lanes, const float *by) {
+    for (long r = 0; r < rows; r++)
+        for (long j = 0; j < lanes; j += VL) vstore(s + r * KEY_TILE + j, vload(s + r * KEY_TILE + j) * vload(by + j));
+}
+
+/* `coded` is a constant. wide [KEY_TILE * DIM_MAX]: scratch memory, needed for codes alone. */
+INLINE void attention_rows_of(const int coded, const attention *a, long s, long kv_head, long run, long first, long count, float *wide) {
     _Alignas(64) float q[ROW_TILE * DIM_MAX], o[ROW_TILE * DIM_MAX], score[ROW_TILE * KEY_TILE];
     float maximum[ROW_TILE], sum[ROW_TILE];
-    const long dim = a->dim, group = a->heads / a->kv_heads, size = a->cache_bf16 ? 2 : 4;
+    const long dim = a->dim, group = a->heads / a->kv_heads, size = coded ? 1 : a->cache_bf16 ? 2 : 4;
     const long head0 = kv_head * group + run * a->heads_per, heads = MIN(a->heads_per, group - run * a->heads_per);
     const long row0 = a->q_start[s] + first, rows = count * heads;
     const long length = a->kv_len[s], position0 = length - (a->q_start[s + 1] - a->q_start[s]) + first;
     const int32_t *table = a->tables + s * a->table_width;
-    const float scale = a->scale * 1.44269504088896341f;
+    const float lift = coded ? KV_LIFT(a->kv_format) : 1.0f, scale = a->scale * 1.44269504088896341f * lift;
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, from = (row0 + i) * a->ldq + (head0 + h) * dim;
@@ -116,6 +134,10 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
     const long start = a->window > 0 ? MAX(position0 - a->window + 1, 0) / KEY_TILE * KEY_TILE : 0;
     const long blocks = (rows + MR - 1) / MR, dim_panels = dim / PW;
     const char *k_group[KEY_TILE / 16], *v_group[KEY_TILE / 16], *b[KEY_TILE / 16 * NP_MAX];
+    const char *k_scale[KEY_TILE / 16], *v_scale[KEY_TILE / 16];
+    float scales[KEY_TILE];
+    const float unit = KV_UNIT(a->kv_format);
+    const int widened = coded && rows > KV_REGISTERS;
     for (long tile = start; tile < last; tile += KEY_TILE) {
         const long keys = MIN(KEY_TILE, last - tile), groups = (keys + 15) / 16;
         for (long g = 0; g < groups; g++) {
@@ -123,15 +145,31 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
             long at = block * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
             k_group[g] = a->k_cache + at;
             v_group[g] = a->v_cache + at;
+            if (coded) {
+                at = block * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * 2;
+                k_scale[g] = a->k_scales + at;
+                v_scale[g] = a->v_scales + at;
+            }
         }
-        if (rows <= MR) /* decode reads every block once: have the next tile's on the way */
-            for (long key = tile + KEY_TILE; key < MIN(tile + 2 * KEY_TILE, last); key += 16) {
+        if (rows <= (coded ? 16 : MR)) /* decode reads every block once: have the next tile's on the way */
+            for (long key = tile + (coded ? KV_AHEAD : 1) * KEY_TILE; key < MIN(tile + (coded ? KV_AHEAD + 1 : 2) * KEY_TILE, last); key += 16) {
                 long at = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
+                if (coded) {
+                    long scale = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * 2;
+                    __builtin_prefetch(a->k_scales + scale, 0, 2);
+                    __builtin_prefetch(a->v_scales + scale, 0, 2);
+                }
                 for (long line = 0; line < 16 * dim * size; line += 64) {
                     __builtin_prefetch(a->k_cache + at + line, 0, 2);
                     __builtin_prefetch(a->v_cache + at + line, 0, 2);
                 }
             }
+        if (widened)
+            for (long g = 0; g < groups; g++) {
+                kv_widen(a->kv_format, k_group[g], dim, wide + g * dim * PW);
+                k_group[g] = (const char *)(wide + g * dim * PW);
+            }
+        const int codes = coded && !widened;
         long row = 0;
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
@@ -142,28 +180,42 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
                     .a = q + row * dim, .lda = dim, .b = b, .segments = 1, .seg_k = dim, .last_k = dim,
                     .c = score + row * KEY_TILE + g * 16, .ldc = KEY_TILE, .add = 0,
                 };
-                tile_of(mr, np, a->cache_bf16)(&t);
+                (codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
                 g += np;
             }
             row += mr;
+        }
+        if (coded) {
+            load_scales(k_scale, groups, unit, scales);
+            scale_rows(score, rows, groups * 16, scales);
         }
         for (long r = 0; r < rows; r++) {
             long position = position0 + r / heads;
             long lo = a->window > 0 ? position - a->window + 1 - tile : 0, hi = position + 1 - tile;
             softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r, o + r * dim, dim);
         }
+        if (coded) {
+            load_scales(v_scale, groups, lift, scales);
+            scale_rows(score, rows, groups * 16, scales);
+        }
+        if (widened)
+            for (long g = 0; g < groups; g++) {
+                kv_widen(a->kv_format, v_group[g], dim, wide + g * dim * PW);
+                v_group[g] = (const char *)(wide + g * dim * PW);
+            }
+        const long panel_bytes = 256 * (widened ? 4 : size);
         row = 0;
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
             for (long d = 0; d < dim_panels;) {
                 int np = tile_width(mr, dim_panels - d);
                 for (long g = 0; g < groups; g++)
-                    for (int j = 0; j < np; j++) b[g * np + j] = v_group[g] + (d + j) * 256 * size;
+                    for (int j = 0; j < np; j++) b[g * np + j] = v_group[g] + (d + j) * panel_bytes;
                 tile_args t = {
                     .a = score + row * KEY_TILE, .lda = KEY_TILE, .b = b, .segments = groups, .seg_k = 16, .last_k = keys - (groups - 1) * 16,
                     .c = o + row * dim + d * PW, .ldc = dim, .add = 1,
                 };
-                tile_of(mr, np, a->cache_bf16)(&t);
+                (codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
                 d += np;
             }
             row += mr;
@@ -172,7 +224,7 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, to = (row0 + i) * a->ldo + (head0 + h) * dim;
-            float inv = 1.0f / sum[r];
+            float inv = coded ? unit / sum[r] : 1.0f / sum[r];
             for (long d = 0; d < dim; d += VL) {
                 vf v = vrounded(vload(o + r * dim + d) * inv, a->round);
                 if (a->out_bf16)
@@ -181,6 +233,14 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
                     vstore((float *)a->out + to + d, v);
             }
         }
+}
+
+static void attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
+    attention_rows_of(0, a, s, kv_head, run, first, count, 0);
+}
+static void attention_rows_coded(const attention *a, long s, long kv_head, long run, long first, long count) {
+    _Alignas(64) float wide[KEY_TILE * DIM_MAX];
+    attention_rows_of(1, a, s, kv_head, run, first, count, wide);
 }
 
 static void attention_unit(const void *job, long unit) {
@@ -197,7 +257,7 @@ static void attention_unit(const void *job, long unit) {
         first = (tiles - 1 - (index - a->unit_start[s])) * a->queries_per; /* the longest first */
     }
     long rows = a->q_start[s + 1] - a->q_start[s];
-    attention_rows(a, s, head, run, first, MIN(a->queries_per, rows - first));
+    (a->kv_format ? attention_rows_coded : attention_rows)(a, s, head, run, first, MIN(a->queries_per, rows - first));
 }
 
 #endif

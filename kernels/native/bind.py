@@ -39,7 +39,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         ("qkv", Weight), ("o", Weight), ("gate_up", Weight), ("down", Weight), ("attn_norm", c_void_p), ("mlp_norm", c_void_p),
-        ("q_norm", c_void_p), ("k_norm", c_void_p), ("k_cache", c_void_p), ("v_cache", c_void_p), ("window", c_int64),
+        ("q_norm", c_void_p), ("k_norm", c_void_p), ("k_cache", c_void_p), ("v_cache", c_void_p), ("k_scales", c_void_p), ("v_scales", c_void_p),
+        ("window", c_int64), ("k_fixed", c_double), ("v_fixed", c_double),
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ class Program(ctypes.Structure):
     _fields_ = (
         ("layers_count", c_int64), ("hidden", c_int64), ("heads", c_int64), ("kv_heads", c_int64), ("dim", c_int64), ("inter", c_int64),
         ("vocab", c_int64), ("bf16", c_int64), ("rotary", c_int64), ("table_rows", c_int64),
-        ("embedding_rows", c_int64), ("blocks", c_int64), ("block_size", c_int64), ("block_bytes", c_int64),
+        ("embedding_rows", c_int64), ("blocks", c_int64), ("block_size", c_int64), ("block_bytes", c_int64), ("kv_format", c_int64),
         ("eps", c_double), ("scale", c_double), ("embedding", c_void_p), ("final_norm", c_void_p), ("cos_sin", c_void_p),
         ("lm_head", Weight), ("layers", ctypes.POINTER(Layer)),
     )  # fmt: skip

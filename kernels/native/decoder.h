@@ -19,13 +19,15 @@
 typedef struct {
     weight qkv, o, gate_up, down;
     const float *attn_norm, *mlp_norm, *q_norm, *k_norm; /* float32; q_norm and k_norm may be NULL */
-    void *k_cache, *v_cache;
+    void *k_cache, *v_cache, *k_scales, *v_scales; /* scales: of caches of codes */
     int64_t window;
+    double k_fixed, v_fixed; /* of codes: the scale that every token gets, or 0 */
 } layer;
 
 typedef struct {
     int64_t layers_count, hidden, heads, kv_heads, dim, inter, vocab, bf16, rotary, table_rows, embedding_rows, blocks, block_size;
     int64_t block_bytes; /* from one block of a cache to the next */
+    int64_t kv_format;   /* of codes (codes.h), or 0: caches have the model's elements */
     double eps, scale;
     const void *embedding;
     const float *final_norm, *cos_sin;
@@ -120,6 +122,17 @@ static void rope_token(const program *p, const layer *l, float *qkv, int32_t pos
         rotate_head(x, table, p->rotary / 2, bf16);
     }
     if (slot < 0) return;
+    if (p->kv_format) {
+        for (long h = 0; h < p->kv_heads; h++) {
+            const long block = slot / p->block_size * p->block_bytes, codes = block + h * p->block_size * dim, scales = block + h * p->block_size * 2;
+            const kv_block to = {
+                .k = (char *)l->k_cache + codes, .v = (char *)l->v_cache + codes, .k_scales = (uint16_t *)((char *)l->k_scales + scales),
+                .v_scales = (uint16_t *)((char *)l->v_scales + scales), .k_fixed = (float)l->k_fixed, .v_fixed = (float)l->v_fixed,
+            };
+            write_codes((int)p->kv_format, &to, slot % p->block_size, qkv + (p->heads + h) * dim, qkv + (p->heads + p->kv_heads + h) * dim, dim);
+        }
+        return;
+    }
     for (long h = 0; h < p->kv_heads; h++) {
         long at = slot / p->block_size * p->block_bytes + h * p->block_size * dim * (bf16 ? 2 : 4);
         write_cache((char *)l->k_cache + at, (char *)l->v_cache + at, slot % p->block_size, qkv + (p->heads + h) * dim,
@@ -183,6 +196,8 @@ static void step_thread(const program *p, const step *s, const space *w, team te
         if (final && s->row_count == 0) return;
         attn.k_cache = l->k_cache;
         attn.v_cache = l->v_cache;
+        attn.k_scales = l->k_scales;
+        attn.v_scales = l->v_scales;
         attn.window = l->window;
         phase_run(&team, n++, attn_units, attention_unit, &attn, 0, 0);
         if (final) {
@@ -265,7 +280,8 @@ static int run_step(const program *p, const step *s) {
     attention attn = {
         .q = w.qkv, .ldq = w.ldq, .out = w.a, .ldo = w.lda, .cache_bf16 = (int)p->bf16, .round = (int)p->bf16, .tables = s->tables,
         .q_start = s->q_start, .kv_len = s->kv_len, .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads,
-        .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .block_bytes = p->block_bytes, .scale = (float)p->scale,
+        .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .block_bytes = p->block_bytes, .kv_format = (int)p->kv_format,
+        .scale = (float)p->scale,
     };
     long units = attention_plan(&attn, w.units);
     step_job job = {.p = p, .s = s, .w = &w, .attn = attn, .units = units};

@@ -142,7 +142,7 @@ static void roping_unit(const void *job, long token) {
     rope_token(p, j->l, row, j->positions[token], j->slots[token]);
     for (long i = 0; i < q; i++) store_as(j->out, token * q + i, row[i], (int)p->bf16);
 }
-/* 0, or 5 (positions), 6 (slots). Of p: heads, kv_heads, dim, bf16, rotary, table_rows, blocks, block_size, block_bytes, eps, cos_sin; of l: norms, caches. */
+/* 0, or 5 (positions), 6 (slots). Of p: heads, kv_heads, dim, bf16, rotary, table_rows, blocks, block_size, block_bytes, kv_format, eps, cos_sin; of l: norms, caches. */
 EXPORT int64_t ps_rope(const program *p, const layer *l, const void *qkv, const int32_t *positions, const int32_t *slots, int64_t tokens, void *out, int64_t threads) {
     if (!inside(positions, tokens, 0, p->table_rows)) return 5;
     if (!inside(slots, tokens, INT32_MIN, p->blocks * p->block_size)) return 6;
@@ -151,7 +151,7 @@ EXPORT int64_t ps_rope(const program *p, const layer *l, const void *qkv, const 
     return 0;
 }
 
-/* Codes as check_sequences. Of p: heads, kv_heads, dim, bf16, blocks, block_size, block_bytes, scale; of l: caches, window; of s: tables, counts, threads. */
+/* Codes as check_sequences. Of p: heads, kv_heads, dim, bf16, blocks, block_size, block_bytes, kv_format, scale; of l: caches, window; of s: tables, counts, threads. */
 EXPORT int64_t ps_attention(const program *p, const layer *l, const step *s, const void *q, void *out) {
     int wrong = check_sequences(s->q_start, s->kv_len, s->tables, s->sequences, s->table_width, s->token_count, p->blocks, p->block_size);
     if (wrong || s->token_count == 0) return wrong;
@@ -161,6 +161,7 @@ EXPORT int64_t ps_attention(const program *p, const layer *l, const step *s, con
         .round = bf16, .k_cache = l->k_cache, .v_cache = l->v_cache, .tables = s->tables, .q_start = s->q_start, .kv_len = s->kv_len,
         .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads, .kv_heads = p->kv_heads, .dim = p->dim,
         .block_size = p->block_size, .block_bytes = p->block_bytes, .window = l->window, .scale = (float)p->scale,
+        .kv_format = (int)p->kv_format, .k_scales = l->k_scales, .v_scales = l->v_scales,
     };
     int32_t *scratch = malloc((size_t)(s->sequences + 1) * sizeof *scratch);
     if (!scratch) return -1;

@@ -16,6 +16,14 @@ def _asm(body: str, outputs: int) -> str:
     return "{ .reg .b32 p, q, u, v, c; " + body.replace("$IN", f"${outputs}") + " }"
 
 
+def _eight(shift: int, mask: int, kind: str, power: int) -> str:
+    """For FP8: the sign stays where it is, the rest moves; then a multiplication with a power of two."""
+    body = f"mov.b32 c, {power}; "
+    for i, r in ((0, "p"), (1, "q")):
+        body += f"and.b32 u, {r}, 0x80008000; shr.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; mul.rn.{kind} ${i}, u, c; "
+    return _asm(_RAISED + body, 2)
+
+
 def _recipes() -> dict[tuple[str, bool], str]:
     """Instructions that widen four bytes, by (kind, whether to bfloat16)."""
     out = {}
@@ -40,21 +48,21 @@ def _recipes() -> dict[tuple[str, bool], str]:
         out["int8", wide] = _asm(_SPREAD + parts, 2)
         # sign, exponent and mantissa to their places; the exponents' bias by a multiplication with a power of two, which is exact
         shift, mask, power = (4, 0x07F007F0, 0x7B807B80) if wide else (1, 0x3F803F80, 0x5C005C00)
-        out["fp8_e4m3", wide] = _asm(
-            _RAISED
-            + f"mov.b32 c, {power}; "
-            + "".join(
-                f"and.b32 u, {r}, 0x80008000; shr.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; mul.rn.{kind} ${i}, u, c; "
-                for i, r in ((0, "p"), (1, "q"))
-            ),
-            2,
-        )
+        out["fp8_e4m3", wide] = _eight(shift, mask, kind, power)
+        out["fp8_e5m2", wide] = _eight(3, 0x0FE00FE0, kind, 0x77807780) if wide else _asm(_RAISED + "mov.b32 $0, p; mov.b32 $1, q;", 2)
         shift, mask, power = (6, 0x01C001C0, 0x7E807E80) if wide else (9, 0x0E000E00, 0x74007400)
         steps = ""
         for i, r, first in ((0, "p", ""), (1, "q", ""), (2, "p", "shr.b32 p, p, 4; "), (3, "q", "shr.b32 q, q, 4; ")):
             steps += first + f"shl.b32 u, {r}, 12; and.b32 u, u, 0x80008000; shl.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; "
             steps += f"mul.rn.{kind} ${i}, u, c; "
         out["fp4", wide] = _asm(_SPREAD + f"mov.b32 c, {power}; " + steps, 4)
+    # with fewer instructions, from Hopper on: one conversion of two numbers; 1024 + 128 + an integer by placing its bits
+    halves = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }"
+    out["fp8_e4m3, short", False], out["fp8_e5m2, short", False] = halves, out["fp8_e5m2", False]
+    placed = (
+        "xor.b32 u, $IN, 0x80808080; mov.b32 c, 0x64646464; prmt.b32 p, u, c, 0x4140; prmt.b32 q, u, c, 0x4342; mov.b32 c, 0x64806480; "
+    )
+    out["int8, short", False] = _asm(placed + "sub.rn.f16x2 $0, p, c; sub.rn.f16x2 $1, q, c;", 2)
     return out
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from penstock.kernels.attention.layout import write_kv
+from penstock.kernels.attention.layout import Scales, write_kv
 from penstock.kernels.rmsnorm.reference import rms_norm
 
 
@@ -40,6 +40,7 @@ def rope_and_cache(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Returns q [T, Hq, D]; writes K and V. Slots below 0 are not written."""
     tokens, dim = qkv.shape[0], k_cache.shape[3]
@@ -50,5 +51,5 @@ def rope_and_cache(
     if k_norm is not None:
         k = rms_norm(k, k_norm, eps)
     table = cos_sin[positions.long()]
-    write_kv(k_cache, v_cache, rotate(k, table), v, slots)
+    write_kv(k_cache, v_cache, rotate(k, table), v, slots, scales)
     return rotate(q, table).contiguous()

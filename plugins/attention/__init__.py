@@ -12,6 +12,7 @@ from penstock.core.contract.devices import ModelFacts
 from penstock.core.contract.hookspecs import AttentionSpec, hookimpl
 
 GROUP = 16
+EIGHT_BITS = ("fp8_e4m3", "fp8_e5m2", "int8")
 
 
 def _supports(facts: ModelFacts, dtype: str) -> str | None:
@@ -24,20 +25,20 @@ def _supports(facts: ModelFacts, dtype: str) -> str | None:
     return None
 
 
-def _native(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, **options: Any) -> Any:
+def _native(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, kv: str = "", **options: Any) -> Any:
     from penstock.plugins.attention.native import NativeAttention
 
-    return NativeAttention(facts, dtype, device, block_size)
+    return NativeAttention(facts, dtype, device, block_size, kv)
 
 
 def _torch_supports(facts: ModelFacts, dtype: str) -> str | None:
     return f"head_dim {facts.head_dim} is no multiple of {GROUP}" if facts.head_dim % GROUP else None
 
 
-def _torch(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, **options: Any) -> Any:
+def _torch(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, kv: str = "", **options: Any) -> Any:
     from penstock.plugins.attention.sdpa import TorchAttention
 
-    return TorchAttention(facts, dtype, device, block_size)
+    return TorchAttention(facts, dtype, device, block_size, kv)
 
 
 def _triton_supports(facts: ModelFacts, dtype: str) -> str | None:
@@ -48,10 +49,12 @@ def _triton_supports(facts: ModelFacts, dtype: str) -> str | None:
     return None
 
 
-def _triton(*, facts: ModelFacts, dtype: Any, device: Any, block_size: int, max_rows: int, deterministic: bool, **options: Any) -> Any:
+def _triton(
+    *, facts: ModelFacts, dtype: Any, device: Any, block_size: int, max_rows: int, deterministic: bool, kv: str = "", **options: Any
+) -> Any:
     from penstock.plugins.attention.triton import TritonAttention
 
-    return TritonAttention(facts, dtype, device, block_size, max_rows=max_rows, deterministic=deterministic)
+    return TritonAttention(facts, dtype, device, block_size, max_rows=max_rows, deterministic=deterministic, kv=kv)
 
 
 @hookimpl
@@ -66,6 +69,7 @@ def register_attention_backends() -> list[AttentionSpec]:
             supports=_supports,
             factory=_native,
             priority=10,
+            kv_dtypes=EIGHT_BITS,
         ),
         AttentionSpec(
             name="torch",
@@ -74,6 +78,7 @@ def register_attention_backends() -> list[AttentionSpec]:
             devices=["cpu", "cuda"],
             supports=_torch_supports,
             factory=_torch,
+            kv_dtypes=EIGHT_BITS,
         ),
         AttentionSpec(
             name="triton",
@@ -83,5 +88,6 @@ def register_attention_backends() -> list[AttentionSpec]:
             supports=_triton_supports,
             factory=_triton,
             priority=10,
+            kv_dtypes=EIGHT_BITS,
         ),
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from penstock.kernels.attention import KV_LAYOUT, paged_attention
+from penstock.kernels.attention import KV_LAYOUT, Scales, paged_attention
 from penstock.kernels.rope import rope_and_cache
 from penstock.plugins.attention.pages import Cache, Pages
 from penstock.plugins.models.api import AttnCall, Columns
@@ -37,14 +37,21 @@ class NativeAttention(Pages):
     ) -> Tensor:
         """See Attention."""
         at = (columns.positions, cos_sin, cache.k, cache.v, columns.places)
-        return rope_and_cache(qkv, *at, self.heads, self.kv_heads, q_norm, k_norm, eps)
+        return rope_and_cache(qkv, *at, self.heads, self.kv_heads, q_norm, k_norm, eps, scales=self.scales(cache))
 
     def attend(self, q: Tensor, qkv: Tensor, cache: Cache, columns: Columns, call: AttnCall) -> Tensor:
         """See Attention."""
         if call.softcap or call.sinks is not None:
             raise ValueError("the native attention has neither soft-caps nor sinks: use --attention-backend torch")
         tables = columns.block_tables()
-        return paged_attention(q, cache.k, cache.v, tables, columns.q_start, columns.kv_len, call.scale, call.window)
+        at = (tables, columns.q_start, columns.kv_len, call.scale, call.window)
+        return paged_attention(q, cache.k, cache.v, *at, scales=self.scales(cache))
+
+    def scales(self, cache: Cache) -> Scales | None:
+        """As the kernels want them; None where pages hold the model's elements."""
+        if cache.k_scale is None or cache.v_scale is None:
+            return None
+        return Scales(self.kv, cache.k_scale, cache.v_scale, cache.fixed)
 
     def seam(self, longest: int) -> int:
         """Sums never begin anew."""

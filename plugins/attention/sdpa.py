@@ -1,7 +1,7 @@
 """Attention by torch alone, on any device: rows of keys gathered from the pages, one sequence at a time.
 
 What it is: a second opinion on everything that the kernels do between the projection and the output, and what runs where they do not. Pages hold
-[Hkv, block_size, D] row by row. It looks at lengths, so it cannot be captured.
+[Hkv, block_size, D] row by row. A cache in 8 bits is read as float32, and attention computed so. It looks at lengths, so it cannot be captured.
 What it does not know: models, slots.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from penstock.kernels.attention.codes import decode, encode
 from penstock.kernels.rmsnorm.reference import rms_norm
 from penstock.kernels.rope.reference import rotate
 from penstock.plugins.attention.pages import Cache, Pages
@@ -47,8 +48,15 @@ class TorchAttention(Pages):
         angles = cos_sin[columns.positions.long()]
         keep = columns.places >= 0
         where = columns.places[keep].long()
-        cache.k[where // size, :, where % size] = rotate(k, angles)[keep]
-        cache.v[where // size, :, where % size] = v[keep]
+        keys, values = rotate(k, angles)[keep], v[keep]
+        if self.kv:
+            assert cache.k_scale is not None
+            assert cache.v_scale is not None
+            fixed = cache.fixed or (None, None)
+            keys, cache.k_scale[where // size, :, where % size] = encode(keys, self.kv, fixed[0])
+            values, cache.v_scale[where // size, :, where % size] = encode(values, self.kv, fixed[1])
+        cache.k[where // size, :, where % size] = keys
+        cache.v[where // size, :, where % size] = values
         return rotate(q, angles).contiguous()
 
     def attend(self, q: Tensor, qkv: Tensor, cache: Cache, columns: Columns, call: AttnCall) -> Tensor:
@@ -62,13 +70,18 @@ class TorchAttention(Pages):
                 continue
             at = torch.arange(length, device=q.device)
             block = tables[row].long()[at // size]
-            keys = cache.k[block, :, at % size].transpose(0, 1)[None]
-            values = cache.v[block, :, at % size].transpose(0, 1)[None]
+            keys, values = cache.k[block, :, at % size], cache.v[block, :, at % size]
+            if self.kv:
+                assert cache.k_scale is not None
+                assert cache.v_scale is not None
+                keys = decode(keys, cache.k_scale[block, :, at % size], self.kv, torch.float32)
+                values = decode(values, cache.v_scale[block, :, at % size], self.kv, torch.float32)
+            keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
             position = torch.arange(length - (last - first), length, device=q.device)[:, None]
             seen = at[None] <= position
             if call.window > 0:
                 seen &= at[None] > position - call.window
-            attended = _attend(q[first:last].transpose(0, 1)[None], keys, values, seen, call)
+            attended = _attend(q[first:last].to(keys.dtype).transpose(0, 1)[None], keys, values, seen, call)
             out[first:last] = attended[0].transpose(0, 1)
         return out
 

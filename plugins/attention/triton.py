@@ -7,32 +7,52 @@ What it does not know: models, slots' owners, graphs, steps.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from penstock.core.contract.devices import ModelFacts
+from penstock.kernels.attention import coded
 from penstock.kernels.attention import triton as attention
 from penstock.kernels.rope.triton import rope_and_cache
 from penstock.kernels.slots import triton as slot_state
-from penstock.plugins.attention.pages import Cache, Pages
+from penstock.plugins.attention.pages import Pages
 from penstock.plugins.models.api import AttnCall, Columns
 
 Tensor = torch.Tensor
+
+
+class Coded(NamedTuple):
+    """One layer's: a Cache with what the kernels want to know of its codes, if it has any."""
+
+    k: Tensor
+    v: Tensor
+    codes: coded.Codes | None
+    fixed: tuple[float, float] | None
 
 
 class TritonAttention(Pages):
     """See Attention."""
 
     name = "triton"
-    kv_layout = attention.KV_LAYOUT
     capturable = True
 
     def __init__(
-        self, facts: ModelFacts, dtype: torch.dtype, device: torch.device, block_size: int, *, max_rows: int, deterministic: bool = False
+        self,
+        facts: ModelFacts,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+        *,
+        max_rows: int,
+        deterministic: bool = False,
+        kv: str = "",
     ) -> None:
         """`max_rows`: of a decode step, padding included."""
-        super().__init__(facts, dtype, device, block_size)
+        super().__init__(facts, dtype, device, block_size, kv)
+        self.kv_layout = coded.KV_LAYOUT if kv else attention.KV_LAYOUT
         self.deterministic = deterministic
-        elements = attention.workspace_elements(max_rows, self.heads, self.dim, deterministic=deterministic)
+        elements = attention.workspace_elements(max_rows, self.heads, self.dim, deterministic=deterministic, codes=bool(kv))
         self._workspace = torch.empty(elements, dtype=torch.float32, device=device)
         self._arrivals = torch.zeros(max_rows * self.heads, dtype=torch.int32, device=device)
         self.workspace_bytes = self._workspace.nbytes
@@ -40,6 +60,14 @@ class TritonAttention(Pages):
     def seam(self, longest: int) -> int:
         """See Attention."""
         return attention.segment_of(longest) if self.deterministic else 0
+
+    def caches(self, pool: Tensor) -> list[Any]:
+        """See Attention."""
+        plain = super().caches(pool)
+        return [
+            Coded(cache.k, cache.v, None if cache.k_scale is None else coded.codes_of(self.kv, cache.k_scale), cache.fixed)
+            for cache in plain
+        ]
 
     def copy(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
         """See Attention."""
@@ -51,7 +79,7 @@ class TritonAttention(Pages):
         qkv: Tensor,
         columns: Columns,
         cos_sin: Tensor,
-        cache: Cache,
+        cache: Coded,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
@@ -59,7 +87,7 @@ class TritonAttention(Pages):
         """See Attention. Outside deterministic mode a prefill's rotated keys also replace those in `qkv`, where `attend` reads them."""
         kept = self._own(qkv)[0] if self._reads_own(columns) else None
         at = (columns.positions, cos_sin, cache.k, cache.v, columns.places, self.heads, self.kv_heads)
-        return rope_and_cache(qkv, *at, q_norm=q_norm, k_norm=k_norm, eps=eps, k_out=kept)
+        return rope_and_cache(qkv, *at, q_norm=q_norm, k_norm=k_norm, eps=eps, k_out=kept, codes=cache.codes, fixed=cache.fixed)
 
     def _reads_own(self, columns: Columns) -> bool:
         """Whether this step's keys are read from its projection: faster than through the pages, but bits then depend on how a prompt was cut."""
@@ -70,7 +98,7 @@ class TritonAttention(Pages):
         parts = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, -1)
         return parts[:, self.heads : self.heads + self.kv_heads], parts[:, self.heads + self.kv_heads :]
 
-    def attend(self, q: Tensor, qkv: Tensor, cache: Cache, columns: Columns, call: AttnCall) -> Tensor:
+    def attend(self, q: Tensor, qkv: Tensor, cache: Coded, columns: Columns, call: AttnCall) -> Tensor:
         """See Attention."""
         new_k, new_v = self._own(qkv) if self._reads_own(columns) else (None, None)
         return attention.paged_attention(
@@ -91,4 +119,5 @@ class TritonAttention(Pages):
             deterministic=self.deterministic,
             new_k=new_k,
             new_v=new_v,
+            codes=cache.codes,
         )

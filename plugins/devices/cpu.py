@@ -15,6 +15,8 @@ import torch
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
 from penstock.core.protocol.errors import ConfigError
 from penstock.kernels import native
+from penstock.kernels.attention.codes import KINDS
+from penstock.plugins.attention.pages import token_bytes
 from penstock.plugins.devices import host_limits
 from penstock.plugins.devices.host_ops import HostOps
 from penstock.plugins.devices.lane import HostLane
@@ -39,6 +41,7 @@ class CpuDevice:
         depth=2,
         synchronous=True,
         dtypes=list(DTYPES),
+        kv_dtypes=KINDS,
         deterministic=True,
         masks=True,
         writes=True,
@@ -51,7 +54,7 @@ class CpuDevice:
         choice = choose(config, "cpu", DTYPES, other="bfloat16")
         facts, dtype = choice.facts, choice.dtype
         set_threads(config.threads)
-        num_blocks, max_len, note = size_cache(config, facts, dtype)
+        num_blocks, max_len, note = size_cache(config, facts, dtype, choice.kv.kind)
         if note:
             progress(note, 0.0)
         lane = HostLane(direct=True)
@@ -66,6 +69,7 @@ class CpuDevice:
             max_len,
             config.quantization,
             sorted(choice.raw.items()),
+            choice.kv,
         )
         try:
             runner = DeviceRunner(
@@ -84,9 +88,10 @@ class CpuDevice:
                 fingerprint=fingerprint(*parts, checkpoint),
                 graphs=False,
                 depth=self.capabilities.depth,
+                kv_dtype=choice.kv_name,
             )
         except (RuntimeError, MemoryError):  # torch: "can't allocate memory"
-            raise too_big(config, num_blocks, block_bytes_of(config, facts, dtype)) from None
+            raise too_big(config, num_blocks, block_bytes_of(config, facts, dtype, choice.kv.kind)) from None
         runner.memory = memory_table(model.weights_bytes, runner.state_bytes, runner.pool_bytes)
         progress("loaded", 1.0)
         return runner
@@ -99,12 +104,12 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> tuple[int, int, str]:
+def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype, kv: str = "") -> tuple[int, int, str]:
     """(blocks, longest sequence, note for the operator or ""). Raises ConfigError naming the flag that cannot be met."""
     size = config.block_size
     if size % 16:
         raise ConfigError(f"--block-size {size}: the CPU's cache layout needs a multiple of 16.", param="block_size")
-    block_bytes = block_bytes_of(config, facts, dtype)
+    block_bytes = block_bytes_of(config, facts, dtype, kv)
     limit = config.kv_cache_memory_bytes or min(DEFAULT_KV_BYTES, host_limits.memory_bytes() // 2)
     blocks = config.num_gpu_blocks_override or limit // block_bytes
     if blocks < 1:
@@ -131,8 +136,8 @@ def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> t
     return blocks, room, f"max_model_len reduced from {own} to {room}: all that the KV cache of {blocks} blocks holds"
 
 
-def block_bytes_of(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype) -> int:
-    return 2 * facts.num_layers * facts.num_kv_heads * config.block_size * facts.head_dim * dtype.itemsize
+def block_bytes_of(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype, kv: str = "") -> int:
+    return facts.num_layers * config.block_size * token_bytes(facts, dtype, kv)
 
 
 def too_big(config: RunnerConfig, blocks: int, block_bytes: int) -> ConfigError:

@@ -18,6 +18,7 @@ import torch
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, Runner, RunnerConfig
 from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
+from penstock.kernels.attention.codes import KINDS
 from penstock.plugins.devices import cpu
 from penstock.plugins.devices.lane import CudaLane, Lane
 from penstock.plugins.devices.loading import choose, fingerprint, load_model
@@ -48,6 +49,7 @@ class CudaDevice:
         name="cuda",
         depth=DEPTH,
         dtypes=list(DTYPES),
+        kv_dtypes=KINDS,
         deterministic=True,
         mixed_prefill_tokens=MIXED_PREFILL_TOKENS,
         bounded_steps=True,
@@ -100,7 +102,16 @@ def load(
     ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
     model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
-    parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, config.quantization, sorted(choice.raw.items()))
+    parts = (
+        name,
+        choice.dtype_name,
+        choice.attention.name,
+        max_len,
+        config.deterministic,
+        config.quantization,
+        sorted(choice.raw.items()),
+        choice.kv,
+    )
     capturable = ops.capturable and model.capturable and model.attention.capturable
     runner = DeviceRunner(
         facts=facts,
@@ -118,6 +129,7 @@ def load(
         fingerprint=fingerprint(*parts, checkpoint),
         graphs=not config.enforce_eager and (capturable or lane.device.type == "cpu"),
         depth=depth,
+        kv_dtype=choice.kv_name,
     )
     if capturable:
         progress("compiling kernels", 0.0)

@@ -101,6 +101,7 @@ class HostOps(TorchOps):
             k_caches=[cache.k for cache in caches],
             v_caches=[cache.v for cache in caches],
             scale=plain.blocks[0].call.scale,
+            scales=[model.attention.scales(cache) for cache in caches],
         )
         return WholeStep(whole)
 

@@ -27,6 +27,7 @@ from penstock.core.protocol.errors import ConfigError, PluginFault, UnsupportedF
 from penstock.plugins import attention as builtin_attention
 from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights
+from penstock.plugins.devices import kv_cache
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.quantising import quantizer_for, say_wide
 from penstock.plugins.models.api import Attention, Model, Quantizer
@@ -54,6 +55,13 @@ class Choice(NamedTuple):
     dtype: torch.dtype
     attention: AttentionSpec
     quantizer: Quantizer | None
+    kv: kv_cache.Wanted
+    """What the KV cache holds."""
+
+    @property
+    def kv_name(self) -> str:
+        """The word of --kv-cache-dtype for it."""
+        return self.kv.kind or self.dtype_name
 
 
 def choose(
@@ -70,11 +78,19 @@ def choose(
     raw, spec, facts = model_of(config)
     name = resolve_dtype(config.dtype, facts, dtypes, device, other)
     check(facts)
-    chosen = attention or choose_attention(config, facts, name, device)
+    kv = kv_cache.wanted(config, raw, name)
+    chosen = attention or choose_attention(config, facts, name, device, kv.kind if kv.asked else "")
+    if kv.kind and kv.kind not in chosen.kv_dtypes:
+        log.warning(
+            "config.json: its KV cache of %s has the model's dtype here, since attention backend %s keeps no other.", kv.kind, chosen.name
+        )
+        kv = kv_cache.Wanted("", False, False)
     quantizer = quantizer_for(config, raw, facts, device, functools.partial(blame, config, "quantizers"))
     if quantizer is not None:
         log.info("quantised weights: %s", quantizer.method)
-    return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer)
+    if kv.kind:
+        log.info("KV cache: %s", kv.kind)
+    return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer, kv)
 
 
 def load_model(
@@ -96,6 +112,7 @@ def load_model(
         block_size=config.block_size,
         max_rows=max_rows,
         deterministic=config.deterministic,
+        **({"kv": choice.kv.kind} if choice.kv.kind else {}),
     )
     check_attention(config, choice, attention)
     progress("loading weights", 0.0)
@@ -109,6 +126,18 @@ def load_model(
         **({} if device.type == "cpu" else {"device": device}),
     )
     taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
+    given = kv_cache.scales(taken, facts.num_layers, choice.kv)
+    if given is not None:
+        fix = getattr(attention, "fix_scales", None)
+        if fix is None:
+            raise blame(
+                config,
+                "attention_backends",
+                choice.attention.name,
+                "factory",
+                "returned an object without 'fix_scales', for a KV cache in 8 bits",
+            )
+        fix(given)
     builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer)
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
     say_wide(builder.wide, WHERE.get(device.type, device.type))
@@ -129,12 +158,16 @@ def resolve_dtype(wanted: str, facts: ModelFacts, dtypes: Mapping[str, torch.dty
     return name
 
 
-def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str, device: str) -> AttentionSpec:
-    """--attention-backend, or a plugin's choice, or the highest priority among those for the device that support the model."""
-    able, reasons = [], []
+def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str, device: str, kv: str = "") -> AttentionSpec:
+    """--attention-backend, or a plugin's choice, or the highest priority among those for the device that support the model and, if `kv` is not "", a KV cache
+    of that kind."""
+    able, reasons, kept = [], [], list[str]()
     for spec in attention_of(config).values():
         if device in spec.devices:
             reason = spec.supports(facts, dtype)
+            if reason is None and kv and kv not in spec.kv_dtypes:
+                reason = f"it keeps no KV cache of {kv}"
+                kept.append(spec.name)
             if reason is None:
                 able.append(spec)
             else:
@@ -149,6 +182,12 @@ def choose_attention(config: RunnerConfig, facts: ModelFacts, dtype: str, device
     if wanted in names:
         return able[names.index(wanted)]
     why = f" ({'; '.join(reasons)})" if reasons else ""
+    if wanted in kept or (wanted is None and kept):
+        raise ConfigError(
+            f"--kv-cache-dtype {kv}: attention backend {wanted or ', '.join(kept)} keeps keys and values in the model's dtype alone on"
+            f" {WHERE.get(device, device)}. Use {'--attention-backend ' + names[0] if names else '--kv-cache-dtype ' + dtype}.",
+            param="kv_cache_dtype",
+        )
     raise ConfigError(
         f"--attention-backend {wanted or 'auto'}: not usable for this model on {WHERE.get(device, device)}{why}. Usable: {', '.join(names) or 'none'}.",
         param="attention_backend",

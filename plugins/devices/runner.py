@@ -118,6 +118,7 @@ class DeviceRunner:
         fingerprint: str,
         graphs: bool,
         depth: int,
+        kv_dtype: str = "",
     ) -> None:
         """`num_blocks` may be small at first: `resize` brings the real cache."""
         self.facts = facts
@@ -129,7 +130,10 @@ class DeviceRunner:
         self.attention = model.attention.name
         self.deterministic = deterministic
         self.fingerprint = fingerprint
-        self.kv_layout = f"{model.attention.kv_layout}:{dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
+        self.kv_dtype = kv_dtype or dtype
+        self.kv_layout = (
+            f"{model.attention.kv_layout}:{self.kv_dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
+        )
         self.counters = Counters()
         self.timed = False
         """Whether StepDone's events are read for `counters` (benchmarks)."""

@@ -146,7 +146,10 @@ class Quantizer(Protocol):
 class Attention(Protocol):
     """An attention backend: keys and values of all layers in one pool of pages, a page a block of tokens.
 
-    `AttentionSpec.factory(facts=, dtype=, device=, block_size=, max_rows=, deterministic=)` gives one. What a page looks like inside is the backend's own:
+    `AttentionSpec.factory(facts=, dtype=, device=, block_size=, max_rows=, deterministic=)` gives one, with `kv=` besides for a cache of one of the spec's
+    kv_dtypes: keys and values are then kept in 8 bits with a scale a token and head (kernels/attention/codes.py says what they mean), and it has
+    `fix_scales(scales: list[tuple[float, float] | None])`, called once before serving if the checkpoint has scales of keys and values: a pair a layer, or None, in place of
+    those of tokens. What a page looks like inside is the backend's own:
     it alone writes and reads. Everything runs on the device's thread; where `capturable` nothing may wait for the device or look at a value.
     """
 

@@ -55,16 +55,17 @@ class CompressedTensors:
         form = fields.word("format", "dense", *FORMATS)
         groups = fields.inner("config_groups")
         named = groups.config if groups is not None else {}
-        if not named:
+        if (
+            not named and fields.config.get("kv_cache_scheme") is None
+        ):  # a checkpoint of wide weights may have scales for the KV cache alone
             raise CheckpointError("config.json: 'quantization_config.config_groups' names no group.", param="config_groups")
-        assert groups is not None
-        self._groups = [_group(groups.inner(name), name, form) for name in named]
+        self._groups = [] if groups is None else [_group(groups.inner(name), name, form) for name in named]
         self.method = f"compressed-tensors, {form}"
 
     def scheme(self, weights: Any, layer: str, rows: int, inputs: int) -> Scheme | None:
         """See Quantizer."""
         if makes_up(weights):
-            return None if layer == "lm_head" else _sized(self._groups[0].scheme, rows, inputs)
+            return None if layer == "lm_head" or not self._groups else _sized(self._groups[0].scheme, rows, inputs)
         if not has(weights, f"{layer}.weight_scale"):
             return None
         group = self._group_of(layer)

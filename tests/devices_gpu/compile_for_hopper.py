@@ -2,7 +2,7 @@
 not there, so that every kernel which serving needs is compiled and none can run; then has one ordinary step launched. Prints as JSON what was compiled, and
 for each launch its kernel and whether the thread that launches made its launcher.
 
-`compile_for_hopper.py CHECKPOINT [deterministic]`
+`compile_for_hopper.py CHECKPOINT [deterministic] [KV_CACHE_DTYPE]`
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class AbsentH200(DriverBase):  # type: ignore[misc]
         return None
 
 
-def main(folder: str, deterministic: bool) -> None:
+def main(folder: str, deterministic: bool, kv_cache_dtype: str) -> None:
     triton.runtime.driver.set_active(AbsentH200())
     gpu.device_key = lambda: "nvidia-h200"  # type: ignore[assignment]
     gpu.chained = lambda: {"PDL": True, "launch_pdl": True}  # type: ignore[assignment]
@@ -103,6 +103,7 @@ def main(folder: str, deterministic: bool) -> None:
         seed=0,
         threads=1,
         max_logprobs=20,
+        kv_cache_dtype=kv_cache_dtype,
     )
     runner = load(config, lambda phase, fraction: None, HostLane(), {"bfloat16": torch.bfloat16}, depth=2, attention=spec)
     untouched = not bool(runner.history.any()) and bool((runner.table == -1).all()) and not gpu.compiling()
@@ -113,4 +114,5 @@ def main(folder: str, deterministic: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] == ["deterministic"])
+    words = [word for word in sys.argv[2:] if word != "deterministic"]
+    main(sys.argv[1], "deterministic" in sys.argv[2:], words[0] if words else "auto")

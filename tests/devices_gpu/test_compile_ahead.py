@@ -23,6 +23,7 @@ EVERYWHERE = {"embedding:_gather", "rmsnorm:_norm", "rope:_rope", "sampling:_sur
 EVERYWHERE |= {"attention:_ragged", "attention:_split", "slots:_decode", "slots:_ragged", "slots:_write", "activation:_gated"}
 EVERYWHERE |= {"slots:_place", "slots:_set", "slots:_copy", "sampling:_penalise", "sampling:_clear", "sampling:_start", "sampling:_count"}
 FAST = EVERYWHERE | {"linear:_skinny"}
+CODED = FAST - {"attention:_split"} | {"attention.coded:split"}
 DETERMINISTIC = EVERYWHERE | {"linear:_invariant", "attention:_join"}
 
 
@@ -66,14 +67,16 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC)])
+@pytest.mark.parametrize(
+    ("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC), ("fp8_e4m3", CODED), ("deterministic int8", DETERMINISTIC)]
+)
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
     folder = make_folder("qwen3", torch.bfloat16, **shape)
     script = Path(__file__).with_name("compile_for_hopper.py")
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), *([mode] if mode else [])],
+        [sys.executable, str(script), str(folder), *mode.split()],
         env={**kept, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
@@ -87,5 +90,7 @@ def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_fold
     assert found["untouched"], "nothing ran"
     assert found["late"] == 0, "an ordinary step finds all its kernels compiled"
     assert found["built"] == sum(found["compiled"].values()), "and their launchers built"
-    assert {"_gather", "_norm", "_rope", "_split", "_survey", "_choose", "_write", "_decode"} <= {name for name, _ in found["launched"]}
+    assert {"_gather", "_norm", "_rope", "split" if wanted is CODED else "_split", "_survey", "_choose", "_write", "_decode"} <= {
+        name for name, _ in found["launched"]
+    }
     assert all(mine for _, mine in found["launched"]), "launchers that threads loaded at the same time may be each other's"

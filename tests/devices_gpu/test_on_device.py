@@ -102,6 +102,33 @@ def test_triton_equals_the_reference_table(family: str, name: str, make_folder: 
     assert sum(a.tokens == b.tokens for a, b in zip(plain, eager, strict=True)) >= 5
 
 
+@pytest.mark.parametrize(("kind", "bound"), [("fp8_e4m3", 0.15), ("fp8_e5m2", 0.3), ("int8", 0.05)])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_cache_in_eight_bits(kind: str, bound: float, name: str, make_folder: Make, on_device: Make) -> None:
+    """Whole, in chunks, from shared blocks and replayed, in graphs: log-probabilities of prompts close to a wide cache's; then the deterministic self-test."""
+    folder = make_folder("qwen3", getattr(torch, name), **SHAPE)
+    truth = some_jobs(9)
+    Driver(on_device(folder)).run(truth)
+    runner = on_device(folder, kv_cache_dtype=kind)
+    runner.warm_up(lambda phase: None)
+    assert runner.kv_layout.startswith(f"paged-codes-v1:{kind}:")
+    for options in (
+        Options(),
+        Options(chunk=lambda rng: rng.randint(1, 20), scatter=True, seed=1),
+        Options(share=True, preempt=0.2, seed=3),
+    ):
+        mine = some_jobs(9)
+        Driver(runner, options).run(mine)
+        drifts = [
+            abs(values[0] - b.prompt_logprobs[position][1][0])
+            for a, b in zip(mine, truth, strict=True)
+            for position, (_, values) in a.prompt_logprobs.items()
+        ]
+        assert sum(drifts) / len(drifts) < bound
+    assert runner.counters.replays > 0
+    on_device(folder, kv_cache_dtype=kind, deterministic=True).warm_up(lambda phase: None)
+
+
 def test_graphs_captured_while_nothing_runs_compute_the_same(make_folder: Make, on_device: Make) -> None:
     folder = make_folder("llama", torch.float16, **SHAPE)
     size = {"max_num_seqs": 24, "max_num_batched_tokens": 256}
@@ -228,13 +255,16 @@ def test_memory_is_accounted_for(config_for: Make) -> None:
     runner.close()
 
 
-@pytest.mark.parametrize(("shortest", "longest", "budget"), [(1, 90, 64), (900, 1900, 300)])
-def test_deterministic_answers_do_not_depend_on_neighbours(shortest: int, longest: int, budget: int) -> None:
+@pytest.mark.parametrize(
+    ("shortest", "longest", "budget", "kind"), [(1, 90, 64, "auto"), (900, 1900, 300, "auto"), (900, 1900, 300, "fp8")]
+)
+def test_deterministic_answers_do_not_depend_on_neighbours(shortest: int, longest: int, budget: int, kind: str) -> None:
     """Behind the start-up self-test: a request alone and in a crowd, through the whole engine at depth 2; long ones in several segments of keys."""
     rng = np.random.default_rng(3)
     prompts = [rng.integers(16, 4000, int(rng.integers(shortest, longest))).tolist() for _ in range(12)]
     params = [SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=12, ignore_eos=True, logprobs=1) for i in range(12)]
     options: dict[str, Any] = {"device": "cuda", "deterministic": True, "max_num_seqs": 8, "max_num_batched_tokens": budget}
+    options["kv_cache_dtype"] = kind
     with LLM(str(BROOK), kv_cache_memory_bytes=256 << 20, max_model_len=2048, **options) as llm:
         crowd = [out.outputs[0] for out in llm.generate(prompt_token_ids=prompts, sampling_params=params)]
         for i in (0, 3, 7):

@@ -49,15 +49,22 @@ def run(parts, **over):
     return jobs
 
 
-truth = run(reference)
-for found in (run(triton), run(triton, deterministic=True)):
+truth, coded, kv = run(reference), run(reference, kv_cache_dtype="fp8_e4m3"), {"kv_cache_dtype": "fp8_e4m3"}
+ways = (
+    (run(triton), truth, 0.02),
+    (run(triton, deterministic=True), truth, 0.02),
+    (run(triton, deterministic=True, **kv), coded, 0.05),
+    (run(triton, **kv), coded, 0.5),  # a step's own keys are read as they were computed
+)
+for found, truth, at in ways:
+    most = None if at == 0.02 else 1  # where numbers differ, ranks may
     for mine, theirs in zip(found, truth):
-        assert mine.tokens == theirs.tokens, (mine.tokens, theirs.tokens)
+        assert mine.tokens == theirs.tokens or at > 0.1, (mine.tokens, theirs.tokens)
         for a, b in zip(mine.logprobs, theirs.logprobs):
-            assert np.allclose(np.frombuffer(a, np.float32), np.frombuffer(b, np.float32), atol=0.02)
+            assert np.allclose(np.frombuffer(a, np.float32)[:most], np.frombuffer(b, np.float32)[:most], atol=at)
         for position, (ids, values) in mine.prompt_logprobs.items():
             assert ids[0] == theirs.prompt_logprobs[position][0][0]
-            assert np.allclose(values[:1], theirs.prompt_logprobs[position][1][:1], atol=0.02)
+            assert np.allclose(values[:1], theirs.prompt_logprobs[position][1][:1], atol=at)
 print("equal")
 """
 

@@ -1,4 +1,4 @@
-"""The decoder program: equal to the separate operations bit for bit, whatever shares the step, over wide and quantised weights."""
+"""The decoder program: equal to the separate operations bit for bit, whatever shares the step, over wide and quantised weights and caches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.argmax import argmax
+from penstock.kernels.attention import Scales
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram, reference
 from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
 from penstock.kernels.linear.scheme import Scheme, quantise
@@ -35,6 +36,8 @@ class Case:
     rotary: int = 32
     act: str = "silu"
     schemes: tuple[Scheme | None, ...] = (None, None, None, None, None)  # of qkv, o, gate and up, down, head
+    kv: str = ""  # of codes.KINDS
+    fixed: tuple[float, float] | None = None
 
 
 CASES = {
@@ -50,6 +53,9 @@ CASES = {
         rotary=16,
         schemes=(Scheme("int4", 32, 1, True), None, Scheme("nf4", 24), Scheme("fp8_e4m3", 48, 64), None),
     ),
+    "kv-int8": Case(kv="int8"),
+    "kv-e4m3": Case(kv="fp8_e4m3", qk_norm=True, heads=6, kv_heads=2, dim=16, rotary=16, windows=(40, 0)),
+    "kv-e5m2": Case(kv="fp8_e5m2", hidden=50, heads=3, kv_heads=1, dim=80, rotary=40, block=32, fixed=(0.01, 0.02)),
 }
 
 
@@ -83,16 +89,32 @@ def build(case: Case, dtype: torch.dtype, blocks: int = 24) -> DecoderProgram:
         )
         for index in range(case.layers)
     ]
-    pages = torch.full(
-        (blocks, case.layers, 2, case.kv_heads, case.block, case.dim), torch.nan, dtype=dtype
-    )  # as a pool: all layers' in a block
+    shape = (case.layers, 2, case.kv_heads, case.block, case.dim)  # as a pool: all layers' in a block
+    if case.kv:
+        codes = torch.Size(shape).numel()
+        pool = torch.full((blocks, codes + codes // case.dim * 2), 0xFF, dtype=torch.uint8)  # a NaN, whatever it is taken for
+        pages, of_pages = pool[:, :codes].view(-1, *shape), pool[:, codes:].view(torch.bfloat16).view(-1, *shape[:-1])
+        scales = [Scales(case.kv, of_pages[:, index, 0], of_pages[:, index, 1], case.fixed) for index in range(case.layers)]
+    else:
+        pages, scales = torch.full((blocks, *shape), torch.nan, dtype=dtype), []
     caches = [[pages[:, index, which] for index in range(case.layers)] for which in range(2)]
     angle = torch.rand(400, case.rotary // 2) * 6
     return DecoderProgram(
         embedding=rand(case.vocab, case.hidden, scale=1.0), layers=layers, final_norm=1 + rand(case.hidden), lm_head=linear(head, rand(case.vocab, case.hidden)),
         num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, eps=1e-5, cos_sin=torch.cat((angle.cos(), angle.sin()), 1),
-        k_caches=caches[0], v_caches=caches[1],
+        k_caches=caches[0], v_caches=caches[1], scales=scales,
     )  # fmt: skip
+
+
+def memory(program: DecoderProgram) -> list[Tensor]:
+    """Everything that a step may leave behind."""
+    parts = program.parts
+    return parts.k_caches + parts.v_caches + [tensor for scales in parts.scales if scales is not None for tensor in scales[1:3]]
+
+
+def poison(program: DecoderProgram) -> None:
+    for held in memory(program):
+        held.fill_(torch.nan if held.is_floating_point() else 0xFF)
 
 
 class Sequence:
@@ -134,14 +156,14 @@ def test_equals_the_separate_operations(dtype: torch.dtype, name: str) -> None:
     for parts in ([(a, 0, 66), (b, 0, 3)], [(a, 66, 67), (b, 3, 90), (c, 0, 12)], [(a, 67, 68)], [(a, 68, 69), (c, 11, 12)]):
         args = arguments(parts)
         logits, hidden, greedy = run(program, args)
-        cached = [cache.clone() for cache in program.parts.k_caches + program.parts.v_caches]
+        cached = [held.clone() for held in memory(program)]
         states = reference.hidden_states(program.parts, *args)
         assert torch.equal(hidden, states)
         assert torch.equal(logits, reference.logits(program.parts, states))
         assert torch.equal(greedy, argmax(logits))
         assert not torch.isnan(logits).any()
-        for cache, before in zip(program.parts.k_caches + program.parts.v_caches, cached, strict=True):
-            assert torch.equal(cache.nan_to_num(), before.nan_to_num())
+        for held, before in zip(memory(program), cached, strict=True):
+            assert torch.equal(held.nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.usefixtures("compiled")
@@ -154,8 +176,7 @@ def test_solo_batched_chunked_and_decoded_are_equal(dtype: torch.dtype, name: st
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for cuts in ([100], [1, 2, 3, 10, 64, 65, 99, 100], [50, *range(51, 101)]):
-            for cache in program.parts.k_caches + program.parts.v_caches:
-                cache.fill_(torch.nan)
+            poison(program)
             begin, other = 0, 0
             for end in cuts:
                 parts = [(a, begin, end)]
@@ -238,8 +259,7 @@ def test_a_step_without_results_still_writes_the_cache(dtype: torch.dtype) -> No
     program = build(CASES["llama"], dtype)
     a = Sequence(program, 40, list(range(24)))
     whole, _, _ = run(program, arguments([(a, 0, 40)], every=False))
-    for cache in program.parts.k_caches + program.parts.v_caches:
-        cache.fill_(torch.nan)
+    poison(program)
     args = arguments([(a, 0, 39)])
     args[-1] = i32([])
     run(program, args)

@@ -1,6 +1,7 @@
-"""Measures quantised weights on the cuda device: `python -m penstock.plugins.commands.bench.cuda_quantised OUT_FOLDER [word of --quantization | none ...]`.
+"""Measures quantised weights on the cuda device: `python -m penstock.plugins.commands.bench.cuda_quantised OUT_FOLDER [word of --quantization | none ...]`,
+each word with "/" and one of --kv-cache-dtype behind it if that is to be measured, too: `none/fp8_e4m3`.
 
-What it is: the 8B shape on dummy weights, once wide and once for each word, in one run: milliseconds a decode step at 1, 16 and 64 rows, an 8k prefill, the bytes of the
+What it is: the 8B shape on dummy weights, once wide and once for each word, in one run: milliseconds a decode step at 1, 16 and 64 rows, one at a long context, an 8k prefill, the bytes of the
 weights and their share of the measured copy bandwidth. Results go to quantised.json after each; a table is printed last.
 What it does not know: kernels one by one, quality.
 """
@@ -18,7 +19,8 @@ from typing import Any
 from penstock.plugins.commands.bench.cuda_bench import LLAMA_8B, ceilings, decode, fill, folder_of, load
 
 WORDS = ("none", "int8", "fp8", "int4", "mxfp4")
-CONTEXT = 1024
+CASES = ((1, 1024), (16, 1024), (64, 1024), (16, 8192))
+"""Rows of a decode step, and their context."""
 PREFILL = 8192
 
 
@@ -26,22 +28,24 @@ def measure(path: str, word: str, copy_tb_s: float) -> dict[str, Any]:
     """One scheme."""
     import torch
 
+    weight, _, kv = word.partition("/")
     runner, seconds, _ = load(
         path,
         load_format="dummy",
         max_num_seqs=64,
         max_model_len=2 * PREFILL,
         max_num_batched_tokens=PREFILL,
-        quantization=None if word == "none" else word,
+        quantization=None if weight == "none" else weight,
+        kv_cache_dtype=kv or "auto",
     )
     weights = int(runner.memory.weights)
     out: dict[str, Any] = {"load_and_warm_up_s": round(seconds, 1), "weights_gb": round(weights / 1e9, 3), "kv_blocks": runner.num_blocks}
     table = runner.facts.vocab_size * runner.facts.hidden_size * 2  # of which a step reads a row
-    for rows in (1, 16, 64):
-        fill(runner, rows, CONTEXT)
-        one = decode(runner, rows, CONTEXT, 100)
+    for rows, context in CASES:
+        fill(runner, rows, context)
+        one = decode(runner, rows, context, 100)
         one["roofline_share"] = round((weights - table) / copy_tb_s / 1e9 / one["ms_a_step"], 3)
-        out[f"rows_{rows}"] = one
+        out[f"rows_{rows}" if context == 1024 else f"rows_{rows}_context_{context}"] = one
     out["prefill_8k_ms"] = round(prefill(runner), 2)
     del runner
     gc.collect()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("w4a16", "w8a16", "int8", "fp8", "fp8-block", "mxfp4", "nf4")
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
+KV_KINDS = ("fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 ROUNDED_INPUTS = ("int8", "fp8", "fp8-block")
 CALIBRATION, REPORTED = "calibration.json", "builtin.json"
 """Built-in texts: none stands in both, so that a method is not measured on what it was fitted to."""
@@ -114,9 +115,12 @@ def quant() -> None:
 
 @quant.command()
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.option("--against", type=click.Path(exists=True, path_type=Path), help="The wide model. Not needed with --quantization.")
+@click.option("--against", type=click.Path(exists=True, path_type=Path), help="The wide model. Not needed with the next two.")
 @click.option(
     "--quantization", metavar="WORD", help="Measure MODEL, a wide one, as `serve --quantization WORD` would round it; no record is written."
+)
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(KV_KINDS), help="Measure MODEL as `serve` with this option would run it; no record is written."
 )
 @click.option("--text", "text", default="builtin", show_default=True, help="File of texts like your own (.txt, .json, .jsonl), or builtin.")
 @click.option(
@@ -131,6 +135,7 @@ def report(
     model: Path,
     against: Path | None,
     quantization: str | None,
+    kv_cache_dtype: str | None,
     text: str,
     max_tokens: int,
     max_texts: int | None,
@@ -140,8 +145,10 @@ def report(
     svg: Path | None,
 ) -> None:
     """Compare MODEL, a quantised one, with the wide model on texts, on the CPU; the figures are kept as quality.json beside it."""
-    if (against is None) == (quantization is None):
-        raise click.UsageError("Give the wide model with --against FULL; or, where MODEL is the wide one itself, --quantization WORD.")
+    if (against is not None and quantization is not None) or not (against or quantization or kv_cache_dtype):
+        raise click.UsageError(
+            "Give the wide model with --against FULL; or, where MODEL is the wide one itself, --quantization WORD or --kv-cache-dtype WORD."
+        )
     from rich.console import Console
 
     from penstock.core.protocol.quality import record_file, sealed
@@ -152,7 +159,8 @@ def report(
     full = model if against is None else _checkpoint(against)
     texts = _texts("--text", text, REPORTED)[:max_texts]
     encode = _encoder([folder for folder in (tokenizer, full, model, full.parent) if folder is not None])
-    ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full)
+    kv = "fp8_e4m3" if kv_cache_dtype == "fp8" else kv_cache_dtype or "auto"
+    ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full, kv_cache_dtype=kv)
     wide = comparing.Loaded(full, dtype=dtype, longest=max_tokens)
     prompts = _compared(ours, wide, texts, encode)
     found = comparing.summary(prompts)
@@ -160,14 +168,15 @@ def report(
     record = shown.record_of(ours.scheme, found, layers, prompts)
     if svg is not None:
         svg.write_text(shown.picture(ours.scheme, found, layers), encoding="utf-8")
-    if quantization is None:
+    recorded = quantization is None and kv_cache_dtype is None  # a record speaks of the weights of a folder
+    if recorded:
         record = sealed(record, model)
         _kept(record_file(model), record)
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
     shown.show(Console(width=None if sys.stdout.isatty() else 120), ours.scheme, found, layers, prompts)
-    if quantization is None:
+    if recorded:
         click.echo(f"Recorded in {record_file(model)}.")
 
 

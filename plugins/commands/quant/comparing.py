@@ -128,9 +128,10 @@ class Loaded:
         longest: int,
         against: Path | None = None,
         quantizer: Any = None,
+        kv_cache_dtype: str = "auto",
     ) -> None:
-        """`quantizer`: in place of the checkpoint's own. Raises ConfigError, CheckpointError or UnsupportedFeature."""
-        config = _config(path, quantization, dtype)
+        """`quantizer`: in place of the checkpoint's own; `kv_cache_dtype`: as in RunnerConfig. Raises ConfigError, CheckpointError or UnsupportedFeature."""
+        config = _config(path, quantization, dtype, kv_cache_dtype)
         choice = choose(config, "cpu", DTYPES, other="bfloat16")
         self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against), choice.facts.architecture)
         choice = choice._replace(quantizer=quantizer or self.watched)
@@ -138,6 +139,8 @@ class Loaded:
         self.longest = min(longest, choice.facts.max_position)
         self.vocab = choice.facts.vocab_size
         self.scheme = "wide" if self.watched is None else str(self.watched.method)
+        if kv_cache_dtype != "auto":
+            self.scheme += f", KV cache of {choice.kv_name}"
         self._ops = HostOps()
         self.model, _ = load_model(
             config, choice, self._ops, torch.device("cpu"), max_len=self.longest, max_rows=1, progress=lambda what, fraction: None
@@ -179,7 +182,7 @@ class Loaded:
         return self.model.step(self._ops, caches, columns)
 
 
-def _config(path: Path, quantization: str | None, dtype: str) -> RunnerConfig:
+def _config(path: Path, quantization: str | None, dtype: str, kv_cache_dtype: str) -> RunnerConfig:
     return RunnerConfig(
         model_path=str(path.absolute()),
         dtype=dtype,
@@ -198,6 +201,7 @@ def _config(path: Path, quantization: str | None, dtype: str) -> RunnerConfig:
         threads=None,
         max_logprobs=0,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         plugins=PluginHost("engine").load(),
     )
 
