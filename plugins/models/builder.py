@@ -175,7 +175,9 @@ class Builder:
     def _take(self, name: str, shape: tuple[int, ...], scheme: Scheme | None) -> Tensor:
         """As it is stored, or what is stored in a quantised form as the ordinary tensor that it means."""
         if scheme is None:
-            return self.weights.take(name, shape)
+            own = None if self._quantizer is None or len(shape) != 2 else getattr(self._quantizer, "wide", None)
+            value: Tensor | None = None if own is None else own(self.weights, name.removesuffix(".weight"), *shape)
+            return self.weights.take(name, shape) if value is None else value.to(self.dtype)
         return dequantise(self._read(name.removesuffix(".weight"), scheme, *shape), self.dtype)
 
     def _stacked(self, named: Sequence[tuple[str, tuple[int, ...]]], scheme: Scheme | None = None) -> Stacked:
