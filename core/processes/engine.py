@@ -65,6 +65,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
         threads=config.threads,
         max_logprobs=config.max_logprobs,
         quantization=config.quantization,
+        lm_head_quantization=config.lm_head_quantization,
         hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
         plugins=plugins,
     )

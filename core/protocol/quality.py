@@ -98,11 +98,13 @@ def _says_four(value: Any) -> bool:
 def gate(config: Config) -> str | None:
     """What to warn of, or None. Raises ConfigError where the gate is strict and the model (a path) has 4 bits and no record, or one past the bound."""
     word, most_kl, quantization = config.quality_gate, config.quality_max_kl, config.quantization
-    if word == "off" or config.model is None or not four_bits(model := Path(config.model), quantization):
+    head = config.lm_head_quantization
+    if word == "off" or config.model is None or not (four_bits(model := Path(config.model), quantization) or head in FOUR):
         return None
-    if quantization in FOUR and not four_bits(model, None):
+    if head in FOUR or (quantization in FOUR and not four_bits(model, None)):
+        option = f"--lm-head-quantization {head}" if head in FOUR else f"--quantization {quantization}"
         why = (
-            f"--quantization {quantization} rounds to 4 bits while loading, of which no record is kept. Write the quantised model with"
+            f"{option} rounds to 4 bits while loading, of which no record is kept. Write the quantised model with"
             f" `penstock quantize {model} --scheme w4a16 --out FOLDER`, measure it with `penstock quant report FOLDER --against {model} --text FILE`"
             " and serve FOLDER"
         )

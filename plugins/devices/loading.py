@@ -28,7 +28,7 @@ from penstock.plugins import attention as builtin_attention
 from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights
 from penstock.plugins.devices.ops import DeviceOps
-from penstock.plugins.devices.quantising import quantizer_for, say_wide
+from penstock.plugins.devices.quantising import quantizer_for, rounding_for, say_head, say_wide
 from penstock.plugins.models.api import Attention, Model, Quantizer
 from penstock.plugins.models.builder import Builder
 from penstock.plugins.models.config import architecture_of, check_model_type, read_config
@@ -54,6 +54,8 @@ class Choice(NamedTuple):
     dtype: torch.dtype
     attention: AttentionSpec
     quantizer: Quantizer | None
+    rounding: Quantizer | None = None
+    """Of the output head."""
 
 
 def choose(
@@ -71,10 +73,11 @@ def choose(
     name = resolve_dtype(config.dtype, facts, dtypes, device, other)
     check(facts)
     chosen = attention or choose_attention(config, facts, name, device)
-    quantizer = quantizer_for(config, raw, facts, device, functools.partial(blame, config, "quantizers"))
+    blamed = functools.partial(blame, config, "quantizers")
+    quantizer, rounding = quantizer_for(config, raw, facts, device, blamed), rounding_for(config, facts, device, blamed)
     if quantizer is not None:
         log.info("quantised weights: %s", quantizer.method)
-    return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer)
+    return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer, rounding)
 
 
 def load_model(
@@ -109,9 +112,10 @@ def load_model(
         **({} if device.type == "cpu" else {"device": device}),
     )
     taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
-    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer)
+    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer, choice.rounding)
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
     say_wide(builder.wide, WHERE.get(device.type, device.type))
+    say_head(config, builder.rounded, facts)
     for name in ("weights_bytes", "tables_bytes"):
         if type(getattr(model, name)) is not int:
             said = f"returned a model whose {name!r} is {getattr(model, name)!r:.60}, not a number of bytes"

@@ -65,10 +65,10 @@ def _gguf(*, method: str, config: dict[str, Any], **options: Any) -> Any:
     return Gguf(config)
 
 
-def _online(*, method: str, config: dict[str, Any], **options: Any) -> Any:
+def _online(*, method: str, config: dict[str, Any], head: bool = False, **options: Any) -> Any:
     from penstock.plugins.quantizers.online import Online
 
-    return Online(method)
+    return Online(method, head=head)
 
 
 @hookimpl

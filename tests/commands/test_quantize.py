@@ -10,12 +10,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from penstock.kernels.linear.scheme import dequantise
 from penstock.plugins.commands.quant import writing
-from penstock.plugins.commands.quant.command import nearest, quantize
-from penstock.plugins.commands.quant.forms import FORMATS
+from penstock.plugins.commands.quant.comparing import Loaded
+from penstock.plugins.commands.quant.command import quantize
+from penstock.plugins.commands.quant.forms import FORMATS, scheme_of
 from penstock.plugins.quantizers.compressed import CompressedTensors
 from penstock.plugins.weights.checkpoint import Checkpoint
 
@@ -94,7 +95,7 @@ def test_what_is_written_is_read_bit_for_bit(word: str, wide: Path, tmp_path: Pa
     assert len(found) == LAYERS * len(SHAPES)
     for layer, scheme in plan.schemes.items():
         weight = meant(wide, f"{layer}.weight")
-        assert torch.equal(found[layer], dequantise(nearest(word)(layer, weight, scheme)))
+        assert torch.equal(found[layer], dequantise(writing.nearest(plan)(layer, weight, scheme)))
         assert not torch.equal(found[layer], weight.float())
     weights = Checkpoint(out, torch.bfloat16)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -118,10 +119,57 @@ def test_transformers_reads_the_same_weights(word: str, wide: Path, tmp_path: Pa
         assert torch.equal(theirs[layer].weight.float(), ours.bfloat16().float()), layer
 
 
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("word", "head"), [("w4a16", "w4a16"), ("w4a16", "w8a16"), ("w4a16", "fp8"), ("int8", "int8")])
+def test_a_quantised_head_is_read_by_both(word: str, head: str, tied: bool, wide: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    source = "lm_head.weight"
+    if tied:
+        tensors, source = load_file(wide / "model.safetensors"), "model.embed_tokens.weight"
+        save_file(
+            {name: value for name, value in tensors.items() if name != "lm_head.weight"}, wide / "model.safetensors", {"format": "pt"}
+        )
+        config = json.loads((wide / "config.json").read_text())
+        (wide / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    out = tmp_path / "out"
+    assert asked(wide, "--scheme", word, "--lm-head", head, "--out", out).exit_code == 0
+    written = json.loads((out / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert "lm_head" not in written["quantization_config"]["ignore"]
+    weights, quantizer = Checkpoint(out, torch.float32), CompressedTensors(written["quantization_config"])
+    scheme = quantizer.scheme(weights, "lm_head", VOCAB, HIDDEN)
+    assert scheme is not None
+    assert scheme.kind == scheme_of(head, VOCAB, HIDDEN).kind
+    ours = dequantise(quantizer.read(weights, "lm_head", scheme, VOCAB, HIDDEN, torch.device("cpu")))
+    plan = writing.plan(writing.open_source(wide), word, (), head)
+    assert torch.equal(ours, dequantise(writing.nearest(plan)("lm_head", meant(wide, source), scheme_of(head, VOCAB, HIDDEN))))
+    assert torch.equal(weights.raw("model.embed_tokens.weight"), meant(wide, "model.embed_tokens.weight"))
+    if word == head:  # forms that differ transformers reads only without widening them
+        config = CompressedTensorsConfig(run_compressed=False)
+        model = AutoModelForCausalLM.from_pretrained(out, quantization_config=config, dtype=torch.bfloat16)
+        assert torch.equal(model.lm_head.weight.float(), ours.bfloat16().float())
+        assert torch.equal(model.model.embed_tokens.weight, meant(wide, "model.embed_tokens.weight"))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    tokens = list(range(1, 40))
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits[0].float()
+    logits = Loaded(out, longest=64).logits(tokens)(0, len(tokens))
+    assert float((logits - theirs).abs().mean() / theirs.std()) < 0.03  # of bfloat16, and of inputs that transformers rounds
+
+
+def test_a_head_that_does_not_fit_is_said(wide: Path, tmp_path: Path) -> None:
+    said = asked(wide, "--scheme", "w4a16", "--lm-head", "fp8-block", "--out", tmp_path / "out")
+    assert said.exit_code
+    assert "--lm-head fp8-block" in str(said.exception)
+
+
 def test_an_ended_run_goes_on_with_what_is_missing(wide: Path, tmp_path: Path) -> None:
     out, seen = tmp_path / "out", []
     plan = writing.plan(writing.open_source(wide), "w4a16")
-    rounded = nearest("w4a16")
+    rounded = writing.nearest(plan)
 
     class Ended(Exception):
         pass

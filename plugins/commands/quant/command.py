@@ -15,7 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from penstock.plugins.commands.quant.comparing import Loaded, Prompt
-    from penstock.plugins.commands.quant.writing import Plan, Round
+    from penstock.plugins.commands.quant.writing import Plan
 
 SCHEMES = ("w4a16", "w8a16", "int8", "fp8", "fp8-block", "mxfp4", "nf4")
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
@@ -48,9 +48,23 @@ NF4 = (
     help="Longest calibration text in tokens; the rest is cut off.",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Layers that stay wide, by name with * and ?; may be given again.")
+@click.option(
+    "--lm-head",
+    "head",
+    type=click.Choice([word for word in SCHEMES if word != "nf4"]),
+    help="Store the output head, too, in this form, rounded to the nearest; a tied embedding table stays wide beside it. Otherwise the head stays wide.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
 def quantize(
-    model: Path, scheme: str, method: str, calibration: str, samples: int, max_tokens: int, ignore: tuple[str, ...], out: Path
+    model: Path,
+    scheme: str,
+    method: str,
+    calibration: str,
+    samples: int,
+    max_tokens: int,
+    ignore: tuple[str, ...],
+    head: str | None,
+    out: Path,
 ) -> None:
     """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format. Ended early, it goes on where it was."""
     if scheme == "nf4":
@@ -62,8 +76,8 @@ def quantize(
     from penstock.plugins.commands.quant import writing
 
     source = writing.open_source(model)
-    plan = writing.plan(source, scheme, ignore)
-    asked: dict[str, object] = {"method": method, "ignore": sorted(ignore)}
+    plan = writing.plan(source, scheme, ignore, head)
+    asked: dict[str, object] = {"method": method, "ignore": sorted(ignore), **({"head": head} if head else {})}
     prompts: list[Sequence[int]] = []
     if method != "rtn":
         encode = _encoder([model])
@@ -77,14 +91,6 @@ def quantize(
     said = f", {kept} of {len(plan.shards)} files were there already" if kept else ""
     click.echo(f"{out}: {len(plan.schemes)} layers in {scheme} ({method}), {len(plan.wide)} wide{said}.")
     click.echo(f"What it costs: penstock quant report {out} --against {model} --text FILE")
-
-
-def nearest(word: str) -> Round:
-    """Rounding to the nearest."""
-    from penstock.kernels.linear.scheme import quantise
-    from penstock.plugins.commands.quant.forms import scale_dtype_of
-
-    return lambda layer, wide, scheme: quantise(wide, scheme, scale_dtype_of(word, wide.dtype))
 
 
 def _written(plan: Plan, partial: Path, method: str, prompts: Sequence[Sequence[int]]) -> int:
@@ -102,7 +108,7 @@ def _written(plan: Plan, partial: Path, method: str, prompts: Sequence[Sequence[
             progress.update(task, completed=done, total=count, description=what)
 
         if method == "rtn":
-            return writing.write(plan, partial, nearest(plan.word), tell)
+            return writing.write(plan, partial, writing.nearest(plan), tell)
         longest = max(len(prompt) for prompt in prompts)
         return calibrating.calibrate(plan, partial, methods.METHODS[method](plan.word), prompts, tell, longest)
 
@@ -118,6 +124,12 @@ def quant() -> None:
 @click.option(
     "--quantization", metavar="WORD", help="Measure MODEL, a wide one, as `serve --quantization WORD` would round it; no record is written."
 )
+@click.option(
+    "--lm-head-quantization",
+    "head",
+    metavar="WORD",
+    help="The same for `serve --lm-head-quantization WORD`; with --against beside MODEL's own form, and no record is written.",
+)
 @click.option("--text", "text", default="builtin", show_default=True, help="File of texts like your own (.txt, .json, .jsonl), or builtin.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Longest text in tokens; the rest is cut off."
@@ -131,6 +143,7 @@ def report(
     model: Path,
     against: Path | None,
     quantization: str | None,
+    head: str | None,
     text: str,
     max_tokens: int,
     max_texts: int | None,
@@ -140,8 +153,9 @@ def report(
     svg: Path | None,
 ) -> None:
     """Compare MODEL, a quantised one, with the wide model on texts, on the CPU; the figures are kept as quality.json beside it."""
-    if (against is None) == (quantization is None):
+    if quantization is not None if against is not None else quantization is None and head is None:
         raise click.UsageError("Give the wide model with --against FULL; or, where MODEL is the wide one itself, --quantization WORD.")
+    recorded = quantization is None and head is None
     from rich.console import Console
 
     from penstock.core.protocol.quality import record_file, sealed
@@ -152,22 +166,22 @@ def report(
     full = model if against is None else _checkpoint(against)
     texts = _texts("--text", text, REPORTED)[:max_texts]
     encode = _encoder([folder for folder in (tokenizer, full, model, full.parent) if folder is not None])
-    ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full)
+    ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full, head=head)
     wide = comparing.Loaded(full, dtype=dtype, longest=max_tokens)
     prompts = _compared(ours, wide, texts, encode)
     found = comparing.summary(prompts)
-    layers = [] if ours.watched is None else ours.watched.layers
+    layers = ours.layers
     record = shown.record_of(ours.scheme, found, layers, prompts)
     if svg is not None:
         svg.write_text(shown.picture(ours.scheme, found, layers), encoding="utf-8")
-    if quantization is None:
+    if recorded:
         record = sealed(record, model)
         _kept(record_file(model), record)
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
     shown.show(Console(width=None if sys.stdout.isatty() else 120), ours.scheme, found, layers, prompts)
-    if quantization is None:
+    if recorded:
         click.echo(f"Recorded in {record_file(model)}.")
 
 

@@ -64,12 +64,12 @@ def tensors_of(word: str, layer: str, q: Quantised) -> dict[str, Tensor]:
     return {f"{layer}.weight_packed": words, f"{layer}.weight_shape": torch.tensor([q.n, q.k]), **scales}
 
 
-def configuration(word: str, schemes: Mapping[str, Scheme], wide: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` for layers and their schemes; `wide` are linear layers that stay as they were. The scheme that most layers have stands for all,
-    others name theirs."""
-    kinds: dict[Scheme, list[str]] = {}
-    for layer, scheme in schemes.items():
-        kinds.setdefault(scheme, []).append(layer)
+def configuration(schemes: Mapping[str, tuple[str, Scheme]], wide: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` for layers, their words of --scheme and their schemes; `wide` are linear layers that stay as they were. The form that most layers have
+    stands for all, others name theirs."""
+    kinds: dict[tuple[str, Scheme], list[str]] = {}
+    for layer, form in schemes.items():
+        kinds.setdefault(form, []).append(layer)
     ordered = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     groups = {
         f"group_{index}": {
@@ -79,11 +79,12 @@ def configuration(word: str, schemes: Mapping[str, Scheme], wide: Sequence[str])
             "output_activations": None,
             "format": FORMATS[word],
         }
-        for index, (scheme, layers) in enumerate(ordered)
+        for index, ((word, scheme), layers) in enumerate(ordered)
     }
+    formats = {FORMATS[word] for word, _ in kinds}
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMATS[word],
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(wide),
