@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from penstock.kernels.linear.scheme import dequantise
 from penstock.plugins.commands.quant import writing
-from penstock.plugins.commands.quant.comparing import Loaded
 from penstock.plugins.commands.quant.command import quantize
+from penstock.plugins.commands.quant.comparing import Loaded
 from penstock.plugins.commands.quant.forms import FORMATS, scheme_of
 from penstock.plugins.quantizers.compressed import CompressedTensors
 from penstock.plugins.weights.checkpoint import Checkpoint

@@ -1,4 +1,5 @@
-"""Measures quantised weights on the cuda device: `python -m penstock.plugins.commands.bench.cuda_quantised OUT_FOLDER [word of --quantization | none ...]`.
+"""Measures quantised weights on the cuda device: `python -m penstock.plugins.commands.bench.cuda_quantised OUT_FOLDER [word of --quantization | none ...]`; `int4+int8` is int4 with an output head in
+int8.
 
 What it is: the 8B shape on dummy weights, once wide and once for each word, in one run: milliseconds a decode step at 1, 16 and 64 rows, an 8k prefill, the bytes of the
 weights and their share of the measured copy bandwidth. Results go to quantised.json after each; a table is printed last.
@@ -17,7 +18,7 @@ from typing import Any
 
 from penstock.plugins.commands.bench.cuda_bench import LLAMA_8B, ceilings, decode, fill, folder_of, load
 
-WORDS = ("none", "int8", "fp8", "int4", "mxfp4")
+WORDS = ("none", "int8", "int8+int8", "fp8", "int4", "int4+int8", "int4+int4", "mxfp4")
 CONTEXT = 1024
 PREFILL = 8192
 
@@ -26,13 +27,15 @@ def measure(path: str, word: str, copy_tb_s: float) -> dict[str, Any]:
     """One scheme."""
     import torch
 
+    layers, _, head = word.partition("+")
     runner, seconds, _ = load(
         path,
         load_format="dummy",
         max_num_seqs=64,
         max_model_len=2 * PREFILL,
         max_num_batched_tokens=PREFILL,
-        quantization=None if word == "none" else word,
+        quantization=None if layers == "none" else layers,
+        lm_head_quantization=head or None,
     )
     weights = int(runner.memory.weights)
     out: dict[str, Any] = {"load_and_warm_up_s": round(seconds, 1), "weights_gb": round(weights / 1e9, 3), "kv_blocks": runner.num_blocks}
