@@ -30,6 +30,7 @@ from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.protocol.errors import EngineFailure
 from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, Plan, StepTokens, Unpark, Vocabulary
+from penstock.core.protocol.quality import quality_of
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.core.runtime.hosts import FusedHost, TaskHost
@@ -96,6 +97,7 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
         beams=device.writes and not device.lookahead,
+        quality=quality_of(config),
     )
 
 

@@ -30,6 +30,7 @@ from penstock.core.protocol.control import Drain as Drain
 from penstock.core.protocol.control import Drained as Drained
 from penstock.core.protocol.control import EngineDown as EngineDown
 from penstock.core.protocol.control import EngineFacts as EngineFacts
+from penstock.core.protocol.control import Quality as Quality
 from penstock.core.protocol.control import EngineUp as EngineUp
 from penstock.core.protocol.control import Extension as Extension
 from penstock.core.protocol.control import Heartbeat as Heartbeat

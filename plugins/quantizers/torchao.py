@@ -4,8 +4,8 @@ What it is: a Quantizer. A weight "a.b.weight" is the tensors "a.b._weight_qdata
 header of the file: the class (`_type`), its attributes (`_data`, with `block_size`, the rows and inputs that share a scale) and which tensors there are. Classes:
 Int8Tensor (int8 [N, K]), IntxUnpackedToInt8Tensor (fewer bits, a byte each), Float8Tensor, all (code - zero point) * scale; Int4Tensor ([N, K / 2], the even
 input in the low half, two's complement; scale and zero point [K / group, N], code * scale + zero point, which are ordinary numbers: no Scheme has those,
-so that it is held in full width, but for zeros). Which layers are quantised is what the files hold. Files that torchao's older versions wrote are pickles, which are
-not read.
+so that it is held in full width, but for zeros). Which layers are quantised is what the files hold. Older versions wrote .bin files, which are
+not read (plugins/weights/checkpoint.py).
 What it does not know: devices.
 """
 

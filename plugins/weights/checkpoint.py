@@ -53,8 +53,8 @@ def files_of(path: str | Path) -> list[Path]:
             raise unreadable(folder / name, gone)
     beside = unread(folder, [])
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth"))
-    pickled = f" ({_list(others)} cannot be read, being pickles, which may hold anything: load the model with the library that wrote it, and save it as safetensors)"
-    hint = pickled if others else f" (only {_list(beside)})" if beside else ""
+    resave = "only safetensors are, as other files may run code: load the model with the library that wrote it, and save it as safetensors"
+    hint = f" ({_list(others)} cannot be read; {resave})" if others else f" (only {_list(beside)})" if beside else ""
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}.", param="model")
 
 
