@@ -30,7 +30,6 @@ from penstock.core.protocol.control import Drain as Drain
 from penstock.core.protocol.control import Drained as Drained
 from penstock.core.protocol.control import EngineDown as EngineDown
 from penstock.core.protocol.control import EngineFacts as EngineFacts
-from penstock.core.protocol.control import Quality as Quality
 from penstock.core.protocol.control import EngineUp as EngineUp
 from penstock.core.protocol.control import Extension as Extension
 from penstock.core.protocol.control import Heartbeat as Heartbeat
@@ -41,6 +40,7 @@ from penstock.core.protocol.control import Message as Message
 from penstock.core.protocol.control import Notice as Notice
 from penstock.core.protocol.control import PeerDown as PeerDown
 from penstock.core.protocol.control import PeerUp as PeerUp
+from penstock.core.protocol.control import Quality as Quality
 from penstock.core.protocol.control import Ready as Ready
 from penstock.core.protocol.control import RootToChild as RootToChild
 from penstock.core.protocol.control import Signalled as Signalled
