@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from penstock.kernels.activation.reference import gated
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
 from penstock.plugins.commands.quant.comparing import Loaded
-from penstock.plugins.commands.quant.forms import norm_of
+from penstock.plugins.commands.quant.forms import NF4_WORD, norm_of
 from penstock.plugins.commands.quant.methods import Method
 from penstock.plugins.commands.quant.writing import LM_HEAD, Plan, nearest, shard_file, write, write_shard
 from penstock.plugins.models.api import Columns, Stacked, Weights
+from penstock.plugins.quantizers.bitsandbytes import Bitsandbytes
 from penstock.plugins.quantizers.compressed import CompressedTensors
 
 Tensor = torch.Tensor
@@ -138,7 +139,7 @@ class Written:
             if shard_file(plan, partial, index).is_file()
         }
         self._file_of = {name: shard_file(plan, partial, index) for index, names in enumerate(plan.shards) for name in names}
-        self._reader = CompressedTensors(plan.configuration())
+        self._reader = (Bitsandbytes if plan.word == NF4_WORD else CompressedTensors)(plan.configuration())
 
     def __call__(self, layer: str) -> Quantised | None:
         """The layer, or None."""

@@ -22,10 +22,6 @@ METHODS = ("rtn", "gptq", "awq", "smoothquant")
 ROUNDED_INPUTS = ("int8", "fp8", "fp8-block")
 CALIBRATION, REPORTED = "calibration.json", "builtin.json"
 """Built-in texts: none stands in both, so that a method is not measured on what it was fitted to."""
-NF4 = (
-    "--scheme nf4: the compressed-tensors format has no NF4, so that there is no folder to write. `penstock serve MODEL --quantization nf4` rounds to it while"
-    " loading; `penstock quant report MODEL --quantization nf4` says what that costs."
-)
 
 
 @click.command()
@@ -51,7 +47,7 @@ NF4 = (
 @click.option(
     "--lm-head",
     "head",
-    type=click.Choice([word for word in SCHEMES if word != "nf4"]),
+    type=click.Choice(SCHEMES),
     help="Store the output head, too, in this form, rounded to the nearest; a tied embedding table stays wide beside it. Otherwise the head stays wide.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
@@ -66,9 +62,7 @@ def quantize(
     head: str | None,
     out: Path,
 ) -> None:
-    """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format. Ended early, it goes on where it was."""
-    if scheme == "nf4":
-        raise click.UsageError(NF4)
+    """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format (nf4: bitsandbytes'). Ended early, it goes on where it was."""
     if method == "smoothquant" and scheme not in ROUNDED_INPUTS:
         raise click.UsageError(
             f"--method smoothquant is for schemes whose inputs are rounded, too ({', '.join(ROUNDED_INPUTS)}). For --scheme {scheme} take gptq or awq."

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.core.protocol.model_files import read_object
 from penstock.kernels.linear.scheme import Quantised, Scheme, quantise
-from penstock.plugins.commands.quant.forms import configuration, scale_dtype_of, scheme_of, tensors_of
+from penstock.plugins.commands.quant.forms import NF4_WORD, bitsandbytes, configuration, scale_dtype_of, scheme_of, tensors_of
 from penstock.plugins.models.tied import HEAD, TABLE
 from penstock.plugins.weights.checkpoint import EXPLICIT, FLOATS, INDEX, files_of, sample_of
 
@@ -72,6 +72,8 @@ class Plan(NamedTuple):
 
     def configuration(self) -> dict[str, Any]:
         """`quantization_config`."""
+        if self.word == NF4_WORD:
+            return bitsandbytes(self.wide, str(self.source.config.get("dtype") or self.source.config.get("torch_dtype") or "bfloat16"))
         return configuration({layer: (self.word_of(layer), scheme) for layer, scheme in self.schemes.items()}, self.wide)
 
 
@@ -101,6 +103,12 @@ def nearest(plan: Plan) -> Round:
 def plan(source: Source, word: str, ignore: Sequence[str] = (), head: str | None = None) -> Plan:
     """Every linear layer within the model's layers; embeddings stay wide, and so does the output head without `head`, a word as `word`. Raises ConfigError where
     nothing is left to quantise, or where the head cannot be stored so."""
+    if head is not None and (head == NF4_WORD) != (word == NF4_WORD):
+        raise ConfigError(
+            f"--lm-head {head} beside --scheme {word}: nf4 is bitsandbytes' format, the others are compressed-tensors', and a checkpoint has one. Take nf4 for"
+            " both or for none.",
+            param="lm_head",
+        )
     schemes: dict[str, Scheme] = {}
     wide = []
     for name in sorted(source.shapes, key=_order):
@@ -247,6 +255,6 @@ def _stored(plan: Plan, name: str, layer: str, wide: torch.Tensor, scheme: Schem
     if wide.dtype not in FLOATS:
         raise CheckpointError(f"tensor {name!r} is {wide.dtype}, not a wide one.", param=name)
     try:
-        return tensors_of(plan.word_of(layer), layer, rounded(layer, wide, scheme))
+        return tensors_of(plan.word_of(layer), layer, rounded(layer, wide, scheme), wide.dtype)
     except ValueError as error:
         raise CheckpointError(f"tensor {name!r} cannot be quantised: {error}.", param=name) from None
