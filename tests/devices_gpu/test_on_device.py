@@ -302,5 +302,5 @@ def test_a_head_that_was_rounded_while_it_was_loaded(family: str, word: str, mak
     Driver(on_device(folder, lm_head_quantization=word)).run(mine)
     Driver(cpu_runner(folder, lm_head_quantization=word)).run(theirs)
     Driver(on_device(folder)).run(wide)
-    close_enough(mine, theirs, 0.1)
+    close_enough(mine, theirs, 0.25)  # bfloat16 on both, in another order
     assert any(a.logprobs != b.logprobs for a, b in zip(mine, wide, strict=True))
