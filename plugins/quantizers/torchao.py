@@ -20,14 +20,13 @@ import torch
 
 from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature
 from penstock.kernels.linear.scheme import Quantised, Scheme, pack_nibbles
-from penstock.plugins.quantizers.fields import FLOATING, Fields, has, invented, makes_up, scales_of, stored
+from penstock.plugins.quantizers.fields import FLOATING, Fields, has, invented, makes_up, number_of, scales_of, stored
 from penstock.plugins.quantizers.fp8 import KINDS
 
 log = logging.getLogger("penstock.weights")
 Tensor = torch.Tensor
 INT8, INTX, FLOAT8, INT4 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor", "Int4Tensor"
 CLASSES = (INT8, INTX, FLOAT8, INT4)
-PARTS = ("qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
 SAVE = "Quantise the wide model again with a recent torchao and save it with transformers' save_pretrained"
 TYPES = {"int8weight": "int8", "float8weight": "fp8_e4m3", "int4weight": "int4", "float8dynamicactivationfloat8": "fp8_e4m3"}
 
@@ -105,7 +104,7 @@ class TorchAo:
         scales = scales_of(weights, f"{name}scale", scheme.scale_rows(rows), scheme.groups(inputs))
         given = None
         if scheme.activations == "tensor":
-            given = stored(weights, f"{name}act_quant_scale", None, *FLOATING).float().reshape(()).to(device)
+            given = number_of(weights, f"{name}act_quant_scale").to(device)
         if what.kind == FLOAT8:
             data = stored(weights, f"{name}qdata", (rows, inputs), scheme.dtype)
             return Quantised(scheme, rows, inputs, data.to(device), scales.to(device), input_scale=given)
@@ -211,7 +210,6 @@ def _described(weights: Any, layer: str, rows: int, inputs: int) -> Stored:
         )
     if has(weights, f"{layer}._weight_act_pre_scale"):
         raise UnsupportedFeature(f"tensor '{layer}._weight_act_pre_scale': inputs with factors of their own are not supported.", param=name)
-    weights.ignore(*(f"{layer}._weight_{part}" for part in PARTS if part not in said.get("_tensor_data_names", PARTS)))
     block = fields.get("block_size")
     if block in (None, []) and kind == FLOAT8:
         return Stored(kind, fields, 0 if rows > 1 else 1, 0)
