@@ -155,6 +155,10 @@ class Checkpoint:
         self._ignored: set[str] = set()
         self._renamed: set[str] = set()
 
+    def names(self) -> list[str]:
+        """Of all its tensors, as the files have them."""
+        return list(self._where)
+
     def has(self, name: str) -> bool:
         """See Weights."""
         return self._stored(name) is not None

@@ -132,13 +132,15 @@ class Loaded:
         against: Path | None = None,
         quantizer: Any = None,
         head: str | None = None,
+        wrap: Callable[[Any], Any] | None = None,
     ) -> None:
-        """`quantizer`: in place of the checkpoint's own; `head`: a word of --lm-head-quantization. Raises ConfigError, CheckpointError or UnsupportedFeature."""
+        """`quantizer`: in place of the checkpoint's own, or `wrap` makes one of it; `head`: a word of --lm-head-quantization. Raises ConfigError, CheckpointError or UnsupportedFeature."""
         config = _config(path, quantization, dtype, head)
         choice = choose(config, "cpu", DTYPES, other="bfloat16")
         self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against), choice.facts.architecture)
         rounding = None if choice.rounding is None else Watched(choice.rounding, _checkpoint(against), choice.facts.architecture)
-        choice = choice._replace(quantizer=quantizer or self.watched, rounding=rounding)
+        own = self.watched if wrap is None or choice.quantizer is None else wrap(choice.quantizer)
+        choice = choice._replace(quantizer=quantizer or own, rounding=rounding)
         set_threads(None)
         self.longest = min(longest, choice.facts.max_position)
         self.vocab = choice.facts.vocab_size
