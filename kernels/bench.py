@@ -49,6 +49,13 @@ SCHEMES = {
     "int4": Scheme("int4", 128),
     "int4 zeros": Scheme("int4", 128, 1, True),
 }
+HEADS = {
+    **{word: (scheme, None) for word, scheme in SCHEMES.items()},
+    "int8 + head int8": (Scheme("int8"), Scheme("int8")),
+    "int4 + head int8": (Scheme("int4", 128), Scheme("int8")),
+    "int4 + head int4": (Scheme("int4", 128), Scheme("int4", 128)),
+}
+"""Whole steps: how the layers are stored, and the output head."""
 BEYOND_CACHES = 160e6
 """Bytes of bfloat16 weights that are streamed from memory."""
 
@@ -85,8 +92,10 @@ def gated(scheme: Scheme | None, n: int, k: int, dtype: torch.dtype) -> PackedGa
     return pack_gated(gate, up, "silu") if scheme is None else pack_quantised_gated(quantise(gate, scheme), quantise(up, scheme), "silu")
 
 
-def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | None = None) -> tuple[DecoderProgram, int]:
-    """A random model and the bytes of weights that one step reads. The head stays wide."""
+def model(
+    shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | None = None, head_scheme: Scheme | None = None
+) -> tuple[DecoderProgram, int]:
+    """A random model and the bytes of weights that one step reads."""
     width = (shape.heads + 2 * shape.kv_heads) * shape.dim
     layers = [
         DecoderLayer(
@@ -99,7 +108,7 @@ def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | No
         )
         for _ in range(shape.layers)
     ]
-    head = pack(random(shape.vocab, shape.hidden, dtype=dtype))
+    head = linear(head_scheme, shape.vocab, shape.hidden, dtype)
     caches = [[allocate_cache(num_blocks, shape.kv_heads, 16, shape.dim, dtype).zero_() for _ in layers] for _ in range(2)]
     program = DecoderProgram(
         embedding=random(shape.vocab, shape.hidden, dtype=dtype), layers=layers, final_norm=random(shape.hidden, dtype=dtype), lm_head=head,
@@ -171,7 +180,7 @@ def quantised(name: str, shape: Shape) -> None:
             }
             seconds = in_turns(calls, 10 if rows <= 64 else 4)
             ratios(f"{name} linear {n}x{k}, {rows} rows", {word: took / used for word, took in seconds.items()})
-    programs = {word: model(shape, dtype, 64 * 40, scheme)[0] for word, scheme in SCHEMES.items()}
+    programs = {word: model(shape, dtype, 64 * 40, scheme, head)[0] for word, (scheme, head) in HEADS.items()}
     for sequences, rows, context in ((1, 1, 256), (4, 1, 256), (16, 1, 256), (1, 512, 512)):
         steps = {word: step(program, sequences, rows, context) for word, program in programs.items()}
         ratios(f"{name} step, {sequences} x {rows} tokens, context {context}", in_turns(steps, 10 if rows == 1 else 3))
