@@ -1,6 +1,7 @@
-"""What each form of quantised weights costs a large random model: `python -m penstock.plugins.commands.bench.quality OUT_FOLDER [--shape 1b|130m] [form ...]`.
+"""What each form of quantised weights costs a model: `python -m penstock.plugins.commands.bench.quality OUT_FOLDER [form ...] [--model FOLDER | --shape 1b|130m]`; a form is
+"scheme/method", or "scheme/method/scheme of the output head".
 
-What it is: a Llama of random weights with what makes quantisation hard in trained ones (heavy tails, and inputs of very different sizes, through the norms), whose output head is made
+What it is: for a folder the built-in texts, those of calibration and those of the report. Without one a Llama of random weights with what makes quantisation hard in trained ones (heavy tails, and inputs of very different sizes, through the norms), whose output head is made
 larger until the wide model's distributions have the entropy that a language model's have; only the wide model is looked at for that. Then
 each form's KL divergence from it, over texts of random tokens that calibration did not have, with intervals by resampling whole texts, and of the methods' differences from
 rounding to the nearest by resampling the same texts of both. Results go to quality.json after each form.
@@ -128,16 +129,20 @@ def sharpen(folder: Path, prompts: Sequence[Sequence[int]]) -> float:
 
 
 def quantised(wide: Path, out: Path, form: str, calibration: Sequence[Sequence[int]]) -> None:
-    """Write the folder of a form, "scheme/method"."""
+    """Write the folder of a form."""
     from penstock.plugins.commands.quant import calibrating, methods, writing
 
-    word, _, method = form.partition("/")
-    plan = writing.plan(writing.open_source(wide), word)
+    word, method, head = [*form.split("/"), None][:3]
+    assert word is not None
+    assert method is not None
+    plan = writing.plan(writing.open_source(wide), word, (), head)
     partial = writing.start(plan, out, {"method": method})
     if method == "rtn":
         writing.write(plan, partial, writing.nearest(plan))
     else:
-        calibrating.calibrate(plan, partial, methods.METHODS[method](word), calibration, lambda done, count, what: None, LONG)
+        calibrating.calibrate(
+            plan, partial, methods.METHODS[method](word), calibration, lambda done, count, what: None, max(map(len, calibration))
+        )
     writing.finish(plan, partial, out)
 
 
@@ -163,40 +168,55 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", type=Path, help="a wide folder with a tokenizer.json, in place of a random model")
+    parser.add_argument("--keep", action="store_true", help="leave the quantised folders")
     asked = parser.parse_args(arguments)
-    shape, wide = SHAPES[asked.shape], asked.out / "wide"
-    parameters = write(wide, shape, asked.seed)
-    factor = sharpen(wide, texts(4, shape.vocab, asked.seed + 1))
-    report, calibration = (texts(count, shape.vocab, asked.seed + 2 + k) for k, count in enumerate((asked.texts, asked.calibration)))
-    found: dict[str, Any] = {"shape": asked.shape, "parameters": parameters, "head_factor": factor, "entropy": ENTROPY, "forms": {}}
-    full = comparing.Loaded(wide, longest=LONG)
+    found: dict[str, Any] = {"forms": {}}
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.model is None:
+        shape, wide = SHAPES[asked.shape], asked.out / "wide"
+        found |= {"shape": asked.shape, "parameters": write(wide, shape, asked.seed), "entropy": ENTROPY}
+        found["head_factor"] = sharpen(wide, texts(4, shape.vocab, asked.seed + 1))
+        report, calibration = (texts(count, shape.vocab, asked.seed + 2 + k) for k, count in enumerate((asked.texts, asked.calibration)))
+    else:
+        wide = asked.model
+        report, calibration = built_in(wide)
+    longest = max(map(len, report))
+    full = comparing.Loaded(wide, longest=longest)
     kept: dict[str, list[Any]] = {}
     for form in asked.forms:
         begun = time.perf_counter()
         out = asked.out / form.replace("/", "-")
         quantised(wide, out, form, calibration)
-        ours = comparing.Loaded(out, longest=LONG, against=wide)
+        ours = comparing.Loaded(out, longest=longest, against=wide)
         prompts = comparing.compare(ours, full, [json.dumps(text) for text in report], json.loads)
         summary = comparing.summary(prompts)
         del ours
-        shutil.rmtree(out)
+        if not asked.keep:
+            shutil.rmtree(out)
         kept[form] = prompts
         plain = kept.get(f"{form.partition('/')[0]}/rtn")
-        one = {
-            "kl_mean": summary.kl_mean,
-            "kl_range": summary.kl_range,
-            "kl_p99": summary.kl_p99,
-            "top1": summary.top1,
-            "tokens": summary.tokens,
-        }
+        one = {**summary._asdict(), "seconds": round(time.perf_counter() - begun, 1)}
         if plain is not None and plain is not prompts:
             one["kl_less_rtn"] = difference(prompts, plain)
-        one["seconds"] = round(time.perf_counter() - begun, 1)
         found["forms"][form] = one
         (asked.out / "quality.json").write_text(json.dumps(found, indent=1))
         print(form, json.dumps(one), flush=True)
-    shutil.rmtree(wide)
+    if asked.model is None:
+        shutil.rmtree(wide)
     return found
+
+
+def built_in(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens of the report's texts, and of those of calibration, as `penstock quant` takes them."""
+    from tokenizers import Tokenizer
+
+    from penstock.plugins.commands.quant import command, comparing
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = (comparing.texts_of(Path(command.__file__).with_name(name)) for name in (command.REPORTED, command.CALIBRATION))
+    report, calibration = ([list(tokenizer.encode(text).ids)[:512] for text in some] for some in texts)
+    return report, calibration
 
 
 if __name__ == "__main__":
