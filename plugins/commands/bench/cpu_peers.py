@@ -38,9 +38,7 @@ def penstock(model: str, form: str, threads: int) -> Answer:
     options: dict[str, Any] = {"dtype": "bfloat16", "threads": threads, "enable_prefix_caching": False}
     options |= {} if layers == "bfloat16" else {"quantization": layers}
     options |= {"lm_head_quantization": head} if head else {}
-    llm = LLM(
-        model, threads=threads, dtype="bfloat16", enable_prefix_caching=False, **options, **({"lm_head_quantization": head} if head else {})
-    )
+    llm = LLM(model, **options)
 
     def answer(prompt: list[int], count: int) -> None:
         llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
@@ -130,7 +128,7 @@ class Worker:
     def end(self) -> None:
         """Its process, too."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
