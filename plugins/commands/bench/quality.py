@@ -46,8 +46,9 @@ SHAPES = {
 }
 
 
-def write(folder: Path, shape: Shape, seed: int) -> int:
-    """The model's folder; the number of its parameters."""
+def write(folder: Path, shape: Shape, seed: int, *, aligned: bool = False) -> int:
+    """The model's folder; the number of its parameters. `aligned`: rows of the head are half those of the embedding table in another order, so that what follows a token
+    stands in the hidden states as it does in a trained model's; otherwise every logit is a random projection of all errors."""
     import torch
     from safetensors.torch import save_file
 
@@ -70,7 +71,11 @@ def write(folder: Path, shape: Shape, seed: int) -> int:
         "model.embed_tokens.weight": torch.randn(shape.vocab, hidden, generator=generator).bfloat16(),
         "model.norm.weight": factors(),
     }
-    tensors["lm_head.weight"] = drawn(shape.vocab, hidden)
+    head = drawn(shape.vocab, hidden)
+    if aligned:
+        order = torch.randperm(shape.vocab, generator=generator)
+        head = (head.float() + tensors["model.embed_tokens.weight"][order].float() * hidden**-0.5).bfloat16()
+    tensors["lm_head.weight"] = head
     for index in range(shape.layers):
         at = f"model.layers.{index}"
         kv = shape.kv_heads * width
@@ -169,13 +174,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", type=Path, help="a wide folder with a tokenizer.json, in place of a random model")
+    parser.add_argument(
+        "--aligned", action="store_true", help="of a random model: a head that reads what follows a token from its embedding"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the quantised folders")
     asked = parser.parse_args(arguments)
     found: dict[str, Any] = {"forms": {}}
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.model is None:
         shape, wide = SHAPES[asked.shape], asked.out / "wide"
-        found |= {"shape": asked.shape, "parameters": write(wide, shape, asked.seed), "entropy": ENTROPY}
+        found |= {
+            "shape": asked.shape,
+            "parameters": write(wide, shape, asked.seed, aligned=asked.aligned),
+            "aligned": asked.aligned,
+            "entropy": ENTROPY,
+        }
         found["head_factor"] = sharpen(wide, texts(4, shape.vocab, asked.seed + 1))
         report, calibration = (texts(count, shape.vocab, asked.seed + 2 + k) for k, count in enumerate((asked.texts, asked.calibration)))
     else:
