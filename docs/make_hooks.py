@@ -136,7 +136,15 @@ def objects() -> dict[str, tuple[Any, ...]]:
         ),
         "actors": (
             *(actors.Seat, actors.ActorContext, actors.Actor, actors.ActorPort, (actor.Ask, ("__init__",)), (actor.To, ("__init__",))),
-            *(messages.Extension, messages.DeviceWork, messages.Move, messages.Control, messages.WorkDone, messages.EngineFacts),
+            *(
+                messages.Extension,
+                messages.DeviceWork,
+                messages.Move,
+                messages.Control,
+                messages.WorkDone,
+                messages.EngineFacts,
+                messages.Quality,
+            ),
         ),
     }
 

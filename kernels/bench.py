@@ -54,6 +54,13 @@ SCHEMES = {
     "int4 zeros": Scheme("int4", 128, 1, True),
 }
 CONTEXTS = (256, 1024, 4096, 8192)
+HEADS = {
+    **{word: (scheme, None) for word, scheme in SCHEMES.items()},
+    "int8 + head int8": (Scheme("int8"), Scheme("int8")),
+    "int4 + head int8": (Scheme("int4", 128), Scheme("int8")),
+    "int4 + head int4": (Scheme("int4", 128), Scheme("int4", 128)),
+}
+"""Whole steps: how the layers are stored, and the output head."""
 BEYOND_CACHES = 160e6
 """Bytes of bfloat16 weights that are streamed from memory."""
 
@@ -101,8 +108,10 @@ def pool(shape: Shape, num_blocks: int, kind: str) -> tuple[list[Tensor], list[T
     return [k_v[:, i, 0] for i in layers], [k_v[:, i, 1] for i in layers], [Scales(kind, of[:, i, 0], of[:, i, 1]) for i in layers]
 
 
-def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | None = None, kv: str = "") -> tuple[DecoderProgram, int]:
-    """A random model and the bytes of weights that one step reads. The head stays wide. `kv`: of codes.KINDS."""
+def model(
+    shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | None = None, head_scheme: Scheme | None = None, kv: str = ""
+) -> tuple[DecoderProgram, int]:
+    """A random model and the bytes of weights that one step reads. `kv`: of codes.KINDS."""
     width = (shape.heads + 2 * shape.kv_heads) * shape.dim
     layers = [
         DecoderLayer(
@@ -115,7 +124,7 @@ def model(shape: Shape, dtype: torch.dtype, num_blocks: int, scheme: Scheme | No
         )
         for _ in range(shape.layers)
     ]
-    head = pack(random(shape.vocab, shape.hidden, dtype=dtype))
+    head = linear(head_scheme, shape.vocab, shape.hidden, dtype)
     if kv:
         k_caches, v_caches, scales = pool(shape, num_blocks, kv)
     else:
@@ -191,7 +200,7 @@ def quantised(name: str, shape: Shape) -> None:
             }
             seconds = in_turns(calls, 10 if rows <= 64 else 4)
             ratios(f"{name} linear {n}x{k}, {rows} rows", {word: took / used for word, took in seconds.items()})
-    programs = {word: model(shape, dtype, 64 * 40, scheme)[0] for word, scheme in SCHEMES.items()}
+    programs = {word: model(shape, dtype, 64 * 40, scheme, head)[0] for word, (scheme, head) in HEADS.items()}
     for sequences, rows, context in ((1, 1, 256), (4, 1, 256), (16, 1, 256), (1, 512, 512)):
         steps = {word: step(program, sequences, rows, context) for word, program in programs.items()}
         ratios(f"{name} step, {sequences} x {rows} tokens, context {context}", in_turns(steps, 10 if rows == 1 else 3))

@@ -196,6 +196,8 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     plugins: Any = None
     """The engine's PluginHost (core/contract/host.py), from which the device takes models, attention backends, weight sources and quantizers: `plugins.models()`,
     `.attention_backends()`, `.weight_sources()`, `.quantizers()` are name -> spec, built-in ones first. None: the built-ins only."""
+    lm_head_quantization: str | None = None
+    """How a wide output head is quantised while it loads, a word as `quantization`'s. None: it is not."""
 
 
 _FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "place_adapters", "embed_slots")

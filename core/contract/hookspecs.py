@@ -136,8 +136,9 @@ class QuantizerSpec(Spec, frozen=True, kw_only=True):
     """Words of `--quantization` for which it makes quantised weights of wide ones while they load."""
     factory: Callable[..., Any]
     """Called by the device, once, before weights are loaded: `factory(method=str, config=dict, facts=ModelFacts, device=str)` gives a Quantizer
-    (plugins/models/api.py). `method` is one of `methods` and `config` its quantization_config, or one of `schemes` and {}. Raises CheckpointError for a configuration that
-    is wrong, UnsupportedFeature naming the field for one that it cannot read rightly. Take `**options` besides: a later device may say more."""
+    (plugins/models/api.py). `method` is one of `methods` and `config` its quantization_config, or one of `schemes` and {}, with `head=True` for the output head alone
+    (`--lm-head-quantization`; otherwise that stays wide). Raises CheckpointError for a configuration that is wrong,
+    UnsupportedFeature naming the field for one that it cannot read rightly. Take `**options` besides: a later device may say more."""
 
 
 class SchedulePolicySpec(Spec, frozen=True, kw_only=True):

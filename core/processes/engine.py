@@ -30,6 +30,7 @@ from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
 from penstock.core.protocol.errors import ConfigError, EngineFailure
 from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, Plan, StepTokens, Unpark, Vocabulary
+from penstock.core.protocol.quality import quality_of
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.core.runtime.hosts import FusedHost, TaskHost
@@ -66,6 +67,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
         max_logprobs=config.max_logprobs,
         kv_cache_dtype="fp8_e4m3" if config.kv_cache_dtype == "fp8" else config.kv_cache_dtype,
         quantization=config.quantization,
+        lm_head_quantization=config.lm_head_quantization,
         hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
         plugins=plugins,
     )
@@ -97,6 +99,7 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         grammars="" if grammars is None else grammars.name,
         beams=device.writes and not device.lookahead,
         kv_dtype=getattr(runner, "kv_dtype", runner.dtype),
+        quality=quality_of(config),
     )
 
 

@@ -100,6 +100,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             short="-q",
         ),
     ] = None
+    lm_head_quantization: Annotated[
+        str | None,
+        opt(
+            "Quantise a wide output head while it loads, too, in one of the same forms: faster steps, and a loss that no record of the checkpoint covers. A tied embedding table"
+            " stays wide beside it. A checkpoint's own quantised head needs no option.",
+            "model",
+        ),
+    ] = None
     quality_gate: Annotated[
         Literal["off", "warn", "strict"],
         opt(

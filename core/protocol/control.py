@@ -69,6 +69,21 @@ class Tick(Message, frozen=True, kw_only=True):
 # ------------------------------------------------------------------ engines
 
 
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """What the weights lost against the wide model's, as far as somebody measured it (quality.json; core/protocol/quality.py)."""
+
+    scheme: str
+    """How they are stored: the record's word, or that of config.json or of the options."""
+    status: Literal["wide", "measured", "unmeasured"]
+    """"unmeasured": quantised, and there is no record of what that cost."""
+    kl_mean: float | None = None
+    """Mean KL divergence from the wide model, nats a token."""
+    top1: float | None = None
+    """How often the likeliest token is the same, 0 to 1."""
+    record: str = ""
+    """The record's hash."""
+
+
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine tells when it is ready. Memory in bytes."""
 
@@ -100,6 +115,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Can it search with beams."""
     kv_dtype: str = ""
     """What a KV block holds; "": the dtype."""
+    quality: Quality | None = None
+    """None: there is no model's folder to look into."""
 
 
 class EngineUp(Message, frozen=True, kw_only=True):

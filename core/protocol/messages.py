@@ -40,6 +40,7 @@ from penstock.core.protocol.control import Message as Message
 from penstock.core.protocol.control import Notice as Notice
 from penstock.core.protocol.control import PeerDown as PeerDown
 from penstock.core.protocol.control import PeerUp as PeerUp
+from penstock.core.protocol.control import Quality as Quality
 from penstock.core.protocol.control import Ready as Ready
 from penstock.core.protocol.control import RootToChild as RootToChild
 from penstock.core.protocol.control import Signalled as Signalled

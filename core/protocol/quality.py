@@ -1,7 +1,8 @@
 """What a quantised model costs, as it was measured: quality.json beside the weights, and the gate that asks for it.
 
 What it is: the record that `penstock quant report` writes; its seal, which covers the record and samples of the weights' files (size, beginning and end),
-so that a changed record, or one beside other weights, is none; which checkpoints have 4 bits; and what `--quality-gate` says of one.
+so that a changed record, or one beside other weights, is none; which checkpoints have 4 bits; what `--quality-gate` says of one; and what a server tells of the
+quality of what it serves.
 What it does not know: how the figures are measured, what the weights mean.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.protocol.config import Config
+from penstock.core.protocol.control import Quality
 from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.core.protocol.model_files import read_object
 
@@ -23,6 +25,8 @@ SEAL = "record_sha256"
 FIGURES = ("scheme", "kl_mean", "kl_p99", "top1", "ppl", "ppl_full", "tokens", "text_sha256", "layers")
 """Keys of a record, beside its seal."""
 SAMPLE = 1 << 16
+LONGEST = 120
+"""Characters of a scheme that a server tells of: it becomes a metric's label."""
 FOUR = ("int4", "nf4", "mxfp4")
 """Words of --quantization that round to 4 bits."""
 FIELDS = ("num_bits", "bits", "w_bit", "wbits")
@@ -75,6 +79,38 @@ def _seal(figures: Mapping[str, Any], model: Path) -> str:
     return digest.hexdigest()
 
 
+def quality_of(config: Config) -> Quality | None:
+    """Of what is served. A record counts for the files as they are: what is rounded while it is loaded has none."""
+    if config.model is None or not (model := Path(config.model)).exists():
+        return None
+    own, rounded = _stored(model), [word for word in (config.quantization, config.lm_head_quantization) if word]
+    if own and config.lm_head_quantization is None:
+        record, _ = read_record(model)
+        if record is not None:
+            top1 = record["top1"] if isinstance(record["top1"], int | float) and math.isfinite(record["top1"]) else None
+            scheme = str(record["scheme"])[:LONGEST]
+            return Quality(scheme=scheme, status="measured", kl_mean=float(record["kl_mean"]), top1=top1, record=str(record[SEAL]))
+        return Quality(scheme=own, status="unmeasured")
+    if not rounded and not own:
+        return Quality(scheme="wide", status="wide")
+    head = f"lm_head {config.lm_head_quantization}" if config.lm_head_quantization else ""
+    return Quality(scheme=", ".join(filter(None, (own or config.quantization, head))), status="unmeasured")
+
+
+def _stored(model: Path) -> str:
+    """How a checkpoint says that it is quantised; "": it does not."""
+    if model.is_file():
+        return model.suffix.removeprefix(".") or "file"
+    try:
+        config = read_object(model / "config.json")
+    except (CheckpointError, OSError):  # said where the configuration is read
+        return ""
+    said = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(said, Mapping):
+        return ""
+    return str(said.get("quant_method") or "compressed-tensors")[:LONGEST]
+
+
 def four_bits(model: Path, quantization: str | None) -> bool:
     """Whether some of its weights have 4 bits, or may (a GGUF file's)."""
     if quantization in FOUR or model.is_file():
@@ -98,11 +134,13 @@ def _says_four(value: Any) -> bool:
 def gate(config: Config) -> str | None:
     """What to warn of, or None. Raises ConfigError where the gate is strict and the model (a path) has 4 bits and no record, or one past the bound."""
     word, most_kl, quantization = config.quality_gate, config.quality_max_kl, config.quantization
-    if word == "off" or config.model is None or not four_bits(model := Path(config.model), quantization):
+    head = config.lm_head_quantization
+    if word == "off" or config.model is None or not (four_bits(model := Path(config.model), quantization) or head in FOUR):
         return None
-    if quantization in FOUR and not four_bits(model, None):
+    if head in FOUR or (quantization in FOUR and not four_bits(model, None)):
+        option = f"--lm-head-quantization {head}" if head in FOUR else f"--quantization {quantization}"
         why = (
-            f"--quantization {quantization} rounds to 4 bits while loading, of which no record is kept. Write the quantised model with"
+            f"{option} rounds to 4 bits while loading, of which no record is kept. Write the quantised model with"
             f" `penstock quantize {model} --scheme w4a16 --out FOLDER`, measure it with `penstock quant report FOLDER --against {model} --text FILE`"
             " and serve FOLDER"
         )

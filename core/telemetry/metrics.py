@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from penstock.core.protocol.control import Quality
 from penstock.core.protocol.messages import EngineFacts, EngineStats
 from penstock.core.telemetry.exposition import Page, series_order
 from penstock.core.telemetry.names import COUNTERS, EDGE_METRICS, ENGINE_COUNTERS, GAUGES, HISTOGRAMS, OF_REQUESTS, STEP_TOKENS
@@ -117,6 +118,18 @@ class Metrics:
             entry.base[name] += getattr(entry.stats, field)
         entry.stats = EngineStats(blocks_total=facts.num_blocks)
         entry.up, entry.epoch, entry.facts = True, epoch, facts
+        self._quality(str(engine), facts.quality)
+
+    def _quality(self, engine: str, quality: Quality | None) -> None:
+        """In place of what an earlier life of the engine told."""
+        for name in ("quality_info", "quality_kl_mean_nats", "quality_top1_ratio"):
+            self._gauges[name] = {labels: value for labels, value in self._gauges[name].items() if labels[0] != engine}
+        if quality is None:
+            return
+        self.set("quality_info", 1.0, engine, quality.scheme, quality.status, quality.record)
+        for name, figure in (("quality_kl_mean_nats", quality.kl_mean), ("quality_top1_ratio", quality.top1)):
+            if figure is not None:
+                self.set(name, figure, engine)
 
     def engine_down(self, engine: int) -> None:
         self._engines[engine].up = False

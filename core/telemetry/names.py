@@ -94,6 +94,12 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "sequences": (("engine", "state"), "Sequences in the engine, by state."),
     "kv_blocks": (("engine", "state"), "KV blocks, by state."),
     "kv_usage_ratio": (("engine",), "Share of KV blocks that running sequences hold."),
+    "quality_info": (
+        ("engine", "scheme", "status", "record"),
+        "How the engine's weights are stored, whether what that costs was measured (wide, measured, unmeasured), and the record's hash.",
+    ),
+    "quality_kl_mean_nats": (("engine",), "By the record: mean KL divergence of a token's distribution from the wide model's."),
+    "quality_top1_ratio": (("engine",), "By the record: how often the likeliest token is the wide model's."),
     "startup_phase_seconds": (("role", "phase"), "How long each phase of the start took."),
     "uptime_seconds": ((), "Since the text process began."),
 }

@@ -68,6 +68,7 @@ class CpuDevice:
             choice.attention.name,
             max_len,
             config.quantization,
+            config.lm_head_quantization,
             sorted(choice.raw.items()),
             choice.kv,
         )

@@ -102,16 +102,8 @@ def load(
     ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
     model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
-    parts = (
-        name,
-        choice.dtype_name,
-        choice.attention.name,
-        max_len,
-        config.deterministic,
-        config.quantization,
-        sorted(choice.raw.items()),
-        choice.kv,
-    )
+    rounded = (config.quantization, config.lm_head_quantization)
+    parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, rounded, sorted(choice.raw.items()), choice.kv)
     capturable = ops.capturable and model.capturable and model.attention.capturable
     runner = DeviceRunner(
         facts=facts,

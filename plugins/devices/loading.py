@@ -29,7 +29,7 @@ from penstock.plugins import models as builtin_models
 from penstock.plugins import weights as builtin_weights
 from penstock.plugins.devices import kv_cache
 from penstock.plugins.devices.ops import DeviceOps
-from penstock.plugins.devices.quantising import quantizer_for, say_wide
+from penstock.plugins.devices.quantising import quantizer_for, rounding_for, say_head, say_wide
 from penstock.plugins.models.api import Attention, Model, Quantizer
 from penstock.plugins.models.builder import Builder
 from penstock.plugins.models.config import architecture_of, check_model_type, read_config
@@ -57,6 +57,8 @@ class Choice(NamedTuple):
     quantizer: Quantizer | None
     kv: kv_cache.Wanted
     """What the KV cache holds."""
+    rounding: Quantizer | None = None
+    """Of the output head."""
 
     @property
     def kv_name(self) -> str:
@@ -85,12 +87,13 @@ def choose(
             "config.json: its KV cache of %s has the model's dtype here, since attention backend %s keeps no other.", kv.kind, chosen.name
         )
         kv = kv_cache.Wanted("", False, False)
-    quantizer = quantizer_for(config, raw, facts, device, functools.partial(blame, config, "quantizers"))
+    blamed = functools.partial(blame, config, "quantizers")
+    quantizer, rounding = quantizer_for(config, raw, facts, device, blamed), rounding_for(config, facts, device, blamed)
     if quantizer is not None:
         log.info("quantised weights: %s", quantizer.method)
     if kv.kind:
         log.info("KV cache: %s", kv.kind)
-    return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer, kv)
+    return Choice(device, raw, spec, facts, name, dtypes[name], chosen, quantizer, kv, rounding)
 
 
 def load_model(
@@ -138,9 +141,10 @@ def load_model(
                 "returned an object without 'fix_scales', for a KV cache in 8 bits",
             )
         fix(given)
-    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer)
+    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer, choice.rounding)
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
     say_wide(builder.wide, WHERE.get(device.type, device.type))
+    say_head(config, builder.rounded, facts)
     for name in ("weights_bytes", "tables_bytes"):
         if type(getattr(model, name)) is not int:
             said = f"returned a model whose {name!r} is {getattr(model, name)!r:.60}, not a number of bytes"

@@ -57,6 +57,44 @@ def quantizer_for(config: RunnerConfig, raw: Mapping[str, Any], facts: ModelFact
     return _made(able[0], method, own, facts, device, blame)
 
 
+def rounding_for(config: RunnerConfig, facts: ModelFacts, device: str, blame: Blame) -> Quantizer | None:
+    """What quantises the output head, by `--lm-head-quantization`. Raises ConfigError naming the option."""
+    wanted = config.lm_head_quantization
+    if wanted is None:
+        return None
+    specs = list(quantizers_of(config).values())
+    able = [spec for spec in reversed(specs) if wanted in spec.schemes]
+    if not able:
+        words = sorted({word for spec in specs for word in spec.schemes})
+        raise ConfigError(
+            f"--lm-head-quantization {wanted}: no plugin knows it.{nearest(wanted, words)} Known: {', '.join(words)}.",
+            param="lm_head_quantization",
+        )
+    return _made(able[0], wanted, {}, facts, device, blame, head=True)
+
+
+def say_head(config: RunnerConfig, made: Scheme | None, facts: ModelFacts) -> None:
+    """What the quantised output head means, where the option asked for one. Raises ConfigError where it had no effect."""
+    wanted = config.lm_head_quantization
+    if wanted is None:
+        return
+    if made is None:
+        raise ConfigError(
+            f"--lm-head-quantization {wanted}: this model's family builds its output head itself. Leave the option out.",
+            param="lm_head_quantization",
+        )
+    log.warning(
+        "the output head (%d x %d) is rounded to %s while loading, which no record of the checkpoint's quality covers%s. What it costs: penstock quant report"
+        " MODEL%s --lm-head-quantization %s",
+        facts.vocab_size,
+        facts.hidden_size,
+        wanted,
+        "; the embedding table that it was tied to stays wide beside it" if facts.tie_word_embeddings else "",
+        f" --quantization {config.quantization}" if config.quantization else "",
+        wanted,
+    )
+
+
 def method_of(raw: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """(quant_method, the configuration) of config.json; (None, {}) where it has none."""
     name = next((name for name in CONFIGS if raw.get(name)), None)
@@ -90,8 +128,8 @@ def _plain(word: str) -> str:
     return {"compressed_tensors": "compressed-tensors", "auto_round": "auto-round", "modelopt_fp4": "modelopt"}.get(word, word)
 
 
-def _made(spec: QuantizerSpec, method: str, own: dict[str, Any], facts: ModelFacts, device: str, blame: Blame) -> Quantizer:
-    made = spec.factory(method=method, config=own, facts=facts, device=device)
+def _made(spec: QuantizerSpec, method: str, own: dict[str, Any], facts: ModelFacts, device: str, blame: Blame, **more: Any) -> Quantizer:
+    made = spec.factory(method=method, config=own, facts=facts, device=device, **more)
     return CheckedQuantizer(made, functools.partial(blame, spec.name))
 
 

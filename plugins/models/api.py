@@ -28,7 +28,7 @@ class Weights(Protocol):
     It may also have `has(name) -> bool`: whether the tensor is there, taken or not (without it, tied embeddings are one tensor,
     "model.embed_tokens.weight", whatever the files hold), and `identity() -> str`: a text that changes with the contents (without it, size and
     ends of each of the folder's files stand for them); it is called after `finish`. With `raw(name) -> Tensor`, the tensor as it is stored, of whatever
-    dtype and shape, it serves quantised checkpoints, too; then it has `has` as well.
+    dtype and shape, it serves quantised checkpoints, too; then it has `has` as well. `note(name) -> str | None` is what files say beside their tensors.
     """
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
@@ -127,7 +127,8 @@ class Quantizer(Protocol):
 
     It may also have `linear(weights, layers, scheme, rows, inputs, bias, activation, device) -> Linear | None`, for what no Scheme expresses or a kernel of its
     own multiplies: one layer of all `layers` (names), which read the same input and have `rows` outputs each and one `scheme`; with an activation they are gate and
-    up. None: it is made of what `read` gives.
+    up. None: it is made of what `read` gives. And `wide(weights, layer, rows, inputs) -> Tensor | None`: for a layer without a Scheme the values [rows, inputs] of what
+    no Scheme expresses; None: it is an ordinary tensor.
     """
 
     method: str

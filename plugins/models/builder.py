@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from penstock.core.contract.devices import ModelFacts
+from penstock.core.protocol.errors import ConfigError
 from penstock.kernels.activation.reference import gated
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
 from penstock.plugins.models.api import Columns, Linear, Ops, Progress, QuantisedLinear, Quantizer, Stacked, Weights
-from penstock.plugins.models.tied import HEAD, ends_of
+from penstock.plugins.models.tied import HEAD, Ends, ends_of
 
 Tensor = torch.Tensor
 READERS = 6
@@ -50,8 +51,20 @@ class Beside:
         return y if out is None else out.copy_(y)
 
 
+class Given:
+    """A source of one tensor, which is there already. See Weights."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        """See Weights."""
+        return self._tensor
+
+
 class Builder:
-    """`nbytes` counts what was built, a tied head once; `wide` the layers that are quantised in the checkpoint, but not on the device."""
+    """`nbytes` counts what was built, a tied head once; `wide` the layers that are quantised in the checkpoint, but not on the device; `rounded` is how the output
+    head was quantised while it was loaded."""
 
     def __init__(
         self,
@@ -61,12 +74,16 @@ class Builder:
         device: torch.device,
         progress: Progress | None = None,
         quantizer: Quantizer | None = None,
+        rounding: Quantizer | None = None,
     ) -> None:
+        """`rounding`: makes a quantised output head of a wide one."""
         self.device = device
         self.nbytes = 0
+        self.rounded: Scheme | None = None
         self.wide: dict[Scheme, int] = {}
         self.weights = weights
         self._quantizer = quantizer
+        self._rounding = rounding
         self._ops = ops
         self.dtype = dtype
         self._tell = progress or (lambda fraction: None)
@@ -95,14 +112,24 @@ class Builder:
 
     def ends(self, facts: ModelFacts) -> tuple[Tensor, Callable[[], Linear]]:
         """The embedding table [V, H], and a call that makes the output head, to be made last (tied or not: tied.py)."""
-        ends = ends_of(facts, self.weights)
-        shape = (facts.vocab_size, facts.hidden_size)
+        part, inputs = Part(HEAD.removesuffix(".weight"), facts.vocab_size), facts.hidden_size
+        stored = self._scheme(part, inputs)
+        ends = ends_of(facts, self.weights, quantised=stored is not None)
+        shape = (part.rows, inputs)
+        if stored is not None:
+            if self._rounding is not None:
+                raise ConfigError(
+                    "--lm-head-quantization: the checkpoint's output head is quantised already. Leave the option out.",
+                    param="lm_head_quantization",
+                )
+            table = self._kept(self._own(shape, ends.table))
+
+            return table, lambda: self._counted(self._layer([part], inputs, False, head=True))
+        if self._rounding is not None:
+            return self._rounded(self._rounding, part, inputs, ends)
         table = self._kept(self._own(shape, ends.table))
 
         def head() -> Linear:
-            scheme = self._scheme(Part(HEAD.removesuffix(".weight"), shape[0]), shape[1])
-            if scheme is not None and ends.head is not None:
-                return self._counted(self._layer([Part(HEAD.removesuffix(".weight"), shape[0])], shape[1], False, head=True))
             if ends.head is None:
                 layer = self._ops.head(table)
                 self.nbytes += 0 if getattr(layer, "weight", None) is table else layer.nbytes
@@ -110,6 +137,41 @@ class Builder:
             return self._counted(self._ops.head(self._own(shape, ends.head)))
 
         return table, head
+
+    def _rounded(self, rounding: Quantizer, part: Part, inputs: int, ends: Ends) -> tuple[Tensor, Callable[[], Linear]]:
+        """A wide embedding table, and a head rounded from it if they are tied, else from its own tensor."""
+        shape = (part.rows, inputs)
+        scheme = rounding.scheme(self.weights, part.name, part.rows, inputs)
+        make = getattr(self._ops, "quantised", None)
+        layer: QuantisedLinear | None = None if make is None or scheme is None else make(scheme, [part.rows], inputs, None, "", head=True)
+        if scheme is None or layer is None:
+            raise ConfigError(
+                f"--lm-head-quantization: {rounding.method} cannot be multiplied on this device as an output head of {part.rows} x {inputs}. Try int8.",
+                param="lm_head_quantization",
+            )
+        self.rounded = scheme
+
+        def rounded(wide: Tensor) -> None:
+            q = rounding.read(cast(Weights, Given(wide)), part.name, scheme, part.rows, inputs, self.device)
+            layer.fill(0, q)
+
+        if ends.head is not None:
+            taken = ends.head
+            table = self._kept(self._own(shape, ends.table))
+            self._do(lambda: rounded(taken()))
+        elif self._later is None:
+            table = self._kept(self._own(shape, ends.table))
+            rounded(table)
+        else:  # what is read once serves both
+            table = self._kept(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+            def both() -> None:
+                wide = ends.table()
+                table.copy_(wide)
+                rounded(wide)
+
+            self._do(both)
+        return table, lambda: self._counted(layer)
 
     def finish(self) -> None:
         """Read what is still to be read. Raises CheckpointError for tensors that are missing, or that nobody took."""
@@ -175,7 +237,9 @@ class Builder:
     def _take(self, name: str, shape: tuple[int, ...], scheme: Scheme | None) -> Tensor:
         """As it is stored, or what is stored in a quantised form as the ordinary tensor that it means."""
         if scheme is None:
-            return self.weights.take(name, shape)
+            own = None if self._quantizer is None or len(shape) != 2 else getattr(self._quantizer, "wide", None)
+            value: Tensor | None = None if own is None else own(self.weights, name.removesuffix(".weight"), *shape)
+            return self.weights.take(name, shape) if value is None else value.to(self.dtype)
         return dequantise(self._read(name.removesuffix(".weight"), scheme, *shape), self.dtype)
 
     def _stacked(self, named: Sequence[tuple[str, tuple[int, ...]]], scheme: Scheme | None = None) -> Stacked:

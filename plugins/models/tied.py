@@ -28,15 +28,15 @@ class Ends(NamedTuple):
     head: Take | None
 
 
-def ends_of(facts: ModelFacts, weights: Weights) -> Ends:
+def ends_of(facts: ModelFacts, weights: Weights, *, quantised: bool = False) -> Ends:
     """Raises CheckpointError, here or when a tensor is taken. A source that cannot say what it holds is asked for what the configuration
-    names."""
+    names. `quantised`: the checkpoint holds a head in quantised form, which is then no table, whatever the configuration says; it is not taken here."""
     shape = (facts.vocab_size, facts.hidden_size)
 
     def later(name: str) -> Take:
         return lambda: weights.take(name, shape)
 
-    if not facts.tie_word_embeddings:
+    if not facts.tie_word_embeddings or quantised:
         return Ends(later(TABLE), later(HEAD))
     has = getattr(weights, "has", None)
     if has is None or not has(HEAD):

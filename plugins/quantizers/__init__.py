@@ -53,16 +53,22 @@ def _bitsandbytes(*, method: str, config: dict[str, Any], **options: Any) -> Any
     return Bitsandbytes(config)
 
 
+def _torchao(*, method: str, config: dict[str, Any], **options: Any) -> Any:
+    from penstock.plugins.quantizers.torchao import TorchAo
+
+    return TorchAo(config)
+
+
 def _gguf(*, method: str, config: dict[str, Any], **options: Any) -> Any:
     from penstock.plugins.quantizers.gguf import Gguf
 
     return Gguf(config)
 
 
-def _online(*, method: str, config: dict[str, Any], **options: Any) -> Any:
+def _online(*, method: str, config: dict[str, Any], head: bool = False, **options: Any) -> Any:
     from penstock.plugins.quantizers.online import Online
 
-    return Online(method)
+    return Online(method, head=head)
 
 
 @hookimpl
@@ -80,6 +86,7 @@ def register_quantizers() -> list[QuantizerSpec]:
         reader("fp8", "FP8 with a scale a tensor, row or block.", ["fp8", "fbgemm_fp8"], _fp8),
         reader("modelopt", "FP8 and NVFP4 of TensorRT Model Optimizer.", ["modelopt"], _modelopt),
         reader("bitsandbytes", "NF4 and LLM.int8().", ["bitsandbytes"], _bitsandbytes),
+        reader("torchao", "Integers of 8 and 4 bits and FP8 of torchao, in safetensors files.", ["torchao"], _torchao),
         reader("gguf", "Q8_0, Q6_K, Q5_0, Q4_0 and Q3_K of GGUF files.", ["gguf"], _gguf),
         QuantizerSpec(
             name="online",

@@ -60,7 +60,7 @@ class Bitsandbytes:
             return Quantised(scheme, rows, inputs, data.to(device), (largest.float()[:, None] / 127).contiguous().to(device))
         name = f"{layer}.weight"
         state = self._state(weights, layer)
-        if list(state.get("shape", [])) != [rows, inputs]:
+        if state.get("shape") != [rows, inputs]:
             raise CheckpointError(f"tensor '{name}.{STATE}nf4' says shape {state.get('shape')!r:.60}, not {[rows, inputs]}.", param=name)
         table = stored(weights, f"{name}.quant_map", (16,), torch.float32)
         if not torch.equal(table, torch.tensor(NF4)):
@@ -79,12 +79,15 @@ class Bitsandbytes:
             raise CheckpointError(f"tensor '{name}.{STATE}nf4' says nested_blocksize {size!r:.60}.", param=name)
         largest = stored(weights, f"{name}.nested_absmax", (-(-count // size),), torch.float32)
         wide = table[codes.long()] * largest.repeat_interleave(size)[:count]
-        return wide + float(state.get("nested_offset", 0.0))
+        offset = state.get("nested_offset", 0.0)
+        if not isinstance(offset, int | float):
+            raise CheckpointError(f"tensor '{name}.{STATE}nf4' says nested_offset {offset!r:.60}.", param=name)
+        return wide + float(offset)
 
     def _state(self, weights: Any, layer: str) -> dict[str, Any]:
         name = f"{layer}.weight.{STATE}nf4"
-        text = bytes(stored(weights, name, None, torch.uint8).tolist())
+        text = bytes(stored(weights, name, None, torch.uint8).flatten().tolist())
         try:
             return msgspec.json.decode(text, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"tensor {name!r} holds no JSON object ({error}).", param=name) from None

@@ -17,12 +17,12 @@ import torch
 from penstock.core.protocol.errors import CheckpointError
 from penstock.kernels.linear.scheme import Quantised, Scheme, pack_nibbles
 from penstock.plugins.quantizers.fields import (
-    FLOATING,
     Fields,
     divides,
     has,
     invented,
     makes_up,
+    number_of,
     order_of,
     scales_of,
     stored,
@@ -91,7 +91,7 @@ class CompressedTensors:
         form = self._group_of(layer).form
         weights.ignore(f"{layer}.input_zero_point", f"{layer}.input_global_scale", f"{layer}.output_scale")
         if form == NVFP4:
-            whole = stored(weights, f"{layer}.weight_global_scale", None, *FLOATING).float().reshape(())
+            whole = number_of(weights, f"{layer}.weight_global_scale")
             return nvfp4(weights, f"{layer}.weight_packed", f"{layer}.weight_scale", 1 / whole, scheme, rows, inputs, device)
         if form == MXFP4:
             packed = stored(weights, f"{layer}.weight_packed", (rows, inputs // 2), torch.uint8)
@@ -100,7 +100,7 @@ class CompressedTensors:
         scales = scales_of(weights, f"{layer}.weight_scale", scheme.scale_rows(rows), scheme.groups(inputs))
         given = None
         if scheme.activations == "tensor":
-            given = stored(weights, f"{layer}.input_scale", None, *FLOATING).float().reshape(()).to(device)
+            given = number_of(weights, f"{layer}.input_scale").to(device)
         else:
             weights.ignore(f"{layer}.input_scale")
         if scheme.kind.startswith("fp8"):

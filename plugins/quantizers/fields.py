@@ -107,6 +107,14 @@ def stored(weights: Any, name: str, shape: Sequence[int] | None, *dtypes: torch.
     return value
 
 
+def number_of(weights: Any, name: str) -> Tensor:
+    """A tensor of one number, as float32 without a dimension."""
+    value = stored(weights, name, None, *FLOATING)
+    if value.numel() != 1:
+        raise CheckpointError(f"tensor {name!r} has shape {list(value.shape)}; this format stores one number there.", param=name)
+    return value.float().reshape(())
+
+
 def _finite(value: Tensor) -> bool:
     if value.dtype in EIGHT:
         bits = EIGHT[value.dtype]
@@ -144,7 +152,7 @@ def order_of(group_of: Tensor, name: str, group: int) -> Tensor | None:
     """For the group of each input (GPTQ's g_idx): the order of inputs in which groups follow one another, int32; None where they do already. Raises
     CheckpointError where groups have other sizes than the format says."""
     k = group_of.shape[0]
-    plain = torch.arange(k, dtype=group_of.dtype) // (group or k)
+    plain = torch.arange(k, dtype=group_of.dtype) // min(group or k, k)
     if torch.equal(group_of, plain):
         return None
     order = torch.argsort(group_of, stable=True)

@@ -14,7 +14,7 @@ import torch
 
 from penstock.core.protocol.errors import CheckpointError
 from penstock.kernels.linear.scheme import Quantised, Scheme
-from penstock.plugins.quantizers.fields import FLOATING, Fields, divides, has, invented, makes_up, scales_of, stored
+from penstock.plugins.quantizers.fields import Fields, divides, has, invented, makes_up, number_of, scales_of, stored
 
 KINDS = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 
@@ -61,7 +61,7 @@ class Fp8:
         scales = scales_of(weights, name, scheme.scale_rows(rows), scheme.groups(inputs))
         given = None
         if scheme.activations == "tensor":
-            given = stored(weights, f"{layer}.input_scale", None, *FLOATING).float().reshape(())
+            given = number_of(weights, f"{layer}.input_scale")
         else:
             weights.ignore(f"{layer}.input_scale")
         weights.ignore(f"{layer}.input_scale_ub", f"{layer}.k_scale", f"{layer}.v_scale")
@@ -87,7 +87,7 @@ class Nvfp4:
         if makes_up(weights):
             return invented(weights, layer, scheme, rows, inputs, device)
         weights.ignore(f"{layer}.input_scale")
-        whole = stored(weights, f"{layer}.weight_scale_2", None, *FLOATING).float().reshape(())
+        whole = number_of(weights, f"{layer}.weight_scale_2")
         return nvfp4(weights, f"{layer}.weight", f"{layer}.weight_scale", whole, scheme, rows, inputs, device)
 
 

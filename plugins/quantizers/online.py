@@ -1,6 +1,6 @@
-"""Wide weights quantised while they load: `--quantization int8 | int4 | fp8 | nf4 | mxfp4`.
+"""Wide weights quantised while they load: `--quantization int8 | int4 | fp8 | nf4 | mxfp4`, and the output head by `--lm-head-quantization`.
 
-What it is: a Quantizer that rounds every linear layer to the nearest (RTN); embeddings and the output head stay wide. No data is looked at, so
+What it is: a Quantizer that rounds every linear layer to the nearest (RTN), or the output head alone; embeddings stay wide. No data is looked at, so
 that 4 bits cost more than a checkpoint that was quantised with data (AWQ, GPTQ).
 What it does not know: files, devices.
 """
@@ -26,13 +26,15 @@ SCHEMES = {
 class Online:
     """See plugins/models/api.py: Quantizer."""
 
-    def __init__(self, word: str) -> None:
-        self._scheme = SCHEMES[word]
+    def __init__(self, word: str, *, head: bool = False) -> None:
+        """`head`: of the output head, whose inputs stay as they are."""
+        self._scheme = SCHEMES[word]._replace(activations="") if head else SCHEMES[word]
+        self._head = head
         self.method = f"{word}, rounded while loading"
 
     def scheme(self, weights: Any, layer: str, rows: int, inputs: int) -> Scheme | None:
         """See Quantizer."""
-        if layer == "lm_head":
+        if (layer == "lm_head") != self._head:
             return None
         return self._scheme if self._scheme.group < inputs else self._scheme._replace(group=0)
 

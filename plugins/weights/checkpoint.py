@@ -53,7 +53,8 @@ def files_of(path: str | Path) -> list[Path]:
             raise unreadable(folder / name, gone)
     beside = unread(folder, [])
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth"))
-    hint = f" ({_list(others)} cannot be read: only safetensors are)" if others else f" (only {_list(beside)})" if beside else ""
+    resave = "only safetensors are, as other files may run code: load the model with the library that wrote it, and save it as safetensors"
+    hint = f" ({_list(others)} cannot be read; {resave})" if others else f" (only {_list(beside)})" if beside else ""
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}.", param="model")
 
 
@@ -134,11 +135,13 @@ class Checkpoint:
         self._files = files_of(path)
         self._open = {file: _open(file) for file in self._files}
         self._where: dict[str, Path] = {}
+        self._notes: dict[str, str] = {}
         twice: list[str] = []
         for file, handle in self._open.items():  # of one name, the last file's counts
             names = list(handle.keys())
             twice += [name for name in names if name in self._where]
             self._where |= dict.fromkeys(names, file)
+            self._notes |= handle.metadata() or {}
         self._unread = unread(path, self._files)
         if self._unread:
             log.warning("%s: weights are read from %s; ignored: %s", path, _list([f.name for f in self._files]), _list(self._unread))
@@ -151,6 +154,10 @@ class Checkpoint:
         self._left = set(self._where)
         self._ignored: set[str] = set()
         self._renamed: set[str] = set()
+
+    def names(self) -> list[str]:
+        """Of all its tensors, as the files have them."""
+        return list(self._where)
 
     def has(self, name: str) -> bool:
         """See Weights."""
@@ -190,6 +197,10 @@ class Checkpoint:
             return file, self._open[file].get_tensor(stored)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: tensor {stored!r} cannot be read ({error}).", param=stored) from None
+
+    def note(self, name: str) -> str | None:
+        """What the header of a file says under this name, or with or without BASE, whether there is a tensor of that name or not."""
+        return next((self._notes[one] for one in (name, BASE + name, name.removeprefix(BASE)) if one in self._notes), None)
 
     def ignore(self, *names: str) -> None:
         """See Weights.ignore."""

@@ -10,12 +10,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from penstock.kernels.linear.scheme import dequantise
+from penstock.kernels.linear.scheme import Scheme, dequantise
 from penstock.plugins.commands.quant import writing
-from penstock.plugins.commands.quant.command import nearest, quantize
-from penstock.plugins.commands.quant.forms import FORMATS
+from penstock.plugins.commands.quant.command import quantize
+from penstock.plugins.commands.quant.comparing import Loaded, relative_error
+from penstock.plugins.commands.quant.forms import FORMATS, scheme_of
+from penstock.plugins.quantizers.bitsandbytes import Bitsandbytes
 from penstock.plugins.quantizers.compressed import CompressedTensors
 from penstock.plugins.weights.checkpoint import Checkpoint
 
@@ -94,7 +98,7 @@ def test_what_is_written_is_read_bit_for_bit(word: str, wide: Path, tmp_path: Pa
     assert len(found) == LAYERS * len(SHAPES)
     for layer, scheme in plan.schemes.items():
         weight = meant(wide, f"{layer}.weight")
-        assert torch.equal(found[layer], dequantise(nearest(word)(layer, weight, scheme)))
+        assert torch.equal(found[layer], dequantise(writing.nearest(plan)(layer, weight, scheme)))
         assert not torch.equal(found[layer], weight.float())
     weights = Checkpoint(out, torch.bfloat16)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -118,10 +122,57 @@ def test_transformers_reads_the_same_weights(word: str, wide: Path, tmp_path: Pa
         assert torch.equal(theirs[layer].weight.float(), ours.bfloat16().float()), layer
 
 
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("word", "head"), [("w4a16", "w4a16"), ("w4a16", "w8a16"), ("w4a16", "fp8"), ("int8", "int8")])
+def test_a_quantised_head_is_read_by_both(word: str, head: str, tied: bool, wide: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    source = "lm_head.weight"
+    if tied:
+        tensors, source = load_file(wide / "model.safetensors"), "model.embed_tokens.weight"
+        save_file(
+            {name: value for name, value in tensors.items() if name != "lm_head.weight"}, wide / "model.safetensors", {"format": "pt"}
+        )
+        config = json.loads((wide / "config.json").read_text())
+        (wide / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    out = tmp_path / "out"
+    assert asked(wide, "--scheme", word, "--lm-head", head, "--out", out).exit_code == 0
+    written = json.loads((out / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert "lm_head" not in written["quantization_config"]["ignore"]
+    weights, quantizer = Checkpoint(out, torch.float32), CompressedTensors(written["quantization_config"])
+    scheme = quantizer.scheme(weights, "lm_head", VOCAB, HIDDEN)
+    assert scheme is not None
+    assert scheme.kind == scheme_of(head, VOCAB, HIDDEN).kind
+    ours = dequantise(quantizer.read(weights, "lm_head", scheme, VOCAB, HIDDEN, torch.device("cpu")))
+    plan = writing.plan(writing.open_source(wide), word, (), head)
+    assert torch.equal(ours, dequantise(writing.nearest(plan)("lm_head", meant(wide, source), scheme_of(head, VOCAB, HIDDEN))))
+    assert torch.equal(weights.raw("model.embed_tokens.weight"), meant(wide, "model.embed_tokens.weight"))
+    if word == head:  # forms that differ transformers reads only without widening them
+        config = CompressedTensorsConfig(run_compressed=False)
+        model = AutoModelForCausalLM.from_pretrained(out, quantization_config=config, dtype=torch.bfloat16)
+        assert torch.equal(model.lm_head.weight.float(), ours.bfloat16().float())
+        assert torch.equal(model.model.embed_tokens.weight, meant(wide, "model.embed_tokens.weight"))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    tokens = list(range(1, 40))
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits[0].float()
+    logits = Loaded(out, longest=64).logits(tokens)(0, len(tokens))
+    assert float((logits - theirs).abs().mean() / theirs.std()) < 0.03  # of bfloat16, and of inputs that transformers rounds
+
+
+def test_a_head_that_does_not_fit_is_said(wide: Path, tmp_path: Path) -> None:
+    said = asked(wide, "--scheme", "w4a16", "--lm-head", "fp8-block", "--out", tmp_path / "out")
+    assert said.exit_code
+    assert "--lm-head fp8-block" in str(said.exception)
+
+
 def test_an_ended_run_goes_on_with_what_is_missing(wide: Path, tmp_path: Path) -> None:
     out, seen = tmp_path / "out", []
     plan = writing.plan(writing.open_source(wide), "w4a16")
-    rounded = nearest("w4a16")
+    rounded = writing.nearest(plan)
 
     class Ended(Exception):
         pass
@@ -188,11 +239,60 @@ def test_ignored_layers_stay_wide(wide: Path, tmp_path: Path) -> None:
     assert "no linear layer" in str(everything.exception)
 
 
-def test_nf4_is_refused_with_what_to_do_instead(wide: Path, tmp_path: Path) -> None:
-    said = asked(wide, "--scheme", "nf4", "--out", tmp_path / "out")
-    assert said.exit_code == 2
-    assert "--quantization nf4" in said.output
-    assert not (tmp_path / "out").exists()
+NORMAL = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+def of_bitsandbytes(out: Path, layer: str) -> torch.Tensor:
+    """A layer as bitsandbytes' format says it, from the bytes."""
+    state = json.loads(bytes(meant_in(out, f"{layer}.weight.quant_state.bitsandbytes__nf4").tolist()))
+    packed, scales = meant_in(out, f"{layer}.weight"), meant_in(out, f"{layer}.weight.absmax")
+    assert meant_in(out, f"{layer}.weight.quant_map").tolist() == pytest.approx(NORMAL, abs=0)
+    assert packed.shape == (packed.numel(), 1)
+    assert state["quant_type"] == "nf4"
+    values = [NORMAL[code] for byte in packed[:, 0].tolist() for code in (byte >> 4, byte & 15)]
+    return (torch.tensor(values).view(-1, state["blocksize"]) * scales[:, None]).view(state["shape"])
+
+
+def meant_in(out: Path, name: str) -> torch.Tensor:
+    return Checkpoint(out, torch.float32).raw(name)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_nf4_is_what_bitsandbytes_stores(method: str, wide: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "texts.json"
+    file.write_text('["a b"]')
+    given = [] if method == "rtn" else ["--method", method, "--calibration", file]
+    if method != "rtn":
+        tokenizer = Tokenizer(WordLevel({"a": 1, "b": 2, "?": 0}, unk_token="?"))
+        tokenizer.save(str(wide / "tokenizer.json"))
+    said = asked(wide, "--scheme", "nf4", "--lm-head", "nf4", *given, "--out", out)
+    assert said.exit_code == 0, said.output
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["load_in_4bit"], config["llm_int8_skip_modules"]) == ("bitsandbytes", True, [])
+    assert (config["bnb_4bit_quant_type"], config["bnb_4bit_compute_dtype"]) == ("nf4", "bfloat16")
+    quantizer, weights = Bitsandbytes(config), Checkpoint(out, torch.float32)
+    shapes = {f"model.layers.{index}.{name}": shape for index in range(LAYERS) for name, shape in SHAPES.items()} | {
+        "lm_head": (VOCAB, HIDDEN)
+    }
+    for layer, shape in shapes.items():
+        scheme = quantizer.scheme(weights, layer, *shape)
+        assert scheme == Scheme("nf4", 64)
+        ours = dequantise(quantizer.read(weights, layer, scheme, *shape, torch.device("cpu")))
+        assert torch.equal(ours, of_bitsandbytes(out, layer))
+        if method == "rtn":
+            error = relative_error(ours, meant(wide, f"{layer}.weight"))
+            assert 0.01 < error < 0.12
+
+
+def test_nf4_and_other_forms_do_not_mix(wide: Path, tmp_path: Path) -> None:
+    for scheme, head in (("nf4", "int8"), ("w4a16", "nf4")):
+        said = asked(wide, "--scheme", scheme, "--lm-head", head, "--out", tmp_path / "out")
+        assert said.exit_code
+        assert "nf4 for both or for none" in str(said.exception)
 
 
 def test_weights_that_are_not_finite_are_named(wide: Path, tmp_path: Path) -> None:

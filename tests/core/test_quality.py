@@ -12,8 +12,9 @@ import pytest
 from penstock.core.processes.kernel import serve
 from penstock.core.processes.local import LocalServer
 from penstock.core.protocol.config import Config, check
+from penstock.core.protocol.control import Quality
 from penstock.core.protocol.errors import ConfigError
-from penstock.core.protocol.quality import FIGURES, four_bits, gate, read_record, record_file, sealed
+from penstock.core.protocol.quality import FIGURES, four_bits, gate, quality_of, read_record, record_file, sealed
 
 RECORD: dict[str, Any] = {
     "scheme": "w4a16", "kl_mean": 0.02, "kl_p99": 0.2, "top1": 0.9, "ppl": 2.1, "ppl_full": 2.0, "tokens": 10, "text_sha256": "00",
@@ -151,3 +152,31 @@ def test_no_process_starts_past_a_strict_gate(model: Path, capsys: pytest.Captur
 def test_a_warning_is_logged(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     LocalServer(asked(model, quality_gate="warn"), lambda message: None)
     assert "--quality-gate warn" in caplog.text
+
+
+def test_a_server_tells_a_record_only_of_what_it_measured(model: Path) -> None:
+    keep(model)
+    seal = json.loads(record_file(model).read_text())["record_sha256"]
+    told = quality_of(Config(model=str(model)))
+    assert told == Quality(scheme="w4a16", status="measured", kl_mean=0.02, top1=0.9, record=seal)
+    rounded = quality_of(Config(model=str(model), lm_head_quantization="int8"))
+    assert rounded == Quality(scheme="compressed-tensors, lm_head int8", status="unmeasured")
+    (model / "model.safetensors").write_bytes(b"v" * 100)
+    assert quality_of(Config(model=str(model))) == Quality(scheme="compressed-tensors", status="unmeasured")
+
+
+def test_what_is_wide_or_rounded_while_it_loads(tmp_path: Path) -> None:
+    model = folder_of(tmp_path, {})
+    assert quality_of(Config(model=str(model))) == Quality(scheme="wide", status="wide")
+    assert quality_of(Config(model=str(model), quantization="int8")) == Quality(scheme="int8", status="unmeasured")
+    both = quality_of(Config(model=str(model), quantization="int4", lm_head_quantization="int8"))
+    assert both == Quality(scheme="int4, lm_head int8", status="unmeasured")
+    assert quality_of(Config(model=None)) is None
+    (tmp_path / "a.gguf").write_bytes(b"g")
+    assert quality_of(Config(model=str(tmp_path / "a.gguf"))) == Quality(scheme="gguf", status="unmeasured")
+
+
+def test_a_head_of_four_bits_needs_a_record_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--lm-head-quantization int4 rounds to 4 bits"):
+        gate(asked(folder_of(tmp_path, {}), lm_head_quantization="int4"))
+    assert gate(asked(tmp_path, lm_head_quantization="int8")) is None

@@ -322,3 +322,15 @@ def test_masked_steps_draw_what_a_list_of_allowed_tokens_draws(folder: Path, on_
             drawn = Sample(**row, step=step, rows=zero, slots=zero, positions=starts + counts, places=places, mask=mask, mask_rows=zero)
             tokens.append(int(runner.sample(drawn)().tokens[0]))
         assert tokens == truth.tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"], ids=["untied", "tied"])
+@pytest.mark.parametrize("word", ["int8", "fp8", "int4"])
+def test_a_head_that_was_rounded_while_it_was_loaded(family: str, word: str, make_folder: Make, on_device: Make, cpu_runner: Make) -> None:
+    folder = make_folder(family, dtype=torch.bfloat16, **SHAPE)
+    mine, theirs, wide = some_jobs(9), some_jobs(9), some_jobs(9)
+    Driver(on_device(folder, lm_head_quantization=word)).run(mine)
+    Driver(cpu_runner(folder, lm_head_quantization=word)).run(theirs)
+    Driver(on_device(folder)).run(wide)
+    close_enough(mine, theirs, 0.25)  # bfloat16 on both, in another order
+    assert any(a.logprobs != b.logprobs for a, b in zip(mine, wide, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock.core.protocol.control import Quality
 from penstock.core.protocol.messages import RUNNING, Cancel, EdgeStats, EngineStats, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.telemetry.metrics import Metrics
@@ -304,3 +305,16 @@ def test_rows_of_two_classes_in_one_step(make_bench: Any) -> None:
     assert standard.itl.sum == pytest.approx(0.04)
     assert (standard.ttft.count, batch.ttft.count) == (2, 2)
     assert batch.counts["requests_finished"]["length",] == 2
+
+
+def test_an_engine_tells_the_quality_of_its_weights(bench: Any) -> None:
+    assert "penstock_quality_info" not in scrape(bench)
+    bench.up(quality=Quality(scheme='4 "bits"', status="measured", kl_mean=0.02, top1=0.9, record="ab"))
+    found = scrape(bench)
+    assert found["penstock_quality_info"] == {(("engine", "0"), ("record", "ab"), ("scheme", '4 "bits"'), ("status", "measured")): 1.0}
+    assert found["penstock_quality_kl_mean_nats"] == {(("engine", "0"),): 0.02}
+    assert found["penstock_quality_top1_ratio"] == {(("engine", "0"),): 0.9}
+    bench.up(quality=Quality(scheme="int8", status="unmeasured"))
+    found = scrape(bench)
+    assert found["penstock_quality_info"] == {(("engine", "0"), ("record", ""), ("scheme", "int8"), ("status", "unmeasured")): 1.0}
+    assert not {"penstock_quality_kl_mean_nats", "penstock_quality_top1_ratio"} & set(found)

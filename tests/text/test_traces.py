@@ -11,6 +11,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from penstock.core.protocol.control import Quality
 from penstock.core.protocol.errors import ConfigError
 from penstock.core.protocol.messages import Cancel, Park, Unpark, seq_of
 from penstock.core.protocol.sampling import SamplingParams
@@ -67,6 +68,20 @@ def test_spans_tile_the_request(traced: Any, memory: InMemorySpanExporter) -> No
     answer = traced.query("metrics").body
     assert b"penstock_otel_spans_exported_total 5.0" in answer
     assert b"penstock_otel_spans_failed_total 0.0" in answer
+
+
+def test_a_span_tells_what_the_weights_lost(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.up(quality=Quality(scheme="w4a16", status="measured", kl_mean=0.02, top1=0.9, record="ab"))
+    traced.submit(1, traceparent=PARENT)
+    traced.scripts[seq_of(1, 0)] = [5, 6]
+    traced.run()
+    (decode,) = (span.attributes for span in memory.get_finished_spans() if span.name == "decode")
+    assert decode is not None
+    told = {name: value for name, value in decode.items() if name.startswith("penstock.quality.")}
+    assert told == {
+        "penstock.quality.scheme": "w4a16", "penstock.quality.status": "measured", "penstock.quality.kl_mean": 0.02, "penstock.quality.top1": 0.9,
+        "penstock.quality.record": "ab",
+    }  # fmt: skip
 
 
 def test_spans_are_told_in_the_edges_time(traced: Any, memory: InMemorySpanExporter) -> None:

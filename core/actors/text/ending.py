@@ -61,8 +61,7 @@ class Ending:
         )
         self._measure(request, now, times)
         if request.traced:
-            fingerprint = self._pool.facts.fingerprint if self._pool.facts else ""
-            spans.record(desk.traces, request, self._pool.names[0], fingerprint, now, desk.clock.wall_ns() - desk.clock.now_ns())
+            spans.record(desk.traces, request, self._pool.names[0], self._pool.facts, now, desk.clock.wall_ns() - desk.clock.now_ns())
 
     def _tell(self, request: Request, message: Finished | Rejected) -> Iterator[To]:
         """Its end, to whoever listens."""

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from penstock.core.actors.text.ledger import Request
+from penstock.core.protocol.control import EngineFacts
 from penstock.core.telemetry.traces import Traces, gen_ai_attributes
 
 
-def record(traces: Traces, request: Request, model: str, fingerprint: str, end_ns: int, to_wall_ns: int) -> None:
-    """`end_ns` on the monotonic clock; `to_wall_ns` is added to get to the Unix epoch, unless the edge said what it adds itself."""
+def record(traces: Traces, request: Request, model: str, facts: EngineFacts | None, end_ns: int, to_wall_ns: int) -> None:
+    """`facts` of the engine, if one is up; `end_ns` on the monotonic clock; `to_wall_ns` is added to get to the Unix epoch, unless the edge said what it adds itself."""
     to_wall_ns = request.submit.to_wall_ns or to_wall_ns
     context = traces.context(request.submit.traceparent, request.submit.tracestate)
     if context is None and request.submit.traceparent:
@@ -49,7 +52,8 @@ def record(traces: Traces, request: Request, model: str, fingerprint: str, end_n
             "gen_ai.latency.time_to_first_token": max(0, request.first_ns - request.received_ns) / 1e9,
             "gen_ai.latency.e2e": max(0, end_ns - request.received_ns) / 1e9,
             "gen_ai.latency.time_in_model_decode": max(0, request.last_ns - request.first_ns) / 1e9,
-            "penstock.system_fingerprint": fingerprint,
+            "penstock.system_fingerprint": facts.fingerprint if facts else "",
+            **_quality(facts),
             "penstock.preemptions": request.preemptions,
             "penstock.replays": request.replays,
         },
@@ -73,3 +77,11 @@ def record(traces: Traces, request: Request, model: str, fingerprint: str, end_n
         start = end
         if not reached:
             return
+
+
+def _quality(facts: EngineFacts | None) -> dict[str, Any]:
+    """What the weights lost, as the engine tells it."""
+    if facts is None or facts.quality is None:
+        return {}
+    told = msgspec.structs.asdict(facts.quality)
+    return {f"penstock.quality.{name}": value for name, value in told.items() if value not in (None, "")}

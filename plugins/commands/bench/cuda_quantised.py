@@ -1,5 +1,5 @@
-"""Measures quantised weights on the cuda device: `python -m penstock.plugins.commands.bench.cuda_quantised OUT_FOLDER [word of --quantization | none ...]`,
-each word with "/" and one of --kv-cache-dtype behind it if that is to be measured, too: `none/fp8_e4m3`.
+"""Measures quantised weights on the cuda device: `python -m penstock.plugins.commands.bench.cuda_quantised OUT_FOLDER [word of --quantization | none ...]`.
+`int4+int8` is int4 with an output head in int8; behind "/" stands one of --kv-cache-dtype if that is to be measured, too: `none/fp8_e4m3`.
 
 What it is: the 8B shape on dummy weights, once wide and once for each word, in one run: milliseconds a decode step at 1, 16 and 64 rows, one at a long context, an 8k prefill, the bytes of the
 weights and their share of the measured copy bandwidth. Results go to quantised.json after each; a table is printed last.
@@ -18,7 +18,7 @@ from typing import Any
 
 from penstock.plugins.commands.bench.cuda_bench import LLAMA_8B, ceilings, decode, fill, folder_of, load
 
-WORDS = ("none", "int8", "fp8", "int4", "mxfp4")
+WORDS = ("none", "int8", "int8+int8", "fp8", "int4", "int4+int8", "int4+int4", "mxfp4")
 CASES = ((1, 1024), (16, 1024), (64, 1024), (16, 8192))
 """Rows of a decode step, and their context."""
 PREFILL = 8192
@@ -29,13 +29,15 @@ def measure(path: str, word: str, copy_tb_s: float) -> dict[str, Any]:
     import torch
 
     weight, _, kv = word.partition("/")
+    layers, _, head = weight.partition("+")
     runner, seconds, _ = load(
         path,
         load_format="dummy",
         max_num_seqs=64,
         max_model_len=2 * PREFILL,
         max_num_batched_tokens=PREFILL,
-        quantization=None if weight == "none" else weight,
+        quantization=None if layers == "none" else layers,
+        lm_head_quantization=head or None,
         kv_cache_dtype=kv or "auto",
     )
     weights = int(runner.memory.weights)

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from penstock.kernels.activation.reference import gated
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise
 from penstock.plugins.commands.quant.comparing import Loaded
-from penstock.plugins.commands.quant.forms import configuration, norm_of
+from penstock.plugins.commands.quant.forms import NF4_WORD, norm_of
 from penstock.plugins.commands.quant.methods import Method
-from penstock.plugins.commands.quant.writing import Plan, shard_file, write, write_shard
+from penstock.plugins.commands.quant.writing import LM_HEAD, Plan, nearest, shard_file, write, write_shard
 from penstock.plugins.models.api import Columns, Stacked, Weights
+from penstock.plugins.quantizers.bitsandbytes import Bitsandbytes
 from penstock.plugins.quantizers.compressed import CompressedTensors
 
 Tensor = torch.Tensor
@@ -51,8 +52,8 @@ class Observer:
         self._architecture = (plan.source.config.get("architectures") or [""])[0]
 
     def scheme(self, weights: Weights, layer: str, rows: int, inputs: int) -> Scheme | None:
-        """See Quantizer."""
-        return self._plan.schemes.get(layer)
+        """See Quantizer. The output head is not called."""
+        return None if layer == LM_HEAD else self._plan.schemes.get(layer)
 
     def read(self, *_: Any) -> Quantised:
         """Never called: `linear` makes all layers."""
@@ -138,7 +139,7 @@ class Written:
             if shard_file(plan, partial, index).is_file()
         }
         self._file_of = {name: shard_file(plan, partial, index) for index, names in enumerate(plan.shards) for name in names}
-        self._reader = CompressedTensors(configuration(plan.word, plan.schemes, plan.wide))
+        self._reader = (Bitsandbytes if plan.word == NF4_WORD else CompressedTensors)(plan.configuration())
 
     def __call__(self, layer: str) -> Quantised | None:
         """The layer, or None."""
@@ -189,5 +190,8 @@ def calibrate(
     observer = Observer(plan, method, Written(plan, partial), keep, norms.__setitem__)
     loaded = Loaded(plan.source.folder, longest=longest, quantizer=observer)
     loaded.run([prompt[: loaded.longest] for prompt in prompts])
-    write(plan, partial, lambda name, wide, scheme: found.pop(name))  # what lies outside the layers
+    rounded = nearest(plan)
+    write(
+        plan, partial, lambda name, wide, scheme: rounded(name, wide, scheme) if name == LM_HEAD else found.pop(name)
+    )  # what lies outside the layers
     return sum(before)

@@ -15,7 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from penstock.plugins.commands.quant.comparing import Loaded, Prompt
-    from penstock.plugins.commands.quant.writing import Plan, Round
+    from penstock.plugins.commands.quant.writing import Plan
 
 SCHEMES = ("w4a16", "w8a16", "int8", "fp8", "fp8-block", "mxfp4", "nf4")
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
@@ -23,10 +23,6 @@ KV_KINDS = ("fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 ROUNDED_INPUTS = ("int8", "fp8", "fp8-block")
 CALIBRATION, REPORTED = "calibration.json", "builtin.json"
 """Built-in texts: none stands in both, so that a method is not measured on what it was fitted to."""
-NF4 = (
-    "--scheme nf4: the compressed-tensors format has no NF4, so that there is no folder to write. `penstock serve MODEL --quantization nf4` rounds to it while"
-    " loading; `penstock quant report MODEL --quantization nf4` says what that costs."
-)
 
 
 @click.command()
@@ -49,13 +45,25 @@ NF4 = (
     help="Longest calibration text in tokens; the rest is cut off.",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Layers that stay wide, by name with * and ?; may be given again.")
+@click.option(
+    "--lm-head",
+    "head",
+    type=click.Choice(SCHEMES),
+    help="Store the output head, too, in this form, rounded to the nearest; a tied embedding table stays wide beside it. Otherwise the head stays wide.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
 def quantize(
-    model: Path, scheme: str, method: str, calibration: str, samples: int, max_tokens: int, ignore: tuple[str, ...], out: Path
+    model: Path,
+    scheme: str,
+    method: str,
+    calibration: str,
+    samples: int,
+    max_tokens: int,
+    ignore: tuple[str, ...],
+    head: str | None,
+    out: Path,
 ) -> None:
-    """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format. Ended early, it goes on where it was."""
-    if scheme == "nf4":
-        raise click.UsageError(NF4)
+    """Write a quantised copy of MODEL, a wide Hugging Face folder, in the compressed-tensors format (nf4: bitsandbytes'). Ended early, it goes on where it was."""
     if method == "smoothquant" and scheme not in ROUNDED_INPUTS:
         raise click.UsageError(
             f"--method smoothquant is for schemes whose inputs are rounded, too ({', '.join(ROUNDED_INPUTS)}). For --scheme {scheme} take gptq or awq."
@@ -63,8 +71,8 @@ def quantize(
     from penstock.plugins.commands.quant import writing
 
     source = writing.open_source(model)
-    plan = writing.plan(source, scheme, ignore)
-    asked: dict[str, object] = {"method": method, "ignore": sorted(ignore)}
+    plan = writing.plan(source, scheme, ignore, head)
+    asked: dict[str, object] = {"method": method, "ignore": sorted(ignore), **({"head": head} if head else {})}
     prompts: list[Sequence[int]] = []
     if method != "rtn":
         encode = _encoder([model])
@@ -78,14 +86,6 @@ def quantize(
     said = f", {kept} of {len(plan.shards)} files were there already" if kept else ""
     click.echo(f"{out}: {len(plan.schemes)} layers in {scheme} ({method}), {len(plan.wide)} wide{said}.")
     click.echo(f"What it costs: penstock quant report {out} --against {model} --text FILE")
-
-
-def nearest(word: str) -> Round:
-    """Rounding to the nearest."""
-    from penstock.kernels.linear.scheme import quantise
-    from penstock.plugins.commands.quant.forms import scale_dtype_of
-
-    return lambda layer, wide, scheme: quantise(wide, scheme, scale_dtype_of(word, wide.dtype))
 
 
 def _written(plan: Plan, partial: Path, method: str, prompts: Sequence[Sequence[int]]) -> int:
@@ -103,7 +103,7 @@ def _written(plan: Plan, partial: Path, method: str, prompts: Sequence[Sequence[
             progress.update(task, completed=done, total=count, description=what)
 
         if method == "rtn":
-            return writing.write(plan, partial, nearest(plan.word), tell)
+            return writing.write(plan, partial, writing.nearest(plan), tell)
         longest = max(len(prompt) for prompt in prompts)
         return calibrating.calibrate(plan, partial, methods.METHODS[method](plan.word), prompts, tell, longest)
 
@@ -122,6 +122,12 @@ def quant() -> None:
 @click.option(
     "--kv-cache-dtype", type=click.Choice(KV_KINDS), help="Measure MODEL as `serve` with this option would run it; no record is written."
 )
+@click.option(
+    "--lm-head-quantization",
+    "head",
+    metavar="WORD",
+    help="The same for `serve --lm-head-quantization WORD`; with --against beside MODEL's own form, and no record is written.",
+)
 @click.option("--text", "text", default="builtin", show_default=True, help="File of texts like your own (.txt, .json, .jsonl), or builtin.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Longest text in tokens; the rest is cut off."
@@ -136,6 +142,7 @@ def report(
     against: Path | None,
     quantization: str | None,
     kv_cache_dtype: str | None,
+    head: str | None,
     text: str,
     max_tokens: int,
     max_texts: int | None,
@@ -145,10 +152,11 @@ def report(
     svg: Path | None,
 ) -> None:
     """Compare MODEL, a quantised one, with the wide model on texts, on the CPU; the figures are kept as quality.json beside it."""
-    if (against is not None and quantization is not None) or not (against or quantization or kv_cache_dtype):
+    if quantization is not None if against is not None else not (quantization or head or kv_cache_dtype):
         raise click.UsageError(
             "Give the wide model with --against FULL; or, where MODEL is the wide one itself, --quantization WORD or --kv-cache-dtype WORD."
         )
+    recorded = quantization is None and head is None and kv_cache_dtype is None  # a record speaks of the weights of a folder
     from rich.console import Console
 
     from penstock.core.protocol.quality import record_file, sealed
@@ -160,15 +168,16 @@ def report(
     texts = _texts("--text", text, REPORTED)[:max_texts]
     encode = _encoder([folder for folder in (tokenizer, full, model, full.parent) if folder is not None])
     kv = "fp8_e4m3" if kv_cache_dtype == "fp8" else kv_cache_dtype or "auto"
-    ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full, kv_cache_dtype=kv)
+    ours = comparing.Loaded(
+        model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full, head=head, kv_cache_dtype=kv
+    )
     wide = comparing.Loaded(full, dtype=dtype, longest=max_tokens)
     prompts = _compared(ours, wide, texts, encode)
     found = comparing.summary(prompts)
-    layers = [] if ours.watched is None else ours.watched.layers
+    layers = ours.layers
     record = shown.record_of(ours.scheme, found, layers, prompts)
     if svg is not None:
         svg.write_text(shown.picture(ours.scheme, found, layers), encoding="utf-8")
-    recorded = quantization is None and kv_cache_dtype is None  # a record speaks of the weights of a folder
     if recorded:
         record = sealed(record, model)
         _kept(record_file(model), record)

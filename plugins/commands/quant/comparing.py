@@ -25,6 +25,7 @@ from penstock.plugins.devices.cpu import DTYPES, set_threads
 from penstock.plugins.devices.host_ops import HostOps
 from penstock.plugins.devices.loading import choose, load_model
 from penstock.plugins.models.api import Columns, Stream, Weights
+from penstock.plugins.models.tied import HEAD, TABLE
 from penstock.plugins.weights.checkpoint import Checkpoint
 
 Tensor = torch.Tensor
@@ -92,6 +93,8 @@ class Watched:
         """See Quantizer."""
         q: Quantised = self._own.read(weights, layer, scheme, rows, inputs, device)
         name = f"{layer}.weight"
+        if self._wide is not None and name == HEAD and not self._wide.has(name):
+            name = TABLE  # tied
         if self._wide is not None and self._wide.has(name):
             found = dequantise(q) * self._moved(weights, layer)
             self.layers.append(Layer(layer, scheme.kind, scheme.bits, relative_error(found, self._wide.raw(name))))
@@ -128,23 +131,30 @@ class Loaded:
         longest: int,
         against: Path | None = None,
         quantizer: Any = None,
+        head: str | None = None,
+        wrap: Callable[[Any], Any] | None = None,
         kv_cache_dtype: str = "auto",
     ) -> None:
-        """`quantizer`: in place of the checkpoint's own; `kv_cache_dtype`: as in RunnerConfig. Raises ConfigError, CheckpointError or UnsupportedFeature."""
-        config = _config(path, quantization, dtype, kv_cache_dtype)
+        """`quantizer`: in place of the checkpoint's own, or `wrap` makes one of it; `head`: a word of --lm-head-quantization; `kv_cache_dtype`: as in
+        RunnerConfig. Raises ConfigError, CheckpointError or UnsupportedFeature."""
+        config = _config(path, quantization, dtype, head, kv_cache_dtype)
         choice = choose(config, "cpu", DTYPES, other="bfloat16")
         self.watched = None if choice.quantizer is None else Watched(choice.quantizer, _checkpoint(against), choice.facts.architecture)
-        choice = choice._replace(quantizer=quantizer or self.watched)
+        rounding = None if choice.rounding is None else Watched(choice.rounding, _checkpoint(against), choice.facts.architecture)
+        own = self.watched if wrap is None or choice.quantizer is None else wrap(choice.quantizer)
+        choice = choice._replace(quantizer=quantizer or own, rounding=rounding)
         set_threads(None)
         self.longest = min(longest, choice.facts.max_position)
         self.vocab = choice.facts.vocab_size
         self.scheme = "wide" if self.watched is None else str(self.watched.method)
         if kv_cache_dtype != "auto":
             self.scheme += f", KV cache of {choice.kv_name}"
+        self.scheme += f"; output head {rounding.method}" if rounding is not None else ""
         self._ops = HostOps()
         self.model, _ = load_model(
             config, choice, self._ops, torch.device("cpu"), max_len=self.longest, max_rows=1, progress=lambda what, fraction: None
         )
+        self.layers = [layer for one in (self.watched, rounding) if one is not None for layer in one.layers]
         if self.model.plain is None and hasattr(self.model, "program"):
             raise UnsupportedFeature(
                 f"{path}: its model family runs whole steps by itself, and gives no logits to compare.", param="architectures"
@@ -182,7 +192,7 @@ class Loaded:
         return self.model.step(self._ops, caches, columns)
 
 
-def _config(path: Path, quantization: str | None, dtype: str, kv_cache_dtype: str) -> RunnerConfig:
+def _config(path: Path, quantization: str | None, dtype: str, head: str | None, kv_cache_dtype: str) -> RunnerConfig:
     return RunnerConfig(
         model_path=str(path.absolute()),
         dtype=dtype,
@@ -202,6 +212,7 @@ def _config(path: Path, quantization: str | None, dtype: str, kv_cache_dtype: st
         max_logprobs=0,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
+        lm_head_quantization=head,
         plugins=PluginHost("engine").load(),
     )
 

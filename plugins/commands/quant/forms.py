@@ -1,18 +1,20 @@
-"""How `penstock quantize` stores a layer: the schemes it knows, in the compressed-tensors format.
+"""How `penstock quantize` stores a layer: the schemes it knows, in the compressed-tensors format, and NF4, which that has not, in bitsandbytes'.
 
 What it is: for a word of --scheme the rounding of a weight of this shape, its entry of `config_groups`, and its tensors as files hold them.
-plugins/quantizers/compressed.py reads them.
+plugins/quantizers/compressed.py and bitsandbytes.py read them.
 What it does not know: files, which layers there are, how a weight is rounded.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from penstock.kernels.linear.scheme import Quantised, Scheme
+from penstock.kernels.linear.scheme import NF4, Quantised, Scheme
+from penstock.plugins.quantizers.bitsandbytes import STATE
 
 Tensor = torch.Tensor
 
@@ -25,6 +27,9 @@ FORMATS = {
     "mxfp4": "mxfp4-pack-quantized",
 }
 """Word of --scheme -> the format's name in config.json."""
+NF4_WORD = "nf4"
+NF4_GROUP = 64
+"""The block size that bitsandbytes has by itself."""
 GROUPS = (128, 64, 32)
 """Of w4a16, the widest that divides a layer's inputs."""
 BLOCK = 128
@@ -38,6 +43,8 @@ def scheme_of(word: str, rows: int, inputs: int) -> Scheme | None:
     if word == "w4a16":
         group = next((group for group in GROUPS if inputs % group == 0), None)
         return None if group is None else Scheme("int4", group)
+    if word == NF4_WORD:
+        return None if inputs % NF4_GROUP else Scheme("nf4", NF4_GROUP)
     if word == "mxfp4":
         return None if inputs % MXFP4_GROUP else Scheme("fp4", MXFP4_GROUP)
     if word == "fp8-block":
@@ -47,11 +54,19 @@ def scheme_of(word: str, rows: int, inputs: int) -> Scheme | None:
 
 def scale_dtype_of(word: str, stored: torch.dtype) -> torch.dtype:
     """bfloat16 for weights of it, as other programs keep scales in the model's dtype; else float32: float16 has no scales for groups that are nearly zero."""
-    return torch.bfloat16 if stored == torch.bfloat16 and word != "mxfp4" else torch.float32
+    return torch.bfloat16 if stored == torch.bfloat16 and word not in ("mxfp4", NF4_WORD) else torch.float32
 
 
-def tensors_of(word: str, layer: str, q: Quantised) -> dict[str, Tensor]:
-    """The layer's tensors by the names that files hold."""
+def tensors_of(word: str, layer: str, q: Quantised, wide: torch.dtype) -> dict[str, Tensor]:
+    """The layer's tensors by the names that files hold; `wide` is the dtype that it had."""
+    if word == NF4_WORD:
+        state = {"quant_type": "nf4", "blocksize": q.scheme.group, "dtype": str(wide).removeprefix("torch."), "shape": [q.n, q.k]}
+        return {
+            f"{layer}.weight": (q.data >> 4 | q.data << 4).reshape(-1, 1),  # the even input in the high half
+            f"{layer}.weight.absmax": q.scales.float().reshape(-1),
+            f"{layer}.weight.quant_map": torch.tensor(NF4),
+            f"{layer}.weight.{STATE}nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        }
     form = FORMATS[word]
     if form == "mxfp4-pack-quantized":
         powers = (torch.log2(q.scales.float()).round() + EXPONENT_BIAS).clamp(0, 254).to(torch.uint8)
@@ -64,12 +79,12 @@ def tensors_of(word: str, layer: str, q: Quantised) -> dict[str, Tensor]:
     return {f"{layer}.weight_packed": words, f"{layer}.weight_shape": torch.tensor([q.n, q.k]), **scales}
 
 
-def configuration(word: str, schemes: Mapping[str, Scheme], wide: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` for layers and their schemes; `wide` are linear layers that stay as they were. The scheme that most layers have stands for all,
-    others name theirs."""
-    kinds: dict[Scheme, list[str]] = {}
-    for layer, scheme in schemes.items():
-        kinds.setdefault(scheme, []).append(layer)
+def configuration(schemes: Mapping[str, tuple[str, Scheme]], wide: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` for layers, their words of --scheme and their schemes; `wide` are linear layers that stay as they were. The form that most layers have
+    stands for all, others name theirs."""
+    kinds: dict[tuple[str, Scheme], list[str]] = {}
+    for layer, form in schemes.items():
+        kinds.setdefault(form, []).append(layer)
     ordered = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     groups = {
         f"group_{index}": {
@@ -79,16 +94,31 @@ def configuration(word: str, schemes: Mapping[str, Scheme], wide: Sequence[str])
             "output_activations": None,
             "format": FORMATS[word],
         }
-        for index, (scheme, layers) in enumerate(ordered)
+        for index, ((word, scheme), layers) in enumerate(ordered)
     }
+    formats = {FORMATS[word] for word, _ in kinds}
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMATS[word],
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(wide),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+    }
+
+
+def bitsandbytes(wide: Sequence[str], dtype: str) -> dict[str, Any]:
+    """`quantization_config` of NF4; `wide` are linear layers that stay as they were."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": dtype,
+        "llm_int8_skip_modules": sorted(wide),
     }
 
 

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 
 from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.core.protocol.model_files import read_object
-from penstock.kernels.linear.scheme import Quantised, Scheme
-from penstock.plugins.commands.quant.forms import configuration, scheme_of, tensors_of
+from penstock.kernels.linear.scheme import Quantised, Scheme, quantise
+from penstock.plugins.commands.quant.forms import NF4_WORD, bitsandbytes, configuration, scale_dtype_of, scheme_of, tensors_of
+from penstock.plugins.models.tied import HEAD, TABLE
 from penstock.plugins.weights.checkpoint import EXPLICIT, FLOATS, INDEX, files_of, sample_of
 
 Round = Callable[[str, torch.Tensor, Scheme], Quantised]
@@ -36,6 +37,7 @@ SETTINGS = "penstock-run.json"
 """In the unfinished folder: what the run was asked for."""
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 NOT_COPIED = ("config.json", "quality.json", SETTINGS)
+LM_HEAD = HEAD.removesuffix(".weight")
 ROUTERS = (".gate", "_gate", ".router")
 """Ends of routers' names: small layers that decide much."""
 
@@ -61,6 +63,18 @@ class Plan(NamedTuple):
     """Linear layers that are not."""
     shards: Sequence[Sequence[str]]
     """Names of the source's tensors, a file each."""
+    head: str | None = None
+    """How the output head is stored, a word as `word`; None: wide."""
+
+    def word_of(self, layer: str) -> str:
+        """How a quantised layer is stored."""
+        return self.head if layer == LM_HEAD and self.head is not None else self.word
+
+    def configuration(self) -> dict[str, Any]:
+        """`quantization_config`."""
+        if self.word == NF4_WORD:
+            return bitsandbytes(self.wide, str(self.source.config.get("dtype") or self.source.config.get("torch_dtype") or "bfloat16"))
+        return configuration({layer: (self.word_of(layer), scheme) for layer, scheme in self.schemes.items()}, self.wide)
 
 
 def open_source(folder: Path) -> Source:
@@ -81,8 +95,20 @@ def open_source(folder: Path) -> Source:
     return Source(folder, config, where, shapes, digest.hexdigest())
 
 
-def plan(source: Source, word: str, ignore: Sequence[str] = ()) -> Plan:
-    """Every linear layer within the model's layers; embeddings and the output head stay wide. Raises ConfigError where nothing is left to quantise."""
+def nearest(plan: Plan) -> Round:
+    """Rounding to the nearest."""
+    return lambda layer, wide, scheme: quantise(wide, scheme, scale_dtype_of(plan.word_of(layer), wide.dtype))
+
+
+def plan(source: Source, word: str, ignore: Sequence[str] = (), head: str | None = None) -> Plan:
+    """Every linear layer within the model's layers; embeddings stay wide, and so does the output head without `head`, a word as `word`. Raises ConfigError where
+    nothing is left to quantise, or where the head cannot be stored so."""
+    if head is not None and (head == NF4_WORD) != (word == NF4_WORD):
+        raise ConfigError(
+            f"--lm-head {head} beside --scheme {word}: nf4 is bitsandbytes' format, the others are compressed-tensors', and a checkpoint has one. Take nf4 for"
+            " both or for none.",
+            param="lm_head",
+        )
     schemes: dict[str, Scheme] = {}
     wide = []
     for name in sorted(source.shapes, key=_order):
@@ -99,12 +125,27 @@ def plan(source: Source, word: str, ignore: Sequence[str] = ()) -> Plan:
             f"--scheme {word}: {source.folder} has no linear layer that it could quantise. Look at --ignore, or take another scheme.",
             param="scheme",
         )
-    if "lm_head" not in wide:
-        wide.append("lm_head")  # a tied one has no tensor, but other programs make a layer of it
+    if head is not None:
+        wide = [layer for layer in wide if layer != LM_HEAD]
+        schemes[LM_HEAD] = _head(source, head)
+    elif LM_HEAD not in wide:
+        wide.append(LM_HEAD)  # a tied one has no tensor, but other programs make a layer of it
     shards: dict[int, list[str]] = {}
     for name in sorted(source.shapes, key=_order):
         shards.setdefault(_order(name)[0], []).append(name)
-    return Plan(source, word, schemes, wide, list(shards.values()))
+    return Plan(source, word, schemes, wide, list(shards.values()), head)
+
+
+def _head(source: Source, word: str) -> Scheme:
+    """Of the output head, which is the embedding table where it has no tensor."""
+    shape = next((source.shapes[name] for name in (HEAD, TABLE) if name in source.shapes), ())
+    scheme = scheme_of(word, *shape) if len(shape) == 2 else None
+    if scheme is None:
+        raise ConfigError(
+            f"--lm-head {word}: {source.folder} has no output head that it fits ({' x '.join(map(str, shape)) or 'neither ' + HEAD + ' nor ' + TABLE}). Try int8.",
+            param="lm_head",
+        )
+    return scheme
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -184,7 +225,9 @@ def finish(plan: Plan, partial: Path, out: Path) -> None:
         if file.is_file() and not told and (file.suffix in COPIED or file.name.upper().startswith("LICENSE")):
             shutil.copyfile(file, partial / file.name)
     config = {key: value for key, value in plan.source.config.items() if key != EXPLICIT}
-    config["quantization_config"] = configuration(plan.word, plan.schemes, plan.wide)
+    config["quantization_config"] = plan.configuration()
+    if plan.head is not None and config.get("tie_word_embeddings") is not False:
+        config["tie_word_embeddings"] = False  # the table stays wide, the head is another tensor now
     (partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (partial / SETTINGS).unlink()
     if out.is_dir():
@@ -199,13 +242,19 @@ def _shard(plan: Plan, names: Sequence[str], rounded: Round, other: Mapping[str,
             wide = handle.get_tensor(name)
         layer = name.removesuffix(".weight")
         scheme = plan.schemes.get(layer) if layer != name else None
+        if name == TABLE and LM_HEAD in plan.schemes and HEAD not in plan.source.shapes:
+            made |= _stored(plan, name, LM_HEAD, wide, plan.schemes[LM_HEAD], rounded)
         if scheme is None:
             made[name] = other.get(name, wide)
             continue
-        if wide.dtype not in FLOATS:
-            raise CheckpointError(f"tensor {name!r} is {wide.dtype}, not a wide one.", param=name)
-        try:
-            made |= tensors_of(plan.word, layer, rounded(layer, wide, scheme))
-        except ValueError as error:
-            raise CheckpointError(f"tensor {name!r} cannot be quantised: {error}.", param=name) from None
+        made |= _stored(plan, name, layer, wide, scheme, rounded)
     return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def _stored(plan: Plan, name: str, layer: str, wide: torch.Tensor, scheme: Scheme, rounded: Round) -> dict[str, torch.Tensor]:
+    if wide.dtype not in FLOATS:
+        raise CheckpointError(f"tensor {name!r} is {wide.dtype}, not a wide one.", param=name)
+    try:
+        return tensors_of(plan.word_of(layer), layer, rounded(layer, wide, scheme), wide.dtype)
+    except ValueError as error:
+        raise CheckpointError(f"tensor {name!r} cannot be quantised: {error}.", param=name) from None
