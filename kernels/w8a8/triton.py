@@ -2,13 +2,16 @@
 
     y[m, n] = round(x_scale[m] * scales[n] * sum_k code_x[m, k] code_w[n, k] + bias[n])
 
-What it is: `quantise_rows`, which rounds each row of x to codes with a scale of its own (its largest magnitude becomes 448 or 127), and `matmul` over them and a
-kernels/quantised `Weight` with one scale a row. Tiles of the weight come by the bulk copy engine. Sums of FP8 products are carried to float32 after each step of 128
+What it is: `matmul` over rows that are rounded (rounding.py), each with a scale of its own, and a kernels/quantised `Weight` with one scale a row, or one a block. On Hopper it is
+hopper.py's; the kernel here is the portable one, in which tiles of the weight come by the bulk copy engine, sums of FP8 products are carried to float32 after each step of 128
 columns, as the matrix unit keeps few bits of its own sums (DeepSeek-V3, arXiv 2412.19437, section 3.3.2); those of int8 are exact.
 What it does not know: layers, files. Hopper and later have FP8 units; int8 ones are older.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+
+import functools
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -21,38 +24,28 @@ from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.scheme import Scheme
 from penstock.kernels.quantised.layout import Weight
-from penstock.kernels.tile import INTERPRETED, follow, launched, narrow, power
+from penstock.kernels.tile import follow, launched, narrow, swizzled
+from penstock.kernels.w8a8.rounding import DTYPES, quantise_rows
+from penstock.kernels.w8a8.rows import STEP, Rounded, Rounding
 
-STEP = 128
-"""Columns of a step."""
 FEW, MANY = 128, 1024
 """Rows up to which, and beyond which, tiles are lower and higher."""
-KINDS = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+KINDS = tuple(DTYPES)
 
 
 def supports(scheme: Scheme) -> bool:
     """Whether weights of this scheme can be multiplied so, and its inputs are meant to be rounded."""
-    return scheme.kind in KINDS and scheme.group == 0 and not scheme.zeros and scheme.activations in ("token", "tensor")
+    return scheme.kind in DTYPES and scheme.group == 0 and not scheme.zeros and scheme.activations in ("token", "tensor")
 
 
-@launched
-def _quantise(x, codes, scales, K, x_stride, width, TOP: tl.constexpr, INT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Grid (rows). Columns from K to width become 0."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    follow(PDL)
-    value = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), axis=0) / TOP, 1e-12)
-    ratio = tl.minimum(tl.maximum(value / scale, -TOP), TOP)
-    if INT:
-        code = tl.floor(ratio + 0.5).to(tl.int8)
-    else:
-        if INTERPRETED:  # whose cast cuts off
-            step = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.maximum(tl.abs(ratio), 1e-9))), -6.0) - 3)
-            ratio = tl.floor(ratio / step + 0.5) * step
-        code = ratio.to(tl.float8e4nv)
-    tl.store(codes + row * width + k, code, mask=k < width)
-    tl.store(scales + row, scale)
+def supports_blocks(scheme: Scheme) -> bool:
+    """The same for weights with a scale a block of 128 x 128, whose inputs are rounded in groups of 128."""
+    return scheme.kind == "fp8_e4m3" and scheme.group == STEP and scheme.rows == STEP and scheme.activations == "token"
+
+
+def block_scales(weight: Weight) -> Tensor:
+    """[ceil(n / 128), steps] float32, of such a weight, whose parts have multiples of 128 rows."""
+    return weight.scales[:, ::STEP].t().float().contiguous()
 
 
 @launched(do_not_specialize=["M"])
@@ -62,14 +55,7 @@ def _matmul(
     BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(M / BLOCK_M) * ceil(N / BLOCK_N)), row blocks in groups so that weights stay in L2. x [M, STEPS_ALL * STEP], w [ceil(N / TILE), STEPS_ALL, TILE, STEP]."""
-    program = tl.program_id(0)
-    down = tl.cdiv(M, BLOCK_M)
-    across = tl.cdiv(N, BLOCK_N)
-    width = GROUP * across
-    group = program // width
-    height = tl.minimum(down - group * GROUP, GROUP)
-    row = group * GROUP + (program % width) % height
-    column = (program % width) // height
+    row, column = swizzled(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     follow(PDL)
@@ -99,55 +85,75 @@ def _matmul(
         tl.store(target + n[None, :], narrow(y, dtype), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def quantise_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> (codes [M, K rounded up to STEP], zeros behind; scales [M] float32)."""
-    (rows, k), dtype = x.shape, KINDS[kind]
-    width = -(-k // STEP) * STEP
-    codes = torch.empty(rows, width, dtype=dtype, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if rows:
-        integer = dtype == torch.int8
-        _quantise[(rows,)](
-            x,
-            codes,
-            scales,
-            k,
-            x.stride(0),
-            width,
-            TOP=127.0 if integer else 448.0,
-            INT=integer,
-            BLOCK=power(width),
-            num_warps=8,
-            **chained(),
-        )
-    return codes, scales
-
-
 def matmul(
-    x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
-    gated: str | None = None, config: dict[str, int] | None = None,
+    x: Tensor | Rounded, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    gated: str | None = None, whole: bool = False, exact: bool = False, blocks: Tensor | None = None, workspace: Tensor | None = None,
+    config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [M, K] bf16 or fp16 @ weight^T + bias -> [M, N]. gated: as kernels/quantised's, with a result [M, N / 2]."""
-    (rows, k), n = x.shape, weight.n
-    require(supports(weight.scheme), "the weight must have 8 bits, a scale a row, and inputs that may be rounded")
-    require(x.dim() == 2 and k == weight.k and x.stride(1) == 1, "x [M, K] must fit the weight and be contiguous along K")
+    """x [M, K], 16-bit floats to be rounded or rows that are, @ weight^T + bias -> [M, N]. gated: as kernels/quantised's, with a result [M, N / 2].
+
+    Where the Hopper kernels run (hopper.py): `whole`: no K axis is cut, so that a row's result does not depend on the others; `exact`: FP8 sums are carried to float32 every
+    128 columns; blocks: scales of a weight in blocks of 128 x 128 (`block_scales`), for rows rounded in groups of 128; workspace: as kernels/linear/triton.py's. Elsewhere results are
+    always whole and exact, and there are no blocks. A configuration is that of the portable kernel if it has BLOCK_M."""
+    n, scheme = weight.n, weight.scheme
+    require(supports(scheme) or (blocks is not None and supports_blocks(scheme)), "the weight must have 8 bits, a scale a row, and inputs that may be rounded")
     require(gated is None or (gated in ACTIVATIONS and n % 2 == 0), f"gated is one of {ACTIVATIONS}, for 2I weight rows")
+    if isinstance(x, Tensor):
+        require(x.dim() == 2 and x.shape[1] == weight.k, "x [M, K] must fit the weight and be contiguous along K")
+        x = quantise_rows(x, Rounding(scheme.kind, 0 if blocks is None else STEP))
+    codes, x_scales, like = x
+    require(codes.shape[1] == weight.steps * STEP and codes.dtype == DTYPES[scheme.kind], "the codes must fit the weight")
+    rows, columns = codes.shape[0], n // 2 if gated else n
+    asked = out
     if out is None:
-        out = torch.empty(rows, n // 2 if gated else n, dtype=out_dtype or x.dtype, device=x.device)
-    require(out.shape == (rows, n // 2 if gated else n) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
+        dtype = out_dtype or like
+        out = torch.empty(rows, -(-columns // 8) * 8, dtype=dtype, device=codes.device)[:, :columns]
+    require(out.shape == (rows, columns) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
         return out
-    kind = weight.scheme.kind
-    codes, x_scales = quantise_rows(x, kind)
+    data, act = weight.data.view(DTYPES[scheme.kind]), None if gated is None else ACTIVATIONS.index(gated)
+    if (config is None or "BM" in config or "BN" in config) and _hopper():
+        from penstock.kernels.w8a8 import hopper
+
+        if not hopper.fits(out):
+            out = torch.empty(rows, -(-columns // 8) * 8, dtype=out.dtype, device=codes.device)[:, :columns]
+        exact = exact and scheme.kind != "int8"
+        scales = weight.scales if blocks is None else blocks
+        common: dict[str, Any] = {"exact": exact, "blocks": blocks is not None, "act": act}
+        if (rows <= hopper.FEW) if config is None else "BM" not in config:
+            few = config or tuned("w8a8.hopper.few")
+            hopper.few(codes, x_scales, data, scales, bias, out, n, weight.steps, workspace=workspace, whole=whole, config=few, **common)
+        else:
+            name = "w8a8.hopper.exact" if exact or blocks is not None else f"w8a8.hopper.{scheme.kind}"
+            chosen = config or hopper.sized(tuned(name), rows, n, out.element_size())
+            hopper.many(codes, x_scales, data, scales, bias, out, n, weight.steps, config=chosen, **common)
+        return out if asked is None or out is asked else asked.copy_(out)
+    require(blocks is None, "scales of blocks need a Hopper GPU")
     config = dict(config or tuned("w8a8.few" if rows <= FEW else "w8a8" if rows <= MANY else "w8a8.many"))
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     require(weight.tile % block_n == 0, "BLOCK_N must divide the weight's tile")
-    data = weight.data.view(KINDS[kind])
     box_x = TensorDescriptor(codes, [rows, codes.shape[1]], [codes.shape[1], 1], [block_m, STEP])
     box_w = TensorDescriptor(data, [data.shape[0], STEP], [STEP, 1], [block_n, STEP])
-    blocks = -(-rows // block_m) * -(-n // block_n)
-    _matmul[(blocks,)](
+    tiles = -(-rows // block_m) * -(-n // block_n)
+    _matmul[(tiles,)](
         codes, box_x, data, box_w, x_scales, weight.scales, bias, out, rows, n, weight.steps, out.stride(0), TILE=weight.tile, STEP=STEP,
-        INT=kind == "int8", BIAS=bias is not None, GATED=gated is not None, ACT=ACTIVATIONS.index(gated) if gated else 0, INTERPRET=interpreting(), **chained(), **config,
+        INT=scheme.kind == "int8", BIAS=bias is not None, GATED=gated is not None, ACT=act or 0, INTERPRET=interpreting(), **chained(), **config,
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _hopper() -> bool:
+    """Whether the Hopper kernels run here."""
+    if interpreting() or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    try:
+        from penstock.kernels.w8a8 import hopper  # noqa: F401
+    except ImportError:  # a Triton whose Gluon is another
+        return False
+    return True
+
+
+def always() -> bool:
+    """Whether there is a kernel for any number of rows, one or many: the Hopper ones."""
+    return _hopper()
