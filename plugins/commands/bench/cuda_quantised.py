@@ -17,7 +17,7 @@ from typing import Any
 
 from penstock.plugins.commands.bench.cuda_bench import LLAMA_8B, ceilings, decode, fill, folder_of, load
 
-WORDS = ("none", "int8", "fp8", "int4", "mxfp4")
+WORDS = ("none", "int8", "int8-w8a8", "fp8", "int4", "mxfp4")
 CONTEXT = 1024
 PREFILL = 8192
 
