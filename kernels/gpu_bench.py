@@ -333,7 +333,7 @@ def quantised(bench: Bench) -> None:
             packed[kind] = []
             for _ in range(max(1, min(8, int(2.5e8 / scheme.nbytes(n, k))))):
                 weight = layout.allocate(scheme, n, k, device)
-                weight.data.random_(0, 119)  # no code is NaN
+                weight.data.copy_(codes_like(weight.data, kind))
                 weight = layout.tightened(weight._replace(scales=torch.full_like(weight.scales, 2.0**-7)))
                 if weight.zeros is not None:
                     weight.zeros.fill_(7)
@@ -363,10 +363,10 @@ def quantised(bench: Bench) -> None:
             bench.add("matmul fp8, blocks of 128 x 128, inputs too", case, calls, **work)
             if not bench.compile_only:
                 eight = [w.to(torch.float8_e4m3fn) for w in plain]
-                torch_eight(bench, case, x.to(torch.float8_e4m3fn), eight, out)
+                torch_eight(bench, case, quantise_rows(x, "fp8_e4m3").codes, eight, out)
     for cube in (4096, 8192):
         x, weight = randn(cube, cube), layout.allocate(Scheme("fp8_e4m3", activations="token"), cube, cube, device)
-        weight.data.random_(0, 119)
+        weight.data.copy_(codes_like(weight.data, "fp8"))
         rounded, out = quantise_rows(x, "fp8_e4m3"), torch.empty(cube, cube, dtype=BF16, device="cuda")
         some = [weight._replace(data=weight.data.clone()) for _ in range(3)]
         case, teraflop = f"{cube}^3", 2 * cube**3 / 1e12
@@ -374,7 +374,16 @@ def quantised(bench: Bench) -> None:
             calls = [lambda w=w, exact=exactly: w8a8.matmul(rounded, w, out=out, exact=exact) for w in some]
             bench.add("matmul fp8, inputs too" + (", exact" if exactly else ""), case, calls, teraflop=teraflop)
         if not bench.compile_only:
-            torch_eight(bench, case, x.to(torch.float8_e4m3fn), [randn(cube, cube).to(torch.float8_e4m3fn) for _ in range(3)], out)
+            torch_eight(bench, case, rounded.codes, [randn(cube, cube).to(torch.float8_e4m3fn) for _ in range(3)], out)
+
+
+def codes_like(data: Tensor, kind: str) -> Tensor:
+    """Bytes as normally distributed weights have them: what a multiplication costs in power depends on its numbers."""
+    if kind == "fp8":
+        return torch.randn(data.shape, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
+    if kind == "int8":
+        return (torch.randn(data.shape, device="cuda") * 32).clamp(-127, 127).to(torch.int8).view(torch.uint8)
+    return torch.randint(0, 119, data.shape, device="cuda", dtype=torch.uint8)
 
 
 def torch_eight(bench: Bench, case: str, codes: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
