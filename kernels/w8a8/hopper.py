@@ -22,6 +22,8 @@ from penstock.kernels.tile import make_room, wait
 
 HEIGHT = 64
 """Rows of a tile of `few`."""
+AHEAD = 16 << 20
+"""Bytes of a weight that are brought into L2 before the kernel ahead has ended."""
 DTYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
@@ -62,19 +64,31 @@ def _put(
 
 
 @gluon.jit
-def _bring(x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, PDL: gl.constexpr):
-    """The warp that brings tiles: weights, which never change, before it waits for the kernel ahead."""
+def _fetch_ahead(address, BYTES: gl.constexpr):
+    """Ask for a run of bytes to be brought into L2; nothing waits for it."""
+    ASM: gl.constexpr = "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    gl.inline_asm_elementwise(ASM, "=r,l,r", [address, gl.to_tensor(BYTES)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _bring(
+    data, x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, AHEAD, ROWS: gl.constexpr, PDL: gl.constexpr
+):  # fmt: skip
+    """The warp that brings tiles: weights, which never change, before it waits for the kernel ahead; AHEAD more steps of them into L2."""
     S: gl.constexpr = xs.shape[0]
     BN: gl.constexpr = ws.shape[1]
-    BYTES: gl.constexpr = (xs.shape[1] + BN) * 128
+    BYTES: gl.constexpr = (ROWS + BN) * 128
     base = column * BN // 128 * STEPS * 128 + column * BN % 128
     early = gl.minimum(count, S)
     for i in range(early):
         mbarrier.expect(full.index(i), BYTES)
         tma.async_copy_global_to_shared(w_box, [base + (first + i) * 128, 0], full.index(i), ws.index(i))
+    if PDL:
+        for i in range(early, gl.minimum(count, S + AHEAD)):
+            _fetch_ahead(data + (base + (first + i) * 128).to(gl.int64) * 128, BN * 128)
     wait(PDL)
     for i in range(early):
-        tma.async_copy_global_to_shared(x_box, [top, (first + i) * 128], full.index(i), xs.index(i))
+        tma.async_copy_global_to_shared(x_box, [top, (first + i) * 128], full.index(i), xs.index(i).slice(0, ROWS))
     slot = 0
     phase = 0
     for i in range(S, count):
@@ -82,7 +96,7 @@ def _bring(x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, 
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(bar, BYTES)
         tma.async_copy_global_to_shared(w_box, [base + (first + i) * 128, 0], bar, ws.index(slot))
-        tma.async_copy_global_to_shared(x_box, [top, (first + i) * 128], bar, xs.index(slot))
+        tma.async_copy_global_to_shared(x_box, [top, (first + i) * 128], bar, xs.index(slot).slice(0, ROWS))
         slot += 1
         if slot == S:
             slot = 0
@@ -155,10 +169,11 @@ def _multiply(
 
 @_launched
 def _few(
-    x_box, w_box, box, x_scales, scales, bias, counters, partial, M, N, STEPS, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    EXACT: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, PDL: gl.constexpr,
+    x_box, w_box, box, data, x_scales, scales, bias, counters, partial, M, N, STEPS, AHEAD, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    SPLITS: gl.constexpr, EXACT: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BN), SPLITS, ceil(M / BM))."""
+    """Grid (ceil(N / BN), SPLITS, ceil(M / BM)). Of a tile's BM rows as many are read as x_box has: filling up with zeros takes the copy engine longer than reading, and a row never
+    meets another."""
     xs = gl.allocate_shared_memory(x_box.dtype, [STAGES, BM, 128], x_box.layout)
     ws = gl.allocate_shared_memory(w_box.dtype, [STAGES, BN, 128], w_box.layout)
     stage = gl.allocate_shared_memory(box.dtype, box.block_type.shape, box.layout)
@@ -169,6 +184,7 @@ def _few(
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     make_room(PDL)
+    ROWS: gl.constexpr = x_box.block_type.shape[0]
     column = gl.program_id(0)
     piece = gl.program_id(1)
     top = gl.program_id(2) * BM
@@ -177,7 +193,7 @@ def _few(
     count = gl.maximum(gl.minimum(STEPS - first, each), 0)
     gl.warp_specialize([
         (_multiply, (box, xs, ws, full, empty, stage, x_scales, scales, bias, counters, partial, top, column, piece, first, count, M, N, STEPS, SPLITS, EXACT, BLOCKS, BIAS, GATED, ACT, PDL)),
-        (_bring, (x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, PDL)),
+        (_bring, (data, x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, AHEAD, ROWS, PDL)),
     ], [1], [40])  # fmt: skip
 
 
@@ -210,8 +226,10 @@ def few(
         counters, partial = workspace[:COUNTERS].view(torch.int32), workspace[COUNTERS:]
     width = config["BN"] // (1 if act is None else 2)
     columns, heights = -(-n // config["BN"]), -(-rows // HEIGHT)
+    tall = min(HEIGHT, max(16, 1 << (rows - 1).bit_length()))
+    ahead = AHEAD // (columns * splits * config["BN"] * 128)
     _few[(columns, splits, heights)](
-        _box(codes, HEIGHT, 128), _box(data, config["BN"], 128), _box(out, HEIGHT, width), x_scales, scales, scales if bias is None else bias, counters, partial,
-        rows, n, steps, BM=HEIGHT, SPLITS=splits, EXACT=exact or blocks, BLOCKS=blocks, BIAS=bias is not None, GATED=act is not None, ACT=act or 0, num_warps=4,
+        _box(codes, tall, 128), _box(data, config["BN"], 128), _box(out, HEIGHT, width), data.view(torch.int8), x_scales, scales, scales if bias is None else bias, counters, partial,
+        rows, n, steps, config.pop("AHEAD", ahead), BM=HEIGHT, SPLITS=splits, EXACT=exact or blocks, BLOCKS=blocks, BIAS=bias is not None, GATED=act is not None, ACT=act or 0, num_warps=4,
         **config, **gpu.chained(),
     )  # fmt: skip
