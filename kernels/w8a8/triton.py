@@ -141,12 +141,12 @@ def matmul(
     if always() and ("BM" not in config if config else rows <= FEW):
         from penstock.kernels.w8a8 import hopper
 
-        chosen = config or _few_config(rows, n)
+        chosen = config or tuned("w8a8.few.wide" if n >= 16384 else "w8a8.few")
         hopper.few(
             codes, x_scales, data, scales, bias, out, n, steps, workspace=workspace, whole=whole, exact=exact, blocks=blocks is not None, act=act, config=chosen
         )  # fmt: skip
     else:
-        config = dict(config or _config(rows, n, exact, blocks is not None))
+        config = dict(config or _config(rows, n, scheme.kind, exact, blocks is not None, out.element_size()))
         height, width = config["BM"], config["BN"]
         deep = max(1, width // STEP)
         x_box = TensorDescriptor(codes, [rows, steps * STEP], [steps * STEP, 1], [height, STEP])
@@ -161,16 +161,16 @@ def matmul(
     return out if asked is None or out is asked else asked.copy_(out)
 
 
-def _few_config(rows: int, n: int) -> dict[str, int]:
-    return tuned("w8a8.few")
-
-
-def _config(rows: int, n: int, exact: bool, blocks: bool) -> dict[str, int]:
+def _config(rows: int, n: int, kind: str, exact: bool, blocks: bool, out_bytes: int) -> dict[str, int]:
     """Of the portable kernel: as wide tiles as leave few processors idle in the last turn."""
     if blocks or exact:
-        return tuned("w8a8.blocks" if blocks else "w8a8.exact")
-    names = ("w8a8.many", "w8a8", "w8a8.small")
-    return min((tuned(name) for name in names), key=lambda config: _turns(rows, n, config))
+        config = tuned("w8a8.blocks" if blocks else "w8a8.exact")
+    else:
+        names = ("w8a8.many.int8" if kind == "int8" else "w8a8.many", "w8a8", "w8a8.low")
+        config = min((tuned(name) for name in names), key=lambda config: _turns(rows, n, config))
+    if out_bytes > 2 and "num_stages" in config:  # results need more of the shared memory
+        config = {**config, "num_stages": config["num_stages"] - 1}
+    return config
 
 
 def _turns(rows: int, n: int, config: dict[str, int]) -> float:

@@ -111,10 +111,22 @@ FP8, INT8 = Scheme("fp8_e4m3", activations="token"), Scheme("int8", activations=
 BLOCKS = Scheme("fp8_e4m3", 128, 128, activations="token")
 
 
-def made(scheme: Scheme, n: int, k: int) -> tuple[layout.Weight, torch.Tensor, torch.Tensor | None]:
-    """A weight on the card, what it means in float64, and its scales where they are of blocks."""
+def test_blocks(dtype: torch.dtype, device: str) -> None:
+    m, n, k = 70, 300, 256
+    weight, meant, blocks = made(BLOCKS, n, k, device)
+    assert blocks is not None
+    assert blocks.shape == (3, 2)
+    rows = quantise_rows(torch.randn(m, k).to(dtype).to(device), Rounding("fp8_e4m3", 128))
+    codes, spread = rows.codes.cpu().double(), rows.scales.cpu().double().T.repeat_interleave(128, 1)
+    want = (codes * spread) @ meant.T
+    got = w8a8.matmul(rows, weight, out_dtype=torch.float32, blocks=blocks).cpu().double()
+    assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+def made(scheme: Scheme, n: int, k: int, device: str = "cuda") -> tuple[layout.Weight, torch.Tensor, torch.Tensor | None]:
+    """A weight on the device, what it means in float64, and its scales where they are of blocks."""
     q = quantise(torch.randn(n, k) / 8 * (1 + torch.arange(k) // 128), scheme)
-    weight = layout.allocate(scheme, n, k, torch.device("cuda"))
+    weight = layout.allocate(scheme, n, k, torch.device(device))
     layout.fill(weight, q, 0)
     return weight, dequantise(q).double(), w8a8.block_scales(weight) if scheme.group else None
 

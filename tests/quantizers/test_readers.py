@@ -236,7 +236,10 @@ def test_groups_of_act_order_must_have_the_size_that_is_said(tmp_path: Path) -> 
         (None, ""),
         ({"num_bits": 8, "strategy": "token", "dynamic": True}, "token"),
         ({"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}, "tensor"),
-        ({"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": False}, "token"),  # the scale alone would cut off most of the range
+        (
+            {"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": False},
+            "token",
+        ),  # the scale alone would cut off most of the range
     ],
 )
 def test_how_inputs_are_rounded(inputs: dict[str, Any] | None, activations: str) -> None:
