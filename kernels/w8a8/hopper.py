@@ -34,7 +34,7 @@ class _Launched(GluonJITFunction):
 
 
 def _launched(function):
-    return _Launched(function, do_not_specialize=["M"])
+    return _Launched(function, do_not_specialize=["M", "AHEAD"])
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ class Plain:
 
 
 class Eight(Plain):
-    rounding = Rounding("int8")
+    rounding: Rounding | None = Rounding("int8")
 
     def rounded(self, x: Rounded, columns: Any = None, out: Any = None) -> torch.Tensor:
         return (x.codes.float() * x.scales[:, None]) @ self.weight.T
