@@ -68,6 +68,15 @@ def fetch_ahead(pointers):
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.jit
+def swizzled(program, down, across, GROUP: tl.constexpr):
+    """(row, column) of a program's tile among down x across: GROUP rows of tiles, column by column, then the next, so that what they share stays in L2."""
+    width = GROUP * across
+    group = program // width
+    height = tl.minimum(down - group * GROUP, GROUP)
+    return group * GROUP + (program % width) % height, (program % width) // height
+
+
 def power(size: int) -> int:
     """The smallest power of two that is at least `size`."""
     return 1 << max(0, size - 1).bit_length()

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from penstock.kernels.activation.triton import KINDS, activate
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
-from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
+from penstock.kernels.tile import fetch_ahead, follow, launched, narrow, swizzled
 
 SKINNY = 16
 """Most rows of the skinny kernel."""
@@ -108,14 +108,7 @@ def _invariant(
     GROUP: tl.constexpr, FEW: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(M / BLOCK_M) * ceil(N / BLOCK_N)), row blocks in groups so that weights stay in L2."""
-    program = tl.program_id(0)
-    down = tl.cdiv(M, BLOCK_M)
-    across = tl.cdiv(N, BLOCK_N)
-    width = GROUP * across
-    group = program // width
-    height = tl.minimum(down - group * GROUP, GROUP)
-    row = group * GROUP + (program % width) % height
-    column = (program % width) // height
+    row, column = swizzled(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = row * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

@@ -2,7 +2,7 @@
 
     residual = round(residual + x);   y = weight * round(residual * rsqrt(mean(residual^2) + eps))       (Zhang and Sennrich 2019, arXiv:1910.07467)
 
-One program a row, so no row depends on another.
+One program a row, so no row depends on another. `rounded_norm` gives the same rows rounded to 8 bits (kernels/w8a8): what rounding the norm's result would, without writing and reading it.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
@@ -14,10 +14,15 @@ from torch import Tensor
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
 from penstock.kernels.tile import launched, make_room, narrow, power, wait
+from penstock.kernels.w8a8.rounding import finish_row, outputs
+from penstock.kernels.w8a8.rows import Rounded, Rounding
 
 
-@launched
-def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
+@launched(do_not_specialize=["rows"])
+def _norm(
+    x, residual, weight, out, eps, stride, rows, codes, scales, given, width, K: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr,
+    TOP: tl.constexpr, INT: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (M)."""
     make_room(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -32,19 +37,48 @@ def _norm(x, residual, weight, out, eps, stride, K: tl.constexpr, BLOCK: tl.cons
     wide = value.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
     scaled = narrow(wide * factor, x.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * K + k, narrow(scaled * gain, out.dtype.element_ty), mask=inside)
+    if ROUND:
+        y = narrow(scaled * gain, x.dtype.element_ty).to(tl.float32)
+        finish_row(y, row, rows, codes, scales, given, width, TOP, INT, GROUP, BLOCK, FIXED)
+    else:
+        tl.store(out + row * K + k, narrow(scaled * gain, out.dtype.element_ty), mask=inside)
+
+
+PLAIN = {"codes": None, "scales": None, "given": None, "width": 0, "ROUND": False, "TOP": 1.0, "INT": False, "GROUP": 0, "FIXED": False}
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    k = x.shape[1]
+    require(x.stride(1) == 1 and weight.shape == (k,) and weight.dtype == x.dtype, "weight must be [K] of x's dtype")
+    require(residual is None or (residual.shape == x.shape and residual.is_contiguous()), "residual must be contiguous, of x's shape")
 
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None, config: dict[str, int] | None) -> Tensor:
     rows, k = x.shape
-    require(x.stride(1) == 1 and weight.shape == (k,) and weight.dtype == x.dtype, "weight must be [K] of x's dtype")
-    require(residual is None or (residual.shape == x.shape and residual.is_contiguous()), "residual must be contiguous, of x's shape")
+    _check(x, residual, weight)
     out = torch.empty(rows, k, dtype=x.dtype, device=x.device) if out is None else out
     require(out.shape == x.shape and out.is_contiguous(), "out must be contiguous, of x's shape")
     if rows:
         config = config or tuned("rmsnorm")
-        _norm[(rows,)](x, residual, weight, out, eps, x.stride(0), K=k, BLOCK=power(k), ADD=residual is not None, **chained(), **config)
+        _norm[(rows,)](
+            x, residual, weight, out, eps, x.stride(0), rows, K=k, BLOCK=power(k), ADD=residual is not None, **PLAIN, **chained(), **config
+        )  # fmt: skip
     return out
+
+
+def rounded_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rounding: Rounding, *, config: dict[str, int] | None = None
+) -> Rounded:
+    """`rms_norm` of x, or with a residual `add_rms_norm`, its rows rounded to 8 bits."""
+    rows, k = x.shape
+    _check(x, residual, weight)
+    rounded, settings = outputs(rows, k, rounding, x)
+    if rows:
+        config = config or tuned("rmsnorm")
+        _norm[(rows,)](
+            x, residual, weight, None, eps, x.stride(0), rows, K=k, ADD=residual is not None, ROUND=True, **settings, **chained(), **config
+        )  # fmt: skip
+    return rounded
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, config: dict[str, int] | None = None) -> Tensor:

@@ -2,15 +2,21 @@
 
     y[m, n] = round(x_scale[m] * scales[n] * sum_k code_x[m, k] code_w[n, k] + bias[n])
 
-What it is: `quantise_rows`, which rounds each row of x to codes with a scale of its own (its largest magnitude becomes 448 or 127), and `matmul` over them and a
-kernels/quantised `Weight` with one scale a row. Tiles of the weight come by the bulk copy engine. Sums of FP8 products are carried to float32 after each step of 128
-columns, as the matrix unit keeps few bits of its own sums (DeepSeek-V3, arXiv 2412.19437, section 3.3.2); those of int8 are exact.
+    y[m, n] = round(sum_g x_scale[g, m] * scales[n / 128, g] * sum_{k in g} code_x[m, k] code_w[n, k] + bias[n]),   groups of 128          (blocks)
+
+What it is: `matmul` over rows that are rounded (rounding.py), and a kernels/quantised `Weight` with one scale a row, or one a block of 128 x 128. Persistent programs, operands and results
+moved by the bulk copy engine, tiles in an order that keeps what they share in L2. Sums of int8 are exact. Those of FP8 stay in the matrix unit, as cuBLAS's fast accumulation, or are
+carried to float32 after each step of 128 columns (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 What it does not know: layers, files. Hopper and later have FP8 units; int8 ones are older.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
+import functools
+from typing import Any
+
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -21,133 +27,171 @@ from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.scheme import Scheme
 from penstock.kernels.quantised.layout import Weight
-from penstock.kernels.tile import INTERPRETED, follow, launched, narrow, power
+from penstock.kernels.tile import follow, launched, narrow, swizzled
+from penstock.kernels.w8a8.rounding import DTYPES, quantise_rows
+from penstock.kernels.w8a8.rows import STEP, Rounded, Rounding
 
-STEP = 128
-"""Columns of a step."""
-FEW, MANY = 128, 1024
-"""Rows up to which, and beyond which, tiles are lower and higher."""
-KINDS = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+FEW = 64
+"""Most rows for which hopper.py's kernel is the faster one."""
+KINDS = tuple(DTYPES)
 
 
 def supports(scheme: Scheme) -> bool:
     """Whether weights of this scheme can be multiplied so, and its inputs are meant to be rounded."""
-    return scheme.kind in KINDS and scheme.group == 0 and not scheme.zeros and scheme.activations in ("token", "tensor")
+    return scheme.kind in DTYPES and scheme.group == 0 and not scheme.zeros and scheme.activations in ("token", "tensor")
 
 
-@launched
-def _quantise(x, codes, scales, K, x_stride, width, TOP: tl.constexpr, INT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Grid (rows). Columns from K to width become 0."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    follow(PDL)
-    value = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), axis=0) / TOP, 1e-12)
-    ratio = tl.minimum(tl.maximum(value / scale, -TOP), TOP)
-    if INT:
-        code = tl.floor(ratio + 0.5).to(tl.int8)
-    else:
-        if INTERPRETED:  # whose cast cuts off
-            step = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.maximum(tl.abs(ratio), 1e-9))), -6.0) - 3)
-            ratio = tl.floor(ratio / step + 0.5) * step
-        code = ratio.to(tl.float8e4nv)
-    tl.store(codes + row * width + k, code, mask=k < width)
-    tl.store(scales + row, scale)
+def supports_blocks(scheme: Scheme) -> bool:
+    """The same for weights with a scale a block of 128 x 128, whose inputs are rounded in groups of 128."""
+    return scheme.kind == "fp8_e4m3" and scheme.group == STEP and scheme.rows == STEP and scheme.activations == "token"
+
+
+def block_scales(weight: Weight) -> Tensor:
+    """[ceil(n / 128), steps] float32, of such a weight, whose parts have multiples of 128 rows."""
+    return weight.scales[:, ::STEP].t().float().contiguous()
+
+
+@triton.jit
+def _put(acc, box, top, at, x_scales, scales, bias, M, N, SCALED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr):
+    """Finish sums of rows `top` and on, columns `at` and on, and write them."""
+    ROWS: tl.constexpr = acc.shape[0]
+    WIDTH: tl.constexpr = acc.shape[1]
+    n = at + tl.arange(0, WIDTH)
+    y = acc.to(tl.float32)
+    if SCALED:
+        m = top + tl.arange(0, ROWS)
+        y *= tl.load(x_scales + m, mask=m < M, other=0.0)[:, None]
+        y *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(narrow(y, box.dtype).to(tl.float32), (ROWS, WIDTH // 2, 2)))
+        y = narrow(activate(gate, ACT), box.dtype).to(tl.float32) * up
+        at = at // 2
+    box.store([top, at], narrow(y, box.dtype))
 
 
 @launched(do_not_specialize=["M"])
 def _matmul(
-    x, box_x, w, box_w, x_scales, scales, bias, out, M, N, STEPS_ALL, out_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, INT: tl.constexpr,
+    x_box, w_box, box, x_scales, scales, bias, M, N, STEPS,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, INT: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
     BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(M / BLOCK_M) * ceil(N / BLOCK_N)), row blocks in groups so that weights stay in L2. x [M, STEPS_ALL * STEP], w [ceil(N / TILE), STEPS_ALL, TILE, STEP]."""
-    program = tl.program_id(0)
-    down = tl.cdiv(M, BLOCK_M)
-    across = tl.cdiv(N, BLOCK_N)
-    width = GROUP * across
-    group = program // width
-    height = tl.minimum(down - group * GROUP, GROUP)
-    row = group * GROUP + (program % width) % height
-    column = (program % width) // height
-    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Grid (programs), each of which computes tile after tile: the loads of the next one begin while the last is written. x_box [M, STEPS * 128], w_box [ceil(N / 128), STEPS, 128, 128]."""
     follow(PDL)
-    first = column * BLOCK_N // TILE * STEPS_ALL * TILE + column * BLOCK_N % TILE
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INT else tl.float32)
-    for step in range(STEPS_ALL):
-        a = box_x.load([row * BLOCK_M, step * STEP])
-        b = box_w.load([first + step * TILE, 0])
-        if INTERPRET:
-            acc += tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), input_precision="ieee").to(acc.dtype)
-        elif INT:
-            acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
+    down = tl.cdiv(M, BM)
+    across = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        row, column = swizzled(tile, down, across, GROUP)
+        acc = tl.zeros([BM, BN], tl.int32 if INT else tl.float32)
+        for step in range(STEPS):
+            a = x_box.load([row * BM, step * 128])
+            b = tl.reshape(w_box.load([column * BN // 128, step, column * BN % 128, 0]), (BN, 128))
+            if BLOCKS:
+                m = row * BM + tl.arange(0, BM)
+                scale = tl.load(x_scales + step * M + m, mask=m < M, other=0.0) * tl.load(scales + column * BN // 128 * STEPS + step)
+                if INTERPRET:
+                    acc += tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), input_precision="ieee") * scale[:, None]
+                else:
+                    acc += tl.dot(a, tl.trans(b)) * scale[:, None]
+            elif INTERPRET:
+                acc += tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), input_precision="ieee").to(acc.dtype)
+            elif INT:
+                acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
+            elif EXACT:
+                acc = tl.dot(a, tl.trans(b), acc, max_num_imprecise_acc=128)
+            else:
+                acc = tl.dot(a, tl.trans(b), acc)
+        if SUB == 1:
+            _put(acc, box, row * BM, column * BN, x_scales, scales, bias, M, N, not BLOCKS, BIAS, GATED, ACT)
         else:
-            acc = tl.dot(a, tl.trans(b), acc, max_num_imprecise_acc=STEP)
-    y = acc.to(tl.float32) * tl.load(x_scales + m, mask=m < M, other=0.0)[:, None]
-    y *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    dtype = out.dtype.element_ty
-    target = out + m.to(tl.int64)[:, None] * out_stride
-    if GATED:
-        gate, up = tl.split(tl.reshape(narrow(y, dtype).to(tl.float32), (BLOCK_M, BLOCK_N // 2, 2)))
-        value = narrow(narrow(activate(gate, ACT), dtype).to(tl.float32) * up, dtype)
-        half = column * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        tl.store(target + half[None, :], value, mask=(m < M)[:, None] & (half < N // 2)[None, :])
-    else:
-        tl.store(target + n[None, :], narrow(y, dtype), mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-def quantise_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> (codes [M, K rounded up to STEP], zeros behind; scales [M] float32)."""
-    (rows, k), dtype = x.shape, KINDS[kind]
-    width = -(-k // STEP) * STEP
-    codes = torch.empty(rows, width, dtype=dtype, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if rows:
-        integer = dtype == torch.int8
-        _quantise[(rows,)](
-            x,
-            codes,
-            scales,
-            k,
-            x.stride(0),
-            width,
-            TOP=127.0 if integer else 448.0,
-            INT=integer,
-            BLOCK=power(width),
-            num_warps=8,
-            **chained(),
-        )
-    return codes, scales
+            low, high = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+            _put(low, box, row * BM, column * BN, x_scales, scales, bias, M, N, not BLOCKS, BIAS, GATED, ACT)
+            _put(high, box, row * BM, column * BN + BN // 2, x_scales, scales, bias, M, N, not BLOCKS, BIAS, GATED, ACT)
 
 
 def matmul(
-    x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
-    gated: str | None = None, config: dict[str, int] | None = None,
+    x: Tensor | Rounded, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    gated: str | None = None, whole: bool = False, exact: bool = False, blocks: Tensor | None = None, workspace: Tensor | None = None,
+    config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [M, K] bf16 or fp16 @ weight^T + bias -> [M, N]. gated: as kernels/quantised's, with a result [M, N / 2]."""
-    (rows, k), n = x.shape, weight.n
-    require(supports(weight.scheme), "the weight must have 8 bits, a scale a row, and inputs that may be rounded")
-    require(x.dim() == 2 and k == weight.k and x.stride(1) == 1, "x [M, K] must fit the weight and be contiguous along K")
+    """x [M, K], 16-bit floats to be rounded or rows that are, @ weight^T + bias -> [M, N]. gated: as kernels/quantised's, with a result [M, N / 2].
+
+    blocks: scales of a weight in blocks of 128 x 128 (`block_scales`), for rows rounded in groups of 128. `exact`: FP8 sums are carried to float32 every 128 columns, as with blocks always;
+    else they stay in the matrix unit, which keeps some 14 bits of them. Few rows on Hopper: hopper.py; `whole`: no K axis is cut there, so that a row's result does not depend on the
+    others; workspace: as kernels/linear/triton.py's. A configuration without BM is one of hopper.py's."""
+    n, scheme = weight.n, weight.scheme
+    require(supports(scheme) or (blocks is not None and supports_blocks(scheme)), "the weight must have 8 bits, a scale a row, and inputs that may be rounded")
     require(gated is None or (gated in ACTIVATIONS and n % 2 == 0), f"gated is one of {ACTIVATIONS}, for 2I weight rows")
-    if out is None:
-        out = torch.empty(rows, n // 2 if gated else n, dtype=out_dtype or x.dtype, device=x.device)
-    require(out.shape == (rows, n // 2 if gated else n) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
+    if isinstance(x, Tensor):
+        require(x.dim() == 2 and x.shape[1] == weight.k, "x [M, K] must fit the weight and be contiguous along K")
+        x = quantise_rows(x, Rounding(scheme.kind, 0 if blocks is None else STEP))
+    codes, x_scales, like = x
+    steps = weight.steps
+    require(codes.shape[1] == steps * STEP and codes.dtype == DTYPES[scheme.kind], "the codes must fit the weight")
+    rows, columns = codes.shape[0], n // 2 if gated else n
+    asked = out
+    if out is None or out.data_ptr() % 16 or out.stride(0) * out.element_size() % 16:  # the bulk copy engine could not write it
+        out = torch.empty(rows, -(-columns // 8) * 8, dtype=(out_dtype or like) if out is None else out.dtype, device=codes.device)[:, :columns]
+    require((asked is None or asked.shape == out.shape) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
-        return out
-    kind = weight.scheme.kind
-    codes, x_scales = quantise_rows(x, kind)
-    config = dict(config or tuned("w8a8.few" if rows <= FEW else "w8a8" if rows <= MANY else "w8a8.many"))
-    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    require(weight.tile % block_n == 0, "BLOCK_N must divide the weight's tile")
-    data = weight.data.view(KINDS[kind])
-    box_x = TensorDescriptor(codes, [rows, codes.shape[1]], [codes.shape[1], 1], [block_m, STEP])
-    box_w = TensorDescriptor(data, [data.shape[0], STEP], [STEP, 1], [block_n, STEP])
-    blocks = -(-rows // block_m) * -(-n // block_n)
-    _matmul[(blocks,)](
-        codes, box_x, data, box_w, x_scales, weight.scales, bias, out, rows, n, weight.steps, out.stride(0), TILE=weight.tile, STEP=STEP,
-        INT=kind == "int8", BIAS=bias is not None, GATED=gated is not None, ACT=ACTIVATIONS.index(gated) if gated else 0, INTERPRET=interpreting(), **chained(), **config,
-    )  # fmt: skip
-    return out
+        return out if asked is None else asked
+    data, act = weight.data.view(DTYPES[scheme.kind]), None if gated is None else ACTIVATIONS.index(gated)
+    scales, exact = weight.scales if blocks is None else blocks, exact and scheme.kind != "int8"
+    if always() and ("BM" not in config if config else rows <= FEW):
+        from penstock.kernels.w8a8 import hopper
+
+        chosen = config or tuned("w8a8.few.wide" if n >= 16384 else "w8a8.few")
+        hopper.few(
+            codes, x_scales, data, scales, bias, out, n, steps, workspace=workspace, whole=whole, exact=exact, blocks=blocks is not None, act=act, config=chosen
+        )  # fmt: skip
+    else:
+        config = dict(config or _config(rows, n, scheme.kind, exact, blocks is not None, out.element_size()))
+        height, width = config["BM"], config["BN"]
+        deep = max(1, width // STEP)
+        x_box = TensorDescriptor(codes, [rows, steps * STEP], [steps * STEP, 1], [height, STEP])
+        shape, stride = [data.shape[0] // steps // STEP, steps, STEP, STEP], [steps * STEP * STEP, STEP * STEP, STEP, 1]
+        w_box = TensorDescriptor(data, shape, stride, [deep, 1, width // deep, STEP])
+        box = TensorDescriptor(out, [rows, columns], [out.stride(0), 1], [height, width // config["SUB"] // (2 if gated else 1)])
+        tiles = -(-rows // height) * -(-n // width)
+        _matmul[(min(tiles, processors() * config.pop("EACH", 1)),)](
+            x_box, w_box, box, x_scales, scales, bias, rows, n, steps, INT=scheme.kind == "int8", EXACT=exact, BLOCKS=blocks is not None, BIAS=bias is not None,
+            GATED=gated is not None, ACT=act or 0, INTERPRET=interpreting(), **chained(), **config,
+        )  # fmt: skip
+    return out if asked is None or out is asked else asked.copy_(out)
+
+
+def _config(rows: int, n: int, kind: str, exact: bool, blocks: bool, out_bytes: int) -> dict[str, int]:
+    """Of the portable kernel: as wide tiles as leave few processors idle in the last turn."""
+    if blocks or exact:
+        config = tuned("w8a8.blocks" if blocks else "w8a8.exact")
+    else:
+        names = ("w8a8.many.int8" if kind == "int8" else "w8a8.many", "w8a8", "w8a8.low")
+        config = min((tuned(name) for name in names), key=lambda config: _turns(rows, n, config))
+    if out_bytes > 2 and "num_stages" in config:  # results need more of the shared memory
+        config = {**config, "num_stages": config["num_stages"] - 1}
+    return config
+
+
+def _turns(rows: int, n: int, config: dict[str, int]) -> float:
+    """What all turns cost: their number times the size of a tile, with something for each row and column that it reads."""
+    tiles = -(-rows // config["BM"]) * -(-n // config["BN"])
+    return -(-tiles // processors()) * (config["BM"] * config["BN"] + 64 * (config["BM"] + config["BN"]))
+
+
+@functools.cache
+def processors() -> int:
+    """Of the device."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 3
+
+
+@functools.cache
+def always() -> bool:
+    """Whether there is a kernel for any number of rows, one or many: hopper.py's."""
+    if interpreting() or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    try:
+        from penstock.kernels.w8a8 import hopper  # noqa: F401
+    except ImportError:  # a Triton whose Gluon is another
+        return False
+    return True

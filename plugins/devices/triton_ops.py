@@ -23,10 +23,12 @@ from penstock.kernels.linear import triton as linear
 from penstock.kernels.linear.scheme import Quantised, Scheme
 from penstock.kernels.quantised import layout
 from penstock.kernels.quantised import triton as quantised
-from penstock.kernels.rmsnorm.triton import add_rms_norm, rms_norm
+from penstock.kernels.rmsnorm.triton import add_rms_norm, rms_norm, rounded_norm
 from penstock.kernels.sampling import triton as sampling
 from penstock.kernels.slots import triton as slot_state
 from penstock.kernels.w8a8 import triton as w8a8
+from penstock.kernels.w8a8.rounding import quantise_rows
+from penstock.kernels.w8a8.rows import STEP, Rounded, Rounding
 from penstock.plugins.devices.ops import Settings
 from penstock.plugins.models.api import Columns, Linear, Model, Program, QuantisedLinear, Stacked
 
@@ -72,7 +74,8 @@ class TritonLinear:
 
 
 EIGHT_FROM = 32
-"""With more rows than these inputs are rounded to 8 bits, too, where a checkpoint means them to be: fewer wait for the weight's bytes in either case."""
+"""With more rows than these inputs are rounded to 8 bits, too, where a checkpoint means them to be and there is no kernel for fewer: those wait for the weight's bytes in
+either case."""
 
 
 class TritonQuantised:
@@ -101,43 +104,118 @@ class TritonQuantised:
         self._ops = ops
         self._activation = activation or None
         self._out_dtype = torch.float32 if head else None
-        self._eight = w8a8.supports(scheme) and not ops.deterministic and gpu.chained()["PDL"]
         self.nbytes = self._weight.nbytes + (0 if bias is None else sum(part.nbytes for part in bias.parts))
+
+    @property
+    def _apart(self) -> bool:
+        """Gate and up lie one below the other."""
+        return False
 
     def fill(self, index: int, part: Quantised) -> None:
         """See QuantisedLinear."""
-        gated = self._activation is not None
+        gated = self._activation is not None and not self._apart
         first, every = (index, 2) if gated else (sum(self._rows[:index]), 1)
         layout.fill(self._weight, part, first, every)
         if self._perm is not None and part.perm is not None:
             self._perm.copy_(part.perm)
         with self._lock:
+            self._took(part)
             self._left -= 1
             done = self._left == 0
         if done:
-            self._weight = layout.tightened(self._weight)
+            self._filled()
+
+    def _took(self, part: Quantised) -> None:
+        """A part is there."""
+
+    def _filled(self) -> None:
+        """All parts are there."""
+        self._weight = layout.tightened(self._weight)
+
+    def _bias_of(self) -> Tensor | None:
+        """Once, when all is read."""
+        if self._bias is not None and self._joined is None:
+            joined = self._bias.joined()
+            self._joined = joined if self._activation is None or self._apart else joined.view(2, -1).t().reshape(-1)
+        return self._joined
 
     def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
         """See Linear."""
-        if self._bias is not None and self._joined is None:  # once, when all is read
-            joined = self._bias.joined()
-            self._joined = joined if self._activation is None else joined.view(2, -1).t().reshape(-1)
+        bias = self._bias_of()
         if self._perm is not None:
             x = x.index_select(1, self._perm)
         ops = self._ops
-        if self._eight and x.shape[0] > EIGHT_FROM:
-            y = w8a8.matmul(x, self._weight, self._joined, out_dtype=self._out_dtype, gated=self._activation)
-            return y if out is None else out.copy_(y)
         y = quantised.matmul(
             x,
             self._weight,
-            self._joined,
+            bias,
             out_dtype=self._out_dtype,
             gated=self._activation,
             workspace=ops.linear_space,
             wide=ops.wide_space(x.dtype) if x.shape[0] > quantised.FEW else None,
             deterministic=ops.deterministic,
         )
+        return y if out is None else out.copy_(y)
+
+
+class TritonEight(TritonQuantised):
+    """A weight of 8 bits whose inputs are rounded, too. See RoundingLinear. Where there is no kernel for any number of rows few are taken as they come, and `rounding` is None."""
+
+    def __init__(self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, ops: TritonOps, **more: Any) -> None:
+        self._blocks: Tensor | None = None
+        self._in_blocks = w8a8.supports_blocks(scheme)
+        super().__init__(scheme, rows, inputs, bias, ops, **more)
+        self._always = w8a8.always()
+        device: torch.device = more["device"]
+        self._fixed = torch.zeros((), dtype=torch.float32, device=device) if scheme.activations == "tensor" else None
+        self._unfixed = False
+
+    @property
+    def _apart(self) -> bool:
+        return self._in_blocks
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """See RoundingLinear."""
+        return self._own_rounding() if self._always else None
+
+    def _own_rounding(self) -> Rounding:
+        kind = self._weight.scheme.kind
+        return Rounding(kind, STEP) if self._in_blocks else Rounding(kind, 0, None if self._unfixed else self._fixed)
+
+    def _took(self, part: Quantised) -> None:
+        """Parts of one layer have one input: the widest of their scales."""
+        if self._fixed is not None and part.input_scale is not None:
+            torch.maximum(self._fixed, part.input_scale.float(), out=self._fixed)
+        self._unfixed |= part.input_scale is None
+
+    def _filled(self) -> None:
+        super()._filled()
+        if self._in_blocks:
+            self._blocks = w8a8.block_scales(self._weight)
+            self._weight = self._weight._replace(scales=self._blocks[:, 0])  # the others repeat these
+
+    def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
+        """See Linear."""
+        if not self._always and x.shape[0] <= EIGHT_FROM:
+            return super().__call__(x, columns, out)
+        return self.rounded(quantise_rows(x, self._own_rounding()), columns, out)
+
+    def rounded(self, x: Rounded, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
+        """See RoundingLinear."""
+        ops, activation = self._ops, self._activation
+        y = w8a8.matmul(
+            x,
+            self._weight,
+            self._bias_of(),
+            out_dtype=self._out_dtype,
+            gated=None if self._apart else activation,
+            whole=ops.deterministic,
+            blocks=self._blocks,
+            workspace=ops.linear_space,
+        )
+        if activation is not None and self._apart:
+            y = gated(activation, y)
         return y if out is None else out.copy_(y)
 
 
@@ -187,12 +265,16 @@ class TritonOps:
     def quantised(
         self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, activation: str = "", *, head: bool = False
     ) -> QuantisedLinear | None:
-        """See Ops. Inputs are rounded where the scheme says so and a step has many rows, each row with its own scale; never in deterministic mode, for then a row's
-        result would depend on what else is in the step."""
+        """See Ops. Inputs are rounded where the scheme says so, and only then: where that takes many rows, never in deterministic mode, for then a row's result would depend on what
+        else is in the step."""
         if not layout.supports(scheme) or (scheme.permuted and len(rows) > 1):
             return None
         self._widest_quantised = max(self._widest_quantised, inputs)
-        return TritonQuantised(scheme, rows, inputs, bias, self, device=self.linear_space.device, activation=activation, head=head)
+        always = w8a8.always()
+        blocks = w8a8.supports_blocks(scheme) and always and not any(part % STEP for part in rows)
+        eight = w8a8.supports(scheme) and not scheme.permuted and (always or (not self.deterministic and gpu.chained()["PDL"]))
+        make = TritonEight if blocks or eight else TritonQuantised
+        return make(scheme, rows, inputs, bias, self, device=self.linear_space.device, activation=activation, head=head)
 
     def wide_space(self, dtype: torch.dtype) -> Tensor:
         """Memory in which pieces of quantised weights are widened, shared by all layers: taken when it is first asked for."""
@@ -253,6 +335,10 @@ class TritonOps:
     def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Ops."""
         return add_rms_norm(x, residual, weight, eps)
+
+    def rounded_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rounding: Rounding) -> Rounded:
+        """See Ops."""
+        return rounded_norm(x, residual, weight, eps, rounding)
 
     # --- sampling
 

@@ -14,6 +14,7 @@ import torch
 
 from penstock.core.contract.devices import ModelFacts
 from penstock.kernels.linear.scheme import Quantised, Scheme
+from penstock.kernels.w8a8.rows import Rounded, Rounding
 
 Tensor = torch.Tensor
 Progress = Callable[[float], None]
@@ -104,6 +105,18 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, K] -> [T, N] in x's dtype (of an output head: float32), in `out` if that is given. `columns` are the step's, for layers whose
         weights depend on the row."""
+        ...
+
+
+class RoundingLinear(Linear, Protocol):
+    """A linear layer that multiplies inputs of 8 bits. It may be called like any other and then rounds them itself; a norm that comes before it can do that in the same
+    launch (`after_norm` in plugins/models/rounding.py)."""
+
+    rounding: Rounding | None
+    """What it wants; None: inputs as they come."""
+
+    def rounded(self, x: Rounded, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
+        """As a call, with inputs [T, K] that were rounded so."""
         ...
 
 
@@ -221,6 +234,8 @@ class Ops(Protocol):
     It may also have `quantised(scheme, rows, inputs, bias, activation="", *, head=False) -> QuantisedLinear | None`: a layer whose parts have `rows` outputs each
     and one scheme (with an activation: gate and up; a head gives float32), or None for a scheme that it does not multiply. What it
     does not multiply is dequantised while it loads.
+
+    Where its layers are `RoundingLinear`s it also has `rounded_norm(x, residual, weight, eps, rounding) -> Rounded`: `add_norm`, or without a residual `norm`, with the result rounded so.
     """
 
     # --- layers

@@ -17,6 +17,7 @@ from penstock.core.contract.devices import ModelFacts
 from penstock.plugins.models.api import Attention, AttnCall, Block, Columns, Linear, Ops, Plain, Stream
 from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.rope import rope_tables
+from penstock.plugins.models.rounding import after_norm
 
 Tensor = torch.Tensor
 
@@ -61,15 +62,13 @@ class Decoder:
         residual = ops.embed(columns.tokens, self._embedding)
         x, last = residual, len(self._blocks) - 1
         for index, (block, cache) in enumerate(zip(self._blocks, caches, strict=False)):
-            x = ops.norm(residual, block.attn_norm, eps) if index == 0 else ops.add_norm(x, residual, block.attn_norm, eps)
+            qkv = after_norm(ops, x, residual if index else None, block.attn_norm, eps, block.qkv, columns)
             if index in taps:
                 kept.append(residual.clone())
-            qkv = block.qkv(x, columns)
             q = attention.store(qkv, columns, self._cos_sin, cache, block.q_norm, block.k_norm, eps)
             attended = attention.attend(q, qkv, cache, columns, block.call)
             x = block.o(attended.view(attended.shape[0], -1), columns)
-            x = ops.add_norm(x, residual, block.mlp_norm, eps)
-            x = block.down(block.gate_up(x, columns), columns)
+            x = block.down(after_norm(ops, x, residual, block.mlp_norm, eps, block.gate_up, columns), columns)
         if last + 1 in taps:
             kept.append(x + residual)
         return Stream(x, residual, kept)

@@ -93,7 +93,7 @@ def register_quantizers() -> list[QuantizerSpec]:
             api_level=1,
             doc="Rounds wide weights while they load.",
             methods=[],
-            schemes=["int8", "int4", "fp8", "nf4", "mxfp4"],
+            schemes=["int8", "int8-w8a8", "int4", "fp8", "nf4", "mxfp4"],
             factory=_online,
         ),
     ]

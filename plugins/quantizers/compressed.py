@@ -206,8 +206,8 @@ def _group(fields: Fields | None, name: str, form: str) -> Group:
 
 
 def _activations(fields: Fields | None, kind: str) -> str:
-    """How inputs are rounded; those of 4-bit weights are not."""
+    """How inputs are rounded; those of 4-bit weights are not. A fixed scale beside a zero point reaches to the middle of no range: a scale a row then."""
     if fields is None or kind in ("int4", "fp4"):
         return ""
     dynamic = fields.config.get("dynamic", False)
-    return "token" if dynamic else "tensor"
+    return "token" if dynamic or not fields.flag("symmetric", True) else "tensor"

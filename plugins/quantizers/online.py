@@ -1,4 +1,4 @@
-"""Wide weights quantised while they load: `--quantization int8 | int4 | fp8 | nf4 | mxfp4`, and the output head by `--lm-head-quantization`.
+"""Wide weights quantised while they load: `--quantization int8 | int8-w8a8 | int4 | fp8 | nf4 | mxfp4`, and the output head by `--lm-head-quantization`.
 
 What it is: a Quantizer that rounds every linear layer to the nearest (RTN), or the output head alone; embeddings stay wide. No data is looked at, so
 that 4 bits cost more than a checkpoint that was quantised with data (AWQ, GPTQ).
@@ -17,6 +17,7 @@ from penstock.kernels.linear.scheme import Quantised, Scheme, quantise
 SCHEMES = {
     "int8": Scheme("int8"),
     "int4": Scheme("int4", 128, zeros=True),
+    "int8-w8a8": Scheme("int8", activations="token"),
     "fp8": Scheme("fp8_e4m3", activations="token"),
     "nf4": Scheme("nf4", 64),
     "mxfp4": Scheme("fp4", 32),

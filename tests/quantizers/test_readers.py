@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from stored_formats import FORMATS, Format, Layer, mxfp4, nf4
+from stored_formats import FORMATS, Format, Layer, ct, mxfp4, nf4
 
 from penstock.core.contract.devices import ModelFacts, RunnerConfig
 from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
@@ -161,12 +161,12 @@ def test_layers_that_stayed_wide_join_quantised_ones(wide: set[str], tmp_path: P
     np.testing.assert_allclose(logprobs, others, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("word", ["int8", "fp8", "int4", "nf4", "mxfp4"])
+@pytest.mark.parametrize("word", ["int8", "int8-w8a8", "fp8", "int4", "nf4", "mxfp4"])
 def test_a_wide_model_is_rounded_while_it_loads(word: str, tmp_path: Path) -> None:
     _, wide = model_folder(tmp_path, None, 9)
     (_, logprobs), (_, exact) = answers(wide, quantization=word), answers(wide)
     gap = float(np.abs(logprobs[:6] - exact[:6]).mean())
-    assert 0 < gap < (0.1 if word in ("int8", "fp8") else 1.0)
+    assert 0 < gap < (0.1 if word in ("int8", "int8-w8a8", "fp8") else 1.0)
 
 
 QUANTIZATION: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -203,7 +203,7 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(config: dict[str, Any], 
 @pytest.mark.parametrize(
     ("word", "config", "says"),
     [
-        ("int9", None, "Known: fp8, int4, int8, mxfp4, nf4"),
+        ("int9", None, "Known: fp8, int4, int8, int8-w8a8, mxfp4, nf4"),
         ("awq", None, "config.json has no quantization_config"),
         ("int4", {"quant_method": "awq", "bits": 4, "group_size": 8}, "quantised already"),
     ],
@@ -228,6 +228,23 @@ def test_groups_of_act_order_must_have_the_size_that_is_said(tmp_path: Path) -> 
     weights = checkpoint(tmp_path, {f"one{end}": value for end, value in (layer.tensors | {".g_idx": index}).items()})
     with pytest.raises(CheckpointError, match=r"one\.g_idx"):
         reader(FORMATS["gptq 4 act-order"].config).scheme(weights, "one", 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "activations"),
+    [
+        (None, ""),
+        ({"num_bits": 8, "strategy": "token", "dynamic": True}, "token"),
+        ({"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}, "tensor"),
+        (
+            {"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": False},
+            "token",
+        ),  # the scale alone would cut off most of the range
+    ],
+)
+def test_how_inputs_are_rounded(inputs: dict[str, Any] | None, activations: str) -> None:
+    scheme = reader(ct("int-quantized", inputs, num_bits=8, strategy="channel")).scheme(object(), "model.layers.0.mlp.up_proj", 64, 32)
+    assert scheme.activations == activations
 
 
 def test_mxfp4_of_compressed_tensors(tmp_path: Path) -> None:

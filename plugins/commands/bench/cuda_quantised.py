@@ -18,7 +18,7 @@ from typing import Any
 
 from penstock.plugins.commands.bench.cuda_bench import LLAMA_8B, ceilings, decode, fill, folder_of, load
 
-WORDS = ("none", "int8", "int8+int8", "fp8", "int4", "int4+int8", "int4+int4", "mxfp4")
+WORDS = ("none", "int8", "int8+int8", "int8-w8a8", "fp8", "int4", "int4+int8", "int4+int4", "mxfp4")
 CASES = ((1, 1024), (16, 1024), (64, 1024), (16, 8192))
 """Rows of a decode step, and their context."""
 PREFILL = 8192
