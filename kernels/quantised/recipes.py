@@ -8,12 +8,34 @@ What it does not know: tiles, weights.
 
 from __future__ import annotations
 
+import torch
+
+from penstock.kernels.linear.scheme import NF4
+
 _SPREAD = "prmt.b32 p, $IN, 0, 0x4140; prmt.b32 q, $IN, 0, 0x4342;"  # four bytes into the low halves of two words
 _RAISED = "prmt.b32 p, $IN, 0, 0x1404; prmt.b32 q, $IN, 0, 0x3424;"  # into the high halves
 
 
 def _asm(body: str, outputs: int) -> str:
     return "{ .reg .b32 p, q, u, v, c; " + body.replace("$IN", f"${outputs}") + " }"
+
+
+def _looked_up(table: tuple[float, ...], dtype: torch.dtype) -> str:
+    """Sixteen values, each rounded to `dtype`, looked up a byte of the value at a time: prmt picks four of eight bytes by four digits of three bits."""
+    bits = torch.tensor(table).to(dtype).view(torch.int16).tolist()
+    words = []  # low bytes of entries 0-3, 4-7, 8-11, 12-15, then high bytes
+    for shift in (0, 8):
+        for first in range(0, 16, 4):
+            words.append(sum(((bits[first + i] >> shift) & 255) << 8 * i for i in range(4)))
+    text = ".reg .b32 d, e, f, h, m; "
+    for half, (low, high) in enumerate((("$0", "$2"), ("$1", "$3"))):  # bytes 0 and 1, then 2 and 3, of which each holds two codes: four digits
+        text += f"shr.b32 d, $IN, {16 * half}; and.b32 e, d, 0x7777; "
+        text += "shr.u32 f, d, 3; and.b32 f, f, 0x1111; prmt.b32 m, 0x0000FF00, 0, f; "  # bytes of ones where a code is 8 or more
+        for byte, name in ((0, "p"), (4, "q")):
+            text += f"mov.b32 u, {words[byte]:#x}; prmt.b32 u, u, {words[byte + 1]:#x}, e; "
+            text += f"mov.b32 v, {words[byte + 2]:#x}; prmt.b32 v, v, {words[byte + 3]:#x}, e; lop3.b32 {name}, m, v, u, 0xCA; "
+        text += f"prmt.b32 {low}, p, q, 0x6240; prmt.b32 {high}, p, q, 0x7351; "
+    return text
 
 
 def _recipes() -> dict[tuple[str, bool], str]:
@@ -28,6 +50,8 @@ def _recipes() -> dict[tuple[str, bool], str]:
         # with zero points: the second operand holds 128 (or 1024) more than that of the first half, the third of the second
         less = "".join(f"sub.rn.{kind} ${i}, ${i}, ${5 + i}; " for i in range(4))
         out["int4z", wide] = _asm(_SPREAD + low + high + less, 4)
+        less = "".join(f"sub.rn.{kind} ${i}, ${i}, ${5 + i % 2}; " for i in range(4))  # both halves have one
+        out["int4r", wide] = _asm(_SPREAD + low + high + less, 4)
         if wide:  # low seven bits and sign apart: (128 + low) - (128 + 128 sign)
             parts = "".join(
                 f"lop3.b32 u, {r}, 0x007F007F, {one}, 0xEA; lop3.b32 v, {r}, 0x00800080, {one}, 0xEA; sub.rn.{kind} ${i}, u, v; "
@@ -55,6 +79,18 @@ def _recipes() -> dict[tuple[str, bool], str]:
             steps += first + f"shl.b32 u, {r}, 12; and.b32 u, u, 0x80008000; shl.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; "
             steps += f"mul.rn.{kind} ${i}, u, c; "
         out["fp4", wide] = _asm(_SPREAD + f"mov.b32 c, {power}; " + steps, 4)
+        # with scales that are powers of two: the second operand holds those of the first half, the third of the second
+        steps += "".join(f"mul.rn.{kind} ${i}, ${i}, ${5 + i}; " for i in range(4))
+        out["fp4s", wide] = _asm(_SPREAD + f"mov.b32 c, {power}; " + steps, 4)
+        if wide:
+            parts = "".join(
+                f"and.b32 u, {r}, 0x80008000; shr.b32 v, {r}, 3; lop3.b32 u, v, 0x0FE00FE0, u, 0xEA; mul.rn.{kind} ${i}, u, c; "
+                for i, r in ((0, "p"), (1, "q"))
+            )
+            out["fp8_e5m2", wide] = _asm(_RAISED + "mov.b32 c, 0x77807780; " + parts, 2)
+        else:
+            out["fp8_e5m2", wide] = _asm(_RAISED + "mov.b32 $0, p; mov.b32 $1, q; ", 2)
+        out["nf4", wide] = _asm(_looked_up(NF4, torch.bfloat16 if wide else torch.float16), 4)
     return out
 
 

@@ -22,6 +22,7 @@ from penstock.kernels.activation.triton import gated as activated
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.triton import COUNTERS
+from penstock.kernels.quantised import fragments
 from penstock.kernels.quantised.layout import KINDS, Weight
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
@@ -30,7 +31,7 @@ ROWS = (16, 32, 64)
 """Heights of a tile: rows of x."""
 FEW = 256
 """Most rows for which codes are widened in registers."""
-PIECE = 16 << 20
+PIECE = 64 << 20
 """Elements of a weight that are widened at once where nobody says."""
 
 
@@ -261,6 +262,8 @@ def matmul(
         return out
     if rows > FEW and not deterministic and config is None:
         return _many(x, weight, bias, out, gated, wide)
+    if weight.fragments:
+        return fragments.product(x, weight, bias, out, gated=gated, workspace=workspace, deterministic=deterministic, config=config)
     tall = next((height for height in ROWS if rows <= height), ROWS[-1])
     config = dict(config or tuned(f"quantised.{tall}"))
     scheme, c = weight.scheme, weight.columns
@@ -305,16 +308,20 @@ def _many(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, gated: st
     if wide is None:
         wide = torch.empty(max(tile * k, min(PIECE, tiles * tile * k)), dtype=x.dtype, device=x.device)
     require(wide.dtype == x.dtype and wide.numel() >= tile * k, "wide must hold a tile of the weight in x's dtype")
-    piece = wide.numel() // (tile * k)
-    recipe = RECIPES[scheme.kind, x.dtype == torch.bfloat16]
+    pieces = -(-tiles // (wide.numel() // (tile * k)))
+    piece = -(-tiles // pieces)  # of about one size
     for first in range(0, tiles, piece):
         some = min(piece, tiles - first)
         start, rows = first * tile, min(n - first * tile, some * tile)
         part = wide[: rows * k].view(rows, k)
-        _widen[(some, weight.steps)](
-            weight.data, weight.scales, weight.zeros, part, first, n, k, weight.steps, rows, KIND=KINDS.index(scheme.kind), RECIPE=recipe,
-            TILE=tile, C=weight.columns, GROUP=scheme.group, GATED=gated is not None, INTERPRET=interpreting(), num_warps=4 if scheme.bits == 4 else 8, **chained(),
-        )  # fmt: skip
+        if weight.fragments:
+            fragments.widen(weight, first, some, part, gated is not None)
+        else:
+            _widen[(some, weight.steps)](
+                weight.data, weight.scales, weight.zeros, part, first, n, k, weight.steps, rows, KIND=KINDS.index(scheme.kind),
+                RECIPE=RECIPES[scheme.kind, x.dtype == torch.bfloat16], TILE=tile, C=weight.columns, GROUP=scheme.group, GATED=gated is not None,
+                INTERPRET=interpreting(), num_warps=4 if scheme.bits == 4 else 8, **chained(),
+            )  # fmt: skip
         own = None if bias is None else bias[start : start + rows]
         if gated:
             if own is not None:
@@ -324,8 +331,8 @@ def _many(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, gated: st
                 out[:, start // 2 : (start + rows) // 2] = half
         else:
             target = out[:, start : start + rows]
-            if piece >= tiles and out.is_contiguous() and out.dtype == x.dtype:
-                torch.mm(x, part.t(), out=out) if own is None else torch.addmm(own, x, part.t(), out=out)
+            if out.dtype == x.dtype and x.is_cuda:  # cuBLAS writes rows of any stride
+                torch.mm(x, part.t(), out=target) if own is None else torch.addmm(own, x, part.t(), out=target)
             else:
                 target.copy_(_product(x, part, own, out.dtype))
     return out

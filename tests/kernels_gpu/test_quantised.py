@@ -14,6 +14,7 @@ from penstock.kernels.quantised import triton as quantised
 SCHEMES = [
     Scheme("int8"), Scheme("int8", 128), Scheme("int4", 128), Scheme("int4", 128, zeros=True), Scheme("int4", 32, zeros=True), Scheme("int4", zeros=True),
     Scheme("int4", 256), Scheme("fp8_e4m3"), Scheme("fp8_e4m3", 128, 64), Scheme("fp8_e4m3", 0, 0), Scheme("fp4", 32), Scheme("fp4", 16),
+    Scheme("int4", 32), Scheme("int4", 64), Scheme("int8", activations="token"), Scheme("nf4", 64), Scheme("fp8_e5m2"),
 ]  # fmt: skip
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 MANY = 5
@@ -96,7 +97,7 @@ def test_nothing_and_what_does_not_fit(device: str) -> None:
     assert quantised.matmul(torch.empty(0, 128, device=device, dtype=torch.bfloat16), weight).shape == (0, 64)
     with pytest.raises(ValueError, match="must fit the weight"):
         quantised.matmul(torch.zeros(1, 64, device=device, dtype=torch.bfloat16), weight)
-    for other in (Scheme("nf4", 64), Scheme("fp8_e5m2"), Scheme("int8", 128, zeros=True), Scheme("int4", 8), Scheme("int4", 48)):
+    for other in (Scheme("nf4", 16), Scheme("fp8_e5m2", activations="token"), Scheme("int8", 128, zeros=True), Scheme("int4", 8), Scheme("int4", 48)):
         assert not layout.supports(other)
         with pytest.raises(ValueError, match="does not multiply"):
             layout.allocate(other, 64, 96, torch.device(device))
