@@ -83,48 +83,74 @@ def _power(byte, like: tl.constexpr):
 
 
 @triton.jit
-def _halves(codes, less, low_power, high_power, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
-    """Bytes of two codes -> the values of both. less: 128 (fp16: 1024) and the zero point; powers: of two, which multiply the values."""
+def _scaled(value, large, small, like: tl.constexpr):
+    """For the interpreter: times large + small, rounded, where they are there."""
+    if large is not None:
+        value = narrow(value * (large.to(tl.float32) + small.to(tl.float32)), like).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _halves(codes, less, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
+    """Bytes of two codes -> the values of both. less: 128 (fp16: 1024) and the zero point; large, small: the two parts of a scale."""
     if INTERPRETED:
         low, high = _table((codes & 15).to(tl.int32), KIND), _table((codes >> 4).to(tl.int32), KIND)
         if less is not None:
             zero = less.to(tl.float32) - (8 + (128 if like == tl.bfloat16 else 1024))
             low, high = low - zero, high - zero
-        if low_power is not None:
-            low, high = low * low_power.to(tl.float32), high * high_power.to(tl.float32)
-        return low, high
-    elif less is not None:
-        return tl.inline_asm_elementwise(RECIPE, "=r,=r,=r,=r,r,r,r", [codes, less], dtype=(like, like), is_pure=True, pack=4)
-    elif low_power is not None:
+        return _scaled(low, large, small, like), _scaled(high, large, small, like)
+    elif less is not None and large is not None:
         return tl.inline_asm_elementwise(
-            RECIPE, "=r,=r,=r,=r,r,r,r,r,r", [codes, low_power, high_power], dtype=(like, like), is_pure=True, pack=4
+            RECIPE, "=r,=r,=r,=r,r,r,r,r,r,r,r", [codes, less, large, small], dtype=(like.value, like.value), is_pure=True, pack=4
+        )
+    elif less is not None:
+        return tl.inline_asm_elementwise(RECIPE, "=r,=r,=r,=r,r,r,r", [codes, less], dtype=(like.value, like.value), is_pure=True, pack=4)
+    elif large is not None:
+        return tl.inline_asm_elementwise(
+            RECIPE, "=r,=r,=r,=r,r,r,r,r,r", [codes, large, small], dtype=(like.value, like.value), is_pure=True, pack=4
         )
     else:
-        return tl.inline_asm_elementwise(RECIPE, "=r,=r,=r,=r,r", [codes], dtype=(like, like), is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(RECIPE, "=r,=r,=r,=r,r", [codes], dtype=(like.value, like.value), is_pure=True, pack=4)
 
 
 @triton.jit
-def _whole(codes, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
-    """Bytes of one code -> its value."""
+def _raised(codes, low_power, high_power, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
+    """Bytes of two codes -> the values of both times powers of two."""
     if INTERPRETED:
-        return _table(codes.to(tl.int32), KIND)
+        low, high = _table((codes & 15).to(tl.int32), KIND), _table((codes >> 4).to(tl.int32), KIND)
+        return low * low_power.to(tl.float32), high * high_power.to(tl.float32)
     else:
-        return tl.inline_asm_elementwise(RECIPE, "=r,=r,r", [codes], dtype=like, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            RECIPE, "=r,=r,=r,=r,r,r,r,r,r", [codes, low_power, high_power], dtype=(like.value, like.value), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def _whole(codes, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
+    """Bytes of one code -> its value, as `_halves`."""
+    if INTERPRETED:
+        return _scaled(_table(codes.to(tl.int32), KIND), large, small, like)
+    elif large is not None:
+        return tl.inline_asm_elementwise(RECIPE, "=r,=r,r,r,r,r,r", [codes, large, small], dtype=like.value, is_pure=True, pack=4)
+    else:
+        return tl.inline_asm_elementwise(RECIPE, "=r,=r,r", [codes], dtype=like.value, is_pure=True, pack=4)
 
 
 @launched(do_not_specialize=["M"])
 def _matmul(
     x, box_x, w, box_w, scales, zeros, bias, out, counters, partial, M, N, K, UNITS, GROUPS, x_stride, out_stride,
     KIND: tl.constexpr, RECIPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, U: tl.constexpr, GROUP: tl.constexpr, POWERS: tl.constexpr,
-    SPLITS: tl.constexpr, EVEN: tl.constexpr, RATIO: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, RATIO: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N / BLOCK_N) * ceil(M / ROWS), SPLITS), the rows of x first. w [tiles, UNITS, 32, 128] bytes; scales and zeros [tiles, GROUPS, 128]; GROUP 0: one a row.
-    U: units in a step. POWERS: scales are exponents of groups of 32, KIND's codes two a byte. RATIO: sums are held divided by the scale of their last group.
+    U: units in a step. ROUNDED: values are multiplied by their scale and rounded. POWERS: scales are exponents of groups of 32, KIND's codes two a byte. RATIO: sums are held divided by the scale of their last group.
     GATED: rows of w alternate gate, up."""
     NIBBLE: tl.constexpr = (KIND == 1) or (KIND == 3) or (KIND == 4)
     UNIT: tl.constexpr = 64 if NIBBLE else 32
     WIDTH: tl.constexpr = U * UNIT
     HALVES: tl.constexpr = NIBBLE and GROUP == 32 and not POWERS
+    SUMS: tl.constexpr = GROUP > 0 and not POWERS and not HALVES and not ROUNDED  # a group's sums are multiplied by its scale
+    GROUPED: tl.constexpr = U if GROUP > 0 and WIDTH > GROUP else 1  # groups in a step, or their parts
     T: tl.constexpr = BLOCK_N // 128 if BLOCK_N > 128 else 1
     W: tl.constexpr = BLOCK_N // 16 // T
     heights = tl.cdiv(M, ROWS)
@@ -152,15 +178,27 @@ def _matmul(
     k = tl.arange(0, WIDTH)
     half = tl.arange(0, 32)
     of_row = tl.minimum(n // 128, (N - 1) // 128).to(tl.int64) * GROUPS * 128 + n % 128
-    eights = (tiles * GROUPS * 128 + column * BLOCK_N % 128)[:, None, None, None] + (tl.arange(0, W) * 16)[None, None, :, None] + tl.arange(0, 8)[None, None, None, :]
+    eights = (
+        (tiles * GROUPS * 128 + column * BLOCK_N % 128)[:, None, None, None]
+        + (tl.arange(0, W) * 16)[None, None, :, None]
+        + tl.arange(0, 8)[None, None, None, :]
+    )
     pair = eights + (tl.arange(0, U) * 256)[None, :, None, None]
+    parts = tl.arange(0, GROUPED) * UNIT
+    ONE: tl.constexpr = 128.0 if like == tl.bfloat16 else 1024.0
     first_group = first * WIDTH // GROUP if GROUP > 0 else 0
-    if GROUP > 0 and not POWERS and not HALVES:
+    if SUMS:
         s = tl.load(scales + of_row + first_group * 128).to(tl.float32)
         ratio = tl.full([BLOCK_N], 1.0, tl.float32)
-    if zeros is not None:
-        z = tl.load(zeros + eights + first_group * 128)
-        zz = tl.load(zeros + eights + 8 + first_group * 128)
+    now = eights
+    if GROUP > 0 and not HALVES:
+        now = eights + ((first * WIDTH + parts) // GROUP * 128)[None, :, None, None]
+    if zeros is not None and not HALVES:
+        z = tl.load(zeros + now)
+        zz = tl.load(zeros + now + 8)
+    if ROUNDED:
+        o = tl.load(scales + now).to(tl.float32)
+        oo = tl.load(scales + now + 8).to(tl.float32)
     if POWERS:
         e = tl.load(scales + pair + first_group * 128)
         ee = tl.load(scales + pair + 8 + first_group * 128)
@@ -185,30 +223,41 @@ def _matmul(
         group = (at + WIDTH) // GROUP if GROUP > 0 else 0  # of the next step, whose scales are asked for now
         group = tl.minimum(group, GROUPS - 1)
         codes = tl.reshape(codes, [T, U, W, 8, 4, 2, 2, 2, 2])
+        large = None
+        small = None
+        less = None
+        if ROUNDED:
+            large = _of_rows(o, oo, like, T, U, W)
+            small = _of_rows(o - o.to(like).to(tl.float32), oo - oo.to(like).to(tl.float32), like, T, U, W)
+        if zeros is not None and not HALVES:
+            less = _of_rows(z.to(tl.float32) + ONE, zz.to(tl.float32) + ONE, like, T, U, W)
+        if GROUP > 0 and not HALVES:  # of the next step
+            then = eights + ((tl.minimum(step + 1, last - 1) * WIDTH + parts) // GROUP * 128)[None, :, None, None]
+            if zeros is not None:
+                z = tl.load(zeros + then)
+                zz = tl.load(zeros + then + 8)
+            if ROUNDED:
+                o = tl.load(scales + then).to(tl.float32)
+                oo = tl.load(scales + then + 8).to(tl.float32)
         if NIBBLE:
             if POWERS:
-                low, high = _halves(codes, None, _of_rows(_power(e, like), _power(ee, like), like, T, U, W), _of_rows(_power(f, like), _power(ff, like), like, T, U, W), like, KIND, RECIPE)
-                next_group = tl.minimum(step + 1, last - 1) * WIDTH // GROUP * 128
-                e = tl.load(scales + pair + next_group)
-                ee = tl.load(scales + pair + 8 + next_group)
-                f = tl.load(scales + pair + 128 + next_group)
-                ff = tl.load(scales + pair + 136 + next_group)
-            elif zeros is not None and not HALVES:
-                ONE: tl.constexpr = 128.0 if like == tl.bfloat16 else 1024.0
-                less = _of_rows(z.to(tl.float32) + ONE, zz.to(tl.float32) + ONE, like, T, U, W)
-                low, high = _halves(codes, less, None, None, like, KIND, RECIPE)
-                if GROUP > 0:
-                    z = tl.load(zeros + eights + group * 128)
-                    zz = tl.load(zeros + eights + 8 + group * 128)
+                powers = _of_rows(_power(e, like), _power(ee, like), like, T, U, W)
+                more = _of_rows(_power(f, like), _power(ff, like), like, T, U, W)
+                low, high = _raised(codes, powers, more, like, KIND, RECIPE)
+                following_pair = pair + tl.minimum(step + 1, last - 1) * (WIDTH // 32) * 128
+                e = tl.load(scales + following_pair)
+                ee = tl.load(scales + following_pair + 8)
+                f = tl.load(scales + following_pair + 128)
+                ff = tl.load(scales + following_pair + 136)
             else:
-                low, high = _halves(codes, None, None, None, like, KIND, RECIPE)
+                low, high = _halves(codes, less, large, small, like, KIND, RECIPE)
             if HALVES:
                 low = tl.reshape(tl.permute(low, (0, 2, 7, 3, 1, 5, 6, 4, 8)), [BLOCK_N, 32])
                 high = tl.reshape(tl.permute(high, (0, 2, 7, 3, 1, 5, 6, 4, 8)), [BLOCK_N, 32])
             else:
                 value = tl.permute(tl.join(low, high), (0, 2, 7, 3, 1, 9, 5, 6, 4, 8))
         else:
-            value = tl.permute(_whole(codes, like, KIND, RECIPE), (0, 2, 7, 3, 1, 5, 6, 4, 8))
+            value = tl.permute(_whole(codes, large, small, like, KIND, RECIPE), (0, 2, 7, 3, 1, 5, 6, 4, 8))
         if HALVES:
             a = tl.load(left + (at + half)[None, :], mask=here[:, None] & (at + half < K)[None, :], other=0.0)
             b = tl.load(left + (at + 32 + half)[None, :], mask=here[:, None] & (at + 32 + half < K)[None, :], other=0.0)
@@ -224,7 +273,7 @@ def _matmul(
             acc += q * t[:, None]
         else:
             value = tl.reshape(value, [BLOCK_N, WIDTH])
-            if GROUP > 0 and not POWERS:
+            if SUMS:
                 following = tl.load(scales + of_row + group * 128).to(tl.float32)
                 if RATIO:
                     acc = tl.dot(value, tl.trans(a), acc * ratio[:, None])
@@ -236,7 +285,7 @@ def _matmul(
                 s = following
             else:
                 acc = tl.dot(value, tl.trans(a), acc)
-    if RATIO and GROUP > 0 and not POWERS and not HALVES:
+    if RATIO and SUMS:
         acc *= s[:, None]
     if GROUP == 0:
         acc *= tl.load(scales + of_row).to(tl.float32)[:, None]
@@ -288,7 +337,7 @@ def _widen(
         low, high = _halves(codes, None, None, None, like, KIND, RECIPE)
         value = tl.permute(tl.join(low, high), (1, 6, 2, 0, 8, 4, 5, 3, 7))
     else:
-        value = tl.permute(_whole(codes, like, KIND, RECIPE), (1, 6, 2, 0, 4, 5, 3, 7))
+        value = tl.permute(_whole(codes, None, None, like, KIND, RECIPE), (1, 6, 2, 0, 4, 5, 3, 7))
     value = tl.reshape(value, [128, WIDTH // SMALL, SMALL]).to(tl.float32)
     r = tl.arange(0, 128)
     g = step * WIDTH // GROUP if GROUP > 0 else 0
@@ -311,11 +360,11 @@ def splits_of(columns: int, steps: int, config: dict[str, int]) -> int:
     return max(1, min(config["MAX_SPLITS"], config["TARGET"] // columns, steps // 2))
 
 
-def units_of_step(weight: Weight, most: int) -> int:
+def units_of_step(weight: Weight, most: int, rounded: bool) -> int:
     """As many as a group has, `most` columns at most."""
     unit, group = weight.unit, weight.scheme.group
-    units = max(1, (min(most, group) if group and not weight.exponents else most) // unit)
-    while weight.units % units or (group > 32 and group % (units * unit)):
+    units = max(1, (min(most, group) if group and not weight.exponents and not rounded else most) // unit)
+    while weight.units % units or (group > 32 and group % (units * unit) and units * unit % group):
         units //= 2
     return units
 
@@ -337,7 +386,8 @@ def product(
     block_n, tall = config["BLOCK_N"], config["ROWS"]
     require(block_n in (16, 32, 64) or block_n % ROWS_OF_TILE == 0, "BLOCK_N must fit the weight's tiles")
     powers = weight.exponents and x.dtype == torch.bfloat16
-    units = units_of_step(weight, config.pop("STEP", 128))
+    rounded = bool(config.pop("ROUNDED", 0)) and scheme.group >= weight.unit and not weight.exponents
+    units = units_of_step(weight, config.pop("STEP", 128), rounded)
     if scheme.group == 32 and scheme.bits == 4 and not powers:
         units = 1
     steps = weight.units // units
@@ -346,6 +396,7 @@ def product(
     counters = partial = None
     if splits > 1 and workspace is not None:
         splits = max(1, min(splits, (workspace.numel() - COUNTERS) // (rows * n)))
+    splits = -(-steps // -(-steps // splits))  # so that none has nothing to do
     if splits > 1:
         require(columns * heights <= COUNTERS, "the weight has too many columns for the counters")
         if workspace is None:
@@ -355,20 +406,27 @@ def product(
     able = interpreting() or chained()["PDL"]
     boxes = config.pop("TMA", 3)
     box_x = box_w = None
-    if able and boxes & 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and rows > 0 and (rows == 1 or x.stride(0) >= k):
+    if (
+        able
+        and boxes & 1
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        and rows > 0
+        and (rows == 1 or x.stride(0) >= k)
+    ):
         box_x = TensorDescriptor(x, [rows, k], [x.stride(0) if rows > 1 else max(k, x.stride(0)), 1], [tall, width])
     if able and boxes & 2:
         shape = [weight.data.shape[0] // (weight.units * LINE), weight.units, LINE, 128]
         box = [max(1, block_n // ROWS_OF_TILE), units, min(LINE, block_n // 4), 128]
         box_w = TensorDescriptor(weight.data, shape, [weight.units * LINE * 128, LINE * 128, 128, 1], box)
-    name = scheme.kind + ("r" if weight.zeros is not None and scheme.group != 32 else "s" if powers else "")
+    name = scheme.kind + ("r" if weight.zeros is not None and scheme.group != 32 else "s" if powers else "") + ("q" if rounded else "")
     launch = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS", "ROWS")}
     scales = weight.scales
     if weight.exponents and not powers:
         scales = torch.exp2(scales.float() - 127)  # fp16 beside MXFP4 is rare
     _matmul[(columns * heights, splits)](
         x, box_x, weight.data, box_w, scales, weight.zeros, bias, out, counters, partial, rows, n, k, weight.units, weight.scales.shape[1], x.stride(0), out.stride(0),
-        KIND=KINDS.index(scheme.kind), RECIPE=RECIPES[name, x.dtype == torch.bfloat16], U=units, ROWS=tall, GROUP=scheme.group, POWERS=powers, SPLITS=splits,
+        KIND=KINDS.index(scheme.kind), RECIPE=RECIPES[name, x.dtype == torch.bfloat16], U=units, ROWS=tall, GROUP=scheme.group, POWERS=powers, ROUNDED=rounded, SPLITS=splits,
         EVEN=k % width == 0, BIAS=bias is not None, GATED=gated is not None, ACT=ACTIVATIONS.index(gated) if gated else 0, **chained(),
         **{"RATIO": 0, "AHEAD": 0, **launch},
     )  # fmt: skip

@@ -166,7 +166,9 @@ def tightened(weight: Weight) -> Weight:
     scales = weight.scales
     if weight.fragments and weight.scheme.kind == "fp4" and weight.scheme.group == 32:
         mantissa, exponent = torch.frexp(scales)
-        if bool(((mantissa == 0.5) & (exponent > -117) & (exponent < 122)).all()):  # so far from the ends of bfloat16 that products are exact
+        if bool(
+            ((mantissa == 0.5) & (exponent > -117) & (exponent < 122)).all()
+        ):  # so far from the ends of bfloat16 that products are exact
             return weight._replace(scales=(exponent + 126).to(torch.uint8))
     half = scales.half()
     return weight._replace(scales=half) if torch.equal(half.float(), scales) else weight

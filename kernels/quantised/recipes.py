@@ -28,7 +28,9 @@ def _looked_up(table: tuple[float, ...], dtype: torch.dtype) -> str:
         for first in range(0, 16, 4):
             words.append(sum(((bits[first + i] >> shift) & 255) << 8 * i for i in range(4)))
     text = ".reg .b32 d, e, f, h, m; "
-    for half, (low, high) in enumerate((("$0", "$2"), ("$1", "$3"))):  # bytes 0 and 1, then 2 and 3, of which each holds two codes: four digits
+    for half, (low, high) in enumerate(
+        (("$0", "$2"), ("$1", "$3"))
+    ):  # bytes 0 and 1, then 2 and 3, of which each holds two codes: four digits
         text += f"shr.b32 d, $IN, {16 * half}; and.b32 e, d, 0x7777; "
         text += "shr.u32 f, d, 3; and.b32 f, f, 0x1111; prmt.b32 m, 0x0000FF00, 0, f; "  # bytes of ones where a code is 8 or more
         for byte, name in ((0, "p"), (4, "q")):
@@ -91,6 +93,22 @@ def _recipes() -> dict[tuple[str, bool], str]:
         else:
             out["fp8_e5m2", wide] = _asm(_RAISED + "mov.b32 $0, p; mov.b32 $1, q; ", 2)
         out["nf4", wide] = _asm(_looked_up(NF4, torch.bfloat16 if wide else torch.float16), 4)
+        for name, outputs, before in (
+            ("int4", 4, 0),
+            ("int4r", 4, 2),
+            ("nf4", 4, 0),
+            ("fp4", 4, 0),
+            ("int8", 2, 0),
+            ("fp8_e4m3", 2, 0),
+            ("fp8_e5m2", 2, 0),
+        ):
+            # times a scale that is the sum of two 16-bit floats, the last two operands: all but exact before the one rounding of the last instruction
+            times = "".join(
+                f"mul.rn.{kind} u, ${i}, ${large + 2}; fma.rn.{kind} ${i}, ${i}, ${large}, u; "
+                for i in range(outputs)
+                for large in (outputs + 1 + before + i % 2,)
+            )
+            out[name + "q", wide] = out[name, wide].removesuffix("}") + times + "}"
     return out
 
 

@@ -97,7 +97,13 @@ def test_nothing_and_what_does_not_fit(device: str) -> None:
     assert quantised.matmul(torch.empty(0, 128, device=device, dtype=torch.bfloat16), weight).shape == (0, 64)
     with pytest.raises(ValueError, match="must fit the weight"):
         quantised.matmul(torch.zeros(1, 64, device=device, dtype=torch.bfloat16), weight)
-    for other in (Scheme("nf4", 16), Scheme("fp8_e5m2", activations="token"), Scheme("int8", 128, zeros=True), Scheme("int4", 8), Scheme("int4", 48)):
+    for other in (
+        Scheme("nf4", 16),
+        Scheme("fp8_e5m2", activations="token"),
+        Scheme("int8", 128, zeros=True),
+        Scheme("int4", 8),
+        Scheme("int4", 48),
+    ):
         assert not layout.supports(other)
         with pytest.raises(ValueError, match="does not multiply"):
             layout.allocate(other, 64, 96, torch.device(device))
