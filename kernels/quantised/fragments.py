@@ -28,7 +28,7 @@ from penstock.kernels.quantised.layout import KINDS, LINE, ROWS_OF_TILE, Weight
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import INTERPRETED, fetch_ahead, follow, launched, narrow
 
-HEIGHTS = (8, 16, 32, 64, 128)
+HEIGHTS = (16, 32, 64, 128)
 """Heights of a tile: rows of x."""
 EVEN_HEIGHTS = (16, 32, 64)
 """Those whose sums have the same bits."""
@@ -71,6 +71,17 @@ def _of_rows(first, second, like: tl.constexpr, T: tl.constexpr, U: tl.constexpr
     """One value a row [T, U or 1, W, 8], of the first and the second eight rows of sixteen -> the codes' shape."""
     both = tl.join(first, second).to(like)
     return tl.broadcast_to(tl.reshape(both, [T, first.shape[1], W, 8, 1, 1, 1, 2, 1]), [T, U, W, 8, 4, 2, 2, 2, 2])
+
+
+@triton.jit
+def _raised_zero(zero, like: tl.constexpr):
+    """128 (fp16: 1024) + zero, int16 -> like: the zero point is in the mantissa."""
+    if INTERPRETED:
+        return (zero.to(tl.float32) + (128 if like == tl.bfloat16 else 1024)).to(like)
+    elif like == tl.bfloat16:
+        return (zero.to(tl.int16) | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return (zero.to(tl.int16) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -138,12 +149,12 @@ def _whole(codes, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: 
 
 @launched(do_not_specialize=["M"])
 def _matmul(
-    x, box_x, w, box_w, scales, zeros, bias, out, counters, partial, M, N, K, UNITS, GROUPS, x_stride, out_stride,
+    x, box_x, w, box_w, scales, zeros, bias, out, counters, partial, M, N, K, UNITS, GROUPS, w_tile, w_unit, x_stride, out_stride,
     KIND: tl.constexpr, RECIPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, U: tl.constexpr, GROUP: tl.constexpr, POWERS: tl.constexpr,
-    SPLITS: tl.constexpr, EVEN: tl.constexpr, RATIO: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr, SOON: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BLOCK_N) * ceil(M / ROWS), SPLITS), the rows of x first. w [tiles, UNITS, 32, 128] bytes; scales and zeros [tiles, GROUPS, 128]; GROUP 0: one a row.
-    U: units in a step. ROUNDED: values are multiplied by their scale and rounded. POWERS: scales are exponents of groups of 32, KIND's codes two a byte. RATIO: sums are held divided by the scale of their last group.
+    """Grid (ceil(N / BLOCK_N) * ceil(M / ROWS), SPLITS), the rows of x first. w [tiles, UNITS, 32, 128] bytes; scales [tiles, GROUPS, 128] and zeros [tiles, GROUPS, 64 pairs]; GROUP 0: one a row.
+    U: units in a step. ROUNDED: values are multiplied by their scale and rounded. POWERS: scales are exponents of groups of 32, KIND's codes two a byte.
     GATED: rows of w alternate gate, up."""
     NIBBLE: tl.constexpr = (KIND == 1) or (KIND == 3) or (KIND == 4)
     UNIT: tl.constexpr = 64 if NIBBLE else 32
@@ -165,15 +176,24 @@ def _matmul(
     if PDL and AHEAD > 0:
         ahead = tl.arange(0, AHEAD)
         unit = tl.minimum(first * U + ahead // (4 * W), UNITS - 1)
-        fetch_ahead(w + (tile.to(tl.int64) * UNITS + unit) * 4096 + (line + ahead % (4 * W)) * 128)
+        fetch_ahead(w + tile.to(tl.int64) * w_tile + unit.to(tl.int64) * w_unit + (line + ahead % (4 * W)) * 128)
+    if PDL and SOON > 0:  # scales and zero points of the whole piece, which lie in one run
+        soon = tl.arange(0, SOON)
+        run = GROUPS * 32 if POWERS else GROUPS * 128  # POWERS: words of four bytes
+        at = (first * U * 64 if POWERS else first * WIDTH // GROUP * 128) if GROUP > 0 else 0
+        each: tl.constexpr = 1024 // scales.dtype.element_ty.primitive_bitwidth
+        fetch_ahead(scales + tile.to(tl.int64) * run + tl.minimum(at + soon * each, run - 1))
+        if zeros is not None:
+            fetch_ahead(zeros + tile.to(tl.int64) * (GROUPS * 64) + tl.minimum(at // 2 + soon * 64, GROUPS * 64 - 1))
     follow(PDL)
     m = top + tl.arange(0, ROWS)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     here = m < M
     like = x.dtype.element_ty
     tiles = tl.minimum(tile + tl.arange(0, T), (N - 1) // 128).to(tl.int64)
-    bytes_ = tl.arange(0, U)[None, :, None] * 4096 + tl.arange(0, W * 512)[None, None, :]
-    rows = w + (tiles * UNITS * 4096 + line * 128)[:, None, None] + bytes_
+    bytes_ = tl.arange(0, U).to(tl.int64)[None, :, None] * w_unit + tl.arange(0, W * 512)[None, None, :]
+    w_step = tl.full([], U, tl.int64) * w_unit
+    rows = w + (tiles * w_tile + line * 128)[:, None, None] + bytes_
     left = x + tl.where(here, m, 0).to(tl.int64)[:, None] * x_stride
     k = tl.arange(0, WIDTH)
     half = tl.arange(0, 32)
@@ -183,33 +203,32 @@ def _matmul(
         + (tl.arange(0, W) * 16)[None, None, :, None]
         + tl.arange(0, 8)[None, None, None, :]
     )
-    pair = eights + (tl.arange(0, U) * 256)[None, :, None, None]
+    pairs = (
+        (tiles * GROUPS * (32 if POWERS else 64) + column * BLOCK_N % 128 // 2)[:, None, None, None]
+        + (tl.arange(0, W) * 8)[None, None, :, None]
+        + tl.arange(0, 8)[None, None, None, :]
+    )
     parts = tl.arange(0, GROUPED) * UNIT
-    ONE: tl.constexpr = 128.0 if like == tl.bfloat16 else 1024.0
     first_group = first * WIDTH // GROUP if GROUP > 0 else 0
     if SUMS:
         s = tl.load(scales + of_row + first_group * 128).to(tl.float32)
-        ratio = tl.full([BLOCK_N], 1.0, tl.float32)
-    now = eights
-    if GROUP > 0 and not HALVES:
-        now = eights + ((first * WIDTH + parts) // GROUP * 128)[None, :, None, None]
+    if GROUP > 0:
+        groups = ((first * WIDTH + parts) // GROUP)[None, :, None, None]
+    else:
+        groups = parts[None, :, None, None]
     if zeros is not None and not HALVES:
-        z = tl.load(zeros + now)
-        zz = tl.load(zeros + now + 8)
+        z = tl.load(zeros + pairs + groups * 64)
     if ROUNDED:
-        o = tl.load(scales + now).to(tl.float32)
-        oo = tl.load(scales + now + 8).to(tl.float32)
+        o = tl.load(scales + eights + groups * 128).to(tl.float32)
+        oo = tl.load(scales + eights + groups * 128 + 8).to(tl.float32)
     if POWERS:
-        e = tl.load(scales + pair + first_group * 128)
-        ee = tl.load(scales + pair + 8 + first_group * 128)
-        f = tl.load(scales + pair + 128 + first_group * 128)
-        ff = tl.load(scales + pair + 136 + first_group * 128)
+        e = tl.load(scales + pairs + ((first * U + tl.arange(0, U)) * 64)[None, :, None, None])
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for step in range(first, last):
         if box_w is not None:
             codes = box_w.load([tile, step * U, line, 0])
         else:
-            codes = tl.load(rows + step * (U * 4096))
+            codes = tl.load(rows + step * w_step)
         at = step * WIDTH
         if not HALVES:
             if box_x is not None:
@@ -230,25 +249,20 @@ def _matmul(
             large = _of_rows(o, oo, like, T, U, W)
             small = _of_rows(o - o.to(like).to(tl.float32), oo - oo.to(like).to(tl.float32), like, T, U, W)
         if zeros is not None and not HALVES:
-            less = _of_rows(z.to(tl.float32) + ONE, zz.to(tl.float32) + ONE, like, T, U, W)
+            less = _of_rows(_raised_zero(z & 255, like), _raised_zero((z >> 8) & 255, like), like, T, U, W)
         if GROUP > 0 and not HALVES:  # of the next step
-            then = eights + ((tl.minimum(step + 1, last - 1) * WIDTH + parts) // GROUP * 128)[None, :, None, None]
+            groups = ((tl.minimum(step + 1, last - 1) * WIDTH + parts) // GROUP)[None, :, None, None]
             if zeros is not None:
-                z = tl.load(zeros + then)
-                zz = tl.load(zeros + then + 8)
+                z = tl.load(zeros + pairs + groups * 64)
             if ROUNDED:
-                o = tl.load(scales + then).to(tl.float32)
-                oo = tl.load(scales + then + 8).to(tl.float32)
+                o = tl.load(scales + eights + groups * 128).to(tl.float32)
+                oo = tl.load(scales + eights + groups * 128 + 8).to(tl.float32)
         if NIBBLE:
             if POWERS:
-                powers = _of_rows(_power(e, like), _power(ee, like), like, T, U, W)
-                more = _of_rows(_power(f, like), _power(ff, like), like, T, U, W)
+                powers = _of_rows(_power(e & 255, like), _power((e >> 8) & 255, like), like, T, U, W)
+                more = _of_rows(_power((e >> 16) & 255, like), _power((e >> 24) & 255, like), like, T, U, W)
                 low, high = _raised(codes, powers, more, like, KIND, RECIPE)
-                following_pair = pair + tl.minimum(step + 1, last - 1) * (WIDTH // 32) * 128
-                e = tl.load(scales + following_pair)
-                ee = tl.load(scales + following_pair + 8)
-                f = tl.load(scales + following_pair + 128)
-                ff = tl.load(scales + following_pair + 136)
+                e = tl.load(scales + pairs + ((tl.minimum(step + 1, last - 1) * U + tl.arange(0, U)) * 64)[None, :, None, None])
             else:
                 low, high = _halves(codes, less, large, small, like, KIND, RECIPE)
             if HALVES:
@@ -267,26 +281,21 @@ def _matmul(
             t = tl.load(scales + of_row + step * 256 + 128).to(tl.float32)
             p, q = tl.dot(low, tl.trans(a)), tl.dot(high, tl.trans(b))
             if zeros is not None:  # kept out of the values: few weights have such groups and zero points
-                p += (8.0 - tl.load(zeros + of_row + step * 256).to(tl.float32))[:, None] * tl.sum(a.to(tl.float32), 1)[None, :]
-                q += (8.0 - tl.load(zeros + of_row + step * 256 + 128).to(tl.float32))[:, None] * tl.sum(b.to(tl.float32), 1)[None, :]
+                half_row = tl.minimum(n // 128, (N - 1) // 128).to(tl.int64) * GROUPS * 64 + n % 128 // 16 * 8 + n % 8
+                z = (tl.load(zeros + half_row + step * 128) >> (n % 16 // 8 * 8).to(tl.int16)) & 255
+                zz = (tl.load(zeros + half_row + step * 128 + 64) >> (n % 16 // 8 * 8).to(tl.int16)) & 255
+                p += (8.0 - z.to(tl.float32))[:, None] * tl.sum(a.to(tl.float32), 1)[None, :]
+                q += (8.0 - zz.to(tl.float32))[:, None] * tl.sum(b.to(tl.float32), 1)[None, :]
             acc += p * s[:, None]
             acc += q * t[:, None]
         else:
             value = tl.reshape(value, [BLOCK_N, WIDTH])
             if SUMS:
                 following = tl.load(scales + of_row + group * 128).to(tl.float32)
-                if RATIO:
-                    acc = tl.dot(value, tl.trans(a), acc * ratio[:, None])
-                    ratio = s / following
-                    if step == last - 1:
-                        following = s
-                else:
-                    acc += tl.dot(value, tl.trans(a)) * s[:, None]
+                acc += tl.dot(value, tl.trans(a)) * s[:, None]
                 s = following
             else:
                 acc = tl.dot(value, tl.trans(a), acc)
-    if RATIO and SUMS:
-        acc *= s[:, None]
     if GROUP == 0:
         acc *= tl.load(scales + of_row).to(tl.float32)[:, None]
     final = True
@@ -318,7 +327,7 @@ def _matmul(
 
 @launched
 def _widen(
-    w, scales, zeros, out, FIRST, N, K, UNITS, GROUPS, ROWS_OUT,
+    w, scales, zeros, out, FIRST, N, K, GROUPS, w_tile, w_unit, ROWS_OUT,
     KIND: tl.constexpr, RECIPE: tl.constexpr, U: tl.constexpr, GROUP: tl.constexpr, EXPONENTS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, UNITS / U). Tile FIRST + i of w -> rows 128 i and on of out [ROWS_OUT, K]; GATED: even rows to the first half, odd ones to the second."""
@@ -330,8 +339,8 @@ def _widen(
     tile = (FIRST + tl.program_id(0)).to(tl.int64)
     like = out.dtype.element_ty
     follow(PDL)
-    source = w + (tile * UNITS + step * U) * 4096
-    codes = tl.load(source + tl.arange(0, U * 4096))
+    source = w + tile * w_tile + step.to(tl.int64) * U * w_unit
+    codes = tl.load(source + tl.arange(0, U).to(tl.int64)[:, None] * w_unit + tl.arange(0, 4096)[None, :])
     codes = tl.reshape(codes, [U, 8, 8, 4, 2, 2, 2, 2])
     if NIBBLE:
         low, high = _halves(codes, None, None, None, like, KIND, RECIPE)
@@ -341,12 +350,15 @@ def _widen(
     value = tl.reshape(value, [128, WIDTH // SMALL, SMALL]).to(tl.float32)
     r = tl.arange(0, 128)
     g = step * WIDTH // GROUP if GROUP > 0 else 0
-    where = (tile * GROUPS + g) * 128 + r[:, None] + tl.arange(0, WIDTH // SMALL)[None, :] * 128
+    groups = (g + tl.arange(0, WIDTH // SMALL))[None, :]
+    paired = r // 16 * 16 + r % 8 * 2 + r % 16 // 8
     if zeros is not None:
-        value += (8 - tl.load(zeros + where).to(tl.float32))[:, :, None]
-    s = tl.load(scales + where)
+        value += (8 - tl.load(zeros + (tile * GROUPS + groups) * 128 + paired[:, None]).to(tl.float32))[:, :, None]
     if EXPONENTS:
-        s = tl.exp2(s.to(tl.float32) - 127)
+        quad = r // 16 * 32 + r % 8 * 4 + r % 16 // 8
+        s = tl.exp2(tl.load(scales + tile * GROUPS * 128 + groups // 2 * 256 + groups % 2 * 2 + quad[:, None]).to(tl.float32) - 127)
+    else:
+        s = tl.load(scales + (tile * GROUPS + groups) * 128 + r[:, None])
     value = tl.reshape(narrow(value * s.to(tl.float32)[:, :, None], like), [128, WIDTH])
     row = tl.program_id(0) * 128 + r
     if GATED:
@@ -403,6 +415,7 @@ def product(
             workspace = torch.zeros(COUNTERS + splits * rows * n, dtype=torch.float32, device=x.device)
         counters, partial = workspace[:COUNTERS].view(torch.int32), workspace[COUNTERS:]
     width = units * weight.unit
+    strides = weight.strides()
     able = interpreting() or chained()["PDL"]
     boxes = config.pop("TMA", 3)
     box_x = box_w = None
@@ -416,19 +429,22 @@ def product(
     ):
         box_x = TensorDescriptor(x, [rows, k], [x.stride(0) if rows > 1 else max(k, x.stride(0)), 1], [tall, width])
     if able and boxes & 2:
-        shape = [weight.data.shape[0] // (weight.units * LINE), weight.units, LINE, 128]
+        shape = [-(-n // ROWS_OF_TILE), weight.units, LINE, 128]
         box = [max(1, block_n // ROWS_OF_TILE), units, min(LINE, block_n // 4), 128]
-        box_w = TensorDescriptor(weight.data, shape, [weight.units * LINE * 128, LINE * 128, 128, 1], box)
+        box_w = TensorDescriptor(weight.data, shape, [*strides, 128, 1], box)
     name = scheme.kind + ("r" if weight.zeros is not None and scheme.group != 32 else "s" if powers else "") + ("q" if rounded else "")
     launch = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS", "ROWS")}
     scales = weight.scales
-    if weight.exponents and not powers:
-        scales = torch.exp2(scales.float() - 127)  # fp16 beside MXFP4 is rare
+    if powers:
+        scales = scales.view(torch.int32)
+    elif weight.exponents:
+        scales = weight.plain_scales()  # fp16 beside MXFP4 is rare
+    zeros = None if weight.zeros is None else weight.zeros.view(torch.int16)
     _matmul[(columns * heights, splits)](
-        x, box_x, weight.data, box_w, scales, weight.zeros, bias, out, counters, partial, rows, n, k, weight.units, weight.scales.shape[1], x.stride(0), out.stride(0),
+        x, box_x, weight.data, box_w, scales, zeros, bias, out, counters, partial, rows, n, k, weight.units, weight.scales.shape[1], *strides, x.stride(0), out.stride(0),
         KIND=KINDS.index(scheme.kind), RECIPE=RECIPES[name, x.dtype == torch.bfloat16], U=units, ROWS=tall, GROUP=scheme.group, POWERS=powers, ROUNDED=rounded, SPLITS=splits,
-        EVEN=k % width == 0, BIAS=bias is not None, GATED=gated is not None, ACT=ACTIVATIONS.index(gated) if gated else 0, **chained(),
-        **{"RATIO": 0, "AHEAD": 0, **launch},
+        EVEN=k == weight.units * weight.unit, BIAS=bias is not None, GATED=gated is not None, ACT=ACTIVATIONS.index(gated) if gated else 0, **chained(),
+        **{"AHEAD": 0, "SOON": 0, **launch},
     )  # fmt: skip
     return out
 
@@ -438,7 +454,7 @@ def widen(weight: Weight, first: int, tiles: int, part: Tensor, gated: bool) -> 
     scheme = weight.scheme
     units = 4 if weight.units % 4 == 0 else 2
     _widen[(tiles, weight.units // units)](
-        weight.data, weight.scales, weight.zeros, part, first, weight.n, weight.k, weight.units, weight.scales.shape[1], part.shape[0],
+        weight.data, weight.scales, weight.zeros, part, first, weight.n, weight.k, weight.scales.shape[1], *weight.strides(), part.shape[0],
         KIND=KINDS.index(scheme.kind), RECIPE=RECIPES[scheme.kind, part.dtype == torch.bfloat16], U=units, GROUP=scheme.group,
         EXPONENTS=weight.exponents, GATED=gated, num_warps=8, **chained(),
     )  # fmt: skip

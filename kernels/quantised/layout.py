@@ -29,6 +29,7 @@ TILES = {4: 64, 8: 128}
 """Rows of the weight that lie together in the order by steps, by bits of a code."""
 COLUMNS = 128
 """Most columns that are read at once."""
+UNITS_FIRST = bool(__import__("os").environ.get("UNITS_FIRST"))
 ROWS_OF_TILE, LINE = 128, 32
 """Rows of a tile of fragments, and lines of 128 bytes of one of its units."""
 
@@ -44,9 +45,10 @@ class Weight(NamedTuple):
     data: Tensor
     """uint8: fragments [ceil(n / 128) * units * 32, 128], or [ceil(n / tile) * steps * tile, C]."""
     scales: Tensor
-    """fragments [ceil(n / 128), groups, 128], or [groups, n]; float32, or float16, or exponents as bytes (`tightened`)."""
+    """fragments [ceil(n / 128), groups, 128], or [groups, n]; float32, or float16, or (`tightened`) exponents as bytes: by
+    pairs of groups, and of these by 16 rows, g, first or second group, row g or g + 8."""
     zeros: Tensor | None
-    """As the scales, float16: 0 to 16."""
+    """As the scales, 0 to 16: float16, of fragments uint8, the rows of 16 in the order 0, 8, 1, 9 and so on."""
     fragments: bool = False
 
     @property
@@ -74,6 +76,18 @@ class Weight(NamedTuple):
         """Whether scales are 2^(byte - 127)."""
         return self.scales.dtype == torch.uint8
 
+    def strides(self) -> tuple[int, int]:
+        """Bytes from a tile of fragments to the next, and from a unit to the next."""
+        if UNITS_FIRST:
+            return LINE * 128, -(-self.n // ROWS_OF_TILE) * LINE * 128
+        return self.units * LINE * 128, LINE * 128
+
+    def plain_scales(self) -> Tensor:
+        """Of fragments whose scales are exponents: by tile, group, row, float32."""
+        tiles, groups, _ = self.scales.shape
+        bytes_ = self.scales.view(tiles, groups // 2, 8, 8, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(tiles, groups, ROWS_OF_TILE)
+        return torch.exp2(bytes_.float() - 127)
+
     @property
     def nbytes(self) -> int:
         """Held for it."""
@@ -93,8 +107,8 @@ def supports(scheme: Scheme) -> bool:
 
 def in_fragments(scheme: Scheme) -> bool:
     """Whether a weight lies in fragments."""
-    rounds = scheme.activations != "" and scheme.bits == 8 and scheme.group == 0
-    return not rounds and (scheme.group == 0 or scheme.group >= 32)
+    rounded_too = scheme.activations != "" and scheme.kind in ("int8", "fp8_e4m3") and scheme.group == 0
+    return not rounded_too and (scheme.group == 0 or scheme.group >= 32)
 
 
 def allocate(scheme: Scheme, n: int, k: int, device: torch.device) -> Weight:
@@ -114,7 +128,7 @@ def allocate(scheme: Scheme, n: int, k: int, device: torch.device) -> Weight:
         data = torch.zeros(-(-n // tile) * steps * tile, columns, dtype=torch.uint8, device=device)
         shape = (groups, n)
     scales = torch.ones(shape, dtype=torch.float32, device=device)
-    zeros = torch.zeros(shape, dtype=torch.float16, device=device) if scheme.zeros else None
+    zeros = torch.zeros(shape, dtype=torch.uint8 if fragments else torch.float16, device=device) if scheme.zeros else None
     return Weight(scheme, n, k, columns, data, scales, zeros, fragments)
 
 
@@ -140,7 +154,10 @@ def fill(weight: Weight, part: Quantised, first: int, every: int = 1) -> None:
         if scheme.rows != 1:
             source = source.repeat_interleave(scheme.rows or part.n, 0)[: part.n]
         if weight.fragments:
-            target[rows // tile, : source.shape[1], rows % tile] = source.to(target.dtype)
+            at = rows % tile
+            if target is weight.zeros:
+                at = at // 16 * 16 + at % 8 * 2 + at % 16 // 8
+            target[rows // tile, : source.shape[1], at] = source.to(target.dtype)
         else:
             target[: source.shape[1], rows] = source.t().to(target.dtype)
 
@@ -148,7 +165,9 @@ def fill(weight: Weight, part: Quantised, first: int, every: int = 1) -> None:
 def _fill_fragments(weight: Weight, data: Tensor, k: int, rows: Tensor) -> None:
     n, units = rows.shape[0], weight.units
     # [tile, unit, 16 rows, g, t, 16 columns, 8 columns, g or g + 8, even or odd] -> row, then what lies along it
-    cells = weight.data.view(-1, units, 8, 8, 4, 2, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
+    cells = weight.data.view(-1, 8, 8, 4, 2, 2, 2, 2)
+    cells = cells.view(units, -1, *cells.shape[1:]).transpose(0, 1) if UNITS_FIRST else cells.view(-1, units, *cells.shape[1:])
+    cells = cells.permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
     if weight.scheme.bits == 4:
         low, high = _padded(unpack_nibbles(data, k), units * 64).view(n, units, 2, 2, 2, 4, 2).unbind(2)
         codes = low | (high << 4)
@@ -169,6 +188,8 @@ def tightened(weight: Weight) -> Weight:
         if bool(
             ((mantissa == 0.5) & (exponent > -117) & (exponent < 122)).all()
         ):  # so far from the ends of bfloat16 that products are exact
-            return weight._replace(scales=(exponent + 126).to(torch.uint8))
+            tiles, groups, _ = scales.shape
+            bytes_ = (exponent + 126).to(torch.uint8).view(tiles, groups // 2, 2, 8, 2, 8).permute(0, 1, 3, 5, 2, 4)
+            return weight._replace(scales=bytes_.reshape(tiles, groups, ROWS_OF_TILE).contiguous())
     half = scales.half()
     return weight._replace(scales=half) if torch.equal(half.float(), scales) else weight

@@ -156,6 +156,7 @@ class TritonOps:
         self._steps = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._wide: Tensor | None = None
         self._widest_quantised = 0
+        self._largest_quantised = 0
         self.workspace_bytes = self.linear_space.nbytes + self._sampling.nbytes
 
     def compile_only(self) -> AbstractContextManager[None]:
@@ -192,12 +193,13 @@ class TritonOps:
         if not layout.supports(scheme) or (scheme.permuted and len(rows) > 1):
             return None
         self._widest_quantised = max(self._widest_quantised, inputs)
+        self._largest_quantised = max(self._largest_quantised, sum(rows) * inputs)
         return TritonQuantised(scheme, rows, inputs, bias, self, device=self.linear_space.device, activation=activation, head=head)
 
     def wide_space(self, dtype: torch.dtype) -> Tensor:
         """Memory in which pieces of quantised weights are widened, shared by all layers: taken when it is first asked for."""
         if self._wide is None:
-            size = max(quantised.PIECE, max(layout.TILES.values()) * self._widest_quantised)
+            size = max(min(quantised.PIECE, self._largest_quantised), layout.ROWS_OF_TILE * self._widest_quantised)
             self._wide = torch.empty(size, dtype=dtype, device=self.linear_space.device)
             self.workspace_bytes += self._wide.nbytes
         return self._wide
