@@ -74,7 +74,7 @@ def _of_rows(first, second, like: tl.constexpr, T: tl.constexpr, U: tl.constexpr
 
 
 @triton.jit
-def _raised_zero(zero, like: tl.constexpr):
+def raised_zero(zero, like: tl.constexpr):
     """128 (fp16: 1024) + zero, int16 -> like: the zero point is in the mantissa."""
     if INTERPRETED:
         return (zero.to(tl.float32) + (128 if like == tl.bfloat16 else 1024)).to(like)
@@ -102,7 +102,7 @@ def _scaled(value, large, small, like: tl.constexpr):
 
 
 @triton.jit
-def _halves(codes, less, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
+def halves(codes, less, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
     """Bytes of two codes -> the values of both. less: 128 (fp16: 1024) and the zero point; large, small: the two parts of a scale."""
     if INTERPRETED:
         low, high = _table((codes & 15).to(tl.int32), KIND), _table((codes >> 4).to(tl.int32), KIND)
@@ -137,8 +137,8 @@ def _raised(codes, low_power, high_power, like: tl.constexpr, KIND: tl.constexpr
 
 
 @triton.jit
-def _whole(codes, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
-    """Bytes of one code -> its value, as `_halves`."""
+def whole(codes, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr):
+    """Bytes of one code -> its value, as `halves`."""
     if INTERPRETED:
         return _scaled(_table(codes.to(tl.int32), KIND), large, small, like)
     elif large is not None:
@@ -249,7 +249,7 @@ def _matmul(
             large = _of_rows(o, oo, like, T, U, W)
             small = _of_rows(o - o.to(like).to(tl.float32), oo - oo.to(like).to(tl.float32), like, T, U, W)
         if zeros is not None and not HALVES:
-            less = _of_rows(_raised_zero(z & 255, like), _raised_zero((z >> 8) & 255, like), like, T, U, W)
+            less = _of_rows(raised_zero(z & 255, like), raised_zero((z >> 8) & 255, like), like, T, U, W)
         if GROUP > 0 and not HALVES:  # of the next step
             groups = ((tl.minimum(step + 1, last - 1) * WIDTH + parts) // GROUP)[None, :, None, None]
             if zeros is not None:
@@ -264,14 +264,14 @@ def _matmul(
                 low, high = _raised(codes, powers, more, like, KIND, RECIPE)
                 e = tl.load(scales + pairs + ((tl.minimum(step + 1, last - 1) * U + tl.arange(0, U)) * 64)[None, :, None, None])
             else:
-                low, high = _halves(codes, less, large, small, like, KIND, RECIPE)
+                low, high = halves(codes, less, large, small, like, KIND, RECIPE)
             if HALVES:
                 low = tl.reshape(tl.permute(low, (0, 2, 7, 3, 1, 5, 6, 4, 8)), [BLOCK_N, 32])
                 high = tl.reshape(tl.permute(high, (0, 2, 7, 3, 1, 5, 6, 4, 8)), [BLOCK_N, 32])
             else:
                 value = tl.permute(tl.join(low, high), (0, 2, 7, 3, 1, 9, 5, 6, 4, 8))
         else:
-            value = tl.permute(_whole(codes, large, small, like, KIND, RECIPE), (0, 2, 7, 3, 1, 5, 6, 4, 8))
+            value = tl.permute(whole(codes, large, small, like, KIND, RECIPE), (0, 2, 7, 3, 1, 5, 6, 4, 8))
         if HALVES:
             a = tl.load(left + (at + half)[None, :], mask=here[:, None] & (at + half < K)[None, :], other=0.0)
             b = tl.load(left + (at + 32 + half)[None, :], mask=here[:, None] & (at + 32 + half < K)[None, :], other=0.0)
@@ -343,10 +343,10 @@ def _widen(
     codes = tl.load(source + tl.arange(0, U).to(tl.int64)[:, None] * w_unit + tl.arange(0, 4096)[None, :])
     codes = tl.reshape(codes, [U, 8, 8, 4, 2, 2, 2, 2])
     if NIBBLE:
-        low, high = _halves(codes, None, None, None, like, KIND, RECIPE)
+        low, high = halves(codes, None, None, None, like, KIND, RECIPE)
         value = tl.permute(tl.join(low, high), (1, 6, 2, 0, 8, 4, 5, 3, 7))
     else:
-        value = tl.permute(_whole(codes, None, None, like, KIND, RECIPE), (1, 6, 2, 0, 4, 5, 3, 7))
+        value = tl.permute(whole(codes, None, None, like, KIND, RECIPE), (1, 6, 2, 0, 4, 5, 3, 7))
     value = tl.reshape(value, [128, WIDTH // SMALL, SMALL]).to(tl.float32)
     r = tl.arange(0, 128)
     g = step * WIDTH // GROUP if GROUP > 0 else 0
@@ -439,7 +439,7 @@ def product(
         scales = scales.view(torch.int32)
     elif weight.exponents:
         scales = weight.plain_scales()  # fp16 beside MXFP4 is rare
-    zeros = None if weight.zeros is None else weight.zeros.view(torch.int16)
+    zeros = weight.pairs()
     _matmul[(columns * heights, splits)](
         x, box_x, weight.data, box_w, scales, zeros, bias, out, counters, partial, rows, n, k, weight.units, weight.scales.shape[1], *strides, x.stride(0), out.stride(0),
         KIND=KINDS.index(scheme.kind), RECIPE=RECIPES[name, x.dtype == torch.bfloat16], U=units, ROWS=tall, GROUP=scheme.group, POWERS=powers, ROUNDED=rounded, SPLITS=splits,

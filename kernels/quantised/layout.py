@@ -82,6 +82,10 @@ class Weight(NamedTuple):
             return LINE * 128, -(-self.n // ROWS_OF_TILE) * LINE * 128
         return self.units * LINE * 128, LINE * 128
 
+    def pairs(self) -> Tensor | None:
+        """Zero points of fragments, two in a word of 16 bits: of rows g and g + 8."""
+        return None if self.zeros is None else self.zeros.view(torch.int16)
+
     def plain_scales(self) -> Tensor:
         """Of fragments whose scales are exponents: by tile, group, row, float32."""
         tiles, groups, _ = self.scales.shape
