@@ -90,7 +90,7 @@ def _matmul(
     elif zeros is not None:
         z = tl.load(zeros + pairs + (unit * 0)[:, None, None])
     acc = tl.zeros([S, BLOCK_N, ROWS], tl.float32)
-    for step in range(0, UNITS // S):
+    for step in range(UNITS // S):
         codes = tl.load(rows + step * w_step)
         a = tl.load(left + step * (S * UNIT), mask=here[None, :, None], other=0.0)
         if INTERPRETED:

@@ -177,14 +177,13 @@ def _matmul(
         ahead = tl.arange(0, AHEAD)
         unit = tl.minimum(first * U + ahead // (4 * W), UNITS - 1)
         fetch_ahead(w + tile.to(tl.int64) * w_tile + unit.to(tl.int64) * w_unit + (line + ahead % (4 * W)) * 128)
-    if PDL and SOON > 0:  # scales and zero points of the whole piece, which lie in one run
-        soon = tl.arange(0, SOON)
-        run = GROUPS * 32 if POWERS else GROUPS * 128  # POWERS: words of four bytes
-        at = (first * U * 64 if POWERS else first * WIDTH // GROUP * 128) if GROUP > 0 else 0
-        each: tl.constexpr = 1024 // scales.dtype.element_ty.primitive_bitwidth
-        fetch_ahead(scales + tile.to(tl.int64) * run + tl.minimum(at + soon * each, run - 1))
+    run = GROUPS * 32 if POWERS else GROUPS * 128  # scales of a tile; POWERS: words of four bytes
+    each: tl.constexpr = 1024 // scales.dtype.element_ty.primitive_bitwidth  # of a cache line
+    if PDL and SOON > 0 and GROUP > 0:  # the piece's first scales and zero points, which lie in one run
+        at = first * U * 64 if POWERS else first * WIDTH // GROUP * 128
+        fetch_ahead(scales + tile.to(tl.int64) * run + tl.minimum(at + tl.arange(0, SOON) * each, run - 1))
         if zeros is not None:
-            fetch_ahead(zeros + tile.to(tl.int64) * (GROUPS * 64) + tl.minimum(at // 2 + soon * 64, GROUPS * 64 - 1))
+            fetch_ahead(zeros + tile.to(tl.int64) * (GROUPS * 64) + tl.minimum(at // 2 + tl.arange(0, SOON) * 64, GROUPS * 64 - 1))
     follow(PDL)
     m = top + tl.arange(0, ROWS)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -239,6 +238,12 @@ def _matmul(
                 a = tl.load(left + (at + k)[None, :], mask=here[:, None] & (at + k < K)[None, :], other=0.0)
             if INTERPRETED:
                 a = a.to(tl.float32)
+        if PDL and SOON > 0 and GROUP > 0:  # those of 8 steps later, so that the next step's are never far
+            later = (step + 8) * U * 64 if POWERS else (at + 8 * WIDTH) // GROUP * 128
+            lines: tl.constexpr = T * (W // 4 if W > 4 else 1)
+            fetch_ahead(scales + tile.to(tl.int64) * run + tl.minimum(later + tl.arange(0, lines) * each, run - 1))
+            if zeros is not None:
+                fetch_ahead(zeros + tile.to(tl.int64) * (GROUPS * 64) + tl.minimum(later // 2 + tl.arange(0, lines) * 64, GROUPS * 64 - 1))
         group = (at + WIDTH) // GROUP if GROUP > 0 else 0  # of the next step, whose scales are asked for now
         group = tl.minimum(group, GROUPS - 1)
         codes = tl.reshape(codes, [T, U, W, 8, 4, 2, 2, 2, 2])
@@ -404,7 +409,8 @@ def product(
         units = 1
     steps = weight.units // units
     columns, heights = -(-n // block_n), -(-rows // tall)
-    splits = 1 if deterministic else splits_of(columns * heights, steps, config)
+    splits = config.pop("SPLITS", 0) or splits_of(columns * heights, steps, config)
+    splits = 1 if deterministic else min(splits, steps)
     counters = partial = None
     if splits > 1 and workspace is not None:
         splits = max(1, min(splits, (workspace.numel() - COUNTERS) // (rows * n)))

@@ -22,15 +22,17 @@ from penstock.kernels.activation.triton import gated as activated
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.triton import COUNTERS
-from penstock.kernels.quantised import fragments
+from penstock.kernels.quantised import few, fragments
 from penstock.kernels.quantised.layout import KINDS, Weight
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
 
 ROWS = (16, 32, 64)
 """Heights of a tile: rows of x."""
-FEW = 256
-"""Most rows for which codes are widened in registers."""
+FEW, MANY = 256, 1536
+"""Most rows for which codes are widened in registers: in the order by steps, and in fragments."""
+EXACT = 128
+"""Most rows for which the weight of a group is not rounded."""
 PIECE = 64 << 20
 """Elements of a weight that are widened at once where nobody says."""
 
@@ -241,6 +243,11 @@ def splits_of(n: int, steps: int, config: dict[str, int]) -> int:
     return max(1, min(config["MAX_SPLITS"], config["TARGET"] // columns, steps // 2))
 
 
+def widens(weight: Weight, rows: int) -> bool:
+    """Whether so many rows are multiplied with the weight in full width (but never in deterministic mode)."""
+    return rows > (MANY if weight.fragments else FEW)
+
+
 def matmul(
     x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
     gated: str | None = None, workspace: Tensor | None = None, deterministic: bool = False, wide: Tensor | None = None,
@@ -260,8 +267,12 @@ def matmul(
     require(out.shape == (rows, width_out) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
         return out
-    if rows > FEW and not deterministic and config is None:
-        return _many(x, weight, bias, out, gated, wide)
+    if config is None and not deterministic:
+        if widens(weight, rows):
+            return _many(x, weight, bias, out, gated, wide)
+        shared = tuned(f"few.{weight.scheme.bits}")
+        if weight.fragments and few.takes(weight, rows, shared["num_warps"]):
+            return few.product(x, weight, bias, out, gated, shared)
     if weight.fragments:
         return fragments.product(x, weight, bias, out, gated=gated, workspace=workspace, deterministic=deterministic, config=config)
     tall = next((height for height in ROWS if rows <= height), ROWS[-1])

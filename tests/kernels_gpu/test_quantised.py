@@ -48,6 +48,7 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
 def few(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     if device != "cuda":  # the interpreter is slow: fewer rows are many there
         monkeypatch.setattr(quantised, "FEW", 8)
+        monkeypatch.setattr(quantised, "MANY", 8)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -101,7 +102,7 @@ def test_scales_that_a_byte_holds(device: str) -> None:
 @pytest.mark.parametrize("offset", [False, True])
 def test_many_rows_in_pieces(scheme: Scheme, offset: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch, device)
-    m, n, k = quantised.FEW + 3, 200, 264
+    m, n, k = quantised.MANY + 3, 200, 264
     q, weight = made(scheme, n, k, device)
     x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype) if offset else torch.zeros(n, dtype=dtype)
     want = x.double() @ dequantise(q).double().T + bias.double()
@@ -116,7 +117,7 @@ def test_many_rows_in_pieces(scheme: Scheme, offset: bool, dtype: torch.dtype, d
 @pytest.mark.parametrize("many", [False, True])
 def test_gated(scheme: Scheme, many: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     few(monkeypatch, device)
-    m, inner, k = (quantised.FEW + 2) if many else 3, 100, 160
+    m, inner, k = (quantised.MANY + 2) if many else 3, 100, 160
     parts = [quantise(torch.randn(inner, k) / 8, scheme, torch.float16) for _ in range(2)]
     weight = layout.allocate(scheme, 2 * inner, k, torch.device(device))
     for index, part in enumerate(parts):
