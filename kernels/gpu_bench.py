@@ -322,6 +322,9 @@ def quantised(bench: Bench) -> None:
         "int8": Scheme("int8"),
         "fp8": Scheme("fp8_e4m3"),
         "mxfp4": Scheme("fp4", 32),
+        "nf4": Scheme("nf4", 64),
+        "int8, inputs too": Scheme("int8", activations="token"),
+        "fp8, inputs too": Scheme("fp8_e4m3", activations="token"),
     }
     workspace = torch.zeros(linear.workspace_elements(VOCAB), device="cuda")
     wide = torch.empty(narrow.PIECE, dtype=BF16, device="cuda")
@@ -346,6 +349,8 @@ def quantised(bench: Bench) -> None:
             calls = [lambda w=w: linear.matmul(x, w, out=out, workspace=workspace) for w in plain]
             bench.add("matmul bf16", case, calls, gigabytes=n * k * 2 / 1e9)
             for kind, some in packed.items():
+                if some[0].scheme.activations:
+                    continue
                 calls = [lambda w=w: narrow.matmul(x, w, out=out, workspace=workspace, wide=wide) for w in some]
                 bench.add(f"matmul {kind}", case, calls, gigabytes=some[0].nbytes / 1e9)
             for kind in ("int8", "fp8"):

@@ -8,6 +8,10 @@ What it does not know: tiles, weights.
 
 from __future__ import annotations
 
+import torch
+
+from penstock.kernels.linear.scheme import NF4
+
 _SPREAD = "prmt.b32 p, $IN, 0, 0x4140; prmt.b32 q, $IN, 0, 0x4342;"  # four bytes into the low halves of two words
 _RAISED = "prmt.b32 p, $IN, 0, 0x1404; prmt.b32 q, $IN, 0, 0x3424;"  # into the high halves
 
@@ -24,6 +28,26 @@ def _eight(shift: int, mask: int, kind: str, power: int) -> str:
     return _asm(_RAISED + body, 2)
 
 
+def _looked_up(table: tuple[float, ...], dtype: torch.dtype) -> str:
+    """Sixteen values, each rounded to `dtype`, looked up a byte of the value at a time: prmt picks four of eight bytes by four digits of three bits."""
+    bits = torch.tensor(table).to(dtype).view(torch.int16).tolist()
+    words = []  # low bytes of entries 0-3, 4-7, 8-11, 12-15, then high bytes
+    for shift in (0, 8):
+        for first in range(0, 16, 4):
+            words.append(sum(((bits[first + i] >> shift) & 255) << 8 * i for i in range(4)))
+    text = ".reg .b32 d, e, f, h, m; "
+    for half, (low, high) in enumerate(
+        (("$0", "$2"), ("$1", "$3"))
+    ):  # bytes 0 and 1, then 2 and 3, of which each holds two codes: four digits
+        text += f"shr.b32 d, $IN, {16 * half}; and.b32 e, d, 0x7777; "
+        text += "shr.u32 f, d, 3; and.b32 f, f, 0x1111; prmt.b32 m, 0x0000FF00, 0, f; "  # bytes of ones where a code is 8 or more
+        for byte, name in ((0, "p"), (4, "q")):
+            text += f"mov.b32 u, {words[byte]:#x}; prmt.b32 u, u, {words[byte + 1]:#x}, e; "
+            text += f"mov.b32 v, {words[byte + 2]:#x}; prmt.b32 v, v, {words[byte + 3]:#x}, e; lop3.b32 {name}, m, v, u, 0xCA; "
+        text += f"prmt.b32 {low}, p, q, 0x6240; prmt.b32 {high}, p, q, 0x7351; "
+    return text
+
+
 def _recipes() -> dict[tuple[str, bool], str]:
     """Instructions that widen four bytes, by (kind, whether to bfloat16)."""
     out = {}
@@ -36,6 +60,8 @@ def _recipes() -> dict[tuple[str, bool], str]:
         # with zero points: the second operand holds 128 (or 1024) more than that of the first half, the third of the second
         less = "".join(f"sub.rn.{kind} ${i}, ${i}, ${5 + i}; " for i in range(4))
         out["int4z", wide] = _asm(_SPREAD + low + high + less, 4)
+        less = "".join(f"sub.rn.{kind} ${i}, ${i}, ${5 + i % 2}; " for i in range(4))  # both halves have one
+        out["int4r", wide] = _asm(_SPREAD + low + high + less, 4)
         if wide:  # low seven bits and sign apart: (128 + low) - (128 + 128 sign)
             parts = "".join(
                 f"lop3.b32 u, {r}, 0x007F007F, {one}, 0xEA; lop3.b32 v, {r}, 0x00800080, {one}, 0xEA; sub.rn.{kind} ${i}, u, v; "
@@ -56,6 +82,26 @@ def _recipes() -> dict[tuple[str, bool], str]:
             steps += first + f"shl.b32 u, {r}, 12; and.b32 u, u, 0x80008000; shl.b32 v, {r}, {shift}; lop3.b32 u, v, {mask}, u, 0xEA; "
             steps += f"mul.rn.{kind} ${i}, u, c; "
         out["fp4", wide] = _asm(_SPREAD + f"mov.b32 c, {power}; " + steps, 4)
+        # with scales that are powers of two: the second operand holds those of the first half, the third of the second
+        steps += "".join(f"mul.rn.{kind} ${i}, ${i}, ${5 + i}; " for i in range(4))
+        out["fp4s", wide] = _asm(_SPREAD + f"mov.b32 c, {power}; " + steps, 4)
+        out["nf4", wide] = _asm(_looked_up(NF4, torch.bfloat16 if wide else torch.float16), 4)
+        for name, outputs, before in (
+            ("int4", 4, 0),
+            ("int4r", 4, 2),
+            ("nf4", 4, 0),
+            ("fp4", 4, 0),
+            ("int8", 2, 0),
+            ("fp8_e4m3", 2, 0),
+            ("fp8_e5m2", 2, 0),
+        ):
+            # times a scale that is the sum of two 16-bit floats, the last two operands: all but exact before the one rounding of the last instruction
+            times = "".join(
+                f"mul.rn.{kind} u, ${i}, ${large + 2}; fma.rn.{kind} ${i}, ${i}, ${large}, u; "
+                for i in range(outputs)
+                for large in (outputs + 1 + before + i % 2,)
+            )
+            out[name + "q", wide] = out[name, wide].removesuffix("}") + times + "}"
     # with fewer instructions, from Hopper on: one conversion of two numbers; 1024 + 128 + an integer by placing its bits
     halves = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }"
     out["fp8_e4m3, short", False], out["fp8_e5m2, short", False] = halves, out["fp8_e5m2", False]

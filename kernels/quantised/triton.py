@@ -22,15 +22,18 @@ from penstock.kernels.activation.triton import gated as activated
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.triton import COUNTERS
+from penstock.kernels.quantised import few, fragments
 from penstock.kernels.quantised.layout import KINDS, Weight
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
 
 ROWS = (16, 32, 64)
 """Heights of a tile: rows of x."""
-FEW = 256
-"""Most rows for which codes are widened in registers."""
-PIECE = 16 << 20
+FEW, MANY = 256, 1536
+"""Most rows for which codes are widened in registers: in the order by steps, and in fragments."""
+EXACT = 128
+"""Most rows for which the weight of a group is not rounded."""
+PIECE = 64 << 20
 """Elements of a weight that are widened at once where nobody says."""
 
 
@@ -240,6 +243,11 @@ def splits_of(n: int, steps: int, config: dict[str, int]) -> int:
     return max(1, min(config["MAX_SPLITS"], config["TARGET"] // columns, steps // 2))
 
 
+def widens(weight: Weight, rows: int) -> bool:
+    """Whether so many rows are multiplied with the weight in full width (but never in deterministic mode)."""
+    return rows > (MANY if weight.fragments else FEW)
+
+
 def matmul(
     x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
     gated: str | None = None, workspace: Tensor | None = None, deterministic: bool = False, wide: Tensor | None = None,
@@ -259,8 +267,14 @@ def matmul(
     require(out.shape == (rows, width_out) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
         return out
-    if rows > FEW and not deterministic and config is None:
-        return _many(x, weight, bias, out, gated, wide)
+    if config is None and not deterministic:
+        if widens(weight, rows):
+            return _many(x, weight, bias, out, gated, wide)
+        shared = tuned(f"few.{weight.scheme.bits}")
+        if weight.fragments and few.takes(weight, rows, shared["num_warps"]):
+            return few.product(x, weight, bias, out, gated, shared)
+    if weight.fragments:
+        return fragments.product(x, weight, bias, out, gated=gated, workspace=workspace, deterministic=deterministic, config=config)
     tall = next((height for height in ROWS if rows <= height), ROWS[-1])
     config = dict(config or tuned(f"quantised.{tall}"))
     scheme, c = weight.scheme, weight.columns
@@ -305,16 +319,20 @@ def _many(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, gated: st
     if wide is None:
         wide = torch.empty(max(tile * k, min(PIECE, tiles * tile * k)), dtype=x.dtype, device=x.device)
     require(wide.dtype == x.dtype and wide.numel() >= tile * k, "wide must hold a tile of the weight in x's dtype")
-    piece = wide.numel() // (tile * k)
-    recipe = RECIPES[scheme.kind, x.dtype == torch.bfloat16]
+    pieces = -(-tiles // (wide.numel() // (tile * k)))
+    piece = -(-tiles // pieces)  # of about one size
     for first in range(0, tiles, piece):
         some = min(piece, tiles - first)
         start, rows = first * tile, min(n - first * tile, some * tile)
         part = wide[: rows * k].view(rows, k)
-        _widen[(some, weight.steps)](
-            weight.data, weight.scales, weight.zeros, part, first, n, k, weight.steps, rows, KIND=KINDS.index(scheme.kind), RECIPE=recipe,
-            TILE=tile, C=weight.columns, GROUP=scheme.group, GATED=gated is not None, INTERPRET=interpreting(), num_warps=4 if scheme.bits == 4 else 8, **chained(),
-        )  # fmt: skip
+        if weight.fragments:
+            fragments.widen(weight, first, some, part, gated is not None)
+        else:
+            _widen[(some, weight.steps)](
+                weight.data, weight.scales, weight.zeros, part, first, n, k, weight.steps, rows, KIND=KINDS.index(scheme.kind),
+                RECIPE=RECIPES[scheme.kind, x.dtype == torch.bfloat16], TILE=tile, C=weight.columns, GROUP=scheme.group, GATED=gated is not None,
+                INTERPRET=interpreting(), num_warps=4 if scheme.bits == 4 else 8, **chained(),
+            )  # fmt: skip
         own = None if bias is None else bias[start : start + rows]
         if gated:
             if own is not None:
@@ -324,8 +342,8 @@ def _many(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, gated: st
                 out[:, start // 2 : (start + rows) // 2] = half
         else:
             target = out[:, start : start + rows]
-            if piece >= tiles and out.is_contiguous() and out.dtype == x.dtype:
-                torch.mm(x, part.t(), out=out) if own is None else torch.addmm(own, x, part.t(), out=out)
+            if out.dtype == x.dtype and x.is_cuda:  # cuBLAS writes rows of any stride
+                torch.mm(x, part.t(), out=target) if own is None else torch.addmm(own, x, part.t(), out=target)
             else:
                 target.copy_(_product(x, part, own, out.dtype))
     return out

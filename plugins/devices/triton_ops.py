@@ -152,7 +152,7 @@ class TritonQuantised:
             out_dtype=self._out_dtype,
             gated=self._activation,
             workspace=ops.linear_space,
-            wide=ops.wide_space(x.dtype) if x.shape[0] > quantised.FEW else None,
+            wide=ops.wide_space(x.dtype) if quantised.widens(self._weight, x.shape[0]) and not ops.deterministic else None,
             deterministic=ops.deterministic,
         )
         return y if out is None else out.copy_(y)
@@ -234,6 +234,7 @@ class TritonOps:
         self._steps = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._wide: Tensor | None = None
         self._widest_quantised = 0
+        self._largest_quantised = 0
         self.workspace_bytes = self.linear_space.nbytes + self._sampling.nbytes
 
     def compile_only(self) -> AbstractContextManager[None]:
@@ -270,6 +271,7 @@ class TritonOps:
         if not layout.supports(scheme) or (scheme.permuted and len(rows) > 1):
             return None
         self._widest_quantised = max(self._widest_quantised, inputs)
+        self._largest_quantised = max(self._largest_quantised, sum(rows) * inputs)
         always = w8a8.always()
         blocks = w8a8.supports_blocks(scheme) and always and not any(part % STEP for part in rows)
         eight = w8a8.supports(scheme) and not scheme.permuted and (always or (not self.deterministic and gpu.chained()["PDL"]))
@@ -279,7 +281,7 @@ class TritonOps:
     def wide_space(self, dtype: torch.dtype) -> Tensor:
         """Memory in which pieces of quantised weights are widened, shared by all layers: taken when it is first asked for."""
         if self._wide is None:
-            size = max(quantised.PIECE, max(layout.TILES.values()) * self._widest_quantised)
+            size = max(min(quantised.PIECE, self._largest_quantised), layout.ROWS_OF_TILE * self._widest_quantised)
             self._wide = torch.empty(size, dtype=dtype, device=self.linear_space.device)
             self.workspace_bytes += self._wide.nbytes
         return self._wide
