@@ -254,10 +254,11 @@ class Muon:
 class Learner:
     """A model with its two optimisers."""
 
-    def __init__(self, model: Llama, rate: float) -> None:
+    def __init__(self, model: torch.nn.Module, rate: float) -> None:
         self.model, self.rate = model, rate
-        matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
-        rest = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
+        tables = ("embed_tokens.weight", "lm_head.weight")
+        matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and not name.endswith(tables)]
+        rest = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or name.endswith(tables)]
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=rest[0].is_cuda)
 
