@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from brook_corpus import Corpus
 from brook_heads import METHODS, Eagle3, Head, HeadShape, Seen, at, load_head, make_head, save_head, watch
 from brook_model import Llama, load_model
+from brook_optimiser import Learner, rate_scale
 from evaluate import answers
 from evaluate_heads import measure_heads
 from tokenizers import Tokenizer
 from torch import Tensor
-from train import Learner, rate_scale
 
 # Most tokens of a conversation, and how often: long ones teach little per token, but heads must bear them.
 _LENGTHS: Final = ((400, 12), (1000, 4), (2000, 2), (3700, 1))
@@ -237,7 +237,8 @@ def train(options: argparse.Namespace) -> None:
         if step <= 2 or time.time() - logged > options.log_seconds:
             logged = time.time()
             text = "  ".join(
-                f"{method} {loss.item():.3f} [{' '.join(f'{share.item():.3f}' for share in shares)}]" for method, (loss, shares) in seen.items()
+                f"{method} {loss.item():.3f} [{' '.join(f'{share.item():.3f}' for share in shares)}]"
+                for method, (loss, shares) in seen.items()
             )
             print(f"{logged - began:6.1f}s step {step} {progress:.3f} {len(pool.examples)} answers {tokens / 1e6:.1f}M  {text}", flush=True)
         if time.time() - saved > options.save_seconds:
