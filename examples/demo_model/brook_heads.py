@@ -35,11 +35,11 @@ class HeadShape:
 
     medusa_heads: int = 4
     medusa_layers: int = 1
-    eagle_intermediate: int = 384
-    draft_vocabulary: int = 1536
+    eagle_intermediate: int = 128
+    draft_vocabulary: int = 2560
     # Tap i is the residual stream that enters layer i: what i layers have made of the embeddings.
     taps: tuple[int, ...] = (2, 4, 5)
-    mtp_intermediate: int = 256
+    mtp_intermediate: int = 128
 
 
 @dataclass

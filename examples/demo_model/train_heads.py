@@ -197,7 +197,8 @@ def train(options: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     target = load_model(options.target, device, dtype).requires_grad_(False)
     shape = HeadShape(
-        medusa_layers=options.medusa_layers, draft_vocabulary=options.draft_vocabulary, taps=tuple(options.taps)
+        medusa_layers=options.medusa_layers, draft_vocabulary=options.draft_vocabulary, taps=tuple(options.taps),
+        eagle_intermediate=options.eagle_intermediate, mtp_intermediate=options.mtp_intermediate,
     )  # fmt: skip
     workers = min(options.workers, os.cpu_count() or 1)
     pool = Pool(target, options.target, workers, options.portion, options.seed)
@@ -272,9 +273,12 @@ def main() -> None:
     parser.add_argument("--round-seconds", type=float, default=8, help="seconds between rounds")
     parser.add_argument("--portion", type=int, default=64, help="short prompts in a worker's portion")
     parser.add_argument("--workers", type=int, default=12, help="processes that write prompts")
-    parser.add_argument("--taps", type=int, nargs=3, default=[2, 4, 5], help="EAGLE-3's tapped layers: the streams that enter them")
-    parser.add_argument("--draft-vocabulary", type=int, default=1536, help="EAGLE-3's vocabulary")
-    parser.add_argument("--medusa-layers", type=int, default=1, help="residual blocks of a Medusa head")
+    sizes = HeadShape()
+    parser.add_argument("--taps", type=int, nargs=3, default=sizes.taps, help="EAGLE-3's tapped layers: the streams that enter them")
+    parser.add_argument("--draft-vocabulary", type=int, default=sizes.draft_vocabulary, help="EAGLE-3's vocabulary")
+    parser.add_argument("--eagle-intermediate", type=int, default=sizes.eagle_intermediate, help="width of EAGLE-3's feed-forward")
+    parser.add_argument("--mtp-intermediate", type=int, default=sizes.mtp_intermediate, help="width of MTP's feed-forward")
+    parser.add_argument("--medusa-layers", type=int, default=sizes.medusa_layers, help="residual blocks of a Medusa head")
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate")
     parser.add_argument("--cases", type=int, default=60, help="held-out prompts of each task to measure (0: none)")
     parser.add_argument("--seed", type=int, default=1)
