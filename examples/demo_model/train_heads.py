@@ -1,23 +1,29 @@
 """Train Brook's speculative heads on Brook's own answers, export them, and measure their acceptance.
 
     python examples/demo_model/train_heads.py plugins/demo_model/brook --seconds 150 --out /tmp/heads     # one GPU
-    python examples/demo_model/train_heads.py plugins/demo_model/brook --seconds 1800 --row-tokens 2048 --out /tmp/heads
+    python examples/demo_model/train_heads.py plugins/demo_model/brook --seconds 1800 --row-tokens 2048 --sampled 200 --out /tmp/heads
 
-Worker processes write prompts from the training split; in rounds Brook answers some, greedily or sampled, and the
-heads learn from all answers so far. Every head is to say what Brook would say: its loss is the cross entropy against
-Brook's own probabilities. The chains (EAGLE-3 and MTP) are trained through several steps on their own hidden states, as they
-are used (EAGLE-3's training-time test). Like ``train.py``, a run is bounded by time and its rate follows the clock.
+Worker processes write conversations of the training split. Brook reads each up to one of its answers, and the answer
+counts up to the first token that Brook would not have chosen: so far it is Brook's own greedy answer, without
+decoding it. Beside these stand answers that Brook has sampled. Every head is to say what Brook would say: its loss
+is the cross entropy against Brook's own probabilities. The chains (EAGLE-3 and MTP) are trained through several steps
+on their own hidden states, as they are used (EAGLE-3's training-time test). Like ``train.py``, a run is bounded by time and its
+rate follows the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
+import queue
 import random
 import time
+from array import array
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +44,10 @@ from torch import Tensor
 
 # Most tokens of a conversation, and how often: long ones teach little per token, but heads must bear them.
 _LENGTHS: Final = ((400, 12), (1000, 4), (2000, 2), (3700, 1))
-_TEMPERATURES: Final = (0.0, 0.0, 0.7, 1.0)
+_TEMPERATURES: Final = (0.7, 1.0)
+_SAMPLED_SHARE: Final = 0.25
+# Prompts longer than this are not sampled from: the rows of a batch share one width.
+_SAMPLED_PROMPT: Final = 800
 # Examples are padded to one of these widths.
 _WIDTHS: Final = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 # A guess counts only where those before it were right, so later steps matter less.
@@ -48,76 +57,100 @@ _STEP_DECAY: Final = 0.8
 # --- Brook's answers --------------------------------------------------------------------------------------------
 
 
-def write_prompts(seed: int, tokenizer_file: str, portion: int, prompts: Any) -> None:
-    """A worker: fill the queue with portions of prompts until the process is ended."""
+@dataclass
+class Example:
+    """A prompt with an answer."""
+
+    tokens: array[int]
+    prompt: int  # tokens of the prompt
+    sampled: bool = False  # by Brook; otherwise the corpus's answer, of which a part may be Brook's
+
+
+def write_examples(seed: int, tokenizer_file: str, examples: Any) -> None:
+    """A worker: fill the queue with portions of the corpus until the process is ended."""
     corpus = Corpus(seed)
     tokenizer = Tokenizer.from_file(tokenizer_file)
     rng = random.Random(seed)
     while True:
         most = rng.choices([length for length, _ in _LENGTHS], [weight for _, weight in _LENGTHS])[0]
-        texts = []
-        for _ in range(max(4, portion * 400 // most)):
-            one = corpus.draw(most)
-            place = rng.choice([index for index, message in enumerate(one.messages) if message["role"] == "assistant"])
-            texts.append(chat.render(one.messages[:place], one.tools, add_generation_prompt=True))
-        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-        prompts.put([one for one in ids if len(one) < 3700])
-
-
-@dataclass
-class Example:
-    """A prompt with Brook's answer."""
-
-    tokens: list[int]
-    prompt: int  # tokens of the prompt
+        drawn = [corpus.draw(most) for _ in range(max(4, 20_000 // most))]
+        pieces = [chat.segments(one.messages, one.tools) for one in drawn]
+        encoded = iter(tokenizer.encode_batch_fast([text for piece in pieces for text, _ in piece], add_special_tokens=False))
+        portion = []
+        for piece in pieces:
+            ids = [next(encoded).ids for _ in piece]
+            place = rng.choice([index for index, (_, written) in enumerate(piece) if written])
+            prompt = sum(len(part) for part in ids[:place])
+            tokens = array("H", [token for part in ids[: place + 1] for token in part])
+            if len(tokens) <= _WIDTHS[-1]:
+                portion.append(Example(tokens, prompt))
+        examples.put(portion)
 
 
 class Pool:
-    """All answers so far, and batches of them."""
+    """Examples for training: fresh ones while the workers keep up, earlier ones again where they do not."""
 
-    def __init__(self, target: Llama, folder: Path, workers: int, portion: int, seed: int) -> None:
+    def __init__(self, target: Llama, folder: Path, workers: int, seed: int) -> None:
         self.target = target
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.examples: list[Example] = []
+        self.sampled: list[Example] = []
+        self.fresh = self.repeated = 0
+        self._kept: list[list[Example]] = []
         self._rng = random.Random(seed)
-        self._rounds = 0
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
-        self._queue = context.Queue(maxsize=16 * workers)
+        self._queue = context.Queue(maxsize=64 * workers)
         file = str(folder / "tokenizer.json")
         self._workers = [
-            context.Process(target=write_prompts, args=(seed * 1000 + 500 + index, file, portion, self._queue), daemon=True)
+            context.Process(target=write_examples, args=(seed * 1000 + 500 + index, file, self._queue), daemon=True)
             for index in range(workers)
         ]
         for worker in self._workers:
             worker.start()
 
-    def grow(self, count: int) -> None:
-        """Let Brook answer at least ``count`` more prompts."""
+    def portion(self) -> list[Example]:
+        """Some examples of the corpus."""
+        try:
+            portion: list[Example] = self._queue.get(timeout=None if len(self._kept) < 100 else 0.001)
+        except queue.Empty:
+            self.repeated += 1
+            return self._rng.choice(self._kept)
+        self.fresh += 1
+        if len(self._kept) < 6000:
+            self._kept.append(portion)
+        else:
+            self._kept[self._rng.randrange(6000)] = portion
+        return portion
+
+    def sample(self, count: int, temperature: float, batch_tokens: int) -> None:
+        """Let Brook answer so many prompts."""
         prompts: list[list[int]] = []
         while len(prompts) < count:
-            prompts += self._queue.get()
-        temperature = _TEMPERATURES[self._rounds % len(_TEMPERATURES)]
-        self._rounds += 1
+            prompts += [one.tokens[: one.prompt].tolist() for one in self.portion() if one.prompt <= _SAMPLED_PROMPT]
         end = self.tokenizer.token_to_id(chat.END)
-        said = answers(self.target, self.tokenizer, prompts, temperature)
-        self.examples += [Example([*prompt, *words, end], len(prompt)) for prompt, words in zip(prompts, said, strict=True) if words]
+        said = answers(self.target, self.tokenizer, prompts, temperature, batch_tokens)
+        for prompt, words in zip(prompts, said, strict=True):
+            self.sampled.append(Example(array("H", [*prompt, *words, end]), len(prompt), sampled=True))
 
-    def batches(self, row_tokens: int) -> Any:
-        """All examples once, in random order, those of one width together."""
+    def batches(self, row_tokens: int) -> Iterator[tuple[int, list[Example]]]:
+        """Batches of examples of like width, without end."""
         waiting: dict[int, list[Example]] = {}
-        self._rng.shuffle(self.examples)
-        for example in list(self.examples):
-            width = next(width for width in (*_WIDTHS, len(example.tokens)) if width >= len(example.tokens))
-            group = waiting.setdefault(width, [])
-            group.append(example)
-            if len(group) * width >= row_tokens:
-                yield width, group
-                waiting[width] = []
+        while True:
+            portion = self.portion()
+            if self.sampled:
+                portion = portion + self._rng.choices(self.sampled, k=round(len(portion) * _SAMPLED_SHARE / (1 - _SAMPLED_SHARE)))
+            for example in portion:
+                width = next(width for width in (*_WIDTHS, len(example.tokens)) if width >= len(example.tokens))
+                group = waiting.setdefault(width, [])
+                group.append(example)
+                if len(group) * width >= row_tokens:
+                    yield width, waiting.pop(width)
 
     def vocabulary(self, size: int) -> tuple[list[int], float]:
         """The most frequent tokens of the answers, and the share of the answers that they make up."""
-        counts = Counter(token for example in self.examples for token in example.tokens[example.prompt :])
+        counts: Counter[int] = Counter()
+        for example in itertools.chain(self.sampled, *(self.portion() for _ in range(400))):
+            counts.update(example.tokens[example.prompt :])
         best = counts.most_common(size)
         chosen = [token for token, _ in best]
         spare = (token for token in range(self.target.shape.vocabulary) if token not in counts)
@@ -141,24 +174,26 @@ class Lesson:
     tokens: Tensor
     seen: Seen
     roots: Tensor  # (rows, roots): from the last token of the prompt on
-    probabilities: Tensor  # (rows, roots + steps, vocabulary): Brook's, at the places from one after the first root on
-    ends: Tensor  # (rows,): the place of each row's last token
+    probabilities: Tensor  # (rows, roots + steps, vocabulary): Brook's, from one place after the first root on
+    valid: Tensor  # (rows, roots + steps): whether the text before that place's guess is Brook's, and goes on
 
 
 def lesson(target: Llama, width: int, group: list[Example], taps: tuple[int, ...], steps: int) -> Lesson:
     """Run Brook over a batch."""
     device = target.model.norm.weight.device
-    tokens = torch.tensor([one.tokens + [0] * (width - len(one.tokens)) for one in group])
+    tokens = torch.tensor([[*one.tokens, *[0] * (width - len(one.tokens))] for one in group])
     most = -(-max(len(one.tokens) - one.prompt for one in group) // 8) * 8  # kernels like multiples of eight
-    starts = torch.tensor([one.prompt - 1 for one in group])
-    ends = torch.tensor([len(one.tokens) - 1 for one in group])
-    tokens, starts, ends = (part.to(device, non_blocking=True) for part in (tokens, starts, ends))
-    places = starts[:, None] + torch.arange(most + steps, device=device)
+    facts = torch.tensor([(one.prompt - 1, len(one.tokens) - 1, one.sampled) for one in group])
+    tokens, facts = tokens.to(device, non_blocking=True), facts.to(device, non_blocking=True)
+    starts, ends, sampled = facts[:, :1], facts[:, 1:2], facts[:, 2:].bool()
+    places = starts + torch.arange(most + steps + 1, device=device)
     seen = watch(target, tokens, taps)
     with torch.no_grad():
-        wise = at(seen.last, (places + 1).clamp_max(width - 1))
+        wise = at(seen.last, places.clamp_max(width - 1))
         probabilities = F.linear(wise, target.model.embed_tokens.weight.to(wise.dtype)).float().softmax(-1)
-    return Lesson(tokens, seen, places[:, :most].clamp_max(width - 1), probabilities, ends)
+        own = sampled | (probabilities.argmax(-1) == tokens.gather(1, (places + 1).clamp_max(width - 1)))
+        valid = own.cumprod(1).bool()[:, :-1] & (places[:, 1:] < ends)
+    return Lesson(tokens, seen, places[:, :most].clamp_max(width - 1), probabilities[:, 1:], valid)
 
 
 def head_loss(head: Head, target: Llama, one: Lesson, steps: int) -> tuple[Tensor, list[Tensor]]:
@@ -167,21 +202,19 @@ def head_loss(head: Head, target: Llama, one: Lesson, steps: int) -> tuple[Tenso
     total = torch.zeros((), device=one.tokens.device)
     shares = []
     for step, logits in enumerate(guesses):
-        goal = one.probabilities[:, step : step + one.roots.shape[1]]
-        best = goal.argmax(-1)
-        valid = one.roots + 2 + step <= one.ends[:, None]
-        known = valid
+        window = slice(step, step + one.roots.shape[1])
+        valid = known = one.valid[:, window]
+        goal = one.probabilities[:, window]
         if isinstance(head, Eagle3):
-            known = valid & head.t2d[best]
-            kept = head.kept()
-            picked = goal[known][:, kept]
-            goal, best = picked / picked.sum(-1, keepdim=True), picked.argmax(-1)
+            known = valid & head.t2d[goal.argmax(-1)]
+            goal = goal[known][:, head.kept()]
+            goal = goal / goal.sum(-1, keepdim=True)
         else:
-            goal, best = goal[known], best[known]
+            goal = goal[known]
         logs = logits[known].float().log_softmax(-1)
         count = valid.sum().clamp_min(1)
         total = total - _STEP_DECAY**step * (goal * logs).sum() / count
-        shares.append((logs.argmax(-1) == best).sum() / count)
+        shares.append((logs.argmax(-1) == goal.argmax(-1)).sum() / count)
     return total, [share.detach() for share in shares]
 
 
@@ -201,31 +234,25 @@ def train(options: argparse.Namespace) -> None:
         eagle_intermediate=options.eagle_intermediate, mtp_intermediate=options.mtp_intermediate,
     )  # fmt: skip
     workers = min(options.workers, os.cpu_count() or 1)
-    pool = Pool(target, options.target, workers, options.portion, options.seed)
+    pool = Pool(target, options.target, workers, options.seed)
     heads = {method: make_head(method, target.shape, shape).to(device) for method in options.methods}
     learners = {method: Learner(head, options.rate) for method, head in heads.items()}
     for method, head in heads.items():
         print(f"{method}: {sum(weight.numel() for weight in head.parameters()):,} parameters", flush=True)
     folders = {method: options.out / f"brook-{method}" for method in heads}
-    pool.grow(options.round_prompts)
-    print(f"{time.time() - began:.1f}s first {len(pool.examples)} answers", flush=True)
-    pool.grow(options.round_prompts)
+    for temperature in _TEMPERATURES:
+        pool.sample(options.sampled // len(_TEMPERATURES), temperature, options.sampled_tokens)
+        print(f"{time.time() - began:.1f}s {len(pool.sampled)} sampled answers", flush=True)
     if "eagle3" in heads:
         chosen, share = pool.vocabulary(shape.draft_vocabulary)
         heads["eagle3"].choose(target, torch.tensor(chosen, device=device))
         print(f"draft vocabulary: {share:.4%} of the answers' tokens", flush=True)
 
-    started = saved = logged = grown = time.time()
+    started = saved = logged = time.time()
     step = tokens = 0
     source = pool.batches(options.row_tokens)
     while (progress := (time.time() - started) / max(1.0, began + options.seconds - started)) < 1.0:
-        if progress < 0.85 and time.time() - grown > options.round_seconds:
-            pool.grow(options.round_prompts)
-            source, grown = pool.batches(options.row_tokens), time.time()
-        batch = next(source, None)
-        if batch is None:
-            source = pool.batches(options.row_tokens)
-            continue
+        batch = next(source)
         one = lesson(target, *batch, shape.taps, options.steps)
         seen = {}
         for method, head in heads.items():
@@ -241,7 +268,10 @@ def train(options: argparse.Namespace) -> None:
                 f"{method} {loss.item():.3f} [{' '.join(f'{share.item():.3f}' for share in shares)}]"
                 for method, (loss, shares) in seen.items()
             )
-            print(f"{logged - began:6.1f}s step {step} {progress:.3f} {len(pool.examples)} answers {tokens / 1e6:.1f}M  {text}", flush=True)
+            print(
+                f"{logged - began:6.1f}s step {step} {progress:.3f} {tokens / 1e6:.1f}M fresh {pool.fresh} repeated {pool.repeated}  {text}",
+                flush=True,
+            )
         if time.time() - saved > options.save_seconds:
             saved = time.time()
             for method, head in heads.items():
@@ -249,7 +279,7 @@ def train(options: argparse.Namespace) -> None:
     pool.close()
     for method, head in heads.items():
         save_head(head, options.target, target.shape, shape, folders[method])
-    run = {"steps": step, "tokens": tokens, "answers": len(pool.examples), "seconds": round(time.time() - began), "device": device.type,
+    run = {"steps": step, "tokens": tokens, "sampled": len(pool.sampled), "fresh": pool.fresh, "repeated": pool.repeated, "seconds": round(time.time() - began), "device": device.type,
            "seed": options.seed}  # fmt: skip
     (options.out / "heads.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     print(run, flush=True)
@@ -268,10 +298,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seconds", type=float, default=150, help="length of the training, its start included")
     parser.add_argument("--steps", type=int, default=5, help="steps of a chain to train")
-    parser.add_argument("--row-tokens", type=int, default=16_384, help="tokens of a batch, padding included")
-    parser.add_argument("--round-prompts", type=int, default=3000, help="prompts that Brook answers in each round")
-    parser.add_argument("--round-seconds", type=float, default=8, help="seconds between rounds")
-    parser.add_argument("--portion", type=int, default=64, help="short prompts in a worker's portion")
+    parser.add_argument("--row-tokens", type=int, default=32_768, help="tokens of a batch, padding included")
+    parser.add_argument("--sampled", type=int, default=6000, help="answers to sample")
+    parser.add_argument("--sampled-tokens", type=int, default=3_000_000, help="tokens of one batch of them, padding included")
     parser.add_argument("--workers", type=int, default=12, help="processes that write prompts")
     sizes = HeadShape()
     parser.add_argument("--taps", type=int, nargs=3, default=sizes.taps, help="EAGLE-3's tapped layers: the streams that enter them")
