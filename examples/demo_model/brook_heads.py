@@ -33,10 +33,10 @@ METHODS: Final = ("medusa", "eagle3", "mtp")
 class HeadShape:
     """The sizes of the heads, apart from those of the target."""
 
-    medusa_heads: int = 4
-    medusa_layers: int = 1
+    medusa_heads: int = 3
+    medusa_layers: int = 2
     eagle_intermediate: int = 128
-    draft_vocabulary: int = 2560
+    draft_vocabulary: int = 2048
     # Tap i is the residual stream that enters layer i: what i layers have made of the embeddings.
     taps: tuple[int, ...] = (2, 4, 5)
     mtp_intermediate: int = 128

@@ -31,6 +31,7 @@ from typing import Any, Final
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
 
 import brook_chat as chat
+import numpy as np
 import torch
 import torch.nn.functional as F
 from brook_corpus import Corpus
@@ -175,25 +176,28 @@ class Lesson:
     seen: Seen
     roots: Tensor  # (rows, roots): from the last token of the prompt on
     probabilities: Tensor  # (rows, roots + steps, vocabulary): Brook's, from one place after the first root on
-    valid: Tensor  # (rows, roots + steps): whether the text before that place's guess is Brook's, and goes on
+    places: list[tuple[Tensor, Tensor]]  # for each step the rows and roots at which the text is Brook's and goes on
 
 
 def lesson(target: Llama, width: int, group: list[Example], taps: tuple[int, ...], steps: int) -> Lesson:
     """Run Brook over a batch."""
     device = target.model.norm.weight.device
-    tokens = torch.tensor([[*one.tokens, *[0] * (width - len(one.tokens))] for one in group])
+    block = np.zeros((len(group), width), np.int16)  # ids are below 2**15
+    for row, one in enumerate(group):
+        block[row, : len(one.tokens)] = one.tokens
     most = -(-max(len(one.tokens) - one.prompt for one in group) // 8) * 8  # kernels like multiples of eight
     facts = torch.tensor([(one.prompt - 1, len(one.tokens) - 1, one.sampled) for one in group])
-    tokens, facts = tokens.to(device, non_blocking=True), facts.to(device, non_blocking=True)
+    tokens, facts = torch.from_numpy(block).to(device, non_blocking=True).long(), facts.to(device, non_blocking=True)
     starts, ends, sampled = facts[:, :1], facts[:, 1:2], facts[:, 2:].bool()
-    places = starts + torch.arange(most + steps + 1, device=device)
+    at_all = starts + torch.arange(most + steps + 1, device=device)
     seen = watch(target, tokens, taps)
     with torch.no_grad():
-        wise = at(seen.last, places.clamp_max(width - 1))
+        wise = at(seen.last, at_all.clamp_max(width - 1))
         probabilities = F.linear(wise, target.model.embed_tokens.weight.to(wise.dtype)).float().softmax(-1)
-        own = sampled | (probabilities.argmax(-1) == tokens.gather(1, (places + 1).clamp_max(width - 1)))
-        valid = own.cumprod(1).bool()[:, :-1] & (places[:, 1:] < ends)
-    return Lesson(tokens, seen, places[:, :most].clamp_max(width - 1), probabilities[:, 1:], valid)
+        own = sampled | (probabilities.argmax(-1) == tokens.gather(1, (at_all + 1).clamp_max(width - 1)))
+        valid = own.cumprod(1).bool()[:, :-1] & (at_all[:, 1:] < ends)
+        places = [valid[:, step : step + most].nonzero(as_tuple=True) for step in range(steps)]
+    return Lesson(tokens, seen, at_all[:, :most].clamp_max(width - 1), probabilities[:, 1:], places)
 
 
 def head_loss(head: Head, target: Llama, one: Lesson, steps: int) -> tuple[Tensor, list[Tensor]]:
@@ -201,20 +205,16 @@ def head_loss(head: Head, target: Llama, one: Lesson, steps: int) -> tuple[Tenso
     guesses = head.guess(target, one.tokens, one.seen, one.roots, steps)
     total = torch.zeros((), device=one.tokens.device)
     shares = []
-    for step, logits in enumerate(guesses):
-        window = slice(step, step + one.roots.shape[1])
-        valid = known = one.valid[:, window]
-        goal = one.probabilities[:, window]
-        if isinstance(head, Eagle3):
-            known = valid & head.t2d[goal.argmax(-1)]
-            goal = goal[known][:, head.kept()]
+    for step, (logits, (rows, roots)) in enumerate(zip(guesses, one.places, strict=False)):
+        goal = one.probabilities[rows, roots + step]
+        logs = logits[rows, roots].float().log_softmax(-1)
+        known = torch.ones(len(rows), device=rows.device)
+        if isinstance(head, Eagle3):  # what the small vocabulary cannot say teaches nothing
+            known = head.t2d[goal.argmax(-1)].float()
+            goal = goal[:, head.kept()]
             goal = goal / goal.sum(-1, keepdim=True)
-        else:
-            goal = goal[known]
-        logs = logits[known].float().log_softmax(-1)
-        count = valid.sum().clamp_min(1)
-        total = total - _STEP_DECAY**step * (goal * logs).sum() / count
-        shares.append((logs.argmax(-1) == goal.argmax(-1)).sum() / count)
+        total = total - _STEP_DECAY**step * ((goal * logs).sum(-1) * known).sum() / max(1, len(rows))
+        shares.append(((logs.argmax(-1) == goal.argmax(-1)) * known).sum() / max(1, len(rows)))
     return total, [share.detach() for share in shares]
 
 
@@ -226,11 +226,12 @@ def train(options: argparse.Namespace) -> None:
     began = time.time()
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape, and no two batches have the same
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     target = load_model(options.target, device, dtype).requires_grad_(False)
     shape = HeadShape(
-        medusa_layers=options.medusa_layers, draft_vocabulary=options.draft_vocabulary, taps=tuple(options.taps),
+        medusa_heads=options.medusa_heads, medusa_layers=options.medusa_layers, draft_vocabulary=options.draft_vocabulary, taps=tuple(options.taps),
         eagle_intermediate=options.eagle_intermediate, mtp_intermediate=options.mtp_intermediate,
     )  # fmt: skip
     workers = min(options.workers, os.cpu_count() or 1)
@@ -243,6 +244,8 @@ def train(options: argparse.Namespace) -> None:
     for temperature in _TEMPERATURES:
         pool.sample(options.sampled // len(_TEMPERATURES), temperature, options.sampled_tokens)
         print(f"{time.time() - began:.1f}s {len(pool.sampled)} sampled answers", flush=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     if "eagle3" in heads:
         chosen, share = pool.vocabulary(shape.draft_vocabulary)
         heads["eagle3"].choose(target, torch.tensor(chosen, device=device))
@@ -307,6 +310,7 @@ def main() -> None:
     parser.add_argument("--draft-vocabulary", type=int, default=sizes.draft_vocabulary, help="EAGLE-3's vocabulary")
     parser.add_argument("--eagle-intermediate", type=int, default=sizes.eagle_intermediate, help="width of EAGLE-3's feed-forward")
     parser.add_argument("--mtp-intermediate", type=int, default=sizes.mtp_intermediate, help="width of MTP's feed-forward")
+    parser.add_argument("--medusa-heads", type=int, default=sizes.medusa_heads)
     parser.add_argument("--medusa-layers", type=int, default=sizes.medusa_layers, help="residual blocks of a Medusa head")
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate")
     parser.add_argument("--cases", type=int, default=60, help="held-out prompts of each task to measure (0: none)")
