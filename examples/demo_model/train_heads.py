@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import queue
 import random
+import threading
 import time
 from array import array
 from collections import Counter
@@ -108,11 +109,22 @@ class Pool:
         ]
         for worker in self._workers:
             worker.start()
+        self._fresh: queue.Queue[list[Example]] = queue.Queue(maxsize=256)
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        # Apart from the training: a portion that a worker has only half written must not hold it up.
+        while True:
+            try:
+                portion = self._queue.get()
+            except (EOFError, OSError):
+                return
+            self._fresh.put(portion)
 
     def portion(self) -> list[Example]:
         """Some examples of the corpus."""
         try:
-            portion: list[Example] = self._queue.get(timeout=None if len(self._kept) < 100 else 0.001)
+            portion = self._fresh.get(timeout=None if len(self._kept) < 100 else 0.001)
         except queue.Empty:
             self.repeated += 1
             return self._rng.choice(self._kept)
@@ -279,9 +291,9 @@ def train(options: argparse.Namespace) -> None:
             saved = time.time()
             for method, head in heads.items():
                 save_head(head, options.target, target.shape, shape, folders[method])
-    pool.close()
     for method, head in heads.items():
         save_head(head, options.target, target.shape, shape, folders[method])
+    pool.close()
     run = {"steps": step, "tokens": tokens, "sampled": len(pool.sampled), "fresh": pool.fresh, "repeated": pool.repeated, "seconds": round(time.time() - began), "device": device.type,
            "seed": options.seed}  # fmt: skip
     (options.out / "heads.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
