@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def test_a_head_has_config_weights_and_card(folder: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("# Brook-")
     for name in _layout(folder):
-        generic = name.split(".")[-2]
-        assert generic.isdigit() or generic in card or name in card
+        part = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
+        assert re.search(rf"\b{part}\b", card), name
     assert _config(folder)["torch_dtype"] == "bfloat16"
 
 
