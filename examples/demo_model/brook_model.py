@@ -4,8 +4,8 @@ Training runs on packed text: conversations lie end to end in one long row, and 
 GPU that is variable-length flash attention, elsewhere a mask. Parameter names are those of a Hugging Face Llama
 checkpoint, so that exporting is a cast to bfloat16.
 
-:func:`generate` decodes greedily in batches, for the evaluation only: the server has its own machinery.
-This module knows nothing about text.
+:func:`generate` decodes in batches, for the evaluation and for the heads' training: the server has its own machinery.
+This module knows nothing about text. It is a little long because model, folders and decoding share the layer.
 """
 
 from __future__ import annotations
@@ -317,12 +317,18 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     return model.to(device, dtype).eval()
 
 
-# --- greedy decoding, for the evaluation ----------------------------------------------------------------------
+# --- decoding in batches ----------------------------------------------------------------------------------------
+
+
+def _pick(logits: Tensor, temperature: float) -> Tensor:
+    if temperature:  # the largest of logits with Gumbel noise is a sample
+        logits = logits.float() / temperature - torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+    return logits.argmax(-1)
 
 
 @torch.inference_mode()
-def generate(model: Llama, prompts: list[list[int]], *, stop: set[int], most: int) -> list[list[int]]:
-    """Greedy continuations, without the stop token. Prompts are padded on the right, so no mask is needed to read them."""
+def generate(model: Llama, prompts: list[list[int]], *, stop: set[int], most: int, temperature: float = 0.0) -> list[list[int]]:
+    """Continuations without the stop token. Prompts are padded on the right, so no mask is needed to read them."""
     device = model.model.norm.weight.device
     shape = model.shape
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -345,7 +351,7 @@ def generate(model: Llama, prompts: list[list[int]], *, stop: set[int], most: in
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         x = layer.after(x, F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
     last = x[torch.arange(rows, device=device), lengths - 1]
-    current = (model.model.norm(last) @ head.T).argmax(-1)
+    current = _pick(model.model.norm(last) @ head.T, temperature)
 
     found: list[list[int]] = [[] for _ in prompts]
     active = list(range(rows))
@@ -377,7 +383,7 @@ def generate(model: Llama, prompts: list[list[int]], *, stop: set[int], most: in
             grouped = q.view(len(active), shape.kv_heads, groups, shape.head_dim)
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
             x = layer.after(x, out.reshape(len(active), 1, shape.heads, shape.head_dim))
-        current = (model.model.norm(x[:, 0]) @ head.T).argmax(-1)
+        current = _pick(model.model.norm(x[:, 0]) @ head.T, temperature)
     return found
 
 

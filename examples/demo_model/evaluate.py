@@ -47,18 +47,20 @@ def right(kind: str, answer: str, case: Conversation) -> bool:
     return answer.strip() == expected
 
 
-def answers(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy answers in batches of prompts of like length."""
+def answers(
+    model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], temperature: float = 0.0, batch_tokens: int = _BATCH_TOKENS
+) -> list[list[int]]:
+    """Answers in batches of prompts of like length."""
     stop = {tokenizer.token_to_id(chat.END), tokenizer.token_to_id(chat.EOS)}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
     start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and (end - start + 1) * (len(prompts[order[end]]) + _MOST_NEW) <= _BATCH_TOKENS:
+        while end < len(order) and (end - start + 1) * (len(prompts[order[end]]) + _MOST_NEW) <= batch_tokens:
             end += 1
         batch = order[start:end]
-        made = generate(model, [prompts[index] for index in batch], stop=stop, most=_MOST_NEW)
+        made = generate(model, [prompts[index] for index in batch], stop=stop, most=_MOST_NEW, temperature=temperature)
         for index, tokens in zip(batch, made, strict=True):
             found[index] = tokens
         start = end
