@@ -197,9 +197,10 @@ _FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "
 _SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
 
 
-def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False) -> None:
-    """For a runner that serves no optional column (but masks and writes, if it says so): raises UnsupportedFeature naming the one that `work` has."""
-    name = "lookahead" if work.lookahead else ""
+def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: bool = False) -> None:
+    """For a runner that serves no optional column (but masks, writes and a lookahead, if it says so): raises UnsupportedFeature naming the one that `work`
+    has."""
+    name = "lookahead" if work.lookahead and not lookahead else ""
     for column in _FORWARD_COLUMNS if isinstance(work, Forward) else _SAMPLE_COLUMNS:
         served = (masks and column == "mask_rows") or (writes and column == "write_slots")
         if len(getattr(work, column)) and not served:

@@ -93,7 +93,8 @@ INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, 
     for (long d = 0; d < dim; d += VL) vstore(o + d, vload(o + d) * keep);
 }
 
-static void attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
+/* Returns whether a result of several rows is NaN: a later row's value may have been that weighed 0, and 0 times it is NaN as well. */
+static int attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
     _Alignas(64) float q[ROW_TILE * DIM_MAX], o[ROW_TILE * DIM_MAX], score[ROW_TILE * KEY_TILE];
     float maximum[ROW_TILE], sum[ROW_TILE];
     const long dim = a->dim, group = a->heads / a->kv_heads, size = a->cache_bf16 ? 2 : 4;
@@ -169,18 +170,23 @@ static void attention_rows(const attention *a, long s, long kv_head, long run, l
             row += mr;
         }
     }
+    vu nan = {0};
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, to = (row0 + i) * a->ldo + (head0 + h) * dim;
             float inv = 1.0f / sum[r];
             for (long d = 0; d < dim; d += VL) {
                 vf v = vrounded(vload(o + r * dim + d) * inv, a->round);
+                nan |= (vu)(v != v);
                 if (a->out_bf16)
                     vstore_as(a->out, to + d, v, 1);
                 else
                     vstore((float *)a->out + to + d, v);
             }
         }
+    int any = 0;
+    for (int lane = 0; lane < VL; lane++) any |= nan[lane] != 0;
+    return any && count > 1;
 }
 
 static void attention_unit(const void *job, long unit) {
@@ -197,7 +203,9 @@ static void attention_unit(const void *job, long unit) {
         first = (tiles - 1 - (index - a->unit_start[s])) * a->queries_per; /* the longest first */
     }
     long rows = a->q_start[s + 1] - a->q_start[s];
-    attention_rows(a, s, head, run, first, MIN(a->queries_per, rows - first));
+    const long count = MIN(a->queries_per, rows - first);
+    if (attention_rows(a, s, head, run, first, count)) /* each by itself sees nothing behind it: drafts cannot spoil what comes before them */
+        for (long i = 0; i < count; i++) attention_rows(a, s, head, run, first + i, 1);
 }
 
 #endif

@@ -21,7 +21,7 @@ It is long because forward, graphs and sample share one set of buffers whose ord
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_colum
 from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
 from penstock.core.protocol.errors import EngineFailure, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
+from penstock.plugins.devices.drafts import Drafter, Proposal, Seen
 from penstock.plugins.devices.host_pages import HostPages
 from penstock.plugins.devices.lane import Event, Graph, Lane, Outputs
 from penstock.plugins.devices.ops import DeviceOps
@@ -92,9 +93,14 @@ class _Launched:
     bucket: int
     """0: eager."""
     hidden: Tensor | None
-    """[rows, H] normalised, padded rows included; behind them, where a program ran, all tokens of Forward.prompt_rows, in their order."""
+    """[rows, H] normalised, padded rows included, with drafts a row for each token of a decode row; behind them, where a program ran, all tokens of
+    Forward.prompt_rows, in their order."""
     whole: tuple[Tensor, Tensor] | None
     """(x, residual) of every token of an eager step; None where a program kept what was asked for alone."""
+    first: I32
+    """For each row the row of `hidden` that its first kept token has: of decode rows all are kept, of others the last."""
+    taps: Sequence[Tensor] = ()
+    """Of every token, what the drafter asked for (Drafter.taps)."""
 
 
 class DeviceRunner:
@@ -118,8 +124,11 @@ class DeviceRunner:
         fingerprint: str,
         graphs: bool,
         depth: int,
+        lookahead: int = 0,
+        drafter: Drafter | None = None,
     ) -> None:
-        """`num_blocks` may be small at first: `resize` brings the real cache."""
+        """`num_blocks` may be small at first: `resize` brings the real cache. `lookahead`: the most drafts behind a token, whoever makes them; `drafter`: who
+        does it here."""
         self.facts = facts
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
@@ -130,10 +139,18 @@ class DeviceRunner:
         self.deterministic = deterministic
         self.fingerprint = fingerprint
         self.kv_layout = f"{model.attention.kv_layout}:{dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
+        self.lookahead = lookahead
+        self._drafter = drafter
+        self._own_bytes = 0
+        """Of each page, what the drafter's layers have, behind the model's own."""
+        if drafter is not None:
+            self._own_bytes = drafter.page_bytes
+            self.kv_layout += drafter.kv_layout
         self.counters = Counters()
         self.timed = False
         """Whether StepDone's events are read for `counters` (benchmarks)."""
-        self.memory = MemoryTable(weights=model.weights_bytes, workspace=0, graphs=0, kv=0, slack=0, total=0)
+        weights = model.weights_bytes + (0 if drafter is None else drafter.weights_bytes)
+        self.memory = MemoryTable(weights=weights, workspace=0, graphs=0, kv=0, slack=0, total=0)
         self._model = model
         self._ops = ops
         self._lane = lane
@@ -161,7 +178,7 @@ class DeviceRunner:
         self._rows = torch.zeros(rows if graphs else 0, facts.hidden_size, dtype=self._torch_dtype, device=device)
         longest = max(self._mixed_tokens, default=0)
         self._whole = [torch.zeros(longest, facts.hidden_size, dtype=self._torch_dtype, device=device) for _ in range(2)]
-        self._down = Download(lane, entries, rows)
+        self._down = Download(lane, entries, rows * (2 + 2 * lookahead) if lookahead else rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
         state = Upload(lane, entries, 16 * max_num_seqs)
         lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
@@ -191,6 +208,7 @@ class DeviceRunner:
         self.graph_reserve = 0
         self._graph_bytes = 0
         self._launched: _Launched | None = None
+        self._taps = () if drafter is None else tuple(drafter.taps)
         self._host_pages = HostPages(lane)
         self._kept_logits = torch.empty(max_num_seqs if lane.direct else 0, facts.vocab_size)
         self._started_ns = 0
@@ -200,12 +218,22 @@ class DeviceRunner:
 
     def allocate(self, num_blocks: int) -> Tensor:
         """A pool of so many blocks. Raises torch.OutOfMemoryError, on the host RuntimeError."""
-        return self._model.attention.allocate(num_blocks)
+        pool = self._model.attention.allocate(num_blocks)
+        if not self._own_bytes:
+            return pool
+        # The drafter's keys and values lie in the same pages: what copies, shares or moves a page need not know of them. Zeros: a page that was filled
+        # without drafts holds numbers at least.
+        return torch.zeros(num_blocks, pool.nbytes // num_blocks + self._own_bytes, dtype=torch.uint8, device=pool.device)
 
     def _bind(self, pool: Tensor) -> None:
         self._pool = pool
-        self._caches = self._model.attention.caches(pool)
+        own, drafter = self._own_bytes, self._drafter
+        self._caches = self._model.attention.caches(pool[:, :-own] if own else pool)
         self._program = self._ops.fuse(self._model, self._caches)
+        if drafter is not None:
+            drafter.bind(pool[:, -own:] if own else pool[:, :0])
+            if drafter.taps:
+                self._program = None  # it keeps what the last layer gives alone
 
     def resize(self, pool: Tensor, num_blocks: int) -> None:
         """Take another pool. Before serving only: graphs captured with the old one are dropped, whatever it held is lost."""
@@ -231,6 +259,7 @@ class DeviceRunner:
             + self._ops.workspace_bytes
             + self._model.attention.workspace_bytes
             + self._model.tables_bytes
+            + (0 if self._drafter is None else self._drafter.state_bytes)
         )
 
     # ------------------------------------------------------------------ forward
@@ -238,28 +267,30 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work, writes=True)
+        refuse_columns(work, writes=True, lookahead=work.lookahead <= self.lookahead)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         rows = len(work.slots)
-        decode = rows > 0 and work.num_decode == rows
+        decode = rows > 0 and work.num_decode == rows and (not work.lookahead or int(work.counts.max()) == 1)
+        if self._drafter is not None and len(work.place_slots):
+            self._drafter.place(work.place_slots)
         if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
             self._update_known(work)
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots) or len(work.write_slots):
             self._update(work)
-        bucket = self._bucket(rows) if decode else 0
+        bucket = self._bucket(rows) if decode and not self._taps else 0
         if self._masked_uses:
             self._capture_masks()
         if rows == 0:
-            self._launched = _Launched(work, 0, None, None)
+            self._launched = _Launched(work, 0, None, None, EMPTY_I32)
         elif bucket:
             self._decode.send_rows(self._max_rows, -1, work.slots, work.starts)
             graph = self._forwards[bucket]
             graph.replay()
             self.counters.replays += 1
-            self._launched = _Launched(work, bucket, graph.outputs[0], None)
-        elif decode or not self._replay_mixed(work, rows):
+            self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
+        elif decode or self._taps or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
 
     def _update_known(self, work: Forward) -> None:
@@ -272,7 +303,7 @@ class DeviceRunner:
         if len(work.slots) == 0:
             return
         first = work.starts // size
-        last = first if work.num_decode == len(work.slots) else (work.starts + work.counts - 1) // size
+        last = first if work.num_decode == len(work.slots) and not work.lookahead else (work.starts + work.counts - 1) // size
         lowest = min(int(known[work.slots, first].min()), int(known[work.slots, last].min()))
         if lowest < 0:
             raise EngineFailure("A step names positions whose blocks were never given to their slot.")
@@ -306,28 +337,31 @@ class DeviceRunner:
 
     def _eager(self, work: Forward, rows: int, decode: bool) -> None:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
-        columns, last = self._columns_of(work.slots, work.starts, work.counts, work.num_decode)
+        columns, kept, first = self._columns_of(work, decode)
         if self._program is not None:
             if len(work.prompt_rows):
-                last = torch.cat([last, torch.from_numpy(_tokens_of(work))])
-            hidden = torch.empty(len(last), self.facts.hidden_size, dtype=self._torch_dtype)
-            self._run(columns, last, hidden)
-            self._launched = _Launched(work, 0, hidden, None)
+                kept = torch.cat([kept, torch.from_numpy(_tokens_of(work))])
+            hidden = torch.empty(len(kept), self.facts.hidden_size, dtype=self._torch_dtype)
+            self._run(columns, kept, hidden)
+            self._launched = _Launched(work, 0, hidden, None, first)
             return
-        x, residual, _ = self._model.step(self._ops, self._caches, columns)
-        hidden = self._model.final(self._ops, self._ops.take_rows(x, last), self._ops.take_rows(residual, last))
-        self._launched = _Launched(work, 0, hidden, (x, residual))
+        x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
+        hidden = self._model.final(self._ops, self._ops.take_rows(x, kept), self._ops.take_rows(residual, kept))
+        self._launched = _Launched(work, 0, hidden, (x, residual), first, taps)
 
-    def _columns_of(self, slots: Column, starts: Column, counts: Column, num_decode: int) -> tuple[Columns, Tensor]:
-        """The step's columns, and the last token row of each sequence."""
-        rows, state = len(slots), (self.history, self.table, self.block_size)
-        if num_decode == rows:
-            sent = self._columns.send(slots, starts, self._range[:rows])
-            return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2]
+    def _columns_of(self, work: Forward, decode: bool) -> tuple[Columns, Tensor, I32]:
+        """The step's columns, the token rows that may be drawn from, and for each sequence which of them is its first. `decode`: one token each."""
+        rows, state = len(work.slots), (self.history, self.table, self.block_size)
+        if decode:
+            sent = self._columns.send(work.slots, work.starts, self._range[:rows])
+            return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2], self._range[:rows]
         q_start = np.zeros(rows + 1, np.int32)
-        np.cumsum(counts, out=q_start[1:])
-        sent = self._columns.send(slots, starts, q_start, q_start[1:] - 1)
-        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), num_decode), sent[3]
+        np.cumsum(work.counts, out=q_start[1:])
+        kept, first = _kept_of(work, q_start, self._range)
+        sent = self._columns.send(work.slots, work.starts, q_start, kept)
+        # The kernels' decode rows have one token: with drafts among them, the device looks who has.
+        single = -1 if work.lookahead and not self._lane.direct else work.num_decode
+        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), sent[3], first
 
     def _run(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
         assert self._program is not None
@@ -411,7 +445,16 @@ class DeviceRunner:
         self._send_mixed(work.slots, work.starts, ends)
         self._mixed[size, length].replay()
         self.counters.replays += 1
-        self._launched = _Launched(work, 0, self._rows[:size], (self._whole[0][:total], self._whole[1][:total]))
+        whole = self._whole[0][:total], self._whole[1][:total]
+        if not work.lookahead:
+            self._launched = _Launched(work, 0, self._rows[:size], whole, self._range[:rows])
+            return True
+        q_start = np.zeros(rows + 1, np.int32)
+        q_start[1:] = ends
+        kept, first = _kept_of(work, q_start, self._range)
+        (at,) = self._columns.send(kept)
+        hidden = self._model.final(self._ops, self._ops.take_rows(whole[0], at), self._ops.take_rows(whole[1], at))
+        self._launched = _Launched(work, 0, hidden, whole, first)
         return True
 
     def _send_mixed(self, slots: Column, starts: Column, ends: I32) -> None:
@@ -561,7 +604,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         """See Runner.sample: everything is enqueued when this returns; the returned call waits for the step's event."""
-        refuse_columns(work, masks=True)
+        refuse_columns(work, masks=True, lookahead=work.lookahead <= self.lookahead)
         launched = self._launched
         if launched is None:
             raise EngineFailure("A Sample came without its Forward.")
@@ -571,8 +614,11 @@ class DeviceRunner:
             self.sampler.place(work.places)
         landing = self._down.take()
         prompt = self._prompt_logprobs(work, launched, landing) if len(work.prompt_rows) else []
-        rows, found = len(work.rows), None
-        if rows:
+        rows, found, drawn = len(work.rows), None, None
+        if rows and (work.lookahead or launched.work.lookahead):
+            drawn = _Drawn.of(work, launched)
+            found = self._verify(work, launched, drawn, landing)
+        elif rows:
             assert launched.hidden is not None
             graph = self._draw_graph(work, launched)
             if graph is not None:
@@ -586,6 +632,8 @@ class DeviceRunner:
                 tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
             landing.bring(tokens)
+        if drawn is None and self._drafter is not None and len(launched.work.slots) > launched.work.num_decode:
+            self._drafter.observe(self._seen(launched))
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]
         self.counters.steps += 1
         end.record()
@@ -596,11 +644,14 @@ class DeviceRunner:
             event.synchronize()
             if self.timed:
                 self._account(begin, end)
-            tokens = landing.tokens()
+            tokens, counts, drafts, named = landing.tokens(), EMPTY_I32, EMPTY_I32, None
+            if drawn is not None:
+                tokens, counts, drafts, named = drawn.landed(tokens, work.lookahead)
             bad: I32 = EMPTY_I32
             if rows and int(tokens.min()) < 0:
-                bad = np.flatnonzero(tokens < 0).astype(np.int32)
-                tokens[bad] = 0
+                wrong = np.flatnonzero(tokens < 0).astype(np.int32)
+                bad = wrong if not len(counts) else np.searchsorted(np.cumsum(counts), wrong, side="right").astype(np.int32)
+                tokens[wrong] = 0
             return StepDone(
                 engine=work.engine,
                 epoch=work.epoch,
@@ -609,12 +660,57 @@ class DeviceRunner:
                 tokens=tokens,
                 started_ns=started,
                 finished_ns=time.monotonic_ns(),
-                logprobs=None if found is None else found.columns(landing),
+                logprobs=None if found is None else found.columns(landing, named),
                 prompt_logprobs=_joined([part.columns(landing) for part in prompt]) if len(work.prompt_rows) else None,
                 bad_rows=bad,
+                counts=counts,
+                drafts=drafts,
             )
 
         return wait
+
+    def _verify(self, work: Sample, launched: _Launched, drawn: _Drawn, landing: Landing) -> Wanted | None:
+        """Draw at every position of the rows, keep what a draw one by one would have brought, and put new drafts behind."""
+        ops, rows, limit = self._ops, len(work.rows), work.lookahead
+        sent = self._draws.send(drawn.at, drawn.slots, drawn.positions, work.slots, work.positions, drawn.bounds)
+        at, slots, positions, row_slots, row_positions, bounds = sent
+        assert launched.hidden is not None
+        hidden = ops.take_rows(launched.hidden, at)
+        logits = self._logits(hidden)
+        mask = None if not len(work.mask_rows) else (work.mask, np.where(drawn.ahead == 0, work.mask_rows[drawn.row], -1).astype(np.int32))
+        tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead)
+        counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history)
+        self.sampler.settle(kept)
+        results = [kept, counts]
+        seen = None
+        if self._drafter is not None:
+            ends = row_positions + counts
+            last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
+            seen = self._seen(launched, work, row_slots, ends, last)
+        if limit:
+            drafts = torch.full((rows, limit), -1, dtype=torch.int32, device=self._lane.device)
+            if self._drafter is not None and seen is not None and seen.proposal is not None:
+                self._drafter.propose(seen, drafts)
+                ops.put_drafts(drafts, row_slots, seen.proposal.ends, self.history, self.facts.vocab_size)
+            results.append(drafts.view(-1))
+        elif self._drafter is not None and seen is not None:
+            self._drafter.observe(seen)
+        landing.bring(torch.cat(results))
+        return found
+
+    def _seen(
+        self,
+        launched: _Launched,
+        work: Sample | None = None,
+        slots: Tensor | None = None,
+        ends: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Seen:
+        """What a drafter may look at behind a step."""
+        proposal = None
+        if work is not None and slots is not None and ends is not None and hidden is not None:
+            proposal = Proposal(work.rows, work.slots, slots, ends, hidden)
+        return Seen(launched.work, launched.taps, launched.whole, self.history, self.table, self.block_size, self._columns, proposal)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""
@@ -623,11 +719,15 @@ class DeviceRunner:
         row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
         if rows != hidden.shape[0] or work.rows.tobytes() != self._range[:rows].tobytes():
             hidden = self._ops.take_rows(hidden, row_at)
+        return self._logits(hidden), slots, positions
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         if not self._lane.direct:
-            return self._model.logits(hidden), slots, positions
+            return self._model.logits(hidden)
+        rows = len(hidden)
         if self._kept_logits.shape[0] < rows:  # memory that is used again: fresh pages would be paid for by every step
             self._kept_logits = torch.empty(rows, self.facts.vocab_size)
-        return self._model.logits(hidden, self._kept_logits[:rows]), slots, positions
+        return self._model.logits(hidden, self._kept_logits[:rows])
 
     def _follows(self, work: Sample, before: Forward) -> bool:
         """Does each row of a decode step draw for itself, at the position after it."""
@@ -663,11 +763,12 @@ class DeviceRunner:
         if launched.whole is None:
             assert launched.hidden is not None
             if int(work.counts[row]) == 1:
-                return launched.hidden[row : row + 1].clone()
+                return launched.hidden[launched.first[row] :][:1].clone()
             if row not in work.prompt_rows:
                 raise EngineFailure(f"A Sample asks for prompt log-probabilities of row {row}, of which its Forward did not say so.")
             before = work.prompt_rows[: int(np.flatnonzero(work.prompt_rows == row)[0])]
-            at = len(work.slots) + int(work.counts[before].sum()) + first
+            drawn = int(work.counts[: work.num_decode].sum()) + len(work.slots) - work.num_decode
+            at = drawn + int(work.counts[before].sum()) + first
             return launched.hidden[at : at + count]
         x, residual = launched.whole
         at = int(work.counts[:row].sum()) + first
@@ -802,6 +903,54 @@ def _tokens_of(work: Forward) -> I32:
     ends = np.cumsum(work.counts)
     found = [np.arange(ends[row] - work.counts[row], ends[row], dtype=np.int32) for row in work.prompt_rows.tolist()]
     return np.concatenate(found)
+
+
+def _kept_of(work: Forward, q_start: I32, steps: I32) -> tuple[I32, I32]:
+    """Token rows that may be drawn from: of decode rows all, of others the last; and for each row which of these is its first."""
+    decode, drawn = work.num_decode, int(q_start[work.num_decode])
+    if drawn == decode:
+        return q_start[1:] - 1, steps[: len(work.slots)]
+    kept = np.concatenate([steps[:drawn], q_start[decode + 1 :] - 1])
+    return kept, np.concatenate([q_start[:decode], steps[drawn : len(kept)]])
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The draws of a step with drafts, flat: row r has those from bounds[r] to bounds[r + 1]."""
+
+    bounds: I32
+    row: I32
+    ahead: I32
+    """How many drafts of its row each has before it."""
+    at: I32
+    """Rows of _Launched.hidden."""
+    slots: I32
+    positions: I32
+
+    @staticmethod
+    def of(work: Sample, launched: _Launched) -> _Drawn:
+        """Raises EngineFailure for rows that draw where nothing was computed."""
+        before, rows = launched.work, work.rows
+        ends = before.starts[rows] + before.counts[rows]
+        widths = ends - work.positions + 1
+        offset = np.where(rows < before.num_decode, work.positions - 1 - before.starts[rows], 0)
+        if int(widths.min()) < 1 or int(offset.min()) < 0 or bool((widths[rows >= before.num_decode] > 1).any()):
+            raise EngineFailure("A Sample names positions of which its Forward computed nothing.")
+        bounds = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(widths, out=bounds[1:])
+        row = np.repeat(np.arange(len(rows), dtype=np.int32), widths)
+        ahead = np.arange(len(row), dtype=np.int32) - bounds[row]
+        at = (launched.first[rows] + offset)[row] + ahead
+        return _Drawn(bounds, row, ahead, at.astype(np.int32), work.slots[row], (work.positions[row] + ahead).astype(np.int32))
+
+    def landed(self, words: I32, lookahead: int) -> tuple[I32, I32, I32, I32]:
+        """(tokens, counts, drafts, the index of each draw among the tokens) of what `_verify` brought."""
+        drawn, rows = len(self.row), len(self.bounds) - 1
+        counts = words[drawn : drawn + rows]
+        left = self.ahead < counts[self.row]
+        named = np.where(left, np.cumsum(left) - 1, -1).astype(np.int32)
+        told = counts.copy() if lookahead else EMPTY_I32
+        return words[:drawn][left], told, words[drawn + rows :].copy(), named
 
 
 def _joined(parts: list[LogprobColumns]) -> LogprobColumns:
