@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional
 
 from penstock.kernels.activation.reference import gated
+from penstock.kernels.drafting import reference as drafting
 from penstock.kernels.rmsnorm.reference import rms_norm
 from penstock.kernels.sampling import torch as sampling
-from penstock.kernels.drafting import reference as drafting
 from penstock.plugins.devices.ops import Ahead, Settings
 from penstock.plugins.models.api import Columns, Linear, Model, Program, Stacked
 

@@ -16,8 +16,8 @@ from penstock.core.protocol.columns import i32
 from penstock.core.protocol.errors import EngineFailure, UnsupportedFeature
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.plugins.devices.driver import Driver, Job, Options
 from penstock.plugins.devices.drafts import NgramDrafter, Seen
+from penstock.plugins.devices.driver import Driver, Job, Options
 
 Load = Callable[..., Any]
 VOCAB = 97
