@@ -28,8 +28,9 @@ from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
-from penstock.core.protocol.errors import EngineFailure
+from penstock.core.protocol.errors import EngineFailure, UnsupportedFeature
 from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, Plan, StepTokens, Unpark, Vocabulary
+from penstock.core.protocol.speculation import names_of, parsed
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.core.runtime.hosts import FusedHost, TaskHost
@@ -66,11 +67,14 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
         max_logprobs=config.max_logprobs,
         quantization=config.quantization,
         hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
+        speculation=parsed(config.speculative_config, config.speculative_model, config.num_speculative_tokens),
         plugins=plugins,
     )
 
 
-def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None) -> EngineFacts:
+def facts_of(
+    config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None, lookahead: int = 0
+) -> EngineFacts:
     memory = runner.memory
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
@@ -94,7 +98,7 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         enable_prefix_caching=config.enable_prefix_caching,
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
-        beams=device.writes and not device.lookahead,
+        beams=device.writes and not lookahead,
     )
 
 
@@ -151,7 +155,14 @@ class Engine:
             self._queue = self._make_queue(runner, engine=self.engine, epoch=self.epoch, post=self._device_says)
         own = self.config.mixed_prefill_tokens
         advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
-        grammars = self._grammars(device.capabilities)
+        lookahead = int(getattr(runner, "lookahead", device.capabilities.lookahead))
+        if config.speculation is not None and not lookahead:
+            asked = ", ".join(names_of(config.speculation))
+            raise UnsupportedFeature(
+                f"--speculative-config: the device {device.capabilities.name!r} cannot speculate with {asked}. Leave the option out.",
+                param="speculative_config",
+            )
+        grammars = self._grammars(device.capabilities, lookahead)
         settings = SchedulerSettings(
             engine=self.engine,
             epoch=self.epoch,
@@ -170,12 +181,12 @@ class Engine:
             clones=device.capabilities.clones,
             grammars=grammars is not None,
             beams=device.capabilities.writes,
-            lookahead=device.capabilities.lookahead,
+            lookahead=lookahead,
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None
         self._scheduler = Scheduler(settings, policy, self._clock)
-        facts = facts_of(self.config, device.capabilities, runner, grammars)
+        facts = facts_of(self.config, device.capabilities, runner, grammars, lookahead)
         caching = self.config.enable_prefix_caching
         parties = (
             self._scheduler,
@@ -221,13 +232,9 @@ class Engine:
             probe(policy)
         return device, policy
 
-    def _grammars(self, device: DeviceCapabilities) -> GrammarSpec | None:
+    def _grammars(self, device: DeviceCapabilities, lookahead: int) -> GrammarSpec | None:
         """Who makes masks, if the device takes them."""
-        return (
-            self._plugins.grammars(self.config.grammar_backend)
-            if self._plugins is not None and device.masks and not device.lookahead
-            else None
-        )
+        return self._plugins.grammars(self.config.grammar_backend) if self._plugins is not None and device.masks and not lookahead else None
 
     def _ports(self, grammars: bool) -> tuple[Port, ...]:
         more: set[type[Message]] = {Vocabulary} if grammars else set()

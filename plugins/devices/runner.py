@@ -28,15 +28,15 @@ import numpy as np
 import torch
 
 from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_columns
-from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, I32, U8, Column, i32
 from penstock.core.protocol.errors import EngineFailure, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
-from penstock.plugins.devices.drafts import Drafter, Proposal, Seen
 from penstock.plugins.devices.host_pages import HostPages
 from penstock.plugins.devices.lane import Event, Graph, Lane, Outputs
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.rings import Download, Landing, Upload
 from penstock.plugins.devices.sampler import SlotSampler, Wanted
+from penstock.plugins.drafters.api import Drafter, Proposal, Seen
 from penstock.plugins.models.api import Columns, Model
 
 Tensor = torch.Tensor
@@ -125,10 +125,10 @@ class DeviceRunner:
         graphs: bool,
         depth: int,
         lookahead: int = 0,
-        drafter: Drafter | None = None,
+        drafters: Sequence[Drafter] = (),
     ) -> None:
-        """`num_blocks` may be small at first: `resize` brings the real cache. `lookahead`: the most drafts behind a token, whoever makes them; `drafter`: who
-        does it here."""
+        """`num_blocks` may be small at first: `resize` brings the real cache. `lookahead`: the most drafts behind a token, whoever makes them; `drafters`: who
+        does it here, the first asked first."""
         self.facts = facts
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
@@ -140,18 +140,19 @@ class DeviceRunner:
         self.fingerprint = fingerprint
         self.kv_layout = f"{model.attention.kv_layout}:{dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
         self.lookahead = lookahead
-        self._drafter = drafter
-        self._own_bytes = 0
-        """Of each page, what the drafter's layers have, behind the model's own."""
-        if drafter is not None:
-            self._own_bytes = drafter.page_bytes
-            self.kv_layout += drafter.kv_layout
+        self.drafters = tuple(drafter.name for drafter in drafters)
+        self._drafters = list(drafters)
+        self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
+        """Of each page, what the drafters' layers have, behind the model's own."""
+        self.kv_layout += "".join(drafter.kv_layout for drafter in drafters)
         self.counters = Counters()
         self.timed = False
         """Whether StepDone's events are read for `counters` (benchmarks)."""
-        weights = model.weights_bytes + (0 if drafter is None else drafter.weights_bytes)
+        weights = model.weights_bytes + sum(drafter.nbytes for drafter in drafters)
         self.memory = MemoryTable(weights=weights, workspace=0, graphs=0, kv=0, slack=0, total=0)
         self._model = model
+        self._taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
+        """Layers in front of which some drafter wants to see the stream; those steps are composed, and have no graphs."""
         self._ops = ops
         self._lane = lane
         self._torch_dtype = torch_dtype
@@ -178,7 +179,7 @@ class DeviceRunner:
         self._rows = torch.zeros(rows if graphs else 0, facts.hidden_size, dtype=self._torch_dtype, device=device)
         longest = max(self._mixed_tokens, default=0)
         self._whole = [torch.zeros(longest, facts.hidden_size, dtype=self._torch_dtype, device=device) for _ in range(2)]
-        self._down = Download(lane, entries, rows * (2 + 2 * lookahead) if lookahead else rows)
+        self._down = Download(lane, entries, rows * (3 + 2 * lookahead) if lookahead else rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
         state = Upload(lane, entries, 16 * max_num_seqs)
         lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
@@ -208,7 +209,6 @@ class DeviceRunner:
         self.graph_reserve = 0
         self._graph_bytes = 0
         self._launched: _Launched | None = None
-        self._taps = () if drafter is None else tuple(drafter.taps)
         self._host_pages = HostPages(lane)
         self._kept_logits = torch.empty(max_num_seqs if lane.direct else 0, facts.vocab_size)
         self._started_ns = 0
@@ -221,19 +221,19 @@ class DeviceRunner:
         pool = self._model.attention.allocate(num_blocks)
         if not self._own_bytes:
             return pool
-        # The drafter's keys and values lie in the same pages: what copies, shares or moves a page need not know of them. Zeros: a page that was filled
+        # The drafters' keys and values lie in the same pages: what copies, shares or moves a page need not know of them. Zeros: a page that was filled
         # without drafts holds numbers at least.
         return torch.zeros(num_blocks, pool.nbytes // num_blocks + self._own_bytes, dtype=torch.uint8, device=pool.device)
 
     def _bind(self, pool: Tensor) -> None:
         self._pool = pool
-        own, drafter = self._own_bytes, self._drafter
-        self._caches = self._model.attention.caches(pool[:, :-own] if own else pool)
-        self._program = self._ops.fuse(self._model, self._caches)
-        if drafter is not None:
-            drafter.bind(pool[:, -own:] if own else pool[:, :0])
-            if drafter.taps:
-                self._program = None  # it keeps what the last layer gives alone
+        at = pool.shape[-1] - self._own_bytes
+        self._caches = self._model.attention.caches(pool[:, :at] if self._own_bytes else pool)
+        # A program keeps what the last layer gives alone.
+        self._program = self._ops.fuse(self._model, self._caches) if not self._taps else None
+        for drafter in self._drafters:
+            drafter.bind(pool[:, at : at + drafter.page_bytes] if self._own_bytes else pool[:, :0])
+            at += drafter.page_bytes
 
     def resize(self, pool: Tensor, num_blocks: int) -> None:
         """Take another pool. Before serving only: graphs captured with the old one are dropped, whatever it held is lost."""
@@ -259,7 +259,7 @@ class DeviceRunner:
             + self._ops.workspace_bytes
             + self._model.attention.workspace_bytes
             + self._model.tables_bytes
-            + (0 if self._drafter is None else self._drafter.state_bytes)
+            + sum(drafter.state_bytes for drafter in self._drafters)
         )
 
     # ------------------------------------------------------------------ forward
@@ -267,13 +267,15 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work, writes=True, lookahead=work.lookahead <= self.lookahead)
+        refuse_columns(work, writes=True, lookahead=self.lookahead)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         rows = len(work.slots)
         decode = rows > 0 and work.num_decode == rows and (not work.lookahead or int(work.counts.max()) == 1)
-        if self._drafter is not None and len(work.place_slots):
-            self._drafter.place(work.place_slots)
+        for drafter in self._drafters:
+            if len(work.place_slots):
+                drafter.place(work.place_slots)
+            drafter.begin(work)
         if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
             self._update_known(work)
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
@@ -604,7 +606,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         """See Runner.sample: everything is enqueued when this returns; the returned call waits for the step's event."""
-        refuse_columns(work, masks=True, lookahead=work.lookahead <= self.lookahead)
+        refuse_columns(work, masks=True, lookahead=self.lookahead)
         launched = self._launched
         if launched is None:
             raise EngineFailure("A Sample came without its Forward.")
@@ -615,7 +617,7 @@ class DeviceRunner:
         landing = self._down.take()
         prompt = self._prompt_logprobs(work, launched, landing) if len(work.prompt_rows) else []
         rows, found, drawn = len(work.rows), None, None
-        if rows and (work.lookahead or launched.work.lookahead):
+        if rows and (work.lookahead or work.drafts):
             drawn = _Drawn.of(work, launched)
             found = self._verify(work, launched, drawn, landing)
         elif rows:
@@ -632,8 +634,8 @@ class DeviceRunner:
                 tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
             landing.bring(tokens)
-        if drawn is None and self._drafter is not None and len(launched.work.slots) > launched.work.num_decode:
-            self._drafter.observe(self._seen(launched))
+        if self._drafters and len(launched.work.slots) > launched.work.num_decode:
+            self._observe(launched, 0 if drawn is None or not work.drafts else work.drafters)
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]
         self.counters.steps += 1
         end.record()
@@ -645,8 +647,9 @@ class DeviceRunner:
             if self.timed:
                 self._account(begin, end)
             tokens, counts, drafts, named = landing.tokens(), EMPTY_I32, EMPTY_I32, None
+            drafters = EMPTY_U8
             if drawn is not None:
-                tokens, counts, drafts, named = drawn.landed(tokens, work.lookahead)
+                tokens, counts, drafts, drafters, named = drawn.landed(tokens, work.lookahead, work.drafts)
             bad: I32 = EMPTY_I32
             if rows and int(tokens.min()) < 0:
                 wrong = np.flatnonzero(tokens < 0).astype(np.int32)
@@ -665,6 +668,7 @@ class DeviceRunner:
                 bad_rows=bad,
                 counts=counts,
                 drafts=drafts,
+                drafters=drafters,
             )
 
         return wait
@@ -682,35 +686,47 @@ class DeviceRunner:
         counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history)
         self.sampler.settle(kept)
         results = [kept, counts]
-        seen = None
-        if self._drafter is not None:
+        if work.drafts:
             ends = row_positions + counts
             last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
-            seen = self._seen(launched, work, row_slots, ends, last)
-        if limit:
-            drafts = torch.full((rows, limit), -1, dtype=torch.int32, device=self._lane.device)
-            if self._drafter is not None and seen is not None and seen.proposal is not None:
-                self._drafter.propose(seen, drafts)
-                ops.put_drafts(drafts, row_slots, seen.proposal.ends, self.history, self.facts.vocab_size)
-            results.append(drafts.view(-1))
-        elif self._drafter is not None and seen is not None:
-            self._drafter.observe(seen)
+            results += self._draft(work, launched, row_slots, ends, last)
         landing.bring(torch.cat(results))
         return found
 
-    def _seen(
-        self,
-        launched: _Launched,
-        work: Sample | None = None,
-        slots: Tensor | None = None,
-        ends: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> Seen:
-        """What a drafter may look at behind a step."""
-        proposal = None
-        if work is not None and slots is not None and ends is not None and hidden is not None:
-            proposal = Proposal(work.rows, work.slots, slots, ends, hidden)
-        return Seen(launched.work, launched.taps, launched.whole, self.history, self.table, self.block_size, self._columns, proposal)
+    def _draft(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
+        """New drafts behind the histories, and whose they are, flat."""
+        shape = len(work.rows), work.drafts
+        drafts = torch.full(shape, -1, dtype=torch.int32, device=self._lane.device)
+        whose = torch.zeros(shape[0], dtype=torch.int32, device=self._lane.device)
+        first = True
+        hot = self.sampler.hot(work.slots)
+
+        def guess(logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+            return self.sampler.draw(logits, slots, positions, hot)
+
+        for index, drafter in enumerate(self._drafters):
+            if not work.drafters >> index & 1 or (not first and self._lane.direct and bool((drafts[:, 0] >= 0).all())):
+                continue
+            width = min(work.drafts, drafter.max_lookahead)
+            mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=self._lane.device)
+            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, guess, first)
+            drafter.propose(self._seen(launched, drafter, proposal), mine)
+            lacking = (drafts[:, 0] < 0) & (mine[:, 0] >= 0) & (mine[:, 0] < self.facts.vocab_size)
+            drafts[:, :width] = torch.where(lacking[:, None], mine, drafts[:, :width])
+            whose.masked_fill_(lacking, index)
+            first = False
+        self._ops.put_drafts(drafts, slots, ends, self.history, self.facts.vocab_size)
+        return [drafts.view(-1), whose]
+
+    def _observe(self, launched: _Launched, asked: int) -> None:
+        """Let the drafters see a step with prompts, but those that were `asked` (bits) for drafts behind it."""
+        for index, drafter in enumerate(self._drafters):
+            if not asked >> index & 1:
+                drafter.observe(self._seen(launched, drafter, None))
+
+    def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:
+        taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps]
+        return Seen(launched.work, taps, launched.whole, self.history, self.table, proposal)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""
@@ -943,14 +959,15 @@ class _Drawn:
         at = (launched.first[rows] + offset)[row] + ahead
         return _Drawn(bounds, row, ahead, at.astype(np.int32), work.slots[row], (work.positions[row] + ahead).astype(np.int32))
 
-    def landed(self, words: I32, lookahead: int) -> tuple[I32, I32, I32, I32]:
-        """(tokens, counts, drafts, the index of each draw among the tokens) of what `_verify` brought."""
+    def landed(self, words: I32, lookahead: int, drafts: int) -> tuple[I32, I32, I32, U8, I32]:
+        """(tokens, counts, drafts, whose they are, the index of each draw among the tokens) of what `_verify` brought."""
         drawn, rows = len(self.row), len(self.bounds) - 1
         counts = words[drawn : drawn + rows]
         left = self.ahead < counts[self.row]
         named = np.where(left, np.cumsum(left) - 1, -1).astype(np.int32)
         told = counts.copy() if lookahead else EMPTY_I32
-        return words[:drawn][left], told, words[drawn + rows :].copy(), named
+        at, end = drawn + rows, drawn + rows * (1 + drafts)
+        return words[:drawn][left], told, words[at:end].copy(), words[end:].astype(np.uint8), named
 
 
 def _joined(parts: list[LogprobColumns]) -> LogprobColumns:

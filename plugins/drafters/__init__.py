@@ -5,3 +5,10 @@ What it does not know: how drafts are verified (the runner), how many a step has
 """
 
 from __future__ import annotations
+
+from penstock.core.contract.hookspecs import DrafterSpec, hookimpl
+
+
+@hookimpl
+def register_drafters() -> list[DrafterSpec]:
+    return []

@@ -48,7 +48,9 @@ ROOT = CacheKey(weights="test", layout="test").root()
 
 
 def make_runner(settings: SchedulerSettings, *, block: int | None = None) -> FakeRunner:
-    options = FakeOptions(vocab_size=VOCAB, max_model_len=settings.max_model_len, num_blocks=settings.num_blocks)
+    options = FakeOptions(
+        vocab_size=VOCAB, max_model_len=settings.max_model_len, num_blocks=settings.num_blocks, lookahead=settings.lookahead
+    )
     config = RunnerConfig(
         model_path="",
         dtype="auto",

@@ -174,7 +174,7 @@ class Launch:
             flight.masked = np.flatnonzero(board.slots.grammar[flight.rows.index])
             extra["masked"] = flight.masked.size > 0
         if board.settings.lookahead:
-            columns["lookahead"] = extra["lookahead"] = board.settings.lookahead
+            columns["lookahead"] = extra["lookahead"] = extra["drafts"] = board.settings.lookahead
         yield Forward(
             engine=engine, epoch=epoch, step=flight.step, slots=slots, starts=starts, counts=counts, num_decode=num_decode, **columns
         )
