@@ -19,6 +19,7 @@ from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, Mode
 from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
 from penstock.plugins.devices import cpu
+from penstock.plugins.devices.drafting import load_drafters
 from penstock.plugins.devices.lane import CudaLane, Lane
 from penstock.plugins.devices.loading import choose, fingerprint, load_model
 from penstock.plugins.devices.ops import DeviceOps
@@ -99,6 +100,8 @@ def load(
     max_len = config.max_model_len or default_max_len(facts)
     ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
     model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
+    # A step that drafts has a row for each draft, too.
+    drafters, lookahead = load_drafters(config, choice, model, ops, lane, max_len=max_len, max_rows=max_rows, progress=progress)
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, config.quantization, sorted(choice.raw.items()))
     capturable = ops.capturable and model.capturable and model.attention.capturable
@@ -118,6 +121,8 @@ def load(
         fingerprint=fingerprint(*parts, checkpoint),
         graphs=not config.enforce_eager and (capturable or lane.device.type == "cpu"),
         depth=depth,
+        lookahead=lookahead,
+        drafters=drafters,
     )
     if capturable:
         progress("compiling kernels", 0.0)

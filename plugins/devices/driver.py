@@ -67,7 +67,7 @@ class Job:
 class Options:
     """How a run is cut. `chunk` (rng -> tokens) bounds a prefill row; `at_once` sequences run together; `scatter` shuffles free blocks;
     `share` lets a sequence start on the full blocks of an earlier equal prefix; `preempt` is the chance per step to drop a running sequence; `lookahead` (rng ->
-    drafts) is a step's."""
+    drafts) is how many a step puts behind what it draws; the next one verifies them all."""
 
     chunk: Callable[[random.Random], int] | None = None
     at_once: int | None = None
@@ -93,8 +93,10 @@ class Driver:
         self.refs: dict[int, int] = {}
         self.cache: dict[bytes, int] = {}
         self.steps = 0
+        self.ahead = 0
         self.accepted = 0
-        """Drafts that were right."""
+        """Drafts that were right, of those `drafted` that were verified."""
+        self.drafted = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run all jobs to their end."""
@@ -153,7 +155,8 @@ class Driver:
     def _step(self, running: Sequence[Job], fresh: Sequence[Job]) -> None:
         rows: list[tuple[Job, int]] = []
         budget = self.runner.max_num_batched_tokens
-        lookahead = 0 if self.options.lookahead is None else self.options.lookahead(self.rng)
+        lookahead = self.ahead
+        self.ahead = ahead = 0 if self.options.lookahead is None else self.options.lookahead(self.rng)
         decode: set[int] = set()
         for job in running:
             left = job.known - job.computed
@@ -210,6 +213,7 @@ class Driver:
                     for job in fresh
                 ],
                 lookahead=lookahead,
+                drafts=ahead,
                 prompt_rows=i32(asks),
                 prompt_topk=i32([rows[index][0].params.prompt_logprobs or 0 for index in asks]),
             )
@@ -223,6 +227,7 @@ class Driver:
         counts = done.counts.tolist() if lookahead else [1] * len(draw)
         for (job, count), took in zip(rows, _spread(draw, counts, len(rows)), strict=True):
             job.computed += count - job.drafts + max(0, took - 1)
+            self.drafted += job.drafts
             job.drafts = 0
         values = _split(done)
         every, at = done.tokens.tolist(), 0
@@ -234,7 +239,7 @@ class Driver:
                     job.logprobs.append(values[at])
                 at += 1
             self.accepted += count - 1
-            job.drafts = int((done.drafts[number * lookahead : (number + 1) * lookahead] >= 0).sum())
+            job.drafts = int((done.drafts[number * ahead : (number + 1) * ahead] >= 0).sum())
         if at != len(every):
             raise EngineFailure(f"A step said that it drew {at} tokens, and brought {len(every)}.")
         if self.options.share:

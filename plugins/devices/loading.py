@@ -99,24 +99,41 @@ def load_model(
     )
     check_attention(config, choice, attention)
     progress("loading weights", 0.0)
-    source = weights_for(config)
-    weights = source.factory(
-        config.model_path,
-        config.load_format,
-        dtype=dtype,
-        seed=config.seed,
-        std=float(choice.raw.get("initializer_range") or 0.02),
-        **({} if device.type == "cpu" else {"device": device}),
+    std = float(choice.raw.get("initializer_range") or 0.02)
+    builder = builder_for(
+        config, ops, dtype, device, std=std, tell=lambda fraction: progress("loading weights", fraction), quantizer=choice.quantizer
     )
-    taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
-    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer)
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
     say_wide(builder.wide, WHERE.get(device.type, device.type))
     for name in ("weights_bytes", "tables_bytes"):
         if type(getattr(model, name)) is not int:
             said = f"returned a model whose {name!r} is {getattr(model, name)!r:.60}, not a number of bytes"
             raise blame(config, "models", choice.spec.name, "factory", said)
-    return model, identity(config, weights)
+    return model, identity(config, builder.weights)
+
+
+def builder_for(
+    config: RunnerConfig,
+    ops: DeviceOps,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    std: float = 0.02,
+    tell: Callable[[float], None] | None = None,
+    quantizer: Quantizer | None = None,
+) -> Builder:
+    """What makes layers of the tensors in config.model_path."""
+    source = weights_for(config)
+    weights = source.factory(
+        config.model_path,
+        config.load_format,
+        dtype=dtype,
+        seed=config.seed,
+        std=std,
+        **({} if device.type == "cpu" else {"device": device}),
+    )
+    taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
+    return Builder(taken, ops, dtype, device, tell, quantizer)
 
 
 def resolve_dtype(wanted: str, facts: ModelFacts, dtypes: Mapping[str, torch.dtype], device: str, other: str) -> str:

@@ -218,12 +218,18 @@ class DeviceRunner:
 
     def allocate(self, num_blocks: int) -> Tensor:
         """A pool of so many blocks. Raises torch.OutOfMemoryError, on the host RuntimeError."""
-        pool = self._model.attention.allocate(num_blocks)
         if not self._own_bytes:
-            return pool
+            return self._model.attention.allocate(num_blocks)
+        page = self._model.attention.allocate(1)
+        if page.dim() != 2 or page.dtype != torch.uint8:
+            raise UnsupportedFeature(
+                f"The attention backend {self.attention!r} has pages of its own making, in which a drafter finds no room. Choose another"
+                " --attention-backend, or a drafter without layers, such as ngram.",
+                param="speculative_config",
+            )
         # The drafters' keys and values lie in the same pages: what copies, shares or moves a page need not know of them. Zeros: a page that was filled
         # without drafts holds numbers at least.
-        return torch.zeros(num_blocks, pool.nbytes // num_blocks + self._own_bytes, dtype=torch.uint8, device=pool.device)
+        return torch.zeros(num_blocks, page.nbytes + self._own_bytes, dtype=torch.uint8, device=page.device)
 
     def _bind(self, pool: Tensor) -> None:
         self._pool = pool
@@ -675,7 +681,7 @@ class DeviceRunner:
 
     def _verify(self, work: Sample, launched: _Launched, drawn: _Drawn, landing: Landing) -> Wanted | None:
         """Draw at every position of the rows, keep what a draw one by one would have brought, and put new drafts behind."""
-        ops, rows, limit = self._ops, len(work.rows), work.lookahead
+        ops = self._ops
         sent = self._draws.send(drawn.at, drawn.slots, drawn.positions, work.slots, work.positions, drawn.bounds)
         at, slots, positions, row_slots, row_positions, bounds = sent
         assert launched.hidden is not None

@@ -50,10 +50,9 @@ class Wanted:
         count = len(self.rows)
         counts = (self.wants + 1).astype(np.int32)
         kept = np.arange(self.width)[None] < counts[:, None]
-        rows, left = self.rows, slice(None)
-        if named is not None:
-            rows, left = named[rows], named[rows] >= 0
-            kept &= left[:, None]
+        rows = self.rows if named is None else named[self.rows]
+        left = rows >= 0
+        kept &= left[:, None]
         return LogprobColumns(
             rows=rows[left],
             positions=self.positions[left],

@@ -6,9 +6,33 @@ What it does not know: how drafts are verified (the runner), how many a step has
 
 from __future__ import annotations
 
+from typing import Any
+
 from penstock.core.contract.hookspecs import DrafterSpec, hookimpl
+
+
+def _ngram(*, config: Any, parts: Any, **options: Any) -> Any:
+    from penstock.plugins.drafters.ngram import NgramDrafter
+
+    return NgramDrafter(config, parts)
+
+
+def _draft_model(*, config: Any, parts: Any, **options: Any) -> Any:
+    from penstock.plugins.drafters.draft_model import ModelDrafter
+
+    return ModelDrafter(config, parts)
+
+
+_DRAFTERS: dict[str, tuple[Any, str]] = {
+    "ngram": (_ngram, "What followed when the last tokens stood in the text before."),
+    "draft_model": (_draft_model, "A smaller model with the same vocabulary."),
+}
 
 
 @hookimpl
 def register_drafters() -> list[DrafterSpec]:
-    return []
+    """The built-in drafters of the device, by their method."""
+    return [
+        DrafterSpec(name=name, api_level=1, doc=doc, methods=[name], where="device", factory=factory)
+        for name, (factory, doc) in _DRAFTERS.items()
+    ]

@@ -6,41 +6,37 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.errors import EngineFailure, UnsupportedFeature
-from penstock.core.protocol.messages import Forward, Sample, SlotSampling
+from penstock.core.protocol.messages import Control, Forward, Sample, SlotSampling
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.plugins.devices.drafts import NgramDrafter, Seen
+from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
 from penstock.plugins.devices.driver import Driver, Job, Options
+from penstock.plugins.drafters.api import NoLayers, Seen
+from penstock.plugins.drafters.ngram import NgramDrafter
 
 Load = Callable[..., Any]
 VOCAB = 97
 K = 4
 
 
-class Told:
+class Told(NoLayers):
     """Drafts what the sequences said when they were run alone, each token wrong with a chance of `lies`; "empty", "foreign": no tokens at all."""
 
-    taps: tuple[int, ...] = ()
-    page_bytes = weights_bytes = state_bytes = 0
-    kv_layout = ""
+    name = "told"
     max_lookahead = K
 
     def __init__(self, truth: dict[bytes, list[int]], lies: float = 0.0, kind: str = "") -> None:
         self.truth, self.lies, self.kind = truth, lies, kind
         self.rng = random.Random(3)
-
-    def bind(self, pages: torch.Tensor) -> None: ...
-
-    def place(self, slots: Any) -> None: ...
-
-    def observe(self, seen: Seen) -> None: ...
 
     def propose(self, seen: Seen, out: torch.Tensor) -> None:
         proposal = seen.proposal
@@ -108,7 +104,7 @@ def drafting(load: Load, folder: Path) -> Callable[..., Any]:
 
     def make(drafter: Any, **over: Any) -> Any:
         runner = load(folder, deterministic=True, **over)
-        runner.lookahead, runner._drafter = K, drafter
+        runner.lookahead, runner._drafters = K, [] if drafter is None else [drafter]
         return runner
 
     return make
@@ -145,7 +141,8 @@ def test_ngrams_change_no_token(load: Load, folder: Path, drafting: Any) -> None
     plain, jobs = jobs_of(60), jobs_of(60)
     Driver(drafting(None)).run(plain)
     runner = drafting(None)
-    runner._drafter = NgramDrafter(runner._ops, max_lookahead=K, shortest=1, longest=3)
+    config = DraftConfig(method="ngram", num_speculative_tokens=K, prompt_lookup_max=3, prompt_lookup_min=1)
+    runner._drafters = [NgramDrafter(config, SimpleNamespace(ops=runner._ops))]  # type: ignore[arg-type]
     driver = Driver(runner, WAYS["preempted"])
     driver.run(jobs)
     assert said(jobs) == said(plain)
@@ -172,16 +169,14 @@ def test_a_bad_draw_behind_a_draft_is_the_next_step_s_first(drafting: Any, folde
     places = [SlotSampling(slot=0, choice=0, prompt_len=5, params=plain.params)]
     blocks = {"block_slots": i32([0]), "block_index": i32([0]), "block_ids": i32([0])}
     start = {"place_slots": i32([0]), "place_counts": i32([5]), "place_tokens": plain.prompt}
-    runner.forward(
-        Forward(engine=0, epoch=0, step=1, slots=i32([0]), starts=i32([0]), counts=i32([5]), num_decode=0, lookahead=K, **blocks, **start)
-    )
-    done = runner.sample(Sample(engine=0, epoch=0, step=1, rows=i32([0]), slots=i32([0]), positions=i32([5]), places=places, lookahead=K))()
+    runner.forward(Forward(engine=0, epoch=0, step=1, slots=i32([0]), starts=i32([0]), counts=i32([5]), num_decode=0, **blocks, **start))
+    done = runner.sample(Sample(engine=0, epoch=0, step=1, rows=i32([0]), slots=i32([0]), positions=i32([5]), places=places, drafts=K))()
     assert done.tokens.tolist() == plain.tokens[:1]
 
     def step(number: int, at: int, count: int) -> Any:
         ids = {"slots": i32([0])}
         runner.forward(Forward(engine=0, epoch=0, step=number, starts=i32([at]), counts=i32([count]), num_decode=1, lookahead=K, **ids))
-        return runner.sample(Sample(engine=0, epoch=0, step=number, rows=i32([0]), positions=i32([at + 1]), lookahead=K, **ids))()
+        return runner.sample(Sample(engine=0, epoch=0, step=number, rows=i32([0]), positions=i32([at + 1]), lookahead=K, drafts=K, **ids))()
 
     done = step(2, 5, 1 + K)
     assert (done.tokens.tolist(), done.counts.tolist(), done.bad_rows.tolist()) == (plain.tokens[1:3], [2], [])
@@ -199,3 +194,42 @@ def test_what_cannot_be_drawn_is_refused(drafting: Any) -> None:
         runner.sample(Sample(engine=0, epoch=0, step=1, rows=i32([0]), slots=i32([0]), positions=i32([2]), lookahead=K))
     with pytest.raises(UnsupportedFeature, match=r"Forward\.lookahead"):
         runner.forward(Forward(engine=0, epoch=0, step=2, num_decode=0, lookahead=K + 1, **row))
+
+
+def speculation(**fields: Any) -> SpeculationConfig:
+    return SpeculationConfig(methods=[DraftConfig(**fields)])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draft_model_changes_no_token(seed: int, load: Load, folder: Path, tmp_path: Path, make_tensors: Any) -> None:
+    """With the model itself as its draft all drafts are right, prompts' parts, shared blocks, gaps and preemptions notwithstanding; with another one few."""
+    other = tmp_path / "draft"
+    other.mkdir()
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    save_file(make_tensors(seed=seed), other / "model.safetensors")
+    plain = jobs_of()
+    alone = Driver(load(folder, deterministic=True))
+    alone.run(plain)
+    runner = load(folder, deterministic=True, speculation=speculation(method="draft_model", model=str(other), num_speculative_tokens=K))
+    assert (runner.lookahead, runner.drafters, runner.kv_layout.count("+")) == (K, ("draft_model",), 1)
+    apt = [at for at, name in enumerate(PARAMS) if name in ("greedy", "seeded", "prompt")]
+    for name, options in WAYS.items():
+        jobs = jobs_of()
+        driver = Driver(runner, options)
+        driver.run(jobs)
+        assert said(jobs) == said(plain), name
+        if seed:
+            continue
+        assert driver.accepted > 60, name
+        jobs = [jobs_of()[at] for at in apt]
+        driver = Driver(runner, Options(lookahead=lambda rng: K, chunk=options.chunk, share=options.share, seed=4))
+        driver.run(jobs)
+        assert driver.accepted >= driver.drafted - 4 * len(apt), name
+
+
+def test_a_drafter_s_keys_travel_with_their_pages(load: Load, folder: Path) -> None:
+    """Moved to the host and back into other blocks, a sequence is drafted as well as before."""
+    runner = load(folder, speculation=speculation(method="draft_model", model=str(folder), num_speculative_tokens=K))
+    own = runner.pool_bytes // runner.num_blocks
+    assert int(runner.control(Control(engine=0, epoch=0, owner="", id=1, name="host_pages", data=b"2"))) == 2 * own
+    assert own == 2 * (load(folder).pool_bytes // load(folder).num_blocks)
