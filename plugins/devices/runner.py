@@ -100,7 +100,11 @@ class _Launched:
     first: I32
     """For each row the row of `hidden` that its first kept token has: of decode rows all are kept, of others the last."""
     taps: Sequence[Tensor] = ()
-    """Of every token, what the drafter asked for (Drafter.taps)."""
+    """Of every token, what drafters asked for (Drafter.taps)."""
+    states: Tensor | None = None
+    """So (Drafter.states)."""
+    columns: Columns | None = None
+    """Where a drafter asked for either."""
 
 
 class DeviceRunner:
@@ -153,6 +157,8 @@ class DeviceRunner:
         self._model = model
         self._taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
         """Layers in front of which some drafter wants to see the stream; those steps are composed, and have no graphs."""
+        self._states = any(drafter.states for drafter in drafters)
+        self._looked_at = self._states or bool(self._taps)
         self._ops = ops
         self._lane = lane
         self._torch_dtype = torch_dtype
@@ -287,7 +293,7 @@ class DeviceRunner:
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots) or len(work.write_slots):
             self._update(work)
-        bucket = self._bucket(rows) if decode and not self._taps else 0
+        bucket = self._bucket(rows) if decode and not self._looked_at else 0
         if self._masked_uses:
             self._capture_masks()
         if rows == 0:
@@ -298,7 +304,7 @@ class DeviceRunner:
             graph.replay()
             self.counters.replays += 1
             self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
-        elif decode or self._taps or not self._replay_mixed(work, rows):
+        elif decode or self._looked_at or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
 
     def _update_known(self, work: Forward) -> None:
@@ -347,6 +353,15 @@ class DeviceRunner:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
         columns, kept, first = self._columns_of(work, decode)
         if self._program is not None:
+            if self._states:
+                everything = torch.arange(len(columns.tokens), dtype=torch.int32)
+                states = torch.empty(len(everything), self.facts.hidden_size, dtype=self._torch_dtype)
+                self._run(columns, everything, states)
+                hidden = self._ops.take_rows(states, kept)
+                if len(work.prompt_rows):
+                    hidden = torch.cat([hidden, self._ops.take_rows(states, torch.from_numpy(_tokens_of(work)))])
+                self._launched = _Launched(work, 0, hidden, None, first, (), states, columns)
+                return
             if len(work.prompt_rows):
                 kept = torch.cat([kept, torch.from_numpy(_tokens_of(work))])
             hidden = torch.empty(len(kept), self.facts.hidden_size, dtype=self._torch_dtype)
@@ -354,8 +369,9 @@ class DeviceRunner:
             self._launched = _Launched(work, 0, hidden, None, first)
             return
         x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
+        every = self._model.final(self._ops, x.clone(), residual.clone()) if self._states else None
         hidden = self._model.final(self._ops, self._ops.take_rows(x, kept), self._ops.take_rows(residual, kept))
-        self._launched = _Launched(work, 0, hidden, (x, residual), first, taps)
+        self._launched = _Launched(work, 0, hidden, (x, residual), first, taps, every, columns)
 
     def _columns_of(self, work: Forward, decode: bool) -> tuple[Columns, Tensor, I32]:
         """The step's columns, the token rows that may be drawn from, and for each sequence which of them is its first. `decode`: one token each."""
@@ -711,7 +727,10 @@ class DeviceRunner:
             return self.sampler.draw(logits, slots, positions, hot)
 
         for index, drafter in enumerate(self._drafters):
-            if not work.drafters >> index & 1 or (not first and self._lane.direct and bool((drafts[:, 0] >= 0).all())):
+            if not work.drafters >> index & 1:
+                continue
+            idle = self._lane.direct and not first and bool((drafts[:, 0] >= 0).all())
+            if idle and not drafter.page_bytes:  # one with layers keeps up with what it may be asked about later
                 continue
             width = min(work.drafts, drafter.max_lookahead)
             mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=self._lane.device)
@@ -732,7 +751,7 @@ class DeviceRunner:
 
     def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:
         taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps]
-        return Seen(launched.work, taps, launched.whole, self.history, self.table, proposal)
+        return Seen(launched.work, taps, launched.states, launched.columns, self.history, self.table, proposal)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""

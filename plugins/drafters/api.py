@@ -17,7 +17,7 @@ import torch
 from penstock.core.contract.devices import ModelFacts
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.messages import Forward
-from penstock.plugins.models.api import Model
+from penstock.plugins.models.api import Columns, Model
 from penstock.plugins.models.builder import Builder
 
 Tensor = torch.Tensor
@@ -80,8 +80,10 @@ class Seen:
     work: Forward
     taps: Sequence[Tensor]
     """[T, H] each: the stream in front of the layers of `Drafter.taps`, of all tokens of the step."""
-    whole: tuple[Tensor, Tensor] | None
-    """(x, residual) [T, H] of all tokens behind the last layer, for drafters with taps; not to be overwritten."""
+    states: Tensor | None
+    """[T, H] the model's normalised last states of all tokens, for drafters with `states`."""
+    columns: Columns | None
+    """The model's own of this step, for drafters with taps or `states`."""
     history: Tensor
     table: Tensor
     proposal: Proposal | None
@@ -97,6 +99,8 @@ class Drafter(Protocol):
     """The most drafts that it makes behind a token."""
     taps: tuple[int, ...]
     """Layers of the model in front of which the stream is wanted (Model.step), the number of layers for what the last one gives; (): none."""
+    states: bool
+    """The normalised last states of all tokens are wanted."""
     page_bytes: int
     """What its own layers need of each KV page; 0: it has none."""
     kv_layout: str
@@ -133,6 +137,7 @@ class NoLayers:
     """What a drafter without weights, pages and state has in common."""
 
     taps: tuple[int, ...] = ()
+    states = False
     page_bytes = nbytes = state_bytes = 0
     kv_layout = ""
 

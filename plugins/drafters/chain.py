@@ -18,6 +18,10 @@ from penstock.plugins.drafters.api import Parts, Proposal, Seen
 from penstock.plugins.models.api import Columns
 
 Tensor = torch.Tensor
+First = Callable[[Seen, Proposal, Tensor, Tensor, "Tensor | None"], Tensor]
+"""(seen, proposal, slots, ends, which rows of the proposal these are or None for all) -> logits."""
+Following = Callable[[Seen, Tensor, Tensor, "Tensor | None"], Tensor]
+"""(seen, slots, positions, which rows of the step before these are or None for all) -> logits."""
 UPLOADS = 12
 """Columns that go up in a step at most, times steps in flight: no launch waits for an earlier copy."""
 
@@ -60,18 +64,19 @@ class Chain:
         seen: Seen,
         proposal: Proposal,
         out: Tensor,
-        first: Callable[[Seen, Proposal, Tensor, Tensor], Tensor],
-        following: Callable[[Seen, Tensor, Tensor], Tensor],
+        first: First,
+        following: Following,
+        before: int = 1,
     ) -> Column:
-        """out [R, K]: `first` gives logits behind the last token of rows (slots, ends), `following` behind the token at positions of slots. How many steps each row
-        had, at least; on a device all as many as there are."""
+        """out [R, K]: `first` gives logits for the token at position `ends`, having computed the position `before` it, `following` computes one position and gives
+        those for one `before` it. How many steps each row had, at least; on a device all as many as there are."""
         if self._direct:
-            return self._run_here(seen, proposal, out, first, following)
+            return self._run_here(seen, proposal, out, first, following, before)
         slots = proposal.slots
         for k in range(out.shape[1]):
             positions = proposal.ends + k
-            slots = self._alive(seen, slots, positions - 1)
-            logits = first(seen, proposal, slots, positions) if k == 0 else following(seen, slots, positions - 1)
+            slots = self._alive(seen, slots, positions - before)
+            logits = first(seen, proposal, slots, positions, None) if k == 0 else following(seen, slots, positions - before, None)
             tokens = proposal.guess(logits, slots, positions)
             out[:, k] = tokens
             self._ops.write_tokens(slots, positions, tokens, seen.history)
@@ -89,26 +94,30 @@ class Chain:
         seen: Seen,
         proposal: Proposal,
         out: Tensor,
-        first: Callable[[Seen, Proposal, Tensor, Tensor], Tensor],
-        following: Callable[[Seen, Tensor, Tensor], Tensor],
+        first: First,
+        following: Following,
+        before: int,
     ) -> Column:
         made = np.zeros(len(out), np.int32)
         left = np.arange(len(out))
         every, ends, values = proposal.slots.numpy(), proposal.ends.numpy(), out.numpy()
         table, history = seen.table.numpy(), seen.history.numpy()
+        kept = left
         for k in range(out.shape[1]):
-            last = ends[left] + np.int32(k - 1)
+            last = ends[left] + np.int32(k - before)
             given = table[every[left], np.minimum(last // self._size, table.shape[1] - 1)] >= 0
-            left = left[given & (last < self._max_len)]
+            given &= last < self._max_len
+            left, kept, last = left[given], kept[given], last[given]
             if not left.size:
                 break
             slots, positions = every[left], ends[left] + np.int32(k)
             at = torch.from_numpy(slots), torch.from_numpy(positions)
-            logits = first(seen, proposal, *at) if k == 0 else following(seen, at[0], torch.from_numpy(positions - 1))
+            where = torch.from_numpy(kept)
+            logits = first(seen, proposal, *at, where) if k == 0 else following(seen, at[0], torch.from_numpy(last), where)
             made[left] += 1
             tokens = proposal.guess(logits, *at).numpy()
             values[left, k] = tokens
             fits = (tokens >= 0) & (tokens < self._vocab) & (positions < history.shape[1])
-            left = left[fits]
+            left, kept = left[fits], np.flatnonzero(fits)
             history[slots[fits], positions[fits]] = tokens[fits]
         return made

@@ -34,6 +34,7 @@ class ModelDrafter:
 
     name = "draft_model"
     taps: tuple[int, ...] = ()
+    states = False
 
     def __init__(self, config: DraftConfig, parts: Parts) -> None:
         if config.model is None:
@@ -111,12 +112,12 @@ class ModelDrafter:
         self._have[proposal.host_slots] = -1
         self._ahead[proposal.host_slots] = made if proposal.sure else 1
 
-    def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor) -> Tensor:
+    def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
         """Logits behind the last token, with the one before it computed anew."""
         columns, last = self._chain.pairs(seen, slots, ends)
         return self._logits(columns, last)
 
-    def _next(self, seen: Seen, slots: Tensor, positions: Tensor) -> Tensor:
+    def _next(self, seen: Seen, slots: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
         columns, last = self._chain.single(seen, slots, positions)
         return self._logits(columns, last)
 
