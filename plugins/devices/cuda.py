@@ -19,7 +19,7 @@ from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, Mode
 from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
 from penstock.plugins.devices import cpu
-from penstock.plugins.devices.drafting import load_drafters
+from penstock.plugins.devices.drafting import load_drafters, most_drafts
 from penstock.plugins.devices.lane import CudaLane, Lane
 from penstock.plugins.devices.loading import choose, fingerprint, load_model
 from penstock.plugins.devices.ops import DeviceOps
@@ -96,11 +96,12 @@ def load(
             check_max_len(facts, config.max_model_len)
 
     choice = choose(config, "cuda", dtypes, other="bfloat16", attention=attention, check=check)
-    facts, max_rows = choice.facts, padded_rows(config.max_num_seqs)
+    facts = choice.facts
+    ahead = most_drafts(config)
+    max_rows = padded_rows(config.max_num_seqs * (1 + ahead), ahead)
     max_len = config.max_model_len or default_max_len(facts)
     ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
     model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
-    # A step that drafts has a row for each draft, too.
     drafters, lookahead = load_drafters(config, choice, model, ops, lane, max_len=max_len, max_rows=max_rows, progress=progress)
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, config.quantization, sorted(choice.raw.items()))

@@ -31,6 +31,13 @@ def drafters_of(config: RunnerConfig) -> Mapping[str, DrafterSpec]:
     return config.plugins.drafters() if config.plugins is not None else {s.name: s for s in builtin_drafters.register_drafters()}
 
 
+def most_drafts(config: RunnerConfig) -> int:
+    """At most so many drafts will stand behind a token, before it is known how many drafters make by themselves."""
+    if config.speculation is None:
+        return 0
+    return max(one.num_speculative_tokens or HOST_DRAFTS for one in config.speculation.methods)
+
+
 def load_drafters(
     config: RunnerConfig,
     choice: Choice,

@@ -201,7 +201,9 @@ class HostOps(TorchOps):
 
     # --- drafts
 
-    def verify(self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
+    ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
         drawn, at, first, ends, known = tokens.numpy(), slots.numpy(), positions.numpy(), bounds.numpy(), history.numpy()
         widths = np.diff(ends)

@@ -148,10 +148,13 @@ class DeviceOps(Ops, Protocol):
 
     # --- drafts
 
-    def verify(self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
+    ) -> tuple[Tensor, Tensor]:
         """Row r drew tokens[bounds[r] : bounds[r + 1]] [D] (at least one) for its slot from positions[r] on, each but the last beside the draft that stands there
         -> (how many of them are the sequence's: those that are as their drafts are, up to the first, and one more; for each of the D its token, -1 if it
-        is not the sequence's). The last one is written to the history. A bad draw (-1) is taken as a row's first alone: otherwise the row ends before it."""
+        is not the sequence's). The last one is written to the history. A bad draw (-1) is taken as a row's first alone: otherwise the row ends before it. `widest`: no
+        row has more draws."""
         ...
 
     def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
@@ -69,9 +70,9 @@ def mixed_for(rows: int, tokens: int) -> tuple[list[int], list[int]]:
     return [*sizes, padded_rows(rows)], [size for index, size in enumerate(MIXED_TOKENS) if index == 0 or MIXED_TOKENS[index - 1] < tokens]
 
 
-def padded_rows(rows: int) -> int:
-    """The most rows that a step of `rows` sequences may have, padding included."""
-    return max(rows, buckets_for(rows)[-1])
+def padded_rows(rows: int, lookahead: int = 0) -> int:
+    """The most rows that a step of `rows` sequences may have, padding included; with drafts among them of one that is not too large for a graph."""
+    return max(rows, buckets_for(rows)[-1]) if not lookahead else buckets_for(min(rows, BUCKETS[-1]))[-1]
 
 
 @dataclass
@@ -105,6 +106,8 @@ class _Launched:
     """So (Drafter.states)."""
     columns: Columns | None = None
     """Where a drafter asked for either."""
+    asked: Forward | None = None
+    """The Forward as it came, where `work` is another: see _flat."""
 
 
 class DeviceRunner:
@@ -172,12 +175,14 @@ class DeviceRunner:
         self._known = np.full((max_num_seqs, width), -1, np.int32)
         """The table as the host wrote it, to refuse a step that would read another sequence's blocks."""
         entries = depth + 1
-        rows = padded_rows(max_num_seqs)
+        rows = padded_rows(max_num_seqs * (1 + lookahead), lookahead)
         self._max_rows = rows
+        """Of a step that has a graph."""
         self._decode = Upload(lane, entries, 2 * rows, fixed=True)
         self._columns = Upload(lane, entries, 4 * max_num_seqs + 4 * max_num_batched_tokens)
         self._draws = Upload(lane, entries, 3 * max_num_seqs)
-        self._mixed_rows, self._mixed_tokens = mixed_for(max_num_seqs, max_num_batched_tokens) if graphs else ([], [])
+        at_once = max_num_seqs if not lookahead else min(max_num_seqs * (1 + lookahead), BUCKETS[-1])
+        self._mixed_rows, self._mixed_tokens = mixed_for(at_once, max_num_batched_tokens) if graphs else ([], [])
         self._mixed: dict[tuple[int, int], Graph] = {}
         self._width = -(-(rows + 1) // 16) * 16
         self._ragged = Upload(lane, entries, 4 * self._width if graphs else 0, fixed=True)
@@ -185,7 +190,7 @@ class DeviceRunner:
         self._rows = torch.zeros(rows if graphs else 0, facts.hidden_size, dtype=self._torch_dtype, device=device)
         longest = max(self._mixed_tokens, default=0)
         self._whole = [torch.zeros(longest, facts.hidden_size, dtype=self._torch_dtype, device=device) for _ in range(2)]
-        self._down = Download(lane, entries, rows * (3 + 2 * lookahead) if lookahead else rows)
+        self._down = Download(lane, entries, max_num_seqs * (3 + 2 * lookahead) if lookahead else rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
         state = Upload(lane, entries, 16 * max_num_seqs)
         lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
@@ -201,8 +206,8 @@ class DeviceRunner:
             deterministic=deterministic,
             direct=lane.direct,
         )
-        self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
-        self._buckets = buckets_for(max_num_seqs) if graphs else []
+        self._range: I32 = np.arange(max(rows, max_num_seqs, max_num_batched_tokens) + 1, dtype=np.int32)
+        self._buckets = buckets_for(at_once) if graphs else []
         self._forwards: dict[int, Graph] = {}
         self._samples: dict[tuple[int, bool], Graph] = {}
         self._masked: dict[tuple[int, bool], Graph] = {}
@@ -283,17 +288,21 @@ class DeviceRunner:
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         rows = len(work.slots)
+        asked, first = work, None
+        if work.lookahead and not self._lane.direct:
+            work, first = _flat(work)
+            rows = len(work.slots)
         decode = rows > 0 and work.num_decode == rows and (not work.lookahead or int(work.counts.max()) == 1)
         for drafter in self._drafters:
             if len(work.place_slots):
                 drafter.place(work.place_slots)
-            drafter.begin(work)
+            drafter.begin(asked)
         if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
             self._update_known(work)
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots) or len(work.write_slots):
             self._update(work)
-        bucket = self._bucket(rows) if decode and not self._looked_at else 0
+        bucket = self._bucket(rows) if decode and not self._looked_at and rows <= self._max_rows else 0
         if self._masked_uses:
             self._capture_masks()
         if rows == 0:
@@ -306,6 +315,8 @@ class DeviceRunner:
             self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
         elif decode or self._looked_at or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
+        if first is not None and self._launched is not None:
+            self._launched.asked, self._launched.first = asked, first
 
     def _update_known(self, work: Forward) -> None:
         """Mirror of the device's table; the check that every position of this step has a block."""
@@ -383,9 +394,7 @@ class DeviceRunner:
         np.cumsum(work.counts, out=q_start[1:])
         kept, first = _kept_of(work, q_start, self._range)
         sent = self._columns.send(work.slots, work.starts, q_start, kept)
-        # The kernels' decode rows have one token: with drafts among them, the device looks who has.
-        single = -1 if work.lookahead and not self._lane.direct else work.num_decode
-        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), sent[3], first
+        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), work.num_decode), sent[3], first
 
     def _run(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
         assert self._program is not None
@@ -470,15 +479,7 @@ class DeviceRunner:
         self._mixed[size, length].replay()
         self.counters.replays += 1
         whole = self._whole[0][:total], self._whole[1][:total]
-        if not work.lookahead:
-            self._launched = _Launched(work, 0, self._rows[:size], whole, self._range[:rows])
-            return True
-        q_start = np.zeros(rows + 1, np.int32)
-        q_start[1:] = ends
-        kept, first = _kept_of(work, q_start, self._range)
-        (at,) = self._columns.send(kept)
-        hidden = self._model.final(self._ops, self._ops.take_rows(whole[0], at), self._ops.take_rows(whole[1], at))
-        self._launched = _Launched(work, 0, hidden, whole, first)
+        self._launched = _Launched(work, 0, self._rows[:size], whole, self._range[:rows])
         return True
 
     def _send_mixed(self, slots: Column, starts: Column, ends: I32) -> None:
@@ -633,6 +634,7 @@ class DeviceRunner:
         if launched is None:
             raise EngineFailure("A Sample came without its Forward.")
         self._launched = None
+        before = launched.asked or launched.work
         self._lane.bind()
         if work.places:
             self.sampler.place(work.places)
@@ -640,7 +642,7 @@ class DeviceRunner:
         prompt = self._prompt_logprobs(work, launched, landing) if len(work.prompt_rows) else []
         rows, found, drawn = len(work.rows), None, None
         if rows and (work.lookahead or work.drafts):
-            drawn = _Drawn.of(work, launched)
+            drawn = _Drawn.of(work, before, launched.first)
             found = self._verify(work, launched, drawn, landing)
         elif rows:
             assert launched.hidden is not None
@@ -656,7 +658,7 @@ class DeviceRunner:
                 tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
             landing.bring(tokens)
-        if self._drafters and len(launched.work.slots) > launched.work.num_decode:
+        if self._drafters and len(before.slots) > before.num_decode:
             self._observe(launched, 0 if drawn is None or not work.drafts else work.drafters)
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]
         self.counters.steps += 1
@@ -705,7 +707,7 @@ class DeviceRunner:
         logits = self._logits(hidden)
         mask = None if not len(work.mask_rows) else (work.mask, np.where(drawn.ahead == 0, work.mask_rows[drawn.row], -1).astype(np.int32))
         tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead)
-        counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history)
+        counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
         self.sampler.settle(kept)
         results = [kept, counts]
         if work.drafts:
@@ -751,7 +753,7 @@ class DeviceRunner:
 
     def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:
         taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps]
-        return Seen(launched.work, taps, launched.states, launched.columns, self.history, self.table, proposal)
+        return Seen(launched.asked or launched.work, taps, launched.states, launched.columns, self.history, self.table, proposal)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""
@@ -782,7 +784,7 @@ class DeviceRunner:
 
     def _prompt_logprobs(self, work: Sample, launched: _Launched, landing: Landing) -> list[Wanted]:
         """Log-probabilities of the prompt tokens that the last Forward's rows predict, a bounded number of logits at a time."""
-        last = launched.work
+        last = launched.asked or launched.work
         chunk = max(1, (DIRECT_LOGIT_ELEMENTS if self._lane.direct else PROMPT_LOGIT_ELEMENTS) // self.facts.vocab_size)
         parts: list[Wanted] = []
         for index, (row, k) in enumerate(zip(work.prompt_rows.tolist(), work.prompt_topk.tolist(), strict=True)):
@@ -800,7 +802,7 @@ class DeviceRunner:
 
     def _hidden_of(self, launched: _Launched, row: int, first: int, count: int) -> Tensor:
         """Normalised hidden states of `count` tokens of a sequence in the step, from its token `first` on."""
-        work = launched.work
+        work = launched.asked or launched.work
         if launched.whole is None:
             assert launched.hidden is not None
             if int(work.counts[row]) == 1:
@@ -946,6 +948,26 @@ def _tokens_of(work: Forward) -> I32:
     return np.concatenate(found)
 
 
+def _flat(work: Forward) -> tuple[Forward, I32]:
+    """The step with a row for each token of a decode row, which attention can split over its keys as it does any other; and _Launched.first for the rows as they were.
+    Each sees what lies before it, since all keys and values are written before any is read; none sees a draft that comes behind it."""
+    decode, rows = work.num_decode, len(work.slots)
+    counts, first = work.counts[:decode], np.zeros(rows, np.int32)
+    flat = int(counts.sum())
+    np.cumsum(counts[:-1], out=first[1:decode])
+    first[decode:] = np.arange(flat, flat + rows - decode)
+    within = np.arange(flat, dtype=np.int32) - np.repeat(first[:decode], counts)
+    changed = msgspec.structs.replace(
+        work,
+        slots=np.concatenate([np.repeat(work.slots[:decode], counts), work.slots[decode:]]),
+        starts=np.concatenate([np.repeat(work.starts[:decode], counts) + within, work.starts[decode:]]),
+        counts=np.concatenate([np.ones(flat, np.int32), work.counts[decode:]]),
+        num_decode=flat,
+        prompt_rows=first[work.prompt_rows],
+    )
+    return changed, first
+
+
 def _kept_of(work: Forward, q_start: I32, steps: I32) -> tuple[I32, I32]:
     """Token rows that may be drawn from: of decode rows all, of others the last; and for each row which of these is its first."""
     decode, drawn = work.num_decode, int(q_start[work.num_decode])
@@ -969,9 +991,9 @@ class _Drawn:
     positions: I32
 
     @staticmethod
-    def of(work: Sample, launched: _Launched) -> _Drawn:
-        """Raises EngineFailure for rows that draw where nothing was computed."""
-        before, rows = launched.work, work.rows
+    def of(work: Sample, before: Forward, first: I32) -> _Drawn:
+        """`first`: see _Launched. Raises EngineFailure for rows that draw where nothing was computed."""
+        rows = work.rows
         ends = before.starts[rows] + before.counts[rows]
         widths = ends - work.positions + 1
         offset = np.where(rows < before.num_decode, work.positions - 1 - before.starts[rows], 0)
@@ -981,7 +1003,7 @@ class _Drawn:
         np.cumsum(widths, out=bounds[1:])
         row = np.repeat(np.arange(len(rows), dtype=np.int32), widths)
         ahead = np.arange(len(row), dtype=np.int32) - bounds[row]
-        at = (launched.first[rows] + offset)[row] + ahead
+        at = (first[rows] + offset)[row] + ahead
         return _Drawn(bounds, row, ahead, at.astype(np.int32), work.slots[row], (work.positions[row] + ahead).astype(np.int32))
 
     def landed(self, words: I32, lookahead: int, drafts: int) -> tuple[I32, I32, I32, U8, I32]:

@@ -214,7 +214,9 @@ class TorchOps:
 
     # --- drafts
 
-    def verify(self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    def verify(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
+    ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
         return drafting.verify(tokens, slots, positions, bounds, history)
 

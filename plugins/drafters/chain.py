@@ -40,6 +40,10 @@ class Chain:
         self._upload = Upload(parts.lane, UPLOADS, 4 * parts.max_rows)
         self._steps = torch.arange(2 * parts.max_rows + 2, dtype=torch.int32, device=parts.lane.device)
 
+    def sent(self, column: Column) -> Tensor:
+        """On the device."""
+        return self._upload.send(column)[0]
+
     def ragged(self, seen: Seen, slots: Column, starts: Column, counts: Column) -> Columns:
         """Columns of a step whose numbers the host knows."""
         q_start = np.zeros(len(slots) + 1, np.int32)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from penstock.core.contract.devices import ModelFacts
@@ -112,21 +113,21 @@ class HeadDrafter:
         assert seen.proposal is not None
         self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2)
 
-    def _everything(self, seen: Seen) -> tuple[Tensor, Columns]:
+    def _everything(self, seen: Seen) -> Tensor:
         """The layer over all tokens of the step: its states [T, H]."""
         columns = seen.columns
         assert columns is not None
         row = torch.bucketize(torch.arange(len(columns.tokens), device=columns.tokens.device), columns.q_start[1:].long(), right=True)
         slots = columns.slots[row.clamp_max(len(columns.slots) - 1)].clamp_min(0).long()
         following = (columns.positions + 1).clamp_max(seen.history.shape[1] - 1).long()
-        return self._step(self._shape.first(seen), seen.history[slots, following], columns), columns
+        return self._step(self._shape.first(seen), seen.history[slots, following], columns)
 
     def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
-        states, columns = self._everything(seen)
-        rows = torch.tensor(proposal.rows.tolist(), device=states.device)
-        rows = rows if kept is None else rows[kept]
-        roots = columns.q_start[rows] + (ends - 2 - (columns.kv_len[rows] - columns.q_start[rows + 1] + columns.q_start[rows]))
-        return self._logits(self._ops.take_rows(states, roots.int()))
+        states = self._everything(seen)
+        # A row's tokens lie one behind the other: that of a position lies as far behind the row's first one as the position behind its start.
+        first, rows = np.cumsum(seen.work.counts) - seen.work.counts, proposal.rows
+        shift = self._chain.sent((first[rows] - seen.work.starts[rows] - 2).astype(np.int32))
+        return self._logits(self._ops.take_rows(states, ends + (shift if kept is None else shift[kept])))
 
     def _next(self, seen: Seen, slots: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
         assert self._state is not None
