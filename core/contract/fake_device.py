@@ -7,6 +7,7 @@ row uses a position it checks that the block table leads to the right digest. A 
 shared block or an unknown token raises `FakeViolation` (as a device fault would). Blocks may be moved to host pages and back; Control "host_pages"
 (the number as decimal text) takes that many.
 What it does not know: torch, the scheduler, plugins' hooks beyond the one at the end of this file.
+It is long because the referee and what it watches are one step.
 
 As a plugin module (`Boot.extra_plugins = ["penstock.core.contract.fake_device"]`) it registers the device "fake"; options come from
 `--hf-overrides '{"fake": {...}}'`, fields of `FakeOptions`.
@@ -219,7 +220,7 @@ class FakeRunner:
         if work.lookahead:
             tokens, counts = self._draws.verify(slots[rows], into, positions, last)
             at = np.repeat(np.arange(len(into)), counts)
-            logprobs = self._logprobs(into[at], positions[at] + np.arange(len(at)) - (np.cumsum(counts) - counts)[at], tokens)
+            logprobs = self._logprobs(into[at], positions[at] + np.arange(len(at)) - (np.cumsum(counts) - counts)[at], tokens, mask, at)
         else:
             tokens = self._draws.draw(slots[rows], into, positions)
             self._slots.append(into, positions, tokens)
@@ -345,10 +346,15 @@ class FakeRunner:
         self._need(all(slots.sampling[s] is not None for s in into.tolist()), "a slot without sampling state is drawn for")
 
     def _logprobs(
-        self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32], mask: Mask | None = None
+        self,
+        into: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int32],
+        mask: Mask | None = None,
+        rows: npt.NDArray[np.int64] | None = None,
     ) -> LogprobColumns | None:
         """-0.5 for the drawn token, then less and less for its successors in the vocabulary: how much, the history decides. Beams are told of those that
-        `mask` allows."""
+        `mask` allows, which has `rows` for them."""
         if self._draws.plain[into].all():
             return None
         wanted: list[tuple[int, int, int, int]] = []
@@ -360,7 +366,7 @@ class FakeRunner:
                 wanted.append((i, int(positions[i]), int(tokens[i]), min(state.params.logprobs, self.facts.vocab_size)))
                 falls.append(fall_of(self._digest[slot, positions[i] - 1]))
                 if mask is not None and state.params.beam is not None:
-                    allowed[i] = mask.of(i)
+                    allowed[i] = mask.of(i if rows is None else int(rows[i]))
         return columns_of(wanted, self.facts.vocab_size, falls, allowed)
 
     def _prompt_logprobs(

@@ -72,9 +72,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
     )
 
 
-def facts_of(
-    config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None, lookahead: int = 0
-) -> EngineFacts:
+def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None) -> EngineFacts:
     memory = runner.memory
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
@@ -98,7 +96,7 @@ def facts_of(
         enable_prefix_caching=config.enable_prefix_caching,
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
-        beams=device.writes and not lookahead,
+        beams=device.writes,
     )
 
 
@@ -162,7 +160,7 @@ class Engine:
                 f"--speculative-config: the device {device.capabilities.name!r} cannot speculate with {asked}. Leave the option out.",
                 param="speculative_config",
             )
-        grammars = self._grammars(device.capabilities, lookahead)
+        grammars = self._grammars(device.capabilities)
         settings = SchedulerSettings(
             engine=self.engine,
             epoch=self.epoch,
@@ -182,11 +180,13 @@ class Engine:
             grammars=grammars is not None,
             beams=device.capabilities.writes,
             lookahead=lookahead,
+            widths=tuple(getattr(runner, "widths", ())),
+            drafters=tuple(getattr(runner, "drafters", ())),
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None
         self._scheduler = Scheduler(settings, policy, self._clock)
-        facts = facts_of(self.config, device.capabilities, runner, grammars, lookahead)
+        facts = facts_of(self.config, device.capabilities, runner, grammars)
         caching = self.config.enable_prefix_caching
         parties = (
             self._scheduler,
@@ -232,9 +232,9 @@ class Engine:
             probe(policy)
         return device, policy
 
-    def _grammars(self, device: DeviceCapabilities, lookahead: int) -> GrammarSpec | None:
+    def _grammars(self, device: DeviceCapabilities) -> GrammarSpec | None:
         """Who makes masks, if the device takes them."""
-        return self._plugins.grammars(self.config.grammar_backend) if self._plugins is not None and device.masks and not lookahead else None
+        return self._plugins.grammars(self.config.grammar_backend) if self._plugins is not None and device.masks else None
 
     def _ports(self, grammars: bool) -> tuple[Port, ...]:
         more: set[type[Message]] = {Vocabulary} if grammars else set()

@@ -489,6 +489,8 @@ class Admit(Message, frozen=True, kw_only=True):
     """A compiled grammar that every choice obeys; b"": none."""
     grammar_min_tokens: int = 0
     """With a grammar, min_tokens (`sampling` has 0): its end may come earlier if nothing else is allowed."""
+    spec_decode: bool | None = None
+    """Drafts for it: True whatever they cost, False never, None as far as they pay."""
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -498,6 +500,20 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 # ------------------------------------------------------------------ engine -> text
+
+
+class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
+    """Of drafts, cumulative but for `width` (chosen for the last step) and `states` (of each drafter: 2 good, 1 keep, 0 off). `rounds`: steps that made
+    drafts, of which `step_ns` is the time and `draft_ns` what drafters took of it; `places[j]`: how often the draft at place j was right, and all before it."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    places: list[int] = []
+    draft_ns: int = 0
+    step_ns: int = 0
+    width: int = 0
+    states: list[int] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -517,6 +533,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prompt_cached: int = 0
     batch_tokens: int = 0
     quarantined: int = 0
+    speculation: SpeculationStats | None = None
 
 
 class LogprobColumns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -561,6 +578,10 @@ class StepTokens(Message, frozen=True, kw_only=True):
     prompt_logprobs: LogprobColumns | None = None
     errors: list[str] = msgspec.field(default_factory=list)
     """Why, for each FAILED row in order."""
+    drafted_seqs: Column = EMPTY_I64
+    """I64: sequences that end with this step and had drafts verified; I32, for each how many, and how many were right."""
+    drafted: Column = EMPTY_I32
+    accepted: Column = EMPTY_I32
 
 
 # ------------------------------------------------------------------ inside the engine cell
