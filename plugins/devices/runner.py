@@ -192,6 +192,7 @@ class DeviceRunner:
         self._whole = [torch.zeros(longest, facts.hidden_size, dtype=self._torch_dtype, device=device) for _ in range(2)]
         self._down = Download(lane, entries, max_num_seqs * (3 + 2 * lookahead) if lookahead else rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
+        self._draft_bounds = [(lane.event(), lane.event()) for _ in range(entries if lookahead else 0)]
         state = Upload(lane, entries, 16 * max_num_seqs)
         lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
         self.sampler = SlotSampler(
@@ -661,6 +662,9 @@ class DeviceRunner:
         if self._drafters and len(before.slots) > before.num_decode:
             self._observe(launched, 0 if drawn is None or not work.drafts else work.drafters)
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]
+        drafting = None
+        if drawn is not None and work.drafts:
+            drafting = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
         self.counters.steps += 1
         end.record()
         event = landing.close()
@@ -693,6 +697,7 @@ class DeviceRunner:
                 counts=counts,
                 drafts=drafts,
                 drafters=drafters,
+                draft_ns=0 if drafting is None else max(1, int(drafting[0].elapsed_time(drafting[1]) * 1e6)),
             )
 
         return wait
@@ -713,7 +718,10 @@ class DeviceRunner:
         if work.drafts:
             ends = row_positions + counts
             last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
+            begin, end = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
+            begin.record()
             results += self._draft(work, launched, row_slots, ends, last)
+            end.record()
         landing.bring(torch.cat(results))
         return found
 

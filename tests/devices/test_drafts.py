@@ -103,8 +103,9 @@ def drafting(load: Load, folder: Path) -> Callable[..., Any]:
     """drafting(drafter or None, **RunnerConfig fields): a runner with that drafter."""
 
     def make(drafter: Any, **over: Any) -> Any:
-        runner = load(folder, deterministic=True, **over)
-        runner.lookahead, runner._drafters = K, [] if drafter is None else [drafter]
+        asked = DraftConfig(method="ngram", num_speculative_tokens=K)
+        runner = load(folder, deterministic=True, speculation=SpeculationConfig(methods=[asked]), **over)
+        runner._drafters = [] if drafter is None else [drafter]
         return runner
 
     return make
