@@ -102,10 +102,12 @@ def load(
     max_len = config.max_model_len or default_max_len(facts)
     ops = make_ops(facts, lane.device, max_rows=max_rows, deterministic=config.deterministic)
     model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=max_rows, progress=progress)
-    drafters, lookahead = load_drafters(config, choice, model, ops, lane, max_len=max_len, max_rows=max_rows, progress=progress)
+    capturable = ops.capturable and model.capturable and model.attention.capturable
+    graphs = not config.enforce_eager and (capturable or lane.device.type == "cpu")
+    sizes = {"max_len": max_len, "max_rows": max_rows}
+    drafters, lookahead = load_drafters(config, choice, model, ops, lane, **sizes, progress=progress, graphs=graphs)
     name = torch.cuda.get_device_name(lane.device) if lane.device.type == "cuda" else "cpu"
     parts = (name, choice.dtype_name, choice.attention.name, max_len, config.deterministic, config.quantization, sorted(choice.raw.items()))
-    capturable = ops.capturable and model.capturable and model.attention.capturable
     runner = DeviceRunner(
         facts=facts,
         model=model,
@@ -120,7 +122,7 @@ def load(
         torch_dtype=choice.dtype,
         deterministic=config.deterministic,
         fingerprint=fingerprint(*parts, checkpoint),
-        graphs=not config.enforce_eager and (capturable or lane.device.type == "cpu"),
+        graphs=graphs,
         depth=depth,
         lookahead=lookahead,
         drafters=drafters,

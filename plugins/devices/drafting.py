@@ -48,6 +48,7 @@ def load_drafters(
     max_len: int,
     max_rows: int,
     progress: Callable[[str, float], None],
+    graphs: bool = False,
 ) -> tuple[list[Drafter], int]:
     """(the drafters that run on the device, the most drafts behind a token, whoever makes them). Raises what their factories raise."""
     if config.speculation is None:
@@ -60,7 +61,7 @@ def load_drafters(
             most = max(most, one.num_speculative_tokens or HOST_DRAFTS)
             continue
         progress(f"loading the drafter ({one.method})", 0.0)
-        parts = _parts(config, choice, model, ops, lane, max_len, max_rows, progress)
+        parts = _parts(config, choice, model, ops, lane, max_len, max_rows, progress, graphs)
         drafter: Drafter = spec.factory(config=one, parts=parts)
         made.append(drafter)
         most = max(most, drafter.max_lookahead)
@@ -76,8 +77,10 @@ def _parts(
     max_len: int,
     max_rows: int,
     progress: Callable[[str, float], None],
+    graphs: bool,
 ) -> Parts:
     device = lane.device
+    twice = 2 * max_rows  # a draft model computes two tokens of each row at once
 
     def other(folder: str, quantization: str | None) -> tuple[RunnerConfig, Choice]:
         # Of the overrides none is meant for it; its dtype is the model's, whose hidden states it may read.
@@ -88,7 +91,7 @@ def _parts(
 
     def load(folder: str, quantization: str | None) -> Model:
         its, chosen = other(folder, quantization)
-        found, _ = load_model(its, chosen, ops, device, max_len=max_len, max_rows=max_rows, progress=progress)
+        found, _ = load_model(its, chosen, ops, device, max_len=max_len, max_rows=twice, progress=progress)
         return found
 
     def attention(facts: ModelFacts) -> Attention:
@@ -97,7 +100,7 @@ def _parts(
             dtype=choice.dtype,
             device=device,
             block_size=config.block_size,
-            max_rows=max_rows,
+            max_rows=twice,
             deterministic=config.deterministic,
         )
         return made
@@ -115,6 +118,7 @@ def _parts(
         block_size=config.block_size,
         max_rows=max_rows,
         max_tokens=config.max_num_batched_tokens,
+        graphs=graphs,
         max_len=max_len,
         slots=config.max_num_seqs,
         folder=config.model_path,

@@ -52,6 +52,8 @@ MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 CAPTURE_S = 6.0
 WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 48), (16, 49), (17, 48))
 """(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""
+WARM_DRAFTS = (1, 2, 4, 8, 16)
+"""Rows for which drafters' graphs are captured before anybody asks."""
 LAZY_USES = 4
 LAZY_PAUSE_S = 0.3
 AHEAD = 0.75
@@ -303,7 +305,7 @@ class DeviceRunner:
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots) or len(work.write_slots):
             self._update(work)
-        bucket = self._bucket(rows) if decode and not self._looked_at and rows <= self._max_rows else 0
+        bucket = self._bucket(rows) if decode and rows <= self._max_rows else 0
         if self._masked_uses:
             self._capture_masks()
         if rows == 0:
@@ -314,10 +316,19 @@ class DeviceRunner:
             graph.replay()
             self.counters.replays += 1
             self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
+            if self._looked_at:
+                self._look(self._launched, graph.outputs, rows)
         elif decode or self._looked_at or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
         if first is not None and self._launched is not None:
             self._launched.asked, self._launched.first = asked, first
+
+    def _look(self, launched: _Launched, outputs: Outputs, rows: int) -> None:
+        """What drafters with taps or states see of a captured decode step, each token of which is a row."""
+        staging = self._decode.staging
+        slots, starts = staging[:rows], staging[self._max_rows : self._max_rows + rows]
+        launched.columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
+        launched.states, launched.taps = outputs[0][:rows], [tap[:rows] for tap in outputs[2:]]
 
     def _update_known(self, work: Forward) -> None:
         """Mirror of the device's table; the check that every position of this step has a block."""
@@ -515,8 +526,8 @@ class DeviceRunner:
         """A decode step of `bucket` rows on the fixed inputs: hidden states, and lengths (the positions that the draw fills)."""
         slots, starts = self._decode.staging[:bucket], self._decode.staging[self._max_rows : self._max_rows + bucket]
         columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
-        x, residual, _ = self._model.step(self._ops, self._caches, columns)
-        return self._model.final(self._ops, x, residual), columns.kv_len
+        x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
+        return self._model.final(self._ops, x, residual), columns.kv_len, *taps
 
     def _sample_body(self, bucket: int, hot: bool, hidden: Tensor, positions: Tensor, words: int = 0) -> Outputs:
         """The draw behind `_decode_body`, into the history; with `words` (of a mask row) under the step's masks."""
@@ -535,14 +546,14 @@ class DeviceRunner:
         allocated for the first time inside a capture; that overwrites the fixed inputs, which every step sends anew."""
         before = self._lane.used()
         self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
-        hidden, positions = self._decode_body(bucket)
+        hidden, positions, *_ = self._decode_body(bucket)
         for hot in (False, True):
             self._sample_body(bucket, hot, hidden, positions)
         graph = self._lane.capture(lambda: self._decode_body(bucket))
         if not graph.outputs:  # a lane that captures nothing makes the outputs when it runs
             graph.replay()
         self._forwards[bucket] = graph
-        kept, lengths = graph.outputs
+        kept, lengths = graph.outputs[:2]
         for hot in (False, True):
             body = _bound(self._sample_body, bucket, hot, kept, lengths)
             self._samples[bucket, hot] = sampled = self._lane.capture(body)
@@ -560,7 +571,7 @@ class DeviceRunner:
             self._masks = Upload(self._lane, self._entries, self._max_rows * (1 + words), fixed=True, beside=True)
         self._send_masks(EMPTY_I32, EMPTY_I32)
         self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
-        body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs, words)
+        body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs[:2], words)
         body()
         self._masks.done_reading()
         self._masked[bucket, hot] = graph = self._lane.capture(body)
@@ -623,6 +634,7 @@ class DeviceRunner:
                     return
                 self.capture(bucket)
         if self._buckets:
+            self._warm_drafters(progress, limit_s)
             progress(f"captured graphs for {len(self._buckets)} batch sizes up to {self._buckets[-1]}")
 
     # ------------------------------------------------------------------ sample
@@ -730,12 +742,7 @@ class DeviceRunner:
         shape = len(work.rows), work.drafts
         drafts = torch.full(shape, -1, dtype=torch.int32, device=self._lane.device)
         whose = torch.zeros(shape[0], dtype=torch.int32, device=self._lane.device)
-        first = True
-        hot = self.sampler.hot(work.slots)
-
-        def guess(logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-            return self.sampler.draw(logits, slots, positions, hot)
-
+        first, hot = True, self.sampler.hot(work.slots)
         for index, drafter in enumerate(self._drafters):
             if not work.drafters >> index & 1:
                 continue
@@ -744,7 +751,7 @@ class DeviceRunner:
                 continue
             width = min(work.drafts, drafter.max_lookahead)
             mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=self._lane.device)
-            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, guess, first)
+            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, self._guess(hot), hot, first)
             drafter.propose(self._seen(launched, drafter, proposal), mine)
             lacking = (drafts[:, 0] < 0) & (mine[:, 0] >= 0) & (mine[:, 0] < self.facts.vocab_size)
             drafts[:, :width] = torch.where(lacking[:, None], mine, drafts[:, :width])
@@ -752,6 +759,32 @@ class DeviceRunner:
             first = False
         self._ops.put_drafts(drafts, slots, ends, self.history, self.facts.vocab_size)
         return [drafts.view(-1), whose]
+
+    def _guess(self, hot: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda logits, slots, positions: self.sampler.draw(logits, slots, positions, hot)
+
+    def _warm_drafters(self, progress: Callable[[str], None], limit_s: float) -> None:
+        """Graphs of drafters' own steps, few rows first; the others when they are used."""
+        started = time.monotonic()
+        none = [torch.zeros(0, self.facts.hidden_size, dtype=self._torch_dtype, device=self._lane.device)] * len(self._taps)
+        nobody = _Launched(
+            Forward(engine=0, epoch=0, step=0, slots=EMPTY_I32, starts=EMPTY_I32, counts=EMPTY_I32, num_decode=0),
+            0,
+            None,
+            None,
+            EMPTY_I32,
+            none,
+        )
+        for drafter in self._drafters:
+            for rows in WARM_DRAFTS:
+                if rows > self.max_num_seqs or time.monotonic() - started > limit_s:
+                    break
+                progress(f"capturing graphs of the drafter ({drafter.name})")
+                slots = torch.full((rows,), -1, dtype=torch.int32, device=self._lane.device)
+                hidden = torch.zeros(rows, self.facts.hidden_size, dtype=self._torch_dtype, device=self._lane.device)
+                for hot in (False, True):
+                    proposal = Proposal(self._range[:rows], i32([-1] * rows), slots, slots + 3, hidden, self._guess(hot), hot, True)
+                    drafter.warm(self._seen(nobody, drafter, proposal), rows, min(2, drafter.max_lookahead))
 
     def _observe(self, launched: _Launched, asked: int) -> None:
         """Let the drafters see a step with prompts, but those that were `asked` (bits) for drafts behind it."""
@@ -898,7 +931,7 @@ class DeviceRunner:
             self._mixed_body(self._mixed_rows[-1], self._mixed_tokens[-1])
         for bucket in self._buckets:
             self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
-            hidden, positions = self._decode_body(bucket)
+            hidden, positions, *_ = self._decode_body(bucket)
             for hot in (False, True):
                 self._sample_body(bucket, hot, hidden, positions)
         none = torch.full((1,), -1, dtype=torch.int32, device=self._lane.device)

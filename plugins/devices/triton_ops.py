@@ -154,7 +154,7 @@ class TritonOps:
         self.deterministic = deterministic
         self.linear_space = torch.zeros(linear.workspace_elements(max(widest, vocab)), dtype=torch.float32, device=device)
         self._sampling = torch.empty(sampling.workspace_elements(max_rows, vocab), dtype=torch.float64, device=device)
-        self._steps = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._steps = torch.arange(2 * max_rows + 1, dtype=torch.int32, device=device)  # a draft model computes two tokens of each row
         self._max_rows = max_rows
         self._wide: Tensor | None = None
         self._widest_quantised = 0

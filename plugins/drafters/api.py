@@ -41,6 +41,8 @@ class Parts:
     """Of a step that drafts, padding included."""
     max_tokens: int
     """Of any step."""
+    graphs: bool
+    """Steps are captured (Lane.capture), and so may the drafter's be."""
     max_len: int
     """The longest sequence."""
     slots: int
@@ -69,6 +71,8 @@ class Proposal:
     guess: Callable[[Tensor, Tensor, Tensor], Tensor]
     """guess(logits [R, V] float32, slots, positions) -> tokens [R] int32, drawn with the settings of the slots and the very noise that the model's own draw at these
     positions will have (arXiv 2408.07978): where both think alike they draw alike. -1: nothing can be drawn. The logits are overwritten."""
+    hot: bool
+    """Not all of these slots are greedy."""
     sure: bool
     """Nobody else's drafts come before these."""
 
@@ -123,6 +127,11 @@ class Drafter(Protocol):
         """A step begins. Of decode rows the start is the position of the last token that is known."""
         ...
 
+    def warm(self, seen: Seen, rows: int, width: int) -> None:
+        """Prepare proposals for so many rows, and for less, of up to `width` drafts: compile, capture. seen.proposal is of `rows` rows of padding. Only where
+        there are graphs."""
+        ...
+
     def observe(self, seen: Seen) -> None:
         """A step with prompts (rows behind num_decode) that nothing is drafted behind: it should keep up with them."""
         ...
@@ -149,6 +158,9 @@ class NoLayers:
 
     def begin(self, work: Forward) -> None:
         """Nothing is kept."""
+
+    def warm(self, seen: Seen, rows: int, width: int) -> None:
+        """Nothing is captured."""
 
     def observe(self, seen: Seen) -> None:
         """The history has everything."""

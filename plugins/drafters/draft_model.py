@@ -64,6 +64,7 @@ class ModelDrafter:
         """See Drafter."""
         self._caches = self._model.attention.caches(pages)
         self._program = self._ops.fuse(self._model, self._caches)
+        self._chain.forget()
 
     def place(self, slots: Column) -> None:
         """See Drafter. What lies in the blocks that a sequence begins on was computed by this, too."""
@@ -80,6 +81,13 @@ class ModelDrafter:
         """See Drafter."""
         work = seen.work
         self._catch_up(seen, np.arange(work.num_decode, len(work.slots), dtype=np.int32))
+
+    def warm(self, seen: Seen, rows: int, width: int) -> None:
+        """See Drafter."""
+        assert seen.proposal is not None
+        self._chain.run(
+            seen, seen.proposal, torch.empty(rows, width, dtype=torch.int32, device=seen.history.device), self._first, self._next
+        )
 
     def _catch_up(self, seen: Seen, rows: Column) -> None:
         """Compute what these rows of the step have that this has not."""

@@ -75,10 +75,11 @@ class HeadDrafter:
         self.kv_layout = f"+{self._attention.kv_layout}:L1:H{facts.num_kv_heads}:D{facts.head_dim}"
         self.nbytes = builder.nbytes
         self.state_bytes = self._cos_sin.nbytes + self._attention.workspace_bytes
+        self.state_bytes += parts.max_rows * facts.hidden_size * parts.dtype.itemsize
         self._chain = Chain(parts)
         self._caches: list[Any] = []
-        self._state: Tensor | None = None
-        """[R, H] what the last step of the chain left for the next."""
+        self._state = torch.zeros(parts.max_rows, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
+        """What the last step of the chain left for the next, in its first rows. Graphs read and write it."""
 
     def _layer(self, builder: Builder, at: str, facts: ModelFacts) -> None:
         hidden, dim, inner, reads = facts.hidden_size, facts.head_dim, facts.intermediate_size, self._shape.reads
@@ -97,6 +98,7 @@ class HeadDrafter:
     def bind(self, pages: Tensor) -> None:
         """See Drafter."""
         self._caches = self._attention.caches(pages)
+        self._chain.forget()
 
     def place(self, slots: Column) -> None:
         """See Drafter: its keys and values came with the blocks."""
@@ -108,10 +110,19 @@ class HeadDrafter:
         """See Drafter."""
         self._everything(seen)
 
+    def warm(self, seen: Seen, rows: int, width: int) -> None:
+        """See Drafter. How many tokens the first step sees is another thing each time."""
+        assert seen.proposal is not None
+        out = torch.empty(rows, width, dtype=torch.int32, device=seen.history.device)
+        self._chain.run(seen, seen.proposal, out, self._nothing, self._next, before=2, fixed=False)
+
+    def _nothing(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
+        return torch.zeros(len(slots), self._vocab, device=slots.device)
+
     def propose(self, seen: Seen, out: Tensor) -> None:
         """See Drafter."""
         assert seen.proposal is not None
-        self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2)
+        self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2, fixed=False)
 
     def _everything(self, seen: Seen) -> Tensor:
         """The layer over all tokens of the step: its states [T, H]."""
@@ -130,8 +141,7 @@ class HeadDrafter:
         return self._logits(self._ops.take_rows(states, ends + (shift if kept is None else shift[kept])))
 
     def _next(self, seen: Seen, slots: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
-        assert self._state is not None
-        state = self._state if kept is None else self._state[kept]
+        state = self._state[: len(slots)] if kept is None else self._state[kept]
         columns, _ = self._chain.single(seen, slots, positions)
         tokens = seen.history[slots.clamp_min(0).long(), (positions + 1).clamp_max(seen.history.shape[1] - 1).long()]
         return self._logits(self._step(state, tokens, columns))
@@ -147,7 +157,9 @@ class HeadDrafter:
         return residual + self._down(x, columns)
 
     def _logits(self, state: Tensor) -> Tensor:
-        self._state = state
+        if len(state) > len(self._state):
+            self._state = torch.zeros(2 * len(state), *state.shape[1:], dtype=state.dtype, device=state.device)
+        self._state[: len(state)].copy_(state)
         return self._shape.logits(state)
 
 

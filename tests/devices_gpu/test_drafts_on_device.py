@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
@@ -19,8 +17,8 @@ from penstock.plugins.devices.driver import Driver, Job, Options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEMO = Path(__file__).parents[2] / "plugins" / "demo_model"
-H, VOCAB, K = 128, 97, 4
-SHAPE = {"hidden_size": H, "intermediate_size": 192, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+VOCAB, K = 97, 4
+SHAPE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE |= {"max_position_embeddings": 2500, "num_hidden_layers": 3}
 
 
@@ -41,32 +39,11 @@ def jobs(outputs: int = 40) -> list[Job]:
     ]
 
 
-def head_of(folder: Path, where: Path) -> None:
-    """A random EAGLE-3 layer."""
-    generator = torch.Generator().manual_seed(1)
-    shapes = {
-        "midlayer.self_attn.q_proj": (256, 2 * H),
-        "midlayer.self_attn.k_proj": (128, 2 * H),
-        "midlayer.self_attn.v_proj": (128, 2 * H),
-        "midlayer.self_attn.o_proj": (H, 256),
-        "midlayer.mlp.gate_proj": (192, H),
-        "midlayer.mlp.up_proj": (192, H),
-        "midlayer.mlp.down_proj": (H, 192),
-        "fc": (H, 3 * H),
-        "lm_head": (64, H),
-        **dict.fromkeys(("norm", "midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm"), (H,)),
-    }
-    own = {f"{name}.weight": torch.empty(shape).normal_(0, 0.2, generator=generator).bfloat16() for name, shape in shapes.items()}
-    own["d2t"] = torch.arange(64) // 4
-    where.mkdir()
-    config = json.loads((folder / "config.json").read_text())
-    changes = {"draft_vocab_size": 64, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
-    (where / "config.json").write_text(json.dumps({**config, **changes}))
-    save_file(own, where / "model.safetensors")
-
-
-@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle3"])
-def test_no_bit_changes_and_nothing_waits(method: str, make_folder: Callable[..., Path], config_for: Any, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle3", "mtp"])
+def test_no_bit_changes_and_nothing_waits(
+    method: str, make_folder: Callable[..., Path], config_for: Any, make_head: Callable[..., Path]
+) -> None:
     folder = make_folder("llama", torch.bfloat16, **SHAPE)
     over: dict[str, Any] = {"deterministic": True, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20}
 
@@ -78,9 +55,8 @@ def test_no_bit_changes_and_nothing_waits(method: str, make_folder: Callable[...
     plain.warm_up(lambda phase: None)
     Driver(plain).run(truth)
     fields: dict[str, Any] = {"prompt_lookup_min": 1} if method == "ngram" else {"model": str(folder)}
-    if method == "eagle3":
-        head_of(folder, tmp_path / "head")
-        fields["model"] = str(tmp_path / "head")
+    if method in ("eagle3", "mtp"):
+        fields["model"] = str(make_head(folder, method))
     runner = load(speculation=SpeculationConfig(methods=[DraftConfig(method=method, num_speculative_tokens=K, **fields)]))
     runner.warm_up(lambda phase: None)
     waited = False

@@ -63,3 +63,38 @@ def test_tokens_are_those_without_drafts(
         if model:
             assert driver.accepted > driver.drafted / 4
     assert (runner.counters.replays > 0) is not eager
+
+
+def drafts_of(runner: Any) -> dict[tuple[int, ...], list[int]]:
+    """History -> what was drafted behind it, of a few sequences."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    sample = runner.sample
+
+    def listening(work: Any) -> Any:
+        done = sample(work)()
+        for row, (slot, position) in enumerate(zip(work.slots.tolist(), work.positions.tolist(), strict=True)):
+            count = int(done.counts[row]) if len(done.counts) else 1
+            if work.drafts:
+                drafts = done.drafts[row * work.drafts : (row + 1) * work.drafts].tolist()
+                found[tuple(runner.history[slot, : position + count].tolist())] = drafts
+        return lambda: done
+
+    runner.sample = listening
+    Driver(runner, Options(lookahead=lambda rng: K, chunk=lambda rng: rng.randint(3, 20), seed=2)).run(jobs()[:3])
+    return found
+
+
+@pytest.mark.parametrize("method", ["eagle3", "mtp", "draft_model"])
+def test_drafts_are_those_of_the_cpu(
+    method: str, folder: Path, host_runner: Make, cpu_runner: Make, make_head: Make, make_folder: Make
+) -> None:
+    """Graphs, padding and rows of one token each against a step at a time on the CPU."""
+    model = make_folder(num_hidden_layers=1) if method == "draft_model" else make_head(folder, method)
+    asked = SpeculationConfig(methods=[DraftConfig(method=method, model=str(model), num_speculative_tokens=K)])
+    runner = host_runner(folder, speculation=asked)
+    runner.warm_up(lambda phase: None)
+    mine, theirs = drafts_of(runner), drafts_of(cpu_runner(folder, speculation=asked))
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 30
+    assert [key for key in mine if mine[key] != theirs[key]] == []
+    assert runner.counters.replays > 0

@@ -61,7 +61,7 @@ def drafted(runner: Any, rows: int, width: int, steps: int) -> dict[str, float]:
         if step == 3:
             runner._lane.synchronize()
             begun, tokens = time.perf_counter(), 0
-        named = {"engine": 0, "epoch": 0, "step": step, "lookahead": width if step else 0}
+        named: dict[str, Any] = {"engine": 0, "epoch": 0, "step": step, "lookahead": width if step else 0}
         runner.forward(Forward(slots=slots, starts=starts, counts=counts, num_decode=rows, **named))
         done = runner.sample(Sample(rows=order, slots=slots, positions=starts + 1, drafts=width, **named))()
         took = done.counts if len(done.counts) else np.ones(rows, np.int32)
