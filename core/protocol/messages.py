@@ -178,6 +178,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """With chat_template: where it came from (an address), for turns among those who have no tenant."""
     detokenize: bool = True
     """False: the tokens are all that is wanted. No text is made of them, nor spellings of log-probabilities; there can be no stop strings then."""
+    spec_decode: bool | None = None
+    """As in Admit."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):

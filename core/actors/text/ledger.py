@@ -239,6 +239,7 @@ class Request:
             output_counts=i32([len(choice.outputs) for choice in running]) if replay else EMPTY_I32,
             priority=self.submit.priority,
             arrival_ns=self.arrival_ns,
+            spec_decode=self.submit.spec_decode,
             replay=replay,
             grammar=self.grammar,
             grammar_min_tokens=params.min_tokens if self.grammar else 0,
