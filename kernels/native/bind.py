@@ -80,6 +80,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ps_embedding": (_I, [_P, _P, _P, _I, _I, _I, _I]),
     "ps_argmax": (None, [_P, _P, _I, _I, _I]),
     "ps_draw": (_I, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _I]),
+    "ps_verify": (_I, [_P, _P, _P, _P, _I, _P, _I, _I, _P, _P]),
+    "ps_put_drafts": (_I, [_P, _P, _P, _I, _I, _P, _I, _I, _I]),
     "ps_ngrams": (_I, [_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _I]),
     "ps_mask": (_I, [_P, _I, _I, _P, _I, _P, _I]),
     "ps_step_bytes": (_I, [_P, _P]),

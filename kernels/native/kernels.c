@@ -227,6 +227,18 @@ EXPORT int64_t ps_step_bytes(const program *p, const step *s) { return place(p, 
 EXPORT int64_t ps_step(const program *p, const step *s) { return run_step(p, s); }
 
 /* 0, or -1 without memory. out: the drawn tokens, -1 for a bad row. */
+EXPORT int64_t ps_verify(const int32_t *tokens, const int32_t *slots, const int32_t *positions, const int32_t *bounds, int64_t rows, int32_t *history, int64_t slots_count,
+                         int64_t width, int32_t *counts, int32_t *kept) {
+    if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(positions, rows, 0, width)) return 9;
+    verify_rows(tokens, slots, positions, bounds, rows, history, width, counts, kept);
+    return 0;
+}
+EXPORT int64_t ps_put_drafts(int32_t *drafts, const int32_t *slots, const int32_t *ends, int64_t rows, int64_t count, int32_t *history, int64_t slots_count, int64_t width,
+                             int64_t vocab) {
+    if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(ends, rows, 0, width + 1)) return 9;
+    put_rows(drafts, slots, ends, rows, count, history, width, vocab);
+    return 0;
+}
 EXPORT int64_t ps_ngrams(const int32_t *history, int64_t slots_count, int64_t width, const int32_t *slots, const int32_t *ends, int64_t rows, int64_t shortest,
                          int64_t longest, int32_t *out, int64_t count, int64_t threads) {
     if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(ends, rows, 0, width + 1)) return 9;

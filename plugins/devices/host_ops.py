@@ -205,25 +205,11 @@ class HostOps(TorchOps):
         self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
     ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
-        drawn, at, first, ends, known = tokens.numpy(), slots.numpy(), positions.numpy(), bounds.numpy(), history.numpy()
-        widths = np.diff(ends)
-        row = np.repeat(_steps(len(at))[:-1], widths)
-        offset = _steps(len(drawn))[:-1] - ends[row]
-        there = known[at[row], np.minimum(first[row] + offset, known.shape[1] - 1)]
-        same = (drawn == there) & (offset < widths[row] - 1)
-        stop = np.minimum.reduceat(np.where(same, np.int32(len(drawn)), offset), ends[:-1])
-        counts = (stop + ((drawn[ends[:-1] + stop] >= 0) | (stop == 0))).astype(np.int32)
-        last = first + counts - 1
-        known[at, last] = np.maximum(drawn[ends[:-1] + counts - 1], 0)
-        return as_tensor(counts), as_tensor(np.where(offset < counts[row], drawn, -1).astype(np.int32))
+        return drafting.verify(tokens, slots, positions, bounds, history)
 
     def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
         """See DeviceOps."""
-        values, known = drafts.numpy(), history.numpy()
-        at = ends.numpy()[:, None] + _steps(values.shape[1])[:-1]
-        fits = np.logical_and.accumulate((values >= 0) & (values < vocab) & (at < known.shape[1]), axis=1)
-        values[~fits] = -1
-        known[np.repeat(slots.numpy(), fits.sum(1)), at[fits]] = values[fits]
+        drafting.put_drafts(drafts, slots, ends, history, vocab)
 
     def ngrams(self, slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
         """See DeviceOps."""

@@ -738,11 +738,17 @@ class DeviceRunner:
         return found
 
     def _draft(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
-        """New drafts behind the histories, and whose they are, flat."""
-        shape = len(work.rows), work.drafts
-        drafts = torch.full(shape, -1, dtype=torch.int32, device=self._lane.device)
-        whose = torch.zeros(shape[0], dtype=torch.int32, device=self._lane.device)
+        """New drafts behind the histories, flat; and, where several drafters are asked, whose they are."""
+        shape, device = (len(work.rows), work.drafts), self._lane.device
+        drafts = torch.full(shape, -1, dtype=torch.int32, device=device)
         first, hot = True, self.sampler.hot(work.slots)
+        asked = [drafter for index, drafter in enumerate(self._drafters) if work.drafters >> index & 1]
+        if len(self._drafters) == 1 and asked and asked[0].max_lookahead >= work.drafts:
+            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, self._guess(hot), hot, True)
+            asked[0].propose(self._seen(launched, asked[0], proposal), drafts)
+            self._ops.put_drafts(drafts, slots, ends, self.history, self.facts.vocab_size)
+            return [drafts.view(-1)]
+        whose = torch.zeros(shape[0], dtype=torch.int32, device=device)
         for index, drafter in enumerate(self._drafters):
             if not work.drafters >> index & 1:
                 continue
@@ -750,7 +756,7 @@ class DeviceRunner:
             if idle and not drafter.page_bytes:  # one with layers keeps up with what it may be asked about later
                 continue
             width = min(work.drafts, drafter.max_lookahead)
-            mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=self._lane.device)
+            mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=device)
             proposal = Proposal(work.rows, work.slots, slots, ends, hidden, self._guess(hot), hot, first)
             drafter.propose(self._seen(launched, drafter, proposal), mine)
             lacking = (drafts[:, 0] < 0) & (mine[:, 0] >= 0) & (mine[:, 0] < self.facts.vocab_size)

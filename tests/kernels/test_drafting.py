@@ -34,3 +34,29 @@ def test_what_lies_outside_is_refused() -> None:
         for slots, ends in ((one + 2, one), (one, one + 11)):
             with pytest.raises(IndexError, match="outside the history"):
                 api.ngrams(slots, ends, history, 1, 2, out)
+
+
+def test_checking_and_putting_equal_the_reference() -> None:
+    if native.library() is None:
+        pytest.skip("no C kernels here")
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(30):
+        rows = int(torch.randint(1, 7, (1,), generator=generator))
+        widths = torch.randint(1, 6, (rows,), generator=generator)
+        bounds = torch.cat([torch.zeros(1), widths.cumsum(0)]).int()
+        history = torch.randint(0, 2, (8, 30), dtype=torch.int32, generator=generator)
+        slots = torch.randperm(8, generator=generator)[:rows].int()
+        positions = torch.randint(1, 25, (rows,), dtype=torch.int32, generator=generator)
+        tokens = (
+            torch.randint(-1, 2, (int(bounds[-1]),), dtype=torch.int32, generator=generator).abs()
+            - (torch.rand(int(bounds[-1]), generator=generator) < 0.1).int() * 2
+        )
+        one, other = history.clone(), history.clone()
+        found, wanted = api.verify(tokens, slots, positions, bounds, one), reference.verify(tokens, slots, positions, bounds, other)
+        assert [part.tolist() for part in found] == [part.tolist() for part in wanted]
+        drafts = torch.randint(-1, 12, (rows, 4), dtype=torch.int32, generator=generator)
+        again = drafts.clone()
+        api.put_drafts(drafts, slots, positions + 4, one, 10)
+        reference.put_drafts(again, slots, positions + 4, other, 10)
+        assert torch.equal(drafts, again)
+        assert torch.equal(one, other)
