@@ -72,8 +72,13 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
     )
 
 
+def lookahead_of(device: DeviceCapabilities, runner: Runner) -> int:
+    """The most drafts behind a token: what the runner says now that it is loaded, or else its device."""
+    return int(getattr(runner, "lookahead", device.lookahead))
+
+
 def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None) -> EngineFacts:
-    memory = runner.memory
+    memory, lookahead = runner.memory, lookahead_of(device, runner)
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
         architecture=runner.facts.architecture,
@@ -97,6 +102,8 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
         beams=device.writes,
+        drafters=list(getattr(runner, "drafters", ())) if lookahead else [],
+        lookahead=lookahead,
     )
 
 
@@ -153,7 +160,7 @@ class Engine:
             self._queue = self._make_queue(runner, engine=self.engine, epoch=self.epoch, post=self._device_says)
         own = self.config.mixed_prefill_tokens
         advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
-        lookahead = int(getattr(runner, "lookahead", device.capabilities.lookahead))
+        lookahead = lookahead_of(device.capabilities, runner)
         if config.speculation is not None and not lookahead:
             asked = ", ".join(names_of(config.speculation))
             raise UnsupportedFeature(

@@ -98,6 +98,10 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Whose grammars it can obey: the name of the plugin that makes the masks; "": nobody's."""
     beams: bool = False
     """Can it search with beams."""
+    drafters: list[str] = []
+    """The methods of its drafters, the first asked first; none: it does not speculate."""
+    lookahead: int = 0
+    """The most drafts behind a token."""
 
 
 class EngineUp(Message, frozen=True, kw_only=True):

@@ -505,15 +505,20 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
-    """Of drafts, cumulative but for `width` (chosen for the last step) and `states` (of each drafter: 2 good, 1 keep, 0 off). `rounds`: steps that made
-    drafts, of which `step_ns` is the time and `draft_ns` what drafters took of it; `places[j]`: how often the draft at place j was right, and all before it."""
+    """Of drafts, cumulative but for `width` (chosen for the last step) and `states` (of each drafter: 2 good, 1 keep, 0 off)."""
 
-    rounds: int = 0
+    drafts: int = 0
+    """Rows of steps that computed drafts along."""
     drafted: int = 0
+    """These drafts."""
     accepted: int = 0
+    """Those that were right, and all before them."""
     places: list[int] = []
+    """The same for each place behind the known token."""
     draft_ns: int = 0
+    """What drafters took, as far as the device measures it."""
     step_ns: int = 0
+    """The steps in which they did."""
     width: int = 0
     states: list[int] = []
 
@@ -536,6 +541,26 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     batch_tokens: int = 0
     quarantined: int = 0
     speculation: SpeculationStats | None = None
+
+    @property
+    def drafts(self) -> int:
+        return 0 if self.speculation is None else self.speculation.drafts
+
+    @property
+    def drafted(self) -> int:
+        return 0 if self.speculation is None else self.speculation.drafted
+
+    @property
+    def accepted(self) -> int:
+        return 0 if self.speculation is None else self.speculation.accepted
+
+    @property
+    def draft_s(self) -> float:
+        return 0.0 if self.speculation is None else self.speculation.draft_ns / 1e9
+
+    @property
+    def drafting_s(self) -> float:
+        return 0.0 if self.speculation is None else self.speculation.step_ns / 1e9
 
 
 class LogprobColumns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

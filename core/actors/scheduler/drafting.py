@@ -44,7 +44,7 @@ class Drafting:
         """Of the bits of drafters, those that are off."""
         self._before = -1, -1, 0
         """Of the step that landed last: which it was, the width that was chosen for it, when it was finished."""
-        self.rounds = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
+        self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
         self.places = np.zeros(self._most, np.int64)
 
     # ------------------------------------------------------------------ before a step
@@ -110,7 +110,6 @@ class Drafting:
             if done.drafts.size:
                 raise ProtocolError(f"step {done.step} brought drafts that nobody asked for")
             return
-        self.rounds += 1
         self.draft_ns += done.draft_ns
         self.step_ns += max(0, done.finished_ns - done.started_ns)
         if not count:
@@ -130,6 +129,7 @@ class Drafting:
         right = done.counts - 1
         slots.drafts_seen[index] += ahead
         slots.drafts_right[index] += right
+        self.rows += int(np.count_nonzero(ahead))
         self.drafted += int(ahead.sum())
         self.accepted += int(right.sum())
         by_place = np.bincount(right, minlength=self._most + 1)
@@ -161,7 +161,7 @@ class Drafting:
 
     def stats(self) -> SpeculationStats:
         return SpeculationStats(
-            rounds=self.rounds,
+            drafts=self.rows,
             drafted=self.drafted,
             accepted=self.accepted,
             places=self.places.tolist(),

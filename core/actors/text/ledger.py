@@ -106,10 +106,12 @@ class Request:
     """An accepted request. Times in ns on CLOCK_MONOTONIC, 0 if not reached yet."""
 
     __slots__ = (
+        "accepted",
         "admitted_ns",
         "arrival_ns",
         "cached",
         "choices",
+        "drafted",
         "edge",
         "encode_end_ns",
         "encode_start_ns",
@@ -183,6 +185,8 @@ class Request:
         """The retained stream that it belongs to."""
         self.cached = 0
         self.preemptions = 0
+        self.drafted = self.accepted = 0
+        """Drafts that were verified, and the right ones, of choices that the engine ended."""
         self.replays = 0
         self.replaying = False
         """Admitted again, not yet heard of."""

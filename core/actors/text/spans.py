@@ -52,6 +52,7 @@ def record(traces: Traces, request: Request, model: str, fingerprint: str, end_n
             "penstock.system_fingerprint": fingerprint,
             "penstock.preemptions": request.preemptions,
             "penstock.replays": request.replays,
+            **_speculation(request),
         },
         "detokenise": {},
     }
@@ -73,3 +74,14 @@ def record(traces: Traces, request: Request, model: str, fingerprint: str, end_n
         start = end
         if not reached:
             return
+
+
+def _speculation(request: Request) -> dict[str, Any]:
+    """Of drafts, where there were some."""
+    if not request.drafted:
+        return {}
+    return {
+        "penstock.speculation.drafted_tokens": request.drafted,
+        "penstock.speculation.accepted_tokens": request.accepted,
+        "penstock.speculation.acceptance": round(request.accepted / request.drafted, 4),
+    }
