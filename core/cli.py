@@ -25,6 +25,7 @@ from penstock.version import __version__
 GROUP_TITLES = {
     "model": "Model",
     "engine": "Memory and batching",
+    "speculation": "Speculation",
     "plugins": "Plugins",
     "server": "Server",
     "limits": "Limits",

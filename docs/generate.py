@@ -187,6 +187,7 @@ def metrics() -> str:
     rows: list[tuple[str, str, Iterable[str], str, str]] = []
     rows += [(f"penstock_{name}_total", "counter", labels, text, "") for name, (labels, text) in telemetry.COUNTERS.items()]
     rows += [(f"penstock_{name}_total", "counter", ("engine",), text, "") for name, (_, text) in telemetry.ENGINE_COUNTERS.items()]
+    rows.append((f"penstock_{telemetry.PLACES[0]}_total", "counter", ("engine", "position"), telemetry.PLACES[1], ""))
     rows += [(f"penstock_{name}", "gauge", labels, text, "") for name, (labels, text) in telemetry.GAUGES.items()]
     for own, _, theirs, _, text in telemetry.HISTOGRAMS.values():
         rows.append((f"penstock_{own}", "histogram", ("model",), text, f"`vllm:{theirs}`" if theirs else ""))

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple, get_args
 
 import msgspec
 
-from penstock.core.contract import actors, devices, formats, grammars, hookspecs, policy, transports
+from penstock.core.contract import actors, devices, drafters, formats, grammars, hookspecs, policy, transports
 from penstock.core.contract import text as text_api
 from penstock.core.contract.families import FAMILIES
-from penstock.core.protocol import calling, errors, messages, sampling
+from penstock.core.protocol import calling, errors, messages, sampling, speculation
 
 NOTE = "<!-- Made by docs/generate.py; edit the code, then run it. -->\n"
 
 CHOSEN = {
     "models": "config.json's `architectures`",
     "quantizers": "config.json's `quantization_config`, or `--quantization`",
+    "drafters": "`--speculative-config '{\"method\": WORD}'`",
     "tokenizers": "`matches(folder)`",
     "chat_renderers": "`matches(folder)`",
     "output_formats": "`--tool-call-parser NAME` and `--reasoning-parser NAME`, else `matches(template)`",
@@ -61,6 +62,7 @@ def objects() -> dict[str, tuple[Any, ...]]:
     from penstock.kernels.attention import layout
     from penstock.kernels.linear import scheme
     from penstock.plugins.attention import pages
+    from penstock.plugins.drafters import api as drafting
     from penstock.plugins.models import api, builder
     from penstock.transports import frame, gateway, generation, request, surface, voice
 
@@ -103,6 +105,15 @@ def objects() -> dict[str, tuple[Any, ...]]:
         ),
         "weight_sources": (api.Weights,),
         "quantizers": (api.Quantizer, scheme.Scheme, scheme.Quantised),
+        "drafters": (
+            drafting.Drafter,
+            drafting.Parts,
+            drafting.Seen,
+            drafting.Proposal,
+            drafters.HostDrafter,
+            speculation.SpeculationConfig,
+            speculation.DraftConfig,
+        ),
         "schedule_policies": (policy.SchedulePolicy, policy.Waiting, policy.Running),
         "tokenizers": (text_api.Tokenizer,),
         "chat_renderers": (text_api.ChatRenderer, text_api.TemplatedRenderer),

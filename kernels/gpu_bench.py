@@ -357,7 +357,12 @@ def quantised(bench: Bench) -> None:
                 some = [w._replace(scheme=w.scheme._replace(activations="token")) for w in packed[kind]]
                 rounded = quantise_rows(x, some[0].scheme.kind)
                 work = {"gigabytes": n * k / 1e9, "teraflop": 2 * rows * n * k / 1e12}
-                bench.add(f"matmul {kind}, inputs too, rounding them", case, [lambda w=w: w8a8.matmul(x, w, out=out, workspace=workspace) for w in some], **work)
+                bench.add(
+                    f"matmul {kind}, inputs too, rounding them",
+                    case,
+                    [lambda w=w: w8a8.matmul(x, w, out=out, workspace=workspace) for w in some],
+                    **work,
+                )
                 for config in [{}, *([] if bench.quick else EIGHT_FEW if rows <= w8a8.FEW else EIGHT)]:
                     calls = [lambda w=w, c=config: w8a8.matmul(rounded, w, out=out, workspace=workspace, config=c or None) for w in some]
                     bench.add(f"matmul {kind}, inputs too", case, calls, config=config, **work)

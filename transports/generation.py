@@ -13,6 +13,7 @@ import msgspec
 
 from penstock.core.protocol.calling import Calling
 from penstock.core.protocol.config import Config
+from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.messages import Grammar
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.transports.request import PRIORITY
@@ -21,6 +22,16 @@ from penstock.transports.request import PRIORITY
 def idle(priority: int, config: Config) -> list[str]:
     """The name of a priority that the scheduling policy does not look at, if it asks for something: the reply says so (request.ignored_header)."""
     return [PRIORITY] if priority and config.scheduling_policy == "fcfs" else []
+
+
+DRAFTS: dict[bool | str | None, bool | None] = {None: None, "auto": None, True: True, "force": True, False: False, "off": False}
+
+
+def drafts_of(asked: bool | str | None) -> bool | None:
+    """What a request's `spec_decode` says: drafts always, never, or (None) as far as they pay. Raises InvalidRequest."""
+    if asked not in DRAFTS:
+        raise InvalidRequest(f"spec_decode must be true, false, 'auto', 'off' or 'force', but is {str(asked)[:40]!r}.", param="spec_decode")
+    return DRAFTS[asked]
 
 
 class Generation(msgspec.Struct, kw_only=True):
@@ -40,6 +51,7 @@ class Generation(msgspec.Struct, kw_only=True):
     model: str | None = None
     """None: the default one."""
     priority: int = 0
+    spec_decode: bool | None = None
     cache_salt: str = ""
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool = True

@@ -132,6 +132,7 @@ class Job(abc.ABC):
             explicit=generation.explicit,
             names=generation.names,
             priority=BACKGROUND if context.background else generation.priority,
+            spec_decode=generation.spec_decode,
             cache_salt=generation.cache_salt,
             truncate_prompt_tokens=generation.truncate_prompt_tokens,
             add_special_tokens=generation.add_special_tokens,

@@ -22,7 +22,7 @@ from penstock.core.protocol.errors import InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Grammar, Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, check_tokens, shorten
 from penstock.transports.beams import beam_names, beam_of, check_best_of
-from penstock.transports.generation import Generation, idle
+from penstock.transports.generation import Generation, drafts_of, idle
 from penstock.transports.grammars import grammar_of
 from penstock.transports.kept import Kept, kept_of
 from penstock.transports.openai_messages import LONGEST_NAME, check_effort, check_hints, check_kinds, check_messages, check_tools
@@ -165,6 +165,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
     return {
         "model": request.model or None,
         "priority": priority,
+        "spec_decode": drafts_of(request.spec_decode),
         "cache_salt": request.cache_salt or "",
         "truncate_prompt_tokens": cut,
         "want_ids": bool(request.return_token_ids),

@@ -19,7 +19,7 @@ from penstock.core.protocol.messages import Limits
 from penstock.core.protocol.sampling import INT_LIMIT, SamplingParams, shorten
 from penstock.transports.frame import Sse
 from penstock.transports.gateway import Gateway
-from penstock.transports.generation import idle
+from penstock.transports.generation import drafts_of, idle
 from penstock.transports.grammars import outputs_of
 from penstock.transports.openai import ids_of, logit_bias_of
 from penstock.transports.openai_schema import check_unknown
@@ -71,6 +71,7 @@ def parse_tokens(body: bytes, config: Config, limits: Limits | None = None) -> T
         explicit=explicit,
         model=request.model or None,
         priority=request.priority or 0,
+        spec_decode=drafts_of(request.spec_decode),
         cache_salt=request.cache_salt or "",
         want_ids=True,
         detokenize=False,

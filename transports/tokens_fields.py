@@ -6,8 +6,16 @@ What it does not know: types, how a field is obeyed.
 
 from __future__ import annotations
 
-from penstock.transports.field import VLLM, Field
+from penstock.transports.field import PENSTOCK, VLLM, Field
 from penstock.transports.tokens_schema import IDLE
+
+SPEC_DECODE = Field(
+    "Drafts, where the server speculates: true (`force`) has some in every step, false (`off`) none, otherwise as far as they pay. The answer is the same. See"
+    " [Speculation](speculation.md).",
+    PENSTOCK,
+    "true, false, `auto`, `off`, `force`",
+    "`auto`",
+)
 
 ASKED: dict[str, dict[str, Field]] = {
     "TokensRequest": {
@@ -20,6 +28,7 @@ ASKED: dict[str, dict[str, Field]] = {
         ),
         "cache_salt": Field("Cached prefixes are shared only among requests with the same salt (and the same API key).", VLLM),
         "priority": Field("Lower is sooner. Only with --scheduling-policy priority.", VLLM, "-2^31 to 2^31-1", "0"),
+        "spec_decode": SPEC_DECODE,
         "request_id": Field(
             "The id in reply, logs and traces, if it is plain. The header x-request-id wins.", VLLM, default="made by the server"
         ),

@@ -14,6 +14,7 @@ import msgspec
 
 from penstock.core.protocol.errors import UnsupportedFeature
 from penstock.core.protocol.messages import Forward, Sample, StepDone
+from penstock.core.protocol.speculation import SpeculationConfig
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
@@ -119,8 +120,8 @@ class DeviceCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     clones: bool = False
     """Its runner serves Forward.clone_*: the choices of a request are cloned from the first instead of being placed with the prompt again."""
     lookahead: int = 0
-    """Its runner serves Forward.lookahead and Sample.lookahead, and drafts so many tokens behind each one that it draws. A sequence is not in two steps
-    at once then. 0: one token a row and step."""
+    """The most drafts behind a token that its runner makes and verifies: Forward.lookahead, Sample.lookahead and Sample.drafts go up to it. A runner that has
+    an attribute `lookahead` says it better, for that depends on what was loaded. 0: one token a row and step."""
     kv_groups: int = 1
     """KV groups, each with its own block table a slot: Forward.block_groups and copy_groups are below it. 1: those columns are empty or 0."""
     adapters: int = 0
@@ -193,9 +194,12 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How wide weights are quantised while they load, or the method that config.json names anyway. None: as the checkpoint is."""
     hf_overrides: dict[str, Any] = {}
     """To be merged over config.json."""
+    speculation: SpeculationConfig | None = None
+    """The drafters that are asked for, every one with a method and its model's folder; those of `where="host"` are none of the device's business. None: no
+    speculation, and nothing of it may cost anything. A runner that cannot raises UnsupportedFeature."""
     plugins: Any = None
     """The engine's PluginHost (core/contract/host.py), from which the device takes models, attention backends, weight sources and quantizers: `plugins.models()`,
-    `.attention_backends()`, `.weight_sources()`, `.quantizers()` are name -> spec, built-in ones first. None: the built-ins only."""
+    `.attention_backends()`, `.weight_sources()`, `.quantizers()`, `.drafters()` are name -> spec, built-in ones first. None: the built-ins only."""
     lm_head_quantization: str | None = None
     """How a wide output head is quantised while it loads, a word as `quantization`'s. None: it is not."""
 
@@ -204,9 +208,10 @@ _FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "
 _SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
 
 
-def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False) -> None:
-    """For a runner that serves no optional column (but masks and writes, if it says so): raises UnsupportedFeature naming the one that `work` has."""
-    name = "lookahead" if work.lookahead else ""
+def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: int = 0) -> None:
+    """For a runner that serves no optional column (but masks, writes and so many drafts, if it says so): raises UnsupportedFeature naming the one that `work`
+    has."""
+    name = "lookahead" if work.lookahead > lookahead else "drafts" if isinstance(work, Sample) and work.drafts > lookahead else ""
     for column in _FORWARD_COLUMNS if isinstance(work, Forward) else _SAMPLE_COLUMNS:
         served = (masks and column == "mask_rows") or (writes and column == "write_slots")
         if len(getattr(work, column)) and not served:
@@ -229,6 +234,9 @@ class Runner(Protocol):
     any other exception ends the engine, as one of a step does.
 
     It may have `kv_dtype`, the word of --kv-cache-dtype for what a block holds, where that is not the dtype.
+    With drafters (RunnerConfig.speculation) it has `lookahead: int`, the most drafts that it makes behind a token and verifies now that everything is loaded,
+    and `drafters: tuple[str, ...]`, their methods, the first asked first: bit i of Sample.drafters and the number i in StepDone.drafters are drafter i. It may have
+    `widths: tuple[int, ...]`, the lookaheads that it has prepared (captured graphs for, say), ascending: steps have no others. Without: all up to `lookahead`.
     """
 
     facts: ModelFacts

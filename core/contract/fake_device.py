@@ -7,6 +7,7 @@ row uses a position it checks that the block table leads to the right digest. A 
 shared block or an unknown token raises `FakeViolation` (as a device fault would). Blocks may be moved to host pages and back; Control "host_pages"
 (the number as decimal text) takes that many.
 What it does not know: torch, the scheduler, plugins' hooks beyond the one at the end of this file.
+It is long because the referee and what it watches are one step.
 
 As a plugin module (`Boot.extra_plugins = ["penstock.core.contract.fake_device"]`) it registers the device "fake"; options come from
 `--hf-overrides '{"fake": {...}}'`, fields of `FakeOptions`.
@@ -26,11 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.contract.devices import DeviceCapabilities, MemoryTable, ModelFacts, RunnerConfig
-from penstock.core.contract.fake_draws import FakeDraws, Mask, Script, columns_of, fall_of
+from penstock.core.contract.fake_draws import DraftKind, FakeDraws, Mask, Script, columns_of, fall_of
 from penstock.core.contract.fake_pool import FakePool
 from penstock.core.contract.fake_slots import FakeSlots, FakeViolation
 from penstock.core.contract.hookspecs import DeviceSpec, hookimpl
-from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, i32
+from penstock.core.protocol.columns import EMPTY_F32, EMPTY_I32, EMPTY_U8, i32
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 
@@ -38,7 +39,7 @@ from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Mo
 class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shape and behaviour. `step_s`, `load_s` are seconds of pretended work; `fail_*` and `hang_*` inject faults; `manual` holds every step's result
     until `FakeDevice.release` lets it go; `eos_every`: about one token in so many is `eos` (0: left to chance). `clones`, `lookahead`,
-    `adapters`, `embeddings`, `pool_kinds`: what it declares."""
+    `adapters`, `embeddings`, `pool_kinds`: what it declares. `drafts`: how its drafters guess, one word each (see FakeDraws.guess)."""
 
     vocab_size: int = 512
     depth: int = 1
@@ -56,6 +57,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eos_every: int = 0
     clones: bool = False
     lookahead: int = 0
+    drafts: tuple[DraftKind, ...] = ("fair",)
     adapters: int = 0
     embeddings: int = 0
     pool_kinds: tuple[int, ...] = ()
@@ -73,12 +75,11 @@ class FakeDevice:
         self._gate = threading.Semaphore(0)
 
     def _declare(self) -> DeviceCapabilities:
-        dtypes = ["float32", "bfloat16"]
         options = self.options
         return DeviceCapabilities(
             name="fake",
             depth=options.depth,
-            dtypes=dtypes,
+            dtypes=["float32", "bfloat16"],
             deterministic=True,
             bounded_steps=True,
             clones=options.clones,
@@ -135,6 +136,9 @@ class FakeRunner:
             head_dim=8,
             max_position=options.max_model_len,
         )
+        asked = [] if config.speculation is None else config.speculation.methods
+        self.lookahead = max([one.num_speculative_tokens or options.lookahead for one in asked], default=options.lookahead)
+        self.drafters = tuple(one.method or "" for one in asked) or options.drafts
         self._device = device
         self._options = options
         slots = config.max_num_seqs
@@ -148,7 +152,7 @@ class FakeRunner:
         self._pool = FakePool(self._slots, self._kv, self.facts.hidden_size, options.pool_kinds, self._need)
         self._pages = np.zeros((0, self.block_size), np.uint64)
         self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
-        self._asked, self._step, self._started = EMPTY_I32, 0, 0
+        self._asked, self._step, self._started, self._width = EMPTY_I32, 0, 0, 0
         self._engine = (0, 0)
         self.closed = False
 
@@ -191,6 +195,7 @@ class FakeRunner:
         ends = starts + work.counts
         self._compute(slots, starts, ends, work.num_decode, work.lookahead)
         self._rows, self._asked = (slots, starts, ends), work.prompt_rows
+        self._width = work.lookahead
 
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         self._device.launches["sample"] += 1
@@ -200,6 +205,7 @@ class FakeRunner:
         slots, starts, ends = self._rows
         self._rows = None
         self._step = work.step
+        self._need(work.lookahead == self._width, "a Sample has another lookahead than its Forward")
         for state in work.places:
             self._draws.place(state)
         rows, into = work.rows.astype(np.int64), work.slots.astype(np.int64)
@@ -209,15 +215,19 @@ class FakeRunner:
         # Before the draw: afterwards histories are one token longer.
         pooled, pooled_counts = self._pool.of(work, slots, ends) if len(work.pool_rows) else (EMPTY_F32, EMPTY_I32)
         counts = drafts = EMPTY_I32
+        self._need(work.lookahead <= self.lookahead and work.drafts <= self.lookahead, "a step is wider than the lookahead")
+        drafters = EMPTY_U8
         if work.lookahead:
             tokens, counts = self._draws.verify(slots[rows], into, positions, last)
-            drafts = self._slots.draft(into, work.lookahead, self._draws.guess)
             at = np.repeat(np.arange(len(into)), counts)
-            logprobs = self._logprobs(into[at], positions[at] + np.arange(len(at)) - (np.cumsum(counts) - counts)[at], tokens)
+            logprobs = self._logprobs(into[at], positions[at] + np.arange(len(at)) - (np.cumsum(counts) - counts)[at], tokens, mask, at)
         else:
             tokens = self._draws.draw(slots[rows], into, positions)
             self._slots.append(into, positions, tokens)
             logprobs = self._logprobs(into, positions, tokens, mask)
+        if work.drafts:
+            self._device.launches["draft"] += 1
+            drafts, drafters = self._draws.drafts(into, work.drafts, work.drafters, self._options.drafts)
         self._need(np.array_equal(work.prompt_rows, self._asked), "prompt log-probabilities of other rows than Forward said")
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32
@@ -244,6 +254,7 @@ class FakeRunner:
                 bad_rows=bad,
                 counts=counts,
                 drafts=drafts,
+                drafters=drafters,
                 pooled=pooled,
                 pooled_counts=pooled_counts,
             )
@@ -335,10 +346,15 @@ class FakeRunner:
         self._need(all(slots.sampling[s] is not None for s in into.tolist()), "a slot without sampling state is drawn for")
 
     def _logprobs(
-        self, into: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32], mask: Mask | None = None
+        self,
+        into: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int32],
+        mask: Mask | None = None,
+        rows: npt.NDArray[np.int64] | None = None,
     ) -> LogprobColumns | None:
         """-0.5 for the drawn token, then less and less for its successors in the vocabulary: how much, the history decides. Beams are told of those that
-        `mask` allows."""
+        `mask` allows, which has `rows` for them."""
         if self._draws.plain[into].all():
             return None
         wanted: list[tuple[int, int, int, int]] = []
@@ -350,7 +366,7 @@ class FakeRunner:
                 wanted.append((i, int(positions[i]), int(tokens[i]), min(state.params.logprobs, self.facts.vocab_size)))
                 falls.append(fall_of(self._digest[slot, positions[i] - 1]))
                 if mask is not None and state.params.beam is not None:
-                    allowed[i] = mask.of(i)
+                    allowed[i] = mask.of(i if rows is None else int(rows[i]))
         return columns_of(wanted, self.facts.vocab_size, falls, allowed)
 
     def _prompt_logprobs(

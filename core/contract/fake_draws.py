@@ -7,7 +7,9 @@ What it does not know: rows that draw nothing, prompts, how columns are refereed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,9 @@ from penstock.core.protocol.messages import LogprobColumns, Sample, SlotSampling
 
 I32Array = npt.NDArray[np.int32]
 I64Array = npt.NDArray[np.int64]
+U8Array = npt.NDArray[np.uint8]
+DraftKind = Literal["fair", "right", "wrong", "none", "short", "poor"]
+"""How a drafter guesses: see FakeDraws."""
 Script = Callable[[list[int], int], int | None]
 """(history, prompt length) -> the next token, or None for the hash's."""
 
@@ -140,10 +145,31 @@ class FakeDraws:
             self._slots.append(into[rows], positions[rows] + k, tokens[rows, k])
         return tokens[np.arange(tokens.shape[1]) < counts[:, None]], counts
 
-    def guess(self, digest: U64, slots: I64Array) -> I32Array:
-        """The token behind a history of that digest: two of three are what a draw without settings brings."""
+    def drafts(self, into: I64Array, count: int, bits: int, kinds: Sequence[DraftKind]) -> tuple[I32Array, U8Array]:
+        """Up to `count` drafts behind each of these slots' histories, by the first drafter of those in `bits` that has any: them, and whose they are."""
+        out = np.full((len(into), count), -1, np.int32)
+        whose = np.zeros(len(into), np.uint8)
+        for number, kind in enumerate(kinds):
+            left = np.nonzero(out[:, 0] < 0)[0]
+            if not bits >> number & 1 or kind == "none" or not len(left):
+                continue
+            slots = into[left]
+            most = np.full(len(left), count, np.int64)
+            if kind == "short":
+                most = (self._slots.digest[slots, self._slots.length[slots] - 1] >> np.uint64(7)).astype(np.int64) % (count + 1)
+            found = self._slots.draft(slots, most, functools.partial(self._guess, kind))
+            out[left, : found.shape[1]] = found
+            whose[left[found[:, :1].max(axis=1, initial=-1) >= 0]] = number
+        return out.reshape(-1), whose
+
+    def _guess(self, kind: DraftKind, digest: U64, slots: I64Array) -> I32Array:
+        """The token behind a history of that digest. What a draw without settings brings: of three guesses two ("fair", "short"), all ("right"), none ("wrong")
+        or of five one ("poor")."""
         value = mix(digest ^ self._salt[slots])
-        wrong = ((value >> np.uint64(20)) % np.uint64(3) == 0).astype(np.uint64)
+        chance = (value >> np.uint64(20)) % np.uint64(15)
+        wrong = (chance % np.uint64(5) > 0 if kind == "poor" else chance % np.uint64(3) == 0).astype(np.uint64)
+        if kind in ("right", "wrong"):
+            wrong[:] = kind == "wrong"
         token: I32Array = ((value % np.uint64(self._vocab) + wrong) % np.uint64(self._vocab)).astype(np.int32)
         return token
 

@@ -138,17 +138,20 @@ class FakeSlots:
             self.length[slot], self.sure[slot], self.drafts[slot] = end, min(first, self.sure[slot]), 0
 
     def draft(
-        self, into: npt.NDArray[np.int64], count: int, guess: Callable[[U64, npt.NDArray[np.int64]], npt.NDArray[np.int32]]
-    ) -> Column:
-        """Put up to `count` tokens behind each of these slots' histories: `guess(digest, slots)` of everything before. I32 [len(into) x count], -1 where a
-        history is full."""
-        out = np.full((len(into), count), -1, np.int32)
-        for k in range(count):
+        self,
+        into: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        guess: Callable[[U64, npt.NDArray[np.int64]], npt.NDArray[np.int32]],
+    ) -> npt.NDArray[np.int32]:
+        """Put up to `counts` tokens behind each of these slots' histories: `guess(digest, slots)` of everything before. [len(into) x the most], -1 where there
+        is none, also for want of room."""
+        out = np.full((len(into), int(counts.max(initial=0))), -1, np.int32)
+        for k in range(out.shape[1]):
             at = self.length[into] + k
-            fits = np.nonzero(at < self.history.shape[1])[0]
+            fits = np.nonzero((at < self.history.shape[1]) & (k < counts))[0]
             slots, at = into[fits], at[fits]
             tokens = guess(self.digest[slots, at - 1], slots)
             self._extend(slots, at, tokens)
             self.drafts[slots] = k + 1
             out[fits, k] = tokens
-        return out.reshape(-1)
+        return out

@@ -19,6 +19,7 @@ from penstock.core.contract.hookspecs import (
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
+    DrafterSpec,
     FormatSpec,
     GrammarSpec,
     ModelSpec,
@@ -120,6 +121,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("weight_sources", "engine", WeightSourceSpec, "weight source", "--load-format", without={"matches": False}),
         Family("quantizers", "engine", QuantizerSpec, "quantizer", "--quantization", "penstock.plugins.models.api:Quantizer"),
+        Family("drafters", "engine", DrafterSpec, "drafter", "--speculative-config"),
         Family(
             "schedule_policies",
             "engine",

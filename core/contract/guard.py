@@ -16,7 +16,7 @@ from typing import Any
 
 from penstock.core.contract.actors import PLACES
 from penstock.core.contract.families import Family
-from penstock.core.contract.hookspecs import FormatSpec, Spec
+from penstock.core.contract.hookspecs import ActorSpec, FormatSpec, Spec
 from penstock.core.protocol.config import Config, nearest
 from penstock.core.protocol.errors import PenstockError, PluginFault, described, tamed
 
@@ -107,9 +107,8 @@ def wrong_field(spec: Spec) -> str | None:
         return f"its field {name!r} must be {wanted}, not {value!r}"
     if not spec.name:
         return "its field 'name' is empty"
-    where = getattr(spec, "where", PLACES[0])
-    if where not in PLACES:
-        return f"its field 'where' must be {' or '.join(map(repr, PLACES))}, not {where!r}"
+    if isinstance(spec, ActorSpec) and spec.where not in PLACES:
+        return f"its field 'where' must be {' or '.join(map(repr, PLACES))}, not {spec.where!r}"
     for option in getattr(spec, "options", ()):
         if option not in Config.__struct_fields__:
             return f"its field 'options' names {option!r}, which is no option of this Penstock.{nearest(option, Config.__struct_fields__)}"

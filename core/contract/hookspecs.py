@@ -7,7 +7,7 @@ in the processes that it names); built-ins enter through the same groups' door.
 What it does not know: any plugin.
 
 Order of start: root: register_commands | engine: register_devices, register_models, register_attention_backends,
-register_weight_sources, register_quantizers, register_schedule_policies, then choose_*, register_grammars, register_actors | text: register_tokenizers,
+register_weight_sources, register_quantizers, register_drafters, register_schedule_policies, then choose_*, register_grammars, register_actors | text: register_tokenizers,
 register_chat_renderers, register_output_formats, register_grammars, register_actors | edge: register_transports | while running, at request boundaries: request_finished, engine_ready, engine_lost.
 """
 
@@ -39,6 +39,7 @@ API_LEVEL: Final[dict[str, int]] = {
     "attention_backends": 2,
     "weight_sources": 1,
     "quantizers": 1,
+    "drafters": 1,
     "schedule_policies": 1,
     "tokenizers": 1,
     "chat_renderers": 1,
@@ -139,6 +140,21 @@ class QuantizerSpec(Spec, frozen=True, kw_only=True):
     (plugins/models/api.py). `method` is one of `methods` and `config` its quantization_config, or one of `schemes` and {}, with `head=True` for the output head alone
     (`--lm-head-quantization`; otherwise that stays wide). Raises CheckpointError for a configuration that is wrong,
     UnsupportedFeature naming the field for one that it cannot read rightly. Take `**options` besides: a later device may say more."""
+
+
+class DrafterSpec(Spec, frozen=True, kw_only=True):
+    """Who guesses the next tokens of sequences, chosen by `--speculative-config '{"method": WORD}'`, or by what a drafter's own config.json says."""
+
+    methods: list[str]
+    """Words of "method" that it serves."""
+    where: Literal["device", "host"]
+    """"device": a part of the runner, which asks it behind each draw. "host": an actor of the engine's cell, whose drafts enter by Forward.write_*."""
+    factory: Callable[..., Any]
+    """Called once, when the model is loaded. On the device by the runner: `factory(config=DraftConfig, ...)` gives a Drafter of plugins/drafters/api.py. On the
+    host by the engine: `factory(config=DraftConfig, vocab=int, longest=int)` gives a HostDrafter. Raises ConfigError, CheckpointError or UnsupportedFeature naming
+    the field. Take `**options` besides: a later caller may say more."""
+    priority: int = 0
+    """Of those that serve a method the highest is taken; of equal ones later plugins before earlier and built-in ones."""
 
 
 class SchedulePolicySpec(Spec, frozen=True, kw_only=True):
@@ -258,6 +274,11 @@ def register_weight_sources() -> list[WeightSourceSpec]:  # type: ignore[empty-b
 @hookspec
 def register_quantizers() -> list[QuantizerSpec]:  # type: ignore[empty-body]
     """When: an engine starts. Who: `penstock.engine`. Returns readers and makers of quantised weights."""
+
+
+@hookspec
+def register_drafters() -> list[DrafterSpec]:  # type: ignore[empty-body]
+    """When: an engine starts that is to speculate. Who: `penstock.engine`. Returns what guesses the next tokens, by the words of "method"."""
 
 
 @hookspec

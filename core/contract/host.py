@@ -30,6 +30,7 @@ from penstock.core.contract.hookspecs import (
     AttentionSpec,
     ChatRendererSpec,
     DeviceSpec,
+    DrafterSpec,
     FormatSpec,
     GrammarSpec,
     ModelSpec,
@@ -270,6 +271,9 @@ class PluginHost:
 
     def quantizers(self) -> Mapping[str, QuantizerSpec]:
         return self._of("quantizers", QuantizerSpec)
+
+    def drafters(self) -> Mapping[str, DrafterSpec]:
+        return self._of("drafters", DrafterSpec)
 
     def weight_sources(self) -> Mapping[str, WeightSourceSpec]:
         return self._of("weight_sources", WeightSourceSpec)

@@ -28,9 +28,10 @@ from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.processes.plugin_seats import PluginSeats
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
-from penstock.core.protocol.errors import ConfigError, EngineFailure
+from penstock.core.protocol.errors import ConfigError, EngineFailure, UnsupportedFeature
 from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, Plan, StepTokens, Unpark, Vocabulary
 from penstock.core.protocol.quality import quality_of
+from penstock.core.protocol.speculation import names_of, parsed
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.core.runtime.hosts import FusedHost, TaskHost
@@ -69,12 +70,18 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
         quantization=config.quantization,
         lm_head_quantization=config.lm_head_quantization,
         hf_overrides=json.loads(config.hf_overrides) if config.hf_overrides else {},
+        speculation=parsed(config.speculative_config, config.speculative_model, config.num_speculative_tokens),
         plugins=plugins,
     )
 
 
+def lookahead_of(device: DeviceCapabilities, runner: Runner) -> int:
+    """The most drafts behind a token: what the runner says now that it is loaded, or else its device."""
+    return int(getattr(runner, "lookahead", device.lookahead))
+
+
 def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None) -> EngineFacts:
-    memory = runner.memory
+    memory, lookahead = runner.memory, lookahead_of(device, runner)
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
         architecture=runner.facts.architecture,
@@ -97,9 +104,11 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         enable_prefix_caching=config.enable_prefix_caching,
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
-        beams=device.writes and not device.lookahead,
+        beams=device.writes,
         kv_dtype=getattr(runner, "kv_dtype", runner.dtype),
         quality=quality_of(config),
+        drafters=list(getattr(runner, "drafters", ())) if lookahead else [],
+        lookahead=lookahead,
     )
 
 
@@ -157,6 +166,13 @@ class Engine:
         self._check_kv_dtype(device.capabilities, config.kv_cache_dtype)
         own = self.config.mixed_prefill_tokens
         advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
+        lookahead = lookahead_of(device.capabilities, runner)
+        if config.speculation is not None and not lookahead:
+            asked = ", ".join(names_of(config.speculation))
+            raise UnsupportedFeature(
+                f"--speculative-config: the device {device.capabilities.name!r} cannot speculate with {asked}. Leave the option out.",
+                param="speculative_config",
+            )
         grammars = self._grammars(device.capabilities)
         settings = SchedulerSettings(
             engine=self.engine,
@@ -176,7 +192,9 @@ class Engine:
             clones=device.capabilities.clones,
             grammars=grammars is not None,
             beams=device.capabilities.writes,
-            lookahead=device.capabilities.lookahead,
+            lookahead=lookahead,
+            widths=tuple(getattr(runner, "widths", ())),
+            drafters=tuple(getattr(runner, "drafters", ())),
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None
@@ -237,11 +255,7 @@ class Engine:
 
     def _grammars(self, device: DeviceCapabilities) -> GrammarSpec | None:
         """Who makes masks, if the device takes them."""
-        return (
-            self._plugins.grammars(self.config.grammar_backend)
-            if self._plugins is not None and device.masks and not device.lookahead
-            else None
-        )
+        return self._plugins.grammars(self.config.grammar_backend) if self._plugins is not None and device.masks else None
 
     def _ports(self, grammars: bool) -> tuple[Port, ...]:
         more: set[type[Message]] = {Vocabulary} if grammars else set()

@@ -29,6 +29,7 @@ from penstock.core.protocol.foreign import BACKENDS, FOREIGN, judge, structured_
 from penstock.core.protocol.generation import override_of
 from penstock.core.protocol.sampling import MAX_N
 from penstock.core.protocol.service_links import is_service_link
+from penstock.core.protocol.speculation import parsed
 from penstock.core.protocol.wording import type_words
 
 MiB = 1 << 20
@@ -308,6 +309,36 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str | None, opt("OTLP/HTTP traces endpoint; the OTEL_* variables win.", "observability", "otlp-endpoint")
     ] = None
 
+    # --- speculation
+    speculative_config: Annotated[
+        str | None,
+        opt(
+            'JSON object: who drafts tokens that a step then computes along, and how many. {"method": "ngram"}, {"model": FOLDER}, or several in order as'
+            ' {"methods": [...]}; fields as vLLM has them (docs/speculation.md).',
+            "speculation",
+            json=True,
+            short="-sc",
+        ),
+    ] = None
+    speculative_model: Annotated[
+        str | None,
+        opt(
+            "Folder of the model that drafts, or the name of one that comes with the demo model (brook-draft); its config.json says the method.",
+            "speculation",
+            "spec-model",
+            "speculative-draft-model-path",
+        ),
+    ] = None
+    num_speculative_tokens: Annotated[
+        int | None,
+        opt(
+            "The most drafts behind a token (how many a step has is chosen anew every step). Default: what the drafter makes.",
+            "speculation",
+            "spec-tokens",
+            "speculative-num-steps",
+        ),
+    ] = None
+
     # --- machinery
     wiring: Annotated[Literal["cell", "tasks"], opt("tasks: every engine actor in its own task (debugging).", "machinery")] = "cell"
     threads: Annotated[
@@ -328,7 +359,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pipeline_parallel_size: Annotated[int, opt("Pipeline stages; only 1 so far.", "later", "pp", "pp-size", neutral=1, short="-pp")] = 1
     data_parallel_size: Annotated[int, opt("Engine replicas; only 1 so far.", "later", "dp", "dp-size", neutral=1, short="-dp")] = 1
     enable_expert_parallel: Annotated[bool, opt("Not supported yet.", "later", neutral=False, short="-ep")] = False
-    speculative_config: Annotated[str | None, opt("Not supported yet.", "later", neutral=None, json=True, short="-sc")] = None
     enable_lora: Annotated[bool, opt("Not supported yet.", "later", neutral=False)] = False
     trust_remote_code: Annotated[bool, opt("Not supported: model code is never run.", "later", neutral=False)] = False
     download_dir: Annotated[str | None, opt("Not supported: nothing is downloaded.", "later", neutral=None)] = None
@@ -755,6 +785,7 @@ def check(config: Config) -> None:
     if config.store is not None and not config.store.strip():
         raise ConfigError("--store must name a file.", param="store")
     _check_pairs(config)
+    parsed(config.speculative_config, config.speculative_model, config.num_speculative_tokens)
     _check_cors(config)
     if not all(name.strip() for name in config.served_model_name):
         raise ConfigError("--served-model-name must not be empty.", param="served_model_name")

@@ -117,6 +117,10 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a KV block holds; "": the dtype."""
     quality: Quality | None = None
     """None: there is no model's folder to look into."""
+    drafters: list[str] = []
+    """The methods of its drafters, the first asked first; none: it does not speculate."""
+    lookahead: int = 0
+    """The most drafts behind a token."""
 
 
 class EngineUp(Message, frozen=True, kw_only=True):

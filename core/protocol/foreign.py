@@ -50,7 +50,7 @@ _LOADING = "safetensors files are mapped and read as fast as the disk gives them
 _NO_MAMBA = "the model families that Penstock reads have attention only."
 _NO_LORA = "it is for LoRA adapters, which do not exist here yet."
 _NO_MOE = "the model families that Penstock reads have no experts."
-_SPEC = "speculative decoding does not exist here yet. Leave it out."
+_SPEC = "--speculative-config says who drafts and how, --num-speculative-tokens how many."
 _POOLING = "embeddings, classification and reward models do not exist here yet."
 _TIERS = "tiers of KV cache beyond the device's memory do not exist here yet."
 _TLS = "put a TLS proxy in front."
@@ -273,8 +273,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("expert-parallel-size=1 ep-size=1 ep=1 enable-dp-attention disaggregation-mode=null encoder-only", _LATER_DEVICES),
     ("device-ids= base-gpu-id=0", "choose devices with CUDA_VISIBLE_DEVICES."),
     # --- speculation, LoRA, moving KV and weights
-    ("spec-method= spec-model= spec-tokens= speculative-model= num-speculative-tokens= speculative-algorithm=", _SPEC),
-    ("speculative-draft-model-path= speculative-num-steps= speculative-num-draft-tokens= speculative-eagle-topk=", _SPEC),
+    ("spec-method= speculative-algorithm= speculative-num-draft-tokens= speculative-eagle-topk=1", _SPEC),
     ("lora-modules= lora-paths= enable-prompt-adapter", "LoRA adapters do not exist here yet. Leave it out."),
     (
         "kv-transfer-config= kv-events-config= ec-transfer-config= weight-transfer-config=",

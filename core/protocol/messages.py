@@ -179,6 +179,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """With chat_template: where it came from (an address), for turns among those who have no tenant."""
     detokenize: bool = True
     """False: the tokens are all that is wanted. No text is made of them, nor spellings of log-probabilities; there can be no stop strings then."""
+    spec_decode: bool | None = None
+    """As in Admit."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -490,6 +492,8 @@ class Admit(Message, frozen=True, kw_only=True):
     """A compiled grammar that every choice obeys; b"": none."""
     grammar_min_tokens: int = 0
     """With a grammar, min_tokens (`sampling` has 0): its end may come earlier if nothing else is allowed."""
+    spec_decode: bool | None = None
+    """Drafts for it: True whatever they cost, False never, None as far as they pay."""
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -499,6 +503,25 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 # ------------------------------------------------------------------ engine -> text
+
+
+class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
+    """Of drafts, cumulative but for `width` (chosen for the last step) and `states` (of each drafter: 2 good, 1 keep, 0 off)."""
+
+    drafts: int = 0
+    """Rows of steps that computed drafts along."""
+    drafted: int = 0
+    """These drafts."""
+    accepted: int = 0
+    """Those that were right, and all before them."""
+    places: list[int] = []
+    """The same for each place behind the known token."""
+    draft_ns: int = 0
+    """What drafters took, as far as the device measures it."""
+    step_ns: int = 0
+    """The steps in which they did."""
+    width: int = 0
+    states: list[int] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -518,6 +541,27 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prompt_cached: int = 0
     batch_tokens: int = 0
     quarantined: int = 0
+    speculation: SpeculationStats | None = None
+
+    @property
+    def drafts(self) -> int:
+        return 0 if self.speculation is None else self.speculation.drafts
+
+    @property
+    def drafted(self) -> int:
+        return 0 if self.speculation is None else self.speculation.drafted
+
+    @property
+    def accepted(self) -> int:
+        return 0 if self.speculation is None else self.speculation.accepted
+
+    @property
+    def draft_s(self) -> float:
+        return 0.0 if self.speculation is None else self.speculation.draft_ns / 1e9
+
+    @property
+    def drafting_s(self) -> float:
+        return 0.0 if self.speculation is None else self.speculation.step_ns / 1e9
 
 
 class LogprobColumns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -562,6 +606,10 @@ class StepTokens(Message, frozen=True, kw_only=True):
     prompt_logprobs: LogprobColumns | None = None
     errors: list[str] = msgspec.field(default_factory=list)
     """Why, for each FAILED row in order."""
+    drafted_seqs: Column = EMPTY_I64
+    """I64: sequences that end with this step and had drafts verified; I32, for each how many, and how many were right."""
+    drafted: Column = EMPTY_I32
+    accepted: Column = EMPTY_I32
 
 
 # ------------------------------------------------------------------ inside the engine cell
@@ -736,8 +784,9 @@ class Forward(Message, frozen=True, kw_only=True):
     clone_dst: Column = EMPTY_I32
     clone_lens: Column = EMPTY_I32
     lookahead: int = 0
-    """Decode rows may count up to 1 + lookahead: behind the last token that is known stand drafts, put there by the last Sample with a lookahead or by
-    writes, and are computed along."""
+    """The width of the step: a decode row counts 1 to 1 + lookahead positions. Behind the last token that is known stand drafts, put there by the last Sample
+    of that slot (Sample.drafts) or by writes, and so many of them are computed along: never more than stand there, often fewer, for each row its own. 0:
+    one position a decode row, as without speculation."""
     block_groups: Column = EMPTY_U8
     """U8: of which KV group (DeviceCapabilities.kv_groups) each row of block_ids is; a slot has a block table a group. Empty: group 0."""
     copy_groups: Column = EMPTY_U8
@@ -796,15 +845,20 @@ class Sample(Message, frozen=True, kw_only=True):
     mask_rows: Column = EMPTY_I32
     """For each row its row of `mask`, or -1 for none; empty: none at all. With a lookahead the mask is for the row's first token."""
     lookahead: int = 0
-    """Row i is drawn for at every position from positions[i] to the end of what its Forward row computed, each as if it were alone, as long as the token
-    that was drawn is the one that stands there (a draft): StepDone.counts tokens in all. Behind the last one the device puts up to `lookahead` new
-    drafts into the history."""
+    """As in its Forward. Above 0, row i is drawn for at every position from positions[i] to the end of what its Forward row computed, each as if it were
+    alone, as long as the token that was drawn is the one that stands there (a draft): StepDone.counts tokens in all."""
     pool_rows: Column = EMPTY_I32
     """Forward rows of sequences that are pooled: one in each step that computes a part of such a prompt, the vector comes with its last part."""
     pool_kinds: Column = EMPTY_U8
     """U8, for each of pool_rows: POOL_LAST, POOL_FIRST or POOL_MEAN, as far as DeviceCapabilities.pool_kinds names it."""
     masked: bool = False
     """Its mask is still to come: the sampler holds it until then. No device sees it."""
+    drafts: int = 0
+    """Behind the last token that was drawn for each row the device puts up to so many new drafts into the history, whatever `lookahead` is; what stood there is
+    gone. 0: none, and no drafter runs: the step costs what it costs without speculation. So a slot whose last Sample had 0 has no drafts, and counts 1 in
+    the next step; a Sample with drafts there makes them anew."""
+    drafters: int = -1
+    """With drafts: which of Runner.drafters may make them, as bits. A row gets those of the first one that has any for it."""
 
 
 class StepDone(Message, frozen=True, kw_only=True):
@@ -827,11 +881,15 @@ class StepDone(Message, frozen=True, kw_only=True):
     counts: Column = EMPTY_I32
     """I32, with a lookahead: tokens of each row, at least one. `tokens` is CSR then, and `logprobs.rows` index tokens. Empty: one each."""
     drafts: Column = EMPTY_I32
-    """I32 [rows x lookahead]: the drafts that now stand behind each row's last token, -1 where there are fewer. Empty: none."""
+    """I32 [rows x Sample.drafts]: the drafts that now stand behind each row's last token, -1 from where on there are none. Empty: none at all."""
     pooled: Column = EMPTY_F32
     """F32: the pooled vectors, CSR by pooled_counts."""
     pooled_counts: Column = EMPTY_I32
     """I32, for each of Sample.pool_rows how many numbers it has: 0 while its prompt goes on, else the hidden size."""
+    drafters: Column = EMPTY_U8
+    """U8, for each row: who of Runner.drafters made its drafts. Empty: the first."""
+    draft_ns: int = 0
+    """Of the step's time, what drafters took, in ns; 0: not measured."""
 
 
 class DeviceLost(Message, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """Which folder or file is served, and under which name.
 
 What it is: the one place that turns `--model` (or its absence: the demo model that comes with the package) into an absolute path and a served
-name, before any process starts, so that all of them agree and a typing error is one clear line. The path is that of a Hugging Face folder, or of a
+name (and does the same for the models of drafters), before any process starts, so that all of them agree and a typing error is one clear line. The path is that of a Hugging Face folder, or of a
 GGUF file, which may be given by the folder that holds it.
 What it does not know: what is in config.json, what is in a GGUF file.
 """
@@ -15,6 +15,7 @@ import msgspec
 
 from penstock.core.protocol.config import LINK_IT, Config
 from penstock.core.protocol.errors import ConfigError, spelled
+from penstock.core.protocol.speculation import encoded, parsed, resolved
 
 DEMO_FOLDER = "demo_model/brook"
 DEMO_NAME = "brook"
@@ -58,7 +59,7 @@ def _single(folder: Path) -> Path | None:
 
 
 def with_model(config: Config) -> Config:
-    """`config` with `model` as an absolute path and a first served name. Raises ConfigError."""
+    """`config` with `model` as an absolute path and a first served name, and with everything of its drafters in `speculative_config`. Raises ConfigError."""
     if config.model is None:
         folder, name = demo_folder(), DEMO_NAME
         if not (folder / "config.json").is_file():
@@ -92,4 +93,9 @@ def with_model(config: Config) -> Config:
         str(folder).encode()
     except UnicodeEncodeError:  # a folder above it, or the name of the working directory
         raise ConfigError(f"The model's path '{spelled(str(folder))}' is not valid UTF-8. {LINK_IT}", param="model") from None
-    return msgspec.structs.replace(config, model=str(folder), served_model_name=config.served_model_name or [name])
+    config = msgspec.structs.replace(config, model=str(folder), served_model_name=config.served_model_name or [name])
+    asked = parsed(config.speculative_config, config.speculative_model, config.num_speculative_tokens)
+    if asked is None:
+        return config
+    found = resolved(asked, demo_folder().parent)
+    return msgspec.structs.replace(config, speculative_config=encoded(found), speculative_model=None, num_speculative_tokens=None)

@@ -9,14 +9,15 @@ What it does not know: names (names.py), the text format (exposition.py), HTTP, 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from penstock.core.protocol.control import Quality
-from penstock.core.protocol.messages import EngineFacts, EngineStats
+from penstock.core.protocol.messages import EngineFacts, EngineStats, SpeculationStats
 from penstock.core.telemetry.exposition import Page, series_order
-from penstock.core.telemetry.names import COUNTERS, EDGE_METRICS, ENGINE_COUNTERS, GAUGES, HISTOGRAMS, OF_REQUESTS, STEP_TOKENS
+from penstock.core.telemetry.names import COUNTERS, EDGE_METRICS, ENGINE_COUNTERS, GAUGES, HISTOGRAMS, OF_REQUESTS, PLACES, STEP_TOKENS
 from penstock.core.telemetry.series import Counts, Histogram, Series, histogram_of, zeros
 
 STANDARD = "standard"
@@ -56,19 +57,26 @@ class Load(NamedTuple):
 
 
 class _Engine:
-    __slots__ = ("base", "epoch", "facts", "pool", "stats", "up")
+    __slots__ = ("base", "epoch", "facts", "places", "pool", "stats", "up")
 
     def __init__(self, pool: str) -> None:
         self.pool = pool
         self.up = False
         self.epoch = 0
         self.stats = EngineStats()
-        self.base = dict.fromkeys(ENGINE_COUNTERS, 0)
+        self.base: dict[str, float] = dict.fromkeys(ENGINE_COUNTERS, 0)
+        self.places: list[int] = []
+        """Of accepted drafts by place, in former lives."""
         self.facts: EngineFacts | None = None
 
     def total(self, name: str) -> float:
         """One of ENGINE_COUNTERS, over all lives."""
         return float(self.base[name] + getattr(self.stats, ENGINE_COUNTERS[name][0]))
+
+    def by_place(self) -> list[int]:
+        """Accepted drafts by place, over all lives."""
+        now = [] if self.stats.speculation is None else self.stats.speculation.places
+        return [sum(pair) for pair in itertools.zip_longest(self.places, now, fillvalue=0)]
 
 
 class Metrics:
@@ -116,6 +124,7 @@ class Metrics:
         entry = self._engines.setdefault(engine, _Engine(pool))
         for name, (field, _) in ENGINE_COUNTERS.items():
             entry.base[name] += getattr(entry.stats, field)
+        entry.places = entry.by_place()
         entry.stats = EngineStats(blocks_total=facts.num_blocks)
         entry.up, entry.epoch, entry.facts = True, epoch, facts
         self._quality(str(engine), facts.quality)
@@ -147,6 +156,14 @@ class Metrics:
         used, total = sum(stats.blocks_used for stats in live), sum(stats.blocks_total for stats in live)
         return Load(sum(stats.running for stats in live), used / total if total else 0.0)
 
+    def drafts(self) -> tuple[float, float, float] | None:
+        """Rows that computed drafts along, these drafts, and the right ones; None where no engine has drafters."""
+        if not any(entry.stats.speculation for entry in self._engines.values()):
+            return None
+        names = ("spec_decode_drafts", "spec_decode_draft_tokens", "spec_decode_accepted_tokens")
+        rows, drafted, accepted = (sum(entry.total(name) for entry in self._engines.values()) for name in names)
+        return rows, drafted, accepted
+
     def render(self) -> bytes:
         """Prometheus text exposition format."""
         page = Page()
@@ -168,6 +185,8 @@ class Metrics:
             self.set("kv_blocks", stats.quarantined, label, "quarantined")
             self.set("kv_blocks", stats.blocks_total, label, "total")
             self.set("kv_usage_ratio", _usage(stats), label)
+            if stats.speculation is not None:
+                self._speculation(entry, stats.speculation, label)
         for name, (labels, text) in GAUGES.items():
             page.family(f"penstock_{name}", "gauge", text, labels, self._gauges[name])
         for name, (labels, text) in COUNTERS.items():
@@ -175,9 +194,18 @@ class Metrics:
         for name, (_, text) in ENGINE_COUNTERS.items():
             totals = {(str(engine),): entry.total(name) for engine, entry in self._engines.items()}
             page.family(f"penstock_{name}_total", "counter", text, ("engine",), totals)
+        places = {(str(e), str(place)): n for e, entry in self._engines.items() for place, n in enumerate(entry.by_place())}
+        page.family(f"penstock_{PLACES[0]}_total", "counter", PLACES[1], ("engine", "position"), places)
         for attribute, (name, bounds, _, _, text) in HISTOGRAMS.items():
             kept = {(pool,): self._histogram(pool, attribute) for pool in self._series}
             page.histogram(f"penstock_{name}", text, ("model",), kept, bounds)
+
+    def _speculation(self, entry: _Engine, stats: SpeculationStats, label: str) -> None:
+        methods = entry.facts.drafters if entry.facts is not None else []
+        for method, state in zip(methods, stats.states, strict=False):
+            self.set("spec_decode_state", state if entry.up else 0, label, method)
+        self.set("spec_decode_width", stats.width if entry.up else 0, label)
+        self.set("spec_decode_accepted_length", 1 + stats.accepted / stats.drafts if stats.drafts else 1, label)
 
     def _total(self, name: str, pool: str | None = None) -> Counts:
         """A counter over all classes, and all pools if none is named."""
@@ -236,9 +264,18 @@ class Metrics:
             ("prefix_cache_queries", "prefix_cache_queries"),
             ("prefix_cache_hits", "prefix_cache_hits"),
             ("num_preemptions", "preemptions"),
+            ("spec_decode_num_drafts", "spec_decode_drafts"),
+            ("spec_decode_num_draft_tokens", "spec_decode_draft_tokens"),
+            ("spec_decode_num_accepted_tokens", "spec_decode_accepted_tokens"),
         ):
             sums = {pool: {(): sum(e.total(ours) for e in engines.values() if e.pool == pool)} for pool in first}
             counter(name, ENGINE_COUNTERS[ours][1], sums)
+        places: dict[str, dict[tuple[str], float]] = {pool: {} for pool in first}
+        for entry in engines.values():
+            for place, count in enumerate(entry.by_place()):
+                mine = places[entry.pool]
+                mine[str(place),] = mine.get((str(place),), 0.0) + count
+        counter("spec_decode_num_accepted_tokens_per_pos", PLACES[1], places, "position")
         ended = {pool: self._total("requests_finished", pool) for pool in first}
         counter("request_success", "Finished choices.", ended, "finished_reason")
         counter("corrupted_requests", "Choices that failed.", {pool: {(): some["error",]} for pool, some in ended.items()})

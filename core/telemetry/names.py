@@ -81,7 +81,14 @@ ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
     "prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
     "engine_prompt_computed": ("prompt_computed", "Prompt tokens computed, recomputation included."),
+    "spec_decode_drafts": ("drafts", "Rows of steps that computed drafts along with the known token."),
+    "spec_decode_draft_tokens": ("drafted", "These drafts."),
+    "spec_decode_accepted_tokens": ("accepted", "Those of them that were right, as were all before them."),
+    "spec_decode_draft_seconds": ("draft_s", "What drafters took, where the device measures it."),
+    "spec_decode_step_seconds": ("drafting_s", "What the steps took in which drafters ran."),
 }
+PLACES = ("spec_decode_accepted_tokens_per_pos", "The same for each place behind the known token, from 0.")
+"""A counter with the label `position` besides."""
 GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "ready": ((), "1 while requests are accepted."),
     "pending_requests": ((), "Accepted requests that have not had their first step."),
@@ -100,6 +107,12 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "quality_kl_mean_nats": (("engine",), "By the record: mean KL divergence of a token's distribution from the wide model's."),
     "quality_top1_ratio": (("engine",), "By the record: how often the likeliest token is the wide model's."),
+    "spec_decode_state": (
+        ("engine", "method"),
+        "Of a drafter: 2 good (more than 70 % of its drafts are right), 1 keep, 0 off (less than 40 %).",
+    ),
+    "spec_decode_width": (("engine",), "Drafts behind each token in the last step, as they were found to pay."),
+    "spec_decode_accepted_length": (("engine",), "Mean tokens of a row that computed drafts along: one, and the right ones."),
     "startup_phase_seconds": (("role", "phase"), "How long each phase of the start took."),
     "uptime_seconds": ((), "Since the text process began."),
 }

@@ -110,8 +110,9 @@ INLINE void scale_rows(float *s, long rows, long lanes, const float *by) {
         for (long j = 0; j < lanes; j += VL) vstore(s + r * KEY_TILE + j, vload(s + r * KEY_TILE + j) * vload(by + j));
 }
 
-/* `coded` is a constant. wide [KEY_TILE * DIM_MAX]: scratch memory, needed for codes alone. */
-INLINE void attention_rows_of(const int coded, const attention *a, long s, long kv_head, long run, long first, long count, float *wide) {
+/* Returns whether a result of several rows is NaN: a later row's value may have been that weighed 0, and 0 times it is NaN as well.
+   `coded` is a constant. wide [KEY_TILE * DIM_MAX]: scratch memory, needed for codes alone. */
+INLINE int attention_rows_of(const int coded, const attention *a, long s, long kv_head, long run, long first, long count, float *wide) {
     _Alignas(64) float q[ROW_TILE * DIM_MAX], o[ROW_TILE * DIM_MAX], score[ROW_TILE * KEY_TILE];
     float maximum[ROW_TILE], sum[ROW_TILE];
     const long dim = a->dim, group = a->heads / a->kv_heads, size = coded ? 1 : a->cache_bf16 ? 2 : 4;
@@ -221,26 +222,31 @@ INLINE void attention_rows_of(const int coded, const attention *a, long s, long 
             row += mr;
         }
     }
+    vu nan = {0};
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, to = (row0 + i) * a->ldo + (head0 + h) * dim;
             float inv = coded ? unit / sum[r] : 1.0f / sum[r];
             for (long d = 0; d < dim; d += VL) {
                 vf v = vrounded(vload(o + r * dim + d) * inv, a->round);
+                nan |= (vu)(v != v);
                 if (a->out_bf16)
                     vstore_as(a->out, to + d, v, 1);
                 else
                     vstore((float *)a->out + to + d, v);
             }
         }
+    int any = 0;
+    for (int lane = 0; lane < VL; lane++) any |= nan[lane] != 0;
+    return any && count > 1;
 }
 
-static void attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
-    attention_rows_of(0, a, s, kv_head, run, first, count, 0);
+static int attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
+    return attention_rows_of(0, a, s, kv_head, run, first, count, 0);
 }
-static void attention_rows_coded(const attention *a, long s, long kv_head, long run, long first, long count) {
+static int attention_rows_coded(const attention *a, long s, long kv_head, long run, long first, long count) {
     _Alignas(64) float wide[KEY_TILE * DIM_MAX];
-    attention_rows_of(1, a, s, kv_head, run, first, count, wide);
+    return attention_rows_of(1, a, s, kv_head, run, first, count, wide);
 }
 
 static void attention_unit(const void *job, long unit) {
@@ -257,7 +263,10 @@ static void attention_unit(const void *job, long unit) {
         first = (tiles - 1 - (index - a->unit_start[s])) * a->queries_per; /* the longest first */
     }
     long rows = a->q_start[s + 1] - a->q_start[s];
-    (a->kv_format ? attention_rows_coded : attention_rows)(a, s, head, run, first, MIN(a->queries_per, rows - first));
+    const long count = MIN(a->queries_per, rows - first);
+    int (*const of)(const attention *, long, long, long, long, long) = a->kv_format ? attention_rows_coded : attention_rows;
+    if (of(a, s, head, run, first, count)) /* each by itself sees nothing behind it: drafts cannot spoil what comes before them */
+        for (long i = 0; i < count; i++) of(a, s, head, run, first + i, 1);
 }
 
 #endif

@@ -81,6 +81,9 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ps_embedding": (_I, [_P, _P, _P, _I, _I, _I, _I]),
     "ps_argmax": (None, [_P, _P, _I, _I, _I]),
     "ps_draw": (_I, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _I]),
+    "ps_verify": (_I, [_P, _P, _P, _P, _I, _P, _I, _I, _P, _P]),
+    "ps_put_drafts": (_I, [_P, _P, _P, _I, _I, _P, _I, _I, _I]),
+    "ps_ngrams": (_I, [_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _I]),
     "ps_mask": (_I, [_P, _I, _I, _P, _I, _P, _I]),
     "ps_step_bytes": (_I, [_P, _P]),
     "ps_step": (_I, [_P, _P]),
@@ -94,6 +97,7 @@ INDEX_ERRORS = {
     6: "a slot lies outside the cache",
     7: "a wanted row lies outside the step",
     8: "mask_rows must name rows of mask",
+    9: "a slot or an end lies outside the history",
 }
 
 

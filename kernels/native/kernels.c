@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "decoder.h"
+#include "draft.h"
 #include "sample.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -227,6 +228,26 @@ EXPORT int64_t ps_step_bytes(const program *p, const step *s) { return place(p, 
 EXPORT int64_t ps_step(const program *p, const step *s) { return run_step(p, s); }
 
 /* 0, or -1 without memory. out: the drawn tokens, -1 for a bad row. */
+EXPORT int64_t ps_verify(const int32_t *tokens, const int32_t *slots, const int32_t *positions, const int32_t *bounds, int64_t rows, int32_t *history, int64_t slots_count,
+                         int64_t width, int32_t *counts, int32_t *kept) {
+    if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(positions, rows, 0, width)) return 9;
+    verify_rows(tokens, slots, positions, bounds, rows, history, width, counts, kept);
+    return 0;
+}
+EXPORT int64_t ps_put_drafts(int32_t *drafts, const int32_t *slots, const int32_t *ends, int64_t rows, int64_t count, int32_t *history, int64_t slots_count, int64_t width,
+                             int64_t vocab) {
+    if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(ends, rows, 0, width + 1)) return 9;
+    put_rows(drafts, slots, ends, rows, count, history, width, vocab);
+    return 0;
+}
+EXPORT int64_t ps_ngrams(const int32_t *history, int64_t slots_count, int64_t width, const int32_t *slots, const int32_t *ends, int64_t rows, int64_t shortest,
+                         int64_t longest, int32_t *out, int64_t count, int64_t threads) {
+    if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(ends, rows, 0, width + 1)) return 9;
+    prompt_lookup j = {.history = history, .slots = slots, .ends = ends, .out = out, .width = width, .shortest = shortest, .longest = longest, .count = count};
+    run_alone(rows * width < 65536 ? 1 : (int)threads, rows, lookup_unit, &j);
+    return 0;
+}
+
 EXPORT int64_t ps_draw(
     const float *logits, int64_t rows, int64_t n, const float *temperature, const int32_t *top_k, const float *top_p, const float *min_p,
     const int64_t *seeds, const int32_t *choices, const int32_t *positions, int32_t *out, int64_t threads

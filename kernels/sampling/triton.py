@@ -351,10 +351,11 @@ def draw(
     return out
 
 
-@launched(do_not_specialize_on_alignment=["slots", "pool_rows"])
+@launched(do_not_specialize_on_alignment=["slots", "pool_rows", "depths", "positions"])
 def _penalise(
-    logits, pool_rows, counts, in_prompt, repetition, frequency, presence, slots, V, stride, SLOTS: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, pool_rows, counts, in_prompt, repetition, frequency, presence, slots, depths, positions, history, V, stride, h_stride,
+    SLOTS: tl.constexpr, DEEPEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Grid (R, ceil(V / BLOCK))."""
     row = tl.program_id(0).to(tl.int64)
     pool = tl.load(pool_rows + row).to(tl.int64)
@@ -366,6 +367,12 @@ def _penalise(
         mask = at < V
         x = tl.load(logits + row * stride + at, mask=mask, other=0.0)
         count = tl.load(counts + pool * V + at, mask=mask, other=0)
+        if DEEPEST > 0:
+            depth = tl.load(depths + row)
+            before = history + slot * h_stride + tl.load(positions + row)
+            for back in tl.static_range(1, DEEPEST + 1):
+                token = tl.load(before - back, mask=back <= depth, other=-1)
+                count += (at == token).to(tl.int32)
         prompt = tl.load(in_prompt + pool * V + at, mask=mask, other=0)
         factor = tl.where((count > 0) | (prompt != 0), tl.load(repetition + slot), 1.0)
         x = tl.where(x > 0, tl.div_rn(x, factor), x * factor)
@@ -375,14 +382,17 @@ def _penalise(
 
 def penalise_(
     logits: Tensor, pool_rows: Tensor, counts: Tensor, in_prompt: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor, *,
-    slots: Tensor | None = None,
+    slots: Tensor | None = None, ahead: tuple[Tensor, Tensor, Tensor, int] | None = None,
 ) -> None:  # fmt: skip
-    """Penalties in place, on the rows with pool_rows[r] >= 0; formula as reference.penalise; counts [P, V] int32, in_prompt [P, V] bool."""
+    """Penalties in place, on the rows with pool_rows[r] >= 0; formula as reference.penalise; counts [P, V] int32, in_prompt [P, V] bool. `ahead`: (depths [R],
+    positions [R], history [S, L], deepest): the last depths[r] tokens before positions[r] in the slot's history count once more each; none above `deepest`."""
     rows, vocab = logits.shape
+    depths, positions, history, deepest = (pool_rows, pool_rows, pool_rows, 0) if ahead is None else ahead
+    require(ahead is None or slots is not None, "tokens ahead are found by slot")
     if rows:
         _penalise[(rows, -(-vocab // 4096))](
-            logits, pool_rows, counts, in_prompt.view(torch.uint8), repetition, frequency, presence, slots, vocab, logits.stride(0),
-            SLOTS=slots is not None, BLOCK=4096, num_warps=8,
+            logits, pool_rows, counts, in_prompt.view(torch.uint8), repetition, frequency, presence, slots, depths, positions, history, vocab,
+            logits.stride(0), history.stride(0), SLOTS=slots is not None, DEEPEST=power(deepest) if deepest else 0, BLOCK=4096, num_warps=8,
         )  # fmt: skip
 
 

@@ -24,7 +24,13 @@ HEIGHT = 64
 """Rows of a tile of `few`."""
 AHEAD = 16 << 20
 """Bytes of a weight that are brought into L2 before the kernel ahead has ended."""
-DTYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+DTYPES = {
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.int8: gl.int8,
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+}
 
 
 class _Launched(GluonJITFunction):

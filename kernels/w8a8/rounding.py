@@ -74,7 +74,9 @@ def _quantise(
 
 def outputs(rows: int, k: int, rounding: Rounding, like: Tensor) -> tuple[Rounded, dict[str, Any]]:
     """Memory for rounded rows of inputs of the dtype and the device of `like`, and what a kernel that ends with `finish_row` gets for it."""
-    require(rounding.group in (0, STEP) and not (rounding.group and rounding.scale is not None), "scales are one a row, a tensor or 128 columns")
+    require(
+        rounding.group in (0, STEP) and not (rounding.group and rounding.scale is not None), "scales are one a row, a tensor or 128 columns"
+    )
     width = -(-k // STEP) * STEP
     codes = torch.empty(rows, width, dtype=DTYPES[rounding.kind], device=like.device)
     shape = (width // STEP, rows) if rounding.group else (rows,)

@@ -13,7 +13,6 @@ What it does not know: layers, files. Hopper and later have FP8 units; int8 ones
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -121,7 +120,10 @@ def matmul(
     else they stay in the matrix unit, which keeps some 14 bits of them. Few rows on Hopper: hopper.py; `whole`: no K axis is cut there, so that a row's result does not depend on the
     others; workspace: as kernels/linear/triton.py's. A configuration without BM is one of hopper.py's."""
     n, scheme = weight.n, weight.scheme
-    require(supports(scheme) or (blocks is not None and supports_blocks(scheme)), "the weight must have 8 bits, a scale a row, and inputs that may be rounded")
+    require(
+        supports(scheme) or (blocks is not None and supports_blocks(scheme)),
+        "the weight must have 8 bits, a scale a row, and inputs that may be rounded",
+    )
     require(gated is None or (gated in ACTIVATIONS and n % 2 == 0), f"gated is one of {ACTIVATIONS}, for 2I weight rows")
     if isinstance(x, Tensor):
         require(x.dim() == 2 and x.shape[1] == weight.k, "x [M, K] must fit the weight and be contiguous along K")
@@ -132,7 +134,9 @@ def matmul(
     rows, columns = codes.shape[0], n // 2 if gated else n
     asked = out
     if out is None or out.data_ptr() % 16 or out.stride(0) * out.element_size() % 16:  # the bulk copy engine could not write it
-        out = torch.empty(rows, -(-columns // 8) * 8, dtype=(out_dtype or like) if out is None else out.dtype, device=codes.device)[:, :columns]
+        out = torch.empty(rows, -(-columns // 8) * 8, dtype=(out_dtype or like) if out is None else out.dtype, device=codes.device)[
+            :, :columns
+        ]
     require((asked is None or asked.shape == out.shape) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
         return out if asked is None else asked

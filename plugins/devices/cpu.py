@@ -18,6 +18,7 @@ from penstock.kernels import native
 from penstock.kernels.attention.codes import KINDS
 from penstock.plugins.attention.pages import token_bytes
 from penstock.plugins.devices import host_limits
+from penstock.plugins.devices.drafting import load_drafters
 from penstock.plugins.devices.host_ops import HostOps
 from penstock.plugins.devices.lane import HostLane
 from penstock.plugins.devices.loading import choose, fingerprint, load_model
@@ -60,6 +61,14 @@ class CpuDevice:
         lane = HostLane(direct=True)
         ops = HostOps()
         model, checkpoint = load_model(config, choice, ops, lane.device, max_len=max_len, max_rows=config.max_num_seqs, progress=progress)
+        drafters, lookahead = load_drafters(
+            config, choice, model, ops, lane, max_len=max_len, max_rows=config.max_num_seqs, progress=progress
+        )
+        own = sum(drafter.page_bytes for drafter in drafters)
+        if own:
+            num_blocks, max_len, note = size_cache(config, facts, dtype, choice.kv.kind, own)
+            if note:
+                progress(note, 0.0)
         progress("allocating KV cache", 0.0)
         parts = (
             native.describe(),
@@ -90,10 +99,12 @@ class CpuDevice:
                 graphs=False,
                 depth=self.capabilities.depth,
                 kv_dtype=choice.kv_name,
+                lookahead=lookahead,
+                drafters=drafters,
             )
         except (RuntimeError, MemoryError):  # torch: "can't allocate memory"
-            raise too_big(config, num_blocks, block_bytes_of(config, facts, dtype, choice.kv.kind)) from None
-        runner.memory = memory_table(model.weights_bytes, runner.state_bytes, runner.pool_bytes)
+            raise too_big(config, num_blocks, block_bytes_of(config, facts, dtype, choice.kv.kind) + own) from None
+        runner.memory = memory_table(runner.memory.weights, runner.state_bytes, runner.pool_bytes)
         progress("loaded", 1.0)
         return runner
 
@@ -105,12 +116,13 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype, kv: str = "") -> tuple[int, int, str]:
-    """(blocks, longest sequence, note for the operator or ""). Raises ConfigError naming the flag that cannot be met."""
+def size_cache(config: RunnerConfig, facts: ModelFacts, dtype: torch.dtype, kv: str = "", own: int = 0) -> tuple[int, int, str]:
+    """(blocks, longest sequence, note for the operator or ""). `own`: bytes of a block that are not the model's. Raises ConfigError naming the flag that
+    cannot be met."""
     size = config.block_size
     if size % 16:
         raise ConfigError(f"--block-size {size}: the CPU's cache layout needs a multiple of 16.", param="block_size")
-    block_bytes = block_bytes_of(config, facts, dtype, kv)
+    block_bytes = block_bytes_of(config, facts, dtype, kv) + own
     limit = config.kv_cache_memory_bytes or min(DEFAULT_KV_BYTES, host_limits.memory_bytes() // 2)
     blocks = config.num_gpu_blocks_override or limit // block_bytes
     if blocks < 1:

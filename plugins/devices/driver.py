@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from penstock.core.protocol.columns import I32, i32
-from penstock.core.protocol.errors import CheckpointError
+from penstock.core.protocol.errors import CheckpointError, EngineFailure
 from penstock.core.protocol.messages import Forward, Sample, SlotSampling, StepDone
 from penstock.core.protocol.sampling import SamplingParams
 
@@ -50,6 +50,9 @@ class Job:
     blocks: list[int] = field(default_factory=list)
     shared: int = 0
     prompt_logprobs: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+    drafts: int = 0
+    """That stand behind its last token on the device."""
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -63,7 +66,8 @@ class Job:
 @dataclass(frozen=True)
 class Options:
     """How a run is cut. `chunk` (rng -> tokens) bounds a prefill row; `at_once` sequences run together; `scatter` shuffles free blocks;
-    `share` lets a sequence start on the full blocks of an earlier equal prefix; `preempt` is the chance per step to drop a running sequence."""
+    `share` lets a sequence start on the full blocks of an earlier equal prefix; `preempt` is the chance per step to drop a running sequence; `lookahead` (rng ->
+    drafts) is how many a step puts behind what it draws; the next one verifies them all."""
 
     chunk: Callable[[random.Random], int] | None = None
     at_once: int | None = None
@@ -71,6 +75,7 @@ class Options:
     share: bool = False
     preempt: float = 0.0
     seed: int = 0
+    lookahead: Callable[[random.Random], int] | None = None
 
 
 class Driver:
@@ -88,6 +93,10 @@ class Driver:
         self.refs: dict[int, int] = {}
         self.cache: dict[bytes, int] = {}
         self.steps = 0
+        self.ahead = 0
+        self.accepted = 0
+        """Drafts that were right, of those `drafted` that were verified."""
+        self.drafted = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run all jobs to their end."""
@@ -141,19 +150,30 @@ class Driver:
             kept = self.options.share and (index + 1) * self.runner.block_size <= job.computed
             if self.refs[block] == 0 and not (kept and block in self.cache.values()):
                 self.free.insert(0, block)
-        job.blocks, job.computed, job.slot = [], 0, -1
+        job.blocks, job.computed, job.slot, job.drafts = [], 0, -1, 0
 
     def _step(self, running: Sequence[Job], fresh: Sequence[Job]) -> None:
         rows: list[tuple[Job, int]] = []
         budget = self.runner.max_num_batched_tokens
+        lookahead = self.ahead
+        self.ahead = ahead = 0 if self.options.lookahead is None else self.options.lookahead(self.rng)
+        decode: set[int] = set()
         for job in running:
             left = job.known - job.computed
+            if left == 1 and job.drafts and lookahead and budget > 0:
+                left += min(lookahead, job.drafts, job.max_tokens - len(job.tokens) - 1, budget - 1)
+                decode.add(id(job))
+                job.drafts = left - 1
+                rows.append((job, left))
+                budget -= left
+                continue
+            job.drafts = 0
             cut = self.options.chunk(self.rng) if self.options.chunk is not None and left > 1 else left
             count = max(1, min(left, cut, budget))
             if budget > 0:
                 rows.append((job, count))
                 budget -= count
-        rows.sort(key=lambda row: row[1] != 1)
+        rows.sort(key=lambda row: row[1] != 1 and id(row[0]) not in decode)
         places = [np.concatenate([job.prompt, i32(job.tokens)]) for job in fresh]
         sizes = [len(job.blocks) for job in fresh]
         asks = [index for index, (job, _) in enumerate(rows) if job.params.prompt_logprobs is not None and job.computed < len(job.prompt)]
@@ -166,7 +186,8 @@ class Driver:
                 slots=i32([job.slot for job, _ in rows]),
                 starts=i32([job.computed for job, _ in rows]),
                 counts=i32([count for _, count in rows]),
-                num_decode=sum(1 for _, count in rows if count == 1),
+                num_decode=sum(1 for job, count in rows if count == 1 or id(job) in decode),
+                lookahead=lookahead,
                 place_slots=i32([job.slot for job in fresh]),
                 place_counts=i32([len(tokens) for tokens in places]),
                 place_tokens=np.concatenate(places) if places else i32([]),
@@ -176,7 +197,7 @@ class Driver:
                 prompt_rows=i32(asks),
             )
         )
-        draw = [index for index, (job, count) in enumerate(rows) if job.computed + count == job.known]
+        draw = [index for index, (job, count) in enumerate(rows) if job.computed + count >= job.known]
         done = self.runner.sample(
             Sample(
                 engine=0,
@@ -185,7 +206,14 @@ class Driver:
                 rows=i32(draw),
                 slots=i32([rows[index][0].slot for index in draw]),
                 positions=i32([rows[index][0].known for index in draw]),
-                places=[SlotSampling(slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params) for job in fresh],
+                places=[
+                    SlotSampling(
+                        slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params, stop_ids=i32(job.stop_ids)
+                    )
+                    for job in fresh
+                ],
+                lookahead=lookahead,
+                drafts=ahead,
                 prompt_rows=i32(asks),
                 prompt_topk=i32([rows[index][0].params.prompt_logprobs or 0 for index in asks]),
             )
@@ -196,20 +224,40 @@ class Driver:
                 " checkpoint again, or give another --dtype.",
                 param="model",
             )
-        for job, count in rows:
-            job.computed += count
-            if self.options.share:
-                size = self.runner.block_size
+        counts = done.counts.tolist() if lookahead else [1] * len(draw)
+        for (job, count), took in zip(rows, _spread(draw, counts, len(rows)), strict=True):
+            job.computed += count - job.drafts + max(0, took - 1)
+            self.drafted += job.drafts
+            job.drafts = 0
+        values = _split(done)
+        every, at = done.tokens.tolist(), 0
+        for number, (index, count) in enumerate(zip(draw, counts, strict=True)):
+            job = rows[index][0]
+            for token in every[at : at + count]:
+                job.tokens.append(token)
+                if at in values:
+                    job.logprobs.append(values[at])
+                at += 1
+            self.accepted += count - 1
+            job.drafts = int((done.drafts[number * ahead : (number + 1) * ahead] >= 0).sum())
+        if at != len(every):
+            raise EngineFailure(f"A step said that it drew {at} tokens, and brought {len(every)}.")
+        if self.options.share:
+            size = self.runner.block_size
+            for job, _ in rows:
                 history = np.concatenate([job.prompt, i32(job.tokens)])
                 for index in range(job.computed // size):
                     self.cache.setdefault(history[: (index + 1) * size].tobytes(), job.blocks[index])
-        values = _split(done)
-        for at, (index, token) in enumerate(zip(draw, done.tokens.tolist(), strict=True)):
-            rows[index][0].tokens.append(token)
-            if at in values:
-                rows[index][0].logprobs.append(values[at])
         if done.prompt_logprobs is not None:
             _collect(done, [rows[index][0] for index in asks])
+
+
+def _spread(draw: Sequence[int], counts: Sequence[int], rows: int) -> list[int]:
+    """Tokens that each row drew."""
+    found = [0] * rows
+    for index, count in zip(draw, counts, strict=True):
+        found[index] = count
+    return found
 
 
 def _split(done: StepDone) -> dict[int, bytes]:

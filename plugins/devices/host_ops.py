@@ -17,6 +17,7 @@ import torch
 from penstock.core.protocol.columns import I32
 from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
+from penstock.kernels.drafting import api as drafting
 from penstock.kernels.embedding import embedding
 from penstock.kernels.linear import PackedGated, PackedLinear, pack, pack_gated
 from penstock.kernels.linear.scheme import Scheme
@@ -198,6 +199,22 @@ class HostOps(TorchOps):
         columns = (s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, s.choices)
         temperature, top_k, top_p, min_p, seeds, choices = (as_tensor(column.numpy()[at]) for column in columns)
         return sampling.draw(logits, temperature, top_k, top_p, min_p, seeds, choices, positions)
+
+    # --- drafts
+
+    def verify(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
+    ) -> tuple[Tensor, Tensor]:
+        """See DeviceOps."""
+        return drafting.verify(tokens, slots, positions, bounds, history)
+
+    def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
+        """See DeviceOps."""
+        drafting.put_drafts(drafts, slots, ends, history, vocab)
+
+    def ngrams(self, slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
+        """See DeviceOps."""
+        drafting.ngrams(slots, ends, history, shortest, longest, out)
 
 
 _STEPS: I32 = np.arange(4097, dtype=np.int32)

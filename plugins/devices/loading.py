@@ -119,17 +119,10 @@ def load_model(
     )
     check_attention(config, choice, attention)
     progress("loading weights", 0.0)
-    source = weights_for(config)
-    weights = source.factory(
-        config.model_path,
-        config.load_format,
-        dtype=dtype,
-        seed=config.seed,
-        std=float(choice.raw.get("initializer_range") or 0.02),
-        **({} if device.type == "cpu" else {"device": device}),
-    )
-    taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
-    given = kv_cache.scales(taken, facts.num_layers, choice.kv)
+    std = float(choice.raw.get("initializer_range") or 0.02)
+    tell = functools.partial(progress, "loading weights")
+    builder = builder_for(config, ops, dtype, device, std=std, tell=tell, quantizer=choice.quantizer, rounding=choice.rounding)
+    given = kv_cache.scales(builder.weights, facts.num_layers, choice.kv)
     if given is not None:
         fix = getattr(attention, "fix_scales", None)
         if fix is None:
@@ -141,7 +134,6 @@ def load_model(
                 "returned an object without 'fix_scales', for a KV cache in 8 bits",
             )
         fix(given)
-    builder = Builder(taken, ops, dtype, device, lambda fraction: progress("loading weights", fraction), choice.quantizer, choice.rounding)
     model: Model = choice.spec.factory(facts=facts, builder=builder, attention=attention, max_len=max_len)
     say_wide(builder.wide, WHERE.get(device.type, device.type))
     say_head(config, builder.rounded, facts)
@@ -149,7 +141,32 @@ def load_model(
         if type(getattr(model, name)) is not int:
             said = f"returned a model whose {name!r} is {getattr(model, name)!r:.60}, not a number of bytes"
             raise blame(config, "models", choice.spec.name, "factory", said)
-    return model, identity(config, weights)
+    return model, identity(config, builder.weights)
+
+
+def builder_for(
+    config: RunnerConfig,
+    ops: DeviceOps,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    std: float = 0.02,
+    tell: Callable[[float], None] | None = None,
+    quantizer: Quantizer | None = None,
+    rounding: Quantizer | None = None,
+) -> Builder:
+    """What makes layers of the tensors in config.model_path."""
+    source = weights_for(config)
+    weights = source.factory(
+        config.model_path,
+        config.load_format,
+        dtype=dtype,
+        seed=config.seed,
+        std=std,
+        **({} if device.type == "cpu" else {"device": device}),
+    )
+    taken = CheckedWeights(weights, dtype, functools.partial(blame, config, "weight_sources", source.name, "take"))
+    return Builder(taken, ops, dtype, device, tell, quantizer, rounding)
 
 
 def resolve_dtype(wanted: str, facts: ModelFacts, dtypes: Mapping[str, torch.dtype], device: str, other: str) -> str:

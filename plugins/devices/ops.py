@@ -34,6 +34,16 @@ class Settings:
     presence: Tensor
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Of row r, the last depths[r] [R] tokens before positions[r] [R] in its slot's `history`; no depth is above `deepest`."""
+
+    depths: Tensor
+    positions: Tensor
+    history: Tensor
+    deepest: int
+
+
 class DeviceOps(Ops, Protocol):
     """T tokens, R rows (sequences) of the step, S slots, W blocks a table row. All index tensors are int32; a slot, row or place below 0 is padding: it
     reads zeros and writes nowhere. `history` [S, longest] is the tokens of each slot, `table` [S, W] its blocks (-1: none). Nothing here
@@ -87,8 +97,18 @@ class DeviceOps(Ops, Protocol):
         """[R] int32, -1 for a bad row; rows of temperature 0 are greedy. `logits` may be overwritten."""
         ...
 
-    def penalise(self, logits: Tensor, counted: Tensor, slots: Tensor, counts: Tensor, in_prompt: Tensor, settings: Settings) -> None:
-        """In place, on the rows whose `counted` [R] names a row of counts int32 and in_prompt bool [C, V]; settings by `slots` [R]."""
+    def penalise(
+        self,
+        logits: Tensor,
+        counted: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        settings: Settings,
+        ahead: Ahead | None = None,
+    ) -> None:
+        """In place, on the rows whose `counted` [R] names a row of counts int32 and in_prompt bool [C, V]; settings by `slots` [R]. `ahead`: tokens of
+        the output that `counts` does not have yet."""
         ...
 
     def add_bias(self, logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> None:
@@ -123,5 +143,25 @@ class DeviceOps(Ops, Protocol):
         ...
 
     def count(self, counts: Tensor, counted: Tensor, tokens: Tensor) -> None:
-        """counts[counted[r], tokens[r]] += 1 for the rows that are counted and have a token."""
+        """counts[counted[r], tokens[r]] += 1 for the rows that are counted and have a token; several rows may be counted in one place."""
+        ...
+
+    # --- drafts
+
+    def verify(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
+    ) -> tuple[Tensor, Tensor]:
+        """Row r drew tokens[bounds[r] : bounds[r + 1]] [D] (at least one) for its slot from positions[r] on, each but the last beside the draft that stands there
+        -> (how many of them are the sequence's: those that are as their drafts are, up to the first, and one more; for each of the D its token, -1 if it
+        is not the sequence's). The last one is written to the history. A bad draw (-1) is taken as a row's first alone: otherwise the row ends before it. `widest`: no
+        row has more draws."""
+        ...
+
+    def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
+        """history[slots[r], ends[r] + k] = drafts[r, k] [R, K] int32, as far as they are tokens below `vocab` and the history is long enough; what comes behind becomes -1
+        in `drafts`."""
+        ...
+
+    def ngrams(self, slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
+        """Prompt lookup: see kernels/drafting/reference.py. out [R, K] int32."""
         ...

@@ -21,14 +21,15 @@ It is long because forward, graphs and sample share one set of buffers whose ord
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
 from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_columns
-from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, I32, U8, Column, i32
 from penstock.core.protocol.errors import EngineFailure, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 from penstock.plugins.devices.host_pages import HostPages
@@ -36,6 +37,7 @@ from penstock.plugins.devices.lane import Event, Graph, Lane, Outputs
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.rings import Download, Landing, Upload
 from penstock.plugins.devices.sampler import SlotSampler, Wanted
+from penstock.plugins.drafters.api import Drafter, Proposal, Seen
 from penstock.plugins.models.api import Columns, Model
 
 Tensor = torch.Tensor
@@ -50,6 +52,8 @@ MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 CAPTURE_S = 6.0
 WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 48), (16, 49), (17, 48))
 """(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""
+WARM_DRAFTS = (1, 2, 4, 8, 16)
+"""Rows for which drafters' graphs are captured before anybody asks."""
 LAZY_USES = 4
 LAZY_PAUSE_S = 0.3
 AHEAD = 0.75
@@ -68,9 +72,9 @@ def mixed_for(rows: int, tokens: int) -> tuple[list[int], list[int]]:
     return [*sizes, padded_rows(rows)], [size for index, size in enumerate(MIXED_TOKENS) if index == 0 or MIXED_TOKENS[index - 1] < tokens]
 
 
-def padded_rows(rows: int) -> int:
-    """The most rows that a step of `rows` sequences may have, padding included."""
-    return max(rows, buckets_for(rows)[-1])
+def padded_rows(rows: int, lookahead: int = 0) -> int:
+    """The most rows that a step of `rows` sequences may have, padding included; with drafts among them of one that is not too large for a graph."""
+    return max(rows, buckets_for(rows)[-1]) if not lookahead else buckets_for(min(rows, BUCKETS[-1]))[-1]
 
 
 @dataclass
@@ -92,9 +96,20 @@ class _Launched:
     bucket: int
     """0: eager."""
     hidden: Tensor | None
-    """[rows, H] normalised, padded rows included; behind them, where a program ran, all tokens of Forward.prompt_rows, in their order."""
+    """[rows, H] normalised, padded rows included, with drafts a row for each token of a decode row; behind them, where a program ran, all tokens of
+    Forward.prompt_rows, in their order."""
     whole: tuple[Tensor, Tensor] | None
     """(x, residual) of every token of an eager step; None where a program kept what was asked for alone."""
+    first: I32
+    """For each row the row of `hidden` that its first kept token has: of decode rows all are kept, of others the last."""
+    taps: Sequence[Tensor] = ()
+    """Of every token, what drafters asked for (Drafter.taps)."""
+    states: Tensor | None = None
+    """So (Drafter.states)."""
+    columns: Columns | None = None
+    """Where a drafter asked for either."""
+    asked: Forward | None = None
+    """The Forward as it came, where `work` is another: see _flat."""
 
 
 class DeviceRunner:
@@ -119,8 +134,11 @@ class DeviceRunner:
         graphs: bool,
         depth: int,
         kv_dtype: str = "",
+        lookahead: int = 0,
+        drafters: Sequence[Drafter] = (),
     ) -> None:
-        """`num_blocks` may be small at first: `resize` brings the real cache."""
+        """`num_blocks` may be small at first: `resize` brings the real cache. `lookahead`: the most drafts behind a token, whoever makes them; `drafters`: who
+        does it here, the first asked first."""
         self.facts = facts
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
@@ -134,11 +152,22 @@ class DeviceRunner:
         self.kv_layout = (
             f"{model.attention.kv_layout}:{self.kv_dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
         )
+        self.lookahead = lookahead
+        self.drafters = tuple(drafter.name for drafter in drafters)
+        self._drafters = list(drafters)
+        self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
+        """Of each page, what the drafters' layers have, behind the model's own."""
+        self.kv_layout += "".join(drafter.kv_layout for drafter in drafters)
         self.counters = Counters()
         self.timed = False
         """Whether StepDone's events are read for `counters` (benchmarks)."""
-        self.memory = MemoryTable(weights=model.weights_bytes, workspace=0, graphs=0, kv=0, slack=0, total=0)
+        weights = model.weights_bytes + sum(drafter.nbytes for drafter in drafters)
+        self.memory = MemoryTable(weights=weights, workspace=0, graphs=0, kv=0, slack=0, total=0)
         self._model = model
+        self._taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
+        """Layers in front of which some drafter wants to see the stream; those steps are composed, and have no graphs."""
+        self._states = any(drafter.states for drafter in drafters)
+        self._looked_at = self._states or bool(self._taps)
         self._ops = ops
         self._lane = lane
         self._torch_dtype = torch_dtype
@@ -152,12 +181,14 @@ class DeviceRunner:
         self._known = np.full((max_num_seqs, width), -1, np.int32)
         """The table as the host wrote it, to refuse a step that would read another sequence's blocks."""
         entries = depth + 1
-        rows = padded_rows(max_num_seqs)
+        rows = padded_rows(max_num_seqs * (1 + lookahead), lookahead)
         self._max_rows = rows
+        """Of a step that has a graph."""
         self._decode = Upload(lane, entries, 2 * rows, fixed=True)
         self._columns = Upload(lane, entries, 4 * max_num_seqs + 4 * max_num_batched_tokens)
         self._draws = Upload(lane, entries, 3 * max_num_seqs)
-        self._mixed_rows, self._mixed_tokens = mixed_for(max_num_seqs, max_num_batched_tokens) if graphs else ([], [])
+        at_once = max_num_seqs if not lookahead else min(max_num_seqs * (1 + lookahead), BUCKETS[-1])
+        self._mixed_rows, self._mixed_tokens = mixed_for(at_once, max_num_batched_tokens) if graphs else ([], [])
         self._mixed: dict[tuple[int, int], Graph] = {}
         self._width = -(-(rows + 1) // 16) * 16
         self._ragged = Upload(lane, entries, 4 * self._width if graphs else 0, fixed=True)
@@ -165,8 +196,9 @@ class DeviceRunner:
         self._rows = torch.zeros(rows if graphs else 0, facts.hidden_size, dtype=self._torch_dtype, device=device)
         longest = max(self._mixed_tokens, default=0)
         self._whole = [torch.zeros(longest, facts.hidden_size, dtype=self._torch_dtype, device=device) for _ in range(2)]
-        self._down = Download(lane, entries, rows)
+        self._down = Download(lane, entries, max_num_seqs * (3 + 2 * lookahead) if lookahead else rows)
         self._bounds = [(lane.event(), lane.event()) for _ in range(entries)]
+        self._draft_bounds = [(lane.event(), lane.event()) for _ in range(entries if lookahead else 0)]
         state = Upload(lane, entries, 16 * max_num_seqs)
         lists, masks = Upload(lane, entries, 16 * max_num_seqs), Upload(lane, entries, 0)
         self.sampler = SlotSampler(
@@ -181,8 +213,8 @@ class DeviceRunner:
             deterministic=deterministic,
             direct=lane.direct,
         )
-        self._range: I32 = np.arange(max(rows, max_num_batched_tokens) + 1, dtype=np.int32)
-        self._buckets = buckets_for(max_num_seqs) if graphs else []
+        self._range: I32 = np.arange(max(rows, max_num_seqs, max_num_batched_tokens) + 1, dtype=np.int32)
+        self._buckets = buckets_for(at_once) if graphs else []
         self._forwards: dict[int, Graph] = {}
         self._samples: dict[tuple[int, bool], Graph] = {}
         self._masked: dict[tuple[int, bool], Graph] = {}
@@ -204,12 +236,28 @@ class DeviceRunner:
 
     def allocate(self, num_blocks: int) -> Tensor:
         """A pool of so many blocks. Raises torch.OutOfMemoryError, on the host RuntimeError."""
-        return self._model.attention.allocate(num_blocks)
+        if not self._own_bytes:
+            return self._model.attention.allocate(num_blocks)
+        page = self._model.attention.allocate(1)
+        if page.dim() != 2 or page.dtype != torch.uint8:
+            raise UnsupportedFeature(
+                f"The attention backend {self.attention!r} has pages of its own making, in which a drafter finds no room. Choose another"
+                " --attention-backend, or a drafter without layers, such as ngram.",
+                param="speculative_config",
+            )
+        # The drafters' keys and values lie in the same pages: what copies, shares or moves a page need not know of them. Zeros: a page that was filled
+        # without drafts holds numbers at least.
+        return torch.zeros(num_blocks, page.nbytes + self._own_bytes, dtype=torch.uint8, device=page.device)
 
     def _bind(self, pool: Tensor) -> None:
         self._pool = pool
-        self._caches = self._model.attention.caches(pool)
-        self._program = self._ops.fuse(self._model, self._caches)
+        at = pool.shape[-1] - self._own_bytes
+        self._caches = self._model.attention.caches(pool[:, :at] if self._own_bytes else pool)
+        # A program keeps what the last layer gives alone.
+        self._program = self._ops.fuse(self._model, self._caches) if not self._taps else None
+        for drafter in self._drafters:
+            drafter.bind(pool[:, at : at + drafter.page_bytes] if self._own_bytes else pool[:, :0])
+            at += drafter.page_bytes
 
     def resize(self, pool: Tensor, num_blocks: int) -> None:
         """Take another pool. Before serving only: graphs captured with the old one are dropped, whatever it held is lost."""
@@ -235,6 +283,7 @@ class DeviceRunner:
             + self._ops.workspace_bytes
             + self._model.attention.workspace_bytes
             + self._model.tables_bytes
+            + sum(drafter.state_bytes for drafter in self._drafters)
         )
 
     # ------------------------------------------------------------------ forward
@@ -242,29 +291,48 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work, writes=True)
+        refuse_columns(work, writes=True, lookahead=self.lookahead)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         rows = len(work.slots)
-        decode = rows > 0 and work.num_decode == rows
+        asked, first = work, None
+        if work.lookahead and not self._lane.direct:
+            work, first = _flat(work)
+            rows = len(work.slots)
+        decode = rows > 0 and work.num_decode == rows and (not work.lookahead or int(work.counts.max()) == 1)
+        for drafter in self._drafters:
+            if len(work.place_slots):
+                drafter.place(work.place_slots)
+            drafter.begin(asked)
         if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
             self._update_known(work)
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots) or len(work.write_slots):
             self._update(work)
-        bucket = self._bucket(rows) if decode else 0
+        bucket = self._bucket(rows) if decode and rows <= self._max_rows else 0
         if self._masked_uses:
             self._capture_masks()
         if rows == 0:
-            self._launched = _Launched(work, 0, None, None)
+            self._launched = _Launched(work, 0, None, None, EMPTY_I32)
         elif bucket:
             self._decode.send_rows(self._max_rows, -1, work.slots, work.starts)
             graph = self._forwards[bucket]
             graph.replay()
             self.counters.replays += 1
-            self._launched = _Launched(work, bucket, graph.outputs[0], None)
-        elif decode or not self._replay_mixed(work, rows):
+            self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
+            if self._looked_at:
+                self._look(self._launched, graph.outputs, rows)
+        elif decode or self._looked_at or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
+        if first is not None and self._launched is not None:
+            self._launched.asked, self._launched.first = asked, first
+
+    def _look(self, launched: _Launched, outputs: Outputs, rows: int) -> None:
+        """What drafters with taps or states see of a captured decode step, each token of which is a row."""
+        staging = self._decode.staging
+        slots, starts = staging[:rows], staging[self._max_rows : self._max_rows + rows]
+        launched.columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
+        launched.states, launched.taps = outputs[0][:rows], [tap[:rows] for tap in outputs[2:]]
 
     def _update_known(self, work: Forward) -> None:
         """Mirror of the device's table; the check that every position of this step has a block."""
@@ -276,7 +344,7 @@ class DeviceRunner:
         if len(work.slots) == 0:
             return
         first = work.starts // size
-        last = first if work.num_decode == len(work.slots) else (work.starts + work.counts - 1) // size
+        last = first if work.num_decode == len(work.slots) and not work.lookahead else (work.starts + work.counts - 1) // size
         lowest = min(int(known[work.slots, first].min()), int(known[work.slots, last].min()))
         if lowest < 0:
             raise EngineFailure("A step names positions whose blocks were never given to their slot.")
@@ -310,28 +378,39 @@ class DeviceRunner:
 
     def _eager(self, work: Forward, rows: int, decode: bool) -> None:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
-        columns, last = self._columns_of(work.slots, work.starts, work.counts, work.num_decode)
+        columns, kept, first = self._columns_of(work, decode)
         if self._program is not None:
+            if self._states:
+                everything = torch.arange(len(columns.tokens), dtype=torch.int32)
+                states = torch.empty(len(everything), self.facts.hidden_size, dtype=self._torch_dtype)
+                self._run(columns, everything, states)
+                hidden = self._ops.take_rows(states, kept)
+                if len(work.prompt_rows):
+                    hidden = torch.cat([hidden, self._ops.take_rows(states, torch.from_numpy(_tokens_of(work)))])
+                self._launched = _Launched(work, 0, hidden, None, first, (), states, columns)
+                return
             if len(work.prompt_rows):
-                last = torch.cat([last, torch.from_numpy(_tokens_of(work))])
-            hidden = torch.empty(len(last), self.facts.hidden_size, dtype=self._torch_dtype)
-            self._run(columns, last, hidden)
-            self._launched = _Launched(work, 0, hidden, None)
+                kept = torch.cat([kept, torch.from_numpy(_tokens_of(work))])
+            hidden = torch.empty(len(kept), self.facts.hidden_size, dtype=self._torch_dtype)
+            self._run(columns, kept, hidden)
+            self._launched = _Launched(work, 0, hidden, None, first)
             return
-        x, residual, _ = self._model.step(self._ops, self._caches, columns)
-        hidden = self._model.final(self._ops, self._ops.take_rows(x, last), self._ops.take_rows(residual, last))
-        self._launched = _Launched(work, 0, hidden, (x, residual))
+        x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
+        every = self._model.final(self._ops, x.clone(), residual.clone()) if self._states else None
+        hidden = self._model.final(self._ops, self._ops.take_rows(x, kept), self._ops.take_rows(residual, kept))
+        self._launched = _Launched(work, 0, hidden, (x, residual), first, taps, every, columns)
 
-    def _columns_of(self, slots: Column, starts: Column, counts: Column, num_decode: int) -> tuple[Columns, Tensor]:
-        """The step's columns, and the last token row of each sequence."""
-        rows, state = len(slots), (self.history, self.table, self.block_size)
-        if num_decode == rows:
-            sent = self._columns.send(slots, starts, self._range[:rows])
-            return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2]
+    def _columns_of(self, work: Forward, decode: bool) -> tuple[Columns, Tensor, I32]:
+        """The step's columns, the token rows that may be drawn from, and for each sequence which of them is its first. `decode`: one token each."""
+        rows, state = len(work.slots), (self.history, self.table, self.block_size)
+        if decode:
+            sent = self._columns.send(work.slots, work.starts, self._range[:rows])
+            return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2], self._range[:rows]
         q_start = np.zeros(rows + 1, np.int32)
-        np.cumsum(counts, out=q_start[1:])
-        sent = self._columns.send(slots, starts, q_start, q_start[1:] - 1)
-        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), num_decode), sent[3]
+        np.cumsum(work.counts, out=q_start[1:])
+        kept, first = _kept_of(work, q_start, self._range)
+        sent = self._columns.send(work.slots, work.starts, q_start, kept)
+        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), work.num_decode), sent[3], first
 
     def _run(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
         assert self._program is not None
@@ -415,7 +494,8 @@ class DeviceRunner:
         self._send_mixed(work.slots, work.starts, ends)
         self._mixed[size, length].replay()
         self.counters.replays += 1
-        self._launched = _Launched(work, 0, self._rows[:size], (self._whole[0][:total], self._whole[1][:total]))
+        whole = self._whole[0][:total], self._whole[1][:total]
+        self._launched = _Launched(work, 0, self._rows[:size], whole, self._range[:rows])
         return True
 
     def _send_mixed(self, slots: Column, starts: Column, ends: I32) -> None:
@@ -450,8 +530,8 @@ class DeviceRunner:
         """A decode step of `bucket` rows on the fixed inputs: hidden states, and lengths (the positions that the draw fills)."""
         slots, starts = self._decode.staging[:bucket], self._decode.staging[self._max_rows : self._max_rows + bucket]
         columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
-        x, residual, _ = self._model.step(self._ops, self._caches, columns)
-        return self._model.final(self._ops, x, residual), columns.kv_len
+        x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
+        return self._model.final(self._ops, x, residual), columns.kv_len, *taps
 
     def _sample_body(self, bucket: int, hot: bool, hidden: Tensor, positions: Tensor, words: int = 0) -> Outputs:
         """The draw behind `_decode_body`, into the history; with `words` (of a mask row) under the step's masks."""
@@ -470,14 +550,14 @@ class DeviceRunner:
         allocated for the first time inside a capture; that overwrites the fixed inputs, which every step sends anew."""
         before = self._lane.used()
         self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
-        hidden, positions = self._decode_body(bucket)
+        hidden, positions, *_ = self._decode_body(bucket)
         for hot in (False, True):
             self._sample_body(bucket, hot, hidden, positions)
         graph = self._lane.capture(lambda: self._decode_body(bucket))
         if not graph.outputs:  # a lane that captures nothing makes the outputs when it runs
             graph.replay()
         self._forwards[bucket] = graph
-        kept, lengths = graph.outputs
+        kept, lengths = graph.outputs[:2]
         for hot in (False, True):
             body = _bound(self._sample_body, bucket, hot, kept, lengths)
             self._samples[bucket, hot] = sampled = self._lane.capture(body)
@@ -495,7 +575,7 @@ class DeviceRunner:
             self._masks = Upload(self._lane, self._entries, self._max_rows * (1 + words), fixed=True, beside=True)
         self._send_masks(EMPTY_I32, EMPTY_I32)
         self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
-        body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs, words)
+        body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs[:2], words)
         body()
         self._masks.done_reading()
         self._masked[bucket, hot] = graph = self._lane.capture(body)
@@ -558,6 +638,7 @@ class DeviceRunner:
                     return
                 self.capture(bucket)
         if self._buckets:
+            self._warm_drafters(progress, limit_s)
             progress(f"captured graphs for {len(self._buckets)} batch sizes up to {self._buckets[-1]}")
 
     # ------------------------------------------------------------------ sample
@@ -565,18 +646,22 @@ class DeviceRunner:
     @torch.inference_mode()
     def sample(self, work: Sample) -> Callable[[], StepDone]:
         """See Runner.sample: everything is enqueued when this returns; the returned call waits for the step's event."""
-        refuse_columns(work, masks=True)
+        refuse_columns(work, masks=True, lookahead=self.lookahead)
         launched = self._launched
         if launched is None:
             raise EngineFailure("A Sample came without its Forward.")
         self._launched = None
+        before = launched.asked or launched.work
         self._lane.bind()
         if work.places:
             self.sampler.place(work.places)
         landing = self._down.take()
         prompt = self._prompt_logprobs(work, launched, landing) if len(work.prompt_rows) else []
-        rows, found = len(work.rows), None
-        if rows:
+        rows, found, drawn = len(work.rows), None, None
+        if rows and (work.lookahead or work.drafts):
+            drawn = _Drawn.of(work, before, launched.first)
+            found = self._verify(work, launched, drawn, landing)
+        elif rows:
             assert launched.hidden is not None
             graph = self._draw_graph(work, launched)
             if graph is not None:
@@ -590,7 +675,12 @@ class DeviceRunner:
                 tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
             landing.bring(tokens)
+        if self._drafters and len(before.slots) > before.num_decode:
+            self._observe(launched, 0 if drawn is None or not work.drafts else work.drafters)
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]
+        drafting = None
+        if drawn is not None and work.drafts:
+            drafting = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
         self.counters.steps += 1
         end.record()
         event = landing.close()
@@ -600,11 +690,15 @@ class DeviceRunner:
             event.synchronize()
             if self.timed:
                 self._account(begin, end)
-            tokens = landing.tokens()
+            tokens, counts, drafts, named = landing.tokens(), EMPTY_I32, EMPTY_I32, None
+            drafters = EMPTY_U8
+            if drawn is not None:
+                tokens, counts, drafts, drafters, named = drawn.landed(tokens, work.lookahead, work.drafts)
             bad: I32 = EMPTY_I32
             if rows and int(tokens.min()) < 0:
-                bad = np.flatnonzero(tokens < 0).astype(np.int32)
-                tokens[bad] = 0
+                wrong = np.flatnonzero(tokens < 0).astype(np.int32)
+                bad = wrong if not len(counts) else np.searchsorted(np.cumsum(counts), wrong, side="right").astype(np.int32)
+                tokens[wrong] = 0
             return StepDone(
                 engine=work.engine,
                 epoch=work.epoch,
@@ -613,12 +707,104 @@ class DeviceRunner:
                 tokens=tokens,
                 started_ns=started,
                 finished_ns=time.monotonic_ns(),
-                logprobs=None if found is None else found.columns(landing),
+                logprobs=None if found is None else found.columns(landing, named),
                 prompt_logprobs=_joined([part.columns(landing) for part in prompt]) if len(work.prompt_rows) else None,
                 bad_rows=bad,
+                counts=counts,
+                drafts=drafts,
+                drafters=drafters,
+                draft_ns=0 if drafting is None else max(1, int(drafting[0].elapsed_time(drafting[1]) * 1e6)),
             )
 
         return wait
+
+    def _verify(self, work: Sample, launched: _Launched, drawn: _Drawn, landing: Landing) -> Wanted | None:
+        """Draw at every position of the rows, keep what a draw one by one would have brought, and put new drafts behind."""
+        ops = self._ops
+        sent = self._draws.send(drawn.at, drawn.slots, drawn.positions, work.slots, work.positions, drawn.bounds)
+        at, slots, positions, row_slots, row_positions, bounds = sent
+        assert launched.hidden is not None
+        hidden = ops.take_rows(launched.hidden, at)
+        logits = self._logits(hidden)
+        mask = None if not len(work.mask_rows) else (work.mask, np.where(drawn.ahead == 0, work.mask_rows[drawn.row], -1).astype(np.int32))
+        tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead)
+        counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
+        self.sampler.settle(kept)
+        results = [kept, counts]
+        if work.drafts:
+            ends = row_positions + counts
+            last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
+            begin, end = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
+            begin.record()
+            results += self._draft(work, launched, row_slots, ends, last)
+            end.record()
+        landing.bring(torch.cat(results))
+        return found
+
+    def _draft(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
+        """New drafts behind the histories, flat; and, where several drafters are asked, whose they are."""
+        shape, device = (len(work.rows), work.drafts), self._lane.device
+        drafts = torch.full(shape, -1, dtype=torch.int32, device=device)
+        first, hot = True, self.sampler.hot(work.slots)
+        asked = [drafter for index, drafter in enumerate(self._drafters) if work.drafters >> index & 1]
+        if len(self._drafters) == 1 and asked and asked[0].max_lookahead >= work.drafts:
+            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, self._guess(hot), hot, True)
+            asked[0].propose(self._seen(launched, asked[0], proposal), drafts)
+            self._ops.put_drafts(drafts, slots, ends, self.history, self.facts.vocab_size)
+            return [drafts.view(-1)]
+        whose = torch.zeros(shape[0], dtype=torch.int32, device=device)
+        for index, drafter in enumerate(self._drafters):
+            if not work.drafters >> index & 1:
+                continue
+            idle = self._lane.direct and not first and bool((drafts[:, 0] >= 0).all())
+            if idle and not drafter.page_bytes:  # one with layers keeps up with what it may be asked about later
+                continue
+            width = min(work.drafts, drafter.max_lookahead)
+            mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=device)
+            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, self._guess(hot), hot, first)
+            drafter.propose(self._seen(launched, drafter, proposal), mine)
+            lacking = (drafts[:, 0] < 0) & (mine[:, 0] >= 0) & (mine[:, 0] < self.facts.vocab_size)
+            drafts[:, :width] = torch.where(lacking[:, None], mine, drafts[:, :width])
+            whose.masked_fill_(lacking, index)
+            first = False
+        self._ops.put_drafts(drafts, slots, ends, self.history, self.facts.vocab_size)
+        return [drafts.view(-1), whose]
+
+    def _guess(self, hot: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda logits, slots, positions: self.sampler.draw(logits, slots, positions, hot)
+
+    def _warm_drafters(self, progress: Callable[[str], None], limit_s: float) -> None:
+        """Graphs of drafters' own steps, few rows first; the others when they are used."""
+        started = time.monotonic()
+        none = [torch.zeros(0, self.facts.hidden_size, dtype=self._torch_dtype, device=self._lane.device)] * len(self._taps)
+        nobody = _Launched(
+            Forward(engine=0, epoch=0, step=0, slots=EMPTY_I32, starts=EMPTY_I32, counts=EMPTY_I32, num_decode=0),
+            0,
+            None,
+            None,
+            EMPTY_I32,
+            none,
+        )
+        for drafter in self._drafters:
+            for rows in WARM_DRAFTS:
+                if rows > self.max_num_seqs or time.monotonic() - started > limit_s:
+                    break
+                progress(f"capturing graphs of the drafter ({drafter.name})")
+                slots = torch.full((rows,), -1, dtype=torch.int32, device=self._lane.device)
+                hidden = torch.zeros(rows, self.facts.hidden_size, dtype=self._torch_dtype, device=self._lane.device)
+                for hot in (False, True):
+                    proposal = Proposal(self._range[:rows], i32([-1] * rows), slots, slots + 3, hidden, self._guess(hot), hot, True)
+                    drafter.warm(self._seen(nobody, drafter, proposal), rows, min(2, drafter.max_lookahead))
+
+    def _observe(self, launched: _Launched, asked: int) -> None:
+        """Let the drafters see a step with prompts, but those that were `asked` (bits) for drafts behind it."""
+        for index, drafter in enumerate(self._drafters):
+            if not asked >> index & 1:
+                drafter.observe(self._seen(launched, drafter, None))
+
+    def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:
+        taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps]
+        return Seen(launched.asked or launched.work, taps, launched.states, launched.columns, self.history, self.table, proposal)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""
@@ -627,11 +813,15 @@ class DeviceRunner:
         row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
         if rows != hidden.shape[0] or work.rows.tobytes() != self._range[:rows].tobytes():
             hidden = self._ops.take_rows(hidden, row_at)
+        return self._logits(hidden), slots, positions
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         if not self._lane.direct:
-            return self._model.logits(hidden), slots, positions
+            return self._model.logits(hidden)
+        rows = len(hidden)
         if self._kept_logits.shape[0] < rows:  # memory that is used again: fresh pages would be paid for by every step
             self._kept_logits = torch.empty(rows, self.facts.vocab_size)
-        return self._model.logits(hidden, self._kept_logits[:rows]), slots, positions
+        return self._model.logits(hidden, self._kept_logits[:rows])
 
     def _follows(self, work: Sample, before: Forward) -> bool:
         """Does each row of a decode step draw for itself, at the position after it."""
@@ -645,7 +835,7 @@ class DeviceRunner:
 
     def _prompt_logprobs(self, work: Sample, launched: _Launched, landing: Landing) -> list[Wanted]:
         """Log-probabilities of the prompt tokens that the last Forward's rows predict, a bounded number of logits at a time."""
-        last = launched.work
+        last = launched.asked or launched.work
         chunk = max(1, (DIRECT_LOGIT_ELEMENTS if self._lane.direct else PROMPT_LOGIT_ELEMENTS) // self.facts.vocab_size)
         parts: list[Wanted] = []
         for index, (row, k) in enumerate(zip(work.prompt_rows.tolist(), work.prompt_topk.tolist(), strict=True)):
@@ -663,15 +853,16 @@ class DeviceRunner:
 
     def _hidden_of(self, launched: _Launched, row: int, first: int, count: int) -> Tensor:
         """Normalised hidden states of `count` tokens of a sequence in the step, from its token `first` on."""
-        work = launched.work
+        work = launched.asked or launched.work
         if launched.whole is None:
             assert launched.hidden is not None
             if int(work.counts[row]) == 1:
-                return launched.hidden[row : row + 1].clone()
+                return launched.hidden[launched.first[row] :][:1].clone()
             if row not in work.prompt_rows:
                 raise EngineFailure(f"A Sample asks for prompt log-probabilities of row {row}, of which its Forward did not say so.")
             before = work.prompt_rows[: int(np.flatnonzero(work.prompt_rows == row)[0])]
-            at = len(work.slots) + int(work.counts[before].sum()) + first
+            drawn = int(work.counts[: work.num_decode].sum()) + len(work.slots) - work.num_decode
+            at = drawn + int(work.counts[before].sum()) + first
             return launched.hidden[at : at + count]
         x, residual = launched.whole
         at = int(work.counts[:row].sum()) + first
@@ -750,7 +941,7 @@ class DeviceRunner:
             self._mixed_body(self._mixed_rows[-1], self._mixed_tokens[-1])
         for bucket in self._buckets:
             self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
-            hidden, positions = self._decode_body(bucket)
+            hidden, positions, *_ = self._decode_body(bucket)
             for hot in (False, True):
                 self._sample_body(bucket, hot, hidden, positions)
         none = torch.full((1,), -1, dtype=torch.int32, device=self._lane.device)
@@ -806,6 +997,75 @@ def _tokens_of(work: Forward) -> I32:
     ends = np.cumsum(work.counts)
     found = [np.arange(ends[row] - work.counts[row], ends[row], dtype=np.int32) for row in work.prompt_rows.tolist()]
     return np.concatenate(found)
+
+
+def _flat(work: Forward) -> tuple[Forward, I32]:
+    """The step with a row for each token of a decode row, which attention can split over its keys as it does any other; and _Launched.first for the rows as they were.
+    Each sees what lies before it, since all keys and values are written before any is read; none sees a draft that comes behind it."""
+    decode, rows = work.num_decode, len(work.slots)
+    counts, first = work.counts[:decode], np.zeros(rows, np.int32)
+    flat = int(counts.sum())
+    np.cumsum(counts[:-1], out=first[1:decode])
+    first[decode:] = np.arange(flat, flat + rows - decode)
+    within = np.arange(flat, dtype=np.int32) - np.repeat(first[:decode], counts)
+    changed = msgspec.structs.replace(
+        work,
+        slots=np.concatenate([np.repeat(work.slots[:decode], counts), work.slots[decode:]]),
+        starts=np.concatenate([np.repeat(work.starts[:decode], counts) + within, work.starts[decode:]]),
+        counts=np.concatenate([np.ones(flat, np.int32), work.counts[decode:]]),
+        num_decode=flat,
+        prompt_rows=first[work.prompt_rows],
+    )
+    return changed, first
+
+
+def _kept_of(work: Forward, q_start: I32, steps: I32) -> tuple[I32, I32]:
+    """Token rows that may be drawn from: of decode rows all, of others the last; and for each row which of these is its first."""
+    decode, drawn = work.num_decode, int(q_start[work.num_decode])
+    if drawn == decode:
+        return q_start[1:] - 1, steps[: len(work.slots)]
+    kept = np.concatenate([steps[:drawn], q_start[decode + 1 :] - 1])
+    return kept, np.concatenate([q_start[:decode], steps[drawn : len(kept)]])
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The draws of a step with drafts, flat: row r has those from bounds[r] to bounds[r + 1]."""
+
+    bounds: I32
+    row: I32
+    ahead: I32
+    """How many drafts of its row each has before it."""
+    at: I32
+    """Rows of _Launched.hidden."""
+    slots: I32
+    positions: I32
+
+    @staticmethod
+    def of(work: Sample, before: Forward, first: I32) -> _Drawn:
+        """`first`: see _Launched. Raises EngineFailure for rows that draw where nothing was computed."""
+        rows = work.rows
+        ends = before.starts[rows] + before.counts[rows]
+        widths = ends - work.positions + 1
+        offset = np.where(rows < before.num_decode, work.positions - 1 - before.starts[rows], 0)
+        if int(widths.min()) < 1 or int(offset.min()) < 0 or bool((widths[rows >= before.num_decode] > 1).any()):
+            raise EngineFailure("A Sample names positions of which its Forward computed nothing.")
+        bounds = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(widths, out=bounds[1:])
+        row = np.repeat(np.arange(len(rows), dtype=np.int32), widths)
+        ahead = np.arange(len(row), dtype=np.int32) - bounds[row]
+        at = (first[rows] + offset)[row] + ahead
+        return _Drawn(bounds, row, ahead, at.astype(np.int32), work.slots[row], (work.positions[row] + ahead).astype(np.int32))
+
+    def landed(self, words: I32, lookahead: int, drafts: int) -> tuple[I32, I32, I32, U8, I32]:
+        """(tokens, counts, drafts, whose they are, the index of each draw among the tokens) of what `_verify` brought."""
+        drawn, rows = len(self.row), len(self.bounds) - 1
+        counts = words[drawn : drawn + rows]
+        left = self.ahead < counts[self.row]
+        named = np.where(left, np.cumsum(left) - 1, -1).astype(np.int32)
+        told = counts.copy() if lookahead else EMPTY_I32
+        at, end = drawn + rows, drawn + rows * (1 + drafts)
+        return words[:drawn][left], told, words[at:end].copy(), words[end:].astype(np.uint8), named
 
 
 def _joined(parts: list[LogprobColumns]) -> LogprobColumns:

@@ -19,7 +19,7 @@ from penstock.core.protocol.columns import I32, Column, i32
 from penstock.core.protocol.messages import LogprobColumns, SlotSampling
 from penstock.kernels.sampling import torch as portable
 from penstock.plugins.devices.lists import Entries, SlotLists
-from penstock.plugins.devices.ops import DeviceOps, Settings
+from penstock.plugins.devices.ops import Ahead, DeviceOps, Settings
 from penstock.plugins.devices.rings import Landing, Upload
 
 Tensor = torch.Tensor
@@ -45,16 +45,19 @@ class Wanted:
     wants: I32
     width: int
 
-    def columns(self, landing: Landing) -> LogprobColumns:
-        """After the landing's event."""
+    def columns(self, landing: Landing, named: I32 | None = None) -> LogprobColumns:
+        """After the landing's event. `named`: what each row is called, -1 for one that is left out after all."""
         count = len(self.rows)
         counts = (self.wants + 1).astype(np.int32)
         kept = np.arange(self.width)[None] < counts[:, None]
+        rows = self.rows if named is None else named[self.rows]
+        left = rows >= 0
+        kept &= left[:, None]
         return LogprobColumns(
-            rows=self.rows,
-            positions=self.positions,
-            counts=counts,
-            ranks=landing.more(self.ranks, np.int32).copy(),
+            rows=rows[left],
+            positions=self.positions[left],
+            counts=counts[left],
+            ranks=landing.more(self.ranks, np.int32)[left].copy(),
             ids=landing.more(self.ids, np.int32).reshape(count, self.width)[kept],
             values=landing.more(self.values, np.float32).reshape(count, self.width)[kept],
         )
@@ -101,6 +104,8 @@ class SlotSampler:
         self._logprobs: I32 = np.full(slots, -1, np.int32)
         self.prompt_len: I32 = np.zeros(slots, np.int32)
         self._lists: dict[int, SlotLists] = {}
+        self._unsettled: Tensor | None = None
+        """Which row of the counts each row of the last `sample` has, where those are not counted yet."""
 
     @property
     def nbytes(self) -> int:
@@ -174,10 +179,13 @@ class SlotSampler:
         where: Tensor,
         landing: Landing,
         mask: tuple[Column, Column] | None = None,
+        ahead: Column | None = None,
     ) -> tuple[Tensor, Wanted | None]:
         """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device; `mask` is Sample's mask and mask_rows -> (tokens [R],
-        log-probabilities)."""
+        log-probabilities). `ahead`: so many tokens before each position are drafts; such rows come behind one of the same slot without. Nothing is
+        counted then before `settle`."""
         flags = self._flags[slots]
+        self._unsettled = None
         if mask is None and not flags.any():
             return self._ops.greedy(logits), None
         rows: I32 = np.flatnonzero(flags & LOGPROBS).astype(np.int32)
@@ -186,7 +194,7 @@ class SlotSampler:
             raw = logits.clone() if rows.size == len(slots) else logits.index_select(0, self._to_device(rows))
         counted = None
         if (flags & ADJUSTED).any():
-            counted = self._adjust(logits, slots, positions, at, where, flags)
+            counted = self._adjust(logits, slots, positions, at, where, flags, ahead)
         if mask is not None:
             words, mask_rows = self._masks.send(*mask)
             self._ops.mask(logits, words.view(-1, -(-self._vocab // 32)), mask_rows)
@@ -195,12 +203,19 @@ class SlotSampler:
             masked = logits.index_select(0, self._to_device(rows[searching]))
             shown = raw.index_copy(0, self._to_device(searching.astype(np.int32)).long(), masked)
         tokens = self.draw(logits, at, where, bool((flags & HOT).any()))
-        if counted is not None:
-            self._ops.count(self._counts, counted, tokens)
+        self._unsettled = counted
+        if counted is not None and ahead is None:
+            self.settle(tokens)
         if raw is None or shown is None:
             return tokens, None
         chosen = tokens if rows.size == len(slots) else tokens.index_select(0, self._to_device(rows))
         return tokens, self.wanted(raw, chosen, rows, positions[rows].astype(np.int32), self._logprobs[slots[rows]], landing, shown)
+
+    def settle(self, tokens: Tensor) -> None:
+        """Count what the last `sample` drew: tokens [R], -1 for those that are not the sequence's after all."""
+        counted, self._unsettled = self._unsettled, None
+        if counted is not None:
+            self._ops.count(self._counts, counted, tokens)
 
     def wanted(
         self, raw: Tensor, chosen: Tensor, rows: I32, positions: I32, wants: I32, landing: Landing, shown: Tensor | None = None
@@ -244,30 +259,39 @@ class SlotSampler:
         for slot in slots.tolist():
             self._pool_row[slot] = self._free_rows.pop()
 
-    def _adjust(self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, flags: I32) -> Tensor | None:
+    def _adjust(
+        self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, flags: I32, ahead: Column | None
+    ) -> Tensor | None:
         """Penalties, bias and masks, in place, on the rows that have them. Returns which row of the counts counts, by row, if any does."""
         counted = None
         if (flags & PENALTY).any():
-            fresh = np.flatnonzero(((flags & PENALTY) != 0) & (self._pool_row[slots] < 0))
+            new = ((flags & PENALTY) != 0) & (self._pool_row[slots] < 0)
+            fresh = np.flatnonzero(new if ahead is None else new & (ahead == 0))
             if fresh.size:
                 named, ends = slots[fresh], positions[fresh]
                 self._take_rows(named)
                 sent = self._upload.send(self._pool_row[named], named, np.minimum(self.prompt_len[named], ends), ends)
                 self._ops.start_counts(self._counts, self._in_prompt, sent[0], sent[1], self._history, sent[2], sent[3])
             counted = self._to_device(np.where(flags & PENALTY, self._pool_row[slots], -1).astype(np.int32))
-            self._ops.penalise(logits, counted, at, self._counts, self._in_prompt, self.settings)
+            depths = None
+            if ahead is not None and (deepest := int(ahead.max())) > 0:
+                depths = Ahead(self._to_device(ahead), where, self._history, deepest)
+            self._ops.penalise(logits, counted, at, self._counts, self._in_prompt, self.settings, depths)
         listed = np.flatnonzero(flags & (LISTS | MINIMUM))
         if listed.size:
-            self._apply(logits, listed, slots, positions, at, where)
+            self._apply(logits, listed, slots, positions, at, where, ahead)
         return counted
 
-    def _apply(self, logits: Tensor, rows: Column, slots: Column, positions: Column, at: Tensor, where: Tensor) -> None:
+    def _apply(
+        self, logits: Tensor, rows: Column, slots: Column, positions: Column, at: Tensor, where: Tensor, ahead: Column | None
+    ) -> None:
         """Lists of these rows, in one copy up and at most three launches."""
         lists = [self._lists[int(slots[row])] for row in rows]
         histories = None if self._here is None else [self._here[slot] for slot in slots[rows].tolist()]
         entries = Entries(rows.tolist(), lists, positions[rows].tolist(), histories)
-        for slot, one, position in zip(slots[rows].tolist(), lists, positions[rows].tolist(), strict=True):
-            if not one.holds_back(position):
+        sure = rows if ahead is None else rows[ahead[rows] == 0]
+        for slot, position in zip(slots[sure].tolist(), positions[sure].tolist(), strict=True):
+            if not self._lists[slot].holds_back(position):
                 self._flags[slot] &= ~MINIMUM
         columns = [entries.rows, entries.ids, entries.values.view(np.int32)]
         columns += [entries.word_rows, entries.words, entries.starts, entries.sizes]

@@ -15,9 +15,10 @@ import torch
 from torch.nn import functional
 
 from penstock.kernels.activation.reference import gated
+from penstock.kernels.drafting import reference as drafting
 from penstock.kernels.rmsnorm.reference import rms_norm
 from penstock.kernels.sampling import torch as sampling
-from penstock.plugins.devices.ops import Settings
+from penstock.plugins.devices.ops import Ahead, Settings
 from penstock.plugins.models.api import Columns, Linear, Model, Program, Stacked
 
 Tensor = torch.Tensor
@@ -139,12 +140,26 @@ class TorchOps:
         tokens, values = sampling.draw(logits, s.temperature[at], *filters, s.seeds[at], s.choices[at], positions)
         return torch.where(torch.isfinite(values) & (slots >= 0), tokens, -1).int()
 
-    def penalise(self, logits: Tensor, counted: Tensor, slots: Tensor, counts: Tensor, in_prompt: Tensor, settings: Settings) -> None:
+    def penalise(
+        self,
+        logits: Tensor,
+        counted: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        settings: Settings,
+        ahead: Ahead | None = None,
+    ) -> None:
         """See DeviceOps."""
         rows = torch.nonzero(counted >= 0).flatten()
         at, slot = counted[rows].long(), slots[rows].long()
+        here = counts[at]
+        for back in range(1, 1 + (0 if ahead is None else ahead.deepest)):
+            assert ahead is not None
+            deep = torch.nonzero(ahead.depths[rows] >= back).flatten()
+            here[deep, ahead.history[slot[deep], ahead.positions[rows[deep]].long() - back].long()] += 1
         s = settings
-        logits[rows] = sampling.penalise(logits[rows], counts[at], in_prompt[at], s.repetition[slot], s.frequency[slot], s.presence[slot])
+        logits[rows] = sampling.penalise(logits[rows], here, in_prompt[at], s.repetition[slot], s.frequency[slot], s.presence[slot])
 
     def add_bias(self, logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> None:
         """See DeviceOps."""
@@ -194,4 +209,21 @@ class TorchOps:
     def count(self, counts: Tensor, counted: Tensor, tokens: Tensor) -> None:
         """See DeviceOps."""
         real = (counted >= 0) & (tokens >= 0)
-        counts[counted[real], tokens[real]] += 1
+        where = counted[real].long(), tokens[real].long()
+        counts.index_put_(where, torch.ones_like(tokens[real]), accumulate=True)
+
+    # --- drafts
+
+    def verify(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
+    ) -> tuple[Tensor, Tensor]:
+        """See DeviceOps."""
+        return drafting.verify(tokens, slots, positions, bounds, history)
+
+    def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
+        """See DeviceOps."""
+        drafting.put_drafts(drafts, slots, ends, history, vocab)
+
+    def ngrams(self, slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
+        """See DeviceOps."""
+        drafting.ngrams(slots, ends, history, shortest, longest, out)

@@ -18,6 +18,7 @@ from penstock.core.contract.devices import ModelFacts
 from penstock.kernels import gpu
 from penstock.kernels.activation.triton import gated
 from penstock.kernels.argmax.triton import argmax
+from penstock.kernels.drafting import triton as drafting
 from penstock.kernels.embedding.triton import embedding, gather_rows
 from penstock.kernels.linear import triton as linear
 from penstock.kernels.linear.scheme import Quantised, Scheme
@@ -29,7 +30,7 @@ from penstock.kernels.slots import triton as slot_state
 from penstock.kernels.w8a8 import triton as w8a8
 from penstock.kernels.w8a8.rounding import quantise_rows
 from penstock.kernels.w8a8.rows import STEP, Rounded, Rounding
-from penstock.plugins.devices.ops import Settings
+from penstock.plugins.devices.ops import Ahead, Settings
 from penstock.plugins.models.api import Columns, Linear, Model, Program, QuantisedLinear, Stacked
 
 Tensor = torch.Tensor
@@ -231,7 +232,8 @@ class TritonOps:
         self.deterministic = deterministic
         self.linear_space = torch.zeros(linear.workspace_elements(max(widest, vocab)), dtype=torch.float32, device=device)
         self._sampling = torch.empty(sampling.workspace_elements(max_rows, vocab), dtype=torch.float64, device=device)
-        self._steps = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._steps = torch.arange(2 * max_rows + 1, dtype=torch.int32, device=device)  # a draft model computes two tokens of each row
+        self._max_rows = max_rows
         self._wide: Tensor | None = None
         self._widest_quantised = 0
         self._largest_quantised = 0
@@ -291,6 +293,8 @@ class TritonOps:
     def decode_inputs(self, slots: Tensor, starts: Tensor, history: Tensor, table: Tensor, block_size: int) -> Columns:
         """See DeviceOps."""
         rows = slots.shape[0]
+        if rows >= len(self._steps):
+            self._steps = torch.arange(2 * rows, dtype=torch.int32, device=slots.device)
         tokens, positions, places, kv_len = _columns(4, rows, slots.device)
         slot_state.decode_inputs(
             slots, starts, history, table, block_size, tokens=tokens, positions=positions, cache_slots=places, kv_len=kv_len
@@ -350,14 +354,28 @@ class TritonOps:
 
     def draw(self, logits: Tensor, settings: Settings, slots: Tensor, positions: Tensor) -> Tensor:
         """See DeviceOps."""
-        s = settings
+        s, most = settings, self._max_rows
         columns = (s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, s.choices)
-        return sampling.draw(logits, *columns, positions, slots=slots, workspace=self._sampling)
+        out = torch.empty(len(slots), dtype=torch.int32, device=logits.device)
+        for at in range(0, len(slots), most):  # with drafts there may be more rows than the workspace is for
+            part = slice(at, at + most)
+            sampling.draw(logits[part], *columns, positions[part], slots=slots[part], out=out[part], workspace=self._sampling)
+        return out
 
-    def penalise(self, logits: Tensor, counted: Tensor, slots: Tensor, counts: Tensor, in_prompt: Tensor, settings: Settings) -> None:
+    def penalise(
+        self,
+        logits: Tensor,
+        counted: Tensor,
+        slots: Tensor,
+        counts: Tensor,
+        in_prompt: Tensor,
+        settings: Settings,
+        ahead: Ahead | None = None,
+    ) -> None:
         """See DeviceOps."""
         s = settings
-        sampling.penalise_(logits, counted, counts, in_prompt, s.repetition, s.frequency, s.presence, slots=slots)
+        more = None if ahead is None else (ahead.depths, ahead.positions, ahead.history, ahead.deepest)
+        sampling.penalise_(logits, counted, counts, in_prompt, s.repetition, s.frequency, s.presence, slots=slots, ahead=more)
 
     def add_bias(self, logits: Tensor, rows: Tensor, ids: Tensor, values: Tensor) -> None:
         """See DeviceOps."""
@@ -391,3 +409,19 @@ class TritonOps:
     def count(self, counts: Tensor, counted: Tensor, tokens: Tensor) -> None:
         """See DeviceOps."""
         sampling.count_(counts, counted, tokens)
+
+    # --- drafts
+
+    def verify(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int
+    ) -> tuple[Tensor, Tensor]:
+        """See DeviceOps."""
+        return drafting.verify(tokens, slots, positions, bounds, history, widest)
+
+    def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
+        """See DeviceOps."""
+        drafting.put_drafts(drafts, slots, ends, history, vocab)
+
+    def ngrams(self, slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
+        """See DeviceOps."""
+        drafting.ngrams(slots, ends, history, shortest, longest, out)

@@ -17,6 +17,7 @@ import pytest
 
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
+from penstock.core.actors.scheduler.widths import Widths
 from penstock.core.contract.devices import RunnerConfig
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions, FakeRunner
 from penstock.core.protocol.columns import Column, i32, i64
@@ -47,8 +48,14 @@ VOCAB = 61
 ROOT = CacheKey(weights="test", layout="test").root()
 
 
-def make_runner(settings: SchedulerSettings, *, block: int | None = None) -> FakeRunner:
-    options = FakeOptions(vocab_size=VOCAB, max_model_len=settings.max_model_len, num_blocks=settings.num_blocks)
+def make_runner(settings: SchedulerSettings, *, block: int | None = None, drafts: tuple[Any, ...] = ("fair",)) -> FakeRunner:
+    options = FakeOptions(
+        vocab_size=VOCAB,
+        max_model_len=settings.max_model_len,
+        num_blocks=settings.num_blocks,
+        lookahead=settings.lookahead,
+        drafts=drafts,
+    )
     config = RunnerConfig(
         model_path="",
         dtype="auto",
@@ -167,15 +174,35 @@ class Ledger:
         self.prompt_logprobs: list[int] = []
 
 
+class ChosenWidths(Widths):
+    """Whatever the test says, as far as a step has room."""
+
+    def __init__(self, settings: SchedulerSettings, clock: FakeClock, choose: Callable[[int], int] | None) -> None:
+        super().__init__(range(1, settings.lookahead + 1), settings.max_num_batched_tokens, clock)
+        self._say = choose or (lambda rows: settings.lookahead)
+
+    def choose(self, rows: int) -> int:
+        return min(self._say(rows), self.most(rows))
+
+
 class EngineSim:
     """One engine. `sent` are the StepTokens; `messages` counts everything that was routed, by type."""
 
-    def __init__(self, settings: SchedulerSettings, policy: Any = None, clock: FakeClock | None = None) -> None:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        policy: Any = None,
+        clock: FakeClock | None = None,
+        choose: Callable[[int], int] | None = None,
+        drafts: tuple[Any, ...] = ("fair",),
+    ) -> None:
+        """`choose(rows)`: the width of the next step; without it always the widest. `drafts`: how drafters guess."""
         self.settings = settings
         self.clock = clock or FakeClock()
-        self.scheduler = Scheduler(settings, policy or FirstComeFirstServed(), self.clock)
+        widths = ChosenWidths(settings, self.clock, choose) if settings.lookahead else None
+        self.scheduler = Scheduler(settings, policy or FirstComeFirstServed(), self.clock, widths)
         self.kv = KvManager(settings.num_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
-        self.runner = make_runner(settings)
+        self.runner = make_runner(settings, drafts=drafts)
         self.fifo: deque[Message] = deque()
         self.flying: deque[tuple[Forward, Sample, bytes, bytes, set[int]]] = deque()
         self.ledgers: dict[int, Ledger] = {}
@@ -265,6 +292,8 @@ class EngineSim:
             if self.bad is not None:
                 result = msgspec.structs.replace(result, bad_rows=i32(self.bad(sample)))
             self.clock.advance(0.01)
+            now = self.clock._now
+            result = msgspec.structs.replace(result, finished_ns=now, started_ns=now - 10_000_000)
             self.post(result)
         return steps
 
@@ -291,6 +320,7 @@ class EngineSim:
         priority: int = 0,
         n: int = 1,
         post: bool = True,
+        spec_decode: bool | None = None,
         **params: Any,
     ) -> int:
         """Admit one request (its key); `choices` and `outputs` as after a restart."""
@@ -315,6 +345,7 @@ class EngineSim:
             output_counts=i32([len(outputs.get(c, [])) for c in choices]),
             priority=priority,
             arrival_ns=self.clock.now_ns(),
+            spec_decode=spec_decode,
         )
         for choice in choices:
             self.ledgers[seq_of(key, choice)] = Ledger(admit, list(outputs.get(choice, [])))
@@ -373,9 +404,7 @@ class EngineSim:
         assert 0 < int(forward.counts.sum()) <= settings.max_num_batched_tokens
         assert len(set(forward.slots.tolist())) == forward.slots.size <= settings.max_num_seqs
         assert (forward.counts[: forward.num_decode] <= 1 + settings.lookahead).all()
-        if settings.lookahead:
-            solo = set(forward.slots[: forward.num_decode].tolist())
-            assert all(solo.isdisjoint(f[1].slots.tolist()) for f in self.flying), "a sequence decodes in two steps at once"
+        assert not any(f[1].drafts for f in self.flying), "a step was planned before it was known which drafts stand"
         assert settings.clones or not forward.clone_dst.size
         for slot in (*forward.place_slots.tolist(), *forward.clone_dst.tolist()):
             assert all(slot not in f[0].slots.tolist() for f in self.flying), "a slot was reused while a step in flight names it"
@@ -476,10 +505,16 @@ def settings_of(**changes: Any) -> SchedulerSettings:
 
 @pytest.fixture
 def make_sim() -> Callable[..., EngineSim]:
-    """make_sim(policy=..., clock=..., **settings)"""
+    """make_sim(policy=..., clock=..., choose=..., **settings)"""
 
-    def make(policy: Any = None, clock: FakeClock | None = None, **changes: Any) -> EngineSim:
-        return EngineSim(settings_of(**changes), policy, clock)
+    def make(
+        policy: Any = None,
+        clock: FakeClock | None = None,
+        choose: Callable[[int], int] | None = None,
+        drafts: tuple[Any, ...] = ("fair",),
+        **changes: Any,
+    ) -> EngineSim:
+        return EngineSim(settings_of(**changes), policy, clock, choose, drafts)
 
     return make
 

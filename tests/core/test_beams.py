@@ -195,7 +195,6 @@ def test_prefix_hits_and_chunks(make_sim: Make) -> None:
     ("settings", "params", "words"),
     [
         ({"beams": False}, {}, "cannot search"),
-        ({"lookahead": 2}, {}, "cannot search"),
         ({"max_num_seqs": 3}, {}, "does not fit the engine's 3"),
         ({"num_blocks": 8}, {"max_tokens": 12}, "may not hold 4 beams of 15"),
         ({"vocab": 6}, {"stop_token_ids": [0, 1, 2]}, "too small for 4 beams"),

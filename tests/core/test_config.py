@@ -280,7 +280,7 @@ def test_aliases_and_underscores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("words", "name"),
-    [("-tp 2", "--tensor-parallel-size"), ("-sc {}", "--speculative-config"), ("--log-requests", "--enable-log-requests")],
+    [("-tp 2", "--tensor-parallel-size"), ("--log-requests", "--enable-log-requests")],
 )
 def test_flags_of_later_capabilities_are_known_and_refused(words: str, name: str) -> None:
     result = CliRunner().invoke(cli.cli, ["serve", "m", *words.split()])

@@ -3,6 +3,7 @@ content, and a model computes each sequence alone."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -39,7 +40,9 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             block=st.sampled_from([1, 2, 4]),
             policy=st.integers(0, len(policies) - 1),
             clones=st.booleans(),
-            lookahead=st.just(0) if searching else st.sampled_from([0, 0, 1, 2, 5]),
+            lookahead=st.sampled_from([0, 0, 1, 2, 5]),
+            widths=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+            drafts=st.lists(st.sampled_from(["fair", "right", "wrong", "none", "short", "poor"]), min_size=1, max_size=3),
             park=st.integers(0, 2),
         )
         def start(
@@ -56,6 +59,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             policy: int,
             clones: bool,
             lookahead: int,
+            widths: list[int],
+            drafts: list[str],
             park: int,
         ) -> None:
             self.options = {
@@ -75,7 +80,10 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                 "park_kv_s": (0.0, 0.03, 5.0)[park],
             }
             self.policy = policies[policy]
-            self.sim = sim_class(settings_of(**self.options), self.policy())
+            turns = itertools.cycle(widths)
+            self.drafts = {"choose": lambda rows: min(next(turns), lookahead), "drafts": tuple(drafts)}
+            self.options["drafters"] = tuple(drafts)
+            self.sim = sim_class(settings_of(**self.options), self.policy(), **self.drafts)
             self.bad: set[int] = set()
             self.keys: list[int] = []
             self.parked: set[int] = set()
@@ -94,6 +102,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             prompt_logprobs=st.sampled_from([None, None, None, 2]),
             logprobs=st.sampled_from([None, None, 1]),
             beam=st.sampled_from([None, *BEAMS] if searching else [None, None, *BEAMS]),
+            spec_decode=st.sampled_from([None, None, True, False]),
             wait=st.booleans(),
         )
         def admit(
@@ -110,6 +119,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             prompt_logprobs: int | None,
             logprobs: int | None,
             beam: Beam | None,
+            spec_decode: bool | None,
             wait: bool,
         ) -> None:
             if len(self.sim.live()) > 12:
@@ -128,6 +138,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                 prompt_logprobs=prompt_logprobs,
                 logprobs=logprobs,
                 beam=beam,
+                spec_decode=spec_decode,
                 post=not wait,
             )
             self.keys.append(key)
@@ -179,7 +190,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             old = self.sim
             old.drain()
             self.epoch += 1
-            new = sim_class(settings_of(**self.options), self.policy(), old.clock)
+            new = sim_class(settings_of(**self.options), self.policy(), old.clock, **self.drafts)
             new._keys = old._keys
             by_key: dict[int, list[int]] = {}
             for seq in old.live():
@@ -200,6 +211,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                     max_tokens=admit.max_tokens,
                     eos=admit.eos.tolist(),
                     priority=admit.priority,
+                    spec_decode=admit.spec_decode,
                     post=False,
                     **params,
                 )

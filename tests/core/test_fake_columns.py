@@ -28,7 +28,7 @@ WORDS = -(-VOCAB // 32)
 
 def load(**declared: Any) -> FakeRunner:
     config = msgspec.structs.replace(runner_config(build({"max_num_seqs": SLOTS})), block_size=BLOCK)
-    options = FakeOptions(vocab_size=VOCAB, max_model_len=EACH * BLOCK, num_blocks=SLOTS * EACH, **declared)
+    options = FakeOptions(vocab_size=VOCAB, max_model_len=EACH * BLOCK, num_blocks=SLOTS * EACH, **{"lookahead": 4, **declared})
     return FakeDevice(options).load(config, lambda *_: None)
 
 
@@ -169,10 +169,12 @@ def test_histories_are_what_the_columns_make_of_them(data: Any) -> None:
         world.forward([row[:3] for row in rows], num_decode=len(decode), lookahead=lookahead, **columns)
         fresh = sorted(model.tokens)
         draws = [(i, slot, len(model.tokens[slot])) for i, (slot, *_) in enumerate(rows)]
-        done = world.sample(draws, fresh, lookahead=lookahead)
+        more = data.draw(st.sampled_from([0, 1, 4]))
+        done = world.sample(draws, fresh, lookahead=lookahead, drafts=more)
         tokens_left = done.tokens.tolist()
         counts = done.counts.tolist() or [1] * len(rows)
-        proposed = done.drafts.reshape(len(rows), -1).tolist() if lookahead else [[] for _ in rows]
+        assert (done.drafts.size, done.drafters.size) == (more * len(rows), len(rows) if more else 0)
+        proposed = done.drafts.reshape(len(rows), -1).tolist() if more else [[] for _ in rows]
         for (slot, start, count, drafts), many, mine in zip(rows, counts, proposed, strict=True):
             for n in range(many):
                 drawn = tokens_left.pop(0)
@@ -264,7 +266,7 @@ def test_a_clones_table_comes_along_and_what_it_then_writes_into_its_sources_blo
 def test_drafts_are_verified_or_seen(row: tuple[int, int, int], position: int, lookahead: int, what: str) -> None:
     def run() -> StepDone:
         world = World()
-        world.prompt([1, 2, 3], lookahead=2)
+        world.prompt([1, 2, 3], drafts=2)
         world.forward([row], num_decode=1, lookahead=lookahead)
         return world.sample([(0, 0, position)], lookahead=lookahead)
 
@@ -273,6 +275,30 @@ def test_drafts_are_verified_or_seen(row: tuple[int, int, int], position: int, l
         return
     with pytest.raises(FakeViolation, match=what):
         run()
+
+
+def test_drafters_are_asked_in_order_and_only_those_that_are_on() -> None:
+    def drafts_of(kinds: tuple[str, ...], bits: int) -> tuple[list[int], list[int]]:
+        world = World(drafts=kinds)
+        world.forward([(0, 0, 2)], place_slots=[0], place_counts=[2], place_tokens=[5, 6])
+        done = world.sample([(0, 0, 2)], [0], drafts=2, drafters=bits)
+        return done.drafts.tolist(), done.drafters.tolist()
+
+    right, wrong = drafts_of(("right",), 1), drafts_of(("wrong",), 1)
+    assert right != wrong
+    assert drafts_of(("none", "right"), -1) == (right[0], [1])
+    assert drafts_of(("wrong", "right"), -1) == wrong
+    assert drafts_of(("wrong", "right"), 0b10) == (right[0], [1])
+    assert drafts_of(("wrong", "right"), 0b100)[0] == [-1, -1]
+
+
+def test_a_draw_without_drafts_leaves_none() -> None:
+    world = World()
+    world.prompt([1, 2, 3], drafts=2)
+    world.forward([(0, 3, 3)], num_decode=1, lookahead=2)
+    many = int(world.sample([(0, 0, 4)], lookahead=2).counts[0])
+    with pytest.raises(FakeViolation, match="not known"):
+        world.forward([(0, 3 + many, 2)], num_decode=1, lookahead=2)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +326,7 @@ def test_a_runner_without_optional_columns_refuses_them_by_name() -> None:
         (forward, {"lookahead": 1}, r"Forward\.lookahead"),
         (sample, {"mask_rows": i32([-1])}, r"Sample\.mask_rows"),
         (sample, {"lookahead": 1}, r"Sample\.lookahead"),
+        (sample, {"drafts": 1}, r"Sample\.drafts"),
         (forward, {"block_groups": u8([0])}, r"Forward\.block_groups"),
         (forward, {"copy_groups": u8([0])}, r"Forward\.copy_groups"),
         (forward, {"place_adapters": i32([0])}, r"Forward\.place_adapters"),

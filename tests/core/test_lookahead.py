@@ -12,9 +12,10 @@ import msgspec
 import pytest
 import trio
 
+from penstock.core.actors.scheduler.widths import Widths
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions
 from penstock.core.processes.engine import Engine
-from penstock.core.protocol.columns import EMPTY_I32, i32
+from penstock.core.protocol.columns import EMPTY_I32, i32, u8
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import LENGTH, STOP, Admit, StepDone, StepTokens
@@ -50,8 +51,8 @@ def test_right_drafts_save_steps_and_change_no_token(depth: int, make_sim: Make)
     assert [sim.reason(key) for key in keys] == [LENGTH] * 3
     assert all(len(sim.output(key)) == 30 for key in keys)
     assert steps < 25
-    assert max(done.counts.max() for done in said) > 2
-    assert all(done.drafts.size == 4 * done.slots.size for done in said)
+    assert max(done.counts.max(initial=0) for done in said) > 2
+    assert all(done.drafts.size == 4 * done.slots.size for done in said[1:]), "with the first it was not known yet how wide steps are"
     sim.check_idle()
 
 
@@ -105,13 +106,22 @@ def test_a_bad_row_fails_alone(make_sim: Make) -> None:
     sim.check_idle()
 
 
-def test_a_sequence_is_not_in_two_steps_at_once_but_others_are(make_sim: Make) -> None:
-    sim = make_sim(lookahead=2, depth=2)
-    sim.admit([1, 2, 3], max_tokens=20)
-    sim.admit([3, 2, 1], max_tokens=20)
+def test_steps_overlap_while_no_drafts_are_made_and_not_while_they_are(make_sim: Make) -> None:
+    width = 0
+    sim = make_sim(lookahead=2, depth=2, choose=lambda rows: width)
+    sim.admit([1, 2, 3], max_tokens=40)
+    sim.admit([3, 2, 1], max_tokens=40)
     sim.finish(3)
-    sim.admit([4] * 5, max_tokens=4)  # beside the step that is in flight
     assert len(sim.flying) == 2
+    assert all((f[0].lookahead, f[1].lookahead, f[1].drafts) == (0, 0, 0) for f in sim.flying)
+    width = 2
+    sim.finish()
+    assert [(f[0].lookahead, f[1].drafts) for f in sim.flying] == [(0, 0), (0, 2)], "the drafts are made behind, and wait for nobody"
+    sim.finish(2)
+    assert [(f[0].lookahead, f[1].drafts) for f in sim.flying] == [(2, 2)]
+    width = 0
+    sim.finish()
+    assert [(f[0].lookahead, f[1].drafts) for f in sim.flying] == [(0, 0), (0, 0)], "what stands is dropped"
     sim.run()
     sim.check_idle()
 
@@ -122,10 +132,23 @@ def test_a_sequence_is_not_in_two_steps_at_once_but_others_are(make_sim: Make) -
 )
 def test_counts_that_cannot_be_are_refused(counts: list[int], tokens: list[int], make_sim: Make) -> None:
     sim = make_sim(lookahead=2)
-    sim.admit([1, 2], max_tokens=4)
+    sim.admit([1, 2], max_tokens=9)
+    sim.finish(2)
     _, sample, *_ = sim.flying[0]
+    assert sample.lookahead == 2
     with pytest.raises(ProtocolError, match="cannot be right"):
         sim.post(StepDone(engine=0, epoch=1, step=sample.step, slots=sample.slots, tokens=i32(tokens), counts=i32(counts)))
+
+
+@pytest.mark.parametrize(("drafts", "drafters", "asked"), [([1], [], 2), ([1, 2, 3], [], 2), ([1, 2], [0, 0], 2), ([1, 2], [], 0)])
+def test_drafts_that_cannot_be_are_refused(drafts: list[int], drafters: list[int], asked: int, make_sim: Make) -> None:
+    sim = make_sim(lookahead=2, choose=lambda rows: asked)
+    sim.admit([1, 2], max_tokens=4)
+    sim.finish()
+    _, sample, *_ = sim.flying[0]
+    done = StepDone(engine=0, epoch=1, step=2, slots=sample.slots, tokens=i32([1]), drafts=i32(drafts), drafters=u8(drafters))
+    with pytest.raises(ProtocolError, match="drafts"):
+        sim.post(done)
 
 
 def test_counts_that_nobody_asked_for_are_refused(make_sim: Make) -> None:
@@ -153,7 +176,9 @@ def test_choices_are_cloned_from_the_first(make_sim: Make) -> None:
 
 
 @pytest.mark.parametrize("wiring", ["cell", "tasks"])
-def test_the_engine_uses_what_the_device_declares(wiring: str) -> None:
+def test_the_engine_uses_what_the_device_declares(wiring: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Widths, "choose", Widths.most)
+
     def answers(**options: Any) -> tuple[dict[int, list[int]], int]:
         tokens: dict[int, list[int]] = {}
         steps: list[StepTokens] = []

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for grammar_kit.py: pytest's i
 
 from penstock.core.actors.masks import Masks
 from penstock.core.actors.sampler import Sampler
+from penstock.core.actors.scheduler.widths import Widths
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions
 from penstock.core.contract.host import PluginHost
 from penstock.core.processes.engine import Engine
@@ -300,6 +301,16 @@ def test_every_answer_obeys_and_others_are_as_ever(wiring: str, depth: int) -> N
             assert tokens[-1] == END
             assert all(a.key + 30 <= token < a.key + 33 for token in tokens[:-1])
     assert all(found[seq_of(key, 0)] == alone[seq_of(key, 0)] for key in range(40, 46))
+
+
+def test_who_obeys_has_no_drafts_and_those_beside_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask is for one token: a step with drafts brings each row that obeys one."""
+    monkeypatch.setattr(Widths, "choose", Widths.most)
+    admits = [admit(key, b"[%d,%d,%d]" % (key + 30, key + 33, key % 7 + 1), n=key % 3 + 1) for key in range(1, 9)]
+    admits += [admit(30, b"[41,45,6]", n=2, beam=Beam(width=3), temperature=0.0, max_tokens=12)]
+    plain = [admit(key, temperature=1.0, max_tokens=60) for key in range(40, 46)]
+    wide = run([*admits, *plain], options={"lookahead": 3, "drafts": ("right",)}, max_num_batched_tokens=40)
+    assert wide == run([*admits, *plain], max_num_batched_tokens=40)
 
 
 def test_limits_preemption_and_aborts() -> None:

@@ -882,12 +882,14 @@ def test_a_decode_step_takes_at_most_ten_messages(make_sim: Make, depth: int, ro
     assert len(sim.routed) + 2 * steps <= 10 * steps
 
 
-def test_columns_of_a_step_are_typed(make_sim: Make) -> None:
-    sim = make_sim(max_num_batched_tokens=8, num_blocks=16)
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_columns_of_a_step_are_typed(lookahead: int, make_sim: Make) -> None:
+    sim = make_sim(max_num_batched_tokens=8, num_blocks=16, lookahead=lookahead)
     for i in range(4):
         sim.admit([i] * 7, max_tokens=9, n=2, temperature=1.0)
     sim.run()
-    wide = {"seqs", "started_seqs", "preempted_seqs", "prompt_seqs"}
+    assert any(sent.drafted.size for sent in sim.sent) == (lookahead > 0)
+    wide = {"seqs", "started_seqs", "preempted_seqs", "prompt_seqs", "drafted_seqs"}
     narrow = {"reasons", "block_groups", "copy_groups", "pool_kinds"}
     for message in (*sim.forwards, *sim.samples, *sim.sent):
         for field in msgspec.structs.fields(message):

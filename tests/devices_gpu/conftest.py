@@ -101,6 +101,42 @@ def folder(make_folder: Callable[..., Path]) -> Path:
     return make_folder()
 
 
+@pytest.fixture
+def make_head() -> Callable[..., Path]:
+    """make_head(folder, "eagle3" | "mtp") -> the folder of a random drafter for the model there."""
+
+    def make(folder: Path, method: str) -> Path:
+        config = json.loads((folder / "config.json").read_text())
+        h, inner, dim, layers = (config[name] for name in ("hidden_size", "intermediate_size", "head_dim", "num_hidden_layers"))
+        q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+        at, reads = ("midlayer.", 2 * h) if method == "eagle3" else (f"model.layers.{layers}.", h)
+        heads = {f"self_attn.{name}_proj": (rows, reads) for name, rows in (("q", q), ("k", kv), ("v", kv))}
+        rest = {"self_attn.o_proj": (h, q), "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner)}
+        shapes: dict[str, tuple[int, ...]] = {at + name: shape for name, shape in {**heads, **rest}.items()}
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if method == "eagle3":
+            shapes |= {"fc": (h, 3 * h), "lm_head": (64, h), "norm": (h,)}
+            norms.append("hidden_norm")
+        else:
+            shapes[f"{at}eh_proj"] = (h, 2 * h)
+            norms += ["enorm", "hnorm", "shared_head.norm"]
+        shapes |= {at + name: (h,) for name in norms}
+        generator = torch.Generator().manual_seed(1)
+        dtype = getattr(torch, config["dtype"])
+        own = {f"{name}.weight": torch.empty(shape).normal_(0, 0.3, generator=generator).to(dtype) for name, shape in shapes.items()}
+        if method == "eagle3":
+            own["d2t"] = torch.arange(64) // 4
+        where = folder.with_name(f"{folder.name}-{method}")
+        where.mkdir()
+        (where / "config.json").write_text(
+            json.dumps({**config, "draft_vocab_size": 64, "eagle_aux_hidden_state_layer_ids": [0, 1, layers]})
+        )
+        save_file(own, where / "model.safetensors")
+        return where
+
+    return make
+
+
 def settings_for(path: Path, **over: Any) -> RunnerConfig:
     settings: dict[str, Any] = {
         "model_path": str(path),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.plugins.commands.bench import cuda_bench, cuda_quantised_load
+from penstock.plugins.commands.bench import cuda_bench, cuda_quantised_load, cuda_speculation
 from penstock.plugins.devices import cuda
 from penstock.plugins.devices.lane import HostLane
 
@@ -79,3 +79,21 @@ def test_every_section_exists_and_results_are_merged(tmp_path: Path, capfd: pyte
     found = json.loads((tmp_path / "engine.json").read_text())["ceilings"]
     assert "error" in found
     assert "FAILED" in capfd.readouterr().out
+
+
+def test_drafts_that_lie_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_speculation, "WIDTHS", (3,))
+    monkeypatch.setattr(cuda_speculation, "CONTEXT", 40)
+    monkeypatch.setattr(cuda_speculation, "STEPS", 6)
+    path = cuda_bench.folder_of(TINY, tmp_path, "tiny")
+    monkeypatch.setattr(cuda_bench, "settings", _small(cuda_bench.settings))
+    found: dict[str, Any] = {}
+    cuda_speculation.measure(path, [2], found)
+    assert found["rows_2"]["K3_lies0.0"]["tokens_a_row_and_step"] == 4
+    assert 1 < found["rows_2"]["K3_lies0.5"]["tokens_a_row_and_step"] < 3
+    cuda_speculation.draft_model(path, path, [2], found)
+    assert found["draft_1b_rows_2"]["K4"]["tokens_a_row_and_step"] > 3
+
+
+def _small(settings: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda path, **over: settings(path, **{**over, "max_num_seqs": 2, "kv_cache_memory_bytes": 16 << 20, "max_model_len": 900})

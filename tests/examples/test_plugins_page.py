@@ -22,11 +22,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from penstock import LLM, SamplingParams
+from penstock.core.contract.drafters import drafter_for
 from penstock.core.contract.families import FAMILIES
 from penstock.core.contract.formats import CONTENT, REASONING, Opening
 from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.errors import CheckpointError, InvalidRequest
 from penstock.core.protocol.model_folder import demo_folder
+from penstock.core.protocol.speculation import DraftConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -161,6 +163,17 @@ def test_model(write: Write, byte_folder: Path) -> None:
     with LLM(model=str(byte_folder), kv_cache_memory_bytes=1 << 20, extra_plugins=names) as llm:
         (one,) = llm.generate(["abc"], SamplingParams(temperature=0, max_tokens=5))
     assert one.outputs[0].text == "defgh"
+
+
+def test_the_drafter_of_the_page_says_what_came_after(write: Write) -> None:
+    drafter = drafter_for("again", PluginHost("engine", extra=write("my_drafter")).load().drafters()).factory(
+        config=DraftConfig(method="again")
+    )
+    drafter.begin(7, np.array([1, 2, 3], np.int32), "")
+    assert drafter.propose(7, 3).tolist() == []
+    drafter.extend(7, np.array([2], np.int32))
+    assert (drafter.propose(7, 3).tolist(), drafter.propose(7, 1).tolist()) == ([3, 2], [3])
+    drafter.end(7)
 
 
 def test_the_grammar_backend_of_the_page_makes_masks(write: Write) -> None:

@@ -34,6 +34,7 @@ if _INSTALLED and not GPU:
                 "activation",
                 "embedding",
                 "argmax",
+                "drafting",
                 "sampling",
                 "slots",
                 "quantised",

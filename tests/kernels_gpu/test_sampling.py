@@ -145,3 +145,26 @@ def test_big(device: str) -> None:
     assert torch.equal(got.cpu().long(), want)
     assert torch.equal(sampling.draw(logits, *settings, seeds, choices, positions), got)
     assert torch.equal(sampling.draw(logits[7:8], *(s[7:8] for s in settings), seeds[7:8], choices[7:8], positions[7:8]), got[7:8])
+
+
+def test_penalties_of_tokens_that_are_not_counted_yet(device: str) -> None:
+    rows, vocab, slots = 5, 70, 3
+    history = torch.randint(0, vocab, (slots, 40), dtype=torch.int32, device=device)
+    history[1, 10:16] = 7
+    counts = torch.randint(0, 2, (2, vocab), dtype=torch.int32, device=device)
+    in_prompt = torch.rand(2, vocab, device=device) < 0.2
+    where = torch.tensor([1, 1, 1, 0, 2], dtype=torch.int32, device=device)
+    pool = torch.tensor([1, 1, 1, 0, -1], dtype=torch.int32, device=device)
+    depths = torch.tensor([0, 1, 5, 3, 4], dtype=torch.int32, device=device)
+    positions = torch.tensor([11, 12, 16, 20, 20], dtype=torch.int32, device=device)
+    settings = [torch.rand(slots, device=device) + 0.5 for _ in range(3)]
+    logits = torch.randn(rows, vocab, device=device)
+    raw = logits.clone()
+    sampling.penalise_(logits, pool, counts, in_prompt, *settings, slots=where, ahead=(depths, positions, history, 5))
+    for row in range(rows):
+        alone = raw[row : row + 1].clone()
+        more = counts.clone()
+        for back in range(1, int(depths[row]) + 1):
+            more[pool[row], history[where[row], positions[row] - back]] += 1
+        sampling.penalise_(alone, pool[row : row + 1], more, in_prompt, *settings, slots=where[row : row + 1])
+        assert torch.equal(logits[row], alone[0])

@@ -7,7 +7,7 @@ from typing import Any
 from penstock.core.actors.text.log_line import STATS_S, StatsLine
 from penstock.core.processes.text_side import WithDefaults
 from penstock.core.protocol.config import build
-from penstock.core.protocol.messages import EngineStats
+from penstock.core.protocol.messages import EngineStats, SpeculationStats
 from penstock.core.telemetry.metrics import Metrics
 
 
@@ -88,3 +88,15 @@ def test_default_template_arguments_are_those_of_a_requests_template_too(rendere
     how: dict[str, Any] = {"tools": None, "add_generation_prompt": True, "continue_final_message": False}
     other = with_defaults.with_template("{{ messages[0].content }}{{ a }}{{ b }}")
     assert other.render([{"role": "user", "content": "x"}], kwargs={"b": 2}, **how) == "x12"
+
+
+def test_acceptance_is_told_where_somebody_drafts(bench: Any) -> None:
+    log, metrics = Log(), bench.actor.metrics
+    line = StatsLine(metrics, lambda: 1, log)
+    metrics.engine_stats(0, EngineStats(speculation=SpeculationStats(drafts=5, drafted=20, accepted=10)))
+    line.tick(at(0))
+    metrics.engine_stats(0, EngineStats(speculation=SpeculationStats(drafts=15, drafted=60, accepted=40)))
+    line.tick(at(STATS_S))
+    assert (log.lines[-1][1]["draft_acceptance_percent"], log.lines[-1][1]["accepted_length"]) == (75.0, 4.0)
+    line.tick(at(2 * STATS_S))
+    assert (log.lines[-1][1]["draft_acceptance_percent"], log.lines[-1][1]["accepted_length"]) == (0.0, 1.0)

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.core.protocol.control import Quality
-from penstock.core.protocol.messages import RUNNING, Cancel, EdgeStats, EngineStats, seq_of
+from penstock.core.protocol.messages import RUNNING, Cancel, EdgeStats, EngineFacts, EngineStats, SpeculationStats, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.telemetry.metrics import Metrics
 from penstock.core.telemetry.names import HISTOGRAMS, VLLM_ITL, VLLM_TTFT
@@ -116,6 +116,42 @@ def test_gauges_follow_the_requests(bench: Any) -> None:
     assert got["penstock_requests"][(("state", "running"),)] == 2
     assert got["vllm:num_requests_running"][(("engine", "0"), ("model_name", "trained"))] == 2
     assert got["vllm:kv_cache_usage_perc"][(("engine", "0"), ("model_name", "trained"))] == 0.25
+
+
+def test_drafts_are_counted_over_an_engines_lives() -> None:
+    metrics = Metrics(["trained"])
+    facts = EngineFacts(
+        model="m", architecture="A", dtype="float32", device="fake", attention="fake", vocab_size=8, max_model_len=8, block_size=4, num_blocks=2,
+        max_num_seqs=1, max_num_batched_tokens=8, deterministic=False, fingerprint="", kv_layout="", weights_bytes=0, workspace_bytes=0,
+        kv_bytes=0, slack_bytes=0, drafters=["ngram", "draft_model"], lookahead=3,
+    )  # fmt: skip
+    metrics.engine_up("trained", 0, 1, facts)
+    assert metrics.drafts() is None
+    one = SpeculationStats(drafts=10, drafted=30, accepted=15, places=[8, 5, 2], draft_ns=10**9, step_ns=4 * 10**9, width=2, states=[0, 2])
+    metrics.engine_stats(0, EngineStats(speculation=one))
+    metrics.engine_up("trained", 0, 2, facts)
+    metrics.engine_stats(
+        0, EngineStats(speculation=SpeculationStats(drafts=1, drafted=3, accepted=1, places=[1, 0, 0], width=3, states=[1, 2]))
+    )
+    assert metrics.drafts() == (11, 33, 16)
+    told = dict(line.rsplit(" ", 1) for line in metrics.render().decode().splitlines() if "spec_decode" in line and line[0] != "#")
+    vllm = 'engine="0"'
+    want = {
+        'penstock_spec_decode_state{engine="0",method="ngram"}': 1,
+        'penstock_spec_decode_state{engine="0",method="draft_model"}': 2,
+        'penstock_spec_decode_width{engine="0"}': 3,
+        'penstock_spec_decode_accepted_length{engine="0"}': 2,
+        'penstock_spec_decode_drafts_total{engine="0"}': 11,
+        'penstock_spec_decode_draft_seconds_total{engine="0"}': 1,
+        'penstock_spec_decode_step_seconds_total{engine="0"}': 4,
+        'penstock_spec_decode_accepted_tokens_per_pos_total{engine="0",position="0"}': 9,
+        'penstock_spec_decode_accepted_tokens_per_pos_total{engine="0",position="2"}': 2,
+        f'vllm:spec_decode_num_drafts_total{{model_name="trained",{vllm}}}': 11,
+        f'vllm:spec_decode_num_draft_tokens_total{{model_name="trained",{vllm}}}': 33,
+        f'vllm:spec_decode_num_accepted_tokens_total{{model_name="trained",{vllm}}}': 16,
+        f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{model_name="trained",{vllm},position="1"}}': 5,
+    }
+    assert {name: float(told[name]) for name in want} == want
 
 
 def test_compat_names_can_be_left_out(make_bench: Any) -> None:

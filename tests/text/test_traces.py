@@ -11,9 +11,10 @@ import pytest
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from penstock.core.protocol.columns import i32
 from penstock.core.protocol.control import Quality
 from penstock.core.protocol.errors import ConfigError
-from penstock.core.protocol.messages import Cancel, Park, Unpark, seq_of
+from penstock.core.protocol.messages import LENGTH, RUNNING, Cancel, Park, Unpark, seq_of
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.telemetry.traces import NO_TRACES, OtelTraces, configure, endpoint_of
 
@@ -115,6 +116,19 @@ def test_events_lie_in_the_stage_where_they_happened(traced: Any, memory: InMemo
     assert decode.attributes is not None
     assert decode.attributes["penstock.replays"] == 1
     assert decode.attributes["penstock.preemptions"] == 1
+
+
+def test_acceptance_stands_with_the_request(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.submit(1, traceparent=PARENT, sampling=SamplingParams(max_tokens=2))
+    traced.submit(2, traceparent=PARENT, sampling=SamplingParams(max_tokens=1))
+    rows = [(seq_of(1, 0), 0, 5, RUNNING), (seq_of(1, 0), 1, 6, LENGTH), (seq_of(2, 0), 0, 5, LENGTH)]
+    lives = {seq: incarnation for seq, (incarnation, _) in traced.admitted.items()}
+    told = {"drafted_seqs": _seqs(seq_of(1, 0)), "drafted": i32([4]), "accepted": i32([1])}
+    traced.rows([(seq, lives[seq], offset, token, reason) for seq, offset, token, reason in rows], **told)
+    found = {span.attributes["gen_ai.response.id"]: span.attributes for span in memory.get_finished_spans() if span.name == "decode"}
+    names = ("drafted_tokens", "accepted_tokens", "acceptance")
+    assert [found["r1"][f"penstock.speculation.{name}"] for name in names] == [4, 1, 0.25]
+    assert not any("speculation" in name for name in found["r2"])
 
 
 def _seqs(*seqs: int) -> Any:

@@ -52,6 +52,7 @@ EXAMPLES: dict[str, Any] = {
     "retain_s": 5,
     "on_disconnect": "park",
     "stream_interval": 3,
+    "spec_decode": False,
     "stream_options.events": ["json_value"],
     "stream_options.include_obfuscation": True,
     "stream_options.continuous_usage_stats": True,

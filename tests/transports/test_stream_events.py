@@ -189,6 +189,19 @@ def test_the_server_s_interval_holds_for_whoever_says_none(make_edge: MakeEdge) 
     assert lone.count("data:") == 7, "there an event is a token"
 
 
+@pytest.mark.parametrize(("said", "meant"), [(None, None), ("auto", None), (True, True), ("force", True), (False, False), ("off", False)])
+def test_a_request_may_want_drafts_always_or_never(edge: Edge, said: Any, meant: bool | None) -> None:
+    bodies = ((CHATS, HI), (TEXTS, GO), (RESPONSES, {"input": "hi", "store": False}), ("/inference/v1/generate", {"token_ids": [1]}))
+    before = sum(isinstance(message, Submit) for message in edge.text.received)
+    for path, body in bodies:
+        assert edge.kept.post(path, json={**body, "stream": False, "spec_decode": said}).status_code == 200
+    asked = edge.text.wait_for(Submit, before + len(bodies))[before:]
+    assert [submit.spec_decode for submit in asked] == [meant] * len(bodies)
+    for path, body in bodies:
+        error = edge.kept.post(path, json=body | {"spec_decode": "maybe"}).json()["error"]
+        assert (error["param"], "'off' or 'force'" in error["message"]) == ("spec_decode", True)
+
+
 @pytest.mark.parametrize("interval", [0, -1, 1025])
 def test_an_interval_has_bounds(edge: Edge, interval: int) -> None:
     for path, body in ((CHATS, HI), (TEXTS, GO), (RESPONSES, {"input": "hi", "stream": True})):

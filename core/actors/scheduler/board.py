@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from penstock.core.actors.scheduler.drafting import Drafting
 from penstock.core.actors.scheduler.outline import Blocks, Flight
 from penstock.core.actors.scheduler.slots import Commit, Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Group, Request, Sequence, WaitingRoom
@@ -60,7 +61,11 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     beams: bool = False
     """The device takes Forward.write_*, which a beam search needs."""
     lookahead: int = 0
-    """Drafts of the device that a decoding row computes along: see Forward.lookahead."""
+    """The most drafts of the device that a decoding row computes along: see Forward.lookahead."""
+    widths: tuple[int, ...] = ()
+    """Lookaheads that the device has prepared; (): all up to that."""
+    drafters: tuple[str, ...] = ()
+    """Who drafts, as Runner.drafters."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 
@@ -76,7 +81,7 @@ class Board:
         self.caching = settings.enable_prefix_caching
         self.longest = min(settings.max_model_len, settings.num_blocks * settings.block_size)
         # --- running
-        self.slots = Slots(settings.max_num_seqs, self.longest, settings.block_size, settings.lookahead)
+        self.slots = Slots(settings.max_num_seqs, self.longest, settings.block_size)
         self.rows: Rows | None = None
         """The decoding cohort; None when it must be gathered anew."""
         self.prefilling: list[int] = []
@@ -122,6 +127,10 @@ class Board:
         self.draining = False
         self.drained = False
         self.lost = False
+        # --- drafts
+        self.drafting: Drafting | None = None
+        self.wishes = 0
+        """Living sequences that want drafts always or never."""
         # --- counters
         self.parked_live = 0
         self.parks: dict[int, int] = {}
@@ -169,6 +178,7 @@ class Board:
             "parked": self.parked_live,
             "parks": len(self.parks),
             "obeying": self.obeying,
+            "wishes": self.wishes,
             "groups": len(self.groups),
         }
         return {name: count for name, count in counts.items() if count}
@@ -191,6 +201,7 @@ class Board:
             prompt_cached=self.prompt_cached,
             batch_tokens=batch_tokens,
             quarantined=quarantined,
+            speculation=None if self.drafting is None else self.drafting.stats(),
         )
 
     def report(self, rows: list[tuple[int, int, int, int]], errors: list[str] | None = None) -> StepTokens:

@@ -50,19 +50,21 @@ class Landing:
         rows, positions, offsets, tokens, logprobs = flight.rows, flight.positions, flight.offsets, done.tokens, done.logprobs
         bad = done.bad_rows
         searching = bool(board.groups)
+        if board.drafting is not None:
+            board.drafting.landed(flight, done)
         if flight.masked.size and not searching:
             yield _drawn(flight, done)
-        if settings.lookahead:
+        beams = slots.solo[rows.index] if searching else None
+        if flight.width:
             rows, positions, offsets, tokens, logprobs, bad = self._expand(flight, done)
         elif tokens.size != rows.slots.size or done.counts.size:
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
         board.done_step = done.step
-        beams = slots.solo[rows.index] if searching else None
         everything = rows, logprobs, bad
-        if board.leaving or beams is not None:
+        if board.leaving or searching:
             counted = slots.phase[rows.index] != ENDED
-            if beams is not None:
-                counted &= ~beams
+            if searching:
+                counted &= ~slots.solo[rows.index]
             kept = np.flatnonzero(counted)
             if kept.size < tokens.size:  # the others had already stopped, or are beams: what was drawn for them is dropped
                 if logprobs is not None:
@@ -70,7 +72,7 @@ class Landing:
                 bad = np.flatnonzero(np.isin(kept, bad))
                 rows, positions, offsets, tokens = rows.select(kept), positions[kept], offsets[kept], tokens[kept]
         index = rows.index
-        after = positions + (np.int32(1) if settings.lookahead else board.ones[: positions.size])
+        after = positions + (np.int32(1) if flight.width else board.ones[: positions.size])
         reasons: U8 = np.zeros(tokens.size, np.uint8)
         ends = flight.capped or bad.size > 0
         if flight.capped:
@@ -92,7 +94,7 @@ class Landing:
         else:
             slots.flat[rows.base + positions] = tokens
             slots.known[index] = after
-        if settings.lookahead:  # in order: a row's last token says how far it came
+        if flight.width:  # in order: a row's last token says how far it came
             slots.length[index] = after
             slots.computed[index] = positions
             board.rows = None  # those who sat out may go on
@@ -100,6 +102,8 @@ class Landing:
         if flight.prompts:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
         if ends:
+            if board.drafting is not None:
+                columns |= board.drafting.told(rows.select(np.flatnonzero(reasons)))
             for seq in rows.seqs[reasons != 0].tolist():
                 self._release.end(board.live[seq])
         seqs, incarnations = rows.seqs, rows.incarnations
@@ -114,7 +118,7 @@ class Landing:
             reasons = np.concatenate([reasons, np.full(len(scored), LENGTH, np.uint8)])
         told = None
         if beams is not None and beams.any():
-            told = self._beams.land(beams, *everything, self._blame)
+            told = self._beams.land(slots.solo[everything[0].index], *everything, self._blame)
         if searching and flight.masked.size:  # what beams go on with is known now
             assert beams is not None
             yield self._searched(flight, done, beams)
@@ -217,7 +221,7 @@ class Landing:
 
 def _drawn(flight: Flight, done: StepDone) -> Drawn:
     rows, which = flight.rows, flight.masked
-    tokens = done.tokens[which]
+    tokens = done.tokens[which if not flight.width else (np.cumsum(done.counts) - done.counts)[which]]  # they have one each
     if done.bad_rows.size:
         tokens = np.where(np.isin(which, done.bad_rows), np.int32(-1), tokens)
     return Drawn(step=done.step, seqs=rows.seqs[which], incarnations=rows.incarnations[which], tokens=tokens)

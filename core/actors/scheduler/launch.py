@@ -41,11 +41,12 @@ class Launch:
         slots.computed[index] = positions
         slots.length[index] = positions + ones
         slots.last_step[index] = step
-        flight = Flight(step, rows, positions, rows.left <= 1 + slots.lookahead, rows.tokens)
-        counts = rows.counts if slots.lookahead else ones
+        width = board.drafting.width if board.drafting is not None and slots.wide else 0
+        flight = Flight(step, rows, positions, rows.left <= 1 + width, rows.tokens)
+        counts = rows.counts if slots.wide else ones
         rows.starts = positions
         rows.left -= 1
-        if rows.left <= 0 or slots.lookahead or board.groups:
+        if rows.left <= 0 or slots.wide or board.groups:
             board.rows = None
         extra: dict[str, Any] = {}
         if outline is not None:
@@ -68,7 +69,7 @@ class Launch:
         starts = np.concatenate([slots.computed[decodes], i32([c[1] for c in chunks])])
         counts = np.concatenate([outline.rows.counts if outline.rows is not None else decodes, i32([c[2] for c in chunks])])
         slots.computed[rows] = starts + counts
-        if slots.lookahead:  # of the drafts it is not known yet
+        if slots.wide:  # of the drafts it is not known yet
             slots.computed[decodes] = starts[: decodes.size] + board.ones[: decodes.size]
         slots.length[decodes] += 1
         slots.last_step[rows] = step
@@ -98,7 +99,8 @@ class Launch:
         sampled = slots.gather(np.concatenate([decodes, i32(final_slots)]))
         positions = slots.length[sampled.index] - board.ones[: sampled.slots.size]
         tokens = int(counts.sum())
-        flight = Flight(step, sampled, positions, sampled.left <= slots.lookahead, tokens)
+        width = board.drafting.width if board.drafting is not None and slots.wide else 0
+        flight = Flight(step, sampled, positions, sampled.left <= width, tokens)
         flight.started, flight.prompts, flight.scored = outline.started, prompts, scored
         board.prompt_computed += tokens - int(counts[: decodes.size].sum())
         board.rows = None
@@ -173,8 +175,13 @@ class Launch:
         if board.obeying:
             flight.masked = np.flatnonzero(board.slots.grammar[flight.rows.index])
             extra["masked"] = flight.masked.size > 0
-        if board.settings.lookahead:
-            columns["lookahead"] = extra["lookahead"] = board.settings.lookahead
+        drafting = board.drafting
+        if drafting is not None:
+            drafting.launched(flight)
+            if flight.width:
+                columns["lookahead"] = extra["lookahead"] = flight.width
+            if flight.drafts:
+                extra["drafts"], extra["drafters"] = flight.drafts, drafting.drafters
         yield Forward(
             engine=engine, epoch=epoch, step=flight.step, slots=slots, starts=starts, counts=counts, num_decode=num_decode, **columns
         )

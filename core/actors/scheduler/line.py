@@ -34,7 +34,7 @@ class Line:
         board = self._board
         slots = board.slots
         ready = (slots.phase == DECODE) & (slots.length < slots.limit)
-        if slots.lookahead or board.groups:
+        if board.groups:
             ready &= ~slots.solo | (slots.last_step <= board.done_step)
         if board.parked_live:
             parked = slots.parked.copy()
@@ -52,12 +52,11 @@ class Line:
             head = board.prefilling[0]
             most -= min(most, int(board.slots.length[head] - board.slots.computed[head]))
         if rows.tokens > most:
-            rows.narrow()
+            board.slots.narrow(rows)
         if rows.slots.size > most:  # those that waited longest, then those that have least
             order = np.lexsort((rows.starts - rows.prompts, board.slots.last_step[rows.index]))[:most]
             chosen = rows.slots[np.sort(order)]
             rows = board.slots.gather(i32(self._beams.whole(chosen.tolist())) if board.groups else chosen)
-            rows.narrow()
             board.rows = None
         if rows.slots.size:
             outline.rows = rows

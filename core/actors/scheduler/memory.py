@@ -257,4 +257,4 @@ class Memory:
             narrow = outline.rows.tokens == outline.rows.slots.size or outline.forked  # there may be no blocks for drafts
             outline.rows = board.slots.gather(i32(fine)) if fine else None
             if narrow and outline.rows is not None:
-                outline.rows.narrow()
+                board.slots.narrow(outline.rows)

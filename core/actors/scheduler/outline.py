@@ -14,7 +14,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.waiting import Request, Sequence
-from penstock.core.protocol.columns import I32, Column, i32
+from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
 from penstock.core.protocol.messages import KvGrant, LogprobColumns, SlotSampling
 
 NO_ROWS: Index = np.empty(0, np.intp)
@@ -113,9 +113,28 @@ class Outline:
 
 class Flight:
     """Row i samples position `positions[i]`, output `offsets[i]`, of `rows.slots[i]`. `capped`: some row reaches its limit. `tokens` are all
-    that the step computes. `masked`: which rows draw under a mask. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
+    that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0; `drafts`: how many are made behind it; `chosen`: the width
+    that was found best; `pure`: decodes alone. `masked`: which rows draw under a mask. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
 
-    __slots__ = ("capped", "masked", "offsets", "positions", "prompts", "rows", "scored", "started", "step", "tokens")
+    __slots__ = (
+        *(
+            "ahead",
+            "capped",
+            "chosen",
+            "drafts",
+            "masked",
+            "offsets",
+            "positions",
+            "prompts",
+            "pure",
+            "rows",
+            "scored",
+            "started",
+            "step",
+            "tokens",
+        ),
+        "width",
+    )
 
     def __init__(self, step: int, rows: Rows, positions: I32, capped: bool, tokens: int) -> None:
         self.step = step
@@ -124,6 +143,9 @@ class Flight:
         self.offsets = positions - rows.prompts
         self.capped = capped
         self.tokens = tokens
+        self.ahead: I32 = EMPTY_I32
+        self.width = self.drafts = self.chosen = 0
+        self.pure = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []

@@ -44,6 +44,7 @@ class Release:
         del board.live[sequence.seq]
         request.live -= 1
         board.parked_live -= request.parked
+        board.wishes -= request.wish != 0
         if request.grammar:
             board.obeying -= 1
             board.closed.append((sequence.seq, request.incarnation))

@@ -9,7 +9,8 @@ What it does not know: block ids' contents, texts, loops, sockets, who listens.
 
 Where to look: `handle` dispatches; `_plan_step` is the loop's heart. All state is on one Board (board.py); line.py says who takes part, memory.py
 gets them blocks, launch.py makes Forward and Sample, landing.py is what became of a step, release.py how sequences leave. A step in which nothing
-starts, ends or crosses a block boundary runs no Python loop over sequences and asks KV nothing.
+starts, ends or crosses a block boundary runs no Python loop over sequences and asks KV nothing. How many drafts a step has is said by drafting.py.
+It is long because every message that it takes is handled here, and what an Admit is refused for.
 Iteration-level scheduling: Orca (Yu et al., 2022); chunked prefill beside decodes: Sarathi-Serve (Agrawal et al., 2024).
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import NOBODY, Board, Planning, SchedulerSettings
+from penstock.core.actors.scheduler.drafting import Drafting
 from penstock.core.actors.scheduler.landing import Landing
 from penstock.core.actors.scheduler.launch import Launch
 from penstock.core.actors.scheduler.line import Line
@@ -29,6 +31,7 @@ from penstock.core.actors.scheduler.memory import Memory
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.waiting import Group, Request, Sequence
+from penstock.core.actors.scheduler.widths import Widths
 from penstock.core.contract.policy import SchedulePolicy
 from penstock.core.protocol.columns import i32, i64
 from penstock.core.protocol.hashing import HASH_BYTES
@@ -72,13 +75,15 @@ class Scheduler:
     takes: frozenset[type[Message]] = frozenset({Admit, Abort, Park, Unpark, PeerDown, KvGrant, StepDone, DeviceLost, Drain, Plan})
     gives: frozenset[type[Message]] = frozenset({Plan, KvStep, Forward, Sample, StepTokens, Drained})
 
-    def __init__(self, settings: SchedulerSettings, policy: SchedulePolicy, clock: Clock) -> None:
+    def __init__(self, settings: SchedulerSettings, policy: SchedulePolicy, clock: Clock, widths: Widths | None = None) -> None:
         if min(settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, settings.depth) < 1:
             raise ValueError("max_num_seqs, max_num_batched_tokens, max_model_len and depth must be at least 1")
         if settings.grammars:
             self.gives = self.gives | {GrammarOpen, GrammarClose, MaskRequest, Drawn}
             self.takes = self.takes | {GrammarFailed}
         self._board = board = Board(settings, policy, clock)
+        if settings.lookahead:
+            board.drafting = Drafting(board, clock, widths)
         self._release = Release(board)
         self._beams = Beams(board, self._release)
         self._line = Line(board, self._release, self._beams)
@@ -149,6 +154,7 @@ class Scheduler:
                 continue
             board.live[sequence.seq] = sequence
             request.live += 1
+            board.wishes += request.wish != 0
             if request.grammar:
                 obeying.append(sequence)
             if count:
@@ -203,14 +209,14 @@ class Scheduler:
             return "Disaggregated prefill and adapters are not supported yet."
         if admit.sampling.beam is not None and admit.max_tokens:
             return self._beam_refusal(admit, admit.sampling.beam)
-        if admit.grammar and (not settings.grammars or settings.lookahead):
+        if admit.grammar and not settings.grammars:
             return "This engine cannot make an answer obey a grammar."
         return None
 
     def _beam_refusal(self, admit: Admit, beam: Beam) -> str | None:
         board = self._board
         settings, width = board.settings, beam.width
-        if not settings.beams or settings.lookahead:
+        if not settings.beams:
             return "This engine cannot search with beams."
         if admit.grammar and not settings.grammars:
             return "This engine cannot make an answer obey a grammar."
@@ -274,7 +280,7 @@ class Scheduler:
         if board.parks:
             self._release.give_up_parked(board.clock.now_ns())
         giving = bool(board.releases)
-        while len(board.flights) < board.settings.depth:
+        while len(board.flights) < board.settings.depth and not (board.flights and board.flights[-1].drafts):
             board.again = False
             if board.anew:
                 yield from self._open_anew()
@@ -335,6 +341,8 @@ class Scheduler:
         """Plan one step; False if there is nothing to compute now."""
         board = self._board
         rows = board.rows or self._line.gather()
+        if board.drafting is not None:
+            board.drafting.plan(rows)
         budget = board.settings.max_num_batched_tokens
         due = bool(board.releases)
         short = rows.index[board.slots.short(rows)]

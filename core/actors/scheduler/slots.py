@@ -21,6 +21,7 @@ FREE, PREFILL, DECODE, LEAVING, ENDED = 0, 1, 2, 3, 4
 MANY = 1 << 30
 
 Index = npt.NDArray[np.intp]
+I8 = npt.NDArray[np.int8]
 Commit = tuple[int, int, I32]
 """seq, computed length, tokens of the new blocks whose hashes KV does not have."""
 
@@ -48,6 +49,11 @@ class Rows:
     stops: I32
     left: int
 
+    def widen(self, ahead: I32) -> None:
+        """With so many drafts a row."""
+        self.counts = ahead + np.int32(1)
+        self.tokens = int(self.counts.sum())
+
     def select(self, kept: Column) -> Rows:
         """Only the rows `kept` (which may name one several times); `left` and `tokens` stay bounds."""
         rows = Rows()
@@ -67,13 +73,12 @@ class Rows:
 class Slots:
     """`count` slots for sequences of at most `longest` tokens, in blocks of `block` tokens. Columns are I32 over slots unless said."""
 
-    def __init__(self, count: int, longest: int, block: int, lookahead: int = 0) -> None:
+    def __init__(self, count: int, longest: int, block: int) -> None:
         def column() -> I32:
             return np.zeros(count, np.int32)
 
         self.count = count
         self.block = block
-        self.lookahead = lookahead
         self.phase: U8 = np.zeros(count, np.uint8)
         self.seq: I64 = np.zeros(count, np.int64)
         self.incarnation = column()
@@ -98,6 +103,20 @@ class Slots:
         """Not planned while a step in flight names it: how far that step brings it is known only when it has landed."""
         self.grammar = np.zeros(count, bool)
         """Draws under a mask."""
+        self.wish: I8 = np.zeros(count, np.int8)
+        """Drafts: 1 whatever they cost, -1 never."""
+        self.ahead = column()
+        """Of the step being planned: drafts that a row computes along. All 0 unless `wide`."""
+        self.wide = False
+        self.drafted = column()
+        """Drafts that stand behind the last token. All 0 unless `any_drafted`."""
+        self.any_drafted = False
+        self.drafter: U8 = np.zeros(count, np.uint8)
+        """Whose they are."""
+        self.drafts_seen = column()
+        """Of the sequence, so far: drafts that were verified."""
+        self.drafts_right = column()
+        """Of these, the right ones."""
         self.poisoned = np.zeros(count, bool)
         """Its logits were not numbers: its KV must not be shared."""
         self.stops: I32 = np.full((1, count), -1, np.int32)
@@ -124,8 +143,10 @@ class Slots:
         self.limit[slot] = request.limit
         self.min_tokens[slot] = request.params.min_tokens
         self.parked[slot] = request.parked
-        self.solo[slot] = self.lookahead > 0 or request.group is not None
+        self.solo[slot] = request.group is not None
         self.grammar[slot] = request.grammar
+        self.wish[slot] = request.wish
+        self.drafted[slot] = self.drafts_seen[slot] = self.drafts_right[slot] = 0
         stops = request.stop_ids
         if len(stops) > self.stops.shape[0]:
             more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)
@@ -167,23 +188,28 @@ class Slots:
         rows.stops = self.stops[: int(self.stop_count[index].max(initial=0)), index]
         rows.left = int((self.limit[index] - self.length[index]).min(initial=MANY))
         rows.narrow()
-        if self.lookahead:
-            rows.counts = self.reach(index) - rows.starts
-            rows.tokens = int(rows.counts.sum())
+        if self.wide:
+            rows.widen(self.ahead[index])
         return rows
 
+    def narrow(self, rows: Rows) -> None:
+        """These rows have no drafts in the step being planned, and nobody else has a row."""
+        if self.wide:
+            rows.narrow()
+            self.ahead[:] = 0
+            self.wide = False
+
     def reach(self, index: Index) -> I32:
-        """Where the next step of decoding slots ends: tokens for which it needs blocks. Drafts stop short of the limit; a choice that has to fork
-        first has none, so that a fork is never denied for want of room for drafts."""
+        """Where the next step of decoding slots ends: tokens for which it needs blocks."""
         reach: I32 = self.computed[index] + np.int32(1)
-        if self.lookahead:
-            reach += np.clip(self.limit[index] - self.length[index] - 1, 0, self.lookahead) * (self.capacity[index] > 0)
+        if self.wide:
+            reach += self.ahead[index]
         return reach
 
     def short(self, rows: Rows) -> Column:
         """A mask over rows: whose next position has no block yet."""
         mask: Column = self.capacity[rows.index] <= rows.starts
-        if self.lookahead:
+        if self.wide:
             mask = self.capacity[rows.index] < rows.starts + rows.counts
         return mask
 

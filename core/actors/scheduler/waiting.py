@@ -42,6 +42,7 @@ class Request:
         "prompt_logprobs_next",
         "root",
         "stop_ids",
+        "wish",
     )
 
     def __init__(self, admit: Admit, now_ns: int, limit: int, hashes: bytes) -> None:
@@ -57,6 +58,8 @@ class Request:
         self.limit = limit
         self.draws_nothing = admit.max_tokens == 0
         self.grammar = bool(admit.grammar) and not self.draws_nothing
+        self.wish = -1 if self.grammar or admit.sampling.beam is not None else {True: 1, False: -1, None: 0}[admit.spec_decode]
+        """Drafts: 1 whatever they cost, -1 never. Under a mask there are none: it is for one token."""
         self.stop_ids = sorted({*admit.eos.tolist(), *admit.sampling.stop_token_ids})
         self.banned_ids: I32 = np.asarray(self.stop_ids, np.int32) if admit.sampling.min_tokens > 0 else EMPTY_I32
         self.live = 0

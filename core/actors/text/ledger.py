@@ -106,10 +106,12 @@ class Request:
     """An accepted request. Times in ns on CLOCK_MONOTONIC, 0 if not reached yet."""
 
     __slots__ = (
+        "accepted",
         "admitted_ns",
         "arrival_ns",
         "cached",
         "choices",
+        "drafted",
         "edge",
         "encode_end_ns",
         "encode_start_ns",
@@ -183,6 +185,8 @@ class Request:
         """The retained stream that it belongs to."""
         self.cached = 0
         self.preemptions = 0
+        self.drafted = self.accepted = 0
+        """Drafts that were verified, and the right ones, of choices that the engine ended."""
         self.replays = 0
         self.replaying = False
         """Admitted again, not yet heard of."""
@@ -239,6 +243,7 @@ class Request:
             output_counts=i32([len(choice.outputs) for choice in running]) if replay else EMPTY_I32,
             priority=self.submit.priority,
             arrival_ns=self.arrival_ns,
+            spec_decode=self.submit.spec_decode,
             replay=replay,
             grammar=self.grammar,
             grammar_min_tokens=params.min_tokens if self.grammar else 0,

@@ -48,8 +48,20 @@ class StatsLine:
                 waiting=waiting,
                 kv_usage_percent=round(100 * load.kv_usage, 1),
                 prefix_hit_percent=round(100 * delta["prompt_cached"] / prompt, 1) if prompt else 0.0,
+                **self._speculation(delta),
             )
         self._busy = busy
 
     def _counts(self) -> dict[str, float]:
-        return {source: self._metrics.value("tokens", source) for source in ("prompt_computed", "prompt_cached", "generated")}
+        counts = {source: self._metrics.value("tokens", source) for source in ("prompt_computed", "prompt_cached", "generated")}
+        return counts | dict(zip(("drafts", "drafted", "accepted"), self._metrics.drafts() or (0.0, 0.0, 0.0), strict=True))
+
+    def _speculation(self, delta: dict[str, float]) -> dict[str, float]:
+        """Where somebody drafts: how many drafts were right, and tokens a row that had some."""
+        if self._metrics.drafts() is None:
+            return {}
+        drafts, drafted, accepted = delta["drafts"], delta["drafted"], delta["accepted"]
+        return {
+            "draft_acceptance_percent": round(100 * accepted / drafted, 1) if drafted else 0.0,
+            "accepted_length": round(1 + accepted / drafts, 2) if drafts else 1.0,
+        }

@@ -107,6 +107,8 @@ class Receiver:
             self._started(message, at_ns)
         if len(message.preempted_seqs):
             self._preempted(message, at_ns)
+        if len(message.drafted_seqs):
+            self._drafted(message)
         if message.prompt_logprobs is not None:
             self._prompt_logprobs(message)
         self._reader = LogprobReader(message.logprobs, self._table) if message.logprobs is not None else None
@@ -495,6 +497,13 @@ class Receiver:
                 choice.request.preemptions += 1
                 if choice.request.traced:
                     choice.request.events.append(("preempted", at_ns))
+
+    def _drafted(self, message: StepTokens) -> None:
+        for seq, drafted, accepted in zip(message.drafted_seqs.tolist(), message.drafted.tolist(), message.accepted.tolist(), strict=True):
+            choice = self._ledger.choices.get(seq)
+            if choice is not None:
+                choice.request.drafted += drafted
+                choice.request.accepted += accepted
 
     def _prompt_logprobs(self, message: StepTokens) -> None:
         assert message.prompt_logprobs is not None

@@ -56,6 +56,7 @@ def record(traces: Traces, request: Request, model: str, facts: EngineFacts | No
             **_quality(facts),
             "penstock.preemptions": request.preemptions,
             "penstock.replays": request.replays,
+            **_speculation(request),
         },
         "detokenise": {},
     }
@@ -85,3 +86,14 @@ def _quality(facts: EngineFacts | None) -> dict[str, Any]:
         return {}
     told = msgspec.structs.asdict(facts.quality)
     return {f"penstock.quality.{name}": value for name, value in told.items() if value not in (None, "")}
+
+
+def _speculation(request: Request) -> dict[str, Any]:
+    """Of drafts, where there were some."""
+    if not request.drafted:
+        return {}
+    return {
+        "penstock.speculation.drafted_tokens": request.drafted,
+        "penstock.speculation.accepted_tokens": request.accepted,
+        "penstock.speculation.acceptance": round(request.accepted / request.drafted, 4),
+    }

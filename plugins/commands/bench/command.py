@@ -1,4 +1,4 @@
-"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars, streams.
+"""The `penstock bench` commands: serve (a client load over HTTP), throughput and latency (the engine in process), footprint, grammars, speculation, streams.
 
 What it is: options, the run, the output. What it does not know: percentiles (report.py), sockets (client.py), lengths (workload.py).
 It is long because each command stands here with its options.
@@ -483,6 +483,36 @@ def grammars(
         cpu_said = ", ".join(f"{kind} {used:.2f}" for kind, used in found["cpu_ms_a_step"].items())
         click.echo(f"CPU time of the server's processes, ms a step: {cpu_said}")
     write_json(json_file, "grammars", {"schemas": schemas, "seed": seed, "train": train, "serve_args": list(serve_args)}, result)
+
+
+@bench.command()
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    default=['{"method": "ngram"}'],
+    show_default=True,
+    help="A value of --speculative-config (several times).",
+)
+@click.option("--model", help="Folder of a model; the demo model without.")
+@click.option("--output-len", type=COUNT, default=120, show_default=True, help="Tokens of an answer.")
+@click.option("--turns", type=COUNT, default=7, show_default=True, help="How often each engine answers every prompt.")
+@click.option("--max-num-seqs", type=COUNT, default=4, show_default=True, help="Of the engines, one of which answers at a time.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
+def speculation(configs: tuple[str, ...], model: str | None, output_len: int, turns: int, max_num_seqs: int, json_file: str | None) -> None:
+    """Answers with drafts against answers without, one request at a time, in turns. They must be the same."""
+    from penstock.plugins.commands.bench.speculation import measured
+
+    try:
+        parsed = [json.loads(config) for config in configs]
+    except ValueError as error:
+        raise click.BadParameter(f"--config takes a JSON object: {error}") from None
+    options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": max_num_seqs}
+    result = measured(parsed, model=model, tokens=output_len, turns=turns, options=options)
+    for name, kinds in result.items():
+        said = ", ".join(f"{kind} {one['tokens_s']:.0f} tokens/s ({one['over_off']:.2f}x)" for kind, one in kinds.items())
+        click.echo(f"{name}: {said}")
+    write_json(json_file, "speculation", {"configs": parsed, "model": model, "output_len": output_len, "turns": turns}, result)
 
 
 CASES = ("latency", "events", "retained", "stalled")

@@ -168,9 +168,7 @@ def report(
     texts = _texts("--text", text, REPORTED)[:max_texts]
     encode = _encoder([folder for folder in (tokenizer, full, model, full.parent) if folder is not None])
     kv = "fp8_e4m3" if kv_cache_dtype == "fp8" else kv_cache_dtype or "auto"
-    ours = comparing.Loaded(
-        model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full, head=head, kv_cache_dtype=kv
-    )
+    ours = comparing.Loaded(model, quantization=quantization, dtype=dtype, longest=max_tokens, against=full, head=head, kv_cache_dtype=kv)
     wide = comparing.Loaded(full, dtype=dtype, longest=max_tokens)
     prompts = _compared(ours, wide, texts, encode)
     found = comparing.summary(prompts)

@@ -1,0 +1,245 @@
+"""How many drafts a step has: as many as bring the most tokens a second.
+
+What it is: `Widths`, which learns how often the draft at each place is right and how long a step of so many rows and drafts takes, and chooses the number for the
+next step, none included; and `Watch`, which turns a drafter off whose drafts are too often wrong, and tries it again after a while. Both are pure: numbers
+in, numbers out, time from a Clock.
+Trying what is not chosen is rare and cheap: a few steps, only of a width that might win, less often the longer nothing changes.
+What it does not know: sequences, messages, which drafter made a draft, what drafts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penstock.core.runtime.clock import Clock
+
+FIRST_GUESS = 0.6
+"""How often a draft is right, before anything is known."""
+FIRST_WEIGHT = 8.0
+"""As if so many had been seen. What was seen long ago, without drafts since, counts for no more either."""
+NEXT_WEIGHT = 4.0
+"""A place of which little is known is as the one before: as if so many had been seen."""
+MEMORY = 192.0
+"""Rows after which half of what was seen before is forgotten: some seconds of one sequence."""
+SLOPE = 0.05
+"""By how much of itself a step is thought to grow a draft, where it was not measured: little, so that it is tried."""
+BETTER = 1.03
+"""A wider step must promise so much more than the one in use."""
+STALE = 0.92
+"""What was measured long ago may take so much less by now."""
+BURST = 5
+"""Steps of a trial."""
+FIRST_INTERVAL, LAST_INTERVAL = 64, 4096
+"""Steps between trials: twice as many after each that changed nothing."""
+FIRST_PAUSE_NS, LAST_PAUSE_NS = 2 * 10**9, 120 * 10**9
+"""The same in time, while no drafts are best: nothing is learned then without a trial."""
+BLIND = 16
+"""Steps of a size in which the time without drafts is to be learned first, at most."""
+ENOUGH = 3
+"""Times after which one counts."""
+
+GOOD, KEEP, OFF = 2, 1, 0
+"""States of a drafter, as metrics have them."""
+GOOD_ABOVE, OFF_BELOW = 0.7, 0.4
+JUDGED = 512.0
+"""The same for a drafter's drafts."""
+LEAST = 256
+"""Drafts after which a drafter is judged; on trial a quarter."""
+
+
+class Widths:
+    """`widths` are what steps may have (0 besides), `budget` the most tokens of a step."""
+
+    def __init__(self, widths: Sequence[int], budget: int, clock: Clock) -> None:
+        self._ladder = sorted({0, *widths})
+        self._budget = budget
+        self._clock = clock
+        most = self._ladder[-1]
+        self._most = most
+        self._reached: list[float] = []
+        """Of each place (from 1): rows whose drafts before it were right."""
+        self._right: list[float] = []
+        """Of these, those whose draft there was, too."""
+        self._times: dict[int, dict[int, list[float]]] = {}
+        """Rows (a power of two) -> width -> [ns, how many were measured]."""
+        self._asked: dict[int, int] = {}
+        self._current = 0
+        self._trial, self._trial_left = 0, 0
+        self._interval, self._since = FIRST_INTERVAL, 0
+        self._pause_ns, self._retry_ns = FIRST_PAUSE_NS, 0
+        self.forget()
+
+    # ------------------------------------------------------------------ what is learned
+
+    def timed(self, rows: int, width: int, ns: int) -> None:
+        """A step of decodes alone, in the middle of others like it, took so long; drafting for the next one included."""
+        times = self._times.setdefault(_size(rows), {})
+        known = times.get(width)
+        if known is None:
+            times[width] = [0.0, 0.0]  # the first of its kind may have compiled something
+            return
+        taken = float(ns) if known[1] < ENOUGH else min(float(ns), 3 * known[0])
+        share = max(1 / 8, 1 / (known[1] + 1))
+        known[0] += (taken - known[0]) * share
+        known[1] += 1
+
+    def verified(self, width: int, accepted: Sequence[int]) -> None:
+        """Of `accepted[0]` rows of a step of that width, `accepted[j]` had their first j drafts right. Rows without drafts count: that there are none is a part
+        of how often they are right."""
+        fade = 0.5 ** (accepted[0] / MEMORY)
+        for place in range(1, width + 1):
+            self._reached[place] = self._reached[place] * fade + accepted[place - 1]
+            self._right[place] = self._right[place] * fade + accepted[place]
+
+    def forget(self) -> None:
+        """Other drafters from now on: what was learned of their drafts no longer holds."""
+        self._reached = [FIRST_WEIGHT if place == 1 else 0.0 for place in range(self._most + 1)]
+        self._right = [FIRST_GUESS * reached for reached in self._reached]
+        self._retry_ns = 0
+
+    # ------------------------------------------------------------------ what is expected
+
+    def tokens(self, width: int) -> float:
+        """A row's, in a step of that width."""
+        rate, chance, total = 0.0, 1.0, 1.0
+        for place in range(1, width + 1):
+            weight = NEXT_WEIGHT if place > 1 else 0.0
+            rate = (self._right[place] + weight * rate) / (self._reached[place] + weight)
+            chance *= rate
+            total += chance
+        return total
+
+    def time(self, rows: int, width: int) -> float:
+        """Of a step, in ns; only comparable with others of the same rows where none of them was measured."""
+        size = _size(rows)
+        known = self._known(size)
+        if not known and self._times:
+            known = next((found for other in sorted(self._times, key=lambda s: abs(s - size)) if (found := self._known(other))), {})
+        if not known:
+            return 1.0 + SLOPE * width
+        if width in known:
+            return known[width]
+        below = max((k for k in known if k < width), default=None)
+        above = min((k for k in known if k > width), default=None)
+        if below is None:
+            assert above is not None
+            return known[above] / (1 + SLOPE * (above - width))
+        if above is None:
+            return known[below] * (1 + SLOPE * (width - below))
+        return known[below] + (known[above] - known[below]) * (width - below) / (above - below)
+
+    def _known(self, size: int) -> dict[int, float]:
+        return {width: ns for width, (ns, count) in self._times.get(size, {}).items() if count >= ENOUGH}
+
+    def speed(self, rows: int, width: int) -> float:
+        return self.tokens(width) / self.time(rows, width)
+
+    # ------------------------------------------------------------------ the choice
+
+    def most(self, rows: int) -> int:
+        """The widest that a step of so many rows has room for."""
+        return next(width for width in reversed(self._ladder) if rows * (1 + width) <= self._budget or width == 0)
+
+    def choose(self, rows: int) -> int:
+        """The width of the next step, of so many rows."""
+        most = self.most(rows)
+        if most == 0:
+            return 0
+        if self._trial_left:
+            self._trial_left -= 1
+            return min(self._trial, most)
+        size = _size(rows)
+        if self._asked.get(size, 0) < BLIND and 0 not in self._known(size):
+            self._asked[size] = self._asked.get(size, 0) + 1
+            return 0
+        able = [width for width in self._ladder if width <= most]
+        current = min(self._current, most)
+        now = self.speed(rows, current)
+        best = max(able, key=lambda width: self.speed(rows, width))
+        if best != current and self.speed(rows, best) > (BETTER if best > current else 1.0) * now:
+            self._interval, self._since = FIRST_INTERVAL, 0
+            if best == 0:
+                self._retry_ns = self._clock.now_ns() + self._pause_ns
+            self._current = current = best
+        self._since += 1
+        if current:
+            self._pause_ns = FIRST_PAUSE_NS
+            if self._since >= self._interval:
+                return self._try(able, rows, current)
+        elif self._clock.now_ns() >= self._retry_ns:
+            self._retry_ns = self._clock.now_ns() + self._pause_ns
+            self._pause_ns = min(2 * self._pause_ns, LAST_PAUSE_NS)
+            self._fade()
+            return self._start(max(able[1:], key=lambda width: self.speed(rows, width)))
+        return current
+
+    def _fade(self) -> None:
+        """Let what is seen next count."""
+        for place, reached in enumerate(self._reached):
+            if reached > FIRST_WEIGHT:
+                self._right[place] *= FIRST_WEIGHT / reached
+                self._reached[place] = FIRST_WEIGHT
+
+    def _try(self, able: list[int], rows: int, current: int) -> int:
+        """The width that might be better than the one in use, if there is one."""
+        self._since, self._interval = 0, min(2 * self._interval, LAST_INTERVAL)
+        now = self.speed(rows, current)
+        others = [width for width in able if width != current and self.speed(rows, width) > STALE * now]
+        return self._start(max(others, key=lambda width: self.speed(rows, width))) if others else current
+
+    def _start(self, width: int) -> int:
+        self._trial, self._trial_left = width, BURST
+        return width
+
+
+def _size(rows: int) -> int:
+    """Steps of these numbers of rows are alike."""
+    return max(rows - 1, 0).bit_length()
+
+
+class Watch:
+    """One drafter: is it worth asking?"""
+
+    def __init__(self, name: str, clock: Clock) -> None:
+        self.name = name
+        self.state = KEEP
+        self.reason = ""
+        """Why it is off, or was."""
+        self._clock = clock
+        self._seen = self._right = 0.0
+        self._least = LEAST
+        self._pause_ns, self._retry_ns = FIRST_PAUSE_NS, 0
+
+    @property
+    def rate(self) -> float:
+        """Of the drafts whose predecessors were right, how many were."""
+        return self._right / self._seen if self._seen else 0.0
+
+    def saw(self, verified: int, right: int) -> bool:
+        """So many drafts were verified, those before them being right, and so many of them were right. True if it is off from now on."""
+        fade = 0.5 ** (verified / JUDGED)
+        self._seen, self._right = self._seen * fade + verified, self._right * fade + right
+        if self.state == OFF or self._seen < self._least:
+            return False
+        self._least = LEAST
+        if self.rate < OFF_BELOW:
+            self.state = OFF
+            self.reason = (
+                f"{self.rate:.0%} of the last {round(self._seen)} drafts were right, less than {OFF_BELOW:.0%};"
+                f" the next try is in {self._pause_ns / 1e9:.0f} s"
+            )
+            self._retry_ns = self._clock.now_ns() + self._pause_ns
+            self._pause_ns = min(2 * self._pause_ns, LAST_PAUSE_NS)
+            return True
+        self.state = GOOD if self.rate > GOOD_ABOVE else KEEP
+        self._pause_ns = FIRST_PAUSE_NS
+        return False
+
+    def due(self) -> bool:
+        """It was off for long enough: it is on again, on trial."""
+        if self.state != OFF or self._clock.now_ns() < self._retry_ns:
+            return False
+        self.state = KEEP
+        self._seen = self._right = 0.0
+        self._least = LEAST // 4
+        return True

@@ -1,0 +1,213 @@
+"""Which drafters an engine is to have: the speculation options, read and resolved.
+
+What it is: `--speculative-config` (vLLM's fields), `--speculative-model` and `--num-speculative-tokens` as one `SpeculationConfig`; `resolved` finds the models'
+folders, before any process starts, and the method of a model that does not say one. Every error names the option, the field and what may stand there.
+What it does not know: which methods plugins bring, what a drafter does, how many drafts a step has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from penstock.core.protocol.errors import ConfigError, spelled
+from penstock.core.protocol.model_files import read_object
+from penstock.core.protocol.wording import type_words
+
+log = logging.getLogger("penstock.config")
+
+CONFIG, MODEL, TOKENS = "--speculative-config", "--speculative-model", "--num-speculative-tokens"
+MOST_TOKENS = 64
+"""Drafts behind a token: a step takes so many rows more."""
+MOST_METHODS = 8
+"""Drafters of one engine: which of them are on is a set of bits."""
+SHIPPED = "brook-"
+"""Names of models that come with the package beside the demo model begin so."""
+
+
+class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One drafter, as the options ask for it."""
+
+    method: str | None = None
+    """A word of DrafterSpec.methods: "ngram", "draft_model". None only before `resolved`."""
+    model: str | None = None
+    """Its model's folder, absolute; None for a method that has none."""
+    num_speculative_tokens: int | None = None
+    """The most drafts behind a token; None: as many as the drafter makes by itself."""
+    prompt_lookup_max: int | None = None
+    """The longest run of tokens that is looked for (method "ngram")."""
+    prompt_lookup_min: int | None = None
+    """The shortest."""
+    quantization: str | None = None
+    """How wide weights of its model are quantised while they load: a word of --quantization."""
+    options: dict[str, Any] = {}
+    """What else a plugin's drafter takes."""
+
+
+class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The drafters of an engine, the first one asked first: a sequence takes the drafts of the first that has any for it."""
+
+    methods: list[DraftConfig]
+
+    @property
+    def most(self) -> int | None:
+        """The most drafts behind a token that anybody asked for; None: nobody said."""
+        said = [one.num_speculative_tokens for one in self.methods if one.num_speculative_tokens is not None]
+        return max(said) if said else None
+
+
+FIELDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(DraftConfig)}
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "draft_tensor_parallel_size": ((None, 1), "an engine has one device so far"),
+    "tensor_parallel_size": ((None, 1), "an engine has one device so far"),
+    "parallel_drafting": ((None, False), "there is no drafter that makes all its drafts at once"),
+    "speculative_token_tree": ((None,), "drafts are a chain, not a tree"),
+    "rejection_sample_method": (
+        (None, "strict", "standard"),
+        "the answer is always exactly what it is without speculation",
+    ),
+    "posterior_threshold": ((None,), "the answer is always exactly what it is without speculation"),
+    "posterior_alpha": ((None,), "the answer is always exactly what it is without speculation"),
+    "acceptance_method": ((None, "rejection_sampler"), "the answer is always exactly what it is without speculation"),
+    "revision": ((None,), "nothing is downloaded; name the folder"),
+    "code_revision": ((None,), "nothing is downloaded; name the folder"),
+}
+"""vLLM's fields that are accepted with these values only: why not with others."""
+IDLE = {
+    "disable_by_batch_size": "how many drafts a step has follows from acceptance and from what steps of that size take",
+    "disable_logprobs": "log-probabilities are what they are without speculation",
+    "disable_mqa_scorer": "it is about kernels that Penstock does not have",
+    "disable_padded_drafter_batch": "it is about kernels that Penstock does not have",
+    "enforce_eager": "--enforce-eager is for the drafter as well",
+    "max_model_len": "a drafter reaches as far as the model",
+}
+"""vLLM's fields that change nothing here: why."""
+
+
+def parsed(config: str | None, model: str | None, tokens: int | None) -> SpeculationConfig | None:
+    """The three options as one, names as they are given; None where none of them is. Raises ConfigError."""
+    if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
+        raise ConfigError(f"{TOKENS} must be from 1 to {MOST_TOKENS}.", param="num_speculative_tokens")
+    if config is None:
+        if model is None:
+            if tokens is not None:
+                raise ConfigError(
+                    f'{TOKENS} says how many, but nothing says who drafts: give {MODEL} FOLDER or {CONFIG} \'{{"method": "ngram"}}\' besides.',
+                    param="num_speculative_tokens",
+                )
+            return None
+        return SpeculationConfig(methods=[_checked({}, model, tokens, "")])
+    raw = json.loads(config)
+    several = raw.pop("methods", None)
+    if several is None:
+        return SpeculationConfig(methods=[_checked(raw, model, tokens, "")])
+    if not isinstance(several, list) or not several or not all(isinstance(one, dict) for one in several):
+        raise _wrong("methods", "must be a list of objects, one a drafter, the first asked first")
+    if raw:
+        raise _wrong(next(iter(raw)), 'stands beside "methods": it belongs into the objects of that list')
+    if len(several) > MOST_METHODS:
+        raise _wrong("methods", f"has {len(several)} drafters; at most {MOST_METHODS} are possible")
+    if model is not None:
+        raise ConfigError(
+            f'{MODEL} does not say of which of the "methods" in {CONFIG} it is. Give it there as "model".', param="speculative_model"
+        )
+    return SpeculationConfig(methods=[_checked(one, None, tokens, f"methods[{at}].") for at, one in enumerate(several)])
+
+
+def _wrong(field: str, what: str) -> ConfigError:
+    return ConfigError(f"{CONFIG}: {field!r} {what}.", param="speculative_config")
+
+
+def _checked(raw: Mapping[str, Any], model: str | None, tokens: int | None, where: str) -> DraftConfig:
+    """One drafter's object, with what other options say of it."""
+    from penstock.core.protocol.config import nearest
+
+    given: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name in NEUTRAL:
+            fine, why = NEUTRAL[name]
+            if value not in fine:
+                raise _wrong(where + name, f"cannot be {value!r:.40}: {why}. Leave it out")
+        elif name in IDLE:
+            log.warning("%s: %r has no effect: %s.", CONFIG, where + name, IDLE[name])
+        elif name not in FIELDS:
+            raise _wrong(where + name, f"is not a known field.{nearest(name, FIELDS)} Known: {', '.join(FIELDS)}")
+        elif value is not None:
+            try:
+                given[name] = msgspec.convert(value, FIELDS[name])
+            except msgspec.ValidationError:
+                raise _wrong(where + name, f"must be {type_words(FIELDS[name])}, but is {value!r:.80}") from None
+    for name, value, flag in (("model", model, MODEL), ("num_speculative_tokens", tokens, TOKENS)):
+        if value is not None and given.setdefault(name, value) != value:
+            raise ConfigError(f"{flag} {value}: {CONFIG} says {given[name]!r}. Leave one of them out.", param=flag[2:].replace("-", "_"))
+    for name, most in (("num_speculative_tokens", MOST_TOKENS), ("prompt_lookup_max", 1 << 20), ("prompt_lookup_min", 1 << 20)):
+        if name in given and not 1 <= given[name] <= most:
+            raise _wrong(where + name, f"must be from 1 to {most}, but is {given[name]}")
+    if given.get("prompt_lookup_min", 1) > given.get("prompt_lookup_max", 1 << 20):
+        raise _wrong(
+            where + "prompt_lookup_min", f"is {given['prompt_lookup_min']}, more than prompt_lookup_max ({given['prompt_lookup_max']})"
+        )
+    if given.get("model") in ("ngram", "[ngram]"):  # older spellings of vLLM's
+        given |= {"method": given.get("method", "ngram"), "model": None}
+    for name in ("method", "model"):
+        if isinstance(given.get(name), str) and not given[name].strip():
+            raise _wrong(where + name, "must not be empty")
+    if not given.get("method") and not given.get("model"):
+        raise _wrong(where + "method", 'is missing, and no "model" says it: give one of them, such as "ngram"')
+    return DraftConfig(**given)
+
+
+def resolved(found: SpeculationConfig, shipped: Path) -> SpeculationConfig:
+    """With models as absolute folders, and every drafter's method. `shipped` holds the models of the package. Raises ConfigError and CheckpointError."""
+    return SpeculationConfig(methods=[_resolved(one, shipped) for one in found.methods])
+
+
+def _resolved(one: DraftConfig, shipped: Path) -> DraftConfig:
+    if one.model is None:
+        return one
+    folder = Path(one.model).expanduser().absolute()
+    if not folder.exists() and one.model.startswith(SHIPPED) and (shipped / one.model / "config.json").is_file():
+        folder = shipped / one.model
+    if not folder.exists():
+        known = ", ".join(sorted(place.parent.name for place in shipped.glob(SHIPPED + "*/config.json")))
+        raise ConfigError(
+            f"{MODEL} {spelled(one.model)}: there is no such folder. Penstock downloads nothing: give the path of a drafter's folder"
+            + (f", or one of those that come with it for the demo model: {known}." if known else "."),
+            param="speculative_model",
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{MODEL} {spelled(one.model)}: the folder holds no config.json.", param="speculative_model")
+    method = one.method or (method_of(read_object(folder / "config.json")) if folder.is_dir() else "draft_model")
+    return msgspec.structs.replace(one, model=str(folder), method=method)
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """What a drafter's config.json says that it is; a model like any other is a draft model."""
+    said = config.get("speculators_model_type")
+    if isinstance(said, str) and said:
+        return said
+    named = config.get("architectures")
+    words = [*(named if isinstance(named, list) else []), config.get("model_type")]
+    text = " ".join(word.lower() for word in words if isinstance(word, str))
+    return next(
+        (method for mark, method in (("eagle3", "eagle3"), ("eagle", "eagle"), ("medusa", "medusa")) if mark in text), "draft_model"
+    )
+
+
+def encoded(found: SpeculationConfig) -> str:
+    """As the value of --speculative-config that says all of it."""
+    return msgspec.json.encode({"methods": [_plain(one) for one in found.methods]}).decode()
+
+
+def _plain(one: DraftConfig) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(one).items() if value not in (None, {})}
+
+
+def names_of(found: SpeculationConfig) -> Iterable[str]:
+    """The methods, in order."""
+    return [one.method or "" for one in found.methods]

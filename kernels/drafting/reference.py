@@ -1,0 +1,66 @@
+"""Drafts in torch, on any device: what they mean, and what other implementations are compared with.
+
+What it is: `ngrams` (prompt lookup: the longest end of a history, `shortest` to `longest` tokens, that stands in it before, the last such place if there
+are several; what follows there is the draft, and goes on with itself where the history ends: a lookup in the manner of LZ77), `verify` (how many draws are what their
+drafts say) and `put_drafts`. Histories are rows [S, L] int32; a slot below 0 is padding: it reads anything and writes nowhere.
+What it does not know: draws, models, who owns a slot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def verify(tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    """See plugins/devices/ops.py: DeviceOps.verify. Nothing here looks at a value on the host."""
+    drawn, rows = tokens.shape[0], slots.shape[0]
+    widths = bounds.diff()
+    row = torch.repeat_interleave(torch.arange(rows, device=slots.device), widths, output_size=drawn)
+    first = bounds[:-1].long()
+    offset = torch.arange(drawn, device=slots.device) - first[row]
+    at = (positions[row] + offset).clamp_max(history.shape[1] - 1)
+    there = history[slots[row].clamp_min(0).long(), at]
+    same = (tokens == there) & (offset < widths[row] - 1)
+    never = drawn + 1
+    stop = torch.full((rows,), never, dtype=torch.int64, device=slots.device)
+    stop.scatter_reduce_(0, row, torch.where(same, never, offset), "amin")
+    bad = (tokens[first + stop] < 0) & (stop > 0)
+    counts = torch.where(bad, stop, stop + 1)
+    kept = torch.where(offset < counts[row], tokens, -1)
+    last = positions + counts - 1
+    real = (slots >= 0) & (last < history.shape[1])
+    here = slots.clamp_min(0).long(), last.clamp_max(history.shape[1] - 1).long()
+    history[here] = torch.where(real, tokens[first + counts - 1].clamp_min(0), history[here])
+    return counts.int(), kept.int()
+
+
+def put_drafts(drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
+    """See plugins/devices/ops.py: DeviceOps.put_drafts."""
+    at = ends[:, None] + torch.arange(drafts.shape[1], device=drafts.device)
+    fits = (drafts >= 0) & (drafts < vocab) & (at < history.shape[1])
+    fits = fits.int().cumprod(1).bool()
+    drafts.copy_(torch.where(fits, drafts, -1))
+    row, k = torch.nonzero(fits & (slots >= 0)[:, None], as_tuple=True)
+    history[slots[row].long(), at[row, k].long()] = drafts[row, k]
+
+
+def ngrams(slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
+    """out [R, K] int32: drafts behind the first ends[r] tokens of each slot's history; -1 where nothing is found."""
+    out.fill_(-1)
+    for row, (slot, end) in enumerate(zip(slots.tolist(), ends.tolist(), strict=True)):
+        if slot < 0 or end < 2:
+            continue
+        known = history[slot, :end]
+        index = torch.arange(end - 1, device=known.device)
+        fits = torch.ones(end - 1, dtype=torch.bool, device=known.device)
+        length = torch.zeros(end - 1, dtype=torch.int64, device=known.device)
+        for back in range(min(longest, end - 1)):
+            fits &= (index >= back) & (known[(index - back).clamp_min(0)] == known[end - 1 - back])
+            length += fits
+        best = int(length.max())
+        if best < shortest:
+            continue
+        source = int(torch.nonzero(length == best)[-1]) + 1
+        every = torch.arange(out.shape[1], device=known.device) % (end - source)
+        out[row] = known[source + every]

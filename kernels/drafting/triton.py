@@ -1,0 +1,124 @@
+"""Drafts as Triton kernels: reference.py's three functions, one program a row. Everything is looked up on the device, so that all of them can be captured."""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return"
+
+import torch
+import triton.language as tl
+
+from penstock.kernels.tile import launched, power
+
+Tensor = torch.Tensor
+LOOSE = ["tokens", "slots", "positions", "bounds", "ends", "drafts", "out", "counts", "kept"]
+LOOK = 1024
+
+
+@launched(do_not_specialize_on_alignment=LOOSE)
+def _verify(tokens, slots, positions, bounds, history, counts, kept, L, stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0)
+    first = tl.load(bounds + row)
+    width = tl.load(bounds + row + 1) - first
+    slot = tl.load(slots + row).to(tl.int64)
+    position = tl.load(positions + row)
+    j = tl.arange(0, WIDTH)
+    token = tl.load(tokens + first + j, mask=j < width, other=-1)
+    mine = history + tl.where(slot < 0, 0, slot) * stride
+    there = tl.load(mine + position + j, mask=(j < width - 1) & (position + j < L), other=-2)
+    same = (token == there) & (j < width - 1)
+    stop = tl.min(tl.where(same, WIDTH, j), 0)
+    bad = (tl.sum(tl.where(j == stop, token, 0), 0) < 0) & (stop > 0)
+    count = tl.where(bad, stop, stop + 1)
+    tl.store(counts + row, count)
+    tl.store(kept + first + j, tl.where(j < count, token, -1), mask=j < width)
+    last = tl.sum(tl.where(j == count - 1, token, 0), 0)
+    at = position + count - 1
+    tl.store(mine + at, tl.maximum(last, 0), mask=(slot >= 0) & (at < L))
+
+
+def verify(tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, widest: int) -> tuple[Tensor, Tensor]:
+    """See reference.verify; no row has more than `widest` draws."""
+    counts, kept = torch.empty_like(slots), torch.empty_like(tokens)
+    if len(slots):
+        _verify[(len(slots),)](
+            tokens,
+            slots,
+            positions,
+            bounds,
+            history,
+            counts,
+            kept,
+            history.shape[1],
+            history.stride(0),
+            WIDTH=power(max(2, widest)),
+            num_warps=1,
+        )
+    return counts, kept
+
+
+@launched(do_not_specialize_on_alignment=LOOSE)
+def _put(drafts, slots, ends, history, V, L, stride, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    end = tl.load(ends + row)
+    k = tl.arange(0, WIDTH)
+    draft = tl.load(drafts + row * COUNT + k, mask=k < COUNT, other=-1)
+    fits = (draft >= 0) & (draft < V) & (end + k < L)
+    fits = k < tl.min(tl.where(fits, WIDTH, k), 0)
+    tl.store(drafts + row * COUNT + k, tl.where(fits, draft, -1), mask=k < COUNT)
+    tl.store(history + tl.where(slot < 0, 0, slot) * stride + end + k, draft, mask=fits & (slot >= 0))
+
+
+def put_drafts(drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
+    """See reference.put_drafts; `drafts` contiguous."""
+    rows, count = drafts.shape
+    if rows and count:
+        _put[(rows,)](
+            drafts, slots, ends, history, vocab, history.shape[1], history.stride(0), COUNT=count, WIDTH=power(max(2, count)), num_warps=1
+        )
+
+
+@launched(do_not_specialize_on_alignment=LOOSE)
+def _ngrams(
+    slots,
+    ends,
+    history,
+    out,
+    stride,
+    SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    end = tl.where(slot < 0, 0, tl.load(ends + row))
+    mine = history + tl.where(slot < 0, 0, slot) * stride
+    best = tl.zeros([BLOCK], tl.int64)
+    for base in range(0, end - 1, BLOCK):
+        at = base + tl.arange(0, BLOCK)
+        fits = at < end - 1
+        length = tl.zeros([BLOCK], tl.int64)
+        for back in tl.static_range(LONGEST):
+            fits = fits & (at >= back)
+            wanted = tl.load(mine + tl.maximum(end - 1 - back, 0))
+            fits = fits & (tl.load(mine + at - back, mask=fits, other=-1) == wanted)
+            length += fits.to(tl.int64)
+        # The longest, of equal ones the last.
+        best = tl.maximum(best, length * 4294967296 + at)
+    found = tl.max(best, 0)
+    source = (found % 4294967296).to(tl.int32) + 1
+    k = tl.arange(0, WIDTH)
+    there = found // 4294967296 >= SHORTEST
+    again = k % tl.maximum(end - source, 1)
+    token = tl.load(mine + source + again, mask=there & (k < COUNT), other=-1)
+    tl.store(out + row * COUNT + k, token, mask=k < COUNT)
+
+
+def ngrams(slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
+    """See reference.ngrams; `out` contiguous."""
+    rows, count = out.shape
+    if rows and count:
+        _ngrams[(rows,)](
+            slots, ends, history, out, history.stride(0), SHORTEST=shortest, LONGEST=longest, COUNT=count, WIDTH=power(max(2, count)), BLOCK=LOOK,
+            num_warps=4,
+        )  # fmt: skip

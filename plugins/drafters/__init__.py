@@ -1,0 +1,54 @@
+"""Drafters, as plugins of the engine: what guesses the next tokens, which the device then computes along and keeps where it would have drawn them anyway.
+
+What it is: the registering hook. Nothing heavy is imported before a factory is called.
+What it does not know: how drafts are verified (the runner), how many a step has (the scheduler).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.core.contract.hookspecs import DrafterSpec, hookimpl
+
+
+def _ngram(*, config: Any, parts: Any, **options: Any) -> Any:
+    from penstock.plugins.drafters.ngram import NgramDrafter
+
+    return NgramDrafter(config, parts)
+
+
+def _draft_model(*, config: Any, parts: Any, **options: Any) -> Any:
+    from penstock.plugins.drafters.draft_model import ModelDrafter
+
+    return ModelDrafter(config, parts)
+
+
+def _medusa(*, config: Any, parts: Any, **options: Any) -> Any:
+    from penstock.plugins.drafters.medusa import MedusaDrafter
+
+    return MedusaDrafter(config, parts)
+
+
+def _head(*, config: Any, parts: Any, **options: Any) -> Any:
+    from penstock.plugins.drafters.heads import HeadDrafter
+
+    return HeadDrafter(config, parts)
+
+
+_DRAFTERS: dict[str, tuple[Any, str]] = {
+    "ngram": (_ngram, "What followed when the last tokens stood in the text before."),
+    "draft_model": (_draft_model, "A smaller model with the same vocabulary."),
+    "medusa": (_medusa, "Medusa heads on the model's last hidden state, as a chain."),
+    "eagle": (_head, "An EAGLE layer on the model's last hidden state, as a chain."),
+    "eagle3": (_head, "An EAGLE-3 layer on three of the model's hidden states, as a chain."),
+    "mtp": (_head, "A multi-token-prediction layer beside the model, as a chain."),
+}
+
+
+@hookimpl
+def register_drafters() -> list[DrafterSpec]:
+    """The built-in drafters of the device, by their method."""
+    return [
+        DrafterSpec(name=name, api_level=1, doc=doc, methods=[name], where="device", factory=factory)
+        for name, (factory, doc) in _DRAFTERS.items()
+    ]

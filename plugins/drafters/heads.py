@@ -1,0 +1,303 @@
+"""Drafters of one layer that feeds on the model's hidden states: EAGLE, EAGLE-3 and multi-token prediction.
+
+What it is: `HeadDrafter`, and the three shapes of what stands before and behind its layer. A *root* is a position whose state the model has computed and kept; the layer
+sits at a root's position with the state there and the embedding of the token behind it, and guesses the token after that one; further drafts feed on the layer's own
+states, one position later each. The layer sees every token of every step that the drafter is asked in, prompts at once; its keys and values lie in the model's pages.
+
+    eagle3  (arXiv 2503.01840)  state = fc(taps);  x = state;  attention reads [input_layernorm(embedding), hidden_norm(state)]; head: norm, lm_head of draft_vocab_size tokens,
+                                token t of which is the model's t + d2t[t]
+    eagle   (arXiv 2401.15077)  state = the model's normalised last;  x = fc([embedding, state]), read as it is; head: the model's
+    mtp     (arXiv 2412.19437)  state as eagle's;  x = eh_proj([enorm(embedding), hnorm(state)]); head: shared_head.norm, the model's
+
+What it does not know: how drafts are verified, trees (drafts are a chain).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from penstock.core.contract.devices import ModelFacts
+from penstock.core.protocol.columns import Column
+from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
+from penstock.core.protocol.messages import Forward
+from penstock.core.protocol.speculation import DraftConfig
+from penstock.plugins.drafters.api import Parts, Proposal, Seen
+from penstock.plugins.drafters.chain import Chain
+from penstock.plugins.models.api import AttnCall, Columns
+from penstock.plugins.models.builder import Builder, Part
+from penstock.plugins.models.config import decoder_facts, read_config
+from penstock.plugins.models.rope import rope_tables
+
+Tensor = torch.Tensor
+DRAFTS = 4
+"""Behind a token, of whoever does not say."""
+
+
+class HeadDrafter:
+    """See Drafter."""
+
+    def __init__(self, config: DraftConfig, parts: Parts) -> None:
+        self.name = method = config.method or ""
+        if config.model is None:
+            raise ConfigError(
+                f'--speculative-config: the method "{method}" needs "model", the folder of the head.', param="speculative_config"
+            )
+        if parts.model.plain is None:
+            raise UnsupportedFeature(
+                f"--speculative-config: {method!r} reads the model's embeddings, which this model's family does not show.",
+                param="speculative_config",
+            )
+        raw = read_config(config.model)
+        self._facts = facts = _facts_of(raw, parts.facts)
+        builder = parts.builder(config.model)
+        self._ops = parts.ops
+        self._model = parts.model
+        self._vocab = parts.facts.vocab_size
+        self._eps = facts.rms_norm_eps
+        self._attention = parts.attention(facts)
+        self._shape: Eagle3 | Eagle | Mtp = SHAPES[method](raw, builder, facts, parts)
+        self._layer(builder, self._shape.prefix, facts)
+        has = getattr(builder.weights, "has", lambda name: False)
+        own = next((name for name in (f"{self._shape.prefix}embed_tokens.weight", "embed_tokens.weight") if has(name)), None)
+        self._embedding = builder.tensor(own, self._vocab, facts.hidden_size) if own is not None else parts.model.plain.embedding
+        builder.ignore(*self._shape.ignored)
+        builder.finish()
+        self._cos_sin = torch.cat(rope_tables(facts, parts.max_len), dim=1).contiguous().to(builder.device)
+        self._call = AttnCall(float(facts.head_dim**-0.5))
+        self.taps: tuple[int, ...] = self._shape.taps
+        self.states = not self.taps
+        self.max_lookahead = config.num_speculative_tokens or DRAFTS
+        self.page_bytes = self._attention.bytes_per_token * parts.block_size
+        self.kv_layout = f"+{self._attention.kv_layout}:L1:H{facts.num_kv_heads}:D{facts.head_dim}"
+        self.nbytes = builder.nbytes
+        self.state_bytes = self._cos_sin.nbytes + self._attention.workspace_bytes
+        self.state_bytes += parts.max_rows * facts.hidden_size * parts.dtype.itemsize
+        self._chain = Chain(parts)
+        self._caches: list[Any] = []
+        self._state = torch.zeros(parts.max_rows, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
+        """What the last step of the chain left for the next, in its first rows. Graphs read and write it."""
+
+    def _layer(self, builder: Builder, at: str, facts: ModelFacts) -> None:
+        hidden, dim, inner, reads = facts.hidden_size, facts.head_dim, facts.intermediate_size, self._shape.reads
+        q_rows, kv_rows = facts.num_heads * dim, facts.num_kv_heads * dim
+        heads = [Part(f"{at}self_attn.{name}_proj", rows) for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))]
+        builder.ignore(f"{at}self_attn.rotary_emb.inv_freq")
+        self._qkv = builder.linear(heads, reads, bias=facts.attention_bias)
+        self._o = builder.linear([Part(f"{at}self_attn.o_proj", hidden)], q_rows, bias=facts.attention_out_bias)
+        self._q_norm = builder.tensor(f"{at}self_attn.q_norm.weight", dim) if facts.qk_norm else None
+        self._k_norm = builder.tensor(f"{at}self_attn.k_norm.weight", dim) if facts.qk_norm else None
+        self._mlp_norm = builder.tensor(f"{at}post_attention_layernorm.weight", hidden)
+        gate, up = (Part(f"{at}mlp.{name}_proj", inner) for name in ("gate", "up"))
+        self._gate_up = builder.gated(gate, up, hidden, "silu", bias=facts.mlp_bias)
+        self._down = builder.linear([Part(f"{at}mlp.down_proj", hidden)], inner, bias=facts.mlp_bias)
+
+    def bind(self, pages: Tensor) -> None:
+        """See Drafter."""
+        self._caches = self._attention.caches(pages)
+        self._chain.forget()
+
+    def place(self, slots: Column) -> None:
+        """See Drafter: its keys and values came with the blocks."""
+
+    def begin(self, work: Forward) -> None:
+        """See Drafter. What passes while nobody asks is not seen again: later drafts are less apt until the text has moved on."""
+
+    def observe(self, seen: Seen) -> None:
+        """See Drafter."""
+        self._everything(seen)
+
+    def warm(self, seen: Seen, rows: int, width: int) -> None:
+        """See Drafter. How many tokens the first step sees is another thing each time."""
+        assert seen.proposal is not None
+        out = torch.empty(rows, width, dtype=torch.int32, device=seen.history.device)
+        self._chain.run(seen, seen.proposal, out, self._nothing, self._next, before=2, fixed=False)
+
+    def _nothing(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
+        return torch.zeros(len(slots), self._vocab, device=slots.device)
+
+    def propose(self, seen: Seen, out: Tensor) -> None:
+        """See Drafter."""
+        assert seen.proposal is not None
+        self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2, fixed=False)
+
+    def _everything(self, seen: Seen) -> Tensor:
+        """The layer over all tokens of the step: its states [T, H]."""
+        columns = seen.columns
+        assert columns is not None
+        row = torch.bucketize(torch.arange(len(columns.tokens), device=columns.tokens.device), columns.q_start[1:].long(), right=True)
+        slots = columns.slots[row.clamp_max(len(columns.slots) - 1)].clamp_min(0).long()
+        following = (columns.positions + 1).clamp_max(seen.history.shape[1] - 1).long()
+        return self._step(self._shape.first(seen), seen.history[slots, following], columns)
+
+    def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
+        states = self._everything(seen)
+        # A row's tokens lie one behind the other: that of a position lies as far behind the row's first one as the position behind its start.
+        first, rows = np.cumsum(seen.work.counts) - seen.work.counts, proposal.rows
+        shift = self._chain.sent((first[rows] - seen.work.starts[rows] - 2).astype(np.int32))
+        return self._logits(self._ops.take_rows(states, ends + (shift if kept is None else shift[kept])))
+
+    def _next(self, seen: Seen, slots: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
+        state = self._state[: len(slots)] if kept is None else self._state[kept]
+        columns, _ = self._chain.single(seen, slots, positions)
+        tokens = seen.history[slots.clamp_min(0).long(), (positions + 1).clamp_max(seen.history.shape[1] - 1).long()]
+        return self._logits(self._step(state, tokens, columns))
+
+    def _step(self, state: Tensor, tokens: Tensor, columns: Columns) -> Tensor:
+        ops, attention, cache = self._ops, self._attention, self._caches[0]
+        residual, x = self._shape.before(state, ops.embed(tokens.int(), self._embedding))
+        qkv = self._qkv(x, columns)
+        q = attention.store(qkv, columns, self._cos_sin, cache, self._q_norm, self._k_norm, self._eps)
+        attended = attention.attend(q, qkv, cache, columns, self._call)
+        residual = residual + self._o(attended.view(attended.shape[0], -1), columns)
+        x = self._gate_up(ops.norm(residual, self._mlp_norm, self._eps), columns)
+        return residual + self._down(x, columns)
+
+    def _logits(self, state: Tensor) -> Tensor:
+        if len(state) > len(self._state):
+            self._state = torch.zeros(2 * len(state), *state.shape[1:], dtype=state.dtype, device=state.device)
+        self._state[: len(state)].copy_(state)
+        return self._shape.logits(state)
+
+
+class Eagle3:
+    """See the module."""
+
+    prefix = "midlayer."
+    ignored = ("t2d", "d2t")
+
+    def __init__(self, raw: dict[str, Any], builder: Builder, facts: ModelFacts, parts: Parts) -> None:
+        hidden, eps = facts.hidden_size, facts.rms_norm_eps
+        has = getattr(builder.weights, "has", lambda name: False)
+        if not has("midlayer.hidden_norm.weight") and has("layers.0.hidden_norm.weight"):
+            self.prefix = "layers.0."
+        self.taps = _taps_of(raw, parts.facts.num_layers)
+        self.reads = 2 * hidden
+        self._ops, self._eps = parts.ops, eps
+        self._fc = builder.linear([Part("fc", hidden)], len(self.taps) * parts.facts.hidden_size, bias=has("fc.bias"))
+        self._embed_norm = builder.tensor(f"{self.prefix}input_layernorm.weight", hidden)
+        self._state_norm = builder.tensor(f"{self.prefix}hidden_norm.weight", hidden)
+        self._norm = builder.tensor("norm.weight", hidden)
+        self._after = bool(raw.get("norm_before_residual"))
+        size = int(raw.get("draft_vocab_size") or facts.vocab_size)
+        self._vocab, self._small, self._model = parts.facts.vocab_size, size, parts.model
+        self._head = builder.linear([Part("lm_head", size)], hidden) if has("lm_head.weight") else None
+        self._ids: Tensor | None = None
+        if has("d2t"):
+            shift = builder.weights.raw("d2t")  # type: ignore[attr-defined]
+            self._ids = (shift.long() + torch.arange(size)).to(builder.device)
+            if len(shift) != size or int(self._ids.min()) < 0 or int(self._ids.max()) >= self._vocab:
+                raise CheckpointError("The drafter's d2t names tokens that the model does not have.", param="d2t")
+
+    def first(self, seen: Seen) -> Tensor:
+        """[T, H] for the first step of the chain."""
+        return self._fc(torch.cat(list(seen.taps), 1))
+
+    def before(self, state: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """(the residual, what attention reads)."""
+        normed = self._ops.norm(state, self._state_norm, self._eps)
+        x = torch.cat([self._ops.norm(embeds, self._embed_norm, self._eps), normed], 1)
+        return (normed if self._after else state), x
+
+    def logits(self, state: Tensor) -> Tensor:
+        """[R, V] of the model's tokens."""
+        x = self._ops.norm(state, self._norm, self._eps)
+        if self._head is None:
+            return self._model.logits(x)
+        logits = self._head(x).float()
+        if self._ids is None:
+            return logits
+        full = torch.full((len(x), self._vocab), -torch.inf, device=x.device)
+        return full.index_copy_(1, self._ids, logits)
+
+
+class Eagle:
+    """See the module."""
+
+    prefix = "layers.0."
+    taps: tuple[int, ...] = ()
+    ignored = ("layers.0.input_layernorm.weight", "lm_head.weight")
+
+    def __init__(self, raw: dict[str, Any], builder: Builder, facts: ModelFacts, parts: Parts) -> None:
+        self.reads = facts.hidden_size
+        self._model = parts.model
+        bias = getattr(builder.weights, "has", lambda name: False)("fc.bias")
+        self._fc = builder.linear([Part("fc", facts.hidden_size)], 2 * facts.hidden_size, bias=bias)
+
+    def first(self, seen: Seen) -> Tensor:
+        """See Eagle3."""
+        assert seen.states is not None
+        return seen.states
+
+    def before(self, state: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """See Eagle3."""
+        x = self._fc(torch.cat([embeds, state], 1))
+        return x, x
+
+    def logits(self, state: Tensor) -> Tensor:
+        """See Eagle3."""
+        return self._model.logits(state)
+
+
+class Mtp:
+    """See the module."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, raw: dict[str, Any], builder: Builder, facts: ModelFacts, parts: Parts) -> None:
+        hidden = facts.hidden_size
+        self.prefix = f"model.layers.{parts.facts.num_layers}."
+        self.ignored = (f"{self.prefix}shared_head.head.weight",)
+        self.reads = hidden
+        self._ops, self._eps, self._model = parts.ops, facts.rms_norm_eps, parts.model
+        norms = ("enorm", "hnorm", "input_layernorm", "shared_head.norm")
+        self._enorm, self._hnorm, self._norm, self._last = (builder.tensor(f"{self.prefix}{name}.weight", hidden) for name in norms)
+        self._project = builder.linear([Part(f"{self.prefix}eh_proj", hidden)], 2 * hidden)
+
+    def first(self, seen: Seen) -> Tensor:
+        """See Eagle3."""
+        assert seen.states is not None
+        return seen.states
+
+    def before(self, state: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """See Eagle3."""
+        norm, eps = self._ops.norm, self._eps
+        x = self._project(torch.cat([norm(embeds, self._enorm, eps), norm(state, self._hnorm, eps)], 1))
+        return x, norm(x, self._norm, eps)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """See Eagle3."""
+        return self._model.logits(self._ops.norm(state, self._last, self._eps))
+
+
+SHAPES: dict[str, type[Eagle3] | type[Eagle] | type[Mtp]] = {"eagle3": Eagle3, "eagle": Eagle, "mtp": Mtp}
+
+
+def _facts_of(raw: dict[str, Any], model: ModelFacts) -> ModelFacts:
+    """The layer's shape. Raises CheckpointError for one of another model."""
+    facts = decoder_facts({**raw, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1})
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(facts, name) != getattr(model, name):
+            raise CheckpointError(
+                f"--speculative-model: its config.json says {name!r} {getattr(facts, name)}, the model has {getattr(model, name)}: it is the drafter of"
+                " another model.",
+                param=name,
+            )
+    return msgspec.structs.replace(facts, num_layers=1)
+
+
+def _taps_of(raw: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """The layers in front of which EAGLE-3 looks: as its config.json says, or those of the paper's code."""
+    own = raw.get("eagle_config") if isinstance(raw.get("eagle_config"), dict) else {}
+    said = raw.get("eagle_aux_hidden_state_layer_ids") or (own or {}).get("eagle_aux_hidden_state_layer_ids")
+    if said is None:
+        return tuple(sorted({2, layers // 2, max(0, layers - 3)}))
+    if not isinstance(said, list) or not all(isinstance(one, int) and 0 <= one <= layers for one in said) or sorted(set(said)) != said:
+        raise CheckpointError(
+            f"config.json: 'eagle_aux_hidden_state_layer_ids' must be ascending layers from 0 to {layers}, but is {said!r:.60}.",
+            param="eagle_aux_hidden_state_layer_ids",
+        )
+    return tuple(said)

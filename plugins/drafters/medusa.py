@@ -1,0 +1,75 @@
+"""Medusa: further heads on the model's last hidden state, one for each token ahead.
+
+What it is: the drafter of the method "medusa" (Cai et al. 2024, arXiv 2401.10774), and the layout of its checkpoints: head k of `medusa_num_heads` has `medusa_num_layers` residual
+blocks x + silu(W x + b), named "k.i.linear.weight" and ".bias", then an output head of its own ("k.n.weight") or, where there is none, the model's. Drafts are a
+chain, each head's own draw; the tree of the paper is not built.
+What it does not know: how drafts are verified, the model's layers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from penstock.core.protocol.errors import CheckpointError, ConfigError
+from penstock.core.protocol.speculation import DraftConfig
+from penstock.plugins.drafters.api import NoLayers, Parts, Seen
+from penstock.plugins.models.api import Linear
+from penstock.plugins.models.builder import Part
+from penstock.plugins.models.config import read_config
+
+Tensor = torch.Tensor
+PREFIXES = ("", "medusa_head.", "medusa_heads.")
+
+
+class MedusaDrafter(NoLayers):
+    """See Drafter."""
+
+    name = "medusa"
+
+    def __init__(self, config: DraftConfig, parts: Parts) -> None:
+        if config.model is None:
+            raise ConfigError(
+                '--speculative-config: the method "medusa" needs "model", the folder of the heads.', param="speculative_config"
+            )
+        raw = read_config(config.model)
+        count, depth = (_number(raw, name) for name in ("medusa_num_heads", "medusa_num_layers"))
+        hidden = parts.facts.hidden_size
+        if raw.get("hidden_size", hidden) != hidden:
+            raise CheckpointError(
+                f"{config.model}: config.json says 'hidden_size' {raw['hidden_size']}, the model has {hidden}: these heads are of another model.",
+                param="hidden_size",
+            )
+        builder = parts.builder(config.model)
+        has = getattr(builder.weights, "has", lambda name: True)
+        prefix = next((one for one in PREFIXES if has(f"{one}0.0.linear.weight")), "")
+        bias = has(f"{prefix}0.0.linear.bias")
+
+        def stack(head: int) -> tuple[list[Linear], Linear | None]:
+            blocks = [builder.linear([Part(f"{prefix}{head}.{layer}.linear", hidden)], hidden, bias=bias) for layer in range(depth)]
+            own = f"{prefix}{head}.{depth}"
+            return blocks, builder.linear([Part(own, parts.facts.vocab_size)], hidden) if has(f"{own}.weight") else None
+
+        self._stacks = [stack(head) for head in range(count)]
+        builder.finish()
+        self.nbytes = builder.nbytes
+        self.max_lookahead = min(config.num_speculative_tokens or count, count)
+        self._model = parts.model
+        self._vocab = parts.facts.vocab_size
+
+    def propose(self, seen: Seen, out: Tensor) -> None:
+        """See Drafter."""
+        proposal = seen.proposal
+        assert proposal is not None
+        for k, (blocks, own) in enumerate(self._stacks[: out.shape[1]]):
+            x = proposal.hidden
+            for block in blocks:
+                x = x + torch.nn.functional.silu(block(x))
+            logits = self._model.logits(x) if own is None else own(x).float()
+            out[:, k] = proposal.guess(logits, proposal.slots, proposal.ends + k)
+
+
+def _number(raw: dict[str, object], name: str) -> int:
+    value = raw.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {name!r} must be a number above 0, but is {value!r:.40}.", param=name)
+    return value

@@ -1,0 +1,177 @@
+"""Who is to draft: the options, the models that they name, and the drafters that plugins bring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from penstock.core.contract.drafters import drafter_for
+from penstock.core.contract.fake_device import FakeDevice, FakeOptions
+from penstock.core.contract.hookspecs import DrafterSpec
+from penstock.core.processes.engine import Engine, runner_config
+from penstock.core.protocol.config import Config, build
+from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
+from penstock.core.protocol.model_folder import demo_folder, with_model
+from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig, method_of, parsed
+from penstock.plugins.policies.fcfs import FirstComeFirstServed
+
+
+def asked(**options: Any) -> list[DraftConfig]:
+    found = runner_config(with_model(build(options))).speculation
+    return [] if found is None else found.methods
+
+
+def test_nothing_asked_is_no_speculation() -> None:
+    assert runner_config(with_model(build({}))).speculation is None
+    assert asked(speculative_config=None) == []
+
+
+def test_fields_of_vllm_are_read() -> None:
+    config = {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 5,
+        "prompt_lookup_min": 2,
+        "draft_tensor_parallel_size": 1,
+    }
+    assert asked(speculative_config=config) == [
+        DraftConfig(method="ngram", num_speculative_tokens=4, prompt_lookup_max=5, prompt_lookup_min=2)
+    ]
+    assert asked(speculative_config={"model": "[ngram]"}) == asked(speculative_config={"method": "ngram"})
+    assert asked(speculative_config={"method": "mine", "options": {"depth": 3}})[0].options == {"depth": 3}
+
+
+def test_the_short_options_and_the_long_one_are_one() -> None:
+    draft = str(demo_folder().parent / "brook-draft")
+    wanted = [DraftConfig(method="draft_model", model=draft, num_speculative_tokens=3)]
+    assert asked(speculative_model="brook-draft", num_speculative_tokens=3) == wanted
+    assert asked(speculative_config={"model": "brook-draft"}, num_speculative_tokens=3) == wanted
+    assert asked(speculative_model=draft, speculative_config={"num_speculative_tokens": 3}) == wanted
+    assert asked(spec_model=draft, spec_tokens=3) == wanted
+
+
+def test_several_are_asked_in_order() -> None:
+    methods = [{"method": "ngram", "num_speculative_tokens": 7}, {"model": "brook-draft"}]
+    found = runner_config(with_model(build({"speculative_config": {"methods": methods}}))).speculation
+    assert found is not None
+    assert [one.method for one in found.methods] == ["ngram", "draft_model"]
+    assert found.most == 7
+    assert SpeculationConfig(methods=[DraftConfig(method="ngram")]).most is None
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"method": "ngram", "prompt_lookup_maxx": 2}, r"'prompt_lookup_maxx' is not a known field\. Did you mean 'prompt_lookup_max'\? Known: method, model,"),
+        ({"method": 3}, r"'method' must be a text"),
+        ({"method": "ngram", "num_speculative_tokens": 0}, r"'num_speculative_tokens' must be from 1 to 64, but is 0"),
+        ({"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 2}, r"'prompt_lookup_min' is 3, more than"),
+        ({"method": "ngram", "draft_tensor_parallel_size": 2}, r"'draft_tensor_parallel_size' cannot be 2: an engine has one device"),
+        ({"method": "ngram", "rejection_sample_method": "probabilistic"}, r"the answer is always exactly what it is without"),
+        ({}, r"'method' is missing"),
+        ({"method": " "}, r"'method' must not be empty"),
+        ({"methods": []}, r"'methods' must be a list"),
+        ({"methods": [{"method": "ngram"}], "model": "x"}, r"'model' stands beside \"methods\""),
+        ({"methods": [{"method": "ngram"}, {"metod": "x"}]}, r"'methods\[1\]\.metod' is not a known field"),
+        ({"methods": [{"method": "ngram"}] * 9}, r"at most 8"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_its_name(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        build({"speculative_config": config})
+    assert caught.value.message.startswith("--speculative-config: ")
+    assert caught.value.param == "speculative_config"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_speculative_tokens": 3}, "nothing says who drafts"),
+        ({"num_speculative_tokens": 99, "speculative_model": "brook-draft"}, "from 1 to 64"),
+        ({"speculative_model": "a", "speculative_config": {"model": "b"}}, "says 'b'"),
+        ({"speculative_model": "a", "speculative_config": {"methods": [{"method": "ngram"}]}}, "of which"),
+        ({"speculative_config": "[]"}, "JSON object"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(options)
+
+
+def test_fields_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert asked(speculative_config={"method": "ngram", "disable_by_batch_size": 8}) == [DraftConfig(method="ngram")]
+    assert "'disable_by_batch_size' has no effect" in caplog.text
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such folder.*come with it for the demo model: .*brook-draft"):
+        asked(speculative_model="brook-drafts")
+    with pytest.raises(ConfigError, match="holds no config"):
+        asked(speculative_model=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "draft_model"),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "eagle3"),
+        ({"architectures": ["EagleLlamaForCausalLM"], "model_type": "eagle"}, "eagle"),
+        ({"model_type": "medusa"}, "medusa"),
+        ({"speculators_model_type": "eagle3", "architectures": ["Speculator"]}, "eagle3"),
+        ({}, "draft_model"),
+    ],
+)
+def test_a_drafters_folder_says_what_it_is(config: dict[str, Any], method: str, tmp_path: Path) -> None:
+    assert method_of(config) == method
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert [one.method for one in asked(speculative_model=str(tmp_path))] == [method]
+    assert asked(speculative_config={"method": "mine", "model": str(tmp_path)})[0].method == "mine"
+
+
+def spec(name: str, priority: int = 0, methods: tuple[str, ...] = ("ngram",)) -> DrafterSpec:
+    return DrafterSpec(name=name, api_level=1, methods=list(methods), where="device", factory=object, priority=priority)
+
+
+def test_the_highest_priority_serves_a_method_of_equal_ones_the_last() -> None:
+    specs = {one.name: one for one in (spec("a"), spec("b"), spec("c", priority=-1))}
+    assert drafter_for("ngram", specs).name == "b"
+    with pytest.raises(ConfigError, match=r"'method' 'ngrams'\. Did you mean 'ngram'\? Known: ngram\."):
+        drafter_for("ngrams", specs)
+
+
+def test_a_device_that_cannot_says_so() -> None:
+    async def start(lookahead: int) -> int:
+        config: Config = with_model(build({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}))
+        device = FakeDevice(FakeOptions(lookahead=lookahead))
+        if not lookahead:
+            device.load = lambda config, progress, load=device.load: blind(load(config, progress))  # type: ignore[method-assign, misc]
+        engine = Engine(config, output=lambda message: None, device=device, policy=FirstComeFirstServed())
+        try:
+            async with trio.open_nursery() as nursery:
+                await engine.start(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            engine.close()
+        assert device.runner is not None
+        assert device.runner.drafters == ("ngram",)
+        return device.runner.lookahead
+
+    def blind(runner: Any) -> Any:
+        runner.lookahead = 0
+        return runner
+
+    assert trio.run(start, 5) == 3
+    with pytest.raises(BaseExceptionGroup) as caught:
+        trio.run(start, 0)
+    assert caught.group_contains(UnsupportedFeature, match="cannot speculate with ngram")
+
+
+def test_the_parts_are_read_once_and_again() -> None:
+    config = with_model(build({"speculative_model": "brook-draft", "num_speculative_tokens": 2}))
+    assert parsed(config.speculative_config, config.speculative_model, config.num_speculative_tokens) == runner_config(config).speculation
+    assert (config.speculative_model, config.num_speculative_tokens) == (None, None)
+    assert with_model(config).speculative_config == config.speculative_config

@@ -1,0 +1,196 @@
+"""How many drafts a step has: a made-up device whose steps take what a formula says, and drafts that are right as often as one says."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from penstock.core.actors.scheduler.widths import BURST, GOOD, KEEP, LEAST, OFF, Watch, Widths
+from penstock.core.runtime.clock import FakeClock
+
+Rate = Callable[[int], float]
+MS = 1_000_000
+
+
+class World:
+    """`rate(place)`: how often a draft at that place (from 1) is right, those before it being right; `cost(rows, width)`: what a step takes, in ms."""
+
+    def __init__(self, rate: Rate, cost: Callable[[int, int], float], most: int = 8, budget: int = 1 << 20) -> None:
+        self.rate, self.cost = rate, cost
+        self.clock = FakeClock()
+        self.widths = Widths(range(1, most + 1), budget, self.clock)
+        self.random = random.Random(7)
+        self.before = -1
+        self.used: list[int] = []
+        self.tokens, self.spent = 0, 0.0
+
+    def run(self, steps: int, rows: int) -> float:
+        """Tokens a ms of these steps."""
+        tokens, spent = self.tokens, self.spent
+        for _ in range(steps):
+            width = self.widths.choose(rows)
+            self.used.append(width)
+            verified = min(width, max(self.before, 0))
+            right = [self._right(verified) for _ in range(rows)]
+            took = self.cost(rows, width) * self.random.uniform(0.97, 1.03)
+            self.clock.advance(took / 1000)
+            if width:
+                self.widths.verified(width, [sum(r >= j for r in right) for j in range(width + 1)])
+            if width == self.before:
+                self.widths.timed(rows, width, round(took * MS))
+            self.before = width
+            self.tokens += rows + sum(right)
+            self.spent += took
+        return (self.tokens - tokens) / (self.spent - spent)
+
+    def _right(self, verified: int) -> int:
+        return next((place for place in range(verified) if self.random.random() >= self.rate(place + 1)), verified)
+
+    def usual(self) -> int:
+        """The width of most of the last steps."""
+        return Counter(self.used[-200:]).most_common(1)[0][0]
+
+    def fixed(self, width: int, rows: int) -> float:
+        """What the same would bring at best, always so wide."""
+        chance, tokens = 1.0, 1.0
+        for place in range(1, width + 1):
+            chance *= self.rate(place)
+            tokens += chance
+        return rows * tokens / self.cost(rows, width)
+
+
+def memory_bound(rows: int, width: int) -> float:
+    """Weights are read once, whatever the number of tokens."""
+    return 10.0 + 0.02 * rows * (1 + width) + 0.3 * width
+
+
+def compute_bound(rows: int, width: int) -> float:
+    return 2.0 + 0.5 * rows * (1 + width)
+
+
+RATES: dict[str, Rate] = {
+    "good": lambda place: 0.85,
+    "falling": lambda place: 0.9 - 0.12 * place,
+    "half": lambda place: 0.5,
+    "poor": lambda place: 0.15,
+    "none": lambda place: 0.0,
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("cost", [memory_bound, compute_bound])
+@pytest.mark.parametrize("rows", [1, 6, 64])
+def test_it_finds_the_best_and_is_never_slower_than_none(rate: str, cost: Callable[[int, int], float], rows: int) -> None:
+    world = World(RATES[rate], cost)
+    first = world.run(400, rows)
+    later = world.run(1500, rows)
+    best = max(world.fixed(width, rows) for width in range(9))
+    assert later > 0.95 * best
+    assert first > 0.9 * world.fixed(0, rows)
+    assert later > 0.98 * world.fixed(0, rows)
+
+
+def test_where_drafts_bring_nothing_they_are_tried_ever_more_rarely() -> None:
+    world = World(RATES["none"], memory_bound)
+    world.run(3000, 4)
+    tried = [step for step, width in enumerate(world.used) if width]
+    assert tried, "it has to find out"
+    starts = [step for step in tried if not world.used[step - 1]]
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
+    assert gaps[-1] > 2 * gaps[0]
+    assert len([step for step in tried if step >= 1000]) < 0.02 * 2000
+
+
+def test_it_notices_that_drafts_became_good_and_bad_again() -> None:
+    rate = 0.01
+    world = World(lambda place: rate, memory_bound)
+    world.run(1000, 2)
+    assert world.usual() == 0
+    rate = 0.9
+    world.run(6000, 2)
+    assert world.usual() >= 4
+    rate = 0.01
+    world.run(1500, 2)
+    assert world.usual() <= 1
+
+
+def test_other_numbers_of_rows_have_times_of_their_own() -> None:
+    world = World(RATES["half"], lambda rows, width: 10.0 if rows < 32 else compute_bound(rows, width))
+    world.run(600, 4)
+    assert world.usual() >= 3
+    world.run(600, 64)
+    assert world.usual() == 0
+    world.run(40, 4)
+    assert world.used[-1] >= 3, "what was learned is still known"
+
+
+def test_a_step_has_room_for_its_drafts() -> None:
+    widths = Widths([1, 2, 4], 20, FakeClock())
+    assert [widths.most(rows) for rows in (1, 4, 5, 6, 7, 10, 11, 20)] == [4, 4, 2, 2, 1, 1, 0, 0]
+    world = World(RATES["good"], memory_bound, budget=20)
+    world.run(300, 4)
+    assert max(world.used) <= 4
+
+
+def test_only_widths_that_are_prepared_are_chosen() -> None:
+    world = World(RATES["good"], memory_bound)
+    world.widths = Widths([2, 5], 1 << 20, world.clock)
+    world.run(500, 3)
+    assert set(world.used) == {0, 2, 5}
+    assert world.usual() == 5
+
+
+def test_a_hiccup_is_not_taken_for_what_a_width_costs() -> None:
+    world = World(RATES["good"], memory_bound)
+    world.run(500, 2)
+    used = world.usual()
+    assert used > 2
+    world.widths.timed(2, used, 2000 * MS)
+    world.run(300, 2)
+    assert world.usual() > 2
+
+
+def test_a_trial_is_short() -> None:
+    world = World(RATES["none"], memory_bound)
+    world.run(3000, 4)
+    runs = "".join("." if width == 0 else "x" for width in world.used[100:]).split(".")
+    assert max(map(len, runs)) <= BURST + 1
+
+
+# ------------------------------------------------------------------ drafters
+
+
+def test_a_drafter_that_is_mostly_wrong_is_turned_off_with_the_reason() -> None:
+    clock = FakeClock()
+    watch = Watch("ngram", clock)
+    assert not watch.saw(LEAST - 1, 0), "too few to say"
+    assert watch.state == KEEP
+    assert watch.saw(50, 0)
+    assert watch.state == OFF
+    assert "0% of the last" in watch.reason
+    assert "next try is in 2 s" in watch.reason
+    assert not watch.saw(100, 100), "drafts that were under way"
+    assert not watch.due()
+    clock.advance(2.1)
+    assert watch.due()
+    assert watch.state == KEEP
+    assert watch.saw(LEAST // 4, 10), "on trial it is judged sooner"
+    clock.advance(2.1)
+    assert not watch.due(), "the second time it waits longer"
+    clock.advance(2.1)
+    assert watch.due()
+    assert not watch.saw(LEAST // 4, LEAST // 4)
+    assert watch.state == GOOD
+
+
+@pytest.mark.parametrize(("rate", "state"), [(0.75, GOOD), (0.69, KEEP), (0.41, KEEP), (0.39, OFF)])
+def test_bands(rate: float, state: int) -> None:
+    watch = Watch("m", FakeClock())
+    for _ in range(20):
+        watch.saw(1000, round(1000 * rate))
+    assert watch.state == state
+    assert watch.rate == pytest.approx(rate, abs=0.001)

@@ -1,0 +1,262 @@
+"""Drafters that read the model's hidden states, against a plain computation of everything anew: no cache, no pages, no batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from penstock.core.protocol.errors import CheckpointError, ConfigError
+from penstock.core.protocol.sampling import SamplingParams
+from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
+from penstock.plugins.devices.driver import Driver, Job, Options
+
+Tensor = torch.Tensor
+Named = dict[str, Tensor]
+Load = Callable[..., Any]
+H, INNER, VOCAB, DIM, LAYERS, K = 32, 48, 97, 16, 2, 3
+EPS = 1e-5
+SMALL = 41
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
+
+
+def turned(x: Tensor, positions: Tensor) -> Tensor:
+    angles = positions[:, None, None] * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM)
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], -1)
+
+
+def layer(named: Named, at: str, residual: Tensor, x: Tensor) -> Tensor:
+    """Two heads of queries, one of keys and values; x is what attention reads."""
+    positions = torch.arange(len(x))
+    q, k, v = ((x @ named[f"{at}self_attn.{name}_proj.weight"].T).view(len(x), -1, DIM) for name in ("q", "k", "v"))
+    q, k = turned(q, positions), turned(k, positions)
+    scores = torch.einsum("qhd,kd->hqk", q, k[:, 0]) * DIM**-0.5
+    scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
+    attended = torch.einsum("hqk,kd->qhd", scores.softmax(-1), v[:, 0]).reshape(len(x), -1)
+    y = residual + attended @ named[f"{at}self_attn.o_proj.weight"].T
+    z = norm(y, named[f"{at}post_attention_layernorm.weight"])
+    gate, up, down = (named[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return y + (functional.silu(z @ gate.T) * (z @ up.T)) @ down.T
+
+
+def target(named: Named, tokens: list[int]) -> tuple[list[Tensor], Tensor]:
+    """(the streams in front of each layer and behind the last, the normalised last states)."""
+    x = named["model.embed_tokens.weight"][tokens]
+    streams = [x]
+    for index in range(LAYERS):
+        at = f"model.layers.{index}."
+        x = layer(named, at, x, norm(x, named[f"{at}input_layernorm.weight"]))
+        streams.append(x)
+    return streams, norm(x, named["model.norm.weight"])
+
+
+def chain(
+    history: list[int], states: Tensor, table: Tensor, step: Callable[[Tensor, Tensor], Tensor], read: Callable[[Tensor], Tensor]
+) -> list[int]:
+    """K drafts behind the history; `states` are those of all tokens but the last."""
+    tokens, found = list(history), []
+    for _ in range(K):
+        y = step(states, table[tokens[1:]])[-1:]
+        found.append(int(read(y).argmax()))
+        tokens.append(found[-1])
+        states = torch.cat([states, y])
+    return found
+
+
+def eagle3(own: Named, named: Named, history: list[int], after: bool = False) -> list[int]:
+    streams, _ = target(named, history[:-1])
+
+    def step(states: Tensor, embeds: Tensor) -> Tensor:
+        normed = norm(states, own["midlayer.hidden_norm.weight"])
+        x = torch.cat([norm(embeds, own["midlayer.input_layernorm.weight"]), normed], 1)
+        return layer(own, "midlayer.", normed if after else states, x)
+
+    def read(y: Tensor) -> Tensor:
+        full = torch.full((VOCAB,), -torch.inf)
+        full[torch.arange(SMALL) + own["d2t"]] = (norm(y, own["norm.weight"]) @ own["lm_head.weight"].T)[0]
+        return full
+
+    return chain(history, torch.cat(streams, 1) @ own["fc.weight"].T, named["model.embed_tokens.weight"], step, read)
+
+
+def eagle(own: Named, named: Named, history: list[int]) -> list[int]:
+    def step(states: Tensor, embeds: Tensor) -> Tensor:
+        x = torch.cat([embeds, states], 1) @ own["fc.weight"].T + own["fc.bias"]
+        return layer(own, "layers.0.", x, x)
+
+    _, states = target(named, history[:-1])
+    return chain(history, states, own["embed_tokens.weight"], step, lambda y: (y @ named["lm_head.weight"].T)[0])
+
+
+def mtp(own: Named, named: Named, history: list[int]) -> list[int]:
+    at = f"model.layers.{LAYERS}."
+
+    def step(states: Tensor, embeds: Tensor) -> Tensor:
+        x = torch.cat([norm(embeds, own[f"{at}enorm.weight"]), norm(states, own[f"{at}hnorm.weight"])], 1) @ own[f"{at}eh_proj.weight"].T
+        return layer(own, at, x, norm(x, own[f"{at}input_layernorm.weight"]))
+
+    _, states = target(named, history[:-1])
+    last = own[f"{at}shared_head.norm.weight"]
+    return chain(history, states, named["model.embed_tokens.weight"], step, lambda y: (norm(y, last) @ named["lm_head.weight"].T)[0])
+
+
+def medusa(own: Named, named: Named, history: list[int]) -> list[int]:
+    _, states = target(named, history[:-1])
+    found = []
+    for k in range(K):
+        x = states[-1]
+        for index in range(2):
+            x = x + functional.silu(x @ own[f"{k}.{index}.linear.weight"].T + own[f"{k}.{index}.linear.bias"])
+        head = own[f"{k}.2.weight"] if k == 1 else named["lm_head.weight"]
+        found.append(int((x @ head.T).argmax()))
+    return found
+
+
+def block(at: str, reads: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{at}self_attn.q_proj.weight": (2 * DIM, reads),
+        f"{at}self_attn.k_proj.weight": (DIM, reads),
+        f"{at}self_attn.v_proj.weight": (DIM, reads),
+        f"{at}self_attn.o_proj.weight": (H, 2 * DIM),
+        f"{at}post_attention_layernorm.weight": (H,),
+        f"{at}mlp.gate_proj.weight": (INNER, H),
+        f"{at}mlp.up_proj.weight": (INNER, H),
+        f"{at}mlp.down_proj.weight": (H, INNER),
+    }
+
+
+AT = f"model.layers.{LAYERS}."
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "eagle3": {
+        **block("midlayer.", 2 * H),
+        "midlayer.input_layernorm.weight": (H,),
+        "midlayer.hidden_norm.weight": (H,),
+        "fc.weight": (H, 3 * H),
+        "norm.weight": (H,),
+        "lm_head.weight": (SMALL, H),
+    },
+    "eagle": {**block("layers.0.", H), "fc.weight": (H, 2 * H), "fc.bias": (H,), "embed_tokens.weight": (VOCAB, H)},
+    "mtp": {
+        **block(AT, H),
+        **{f"{AT}{name}.weight": (H,) for name in ("enorm", "hnorm", "input_layernorm", "shared_head.norm")},
+        f"{AT}eh_proj.weight": (H, 2 * H),
+    },
+    "medusa": {
+        **{f"{k}.{i}.linear.weight": (H, H) for k in range(4) for i in range(2)},
+        **{f"{k}.{i}.linear.bias": (H,) for k in range(4) for i in range(2)},
+        "1.2.weight": (VOCAB, H),
+    },
+}
+REFERENCES: dict[str, Callable[..., list[int]]] = {"eagle3": eagle3, "eagle": eagle, "mtp": mtp, "medusa": medusa}
+EXTRA: dict[str, dict[str, Any]] = {
+    "eagle3": {"draft_vocab_size": SMALL, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}},
+    "medusa": {"medusa_num_heads": 4, "medusa_num_layers": 2},
+}
+
+
+@pytest.fixture
+def head(folder: Path, tmp_path: Path) -> Callable[..., tuple[Path, Named]]:
+    """head(method, **config changes): a drafter's folder and its tensors."""
+
+    def make(method: str, **changes: Any) -> tuple[Path, Named]:
+        generator = torch.Generator().manual_seed(11)
+        own = {name: torch.empty(shape).normal_(0, 0.3, generator=generator) for name, shape in SHAPES[method].items()}
+        for name in own:
+            if "norm" in name and own[name].ndim == 1:
+                own[name] += 1
+        if method == "eagle3":
+            kept = torch.randperm(VOCAB, generator=generator)[:SMALL].sort().values
+            own["d2t"] = kept - torch.arange(SMALL)
+            own["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, kept, True)
+        where = tmp_path / method
+        where.mkdir()
+        config = {**json.loads((folder / "config.json").read_text()), "num_hidden_layers": 1, **EXTRA.get(method, {}), **changes}
+        (where / "config.json").write_text(json.dumps(config))
+        save_file(own, where / "model.safetensors")
+        return where, own
+
+    return make
+
+
+def asked(method: str, where: Path) -> SpeculationConfig:
+    return SpeculationConfig(methods=[DraftConfig(method=method, model=str(where), num_speculative_tokens=K)])
+
+
+def jobs_of(count: int = 3, max_tokens: int = 14) -> list[Job]:
+    rng = np.random.default_rng(3)
+    greedy = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1)
+    return [Job(prompt=rng.integers(0, VOCAB, 4 + 15 * n).astype(np.int32), params=greedy, max_tokens=max_tokens) for n in range(count)]
+
+
+def drafts_of(runner: Any, jobs: list[Job], options: Options) -> dict[tuple[int, ...], list[int]]:
+    """History -> what was drafted behind it."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    sample = runner.sample
+
+    def listening(work: Any) -> Any:
+        done = sample(work)()
+        at = 0
+        for row, (slot, position) in enumerate(zip(work.slots.tolist(), work.positions.tolist(), strict=True)):
+            count = int(done.counts[row]) if len(done.counts) else 1
+            history = tuple(runner.history[slot, : position + count].tolist())
+            if work.drafts:
+                found[history] = done.drafts[row * work.drafts : (row + 1) * work.drafts].tolist()
+            at += count
+        return lambda: done
+
+    runner.sample = listening
+    Driver(runner, options).run(jobs)
+    return found
+
+
+@pytest.mark.parametrize("method", list(SHAPES))
+def test_a_head_drafts_what_its_formula_says_and_changes_nothing(
+    method: str, head: Any, load: Load, folder: Path, make_tensors: Any
+) -> None:
+    where, own = head(method)
+    named = make_tensors()
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    runner = load(folder, deterministic=True, speculation=asked(method, where))
+    options = Options(lookahead=lambda rng: K, chunk=lambda rng: rng.randint(1, 9), scatter=True, preempt=0.05, seed=5)
+    found = drafts_of(runner, jobs, options)
+    assert [(job.tokens, job.logprobs, job.prompt_logprobs) for job in jobs] == [
+        (job.tokens, job.logprobs, job.prompt_logprobs) for job in plain
+    ]
+    assert len(found) > 20
+    full = 0
+    for history, drafts in found.items():
+        wanted = REFERENCES[method](own, named, list(history))
+        made = [draft for draft in drafts if draft >= 0]  # at a sequence's end the next block may be missing
+        assert made == wanted[: len(made)]
+        full += len(made) == K
+    assert full > 15
+
+
+def test_norm_before_residual(head: Any, load: Load, folder: Path, make_tensors: Any) -> None:
+    where, own = head("eagle3", norm_before_residual=True)
+    found = drafts_of(load(folder, speculation=asked("eagle3", where)), jobs_of(1, 6), Options(lookahead=lambda rng: K))
+    for history, drafts in found.items():
+        wanted = eagle3(own, make_tensors(), list(history), after=True)
+        assert drafts == wanted[: len(drafts)] or -1 in drafts
+
+
+def test_heads_of_another_model_are_refused(head: Any, load: Load, folder: Path) -> None:
+    for method, change in (("eagle3", {"vocab_size": 96}), ("medusa", {"hidden_size": 64})):
+        where, _ = head(method, **change)
+        with pytest.raises(CheckpointError, match="another model"):
+            load(folder, speculation=asked(method, where))
+    for method in ("eagle", "medusa", "draft_model"):
+        with pytest.raises(ConfigError, match='needs "model"'):
+            load(folder, speculation=SpeculationConfig(methods=[DraftConfig(method=method)]))
