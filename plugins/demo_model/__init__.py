@@ -24,7 +24,7 @@ def draft_path() -> Path:
 
 
 def medusa_path() -> Path:
-    """The folder of Brook-Medusa, four Medusa heads."""
+    """The folder of Brook-Medusa, three Medusa heads."""
     return _HERE / "brook-medusa"
 
 
