@@ -658,7 +658,19 @@ def decode_attention(
         )  # fmt: skip
     else:
         _combine[(rows, heads)](
-            out, lse, partial, partial_lse, q_start, kv_len, sinks, window, MIN_SPLIT=config["MIN_SPLIT"], PIECE=config.get("PIECE", 0), **sizes, num_warps=2, **chained()
+            out,
+            lse,
+            partial,
+            partial_lse,
+            q_start,
+            kv_len,
+            sinks,
+            window,
+            MIN_SPLIT=config["MIN_SPLIT"],
+            PIECE=config.get("PIECE", 0),
+            **sizes,
+            num_warps=2,
+            **chained(),
         )
     return out
 
