@@ -67,6 +67,7 @@ def value_of(codes, KIND: tl.constexpr):
         exponent = (code & 127) >> M
         mantissa = (code & ((1 << M) - 1)).to(tl.float32) / (1 << M)
         size = tl.where(exponent == 0, mantissa * 2, 1 + mantissa) * tl.exp2((exponent - BIAS).to(tl.float32))
+        size = tl.where((code & 127) >= (127 if KIND == "fp8_e4m3" else 124), float("nan"), size)
         return tl.where(code >= 128, -size, size)
 
 
@@ -166,6 +167,9 @@ def _keys(
         else:
             codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
             more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
+        if MASK:  # what was never written may be codes that are no numbers
+            codes = tl.where((at < length)[:, None], codes, 0)
+            more = tl.where((at < length)[None, :], more, 0)
         k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
         if INTERPRETED:
             s = tl.dot(widen(codes, KIND, RECIPE, False), q, input_precision="ieee")
@@ -227,8 +231,8 @@ def split(
     low = 0
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
-    size = tl.maximum(tl.cdiv(tl.cdiv(length - low, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     span = length - low
+    size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = low + piece * size
     if PDL and AHEAD:  # noqa: SIM102 (known when compiled, the inner one is not)
         if start < length:

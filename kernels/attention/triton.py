@@ -70,8 +70,8 @@ def read_kv(cache: Tensor, slots: Tensor) -> Tensor:
 def _keys(
     acc, m, z, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-    DENSE: tl.constexpr = False, scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "",
-    V_RECIPE: tl.constexpr = "",
+    DENSE: tl.constexpr, scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr,
+    V_RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into (acc, m, z); m in base-2 units. Keys at `limit` and beyond do not exist.
 
@@ -138,9 +138,12 @@ def _keys(
                 values = tl.where((at < limit)[:, None], values, 0.0)
         elif KIND != "":
             if DP == D:
-                values = tl.trans(widen(tl.load(v + where_v), KIND, V_RECIPE, True))
+                codes = tl.load(v + where_v)
             else:
-                values = tl.trans(widen(tl.load(v + where_v, mask=(d < D)[:, None], other=0), KIND, V_RECIPE, True))
+                codes = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
+            if MASK:  # what was never written may be codes that are no numbers
+                codes = tl.where((at < limit)[None, :], codes, 0)
+            values = tl.trans(widen(codes, KIND, V_RECIPE, True))
             p = p * v_scale[None, :]
         elif MASK:
             values = tl.load(v + where, mask=exists, other=0.0)
@@ -159,8 +162,8 @@ def _keys(
 @triton.jit
 def _range(
     acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr = False,
-    scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr,
+    scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys of [start, end) into (acc, m, z). All rows see those before `whole` (a multiple of BLOCK_N from `start` on, unless there is a
     window); the rest goes under a mask."""
@@ -286,7 +289,7 @@ def _ragged(
                     start = tl.maximum(t0 - window + 1, 0) // BLOCK_N * BLOCK_N
                 acc, m, z = _range(
                     acc, m, z, queries, new_k, new_v, first, column, token, valid, start, whole, end - context, scale2, soft, window, kb, D,
-                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True,
+                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True, None, None, None, "", "", "",
                 )  # fmt: skip
             else:
                 acc, m, z = _range(
@@ -655,7 +658,18 @@ def decode_attention(
         )  # fmt: skip
     else:
         _combine[(rows, heads)](
-            out, lse, partial, partial_lse, q_start, kv_len, sinks, window, MIN_SPLIT=config["MIN_SPLIT"], **sizes, num_warps=2, **chained()
+            out,
+            lse,
+            partial,
+            partial_lse,
+            q_start,
+            kv_len,
+            sinks,
+            window,
+            MIN_SPLIT=config["MIN_SPLIT"],
+            **sizes,
+            num_warps=2,
+            **chained(),
         )
     return out
 
