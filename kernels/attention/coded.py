@@ -166,6 +166,9 @@ def _keys(
         else:
             codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
             more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
+        if MASK:  # what was never written may be codes that are no numbers
+            codes = tl.where((at < length)[:, None], codes, 0)
+            more = tl.where((at < length)[None, :], more, 0)
         k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
         if INTERPRETED:
             s = tl.dot(widen(codes, KIND, RECIPE, False), q, input_precision="ieee")
