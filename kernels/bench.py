@@ -156,14 +156,14 @@ def line(name: str, seconds: float, gigabytes: float, gigaflop: float, roof_gb: 
     )
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Shortest time of each, in seconds, all of them in every round: what slows the machine slows them alike."""
     shortest = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            shortest[name] = min(shortest[name], time.perf_counter() - start)
+            shortest[name] = min(shortest[name], clock() - start)
     return shortest
 
 
@@ -220,15 +220,22 @@ def attention(program: DecoderProgram, context: int) -> list[Callable[[], object
 
 
 def cached(name: str, shape: Shape) -> None:
-    """A KV cache of eight bits: attention of one row, whole steps."""
+    """A KV cache of eight bits: attention of one row; whole steps, as processor time of one thread, of which other processes take nothing."""
+    threads = torch.get_num_threads()
     programs = {kind or "bf16": model(shape, torch.bfloat16, max(CONTEXTS) // 16, kv=kind)[0] for kind in ("", *KINDS)}
     for context in CONTEXTS:
         layers = {f"{w} {i}": call for w, p in programs.items() for i, call in enumerate(attention(p, context))}
         shortest = in_turns(layers, 40)
         each = {w: sum(took for word, took in shortest.items() if word.split()[0] == w) for w in programs}
         ratios(f"{name} attention of a step, context {context}", each)
-        ratios(f"{name} step, 1 token, context {context}", in_turns({w: step(p, 1, 1, context) for w, p in programs.items()}, 20))
-    ratios(f"{name} step, 1 x 1024 tokens", in_turns({w: step(p, 1, 1024, 1024) for w, p in programs.items()}, 4))
+        torch.set_num_threads(1)
+        steps = {w: step(p, 1, 1, context) for w, p in programs.items()}
+        ratios(f"{name} step, 1 token, context {context}, 1 thread", in_turns(steps, 20, time.process_time))
+        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    steps = {w: step(p, 1, 1024, 1024) for w, p in programs.items()}
+    ratios(f"{name} step, 1 x 1024 tokens, 1 thread", in_turns(steps, 3, time.process_time))
+    torch.set_num_threads(threads)
 
 
 def main(names: list[str]) -> None:
