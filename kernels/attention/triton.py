@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.attention import coded
 from penstock.kernels.attention.coded import Codes, pages_of, scales_at, widen
-from penstock.kernels.attention.pieces import add_up
+from penstock.kernels.attention.pieces import add_up, piece_of
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.tile import fetch_ahead, follow, launched, make_room, narrow, power, wait
@@ -70,8 +70,8 @@ def read_kv(cache: Tensor, slots: Tensor) -> Tensor:
 def _keys(
     acc, m, z, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-    DENSE: tl.constexpr = False, scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "",
-    V_RECIPE: tl.constexpr = "",
+    DENSE: tl.constexpr, scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr,
+    V_RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into (acc, m, z); m in base-2 units. Keys at `limit` and beyond do not exist.
 
@@ -159,8 +159,8 @@ def _keys(
 @triton.jit
 def _range(
     acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr = False,
-    scales=None, sb=None, sbase=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr,
+    scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys of [start, end) into (acc, m, z). All rows see those before `whole` (a multiple of BLOCK_N from `start` on, unless there is a
     window); the rest goes under a mask."""
@@ -286,7 +286,7 @@ def _ragged(
                     start = tl.maximum(t0 - window + 1, 0) // BLOCK_N * BLOCK_N
                 acc, m, z = _range(
                     acc, m, z, queries, new_k, new_v, first, column, token, valid, start, whole, end - context, scale2, soft, window, kb, D,
-                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True,
+                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True, None, None, None, "", "", "",
                 )  # fmt: skip
             else:
                 acc, m, z = _range(
@@ -395,7 +395,7 @@ def _split(
 def _combine(
     out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    MIXED: tl.constexpr, PDL: tl.constexpr,
+    MIXED: tl.constexpr, PDL: tl.constexpr, PIECE: tl.constexpr = 0,
 ):  # fmt: skip
     """Grid (R, Hq): the pieces of one row and head, always in the same order. MIXED: as in `_split`."""
     make_room(PDL)
@@ -410,7 +410,10 @@ def _combine(
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
     span = length - low
-    size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    if PIECE:
+        size = piece_of(span, SPLITS, MIN_SPLIT, PIECE, BLOCK_N)
+    else:
+        size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     wait(PDL)
     if span > size:
         pieces = tl.cdiv(span, size)
@@ -655,7 +658,19 @@ def decode_attention(
         )  # fmt: skip
     else:
         _combine[(rows, heads)](
-            out, lse, partial, partial_lse, q_start, kv_len, sinks, window, MIN_SPLIT=config["MIN_SPLIT"], **sizes, num_warps=2, **chained()
+            out,
+            lse,
+            partial,
+            partial_lse,
+            q_start,
+            kv_len,
+            sinks,
+            window,
+            MIN_SPLIT=config["MIN_SPLIT"],
+            PIECE=config.get("PIECE", 0),
+            **sizes,
+            num_warps=2,
+            **chained(),
         )
     return out
 

@@ -68,7 +68,13 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
-    ("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC), ("fp8_e4m3", CODED), ("deterministic int8", DETERMINISTIC)]
+    ("mode", "wanted"),
+    [
+        ("", FAST),
+        ("deterministic", DETERMINISTIC),
+        ("fp8_e4m3", CODED),
+        pytest.param("deterministic int8", DETERMINISTIC, marks=pytest.mark.slow),
+    ],
 )
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}

@@ -54,12 +54,11 @@ ways = (
     (run(triton), truth, 0.02),
     (run(triton, deterministic=True), truth, 0.02),
     (run(triton, deterministic=True, **kv), coded, 0.05),
-    (run(triton, **kv), coded, 0.5),  # a step's own keys are read as they were computed
 )
 for found, truth, at in ways:
     most = None if at == 0.02 else 1  # where numbers differ, ranks may
     for mine, theirs in zip(found, truth):
-        assert mine.tokens == theirs.tokens or at > 0.1, (mine.tokens, theirs.tokens)
+        assert mine.tokens == theirs.tokens, (mine.tokens, theirs.tokens)
         for a, b in zip(mine.logprobs, theirs.logprobs):
             assert np.allclose(np.frombuffer(a, np.float32)[:most], np.frombuffer(b, np.float32)[:most], atol=at)
         for position, (ids, values) in mine.prompt_logprobs.items():
