@@ -165,14 +165,14 @@ def line(name: str, seconds: float, gigabytes: float, gigaflop: float, roof_gb: 
     )
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Shortest time of each, in seconds, all of them in every round: what slows the machine slows them alike."""
     shortest = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            shortest[name] = min(shortest[name], time.perf_counter() - start)
+            shortest[name] = min(shortest[name], clock() - start)
     return shortest
 
 
@@ -206,38 +206,45 @@ def quantised(name: str, shape: Shape) -> None:
         ratios(f"{name} step, {sequences} x {rows} tokens, context {context}", in_turns(steps, 10 if rows == 1 else 3))
 
 
-def attention(program: DecoderProgram, context: int) -> Callable[[], None]:
-    """Attention of one row in every layer, without what Python costs."""
+def attention(program: DecoderProgram, context: int) -> list[Callable[[], object]]:
+    """Attention of one row in each layer, without what Python costs."""
     parts, lib = program.parts, native.library()
     assert lib is not None, native.describe()
     q = random(1, parts.num_heads, parts.head_dim, dtype=torch.bfloat16, scale=1.0)
     out, table = torch.empty_like(q), torch.randperm(-(-context // 16)).int()
     start, length = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
-    held = []
+    calls: list[Callable[[], object]] = []
+    kept = (q, out, table, start, length)
     for k_cache, v_cache, scales in zip(parts.k_caches, parts.v_caches, parts.scales, strict=True):
         whole = native.Program(heads=parts.num_heads, kv_heads=parts.num_kv_heads, dim=parts.head_dim, bf16=1, scale=parts.scale)
         layer = native.Layer()
         describe(whole, layer, k_cache, v_cache, scales)
-        held.append((whole, layer))
-    one = native.Step(
-        tables=table.data_ptr(), q_start=start.data_ptr(), kv_len=length.data_ptr(), token_count=1, sequences=1, table_width=len(table),
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
-
-    def call(kept: object = (table, start, length)) -> None:
-        for whole, layer in held:
-            lib.lib.ps_attention(ctypes.byref(whole), ctypes.byref(layer), ctypes.byref(one), q.data_ptr(), out.data_ptr())
-
-    return call
+        one = native.Step(
+            tables=table.data_ptr(), q_start=start.data_ptr(), kv_len=length.data_ptr(), token_count=1, sequences=1, table_width=len(table),
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        structs = (ctypes.byref(whole), ctypes.byref(layer), ctypes.byref(one))
+        calls.append(lambda structs=structs, kept=kept: lib.lib.ps_attention(*structs, kept[0].data_ptr(), kept[1].data_ptr()))  # type: ignore[misc]
+    return calls
 
 
 def cached(name: str, shape: Shape) -> None:
-    """A KV cache of eight bits: attention of one row, whole steps."""
+    """A KV cache of eight bits: attention of one row; whole steps, as processor time of one thread, of which other processes take nothing."""
+    threads = torch.get_num_threads()
     programs = {kind or "bf16": model(shape, torch.bfloat16, max(CONTEXTS) // 16, kv=kind)[0] for kind in ("", *KINDS)}
     for context in CONTEXTS:
-        ratios(f"{name} attention of a step, context {context}", in_turns({w: attention(p, context) for w, p in programs.items()}, 40))
-        ratios(f"{name} step, 1 token, context {context}", in_turns({w: step(p, 1, 1, context) for w, p in programs.items()}, 20))
-    ratios(f"{name} step, 1 x 1024 tokens", in_turns({w: step(p, 1, 1024, 1024) for w, p in programs.items()}, 4))
+        layers = {f"{w} {i}": call for w, p in programs.items() for i, call in enumerate(attention(p, context))}
+        shortest = in_turns(layers, 40)
+        each = {w: sum(took for word, took in shortest.items() if word.split()[0] == w) for w in programs}
+        ratios(f"{name} attention of a step, context {context}", each)
+        torch.set_num_threads(1)
+        steps = {w: step(p, 1, 1, context) for w, p in programs.items()}
+        ratios(f"{name} step, 1 token, context {context}, 1 thread", in_turns(steps, 20, time.process_time))
+        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    steps = {w: step(p, 1, 1024, 1024) for w, p in programs.items()}
+    ratios(f"{name} step, 1 x 1024 tokens, 1 thread", in_turns(steps, 3, time.process_time))
+    torch.set_num_threads(threads)
 
 
 def main(names: list[str]) -> None:

@@ -211,3 +211,19 @@ def test_what_awq_moved_into_a_norm_is_no_error(texts: Path, tmp_path: Path) -> 
     ]
     assert len(after_norms) == 8 * 5
     assert max(after_norms) < 0.02
+
+
+def test_a_kv_cache_of_eight_bits_is_measured_and_leaves_no_record(texts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "brook"
+    folder.mkdir()
+    for file in BROOK.iterdir():
+        (folder / file.name).symlink_to(file)
+    found = {}
+    for word in ("int8", "fp8", "fp8_e5m2"):
+        said = asked(folder, "--kv-cache-dtype", word, "--text", texts, "--json")
+        assert said.exit_code == 0, said.output
+        found[word] = json.loads(said.stdout)
+        assert not record_file(folder).exists()
+    assert 0 < found["int8"]["kl_mean"] < found["fp8"]["kl_mean"] < found["fp8_e5m2"]["kl_mean"] < 0.02
+    assert found["fp8"]["scheme"] == "wide, KV cache of fp8_e4m3"
+    assert found["int8"]["layers"] == []

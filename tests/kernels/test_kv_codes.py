@@ -172,6 +172,14 @@ def test_a_copied_page_is_the_same_page(kind: str) -> None:
     assert torch.equal(paged.attend(q, table([elsewhere]), [0, 3], [50]), before)
 
 
+def test_a_pool_of_one_block() -> None:
+    paged = Paged("int8", 4, 2, 32, blocks=1)
+    blocks, slots = paged.sequence(11)
+    q = torch.randn(3, 4, 32)
+    got = paged.attend(q, table([blocks]), [0, 3], [11])
+    torch.testing.assert_close(got.double(), paged.truth(q, slots, 0), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_equals_float64(kind: str) -> None:
     paged = Paged(kind, 4, 2, 32)
