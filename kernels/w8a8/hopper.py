@@ -22,8 +22,6 @@ from penstock.kernels.tile import make_room, wait
 
 HEIGHT = 64
 """Rows of a tile of `few`."""
-AHEAD = 16 << 20
-"""Bytes of a weight that are brought into L2 before the kernel ahead has ended."""
 DTYPES = {torch.float8_e4m3fn: gl.float8e4nv, torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
@@ -34,7 +32,7 @@ class _Launched(GluonJITFunction):
 
 
 def _launched(function):
-    return _Launched(function, do_not_specialize=["M", "AHEAD"])
+    return _Launched(function, do_not_specialize=["M"])
 
 
 @gluon.jit
@@ -64,17 +62,8 @@ def _put(
 
 
 @gluon.jit
-def _fetch_ahead(address, BYTES: gl.constexpr):
-    """Ask for a run of bytes to be brought into L2; nothing waits for it."""
-    ASM: gl.constexpr = "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-    gl.inline_asm_elementwise(ASM, "=r,l,r", [address, gl.to_tensor(BYTES)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _bring(
-    data, x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, AHEAD, ROWS: gl.constexpr, PDL: gl.constexpr
-):  # fmt: skip
-    """The warp that brings tiles: weights, which never change, before it waits for the kernel ahead; AHEAD more steps of them into L2."""
+def _bring(x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, ROWS: gl.constexpr, PDL: gl.constexpr):
+    """The warp that brings tiles: weights, which never change, before it waits for the kernel ahead."""
     S: gl.constexpr = xs.shape[0]
     BN: gl.constexpr = ws.shape[1]
     BYTES: gl.constexpr = (ROWS + BN) * 128
@@ -83,9 +72,6 @@ def _bring(
     for i in range(early):
         mbarrier.expect(full.index(i), BYTES)
         tma.async_copy_global_to_shared(w_box, [base + (first + i) * 128, 0], full.index(i), ws.index(i))
-    if PDL:
-        for i in range(early, gl.minimum(count, S + AHEAD)):
-            _fetch_ahead(data + (base + (first + i) * 128).to(gl.int64) * 128, BN * 128)
     wait(PDL)
     for i in range(early):
         tma.async_copy_global_to_shared(x_box, [top, (first + i) * 128], full.index(i), xs.index(i).slice(0, ROWS))
@@ -169,7 +155,7 @@ def _multiply(
 
 @_launched
 def _few(
-    x_box, w_box, box, data, x_scales, scales, bias, counters, partial, M, N, STEPS, AHEAD, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    x_box, w_box, box, x_scales, scales, bias, counters, partial, M, N, STEPS, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     SPLITS: gl.constexpr, EXACT: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N / BN), SPLITS, ceil(M / BM)). Of a tile's BM rows as many are read as x_box has: filling up with zeros takes the copy engine longer than reading, and a row never
@@ -193,7 +179,7 @@ def _few(
     count = gl.maximum(gl.minimum(STEPS - first, each), 0)
     gl.warp_specialize([
         (_multiply, (box, xs, ws, full, empty, stage, x_scales, scales, bias, counters, partial, top, column, piece, first, count, M, N, STEPS, SPLITS, EXACT, BLOCKS, BIAS, GATED, ACT, PDL)),
-        (_bring, (data, x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, AHEAD, ROWS, PDL)),
+        (_bring, (x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, ROWS, PDL)),
     ], [1], [40])  # fmt: skip
 
 
@@ -227,9 +213,8 @@ def few(
     width = config["BN"] // (1 if act is None else 2)
     columns, heights = -(-n // config["BN"]), -(-rows // HEIGHT)
     tall = min(HEIGHT, max(16, 1 << (rows - 1).bit_length()))
-    ahead = AHEAD // (columns * splits * config["BN"] * 128)
     _few[(columns, splits, heights)](
-        _box(codes, tall, 128), _box(data, config["BN"], 128), _box(out, HEIGHT, width), data.view(torch.int8), x_scales, scales, scales if bias is None else bias, counters, partial,
-        rows, n, steps, config.pop("AHEAD", ahead), BM=HEIGHT, SPLITS=splits, EXACT=exact or blocks, BLOCKS=blocks, BIAS=bias is not None, GATED=act is not None, ACT=act or 0, num_warps=4,
+        _box(codes, tall, 128), _box(data, config["BN"], 128), _box(out, HEIGHT, width), x_scales, scales, scales if bias is None else bias, counters, partial,
+        rows, n, steps, BM=HEIGHT, SPLITS=splits, EXACT=exact or blocks, BLOCKS=blocks, BIAS=bias is not None, GATED=act is not None, ACT=act or 0, num_warps=4,
         **config, **gpu.chained(),
     )  # fmt: skip
