@@ -367,15 +367,15 @@ def eight(bench: Bench) -> None:
             bench.add("matmul bf16", case, [lambda w=w: linear.matmul(x, w, out=out, workspace=workspace) for w in plain], **work)
             for kind, some in weights.items():
                 rounded = quantise_rows(x, some[0].scheme.kind)
-                calls = [lambda w=w, x=rounded: w8a8.matmul(x, w, out=out, workspace=workspace) for w in some]
+                calls = [lambda w=w, x=rounded: w8a8.matmul(x, w, out=out) for w in some]
                 bench.add(f"matmul {kind}, inputs too", case, calls, **work)
                 if kind == "fp8":
-                    calls = [lambda w=w, x=rounded: w8a8.matmul(x, w, out=out, workspace=workspace, exact=True) for w in some]
+                    calls = [lambda w=w, x=rounded: w8a8.matmul(x, w, out=out, exact=True) for w in some]
                     bench.add("matmul fp8, inputs too, exact", case, calls, **work)
-            calls = [lambda w=w: w8a8.matmul(x, w, out=out, workspace=workspace) for w in weights["fp8"]]
+            calls = [lambda w=w: w8a8.matmul(x, w, out=out) for w in weights["fp8"]]
             bench.add("matmul fp8, inputs too, rounding them", case, calls, **work)
             grouped = quantise_rows(x, Rounding("fp8_e4m3", 128))
-            calls = [lambda w=w: w8a8.matmul(grouped, w, out=out, workspace=workspace, blocks=scales) for w in blocks]
+            calls = [lambda w=w: w8a8.matmul(grouped, w, out=out, blocks=scales) for w in blocks]
             bench.add("matmul fp8, blocks of 128 x 128, inputs too", case, calls, **work)
             if not bench.compile_only:
                 torch_eight(bench, case, quantise_rows(x, "fp8_e4m3").codes, [w.to(torch.float8_e4m3fn) for w in plain], out, work)

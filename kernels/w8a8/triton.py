@@ -112,14 +112,13 @@ def _matmul(
 
 def matmul(
     x: Tensor | Rounded, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
-    gated: str | None = None, whole: bool = False, exact: bool = False, blocks: Tensor | None = None, workspace: Tensor | None = None,
-    config: dict[str, int] | None = None,
+    gated: str | None = None, exact: bool = False, blocks: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """x [M, K], 16-bit floats to be rounded or rows that are, @ weight^T + bias -> [M, N]. gated: as kernels/quantised's, with a result [M, N / 2].
 
     blocks: scales of a weight in blocks of 128 x 128 (`block_scales`), for rows rounded in groups of 128. `exact`: FP8 sums are carried to float32 every 128 columns, as with blocks always;
-    else they stay in the matrix unit, which keeps some 14 bits of them. Few rows on Hopper: hopper.py; `whole`: no K axis is cut there, so that a row's result does not depend on the
-    others; workspace: as kernels/linear/triton.py's. A configuration without BM is one of hopper.py's."""
+    else they stay in the matrix unit, which keeps some 14 bits of them. Few rows on Hopper: hopper.py. However many rows there are, each is summed in one order, so that its result does
+    not depend on the others. A configuration without BM is one of hopper.py's."""
     n, scheme = weight.n, weight.scheme
     require(supports(scheme) or (blocks is not None and supports_blocks(scheme)), "the weight must have 8 bits, a scale a row, and inputs that may be rounded")
     require(gated is None or (gated in ACTIVATIONS and n % 2 == 0), f"gated is one of {ACTIVATIONS}, for 2I weight rows")
@@ -143,7 +142,7 @@ def matmul(
 
         chosen = config or tuned("w8a8.few.wide" if n >= 16384 else "w8a8.few")
         hopper.few(
-            codes, x_scales, data, scales, bias, out, n, steps, workspace=workspace, whole=whole, exact=exact, blocks=blocks is not None, act=act, config=chosen
+            codes, x_scales, data, scales, bias, out, n, steps, exact=exact, blocks=blocks is not None, act=act, config=chosen
         )  # fmt: skip
     else:
         config = dict(config or _config(rows, n, scheme.kind, exact, blocks is not None, out.element_size()))

@@ -203,16 +203,14 @@ class TritonEight(TritonQuantised):
 
     def rounded(self, x: Rounded, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
         """See RoundingLinear."""
-        ops, activation = self._ops, self._activation
+        activation = self._activation
         y = w8a8.matmul(
             x,
             self._weight,
             self._bias_of(),
             out_dtype=self._out_dtype,
             gated=None if self._apart else activation,
-            whole=ops.deterministic,
             blocks=self._blocks,
-            workspace=ops.linear_space,
         )
         if activation is not None and self._apart:
             y = gated(activation, y)
