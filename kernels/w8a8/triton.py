@@ -141,9 +141,7 @@ def matmul(
         from penstock.kernels.w8a8 import hopper
 
         chosen = config or tuned("w8a8.few.wide" if n >= 16384 else "w8a8.few")
-        hopper.few(
-            codes, x_scales, data, scales, bias, out, n, steps, exact=exact, blocks=blocks is not None, act=act, config=chosen
-        )  # fmt: skip
+        hopper.few(codes, x_scales, data, scales, bias, out, n, steps, exact=exact, blocks=blocks is not None, act=act, config=chosen)
     else:
         config = dict(config or _config(rows, n, scheme.kind, exact, blocks is not None, out.element_size()))
         height, width = config["BM"], config["BN"]
@@ -153,7 +151,7 @@ def matmul(
         w_box = TensorDescriptor(data, shape, stride, [deep, 1, width // deep, STEP])
         box = TensorDescriptor(out, [rows, columns], [out.stride(0), 1], [height, width // config["SUB"] // (2 if gated else 1)])
         tiles = -(-rows // height) * -(-n // width)
-        _matmul[(min(tiles, processors() * config.pop("EACH", 1)),)](
+        _matmul[(min(tiles, processors()),)](
             x_box, w_box, box, x_scales, scales, bias, rows, n, steps, INT=scheme.kind == "int8", EXACT=exact, BLOCKS=blocks is not None, BIAS=bias is not None,
             GATED=gated is not None, ACT=act or 0, INTERPRET=interpreting(), **chained(), **config,
         )  # fmt: skip

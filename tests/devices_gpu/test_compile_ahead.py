@@ -23,6 +23,8 @@ EVERYWHERE = {"embedding:_gather", "rmsnorm:_norm", "rope:_rope", "sampling:_sur
 EVERYWHERE |= {"attention:_ragged", "attention:_split", "slots:_decode", "slots:_ragged", "slots:_write", "activation:_gated"}
 EVERYWHERE |= {"slots:_place", "slots:_set", "slots:_copy", "sampling:_penalise", "sampling:_clear", "sampling:_start", "sampling:_count"}
 FAST = EVERYWHERE | {"linear:_skinny"}
+EIGHT = (EVERYWHERE - {"activation:_gated"}) | {"w8a8.hopper:_few", "w8a8:_matmul", "w8a8.rounding:_quantise"}
+"""With layers whose inputs are rounded, too."""
 DETERMINISTIC = EVERYWHERE | {"linear:_invariant", "attention:_join"}
 
 
@@ -66,7 +68,9 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC)])
+@pytest.mark.parametrize(
+    ("mode", "wanted"), [("", FAST), ("deterministic", DETERMINISTIC), pytest.param("fp8", EIGHT, marks=pytest.mark.slow)]
+)
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
     folder = make_folder("qwen3", torch.bfloat16, **shape)
