@@ -36,7 +36,7 @@ rmsnorm.triton
 w8a8.rounding
     quantise_rows(x[M, K], rounding) -> w8a8.rows.Rounded     codes [M, K rounded up to 128], scales [M] or [groups of 128, M]
 w8a8.triton
-    matmul(x[M, K] or Rounded, weight, bias=None, *, out=None, gated=None, whole=False, exact=False, blocks=None, workspace=None) -> [M, N]      8-bit inputs and weights
+    matmul(x[M, K] or Rounded, weight, bias=None, *, out=None, gated=None, exact=False, blocks=None) -> [M, N]      8-bit inputs and weights
 rope.triton
     rope_and_cache(qkv[T, (Hq + 2 Hkv) * D], positions[T] i32, cos_sin[P, r] f32, k_cache, v_cache, slots[T] i32, num_heads, num_kv_heads,
                    q_norm=None, k_norm=None, eps=1e-6, out=None, *, k_out=None[T, Hkv, D], codes=None, fixed=None) -> q [T, Hq, D]

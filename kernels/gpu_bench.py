@@ -297,24 +297,12 @@ def invariant(bench: Bench) -> None:
                 bench.add("batch-invariant matmul", case, [lambda w=w: torch.mm(x, w.t(), out=out) for w in weights], by="torch", **work)
 
 
-EIGHT = [
-    {"BM": m, "BN": n, "GROUP": g, "SUB": max(1, n // 128), "num_warps": w, "num_stages": s}
-    for m, n, g, w, s in ((128, 256, 8, 8, 3), (128, 256, 16, 8, 3), (128, 128, 8, 8, 4), (64, 256, 8, 4, 4))
-]
-EIGHT_FEW = [
-    {"BN": n, "STAGES": s, "TARGET": 132, "MAX_SPLITS": p} for n, s, p in ((64, 8, 1), (64, 12, 2), (128, 8, 1), (128, 8, 2))
-]  # fmt: skip
-
-
 def quantised(bench: Bench) -> None:
-    """Quantised weights in the shipped configurations beside bf16 ones; bytes are the weight's. With 8-bit inputs times do not hold the rounding of x unless they say so."""
+    """Quantised weights in the shipped configurations beside bf16 ones; bytes are the weight's."""
     from penstock.kernels.linear import triton as linear
     from penstock.kernels.linear.scheme import Scheme
     from penstock.kernels.quantised import layout
     from penstock.kernels.quantised import triton as narrow
-    from penstock.kernels.w8a8 import triton as w8a8
-    from penstock.kernels.w8a8.rounding import quantise_rows
-    from penstock.kernels.w8a8.rows import Rounding
 
     schemes = {
         "int4 128": Scheme("int4", 128),
@@ -338,7 +326,7 @@ def quantised(bench: Bench) -> None:
             packed[kind] = []
             for _ in range(max(1, min(8, int(2.5e8 / scheme.nbytes(n, k))))):
                 weight = layout.allocate(scheme, n, k, device)
-                weight.data.copy_(codes_like(weight.data, kind))
+                weight.data.random_(0, 119)  # no code is NaN
                 weight = layout.tightened(weight._replace(scales=torch.full_like(weight.scales, 2.0**-7)))
                 if weight.zeros is not None:
                     weight.zeros.fill_(7)
@@ -353,62 +341,69 @@ def quantised(bench: Bench) -> None:
                     continue
                 calls = [lambda w=w: narrow.matmul(x, w, out=out, workspace=workspace, wide=wide) for w in some]
                 bench.add(f"matmul {kind}", case, calls, gigabytes=some[0].nbytes / 1e9)
-            for kind in ("int8", "fp8"):
-                some = [w._replace(scheme=w.scheme._replace(activations="token")) for w in packed[kind]]
+
+
+def eight(bench: Bench) -> None:
+    """Inputs of 8 bits, too, in the shipped configurations, beside bf16 and cuBLAS's FP8 products (a scale a tensor, no rounding of inputs); bytes are the weight's."""
+    from penstock.kernels.linear import triton as linear
+    from penstock.kernels.linear.scheme import Scheme
+    from penstock.kernels.quantised import layout
+    from penstock.kernels.w8a8 import triton as w8a8
+    from penstock.kernels.w8a8.rounding import quantise_rows
+    from penstock.kernels.w8a8.rows import Rounding
+
+    workspace = torch.zeros(linear.workspace_elements(VOCAB), device="cuda")
+    device = torch.device("cuda")
+    counts = (1, 16, 64, 512, 4096) if bench.quick else (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+    for name, (n, k) in WEIGHTS.items():
+        if name == "lm_head":
+            continue
+        sets = max(2, min(8, int(2.5e8 / (n * k))))
+        plain = [randn(n, k) for _ in range(sets)]
+        weights = {}
+        for kind in ("fp8", "int8"):
+            weight = layout.allocate(Scheme({"fp8": "fp8_e4m3"}.get(kind, kind), activations="token"), n, k, device)
+            weights[kind] = [
+                weight._replace(data=codes_like(weight.data, kind), scales=torch.full_like(weight.scales, 2.0**-7)) for _ in range(sets)
+            ]
+        blocks = [w._replace(scheme=Scheme("fp8_e4m3", 128, 128, activations="token")) for w in weights["fp8"]]
+        scales = torch.rand(-(-n // 128), k // 128, device=device)
+        for rows in counts:
+            x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device="cuda")
+            case, work = f"{name} {n} x {k}, {rows} rows", {"gigabytes": n * k / 1e9, "teraflop": 2 * rows * n * k / 1e12}
+            bench.add("matmul bf16", case, [lambda w=w: linear.matmul(x, w, out=out, workspace=workspace) for w in plain], **work)
+            for kind, some in weights.items():
                 rounded = quantise_rows(x, some[0].scheme.kind)
-                work = {"gigabytes": n * k / 1e9, "teraflop": 2 * rows * n * k / 1e12}
-                bench.add(
-                    f"matmul {kind}, inputs too, rounding them",
-                    case,
-                    [lambda w=w: w8a8.matmul(x, w, out=out, workspace=workspace) for w in some],
-                    **work,
-                )
-                for config in [{}, *([] if bench.quick else EIGHT_FEW if rows <= w8a8.FEW else EIGHT)]:
-                    calls = [lambda w=w, c=config: w8a8.matmul(rounded, w, out=out, workspace=workspace, config=c or None) for w in some]
-                    bench.add(f"matmul {kind}, inputs too", case, calls, config=config, **work)
+                calls = [lambda w=w, x=rounded: w8a8.matmul(x, w, out=out) for w in some]
+                bench.add(f"matmul {kind}, inputs too", case, calls, **work)
                 if kind == "fp8":
-                    calls = [lambda w=w: w8a8.matmul(rounded, w, out=out, exact=True, workspace=workspace) for w in some]
-                    bench.add(f"matmul {kind}, inputs too, exact", case, calls, **work)
-            blocks = [w._replace(scheme=Scheme("fp8_e4m3", 128, 128, activations="token")) for w in packed["fp8"]]
-            rounded, scales = quantise_rows(x, Rounding("fp8_e4m3", 128)), torch.rand(-(-n // 128), k // 128, device=device)
-            calls = [lambda w=w: w8a8.matmul(rounded, w, out=out, workspace=workspace, blocks=scales) for w in blocks]
+                    calls = [lambda w=w, x=rounded: w8a8.matmul(x, w, out=out, exact=True) for w in some]
+                    bench.add("matmul fp8, inputs too, exact", case, calls, **work)
+            calls = [lambda w=w: w8a8.matmul(x, w, out=out) for w in weights["fp8"]]
+            bench.add("matmul fp8, inputs too, rounding them", case, calls, **work)
+            grouped = quantise_rows(x, Rounding("fp8_e4m3", 128))
+            calls = [lambda w=w: w8a8.matmul(grouped, w, out=out, blocks=scales) for w in blocks]
             bench.add("matmul fp8, blocks of 128 x 128, inputs too", case, calls, **work)
             if not bench.compile_only:
-                eight = [w.to(torch.float8_e4m3fn) for w in plain]
-                torch_eight(bench, case, quantise_rows(x, "fp8_e4m3").codes, eight, out)
-    for cube in (4096, 8192):
-        x, weight = randn(cube, cube), layout.allocate(Scheme("fp8_e4m3", activations="token"), cube, cube, device)
-        weight.data.copy_(codes_like(weight.data, "fp8"))
-        rounded, out = quantise_rows(x, "fp8_e4m3"), torch.empty(cube, cube, dtype=BF16, device="cuda")
-        some = [weight._replace(data=weight.data.clone()) for _ in range(3)]
-        case, teraflop = f"{cube}^3", 2 * cube**3 / 1e12
-        for exactly in (False, True):
-            calls = [lambda w=w, exact=exactly: w8a8.matmul(rounded, w, out=out, exact=exact) for w in some]
-            bench.add("matmul fp8, inputs too" + (", exact" if exactly else ""), case, calls, teraflop=teraflop)
-        if not bench.compile_only:
-            torch_eight(bench, case, rounded.codes, [randn(cube, cube).to(torch.float8_e4m3fn) for _ in range(3)], out)
+                torch_eight(bench, case, quantise_rows(x, "fp8_e4m3").codes, [w.to(torch.float8_e4m3fn) for w in plain], out, work)
 
 
 def codes_like(data: Tensor, kind: str) -> Tensor:
     """Bytes as normally distributed weights have them: what a multiplication costs in power depends on its numbers."""
     if kind == "fp8":
         return torch.randn(data.shape, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
-    if kind == "int8":
-        return (torch.randn(data.shape, device="cuda") * 32).clamp(-127, 127).to(torch.int8).view(torch.uint8)
-    return torch.randint(0, 119, data.shape, device="cuda", dtype=torch.uint8)
+    return (torch.randn(data.shape, device="cuda") * 32).clamp(-127, 127).to(torch.int8).view(torch.uint8)
 
 
-def torch_eight(bench: Bench, case: str, codes: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
+def torch_eight(bench: Bench, case: str, codes: Tensor, weights: Sequence[Tensor], out: Tensor, work: dict[str, float]) -> None:
     """cuBLAS's FP8 products, one scale a tensor, with its fast accumulation and without."""
-    one, (rows, k), n = torch.ones((), device="cuda"), codes.shape, weights[0].shape[0]
-    if rows % 16:  # what it asks for
-        codes = torch.cat([codes, codes.new_zeros(16 - rows % 16, k)])
-        out = torch.empty(codes.shape[0], n, dtype=BF16, device="cuda")
+    one = torch.ones((), device="cuda")
+    if codes.shape[0] % 16:  # what it asks for
+        codes = torch.cat([codes, codes.new_zeros(16 - codes.shape[0] % 16, codes.shape[1])])
+        out = torch.empty(codes.shape[0], out.shape[1], dtype=BF16, device="cuda")
     for fast in (True, False):
         calls = [lambda w=w: torch._scaled_mm(codes, w.t(), one, one, out_dtype=BF16, out=out, use_fast_accum=fast) for w in weights]
-        bench.add(
-            "matmul fp8, inputs too" + ("" if fast else ", exact"), case, calls, gigabytes=n * k / 1e9, teraflop=2 * rows * n * k / 1e12, by="torch"
-        )  # fmt: skip
+        bench.add("matmul fp8, inputs too" + ("" if fast else ", exact"), case, calls, by="torch", **work)
 
 
 def rows(bench: Bench) -> None:
@@ -541,7 +536,7 @@ def slots(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "roofs": roofs, "decode": decode, "prefill": prefill, "skinny": skinny, "rows": rows, "sampling": sampling, "slots": slots, "invariant": invariant,
-    "quantised": quantised, "kv8": kv8,
+    "quantised": quantised, "eight": eight, "kv8": kv8,
 }  # fmt: skip
 
 

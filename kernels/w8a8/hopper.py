@@ -1,7 +1,7 @@
 """Matmuls of 8-bit inputs and weights for few rows on Hopper, in Gluon, the part of Triton in which a kernel says itself which warps do what.
 
-What it is: `few`, formulas as in triton.py. One warp brings tiles by the bulk copy engine, weights before the kernel ahead has ended, for they never change; four multiply. The K axis may be
-cut as in kernels/linear/triton.py: pieces in a fixed order, whoever comes last adds them up; where it is not, a row's result does not depend on the others.
+What it is: `few`, formulas as in triton.py. One warp brings tiles by the bulk copy engine, weights before the kernel ahead has ended, for they never change; four multiply. The K axis is not
+cut: on an H100 adding up the pieces cost more than idle processors did, and so a row's result does not depend on the others.
 What it does not know: how rows were rounded, layers.
 """
 
@@ -17,13 +17,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from penstock.kernels import gpu
 from penstock.kernels.activation.triton import activate
-from penstock.kernels.linear.triton import COUNTERS
 from penstock.kernels.tile import make_room, wait
 
 HEIGHT = 64
 """Rows of a tile of `few`."""
-AHEAD = 16 << 20
-"""Bytes of a weight that are brought into L2 before the kernel ahead has ended."""
 DTYPES = {
     torch.float8_e4m3fn: gl.float8e4nv,
     torch.int8: gl.int8,
@@ -40,7 +37,7 @@ class _Launched(GluonJITFunction):
 
 
 def _launched(function):
-    return _Launched(function, do_not_specialize=["M", "AHEAD"])
+    return _Launched(function, do_not_specialize=["M"])
 
 
 @gluon.jit
@@ -70,39 +67,27 @@ def _put(
 
 
 @gluon.jit
-def _fetch_ahead(address, BYTES: gl.constexpr):
-    """Ask for a run of bytes to be brought into L2; nothing waits for it."""
-    ASM: gl.constexpr = "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-    gl.inline_asm_elementwise(ASM, "=r,l,r", [address, gl.to_tensor(BYTES)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _bring(
-    data, x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, AHEAD, ROWS: gl.constexpr, PDL: gl.constexpr
-):  # fmt: skip
-    """The warp that brings tiles: weights, which never change, before it waits for the kernel ahead; AHEAD more steps of them into L2."""
+def _bring(x_box, w_box, xs, ws, full, empty, top, column, STEPS, ROWS: gl.constexpr, PDL: gl.constexpr):
+    """The warp that brings tiles: weights, which never change, before it waits for the kernel ahead."""
     S: gl.constexpr = xs.shape[0]
     BN: gl.constexpr = ws.shape[1]
     BYTES: gl.constexpr = (ROWS + BN) * 128
     base = column * BN // 128 * STEPS * 128 + column * BN % 128
-    early = gl.minimum(count, S)
+    early = gl.minimum(STEPS, S)
     for i in range(early):
         mbarrier.expect(full.index(i), BYTES)
-        tma.async_copy_global_to_shared(w_box, [base + (first + i) * 128, 0], full.index(i), ws.index(i))
-    if PDL:
-        for i in range(early, gl.minimum(count, S + AHEAD)):
-            _fetch_ahead(data + (base + (first + i) * 128).to(gl.int64) * 128, BN * 128)
+        tma.async_copy_global_to_shared(w_box, [base + i * 128, 0], full.index(i), ws.index(i))
     wait(PDL)
     for i in range(early):
-        tma.async_copy_global_to_shared(x_box, [top, (first + i) * 128], full.index(i), xs.index(i).slice(0, ROWS))
+        tma.async_copy_global_to_shared(x_box, [top, i * 128], full.index(i), xs.index(i).slice(0, ROWS))
     slot = 0
     phase = 0
-    for i in range(S, count):
+    for i in range(S, STEPS):
         bar = full.index(slot)
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(bar, BYTES)
-        tma.async_copy_global_to_shared(w_box, [base + (first + i) * 128, 0], bar, ws.index(slot))
-        tma.async_copy_global_to_shared(x_box, [top, (first + i) * 128], bar, xs.index(slot).slice(0, ROWS))
+        tma.async_copy_global_to_shared(w_box, [base + i * 128, 0], bar, ws.index(slot))
+        tma.async_copy_global_to_shared(x_box, [top, i * 128], bar, xs.index(slot).slice(0, ROWS))
         slot += 1
         if slot == S:
             slot = 0
@@ -111,7 +96,7 @@ def _bring(
 
 @gluon.jit
 def _multiply(
-    box, xs, ws, full, empty, stage, x_scales, scales, bias, counters, partial, top, column, piece, first, count, M, N, STEPS, SPLITS: gl.constexpr,
+    box, xs, ws, full, empty, stage, x_scales, scales, bias, top, column, M, N, STEPS,
     EXACT: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps that multiply."""
@@ -127,10 +112,10 @@ def _multiply(
     before = 0
     if EXACT:
         zero = gl.zeros([BM, BN], gl.float32, LAYOUT)
-        for step in range(count):
+        for step in range(STEPS):
             if BLOCKS:
-                scale = gl.load(scales + column * BN // 128 * STEPS + first + step)
-                own = gl.load(x_scales + (first + step) * M + m, mask=m < M, other=0.0) * scale
+                scale = gl.load(scales + column * BN // 128 * STEPS + step)
+                own = gl.load(x_scales + step * M + m, mask=m < M, other=0.0) * scale
             mbarrier.wait(full.index(slot), phase)
             part = warpgroup_mma(xs.index(slot), ws.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             part = warpgroup_mma_wait(0, deps=(part,))
@@ -144,7 +129,7 @@ def _multiply(
                 slot = 0
                 phase ^= 1
     else:
-        for step in range(count):
+        for step in range(STEPS):
             mbarrier.wait(full.index(slot), phase)
             acc = warpgroup_mma(xs.index(slot), ws.index(slot).permute((1, 0)), acc, use_acc=step > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -155,30 +140,16 @@ def _multiply(
                 slot = 0
                 phase ^= 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
-    if SPLITS > 1:
-        n = column * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
-        cells = partial + m[:, None] * N + n[None, :]
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        gl.store(cells + piece * M * N, acc.to(gl.float32), mask=inside)
-        gl.thread_barrier()
-        counter = counters + top // BM * gl.num_programs(0) + column
-        if gl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-            total = gl.zeros([BM, BN], gl.float32, LAYOUT)
-            for other in gl.static_range(SPLITS):
-                total += gl.load(cells + other * M * N, mask=inside, other=0.0, cache_modifier=".cg")
-            gl.store(counter, 0)
-            _put(total, box, stage, x_scales, scales, bias, top, column * BN, M, N, not BLOCKS, BIAS, GATED, ACT)
-    else:
-        _put(acc, box, stage, x_scales, scales, bias, top, column * BN, M, N, not BLOCKS, BIAS, GATED, ACT)
+    _put(acc, box, stage, x_scales, scales, bias, top, column * BN, M, N, not BLOCKS, BIAS, GATED, ACT)
     tma.store_wait(0)
 
 
 @_launched
 def _few(
-    x_box, w_box, box, data, x_scales, scales, bias, counters, partial, M, N, STEPS, AHEAD, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SPLITS: gl.constexpr, EXACT: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, PDL: gl.constexpr,
+    x_box, w_box, box, x_scales, scales, bias, M, N, STEPS, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    EXACT: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(N / BN), SPLITS, ceil(M / BM)). Of a tile's BM rows as many are read as x_box has: filling up with zeros takes the copy engine longer than reading, and a row never
+    """Grid (ceil(N / BN), ceil(M / BM)). Of a tile's BM rows as many are read as x_box has: filling up with zeros takes the copy engine longer than reading, and a row never
     meets another."""
     xs = gl.allocate_shared_memory(x_box.dtype, [STAGES, BM, 128], x_box.layout)
     ws = gl.allocate_shared_memory(w_box.dtype, [STAGES, BN, 128], w_box.layout)
@@ -192,14 +163,10 @@ def _few(
     make_room(PDL)
     ROWS: gl.constexpr = x_box.block_type.shape[0]
     column = gl.program_id(0)
-    piece = gl.program_id(1)
-    top = gl.program_id(2) * BM
-    each = gl.cdiv(STEPS, SPLITS)
-    first = piece * each
-    count = gl.maximum(gl.minimum(STEPS - first, each), 0)
+    top = gl.program_id(1) * BM
     gl.warp_specialize([
-        (_multiply, (box, xs, ws, full, empty, stage, x_scales, scales, bias, counters, partial, top, column, piece, first, count, M, N, STEPS, SPLITS, EXACT, BLOCKS, BIAS, GATED, ACT, PDL)),
-        (_bring, (data, x_box, w_box, xs, ws, full, empty, top, column, first, count, STEPS, AHEAD, ROWS, PDL)),
+        (_multiply, (box, xs, ws, full, empty, stage, x_scales, scales, bias, top, column, M, N, STEPS, EXACT, BLOCKS, BIAS, GATED, ACT, PDL)),
+        (_bring, (x_box, w_box, xs, ws, full, empty, top, column, STEPS, ROWS, PDL)),
     ], [1], [40])  # fmt: skip
 
 
@@ -209,33 +176,15 @@ def _box(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), [tensor.stride(0), 1], [rows, columns], layout)
 
 
-def splits_of(n: int, steps: int, config: dict[str, int]) -> int:
-    """Pieces of the K axis: enough programs for the device, at least four steps each. Depends on the weight's shape only."""
-    return max(1, min(config["MAX_SPLITS"], config["TARGET"] // -(-n // config["BN"]), steps // 4))
-
-
 def few(
-    codes: Tensor, x_scales: Tensor, data: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor, n: int, steps: int, *, workspace: Tensor | None,
-    whole: bool, exact: bool, blocks: bool, act: int | None, config: dict[str, int],
+    codes: Tensor, x_scales: Tensor, data: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor, n: int, steps: int, *, exact: bool, blocks: bool,
+    act: int | None, config: dict[str, int],
 ) -> None:  # fmt: skip
-    """codes [M, steps * 128], data [ceil(n / 128) * steps * 128, 128]. act: a gated activation's number; `whole`: no K axis is cut. workspace: as kernels/linear/triton.py's."""
-    rows, config = codes.shape[0], dict(config)
-    splits = 1 if whole else splits_of(n, steps, config)
-    config = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS")}
-    counters = partial = scales
-    if splits > 1:
-        if workspace is None:
-            workspace = torch.zeros(COUNTERS + splits * rows * n, dtype=torch.float32, device=codes.device)
-        splits = max(1, min(splits, (workspace.numel() - COUNTERS) // (rows * n)))
-        if -(-n // config["BN"]) * -(-rows // HEIGHT) > COUNTERS:
-            splits = 1
-        counters, partial = workspace[:COUNTERS].view(torch.int32), workspace[COUNTERS:]
-    width = config["BN"] // (1 if act is None else 2)
-    columns, heights = -(-n // config["BN"]), -(-rows // HEIGHT)
+    """codes [M, steps * 128], data [ceil(n / 128) * steps * 128, 128], out [M, n], of a gated activation's number `act` [M, n / 2]."""
+    rows, width = codes.shape[0], config["BN"]
     tall = min(HEIGHT, max(16, 1 << (rows - 1).bit_length()))
-    ahead = AHEAD // (columns * splits * config["BN"] * 128)
-    _few[(columns, splits, heights)](
-        _box(codes, tall, 128), _box(data, config["BN"], 128), _box(out, HEIGHT, width), data.view(torch.int8), x_scales, scales, scales if bias is None else bias, counters, partial,
-        rows, n, steps, config.pop("AHEAD", ahead), BM=HEIGHT, SPLITS=splits, EXACT=exact or blocks, BLOCKS=blocks, BIAS=bias is not None, GATED=act is not None, ACT=act or 0, num_warps=4,
-        **config, **gpu.chained(),
+    _few[(-(-n // width), -(-rows // HEIGHT))](
+        _box(codes, tall, 128), _box(data, width, 128), _box(out, HEIGHT, width // (1 if act is None else 2)), x_scales, scales,
+        scales if bias is None else bias, rows, n, steps, BM=HEIGHT, EXACT=exact or blocks, BLOCKS=blocks, BIAS=bias is not None, GATED=act is not None,
+        ACT=act or 0, num_warps=4, **config, **gpu.chained(),
     )  # fmt: skip

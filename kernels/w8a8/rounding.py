@@ -43,7 +43,7 @@ def finish_row(
     """Round `value` [BLOCK] float32, zeros behind the row's last column, and write its codes [width] and scales. Behind `**settings(...)`."""
     k = tl.arange(0, BLOCK)
     if FIXED:
-        scale = tl.load(given)
+        scale = tl.maximum(tl.load(given), 1e-12)
         code = _codes(value * (1.0 / scale), TOP, INT)
         tl.store(scales + row, scale)
     elif GROUP > 0:

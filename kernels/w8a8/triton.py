@@ -111,14 +111,13 @@ def _matmul(
 
 def matmul(
     x: Tensor | Rounded, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None,
-    gated: str | None = None, whole: bool = False, exact: bool = False, blocks: Tensor | None = None, workspace: Tensor | None = None,
-    config: dict[str, int] | None = None,
+    gated: str | None = None, exact: bool = False, blocks: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """x [M, K], 16-bit floats to be rounded or rows that are, @ weight^T + bias -> [M, N]. gated: as kernels/quantised's, with a result [M, N / 2].
 
     blocks: scales of a weight in blocks of 128 x 128 (`block_scales`), for rows rounded in groups of 128. `exact`: FP8 sums are carried to float32 every 128 columns, as with blocks always;
-    else they stay in the matrix unit, which keeps some 14 bits of them. Few rows on Hopper: hopper.py; `whole`: no K axis is cut there, so that a row's result does not depend on the
-    others; workspace: as kernels/linear/triton.py's. A configuration without BM is one of hopper.py's."""
+    else they stay in the matrix unit, which keeps some 14 bits of them. Few rows on Hopper: hopper.py. However many rows there are, each is summed in one order, so that its result does
+    not depend on the others. A configuration without BM is one of hopper.py's."""
     n, scheme = weight.n, weight.scheme
     require(
         supports(scheme) or (blocks is not None and supports_blocks(scheme)),
@@ -146,9 +145,7 @@ def matmul(
         from penstock.kernels.w8a8 import hopper
 
         chosen = config or tuned("w8a8.few.wide" if n >= 16384 else "w8a8.few")
-        hopper.few(
-            codes, x_scales, data, scales, bias, out, n, steps, workspace=workspace, whole=whole, exact=exact, blocks=blocks is not None, act=act, config=chosen
-        )  # fmt: skip
+        hopper.few(codes, x_scales, data, scales, bias, out, n, steps, exact=exact, blocks=blocks is not None, act=act, config=chosen)
     else:
         config = dict(config or _config(rows, n, scheme.kind, exact, blocks is not None, out.element_size()))
         height, width = config["BM"], config["BN"]
@@ -158,7 +155,7 @@ def matmul(
         w_box = TensorDescriptor(data, shape, stride, [deep, 1, width // deep, STEP])
         box = TensorDescriptor(out, [rows, columns], [out.stride(0), 1], [height, width // config["SUB"] // (2 if gated else 1)])
         tiles = -(-rows // height) * -(-n // width)
-        _matmul[(min(tiles, processors() * config.pop("EACH", 1)),)](
+        _matmul[(min(tiles, processors()),)](
             x_box, w_box, box, x_scales, scales, bias, rows, n, steps, INT=scheme.kind == "int8", EXACT=exact, BLOCKS=blocks is not None, BIAS=bias is not None,
             GATED=gated is not None, ACT=act or 0, INTERPRET=interpreting(), **chained(), **config,
         )  # fmt: skip

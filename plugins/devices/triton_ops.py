@@ -80,7 +80,9 @@ either case."""
 
 
 class TritonQuantised:
-    """A quantised weight in the kernel's own order. See QuantisedLinear. Gated: rows of gate and up alternate."""
+    """A quantised weight in the kernel's own order. See QuantisedLinear. Gated: rows of gate and up alternate, or, `_apart`, lie one below the other."""
+
+    _apart = False
 
     def __init__(
         self,
@@ -106,11 +108,6 @@ class TritonQuantised:
         self._activation = activation or None
         self._out_dtype = torch.float32 if head else None
         self.nbytes = self._weight.nbytes + (0 if bias is None else sum(part.nbytes for part in bias.parts))
-
-    @property
-    def _apart(self) -> bool:
-        """Gate and up lie one below the other."""
-        return False
 
     def fill(self, index: int, part: Quantised) -> None:
         """See QuantisedLinear."""
@@ -164,16 +161,12 @@ class TritonEight(TritonQuantised):
 
     def __init__(self, scheme: Scheme, rows: Sequence[int], inputs: int, bias: Stacked | None, ops: TritonOps, **more: Any) -> None:
         self._blocks: Tensor | None = None
-        self._in_blocks = w8a8.supports_blocks(scheme)
+        self._apart = w8a8.supports_blocks(scheme)
         super().__init__(scheme, rows, inputs, bias, ops, **more)
         self._always = w8a8.always()
         device: torch.device = more["device"]
         self._fixed = torch.zeros((), dtype=torch.float32, device=device) if scheme.activations == "tensor" else None
         self._unfixed = False
-
-    @property
-    def _apart(self) -> bool:
-        return self._in_blocks
 
     @property
     def rounding(self) -> Rounding | None:
@@ -182,7 +175,7 @@ class TritonEight(TritonQuantised):
 
     def _own_rounding(self) -> Rounding:
         kind = self._weight.scheme.kind
-        return Rounding(kind, STEP) if self._in_blocks else Rounding(kind, 0, None if self._unfixed else self._fixed)
+        return Rounding(kind, STEP) if self._apart else Rounding(kind, 0, None if self._unfixed else self._fixed)
 
     def _took(self, part: Quantised) -> None:
         """Parts of one layer have one input: the widest of their scales."""
@@ -192,7 +185,7 @@ class TritonEight(TritonQuantised):
 
     def _filled(self) -> None:
         super()._filled()
-        if self._in_blocks:
+        if self._apart:
             self._blocks = w8a8.block_scales(self._weight)
             self._weight = self._weight._replace(scales=self._blocks[:, 0])  # the others repeat these
 
@@ -204,16 +197,14 @@ class TritonEight(TritonQuantised):
 
     def rounded(self, x: Rounded, columns: Columns | None = None, out: Tensor | None = None) -> Tensor:
         """See RoundingLinear."""
-        ops, activation = self._ops, self._activation
+        activation = self._activation
         y = w8a8.matmul(
             x,
             self._weight,
             self._bias_of(),
             out_dtype=self._out_dtype,
             gated=None if self._apart else activation,
-            whole=ops.deterministic,
             blocks=self._blocks,
-            workspace=ops.linear_space,
         )
         if activation is not None and self._apart:
             y = gated(activation, y)

@@ -2,7 +2,7 @@
 not there, so that every kernel which serving needs is compiled and none can run; then has one ordinary step launched. Prints as JSON what was compiled, and
 for each launch its kernel and whether the thread that launches made its launcher.
 
-`compile_for_hopper.py CHECKPOINT [deterministic] [KV_CACHE_DTYPE]`
+`compile_for_hopper.py CHECKPOINT [deterministic] [fp8] [kv:KV_CACHE_DTYPE]`
 """
 
 from __future__ import annotations
@@ -76,13 +76,17 @@ class AbsentH200(DriverBase):  # type: ignore[misc]
         return None
 
 
-def main(folder: str, deterministic: bool, kv_cache_dtype: str) -> None:
+def main(folder: str, words: list[str]) -> None:
     triton.runtime.driver.set_active(AbsentH200())
     gpu.device_key = lambda: "nvidia-h200"  # type: ignore[assignment]
     gpu.chained = lambda: {"PDL": True, "launch_pdl": True}  # type: ignore[assignment]
     compiled: collections.Counter[str] = collections.Counter()
     triton.knobs.runtime.jit_post_compile_hook = lambda **hook: compiled.update([f"{hook['fn'].module}:{hook['fn'].name}"])
+    from penstock.kernels.w8a8 import triton as w8a8
     from penstock.plugins.devices.triton_ops import TritonOps
+
+    w8a8.always = lambda: True
+    w8a8.processors = lambda: 132
 
     TritonOps.compile_only = lambda self: gpu.compile_only(strict=True)  # type: ignore[method-assign]
     spec = next(spec for spec in register_attention_backends() if spec.name == "triton")
@@ -92,18 +96,19 @@ def main(folder: str, deterministic: bool, kv_cache_dtype: str) -> None:
         max_model_len=None,
         block_size=16,
         max_num_seqs=8,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=256 if "fp8" in words else 64,
         kv_cache_memory_bytes=1 << 22,
         num_gpu_blocks_override=None,
         gpu_memory_utilization=0.9,
         load_format="auto",
-        deterministic=deterministic,
+        deterministic="deterministic" in words,
+        quantization="fp8" if "fp8" in words else None,
         enforce_eager=False,
         attention_backend=None,
         seed=0,
         threads=1,
         max_logprobs=20,
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=next((word.removeprefix("kv:") for word in words if word.startswith("kv:")), "auto"),
     )
     runner = load(config, lambda phase, fraction: None, HostLane(), {"bfloat16": torch.bfloat16}, depth=2, attention=spec)
     untouched = not bool(runner.history.any()) and bool((runner.table == -1).all()) and not gpu.compiling()
@@ -114,5 +119,4 @@ def main(folder: str, deterministic: bool, kv_cache_dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[2:] if word != "deterministic"]
-    main(sys.argv[1], "deterministic" in sys.argv[2:], words[0] if words else "auto")
+    main(sys.argv[1], sys.argv[2:])

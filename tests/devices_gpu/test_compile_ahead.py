@@ -24,6 +24,8 @@ EVERYWHERE |= {"attention:_ragged", "attention:_split", "slots:_decode", "slots:
 EVERYWHERE |= {"slots:_place", "slots:_set", "slots:_copy", "sampling:_penalise", "sampling:_clear", "sampling:_start", "sampling:_count"}
 FAST = EVERYWHERE | {"linear:_skinny"}
 CODED = FAST - {"attention:_split"} | {"attention.coded:split"}
+EIGHT = (EVERYWHERE - {"activation:_gated"}) | {"w8a8.hopper:_few", "w8a8:_matmul", "w8a8.rounding:_quantise"}
+"""With layers whose inputs are rounded, too."""
 DETERMINISTIC = EVERYWHERE | {"linear:_invariant", "attention:_join"}
 
 
@@ -72,8 +74,9 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
     [
         ("", FAST),
         ("deterministic", DETERMINISTIC),
-        ("fp8_e4m3", CODED),
-        pytest.param("deterministic int8", DETERMINISTIC, marks=pytest.mark.slow),
+        ("kv:fp8_e4m3", CODED),
+        pytest.param("fp8", EIGHT, marks=pytest.mark.slow),
+        pytest.param("deterministic kv:int8", DETERMINISTIC, marks=pytest.mark.slow),
     ],
 )
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:
