@@ -22,7 +22,7 @@ from penstock.kernels.activation.triton import gated as activated
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.triton import COUNTERS
-from penstock.kernels.quantised import few, fragments
+from penstock.kernels.quantised import fragments
 from penstock.kernels.quantised.layout import KINDS, Weight
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
@@ -267,12 +267,8 @@ def matmul(
     require(out.shape == (rows, width_out) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
         return out
-    if config is None and not deterministic:
-        if widens(weight, rows):
-            return _many(x, weight, bias, out, gated, wide)
-        shared = tuned(f"few.{weight.scheme.bits}")
-        if weight.fragments and few.takes(weight, rows, shared["num_warps"]):
-            return few.product(x, weight, bias, out, gated, shared)
+    if config is None and not deterministic and widens(weight, rows):
+        return _many(x, weight, bias, out, gated, wide)
     if weight.fragments:
         return fragments.product(x, weight, bias, out, gated=gated, workspace=workspace, deterministic=deterministic, config=config)
     tall = next((height for height in ROWS if rows <= height), ROWS[-1])
