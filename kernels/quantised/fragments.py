@@ -5,8 +5,10 @@
 What it is: `product`, and `widen`, which writes rows of the weight in full width. A tile of the product is computed transposed: the weight's rows are the rows of the
 matrix instruction, whose first operand may lie in registers. A thread reads sixteen bytes of codes, and they are the elements that the instruction wants of that
 thread (layout.py has the order), so that codes are widened where they arrive (recipes.py) and never move between threads: the reshapes below cost nothing. The idea of
-such an order is Marlin's (Frantar et al. 2024, arXiv 2408.11743). Scales multiply the float32 sums of a group: a weight is never rounded. Powers of two (MXFP4)
-multiply the values themselves, which is exact. The K axis is cut as in kernels/linear/triton.py: pieces in a fixed order, whoever comes last adds them up.
+such an order is Marlin's (Frantar et al. 2024, arXiv 2408.11743). Up to EXACT rows scales multiply the float32 sums of a group, and a weight is never rounded. With more
+rows that would make the matrix unit wait: there scales multiply the values, which are rounded once, as those of a widened weight are. Powers of two (MXFP4) multiply the
+values exactly for any rows. The K axis is cut as in kernels/linear/triton.py: pieces in a fixed order, whoever comes last adds them up.
+It is long because all kinds of codes and scales share one loop.
 What it does not know: layers, files, when to widen.
 """
 
@@ -30,6 +32,8 @@ from penstock.kernels.tile import INTERPRETED, fetch_ahead, follow, launched, na
 
 HEIGHTS = (16, 32, 64, 128)
 """Heights of a tile: rows of x."""
+EXACT = HEIGHTS[-1]
+"""Most rows for which a weight is never rounded."""
 EVEN_HEIGHTS = (16, 32, 64)
 """Those whose sums have the same bits."""
 
@@ -372,9 +376,13 @@ def _widen(
     tl.store(out + row.to(tl.int64)[:, None] * K + k[None, :], value, mask=(tile * 128 + r < N)[:, None] & (k < K)[None, :])
 
 
-def splits_of(columns: int, steps: int, config: dict[str, int]) -> int:
-    """Pieces of the K axis, at least two steps each. Depends on shapes only."""
-    return max(1, min(config["MAX_SPLITS"], config["TARGET"] // columns, steps // 2))
+def splits_of(tiles: int, steps: int, config: dict[str, int]) -> int:
+    """Pieces of the K axis, at least two steps each. Depends on shapes only. SLOTS: programs that the device runs at a time, where each is busy for long: then as many
+    pieces as make the last of them end soonest, adding them up counted as two steps."""
+    most = max(1, min(config["MAX_SPLITS"], steps // 2))
+    if "SLOTS" in config:
+        return min(range(1, most + 1), key=lambda splits: -(-tiles * splits // config["SLOTS"]) * -(-steps // splits) + 2 * (splits > 1))
+    return min(most, max(1, config["TARGET"] // tiles))
 
 
 def units_of_step(weight: Weight, most: int, rounded: bool) -> int:
@@ -388,9 +396,14 @@ def units_of_step(weight: Weight, most: int, rounded: bool) -> int:
 
 def configured(weight: Weight, rows: int, deterministic: bool) -> dict[str, int]:
     """The shipped configuration for so many rows."""
+    bits = weight.scheme.bits
+    if rows > EXACT and not deterministic:
+        return tuned(f"fragments.{bits}.many")
     heights = EVEN_HEIGHTS if deterministic else HEIGHTS
     tall = next((height for height in heights if rows <= height), heights[-1])
-    return {"ROWS": tall, **tuned(f"fragments.{weight.scheme.bits}.{tall}")}
+    if weight.scheme.kind == "nf4" and tall == EXACT:  # whose values are rounded already, and whose groups are short
+        return tuned("fragments.4.many")
+    return {"ROWS": tall, **tuned(f"fragments.{bits}.{tall}")}
 
 
 def product(
@@ -439,7 +452,7 @@ def product(
         box = [max(1, block_n // ROWS_OF_TILE), units, min(LINE, block_n // 4), 128]
         box_w = TensorDescriptor(weight.data, shape, [*strides, 128, 1], box)
     name = scheme.kind + ("r" if weight.zeros is not None and scheme.group != 32 else "s" if powers else "") + ("q" if rounded else "")
-    launch = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS", "ROWS")}
+    launch = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS", "SLOTS", "ROWS")}
     scales = weight.scales
     if powers:
         scales = scales.view(torch.int32)

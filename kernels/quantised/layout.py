@@ -29,7 +29,6 @@ TILES = {4: 64, 8: 128}
 """Rows of the weight that lie together in the order by steps, by bits of a code."""
 COLUMNS = 128
 """Most columns that are read at once."""
-UNITS_FIRST = bool(__import__("os").environ.get("UNITS_FIRST"))
 ROWS_OF_TILE, LINE = 128, 32
 """Rows of a tile of fragments, and lines of 128 bytes of one of its units."""
 
@@ -78,8 +77,6 @@ class Weight(NamedTuple):
 
     def strides(self) -> tuple[int, int]:
         """Bytes from a tile of fragments to the next, and from a unit to the next."""
-        if UNITS_FIRST:
-            return LINE * 128, -(-self.n // ROWS_OF_TILE) * LINE * 128
         return self.units * LINE * 128, LINE * 128
 
     def pairs(self) -> Tensor | None:
@@ -169,9 +166,7 @@ def fill(weight: Weight, part: Quantised, first: int, every: int = 1) -> None:
 def _fill_fragments(weight: Weight, data: Tensor, k: int, rows: Tensor) -> None:
     n, units = rows.shape[0], weight.units
     # [tile, unit, 16 rows, g, t, 16 columns, 8 columns, g or g + 8, even or odd] -> row, then what lies along it
-    cells = weight.data.view(-1, 8, 8, 4, 2, 2, 2, 2)
-    cells = cells.view(units, -1, *cells.shape[1:]).transpose(0, 1) if UNITS_FIRST else cells.view(-1, units, *cells.shape[1:])
-    cells = cells.permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
+    cells = weight.data.view(-1, units, 8, 8, 4, 2, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
     if weight.scheme.bits == 4:
         low, high = _padded(unpack_nibbles(data, k), units * 64).view(n, units, 2, 2, 2, 4, 2).unbind(2)
         codes = low | (high << 4)

@@ -2,9 +2,10 @@
 
     y[m, n] = round(sum_g scales[g, n] * sum_{k in g} x[m, k] (value(code[n, k]) - zero[g, n]) + bias[n]),   x in bf16 or fp16, float32 sums
 
-What it is: `matmul` over a `Weight` (layout.py). A tile of the product is computed transposed: the weight's rows are the rows of the matrix instruction, so that codes
-go from memory to registers as they are, are widened there (recipes.py), and never return to shared memory wide. Scales multiply the float32 sums of a group, so that a
-weight is never rounded. Beyond FEW rows pieces of the weight are widened into memory instead. The K axis is cut as in kernels/linear/triton.py: pieces in a fixed order, whoever comes last adds them up.
+What it is: `matmul` over a `Weight` (layout.py), and the kernel for the order by steps; fragments.py has the one for fragments. A tile of the product is computed transposed: the weight's rows
+are the rows of the matrix instruction, so that codes go from memory to registers as they are, are widened there (recipes.py), and never return to shared memory wide. Scales multiply the
+float32 sums of a group, so that a weight is never rounded. Beyond FEW rows (fragments: MANY) pieces of the weight are widened into memory instead. The K axis is cut as in
+kernels/linear/triton.py: pieces in a fixed order, whoever comes last adds them up.
 What it does not know: layers, files.
 """
 
@@ -22,7 +23,7 @@ from penstock.kernels.activation.triton import gated as activated
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.linear.triton import COUNTERS
-from penstock.kernels.quantised import few, fragments
+from penstock.kernels.quantised import fragments
 from penstock.kernels.quantised.layout import KINDS, Weight
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
@@ -31,8 +32,6 @@ ROWS = (16, 32, 64)
 """Heights of a tile: rows of x."""
 FEW, MANY = 256, 1536
 """Most rows for which codes are widened in registers: in the order by steps, and in fragments."""
-EXACT = 128
-"""Most rows for which the weight of a group is not rounded."""
 PIECE = 64 << 20
 """Elements of a weight that are widened at once where nobody says."""
 
@@ -256,8 +255,7 @@ def matmul(
     """x [M, K] @ weight^T + bias -> [M, N] in x's dtype or `out_dtype`. gated "silu", "gelu_tanh" or "gelu": rows of the weight (and of the bias) alternate gate, up; the
     result is [M, N / 2]. `workspace`: as kernels/linear/triton.py's, `wide`: at least a tile's rows [K] of x's dtype as one run (the more, the fewer launches).
 
-    Beyond FEW rows the weight is widened piece by piece, rounded to x's dtype, and multiplied by torch (cuBLAS): a piece is written and read again
-    within the L2 cache. `deterministic`: never, and no K axis is cut, so that a row's result does not depend on the others."""
+    Where `widens` says so the weight is widened piece by piece, rounded to x's dtype, and multiplied by torch (cuBLAS). `deterministic`: never, and no K axis is cut, so that a row's result does not depend on the others."""
     (rows, k), n = x.shape, weight.n
     require(x.dim() == 2 and k == weight.k and x.stride(1) == 1, "x [M, K] must fit the weight and be contiguous along K")
     require(gated is None or (gated in ACTIVATIONS and n % 2 == 0), f"gated is one of {ACTIVATIONS}, for 2I weight rows")
@@ -267,12 +265,8 @@ def matmul(
     require(out.shape == (rows, width_out) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
         return out
-    if config is None and not deterministic:
-        if widens(weight, rows):
-            return _many(x, weight, bias, out, gated, wide)
-        shared = tuned(f"few.{weight.scheme.bits}")
-        if weight.fragments and few.takes(weight, rows, shared["num_warps"]):
-            return few.product(x, weight, bias, out, gated, shared)
+    if config is None and not deterministic and widens(weight, rows):
+        return _many(x, weight, bias, out, gated, wide)
     if weight.fragments:
         return fragments.product(x, weight, bias, out, gated=gated, workspace=workspace, deterministic=deterministic, config=config)
     tall = next((height for height in ROWS if rows <= height), ROWS[-1])
