@@ -292,7 +292,7 @@ class DeviceRunner:
         self._lane.bind()
         rows = len(work.slots)
         asked, first = work, None
-        if work.lookahead and not self._lane.direct:
+        if work.lookahead and not self._lane.direct and int(work.counts[: work.num_decode].sum()) + rows - work.num_decode <= self._max_rows:
             work, first = _flat(work)
             rows = len(work.slots)
         decode = rows > 0 and work.num_decode == rows and (not work.lookahead or int(work.counts.max()) == 1)
@@ -318,7 +318,7 @@ class DeviceRunner:
             self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
             if self._looked_at:
                 self._look(self._launched, graph.outputs, rows)
-        elif decode or self._looked_at or not self._replay_mixed(work, rows):
+        elif decode or self._looked_at or (work.lookahead and first is None) or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
         if first is not None and self._launched is not None:
             self._launched.asked, self._launched.first = asked, first
@@ -406,7 +406,9 @@ class DeviceRunner:
         np.cumsum(work.counts, out=q_start[1:])
         kept, first = _kept_of(work, q_start, self._range)
         sent = self._columns.send(work.slots, work.starts, q_start, kept)
-        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), work.num_decode), sent[3], first
+        # Where there are too many tokens for a row each, the device looks who has one token only.
+        single = -1 if len(kept) > rows else work.num_decode
+        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), sent[3], first
 
     def _run(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
         assert self._program is not None
