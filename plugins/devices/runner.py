@@ -164,6 +164,8 @@ class DeviceRunner:
         """Layers in front of which some drafter wants to see the stream; those steps are composed, and have no graphs."""
         self._states = any(drafter.states for drafter in drafters)
         self._looked_at = self._states or bool(self._taps)
+        self._drafting = False
+        """Drafts were asked for behind the last step."""
         self._ops = ops
         self._lane = lane
         self._torch_dtype = torch_dtype
@@ -249,8 +251,7 @@ class DeviceRunner:
         self._pool = pool
         at = pool.shape[-1] - self._own_bytes
         self._caches = self._model.attention.caches(pool[:, :at] if self._own_bytes else pool)
-        # A program keeps what the last layer gives alone.
-        self._program = self._ops.fuse(self._model, self._caches) if not self._taps else None
+        self._program = self._ops.fuse(self._model, self._caches)
         for drafter in self._drafters:
             drafter.bind(pool[:, at : at + drafter.page_bytes] if self._own_bytes else pool[:, :0])
             at += drafter.page_bytes
@@ -292,7 +293,11 @@ class DeviceRunner:
         self._lane.bind()
         rows = len(work.slots)
         asked, first = work, None
-        if work.lookahead and not self._lane.direct and int(work.counts[: work.num_decode].sum()) + rows - work.num_decode <= self._max_rows:
+        if (
+            work.lookahead
+            and not self._lane.direct
+            and int(work.counts[: work.num_decode].sum()) + rows - work.num_decode <= self._max_rows
+        ):
             work, first = _flat(work)
             rows = len(work.slots)
         decode = rows > 0 and work.num_decode == rows and (not work.lookahead or int(work.counts.max()) == 1)
@@ -375,7 +380,8 @@ class DeviceRunner:
     def _eager(self, work: Forward, rows: int, decode: bool) -> None:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
         columns, kept, first = self._columns_of(work, decode)
-        if self._program is not None:
+        # A program keeps what the last layer gives alone: where a drafter is likely to look at others, too, the step is composed.
+        if self._program is not None and not (self._taps and (self._drafting or work.num_decode < rows)):
             if self._states:
                 everything = torch.arange(len(columns.tokens), dtype=torch.int32)
                 states = torch.empty(len(everything), self.facts.hidden_size, dtype=self._torch_dtype)
@@ -646,6 +652,7 @@ class DeviceRunner:
         """See Runner.sample: everything is enqueued when this returns; the returned call waits for the step's event."""
         refuse_columns(work, masks=True, lookahead=self.lookahead)
         launched = self._launched
+        self._drafting = work.drafts > 0
         if launched is None:
             raise EngineFailure("A Sample came without its Forward.")
         self._launched = None
@@ -801,7 +808,7 @@ class DeviceRunner:
                 drafter.observe(self._seen(launched, drafter, None))
 
     def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:
-        taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps]
+        taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps] if launched.taps else []
         return Seen(launched.asked or launched.work, taps, launched.states, launched.columns, self.history, self.table, proposal)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
