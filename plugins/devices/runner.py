@@ -54,8 +54,8 @@ WARM_SHAPES = ((1, 1), (3, 3), (16, 16), (1, 7), (1, 16), (3, 7), (3, 16), (16, 
 """(rows, tokens) that between them compile each kernel for counts of 1, for multiples of 16, and for others."""
 WARM_DRAFTS = (1, 2, 4, 8, 16)
 """Rows for which drafters' graphs are captured before anybody asks."""
-FLAT_BELOW = 128
-"""Sequences times KV heads. Measured on an H100, an 8B shape at 1k context: 64 rows with 4 drafts took 21.2 ms flat, 64 with 8, which were not, 22.3."""
+FLAT_BELOW = 256
+"""Sequences times KV heads. On an H100, with an 8B shape at 1k context, 64 rows took 21.2 ms with 4 drafts, flat, and 22.3 ms with 8, which were not."""
 LAZY_USES = 4
 LAZY_PAUSE_S = 0.3
 AHEAD = 0.75
