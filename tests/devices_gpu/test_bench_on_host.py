@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.plugins.commands.bench import cuda_bench, cuda_speculation
+from penstock.plugins.commands.bench import cuda_bench, cuda_quantised_load, cuda_speculation
 from penstock.plugins.devices import cuda
 from penstock.plugins.devices.lane import HostLane
 
@@ -47,6 +47,19 @@ def test_serving_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["all_answered"]
     assert found["output_tokens"] == 30
     assert found["ring_waits"] == 0
+
+
+def test_loads_of_quantised_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(cuda_quantised_load, "_serve", lambda path, **over: asked.append(over) or {"output_tokens_s": 1.0})
+    monkeypatch.setattr(cuda.torch.cuda, "get_device_name", lambda: "a card")
+    for name in ("full:fp8:int8", "burst:none", "small:fp8"):
+        cuda_quantised_load.run(name, tmp_path)
+    found = json.loads((tmp_path / "load.json").read_text())
+    assert (asked[0]["quantization"], asked[0]["kv_cache_dtype"], asked[0]["output_len"]) == ("fp8", "int8", 1000)
+    assert "quantization" not in asked[1]
+    assert found["full:fp8:int8"] == {"output_tokens_s": 1.0}
+    assert found["small:fp8"]["error"].startswith("KeyError")
 
 
 def test_sections_report_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
