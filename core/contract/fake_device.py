@@ -138,7 +138,10 @@ class FakeRunner:
         )
         asked = [] if config.speculation is None else config.speculation.methods
         self.lookahead = max([one.num_speculative_tokens or options.lookahead for one in asked], default=options.lookahead)
-        self.drafters = tuple(one.method or "" for one in asked) or options.drafts
+        specs = {} if config.plugins is None else config.plugins.drafters()
+        hosted = {method for spec in specs.values() if spec.where == "host" for method in spec.methods}
+        mine = tuple(one.method or "" for one in asked if one.method not in hosted)
+        self.drafters = mine if asked else options.drafts
         self._device = device
         self._options = options
         slots = config.max_num_seqs
@@ -227,7 +230,7 @@ class FakeRunner:
             logprobs = self._logprobs(into, positions, tokens, mask)
         if work.drafts:
             self._device.launches["draft"] += 1
-            drafts, drafters = self._draws.drafts(into, work.drafts, work.drafters, self._options.drafts)
+            drafts, drafters = self._draws.drafts(into, work.drafts, work.drafters, self._options.drafts[: len(self.drafters)])
         self._need(np.array_equal(work.prompt_rows, self._asked), "prompt log-probabilities of other rows than Forward said")
         prompt = self._prompt_logprobs(work, slots, starts, ends)
         bad = i32([0]) if self._options.bad_row_at_step == work.step and len(rows) else EMPTY_I32

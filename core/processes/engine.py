@@ -26,12 +26,13 @@ from penstock.core.contract.hookspecs import GrammarSpec, SchedulePolicySpec
 from penstock.core.contract.host import PluginHost
 from penstock.core.contract.policy import CheckedPolicy, SchedulePolicy, probe
 from penstock.core.processes.plugin_seats import PluginSeats
+from penstock.core.processes.speculation import Drafters
 from penstock.core.protocol.config import Config
 from penstock.core.protocol.control import Drain, Drained, EngineFacts, Message, PeerDown
-from penstock.core.protocol.errors import ConfigError, EngineFailure, UnsupportedFeature
+from penstock.core.protocol.errors import ConfigError, EngineFailure
 from penstock.core.protocol.messages import Abort, Admit, DeviceLost, Park, Plan, StepTokens, Unpark, Vocabulary
 from penstock.core.protocol.quality import quality_of
-from penstock.core.protocol.speculation import names_of, parsed
+from penstock.core.protocol.speculation import parsed
 from penstock.core.runtime.clock import Clock, SystemClock
 from penstock.core.runtime.device_queue import ThreadDeviceQueue
 from penstock.core.runtime.hosts import FusedHost, TaskHost
@@ -75,13 +76,8 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
     )
 
 
-def lookahead_of(device: DeviceCapabilities, runner: Runner) -> int:
-    """The most drafts behind a token: what the runner says now that it is loaded, or else its device."""
-    return int(getattr(runner, "lookahead", device.lookahead))
-
-
-def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammars: GrammarSpec | None = None) -> EngineFacts:
-    memory, lookahead = runner.memory, lookahead_of(device, runner)
+def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, drafters: Drafters, grammars: GrammarSpec | None) -> EngineFacts:
+    memory = runner.memory
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
         architecture=runner.facts.architecture,
@@ -107,8 +103,8 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, grammar
         beams=device.writes,
         kv_dtype=getattr(runner, "kv_dtype", runner.dtype),
         quality=quality_of(config),
-        drafters=list(getattr(runner, "drafters", ())) if lookahead else [],
-        lookahead=lookahead,
+        drafters=list(drafters.names),
+        lookahead=drafters.lookahead,
     )
 
 
@@ -158,6 +154,7 @@ class Engine:
         """Load and wire. Raises PenstockError for what the user can mend."""
         device, policy = self._choose()
         config = runner_config(self.config, self._plugins)
+        drafters = Drafters(config.speculation, self._plugins)
         if self._make_queue is None:
             runner = await self._load(device, config)
         else:  # tests: a queue without a thread
@@ -166,13 +163,7 @@ class Engine:
         self._check_kv_dtype(device.capabilities, config.kv_cache_dtype)
         own = self.config.mixed_prefill_tokens
         advised = device.capabilities.mixed_prefill_tokens if self.config.enable_chunked_prefill else 0
-        lookahead = lookahead_of(device.capabilities, runner)
-        if config.speculation is not None and not lookahead:
-            asked = ", ".join(names_of(config.speculation))
-            raise UnsupportedFeature(
-                f"--speculative-config: the device {device.capabilities.name!r} cannot speculate with {asked}. Leave the option out.",
-                param="speculative_config",
-            )
+        drafters.settle(device.capabilities, runner)
         grammars = self._grammars(device.capabilities)
         settings = SchedulerSettings(
             engine=self.engine,
@@ -192,14 +183,15 @@ class Engine:
             clones=device.capabilities.clones,
             grammars=grammars is not None,
             beams=device.capabilities.writes,
-            lookahead=lookahead,
+            lookahead=drafters.lookahead,
             widths=tuple(getattr(runner, "widths", ())),
-            drafters=tuple(getattr(runner, "drafters", ())),
+            drafters=drafters.names,
+            hosted=drafters.hosted,
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None
         self._scheduler = Scheduler(settings, policy, self._clock)
-        facts = facts_of(self.config, device.capabilities, runner, grammars)
+        facts = facts_of(self.config, device.capabilities, runner, drafters, grammars)
         caching = self.config.enable_prefix_caching
         parties = (
             self._scheduler,
@@ -208,6 +200,7 @@ class Engine:
             Sampler(engine=self.engine, epoch=self.epoch, masks=grammars is not None),
             *self._ports(grammars is not None),
         )
+        hosts = drafters.actor(facts.vocab_size, facts.max_model_len)
         masks = []
         if grammars is not None:  # with a queue that has no thread, in tests, nothing else has one
             assert self._plugins is not None
@@ -215,7 +208,12 @@ class Engine:
             party = Masks(grammars.factory, vocab=facts.vocab_size, blame=blame)
             masks.append(Seat(party=party, host="thread" if self._make_queue is None else "cell"))
         mine = self._plugin_seats(facts)
-        seats = [*(Seat(party=party) for party in parties), *masks, Seat(party=self._queue, host="thread"), *mine.seats]
+        seats = [
+            *(Seat(party=party) for party in (*parties, *([hosts] if hosts is not None else []))),
+            *masks,
+            Seat(party=self._queue, host="thread"),
+            *mine.seats,
+        ]
         self._house = House(seats, link="text", wiring=self.config.wiring, blame=mine.blame)
         self.host = self._house.host
         await nursery.start(self._house.run)

@@ -742,6 +742,32 @@ class MaskReady(Message, frozen=True, kw_only=True):
     mask: Column
 
 
+class Draft(Message, frozen=True, kw_only=True):
+    """Scheduler -> drafters on the host, which it asks: what may follow these sequences (seqs I64)? At most `most` I32 tokens each, of those that `drafters`
+    U8 has as bits. Before that: `ended` I64 are over; `news` I64 go on with `tokens` I32 (CSR by `counts` I32), those of them in `begun` begin with them.
+    `roots`: of each of these the 16 bytes that its prefix cache begins with: who has others must not profit from it."""
+
+    step: int
+    seqs: Column
+    most: Column
+    drafters: Column
+    news: Column = EMPTY_I64
+    counts: Column = EMPTY_I32
+    tokens: Column = EMPTY_I32
+    begun: Column = EMPTY_I64
+    roots: bytes = b""
+    ended: Column = EMPTY_I64
+
+
+class Drafted(Message, frozen=True, kw_only=True):
+    """Drafters on the host -> scheduler: for each of Draft.seqs so many (counts I32) `tokens` I32, and who (drafters U8) made them."""
+
+    step: int
+    counts: Column
+    tokens: Column
+    drafters: Column
+
+
 class Forward(Message, frozen=True, kw_only=True):
     """One step of the model, columnar. Positions, token values and slot mapping live on the device; a *slot* (0..max_num_seqs-1) holds a
     running sequence's token history and block table.

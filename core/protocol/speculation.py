@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +206,3 @@ def encoded(found: SpeculationConfig) -> str:
 
 def _plain(one: DraftConfig) -> dict[str, Any]:
     return {name: value for name, value in msgspec.structs.asdict(one).items() if value not in (None, {})}
-
-
-def names_of(found: SpeculationConfig) -> Iterable[str]:
-    """The methods, in order."""
-    return [one.method or "" for one in found.methods]

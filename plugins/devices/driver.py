@@ -29,6 +29,7 @@ class Drivable(Protocol):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    lookahead: int
 
     def forward(self, work: Forward) -> None: ...
 
@@ -67,7 +68,8 @@ class Job:
 class Options:
     """How a run is cut. `chunk` (rng -> tokens) bounds a prefill row; `at_once` sequences run together; `scatter` shuffles free blocks;
     `share` lets a sequence start on the full blocks of an earlier equal prefix; `preempt` is the chance per step to drop a running sequence; `lookahead` (rng ->
-    drafts) is how many a step puts behind what it draws; the next one verifies them all."""
+    drafts) is how many a step puts behind what it draws; the next one verifies them all. `told` (job ->
+    tokens) are drafts that the host writes there instead, as many as the runner verifies."""
 
     chunk: Callable[[random.Random], int] | None = None
     at_once: int | None = None
@@ -76,6 +78,7 @@ class Options:
     preempt: float = 0.0
     seed: int = 0
     lookahead: Callable[[random.Random], int] | None = None
+    told: Callable[[Job], Sequence[int]] | None = None
 
 
 class Driver:
@@ -158,7 +161,13 @@ class Driver:
         lookahead = self.ahead
         self.ahead = ahead = 0 if self.options.lookahead is None else self.options.lookahead(self.rng)
         decode: set[int] = set()
+        written: list[tuple[Job, list[int]]] = []
         for job in running:
+            if self.options.told is not None and job.known - job.computed == 1 and job.tokens and budget > 1:
+                room = min(self.runner.lookahead, job.max_tokens - len(job.tokens) - 1, budget - 1)
+                written.append((job, list(self.options.told(job))[: max(0, room)]))
+                job.drafts = len(written[-1][1])
+                lookahead = max(lookahead, job.drafts)
             left = job.known - job.computed
             if left == 1 and job.drafts and lookahead and budget > 0:
                 left += min(lookahead, job.drafts, job.max_tokens - len(job.tokens) - 1, budget - 1)
@@ -195,6 +204,9 @@ class Driver:
                 block_index=i32([index for n in sizes for index in range(n)]),
                 block_ids=i32([block for job in fresh for block in job.blocks]),
                 prompt_rows=i32(asks),
+                write_slots=i32([job.slot for job, drafts in written for _ in drafts]),
+                write_positions=i32([job.known + at for job, drafts in written for at in range(len(drafts))]),
+                write_tokens=i32([token for _, drafts in written for token in drafts]),
             )
         )
         draw = [index for index, (job, count) in enumerate(rows) if job.computed + count >= job.known]

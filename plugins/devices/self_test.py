@@ -1,7 +1,7 @@
 """Warm-up and the deterministic self-test of a runner.
 
 What it is: steps that touch what a first request would pay for, and a proof on this very machine, before anybody is served, that a sequence's
-log-probabilities and tokens are the same bits alone, in a ragged batch, in chunks, on other blocks, on shared blocks and after recomputation.
+log-probabilities and tokens are the same bits alone, in a ragged batch, in chunks, with drafts where there are any, on other blocks, on shared blocks and after recomputation.
 What it does not know: how a runner computes.
 """
 
@@ -75,6 +75,8 @@ def _compare(runner: Drivable, progress: Callable[[str], None], lengths: list[in
     progress("deterministic self-test: alone")
     everybody = list(range(len(prompts)))
     alone = {index: run(Options(), [index])[index] for index in everybody}
+    if getattr(runner, "lookahead", 0):
+        ways = {**ways, "with drafts": Options(told=lambda job: _drafts(job, alone), scatter=True, seed=6)}
     for name, options in ways.items():
         progress(f"deterministic self-test: {name}")
         together = run(options, everybody)
@@ -86,6 +88,13 @@ def _compare(runner: Drivable, progress: Callable[[str], None], lengths: list[in
                     f"--deterministic: the self-test failed on this machine{of}: a sequence run {name} differs from itself alone"
                     f" ({_difference(together[index], alone[index])}). Start without --deterministic, or with another --attention-backend."
                 )
+
+
+def _drafts(job: Job, alone: dict[int, Job]) -> list[int]:
+    """What it says next when it is alone, the last of it wrong."""
+    truth = next(one for one in alone.values() if one.prompt is job.prompt)
+    tokens = truth.tokens[len(job.tokens) :]
+    return [*tokens[:-1], (tokens[-1] + 1) % 2] if tokens else []
 
 
 def _difference(one: Job, other: Job) -> str:

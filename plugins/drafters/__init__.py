@@ -45,10 +45,26 @@ _DRAFTERS: dict[str, tuple[Any, str]] = {
 }
 
 
+def _suffix(**options: Any) -> Any:
+    from penstock.plugins.drafters.suffix import suffix
+
+    return suffix(**options)
+
+
 @hookimpl
 def register_drafters() -> list[DrafterSpec]:
-    """The built-in drafters of the device, by their method."""
+    """The built-in drafters, by their method."""
     return [
-        DrafterSpec(name=name, api_level=1, doc=doc, methods=[name], where="device", factory=factory)
-        for name, (factory, doc) in _DRAFTERS.items()
+        *(
+            DrafterSpec(name=name, api_level=1, doc=doc, methods=[name], where="device", factory=factory)
+            for name, (factory, doc) in _DRAFTERS.items()
+        ),
+        DrafterSpec(
+            name="suffix",
+            api_level=1,
+            doc="What followed the longest run of tokens that was there before, in the request or in past answers of its tenant.",
+            methods=["suffix"],
+            where="host",
+            factory=_suffix,
+        ),
     ]

@@ -87,7 +87,8 @@ class Seen:
     states: Tensor | None
     """[T, H] the model's normalised last states of all tokens, for drafters with `states`."""
     columns: Columns | None
-    """The model's own of this step, for drafters with taps or `states`."""
+    """The model's own of this step, for drafters with taps or `states`. None: these were not kept, since no drafts had been asked for; there will be some in the
+    next step."""
     history: Tensor
     table: Tensor
     proposal: Proposal | None

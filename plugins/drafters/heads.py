@@ -108,7 +108,8 @@ class HeadDrafter:
 
     def observe(self, seen: Seen) -> None:
         """See Drafter."""
-        self._everything(seen)
+        if seen.columns is not None:
+            self._everything(seen)
 
     def warm(self, seen: Seen, rows: int, width: int) -> None:
         """See Drafter. How many tokens the first step sees is another thing each time."""
@@ -122,6 +123,8 @@ class HeadDrafter:
     def propose(self, seen: Seen, out: Tensor) -> None:
         """See Drafter."""
         assert seen.proposal is not None
+        if seen.columns is None:  # nobody thought of drafts when the step began: from the next one on
+            return
         self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2, fixed=False)
 
     def _everything(self, seen: Seen) -> Tensor:

@@ -8,13 +8,14 @@ flight names it, that offsets are contiguous, and that every sequence ends once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from penstock.core.actors.drafters import HostDrafters, Named
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.scheduler import Scheduler, SchedulerSettings
 from penstock.core.actors.scheduler.widths import Widths
@@ -26,6 +27,7 @@ from penstock.core.protocol.messages import (
     ABORTED,
     Abort,
     Admit,
+    Draft,
     Drained,
     Forward,
     KvGrant,
@@ -195,14 +197,16 @@ class EngineSim:
         clock: FakeClock | None = None,
         choose: Callable[[int], int] | None = None,
         drafts: tuple[Any, ...] = ("fair",),
+        hosts: Sequence[Any] = (),
     ) -> None:
-        """`choose(rows)`: the width of the next step; without it always the widest. `drafts`: how drafters guess."""
+        """`choose(rows)`: the width of the next step; without it always the widest. `drafts`: how drafters on the device guess. `hosts`: those on the host."""
         self.settings = settings
         self.clock = clock or FakeClock()
         widths = ChosenWidths(settings, self.clock, choose) if settings.lookahead else None
         self.scheduler = Scheduler(settings, policy or FirstComeFirstServed(), self.clock, widths)
         self.kv = KvManager(settings.num_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
         self.runner = make_runner(settings, drafts=drafts)
+        self.drafters = HostDrafters([Named(f"host-{n}", one) for n, one in enumerate(hosts)], VOCAB)
         self.fifo: deque[Message] = deque()
         self.flying: deque[tuple[Forward, Sample, bytes, bytes, set[int]]] = deque()
         self.ledgers: dict[int, Ledger] = {}
@@ -244,7 +248,11 @@ class EngineSim:
                 return
             reply = self._answer(out.question) if isinstance(out, Ask) else self._route(out)
 
-    def _answer(self, question: Message) -> KvGrant:
+    def _answer(self, question: Message) -> Message:
+        if isinstance(question, Draft):
+            assert not self.flying, "what is known is not all that there is"
+            (drafted,) = self.drafters.handle(question)
+            return drafted
         assert isinstance(question, KvStep)
         self.routed.append(question)
         (grant,) = self.kv.handle(question)
@@ -512,9 +520,10 @@ def make_sim() -> Callable[..., EngineSim]:
         clock: FakeClock | None = None,
         choose: Callable[[int], int] | None = None,
         drafts: tuple[Any, ...] = ("fair",),
+        hosts: Sequence[Any] = (),
         **changes: Any,
     ) -> EngineSim:
-        return EngineSim(settings_of(**changes), policy, clock, choose, drafts)
+        return EngineSim(settings_of(**changes), policy, clock, choose, drafts, hosts)
 
     return make
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,6 +23,50 @@ BEAMS = [
     Beam(width=4, length_penalty=-1.0),
 ]
 PREFIXES = [[], [3] * 4, [3] * 4 + [5] * 4, [3] * 9, [3, 4] * 8, list(range(1, 14))]
+
+
+class Teller:
+    """A drafter on the host. What it is told must be what sequences say; what it says in turn may be right, wrong, too long, nothing, or no tokens at all."""
+
+    max_lookahead = 5
+
+    def __init__(self, kind: str, machine: Any) -> None:
+        self.kind = kind
+        self.wrong: list[str] = []
+        self._machine = machine
+        self._said: dict[int, list[int]] = {}
+
+    def _right(self, seq: int) -> list[int]:
+        sim = self._machine.sim
+        return [*sim.ledgers[seq].admit.prompt.tolist(), *sim.expected(seq)]
+
+    def begin(self, seq: int, tokens: Any, tenant: str) -> None:
+        if seq in self._said or len(tenant) != 32:
+            self.wrong.append(f"{seq} began twice, or is nobody's")
+        self._said[seq] = []
+        self.extend(seq, tokens)
+
+    def extend(self, seq: int, tokens: Any) -> None:
+        self._said[seq] += tokens.tolist()
+        if self._said[seq] != self._right(seq)[: len(self._said[seq])]:
+            self.wrong.append(f"{seq} does not go on so")
+
+    def propose(self, seq: int, most: int) -> Any:
+        said = len(self._said[seq])
+        right = self._right(seq)[said : said + most]
+        if self.kind == "raises" and said % 3 == 0:
+            raise RuntimeError("no idea")
+        if self.kind == "odd" and said % 3 == 0:
+            return np.array([-1] * most)
+        if self.kind == "long":
+            right += [1] * 9
+        if self.kind == "wrong":
+            right = [(token + 1) % 7 for token in right]
+        return np.array(right[: {"short": 1, "none": 0}.get(self.kind, 99)], np.int32)
+
+    def end(self, seq: int) -> None:
+        if self._said.pop(seq, None) is None:
+            self.wrong.append(f"{seq} ended, but never began")
 
 
 def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = False) -> type[RuleBasedStateMachine]:
@@ -42,7 +87,9 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             clones=st.booleans(),
             lookahead=st.sampled_from([0, 0, 1, 2, 5]),
             widths=st.lists(st.integers(0, 5), min_size=1, max_size=6),
-            drafts=st.lists(st.sampled_from(["fair", "right", "wrong", "none", "short", "poor"]), min_size=1, max_size=3),
+            drafts=st.lists(st.sampled_from(["fair", "right", "wrong", "none", "short", "poor"]), min_size=1, max_size=2),
+            hosts=st.lists(st.sampled_from(["right", "wrong", "long", "short", "none", "raises", "odd"]), max_size=2),
+            hosts_first=st.booleans(),
             park=st.integers(0, 2),
         )
         def start(
@@ -61,6 +108,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             lookahead: int,
             widths: list[int],
             drafts: list[str],
+            hosts: list[str],
+            hosts_first: bool,
             park: int,
         ) -> None:
             self.options = {
@@ -82,8 +131,11 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             self.policy = policies[policy]
             turns = itertools.cycle(widths)
             self.drafts = {"choose": lambda rows: min(next(turns), lookahead), "drafts": tuple(drafts)}
-            self.options["drafters"] = tuple(drafts)
-            self.sim = sim_class(settings_of(**self.options), self.policy(), **self.drafts)
+            self.tellers = [Teller(kind, self) for kind in hosts]
+            self.options["drafters"] = (*hosts, *drafts) if hosts_first else (*drafts, *hosts)
+            order = (True,) * len(hosts), (False,) * len(drafts)
+            self.options["hosted"] = sum(order if hosts_first else order[::-1], ())
+            self.sim = sim_class(settings_of(**self.options), self.policy(), hosts=self.tellers, **self.drafts)
             self.bad: set[int] = set()
             self.keys: list[int] = []
             self.parked: set[int] = set()
@@ -190,7 +242,8 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             old = self.sim
             old.drain()
             self.epoch += 1
-            new = sim_class(settings_of(**self.options), self.policy(), old.clock, **self.drafts)
+            self.tellers = [Teller(teller.kind, self) for teller in self.tellers]
+            new = sim_class(settings_of(**self.options), self.policy(), old.clock, hosts=self.tellers, **self.drafts)
             new._keys = old._keys
             by_key: dict[int, list[int]] = {}
             for seq in old.live():
@@ -248,6 +301,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                     if wanted is not None and not any(f.admit.incarnation for f in family):
                         given = [p for f in family for p in f.prompt_logprobs]
                         assert given == list(range(1, ledger.admit.prompt.size))
+            assert not any(teller.wrong for teller in self.tellers)
             sim.post(Drain())
             assert sim.drained == 1
 

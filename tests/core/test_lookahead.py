@@ -239,3 +239,132 @@ def test_what_a_step_in_flight_names_does_not_change(make_sim: Make) -> None:
     assert (forward.lookahead, sample.lookahead) == (2, 2)
     assert forward.counts.tolist() == [3]
     assert msgspec.structs.asdict(forward)["num_decode"] == 1
+
+
+# ------------------------------------------------------------------ drafters on the host
+
+
+class Knows:
+    """Says what the sequence will say, or nothing where `quiet`."""
+
+    max_lookahead = 8
+
+    def __init__(self, quiet: bool = False, fails: int = 0) -> None:
+        self.sim: Any = None
+        self.quiet, self.fails = quiet, fails
+        self.asked = 0
+        self.tenants: set[str] = set()
+        self._said: dict[int, int] = {}
+
+    def begin(self, seq: int, tokens: Any, tenant: str) -> None:
+        self.tenants.add(tenant)
+        self._said[seq] = tokens.size - self.sim.ledgers[seq].admit.prompt.size
+
+    def extend(self, seq: int, tokens: Any) -> None:
+        self._said[seq] += tokens.size
+
+    def propose(self, seq: int, most: int) -> Any:
+        self.asked += 1
+        if self.asked == self.fails:
+            raise RuntimeError("no idea")
+        said = self._said[seq]
+        return i32([] if self.quiet else self.sim.expected(seq)[said : said + most])
+
+    def end(self, seq: int) -> None:
+        del self._said[seq]
+
+
+def hosted(make_sim: Make, *hosts: Knows, drafters: tuple[str, ...], flags: tuple[bool, ...], **more: Any) -> Any:
+    sim = make_sim(lookahead=4, drafters=drafters, hosted=flags, hosts=hosts, **more)
+    for one in hosts:
+        one.sim = sim
+    return sim
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_drafts_of_the_host_are_written_and_verified(depth: int, make_sim: Make) -> None:
+    knows = Knows()
+    sim = hosted(make_sim, knows, drafters=("suffix",), flags=(True,), drafts=(), depth=depth)
+    keys = [sim.admit([n, 2, 3], max_tokens=25) for n in range(3)]
+    steps = sim.run()
+    assert [len(sim.output(key)) for key in keys] == [25] * 3
+    assert steps <= 8, "five tokens a step"
+    assert sum(f.write_tokens.size for f in sim.forwards) > 3 * 15
+    assert all(sample.drafts == 0 for sample in sim.samples), "the device has nobody who drafts"
+    assert sim.scheduler._board.drafting.watches[0].rate == 1.0
+    assert [len(tenant) for tenant in knows.tenants] == [32]
+    assert not knows._said
+    sim.check_idle()
+
+
+def test_the_first_that_has_any_drafts_for_a_sequence(make_sim: Make) -> None:
+    def run(first: Knows, flags: tuple[bool, bool], kind: str) -> tuple[int, list[int]]:
+        sim = hosted(make_sim, first, drafters=("a", "b"), flags=flags, drafts=(kind,))
+        sim.admit([1, 2, 3], max_tokens=25)
+        sim.run()
+        written = sum(f.write_tokens.size for f in sim.forwards)
+        return written, [round(watch.rate, 1) for watch in sim.scheduler._board.drafting.watches]
+
+    written, rates = run(Knows(), (True, False), "wrong")
+    assert (written > 15, rates[0]) == (True, 1.0)
+    written, rates = run(Knows(quiet=True), (True, False), "right")
+    assert (written, rates) == (0, [0.0, 1.0])
+    written, rates = run(Knows(), (False, True), "right")
+    assert rates[0] == 1.0
+    assert written <= 4, "the device's came first, once it had some"
+    written, rates = run(Knows(), (False, True), "none")
+    assert (written > 15, rates) == (True, [0.0, 1.0])
+
+
+def test_a_drafter_that_fails_is_not_asked_again_and_nobody_notices(make_sim: Make, caplog: pytest.LogCaptureFixture) -> None:
+    knows = Knows(fails=3)
+    sim = hosted(make_sim, knows, drafters=("mine",), flags=(True,), drafts=())
+    key = sim.admit([1, 2, 3], max_tokens=25)
+    sim.run()
+    assert len(sim.output(key)) == 25
+    assert knows.asked == 3
+    assert "drafter host-0 is not asked any more: it failed with RuntimeError: no idea" in caplog.text
+    sim.check_idle()
+
+
+def test_what_a_request_wants_counts_before_what_pays(make_sim: Make) -> None:
+    """Width 0 is chosen: one wants drafts whatever they cost, one as far as they pay, one never."""
+    sim = make_sim(lookahead=3, choose=lambda rows: 0, drafts=("right",))
+    always, _, never = (sim.admit([n, 2, 3], max_tokens=24, spec_decode=wish) for n, wish in enumerate((True, None, False)))
+    steps = 0
+    while sim.reason(always) is None:
+        steps += sim.finish()
+    assert steps <= 8
+    assert sim.reason(never) is None
+    assert {tuple(f.counts.tolist()) for f in sim.forwards[2:5]} == {(4, 1, 1)}
+    sim.run()
+    assert len(sim.output(never)) == 24
+    told = {
+        int(seq): (int(d), int(a)) for sent in sim.sent for seq, d, a in zip(sent.drafted_seqs, sent.drafted, sent.accepted, strict=True)
+    }
+    assert set(told) == {always << 7}
+    drafted, accepted = told[always << 7]
+    assert drafted == accepted > 15
+    wide = make_sim(lookahead=3, drafts=("right",))
+    keys = [wide.admit([n, 2, 3], max_tokens=24, spec_decode=False) for n in range(2)]
+    wide.run()
+    assert all(len(wide.output(key)) == 24 for key in keys)
+    assert not any(sample.drafts or sample.lookahead for sample in wide.samples), "where nobody wants drafts none are made"
+
+
+def test_a_drafter_below_the_band_is_turned_off_and_tried_again(make_sim: Make, caplog: pytest.LogCaptureFixture) -> None:
+    sim = make_sim(
+        lookahead=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=250, num_blocks=600, drafts=("wrong",), drafters=("bad",)
+    )
+    for n in range(8):
+        sim.admit([n, 2, 3], max_tokens=240)
+    sim.finish(60)
+    assert "drafter bad is off: 0% of the last" in caplog.text
+    board = sim.scheduler._board
+    assert board.stats(0).speculation.states == [0]
+    assert (sim.samples[-1].drafts, sim.samples[-1].lookahead) == (0, 0)
+    sim.clock.advance(3.0)
+    sim.finish(3)
+    assert sim.samples[-1].drafts == 4, "on trial"
+    sim.run()
+    sim.check_idle()

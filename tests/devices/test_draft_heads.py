@@ -244,6 +244,21 @@ def test_a_head_drafts_what_its_formula_says_and_changes_nothing(
     assert full > 15
 
 
+def test_drafts_now_and_then(head: Any, load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While none are asked for a step is the program's, as without a drafter; the first one with drafts has not seen enough, the next one has."""
+    where, _ = head("eagle3")
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    runner = load(folder, deterministic=True, speculation=asked("eagle3", where))
+    program, fused = runner._program, []
+    monkeypatch.setattr(runner, "_program", lambda *step: (fused.append(1), program(*step))[1])
+    turns = iter([K, K, 0, 0, 0, K, K, K] * 20)
+    found = drafts_of(runner, jobs, Options(lookahead=lambda rng: next(turns)))
+    assert [(job.tokens, job.logprobs) for job in jobs] == [(job.tokens, job.logprobs) for job in plain]
+    assert fused
+    assert {max(drafts) >= 0 for drafts in found.values()} == {True, False}
+
+
 def test_norm_before_residual(head: Any, load: Load, folder: Path, make_tensors: Any) -> None:
     where, own = head("eagle3", norm_before_residual=True)
     found = drafts_of(load(folder, speculation=asked("eagle3", where)), jobs_of(1, 6), Options(lookahead=lambda rng: K))

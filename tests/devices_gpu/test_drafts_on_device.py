@@ -12,6 +12,7 @@ import torch
 
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
+from penstock.plugins.devices import runner as runner_module
 from penstock.plugins.devices.cuda import CudaDevice
 from penstock.plugins.devices.driver import Driver, Job, Options
 
@@ -42,7 +43,7 @@ def jobs(outputs: int = 40) -> list[Job]:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle3", "mtp"])
 def test_no_bit_changes_and_nothing_waits(
-    method: str, make_folder: Callable[..., Path], config_for: Any, make_head: Callable[..., Path]
+    method: str, make_folder: Callable[..., Path], config_for: Any, make_head: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_folder("llama", torch.bfloat16, **SHAPE)
     over: dict[str, Any] = {"deterministic": True, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20}
@@ -60,11 +61,13 @@ def test_no_bit_changes_and_nothing_waits(
     runner = load(speculation=SpeculationConfig(methods=[DraftConfig(method=method, num_speculative_tokens=K, **fields)]))
     runner.warm_up(lambda phase: None)
     waited = False
-    for options in (
-        Options(lookahead=lambda rng: K),
-        Options(lookahead=lambda rng: rng.choice([0, 1, K]), chunk=lambda rng: rng.randint(1, 300), scatter=True, seed=1),
-        Options(lookahead=lambda rng: K, share=True, preempt=0.05, seed=3),
+    for flat, options in (
+        (1000, Options(lookahead=lambda rng: K)),
+        (4, Options(lookahead=lambda rng: rng.choice([0, 1, K]), chunk=lambda rng: rng.randint(1, 300), scatter=True, seed=1)),
+        (1000, Options(lookahead=lambda rng: K, share=True, preempt=0.05, seed=3)),
+        (4, Options(lookahead=lambda rng: K, seed=4)),
     ):
+        monkeypatch.setattr(runner_module, "FLAT_BELOW", flat)  # 2 KV heads
         mine = jobs()
         driver = Driver(runner, options)
         driver.run(mine)

@@ -39,12 +39,13 @@ def same(mine: list[Job], theirs: list[Job]) -> None:
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("eager", "flat"), [(False, True), (True, True), (False, False)])
 def test_tokens_are_those_without_drafts(
-    method: str, eager: bool, folder: Path, host_runner: Make, monkeypatch: pytest.MonkeyPatch
+    method: str, eager: bool, flat: bool, folder: Path, host_runner: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner_module, "LAZY_USES", 1)
     monkeypatch.setattr(runner_module, "LAZY_PAUSE_S", 0.0)
+    monkeypatch.setattr(runner_module, "FLAT_BELOW", 1000 if flat else 4)  # 2 KV heads
     truth = jobs()
     Driver(host_runner(folder)).run(truth)
     model = str(folder) if method == "draft_model" else None

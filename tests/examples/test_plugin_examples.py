@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import load_file
 
 from penstock import LLM, SamplingParams
+from penstock.core.contract.drafters import drafter_for
 from penstock.core.contract.host import PluginHost
 from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
 from penstock.core.protocol.model_folder import demo_folder
+from penstock.core.protocol.speculation import DraftConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PACKAGES = ["attention_plain", "queue_probe", "shortest_first", "weights_npz"]
+PACKAGES = ["attention_plain", "phrases_drafter", "queue_probe", "shortest_first", "weights_npz"]
 PROMPTS = ["Penstock is", "Count from 1 to 20: 1, 2,", "x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=3)
 
@@ -137,6 +139,22 @@ def test_the_actor_example_measures_the_way_to_the_device(
     assert all(said)
     waits = [float(one.group(2)) for one in said if one is not None]
     assert (max(waits) > 0) is (fence == "1")
+
+
+def test_the_drafter_example_says_how_phrases_go_on() -> None:
+    spec = drafter_for("phrases", PluginHost("engine", extra=["penstock_phrases_drafter"]).load().drafters())
+    config = DraftConfig(method="phrases", options={"phrases": [[1, 2, 3, 4], [2, 3, 9]]})
+    drafter: Any = spec.factory(config=config, vocab=10, longest=64)
+    drafter.begin(7, np.array([5, 1], np.int32), "")
+    found = []
+    for token in (2, 3, 4, 2, 3):
+        drafter.extend(7, np.array([token], np.int32))
+        found.append(drafter.propose(7, 2).tolist())
+    assert found == [[3, 4], [4], [], [], [9]]
+    drafter.end(7)
+    for wrong in ("x", [1], [[10]], [[-1, 2]]):
+        with pytest.raises(ConfigError, match=r"options\.phrases"):
+            spec.factory(config=DraftConfig(method="phrases", options={"phrases": wrong}), vocab=10, longest=64)
 
 
 def test_a_backend_that_does_not_fit_is_refused_with_its_own_words() -> None:

@@ -65,7 +65,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     widths: tuple[int, ...] = ()
     """Lookaheads that the device has prepared; (): all up to that."""
     drafters: tuple[str, ...] = ()
-    """Who drafts, as Runner.drafters."""
+    """Who drafts: methods, the first asked first."""
+    hosted: tuple[bool, ...] = ()
+    """Of each of these: is it on the host? (): none is. The others are Runner.drafters, in order."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 

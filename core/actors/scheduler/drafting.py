@@ -1,8 +1,8 @@
 """Drafts in steps: which rows compute some along, and what became of them.
 
 What it is: before a step, its width and each row's share of it (none for those who obey a grammar, search with beams or do not want any); behind it, the
-lengths of rows whose drafts were right, acceptance by place, by sequence and by drafter, and drafters that are turned off. The last step's drafts
-stand on the device; here it is known how many, and whose they are.
+lengths of rows whose drafts were right, acceptance by place, by sequence and by drafter, and drafters that are turned off. The device's drafts stand
+there since the last step; those of drafters on the host (core/actors/drafters.py) are asked for before a step, and written with it.
 While drafts are made a step is planned when the one before it has landed: only then it is known how far that brought each row, and what stands there now.
 What it does not know: which width is best (widths.py), blocks, what drafts are.
 """
@@ -10,16 +10,18 @@ What it does not know: which width is best (widths.py), blocks, what drafts are.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from penstock.core.actors.scheduler.outline import Flight
-from penstock.core.actors.scheduler.slots import Rows
+from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.widths import OFF, Watch, Widths
-from penstock.core.protocol.columns import I32, Column
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, EMPTY_U8, I32, U8, Column, i32, i64, u8
 from penstock.core.protocol.errors import ProtocolError
-from penstock.core.protocol.messages import SpeculationStats, StepDone
+from penstock.core.protocol.messages import Draft, Drafted, SpeculationStats, StepDone
+from penstock.core.runtime.actor import Ask, Out
 from penstock.core.runtime.clock import Clock
 
 if TYPE_CHECKING:
@@ -37,11 +39,21 @@ class Drafting:
         self._most = settings.lookahead
         self._widths = widths or Widths(settings.widths or range(1, self._most + 1), settings.max_num_batched_tokens, clock)
         self.watches = [Watch(name, clock) for name in settings.drafters or ("drafts",)]
+        hosted = settings.hosted or (False,) * len(self.watches)
+        self.hosts = [number for number, here in enumerate(hosted) if here]
+        """Of the watches, those whose drafters are on the host; the others are on the device."""
+        self._device: U8 = np.array([number for number, here in enumerate(hosted) if not here], np.uint8)
         self._all = (1 << len(self.watches)) - 1
-        self.width = self.drafts = self.chosen = 0
-        self.drafters = self._all
-        self._was_off = 0
-        """Of the bits of drafters, those that are off."""
+        self._off = 0
+        """As bits: those that are off."""
+        self.width = self.drafts = self.chosen = self._wanted = 0
+        self.drafters = 0
+        self._wishes: Column | None = None
+        self._hosts_on: list[int] = []
+        self._tokens: dict[int, I32] = {}
+        """Drafts of the host, by slot, that are written with this step."""
+        self.ended: list[int] = []
+        """Sequences that drafters on the host were told of, and that left their slots."""
         self._before = -1, -1, 0
         """Of the step that landed last: which it was, the width that was chosen for it, when it was finished."""
         self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
@@ -49,41 +61,109 @@ class Drafting:
 
     # ------------------------------------------------------------------ before a step
 
-    def plan(self, rows: Rows) -> None:
-        """The width of the next step, which has these rows, and their shares of it."""
+    def choose(self, rows: Rows) -> None:
+        """The width of the next step, which has these rows."""
         board = self._board
         slots, count = board.slots, rows.slots.size
         slots.narrow(rows)
+        self.width = 0
+        self._forget_tokens()
         if not count:  # prompts alone: those that come to their end get drafts for their first step
-            self.width, self.drafts = 0, self.chosen
             return
-        self.width = self.drafts = self.chosen = 0
-        if self._was_off and any(watch.due() for watch in self.watches):
+        self.chosen = 0
+        if self._off and any(watch.due() for watch in self.watches):
             self._switched()
-        wishes = slots.wish[rows.index] if board.wishes else None
+        self._wishes = wishes = slots.wish[rows.index] if board.wishes else None
         willing = count if wishes is None else int(np.count_nonzero(wishes >= 0))
-        if willing and self._was_off != self._all:
+        if willing and self._off != self._all:
             self.chosen = self._widths.choose(count)
         forced = wishes is not None and bool((wishes > 0).any())
-        self.drafts = max(self.chosen, self._widths.most(count)) if forced else self.chosen
-        if not self.drafts:
-            return
-        self.drafters = self._all if forced else self._all & ~self._was_off
-        ahead: I32 = np.minimum(slots.drafted[rows.index], np.int32(self.chosen))
+        self._wanted = max(self.chosen, self._widths.most(count)) if forced else self.chosen
+        on = self._all if forced else self._all & ~self._off
+        self.drafters = sum(1 << bit for bit, number in enumerate(self._device.tolist()) if on >> number & 1)
+        self._hosts_on = [number for number in self.hosts if on >> number & 1]
+        self.drafts = self._wanted if self.drafters else 0
+
+    def _most_of(self, rows: Rows) -> I32:
+        """Drafts that each row may have in this step."""
+        slots, wishes = self._board.slots, self._wishes
+        most = np.full(rows.slots.size, self.chosen, np.int32)
         if wishes is not None:
-            ahead = np.where(wishes > 0, np.minimum(slots.drafted[rows.index], np.int32(self.drafts)), ahead * (wishes == 0))
-        room = slots.limit[rows.index] - slots.length[rows.index] - 1
+            most[wishes > 0] = self._wanted
+            most[wishes < 0] = 0
+        room = np.clip(slots.limit[rows.index] - slots.length[rows.index] - 1, 0, None)
         # A choice that has to fork first has none, so that a fork is never denied for want of room for drafts.
-        ahead = np.clip(np.minimum(ahead, room), 0, None) * (slots.capacity[rows.index] > 0)
+        found: I32 = np.minimum(most, room) * (slots.capacity[rows.index] > 0)
+        return found
+
+    def share(self, rows: Rows) -> None:
+        """How many of the drafts that stand each row computes along."""
+        slots = self._board.slots
+        if not self._wanted or not rows.slots.size or not slots.any_drafted:
+            return
+        ahead = np.minimum(slots.drafted[rows.index], self._most_of(rows))
         most = int(ahead.max())
         if most:
             slots.ahead[rows.index] = ahead
             slots.wide = True
-            rows.widen(slots.ahead[rows.index])
-            self.width = self.chosen if most <= self.chosen else self.drafts
+            rows.widen(ahead)
+            self.width = self.chosen if most <= self.chosen else self._wanted
 
-    def launched(self, flight: Flight) -> None:
-        """What the device makes of it: nobody has drafts that did not get them in this step."""
+    def ask(self, rows: Rows) -> Generator[Out, Any, None]:
+        """Drafts of the host, for rows of which the device has none or less wanted ones."""
+        board = self._board
+        slots = board.slots
+        if not self._wanted or not self._hosts_on or not rows.slots.size or board.flights:  # of steps in flight the tokens are not known
+            return
+        most = self._most_of(rows)
+        stands = slots.drafted[rows.index] > 0
+        wanted = np.flatnonzero((most > 0) & (~stands | (slots.drafter[rows.index] > self._hosts_on[0])))
+        if not wanted.size:
+            return
+        index = rows.index[wanted]
+        asked: list[int] = []
+        for slot, there in zip(index.tolist(), stands[wanted].tolist(), strict=True):
+            before = slots.drafter.item(slot) if there else len(self.watches)
+            asked.append(sum(1 << bit for bit, number in enumerate(self.hosts) if number in self._hosts_on and number < before))
+        reply: Drafted = yield Ask(self._question(index, most[wanted], u8(asked)), Drafted)
+        ends = np.cumsum(reply.counts)
+        if reply.counts.size != index.size or reply.tokens.size != int(reply.counts.sum()) or np.any(reply.counts > most[wanted]):
+            raise ProtocolError(f"{index.size} sequences were asked about, but {reply.counts.size} have {reply.tokens.size} drafts")
+        for at in np.flatnonzero(reply.counts).tolist():
+            slot = int(index[at])
+            self._tokens[slot] = reply.tokens[ends[at] - reply.counts[at] : ends[at]]
+            slots.drafted[slot] = reply.counts[at]
+            slots.drafter[slot] = self.hosts[int(reply.drafters[at])]
+            slots.any_drafted = True
+
+    def _question(self, index: Index, most: I32, asked: U8) -> Draft:
+        slots = self._board.slots
+        shown, known = slots.shown[index], slots.known[index]
+        news = np.flatnonzero(known > shown)
+        begun = [holder for slot in index[news[shown[news] == 0]].tolist() if (holder := slots.holder[slot]) is not None]
+        parts = [slots.history[slot, slots.shown[slot] : slots.known[slot]] for slot in index[news].tolist()]
+        slots.shown[index] = known
+        ended, self.ended = self.ended, []
+        return Draft(
+            step=self._board.step + 1,
+            seqs=slots.seq[index],
+            most=most,
+            drafters=asked,
+            news=slots.seq[index[news]],
+            counts=known[news] - shown[news],
+            tokens=np.concatenate(parts) if parts else EMPTY_I32,
+            begun=i64([holder.seq for holder in begun]),
+            roots=b"".join(holder.request.root for holder in begun),
+            ended=i64(ended),
+        )
+
+    def farewell(self) -> Generator[Out, Any, None]:
+        """Nobody is left: drafters need not remember those who were."""
+        ended, self.ended = self.ended, []
+        yield Ask(Draft(step=self._board.step + 1, seqs=EMPTY_I64, most=EMPTY_I32, drafters=EMPTY_U8, ended=i64(ended)), Drafted)
+
+    def launched(self, flight: Flight, columns: dict[str, Any]) -> dict[str, Any]:
+        """What the device makes of it: nobody has drafts that did not get them in this step. Gives the columns with drafts of the host."""
         slots = self._board.slots
         flight.chosen = self.chosen
         flight.drafts = self.drafts if flight.rows.slots.size else 0
@@ -91,9 +171,37 @@ class Drafting:
         if slots.wide:
             flight.width = self.width
             flight.ahead = slots.ahead[flight.rows.index]
+        flight.alone = bool(flight.width or flight.drafts or (self.hosts and self._wanted and flight.rows.slots.size))
+        written: dict[str, Any] = {}
+        if self._tokens and flight.width:
+            written = self._writes(flight, columns)
+        self._forget_tokens()
         if slots.any_drafted:
             slots.drafted[flight.rows.index] = 0
             slots.any_drafted = bool(slots.drafted.any())
+        return written
+
+    def _forget_tokens(self) -> None:
+        """They stand nowhere but in the step that they are written with."""
+        if self._tokens:
+            self._board.slots.drafted[list(self._tokens)] = 0
+            self._tokens = {}
+
+    def _writes(self, flight: Flight, columns: dict[str, Any]) -> dict[str, Any]:
+        """Behind those of others."""
+        place: list[tuple[int, int, I32]] = []
+        for at in np.flatnonzero(flight.ahead).tolist():
+            slot = int(flight.rows.slots[at])
+            if slot in self._tokens:
+                place.append((slot, int(flight.positions[at]), self._tokens[slot][: int(flight.ahead[at])]))
+        if not place:
+            return {}
+        mine = {
+            "write_slots": i32([slot for slot, _, tokens in place for _ in range(tokens.size)]),
+            "write_positions": np.concatenate([np.arange(first, first + tokens.size, dtype=np.int32) for _, first, tokens in place]),
+            "write_tokens": np.concatenate([tokens for _, _, tokens in place]),
+        }
+        return {name: np.concatenate([columns[name], column]) if name in columns else column for name, column in mine.items()}
 
     # ------------------------------------------------------------------ behind it
 
@@ -120,7 +228,7 @@ class Drafting:
             there = done.drafts.reshape(count, flight.drafts) >= 0
             slots.drafted[index] = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1))
             slots.any_drafted = True
-            slots.drafter[index] = done.drafters if done.drafters.size else 0
+            slots.drafter[index] = self._device[done.drafters] if done.drafters.size else self._device[0]
 
     def _verified(self, flight: Flight, done: StepDone) -> None:
         slots, index, ahead = self._board.slots, flight.rows.index, flight.ahead
@@ -152,9 +260,9 @@ class Drafting:
 
     def _switched(self) -> None:
         off = sum(1 << number for number, watch in enumerate(self.watches) if watch.state == OFF)
-        if self._was_off & ~off:
-            log.info("drafters on trial again: %s", ", ".join(w.name for n, w in enumerate(self.watches) if self._was_off & ~off & 1 << n))
-        self._was_off = off
+        if self._off & ~off:
+            log.info("drafters on trial again: %s", ", ".join(w.name for n, w in enumerate(self.watches) if self._off & ~off & 1 << n))
+        self._off = off
         self._widths.forget()
 
     # ------------------------------------------------------------------ for others to look at

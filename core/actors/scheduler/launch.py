@@ -177,7 +177,7 @@ class Launch:
             extra["masked"] = flight.masked.size > 0
         drafting = board.drafting
         if drafting is not None:
-            drafting.launched(flight)
+            columns |= drafting.launched(flight, columns)
             if flight.width:
                 columns["lookahead"] = extra["lookahead"] = flight.width
             if flight.drafts:

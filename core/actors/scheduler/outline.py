@@ -114,11 +114,12 @@ class Outline:
 class Flight:
     """Row i samples position `positions[i]`, output `offsets[i]`, of `rows.slots[i]`. `capped`: some row reaches its limit. `tokens` are all
     that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0; `drafts`: how many are made behind it; `chosen`: the width
-    that was found best; `pure`: decodes alone. `masked`: which rows draw under a mask. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
+    that was found best; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
 
     __slots__ = (
         *(
             "ahead",
+            "alone",
             "capped",
             "chosen",
             "drafts",
@@ -145,7 +146,7 @@ class Flight:
         self.tokens = tokens
         self.ahead: I32 = EMPTY_I32
         self.width = self.drafts = self.chosen = 0
-        self.pure = False
+        self.pure = self.alone = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []

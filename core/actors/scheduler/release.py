@@ -95,6 +95,8 @@ class Release:
         board = self._board
         slots = board.slots
         seq = int(slots.seq[slot])
+        if slots.shown[slot] and board.drafting is not None:
+            board.drafting.ended.append(seq)
         if slots.capacity[slot] > 0:
             self.commit([slot])
             board.releases.append((seq, int(slots.incarnation[slot]), int(slots.poisoned[slot])))

@@ -42,6 +42,8 @@ from penstock.core.protocol.messages import (
     Abort,
     Admit,
     DeviceLost,
+    Draft,
+    Drafted,
     Drain,
     Drained,
     Drawn,
@@ -84,6 +86,8 @@ class Scheduler:
         self._board = board = Board(settings, policy, clock)
         if settings.lookahead:
             board.drafting = Drafting(board, clock, widths)
+            if board.drafting.hosts:
+                self.gives, self.takes = self.gives | {Draft}, self.takes | {Drafted}
         self._release = Release(board)
         self._beams = Beams(board, self._release)
         self._line = Line(board, self._release, self._beams)
@@ -280,7 +284,7 @@ class Scheduler:
         if board.parks:
             self._release.give_up_parked(board.clock.now_ns())
         giving = bool(board.releases)
-        while len(board.flights) < board.settings.depth and not (board.flights and board.flights[-1].drafts):
+        while len(board.flights) < board.settings.depth and not (board.flights and board.flights[-1].alone):
             board.again = False
             if board.anew:
                 yield from self._open_anew()
@@ -292,6 +296,8 @@ class Scheduler:
             self._release.settle()
         if board.releases and not board.flights:  # nothing to compute, but something to give back
             yield from self._memory.ask(Outline(0), NOBODY, [])
+        if board.drafting is not None and board.drafting.ended and not board.live:
+            yield from board.drafting.farewell()
         if giving and not board.flights:  # no step will tell that the blocks came back
             yield board.report([])
         if board.draining and not board.drained and not board.live and not board.flights:
@@ -342,7 +348,10 @@ class Scheduler:
         board = self._board
         rows = board.rows or self._line.gather()
         if board.drafting is not None:
-            board.drafting.plan(rows)
+            board.drafting.choose(rows)
+            if board.drafting.hosts:
+                yield from board.drafting.ask(rows)
+            board.drafting.share(rows)
         budget = board.settings.max_num_batched_tokens
         due = bool(board.releases)
         short = rows.index[board.slots.short(rows)]

@@ -113,6 +113,8 @@ class Slots:
         self.any_drafted = False
         self.drafter: U8 = np.zeros(count, np.uint8)
         """Whose they are."""
+        self.shown = column()
+        """Tokens that drafters on the host know of; 0: nothing of the sequence."""
         self.drafts_seen = column()
         """Of the sequence, so far: drafts that were verified."""
         self.drafts_right = column()
@@ -146,7 +148,7 @@ class Slots:
         self.solo[slot] = request.group is not None
         self.grammar[slot] = request.grammar
         self.wish[slot] = request.wish
-        self.drafted[slot] = self.drafts_seen[slot] = self.drafts_right[slot] = 0
+        self.ahead[slot] = self.shown[slot] = self.drafted[slot] = self.drafts_seen[slot] = self.drafts_right[slot] = 0
         stops = request.stop_ids
         if len(stops) > self.stops.shape[0]:
             more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)

@@ -2,7 +2,7 @@
 
 What it is: one engine without speculation and one for each configuration that is asked for; prompts of three kinds (an answer that repeats the prompt, one that draws on it, one
 that does not), one request at a time, each engine answering every prompt in each turn. Tokens a second by kind, and the median of the turns' ratios; answers must be the
-same, token for token. The scheduler chooses the widths itself, as it does when serving.
+same, token for token. CPU time a token, of all threads, is told besides: on a machine that others use it says more. The scheduler chooses the widths itself, as it does when serving.
 What it does not know: devices, how drafts are made.
 """
 
@@ -36,6 +36,7 @@ def measured(configs: list[dict[str, Any]], *, model: str | None, tokens: int, t
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     named: dict[str, dict[str, Any]] = {"off": {}, **{json.dumps(config): {"speculative_config": json.dumps(config)} for config in configs}}
     rates: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
+    used: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
     with contextlib.ExitStack() as stack:
         engines = {name: stack.enter_context(LLM(**({"model": model} if model else {}), **over, **options)) for name, over in named.items()}
         answers: dict[str, list[int]] = {}
@@ -43,7 +44,7 @@ def measured(configs: list[dict[str, Any]], *, model: str | None, tokens: int, t
             order = list(engines) if turn % 2 else list(engines)[::-1]
             for kind, questions in KINDS.items():
                 for name in order:
-                    begun, made = time.perf_counter(), 0
+                    begun, before, made = time.perf_counter(), time.process_time(), 0
                     for question in questions:
                         said = engines[name].chat([{"role": "user", "content": question}], params)[0].outputs[0].token_ids
                         made += len(said)
@@ -51,11 +52,14 @@ def measured(configs: list[dict[str, Any]], *, model: str | None, tokens: int, t
                             raise AssertionError(f"{name} answers {question!r} otherwise than the others")
                     if turn:
                         rates[name][kind].append(made / (time.perf_counter() - begun))
+                        used[name][kind].append((time.process_time() - before) / made * 1e3)
     return {
         name: {
             kind: {
                 "tokens_s": round(statistics.median(found), 1),
                 "over_off": round(statistics.median(a / b for a, b in zip(found, rates["off"][kind], strict=True)), 3),
+                "cpu_ms_a_token": round(statistics.median(used[name][kind]), 4),
+                "cpu_over_off": round(statistics.median(a / b for a, b in zip(used[name][kind], used["off"][kind], strict=True)), 3),
             }
             for kind, found in kinds.items()
         }
