@@ -75,7 +75,7 @@ def test_the_names_that_root_knows_are_those_that_come_with_penstock() -> None:
 
 def test_no_option_that_plugins_bring_words_for_has_a_fixed_list() -> None:
     assert {name for name, option in OPTIONS.items() if option.choices} == {
-        *("quality_gate", "queue_full_status", "metrics_compat", "log_level", "log_format", "uvicorn_log_level", "wiring")
+        *("kv_cache_dtype", "quality_gate", "queue_full_status", "metrics_compat", "log_level", "log_format", "uvicorn_log_level", "wiring")
     }
 
 
