@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.attention.codes import KINDS, decode, encode
-from penstock.kernels.attention.pieces import add_up, piece_of
+from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import interpreting, tuned
 from penstock.kernels.quantised.recipes import RECIPES
@@ -67,6 +67,7 @@ def value_of(codes, KIND: tl.constexpr):
         exponent = (code & 127) >> M
         mantissa = (code & ((1 << M) - 1)).to(tl.float32) / (1 << M)
         size = tl.where(exponent == 0, mantissa * 2, 1 + mantissa) * tl.exp2((exponent - BIAS).to(tl.float32))
+        size = tl.where((code & 127) >= (127 if KIND == "fp8_e4m3" else 124), float("nan"), size)
         return tl.where(code >= 128, -size, size)
 
 
@@ -207,7 +208,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -231,7 +232,7 @@ def split(
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
     span = length - low
-    size = piece_of(span, SPLITS, MIN_SPLIT, PIECE, BLOCK_N)
+    size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     start = low + piece * size
     if PDL and AHEAD:  # noqa: SIM102 (known when compiled, the inner one is not)
         if start < length:

@@ -1,6 +1,6 @@
 """What the split-KV kernels share: the sum of a row's pieces.
 
-What it is: functions of Triton kernels: how large a piece is, and the sum of all.
+What it is: a function of Triton kernels.
 What it does not know: keys, pages.
 """
 
@@ -10,13 +10,6 @@ import triton
 import triton.language as tl
 
 from penstock.kernels.tile import narrow
-
-
-@triton.jit
-def piece_of(span, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys of a piece: half of SPLITS pieces while these are no larger than PIECE, then more."""
-    size = tl.maximum(tl.cdiv(span, SPLITS), tl.minimum(tl.cdiv(span, SPLITS // 2), PIECE))
-    return tl.maximum(tl.cdiv(size, BLOCK_N) * BLOCK_N, MIN_SPLIT)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.attention import coded
 from penstock.kernels.attention.coded import Codes, pages_of, scales_at, widen
-from penstock.kernels.attention.pieces import add_up, piece_of
+from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.tile import fetch_ahead, follow, launched, make_room, narrow, power, wait
@@ -138,9 +138,12 @@ def _keys(
                 values = tl.where((at < limit)[:, None], values, 0.0)
         elif KIND != "":
             if DP == D:
-                values = tl.trans(widen(tl.load(v + where_v), KIND, V_RECIPE, True))
+                codes = tl.load(v + where_v)
             else:
-                values = tl.trans(widen(tl.load(v + where_v, mask=(d < D)[:, None], other=0), KIND, V_RECIPE, True))
+                codes = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
+            if MASK:  # what was never written may be codes that are no numbers
+                codes = tl.where((at < limit)[None, :], codes, 0)
+            values = tl.trans(widen(codes, KIND, V_RECIPE, True))
             p = p * v_scale[None, :]
         elif MASK:
             values = tl.load(v + where, mask=exists, other=0.0)
@@ -395,7 +398,7 @@ def _split(
 def _combine(
     out, lse, partial, partial_lse, q_start, kv_len, sinks, window, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    MIXED: tl.constexpr, PDL: tl.constexpr, PIECE: tl.constexpr = 0,
+    MIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (R, Hq): the pieces of one row and head, always in the same order. MIXED: as in `_split`."""
     make_room(PDL)
@@ -410,10 +413,7 @@ def _combine(
     if WINDOW:
         low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
     span = length - low
-    if PIECE:
-        size = piece_of(span, SPLITS, MIN_SPLIT, PIECE, BLOCK_N)
-    else:
-        size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    size = tl.maximum(tl.cdiv(tl.cdiv(span, SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
     wait(PDL)
     if span > size:
         pieces = tl.cdiv(span, size)
@@ -667,7 +667,6 @@ def decode_attention(
             sinks,
             window,
             MIN_SPLIT=config["MIN_SPLIT"],
-            PIECE=config.get("PIECE", 0),
             **sizes,
             num_warps=2,
             **chained(),

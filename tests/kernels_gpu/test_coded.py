@@ -150,7 +150,7 @@ def test_decode(kind: str, heads: int, kv_heads: int, dim: int, fused: bool, dty
     out = torch.full_like(case.q, torch.nan)
     counters = torch.zeros(3 * kv_heads, dtype=torch.int32, device=device) if fused else None
     at = (case.q, case.cache.k, case.cache.v, case.tables, case.kv_len, case.scale)
-    for config in (None, {"BLOCK_N": 16, "SPLITS": 4, "MIN_SPLIT": 16, "PIECE": 32, "num_warps": 4, "num_stages": 2}):
+    for config in (None, {"BLOCK_N": 16, "SPLITS": 4, "MIN_SPLIT": 16, "num_warps": 4, "num_stages": 2}):
         kernel.decode_attention(*at, out=out, counters=counters, codes=case.codes, config=config)
         close(out, case.truth(), TOLERANCE[dtype])
         assert counters is None or not counters.any()
