@@ -155,7 +155,7 @@ def whole(codes, large, small, like: tl.constexpr, KIND: tl.constexpr, RECIPE: t
 def _matmul(
     x, box_x, w, box_w, scales, zeros, bias, out, counters, partial, M, N, K, UNITS, GROUPS, w_tile, w_unit, x_stride, out_stride,
     KIND: tl.constexpr, RECIPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, U: tl.constexpr, GROUP: tl.constexpr, POWERS: tl.constexpr,
-    SPLITS: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr, SOON: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N / BLOCK_N) * ceil(M / ROWS), SPLITS), the rows of x first. w [tiles, UNITS, 32, 128] bytes; scales [tiles, GROUPS, 128] and zeros [tiles, GROUPS, 64 pairs]; GROUP 0: one a row.
     U: units in a step. ROUNDED: values are multiplied by their scale and rounded. POWERS: scales are exponents of groups of 32, KIND's codes two a byte.
@@ -181,13 +181,6 @@ def _matmul(
         ahead = tl.arange(0, AHEAD)
         unit = tl.minimum(first * U + ahead // (4 * W), UNITS - 1)
         fetch_ahead(w + tile.to(tl.int64) * w_tile + unit.to(tl.int64) * w_unit + (line + ahead % (4 * W)) * 128)
-    run = GROUPS * 32 if POWERS else GROUPS * 128  # scales of a tile; POWERS: words of four bytes
-    each: tl.constexpr = 1024 // scales.dtype.element_ty.primitive_bitwidth  # of a cache line
-    if PDL and SOON > 0 and GROUP > 0:  # the piece's first scales and zero points, which lie in one run
-        at = first * U * 64 if POWERS else first * WIDTH // GROUP * 128
-        fetch_ahead(scales + tile.to(tl.int64) * run + tl.minimum(at + tl.arange(0, SOON) * each, run - 1))
-        if zeros is not None:
-            fetch_ahead(zeros + tile.to(tl.int64) * (GROUPS * 64) + tl.minimum(at // 2 + tl.arange(0, SOON) * 64, GROUPS * 64 - 1))
     follow(PDL)
     m = top + tl.arange(0, ROWS)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -242,12 +235,6 @@ def _matmul(
                 a = tl.load(left + (at + k)[None, :], mask=here[:, None] & (at + k < K)[None, :], other=0.0)
             if INTERPRETED:
                 a = a.to(tl.float32)
-        if PDL and SOON > 0 and GROUP > 0:  # those of 8 steps later, so that the next step's are never far
-            later = (step + 8) * U * 64 if POWERS else (at + 8 * WIDTH) // GROUP * 128
-            lines: tl.constexpr = T * (W // 4 if W > 4 else 1)
-            fetch_ahead(scales + tile.to(tl.int64) * run + tl.minimum(later + tl.arange(0, lines) * each, run - 1))
-            if zeros is not None:
-                fetch_ahead(zeros + tile.to(tl.int64) * (GROUPS * 64) + tl.minimum(later // 2 + tl.arange(0, lines) * 64, GROUPS * 64 - 1))
         group = (at + WIDTH) // GROUP if GROUP > 0 else 0  # of the next step, whose scales are asked for now
         group = tl.minimum(group, GROUPS - 1)
         codes = tl.reshape(codes, [T, U, W, 8, 4, 2, 2, 2, 2])
@@ -377,12 +364,8 @@ def _widen(
 
 
 def splits_of(tiles: int, steps: int, config: dict[str, int]) -> int:
-    """Pieces of the K axis, at least two steps each. Depends on shapes only. SLOTS: programs that the device runs at a time, where each is busy for long: then as many
-    pieces as make the last of them end soonest, adding them up counted as two steps."""
-    most = max(1, min(config["MAX_SPLITS"], steps // 2))
-    if "SLOTS" in config:
-        return min(range(1, most + 1), key=lambda splits: -(-tiles * splits // config["SLOTS"]) * -(-steps // splits) + 2 * (splits > 1))
-    return min(most, max(1, config["TARGET"] // tiles))
+    """Pieces of the K axis, at least two steps each. Depends on shapes only."""
+    return max(1, min(config["MAX_SPLITS"], config["TARGET"] // tiles, steps // 2))
 
 
 def units_of_step(weight: Weight, most: int, rounded: bool) -> int:
@@ -394,16 +377,40 @@ def units_of_step(weight: Weight, most: int, rounded: bool) -> int:
     return units
 
 
-def configured(weight: Weight, rows: int, deterministic: bool) -> dict[str, int]:
+def by_halves(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether each half of a unit has a scale of its own that must not be multiplied with the values: the slowest case."""
+    powers = weight.exponents and dtype == torch.bfloat16
+    return weight.scheme.bits == 4 and weight.scheme.group == 32 and not powers
+
+
+def for_many(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether there is a tile for more rows than EXACT on this device: it takes the bulk copy engine and 213 KB of shared memory."""
+    return (interpreting() or chained()["PDL"]) and not by_halves(weight, dtype)
+
+
+def configured(weight: Weight, rows: int, dtype: torch.dtype, deterministic: bool) -> dict[str, int]:
     """The shipped configuration for so many rows."""
     bits = weight.scheme.bits
-    if rows > EXACT and not deterministic:
+    if rows > EXACT and not deterministic and for_many(weight, dtype):
         return tuned(f"fragments.{bits}.many")
-    heights = EVEN_HEIGHTS if deterministic else HEIGHTS
+    heights = EVEN_HEIGHTS if deterministic or by_halves(weight, dtype) else HEIGHTS
     tall = next((height for height in heights if rows <= height), heights[-1])
-    if weight.scheme.kind == "nf4" and tall == EXACT:  # whose values are rounded already, and whose groups are short
-        return tuned("fragments.4.many")
-    return {"ROWS": tall, **tuned(f"fragments.{bits}.{tall}")}
+    if weight.exponents and tall == 64:  # as much work a code as for those of 8 bits
+        bits = 8
+    config = {"ROWS": tall, **tuned(f"fragments.{bits}.{tall}")}
+    if weight.scheme.kind == "nf4" and tall == EXACT:  # its values are rounded already, and its groups are short
+        config["ROUNDED"] = 1
+    return config
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """As the bulk copy engine wants it: rows begin at multiples of 16 bytes."""
+    if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0:
+        return x
+    rows, k = x.shape
+    wide = x.new_zeros(rows, k + -k % 8)
+    wide[:, :k] = x
+    return wide[:, :k]
 
 
 def product(
@@ -412,18 +419,17 @@ def product(
 ) -> Tensor:  # fmt: skip
     """As kernels/quantised/triton.py's matmul, which has checked everything; x has rows."""
     (rows, k), n, scheme = x.shape, weight.n, weight.scheme
-    config = dict(config or configured(weight, rows, deterministic))
+    config = dict(config or configured(weight, rows, x.dtype, deterministic))
     block_n, tall = config["BLOCK_N"], config["ROWS"]
     require(block_n in (16, 32, 64) or block_n % ROWS_OF_TILE == 0, "BLOCK_N must fit the weight's tiles")
     powers = weight.exponents and x.dtype == torch.bfloat16
     rounded = bool(config.pop("ROUNDED", 0)) and scheme.group >= weight.unit and not weight.exponents
     units = units_of_step(weight, config.pop("STEP", 128), rounded)
-    if scheme.group == 32 and scheme.bits == 4 and not powers:
+    if by_halves(weight, x.dtype):
         units = 1
     steps = weight.units // units
     columns, heights = -(-n // block_n), -(-rows // tall)
-    splits = config.pop("SPLITS", 0) or splits_of(columns * heights, steps, config)
-    splits = 1 if deterministic else min(splits, steps)
+    splits = 1 if deterministic else splits_of(columns * heights, steps, config)
     counters = partial = None
     if splits > 1 and workspace is not None:
         splits = max(1, min(splits, (workspace.numel() - COUNTERS) // (rows * n)))
@@ -433,26 +439,17 @@ def product(
         if workspace is None:
             workspace = torch.zeros(COUNTERS + splits * rows * n, dtype=torch.float32, device=x.device)
         counters, partial = workspace[:COUNTERS].view(torch.int32), workspace[COUNTERS:]
-    width = units * weight.unit
     strides = weight.strides()
-    able = interpreting() or chained()["PDL"]
-    boxes = config.pop("TMA", 3)
     box_x = box_w = None
-    if (
-        able
-        and boxes & 1
-        and x.data_ptr() % 16 == 0
-        and x.stride(0) * x.element_size() % 16 == 0
-        and rows > 0
-        and (rows == 1 or x.stride(0) >= k)
-    ):
-        box_x = TensorDescriptor(x, [rows, k], [x.stride(0) if rows > 1 else max(k, x.stride(0)), 1], [tall, width])
-    if able and boxes & 2:
+    # Both or none: sums were wrong on an H100 (Triton 3.6) where the bulk copy engine brought x and ordinary copies the codes.
+    if config.pop("TMA", 1) and (interpreting() or chained()["PDL"]) and not by_halves(weight, x.dtype):
+        x = _aligned(x)
+        box_x = TensorDescriptor(x, [rows, k], [max(k + -k % 8, x.stride(0)), 1], [tall, units * weight.unit])
         shape = [-(-n // ROWS_OF_TILE), weight.units, LINE, 128]
         box = [max(1, block_n // ROWS_OF_TILE), units, min(LINE, block_n // 4), 128]
         box_w = TensorDescriptor(weight.data, shape, [*strides, 128, 1], box)
     name = scheme.kind + ("r" if weight.zeros is not None and scheme.group != 32 else "s" if powers else "") + ("q" if rounded else "")
-    launch = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS", "SLOTS", "ROWS")}
+    launch = {name: value for name, value in config.items() if name not in ("TARGET", "MAX_SPLITS", "ROWS")}
     scales = weight.scales
     if powers:
         scales = scales.view(torch.int32)
@@ -463,7 +460,7 @@ def product(
         x, box_x, weight.data, box_w, scales, zeros, bias, out, counters, partial, rows, n, k, weight.units, weight.scales.shape[1], *strides, x.stride(0), out.stride(0),
         KIND=KINDS.index(scheme.kind), RECIPE=RECIPES[name, x.dtype == torch.bfloat16], U=units, ROWS=tall, GROUP=scheme.group, POWERS=powers, ROUNDED=rounded, SPLITS=splits,
         EVEN=k == weight.units * weight.unit, BIAS=bias is not None, GATED=gated is not None, ACT=ACTIVATIONS.index(gated) if gated else 0, **chained(),
-        **{"AHEAD": 0, "SOON": 0, **launch},
+        **{"AHEAD": 0, **launch},
     )  # fmt: skip
     return out
 

@@ -31,7 +31,7 @@ from penstock.kernels.tile import fetch_ahead, follow, launched, narrow
 ROWS = (16, 32, 64)
 """Heights of a tile: rows of x."""
 FEW, MANY = 256, 1536
-"""Most rows for which codes are widened in registers: in the order by steps, and in fragments."""
+"""Most rows for which codes are widened in registers, and the same where there is a tile for so many."""
 PIECE = 64 << 20
 """Elements of a weight that are widened at once where nobody says."""
 
@@ -242,9 +242,9 @@ def splits_of(n: int, steps: int, config: dict[str, int]) -> int:
     return max(1, min(config["MAX_SPLITS"], config["TARGET"] // columns, steps // 2))
 
 
-def widens(weight: Weight, rows: int) -> bool:
+def widens(weight: Weight, rows: int, dtype: torch.dtype) -> bool:
     """Whether so many rows are multiplied with the weight in full width (but never in deterministic mode)."""
-    return rows > (MANY if weight.fragments else FEW)
+    return rows > (MANY if weight.fragments and fragments.for_many(weight, dtype) else FEW)
 
 
 def matmul(
@@ -265,7 +265,7 @@ def matmul(
     require(out.shape == (rows, width_out) and out.stride(1) == 1, "out must be [M, N], contiguous along N")
     if rows == 0:
         return out
-    if config is None and not deterministic and widens(weight, rows):
+    if config is None and not deterministic and widens(weight, rows, x.dtype):
         return _many(x, weight, bias, out, gated, wide)
     if weight.fragments:
         return fragments.product(x, weight, bias, out, gated=gated, workspace=workspace, deterministic=deterministic, config=config)

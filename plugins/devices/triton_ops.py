@@ -150,7 +150,7 @@ class TritonQuantised:
             out_dtype=self._out_dtype,
             gated=self._activation,
             workspace=ops.linear_space,
-            wide=ops.wide_space(x.dtype) if quantised.widens(self._weight, x.shape[0]) and not ops.deterministic else None,
+            wide=ops.wide_space(x.dtype) if not ops.deterministic and quantised.widens(self._weight, x.shape[0], x.dtype) else None,
             deterministic=ops.deterministic,
         )
         return y if out is None else out.copy_(y)

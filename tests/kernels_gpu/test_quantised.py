@@ -8,7 +8,7 @@ import torch
 from penstock.kernels.activation import reference as activation_reference
 from penstock.kernels.linear import triton as linear
 from penstock.kernels.linear.scheme import Quantised, Scheme, dequantise, quantise
-from penstock.kernels.quantised import layout
+from penstock.kernels.quantised import fragments, layout
 from penstock.kernels.quantised import triton as quantised
 
 SCHEMES = [
@@ -20,12 +20,12 @@ TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 TABLE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 """Where values of a table are rounded ("nf4"), on a GPU and with sums in float32."""
 TILES = [
-    {"ROWS": 16, "BLOCK_N": 16, "TARGET": 64, "MAX_SPLITS": 3, "num_warps": 1, "num_stages": 3},
-    {"ROWS": 16, "BLOCK_N": 64, "TARGET": 1, "MAX_SPLITS": 1, "TMA": 0, "num_warps": 2, "num_stages": 3},
-    {"ROWS": 32, "BLOCK_N": 256, "TARGET": 64, "MAX_SPLITS": 2, "STEP": 256, "num_warps": 8, "num_stages": 2},
-    {"ROWS": 16, "BLOCK_N": 128, "TARGET": 64, "MAX_SPLITS": 2, "ROUNDED": 1, "num_warps": 8, "num_stages": 3},
-    {"ROWS": 128, "BLOCK_N": 256, "TARGET": 64, "MAX_SPLITS": 2, "ROUNDED": 1, "TMA": 2, "num_warps": 8, "num_stages": 3},
-    {"ROWS": 32, "BLOCK_N": 128, "TARGET": 1, "MAX_SPLITS": 1, "ROUNDED": 1, "STEP": 64, "num_warps": 4, "num_stages": 4},
+    {"ROWS": 16, "BLOCK_N": 32, "TARGET": 64, "MAX_SPLITS": 3, "num_warps": 2, "num_stages": 4},
+    {"ROWS": 16, "BLOCK_N": 64, "TARGET": 1, "MAX_SPLITS": 1, "TMA": 0, "num_warps": 4, "num_stages": 3},
+    {"ROWS": 32, "BLOCK_N": 256, "TARGET": 64, "MAX_SPLITS": 2, "num_warps": 8, "num_stages": 3},
+    {"ROWS": 64, "BLOCK_N": 128, "TARGET": 64, "MAX_SPLITS": 2, "num_warps": 4, "num_stages": 3},
+    {"ROWS": 128, "BLOCK_N": 128, "TARGET": 64, "MAX_SPLITS": 2, "ROUNDED": 1, "num_warps": 8, "num_stages": 3},
+    {"ROWS": 32, "BLOCK_N": 128, "TARGET": 1, "MAX_SPLITS": 1, "ROUNDED": 1, "STEP": 64, "num_warps": 8, "num_stages": 5},
 ]
 """Shapes of a tile of kernels/quantised/fragments.py."""
 MANY = 5
@@ -73,7 +73,18 @@ def test_few_rows(scheme: Scheme, m: int, n: int, k: int, dtype: torch.dtype, de
     assert torch.equal(quantised.matmul(strided[:, :k], weight, bias, workspace=workspace), out)
 
 
-@pytest.mark.parametrize("scheme", [one for one in SCHEMES if layout.in_fragments(one)], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("int4", 128),
+        Scheme("int4", 64, zeros=True),
+        Scheme("int8"),
+        Scheme("fp8_e4m3", 128, 64),
+        Scheme("fp4", 32),
+        Scheme("nf4", 64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("config", TILES, ids=lambda config: f"{config['ROWS']} x {config['BLOCK_N']}")
 def test_tiles(scheme: Scheme, config: dict[str, int], dtype: torch.dtype, device: str) -> None:
     m, n, k = 35, 152, 576
@@ -84,6 +95,17 @@ def test_tiles(scheme: Scheme, config: dict[str, int], dtype: torch.dtype, devic
     got = quantised.matmul(x.to(device), weight, out_dtype=torch.float32, config=config)
     rounded = config.get("ROUNDED") or (scheme.kind == "nf4" and device == "cuda")
     close(got, x.double() @ dequantise(q).double().T, TABLE[dtype] if rounded else 1e-5)
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int4", 128), Scheme("int4", 128, zeros=True), Scheme("int8"), Scheme("nf4", 64)], ids=str)
+def test_more_rows_than_are_multiplied_exactly(scheme: Scheme, device: str) -> None:
+    m, n, k = fragments.EXACT + 2, 136, 256
+    q, weight = made(scheme, n, k, device)
+    x = torch.randn(m, k).bfloat16()
+    want = x.double() @ dequantise(q).double().T
+    close(quantised.matmul(x.to(device), weight, out_dtype=torch.float32), want, 1e-5 if scheme.group == 0 else TABLE[torch.bfloat16])
+    exact = quantised.matmul(x.to(device), weight, out_dtype=torch.float32, deterministic=True)
+    close(exact, want, TABLE[torch.bfloat16] if scheme.kind == "nf4" and device == "cuda" else 1e-5)
 
 
 def test_scales_that_a_byte_holds(device: str) -> None:
