@@ -964,6 +964,12 @@ class DeviceRunner:
         self._ops.set_blocks(self.table, none, none, none)
         self._model.attention.copy(self._pool, none, none)
         self.sampler.adjust_nobody(none)
+        for width in (1, 3, 7, 15, 31, 63):  # a kernel for each power of two
+            if width < 2 * self.lookahead:
+                bounds = torch.arange(2, dtype=torch.int32, device=none.device)
+                self._ops.verify(none, none, none, bounds, self.history, 1 + width)
+                drafts = torch.full((1, width), -1, dtype=torch.int32, device=none.device)
+                self._ops.put_drafts(drafts, none, none, self.history, self.facts.vocab_size)
 
     @torch.inference_mode()
     def exercise(self, rows: int, tokens: int) -> None:
