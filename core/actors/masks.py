@@ -240,25 +240,24 @@ class Masks:
         return np.stack(masks) if masks else first, i32(counts)
 
     def _behind(self, place: _Place, first: I32, drafts: list[int]) -> list[I32]:
-        """The masks behind drafts; zeros where it cannot be said what follows."""
+        """The masks behind drafts, as far as it can be said what follows."""
         masks: list[I32] = []
         before, ahead = first, None
         for token in drafts:
             if token in place.last or not before.view(np.uint32)[token // 32] >> np.uint32(token % 32) & 1:
                 break  # it ends there, or the draft will not be drawn
-            before = np.zeros_like(first)
-            masks.append(before)
             try:
                 if ahead is None:
                     if not isinstance(place.matcher, Forks) or self._grammars is None:
                         break
                     ahead = place.fork(self._grammars)
                 ahead.advance(token)
+                before = np.zeros_like(first)
                 ahead.fill(before)
             except BaseException as error:
                 tamed(error)
-                before[:] = 0
                 break
+            masks.append(before)
         return masks
 
     def _fill(self, key: Key, place: _Place, out: I32) -> None:

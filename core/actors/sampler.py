@@ -69,6 +69,7 @@ class Sampler:
             mask_rows = np.full(len(sample.rows) * width, -1, np.int32)
             at = 0
             for row, count in zip(message.rows.tolist(), message.counts.tolist(), strict=True):
+                mask_rows[row * width : (row + 1) * width] = -2
                 mask_rows[row * width : row * width + count] = np.arange(at, at + count, dtype=np.int32)
                 at += count
         else:

@@ -77,6 +77,9 @@ class Mask:
         masked = np.nonzero(first >= 0)[0]
         self.impossible: I32Array = i32(masked[~self._allowed[first[masked]].any(axis=1)])
 
+    def drawn(self, i: int, ahead: int) -> bool:
+        return self._row(i, ahead) > -2
+
     def _row(self, i: int, ahead: int) -> int:
         return int(self._rows[i, ahead]) if ahead < self._rows.shape[1] else -1
 
@@ -143,7 +146,7 @@ class FakeDraws:
         tokens = np.zeros((len(into), 1 + int((last - positions).max(initial=0))), np.int32)
         for k in range(tokens.shape[1]):
             if k and self.mask is not None:
-                rows = rows[[bool(self.mask.of(row, k).any()) for row in rows.tolist()]]
+                rows = rows[[self.mask.drawn(row, k) for row in rows.tolist()]]
             at, slots = positions[rows] + k, into[rows]
             there = self._slots.history[slots, np.minimum(at, self._slots.history.shape[1] - 1)]
             tokens[rows, k] = drawn = self.draw(source[rows], slots, at, rows, k)

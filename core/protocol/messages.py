@@ -745,8 +745,8 @@ class MaskReady(Message, frozen=True, kw_only=True):
     rows: Column
     mask: Column
     counts: Column = EMPTY_I32
-    """I32: masks of each row, the first for its next token, the others behind its drafts, as far as these are allowed (zeros: it is not known what follows);
-    empty: one each."""
+    """I32: masks of each row, the first for its next token, the others behind its drafts, as far as it is known what may
+    follow them; empty: one each."""
 
 
 class Draft(Message, frozen=True, kw_only=True):
@@ -877,8 +877,8 @@ class Sample(Message, frozen=True, kw_only=True):
     """Tokens that may be drawn: Q rows of ceil(vocab_size / 32) words, bit t % 32 of word t // 32 for token t."""
     mask_rows: Column = EMPTY_I32
     """For each row its row of `mask`, or -1 for none; empty: none at all. With a lookahead the mask is for the row's first token. A runner with `masks_ahead` gets,
-    where masks follow drafts, 1 + lookahead entries a row instead: for its next token, and for each behind a draft (-1 behind one that is not allowed). A row of zeros behind a
-    draft: nothing may be drawn there, and the row's tokens end in front of it."""
+    where masks follow drafts, 1 + lookahead entries a row instead: for its next token, and for each behind a draft; -2: there nothing is drawn, the
+    row's tokens end in front of it."""
     lookahead: int = 0
     """As in its Forward. Above 0, row i is drawn for at every position from positions[i] to the end of what its Forward row computed, each as if it were
     alone, as long as the token that was drawn is the one that stands there (a draft): StepDone.counts tokens in all."""

@@ -225,7 +225,7 @@ def test_masks_behind_drafts_are_the_rows_own() -> None:
     (out,) = sampler.handle(MaskReady(step=1, rows=i32([1]), mask=i32([7] * 2 * 7), counts=i32([2])))
     assert isinstance(out, DeviceWork)
     assert out.sample is not None
-    assert out.sample.mask_rows.tolist() == [-1, -1, -1, 0, 1, -1]
+    assert out.sample.mask_rows.tolist() == [-1, -1, -1, 0, 1, -2]
 
 
 # ------------------------------------------------------------------ the whole engine
@@ -381,7 +381,7 @@ def test_masks_behind_drafts_end_where_it_is_not_known_what_follows(ranges: Any,
     drafts = {"draft_counts": i32([1, 1]), "drafts": i32([END, 20])}
     (ready,) = masks.handle(MaskRequest(step=2, rows=i32([0, 1]), seqs=i64([1, 2]), incarnations=i32([1, 1]), **drafts))
     assert isinstance(ready, MaskReady)
-    assert (ready.counts.tolist(), ready.mask.reshape(3, -1)[2].any()) == ([1, 2], False), "it cannot be copied"
+    assert ready.counts.tolist() == [1, 1], "the one ends there, the other cannot be copied"
 
 
 def test_limits_preemption_and_aborts() -> None:
