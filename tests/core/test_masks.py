@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))  # for grammar_kit.py: pytest's importlib mode does not
 
@@ -277,9 +281,9 @@ def run(
 
     async def main() -> None:
         plugins = PluginHost("engine", extra=["grammar_kit"] if host else []).load()
-        settings = build({"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, **config})
+        built = build({"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, **config})
         device = FakeDevice(FakeOptions(**{"vocab_size": VOCAB, "depth": 2, **(options or {})}))
-        engine = Engine(settings, output=output, device=device, policy=FirstComeFirstServed(), plugins=plugins)
+        engine = Engine(built, output=output, device=device, policy=FirstComeFirstServed(), plugins=plugins)
         try:
             async with trio.open_nursery() as nursery:
                 facts = await engine.start(nursery)
@@ -358,6 +362,45 @@ def test_drafts_under_a_grammar(kind: str, backend: str, monkeypatch: pytest.Mon
         assert few[0] < 0.75 * many[0]
     tight = run([*admits, *alone], options=options | {"num_blocks": 20})
     assert {seq: tight[seq] for seq in tight if seq >= 0} == {seq: right[seq] for seq in tight if seq >= 0}
+
+
+@given(
+    kinds=st.lists(st.sampled_from(["echo", "fair", "short", "wrong", "none"]), min_size=1, max_size=2),
+    lookahead=st.integers(1, 4),
+    ahead=st.booleans(),
+    depth=st.integers(1, 2),
+    blocks=st.sampled_from([14, 40, 200]),
+    widths=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    wishes=st.lists(st.sampled_from([None, True, False]), min_size=6, max_size=6),
+    ranges=st.lists(st.tuples(st.integers(30, 60), st.integers(1, 3), st.integers(1, 12)), min_size=4, max_size=4),
+)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_grammars_and_drafts_in_any_order_of_widths(
+    kinds: list[str],
+    lookahead: int,
+    ahead: bool,
+    depth: int,
+    blocks: int,
+    widths: list[int],
+    wishes: list[bool | None],
+    ranges: list[tuple[int, int, int]],
+) -> None:
+    """Whatever is drafted, wished and short of memory: the tokens are those without drafts."""
+    import copy
+
+    import grammar_kit
+
+    admits = [admit(key, b"[%d,%d,%d]" % (low, low + size, length), n=1 + key % 2) for key, (low, size, length) in enumerate(ranges, 1)]
+    admits += [admit(key, temperature=1.0, max_tokens=20) for key in (40, 41)]
+    right = run(admits, options={"depth": depth, "num_blocks": blocks})
+    wishing = [msgspec.structs.replace(one, spec_decode=wish) for one, wish in zip(admits, wishes, strict=True)]
+    turns = itertools.cycle(widths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Widths, "choose", lambda self, rows: min(next(turns), self.most(rows)))
+        patch.setattr(grammar_kit.Place, "fork", copy.copy, raising=False)
+        options = {"depth": depth, "num_blocks": blocks, "lookahead": lookahead, "drafts": tuple(kinds), "masks_ahead": ahead}
+        found = run(wishing, options=options)
+    assert {seq: one for seq, one in found.items() if seq != -2} == {seq: one for seq, one in right.items() if seq != -2}
 
 
 def test_masks_behind_drafts_end_where_it_is_not_known_what_follows(ranges: Any, monkeypatch: pytest.MonkeyPatch) -> None:
