@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from penstock.core.contract.grammars import Forks, Grammars, Matcher, Together
-from penstock.core.protocol.columns import I32
+from penstock.core.protocol.columns import EMPTY_I32, I32, i32
 from penstock.core.protocol.control import Message
 from penstock.core.protocol.errors import InvalidRequest, PenstockError, described, shown, tamed
 from penstock.core.protocol.messages import Drawn, GrammarClose, GrammarFailed, GrammarOpen, MaskReady, MaskRequest, Vocabulary
@@ -171,13 +171,22 @@ class Masks:
         self._undrawn.discard(message.step)
         if message.sources.size:
             self._branch(message)
-        for seq, incarnation, token in zip(message.seqs.tolist(), message.incarnations.tolist(), message.tokens.tolist(), strict=True):
+        tokens, at = message.tokens.tolist(), 0
+        for seq, incarnation, count in zip(
+            message.seqs.tolist(), message.incarnations.tolist(), message.counts.tolist() or [1] * len(message.seqs), strict=True
+        ):
             place = self._places.get((seq, incarnation))
-            if place is not None and token >= 0:
-                try:
-                    place.advance(token)
-                except BaseException as error:
-                    self._fail((seq, incarnation), place, "consume", error)
+            mine, at = tokens[at : at + count], at + count
+            if place is None:
+                continue
+            try:
+                for token in mine:
+                    if token >= 0:
+                        place.advance(token)
+                    if token in place.last:
+                        break  # what was drawn behind it is dropped
+            except BaseException as error:
+                self._fail((seq, incarnation), place, "consume", error)
 
     def _branch(self, message: Drawn) -> None:
         """Beams go on from where others were: all from before this step."""
@@ -207,10 +216,49 @@ class Masks:
                 for key, place, out in zip(keys, places, mask, strict=True):
                     if place is not None:
                         self._fill(key, place, out)
+            counts = EMPTY_I32
+            if request.draft_counts.size:
+                mask, counts = self._ahead(request, keys, places, mask)
             if self._blamed:
                 yield from self._blamed
                 self._blamed.clear()
-            yield MaskReady(step=request.step, rows=request.rows, mask=mask.ravel())
+            yield MaskReady(step=request.step, rows=request.rows, mask=mask.ravel(), counts=counts)
+
+    def _ahead(self, request: MaskRequest, keys: list[Key], places: list[_Place | None], first: I32) -> tuple[I32, I32]:
+        """With the masks behind drafts: all masks, and how many each row has. A grammar that fails behind a draft is as it was in front of it: it is blamed
+        when it comes to that."""
+        masks: list[I32] = []
+        counts: list[int] = []
+        at = 0
+        for place, out, count in zip(places, first, request.draft_counts.tolist(), strict=True):
+            mine, drafts = [out], request.drafts[at : at + count].tolist()
+            at += count
+            if place is not None and place.matcher is not None and drafts:
+                mine += self._behind(place, out, drafts)
+            masks += mine
+            counts.append(len(mine))
+        return np.stack(masks) if masks else first, i32(counts)
+
+    def _behind(self, place: _Place, first: I32, drafts: list[int]) -> list[I32]:
+        """The masks behind drafts, as far as it can be said what follows."""
+        masks: list[I32] = []
+        before, ahead = first, None
+        for token in drafts:
+            if token in place.last or not before.view(np.uint32)[token // 32] >> np.uint32(token % 32) & 1:
+                break  # it ends there, or the draft will not be drawn
+            try:
+                if ahead is None:
+                    if not isinstance(place.matcher, Forks) or self._grammars is None:
+                        break
+                    ahead = place.fork(self._grammars)
+                ahead.advance(token)
+                before = np.zeros_like(first)
+                ahead.fill(before)
+            except BaseException as error:
+                tamed(error)
+                break
+            masks.append(before)
+        return masks
 
     def _fill(self, key: Key, place: _Place, out: I32) -> None:
         try:

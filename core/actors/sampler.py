@@ -64,8 +64,17 @@ class Sampler:
         if not held or held[0].step != message.step:
             raise ProtocolError(f"A mask of step {message.step} came, for which no Sample waits.")
         sample = held.popleft()
-        mask_rows = np.full(len(sample.rows), -1, np.int32)
-        mask_rows[message.rows] = np.arange(len(message.rows), dtype=np.int32)
+        if message.counts.size:
+            width = 1 + sample.lookahead
+            mask_rows = np.full(len(sample.rows) * width, -1, np.int32)
+            at = 0
+            for row, count in zip(message.rows.tolist(), message.counts.tolist(), strict=True):
+                mask_rows[row * width : (row + 1) * width] = -2
+                mask_rows[row * width : row * width + count] = np.arange(at, at + count, dtype=np.int32)
+                at += count
+        else:
+            mask_rows = np.full(len(sample.rows), -1, np.int32)
+            mask_rows[message.rows] = np.arange(len(message.rows), dtype=np.int32)
         yield DeviceWork(sample=msgspec.structs.replace(sample, mask=message.mask, mask_rows=mask_rows, masked=False))
         while held and not held[0].masked:
             yield DeviceWork(sample=held.popleft())

@@ -237,6 +237,7 @@ class Runner(Protocol):
     With drafters (RunnerConfig.speculation) it has `lookahead: int`, the most drafts that it makes behind a token and verifies now that everything is loaded,
     and `drafters: tuple[str, ...]`, their methods, the first asked first: bit i of Sample.drafters and the number i in StepDone.drafters are drafter i. It may have
     `widths: tuple[int, ...]`, the lookaheads that it has prepared (captured graphs for, say), ascending: steps have no others. Without: all up to `lookahead`.
+    `masks_ahead: bool` says that it takes masks behind drafts (Sample.mask_rows); without, sequences that obey a grammar have no drafts.
     """
 
     facts: ModelFacts

@@ -58,6 +58,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     clones: bool = False
     lookahead: int = 0
     drafts: tuple[DraftKind, ...] = ("fair",)
+    masks_ahead: bool = False
     adapters: int = 0
     embeddings: int = 0
     pool_kinds: tuple[int, ...] = ()
@@ -142,6 +143,7 @@ class FakeRunner:
         hosted = {method for spec in specs.values() if spec.where == "host" for method in spec.methods}
         mine = tuple(one.method or "" for one in asked if one.method not in hosted)
         self.drafters = mine if asked else options.drafts
+        self.masks_ahead = options.masks_ahead
         self._device = device
         self._options = options
         slots = config.max_num_seqs

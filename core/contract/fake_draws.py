@@ -21,7 +21,7 @@ from penstock.core.protocol.messages import LogprobColumns, Sample, SlotSampling
 I32Array = npt.NDArray[np.int32]
 I64Array = npt.NDArray[np.int64]
 U8Array = npt.NDArray[np.uint8]
-DraftKind = Literal["fair", "right", "wrong", "none", "short", "poor"]
+DraftKind = Literal["fair", "right", "wrong", "none", "short", "poor", "echo"]
 """How a drafter guesses: see FakeDraws."""
 Script = Callable[[list[int], int], int | None]
 """(history, prompt length) -> the next token, or None for the hash's."""
@@ -66,25 +66,35 @@ class Mask:
 
     def __init__(self, work: Sample, vocab: int, need: Callable[[bool, str], None]) -> None:
         words = -(-vocab // 32)
-        need(len(work.mask_rows) == len(work.rows) and len(work.mask) % words == 0, "mask or mask_rows has a wrong size")
+        sizes = (len(work.rows), len(work.rows) * (1 + work.lookahead))
+        need(len(work.mask_rows) in sizes and len(work.mask) % words == 0, "mask or mask_rows has a wrong size")
         need(bool((work.mask_rows < len(work.mask) // words).all()), "mask_rows names a row that mask does not have")
         bits = np.unpackbits(work.mask.view(np.uint8), bitorder="little").reshape(-1, words * 32)
         self._allowed = bits[:, :vocab].astype(np.bool_)
-        self._rows = work.mask_rows
-        masked = np.nonzero(work.mask_rows >= 0)[0]
-        self.impossible: I32Array = i32(masked[~self._allowed[work.mask_rows[masked]].any(axis=1)])
+        ahead = len(work.mask_rows) // max(1, len(work.rows))
+        self._rows = work.mask_rows.reshape(len(work.rows), ahead) if len(work.rows) else work.mask_rows.reshape(0, 1)
+        first = self._rows[:, 0]
+        masked = np.nonzero(first >= 0)[0]
+        self.impossible: I32Array = i32(masked[~self._allowed[first[masked]].any(axis=1)])
 
-    def of(self, i: int) -> npt.NDArray[np.bool_]:
-        """Which tokens row `i` may draw: a flag for each of the vocabulary."""
-        row = int(self._rows[i])
+    def drawn(self, i: int, ahead: int) -> bool:
+        return self._row(i, ahead) > -2
+
+    def _row(self, i: int, ahead: int) -> int:
+        return int(self._rows[i, ahead]) if ahead < self._rows.shape[1] else -1
+
+    def of(self, i: int, ahead: int = 0) -> npt.NDArray[np.bool_]:
+        """Which tokens row `i` may draw behind so many drafts: a flag for each of the vocabulary."""
+        row = self._row(i, ahead)
         allowed: npt.NDArray[np.bool_] = np.ones_like(self._allowed[0]) if row < 0 else self._allowed[row]
         return allowed
 
-    def apply(self, tokens: I32Array, value: U64) -> None:
-        """In place; a row that may draw nothing keeps its token."""
-        for i, row in enumerate(self._rows.tolist()):
-            if row >= 0 and not self._allowed[row, tokens[i]]:
-                allowed = np.nonzero(self._allowed[row])[0]
+    def apply(self, tokens: I32Array, value: U64, rows: I64Array, ahead: int) -> None:
+        """In place, to what `rows` draw; a row that may draw nothing keeps its token."""
+        for i, row in enumerate(rows.tolist()):
+            may = self.of(row, ahead)
+            if not may[tokens[i]]:
+                allowed = np.nonzero(may)[0]
                 tokens[i] = allowed[int(value[i]) % len(allowed)] if len(allowed) else tokens[i]
 
 
@@ -110,8 +120,9 @@ class FakeDraws:
             params.min_tokens == 0 and params.allowed_token_ids is None and params.logprobs is None and self._script is None
         )
 
-    def draw(self, source: I64Array, into: I64Array, positions: I64Array) -> I32Array:
-        """The token at each of `positions`, from the KV of slot `source` before it, as slot `into` draws."""
+    def draw(self, source: I64Array, into: I64Array, positions: I64Array, rows: I64Array | None = None, ahead: int = 0) -> I32Array:
+        """The token at each of `positions`, from the KV of slot `source` before it, as slot `into` draws. For the mask: `rows` of the Sample (None: all), behind
+        so many drafts."""
         # The last position's entry is read from the KV, as attention would: wrong KV, wrong token.
         last, size = positions - 1, self._kv.shape[1]
         block = self._slots.table[source, last // size]
@@ -124,7 +135,7 @@ class FakeDraws:
             for i in np.nonzero(~self.plain[into])[0].tolist():
                 tokens[i] = self._special(int(into[i]), int(positions[i]), int(value[i]), int(tokens[i]))
         if self.mask is not None:
-            self.mask.apply(tokens, value)
+            self.mask.apply(tokens, value, np.arange(len(into)) if rows is None else rows, ahead)
         return tokens
 
     def verify(self, source: I64Array, into: I64Array, positions: I64Array, last: I64Array) -> tuple[I32Array, I32Array]:
@@ -134,10 +145,11 @@ class FakeDraws:
         counts = np.zeros(len(into), np.int32)
         tokens = np.zeros((len(into), 1 + int((last - positions).max(initial=0))), np.int32)
         for k in range(tokens.shape[1]):
+            if k and self.mask is not None:
+                rows = rows[[self.mask.drawn(row, k) for row in rows.tolist()]]
             at, slots = positions[rows] + k, into[rows]
             there = self._slots.history[slots, np.minimum(at, self._slots.history.shape[1] - 1)]
-            tokens[rows, k] = drawn = self.draw(source[rows], slots, at)
-            self.mask = None  # it was for the first token
+            tokens[rows, k] = drawn = self.draw(source[rows], slots, at, rows, k)
             counts[rows] += 1
             rows = rows[(drawn == there) & (at < last[rows])]
         for k in range(tokens.shape[1]):
@@ -164,7 +176,10 @@ class FakeDraws:
 
     def _guess(self, kind: DraftKind, digest: U64, slots: I64Array) -> I32Array:
         """The token behind a history of that digest. What a draw without settings brings: of three guesses two ("fair", "short"), all ("right"), none ("wrong")
-        or of five one ("poor")."""
+        or of five one ("poor"). "echo" says the last token again."""
+        if kind == "echo":
+            last: I32Array = self._slots.history[slots, self._slots.length[slots] - 1]
+            return last
         value = mix(digest ^ self._salt[slots])
         chance = (value >> np.uint64(20)) % np.uint64(15)
         wrong = (chance % np.uint64(5) > 0 if kind == "poor" else chance % np.uint64(3) == 0).astype(np.uint64)

@@ -187,6 +187,7 @@ class Engine:
             widths=tuple(getattr(runner, "widths", ())),
             drafters=drafters.names,
             hosted=drafters.hosted,
+            masks_ahead=bool(getattr(runner, "masks_ahead", False)),
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None

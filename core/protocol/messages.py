@@ -721,6 +721,9 @@ class MaskRequest(Message, frozen=True, kw_only=True):
     rows: Column
     seqs: Column
     incarnations: Column
+    draft_counts: Column = EMPTY_I32
+    """I32: drafts that each of them computes along (`drafts` I32 is CSR), of which masks are wanted too; empty: none."""
+    drafts: Column = EMPTY_I32
 
 
 class Drawn(Message, frozen=True, kw_only=True):
@@ -732,6 +735,8 @@ class Drawn(Message, frozen=True, kw_only=True):
     tokens: Column
     sources: Column = EMPTY_I64
     """I64: whose place in the grammar, as it was before this step, each goes on from; empty: each from its own."""
+    counts: Column = EMPTY_I32
+    """I32: tokens of each, where some have several (CSR by it); empty: one each."""
 
 
 class MaskReady(Message, frozen=True, kw_only=True):
@@ -740,6 +745,9 @@ class MaskReady(Message, frozen=True, kw_only=True):
     step: int
     rows: Column
     mask: Column
+    counts: Column = EMPTY_I32
+    """I32: masks of each row, the first for its next token, the others behind its drafts, as far as it is known what may
+    follow them; empty: one each."""
 
 
 class Draft(Message, frozen=True, kw_only=True):
@@ -869,7 +877,9 @@ class Sample(Message, frozen=True, kw_only=True):
     mask: Column = EMPTY_I32
     """Tokens that may be drawn: Q rows of ceil(vocab_size / 32) words, bit t % 32 of word t // 32 for token t."""
     mask_rows: Column = EMPTY_I32
-    """For each row its row of `mask`, or -1 for none; empty: none at all. With a lookahead the mask is for the row's first token."""
+    """For each row its row of `mask`, or -1 for none; empty: none at all. With a lookahead the mask is for the row's first token. A runner with `masks_ahead` gets,
+    where masks follow drafts, 1 + lookahead entries a row instead: for its next token, and for each behind a draft; -2: there nothing is drawn, the
+    row's tokens end in front of it."""
     lookahead: int = 0
     """As in its Forward. Above 0, row i is drawn for at every position from positions[i] to the end of what its Forward row computed, each as if it were
     alone, as long as the token that was drawn is the one that stands there (a draft): StepDone.counts tokens in all."""

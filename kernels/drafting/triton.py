@@ -54,16 +54,16 @@ def verify(tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, his
     return counts, kept
 
 
-@launched(do_not_specialize_on_alignment=LOOSE)
-def _put(drafts, slots, ends, history, V, L, stride, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+@launched(do_not_specialize=["count"], do_not_specialize_on_alignment=LOOSE)
+def _put(drafts, slots, ends, history, count, V, L, stride, WIDTH: tl.constexpr):
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
     end = tl.load(ends + row)
     k = tl.arange(0, WIDTH)
-    draft = tl.load(drafts + row * COUNT + k, mask=k < COUNT, other=-1)
+    draft = tl.load(drafts + row * count + k, mask=k < count, other=-1)
     fits = (draft >= 0) & (draft < V) & (end + k < L)
     fits = k < tl.min(tl.where(fits, WIDTH, k), 0)
-    tl.store(drafts + row * COUNT + k, tl.where(fits, draft, -1), mask=k < COUNT)
+    tl.store(drafts + row * count + k, tl.where(fits, draft, -1), mask=k < count)
     tl.store(history + tl.where(slot < 0, 0, slot) * stride + end + k, draft, mask=fits & (slot >= 0))
 
 
@@ -72,20 +72,20 @@ def put_drafts(drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, voc
     rows, count = drafts.shape
     if rows and count:
         _put[(rows,)](
-            drafts, slots, ends, history, vocab, history.shape[1], history.stride(0), COUNT=count, WIDTH=power(max(2, count)), num_warps=1
+            drafts, slots, ends, history, count, vocab, history.shape[1], history.stride(0), WIDTH=power(max(2, count)), num_warps=1
         )
 
 
-@launched(do_not_specialize_on_alignment=LOOSE)
+@launched(do_not_specialize=["count"], do_not_specialize_on_alignment=LOOSE)
 def _ngrams(
     slots,
     ends,
     history,
     out,
+    count,
     stride,
     SHORTEST: tl.constexpr,
     LONGEST: tl.constexpr,
-    COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -110,8 +110,8 @@ def _ngrams(
     k = tl.arange(0, WIDTH)
     there = found // 4294967296 >= SHORTEST
     again = k % tl.maximum(end - source, 1)
-    token = tl.load(mine + source + again, mask=there & (k < COUNT), other=-1)
-    tl.store(out + row * COUNT + k, token, mask=k < COUNT)
+    token = tl.load(mine + source + again, mask=there & (k < count), other=-1)
+    tl.store(out + row * count + k, token, mask=k < count)
 
 
 def ngrams(slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest: int, out: Tensor) -> None:
@@ -119,6 +119,6 @@ def ngrams(slots: Tensor, ends: Tensor, history: Tensor, shortest: int, longest:
     rows, count = out.shape
     if rows and count:
         _ngrams[(rows,)](
-            slots, ends, history, out, history.stride(0), SHORTEST=shortest, LONGEST=longest, COUNT=count, WIDTH=power(max(2, count)), BLOCK=LOOK,
+            slots, ends, history, out, count, history.stride(0), SHORTEST=shortest, LONGEST=longest, WIDTH=power(max(2, count)), BLOCK=LOOK,
             num_warps=4,
         )  # fmt: skip

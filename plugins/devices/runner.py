@@ -155,6 +155,7 @@ class DeviceRunner:
             f"{model.attention.kv_layout}:{self.kv_dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
         )
         self.lookahead = lookahead
+        self.masks_ahead = True
         self.drafters = tuple(drafter.name for drafter in drafters)
         self._drafters = list(drafters)
         self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
@@ -745,7 +746,7 @@ class DeviceRunner:
         assert launched.hidden is not None
         hidden = ops.take_rows(launched.hidden, at)
         logits = self._logits(hidden)
-        mask = None if not len(work.mask_rows) else (work.mask, np.where(drawn.ahead == 0, work.mask_rows[drawn.row], -1).astype(np.int32))
+        mask = drawn.masks(work) if len(work.mask_rows) else None
         tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead)
         counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
         self.sampler.settle(kept)
@@ -968,6 +969,12 @@ class DeviceRunner:
         self._ops.set_blocks(self.table, none, none, none)
         self._model.attention.copy(self._pool, none, none)
         self.sampler.adjust_nobody(none)
+        for width in (1, 3, 7, 15, 31, 63):  # a kernel for each power of two
+            if width < 2 * self.lookahead:
+                bounds = torch.arange(2, dtype=torch.int32, device=none.device)
+                self._ops.verify(none, none, none, bounds, self.history, 1 + width)
+                drafts = torch.full((1, width), -1, dtype=torch.int32, device=none.device)
+                self._ops.put_drafts(drafts, none, none, self.history, self.facts.vocab_size)
 
     @torch.inference_mode()
     def exercise(self, rows: int, tokens: int) -> None:
@@ -1069,12 +1076,21 @@ class _Drawn:
         offset = np.where(rows < before.num_decode, work.positions - 1 - before.starts[rows], 0)
         if int(widths.min()) < 1 or int(offset.min()) < 0 or bool((widths[rows >= before.num_decode] > 1).any()):
             raise EngineFailure("A Sample names positions of which its Forward computed nothing.")
+        if len(work.mask_rows) > len(rows):  # a row ends where it is not known what may follow
+            unknown = work.mask_rows.reshape(len(rows), -1) < -1
+            widths = np.minimum(widths, np.where(unknown.any(1), unknown.argmax(1), unknown.shape[1])).astype(np.int32)
         bounds = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(widths, out=bounds[1:])
         row = np.repeat(np.arange(len(rows), dtype=np.int32), widths)
         ahead = np.arange(len(row), dtype=np.int32) - bounds[row]
         at = (first[rows] + offset)[row] + ahead
         return _Drawn(bounds, row, ahead, at.astype(np.int32), work.slots[row], (work.positions[row] + ahead).astype(np.int32))
+
+    def masks(self, work: Sample) -> tuple[Column, Column]:
+        """Sample.mask, and its row for each draw."""
+        if len(work.mask_rows) > len(work.rows):
+            return work.mask, work.mask_rows.reshape(len(work.rows), -1)[self.row, self.ahead].astype(np.int32)
+        return work.mask, np.where(self.ahead == 0, work.mask_rows[self.row], -1).astype(np.int32)
 
     def landed(self, words: I32, lookahead: int, drafts: int) -> tuple[I32, I32, I32, U8, I32]:
         """(tokens, counts, drafts, whose they are, the index of each draw among the tokens) of what `_verify` brought."""

@@ -2,7 +2,7 @@
 
 What it is: `TritonOps`, the `DeviceOps` over kernels/*/triton.py, with the workspaces that those need, allocated once. Importing this module imports
 triton: only the CUDA device does it.
-What it does not know: attention, slots' owners, graphs, steps.
+What it does not know: attention, slots' owners, graphs, steps. It is long because it is the whole table of a device, a few lines an operation.
 """
 
 from __future__ import annotations

@@ -27,6 +27,14 @@ class NgramDrafter(NoLayers):
         self._longest, self._shortest = longest, config.prompt_lookup_min or min(SHORTEST, longest)
         self._ops = parts.ops
 
+    def warm(self, seen: Seen, rows: int, width: int) -> None:
+        """See Drafter."""
+        assert seen.proposal is not None
+        for count in {1, 2, 3, 5, 9, 17, 33} if rows == 1 else ():  # a kernel for each power of two
+            if count <= self.max_lookahead:
+                out = torch.empty(rows, count, dtype=torch.int32, device=seen.history.device)
+                self._ops.ngrams(seen.proposal.slots, seen.proposal.ends, seen.history, self._shortest, self._longest, out)
+
     def propose(self, seen: Seen, out: torch.Tensor) -> None:
         """See Drafter."""
         assert seen.proposal is not None

@@ -368,3 +368,21 @@ def test_a_drafter_below_the_band_is_turned_off_and_tried_again(make_sim: Make, 
     assert sim.samples[-1].drafts == 4, "on trial"
     sim.run()
     sim.check_idle()
+
+
+def test_an_engine_whose_drafts_do_not_pay_sends_what_one_without_drafters_sends(make_sim: Make) -> None:
+    """Message by message and byte by byte; and it reads no columns of drafts in between."""
+
+    def sent(**more: Any) -> list[bytes]:
+        sim = make_sim(depth=2, **more)
+        for n in range(6):
+            sim.admit([n] * (n + 1), max_tokens=20, temperature=n % 2, seed=n, n=1 + n % 2)
+        sim.run()
+        return [type(one).__name__.encode() + msgspec.msgpack.encode(_plain(one)) for one in sim.routed]
+
+    assert sent(lookahead=4, choose=lambda rows: 0) == sent()
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    found = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in msgspec.structs.asdict(message).items()}
+    return {name: value for name, value in found.items() if name not in ("stats", "logprobs", "prompt_logprobs", "places", "sampling")}

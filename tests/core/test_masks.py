@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))  # for grammar_kit.py: pytest's importlib mode does not
 
@@ -219,6 +223,15 @@ def test_the_sampler_holds_a_step_until_its_mask_and_those_behind_it() -> None:
     assert [(s.step, s.masked, s.mask_rows.tolist()) for s in steps] == [(2, False, [-1, 0]), (3, False, [])]
 
 
+def test_masks_behind_drafts_are_the_rows_own() -> None:
+    sampler = Sampler(engine=0, epoch=1, masks=True)
+    list(sampler.handle(sample(1, masked=True, lookahead=2)))
+    (out,) = sampler.handle(MaskReady(step=1, rows=i32([1]), mask=i32([7] * 2 * 7), counts=i32([2])))
+    assert isinstance(out, DeviceWork)
+    assert out.sample is not None
+    assert out.sample.mask_rows.tolist() == [-1, -1, -1, 0, 1, -2]
+
+
 # ------------------------------------------------------------------ the whole engine
 
 
@@ -241,8 +254,16 @@ def admit(key: int, grammar: bytes = b"", *, n: int = 1, max_tokens: int = 30, *
     )
 
 
-def run(admits: list[Admit], *, host: bool = True, abort: int = 0, options: dict[str, Any] | None = None, **config: Any) -> dict[int, Any]:
-    """seq -> (tokens, reason); -1 -> errors, -2 -> how often a sequence was preempted."""
+def run(
+    admits: list[Admit],
+    *,
+    host: bool = True,
+    abort: int = 0,
+    options: dict[str, Any] | None = None,
+    steps: list[int] | None = None,
+    **config: Any,
+) -> dict[int, Any]:
+    """seq -> (tokens, reason); -1 -> errors, -2 -> how often a sequence was preempted. `steps` gets how many there were."""
     tokens: dict[int, list[int]] = {}
     reasons: dict[int, int] = {}
     errors: list[str] = []
@@ -260,9 +281,9 @@ def run(admits: list[Admit], *, host: bool = True, abort: int = 0, options: dict
 
     async def main() -> None:
         plugins = PluginHost("engine", extra=["grammar_kit"] if host else []).load()
-        settings = build({"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, **config})
+        built = build({"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 4, **config})
         device = FakeDevice(FakeOptions(**{"vocab_size": VOCAB, "depth": 2, **(options or {})}))
-        engine = Engine(settings, output=output, device=device, policy=FirstComeFirstServed(), plugins=plugins)
+        engine = Engine(built, output=output, device=device, policy=FirstComeFirstServed(), plugins=plugins)
         try:
             async with trio.open_nursery() as nursery:
                 facts = await engine.start(nursery)
@@ -276,6 +297,8 @@ def run(admits: list[Admit], *, host: bool = True, abort: int = 0, options: dict
                 assert engine._scheduler is not None
                 left.append(engine._scheduler.leftovers())
                 left.append(engine._scheduler._board.preemptions)
+                if steps is not None:
+                    steps.append(engine._scheduler.done_step)
                 nursery.cancel_scope.cancel()
         finally:
             engine.close()
@@ -311,6 +334,97 @@ def test_who_obeys_has_no_drafts_and_those_beside_have(monkeypatch: pytest.Monke
     plain = [admit(key, temperature=1.0, max_tokens=60) for key in range(40, 46)]
     wide = run([*admits, *plain], options={"lookahead": 3, "drafts": ("right",)}, max_num_batched_tokens=40)
     assert wide == run([*admits, *plain], max_num_batched_tokens=40)
+
+
+@pytest.mark.parametrize("backend", ["copied", "torn", "walked again"])
+@pytest.mark.parametrize("kind", ["echo", "short", "wrong"])
+def test_drafts_under_a_grammar(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device that takes masks behind drafts. What may follow a draft is asked of a copy of the matcher: one that cannot be copied costs steps, no answers."""
+    import copy
+
+    import grammar_kit
+
+    def torn(self: Any) -> Any:
+        raise RuntimeError("torn")
+
+    monkeypatch.setattr(Widths, "choose", Widths.most)
+    if backend != "walked again":
+        monkeypatch.setattr(grammar_kit.Place, "fork", copy.copy if backend == "copied" else torn, raising=False)
+    admits = [admit(key, b"[%d,%d,%d]" % (key + 30, key + 31 + key % 2, key % 7 + 9), n=key % 2 + 1) for key in range(1, 6)]
+    admits += [admit(31, b"[50,51,90]", max_tokens=26)]
+    alone = [admit(41, temperature=1.0, max_tokens=20)]
+    beam = admit(30, b"[41,45,6]", n=2, beam=Beam(width=3), temperature=0.0, max_tokens=12)
+    few, many = [], []
+    right = run([*admits, *alone, beam], steps=many)
+    options = {"lookahead": 3, "drafts": (kind,), "masks_ahead": True}
+    assert run([*admits, *alone, beam], options=options, steps=few) == right
+    if (kind, backend) == ("echo", "copied"):
+        assert few[0] < 0.75 * many[0]
+    tight = run([*admits, *alone], options=options | {"num_blocks": 20})
+    assert {seq: tight[seq] for seq in tight if seq >= 0} == {seq: right[seq] for seq in tight if seq >= 0}
+
+
+@given(
+    kinds=st.lists(st.sampled_from(["echo", "fair", "short", "wrong", "none"]), min_size=1, max_size=2),
+    lookahead=st.integers(1, 4),
+    ahead=st.booleans(),
+    depth=st.integers(1, 2),
+    blocks=st.sampled_from([14, 40, 200]),
+    widths=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    wishes=st.lists(st.sampled_from([None, True, False]), min_size=6, max_size=6),
+    ranges=st.lists(st.tuples(st.integers(30, 60), st.integers(1, 3), st.integers(1, 12)), min_size=4, max_size=4),
+)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_grammars_and_drafts_in_any_order_of_widths(
+    kinds: list[str],
+    lookahead: int,
+    ahead: bool,
+    depth: int,
+    blocks: int,
+    widths: list[int],
+    wishes: list[bool | None],
+    ranges: list[tuple[int, int, int]],
+) -> None:
+    """Whatever is drafted, wished and short of memory: the tokens are those without drafts."""
+    import copy
+
+    import grammar_kit
+
+    admits = [admit(key, b"[%d,%d,%d]" % (low, low + size, length), n=1 + key % 2) for key, (low, size, length) in enumerate(ranges, 1)]
+    admits += [admit(key, temperature=1.0, max_tokens=20) for key in (40, 41)]
+    right = run(admits, options={"depth": depth, "num_blocks": blocks})
+    wishing = [msgspec.structs.replace(one, spec_decode=wish) for one, wish in zip(admits, wishes, strict=True)]
+    turns = itertools.cycle(widths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Widths, "choose", lambda self, rows: min(next(turns), self.most(rows)))
+        patch.setattr(grammar_kit.Place, "fork", copy.copy, raising=False)
+        options = {"depth": depth, "num_blocks": blocks, "lookahead": lookahead, "drafts": tuple(kinds), "masks_ahead": ahead}
+        found = run(wishing, options=options)
+    assert {seq: one for seq, one in found.items() if seq != -2} == {seq: one for seq, one in right.items() if seq != -2}
+
+
+def test_masks_behind_drafts_end_where_it_is_not_known_what_follows(ranges: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import copy
+
+    import grammar_kit
+
+    masks = Masks(ranges, vocab=VOCAB)
+    for message in (WORDS, opened(1, b"[10,12,3]"), opened(2, b"[20,22,9]"), opened(3, b"[30,31,1]"), opened(4, b"[40,42,9]")):
+        list(masks.handle(message))
+    monkeypatch.setattr(grammar_kit.Place, "fork", copy.copy, raising=False)
+    drafts = {"draft_counts": i32([2, 2, 2, 0]), "drafts": i32([10, 11, 20, 99, 30, END])}
+    (ready,) = masks.handle(MaskRequest(step=1, rows=i32(range(4)), seqs=i64([1, 2, 3, 4]), incarnations=i32([1] * 4), **drafts))
+    assert isinstance(ready, MaskReady)
+    assert ready.counts.tolist() == [3, 2, 2, 1]
+    found = np.unpackbits(ready.mask.view(np.uint8), bitorder="little").reshape(8, -1)
+    assert [np.flatnonzero(row).tolist() for row in found] == [[10, 11]] * 3 + [[20, 21]] * 2 + [[30], [END]] + [[40, 41]]
+    tokens = {"tokens": i32([10, 11, 10, 20, 30, END, 5, -1]), "counts": i32([3, 1, 3, 1])}
+    list(masks.handle(Drawn(step=1, seqs=i64([1, 2, 3, 4]), incarnations=i32([1] * 4), **tokens)))
+    monkeypatch.delattr(grammar_kit.Place, "fork")
+    drafts = {"draft_counts": i32([1, 1]), "drafts": i32([END, 20])}
+    (ready,) = masks.handle(MaskRequest(step=2, rows=i32([0, 1]), seqs=i64([1, 2]), incarnations=i32([1, 1]), **drafts))
+    assert isinstance(ready, MaskReady)
+    assert ready.counts.tolist() == [1, 1], "the one ends there, the other cannot be copied"
 
 
 def test_limits_preemption_and_aborts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from typing import Any
 
+from penstock.core.actors.drafters import HostDrafters
 from penstock.core.actors.executor import Executor
 from penstock.core.actors.kv import KvManager
 from penstock.core.actors.masks import Masks
@@ -49,12 +50,13 @@ from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 def scheduler() -> Scheduler:
     settings = SchedulerSettings(
-        engine=0, epoch=1, max_num_seqs=1, max_num_batched_tokens=1, max_model_len=1, block_size=1, num_blocks=1, grammars=True
-    )
+        engine=0, epoch=1, max_num_seqs=1, max_num_batched_tokens=1, max_model_len=1, block_size=1, num_blocks=1, grammars=True,
+        lookahead=1, drafters=("suffix",), hosted=(True,),
+    )  # fmt: skip
     return Scheduler(settings, FirstComeFirstServed(), FakeClock())
 
 
-ACTORS: list[Any] = [scheduler(), KvManager, Executor, Sampler(engine=0, epoch=1, masks=True), Masks, TextActor, Supervisor]
+ACTORS: list[Any] = [scheduler(), KvManager, Executor, Sampler(engine=0, epoch=1, masks=True), Masks, HostDrafters, TextActor, Supervisor]
 
 PORTS_TAKE: dict[str, set[type[Message]]] = {
     "device queue": set(ThreadDeviceQueue.takes),

@@ -185,6 +185,38 @@ def test_a_bad_draw_behind_a_draft_is_the_next_step_s_first(drafting: Any, folde
     assert (done.tokens.tolist(), done.counts.tolist(), done.bad_rows.tolist()) == ([0], [1], [0])
 
 
+def test_masks_behind_drafts(drafting: Any) -> None:
+    """Each position under its own mask; a row ends where there is none yet (-2), though its drafts are right."""
+    plain = Job(prompt=np.arange(5, dtype=np.int32), params=SamplingParams(temperature=0.0), max_tokens=8)
+    Driver(drafting(None)).run([plain])
+    words = -(-VOCAB // 32)
+
+    def only(*tokens: int) -> list[int]:
+        row = np.zeros(words * 32, np.uint8)
+        row[list(tokens)] = 1
+        return list(np.packbits(row, bitorder="little").view(np.int32))
+
+    def step(mask_rows: list[int], mask: list[int]) -> Any:
+        runner = drafting(Told(truth_of([plain])))
+        ids, blocks = {"slots": i32([0])}, {"block_slots": i32([0]), "block_index": i32([0]), "block_ids": i32([0])}
+        start = {"place_slots": i32([0]), "place_counts": i32([5]), "place_tokens": plain.prompt}
+        places = [SlotSampling(slot=0, choice=0, prompt_len=5, params=plain.params)]
+        runner.forward(Forward(engine=0, epoch=0, step=1, starts=i32([0]), counts=i32([5]), num_decode=0, **ids, **blocks, **start))
+        runner.sample(Sample(engine=0, epoch=0, step=1, rows=i32([0]), positions=i32([5]), places=places, drafts=K, **ids))()
+        runner.forward(Forward(engine=0, epoch=0, step=2, starts=i32([5]), counts=i32([1 + K]), num_decode=1, lookahead=K, **ids))
+        masks = {"mask": i32(mask), "mask_rows": i32(mask_rows)}
+        return runner.sample(Sample(engine=0, epoch=0, step=2, rows=i32([0]), positions=i32([6]), lookahead=K, **masks, **ids))()
+
+    t = plain.tokens
+    other = next(token for token in range(VOCAB) if token not in t)
+    done = step([0, -1, 1, -1, -1], only(t[1]) + only(t[3], other))
+    assert (done.tokens.tolist(), done.counts.tolist()) == (t[1:6], [5])
+    done = step([-1, -1, 0, -1, -1], only(other))
+    assert (done.tokens.tolist(), done.counts.tolist()) == ([*t[1:3], other], [3])
+    done = step([-1, -1, -2, -2, -2], only(other))
+    assert (done.tokens.tolist(), done.counts.tolist()) == (t[1:3], [2])
+
+
 def test_what_cannot_be_drawn_is_refused(drafting: Any) -> None:
     runner = drafting(None)
     row = {"slots": i32([0]), "starts": i32([0]), "counts": i32([3])}

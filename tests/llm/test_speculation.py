@@ -60,4 +60,4 @@ def test_answers_are_those_without(methods: list[dict[str, Any]], plain: list[An
     monkeypatch.setattr(Widths, "verified", lambda self, width, rows: (accepted.extend(rows[1:]), verified(self, width, rows))[1])
     found, _ = answers(speculative_config=json.dumps({"methods": methods}))
     assert found == plain
-    assert sum(accepted) > 100
+    assert sum(accepted) > 20

@@ -68,6 +68,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Who drafts: methods, the first asked first."""
     hosted: tuple[bool, ...] = ()
     """Of each of these: is it on the host? (): none is. The others are Runner.drafters, in order."""
+    masks_ahead: bool = False
+    """The device takes masks behind drafts: sequences with a grammar have drafts too."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 

@@ -52,6 +52,8 @@ class Drafting:
         self._hosts_on: list[int] = []
         self._tokens: dict[int, I32] = {}
         """Drafts of the host, by slot, that are written with this step."""
+        self._stands: I32 | None = np.zeros((settings.max_num_seqs, self._most), np.int32) if settings.masks_ahead else None
+        """The drafts themselves, by slot: masks follow them."""
         self.ended: list[int] = []
         """Sequences that drafters on the host were told of, and that left their slots."""
         self._before = -1, -1, 0
@@ -134,6 +136,8 @@ class Drafting:
             self._tokens[slot] = reply.tokens[ends[at] - reply.counts[at] : ends[at]]
             slots.drafted[slot] = reply.counts[at]
             slots.drafter[slot] = self.hosts[int(reply.drafters[at])]
+            if self._stands is not None:
+                self._stands[slot, : reply.counts[at]] = self._tokens[slot]
             slots.any_drafted = True
 
     def _question(self, index: Index, most: I32, asked: U8) -> Draft:
@@ -180,6 +184,14 @@ class Drafting:
             slots.drafted[flight.rows.index] = 0
             slots.any_drafted = bool(slots.drafted.any())
         return written
+
+    def masked(self, flight: Flight) -> dict[str, Column]:
+        """The drafts of rows that obey a grammar, for MaskRequest."""
+        ahead = flight.ahead[flight.masked]
+        if self._stands is None or not ahead.any():
+            return {}
+        rows = self._stands[flight.rows.index[flight.masked]]
+        return {"draft_counts": ahead, "drafts": rows[np.arange(rows.shape[1]) < ahead[:, None]]}
 
     def _forget_tokens(self) -> None:
         """They stand nowhere but in the step that they are written with."""
@@ -228,6 +240,8 @@ class Drafting:
             there = done.drafts.reshape(count, flight.drafts) >= 0
             slots.drafted[index] = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1))
             slots.any_drafted = True
+            if self._stands is not None:
+                self._stands[index, : flight.drafts] = done.drafts.reshape(count, flight.drafts)
             slots.drafter[index] = self._device[done.drafters] if done.drafters.size else self._device[0]
 
     def _verified(self, flight: Flight, done: StepDone) -> None:

@@ -17,7 +17,7 @@ from penstock.core.actors.scheduler.board import Board
 from penstock.core.actors.scheduler.outline import Flight, pick_logprobs, select_logprobs
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import ENDED, Rows
-from penstock.core.protocol.columns import I32, U8, Column, i32, i64
+from penstock.core.protocol.columns import EMPTY_I32, I32, U8, Column, i32, i64
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import (
     FAILED,
@@ -156,8 +156,9 @@ class Landing:
         """As `_drawn`, where some of the rows may be beams: not what was drawn for them counts, but what they go on with."""
         drawn = _drawn(flight, done)
         sources, tokens = drawn.seqs.copy(), drawn.tokens.copy()
+        firsts = np.cumsum(drawn.counts) - drawn.counts if drawn.counts.size else np.arange(tokens.size)
         for at in np.flatnonzero(beams[flight.masked]).tolist():
-            sources[at], tokens[at] = self._beams.steps.get(int(drawn.seqs[at]), (drawn.seqs[at], -1))
+            sources[at], tokens[firsts[at]] = self._beams.steps.get(int(drawn.seqs[at]), (drawn.seqs[at], -1))
         return msgspec.structs.replace(drawn, sources=sources, tokens=tokens)
 
     def _blame(self, slot: int) -> str:
@@ -221,7 +222,12 @@ class Landing:
 
 def _drawn(flight: Flight, done: StepDone) -> Drawn:
     rows, which = flight.rows, flight.masked
-    tokens = done.tokens[which if not flight.width else (np.cumsum(done.counts) - done.counts)[which]]  # they have one each
+    tokens, bad, counts = done.tokens[which] if not flight.width else done.tokens, np.isin(which, done.bad_rows), EMPTY_I32
+    if flight.width:  # some may have several
+        counts = done.counts[which]
+        firsts = (np.cumsum(done.counts) - done.counts)[which]
+        at = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+        tokens, bad = tokens[at], np.repeat(bad, counts)
     if done.bad_rows.size:
-        tokens = np.where(np.isin(which, done.bad_rows), np.int32(-1), tokens)
-    return Drawn(step=done.step, seqs=rows.seqs[which], incarnations=rows.incarnations[which], tokens=tokens)
+        tokens = np.where(bad, np.int32(-1), tokens)
+    return Drawn(step=done.step, seqs=rows.seqs[which], incarnations=rows.incarnations[which], tokens=tokens, counts=counts)

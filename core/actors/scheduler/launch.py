@@ -196,4 +196,7 @@ class Launch:
         )
         if flight.masked.size:
             rows, which = flight.rows, flight.masked
-            yield MaskRequest(step=flight.step, rows=which.astype(np.int32), seqs=rows.seqs[which], incarnations=rows.incarnations[which])
+            more = {} if drafting is None or not flight.width else drafting.masked(flight)
+            yield MaskRequest(
+                step=flight.step, rows=which.astype(np.int32), seqs=rows.seqs[which], incarnations=rows.incarnations[which], **more
+            )

@@ -45,7 +45,7 @@ class Request:
         "wish",
     )
 
-    def __init__(self, admit: Admit, now_ns: int, limit: int, hashes: bytes) -> None:
+    def __init__(self, admit: Admit, now_ns: int, limit: int, hashes: bytes, masks_ahead: bool = False) -> None:
         self.key = admit.key
         self.incarnation = admit.incarnation
         self.prompt: I32 = admit.prompt
@@ -58,8 +58,12 @@ class Request:
         self.limit = limit
         self.draws_nothing = admit.max_tokens == 0
         self.grammar = bool(admit.grammar) and not self.draws_nothing
-        self.wish = -1 if self.grammar or admit.sampling.beam is not None else {True: 1, False: -1, None: 0}[admit.spec_decode]
-        """Drafts: 1 whatever they cost, -1 never. Under a mask there are none: it is for one token."""
+        self.wish = {True: 1, False: -1, None: 0}[admit.spec_decode]
+        """Drafts: 1 whatever they cost, -1 never."""
+        if (
+            self.grammar and not masks_ahead
+        ) or admit.sampling.beam is not None:  # masks are for one token; what a beam draws does not count
+            self.wish = -1
         self.stop_ids = sorted({*admit.eos.tolist(), *admit.sampling.stop_token_ids})
         self.banned_ids: I32 = np.asarray(self.stop_ids, np.int32) if admit.sampling.min_tokens > 0 else EMPTY_I32
         self.live = 0

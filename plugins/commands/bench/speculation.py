@@ -35,11 +35,11 @@ def measured(configs: list[dict[str, Any]], *, model: str | None, tokens: int, t
 
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     named: dict[str, dict[str, Any]] = {"off": {}, **{json.dumps(config): {"speculative_config": json.dumps(config)} for config in configs}}
-    named_model: dict[str, Any] = {"model": model} if model else {}
     rates: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
     used: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
     with contextlib.ExitStack() as stack:
-        engines = {name: stack.enter_context(LLM(**named_model, **over, **options)) for name, over in named.items()}
+        common: dict[str, Any] = {**options, **({"model": model} if model else {})}
+        engines = {name: stack.enter_context(LLM(**common, **over)) for name, over in named.items()}
         answers: dict[str, list[int]] = {}
         for turn in range(turns + 1):  # the first one warms up, and lets the widths be learned
             order = list(engines) if turn % 2 else list(engines)[::-1]
