@@ -140,7 +140,7 @@ def test_only_widths_that_are_prepared_are_chosen() -> None:
     world = World(RATES["good"], memory_bound)
     world.widths = Widths([2, 5], 1 << 20, world.clock)
     world.run(500, 3)
-    assert set(world.used) == {0, 2, 5}
+    assert set(world.used) <= {0, 2, 5}
     assert world.usual() == 5
 
 

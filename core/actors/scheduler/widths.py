@@ -35,6 +35,8 @@ FIRST_PAUSE_NS, LAST_PAUSE_NS = 2 * 10**9, 120 * 10**9
 """The same in time, while no drafts are best: nothing is learned then without a trial."""
 BLIND = 16
 """Steps of a size in which the time without drafts is to be learned first, at most."""
+HOLD = 7
+"""Steps that a width stays once it has been the best for a while: what is expected changes slowly, and comparing costs as much as planning a step."""
 ENOUGH = 3
 """Times after which one counts."""
 
@@ -64,6 +66,8 @@ class Widths:
         """Rows (a power of two) -> width -> [ns, how many were measured]."""
         self._asked: dict[int, int] = {}
         self._current = 0
+        self._hold, self._held, self._unchanged = 0, (0, 0), 0
+        """So many steps more it stays, for steps of that size."""
         self._trial, self._trial_left = 0, 0
         self._interval, self._since = FIRST_INTERVAL, 0
         self._pause_ns, self._retry_ns = FIRST_PAUSE_NS, 0
@@ -147,8 +151,13 @@ class Widths:
             return 0
         if self._trial_left:
             self._trial_left -= 1
+            self._hold = 0
             return min(self._trial, most)
         size = _size(rows)
+        if self._hold and self._held == (size, most):
+            self._hold -= 1
+            self._since += 1
+            return min(self._current, most)
         if self._asked.get(size, 0) < BLIND and 0 not in self._known(size):
             self._asked[size] = self._asked.get(size, 0) + 1
             return 0
@@ -157,7 +166,7 @@ class Widths:
         now = self.speed(rows, current)
         best = max(able, key=lambda width: self.speed(rows, width))
         if best != current and self.speed(rows, best) > (BETTER if best > current else 1.0) * now:
-            self._interval, self._since = FIRST_INTERVAL, 0
+            self._interval, self._since, self._unchanged = FIRST_INTERVAL, 0, 0
             if best == 0:
                 self._retry_ns = self._clock.now_ns() + self._pause_ns
             self._current = current = best
@@ -171,6 +180,8 @@ class Widths:
             self._pause_ns = min(2 * self._pause_ns, LAST_PAUSE_NS)
             self._fade()
             return self._start(max(able[1:], key=lambda width: self.speed(rows, width)))
+        self._unchanged += 1
+        self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
         return current
 
     def _fade(self) -> None:
