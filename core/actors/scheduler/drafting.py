@@ -56,8 +56,10 @@ class Drafting:
         """The drafts themselves, by slot: masks follow them."""
         self.ended: list[int] = []
         """Sequences that drafters on the host were told of, and that left their slots."""
-        self._before = -1, -1, 0
-        """Of the step that landed last: which it was, the width that was chosen for it, when it was finished."""
+        self._before = -1, 0, True
+        """Of the step that landed last: which it was, the width that was chosen for it, whether it had decodes alone."""
+        self._finished_ns = 0
+        """When it was finished."""
         self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
         self.places = np.zeros(self._most, np.int64)
 
@@ -78,6 +80,7 @@ class Drafting:
         self._wishes = wishes = slots.wish[rows.index] if board.wishes else None
         willing = count if wishes is None else int(np.count_nonzero(wishes >= 0))
         if willing and self._off != self._all:
+            self._widths.mixed = bool(board.prefilling)
             self.chosen = self._widths.choose(count)
         forced = wishes is not None and bool((wishes > 0).any())
         self._wanted = max(self.chosen, self._widths.most(count)) if forced else self.chosen
@@ -222,10 +225,11 @@ class Drafting:
         slots, index, count = self._board.slots, flight.rows.index, flight.rows.slots.size
         if flight.width:
             self._verified(flight, done)
-        step, chosen, finished = self._before
-        if flight.pure and count and step == flight.step - 1 and chosen == flight.chosen and finished < done.finished_ns:
-            self._widths.timed(count, chosen, done.finished_ns - finished)
-        self._before = flight.step, flight.chosen if flight.pure else -1, done.finished_ns
+        kind = flight.step, flight.chosen, flight.pure
+        step, chosen, pure = self._before
+        if count and (step, chosen, pure) == (flight.step - 1, flight.chosen, flight.pure) and self._finished_ns < done.finished_ns:
+            self._widths.timed(count, chosen, done.finished_ns - self._finished_ns, not pure)
+        self._before, self._finished_ns = kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
                 raise ProtocolError(f"step {done.step} brought drafts that nobody asked for")

@@ -37,6 +37,8 @@ BLIND = 16
 """Steps of a size in which the time without drafts is to be learned first, at most."""
 HOLD = 7
 """Steps that a width stays once it has been the best for a while: what is expected changes slowly, and comparing costs as much as planning a step."""
+MIXED = 100
+"""Added to a size."""
 ENOUGH = 3
 """Times after which one counts."""
 
@@ -63,8 +65,10 @@ class Widths:
         self._right: list[float] = []
         """Of these, those whose draft there was, too."""
         self._times: dict[int, dict[int, list[float]]] = {}
-        """Rows (a power of two) -> width -> [ns, how many were measured]."""
+        """Rows (a power of two, see _size) -> width -> [ns, how many were measured]."""
         self._asked: dict[int, int] = {}
+        self.mixed = False
+        """Whether the next step has prompts beside its decodes, which take time whatever the width: such steps are a kind of their own."""
         self._current = 0
         self._hold, self._held, self._unchanged = 0, (0, 0), 0
         """So many steps more it stays, for steps of that size."""
@@ -75,9 +79,9 @@ class Widths:
 
     # ------------------------------------------------------------------ what is learned
 
-    def timed(self, rows: int, width: int, ns: int) -> None:
-        """A step of decodes alone, in the middle of others like it, took so long; drafting for the next one included."""
-        times = self._times.setdefault(_size(rows), {})
+    def timed(self, rows: int, width: int, ns: int, mixed: bool = False) -> None:
+        """A step in the middle of others like it took so long, drafting for the next one included. `mixed`: prompts were computed beside."""
+        times = self._times.setdefault(_size(rows, mixed), {})
         known = times.get(width)
         if known is None:
             times[width] = [0.0, 0.0]  # the first of its kind may have compiled something
@@ -115,7 +119,7 @@ class Widths:
 
     def time(self, rows: int, width: int) -> float:
         """Of a step, in ns; only comparable with others of the same rows where none of them was measured."""
-        size = _size(rows)
+        size = _size(rows, self.mixed)
         known = self._known(size)
         if not known and self._times:
             known = next((found for other in sorted(self._times, key=lambda s: abs(s - size)) if (found := self._known(other))), {})
@@ -153,7 +157,7 @@ class Widths:
             self._trial_left -= 1
             self._hold = 0
             return min(self._trial, most)
-        size = _size(rows)
+        size = _size(rows, self.mixed)
         if self._hold and self._held == (size, most):
             self._hold -= 1
             self._since += 1
@@ -203,9 +207,9 @@ class Widths:
         return width
 
 
-def _size(rows: int) -> int:
-    """Steps of these numbers of rows are alike."""
-    return max(rows - 1, 0).bit_length()
+def _size(rows: int, mixed: bool) -> int:
+    """Steps of these numbers of rows are alike; those with prompts are another kind."""
+    return max(rows - 1, 0).bit_length() + (MIXED if mixed else 0)
 
 
 class Watch:
