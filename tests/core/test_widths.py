@@ -128,6 +128,27 @@ def test_other_numbers_of_rows_have_times_of_their_own() -> None:
     assert world.used[-1] >= 3, "what was learned is still known"
 
 
+def test_steps_with_prompts_are_of_another_kind() -> None:
+    """Beside prompts a draft takes time of its own, alone it takes next to none."""
+    world = World(RATES["half"], memory_bound)
+    world.run(400, 8)
+    alone = world.usual()
+    assert alone >= 2
+    used = []
+    before = -1
+    for _ in range(400):
+        world.widths.mixed = True
+        used.append(world.widths.choose(8))
+        if used[-1] == before:
+            world.widths.timed(8, before, round(compute_bound(8, before) * MS), mixed=True)
+        before = used[-1]
+        world.clock.advance(0.01)
+    assert Counter(used[-200:]).most_common(1)[0][0] == 0
+    world.widths.mixed = False
+    world.run(10, 8)
+    assert Counter(world.used[-9:]).most_common(1)[0][0] >= 2, "what was learned of steps without is still known"
+
+
 def test_a_step_has_room_for_its_drafts() -> None:
     widths = Widths([1, 2, 4], 20, FakeClock())
     assert [widths.most(rows) for rows in (1, 4, 5, 6, 7, 10, 11, 20)] == [4, 4, 2, 2, 1, 1, 0, 0]
@@ -140,7 +161,7 @@ def test_only_widths_that_are_prepared_are_chosen() -> None:
     world = World(RATES["good"], memory_bound)
     world.widths = Widths([2, 5], 1 << 20, world.clock)
     world.run(500, 3)
-    assert set(world.used) == {0, 2, 5}
+    assert set(world.used) <= {0, 2, 5}
     assert world.usual() == 5
 
 

@@ -56,8 +56,10 @@ class Drafting:
         """The drafts themselves, by slot: masks follow them."""
         self.ended: list[int] = []
         """Sequences that drafters on the host were told of, and that left their slots."""
-        self._before = -1, -1, 0
-        """Of the step that landed last: which it was, the width that was chosen for it, when it was finished."""
+        self._before = -1, 0, True
+        """Of the step that landed last: which it was, the width that was chosen for it, whether it had decodes alone."""
+        self._finished_ns = 0
+        """When it was finished."""
         self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
         self.places = np.zeros(self._most, np.int64)
 
@@ -78,6 +80,7 @@ class Drafting:
         self._wishes = wishes = slots.wish[rows.index] if board.wishes else None
         willing = count if wishes is None else int(np.count_nonzero(wishes >= 0))
         if willing and self._off != self._all:
+            self._widths.mixed = bool(board.prefilling)
             self.chosen = self._widths.choose(count)
         forced = wishes is not None and bool((wishes > 0).any())
         self._wanted = max(self.chosen, self._widths.most(count)) if forced else self.chosen
@@ -222,10 +225,11 @@ class Drafting:
         slots, index, count = self._board.slots, flight.rows.index, flight.rows.slots.size
         if flight.width:
             self._verified(flight, done)
-        step, chosen, finished = self._before
-        if flight.pure and count and step == flight.step - 1 and chosen == flight.chosen and finished < done.finished_ns:
-            self._widths.timed(count, chosen, done.finished_ns - finished)
-        self._before = flight.step, flight.chosen if flight.pure else -1, done.finished_ns
+        kind = flight.step, flight.chosen, flight.pure
+        step, chosen, pure = self._before
+        if count and (step, chosen, pure) == (flight.step - 1, flight.chosen, flight.pure) and self._finished_ns < done.finished_ns:
+            self._widths.timed(count, chosen, done.finished_ns - self._finished_ns, not pure)
+        self._before, self._finished_ns = kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
                 raise ProtocolError(f"step {done.step} brought drafts that nobody asked for")
@@ -246,31 +250,35 @@ class Drafting:
 
     def _verified(self, flight: Flight, done: StepDone) -> None:
         slots, index, ahead = self._board.slots, flight.rows.index, flight.ahead
-        if done.counts.size != ahead.size or np.any(done.counts < 1) or np.any(done.counts > ahead + 1):
+        right = done.counts - np.int32(1)
+        if right.size != ahead.size or int(right.min()) < 0 or int((ahead - right).min()) < 0:
             raise ProtocolError(f"step {done.step} sampled {ahead.size} rows, whose counts cannot be right")
-        right = done.counts - 1
         slots.drafts_seen[index] += ahead
         slots.drafts_right[index] += right
+        reached = _at_least(right, self._most)
+        accepted = sum(reached[1:])
         self.rows += int(np.count_nonzero(ahead))
         self.drafted += int(ahead.sum())
-        self.accepted += int(right.sum())
-        by_place = np.bincount(right, minlength=self._most + 1)
-        reached = by_place[::-1].cumsum()[::-1]  # [j]: rows with at least j right
-        self.places += reached[1 : self._most + 1]
-        verified = right + (ahead > right)
-        whose = slots.drafter[index]
+        self.accepted += accepted
+        self.places += reached[1:]
+        wrong = ahead > right
+        whose = slots.drafter[index] if len(self.watches) > 1 else None
         for number, watch in enumerate(self.watches):
-            mine = whose == number if len(self.watches) > 1 else slice(None)
-            seen = int(verified[mine].sum())
-            if seen and watch.saw(seen, int(right[mine].sum())):
+            if whose is None:
+                seen, good = accepted + int(np.count_nonzero(wrong)), accepted
+            else:
+                mine = whose == number
+                good = int(right[mine].sum())
+                seen = good + int(np.count_nonzero(wrong[mine]))
+            if seen and watch.saw(seen, good):
                 self._switched()
                 log.warning("drafter %s is off: %s", watch.name, watch.reason)
         if flight.chosen:
-            auto = slots.wish[index] == 0 if self._board.wishes else slice(None)
-            mine_right = right[auto]
-            if mine_right.size:
-                at_least = np.bincount(np.minimum(mine_right, flight.chosen), minlength=flight.chosen + 1)[::-1].cumsum()[::-1]
-                self._widths.verified(flight.chosen, at_least.tolist())
+            if self._board.wishes:
+                auto = right[slots.wish[index] == 0]
+                reached = _at_least(np.minimum(auto, flight.chosen), self._most)
+            if reached[0]:
+                self._widths.verified(flight.chosen, reached)
 
     def _switched(self) -> None:
         off = sum(1 << number for number, watch in enumerate(self.watches) if watch.state == OFF)
@@ -301,3 +309,9 @@ class Drafting:
             return {}
         index = index[had]
         return {"drafted_seqs": rows.seqs[had], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
+
+
+def _at_least(right: I32, most: int) -> list[int]:
+    """[j]: of how many rows at least j drafts were right."""
+    found: list[int] = np.bincount(right, minlength=most + 1)[::-1].cumsum()[::-1].tolist()
+    return found

@@ -175,13 +175,12 @@ class Landing:
             for obeys, key in zip(obeying, zip(seqs.tolist(), incarnations.tolist(), strict=True), strict=True)
         ]
 
-    def _expand(self, flight: Flight, done: StepDone) -> tuple[Rows, I32, I32, I32, LogprobColumns | None, Column]:
+    @staticmethod
+    def _expand(flight: Flight, done: StepDone) -> tuple[Rows, I32, I32, I32, LogprobColumns | None, Column]:
         """A step of several tokens a row as if each were a row: what follows a row's first stop is dropped. Rows (repeated), positions, offsets, tokens,
         log-probabilities, and which of these are bad."""
-        board = self._board
         rows, counts, tokens, logprobs = flight.rows, done.counts, done.tokens, done.logprobs
-        room = board.slots.limit[rows.index] - flight.positions
-        if counts.size != rows.slots.size or int(counts.sum()) != tokens.size or np.any(counts < 1) or np.any(counts > np.maximum(room, 1)):
+        if int(counts.sum()) != tokens.size:  # that they fit the rows is known
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, whose counts or {tokens.size} tokens cannot be right")
         row_of = np.repeat(np.arange(counts.size), counts)
         firsts = np.cumsum(counts) - counts
@@ -192,6 +191,8 @@ class Landing:
         last[firsts[done.bad_rows]] = True
         for stops in rows.stops:
             last |= (stops == tokens) & (offsets >= rows.mins)
+        if not np.count_nonzero(last):
+            return rows, positions, offsets, tokens, logprobs, done.bad_rows
         before = np.cumsum(last) - last
         kept = np.flatnonzero(before == before[firsts[row_of]])
         bad = np.searchsorted(kept, firsts[done.bad_rows])

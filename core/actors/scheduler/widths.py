@@ -35,6 +35,10 @@ FIRST_PAUSE_NS, LAST_PAUSE_NS = 2 * 10**9, 120 * 10**9
 """The same in time, while no drafts are best: nothing is learned then without a trial."""
 BLIND = 16
 """Steps of a size in which the time without drafts is to be learned first, at most."""
+HOLD = 7
+"""Steps that a width stays once it has been the best for a while: what is expected changes slowly, and comparing costs as much as planning a step."""
+MIXED = 100
+"""Added to a size."""
 ENOUGH = 3
 """Times after which one counts."""
 
@@ -61,9 +65,13 @@ class Widths:
         self._right: list[float] = []
         """Of these, those whose draft there was, too."""
         self._times: dict[int, dict[int, list[float]]] = {}
-        """Rows (a power of two) -> width -> [ns, how many were measured]."""
+        """Rows (a power of two, see _size) -> width -> [ns, how many were measured]."""
         self._asked: dict[int, int] = {}
+        self.mixed = False
+        """Whether the next step has prompts beside its decodes, which take time whatever the width: such steps are a kind of their own."""
         self._current = 0
+        self._hold, self._held, self._unchanged = 0, (0, 0), 0
+        """So many steps more it stays, for steps of that size."""
         self._trial, self._trial_left = 0, 0
         self._interval, self._since = FIRST_INTERVAL, 0
         self._pause_ns, self._retry_ns = FIRST_PAUSE_NS, 0
@@ -71,9 +79,9 @@ class Widths:
 
     # ------------------------------------------------------------------ what is learned
 
-    def timed(self, rows: int, width: int, ns: int) -> None:
-        """A step of decodes alone, in the middle of others like it, took so long; drafting for the next one included."""
-        times = self._times.setdefault(_size(rows), {})
+    def timed(self, rows: int, width: int, ns: int, mixed: bool = False) -> None:
+        """A step in the middle of others like it took so long, drafting for the next one included. `mixed`: prompts were computed beside."""
+        times = self._times.setdefault(_size(rows, mixed), {})
         known = times.get(width)
         if known is None:
             times[width] = [0.0, 0.0]  # the first of its kind may have compiled something
@@ -111,7 +119,7 @@ class Widths:
 
     def time(self, rows: int, width: int) -> float:
         """Of a step, in ns; only comparable with others of the same rows where none of them was measured."""
-        size = _size(rows)
+        size = _size(rows, self.mixed)
         known = self._known(size)
         if not known and self._times:
             known = next((found for other in sorted(self._times, key=lambda s: abs(s - size)) if (found := self._known(other))), {})
@@ -147,8 +155,13 @@ class Widths:
             return 0
         if self._trial_left:
             self._trial_left -= 1
+            self._hold = 0
             return min(self._trial, most)
-        size = _size(rows)
+        size = _size(rows, self.mixed)
+        if self._hold and self._held == (size, most):
+            self._hold -= 1
+            self._since += 1
+            return min(self._current, most)
         if self._asked.get(size, 0) < BLIND and 0 not in self._known(size):
             self._asked[size] = self._asked.get(size, 0) + 1
             return 0
@@ -157,7 +170,7 @@ class Widths:
         now = self.speed(rows, current)
         best = max(able, key=lambda width: self.speed(rows, width))
         if best != current and self.speed(rows, best) > (BETTER if best > current else 1.0) * now:
-            self._interval, self._since = FIRST_INTERVAL, 0
+            self._interval, self._since, self._unchanged = FIRST_INTERVAL, 0, 0
             if best == 0:
                 self._retry_ns = self._clock.now_ns() + self._pause_ns
             self._current = current = best
@@ -171,6 +184,8 @@ class Widths:
             self._pause_ns = min(2 * self._pause_ns, LAST_PAUSE_NS)
             self._fade()
             return self._start(max(able[1:], key=lambda width: self.speed(rows, width)))
+        self._unchanged += 1
+        self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
         return current
 
     def _fade(self) -> None:
@@ -192,9 +207,9 @@ class Widths:
         return width
 
 
-def _size(rows: int) -> int:
-    """Steps of these numbers of rows are alike."""
-    return max(rows - 1, 0).bit_length()
+def _size(rows: int, mixed: bool) -> int:
+    """Steps of these numbers of rows are alike; those with prompts are another kind."""
+    return max(rows - 1, 0).bit_length() + (MIXED if mixed else 0)
 
 
 class Watch:
