@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from penstock.core.contract.devices import MemoryTable, ModelFacts, refuse_columns
-from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, I32, U8, Column, i32
+from penstock.core.protocol.columns import EMPTY_I32, EMPTY_U8, I32, Column, i32
 from penstock.core.protocol.errors import EngineFailure, InvalidRequest, UnsupportedFeature
 from penstock.core.protocol.messages import Control, Forward, LogprobColumns, Move, Sample, StepDone
 from penstock.plugins.devices.host_pages import HostPages
@@ -678,7 +678,7 @@ class DeviceRunner:
         landing = self._down.take()
         prompt = self._prompt_logprobs(work, launched, landing) if len(work.prompt_rows) else []
         rows, found, drawn = len(work.rows), None, None
-        if rows and (work.lookahead or work.drafts):
+        if rows and work.lookahead:
             drawn = _Drawn.of(work, before, launched.first)
             found = self._verify(work, launched, drawn, landing)
         elif rows:
@@ -694,12 +694,16 @@ class DeviceRunner:
                 mask = (work.mask, work.mask_rows) if len(work.mask_rows) else None
                 tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
+            if work.drafts:
+                row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
+                hidden = self._ops.take_rows(launched.hidden, row_at)
+                tokens = torch.cat([tokens, *self._draft(work, launched, slots, positions + 1, hidden)])
             landing.bring(tokens)
         if self._drafters and len(before.slots) > before.num_decode:
-            self._observe(launched, 0 if drawn is None or not work.drafts else work.drafters)
+            self._observe(launched, work.drafters if rows and work.drafts else 0)
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]
         drafting = None
-        if drawn is not None and work.drafts:
+        if rows and work.drafts:
             drafting = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
         self.counters.steps += 1
         end.record()
@@ -713,7 +717,11 @@ class DeviceRunner:
             tokens, counts, drafts, named = landing.tokens(), EMPTY_I32, EMPTY_I32, None
             drafters = EMPTY_U8
             if drawn is not None:
-                tokens, counts, drafts, drafters, named = drawn.landed(tokens, work.lookahead, work.drafts)
+                tokens, counts, named, rest = drawn.landed(tokens)
+            else:
+                tokens, rest = tokens[:rows], tokens[rows:]
+            if work.drafts:
+                drafts, drafters = rest[: rows * work.drafts].copy(), rest[rows * work.drafts :].astype(np.uint8)
             bad: I32 = EMPTY_I32
             if rows and int(tokens.min()) < 0:
                 wrong = np.flatnonzero(tokens < 0).astype(np.int32)
@@ -752,17 +760,20 @@ class DeviceRunner:
         self.sampler.settle(kept)
         results = [kept, counts]
         if work.drafts:
-            ends = row_positions + counts
             last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
-            begin, end = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
-            begin.record()
-            results += self._draft(work, launched, row_slots, ends, last)
-            end.record()
+            results += self._draft(work, launched, row_slots, row_positions + counts, last)
         landing.bring(torch.cat(results))
         return found
 
     def _draft(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
         """New drafts behind the histories, flat; and, where several drafters are asked, whose they are."""
+        begin, end = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
+        begin.record()
+        made = self._drafts(work, launched, slots, ends, hidden)
+        end.record()
+        return made
+
+    def _drafts(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
         shape, device = (len(work.rows), work.drafts), self._lane.device
         drafts = torch.full(shape, -1, dtype=torch.int32, device=device)
         first, hot = True, self.sampler.hot(work.slots)
@@ -1092,15 +1103,13 @@ class _Drawn:
             return work.mask, work.mask_rows.reshape(len(work.rows), -1)[self.row, self.ahead].astype(np.int32)
         return work.mask, np.where(self.ahead == 0, work.mask_rows[self.row], -1).astype(np.int32)
 
-    def landed(self, words: I32, lookahead: int, drafts: int) -> tuple[I32, I32, I32, U8, I32]:
-        """(tokens, counts, drafts, whose they are, the index of each draw among the tokens) of what `_verify` brought."""
+    def landed(self, words: I32) -> tuple[I32, I32, I32, I32]:
+        """(tokens, counts, the index of each draw among the tokens, what comes behind) of what `_verify` brought."""
         drawn, rows = len(self.row), len(self.bounds) - 1
         counts = words[drawn : drawn + rows]
         left = self.ahead < counts[self.row]
         named = np.where(left, np.cumsum(left) - 1, -1).astype(np.int32)
-        told = counts.copy() if lookahead else EMPTY_I32
-        at, end = drawn + rows, drawn + rows * (1 + drafts)
-        return words[:drawn][left], told, words[at:end].copy(), words[end:].astype(np.uint8), named
+        return words[:drawn][left], counts.copy(), named, words[drawn + rows :]
 
 
 def _joined(parts: list[LogprobColumns]) -> LogprobColumns:
