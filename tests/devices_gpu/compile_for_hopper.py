@@ -2,7 +2,7 @@
 not there, so that every kernel which serving needs is compiled and none can run; then has one ordinary step launched. Prints as JSON what was compiled, and
 for each launch its kernel and whether the thread that launches made its launcher.
 
-`compile_for_hopper.py CHECKPOINT [deterministic] [fp8] [kv:KV_CACHE_DTYPE]`
+`compile_for_hopper.py CHECKPOINT [deterministic] [QUANTIZATION] [kv:KV_CACHE_DTYPE]`
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main(folder: str, words: list[str]) -> None:
         gpu_memory_utilization=0.9,
         load_format="auto",
         deterministic="deterministic" in words,
-        quantization="fp8" if "fp8" in words else None,
+        quantization=next((word for word in words if word != "deterministic" and ":" not in word), None),
         enforce_eager=False,
         attention_backend=None,
         seed=0,

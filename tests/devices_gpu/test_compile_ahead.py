@@ -76,6 +76,7 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
         ("deterministic", DETERMINISTIC),
         ("kv:fp8_e4m3", CODED),
         pytest.param("fp8", EIGHT, marks=pytest.mark.slow),
+        pytest.param("int4", (EVERYWHERE - {"activation:_gated"}) | {"quantised.fragments:_matmul"}, marks=pytest.mark.slow),
         pytest.param("deterministic kv:int8", DETERMINISTIC, marks=pytest.mark.slow),
     ],
 )
