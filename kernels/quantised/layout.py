@@ -107,8 +107,9 @@ def supports(scheme: Scheme) -> bool:
 
 
 def in_fragments(scheme: Scheme) -> bool:
-    """Whether a weight lies in fragments."""
-    rounded_too = scheme.activations != "" and scheme.kind in ("int8", "fp8_e4m3") and scheme.group == 0
+    """Whether a weight lies in fragments: not where inputs may be rounded, too, for which kernels/w8a8 has its own tiles."""
+    blocks = scheme.kind == "fp8_e4m3" and scheme.group == scheme.rows == 128
+    rounded_too = scheme.activations != "" and scheme.kind in ("int8", "fp8_e4m3") and (scheme.group == 0 or blocks)
     return not rounded_too and (scheme.group == 0 or scheme.group >= 32)
 
 
