@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ FOUR = ("int4", "nf4", "mxfp4")
 """Words of --quantization that round to 4 bits."""
 FIELDS = ("num_bits", "bits", "w_bit", "wbits")
 """Of a quantization_config, wherever in it: bits of a weight."""
+FLAGS = ("load_in_4bit", "_load_in_4bit")
+NAMED_FOUR = re.compile(r"nvfp4|mxfp4|.*int[1-4](?!\d).*", re.IGNORECASE)
+"""Words of a quantization_config, wherever in it, that name at most 4 bits: formats, and torchao's classes and types (`Int4WeightOnlyConfig`, `int4`)."""
 
 
 def record_file(model: Path) -> Path:
@@ -126,8 +130,8 @@ def _says_four(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_says_four, value))
     if not isinstance(value, Mapping):
-        return isinstance(value, str) and value.lower() in ("nvfp4", "mxfp4")
-    named = any(value.get(name) == 4 for name in FIELDS) or value.get("load_in_4bit") is True
+        return isinstance(value, str) and NAMED_FOUR.fullmatch(value) is not None
+    named = any(value.get(name) == 4 for name in FIELDS) or any(value.get(name) is True for name in FLAGS)
     return named or any(map(_says_four, value.values()))
 
 

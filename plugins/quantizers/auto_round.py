@@ -26,8 +26,21 @@ def auto_round(config: dict[str, Any]) -> Gptq | Awq:
     fields = Fields(config)
     packing = PACKINGS[fields.word("packing_format", "auto_round:auto_gptq", *PACKINGS)]
     fields.word("data_type", "int", "int")
-    if config.get("extra_config"):
-        raise fields.refuse("extra_config", "layers with settings of their own are not supported yet.")
+    if not _plain(fields.inner("extra_config"), config):
+        raise fields.refuse("extra_config", "quantised layers with settings of their own are not supported yet.")
     if packing == "awq":
         return Awq({"bits": config.get("bits"), "group_size": config.get("group_size"), "zero_point": not config.get("sym", True)})
     return Gptq({**config, "checkpoint_format": packing})
+
+
+def _plain(layers: Fields | None, config: dict[str, Any]) -> bool:
+    """Whether all of them are wide (which the files say, too), or as the others."""
+
+    def same(one: Any) -> bool:
+        if not isinstance(one, dict):
+            return False
+        bits = one.get("bits", config.get("bits"))
+        wide = type(bits) is int and bits >= 16
+        return wide or all(one.get(name, config.get(name)) == config.get(name) for name in ("bits", "group_size", "sym"))
+
+    return layers is None or all(map(same, layers.config.values()))

@@ -32,6 +32,8 @@ from penstock.plugins.quantizers.fp8 import nvfp4
 
 PACKED, NVFP4, MXFP4 = "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized", NVFP4, MXFP4, "mixed-precision", "dense")
+OFFLINE = ("weight_input", "weight_output")
+"""Where a transform is part of the stored weights; elsewhere a step would have to compute it."""
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 
 
@@ -41,6 +43,8 @@ class Group(NamedTuple):
     targets: list[str]
     form: str
     scheme: Scheme
+    ordered: bool
+    """Each layer holds the group of each input."""
 
 
 class CompressedTensors:
@@ -52,6 +56,8 @@ class CompressedTensors:
         sparsity = fields.inner("sparsity_config")
         if sparsity is not None and sparsity.config:
             sparsity.word("format", "dense", "dense")
+        if _online(fields.inner("transform_config")):
+            raise fields.refuse("transform_config", "transforms of inputs or outputs (rotations) are not supported yet.")
         form = fields.word("format", "dense", *FORMATS)
         groups = fields.inner("config_groups")
         named = groups.config if groups is not None else {}
@@ -96,6 +102,8 @@ class CompressedTensors:
         if form == MXFP4:
             packed = stored(weights, f"{layer}.weight_packed", (rows, inputs // 2), torch.uint8)
             powers = stored(weights, f"{layer}.weight_scale", (rows, inputs // 32), torch.uint8)
+            if bool((powers == 255).any()):  # E8M0's NaN
+                raise CheckpointError(f"tensor '{layer}.weight_scale' holds NaN: the file is damaged.", param=f"{layer}.weight_scale")
             return Quantised(scheme, rows, inputs, packed.to(device), torch.exp2(powers.float() - 127).to(device))
         scales = scales_of(weights, f"{layer}.weight_scale", scheme.scale_rows(rows), scheme.groups(inputs))
         given = None
@@ -152,6 +160,8 @@ class CompressedTensors:
     def _order(self, weights: Any, layer: str, inputs: int, scheme: Scheme) -> torch.Tensor | None:
         name = f"{layer}.weight_g_idx"
         if not has(weights, name):
+            if scheme.group and self._group_of(layer).ordered:
+                raise CheckpointError(f"tensor {name!r} is missing, but config.json says actorder: the group of each input.", param=name)
             return None
         index = stored(weights, name, (inputs,), torch.int32, torch.int64)
         if bool((index == -1).all()):  # stands for none
@@ -202,7 +212,21 @@ def _group(fields: Fields | None, name: str, form: str) -> Group:
             raise CheckpointError(f"config.json: '{weights.where}.block_structure' must be two sizes.", param="block_structure")
         rows, group = block
     zeros = name.startswith("int") and not weights.flag("symmetric", True)
-    return Group(targets, form, Scheme(name, group, rows, zeros, activations=_activations(fields.inner("input_activations"), name)))
+    ordered = strategy == "group" and weights.config.get("actorder") in (True, "group", "dynamic")
+    return Group(
+        targets, form, Scheme(name, group, rows, zeros, activations=_activations(fields.inner("input_activations"), name)), ordered
+    )
+
+
+def _online(fields: Fields | None) -> bool:
+    """Whether a transform is anywhere but in stored weights."""
+    groups = None if fields is None else fields.inner("config_groups")
+    for name in () if groups is None else groups.config:
+        one = groups.inner(name) if groups is not None else None
+        places = [] if one is None else one.config.get("apply") or []
+        if not isinstance(places, list) or any(not isinstance(at, dict) or at.get("location") not in OFFLINE for at in places):
+            return True
+    return False
 
 
 def _activations(fields: Fields | None, kind: str) -> str:

@@ -38,6 +38,7 @@ class Gptq:
         if self._bits not in (4, 8):
             raise fields.refuse("bits", "is not supported, only 4 and 8.")
         self._group = fields.group("group_size")
+        self._act_order = fields.flag("desc_act", False)
         self._symmetric = fields.flag("sym", True)
         form = "checkpoint_format" if config.get("checkpoint_format") is not None else "format"
         self._less_one = fields.word(form, "gptq", *FORMATS) == "gptq"
@@ -88,6 +89,8 @@ class Gptq:
     def _order(self, weights: Any, layer: str, inputs: int) -> torch.Tensor | None:
         name = f"{layer}.g_idx"
         if not has(weights, name):
+            if self._act_order and self._group and self._group < inputs:
+                raise CheckpointError(f"tensor {name!r} is missing, but config.json says desc_act: the group of each input.", param=name)
             return None
         index = stored(weights, name, (inputs,), torch.int32, torch.int64)
         if int(index.min()) < 0:

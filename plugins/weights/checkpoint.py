@@ -109,12 +109,12 @@ def unread(path: str | Path, files: Sequence[Path]) -> list[str]:
 
 def stored_dtype(path: str | Path) -> str | None:
     """The dtype of the first floating tensor of 16 bits or more, as config.json would call it: what a configuration without a dtype means. None: another one."""
-    with _open(files_of(path)[0]) as handle:
+    with opened(files_of(path)[0]) as handle:
         kinds = (str(handle.get_slice(name).get_dtype()) for name in handle.keys())  # noqa: SIM118 (not a dict)
         return STORED.get(next((kind for kind in kinds if "F" in kind and "F8" not in kind), ""))
 
 
-def _open(file: Path) -> Any:
+def opened(file: Path) -> Any:
     try:
         with file.open("rb"):  # says why better than what follows
             pass
@@ -133,7 +133,7 @@ class Checkpoint:
         self._folder = Path(path)
         self._dtype = dtype
         self._files = files_of(path)
-        self._open = {file: _open(file) for file in self._files}
+        self._open = {file: opened(file) for file in self._files}
         self._where: dict[str, Path] = {}
         self._notes: dict[str, str] = {}
         twice: list[str] = []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from penstock.core.protocol.errors import ConfigError
@@ -165,11 +166,25 @@ def test_texts_come_in_three_forms(tmp_path: Path) -> None:
     assert of("a.txt", "one\ntwo\n\n\n\nthree\n") == ["one\ntwo", "three"]
     assert of("a.json", '["one", "two"]') == ["one", "two"]
     assert of("a.jsonl", '{"text": "one"}\n{"prompt": "two"}\n\n"three"\n') == ["one", "two", "three"]
+    assert of("d.jsonl", '{"text": "one\u2028two"}\n"three"\n') == ["one\u2028two", "three"]  # no line ends there
     for name, text in (("b.json", '{"a": 1}'), ("b.jsonl", "{}"), ("c.json", "[")):
         with pytest.raises(ConfigError, match="--text"):
             of(name, text)
+    with pytest.raises(ConfigError, match="half a surrogate pair"):
+        of("e.json", r'["good", "a \ud800 b"]')
     with pytest.raises(ConfigError, match="cannot be read"):
         texts_of(tmp_path / "none.txt")
+
+
+def test_a_picture_that_cannot_be_written_is_said(int4: Path, texts: Path, tmp_path: Path) -> None:
+    record_file(int4).unlink(missing_ok=True)
+    said = asked(int4, "--against", BROOK, "--text", texts, "--svg", tmp_path / "none" / "layers.svg")
+    assert said.exit_code == 2
+    assert "there is no folder" in said.output
+    said = asked(int4, "--against", BROOK, "--text", texts, "--svg", "/dev/full")
+    assert said.exit_code == 1
+    assert "--svg /dev/full: cannot be written" in said.output
+    assert read_record(int4)[0] is not None  # the work is not lost
 
 
 def test_texts_of_one_token_are_no_texts(int4: Path, tmp_path: Path) -> None:
@@ -177,6 +192,19 @@ def test_texts_of_one_token_are_no_texts(int4: Path, tmp_path: Path) -> None:
     said = asked(int4, "--against", BROOK, "--text", tmp_path / "short.json")
     assert said.exit_code
     assert "no text of two tokens" in str(said.exception)
+
+
+def test_a_model_of_other_shapes_is_not_the_wide_one(int4: Path, texts: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in BROOK.iterdir():
+        if file.name != "model.safetensors":
+            (other / file.name).write_bytes(file.read_bytes())
+    weights = load_file(BROOK / "model.safetensors")
+    save_file({name: w[:512].contiguous() if "mlp.up" in name else w for name, w in weights.items()}, other / "model.safetensors")
+    said = asked(int4, "--against", other, "--text", texts)
+    assert isinstance(said.exception, ConfigError)
+    assert "is 512 x 256, the quantised model's 768 x 256" in str(said.exception)
 
 
 def test_what_is_no_checkpoint_is_said(texts: Path, tmp_path: Path) -> None:

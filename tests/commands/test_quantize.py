@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.kernels.linear.scheme import Scheme, dequantise
 from penstock.plugins.commands.quant import writing
 from penstock.plugins.commands.quant.command import quantize
@@ -322,3 +323,26 @@ def test_what_cannot_be_written_is_said(wide: Path, tmp_path: Path, monkeypatch:
     assert "Make room" in str(said.exception)
     monkeypatch.undo()
     assert asked(wide, "--scheme", "fp8", "--out", tmp_path / "out").exit_code == 0
+
+
+def test_a_cut_off_file_is_said(wide: Path, tmp_path: Path) -> None:
+    (file,) = wide.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    said = asked(wide, "--scheme", "fp8", "--out", tmp_path / "out")
+    assert isinstance(said.exception, CheckpointError)
+    assert f"{file} is no readable safetensors file" in str(said.exception)
+
+
+def test_the_folder_that_one_is_in_cannot_get_a_name(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    said = asked(wide.absolute(), "--scheme", "fp8", "--out", ".")
+    assert isinstance(said.exception, ConfigError)
+    assert "--out ." in str(said.exception)
+
+
+def test_rounding_to_the_nearest_says_that_it_reads_no_texts(wide: Path, tmp_path: Path) -> None:
+    said = asked(wide, "--scheme", "fp8", "--calibration", tmp_path / "none.txt", "--samples", 3, "--out", tmp_path / "out")
+    assert said.exit_code == 0
+    assert "--calibration, --samples without effect" in said.stderr
+    assert "without effect" not in asked(wide, "--scheme", "fp8", "--out", tmp_path / "other").stderr

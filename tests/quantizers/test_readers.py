@@ -184,6 +184,8 @@ QUANTIZATION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"quant_method": "compressed-tensors", "config_groups": {}}, CheckpointError, "config_groups"),
     ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"]}}}, UnsupportedFeature, "weights"),
     ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 2}}}}, UnsupportedFeature, "num_bits"),
+    ({**FORMATS["ct w4a16"].config, "transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "weight_output"}, {"location": "input"}]}}}}, UnsupportedFeature, "transform_config"),
+    ({**FORMATS["auto-round gptq"].config, "extra_config": {"a": {"bits": 16}, "b": {"bits": 8}}}, UnsupportedFeature, "extra_config"),
     ({"quant_method": "fp8", "weight_block_size": [128]}, CheckpointError, "weight_block_size"),
     ({"quant_method": "fp8", "activation_scheme": "none"}, UnsupportedFeature, "activation_scheme"),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, UnsupportedFeature, "quant_algo"),
@@ -259,6 +261,30 @@ def test_mxfp4_of_compressed_tensors(tmp_path: Path) -> None:
     quantizer = reader(config)
     scheme = quantizer.scheme(source, "one", 16, 64)
     assert torch.equal(dequantise(quantizer.read(source, "one", scheme, 16, 64, CPU)), torch.from_numpy(layer.dense).float())
+
+    tensors = {f"one{end}": value.clone() for end, value in layer.tensors.items()}
+    tensors["one.weight_scale"][3, 1] = 255  # no number
+    with pytest.raises(CheckpointError, match=r"'one\.weight_scale' holds NaN"):
+        quantizer.read(checkpoint(tmp_path, tensors), "one", scheme, 16, 64, CPU)
+
+
+@pytest.mark.parametrize(("name", "end"), [("gptq 4 act-order", ".g_idx"), ("ct w4a16 ordered", ".weight_g_idx")])
+def test_an_order_that_is_missing_is_refused(name: str, end: str, tmp_path: Path) -> None:
+    tensors = FORMATS[name].make(np.random.default_rng(), 32, 48).tensors
+    weights = checkpoint(tmp_path, {f"one{one}": value for one, value in tensors.items() if one != end})
+    with pytest.raises(CheckpointError, match=f"one{end}' is missing"):
+        reader(FORMATS[name].config).scheme(weights, "one", 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("auto-round gptq", {"extra_config": {"lm_head": {"bits": 16, "data_type": "float"}, "model.layers.0": {"bits": 4, "sym": True}}}),
+        ("ct w4a16", {"transform_config": {"config_groups": {"v": {"type": "hadamard", "apply": [{"location": "weight_output"}]}}}}),
+    ],
+)
+def test_settings_that_change_nothing_are_taken(name: str, more: dict[str, Any]) -> None:
+    reader(FORMATS[name].config | more)
 
 
 def test_blocks_that_cross_rows_are_refused(tmp_path: Path) -> None:

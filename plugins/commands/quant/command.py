@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from penstock.plugins.commands.quant.comparing import Loaded, Prompt
@@ -74,7 +75,9 @@ def quantize(
     plan = writing.plan(source, scheme, ignore, head)
     asked: dict[str, object] = {"method": method, "ignore": sorted(ignore), **({"head": head} if head else {})}
     prompts: list[Sequence[int]] = []
-    if method != "rtn":
+    if method == "rtn":
+        _no_texts()
+    else:
         encode = _encoder([model])
         texts = _texts("--calibration", calibration, CALIBRATION)[:samples]
         asked["prompts"] = prompts = [tokens for tokens in (encode(text)[:max_tokens] for text in texts) if tokens]
@@ -86,6 +89,16 @@ def quantize(
     said = f", {kept} of {len(plan.shards)} files were there already" if kept else ""
     click.echo(f"{out}: {len(plan.schemes)} layers in {scheme} ({method}), {len(plan.wide)} wide{said}.")
     click.echo(f"What it costs: penstock quant report {out} --against {model} --text FILE")
+
+
+def _no_texts() -> None:
+    """Says which options were given for nothing."""
+    given = click.get_current_context().get_parameter_source
+    idle = [
+        f"--{name.replace('_', '-')}" for name in ("calibration", "samples", "max_tokens") if given(name) is not ParameterSource.DEFAULT
+    ]
+    if idle:
+        click.echo(f"--method rtn reads no texts: {', '.join(idle)} without effect. To round for them take --method gptq or awq.", err=True)
 
 
 def _written(plan: Plan, partial: Path, method: str, prompts: Sequence[Sequence[int]]) -> int:
@@ -156,6 +169,8 @@ def report(
         raise click.UsageError(
             "Give the wide model with --against FULL; or, where MODEL is the wide one itself, --quantization WORD or --kv-cache-dtype WORD."
         )
+    if svg is not None and not svg.parent.is_dir():  # before the work
+        raise click.UsageError(f"--svg {svg}: there is no folder {svg.parent}.")
     recorded = quantization is None and head is None and kv_cache_dtype is None  # a record speaks of the weights of a folder
     from rich.console import Console
 
@@ -174,11 +189,11 @@ def report(
     found = comparing.summary(prompts)
     layers = ours.layers
     record = shown.record_of(ours.scheme, found, layers, prompts)
-    if svg is not None:
-        svg.write_text(shown.picture(ours.scheme, found, layers), encoding="utf-8")
     if recorded:
         record = sealed(record, model)
         _kept(record_file(model), record)
+    if svg is not None:
+        _drawn(svg, shown.picture(ours.scheme, found, layers))
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
@@ -246,3 +261,10 @@ def _kept(file: Path, record: dict[str, object]) -> None:
         os.replace(written, file)
     except OSError as error:
         raise click.ClickException(f"The record cannot be written to {file} ({error.strerror}). Make the folder writable.") from None
+
+
+def _drawn(file: Path, picture: str) -> None:
+    try:
+        file.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"--svg {file}: cannot be written ({error.strerror}).") from None

@@ -96,8 +96,14 @@ class Watched:
         if self._wide is not None and name == HEAD and not self._wide.has(name):
             name = TABLE  # tied
         if self._wide is not None and self._wide.has(name):
-            found = dequantise(q) * self._moved(weights, layer)
-            self.layers.append(Layer(layer, scheme.kind, scheme.bits, relative_error(found, self._wide.raw(name))))
+            found, meant = dequantise(q) * self._moved(weights, layer), self._wide.raw(name)
+            if found.shape != meant.shape:
+                raise ConfigError(
+                    f"--against: its tensor {name!r} is {' x '.join(map(str, meant.shape))}, the quantised model's {' x '.join(map(str, found.shape))}. Name the"
+                    " wide model that it was made of.",
+                    param="against",
+                )
+            self.layers.append(Layer(layer, scheme.kind, scheme.bits, relative_error(found, meant)))
         return q
 
     def _moved(self, weights: Weights, layer: str) -> Tensor | float:
@@ -292,7 +298,7 @@ def texts_of(file: Path, option: str = "--text") -> list[str]:
         raise ConfigError(f"{option} {file}: cannot be read as UTF-8 text ({type(error).__name__}).", param=option[2:]) from None
     try:
         if file.suffix == ".jsonl":
-            lines = [json.loads(line) for line in whole.splitlines() if line.strip()]
+            lines = [json.loads(line) for line in whole.split("\n") if line.strip()]
             values = [line.get("text", line.get("prompt")) if isinstance(line, dict) else line for line in lines]
         elif file.suffix == ".json":
             values = json.loads(whole)
@@ -303,5 +309,10 @@ def texts_of(file: Path, option: str = "--text") -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ConfigError(
             f"{option} {file}: must hold texts: a JSON list of them, or lines with a text under 'text' or 'prompt'.", param=option[2:]
+        )
+    broken = next((value for value in values if any("\ud800" <= letter <= "\udfff" for letter in value)), None)
+    if broken is not None:
+        raise ConfigError(
+            f"{option} {file}: half a surrogate pair is no text, but stands in {broken[:60]!r}. Take it out.", param=option[2:]
         )
     return [value for value in values if value]

@@ -27,7 +27,7 @@ from penstock.core.protocol.model_files import read_object
 from penstock.kernels.linear.scheme import Quantised, Scheme, quantise
 from penstock.plugins.commands.quant.forms import NF4_WORD, bitsandbytes, configuration, scale_dtype_of, scheme_of, tensors_of
 from penstock.plugins.models.tied import HEAD, TABLE
-from penstock.plugins.weights.checkpoint import EXPLICIT, FLOATS, INDEX, files_of, sample_of
+from penstock.plugins.weights.checkpoint import EXPLICIT, FLOATS, INDEX, files_of, opened, sample_of
 
 Round = Callable[[str, torch.Tensor, Scheme], Quantised]
 """(layer, its wide weight, scheme): called once a layer."""
@@ -88,7 +88,7 @@ def open_source(folder: Path) -> Source:
     shapes: dict[str, tuple[int, ...]] = {}
     files = files_of(folder)
     for file in files:
-        with safe_open(str(file), framework="pt") as handle:
+        with opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 where[name], shapes[name] = file, tuple(handle.get_slice(name).get_shape())
     digest = hashlib.sha256((folder / "config.json").read_bytes() + b"".join(sample_of(file) for file in files))
@@ -157,6 +157,8 @@ def start(plan: Plan, out: Path, settings: Mapping[str, Any]) -> Path:
     """The folder to write in, new or an unfinished one of the same settings. Raises ConfigError where something else is in the way."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds something already, and nothing is overwritten. Name a new folder.", param="out")
+    if not out.name:  # "." or "/"
+        raise ConfigError(f"--out {out}: a new folder gets this name when all is there. Name one that is not there yet.", param="out")
     partial = out.with_name(out.name + ".partial")
     asked = json.dumps({**settings, "scheme": plan.word, "source": plan.source.identity}, sort_keys=True)
     note = partial / SETTINGS
