@@ -286,3 +286,12 @@ def test_heads_of_another_model_are_refused(head: Any, load: Load, folder: Path)
     for method in ("eagle", "medusa", "draft_model"):
         with pytest.raises(ConfigError, match='needs "model"'):
             load(folder, speculation=SpeculationConfig(methods=[DraftConfig(method=method)]))
+
+
+@pytest.mark.parametrize("field", ["draft_vocab_size", "medusa_num_heads"])
+@pytest.mark.parametrize("value", ["many", -1, 2.5, True])
+def test_a_number_in_config_that_is_none(field: str, value: object, head: Any, load: Load, folder: Path) -> None:
+    method = "medusa" if field == "medusa_num_heads" else "eagle3"
+    where, _ = head(method, **{field: value})
+    with pytest.raises(CheckpointError, match=rf"config\.json: '{field}' must be a number above 0"):
+        load(folder, speculation=asked(method, where))
