@@ -87,6 +87,8 @@ IDLE = {
     "max_model_len": "a drafter reaches as far as the model",
 }
 """vLLM's fields that change nothing here: why."""
+MARKS = (("eagle3", "eagle3"), ("eagle", "eagle"), ("medusa", "medusa"), ("nextn", "mtp"), ("mtp", "mtp"))
+"""Of a drafter's architectures and model_type, in small letters: what says which method. The first one counts."""
 
 
 def parsed(config: str | None, model: str | None, tokens: int | None) -> SpeculationConfig | None:
@@ -194,9 +196,7 @@ def method_of(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
     words = [*(named if isinstance(named, list) else []), config.get("model_type")]
     text = " ".join(word.lower() for word in words if isinstance(word, str))
-    return next(
-        (method for mark, method in (("eagle3", "eagle3"), ("eagle", "eagle"), ("medusa", "medusa")) if mark in text), "draft_model"
-    )
+    return next((method for mark, method in MARKS if mark in text), "draft_model")
 
 
 def encoded(found: SpeculationConfig) -> str:

@@ -835,7 +835,9 @@ class DeviceRunner:
 
     def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:
         taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps] if launched.taps else []
-        return Seen(launched.asked or launched.work, taps, launched.states, launched.columns, self.history, self.table, proposal)
+        # A program may have kept what another drafter looks at, and not the taps.
+        columns = launched.columns if len(taps) == len(drafter.taps) else None
+        return Seen(launched.asked or launched.work, taps, launched.states, columns, self.history, self.table, proposal)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""

@@ -10,28 +10,48 @@ from typing import Any
 
 from penstock.core.contract.hookspecs import DrafterSpec, hookimpl
 
+ALWAYS = ("method", "num_speculative_tokens")
+"""Fields of --speculative-config that every drafter reads."""
+
+
+def _reads(config: Any, *fields: str) -> None:
+    """Raises ConfigError for a field that this drafter would pass over."""
+    from penstock.core.protocol.errors import ConfigError
+    from penstock.core.protocol.speculation import FIELDS
+
+    for name in FIELDS:
+        if name not in (*ALWAYS, *fields) and getattr(config, name) not in (None, {}):
+            raise ConfigError(
+                f"--speculative-config: {name!r} says nothing to the method {config.method!r}, which reads {', '.join((*ALWAYS, *fields))}. Leave it out.",
+                param="speculative_config",
+            )
+
 
 def _ngram(*, config: Any, parts: Any, **options: Any) -> Any:
     from penstock.plugins.drafters.ngram import NgramDrafter
 
+    _reads(config, "prompt_lookup_max", "prompt_lookup_min")
     return NgramDrafter(config, parts)
 
 
 def _draft_model(*, config: Any, parts: Any, **options: Any) -> Any:
     from penstock.plugins.drafters.draft_model import ModelDrafter
 
+    _reads(config, "model", "quantization")
     return ModelDrafter(config, parts)
 
 
 def _medusa(*, config: Any, parts: Any, **options: Any) -> Any:
     from penstock.plugins.drafters.medusa import MedusaDrafter
 
+    _reads(config, "model")
     return MedusaDrafter(config, parts)
 
 
 def _head(*, config: Any, parts: Any, **options: Any) -> Any:
     from penstock.plugins.drafters.heads import HeadDrafter
 
+    _reads(config, "model")
     return HeadDrafter(config, parts)
 
 
@@ -45,10 +65,11 @@ _DRAFTERS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _suffix(**options: Any) -> Any:
+def _suffix(*, config: Any, **options: Any) -> Any:
     from penstock.plugins.drafters.suffix import suffix
 
-    return suffix(**options)
+    _reads(config, "prompt_lookup_min", "options")
+    return suffix(config=config, **options)
 
 
 @hookimpl

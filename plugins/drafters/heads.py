@@ -185,7 +185,11 @@ class Eagle3:
         self._state_norm = builder.tensor(f"{self.prefix}hidden_norm.weight", hidden)
         self._norm = builder.tensor("norm.weight", hidden)
         self._after = bool(raw.get("norm_before_residual"))
-        size = int(raw.get("draft_vocab_size") or facts.vocab_size)
+        size = raw.get("draft_vocab_size") or facts.vocab_size
+        if type(size) is not int or size < 1:
+            raise CheckpointError(
+                f"config.json: 'draft_vocab_size' must be a number above 0, but is {size!r:.40}.", param="draft_vocab_size"
+            )
         self._vocab, self._small, self._model = parts.facts.vocab_size, size, parts.model
         self._head = builder.linear([Part("lm_head", size)], hidden) if has("lm_head.weight") else None
         self._ids: Tensor | None = None

@@ -70,6 +70,6 @@ class MedusaDrafter(NoLayers):
 
 def _number(raw: dict[str, object], name: str) -> int:
     value = raw.get(name)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise CheckpointError(f"config.json: {name!r} must be a number above 0, but is {value!r:.40}.", param=name)
     return value

@@ -121,6 +121,8 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLMEagle3"]}, "eagle3"),
         ({"architectures": ["EagleLlamaForCausalLM"], "model_type": "eagle"}, "eagle"),
         ({"model_type": "medusa"}, "medusa"),
+        ({"architectures": ["LlamaForCausalLMNextN"], "model_type": "llama"}, "mtp"),
+        ({"architectures": ["DeepSeekMTPModel"]}, "mtp"),
         ({"speculators_model_type": "eagle3", "architectures": ["Speculator"]}, "eagle3"),
         ({}, "draft_model"),
     ],

@@ -259,6 +259,17 @@ def test_drafts_now_and_then(head: Any, load: Load, folder: Path, monkeypatch: p
     assert {max(drafts) >= 0 for drafts in found.values()} == {True, False}
 
 
+def test_heads_that_look_at_different_things(head: Any, load: Load, folder: Path) -> None:
+    """One reads the streams between layers, another the last states: a step that the program computed, while no drafts were asked for, has those for the latter alone."""
+    both = SpeculationConfig(methods=[one for method in ("eagle3", "mtp") for one in asked(method, head(method)[0]).methods])
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    turns = iter([K, K, 0, 0, 0, K, K, K] * 20)
+    found = drafts_of(load(folder, deterministic=True, speculation=both), jobs, Options(lookahead=lambda rng: next(turns)))
+    assert [(job.tokens, job.logprobs) for job in jobs] == [(job.tokens, job.logprobs) for job in plain]
+    assert any(max(drafts) >= 0 for drafts in found.values())
+
+
 def test_norm_before_residual(head: Any, load: Load, folder: Path, make_tensors: Any) -> None:
     where, own = head("eagle3", norm_before_residual=True)
     found = drafts_of(load(folder, speculation=asked("eagle3", where)), jobs_of(1, 6), Options(lookahead=lambda rng: K))
@@ -275,3 +286,12 @@ def test_heads_of_another_model_are_refused(head: Any, load: Load, folder: Path)
     for method in ("eagle", "medusa", "draft_model"):
         with pytest.raises(ConfigError, match='needs "model"'):
             load(folder, speculation=SpeculationConfig(methods=[DraftConfig(method=method)]))
+
+
+@pytest.mark.parametrize("field", ["draft_vocab_size", "medusa_num_heads"])
+@pytest.mark.parametrize("value", ["many", -1, 2.5, True])
+def test_a_number_in_config_that_is_none(field: str, value: object, head: Any, load: Load, folder: Path) -> None:
+    method = "medusa" if field == "medusa_num_heads" else "eagle3"
+    where, _ = head(method, **{field: value})
+    with pytest.raises(CheckpointError, match=rf"config\.json: '{field}' must be a number above 0"):
+        load(folder, speculation=asked(method, where))
