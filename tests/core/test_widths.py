@@ -292,7 +292,7 @@ def test_one_that_is_hardly_ever_right_is_turned_off_sooner() -> None:
     watch = Watch("ngram", FakeClock())
     assert not watch.saw(CLEARLY_LEAST - 1, 0)
     assert watch.saw(2, 0)
-    assert "0% of the last 64" in watch.reason
+    assert "0% of the last 65" in watch.reason
     other = Watch("ngram", FakeClock())
     assert not other.saw(CLEARLY_LEAST, 12)
     assert not other.saw(CLEARLY_LEAST, 12), "19 %: bad, but not clearly"

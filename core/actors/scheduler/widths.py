@@ -48,6 +48,8 @@ MIXED = 100
 """Added to a size."""
 ENOUGH = 3
 """Times after which one counts."""
+NEVER = [0.0] * 4
+"""What is known of the time of a width that was never used."""
 REMEMBERED = 12.0
 """What is measured in a row counts as a mean of so many steps."""
 OLD = 48
@@ -57,9 +59,9 @@ NONE_BURST = 6
 NONE_AGE = 12
 """Steps with drafts after which none are tried first; then after twice as many each time, up to what follows from how much drafts gain."""
 NONE_AGES = (1.15, 64), (1.5, 256), (float("inf"), 1024)
-ALLOWANCE = 0.01
+ALLOWANCE = 0.005
 """Of the time, what drafts that do not pay may cost."""
-PURSE, MOST_PURSE = 3.0, 64.0
+PURSE, MOST_PURSE = 4.0, 64.0
 """What they may cost at first, and the most that is kept of what they gained: in steps without drafts. Who has spent all has to wait for PURSE."""
 
 GOOD, KEEP, OFF = 2, 1, 0
@@ -112,17 +114,18 @@ class Widths:
         beside. `steady`: the one before was like it; else it is paid for, but says nothing of its width."""
         made, self._made = self._made, 1.0
         times = self._times.setdefault(_size(rows, mixed), {})
-        known = times.get(width)
-        if known is None:
-            if steady:
-                times[width] = [0.0, 0.0, 0.0, 0.0]  # the first of its kind may have compiled something
-            return
-        taken = float(ns) if known[1] < ENOUGH else min(float(ns), 3 * known[0])
-        none = times.get(0)
+        known, none = times.get(width), times.get(0)
+        usual = known if known is not None and known[1] >= ENOUGH else none
+        taken = float(ns) if usual is None or usual[1] < ENOUGH else min(float(ns), 3 * usual[0])
         if not mixed and none is not None and none[1] >= ENOUGH:
             self._pay(width, taken / none[0], made)
         if not steady:
             return
+        if known is None:
+            times[width] = NEVER.copy()  # the first of its kind may have compiled something
+            return
+        if known[1] < ENOUGH:
+            taken = float(ns)
         if self._steps - known[3] > OLD:
             known[2] = min(known[2], 1.0)
         known[2] = min(known[2] + 1, REMEMBERED)
@@ -239,7 +242,7 @@ class Widths:
                 return self._start(0, NONE_BURST)
             if self._since >= self._interval:
                 self._pause_ns = FIRST_RETRY_NS
-                return self._try(speeds, current)
+                return self._try(size, speeds, current)
         elif self._clock.now_ns() >= self._retry_ns:
             self._retry_ns = self._clock.now_ns() + self._pause_ns
             self._pause_ns = min(2 * self._pause_ns, LAST_PAUSE_NS)
@@ -275,11 +278,12 @@ class Widths:
                 self._right[place] *= FIRST_WEIGHT / reached
                 self._reached[place] = FIRST_WEIGHT
 
-    def _try(self, speeds: dict[int, float], current: int) -> int:
-        """The width that might be better than the one in use, if there is one."""
+    def _try(self, size: int, speeds: dict[int, float], current: int) -> int:
+        """Of the widths that might be better than the one in use that which was measured longest ago, if there is one."""
         self._since, self._interval = 0, min(2 * self._interval, LAST_INTERVAL)
+        measured = self._times.get(size, {})
         others = [width for width, speed in speeds.items() if width not in (0, current) and speed > STALE * speeds[current]]
-        return self._start(max(others, key=lambda width: speeds[width])) if others else current
+        return self._start(min(others, key=lambda width: (measured.get(width, NEVER)[3], -speeds[width]))) if others else current
 
     def _start(self, width: int, steps: int = BURST) -> int:
         self._trial, self._trial_left = width, steps - 1
