@@ -227,8 +227,8 @@ class Drafting:
             self._verified(flight, done)
         kind = flight.step, flight.chosen, flight.pure
         step, chosen, pure = self._before
-        if count and (step, chosen, pure) == (flight.step - 1, flight.chosen, flight.pure) and self._finished_ns < done.finished_ns:
-            self._widths.timed(count, chosen, done.finished_ns - self._finished_ns, not pure)
+        if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
+            self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen)
         self._before, self._finished_ns = kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:

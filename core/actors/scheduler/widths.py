@@ -3,7 +3,10 @@
 What it is: `Widths`, which learns how often the draft at each place is right and how long a step of so many rows and drafts takes, and chooses the number for the
 next step, none included; and `Watch`, which turns a drafter off whose drafts are too often wrong, and tries it again after a while. Both are pure: numbers
 in, numbers out, time from a Clock.
-Trying what is not chosen is rare and cheap: a few steps, only of a width that might win, less often the longer nothing changes.
+Trying what is not chosen is rare and cheap: a few steps, only of a width that might win, less often the longer nothing changes. No drafts at all are what
+every width is compared with, so their time is never left to grow old. And what drafts may cost is bounded whatever was learned: a purse has an allowance of
+the time that passes and what drafts gained, every step with drafts that takes longer than its tokens would have taken without is paid out of it, and once it
+is empty there are none.
 What it does not know: sequences, messages, which drafter made a draft, what drafts are.
 """
 
@@ -25,14 +28,18 @@ SLOPE = 0.05
 """By how much of itself a step is thought to grow a draft, where it was not measured: little, so that it is tried."""
 BETTER = 1.03
 """A wider step must promise so much more than the one in use."""
-STALE = 0.92
+ENTER, STAY = 1.05, 1.02
+"""Some drafts must promise so much more than none, where there are none and where there are some: none are as ever, and cost nothing to be sure of."""
+STALE = 0.85
 """What was measured long ago may take so much less by now."""
 BURST = 5
 """Steps of a trial."""
 FIRST_INTERVAL, LAST_INTERVAL = 64, 4096
 """Steps between trials: twice as many after each that changed nothing."""
 FIRST_PAUSE_NS, LAST_PAUSE_NS = 2 * 10**9, 120 * 10**9
-"""The same in time, while no drafts are best: nothing is learned then without a trial."""
+"""The same in time, for drafters that are off."""
+FIRST_RETRY_NS = 5 * 10**8
+"""The same while no drafts are best, up to LAST_PAUSE_NS: nothing is learned then without a trial, and what was measured first was perhaps not typical."""
 BLIND = 16
 """Steps of a size in which the time without drafts is to be learned first, at most."""
 HOLD = 7
@@ -41,6 +48,21 @@ MIXED = 100
 """Added to a size."""
 ENOUGH = 3
 """Times after which one counts."""
+NEVER = [0.0] * 4
+"""What is known of the time of a width that was never used."""
+REMEMBERED = 12.0
+"""What is measured in a row counts as a mean of so many steps."""
+OLD = 48
+"""Steps after which a time is measured anew: what it was before counts as one."""
+NONE_BURST = 6
+"""Steps of a trial of no drafts."""
+NONE_AGE = 12
+"""Steps with drafts after which none are tried first; then after twice as many each time, up to what follows from how much drafts gain."""
+NONE_AGES = (1.15, 64), (1.5, 256), (float("inf"), 1024)
+ALLOWANCE = 0.005
+"""Of the time, what drafts that do not pay may cost."""
+PURSE, MOST_PURSE = 4.0, 64.0
+"""What they may cost at first, and the most that is kept of what they gained: in steps without drafts. Who has spent all has to wait for PURSE."""
 
 GOOD, KEEP, OFF = 2, 1, 0
 """States of a drafter, as metrics have them."""
@@ -49,6 +71,8 @@ JUDGED = 512.0
 """The same for a drafter's drafts."""
 LEAST = 256
 """Drafts after which a drafter is judged; on trial a quarter."""
+CLEARLY_BELOW, CLEARLY_LEAST = 0.15, 64
+"""One that is hardly ever right is judged sooner."""
 
 
 class Widths:
@@ -65,7 +89,7 @@ class Widths:
         self._right: list[float] = []
         """Of these, those whose draft there was, too."""
         self._times: dict[int, dict[int, list[float]]] = {}
-        """Rows (a power of two, see _size) -> width -> [ns, how many were measured]."""
+        """Rows (a power of two, see _size) -> width -> [ns, how many were measured, as how many they count, step of the last]."""
         self._asked: dict[int, int] = {}
         self.mixed = False
         """Whether the next step has prompts beside its decodes, which take time whatever the width: such steps are a kind of their own."""
@@ -74,27 +98,56 @@ class Widths:
         """So many steps more it stays, for steps of that size."""
         self._trial, self._trial_left = 0, 0
         self._interval, self._since = FIRST_INTERVAL, 0
-        self._pause_ns, self._retry_ns = FIRST_PAUSE_NS, 0
+        self._pause_ns, self._retry_ns = FIRST_RETRY_NS, 0
+        self._steps = 0
+        self._none_tried, self._none_age = 0, NONE_AGE
+        """Step of the last trial of no drafts, and how many steps later the next one is due at the latest."""
+        self._purse, self._spent = PURSE, False
+        self._made = 1.0
+        """Tokens of a row in the step that was verified last."""
         self.forget()
 
     # ------------------------------------------------------------------ what is learned
 
-    def timed(self, rows: int, width: int, ns: int, mixed: bool = False) -> None:
-        """A step in the middle of others like it took so long, drafting for the next one included. `mixed`: prompts were computed beside."""
+    def timed(self, rows: int, width: int, ns: int, mixed: bool = False, steady: bool = True) -> None:
+        """From the end of the step before to the end of this one it took so long, drafting and waiting for the host included. `mixed`: prompts were computed
+        beside. `steady`: the one before was like it; else it is paid for, but says nothing of its width."""
+        made, self._made = self._made, 1.0
         times = self._times.setdefault(_size(rows, mixed), {})
-        known = times.get(width)
-        if known is None:
-            times[width] = [0.0, 0.0]  # the first of its kind may have compiled something
+        known, none = times.get(width), times.get(0)
+        usual = known if known is not None and known[1] >= ENOUGH else none
+        taken = float(ns) if usual is None or usual[1] < ENOUGH else min(float(ns), 3 * usual[0])
+        if not mixed and none is not None and none[1] >= ENOUGH:
+            self._pay(width, taken / none[0], made)
+        if not steady:
             return
-        taken = float(ns) if known[1] < ENOUGH else min(float(ns), 3 * known[0])
-        share = max(1 / 8, 1 / (known[1] + 1))
-        known[0] += (taken - known[0]) * share
+        if known is None:
+            times[width] = NEVER.copy()  # the first of its kind may have compiled something
+            return
+        if known[1] < ENOUGH:
+            taken = float(ns)
+        if self._steps - known[3] > OLD:
+            known[2] = min(known[2], 1.0)
+        known[2] = min(known[2] + 1, REMEMBERED)
+        known[0] += (taken - known[0]) / known[2]
         known[1] += 1
+        known[3] = self._steps
+
+    def _pay(self, width: int, took: float, made: float) -> None:
+        """`took` is in steps without drafts, which bring one token each."""
+        loss, limit = (took - made, MOST_PURSE) if width else (0.0, max(PURSE, self._purse))
+        self._purse = min(self._purse + ALLOWANCE * took - loss, limit)
+        if self._spent:
+            self._spent = self._purse < PURSE
+        elif self._purse <= 0:
+            self._spent = True
+            self._trial_left = self._hold = 0
 
     def verified(self, width: int, accepted: Sequence[int]) -> None:
         """Of `accepted[0]` rows of a step of that width, `accepted[j]` had their first j drafts right. Rows without drafts count: that there are none is a part
         of how often they are right."""
         fade = 0.5 ** (accepted[0] / MEMORY)
+        self._made = sum(accepted) / max(accepted[0], 1)
         for place in range(1, width + 1):
             self._reached[place] = self._reached[place] * fade + accepted[place - 1]
             self._right[place] = self._right[place] * fade + accepted[place]
@@ -137,7 +190,7 @@ class Widths:
         return known[below] + (known[above] - known[below]) * (width - below) / (above - below)
 
     def _known(self, size: int) -> dict[int, float]:
-        return {width: ns for width, (ns, count) in self._times.get(size, {}).items() if count >= ENOUGH}
+        return {width: ns for width, (ns, count, _, _) in self._times.get(size, {}).items() if count >= ENOUGH}
 
     def speed(self, rows: int, width: int) -> float:
         return self.tokens(width) / self.time(rows, width)
@@ -153,6 +206,10 @@ class Widths:
         most = self.most(rows)
         if most == 0:
             return 0
+        self._steps += 1
+        if self._spent:
+            self._current = 0
+            return 0
         if self._trial_left:
             self._trial_left -= 1
             self._hold = 0
@@ -162,31 +219,57 @@ class Widths:
             self._hold -= 1
             self._since += 1
             return min(self._current, most)
-        if self._asked.get(size, 0) < BLIND and 0 not in self._known(size):
+        known = self._known(size)
+        if self._asked.get(size, 0) < BLIND and 0 not in known:
             self._asked[size] = self._asked.get(size, 0) + 1
             return 0
-        able = [width for width in self._ladder if width <= most]
-        current = min(self._current, most)
-        now = self.speed(rows, current)
-        best = max(able, key=lambda width: self.speed(rows, width))
-        if best != current and self.speed(rows, best) > (BETTER if best > current else 1.0) * now:
+        able = self._able(most, known)
+        current = min(self._current, able[-1])
+        speeds = {width: self.speed(rows, width) for width in able}
+        best = self._best(speeds, current)
+        if best != current:
             self._interval, self._since, self._unchanged = FIRST_INTERVAL, 0, 0
             if best == 0:
                 self._retry_ns = self._clock.now_ns() + self._pause_ns
-            self._current = current = best
+            elif current == 0:
+                self._none_tried, self._none_age = self._steps, NONE_AGE
+            current = best
+        self._current = current
         self._since += 1
         if current:
-            self._pause_ns = FIRST_PAUSE_NS
+            if self._none_due(size, speeds[current] / speeds[0]):
+                self._none_tried, self._none_age = self._steps, 2 * self._none_age
+                return self._start(0, NONE_BURST)
             if self._since >= self._interval:
-                return self._try(able, rows, current)
+                self._pause_ns = FIRST_RETRY_NS
+                return self._try(size, speeds, current)
         elif self._clock.now_ns() >= self._retry_ns:
             self._retry_ns = self._clock.now_ns() + self._pause_ns
             self._pause_ns = min(2 * self._pause_ns, LAST_PAUSE_NS)
             self._fade()
-            return self._start(max(able[1:], key=lambda width: self.speed(rows, width)))
+            return self._start(max(able[1:], key=lambda width: speeds[width]))
         self._unchanged += 1
         self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
         return current
+
+    def _able(self, most: int, known: dict[int, float]) -> list[int]:
+        """What may be chosen: of what was not measured, no more than the next or twice as many as what was, so that the first tries are cheap."""
+        widest = max(known, default=0)
+        following = next((width for width in self._ladder if width > widest), widest)
+        return [width for width in self._ladder if width <= min(most, max(2 * widest, following))]
+
+    def _best(self, speeds: dict[int, float], current: int) -> int:
+        """Of these, with what is in use and none at all preferred."""
+        best = max(speeds, key=lambda width: speeds[width])
+        if best > current and speeds[best] <= BETTER * speeds[current]:
+            best = current
+        return best if best == 0 or speeds[best] > (STAY if current else ENTER) * speeds[0] else 0
+
+    def _none_due(self, size: int, gain: float) -> bool:
+        """Whether it is time to see what steps take without drafts."""
+        measured = self._times.get(size, {}).get(0)
+        age = self._steps - max(self._none_tried, 0 if measured is None else int(measured[3]))
+        return age >= min(self._none_age, next(steps for below, steps in NONE_AGES if gain < below))
 
     def _fade(self) -> None:
         """Let what is seen next count."""
@@ -195,15 +278,15 @@ class Widths:
                 self._right[place] *= FIRST_WEIGHT / reached
                 self._reached[place] = FIRST_WEIGHT
 
-    def _try(self, able: list[int], rows: int, current: int) -> int:
-        """The width that might be better than the one in use, if there is one."""
+    def _try(self, size: int, speeds: dict[int, float], current: int) -> int:
+        """Of the widths that might be better than the one in use that which was measured longest ago, if there is one."""
         self._since, self._interval = 0, min(2 * self._interval, LAST_INTERVAL)
-        now = self.speed(rows, current)
-        others = [width for width in able if width != current and self.speed(rows, width) > STALE * now]
-        return self._start(max(others, key=lambda width: self.speed(rows, width))) if others else current
+        measured = self._times.get(size, {})
+        others = [width for width, speed in speeds.items() if width not in (0, current) and speed > STALE * speeds[current]]
+        return self._start(min(others, key=lambda width: (measured.get(width, NEVER)[3], -speeds[width]))) if others else current
 
-    def _start(self, width: int) -> int:
-        self._trial, self._trial_left = width, BURST
+    def _start(self, width: int, steps: int = BURST) -> int:
+        self._trial, self._trial_left = width, steps - 1
         return width
 
 
@@ -234,7 +317,7 @@ class Watch:
         """So many drafts were verified, those before them being right, and so many of them were right. True if it is off from now on."""
         fade = 0.5 ** (verified / JUDGED)
         self._seen, self._right = self._seen * fade + verified, self._right * fade + right
-        if self.state == OFF or self._seen < self._least:
+        if self.state == OFF or self._seen < self._least and not (self._seen >= CLEARLY_LEAST and self.rate < CLEARLY_BELOW):
             return False
         self._least = LEAST
         if self.rate < OFF_BELOW:
