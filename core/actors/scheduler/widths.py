@@ -102,6 +102,8 @@ class Widths:
         self._steps = 0
         self._none_tried, self._none_age = 0, NONE_AGE
         """Step of the last trial of no drafts, and how many steps later the next one is due at the latest."""
+        self._oldest = True
+        """Whether the last trial from no drafts was of what was measured longest ago: else of what promised most. They take turns."""
         self._purse, self._spent = PURSE, False
         self._made = 1.0
         """Tokens of a row in the step that was verified last."""
@@ -124,8 +126,9 @@ class Widths:
         if known is None:
             times[width] = NEVER.copy()  # the first of its kind may have compiled something
             return
-        if known[1] < ENOUGH:
-            taken = float(ns)
+        if known[1] < ENOUGH:  # of few the lowest: there is nothing to tell a hiccup by
+            taken = float(ns) if known[1] == 0 else min(float(ns), known[0])
+            known[0], known[2] = taken, 0.0
         if self._steps - known[3] > OLD:
             known[2] = min(known[2], 1.0)
         known[2] = min(known[2] + 1, REMEMBERED)
@@ -247,7 +250,8 @@ class Widths:
             self._retry_ns = self._clock.now_ns() + self._pause_ns
             self._pause_ns = min(2 * self._pause_ns, LAST_PAUSE_NS)
             self._fade()
-            return self._start(max(able[1:], key=lambda width: speeds[width]))
+            self._oldest = not self._oldest
+            return self._start(self._longest_ago(size, able[1:]) if self._oldest else max(able[1:], key=lambda width: speeds[width]))
         self._unchanged += 1
         self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
         return current
@@ -279,11 +283,16 @@ class Widths:
                 self._reached[place] = FIRST_WEIGHT
 
     def _try(self, size: int, speeds: dict[int, float], current: int) -> int:
-        """Of the widths that might be better than the one in use that which was measured longest ago, if there is one."""
+        """One of the widths that might be better than the one in use; if there is none, one that nobody has looked at for long."""
         self._since, self._interval = 0, min(2 * self._interval, LAST_INTERVAL)
+        others = [width for width in speeds if width not in (0, current)]
+        able = [width for width in others if speeds[width] > STALE * speeds[current]] or others
+        return self._start(self._longest_ago(size, able)) if able else current
+
+    def _longest_ago(self, size: int, widths: list[int]) -> int:
+        """That of them which was measured longest ago."""
         measured = self._times.get(size, {})
-        others = [width for width, speed in speeds.items() if width not in (0, current) and speed > STALE * speeds[current]]
-        return self._start(min(others, key=lambda width: (measured.get(width, NEVER)[3], -speeds[width]))) if others else current
+        return min(widths, key=lambda width: measured.get(width, NEVER)[3])
 
     def _start(self, width: int, steps: int = BURST) -> int:
         self._trial, self._trial_left = width, steps - 1
@@ -317,7 +326,7 @@ class Watch:
         """So many drafts were verified, those before them being right, and so many of them were right. True if it is off from now on."""
         fade = 0.5 ** (verified / JUDGED)
         self._seen, self._right = self._seen * fade + verified, self._right * fade + right
-        if self.state == OFF or self._seen < self._least and not (self._seen >= CLEARLY_LEAST and self.rate < CLEARLY_BELOW):
+        if self.state == OFF or (self._seen < self._least and not (self._seen >= CLEARLY_LEAST and self.rate < CLEARLY_BELOW)):
             return False
         self._least = LEAST
         if self.rate < OFF_BELOW:
