@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-clients test-gpu lint format docs proto bench clean
+.PHONY: help run test test-clients test-gpu test-long lint format docs proto bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -53,6 +53,9 @@ test-clients: $(VENV)/.dev $(patsubst tests/e2e/clients/%.txt,.venv-clients/%/.m
 
 test-gpu: $(VENV)/.dev ## Run the tests that need a GPU (they skip where there is none)
 	@exec $(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-long: $(VENV)/.dev ## Run the tests that take minutes, which `make test` leaves out
+	@exec $(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, import rules
 	$(BIN)/ruff check .

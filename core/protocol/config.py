@@ -95,7 +95,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     quantization: Annotated[
         str | None,
         opt(
-            "Quantise wide weights while they load: int8, int4, fp8, nf4, mxfp4, or a plugin's. What a checkpoint is quantised with is read from its config.json or GGUF file.",
+            "Quantise wide weights while they load: int8, int8-w8a8, int4, fp8, nf4, mxfp4, or a plugin's. What a checkpoint is quantised with is read from its config.json or GGUF file.",
             "model",
             "quantize",
             short="-q",

@@ -75,9 +75,9 @@ def test_everything_is_asked_for_before_serving_and_leaves_nothing(folder: Path,
         ("", FAST),
         ("deterministic", DETERMINISTIC),
         ("kv:fp8_e4m3", CODED),
-        pytest.param("fp8", EIGHT, marks=pytest.mark.slow),
-        pytest.param("int4", (EVERYWHERE - {"activation:_gated"}) | {"quantised.fragments:_matmul"}, marks=pytest.mark.slow),
-        pytest.param("deterministic kv:int8", DETERMINISTIC, marks=pytest.mark.slow),
+        pytest.param("fp8", EIGHT, marks=pytest.mark.long),
+        pytest.param("int4", (EVERYWHERE - {"activation:_gated"}) | {"quantised.fragments:_matmul"}, marks=pytest.mark.long),
+        pytest.param("deterministic kv:int8", DETERMINISTIC, marks=pytest.mark.long),
     ],
 )
 def test_every_kernel_compiles_for_hopper(mode: str, wanted: set[str], make_folder: Make, tmp_path: Path) -> None:

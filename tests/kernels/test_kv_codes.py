@@ -230,7 +230,7 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     bind._load.cache_clear()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("instructions")
 def test_each_instruction_set(dtype: torch.dtype) -> None:
     for kind in KINDS:
