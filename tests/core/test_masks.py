@@ -336,20 +336,27 @@ def test_who_obeys_has_no_drafts_and_those_beside_have(monkeypatch: pytest.Monke
     assert wide == run([*admits, *plain], max_num_batched_tokens=40)
 
 
+def fork_by(fork: Any, patch: pytest.MonkeyPatch) -> Any:
+    """From here on places can be copied, by a class of their own: what a protocol once took for one that forks it goes on taking for one."""
+    import grammar_kit
+
+    forked: Any = type("Forked", (grammar_kit.Place,), {"fork": fork})
+    patch.setattr(grammar_kit.Ranges, "matcher", lambda self, compiled: forked(*json.loads(compiled)))
+    return forked
+
+
 @pytest.mark.parametrize("backend", ["copied", "torn", "walked again"])
 @pytest.mark.parametrize("kind", ["echo", "short", "wrong"])
 def test_drafts_under_a_grammar(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a device that takes masks behind drafts. What may follow a draft is asked of a copy of the matcher: one that cannot be copied costs steps, no answers."""
     import copy
 
-    import grammar_kit
-
     def torn(self: Any) -> Any:
         raise RuntimeError("torn")
 
     monkeypatch.setattr(Widths, "choose", Widths.most)
     if backend != "walked again":
-        monkeypatch.setattr(grammar_kit.Place, "fork", copy.copy if backend == "copied" else torn, raising=False)
+        fork_by(copy.copy if backend == "copied" else torn, monkeypatch)
     admits = [admit(key, b"[%d,%d,%d]" % (key + 30, key + 31 + key % 2, key % 7 + 9), n=key % 2 + 1) for key in range(1, 6)]
     admits += [admit(31, b"[50,51,90]", max_tokens=26)]
     alone = [admit(41, temperature=1.0, max_tokens=20)]
@@ -388,8 +395,6 @@ def test_grammars_and_drafts_in_any_order_of_widths(
     """Whatever is drafted, wished and short of memory: the tokens are those without drafts."""
     import copy
 
-    import grammar_kit
-
     admits = [admit(key, b"[%d,%d,%d]" % (low, low + size, length), n=1 + key % 2) for key, (low, size, length) in enumerate(ranges, 1)]
     admits += [admit(key, temperature=1.0, max_tokens=20) for key in (40, 41)]
     right = run(admits, options={"depth": depth, "num_blocks": blocks})
@@ -397,7 +402,7 @@ def test_grammars_and_drafts_in_any_order_of_widths(
     turns = itertools.cycle(widths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Widths, "choose", lambda self, rows: min(next(turns), self.most(rows)))
-        patch.setattr(grammar_kit.Place, "fork", copy.copy, raising=False)
+        fork_by(copy.copy, patch)
         options = {"depth": depth, "num_blocks": blocks, "lookahead": lookahead, "drafts": tuple(kinds), "masks_ahead": ahead}
         found = run(wishing, options=options)
     assert {seq: one for seq, one in found.items() if seq != -2} == {seq: one for seq, one in right.items() if seq != -2}
@@ -406,12 +411,10 @@ def test_grammars_and_drafts_in_any_order_of_widths(
 def test_masks_behind_drafts_end_where_it_is_not_known_what_follows(ranges: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import copy
 
-    import grammar_kit
-
+    forked = fork_by(copy.copy, monkeypatch)
     masks = Masks(ranges, vocab=VOCAB)
     for message in (WORDS, opened(1, b"[10,12,3]"), opened(2, b"[20,22,9]"), opened(3, b"[30,31,1]"), opened(4, b"[40,42,9]")):
         list(masks.handle(message))
-    monkeypatch.setattr(grammar_kit.Place, "fork", copy.copy, raising=False)
     drafts = {"draft_counts": i32([2, 2, 2, 0]), "drafts": i32([10, 11, 20, 99, 30, END])}
     (ready,) = masks.handle(MaskRequest(step=1, rows=i32(range(4)), seqs=i64([1, 2, 3, 4]), incarnations=i32([1] * 4), **drafts))
     assert isinstance(ready, MaskReady)
@@ -420,7 +423,7 @@ def test_masks_behind_drafts_end_where_it_is_not_known_what_follows(ranges: Any,
     assert [np.flatnonzero(row).tolist() for row in found] == [[10, 11]] * 3 + [[20, 21]] * 2 + [[30], [END]] + [[40, 41]]
     tokens = {"tokens": i32([10, 11, 10, 20, 30, END, 5, -1]), "counts": i32([3, 1, 3, 1])}
     list(masks.handle(Drawn(step=1, seqs=i64([1, 2, 3, 4]), incarnations=i32([1] * 4), **tokens)))
-    monkeypatch.delattr(grammar_kit.Place, "fork")
+    del forked.fork
     drafts = {"draft_counts": i32([1, 1]), "drafts": i32([END, 20])}
     (ready,) = masks.handle(MaskRequest(step=2, rows=i32([0, 1]), seqs=i64([1, 2]), incarnations=i32([1, 1]), **drafts))
     assert isinstance(ready, MaskReady)
