@@ -48,7 +48,7 @@ TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """What HTTP calls a token: names of methods and headers."""
 RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 """What a chat template gets from the request itself."""
-KERNELS = ("native", "reference")
+KERNELS = ("native", "avx2", "avx512", "avx512bf16", "reference")
 """Values of PENSTOCK_KERNELS."""
 
 

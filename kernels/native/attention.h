@@ -4,12 +4,14 @@
  * are taken in tiles of 64 at absolute positions 0, 64, 128...; the running maximum and sum (online softmax: Milakov and Gimelshein 2018,
  * arXiv:1805.02867; tiling: Dao et al. 2022, arXiv:2205.14135) are updated tile by tile. A row's arithmetic depends on its own position only:
  * keys that it may not see weigh exactly 0, tiles without visible keys leave it untouched, slots that nobody wrote are never read as values.
+ * Where pairs of bfloat16 are multiplied as they are (dot.h), a bfloat16 cache's weights are rounded to bfloat16 before they are summed up and used.
  * A cache of codes (kv.h) is read by the same loop: a key's scale multiplies its scores, a value's scale its weights, after the sum of the weights.
  * What it does not know: how keys came into the cache.
  */
 #ifndef PENSTOCK_ATTENTION_H
 #define PENSTOCK_ATTENTION_H
 
+#include "dot.h"
 #include "kv.h"
 #include "rows.h"
 
@@ -55,10 +57,10 @@ static long attention_plan(attention *a, int32_t *unit_start) {
 }
 
 /* Softmax weights of one row in one tile, in place. Scores are in units of log2 (the queries carry scale * log2 e); lanes [lo, hi) are visible,
- * `lanes` were computed. Updates the row's maximum, sum and output. */
-INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, float *sum, float *o, long dim) {
+ * `lanes` were computed. Updates the row's maximum, sum and output. `narrow`: the weights become bfloat16, at the front of their row. */
+INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, float *sum, float *o, long dim, const int narrow) {
     if (hi <= lo) {
-        memset(s, 0, (size_t)lanes * 4);
+        memset(s, 0, (size_t)lanes * (narrow ? 2 : 4));
         return;
     }
     vf top = vset(-INFINITY);
@@ -83,7 +85,11 @@ INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, 
 #pragma GCC unroll 4
         for (int i = 0; i < 16 / VL; i++) {
             vf p = vexp2_falling(vload(s + j + i * VL) - base);
-            vstore(s + j + i * VL, p);
+            if (narrow) {
+                store_rounded((uint16_t *)s + j + i * VL, p);
+                p = vload_as(s, j + i * VL, 1);
+            } else
+                vstore(s + j + i * VL, p);
             part[i] += p;
         }
     vf all = part[0];
@@ -120,12 +126,17 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
     const long row0 = a->q_start[s] + first, rows = count * heads;
     const long length = a->kv_len[s], position0 = length - (a->q_start[s + 1] - a->q_start[s]) + first;
     const int32_t *table = a->tables + s * a->table_width;
+    const int dots = DOTS && !coded && a->cache_bf16, narrow = dots ? 2 : 1, tall = dots ? DR : MR; /* narrow: of a float's place, how many elements */
     const float lift = coded ? KV_LIFT(a->kv_format) : 1.0f, scale = a->scale * 1.44269504088896341f * lift;
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
             long r = i * heads + h, from = (row0 + i) * a->ldq + (head0 + h) * dim;
             for (long d = 0; d < dim; d += VL) {
-                vstore(q + r * dim + d, (a->q_bf16 ? vload_as(a->q, from + d, 1) : vload_as(a->q, from + d, 0)) * scale);
+                const vf v = a->q_bf16 ? vload_as(a->q, from + d, 1) : vload_as(a->q, from + d, 0);
+                if (dots) /* rounded already; its scale comes after the sum */
+                    store_rounded((uint16_t *)q + r * dim + d, v);
+                else
+                    vstore(q + r * dim + d, v * scale);
                 vstore(o + r * dim + d, vset(0.0f));
             }
             maximum[r] = -INFINITY;
@@ -133,7 +144,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         }
     const long last = position0 + count; /* one past the last visible key of the unit */
     const long start = a->window > 0 ? MAX(position0 - a->window + 1, 0) / KEY_TILE * KEY_TILE : 0;
-    const long blocks = (rows + MR - 1) / MR, dim_panels = dim / PW;
+    const long blocks = (rows + tall - 1) / tall, dim_panels = dim / PW;
     const char *k_group[KEY_TILE / 16], *v_group[KEY_TILE / 16], *b[KEY_TILE / 16 * NP_MAX];
     const char *k_scale[KEY_TILE / 16], *v_scale[KEY_TILE / 16];
     float scales[KEY_TILE];
@@ -152,7 +163,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
                 v_scale[g] = a->v_scales + at;
             }
         }
-        if (rows <= (coded ? 16 : MR)) /* decode reads every block once: have the next tile's on the way */
+        if (rows <= (coded ? 16 : tall)) /* decode reads every block once: have the next tile's on the way */
             for (long key = tile + (coded ? KV_AHEAD : 1) * KEY_TILE; key < MIN(tile + (coded ? KV_AHEAD + 1 : 2) * KEY_TILE, last); key += 16) {
                 long at = table[key / a->block_size] * a->block_bytes + (kv_head * a->block_size + key % a->block_size) * dim * size;
                 if (coded) {
@@ -175,13 +186,13 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
             for (long g = 0; g < groups;) {
-                int np = tile_width(mr, groups - g);
+                int np = dots ? dot_width(mr, groups - g) : tile_width(mr, groups - g);
                 for (int j = 0; j < np; j++) b[j] = k_group[g + j];
                 tile_args t = {
-                    .a = q + row * dim, .lda = dim, .b = b, .segments = 1, .seg_k = dim, .last_k = dim,
-                    .c = score + row * KEY_TILE + g * 16, .ldc = KEY_TILE, .add = 0,
+                    .a = q + row * dim / narrow, .lda = dim, .b = b, .segments = 1, .seg_k = dim, .last_k = dim,
+                    .c = score + row * KEY_TILE + g * 16, .ldc = KEY_TILE, .add = 0, .scale = scale,
                 };
-                (codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
+                (dots ? dot_tile_of(mr, np) : codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
                 g += np;
             }
             row += mr;
@@ -193,7 +204,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         for (long r = 0; r < rows; r++) {
             long position = position0 + r / heads;
             long lo = a->window > 0 ? position - a->window + 1 - tile : 0, hi = position + 1 - tile;
-            softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r, o + r * dim, dim);
+            softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r, o + r * dim, dim, dots);
         }
         if (coded) {
             load_scales(v_scale, groups, lift, scales);
@@ -209,14 +220,14 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
             for (long d = 0; d < dim_panels;) {
-                int np = tile_width(mr, dim_panels - d);
+                int np = dots ? dot_width(mr, dim_panels - d) : tile_width(mr, dim_panels - d);
                 for (long g = 0; g < groups; g++)
                     for (int j = 0; j < np; j++) b[g * np + j] = v_group[g] + (d + j) * panel_bytes;
                 tile_args t = {
-                    .a = score + row * KEY_TILE, .lda = KEY_TILE, .b = b, .segments = groups, .seg_k = 16, .last_k = keys - (groups - 1) * 16,
-                    .c = o + row * dim + d * PW, .ldc = dim, .add = 1,
+                    .a = score + row * KEY_TILE, .lda = KEY_TILE * narrow, .b = b, .segments = groups, .seg_k = 16, .last_k = keys - (groups - 1) * 16,
+                    .c = o + row * dim + d * PW, .ldc = dim, .add = 1, .scale = 1.0f,
                 };
-                (codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
+                (dots ? dot_tile_of(mr, np) : codes ? kv_tile_of(a->kv_format, mr, np) : tile_of(mr, np, coded ? 0 : a->cache_bf16))(&t);
                 d += np;
             }
             row += mr;

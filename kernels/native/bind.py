@@ -1,7 +1,7 @@
 """Load the library and declare its functions; the C structs as ctypes mirror images.
 
 What it is: `library()`, decided once a process: the typed library, or None with one logged note when it cannot be built or
-PENSTOCK_KERNELS=reference asks for the torch reference.
+PENSTOCK_KERNELS=reference asks for the torch reference. PENSTOCK_KERNELS may also name one instruction set (build.py).
 What it does not know: tensors. Callers pass addresses and keep the memory alive.
 """
 
@@ -13,7 +13,7 @@ import logging
 import os
 from ctypes import c_double, c_int64, c_void_p
 
-from penstock.kernels.native.build import BuildError, build
+from penstock.kernels.native.build import VARIANTS, BuildError, build, missing
 
 log = logging.getLogger("penstock.kernels")
 
@@ -126,12 +126,15 @@ def check(code: int) -> None:
 @functools.cache
 def _load() -> tuple[Native | None, str]:
     wanted = os.environ.get("PENSTOCK_KERNELS") or "native"
-    if wanted not in ("native", "reference"):
-        raise ValueError(f"PENSTOCK_KERNELS must be one of native, reference, but is {wanted!r}")
+    if wanted not in ("native", "reference", *VARIANTS):
+        raise ValueError(f"PENSTOCK_KERNELS must be one of native, {', '.join(VARIANTS)}, reference, but is {wanted!r}")
     if wanted == "reference":
         return None, "torch reference kernels (PENSTOCK_KERNELS=reference)"
+    variant = wanted if wanted in VARIANTS else None
+    if variant is not None and (lacks := missing(variant)):
+        raise ValueError(f"PENSTOCK_KERNELS={variant} needs a processor with {', '.join(lacks)}; leave it out to take what this one has")
     try:
-        native = Native(str(build()))
+        native = Native(str(build(variant)))
     except (BuildError, OSError, AttributeError) as error:
         note = f"torch reference kernels, correct but several times slower: {error}"
         log.warning("%s", note)

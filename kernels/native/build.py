@@ -1,7 +1,7 @@
 """Compile the C sources beside this file into a shared library, once per machine and version.
 
 What it is: `build()`: the path of the library in the user's cache ($PENSTOCK_CACHE, else $XDG_CACHE_HOME/penstock or ~/.cache/penstock),
-keyed by the sources, the compiler's version and the CPU's flags. The file appears by an atomic rename, so that processes that start
+keyed by the sources, the compiler's version, the CPU's flags and the variant: all that this CPU has, or one of VARIANTS. The file appears by an atomic rename, so that processes that start
 together may all build it. No OpenMP: the library brings its own helpers (team.h says why), and torch's runtime stays the only one.
 What it does not know: the library's functions.
 """
@@ -20,6 +20,10 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-fopenmp-simd", "-Wall")
 TUNING = (("-march=native",), ("-mcpu=native",), ())
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+VARIANTS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": (*_AVX512, "avx512_bf16")}
+"""Instruction sets of x86-64 that can be asked for, and the CPU's flags that they need, as Linux names them."""
 TIMEOUT_S = 120
 
 
@@ -61,6 +65,19 @@ def cpu_flags() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(set(named))])
 
 
+def missing(variant: str) -> list[str]:
+    """Flags that a variant needs and this CPU lacks."""
+    has = cpu_flags().replace(":", " ").split()
+    return [flag for flag in VARIANTS[variant] if flag not in has]
+
+
+def _tunings(variant: str | None) -> tuple[tuple[str, ...], ...]:
+    """Compiler options to try, in order."""
+    if variant is None:
+        return TUNING
+    return ((*(f"-m{flag.replace('_', '')}" for flag in VARIANTS[variant]), "-mtune=native"),)
+
+
 def _run(command: list[str], cwd: Path) -> str:
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -71,10 +88,11 @@ def _run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-def _compile(compiler: str, version: str) -> Path:
+def _compile(compiler: str, version: str, variant: str | None) -> Path:
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
     key = hashlib.sha256()
-    for part in (version, cpu_flags(), " ".join(FLAGS)):
+    tunings = _tunings(variant)
+    for part in (version, cpu_flags(), " ".join(FLAGS), repr(tunings)):
         key.update(part.encode() + b"\0")
     for path in sources:
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -84,24 +102,24 @@ def _compile(compiler: str, version: str) -> Path:
         return library
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         work = Path(scratch)
-        for tuning in TUNING:
+        for tuning in tunings:
             try:
                 _run([compiler, *FLAGS, *tuning, "-c", str(SOURCES / "kernels.c"), "-o", "kernels.o"], work)
                 break
             except BuildError:
-                if tuning == TUNING[-1]:
+                if tuning == tunings[-1]:
                     raise
         _run([compiler, "-shared", "-o", "kernels.so", "kernels.o", "-pthread", "-lm"], work)
         os.replace(work / "kernels.so", library)
     return library
 
 
-def build() -> Path:
-    """Path of the library for this machine, compiled if need be. Raises BuildError."""
+def build(variant: str | None = None) -> Path:
+    """Path of the library for this machine, or of a variant of it, compiled if need be. Raises BuildError."""
     failures: list[str] = []
     for compiler in compilers():
         try:
-            return _compile(compiler, _run([compiler, "--version"], SOURCES))
+            return _compile(compiler, _run([compiler, "--version"], SOURCES), variant)
         except (BuildError, OSError) as error:
             failures.append(str(error))
     asked = os.environ.get("PENSTOCK_CC")

@@ -46,7 +46,8 @@ typedef struct {
 } step;
 
 typedef struct {
-    float *x, *a, *qkv, *act, *x_rows, *a_rows, *logits;
+    float *x, *qkv, *x_rows, *logits;
+    void *a, *a_rows, *act; /* inputs of layers: float32 or, where narrow_inputs says so, bfloat16 */
     int32_t *units;
     phase *phases;
     long ldx, lda, ldq, ldi, bytes;
@@ -63,7 +64,7 @@ static space place(const program *p, const step *s) {
     TAKE(phases, p->layers_count * (6 + 2 * ((most + MLP_ROWS - 1) / MLP_ROWS)) + 8, phase);
     TAKE(units, s->sequences + 1, int32_t);
     TAKE(x, t * w.ldx, float);
-    TAKE(a, t * w.lda, float);
+    TAKE(a, t * w.lda, float); /* or half of it */
     TAKE(qkv, t * w.ldq, float);
     TAKE(act, MIN(most, MLP_ROWS) * w.ldi, float);
     TAKE(x_rows, l * w.ldx, float);
@@ -81,15 +82,18 @@ typedef struct {
     const space *w;
     const layer *l;
     const float *x;
-    float *a;
+    void *a;
     const float *norm;
     long rows, per;
+    int narrow; /* of a */
 } rows_job;
+
+INLINE void *row_at(void *a, long row, long ld, int narrow) { return (char *)a + row * ld * (narrow ? 2 : 4); }
 
 static void norm_unit(const void *job, long unit) {
     const rows_job *j = job;
     for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++)
-        norm_row(j->x + r * j->w->ldx, j->norm, j->a + r * j->w->lda, j->p->hidden, (float)j->p->eps, (int)j->p->bf16);
+        norm_row(j->x + r * j->w->ldx, j->norm, row_at(j->a, r, j->w->lda, j->narrow), j->p->hidden, (float)j->p->eps, (int)j->p->bf16, j->narrow);
 }
 static void norm_all(const void *job) {
     rows_job j = *(const rows_job *)job;
@@ -118,7 +122,7 @@ static void rope_token(const program *p, const layer *l, float *qkv, int32_t pos
     for (long h = 0; h < p->heads + p->kv_heads; h++) {
         float *x = qkv + h * dim;
         const float *norm = h < p->heads ? l->q_norm : l->k_norm;
-        if (norm) norm_row(x, norm, x, dim, (float)p->eps, bf16);
+        if (norm) norm_row(x, norm, x, dim, (float)p->eps, bf16, 0);
         rotate_head(x, table, p->rotary / 2, bf16);
     }
     if (slot < 0) return;
@@ -155,7 +159,7 @@ static void pick_unit(const void *job, long unit) {
     const space *w = j->w;
     for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++) {
         memcpy(w->x_rows + r * w->ldx, w->x + j->s->rows[r] * w->ldx, (size_t)j->p->hidden * 4);
-        memcpy(w->a_rows + r * w->lda, w->a + j->s->rows[r] * w->lda, (size_t)(j->p->heads * j->p->dim) * 4);
+        memcpy(row_at(w->a_rows, r, w->lda, j->narrow), row_at(w->a, j->s->rows[r], w->lda, j->narrow), (size_t)(j->p->heads * j->p->dim) * (j->narrow ? 2 : 4));
     }
 }
 
@@ -164,7 +168,7 @@ static void final_unit(const void *job, long unit) {
     norm_unit(job, unit);
     if (j->s->hidden)
         for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++)
-            for (long i = 0; i < j->p->hidden; i++) store_as(j->s->hidden, r * j->p->hidden + i, j->a[r * j->w->lda + i], (int)j->p->bf16);
+            for (long i = 0; i < j->p->hidden; i++) store_as(j->s->hidden, r * j->p->hidden + i, load_as(j->a, r * j->w->lda + i, j->narrow), (int)j->p->bf16);
 }
 
 typedef struct {
@@ -182,14 +186,17 @@ static void step_thread(const program *p, const step *s, const space *w, team te
     const int bf16 = (int)p->bf16, threads = team.threads;
     int n = 0; /* phase number: the same sequence on every thread */
     long rows = s->token_count;
-    float *x = w->x, *a = w->a;
+    float *x = w->x;
+    void *a = w->a;
 #define UNITS(j) (((j).rows + (j).per - 1) / (j).per)
-    rows_job norm = {.p = p, .s = s, .w = w, .x = x, .a = a, .norm = p->layers[0].attn_norm, .rows = rows, .per = rows <= FEW ? rows : 16};
+    rows_job norm = {.p = p, .s = s, .w = w, .x = x, .a = a, .norm = p->layers[0].attn_norm, .rows = rows, .per = rows <= FEW ? rows : 16,
+                     .narrow = narrow_inputs(&p->layers[0].qkv, bf16)};
     phase_run(&team, n++, UNITS(norm), embed_unit, &norm, 0, 0);
     for (long i = 0; i < p->layers_count; i++) {
         const layer *l = &p->layers[i];
-        const int final = i + 1 == p->layers_count;
-        gemm qkv = {.w = &l->qkv, .a = a, .lda = w->lda, .rows = rows, .kind = TO_F32, .round = bf16, .out = w->qkv, .ldo = w->ldq};
+        const int final = i + 1 == p->layers_count, o_narrow = narrow_inputs(&l->o, bf16), up_narrow = narrow_inputs(&l->gate_up, bf16);
+        const int down_narrow = narrow_inputs(&l->down, bf16);
+        gemm qkv = {.w = &l->qkv, .a = a, .lda = w->lda, .rows = rows, .narrow = norm.narrow, .kind = TO_F32, .round = bf16, .out = w->qkv, .ldo = w->ldq};
         rows_job rope = {.p = p, .s = s, .w = w, .l = l, .rows = rows, .per = 4};
         phase_run(&team, n++, gemm_plan(&qkv, threads), gemm_unit, &qkv, rows <= 2 ? rope_all : 0, &rope);
         if (rows > 2) phase_run(&team, n++, UNITS(rope), rope_unit, &rope, 0, 0);
@@ -199,24 +206,27 @@ static void step_thread(const program *p, const step *s, const space *w, team te
         attn.k_scales = l->k_scales;
         attn.v_scales = l->v_scales;
         attn.window = l->window;
+        attn.out_bf16 = o_narrow;
         phase_run(&team, n++, attn_units, attention_unit, &attn, 0, 0);
         if (final) {
-            rows_job pick = {.p = p, .s = s, .w = w, .rows = s->row_count, .per = 16};
+            rows_job pick = {.p = p, .s = s, .w = w, .rows = s->row_count, .per = 16, .narrow = o_narrow};
             phase_run(&team, n++, UNITS(pick), pick_unit, &pick, 0, 0);
             rows = s->row_count;
             x = w->x_rows;
             a = w->a_rows;
         }
-        gemm o = {.w = &l->o, .a = a, .lda = w->lda, .rows = rows, .kind = TO_RESIDUAL, .round = bf16, .out = x, .ldo = w->ldx};
-        norm = (rows_job){.p = p, .s = s, .w = w, .x = x, .a = a, .norm = l->mlp_norm, .rows = rows, .per = 16};
+        gemm o = {.w = &l->o, .a = a, .lda = w->lda, .rows = rows, .narrow = o_narrow, .kind = TO_RESIDUAL, .round = bf16, .out = x, .ldo = w->ldx};
+        norm = (rows_job){.p = p, .s = s, .w = w, .x = x, .a = a, .norm = l->mlp_norm, .rows = rows, .per = 16, .narrow = up_narrow};
         phase_run(&team, n++, gemm_plan(&o, threads), gemm_unit, &o, rows <= FEW ? norm_all : 0, &norm);
         if (rows > FEW) phase_run(&team, n++, UNITS(norm), norm_unit, &norm, 0, 0);
         norm.norm = final ? p->final_norm : l[1].attn_norm;
+        norm.narrow = narrow_inputs(final ? &p->lm_head : &l[1].qkv, bf16);
         for (long r = 0; r < rows; r += MLP_ROWS) {
             long count = MIN(MLP_ROWS, rows - r);
             int tail = rows <= FEW && !final;
-            gemm up = {.w = &l->gate_up, .a = a + r * w->lda, .lda = w->lda, .rows = count, .kind = TO_GATED, .round = bf16, .out = w->act, .ldo = w->ldi};
-            gemm down = {.w = &l->down, .a = w->act, .lda = w->ldi, .rows = count, .kind = TO_RESIDUAL, .round = bf16, .out = x + r * w->ldx, .ldo = w->ldx};
+            gemm up = {.w = &l->gate_up, .a = row_at(a, r, w->lda, up_narrow), .lda = w->lda, .rows = count, .narrow = up_narrow, .kind = TO_GATED,
+                       .round = bf16, .out = w->act, .out_bf16 = down_narrow, .ldo = w->ldi};
+            gemm down = {.w = &l->down, .a = w->act, .lda = w->ldi, .rows = count, .narrow = down_narrow, .kind = TO_RESIDUAL, .round = bf16, .out = x + r * w->ldx, .ldo = w->ldx};
             phase_run(&team, n++, gemm_plan(&up, threads), gemm_unit, &up, 0, 0);
             phase_run(&team, n++, gemm_plan(&down, threads), gemm_unit, &down, tail ? norm_all : 0, &norm);
         }
@@ -227,7 +237,7 @@ static void step_thread(const program *p, const step *s, const space *w, team te
     }
     if (!s->logits && !s->greedy) return;
     float *logits = s->logits ? s->logits : w->logits;
-    gemm head = {.w = &p->lm_head, .a = a, .lda = w->lda, .rows = rows, .kind = TO_F32, .round = 0, .out = logits, .ldo = p->vocab};
+    gemm head = {.w = &p->lm_head, .a = a, .lda = w->lda, .rows = rows, .narrow = norm.narrow, .kind = TO_F32, .round = 0, .out = logits, .ldo = p->vocab};
     phase_run(&team, n++, gemm_plan(&head, threads), gemm_unit, &head, 0, 0);
     if (s->greedy) {
         argmax_job best = {.logits = logits, .out = s->greedy, .n = p->vocab};

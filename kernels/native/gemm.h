@@ -10,6 +10,7 @@
 #define PENSTOCK_GEMM_H
 
 #include "codes.h"
+#include "dot.h"
 #include "rows.h"
 
 #define GROUP_BYTES (192 * 1024) /* of weights held in a core's L2 */
@@ -32,14 +33,22 @@ typedef struct {
 
 typedef struct {
     const weight *w;
-    const float *a; /* [rows][lda] */
+    const void *a; /* [rows][lda], float32 or, if `narrow`, bfloat16 */
     long lda, rows;
+    int narrow; /* by narrow_inputs */
     int kind, round; /* round: to bfloat16, kept as float32 */
     int out_bf16;    /* TO_GATED: element type of out */
     void *out;
     long ldo;
     long row_units, rows_per, panels_per; /* the split, by gemm_plan */
 } gemm;
+
+/* Whether a layer in bfloat16 takes its inputs as bfloat16 in memory and multiplies by dot products. A property of the weight alone. */
+INLINE int narrow_inputs(const weight *w, int bf16) { return DOTS && bf16 && w->format == P_BF16; }
+INLINE const void *input_row(const gemm *g, long row) { return (const char *)g->a + row * g->lda * (g->narrow ? 2 : 4); }
+/* Rows of the largest micro-kernel, and panels that one of so many rows takes at once. */
+INLINE int gemm_tall(const gemm *g) { return g->narrow ? DR : MR; }
+INLINE int gemm_wide(const gemm *g, int mr) { return g->narrow ? DOT_WIDTH[mr] : WIDTH[mr]; }
 
 /* Choose the units; returns how many. The result of an element does not depend on them. */
 static long gemm_plan(gemm *g, int threads) {
@@ -55,7 +64,7 @@ static long gemm_plan(gemm *g, int threads) {
     if (g->rows > 96 && panel_units < threads * 4L) {
         long want = (threads * 4L + panel_units - 1) / panel_units;
         long cut = MAX((g->rows + want - 1) / want, 48);
-        g->rows_per = (cut + MR - 1) / MR * MR;
+        g->rows_per = (cut + gemm_tall(g) - 1) / gemm_tall(g) * gemm_tall(g);
         g->row_units = (g->rows + g->rows_per - 1) / g->rows_per;
     }
     g->panels_per = per;
@@ -136,18 +145,18 @@ INLINE void finish_tile(const gemm *g, const float *c, long ldc, long row, int r
 /* mr rows from `row` times panels [p0, p1), stepping by `step` panels. */
 static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int step) {
     const weight *w = g->w;
-    _Alignas(64) float c[MR * NP_MAX * PW];
+    _Alignas(64) float c[DR * NP_MAX * PW];
     const char *b[NP_MAX];
     for (long p = p0; p < p1; p += step) {
         int panels = (int)MIN(step, p1 - p);
         for (int q = 0; q < panels;) {
-            int np = tile_width(mr, panels - q);
+            int np = g->narrow ? dot_width(mr, panels - q) : tile_width(mr, panels - q);
             for (int j = 0; j < np; j++) b[j] = w->w + (p + q + j) * w->panel_bytes;
             tile_args t = {
-                .a = g->a + row * g->lda, .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
-                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .ahead = AHEAD, .jump = (np - 1) * w->panel_bytes,
+                .a = input_row(g, row), .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
+                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .scale = 1.0f, .ahead = AHEAD, .jump = (np - 1) * w->panel_bytes,
             };
-            tile_of(mr, np, w->format == P_BF16)(&t);
+            (g->narrow ? dot_tile_of(mr, np) : tile_of(mr, np, w->format == P_BF16))(&t);
             q += np;
         }
         finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
@@ -165,7 +174,7 @@ static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
         for (int q = 0; q < panels;) {
             for (int j = q; j < panels; j++) b[j - q] = w->w + (p + j) * w->panel_bytes;
             codes_args t = {
-                .a = g->a + row * g->lda, .lda = g->lda, .k = w->k, .group = w->group, .b = b, .table = w->table, .c = c + q * PW, .ldc = NP_MAX * PW,
+                .a = input_row(g, row), .lda = g->lda, .k = w->k, .group = w->group, .b = b, .table = w->table, .c = c + q * PW, .ldc = NP_MAX * PW,
                 .panel_bytes = w->panel_bytes,
             };
             q += codes_run((int)w->format, mr, panels - q, &t);
@@ -201,7 +210,7 @@ static __attribute__((noinline)) void codes_wide(const gemm *g, long row0, long 
         }
         for (long i = 0, row = 0; i < blocks; i++) {
             const int mr = (int)(rows / blocks + (i < rows % blocks));
-            const float *a = g->a + (row0 + row) * g->lda + k0;
+            const float *a = (const float *)input_row(g, row0 + row) + k0;
             for (int q = 0, np; q < panels; q += np) {
                 for (int j = q; j < panels; j++) b[j - q] = (const char *)wide[j];
                 if (pieces) {
@@ -234,7 +243,7 @@ static void gemm_unit(const void *job, long unit) {
     const weight *w = g->w;
     long r0 = unit % g->row_units * g->rows_per, r1 = MIN(r0 + g->rows_per, g->rows);
     long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
-    long rows = r1 - r0, blocks = (rows + MR - 1) / MR;
+    long rows = r1 - r0, tall = gemm_tall(g), blocks = (rows + tall - 1) / tall;
     if (CODED(w->format)) {
         if (blocks <= CODES_BLOCKS) {
             const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
@@ -252,7 +261,8 @@ static void gemm_unit(const void *job, long unit) {
         return;
     }
     if (blocks == 1) {
-        gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, WIDTH[rows]) : WIDTH[rows]);
+        const int wide = gemm_wide(g, (int)rows);
+        gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, wide) : wide);
         return;
     }
     int step = w->panel_bytes * 4 <= GROUP_BYTES * 2 ? 4 : 2;

@@ -40,14 +40,16 @@ EXPORT int64_t ps_panel_bytes(int64_t format, int64_t k, int64_t group) {
 typedef struct {
     const void *from;
     const int32_t *perm;
-    float *to;
+    void *to;
     long n, ld;
-    int bf16;
+    int bf16, narrow; /* of from and to */
 } widening;
 static void widen_unit(const void *job, long row) {
     const widening *j = job;
-    float *to = j->to + row * j->ld;
-    if (j->perm)
+    float *to = (float *)j->to + row * j->ld;
+    if (j->narrow)
+        for (long i = 0; i < j->n; i++) ((uint16_t *)j->to)[row * j->ld + i] = ((const uint16_t *)j->from)[row * j->n + j->perm[i]];
+    else if (j->perm)
         for (long i = 0; i < j->n; i++) to[i] = load_as(j->from, row * j->n + j->perm[i], j->bf16);
     else
         for (long i = 0; i < j->n; i++) to[i] = widen(((const uint16_t *)j->from)[row * j->n + i]);
@@ -55,15 +57,15 @@ static void widen_unit(const void *job, long row) {
 
 EXPORT int64_t ps_linear(const weight *w, const void *x, int64_t x_bf16, int64_t rows, void *out, int64_t out_bf16, int64_t threads) {
     gemm g = {
-        .w = w, .a = x, .lda = w->k, .rows = rows, .kind = w->gated ? TO_GATED : out_bf16 ? TO_BF16 : TO_F32,
+        .w = w, .a = x, .lda = w->k, .rows = rows, .narrow = narrow_inputs(w, (int)x_bf16), .kind = w->gated ? TO_GATED : out_bf16 ? TO_BF16 : TO_F32,
         .round = (int)out_bf16, .out_bf16 = (int)out_bf16, .out = out, .ldo = w->n,
     };
-    float *wide = 0;
-    if (x_bf16 || w->perm) {
+    void *wide = 0;
+    if ((x_bf16 && !g.narrow) || w->perm) {
         g.lda = padded(w->k);
         wide = aligned_alloc(64, (size_t)(rows * g.lda * 4 + 63) / 64 * 64);
         if (!wide) return -1;
-        widening j = {.from = x, .perm = w->perm, .to = wide, .n = w->k, .ld = g.lda, .bf16 = (int)x_bf16};
+        widening j = {.from = x, .perm = w->perm, .to = wide, .n = w->k, .ld = g.lda, .bf16 = (int)x_bf16, .narrow = g.narrow};
         run_alone(rows < 16 ? 1 : (int)threads, rows, widen_unit, &j);
         g.a = wide;
     }
@@ -93,7 +95,7 @@ static void norming_unit(const void *job, long row) {
         }
         buffer[i] = v;
     }
-    norm_row(buffer, j->w, buffer, j->n, j->eps, j->bf16);
+    norm_row(buffer, j->w, buffer, j->n, j->eps, j->bf16, 0);
     for (long i = 0; i < j->n; i++) store_as(j->out, at + i, buffer[i], j->bf16);
 }
 EXPORT void ps_norm(const void *x, void *residual, const float *w, void *out, int64_t rows, int64_t n, double eps, int64_t bf16, int64_t threads) {

@@ -136,7 +136,7 @@ INLINE void kv_kernel(const int format, const int mr, const int np, const tile_a
     const float *row[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        row[i] = t->a + i * t->lda;
+        row[i] = (const float *)t->a + i * t->lda;
 #pragma GCC unroll 32
         for (int j = 0; j < nv; j++) acc[i][j] = t->add ? vload(t->c + i * t->ldc + j * VL) : vset(0.0f);
     }

@@ -27,13 +27,14 @@ static const int WIDTH[MR + 1] = {0, 2, 1, 1, 1, 1, 1};
 #define AHEAD 16 /* k-pairs (one cache line each) that the prefetch of a streamed weight runs ahead */
 
 typedef struct {
-    const float *a; /* [mr][lda] */
+    const void *a; /* [mr][lda], float32 (dot.h: bfloat16) */
     long lda;
     const char *const *b; /* [segments][np] panel pointers */
     long segments, seg_k, last_k; /* K of each segment but the last; of the last */
     float *c; /* [mr][ldc] */
     long ldc;
     int add;   /* start from C instead of 0 */
+    float scale; /* dot.h: of the result */
     long ahead; /* k-pairs to prefetch ahead (0: the caller did) */
     long jump;  /* bytes from a panel's end to where this stream goes on */
 } tile_args;
@@ -108,7 +109,7 @@ INLINE void tile_kernel(const int bf16, const int mr, const int np, const tile_a
     const float *row[MR];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
-        row[i] = t->a + i * t->lda;
+        row[i] = (const float *)t->a + i * t->lda;
 #pragma GCC unroll 32
         for (int j = 0; j < nv; j++) acc[i][j] = t->add ? vload(t->c + i * t->ldc + j * VL) : vset(0.0f);
     }

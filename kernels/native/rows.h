@@ -12,8 +12,9 @@
 INLINE vf vrounded(vf v, int bf16) { return bf16 ? vround_bf16(v) : v; }
 INLINE float rounded(float x, int bf16) { return bf16 ? round_bf16(x) : x; }
 
-/* y = w * round(x / sqrt(mean(x^2) + eps)); x and y float32 rows (may be one), n elements; 16 partial sums, folded as a fixed tree. */
-static void norm_row(const float *x, const float *w, float *y, long n, float eps, int bf16) {
+/* y = w * round(x / sqrt(mean(x^2) + eps)); x and y rows (may be one), n elements, float32 or, if `narrow`, y bfloat16; 16 partial sums, folded as a
+ * fixed tree. */
+static void norm_row(const float *x, const float *w, void *y, long n, float eps, int bf16, int narrow) {
     vf sum[16 / VL];
     for (int j = 0; j < 16 / VL; j++) sum[j] = vset(0.0f);
     long i = 0;
@@ -33,8 +34,8 @@ static void norm_row(const float *x, const float *w, float *y, long n, float eps
     vf all = sum[0];
     for (int j = 1; j < 16 / VL; j++) all += sum[j];
     float inv = 1.0f / sqrtf(hsum(all) / (float)n + eps);
-    for (i = 0; i + VL <= n; i += VL) vstore(y + i, vrounded(vrounded(vload(x + i) * inv, bf16) * vload(w + i), bf16));
-    for (; i < n; i++) y[i] = rounded(rounded(x[i] * inv, bf16) * w[i], bf16);
+    for (i = 0; i + VL <= n; i += VL) vstore_as(y, i, vrounded(vrounded(vload(x + i) * inv, bf16) * vload(w + i), bf16), narrow);
+    for (; i < n; i++) store_as(y, i, rounded(rounded(x[i] * inv, bf16) * w[i], bf16), narrow);
 }
 
 enum { ACT_SILU = 0, ACT_GELU_TANH = 1, ACT_GELU = 2 };

@@ -16,7 +16,8 @@
 #include <immintrin.h>
 #define VL 16
 #if defined(__AVX512BF16__)
-#define ISA "avx512-bf16"
+#define DOTS 1 /* pairs of bfloat16 are multiplied as they are (dot.h) */
+#define ISA "avx512bf16"
 #else
 #define ISA "avx512"
 #endif
@@ -27,6 +28,10 @@
 #else
 #define VL 4
 #define ISA "generic"
+#endif
+
+#ifndef DOTS
+#define DOTS 0
 #endif
 
 #define INLINE static inline __attribute__((always_inline))

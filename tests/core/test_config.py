@@ -227,7 +227,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_unknown_kernels_are_an_error() -> None:
-    with pytest.raises(ConfigError, match="PENSTOCK_KERNELS must be one of native, reference, but is 'foo'"):
+    with pytest.raises(ConfigError, match="PENSTOCK_KERNELS must be one of native, avx2, avx512, avx512bf16, reference, but is 'foo'"):
         cfg.from_env({"PENSTOCK_KERNELS": "foo"})
 
 

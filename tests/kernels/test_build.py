@@ -48,7 +48,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: py
 @pytest.mark.usefixtures("undecided")
 def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_KERNELS", "foo")
-    with pytest.raises(ValueError, match="must be one of native, reference, but is 'foo'"):
+    with pytest.raises(ValueError, match="must be one of native, avx2, avx512, avx512bf16, reference, but is 'foo'"):
         native.library()
 
 
