@@ -4,6 +4,7 @@
  * argmax over one workspace, built from the same row, tile and attention functions as the separate operations, in the same order of
  * arithmetic. Activations are float32 in memory, rounded to the model's dtype wherever the separate operations would round. After the last layer's
  * cache write only the rows whose results are wanted go on (rows do not depend on each other, so this changes nothing but time).
+ * The stream in front of a layer can be kept besides: the norm that reads it writes it down.
  * What it does not know: requests, sampling; it trusts pointers that Python has checked and checks every index itself.
  */
 #ifndef PENSTOCK_DECODER_H
@@ -43,6 +44,9 @@ typedef struct {
     int32_t *greedy;
     void *workspace;
     int64_t threads;
+    const int32_t *tap_layers; /* ascending: in front of these the stream is kept; layers_count: behind the last, of the wanted rows alone */
+    void *taps;                /* [tokens][tap_count][hidden], model dtype */
+    int64_t tap_count;
 } step;
 
 typedef struct {
@@ -84,12 +88,30 @@ typedef struct {
     float *a;
     const float *norm;
     long rows, per;
+    void *tap; /* where row 0 of x is kept, or NULL */
 } rows_job;
+
+/* As it is: it was rounded where it was added to. */
+static void keep_row(const rows_job *j, long row) {
+    const long n = j->p->hidden, to = row * j->s->tap_count * n;
+    const int bf16 = (int)j->p->bf16;
+    const float *x = j->x + row * j->w->ldx;
+    long i = 0;
+    for (; i + VL <= n; i += VL) vstore_as(j->tap, to + i, vload(x + i), bf16);
+    for (; i < n; i++) store_as(j->tap, to + i, x[i], bf16);
+}
+static void *tap_of(const program *p, const step *s, long layer) {
+    for (long k = 0; k < s->tap_count; k++)
+        if (s->tap_layers[k] == layer) return (char *)s->taps + k * p->hidden * (p->bf16 ? 2 : 4);
+    return 0;
+}
 
 static void norm_unit(const void *job, long unit) {
     const rows_job *j = job;
-    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++)
+    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++) {
         norm_row(j->x + r * j->w->ldx, j->norm, j->a + r * j->w->lda, j->p->hidden, (float)j->p->eps, (int)j->p->bf16);
+        if (j->tap) keep_row(j, r);
+    }
 }
 static void norm_all(const void *job) {
     rows_job j = *(const rows_job *)job;
@@ -185,6 +207,7 @@ static void step_thread(const program *p, const step *s, const space *w, team te
     float *x = w->x, *a = w->a;
 #define UNITS(j) (((j).rows + (j).per - 1) / (j).per)
     rows_job norm = {.p = p, .s = s, .w = w, .x = x, .a = a, .norm = p->layers[0].attn_norm, .rows = rows, .per = rows <= FEW ? rows : 16};
+    norm.tap = tap_of(p, s, 0);
     phase_run(&team, n++, UNITS(norm), embed_unit, &norm, 0, 0);
     for (long i = 0; i < p->layers_count; i++) {
         const layer *l = &p->layers[i];
@@ -212,6 +235,7 @@ static void step_thread(const program *p, const step *s, const space *w, team te
         phase_run(&team, n++, gemm_plan(&o, threads), gemm_unit, &o, rows <= FEW ? norm_all : 0, &norm);
         if (rows > FEW) phase_run(&team, n++, UNITS(norm), norm_unit, &norm, 0, 0);
         norm.norm = final ? p->final_norm : l[1].attn_norm;
+        norm.tap = tap_of(p, s, i + 1);
         for (long r = 0; r < rows; r += MLP_ROWS) {
             long count = MIN(MLP_ROWS, rows - r);
             int tail = rows <= FEW && !final;
@@ -274,6 +298,7 @@ static int run_step(const program *p, const step *s) {
     if (!inside(s->positions, s->token_count, 0, p->table_rows)) return 5;
     if (!inside(s->slots, s->token_count, INT32_MIN, p->blocks * p->block_size)) return 6;
     if (!inside(s->rows, s->row_count, 0, s->token_count)) return 7;
+    if (!inside(s->tap_layers, s->tap_count, 0, p->layers_count + (s->row_count == s->token_count))) return 10;
     if (s->token_count == 0) return 0;
     space w = place(p, s);
     memset(w.phases, 0, (size_t)((char *)w.units - (char *)w.phases));
