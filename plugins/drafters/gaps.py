@@ -18,9 +18,11 @@ from penstock.core.protocol.messages import Forward
 
 Tensor = torch.Tensor
 LONGEST = 128
-"""Positions of a ring."""
+"""Positions of a ring that are read."""
+AHEAD = 16
+"""And so many more, over which drafts that turn out wrong are written."""
 BYTES = 64 << 20
-"""Of all rings, at most; but one position each."""
+"""Of all rings, as far as that is enough for one position that is read in each."""
 
 
 class Missing(NamedTuple):
@@ -37,8 +39,9 @@ class Gaps:
     """Of `slots` slots, whose states are `width` numbers of `dtype` a position."""
 
     def __init__(self, slots: int, width: int, dtype: torch.dtype, bytes_: int = BYTES) -> None:
-        self.length = max(1, min(LONGEST, bytes_ // max(1, slots * width * dtype.itemsize)))
-        self._ring = torch.zeros(slots, self.length, width, dtype=dtype)
+        self.length = max(1, min(LONGEST, bytes_ // max(1, slots * width * dtype.itemsize) - AHEAD))
+        self._size = self.length + AHEAD
+        self._ring = torch.zeros(slots, self._size, width, dtype=dtype)
         # numpy has no bfloat16, and indexes faster: numbers of the same size stand for it.
         self._words = self._ring.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
         self._read: I32 = np.zeros(slots, np.int32)
@@ -70,7 +73,7 @@ class Gaps:
             counts = work.counts[:rows]
             within = np.arange(len(states), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
             slots, positions = np.repeat(slots, counts), np.repeat(positions, counts) + within
-        self._words[slots, positions % self.length] = states.view(torch.int16 if states.dtype.itemsize == 2 else torch.int32).numpy()
+        self._words[slots, positions % self._size] = states.view(torch.int16 if states.dtype.itemsize == 2 else torch.int32).numpy()
 
     def read(self, slots: Column, ends: Column) -> None:
         """These slots were read up to these positions."""
@@ -86,5 +89,5 @@ class Gaps:
         counts = work.starts[lacking] - starts
         row = np.repeat(np.arange(lacking.size), counts)
         positions = starts[row] + np.arange(len(row), dtype=np.int32) - (np.cumsum(counts) - counts)[row]
-        states = self._ring[torch.from_numpy(slots[row]).long(), torch.from_numpy(positions % self.length).long()]
+        states = self._ring[torch.from_numpy(slots[row]).long(), torch.from_numpy(positions % self._size).long()]
         return Missing(slots, i32(starts), i32(counts), states)

@@ -163,7 +163,7 @@ def _eagle3(its: dict[str, Any], known: Any, wrong: Any) -> tuple[dict[str, Any]
     import torch
 
     hidden, heads, kv, dim = (its[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
-    at, group, vocab = "midlayer.", heads // kv, its["vocab_size"]
+    at, group = "midlayer.", heads // kv
     small = FIRST + CIRCLE
     keys, values = (torch.randn(kv * dim, hidden, generator=torch.Generator().manual_seed(seed)) * hidden**-0.5 for seed in (3, 4))
     nothing = torch.zeros(kv * dim, hidden)
