@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def test_prompts_hold_as_much_of_the_answer_as_the_case_says(shape: dict[str, An
     def held(case: str) -> float:
         shares = []
         for prompt, answer in known.prompts(shape, case, 3, 80):
-            pairs = set(zip(prompt, prompt[1:], strict=False))
-            shares.append(np.mean([pair in pairs for pair in zip(answer, answer[1:], strict=False)]))
+            pairs = set(itertools.pairwise(prompt))
+            shares.append(np.mean([pair in pairs for pair in itertools.pairwise(answer)]))
         return float(np.mean(shares))
 
     assert held("edits") > held("rewrites") > 0.7

@@ -172,8 +172,8 @@ def _eagle3(its: dict[str, Any], known: Any, wrong: Any) -> tuple[dict[str, Any]
     both = (("q", queries, torch.zeros(heads * dim, hidden)), ("k", keys, nothing), ("v", values, nothing))
     tensors |= {f"{at}self_attn.{name}_proj.weight": torch.cat([one, other], 1).bfloat16() for name, one, other in both}
     out = torch.zeros(hidden, heads * dim)
-    for head in range(kv):  # the first of each group
-        out[head * dim : (head + 1) * dim, head * group * dim : head * group * dim + dim] = torch.eye(dim)
+    for group_of in range(kv):  # the first of each group
+        out[group_of * dim : (group_of + 1) * dim, group_of * group * dim : group_of * group * dim + dim] = torch.eye(dim)
     tensors[f"{at}self_attn.o_proj.weight"] = out.bfloat16()
     head = torch.zeros(small, hidden)
     following = torch.from_numpy(followers(its))[:small]
