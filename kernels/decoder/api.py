@@ -4,11 +4,13 @@
                              head_dim=..., eps=..., cos_sin=[P, r] float32, scale=None, k_caches=[...], v_caches=[...],
                              scales=[])
     program(tokens[T], positions[T], slots[T], block_tables[R, B], q_start[R + 1], kv_len[R], rows[L],
-            logits=None | [L, V] float32, hidden=None | [L, H], greedy=None | [L] int32) -> None
+            logits=None | [L, V] float32, hidden=None | [L, H], greedy=None | [L] int32,
+            tap_layers=None | [K], taps=None | [T, K, H]) -> None
 
 All index tensors int32, contiguous; meanings as in `rope_and_cache` and `paged_attention` (positions index the rotary table). `rows` names
 the token rows (0..T-1) whose results are wanted; any of the three outputs may be given: `logits`, `hidden` (after the final norm, model
-dtype, the input of lm_head), `greedy` (as `kernels.argmax`: first maximum, -1 for a bad row). Prefill chunks and decode rows mix freely. A row's
+dtype, the input of lm_head), `greedy` (as `kernels.argmax`: first maximum, -1 for a bad row). `taps` are the streams in front of the layers `tap_layers` (ascending;
+the number of layers: behind the last one, of the wanted rows in their order, which must be as many as there are tokens). Prefill chunks and decode rows mix freely. A row's
 results do not depend on what else is in the step. Results equal the composition in `decoder.reference` bit for bit.
 
 Caches: one pair a layer, as in `attention.layout`, all of the model's elements or, with `scales` (one a layer), all of codes; the program keeps references, the caller may zero or copy blocks between steps.
@@ -116,6 +118,8 @@ class DecoderProgram:
         logits: Tensor | None = None,
         hidden: Tensor | None = None,
         greedy: Tensor | None = None,
+        tap_layers: Tensor | None = None,
+        taps: Tensor | None = None,
     ) -> None:
         """Run one step; see the module."""
         tensor("tokens", tokens, (None,), torch.int32)
@@ -130,7 +134,11 @@ class DecoderProgram:
             tensor("hidden", hidden, (count, self.parts.embedding.shape[1]), self.parts.embedding.dtype)
         if greedy is not None:
             tensor("greedy", greedy, (count,), torch.int32)
-        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy)
+        require((tap_layers is None) == (taps is None), "tap_layers and taps belong together")
+        if tap_layers is not None and taps is not None:
+            tensor("tap_layers", tap_layers, (None,), torch.int32)
+            tensor("taps", taps, (tokens.shape[0], tap_layers.shape[0], self.parts.embedding.shape[1]), self.parts.embedding.dtype)
+        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps)
 
     def trusted(
         self,
@@ -144,12 +152,15 @@ class DecoderProgram:
         logits: Tensor | None,
         hidden: Tensor | None,
         greedy: Tensor | None,
+        tap_layers: Tensor | None = None,
+        taps: Tensor | None = None,
     ) -> None:
         """As a call, for tensors whose shapes and dtypes the caller made itself: what they hold is checked all the same."""
         if self._cpu is not None:
-            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy)
+            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps)
             return
-        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows)
+        kept = {} if tap_layers is None or taps is None else {layer: taps[:, at] for at, layer in enumerate(tap_layers.tolist())}
+        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows, kept)
         if hidden is not None:
             hidden.copy_(states)
         if logits is None and greedy is None:

@@ -67,6 +67,8 @@ class CpuDecoder:
         logits: Tensor | None,
         hidden: Tensor | None,
         greedy: Tensor | None,
+        tap_layers: Tensor | None = None,
+        taps: Tensor | None = None,
     ) -> None:
         """One step. Raises IndexError for an index outside its table (nothing has been written then)."""
         step = Step(
@@ -75,6 +77,8 @@ class CpuDecoder:
             None if logits is None else logits.data_ptr(), None if hidden is None else hidden.data_ptr(),
             None if greedy is None else greedy.data_ptr(), None, torch.get_num_threads(),
         )  # fmt: skip
+        if tap_layers is not None and taps is not None:
+            step.tap_layers, step.taps, step.tap_count = tap_layers.data_ptr(), taps.data_ptr(), len(tap_layers)
         program, at = ctypes.byref(self._program), ctypes.byref(step)
         needed = self._lib.ps_step_bytes(program, at)
         if needed > self._workspace.shape[0]:

@@ -4,6 +4,7 @@
  * argmax over one workspace, built from the same row, tile and attention functions as the separate operations, in the same order of
  * arithmetic. Activations are float32 in memory, rounded to the model's dtype wherever the separate operations would round. After the last layer's
  * cache write only the rows whose results are wanted go on (rows do not depend on each other, so this changes nothing but time).
+ * The stream in front of a layer can be kept besides: the norm that reads it writes it down.
  * What it does not know: requests, sampling; it trusts pointers that Python has checked and checks every index itself.
  */
 #ifndef PENSTOCK_DECODER_H
@@ -43,6 +44,9 @@ typedef struct {
     int32_t *greedy;
     void *workspace;
     int64_t threads;
+    const int32_t *tap_layers; /* ascending: in front of these the stream is kept; layers_count: behind the last, of the wanted rows alone */
+    void *taps;                /* [tokens][tap_count][hidden], model dtype */
+    int64_t tap_count;
 } step;
 
 typedef struct {
@@ -86,14 +90,32 @@ typedef struct {
     const float *norm;
     long rows, per;
     int narrow; /* of a */
+    void *tap; /* where row 0 of x is kept, or NULL */
 } rows_job;
 
 INLINE void *row_at(void *a, long row, long ld, int narrow) { return (char *)a + row * ld * (narrow ? 2 : 4); }
 
+/* As it is: it was rounded where it was added to. */
+static void keep_row(const rows_job *j, long row) {
+    const long n = j->p->hidden, to = row * j->s->tap_count * n;
+    const int bf16 = (int)j->p->bf16;
+    const float *x = j->x + row * j->w->ldx;
+    long i = 0;
+    for (; i + VL <= n; i += VL) vstore_as(j->tap, to + i, vload(x + i), bf16);
+    for (; i < n; i++) store_as(j->tap, to + i, x[i], bf16);
+}
+static void *tap_of(const program *p, const step *s, long layer) {
+    for (long k = 0; k < s->tap_count; k++)
+        if (s->tap_layers[k] == layer) return (char *)s->taps + k * p->hidden * (p->bf16 ? 2 : 4);
+    return 0;
+}
+
 static void norm_unit(const void *job, long unit) {
     const rows_job *j = job;
-    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++)
+    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++) {
         norm_row(j->x + r * j->w->ldx, j->norm, row_at(j->a, r, j->w->lda, j->narrow), j->p->hidden, (float)j->p->eps, (int)j->p->bf16, j->narrow);
+        if (j->tap) keep_row(j, r);
+    }
 }
 static void norm_all(const void *job) {
     rows_job j = *(const rows_job *)job;
@@ -191,6 +213,7 @@ static void step_thread(const program *p, const step *s, const space *w, team te
 #define UNITS(j) (((j).rows + (j).per - 1) / (j).per)
     rows_job norm = {.p = p, .s = s, .w = w, .x = x, .a = a, .norm = p->layers[0].attn_norm, .rows = rows, .per = rows <= FEW ? rows : 16,
                      .narrow = narrow_inputs(&p->layers[0].qkv, bf16)};
+    norm.tap = tap_of(p, s, 0);
     phase_run(&team, n++, UNITS(norm), embed_unit, &norm, 0, 0);
     for (long i = 0; i < p->layers_count; i++) {
         const layer *l = &p->layers[i];
@@ -221,6 +244,7 @@ static void step_thread(const program *p, const step *s, const space *w, team te
         if (rows > FEW) phase_run(&team, n++, UNITS(norm), norm_unit, &norm, 0, 0);
         norm.norm = final ? p->final_norm : l[1].attn_norm;
         norm.narrow = narrow_inputs(final ? &p->lm_head : &l[1].qkv, bf16);
+        norm.tap = tap_of(p, s, i + 1);
         for (long r = 0; r < rows; r += MLP_ROWS) {
             long count = MIN(MLP_ROWS, rows - r);
             int tail = rows <= FEW && !final;
@@ -284,6 +308,7 @@ static int run_step(const program *p, const step *s) {
     if (!inside(s->positions, s->token_count, 0, p->table_rows)) return 5;
     if (!inside(s->slots, s->token_count, INT32_MIN, p->blocks * p->block_size)) return 6;
     if (!inside(s->rows, s->row_count, 0, s->token_count)) return 7;
+    if (!inside(s->tap_layers, s->tap_count, 0, p->layers_count + (s->row_count == s->token_count))) return 10;
     if (s->token_count == 0) return 0;
     space w = place(p, s);
     memset(w.phases, 0, (size_t)((char *)w.units - (char *)w.phases));

@@ -59,13 +59,15 @@ class HostQuantised(HostLinear):
 class WholeStep:
     """A plain model as one call. See Program."""
 
+    taps = True
+
     def __init__(self, program: DecoderProgram) -> None:
         self._run = program.trusted  # HostOps made the columns
 
-    def __call__(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
+    def __call__(self, columns: Columns, rows: Tensor, hidden: Tensor, layers: Tensor | None = None, streams: Tensor | None = None) -> None:
         """See Program."""
         c = columns
-        self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None)
+        self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, layers, streams)
 
 
 class HostOps(TorchOps):

@@ -168,7 +168,8 @@ class DeviceRunner:
         self.memory = MemoryTable(weights=weights, workspace=0, graphs=0, kv=0, slack=0, total=0)
         self._model = model
         self._taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
-        """Layers in front of which some drafter wants to see the stream; those steps are composed, and have no graphs."""
+        """Layers in front of which some drafter wants to see the stream."""
+        self._followers = [index for index, drafter in enumerate(drafters) if getattr(drafter, "follows", False) and lane.direct]
         self._states = any(drafter.states for drafter in drafters)
         self._looked_at = self._states or bool(self._taps)
         self._drafting = False
@@ -259,6 +260,9 @@ class DeviceRunner:
         at = pool.shape[-1] - self._own_bytes
         self._caches = self._model.attention.caches(pool[:, :at] if self._own_bytes else pool)
         self._program = self._ops.fuse(self._model, self._caches)
+        self._tapped = None
+        if self._taps and getattr(self._program, "taps", False):
+            self._tapped = torch.tensor(self._taps, dtype=torch.int32)
         for drafter in self._drafters:
             drafter.bind(pool[:, at : at + drafter.page_bytes] if self._own_bytes else pool[:, :0])
             at += drafter.page_bytes
@@ -390,27 +394,27 @@ class DeviceRunner:
     def _eager(self, work: Forward, rows: int, decode: bool) -> None:
         """A step without a graph. The host knows every count; only token values and blocks are looked up on the device."""
         columns, kept, first = self._columns_of(work, decode)
-        # A program keeps what the last layer gives alone: where a drafter is likely to look at others, too, the step is composed.
-        if self._program is not None and not (self._taps and (self._drafting or work.num_decode < rows)):
-            if self._states:
-                everything = torch.arange(len(columns.tokens), dtype=torch.int32)
-                states = torch.empty(len(everything), self.facts.hidden_size, dtype=self._torch_dtype)
-                self._run(columns, everything, states)
-                hidden = self._ops.take_rows(states, kept)
-                if len(work.prompt_rows):
-                    hidden = torch.cat([hidden, self._ops.take_rows(states, torch.from_numpy(_tokens_of(work)))])
-                self._launched = _Launched(work, 0, hidden, None, first, (), states, columns)
-                return
-            if len(work.prompt_rows):
-                kept = torch.cat([kept, torch.from_numpy(_tokens_of(work))])
-            hidden = torch.empty(len(kept), self.facts.hidden_size, dtype=self._torch_dtype)
-            self._run(columns, kept, hidden)
-            self._launched = _Launched(work, 0, hidden, None, first)
+        asked = len(work.prompt_rows) > 0
+        if self._program is None or (self._taps and self._tapped is None and (self._drafting or work.num_decode < rows)):
+            x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
+            every = self._model.final(self._ops, x.clone(), residual.clone()) if self._states else None
+            hidden = self._model.final(self._ops, self._ops.take_rows(x, kept), self._ops.take_rows(residual, kept))
+            self._launched = _Launched(work, 0, hidden, (x, residual), first, taps, every, columns)
             return
-        x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
-        every = self._model.final(self._ops, x.clone(), residual.clone()) if self._states else None
-        hidden = self._model.final(self._ops, self._ops.take_rows(x, kept), self._ops.take_rows(residual, kept))
-        self._launched = _Launched(work, 0, hidden, (x, residual), first, taps, every, columns)
+        wanted = torch.cat([kept, torch.from_numpy(_tokens_of(work))]) if asked else kept
+        if not self._looked_at:
+            self._launched = _Launched(work, 0, self._run(columns, wanted), None, first)
+            return
+        tokens, streams = len(columns.tokens), None
+        # Of the last layer a program gives the rows that are wanted alone.
+        whole = (self._states or self.facts.num_layers in self._taps) and not (decode and not asked)
+        if self._tapped is not None:
+            streams = torch.empty(tokens, len(self._taps), self.facts.hidden_size, dtype=self._torch_dtype)
+        hidden = self._run(columns, torch.arange(tokens, dtype=torch.int32) if whole else wanted, streams)
+        states = hidden if self._states else None
+        taps = list(streams.unbind(1)) if streams is not None else []
+        seen = columns if not self._taps or streams is not None else None
+        self._launched = _Launched(work, 0, self._ops.take_rows(hidden, wanted) if whole else hidden, None, first, taps, states, seen)
 
     def _columns_of(self, work: Forward, decode: bool) -> tuple[Columns, Tensor, I32]:
         """The step's columns, the token rows that may be drawn from, and for each sequence which of them is its first. `decode`: one token each."""
@@ -426,12 +430,18 @@ class DeviceRunner:
         single = -1 if len(kept) > rows else work.num_decode
         return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), sent[3], first
 
-    def _run(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
+    def _run(self, columns: Columns, rows: Tensor, streams: Tensor | None = None) -> Tensor:
+        """The step by the program: normalised hidden states of these token rows; `streams`: where what drafters look at goes."""
         assert self._program is not None
+        hidden = torch.empty(len(rows), self.facts.hidden_size, dtype=self._torch_dtype)
         try:
-            self._program(columns, rows, hidden)
+            if streams is None:
+                self._program(columns, rows, hidden)
+            else:
+                self._program(columns, rows, hidden, self._tapped, streams)  # type: ignore[call-arg]
         except IndexError as error:  # a block that was never given (-1), a token outside the vocabulary
             raise EngineFailure(f"A step names what does not exist: {error}.") from error
+        return hidden
 
     # ------------------------------------------------------------------ graphs
 
@@ -699,8 +709,10 @@ class DeviceRunner:
                 hidden = self._ops.take_rows(launched.hidden, row_at)
                 tokens = torch.cat([tokens, *self._draft(work, launched, slots, positions + 1, hidden)])
             landing.bring(tokens)
-        if self._drafters and len(before.slots) > before.num_decode:
-            self._observe(launched, work.drafters if rows and work.drafts else 0)
+        if self._drafters:
+            every = range(len(self._drafters)) if len(before.slots) > before.num_decode else self._followers
+            if every and len(before.slots):
+                self._observe(launched, every, work.drafters if rows and work.drafts else 0)
         begin, end = self._bounds[self.counters.steps % len(self._bounds)]
         drafting = None
         if rows and work.drafts:
@@ -827,10 +839,11 @@ class DeviceRunner:
                     proposal = Proposal(self._range[:rows], i32([-1] * rows), slots, slots + 3, hidden, self._guess(hot), hot, True)
                     drafter.warm(self._seen(nobody, drafter, proposal), rows, min(2, drafter.max_lookahead))
 
-    def _observe(self, launched: _Launched, asked: int) -> None:
-        """Let the drafters see a step with prompts, but those that were `asked` (bits) for drafts behind it."""
-        for index, drafter in enumerate(self._drafters):
+    def _observe(self, launched: _Launched, every: Sequence[int], asked: int) -> None:
+        """Let these drafters see a step, but those that were `asked` (bits) for drafts behind it."""
+        for index in every:
             if not asked >> index & 1:
+                drafter = self._drafters[index]
                 drafter.observe(self._seen(launched, drafter, None))
 
     def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:

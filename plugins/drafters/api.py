@@ -87,8 +87,8 @@ class Seen:
     states: Tensor | None
     """[T, H] the model's normalised last states of all tokens, for drafters with `states`."""
     columns: Columns | None
-    """The model's own of this step, for drafters with taps or `states`. None: these were not kept, since no drafts had been asked for; there will be some in the
-    next step."""
+    """The model's own of this step, for drafters with taps or `states`. None: these were not kept, since no drafts had been asked for (where the model runs as a
+    program that has no taps); there will be some in the next step."""
     history: Tensor
     table: Tensor
     proposal: Proposal | None
@@ -96,7 +96,8 @@ class Seen:
 
 
 class Drafter(Protocol):
-    """Everything runs on the device's thread, in the lane's order, and nothing waits for the device."""
+    """Everything runs on the device's thread, in the lane's order, and nothing waits for the device. With `follows = True` it sees, where the lane is direct, every step that it
+    is not asked for drafts behind, not those with prompts alone."""
 
     name: str
     """The word of its method."""
@@ -134,7 +135,7 @@ class Drafter(Protocol):
         ...
 
     def observe(self, seen: Seen) -> None:
-        """A step with prompts (rows behind num_decode) that nothing is drafted behind: it should keep up with them."""
+        """A step with prompts (rows behind num_decode) that nothing is drafted behind: it should keep up with them. Or any such step: see `follows`."""
         ...
 
     def propose(self, seen: Seen, out: Tensor) -> None:

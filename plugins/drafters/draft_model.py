@@ -59,6 +59,8 @@ class ModelDrafter:
         """For each slot: positions before this one hold its keys and values; -1: those before the next step's start."""
         self._ahead: I32 = np.zeros(parts.slots, np.int32)
         """With -1: and so many more."""
+        self._open = False
+        """Somebody may have -1, or more than its next step's start."""
 
     def bind(self, pages: Tensor) -> None:
         """See Drafter."""
@@ -70,12 +72,16 @@ class ModelDrafter:
         """See Drafter. What lies in the blocks that a sequence begins on was computed by this, too."""
         self._have[slots] = -1
         self._ahead[slots] = 0
+        self._open = True
 
     def begin(self, work: Forward) -> None:
         """See Drafter."""
+        if not self._open:  # nothing changes while nothing is drafted
+            return
         have = self._have[work.slots]
         # Beyond the start only what it drafted itself, for the very step that begins.
-        self._have[work.slots] = np.where(have < 0, work.starts + self._ahead[work.slots], np.minimum(have, work.starts))
+        self._have[work.slots] = have = np.where(have < 0, work.starts + self._ahead[work.slots], np.minimum(have, work.starts))
+        self._open = bool((have > work.starts).any() or (self._have < 0).any())
 
     def observe(self, seen: Seen) -> None:
         """See Drafter."""
@@ -118,6 +124,7 @@ class ModelDrafter:
             self._catch_up(seen, late.astype(np.int32))
         made = self._chain.run(seen, proposal, out, self._first, self._next)
         self._have[proposal.host_slots] = -1
+        self._open = True
         self._ahead[proposal.host_slots] = made if proposal.sure else 1
 
     def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:

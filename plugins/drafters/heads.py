@@ -2,7 +2,8 @@
 
 What it is: `HeadDrafter`, and the three shapes of what stands before and behind its layer. A *root* is a position whose state the model has computed and kept; the layer
 sits at a root's position with the state there and the embedding of the token behind it, and guesses the token after that one; further drafts feed on the layer's own
-states, one position later each. The layer sees every token of every step that the drafter is asked in, prompts at once; its keys and values lie in the model's pages.
+states, one position later each. The layer sees every token of every step that the drafter is asked in, prompts at once; its keys and values lie in the model's pages. Where the
+lane is direct it also sees, once it is asked again, what passed in between (gaps.py).
 
     eagle3  (arXiv 2503.01840)  state = fc(taps);  x = state;  attention reads [input_layernorm(embedding), hidden_norm(state)]; head: norm, lm_head of draft_vocab_size tokens,
                                 token t of which is the model's t + d2t[t]
@@ -27,6 +28,7 @@ from penstock.core.protocol.messages import Forward
 from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
+from penstock.plugins.drafters.gaps import Gaps
 from penstock.plugins.models.api import AttnCall, Columns
 from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.config import decoder_facts, read_config
@@ -76,6 +78,9 @@ class HeadDrafter:
         self.nbytes = builder.nbytes
         self.state_bytes = self._cos_sin.nbytes + self._attention.workspace_bytes
         self.state_bytes += parts.max_rows * facts.hidden_size * parts.dtype.itemsize
+        self.follows = parts.lane.direct
+        self._gaps = Gaps(parts.slots, self._shape.sees, parts.dtype) if self.follows else None
+        self.state_bytes += 0 if self._gaps is None else self._gaps.nbytes
         self._chain = Chain(parts)
         self._caches: list[Any] = []
         self._state = torch.zeros(parts.max_rows, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
@@ -102,14 +107,29 @@ class HeadDrafter:
 
     def place(self, slots: Column) -> None:
         """See Drafter: its keys and values came with the blocks."""
+        if self._gaps is not None:
+            self._gaps.enter(slots)
 
     def begin(self, work: Forward) -> None:
-        """See Drafter. What passes while nobody asks is not seen again: later drafts are less apt until the text has moved on."""
+        """See Drafter. On a device what passes while nobody asks is not seen again: later drafts are less apt until the text has moved on."""
+        if self._gaps is not None:
+            self._gaps.begin(work)
 
     def observe(self, seen: Seen) -> None:
-        """See Drafter."""
-        if seen.columns is not None:
+        """See Drafter. Prompts are read, and of other rows it is kept what there was to read."""
+        if seen.columns is None:
+            return
+        if self._gaps is None:
             self._everything(seen)
+            return
+        work, decode = seen.work, seen.work.num_decode
+        states, at = self._shape.states(seen), int(work.counts[:decode].sum())
+        if decode:
+            self._gaps.keep(work, decode, states[:at])
+        if decode < len(work.slots):
+            slots, starts, counts = work.slots[decode:], work.starts[decode:], work.counts[decode:]
+            self._read(seen, self._chain.ragged(seen, slots, starts, counts), states[at:])
+            self._gaps.read(slots, starts + counts)
 
     def warm(self, seen: Seen, rows: int, width: int) -> None:
         """See Drafter. How many tokens the first step sees is another thing each time."""
@@ -122,19 +142,41 @@ class HeadDrafter:
 
     def propose(self, seen: Seen, out: Tensor) -> None:
         """See Drafter."""
-        assert seen.proposal is not None
+        proposal, work = seen.proposal, seen.work
+        assert proposal is not None
         if seen.columns is None:  # nobody thought of drafts when the step began: from the next one on
             return
-        self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2, fixed=False)
+        if self._gaps is not None:
+            self._catch_up(seen, self._gaps)
+            self._gaps.read(work.slots, work.starts + work.counts)
+            self._gaps.read(proposal.host_slots, proposal.ends.numpy() - 1)
+        self._chain.run(seen, proposal, out, self._first, self._next, before=2, fixed=False)
+
+    def _catch_up(self, seen: Seen, gaps: Gaps) -> None:
+        missing = gaps.missing(seen.work)
+        if missing is None:
+            return
+        at, most = 0, self._chain.max_tokens
+        ends = np.cumsum(missing.counts)
+        while at < len(ends):  # a ring is no longer than a step
+            before = int(ends[at - 1]) if at else 0
+            following = max(at + 1, int(np.searchsorted(ends, before + most, side="right")))
+            rows = slice(at, following)
+            columns = self._chain.ragged(seen, missing.slots[rows], missing.starts[rows], missing.counts[rows])
+            self._read(seen, columns, missing.states[before : int(ends[following - 1])])
+            at = following
 
     def _everything(self, seen: Seen) -> Tensor:
         """The layer over all tokens of the step: its states [T, H]."""
-        columns = seen.columns
-        assert columns is not None
+        assert seen.columns is not None
+        return self._read(seen, seen.columns, self._shape.states(seen))
+
+    def _read(self, seen: Seen, columns: Columns, states: Tensor) -> Tensor:
+        """The layer over these tokens, at which the model has these states."""
         row = torch.bucketize(torch.arange(len(columns.tokens), device=columns.tokens.device), columns.q_start[1:].long(), right=True)
         slots = columns.slots[row.clamp_max(len(columns.slots) - 1)].clamp_min(0).long()
         following = (columns.positions + 1).clamp_max(seen.history.shape[1] - 1).long()
-        return self._step(self._shape.first(seen), seen.history[slots, following], columns)
+        return self._step(self._shape.first(states), seen.history[slots, following], columns)
 
     def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
         states = self._everything(seen)
@@ -178,7 +220,7 @@ class Eagle3:
         if not has("midlayer.hidden_norm.weight") and has("layers.0.hidden_norm.weight"):
             self.prefix = "layers.0."
         self.taps = _taps_of(raw, parts.facts.num_layers)
-        self.reads = 2 * hidden
+        self.reads, self.sees = 2 * hidden, len(self.taps) * parts.facts.hidden_size
         self._ops, self._eps = parts.ops, eps
         self._fc = builder.linear([Part("fc", hidden)], len(self.taps) * parts.facts.hidden_size, bias=has("fc.bias"))
         self._embed_norm = builder.tensor(f"{self.prefix}input_layernorm.weight", hidden)
@@ -199,9 +241,13 @@ class Eagle3:
             if len(shift) != size or int(self._ids.min()) < 0 or int(self._ids.max()) >= self._vocab:
                 raise CheckpointError("The drafter's d2t names tokens that the model does not have.", param="d2t")
 
-    def first(self, seen: Seen) -> Tensor:
+    def states(self, seen: Seen) -> Tensor:
+        """[T, self.sees] of the model's."""
+        return torch.cat(list(seen.taps), 1)
+
+    def first(self, states: Tensor) -> Tensor:
         """[T, H] for the first step of the chain."""
-        return self._fc(torch.cat(list(seen.taps), 1))
+        return self._fc(states)
 
     def before(self, state: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """(the residual, what attention reads)."""
@@ -229,15 +275,19 @@ class Eagle:
     ignored = ("layers.0.input_layernorm.weight", "lm_head.weight")
 
     def __init__(self, raw: dict[str, Any], builder: Builder, facts: ModelFacts, parts: Parts) -> None:
-        self.reads = facts.hidden_size
+        self.reads = self.sees = facts.hidden_size
         self._model = parts.model
         bias = getattr(builder.weights, "has", lambda name: False)("fc.bias")
         self._fc = builder.linear([Part("fc", facts.hidden_size)], 2 * facts.hidden_size, bias=bias)
 
-    def first(self, seen: Seen) -> Tensor:
+    def states(self, seen: Seen) -> Tensor:
         """See Eagle3."""
         assert seen.states is not None
         return seen.states
+
+    def first(self, states: Tensor) -> Tensor:
+        """See Eagle3."""
+        return states
 
     def before(self, state: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """See Eagle3."""
@@ -258,16 +308,20 @@ class Mtp:
         hidden = facts.hidden_size
         self.prefix = f"model.layers.{parts.facts.num_layers}."
         self.ignored = (f"{self.prefix}shared_head.head.weight",)
-        self.reads = hidden
+        self.reads = self.sees = hidden
         self._ops, self._eps, self._model = parts.ops, facts.rms_norm_eps, parts.model
         norms = ("enorm", "hnorm", "input_layernorm", "shared_head.norm")
         self._enorm, self._hnorm, self._norm, self._last = (builder.tensor(f"{self.prefix}{name}.weight", hidden) for name in norms)
         self._project = builder.linear([Part(f"{self.prefix}eh_proj", hidden)], 2 * hidden)
 
-    def first(self, seen: Seen) -> Tensor:
+    def states(self, seen: Seen) -> Tensor:
         """See Eagle3."""
         assert seen.states is not None
         return seen.states
+
+    def first(self, states: Tensor) -> Tensor:
+        """See Eagle3."""
+        return states
 
     def before(self, state: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """See Eagle3."""

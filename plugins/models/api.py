@@ -342,7 +342,10 @@ class Plain(NamedTuple):
 
 
 class Program(Protocol):
-    """A model and its caches as one call a step."""
+    """A model and its caches as one call a step.
+
+    With `taps = True` it takes two arguments besides, `layers` [K] int32 and `streams` [T, K, H]: the stream in front of these layers goes there (`Model.step`: taps); that
+    behind the last one is of `rows`, which then name every token. Without, a step that somebody looks into is composed."""
 
     def __call__(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
         """Compute the step and write the normalised hidden states of the token rows `rows` [n] int32 to `hidden` [n, H], in the model's dtype.

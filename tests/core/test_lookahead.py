@@ -175,6 +175,40 @@ def test_choices_are_cloned_from_the_first(make_sim: Make) -> None:
     assert len({tuple(output) for output in right}) == 4
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_while_no_drafts_are_best_for_long_nobody_is_asked_how_many(depth: int, make_sim: Make) -> None:
+    """A rest ends with its steps, or when somebody wants drafts whatever they cost; how long it was is told."""
+    sim = make_sim(lookahead=3, depth=depth)
+    said = steps_of(sim)
+    drafting = sim.scheduler._board.drafting
+    widths: Any = drafting._widths
+    asked, timed, rested = [], [], []
+
+    def choose(rows: int) -> int:
+        asked.append(rows)
+        widths.rest = 9
+        return 0
+
+    widths.choose, widths.rested = choose, rested.append
+    widths.timed = lambda rows, width, ns, mixed=False, steady=True: timed.append((width, steady))
+    key = sim.admit([1, 2, 3], max_tokens=60)
+    steps = sim.run()
+    assert steps == 60
+    assert len(asked) <= 7
+    assert set(rested) == {9}
+    assert len(timed) <= 7
+    assert all(one == (0, True) for one in timed)
+    assert not any(done.drafts.size for done in said)
+    assert drafting.stats() == drafting._stats()
+    assert drafting.stats().width == 0
+    forced = sim.admit([4, 5, 6], max_tokens=30, spec_decode=True)
+    sim.run()
+    assert max(done.counts.max(initial=0) for done in said) > 1, "a rest was no reason to refuse"
+    assert drafting.stats().accepted > 0
+    assert [len(sim.output(one)) for one in (key, forced)] == [60, 30]
+    sim.check_idle()
+
+
 @pytest.mark.parametrize("wiring", ["cell", "tasks"])
 def test_the_engine_uses_what_the_device_declares(wiring: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Widths, "choose", Widths.most)

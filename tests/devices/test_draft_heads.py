@@ -244,11 +244,56 @@ def test_a_head_drafts_what_its_formula_says_and_changes_nothing(
     assert full > 15
 
 
-def test_drafts_now_and_then(head: Any, load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While none are asked for a step is the program's, as without a drafter; the first one with drafts has not seen enough, the next one has."""
+@pytest.mark.parametrize("method", ["eagle3", "eagle", "mtp"])
+def test_drafts_now_and_then(method: str, head: Any, load: Load, folder: Path, make_tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is the program's, whoever looks into it; and what was made without drafts is read once some are asked for again, so that they are as apt as ever."""
+    where, own = head(method)
+    named = make_tensors()
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    runner = load(folder, deterministic=True, speculation=asked(method, where))
+    monkeypatch.setattr(runner._model, "step", lambda *step: pytest.fail("composed"))
+    turns = iter([K, 1, 0, 0, 0, K, 0, K] * 20)
+    options = Options(lookahead=lambda rng: next(turns), chunk=lambda rng: rng.randint(1, 9), scatter=True, preempt=0.05, seed=5)
+    found = drafts_of(runner, jobs, options)
+    assert [(job.tokens, job.logprobs, job.prompt_logprobs) for job in jobs] == [
+        (job.tokens, job.logprobs, job.prompt_logprobs) for job in plain
+    ]
+    full = 0
+    for history, drafts in found.items():
+        wanted = REFERENCES[method](own, named, list(history))
+        made = [draft for draft in drafts if draft >= 0]
+        assert made == wanted[: len(made)]
+        full += len(made) == K
+    assert full > 8
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_what_fell_out_of_a_ring_costs_drafts_alone(
+    length: int, head: Any, load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where, _ = head("eagle3")
     plain, jobs = jobs_of(), jobs_of()
     Driver(load(folder, deterministic=True)).run(plain)
+    monkeypatch.setattr("penstock.plugins.drafters.gaps.LONGEST", length)
+    turns = iter([K, *[0] * 9, K, K] * 20)
+    found = drafts_of(
+        load(folder, deterministic=True, speculation=asked("eagle3", where)), jobs, Options(lookahead=lambda rng: next(turns))
+    )
+    assert [(job.tokens, job.logprobs) for job in jobs] == [(job.tokens, job.logprobs) for job in plain]
+    assert found
+
+
+def test_a_program_without_taps_is_composed_where_somebody_looks(
+    head: Any, load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While no drafts are asked for a step is the program's; the first one with drafts has not seen enough, the next one has."""
+    from penstock.plugins.devices.host_ops import WholeStep
+
+    where, _ = head("eagle3")
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    monkeypatch.setattr(WholeStep, "taps", False)
     runner = load(folder, deterministic=True, speculation=asked("eagle3", where))
     program, fused = runner._program, []
     monkeypatch.setattr(runner, "_program", lambda *step: (fused.append(1), program(*step))[1])

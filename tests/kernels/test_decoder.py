@@ -189,6 +189,33 @@ def test_solo_batched_chunked_and_decoded_are_equal(dtype: torch.dtype, name: st
     assert torch.equal(last[0], whole[99])
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
+def test_streams_between_layers_are_kept_as_they_are(dtype: torch.dtype, name: str) -> None:
+    """In front of a layer those of all tokens, behind the last one those of the rows that are wanted; and nothing else changes."""
+    program = build(CASES[name], dtype)
+    free = torch.randperm(24).tolist()
+    a, b = Sequence(program, 70, free), Sequence(program, 90, free)
+    for parts, layers in (([(a, 0, 66), (b, 0, 3)], [0, 1, 2]), ([(a, 66, 67), (b, 3, 7)], [1]), ([(a, 67, 68)], [0, 2])):
+        args = arguments(parts, every=2 in layers)
+        hidden = torch.empty(len(args[-1]), program.parts.embedding.shape[1], dtype=dtype)
+        taps = torch.full((len(args[0]), len(layers), hidden.shape[1]), torch.nan, dtype=dtype)
+        plain = torch.empty_like(hidden)
+        program(*args, hidden=plain)
+        program(*args, hidden=hidden, tap_layers=i32(layers), taps=taps)
+        assert torch.equal(hidden, plain)
+        wanted = torch.empty_like(taps)
+        reference.hidden_states(program.parts, *args, {layer: wanted[:, at] for at, layer in enumerate(layers)})
+        assert torch.equal(taps, wanted)
+    args = arguments([(a, 68, 70)], every=False)
+    taps = torch.empty(2, 1, hidden.shape[1], dtype=dtype)
+    for layer in (-1, 2, 3):
+        with pytest.raises(IndexError, match="a tap names no layer"):
+            program(*args, hidden=hidden[:1], tap_layers=i32([layer]), taps=taps)
+    with pytest.raises(ValueError, match="belong together"):
+        program(*args, hidden=hidden[:1], taps=taps)
+
+
 def test_more_rows_than_one_mlp_chunk(dtype: torch.dtype) -> None:
     program = build(CASES["llama"], dtype, blocks=64)
     free = torch.randperm(64).tolist()

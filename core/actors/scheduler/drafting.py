@@ -4,6 +4,7 @@ What it is: before a step, its width and each row's share of it (none for those 
 lengths of rows whose drafts were right, acceptance by place, by sequence and by drafter, and drafters that are turned off. The device's drafts stand
 there since the last step; those of drafters on the host (core/actors/drafters.py) are asked for before a step, and written with it.
 While drafts are made a step is planned when the one before it has landed: only then it is known how far that brought each row, and what stands there now.
+While there are none, and none are likely to come, most steps are planned and landed as where there are no drafters (`Widths.rest`).
 What it does not know: which width is best (widths.py), blocks, what drafts are.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.outline import Flight
 from penstock.core.actors.scheduler.slots import Index, Rows
-from penstock.core.actors.scheduler.widths import OFF, Watch, Widths
+from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, EMPTY_U8, I32, U8, Column, i32, i64, u8
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import Draft, Drafted, SpeculationStats, StepDone
@@ -47,6 +48,10 @@ class Drafting:
         self._off = 0
         """As bits: those that are off."""
         self.width = self.drafts = self.chosen = self._wanted = 0
+        self._rest, self._rested, self._timed_rest = 0, 0, False
+        """So many steps more are not looked at, so many were not since somebody looked, and whether that is told to the widths."""
+        self._told: SpeculationStats | None = None
+        """What `stats` said last, as long as nothing can have changed."""
         self.drafters = 0
         self._wishes: Column | None = None
         self._hosts_on: list[int] = []
@@ -68,9 +73,17 @@ class Drafting:
     def choose(self, rows: Rows) -> None:
         """The width of the next step, which has these rows."""
         board = self._board
+        if self._rest and not board.wishes:
+            self._rest -= 1
+            self._rested += 1
+            return
         slots, count = board.slots, rows.slots.size
         slots.narrow(rows)
-        self.width = 0
+        self.width = self._rest = 0
+        if self._rested:
+            if self._timed_rest:
+                self._widths.rested(self._rested)
+            self._rested = 0
         self._forget_tokens()
         if not count:  # prompts alone: those that come to their end get drafts for their first step
             return
@@ -82,6 +95,9 @@ class Drafting:
         if willing and self._off != self._all:
             self._widths.mixed = bool(board.prefilling)
             self.chosen = self._widths.choose(count)
+        if not self.chosen and wishes is None:
+            self._timed_rest = self._off != self._all
+            self._rest = self._widths.rest if self._timed_rest else REST
         forced = wishes is not None and bool((wishes > 0).any())
         self._wanted = max(self.chosen, self._widths.most(count)) if forced else self.chosen
         on = self._all if forced else self._all & ~self._off
@@ -172,9 +188,12 @@ class Drafting:
     def launched(self, flight: Flight, columns: dict[str, Any]) -> dict[str, Any]:
         """What the device makes of it: nobody has drafts that did not get them in this step. Gives the columns with drafts of the host."""
         slots = self._board.slots
+        flight.pure = flight.tokens == flight.rows.tokens
+        if self._rested:
+            flight.resting = True
+            return {}
         flight.chosen = self.chosen
         flight.drafts = self.drafts if flight.rows.slots.size else 0
-        flight.pure = flight.tokens == int(flight.rows.counts.sum())
         if slots.wide:
             flight.width = self.width
             flight.ahead = slots.ahead[flight.rows.index]
@@ -222,6 +241,10 @@ class Drafting:
 
     def landed(self, flight: Flight, done: StepDone) -> None:
         """Before its tokens are looked at: what is learned of drafts, and which stand now."""
+        if flight.resting and not done.drafts.size:
+            self._before, self._finished_ns = (flight.step, 0, flight.pure), done.finished_ns
+            return
+        self._told = None
         slots, index, count = self._board.slots, flight.rows.index, flight.rows.slots.size
         if flight.width:
             self._verified(flight, done)
@@ -290,6 +313,11 @@ class Drafting:
     # ------------------------------------------------------------------ for others to look at
 
     def stats(self) -> SpeculationStats:
+        if self._told is None or not self._rested:
+            self._told = self._stats()
+        return self._told
+
+    def _stats(self) -> SpeculationStats:
         return SpeculationStats(
             drafts=self.rows,
             drafted=self.drafted,

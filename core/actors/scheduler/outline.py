@@ -128,6 +128,7 @@ class Flight:
             "positions",
             "prompts",
             "pure",
+            "resting",
             "rows",
             "scored",
             "started",
@@ -146,7 +147,7 @@ class Flight:
         self.tokens = tokens
         self.ahead: I32 = EMPTY_I32
         self.width = self.drafts = self.chosen = 0
-        self.pure = self.alone = False
+        self.pure = self.alone = self.resting = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []

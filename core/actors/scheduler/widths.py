@@ -61,6 +61,9 @@ NONE_AGE = 12
 NONE_AGES = (1.15, 64), (1.5, 256), (float("inf"), 1024)
 ALLOWANCE = 0.005
 """Of the time, what drafts that do not pay may cost."""
+REST, SETTLED = 24, 28
+"""Steps that are not looked at once no drafts have been the best for SETTLED of those that were, or while the purse is empty: a drafter that does not draft costs
+nothing then but a step now and again that is measured."""
 PURSE, MOST_PURSE = 4.0, 64.0
 """What they may cost at first, and the most that is kept of what they gained: in steps without drafts. Who has spent all has to wait for PURSE."""
 
@@ -107,6 +110,8 @@ class Widths:
         self._purse, self._spent = PURSE, False
         self._made = 1.0
         """Tokens of a row in the step that was verified last."""
+        self.rest = 0
+        """Behind a choice of none: so many steps more have none, which nobody needs to ask for or to time. Afterwards `rested` says how many there were."""
         self.forget()
 
     # ------------------------------------------------------------------ what is learned
@@ -135,6 +140,11 @@ class Widths:
         known[0] += (taken - known[0]) / known[2]
         known[1] += 1
         known[3] = self._steps
+
+    def rested(self, steps: int) -> None:
+        """So many steps without drafts passed that were not timed."""
+        self._steps += steps
+        self._pay(0, float(steps), float(steps))
 
     def _pay(self, width: int, took: float, made: float) -> None:
         """`took` is in steps without drafts, which bring one token each."""
@@ -206,12 +216,13 @@ class Widths:
 
     def choose(self, rows: int) -> int:
         """The width of the next step, of so many rows."""
+        self.rest = 0
         most = self.most(rows)
         if most == 0:
             return 0
         self._steps += 1
         if self._spent:
-            self._current = 0
+            self._current, self.rest = 0, REST
             return 0
         if self._trial_left:
             self._trial_left -= 1
@@ -242,6 +253,9 @@ class Widths:
         if current:
             if self._none_due(size, speeds[current] / speeds[0]):
                 self._none_tried, self._none_age = self._steps, 2 * self._none_age
+                measured = self._times.get(size, {}).get(0)
+                if measured is not None:  # or an engine's cold first steps were remembered for hundreds
+                    measured[2] = min(measured[2], 1.0)
                 return self._start(0, NONE_BURST)
             if self._since >= self._interval:
                 self._pause_ns = FIRST_RETRY_NS
@@ -253,7 +267,10 @@ class Widths:
             self._oldest = not self._oldest
             return self._start(self._longest_ago(size, able[1:]) if self._oldest else max(able[1:], key=lambda width: speeds[width]))
         self._unchanged += 1
-        self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
+        if current == 0 and self._unchanged >= SETTLED:
+            self.rest = REST
+        else:
+            self._hold, self._held = min(HOLD, self._unchanged // HOLD), (size, most)
         return current
 
     def _able(self, most: int, known: dict[int, float]) -> list[int]:

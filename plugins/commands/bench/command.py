@@ -495,24 +495,68 @@ def grammars(
     help="A value of --speculative-config (several times).",
 )
 @click.option("--model", help="Folder of a model; the demo model without.")
+@click.option("--shape", type=click.Choice(("small",)), help="A model of this size whose answers are known, instead: written for the run.")
+@click.option("--rows", type=COUNT, multiple=True, default=(1,), show_default=True, help="--shape: requests at once (several times).")
+@click.option("--case", "cases", multiple=True, help="--shape: what is asked (several times); default: every case.")
 @click.option("--output-len", type=COUNT, default=120, show_default=True, help="Tokens of an answer.")
 @click.option("--turns", type=COUNT, default=7, show_default=True, help="How often each engine answers every prompt.")
 @click.option("--max-num-seqs", type=COUNT, default=4, show_default=True, help="Of the engines, one of which answers at a time.")
+@click.option("--threads", type=COUNT, help="Of each engine, on a CPU.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Append the figures here, one JSON object a line.")
-def speculation(configs: tuple[str, ...], model: str | None, output_len: int, turns: int, max_num_seqs: int, json_file: str | None) -> None:
-    """Answers with drafts against answers without, one request at a time, in turns. They must be the same."""
-    from penstock.plugins.commands.bench.speculation import measured
+def speculation(
+    configs: tuple[str, ...],
+    model: str | None,
+    shape: str | None,
+    rows: tuple[int, ...],
+    cases: tuple[str, ...],
+    output_len: int,
+    turns: int,
+    max_num_seqs: int,
+    threads: int | None,
+    json_file: str | None,
+) -> None:
+    """Answers with drafts against answers without, in turns. They must be the same. With --shape a --config whose "model" is "known" has a drafter that is right but behind one token in 5."""
+    import contextlib
+    import tempfile
+
+    from penstock.plugins.commands.bench import known
+    from penstock.plugins.commands.bench.speculation import chats, known_answers, measured
 
     try:
         parsed = [json.loads(config) for config in configs]
     except ValueError as error:
         raise click.BadParameter(f"--config takes a JSON object: {error}") from None
-    options = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": max_num_seqs}
-    result = measured(parsed, model=model, tokens=output_len, turns=turns, options=options)
-    for name, kinds in result.items():
-        said = ", ".join(f"{kind} {one['tokens_s']:.0f} tokens/s ({one['over_off']:.2f}x)" for kind, one in kinds.items())
-        click.echo(f"{name}: {said}")
-    write_json(json_file, "speculation", {"configs": parsed, "model": model, "output_len": output_len, "turns": turns}, result)
+    if unknown := [case for case in cases if case not in known.CASES]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(known.CASES)}.", param_hint="--case")
+    options: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": max(max_num_seqs, *rows)}
+    options |= {"threads": threads} if threads else {}
+    settings = {"configs": parsed, "model": model, "output_len": output_len, "turns": turns, "threads": threads}
+
+    def told(result: dict[str, Any], **more: Any) -> None:
+        for name, kinds in result.items():
+            for kind, one in kinds.items():
+                click.echo(
+                    f"{name}: {kind}: {one['tokens_s']:.0f} tokens/s ({one['over_off']:.2f}x), CPU {one['cpu_ms_a_token']:.3f} ms a token ({one['cpu_over_off']:.2f}x)"
+                )
+        write_json(json_file, "speculation", {**settings, **more}, result)
+
+    if shape is None:
+        common, asks = chats(model, output_len)
+        told(measured(parsed, {**common, **options}, asks, turns=turns))
+        return
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        its = known.shape_of(shape)
+        folder = known.known_model(root, its)
+        for config in parsed:
+            for one in config.get("methods", [config]):
+                if one.get("model") == "known":
+                    one["model"] = known.known_drafter(root, its, one.get("method", "draft_model"))
+        options["kv_cache_memory_bytes"] = 512 << 20
+        for count in rows:
+            click.echo(f"{count} at once:")
+            common, asks = known_answers(folder, its, count, output_len, cases or list(known.CASES))
+            told(measured(parsed, {**common, **options}, asks, turns=turns), shape=shape, rows=count)
 
 
 CASES = ("latency", "events", "retained", "stalled")

@@ -1,7 +1,8 @@
 """`penstock bench speculation`: what drafts bring, in process, with and without them in turns.
 
-What it is: one engine without speculation and one for each configuration that is asked for; prompts of three kinds (an answer that repeats the prompt, one that draws on it, one
-that does not), one request at a time, each engine answering every prompt in each turn. Tokens a second by kind, and the median of the turns' ratios; answers must be the
+What it is: one engine without speculation and one for each configuration that is asked for, each answering the same prompts in each turn: chats with the demo model of three kinds (an answer
+that repeats the prompt, one that draws on it, one that does not), one request at a time; or, with a shape, a model of that size whose answers are known (known.py), so many requests at
+once. Tokens a second by kind, and the median of the turns' ratios; answers must be the
 same, token for token. CPU time a token, of all threads, is told besides: on a machine that others use it says more. The scheduler chooses the widths itself, as it does when serving.
 What it does not know: devices, how drafts are made.
 """
@@ -12,6 +13,7 @@ import contextlib
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 TEXT = (
@@ -29,31 +31,71 @@ KINDS: dict[str, list[str]] = {
 }
 
 
-def measured(configs: list[dict[str, Any]], *, model: str | None, tokens: int, turns: int, options: dict[str, Any]) -> dict[str, Any]:
-    """By configuration ("off" first) and kind: tokens a second (median of the turns), and the median ratio to "off" of the same turn."""
-    from penstock import LLM, SamplingParams
+Ask = Callable[[Any], list[list[int]]]
+"""An engine -> its answers."""
+
+
+def chats(model: str | None, tokens: int) -> tuple[dict[str, Any], dict[str, Ask]]:
+    """(options of LLM, what each kind asks): one request at a time."""
+    from penstock import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+    def asking(questions: list[str]) -> Ask:
+        return lambda engine: [
+            list(engine.chat([{"role": "user", "content": question}], params)[0].outputs[0].token_ids) for question in questions
+        ]
+
+    return {"model": model} if model else {}, {kind: asking(questions) for kind, questions in KINDS.items()}
+
+
+def known_answers(model: str, shape: dict[str, Any], rows: int, tokens: int, cases: Sequence[str]) -> tuple[dict[str, Any], dict[str, Ask]]:
+    """The same of a model with known answers, `rows` requests at once; each time other ones, so that nothing is had from a cache."""
+    from penstock import SamplingParams
+    from penstock.plugins.commands.bench import known
+
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+    def asking(case: str) -> Ask:
+        turns: dict[int, int] = {}
+
+        def ask(engine: Any) -> list[list[int]]:
+            turns[id(engine)] = turn = turns.get(id(engine), -1) + 1
+            given = known.prompts(shape, case, rows, tokens, seed=turn)
+            said = engine.generate(prompt_token_ids=[prompt for prompt, _ in given], sampling_params=params)
+            found = [list(one.outputs[0].token_ids) for one in said]
+            if found != [wanted for _, wanted in given]:
+                raise AssertionError(f"{case}: an answer is not the one that follows")
+            return found
+
+        return ask
+
+    return {"model": model}, {case: asking(case) for case in cases}
+
+
+def measured(configs: list[dict[str, Any]], common: dict[str, Any], asks: dict[str, Ask], *, turns: int) -> dict[str, Any]:
+    """By configuration ("off" first) and kind: tokens a second (median of the turns), and the median ratio to "off" of the same turn."""
+    from penstock import LLM
+
     named: dict[str, dict[str, Any]] = {"off": {}, **{json.dumps(config): {"speculative_config": json.dumps(config)} for config in configs}}
-    rates: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
-    used: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in named}
+    rates: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in asks} for name in named}
+    used: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in asks} for name in named}
     with contextlib.ExitStack() as stack:
-        common: dict[str, Any] = {**options, **({"model": model} if model else {})}
         engines = {name: stack.enter_context(LLM(**common, **over)) for name, over in named.items()}
-        answers: dict[str, list[int]] = {}
         for turn in range(turns + 1):  # the first one warms up, and lets the widths be learned
             order = list(engines) if turn % 2 else list(engines)[::-1]
-            for kind, questions in KINDS.items():
+            for kind, ask in asks.items():
+                first: list[list[int]] | None = None
                 for name in order:
-                    begun, before, made = time.perf_counter(), time.process_time(), 0
-                    for question in questions:
-                        said = engines[name].chat([{"role": "user", "content": question}], params)[0].outputs[0].token_ids
-                        made += len(said)
-                        if list(said) != answers.setdefault(question, list(said)):
-                            raise AssertionError(f"{name} answers {question!r} otherwise than the others")
+                    begun, before = time.perf_counter(), time.process_time()
+                    said = ask(engines[name])
+                    seconds, busy, made = time.perf_counter() - begun, time.process_time() - before, sum(map(len, said))
+                    first = first or said
+                    if said != first:
+                        raise AssertionError(f"{name} answers otherwise than {order[0]} ({kind})")
                     if turn:
-                        rates[name][kind].append(made / (time.perf_counter() - begun))
-                        used[name][kind].append((time.process_time() - before) / made * 1e3)
+                        rates[name][kind].append(made / seconds)
+                        used[name][kind].append(busy / made * 1e3)
     return {
         name: {
             kind: {
