@@ -87,6 +87,8 @@ IDLE = {
     "max_model_len": "a drafter reaches as far as the model",
 }
 """vLLM's fields that change nothing here: why."""
+NGRAM = ("ngram", "[ngram]")
+"""How vLLM spells that method, in "method" and, since it has no model, in "model"."""
 MARKS = (("eagle3", "eagle3"), ("eagle", "eagle"), ("medusa", "medusa"), ("nextn", "mtp"), ("mtp", "mtp"))
 """Of a drafter's architectures and model_type, in small letters: what says which method. The first one counts."""
 
@@ -154,14 +156,27 @@ def _checked(raw: Mapping[str, Any], model: str | None, tokens: int | None, wher
         raise _wrong(
             where + "prompt_lookup_min", f"is {given['prompt_lookup_min']}, more than prompt_lookup_max ({given['prompt_lookup_max']})"
         )
-    if given.get("model") in ("ngram", "[ngram]"):  # older spellings of vLLM's
-        given |= {"method": given.get("method", "ngram"), "model": None}
+    _spell_ngram(given, where)
     for name in ("method", "model"):
         if isinstance(given.get(name), str) and not given[name].strip():
             raise _wrong(where + name, "must not be empty")
     if not given.get("method") and not given.get("model"):
         raise _wrong(where + "method", 'is missing, and no "model" says it: give one of them, such as "ngram"')
     return DraftConfig(**given)
+
+
+def _spell_ngram(given: dict[str, Any], where: str) -> None:
+    """The ways in which vLLM's configurations ask for the method without a model."""
+    method, model = given.get("method"), given.get("model")
+    if method in NGRAM or (method is None and model in NGRAM):
+        given["method"] = method = NGRAM[0]
+    if method == NGRAM[0] and model in NGRAM:
+        given["model"] = None
+    elif method == NGRAM[0] and model:
+        why = f"is {model!r:.80}, but the method 'ngram' has no model: it copies what the text said before. Leave it out, or leave the method out if that is a drafter's folder"
+        raise _wrong(where + "model", why)
+    elif model in NGRAM:
+        raise _wrong(where + "model", f"is {model!r}, which means the method 'ngram', but 'method' is {method!r:.40}. Leave one of them out")
 
 
 def resolved(found: SpeculationConfig, shipped: Path) -> SpeculationConfig:

@@ -45,6 +45,16 @@ def test_fields_of_vllm_are_read() -> None:
     assert asked(speculative_config={"method": "mine", "options": {"depth": 3}})[0].options == {"depth": 3}
 
 
+@pytest.mark.parametrize("word", ["ngram", "[ngram]"])
+def test_ngram_as_configurations_of_vllm_spell_it(word: str) -> None:
+    plain = asked(speculative_config={"method": "ngram", "prompt_lookup_max": 4})
+    for config in ({"model": word}, {"method": word}, {"method": "ngram", "model": word}, {"method": word, "model": word}):
+        assert asked(speculative_config=config | {"prompt_lookup_max": 4}) == plain
+    assert asked(speculative_model=word, speculative_config={"prompt_lookup_max": 4}) == plain
+    both = asked(speculative_config={"methods": [{"method": "suffix"}, {"model": word}]})
+    assert [(one.method, one.model) for one in both] == [("suffix", None), ("ngram", None)]
+
+
 def test_the_short_options_and_the_long_one_are_one() -> None:
     draft = str(demo_folder().parent / "brook-draft")
     wanted = [DraftConfig(method="draft_model", model=draft, num_speculative_tokens=3)]
@@ -72,6 +82,9 @@ def test_several_are_asked_in_order() -> None:
         ({"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 2}, r"'prompt_lookup_min' is 3, more than"),
         ({"method": "ngram", "draft_tensor_parallel_size": 2}, r"'draft_tensor_parallel_size' cannot be 2: an engine has one device"),
         ({"method": "ngram", "rejection_sample_method": "probabilistic"}, r"the answer is always exactly what it is without"),
+        ({"method": "ngram", "model": "/models/small"}, r"'model' is '/models/small', but the method 'ngram' has no model"),
+        ({"methods": [{"method": "[ngram]", "model": "x"}]}, r"'methods\[0\]\.model' is 'x', but the method 'ngram'"),
+        ({"method": "medusa", "model": "[ngram]"}, r"'model' is '\[ngram\]', which means the method 'ngram', but 'method' is 'medusa'"),
         ({}, r"'method' is missing"),
         ({"method": " "}, r"'method' must not be empty"),
         ({"methods": []}, r"'methods' must be a list"),
