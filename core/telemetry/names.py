@@ -103,7 +103,7 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "kv_usage_ratio": (("engine",), "Share of KV blocks that running sequences hold."),
     "quality_info": (
         ("engine", "scheme", "status", "record"),
-        "How the engine's weights are stored, whether what that costs was measured (wide, measured, unmeasured), and the record's hash.",
+        "How the engine's weights (and a KV cache that --kv-cache-dtype rounds) are stored, whether what that costs was measured (wide, measured, unmeasured), and the record's hash.",
     ),
     "quality_kl_mean_nats": (("engine",), "By the record: mean KL divergence of a token's distribution from the wide model's."),
     "quality_top1_ratio": (("engine",), "By the record: how often the likeliest token is the wide model's."),
