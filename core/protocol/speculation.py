@@ -176,7 +176,9 @@ def _spell_ngram(given: dict[str, Any], where: str) -> None:
         why = f"is {model!r:.80}, but the method 'ngram' has no model: it copies what the text said before. Leave it out, or leave the method out if that is a drafter's folder"
         raise _wrong(where + "model", why)
     elif model in NGRAM:
-        raise _wrong(where + "model", f"is {model!r}, which means the method 'ngram', but 'method' is {method!r:.40}. Leave one of them out")
+        raise _wrong(
+            where + "model", f"is {model!r}, which means the method 'ngram', but 'method' is {method!r:.40}. Leave one of them out"
+        )
 
 
 def resolved(found: SpeculationConfig, shipped: Path) -> SpeculationConfig:
