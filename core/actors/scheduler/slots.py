@@ -148,7 +148,8 @@ class Slots:
         self.solo[slot] = request.group is not None
         self.grammar[slot] = request.grammar
         self.wish[slot] = request.wish
-        self.ahead[slot] = self.shown[slot] = self.drafted[slot] = self.drafts_seen[slot] = self.drafts_right[slot] = 0
+        self.ahead[slot] = self.shown[slot] = self.drafted[slot] = 0
+        self.drafts_seen[slot], self.drafts_right[slot] = sequence.drafts
         stops = request.stop_ids
         if len(stops) > self.stops.shape[0]:
             more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)
@@ -172,6 +173,10 @@ class Slots:
     def outputs(self, slot: int) -> I32:
         """A copy of the tokens received so far."""
         return self.history[slot, self.prompt[slot] : self.known[slot]].copy()
+
+    def drafts_of(self, slot: int) -> tuple[int, int]:
+        """Its sequence's drafts that were verified, and the right ones."""
+        return self.drafts_seen.item(slot), self.drafts_right.item(slot)
 
     def whole(self, tokens: int) -> int:
         """The capacity of the blocks that hold so many tokens."""
