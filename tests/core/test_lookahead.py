@@ -18,7 +18,7 @@ from penstock.core.processes.engine import Engine
 from penstock.core.protocol.columns import EMPTY_I32, i32, u8
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import ProtocolError
-from penstock.core.protocol.messages import LENGTH, STOP, Admit, StepDone, StepTokens
+from penstock.core.protocol.messages import ABORTED, LENGTH, STOP, Admit, StepDone, StepTokens
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
@@ -324,6 +324,12 @@ def test_a_drafter_that_fails_is_not_asked_again_and_nobody_notices(make_sim: Ma
     assert len(sim.output(key)) == 25
     assert knows.asked == 3
     assert "drafter host-0 is not asked any more: it failed with RuntimeError: no idea" in caplog.text
+    stats = sim.scheduler._board.stats(0).speculation
+    assert (stats.states, stats.reasons) == ([0], ["it failed with RuntimeError: no idea"])
+    sim.clock.advance(1000.0)
+    sim.admit([1, 2, 3], max_tokens=9)
+    sim.run()
+    assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
     sim.check_idle()
 
 
@@ -361,11 +367,14 @@ def test_a_drafter_below_the_band_is_turned_off_and_tried_again(make_sim: Make, 
     sim.finish(60)
     assert "drafter bad is off: 0% of the last" in caplog.text
     board = sim.scheduler._board
-    assert board.stats(0).speculation.states == [0]
+    stats = board.stats(0).speculation
+    assert (stats.states, stats.reasons[0][:14]) == ([0], "0% of the last")
+    assert (stats.width, stats.chosen) == (0, 0)
     assert (sim.samples[-1].drafts, sim.samples[-1].lookahead) == (0, 0)
     sim.clock.advance(3.0)
     sim.finish(3)
     assert sim.samples[-1].drafts == 4, "on trial"
+    assert board.stats(0).speculation.reasons == []
     sim.run()
     sim.check_idle()
 
@@ -386,3 +395,69 @@ def test_an_engine_whose_drafts_do_not_pay_sends_what_one_without_drafters_sends
 def _plain(message: Any) -> dict[str, Any]:
     found = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in msgspec.structs.asdict(message).items()}
     return {name: value for name, value in found.items() if name not in ("stats", "logprobs", "prompt_logprobs", "places", "sampling")}
+
+
+# ------------------------------------------------------------------ leaving in mid-width
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kind", ["right", "fair", "wrong"])
+def test_an_abort_while_a_wide_step_is_in_flight(depth: int, kind: str, make_sim: Make) -> None:
+    """What the step brings for it is dropped, drafts and all; its neighbours and whoever comes into its slot say what they would have said."""
+    sim = make_sim(lookahead=4, depth=depth, drafts=(kind,), max_num_seqs=3)
+    gone, *others = (sim.admit([n, 2, 3], max_tokens=30) for n in range(3))
+    late = sim.admit([7, 7], max_tokens=20)
+    sim.finish(4)
+    assert sim.flying[0][1].lookahead == 4
+    assert 0 in sim.flying[0][0].slots
+    said = sim.output(gone)
+    sim.abort(gone << 7)
+    assert (sim.reason(gone), sim.output(gone)) == (ABORTED, said)
+    (answer,) = [sent for sent in sim.sent if ABORTED in sent.reasons.tolist()]
+    seen, right = int(answer.drafted[0]), int(answer.accepted[0])
+    assert answer.drafted_seqs.tolist() == [gone << 7]
+    assert 0 <= right <= seen <= 12
+    assert (right == seen, right == 0) == (kind == "right", kind == "wrong") or kind == "fair"
+    assert sim.scheduler._board.slots.phase[0] != 0, "the step names the slot until it lands"
+    sim.run()
+    assert [sim.reason(key) for key in (*others, late)] == [LENGTH] * 3
+    assert sim.output(gone) == said
+    sim.check_idle()
+
+
+@pytest.mark.parametrize("kind", ["right", "fair", "wrong"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_preemption_while_drafts_stand(depth: int, kind: str, make_sim: Make) -> None:
+    """Memory runs out among wide steps: who is preempted goes on from the tokens that counted, and no draft that stood behind them is taken for one."""
+    sim = make_sim(lookahead=4, depth=depth, drafts=(kind,), max_num_seqs=4, num_blocks=14, block_size=4, max_model_len=40)
+    keys = [sim.admit([n, 2, 3], max_tokens=24) for n in range(4)]
+    wide = 0
+    while sim.finish():
+        preempted = [seq for sent in sim.sent for seq in sent.preempted_seqs.tolist()]
+        wide += bool(preempted) and any(sample.lookahead for _, sample, *_ in sim.flying)
+    assert preempted, "the cache was to be too small"
+    assert wide, "steps are wide afterwards, too"
+    assert [sim.output(key) for key in keys] == [sim.expected(key << 7) for key in keys]
+    told = {int(seq): int(count) for sent in sim.sent for seq, count in zip(sent.drafted_seqs, sent.drafted, strict=True)}
+    board = sim.scheduler._board
+    assert set(preempted) <= set(told)
+    assert sum(told.values()) == board.stats(0).speculation.drafted, "those of before the preemption are not forgotten"
+    assert board.preemptions == len(preempted)
+    sim.check_idle()
+
+
+def test_an_abort_of_who_was_preempted_tells_of_its_drafts(make_sim: Make) -> None:
+    sim = make_sim(lookahead=4, drafts=("right",), max_num_seqs=4, num_blocks=14, block_size=4, max_model_len=40)
+    for n in range(4):
+        sim.admit([n, 2, 3], max_tokens=24)
+    board = sim.scheduler._board
+    while not board.preemptions:
+        assert sim.finish()
+    (waiting,) = [sequence for sequence in board.live.values() if sequence.slot < 0]
+    seen = waiting.drafts
+    assert seen[0] >= seen[1] > 0
+    sim.abort(waiting.seq)
+    (answer,) = [sent for sent in sim.sent if ABORTED in sent.reasons.tolist()]
+    assert (answer.drafted_seqs.tolist(), answer.drafted.tolist(), answer.accepted.tolist()) == ([waiting.seq], [seen[0]], [seen[1]])
+    sim.run()
+    sim.check_idle()
