@@ -78,6 +78,9 @@ class HostDrafters:
                     entry.drafter.begin(seq, tokens, message.roots[at : at + HASH_BYTES].hex())
                 else:
                     entry.drafter.extend(seq, tokens)
+            work = getattr(entry.drafter, "work", None)
+            if work is not None:
+                work()
         except BaseException as raised:
             self._drop(number, f"it failed with {described(tamed(raised))}")
 

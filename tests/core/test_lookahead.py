@@ -333,6 +333,21 @@ def test_a_drafter_that_fails_is_not_asked_again_and_nobody_notices(make_sim: Ma
     sim.check_idle()
 
 
+def test_a_drafter_may_work_in_pieces_between_steps(make_sim: Make) -> None:
+    class Works(Knows):
+        worked = 0
+
+        def work(self) -> None:
+            self.worked += 1
+            assert self.asked >= self.worked - 1, "before the questions of each step"
+
+    works = Works()
+    sim = hosted(make_sim, works, drafters=("mine",), flags=(True,), drafts=())
+    sim.admit([1, 2, 3], max_tokens=25)
+    sim.run()
+    assert works.worked == works.asked + 1, "and once when all is over"
+
+
 def test_what_a_request_wants_counts_before_what_pays(make_sim: Make) -> None:
     """Width 0 is chosen: one wants drafts whatever they cost, one as far as they pay, one never."""
     sim = make_sim(lookahead=3, choose=lambda rows: 0, drafts=("right",))
