@@ -221,6 +221,7 @@ def test_the_ranges_are_those_of_every_number() -> None:
         *("n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "priority"),
         *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens", "truncate_prompt_tokens"),
         *("logprobs", "top_logprobs", "prompt_logprobs", "best_of", "length_penalty", "retain_s", "stream_interval"),
+        "stream_smoothing_ms",
     }
 
 
