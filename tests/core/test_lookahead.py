@@ -64,6 +64,55 @@ def test_no_draft_reaches_beyond_a_limit(make_sim: Make) -> None:
     assert [int((f.starts + f.counts).max()) <= 12 for f in sim.forwards] == [True] * len(sim.forwards)
 
 
+def test_who_is_near_a_limit_has_fewer_drafts_and_the_others_all(make_sim: Make) -> None:
+    """Of four, one comes to max_model_len, one to its own max_tokens; nothing is written behind them, and their neighbours' steps are as wide as ever."""
+    sim = make_sim(lookahead=4, drafts=("right",), max_model_len=40, num_blocks=64, max_num_batched_tokens=64)
+    long = sim.admit([1] * 27, max_tokens=99)
+    short = sim.admit([2, 3], max_tokens=7)
+    others = [sim.admit([n, 5], max_tokens=30) for n in (3, 4)]
+    sim.finish(2)
+    narrow = 0
+    while sim.flying:
+        forward = sim.flying[0][0]
+        counts = dict(zip(forward.slots.tolist(), forward.counts.tolist(), strict=True))
+        live = [slot for slot in counts if slot >= 2]
+        left = {slot: 32 - len(sim.output(key)) - 2 for slot, key in zip((2, 3), others, strict=True)}
+        assert all(counts[slot] == min(5, left[slot]) for slot in live), "drafts for them, whoever ends"
+        narrow += sum(counts[slot] < 5 for slot in counts if slot < 2)
+        sim.finish()
+    assert narrow >= 2, "both came to their limits with less"
+    assert [len(sim.output(key)) for key in (long, short, *others)] == [13, 7, 30, 30]
+    assert max(int((f.starts + f.counts).max()) for f in sim.forwards) <= 40
+    sim.check_idle()
+
+
+def test_there_are_blocks_for_the_drafts_behind_a_step(make_sim: Make) -> None:
+    """Drafters with layers compute there. Asked for is what a sequence may need at all, and once a block, as without drafts."""
+    sim = make_sim(lookahead=3, drafts=("wrong",), block_size=8, num_blocks=64)
+    key = sim.admit([5] * 3, max_tokens=20)
+    while sim.finish():
+        board = sim.scheduler._board
+        if sim.flying and sim.flying[0][1].drafts:
+            forward = sim.flying[0][0]
+            end = int(forward.starts[0] + forward.counts[0])
+            assert board.slots.capacity[0] >= min(end + 3, 23), "the limit is 23"
+    reserved = [int(question.reserve_lens[0]) for question in sim.asked if question.reserve_lens.size]
+    assert max(reserved) <= 23
+    assert len(reserved) == 3
+    assert len(sim.output(key)) == 20
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong"])
+def test_nobody_is_preempted_for_room_for_drafts(kind: str, make_sim: Make) -> None:
+    """Memory that just suffices: 4 sequences of 6 blocks each."""
+    sim = make_sim(lookahead=4, drafts=(kind,), num_blocks=24, block_size=4, max_model_len=24)
+    keys = [sim.admit([n, 2, 3], max_tokens=21) for n in range(4)]
+    sim.run()
+    assert [len(sim.output(key)) for key in keys] == [21] * 4
+    assert sim.scheduler._board.preemptions == 0
+    sim.check_idle()
+
+
 def test_a_row_ends_at_its_first_stop_and_the_rest_is_dropped(make_sim: Make) -> None:
     free = make_sim()
     free.admit([9, 9], max_tokens=25, logprobs=1)

@@ -71,7 +71,7 @@ class Drafting:
         board = self._board
         slots, count = board.slots, rows.slots.size
         slots.narrow(rows)
-        self.width = 0
+        self.width = slots.beyond = 0
         self._forget_tokens()
         if not count:  # prompts alone: those that come to their end get drafts for their first step
             return
@@ -89,6 +89,17 @@ class Drafting:
         self.drafters = sum(1 << bit for bit, number in enumerate(self._device.tolist()) if on >> number & 1)
         self._hosts_on = [number for number in self.hosts if on >> number & 1]
         self.drafts = self._wanted if self.drafters else 0
+        slots.beyond = self._beyond(count)
+
+    def _beyond(self, rows: int) -> int:
+        """Tokens of drafts behind this step for which there should be blocks: a drafter with layers computes all but the last of them. They are a wish: where memory
+        might not suffice for everybody they are not asked for, so that nobody is preempted for them."""
+        board = self._board
+        if self.drafts < 2 or board.groups or board.forking:
+            return 0
+        used, _, total, _, _, quarantined = board.kv
+        each = 2 + (self._wanted + self.drafts) // board.block
+        return self.drafts if total - used - quarantined >= 2 * rows * each else 0
 
     def _most_of(self, rows: Rows) -> I32:
         """Drafts that each row may have in this step."""
