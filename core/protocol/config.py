@@ -29,7 +29,7 @@ from penstock.core.protocol.foreign import BACKENDS, FOREIGN, judge, structured_
 from penstock.core.protocol.generation import override_of
 from penstock.core.protocol.sampling import MAX_N
 from penstock.core.protocol.service_links import is_service_link
-from penstock.core.protocol.speculation import parsed
+from penstock.core.protocol.speculation import SPECULATIVE_FIELDS, parsed
 from penstock.core.protocol.wording import type_words
 
 MiB = 1 << 20
@@ -323,7 +323,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str | None,
         opt(
             'JSON object: who drafts tokens that a step then computes along, and how many. {"method": "ngram"}, {"model": FOLDER}, or several in order as'
-            ' {"methods": [...]}; fields as vLLM has them (docs/speculation.md).',
+            ' {"methods": [...]}. Fields of each: ' + SPECULATIVE_FIELDS + " (docs/speculation.md; vLLM's others are known).",
             "speculation",
             json=True,
             short="-sc",

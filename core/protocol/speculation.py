@@ -62,6 +62,7 @@ class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(DraftConfig)}
+SPECULATIVE_FIELDS = ", ".join(FIELDS)
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "draft_tensor_parallel_size": ((None, 1), "an engine has one device so far"),
     "tensor_parallel_size": ((None, 1), "an engine has one device so far"),
@@ -74,6 +75,11 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "posterior_threshold": ((None,), "the answer is always exactly what it is without speculation"),
     "posterior_alpha": ((None,), "the answer is always exactly what it is without speculation"),
     "acceptance_method": ((None, "rejection_sampler"), "the answer is always exactly what it is without speculation"),
+    "synthetic_acceptance_rate": ((None,), "the answer is always exactly what it is without speculation"),
+    "synthetic_acceptance_rates": ((None,), "the answer is always exactly what it is without speculation"),
+    "synthetic_acceptance_length": ((None,), "the answer is always exactly what it is without speculation"),
+    "draft_load_config": ((None,), "a drafter's weights are loaded as the model's are"),
+    "dspark_draft_topk": ((None,), "there is no such drafter"),
     "revision": ((None,), "nothing is downloaded; name the folder"),
     "code_revision": ((None,), "nothing is downloaded; name the folder"),
 }
@@ -85,6 +91,20 @@ IDLE = {
     "disable_padded_drafter_batch": "it is about kernels that Penstock does not have",
     "enforce_eager": "--enforce-eager is for the drafter as well",
     "max_model_len": "a drafter reaches as far as the model",
+    "num_speculative_tokens_per_batch_size": "how many drafts a step has follows from acceptance and from what steps of that size take",
+    "enable_adaptive_verification": "how many drafts a step has follows from acceptance and from what steps of that size take",
+    "draft_sample_method": "a drafter draws with the noise of the model's own draw",
+    "use_heterogeneous_vocab": "a draft model's vocabulary is looked at in any case",
+    "attention_backend": "--attention-backend is for the drafter as well",
+    "kv_cache_dtype": "--kv-cache-dtype is for the drafter as well",
+    "moe_backend": "kernels are the device's choice",
+    "use_local_argmax_reduction": "an engine has one device so far",
+    "index_share_for_mtp_iteration": "it is about layers that Penstock does not have",
+    "disable_eagle_block_drop": "a shared prefix has the drafter's keys and values, too",
+    "suffix_decoding_max_tree_depth": "its 'options' bound the method 'suffix'",
+    "suffix_decoding_max_cached_requests": "its 'options' bound the method 'suffix'",
+    "suffix_decoding_max_spec_factor": "its 'options' bound the method 'suffix'",
+    "suffix_decoding_min_token_prob": "its 'options' bound the method 'suffix'",
 }
 """vLLM's fields that change nothing here: why."""
 NGRAM = ("ngram", "[ngram]")
@@ -137,6 +157,8 @@ def _checked(raw: Mapping[str, Any], model: str | None, tokens: int | None, wher
             fine, why = NEUTRAL[name]
             if value not in fine:
                 raise _wrong(where + name, f"cannot be {value!r:.40}: {why}. Leave it out")
+        elif name == "suffix_decoding_max_cached_requests" and value == 0:  # that is a promise to somebody
+            raise _wrong(where + name, 'is not obeyed here: say "options": {"past_tokens": 0}, which remembers nobody\'s answers')
         elif name in IDLE:
             log.warning("%s: %r has no effect: %s.", CONFIG, where + name, IDLE[name])
         elif name not in FIELDS:

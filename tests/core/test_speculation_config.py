@@ -16,7 +16,7 @@ from penstock.core.processes.engine import Engine, runner_config
 from penstock.core.protocol.config import Config, build
 from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
 from penstock.core.protocol.model_folder import demo_folder, with_model
-from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig, method_of, parsed
+from penstock.core.protocol.speculation import FIELDS, IDLE, NEUTRAL, DraftConfig, SpeculationConfig, method_of, parsed
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 
@@ -118,6 +118,25 @@ def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> 
 def test_fields_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert asked(speculative_config={"method": "ngram", "disable_by_batch_size": 8}) == [DraftConfig(method="ngram")]
     assert "'disable_by_batch_size' has no effect" in caplog.text
+
+
+def test_every_field_of_vllms_is_known() -> None:
+    """Those that a configuration may hold; what has an effect is a field here, too."""
+    theirs = """enforce_eager num_speculative_tokens model method draft_tensor_parallel_size tensor_parallel_size quantization moe_backend attention_backend
+        kv_cache_dtype max_model_len revision code_revision index_share_for_mtp_iteration disable_padded_drafter_batch disable_eagle_block_drop
+        use_local_argmax_reduction use_heterogeneous_vocab prompt_lookup_max prompt_lookup_min parallel_drafting num_speculative_tokens_per_batch_size
+        suffix_decoding_max_tree_depth suffix_decoding_max_cached_requests suffix_decoding_max_spec_factor suffix_decoding_min_token_prob
+        draft_load_config rejection_sample_method synthetic_acceptance_rates synthetic_acceptance_length enable_adaptive_verification
+        draft_sample_method dspark_draft_topk disable_by_batch_size speculative_token_tree posterior_threshold posterior_alpha disable_logprobs"""
+    assert not set(theirs.split()) - {*FIELDS, *NEUTRAL, *IDLE}
+    assert not {*FIELDS} & {*NEUTRAL, *IDLE}
+
+
+def test_who_wants_no_answers_remembered_is_told_how() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'suffix_decoding_max_cached_requests' is not obeyed here: say \"options\": \{\"past_tokens\": 0\}"
+    ):
+        build({"speculative_config": {"method": "suffix", "suffix_decoding_max_cached_requests": 0}})
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
