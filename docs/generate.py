@@ -7,16 +7,20 @@ What it does not know: mkdocs.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from penstock.core.cli import GROUP_TITLES
 from penstock.core.contract.hookspecs import FormatSpec
 from penstock.core.protocol import config, messages
+from penstock.core.protocol import speculation as speculative
 from penstock.core.protocol.foreign import FOREIGN
+from penstock.core.protocol.wording import type_words
 from penstock.core.telemetry import names as telemetry
+from penstock.plugins.drafters import ALWAYS, register_drafters
 from penstock.plugins.formats import BUILT_IN
 
 HERE = Path(__file__).parent
@@ -60,7 +64,7 @@ def configuration() -> str:
                 doc += " (" + ", ".join(f"`{c}`" for c in o.choices) + ")"
             default = "" if o.default in (None, []) else f"`{o.default}`"
             out.append(f"| `{o.flag}` | {aliases} | {default} | {doc} |")
-    return "\n".join([*out, *formats(), *foreign()]) + "\n"
+    return "\n".join([*out, *formats(), *speculation(), *foreign()]) + "\n"
 
 
 def formats() -> list[str]:
@@ -96,6 +100,44 @@ def asked(spec: FormatSpec) -> str:
     if spelling.arguments is not None:
         notes.append("properties by name")
     return "; ".join(notes)
+
+
+def speculation() -> list[str]:
+    """Fields of --speculative-config: which method reads which, found out by asking; and those of others."""
+    methods = sorted({method for spec in register_drafters() for method in spec.methods})
+    out = [
+        "",
+        "## Fields of `--speculative-config`",
+        "",
+        "What they mean is on the [page on speculation](speculation.md#options). A field that says nothing to the method it stands beside is refused by name. `methods` stands alone: it holds"
+        " objects of these fields. A plugin's drafter reads what it likes; `options` is free for it.",
+        "",
+        f"| field | type | {' | '.join(f'`{method}`' for method in methods)} |",
+        "|---|---|" + "---|" * len(methods),
+    ]
+    for name, kind in speculative.FIELDS.items():
+        reads = " | ".join("reads" if reads_field(method, name) else "" for method in methods)
+        out.append(f"| `{name}` | {type_words(kind).removeprefix('a ').removeprefix('an ')} | {reads} |")
+    out += ["", "| vLLM's field | |", "|---|---|"]
+    for name, (fine, why) in speculative.NEUTRAL.items():
+        words = ", ".join(f"`{json.dumps(value)}`" for value in fine)
+        out.append(f"| `{name}` | only {words}: {why} |")
+    out += [f"| `{name}` | no effect: {why} |" for name, why in speculative.IDLE.items()]
+    return out
+
+
+def reads_field(method: str, name: str) -> bool:
+    """Does its factory look at it?"""
+    if name in ALWAYS:
+        return True
+    value: Any = {"options": {"x": 1}, "model": "x", "quantization": "int8"}.get(name, 1)
+    asked = speculative.DraftConfig(**{"method": method, name: value})
+    (spec,) = [spec for spec in register_drafters() if method in spec.methods]
+    try:
+        spec.factory(config=asked, parts=None, vocab=9, longest=9)
+    except Exception as error:  # without parts most cannot go on
+        return "says nothing to the method" not in str(error)
+    return True
 
 
 def foreign() -> list[str]:

@@ -62,6 +62,8 @@ def parse_messages(body: bytes, config: Config, limits: Limits | None = None) ->
                 f"stop_sequences may hold at most {config.max_stop} texts (--max-stop), none of them empty.", param="stop_sequences"
             )
         fields["stop"] = request.stop_sequences
+    if request.stream_smoothing_ms is not None:
+        fields["stream_smoothing_ms"] = request.stream_smoothing_ms
     generation = _understood(request, {**fields, "stream": bool(request.stream)}, config, request.max_tokens)
     return generation, MessagesVoice(omit_thinking=omits_thinking(request), tool_named=names_a_tool(request))
 

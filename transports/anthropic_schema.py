@@ -50,6 +50,8 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     top_k: int | None = None
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    # Penstock's own
+    stream_smoothing_ms: float | None = None
 
 
 ANTHROPIC_REQUESTS: tuple[type[CountTokensRequest], ...] = (MessagesRequest, CountTokensRequest)

@@ -7,6 +7,7 @@ What it does not know: types, how a field is obeyed.
 from __future__ import annotations
 
 from penstock.transports.field import Field
+from penstock.transports.tokens_fields import SMOOTHING
 
 _ANTHROPIC, _TGI = "Anthropic", "TGI"
 _MODELS = "the model's, or "
@@ -78,6 +79,7 @@ ASKED: dict[str, dict[str, Field]] = {
         "top_k": Field("Keep so many of the most likely tokens; 0 and -1 keep all.", _ANTHROPIC, "-1 to 2^31-1", _MODELS + "0"),
         "metadata": Field("`user_id`, a hint without effect; other fields are 400.", _ANTHROPIC),
         "service_tier": Field("No effect.", _ANTHROPIC),
+        "stream_smoothing_ms": SMOOTHING,
     },
     "MessageBatchRequest": {
         "requests": Field("The requests, of which each has its own result. At most --max-batch-lines, not empty.", _ANTHROPIC),
@@ -122,6 +124,7 @@ ASKED: dict[str, dict[str, Field]] = {
             ' `{"type": "regex", "value": text}`. See [Grammars](#grammars).',
             _TGI,
         ),
+        "stream_smoothing_ms": SMOOTHING,
         "typical_p": Field("Only 1.", _TGI),
         "watermark": Field("Only false.", _TGI),
         "adapter_id": Field("Refused.", _TGI),

@@ -119,6 +119,7 @@ FIELDS: dict[str, Field] = {
         "1 to 1024",
         "--stream-interval",
     ),
+    "stream_smoothing_ms": tokens_fields.SMOOTHING,
     "spec_decode": tokens_fields.SPEC_DECODE,
     "return_token_ids": Field("Add `prompt_token_ids` and `token_ids` to the reply.", VLLM, default="false"),
     "return_tokens_as_token_ids": Field("`logprobs` name tokens as `token_id:ID`.", VLLM, default="false"),

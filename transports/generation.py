@@ -65,6 +65,8 @@ class Generation(msgspec.Struct, kw_only=True):
     stream: bool = False
     stream_interval: int = 1
     """A stream's rows are passed once they are so many tokens, from the second on."""
+    smoothing_ms: float = 0.0
+    """Tokens of a stream that come together are passed one after the other, none more than so much later; 0: as they come."""
     split: bool = False
     parallel_calls: bool = True
     calling: Calling | None = None

@@ -163,14 +163,18 @@ class Job(abc.ABC):
         self.context.span.name(f"{attributes['gen_ai.operation.name']} {self.model}", {**attributes, "gen_ai.output.type": "text"})
 
     def _sink(self, index: int) -> Any:
-        interval = self.generation.stream_interval
+        interval, sink = self.generation.stream_interval, self.evened(self.leg(index))
         if interval == 1 or not self.generation.stream:
-            return self.leg(index)
-        return Merging(self.leg(index), interval, self.generation.sampling.n, tells_end=self.retention is None)
+            return sink
+        return Merging(sink, interval, self.generation.sampling.n, tells_end=self.retention is None)
 
     @abc.abstractmethod
     def leg(self, index: int) -> Any:
         """The sink of prompt `index`."""
+
+    def evened(self, sink: Any) -> Any:
+        """In the place of a sink whose rows are to come one after the other."""
+        return sink
 
     def behind(self, sink: Any) -> Any:
         """In the place of a sink that is told at once what was made over a long time."""

@@ -37,7 +37,7 @@ from penstock.transports.openai_schema import (
     decode,
 )
 from penstock.transports.retention import check_seconds
-from penstock.transports.stream_events import ARGUMENTS_DONE, JSON_VALUE, events_of, interval_of
+from penstock.transports.stream_events import ARGUMENTS_DONE, JSON_VALUE, events_of, interval_of, smoothing_of
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat runs as far as the context reaches."""
@@ -173,6 +173,7 @@ def _shared(request: GenerationRequest, raw: dict[str, msgspec.Raw], ignored: li
         "retain_s": request.retain_s,
         "on_disconnect": request.on_disconnect,
         "stream_interval": interval_of(request.stream_interval, config),
+        "smoothing_ms": smoothing_of(request.stream_smoothing_ms, config),
         "request_id": request.request_id or request.rid,
         "ignored": [*check_unknown(ignored, strict=config.strict_fields), *idle(priority, config)],
         "include_usage": bool(options and options.include_usage),

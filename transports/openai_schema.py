@@ -163,6 +163,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     retain_s: float | None = None
     on_disconnect: str | None = None
     stream_interval: int | None = None
+    stream_smoothing_ms: float | None = None
     spec_decode: bool | str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

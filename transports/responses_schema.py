@@ -95,6 +95,7 @@ class ResponsesRequest(InputTokensRequest, frozen=True, kw_only=True):
     retain_s: float | None = None
     on_disconnect: str | None = None
     stream_interval: int | None = None
+    stream_smoothing_ms: float | None = None
     spec_decode: bool | str | None = None
     request_id: str | None = None
 
@@ -123,6 +124,7 @@ LIKE_CHAT = (
     "retain_s",
     "on_disconnect",
     "stream_interval",
+    "stream_smoothing_ms",
     "spec_decode",
     "request_id",
 )

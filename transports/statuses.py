@@ -34,7 +34,7 @@ _KNOWN: dict[str, str] = {
     SGLANG: """regex ebnf json_schema structural_tag lora_path session_params separate_reasoning stream_reasoning rid no_stop_trim
         custom_logit_processor custom_params return_hidden_states min_new_tokens stop_regex input_ids input_embeds image_data audio_data
         bootstrap_host bootstrap_port bootstrap_room""",
-    PENSTOCK: "retain_s on_disconnect stream_interval spec_decode stream_options.events",
+    PENSTOCK: "retain_s on_disconnect stream_interval stream_smoothing_ms spec_decode stream_options.events",
 }
 NAMED: dict[str, str] = {name: whose for whose, names in _KNOWN.items() for name in names.split()}
 """Field -> whose it is first. A dot leads into an object."""

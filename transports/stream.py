@@ -21,11 +21,12 @@ from penstock.core.protocol.messages import Finished
 from penstock.transports.backlog import Backlog
 from penstock.transports.blame import refusal
 from penstock.transports.frame import Frame
-from penstock.transports.gateway import Batch, CancelCause, Gateway
+from penstock.transports.gateway import Batch, CancelCause, Gateway, Sink
 from penstock.transports.generation import Generation
 from penstock.transports.job import Job, row_error, watch
 from penstock.transports.outbox import CutCause, Outbox, Pulse
 from penstock.transports.request import Receive, RequestContext, Scope, Send, ignored_header
+from penstock.transports.smoothing import Smoothing
 from penstock.transports.stamps import stamped, trace_header, with_stamps
 from penstock.transports.voice import Pieces, Prompt, Voice
 
@@ -135,6 +136,10 @@ class StreamReply(Job):
         """Once the stream was cut: its last word must leave until then."""
         self.alone = generation.choices == 1
         """Is the request's fate that of its only choice?"""
+        self._smoothing: Smoothing | None = None
+        if generation.smoothing_ms and again is None and not context.background:  # what is resumed comes as fast as it is read
+            loop = asyncio.get_running_loop()
+            self._smoothing = Smoothing(generation.smoothing_ms / 1e3, self._unsayable, now=loop.time, later=loop.call_later)
         self.introduce()
         self.frames = [self.around(index) if voice.plain else None for index in range(generation.choices)]
         """What stands before and after the text of a plain row, by choice; None: no row is plain (now)."""
@@ -176,6 +181,10 @@ class StreamReply(Job):
         """See Job."""
         return sink if self._backlog is None else self._backlog.sink(sink)
 
+    def _unsayable(self, raised: BaseException) -> None:
+        log.error("request %s: its stream could not go on: %s", self.context.rid, self.said(raised), exc_info=raised)
+        self.lost(PenstockError("The server made an error while it sent the answer."))
+
     def _not_said(self, raised: BaseException) -> None:
         log.error("request %s: its stream could not be resumed: %s", self.context.rid, self.said(raised), exc_info=raised)
         self.lost(PenstockError("The server made an error while it sent the answer."))
@@ -188,6 +197,10 @@ class StreamReply(Job):
 
     def leg(self, index: int) -> _StreamLeg:
         return _StreamLeg(self, index)
+
+    def evened(self, sink: Sink) -> Sink:
+        """See Job."""
+        return sink if self._smoothing is None else self._smoothing.sink(sink)
 
     def complete(self) -> None:
         try:
@@ -238,6 +251,7 @@ class StreamReply(Job):
         outbox, seconds = self.outbox, self.gateway.config.stream_stall_s
         if self._backlog is not None:
             self._backlog.clear()
+        self._calm()
         log.warning("request %s: the client reads too slowly, the stream is cut with %d bytes unsent", self.context.rid, outbox.unsent)
         self.gateway.counters.add(f'penstock_edge_cuts_total{{why="{why}"}}')
         if self._carrier is not None:
@@ -266,8 +280,13 @@ class StreamReply(Job):
         if not watcher.cancelled():
             self._abandon("disconnect")
 
+    def _calm(self) -> None:
+        if self._smoothing is not None:
+            self._smoothing.clear()
+
     def _abandon(self, cause: CancelCause) -> None:
         self._left = True
+        self._calm()
         self.context.status = 499
         self.cancel(cause)
         self.outbox.drop()
@@ -311,6 +330,7 @@ class StreamReply(Job):
             watcher.remove_done_callback(self._gone)
             watcher.cancel()
             self._pulse.discard(outbox)
+            self._calm()
             outbox.drop()
             self.cancel("disconnect")  # of what still runs, if this was cancelled
             if self._linger is None:

@@ -24,6 +24,7 @@ from penstock.transports.openai_schema import check_unknown
 from penstock.transports.openapi import BODY
 from penstock.transports.questions import failure_of
 from penstock.transports.request import JsonReply
+from penstock.transports.stream_events import smoothing_of
 from penstock.transports.surface import Surface
 from penstock.transports.tgi_schema import GenerateParameters, GenerateRequest, RootRequest, decode_generate
 from penstock.transports.tgi_voice import GenerateVoice, Telling
@@ -79,6 +80,7 @@ def parse_generate(body: bytes, config: Config, limits: Limits | None = None, *,
         echo=prefill,
         want_ids=streams or prefill,
         stream=streams,
+        smoothing_ms=smoothing_of(given.stream_smoothing_ms, config, "parameters.stream_smoothing_ms"),
         ignored=check_unknown(ignored, strict=config.strict_fields),
         details=details,
         prefill=prefill,

@@ -36,6 +36,7 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     best_of: int | None = None
     top_n_tokens: int | None = None
     grammar: Any = None
+    stream_smoothing_ms: float | None = None
     # Refused where they ask for something
     typical_p: float | None = None
     watermark: bool | None = None

@@ -24,6 +24,7 @@ from penstock.transports.grammars import outputs_of
 from penstock.transports.openai import ids_of, logit_bias_of
 from penstock.transports.openai_schema import check_unknown
 from penstock.transports.openapi import BODY
+from penstock.transports.stream_events import smoothing_of
 from penstock.transports.surface import Surface
 from penstock.transports.tokens_schema import TokensRequest, TokensSampling, decode_tokens
 from penstock.transports.tokens_voice import Tokens, TokensVoice
@@ -78,6 +79,7 @@ def parse_tokens(body: bytes, config: Config, limits: Limits | None = None) -> T
         grammar=grammar,
         stream=bool(request.stream),
         stream_interval=config.stream_interval,
+        smoothing_ms=smoothing_of(request.stream_smoothing_ms, config),
         request_id=request.request_id,
         ignored=[*check_unknown(unknown, strict=config.strict_fields), *idle(request.priority or 0, config)],
         include_usage=bool(options and options.include_usage),

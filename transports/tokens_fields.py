@@ -17,6 +17,14 @@ SPEC_DECODE = Field(
     "`auto`",
 )
 
+SMOOTHING = Field(
+    "Of a stream: tokens that one step brings together (speculation) come one after the other, none more than so many milliseconds later. See"
+    " [Streams](streams.md#evenly).",
+    PENSTOCK,
+    "0 to 1000",
+    "--stream-smoothing-ms",
+)
+
 ASKED: dict[str, dict[str, Field]] = {
     "TokensRequest": {
         "token_ids": Field("The prompt: it is computed as it is. Not empty.", VLLM),
@@ -28,6 +36,7 @@ ASKED: dict[str, dict[str, Field]] = {
         ),
         "cache_salt": Field("Cached prefixes are shared only among requests with the same salt (and the same API key).", VLLM),
         "priority": Field("Lower is sooner. Only with --scheduling-policy priority.", VLLM, "-2^31 to 2^31-1", "0"),
+        "stream_smoothing_ms": SMOOTHING,
         "spec_decode": SPEC_DECODE,
         "request_id": Field(
             "The id in reply, logs and traces, if it is plain. The header x-request-id wins.", VLLM, default="made by the server"

@@ -73,6 +73,7 @@ class TokensRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    stream_smoothing_ms: float | None = None
     spec_decode: bool | str | None = None
     request_id: str | None = None
     # Refused where they ask for something

@@ -39,6 +39,8 @@ class HostDrafters:
     def __init__(self, drafters: Sequence[Named], vocab: int) -> None:
         self._drafters: list[Named | None] = list(drafters)
         self._vocab = vocab
+        self._broken: dict[int, str] = {}
+        """Since the last answer: why."""
 
     def handle(self, message: Message) -> Iterator[Message]:
         assert isinstance(message, Draft)
@@ -50,11 +52,13 @@ class HostDrafters:
             counts.append(tokens.size)
             whose.append(number)
             found.append(tokens)
+        broken, self._broken = self._broken, {}
         yield Drafted(
             step=message.step,
             counts=i32(counts),
             tokens=np.concatenate(found) if found else EMPTY_I32,
             drafters=np.array(whose, np.uint8),
+            broken=broken,
         )
 
     def _tell(self, number: int, message: Draft) -> None:
@@ -74,6 +78,9 @@ class HostDrafters:
                     entry.drafter.begin(seq, tokens, message.roots[at : at + HASH_BYTES].hex())
                 else:
                     entry.drafter.extend(seq, tokens)
+            work = getattr(entry.drafter, "work", None)
+            if work is not None:
+                work()
         except BaseException as raised:
             self._drop(number, f"it failed with {described(tamed(raised))}")
 
@@ -98,3 +105,4 @@ class HostDrafters:
         if entry is not None:
             log.warning("drafter %s is not asked any more: %s", entry.name, why)
             self._drafters[number] = None
+            self._broken[number] = why

@@ -16,7 +16,8 @@ from penstock.core.protocol.errors import ConfigError
 
 
 class HostDrafter(Protocol):
-    """Called on the engine's own thread between steps: it must be quick."""
+    """Called on the engine's own thread between steps: it must be quick. One that may have more to do than a step should wait for has a method `work()` besides,
+    called once before the questions of each step (behind `begin`, `extend` and `end`): a bounded piece of it."""
 
     max_lookahead: int
     """The most drafts that it makes behind a token."""

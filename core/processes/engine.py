@@ -78,6 +78,7 @@ def runner_config(config: Config, plugins: PluginHost | None = None) -> RunnerCo
 
 def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, drafters: Drafters, grammars: GrammarSpec | None) -> EngineFacts:
     memory = runner.memory
+    kv_dtype = getattr(runner, "kv_dtype", runner.dtype)
     return EngineFacts(
         model=config.served_model_name[0] if config.served_model_name else (config.model or runner.facts.architecture),
         architecture=runner.facts.architecture,
@@ -101,8 +102,8 @@ def facts_of(config: Config, device: DeviceCapabilities, runner: Runner, drafter
         bounded_steps=device.bounded_steps,
         grammars="" if grammars is None else grammars.name,
         beams=device.writes,
-        kv_dtype=getattr(runner, "kv_dtype", runner.dtype),
-        quality=quality_of(config),
+        kv_dtype=kv_dtype,
+        quality=quality_of(config, "" if kv_dtype == runner.dtype else kv_dtype),
         drafters=list(drafters.names),
         lookahead=drafters.lookahead,
     )

@@ -29,12 +29,13 @@ from penstock.core.protocol.foreign import BACKENDS, FOREIGN, judge, structured_
 from penstock.core.protocol.generation import override_of
 from penstock.core.protocol.sampling import MAX_N
 from penstock.core.protocol.service_links import is_service_link
-from penstock.core.protocol.speculation import parsed
+from penstock.core.protocol.speculation import SPECULATIVE_FIELDS, parsed
 from penstock.core.protocol.wording import type_words
 
 MiB = 1 << 20
 GiB = 1 << 30
 MOST_INTERVAL = 1024
+MOST_SMOOTHING_MS = 1000
 """Tokens an event of a stream: what waits for one counts as nobody's unsent bytes."""
 LONGEST_S = 7 * 24 * 3600
 """Most seconds of an option that is a time: timers take no infinity."""
@@ -293,6 +294,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_stall_s: Annotated[float, opt("A parked stream whose client reads nothing for so long is cut.", "limits")] = 60.0
     keep_alive_s: Annotated[float, opt("SSE comment after this long without an event; a ping of WebSockets and of gRPC.", "limits")] = 10.0
     stream_interval: Annotated[int, opt("Tokens an event of a stream, after the first; a request may say another number.", "limits")] = 1
+    stream_smoothing_ms: Annotated[
+        float,
+        opt(
+            "Tokens of a stream that come together (speculation) leave one after the other, none more than so many milliseconds later; 0: as they come. A request may say"
+            " another number.",
+            "limits",
+        ),
+    ] = 0.0
     max_retain_s: Annotated[float, opt("Longest retain_s of a stream that can be resumed; 0: none can.", "limits")] = 600.0
     retained_stream_bytes: Annotated[int, opt("Most that is kept of one retained stream.", "limits", size=True)] = 8 * MiB
     retained_bytes: Annotated[int, opt("Most that is kept of all retained streams.", "limits", size=True)] = 256 * MiB
@@ -314,7 +323,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str | None,
         opt(
             'JSON object: who drafts tokens that a step then computes along, and how many. {"method": "ngram"}, {"model": FOLDER}, or several in order as'
-            ' {"methods": [...]}; fields as vLLM has them (docs/speculation.md).',
+            ' {"methods": [...]}. Fields of each: ' + SPECULATIVE_FIELDS + " (docs/speculation.md; vLLM's others are known).",
             "speculation",
             json=True,
             short="-sc",
@@ -782,6 +791,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{OPTIONS[name].flag} must be at least 1.", param=name)
     if not 1 <= config.stream_interval <= MOST_INTERVAL:
         raise ConfigError(f"--stream-interval must be from 1 to {MOST_INTERVAL}.", param="stream_interval")
+    if not 0 <= config.stream_smoothing_ms <= MOST_SMOOTHING_MS:
+        raise ConfigError(f"--stream-smoothing-ms must be from 0 to {MOST_SMOOTHING_MS}.", param="stream_smoothing_ms")
     if config.store is not None and not config.store.strip():
         raise ConfigError("--store must name a file.", param="store")
     _check_pairs(config)

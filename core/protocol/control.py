@@ -70,12 +70,12 @@ class Tick(Message, frozen=True, kw_only=True):
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
-    """What the weights lost against the wide model's, as far as somebody measured it (quality.json; core/protocol/quality.py)."""
+    """What rounding lost against the wide model, as far as somebody measured it (quality.json; core/protocol/quality.py)."""
 
     scheme: str
-    """How they are stored: the record's word, or that of config.json or of the options."""
+    """How they are stored: the record's word, or that of config.json or of the options; and what options round besides (output head, KV cache)."""
     status: Literal["wide", "measured", "unmeasured"]
-    """"unmeasured": quantised, and there is no record of what that cost."""
+    """"unmeasured": something is quantised, weights or KV cache, and there is no record of what that costs."""
     kl_mean: float | None = None
     """Mean KL divergence from the wide model, nats a token."""
     top1: float | None = None

@@ -506,7 +506,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
-    """Of drafts, cumulative but for `width` (chosen for the last step) and `states` (of each drafter: 2 good, 1 keep, 0 off)."""
+    """Of drafts, cumulative but for `width`, `chosen`, `states` (of each drafter: 2 good, 1 keep, 0 off) and `reasons`."""
 
     drafts: int = 0
     """Rows of steps that computed drafts along."""
@@ -521,7 +521,12 @@ class SpeculationStats(msgspec.Struct, frozen=True, array_like=True):
     step_ns: int = 0
     """The steps in which they did."""
     width: int = 0
+    """Of the last step in which anything was decoded: the most drafts that a row computed along."""
     states: list[int] = []
+    chosen: int = 0
+    """Drafts behind each token as they were found to pay, for the step that was planned last."""
+    reasons: list[str] = []
+    """Of each drafter, why it is off ("": it is on). Empty where none is off."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -768,12 +773,14 @@ class Draft(Message, frozen=True, kw_only=True):
 
 
 class Drafted(Message, frozen=True, kw_only=True):
-    """Drafters on the host -> scheduler: for each of Draft.seqs so many (counts I32) `tokens` I32, and who (drafters U8) made them."""
+    """Drafters on the host -> scheduler: for each of Draft.seqs so many (counts I32) `tokens` I32, and who (drafters U8) made them. `broken`: those that are not
+    asked any more from now on, by their numbers, and why."""
 
     step: int
     counts: Column
     tokens: Column
     drafters: Column
+    broken: dict[int, str] = msgspec.field(default_factory=dict)
 
 
 class Forward(Message, frozen=True, kw_only=True):

@@ -83,22 +83,25 @@ def _seal(figures: Mapping[str, Any], model: Path) -> str:
     return digest.hexdigest()
 
 
-def quality_of(config: Config) -> Quality | None:
-    """Of what is served. A record counts for the files as they are: what is rounded while it is loaded has none."""
+def quality_of(config: Config, kv_dtype: str = "") -> Quality | None:
+    """Of what is served. A record counts for the files as they are: what is rounded while it is loaded, or while it runs, has none. `kv_dtype`: what the KV cache holds, if
+    that is not what the model computes in; a record was measured with the cache that the checkpoint itself asks for."""
     if config.model is None or not (model := Path(config.model)).exists():
         return None
-    own, rounded = _stored(model), [word for word in (config.quantization, config.lm_head_quantization) if word]
-    if own and config.lm_head_quantization is None:
+    own, kv = _stored(model), kv_dtype if config.kv_cache_dtype != "auto" else ""
+    head = f"lm_head {config.lm_head_quantization}" if config.lm_head_quantization else ""
+    besides = [part for part in (head, f"KV cache {kv}" if kv else "") if part]
+    if own and not besides:
         record, _ = read_record(model)
         if record is not None:
             top1 = record["top1"] if isinstance(record["top1"], int | float) and math.isfinite(record["top1"]) else None
             scheme = str(record["scheme"])[:LONGEST]
             return Quality(scheme=scheme, status="measured", kl_mean=float(record["kl_mean"]), top1=top1, record=str(record[SEAL]))
         return Quality(scheme=own, status="unmeasured")
-    if not rounded and not own:
+    if not own and not config.quantization and not besides:
         return Quality(scheme="wide", status="wide")
-    head = f"lm_head {config.lm_head_quantization}" if config.lm_head_quantization else ""
-    return Quality(scheme=", ".join(filter(None, (own or config.quantization, head))), status="unmeasured")
+    weights = own or config.quantization or ("" if head else "wide")
+    return Quality(scheme=", ".join(filter(None, (weights, *besides))), status="unmeasured")
 
 
 def _stored(model: Path) -> str:

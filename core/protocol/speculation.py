@@ -62,6 +62,7 @@ class SpeculationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FIELDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(DraftConfig)}
+SPECULATIVE_FIELDS = ", ".join(FIELDS)
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "draft_tensor_parallel_size": ((None, 1), "an engine has one device so far"),
     "tensor_parallel_size": ((None, 1), "an engine has one device so far"),
@@ -74,6 +75,11 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "posterior_threshold": ((None,), "the answer is always exactly what it is without speculation"),
     "posterior_alpha": ((None,), "the answer is always exactly what it is without speculation"),
     "acceptance_method": ((None, "rejection_sampler"), "the answer is always exactly what it is without speculation"),
+    "synthetic_acceptance_rate": ((None,), "the answer is always exactly what it is without speculation"),
+    "synthetic_acceptance_rates": ((None,), "the answer is always exactly what it is without speculation"),
+    "synthetic_acceptance_length": ((None,), "the answer is always exactly what it is without speculation"),
+    "draft_load_config": ((None,), "a drafter's weights are loaded as the model's are"),
+    "dspark_draft_topk": ((None,), "there is no such drafter"),
     "revision": ((None,), "nothing is downloaded; name the folder"),
     "code_revision": ((None,), "nothing is downloaded; name the folder"),
 }
@@ -85,8 +91,24 @@ IDLE = {
     "disable_padded_drafter_batch": "it is about kernels that Penstock does not have",
     "enforce_eager": "--enforce-eager is for the drafter as well",
     "max_model_len": "a drafter reaches as far as the model",
+    "num_speculative_tokens_per_batch_size": "how many drafts a step has follows from acceptance and from what steps of that size take",
+    "enable_adaptive_verification": "how many drafts a step has follows from acceptance and from what steps of that size take",
+    "draft_sample_method": "a drafter draws with the noise of the model's own draw",
+    "use_heterogeneous_vocab": "a draft model's vocabulary is looked at in any case",
+    "attention_backend": "--attention-backend is for the drafter as well",
+    "kv_cache_dtype": "--kv-cache-dtype is for the drafter as well",
+    "moe_backend": "kernels are the device's choice",
+    "use_local_argmax_reduction": "an engine has one device so far",
+    "index_share_for_mtp_iteration": "it is about layers that Penstock does not have",
+    "disable_eagle_block_drop": "a shared prefix has the drafter's keys and values, too",
+    "suffix_decoding_max_tree_depth": "its 'options' bound the method 'suffix'",
+    "suffix_decoding_max_cached_requests": "its 'options' bound the method 'suffix'",
+    "suffix_decoding_max_spec_factor": "its 'options' bound the method 'suffix'",
+    "suffix_decoding_min_token_prob": "its 'options' bound the method 'suffix'",
 }
 """vLLM's fields that change nothing here: why."""
+NGRAM = ("ngram", "[ngram]")
+"""How vLLM spells that method, in "method" and, since it has no model, in "model"."""
 MARKS = (("eagle3", "eagle3"), ("eagle", "eagle"), ("medusa", "medusa"), ("nextn", "mtp"), ("mtp", "mtp"))
 """Of a drafter's architectures and model_type, in small letters: what says which method. The first one counts."""
 
@@ -135,6 +157,8 @@ def _checked(raw: Mapping[str, Any], model: str | None, tokens: int | None, wher
             fine, why = NEUTRAL[name]
             if value not in fine:
                 raise _wrong(where + name, f"cannot be {value!r:.40}: {why}. Leave it out")
+        elif name == "suffix_decoding_max_cached_requests" and value == 0:  # that is a promise to somebody
+            raise _wrong(where + name, 'is not obeyed here: say "options": {"past_tokens": 0}, which remembers nobody\'s answers')
         elif name in IDLE:
             log.warning("%s: %r has no effect: %s.", CONFIG, where + name, IDLE[name])
         elif name not in FIELDS:
@@ -154,14 +178,29 @@ def _checked(raw: Mapping[str, Any], model: str | None, tokens: int | None, wher
         raise _wrong(
             where + "prompt_lookup_min", f"is {given['prompt_lookup_min']}, more than prompt_lookup_max ({given['prompt_lookup_max']})"
         )
-    if given.get("model") in ("ngram", "[ngram]"):  # older spellings of vLLM's
-        given |= {"method": given.get("method", "ngram"), "model": None}
+    _spell_ngram(given, where)
     for name in ("method", "model"):
         if isinstance(given.get(name), str) and not given[name].strip():
             raise _wrong(where + name, "must not be empty")
     if not given.get("method") and not given.get("model"):
         raise _wrong(where + "method", 'is missing, and no "model" says it: give one of them, such as "ngram"')
     return DraftConfig(**given)
+
+
+def _spell_ngram(given: dict[str, Any], where: str) -> None:
+    """The ways in which vLLM's configurations ask for the method without a model."""
+    method, model = given.get("method"), given.get("model")
+    if method in NGRAM or (method is None and model in NGRAM):
+        given["method"] = method = NGRAM[0]
+    if method == NGRAM[0] and model in NGRAM:
+        given["model"] = None
+    elif method == NGRAM[0] and model:
+        why = f"is {model!r:.80}, but the method 'ngram' has no model: it copies what the text said before. Leave it out, or leave the method out if that is a drafter's folder"
+        raise _wrong(where + "model", why)
+    elif model in NGRAM:
+        raise _wrong(
+            where + "model", f"is {model!r}, which means the method 'ngram', but 'method' is {method!r:.40}. Leave one of them out"
+        )
 
 
 def resolved(found: SpeculationConfig, shipped: Path) -> SpeculationConfig:

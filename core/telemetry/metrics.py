@@ -205,6 +205,7 @@ class Metrics:
         for method, state in zip(methods, stats.states, strict=False):
             self.set("spec_decode_state", state if entry.up else 0, label, method)
         self.set("spec_decode_width", stats.width if entry.up else 0, label)
+        self.set("spec_decode_chosen_width", stats.chosen if entry.up else 0, label)
         self.set("spec_decode_accepted_length", 1 + stats.accepted / stats.drafts if stats.drafts else 1, label)
 
     def _total(self, name: str, pool: str | None = None) -> Counts:

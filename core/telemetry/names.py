@@ -103,7 +103,7 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "kv_usage_ratio": (("engine",), "Share of KV blocks that running sequences hold."),
     "quality_info": (
         ("engine", "scheme", "status", "record"),
-        "How the engine's weights are stored, whether what that costs was measured (wide, measured, unmeasured), and the record's hash.",
+        "How the engine's weights (and a KV cache that --kv-cache-dtype rounds) are stored, whether what that costs was measured (wide, measured, unmeasured), and the record's hash.",
     ),
     "quality_kl_mean_nats": (("engine",), "By the record: mean KL divergence of a token's distribution from the wide model's."),
     "quality_top1_ratio": (("engine",), "By the record: how often the likeliest token is the wide model's."),
@@ -111,7 +111,8 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
         ("engine", "method"),
         "Of a drafter: 2 good (more than 70 % of its drafts are right), 1 keep, 0 off (less than 40 %).",
     ),
-    "spec_decode_width": (("engine",), "Drafts behind each token in the last step, as they were found to pay."),
+    "spec_decode_width": (("engine",), "The most drafts behind a token in the last step, as it was computed."),
+    "spec_decode_chosen_width": (("engine",), "Drafts behind each token that were found to pay, for the step that was planned last."),
     "spec_decode_accepted_length": (("engine",), "Mean tokens of a row that computed drafts along: one, and the right ones."),
     "startup_phase_seconds": (("role", "phase"), "How long each phase of the start took."),
     "uptime_seconds": ((), "Since the text process began."),

@@ -22,7 +22,9 @@ from penstock.core.protocol.messages import Forward
 from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
+from penstock.plugins.drafters.kinds import check_kind
 from penstock.plugins.models.api import Columns, Program
+from penstock.plugins.models.config import read_config
 
 Tensor = torch.Tensor
 DRAFTS = 4
@@ -41,6 +43,8 @@ class ModelDrafter:
             raise ConfigError(
                 '--speculative-config: the method "draft_model" needs "model", the folder of a draft model.', param="speculative_config"
             )
+        if Path(config.model).is_dir():
+            check_kind(self.name, config.model, read_config(config.model), None, 0)
         self._model = model = parts.load(config.model, config.quantization)
         check_vocabulary(config.model, parts)
         self.max_lookahead = config.num_speculative_tokens or DRAFTS

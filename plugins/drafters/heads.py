@@ -29,6 +29,7 @@ from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
 from penstock.plugins.drafters.gaps import Gaps
+from penstock.plugins.drafters.kinds import check_kind
 from penstock.plugins.models.api import AttnCall, Columns
 from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.config import decoder_facts, read_config
@@ -54,8 +55,9 @@ class HeadDrafter:
                 param="speculative_config",
             )
         raw = read_config(config.model)
-        self._facts = facts = _facts_of(raw, parts.facts)
         builder = parts.builder(config.model)
+        check_kind(method, config.model, raw, getattr(builder.weights, "has", None), parts.facts.num_layers)
+        self._facts = facts = _facts_of(raw, parts.facts)
         self._ops = parts.ops
         self._model = parts.model
         self._vocab = parts.facts.vocab_size

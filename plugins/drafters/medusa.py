@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import torch
 
-from penstock.core.protocol.errors import CheckpointError, ConfigError
+from penstock.core.protocol.errors import CheckpointError, ConfigError, spelled
 from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import NoLayers, Parts, Seen
+from penstock.plugins.drafters.kinds import MEDUSA, check_kind
 from penstock.plugins.models.api import Linear
 from penstock.plugins.models.builder import Part
 from penstock.plugins.models.config import read_config
 
 Tensor = torch.Tensor
-PREFIXES = ("", "medusa_head.", "medusa_heads.")
 
 
 class MedusaDrafter(NoLayers):
@@ -32,6 +32,8 @@ class MedusaDrafter(NoLayers):
                 '--speculative-config: the method "medusa" needs "model", the folder of the heads.', param="speculative_config"
             )
         raw = read_config(config.model)
+        builder = parts.builder(config.model)
+        check_kind(self.name, config.model, raw, getattr(builder.weights, "has", None), parts.facts.num_layers)
         count, depth = (_number(raw, name) for name in ("medusa_num_heads", "medusa_num_layers"))
         hidden = parts.facts.hidden_size
         if raw.get("hidden_size", hidden) != hidden:
@@ -39,9 +41,15 @@ class MedusaDrafter(NoLayers):
                 f"{config.model}: config.json says 'hidden_size' {raw['hidden_size']}, the model has {hidden}: these heads are of another model.",
                 param="hidden_size",
             )
-        builder = parts.builder(config.model)
+        asked = config.num_speculative_tokens or count
+        if asked > count:
+            raise ConfigError(
+                f"--speculative-config: 'num_speculative_tokens' is {asked}, but {spelled(config.model)} has {count} Medusa heads, each of which makes one draft."
+                f" Ask for at most {count}, or leave the field out.",
+                param="num_speculative_tokens",
+            )
         has = getattr(builder.weights, "has", lambda name: True)
-        prefix = next((one for one in PREFIXES if has(f"{one}0.0.linear.weight")), "")
+        prefix = next((one for one in MEDUSA if has(f"{one}0.0.linear.weight")), "")
         bias = has(f"{prefix}0.0.linear.bias")
 
         def stack(head: int) -> tuple[list[Linear], Linear | None]:
@@ -52,7 +60,7 @@ class MedusaDrafter(NoLayers):
         self._stacks = [stack(head) for head in range(count)]
         builder.finish()
         self.nbytes = builder.nbytes
-        self.max_lookahead = min(config.num_speculative_tokens or count, count)
+        self.max_lookahead = asked
         self._model = parts.model
         self._vocab = parts.facts.vocab_size
 

@@ -18,7 +18,7 @@ from penstock.core.processes.engine import Engine
 from penstock.core.protocol.columns import EMPTY_I32, i32, u8
 from penstock.core.protocol.config import build
 from penstock.core.protocol.errors import ProtocolError
-from penstock.core.protocol.messages import LENGTH, STOP, Admit, StepDone, StepTokens
+from penstock.core.protocol.messages import ABORTED, LENGTH, STOP, Admit, StepDone, StepTokens
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
@@ -62,6 +62,55 @@ def test_no_draft_reaches_beyond_a_limit(make_sim: Make) -> None:
     sim.run()
     assert [len(sim.output(key)) for key in keys] == [9, 1]
     assert [int((f.starts + f.counts).max()) <= 12 for f in sim.forwards] == [True] * len(sim.forwards)
+
+
+def test_who_is_near_a_limit_has_fewer_drafts_and_the_others_all(make_sim: Make) -> None:
+    """Of four, one comes to max_model_len, one to its own max_tokens; nothing is written behind them, and their neighbours' steps are as wide as ever."""
+    sim = make_sim(lookahead=4, drafts=("right",), max_model_len=40, num_blocks=64, max_num_batched_tokens=64)
+    long = sim.admit([1] * 27, max_tokens=99)
+    short = sim.admit([2, 3], max_tokens=7)
+    others = [sim.admit([n, 5], max_tokens=30) for n in (3, 4)]
+    sim.finish(2)
+    narrow = 0
+    while sim.flying:
+        forward = sim.flying[0][0]
+        counts = dict(zip(forward.slots.tolist(), forward.counts.tolist(), strict=True))
+        live = [slot for slot in counts if slot >= 2]
+        left = {slot: 32 - len(sim.output(key)) - 2 for slot, key in zip((2, 3), others, strict=True)}
+        assert all(counts[slot] == min(5, left[slot]) for slot in live), "drafts for them, whoever ends"
+        narrow += sum(counts[slot] < 5 for slot in counts if slot < 2)
+        sim.finish()
+    assert narrow >= 2, "both came to their limits with less"
+    assert [len(sim.output(key)) for key in (long, short, *others)] == [13, 7, 30, 30]
+    assert max(int((f.starts + f.counts).max()) for f in sim.forwards) <= 40
+    sim.check_idle()
+
+
+def test_there_are_blocks_for_the_drafts_behind_a_step(make_sim: Make) -> None:
+    """Drafters with layers compute there. Asked for is what a sequence may need at all, and once a block, as without drafts."""
+    sim = make_sim(lookahead=3, drafts=("wrong",), block_size=8, num_blocks=64)
+    key = sim.admit([5] * 3, max_tokens=20)
+    while sim.finish():
+        board = sim.scheduler._board
+        if sim.flying and sim.flying[0][1].drafts:
+            forward = sim.flying[0][0]
+            end = int(forward.starts[0] + forward.counts[0])
+            assert board.slots.capacity[0] >= min(end + 3, 23), "the limit is 23"
+    reserved = [int(question.reserve_lens[0]) for question in sim.asked if question.reserve_lens.size]
+    assert max(reserved) <= 23
+    assert len(reserved) == 3
+    assert len(sim.output(key)) == 20
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong"])
+def test_nobody_is_preempted_for_room_for_drafts(kind: str, make_sim: Make) -> None:
+    """Memory that just suffices: 4 sequences of 6 blocks each."""
+    sim = make_sim(lookahead=4, drafts=(kind,), num_blocks=24, block_size=4, max_model_len=24)
+    keys = [sim.admit([n, 2, 3], max_tokens=21) for n in range(4)]
+    sim.run()
+    assert [len(sim.output(key)) for key in keys] == [21] * 4
+    assert sim.scheduler._board.preemptions == 0
+    sim.check_idle()
 
 
 def test_a_row_ends_at_its_first_stop_and_the_rest_is_dropped(make_sim: Make) -> None:
@@ -358,7 +407,28 @@ def test_a_drafter_that_fails_is_not_asked_again_and_nobody_notices(make_sim: Ma
     assert len(sim.output(key)) == 25
     assert knows.asked == 3
     assert "drafter host-0 is not asked any more: it failed with RuntimeError: no idea" in caplog.text
+    stats = sim.scheduler._board.stats(0).speculation
+    assert (stats.states, stats.reasons) == ([0], ["it failed with RuntimeError: no idea"])
+    sim.clock.advance(1000.0)
+    sim.admit([1, 2, 3], max_tokens=9)
+    sim.run()
+    assert sim.scheduler._board.stats(0).speculation.states == [0], "for good"
     sim.check_idle()
+
+
+def test_a_drafter_may_work_in_pieces_between_steps(make_sim: Make) -> None:
+    class Works(Knows):
+        worked = 0
+
+        def work(self) -> None:
+            self.worked += 1
+            assert self.asked >= self.worked - 1, "before the questions of each step"
+
+    works = Works()
+    sim = hosted(make_sim, works, drafters=("mine",), flags=(True,), drafts=())
+    sim.admit([1, 2, 3], max_tokens=25)
+    sim.run()
+    assert works.worked == works.asked + 1, "and once when all is over"
 
 
 def test_what_a_request_wants_counts_before_what_pays(make_sim: Make) -> None:
@@ -395,11 +465,14 @@ def test_a_drafter_below_the_band_is_turned_off_and_tried_again(make_sim: Make, 
     sim.finish(60)
     assert "drafter bad is off: 0% of the last" in caplog.text
     board = sim.scheduler._board
-    assert board.stats(0).speculation.states == [0]
+    stats = board.stats(0).speculation
+    assert (stats.states, stats.reasons[0][:14]) == ([0], "0% of the last")
+    assert (stats.width, stats.chosen) == (0, 0)
     assert (sim.samples[-1].drafts, sim.samples[-1].lookahead) == (0, 0)
     sim.clock.advance(3.0)
     sim.finish(3)
     assert sim.samples[-1].drafts == 4, "on trial"
+    assert board.stats(0).speculation.reasons == []
     sim.run()
     sim.check_idle()
 
@@ -420,3 +493,69 @@ def test_an_engine_whose_drafts_do_not_pay_sends_what_one_without_drafters_sends
 def _plain(message: Any) -> dict[str, Any]:
     found = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in msgspec.structs.asdict(message).items()}
     return {name: value for name, value in found.items() if name not in ("stats", "logprobs", "prompt_logprobs", "places", "sampling")}
+
+
+# ------------------------------------------------------------------ leaving in mid-width
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("kind", ["right", "fair", "wrong"])
+def test_an_abort_while_a_wide_step_is_in_flight(depth: int, kind: str, make_sim: Make) -> None:
+    """What the step brings for it is dropped, drafts and all; its neighbours and whoever comes into its slot say what they would have said."""
+    sim = make_sim(lookahead=4, depth=depth, drafts=(kind,), max_num_seqs=3)
+    gone, *others = (sim.admit([n, 2, 3], max_tokens=30) for n in range(3))
+    late = sim.admit([7, 7], max_tokens=20)
+    sim.finish(4)
+    assert sim.flying[0][1].lookahead == 4
+    assert 0 in sim.flying[0][0].slots
+    said = sim.output(gone)
+    sim.abort(gone << 7)
+    assert (sim.reason(gone), sim.output(gone)) == (ABORTED, said)
+    (answer,) = [sent for sent in sim.sent if ABORTED in sent.reasons.tolist()]
+    seen, right = int(answer.drafted[0]), int(answer.accepted[0])
+    assert answer.drafted_seqs.tolist() == [gone << 7]
+    assert 0 <= right <= seen <= 12
+    assert (right == seen, right == 0) == (kind == "right", kind == "wrong") or kind == "fair"
+    assert sim.scheduler._board.slots.phase[0] != 0, "the step names the slot until it lands"
+    sim.run()
+    assert [sim.reason(key) for key in (*others, late)] == [LENGTH] * 3
+    assert sim.output(gone) == said
+    sim.check_idle()
+
+
+@pytest.mark.parametrize("kind", ["right", "fair", "wrong"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_preemption_while_drafts_stand(depth: int, kind: str, make_sim: Make) -> None:
+    """Memory runs out among wide steps: who is preempted goes on from the tokens that counted, and no draft that stood behind them is taken for one."""
+    sim = make_sim(lookahead=4, depth=depth, drafts=(kind,), max_num_seqs=4, num_blocks=14, block_size=4, max_model_len=40)
+    keys = [sim.admit([n, 2, 3], max_tokens=24) for n in range(4)]
+    wide = 0
+    while sim.finish():
+        preempted = [seq for sent in sim.sent for seq in sent.preempted_seqs.tolist()]
+        wide += bool(preempted) and any(sample.lookahead for _, sample, *_ in sim.flying)
+    assert preempted, "the cache was to be too small"
+    assert wide, "steps are wide afterwards, too"
+    assert [sim.output(key) for key in keys] == [sim.expected(key << 7) for key in keys]
+    told = {int(seq): int(count) for sent in sim.sent for seq, count in zip(sent.drafted_seqs, sent.drafted, strict=True)}
+    board = sim.scheduler._board
+    assert set(preempted) <= set(told)
+    assert sum(told.values()) == board.stats(0).speculation.drafted, "those of before the preemption are not forgotten"
+    assert board.preemptions == len(preempted)
+    sim.check_idle()
+
+
+def test_an_abort_of_who_was_preempted_tells_of_its_drafts(make_sim: Make) -> None:
+    sim = make_sim(lookahead=4, drafts=("right",), max_num_seqs=4, num_blocks=14, block_size=4, max_model_len=40)
+    for n in range(4):
+        sim.admit([n, 2, 3], max_tokens=24)
+    board = sim.scheduler._board
+    while not board.preemptions:
+        assert sim.finish()
+    (waiting,) = [sequence for sequence in board.live.values() if sequence.slot < 0]
+    seen = waiting.drafts
+    assert seen[0] >= seen[1] > 0
+    sim.abort(waiting.seq)
+    (answer,) = [sent for sent in sim.sent if ABORTED in sent.reasons.tolist()]
+    assert (answer.drafted_seqs.tolist(), answer.drafted.tolist(), answer.accepted.tolist()) == ([waiting.seq], [seen[0]], [seen[1]])
+    sim.run()
+    sim.check_idle()

@@ -181,6 +181,23 @@ def test_what_is_wide_or_rounded_while_it_loads(tmp_path: Path) -> None:
     assert quality_of(Config(model=str(tmp_path / "a.gguf"))) == Quality(scheme="gguf", status="unmeasured")
 
 
+def test_no_record_speaks_of_a_kv_cache_that_an_option_rounds(model: Path, tmp_path: Path) -> None:
+    keep(model)
+    rounded = Config(model=str(model), kv_cache_dtype="fp8")
+    assert quality_of(rounded, "fp8_e4m3") == Quality(scheme="compressed-tensors, KV cache fp8_e4m3", status="unmeasured")
+    both = Config(model=str(model), kv_cache_dtype="int8", lm_head_quantization="int8")
+    assert quality_of(both, "int8") == Quality(scheme="compressed-tensors, lm_head int8, KV cache int8", status="unmeasured")
+    for config, kv in ((Config(model=str(model)), "fp8_e4m3"), (Config(model=str(model), kv_cache_dtype="bfloat16"), "")):
+        told = quality_of(config, kv)  # the checkpoint's own cache, with which it was measured; none
+        assert told is not None
+        assert (told.scheme, told.status, told.kl_mean) == ("w4a16", "measured", 0.02)
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    folder_of(wide, {})
+    asked_for = Config(model=str(wide), kv_cache_dtype="int8")
+    assert quality_of(asked_for, "int8") == Quality(scheme="wide, KV cache int8", status="unmeasured")
+
+
 def test_a_head_of_four_bits_needs_a_record_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--lm-head-quantization int4 rounds to 4 bits"):
         gate(asked(folder_of(tmp_path, {}), lm_head_quantization="int4"))

@@ -16,7 +16,7 @@ from penstock.core.processes.engine import Engine, runner_config
 from penstock.core.protocol.config import Config, build
 from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
 from penstock.core.protocol.model_folder import demo_folder, with_model
-from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig, method_of, parsed
+from penstock.core.protocol.speculation import FIELDS, IDLE, NEUTRAL, DraftConfig, SpeculationConfig, method_of, parsed
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 
@@ -43,6 +43,16 @@ def test_fields_of_vllm_are_read() -> None:
     ]
     assert asked(speculative_config={"model": "[ngram]"}) == asked(speculative_config={"method": "ngram"})
     assert asked(speculative_config={"method": "mine", "options": {"depth": 3}})[0].options == {"depth": 3}
+
+
+@pytest.mark.parametrize("word", ["ngram", "[ngram]"])
+def test_ngram_as_configurations_of_vllm_spell_it(word: str) -> None:
+    plain = asked(speculative_config={"method": "ngram", "prompt_lookup_max": 4})
+    for config in ({"model": word}, {"method": word}, {"method": "ngram", "model": word}, {"method": word, "model": word}):
+        assert asked(speculative_config=config | {"prompt_lookup_max": 4}) == plain
+    assert asked(speculative_model=word, speculative_config={"prompt_lookup_max": 4}) == plain
+    both = asked(speculative_config={"methods": [{"method": "suffix"}, {"model": word}]})
+    assert [(one.method, one.model) for one in both] == [("suffix", None), ("ngram", None)]
 
 
 def test_the_short_options_and_the_long_one_are_one() -> None:
@@ -72,6 +82,9 @@ def test_several_are_asked_in_order() -> None:
         ({"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 2}, r"'prompt_lookup_min' is 3, more than"),
         ({"method": "ngram", "draft_tensor_parallel_size": 2}, r"'draft_tensor_parallel_size' cannot be 2: an engine has one device"),
         ({"method": "ngram", "rejection_sample_method": "probabilistic"}, r"the answer is always exactly what it is without"),
+        ({"method": "ngram", "model": "/models/small"}, r"'model' is '/models/small', but the method 'ngram' has no model"),
+        ({"methods": [{"method": "[ngram]", "model": "x"}]}, r"'methods\[0\]\.model' is 'x', but the method 'ngram'"),
+        ({"method": "medusa", "model": "[ngram]"}, r"'model' is '\[ngram\]', which means the method 'ngram', but 'method' is 'medusa'"),
         ({}, r"'method' is missing"),
         ({"method": " "}, r"'method' must not be empty"),
         ({"methods": []}, r"'methods' must be a list"),
@@ -105,6 +118,25 @@ def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> 
 def test_fields_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert asked(speculative_config={"method": "ngram", "disable_by_batch_size": 8}) == [DraftConfig(method="ngram")]
     assert "'disable_by_batch_size' has no effect" in caplog.text
+
+
+def test_every_field_of_vllms_is_known() -> None:
+    """Those that a configuration may hold; what has an effect is a field here, too."""
+    theirs = """enforce_eager num_speculative_tokens model method draft_tensor_parallel_size tensor_parallel_size quantization moe_backend attention_backend
+        kv_cache_dtype max_model_len revision code_revision index_share_for_mtp_iteration disable_padded_drafter_batch disable_eagle_block_drop
+        use_local_argmax_reduction use_heterogeneous_vocab prompt_lookup_max prompt_lookup_min parallel_drafting num_speculative_tokens_per_batch_size
+        suffix_decoding_max_tree_depth suffix_decoding_max_cached_requests suffix_decoding_max_spec_factor suffix_decoding_min_token_prob
+        draft_load_config rejection_sample_method synthetic_acceptance_rates synthetic_acceptance_length enable_adaptive_verification
+        draft_sample_method dspark_draft_topk disable_by_batch_size speculative_token_tree posterior_threshold posterior_alpha disable_logprobs"""
+    assert not set(theirs.split()) - {*FIELDS, *NEUTRAL, *IDLE}
+    assert not {*FIELDS} & {*NEUTRAL, *IDLE}
+
+
+def test_who_wants_no_answers_remembered_is_told_how() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'suffix_decoding_max_cached_requests' is not obeyed here: say \"options\": \{\"past_tokens\": 0\}"
+    ):
+        build({"speculative_config": {"method": "suffix", "suffix_decoding_max_cached_requests": 0}})
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -340,3 +340,26 @@ def test_a_number_in_config_that_is_none(field: str, value: object, head: Any, l
     where, _ = head(method, **{field: value})
     with pytest.raises(CheckpointError, match=rf"config\.json: '{field}' must be a number above 0"):
         load(folder, speculation=asked(method, where))
+
+
+@pytest.mark.parametrize("method", [*SHAPES, "draft_model"])
+@pytest.mark.parametrize("given", [*SHAPES, "draft_model"])
+def test_a_folder_of_another_kind_is_named(method: str, given: str, head: Any, load: Load, folder: Path) -> None:
+    if method == given:
+        return
+    kind = {"medusa": "Medusa heads", "eagle3": "an EAGLE-3 head", "eagle": "an EAGLE head", "mtp": "a multi-token prediction layer"}
+    words = {"medusa": "MedusaModel", "eagle3": "LlamaForCausalLMEagle3", "eagle": "EagleLlama", "mtp": "LlamaForCausalLMNextN"}
+    where = folder if given == "draft_model" else head(given, architectures=[words[given]])[0]
+    with pytest.raises(CheckpointError) as raised:
+        load(folder, speculation=asked(method, where))
+    said = str(raised.value)
+    assert f"--speculative-config: the method '{method}' takes {kind.get(method, 'a model of its own')}, but " in said
+    assert f"{where} is {kind.get(given, 'a model of its own')} (" in said
+    assert f'"method": "{given}"' in said
+
+
+def test_more_drafts_than_medusa_heads_are_refused_with_both_numbers(head: Any, load: Load, folder: Path) -> None:
+    where, _ = head("medusa")
+    many = SpeculationConfig(methods=[DraftConfig(method="medusa", model=str(where), num_speculative_tokens=5)])
+    with pytest.raises(ConfigError, match=r"'num_speculative_tokens' is 5, but .*medusa has 4 Medusa heads.*at most 4"):
+        load(folder, speculation=many)

@@ -19,6 +19,7 @@ from penstock.core.protocol.config import OPTIONS, Config
 from penstock.core.protocol.errors import InvalidRequest
 from penstock.core.protocol.generation import NAMES
 from penstock.core.protocol.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
+from penstock.core.protocol.speculation import FIELDS
 from penstock.transports import fields, openapi_replies
 from penstock.transports.anthropic_schema import ANTHROPIC_REQUESTS
 from penstock.transports.message_batches import MessageBatchRequest
@@ -221,6 +222,7 @@ def test_the_ranges_are_those_of_every_number() -> None:
         *("n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "priority"),
         *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens", "truncate_prompt_tokens"),
         *("logprobs", "top_logprobs", "prompt_logprobs", "best_of", "length_penalty", "retain_s", "stream_interval"),
+        "stream_smoothing_ms",
     }
 
 
@@ -233,6 +235,13 @@ def test_a_list_may_be_as_long_as_its_line_says(name: str, item: Any) -> None:
     most = int(number(found.group(1)))
     parse(ChatRequest, **{name: [item] * most})
     refused(ChatRequest, name, [item] * (most + 1))
+
+
+def test_the_page_on_speculation_has_every_field() -> None:
+    page = (DOCS / "speculation.md").read_text(encoding="utf-8")
+    table = page.split("| field | meaning | default |\n")[1].split("\n\n")[0]
+    named = [name for line in table.splitlines()[1:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(named) == sorted([*FIELDS, "methods"])
 
 
 def test_defaults_are_those_of_the_code() -> None:

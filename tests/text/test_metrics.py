@@ -131,7 +131,7 @@ def test_drafts_are_counted_over_an_engines_lives() -> None:
     metrics.engine_stats(0, EngineStats(speculation=one))
     metrics.engine_up("trained", 0, 2, facts)
     metrics.engine_stats(
-        0, EngineStats(speculation=SpeculationStats(drafts=1, drafted=3, accepted=1, places=[1, 0, 0], width=3, states=[1, 2]))
+        0, EngineStats(speculation=SpeculationStats(drafts=1, drafted=3, accepted=1, places=[1, 0, 0], width=3, states=[1, 2], chosen=4))
     )
     assert metrics.drafts() == (11, 33, 16)
     told = dict(line.rsplit(" ", 1) for line in metrics.render().decode().splitlines() if "spec_decode" in line and line[0] != "#")
@@ -140,6 +140,7 @@ def test_drafts_are_counted_over_an_engines_lives() -> None:
         'penstock_spec_decode_state{engine="0",method="ngram"}': 1,
         'penstock_spec_decode_state{engine="0",method="draft_model"}': 2,
         'penstock_spec_decode_width{engine="0"}': 3,
+        'penstock_spec_decode_chosen_width{engine="0"}': 4,
         'penstock_spec_decode_accepted_length{engine="0"}': 2,
         'penstock_spec_decode_drafts_total{engine="0"}': 11,
         'penstock_spec_decode_draft_seconds_total{engine="0"}': 1,

@@ -14,7 +14,18 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.control import Quality
 from penstock.core.protocol.errors import ConfigError
-from penstock.core.protocol.messages import LENGTH, RUNNING, Cancel, Park, Unpark, seq_of
+from penstock.core.protocol.messages import (
+    ABORTED,
+    LENGTH,
+    RUNNING,
+    Cancel,
+    EngineStats,
+    Park,
+    SpeculationStats,
+    Tick,
+    Unpark,
+    seq_of,
+)
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.telemetry.traces import NO_TRACES, OtelTraces, configure, endpoint_of
 
@@ -129,6 +140,94 @@ def test_acceptance_stands_with_the_request(traced: Any, memory: InMemorySpanExp
     names = ("drafted_tokens", "accepted_tokens", "acceptance")
     assert [found["r1"][f"penstock.speculation.{name}"] for name in names] == [4, 1, 0.25]
     assert not any("speculation" in name for name in found["r2"])
+
+
+def ids_of(traced: Any, text: str) -> list[int]:
+    found: list[int] = traced.tokenizer.encode_batch([text], add_special_tokens=False)[0].tolist()
+    return found
+
+
+def cut_by_a_stop_string(traced: Any, key: int = 1) -> tuple[int, int, int]:
+    """A request that ended here, and of which the engine has not said so yet: seq, incarnation, tokens."""
+    traced.up(lookahead=4, drafters=["ngram"])
+    traced.submit(key, traceparent=PARENT, sampling=SamplingParams(stop=["water"]))
+    seq = seq_of(key, 0)
+    traced.scripts[seq] = [*ids_of(traced, "the water"), 5, 6, 7]
+    incarnation = traced.admitted[seq][0]
+    while key not in traced.finished:
+        assert traced.step()
+    return seq, incarnation, len(traced.scripts[seq]) - 3
+
+
+def speculation_of(memory: InMemorySpanExporter) -> list[dict[str, Any]]:
+    """Of each decode span so far."""
+    decodes = [span.attributes or {} for span in memory.get_finished_spans() if span.name == "decode"]
+    return [{name.split(".")[-1]: value for name, value in one.items() if "speculation" in name} for one in decodes]
+
+
+def test_a_span_waits_for_what_the_engine_says_of_an_answer_that_was_cut(traced: Any, memory: InMemorySpanExporter) -> None:
+    seq, incarnation, count = cut_by_a_stop_string(traced)
+    end = traced.finished[1].done_ns
+    assert not memory.get_finished_spans()
+    traced.rows([(seq, incarnation, count, -1, ABORTED)], drafted_seqs=_seqs(seq), drafted=i32([8]), accepted=i32([6]))
+    assert speculation_of(memory) == [{"drafted_tokens": 8, "accepted_tokens": 6, "acceptance": 0.75}]
+    last = max(memory.get_finished_spans(), key=lambda span: span.end_time or 0)
+    assert last.end_time == end + traced.clock.wall_ns() - traced.clock.now_ns(), "the wait is no part of the request"
+
+
+def test_an_end_that_crosses_the_abort_tells_too(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.up(lookahead=4, drafters=["ngram"])
+    traced.submit(1, traceparent=PARENT, sampling=SamplingParams(stop=["water"]))
+    seq, tokens = seq_of(1, 0), [*ids_of(traced, "the water"), 5]
+    rows = [(seq, traced.admitted[seq][0], offset, token, RUNNING) for offset, token in enumerate(tokens)]
+    rows[-1] = (*rows[-1][:4], LENGTH)
+    traced.rows(rows, started=[(seq, 0)], drafted_seqs=_seqs(seq), drafted=i32([3]), accepted=i32([3]))
+    assert traced.finished
+    assert speculation_of(memory) == [{"drafted_tokens": 3, "accepted_tokens": 3, "acceptance": 1.0}]
+
+
+def test_a_span_does_not_wait_for_an_engine_that_says_nothing(traced: Any, memory: InMemorySpanExporter) -> None:
+    cut_by_a_stop_string(traced)
+    for seconds, spans in ((1.0, 0), (1.0, 5)):
+        traced.clock.advance(seconds)
+        traced.send(Tick(now_ns=traced.clock.now_ns()))
+        assert len(memory.get_finished_spans()) == spans
+    memory.clear()
+    cut_by_a_stop_string(traced, 2)
+    traced.up()
+    assert speculation_of(memory) == [{}], "the engine is another one now"
+
+
+def test_a_drafter_that_is_off_stands_in_the_spans_of_whoever_ran(traced: Any, memory: InMemorySpanExporter) -> None:
+    traced.up(lookahead=4, drafters=["suffix", "ngram"])
+    for key, length in ((1, 5), (2, 2), (3, 3)):
+        traced.submit(key, traceparent=PARENT)
+        traced.scripts[seq_of(key, 0)] = [5] * length
+
+    def told(*reasons: str) -> None:
+        traced.stats = EngineStats(speculation=SpeculationStats(states=[0 if why else 1 for why in reasons], reasons=list(reasons)))
+        traced.step()
+
+    told()
+    traced.stats = EngineStats(speculation=SpeculationStats(states=[1, 0], reasons=["", "3% were right"]))
+    traced.rows([])
+    told("", "3% were right")
+    told()
+    told()
+    told()
+    found = {span.attributes["gen_ai.response.id"]: span for span in memory.get_finished_spans() if span.name == "decode"}
+    off = {name: span.attributes.get("penstock.speculation.switched_off") for name, span in found.items()}
+    assert off == dict.fromkeys(("r1", "r2", "r3"), ("ngram: 3% were right",))
+    assert [event.name for event in found["r1"].events] == ["drafter_off"]
+    memory.clear()
+    traced.submit(4, traceparent=PARENT)
+    traced.scripts[seq_of(4, 0)] = [5, 6]
+    traced.run()
+    assert speculation_of(memory) == [{}]
+    traced.submit(5, traceparent=PARENT)
+    traced.scripts[seq_of(5, 0)] = [5]
+    told("RuntimeError: no", "")
+    assert speculation_of(memory)[1:] == [{"switched_off": ("suffix: RuntimeError: no",)}]
 
 
 def _seqs(*seqs: int) -> Any:

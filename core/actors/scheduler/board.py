@@ -208,8 +208,8 @@ class Board:
             speculation=None if self.drafting is None else self.drafting.stats(),
         )
 
-    def report(self, rows: list[tuple[int, int, int, int]], errors: list[str] | None = None) -> StepTokens:
-        """Ends that no step brought: (seq, incarnation, offset, reason)."""
+    def report(self, rows: list[tuple[int, int, int, int]], errors: list[str] | None = None, **columns: Any) -> StepTokens:
+        """Ends that no step brought: (seq, incarnation, offset, reason). `columns`: more of StepTokens."""
         return StepTokens(
             engine=self.settings.engine,
             epoch=self.settings.epoch,
@@ -222,6 +222,7 @@ class Board:
             stats=self.stats(0),
             preempted_seqs=self.take_preempted(),
             errors=errors or [],
+            **columns,
         )
 
     def take_preempted(self) -> Column:

@@ -18,6 +18,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.outline import Flight
 from penstock.core.actors.scheduler.slots import Index, Rows
+from penstock.core.actors.scheduler.waiting import Sequence
 from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, EMPTY_U8, I32, U8, Column, i32, i64, u8
 from penstock.core.protocol.errors import ProtocolError
@@ -65,7 +66,7 @@ class Drafting:
         """Of the step that landed last: which it was, the width that was chosen for it, whether it had decodes alone."""
         self._finished_ns = 0
         """When it was finished."""
-        self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
+        self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = self.last = 0
         self.places = np.zeros(self._most, np.int64)
 
     # ------------------------------------------------------------------ before a step
@@ -79,7 +80,7 @@ class Drafting:
             return
         slots, count = board.slots, rows.slots.size
         slots.narrow(rows)
-        self.width = self._rest = 0
+        self.width = slots.beyond = self._rest = 0
         if self._rested:
             if self._timed_rest:
                 self._widths.rested(self._rested)
@@ -104,6 +105,17 @@ class Drafting:
         self.drafters = sum(1 << bit for bit, number in enumerate(self._device.tolist()) if on >> number & 1)
         self._hosts_on = [number for number in self.hosts if on >> number & 1]
         self.drafts = self._wanted if self.drafters else 0
+        slots.beyond = self._beyond(count)
+
+    def _beyond(self, rows: int) -> int:
+        """Tokens of drafts behind this step for which there should be blocks: a drafter with layers computes all but the last of them. They are a wish: where memory
+        might not suffice for everybody they are not asked for, so that nobody is preempted for them."""
+        board = self._board
+        if self.drafts < 2 or board.groups or board.forking:
+            return 0
+        used, _, total, _, _, quarantined = board.kv
+        each = 2 + (self._wanted + self.drafts) // board.block
+        return self.drafts if total - used - quarantined >= 2 * rows * each else 0
 
     def _most_of(self, rows: Rows) -> I32:
         """Drafts that each row may have in this step."""
@@ -147,6 +159,7 @@ class Drafting:
             before = slots.drafter.item(slot) if there else len(self.watches)
             asked.append(sum(1 << bit for bit, number in enumerate(self.hosts) if number in self._hosts_on and number < before))
         reply: Drafted = yield Ask(self._question(index, most[wanted], u8(asked)), Drafted)
+        self._lose(reply)
         ends = np.cumsum(reply.counts)
         if reply.counts.size != index.size or reply.tokens.size != int(reply.counts.sum()) or np.any(reply.counts > most[wanted]):
             raise ProtocolError(f"{index.size} sequences were asked about, but {reply.counts.size} have {reply.tokens.size} drafts")
@@ -183,7 +196,15 @@ class Drafting:
     def farewell(self) -> Generator[Out, Any, None]:
         """Nobody is left: drafters need not remember those who were."""
         ended, self.ended = self.ended, []
-        yield Ask(Draft(step=self._board.step + 1, seqs=EMPTY_I64, most=EMPTY_I32, drafters=EMPTY_U8, ended=i64(ended)), Drafted)
+        question = Draft(step=self._board.step + 1, seqs=EMPTY_I64, most=EMPTY_I32, drafters=EMPTY_U8, ended=i64(ended))
+        self._lose((yield Ask(question, Drafted)))
+
+    def _lose(self, reply: Drafted) -> None:
+        """Drafters on the host that failed."""
+        for number, why in reply.broken.items():
+            self.watches[self.hosts[number]].fail(why)
+        if reply.broken:
+            self._switched()
 
     def launched(self, flight: Flight, columns: dict[str, Any]) -> dict[str, Any]:
         """What the device makes of it: nobody has drafts that did not get them in this step. Gives the columns with drafts of the host."""
@@ -248,6 +269,8 @@ class Drafting:
         slots, index, count = self._board.slots, flight.rows.index, flight.rows.slots.size
         if flight.width:
             self._verified(flight, done)
+        if count:
+            self.last = int(flight.ahead.max()) if flight.width else 0
         kind = flight.step, flight.chosen, flight.pure
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
@@ -325,18 +348,32 @@ class Drafting:
             places=self.places.tolist(),
             draft_ns=self.draft_ns,
             step_ns=self.step_ns,
-            width=self.chosen,
+            width=self.last,
             states=[watch.state for watch in self.watches],
+            chosen=self.chosen,
+            reasons=[watch.reason if watch.state == OFF else "" for watch in self.watches] if self._off else [],
         )
 
-    def told(self, rows: Rows) -> dict[str, Column]:
-        """Of sequences that end: what they had of drafts, as columns of StepTokens."""
-        slots, index = self._board.slots, rows.index
-        had = np.flatnonzero(slots.drafts_seen[index])
-        if not had.size:
+    def told(self, index: Index) -> dict[str, Column]:
+        """Of sequences that end, by their slots: what they had of drafts, as columns of StepTokens."""
+        slots = self._board.slots
+        index = index[slots.drafts_seen[index] > 0]
+        if not index.size:
             return {}
-        index = index[had]
-        return {"drafted_seqs": rows.seqs[had], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
+        return {"drafted_seqs": slots.seq[index], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
+
+    def told_of(self, sequences: list[Sequence]) -> dict[str, Column]:
+        """The same of sequences that may wait for a slot."""
+        slots = self._board.slots
+        had = [(one.seq, *(one.drafts if one.slot < 0 else slots.drafts_of(one.slot))) for one in sequences]
+        had = [one for one in had if one[1]]
+        if not had:
+            return {}
+        return {
+            "drafted_seqs": i64([one[0] for one in had]),
+            "drafted": i32([one[1] for one in had]),
+            "accepted": i32([one[2] for one in had]),
+        }
 
 
 def _at_least(right: I32, most: int) -> list[int]:

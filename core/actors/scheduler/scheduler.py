@@ -238,7 +238,8 @@ class Scheduler:
     def _abort(self, seqs: list[int]) -> Iterable[Out]:
         board = self._board
         rows: list[tuple[int, int, int, int]] = []
-        for seq in seqs:
+        ending: list[Sequence] = []
+        for seq in dict.fromkeys(seqs):
             sequence = board.live.get(seq)
             if sequence is None:
                 continue
@@ -246,9 +247,12 @@ class Scheduler:
                 rows += self._end_group(sequence.request.group, ABORTED)
                 continue
             rows.append((seq, sequence.request.incarnation, board.received(sequence), ABORTED))
+            ending.append(sequence)
+        told: dict[str, Any] = {} if board.drafting is None else board.drafting.told_of(ending)
+        for sequence in ending:
             self._release.end(sequence)
         if rows:
-            yield board.report(rows)
+            yield board.report(rows, **told)
             yield from board.wake()
 
     def _end_group(self, group: Group, reason: int) -> list[tuple[int, int, int, int]]:

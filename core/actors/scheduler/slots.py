@@ -111,6 +111,8 @@ class Slots:
         self.drafted = column()
         """Drafts that stand behind the last token. All 0 unless `any_drafted`."""
         self.any_drafted = False
+        self.beyond = 0
+        """Of the step being planned: tokens behind it for which blocks are wanted, too, so that drafters have somewhere to compute."""
         self.drafter: U8 = np.zeros(count, np.uint8)
         """Whose they are."""
         self.shown = column()
@@ -148,7 +150,8 @@ class Slots:
         self.solo[slot] = request.group is not None
         self.grammar[slot] = request.grammar
         self.wish[slot] = request.wish
-        self.ahead[slot] = self.shown[slot] = self.drafted[slot] = self.drafts_seen[slot] = self.drafts_right[slot] = 0
+        self.ahead[slot] = self.shown[slot] = self.drafted[slot] = 0
+        self.drafts_seen[slot], self.drafts_right[slot] = sequence.drafts
         stops = request.stop_ids
         if len(stops) > self.stops.shape[0]:
             more = np.full((len(stops) - self.stops.shape[0], self.count), -1, np.int32)
@@ -172,6 +175,10 @@ class Slots:
     def outputs(self, slot: int) -> I32:
         """A copy of the tokens received so far."""
         return self.history[slot, self.prompt[slot] : self.known[slot]].copy()
+
+    def drafts_of(self, slot: int) -> tuple[int, int]:
+        """Its sequence's drafts that were verified, and the right ones."""
+        return self.drafts_seen.item(slot), self.drafts_right.item(slot)
 
     def whole(self, tokens: int) -> int:
         """The capacity of the blocks that hold so many tokens."""
@@ -202,17 +209,20 @@ class Slots:
             self.wide = False
 
     def reach(self, index: Index) -> I32:
-        """Where the next step of decoding slots ends: tokens for which it needs blocks."""
+        """Where the next step of decoding slots ends: tokens for which it needs blocks; with room for drafts behind it, as far as a sequence may go."""
         reach: I32 = self.computed[index] + np.int32(1)
         if self.wide:
             reach += self.ahead[index]
-        return reach
+        return self._with_room(reach, index)
+
+    def _with_room(self, reach: I32, index: Index) -> I32:
+        return np.maximum(reach, np.minimum(reach + np.int32(self.beyond), self.limit[index])) if self.beyond else reach
 
     def short(self, rows: Rows) -> Column:
         """A mask over rows: whose next position has no block yet."""
         mask: Column = self.capacity[rows.index] <= rows.starts
-        if self.wide:
-            mask = self.capacity[rows.index] < rows.starts + rows.counts
+        if self.wide or self.beyond:
+            mask = self.capacity[rows.index] < self._with_room(rows.starts + rows.counts, rows.index)
         return mask
 
     def incomplete(self) -> list[int]:

@@ -131,7 +131,7 @@ class Sequence:
     """One choice of a request. `slot` is -1 while it waits; `entry` is where it waits; `lead` is the sequence that computes its prompt
     while it has none itself; `attached` are those for whom this one computes the prompt."""
 
-    __slots__ = ("attached", "choice", "entry", "lead", "outputs", "request", "seq", "slot", "started")
+    __slots__ = ("attached", "choice", "drafts", "entry", "lead", "outputs", "request", "seq", "slot", "started")
 
     def __init__(self, request: Request, choice: int, outputs: I32) -> None:
         self.request = request
@@ -139,6 +139,8 @@ class Sequence:
         self.seq = seq_of(request.key, choice)
         self.outputs = outputs
         """Tokens received so far; current only while the sequence waits (a slot's history is the truth afterwards)."""
+        self.drafts = 0, 0
+        """Those that were verified before it lost its slot, and the right ones."""
         self.slot = -1
         self.started = False
         self.entry: Entry | None = None

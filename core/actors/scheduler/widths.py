@@ -359,6 +359,10 @@ class Watch:
         self._pause_ns = FIRST_PAUSE_NS
         return False
 
+    def fail(self, why: str) -> None:
+        """It is off for good."""
+        self.state, self.reason, self._retry_ns = OFF, why, 1 << 62
+
     def due(self) -> bool:
         """It was off for long enough: it is on again, on trial."""
         if self.state != OFF or self._clock.now_ns() < self._retry_ns:

@@ -269,6 +269,7 @@ class TextActor:
             error = EngineUnavailable(f"The engine died and did not come back within {REPLAY_TIMEOUT_S:g} s. Send the request again.")
             yield from self._ending.everything("error", error)
         for lane in lanes:
+            lane.late.over(now)
             yield from lane.pump()
         yield from self._readers.tend(now)
         yield from self._say_ready(again=True)

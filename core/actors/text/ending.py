@@ -7,6 +7,7 @@ What it does not know: why; how tokens become text.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from penstock.core.actors.text import spans
@@ -61,7 +62,20 @@ class Ending:
         )
         self._measure(request, now, times)
         if request.traced:
-            spans.record(desk.traces, request, self._pool.names[0], self._pool.facts, now, desk.clock.wall_ns() - desk.clock.now_ns())
+            self._record(request, now)
+
+    def _record(self, request: Request, now_ns: int) -> None:
+        """Its spans, once the engine has said all of it."""
+        lane, desk = request.lane, self._desk
+        to_wall_ns = desk.clock.wall_ns() - desk.clock.now_ns()
+        if lane is not None:
+            request.off += [one for one in lane.off if one not in request.off]
+        record = functools.partial(spans.record, desk.traces, request, self._pool.names[0], self._pool.facts, now_ns, to_wall_ns)
+        cut = {choice.seq for choice in request.choices if not choice.over}
+        if cut and lane is not None and lane.speculates(request):
+            lane.late.wait(request, cut, record, now_ns)
+        else:
+            record()
 
     def _tell(self, request: Request, message: Finished | Rejected) -> Iterator[To]:
         """Its end, to whoever listens."""

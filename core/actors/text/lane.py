@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from penstock.core.actors.text.desk import Desk, Outbound
 from penstock.core.actors.text.ending import Ending
+from penstock.core.actors.text.late import Late
 from penstock.core.actors.text.ledger import ADMITTED, GENERAL, WAITING, Choice, Request
 from penstock.core.actors.text.pool import Pool
 from penstock.core.protocol.columns import i64
@@ -55,6 +56,9 @@ class Lane:
         self.busy_since_ns = 0
         self.last_step_ns = 0
         self.last_token_ns = 0
+        self.late = Late()
+        self._off: list[str] = []
+        """As the engine's last step has it: SpeculationStats.reasons."""
 
     # --- requests to the engine
 
@@ -118,6 +122,26 @@ class Lane:
         if choices and request.state == ADMITTED:
             yield To(Abort(seqs=i64([choice.seq for choice in choices])), self.engine)
 
+    def speculates(self, request: Request) -> bool:
+        """Does the engine still know how drafts of this request were?"""
+        return self.up and self.facts is not None and self.facts.lookahead > 0 and request.state == ADMITTED
+
+    @property
+    def off(self) -> list[str]:
+        """Drafters that are off, each with why."""
+        names = [] if self.facts is None else self.facts.drafters
+        return [f"{name}: {why}" for name, why in zip(names, self._off, strict=False) if why]
+
+    def _switched(self, reasons: list[str], at_ns: int) -> None:
+        """Drafters went off, or on again: it stands in the spans of what runs."""
+        before = set(self.off)
+        self._off = reasons
+        news = [one for one in self.off if one not in before]
+        for request in self._desk.ledger.requests.values() if news else ():
+            if request.traced and request.state == ADMITTED and request.lane is self:
+                request.events.append(("drafter_off", at_ns))
+                request.off += news
+
     def release(self, request: Request) -> None:
         """The request is over."""
         if request.state == ADMITTED:
@@ -137,13 +161,20 @@ class Lane:
         if len(message.tokens):
             self.last_token_ns = now
         metrics.engine_stats(message.engine, message.stats)
+        drafts = message.stats.speculation
+        if drafts is not None and drafts.reasons != self._off:
+            self._switched(drafts.reasons, min(message.finished_ns or now, now))
+        if self.late and len(message.drafted_seqs):
+            self.late.figures(message)
         receiver = self._pool.receiver
         receiver.step(message, now)
         if not (receiver.begun or receiver.ended or receiver.aborts or receiver.held):
+            if self.late:
+                self.late.ended(message)
             return receiver.take()
-        return self._after_step(now)
+        return self._after_step(now, message)
 
-    def _after_step(self, now_ns: int) -> Iterator[Outbound]:
+    def _after_step(self, now_ns: int, message: StepTokens) -> Iterator[Outbound]:
         """What a step changed besides text."""
         desk, receiver = self._desk, self._pool.receiver
         begun, receiver.begun = receiver.begun, []
@@ -160,6 +191,8 @@ class Lane:
         if held:
             yield from self._pool.obedience.verify(held, receiver.verified)
         yield from self._ending.deliver()
+        if self.late:  # of what ended now, too: the engine may have ended it in the same step
+            self.late.ended(message)
         yield from self.pump()
 
     # --- the engine's life
@@ -184,6 +217,8 @@ class Lane:
         """Every request waits again, with what was received for it; no stream ends but that of a request which may be what kills engines."""
         desk = self._desk
         self.up = False
+        self.late.over()
+        self._off = []
         self.down_since_ns = desk.clock.now_ns()
         desk.metrics.engine_down(self.engine)
         desk.hook("engine_lost", engine=self.engine, epoch=self.epoch, reason=reason)

@@ -49,6 +49,7 @@ class Choice:
         "matcher",
         "mode",
         "outputs",
+        "over",
         "parts",
         "reasoned",
         "request",
@@ -100,6 +101,8 @@ class Choice:
         self.last_ns = 0
         self.finish = ""
         """Why it ended; "" while it runs."""
+        self.over = False
+        """Did the engine end it?"""
 
 
 class Request:
@@ -128,6 +131,7 @@ class Request:
         "mark",
         "max_tokens",
         "obeyed",
+        "off",
         "open",
         "params",
         "parked",
@@ -186,7 +190,9 @@ class Request:
         self.cached = 0
         self.preemptions = 0
         self.drafted = self.accepted = 0
-        """Drafts that were verified, and the right ones, of choices that the engine ended."""
+        """Drafts that were verified, and the right ones, as far as the engine has said."""
+        self.off: list[str] = []
+        """Drafters that were off while it ran, each with why; only filled when traced."""
         self.replays = 0
         self.replaying = False
         """Admitted again, not yet heard of."""

@@ -253,6 +253,7 @@ class Receiver:
     def _general(self, choice: Choice, token: int, reason: int, row: int, at_ns: int) -> None:
         """The token, if any, is in the ledger already."""
         request = choice.request
+        choice.over = reason > 0
         params = request.params
         outputs = choice.outputs
         finish = REASON_NAMES.get(reason, "")

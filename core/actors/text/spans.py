@@ -89,10 +89,11 @@ def _quality(facts: EngineFacts | None) -> dict[str, Any]:
 
 
 def _speculation(request: Request) -> dict[str, Any]:
-    """Of drafts, where there were some."""
+    """Of drafts, where there were some, and of drafters that were off."""
+    off: dict[str, Any] = {"penstock.speculation.switched_off": request.off} if request.off else {}
     if not request.drafted:
-        return {}
-    return {
+        return off
+    return off | {
         "penstock.speculation.drafted_tokens": request.drafted,
         "penstock.speculation.accepted_tokens": request.accepted,
         "penstock.speculation.acceptance": round(request.accepted / request.drafted, 4),
