@@ -334,10 +334,14 @@ class Drafting:
             return {}
         return {"drafted_seqs": slots.seq[index], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
 
+    def had(self, slot: int) -> tuple[int, int]:
+        """Drafts of its sequence that were verified, and the right ones."""
+        slots = self._board.slots
+        return slots.drafts_seen.item(slot), slots.drafts_right.item(slot)
+
     def told_of(self, sequences: list[Sequence]) -> dict[str, Column]:
         """The same of sequences that may wait for a slot."""
-        slots = self._board.slots
-        had = [(one.seq, *(one.drafts if one.slot < 0 else slots.drafts_of(one.slot))) for one in sequences]
+        had = [(one.seq, *(one.drafts if one.slot < 0 else self.had(one.slot))) for one in sequences]
         had = [one for one in had if one[1]]
         if not had:
             return {}
