@@ -49,6 +49,8 @@ class Drafting:
         """As bits: those that are off."""
         self.width = self.drafts = self.chosen = self._wanted = 0
         self.drafters = 0
+        self.last = 0
+        """The width of the last step that landed and decoded anything, as it was computed."""
         self._wishes: Column | None = None
         self._hosts_on: list[int] = []
         self._tokens: dict[int, I32] = {}
@@ -61,7 +63,7 @@ class Drafting:
         """Of the step that landed last: which it was, the width that was chosen for it, whether it had decodes alone."""
         self._finished_ns = 0
         """When it was finished."""
-        self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = self.last = 0
+        self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
         self.places = np.zeros(self._most, np.int64)
 
     # ------------------------------------------------------------------ before a step
@@ -71,8 +73,9 @@ class Drafting:
         board = self._board
         slots, count = board.slots, rows.slots.size
         slots.narrow(rows)
-        self.width = slots.beyond = 0
+        self.width = 0
         self._forget_tokens()
+        slots.beyond = 0
         if not count:  # prompts alone: those that come to their end get drafts for their first step
             return
         self.chosen = 0
@@ -326,13 +329,14 @@ class Drafting:
             reasons=[watch.reason if watch.state == OFF else "" for watch in self.watches] if self._off else [],
         )
 
-    def told(self, index: Index) -> dict[str, Column]:
-        """Of sequences that end, by their slots: what they had of drafts, as columns of StepTokens."""
-        slots = self._board.slots
-        index = index[slots.drafts_seen[index] > 0]
-        if not index.size:
+    def told(self, rows: Rows) -> dict[str, Column]:
+        """Of sequences that end: what they had of drafts, as columns of StepTokens."""
+        slots, index = self._board.slots, rows.index
+        had = np.flatnonzero(slots.drafts_seen[index])
+        if not had.size:
             return {}
-        return {"drafted_seqs": slots.seq[index], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
+        index = index[had]
+        return {"drafted_seqs": rows.seqs[had], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
 
     def had(self, slot: int) -> tuple[int, int]:
         """Drafts of its sequence that were verified, and the right ones."""
