@@ -54,6 +54,8 @@ class Drafting:
         self._told: SpeculationStats | None = None
         """What `stats` said last, as long as nothing can have changed."""
         self.drafters = 0
+        self.last = 0
+        """The width of the last step that landed and decoded anything, as it was computed."""
         self._wishes: Column | None = None
         self._hosts_on: list[int] = []
         self._tokens: dict[int, I32] = {}
@@ -66,7 +68,7 @@ class Drafting:
         """Of the step that landed last: which it was, the width that was chosen for it, whether it had decodes alone."""
         self._finished_ns = 0
         """When it was finished."""
-        self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = self.last = 0
+        self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
         self.places = np.zeros(self._most, np.int64)
 
     # ------------------------------------------------------------------ before a step
@@ -80,12 +82,13 @@ class Drafting:
             return
         slots, count = board.slots, rows.slots.size
         slots.narrow(rows)
-        self.width = slots.beyond = self._rest = 0
+        self.width = self._rest = 0
         if self._rested:
             if self._timed_rest:
                 self._widths.rested(self._rested)
             self._rested = 0
         self._forget_tokens()
+        slots.beyond = 0
         if not count:  # prompts alone: those that come to their end get drafts for their first step
             return
         self.chosen = 0
@@ -354,18 +357,23 @@ class Drafting:
             reasons=[watch.reason if watch.state == OFF else "" for watch in self.watches] if self._off else [],
         )
 
-    def told(self, index: Index) -> dict[str, Column]:
-        """Of sequences that end, by their slots: what they had of drafts, as columns of StepTokens."""
-        slots = self._board.slots
-        index = index[slots.drafts_seen[index] > 0]
-        if not index.size:
+    def told(self, rows: Rows) -> dict[str, Column]:
+        """Of sequences that end: what they had of drafts, as columns of StepTokens."""
+        slots, index = self._board.slots, rows.index
+        had = np.flatnonzero(slots.drafts_seen[index])
+        if not had.size:
             return {}
-        return {"drafted_seqs": slots.seq[index], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
+        index = index[had]
+        return {"drafted_seqs": rows.seqs[had], "drafted": slots.drafts_seen[index], "accepted": slots.drafts_right[index]}
+
+    def had(self, slot: int) -> tuple[int, int]:
+        """Drafts of its sequence that were verified, and the right ones."""
+        slots = self._board.slots
+        return slots.drafts_seen.item(slot), slots.drafts_right.item(slot)
 
     def told_of(self, sequences: list[Sequence]) -> dict[str, Column]:
         """The same of sequences that may wait for a slot."""
-        slots = self._board.slots
-        had = [(one.seq, *(one.drafts if one.slot < 0 else slots.drafts_of(one.slot))) for one in sequences]
+        had = [(one.seq, *(one.drafts if one.slot < 0 else self.had(one.slot))) for one in sequences]
         had = [one for one in had if one[1]]
         if not had:
             return {}

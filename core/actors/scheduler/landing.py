@@ -103,7 +103,7 @@ class Landing:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
         if ends:
             if board.drafting is not None:
-                columns |= board.drafting.told(rows.index[reasons != 0])
+                columns |= board.drafting.told(rows.select(np.flatnonzero(reasons)))
             for seq in rows.seqs[reasons != 0].tolist():
                 self._release.end(board.live[seq])
         seqs, incarnations = rows.seqs, rows.incarnations

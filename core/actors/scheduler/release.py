@@ -138,7 +138,8 @@ class Release:
         group = sequence.request.group
         if group is None:
             sequence.outputs = board.slots.outputs(slot)
-            sequence.drafts = board.slots.drafts_of(slot)
+            if board.drafting is not None:
+                sequence.drafts = board.drafting.had(slot)
         others, sequence.attached = sequence.attached, []
         if board.slots.phase[slot] == PREFILL:
             board.prefilling.remove(slot)

@@ -176,10 +176,6 @@ class Slots:
         """A copy of the tokens received so far."""
         return self.history[slot, self.prompt[slot] : self.known[slot]].copy()
 
-    def drafts_of(self, slot: int) -> tuple[int, int]:
-        """Its sequence's drafts that were verified, and the right ones."""
-        return self.drafts_seen.item(slot), self.drafts_right.item(slot)
-
     def whole(self, tokens: int) -> int:
         """The capacity of the blocks that hold so many tokens."""
         return -(-tokens // self.block) * self.block
