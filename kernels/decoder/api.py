@@ -5,12 +5,13 @@
                              scales=[])
     program(tokens[T], positions[T], slots[T], block_tables[R, B], q_start[R + 1], kv_len[R], rows[L],
             logits=None | [L, V] float32, hidden=None | [L, H], greedy=None | [L] int32,
-            tap_layers=None | [K], taps=None | [T, K, H]) -> None
+            tap_layers=None | [K], taps=None | [T, K, H], given=None | ([T, H], [T, k])) -> None
 
 All index tensors int32, contiguous; meanings as in `rope_and_cache` and `paged_attention` (positions index the rotary table). `rows` names
 the token rows (0..T-1) whose results are wanted; any of the three outputs may be given: `logits`, `hidden` (after the final norm, model
 dtype, the input of lm_head), `greedy` (as `kernels.argmax`: first maximum, -1 for a bad row). `taps` are the streams in front of the layers `tap_layers` (ascending;
-the number of layers: behind the last one, of the wanted rows in their order, which must be as many as there are tokens). Prefill chunks and decode rows mix freely. A row's
+the number of layers: behind the last one, of the wanted rows in their order, no more than there are tokens). `given` stands in place of the tokens' embeddings and of
+the first layer's norm, in the model's dtype: where a layer reads something else than a norm of its stream, and something of another width. Prefill chunks and decode rows mix freely. A row's
 results do not depend on what else is in the step. Results equal the composition in `decoder.reference` bit for bit.
 
 Caches: one pair a layer, as in `attention.layout`, all of the model's elements or, with `scales` (one a layer), all of codes; the program keeps references, the caller may zero or copy blocks between steps.
@@ -69,7 +70,7 @@ class DecoderProgram:
             alike = k_cache.shape == k_caches[0].shape and k_cache.stride() == k_caches[0].stride()
             require(alike and k_cache.shape[3] == head_dim, f"layer {index}: the cache has another shape")
             shapes = (
-                (layer.qkv, (num_heads + 2 * num_kv_heads) * head_dim, hidden),
+                (layer.qkv, (num_heads + 2 * num_kv_heads) * head_dim, hidden if index else layers[0].qkv.k),
                 (layer.o, hidden, num_heads * head_dim),
                 (layer.gate_up, layer.gate_up.n, hidden),
                 (layer.down, hidden, layer.gate_up.n),
@@ -120,6 +121,7 @@ class DecoderProgram:
         greedy: Tensor | None = None,
         tap_layers: Tensor | None = None,
         taps: Tensor | None = None,
+        given: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Run one step; see the module."""
         tensor("tokens", tokens, (None,), torch.int32)
@@ -138,7 +140,12 @@ class DecoderProgram:
         if tap_layers is not None and taps is not None:
             tensor("tap_layers", tap_layers, (None,), torch.int32)
             tensor("taps", taps, (tokens.shape[0], tap_layers.shape[0], self.parts.embedding.shape[1]), self.parts.embedding.dtype)
-        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps)
+        reads, width = self.parts.layers[0].qkv.k, self.parts.embedding.shape[1]
+        require(given is not None or reads == width, "the first layer reads what is no norm of an embedding: it must be given")
+        if given is not None:
+            tensor("given[0]", given[0], (tokens.shape[0], width), self.parts.embedding.dtype)
+            tensor("given[1]", given[1], (tokens.shape[0], reads), self.parts.embedding.dtype)
+        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps, given)
 
     def trusted(
         self,
@@ -154,13 +161,14 @@ class DecoderProgram:
         greedy: Tensor | None,
         tap_layers: Tensor | None = None,
         taps: Tensor | None = None,
+        given: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """As a call, for tensors whose shapes and dtypes the caller made itself: what they hold is checked all the same."""
         if self._cpu is not None:
-            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps)
+            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps, given)
             return
         kept = {} if tap_layers is None or taps is None else {layer: taps[:, at] for at, layer in enumerate(tap_layers.tolist())}
-        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows, kept)
+        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows, kept, given)
         if hidden is not None:
             hidden.copy_(states)
         if logits is None and greedy is None:

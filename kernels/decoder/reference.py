@@ -32,14 +32,15 @@ def hidden_states(
     kv_len: Tensor,
     rows: Tensor,
     taps: Mapping[int, Tensor] | None = None,
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Normalised last hidden states [L, H] of token rows `rows`. `taps`: by layer, where the stream in front of it goes, [T, H]."""
-    x, taps = embedding(tokens, parts.embedding), taps or {}
+    """Normalised last hidden states [L, H] of token rows `rows`. `taps`: by layer, where the stream in front of it goes, [T, H]. `given`: x, and what the first layer reads."""
+    x, taps = embedding(tokens, parts.embedding) if given is None else given[0], taps or {}
     caches = zip(parts.layers, parts.k_caches, parts.v_caches, parts.scales, strict=True)
     for index, (layer, k_cache, v_cache, scales) in enumerate(caches):
         if index in taps:
             taps[index].copy_(x)
-        qkv = layer.qkv(rms_norm(x, layer.attn_norm, parts.eps))
+        qkv = layer.qkv(rms_norm(x, layer.attn_norm, parts.eps) if given is None or index else given[1])
         q = rope_and_cache(
             qkv, positions, parts.cos_sin, k_cache, v_cache, slots, parts.num_heads, parts.num_kv_heads,
             layer.q_norm, layer.k_norm, parts.eps, None, scales,
@@ -49,7 +50,7 @@ def hidden_states(
         x = x + layer.down(layer.gate_up(rms_norm(x, layer.mlp_norm, parts.eps)))
     wanted = x[rows.long()].contiguous()
     if len(parts.layers) in taps:
-        taps[len(parts.layers)].copy_(wanted)
+        taps[len(parts.layers)][: len(wanted)].copy_(wanted)
     return rms_norm(wanted, parts.final_norm, parts.eps)
 
 

@@ -63,7 +63,7 @@ class Step(ctypes.Structure):
         ("tokens", c_void_p), ("positions", c_void_p), ("slots", c_void_p), ("tables", c_void_p), ("q_start", c_void_p),
         ("kv_len", c_void_p), ("rows", c_void_p), ("token_count", c_int64), ("sequences", c_int64), ("table_width", c_int64),
         ("row_count", c_int64), ("logits", c_void_p), ("hidden", c_void_p), ("greedy", c_void_p), ("workspace", c_void_p), ("threads", c_int64),
-        ("tap_layers", c_void_p), ("taps", c_void_p), ("tap_count", c_int64),
+        ("tap_layers", c_void_p), ("taps", c_void_p), ("tap_count", c_int64), ("given", c_void_p), ("given_normed", c_void_p),
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ INDEX_ERRORS = {
     7: "a wanted row lies outside the step",
     8: "mask_rows must name rows of mask",
     9: "a slot or an end lies outside the history",
-    10: "a tap names no layer, or what lies behind the last one, of which all rows must be wanted",
+    10: "a tap names no layer, or what lies behind the last one, of which more rows are wanted than there are tokens",
 }
 
 

@@ -47,6 +47,7 @@ typedef struct {
     const int32_t *tap_layers; /* ascending: in front of these the stream is kept; layers_count: behind the last, of the wanted rows alone */
     void *taps;                /* [tokens][tap_count][hidden], model dtype */
     int64_t tap_count;
+    const void *given, *given_normed; /* or NULL: in place of the embedding of `tokens` and of the first layer's norm, [tokens][hidden] and [tokens][its qkv's k] */
 } step;
 
 typedef struct {
@@ -60,7 +61,7 @@ typedef struct {
 static long padded(long n) { return (n + 15) / 16 * 16 + 16; } /* the odd 16 keep rows off one cache set */
 
 static space place(const program *p, const step *s) {
-    space w = {.ldx = padded(p->hidden), .lda = padded(MAX(p->hidden, p->heads * p->dim)), .ldq = padded((p->heads + 2 * p->kv_heads) * p->dim)};
+    space w = {.ldx = padded(p->hidden), .lda = padded(MAX(MAX(p->hidden, p->heads * p->dim), p->layers[0].qkv.k)), .ldq = padded((p->heads + 2 * p->kv_heads) * p->dim)};
     long t = s->token_count, l = s->row_count, most = MAX(t, l), at = 0; /* a token may be wanted twice: more rows than tokens */
     char *base = s->workspace;
     w.ldi = padded(p->inter);
@@ -135,6 +136,22 @@ static void embed_unit(const void *job, long unit) {
             memcpy(x, (const float *)j->p->embedding + from, (size_t)h * 4);
     }
     norm_unit(job, unit);
+}
+
+static void load_row(float *to, const void *from, long at, long n, int bf16) {
+    long i = 0;
+    for (; i + VL <= n; i += VL) vstore(to + i, vload_as(from, at + i, bf16));
+    for (; i < n; i++) to[i] = load_as(from, at + i, bf16);
+}
+static void given_unit(const void *job, long unit) {
+    const rows_job *j = job;
+    const long h = j->p->hidden, k = j->p->layers[0].qkv.k;
+    const int bf16 = (int)j->p->bf16;
+    for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++) {
+        load_row(j->w->x + r * j->w->ldx, j->s->given, r * h, h, bf16);
+        load_row(j->w->a + r * j->w->lda, j->s->given_normed, r * k, k, bf16);
+        if (j->tap) keep_row(j, r);
+    }
 }
 
 static void rope_token(const program *p, const layer *l, float *qkv, int32_t position, int32_t slot) {
@@ -214,7 +231,7 @@ static void step_thread(const program *p, const step *s, const space *w, team te
     rows_job norm = {.p = p, .s = s, .w = w, .x = x, .a = a, .norm = p->layers[0].attn_norm, .rows = rows, .per = rows <= FEW ? rows : 16,
                      .narrow = narrow_inputs(&p->layers[0].qkv, bf16)};
     norm.tap = tap_of(p, s, 0);
-    phase_run(&team, n++, UNITS(norm), embed_unit, &norm, 0, 0);
+    phase_run(&team, n++, UNITS(norm), s->given ? given_unit : embed_unit, &norm, 0, 0);
     for (long i = 0; i < p->layers_count; i++) {
         const layer *l = &p->layers[i];
         const int final = i + 1 == p->layers_count, o_narrow = narrow_inputs(&l->o, bf16), up_narrow = narrow_inputs(&l->gate_up, bf16);
@@ -304,11 +321,11 @@ static void step_run(void *all) {
 static int run_step(const program *p, const step *s) {
     int wrong = check_sequences(s->q_start, s->kv_len, s->tables, s->sequences, s->table_width, s->token_count, p->blocks, p->block_size);
     if (wrong) return wrong;
-    if (!inside(s->tokens, s->token_count, 0, p->embedding_rows)) return 4;
+    if (!s->given && !inside(s->tokens, s->token_count, 0, p->embedding_rows)) return 4;
     if (!inside(s->positions, s->token_count, 0, p->table_rows)) return 5;
     if (!inside(s->slots, s->token_count, INT32_MIN, p->blocks * p->block_size)) return 6;
     if (!inside(s->rows, s->row_count, 0, s->token_count)) return 7;
-    if (!inside(s->tap_layers, s->tap_count, 0, p->layers_count + (s->row_count == s->token_count))) return 10;
+    if (!inside(s->tap_layers, s->tap_count, 0, p->layers_count + (s->row_count <= s->token_count))) return 10;
     if (s->token_count == 0) return 0;
     space w = place(p, s);
     memset(w.phases, 0, (size_t)((char *)w.units - (char *)w.phases));

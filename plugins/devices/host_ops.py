@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from penstock.core.contract.devices import ModelFacts
 from penstock.core.protocol.columns import I32
 from penstock.kernels.argmax import argmax
 from penstock.kernels.decoder import DecoderLayer, DecoderProgram
@@ -70,6 +71,25 @@ class WholeStep:
         self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, layers, streams)
 
 
+class OneLayer:
+    """A layer by itself, on rows that its caller made, as one call: see HostOps.fuse_layer."""
+
+    def __init__(self, program: DecoderProgram, hidden: int, dtype: torch.dtype) -> None:
+        self._run = program.trusted
+        self._hidden, self._dtype = hidden, dtype
+        self._behind = torch.ones(1, dtype=torch.int32)
+
+    def __call__(self, residual: Tensor, x: Tensor, columns: Columns, rows: Tensor) -> Tensor:
+        """`residual` [T, H] and what attention reads [T, K] of all tokens -> the stream [n, H] behind the layer of the token rows `rows` [n]; keys and values of all are
+        written."""
+        c = columns
+        out = torch.empty(len(rows), 1, self._hidden, dtype=self._dtype)
+        hidden = torch.empty(len(rows), self._hidden, dtype=self._dtype)
+        given = residual.contiguous(), x.contiguous()
+        self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, self._behind, out, given)
+        return out[:, 0]
+
+
 class HostOps(TorchOps):
     """See DeviceOps. What TorchOps has is kept where it is called too rarely to matter."""
 
@@ -107,6 +127,31 @@ class HostOps(TorchOps):
             scales=[model.attention.scales(cache) for cache in caches],
         )
         return WholeStep(whole)
+
+    def fuse_layer(
+        self, block: Block, embedding: Tensor, head: Linear, facts: ModelFacts, cos_sin: Tensor, attention: Any, cache: Any
+    ) -> OneLayer | None:
+        """A layer of a drafter as one call; None: it is composed. `head`: any of as many inputs as the stream has, and of them nothing else is used, as of the embedding."""
+        layer = _packed_layer(block)
+        packed = head.packed if isinstance(head, HostLinear) else None
+        if layer is None or type(attention) is not NativeAttention or not isinstance(packed, PackedLinear) or packed.gathers:
+            return None
+        program = DecoderProgram(
+            embedding=embedding,
+            layers=[layer],
+            final_norm=block.mlp_norm,
+            lm_head=packed,
+            num_heads=facts.num_heads,
+            num_kv_heads=facts.num_kv_heads,
+            head_dim=facts.head_dim,
+            eps=facts.rms_norm_eps,
+            cos_sin=cos_sin,
+            k_caches=[cache.k],
+            v_caches=[cache.v],
+            scale=block.call.scale,
+            scales=[attention.scales(cache)],
+        )
+        return OneLayer(program, facts.hidden_size, embedding.dtype)
 
     # --- layers
 

@@ -106,6 +106,8 @@ class _Launched:
     """For each row the row of `hidden` that its first kept token has: of decode rows all are kept, of others the last."""
     taps: Sequence[Tensor] = ()
     """Of every token, what drafters asked for (Drafter.taps)."""
+    streams: Tensor | None = None
+    """The same by a program: [T, K, H]."""
     states: Tensor | None = None
     """So (Drafter.states)."""
     columns: Columns | None = None
@@ -170,6 +172,7 @@ class DeviceRunner:
         self._taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
         """Layers in front of which some drafter wants to see the stream."""
         self._followers = [index for index, drafter in enumerate(drafters) if getattr(drafter, "follows", False) and lane.direct]
+        self._following = [drafters[index] for index in self._followers]
         self._states = any(drafter.states for drafter in drafters)
         self._looked_at = self._states or bool(self._taps)
         self._drafting = False
@@ -399,7 +402,7 @@ class DeviceRunner:
             x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
             every = self._model.final(self._ops, x.clone(), residual.clone()) if self._states else None
             hidden = self._model.final(self._ops, self._ops.take_rows(x, kept), self._ops.take_rows(residual, kept))
-            self._launched = _Launched(work, 0, hidden, (x, residual), first, taps, every, columns)
+            self._launched = _Launched(work, 0, hidden, (x, residual), first, taps, None, every, columns)
             return
         wanted = torch.cat([kept, torch.from_numpy(_tokens_of(work))]) if asked else kept
         if not self._looked_at:
@@ -412,9 +415,9 @@ class DeviceRunner:
             streams = torch.empty(tokens, len(self._taps), self.facts.hidden_size, dtype=self._torch_dtype)
         hidden = self._run(columns, torch.arange(tokens, dtype=torch.int32) if whole else wanted, streams)
         states = hidden if self._states else None
-        taps = list(streams.unbind(1)) if streams is not None else []
         seen = columns if not self._taps or streams is not None else None
-        self._launched = _Launched(work, 0, self._ops.take_rows(hidden, wanted) if whole else hidden, None, first, taps, states, seen)
+        kept = self._ops.take_rows(hidden, wanted) if whole else hidden
+        self._launched = _Launched(work, 0, kept, None, first, (), streams, states, seen)
 
     def _columns_of(self, work: Forward, decode: bool) -> tuple[Columns, Tensor, I32]:
         """The step's columns, the token rows that may be drawn from, and for each sequence which of them is its first. `decode`: one token each."""
@@ -847,10 +850,15 @@ class DeviceRunner:
                 drafter.observe(self._seen(launched, drafter, None))
 
     def _seen(self, launched: _Launched, drafter: Drafter, proposal: Proposal | None) -> Seen:
-        taps = [launched.taps[self._taps.index(tap)] for tap in drafter.taps] if launched.taps else []
-        # A program may have kept what another drafter looks at, and not the taps.
-        columns = launched.columns if len(taps) == len(drafter.taps) else None
-        return Seen(launched.asked or launched.work, taps, launched.states, columns, self.history, self.table, proposal)
+        taps, joined, columns = launched.taps, None, launched.columns
+        if launched.streams is not None and drafter.taps == self._taps and drafter in self._following:
+            taps, joined = (), launched.streams.flatten(1)
+        else:
+            taps = taps or (launched.streams.unbind(1) if launched.streams is not None else ())
+            taps = [taps[self._taps.index(tap)] for tap in drafter.taps] if taps else []
+            # A program may have kept what another drafter looks at, and not the taps.
+            columns = columns if len(taps) == len(drafter.taps) else None
+        return Seen(launched.asked or launched.work, taps, launched.states, columns, self.history, self.table, proposal, joined)
 
     def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""

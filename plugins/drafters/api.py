@@ -93,6 +93,8 @@ class Seen:
     table: Tensor
     proposal: Proposal | None
     """None: nothing was drawn, or nothing is to be drafted."""
+    joined: Tensor | None = None
+    """[T, K * H]: all of the drafter's taps side by side, in place of `taps`. Only for one that `follows`."""
 
 
 class Drafter(Protocol):

@@ -30,7 +30,7 @@ from penstock.plugins.drafters.api import Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
 from penstock.plugins.drafters.gaps import Gaps
 from penstock.plugins.drafters.kinds import check_kind
-from penstock.plugins.models.api import AttnCall, Columns
+from penstock.plugins.models.api import AttnCall, Block, Columns
 from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.config import decoder_facts, read_config
 from penstock.plugins.models.rope import rope_tables
@@ -38,6 +38,7 @@ from penstock.plugins.models.rope import rope_tables
 Tensor = torch.Tensor
 DRAFTS = 4
 """Behind a token, of whoever does not say."""
+NOBODY = torch.empty(0, dtype=torch.int32)
 
 
 class HeadDrafter:
@@ -85,6 +86,8 @@ class HeadDrafter:
         self.state_bytes += 0 if self._gaps is None else self._gaps.nbytes
         self._chain = Chain(parts)
         self._caches: list[Any] = []
+        self._fused: Any = None
+        """The layer as one call, where the device has that."""
         self._state = torch.zeros(parts.max_rows, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
         """What the last step of the chain left for the next, in its first rows. Graphs read and write it."""
 
@@ -105,6 +108,20 @@ class HeadDrafter:
     def bind(self, pages: Tensor) -> None:
         """See Drafter."""
         self._caches = self._attention.caches(pages)
+        fuse, plain = getattr(self._ops, "fuse_layer", None), self._model.plain
+        if fuse is not None and plain is not None:
+            block = Block(
+                attn_norm=self._mlp_norm,  # it has none of its own
+                qkv=self._qkv,
+                o=self._o,
+                mlp_norm=self._mlp_norm,
+                gate_up=self._gate_up,
+                down=self._down,
+                q_norm=self._q_norm,
+                k_norm=self._k_norm,
+                call=self._call,
+            )
+            self._fused = fuse(block, self._embedding, plain.head, self._facts, self._cos_sin, self._attention, self._caches[0])
         self._chain.forget()
 
     def place(self, slots: Column) -> None:
@@ -122,15 +139,18 @@ class HeadDrafter:
         if seen.columns is None:
             return
         if self._gaps is None:
-            self._everything(seen)
+            self._everything(seen, None)
             return
         work, decode = seen.work, seen.work.num_decode
-        states, at = self._shape.states(seen), int(work.counts[:decode].sum())
-        if decode:
-            self._gaps.keep(work, decode, states[:at])
-        if decode < len(work.slots):
+        states = self._shape.states(seen)
+        if decode == len(work.slots):
+            self._gaps.keep(work, decode, states)
+        else:
+            at = int(work.counts[:decode].sum())
+            if decode:
+                self._gaps.keep(work, decode, states[:at])
             slots, starts, counts = work.slots[decode:], work.starts[decode:], work.counts[decode:]
-            self._read(seen, self._chain.ragged(seen, slots, starts, counts), states[at:])
+            self._read(seen, self._chain.ragged(seen, slots, starts, counts), states[at:], None)
             self._gaps.read(slots, starts + counts)
 
     def warm(self, seen: Seen, rows: int, width: int) -> None:
@@ -165,43 +185,52 @@ class HeadDrafter:
             following = max(at + 1, int(np.searchsorted(ends, before + most, side="right")))
             rows = slice(at, following)
             columns = self._chain.ragged(seen, missing.slots[rows], missing.starts[rows], missing.counts[rows])
-            self._read(seen, columns, missing.states[before : int(ends[following - 1])])
+            self._read(seen, columns, missing.states[before : int(ends[following - 1])], None)
             at = following
 
-    def _everything(self, seen: Seen) -> Tensor:
-        """The layer over all tokens of the step: its states [T, H]."""
+    def _everything(self, seen: Seen, rows: Tensor | None) -> Tensor | None:
+        """The layer over all tokens of the step: see _read."""
         assert seen.columns is not None
-        return self._read(seen, seen.columns, self._shape.states(seen))
+        return self._read(seen, seen.columns, self._shape.states(seen), rows)
 
-    def _read(self, seen: Seen, columns: Columns, states: Tensor) -> Tensor:
-        """The layer over these tokens, at which the model has these states."""
+    def _read(self, seen: Seen, columns: Columns, states: Tensor, rows: Tensor | None) -> Tensor | None:
+        """The layer over these tokens, at which the model has these states: its own states [n, H] of the token rows `rows` [n]. Without rows it only takes note of the tokens."""
         row = torch.bucketize(torch.arange(len(columns.tokens), device=columns.tokens.device), columns.q_start[1:].long(), right=True)
         slots = columns.slots[row.clamp_max(len(columns.slots) - 1)].clamp_min(0).long()
         following = (columns.positions + 1).clamp_max(seen.history.shape[1] - 1).long()
-        return self._step(self._shape.first(states), seen.history[slots, following], columns)
+        return self._step(self._shape.first(states), seen.history[slots, following], columns, rows)
 
     def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
-        states = self._everything(seen)
         # A row's tokens lie one behind the other: that of a position lies as far behind the row's first one as the position behind its start.
         first, rows = np.cumsum(seen.work.counts) - seen.work.counts, proposal.rows
         shift = self._chain.sent((first[rows] - seen.work.starts[rows] - 2).astype(np.int32))
-        return self._logits(self._ops.take_rows(states, ends + (shift if kept is None else shift[kept])))
+        state = self._everything(seen, ends + (shift if kept is None else shift[kept]))
+        assert state is not None
+        return self._logits(state)
 
     def _next(self, seen: Seen, slots: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
         state = self._state[: len(slots)] if kept is None else self._state[kept]
-        columns, _ = self._chain.single(seen, slots, positions)
+        columns, every = self._chain.single(seen, slots, positions)
         tokens = seen.history[slots.clamp_min(0).long(), (positions + 1).clamp_max(seen.history.shape[1] - 1).long()]
-        return self._logits(self._step(state, tokens, columns))
+        state_behind = self._step(state, tokens, columns, every)
+        assert state_behind is not None
+        return self._logits(state_behind)
 
-    def _step(self, state: Tensor, tokens: Tensor, columns: Columns) -> Tensor:
+    def _step(self, state: Tensor, tokens: Tensor, columns: Columns, rows: Tensor | None) -> Tensor | None:
         ops, attention, cache = self._ops, self._attention, self._caches[0]
         residual, x = self._shape.before(state, ops.embed(tokens.int(), self._embedding))
+        if self._fused is not None:
+            return self._fused(residual, x, columns, NOBODY if rows is None else rows)  # type: ignore[no-any-return]
         qkv = self._qkv(x, columns)
         q = attention.store(qkv, columns, self._cos_sin, cache, self._q_norm, self._k_norm, self._eps)
+        if rows is None:
+            return None
         attended = attention.attend(q, qkv, cache, columns, self._call)
-        residual = residual + self._o(attended.view(attended.shape[0], -1), columns)
-        x = self._gate_up(ops.norm(residual, self._mlp_norm, self._eps), columns)
-        return residual + self._down(x, columns)
+        if len(rows) < len(residual):
+            attended, residual = ops.take_rows(attended.view(len(attended), -1), rows), ops.take_rows(residual, rows)
+        residual = residual + self._o(attended.reshape(attended.shape[0], -1))
+        x = self._gate_up(ops.norm(residual, self._mlp_norm, self._eps))
+        return residual + self._down(x)
 
     def _logits(self, state: Tensor) -> Tensor:
         if len(state) > len(self._state):
@@ -245,7 +274,7 @@ class Eagle3:
 
     def states(self, seen: Seen) -> Tensor:
         """[T, self.sees] of the model's."""
-        return torch.cat(list(seen.taps), 1)
+        return torch.cat(list(seen.taps), 1) if seen.joined is None else seen.joined
 
     def first(self, states: Tensor) -> Tensor:
         """[T, H] for the first step of the chain."""

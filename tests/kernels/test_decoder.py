@@ -209,11 +209,42 @@ def test_streams_between_layers_are_kept_as_they_are(dtype: torch.dtype, name: s
         assert torch.equal(taps, wanted)
     args = arguments([(a, 68, 70)], every=False)
     taps = torch.empty(2, 1, hidden.shape[1], dtype=dtype)
-    for layer in (-1, 2, 3):
+    for layer in (-1, 3):
         with pytest.raises(IndexError, match="a tap names no layer"):
             program(*args, hidden=hidden[:1], tap_layers=i32([layer]), taps=taps)
     with pytest.raises(ValueError, match="belong together"):
         program(*args, hidden=hidden[:1], taps=taps)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_layer_that_is_given_what_it_reads(dtype: torch.dtype) -> None:
+    """In place of embeddings and of the first norm, of another width; without wanted rows keys and values are written all the same."""
+    whole = build(CASES["qwen3"], dtype)
+    parts, case = whole.parts, CASES["qwen3"]
+    wide = pack((torch.randn((case.heads + 2 * case.kv_heads) * case.dim, 2 * case.hidden) * 0.2).to(dtype))
+    program = DecoderProgram(
+        embedding=parts.embedding, layers=[replace(parts.layers[0], qkv=wide), parts.layers[1]], final_norm=parts.final_norm, lm_head=parts.lm_head,
+        num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim, eps=parts.eps, cos_sin=parts.cos_sin, k_caches=parts.k_caches,
+        v_caches=parts.v_caches,
+    )  # fmt: skip
+    free = torch.randperm(24).tolist()
+    a, b = Sequence(program, 70, free), Sequence(program, 30, free)
+    for steps in ([(a, 0, 66), (b, 0, 3)], [(a, 66, 67), (b, 3, 7)]):
+        args = arguments(steps, every=False)
+        given = tuple(torch.randn(len(args[0]), width).to(dtype) for width in (case.hidden, 2 * case.hidden))
+        hidden = torch.empty(len(args[-1]), case.hidden, dtype=dtype)
+        behind = torch.empty(len(args[0]), 1, case.hidden, dtype=dtype)
+        program(*args, hidden=hidden, tap_layers=i32([2]), taps=behind, given=given)  # type: ignore[arg-type]
+        wanted = torch.empty_like(behind)
+        states = reference.hidden_states(program.parts, *args, {2: wanted[:, 0]}, given)  # type: ignore[arg-type]
+        assert torch.equal(hidden, states)
+        assert torch.equal(behind[: len(hidden)], wanted[: len(hidden)])
+        cached = [held.clone() for held in memory(program)]
+        program(*args[:-1], i32([]), given=given)  # type: ignore[arg-type]
+        for held, before in zip(memory(program), cached, strict=True):
+            assert torch.equal(held.nan_to_num(), before.nan_to_num())
+    with pytest.raises(ValueError, match="must be given"):
+        program(*args, hidden=hidden)
 
 
 def test_more_rows_than_one_mlp_chunk(dtype: torch.dtype) -> None:
