@@ -18,8 +18,6 @@
 static const int DOT_WIDTH[DR + 1] = {0, 8, 8, 8, 4, 4, 4, 2, 2, 2, 2, 2, 2};
 
 INLINE vf vdot(vf c, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
-/* Sixteen float32 to bfloat16, ties to even. */
-INLINE void store_rounded(uint16_t *p, vf v) { *(vh_any *)p = (vh)_mm512_cvtneps_pbh((__m512)v); }
 
 /* Rows of A by few addresses: one for each four of them, which move along K, and the distance of rows. */
 typedef struct {
@@ -115,7 +113,6 @@ static const tile_fn DOT_TILES[DR + 1][4] = {
 #else
 static const int DOT_WIDTH[DR + 1] = {0};
 static const tile_fn DOT_TILES[DR + 1][4] = {{0}};
-INLINE void store_rounded(uint16_t *p, vf v) { vstore_as(p, 0, v, 1); }
 #endif
 
 /* As tile_width and tile_of. */
