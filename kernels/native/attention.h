@@ -126,7 +126,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
     const long row0 = a->q_start[s] + first, rows = count * heads;
     const long length = a->kv_len[s], position0 = length - (a->q_start[s + 1] - a->q_start[s]) + first;
     const int32_t *table = a->tables + s * a->table_width;
-    const int dots = DOTS && !coded && a->cache_bf16, narrow = dots ? 2 : 1, tall = dots ? DR : MR; /* narrow: of a float's place, how many elements */
+    const int dots = DOTS && !coded && a->cache_bf16, narrow = dots ? 2 : 1, tall = dots ? DR_MANY : MR; /* narrow: of a float's place, how many elements */
     const float lift = coded ? KV_LIFT(a->kv_format) : 1.0f, scale = a->scale * 1.44269504088896341f * lift;
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {

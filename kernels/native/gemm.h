@@ -47,7 +47,7 @@ typedef struct {
 INLINE int narrow_inputs(const weight *w, int bf16) { return DOTS && bf16 && w->format == P_BF16; }
 INLINE const void *input_row(const gemm *g, long row) { return (const char *)g->a + row * g->lda * (g->narrow ? 2 : 4); }
 /* Rows of the largest micro-kernel, and panels that one of so many rows takes at once. */
-INLINE int gemm_tall(const gemm *g) { return g->narrow ? DR : MR; }
+INLINE int gemm_tall(const gemm *g, long rows) { return !g->narrow ? MR : rows <= DR ? DR : DR_MANY; }
 INLINE int gemm_wide(const gemm *g, int mr) { return g->narrow ? DOT_WIDTH[mr] : WIDTH[mr]; }
 
 /* Choose the units; returns how many. The result of an element does not depend on them. */
@@ -64,7 +64,8 @@ static long gemm_plan(gemm *g, int threads) {
     if (g->rows > 96 && panel_units < threads * 4L) {
         long want = (threads * 4L + panel_units - 1) / panel_units;
         long cut = MAX((g->rows + want - 1) / want, 48);
-        g->rows_per = (cut + gemm_tall(g) - 1) / gemm_tall(g) * gemm_tall(g);
+        const long tall = gemm_tall(g, cut);
+        g->rows_per = (cut + tall - 1) / tall * tall;
         g->row_units = (g->rows + g->rows_per - 1) / g->rows_per;
     }
     g->panels_per = per;
@@ -142,8 +143,8 @@ INLINE void finish_tile(const gemm *g, const float *c, long ldc, long row, int r
         finish_plain(g, TO_RESIDUAL, c, ldc, row, rows, panel, panels);
 }
 
-/* mr rows from `row` times panels [p0, p1), stepping by `step` panels. */
-static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int step) {
+/* mr rows from `row` times panels [p0, p1), stepping by `step` panels. `next`: lines from each to the panel to prefetch, if not those to come. */
+static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int step, long next) {
     const weight *w = g->w;
     _Alignas(64) float c[DR * NP_MAX * PW];
     const char *b[NP_MAX];
@@ -154,7 +155,7 @@ static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int ste
             for (int j = 0; j < np; j++) b[j] = w->w + (p + q + j) * w->panel_bytes;
             tile_args t = {
                 .a = input_row(g, row), .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
-                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .scale = 1.0f, .ahead = AHEAD, .jump = (np - 1) * w->panel_bytes,
+                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .scale = 1.0f, .ahead = next ? next : g->narrow ? MAX(DOT_AHEAD / np, AHEAD) : AHEAD, .jump = next ? 0 : (np - 1) * w->panel_bytes,
             };
             (g->narrow ? dot_tile_of(mr, np) : tile_of(mr, np, w->format == P_BF16))(&t);
             q += np;
@@ -243,7 +244,7 @@ static void gemm_unit(const void *job, long unit) {
     const weight *w = g->w;
     long r0 = unit % g->row_units * g->rows_per, r1 = MIN(r0 + g->rows_per, g->rows);
     long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
-    long rows = r1 - r0, tall = gemm_tall(g), blocks = (rows + tall - 1) / tall;
+    long rows = r1 - r0, tall = gemm_tall(g, rows), blocks = (rows + tall - 1) / tall;
     if (CODED(w->format)) {
         if (blocks <= CODES_BLOCKS) {
             const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
@@ -262,7 +263,7 @@ static void gemm_unit(const void *job, long unit) {
     }
     if (blocks == 1) {
         const int wide = gemm_wide(g, (int)rows);
-        gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, wide) : wide);
+        gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, wide) : wide, 0);
         return;
     }
     int step = w->panel_bytes * 4 <= GROUP_BYTES * 2 ? 4 : 2;
@@ -271,7 +272,8 @@ static void gemm_unit(const void *job, long unit) {
         long end = MIN(p + group, p1), row = r0;
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
-            gemm_rows(g, row, mr, p, end, step);
+            /* The last rows of a group fetch the next one. */
+            gemm_rows(g, row, mr, p, end, step, g->narrow && i + 1 == blocks && end < p1 ? group * w->panel_bytes / LINE : 0);
             row += mr;
         }
     }
