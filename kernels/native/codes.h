@@ -2,7 +2,7 @@
  *
  * What it is: a panel is 16 columns, as in panel.h. Its rows of K come in groups; a group is 16 float32 scales, 16 float32 zero points where the
  * format has them, and the codes: 8-bit ones [k][16] bytes, filled up to whole cache lines, 4-bit ones [ceil(k / 8)][16] words of 32 bits with the
- * code of k in bits 4 (k % 8). An element of the result is
+ * code of k in bits 4 (k % 8), or where pairs are multiplied (DOTS) those of even k in the lower half and of odd k in the upper one. An element of the result is
  *
  *     sum over groups of  scale * (sum over the group's k of  a[k] * (value(code) - zero))
  *
@@ -29,6 +29,12 @@ static long group_bytes(int format, long k) {
     return LINE * (ZEROED(format) ? 2 : 1) + (NIBBLES(format) ? (k + 7) / 8 : (k + 3) / 4) * LINE;
 }
 
+#if DOTS
+#define NIBBLE_AT(i) ((i) % 2 * 16 + (i) / 2 * 4)
+#else
+#define NIBBLE_AT(i) (4 * (i))
+#endif
+
 /* --- Sixteen values by number. */
 #if VL == 16
 typedef struct {
@@ -36,6 +42,17 @@ typedef struct {
 } lookup;
 INLINE lookup lookup_of(const float *table) { return (lookup){vload(table)}; }
 INLINE vf look_up(const lookup *t, vu index) { return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)t->v); } /* the low four bits count */
+#if DOTS
+/* The same as bfloat16, by the low four bits of each half: 32 entries, so that a fifth bit does not matter. */
+typedef struct {
+    vu v;
+} pairs_table;
+INLINE pairs_table pairs_of(const float *table) {
+    const __m256i values = (__m256i)vnarrow(vload(table));
+    return (pairs_table){(vu)_mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1)};
+}
+INLINE vu look_up_pair(const pairs_table *t, vu index) { return (vu)_mm512_permutexvar_epi16((__m512i)index, (__m512i)t->v); }
+#endif
 #elif VL == 8
 typedef struct {
     vf low, high;
@@ -124,7 +141,7 @@ INLINE vf shift_of(const int format, const char *zeros) {
 
 /* --- Few rows: codes to float32 in registers. */
 typedef struct {
-    const float *a; /* [mr][lda] */
+    const void *a; /* [mr][lda], float32 (codes_dot.h: bfloat16) */
     long lda, k, group;
     const char *const *b; /* [np] panels */
     const float *table;   /* 16 values */
@@ -136,7 +153,7 @@ typedef struct {
 /* VL values of one k in the line at `from`: the `which`-th of it, the `half`-th vector of its 16. */
 INLINE vf code_value(const int format, const char *from, const int which, const int half, const vf *shift, const lookup *table) {
     if (format == P_WIDENED) return vload((const float *)from + half * VL);
-    vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + half * VL * 4) >> (4 * which), table) : byte_value(format, from + which * PW + half * VL);
+    vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + half * VL * 4) >> NIBBLE_AT(which), table) : byte_value(format, from + which * PW + half * VL);
     return shifted(format) ? v - *shift : v;
 }
 
@@ -176,7 +193,7 @@ INLINE void codes_kernel(const int format, const int mr, const int np, const cod
 #pragma GCC unroll 8
     for (int p = 0; p < np; p++) b[p] = t->b[p];
 #pragma GCC unroll 8
-    for (int i = 0; i < mr; i++) row[i] = t->a + i * t->lda;
+    for (int i = 0; i < mr; i++) row[i] = (const float *)t->a + i * t->lda;
     long at = 0; /* in every panel */
     for (long k0 = 0; k0 < t->k; k0 += t->group) {
         const long k1 = MIN(k0 + t->group, t->k), whole = k0 + (k1 - k0) / per * per, head = at;
@@ -331,7 +348,7 @@ static void pack_codes_unit(const void *job, long unit) {
             else
                 for (long k = k0; k < k1; k += 8) {
                     uint32_t word = 0;
-                    for (long i = 0; i < MIN(8, k1 - k); i++) word |= nibble_at(from, k + i) << (4 * i);
+                    for (long i = 0; i < MIN(8, k1 - k); i++) word |= nibble_at(from, k + i) << NIBBLE_AT(i);
                     ((uint32_t *)(codes + (k - k0) / 8 * LINE))[c] = word;
                 }
             at += group_bytes(j->format, k1 - k0);

@@ -26,8 +26,19 @@ typedef struct {
     const char *at[DR / 4];
     long next, third; /* bytes from a row to the next, and to the third behind it */
 } dot_rows;
-INLINE vu row_pair(const dot_rows *r, const int i, const int half) {
-    const char *p = r->at[i / 4] + (i % 4 == 3 ? r->third : i % 4 * r->next);
+INLINE dot_rows dot_rows_of(const int mr, const void *a, long lda) {
+    dot_rows r = {.next = lda * 2, .third = lda * 6};
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i += 4) r.at[i / 4] = (const char *)a + i * r.next;
+    return r;
+}
+INLINE void dot_rows_move(const int mr, dot_rows *r, long k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < mr; i += 4) r->at[i / 4] += k * 2;
+}
+/* The pair of row i that is `ahead` pairs behind its place. */
+INLINE vu row_pair(const dot_rows *r, const int i, long ahead, const int half) {
+    const char *p = r->at[i / 4] + (i % 4 == 3 ? r->third : i % 4 * r->next) + ahead * 4;
     uint16_t one;
     uint32_t two;
     if (half) {
@@ -43,7 +54,7 @@ INLINE void dot_step(const int mr, const int np, const int half, vf (*acc)[NP_MA
     vu a[3], w[NP_MAX];
     if (mr <= 3) { /* the broadcasts stay in registers, the panels stream */
 #pragma GCC unroll 4
-        for (int i = 0; i < mr; i++) a[i] = row_pair(r, i, half);
+        for (int i = 0; i < mr; i++) a[i] = row_pair(r, i, 0, half);
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) {
             w[0] = *(const vu_any *)(b[j] + at);
@@ -60,7 +71,7 @@ INLINE void dot_step(const int mr, const int np, const int half, vf (*acc)[NP_MA
     }
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-        a[0] = row_pair(r, i, half);
+        a[0] = row_pair(r, i, 0, half);
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) acc[i][j] = vdot(acc[i][j], a[0], w[j]);
     }
@@ -68,9 +79,7 @@ INLINE void dot_step(const int mr, const int np, const int half, vf (*acc)[NP_MA
 
 INLINE void dot_kernel(const int mr, const int np, const tile_args *t) {
     vf acc[DR][NP_MAX];
-    dot_rows r = {.next = t->lda * 2, .third = t->lda * 6};
-#pragma GCC unroll 4
-    for (int i = 0; i < mr; i += 4) r.at[i / 4] = (const char *)t->a + i * r.next;
+    dot_rows r = dot_rows_of(mr, t->a, t->lda);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -86,13 +95,11 @@ INLINE void dot_kernel(const int mr, const int np, const tile_args *t) {
 #pragma GCC unroll 8
                 for (int p = 0; p < np; p++) if (mr <= 6) __builtin_prefetch(b[p] + q * 64 + ahead, 0, 3); else __builtin_prefetch(b[p] + q * 64 + ahead, 0, 2);
                 dot_step(mr, np, 0, acc, &r, b, q * 64);
-#pragma GCC unroll 4
-                for (int i = 0; i < mr; i += 4) r.at[i / 4] += 4;
+                dot_rows_move(mr, &r, 2);
             }
         if (k_all & 1) {
             dot_step(mr, np, 1, acc, &r, b, pairs * 64);
-#pragma GCC unroll 4
-            for (int i = 0; i < mr; i += 4) r.at[i / 4] += 2;
+            dot_rows_move(mr, &r, 1);
         }
     }
 #pragma GCC unroll 16

@@ -9,8 +9,7 @@
 #ifndef PENSTOCK_GEMM_H
 #define PENSTOCK_GEMM_H
 
-#include "codes.h"
-#include "dot.h"
+#include "codes_dot.h"
 #include "rows.h"
 
 #define GROUP_BYTES (192 * 1024) /* of weights held in a core's L2 */
@@ -28,6 +27,7 @@ typedef struct {
     const float *bias;  /* [panels * 16] in panel order, or NULL */
     const float *table; /* 16 values that 4-bit codes mean (codes.h), or NULL */
     const int32_t *perm; /* column j of the weight belongs to input perm[j]; or NULL: to input j */
+    const int32_t *exact; /* of codes: whether each value is a bfloat16 one */
     int64_t n, k, panels, panel_bytes, format, group, gated, act; /* n: outputs of the layer (gated: of one half); group: of codes, 1 to k */
 } weight;
 
@@ -44,7 +44,7 @@ typedef struct {
 } gemm;
 
 /* Whether a layer in bfloat16 takes its inputs as bfloat16 in memory and multiplies by dot products. A property of the weight alone. */
-INLINE int narrow_inputs(const weight *w, int bf16) { return DOTS && bf16 && w->format == P_BF16; }
+INLINE int narrow_inputs(const weight *w, int bf16) { return DOTS && bf16 && (w->format == P_BF16 || (CODED(w->format) && *w->exact)); }
 INLINE const void *input_row(const gemm *g, long row) { return (const char *)g->a + row * g->lda * (g->narrow ? 2 : 4); }
 /* Rows of the largest micro-kernel, and panels that one of so many rows takes at once. */
 INLINE int gemm_tall(const gemm *g, long rows) { return !g->narrow ? MR : rows <= DR ? DR : DR_MANY; }
@@ -167,8 +167,8 @@ static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int ste
 /* The same for panels of codes. */
 static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
     const weight *w = g->w;
-    const int step = w->gated ? MAX(2, CODES_WIDE(mr)) : CODES_WIDE(mr);
-    _Alignas(64) float c[MR * NP_MAX * PW];
+    const int wide = g->narrow ? CODES_DOT_WIDE(mr) : CODES_WIDE(mr), step = w->gated ? MAX(2, wide) : wide;
+    _Alignas(64) float c[DR * NP_MAX * PW];
     const char *b[NP_MAX];
     for (long p = p0; p < p1; p += step) {
         const int panels = (int)MIN(step, p1 - p);
@@ -178,7 +178,7 @@ static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
                 .a = input_row(g, row), .lda = g->lda, .k = w->k, .group = w->group, .b = b, .table = w->table, .c = c + q * PW, .ldc = NP_MAX * PW,
                 .panel_bytes = w->panel_bytes,
             };
-            q += codes_run((int)w->format, mr, panels - q, &t);
+            q += (g->narrow ? codes_dot_run : codes_run)((int)w->format, mr, panels - q, &t);
         }
         finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
     }
@@ -245,6 +245,15 @@ static void gemm_unit(const void *job, long unit) {
     long r0 = unit % g->row_units * g->rows_per, r1 = MIN(r0 + g->rows_per, g->rows);
     long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
     long rows = r1 - r0, tall = gemm_tall(g, rows), blocks = (rows + tall - 1) / tall;
+    if (CODED(w->format) && g->narrow) {
+        const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
+        for (long p = p0; p < p1; p += group)
+            for (long row = r0, mr; row < r1; row += mr) {
+                mr = codes_dot_rows(r1 - row);
+                codes_rows(g, row, (int)mr, p, MIN(p + group, p1));
+            }
+        return;
+    }
     if (CODED(w->format)) {
         if (blocks <= CODES_BLOCKS) {
             const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
