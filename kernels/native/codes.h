@@ -2,7 +2,7 @@
  *
  * What it is: a panel is 16 columns, as in panel.h. Its rows of K come in groups; a group is 16 float32 scales, 16 float32 zero points where the
  * format has them, and the codes: 8-bit ones [k][16] bytes, filled up to whole cache lines, 4-bit ones [ceil(k / 8)][16] words of 32 bits with the
- * code of k in bits 4 (k % 8), or where pairs are multiplied (DOTS) those of even k in the lower half and of odd k in the upper one. An element of the result is
+ * code of k in bits 4 (k % 8), or where pairs are multiplied (DOTS) those of even k in the lower half and of odd k in the upper one; BYTE_PAIRS says how 8-bit ones lie then. An element of the result is
  *
  *     sum over groups of  scale * (sum over the group's k of  a[k] * (value(code) - zero))
  *
@@ -83,10 +83,50 @@ INLINE vf look_up(const lookup *t, vu index) {
 #define BY_TABLE(format) ((format) == P_TABLE4)
 #endif
 
+/* Where 128 values are looked up by one instruction: an 8-bit code is a sign and seven bits that are. Each quarter of a line holds four columns, first their
+ * k 0 and 1, then their k 2 and 3, so that interleaving the upper and lower bytes of the values gives pairs of bfloat16. The least int8 is held as -0. */
+#if DOTS && defined(__AVX512VBMI__)
+#define BYTE_PAIRS 1
+#define BYTE_AT(k, c) ((c) / 4 * 16 + (k) / 2 * 8 + (c) % 4 * 2 + (k) % 2)
+INLINE uint8_t byte_code(int format, uint8_t code) {
+    return format <= P_INT8_ZEROS && code & 0x80 ? (uint8_t)(0x80 | (0x100 - code)) : code;
+}
+static _Alignas(64) uint8_t BYTE_VALUES[3][2][128]; /* of int8, E4M3, E5M2: the lower and the upper byte of each value */
+__attribute__((constructor)) static void byte_values(void) {
+    for (int i = 0; i < 128; i++)
+        for (int f = 0; f < 3; f++) {
+            const int bits = f == 1 ? 3 : 2, bias = f == 1 ? 7 : 15, e = i >> bits, m = i & ((1 << bits) - 1);
+            float v = f == 0 ? (float)i : e ? ldexpf((float)(m + (1 << bits)), e - bias - bits) : ldexpf((float)m, 1 - bias - bits);
+            if (f == 2 && e == 31) v = m ? NAN : INFINITY;
+            BYTE_VALUES[f][0][i] = (uint8_t)upper(v);
+            BYTE_VALUES[f][1][i] = (uint8_t)(upper(v) >> 8);
+        }
+}
+/* The `which`-th pair of k of a line of codes, 0 or 1. */
+INLINE vu byte_pair(const int format, const char *from, const int which) {
+    const uint8_t(*values)[128] = BYTE_VALUES[format <= P_INT8_ZEROS ? 0 : format == P_E4M3 ? 1 : 2];
+    const __m512i line = _mm512_loadu_si512(from);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(values[0]), line, _mm512_load_si512(values[0] + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(values[1]), line, _mm512_load_si512(values[1] + 64));
+    high = _mm512_ternarylogic_epi32(high, line, _mm512_set1_epi8((char)0x80), 0xf8); /* or sign */
+    if (format <= P_INT8_ZEROS) high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(line, _mm512_set1_epi8((char)0x80)), _mm512_set1_epi8((char)0xc3));
+    return (vu)(which == 0 ? _mm512_unpacklo_epi8(low, high) : _mm512_unpackhi_epi8(low, high));
+}
+#else
+#define BYTE_PAIRS 0
+#define BYTE_AT(k, c) ((k) * PW + (c))
+INLINE uint8_t byte_code(int format, uint8_t code) {
+    (void)format;
+    return code;
+}
+#endif
+
 typedef int8_t vb_any __attribute__((vector_size(VL), aligned(1), may_alias));
 
 /* An E4M3 code is held as the float16 with the same bits in the middle, which means 2^-8 of it: its scales are packed times 2^8. */
-#if VL >= 8 && defined(__F16C__)
+#if BYTE_PAIRS
+#define E4M3_SCALE 1.0f
+#elif VL >= 8 && defined(__F16C__)
 #define E4M3_SCALE 256.0f
 #if VL == 16
 INLINE vf from_half(__m256i h) { return (vf)_mm512_cvtph_ps(h); }
@@ -117,7 +157,16 @@ INLINE vf e4m3(const char *p) { return small_float(p, 3, 7, 0x1p-9f); }
 INLINE vf e5m2(const char *p) { return small_float(p, 2, 15, 0x1p-16f); }
 #endif
 
-INLINE vf byte_value(const int format, const char *p) {
+/* The `which`-th of a line's four, the `half`-th vector of its 16. */
+#if BYTE_PAIRS
+INLINE vf byte_value(const int format, const char *from, const int which, const int half) {
+    (void)half;
+    const vu pair = which < 2 ? byte_pair(format, from, 0) : byte_pair(format, from, 1);
+    return (vf)(which % 2 ? pair & 0xffff0000u : pair << 16);
+}
+#else
+INLINE vf byte_value(const int format, const char *from, const int which, const int half) {
+    const char *p = from + which * PW + half * VL;
     if (format == P_E4M3) return e4m3(p);
     if (format == P_E5M2) return e5m2(p);
 #if VL == 16
@@ -128,6 +177,7 @@ INLINE vf byte_value(const int format, const char *p) {
     return __builtin_convertvector(__builtin_convertvector(*(const vb_any *)p, vi), vf);
 #endif
 }
+#endif
 INLINE vf nibble_value(const int format, vu word, const lookup *table) {
     if (BY_TABLE(format)) return look_up(table, word);
     return (vf)((word & 15u) | 0x4b000000u);
@@ -153,7 +203,7 @@ typedef struct {
 /* VL values of one k in the line at `from`: the `which`-th of it, the `half`-th vector of its 16. */
 INLINE vf code_value(const int format, const char *from, const int which, const int half, const vf *shift, const lookup *table) {
     if (format == P_WIDENED) return vload((const float *)from + half * VL);
-    vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + half * VL * 4) >> NIBBLE_AT(which), table) : byte_value(format, from + which * PW + half * VL);
+    vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + half * VL * 4) >> NIBBLE_AT(which), table) : byte_value(format, from, which, half);
     return shifted(format) ? v - *shift : v;
 }
 
@@ -344,7 +394,7 @@ static void pack_codes_unit(const void *job, long unit) {
             if (ZEROED(j->format)) ((float *)(to + at + LINE))[c] = (float)j->zeros[scale + g];
             char *codes = to + at + LINE * (ZEROED(j->format) ? 2 : 1);
             if (!NIBBLES(j->format))
-                for (long k = k0; k < k1; k++) codes[(k - k0) * PW + c] = (char)from[k];
+                for (long k = k0; k < k1; k++) codes[(k - k0) / 4 * LINE + BYTE_AT((k - k0) % 4, c)] = (char)byte_code(j->format, from[k]);
             else
                 for (long k = k0; k < k1; k += 8) {
                     uint32_t word = 0;

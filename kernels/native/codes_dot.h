@@ -13,9 +13,27 @@
 #include "dot.h"
 
 #if DOTS
+/* Integers from -32 as bfloat16: a 4-bit code and 32 less its zero point are the place of their difference, in both halves of a column's word. */
+static _Alignas(64) uint16_t SMALL_INTEGERS[64];
+__attribute__((constructor)) static void small_integers(void) {
+    for (int i = 0; i < 64; i++) SMALL_INTEGERS[i] = upper((float)(i - 32));
+}
+INLINE vf places_of(const char *zeros) {
+    const vu place = (vu)__builtin_convertvector(32.0f - vload((const float *)zeros), vi);
+    return (vf)(place | place << 16);
+}
+INLINE vu difference_pair(vu codes, vf places) {
+    const __m512i at = _mm512_add_epi16((__m512i)(codes & 0x000f000fu), (__m512i)places);
+    return (vu)_mm512_permutex2var_epi16(_mm512_load_si512(SMALL_INTEGERS), at, _mm512_load_si512(SMALL_INTEGERS + 32));
+}
+
 /* Values 2 `which` and 2 `which` + 1 of the line at `from`, all 16 columns. */
 INLINE vu code_pair(const int format, const char *from, const int which, const vf *shift, const lookup *table, const pairs_table *pairs) {
     if (format == P_TABLE4) return look_up_pair(pairs, *(const vu_any *)from >> (4 * which));
+    if (format == P_INT4_ZEROS) return difference_pair(*(const vu_any *)from >> (4 * which), *shift);
+#if BYTE_PAIRS
+    if (format == P_INT8 || format == P_E4M3 || format == P_E5M2) return which == 0 ? byte_pair(format, from, 0) : byte_pair(format, from, 1);
+#endif
     const vf low = code_value(format, from, 2 * which, 0, shift, table), high = code_value(format, from, 2 * which + 1, 0, shift, table);
     return ((vu)low >> 16) | (vu)high;
 }
@@ -63,7 +81,7 @@ INLINE void codes_dot_kernel(const int format, const int mr, const int np, const
         for (int j = 0; j < np; j++) {
 #pragma GCC unroll 16
             for (int i = 0; i < mr; i++) acc[i][j] = vset(0.0f);
-            if (shifted(format)) shift[j] = shift_of(format, b[j] + at + LINE);
+            if (shifted(format)) shift[j] = format == P_INT4_ZEROS ? places_of(b[j] + at + LINE) : shift_of(format, b[j] + at + LINE);
         }
         at += ZEROED(format) ? 2 * LINE : LINE;
         long k = k0;
@@ -133,7 +151,8 @@ INLINE int codes_dot_run(int format, int mr, int panels, const codes_args *t) {
 #define CODES_DOT_WIDE(mr) ((mr) <= 2 ? 8 : (mr) <= 5 ? 4 : (mr) <= 12 ? 2 : 1)
 INLINE int codes_dot_rows(long rows) {
     if (rows <= 6 || rows == 8 || rows == 12 || rows == 16) return (int)rows;
-    return rows == 7 ? 4 : rows <= 11 ? (int)(rows + 1) / 2 : rows <= 14 ? 8 : rows <= 15 ? 12 : 12;
+    if (rows < 16) return rows == 7 ? 4 : rows <= 11 ? (int)(rows + 1) / 2 : rows <= 14 ? 8 : 12;
+    return rows % 12 == 4 ? 16 : 12;
 }
 
 #endif

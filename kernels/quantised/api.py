@@ -25,8 +25,8 @@ from penstock.kernels.linear.api import PackedGated, PackedLinear, Panels
 from penstock.kernels.linear.scheme import E2M1, KINDS, NF4, NIBBLES, Quantised, Scheme, dequantise
 from penstock.kernels.native.bind import FORMATS
 
-ZEROS_MOST = 128
-"""Codes less zero points of at most that magnitude are integers of at most 256, which bfloat16 holds."""
+ZEROS = {"int8": (-128, 128), "int4": (-16, 32)}
+"""Zero points from, to, with which codes are multiplied as bfloat16: what is left of a code is a bfloat16 value, and for int4 one of 64."""
 
 
 class _Codes(Panels):
@@ -64,7 +64,7 @@ class _Codes(Panels):
             perm = torch.arange(part.k, dtype=torch.int32) if part.perm is None else part.perm
             require(bool((self.perm == -1).all() | (self.perm == perm).all()), "the parts of one layer must have one order of inputs")
             self.perm.copy_(perm)
-        if zeros is not None and int(zeros.int().abs().max()) > ZEROS_MOST:
+        if zeros is not None and not ZEROS[scheme.kind][0] <= int(zeros.min()) <= int(zeros.max()) <= ZEROS[scheme.kind][1]:
             self._exact.zero_()
         zeros_at = None if zeros is None else zeros.data_ptr()
         threads = torch.get_num_threads()
