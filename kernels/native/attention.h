@@ -86,7 +86,7 @@ INLINE void softmax_row(float *s, long lanes, long lo, long hi, float *maximum, 
         for (int i = 0; i < 16 / VL; i++) {
             vf p = vexp2_falling(vload(s + j + i * VL) - base);
             if (narrow) {
-                store_rounded((uint16_t *)s + j + i * VL, p);
+                vstore_as(s, j + i * VL, p, 1);
                 p = vload_as(s, j + i * VL, 1);
             } else
                 vstore(s + j + i * VL, p);
@@ -126,7 +126,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
     const long row0 = a->q_start[s] + first, rows = count * heads;
     const long length = a->kv_len[s], position0 = length - (a->q_start[s + 1] - a->q_start[s]) + first;
     const int32_t *table = a->tables + s * a->table_width;
-    const int dots = DOTS && !coded && a->cache_bf16, narrow = dots ? 2 : 1, tall = dots ? DR : MR; /* narrow: of a float's place, how many elements */
+    const int dots = DOTS && !coded && a->cache_bf16, narrow = dots ? 2 : 1, tall = dots ? DR_MANY : MR; /* narrow: of a float's place, how many elements */
     const float lift = coded ? KV_LIFT(a->kv_format) : 1.0f, scale = a->scale * 1.44269504088896341f * lift;
     for (long i = 0; i < count; i++)
         for (long h = 0; h < heads; h++) {
@@ -134,7 +134,7 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
             for (long d = 0; d < dim; d += VL) {
                 const vf v = a->q_bf16 ? vload_as(a->q, from + d, 1) : vload_as(a->q, from + d, 0);
                 if (dots) /* rounded already; its scale comes after the sum */
-                    store_rounded((uint16_t *)q + r * dim + d, v);
+                    vstore_as(q, r * dim + d, v, 1);
                 else
                     vstore(q + r * dim + d, v * scale);
                 vstore(o + r * dim + d, vset(0.0f));

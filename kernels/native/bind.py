@@ -29,7 +29,7 @@ class Weight(ctypes.Structure):
     """`weight` of gemm.h."""
 
     _fields_ = (
-        ("w", c_void_p), ("bias", c_void_p), ("table", c_void_p), ("perm", c_void_p), ("n", c_int64), ("k", c_int64), ("panels", c_int64),
+        ("w", c_void_p), ("bias", c_void_p), ("table", c_void_p), ("perm", c_void_p), ("exact", c_void_p), ("n", c_int64), ("k", c_int64), ("panels", c_int64),
         ("panel_bytes", c_int64), ("format", c_int64), ("group", c_int64), ("gated", c_int64), ("act", c_int64),
     )  # fmt: skip
 

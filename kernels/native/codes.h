@@ -2,7 +2,7 @@
  *
  * What it is: a panel is 16 columns, as in panel.h. Its rows of K come in groups; a group is 16 float32 scales, 16 float32 zero points where the
  * format has them, and the codes: 8-bit ones [k][16] bytes, filled up to whole cache lines, 4-bit ones [ceil(k / 8)][16] words of 32 bits with the
- * code of k in bits 4 (k % 8). An element of the result is
+ * code of k in bits 4 (k % 8), or where pairs are multiplied (DOTS) those of even k in the lower half and of odd k in the upper one; BYTE_PAIRS says how 8-bit ones lie then. An element of the result is
  *
  *     sum over groups of  scale * (sum over the group's k of  a[k] * (value(code) - zero))
  *
@@ -29,6 +29,12 @@ static long group_bytes(int format, long k) {
     return LINE * (ZEROED(format) ? 2 : 1) + (NIBBLES(format) ? (k + 7) / 8 : (k + 3) / 4) * LINE;
 }
 
+#if DOTS
+#define NIBBLE_AT(i) ((i) % 2 * 16 + (i) / 2 * 4)
+#else
+#define NIBBLE_AT(i) (4 * (i))
+#endif
+
 /* --- Sixteen values by number. */
 #if VL == 16
 typedef struct {
@@ -36,6 +42,17 @@ typedef struct {
 } lookup;
 INLINE lookup lookup_of(const float *table) { return (lookup){vload(table)}; }
 INLINE vf look_up(const lookup *t, vu index) { return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)t->v); } /* the low four bits count */
+#if DOTS
+/* The same as bfloat16, by the low four bits of each half: 32 entries, so that a fifth bit does not matter. */
+typedef struct {
+    vu v;
+} pairs_table;
+INLINE pairs_table pairs_of(const float *table) {
+    const __m256i values = (__m256i)vnarrow(vload(table));
+    return (pairs_table){(vu)_mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1)};
+}
+INLINE vu look_up_pair(const pairs_table *t, vu index) { return (vu)_mm512_permutexvar_epi16((__m512i)index, (__m512i)t->v); }
+#endif
 #elif VL == 8
 typedef struct {
     vf low, high;
@@ -66,10 +83,50 @@ INLINE vf look_up(const lookup *t, vu index) {
 #define BY_TABLE(format) ((format) == P_TABLE4)
 #endif
 
+/* Where 128 values are looked up by one instruction: an 8-bit code is a sign and seven bits that are. Each quarter of a line holds four columns, first their
+ * k 0 and 1, then their k 2 and 3, so that interleaving the upper and lower bytes of the values gives pairs of bfloat16. The least int8 is held as -0. */
+#if DOTS && defined(__AVX512VBMI__)
+#define BYTE_PAIRS 1
+#define BYTE_AT(k, c) ((c) / 4 * 16 + (k) / 2 * 8 + (c) % 4 * 2 + (k) % 2)
+INLINE uint8_t byte_code(int format, uint8_t code) {
+    return format <= P_INT8_ZEROS && code & 0x80 ? (uint8_t)(0x80 | (0x100 - code)) : code;
+}
+static _Alignas(64) uint8_t BYTE_VALUES[3][2][128]; /* of int8, E4M3, E5M2: the lower and the upper byte of each value */
+__attribute__((constructor)) static void byte_values(void) {
+    for (int i = 0; i < 128; i++)
+        for (int f = 0; f < 3; f++) {
+            const int bits = f == 1 ? 3 : 2, bias = f == 1 ? 7 : 15, e = i >> bits, m = i & ((1 << bits) - 1);
+            float v = f == 0 ? (float)i : e ? ldexpf((float)(m + (1 << bits)), e - bias - bits) : ldexpf((float)m, 1 - bias - bits);
+            if (f == 2 && e == 31) v = m ? NAN : INFINITY;
+            BYTE_VALUES[f][0][i] = (uint8_t)upper(v);
+            BYTE_VALUES[f][1][i] = (uint8_t)(upper(v) >> 8);
+        }
+}
+/* The `which`-th pair of k of a line of codes, 0 or 1. */
+INLINE vu byte_pair(const int format, const char *from, const int which) {
+    const uint8_t(*values)[128] = BYTE_VALUES[format <= P_INT8_ZEROS ? 0 : format == P_E4M3 ? 1 : 2];
+    const __m512i line = _mm512_loadu_si512(from);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(values[0]), line, _mm512_load_si512(values[0] + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(values[1]), line, _mm512_load_si512(values[1] + 64));
+    high = _mm512_ternarylogic_epi32(high, line, _mm512_set1_epi8((char)0x80), 0xf8); /* or sign */
+    if (format <= P_INT8_ZEROS) high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(line, _mm512_set1_epi8((char)0x80)), _mm512_set1_epi8((char)0xc3));
+    return (vu)(which == 0 ? _mm512_unpacklo_epi8(low, high) : _mm512_unpackhi_epi8(low, high));
+}
+#else
+#define BYTE_PAIRS 0
+#define BYTE_AT(k, c) ((k) * PW + (c))
+INLINE uint8_t byte_code(int format, uint8_t code) {
+    (void)format;
+    return code;
+}
+#endif
+
 typedef int8_t vb_any __attribute__((vector_size(VL), aligned(1), may_alias));
 
 /* An E4M3 code is held as the float16 with the same bits in the middle, which means 2^-8 of it: its scales are packed times 2^8. */
-#if VL >= 8 && defined(__F16C__)
+#if BYTE_PAIRS
+#define E4M3_SCALE 1.0f
+#elif VL >= 8 && defined(__F16C__)
 #define E4M3_SCALE 256.0f
 #if VL == 16
 INLINE vf from_half(__m256i h) { return (vf)_mm512_cvtph_ps(h); }
@@ -100,7 +157,16 @@ INLINE vf e4m3(const char *p) { return small_float(p, 3, 7, 0x1p-9f); }
 INLINE vf e5m2(const char *p) { return small_float(p, 2, 15, 0x1p-16f); }
 #endif
 
-INLINE vf byte_value(const int format, const char *p) {
+/* The `which`-th of a line's four, the `half`-th vector of its 16. */
+#if BYTE_PAIRS
+INLINE vf byte_value(const int format, const char *from, const int which, const int half) {
+    (void)half;
+    const vu pair = which < 2 ? byte_pair(format, from, 0) : byte_pair(format, from, 1);
+    return (vf)(which % 2 ? pair & 0xffff0000u : pair << 16);
+}
+#else
+INLINE vf byte_value(const int format, const char *from, const int which, const int half) {
+    const char *p = from + which * PW + half * VL;
     if (format == P_E4M3) return e4m3(p);
     if (format == P_E5M2) return e5m2(p);
 #if VL == 16
@@ -111,6 +177,7 @@ INLINE vf byte_value(const int format, const char *p) {
     return __builtin_convertvector(__builtin_convertvector(*(const vb_any *)p, vi), vf);
 #endif
 }
+#endif
 INLINE vf nibble_value(const int format, vu word, const lookup *table) {
     if (BY_TABLE(format)) return look_up(table, word);
     return (vf)((word & 15u) | 0x4b000000u);
@@ -124,7 +191,7 @@ INLINE vf shift_of(const int format, const char *zeros) {
 
 /* --- Few rows: codes to float32 in registers. */
 typedef struct {
-    const float *a; /* [mr][lda] */
+    const void *a; /* [mr][lda], float32 (codes_dot.h: bfloat16) */
     long lda, k, group;
     const char *const *b; /* [np] panels */
     const float *table;   /* 16 values */
@@ -136,7 +203,7 @@ typedef struct {
 /* VL values of one k in the line at `from`: the `which`-th of it, the `half`-th vector of its 16. */
 INLINE vf code_value(const int format, const char *from, const int which, const int half, const vf *shift, const lookup *table) {
     if (format == P_WIDENED) return vload((const float *)from + half * VL);
-    vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + half * VL * 4) >> (4 * which), table) : byte_value(format, from + which * PW + half * VL);
+    vf v = NIBBLES(format) ? nibble_value(format, *(const vu_any *)(from + half * VL * 4) >> NIBBLE_AT(which), table) : byte_value(format, from, which, half);
     return shifted(format) ? v - *shift : v;
 }
 
@@ -176,7 +243,7 @@ INLINE void codes_kernel(const int format, const int mr, const int np, const cod
 #pragma GCC unroll 8
     for (int p = 0; p < np; p++) b[p] = t->b[p];
 #pragma GCC unroll 8
-    for (int i = 0; i < mr; i++) row[i] = t->a + i * t->lda;
+    for (int i = 0; i < mr; i++) row[i] = (const float *)t->a + i * t->lda;
     long at = 0; /* in every panel */
     for (long k0 = 0; k0 < t->k; k0 += t->group) {
         const long k1 = MIN(k0 + t->group, t->k), whole = k0 + (k1 - k0) / per * per, head = at;
@@ -327,11 +394,11 @@ static void pack_codes_unit(const void *job, long unit) {
             if (ZEROED(j->format)) ((float *)(to + at + LINE))[c] = (float)j->zeros[scale + g];
             char *codes = to + at + LINE * (ZEROED(j->format) ? 2 : 1);
             if (!NIBBLES(j->format))
-                for (long k = k0; k < k1; k++) codes[(k - k0) * PW + c] = (char)from[k];
+                for (long k = k0; k < k1; k++) codes[(k - k0) / 4 * LINE + BYTE_AT((k - k0) % 4, c)] = (char)byte_code(j->format, from[k]);
             else
                 for (long k = k0; k < k1; k += 8) {
                     uint32_t word = 0;
-                    for (long i = 0; i < MIN(8, k1 - k); i++) word |= nibble_at(from, k + i) << (4 * i);
+                    for (long i = 0; i < MIN(8, k1 - k); i++) word |= nibble_at(from, k + i) << NIBBLE_AT(i);
                     ((uint32_t *)(codes + (k - k0) / 8 * LINE))[c] = word;
                 }
             at += group_bytes(j->format, k1 - k0);

@@ -9,8 +9,7 @@
 #ifndef PENSTOCK_GEMM_H
 #define PENSTOCK_GEMM_H
 
-#include "codes.h"
-#include "dot.h"
+#include "codes_dot.h"
 #include "rows.h"
 
 #define GROUP_BYTES (192 * 1024) /* of weights held in a core's L2 */
@@ -28,6 +27,7 @@ typedef struct {
     const float *bias;  /* [panels * 16] in panel order, or NULL */
     const float *table; /* 16 values that 4-bit codes mean (codes.h), or NULL */
     const int32_t *perm; /* column j of the weight belongs to input perm[j]; or NULL: to input j */
+    const int32_t *exact; /* of codes: whether each value is a bfloat16 one */
     int64_t n, k, panels, panel_bytes, format, group, gated, act; /* n: outputs of the layer (gated: of one half); group: of codes, 1 to k */
 } weight;
 
@@ -44,10 +44,10 @@ typedef struct {
 } gemm;
 
 /* Whether a layer in bfloat16 takes its inputs as bfloat16 in memory and multiplies by dot products. A property of the weight alone. */
-INLINE int narrow_inputs(const weight *w, int bf16) { return DOTS && bf16 && w->format == P_BF16; }
+INLINE int narrow_inputs(const weight *w, int bf16) { return DOTS && bf16 && (w->format == P_BF16 || (CODED(w->format) && *w->exact)); }
 INLINE const void *input_row(const gemm *g, long row) { return (const char *)g->a + row * g->lda * (g->narrow ? 2 : 4); }
 /* Rows of the largest micro-kernel, and panels that one of so many rows takes at once. */
-INLINE int gemm_tall(const gemm *g) { return g->narrow ? DR : MR; }
+INLINE int gemm_tall(const gemm *g, long rows) { return !g->narrow ? MR : rows <= DR ? DR : DR_MANY; }
 INLINE int gemm_wide(const gemm *g, int mr) { return g->narrow ? DOT_WIDTH[mr] : WIDTH[mr]; }
 
 /* Choose the units; returns how many. The result of an element does not depend on them. */
@@ -64,7 +64,8 @@ static long gemm_plan(gemm *g, int threads) {
     if (g->rows > 96 && panel_units < threads * 4L) {
         long want = (threads * 4L + panel_units - 1) / panel_units;
         long cut = MAX((g->rows + want - 1) / want, 48);
-        g->rows_per = (cut + gemm_tall(g) - 1) / gemm_tall(g) * gemm_tall(g);
+        const long tall = gemm_tall(g, cut);
+        g->rows_per = (cut + tall - 1) / tall * tall;
         g->row_units = (g->rows + g->rows_per - 1) / g->rows_per;
     }
     g->panels_per = per;
@@ -142,8 +143,8 @@ INLINE void finish_tile(const gemm *g, const float *c, long ldc, long row, int r
         finish_plain(g, TO_RESIDUAL, c, ldc, row, rows, panel, panels);
 }
 
-/* mr rows from `row` times panels [p0, p1), stepping by `step` panels. */
-static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int step) {
+/* mr rows from `row` times panels [p0, p1), stepping by `step` panels. `next`: lines from each to the panel to prefetch, if not those to come. */
+static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int step, long next) {
     const weight *w = g->w;
     _Alignas(64) float c[DR * NP_MAX * PW];
     const char *b[NP_MAX];
@@ -154,7 +155,7 @@ static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int ste
             for (int j = 0; j < np; j++) b[j] = w->w + (p + q + j) * w->panel_bytes;
             tile_args t = {
                 .a = input_row(g, row), .lda = g->lda, .b = b, .segments = 1, .seg_k = w->k, .last_k = w->k,
-                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .scale = 1.0f, .ahead = AHEAD, .jump = (np - 1) * w->panel_bytes,
+                .c = c + q * PW, .ldc = NP_MAX * PW, .add = 0, .scale = 1.0f, .ahead = next ? next : g->narrow ? MAX(DOT_AHEAD / np, AHEAD) : AHEAD, .jump = next ? 0 : (np - 1) * w->panel_bytes,
             };
             (g->narrow ? dot_tile_of(mr, np) : tile_of(mr, np, w->format == P_BF16))(&t);
             q += np;
@@ -166,8 +167,8 @@ static void gemm_rows(const gemm *g, long row, int mr, long p0, long p1, int ste
 /* The same for panels of codes. */
 static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
     const weight *w = g->w;
-    const int step = w->gated ? MAX(2, CODES_WIDE(mr)) : CODES_WIDE(mr);
-    _Alignas(64) float c[MR * NP_MAX * PW];
+    const int wide = g->narrow ? CODES_DOT_WIDE(mr) : CODES_WIDE(mr), step = w->gated ? MAX(2, wide) : wide;
+    _Alignas(64) float c[DR * NP_MAX * PW];
     const char *b[NP_MAX];
     for (long p = p0; p < p1; p += step) {
         const int panels = (int)MIN(step, p1 - p);
@@ -177,7 +178,7 @@ static void codes_rows(const gemm *g, long row, int mr, long p0, long p1) {
                 .a = input_row(g, row), .lda = g->lda, .k = w->k, .group = w->group, .b = b, .table = w->table, .c = c + q * PW, .ldc = NP_MAX * PW,
                 .panel_bytes = w->panel_bytes,
             };
-            q += codes_run((int)w->format, mr, panels - q, &t);
+            q += (g->narrow ? codes_dot_run : codes_run)((int)w->format, mr, panels - q, &t);
         }
         finish_tile(g, c, NP_MAX * PW, row, mr, p, panels);
     }
@@ -243,7 +244,16 @@ static void gemm_unit(const void *job, long unit) {
     const weight *w = g->w;
     long r0 = unit % g->row_units * g->rows_per, r1 = MIN(r0 + g->rows_per, g->rows);
     long p0 = unit / g->row_units * g->panels_per, p1 = MIN(p0 + g->panels_per, w->panels);
-    long rows = r1 - r0, tall = gemm_tall(g), blocks = (rows + tall - 1) / tall;
+    long rows = r1 - r0, tall = gemm_tall(g, rows), blocks = (rows + tall - 1) / tall;
+    if (CODED(w->format) && g->narrow) {
+        const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
+        for (long p = p0; p < p1; p += group)
+            for (long row = r0, mr; row < r1; row += mr) {
+                mr = codes_dot_rows(r1 - row);
+                codes_rows(g, row, (int)mr, p, MIN(p + group, p1));
+            }
+        return;
+    }
     if (CODED(w->format)) {
         if (blocks <= CODES_BLOCKS) {
             const long group = MAX(GROUP_BYTES / w->panel_bytes / 4 * 4, 4);
@@ -262,7 +272,7 @@ static void gemm_unit(const void *job, long unit) {
     }
     if (blocks == 1) {
         const int wide = gemm_wide(g, (int)rows);
-        gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, wide) : wide);
+        gemm_rows(g, r0, (int)rows, p0, p1, w->gated ? MAX(2, wide) : wide, 0);
         return;
     }
     int step = w->panel_bytes * 4 <= GROUP_BYTES * 2 ? 4 : 2;
@@ -271,7 +281,8 @@ static void gemm_unit(const void *job, long unit) {
         long end = MIN(p + group, p1), row = r0;
         for (long i = 0; i < blocks; i++) {
             int mr = (int)(rows / blocks + (i < rows % blocks));
-            gemm_rows(g, row, mr, p, end, step);
+            /* The last rows of a group fetch the next one. */
+            gemm_rows(g, row, mr, p, end, step, g->narrow && i + 1 == blocks && end < p1 ? group * w->panel_bytes / LINE : 0);
             row += mr;
         }
     }

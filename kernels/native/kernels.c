@@ -47,7 +47,9 @@ typedef struct {
 static void widen_unit(const void *job, long row) {
     const widening *j = job;
     float *to = (float *)j->to + row * j->ld;
-    if (j->narrow)
+    if (j->narrow && !j->perm)
+        memcpy((uint16_t *)j->to + row * j->ld, (const uint16_t *)j->from + row * j->n, (size_t)j->n * 2);
+    else if (j->narrow)
         for (long i = 0; i < j->n; i++) ((uint16_t *)j->to)[row * j->ld + i] = ((const uint16_t *)j->from)[row * j->n + j->perm[i]];
     else if (j->perm)
         for (long i = 0; i < j->n; i++) to[i] = load_as(j->from, row * j->n + j->perm[i], j->bf16);
@@ -61,7 +63,8 @@ EXPORT int64_t ps_linear(const weight *w, const void *x, int64_t x_bf16, int64_t
         .round = (int)out_bf16, .out_bf16 = (int)out_bf16, .out = out, .ldo = w->n,
     };
     void *wide = 0;
-    if ((x_bf16 && !g.narrow) || w->perm) {
+    const int aliased = g.narrow && rows > 4 && w->k % 512 == 0; /* rows a multiple of 1 KiB apart share few sets of the cache */
+    if ((x_bf16 && !g.narrow) || w->perm || aliased) {
         g.lda = padded(w->k);
         wide = aligned_alloc(64, (size_t)(rows * g.lda * 4 + 63) / 64 * 64);
         if (!wide) return -1;

@@ -25,6 +25,9 @@ from penstock.kernels.linear.api import PackedGated, PackedLinear, Panels
 from penstock.kernels.linear.scheme import E2M1, KINDS, NF4, NIBBLES, Quantised, Scheme, dequantise
 from penstock.kernels.native.bind import FORMATS
 
+ZEROS = {"int8": (-128, 128), "int4": (-16, 32)}
+"""Zero points from, to, with which codes are multiplied as bfloat16: what is left of a code is a bfloat16 value, and for int4 one of 64."""
+
 
 class _Codes(Panels):
     """A weight [n, k] in panels of codes, a gated one in two halves."""
@@ -38,9 +41,12 @@ class _Codes(Panels):
         self._pack = lib.lib.ps_pack_codes
         self._scheme = scheme
         self._table: Tensor | None = None
+        self._exact = torch.ones(1, dtype=torch.int32)
+        self.weight.exact = self._exact.data_ptr()
         if kind in NIBBLES:
             integers = torch.arange(16.0) - (0 if scheme.zeros else 8)
             self._table = integers if kind == "int4" else torch.tensor(NF4 if kind == "nf4" else E2M1)
+            self._exact.fill_(torch.equal(self._table, self._table.bfloat16().float()))
             self.weight.table = self._table.data_ptr()
             self.nbytes += self._table.nbytes
         self.perm: Tensor | None = None
@@ -58,6 +64,8 @@ class _Codes(Panels):
             perm = torch.arange(part.k, dtype=torch.int32) if part.perm is None else part.perm
             require(bool((self.perm == -1).all() | (self.perm == perm).all()), "the parts of one layer must have one order of inputs")
             self.perm.copy_(perm)
+        if zeros is not None and not ZEROS[scheme.kind][0] <= int(zeros.min()) <= int(zeros.max()) <= ZEROS[scheme.kind][1]:
+            self._exact.zero_()
         zeros_at = None if zeros is None else zeros.data_ptr()
         threads = torch.get_num_threads()
         self._pack(self.by_reference, part.data.data_ptr(), scales.data_ptr(), zeros_at, scheme.rows or part.n, row, part.n, half, threads)

@@ -32,7 +32,7 @@ def codes(scheme: Scheme, n: int, k: int) -> Quantised:
         if scheme.kind == "fp8_e5m2":
             data[data & 0x7C == 0x7C] = 3
         data = data.view(scheme.dtype)
-    zeros = torch.randint(-20, 21, blocks, dtype=torch.int16) if scheme.zeros else None
+    zeros = torch.randint(-16, 33, blocks, dtype=torch.int16) if scheme.zeros else None
     perm = torch.randperm(k).int() if scheme.permuted else None
     return Quantised(scheme, n, k, data, torch.randn(blocks) / LARGEST[scheme.kind], zeros, perm)
 
@@ -142,6 +142,30 @@ def test_stored_orders_of_inputs(dtype: torch.dtype, scheme: Scheme) -> None:
     plain = part._replace(perm=None)
     x = rows_of(3, 75, dtype)
     right(pack_quantised([plain])(x), x, dequantise(plain), None)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("kind", "zero"), [("int4", -17), ("int4", 33), ("int4", 4000), ("int8", 129), ("int8", -129), ("int8", 30000)])
+def test_zero_points_of_any_size(kind: str, zero: int) -> None:
+    """Where a code less its zero point is no bfloat16 value, it is still not rounded."""
+    part = codes(Scheme(kind, 16, 1, True), 20, 40)
+    assert part.zeros is not None
+    part.zeros[3, 1] = zero
+    x = rows_of(9, 40, torch.bfloat16)
+    right(pack_quantised([part])(x, out_dtype=torch.float32), x, dequantise(part), None)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3", "fp8_e5m2", "int4", "fp4"])
+def test_every_code_keeps_its_value(dtype: torch.dtype, kind: str) -> None:
+    part = codes(Scheme(kind, 0), 16, 256)
+    part.data.view(torch.uint8)[:] = torch.arange(part.data.shape[1]).roll(7)
+    if kind == "fp8_e4m3":
+        part.data.view(torch.uint8)[:, [134, 6]] = 0  # NaN
+    if kind == "fp8_e5m2":
+        raw = part.data.view(torch.uint8)
+        raw[raw & 0x7C == 0x7C] = 0
+    assert torch.equal(pack_quantised([part])(torch.eye(256).to(dtype), out_dtype=torch.float32), dequantise(part).T.contiguous())
 
 
 SCHEMES = (
