@@ -4,7 +4,8 @@ What it is: a Llama of two layers whose weights are made, not trained, so that i
 behind the question's key. Its first layer writes beside each token which token stands before it (a head that looks one place back, by the fast pairs of rotary positions); its
 second looks, by the slow ones, for the place whose predecessor resembles the question's key, and copies the token there. Keys are random directions that resemble each other by
 chance, so that all places draw a little attention; how sharp a question is (SHARPNESS) is set for each length so that with a cache of 16 bits some 95 in 100 needles are found, at about one
-percent of the attention: a cache that loses digits over a long context, or rounds keys too coarsely, finds fewer. Keys have channels of ten times the others' size, as those of trained models do.
+percent of the attention: a cache that loses digits over a long context finds fewer. With `--twins 3` each needle has three keys that resemble it closely: a cache that rounds keys too coarsely
+takes one for the other. Keys have channels of ten times the others' size, as those of trained models do.
 Each context is computed once, by the first question; the others find it in the prefix cache. The engine is the one that serves, from prompt to token.
 What it does not know: what a model of yours does with its keys. Attention that is sharper than this is easier.
 """
@@ -12,6 +13,7 @@ What it does not know: what a model of yours does with its keys. Attention that 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -34,10 +36,12 @@ OUTLIER, OUTLIERS = 10.0, 2
 """Times the usual size of a key's element, in so many channels that no question looks at."""
 BACK = 12.0
 """How much the first layer's head prefers the place before in each of its pairs: a tenth of a percent of its attention goes elsewhere."""
-SHARPEST = 16.0
+SHARPEST = 24.0
 """Mean score of a needle for a question of full strength. A question's own strength is a share of it, and stands in its embedding."""
 SHARPNESS = {4096: 3.85, 32768: 5.75, 131072: 7.3}
 """By length: chosen by a cache of 16 bits alone. Those of lengths between lie between."""
+LIKE, TWIN_SHARPNESS = 0.955, 16.0
+"""Cosine between a needle's key and its twins; with them questions are so sharp that other keys hardly count, and some 95 in 100 needles are found at any length."""
 RESAMPLES = 2000
 
 
@@ -66,6 +70,8 @@ class Plan(NamedTuple):
     values: int
     sharpness: dict[int, float]
     """By length."""
+    twins: int = 0
+    """Of the other keys, so many for each needle's resemble it (LIKE), and stand in the context once each."""
 
     @property
     def vocab(self) -> int:
@@ -93,13 +99,16 @@ def write(root: Path, shape: Shape, plan: Plan, seed: int) -> Path:
 
     def projection(rows: int, columns: int) -> torch.Tensor:
         """With orthonormal rows."""
-        return torch.linalg.qr(drawn(columns, rows))[0].T
+        rows_of: torch.Tensor = torch.linalg.qr(drawn(columns, rows))[0].T
+        return rows_of
 
     c, dim, half = shape.content, shape.dim, shape.dim // 2
     hidden, group = 4 * c, shape.heads // shape.kv_heads
     before, answer, constant, rest = c, 2 * c, 3 * c, 3 * c + 1  # where in the residual stream; the content stands first
     tokens = plan.needles + plan.others + plan.values
     content = units(tokens, c)
+    twins = content[plan.needles : plan.needles * (1 + plan.twins)]
+    twins.copy_(torch.nn.functional.normalize(LIKE * content[: plan.needles].repeat(plan.twins, 1) + (1 - LIKE**2) ** 0.5 * twins, dim=1))
     strengths = torch.tensor([[strength / SHARPEST] for strength in plan.sharpness.values()])
     asked = (strengths[:, None] * content[: plan.needles]).flatten(0, 1)
     embedding = torch.zeros(plan.vocab, hidden)
@@ -144,11 +153,11 @@ def write(root: Path, shape: Shape, plan: Plan, seed: int) -> Path:
     tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden), "lm_head.weight": head_rows}
     layers = ((looks.repeat(shape.heads, 1), keys.repeat(shape.kv_heads, 1), values, out), (queries2, keys2, values2, out2))
     for index, weights in enumerate(layers):
-        at = f"model.layers.{index}"
-        tensors |= {f"{at}.self_attn.{name}_proj.weight": weight for name, weight in zip("qkvo", weights, strict=True)}
-        tensors |= {f"{at}.{norm}_layernorm.weight": torch.ones(hidden) for norm in ("input", "post_attention")}
-        tensors |= {f"{at}.mlp.{name}_proj.weight": torch.zeros(c, hidden) for name in ("gate", "up")}
-        tensors[f"{at}.mlp.down_proj.weight"] = torch.zeros(hidden, c)
+        layer = f"model.layers.{index}"
+        tensors |= {f"{layer}.self_attn.{name}_proj.weight": weight for name, weight in zip("qkvo", weights, strict=True)}
+        tensors |= {f"{layer}.{norm}_layernorm.weight": torch.ones(hidden) for norm in ("input", "post_attention")}
+        tensors |= {f"{layer}.mlp.{name}_proj.weight": torch.zeros(c, hidden) for name in ("gate", "up")}
+        tensors[f"{layer}.mlp.down_proj.weight"] = torch.zeros(hidden, c)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": c, "num_hidden_layers": 2,
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": dim, "vocab_size": plan.vocab, "rope_theta": THETA,
@@ -160,14 +169,18 @@ def write(root: Path, shape: Shape, plan: Plan, seed: int) -> Path:
 
 
 def case(plan: Plan, length: int, seed: int) -> Case:
-    """Pairs of a key and a value, needles spread evenly at random among others."""
+    """Pairs of a key and a value, as many needles as have room spread evenly at random among others."""
     rng = np.random.default_rng((seed, length))
-    keys = plan.needles + rng.integers(0, plan.others, length // 2)
-    values = plan.needles + plan.others + rng.integers(0, plan.values, length // 2)
-    edges = np.linspace(0, length // 2, plan.needles + 1).astype(int)
+    pairs = length // 2
+    count = min(plan.needles, pairs // (2 + plan.twins))
+    keys = plan.needles * (1 + plan.twins) + rng.integers(0, plan.others - plan.needles * plan.twins, pairs)
+    values = plan.needles + plan.others + rng.integers(0, plan.values, pairs)
+    edges = np.linspace(0, pairs, count + 1).astype(int)
     places = rng.integers(edges[:-1], edges[1:])
-    order = rng.permutation(plan.needles)
+    order = rng.permutation(count)
     keys[places] = order
+    twins = (plan.needles * np.arange(1, plan.twins + 1)[:, None] + order).ravel()
+    keys[rng.permutation(np.setdiff1d(np.arange(pairs), places))[: len(twins)]] = twins
     first = plan.vocab - plan.needles * (len(plan.sharpness) - list(plan.sharpness).index(length))
     return Case(np.stack((keys, values), 1).ravel().tolist(), (first + order).tolist(), values[places].tolist())
 
@@ -188,7 +201,7 @@ def ask(folder: Path, cases: Sequence[Case], kind: str, device: str, at_once: in
         for one in cases:
             said = []
             edges = [0, *range(1, len(one.questions), at_once), len(one.questions)]  # the first computes the context
-            for start, end in zip(edges, edges[1:], strict=False):
+            for start, end in itertools.pairwise(edges):
                 prompts = [[*one.context, question] for question in one.questions[start:end]]
                 answers = llm.generate(prompt_token_ids=prompts, sampling_params=greedy)
                 said += [answer.outputs[0].token_ids[0] for answer in answers]
@@ -212,11 +225,16 @@ def summary(found: dict[str, list[list[bool]]], lengths: Sequence[int]) -> dict[
         out[str(length)] = rows = {}
         for kind, all_of in found.items():
             one, other = all_of[index], found[base][index]
-            rows[kind] = {"found": sum(one), "of": len(one)}
+            rows[kind] = {"found": sum(one), "of": len(one), "by_thirds": [sum(part) for part in _thirds(one)]}
             if kind != base:
                 lost = sum(b and not a for a, b in zip(one, other, strict=True))
                 rows[kind] |= {"lost": lost, "won": sum(one) - sum(other) + lost, "difference": interval(one, other)}
     return out
+
+
+def _thirds(found: Sequence[bool]) -> list[Sequence[bool]]:
+    edges = [len(found) * third // 3 for third in range(4)]
+    return [found[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -226,15 +244,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a context, multiples of 16")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="words of --kv-cache-dtype; the others are compared with the first")
-    parser.add_argument("--needles", type=int, default=500)
-    parser.add_argument("--harder", type=float, default=0.0, help="taken from the sharpness of every question")
+    parser.add_argument("--needles", type=int, default=500, help="at most so many in a context")
+    parser.add_argument("--twins", type=int, default=0, help="keys that resemble each needle's, which questions must tell from it")
+    parser.add_argument("--sharpness", type=float, help="of every question, in place of what its length calls for")
     parser.add_argument("--at-once", type=int, default=32, help="questions that are asked together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--side-by-side", action="store_true", help="all kinds at once: nothing is timed")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
-    plan = Plan(asked.needles, 8192, 2048, {length: sharpness(length) - asked.harder for length in asked.lengths})
+    sharp = {length: asked.sharpness or (TWIN_SHARPNESS if asked.twins else sharpness(length)) for length in asked.lengths}
+    plan = Plan(asked.needles, 8192, 2048, sharp, asked.twins)
     if asked.one:
         with tempfile.TemporaryDirectory() as root:
             folder = write(Path(root), Shape(), plan, asked.seed)
@@ -252,12 +272,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         one.wait()
     files = {kind: asked.out / f"needle-{kind}.json" for kind in asked.kinds}
     kept = {kind: json.loads(file.read_text()) for kind, file in files.items() if file.exists()}
-    result = {"sharpness": plan.sharpness, "needles": asked.needles, "lengths": summary(kept, asked.lengths) if kept else {}}
+    result = {
+        "device": _device(asked.device),
+        "sharpness": plan.sharpness,
+        "twins": asked.twins,
+        "lengths": summary(kept, asked.lengths) if kept else {},
+    }
     (asked.out / "needle.json").write_text(json.dumps(result, indent=1))
     for length, rows in result["lengths"].items():
         for kind, row in rows.items():
             print(length, kind, json.dumps(row), flush=True)
     return result
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if name == "cuda" else name
 
 
 if __name__ == "__main__":
