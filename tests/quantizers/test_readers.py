@@ -15,10 +15,10 @@ from stored_formats import FORMATS, Format, Layer, ct, mxfp4, nf4
 from penstock.core.contract.devices import ModelFacts, RunnerConfig
 from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.kernels.linear.scheme import dequantise
+from penstock.kernels.linear.scheme import Scheme, dequantise
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.driver import Driver, Job
-from penstock.plugins.devices.quantising import quantizer_for
+from penstock.plugins.devices.quantising import quantizer_for, say_wide
 from penstock.plugins.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -290,6 +290,14 @@ def test_blocks_that_cross_rows_are_refused(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path, {f"one{end}": value for end, value in layer.tensors.items()})
     with pytest.raises(UnsupportedFeature, match="multiple of 16"):
         reader(FORMATS["bnb nf4"].config).scheme(weights, "one", 16, 24)
+
+
+def test_layers_that_are_held_wide_are_said_with_what_that_costs(caplog: pytest.LogCaptureFixture) -> None:
+    say_wide({Scheme("int8", 48, zeros=True): (3, 1_230_000_000), Scheme("int4"): (1, 0)}, "CUDA")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("3 layers of int8 (groups of 48, zero points) are held in full width on CUDA")
+    assert "1.23 GB more memory" in first
+    assert "int4 (no groups)" in second
 
 
 def test_without_a_configuration_quantised_tensors_are_refused(tmp_path: Path) -> None:
