@@ -1,6 +1,6 @@
 """Measure a folder of Brook's family on the held-out cases as Penstock serves it: quantised or not, with any KV cache, on its own kernels.
 
-Options behind the folder that are not listed here are those of `penstock serve`: ``--quantization int8 --kv-cache-dtype fp8``.
+Options behind the folder that are not listed here are those of `penstock serve`: ``--quantization int8 --kv-cache-dtype fp8 --enforce-eager true``.
 All cases of all sorts are asked at once. Judging and cases are those of ``evaluate``.
 """
 
@@ -43,6 +43,10 @@ def measure(folder: Path, count: int, *, only: str = "", **options: Any) -> dict
     return results
 
 
+def _value(text: str) -> Any:
+    return text == "true" if text in ("true", "false") else int(text) if text.isdigit() else text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a folder."""
     parser = argparse.ArgumentParser(description="Measure a folder on held-out cases as it is served.")
@@ -54,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(arguments)
     if len(rest) % 2 or not all(name.startswith("--") for name in rest[::2]):
         parser.error(f"options of the server come as --name value, not {' '.join(rest)}")
-    served = {
-        name[2:].replace("-", "_"): int(value) if value.isdigit() else value for name, value in zip(rest[::2], rest[1::2], strict=True)
-    }
+    served = {name[2:].replace("-", "_"): _value(value) for name, value in zip(rest[::2], rest[1::2], strict=True)}
     results = measure(options.folder, options.cases, only=options.only, device=options.device, **served)
     for name, sort in results.items():
         print(f"{name}: {sort['right']}/{sort['cases']}")
