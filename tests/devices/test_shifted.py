@@ -43,7 +43,7 @@ def made(
     layer = Shifted(inner, scheme, rows, K, stacked, activation, torch.device("cpu"), gated, head=head)
     meant = []
     for index, count in enumerate(rows):
-        q = quantise(torch.randn(count, K) + 0.7, scheme._replace(permuted=False))  # far from the middle
+        q = quantise(torch.randn(count, K) + 2, scheme._replace(permuted=False))  # far from the middle
         q = q._replace(scheme=scheme, perm=torch.randperm(K).int() if scheme.permuted else None)
         assert q.zeros is not None
         assert q.zeros.abs().max() > 10
