@@ -109,16 +109,18 @@ def method_of(raw: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     return method.lower(), dict(own)
 
 
-def say_wide(wide: Mapping[Scheme, int], device: str) -> None:
-    """One warning a scheme for layers that the device multiplies as wide ones."""
-    for scheme, layers in wide.items():
+def say_wide(wide: Mapping[Scheme, tuple[int, int]], device: str) -> None:
+    """One warning a scheme for layers that the device multiplies as wide ones: how many, and the bytes that this takes."""
+    for scheme, (layers, more) in wide.items():
         log.warning(
-            "%d layers of %s (%s) are held in full width on %s, which has no kernel for them: their values are those of the checkpoint, the memory and the time"
-            " are those of an unquantised model.",
+            "%d layers of %s (%s%s) are held in full width on %s, which has no kernel for them: %.2f GB more memory than as they are stored, and the time of an"
+            " unquantised model; their values are those of the checkpoint.",
             layers,
             scheme.kind,
             f"groups of {scheme.group}" if scheme.group else "no groups",
+            ", zero points" if scheme.zeros else "",
             device,
+            more / 1e9,
         )
 
 

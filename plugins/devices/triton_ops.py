@@ -31,6 +31,7 @@ from penstock.kernels.w8a8 import triton as w8a8
 from penstock.kernels.w8a8.rounding import quantise_rows
 from penstock.kernels.w8a8.rows import STEP, Rounded, Rounding
 from penstock.plugins.devices.ops import Ahead, Settings
+from penstock.plugins.devices.shifted import Shifted, unshifted
 from penstock.plugins.models.api import Columns, Linear, Model, Program, QuantisedLinear, Stacked
 
 Tensor = torch.Tensor
@@ -261,6 +262,10 @@ class TritonOps:
     ) -> QuantisedLinear | None:
         """See Ops. Inputs are rounded where the scheme says so, and only then: where that takes many rows, never in deterministic mode, for then a row's result would depend on what
         else is in the step."""
+        device = self.linear_space.device
+        if scheme.kind == "int8" and scheme.zeros and not self.deterministic:
+            plain = self.quantised(unshifted(scheme), rows, inputs, None, head=True)
+            return None if plain is None else Shifted(plain, scheme, rows, inputs, bias, activation, device, gated, head=head)
         if not layout.supports(scheme) or (scheme.permuted and len(rows) > 1):
             return None
         self._widest_quantised = max(self._widest_quantised, inputs)
@@ -269,7 +274,7 @@ class TritonOps:
         blocks = w8a8.supports_blocks(scheme) and always and not any(part % STEP for part in rows)
         eight = w8a8.supports(scheme) and not scheme.permuted and (always or (not self.deterministic and gpu.chained()["PDL"]))
         make = TritonEight if blocks or eight else TritonQuantised
-        return make(scheme, rows, inputs, bias, self, device=self.linear_space.device, activation=activation, head=head)
+        return make(scheme, rows, inputs, bias, self, device=device, activation=activation, head=head)
 
     def wide_space(self, dtype: torch.dtype) -> Tensor:
         """Memory in which pieces of quantised weights are widened, shared by all layers: taken when it is first asked for."""

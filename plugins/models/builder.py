@@ -63,7 +63,7 @@ class Given:
 
 
 class Builder:
-    """`nbytes` counts what was built, a tied head once; `wide` the layers that are quantised in the checkpoint, but not on the device; `rounded` is how the output
+    """`nbytes` counts what was built, a tied head once; `wide` the layers that are quantised in the checkpoint, but not on the device, and the bytes that this takes; `rounded` is how the output
     head was quantised while it was loaded."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Builder:
         self.device = device
         self.nbytes = 0
         self.rounded: Scheme | None = None
-        self.wide: dict[Scheme, int] = {}
+        self.wide: dict[Scheme, tuple[int, int]] = {}
         self.weights = weights
         self._quantizer = quantizer
         self._rounding = rounding
@@ -217,7 +217,10 @@ class Builder:
             None if make is None else make(scheme, [part.rows for part in parts], inputs, bias, activation, head=head)
         )
         if layer is None:
-            self.wide[scheme] = self.wide.get(scheme, 0) + 1
+            layers, more = self.wide.get(scheme, (0, 0))
+            elements = sum(part.rows for part in parts) * inputs
+            as_stored = sum(scheme.nbytes(part.rows, inputs) for part in parts)
+            self.wide[scheme] = layers + 1, more + elements * self.dtype.itemsize - as_stored
             return None
         for index, part in enumerate(parts):
             self._do(lambda index=index, part=part: layer.fill(index, self._read(part.name, scheme, part.rows, inputs)))  # type: ignore[misc]

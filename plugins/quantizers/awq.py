@@ -7,39 +7,53 @@ What it does not know: devices.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from penstock.kernels.linear.scheme import Quantised, Scheme, pack_nibbles
 from penstock.plugins.quantizers.fields import FLOATING, Fields, divides, has, invented, makes_up, stored, words_to_codes
+from penstock.plugins.quantizers.overrides import Rules, contradicted, said
 
 OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class Form(NamedTuple):
+    """How a layer is stored."""
+
+    group: int
+    zeros: bool
+
+    def __str__(self) -> str:
+        return f"4 bits, {f'groups of {self.group}' if self.group else 'a scale a row'}"
 
 
 class Awq:
     """See plugins/models/api.py: Quantizer."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], rules: Rules = ()) -> None:
+        """`rules`: of layers with settings of their own."""
         fields = Fields(config)
-        name = "bits" if config.get("bits") is not None else "w_bit"
-        if fields.integer(name) != 4:
-            raise fields.refuse(name, "is not supported, only 4.")
-        self._group = fields.group("group_size" if config.get("group_size") is not None else "q_group_size")
-        self._zeros = fields.flag("zero_point", True)
+        self._form = _form(fields)
         form = "version" if config.get("version") is not None else "format"
         fields.word(form, "gemm", "gemm")
-        self.method = f"awq, 4 bits, {f'groups of {self._group}' if self._group else 'a scale a row'}"
+        self._rules = [(rule.matches, None if rule.fields is None else _form(rule.fields)) for rule in rules]
+        self.method = said(
+            f"awq, {self._form}", [str(form) for _, form in self._rules if form is not None and str(form) != str(self._form)]
+        )
 
     def scheme(self, weights: Any, layer: str, rows: int, inputs: int) -> Scheme | None:
         """See Quantizer."""
-        scheme = Scheme("int4", self._group if self._group < inputs else 0, zeros=self._zeros)
+        form = next((form for matches, form in self._rules if matches(layer)), self._form)
         if makes_up(weights):
-            return scheme if layer != "lm_head" else None
+            return None if form is None or layer == "lm_head" else _scheme(form, inputs)
         if not has(weights, f"{layer}.qweight"):
             return None
+        if form is None:
+            raise contradicted(layer)
         divides(layer, "outputs", rows, 8)
-        return scheme
+        return _scheme(form, inputs)
 
     def read(self, weights: Any, layer: str, scheme: Scheme, rows: int, inputs: int, device: torch.device) -> Quantised:
         """See Quantizer."""
@@ -55,6 +69,18 @@ class Awq:
         else:
             weights.ignore(f"{layer}.qzeros")
         return Quantised(scheme, rows, inputs, pack_nibbles(_in_order(words).t()).contiguous(), scales.t().contiguous(), zeros)
+
+
+def _form(fields: Fields) -> Form:
+    name = "bits" if fields.config.get("bits") is not None else "w_bit"
+    if fields.integer(name) != 4:
+        raise fields.refuse(name, "is not supported, only 4.")
+    group = fields.group("group_size" if fields.config.get("group_size") is not None else "q_group_size")
+    return Form(group, fields.flag("zero_point", True))
+
+
+def _scheme(form: Form, inputs: int) -> Scheme:
+    return Scheme("int4", form.group if form.group < inputs else 0, zeros=form.zeros)
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:

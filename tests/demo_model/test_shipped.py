@@ -11,6 +11,7 @@ import brook_chat as chat
 import brook_corpus
 import brook_model
 import evaluate
+import evaluate_served
 import jinja2
 import jinja2.sandbox
 import pytest
@@ -169,3 +170,9 @@ def test_transformers_loads_it_and_agrees(folder: Path, tokenizer: Tokenizer) ->
     with torch.inference_mode():
         logits = theirs(torch.tensor([ids])).logits[0]
     assert brook_model.argmax_along(ours, [prompt[:1]], [ids[1:]])[0] == logits[:-1].argmax(-1).tolist()
+
+
+def test_what_is_served_is_judged_alike() -> None:
+    results = evaluate_served.measure(brook_path(), 3, only="^(addition|tool call, one tool)$", device="cpu", kv_cache_dtype="int8")
+    assert {name: sort["cases"] for name, sort in results.items()} == {"addition": 3, "tool call, one tool": 3}
+    assert all(sort["right"] >= 2 for sort in results.values())

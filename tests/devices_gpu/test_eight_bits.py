@@ -82,3 +82,21 @@ def test_in_deterministic_mode_a_row_is_the_same_in_any_batch(scheme: Scheme, ac
     every = made(x)
     for start, end in ((0, 1), (699, 700), (3, 60), (100, 400)):
         assert torch.equal(made(x[start:end]), every[start:end])
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8", zeros=True), Scheme("int8", 128, zeros=True), Scheme("int8", 32, zeros=True)], ids=str)
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("rows", [1, 40, 1100])
+def test_zero_points_of_integers(scheme: Scheme, activation: str, rows: int) -> None:
+    _, made, meant = layer(scheme, [256, 256] if activation else [256, 128, 128], activation)
+    x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
+    want = x.cpu().double() @ meant.T
+    want = gated(activation, want) if activation else want
+    assert (made(x).cpu().double() - want).norm() <= 0.01 * want.norm()
+
+
+def test_zero_points_of_integers_are_wide_where_bits_must_not_depend_on_a_batch() -> None:
+    from penstock.plugins.devices.triton_ops import TritonOps
+
+    ops = TritonOps(cast("Any", Facts), torch.device("cuda"), max_rows=8, deterministic=True)
+    assert ops.quantised(Scheme("int8", zeros=True), [256], K, None, "") is None

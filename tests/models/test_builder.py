@@ -139,4 +139,5 @@ def test_a_quantizer_may_bring_layers_of_its_own() -> None:
     for block in model.plain.blocks:
         assert torch.equal(block.down.weight, torch.ones(24, 40))  # type: ignore[attr-defined]
         assert block.qkv.weight.abs().max() > 1  # type: ignore[attr-defined]
-    assert builder.wide == {Scheme("int8"): 2}  # gate and up, which these operations hold wide
+    # gate and up, which these operations hold wide: 80 x 24 float32 in place of a byte each and 80 scales
+    assert builder.wide == {Scheme("int8"): (2, 2 * (80 * 24 * 3 - 80 * 4))}

@@ -15,10 +15,10 @@ from stored_formats import FORMATS, Format, Layer, ct, mxfp4, nf4
 from penstock.core.contract.devices import ModelFacts, RunnerConfig
 from penstock.core.protocol.errors import CheckpointError, ConfigError, UnsupportedFeature
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.kernels.linear.scheme import dequantise
+from penstock.kernels.linear.scheme import Scheme, dequantise
 from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.driver import Driver, Job
-from penstock.plugins.devices.quantising import quantizer_for
+from penstock.plugins.devices.quantising import quantizer_for, say_wide
 from penstock.plugins.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -176,7 +176,6 @@ QUANTIZATION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"quant_method": "gptq", "bits": 3, "group_size": 8}, UnsupportedFeature, "bits"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 0}, CheckpointError, "group_size"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 8, "checkpoint_format": "marlin"}, UnsupportedFeature, "checkpoint_format"),
-    ({"quant_method": "gptq", "bits": 4, "group_size": 8, "dynamic": {"-:.*": {}}}, UnsupportedFeature, "dynamic"),
     ({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemv"}, UnsupportedFeature, "version"),
     ({"quant_method": "awq", "bits": 8, "group_size": 8}, UnsupportedFeature, "bits"),
     ({"quant_method": "auto-round", "bits": 4, "group_size": 8, "packing_format": "auto_round:exllamav2"}, UnsupportedFeature, "packing_format"),
@@ -185,7 +184,6 @@ QUANTIZATION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"]}}}, UnsupportedFeature, "weights"),
     ({"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 2}}}}, UnsupportedFeature, "num_bits"),
     ({**FORMATS["ct w4a16"].config, "transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "weight_output"}, {"location": "input"}]}}}}, UnsupportedFeature, "transform_config"),
-    ({**FORMATS["auto-round gptq"].config, "extra_config": {"a": {"bits": 16}, "b": {"bits": 8}}}, UnsupportedFeature, "extra_config"),
     ({"quant_method": "fp8", "weight_block_size": [128]}, CheckpointError, "weight_block_size"),
     ({"quant_method": "fp8", "activation_scheme": "none"}, UnsupportedFeature, "activation_scheme"),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, UnsupportedFeature, "quant_algo"),
@@ -292,6 +290,14 @@ def test_blocks_that_cross_rows_are_refused(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path, {f"one{end}": value for end, value in layer.tensors.items()})
     with pytest.raises(UnsupportedFeature, match="multiple of 16"):
         reader(FORMATS["bnb nf4"].config).scheme(weights, "one", 16, 24)
+
+
+def test_layers_that_are_held_wide_are_said_with_what_that_costs(caplog: pytest.LogCaptureFixture) -> None:
+    say_wide({Scheme("int8", 48, zeros=True): (3, 1_230_000_000), Scheme("int4"): (1, 0)}, "CUDA")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("3 layers of int8 (groups of 48, zero points) are held in full width on CUDA")
+    assert "1.23 GB more memory" in first
+    assert "int4 (no groups)" in second
 
 
 def test_without_a_configuration_quantised_tensors_are_refused(tmp_path: Path) -> None:

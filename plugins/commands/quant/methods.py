@@ -73,18 +73,20 @@ def gptq(weight: Tensor, upper: Tensor, scheme: Scheme, scale_dtype: torch.dtype
     grouped = scheme.group and scheme.rows == 1
     for start in range(0, k, LAZY):
         end = min(start + LAZY, k)
-        errors = torch.empty(left.shape[0], end - start, dtype=torch.float64)
+        piece = left[:, start:end].T.contiguous()  # a column lies together
+        errors = torch.empty_like(piece)
         for j in range(start, end):
+            own = piece[j - start]
             if grouped and j % scheme.group == 0:
                 # up to date within this piece only; a group is never wider than one
-                group = left[:, j : j + scheme.group].float()
+                group = torch.cat((piece[j - start : j - start + scheme.group].T, left[:, end : j + scheme.group]), 1).float()
                 scales[:, j // scheme.group] = quantise(group, scheme._replace(group=0), scale_dtype).scales[:, 0]
             column = _column(scales, scheme, j, left.shape[0])
-            rounded = nearest((left[:, j : j + 1] / column).float(), scheme.kind).double() * column
+            rounded = nearest((own[:, None] / column).float(), scheme.kind).double() * column
             done[:, j] = rounded[:, 0]
-            errors[:, j - start] = (left[:, j] - rounded[:, 0]) / upper[j, j]
-            left[:, j + 1 : end] -= errors[:, j - start, None] * upper[j, None, j + 1 : end]
-        left[:, end:] -= errors @ upper[start:end, end:]
+            errors[j - start] = (own - rounded[:, 0]) / upper[j, j]
+            piece[j - start + 1 :] -= upper[j, j + 1 : end, None] * errors[j - start]
+        left[:, end:] -= errors.T @ upper[start:end, end:]
     return quantise(done.float(), scheme, scale_dtype, scales)
 
 
