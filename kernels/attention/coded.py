@@ -30,8 +30,6 @@ from penstock.kernels.gpu import interpreting, tuned
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import INTERPRETED, fetch_ahead, launched, make_room, narrow, wait
 
-RAISE = 14
-"""Weighted probabilities are at most two to this, so that as float16 small ones keep their digits."""
 KV_LAYOUT = "paged-codes-v1"
 """Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
 
@@ -142,42 +140,113 @@ def _power(x):
 
 
 @triton.jit
+def _e4m3(x):
+    """float32 rounded to E4M3; float32 still under the interpreter, whose own cast is another."""
+    if INTERPRETED:
+        return value_of(code_of(x, x * 0.0 + 1.0, "fp8_e4m3", 448.0), "fp8_e4m3")
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _halves(x, KIND: tl.constexpr):
+    """float32 x [N, M] of at most 256 (int8: 127) in size as pairs of 8-bit numbers [N, 2 M]: x = first + second / 16 (int8: 254)."""
+    shape: tl.constexpr = (x.shape[0], 2 * x.shape[1])
+    if KIND == "int8":
+        near = x + 12582912.0
+        rest = (x - (near - 12582912.0)) * 254.0 + 12582912.0
+        both = tl.reshape(tl.join(near, rest), shape).to(tl.int32, bitcast=True).to(tl.int8)
+        if INTERPRETED:
+            both = both.to(tl.float32)
+        return both
+    else:
+        near = _e4m3(x).to(tl.float32)
+        return _e4m3(tl.reshape(tl.join(near, (x - near) * 16.0), shape))
+
+
+@triton.jit
+def _product(codes, halves, KIND: tl.constexpr, CARRY: tl.constexpr):
+    """codes [N, K] @ (what halves [K, 2 M] stand for): [N, M] float32, not one more than CARRY columns summed up in the matrix unit, which keeps some 14 bits of FP8's sums."""
+    M: tl.constexpr = halves.shape[1] // 2
+    N: tl.constexpr = codes.shape[0]
+    if INTERPRETED:
+        both = tl.dot(value_of(codes, KIND), halves, input_precision="ieee")
+    elif KIND == "int8":
+        both = tl.dot(codes, halves, out_dtype=tl.int32).to(tl.float32)
+    elif CARRY < codes.shape[1]:
+        both = tl.dot(codes, halves, max_num_imprecise_acc=CARRY)
+    else:
+        both = tl.dot(codes, halves)
+    first, second = tl.split(tl.reshape(both, (N, M, 2)))
+    return first + second * (0.003937007874015748 if KIND == "int8" else 0.0625)
+
+
+@triton.jit
+def _typed(pointer, KIND: tl.constexpr):
+    if INTERPRETED:
+        return pointer
+    elif KIND == "int8":
+        return pointer.to(tl.pointer_type(tl.int8))
+    elif KIND == "fp8_e4m3":
+        return pointer.to(tl.pointer_type(tl.float8e4nv))
+    else:
+        return pointer.to(tl.pointer_type(tl.float8e5))
+
+
+@triton.jit
+def _retyped(codes, KIND: tl.constexpr):
+    if INTERPRETED:
+        return codes
+    elif KIND == "int8":
+        return codes.to(tl.int8, bitcast=True)
+    elif KIND == "fp8_e4m3":
+        return codes.to(tl.float8e4nv, bitcast=True)
+    else:
+        return codes.to(tl.float8e5, bitcast=True)
+
+
+@triton.jit
 def _keys(
-    acc, m, z, q, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
+    acc, m, z, q, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
-    RECIPE: tl.constexpr, RAISE: tl.constexpr,
+    CARRY: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, M] in units of
-    q_power. Acc and z are 2**(m - RAISE) times smaller than they say."""
+    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, 2 M],
+    halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap)."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
-    if SOFTCAP:
-        to2 = q_power * 0.0 + 1.4426950408889634
-    else:
-        to2 = scale2 * q_power
+    TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
+    if NEXT and not MASK:
+        following = pages_of(table, start + n, length, True, SIZE)
     for first in range(start, end, BLOCK_N):
         at = first + n
-        page = pages_of(table, at, length, MASK, SIZE)
+        if NEXT and not MASK:
+            page = following
+            following = pages_of(table, tl.minimum(first + BLOCK_N, end - BLOCK_N) + n, length, False, SIZE)
+        else:
+            page = pages_of(table, at, length, MASK, SIZE)
         inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
         where = (page * kb + base + inside * D)[:, None] + d[None, :]
         where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
-        if DP == D:
-            codes = tl.load(k + where)
-            more = tl.load(v + where_v)
-        else:
-            codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
-            more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
         if MASK:  # what was never written may be codes that are no numbers
-            codes = tl.where((at < length)[:, None], codes, 0)
-            more = tl.where((at < length)[None, :], more, 0)
-        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
-        if INTERPRETED:
-            s = tl.dot(widen(codes, KIND, RECIPE, False), q, input_precision="ieee")
+            if DP == D:
+                codes = tl.load(k + where)
+                more = tl.load(v + where_v)
+            else:
+                codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
+                more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
+            codes = _retyped(tl.where((at < length)[:, None], codes, 0), KIND)
+            more = _retyped(tl.where((at < length)[None, :], more, 0), KIND)
+        elif DP == D:
+            codes = tl.load(_typed(k, KIND) + where)
+            more = tl.load(_typed(v, KIND) + where_v)
         else:
-            s = tl.dot(widen(codes, KIND, RECIPE, False), q)
-        s = s * k_scale[:, None]
+            codes = tl.load(_typed(k, KIND) + where, mask=(d < D)[None, :], other=0)
+            more = tl.load(_typed(v, KIND) + where_v, mask=(d < D)[:, None], other=0)
+        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
+        s = _product(codes, q, KIND, CARRY) * k_scale[:, None] * to2[None, :]
         if SOFTCAP:
-            s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * (scale2 * q_power)[None, :])))
+            s = (soft * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
         v_scale = tl.where(
             v_scale < 8.470329472543003e-22, 8.470329472543003e-22, v_scale
         )  # 2**-70: z must not overflow where all values are 0
@@ -187,17 +256,15 @@ def _keys(
             if WINDOW:
                 seen = seen & (at >= length - window)
             weight = tl.where(seen, weight, float("-inf"))
-        s = s * to2[None, :] + weight[:, None]
-        top = tl.maximum(m, tl.max(s, 0))
+        s = s + weight[:, None]
+        here = tl.max(s, 0)
+        top = tl.maximum(m, here)
+        p = tl.exp2(s - (tl.where(here == float("-inf"), 0.0, here) - TOP)[None, :])
         shift = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(s - (shift - RAISE)[None, :])
         fade = tl.exp2(m - shift)
-        z = z * fade[None, :] + p * (1.0 / v_scale)[:, None]
-        acc = acc * fade[None, :]
-        if INTERPRETED:
-            acc = tl.dot(widen(more, KIND, RECIPE, False), p, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(widen(more, KIND, RECIPE, False), p.to(tl.float16), acc)
+        gain = tl.exp2(here - shift)
+        z = z * fade[None, :] + p * gain[None, :] * (1.0 / v_scale)[:, None]
+        acc = acc * fade[None, :] + _product(more, _halves(p, KIND), KIND, CARRY) * gain[None, :]
         m = top
     return acc, m, z
 
@@ -208,7 +275,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -250,38 +317,37 @@ def split(
         head = group * GROUP + offs
         tile_mask = (d < D)[:, None] & real[None, :]
         queries = tl.load(q + row * q_stride + (head * D)[None, :] + d[:, None], mask=tile_mask, other=0.0)
-        wide = queries.to(tl.float32)
-        q_power, inverse = _power(tl.max(tl.abs(wide), 0))
-        if INTERPRETED:
-            queries = wide * inverse[None, :]
-        else:  # what is lost is below 2**-24 of the head's largest
-            queries = (wide * inverse[None, :]).to(tl.float16)
+        unit, inverse = _power(tl.max(tl.abs(queries.to(tl.float32)), 0))
+        MOST: tl.constexpr = 63.5 if KIND == "int8" else 128.0
+        queries = _halves(queries.to(tl.float32) * (inverse * MOST)[None, :], KIND)
+        to2 = unit * (scale2 / MOST)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         parts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         acc = tl.zeros([DP, BLOCK_M], tl.float32)
         whole = start + (end - start) // BLOCK_N * BLOCK_N
         if not WINDOW:
             acc, m, parts = _keys(
-                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
-                False, False, SOFTCAP, KIND, RECIPE, RAISE,
+                acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, whole, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, False,
+                False, SOFTCAP, KIND, CARRY, NEXT,
             )  # fmt: skip
             start = whole
         acc, m, parts = _keys(
-                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND, RECIPE, RAISE,
+            acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
+            WINDOW, SOFTCAP, KIND, CARRY, NEXT,
         )  # fmt: skip
         z = tl.sum(parts, 0)
+        TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
         if SINKS and span <= size:
             sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
             top = tl.maximum(m, sink)
             fade = tl.exp2(m - top)
-            z = z * fade + tl.exp2(sink - top + RAISE)
+            z = z * fade + tl.exp2(sink - top + TOP)
             acc = acc * fade[None, :]
             m = top
         some = z > 0.0
         safe = tl.where(some, z, 1.0)
         result = acc / safe[None, :]
-        total = tl.where(some, m - RAISE + tl.log2(safe), float("-inf"))
+        total = tl.where(some, m - TOP + tl.log2(safe), float("-inf"))
         if span <= size:
             tl.store(out + row * HEADS * D + (head * D)[None, :] + d[:, None], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
@@ -347,4 +413,4 @@ def exact(codes: Codes, dtype: torch.dtype) -> dict[str, Any]:
 
 def arguments(codes: Codes) -> dict[str, Any]:
     """What `split` has to know of the codes."""
-    return {"KIND": codes.kind, "RECIPE": RECIPES[f"{codes.kind}, short", False], "RAISE": RAISE}
+    return {"KIND": codes.kind}

@@ -634,13 +634,13 @@ def decode_attention(
         counters is None or (counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads), "counters must be int32, [R * Hkv]"
     )
     common = {"WINDOW": window > 0, "SINKS": sinks is not None, "LSE": lse is not None, "MIXED": mixed}
-    where = {"HEADS": heads, "GROUP": group, "D": dim, "DP": padded, "SIZE": k_cache.shape[2], "BLOCK_M": block_m, "SOFTCAP": softcap > 0}
+    where = {"HEADS": heads, "GROUP": group, "D": dim, "DP": padded if codes is None or deterministic else max(32, padded), "SIZE": k_cache.shape[2], "BLOCK_M": block_m, "SOFTCAP": softcap > 0}
     where |= {"ROWS": table_rows is not None, "FUSED": fused, "GROUP_P": power(group), **common}
     settings = (soft, window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1))
     if codes is not None and not deterministic:
         coded.split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, "CARRY": 32, "NEXT": 0, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](
