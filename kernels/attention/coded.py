@@ -150,34 +150,43 @@ def _e4m3(x):
 
 @triton.jit
 def _halves(x, KIND: tl.constexpr):
-    """float32 x [N, M] of at most 256 (int8: 127) in size as pairs of 8-bit numbers [N, 2 M]: x = first + second / 16 (int8: 254)."""
-    shape: tl.constexpr = (x.shape[0], 2 * x.shape[1])
+    """float32 x [N, M] of at most 256 (int8: 127) in size as pairs of 8-bit numbers [N, 16 or 2 M]: x = first + second / 16 (int8: 254). Matrix instructions
+    want 16 columns: what is missing is zeros."""
+    N: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
     if KIND == "int8":
         near = x + 12582912.0
         rest = (x - (near - 12582912.0)) * 254.0 + 12582912.0
-        both = tl.reshape(tl.join(near, rest), shape).to(tl.int32, bitcast=True).to(tl.int8)
-        if INTERPRETED:
-            both = both.to(tl.float32)
-        return both
     else:
         near = _e4m3(x).to(tl.float32)
-        return _e4m3(tl.reshape(tl.join(near, (x - near) * 16.0), shape))
+        rest = (x - near) * 16.0
+    both = tl.reshape(tl.join(near, rest), (N, 2 * M))
+    if M == 4:
+        both = tl.reshape(tl.permute(tl.join(both, tl.zeros_like(both)), (0, 2, 1)), (N, 16))
+    if KIND != "int8":
+        return _e4m3(both)
+    elif INTERPRETED:
+        return both.to(tl.int32, bitcast=True).to(tl.int8).to(tl.float32)
+    else:
+        return both.to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
-def _product(codes, halves, KIND: tl.constexpr, CARRY: tl.constexpr):
-    """codes [N, K] @ (what halves [K, 2 M] stand for): [N, M] float32, not one more than CARRY columns summed up in the matrix unit, which keeps some 14 bits of FP8's sums."""
-    M: tl.constexpr = halves.shape[1] // 2
+def _product(codes, halves, M: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr):
+    """codes [N, K] @ (what halves [K, 16 or 2 M] stand for): [N, M] float32, not one more than CARRY columns summed up in the matrix unit, which keeps some 14
+    bits of FP8's sums."""
     N: tl.constexpr = codes.shape[0]
     if INTERPRETED:
         both = tl.dot(value_of(codes, KIND), halves, input_precision="ieee")
     elif KIND == "int8":
-        both = tl.dot(codes, halves, out_dtype=tl.int32).to(tl.float32)
+        both = tl.dot(codes, halves, out_dtype=tl.int32)
     elif CARRY < codes.shape[1]:
         both = tl.dot(codes, halves, max_num_imprecise_acc=CARRY)
     else:
         both = tl.dot(codes, halves)
-    first, second = tl.split(tl.reshape(both, (N, M, 2)))
+    if M == 4:
+        both, _ = tl.split(tl.permute(tl.reshape(both, (N, 2, 8)), (0, 2, 1)))
+    first, second = tl.split(tl.reshape(both.to(tl.float32), (N, M, 2)))
     return first + second * (0.003937007874015748 if KIND == "int8" else 0.0625)
 
 
@@ -216,13 +225,16 @@ def _keys(
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
+    FEW: tl.constexpr = BLOCK_N // SIZE if BLOCK_N > SIZE else 1
+    few = tl.arange(0, FEW)
     if NEXT and not MASK:
-        following = pages_of(table, start + n, length, True, SIZE)
+        following = tl.load(table + start // SIZE + few, mask=few * SIZE < end - start, other=0)
     for first in range(start, end, BLOCK_N):
         at = first + n
         if NEXT and not MASK:
-            page = following
-            following = pages_of(table, tl.minimum(first + BLOCK_N, end - BLOCK_N) + n, length, False, SIZE)
+            page = tl.reshape(tl.broadcast_to(following[:, None], (FEW, BLOCK_N // FEW)), (BLOCK_N,))
+            page = tl.max_constancy(page.to(tl.int64), [16])
+            following = tl.load(table + tl.minimum(first + BLOCK_N, end - BLOCK_N) // SIZE + few)
         else:
             page = pages_of(table, at, length, MASK, SIZE)
         inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
@@ -241,16 +253,17 @@ def _keys(
             codes = tl.load(_typed(k, KIND) + where)
             more = tl.load(_typed(v, KIND) + where_v)
         else:
-            codes = tl.load(_typed(k, KIND) + where, mask=(d < D)[None, :], other=0)
-            more = tl.load(_typed(v, KIND) + where_v, mask=(d < D)[:, None], other=0)
+            codes = tl.load(_typed(k, KIND) + where, mask=(d < D)[None, :], other=0.0)
+            more = tl.load(_typed(v, KIND) + where_v, mask=(d < D)[:, None], other=0.0)
         k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
-        s = _product(codes, q, KIND, CARRY) * k_scale[:, None] * to2[None, :]
+        s = _product(codes, q, m.shape[0], KIND, CARRY) * k_scale[:, None] * to2[None, :]
         if SOFTCAP:
             s = (soft * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
         v_scale = tl.where(
             v_scale < 8.470329472543003e-22, 8.470329472543003e-22, v_scale
         )  # 2**-70: z must not overflow where all values are 0
-        weight = tl.log2(v_scale)
+        log_scale = tl.log2(v_scale)
+        weight = log_scale
         if MASK:
             seen = at < length
             if WINDOW:
@@ -259,12 +272,15 @@ def _keys(
         s = s + weight[:, None]
         here = tl.max(s, 0)
         top = tl.maximum(m, here)
-        p = tl.exp2(s - (tl.where(here == float("-inf"), 0.0, here) - TOP)[None, :])
-        shift = tl.where(top == float("-inf"), 0.0, top)
+        shift = top
+        if MASK:
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            here = tl.where(here == float("-inf"), shift, here)
+        p = tl.exp2(s - (here - TOP)[None, :])
         fade = tl.exp2(m - shift)
         gain = tl.exp2(here - shift)
-        z = z * fade[None, :] + p * gain[None, :] * (1.0 / v_scale)[:, None]
-        acc = acc * fade[None, :] + _product(more, _halves(p, KIND), KIND, CARRY) * gain[None, :]
+        z = z * fade[None, :] + p * gain[None, :] * tl.exp2(-log_scale)[:, None]
+        acc = acc * fade[None, :] + _product(more, _halves(p, KIND), m.shape[0], KIND, CARRY) * gain[None, :]
         m = top
     return acc, m, z
 

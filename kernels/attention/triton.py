@@ -628,7 +628,7 @@ def decode_attention(
     partial, partial_lse, partial_z = workspace[: cells * dim], workspace[cells * dim :][:cells], workspace[cells * (dim + 1) :][:cells]
     scale2, soft = _scales(scale, softcap)
     group, padded = heads // kv_heads, max(16, power(dim))
-    block_m = max(16 if codes is None or deterministic else 8, power(group), config.pop("BLOCK_M", 0))
+    block_m = max(16 if codes is None or deterministic else 4, power(group), config.pop("BLOCK_M", 0))
     fused = counters is not None and power(group) * splits * padded <= FUSED_ELEMENTS
     require(
         counters is None or (counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads), "counters must be int32, [R * Hkv]"
@@ -640,7 +640,7 @@ def decode_attention(
     if codes is not None and not deterministic:
         coded.split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, "CARRY": 32, "NEXT": 0, **config},
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, "CARRY": 32, "NEXT": 1, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](
