@@ -1,17 +1,19 @@
-"""Decode attention over a cache in 8 bits, in Triton: split KV as in triton.py, but with codes that go from memory to registers as they are.
+"""Decode attention over a cache in 8 bits, in Triton: split KV as in triton.py, but the matrix units multiply the codes as they lie in memory.
 
     s[j, h] = k_scale[j] * (value(K[j]) . q[h]);   out[h] = sum_j (w_j v_scale[j]) value(V[j]) / sum_j w_j,   w_j = exp(f(scale * s[j, h]))
 
 What it is: the kernel of one query row a sequence, where bits may depend on how the keys were cut (deterministic mode reads codes by triton.py's kernels).
-Both products are computed transposed: keys are the rows of the first one and dimensions those of the second, so that the codes are the operand which the
-matrix instructions take from registers. They are widened there to float16, exactly and with few instructions (quantised/recipes.py), and never lie anywhere wide.
-For the second product a value's codes lie in the page by dimension, [Hkv, D, block_size]: a thread needs several keys of one dimension. A head's queries
-are float16 in units of a power of two. A value's scale enters the exponent, so that what is rounded to float16 is at most 1 whatever the scales are:
+Both products are computed transposed, keys or dimensions being the rows, and both are of 8-bit numbers, so that codes are never widened: whatever they are
+multiplied with, a head's queries in units of a power of two or its probabilities, is a sum of two such numbers, which are two columns (`_halves`). For the
+second product a value's codes lie in the page by dimension, [Hkv, D, block_size]. A value's scale enters the exponent, and a block of keys B has a maximum of
+its own, so that what is rounded is measured by its neighbours alone and is as exact for any scales and however far apart blocks are:
 
-    p_j = 2 ** (s_j + log2 v_scale[j] - m),  m = max_j (s_j + log2 v_scale[j]);   out = sum_j p_j value(V[j]) / sum_j (p_j / v_scale[j])
+    p_j = 2 ** (s_j + log2 v_scale[j] - m_B),  m_B = max_{j in B} (s_j + log2 v_scale[j])
+    out = sum_B 2 ** m_B sum_{j in B} p_j value(V[j]) / sum_B 2 ** m_B sum_{j in B} p_j / v_scale[j]
 
-All sums are float32, and each piece of a row has its own: no sum is as long as the context.
+Sums are float32 (integers within a block of int8), and each piece of a row has its own: no sum is as long as the context.
 What it does not know: who owns a block, slots, layers.
+Long: the kernel stands beside the numbers that it multiplies.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return, attr-defined"
@@ -172,18 +174,16 @@ def _halves(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _product(codes, halves, M: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr):
-    """codes [N, K] @ (what halves [K, 16 or 2 M] stand for): [N, M] float32, not one more than CARRY columns summed up in the matrix unit, which keeps some 14
-    bits of FP8's sums."""
+def _product(codes, halves, M: tl.constexpr, KIND: tl.constexpr):
+    """codes [N, K] @ (what halves [K, 16 or 2 M] stand for): [N, M] float32. The matrix units keep some 14 bits of FP8's sums, so that they are carried
+    on every 32 columns."""
     N: tl.constexpr = codes.shape[0]
     if INTERPRETED:
         both = tl.dot(value_of(codes, KIND), halves, input_precision="ieee")
     elif KIND == "int8":
         both = tl.dot(codes, halves, out_dtype=tl.int32)
-    elif CARRY < codes.shape[1]:
-        both = tl.dot(codes, halves, max_num_imprecise_acc=CARRY)
     else:
-        both = tl.dot(codes, halves)
+        both = tl.dot(codes, halves, max_num_imprecise_acc=32)
     if M == 4:
         both, _ = tl.split(tl.permute(tl.reshape(both, (N, 2, 8)), (0, 2, 1)))
     first, second = tl.split(tl.reshape(both.to(tl.float32), (N, M, 2)))
@@ -192,6 +192,7 @@ def _product(codes, halves, M: tl.constexpr, KIND: tl.constexpr, CARRY: tl.const
 
 @triton.jit
 def _typed(pointer, KIND: tl.constexpr):
+    """A pointer to bytes as one to what they are."""
     if INTERPRETED:
         return pointer
     elif KIND == "int8":
@@ -204,6 +205,7 @@ def _typed(pointer, KIND: tl.constexpr):
 
 @triton.jit
 def _retyped(codes, KIND: tl.constexpr):
+    """Bytes as what they are."""
     if INTERPRETED:
         return codes
     elif KIND == "int8":
@@ -218,20 +220,20 @@ def _retyped(codes, KIND: tl.constexpr):
 def _keys(
     acc, m, z, q, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
-    CARRY: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, 2 M],
-    halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap)."""
+    halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap). Acc and z are 2**(m - TOP) times smaller than they say. Not MASK: page
+    numbers are read a block ahead, so that no load waits for another."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
     FEW: tl.constexpr = BLOCK_N // SIZE if BLOCK_N > SIZE else 1
     few = tl.arange(0, FEW)
-    if NEXT and not MASK:
+    if not MASK:
         following = tl.load(table + start // SIZE + few, mask=few * SIZE < end - start, other=0)
     for first in range(start, end, BLOCK_N):
         at = first + n
-        if NEXT and not MASK:
+        if not MASK:
             page = tl.reshape(tl.broadcast_to(following[:, None], (FEW, BLOCK_N // FEW)), (BLOCK_N,))
             page = tl.max_constancy(page.to(tl.int64), [16])
             following = tl.load(table + tl.minimum(first + BLOCK_N, end - BLOCK_N) // SIZE + few)
@@ -256,7 +258,7 @@ def _keys(
             codes = tl.load(_typed(k, KIND) + where, mask=(d < D)[None, :], other=0.0)
             more = tl.load(_typed(v, KIND) + where_v, mask=(d < D)[:, None], other=0.0)
         k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
-        s = _product(codes, q, m.shape[0], KIND, CARRY) * k_scale[:, None] * to2[None, :]
+        s = _product(codes, q, m.shape[0], KIND) * k_scale[:, None] * to2[None, :]
         if SOFTCAP:
             s = (soft * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
         v_scale = tl.where(
@@ -280,7 +282,7 @@ def _keys(
         fade = tl.exp2(m - shift)
         gain = tl.exp2(here - shift)
         z = z * fade[None, :] + p * gain[None, :] * tl.exp2(-log_scale)[:, None]
-        acc = acc * fade[None, :] + _product(more, _halves(p, KIND), m.shape[0], KIND, CARRY) * gain[None, :]
+        acc = acc * fade[None, :] + _product(more, _halves(p, KIND), m.shape[0], KIND) * gain[None, :]
         m = top
     return acc, m, z
 
@@ -291,7 +293,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -344,12 +346,12 @@ def split(
         if not WINDOW:
             acc, m, parts = _keys(
                 acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, whole, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, False,
-                False, SOFTCAP, KIND, CARRY, NEXT,
+                False, SOFTCAP, KIND,
             )  # fmt: skip
             start = whole
         acc, m, parts = _keys(
             acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND, CARRY, NEXT,
+            WINDOW, SOFTCAP, KIND,
         )  # fmt: skip
         z = tl.sum(parts, 0)
         TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
@@ -360,7 +362,7 @@ def split(
             z = z * fade + tl.exp2(sink - top + TOP)
             acc = acc * fade[None, :]
             m = top
-        some = z > 0.0
+        some = z != 0.0  # a sum that is no number stays one
         safe = tl.where(some, z, 1.0)
         result = acc / safe[None, :]
         total = tl.where(some, m - TOP + tl.log2(safe), float("-inf"))
@@ -415,9 +417,19 @@ def check(codes: Codes, q: Tensor, k_cache: Tensor) -> None:
     require(scales.stride()[1:] == (2 * size, 2, 1) and scales.stride(0) % 2 == 0, "a block's scales must be contiguous")
 
 
-def config_of(dim: int) -> dict[str, int]:
-    """Of `split`."""
-    return tuned("attention.coded" if dim <= 128 else "attention.coded.wide")
+def config_of(dim: int, rows: int) -> dict[str, int]:
+    """Of `split`. Many rows fill the device by themselves, few in many pieces (TARGET of all rows together); short pieces are for few rows."""
+    config = dict(tuned("attention.coded" if dim <= 128 else "attention.coded.wide"))
+    target, most = config.pop("TARGET", 0), config.pop("MAX_SPLITS", 0)
+    if "SPLITS" not in config:
+        config["SPLITS"] = max(4, min(most, 1 << (max(1, target // rows).bit_length() - 1)))
+        config["MIN_SPLIT"] = max(config["BLOCK_N"], 2048 // config["SPLITS"])
+    return config
+
+
+def most_pieces(dim: int, rows: int) -> int:
+    """Of all rows together, however many of `rows` there are."""
+    return max((count * config_of(dim, count)["SPLITS"] for count in range(1, rows + 1)), default=0)
 
 
 def exact(codes: Codes, dtype: torch.dtype) -> dict[str, Any]:

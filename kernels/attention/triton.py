@@ -543,7 +543,9 @@ def _descriptors(new_k: Tensor | None, new_v: Tensor | None, dim: int, block_n: 
 
 def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False, codes: bool = False) -> int:
     """float32 elements that `decode_attention` needs for that many rows; `codes`: of a cache in 8 bits."""
-    pieces = SEGMENTS if deterministic else (coded.config_of(head_dim) if codes else _split_config(head_dim))["SPLITS"]
+    if codes and not deterministic:
+        return coded.most_pieces(head_dim, rows) * num_heads * (head_dim + 2)
+    pieces = SEGMENTS if deterministic else _split_config(head_dim)["SPLITS"]
     return rows * num_heads * pieces * (head_dim + 2)
 
 
@@ -619,7 +621,7 @@ def decode_attention(
         }
         counters = None
     else:
-        config = dict(config or (_split_config(dim) if codes is None else coded.config_of(dim)))
+        config = dict(config or (_split_config(dim) if codes is None else coded.config_of(dim, rows)))
     splits = config["SPLITS"]
     cells = rows * heads * splits
     if workspace is None:
@@ -640,7 +642,7 @@ def decode_attention(
     if codes is not None and not deterministic:
         coded.split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, "CARRY": 32, "NEXT": 1, **config},
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](
