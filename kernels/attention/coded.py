@@ -219,11 +219,11 @@ def _retyped(codes, KIND: tl.constexpr):
 @triton.jit
 def _keys(
     acc, m, z, q, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, 2 M],
     halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap). Acc and z are 2**(m - TOP) times smaller than they say. Not MASK: page
-    numbers are read a block ahead, so that no load waits for another."""
+    numbers are read a block ahead, so that no load waits for another; FAR: and L2 is asked for what comes so many blocks later."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
     TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
@@ -231,12 +231,21 @@ def _keys(
     few = tl.arange(0, FEW)
     if not MASK:
         following = tl.load(table + start // SIZE + few, mask=few * SIZE < end - start, other=0)
+        if FAR:
+            last = tl.maximum(end - BLOCK_N, start)
+            line = tl.minimum(tl.arange(0, (DP + 127) // 128) * 128, D - 1)
+            far = tl.load(table + (tl.minimum(start + FAR * BLOCK_N, last) + n) // SIZE, mask=n < end - start, other=0)
     for first in range(start, end, BLOCK_N):
         at = first + n
         if not MASK:
             page = tl.reshape(tl.broadcast_to(following[:, None], (FEW, BLOCK_N // FEW)), (BLOCK_N,))
             page = tl.max_constancy(page.to(tl.int64), [16])
             following = tl.load(table + tl.minimum(first + BLOCK_N, end - BLOCK_N) // SIZE + few)
+            if FAR:
+                lines = (far.to(tl.int64) * kb + base + n % SIZE * D)[:, None] + line[None, :]
+                fetch_ahead(k + lines)
+                fetch_ahead(v + lines)
+                far = tl.load(table + (tl.minimum(first + (FAR + 1) * BLOCK_N, last) + n) // SIZE)
         else:
             page = pages_of(table, at, length, MASK, SIZE)
         inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
@@ -293,7 +302,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, FAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -346,12 +355,12 @@ def split(
         if not WINDOW:
             acc, m, parts = _keys(
                 acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, whole, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, False,
-                False, SOFTCAP, KIND,
+                False, SOFTCAP, KIND, FAR,
             )  # fmt: skip
             start = whole
         acc, m, parts = _keys(
             acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND,
+            WINDOW, SOFTCAP, KIND, FAR,
         )  # fmt: skip
         z = tl.sum(parts, 0)
         TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0

@@ -629,20 +629,20 @@ def decode_attention(
     require(workspace.numel() >= cells * (dim + 2) and workspace.dtype == torch.float32, "the workspace is too small")
     partial, partial_lse, partial_z = workspace[: cells * dim], workspace[cells * dim :][:cells], workspace[cells * (dim + 1) :][:cells]
     scale2, soft = _scales(scale, softcap)
-    group, padded = heads // kv_heads, max(16, power(dim))
+    group, padded = heads // kv_heads, max(16 if codes is None or deterministic else 32, power(dim))
     block_m = max(16 if codes is None or deterministic else 4, power(group), config.pop("BLOCK_M", 0))
     fused = counters is not None and power(group) * splits * padded <= FUSED_ELEMENTS
     require(
         counters is None or (counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads), "counters must be int32, [R * Hkv]"
     )
     common = {"WINDOW": window > 0, "SINKS": sinks is not None, "LSE": lse is not None, "MIXED": mixed}
-    where = {"HEADS": heads, "GROUP": group, "D": dim, "DP": padded if codes is None or deterministic else max(32, padded), "SIZE": k_cache.shape[2], "BLOCK_M": block_m, "SOFTCAP": softcap > 0}
+    where = {"HEADS": heads, "GROUP": group, "D": dim, "DP": padded, "SIZE": k_cache.shape[2], "BLOCK_M": block_m, "SOFTCAP": softcap > 0}
     where |= {"ROWS": table_rows is not None, "FUSED": fused, "GROUP_P": power(group), **common}
     settings = (soft, window, q.stride(0), block_tables.stride(0), k_cache.stride(0), k_cache.stride(1))
     if codes is not None and not deterministic:
         coded.split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, "FAR": 0, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](
