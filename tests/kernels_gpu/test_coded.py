@@ -172,7 +172,8 @@ def test_pieces_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coded, "tuned", lambda name: {"BLOCK_N": 128, "TARGET": 64, "MAX_SPLITS": 32})
     pieces = [coded.config_of(128, rows)["SPLITS"] for rows in (1, 2, 3, 8, 16, 64)]
     assert pieces == [32, 32, 16, 8, 4, 4]
-    assert coded.config_of(128, 1)["MIN_SPLIT"] == 128 and coded.config_of(128, 64)["MIN_SPLIT"] == 512
+    assert coded.config_of(128, 1)["MIN_SPLIT"] == 128
+    assert coded.config_of(128, 64)["MIN_SPLIT"] == 512
     room = kernel.workspace_elements(5, 8, 128, codes=True)
     assert all(rows * coded.config_of(128, rows)["SPLITS"] * 8 * 130 <= room for rows in range(1, 6))
     assert kernel.workspace_elements(0, 8, 128, codes=True) == 0
