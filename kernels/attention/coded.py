@@ -1,17 +1,19 @@
-"""Decode attention over a cache in 8 bits, in Triton: split KV as in triton.py, but with codes that go from memory to registers as they are.
+"""Decode attention over a cache in 8 bits, in Triton: split KV as in triton.py, but the matrix units multiply the codes as they lie in memory.
 
     s[j, h] = k_scale[j] * (value(K[j]) . q[h]);   out[h] = sum_j (w_j v_scale[j]) value(V[j]) / sum_j w_j,   w_j = exp(f(scale * s[j, h]))
 
 What it is: the kernel of one query row a sequence, where bits may depend on how the keys were cut (deterministic mode reads codes by triton.py's kernels).
-Both products are computed transposed: keys are the rows of the first one and dimensions those of the second, so that the codes are the operand which the
-matrix instructions take from registers. They are widened there to float16, exactly and with few instructions (quantised/recipes.py), and never lie anywhere wide.
-For the second product a value's codes lie in the page by dimension, [Hkv, D, block_size]: a thread needs several keys of one dimension. A head's queries
-are float16 in units of a power of two. A value's scale enters the exponent, so that what is rounded to float16 is at most 1 whatever the scales are:
+Both products are computed transposed, keys or dimensions being the rows, and both are of 8-bit numbers, so that codes are never widened: whatever they are
+multiplied with, a head's queries in units of a power of two or its probabilities, is a sum of two such numbers, which are two columns (`_halves`). For the
+second product a value's codes lie in the page by dimension, [Hkv, D, block_size]. A value's scale enters the exponent, and a block of keys B has a maximum of
+its own, so that what is rounded is measured by its neighbours alone and is as exact for any scales and however far apart blocks are:
 
-    p_j = 2 ** (s_j + log2 v_scale[j] - m),  m = max_j (s_j + log2 v_scale[j]);   out = sum_j p_j value(V[j]) / sum_j (p_j / v_scale[j])
+    p_j = 2 ** (s_j + log2 v_scale[j] - m_B),  m_B = max_{j in B} (s_j + log2 v_scale[j])
+    out = sum_B 2 ** m_B sum_{j in B} p_j value(V[j]) / sum_B 2 ** m_B sum_{j in B} p_j / v_scale[j]
 
-All sums are float32, and each piece of a row has its own: no sum is as long as the context.
+Sums are float32 (integers within a block of int8), and each piece of a row has its own: no sum is as long as the context.
 What it does not know: who owns a block, slots, layers.
+Long: the kernel stands beside the numbers that it multiplies.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="no-any-return, attr-defined"
@@ -30,8 +32,6 @@ from penstock.kernels.gpu import interpreting, tuned
 from penstock.kernels.quantised.recipes import RECIPES
 from penstock.kernels.tile import INTERPRETED, fetch_ahead, launched, make_room, narrow, wait
 
-RAISE = 14
-"""Weighted probabilities are at most two to this, so that as float16 small ones keep their digits."""
 KV_LAYOUT = "paged-codes-v1"
 """Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
 
@@ -142,62 +142,156 @@ def _power(x):
 
 
 @triton.jit
+def _e4m3(x):
+    """float32 rounded to E4M3; float32 still under the interpreter, whose own cast is another."""
+    if INTERPRETED:
+        return value_of(code_of(x, x * 0.0 + 1.0, "fp8_e4m3", 448.0), "fp8_e4m3")
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _halves(x, KIND: tl.constexpr):
+    """float32 x [N, M] of at most 256 (int8: 127) in size as pairs of 8-bit numbers [N, 16 or 2 M]: x = first + second / 16 (int8: 254). Matrix instructions
+    want 16 columns: what is missing is zeros."""
+    N: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    if KIND == "int8":
+        near = x + 12582912.0
+        rest = (x - (near - 12582912.0)) * 254.0 + 12582912.0
+    else:
+        near = _e4m3(x).to(tl.float32)
+        rest = (x - near) * 16.0
+    both = tl.reshape(tl.join(near, rest), (N, 2 * M))
+    if M == 4:
+        both = tl.reshape(tl.permute(tl.join(both, tl.zeros_like(both)), (0, 2, 1)), (N, 16))
+    if KIND != "int8":
+        return _e4m3(both)
+    elif INTERPRETED:
+        return both.to(tl.int32, bitcast=True).to(tl.int8).to(tl.float32)
+    else:
+        return both.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _product(codes, halves, M: tl.constexpr, KIND: tl.constexpr):
+    """codes [N, K] @ (what halves [K, 16 or 2 M] stand for): [N, M] float32. The matrix units keep some 14 bits of FP8's sums, so that they are carried
+    on every 32 columns."""
+    N: tl.constexpr = codes.shape[0]
+    if INTERPRETED:
+        both = tl.dot(value_of(codes, KIND), halves, input_precision="ieee")
+    elif KIND == "int8":
+        both = tl.dot(codes, halves, out_dtype=tl.int32)
+    else:
+        both = tl.dot(codes, halves, max_num_imprecise_acc=32)
+    if M == 4:
+        both, _ = tl.split(tl.permute(tl.reshape(both, (N, 2, 8)), (0, 2, 1)))
+    first, second = tl.split(tl.reshape(both.to(tl.float32), (N, M, 2)))
+    return first + second * (0.003937007874015748 if KIND == "int8" else 0.0625)
+
+
+@triton.jit
+def _typed(pointer, KIND: tl.constexpr):
+    """A pointer to bytes as one to what they are."""
+    if INTERPRETED:
+        return pointer
+    elif KIND == "int8":
+        return pointer.to(tl.pointer_type(tl.int8))
+    elif KIND == "fp8_e4m3":
+        return pointer.to(tl.pointer_type(tl.float8e4nv))
+    else:
+        return pointer.to(tl.pointer_type(tl.float8e5))
+
+
+@triton.jit
+def _retyped(codes, KIND: tl.constexpr):
+    """Bytes as what they are."""
+    if INTERPRETED:
+        return codes
+    elif KIND == "int8":
+        return codes.to(tl.int8, bitcast=True)
+    elif KIND == "fp8_e4m3":
+        return codes.to(tl.float8e4nv, bitcast=True)
+    else:
+        return codes.to(tl.float8e5, bitcast=True)
+
+
+@triton.jit
 def _keys(
-    acc, m, z, q, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
-    RECIPE: tl.constexpr, RAISE: tl.constexpr,
+    acc, m, z, q, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, M] in units of
-    q_power. Acc and z are 2**(m - RAISE) times smaller than they say."""
+    """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, 2 M],
+    halves of what to2 [M] makes scores in base-2 units (SOFTCAP: of the softcap). Acc and z are 2**(m - TOP) times smaller than they say. Not MASK: page
+    numbers are read a block ahead, so that no load waits for another; FAR: and L2 is asked for what comes so many blocks later."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
-    if SOFTCAP:
-        to2 = q_power * 0.0 + 1.4426950408889634
-    else:
-        to2 = scale2 * q_power
+    TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
+    FEW: tl.constexpr = BLOCK_N // SIZE if BLOCK_N > SIZE else 1
+    few = tl.arange(0, FEW)
+    if not MASK:
+        following = tl.load(table + start // SIZE + few, mask=few * SIZE < end - start, other=0)
+        if FAR:
+            last = tl.maximum(end - BLOCK_N, start)
+            line = tl.minimum(tl.arange(0, (DP + 127) // 128) * 128, D - 1)
+            far = tl.load(table + (tl.minimum(start + FAR * BLOCK_N, last) + n) // SIZE, mask=n < end - start, other=0)
     for first in range(start, end, BLOCK_N):
         at = first + n
-        page = pages_of(table, at, length, MASK, SIZE)
+        if not MASK:
+            page = tl.reshape(tl.broadcast_to(following[:, None], (FEW, BLOCK_N // FEW)), (BLOCK_N,))
+            page = tl.max_constancy(page.to(tl.int64), [16])
+            following = tl.load(table + tl.minimum(first + BLOCK_N, end - BLOCK_N) // SIZE + few)
+            if FAR:
+                lines = (far.to(tl.int64) * kb + base + n % SIZE * D)[:, None] + line[None, :]
+                fetch_ahead(k + lines)
+                fetch_ahead(v + lines)
+                far = tl.load(table + (tl.minimum(first + (FAR + 1) * BLOCK_N, last) + n) // SIZE)
+        else:
+            page = pages_of(table, at, length, MASK, SIZE)
         inside = tl.max_contiguous(tl.multiple_of(at % SIZE, [16]), [16])
         where = (page * kb + base + inside * D)[:, None] + d[None, :]
         where_v = tl.max_contiguous(tl.multiple_of((page * kb + base + inside)[None, :] + (d * SIZE)[:, None], [1, 16]), [1, 16])
-        if DP == D:
-            codes = tl.load(k + where)
-            more = tl.load(v + where_v)
-        else:
-            codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
-            more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
         if MASK:  # what was never written may be codes that are no numbers
-            codes = tl.where((at < length)[:, None], codes, 0)
-            more = tl.where((at < length)[None, :], more, 0)
-        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
-        if INTERPRETED:
-            s = tl.dot(widen(codes, KIND, RECIPE, False), q, input_precision="ieee")
+            if DP == D:
+                codes = tl.load(k + where)
+                more = tl.load(v + where_v)
+            else:
+                codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
+                more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
+            codes = _retyped(tl.where((at < length)[:, None], codes, 0), KIND)
+            more = _retyped(tl.where((at < length)[None, :], more, 0), KIND)
+        elif DP == D:
+            codes = tl.load(_typed(k, KIND) + where)
+            more = tl.load(_typed(v, KIND) + where_v)
         else:
-            s = tl.dot(widen(codes, KIND, RECIPE, False), q)
-        s = s * k_scale[:, None]
+            codes = tl.load(_typed(k, KIND) + where, mask=(d < D)[None, :], other=0.0)
+            more = tl.load(_typed(v, KIND) + where_v, mask=(d < D)[:, None], other=0.0)
+        k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
+        s = _product(codes, q, m.shape[0], KIND) * k_scale[:, None] * to2[None, :]
         if SOFTCAP:
-            s = soft * (1.0 - 2.0 / (1.0 + tl.exp2(s * (scale2 * q_power)[None, :])))
+            s = (soft * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
         v_scale = tl.where(
             v_scale < 8.470329472543003e-22, 8.470329472543003e-22, v_scale
         )  # 2**-70: z must not overflow where all values are 0
-        weight = tl.log2(v_scale)
+        log_scale = tl.log2(v_scale)
+        weight = log_scale
         if MASK:
             seen = at < length
             if WINDOW:
                 seen = seen & (at >= length - window)
             weight = tl.where(seen, weight, float("-inf"))
-        s = s * to2[None, :] + weight[:, None]
-        top = tl.maximum(m, tl.max(s, 0))
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(s - (shift - RAISE)[None, :])
+        s = s + weight[:, None]
+        here = tl.max(s, 0)
+        top = tl.maximum(m, here)
+        shift = top
+        if MASK:
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            here = tl.where(here == float("-inf"), shift, here)
+        p = tl.exp2(s - (here - TOP)[None, :])
         fade = tl.exp2(m - shift)
-        z = z * fade[None, :] + p * (1.0 / v_scale)[:, None]
-        acc = acc * fade[None, :]
-        if INTERPRETED:
-            acc = tl.dot(widen(more, KIND, RECIPE, False), p, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(widen(more, KIND, RECIPE, False), p.to(tl.float16), acc)
+        gain = tl.exp2(here - shift)
+        z = z * fade[None, :] + p * gain[None, :] * tl.exp2(-log_scale)[:, None]
+        acc = acc * fade[None, :] + _product(more, _halves(p, KIND), m.shape[0], KIND) * gain[None, :]
         m = top
     return acc, m, z
 
@@ -208,7 +302,7 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, FAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -250,38 +344,37 @@ def split(
         head = group * GROUP + offs
         tile_mask = (d < D)[:, None] & real[None, :]
         queries = tl.load(q + row * q_stride + (head * D)[None, :] + d[:, None], mask=tile_mask, other=0.0)
-        wide = queries.to(tl.float32)
-        q_power, inverse = _power(tl.max(tl.abs(wide), 0))
-        if INTERPRETED:
-            queries = wide * inverse[None, :]
-        else:  # what is lost is below 2**-24 of the head's largest
-            queries = (wide * inverse[None, :]).to(tl.float16)
+        unit, inverse = _power(tl.max(tl.abs(queries.to(tl.float32)), 0))
+        MOST: tl.constexpr = 63.5 if KIND == "int8" else 128.0
+        queries = _halves(queries.to(tl.float32) * (inverse * MOST)[None, :], KIND)
+        to2 = unit * (scale2 / MOST)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         parts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         acc = tl.zeros([DP, BLOCK_M], tl.float32)
         whole = start + (end - start) // BLOCK_N * BLOCK_N
         if not WINDOW:
             acc, m, parts = _keys(
-                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
-                False, False, SOFTCAP, KIND, RECIPE, RAISE,
+                acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, whole, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, False,
+                False, SOFTCAP, KIND, FAR,
             )  # fmt: skip
             start = whole
         acc, m, parts = _keys(
-                acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND, RECIPE, RAISE,
+            acc, m, parts, queries, to2, k, v, scales, table, base, sbase, length, start, end, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
+            WINDOW, SOFTCAP, KIND, FAR,
         )  # fmt: skip
         z = tl.sum(parts, 0)
+        TOP: tl.constexpr = 6.988684686772166 if KIND == "int8" else 8.0
         if SINKS and span <= size:
             sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
             top = tl.maximum(m, sink)
             fade = tl.exp2(m - top)
-            z = z * fade + tl.exp2(sink - top + RAISE)
+            z = z * fade + tl.exp2(sink - top + TOP)
             acc = acc * fade[None, :]
             m = top
-        some = z > 0.0
+        some = z != 0.0  # a sum that is no number stays one
         safe = tl.where(some, z, 1.0)
         result = acc / safe[None, :]
-        total = tl.where(some, m - RAISE + tl.log2(safe), float("-inf"))
+        total = tl.where(some, m - TOP + tl.log2(safe), float("-inf"))
         if span <= size:
             tl.store(out + row * HEADS * D + (head * D)[None, :] + d[:, None], narrow(result, out.dtype.element_ty), mask=tile_mask)
             if LSE:
@@ -333,9 +426,19 @@ def check(codes: Codes, q: Tensor, k_cache: Tensor) -> None:
     require(scales.stride()[1:] == (2 * size, 2, 1) and scales.stride(0) % 2 == 0, "a block's scales must be contiguous")
 
 
-def config_of(dim: int) -> dict[str, int]:
-    """Of `split`."""
-    return tuned("attention.coded" if dim <= 128 else "attention.coded.wide")
+def config_of(dim: int, rows: int) -> dict[str, int]:
+    """Of `split`. Many rows fill the device by themselves, few in many pieces (TARGET of all rows together); short pieces are for few rows."""
+    config = dict(tuned("attention.coded" if dim <= 128 else "attention.coded.wide"))
+    target, most = config.pop("TARGET", 0), config.pop("MAX_SPLITS", 0)
+    if "SPLITS" not in config:
+        config["SPLITS"] = max(4, min(most, 1 << (max(1, target // rows).bit_length() - 1)))
+        config["MIN_SPLIT"] = max(config["BLOCK_N"], 2048 // config["SPLITS"])
+    return config
+
+
+def most_pieces(dim: int, rows: int) -> int:
+    """Of all rows together, however many of `rows` there are."""
+    return max((count * config_of(dim, count)["SPLITS"] for count in range(1, rows + 1)), default=0)
 
 
 def exact(codes: Codes, dtype: torch.dtype) -> dict[str, Any]:
@@ -347,4 +450,4 @@ def exact(codes: Codes, dtype: torch.dtype) -> dict[str, Any]:
 
 def arguments(codes: Codes) -> dict[str, Any]:
     """What `split` has to know of the codes."""
-    return {"KIND": codes.kind, "RECIPE": RECIPES[f"{codes.kind}, short", False], "RAISE": RAISE}
+    return {"KIND": codes.kind}

@@ -543,7 +543,9 @@ def _descriptors(new_k: Tensor | None, new_v: Tensor | None, dim: int, block_n: 
 
 def workspace_elements(rows: int, num_heads: int, head_dim: int, *, deterministic: bool = False, codes: bool = False) -> int:
     """float32 elements that `decode_attention` needs for that many rows; `codes`: of a cache in 8 bits."""
-    pieces = SEGMENTS if deterministic else (coded.config_of(head_dim) if codes else _split_config(head_dim))["SPLITS"]
+    if codes and not deterministic:
+        return coded.most_pieces(head_dim, rows) * num_heads * (head_dim + 2)
+    pieces = SEGMENTS if deterministic else _split_config(head_dim)["SPLITS"]
     return rows * num_heads * pieces * (head_dim + 2)
 
 
@@ -619,7 +621,7 @@ def decode_attention(
         }
         counters = None
     else:
-        config = dict(config or (_split_config(dim) if codes is None else coded.config_of(dim)))
+        config = dict(config or (_split_config(dim) if codes is None else coded.config_of(dim, rows)))
     splits = config["SPLITS"]
     cells = rows * heads * splits
     if workspace is None:
@@ -627,8 +629,8 @@ def decode_attention(
     require(workspace.numel() >= cells * (dim + 2) and workspace.dtype == torch.float32, "the workspace is too small")
     partial, partial_lse, partial_z = workspace[: cells * dim], workspace[cells * dim :][:cells], workspace[cells * (dim + 1) :][:cells]
     scale2, soft = _scales(scale, softcap)
-    group, padded = heads // kv_heads, max(16, power(dim))
-    block_m = max(16 if codes is None or deterministic else 8, power(group), config.pop("BLOCK_M", 0))
+    group, padded = heads // kv_heads, max(16 if codes is None or deterministic else 32, power(dim))
+    block_m = max(16 if codes is None or deterministic else 4, power(group), config.pop("BLOCK_M", 0))
     fused = counters is not None and power(group) * splits * padded <= FUSED_ELEMENTS
     require(
         counters is None or (counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads), "counters must be int32, [R * Hkv]"
@@ -640,7 +642,7 @@ def decode_attention(
     if codes is not None and not deterministic:
         coded.split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, codes.words, out, lse, partial, partial_lse, counters, block_tables, q_start, kv_len, table_rows,
-            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, **config},
+            sinks, scale2, *settings, codes.words.stride(0), **coded.arguments(codes), **where, **chained(), **{"AHEAD": 0, "FAR": 0, **config},
         )  # fmt: skip
     else:
         _split[(kv_heads, rows, splits)](

@@ -102,13 +102,6 @@ def _recipes() -> dict[tuple[str, bool], str]:
                 for large in (outputs + 1 + before + i % 2,)
             )
             out[name + "q", wide] = out[name, wide].removesuffix("}") + times + "}"
-    # with fewer instructions, from Hopper on: one conversion of two numbers; 1024 + 128 + an integer by placing its bits
-    halves = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }"
-    out["fp8_e4m3, short", False], out["fp8_e5m2, short", False] = halves, out["fp8_e5m2", False]
-    placed = (
-        "xor.b32 u, $IN, 0x80808080; mov.b32 c, 0x64646464; prmt.b32 p, u, c, 0x4140; prmt.b32 q, u, c, 0x4342; mov.b32 c, 0x64806480; "
-    )
-    out["int8, short", False] = _asm(placed + "sub.rn.f16x2 $0, p, c; sub.rn.f16x2 $1, q, c;", 2)
     return out
 
 

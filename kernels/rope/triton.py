@@ -23,6 +23,9 @@ from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, tuned
 from penstock.kernels.tile import launched, make_room, narrow, power, wait
 
+FEW_TOKENS = 128
+"""Of so many, in 8 bits, each program takes little: to encode is many instructions, and a step waits for them."""
+
 
 @triton.jit
 def _gain(x, factor, weight, like: tl.constexpr):
@@ -35,9 +38,10 @@ def _gain(x, factor, weight, like: tl.constexpr):
 def _turn(
     qkv, positions, cos_sin, k_cache, entry, slot, q_norm, k_norm, out, k_out, eps, token, head, exists, stride, k_stride, kh, HQ: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
-    scales, fixed, SIZE: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr,
+    scales, fixed, stores_keys, SIZE: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Queries and keys: a row is a head of a token. Whose it is only decides addresses, so that no element is computed twice or selected."""
+    """Queries and keys: a row is a head of a token. Whose it is only decides addresses, so that no element is computed twice or selected; but where all are
+    queries (not `stores_keys`) there is nothing to encode."""
     c = tl.arange(0, HALF_P)[None, :]
     half = c < HALF
     dtype = qkv.dtype.element_ty
@@ -88,23 +92,24 @@ def _turn(
         tl.store(target + 2 * HALF + e, third, mask=writes & tail)
         if KEEP:
             tl.store(kept + 2 * HALF + e, third, mask=keeps & tail)
-    if KIND != "":
-        low = tl.where(half, first.to(tl.float32), 0.0)
-        high = tl.where(half, second.to(tl.float32), 0.0)
-        size = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-        broken = tl.sum((low - low) + (high - high), 1)
-        if REST_P > 0:
-            rest = tl.where(tail, third.to(tl.float32), 0.0)
-            size = tl.maximum(size, tl.max(tl.abs(rest), 1))
-            broken += tl.sum(rest - rest, 1)
-        scale = scale_of(size, broken, fixed, LARGEST)
-        stores = exists & (head >= HQ) & (slot >= 0)
-        tl.store(scales + (head - HQ) * (2 * SIZE), scale.to(tl.bfloat16), mask=stores)
-        codes = (k_cache + entry + (head - HQ) * kh)[:, None]
-        tl.store(codes + c, code_of(low, scale[:, None], KIND, LARGEST), mask=stores[:, None] & half)
-        tl.store(codes + HALF + c, code_of(high, scale[:, None], KIND, LARGEST), mask=stores[:, None] & half)
-        if REST_P > 0:
-            tl.store(codes + 2 * HALF + e, code_of(rest, scale[:, None], KIND, LARGEST), mask=stores[:, None] & tail)
+    if KIND != "":  # noqa: SIM102 (known when compiled, the inner one is not)
+        if stores_keys:
+            low = tl.where(half, first.to(tl.float32), 0.0)
+            high = tl.where(half, second.to(tl.float32), 0.0)
+            size = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+            broken = tl.sum((low - low) + (high - high), 1)
+            if REST_P > 0:
+                rest = tl.where(tail, third.to(tl.float32), 0.0)
+                size = tl.maximum(size, tl.max(tl.abs(rest), 1))
+                broken += tl.sum(rest - rest, 1)
+            scale = scale_of(size, broken, fixed, LARGEST)
+            stores = exists & (head >= HQ) & (slot >= 0)
+            tl.store(scales + (head - HQ) * (2 * SIZE), scale.to(tl.bfloat16), mask=stores)
+            codes = (k_cache + entry + (head - HQ) * kh)[:, None]
+            tl.store(codes + c, code_of(low, scale[:, None], KIND, LARGEST), mask=stores[:, None] & half)
+            tl.store(codes + HALF + c, code_of(high, scale[:, None], KIND, LARGEST), mask=stores[:, None] & half)
+            if REST_P > 0:
+                tl.store(codes + 2 * HALF + e, code_of(rest, scale[:, None], KIND, LARGEST), mask=stores[:, None] & tail)
 
 
 @launched
@@ -129,7 +134,7 @@ def _rope(
         head = tl.program_id(1) * HEADS + row % HEADS
         _turn(
             qkv, positions, cos_sin, k_cache, entry, slot, q_norm, k_norm, out, k_out, eps, token, head, (head < HQ + HKV) & (token < tokens),
-            stride, k_stride, kh, HQ, D, HALF, HALF_P, REST_P, NORM, KEEP, PDL, own, fixed_k, SIZE, KIND, LARGEST,
+            stride, k_stride, kh, HQ, D, HALF, HALF_P, REST_P, NORM, KEEP, PDL, own, fixed_k, (tl.program_id(1) + 1) * HEADS > HQ, SIZE, KIND, LARGEST,
         )  # fmt: skip
     else:
         wait(PDL)
@@ -167,7 +172,8 @@ def rope_and_cache(
     require(out.shape == (tokens, num_heads, dim) and out.is_contiguous(), "out must be contiguous, [T, Hq, D]")
     require((q_norm is None) == (k_norm is None), "queries and keys have norms, or neither")
     if tokens:
-        config = dict(config or tuned("rope" if q_norm is None else "rope.normed"))
+        few = codes is not None and tokens <= FEW_TOKENS
+        config = dict(config or tuned("rope.few" if few else "rope" if q_norm is None else "rope.normed"))
         half = cos_sin.shape[1] // 2
         heads = min(config.pop("HEADS"), power(num_heads + num_kv_heads))
         rows = max(1, config.pop("ROWS") * 64 // (heads * power(half)))  # ROWS is for heads of 128: shorter ones make more rows

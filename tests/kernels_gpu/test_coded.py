@@ -16,7 +16,7 @@ from penstock.kernels.rope import triton as rope
 from penstock.plugins.attention.pages import Cache, Pages
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 5e-3}
-"""Beside what the codes say: the product of a probability and a value's scale is rounded to bfloat16."""
+"""Beside what the codes say: probabilities and queries of some eight bits, as in bfloat16."""
 
 
 def cache_of(kind: str, heads: int, dim: int, blocks: int, device: str, size: int = 16) -> tuple[Cache, coded.Codes]:
@@ -150,10 +150,44 @@ def test_decode(kind: str, heads: int, kv_heads: int, dim: int, fused: bool, dty
     out = torch.full_like(case.q, torch.nan)
     counters = torch.zeros(3 * kv_heads, dtype=torch.int32, device=device) if fused else None
     at = (case.q, case.cache.k, case.cache.v, case.tables, case.kv_len, case.scale)
-    for config in (None, {"BLOCK_N": 16, "SPLITS": 4, "MIN_SPLIT": 16, "num_warps": 4, "num_stages": 2}):
+    for config in (None, {"BLOCK_N": 32, "SPLITS": 4, "MIN_SPLIT": 32, "num_warps": 4, "num_stages": 2}):
         kernel.decode_attention(*at, out=out, counters=counters, codes=case.codes, config=config)
         close(out, case.truth(), TOLERANCE[dtype])
         assert counters is None or not counters.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sharp", [0.0, 8.0])
+def test_decode_with_weights_far_apart(kind: str, sharp: float, device: str) -> None:
+    """Alike to the last bit that counts, and so far apart that a block's largest is no measure for another block's."""
+    case = Case([(1, 300), (1, 129)], kind, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, device=device)
+    case.q *= sharp
+    out = torch.full_like(case.q, torch.nan)
+    kernel.decode_attention(case.q, case.cache.k, case.cache.v, case.tables, case.kv_len, case.scale, out=out, codes=case.codes)
+    close(out, case.truth(), TOLERANCE[torch.bfloat16])
+
+
+def test_pieces_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are cut into many pieces, and a workspace for many rows has room for fewer."""
+    monkeypatch.setattr(coded, "tuned", lambda name: {"BLOCK_N": 128, "TARGET": 64, "MAX_SPLITS": 32})
+    pieces = [coded.config_of(128, rows)["SPLITS"] for rows in (1, 2, 3, 8, 16, 64)]
+    assert pieces == [32, 32, 16, 8, 4, 4]
+    assert coded.config_of(128, 1)["MIN_SPLIT"] == 128
+    assert coded.config_of(128, 64)["MIN_SPLIT"] == 512
+    room = kernel.workspace_elements(5, 8, 128, codes=True)
+    assert all(rows * coded.config_of(128, rows)["SPLITS"] * 8 * 130 <= room for rows in range(1, 6))
+    assert kernel.workspace_elements(0, 8, 128, codes=True) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_who_reads_a_row_that_is_no_number_gets_none(kind: str, which: int, device: str) -> None:
+    case = Case([(1, 90), (1, 60)], kind, heads=4, kv_heads=2, dim=32, dtype=torch.bfloat16, device=device)
+    case.codes.scales[case.tables[0, 1].long(), 1, 3, which] = torch.nan
+    out = kernel.decode_attention(case.q, case.cache.k, case.cache.v, case.tables, case.kv_len, case.scale, codes=case.codes)
+    assert out[0, 2:].isnan().all()
+    close(out[0, :2], case.truth()[0, :2], TOLERANCE[torch.bfloat16])
+    close(out[1], case.truth()[1], TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize(("window", "extras"), [(1, ""), (7, "softcap"), (33, "sinks"), (20, "softcap sinks")])
