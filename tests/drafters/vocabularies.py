@@ -1,0 +1,48 @@
+"""Brook's checkpoints with another tokenizer: the same tokens by other numbers, or fewer of them.
+
+What it is: `renumbered`, which shuffles a checkpoint's vocabulary, tokens and rows of the embedding alike, and may leave out the words that the last merges make. Where nothing
+is left out the model says the same texts; where words are missing it reads their parts, which it has seen too, if more rarely.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def renumbered(source: Path, folder: Path, merges: float = 1.0, seed: int = 1) -> Path:
+    """`merges`: the share of the merges that stays, the first ones."""
+    folder.mkdir()
+    described: dict[str, Any] = json.loads((source / "tokenizer.json").read_text())
+    model, added = described["model"], described["added_tokens"]
+    made = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    model["merges"] = made[: int(merges * len(made))]
+    gone = {"".join(pair) for pair in made[len(model["merges"]) :]} - {"".join(pair) for pair in model["merges"]}
+    old = sorted(token for text, token in {**model["vocab"], **{one["content"]: one["id"] for one in added}}.items() if text not in gone)
+    random.Random(seed).shuffle(old)
+    new = {token: at for at, token in enumerate(old)}
+    model["vocab"] = {text: new[token] for text, token in model["vocab"].items() if token in new}
+    for one in added:
+        one["id"] = new[one["id"]]
+    described["added_tokens"] = sorted(added, key=lambda one: int(one["id"]))
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(source / name, folder)
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((source / name).read_text())
+        raw |= {key: [new[one] for one in value] if isinstance(value, list) else new[value] for key, value in raw.items() if key.endswith("_token_id")}
+        if "vocab_size" in raw:
+            raw["vocab_size"] = len(old)
+        (folder / name).write_text(json.dumps(raw))
+    tensors = load_file(source / "model.safetensors")
+    tensors[EMBEDDING] = tensors[EMBEDDING][torch.tensor(old)].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
