@@ -150,13 +150,11 @@ class HostContexts(Contexts):
 
     def _append(self, slot: int, tokens: I32) -> None:
         history = self.history.numpy()[slot]
-        tokens = tokens[-max(1, self._length - self._kept - self._most) :]
         end = int(self._ends[slot])
         if end + tokens.size + self._most > self._length:
             lead = self._alignment.lead.size
-            history[lead : self._kept] = history[end - self._kept + lead : end].copy()
-            end = self._kept
-            self._have[slot] = lead
+            tokens = np.concatenate([history[lead:end], tokens])[-(self._kept - lead) :]
+            self._have[slot] = end = lead
         # What was drafted and drawn is there, and computed.
         same = history[end : end + tokens.size] == tokens
         right = tokens.size if same.all() else int(same.argmin())
@@ -183,8 +181,8 @@ class HostContexts(Contexts):
 class DeviceContexts(Contexts):
     """On any other."""
 
-    def __init__(self, parts: Parts, *rest: Any) -> None:
-        super().__init__(parts, *rest)
+    def __init__(self, parts: Parts, alignment: Alignment, chain: Chain, compute: Compute, length: int, most: int) -> None:
+        super().__init__(parts, alignment, chain, compute, length, most)
         device, lane = parts.lane.device, parts.lane
         self._ops, self._size = parts.ops, parts.block_size
         room = self._alignment.room()
@@ -211,7 +209,9 @@ class DeviceContexts(Contexts):
         self._begun: I32 = np.zeros(parts.slots, np.int32)
         """Steps since drafts were made; 1: of what came only the last token is none of them."""
         self._incarnation: I32 = np.zeros(parts.slots, np.int32)
-        self._full = np.zeros(parts.slots, bool)
+        self._told_length: I32 = np.zeros(parts.slots, np.int32)
+        """So long they were when that was heard last."""
+        self._margin = min(length // 4, max(length // 8, 2 * room * (self._most + 1)))
 
     @property
     def nbytes(self) -> int:
@@ -228,28 +228,36 @@ class DeviceContexts(Contexts):
         at, entered, ends, row, column, tokens = sent
         self.history[row.long(), column.long()] = tokens
         self._known[at.long()], self._ends[at.long()] = entered, ends
-        self._low[slots], self._begun[slots], self._full[slots] = self._entered[slots], 2, False
+        self._low[slots], self._begun[slots], self._told_length[slots] = self._entered[slots], 2, counts
         self._incarnation[slots] += 1
 
     def follow(self, seen: Seen, proposal: Proposal) -> Tensor:
         """Catch up with rows of which more may have come than a step translates and computes."""
         slots = proposal.host_slots
+        self._reach(seen, slots, self._read[slots])  # of a shared prefix the model may have computed all but the last token
         most = (seen.work.starts + seen.work.counts)[proposal.rows] + 1
         came = np.maximum(most - self._low[slots], 1)
         news = np.where(self._begun[slots] == 1, 1, came)
         self._hear()
-        full = self._full[slots]
-        late = np.flatnonzero((news > 1) | (came > self._gap) | full)
+        long = self._told_length[slots]
+        # Whatever a row had no room for was lost to it: it begins anew, as it does where more may have come than there is room for.
+        most_long = long + (came + 2 * self._most + 2) * len(self._room)
+        anew = (long >= self._length) | ((came > self._gap) & (most_long > self._length))
+        full = ~anew & (long >= self._length - self._margin)
+        late = np.flatnonzero((news > 1) | (came > self._gap) | full | anew)
         if late.size:
-            bound = int(came[late].max())
-            sent, rows = self._upload.send(i32(slots[late]), i32(late))
-            at = sent.clone()  # the next columns take its place
-            self._translate(seen.history, at, proposal.ends[rows.long()], 1 << max(0, bound - 1).bit_length())
+            at, ends = (column.clone() for column in self._upload.send(i32(slots[late]), i32(late)))  # the next ones will take their place
+            ends = proposal.ends[ends.long()]
+            if anew.any():
+                self._renew(seen.history, slots, np.flatnonzero(anew), proposal.ends)
+            rest = came[late][~anew[late]]
+            if rest.size:
+                self._translate(seen.history, at, ends, _rounded(int(rest.max())))
             if full.any():
                 self._halve(self._upload.send(i32(slots[full]))[0].long())
-                self._full[slots] = False
-            span = self._length if full.any() else min(self._length, int(news[late].max()) * len(self._room) + 1)
-            self._again(seen, at, span)
+            self._told_length[slots[full | anew]] = self._kept
+            again = full.any() or anew.any()
+            self._again(seen, at, self._length if again else min(self._length, int(news[late].max()) * len(self._room) + 1))
         self._low[slots] = np.where(proposal.rows < seen.work.num_decode, seen.work.starts[proposal.rows] + 2, most)
         self._begun[slots] = 0 if proposal.sure else 1
         self._theirs[: len(slots)].copy_(proposal.ends)
@@ -265,6 +273,15 @@ class DeviceContexts(Contexts):
             bounds = self._upload.send(i32(np.arange(rows + 1) * count))[0]
             starts = (first + at).clamp_max(self._length - count)
             self._compute(self._ops.ragged_inputs(slots, starts, bounds, own.history, own.table, self._size, rows * count, -1))
+
+    def _renew(self, theirs: Tensor, slots: Column, rows: Column, ends: Tensor) -> None:
+        """These rows know the last tokens alone."""
+        at, chosen = (column.long() for column in self._upload.send(i32(slots[rows]), i32(rows)))
+        count = max(1, self._kept // 2)
+        self._known[at] = (ends[chosen] - count).clamp_min(0)
+        self._ends[at] = len(self._lead)
+        self.history[at, : len(self._lead)] = self._lead
+        self._translate(theirs, at.int(), ends[chosen], count)
 
     def _halve(self, at: Tensor) -> None:
         lead = len(self._lead)
@@ -314,10 +331,15 @@ class DeviceContexts(Contexts):
             self._told = landing.close(), landing, slots, self._incarnation[slots]
 
     def _hear(self) -> None:
-        """Which rows are about to be full."""
+        """How long rows were when that was asked."""
         if self._told is None or not self._told[0].query():
             return
         _, landing, slots, incarnations = self._told
         self._told = None
-        near = landing.tokens() >= self._length - max(self._length // 8, 1)
-        self._full[slots[near & (self._incarnation[slots] == incarnations)]] = True
+        same = self._incarnation[slots] == incarnations
+        self._told_length[slots[same]] = landing.tokens()[same]
+
+
+def _rounded(count: int) -> int:
+    """Few shapes."""
+    return 1 << max(0, count - 1).bit_length()
