@@ -98,10 +98,10 @@ def _parts(
         return found
 
     def tokenizer(path: str) -> Tokenizer:
-        specs = config.plugins.tokenizers() if config.plugins is not None else {s.name: s for s in builtin_tokenizers.register_tokenizers()}
-        spec = next((spec for spec in reversed(list(specs.values())) if spec.matches(path)), None)
+        # Of the built-in ones: other plugins' belong to the text process, and are not loaded here.
+        spec = next((spec for spec in builtin_tokenizers.register_tokenizers() if spec.matches(path)), None)
         if spec is None:
-            raise CheckpointError(f"--speculative-model: no tokenizer plugin can read {spelled(path)}.", param="speculative_config")
+            raise CheckpointError(f"--speculative-model: {spelled(path)} has no tokenizer that comes with Penstock (tokenizer.json, GGUF).", param="speculative_config")
         made: Tokenizer = spec.factory(path)
         return made
 

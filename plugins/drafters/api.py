@@ -52,7 +52,7 @@ class Parts:
     load: Callable[[str, str | None], Model]
     """load(folder, quantization): another model of a family that is served, on the same device, with an attention of its own."""
     tokenizer: Callable[[str], Tokenizer]
-    """tokenizer(folder or file): that of a model, by the tokenizer plugins. Raises CheckpointError."""
+    """tokenizer(folder or file): that of a model, if it is of a kind that comes with Penstock. Raises CheckpointError."""
     builder: Callable[[str], Builder]
     """A folder's tensors, to make layers of."""
     attention: Callable[[ModelFacts], Any]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from vocabularies import renumbered, spelled_out
 
 from penstock.core.protocol.columns import i32
 from penstock.core.protocol.sampling import SamplingParams
@@ -18,10 +18,6 @@ from penstock.plugins.devices.driver import Driver, Job, Options
 from penstock.plugins.drafters import alignment as alignment_module
 from penstock.plugins.drafters.alignment import Alignment
 from penstock.plugins.tokenizers.hugging_face import HuggingFaceTokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "drafters"))  # pytest's importlib mode does not
-
-from vocabularies import renumbered, spelled_out
 
 Make = Callable[..., Any]
 VOCAB, K = 97, 3

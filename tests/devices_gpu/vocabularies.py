@@ -46,10 +46,14 @@ def renumbered(source: Path, folder: Path, merges: float = 1.0, seed: int = 1) -
     made = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     model["merges"] = made[: int(merges * len(made))]
     gone = {"".join(pair) for pair in made[len(model["merges"]) :]} - {"".join(pair) for pair in model["merges"]}
-    old = sorted(token for text, token in {**model["vocab"], **{one["content"]: one["id"] for one in added}}.items() if text not in gone)
+    texts = {
+        **model["vocab"],
+        **{one["content"]: one["id"] for one in added},
+    }  # all in the vocabulary, since added tokens elsewhere get numbers of the library's choice
+    old = sorted(token for text, token in texts.items() if text not in gone)
     random.Random(seed).shuffle(old)
     new = {token: at for at, token in enumerate(old)}
-    model["vocab"] = {text: new[token] for text, token in model["vocab"].items() if token in new}
+    model["vocab"] = {text: new[token] for text, token in texts.items() if token in new}
     for one in added:
         one["id"] = new[one["id"]]
     described["added_tokens"] = sorted(added, key=lambda one: int(one["id"]))
