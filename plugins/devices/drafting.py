@@ -101,7 +101,10 @@ def _parts(
         # Of the built-in ones: other plugins' belong to the text process, and are not loaded here.
         spec = next((spec for spec in builtin_tokenizers.register_tokenizers() if spec.matches(path)), None)
         if spec is None:
-            raise CheckpointError(f"--speculative-model: {spelled(path)} has no tokenizer that comes with Penstock (tokenizer.json, GGUF).", param="speculative_config")
+            raise CheckpointError(
+                f"--speculative-model: {spelled(path)} has no tokenizer that comes with Penstock (tokenizer.json, GGUF).",
+                param="speculative_config",
+            )
         made: Tokenizer = spec.factory(path)
         return made
 

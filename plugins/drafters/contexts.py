@@ -125,7 +125,9 @@ class HostContexts(Contexts):
         self._known: I32 = np.zeros(parts.slots, np.int32)
         """The model's tokens that are translated,"""
         self._ends: I32 = np.zeros(parts.slots, np.int32)
-        """into so many."""
+        """into so many,"""
+        self._shift: I32 = np.zeros(parts.slots, np.int32)
+        """and the first less the second, when drafts were made last."""
 
     def _enter(self, slots: list[int], contexts: list[I32]) -> None:
         history = self.history.numpy()
@@ -142,6 +144,7 @@ class HostContexts(Contexts):
                 self._append(slot, self._alignment.translated(theirs[slot, self._known[slot] : end]))
                 self._known[slot] = end
         mine = self._ends[slots]
+        self._shift[slots] = ends - mine
         self._have[slots] = np.minimum(self._have[slots], mine - 1)
         far = self._have[slots] < mine - AT_ONCE
         if far.any():
@@ -170,8 +173,7 @@ class HostContexts(Contexts):
         return columns, torch.from_numpy(i32(np.cumsum(counts) - 1))
 
     def positions(self, slots: Tensor, ends: Tensor) -> Tensor:
-        at = slots.numpy()
-        return torch.from_numpy(i32(ends.numpy() + (self._known - self._ends)[at]))
+        return torch.from_numpy(ends.numpy() + self._shift[slots.numpy()])
 
     def drafted(self, proposal: Proposal, made: Column) -> None:
         slots = proposal.host_slots
@@ -197,6 +199,9 @@ class DeviceContexts(Contexts):
         """The ends of the model's histories: what a captured step begins with."""
         self._steps = torch.arange(parts.max_rows + 1, dtype=torch.int32, device=device) * self._width
         self.most_rows = max(1, min(parts.max_rows, parts.max_tokens // (2 * self._width)))  # a graph may have twice as many
+        self._flat = 2 * parts.max_rows
+        """So many tokens may be rows of their own, whose keys attention splits; more are rows of several tokens."""
+        self._behind = torch.arange(-self._width, 0, dtype=torch.int32, device=device)
         self._lead = torch.from_numpy(self._alignment.lead.copy()).to(device)
         self._gap = max(8, 2 * self._most + 2)
         """The model's tokens that a row translates in a step."""
@@ -314,6 +319,11 @@ class DeviceContexts(Contexts):
         rows = len(slots)
         ends.copy_(self._translate(seen.history, slots, self._theirs[:rows], self._gap))
         slots.masked_fill_((ends < 1) | (ends >= self._length), -1)
+        if rows * self._width <= self._flat:
+            starts = ends[:, None] + self._behind
+            each = torch.where(starts < 0, -1, slots[:, None]).view(-1)
+            columns = self._ops.decode_inputs(each, starts.clamp_min(0).view(-1), self.history, self.table, self._size)
+            return columns, self._steps[1 : rows + 1] - 1
         starts = (ends - self._width).clamp_min(0)
         bounds = self._steps[: rows + 1]
         columns = self._ops.ragged_inputs(slots, starts, bounds, self.history, self.table, self._size, rows * self._width, -1)

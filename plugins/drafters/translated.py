@@ -57,12 +57,14 @@ class TranslatedDrafter:
         self._chain = Chain(dataclasses.replace(parts, facts=facts, max_len=length))
         kind = HostContexts if parts.lane.direct else DeviceContexts
         self._contexts: Contexts = kind(parts, alignment, self._chain, self._compute, length, self.max_lookahead)
-        self._to_draft = torch.from_numpy(alignment.to_draft).to(device)
-        self._to_model = torch.from_numpy(alignment.to_model).to(device)
+        # Index -1, no token, finds the last entry: none either.
+        self._to_draft, self._to_model = (
+            torch.from_numpy(np.append(one, np.int32(-1))).to(device) for one in (alignment.to_draft, alignment.to_model)
+        )
         # Of a token that both have, its twin's twin is it: where two share one, the first alone can be drafted.
         only = (alignment.to_draft >= 0) & (alignment.to_model[alignment.to_draft] == np.arange(len(alignment.to_draft)))
         self._only = torch.from_numpy(np.where(only, alignment.to_draft, 0)).long().to(device)
-        self._out = torch.from_numpy(~only).to(device)
+        self._out = torch.from_numpy(np.flatnonzero(~only)).to(device)
         self.nbytes = model.weights_bytes
         self.state_bytes = model.tables_bytes + attention.workspace_bytes + pool.nbytes + self._contexts.nbytes
         self.state_bytes += sum(one.nbytes for one in (self._to_draft, self._to_model, self._only, self._out))
@@ -97,7 +99,7 @@ class TranslatedDrafter:
             out = out[:fits]
         made = self._run(seen, dataclasses.replace(proposal, ends=contexts.follow(seen, proposal)), out)
         contexts.drafted(proposal, made)
-        out.copy_(torch.where(out >= 0, self._to_model[out.clamp_min(0).long()], -1))
+        out.copy_(self._to_model[out])
 
     def warm(self, seen: Seen, rows: int, width: int) -> None:
         """See Drafter."""
@@ -110,9 +112,9 @@ class TranslatedDrafter:
         guess, contexts = proposal.guess, self._contexts
 
         def translated(logits: Tensor, slots: Tensor, ends: Tensor) -> Tensor:
-            wide = logits.index_select(1, self._only).masked_fill_(self._out, -torch.inf)
+            wide = logits.index_select(1, self._only).index_fill_(1, self._out, -torch.inf)
             tokens = guess(wide, slots, contexts.positions(slots, ends))
-            return torch.where(tokens >= 0, self._to_draft[tokens.clamp_min(0).long()], -1)
+            return self._to_draft[tokens]
 
         def first(own: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
             return self._layers.logits(*contexts.last(seen, slots, ends))
