@@ -203,7 +203,9 @@ class DeviceContexts(Contexts):
         """So many tokens may be rows of their own, whose keys attention splits; more are rows of several tokens."""
         self._behind = torch.arange(-self._width, 0, dtype=torch.int32, device=device)
         self._lead = torch.from_numpy(self._alignment.lead.copy()).to(device)
-        self._gap = max(8, 2 * self._most + 2)
+        self._slack = self._most + 1
+        """So much earlier than said a row may begin, if its step was planned before the one ahead had landed."""
+        self._gap = max(8, 4 * self._slack)
         """The model's tokens that a row translates in a step."""
         self._upload = Upload(lane, UPLOADS, 4 * parts.slots)
         self._down = Download(lane, 2, parts.slots)
@@ -263,7 +265,8 @@ class DeviceContexts(Contexts):
             self._told_length[slots[full | anew]] = self._kept
             again = full.any() or anew.any()
             self._again(seen, at, self._length if again else min(self._length, int(news[late].max()) * len(self._room) + 1))
-        self._low[slots] = np.where(proposal.rows < seen.work.num_decode, seen.work.starts[proposal.rows] + 2, most)
+        low = np.maximum(self._low[slots] + 1, seen.work.starts[proposal.rows] + 2 - self._slack)
+        self._low[slots] = np.where(proposal.rows < seen.work.num_decode, low, most)
         self._begun[slots] = 0 if proposal.sure else 1
         self._theirs[: len(slots)].copy_(proposal.ends)
         return torch.ones_like(proposal.ends)
