@@ -165,3 +165,23 @@ def test_the_same_drafts_as_with_the_same_vocabulary(
     }
     assert mine == found[0]
     assert len(mine) > 20
+
+
+@pytest.mark.parametrize("lane", ["device", "cpu"])
+def test_with_two_steps_in_flight(lane: str, spelled: Path, tmp_path: Path, runners: dict[str, Make]) -> None:
+    """As many drafts are right as with the model's own vocabulary, wherever rows begin."""
+    ahead = pytest.importorskip("penstock.plugins.devices.driver_ahead", reason="no driver has two steps in flight")
+    truth = jobs()
+    Driver(runners[lane](spelled)).run(truth)
+    for widths in ((K,), (K, K, 0, 1, K, 0, 0, 2, K)):
+        right = []
+        for model in (spelled, renumbered(spelled, tmp_path / f"other-{len(widths)}")):
+            runner = runners[lane](spelled, **asking(model))
+            runner.warm_up(lambda phase: None)
+            mine = jobs()
+            driver = ahead.AheadDriver(runner, widths)
+            driver.run(mine)
+            assert [job.tokens for job in mine] == [job.tokens for job in truth]
+            assert driver.loose > 15
+            right.append(driver.accepted)
+        assert right[1] == right[0] > 20
