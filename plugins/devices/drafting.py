@@ -14,7 +14,10 @@ import msgspec
 from penstock.core.contract.devices import ModelFacts, RunnerConfig
 from penstock.core.contract.drafters import drafter_for
 from penstock.core.contract.hookspecs import DrafterSpec
+from penstock.core.contract.text import Tokenizer
+from penstock.core.protocol.errors import CheckpointError, spelled
 from penstock.plugins import drafters as builtin_drafters
+from penstock.plugins import tokenizers as builtin_tokenizers
 from penstock.plugins.devices.lane import Lane
 from penstock.plugins.devices.loading import Choice, builder_for, choose, load_model
 from penstock.plugins.devices.ops import DeviceOps
@@ -94,6 +97,17 @@ def _parts(
         found, _ = load_model(its, chosen, ops, device, max_len=max_len, max_rows=twice, progress=progress)
         return found
 
+    def tokenizer(path: str) -> Tokenizer:
+        # Of the built-in ones: other plugins' belong to the text process, and are not loaded here.
+        spec = next((spec for spec in builtin_tokenizers.register_tokenizers() if spec.matches(path)), None)
+        if spec is None:
+            raise CheckpointError(
+                f"--speculative-model: {spelled(path)} has no tokenizer that comes with Penstock (tokenizer.json, GGUF).",
+                param="speculative_config",
+            )
+        made: Tokenizer = spec.factory(path)
+        return made
+
     def attention(facts: ModelFacts) -> Attention:
         made: Attention = choice.attention.factory(
             facts=facts,
@@ -123,6 +137,7 @@ def _parts(
         slots=config.max_num_seqs,
         folder=config.model_path,
         load=load,
+        tokenizer=tokenizer,
         builder=builder,
         attention=attention,
     )

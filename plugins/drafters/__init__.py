@@ -35,10 +35,10 @@ def _ngram(*, config: Any, parts: Any, **options: Any) -> Any:
 
 
 def _draft_model(*, config: Any, parts: Any, **options: Any) -> Any:
-    from penstock.plugins.drafters.draft_model import ModelDrafter
+    from penstock.plugins.drafters.draft_model import draft_model
 
-    _reads(config, "model", "quantization")
-    return ModelDrafter(config, parts)
+    _reads(config, "model", "quantization", "options")
+    return draft_model(config, parts)
 
 
 def _medusa(*, config: Any, parts: Any, **options: Any) -> Any:
@@ -57,7 +57,7 @@ def _head(*, config: Any, parts: Any, **options: Any) -> Any:
 
 _DRAFTERS: dict[str, tuple[Any, str]] = {
     "ngram": (_ngram, "What followed when the last tokens stood in the text before."),
-    "draft_model": (_draft_model, "A smaller model with the same vocabulary."),
+    "draft_model": (_draft_model, "A smaller model, with the same vocabulary or another one."),
     "medusa": (_medusa, "Medusa heads on the model's last hidden state, as a chain."),
     "eagle": (_head, "An EAGLE layer on the model's last hidden state, as a chain."),
     "eagle3": (_head, "An EAGLE-3 layer on three of the model's hidden states, as a chain."),

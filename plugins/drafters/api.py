@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from penstock.core.contract.devices import ModelFacts
+from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.messages import Forward
 from penstock.plugins.models.api import Columns, Model
@@ -50,6 +51,8 @@ class Parts:
     """The model's own."""
     load: Callable[[str, str | None], Model]
     """load(folder, quantization): another model of a family that is served, on the same device, with an attention of its own."""
+    tokenizer: Callable[[str], Tokenizer]
+    """tokenizer(folder or file): that of a model, if it is of a kind that comes with Penstock. Raises CheckpointError."""
     builder: Callable[[str], Builder]
     """A folder's tensors, to make layers of."""
     attention: Callable[[ModelFacts], Any]

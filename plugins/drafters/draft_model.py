@@ -1,11 +1,12 @@
 """A smaller model that guesses: the drafter of the method "draft_model".
 
-What it is: any model of a family that is served, with the vocabulary of the one that it drafts for (Leviathan et al. 2023, arXiv 2211.17192). Its keys and values lie in
+What it is: any model of a family that is served (Leviathan et al. 2023, arXiv 2211.17192): `ModelDrafter` with the vocabulary of the one that it drafts for; with another one
+it is that of translated.py, which `draft_model` finds out. Its keys and values lie in
 the same pages as the other's, so that shared prefixes, copies and moved pages are right for both. Behind a draw it computes the last two tokens that are known (all
 drafts may have been right, and the last of them it has not seen), then one token after the other. Prompts it computes as they pass. Where it has not computed a part of a
 history, since nothing was drafted for a while, it catches up when it is asked again.
 It draws as the sampler would: greedily, or with the same noise (api.py: Proposal.guess).
-What it does not know: how drafts are verified, the tokenizer beyond its vocabulary.
+What it does not know: how drafts are verified, a tokenizer beyond its vocabulary.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from penstock.core.protocol.columns import I32, Column
 from penstock.core.protocol.errors import CheckpointError, ConfigError, spelled
 from penstock.core.protocol.messages import Forward
 from penstock.core.protocol.speculation import DraftConfig
-from penstock.plugins.drafters.api import Parts, Proposal, Seen
+from penstock.plugins.drafters.api import Drafter, Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
 from penstock.plugins.drafters.kinds import check_kind
-from penstock.plugins.models.api import Columns, Program
+from penstock.plugins.drafters.layers import DraftLayers
+from penstock.plugins.gguf import is_gguf
+from penstock.plugins.models.api import Columns, Model
 from penstock.plugins.models.config import read_config
 
 Tensor = torch.Tensor
@@ -38,15 +41,8 @@ class ModelDrafter:
     taps: tuple[int, ...] = ()
     states = False
 
-    def __init__(self, config: DraftConfig, parts: Parts) -> None:
-        if config.model is None:
-            raise ConfigError(
-                '--speculative-config: the method "draft_model" needs "model", the folder of a draft model.', param="speculative_config"
-            )
-        if Path(config.model).is_dir():
-            check_kind(self.name, config.model, read_config(config.model), None, 0)
-        self._model = model = parts.load(config.model, config.quantization)
-        check_vocabulary(config.model, parts)
+    def __init__(self, config: DraftConfig, parts: Parts, model: Model) -> None:
+        self._model = model
         self.max_lookahead = config.num_speculative_tokens or DRAFTS
         attention, facts = model.attention, model.facts
         self.page_bytes = facts.num_layers * attention.bytes_per_token * parts.block_size
@@ -57,8 +53,7 @@ class ModelDrafter:
         self._vocab = facts.vocab_size
         self._narrow = facts.vocab_size < parts.facts.vocab_size
         self._chain = Chain(parts)
-        self._program: Program | None = None
-        self._caches: list[object] = []
+        self._layers: DraftLayers
         self._have: I32 = np.zeros(parts.slots, np.int32)
         """For each slot: positions before this one hold its keys and values; -1: those before the next step's start."""
         self._ahead: I32 = np.zeros(parts.slots, np.int32)
@@ -68,8 +63,7 @@ class ModelDrafter:
 
     def bind(self, pages: Tensor) -> None:
         """See Drafter."""
-        self._caches = self._model.attention.caches(pages)
-        self._program = self._ops.fuse(self._model, self._caches)
+        self._layers = DraftLayers(self._model, self._ops, self._model.attention.caches(pages), self._chain.dtype)
         self._chain.forget()
 
     def place(self, slots: Column) -> None:
@@ -113,7 +107,7 @@ class ModelDrafter:
             fits = max(1, int(np.searchsorted(np.cumsum(counts), most, side="right")))
             left, counts = left[:fits], counts[:fits]
             columns = self._chain.ragged(seen, slots[left], firsts[left], counts)
-            self._run(columns, None)
+            self._run(columns)
             firsts[left] += counts
         self._have[slots] = ends
 
@@ -141,37 +135,51 @@ class ModelDrafter:
         return self._logits(columns, last)
 
     def _logits(self, columns: Columns, rows: Tensor) -> Tensor:
-        hidden = self._run(columns, rows)
-        assert hidden is not None
-        return self._model.logits(hidden)
+        return self._layers.logits(self._narrowed(columns), rows)
 
-    def _run(self, columns: Columns, rows: Tensor | None) -> Tensor | None:
-        """A step of the model -> its normalised states at these token rows."""
-        if self._narrow:
-            columns = columns._replace(tokens=torch.where(columns.tokens < self._vocab, columns.tokens, 0))
-        if self._program is not None:
-            wanted = torch.empty(0, dtype=torch.int32) if rows is None else rows
-            hidden = torch.empty(len(wanted), self._model.facts.hidden_size, dtype=self._chain.dtype)
-            self._program(columns, wanted, hidden)
-            return hidden
-        x, residual, _ = self._model.step(self._ops, self._caches, columns)
-        if rows is None:
-            return None
-        return self._model.final(self._ops, self._ops.take_rows(x, rows), self._ops.take_rows(residual, rows))
+    def _run(self, columns: Columns) -> None:
+        self._layers.run(self._narrowed(columns), None)
+
+    def _narrowed(self, columns: Columns) -> Columns:
+        """Without tokens that this has not."""
+        return columns._replace(tokens=torch.where(columns.tokens < self._vocab, columns.tokens, 0)) if self._narrow else columns
 
 
-def check_vocabulary(folder: str, parts: Parts) -> None:
-    """Raises CheckpointError for a drafter whose tokens mean something else. Where a folder has no tokenizer.json nothing is known."""
-    files = [Path(place) / "tokenizer.json" for place in (parts.folder, folder)]
-    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
-        return
-    one, other = (_vocabulary(file) for file in files)
-    if one != other:
-        raise CheckpointError(
-            f"--speculative-model {spelled(folder)}: its tokenizer.json has another vocabulary than the model's, so that its tokens would mean other texts. Give a"
-            " draft model with the same tokenizer.",
+def draft_model(config: DraftConfig, parts: Parts) -> Drafter:
+    """With the same vocabulary or with another one. Raises ConfigError and CheckpointError."""
+    if config.model is None:
+        raise ConfigError(
+            '--speculative-config: the method "draft_model" needs "model", the folder of a draft model.', param="speculative_config"
+        )
+    same = same_vocabulary(config.model, parts)
+    if same and config.options:
+        raise ConfigError(
+            f"--speculative-config: 'options.{next(iter(config.options))}' says nothing to a draft model with the model's own vocabulary, which lies in the model's pages."
+            " Leave it out.",
             param="speculative_config",
         )
+    if Path(config.model).is_dir():
+        check_kind(ModelDrafter.name, config.model, read_config(config.model), None, 0)
+    model = parts.load(config.model, config.quantization)
+    if same:
+        return ModelDrafter(config, parts, model)
+    from penstock.plugins.drafters.translated import TranslatedDrafter, aligned
+
+    return TranslatedDrafter(config, parts, model, aligned(config.model, parts, model))
+
+
+def same_vocabulary(folder: str, parts: Parts) -> bool:
+    """Do its tokens mean what the model's do? Where one of them comes without a tokenizer nothing is known, and it is believed. Raises CheckpointError for one that cannot be
+    read."""
+    places = parts.folder, folder
+    files = [Path(place) / "tokenizer.json" for place in places]
+    if all(file.is_file() for file in files):
+        return files[0].read_bytes() == files[1].read_bytes() or _vocabulary(files[0]) == _vocabulary(files[1])
+    packed = [is_gguf(place) for place in places]
+    if not any(packed) or not all(one or file.is_file() for one, file in zip(packed, files, strict=True)):
+        return True
+    texts = [[one.token_bytes(token) for token in range(one.vocab_size)] for one in map(parts.tokenizer, places)]
+    return texts[0] == texts[1]
 
 
 def _vocabulary(file: Path) -> object:

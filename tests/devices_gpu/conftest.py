@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from penstock.plugins.devices.cpu import CpuDevice
 from penstock.plugins.devices.cuda import load
 from penstock.plugins.devices.lane import HostLane, Lane
 from penstock.plugins.devices.torch_ops import TorchOps
+
+sys.path.insert(0, str(Path(__file__).parent))  # for vocabularies.py: pytest's importlib mode does not
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

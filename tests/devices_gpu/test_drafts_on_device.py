@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vocabularies import renumbered, spelled_out
 
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
@@ -41,9 +42,14 @@ def jobs(outputs: int = 40) -> list[Job]:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle3", "mtp"])
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "other vocabulary", "eagle3", "mtp"])
 def test_no_bit_changes_and_nothing_waits(
-    method: str, make_folder: Callable[..., Path], config_for: Any, make_head: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    method: str,
+    make_folder: Callable[..., Path],
+    config_for: Any,
+    make_head: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_folder("llama", torch.bfloat16, **SHAPE)
     over: dict[str, Any] = {"deterministic": True, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20}
@@ -58,6 +64,9 @@ def test_no_bit_changes_and_nothing_waits(
     fields: dict[str, Any] = {"prompt_lookup_min": 1} if method == "ngram" else {"model": str(folder)}
     if method in ("eagle3", "mtp"):
         fields["model"] = str(make_head(folder, method))
+    if method == "other vocabulary":
+        spelled_out(folder, VOCAB)
+        method, fields["model"] = "draft_model", str(renumbered(folder, tmp_path / "other"))
     runner = load(speculation=SpeculationConfig(methods=[DraftConfig(method=method, num_speculative_tokens=K, **fields)]))
     runner.warm_up(lambda phase: None)
     waited = False

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from penstock import LLM, SamplingParams, StructuredOutputsParams
 from penstock.core.actors.scheduler.widths import Widths
+from penstock.plugins.demo_model import draft_path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "devices_gpu"))  # pytest's importlib mode does not
+
+from vocabularies import renumbered
 
 COPY = "Repeat this text: the river ran past the mill, past the old bridge, past the mill again, and down to the sea."
 QUESTIONS = [COPY, "Tell me a story about a dog."]
@@ -49,10 +56,16 @@ def plain() -> list[Any]:
     [
         [{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1}],
         [{"method": "ngram", "num_speculative_tokens": 3}, {"model": "brook-draft", "num_speculative_tokens": 4}],
+        [{"model": "OTHER", "num_speculative_tokens": 4}],
+        [{"method": "suffix", "num_speculative_tokens": 3}, {"model": "OTHER", "num_speculative_tokens": 4, "options": {"context": 64}}],
     ],
-    ids=["ngram", "ngram and a draft model"],
+    ids=["ngram", "ngram and a draft model", "another vocabulary", "suffixes and another vocabulary"],
 )
-def test_answers_are_those_without(methods: list[dict[str, Any]], plain: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_those_without(
+    methods: list[dict[str, Any]], plain: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if methods[-1].get("model") == "OTHER":
+        methods = [*methods[:-1], methods[-1] | {"model": str(renumbered(draft_path(), tmp_path / "other", merges=0.7))}]
     turns = itertools.cycle([9, 9, 2, 9, 0, 9, 1])
     monkeypatch.setattr(Widths, "choose", lambda self, rows: min(next(turns), self.most(rows)))
     accepted: list[int] = []
