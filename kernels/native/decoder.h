@@ -149,7 +149,11 @@ static void given_unit(const void *job, long unit) {
     const int bf16 = (int)j->p->bf16;
     for (long r = unit * j->per; r < MIN((unit + 1) * j->per, j->rows); r++) {
         load_row(j->w->x + r * j->w->ldx, j->s->given, r * h, h, bf16);
-        load_row(j->w->a + r * j->w->lda, j->s->given_normed, r * k, k, bf16);
+        void *a = row_at(j->w->a, r, j->w->lda, j->narrow);
+        if (j->narrow)
+            memcpy(a, (const uint16_t *)j->s->given_normed + r * k, (size_t)k * 2);
+        else
+            load_row(a, j->s->given_normed, r * k, k, bf16);
         if (j->tap) keep_row(j, r);
     }
 }
