@@ -3,7 +3,8 @@
 What it is: before a step, its width and each row's share of it (none for those who obey a grammar, search with beams or do not want any); behind it, the
 lengths of rows whose drafts were right, acceptance by place, by sequence and by drafter, and drafters that are turned off. The device's drafts stand
 there since the last step; those of drafters on the host (core/actors/drafters.py) are asked for before a step, and written with it.
-While drafts are made a step is planned when the one before it has landed: only then it is known how far that brought each row, and what stands there now.
+Where the device knows by itself how far a step brought its rows (Forward.loose), the next one is planned while that is under way, from bounds: as if all drafts were
+there, and right. Elsewhere, and for drafters on the host, which have to be told, it is planned when the one before it has landed.
 What it does not know: which width is best (widths.py), blocks, what drafts are.
 """
 
@@ -54,6 +55,8 @@ class Drafting:
         """Drafts of the host, by slot, that are written with this step."""
         self._stands: I32 | None = np.zeros((settings.max_num_seqs, self._most), np.int32) if settings.masks_ahead else None
         """The drafts themselves, by slot: masks follow them."""
+        self._ones: U8 = np.ones(settings.max_num_seqs, np.uint8)
+        self._ones.flags.writeable = False
         self.ended: list[int] = []
         """Sequences that drafters on the host were told of, and that left their slots."""
         self._before = -1, 0, True
@@ -106,7 +109,10 @@ class Drafting:
         slots = self._board.slots
         if not self._wanted or not rows.slots.size or not slots.any_drafted:
             return
-        ahead = np.minimum(slots.drafted[rows.index], self._most_of(rows))
+        if rows.left <= self.chosen:
+            rows.left = slots.left(rows.index)
+        alike = self._wishes is None and not self._board.forking and rows.left > self.chosen
+        ahead = np.minimum(slots.drafted[rows.index], self.chosen if alike else self._most_of(rows))
         most = int(ahead.max())
         if most:
             slots.ahead[rows.index] = ahead
@@ -169,28 +175,45 @@ class Drafting:
         ended, self.ended = self.ended, []
         yield Ask(Draft(step=self._board.step + 1, seqs=EMPTY_I64, most=EMPTY_I32, drafters=EMPTY_U8, ended=i64(ended)), Drafted)
 
+    def loose(self, rows: Rows) -> U8:
+        """Forward.loose for rows that decode in the next step; empty where it is known of all how far they have come and which drafts stand."""
+        ahead = [flight for flight in self._board.flights if flight.width or flight.drafts]
+        if not ahead:
+            return EMPTY_U8
+        if any(flight.rows is rows for flight in ahead):
+            return self._ones[: rows.slots.size]
+        named = np.zeros(self._board.slots.count, np.uint8)
+        for flight in ahead:
+            named[flight.rows.index] = 1
+        found: U8 = named[rows.index]
+        return found if found.any() else EMPTY_U8
+
     def launched(self, flight: Flight, columns: dict[str, Any]) -> dict[str, Any]:
         """What the device makes of it: nobody has drafts that did not get them in this step. Gives the columns with drafts of the host."""
         slots = self._board.slots
         flight.chosen = self.chosen
         flight.drafts = self.drafts if flight.rows.slots.size else 0
-        flight.pure = flight.tokens == int(flight.rows.counts.sum())
+        flight.pure = flight.tokens == flight.rows.tokens
         if slots.wide:
             flight.width = self.width
-            flight.ahead = slots.ahead[flight.rows.index]
-        flight.alone = bool(flight.width or flight.drafts or (self.hosts and self._wanted and flight.rows.slots.size))
+            flight.ahead = flight.stood = flight.rows.counts - np.int32(1)
+        flight.alone = bool(self.hosts and self._wanted and flight.rows.slots.size)
+        if not self._board.settings.loose:
+            flight.alone |= bool(flight.width or flight.drafts)
         written: dict[str, Any] = {}
         if self._tokens and flight.width:
             written = self._writes(flight, columns)
         self._forget_tokens()
-        if slots.any_drafted:
+        if slots.any_drafted and (not flight.drafts or flight.alone):
             slots.drafted[flight.rows.index] = 0
             slots.any_drafted = bool(slots.drafted.any())
         return written
 
     def masked(self, flight: Flight) -> dict[str, Column]:
         """The drafts of rows that obey a grammar, for MaskRequest."""
-        ahead = flight.ahead[flight.masked]
+        if not flight.width:
+            return {}
+        ahead = flight.stood[flight.masked]
         if self._stands is None or not ahead.any():
             return {}
         rows = self._stands[flight.rows.index[flight.masked]]
@@ -229,30 +252,55 @@ class Drafting:
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
             self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen)
-        self._before, self._finished_ns = kind, done.finished_ns
+        begun, self._before, self._finished_ns = self._finished_ns, kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
                 raise ProtocolError(f"step {done.step} brought drafts that nobody asked for")
             return
         self.draft_ns += done.draft_ns
-        self.step_ns += max(0, done.finished_ns - done.started_ns)
+        self.step_ns += max(0, done.finished_ns - max(done.started_ns, begun))
         if not count:
             return
         if done.drafts.size not in (0, count * flight.drafts) or done.drafters.size not in (0, count):
             raise ProtocolError(f"step {done.step} has {count} rows and {flight.drafts} drafts a row, but brought {done.drafts.size}")
-        if done.drafts.size:
-            there = done.drafts.reshape(count, flight.drafts) >= 0
-            slots.drafted[index] = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1))
-            slots.any_drafted = True
-            if self._stands is not None:
-                self._stands[index, : flight.drafts] = done.drafts.reshape(count, flight.drafts)
+        self._stand(flight, done)
+
+    def _stand(self, flight: Flight, done: StepDone) -> None:
+        """Which drafts there are now; of rows in a later step, which there were for that."""
+        slots, index, later = self._board.slots, flight.rows.index, self._board.flights
+        made: I32 | int = flight.drafts
+        if not done.drafts.size:
+            made = 0
+        elif int(done.drafts.min()) < 0:
+            there = done.drafts.reshape(-1, flight.drafts) >= 0
+            made = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1)).astype(np.int32)
+        if later and later[0].width:
+            self._correct(later[0], flight, made)
+        if self._stands is not None and self._board.obeying and done.drafts.size:
+            self._stands[index, : flight.drafts] = done.drafts.reshape(-1, flight.drafts)
+        if len(self.watches) > 1 or self.hosts:
             slots.drafter[index] = self._device[done.drafters] if done.drafters.size else self._device[0]
+        if any(not step.drafts for step in later):  # behind which nothing stands
+            last = slots.last_step[index] <= flight.step
+            index, made = index[last], made if isinstance(made, int) else made[last]
+        slots.drafted[index] = made
+        slots.any_drafted = True
+
+    def _correct(self, later: Flight, flight: Flight, made: I32 | int) -> None:
+        """The drafts that a later step took to be there, now that it is known."""
+        if isinstance(made, int) and made >= later.width:
+            return
+        most = np.full(self._board.slots.count, self._most, np.int32)
+        most[flight.rows.index] = made
+        later.stood = np.minimum(later.ahead, most[later.rows.index])
 
     def _verified(self, flight: Flight, done: StepDone) -> None:
-        slots, index, ahead = self._board.slots, flight.rows.index, flight.ahead
+        slots, index, ahead = self._board.slots, flight.rows.index, flight.stood
         right = done.counts - np.int32(1)
-        if right.size != ahead.size or int(right.min()) < 0 or int((ahead - right).min()) < 0:
+        if right.size != ahead.size or int(right.min()) < 0 or int((flight.ahead - right).min()) < 0:
             raise ProtocolError(f"step {done.step} sampled {ahead.size} rows, whose counts cannot be right")
+        if ahead is not flight.ahead:  # what stood there by chance may have been right
+            right = np.minimum(right, ahead)
         slots.drafts_seen[index] += ahead
         slots.drafts_right[index] += right
         reached = _at_least(right, self._most)
