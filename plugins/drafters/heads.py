@@ -138,9 +138,12 @@ class HeadDrafter:
 
     def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
         states = self._everything(seen)
-        # A row's tokens lie one behind the other: that of a position lies as far behind the row's first one as the position behind its start.
-        first, rows = np.cumsum(seen.work.counts) - seen.work.counts, proposal.rows
-        shift = self._chain.sent((first[rows] - seen.work.starts[rows] - 2).astype(np.int32))
+        # A row's tokens lie one behind the other. That of the last position which counts: of a prompt its last one, of a decode row as far behind its first as
+        # it has drawn tokens.
+        work, rows = seen.work, proposal.rows
+        first = np.cumsum(work.counts) - work.counts
+        last = self._chain.sent((first[rows] + np.where(rows < work.num_decode, 1, work.counts[rows]) - 2).astype(np.int32))
+        shift = last - proposal.begins
         return self._logits(self._ops.take_rows(states, ends + (shift if kept is None else shift[kept])))
 
     def _next(self, seen: Seen, slots: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:

@@ -156,6 +156,7 @@ class Board:
         self.range.flags.writeable = False
         self.places: Index = np.arange(settings.max_num_seqs)
         """The same, to index with."""
+        self.steps: I32 = np.arange(settings.max_num_seqs * (1 + settings.lookahead), dtype=np.int32)
 
     def wake(self) -> Iterable[Out]:
         """Plan once all queued messages were handled."""

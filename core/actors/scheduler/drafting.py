@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penstock.core.actors.scheduler.outline import Flight
+from penstock.core.actors.scheduler.outline import NO_ROWS, Flight
 from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.widths import OFF, Watch, Widths
 from penstock.core.protocol.columns import EMPTY_I32, EMPTY_I64, EMPTY_U8, I32, U8, Column, i32, i64, u8
@@ -64,7 +65,10 @@ class Drafting:
         self._finished_ns = 0
         """When it was finished."""
         self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
-        self.places = np.zeros(self._most, np.int64)
+        self.places = [0] * self._most
+        self._had_index: Index = NO_ROWS
+        self._had: I32 = np.zeros((2, 0), np.int32)
+        """Drafts that these slots had verified, and right ones, which are not in their columns yet."""
 
     # ------------------------------------------------------------------ before a step
 
@@ -73,6 +77,8 @@ class Drafting:
         board = self._board
         slots, count = board.slots, rows.slots.size
         slots.narrow(rows)
+        if rows.index is not self._had_index:
+            self._settle()
         self.width = 0
         self._forget_tokens()
         if not count:  # prompts alone: those that come to their end get drafts for their first step
@@ -113,11 +119,12 @@ class Drafting:
             rows.left = slots.left(rows.index)
         alike = self._wishes is None and not self._board.forking and rows.left > self.chosen
         ahead = np.minimum(slots.drafted[rows.index], self.chosen if alike else self._most_of(rows))
-        most = int(ahead.max())
+        full = alike and np.count_nonzero(ahead == self.chosen) == ahead.size
+        most = self.chosen if full else int(ahead.max())
         if most:
             slots.ahead[rows.index] = ahead
             slots.wide = True
-            rows.widen(ahead)
+            rows.widen(ahead, ahead.size * (1 + most) if full else int(ahead.sum()) + ahead.size)
             self.width = self.chosen if most <= self.chosen else self._wanted
 
     def ask(self, rows: Rows) -> Generator[Out, Any, None]:
@@ -197,6 +204,7 @@ class Drafting:
         if slots.wide:
             flight.width = self.width
             flight.ahead = flight.stood = flight.rows.counts - np.int32(1)
+            flight.drafted = flight.rows.tokens - flight.rows.slots.size
         flight.alone = bool(self.hosts and self._wanted and flight.rows.slots.size)
         if not self._board.settings.loose:
             flight.alone |= bool(flight.width or flight.drafts)
@@ -297,18 +305,22 @@ class Drafting:
     def _verified(self, flight: Flight, done: StepDone) -> None:
         slots, index, ahead = self._board.slots, flight.rows.index, flight.stood
         right = done.counts - np.int32(1)
-        if right.size != ahead.size or int(right.min()) < 0 or int((flight.ahead - right).min()) < 0:
+        if right.size != ahead.size or np.count_nonzero(right.view(np.uint32) > flight.ahead.view(np.uint32)):  # below 0 as well
             raise ProtocolError(f"step {done.step} sampled {ahead.size} rows, whose counts cannot be right")
+        drafted = flight.drafted
         if ahead is not flight.ahead:  # what stood there by chance may have been right
-            right = np.minimum(right, ahead)
-        slots.drafts_seen[index] += ahead
-        slots.drafts_right[index] += right
+            right, drafted = np.minimum(right, ahead), int(ahead.sum())
+        if index is not self._had_index:
+            self._settle()
+            self._had_index, self._had = index, np.zeros((2, index.size), np.int32)
+        self._had[0] += ahead
+        self._had[1] += right
         reached = _at_least(right, self._most)
-        accepted = sum(reached[1:])
-        self.rows += int(np.count_nonzero(ahead))
-        self.drafted += int(ahead.sum())
+        accepted = sum(reached) - reached[0]
+        self.rows += np.count_nonzero(ahead)
+        self.drafted += drafted
         self.accepted += accepted
-        self.places += reached[1:]
+        self.places = [sum(pair) for pair in zip(self.places, reached[1:], strict=True)]
         wrong = ahead > right
         whose = slots.drafter[index] if len(self.watches) > 1 else None
         for number, watch in enumerate(self.watches):
@@ -328,6 +340,14 @@ class Drafting:
             if reached[0]:
                 self._widths.verified(flight.chosen, reached)
 
+    def _settle(self) -> None:
+        """What rows had of drafts is their sequences', before others are in their slots."""
+        slots, index = self._board.slots, self._had_index
+        if index.size:
+            slots.drafts_seen[index] += self._had[0]
+            slots.drafts_right[index] += self._had[1]
+            self._had_index = NO_ROWS
+
     def _switched(self) -> None:
         off = sum(1 << number for number, watch in enumerate(self.watches) if watch.state == OFF)
         if self._off & ~off:
@@ -342,7 +362,7 @@ class Drafting:
             drafts=self.rows,
             drafted=self.drafted,
             accepted=self.accepted,
-            places=self.places.tolist(),
+            places=self.places,
             draft_ns=self.draft_ns,
             step_ns=self.step_ns,
             width=self.chosen,
@@ -352,6 +372,7 @@ class Drafting:
     def told(self, rows: Rows) -> dict[str, Column]:
         """Of sequences that end: what they had of drafts, as columns of StepTokens."""
         slots, index = self._board.slots, rows.index
+        self._settle()
         had = np.flatnonzero(slots.drafts_seen[index])
         if not had.size:
             return {}
@@ -361,5 +382,4 @@ class Drafting:
 
 def _at_least(right: I32, most: int) -> list[int]:
     """[j]: of how many rows at least j drafts were right."""
-    found: list[int] = np.bincount(right, minlength=most + 1)[::-1].cumsum()[::-1].tolist()
-    return found
+    return list(accumulate(np.bincount(right, minlength=most + 1).tolist()[::-1]))[::-1]

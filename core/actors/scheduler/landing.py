@@ -231,12 +231,13 @@ class Landing:
         """A step of several tokens a row. Where each goes follows from what is known, since no step before this one is under way."""
         board = self._board
         rows, counts, tokens = flight.rows, done.counts, done.tokens
-        if int(counts.sum()) != tokens.size:  # that they fit the rows is known
+        firsts = counts.cumsum(dtype=np.int32)
+        if int(firsts[-1]) != tokens.size:  # that they fit the rows is known
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, whose counts or {tokens.size} tokens cannot be right")
-        of = np.repeat(board.places[: counts.size], counts)
-        firsts = np.cumsum(counts, dtype=np.int32) - counts
+        of = board.places[: counts.size].repeat(counts)
+        firsts -= counts
         shift = board.slots.known[rows.index] - firsts
-        steps = np.arange(tokens.size, dtype=np.int32)
+        steps = board.steps[: tokens.size]
         offsets, places = (shift - rows.prompts)[of] + steps, (rows.base + shift)[of] + steps
         return _Tokens(rows, of, tokens, offsets, places, done.logprobs, firsts[done.bad_rows] if done.bad_rows.size else done.bad_rows)
 
@@ -273,11 +274,13 @@ class Landing:
         if not flight.width:
             return
         lacking = flight.ahead + np.int32(1) - done.counts
-        slots.length[index] -= lacking
-        slots.computed[index] -= lacking
         if board.rows is not None and board.rows is rows and not flight.capped:
-            rows.starts = rows.starts - lacking
+            rows.starts = starts = rows.starts - lacking
+            slots.computed[index] = starts
+            slots.length[index] = starts + board.ones[: starts.size]
         else:
+            slots.computed[index] -= lacking
+            slots.length[index] -= lacking
             board.rows = None  # who had come to its limit, by its bound, may go on
 
     def _add_prompt_logprobs(self, columns: dict[str, Any], flight: Flight, found: LogprobColumns | None) -> None:

@@ -154,7 +154,7 @@ class Launch:
     def _columns(self, outline: Outline) -> dict[str, Any]:
         board = self._board
         carried, board.carried = board.carried, []
-        columns = outline.columns(carried, board.live)
+        columns = outline.columns(carried, board.slots, board.live)
         if board.groups:
             columns |= self._beams.writes(outline.rows)
         return columns

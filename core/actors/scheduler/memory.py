@@ -144,6 +144,7 @@ class Memory:
             short, granted, reach = short[left], granted[left], reach[left]
         if granted.all():
             slots.hold(short, reach)
+            outline.short = short
             return []
         slots.hold(short[granted], reach[granted])
         denied: list[int] = short[~granted].tolist()
@@ -212,6 +213,7 @@ class Memory:
     def relieve(self, outline: Outline, denied: list[int]) -> Planning:
         """Memory ran out for `denied`: preempt until they have what they need, or let them sit this step out."""
         board = self._board
+        outline.short = NOBODY
         slots = board.slots
         while denied:
             if any(slots.last_step[slot] > board.done_step for slot in board.leaving):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from penstock.core.actors.scheduler.slots import Index, Rows
+from penstock.core.actors.scheduler.slots import Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Request, Sequence
 from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
 from penstock.core.protocol.messages import KvGrant, LogprobColumns, MaskRequest, SlotSampling
@@ -37,6 +37,7 @@ class Outline:
         "prefill_turn",
         "rows",
         "samplings",
+        "short",
         "sources",
         "stalled",
         "started",
@@ -58,6 +59,8 @@ class Outline:
         """Slots whose blocks this step copies."""
         self.stalled: set[int] = set()
         """Slots that sit this step out for want of memory."""
+        self.short: Index = NO_ROWS
+        """Slots that were asked for, if all got their blocks."""
         self.full = False
         """Memory denied somebody who waits: nobody behind may overtake."""
         self.prefill_turn = False
@@ -86,7 +89,7 @@ class Outline:
         if grant.copy_dst.size:
             self.copies.append((grant.copy_src, grant.copy_dst))
 
-    def columns(self, carried: list[Blocks], live: dict[int, Sequence]) -> dict[str, Any]:
+    def columns(self, carried: list[Blocks], slots: Slots, live: dict[int, Sequence]) -> dict[str, Any]:
         """The parts of Forward besides its rows, but for those that lost their slot meanwhile. `live`: Board.live."""
         columns: dict[str, Any] = {}
         if self.places:
@@ -101,18 +104,21 @@ class Outline:
         blocks = carried + self.blocks if carried else self.blocks
         if blocks:
             seqs, index, ids = blocks[0] if len(blocks) == 1 else (np.concatenate([b[i] for b in blocks]) for i in range(3))
+            if len(blocks) == 1 and np.array_equal(seqs, slots.seq[self.short]):
+                columns["block_slots"], columns["block_index"], columns["block_ids"] = self.short.astype(np.int32), index, ids
+                return columns
             listed = [-1 if (sequence := live.get(seq)) is None else sequence.slot for seq in seqs.tolist()]
-            slots = i32(listed)
+            held = i32(listed)
             if -1 in listed:
-                keep = slots >= 0
-                slots, index, ids = slots[keep], index[keep], ids[keep]
-            columns["block_slots"], columns["block_index"], columns["block_ids"] = slots, index, ids
+                keep = held >= 0
+                held, index, ids = held[keep], index[keep], ids[keep]
+            columns["block_slots"], columns["block_index"], columns["block_ids"] = held, index, ids
         return columns
 
 
 class Flight:
     """Row i samples position `positions[i]` of `rows.slots[i]`; where it is `loose` that is known when it lands, and they are the last that it can be. `capped`:
-    some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0; `stood`: of these,
+    some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all; `stood`: of these,
     drafts that turned out to be there; `drafts`: how many are made behind it; `chosen`: the width
     that was found best; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
     is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
@@ -124,6 +130,7 @@ class Flight:
             "asks",
             "capped",
             "chosen",
+            "drafted",
             "drafts",
             "loose",
             "masked",
@@ -148,7 +155,7 @@ class Flight:
         self.tokens = tokens
         self.ahead: I32 = EMPTY_I32
         self.stood: I32 = EMPTY_I32
-        self.width = self.drafts = self.chosen = 0
+        self.width = self.drafts = self.drafted = self.chosen = 0
         self.pure = self.alone = self.loose = self.asks = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []

@@ -49,10 +49,10 @@ class Rows:
     stops: I32
     left: int
 
-    def widen(self, ahead: I32) -> None:
-        """With so many drafts a row."""
+    def widen(self, ahead: I32, tokens: int) -> None:
+        """With so many drafts a row; `tokens` in all."""
         self.counts = ahead + np.int32(1)
-        self.tokens = int(self.counts.sum())
+        self.tokens = tokens
 
     def select(self, kept: Column) -> Rows:
         """Only the rows `kept` (which may name one several times); `left` and `tokens` stay bounds."""
@@ -196,7 +196,8 @@ class Slots:
         rows.left = self.left(index)
         rows.narrow()
         if self.wide:
-            rows.widen(self.ahead[index])
+            ahead = self.ahead[index]
+            rows.widen(ahead, int(ahead.sum()) + ahead.size)
         return rows
 
     def left(self, index: Index) -> int:
