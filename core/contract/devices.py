@@ -208,9 +208,7 @@ _FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "
 _SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
 
 
-def refuse_columns(
-    work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: int = 0, loose: bool = False
-) -> None:
+def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: int = 0, loose: bool = False) -> None:
     """For a runner that serves no optional column (but masks, writes, loose rows and so many drafts, if it says so): raises UnsupportedFeature naming the one
     that `work` has."""
     name = "lookahead" if work.lookahead > lookahead else "drafts" if isinstance(work, Sample) and work.drafts > lookahead else ""

@@ -16,7 +16,23 @@ from penstock.kernels.checks import require
 from penstock.kernels.gpu import tuned
 from penstock.kernels.tile import launched, power
 
-_LOOSE = ["slots", "starts", "places", "lens", "q_start", "counts", "offsets", "tokens", "positions", "index", "ids", "src", "dst", "cache_slots", "kv_len"]
+_LOOSE = [
+    "slots",
+    "starts",
+    "places",
+    "lens",
+    "q_start",
+    "counts",
+    "offsets",
+    "tokens",
+    "positions",
+    "index",
+    "ids",
+    "src",
+    "dst",
+    "cache_slots",
+    "kv_len",
+]
 """Columns are views at any element of a step's buffer: compiling again for each alignment would stall a step."""
 
 

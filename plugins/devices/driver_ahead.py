@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class AheadDriver:
         self.steps += 1
         self.loose += sum(loose)
         slots = i32([job.slot for job in everybody])
-        named = {"engine": 0, "epoch": 0, "step": self.steps}
+        named: dict[str, Any] = {"engine": 0, "epoch": 0, "step": self.steps}
         self.runner.forward(
             Forward(
                 **named,
@@ -109,7 +110,9 @@ class AheadDriver:
                 slots=slots[: len(draws)],
                 positions=i32([*(start + 1 for start in starts[: len(rows)]), *(len(job.prompt) for job in drawing)]),
                 places=[
-                    SlotSampling(slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params, stop_ids=i32(job.stop_ids))
+                    SlotSampling(
+                        slot=job.slot, choice=job.choice, prompt_len=len(job.prompt), params=job.params, stop_ids=i32(job.stop_ids)
+                    )
                     for job in fresh
                 ],
                 lookahead=lookahead,
@@ -127,7 +130,9 @@ class AheadDriver:
             self._bound[job.slot] = len(job.prompt) + 1
         for job in draws:
             job.drafts = drafts
-        self._flights.append(_Flight(wait, [*rows, *((job, 0) for job in drawing)], [everybody[index] for index in asks], lookahead, drafts))
+        self._flights.append(
+            _Flight(wait, [*rows, *((job, 0) for job in drawing)], [everybody[index] for index in asks], lookahead, drafts)
+        )
         return True
 
     def _land(self, flight: _Flight) -> None:

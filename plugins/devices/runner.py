@@ -837,9 +837,7 @@ class DeviceRunner:
             self._stand[work.slots] = (made[0].view(len(work.rows), work.drafts) >= 0).sum(1).numpy()
         return made
 
-    def _drafts(
-        self, work: Sample, launched: _Launched, slots: Tensor, begins: Tensor, ends: Tensor, hidden: Tensor
-    ) -> list[Tensor]:
+    def _drafts(self, work: Sample, launched: _Launched, slots: Tensor, begins: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
         shape, device = (len(work.rows), work.drafts), self._lane.device
         drafts = torch.full(shape, -1, dtype=torch.int32, device=device)
         first, hot = True, self.sampler.hot(work.slots)

@@ -253,7 +253,7 @@ class Drafting:
 
     def landed(self, flight: Flight, done: StepDone) -> None:
         """Before its tokens are looked at: what is learned of drafts, and which stand now."""
-        slots, index, count = self._board.slots, flight.rows.index, flight.rows.slots.size
+        count = flight.rows.slots.size
         if flight.width:
             self._verified(flight, done)
         kind = flight.step, flight.chosen, flight.pure
@@ -317,7 +317,7 @@ class Drafting:
         self._had[1] += right
         reached = _at_least(right, self._most)
         accepted = sum(reached) - reached[0]
-        self.rows += np.count_nonzero(ahead)
+        self.rows += int(np.count_nonzero(ahead))
         self.drafted += drafted
         self.accepted += accepted
         self.places = [sum(pair) for pair in zip(self.places, reached[1:], strict=True)]

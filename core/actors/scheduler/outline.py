@@ -166,7 +166,9 @@ class Flight:
 def mask_request(flight: Flight, drafts: dict[str, Column]) -> MaskRequest:
     """For its masked rows, with the columns of `drafts`."""
     rows, which = flight.rows, flight.masked
-    return MaskRequest(step=flight.step, rows=which.astype(np.int32), seqs=rows.seqs[which], incarnations=rows.incarnations[which], **drafts)
+    return MaskRequest(
+        step=flight.step, rows=which.astype(np.int32), seqs=rows.seqs[which], incarnations=rows.incarnations[which], **drafts
+    )
 
 
 def select_logprobs(columns: LogprobColumns, kept: Column, total: int) -> LogprobColumns:
