@@ -40,6 +40,9 @@ class Drafting:
         self._board = board
         self._most = settings.lookahead
         self._widths = widths or Widths(settings.widths or range(1, self._most + 1), settings.max_num_batched_tokens, clock)
+        self._widths.behind = settings.depth - 1 if settings.loose else 0
+        self._come = False
+        """A step with drafts has landed, and none without was planned since."""
         self.watches = [Watch(name, clock) for name in settings.drafters or ("drafts",)]
         hosted = settings.hosted or (False,) * len(self.watches)
         self.hosts = [number for number, here in enumerate(hosted) if here]
@@ -201,6 +204,8 @@ class Drafting:
         flight.chosen = self.chosen
         flight.drafts = self.drafts if flight.rows.slots.size else 0
         flight.pure = flight.tokens == flight.rows.tokens
+        self._come = self._come and flight.drafts > 0
+        flight.early = flight.drafts > 0 and not self._come
         if slots.wide:
             flight.width = self.width
             flight.ahead = flight.stood = flight.rows.counts - np.int32(1)
@@ -259,12 +264,15 @@ class Drafting:
         kind = flight.step, flight.chosen, flight.pure
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
-            self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen)
+            self._widths.timed(
+                count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen and not flight.early
+            )
         begun, self._before, self._finished_ns = self._finished_ns, kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
                 raise ProtocolError(f"step {done.step} brought drafts that nobody asked for")
             return
+        self._come = self._come or all(later.drafts for later in self._board.flights)
         self.draft_ns += done.draft_ns
         self.step_ns += max(0, done.finished_ns - max(done.started_ns, begun))
         if not count:

@@ -120,7 +120,7 @@ class Flight:
     """Row i samples position `positions[i]` of `rows.slots[i]`; where it is `loose` that is known when it lands, and they are the last that it can be. `capped`:
     some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all; `stood`: of these,
     drafts that turned out to be there; `drafts`: how many are made behind it; `chosen`: the width
-    that was found best; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
+    that was found best; `early`: planned before the first step that made any had landed; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
     is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
 
     __slots__ = (
@@ -132,6 +132,7 @@ class Flight:
             "chosen",
             "drafted",
             "drafts",
+            "early",
             "loose",
             "masked",
             "positions",
@@ -156,7 +157,7 @@ class Flight:
         self.ahead: I32 = EMPTY_I32
         self.stood: I32 = EMPTY_I32
         self.width = self.drafts = self.drafted = self.chosen = 0
-        self.pure = self.alone = self.loose = self.asks = False
+        self.pure = self.alone = self.loose = self.asks = self.early = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []
