@@ -38,7 +38,7 @@ class _Tokens:
     """What a step drew, token by token. `of`: the row of each, where rows have several; None: each is its own. `offsets` are in the outputs, `places` in
     Slots.flat; `bad` are those of which nothing could be drawn."""
 
-    __slots__ = ("bad", "logprobs", "of", "offsets", "places", "rows", "tokens")
+    __slots__ = ("bad", "ends", "logprobs", "of", "offsets", "places", "rows", "tokens")
 
     def __init__(
         self, rows: Rows, of: Index | None, tokens: I32, offsets: I32, places: I64, logprobs: LogprobColumns | None, bad: Column
@@ -50,6 +50,8 @@ class _Tokens:
         self.places = places
         self.logprobs = logprobs
         self.bad = bad
+        self.ends: I32 | None = None
+        """Where each is its own row: the position behind."""
 
     def column(self, column: Column) -> Column:
         """One of the rows', for each token."""
@@ -71,7 +73,7 @@ class _Tokens:
         """Which are stops of their rows; None: none is."""
         found: Column | None = None
         for stops in self.rows.stops:  # few; cheaper one by one than broadcast
-            hit = self.column(stops) == self.tokens
+            hit = (stops if self.of is None else stops[self.of]) == self.tokens
             if np.count_nonzero(hit):
                 hit &= self.offsets >= self.column(self.rows.mins)
                 found = hit if found is None else found | hit
@@ -83,7 +85,7 @@ class _Tokens:
             self.logprobs = select_logprobs(self.logprobs, kept, self.tokens.size)
         self.bad = np.flatnonzero(np.isin(kept, self.bad))
         if self.of is None:
-            self.rows = self.rows.select(kept)
+            self.rows, self.ends = self.rows.select(kept), None if self.ends is None else self.ends[kept]
         else:
             self.of = self.of[kept]
         self.tokens, self.offsets, self.places = self.tokens[kept], self.offsets[kept], self.places[kept]
@@ -146,7 +148,8 @@ class Landing:
                 columns |= board.drafting.told(drawn.which(np.flatnonzero(reasons)))
             for seq in drawn.column(rows.seqs)[reasons != 0].tolist():
                 self._release.end(board.live[seq])
-        seqs, incarnations = drawn.column(rows.seqs), drawn.column(rows.incarnations)
+        of = drawn.of
+        seqs, incarnations = (rows.seqs, rows.incarnations) if of is None else (rows.seqs[of], rows.incarnations[of])
         if flight.scored:
             scored = [s for lead in flight.scored if board.live.get(lead.seq) is lead for s in (*lead.attached, lead)]
             for sequence in scored:
@@ -225,7 +228,9 @@ class Landing:
         if tokens.size != rows.slots.size or done.counts.size:
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
         positions = self._board.slots.known[rows.index] if flight.loose else flight.positions
-        return _Tokens(rows, None, tokens, positions - rows.prompts, rows.base + positions, done.logprobs, done.bad_rows)
+        drawn = _Tokens(rows, None, tokens, positions - rows.prompts, rows.base + positions, done.logprobs, done.bad_rows)
+        drawn.ends = positions + self._board.ones[: tokens.size]
+        return drawn
 
     def _spread(self, flight: Flight, done: StepDone) -> _Tokens:
         """A step of several tokens a row. Where each goes follows from what is known, since no step before this one is under way."""
@@ -266,7 +271,7 @@ class Landing:
             places, tokens, of = places[fine], tokens[fine], of[fine] if of is not None else np.flatnonzero(fine)
         slots.flat[places] = tokens
         if of is None:
-            slots.known[index] = drawn.positions() + np.int32(1)
+            slots.known[index] = drawn.ends
         elif of.size == done.tokens.size and flight.width:
             slots.known[index] += done.counts
         else:

@@ -18,6 +18,8 @@ from penstock.core.protocol.messages import KvGrant, LogprobColumns, MaskRequest
 
 NO_ROWS: Index = np.empty(0, np.intp)
 
+MANY_BLOCKS = 24
+"""From so many on columns are cheaper than a loop."""
 Blocks = tuple[Column, Column, Column]
 """seqs, index, ids: as in KvGrant."""
 
@@ -104,7 +106,7 @@ class Outline:
         blocks = carried + self.blocks if carried else self.blocks
         if blocks:
             seqs, index, ids = blocks[0] if len(blocks) == 1 else (np.concatenate([b[i] for b in blocks]) for i in range(3))
-            if len(blocks) == 1 and np.array_equal(seqs, slots.seq[self.short]):
+            if len(blocks) == 1 and seqs.size == self.short.size >= MANY_BLOCKS and (seqs == slots.seq[self.short]).all():
                 columns["block_slots"], columns["block_index"], columns["block_ids"] = self.short.astype(np.int32), index, ids
                 return columns
             listed = [-1 if (sequence := live.get(seq)) is None else sequence.slot for seq in seqs.tolist()]
