@@ -158,7 +158,8 @@ class DeviceRunner:
         )
         self.lookahead = lookahead
         self.masks_ahead = True
-        self.loose = lookahead > 0
+        self.loose = lookahead > 0 and not lane.direct
+        """A direct lane takes loose rows as well, but does not ask for them: its steps wait for nobody, and an answer begins and ends with a step in vain."""
         self.drafters = tuple(drafter.name for drafter in drafters)
         self._drafters = list(drafters)
         self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
@@ -307,7 +308,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work, writes=True, lookahead=self.lookahead, loose=self.loose)
+        refuse_columns(work, writes=True, lookahead=self.lookahead, loose=self.lookahead > 0)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         loose = len(work.loose) > 0
@@ -734,7 +735,7 @@ class DeviceRunner:
             else:
                 logits, slots, positions = self._logits_for(work, launched, loose)
                 mask = (work.mask, work.mask_rows) if len(work.mask_rows) else None
-                tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask, loose=loose)
+                tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask, None, loose)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
                 begins = positions
             if work.drafts or len(loose):
