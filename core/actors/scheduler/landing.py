@@ -271,6 +271,7 @@ class Landing:
             places, tokens, of = places[fine], tokens[fine], of[fine] if of is not None else np.flatnonzero(fine)
         slots.flat[places] = tokens
         if of is None:
+            assert drawn.ends is not None
             slots.known[index] = drawn.ends
         elif of.size == done.tokens.size and flight.width:
             slots.known[index] += done.counts
