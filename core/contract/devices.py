@@ -204,16 +204,16 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How a wide output head is quantised while it loads, a word as `quantization`'s. None: it is not."""
 
 
-_FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "place_adapters", "embed_slots")
+_FORWARD_COLUMNS = ("write_slots", "clone_src", "block_groups", "copy_groups", "place_adapters", "embed_slots", "loose")
 _SAMPLE_COLUMNS = ("mask_rows", "pool_rows")
 
 
-def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: int = 0) -> None:
-    """For a runner that serves no optional column (but masks, writes and so many drafts, if it says so): raises UnsupportedFeature naming the one that `work`
-    has."""
+def refuse_columns(work: Forward | Sample, *, masks: bool = False, writes: bool = False, lookahead: int = 0, loose: bool = False) -> None:
+    """For a runner that serves no optional column (but masks, writes, loose rows and so many drafts, if it says so): raises UnsupportedFeature naming the one
+    that `work` has."""
     name = "lookahead" if work.lookahead > lookahead else "drafts" if isinstance(work, Sample) and work.drafts > lookahead else ""
     for column in _FORWARD_COLUMNS if isinstance(work, Forward) else _SAMPLE_COLUMNS:
-        served = (masks and column == "mask_rows") or (writes and column == "write_slots")
+        served = (masks and column == "mask_rows") or (writes and column == "write_slots") or (loose and column == "loose")
         if len(getattr(work, column)) and not served:
             name = column
             break
@@ -238,6 +238,7 @@ class Runner(Protocol):
     and `drafters: tuple[str, ...]`, their methods, the first asked first: bit i of Sample.drafters and the number i in StepDone.drafters are drafter i. It may have
     `widths: tuple[int, ...]`, the lookaheads that it has prepared (captured graphs for, say), ascending: steps have no others. Without: all up to `lookahead`.
     `masks_ahead: bool` says that it takes masks behind drafts (Sample.mask_rows); without, sequences that obey a grammar have no drafts.
+    `loose: bool` says that it takes Forward.loose; without, a step behind one with drafts comes when that has landed.
     """
 
     facts: ModelFacts

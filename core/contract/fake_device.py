@@ -59,6 +59,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lookahead: int = 0
     drafts: tuple[DraftKind, ...] = ("fair",)
     masks_ahead: bool = False
+    loose: bool = True
     adapters: int = 0
     embeddings: int = 0
     pool_kinds: tuple[int, ...] = ()
@@ -144,6 +145,7 @@ class FakeRunner:
         mine = tuple(one.method or "" for one in asked if one.method not in hosted)
         self.drafters = mine if asked else options.drafts
         self.masks_ahead = options.masks_ahead
+        self.loose = options.loose
         self._device = device
         self._options = options
         slots = config.max_num_seqs
@@ -158,6 +160,7 @@ class FakeRunner:
         self._pages = np.zeros((0, self.block_size), np.uint64)
         self._rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
         self._asked, self._step, self._started, self._width = EMPTY_I32, 0, 0, 0
+        self._loose = np.zeros(0, np.bool_)
         self._engine = (0, 0)
         self.closed = False
 
@@ -197,6 +200,15 @@ class FakeRunner:
             self._table[work.block_slots, work.block_index] = work.block_ids
         slots = work.slots.astype(np.int64)
         starts = work.starts.astype(np.int64)
+        self._loose = np.zeros(len(slots), np.bool_)
+        if len(work.loose):
+            self._need(self.loose and len(work.loose) == len(slots), "rows are loose that may not be")
+            self._loose = work.loose > 0
+            starts[self._loose] = self._length[slots[self._loose]] - 1
+            self._need(bool((starts <= work.starts).all()), "a loose row has come further than it can")
+            self._need(not self._loose[work.num_decode :].any(), "a prompt is loose")
+            for row in np.nonzero(self._loose)[0].tolist():
+                self._slots.assume(int(slots[row]), int(work.counts[row]) - 1)
         ends = starts + work.counts
         self._compute(slots, starts, ends, work.num_decode, work.lookahead)
         self._rows, self._asked = (slots, starts, ends), work.prompt_rows
@@ -215,6 +227,9 @@ class FakeRunner:
             self._draws.place(state)
         rows, into = work.rows.astype(np.int64), work.slots.astype(np.int64)
         positions, last = work.positions.astype(np.int64), ends[rows]
+        loose = self._loose[rows]
+        self._need(bool((starts[rows] + 1 <= positions)[loose].all()), "a loose row draws further than it can")
+        positions[loose] = starts[rows][loose] + 1
         self._referee_draws(work, slots[rows], into, positions, last)
         mask = self._draws.mask = Mask(work, self.facts.vocab_size, self._need) if len(work.mask_rows) or len(work.mask) else None
         # Before the draw: afterwards histories are one token longer.

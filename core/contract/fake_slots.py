@@ -137,6 +137,14 @@ class FakeSlots:
             first = end - slots.tolist().count(slot)
             self.length[slot], self.sure[slot], self.drafts[slot] = end, min(first, self.sure[slot]), 0
 
+    def assume(self, slot: int, count: int) -> None:
+        """Whatever stands behind its history are drafts, so many of them."""
+        first = int(self.length[slot]) + int(self.drafts[slot])
+        for position in range(first, int(self.length[slot]) + count):
+            self._need(position < self.history.shape[1], "a draft lies beyond the longest sequence")
+            self._extend(np.array([slot]), np.array([position]), self.history[[slot], [position]])
+        self.drafts[slot] = max(int(self.drafts[slot]), count)
+
     def draft(
         self,
         into: npt.NDArray[np.int64],

@@ -189,6 +189,7 @@ class Engine:
             drafters=drafters.names,
             hosted=drafters.hosted,
             masks_ahead=bool(getattr(runner, "masks_ahead", False)),
+            loose=bool(getattr(runner, "loose", False)),
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None

@@ -843,6 +843,11 @@ class Forward(Message, frozen=True, kw_only=True):
     prompt_rows: Column = EMPTY_I32
     """Rows whose prompt log-probabilities the step's Sample asks for (its prompt_rows): of them the hidden states of all tokens are wanted, not only of
     the last. Every device gets it."""
+    loose: Column = EMPTY_U8
+    """U8, for each row: 1 for decode rows that were planned while a step that drafts was in flight, so that how far that brought them is not known. Such a row
+    begins at its slot's last token, wherever the Samples before have put it; `starts` says the last position that this can be, for which there are blocks. It counts
+    as if all drafts that were asked for stood there: where fewer do, any tokens may stand in their places, or the row may compute fewer. Its Sample's
+    position is the one behind, at most what that says. Only for a runner with `loose`. Empty: all zeros."""
 
 
 class SlotSampling(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,12 @@ def ragged_inputs(
     return values, positions, cache, kv_len
 
 
+def find_ends(slots: Tensor, places: Tensor, lens: Tensor) -> None:
+    """In place: a place below 0 counts from the end of its slot's history of lens[slot] tokens: -1 is the last token's, -2 the first one behind it, and so on."""
+    ends = lens[slots.clamp_min(0).long()]
+    places.copy_(torch.where((places < 0) & (slots >= 0), ends - 2 - places, places))
+
+
 def write_tokens(slots: Tensor, positions: Tensor, tokens: Tensor, history: Tensor) -> None:
     """history[slot, position] = max(token, 0) where both indices exist."""
     for slot, position, token in zip(slots.tolist(), positions.tolist(), tokens.tolist(), strict=True):

@@ -16,7 +16,23 @@ from penstock.kernels.checks import require
 from penstock.kernels.gpu import tuned
 from penstock.kernels.tile import launched, power
 
-_LOOSE = ["slots", "starts", "q_start", "counts", "offsets", "tokens", "positions", "index", "ids", "src", "dst", "cache_slots", "kv_len"]
+_LOOSE = [
+    "slots",
+    "starts",
+    "places",
+    "lens",
+    "q_start",
+    "counts",
+    "offsets",
+    "tokens",
+    "positions",
+    "index",
+    "ids",
+    "src",
+    "dst",
+    "cache_slots",
+    "kv_len",
+]
 """Columns are views at any element of a step's buffer: compiling again for each alignment would stall a step."""
 
 
@@ -86,6 +102,16 @@ def _advance(slots, starts, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = (row < rows) & (tl.load(slots + row, mask=row < rows, other=-1) >= 0)
     tl.store(starts + row, tl.load(starts + row, mask=live, other=0) + 1, mask=live)
+
+
+@launched(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
+def _ends(slots, places, lens, rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = row < rows
+    slot = tl.load(slots + row, mask=here, other=-1)
+    place = tl.load(places + row, mask=here, other=0)
+    counted = here & (slot >= 0) & (place < 0)
+    tl.store(places + row, tl.load(lens + tl.where(counted, slot, 0), mask=counted, other=0) - 2 - place, mask=counted)
 
 
 @launched(do_not_specialize=["rows"], do_not_specialize_on_alignment=_LOOSE)
@@ -166,6 +192,12 @@ def advance(slots: Tensor, starts: Tensor) -> None:
     """starts[r] += 1 in live rows."""
     if slots.shape[0]:
         _advance[(-(-slots.shape[0] // 128),)](slots, starts, slots.shape[0], BLOCK=128)
+
+
+def find_ends(slots: Tensor, places: Tensor, lens: Tensor) -> None:
+    """See reference.find_ends."""
+    if slots.shape[0]:
+        _ends[(-(-slots.shape[0] // 128),)](slots, places, lens, slots.shape[0], BLOCK=128)
 
 
 def write_tokens(slots: Tensor, positions: Tensor, tokens: Tensor, history: Tensor) -> None:

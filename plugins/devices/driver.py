@@ -241,7 +241,7 @@ class Driver:
             job.computed += count - job.drafts + max(0, took - 1)
             self.drafted += job.drafts
             job.drafts = 0
-        values = _split(done)
+        values = logprobs_of(done)
         every, at = done.tokens.tolist(), 0
         for number, (index, count) in enumerate(zip(draw, counts, strict=True)):
             job = rows[index][0]
@@ -261,7 +261,7 @@ class Driver:
                 for index in range(job.computed // size):
                     self.cache.setdefault(history[: (index + 1) * size].tobytes(), job.blocks[index])
         if done.prompt_logprobs is not None:
-            _collect(done, [rows[index][0] for index in asks])
+            collect_prompts(done, [rows[index][0] for index in asks])
 
 
 def _spread(draw: Sequence[int], counts: Sequence[int], rows: int) -> list[int]:
@@ -272,7 +272,7 @@ def _spread(draw: Sequence[int], counts: Sequence[int], rows: int) -> list[int]:
     return found
 
 
-def _split(done: StepDone) -> dict[int, bytes]:
+def logprobs_of(done: StepDone) -> dict[int, bytes]:
     """Row of the step -> its log-probabilities as bytes."""
     columns = done.logprobs
     if columns is None:
@@ -283,7 +283,7 @@ def _split(done: StepDone) -> dict[int, bytes]:
     }
 
 
-def _collect(done: StepDone, jobs: Sequence[Job]) -> None:
+def collect_prompts(done: StepDone, jobs: Sequence[Job]) -> None:
     columns = done.prompt_logprobs
     assert columns is not None
     at = 0

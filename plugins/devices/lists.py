@@ -41,6 +41,16 @@ class SlotLists:
         """Are there too few tokens yet for the stop tokens?"""
         return len(self._stops) > 0 and position < self._ends
 
+    def late(self, position: int, slack: int) -> I32:
+        """The stop tokens, where a position that may be so much lower than `position` decides whether they are held back."""
+        known = not slack or self.holds_back(position) or not self.holds_back(position - slack)
+        return EMPTY_I32 if known else self._stops
+
+    @property
+    def ends(self) -> int:
+        """The first position at which no stop is held back."""
+        return self._ends
+
     def additions(self, position: int, history: I32 | None = None) -> tuple[I32, F32]:
         """(ids, what is added to their logits) for a draw at `position` behind `history` (its tokens from 0 on, and maybe more), if that is known here;
         no id twice, a ban before a bias."""
@@ -63,10 +73,16 @@ def _mask(allowed: Sequence[int], vocab: int) -> I32:
 
 
 class Entries:
-    """A step's: rows index its logits. `histories`, where the host has them: one a row."""
+    """A step's: rows index its logits. `histories`, where the host has them: one a row. `slack`: of each row, by how much its position may be too high. `held`
+    are then rows, stop tokens and the positions from which on these may be drawn, of rows where that depends on it; else empty."""
 
     def __init__(
-        self, rows: Sequence[int], lists: Sequence[SlotLists], positions: Sequence[int], histories: Sequence[I32] | None = None
+        self,
+        rows: Sequence[int],
+        lists: Sequence[SlotLists],
+        positions: Sequence[int],
+        histories: Sequence[I32] | None = None,
+        slack: Sequence[int] = (),
     ) -> None:
         known = [None] * len(rows) if histories is None else histories
         found = [one.additions(position, history) for one, position, history in zip(lists, positions, known, strict=True)]
@@ -74,6 +90,13 @@ class Entries:
         self.rows: I32 = np.repeat(i32(rows), counts).astype(np.int32)
         self.ids: I32 = np.concatenate([ids for ids, _ in found]) if found else EMPTY_I32
         self.values: F32 = np.concatenate([values for _, values in found]) if found else EMPTY_F32
+        self.held: list[I32] = []
+        if any(slack):
+            late = [one.late(position, most) for one, position, most in zip(lists, positions, slack, strict=True)]
+            sizes = [len(stops) for stops in late]
+            if any(sizes):
+                ends = i32([one.ends for one in lists])
+                self.held = [np.repeat(i32(rows), sizes), np.concatenate(late), np.repeat(ends, sizes)]
         self.masked = [(row, one.mask) for row, one in zip(rows, lists, strict=True) if one.mask is not None]
         wordy = [(row, one) for row, one in zip(rows, lists, strict=True) if one.words]
         self.word_rows = self.sizes = self.words = self.starts = EMPTY_I32

@@ -87,6 +87,11 @@ class DeviceOps(Ops, Protocol):
         """history[slot, position] = max(token, 0)."""
         ...
 
+    def find_ends(self, slots: Tensor, places: Tensor, lens: Tensor) -> None:
+        """In place: a place below 0 counts from the end of its slot's history of lens[slot] tokens: -1 is the last token's, -2 the first one behind it, and so
+        on."""
+        ...
+
     # --- sampling
 
     def greedy(self, logits: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ after a bucket was used LAZY_USES times and at most one every LAZY_PAUSE_S. Step
 the device. Beyond MIXED_TOKENS tokens a step takes the device longer than the host needs to launch it piece by piece, and runs eagerly.
 A direct lane (the CPU) has neither copies nor graphs; where its operations can fuse the model, a step is one call of theirs. That call keeps one hidden
 state a row, and all of the rows whose prompt log-probabilities Sample will ask for (Forward.prompt_rows), so that other steps never pay for them.
+With drafts the lengths of histories live on the device, too: a step that is planned before the one ahead has landed (Forward.loose) begins where that will have left its
+rows; a direct lane has no such steps under way, and looks itself.
 `--deterministic` keeps to the same code with operations whose rows do not depend on each other, behind a self-test at start-up.
 What it does not know: requests, scheduling, Triton, which model family it drives.
 
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -113,7 +115,7 @@ class _Launched:
     columns: Columns | None = None
     """Where a drafter asked for either."""
     asked: Forward | None = None
-    """The Forward as it came, where `work` is another: see _flat."""
+    """The Forward as it came, where `work` is another: see _flat, _unbound."""
 
 
 class DeviceRunner:
@@ -158,6 +160,8 @@ class DeviceRunner:
         )
         self.lookahead = lookahead
         self.masks_ahead = True
+        self.loose = lookahead > 0 and not lane.direct
+        """A direct lane takes loose rows as well, but does not ask for them: its steps wait for nobody, and an answer begins and ends with a step in vain."""
         self.drafters = tuple(drafter.name for drafter in drafters)
         self._drafters = list(drafters)
         self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
@@ -187,6 +191,10 @@ class DeviceRunner:
         # One more place than the longest sequence: the draw after a full context is written, and never read.
         self.history = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int32, device=device)
         self.table = torch.full((max_num_seqs, width), -1, dtype=torch.int32, device=device)
+        self._lens = torch.zeros(max_num_seqs if lookahead else 0, dtype=torch.int32, device=device)
+        """Of each slot's history, behind the last draw with drafts or behind some."""
+        self._stand: I32 = np.zeros(max_num_seqs if lookahead and lane.direct else 0, np.int32)
+        """Drafts that stand behind it; a direct lane's alone, which knows."""
         self._known = np.full((max_num_seqs, width), -1, np.int32)
         """The table as the host wrote it, to refuse a step that would read another sequence's blocks."""
         entries = depth + 1
@@ -194,8 +202,9 @@ class DeviceRunner:
         self._max_rows = rows
         """Of a step that has a graph."""
         self._decode = Upload(lane, entries, 2 * rows, fixed=True)
-        self._columns = Upload(lane, entries, 4 * max_num_seqs + 4 * max_num_batched_tokens)
-        self._draws = Upload(lane, entries, 3 * max_num_seqs)
+        twice = 2 * entries if lookahead else entries  # with drafts a step may send them twice
+        self._columns = Upload(lane, twice, 4 * max_num_seqs + 4 * max_num_batched_tokens)
+        self._draws = Upload(lane, twice, 3 * max_num_seqs)
         at_once = max_num_seqs if not lookahead else min(max_num_seqs * (1 + lookahead), BUCKETS[-1])
         self._mixed_rows, self._mixed_tokens = mixed_for(at_once, max_num_batched_tokens) if graphs else ([], [])
         self._mixed: dict[tuple[int, int], Graph] = {}
@@ -221,7 +230,9 @@ class DeviceRunner:
             self._to_device,
             deterministic=deterministic,
             direct=lane.direct,
+            slack=depth * lookahead,
         )
+        self._zeros = torch.zeros(max_num_seqs if lookahead else 0, dtype=torch.int32, device=device)
         self._range: I32 = np.arange(max(rows, max_num_seqs, max_num_batched_tokens) + 1, dtype=np.int32)
         self._buckets = buckets_for(at_once) if graphs else []
         self._forwards: dict[int, Graph] = {}
@@ -236,6 +247,8 @@ class DeviceRunner:
         self.graph_reserve = 0
         self._graph_bytes = 0
         self._launched: _Launched | None = None
+        self._moved: Column = EMPTY_U8
+        """Rows of the Forward that waits for its Sample that were loose, and were looked up."""
         self._host_pages = HostPages(lane)
         self._kept_logits = torch.empty(max_num_seqs if lane.direct else 0, facts.vocab_size)
         self._started_ns = 0
@@ -284,7 +297,7 @@ class DeviceRunner:
     @property
     def state_bytes(self) -> int:
         """Bytes of what this runner keeps on the device beside weights and KV cache."""
-        tensors = (self.history, self.table, self._rows, self._kept_logits, *self._whole)
+        tensors = (self.history, self.table, self._lens, self._zeros, self._rows, self._kept_logits, *self._whole)
         kept = (self._decode, self._columns, self._draws, self._ragged, self.sampler)
         masks = 0 if self._masks is None else self._masks.nbytes
         return (
@@ -302,9 +315,13 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work, writes=True, lookahead=self.lookahead)
+        refuse_columns(work, writes=True, lookahead=self.lookahead, loose=self.lookahead > 0)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
+        loose = len(work.loose) > 0
+        self._moved = work.loose > 0 if loose and self._lane.direct else EMPTY_U8
+        if len(self._moved):
+            work, loose = self._looked_up(work), False
         rows = len(work.slots)
         asked, first = work, None
         if work.lookahead and self._flattens(work):
@@ -317,6 +334,8 @@ class DeviceRunner:
             drafter.begin(asked)
         if not self._lane.direct:  # there the program looks at the table itself, and nothing else reads a block that was not given
             self._update_known(work)
+        if loose:
+            work = _unbound(work, asked)
         self._bounds[self.counters.steps % len(self._bounds)][0].record()
         if len(work.copy_src) or len(work.place_slots) or len(work.block_slots) or len(work.write_slots):
             self._update(work)
@@ -327,6 +346,9 @@ class DeviceRunner:
             self._launched = _Launched(work, 0, None, None, EMPTY_I32)
         elif bucket:
             self._decode.send_rows(self._max_rows, -1, work.slots, work.starts)
+            if loose:
+                staging, most = self._decode.staging, self._max_rows
+                self._ops.find_ends(staging[:rows], staging[most : most + rows], self._lens)
             graph = self._forwards[bucket]
             graph.replay()
             self.counters.replays += 1
@@ -335,8 +357,19 @@ class DeviceRunner:
                 self._look(self._launched, graph.outputs, rows)
         elif decode or self._looked_at or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
-        if first is not None and self._launched is not None:
-            self._launched.asked, self._launched.first = asked, first
+        assert self._launched is not None
+        if first is not None:
+            self._launched.first = first
+        if work is not asked:
+            self._launched.asked = asked
+
+    def _looked_up(self, work: Forward) -> Forward:
+        """The step with what is known here, since all steps before have been: where loose rows begin, and how many drafts they have."""
+        loose, starts, counts = work.loose > 0, work.starts.copy(), work.counts.copy()
+        slots = work.slots[loose]
+        starts[loose] = self._lens.numpy()[slots] - 1
+        counts[loose] = np.minimum(counts[loose], 1 + self._stand[slots])
+        return msgspec.structs.replace(work, starts=starts, counts=counts, loose=EMPTY_U8)
 
     def _flattens(self, work: Forward) -> bool:
         """Are a row's drafts computed as rows of their own? So few sequences keep a GPU busy only if attention splits their keys, which it does for rows of one token; many read
@@ -424,11 +457,15 @@ class DeviceRunner:
         rows, state = len(work.slots), (self.history, self.table, self.block_size)
         if decode:
             sent = self._columns.send(work.slots, work.starts, self._range[:rows])
+            if len(work.loose):
+                self._ops.find_ends(sent[0], sent[1], self._lens)
             return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2], self._range[:rows]
         q_start = np.zeros(rows + 1, np.int32)
         np.cumsum(work.counts, out=q_start[1:])
         kept, first = _kept_of(work, q_start, self._range)
         sent = self._columns.send(work.slots, work.starts, q_start, kept)
+        if len(work.loose):
+            self._ops.find_ends(sent[0], sent[1], self._lens)
         # Where there are too many tokens for a row each, the device looks who has one token only.
         single = -1 if len(kept) > rows else work.num_decode
         return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), sent[3], first
@@ -519,6 +556,8 @@ class DeviceRunner:
             self.capture_mixed(size, length)
         ends: I32 = np.cumsum(work.counts, dtype=np.int32)
         self._send_mixed(work.slots, work.starts, ends)
+        if len(work.loose):
+            self._ops.find_ends(self._ragged.staging[:rows], self._ragged.staging[self._width : self._width + rows], self._lens)
         self._mixed[size, length].replay()
         self.counters.replays += 1
         whole = self._whole[0][:total], self._whole[1][:total]
@@ -623,7 +662,7 @@ class DeviceRunner:
     def _draw_graph(self, work: Sample, launched: _Launched) -> Graph | None:
         """The captured draw of a decode step, its masks sent; or None where rows want more than such a draw does."""
         masked = len(work.mask_rows) > 0
-        if not launched.bucket or not self._follows(work, launched.work) or not self.sampler.plain(work.slots):
+        if not launched.bucket or not self._follows(work, launched.asked or launched.work) or not self.sampler.plain(work.slots):
             return None
         key = launched.bucket, self.sampler.hot(work.slots)
         if not masked:
@@ -688,12 +727,16 @@ class DeviceRunner:
         self._lane.bind()
         if work.places:
             self.sampler.place(work.places)
+        loose: Column = before.loose[work.rows] > 0 if len(before.loose) else EMPTY_U8
+        if len(self._moved):
+            at = np.where(self._moved[work.rows], before.starts[work.rows] + 1, work.positions)
+            work = msgspec.structs.replace(work, positions=at.astype(np.int32))
         landing = self._down.take()
         prompt = self._prompt_logprobs(work, launched, landing) if len(work.prompt_rows) else []
-        rows, found, drawn = len(work.rows), None, None
+        rows, found, drawn, begins = len(work.rows), None, None, None
         if rows and work.lookahead:
-            drawn = _Drawn.of(work, before, launched.first)
-            found = self._verify(work, launched, drawn, landing)
+            drawn = _Drawn.of(work, before, launched.first, loose)
+            found, begins = self._verify(work, launched, drawn, landing)
         elif rows:
             assert launched.hidden is not None
             graph = self._draw_graph(work, launched)
@@ -703,15 +746,19 @@ class DeviceRunner:
                     self._masks.done_reading()
                 tokens = graph.outputs[0][:rows]
             else:
-                logits, slots, positions = self._logits_for(work, launched)
+                logits, slots, positions = self._logits_for(work, launched, loose)
                 mask = (work.mask, work.mask_rows) if len(work.mask_rows) else None
-                tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask)
+                tokens, found = self.sampler.sample(logits, work.slots, work.positions, slots, positions, landing, mask, None, loose)
                 self._ops.write_tokens(slots, positions, tokens, self.history)
-            if work.drafts:
-                row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
-                hidden = self._ops.take_rows(launched.hidden, row_at)
-                tokens = torch.cat([tokens, *self._draft(work, launched, slots, positions + 1, hidden)])
+                begins = positions
+            if work.drafts or len(loose):
+                row_at, slots, positions = self._sent_rows(work, loose)
+                self._extend(slots, positions + 1)
+                if work.drafts:
+                    hidden = self._ops.take_rows(launched.hidden, row_at)
+                    tokens = torch.cat([tokens, *self._draft(work, launched, slots, positions, positions + 1, hidden)])
             landing.bring(tokens)
+        where = landing.also(begins) if found is not None and len(loose) and begins is not None else -1
         if self._drafters:
             every = range(len(self._drafters)) if len(before.slots) > before.num_decode else self._followers
             if every and len(before.slots):
@@ -731,6 +778,11 @@ class DeviceRunner:
                 self._account(begin, end)
             tokens, counts, drafts, named = landing.tokens(), EMPTY_I32, EMPTY_I32, None
             drafters = EMPTY_U8
+            told = found
+            if found is not None and where >= 0:  # where loose rows drew is known now
+                begun, row = landing.more(where, np.int32), found.rows
+                at = begun[row] if drawn is None else begun[drawn.row[row]] + drawn.ahead[row]
+                told = replace(found, positions=at.astype(np.int32))
             if drawn is not None:
                 tokens, counts, named, rest = drawn.landed(tokens)
             else:
@@ -750,7 +802,7 @@ class DeviceRunner:
                 tokens=tokens,
                 started_ns=started,
                 finished_ns=time.monotonic_ns(),
-                logprobs=None if found is None else found.columns(landing, named),
+                logprobs=None if told is None else told.columns(landing, named),
                 prompt_logprobs=_joined([part.columns(landing) for part in prompt]) if len(work.prompt_rows) else None,
                 bad_rows=bad,
                 counts=counts,
@@ -761,40 +813,53 @@ class DeviceRunner:
 
         return wait
 
-    def _verify(self, work: Sample, launched: _Launched, drawn: _Drawn, landing: Landing) -> Wanted | None:
-        """Draw at every position of the rows, keep what a draw one by one would have brought, and put new drafts behind."""
+    def _verify(self, work: Sample, launched: _Launched, drawn: _Drawn, landing: Landing) -> tuple[Wanted | None, Tensor]:
+        """Draw at every position of the rows, keep what a draw one by one would have brought, and put new drafts behind. The second is where each row began."""
         ops = self._ops
-        sent = self._draws.send(drawn.at, drawn.slots, drawn.positions, work.slots, work.positions, drawn.bounds)
+        sent = self._draws.send(drawn.at, drawn.slots, drawn.places, work.slots, drawn.begins, drawn.bounds)
         at, slots, positions, row_slots, row_positions, bounds = sent
+        if len(drawn.loose):
+            ops.find_ends(slots, positions, self._lens)
+            ops.find_ends(row_slots, row_positions, self._lens)
         assert launched.hidden is not None
         hidden = ops.take_rows(launched.hidden, at)
         logits = self._logits(hidden)
         mask = drawn.masks(work) if len(work.mask_rows) else None
-        tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead)
+        loose = drawn.loose[drawn.row] if len(drawn.loose) else drawn.loose
+        tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead, loose)
         counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
         self.sampler.settle(kept)
-        results = [kept, counts]
+        results, ends = [kept, counts], row_positions + counts
+        self._extend(row_slots, ends)
         if work.drafts:
             last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
-            results += self._draft(work, launched, row_slots, row_positions + counts, last)
+            results += self._draft(work, launched, row_slots, row_positions, ends, last)
         landing.bring(torch.cat(results))
-        return found
+        return found, row_positions
 
-    def _draft(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
-        """New drafts behind the histories, flat; and, where several drafters are asked, whose they are."""
+    def _extend(self, slots: Tensor, ends: Tensor) -> None:
+        """These are the lengths of the slots' histories, behind which no drafts stand."""
+        self._ops.write_tokens(slots, self._zeros[: len(slots)], ends, self._lens.view(-1, 1))
+        if self._lane.direct:
+            self._stand[slots.numpy()] = 0
+
+    def _draft(self, work: Sample, launched: _Launched, slots: Tensor, begins: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
+        """New drafts behind the histories, flat; and, where several drafters are asked, whose they are. `begins`: where each row's draws began."""
         begin, end = self._draft_bounds[self.counters.steps % len(self._draft_bounds)]
         begin.record()
-        made = self._drafts(work, launched, slots, ends, hidden)
+        made = self._drafts(work, launched, slots, begins, ends, hidden)
         end.record()
+        if self._lane.direct:
+            self._stand[work.slots] = (made[0].view(len(work.rows), work.drafts) >= 0).sum(1).numpy()
         return made
 
-    def _drafts(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
+    def _drafts(self, work: Sample, launched: _Launched, slots: Tensor, begins: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
         shape, device = (len(work.rows), work.drafts), self._lane.device
         drafts = torch.full(shape, -1, dtype=torch.int32, device=device)
         first, hot = True, self.sampler.hot(work.slots)
         asked = [drafter for index, drafter in enumerate(self._drafters) if work.drafters >> index & 1]
         if len(self._drafters) == 1 and asked and asked[0].max_lookahead >= work.drafts:
-            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, self._guess(hot), hot, True)
+            proposal = Proposal(work.rows, work.slots, slots, begins, ends, hidden, self._guess(hot), hot, True)
             asked[0].propose(self._seen(launched, asked[0], proposal), drafts)
             self._ops.put_drafts(drafts, slots, ends, self.history, self.facts.vocab_size)
             return [drafts.view(-1)]
@@ -807,7 +872,7 @@ class DeviceRunner:
                 continue
             width = min(work.drafts, drafter.max_lookahead)
             mine = torch.full((shape[0], width), -1, dtype=torch.int32, device=device)
-            proposal = Proposal(work.rows, work.slots, slots, ends, hidden, self._guess(hot), hot, first)
+            proposal = Proposal(work.rows, work.slots, slots, begins, ends, hidden, self._guess(hot), hot, first)
             drafter.propose(self._seen(launched, drafter, proposal), mine)
             lacking = (drafts[:, 0] < 0) & (mine[:, 0] >= 0) & (mine[:, 0] < self.facts.vocab_size)
             drafts[:, :width] = torch.where(lacking[:, None], mine, drafts[:, :width])
@@ -839,7 +904,8 @@ class DeviceRunner:
                 slots = torch.full((rows,), -1, dtype=torch.int32, device=self._lane.device)
                 hidden = torch.zeros(rows, self.facts.hidden_size, dtype=self._torch_dtype, device=self._lane.device)
                 for hot in (False, True):
-                    proposal = Proposal(self._range[:rows], i32([-1] * rows), slots, slots + 3, hidden, self._guess(hot), hot, True)
+                    nobodies = self._range[:rows], i32([-1] * rows)
+                    proposal = Proposal(*nobodies, slots, slots + 2, slots + 3, hidden, self._guess(hot), hot, True)
                     drafter.warm(self._seen(nobody, drafter, proposal), rows, min(2, drafter.max_lookahead))
 
     def _observe(self, launched: _Launched, every: Sequence[int], asked: int) -> None:
@@ -860,11 +926,19 @@ class DeviceRunner:
             columns = columns if len(taps) == len(drafter.taps) else None
         return Seen(launched.asked or launched.work, taps, launched.states, columns, self.history, self.table, proposal, joined)
 
-    def _logits_for(self, work: Sample, launched: _Launched) -> tuple[Tensor, Tensor, Tensor]:
+    def _sent_rows(self, work: Sample, loose: Column) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, slots and positions on the device."""
+        begins = np.where(loose, np.int32(-2), work.positions) if len(loose) else work.positions
+        rows, slots, positions = self._draws.send(work.rows, work.slots, begins)
+        if len(loose):
+            self._ops.find_ends(slots, positions, self._lens)
+        return rows, slots, positions
+
+    def _logits_for(self, work: Sample, launched: _Launched, loose: Column) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that draw, their slots and positions on the device."""
         rows, hidden = len(work.rows), launched.hidden
         assert hidden is not None
-        row_at, slots, positions = self._draws.send(work.rows, work.slots, work.positions)
+        row_at, slots, positions = self._sent_rows(work, loose)
         if rows != hidden.shape[0] or work.rows.tobytes() != self._range[:rows].tobytes():
             hidden = self._ops.take_rows(hidden, row_at)
         return self._logits(hidden), slots, positions
@@ -1001,6 +1075,9 @@ class DeviceRunner:
         none = torch.full((1,), -1, dtype=torch.int32, device=self._lane.device)
         self._ops.place(self.history, self.table, none, none, none, none)
         self._ops.set_blocks(self.table, none, none, none)
+        if self.lookahead:
+            self._ops.find_ends(none, none.clone(), self._lens)
+            self._extend(none, none)
         self._model.attention.copy(self._pool, none, none)
         self.sampler.adjust_nobody(none)
         for width in (1, 3, 7, 15, 31, 63):  # a kernel for each power of two
@@ -1079,6 +1156,19 @@ def _flat(work: Forward) -> tuple[Forward, I32]:
     return changed, first
 
 
+def _unbound(work: Forward, asked: Forward) -> Forward:
+    """The step with starts that loose rows count from the ends of their histories (DeviceOps.find_ends). `work` may have a row for each token of `asked`'s."""
+    decode, loose = asked.num_decode, asked.loose > 0
+    within = np.zeros(work.num_decode, np.int32)
+    if work is not asked:
+        each = np.repeat(np.arange(decode), asked.counts[:decode])
+        within = work.starts[: work.num_decode] - asked.starts[each]
+        loose = np.concatenate([loose[each], loose[decode:]])
+    starts = work.starts.copy()
+    starts[: work.num_decode] = np.where(loose[: work.num_decode], -1 - within, starts[: work.num_decode])
+    return msgspec.structs.replace(work, starts=starts)
+
+
 def _kept_of(work: Forward, q_start: I32, steps: I32) -> tuple[I32, I32]:
     """Token rows that may be drawn from: of decode rows all, of others the last; and for each row which of these is its first."""
     decode, drawn = work.num_decode, int(q_start[work.num_decode])
@@ -1100,9 +1190,16 @@ class _Drawn:
     """Rows of _Launched.hidden."""
     slots: I32
     positions: I32
+    """The last that they can be, where rows are loose."""
+    places: I32
+    """The same for the device: see DeviceOps.find_ends."""
+    begins: I32
+    """Of rows."""
+    loose: Column
+    """Of rows; empty: none is."""
 
     @staticmethod
-    def of(work: Sample, before: Forward, first: I32) -> _Drawn:
+    def of(work: Sample, before: Forward, first: I32, loose: Column = EMPTY_U8) -> _Drawn:
         """`first`: see _Launched. Raises EngineFailure for rows that draw where nothing was computed."""
         rows = work.rows
         ends = before.starts[rows] + before.counts[rows]
@@ -1118,7 +1215,12 @@ class _Drawn:
         row = np.repeat(np.arange(len(rows), dtype=np.int32), widths)
         ahead = np.arange(len(row), dtype=np.int32) - bounds[row]
         at = (first[rows] + offset)[row] + ahead
-        return _Drawn(bounds, row, ahead, at.astype(np.int32), work.slots[row], (work.positions[row] + ahead).astype(np.int32))
+        positions = (work.positions[row] + ahead).astype(np.int32)
+        places, begins = positions, work.positions
+        if len(loose):
+            places = np.where(loose[row], -2 - ahead, positions).astype(np.int32)
+            begins = np.where(loose, np.int32(-2), begins)
+        return _Drawn(bounds, row, ahead, at.astype(np.int32), work.slots[row], positions, places, begins, loose)
 
     def masks(self, work: Sample) -> tuple[Column, Column]:
         """Sample.mask, and its row for each draw."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from penstock.core.protocol.columns import I32, Column, i32
+from penstock.core.protocol.columns import EMPTY_U8, I32, Column, i32
 from penstock.core.protocol.messages import LogprobColumns, SlotSampling
 from penstock.kernels.sampling import torch as portable
 from penstock.plugins.devices.lists import Entries, SlotLists
@@ -79,9 +79,10 @@ class SlotSampler:
         *,
         deterministic: bool = False,
         direct: bool = False,
+        slack: int = 0,
     ) -> None:
         """`upload` is for what places and penalties bring, `columns` for lists, `masks` for a step's masks: one copy of each a step. `deterministic`: a reduction over the vocabulary is done row by row, since torch cuts it differently for other numbers of rows.
-        `direct`: the history is in the host's memory, and complete whenever `sample` is called."""
+        `direct`: the history is in the host's memory, and complete whenever `sample` is called. `slack`: loose positions are at most so much too high."""
         device = history.device
         self._ops = ops
         self._vocab = vocab
@@ -92,6 +93,7 @@ class SlotSampler:
         self._masks = masks
         self._to_device = to_device
         self._alone = deterministic
+        self._slack = slack
         self._words = torch.zeros(len(WORDS), slots, dtype=torch.int32, device=device)
         self._seeds = torch.zeros(slots, dtype=torch.int64, device=device)
         floats = {name: self._words[index].view(torch.float32) for index, name in enumerate(WORDS[:6])}
@@ -180,10 +182,11 @@ class SlotSampler:
         landing: Landing,
         mask: tuple[Column, Column] | None = None,
         ahead: Column | None = None,
+        loose: Column = EMPTY_U8,
     ) -> tuple[Tensor, Wanted | None]:
         """logits [R, V] float32 (overwritten); `at` and `where` are slots and positions on the device; `mask` is Sample's mask and mask_rows -> (tokens [R],
         log-probabilities). `ahead`: so many tokens before each position are drafts; such rows come behind one of the same slot without. Nothing is
-        counted then before `settle`."""
+        counted then before `settle`. `loose`: rows of which `positions` are only the last that they can be."""
         flags = self._flags[slots]
         self._unsettled = None
         if mask is None and not flags.any():
@@ -194,7 +197,7 @@ class SlotSampler:
             raw = logits.clone() if rows.size == len(slots) else logits.index_select(0, self._to_device(rows))
         counted = None
         if (flags & ADJUSTED).any():
-            counted = self._adjust(logits, slots, positions, at, where, flags, ahead)
+            counted = self._adjust(logits, slots, positions, at, where, flags, ahead, loose)
         if mask is not None:
             words, mask_rows = self._masks.send(*mask)
             self._ops.mask(logits, words.view(-1, -(-self._vocab // 32)), mask_rows)
@@ -260,7 +263,7 @@ class SlotSampler:
             self._pool_row[slot] = self._free_rows.pop()
 
     def _adjust(
-        self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, flags: I32, ahead: Column | None
+        self, logits: Tensor, slots: Column, positions: Column, at: Tensor, where: Tensor, flags: I32, ahead: Column | None, loose: Column
     ) -> Tensor | None:
         """Penalties, bias and masks, in place, on the rows that have them. Returns which row of the counts counts, by row, if any does."""
         counted = None
@@ -279,26 +282,41 @@ class SlotSampler:
             self._ops.penalise(logits, counted, at, self._counts, self._in_prompt, self.settings, depths)
         listed = np.flatnonzero(flags & (LISTS | MINIMUM))
         if listed.size:
-            self._apply(logits, listed, slots, positions, at, where, ahead)
+            self._apply(logits, listed, slots, positions, at, where, ahead, loose)
         return counted
 
     def _apply(
-        self, logits: Tensor, rows: Column, slots: Column, positions: Column, at: Tensor, where: Tensor, ahead: Column | None
+        self,
+        logits: Tensor,
+        rows: Column,
+        slots: Column,
+        positions: Column,
+        at: Tensor,
+        where: Tensor,
+        ahead: Column | None,
+        loose: Column,
     ) -> None:
-        """Lists of these rows, in one copy up and at most three launches."""
+        """Lists of these rows, in one copy up and at most three launches; where rows are loose, a few more."""
         lists = [self._lists[int(slots[row])] for row in rows]
         histories = None if self._here is None else [self._here[slot] for slot in slots[rows].tolist()]
-        entries = Entries(rows.tolist(), lists, positions[rows].tolist(), histories)
+        slack = self._slack * loose[rows].astype(np.int32) if len(loose) else np.zeros(len(rows), np.int32)
+        entries = Entries(rows.tolist(), lists, positions[rows].tolist(), histories, slack.tolist())
         sure = rows if ahead is None else rows[ahead[rows] == 0]
-        for slot, position in zip(slots[sure].tolist(), positions[sure].tolist(), strict=True):
+        least = positions[sure] - (slack if ahead is None else slack[ahead[rows] == 0])
+        for slot, position in zip(slots[sure].tolist(), least.tolist(), strict=True):
             if not self._lists[slot].holds_back(position):
                 self._flags[slot] &= ~MINIMUM
         columns = [entries.rows, entries.ids, entries.values.view(np.int32)]
         columns += [entries.word_rows, entries.words, entries.starts, entries.sizes]
         columns += entries.masks(len(slots)) if entries.masked else ()
+        columns += entries.held
         sent = self._columns.send(*columns)
         if len(entries.rows):
             self._ops.add_bias(logits, sent[0], sent[1], sent[2].view(torch.float32))
+        if entries.held:  # whether enough tokens are there yet is known on the device
+            held, stops, ends = sent[-3:]
+            values = torch.where(where[held.long()] < ends, -torch.inf, 0.0)
+            self._ops.add_bias(logits, held, stops, values.float())
         if entries.masked:
             self._ops.mask(logits, sent[7].view(len(entries.masked), -1), sent[8])
         if entries.longest:

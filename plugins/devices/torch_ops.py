@@ -18,6 +18,7 @@ from penstock.kernels.activation.reference import gated
 from penstock.kernels.drafting import reference as drafting
 from penstock.kernels.rmsnorm.reference import rms_norm
 from penstock.kernels.sampling import torch as sampling
+from penstock.kernels.slots import reference as slot_state
 from penstock.plugins.devices.ops import Ahead, Settings
 from penstock.plugins.models.api import Columns, Linear, Model, Program, Stacked
 
@@ -108,6 +109,10 @@ class TorchOps:
         """See DeviceOps."""
         real = slots >= 0
         history[slots[real], positions[real]] = tokens[real].clamp_min(0)
+
+    def find_ends(self, slots: Tensor, places: Tensor, lens: Tensor) -> None:
+        """See DeviceOps."""
+        slot_state.find_ends(slots, places, lens)
 
     # --- the step
 

@@ -320,6 +320,10 @@ class TritonOps:
         """See DeviceOps."""
         slot_state.write_tokens(slots, positions, tokens, history)
 
+    def find_ends(self, slots: Tensor, places: Tensor, lens: Tensor) -> None:
+        """See DeviceOps."""
+        slot_state.find_ends(slots, places, lens)
+
     # --- the step
 
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:

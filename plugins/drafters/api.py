@@ -67,6 +67,8 @@ class Proposal:
     """Forward rows, on the host."""
     host_slots: Column
     slots: Tensor
+    begins: Tensor
+    """The position of the first token that each has drawn in this step."""
     ends: Tensor
     """The length of each history, the token just drawn included: the first draft goes to this position."""
     hidden: Tensor
@@ -131,7 +133,8 @@ class Drafter(Protocol):
         ...
 
     def begin(self, work: Forward) -> None:
-        """A step begins. Of decode rows the start is the position of the last token that is known."""
+        """A step begins. Of decode rows the start is the position of the last token that is known; of loose ones the last that it can be (Forward.loose), which
+        is told by seen.proposal.begins."""
         ...
 
     def warm(self, seen: Seen, rows: int, width: int) -> None:

@@ -32,6 +32,8 @@ from penstock.plugins.models.config import read_config
 Tensor = torch.Tensor
 DRAFTS = 4
 """Behind a token, of whoever does not say."""
+SLACK = 128
+"""More than the positions of steps in flight."""
 
 
 class ModelDrafter:
@@ -60,6 +62,10 @@ class ModelDrafter:
         """With -1: and so many more."""
         self._open = False
         """Somebody may have -1, or more than its next step's start."""
+        self._now: I32 = np.zeros(0, np.int32)
+        """What that comes to for each row of the step; of loose ones counted from their starts, wherever these are."""
+        self._upto: Column = np.zeros(0, bool)
+        """Rows of the step that are loose, and have everything before their starts."""
 
     def bind(self, pages: Tensor) -> None:
         """See Drafter."""
@@ -74,12 +80,17 @@ class ModelDrafter:
 
     def begin(self, work: Forward) -> None:
         """See Drafter."""
-        if not self._open:  # nothing changes while nothing is drafted
-            return
         have = self._have[work.slots]
+        if not self._open:  # nothing changes while nothing is drafted
+            self._now, self._upto = have, np.zeros(len(have), bool)
+            return
         # Beyond the start only what it drafted itself, for the very step that begins.
-        self._have[work.slots] = have = np.where(have < 0, work.starts + self._ahead[work.slots], np.minimum(have, work.starts))
-        self._open = bool((have > work.starts).any() or (self._have < 0).any())
+        self._now = np.where(have < 0, work.starts + self._ahead[work.slots], np.minimum(have, work.starts))
+        loose = work.loose > 0 if len(work.loose) else np.zeros(len(have), bool)
+        self._upto = loose & (have < 0)
+        # If nothing is drafted behind this step, nobody says how far a loose row really was: it is less than that.
+        self._have[work.slots] = np.where(self._upto, np.maximum(0, work.starts - SLACK), self._now)
+        self._open = bool((self._now > work.starts).any() or (self._have < 0).any())
 
     def observe(self, seen: Seen) -> None:
         """See Drafter."""
@@ -97,7 +108,7 @@ class ModelDrafter:
         """Compute what these rows of the step have that this has not."""
         work = seen.work
         slots, ends = work.slots[rows], work.starts[rows] + work.counts[rows]
-        firsts = np.minimum(self._have[slots], work.starts[rows])
+        firsts = np.minimum(self._now[rows], work.starts[rows])
         most = self._chain.max_tokens
         while True:
             left = np.flatnonzero(firsts < ends)
@@ -117,7 +128,7 @@ class ModelDrafter:
         assert proposal is not None
         ends = work.starts + work.counts
         # A decode row's last draft is computed below, if it was right.
-        late = np.flatnonzero((np.arange(len(ends)) >= work.num_decode) | (self._have[work.slots] < ends - 1))
+        late = np.flatnonzero((np.arange(len(ends)) >= work.num_decode) | ((self._now < ends - 1) & ~self._upto))
         if late.size:
             self._catch_up(seen, late.astype(np.int32))
         made = self._chain.run(seen, proposal, out, self._first, self._next)

@@ -201,9 +201,12 @@ class HeadDrafter:
         return self._step(self._shape.first(states), seen.history[slots, following], columns, rows)
 
     def _first(self, seen: Seen, proposal: Proposal, slots: Tensor, ends: Tensor, kept: Tensor | None) -> Tensor:
-        # A row's tokens lie one behind the other: that of a position lies as far behind the row's first one as the position behind its start.
-        first, rows = np.cumsum(seen.work.counts) - seen.work.counts, proposal.rows
-        shift = self._chain.sent((first[rows] - seen.work.starts[rows] - 2).astype(np.int32))
+        # A row's tokens lie one behind the other. That of the last position which counts: of a prompt its last one, of a decode row as far behind its first as
+        # it has drawn tokens.
+        work, rows = seen.work, proposal.rows
+        first = np.cumsum(work.counts) - work.counts
+        last = self._chain.sent((first[rows] + np.where(rows < work.num_decode, 1, work.counts[rows]) - 2).astype(np.int32))
+        shift = last - proposal.begins
         state = self._everything(seen, ends + (shift if kept is None else shift[kept]))
         assert state is not None
         return self._logits(state)

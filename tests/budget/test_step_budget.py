@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from penstock.core.actors.scheduler.widths import Widths
 from penstock.core.contract.fake_device import FakeDevice, FakeOptions
 from penstock.core.processes.engine import Engine
 from penstock.core.protocol.columns import i32
@@ -90,10 +91,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return count
 
 
-@pytest.mark.parametrize("rows", [1, 64])
-def test_a_decode_step_stays_within_its_budget(rows: int, counted: Counter[str]) -> None:
+@pytest.mark.parametrize(("rows", "lookahead"), [(1, 0), (64, 0), (64, 4)])
+def test_a_decode_step_stays_within_its_budget(rows: int, lookahead: int, counted: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With drafts, two steps in flight, too."""
+    monkeypatch.setattr(Widths, "choose", Widths.most)
     switches = Switches()
-    device = FakeDevice(FakeOptions(manual=True))
+    device = FakeDevice(FakeOptions(manual=True, lookahead=lookahead, depth=1 + (lookahead > 0)))
     used: list[tuple[int, int, int]] = []
 
     async def main() -> None:
@@ -153,7 +156,7 @@ def test_a_decode_step_stays_within_its_budget(rows: int, counted: Counter[str])
                 sent = len(stream.sent_at)
                 device.release()
                 tokens = await next_tokens()
-                assert len(tokens.seqs) == rows
+                assert len(tokens.seqs) == rows if not lookahead else rows < len(tokens.seqs) <= rows * (1 + lookahead)
                 assert len(stream.sent_at) == sent + 1
                 used.append((stream.sent_at[-1] - before, host.handled - handled, sum(counted.values())))
                 assert set(counted) == {"StepTokens"}
@@ -161,7 +164,7 @@ def test_a_decode_step_stays_within_its_budget(rows: int, counted: Counter[str])
             link.close()
             await peer.aclose()
             nursery.cancel_scope.cancel()
-        device.release(3)
+        device.release(4)
         engine.close()
 
     trio.run(main, instruments=[switches])
@@ -169,6 +172,6 @@ def test_a_decode_step_stays_within_its_budget(rows: int, counted: Counter[str])
     assert worst_switches <= 2, switches.steps
     assert worst_messages <= 10
     assert worst_encodes == 1
-    # One Forward and one Sample for every step, the one that was in flight at the end included.
-    assert device.launches["forward"] <= WARM + STEPS + 1
-    assert device.launches["sample"] <= WARM + STEPS + 1
+    # One Forward and one Sample for every step, those that were in flight at the end included.
+    assert device.launches["forward"] <= WARM + STEPS + 1 + (lookahead > 0)
+    assert device.launches["sample"] <= WARM + STEPS + 1 + (lookahead > 0)

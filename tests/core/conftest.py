@@ -412,7 +412,12 @@ class EngineSim:
         assert 0 < int(forward.counts.sum()) <= settings.max_num_batched_tokens
         assert len(set(forward.slots.tolist())) == forward.slots.size <= settings.max_num_seqs
         assert (forward.counts[: forward.num_decode] <= 1 + settings.lookahead).all()
-        assert not any(f[1].drafts for f in self.flying), "a step was planned before it was known which drafts stand"
+        drafting = {slot for f in self.flying if f[1].drafts or f[0].lookahead for slot in f[1].slots.tolist()}
+        assert settings.loose or not drafting, "a step was planned before it was known which drafts stand"
+        loose = forward.loose.tolist() or [0] * forward.slots.size
+        assert [slot in drafting for slot in forward.slots.tolist()] == [flag == 1 for flag in loose], (
+            "rows are loose that are known, or the other way round"
+        )
         assert settings.clones or not forward.clone_dst.size
         for slot in (*forward.place_slots.tolist(), *forward.clone_dst.tolist()):
             assert all(slot not in f[0].slots.tolist() for f in self.flying), "a slot was reused while a step in flight names it"

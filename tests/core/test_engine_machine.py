@@ -90,6 +90,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             drafts=st.lists(st.sampled_from(["fair", "right", "wrong", "none", "short", "poor"]), min_size=1, max_size=2),
             hosts=st.lists(st.sampled_from(["right", "wrong", "long", "short", "none", "raises", "odd"]), max_size=2),
             hosts_first=st.booleans(),
+            loose=st.booleans(),
             park=st.integers(0, 2),
         )
         def start(
@@ -110,6 +111,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
             drafts: list[str],
             hosts: list[str],
             hosts_first: bool,
+            loose: bool,
             park: int,
         ) -> None:
             self.options = {
@@ -126,6 +128,7 @@ def build(sim_class: Any, settings_of: Any, policies: Any, searching: bool = Fal
                 "prompt_logprobs_weight": (1.0, 2.5)[policy % 2],
                 "clones": clones,
                 "lookahead": lookahead,
+                "loose": loose,
                 "park_kv_s": (0.0, 0.03, 5.0)[park],
             }
             self.policy = policies[policy]

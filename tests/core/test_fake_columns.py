@@ -277,6 +277,30 @@ def test_drafts_are_verified_or_seen(row: tuple[int, int, int], position: int, l
         run()
 
 
+def test_loose_rows_begin_where_their_histories_end() -> None:
+    def second(start: int, count: int, position: int, **more: Any) -> StepDone:
+        world = World(drafts=("right",))
+        world.prompt([1, 2, 3], drafts=2)
+        world.forward([(0, 3, 3)], num_decode=1, lookahead=2)
+        assert world.sample([(0, 0, 4)], lookahead=2, drafts=2).counts.tolist() == [3]
+        world.forward([(0, start, count)], **{"num_decode": 1, "lookahead": count - 1, "loose": u8([1])} | more)
+        return world.sample([(0, 0, position)], lookahead=count - 1)
+
+    exact = second(6, 3, 7, loose=u8([0]))
+    for start, count in ((6, 3), (9, 3), (9, 5)):
+        done = second(start, count, start + 1)
+        assert done.tokens[:3].tolist() == exact.tokens.tolist()
+        assert 3 <= done.counts[0] <= count
+    with pytest.raises(FakeViolation, match="further than it can"):
+        second(5, 3, 6)
+    with pytest.raises(FakeViolation, match="draws further than it can"):
+        second(9, 3, 6)
+    with pytest.raises(FakeViolation, match="a prompt is loose"):
+        second(9, 3, 10, num_decode=0)
+    with pytest.raises(FakeViolation, match="loose that may not be"):
+        second(9, 3, 10, loose=u8([1, 1]))
+
+
 def test_drafters_are_asked_in_order_and_only_those_that_are_on() -> None:
     def drafts_of(kinds: tuple[str, ...], bits: int) -> tuple[list[int], list[int]]:
         world = World(drafts=kinds)
@@ -324,6 +348,7 @@ def test_a_runner_without_optional_columns_refuses_them_by_name() -> None:
         (forward, {"write_slots": i32([0])}, r"Forward\.write_slots"),
         (forward, {"clone_src": i32([0])}, r"Forward\.clone_src"),
         (forward, {"lookahead": 1}, r"Forward\.lookahead"),
+        (forward, {"loose": u8([1])}, r"Forward\.loose"),
         (sample, {"mask_rows": i32([-1])}, r"Sample\.mask_rows"),
         (sample, {"lookahead": 1}, r"Sample\.lookahead"),
         (sample, {"drafts": 1}, r"Sample\.drafts"),

@@ -42,22 +42,23 @@ def steps_of(sim: Any) -> list[StepDone]:
     return said
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_right_drafts_save_steps_and_change_no_token(depth: int, make_sim: Make) -> None:
-    sim = make_sim(lookahead=4, depth=depth)
+@pytest.mark.parametrize(("depth", "loose"), [(1, False), (2, False), (2, True), (3, True)])
+def test_right_drafts_save_steps_and_change_no_token(depth: int, loose: bool, make_sim: Make) -> None:
+    sim = make_sim(lookahead=4, depth=depth, loose=loose)
     said = steps_of(sim)
     keys = [sim.admit([n, 2, 3], max_tokens=30) for n in range(3)]
     steps = sim.run()
     assert [sim.reason(key) for key in keys] == [LENGTH] * 3
     assert all(len(sim.output(key)) == 30 for key in keys)
-    assert steps < 25
+    assert steps < (25 if not loose else 40), "who may come to the end with a step in flight waits for it"
     assert max(done.counts.max(initial=0) for done in said) > 2
     assert all(done.drafts.size == 4 * done.slots.size for done in said[1:]), "with the first it was not known yet how wide steps are"
     sim.check_idle()
 
 
-def test_no_draft_reaches_beyond_a_limit(make_sim: Make) -> None:
-    sim = make_sim(lookahead=5, max_model_len=12, num_blocks=3)
+@pytest.mark.parametrize("loose", [False, True])
+def test_no_draft_reaches_beyond_a_limit(loose: bool, make_sim: Make) -> None:
+    sim = make_sim(lookahead=5, max_model_len=12, num_blocks=3, loose=loose, depth=1 + loose)
     keys = [sim.admit([5] * size, max_tokens=20) for size in (3, 11)]
     sim.run()
     assert [len(sim.output(key)) for key in keys] == [9, 1]
@@ -173,6 +174,35 @@ def test_steps_overlap_while_no_drafts_are_made_and_not_while_they_are(make_sim:
     assert [(f[0].lookahead, f[1].drafts) for f in sim.flying] == [(0, 0), (0, 0)], "what stands is dropped"
     sim.run()
     sim.check_idle()
+
+
+def test_steps_overlap_while_drafts_are_made_where_the_device_knows_how_far_they_come(make_sim: Make) -> None:
+    sim = make_sim(lookahead=2, depth=2, loose=True, max_model_len=200, num_blocks=200, drafts=("right",))
+    keys = [sim.admit([1, 2, 3], max_tokens=60), sim.admit([3, 2, 1], max_tokens=60)]
+    sim.finish(4)
+    for _ in range(6):
+        assert [(f[0].lookahead, f[1].drafts, f[0].counts.tolist()) for f in sim.flying] == [(2, 2, [3, 3])] * 2
+        assert sim.flying[1][0].loose.tolist() == [1, 1]
+        slots = sim.scheduler._board.slots
+        assert (slots.length[:2] - slots.known[:2]).tolist() == [6, 6], "as if every draft were right"
+        sim.finish()
+    sim.run()
+    assert [len(sim.output(key)) for key in keys] == [60, 60]
+    sim.check_idle()
+
+
+def test_drafts_that_were_not_there_do_not_count_as_wrong(make_sim: Make) -> None:
+    """A step in flight is taken to make drafts as the one before did; a drafter that has some now and then is judged by those."""
+    sim = make_sim(lookahead=4, depth=2, loose=True, max_model_len=250, num_blocks=600, drafts=("short",))
+    for n in range(4):
+        sim.admit([n, 2, 3], max_tokens=200, temperature=1.0, seed=n)
+    sim.run()
+    exact = make_sim(lookahead=4, depth=2, max_model_len=250, num_blocks=600, drafts=("short",))
+    for n in range(4):
+        exact.admit([n, 2, 3], max_tokens=200, temperature=1.0, seed=n)
+    exact.run()
+    rates = [one.scheduler._board.drafting.watches[0].rate for one in (sim, exact)]
+    assert abs(rates[0] - rates[1]) < 0.1
 
 
 @pytest.mark.parametrize(

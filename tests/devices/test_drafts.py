@@ -20,6 +20,7 @@ from penstock.core.protocol.messages import Control, Forward, Sample, SlotSampli
 from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
 from penstock.plugins.devices.driver import Driver, Job, Options
+from penstock.plugins.devices.driver_ahead import AheadDriver
 from penstock.plugins.drafters.api import NoLayers, Seen
 from penstock.plugins.drafters.ngram import NgramDrafter
 
@@ -128,6 +129,23 @@ def test_drafts_change_no_token_and_no_bit(lies: float, drafting: Any) -> None:
             assert driver.steps < alone.steps / 2
 
 
+TURNS: tuple[tuple[int, ...], ...] = ((K,), (K, K, 0, 1, K, 0, 0, 2, K))
+"""Widths of steps, one after the other."""
+
+
+@pytest.mark.parametrize("widths", TURNS)
+@pytest.mark.parametrize("lies", [0.0, 0.3, 1.0])
+def test_with_two_steps_in_flight(lies: float, widths: tuple[int, ...], drafting: Any) -> None:
+    """The second begins wherever the first will have left its rows."""
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(drafting(None)).run(plain)
+    driver = AheadDriver(drafting(Told(truth_of(plain), lies)), widths)
+    driver.run(jobs)
+    assert said(jobs) == said(plain)
+    assert driver.loose > 30
+    assert (driver.accepted > 0) == (lies < 1)
+
+
 @pytest.mark.parametrize("kind", ["empty", "foreign"])
 def test_drafts_that_are_no_tokens_end_their_row(kind: str, drafting: Any) -> None:
     plain, jobs = jobs_of(), jobs_of()
@@ -231,6 +249,21 @@ def test_what_cannot_be_drawn_is_refused(drafting: Any) -> None:
 
 def speculation(**fields: Any) -> SpeculationConfig:
     return SpeculationConfig(methods=[DraftConfig(**fields)])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draft_model_with_two_steps_in_flight(seed: int, load: Load, folder: Path, tmp_path: Path, make_tensors: Any) -> None:
+    other = tmp_path / "draft"
+    other.mkdir()
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    save_file(make_tensors(seed=seed), other / "model.safetensors")
+    plain, jobs = jobs_of(), jobs_of()
+    Driver(load(folder, deterministic=True)).run(plain)
+    runner = load(folder, deterministic=True, speculation=speculation(method="draft_model", model=str(other), num_speculative_tokens=K))
+    driver = AheadDriver(runner, (K, K, K, K, 0, K, 2, K))
+    driver.run(jobs)
+    assert said(jobs) == said(plain)
+    assert seed or driver.accepted > 60
 
 
 @pytest.mark.parametrize("seed", [0, 1])

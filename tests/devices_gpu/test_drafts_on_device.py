@@ -16,6 +16,7 @@ from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
 from penstock.plugins.devices import runner as runner_module
 from penstock.plugins.devices.cuda import CudaDevice
 from penstock.plugins.devices.driver import Driver, Job, Options
+from penstock.plugins.devices.driver_ahead import AheadDriver
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEMO = Path(__file__).parents[2] / "plugins" / "demo_model"
@@ -93,6 +94,16 @@ def test_no_bit_changes_and_nothing_waits(
             Driver(runner, options).run(jobs(12))
             launching(runner, False)
     assert runner._lane.waits == 0
+    for widths in ((K,), (K, K, 0, 1, K, 0, 0, 2, K)):  # two steps in flight: the second begins wherever the first will have left its rows
+        mine = jobs()
+        ahead = AheadDriver(runner, widths)
+        launching(runner, True)
+        ahead.run(mine)
+        launching(runner, False)
+        assert [(job.tokens, job.logprobs, job.prompt_logprobs) for job in mine] == [
+            (job.tokens, job.logprobs, job.prompt_logprobs) for job in truth
+        ]
+        assert ahead.loose > 100
 
 
 def launching(runner: Any, strict: bool) -> None:

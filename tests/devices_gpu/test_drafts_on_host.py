@@ -13,6 +13,7 @@ from penstock.core.protocol.sampling import SamplingParams
 from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
 from penstock.plugins.devices import runner as runner_module
 from penstock.plugins.devices.driver import Driver, Job, Options
+from penstock.plugins.devices.driver_ahead import AheadDriver
 
 Make = Callable[..., Any]
 VOCAB, K = 97, 3
@@ -26,8 +27,13 @@ def jobs(outputs: int = 16) -> list[Job]:
         SamplingParams(temperature=0.0, logprobs=2, prompt_logprobs=1),
         SamplingParams(temperature=0.7, seed=4, repetition_penalty=1.3, frequency_penalty=0.3),
         SamplingParams(temperature=1.0, seed=8, bad_words_token_ids=[[t, (t * 7) % VOCAB] for t in range(60)], min_tokens=4),
+        SamplingParams(temperature=1.0, seed=9, min_tokens=11),
     ]
-    return [Job(prompt=rng.integers(0, VOCAB, 3 + 7 * n).astype(np.int32), params=one, max_tokens=outputs) for n, one in enumerate(params)]
+    stops = tuple(range(0, VOCAB, 2))
+    return [
+        Job(prompt=rng.integers(0, VOCAB, 3 + 7 * n).astype(np.int32), params=one, max_tokens=outputs, stop_ids=stops)
+        for n, one in enumerate(params)
+    ]
 
 
 def same(mine: list[Job], theirs: list[Job]) -> None:
@@ -63,6 +69,33 @@ def test_tokens_are_those_without_drafts(
         same(mine, truth)
         if model:
             assert driver.accepted > driver.drafted / 4
+    assert (runner.counters.replays > 0) is not eager
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle3", "mtp"])
+@pytest.mark.parametrize(("eager", "flat"), [(False, True), (True, True), (False, False)])
+def test_with_two_steps_in_flight(
+    method: str, eager: bool, flat: bool, folder: Path, host_runner: Make, make_head: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody here knows where the second begins when it is launched; graphs, flat rows, prompts beside and steps without drafts among them."""
+    monkeypatch.setattr(runner_module, "LAZY_USES", 1)
+    monkeypatch.setattr(runner_module, "LAZY_PAUSE_S", 0.0)
+    monkeypatch.setattr(runner_module, "FLAT_BELOW", 1000 if flat else 4)  # 2 KV heads
+    truth = jobs(30)
+    Driver(host_runner(folder)).run(truth)
+    model = {"ngram": None, "draft_model": str(folder)}.get(method, "")
+    model = str(make_head(folder, method)) if model == "" else model
+    one = DraftConfig(method=method, model=model, num_speculative_tokens=K, **({} if model else {"prompt_lookup_min": 1}))
+    runner = host_runner(folder, enforce_eager=eager, speculation=SpeculationConfig(methods=[one]))
+    runner.warm_up(lambda phase: None)
+    for widths in ((K,), (K, K, 0, 1, K, 0, 0, 2, K)):
+        mine = jobs(30)
+        driver = AheadDriver(runner, widths)
+        driver.run(mine)
+        same(mine, truth)
+        assert driver.loose > 15
+        if method == "draft_model":
+            assert driver.accepted > 20
     assert (runner.counters.replays > 0) is not eager
 
 

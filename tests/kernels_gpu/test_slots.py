@@ -44,6 +44,18 @@ def test_decode_inputs(device: str) -> None:
     assert starts.tolist() == [100, 1, 50, 64, 65]
 
 
+def test_find_ends(device: str) -> None:
+    """Places below 0 count from the ends of histories; others, and padding, stay."""
+    lens = i32(device, 10, 20, 30, 40, 50)
+    slots = torch.arange(300).remainder(6).sub(1).int().to(device)
+    places = torch.arange(300).mul(7).remainder(13).sub(8).int().to(device)
+    want = places.cpu()
+    reference.find_ends(slots.cpu(), want, lens.cpu())
+    assert want[1:4].tolist() == [9, 25, 0]  # the last token of 10, the sixth one behind 20, and a place that counts from the beginning
+    triton.find_ends(slots, places, lens)
+    assert torch.equal(places.cpu(), want)
+
+
 @pytest.mark.parametrize("counts", [[1, 1, 40, 3], [5], [0, 7, 0, 0, 90], [2] * 5])
 def test_ragged_inputs(counts: list[int], device: str) -> None:
     history, table = state(device)

@@ -70,6 +70,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Of each of these: is it on the host? (): none is. The others are Runner.drafters, in order."""
     masks_ahead: bool = False
     """The device takes masks behind drafts: sequences with a grammar have drafts too."""
+    loose: bool = False
+    """The device takes Forward.loose: with drafts, too, steps are planned while others are in flight."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 
@@ -152,6 +154,9 @@ class Board:
         self.ones.flags.writeable = False
         self.range: I32 = np.arange(settings.max_num_seqs, dtype=np.int32)
         self.range.flags.writeable = False
+        self.places: Index = np.arange(settings.max_num_seqs)
+        """The same, to index with."""
+        self.steps: I32 = np.arange(settings.max_num_seqs * (1 + settings.lookahead), dtype=np.int32)
 
     def wake(self) -> Iterable[Out]:
         """Plan once all queued messages were handled."""

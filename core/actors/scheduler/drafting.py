@@ -3,8 +3,9 @@
 What it is: before a step, its width and each row's share of it (none for those who obey a grammar, search with beams or do not want any); behind it, the
 lengths of rows whose drafts were right, acceptance by place, by sequence and by drafter, and drafters that are turned off. The device's drafts stand
 there since the last step; those of drafters on the host (core/actors/drafters.py) are asked for before a step, and written with it.
-While drafts are made a step is planned when the one before it has landed: only then it is known how far that brought each row, and what stands there now.
-While there are none, and none are likely to come, most steps are planned and landed as where there are no drafters (`Widths.rest`).
+Where the device knows by itself how far a step brought its rows (Forward.loose), the next one is planned while that is under way, from bounds: as if all drafts were
+there, and right. Elsewhere, and for drafters on the host, which have to be told, it is planned when the one before it has landed.
+While there are no drafts, and none are likely to come, most steps are planned and landed as where there are no drafters (`Widths.rest`).
 What it does not know: which width is best (widths.py), blocks, what drafts are.
 """
 
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penstock.core.actors.scheduler.outline import Flight
+from penstock.core.actors.scheduler.outline import NO_ROWS, Flight
 from penstock.core.actors.scheduler.slots import Index, Rows
 from penstock.core.actors.scheduler.waiting import Sequence
 from penstock.core.actors.scheduler.widths import OFF, REST, Watch, Widths
@@ -40,6 +42,9 @@ class Drafting:
         self._board = board
         self._most = settings.lookahead
         self._widths = widths or Widths(settings.widths or range(1, self._most + 1), settings.max_num_batched_tokens, clock)
+        self._widths.behind = settings.depth - 1 if settings.loose else 0
+        self._come = False
+        """A step with drafts has landed, and none without was planned since."""
         self.watches = [Watch(name, clock) for name in settings.drafters or ("drafts",)]
         hosted = settings.hosted or (False,) * len(self.watches)
         self.hosts = [number for number, here in enumerate(hosted) if here]
@@ -62,6 +67,8 @@ class Drafting:
         """Drafts of the host, by slot, that are written with this step."""
         self._stands: I32 | None = np.zeros((settings.max_num_seqs, self._most), np.int32) if settings.masks_ahead else None
         """The drafts themselves, by slot: masks follow them."""
+        self._ones: U8 = np.ones(settings.max_num_seqs, np.uint8)
+        self._ones.flags.writeable = False
         self.ended: list[int] = []
         """Sequences that drafters on the host were told of, and that left their slots."""
         self._before = -1, 0, True
@@ -69,13 +76,18 @@ class Drafting:
         self._finished_ns = 0
         """When it was finished."""
         self.rows = self.drafted = self.accepted = self.draft_ns = self.step_ns = 0
-        self.places = np.zeros(self._most, np.int64)
+        self.places = [0] * self._most
+        self._had_index: Index = NO_ROWS
+        self._had: I32 = np.zeros((2, 0), np.int32)
+        """Drafts that these slots had verified, and right ones, which are not in their columns yet."""
 
     # ------------------------------------------------------------------ before a step
 
     def choose(self, rows: Rows) -> None:
         """The width of the next step, which has these rows."""
         board = self._board
+        if rows.index is not self._had_index:
+            self._settle()
         if self._rest and not board.wishes:
             self._rest -= 1
             self._rested += 1
@@ -137,12 +149,16 @@ class Drafting:
         slots = self._board.slots
         if not self._wanted or not rows.slots.size or not slots.any_drafted:
             return
-        ahead = np.minimum(slots.drafted[rows.index], self._most_of(rows))
-        most = int(ahead.max())
+        if rows.left <= self.chosen:
+            rows.left = slots.left(rows.index)
+        alike = self._wishes is None and not self._board.forking and rows.left > self.chosen
+        ahead = np.minimum(slots.drafted[rows.index], self.chosen if alike else self._most_of(rows))
+        full = alike and np.count_nonzero(ahead == self.chosen) == ahead.size
+        most = self.chosen if full else int(ahead.max())
         if most:
             slots.ahead[rows.index] = ahead
             slots.wide = True
-            rows.widen(ahead)
+            rows.widen(ahead, ahead.size * (1 + most) if full else int(ahead.sum()) + ahead.size)
             self.width = self.chosen if most <= self.chosen else self._wanted
 
     def ask(self, rows: Rows) -> Generator[Out, Any, None]:
@@ -209,31 +225,51 @@ class Drafting:
         if reply.broken:
             self._switched()
 
+    def loose(self, rows: Rows) -> U8:
+        """Forward.loose for rows that decode in the next step; empty where it is known of all how far they have come and which drafts stand."""
+        ahead = [flight for flight in self._board.flights if flight.width or flight.drafts]
+        if not ahead:
+            return EMPTY_U8
+        if any(flight.rows is rows for flight in ahead):
+            return self._ones[: rows.slots.size]
+        named = np.zeros(self._board.slots.count, np.uint8)
+        for flight in ahead:
+            named[flight.rows.index] = 1
+        found: U8 = named[rows.index]
+        return found if found.any() else EMPTY_U8
+
     def launched(self, flight: Flight, columns: dict[str, Any]) -> dict[str, Any]:
         """What the device makes of it: nobody has drafts that did not get them in this step. Gives the columns with drafts of the host."""
         slots = self._board.slots
         flight.pure = flight.tokens == flight.rows.tokens
         if self._rested:
-            flight.resting = True
+            flight.resting, self._come = True, False
             return {}
         flight.chosen = self.chosen
         flight.drafts = self.drafts if flight.rows.slots.size else 0
+        self._come = self._come and flight.drafts > 0
+        flight.early = flight.drafts > 0 and not self._come
         if slots.wide:
             flight.width = self.width
-            flight.ahead = slots.ahead[flight.rows.index]
-        flight.alone = bool(flight.width or flight.drafts or (self.hosts and self._wanted and flight.rows.slots.size))
+            flight.ahead = flight.stood = flight.rows.counts - np.int32(1)
+            flight.drafted = flight.rows.tokens - flight.rows.slots.size
+        flight.alone = bool(self.hosts and self._wanted and flight.rows.slots.size)
+        if not self._board.settings.loose:
+            flight.alone |= bool(flight.width or flight.drafts)
         written: dict[str, Any] = {}
         if self._tokens and flight.width:
             written = self._writes(flight, columns)
         self._forget_tokens()
-        if slots.any_drafted:
+        if slots.any_drafted and (not flight.drafts or flight.alone):
             slots.drafted[flight.rows.index] = 0
             slots.any_drafted = bool(slots.drafted.any())
         return written
 
     def masked(self, flight: Flight) -> dict[str, Column]:
         """The drafts of rows that obey a grammar, for MaskRequest."""
-        ahead = flight.ahead[flight.masked]
+        if not flight.width:
+            return {}
+        ahead = flight.stood[flight.masked]
         if self._stands is None or not ahead.any():
             return {}
         rows = self._stands[flight.rows.index[flight.masked]]
@@ -269,7 +305,7 @@ class Drafting:
             self._before, self._finished_ns = (flight.step, 0, flight.pure), done.finished_ns
             return
         self._told = None
-        slots, index, count = self._board.slots, flight.rows.index, flight.rows.slots.size
+        count = flight.rows.slots.size
         if flight.width:
             self._verified(flight, done)
         if count:
@@ -277,39 +313,71 @@ class Drafting:
         kind = flight.step, flight.chosen, flight.pure
         step, chosen, pure = self._before
         if count and (step, pure) == (flight.step - 1, flight.pure) and self._finished_ns < done.finished_ns:
-            self._widths.timed(count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen)
-        self._before, self._finished_ns = kind, done.finished_ns
+            self._widths.timed(
+                count, flight.chosen, done.finished_ns - self._finished_ns, not pure, chosen == flight.chosen and not flight.early
+            )
+        begun, self._before, self._finished_ns = self._finished_ns, kind, done.finished_ns
         if not flight.drafts:
             if done.drafts.size:
                 raise ProtocolError(f"step {done.step} brought drafts that nobody asked for")
             return
+        self._come = self._come or all(later.drafts for later in self._board.flights)
         self.draft_ns += done.draft_ns
-        self.step_ns += max(0, done.finished_ns - done.started_ns)
+        self.step_ns += max(0, done.finished_ns - max(done.started_ns, begun))
         if not count:
             return
         if done.drafts.size not in (0, count * flight.drafts) or done.drafters.size not in (0, count):
             raise ProtocolError(f"step {done.step} has {count} rows and {flight.drafts} drafts a row, but brought {done.drafts.size}")
-        if done.drafts.size:
-            there = done.drafts.reshape(count, flight.drafts) >= 0
-            slots.drafted[index] = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1))
-            slots.any_drafted = True
-            if self._stands is not None:
-                self._stands[index, : flight.drafts] = done.drafts.reshape(count, flight.drafts)
+        self._stand(flight, done)
+
+    def _stand(self, flight: Flight, done: StepDone) -> None:
+        """Which drafts there are now; of rows in a later step, which there were for that."""
+        slots, index, later = self._board.slots, flight.rows.index, self._board.flights
+        made: I32 | int = flight.drafts
+        if not done.drafts.size:
+            made = 0
+        elif int(done.drafts.min()) < 0:
+            there = done.drafts.reshape(-1, flight.drafts) >= 0
+            made = np.where(there.all(axis=1), flight.drafts, np.argmin(there, axis=1)).astype(np.int32)
+        if later and later[0].width:
+            self._correct(later[0], flight, made)
+        if self._stands is not None and self._board.obeying and done.drafts.size:
+            self._stands[index, : flight.drafts] = done.drafts.reshape(-1, flight.drafts)
+        if len(self.watches) > 1 or self.hosts:
             slots.drafter[index] = self._device[done.drafters] if done.drafters.size else self._device[0]
+        if any(not step.drafts for step in later):  # behind which nothing stands
+            last = slots.last_step[index] <= flight.step
+            index, made = index[last], made if isinstance(made, int) else made[last]
+        slots.drafted[index] = made
+        slots.any_drafted = True
+
+    def _correct(self, later: Flight, flight: Flight, made: I32 | int) -> None:
+        """The drafts that a later step took to be there, now that it is known."""
+        if isinstance(made, int) and made >= later.width:
+            return
+        most = np.full(self._board.slots.count, self._most, np.int32)
+        most[flight.rows.index] = made
+        later.stood = np.minimum(later.ahead, most[later.rows.index])
 
     def _verified(self, flight: Flight, done: StepDone) -> None:
-        slots, index, ahead = self._board.slots, flight.rows.index, flight.ahead
+        slots, index, ahead = self._board.slots, flight.rows.index, flight.stood
         right = done.counts - np.int32(1)
-        if right.size != ahead.size or int(right.min()) < 0 or int((ahead - right).min()) < 0:
+        if right.size != ahead.size or np.count_nonzero(right.view(np.uint32) > flight.ahead.view(np.uint32)):  # below 0 as well
             raise ProtocolError(f"step {done.step} sampled {ahead.size} rows, whose counts cannot be right")
-        slots.drafts_seen[index] += ahead
-        slots.drafts_right[index] += right
+        drafted = flight.drafted
+        if ahead is not flight.ahead:  # what stood there by chance may have been right
+            right, drafted = np.minimum(right, ahead), int(ahead.sum())
+        if index is not self._had_index:
+            self._settle()
+            self._had_index, self._had = index, np.zeros((2, index.size), np.int32)
+        self._had[0] += ahead
+        self._had[1] += right
         reached = _at_least(right, self._most)
-        accepted = sum(reached[1:])
+        accepted = sum(reached) - reached[0]
         self.rows += int(np.count_nonzero(ahead))
-        self.drafted += int(ahead.sum())
+        self.drafted += drafted
         self.accepted += accepted
-        self.places += reached[1:]
+        self.places = [sum(pair) for pair in zip(self.places, reached[1:], strict=True)]
         wrong = ahead > right
         whose = slots.drafter[index] if len(self.watches) > 1 else None
         for number, watch in enumerate(self.watches):
@@ -328,6 +396,14 @@ class Drafting:
                 reached = _at_least(np.minimum(auto, flight.chosen), self._most)
             if reached[0]:
                 self._widths.verified(flight.chosen, reached)
+
+    def _settle(self) -> None:
+        """What rows had of drafts is their sequences', before others are in their slots."""
+        slots, index = self._board.slots, self._had_index
+        if index.size:
+            slots.drafts_seen[index] += self._had[0]
+            slots.drafts_right[index] += self._had[1]
+            self._had_index = NO_ROWS
 
     def _switched(self) -> None:
         off = sum(1 << number for number, watch in enumerate(self.watches) if watch.state == OFF)
@@ -348,7 +424,7 @@ class Drafting:
             drafts=self.rows,
             drafted=self.drafted,
             accepted=self.accepted,
-            places=self.places.tolist(),
+            places=self.places,
             draft_ns=self.draft_ns,
             step_ns=self.step_ns,
             width=self.last,
@@ -360,6 +436,7 @@ class Drafting:
     def told(self, rows: Rows) -> dict[str, Column]:
         """Of sequences that end: what they had of drafts, as columns of StepTokens."""
         slots, index = self._board.slots, rows.index
+        self._settle()
         had = np.flatnonzero(slots.drafts_seen[index])
         if not had.size:
             return {}
@@ -368,6 +445,7 @@ class Drafting:
 
     def had(self, slot: int) -> tuple[int, int]:
         """Drafts of its sequence that were verified, and the right ones."""
+        self._settle()
         slots = self._board.slots
         return slots.drafts_seen.item(slot), slots.drafts_right.item(slot)
 
@@ -386,5 +464,4 @@ class Drafting:
 
 def _at_least(right: I32, most: int) -> list[int]:
     """[j]: of how many rows at least j drafts were right."""
-    found: list[int] = np.bincount(right, minlength=most + 1)[::-1].cumsum()[::-1].tolist()
-    return found
+    return list(accumulate(np.bincount(right, minlength=most + 1).tolist()[::-1]))[::-1]

@@ -14,10 +14,10 @@ import numpy as np
 
 from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
-from penstock.core.actors.scheduler.outline import Flight, pick_logprobs, select_logprobs
+from penstock.core.actors.scheduler.outline import Flight, mask_request, pick_logprobs, select_logprobs
 from penstock.core.actors.scheduler.release import Release
-from penstock.core.actors.scheduler.slots import ENDED, Rows
-from penstock.core.protocol.columns import EMPTY_I32, I32, U8, Column, i32, i64
+from penstock.core.actors.scheduler.slots import ENDED, Index, Rows
+from penstock.core.protocol.columns import EMPTY_I32, I32, I64, U8, Column, i32, i64
 from penstock.core.protocol.errors import ProtocolError
 from penstock.core.protocol.messages import (
     FAILED,
@@ -34,6 +34,63 @@ from penstock.core.runtime.actor import Out
 NOT_A_NUMBER = "The model's output for this sequence is not a number."
 
 
+class _Tokens:
+    """What a step drew, token by token. `of`: the row of each, where rows have several; None: each is its own. `offsets` are in the outputs, `places` in
+    Slots.flat; `bad` are those of which nothing could be drawn."""
+
+    __slots__ = ("bad", "ends", "logprobs", "of", "offsets", "places", "rows", "tokens")
+
+    def __init__(
+        self, rows: Rows, of: Index | None, tokens: I32, offsets: I32, places: I64, logprobs: LogprobColumns | None, bad: Column
+    ) -> None:
+        self.rows = rows
+        self.of = of
+        self.tokens = tokens
+        self.offsets = offsets
+        self.places = places
+        self.logprobs = logprobs
+        self.bad = bad
+        self.ends: I32 | None = None
+        """Where each is its own row: the position behind."""
+
+    def column(self, column: Column) -> Column:
+        """One of the rows', for each token."""
+        return column if self.of is None else column[self.of]
+
+    def positions(self) -> I32:
+        found: I32 = self.offsets + self.column(self.rows.prompts)
+        return found
+
+    def which(self, tokens: Index) -> Rows:
+        """The rows of these tokens."""
+        return self.rows.select(tokens if self.of is None else self.of[tokens])
+
+    def each(self) -> Rows:
+        """A row for each token."""
+        return self.rows if self.of is None else self.rows.select(self.of)
+
+    def ended(self) -> Column | None:
+        """Which are stops of their rows; None: none is."""
+        found: Column | None = None
+        for stops in self.rows.stops:  # few; cheaper one by one than broadcast
+            hit = (stops if self.of is None else stops[self.of]) == self.tokens
+            if np.count_nonzero(hit):
+                hit &= self.offsets >= self.column(self.rows.mins)
+                found = hit if found is None else found | hit
+        return found
+
+    def keep(self, kept: Index) -> None:
+        """Only these tokens."""
+        if self.logprobs is not None:
+            self.logprobs = select_logprobs(self.logprobs, kept, self.tokens.size)
+        self.bad = np.flatnonzero(np.isin(kept, self.bad))
+        if self.of is None:
+            self.rows, self.ends = self.rows.select(kept), None if self.ends is None else self.ends[kept]
+        else:
+            self.of = self.of[kept]
+        self.tokens, self.offsets, self.places = self.tokens[kept], self.offsets[kept], self.places[kept]
+
+
 class Landing:
     def __init__(self, board: Board, release: Release, beams: Beams) -> None:
         self._board = board
@@ -47,66 +104,52 @@ class Landing:
             board.stale += 1
             return
         flight = board.flights.popleft()
-        rows, positions, offsets, tokens, logprobs = flight.rows, flight.positions, flight.offsets, done.tokens, done.logprobs
-        bad = done.bad_rows
         searching = bool(board.groups)
         if board.drafting is not None:
             board.drafting.landed(flight, done)
         if flight.masked.size and not searching:
             yield _drawn(flight, done)
-        beams = slots.solo[rows.index] if searching else None
-        if flight.width:
-            rows, positions, offsets, tokens, logprobs, bad = self._expand(flight, done)
-        elif tokens.size != rows.slots.size or done.counts.size:
-            raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
+        beams = slots.solo[flight.rows.index] if searching else None
+        drawn = self._spread(flight, done) if flight.width else self._single(flight, done)
+        ended = drawn.ended()
+        if drawn.of is not None and (ended is not None or drawn.bad.size):
+            ended = self._cut(drawn, ended)
         board.done_step = done.step
-        everything = rows, logprobs, bad
+        everything = (drawn.each(), drawn.logprobs, drawn.bad) if searching else None
         if board.leaving or searching:
-            counted = slots.phase[rows.index] != ENDED
+            counted = slots.phase[flight.rows.index] != ENDED
             if searching:
-                counted &= ~slots.solo[rows.index]
-            kept = np.flatnonzero(counted)
-            if kept.size < tokens.size:  # the others had already stopped, or are beams: what was drawn for them is dropped
-                if logprobs is not None:
-                    logprobs = select_logprobs(logprobs, kept, tokens.size)
-                bad = np.flatnonzero(np.isin(kept, bad))
-                rows, positions, offsets, tokens = rows.select(kept), positions[kept], offsets[kept], tokens[kept]
-        index = rows.index
-        after = positions + (np.int32(1) if flight.width else board.ones[: positions.size])
+                counted &= ~slots.solo[flight.rows.index]
+            kept = np.flatnonzero(drawn.column(counted))
+            if kept.size < drawn.tokens.size:  # the others had already stopped, or are beams: what was drawn for them is dropped
+                drawn.keep(kept)
+                ended = None if ended is None else ended[kept]
+        rows, tokens, offsets, logprobs, bad = drawn.rows, drawn.tokens, drawn.offsets, drawn.logprobs, drawn.bad
         reasons: U8 = np.zeros(tokens.size, np.uint8)
         ends = flight.capped or bad.size > 0
         if flight.capped:
-            reasons[after >= slots.limit[index]] = LENGTH
-        for stops in rows.stops:  # few; cheaper one by one than broadcast
-            hit = stops == tokens
-            if np.count_nonzero(hit):
-                reasons[hit & (offsets >= rows.mins)] = STOP
-                ends = True
+            reasons[drawn.positions() + 1 >= slots.limit[drawn.column(rows.index)]] = LENGTH
+        if ended is not None and np.count_nonzero(ended):
+            reasons[ended] = STOP
+            ends = True
         if bad.size:
-            tokens = tokens.copy()
+            drawn.tokens = tokens = tokens.copy()
             tokens[bad] = -1
-            errors = self._blamed(index[bad], rows.seqs[bad], rows.incarnations[bad])
+            index = drawn.column(rows.index)[bad]
+            errors = self._blamed(index, drawn.column(rows.seqs)[bad], drawn.column(rows.incarnations)[bad])
             reasons[bad] = FAILED
-            slots.poisoned[index[bad]] = True
-            fine = reasons != FAILED
-            slots.flat[rows.base[fine] + positions[fine]] = tokens[fine]
-            slots.known[index[fine]] = after[fine]
-        else:
-            slots.flat[rows.base + positions] = tokens
-            slots.known[index] = after
-        if flight.width:  # in order: a row's last token says how far it came
-            slots.length[index] = after
-            slots.computed[index] = positions
-            board.rows = None  # those who sat out may go on
+            slots.poisoned[index] = True
+        self._receive(flight, done, drawn, bad)
         columns: dict[str, Any] = {}
         if flight.prompts:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)
         if ends:
             if board.drafting is not None:
-                columns |= board.drafting.told(rows.select(np.flatnonzero(reasons)))
-            for seq in rows.seqs[reasons != 0].tolist():
+                columns |= board.drafting.told(drawn.which(np.flatnonzero(reasons)))
+            for seq in drawn.column(rows.seqs)[reasons != 0].tolist():
                 self._release.end(board.live[seq])
-        seqs, incarnations = rows.seqs, rows.incarnations
+        of = drawn.of
+        seqs, incarnations = (rows.seqs, rows.incarnations) if of is None else (rows.seqs[of], rows.incarnations[of])
         if flight.scored:
             scored = [s for lead in flight.scored if board.live.get(lead.seq) is lead for s in (*lead.attached, lead)]
             for sequence in scored:
@@ -117,11 +160,15 @@ class Landing:
             offsets, tokens = np.concatenate([offsets, zeros]), np.concatenate([tokens, zeros - 1])
             reasons = np.concatenate([reasons, np.full(len(scored), LENGTH, np.uint8)])
         told = None
-        if beams is not None and beams.any():
+        if everything is not None and beams is not None and beams.any():
             told = self._beams.land(slots.solo[everything[0].index], *everything, self._blame)
         if searching and flight.masked.size:  # what beams go on with is known now
             assert beams is not None
             yield self._searched(flight, done, beams)
+        if board.flights and board.flights[0].asks:  # which drafts it has, and what came before them, is known now
+            later = board.flights[0]
+            later.asks = False
+            yield mask_request(later, {} if board.drafting is None else board.drafting.masked(later))
         if board.leaving:
             self._release.settle()
         if told is not None:
@@ -175,32 +222,72 @@ class Landing:
             for obeys, key in zip(obeying, zip(seqs.tolist(), incarnations.tolist(), strict=True), strict=True)
         ]
 
-    @staticmethod
-    def _expand(flight: Flight, done: StepDone) -> tuple[Rows, I32, I32, I32, LogprobColumns | None, Column]:
-        """A step of several tokens a row as if each were a row: what follows a row's first stop is dropped. Rows (repeated), positions, offsets, tokens,
-        log-probabilities, and which of these are bad."""
-        rows, counts, tokens, logprobs = flight.rows, done.counts, done.tokens, done.logprobs
-        if int(counts.sum()) != tokens.size:  # that they fit the rows is known
+    def _single(self, flight: Flight, done: StepDone) -> _Tokens:
+        """A step of one token a row."""
+        rows, tokens = flight.rows, done.tokens
+        if tokens.size != rows.slots.size or done.counts.size:
+            raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, but {tokens.size} tokens came back")
+        positions = self._board.slots.known[rows.index] if flight.loose else flight.positions
+        drawn = _Tokens(rows, None, tokens, positions - rows.prompts, rows.base + positions, done.logprobs, done.bad_rows)
+        drawn.ends = positions + self._board.ones[: tokens.size]
+        return drawn
+
+    def _spread(self, flight: Flight, done: StepDone) -> _Tokens:
+        """A step of several tokens a row. Where each goes follows from what is known, since no step before this one is under way."""
+        board = self._board
+        rows, counts, tokens = flight.rows, done.counts, done.tokens
+        firsts = counts.cumsum(dtype=np.int32)
+        if int(firsts[-1]) != tokens.size:  # that they fit the rows is known
             raise ProtocolError(f"step {done.step} sampled {rows.slots.size} rows, whose counts or {tokens.size} tokens cannot be right")
-        row_of = np.repeat(np.arange(counts.size), counts)
-        firsts = np.cumsum(counts) - counts
-        rows = rows.select(row_of)
-        positions = (flight.positions[row_of] + np.arange(tokens.size) - firsts[row_of]).astype(np.int32)
-        offsets = positions - rows.prompts
-        last = np.zeros(tokens.size, bool)
-        last[firsts[done.bad_rows]] = True
-        for stops in rows.stops:
-            last |= (stops == tokens) & (offsets >= rows.mins)
-        if not np.count_nonzero(last):
-            return rows, positions, offsets, tokens, logprobs, done.bad_rows
+        of = board.places[: counts.size].repeat(counts)
+        firsts -= counts
+        shift = board.slots.known[rows.index] - firsts
+        steps = board.steps[: tokens.size]
+        offsets, places = (shift - rows.prompts)[of] + steps, (rows.base + shift)[of] + steps
+        return _Tokens(rows, of, tokens, offsets, places, done.logprobs, firsts[done.bad_rows] if done.bad_rows.size else done.bad_rows)
+
+    @staticmethod
+    def _cut(drawn: _Tokens, ended: Column | None) -> Column | None:
+        """What follows a row's first stop, or its failure, is dropped."""
+        assert drawn.of is not None
+        last = np.zeros(drawn.tokens.size, bool) if ended is None else ended.copy()
+        last[drawn.bad] = True
         before = np.cumsum(last) - last
-        kept = np.flatnonzero(before == before[firsts[row_of]])
-        bad = np.searchsorted(kept, firsts[done.bad_rows])
-        if kept.size < tokens.size:
-            if logprobs is not None:
-                logprobs = select_logprobs(logprobs, kept, tokens.size)
-            rows, positions, offsets, tokens = rows.select(kept), positions[kept], offsets[kept], tokens[kept]
-        return rows, positions, offsets, tokens, logprobs, bad
+        firsts = np.searchsorted(drawn.of, drawn.of)
+        kept = np.flatnonzero(before == before[firsts])
+        if kept.size < drawn.tokens.size:
+            drawn.keep(kept)
+            ended = None if ended is None else ended[kept]
+        return ended
+
+    def _receive(self, flight: Flight, done: StepDone, drawn: _Tokens, bad: Column) -> None:
+        """The tokens are in the histories; and bounds of rows whose drafts were not all right come down."""
+        board = self._board
+        slots, rows, index = board.slots, flight.rows, drawn.rows.index
+        places, tokens, of = drawn.places, drawn.tokens, drawn.of
+        if bad.size:
+            fine = np.ones(tokens.size, bool)
+            fine[bad] = False
+            places, tokens, of = places[fine], tokens[fine], of[fine] if of is not None else np.flatnonzero(fine)
+        slots.flat[places] = tokens
+        if of is None:
+            assert drawn.ends is not None
+            slots.known[index] = drawn.ends
+        elif of.size == done.tokens.size and flight.width:
+            slots.known[index] += done.counts
+        else:
+            slots.known[index] += np.bincount(of, minlength=index.size).astype(np.int32)
+        if not flight.width:
+            return
+        lacking = flight.ahead + np.int32(1) - done.counts
+        if board.rows is not None and board.rows is rows and not flight.capped:
+            rows.starts = starts = rows.starts - lacking
+            slots.computed[index] = starts
+            slots.length[index] = starts + board.ones[: starts.size]
+        else:
+            slots.computed[index] -= lacking
+            slots.length[index] -= lacking
+            board.rows = None  # who had come to its limit, by its bound, may go on
 
     def _add_prompt_logprobs(self, columns: dict[str, Any], flight: Flight, found: LogprobColumns | None) -> None:
         """Those that were not delivered before; under a living choice's name, since they belong to all choices."""

@@ -13,16 +13,12 @@ import numpy as np
 
 from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board, Planning
-from penstock.core.actors.scheduler.outline import Flight, Outline
+from penstock.core.actors.scheduler.outline import Flight, Outline, mask_request
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
 from penstock.core.actors.scheduler.waiting import Request, Sequence
-from penstock.core.protocol.columns import I32, i32
-from penstock.core.protocol.messages import (
-    Forward,
-    MaskRequest,
-    Sample,
-)
+from penstock.core.protocol.columns import EMPTY_U8, I32, Column, i32
+from penstock.core.protocol.messages import Forward, Sample
 
 
 class Launch:
@@ -38,15 +34,17 @@ class Launch:
         board.step = step = board.step + 1
         starts, ones = rows.starts, board.ones[:count]
         positions = starts + ones
-        slots.computed[index] = positions
-        slots.length[index] = positions + ones
-        slots.last_step[index] = step
         width = board.drafting.width if board.drafting is not None and slots.wide else 0
+        counts = rows.counts if width else ones
+        ends = starts + counts if width else positions  # at most: see Slots.computed
+        slots.computed[index] = ends
+        slots.length[index] = ends + ones
+        slots.last_step[index] = step
         flight = Flight(step, rows, positions, rows.left <= 1 + width, rows.tokens)
-        counts = rows.counts if slots.wide else ones
-        rows.starts = positions
-        rows.left -= 1
-        if rows.left <= 0 or slots.wide or board.groups:
+        loose = EMPTY_U8 if board.drafting is None else board.drafting.loose(rows)
+        rows.starts = ends
+        rows.left -= 1 + width
+        if rows.left <= 0 or board.groups:
             board.rows = None
         extra: dict[str, Any] = {}
         if outline is not None:
@@ -55,7 +53,7 @@ class Launch:
             flight.started = outline.started
             if outline.samplings:
                 extra["places"] = outline.samplings
-        return self._emit(flight, rows.slots, starts, counts, count, board.range[:count], columns, extra)
+        return self._emit(flight, rows.slots, starts, counts, count, board.range[:count], columns, extra, loose)
 
     def launch_mixed(self, outline: Outline) -> Planning:
         """A step with prompts in it."""
@@ -69,9 +67,12 @@ class Launch:
         starts = np.concatenate([slots.computed[decodes], i32([c[1] for c in chunks])])
         counts = np.concatenate([outline.rows.counts if outline.rows is not None else decodes, i32([c[2] for c in chunks])])
         slots.computed[rows] = starts + counts
-        if slots.wide:  # of the drafts it is not known yet
-            slots.computed[decodes] = starts[: decodes.size] + board.ones[: decodes.size]
-        slots.length[decodes] += 1
+        slots.length[decodes] += counts[: decodes.size]
+        loose = EMPTY_U8
+        if board.drafting is not None and outline.rows is not None:
+            loose = board.drafting.loose(outline.rows)
+            if loose.size:
+                loose = np.concatenate([loose, np.zeros(len(chunks), np.uint8)])
         slots.last_step[rows] = step
         if outline.sources:
             slots.last_step[list(outline.sources)] = step
@@ -98,9 +99,9 @@ class Launch:
                 final_slots += sharing
         sampled = slots.gather(np.concatenate([decodes, i32(final_slots)]))
         positions = slots.length[sampled.index] - board.ones[: sampled.slots.size]
+        positions[: decodes.size] = starts[: decodes.size] + board.ones[: decodes.size]
         tokens = int(counts.sum())
-        width = board.drafting.width if board.drafting is not None and slots.wide else 0
-        flight = Flight(step, sampled, positions, sampled.left <= width, tokens)
+        flight = Flight(step, sampled, positions, sampled.left <= 0, tokens)
         flight.started, flight.prompts, flight.scored = outline.started, prompts, scored
         board.prompt_computed += tokens - int(counts[: decodes.size].sum())
         board.rows = None
@@ -112,7 +113,7 @@ class Launch:
             columns["prompt_rows"] = extra["prompt_rows"] = i32(prompt_rows)
             extra["prompt_topk"] = i32([request.params.prompt_logprobs or 0 for _, request in prompts])
         sample_rows = np.concatenate([board.range[: decodes.size], i32(finals)])
-        return self._emit(flight, rows, starts, counts, num_decode, sample_rows, columns, extra)
+        return self._emit(flight, rows, starts, counts, num_decode, sample_rows, columns, extra, loose)
 
     def _is_last_token(self, chunk: tuple[int, int, int]) -> bool:
         board = self._board
@@ -153,7 +154,7 @@ class Launch:
     def _columns(self, outline: Outline) -> dict[str, Any]:
         board = self._board
         carried, board.carried = board.carried, []
-        columns = outline.columns(carried, board.slot_of)
+        columns = outline.columns(carried, board.slots, board.live)
         if board.groups:
             columns |= self._beams.writes(outline.rows)
         return columns
@@ -168,10 +169,13 @@ class Launch:
         sample_rows: I32,
         columns: dict[str, Any],
         extra: dict[str, Any],
+        loose: Column,
     ) -> Planning:
         board = self._board
         engine, epoch = board.settings.engine, board.settings.epoch
         board.flights.append(flight)
+        if loose.size:
+            flight.loose, columns["loose"] = True, loose
         if board.obeying:
             flight.masked = np.flatnonzero(board.slots.grammar[flight.rows.index])
             extra["masked"] = flight.masked.size > 0
@@ -195,8 +199,7 @@ class Launch:
             **extra,
         )
         if flight.masked.size:
-            rows, which = flight.rows, flight.masked
-            more = {} if drafting is None or not flight.width else drafting.masked(flight)
-            yield MaskRequest(
-                step=flight.step, rows=which.astype(np.int32), seqs=rows.seqs[which], incarnations=rows.incarnations[which], **more
-            )
+            # Which drafts stand is said by the step ahead; and who makes masks is asked in the order of steps.
+            flight.asks = (flight.width > 0 and flight.loose) or any(ahead.asks for ahead in board.flights)
+            if not flight.asks:
+                yield mask_request(flight, {} if drafting is None or not flight.width else drafting.masked(flight))

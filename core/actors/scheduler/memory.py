@@ -89,7 +89,7 @@ class Memory:
         if forks:
             self._take_forks(outline, forks, grant.forked[len(moves) :])
         if short.size:
-            denied = refused + self._take_grants(outline, listed, grant.granted.tolist(), reach.tolist())
+            denied = refused + self._take_grants(outline, short, grant.granted[: short.size] != 0, reach)
         if entries:
             self._take_entries(outline, entries, grant, short.size)
         return denied
@@ -137,17 +137,17 @@ class Memory:
                 outline.stalled.add(slot)
                 self._release.preempt(slot)
 
-    def _take_grants(self, outline: Outline, short: list[int], granted: list[int], reach: list[int]) -> list[int]:
-        board = self._board
-        slots = board.slots
-        denied: list[int] = []
-        for slot, good, tokens in zip(short, granted, reach, strict=False):
-            if slot in outline.stalled:
-                continue
-            if good:
-                slots.capacity[slot] = slots.whole(tokens)
-            else:
-                denied.append(slot)
+    def _take_grants(self, outline: Outline, short: Index, granted: Column, reach: I32) -> list[int]:
+        slots = self._board.slots
+        if outline.stalled:
+            left = ~np.isin(short, list(outline.stalled))
+            short, granted, reach = short[left], granted[left], reach[left]
+        if granted.all():
+            slots.hold(short, reach)
+            outline.short = short
+            return []
+        slots.hold(short[granted], reach[granted])
+        denied: list[int] = short[~granted].tolist()
         return denied
 
     def _take_entries(self, outline: Outline, entries: list[Entry], grant: KvGrant, offset: int) -> None:
@@ -213,6 +213,7 @@ class Memory:
     def relieve(self, outline: Outline, denied: list[int]) -> Planning:
         """Memory ran out for `denied`: preempt until they have what they need, or let them sit this step out."""
         board = self._board
+        outline.short = NOBODY
         slots = board.slots
         while denied:
             if any(slots.last_step[slot] > board.done_step for slot in board.leaving):
@@ -256,5 +257,5 @@ class Memory:
             fine = [slot for slot in outline.rows.slots.tolist() if phase[slot] == DECODE and slot not in outline.stalled]
             narrow = outline.rows.tokens == outline.rows.slots.size or outline.forked  # there may be no blocks for drafts
             outline.rows = board.slots.gather(i32(fine)) if fine else None
-            if narrow and outline.rows is not None:
+            if narrow or not fine:
                 board.slots.narrow(outline.rows)

@@ -7,18 +7,19 @@ What it does not know: how decisions are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from penstock.core.actors.scheduler.slots import Index, Rows
+from penstock.core.actors.scheduler.slots import Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Request, Sequence
 from penstock.core.protocol.columns import EMPTY_I32, I32, Column, i32
-from penstock.core.protocol.messages import KvGrant, LogprobColumns, SlotSampling
+from penstock.core.protocol.messages import KvGrant, LogprobColumns, MaskRequest, SlotSampling
 
 NO_ROWS: Index = np.empty(0, np.intp)
 
+MANY_BLOCKS = 24
+"""From so many on columns are cheaper than a loop."""
 Blocks = tuple[Column, Column, Column]
 """seqs, index, ids: as in KvGrant."""
 
@@ -38,6 +39,7 @@ class Outline:
         "prefill_turn",
         "rows",
         "samplings",
+        "short",
         "sources",
         "stalled",
         "started",
@@ -59,6 +61,8 @@ class Outline:
         """Slots whose blocks this step copies."""
         self.stalled: set[int] = set()
         """Slots that sit this step out for want of memory."""
+        self.short: Index = NO_ROWS
+        """Slots that were asked for, if all got their blocks."""
         self.full = False
         """Memory denied somebody who waits: nobody behind may overtake."""
         self.prefill_turn = False
@@ -87,8 +91,8 @@ class Outline:
         if grant.copy_dst.size:
             self.copies.append((grant.copy_src, grant.copy_dst))
 
-    def columns(self, carried: list[Blocks], slot_of: Callable[[int], int]) -> dict[str, Any]:
-        """The parts of Forward besides its rows. `slot_of(seq)` is -1 for those that lost their slot meanwhile."""
+    def columns(self, carried: list[Blocks], slots: Slots, live: dict[int, Sequence]) -> dict[str, Any]:
+        """The parts of Forward besides its rows, but for those that lost their slot meanwhile. `live`: Board.live."""
         columns: dict[str, Any] = {}
         if self.places:
             columns["place_slots"] = i32([slot for slot, _ in self.places])
@@ -102,29 +106,37 @@ class Outline:
         blocks = carried + self.blocks if carried else self.blocks
         if blocks:
             seqs, index, ids = blocks[0] if len(blocks) == 1 else (np.concatenate([b[i] for b in blocks]) for i in range(3))
-            listed = [slot_of(seq) for seq in seqs.tolist()]
-            slots = i32(listed)
+            if len(blocks) == 1 and seqs.size == self.short.size >= MANY_BLOCKS and (seqs == slots.seq[self.short]).all():
+                columns["block_slots"], columns["block_index"], columns["block_ids"] = self.short.astype(np.int32), index, ids
+                return columns
+            listed = [-1 if (sequence := live.get(seq)) is None else sequence.slot for seq in seqs.tolist()]
+            held = i32(listed)
             if -1 in listed:
-                keep = slots >= 0
-                slots, index, ids = slots[keep], index[keep], ids[keep]
-            columns["block_slots"], columns["block_index"], columns["block_ids"] = slots, index, ids
+                keep = held >= 0
+                held, index, ids = held[keep], index[keep], ids[keep]
+            columns["block_slots"], columns["block_index"], columns["block_ids"] = held, index, ids
         return columns
 
 
 class Flight:
-    """Row i samples position `positions[i]`, output `offsets[i]`, of `rows.slots[i]`. `capped`: some row reaches its limit. `tokens` are all
-    that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0; `drafts`: how many are made behind it; `chosen`: the width
-    that was found best; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
+    """Row i samples position `positions[i]` of `rows.slots[i]`; where it is `loose` that is known when it lands, and they are the last that it can be. `capped`:
+    some row may reach its limit. `tokens` are all that the step computes. `ahead`: drafts that each row computes along, where `width` is above 0, `drafted` in all; `stood`: of these,
+    drafts that turned out to be there; `drafts`: how many are made behind it; `chosen`: the width
+    that was found best; `early`: planned before the first step that made any had landed; `alone`: the next step is planned when it has landed; `pure`: decodes alone. `masked`: which rows draw under a mask; `asks`: for which it
+    is not asked before the step ahead has landed. `prompts`: whose prompt log-probabilities it brings. `scored`: whose prompt is complete with it and who draw nothing."""
 
     __slots__ = (
         *(
             "ahead",
             "alone",
+            "asks",
             "capped",
             "chosen",
+            "drafted",
             "drafts",
+            "early",
+            "loose",
             "masked",
-            "offsets",
             "positions",
             "prompts",
             "pure",
@@ -133,6 +145,7 @@ class Flight:
             "scored",
             "started",
             "step",
+            "stood",
             "tokens",
         ),
         "width",
@@ -142,16 +155,24 @@ class Flight:
         self.step = step
         self.rows = rows
         self.positions = positions
-        self.offsets = positions - rows.prompts
         self.capped = capped
         self.tokens = tokens
         self.ahead: I32 = EMPTY_I32
-        self.width = self.drafts = self.chosen = 0
-        self.pure = self.alone = self.resting = False
+        self.stood: I32 = EMPTY_I32
+        self.width = self.drafts = self.drafted = self.chosen = 0
+        self.pure = self.alone = self.loose = self.asks = self.early = self.resting = False
         self.masked: Index = NO_ROWS
         self.started: list[tuple[int, int]] = []
         self.prompts: list[tuple[int, Request]] = []
         self.scored: list[Sequence] = []
+
+
+def mask_request(flight: Flight, drafts: dict[str, Column]) -> MaskRequest:
+    """For its masked rows, with the columns of `drafts`."""
+    rows, which = flight.rows, flight.masked
+    return MaskRequest(
+        step=flight.step, rows=which.astype(np.int32), seqs=rows.seqs[which], incarnations=rows.incarnations[which], **drafts
+    )
 
 
 def select_logprobs(columns: LogprobColumns, kept: Column, total: int) -> LogprobColumns:

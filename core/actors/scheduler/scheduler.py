@@ -300,7 +300,7 @@ class Scheduler:
             self._release.settle()
         if board.releases and not board.flights:  # nothing to compute, but something to give back
             yield from self._memory.ask(Outline(0), NOBODY, [])
-        if board.drafting is not None and board.drafting.ended and not board.live:
+        if board.drafting is not None and board.drafting.ended and not board.live and not board.flights:
             yield from board.drafting.farewell()
         if giving and not board.flights:  # no step will tell that the blocks came back
             yield board.report([])

@@ -27,8 +27,8 @@ Commit = tuple[int, int, I32]
 
 
 class Rows:
-    """The columns of sequences that sample together. `starts` are the positions that they compute next; `left` is how many
-    steps they can all take before one reaches its limit. `stops` is (ids, rows), padded with -1."""
+    """The columns of sequences that sample together. `starts` are the positions that they compute next, as far as that is known the last that it can be;
+    `left` is how many tokens they can all get before one may reach its limit. `stops` is (ids, rows), padded with -1."""
 
     __slots__ = ("base", "counts", "incarnations", "index", "left", "mins", "prompts", "seqs", "slots", "starts", "stops", "tokens")
 
@@ -49,10 +49,10 @@ class Rows:
     stops: I32
     left: int
 
-    def widen(self, ahead: I32) -> None:
-        """With so many drafts a row."""
+    def widen(self, ahead: I32, tokens: int) -> None:
+        """With so many drafts a row; `tokens` in all."""
         self.counts = ahead + np.int32(1)
-        self.tokens = int(self.counts.sum())
+        self.tokens = tokens
 
     def select(self, kept: Column) -> Rows:
         """Only the rows `kept` (which may name one several times); `left` and `tokens` stay bounds."""
@@ -84,9 +84,9 @@ class Slots:
         self.incarnation = column()
         self.prompt = column()
         self.computed = column()
-        """Positions whose Forward was given to the device."""
+        """Positions whose Forward was given to the device: with drafts in flight at most so many, corrected when they land."""
         self.length = column()
-        """Tokens, those being drawn included."""
+        """Tokens, those being drawn included; so, too."""
         self.known = column()
         """Tokens whose values are known here: history[slot, :known]."""
         self.limit = column()
@@ -109,7 +109,8 @@ class Slots:
         """Of the step being planned: drafts that a row computes along. All 0 unless `wide`."""
         self.wide = False
         self.drafted = column()
-        """Drafts that stand behind the last token. All 0 unless `any_drafted`."""
+        """Drafts that stand behind the last token; while a step is in flight that makes them anew, as many as there were before. All 0 unless
+        `any_drafted`."""
         self.any_drafted = False
         self.beyond = 0
         """Of the step being planned: tokens behind it for which blocks are wanted, too, so that drafters have somewhere to compute."""
@@ -180,6 +181,10 @@ class Slots:
         """The capacity of the blocks that hold so many tokens."""
         return -(-tokens // self.block) * self.block
 
+    def hold(self, index: Index, tokens: I32) -> None:
+        """They have blocks for so many tokens."""
+        self.capacity[index] = -(-tokens // self.block) * self.block
+
     def gather(self, slots: I32) -> Rows:
         rows = Rows()
         rows.slots = slots
@@ -191,16 +196,22 @@ class Slots:
         rows.prompts = self.prompt[index]
         rows.mins = self.min_tokens[index]
         rows.stops = self.stops[: int(self.stop_count[index].max(initial=0)), index]
-        rows.left = int((self.limit[index] - self.length[index]).min(initial=MANY))
+        rows.left = self.left(index)
         rows.narrow()
         if self.wide:
-            rows.widen(self.ahead[index])
+            ahead = self.ahead[index]
+            rows.widen(ahead, int(ahead.sum()) + ahead.size)
         return rows
 
-    def narrow(self, rows: Rows) -> None:
+    def left(self, index: Index) -> int:
+        """See Rows."""
+        return int((self.limit[index] - self.length[index]).min(initial=MANY))
+
+    def narrow(self, rows: Rows | None) -> None:
         """These rows have no drafts in the step being planned, and nobody else has a row."""
         if self.wide:
-            rows.narrow()
+            if rows is not None:
+                rows.narrow()
             self.ahead[:] = 0
             self.wide = False
 

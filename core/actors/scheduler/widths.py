@@ -108,6 +108,8 @@ class Widths:
         self._oldest = True
         """Whether the last trial from no drafts was of what was measured longest ago: else of what promised most. They take turns."""
         self._purse, self._spent = PURSE, False
+        self.behind = 0
+        """Steps that are planned before the first one of a trial has landed: no drafts stand for them yet."""
         self._made = 1.0
         """Tokens of a row in the step that was verified last."""
         self.rest = 0
@@ -312,7 +314,7 @@ class Widths:
         return min(widths, key=lambda width: measured.get(width, NEVER)[3])
 
     def _start(self, width: int, steps: int = BURST) -> int:
-        self._trial, self._trial_left = width, steps - 1
+        self._trial, self._trial_left = width, steps - 1 + (self.behind if width else 0)
         return width
 
 

@@ -1,8 +1,8 @@
 """Measures drafts on the cuda device: `python -m penstock.plugins.commands.bench.cuda_speculation OUT_FOLDER [rows ...]`.
 
 What it is: the 8B shape on dummy weights whose every token is 0 (its last norm is set to zeros, which costs what any other would), and a drafter that knows it, and lies as
-often as it is told: so that acceptance is what the bench says, and times are those of the real kernels. Tokens a second without drafts (two steps in flight), then with K
-drafts a row and step (one step in flight, as the scheduler has it), in turns; and a 1B shape as draft model, whose drafts are all right. Results go to speculation.json.
+often as it is told: so that acceptance is what the bench says, and times are those of the real kernels. Tokens a second without drafts, then with K drafts a row and step, in
+turns, two steps in flight, as the scheduler has it, and where one is named so one; and a 1B shape as draft model, whose drafts are all right. Results go to speculation.json.
 What it does not know: how apt real drafters are; the scheduler.
 """
 
@@ -48,31 +48,52 @@ class Oracle(NoLayers):
         out.copy_((chance < self.lies).int())
 
 
-def drafted(runner: Any, rows: int, width: int, steps: int) -> dict[str, float]:
-    """`steps` steps of decode rows with `width` drafts each: tokens a second, milliseconds a step, tokens a row and step."""
-    from penstock.core.protocol.columns import i32
+def drafted(runner: Any, rows: int, width: int, steps: int, in_flight: int = 2) -> dict[str, float]:
+    """`steps` steps of decode rows with `width` drafts each, so many at once under way: tokens a second, milliseconds a step, tokens a row and step, and the share
+    of time in which the device had nothing to do."""
+    from penstock.core.protocol.columns import EMPTY_U8, i32
     from penstock.core.protocol.messages import Forward, Sample
+    from penstock.plugins.devices.runner import Counters
 
     slots, order = i32(range(rows)), i32(range(rows))
     starts, counts = np.full(rows, CONTEXT - 1, np.int32), np.ones(rows, np.int32)
+    waiting: list[tuple[Any, Any]] = []
     tokens = 0
     begun = 0.0
-    for step in range(steps + 3):
-        if step == 3:
-            runner._lane.synchronize()
-            begun, tokens = time.perf_counter(), 0
-        named: dict[str, Any] = {"engine": 0, "epoch": 0, "step": step, "lookahead": width if step else 0}
-        runner.forward(Forward(slots=slots, starts=starts, counts=counts, num_decode=rows, **named))
-        done = runner.sample(Sample(rows=order, slots=slots, positions=starts + 1, drafts=width, **named))()
+
+    def land() -> None:
+        nonlocal starts, counts, tokens
+        planned, wait = waiting.pop(0)
+        done = wait()
         took = done.counts if len(done.counts) else np.ones(rows, np.int32)
         tokens += int(took.sum())
-        starts = starts + took
-        counts = (done.drafts.reshape(rows, width) >= 0).sum(1).astype(np.int32) + 1
+        starts = starts - (planned - took)  # they were bounds
+        if not waiting:
+            counts = (done.drafts.reshape(rows, width) >= 0).sum(1).astype(np.int32) + 1
+
+    for step in range(steps + 3):
+        if step == 3:
+            while waiting:
+                land()
+            runner._lane.synchronize()
+            runner.counters, runner._last_end, runner.timed = Counters(), None, True
+            begun, tokens = time.perf_counter(), 0
+        loose = np.ones(rows, np.uint8) if waiting else EMPTY_U8
+        named: dict[str, Any] = {"engine": 0, "epoch": 0, "step": step, "lookahead": width if step else 0}
+        runner.forward(Forward(slots=slots, starts=starts, counts=counts, num_decode=rows, loose=loose, **named))
+        waiting.append((counts, runner.sample(Sample(rows=order, slots=slots, positions=starts + 1, drafts=width, **named))))
+        starts, counts = starts + counts, np.full(rows, 1 + width, np.int32)
+        if len(waiting) == in_flight:
+            land()
+    while waiting:
+        land()
     seconds = time.perf_counter() - begun
+    counters, runner.timed = runner.counters, False
     return {
         "tokens_s": round(tokens / seconds, 1),
         "ms_a_step": round(seconds / steps * 1e3, 4),
         "tokens_a_row_and_step": round(tokens / steps / rows, 3),
+        "device_idle": round(counters.idle_ns / max(1, counters.busy_ns + counters.idle_ns), 4),
     }
 
 
@@ -108,6 +129,8 @@ def measure(path: str, many: list[int], out: dict[str, Any]) -> None:
                 one = drafted(runner, rows, width, STEPS)
                 one["gain"] = round(one["tokens_s"] / found["off"]["tokens_s"], 3)
                 found[f"K{width}_lies{lies}"] = one
+            fill(runner, rows, CONTEXT)
+            found[f"K{width}_lies{LIES[-1]}_one_in_flight"] = drafted(runner, rows, width, STEPS, 1)
         runner._drafters = ngram
         fill(runner, rows, CONTEXT)
         drafted(runner, rows, few, 8)
