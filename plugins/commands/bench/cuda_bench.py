@@ -134,7 +134,7 @@ def fill(runner: Any, rows: int, context: int) -> None:
     from penstock.core.protocol.sampling import SamplingParams
 
     for cache in runner._caches:
-        if cache.codes is None:
+        if getattr(cache, "codes", None) is None:  # host caches have no such thing
             cache.k.normal_(0, 0.5)
             cache.v.normal_(0, 0.5)
         else:
