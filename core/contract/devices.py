@@ -238,6 +238,7 @@ class Runner(Protocol):
     and `drafters: tuple[str, ...]`, their methods, the first asked first: bit i of Sample.drafters and the number i in StepDone.drafters are drafter i. It may have
     `widths: tuple[int, ...]`, the lookaheads that it has prepared (captured graphs for, say), ascending: steps have no others. Without: all up to `lookahead`.
     `masks_ahead: bool` says that it takes masks behind drafts (Sample.mask_rows); without, sequences that obey a grammar have no drafts.
+    `adjusts_ahead: bool`, True where it is absent: False says that it cannot apply penalties and bad words of several tokens behind drafts; sequences with those then have none.
     """
 
     facts: ModelFacts

@@ -145,7 +145,7 @@ def _power(x):
 def _keys(
     acc, m, z, q, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KIND: tl.constexpr,
-    RECIPE: tl.constexpr, RAISE: tl.constexpr,
+    RECIPE: tl.constexpr, RAISE: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into acc [DP, M], m [M] in base-2 units and z [BLOCK_N, M], which is summed up at the end; q is [DP, M] in units of
     q_power. Acc and z are 2**(m - RAISE) times smaller than they say."""
@@ -167,10 +167,16 @@ def _keys(
         else:
             codes = tl.load(k + where, mask=(d < D)[None, :], other=0)
             more = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
-        if MASK:  # what was never written may be codes that are no numbers
-            codes = tl.where((at < length)[:, None], codes, 0)
-            more = tl.where((at < length)[None, :], more, 0)
         k_scale, v_scale = scales_at(scales, page, sb, sbase, at, length, MASK, SIZE)
+        if MASK:  # what was never written may be codes that are no numbers
+            seen = at < length
+            if TREE:  # what stands beside in a tree of drafts may be anything
+                back = length - 1 - at
+                seen = seen & ((back >= 64) | (((ancestors >> tl.minimum(tl.maximum(back, 0), 63).to(tl.int64)) & 1) == 1))
+                k_scale = tl.where(seen, k_scale, 0.0)
+                v_scale = tl.where(seen, v_scale, 0.0)
+            codes = tl.where(seen[:, None], codes, 0)
+            more = tl.where(seen[None, :], more, 0)
         if INTERPRETED:
             s = tl.dot(widen(codes, KIND, RECIPE, False), q, input_precision="ieee")
         else:
@@ -183,7 +189,6 @@ def _keys(
         )  # 2**-70: z must not overflow where all values are 0
         weight = tl.log2(v_scale)
         if MASK:
-            seen = at < length
             if WINDOW:
                 seen = seen & (at >= length - window)
             weight = tl.where(seen, weight, float("-inf"))
@@ -208,7 +213,8 @@ def split(
     table_stride, kb, kh, sb, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, KIND: tl.constexpr, RECIPE: tl.constexpr, RAISE: tl.constexpr, PDL: tl.constexpr, ancestors=None,
+    TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): triton.py's `_split` with both products transposed. Pieces, masks and the last one's sum are the same."""
     group = tl.program_id(0)
@@ -260,6 +266,10 @@ def split(
         parts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         acc = tl.zeros([DP, BLOCK_M], tl.float32)
         whole = start + (end - start) // BLOCK_N * BLOCK_N
+        own = None
+        if TREE:
+            own = tl.load(ancestors + row, cache_modifier=".cg")
+            whole = start + tl.maximum(tl.minimum(end, length - 64) - start, 0) // BLOCK_N * BLOCK_N
         if not WINDOW:
             acc, m, parts = _keys(
                 acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, whole, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N,
@@ -268,7 +278,7 @@ def split(
             start = whole
         acc, m, parts = _keys(
                 acc, m, parts, queries, q_power, k, v, scales, table, base, sbase, length, start, end, scale2, soft, window, kb, sb, D, DP, SIZE, BLOCK_N, True,
-            WINDOW, SOFTCAP, KIND, RECIPE, RAISE,
+            WINDOW, SOFTCAP, KIND, RECIPE, RAISE, own, TREE,
         )  # fmt: skip
         z = tl.sum(parts, 0)
         if SINKS and span <= size:

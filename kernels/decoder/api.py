@@ -116,6 +116,7 @@ class DecoderProgram:
         logits: Tensor | None = None,
         hidden: Tensor | None = None,
         greedy: Tensor | None = None,
+        ancestors: Tensor | None = None,
     ) -> None:
         """Run one step; see the module."""
         tensor("tokens", tokens, (None,), torch.int32)
@@ -130,7 +131,9 @@ class DecoderProgram:
             tensor("hidden", hidden, (count, self.parts.embedding.shape[1]), self.parts.embedding.dtype)
         if greedy is not None:
             tensor("greedy", greedy, (count,), torch.int32)
-        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy)
+        if ancestors is not None:
+            tensor("ancestors", ancestors, tokens.shape, torch.int64)
+        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, ancestors)
 
     def trusted(
         self,
@@ -144,12 +147,13 @@ class DecoderProgram:
         logits: Tensor | None,
         hidden: Tensor | None,
         greedy: Tensor | None,
+        ancestors: Tensor | None = None,
     ) -> None:
         """As a call, for tensors whose shapes and dtypes the caller made itself: what they hold is checked all the same."""
         if self._cpu is not None:
-            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy)
+            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, ancestors)
             return
-        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows)
+        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows, ancestors)
         if hidden is not None:
             hidden.copy_(states)
         if logits is None and greedy is None:

@@ -67,6 +67,7 @@ class CpuDecoder:
         logits: Tensor | None,
         hidden: Tensor | None,
         greedy: Tensor | None,
+        ancestors: Tensor | None = None,
     ) -> None:
         """One step. Raises IndexError for an index outside its table (nothing has been written then)."""
         step = Step(
@@ -74,6 +75,7 @@ class CpuDecoder:
             rows.data_ptr(), tokens.shape[0], kv_len.shape[0], block_tables.shape[1], rows.shape[0],
             None if logits is None else logits.data_ptr(), None if hidden is None else hidden.data_ptr(),
             None if greedy is None else greedy.data_ptr(), None, torch.get_num_threads(),
+            None if ancestors is None else ancestors.data_ptr(),
         )  # fmt: skip
         program, at = ctypes.byref(self._program), ctypes.byref(step)
         needed = self._lib.ps_step_bytes(program, at)

@@ -28,6 +28,7 @@ def hidden_states(
     q_start: Tensor,
     kv_len: Tensor,
     rows: Tensor,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
     """Normalised last hidden states [L, H] of token rows `rows`."""
     x = embedding(tokens, parts.embedding)
@@ -37,7 +38,7 @@ def hidden_states(
             qkv, positions, parts.cos_sin, k_cache, v_cache, slots, parts.num_heads, parts.num_kv_heads,
             layer.q_norm, layer.k_norm, parts.eps, None, scales,
         )  # fmt: skip
-        attended = paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, parts.scale, layer.window, None, scales)
+        attended = paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, parts.scale, layer.window, None, scales, ancestors)
         x = x + layer.o(attended.view(tokens.shape[0], -1))
         x = x + layer.down(layer.gate_up(rms_norm(x, layer.mlp_norm, parts.eps)))
     return rms_norm(x[rows.long()].contiguous(), parts.final_norm, parts.eps)

@@ -63,6 +63,7 @@ class Step(ctypes.Structure):
         ("tokens", c_void_p), ("positions", c_void_p), ("slots", c_void_p), ("tables", c_void_p), ("q_start", c_void_p),
         ("kv_len", c_void_p), ("rows", c_void_p), ("token_count", c_int64), ("sequences", c_int64), ("table_width", c_int64),
         ("row_count", c_int64), ("logits", c_void_p), ("hidden", c_void_p), ("greedy", c_void_p), ("workspace", c_void_p), ("threads", c_int64),
+        ("ancestors", c_void_p),
     )  # fmt: skip
 
 
@@ -82,6 +83,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ps_argmax": (None, [_P, _P, _I, _I, _I]),
     "ps_draw": (_I, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _I]),
     "ps_verify": (_I, [_P, _P, _P, _P, _I, _P, _I, _I, _P, _P]),
+    "ps_verify_tree": (_I, [_P, _P, _P, _P, _I, _P, _I, _I, _P, _I, _P, _P, _P]),
+    "ps_move_kv": (_I, [_P, _P, _P, _P, _I, _I]),
     "ps_put_drafts": (_I, [_P, _P, _P, _I, _I, _P, _I, _I, _I]),
     "ps_ngrams": (_I, [_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _I]),
     "ps_mask": (_I, [_P, _I, _I, _P, _I, _P, _I]),

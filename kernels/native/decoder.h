@@ -43,6 +43,7 @@ typedef struct {
     int32_t *greedy;
     void *workspace;
     int64_t threads;
+    const int64_t *ancestors; /* [token_count], or NULL: see attention.h */
 } step;
 
 typedef struct {
@@ -281,7 +282,7 @@ static int run_step(const program *p, const step *s) {
         .q = w.qkv, .ldq = w.ldq, .out = w.a, .ldo = w.lda, .cache_bf16 = (int)p->bf16, .round = (int)p->bf16, .tables = s->tables,
         .q_start = s->q_start, .kv_len = s->kv_len, .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads,
         .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .block_bytes = p->block_bytes, .kv_format = (int)p->kv_format,
-        .scale = (float)p->scale,
+        .scale = (float)p->scale, .ancestors = s->ancestors,
     };
     long units = attention_plan(&attn, w.units);
     step_job job = {.p = p, .s = s, .w = &w, .attn = attn, .units = units};

@@ -65,7 +65,7 @@ class WholeStep:
     def __call__(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
         """See Program."""
         c = columns
-        self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None)
+        self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, c.ancestors)
 
 
 class HostOps(TorchOps):
@@ -207,6 +207,12 @@ class HostOps(TorchOps):
     ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
         return drafting.verify(tokens, slots, positions, bounds, history)
+
+    def verify_tree(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, parents: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See DeviceOps."""
+        return drafting.verify_tree(tokens, slots, positions, bounds, history, parents, deepest)
 
     def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
         """See DeviceOps."""

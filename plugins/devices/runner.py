@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -37,7 +37,8 @@ from penstock.plugins.devices.lane import Event, Graph, Lane, Outputs
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.rings import Download, Landing, Upload
 from penstock.plugins.devices.sampler import SlotSampler, Wanted
-from penstock.plugins.drafters.api import Drafter, Proposal, Seen
+from penstock.plugins.devices.trees import TreeSteps
+from penstock.plugins.drafters.api import Drafter, Proposal, Seen, tree_among
 from penstock.plugins.models.api import Columns, Model
 
 Tensor = torch.Tensor
@@ -155,7 +156,9 @@ class DeviceRunner:
             f"{model.attention.kv_layout}:{self.kv_dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
         )
         self.lookahead = lookahead
-        self.masks_ahead = True
+        tree = tree_among(drafters)
+        self.masks_ahead = self.adjusts_ahead = tree is None
+        self.widths: tuple[int, ...] = () if tree is None else (lookahead,)
         self.drafters = tuple(drafter.name for drafter in drafters)
         self._drafters = list(drafters)
         self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
@@ -189,7 +192,9 @@ class DeviceRunner:
         rows = padded_rows(max_num_seqs * (1 + lookahead), lookahead)
         self._max_rows = rows
         """Of a step that has a graph."""
-        self._decode = Upload(lane, entries, 2 * rows, fixed=True)
+        self._tree = None if tree is None else TreeSteps(tree, ops, lane, block_size, entries)
+        """Drafts are a tree. The third column of `_decode` says then which node each row is."""
+        self._decode = Upload(lane, entries, (2 if tree is None else 3) * rows, fixed=True)
         self._columns = Upload(lane, entries, 4 * max_num_seqs + 4 * max_num_batched_tokens)
         self._draws = Upload(lane, entries, 3 * max_num_seqs)
         at_once = max_num_seqs if not lookahead else min(max_num_seqs * (1 + lookahead), BUCKETS[-1])
@@ -232,6 +237,8 @@ class DeviceRunner:
         self.graph_reserve = 0
         self._graph_bytes = 0
         self._launched: _Launched | None = None
+        self._asked: Forward | None = None
+        """The Forward as it came, while it is launched."""
         self._host_pages = HostPages(lane)
         self._kept_logits = torch.empty(max_num_seqs if lane.direct else 0, facts.vocab_size)
         self._started_ns = 0
@@ -257,7 +264,8 @@ class DeviceRunner:
     def _bind(self, pool: Tensor) -> None:
         self._pool = pool
         at = pool.shape[-1] - self._own_bytes
-        self._caches = self._model.attention.caches(pool[:, :at] if self._own_bytes else pool)
+        self._own_pool = pool[:, :at] if self._own_bytes else pool
+        self._caches = self._model.attention.caches(self._own_pool)
         self._program = self._ops.fuse(self._model, self._caches)
         for drafter in self._drafters:
             drafter.bind(pool[:, at : at + drafter.page_bytes] if self._own_bytes else pool[:, :0])
@@ -300,6 +308,7 @@ class DeviceRunner:
         self._lane.bind()
         rows = len(work.slots)
         asked, first = work, None
+        self._asked = asked
         if work.lookahead and self._flattens(work):
             work, first = _flat(work)
             rows = len(work.slots)
@@ -319,17 +328,32 @@ class DeviceRunner:
         if rows == 0:
             self._launched = _Launched(work, 0, None, None, EMPTY_I32)
         elif bucket:
-            self._decode.send_rows(self._max_rows, -1, work.slots, work.starts)
+            self._send_decode(work)
             graph = self._forwards[bucket]
             graph.replay()
             self.counters.replays += 1
             self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
             if self._looked_at:
                 self._look(self._launched, graph.outputs, rows)
-        elif decode or self._looked_at or not self._replay_mixed(work, rows):
+        elif decode or self._looked_at or (self._tree and work.lookahead) or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
         if first is not None and self._launched is not None:
             self._launched.asked, self._launched.first = asked, first
+
+    def _send_decode(self, work: Forward | None = None) -> None:
+        """The fixed inputs of a step of decode rows; None: of padding alone."""
+        slots, starts = (EMPTY_I32, EMPTY_I32) if work is None else (work.slots, work.starts)
+        if self._tree is None:
+            self._decode.send_rows(self._max_rows, -1, slots, starts)
+            return
+        self._decode.send_rows(self._max_rows, -1, slots, starts, EMPTY_I32 if work is None else self._nodes_of(work))
+
+    def _nodes_of(self, work: Forward) -> I32:
+        """Of each token, where drafts are a tree. In a flat step a row's nodes are rows of one slot, one place after the other."""
+        assert self._tree is not None
+        if not work.lookahead:
+            return np.zeros(int(work.counts.sum()), np.int32)
+        return self._tree.nodes(self._asked or work)
 
     def _flattens(self, work: Forward) -> bool:
         """Are a row's drafts computed as rows of their own? So few sequences keep a GPU busy only if attention splits their keys, which it does for rows of one token; many read
@@ -417,14 +441,20 @@ class DeviceRunner:
         rows, state = len(work.slots), (self.history, self.table, self.block_size)
         if decode:
             sent = self._columns.send(work.slots, work.starts, self._range[:rows])
-            return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2], self._range[:rows]
+            return self._noded(self._ops.decode_inputs(sent[0], sent[1], *state), work), sent[2], self._range[:rows]
         q_start = np.zeros(rows + 1, np.int32)
         np.cumsum(work.counts, out=q_start[1:])
         kept, first = _kept_of(work, q_start, self._range)
         sent = self._columns.send(work.slots, work.starts, q_start, kept)
         # Where there are too many tokens for a row each, the device looks who has one token only.
         single = -1 if len(kept) > rows else work.num_decode
-        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), sent[3], first
+        return self._noded(self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), work), sent[3], first
+
+    def _noded(self, columns: Columns, work: Forward) -> Columns:
+        """As a tree's nodes, where there are any."""
+        if self._tree is None or not work.lookahead:
+            return columns
+        return self._tree.columns(columns, self._to_device(self._nodes_of(work)))
 
     def _run(self, columns: Columns, rows: Tensor, hidden: Tensor) -> None:
         assert self._program is not None
@@ -549,6 +579,8 @@ class DeviceRunner:
         """A decode step of `bucket` rows on the fixed inputs: hidden states, and lengths (the positions that the draw fills)."""
         slots, starts = self._decode.staging[:bucket], self._decode.staging[self._max_rows : self._max_rows + bucket]
         columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
+        if self._tree is not None:
+            columns = self._tree.columns(columns, self._decode.staging[2 * self._max_rows :][:bucket])
         x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
         return self._model.final(self._ops, x, residual), columns.kv_len, *taps
 
@@ -568,7 +600,7 @@ class DeviceRunner:
         """Capture one bucket, a draw of either kind included. Runs each piece once before, on padding rows alone, so that nothing is compiled or
         allocated for the first time inside a capture; that overwrites the fixed inputs, which every step sends anew."""
         before = self._lane.used()
-        self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+        self._send_decode()
         hidden, positions, *_ = self._decode_body(bucket)
         for hot in (False, True):
             self._sample_body(bucket, hot, hidden, positions)
@@ -593,7 +625,7 @@ class DeviceRunner:
         if self._masks is None:
             self._masks = Upload(self._lane, self._entries, self._max_rows * (1 + words), fixed=True, beside=True)
         self._send_masks(EMPTY_I32, EMPTY_I32)
-        self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+        self._send_decode()
         body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs[:2], words)
         body()
         self._masks.done_reading()
@@ -680,6 +712,10 @@ class DeviceRunner:
         rows, found, drawn = len(work.rows), None, None
         if rows and work.lookahead:
             drawn = _Drawn.of(work, before, launched.first)
+            if self._tree is not None:
+                self._tree.check(work, before)
+                at = work.positions[drawn.row] + self._tree.depths(drawn.ahead)
+                drawn = replace(drawn, positions=at.astype(np.int32))
             found = self._verify(work, launched, drawn, landing)
         elif rows:
             assert launched.hidden is not None
@@ -756,14 +792,32 @@ class DeviceRunner:
         logits = self._logits(hidden)
         mask = drawn.masks(work) if len(work.mask_rows) else None
         tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead)
-        counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
+        if self._tree is None:
+            counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
+            ends = bounds[:-1] + counts - 1
+        else:
+            counts, kept, ends = self._walk(work, launched, tokens, row_slots, row_positions, bounds)
         self.sampler.settle(kept)
         results = [kept, counts]
         if work.drafts:
-            last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
+            last = ops.take_rows(hidden, ends)
             results += self._draft(work, launched, row_slots, row_positions + counts, last)
         landing.bring(torch.cat(results))
         return found
+
+    def _walk(
+        self, work: Sample, launched: _Launched, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a row's tree came to: (counts, kept, the draws that the ways end with). Afterwards the step looks as if its drafts had been a chain."""
+        assert self._tree is not None
+        walked = self._tree.walk(tokens, slots, positions, bounds, self.history)
+        before = launched.asked or launched.work
+        self._tree.straighten(walked.sources, slots, positions - 1, self.table, self._model.attention, self._own_pool)
+        if self._looked_at and launched.columns is not None:
+            flat = launched.asked is not None
+            line = self._tree.line(before, work.rows, walked.sources, flat, launched.taps, launched.states, self.history, self.table)
+            launched.asked, launched.columns, launched.taps, launched.states = line
+        return walked.counts, walked.kept, walked.last
 
     def _draft(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
         """New drafts behind the histories, flat; and, where several drafters are asked, whose they are."""
@@ -969,11 +1023,13 @@ class DeviceRunner:
         for rows, tokens in WARM_SHAPES:
             if rows <= self.max_num_seqs and tokens <= self.max_num_batched_tokens:
                 self._step_on_padding(rows, tokens)
+                if self._tree is not None:
+                    self._step_on_padding(rows, tokens, tree=True)
         if self._mixed_rows:
             self._send_mixed(EMPTY_I32, EMPTY_I32, EMPTY_I32)
             self._mixed_body(self._mixed_rows[-1], self._mixed_tokens[-1])
         for bucket in self._buckets:
-            self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+            self._send_decode()
             hidden, positions, *_ = self._decode_body(bucket)
             for hot in (False, True):
                 self._sample_body(bucket, hot, hidden, positions)
@@ -988,6 +1044,8 @@ class DeviceRunner:
                 self._ops.verify(none, none, none, bounds, self.history, 1 + width)
                 drafts = torch.full((1, width), -1, dtype=torch.int32, device=none.device)
                 self._ops.put_drafts(drafts, none, none, self.history, self.facts.vocab_size)
+        if self._tree is not None:
+            self._tree.touch(self.history, self.table, self._model.attention, self._own_pool)
 
     @torch.inference_mode()
     def exercise(self, rows: int, tokens: int) -> None:
@@ -996,7 +1054,7 @@ class DeviceRunner:
         self._step_on_padding(rows, tokens)
         self._lane.synchronize()
 
-    def _step_on_padding(self, rows: int, tokens: int) -> None:
+    def _step_on_padding(self, rows: int, tokens: int, *, tree: bool = False) -> None:
         rows = min(rows, tokens)
         counts = np.full(rows, tokens // rows, np.int32)
         counts[0] += tokens - int(counts.sum())
@@ -1007,6 +1065,8 @@ class DeviceRunner:
             columns = self._ops.decode_inputs(sent[0], sent[1], self.history, self.table, self.block_size)
         else:
             columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], self.history, self.table, self.block_size, tokens, rows // 2)
+        if tree and self._tree is not None:
+            columns = self._tree.columns(columns, torch.zeros_like(columns.positions))
         x, residual, _ = self._model.step(self._ops, self._caches, columns)
         hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
         logits = self._model.logits(hidden)
@@ -1109,7 +1169,8 @@ class _Drawn:
         """(tokens, counts, the index of each draw among the tokens, what comes behind) of what `_verify` brought."""
         drawn, rows = len(self.row), len(self.bounds) - 1
         counts = words[drawn : drawn + rows]
-        left = self.ahead < counts[self.row]
+        # Along a tree a row's own are those that have a token, and its first, which may be a bad one.
+        left = (words[:drawn] >= 0) | (self.ahead == 0)
         named = np.where(left, np.cumsum(left) - 1, -1).astype(np.int32)
         return words[:drawn][left], counts.copy(), named, words[drawn + rows :]
 

@@ -17,6 +17,7 @@ import torch
 from penstock.core.contract.devices import ModelFacts
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.messages import Forward
+from penstock.plugins.drafters.trees import Tree
 from penstock.plugins.models.api import Columns, Model
 from penstock.plugins.models.builder import Builder
 
@@ -95,6 +96,11 @@ class Seen:
     """None: nothing was drawn, or nothing is to be drafted."""
 
 
+def tree_among(drafters: Sequence[Any]) -> Tree | None:
+    """The tree that their drafts are; None: they are chains. (Only one that is alone makes a tree.)"""
+    return next((tree for drafter in drafters if (tree := getattr(drafter, "tree", None)) is not None), None)
+
+
 class Drafter(Protocol):
     """Everything runs on the device's thread, in the lane's order, and nothing waits for the device."""
 
@@ -114,6 +120,9 @@ class Drafter(Protocol):
     """Of its weights."""
     state_bytes: int
     """What else it keeps on the device."""
+
+    tree: Tree | None
+    """May be absent, which means None: its drafts are a chain. Else draft k of a row is node k + 1, and it is asked for all of them or for none."""
 
     def bind(self, pages: Tensor) -> None:
         """pages [num_blocks, page_bytes] uint8, a page contiguous, in the same blocks as the model's: before the first step, and when the pool changes. A block that

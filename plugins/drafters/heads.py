@@ -9,7 +9,7 @@ states, one position later each. The layer sees every token of every step that t
     eagle   (arXiv 2401.15077)  state = the model's normalised last;  x = fc([embedding, state]), read as it is; head: the model's
     mtp     (arXiv 2412.19437)  state as eagle's;  x = eh_proj([enorm(embedding), hnorm(state)]); head: shared_head.norm, the model's
 
-What it does not know: how drafts are verified, trees (drafts are a chain).
+What it does not know: how drafts are verified, how a tree of them grows (growth.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from penstock.core.protocol.messages import Forward
 from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
+from penstock.plugins.drafters.growth import Growth
+from penstock.plugins.drafters.trees import Tree
 from penstock.plugins.models.api import AttnCall, Columns
 from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.config import decoder_facts, read_config
@@ -70,15 +72,19 @@ class HeadDrafter:
         self._call = AttnCall(float(facts.head_dim**-0.5))
         self.taps: tuple[int, ...] = self._shape.taps
         self.states = not self.taps
+        self.tree = Tree.of(config.speculative_token_tree)
         self.max_lookahead = config.num_speculative_tokens or DRAFTS
+        self._growth = None if self.tree is None else Growth(self.tree, parts)
         self.page_bytes = self._attention.bytes_per_token * parts.block_size
         self.kv_layout = f"+{self._attention.kv_layout}:L1:H{facts.num_kv_heads}:D{facts.head_dim}"
         self.nbytes = builder.nbytes
         self.state_bytes = self._cos_sin.nbytes + self._attention.workspace_bytes
-        self.state_bytes += parts.max_rows * facts.hidden_size * parts.dtype.itemsize
+        wide = parts.max_rows * (1 if self._growth is None else self._growth.widest)
+        self.state_bytes += wide * facts.hidden_size * parts.dtype.itemsize
+        self._at_once = 2 * parts.max_rows
         self._chain = Chain(parts)
         self._caches: list[Any] = []
-        self._state = torch.zeros(parts.max_rows, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
+        self._state = torch.zeros(wide, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
         """What the last step of the chain left for the next, in its first rows. Graphs read and write it."""
 
     def _layer(self, builder: Builder, at: str, facts: ModelFacts) -> None:
@@ -99,6 +105,8 @@ class HeadDrafter:
         """See Drafter."""
         self._caches = self._attention.caches(pages)
         self._chain.forget()
+        if self._growth is not None:
+            self._growth.forget()
 
     def place(self, slots: Column) -> None:
         """See Drafter: its keys and values came with the blocks."""
@@ -114,6 +122,17 @@ class HeadDrafter:
     def warm(self, seen: Seen, rows: int, width: int) -> None:
         """See Drafter. How many tokens the first step sees is another thing each time."""
         assert seen.proposal is not None
+        if self._growth is not None:
+            out = torch.zeros(rows, self.max_lookahead, dtype=torch.int32, device=seen.history.device)
+            self._growth.begin(
+                seen.proposal.guess,
+                self._nothing(seen, seen.proposal, seen.proposal.slots, seen.proposal.ends, None),
+                seen.proposal.slots,
+                seen.proposal.ends,
+                out,
+            )
+            self._growth.run(seen, seen.proposal, out, self._grow)
+            return
         out = torch.empty(rows, width, dtype=torch.int32, device=seen.history.device)
         self._chain.run(seen, seen.proposal, out, self._nothing, self._next, before=2, fixed=False)
 
@@ -125,7 +144,20 @@ class HeadDrafter:
         assert seen.proposal is not None
         if seen.columns is None:  # nobody thought of drafts when the step began: from the next one on
             return
-        self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2, fixed=False)
+        if self._growth is None:
+            self._chain.run(seen, seen.proposal, out, self._first, self._next, before=2, fixed=False)
+            return
+        slots, ends = seen.proposal.slots, seen.proposal.ends
+        self._growth.begin(seen.proposal.guess, self._first(seen, seen.proposal, slots, ends, None), slots, ends, out)
+        self._growth.run(seen, seen.proposal, out, self._grow)
+
+    def _grow(self, columns: Columns, tokens: Tensor, over: Tensor) -> Tensor:
+        """One level of a tree: of each token the state of `over`, a row of the level before."""
+        state = self._state[over]
+        if len(tokens) <= self._at_once:
+            return self._logits(self._step(state, tokens, columns))
+        parts = [slice(at, at + self._at_once) for at in range(0, len(tokens), self._at_once)]  # attention has room for no more
+        return self._logits(torch.cat([self._step(state[part], tokens[part], _part(columns, part)) for part in parts]))
 
     def _everything(self, seen: Seen) -> Tensor:
         """The layer over all tokens of the step: its states [T, H]."""
@@ -281,6 +313,16 @@ class Mtp:
 
 
 SHAPES: dict[str, type[Eagle3] | type[Eagle] | type[Mtp]] = {"eagle3": Eagle3, "eagle": Eagle, "mtp": Mtp}
+
+
+def _part(columns: Columns, part: slice) -> Columns:
+    """Some rows of a step of one token each."""
+    ancestors = None if columns.ancestors is None else columns.ancestors[part]
+    tokens, positions, places, slots, kv_len = (column[part] for column in columns[:5])
+    table = columns.table[part] if columns.dense else columns.table
+    return Columns(
+        tokens, positions, places, slots, kv_len, columns.q_start[: len(tokens) + 1], table, len(tokens), columns.dense, ancestors
+    )
 
 
 def _facts_of(raw: dict[str, Any], model: ModelFacts) -> ModelFacts:

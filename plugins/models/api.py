@@ -73,6 +73,9 @@ class Columns(NamedTuple):
     """The first so many sequences compute one token each; -1: any may, which only the device knows."""
     dense: bool = False
     """`table` has the rows of this step's sequences alone, in order. On "cpu" always, and there is no padding."""
+    ancestors: Tensor | None = None
+    """[T] int64, in a step with trees of drafts: of the 64 entries up to its own a row sees those whose bit is 1, bit i being the entry i places before; -1: all. A node's position
+    is its depth behind the context, not where its entry lies. Attention without `trees` never gets it."""
 
     def block_tables(self) -> Tensor:
         """[R, W] blocks of this step's sequences."""
@@ -213,6 +216,14 @@ class Attention(Protocol):
 
     def copy(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
         """Pages `source` to pages `target`, int32; pairs with a number below 0 are padding. No target is also a source."""
+        ...
+
+    trees: bool
+    """May be absent, which means False: it reads Columns.ancestors, and has `move`."""
+
+    def move(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
+        """Only with `trees`. Of all layers, the entries at places `source` to `target`, int32 [R, N]: in a row one after the other, rows have no place in common; pairs with a
+        number below 0 are padding."""
         ...
 
     def seam(self, longest: int) -> int:

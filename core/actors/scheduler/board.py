@@ -70,6 +70,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Of each of these: is it on the host? (): none is. The others are Runner.drafters, in order."""
     masks_ahead: bool = False
     """The device takes masks behind drafts: sequences with a grammar have drafts too."""
+    adjusts_ahead: bool = True
+    """It can adjust logits by drafts: sequences with penalties or bad words of several tokens have drafts too."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 
