@@ -7,7 +7,7 @@ What it does not know: graphs, sampling, who drafts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,7 +20,7 @@ from penstock.plugins.devices.lane import Lane
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.rings import Upload
 from penstock.plugins.drafters.trees import Laid, Tree
-from penstock.plugins.models.api import Attention, Columns
+from penstock.plugins.models.api import Columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ class TreeSteps:
         last = torch.where(counts > 1, sources.gather(1, ends)[:, 0], 0)
         return Walked(counts, kept, sources, bounds[:-1] + last)
 
-    def straighten(self, sources: Tensor, slots: Tensor, starts: Tensor, table: Tensor, attention: Attention, pool: Tensor) -> None:
+    def straighten(self, sources: Tensor, slots: Tensor, starts: Tensor, table: Tensor, attention: Any, pool: Tensor) -> None:
         """Keys and values of the nodes that were reached, to the places of their positions. `starts`: the roots' places."""
         there = (sources > self._steps) & (slots >= 0)[:, None]
         if self._lane.direct and not bool(there.any()):
@@ -154,7 +154,7 @@ class TreeSteps:
         seen = [take(tap, index) for tap in taps]
         return Line(msgspec.structs.replace(work, counts=counts), columns, seen, None if states is None else take(states, index))
 
-    def touch(self, history: Tensor, table: Tensor, attention: Attention, pool: Tensor) -> None:
+    def touch(self, history: Tensor, table: Tensor, attention: Any, pool: Tensor) -> None:
         """Launch what a step with trees needs, on padding."""
         none = torch.full((1,), -1, dtype=torch.int32, device=history.device)
         walked = self.walk(none, none, -none, torch.arange(2, dtype=torch.int32, device=none.device), history)

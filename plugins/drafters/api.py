@@ -102,7 +102,9 @@ def tree_among(drafters: Sequence[Any]) -> Tree | None:
 
 
 class Drafter(Protocol):
-    """Everything runs on the device's thread, in the lane's order, and nothing waits for the device."""
+    """Everything runs on the device's thread, in the lane's order, and nothing waits for the device.
+
+    It may have `tree: Tree | None`: not None says that draft k of a row is node k + 1 of that tree; it is asked for all of them or for none. Without, drafts are a chain."""
 
     name: str
     """The word of its method."""
@@ -120,9 +122,6 @@ class Drafter(Protocol):
     """Of its weights."""
     state_bytes: int
     """What else it keeps on the device."""
-
-    tree: Tree | None
-    """May be absent, which means None: its drafts are a chain. Else draft k of a row is node k + 1, and it is asked for all of them or for none."""
 
     def bind(self, pages: Tensor) -> None:
         """pages [num_blocks, page_bytes] uint8, a page contiguous, in the same blocks as the model's: before the first step, and when the pool changes. A block that

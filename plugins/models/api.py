@@ -167,7 +167,9 @@ class Attention(Protocol):
     kv_dtypes: keys and values are then kept in 8 bits with a scale a token and head (kernels/attention/codes.py says what they mean), and it has
     `fix_scales(scales: list[tuple[float, float] | None])`, called once before serving if the checkpoint has scales of keys and values: a pair a layer, or None, in place of
     those of tokens. What a page looks like inside is the backend's own:
-    it alone writes and reads. Everything runs on the device's thread; where `capturable` nothing may wait for the device or look at a value.
+    it alone writes and reads. With an attribute `trees` that is True it reads Columns.ancestors, and has `move(pool, source, target)`: of all layers the entries at places
+    `source` go to `target`, int32 [R, N], in a row one after the other (rows have no place in common; pairs with a number below 0 are padding). Without, drafts are
+    chains. Everything runs on the device's thread; where `capturable` nothing may wait for the device or look at a value.
     """
 
     name: str
@@ -216,14 +218,6 @@ class Attention(Protocol):
 
     def copy(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
         """Pages `source` to pages `target`, int32; pairs with a number below 0 are padding. No target is also a source."""
-        ...
-
-    trees: bool
-    """May be absent, which means False: it reads Columns.ancestors, and has `move`."""
-
-    def move(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
-        """Only with `trees`. Of all layers, the entries at places `source` to `target`, int32 [R, N]: in a row one after the other, rows have no place in common; pairs with a
-        number below 0 are padding."""
         ...
 
     def seam(self, longest: int) -> int:
