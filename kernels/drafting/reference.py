@@ -2,7 +2,7 @@
 
 What it is: `ngrams` (prompt lookup: the longest end of a history, `shortest` to `longest` tokens, that stands in it before, the last such place if there
 are several; what follows there is the draft, and goes on with itself where the history ends: a lookup in the manner of LZ77), `verify` (how many draws are what their
-drafts say), the same along a tree (`verify_tree`) and `put_drafts`. Histories are rows [S, L] int32; a slot below 0 is padding: it reads anything and writes nowhere.
+drafts say), the same along a tree (`verify_tree`), what it leaves to be moved (`tree_moves`) and `put_drafts`. Histories are rows [S, L] int32; a slot below 0 is padding: it reads anything and writes nowhere.
 What it does not know: draws, models, who owns a slot.
 """
 
@@ -61,6 +61,23 @@ def verify_tree(
             if slot >= 0 and position + i < history.shape[1]:
                 history[slot, position + i] = max(drawn[first + node], 0)
     return counts, kept, sources
+
+
+def tree_moves(
+    sources: Tensor, counts: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See plugins/devices/ops.py: DeviceOps.tree_moves. A row's root is at positions[r] - 1."""
+    steps = torch.arange(1, 1 + sources.shape[1], dtype=torch.int32, device=sources.device).expand_as(sources)
+    there = (sources > steps) & (slots >= 0)[:, None]
+    rows = table[slots.clamp_min(0).long()]
+
+    def places(behind: Tensor) -> Tensor:
+        at = (positions - 1)[:, None] + behind.clamp_min(0)
+        block = rows.gather(1, (at // block_size).clamp_max(rows.shape[1] - 1).long())
+        return torch.where(there & (block >= 0), block * block_size + at % block_size, -1).int()
+
+    last = torch.where(counts > 1, sources.gather(1, (counts - 2).clamp_min(0).long()[:, None])[:, 0], 0)
+    return places(sources), places(steps), bounds[:-1] + last
 
 
 def put_drafts(drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from penstock.kernels.tile import launched, power
 
 Tensor = torch.Tensor
-LOOSE = ["tokens", "slots", "positions", "bounds", "ends", "drafts", "out", "counts", "kept", "sources"]
+LOOSE = ["tokens", "slots", "positions", "bounds", "ends", "drafts", "out", "counts", "kept", "sources", "froms", "tos", "last"]
 LOOK = 1024
 
 
@@ -103,6 +103,54 @@ def verify_tree(
             WIDTH=power(max(2, len(parents))), num_warps=1,
         )  # fmt: skip
     return counts, kept, sources
+
+
+@launched(do_not_specialize_on_alignment=LOOSE)
+def _moves(
+    sources,
+    counts,
+    slots,
+    positions,
+    bounds,
+    table,
+    froms,
+    tos,
+    last,
+    stride,
+    W,
+    DEEPEST: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    root = tl.load(positions + row) - 1
+    i = tl.arange(0, WIDTH)
+    node = tl.load(sources + row * DEEPEST + i, mask=i < DEEPEST, other=-1)
+    there = (node > i + 1) & (slot >= 0)
+    blocks = table + tl.where(slot < 0, 0, slot) * stride
+    a = root + tl.where(node < 0, 0, node)
+    b = root + i + 1
+    a_block = tl.load(blocks + a // SIZE, mask=there & (a // SIZE < W), other=-1)
+    b_block = tl.load(blocks + b // SIZE, mask=there & (b // SIZE < W), other=-1)
+    tl.store(froms + row * DEEPEST + i, tl.where(a_block >= 0, a_block * SIZE + a % SIZE, -1), mask=i < DEEPEST)
+    tl.store(tos + row * DEEPEST + i, tl.where(b_block >= 0, b_block * SIZE + b % SIZE, -1), mask=i < DEEPEST)
+    end = tl.sum(tl.where(i == tl.load(counts + row) - 2, node, 0), 0)
+    tl.store(last + row, tl.load(bounds + row) + end)
+
+
+def tree_moves(
+    sources: Tensor, counts: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.tree_moves."""
+    rows, deepest = sources.shape
+    froms, tos, last = torch.empty_like(sources), torch.empty_like(sources), torch.empty_like(slots)
+    if rows:
+        _moves[(rows,)](
+            sources, counts, slots, positions, bounds, table, froms, tos, last, table.stride(0), table.shape[1], DEEPEST=deepest,
+            SIZE=block_size, WIDTH=power(max(2, deepest)), num_warps=1,
+        )  # fmt: skip
+    return froms, tos, last
 
 
 @launched(do_not_specialize=["count"], do_not_specialize_on_alignment=LOOSE)

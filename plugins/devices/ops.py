@@ -166,6 +166,13 @@ class DeviceOps(Ops, Protocol):
         Of children with the same token the first counts."""
         ...
 
+    def tree_moves(
+        self, sources: Tensor, counts: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, table: Tensor, block_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows that `verify_tree` walked -> (places [R, deepest] of the nodes that were reached; where their entries belong, both -1 where nothing has to move; for each row the
+        draw, of all D, that its way ends with)."""
+        ...
+
     def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
         """history[slots[r], ends[r] + k] = drafts[r, k] [R, K] int32, as far as they are tokens below `vocab` and the history is long enough; what comes behind becomes -1
         in `drafts`."""

@@ -201,7 +201,8 @@ class DeviceRunner:
         self._mixed_rows, self._mixed_tokens = mixed_for(at_once, max_num_batched_tokens) if graphs else ([], [])
         self._mixed: dict[tuple[int, int], Graph] = {}
         self._width = -(-(rows + 1) // 16) * 16
-        self._ragged = Upload(lane, entries, 4 * self._width if graphs else 0, fixed=True)
+        nodes = 0 if tree is None else max(self._mixed_tokens, default=0)
+        self._ragged = Upload(lane, entries, 4 * self._width + nodes if graphs else 0, fixed=True)
         # What graphs of steps with prefill leave behind: one set for all of them.
         self._rows = torch.zeros(rows if graphs else 0, facts.hidden_size, dtype=self._torch_dtype, device=device)
         longest = max(self._mixed_tokens, default=0)
@@ -335,7 +336,7 @@ class DeviceRunner:
             self._launched = _Launched(work, bucket, graph.outputs[0], None, self._range[:rows])
             if self._looked_at:
                 self._look(self._launched, graph.outputs, rows)
-        elif decode or self._looked_at or (self._tree and work.lookahead) or not self._replay_mixed(work, rows):
+        elif decode or self._looked_at or not self._replay_mixed(work, rows):
             self._eager(work, rows, decode)
         if first is not None and self._launched is not None:
             self._launched.asked, self._launched.first = asked, first
@@ -535,7 +536,7 @@ class DeviceRunner:
                 return False
             self.capture_mixed(size, length)
         ends: I32 = np.cumsum(work.counts, dtype=np.int32)
-        self._send_mixed(work.slots, work.starts, ends)
+        self._send_mixed(work.slots, work.starts, ends, EMPTY_I32 if self._tree is None else self._nodes_of(work))
         self._mixed[size, length].replay()
         self.counters.replays += 1
         whole = self._whole[0][:total], self._whole[1][:total]
@@ -547,12 +548,14 @@ class DeviceRunner:
         self._launched = _Launched(work, 0, kept, whole, first)
         return True
 
-    def _send_mixed(self, slots: Column, starts: Column, ends: I32) -> None:
-        """slots, starts, q_start and last rows, each `_width` wide. Sequences behind the step's are empty, and look at row 0."""
+    def _send_mixed(self, slots: Column, starts: Column, ends: I32, nodes: I32 = EMPTY_I32) -> None:
+        """slots, starts, q_start and last rows, each `_width` wide, and where drafts are a tree which node each token is. Sequences behind the step's are empty, and look at
+        row 0."""
         width, total = self._width, int(ends[-1]) if len(ends) else 0
         q_start = np.zeros(len(ends) + 1, np.int32)
         q_start[1:] = ends
-        self._ragged.send_parts((slots, width, -1), (starts, width, 0), (q_start, width, total), (ends - 1, width, 0))
+        more = [] if self._tree is None else [(nodes, self._mixed_tokens[-1], 0)]
+        self._ragged.send_parts((slots, width, -1), (starts, width, 0), (q_start, width, total), (ends - 1, width, 0), *more)
 
     def _mixed_body(self, size: int, length: int) -> Outputs:
         """A step of `size` sequences and `length` tokens on the fixed inputs, into `_rows` and `_whole`."""
@@ -560,6 +563,8 @@ class DeviceRunner:
         slots, starts, q_start, last = (staging[width * part :][:size] for part in range(4))
         q_start = staging[2 * width :][: size + 1]
         columns = self._ops.ragged_inputs(slots, starts, q_start, self.history, self.table, self.block_size, length, -1)
+        if self._tree is not None:
+            columns = self._tree.columns(columns, staging[4 * width :][:length])
         x, residual, _ = self._model.step(self._ops, self._caches, columns)
         self._whole[0][:length].copy_(x)
         self._whole[1][:length].copy_(residual)
@@ -812,12 +817,12 @@ class DeviceRunner:
         assert self._tree is not None
         walked = self._tree.walk(tokens, slots, positions, bounds, self.history)
         before = launched.asked or launched.work
-        self._tree.straighten(walked.sources, slots, positions - 1, self.table, self._model.attention, self._own_pool)
+        last = self._tree.straighten(walked, slots, positions, bounds, self.table, self._model.attention, self._own_pool)
         if self._looked_at and launched.columns is not None:
             flat = launched.asked is not None
             line = self._tree.line(before, work.rows, walked.sources, flat, launched.taps, launched.states, self.history, self.table)
             launched.asked, launched.columns, launched.taps, launched.states = line
-        return walked.counts, walked.kept, walked.last
+        return walked.counts, walked.kept, last
 
     def _draft(self, work: Sample, launched: _Launched, slots: Tensor, ends: Tensor, hidden: Tensor) -> list[Tensor]:
         """New drafts behind the histories, flat; and, where several drafters are asked, whose they are."""

@@ -37,8 +37,6 @@ class Walked(NamedTuple):
     """[D] of each node its draw, -1 if the way does not lead there."""
     sources: Tensor
     """[R, deepest] the nodes behind the root, then -1."""
-    last: Tensor
-    """[R] the draw, of all D, that each way ends with."""
 
 
 class Line(NamedTuple):
@@ -60,7 +58,6 @@ class TreeSteps:
         self._size = block_size
         self._laid = Laid(tree, lane.device)
         self._parents = torch.from_numpy(tree.parents).to(lane.device)
-        self._steps = torch.arange(1, 1 + tree.deepest, dtype=torch.int32, device=lane.device)
         self._upload = Upload(lane, entries, 0)
 
     def nodes(self, work: Forward) -> I32:
@@ -89,24 +86,15 @@ class TreeSteps:
 
     def walk(self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor) -> Walked:
         """See DeviceOps.verify_tree."""
-        counts, kept, sources = self._ops.verify_tree(tokens, slots, positions, bounds, history, self._parents, self.tree.deepest)
-        ends = (counts - 2).clamp_min(0).long()[:, None]
-        last = torch.where(counts > 1, sources.gather(1, ends)[:, 0], 0)
-        return Walked(counts, kept, sources, bounds[:-1] + last)
+        return Walked(*self._ops.verify_tree(tokens, slots, positions, bounds, history, self._parents, self.tree.deepest))
 
-    def straighten(self, sources: Tensor, slots: Tensor, starts: Tensor, table: Tensor, attention: Any, pool: Tensor) -> None:
-        """Keys and values of the nodes that were reached, to the places of their positions. `starts`: the roots' places."""
-        there = (sources > self._steps) & (slots >= 0)[:, None]
-        if self._lane.direct and not bool(there.any()):
-            return
-        rows = table[slots.clamp_min(0).long()]
-
-        def places(steps: Tensor) -> Tensor:
-            at = starts[:, None] + steps.clamp_min(0)
-            block = rows.gather(1, (at // self._size).clamp_max(rows.shape[1] - 1).long())
-            return torch.where(there & (block >= 0), block * self._size + at % self._size, -1).int()
-
-        attention.move(pool, places(sources), places(self._steps.expand_as(sources)))
+    def straighten(
+        self, walked: Walked, slots: Tensor, positions: Tensor, bounds: Tensor, table: Tensor, attention: Any, pool: Tensor
+    ) -> Tensor:
+        """Keys and values of the nodes that were reached go to the places of their positions. Gives for each row the draw, of all D, that its way ends with."""
+        source, target, last = self._ops.tree_moves(walked.sources, walked.counts, slots, positions, bounds, table, self._size)
+        attention.move(pool, source, target)
+        return last
 
     def line(
         self,
@@ -157,5 +145,5 @@ class TreeSteps:
     def touch(self, history: Tensor, table: Tensor, attention: Any, pool: Tensor) -> None:
         """Launch what a step with trees needs, on padding."""
         none = torch.full((1,), -1, dtype=torch.int32, device=history.device)
-        walked = self.walk(none, none, -none, torch.arange(2, dtype=torch.int32, device=none.device), history)
-        self.straighten(walked.sources, none, none + 1, table, attention, pool)
+        bounds = torch.arange(2, dtype=torch.int32, device=none.device)
+        self.straighten(self.walk(none, none, -none, bounds, history), none, -none, bounds, table, attention, pool)

@@ -208,3 +208,13 @@ def test_more_draws_than_nodes_are_refused() -> None:
         drafting.verify_tree(i32([0, 0, 0]), i32([0]), i32([1]), i32([0, 3]), history, i32([-1, 0]), 1)
     with pytest.raises(IndexError, match="outside the history"):
         drafting.verify_tree(i32([0]), i32([0]), i32([0]), i32([0, 1]), history, i32([-1]), 1)
+
+
+def test_what_a_walk_leaves_to_be_moved() -> None:
+    """Roots at places 15, 20 and 3; the first way needs no move for its first node, the second row is padding, the third has only its root."""
+    table = i32([[7, 4, 9], [0, 1, 2], [5, -1, -1]])
+    sources, counts = i32([[1, 5, 6, -1], [2, 3, -1, -1], [-1, -1, -1, -1]]), i32([4, 3, 1])
+    found = drafting_reference.tree_moves(sources, counts, i32([0, -1, 2]), i32([16, 21, 4]), i32([0, 8, 16, 17]), table, 16)
+    assert found[0].tolist() == [[-1, 4 * 16 + 4, 4 * 16 + 5, -1], [-1] * 4, [-1] * 4]
+    assert found[1].tolist() == [[-1, 4 * 16 + 1, 4 * 16 + 2, -1], [-1] * 4, [-1] * 4]
+    assert found[2].tolist() == [6, 11, 16]

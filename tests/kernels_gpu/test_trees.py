@@ -203,3 +203,6 @@ def test_the_walk_from_the_root(device: str) -> None:
         theirs = reference.verify_tree(*columns, other, parents, tree.deepest)
         assert [part.tolist() for part in mine] == [part.tolist() for part in theirs]
         assert torch.equal(one, other)
+        table = torch.randint(-1, 40, (6, 3), dtype=torch.int32, device=device)
+        moved = mine[2], mine[0], *columns[1:], table, SIZE
+        assert [part.tolist() for part in triton.tree_moves(*moved)] == [part.tolist() for part in reference.tree_moves(*moved)]
