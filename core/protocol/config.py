@@ -160,7 +160,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int | None,
         opt(
             "Most prompt tokens in a step that also decodes; 0: what the budget leaves. Fewer make inter-token latency steadier and the first tokens of"
-            " long prompts later. Default: what the device advises (on a GPU 256, and more where many requests wait for few that run).",
+            " long prompts later. Default: what the device advises (on a GPU 256, and more where many requests wait for few that run; in `penstock.LLM` 0).",
             "engine",
             size=True,
         ),

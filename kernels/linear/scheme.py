@@ -36,6 +36,9 @@ NF4 = (
 SMALLEST = 1e-12
 """Scales are at least this: a group of zeros stays zeros."""
 
+PART = 1 << 26
+"""Elements that are rounded at once."""
+
 
 class Scheme(NamedTuple):
     """How a weight [N, K] is stored."""
@@ -153,6 +156,15 @@ def quantise(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.fl
     that are given; those with zero points reach from its least to its largest value, zero included. Raises ValueError for a weight with NaN or infinity."""
     require(weight.dim() == 2 and weight.is_floating_point(), "a weight is [N, K], floating")
     n, k = weight.shape
+    part = max(1, PART // max(1, k) // max(1, scheme.rows)) * scheme.rows
+    if 0 < part < n:  # a dozen float32 copies of a part at most: a device that holds little more than the codes can still make them
+        parts = []
+        for at in range(0, n, part):
+            own = scales if scales is None or len(scales) == 1 else scales[at // scheme.rows : -(-(at + part) // scheme.rows)]
+            parts.append(quantise(weight[at : at + part], scheme, scale_dtype, own))
+        zeros = torch.cat([q.zeros for q in parts if q.zeros is not None]) if scheme.zeros else None
+        made = scales if scales is not None and len(scales) == 1 else torch.cat([q.scales for q in parts])
+        return Quantised(scheme, n, k, torch.cat([q.data for q in parts]), made.contiguous(), zeros)
     wide = weight.float()
     if not bool(torch.isfinite(wide).all()):
         raise ValueError("the weight holds NaN or infinite values")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from penstock.kernels import native
+from penstock.kernels.linear import scheme as scheme_module
 from penstock.kernels.linear.scheme import KINDS, NIBBLES, Quantised, Scheme, dequantise, quantise
 from penstock.kernels.quantised.api import PackedQuantised, pack_quantised, pack_quantised_gated
 
@@ -141,6 +142,30 @@ def test_stored_orders_of_inputs(dtype: torch.dtype, scheme: Scheme) -> None:
     plain = part._replace(perm=None)
     x = rows_of(3, 75, dtype)
     right(pack_quantised([plain])(x), x, dequantise(plain), None)
+
+
+SCHEMES = (
+    Scheme("int4", 128),
+    Scheme("int4", 64, 1, True),
+    Scheme("fp8_e4m3", 128, 128),
+    Scheme("int8"),
+    Scheme("fp4", 32),
+    Scheme("nf4", 64),
+    Scheme("int8", 0, 0),
+)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_weight_rounded_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, scheme: Scheme, given: bool) -> None:
+    wide = torch.randn(300, 256)
+    whole = quantise(wide, scheme)
+    scales = whole.scales if given and not scheme.zeros else None
+    monkeypatch.setattr(scheme_module, "PART", 256 * 70)
+    parts = quantise(wide, scheme, scales=scales)
+    for one, other in zip(whole[3:6], parts[3:6], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one.float(), other.float())
 
 
 def test_zero_points_left_out_are_the_middle() -> None:

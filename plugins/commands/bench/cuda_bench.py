@@ -134,8 +134,13 @@ def fill(runner: Any, rows: int, context: int) -> None:
     from penstock.core.protocol.sampling import SamplingParams
 
     for cache in runner._caches:
-        cache.k.normal_(0, 0.5)
-        cache.v.normal_(0, 0.5)
+        if cache.codes is None:
+            cache.k.normal_(0, 0.5)
+            cache.v.normal_(0, 0.5)
+        else:
+            cache.k.random_(0, 100)  # finite in every kind
+            cache.v.random_(0, 100)
+            cache.codes.scales.fill_(2.0**-8)
     per = -(-(context + 600) // runner.block_size)
     slots = i32(range(rows))
     rng = np.random.default_rng(0)

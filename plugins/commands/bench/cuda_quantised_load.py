@@ -1,8 +1,8 @@
 """Measures quantised models under load on the cuda device: `python -m penstock.plugins.commands.bench.cuda_quantised_load OUT_FOLDER [CASE:WORD[:KV] ...]`.
 
 What it is: the in-process engine with dummy weights that are rounded while they load, all requests at once. CASE is `burst` (8B, 1,000 requests of ShareGPT-like lengths),
-`full` (8B, 320 requests of 1,000 tokens in and 1,000 out) or `large` (the 70B shape, 40 users with 256 in and 256 out, then as many as the cache holds); WORD one of --quantization, or
-`none`; KV one of --kv-cache-dtype. Results go to load.json after each.
+`full` (8B, 1,000 tokens in and 1,000 out, 960 requests of which as many run at once as the cache holds), `large` or `crowd` (the 70B shape, 256 in and 256 out, 40 or 128 users); WORD one
+of --quantization, or `none`; KV one of --kv-cache-dtype. Results go to load.json after each.
 What it does not know: kernels, single steps (cuda_quantised.py), HTTP, quality.
 """
 
@@ -24,18 +24,22 @@ LLAMA_70B: dict[str, Any] = {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
-CASES = ("burst:none", "burst:fp8", "full:none", "full:fp8", "large:fp8", "large:int4")
+USERS = {"large": 40, "crowd": 128}
+CASES = ("burst:none", "burst:fp8", "full:none", "full:fp8", "large:fp8", "crowd:fp8", "large:int4", "crowd:int4")
 
 
 def measure(case: str, word: str, kv: str, root: Path) -> dict[str, Any]:
     """One case. Raises KeyError for one that there is not."""
     over: dict[str, Any] = {} if word == "none" else {"quantization": word}
     over |= {"kv_cache_dtype": kv} if kv else {}
-    if case == "large":
+    if case in USERS:
         path, over = folder_of(LLAMA_70B, root, "llama-70b"), {**over, "gpu_memory_utilization": 0.95, "max_num_batched_tokens": 2048}
-        return {str(users): _serve(path, requests=users, max_num_seqs=users, input_len=256, output_len=256, **over) for users in (40, 128)}
-    size = {"burst": {"requests": 1000}, "full": {"requests": 320, "input_len": 1000, "output_len": 1000}}[case]
-    return _serve(folder_of(LLAMA_8B, root, "llama-8b"), max_num_seqs=512, **size, **over)
+        return _serve(path, requests=USERS[case], max_num_seqs=USERS[case], input_len=256, output_len=256, **over)
+    size = {
+        "burst": {"requests": 1000, "max_num_seqs": 512},
+        "full": {"requests": 960, "max_num_seqs": 960, "input_len": 1000, "output_len": 1000},
+    }[case]
+    return _serve(folder_of(LLAMA_8B, root, "llama-8b"), **size, **over)
 
 
 def run(name: str, out: Path) -> None:
