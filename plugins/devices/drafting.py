@@ -85,6 +85,8 @@ def _refuse_trees(config: RunnerConfig, choice: Choice, model: Model) -> None:
         reason = "with --deterministic, since the place of a key is not its position in a tree, and sums are taken by place"
     elif not getattr(model.attention, "trees", False):
         reason = f"by the attention backend {model.attention.name!r}"
+    elif choice.kv.kind and choice.device == "cuda":
+        reason = f"on a GPU with a KV cache in 8 bits ({choice.kv_name})"
     elif getattr(model, "program", None) is not None:
         reason = "by a model that brings a program of its own"
     elif choice.facts.sliding_window or (model.plain is not None and any(block.call.window for block in model.plain.blocks)):

@@ -77,7 +77,7 @@ def alike(mine: list[Job], theirs: list[Job]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize(("method", "kv"), [("eagle3", "auto"), ("mtp", "fp8_e4m3"), ("told", "auto"), ("told", "int8")])
+@pytest.mark.parametrize(("method", "kv"), [("eagle3", "auto"), ("mtp", "auto"), ("told", "auto")])
 def test_answers_are_those_without(
     method: str, kv: str, make_folder: Callable[..., Path], config_for: Any, make_head: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
