@@ -10,7 +10,8 @@ lane is direct it also sees, once it is asked again, what passed in between (gap
     eagle   (arXiv 2401.15077)  state = the model's normalised last;  x = fc([embedding, state]), read as it is; head: the model's
     mtp     (arXiv 2412.19437)  state as eagle's;  x = eh_proj([enorm(embedding), hnorm(state)]); head: shared_head.norm, the model's
 
-What it does not know: how drafts are verified, how a tree of them grows (growth.py).
+What it does not know: how drafts are verified, how a tree of them grows (growth.py). It is long because
+three methods share one layer, along a chain and along a tree, and differ in a few lines each.
 """
 
 from __future__ import annotations
