@@ -672,7 +672,9 @@ def decode_attention(
     require(workspace.numel() >= cells * (dim + 2) and workspace.dtype == torch.float32, "the workspace is too small")
     partial, partial_lse, partial_z = workspace[: cells * dim], workspace[cells * dim :][:cells], workspace[cells * (dim + 1) :][:cells]
     scale2, soft = _scales(scale, softcap)
-    group, padded = heads // kv_heads, max(16 if codes is None or deterministic else 32, power(dim))
+    # Triton 3.6 multiplies int8 rows of exactly 32 bytes wrongly on Hopper; padded ones, and FP8, it does not.
+    least = 16 if codes is None or deterministic else 64 if codes.kind == "int8" else 32
+    group, padded = heads // kv_heads, max(least, power(dim))
     block_m = max(16 if codes is None or deterministic else 4, power(group), config.pop("BLOCK_M", 0))
     fused = counters is not None and power(group) * splits * padded <= FUSED_ELEMENTS
     require(

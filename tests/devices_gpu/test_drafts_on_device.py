@@ -103,7 +103,7 @@ def test_no_bit_changes_and_nothing_waits(
         assert [(job.tokens, job.logprobs, job.prompt_logprobs) for job in mine] == [
             (job.tokens, job.logprobs, job.prompt_logprobs) for job in truth
         ]
-        assert ahead.loose > 100
+        assert ahead.loose > 40
 
 
 def launching(runner: Any, strict: bool) -> None:

@@ -7,6 +7,7 @@ Where the device knows by itself how far a step brought its rows (Forward.loose)
 there, and right. Elsewhere, and for drafters on the host, which have to be told, it is planned when the one before it has landed.
 While there are no drafts, and none are likely to come, most steps are planned and landed as where there are no drafters (`Widths.rest`).
 What it does not know: which width is best (widths.py), blocks, what drafts are.
+It is long because what a step was planned with is what its landing corrects: both halves write the same few columns.
 """
 
 from __future__ import annotations
