@@ -239,6 +239,7 @@ class Runner(Protocol):
     `widths: tuple[int, ...]`, the lookaheads that it has prepared (captured graphs for, say), ascending: steps have no others. Without: all up to `lookahead`.
     `masks_ahead: bool` says that it takes masks behind drafts (Sample.mask_rows); without, sequences that obey a grammar have no drafts.
     `loose: bool` says that it takes Forward.loose; without, a step behind one with drafts comes when that has landed.
+    `adjusts_ahead: bool`, True where it is absent: False says that it cannot apply penalties and bad words of several tokens behind drafts; sequences with those then have none.
     """
 
     facts: ModelFacts

@@ -190,6 +190,7 @@ class Engine:
             hosted=drafters.hosted,
             masks_ahead=bool(getattr(runner, "masks_ahead", False)),
             loose=bool(getattr(runner, "loose", False)),
+            adjusts_ahead=bool(getattr(runner, "adjusts_ahead", True)),
             park_kv_s=self.config.park_kv_s,
         )
         assert self._queue is not None

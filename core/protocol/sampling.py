@@ -130,6 +130,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
 
+    @property
+    def looks_back(self) -> bool:
+        """A draw depends on which tokens came before, beyond what the model makes of them."""
+        penalised = self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+        return penalised or any(len(word) > 1 for word in self.bad_words_token_ids)
+
     def validate(self, *, vocab_size: int | None = None, max_logprobs: int = 20, max_stop: int = 16) -> SamplingParams:
         """Return self, or raise InvalidRequest that names the first wrong field."""
 

@@ -7,6 +7,7 @@ What it does not know: which methods plugins bring, what a drafter does, how man
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 from collections.abc import Mapping
@@ -26,6 +27,9 @@ MOST_TOKENS = 64
 """Drafts behind a token: a step takes so many rows more."""
 MOST_METHODS = 8
 """Drafters of one engine: which of them are on is a set of bits."""
+MOST_NODES = 63
+"""Of a tree of drafts: with its root it fits into 64 bits."""
+MOST_CHILDREN = 16
 SHIPPED = "brook-"
 """Names of models that come with the package beside the demo model begin so."""
 
@@ -43,6 +47,8 @@ class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The longest run of tokens that is looked for (method "ngram")."""
     prompt_lookup_min: int | None = None
     """The shortest."""
+    speculative_token_tree: str | None = None
+    """The drafts as a tree, as vLLM writes it: "[(0,), (1,), (0, 0)]" has two tokens for the next place, the likeliest and the second, and one behind the first. None: a chain."""
     quantization: str | None = None
     """How wide weights of its model are quantised while they load: a word of --quantization."""
     options: dict[str, Any] = {}
@@ -67,7 +73,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "draft_tensor_parallel_size": ((None, 1), "an engine has one device so far"),
     "tensor_parallel_size": ((None, 1), "an engine has one device so far"),
     "parallel_drafting": ((None, False), "there is no drafter that makes all its drafts at once"),
-    "speculative_token_tree": ((None,), "drafts are a chain, not a tree"),
     "rejection_sample_method": (
         (None, "strict", "standard"),
         "the answer is always exactly what it is without speculation",
@@ -136,6 +141,8 @@ def parsed(config: str | None, model: str | None, tokens: int | None) -> Specula
         raise _wrong(next(iter(raw)), 'stands beside "methods": it belongs into the objects of that list')
     if len(several) > MOST_METHODS:
         raise _wrong("methods", f"has {len(several)} drafters; at most {MOST_METHODS} are possible")
+    if len(several) > 1 and any(one.get("speculative_token_tree") for one in several):
+        raise _wrong("speculative_token_tree", "is for a drafter that is alone: leave it or the others out")
     if model is not None:
         raise ConfigError(
             f'{MODEL} does not say of which of the "methods" in {CONFIG} it is. Give it there as "model".', param="speculative_model"
@@ -179,6 +186,8 @@ def _checked(raw: Mapping[str, Any], model: str | None, tokens: int | None, wher
             where + "prompt_lookup_min", f"is {given['prompt_lookup_min']}, more than prompt_lookup_max ({given['prompt_lookup_max']})"
         )
     _spell_ngram(given, where)
+    if "speculative_token_tree" in given:
+        _tree(given, where)
     for name in ("method", "model"):
         if isinstance(given.get(name), str) and not given[name].strip():
             raise _wrong(where + name, "must not be empty")
@@ -201,6 +210,46 @@ def _spell_ngram(given: dict[str, Any], where: str) -> None:
         raise _wrong(
             where + "model", f"is {model!r}, which means the method 'ngram', but 'method' is {method!r:.40}. Leave one of them out"
         )
+
+
+def tree_of(text: str) -> list[tuple[int, ...]]:
+    """The nodes of a tree of drafts, each as the ranks that lead to it, by depth: parents come first. Raises ValueError saying what is wrong."""
+    try:
+        read = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        read = None
+    if not isinstance(read, list | tuple) or not read or not all(isinstance(path, tuple) and path for path in read):
+        raise ValueError('must be a list of paths such as "[(0,), (1,), (0, 0)]"')
+    paths: list[tuple[int, ...]] = sorted(read, key=lambda path: (len(path), path)) if _ranks(read) else []
+    if not paths:
+        raise ValueError(f"must have paths of numbers from 0 to {MOST_CHILDREN - 1}: 0 is the likeliest token at a place, 1 the second")
+    if len(set(paths)) < len(paths):
+        raise ValueError("names a path twice")
+    missing = next((path for path in paths if len(path) > 1 and path[:-1] not in paths), None)
+    if missing is not None:
+        raise ValueError(f"has {missing}, but not {missing[:-1]}, which leads there")
+    if len(paths) > MOST_NODES:
+        raise ValueError(f"has {len(paths)} paths; at most {MOST_NODES} are possible")
+    return paths
+
+
+def _ranks(read: Any) -> bool:
+    return all(type(rank) is int and 0 <= rank < MOST_CHILDREN for path in read for rank in path)
+
+
+def _tree(given: dict[str, Any], where: str) -> None:
+    """As many drafts as nodes; a tree that is a chain is one."""
+    try:
+        paths = tree_of(given["speculative_token_tree"])
+    except ValueError as error:
+        raise _wrong(where + "speculative_token_tree", str(error)) from None
+    if given.setdefault("num_speculative_tokens", len(paths)) != len(paths):
+        raise _wrong(
+            where + "speculative_token_tree",
+            f"has {len(paths)} paths, but num_speculative_tokens is {given['num_speculative_tokens']}. Leave that out",
+        )
+    if len(paths[-1]) == len(paths) and not any(paths[-1]):
+        del given["speculative_token_tree"]
 
 
 def resolved(found: SpeculationConfig, shipped: Path) -> SpeculationConfig:

@@ -111,6 +111,15 @@ def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tens
     v_view[block, group, key // il, key % il] = v.reshape(*v.shape[:2], dim // GROUP, GROUP)
 
 
+def copy_entry(k_cache: Tensor, v_cache: Tensor, source: int, target: int) -> None:
+    """The key and the value at one place as they are stored, codes or not, to another."""
+    (a, i), (b, j) = divmod(source, k_cache.shape[2]), divmod(target, k_cache.shape[2])
+    k, v = _k_view(k_cache), _v_view(v_cache)
+    il = k.shape[-1]
+    k[b, j // GROUP, j % GROUP] = k[a, i // GROUP, i % GROUP].clone()
+    v[b, j // GROUP, j % GROUP // il, j % il] = v[a, i // GROUP, i % GROUP // il, i % il].clone()
+
+
 def read_kv(cache: Tensor, slots: Tensor, *, values: bool, scales: Scales | None = None) -> Tensor:
     """The keys (or, with `values`, the values) at slots [T]: [T, Hkv, D]; of codes, float32."""
     slots = slots.long()

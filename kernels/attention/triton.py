@@ -30,11 +30,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from penstock.kernels.attention import coded
 from penstock.kernels.attention.coded import Codes, pages_of, scales_at, widen
+from penstock.kernels.attention.moves import move_kv
 from penstock.kernels.attention.pieces import add_up
 from penstock.kernels.checks import require
 from penstock.kernels.gpu import chained, interpreting, tuned
 from penstock.kernels.tile import fetch_ahead, follow, launched, make_room, narrow, power, wait
 
+__all__ = [
+    "allocate_cache",
+    "decode_attention",
+    "merge",
+    "move_kv",
+    "paged_attention",
+    "ragged_attention",
+    "read_kv",
+    "segment_of",
+    "workspace_elements",
+    "write_kv",
+]
 KV_LAYOUT = "paged-bhsd-v1"
 """[num_blocks, Hkv, block_size, D] row-major; part of the KV identity key."""
 FUSED_ELEMENTS = 16384
@@ -71,12 +84,13 @@ def _keys(
     acc, m, z, q, k, v, table, base, position, valid, start, end, limit, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
     DENSE: tl.constexpr, scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr,
-    V_RECIPE: tl.constexpr,
+    V_RECIPE: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Fold the key blocks of [start, end) into (acc, m, z); m in base-2 units. Keys at `limit` and beyond do not exist.
 
     Paged: k and v are pointers, table the sequence's pages, base the head's offset. DENSE: k and v are descriptors of [T, Hkv * D], table the row
-    that belongs to key 0, base the head's first column. KIND: k and v are codes as in coded.py.
+    that belongs to key 0, base the head's first column. KIND: k and v are codes as in coded.py. TREE: `ancestors` [BLOCK_M] says what each row sees of the 64 keys up to its
+    own; what no row sees may be NaN.
     """
     d = tl.arange(0, DP)
     n = tl.arange(0, BLOCK_N)
@@ -120,6 +134,11 @@ def _keys(
             seen = (at[None, :] <= position[:, None]) & (at < limit)[None, :] & valid[:, None]
             if WINDOW:
                 seen = seen & (at[None, :] > position[:, None] - window)
+            if TREE:
+                back = position[:, None] - at[None, :]
+                bit = (ancestors[:, None] >> tl.minimum(tl.maximum(back, 0), 63).to(tl.int64)) & 1
+                seen = seen & ((back >= 64) | (bit == 1))
+                some = tl.max(seen.to(tl.int32), 0) > 0
             s = tl.where(seen, s, float("-inf"))
         if SOFTCAP:
             to2 = 1.4426950408889634
@@ -136,6 +155,8 @@ def _keys(
             values = v.load([table + first, base])
             if MASK:  # rows of the next sequence, or padding that may hold anything: 0 * NaN would stay
                 values = tl.where((at < limit)[:, None], values, 0.0)
+            if TREE and MASK:
+                values = tl.where(some[:, None], values, 0.0)
         elif KIND != "":
             if DP == D:
                 codes = tl.load(v + where_v)
@@ -143,10 +164,15 @@ def _keys(
                 codes = tl.load(v + where_v, mask=(d < D)[:, None], other=0)
             if MASK:  # what was never written may be codes that are no numbers
                 codes = tl.where((at < limit)[None, :], codes, 0)
+            if TREE and MASK:
+                codes = tl.where(some[None, :], codes, 0)
+                v_scale = tl.where(some, v_scale, 0.0)
             values = tl.trans(widen(codes, KIND, V_RECIPE, True))
             p = p * v_scale[None, :]
         elif MASK:
             values = tl.load(v + where, mask=exists, other=0.0)
+            if TREE:
+                values = tl.where(some[:, None], values, 0.0)
         elif DP == D:
             values = tl.load(v + where)
         else:
@@ -163,7 +189,7 @@ def _keys(
 def _range(
     acc, m, z, q, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D: tl.constexpr, DP: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr,
-    scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr,
+    scales, sb, sbase, KIND: tl.constexpr, K_RECIPE: tl.constexpr, V_RECIPE: tl.constexpr, ancestors=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Fold the keys of [start, end) into (acc, m, z). All rows see those before `whole` (a multiple of BLOCK_N from `start` on, unless there is a
     window); the rest goes under a mask."""
@@ -175,7 +201,7 @@ def _range(
         start = whole
     return _keys(
         acc, m, z, q, k, v, table, base, position, valid, start, end, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N, True, WINDOW,
-        SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+        SOFTCAP, WIDE, DENSE, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE, ancestors, TREE,
     )  # fmt: skip
 
 
@@ -212,7 +238,8 @@ def _ragged(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, MIXED: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, new_k=None,
-    new_v=None, scales=None, sb=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
+    new_v=None, scales=None, sb=None, KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "", ancestors=None,
+    TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (T // BLOCK_Q + R, Hkv). Sequence r's tiles start at q_start[r] // BLOCK_Q + r, which leaves every sequence enough of them.
     MIXED: sequences of one row are left to `_split`. SEGMENT: 0, or the keys after which sums begin anew (deterministic mode)."""
@@ -264,6 +291,10 @@ def _ragged(
             acc = tl.zeros([BLOCK_M, DP], tl.float32)
             # what is visible to all rows of the tile, block by block, then the rest under a mask
             whole = tl.maximum(context + t0 + 1, 0) // BLOCK_N * BLOCK_N
+            mine = None
+            if TREE:
+                mine = tl.load(ancestors + row, mask=real, other=-1)
+                whole = tl.maximum(context + t0 - 63, 0) // BLOCK_N * BLOCK_N
             if SEGMENT:
                 for at in range(start // SEGMENT * SEGMENT, end, SEGMENT):
                     begin = tl.maximum(start, at)
@@ -285,16 +316,18 @@ def _ragged(
                 column = group * D
                 start = 0
                 whole = tl.where(length > 0, (t0 + 1) // BLOCK_N * BLOCK_N, 0)
+                if TREE:  # what lies before this step is seen by all
+                    whole = tl.where(length > 0, tl.maximum(t0 - 63, 0) // BLOCK_N * BLOCK_N, 0)
                 if WINDOW:
                     start = tl.maximum(t0 - window + 1, 0) // BLOCK_N * BLOCK_N
                 acc, m, z = _range(
                     acc, m, z, queries, new_k, new_v, first, column, token, valid, start, whole, end - context, scale2, soft, window, kb, D,
-                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True, None, None, None, "", "", "",
+                    DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, True, None, None, None, "", "", "", mine, TREE,
                 )  # fmt: skip
             else:
                 acc, m, z = _range(
                     acc, m, z, queries, k, v, table, base, position, valid, start, whole, end, scale2, soft, window, kb, D, DP, SIZE, BLOCK_N,
-                    WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE,
+                    WINDOW, SOFTCAP, WIDE, False, scales, sb, sbase, KIND, K_RECIPE, V_RECIPE, mine, TREE,
                 )  # fmt: skip
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
             tl.store(out + (row * HEADS * D + head * D)[:, None] + d[None, :], narrow(result, out.dtype.element_ty), mask=tile_mask)
@@ -309,7 +342,7 @@ def _split(
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
     MIXED: tl.constexpr, FUSED: tl.constexpr, GROUP_P: tl.constexpr, SEGMENT: tl.constexpr, PDL: tl.constexpr, scales=None, sb=None,
-    KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "",
+    KIND: tl.constexpr = "", K_RECIPE: tl.constexpr = "", V_RECIPE: tl.constexpr = "", ancestors=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (Hkv, R, SPLITS): one piece of one row's keys for one group of heads. A row of one piece is finished here. AHEAD: ask for the first
     block's entries while the kernel before still runs (all but the newest token's were written in earlier steps). MIXED: sequence r's only row is
@@ -366,9 +399,14 @@ def _split(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         z = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
+        whole = start + (end - start) // BLOCK_N * BLOCK_N
+        own = None
+        if TREE:
+            own = tl.zeros([BLOCK_M], tl.int64) + tl.load(ancestors + row, cache_modifier=".cg")
+            whole = start + tl.maximum(tl.minimum(end, length - 64) - start, 0) // BLOCK_N * BLOCK_N
         acc, m, z = _range(
-            acc, m, z, queries, k, v, table, base, position, real, start, start + (end - start) // BLOCK_N * BLOCK_N, end, scale2, soft, window,
-            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, group * SIZE, KIND, K_RECIPE, V_RECIPE,
+            acc, m, z, queries, k, v, table, base, position, real, start, whole, end, scale2, soft, window,
+            kb, D, DP, SIZE, BLOCK_N, WINDOW, SOFTCAP, WIDE, False, scales, sb, group * SIZE, KIND, K_RECIPE, V_RECIPE, own, TREE,
         )  # fmt: skip
         if span <= size:
             result, total = _close(acc, m, z, sinks, head, real, SINKS)
@@ -558,7 +596,7 @@ def ragged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
     new_k: Tensor | None = None, new_v: Tensor | None = None, deterministic: bool = False, mixed: bool = False,
-    codes: Codes | None = None, config: dict[str, int] | None = None,
+    codes: Codes | None = None, ancestors: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The ragged kernel for all rows (mixed: for all sequences but those of one row) of q [T, Hq, D]; arguments as in kernels/gpu.py.
 
@@ -566,9 +604,11 @@ def ragged_attention(
     of two they are read from there by the bulk copy engine, and only what lies before this step comes from the pages. Faster, but the blocks
     then start at the chunk's first token, so that bits depend on how a prompt was cut: not for deterministic mode. `deterministic`: by the tile
     and the segments that chunks share with decode rows in that mode. `codes`: the caches hold 8 bits (coded.py); new_k and new_v are wide all the same.
+    `ancestors` [T] int64, for trees of drafts: see reference.py; what a row does not see of this step, and nobody else in its tile, may be NaN.
     """
     _check(q, k_cache, v_cache, scale, codes)
     require(not deterministic or new_k is None, "deterministic attention reads all keys through the pages")
+    require(not deterministic or ancestors is None, "deterministic attention has no trees")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     tokens, heads, dim = q.shape
     sequences, kv_heads = kv_len.shape[0], k_cache.shape[1]
@@ -586,7 +626,8 @@ def ragged_attention(
         SIZE=k_cache.shape[2], BLOCK_M=block_m, BLOCK_Q=block_q, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
         LSE=lse is not None, ROWS=table_rows is not None, WIDE=interpreting() or q.dtype == torch.float32,
         DENSE=descriptors[0] is not None, MIXED=mixed, SEGMENT=segment_of(block_tables.shape[1] * k_cache.shape[2]) if deterministic else 0,
-        new_k=descriptors[0], new_v=descriptors[1], **({} if codes is None else coded.exact(codes, q.dtype)), **chained(), **config,
+        new_k=descriptors[0], new_v=descriptors[1], **({} if codes is None else coded.exact(codes, q.dtype)),
+        ancestors=ancestors, TREE=ancestors is not None, **chained(), **config,
     )  # fmt: skip
     return out
 
@@ -595,14 +636,16 @@ def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
     workspace: Tensor | None = None, counters: Tensor | None = None, q_start: Tensor | None = None, deterministic: bool = False,
-    codes: Codes | None = None, config: dict[str, int] | None = None,
+    codes: Codes | None = None, ancestors: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The split-KV kernel: one query row q [R, Hq, D] a sequence, at position kv_len[r] - 1; arguments as in kernels/gpu.py.
 
     counters [>= R * Hkv] int32, zero before and after every call: spares a launch where a row's pieces fit into one program's registers.
     q_start [R + 1] int32: q is [T, Hq, D], and those sequences that have one row there are computed; nothing else of `out` is written.
-    deterministic: bits as `ragged_attention` gives them (counters are not used). codes: the caches hold 8 bits (coded.py)."""
+    deterministic: bits as `ragged_attention` gives them (counters are not used). codes: the caches hold 8 bits (coded.py). ancestors: [rows of q], as `ragged_attention`'s."""
     _check(q, k_cache, v_cache, scale, codes)
+    require(not deterministic or ancestors is None, "deterministic attention has no trees")
+    require(codes is None or ancestors is None, "decode attention over 8 bits has no trees")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     (rows, heads, dim), mixed = (kv_len.shape[0], *q.shape[1:]), q_start is not None
     if rows == 0:
@@ -649,7 +692,7 @@ def decode_attention(
     else:
         _split[(kv_heads, rows, splits)](
             q, k_cache, v_cache, out, lse, partial, partial_lse, partial_z, counters, block_tables, q_start, kv_len, table_rows, sinks, scale2,
-            *settings, WIDE=interpreting() or q.dtype == torch.float32, SEGMENT=segment,
+            *settings, WIDE=interpreting() or q.dtype == torch.float32, SEGMENT=segment, ancestors=ancestors, TREE=ancestors is not None,
             **({} if codes is None else coded.exact(codes, q.dtype)), **where, **chained(), **{"AHEAD": 0, **config},
         )  # fmt: skip
     if fused or splits == 1:
@@ -682,11 +725,12 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_len: Tensor, scale: float, window: int = 0, *,
     num_decode: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, table_rows: Tensor | None = None, out: Tensor | None = None,
     lse: Tensor | None = None, workspace: Tensor | None = None, counters: Tensor | None = None, deterministic: bool = False,
-    new_k: Tensor | None = None, new_v: Tensor | None = None, codes: Codes | None = None,
+    new_k: Tensor | None = None, new_v: Tensor | None = None, codes: Codes | None = None, ancestors: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of a mixed step: the first `num_decode` sequences have one row each; see kernels/gpu.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     extras: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "out": out, "lse": lse, "deterministic": deterministic, "codes": codes}
+    extras["ancestors"] = ancestors
     spaces: dict[str, Any] = {"workspace": workspace, "counters": counters}
     own: dict[str, Any] = {} if deterministic else {"new_k": new_k, "new_v": new_v}
     if num_decode < 0:
@@ -696,6 +740,7 @@ def paged_attention(
     if num_decode:
         rows = None if table_rows is None else table_rows[:num_decode]
         part = {"out": out[:num_decode], "lse": None if lse is None else lse[:num_decode], "table_rows": rows}
+        part["ancestors"] = None if ancestors is None else ancestors[:num_decode]
         decode_attention(q[:num_decode], k_cache, v_cache, block_tables, kv_len[:num_decode], scale, window, **spaces, **{**extras, **part})
     if num_decode < kv_len.shape[0]:
         extras["table_rows"] = None if table_rows is None else table_rows[num_decode:]

@@ -122,6 +122,7 @@ class DecoderProgram:
         tap_layers: Tensor | None = None,
         taps: Tensor | None = None,
         given: tuple[Tensor, Tensor] | None = None,
+        ancestors: Tensor | None = None,
     ) -> None:
         """Run one step; see the module."""
         tensor("tokens", tokens, (None,), torch.int32)
@@ -145,7 +146,11 @@ class DecoderProgram:
         if given is not None:
             tensor("given[0]", given[0], (tokens.shape[0], width), self.parts.embedding.dtype)
             tensor("given[1]", given[1], (tokens.shape[0], reads), self.parts.embedding.dtype)
-        self.trusted(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps, given)
+        if ancestors is not None:
+            tensor("ancestors", ancestors, tokens.shape, torch.int64)
+        self.trusted(
+            tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps, given, ancestors
+        )
 
     def trusted(
         self,
@@ -162,13 +167,16 @@ class DecoderProgram:
         tap_layers: Tensor | None = None,
         taps: Tensor | None = None,
         given: tuple[Tensor, Tensor] | None = None,
+        ancestors: Tensor | None = None,
     ) -> None:
         """As a call, for tensors whose shapes and dtypes the caller made itself: what they hold is checked all the same."""
         if self._cpu is not None:
-            self._cpu(tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps, given)
+            self._cpu(
+                tokens, positions, slots, block_tables, q_start, kv_len, rows, logits, hidden, greedy, tap_layers, taps, given, ancestors
+            )
             return
         kept = {} if tap_layers is None or taps is None else {layer: taps[:, at] for at, layer in enumerate(tap_layers.tolist())}
-        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows, kept, given)
+        states = reference.hidden_states(self.parts, tokens, positions, slots, block_tables, q_start, kv_len, rows, kept, given, ancestors)
         if hidden is not None:
             hidden.copy_(states)
         if logits is None and greedy is None:

@@ -70,6 +70,7 @@ class CpuDecoder:
         tap_layers: Tensor | None = None,
         taps: Tensor | None = None,
         given: tuple[Tensor, Tensor] | None = None,
+        ancestors: Tensor | None = None,
     ) -> None:
         """One step. Raises IndexError for an index outside its table (nothing has been written then)."""
         step = Step(
@@ -80,6 +81,8 @@ class CpuDecoder:
         )  # fmt: skip
         if tap_layers is not None and taps is not None:
             step.tap_layers, step.taps, step.tap_count = tap_layers.data_ptr(), taps.data_ptr(), len(tap_layers)
+        if ancestors is not None:
+            step.ancestors = ancestors.data_ptr()
         if given is not None:
             step.given, step.given_normed = given[0].data_ptr(), given[1].data_ptr()
         program, at = ctypes.byref(self._program), ctypes.byref(step)

@@ -33,6 +33,7 @@ def hidden_states(
     rows: Tensor,
     taps: Mapping[int, Tensor] | None = None,
     given: tuple[Tensor, Tensor] | None = None,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
     """Normalised last hidden states [L, H] of token rows `rows`. `taps`: by layer, where the stream in front of it goes, [T, H]. `given`: x, and what the first layer reads."""
     x, taps = embedding(tokens, parts.embedding) if given is None else given[0], taps or {}
@@ -45,7 +46,7 @@ def hidden_states(
             qkv, positions, parts.cos_sin, k_cache, v_cache, slots, parts.num_heads, parts.num_kv_heads,
             layer.q_norm, layer.k_norm, parts.eps, None, scales,
         )  # fmt: skip
-        attended = paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, parts.scale, layer.window, None, scales)
+        attended = paged_attention(q, k_cache, v_cache, block_tables, q_start, kv_len, parts.scale, layer.window, None, scales, ancestors)
         x = x + layer.o(attended.view(tokens.shape[0], -1))
         x = x + layer.down(layer.gate_up(rms_norm(x, layer.mlp_norm, parts.eps)))
     wanted = x[rows.long()].contiguous()

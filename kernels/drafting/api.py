@@ -1,6 +1,7 @@
 """Entry of drafts on the host: what drafts are worth, putting them behind, prompt lookup.
 
     verify(tokens[D], slots[R], positions[R], bounds[R + 1], history[S, L]) -> (counts[R], kept[D])
+    verify_tree(tokens[D], slots[R], positions[R], bounds[R + 1], history[S, L], parents[N], deepest) -> (counts[R], kept[D], sources[R, deepest])
     put_drafts(drafts[R, K], slots[R], ends[R], history, vocab) -> None
     ngrams(slots[R], ends[R], history, shortest, longest, out[R, K]) -> None
 
@@ -32,6 +33,30 @@ def verify(
     )  # fmt: skip
     check(code)
     return counts, kept
+
+
+def verify_tree(
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    bounds: torch.Tensor,
+    history: torch.Tensor,
+    parents: torch.Tensor,
+    deepest: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the module."""
+    lib = native.library()
+    if lib is None:
+        return reference.verify_tree(tokens, slots, positions, bounds, history, parents, deepest)
+    require(len(tokens) == 0 or int(bounds.diff().max()) <= len(parents), "a row must have no more draws than the tree has nodes")
+    counts, kept = torch.empty_like(slots), torch.empty_like(tokens)
+    sources = torch.empty(len(slots), deepest, dtype=torch.int32)
+    code = lib.lib.ps_verify_tree(
+        tokens.data_ptr(), slots.data_ptr(), positions.data_ptr(), bounds.data_ptr(), len(slots), history.data_ptr(), *history.shape,
+        parents.data_ptr(), deepest, counts.data_ptr(), kept.data_ptr(), sources.data_ptr(),
+    )  # fmt: skip
+    check(code)
+    return counts, kept, sources
 
 
 def put_drafts(drafts: torch.Tensor, slots: torch.Tensor, ends: torch.Tensor, history: torch.Tensor, vocab: int) -> None:

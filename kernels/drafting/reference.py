@@ -2,7 +2,7 @@
 
 What it is: `ngrams` (prompt lookup: the longest end of a history, `shortest` to `longest` tokens, that stands in it before, the last such place if there
 are several; what follows there is the draft, and goes on with itself where the history ends: a lookup in the manner of LZ77), `verify` (how many draws are what their
-drafts say) and `put_drafts`. Histories are rows [S, L] int32; a slot below 0 is padding: it reads anything and writes nowhere.
+drafts say), the same along a tree (`verify_tree`), what it leaves to be moved (`tree_moves`) and `put_drafts`. Histories are rows [S, L] int32; a slot below 0 is padding: it reads anything and writes nowhere.
 What it does not know: draws, models, who owns a slot.
 """
 
@@ -33,6 +33,51 @@ def verify(tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, his
     here = slots.clamp_min(0).long(), last.clamp_max(history.shape[1] - 1).long()
     history[here] = torch.where(real, tokens[first + counts - 1].clamp_min(0), history[here])
     return counts.int(), kept.int()
+
+
+def verify_tree(
+    tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, parents: Tensor, deepest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See plugins/devices/ops.py: DeviceOps.verify_tree. Row by row, on the host's account."""
+    counts, kept = torch.zeros_like(slots), torch.full_like(tokens, -1)
+    sources = torch.full((slots.shape[0], deepest), -1, dtype=torch.int32, device=slots.device)
+    over, drawn, ends = parents.tolist(), tokens.tolist(), bounds.tolist()
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        first, width = ends[row], ends[row + 1] - ends[row]
+        there = history[slot, position - 1 : position - 1 + width].tolist() if slot >= 0 else []
+        path: list[int] = []
+        node = 0
+        while drawn[first + node] >= 0 or not path:
+            path.append(node)
+            found = [c for c in range(node + 1, min(width, len(there))) if over[c] == node and there[c] == drawn[first + node]]
+            if drawn[first + node] < 0 or not found or len(path) > deepest:
+                break
+            node = found[0]
+        counts[row] = len(path)
+        for i, node in enumerate(path):
+            kept[first + node] = drawn[first + node]
+            if i:
+                sources[row, i - 1] = node
+            if slot >= 0 and position + i < history.shape[1]:
+                history[slot, position + i] = max(drawn[first + node], 0)
+    return counts, kept, sources
+
+
+def tree_moves(
+    sources: Tensor, counts: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See plugins/devices/ops.py: DeviceOps.tree_moves. A row's root is at positions[r] - 1."""
+    steps = torch.arange(1, 1 + sources.shape[1], dtype=torch.int32, device=sources.device).expand_as(sources)
+    there = (sources > steps) & (slots >= 0)[:, None]
+    rows = table[slots.clamp_min(0).long()]
+
+    def places(behind: Tensor) -> Tensor:
+        at = (positions - 1)[:, None] + behind.clamp_min(0)
+        block = rows.gather(1, (at // block_size).clamp_max(rows.shape[1] - 1).long())
+        return torch.where(there & (block >= 0), block * block_size + at % block_size, -1).int()
+
+    last = torch.where(counts > 1, sources.gather(1, (counts - 2).clamp_min(0).long()[:, None])[:, 0], 0)
+    return places(sources), places(steps), bounds[:-1] + last
 
 
 def put_drafts(drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:

@@ -5,6 +5,7 @@
  * arXiv:1805.02867; tiling: Dao et al. 2022, arXiv:2205.14135) are updated tile by tile. A row's arithmetic depends on its own position only:
  * keys that it may not see weigh exactly 0, tiles without visible keys leave it untouched, slots that nobody wrote are never read as values.
  * Where pairs of bfloat16 are multiplied as they are (dot.h), a bfloat16 cache's weights are rounded to bfloat16 before they are summed up and used.
+ * Where steps have draft trees a row sees only its own ancestors among the last 64 keys.
  * A cache of codes (kv.h) is read by the same loop: a key's scale multiplies its scores, a value's scale its weights, after the sum of the weights.
  * What it does not know: how keys came into the cache.
  */
@@ -30,6 +31,7 @@ typedef struct {
     const char *k_cache, *v_cache; /* [kv_heads][block_size * dim] every block_bytes */
     const char *k_scales, *v_scales; /* of codes: [kv_heads][block_size] bfloat16 every block_bytes */
     const int32_t *tables, *q_start, *kv_len;
+    const int64_t *ancestors; /* [T] of a draft tree's rows, or NULL: see hide */
     long table_width, sequences, heads, kv_heads, dim, block_size, block_bytes, window;
     float scale;
     long head_runs, heads_per; /* the heads of a KV head, in runs of at most ROW_TILE */
@@ -116,8 +118,27 @@ INLINE void scale_rows(float *s, long rows, long lanes, const float *by) {
         for (long j = 0; j < lanes; j += VL) vstore(s + r * KEY_TILE + j, vload(s + r * KEY_TILE + j) * vload(by + j));
 }
 
+/* Among the 64 keys up to the row's own, at `position`, it sees those whose bit is 1: bit i is the key i places before. The others' scores, lanes of a tile, become `as`. */
+INLINE void hide(float *s, long tile, long position, uint64_t ancestors, long hi, float as) {
+    if (ancestors == ~(uint64_t)0) return;
+    for (long j = MAX(0, position - 63 - tile); j < hi; j++)
+        if (!(ancestors >> (position - tile - j) & 1)) s[j] = as;
+}
+
+/* A copy of 16 keys' values of `size` bytes, in which the keys that are hidden (as in `hide`; `first` is the group's first key) are zeros: 0 times NaN is NaN. */
+static void cleaned(const char *from, char *to, long dim, long size, long first, long position, uint64_t ancestors) {
+    const long il = size == 2 ? 2 : 1;
+    memcpy(to, from, (size_t)(dim * 16 * size));
+    for (long key = 0; key < 16; key++) {
+        const long back = position - first - key;
+        if (back >= 64 || (back >= 0 && ancestors >> back & 1)) continue;
+        for (long d = 0; d < dim; d++) memset(to + ((d / 16 * 16 + key / il * il) * 16 + d % 16 * il + key % il) * size, 0, (size_t)size);
+    }
+}
+
 /* Returns whether a result of several rows is NaN: a later row's value may have been that weighed 0, and 0 times it is NaN as well.
-   `coded` is a constant. wide [KEY_TILE * DIM_MAX]: scratch memory, needed for codes alone. */
+   Of a single row of a tree, where no `wide` was given, so may a value that it does not see. `coded` is a constant. wide [KEY_TILE * DIM_MAX]: scratch memory, for codes,
+   and for values of a tree of which some are NaN. */
 INLINE int attention_rows_of(const int coded, const attention *a, long s, long kv_head, long run, long first, long count, float *wide) {
     _Alignas(64) float q[ROW_TILE * DIM_MAX], o[ROW_TILE * DIM_MAX], score[ROW_TILE * KEY_TILE];
     float maximum[ROW_TILE], sum[ROW_TILE];
@@ -204,16 +225,26 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         for (long r = 0; r < rows; r++) {
             long position = position0 + r / heads;
             long lo = a->window > 0 ? position - a->window + 1 - tile : 0, hi = position + 1 - tile;
+            if (a->ancestors) hide(score + r * KEY_TILE, tile, position, (uint64_t)a->ancestors[row0 + r / heads], MIN(hi, keys), -INFINITY);
             softmax_row(score + r * KEY_TILE, groups * 16, MAX(lo, 0), MIN(hi, keys), maximum + r, sum + r, o + r * dim, dim, dots);
         }
         if (coded) {
             load_scales(v_scale, groups, lift, scales);
             scale_rows(score, rows, groups * 16, scales);
+            if (a->ancestors) /* a scale may be NaN */
+                for (long r = 0; r < rows; r++)
+                    hide(score + r * KEY_TILE, tile, position0 + r / heads, (uint64_t)a->ancestors[row0 + r / heads], MIN(position0 + r / heads + 1 - tile, keys), 0.0f);
         }
         if (widened)
             for (long g = 0; g < groups; g++) {
                 kv_widen(a->kv_format, v_group[g], dim, wide + g * dim * PW);
                 v_group[g] = (const char *)(wide + g * dim * PW);
+            }
+        if (!coded && wide)
+            for (long g = 0; g < groups; g++) {
+                char *to = (char *)wide + g * dim * 16 * size;
+                cleaned(v_group[g], to, dim, size, tile + g * 16, position0, (uint64_t)a->ancestors[row0]);
+                v_group[g] = to;
             }
         const long panel_bytes = 256 * (widened ? 4 : size);
         row = 0;
@@ -249,11 +280,15 @@ INLINE int attention_rows_of(const int coded, const attention *a, long s, long k
         }
     int any = 0;
     for (int lane = 0; lane < VL; lane++) any |= nan[lane] != 0;
-    return any && count > 1;
+    return any && (count > 1 || (!coded && a->ancestors && !wide));
 }
 
 static int attention_rows(const attention *a, long s, long kv_head, long run, long first, long count) {
     return attention_rows_of(0, a, s, kv_head, run, first, count, 0);
+}
+static int attention_rows_clean(const attention *a, long s, long kv_head, long run, long first, long count) {
+    _Alignas(64) float wide[KEY_TILE * DIM_MAX];
+    return attention_rows_of(0, a, s, kv_head, run, first, count, wide);
 }
 static int attention_rows_coded(const attention *a, long s, long kv_head, long run, long first, long count) {
     _Alignas(64) float wide[KEY_TILE * DIM_MAX];
@@ -276,8 +311,10 @@ static void attention_unit(const void *job, long unit) {
     long rows = a->q_start[s + 1] - a->q_start[s];
     const long count = MIN(a->queries_per, rows - first);
     int (*const of)(const attention *, long, long, long, long, long) = a->kv_format ? attention_rows_coded : attention_rows;
-    if (of(a, s, head, run, first, count)) /* each by itself sees nothing behind it: drafts cannot spoil what comes before them */
-        for (long i = 0; i < count; i++) of(a, s, head, run, first + i, 1);
+    if (of(a, s, head, run, first, count)) { /* each by itself sees nothing behind it, nor beside: drafts cannot spoil what comes before them */
+        int (*const one)(const attention *, long, long, long, long, long) = a->ancestors && !a->kv_format ? attention_rows_clean : of;
+        for (long i = 0; i < count; i++) one(a, s, head, run, first + i, 1);
+    }
 }
 
 #endif

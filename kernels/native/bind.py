@@ -64,6 +64,7 @@ class Step(ctypes.Structure):
         ("kv_len", c_void_p), ("rows", c_void_p), ("token_count", c_int64), ("sequences", c_int64), ("table_width", c_int64),
         ("row_count", c_int64), ("logits", c_void_p), ("hidden", c_void_p), ("greedy", c_void_p), ("workspace", c_void_p), ("threads", c_int64),
         ("tap_layers", c_void_p), ("taps", c_void_p), ("tap_count", c_int64), ("given", c_void_p), ("given_normed", c_void_p),
+        ("ancestors", c_void_p),
     )  # fmt: skip
 
 
@@ -83,6 +84,8 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "ps_argmax": (None, [_P, _P, _I, _I, _I]),
     "ps_draw": (_I, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _I]),
     "ps_verify": (_I, [_P, _P, _P, _P, _I, _P, _I, _I, _P, _P]),
+    "ps_verify_tree": (_I, [_P, _P, _P, _P, _I, _P, _I, _I, _P, _I, _P, _P, _P]),
+    "ps_move_kv": (_I, [_P, _P, _P, _P, _I, _I]),
     "ps_put_drafts": (_I, [_P, _P, _P, _I, _I, _P, _I, _I, _I]),
     "ps_ngrams": (_I, [_P, _I, _I, _P, _P, _I, _I, _I, _P, _I, _I]),
     "ps_mask": (_I, [_P, _I, _I, _P, _I, _P, _I]),

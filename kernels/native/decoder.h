@@ -48,6 +48,7 @@ typedef struct {
     void *taps;                /* [tokens][tap_count][hidden], model dtype */
     int64_t tap_count;
     const void *given, *given_normed; /* or NULL: in place of the embedding of `tokens` and of the first layer's norm, [tokens][hidden] and [tokens][its qkv's k] */
+    const int64_t *ancestors; /* [token_count], or NULL: see attention.h */
 } step;
 
 typedef struct {
@@ -337,7 +338,7 @@ static int run_step(const program *p, const step *s) {
         .q = w.qkv, .ldq = w.ldq, .out = w.a, .ldo = w.lda, .cache_bf16 = (int)p->bf16, .round = (int)p->bf16, .tables = s->tables,
         .q_start = s->q_start, .kv_len = s->kv_len, .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads,
         .kv_heads = p->kv_heads, .dim = p->dim, .block_size = p->block_size, .block_bytes = p->block_bytes, .kv_format = (int)p->kv_format,
-        .scale = (float)p->scale,
+        .scale = (float)p->scale, .ancestors = s->ancestors,
     };
     long units = attention_plan(&attn, w.units);
     step_job job = {.p = p, .s = s, .w = &w, .attn = attn, .units = units};

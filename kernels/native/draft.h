@@ -54,6 +54,34 @@ static void verify_rows(const int32_t *tokens, const int32_t *slots, const int32
     }
 }
 
+/* counts [rows], kept [bounds[rows]], sources [rows][deepest]. Node c of a row stands at positions[r] - 1 + c; parents come before their children. */
+static void verify_trees(const int32_t *tokens, const int32_t *slots, const int32_t *positions, const int32_t *bounds, long rows, int32_t *history, long width,
+                         const int32_t *parents, long deepest, int32_t *counts, int32_t *kept, int32_t *sources) {
+    for (long r = 0; r < rows; r++) {
+        const long first = bounds[r], drawn = bounds[r + 1] - first, root = positions[r] - 1L;
+        int32_t *there = slots[r] < 0 ? 0 : history + slots[r] * width, *from = sources + r * deepest;
+        for (long j = 0; j < drawn; j++) kept[first + j] = -1;
+        for (long i = 0; i < deepest; i++) from[i] = -1;
+        long node = 0, count = 0;
+        for (;;) {
+            const int32_t token = tokens[first + node];
+            if (token < 0 && count > 0) { /* the row ends before a bad draw */
+                from[count - 1] = -1;
+                break;
+            }
+            kept[first + node] = token;
+            long child = node + 1;
+            while (child < drawn && !(parents[child] == node && there && root + child < width && there[root + child] == token)) child++;
+            if (there && positions[r] + count < width) there[positions[r] + count] = token < 0 ? 0 : token;
+            count++;
+            if (token < 0 || child >= drawn || count > deepest) break;
+            from[count - 1] = (int32_t)child;
+            node = child;
+        }
+        counts[r] = (int32_t)count;
+    }
+}
+
 static void put_rows(int32_t *drafts, const int32_t *slots, const int32_t *ends, long rows, long count, int32_t *history, long width, long vocab) {
     for (long r = 0; r < rows; r++) {
         int32_t *mine = drafts + r * count;

@@ -158,6 +158,23 @@ EXPORT int64_t ps_rope(const program *p, const layer *l, const void *qkv, const 
 }
 
 /* Codes as check_sequences. Of p: heads, kv_heads, dim, bf16, blocks, block_size, block_bytes, kv_format, scale; of l: caches, window; of s: tables, counts, threads. */
+static void move_entry(const program *p, const layer *l, long from, long to, long head, long size) {
+    const long il = size == 2 ? 2 : 1, dim = p->dim;
+    const long a = from / p->block_size * p->block_bytes, b = to / p->block_size * p->block_bytes; /* blocks */
+    const long i = head * p->block_size + from % p->block_size, j = head * p->block_size + to % p->block_size;
+    char *k = (char *)l->k_cache, *v = (char *)l->v_cache;
+    for (long d = 0; d < dim; d++) {
+        const long x = d / il * 16 * il + d % il, y = d / 16 * 256 + d % 16 * il; /* inside a group of 16 keys, of key 0 */
+        const long k_from = i / 16 * 16 * dim + i % 16 * il + x, k_to = j / 16 * 16 * dim + j % 16 * il + x;
+        const long v_from = i / 16 * 16 * dim + i % 16 / il * il * 16 + i % il + y, v_to = j / 16 * 16 * dim + j % 16 / il * il * 16 + j % il + y;
+        memcpy(k + b + k_to * size, k + a + k_from * size, (size_t)size);
+        memcpy(v + b + v_to * size, v + a + v_from * size, (size_t)size);
+    }
+    if (!p->kv_format) return;
+    memcpy((char *)l->k_scales + b + j * 2, (char *)l->k_scales + a + i * 2, 2);
+    memcpy((char *)l->v_scales + b + j * 2, (char *)l->v_scales + a + i * 2, 2);
+}
+
 EXPORT int64_t ps_attention(const program *p, const layer *l, const step *s, const void *q, void *out) {
     int wrong = check_sequences(s->q_start, s->kv_len, s->tables, s->sequences, s->table_width, s->token_count, p->blocks, p->block_size);
     if (wrong || s->token_count == 0) return wrong;
@@ -167,7 +184,7 @@ EXPORT int64_t ps_attention(const program *p, const layer *l, const step *s, con
         .round = bf16, .k_cache = l->k_cache, .v_cache = l->v_cache, .tables = s->tables, .q_start = s->q_start, .kv_len = s->kv_len,
         .table_width = s->table_width, .sequences = s->sequences, .heads = p->heads, .kv_heads = p->kv_heads, .dim = p->dim,
         .block_size = p->block_size, .block_bytes = p->block_bytes, .window = l->window, .scale = (float)p->scale,
-        .kv_format = (int)p->kv_format, .k_scales = l->k_scales, .v_scales = l->v_scales,
+        .kv_format = (int)p->kv_format, .k_scales = l->k_scales, .v_scales = l->v_scales, .ancestors = s->ancestors,
     };
     int32_t *scratch = malloc((size_t)(s->sequences + 1) * sizeof *scratch);
     if (!scratch) return -1;
@@ -237,6 +254,20 @@ EXPORT int64_t ps_verify(const int32_t *tokens, const int32_t *slots, const int3
                          int64_t width, int32_t *counts, int32_t *kept) {
     if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(positions, rows, 0, width)) return 9;
     verify_rows(tokens, slots, positions, bounds, rows, history, width, counts, kept);
+    return 0;
+}
+EXPORT int64_t ps_verify_tree(const int32_t *tokens, const int32_t *slots, const int32_t *positions, const int32_t *bounds, int64_t rows, int32_t *history,
+                              int64_t slots_count, int64_t width, const int32_t *parents, int64_t deepest, int32_t *counts, int32_t *kept, int32_t *sources) {
+    if (!inside(slots, rows, INT32_MIN, slots_count) || !inside(positions, rows, 1, width)) return 9;
+    verify_trees(tokens, slots, positions, bounds, rows, history, width, parents, deepest, counts, kept, sources);
+    return 0;
+}
+/* Entries of one layer's caches from places to places, one after the other; pairs with a place below 0 are left out. size: bytes of an element. */
+EXPORT int64_t ps_move_kv(const program *p, const layer *l, const int32_t *from, const int32_t *to, int64_t count, int64_t size) {
+    if (!inside(from, count, INT32_MIN, p->blocks * p->block_size) || !inside(to, count, INT32_MIN, p->blocks * p->block_size)) return 6;
+    for (long i = 0; i < count; i++)
+        if (from[i] >= 0 && to[i] >= 0)
+            for (long head = 0; head < p->kv_heads; head++) move_entry(p, l, from[i], to[i], head, size);
     return 0;
 }
 EXPORT int64_t ps_put_drafts(int32_t *drafts, const int32_t *slots, const int32_t *ends, int64_t rows, int64_t count, int32_t *history, int64_t slots_count, int64_t width,

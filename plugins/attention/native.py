@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from penstock.kernels.attention import KV_LAYOUT, Scales, paged_attention
+from penstock.kernels.attention import KV_LAYOUT, Scales, move_kv, paged_attention
 from penstock.kernels.rope import rope_and_cache
 from penstock.plugins.attention.pages import Cache, Pages
 from penstock.plugins.models.api import AttnCall, Columns
@@ -24,6 +24,7 @@ class NativeAttention(Pages):
     kv_layout = KV_LAYOUT
     capturable = False
     workspace_bytes = 0
+    trees = True
 
     def store(
         self,
@@ -45,7 +46,14 @@ class NativeAttention(Pages):
             raise ValueError("the native attention has neither soft-caps nor sinks: use --attention-backend torch")
         tables = columns.block_tables()
         at = (tables, columns.q_start, columns.kv_len, call.scale, call.window)
-        return paged_attention(q, cache.k, cache.v, *at, scales=self.scales(cache))
+        return paged_attention(q, cache.k, cache.v, *at, scales=self.scales(cache), ancestors=columns.ancestors)
+
+    def move(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
+        """See Attention."""
+        real = (source >= 0) & (target >= 0)
+        if bool(real.any()):
+            for cache in self.caches(pool):
+                move_kv(cache.k, cache.v, source[real], target[real], self.scales(cache))
 
     def scales(self, cache: Cache) -> Scales | None:
         """As the kernels want them; None where pages hold the model's elements."""

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from penstock.kernels.attention.codes import decode, encode
+from penstock.kernels.attention.reference import seen_by
 from penstock.kernels.rmsnorm.reference import rms_norm
 from penstock.kernels.rope.reference import rotate
 from penstock.plugins.attention.pages import Cache, Pages
@@ -26,6 +27,7 @@ class TorchAttention(Pages):
     kv_layout = "paged-bhsd-v1"
     capturable = False
     workspace_bytes = 0
+    trees = True
 
     def store(
         self,
@@ -81,9 +83,22 @@ class TorchAttention(Pages):
             seen = at[None] <= position
             if call.window > 0:
                 seen &= at[None] > position - call.window
+            if columns.ancestors is not None:
+                seen &= seen_by(columns.ancestors[first:last], position - at[None])
             attended = _attend(q[first:last].to(keys.dtype).transpose(0, 1)[None], keys, values, seen, call)
             out[first:last] = attended[0].transpose(0, 1)
         return out
+
+    def move(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
+        """See Attention."""
+        for one in self.caches(pool):
+            size = one.k.shape[2]
+            for a, b in zip(source.unbind(1), target.unbind(1), strict=True):
+                real = (a >= 0) & (b >= 0)
+                (i, j), (k, m) = ((places[real] // size, places[real] % size) for places in (a.long(), b.long()))
+                for part in (one.k, one.v, one.k_scale, one.v_scale):
+                    if part is not None:
+                        part[k, :, m] = part[i, :, j]
 
     def seam(self, longest: int) -> int:
         """Sums never begin anew."""

@@ -36,6 +36,7 @@ class TritonAttention(Pages):
 
     name = "triton"
     capturable = True
+    trees = True
 
     def __init__(
         self,
@@ -73,6 +74,16 @@ class TritonAttention(Pages):
         """See Attention."""
         # one group, whose stride must not grow with the pool: the kernel was compiled for a small one
         slot_state.copy_blocks(pool.as_strided((1, *pool.shape), (pool.stride(0), *pool.stride())), source, target)
+
+    def move(self, pool: Tensor, source: Tensor, target: Tensor) -> None:
+        """See Attention."""
+        layers, _, heads, size, dim = self._page
+        if not self.kv:
+            attention.move_kv(pool.view(self._dtype).view(-1, *self._page), source, target)
+            return
+        codes = 2 * layers * heads * size * dim
+        words = pool[:, codes:].view(torch.int32).view(-1, layers, heads, size)
+        attention.move_kv(pool[:, :codes].view(-1, *self._page), source, target, words)
 
     def store(
         self,
@@ -120,4 +131,5 @@ class TritonAttention(Pages):
             new_k=new_k,
             new_v=new_v,
             codes=cache.codes,
+            ancestors=columns.ancestors,
         )

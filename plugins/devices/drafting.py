@@ -15,7 +15,7 @@ from penstock.core.contract.devices import ModelFacts, RunnerConfig
 from penstock.core.contract.drafters import drafter_for
 from penstock.core.contract.hookspecs import DrafterSpec
 from penstock.core.contract.text import Tokenizer
-from penstock.core.protocol.errors import CheckpointError, spelled
+from penstock.core.protocol.errors import CheckpointError, UnsupportedFeature, spelled
 from penstock.plugins import drafters as builtin_drafters
 from penstock.plugins import tokenizers as builtin_tokenizers
 from penstock.plugins.devices.lane import Lane
@@ -57,6 +57,7 @@ def load_drafters(
     if config.speculation is None:
         return [], 0
     made: list[Drafter] = []
+    _refuse_trees(config, choice, model)
     most = config.speculation.most or 0
     for one in config.speculation.methods:
         spec = drafter_for(one.method or "", drafters_of(config))
@@ -66,9 +67,37 @@ def load_drafters(
         progress(f"loading the drafter ({one.method})", 0.0)
         parts = _parts(config, choice, model, ops, lane, max_len, max_rows, progress, graphs)
         drafter: Drafter = spec.factory(config=one, parts=parts)
+        if one.speculative_token_tree is not None and getattr(drafter, "tree", None) is None:
+            raise UnsupportedFeature(
+                f"--speculative-config: the drafts of the method {one.method!r} are a chain. Leave 'speculative_token_tree' out.",
+                param="speculative_config",
+            )
         made.append(drafter)
         most = max(most, drafter.max_lookahead)
     return made, most
+
+
+def _refuse_trees(config: RunnerConfig, choice: Choice, model: Model) -> None:
+    """Raises UnsupportedFeature for a tree of drafts where something cannot serve one."""
+    asked = [one.speculative_token_tree for one in config.speculation.methods] if config.speculation is not None else []
+    if not any(asked):
+        return
+    reason = ""
+    if config.deterministic:
+        reason = "with --deterministic, since the place of a key is not its position in a tree, and sums are taken by place"
+    elif not getattr(model.attention, "trees", False):
+        reason = f"by the attention backend {model.attention.name!r}"
+    elif choice.kv.kind and choice.device == "cuda":
+        reason = f"on a GPU with a KV cache in 8 bits ({choice.kv_name})"
+    elif getattr(model, "program", None) is not None:
+        reason = "by a model that brings a program of its own"
+    elif choice.facts.sliding_window or (model.plain is not None and any(block.call.window for block in model.plain.blocks)):
+        reason = "by a model with sliding windows, since those are counted in places"
+    if reason:
+        raise UnsupportedFeature(
+            f"--speculative-config: a 'speculative_token_tree' is not served {reason}. Leave it out: drafts are a chain then.",
+            param="speculative_config",
+        )
 
 
 def _parts(

@@ -68,7 +68,9 @@ class WholeStep:
     def __call__(self, columns: Columns, rows: Tensor, hidden: Tensor, layers: Tensor | None = None, streams: Tensor | None = None) -> None:
         """See Program."""
         c = columns
-        self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, layers, streams)
+        self._run(
+            c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, layers, streams, None, c.ancestors
+        )
 
 
 class OneLayer:
@@ -86,7 +88,9 @@ class OneLayer:
         out = torch.empty(len(rows), 1, self._hidden, dtype=self._dtype)
         hidden = torch.empty(len(rows), self._hidden, dtype=self._dtype)
         given = residual.contiguous(), x.contiguous()
-        self._run(c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, self._behind, out, given)
+        self._run(
+            c.tokens, c.positions, c.places, c.table, c.q_start, c.kv_len, rows, None, hidden, None, self._behind, out, given, c.ancestors
+        )
         return out[:, 0]
 
 
@@ -254,6 +258,12 @@ class HostOps(TorchOps):
     ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
         return drafting.verify(tokens, slots, positions, bounds, history)
+
+    def verify_tree(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, parents: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See DeviceOps."""
+        return drafting.verify_tree(tokens, slots, positions, bounds, history, parents, deepest)
 
     def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
         """See DeviceOps."""

@@ -162,6 +162,22 @@ class DeviceOps(Ops, Protocol):
         row has more draws."""
         ...
 
+    def verify_tree(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, parents: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for rows whose draws are those of a tree's nodes, the root first: draw c belongs to the token at positions[r] - 1 + c in the history, whose parent is node
+        parents[c] [N] (before it; the root's is -1). From the root on, as long as a child is what was drawn -> (how many draws that makes; for each of the D its token, -1 if it is
+        not the sequence's; sources [R, deepest]: the nodes that were reached behind the root, one after the other, then -1). What was drawn is written to the history, in order.
+        Of children with the same token the first counts."""
+        ...
+
+    def tree_moves(
+        self, sources: Tensor, counts: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, table: Tensor, block_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows that `verify_tree` walked -> (places [R, deepest] of the nodes that were reached; where their entries belong, both -1 where nothing has to move; for each row the
+        draw, of all D, that its way ends with)."""
+        ...
+
     def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
         """history[slots[r], ends[r] + k] = drafts[r, k] [R, K] int32, as far as they are tokens below `vocab` and the history is long enough; what comes behind becomes -1
         in `drafts`."""

@@ -39,7 +39,8 @@ from penstock.plugins.devices.lane import Event, Graph, Lane, Outputs
 from penstock.plugins.devices.ops import DeviceOps
 from penstock.plugins.devices.rings import Download, Landing, Upload
 from penstock.plugins.devices.sampler import SlotSampler, Wanted
-from penstock.plugins.drafters.api import Drafter, Proposal, Seen
+from penstock.plugins.devices.trees import TreeSteps
+from penstock.plugins.drafters.api import Drafter, Proposal, Seen, tree_among
 from penstock.plugins.models.api import Columns, Model
 
 Tensor = torch.Tensor
@@ -159,9 +160,12 @@ class DeviceRunner:
             f"{model.attention.kv_layout}:{self.kv_dtype}:L{facts.num_layers}:H{facts.num_kv_heads}:D{facts.head_dim}:B{block_size}"
         )
         self.lookahead = lookahead
-        self.masks_ahead = True
-        self.loose = lookahead > 0 and not lane.direct
-        """A direct lane takes loose rows as well, but does not ask for them: its steps wait for nobody, and an answer begins and ends with a step in vain."""
+        tree = tree_among(drafters)
+        self.masks_ahead = self.adjusts_ahead = tree is None
+        self.loose = lookahead > 0 and not lane.direct and tree is None
+        """A direct lane takes loose rows as well, but does not ask for them: its steps wait for nobody, and an answer begins and ends with a step in vain. Which node of a tree
+        a row goes on from is not known while its step runs: those are planned one at a time."""
+        self.widths: tuple[int, ...] = () if tree is None else (lookahead,)
         self.drafters = tuple(drafter.name for drafter in drafters)
         self._drafters = list(drafters)
         self._own_bytes = sum(drafter.page_bytes for drafter in drafters)
@@ -201,7 +205,9 @@ class DeviceRunner:
         rows = padded_rows(max_num_seqs * (1 + lookahead), lookahead)
         self._max_rows = rows
         """Of a step that has a graph."""
-        self._decode = Upload(lane, entries, 2 * rows, fixed=True)
+        self._tree = None if tree is None else TreeSteps(tree, ops, lane, block_size, entries)
+        """Drafts are a tree. The third column of `_decode` says then which node each row is."""
+        self._decode = Upload(lane, entries, (2 if tree is None else 3) * rows, fixed=True)
         twice = 2 * entries if lookahead else entries  # with drafts a step may send them twice
         self._columns = Upload(lane, twice, 4 * max_num_seqs + 4 * max_num_batched_tokens)
         self._draws = Upload(lane, twice, 3 * max_num_seqs)
@@ -209,7 +215,8 @@ class DeviceRunner:
         self._mixed_rows, self._mixed_tokens = mixed_for(at_once, max_num_batched_tokens) if graphs else ([], [])
         self._mixed: dict[tuple[int, int], Graph] = {}
         self._width = -(-(rows + 1) // 16) * 16
-        self._ragged = Upload(lane, entries, 4 * self._width if graphs else 0, fixed=True)
+        nodes = 0 if tree is None else max(self._mixed_tokens, default=0)
+        self._ragged = Upload(lane, entries, 4 * self._width + nodes if graphs else 0, fixed=True)
         # What graphs of steps with prefill leave behind: one set for all of them.
         self._rows = torch.zeros(rows if graphs else 0, facts.hidden_size, dtype=self._torch_dtype, device=device)
         longest = max(self._mixed_tokens, default=0)
@@ -249,6 +256,8 @@ class DeviceRunner:
         self._launched: _Launched | None = None
         self._moved: Column = EMPTY_U8
         """Rows of the Forward that waits for its Sample that were loose, and were looked up."""
+        self._asked: Forward | None = None
+        """The Forward as it came, while it is launched."""
         self._host_pages = HostPages(lane)
         self._kept_logits = torch.empty(max_num_seqs if lane.direct else 0, facts.vocab_size)
         self._started_ns = 0
@@ -274,7 +283,8 @@ class DeviceRunner:
     def _bind(self, pool: Tensor) -> None:
         self._pool = pool
         at = pool.shape[-1] - self._own_bytes
-        self._caches = self._model.attention.caches(pool[:, :at] if self._own_bytes else pool)
+        self._own_pool = pool[:, :at] if self._own_bytes else pool
+        self._caches = self._model.attention.caches(self._own_pool)
         self._program = self._ops.fuse(self._model, self._caches)
         self._tapped = None
         if self._taps and getattr(self._program, "taps", False):
@@ -315,7 +325,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def forward(self, work: Forward) -> None:
         """See Runner.forward. Raises EngineFailure if a row names a block that it does not hold."""
-        refuse_columns(work, writes=True, lookahead=self.lookahead, loose=self.lookahead > 0)
+        refuse_columns(work, writes=True, lookahead=self.lookahead, loose=self.lookahead > 0 and self._tree is None)
         self._started_ns = time.monotonic_ns()
         self._lane.bind()
         loose = len(work.loose) > 0
@@ -324,6 +334,7 @@ class DeviceRunner:
             work, loose = self._looked_up(work), False
         rows = len(work.slots)
         asked, first = work, None
+        self._asked = asked
         if work.lookahead and self._flattens(work):
             work, first = _flat(work)
             rows = len(work.slots)
@@ -345,7 +356,7 @@ class DeviceRunner:
         if rows == 0:
             self._launched = _Launched(work, 0, None, None, EMPTY_I32)
         elif bucket:
-            self._decode.send_rows(self._max_rows, -1, work.slots, work.starts)
+            self._send_decode(work)
             if loose:
                 staging, most = self._decode.staging, self._max_rows
                 self._ops.find_ends(staging[:rows], staging[most : most + rows], self._lens)
@@ -370,6 +381,21 @@ class DeviceRunner:
         starts[loose] = self._lens.numpy()[slots] - 1
         counts[loose] = np.minimum(counts[loose], 1 + self._stand[slots])
         return msgspec.structs.replace(work, starts=starts, counts=counts, loose=EMPTY_U8)
+
+    def _send_decode(self, work: Forward | None = None) -> None:
+        """The fixed inputs of a step of decode rows; None: of padding alone."""
+        slots, starts = (EMPTY_I32, EMPTY_I32) if work is None else (work.slots, work.starts)
+        if self._tree is None:
+            self._decode.send_rows(self._max_rows, -1, slots, starts)
+            return
+        self._decode.send_rows(self._max_rows, -1, slots, starts, EMPTY_I32 if work is None else self._nodes_of(work))
+
+    def _nodes_of(self, work: Forward) -> I32:
+        """Of each token, where drafts are a tree. In a flat step a row's nodes are rows of one slot, one place after the other."""
+        assert self._tree is not None
+        if not work.lookahead:
+            return np.zeros(int(work.counts.sum()), np.int32)
+        return self._tree.nodes(self._asked or work)
 
     def _flattens(self, work: Forward) -> bool:
         """Are a row's drafts computed as rows of their own? So few sequences keep a GPU busy only if attention splits their keys, which it does for rows of one token; many read
@@ -459,7 +485,7 @@ class DeviceRunner:
             sent = self._columns.send(work.slots, work.starts, self._range[:rows])
             if len(work.loose):
                 self._ops.find_ends(sent[0], sent[1], self._lens)
-            return self._ops.decode_inputs(sent[0], sent[1], *state), sent[2], self._range[:rows]
+            return self._noded(self._ops.decode_inputs(sent[0], sent[1], *state), work), sent[2], self._range[:rows]
         q_start = np.zeros(rows + 1, np.int32)
         np.cumsum(work.counts, out=q_start[1:])
         kept, first = _kept_of(work, q_start, self._range)
@@ -468,7 +494,13 @@ class DeviceRunner:
             self._ops.find_ends(sent[0], sent[1], self._lens)
         # Where there are too many tokens for a row each, the device looks who has one token only.
         single = -1 if len(kept) > rows else work.num_decode
-        return self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), sent[3], first
+        return self._noded(self._ops.ragged_inputs(sent[0], sent[1], sent[2], *state, int(q_start[-1]), single), work), sent[3], first
+
+    def _noded(self, columns: Columns, work: Forward) -> Columns:
+        """As a tree's nodes, where there are any."""
+        if self._tree is None or not work.lookahead:
+            return columns
+        return self._tree.columns(columns, self._to_device(self._nodes_of(work)))
 
     def _run(self, columns: Columns, rows: Tensor, streams: Tensor | None = None) -> Tensor:
         """The step by the program: normalised hidden states of these token rows; `streams`: where what drafters look at goes."""
@@ -555,7 +587,7 @@ class DeviceRunner:
                 return False
             self.capture_mixed(size, length)
         ends: I32 = np.cumsum(work.counts, dtype=np.int32)
-        self._send_mixed(work.slots, work.starts, ends)
+        self._send_mixed(work.slots, work.starts, ends, EMPTY_I32 if self._tree is None else self._nodes_of(work))
         if len(work.loose):
             self._ops.find_ends(self._ragged.staging[:rows], self._ragged.staging[self._width : self._width + rows], self._lens)
         self._mixed[size, length].replay()
@@ -569,12 +601,14 @@ class DeviceRunner:
         self._launched = _Launched(work, 0, kept, whole, first)
         return True
 
-    def _send_mixed(self, slots: Column, starts: Column, ends: I32) -> None:
-        """slots, starts, q_start and last rows, each `_width` wide. Sequences behind the step's are empty, and look at row 0."""
+    def _send_mixed(self, slots: Column, starts: Column, ends: I32, nodes: I32 = EMPTY_I32) -> None:
+        """slots, starts, q_start and last rows, each `_width` wide, and where drafts are a tree which node each token is. Sequences behind the step's are empty, and look at
+        row 0."""
         width, total = self._width, int(ends[-1]) if len(ends) else 0
         q_start = np.zeros(len(ends) + 1, np.int32)
         q_start[1:] = ends
-        self._ragged.send_parts((slots, width, -1), (starts, width, 0), (q_start, width, total), (ends - 1, width, 0))
+        more = [] if self._tree is None else [(nodes, self._mixed_tokens[-1], 0)]
+        self._ragged.send_parts((slots, width, -1), (starts, width, 0), (q_start, width, total), (ends - 1, width, 0), *more)
 
     def _mixed_body(self, size: int, length: int) -> Outputs:
         """A step of `size` sequences and `length` tokens on the fixed inputs, into `_rows` and `_whole`."""
@@ -582,6 +616,8 @@ class DeviceRunner:
         slots, starts, q_start, last = (staging[width * part :][:size] for part in range(4))
         q_start = staging[2 * width :][: size + 1]
         columns = self._ops.ragged_inputs(slots, starts, q_start, self.history, self.table, self.block_size, length, -1)
+        if self._tree is not None:
+            columns = self._tree.columns(columns, staging[4 * width :][:length])
         x, residual, _ = self._model.step(self._ops, self._caches, columns)
         self._whole[0][:length].copy_(x)
         self._whole[1][:length].copy_(residual)
@@ -601,6 +637,8 @@ class DeviceRunner:
         """A decode step of `bucket` rows on the fixed inputs: hidden states, and lengths (the positions that the draw fills)."""
         slots, starts = self._decode.staging[:bucket], self._decode.staging[self._max_rows : self._max_rows + bucket]
         columns = self._ops.decode_inputs(slots, starts, self.history, self.table, self.block_size)
+        if self._tree is not None:
+            columns = self._tree.columns(columns, self._decode.staging[2 * self._max_rows :][:bucket])
         x, residual, taps = self._model.step(self._ops, self._caches, columns, self._taps)
         return self._model.final(self._ops, x, residual), columns.kv_len, *taps
 
@@ -620,7 +658,7 @@ class DeviceRunner:
         """Capture one bucket, a draw of either kind included. Runs each piece once before, on padding rows alone, so that nothing is compiled or
         allocated for the first time inside a capture; that overwrites the fixed inputs, which every step sends anew."""
         before = self._lane.used()
-        self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+        self._send_decode()
         hidden, positions, *_ = self._decode_body(bucket)
         for hot in (False, True):
             self._sample_body(bucket, hot, hidden, positions)
@@ -645,7 +683,7 @@ class DeviceRunner:
         if self._masks is None:
             self._masks = Upload(self._lane, self._entries, self._max_rows * (1 + words), fixed=True, beside=True)
         self._send_masks(EMPTY_I32, EMPTY_I32)
-        self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+        self._send_decode()
         body = _bound(self._sample_body, bucket, hot, *self._forwards[bucket].outputs[:2], words)
         body()
         self._masks.done_reading()
@@ -736,6 +774,10 @@ class DeviceRunner:
         rows, found, drawn, begins = len(work.rows), None, None, None
         if rows and work.lookahead:
             drawn = _Drawn.of(work, before, launched.first, loose)
+            if self._tree is not None:
+                self._tree.check(work, before)
+                at = (work.positions[drawn.row] + self._tree.depths(drawn.ahead)).astype(np.int32)
+                drawn = replace(drawn, positions=at, places=at)
             found, begins = self._verify(work, launched, drawn, landing)
         elif rows:
             assert launched.hidden is not None
@@ -827,15 +869,35 @@ class DeviceRunner:
         mask = drawn.masks(work) if len(work.mask_rows) else None
         loose = drawn.loose[drawn.row] if len(drawn.loose) else drawn.loose
         tokens, found = self.sampler.sample(logits, drawn.slots, drawn.positions, slots, positions, landing, mask, drawn.ahead, loose)
-        counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
+        if self._tree is None:
+            counts, kept = ops.verify(tokens, row_slots, row_positions, bounds, self.history, 1 + work.lookahead)
+            at_end = bounds[:-1] + counts - 1
+        else:
+            counts, kept, at_end = self._walk(work, launched, tokens, row_slots, row_positions, bounds)
         self.sampler.settle(kept)
         results, ends = [kept, counts], row_positions + counts
         self._extend(row_slots, ends)
         if work.drafts:
-            last = ops.take_rows(hidden, bounds[:-1] + counts - 1)
-            results += self._draft(work, launched, row_slots, row_positions, ends, last)
+            results += self._draft(work, launched, row_slots, row_positions, ends, ops.take_rows(hidden, at_end))
         landing.bring(torch.cat(results))
         return found, row_positions
+
+    def _walk(
+        self, work: Sample, launched: _Launched, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a row's tree came to: (counts, kept, the draws that the ways end with). Afterwards the step looks as if its drafts had been a chain."""
+        assert self._tree is not None
+        walked = self._tree.walk(tokens, slots, positions, bounds, self.history)
+        before = launched.asked or launched.work
+        last = self._tree.straighten(walked, slots, positions, bounds, self.table, self._model.attention, self._own_pool)
+        if self._looked_at and launched.columns is not None:
+            flat, streams = launched.asked is not None, launched.streams
+            taps = launched.taps if streams is None else [streams.flatten(1)]
+            line = self._tree.line(before, work.rows, walked.sources, flat, taps, launched.states, self.history, self.table)
+            launched.asked, launched.columns, launched.taps, launched.states = line
+            if streams is not None:
+                launched.taps, launched.streams = (), line.taps[0].view(-1, *streams.shape[1:])
+        return walked.counts, walked.kept, last
 
     def _extend(self, slots: Tensor, ends: Tensor) -> None:
         """These are the lengths of the slots' histories, behind which no drafts stand."""
@@ -1064,11 +1126,13 @@ class DeviceRunner:
         for rows, tokens in WARM_SHAPES:
             if rows <= self.max_num_seqs and tokens <= self.max_num_batched_tokens:
                 self._step_on_padding(rows, tokens)
+                if self._tree is not None:
+                    self._step_on_padding(rows, tokens, tree=True)
         if self._mixed_rows:
             self._send_mixed(EMPTY_I32, EMPTY_I32, EMPTY_I32)
             self._mixed_body(self._mixed_rows[-1], self._mixed_tokens[-1])
         for bucket in self._buckets:
-            self._decode.send_rows(self._max_rows, -1, EMPTY_I32, EMPTY_I32)
+            self._send_decode()
             hidden, positions, *_ = self._decode_body(bucket)
             for hot in (False, True):
                 self._sample_body(bucket, hot, hidden, positions)
@@ -1086,6 +1150,8 @@ class DeviceRunner:
                 self._ops.verify(none, none, none, bounds, self.history, 1 + width)
                 drafts = torch.full((1, width), -1, dtype=torch.int32, device=none.device)
                 self._ops.put_drafts(drafts, none, none, self.history, self.facts.vocab_size)
+        if self._tree is not None:
+            self._tree.touch(self.history, self.table, self._model.attention, self._own_pool)
 
     @torch.inference_mode()
     def exercise(self, rows: int, tokens: int) -> None:
@@ -1094,7 +1160,7 @@ class DeviceRunner:
         self._step_on_padding(rows, tokens)
         self._lane.synchronize()
 
-    def _step_on_padding(self, rows: int, tokens: int) -> None:
+    def _step_on_padding(self, rows: int, tokens: int, *, tree: bool = False) -> None:
         rows = min(rows, tokens)
         counts = np.full(rows, tokens // rows, np.int32)
         counts[0] += tokens - int(counts.sum())
@@ -1105,6 +1171,8 @@ class DeviceRunner:
             columns = self._ops.decode_inputs(sent[0], sent[1], self.history, self.table, self.block_size)
         else:
             columns = self._ops.ragged_inputs(sent[0], sent[1], sent[2], self.history, self.table, self.block_size, tokens, rows // 2)
+        if tree and self._tree is not None:
+            columns = self._tree.columns(columns, torch.zeros_like(columns.positions))
         x, residual, _ = self._model.step(self._ops, self._caches, columns)
         hidden = self._model.final(self._ops, self._ops.take_rows(x, sent[3]), self._ops.take_rows(residual, sent[3]))
         logits = self._model.logits(hidden)
@@ -1232,7 +1300,8 @@ class _Drawn:
         """(tokens, counts, the index of each draw among the tokens, what comes behind) of what `_verify` brought."""
         drawn, rows = len(self.row), len(self.bounds) - 1
         counts = words[drawn : drawn + rows]
-        left = self.ahead < counts[self.row]
+        # Along a tree a row's own are those that have a token, and its first, which may be a bad one.
+        left = (words[:drawn] >= 0) | (self.ahead == 0)
         named = np.where(left, np.cumsum(left) - 1, -1).astype(np.int32)
         return words[:drawn][left], counts.copy(), named, words[drawn + rows :]
 

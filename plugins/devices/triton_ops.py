@@ -418,6 +418,18 @@ class TritonOps:
         """See DeviceOps."""
         return drafting.verify(tokens, slots, positions, bounds, history, widest)
 
+    def verify_tree(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, history: Tensor, parents: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See DeviceOps."""
+        return drafting.verify_tree(tokens, slots, positions, bounds, history, parents, deepest)
+
+    def tree_moves(
+        self, sources: Tensor, counts: Tensor, slots: Tensor, positions: Tensor, bounds: Tensor, table: Tensor, block_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See DeviceOps."""
+        return drafting.tree_moves(sources, counts, slots, positions, bounds, table, block_size)
+
     def put_drafts(self, drafts: Tensor, slots: Tensor, ends: Tensor, history: Tensor, vocab: int) -> None:
         """See DeviceOps."""
         drafting.put_drafts(drafts, slots, ends, history, vocab)

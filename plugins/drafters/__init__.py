@@ -44,24 +44,24 @@ def _draft_model(*, config: Any, parts: Any, **options: Any) -> Any:
 def _medusa(*, config: Any, parts: Any, **options: Any) -> Any:
     from penstock.plugins.drafters.medusa import MedusaDrafter
 
-    _reads(config, "model")
+    _reads(config, "model", "speculative_token_tree")
     return MedusaDrafter(config, parts)
 
 
 def _head(*, config: Any, parts: Any, **options: Any) -> Any:
     from penstock.plugins.drafters.heads import HeadDrafter
 
-    _reads(config, "model")
+    _reads(config, "model", "speculative_token_tree")
     return HeadDrafter(config, parts)
 
 
 _DRAFTERS: dict[str, tuple[Any, str]] = {
     "ngram": (_ngram, "What followed when the last tokens stood in the text before."),
     "draft_model": (_draft_model, "A smaller model, with the same vocabulary or another one."),
-    "medusa": (_medusa, "Medusa heads on the model's last hidden state, as a chain."),
-    "eagle": (_head, "An EAGLE layer on the model's last hidden state, as a chain."),
-    "eagle3": (_head, "An EAGLE-3 layer on three of the model's hidden states, as a chain."),
-    "mtp": (_head, "A multi-token-prediction layer beside the model, as a chain."),
+    "medusa": (_medusa, "Medusa heads on the model's last hidden state, as a chain or a tree."),
+    "eagle": (_head, "An EAGLE layer on the model's last hidden state, as a chain or a tree."),
+    "eagle3": (_head, "An EAGLE-3 layer on three of the model's hidden states, as a chain or a tree."),
+    "mtp": (_head, "A multi-token-prediction layer beside the model, as a chain or a tree."),
 }
 
 

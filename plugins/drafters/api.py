@@ -18,6 +18,7 @@ from penstock.core.contract.devices import ModelFacts
 from penstock.core.contract.text import Tokenizer
 from penstock.core.protocol.columns import Column
 from penstock.core.protocol.messages import Forward
+from penstock.plugins.drafters.trees import Tree
 from penstock.plugins.models.api import Columns, Model
 from penstock.plugins.models.builder import Builder
 
@@ -102,9 +103,16 @@ class Seen:
     """[T, K * H]: all of the drafter's taps side by side, in place of `taps`. Only for one that `follows`."""
 
 
+def tree_among(drafters: Sequence[Any]) -> Tree | None:
+    """The tree that their drafts are; None: they are chains. (Only one that is alone makes a tree.)"""
+    return next((tree for drafter in drafters if (tree := getattr(drafter, "tree", None)) is not None), None)
+
+
 class Drafter(Protocol):
     """Everything runs on the device's thread, in the lane's order, and nothing waits for the device. With `follows = True` it sees, where the lane is direct, every step that it
-    is not asked for drafts behind, not those with prompts alone."""
+    is not asked for drafts behind, not those with prompts alone.
+
+    It may have `tree: Tree | None`: not None says that draft k of a row is node k + 1 of that tree; it is asked for all of them or for none. Without, drafts are a chain."""
 
     name: str
     """The word of its method."""

@@ -10,7 +10,8 @@ lane is direct it also sees, once it is asked again, what passed in between (gap
     eagle   (arXiv 2401.15077)  state = the model's normalised last;  x = fc([embedding, state]), read as it is; head: the model's
     mtp     (arXiv 2412.19437)  state as eagle's;  x = eh_proj([enorm(embedding), hnorm(state)]); head: shared_head.norm, the model's
 
-What it does not know: how drafts are verified, trees (drafts are a chain).
+What it does not know: how drafts are verified, how a tree of them grows (growth.py). It is long because
+three methods share one layer, along a chain and along a tree, and differ in a few lines each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import Parts, Proposal, Seen
 from penstock.plugins.drafters.chain import Chain
 from penstock.plugins.drafters.gaps import Gaps
+from penstock.plugins.drafters.growth import Growth
 from penstock.plugins.drafters.kinds import check_kind
+from penstock.plugins.drafters.trees import Tree
 from penstock.plugins.models.api import AttnCall, Block, Columns
 from penstock.plugins.models.builder import Builder, Part
 from penstock.plugins.models.config import decoder_facts, read_config
@@ -75,12 +78,16 @@ class HeadDrafter:
         self._call = AttnCall(float(facts.head_dim**-0.5))
         self.taps: tuple[int, ...] = self._shape.taps
         self.states = not self.taps
+        self.tree = Tree.of(config.speculative_token_tree)
         self.max_lookahead = config.num_speculative_tokens or DRAFTS
+        self._growth = None if self.tree is None else Growth(self.tree, parts)
         self.page_bytes = self._attention.bytes_per_token * parts.block_size
         self.kv_layout = f"+{self._attention.kv_layout}:L1:H{facts.num_kv_heads}:D{facts.head_dim}"
         self.nbytes = builder.nbytes
         self.state_bytes = self._cos_sin.nbytes + self._attention.workspace_bytes
-        self.state_bytes += parts.max_rows * facts.hidden_size * parts.dtype.itemsize
+        wide = parts.max_rows * (1 if self._growth is None else self._growth.widest)
+        self.state_bytes += wide * facts.hidden_size * parts.dtype.itemsize
+        self._at_once = 2 * parts.max_rows
         self.follows = parts.lane.direct
         self._gaps = Gaps(parts.slots, self._shape.sees, parts.dtype) if self.follows else None
         self.state_bytes += 0 if self._gaps is None else self._gaps.nbytes
@@ -88,7 +95,7 @@ class HeadDrafter:
         self._caches: list[Any] = []
         self._fused: Any = None
         """The layer as one call, where the device has that."""
-        self._state = torch.zeros(parts.max_rows, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
+        self._state = torch.zeros(wide, facts.hidden_size, dtype=parts.dtype, device=parts.lane.device)
         """What the last step of the chain left for the next, in its first rows. Graphs read and write it."""
 
     def _layer(self, builder: Builder, at: str, facts: ModelFacts) -> None:
@@ -123,6 +130,8 @@ class HeadDrafter:
             )
             self._fused = fuse(block, self._embedding, plain.head, self._facts, self._cos_sin, self._attention, self._caches[0])
         self._chain.forget()
+        if self._growth is not None:
+            self._growth.forget()
 
     def place(self, slots: Column) -> None:
         """See Drafter: its keys and values came with the blocks."""
@@ -156,6 +165,17 @@ class HeadDrafter:
     def warm(self, seen: Seen, rows: int, width: int) -> None:
         """See Drafter. How many tokens the first step sees is another thing each time."""
         assert seen.proposal is not None
+        if self._growth is not None:
+            out = torch.zeros(rows, self.max_lookahead, dtype=torch.int32, device=seen.history.device)
+            self._growth.begin(
+                seen.proposal.guess,
+                self._nothing(seen, seen.proposal, seen.proposal.slots, seen.proposal.ends, None),
+                seen.proposal.slots,
+                seen.proposal.ends,
+                out,
+            )
+            self._growth.run(seen, seen.proposal, out, self._grow)
+            return
         out = torch.empty(rows, width, dtype=torch.int32, device=seen.history.device)
         self._chain.run(seen, seen.proposal, out, self._nothing, self._next, before=2, fixed=False)
 
@@ -172,7 +192,26 @@ class HeadDrafter:
             self._catch_up(seen, self._gaps)
             self._gaps.read(work.slots, work.starts + work.counts)
             self._gaps.read(proposal.host_slots, proposal.ends.numpy() - 1)
-        self._chain.run(seen, proposal, out, self._first, self._next, before=2, fixed=False)
+        if self._growth is None:
+            self._chain.run(seen, proposal, out, self._first, self._next, before=2, fixed=False)
+            return
+        slots, ends = proposal.slots, proposal.ends
+        self._growth.begin(proposal.guess, self._first(seen, proposal, slots, ends, None), slots, ends, out)
+        self._growth.run(seen, proposal, out, self._grow)
+
+    def _grow(self, columns: Columns, tokens: Tensor, over: Tensor) -> Tensor:
+        """One level of a tree: of each token the state of `over`, a row of the level before."""
+        state = self._state[over]
+        if len(tokens) <= self._at_once:
+            return self._logits(self._stepped(state, tokens, columns))
+        parts = [slice(at, at + self._at_once) for at in range(0, len(tokens), self._at_once)]  # attention has room for no more
+        return self._logits(torch.cat([self._stepped(state[part], tokens[part], _part(columns, part)) for part in parts]))
+
+    def _stepped(self, state: Tensor, tokens: Tensor, columns: Columns) -> Tensor:
+        every = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)
+        behind = self._step(state, tokens, columns, every)
+        assert behind is not None
+        return behind
 
     def _catch_up(self, seen: Seen, gaps: Gaps) -> None:
         missing = gaps.missing(seen.work)
@@ -369,6 +408,16 @@ class Mtp:
 
 
 SHAPES: dict[str, type[Eagle3] | type[Eagle] | type[Mtp]] = {"eagle3": Eagle3, "eagle": Eagle, "mtp": Mtp}
+
+
+def _part(columns: Columns, part: slice) -> Columns:
+    """Some rows of a step of one token each."""
+    ancestors = None if columns.ancestors is None else columns.ancestors[part]
+    tokens, positions, places, slots, kv_len = (column[part] for column in columns[:5])
+    table = columns.table[part] if columns.dense else columns.table
+    return Columns(
+        tokens, positions, places, slots, kv_len, columns.q_start[: len(tokens) + 1], table, len(tokens), columns.dense, ancestors
+    )
 
 
 def _facts_of(raw: dict[str, Any], model: ModelFacts) -> ModelFacts:

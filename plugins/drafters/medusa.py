@@ -2,18 +2,21 @@
 
 What it is: the drafter of the method "medusa" (Cai et al. 2024, arXiv 2401.10774), and the layout of its checkpoints: head k of `medusa_num_heads` has `medusa_num_layers` residual
 blocks x + silu(W x + b), named "k.i.linear.weight" and ".bias", then an output head of its own ("k.n.weight") or, where there is none, the model's. Drafts are a
-chain, each head's own draw; the tree of the paper is not built.
+chain, each head's own draw, or the tree that was asked for: a node at depth k with rank r is the r-th likeliest token of head k, whatever lies before it.
 What it does not know: how drafts are verified, the model's layers.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from penstock.core.protocol.errors import CheckpointError, ConfigError, spelled
 from penstock.core.protocol.speculation import DraftConfig
 from penstock.plugins.drafters.api import NoLayers, Parts, Seen
+from penstock.plugins.drafters.growth import ranked
 from penstock.plugins.drafters.kinds import MEDUSA, check_kind
+from penstock.plugins.drafters.trees import Tree
 from penstock.plugins.models.api import Linear
 from penstock.plugins.models.builder import Part
 from penstock.plugins.models.config import read_config
@@ -41,8 +44,14 @@ class MedusaDrafter(NoLayers):
                 f"{config.model}: config.json says 'hidden_size' {raw['hidden_size']}, the model has {hidden}: these heads are of another model.",
                 param="hidden_size",
             )
+        tree = Tree.of(config.speculative_token_tree)
+        if tree is not None and tree.deepest > count:
+            raise ConfigError(
+                f"--speculative-config: 'speculative_token_tree' is {tree.deepest} tokens deep, but the folder has {count} heads.",
+                param="speculative_config",
+            )
         asked = config.num_speculative_tokens or count
-        if asked > count:
+        if tree is None and asked > count:
             raise ConfigError(
                 f"--speculative-config: 'num_speculative_tokens' is {asked}, but {spelled(config.model)} has {count} Medusa heads, each of which makes one draft."
                 f" Ask for at most {count}, or leave the field out.",
@@ -60,7 +69,8 @@ class MedusaDrafter(NoLayers):
         self._stacks = [stack(head) for head in range(count)]
         builder.finish()
         self.nbytes = builder.nbytes
-        self.max_lookahead = asked
+        self.tree = tree
+        self.max_lookahead = asked if tree is None else tree.nodes - 1
         self._model = parts.model
         self._vocab = parts.facts.vocab_size
 
@@ -68,12 +78,20 @@ class MedusaDrafter(NoLayers):
         """See Drafter."""
         proposal = seen.proposal
         assert proposal is not None
-        for k, (blocks, own) in enumerate(self._stacks[: out.shape[1]]):
-            x = proposal.hidden
-            for block in blocks:
-                x = x + torch.nn.functional.silu(block(x))
-            logits = self._model.logits(x) if own is None else own(x).float()
-            out[:, k] = proposal.guess(logits, proposal.slots, proposal.ends + k)
+        for k in range(out.shape[1] if self.tree is None else self.tree.deepest):
+            nodes = [(k, 0)]
+            if self.tree is not None:
+                nodes = [(int(node) - 1, int(self.tree.ranks[node])) for node in np.flatnonzero(self.tree.depths == k + 1)]
+            most = 1 + max(rank for _, rank in nodes)
+            found = ranked(proposal.guess, self._logits(proposal.hidden, k), proposal.slots, proposal.ends + k, most)
+            for draft, rank in nodes:
+                out[:, draft] = found[rank]
+
+    def _logits(self, x: Tensor, k: int) -> Tensor:
+        blocks, own = self._stacks[k]
+        for block in blocks:
+            x = x + torch.nn.functional.silu(block(x))
+        return self._model.logits(x) if own is None else own(x).float()
 
 
 def _number(raw: dict[str, object], name: str) -> int:

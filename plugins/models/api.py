@@ -73,6 +73,9 @@ class Columns(NamedTuple):
     """The first so many sequences compute one token each; -1: any may, which only the device knows."""
     dense: bool = False
     """`table` has the rows of this step's sequences alone, in order. On "cpu" always, and there is no padding."""
+    ancestors: Tensor | None = None
+    """[T] int64, in a step with trees of drafts: of the 64 entries up to its own a row sees those whose bit is 1, bit i being the entry i places before; -1: all. A node's position
+    is its depth behind the context, not where its entry lies. Attention without `trees` never gets it."""
 
     def block_tables(self) -> Tensor:
         """[R, W] blocks of this step's sequences."""
@@ -164,7 +167,9 @@ class Attention(Protocol):
     kv_dtypes: keys and values are then kept in 8 bits with a scale a token and head (kernels/attention/codes.py says what they mean), and it has
     `fix_scales(scales: list[tuple[float, float] | None])`, called once before serving if the checkpoint has scales of keys and values: a pair a layer, or None, in place of
     those of tokens. What a page looks like inside is the backend's own:
-    it alone writes and reads. Everything runs on the device's thread; where `capturable` nothing may wait for the device or look at a value.
+    it alone writes and reads. With an attribute `trees` that is True it reads Columns.ancestors, and has `move(pool, source, target)`: of all layers the entries at places
+    `source` go to `target`, int32 [R, N], in a row one after the other (rows have no place in common; pairs with a number below 0 are padding). Without, drafts are
+    chains. Everything runs on the device's thread; where `capturable` nothing may wait for the device or look at a value.
     """
 
     name: str

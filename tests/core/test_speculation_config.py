@@ -16,7 +16,7 @@ from penstock.core.processes.engine import Engine, runner_config
 from penstock.core.protocol.config import Config, build
 from penstock.core.protocol.errors import ConfigError, UnsupportedFeature
 from penstock.core.protocol.model_folder import demo_folder, with_model
-from penstock.core.protocol.speculation import FIELDS, IDLE, NEUTRAL, DraftConfig, SpeculationConfig, method_of, parsed
+from penstock.core.protocol.speculation import FIELDS, IDLE, NEUTRAL, DraftConfig, SpeculationConfig, method_of, parsed, tree_of
 from penstock.plugins.policies.fcfs import FirstComeFirstServed
 
 
@@ -64,6 +64,17 @@ def test_the_short_options_and_the_long_one_are_one() -> None:
     assert asked(spec_model=draft, spec_tokens=3) == wanted
 
 
+def test_a_tree_is_as_many_drafts_as_it_has_paths() -> None:
+    tree = "[(0, 0), (1,), (0,)]"
+    assert asked(speculative_config={"method": "mine", "speculative_token_tree": tree}) == [
+        DraftConfig(method="mine", num_speculative_tokens=3, speculative_token_tree=tree)
+    ]
+    assert tree_of(tree) == [(0,), (1,), (0, 0)]
+    line = {"method": "mine", "speculative_token_tree": "[(0,), (0, 0), (0, 0, 0)]"}
+    assert asked(speculative_config=line) == [DraftConfig(method="mine", num_speculative_tokens=3)]
+    assert asked(speculative_config={"method": "mine", "speculative_token_tree": None}) == [DraftConfig(method="mine")]
+
+
 def test_several_are_asked_in_order() -> None:
     methods = [{"method": "ngram", "num_speculative_tokens": 7}, {"model": "brook-draft"}]
     found = runner_config(with_model(build({"speculative_config": {"methods": methods}}))).speculation
@@ -85,6 +96,16 @@ def test_several_are_asked_in_order() -> None:
         ({"method": "ngram", "model": "/models/small"}, r"'model' is '/models/small', but the method 'ngram' has no model"),
         ({"methods": [{"method": "[ngram]", "model": "x"}]}, r"'methods\[0\]\.model' is 'x', but the method 'ngram'"),
         ({"method": "medusa", "model": "[ngram]"}, r"'model' is '\[ngram\]', which means the method 'ngram', but 'method' is 'medusa'"),
+        ({"method": "medusa", "speculative_token_tree": "[(0,), (0, 0"}, r"'speculative_token_tree' must be a list of paths such as"),
+        ({"method": "medusa", "speculative_token_tree": "[]"}, r"must be a list of paths"),
+        ({"method": "medusa", "speculative_token_tree": "[(0,), (True,)]"}, r"numbers from 0 to 15"),
+        ({"method": "medusa", "speculative_token_tree": "[(0,), (16,)]"}, r"numbers from 0 to 15"),
+        ({"method": "medusa", "speculative_token_tree": "[(0,), (0,)]"}, r"names a path twice"),
+        ({"method": "medusa", "speculative_token_tree": "[(0,), (1, 0)]"}, r"has \(1, 0\), but not \(1,\), which leads there"),
+        ({"method": "medusa", "speculative_token_tree": str([(a, b) for a in range(8) for b in range(8)] + [(a,) for a in range(8)])}, r"at most 63"),
+        ({"method": "medusa", "speculative_token_tree": "[(0,), (1,)]", "num_speculative_tokens": 3}, r"has 2 paths, but num_speculative_tokens is 3"),
+        ({"method": "medusa", "speculative_token_tree": [[0], [1]]}, r"'speculative_token_tree' must be a text"),
+        ({"methods": [{"method": "ngram"}, {"method": "medusa", "speculative_token_tree": "[(0,), (1,)]"}]}, r"is for a drafter that is alone"),
         ({}, r"'method' is missing"),
         ({"method": " "}, r"'method' must not be empty"),
         ({"methods": []}, r"'methods' must be a list"),

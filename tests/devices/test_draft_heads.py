@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from penstock.core.protocol.errors import CheckpointError, ConfigError
 from penstock.core.protocol.sampling import SamplingParams
-from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig
+from penstock.core.protocol.speculation import DraftConfig, SpeculationConfig, tree_of
 from penstock.plugins.devices.driver import Driver, Job, Options
 
 Tensor = torch.Tensor
@@ -23,6 +23,7 @@ Named = dict[str, Tensor]
 Load = Callable[..., Any]
 H, INNER, VOCAB, DIM, LAYERS, K = 32, 48, 97, 16, 2, 3
 EPS = 1e-5
+LINE = (0,) * K
 SMALL = 41
 
 
@@ -62,19 +63,24 @@ def target(named: Named, tokens: list[int]) -> tuple[list[Tensor], Tensor]:
 
 
 def chain(
-    history: list[int], states: Tensor, table: Tensor, step: Callable[[Tensor, Tensor], Tensor], read: Callable[[Tensor], Tensor]
+    history: list[int],
+    states: Tensor,
+    table: Tensor,
+    step: Callable[[Tensor, Tensor], Tensor],
+    read: Callable[[Tensor], Tensor],
+    ranks: Sequence[int],
 ) -> list[int]:
-    """K drafts behind the history; `states` are those of all tokens but the last."""
+    """Drafts behind the history, each of its rank; `states` are those of all tokens but the last."""
     tokens, found = list(history), []
-    for _ in range(K):
+    for rank in ranks:
         y = step(states, table[tokens[1:]])[-1:]
-        found.append(int(read(y).argmax()))
+        found.append(int(read(y).argsort(descending=True, stable=True)[rank]))
         tokens.append(found[-1])
         states = torch.cat([states, y])
     return found
 
 
-def eagle3(own: Named, named: Named, history: list[int], after: bool = False) -> list[int]:
+def eagle3(own: Named, named: Named, history: list[int], ranks: Sequence[int] = LINE, after: bool = False) -> list[int]:
     streams, _ = target(named, history[:-1])
 
     def step(states: Tensor, embeds: Tensor) -> Tensor:
@@ -87,19 +93,19 @@ def eagle3(own: Named, named: Named, history: list[int], after: bool = False) ->
         full[torch.arange(SMALL) + own["d2t"]] = (norm(y, own["norm.weight"]) @ own["lm_head.weight"].T)[0]
         return full
 
-    return chain(history, torch.cat(streams, 1) @ own["fc.weight"].T, named["model.embed_tokens.weight"], step, read)
+    return chain(history, torch.cat(streams, 1) @ own["fc.weight"].T, named["model.embed_tokens.weight"], step, read, ranks)
 
 
-def eagle(own: Named, named: Named, history: list[int]) -> list[int]:
+def eagle(own: Named, named: Named, history: list[int], ranks: Sequence[int] = LINE) -> list[int]:
     def step(states: Tensor, embeds: Tensor) -> Tensor:
         x = torch.cat([embeds, states], 1) @ own["fc.weight"].T + own["fc.bias"]
         return layer(own, "layers.0.", x, x)
 
     _, states = target(named, history[:-1])
-    return chain(history, states, own["embed_tokens.weight"], step, lambda y: (y @ named["lm_head.weight"].T)[0])
+    return chain(history, states, own["embed_tokens.weight"], step, lambda y: (y @ named["lm_head.weight"].T)[0], ranks)
 
 
-def mtp(own: Named, named: Named, history: list[int]) -> list[int]:
+def mtp(own: Named, named: Named, history: list[int], ranks: Sequence[int] = LINE) -> list[int]:
     at = f"model.layers.{LAYERS}."
 
     def step(states: Tensor, embeds: Tensor) -> Tensor:
@@ -108,18 +114,18 @@ def mtp(own: Named, named: Named, history: list[int]) -> list[int]:
 
     _, states = target(named, history[:-1])
     last = own[f"{at}shared_head.norm.weight"]
-    return chain(history, states, named["model.embed_tokens.weight"], step, lambda y: (norm(y, last) @ named["lm_head.weight"].T)[0])
+    return chain(history, states, named["model.embed_tokens.weight"], step, lambda y: (norm(y, last) @ named["lm_head.weight"].T)[0], ranks)
 
 
-def medusa(own: Named, named: Named, history: list[int]) -> list[int]:
+def medusa(own: Named, named: Named, history: list[int], ranks: Sequence[int] = LINE) -> list[int]:
     _, states = target(named, history[:-1])
     found = []
-    for k in range(K):
+    for k, rank in enumerate(ranks):
         x = states[-1]
         for index in range(2):
             x = x + functional.silu(x @ own[f"{k}.{index}.linear.weight"].T + own[f"{k}.{index}.linear.bias"])
         head = own[f"{k}.2.weight"] if k == 1 else named["lm_head.weight"]
-        found.append(int((x @ head.T).argmax()))
+        found.append(int((x @ head.T).argsort(descending=True, stable=True)[rank]))
     return found
 
 
@@ -242,6 +248,37 @@ def test_a_head_drafts_what_its_formula_says_and_changes_nothing(
         assert made == wanted[: len(made)]
         full += len(made) == K
     assert full > 15
+
+
+TREE = "[(0,), (2,), (0, 0), (0, 1), (2, 1), (0, 1, 0), (2, 1, 1), (2, 1, 3)]"
+
+
+@pytest.mark.parametrize("method", list(SHAPES))
+def test_every_path_of_a_tree_is_what_the_formula_says(method: str, head: Any, load: Load, folder: Path, make_tensors: Any) -> None:
+    where, own = head(method)
+    named, paths = make_tensors(), tree_of(TREE)
+    plain, jobs = jobs_of(2), jobs_of(2)
+    Driver(load(folder)).run(plain)
+    one = DraftConfig(method=method, model=str(where), num_speculative_tokens=len(paths), speculative_token_tree=TREE)
+    runner = load(folder, speculation=SpeculationConfig(methods=[one]))
+    options = Options(lookahead=lambda rng: len(paths), chunk=lambda rng: rng.randint(1, 9), scatter=True, preempt=0.05, seed=5)
+    found = drafts_of(runner, jobs, options)
+    assert [job.tokens for job in jobs] == [job.tokens for job in plain]
+    full = 0
+    for history, drafts in list(found.items())[::3]:
+        made = [draft for draft in drafts if draft >= 0]  # at a sequence's end the next block may be missing
+        assert drafts[len(made) :] == [-1] * (len(drafts) - len(made))
+        for path, token in zip(paths, made, strict=False):
+            assert token == REFERENCES[method](own, named, list(history), path)[-1]
+        full += len(made) == len(paths)
+    assert full > 4
+
+
+def test_a_tree_that_is_deeper_than_there_are_heads(head: Any, load: Load, folder: Path) -> None:
+    deep = str([(0,) * (depth + 1) for depth in range(5)] + [(1,)])
+    one = DraftConfig(method="medusa", model=str(head("medusa")[0]), num_speculative_tokens=6, speculative_token_tree=deep)
+    with pytest.raises(ConfigError, match="is 5 tokens deep, but the folder has 4 heads"):
+        load(folder, speculation=SpeculationConfig(methods=[one]))
 
 
 @pytest.mark.parametrize("method", ["eagle3", "eagle", "mtp"])

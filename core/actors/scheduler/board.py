@@ -72,6 +72,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The device takes masks behind drafts: sequences with a grammar have drafts too."""
     loose: bool = False
     """The device takes Forward.loose: with drafts, too, steps are planned while others are in flight."""
+    adjusts_ahead: bool = True
+    """It can adjust logits by drafts: sequences with penalties or bad words of several tokens have drafts too."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 

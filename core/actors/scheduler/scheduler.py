@@ -140,7 +140,8 @@ class Scheduler:
             yield board.report([(seq_of(admit.key, c), admit.incarnation, 0, FAILED) for c in choices], [error] * len(choices))
             return
         usable = admit.prompt.size // board.block * HASH_BYTES if board.caching else 0
-        request = Request(admit, board.clock.now_ns(), limit, admit.hashes[:usable], board.settings.masks_ahead)
+        settings = board.settings
+        request = Request(admit, board.clock.now_ns(), limit, admit.hashes[:usable], settings.masks_ahead, settings.adjusts_ahead)
         fresh: list[Sequence] = []
         over: list[tuple[int, int, int, int]] = []
         at = 0

@@ -45,7 +45,7 @@ class Request:
         "wish",
     )
 
-    def __init__(self, admit: Admit, now_ns: int, limit: int, hashes: bytes, masks_ahead: bool = False) -> None:
+    def __init__(self, admit: Admit, now_ns: int, limit: int, hashes: bytes, masks_ahead: bool = False, adjusts_ahead: bool = True) -> None:
         self.key = admit.key
         self.incarnation = admit.incarnation
         self.prompt: I32 = admit.prompt
@@ -63,6 +63,8 @@ class Request:
         if (
             self.grammar and not masks_ahead
         ) or admit.sampling.beam is not None:  # masks are for one token; what a beam draws does not count
+            self.wish = -1
+        if not adjusts_ahead and admit.sampling.looks_back:
             self.wish = -1
         self.stop_ids = sorted({*admit.eos.tolist(), *admit.sampling.stop_token_ids})
         self.banned_ids: I32 = np.asarray(self.stop_ids, np.int32) if admit.sampling.min_tokens > 0 else EMPTY_I32
