@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from penstock.core.actors.scheduler.drafting import Drafting
+from penstock.core.actors.scheduler.forecast import Forecast
 from penstock.core.actors.scheduler.outline import Blocks, Flight
 from penstock.core.actors.scheduler.slots import Commit, Index, Rows, Slots
 from penstock.core.actors.scheduler.waiting import Group, Request, Sequence, WaitingRoom
@@ -74,6 +75,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The device takes Forward.loose: with drafts, too, steps are planned while others are in flight."""
     adjusts_ahead: bool = True
     """It can adjust logits by drafts: sequences with penalties or bad words of several tokens have drafts too."""
+    forecasts: bool = False
+    """Who waits is admitted only if all will fit once they have grown: see forecast.py. Else if there are blocks for its prompt."""
     park_kv_s: float = 5.0
     """A request that is parked for so long (seconds) gives its slots and blocks up."""
 
@@ -109,6 +112,7 @@ class Board:
         self.waiting = WaitingRoom(policy)
         self.blocked = False
         """The first in line did not fit; nothing has been released since."""
+        self.forecast = Forecast() if settings.forecasts else None
         self.uncached = 1.0
         """Share of the last admitted prompts that had to be computed: how many look-ups are worth a try."""
         self.prefill_turn = False

@@ -140,6 +140,8 @@ class Landing:
             reasons[bad] = FAILED
             slots.poisoned[index] = True
         self._receive(flight, done, drawn, bad)
+        if board.forecast is not None and len(rows.stops):
+            board.forecast.drew(int(np.count_nonzero(drawn.column(rows.stops[0]) >= 0)))
         columns: dict[str, Any] = {}
         if flight.prompts:
             self._add_prompt_logprobs(columns, flight, done.prompt_logprobs)

@@ -14,6 +14,7 @@ import numpy as np
 
 from penstock.core.actors.scheduler.beams import Beams
 from penstock.core.actors.scheduler.board import Board
+from penstock.core.actors.scheduler.forecast import Outlook
 from penstock.core.actors.scheduler.outline import Outline
 from penstock.core.actors.scheduler.release import Release
 from penstock.core.actors.scheduler.slots import DECODE, Rows
@@ -133,11 +134,18 @@ class Line:
         board = self._board
         count, tokens = 0, 0.0
         taken: list[Entry] = []
+        outlook = None
+        if entries and board.forecast is not None:
+            used, _, total, _, _, quarantined = board.kv
+            outlook = board.forecast.outlook(board.slots, total - quarantined, used)
         for entry in entries:
             if room <= 0 or tokens >= budget:
                 break
             if entry.request.group is not None and room < len(entry.seqs):
                 break  # all of its beams or none; nobody overtakes
+            if outlook is not None and not self._will_fit(outlook, entry):
+                board.blocked = True
+                break
             count += 1
             starting = entry.seqs[:1] if entry.request.group is None else entry.seqs
             if any(sequence.seq in board.held for sequence in starting):  # an earlier life of it is still in flight
@@ -148,3 +156,9 @@ class Line:
             taken.append(entry)
         del entries[:count]
         return taken
+
+    def _will_fit(self, outlook: Outlook, entry: Entry) -> bool:
+        """Also when it has grown."""
+        request, size = entry.request, entry.tokens.size
+        share = 1.0 if request.tells_prompt else self._board.uncached
+        return outlook.admits(size, size * share, request.limit, len(request.stop_ids) > 0, len(entry.seqs))
