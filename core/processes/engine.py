@@ -173,7 +173,7 @@ class Engine:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             mixed_prefill_tokens=advised if own is None else own,
             mixed_prefill_gives_way=own is None,
-            forecasts=True,
+            forecasts=self.config.admission_forecast,
             prompt_logprobs_weight=prompt_logprobs_weight(runner.facts, device.capabilities),
             max_model_len=runner.max_model_len,
             block_size=self.config.block_size,

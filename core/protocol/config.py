@@ -168,6 +168,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     enable_chunked_prefill: Annotated[bool, opt("Split long prompts over steps.", "engine")] = True
     enable_prefix_caching: Annotated[bool, opt("Reuse the KV of equal prefixes.", "engine", no="disable-radix-cache")] = True
+    admission_forecast: Annotated[
+        bool,
+        opt(
+            "Start a prompt only if the KV cache will probably hold all that run until they end, by their limits and by how long answers have been; without, if it"
+            " holds them now, and whoever later finds no room is computed again.",
+            "engine",
+        ),
+    ] = True
     scheduling_policy: Annotated[str, opt("fcfs, priority, or a plugin's.", "engine", "schedule-policy")] = "fcfs"
     priority_ageing_s: Annotated[float, opt("Waiting this long is worth one priority level; 0: no ageing.", "engine")] = 30.0
     max_num_queued_reqs: Annotated[int, opt("Most requests waiting; more are refused with 429.", "engine", "max-queued-requests")] = 1024
