@@ -20,7 +20,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 5e-3}
 
 
 def cache_of(kind: str, heads: int, dim: int, blocks: int, device: str, size: int = 16) -> tuple[Cache, coded.Codes]:
-    """The second layer of three, in pages full of NaN."""
+    """The second layer of three, in pages full of NaN, but that its codes are numbers, as in any pool: the largest ones."""
     facts = ModelFacts(
         architecture="x", model_type="x", vocab_size=9, hidden_size=9, intermediate_size=9, num_layers=3, num_heads=heads, num_kv_heads=heads,
         head_dim=dim, max_position=99,
@@ -28,6 +28,8 @@ def cache_of(kind: str, heads: int, dim: int, blocks: int, device: str, size: in
     pages = Pages(facts, torch.bfloat16, torch.device(device), size, kind)
     cache: Cache = pages.caches(pages.allocate(blocks).fill_(0xFF))[1]
     assert cache.k_scale is not None
+    for codes in cache[:2]:
+        codes.fill_({"fp8_e4m3": 0x7E, "fp8_e5m2": 0x7B, "int8": 0x7F}[kind])
     return cache, coded.codes_of(kind, cache.k_scale)
 
 
