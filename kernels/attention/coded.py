@@ -36,6 +36,10 @@ KV_LAYOUT = "paged-codes-v1"
 """Codes of keys [num_blocks, Hkv, block_size, D], of values [num_blocks, Hkv, D, block_size]; part of the KV identity key."""
 
 
+MANY_ROWS, MOST_ROWS = 64, 192
+"""Rows from which others of the tuned configurations hold."""
+
+
 class Codes(NamedTuple):
     """What caches of uint8 hold."""
 
@@ -408,8 +412,10 @@ def check(codes: Codes, q: Tensor, k_cache: Tensor) -> None:
 
 
 def config_of(dim: int, rows: int) -> dict[str, int]:
-    """Of `split`. Many rows fill the device by themselves, few in many pieces (TARGET of all rows together); short pieces are for few rows."""
-    config = dict(tuned("attention.coded" if dim <= 128 else "attention.coded.wide"))
+    """Of `split`. Few rows fill the device in many pieces (TARGET of all rows together); many do so by themselves, and are cut only where one is so long that
+    the others would wait for it."""
+    name = ".wide" if dim > 128 else ".most" if rows >= MOST_ROWS else ".many" if rows >= MANY_ROWS else ""
+    config = dict(tuned("attention.coded" + name))
     target, most = config.pop("TARGET", 0), config.pop("MAX_SPLITS", 0)
     if "SPLITS" not in config:
         config["SPLITS"] = max(4, min(most, 1 << (max(1, target // rows).bit_length() - 1)))
