@@ -158,6 +158,22 @@ def test_decode(kind: str, heads: int, kv_heads: int, dim: int, fused: bool, dty
         assert counters is None or not counters.any()
 
 
+@pytest.mark.parametrize("rows", [coded.MANY_ROWS, coded.MOST_ROWS])
+def test_many_rows(rows: int, device: str) -> None:
+    """Short ones in one piece, a long one cut, and padding between them."""
+    lengths = [0 if row % 7 == 0 else 1 + row * 5 % 40 for row in range(rows)]
+    lengths[rows // 2] = 3 * coded.config_of(16, rows)["MIN_SPLIT"] + 9
+    shape = [(1, length) for length in lengths]
+    case = Case(shape, "fp8_e4m3", heads=4, kv_heads=1, dim=16, dtype=torch.bfloat16, device=device)
+    out = torch.full_like(case.q, torch.nan)
+    counters = torch.zeros(rows, dtype=torch.int32, device=device)
+    kernel.decode_attention(
+        case.q, case.cache.k, case.cache.v, case.tables, case.kv_len, case.scale, out=out, codes=case.codes, counters=counters
+    )
+    close(out, case.truth(), TOLERANCE[torch.bfloat16])
+    assert not counters.any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sharp", [0.0, 8.0])
 def test_decode_with_weights_far_apart(kind: str, sharp: float, device: str) -> None:
