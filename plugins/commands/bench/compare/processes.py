@@ -101,7 +101,7 @@ class Process:
                     with contextlib.suppress(OSError):
                         pipe.close()
             self._process.wait()
-            psutil.wait_procs(begun, timeout=5)
+            psutil.wait_procs(begun, timeout=1)  # what is not a child of ours is reaped by others, when they will
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
