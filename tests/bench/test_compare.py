@@ -545,6 +545,20 @@ def test_however_the_comparison_ends(tmp_path: Path, number: signal.Signals) -> 
     assert gone(found["pid"]), f"it outlived {number.name}"
 
 
+def test_jobs_that_ignore_ctrl_c_end_with_sigterm_and_nohup_is_kept(tmp_path: Path) -> None:
+    fake = [sys.executable, str(FAKE), "--notes", f"{tmp_path}/notes"]
+    ignoring = ["/bin/sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"]
+    driver = subprocess.Popen(
+        [*ignoring, sys.executable, "-c", DRIVER, str(tmp_path / "log"), *fake], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    found = noted(tmp_path / "notes")
+    driver.send_signal(signal.SIGHUP)
+    assert not gone(found["pid"], 0.2)
+    driver.send_signal(signal.SIGTERM)
+    driver.wait(30)
+    assert gone(found["pid"])
+
+
 def test_a_log_tail_is_its_last_lines(tmp_path: Path) -> None:
     process = Process(["/bin/sh", "-c", "for i in $(seq 500); do echo line $i; done"], tmp_path / "log", env=os.environ)
     try:

@@ -115,12 +115,16 @@ class Process:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does: a KeyboardInterrupt, after which everything that was started is ended."""
+    """SIGTERM and SIGHUP do what Ctrl-C does: a KeyboardInterrupt, after which everything that was started is ended. A job in the background of a script, which does not hear
+    Ctrl-C, hears them too; under nohup SIGHUP stays ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: interrupt, signal.SIGHUP: interrupt}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        del handlers[signal.SIGHUP]
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
