@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from penstock.plugins.commands.bench.client import Record
 from penstock.plugins.commands.bench.command import bench
-from penstock.plugins.commands.bench.compare import cases, machine, peers, tables
+from penstock.plugins.commands.bench.compare import cases, machine, peers, shapes, tables
 from penstock.plugins.commands.bench.compare.cases import CASES, Asked, NotMeasured, Turn
 from penstock.plugins.commands.bench.compare.peers import OURS, Peer, PeerFailed, Wanted, parse, start
 from penstock.plugins.commands.bench.compare.processes import Process
@@ -91,7 +91,12 @@ def test_figures_of_many_requests() -> None:
     some = [record([1.0, 1.1], 2), record([2.0, 2.3], 2)]
     found = cases.figures(CASES["burst"], Turn(load=load, records=some, wall=2.0))
     assert found == {"output tokens/s": 2.0, "TTFT p50, ms": pytest.approx(1000)}
-    assert set(cases.figures(CASES["poisson"], Turn(load=load, records=some, wall=2.0))) == {f.label for f in CASES["poisson"].figures}
+    times = cases.figures(CASES["poisson"], Turn(load=load, records=some, wall=2.0))
+    assert times == {
+        label: pytest.approx(ms) for label, ms in zip((f.label for f in CASES["poisson"].figures), (1000, 1450, 200, 290), strict=True)
+    }
+    whole = cases.figures(CASES["poisson"], Turn(load=load, records=[record([1.0, 1.0], 2)], wall=2.0))
+    assert whole == {"TTFT p50, ms": 500.0, "TTFT p95, ms": 500.0}, "an answer that comes whole has no time a token"
 
 
 def test_other_work_than_was_asked_for_is_no_figure() -> None:
@@ -117,6 +122,21 @@ def test_rounds_have_the_same_lengths_and_other_ids(name: str) -> None:
 
 def test_the_longest_request_is_told() -> None:
     assert ASKED.longest([CASES["decode"], CASES["prefill"]]) == 2049
+
+
+def test_a_shape_is_a_model_whose_tokens_all_have_text(tmp_path: Path) -> None:
+    import safetensors
+    from tokenizers import Tokenizer
+
+    assert set(shapes.SHAPES) == {"tiny", "small"}
+    folder = Path(shapes.written(tmp_path, "tiny"))
+    with safetensors.safe_open(str(folder / "model.safetensors"), "pt") as file:
+        assert sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()) == pytest.approx(14.7e6, rel=0.01)  # noqa: SIM118
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert words.get_vocab_size() == 4096
+    texts = [words.decode([index]) for index in range(3, 4096)]
+    assert all(texts)
+    assert words.decode(words.encode("péage !").ids) == "péage !"
 
 
 # ------------------------------------------------------------------ turns
@@ -565,6 +585,8 @@ def test_a_log_tail_is_its_last_lines(tmp_path: Path) -> None:
         while not process.left():
             time.sleep(0.01)
         assert process.tail(2) == "line 499\nline 500"
+        process.log.write_text("one\nValueError: no room\ntwo\nthree\n")
+        assert process.tail(2) == "ValueError: no room\n...\ntwo\nthree", "the cause stands above the consequence"
     finally:
         process.stop()
 
@@ -583,6 +605,7 @@ def test_a_log_tail_is_its_last_lines(tmp_path: Path) -> None:
         ("--peer a=http://a --peer-model b=/", "no --peer is called 'b'"),
         ("--peer a=http://a --peer-model a=/no/such", "something that exists"),
         ("--peer a=http://a --model /", "vocab_size"),
+        ("--peer a=http://a --model / --shape tiny", "cannot hold beside"),
         ("--peer a=http://a --model /no/such", "does not exist"),
     ],
 )

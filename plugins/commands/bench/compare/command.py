@@ -53,6 +53,7 @@ def _cases(context: click.Context, option: click.Parameter, words: tuple[str, ..
 
 @click.command()
 @click.option("--model", type=click.Path(exists=True, file_okay=False), help="Hugging Face folder; default: the demo model.")
+@click.option("--shape", type=click.Choice(("tiny", "small")), help="Random weights instead: 15 or 164 million parameters.")
 @click.option("--peer", "peers", multiple=True, required=True, callback=_peers, help="Whom to compare with (several times), see above.")
 @click.option(
     "--peer-model", "models", multiple=True, callback=_models, help="NAME=PATH: what a peer reads instead of --model (several times)."
@@ -78,6 +79,7 @@ def _cases(context: click.Context, option: click.Parameter, words: tuple[str, ..
 @click.argument("serve_args", nargs=-1, type=click.UNPROCESSED)
 def compare(
     model: str | None,
+    shape: str | None,
     peers: list[Peer],
     models: dict[str, str],
     cases: list[Any],
@@ -115,29 +117,35 @@ def compare(
     from penstock.plugins.commands.bench.compare.cases import Asked
     from penstock.plugins.commands.bench.compare.peers import OURS, Peer, Wanted, start
     from penstock.plugins.commands.bench.compare.processes import stoppable
+    from penstock.plugins.commands.bench.compare.shapes import written
     from penstock.plugins.commands.bench.compare.turns import Turns
     from penstock.plugins.devices.host_limits import cores
 
     if strange := [name for name in models if name not in {peer.name for peer in peers}]:
         raise click.BadParameter(f"no --peer is called {strange[0]!r}.", param_hint="--peer-model")
-    folder = str(Path(model or demo_folder()).absolute())
-    vocab, context = shape_of(folder)
-    asked = Asked(vocab=vocab, context=context, seed=seed, requests=requests, rate=rate)
-    try:
-        longest = asked.longest(cases)
-    except workload.DoesNotFit as error:
-        raise click.UsageError(f"{error}. Leave that case out: name others with --case.") from None
+    if model is not None and shape is not None:
+        raise click.UsageError("--shape makes a model, so it cannot hold beside --model.")
     ours = (*serve_args, *(("--threads", str(threads)) if threads and "--threads" not in serve_args else ()))
     facts = machine.facts()
-    settings = {"model": Path(folder).name, "rounds": str(rounds), "seed": str(seed)}
+    settings = {
+        "model": f"{shape} (random weights)" if shape else Path(model or demo_folder()).absolute().name,
+        "rounds": str(rounds),
+        "seed": str(seed),
+    }
     settings |= {"requests": str(requests)} if requests else {}
     settings |= {"arrivals a second": f"{rate:g}"} if any(case.paced for case in cases) else {}
     settings |= {"serve": " ".join(ours)} if ours else {}
     settings |= {"servers": "one at a time"} if one_at_a_time else {}
-    say = _say
-    for name, value in facts.items():
-        say(f"{name}: {value}")
     with tempfile.TemporaryDirectory(prefix="penstock-compare-") as scratch, stoppable():
+        folder = written(Path(scratch), shape) if shape else str(Path(model or demo_folder()).absolute())
+        vocab, context = shape_of(folder)
+        asked = Asked(vocab=vocab, context=context, seed=seed, requests=requests, rate=rate)
+        try:
+            longest = asked.longest(cases)
+        except workload.DoesNotFit as error:
+            raise click.UsageError(f"{error}. Leave that case out: name others with --case.") from None
+        for name, value in facts.items():
+            _say(f"{name}: {value}")
         wanted = Wanted(
             model=folder,
             models=models,
@@ -147,7 +155,7 @@ def compare(
             folder=Path(scratch),
             start_s=start_timeout,
             turn_s=turn_timeout,
-            say=say,
+            say=_say,
         )
         turns = Turns(
             [Peer(name=OURS, kind=OURS, spec=""), *peers],
@@ -155,7 +163,7 @@ def compare(
             asked,
             rounds=rounds,
             start=lambda peer: start(peer, wanted),
-            say=say,
+            say=_say,
             one_at_a_time=one_at_a_time,
             limit_s=limit,
         )

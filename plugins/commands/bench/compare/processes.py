@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ GRACE_S = 20.0
 """After SIGTERM; then SIGKILL."""
 TAIL_LINES = 12
 TAIL_BYTES = 1 << 16
+ERROR_LINES = 4
 POLL_S = 0.02
+_ERROR = re.compile(r"\b(\w*(Error|Exception)|error|fatal)\b: ")
 
 _BOUND = """
 import ctypes, os, signal, sys
@@ -74,10 +77,12 @@ class Process:
         return self._process.returncode is not None or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def tail(self, lines: int = TAIL_LINES) -> str:
-        """The last lines of its log."""
+        """The last lines of its log, and before them the last few errors that came earlier: a server's own processes tell the cause, it tells the consequence."""
         with contextlib.suppress(OSError), self.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return "\n".join(file.read().decode(errors="replace").strip().splitlines()[-lines:])
+            said = file.read().decode(errors="replace").strip().splitlines()
+            earlier = list(dict.fromkeys(line for line in said[:-lines] if _ERROR.search(line)))[-ERROR_LINES:]
+            return "\n".join([*earlier, *(["..."] if earlier else []), *said[-lines:]])
         return ""
 
     def stop(self, grace_s: float = GRACE_S) -> None:
