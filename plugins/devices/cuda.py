@@ -20,7 +20,7 @@ from penstock.core.contract.hookspecs import AttentionSpec
 from penstock.core.protocol.errors import ConfigError
 from penstock.kernels.attention.codes import KINDS
 from penstock.plugins.devices import cpu
-from penstock.plugins.devices.drafting import load_drafters, most_drafts
+from penstock.plugins.devices.drafting import load_drafters, most_drafts, trees_of
 from penstock.plugins.devices.lane import CudaLane, Lane
 from penstock.plugins.devices.loading import choose, fingerprint, load_model
 from penstock.plugins.devices.ops import DeviceOps
@@ -125,7 +125,7 @@ def load(
         dtype=choice.dtype_name,
         torch_dtype=choice.dtype,
         deterministic=config.deterministic,
-        fingerprint=fingerprint(*parts, checkpoint),
+        fingerprint=fingerprint(*parts, *trees_of(config), checkpoint),
         graphs=graphs,
         depth=depth,
         kv_dtype=choice.kv_name,
